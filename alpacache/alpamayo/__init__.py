@@ -1,0 +1,1 @@
+"""The Alpamayo model family: everything that imports model classes of transformers."""

@@ -1,0 +1,44 @@
+"""The errors a user can meet; each also inherits the builtin that fits, so callers need not import this module.
+
+The command line maps them to exit codes: `UsageError` and its children to 2 (nothing touched), all others to 1.
+"""
+
+
+class AlpacacheError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class UsageError(AlpacacheError, ValueError):
+    """A command, option, config or path that cannot work; nothing was changed."""
+
+
+class CheckpointError(UsageError):
+    """A model checkpoint that is absent, incomplete or of another shape than its config says."""
+
+
+class SourceError(UsageError):
+    """A data source as a whole cannot be read (no such directory, gated, offline)."""
+
+
+class BadClipError(AlpacacheError, ValueError):
+    """One clip or sample cannot be used; the run quarantines it and goes on.
+
+    `kind` is a short stable word for counting (`missing_camera`, `short_clip`, `undecodable_video`, `not_finite`,
+    `pose_jump`, `time_order`, `wrong_shape`); the message tells a person what is wrong, where, and what would help.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class DataError(AlpacacheError, OSError):
+    """Stored data that should be readable is not (damaged, truncated, gone)."""
+
+
+class NonFiniteError(AlpacacheError, ArithmeticError):
+    """Training met non-finite losses several times in a row."""
+
+
+class InterruptedRunError(AlpacacheError):
+    """SIGINT or SIGTERM; everything committed so far is kept and the same command goes on."""

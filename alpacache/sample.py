@@ -1,0 +1,111 @@
+"""A sample: one recording at one t0, with one camera set and one view, in the ego frame at t0.
+
+Everything downstream (the VLM, the store, training, evaluation) sees samples only through these records, so a new data
+source is one class that makes them.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.errors import UsageError
+
+HISTORY_STEPS = 16
+FUTURE_STEPS = 64
+STEP_US = 100_000
+FRAME_STEP_US = 100_000
+DEFAULT_T0_US = 5_100_000
+CAMERAS = (
+    "camera_cross_left_120fov",
+    "camera_front_wide_120fov",
+    "camera_cross_right_120fov",
+    "camera_rear_left_70fov",
+    "camera_rear_tele_30fov",
+    "camera_rear_right_70fov",
+    "camera_front_tele_30fov",
+)
+"""PhysicalAI-AV camera names; the position is the camera index of the public code."""
+FRONT_CAMERA = CAMERAS[1]
+
+Split = Literal["train", "val"]
+_ID = re.compile(r"^(?P<clip>.+)@(?P<t0>\d+)#(?P<view>\d+)$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRef:
+    """Which sample to load, before any byte of it is read."""
+
+    clip_id: str
+    t0_us: int
+    view: int = 0
+    """0 is the image as it is; higher numbers are seeded augmentations."""
+
+    @property
+    def sample_id(self) -> str:
+        return f"{self.clip_id}@{self.t0_us}#{self.view}"
+
+    @classmethod
+    def parse(cls, sample_id: str) -> "SampleRef":
+        match = _ID.match(sample_id)
+        if match is None:
+            raise UsageError(f"{sample_id!r} is not a sample id; expected CLIP@T0_US#VIEW, as in 'clip-7@5100000#0'.")
+        return cls(clip_id=match["clip"], t0_us=int(match["t0"]), view=int(match["view"]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One sample, ready for the VLM. Poses are metres in the ego frame at t0 (x forward, y left), float32."""
+
+    ref: SampleRef
+    cameras: tuple[str, ...]
+    """Camera names, sorted by camera index."""
+    frames: NDArray[np.uint8]
+    """`[cameras, frames, 3, H, W]` RGB; the last frame of each camera is the one at or before t0."""
+    frame_timestamps_us: NDArray[np.int64]
+    """`[cameras, frames]` recording time of each frame."""
+    history_xyz: NDArray[np.float32]
+    """`[16, 3]`, 10 Hz, the last one at t0."""
+    history_rot: NDArray[np.float32]
+    """`[16, 3, 3]` vehicle-to-ego-frame rotations."""
+    future_xyz: NDArray[np.float32]
+    """`[64, 3]`, 10 Hz, t0 + 0.1 s to t0 + 6.4 s."""
+    future_rot: NDArray[np.float32]
+    """`[64, 3, 3]`."""
+    calibration: dict[str, Any] | None = field(default=None)
+    """Per camera whatever the source knows of its projection; JSON-serialisable."""
+
+
+class Source(Protocol):
+    """A set of clips. `load` is called from several threads at once and raises `BadClipError` for a clip it cannot use."""
+
+    @property
+    def name(self) -> str:
+        """What the provenance record calls it."""
+
+    @property
+    def clip_ids(self) -> Sequence[str]:
+        """All clips, in a fixed order."""
+
+    def times_us(self, clip_id: str) -> tuple[int, int]:
+        """First and last instant (us) that poses and the wanted cameras both cover."""
+
+    def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
+        """Read one sample. `cameras` are sorted by index; `frames` counts images a camera, 0.1 s apart, ending at t0."""
+
+
+def split_of(clip_id: str) -> Split:
+    """By md5 of the clip id: 90 % train, 10 % val, so that all t0s of a clip fall on one side."""
+    return "train" if int(hashlib.md5(clip_id.encode(), usedforsecurity=False).hexdigest(), 16) % 100 < 90 else "val"
+
+
+def sort_cameras(names: Sequence[str]) -> tuple[str, ...]:
+    """Known camera names in index order, without duplicates."""
+    unknown = [name for name in names if name not in CAMERAS]
+    if unknown or not names:
+        raise UsageError(f"unknown camera {', '.join(unknown) or '(none given)'}; known: {', '.join(CAMERAS)}.")
+    return tuple(sorted(set(names), key=CAMERAS.index))
