@@ -1,0 +1,151 @@
+"""What kind of sample it is, judged by the driven path alone, so that no model can move a sample between strata.
+
+About 4 % of samples at the default t0 are turns: an average over all of them hides a model that always drives straight.
+`straight_history_late_curve` is the sharpest of the strata: nothing in the ego history announces the curve, so a model
+that gets it right must have seen it. Thresholds are explained in docs/reference/metrics.md.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats: TypeAlias = NDArray[np.float64]
+Turn: TypeAlias = Literal["straight", "gentle", "sharp"]
+Direction: TypeAlias = Literal["none", "left", "right"]
+SpeedBand: TypeAlias = Literal["stopped", "slow", "medium", "fast"]
+
+DT_S = 0.1
+STRAIGHT_HEADING_RAD = np.deg2rad(5.0)
+"""Below this final heading change, and inside the corridor, a path is straight."""
+CORRIDOR_M = 2.0
+"""Half the width of the straight corridor: a lane's width less a car's, so leaving it is leaving the lane."""
+SHARP_HEADING_RAD = np.deg2rad(30.0)
+HISTORY_HEADING_RAD = np.deg2rad(1.5)
+"""Most that heading may vary over the 1.5 s of a straight history."""
+HISTORY_END_HEADING_RAD = np.deg2rad(0.5)
+"""Most that heading may vary over its last 0.5 s: a curve that has just begun is announced."""
+HISTORY_END_STEPS = 5
+LATE_CURVE_HEADING_RAD = np.deg2rad(10.0)
+"""Least final heading change of a late curve: above what the history's tolerance extrapolates to (6.4 degrees)."""
+MOVING_MPS = 1.0
+"""Slower than this at t0, a straight history says nothing: the sample is no late curve."""
+SPEED_BANDS_MPS: tuple[tuple[float, SpeedBand], ...] = ((0.5, "stopped"), (5.0, "slow"), (15.0, "medium"))
+"""Upper ends of the bands of mean speed; above the last one is `fast`."""
+
+LATE_CURVE = "straight_history_late_curve"
+STRATA = ("all", "straight", "gentle", "sharp", "left", "right", LATE_CURVE, "stopped", "slow", "medium", "fast")
+"""Every stratum, in the order of tables. They overlap: turn, direction and speed each split `all` in their own way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strata:
+    """Where one sample belongs, and the numbers that decided it."""
+
+    turn: Turn
+    direction: Direction
+    """`none` for a straight path."""
+    straight_history_late_curve: bool
+    """Straight and moving through its history, curving afterwards: only the image knows."""
+    speed: SpeedBand
+    heading_change_rad: float
+    """Heading at 6.4 s less heading at t0, unwrapped, left positive."""
+    lateral_offset_m: float
+    """y at 6.4 s in the ego frame at t0, left positive."""
+    mean_speed_mps: float
+    """Length of the driven path over its duration."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the strata this sample counts in, in the order of `STRATA`."""
+        mine = {"all", self.turn, self.direction, self.speed}
+        if self.straight_history_late_curve:
+            mine.add(LATE_CURVE)
+        return tuple(name for name in STRATA if name in mine)
+
+
+def classify(history_xyz: ArrayLike, history_rot: ArrayLike, future_xyz: ArrayLike, future_rot: ArrayLike) -> Strata:
+    """Strata of one sample.
+
+    Args:
+        history_xyz: `[16, 3]` driven poses up to t0, 10 Hz, metres, ego frame at t0.
+        history_rot: `[16, 3, 3]` vehicle-to-ego-frame rotations.
+        future_xyz: `[64, 3]` driven poses from t0 + 0.1 s.
+        future_rot: `[64, 3, 3]`.
+
+    Raises:
+        ValueError: shapes that do not fit or values that are not finite.
+    """
+    past, past_rot = checked_poses(history_xyz, history_rot, "history")
+    future, future_turned = checked_poses(future_xyz, future_rot, "future")
+    headings = heading(np.concatenate([past_rot, future_turned]))
+    now = len(past) - 1
+    change = float(headings[-1] - headings[now])
+    lateral = float(future[-1, 1])
+    driven = np.concatenate([past[-1:], future])
+    mean_speed = float(np.linalg.norm(np.diff(driven, axis=0), axis=-1).sum() / (len(future) * DT_S))
+    turn = turn_of(change, lateral)
+    return Strata(
+        turn=turn,
+        direction=direction_of(change, lateral),
+        straight_history_late_curve=(
+            is_straight_history(headings[: now + 1])
+            and float(np.linalg.norm(past[-1] - past[-2])) / DT_S >= MOVING_MPS
+            and abs(change) >= LATE_CURVE_HEADING_RAD
+        ),
+        speed=speed_band(mean_speed),
+        heading_change_rad=change,
+        lateral_offset_m=lateral,
+        mean_speed_mps=mean_speed,
+    )
+
+
+def heading(rot: ArrayLike) -> Floats:
+    """Yaw of rotations `[..., T, 3, 3]` in radians `[..., T]`, unwrapped along T, left positive."""
+    matrices = np.asarray(rot, dtype=np.float64)
+    yaw: Floats = np.unwrap(np.arctan2(matrices[..., 1, 0], matrices[..., 0, 0]), axis=-1)
+    return yaw
+
+
+def turn_of(heading_change_rad: float, lateral_offset_m: float) -> Turn:
+    """Straight is a small heading change inside the corridor; a lane change is gentle, however straight its end."""
+    if abs(heading_change_rad) >= SHARP_HEADING_RAD:
+        return "sharp"
+    if abs(heading_change_rad) >= STRAIGHT_HEADING_RAD or abs(lateral_offset_m) > CORRIDOR_M:
+        return "gentle"
+    return "straight"
+
+
+def direction_of(heading_change_rad: float, lateral_offset_m: float) -> Direction:
+    """By heading where it changes, else by the side on which the corridor is left."""
+    if turn_of(heading_change_rad, lateral_offset_m) == "straight":
+        return "none"
+    leading = heading_change_rad if abs(heading_change_rad) >= STRAIGHT_HEADING_RAD else lateral_offset_m
+    return "left" if leading > 0 else "right"
+
+
+def speed_band(mean_speed_mps: float) -> SpeedBand:
+    """Band of a mean speed in m/s."""
+    for upper_mps, name in SPEED_BANDS_MPS:
+        if mean_speed_mps < upper_mps:
+            return name
+    return "fast"
+
+
+def is_straight_history(history_heading_rad: Floats) -> bool:
+    """Whether heading `[16]` varies little over the whole history and less still at its end."""
+    end = history_heading_rad[-1 - HISTORY_END_STEPS :]
+    return bool(np.ptp(history_heading_rad) <= HISTORY_HEADING_RAD and np.ptp(end) <= HISTORY_END_HEADING_RAD)
+
+
+def checked_poses(xyz: ArrayLike, rot: ArrayLike, name: str) -> tuple[Floats, Floats]:
+    """Poses `[T, 3]` and `[T, 3, 3]` in float64; ValueError, naming them, where they are none or not finite."""
+    points, matrices = np.asarray(xyz, dtype=np.float64), np.asarray(rot, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 3 or len(points) < 2 or matrices.shape != (*points.shape, 3):
+        raise ValueError(
+            f"{name} has shapes {points.shape} and {matrices.shape}, expected [T, 3] and [T, 3, 3] with T >= 2."
+        )
+    if not (np.isfinite(points).all() and np.isfinite(matrices).all()):
+        raise ValueError(f"{name} holds values that are not finite.")
+    return points, matrices
