@@ -1,0 +1,183 @@
+"""Straight-line bias: does a model turn as much as the road does?
+
+Over many samples the mean of the predicted paths is fitted against the driven path, heading change and lateral offset
+each: a slope of 1 is unbiased, 0 always drives straight. The error of a single path says nothing of this, and a mean
+error is dominated by straight road, where a biased model is right.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from alpacache.bootstrap import slope_interval
+from alpacache.strata import DT_S, Floats, checked_poses, heading
+
+Quantity: TypeAlias = Literal["heading", "lateral"]
+
+HORIZONS_S = (2.0, 4.0, 6.4)
+QUANTITIES: tuple[Quantity, ...] = ("heading", "lateral")
+MIN_SPREAD: dict[Quantity, float] = {"heading": float(np.deg2rad(0.1)), "lateral": 0.02}
+"""Least standard deviation of the truth (rad, m) that a slope can be fitted to."""
+MIN_SAMPLES = 5
+"""Fewer samples give no slope: with 2 the line is exact, with 3 or 4 the interval says nothing."""
+MIN_CLIPS = 10
+"""Fewer clips than this cannot be resampled; the interval is then Student's t over samples."""
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departure:
+    """How far a path has left the straight line at each of `HORIZONS_S`; left is positive."""
+
+    heading: tuple[float, ...]
+    """Heading less heading at t0, unwrapped, radians."""
+    lateral: tuple[float, ...]
+    """y in the ego frame at t0, metres."""
+
+    def at(self, quantity: Quantity, horizon_s: float) -> float:
+        """One of the numbers; ValueError for a horizon that is not in `HORIZONS_S`."""
+        values = self.heading if quantity == "heading" else self.lateral
+        return values[HORIZONS_S.index(horizon_s)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slope:
+    """A least-squares line of predicted on true departure, with a 95 % interval of its slope."""
+
+    slope: float
+    low: float
+    high: float
+    intercept: float
+    """Radians or metres, whatever the quantity is in."""
+    n: int
+    """Samples."""
+    clips: int | None = None
+    """Clips that were resampled for the interval; None where it is Student's t over samples."""
+
+
+def departure(xyz: ArrayLike, rot: ArrayLike, start_rot: ArrayLike) -> Departure:
+    """Departure of one path of 64 waypoints at 10 Hz.
+
+    Args:
+        xyz: `[64, 3]` metres, ego frame at t0.
+        rot: `[64, 3, 3]` vehicle-to-ego-frame rotations.
+        start_rot: `[3, 3]` rotation at t0, the identity but for rounding.
+
+    Raises:
+        ValueError: shapes that do not fit, values that are not finite, or a path shorter than 6.4 s.
+    """
+    points, matrices = checked_poses(xyz, rot, "path")
+    steps = [round(horizon_s / DT_S) for horizon_s in HORIZONS_S]
+    if len(points) < steps[-1]:
+        raise ValueError(f"a path of {len(points)} waypoints (10 Hz) ends before {HORIZONS_S[-1]} s.")
+    headings = heading(np.concatenate([np.asarray(start_rot, dtype=np.float64)[None], matrices]))
+    return Departure(
+        heading=tuple(float(headings[step] - headings[0]) for step in steps),
+        lateral=tuple(float(points[step - 1, 1]) for step in steps),
+    )
+
+
+def mean_departure(pred_xyz: ArrayLike, pred_rot: ArrayLike, start_rot: ArrayLike) -> Departure:
+    """Mean of the departures of K sampled paths `[K, 64, 3]`, `[K, 64, 3, 3]`; errors as in `departure`."""
+    points, matrices = np.asarray(pred_xyz, dtype=np.float64), np.asarray(pred_rot, dtype=np.float64)
+    if points.ndim != 3 or not len(points) or matrices.shape != (*points.shape, 3):
+        raise ValueError(
+            f"paths have shapes {points.shape} and {matrices.shape}, expected [K, 64, 3] and [K, 64, 3, 3]."
+        )
+    each = [departure(xyz, rot, start_rot) for xyz, rot in zip(points, matrices, strict=True)]
+    return Departure(
+        heading=tuple(float(value) for value in np.mean([one.heading for one in each], axis=0)),
+        lateral=tuple(float(value) for value in np.mean([one.lateral for one in each], axis=0)),
+    )
+
+
+def fit_slope(truth: ArrayLike, pred: ArrayLike, *, min_spread: float = 0.0) -> Slope | None:
+    """Least-squares line with intercept; the interval is Student's t with n - 2 degrees of freedom.
+
+    Args:
+        truth: `[N]` true departures.
+        pred: `[N]` predicted ones.
+        min_spread: least standard deviation of truth, see `MIN_SPREAD`.
+
+    Returns:
+        None with fewer than five samples or where truth does not vary: there is no slope to speak of.
+
+    Raises:
+        ValueError: lengths that differ or values that are not finite.
+    """
+    x, y = _paired(truth, pred)
+    if x.size < MIN_SAMPLES or float(x.std()) <= max(min_spread, 1e-12):
+        return None
+    from scipy import stats
+
+    centred = x - x.mean()
+    spread = float(centred @ centred)
+    slope = float(centred @ (y - y.mean())) / spread
+    intercept = float(y.mean() - slope * x.mean())
+    residual = y - intercept - slope * x
+    freedom = x.size - 2
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * float(np.sqrt(residual @ residual / freedom / spread))
+    return Slope(slope=slope, low=slope - half, high=slope + half, intercept=intercept, n=x.size)
+
+
+def bias_slope(
+    truth: Sequence[Departure],
+    pred: Sequence[Departure],
+    clips: Sequence[str],
+    *,
+    quantity: Quantity,
+    horizon_s: float,
+    seed: int = 0,
+) -> Slope | None:
+    """Bias of one model at one horizon.
+
+    The interval comes from resampling clips where clips have several samples and there are ten or more, else from
+    Student's t, which takes samples for independent and is too narrow where they are not.
+
+    Args:
+        truth: departures of N driven paths.
+        pred: mean departures of the predicted ones.
+        clips: N clip ids.
+        quantity: `heading` or `lateral`.
+        horizon_s: one of `HORIZONS_S`.
+        seed: of the resampling.
+
+    Returns:
+        None as for `fit_slope`.
+
+    Raises:
+        ValueError: lengths that differ, or an unknown horizon.
+    """
+    x, y = departures_at(truth, quantity, horizon_s), departures_at(pred, quantity, horizon_s)
+    line = fit_slope(x, y, min_spread=MIN_SPREAD[quantity])
+    clip_count = len(set(clips))
+    if line is None or clip_count == len(clips) or clip_count < MIN_CLIPS:
+        return line
+    interval = slope_interval(x, y, clips, seed=seed)
+    if interval is None:
+        return line
+    return Slope(
+        slope=line.slope,
+        low=interval.low,
+        high=interval.high,
+        intercept=line.intercept,
+        n=line.n,
+        clips=interval.clips,
+    )
+
+
+def departures_at(departures: Sequence[Departure], quantity: Quantity, horizon_s: float) -> Floats:
+    """One number of each departure, `[N]` in radians or metres."""
+    return np.array([one.at(quantity, horizon_s) for one in departures], dtype=np.float64)
+
+
+def _paired(truth: ArrayLike, pred: ArrayLike) -> tuple[Floats, Floats]:
+    x, y = np.asarray(truth, dtype=np.float64), np.asarray(pred, dtype=np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"truth and pred have shapes {x.shape} and {y.shape}, expected two of [N].")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("truth or pred holds values that are not finite.")
+    return x, y

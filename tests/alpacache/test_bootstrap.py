@@ -1,0 +1,83 @@
+"""Intervals against their closed forms, and that before and after are compared clip by clip."""
+
+import numpy as np
+import pytest
+
+from alpacache.bootstrap import mean_difference, slope_difference, slope_interval
+
+
+def ids(count: int, samples_each: int = 1) -> list[str]:
+    return [f"clip-{index // samples_each}" for index in range(count * samples_each)]
+
+
+def test_mean_difference_has_the_width_of_the_normal_interval() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.normal(5.0, 10.0, 400)
+    gain = rng.normal(-1.0, 1.0, 400)
+
+    result = mean_difference(before, before + gain, ids(400))
+
+    assert result is not None
+    assert result.estimate == pytest.approx(gain.mean())
+    half = 1.96 * gain.std() / 20
+    # Unpaired, the spread of `before` would make it ten times as wide.
+    assert (result.low, result.high) == pytest.approx((gain.mean() - half, gain.mean() + half), abs=0.02)
+    assert (result.n, result.clips) == (400, 400)
+
+
+def test_a_constant_gain_has_no_width() -> None:
+    before = np.random.default_rng(1).normal(size=50)
+    result = mean_difference(before, before - 0.25, ids(10, 5))
+    assert result is not None
+    assert (result.low, result.high) == pytest.approx((-0.25, -0.25))
+
+
+def test_clips_are_resampled_not_samples() -> None:
+    gain = np.repeat(np.random.default_rng(2).normal(size=40), 25)
+
+    by_clip = mean_difference(0 * gain, gain, ids(40, 25))
+    by_sample = mean_difference(0 * gain, gain, ids(1000))
+
+    assert by_clip is not None
+    assert by_sample is not None
+    assert (by_clip.high - by_clip.low) / (by_sample.high - by_sample.low) == pytest.approx(5.0, rel=0.15)
+
+
+def test_same_seed_same_interval() -> None:
+    before, after = np.random.default_rng(3).normal(size=(2, 30))
+    assert mean_difference(before, after, ids(30)) == mean_difference(before, after, ids(30))
+    assert mean_difference(before, after, ids(30)) != mean_difference(before, after, ids(30), seed=1)
+
+
+def test_slope_difference_is_paired() -> None:
+    rng = np.random.default_rng(4)
+    truth = rng.normal(size=200)
+    noise = rng.normal(0.0, 2.0, 200)
+    before, after = 0.1 * truth + noise, 0.9 * truth + noise
+
+    difference = slope_difference(truth, before, after, ids(200))
+    alone = slope_interval(truth, after, ids(200))
+
+    assert difference is not None
+    assert alone is not None
+    assert (difference.estimate, difference.low, difference.high) == pytest.approx((0.8, 0.8, 0.8))
+    assert alone.low < alone.estimate < alone.high
+    # Standard error of a slope: sigma / (sqrt(n) * spread of truth).
+    assert alone.high - alone.low == pytest.approx(2 * 1.96 * noise.std() / np.sqrt(200) / truth.std(), rel=0.15)
+    assert alone.estimate == pytest.approx(np.polyfit(truth, after, 1)[0])
+
+
+def test_one_clip_gives_no_interval() -> None:
+    values = np.arange(9.0)
+    assert mean_difference(values, values, ids(1, 9)) is None
+    assert slope_interval(values, values, ids(1, 9)) is None
+    assert slope_difference(values, values, values, ids(1, 9)) is None
+
+
+def test_no_slope_where_truth_does_not_vary() -> None:
+    assert slope_interval(np.zeros(9), np.arange(9.0), ids(9)) is None
+
+
+def test_ids_must_match() -> None:
+    with pytest.raises(ValueError, match="8 clip ids for 9 samples"):
+        mean_difference(np.zeros(9), np.zeros(9), ids(8))
