@@ -1,1 +1,12 @@
-"""The Alpamayo model family: everything that imports model classes of transformers."""
+"""The Alpamayo model family: everything that imports model classes of transformers.
+
+Two small interfaces face the rest of the project: a frozen VLM that turns samples into `PrefixFeatures`, and an action
+expert that turns `(noisy action, t, prefix)` into a velocity.
+"""
+
+from alpacache.alpamayo.checkpoint import Checkpoint
+from alpacache.alpamayo.expert import ActionExpert, PrefixBatch, load_expert
+from alpacache.alpamayo.prefix import PrefixFeatures
+from alpacache.alpamayo.vlm import FrozenVLM, load_vlm
+
+__all__ = ["ActionExpert", "Checkpoint", "FrozenVLM", "PrefixBatch", "PrefixFeatures", "load_expert", "load_vlm"]

@@ -1,0 +1,166 @@
+"""The unicycle action space: paths as acceleration and curvature, and back.
+
+The expert never sees metres: a 6.4 s path is 64 pairs (acceleration, curvature), normalised. Getting them from a recorded
+path is four small regularised least-squares problems, which smooth the recording noise; getting a path back is plain
+integration. Solves run in float32 on purpose: the public code does, and a float64 solve differs by 4e-5.
+
+Source: `UnicycleAccelCurvatureActionSpace` of the public Alpamayo code (behaviour only; the golden actions pin it).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnicycleActionSpace:
+    """Constants of the space. Means and standard deviations are those of the checkpoint *after* rounding to its dtype."""
+
+    accel_mean: float
+    accel_std: float
+    curvature_mean: float
+    curvature_std: float
+    dt_s: float = 0.1
+    waypoints: int = 64
+    theta_lambda: float = 1e-6
+    theta_ridge: float = 1e-8
+    v_lambda: float = 1e-6
+    v_ridge: float = 1e-4
+    a_lambda: float = 1e-4
+    a_ridge: float = 1e-4
+    kappa_lambda: float = 1e-4
+    kappa_ridge: float = 1e-4
+
+    @torch.no_grad()
+    def to_action(self, history_xyz: Tensor, history_rot: Tensor, future_xyz: Tensor, future_rot: Tensor) -> Tensor:
+        """Recorded path to normalised actions.
+
+        Args are `[..., 16, 3]`, `[..., 16, 3, 3]`, `[..., 64, 3]`, `[..., 64, 3, 3]`, metres, ego frame at t0.
+        Returns `[..., 64, 2]` float32: acceleration, then curvature.
+        """
+        with torch.autocast(future_xyz.device.type, enabled=False):
+            history_xyz, history_rot = history_xyz.float(), history_rot.float()
+            future_xyz, future_rot = future_xyz.float(), future_rot.float()
+            speed0 = self.initial_speed(history_xyz, history_rot)
+            theta = self._smooth_heading(history_rot, future_rot)
+            xy = torch.cat([history_xyz[..., -1:, :2], future_xyz[..., :2]], dim=-2)
+            speed = self._speed(xy, theta, first=speed0)
+            accel = self._acceleration(speed)
+            curvature = self._curvature(theta, speed[..., :-1], accel)
+            accel = (accel - self.accel_mean) / self.accel_std
+            curvature = (curvature - self.curvature_mean) / self.curvature_std
+            return torch.stack([accel, curvature], dim=-1)
+
+    def to_path(self, action: Tensor, history_xyz: Tensor, history_rot: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised actions `[..., 64, 2]` to positions `[..., 64, 3]` (m) and rotations `[..., 64, 3, 3]` (yaw only).
+
+        The history gives the speed at t0 and the height, which stays constant; its leading axes broadcast against
+        those of `action`.
+        """
+        with torch.autocast(action.device.type, enabled=False):
+            action, history_xyz, history_rot = action.float(), history_xyz.float(), history_rot.float()
+            accel = action[..., 0] * self.accel_std + self.accel_mean
+            curvature = action[..., 1] * self.curvature_std + self.curvature_mean
+            dt = self.dt_s
+            speed0 = self.initial_speed(history_xyz, history_rot).expand(accel.shape[:-1])[..., None]
+            speed = torch.cat([speed0, speed0 + torch.cumsum(accel * dt, dim=-1)], dim=-1)
+            turn = curvature * speed[..., :-1] * dt + curvature * accel * (dt * dt / 2)
+            theta = torch.cat([torch.zeros_like(speed0), torch.cumsum(turn, dim=-1)], dim=-1)
+            vx, vy = speed * torch.cos(theta), speed * torch.sin(theta)
+            x = torch.cumsum((vx[..., :-1] + vx[..., 1:]) * (dt / 2), dim=-1)
+            y = torch.cumsum((vy[..., :-1] + vy[..., 1:]) * (dt / 2), dim=-1)
+            z = history_xyz[..., -1:, 2].expand(x.shape)
+            return torch.stack([x, y, z], dim=-1), yaw_rotation(theta[..., 1:])
+
+    def initial_speed(self, history_xyz: Tensor, history_rot: Tensor) -> Tensor:
+        """Speed at t0 (m/s), `[...]`: the speed problem over the history with its recorded yaw, nothing held fixed."""
+        return self._speed(history_xyz[..., :2], unwrap(yaw_of(history_rot)), first=None)[..., -1]
+
+    def _smooth_heading(self, history_rot: Tensor, future_rot: Tensor) -> Tensor:
+        """Heading `[..., 65]` (rad) from t0 on, smoothed; its first value is held at 0."""
+        yaw = unwrap(torch.cat([yaw_of(history_rot[..., -1:, :, :]), yaw_of(future_rot)], dim=-1))
+        yaw = yaw - yaw[..., :1]
+        n = yaw.shape[-1]
+        eye = torch.eye(n, dtype=yaw.dtype, device=yaw.device)
+        normal = eye + self._penalty(n, order=3, weight=self.theta_lambda, ridge=self.theta_ridge, like=yaw)
+        return _solve(normal.expand(*yaw.shape[:-1], n, n), yaw, first=torch.zeros_like(yaw[..., 0]))
+
+    def _speed(self, xy: Tensor, theta: Tensor, *, first: Tensor | None) -> Tensor:
+        """Speed at every pose `[..., N]` from N positions and headings; `v_k u_k + v_k+1 u_k+1 = 2 dp / dt`."""
+        n = theta.shape[-1]
+        u = torch.stack([torch.cos(theta), torch.sin(theta)], dim=-1)
+        step = 2.0 * (xy[..., 1:, :] - xy[..., :-1, :]) / self.dt_s
+        design = theta.new_zeros(*theta.shape[:-1], 2, n - 1, n)
+        rows = torch.arange(n - 1, device=theta.device)
+        design[..., rows, rows] = u[..., :-1, :].transpose(-1, -2)
+        design[..., rows, rows + 1] = u[..., 1:, :].transpose(-1, -2)
+        design = design.flatten(-3, -2)
+        data = step.transpose(-1, -2).flatten(-2)
+        normal = design.transpose(-1, -2) @ design
+        normal = normal + self._penalty(n, order=3, weight=self.v_lambda, ridge=self.v_ridge, like=theta)
+        return _solve(normal, (design.transpose(-1, -2) @ data[..., None])[..., 0], first=first)
+
+    def _acceleration(self, speed: Tensor) -> Tensor:
+        """Acceleration `[..., N - 1]` (m/s^2) from N speeds."""
+        data = (speed[..., 1:] - speed[..., :-1]) / self.dt_s
+        n = data.shape[-1]
+        penalty = self._penalty(n, order=2, weight=self.a_lambda, ridge=0.0, like=speed)
+        normal = torch.eye(n, dtype=speed.dtype, device=speed.device) + penalty
+        return _solve_retrying(normal.expand(*data.shape, n), data, ridge=self.a_ridge)
+
+    def _curvature(self, theta: Tensor, speed: Tensor, accel: Tensor) -> Tensor:
+        """Curvature `[..., N]` (1/m): `s kappa = dtheta` over the distance `s = v dt + a dt^2 / 2`."""
+        distance = speed * self.dt_s + accel * (self.dt_s**2 / 2)
+        turn = theta[..., 1:] - theta[..., :-1]
+        n = turn.shape[-1]
+        penalty = self._penalty(n, order=2, weight=self.kappa_lambda, ridge=0.0, like=theta)
+        return _solve_retrying(torch.diag_embed(distance * distance) + penalty, distance * turn, ridge=self.kappa_ridge)
+
+    def _penalty(self, n: int, *, order: int, weight: float, ridge: float, like: Tensor) -> Tensor:
+        """`weight / dt^(2 order) * D^T D + ridge * I` for the difference operator D of that order, `[n, n]`."""
+        eye = torch.eye(n, dtype=like.dtype, device=like.device)
+        operator = eye
+        for _ in range(order):
+            operator = operator[1:] - operator[:-1]
+        return (weight / self.dt_s ** (2 * order)) * (operator.T @ operator) + ridge * eye
+
+
+def yaw_of(rot: Tensor) -> Tensor:
+    """Yaw (rad) of rotation matrices `[..., 3, 3]`."""
+    return torch.atan2(rot[..., 1, 0], rot[..., 0, 0])
+
+
+def yaw_rotation(yaw: Tensor) -> Tensor:
+    """Rotation matrices `[..., 3, 3]` about z."""
+    cos, sin = torch.cos(yaw), torch.sin(yaw)
+    zero, one = torch.zeros_like(yaw), torch.ones_like(yaw)
+    return torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=-1).unflatten(-1, (3, 3))
+
+
+def unwrap(angle: Tensor) -> Tensor:
+    """Angles along the last axis without jumps of 2 pi."""
+    step = angle[..., 1:] - angle[..., :-1]
+    wrapped = torch.remainder(step + math.pi, 2 * math.pi) - math.pi
+    return torch.cat([angle[..., :1], angle[..., :1] + torch.cumsum(wrapped, dim=-1)], dim=-1)
+
+
+def _solve(normal: Tensor, right: Tensor, *, first: Tensor | None) -> Tensor:
+    """Solve the normal equations by Cholesky, `[..., n, n]` and `[..., n]`; a given first value moves to the right."""
+    if first is None:
+        return torch.cholesky_solve(right[..., None], torch.linalg.cholesky(normal))[..., 0]
+    right = right[..., 1:] - normal[..., 1:, 0] * first[..., None]
+    rest = torch.cholesky_solve(right[..., None], torch.linalg.cholesky(normal[..., 1:, 1:]))[..., 0]
+    return torch.cat([first[..., None], rest], dim=-1)
+
+
+def _solve_retrying(normal: Tensor, right: Tensor, *, ridge: float) -> Tensor:
+    """Cholesky with a ridge that grows tenfold while a matrix is not positive definite (a standstill, say)."""
+    eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    for _ in range(8):
+        factor, info = torch.linalg.cholesky_ex(normal + ridge * eye)
+        if not bool(info.any()):
+            return torch.cholesky_solve(right[..., None], factor)[..., 0]
+        ridge *= 10.0
+    raise ArithmeticError(f"the least-squares problem stays singular even with a ridge of {ridge:g}; is the path finite?")

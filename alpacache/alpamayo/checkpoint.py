@@ -1,0 +1,217 @@
+"""A checkpoint in the public layout: a directory, or a hub id whose files are fetched only as they are needed.
+
+Stage two must not pay for the VLM, neither in memory nor in download: tensors are listed from the safetensors headers,
+and only the shards that hold wanted names are opened (or fetched).
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from alpacache.alpamayo.configuration import AlpamayoConfig, read_config, read_json
+from alpacache.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_HEADER_LIMIT = 100 * 2**20
+_FINGERPRINT_TENSORS = 64
+_FINGERPRINT_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Where a tensor lives, from its shard's header."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """First byte in the shard file."""
+    nbytes: int
+
+
+class Checkpoint:
+    """One checkpoint. `model` is a directory or a hub id such as `nvidia/Alpamayo-R1-10B`."""
+
+    def __init__(self, model: str, *, revision: str | None = None) -> None:
+        self.model = model
+        self._wanted_revision = revision
+        self.directory = Path(model).expanduser() if Path(model).expanduser().is_dir() else None
+        if self.directory is None and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
+            raise CheckpointError(f"{model!r} is neither a directory nor a hub id (OWNER/NAME); check the path.")
+
+    @property
+    def model_id(self) -> str:
+        """The model's name without owner or parent directory, the same wherever the checkpoint lies."""
+        return (self.directory.resolve().name if self.directory else self.model.rsplit("/", 1)[-1]) or self.model
+
+    @cached_property
+    def config(self) -> AlpamayoConfig:
+        return read_config(self.file("config.json"))
+
+    @cached_property
+    def revision(self) -> str | None:
+        """Commit of the hub repository the files came from; None for a directory that does not say."""
+        config = self.file("config.json")
+        if "snapshots" in config.parts:
+            return config.parts[config.parts.index("snapshots") + 1]
+        note = config.parent / ".cache/huggingface/download/config.json.metadata"
+        return note.read_text().split("\n", 1)[0].strip() if note.is_file() else None
+
+    def file(self, name: str) -> Path:
+        """Local path of one file of the checkpoint, fetched from the hub if need be."""
+        if self.directory is not None:
+            path = self.directory / name
+            if not path.is_file():
+                raise CheckpointError(f"{path} does not exist; expected a complete checkpoint in the public layout.")
+            return path
+        return hub_file(self.model, name, revision=self._wanted_revision)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor by name. Opens the headers of all shards: for a hub id use `names` and `infos` instead."""
+        return self.infos(self.names)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Tensor name to shard file name, from the index or the single file's header."""
+        if self.directory is not None and not (self.directory / INDEX).is_file():
+            return {name: SINGLE for name in _read_header(self.file(SINGLE))}
+        weight_map = read_json(self.file(INDEX)).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{INDEX} of {self.model} has no weight_map; fetch the checkpoint again.")
+        shards = {str(shard) for shard in weight_map.values()}
+        if any("/" in shard or "\\" in shard or not shard.endswith(".safetensors") for shard in shards):
+            raise CheckpointError(f"{INDEX} of {self.model} names a file outside the checkpoint: {sorted(shards)}.")
+        return {str(name): str(shard) for name, shard in weight_map.items()}
+
+    def infos(self, names: Mapping[str, str]) -> dict[str, TensorInfo]:
+        """Header entries of the given tensors; reads only the shards they lie in."""
+        found: dict[str, TensorInfo] = {}
+        for shard in sorted(set(names.values())):
+            found |= {
+                name: TensorInfo(shard=shard, **entry)
+                for name, entry in _read_header(self.file(shard)).items()
+                if names.get(name) == shard
+            }
+        lost = sorted(set(names) - set(found))
+        if lost:
+            raise CheckpointError(f"{self.model}: the index names tensors that no shard holds: {_some(lost)}.")
+        return found
+
+    def with_prefix(self, *prefixes: str) -> dict[str, str]:
+        """Names (and shards) of the tensors under the given prefixes."""
+        return {name: shard for name, shard in self.names.items() if name.startswith(prefixes)}
+
+    def read(self, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors one at a time, shard by shard, on the CPU; nothing else of a shard is read."""
+        from safetensors import safe_open
+
+        for shard in sorted(set(names.values())):
+            with safe_open(self.file(shard), framework="pt", device="cpu") as file:
+                for name in sorted(name for name, home in names.items() if home == shard):
+                    yield name, file.get_tensor(name)
+
+    def fingerprint(self, *prefixes: str) -> str:
+        """sha256 over names, dtypes, shapes and sampled bytes of the tensors under the prefixes.
+
+        Reads 4 KiB from the start and middle of at most 64 tensors, spread over the list: any other training run shows,
+        without reading 16 GB. Shard boundaries do not matter.
+        """
+        infos = self.infos(self.with_prefix(*prefixes))
+        digest = hashlib.sha256()
+        names = sorted(infos)
+        for name in names:
+            digest.update(f"{name}|{infos[name].dtype}|{infos[name].shape}\n".encode())
+        for name in names[:: max(1, len(names) // _FINGERPRINT_TENSORS)]:
+            info = infos[name]
+            with self.file(info.shard).open("rb") as file:
+                for start in (0, info.nbytes // 2):
+                    file.seek(info.offset + start)
+                    digest.update(file.read(min(_FINGERPRINT_BYTES, info.nbytes - start)))
+        return digest.hexdigest()
+
+    def fill(self, module: nn.Module, prefix: str, *, ignore: tuple[str, ...] = ()) -> None:
+        """Copy the tensors under `prefix` into the module's parameters and buffers, in place, one at a time.
+
+        All that is missing, unexpected or misshapen is listed in one error, before anything is copied. Names starting
+        with an `ignore` prefix (relative to `prefix`) may be absent from the module.
+        """
+        names = self.with_prefix(prefix)
+        state = module.state_dict()
+        wanted = {prefix + name for name in state}
+        problems = [f"missing {name}" for name in sorted(wanted - set(names))]
+        extra = {n for n in set(names) - wanted if not n.removeprefix(prefix).startswith(ignore)} if ignore else set(names) - wanted
+        problems += [f"unexpected {name}" for name in sorted(extra)]
+        used = {name: shard for name, shard in names.items() if name in wanted}
+        for name, info in sorted(self.infos(used).items()):
+            expected = tuple(state[name.removeprefix(prefix)].shape)
+            if info.shape != expected:
+                problems.append(f"misshapen {name}: {list(info.shape)}, expected {list(expected)}")
+        if problems:
+            raise CheckpointError(f"{self.model} does not fit its config.json ({len(problems)} tensors):\n  " + "\n  ".join(problems))
+        for name, tensor in self.read(used):
+            state[name.removeprefix(prefix)].copy_(tensor)
+
+
+def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
+    """A file of a hub repository, from the local cache or downloaded; errors say which command fetches it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    fetch = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then `hf auth login`, then `{fetch}`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the hub has no {repo} that you may see: check the name, or `hf auth login`; {repo!r} is no local directory either."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{name} of {repo} is not in the local hub cache and the hub cannot be reached. On a machine with network: "
+            f"`{fetch}`; then copy the cache (HF_HOME) here, or pass the directory of the checkpoint instead of the id."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"fetching {name} of {repo} failed ({error}); try `{fetch}`.") from error
+
+
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Header of a safetensors file: name -> dtype, shape, offset, nbytes; every offset is checked against the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+            raise CheckpointError(f"{path} is not a safetensors file, or it is truncated; fetch it again.")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{path} has a damaged header ({error}); fetch it again.") from error
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        if not 0 <= begin <= end <= size - 8 - length:
+            raise CheckpointError(f"{path} is truncated: {name} ends at byte {8 + length + end} of {size}; fetch it again.")
+        tensors[name] = {
+            "dtype": str(entry["dtype"]),
+            "shape": tuple(entry["shape"]),
+            "offset": 8 + length + begin,
+            "nbytes": end - begin,
+        }
+    return tensors
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,160 @@
+"""Stage one's model: the frozen VLM, run once a sample.
+
+Only the transformer body is built and read from the checkpoint: the vocabulary head (1.3 GB) is not needed, because
+nothing here predicts tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from transformers import DynamicCache, Qwen3VLModel
+
+from alpacache.alpamayo.backbone import empty_weights, vlm_config
+from alpacache.alpamayo.checkpoint import Checkpoint
+from alpacache.alpamayo.prefix import PrefixFeatures
+from alpacache.errors import CheckpointError
+
+
+class FrozenVLM:
+    """The VLM of one checkpoint, ready to turn prompts into `PrefixFeatures`. Holds no state between calls."""
+
+    def __init__(self, model: Qwen3VLModel, *, future_start_id: int) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.future_start_id = future_start_id
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.language_model.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.language_model.norm.weight.device
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: ArrayLike | Tensor, pixel_values: Tensor, image_grid_thw: Tensor) -> PrefixFeatures:
+        """Run the VLM over one prompt.
+
+        Args:
+            input_ids: `[T]` fused ids (history tokens already in place); cut after `<|traj_future_start|>`.
+            pixel_values: `[patches, patch_values]` of all images, in prompt order.
+            image_grid_thw: `[images, 3]` patches in time, height and width of each image.
+        """
+        ids = self._cut(torch.as_tensor(np.asarray(input_ids)))[None].to(self.device)
+        grid = image_grid_thw.to(self.device)
+        image = ids == self.model.config.image_token_id
+        merged = int((grid.prod(-1) // self.model.config.vision_config.spatial_merge_size**2).sum())
+        if int(image.sum()) != merged:
+            raise ValueError(f"the prompt has {int(image.sum())} image tokens, its images give {merged}; check image_grid_thw.")
+        kinds = image.int()
+        positions, deltas = self.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
+        cache = DynamicCache(config=self.model.config.text_config)
+        output = self.model(
+            input_ids=ids,
+            pixel_values=pixel_values.to(self.device, self.dtype),
+            image_grid_thw=grid,
+            position_ids=positions,
+            mm_token_type_ids=kinds,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        delta = int(deltas[0, 0])
+        return _features(cache, output.last_hidden_state[0], rope_delta=delta, start=delta + ids.shape[1])
+
+    @torch.inference_mode()
+    def extend(self, stem: PrefixFeatures, token_ids: ArrayLike | Tensor) -> PrefixFeatures:
+        """The prefix of stem + text, computing only the text's tokens `[N]`."""
+        ids = torch.as_tensor(np.asarray(token_ids))[None].to(self.device)
+        if ids.shape[1] == 0:
+            return stem
+        cache = DynamicCache(config=self.model.config.text_config)
+        for layer, (key, value) in enumerate(zip(stem.keys, stem.values, strict=True)):
+            cache.update(key[None].to(self.device), value[None].to(self.device), layer)
+        first = stem.prefix_len + stem.rope_delta
+        positions = torch.arange(first, first + ids.shape[1], device=self.device).expand(3, 1, -1)
+        output = self.model.language_model(
+            inputs_embeds=self.model.get_input_embeddings()(ids),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden = output.last_hidden_state[0]
+        if stem.hidden is not None:
+            hidden = torch.cat([stem.hidden.to(hidden), hidden])
+        start = stem.rope_delta + stem.prefix_len + ids.shape[1]
+        return _features(cache, hidden, rope_delta=stem.rope_delta, start=start)
+
+    def rollout(
+        self, input_ids: ArrayLike | Tensor, pixel_values: Tensor, image_grid_thw: Tensor, sequences: Sequence[ArrayLike] | Tensor
+    ) -> list[PrefixFeatures]:
+        """Prefixes of recorded reasoning rollouts, as the public sampler leaves them in its cache.
+
+        Args:
+            input_ids: `[P]` fused ids of the common prompt.
+            sequences: each `[P + N]`, the prompt's positions followed by that rollout's text.
+
+        A row ends after its first `<|traj_future_start|>`. A row that never emits it (or only as its very last token)
+        has KV for all tokens but the last, while its start position counts them all.
+        """
+        stem = self.prefill(input_ids, pixel_values, image_grid_thw)
+        prompt_len = len(np.asarray(input_ids))
+        result = []
+        for row in sequences:
+            tokens = np.asarray(row)
+            emitted = np.flatnonzero(tokens[prompt_len:-1] == self.future_start_id)
+            end = prompt_len + int(emitted[0]) + 1 if emitted.size else len(tokens) - 1
+            prefix = self.extend(stem, tokens[prompt_len:end])
+            start = stem.rope_delta + (end if emitted.size else len(tokens))
+            result.append(_with_start(prefix, start))
+        return result
+
+    def _cut(self, ids: Tensor) -> Tensor:
+        if ids.ndim != 1:
+            raise ValueError(f"input_ids has shape {list(ids.shape)}; expected one prompt, [T].")
+        starts = (ids == self.future_start_id).nonzero()
+        return ids[: int(starts[0, 0]) + 1] if len(starts) else ids
+
+
+def load_vlm(
+    model: str | Checkpoint, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", attention: str = "sdpa"
+) -> FrozenVLM:
+    """Load only `vlm.model.*` of a checkpoint, one tensor at a time.
+
+    Args:
+        model: directory or hub id in the public layout.
+        dtype: None means the checkpoint's.
+        attention: transformers' name of the attention implementation.
+
+    Raises `CheckpointError` listing every missing, unexpected or misshapen tensor.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(str(model))
+    config = vlm_config(checkpoint)
+    config._attn_implementation = attention
+    future_start = checkpoint.config.traj_token_ids.get("future_start")
+    if future_start is None:
+        raise CheckpointError(f"{checkpoint.model}: config.json's traj_token_ids has no 'future_start'.")
+    with empty_weights(dtype or getattr(torch, checkpoint.config.dtype), torch.device(device)):
+        body = Qwen3VLModel(config)
+    checkpoint.fill(body, "vlm.model.")
+    return FrozenVLM(body, future_start_id=future_start)
+
+
+def _features(cache: DynamicCache, hidden: Tensor, *, rope_delta: int, start: int) -> PrefixFeatures:
+    keys = torch.stack([layer.keys[0] for layer in cache.layers])
+    values = torch.stack([layer.values[0] for layer in cache.layers])
+    return PrefixFeatures(
+        keys=keys, values=values, hidden=hidden, rope_delta=rope_delta, prefix_len=keys.shape[2], start_position=start
+    )
+
+
+def _with_start(prefix: PrefixFeatures, start: int) -> PrefixFeatures:
+    return PrefixFeatures(
+        keys=prefix.keys,
+        values=prefix.values,
+        hidden=prefix.hidden,
+        rope_delta=prefix.rope_delta,
+        prefix_len=prefix.prefix_len,
+        start_position=start,
+    )
