@@ -1,0 +1,245 @@
+"""PNG pictures of paths and of the bias, as bytes.
+
+Drawn with matplotlib's Agg canvas and no pyplot, so nothing is global and threads may draw at once. Colours are those
+of Okabe and Ito, told apart by colour-blind readers; truth and baselines differ in line style as well. A bird's-eye
+view is in metres with equal axes, forward up and left to the left, as from behind the wheel.
+"""
+
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from alpacache.bias import Quantity, Slope
+from alpacache.strata import DT_S, Floats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MODEL_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+"""By order of models: before is vermilion, after is blue."""
+BASELINE_STYLES = (("#8a6d00", (0, (5, 3))), ("#5b4b8a", (0, (1, 2))))
+TRUTH_COLOUR = "#1a1a1a"
+HISTORY_COLOUR = "#9a9a9a"
+INK = "#333333"
+GRID = "#e6e6e6"
+EGO_M = (4.6, 1.9)
+"""Length and width of the vehicle drawn at t0."""
+VIEW_RATIO = 0.8
+"""Width of the road shown over its length."""
+MIN_LENGTH_M = 24.0
+"""Least length of road shown, so that a standing vehicle's noise does not look like a drive."""
+DPI = 110
+
+
+def birds_eye_png(
+    *,
+    truth_xyz: ArrayLike,
+    history_xyz: ArrayLike,
+    paths: Mapping[str, ArrayLike],
+    baselines: Mapping[str, ArrayLike] | None = None,
+    front_jpeg: bytes | None = None,
+    title: str = "",
+) -> bytes:
+    """One sample from above, beside its front frame where there is one.
+
+    Args:
+        truth_xyz: `[64, 3]` driven path, metres, ego frame at t0.
+        history_xyz: `[16, 3]` driven poses up to t0.
+        paths: label -> `[K, 64, 3]` sampled paths; colours go by order.
+        baselines: label -> `[64, 3]`.
+        front_jpeg: the front camera's frame at t0.
+        title: one line above the picture.
+
+    Raises:
+        ValueError: front_jpeg is no image.
+    """
+    from matplotlib.figure import Figure
+
+    front = None if front_jpeg is None else _decode(front_jpeg)
+    figure = Figure(figsize=(4.4, 5.6) if front is None else (11.2, 5.6), dpi=DPI, layout="constrained")
+    if front is None:
+        axes = first = figure.add_subplot()
+    else:
+        first, axes = figure.subplots(1, 2, width_ratios=(6.8, 4.4))
+        first.imshow(front)
+        first.set_axis_off()
+    first.set_title(_unmath(title), loc="left", fontsize=10, color=INK)
+    truth, history = np.asarray(truth_xyz, dtype=np.float64), np.asarray(history_xyz, dtype=np.float64)
+    sampled = {label: np.asarray(path, dtype=np.float64) for label, path in paths.items()}
+    straight_on = {label: np.asarray(path, dtype=np.float64) for label, path in (baselines or {}).items()}
+    _draw_paths(axes, truth, history, sampled, straight_on)
+    shown = [truth, history, *(path.reshape(-1, path.shape[-1]) for path in sampled.values())]
+    _frame_road(axes, np.concatenate(shown), ratio=VIEW_RATIO)
+    return _png(figure, palette=front is None)
+
+
+def bias_scatter_png(
+    truth: ArrayLike,
+    predicted: Mapping[str, ArrayLike],
+    slopes: Mapping[str, Slope | None],
+    *,
+    quantity: Quantity = "heading",
+    marked: ArrayLike | None = None,
+    marked_label: str = "straight history, curve after t0",
+) -> bytes:
+    """Predicted against true departure at 6.4 s, one panel a model with common axes.
+
+    Args:
+        truth: `[N]` radians or metres.
+        predicted: label -> `[N]`.
+        slopes: label -> fitted line, drawn where there is one.
+        quantity: `heading` (drawn in degrees) or `lateral` (metres).
+        marked: `[N]` samples to ring.
+        marked_label: what the rings mean.
+    """
+    from matplotlib.figure import Figure
+
+    scale, unit = (180 / np.pi, "°") if quantity == "heading" else (1.0, " m")
+    name = "heading change" if quantity == "heading" else "lateral offset"
+    x = scale * np.asarray(truth, dtype=np.float64)
+    ys = {label: scale * np.asarray(values, dtype=np.float64) for label, values in predicted.items()}
+    ring = np.zeros(x.shape, dtype=bool) if marked is None else np.asarray(marked, dtype=bool)
+    figure = Figure(figsize=(4.3 * max(1, len(ys)), 4.5), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, max(1, len(ys)), squeeze=False, sharex=True, sharey=True)[0]
+    reach = 1.08 * max([1.0, *(float(np.abs(values).max()) for values in (x, *ys.values()) if values.size)])
+    for index, (panel, (label, y)) in enumerate(zip(panels, ys.items(), strict=False)):
+        colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
+        panel.plot([-reach, reach], [-reach, reach], color="#777777", lw=1.1, ls=(0, (5, 3)), label="unbiased")
+        panel.scatter(x, y, s=16, color=colour, alpha=0.5, lw=0)
+        if ring.any():
+            panel.scatter(x[ring], y[ring], s=34, facecolor="none", edgecolor=INK, lw=0.9, label=marked_label)
+        line = slopes.get(label)
+        if line is not None:
+            ends = np.array([-reach, reach])
+            panel.plot(ends, scale * line.intercept + line.slope * ends, color=colour, lw=2.2, label=_slope_text(line))
+        panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        panel.set_xlabel(f"driven {name} at 6.4 s ({unit.strip()})", fontsize=9, color=INK)
+        panel.set_title(_unmath(label), fontsize=11, color=colour, loc="left", fontweight="bold")
+        _plain(panel)
+        panel.legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
+    panels[0].set_ylabel(f"predicted {name} ({unit.strip()}), mean of paths", fontsize=9, color=INK)
+    return _png(figure, palette=True)
+
+
+def error_over_time_png(errors: Mapping[str, ArrayLike], *, dashed: Mapping[str, ArrayLike] | None = None) -> bytes:
+    """Error against time, mean over samples, with the middle half of samples shaded for the models.
+
+    Args:
+        errors: model label -> `[N, 64]` error in metres of each sample's reported path.
+        dashed: baseline label -> `[N, 64]`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    tops = [1e-3]
+    for index, (label, values) in enumerate(errors.items()):
+        error = np.asarray(values, dtype=np.float64)
+        colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
+        times_s = DT_S * np.arange(1, error.shape[1] + 1)
+        low, high = np.quantile(error, [0.25, 0.75], axis=0)
+        axes.fill_between(times_s, low, high, color=colour, alpha=0.13, lw=0)
+        axes.plot(times_s, error.mean(axis=0), color=colour, lw=2.2, label=_unmath(label))
+        tops += [float(error.mean(axis=0).max()), float(high.max())]
+    for index, (label, values) in enumerate((dashed or {}).items()):
+        error = np.asarray(values, dtype=np.float64)
+        colour, style = BASELINE_STYLES[index % len(BASELINE_STYLES)]
+        times_s = DT_S * np.arange(1, error.shape[1] + 1)
+        axes.plot(times_s, error.mean(axis=0), color=colour, ls=style, lw=1.6, label=_unmath(label))
+    axes.set(xlim=(0, 6.4), ylim=(0, 1.6 * max(tops)))
+    axes.set_xlabel("seconds after t0", fontsize=9, color=INK)
+    axes.set_ylabel("distance to the driven path (m)", fontsize=9, color=INK)
+    _plain(axes)
+    axes.legend(loc="upper left", fontsize=8.5, frameon=False)
+    return _png(figure, palette=True)
+
+
+def _draw_paths(
+    axes: "Axes", truth: Floats, history: Floats, paths: Mapping[str, Floats], baselines: Mapping[str, Floats]
+) -> None:
+    """Every path from its start at t0, so that no gap opens before the first waypoint."""
+    from matplotlib.patches import Rectangle
+
+    start = history[-1:]
+    axes.add_patch(
+        Rectangle((-EGO_M[1] / 2, -EGO_M[0] / 2), EGO_M[1], EGO_M[0], facecolor="#d9d9d9", edgecolor="#8a8a8a", lw=0.8)
+    )
+    axes.plot(history[:, 1], history[:, 0], color=HISTORY_COLOUR, lw=2.5, label="history", solid_capstyle="round")
+    for index, (label, path) in enumerate(baselines.items()):
+        colour, style = BASELINE_STYLES[index % len(BASELINE_STYLES)]
+        line = np.concatenate([start, path])
+        axes.plot(line[:, 1], line[:, 0], color=colour, ls=style, lw=1.5, label=_unmath(label))
+    for index, (label, sampled) in enumerate(paths.items()):
+        colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
+        for number, path in enumerate(sampled):
+            line = np.concatenate([start, path])
+            name = f"{_unmath(label)} ({len(sampled)} paths)" if number == 0 else None
+            axes.plot(line[:, 1], line[:, 0], color=colour, lw=1.6, alpha=0.75, label=name)
+            axes.plot(path[-1, 1], path[-1, 0], marker="o", ms=3.2, color=colour, alpha=0.9, lw=0)
+    driven = np.concatenate([start, truth])
+    axes.plot(driven[:, 1], driven[:, 0], color=TRUTH_COLOUR, lw=2.4, label="driven", zorder=4)
+    seconds = truth[9::10]
+    axes.plot(seconds[:, 1], seconds[:, 0], marker="o", ms=4, mfc="white", mec=TRUTH_COLOUR, lw=0, zorder=5)
+    axes.legend(loc="best", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
+
+
+def _frame_road(axes: "Axes", points: Floats, *, ratio: float) -> None:
+    """Equal axes that hold all points `[N, 3]`, of one shape (width / height) whatever the path."""
+    low, high = points[:, :2].min(axis=0), points[:, :2].max(axis=0)
+    centre = (low + high) / 2
+    centre[1] = float(np.clip(0.0, high[1] - (high[1] - low[1]) * 0.9, low[1] + (high[1] - low[1]) * 0.9))
+    half_width = 1.12 * max(float(high[1] - centre[1]), float(centre[1] - low[1]))
+    half_length = max(0.54 * float(high[0] - low[0]), MIN_LENGTH_M / 2, half_width / ratio)
+    axes.set_ylim(centre[0] - half_length, centre[0] + half_length)
+    axes.set_xlim(centre[1] + half_length * ratio, centre[1] - half_length * ratio)
+    axes.set_aspect("equal")
+    axes.set_xlabel("left  ←  y (m)  →  right", fontsize=9, color=INK)
+    axes.set_ylabel("x, forward (m)", fontsize=9, color=INK)
+    _plain(axes)
+
+
+def _plain(axes: "Axes") -> None:
+    axes.grid(color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8, colors=INK, length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _slope_text(line: Slope) -> str:
+    return f"slope {line.slope:.2f} [{line.low:.2f}, {line.high:.2f}], n = {line.n}"
+
+
+def _unmath(text: str) -> str:
+    """A label is text: without this matplotlib would read `$` as mathematics and hide a leading underscore."""
+    plain = text.replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
+
+
+def _decode(jpeg: bytes) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(jpeg)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the front frame of {len(jpeg)} bytes is no image that can be read: {error}") from error
+
+
+def _png(figure: "Figure", *, palette: bool) -> bytes:
+    """PNG bytes; a palette makes drawings (not photographs) a third of the size."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    if palette:
+        image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    out = io.BytesIO()
+    image.save(out, format="PNG", optimize=palette)
+    return out.getvalue()
