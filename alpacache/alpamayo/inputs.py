@@ -1,0 +1,97 @@
+"""Samples to VLM inputs: image patches, prompt, history tokens. Pure CPU work, safe to run in threads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alpacache.alpamayo.backbone import companion_file, vlm_config
+from alpacache.alpamayo.checkpoint import Checkpoint
+from alpacache.alpamayo.configuration import read_json
+from alpacache.alpamayo.images import PROCESSOR, image_tokens, to_patches
+from alpacache.alpamayo.prompt import Reasoning, prompt_identity, render_prompt
+from alpacache.alpamayo.tokenizer import PromptTokenizer
+from alpacache.errors import CheckpointError
+from alpacache.sample import Sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VLMInputs:
+    """One sample as the VLM reads it."""
+
+    text: str
+    """The rendered prompt, history placeholders still in it."""
+    input_ids: NDArray[np.int64]
+    """`[T]`, history tokens in place."""
+    pixel_values: Tensor
+    """`[patches, patch_values]` float32."""
+    image_grid_thw: Tensor
+    """`[images, 3]`."""
+    image_spans: NDArray[np.int64]
+    """`[images, 2]` first and one-past-last prompt position of each image's tokens."""
+    stem_len: int
+    """Tokens up to and including `<|traj_history_end|>`: what the direct and the reasoning prompt share."""
+
+
+class InputBuilder:
+    """Everything about a checkpoint that turns a `Sample` into `VLMInputs`."""
+
+    def __init__(self, checkpoint: Checkpoint, *, reasoning: Reasoning = "none") -> None:
+        self.config = checkpoint.config
+        self.tokenizer = PromptTokenizer(checkpoint)
+        self.reasoning = reasoning
+        vision = vlm_config(checkpoint).vision_config
+        self._geometry = {"patch": vision.patch_size, "merge": vision.spatial_merge_size}
+        self._temporal = vision.temporal_patch_size
+        self._limits = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
+        _check_processor(checkpoint, patch=vision.patch_size, merge=vision.spatial_merge_size, temporal=vision.temporal_patch_size)
+
+    @property
+    def named(self) -> bool:
+        """Whether the prompt names cameras and frames."""
+        return self.config.family == "1.5"
+
+    def build(self, sample: Sample) -> VLMInputs:
+        """Patches, prompt and fused ids of one sample."""
+        cameras, frames, _, height, width = sample.frames.shape
+        pixel_values, grid = to_patches(
+            sample.frames.reshape(cameras * frames, 3, height, width), temporal=self._temporal, **self._geometry, **self._limits
+        )
+        tokens = image_tokens(height, width, **self._geometry, **self._limits)
+        text = render_prompt([[tokens] * frames] * cameras, cameras=sample.cameras, named=self.named, reasoning=self.reasoning)
+        ids = self.tokenizer.encode(text)
+        starts = np.flatnonzero(ids == self.tokenizer.id_of("<|vision_start|>")) + 1
+        history_end = np.flatnonzero(ids == self.config.traj_token_ids["history_end"])
+        return VLMInputs(
+            text=text,
+            input_ids=self.tokenizer.fuse_history(ids, sample.history_xyz),
+            pixel_values=pixel_values,
+            image_grid_thw=grid,
+            image_spans=np.stack([starts, starts + tokens], axis=1),
+            stem_len=int(history_end[0]) + 1,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The prompt's and processor's part of a store's identity."""
+        return {
+            "prompt": prompt_identity(named=self.named, reasoning=self.reasoning),
+            "processor": {"images": PROCESSOR, **self._geometry, "temporal": self._temporal, **self._limits},
+        }
+
+
+def _check_processor(checkpoint: Checkpoint, *, patch: int, merge: int, temporal: int) -> None:
+    """Refuse a checkpoint whose image processor is not the one this project computes."""
+    path = companion_file(checkpoint, "preprocessor_config.json")
+    found = read_json(path)
+    expected = {
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "patch_size": patch,
+        "merge_size": merge,
+        "temporal_patch_size": temporal,
+    }
+    wrong = [f"{key} is {found[key]}, expected {value}" for key, value in expected.items() if key in found and found[key] != value]
+    if wrong:
+        raise CheckpointError(f"{path}: {'; '.join(wrong)}; alpacache computes the public recipe's image path only.")

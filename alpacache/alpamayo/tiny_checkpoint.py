@@ -1,0 +1,217 @@
+"""A complete Alpamayo checkpoint of a few megabytes, in the public layout, with random weights.
+
+It exists so that every command runs offline and on a CPU exactly as it would on the 10 B model: config, sharded weights
+with an index, the VLM's own config, tokenizer and image processor. `python -m alpacache.alpamayo.tiny_checkpoint DIR`.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from alpacache.alpamayo.backbone import expert_config, vlm_config
+from alpacache.alpamayo.checkpoint import INDEX, Checkpoint
+from alpacache.alpamayo.configuration import Family
+from alpacache.alpamayo.projection import ActionInProjection
+from alpacache.alpamayo.prompt import CAMERA_TITLES, INSTRUCTIONS, SYSTEM
+from alpacache.alpamayo.tokenizer import SPECIAL_TOKENS
+from alpacache.errors import UsageError
+
+BASE_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+FUTURE_BINS, HISTORY_BINS = 128, 64
+ACTION_CONSTANTS = {
+    "accel_mean": 0.02902694707164455,
+    "accel_std": 0.6810426736454882,
+    "curvature_mean": 0.0002692167976330542,
+    "curvature_std": 0.026148280660833106,
+}
+
+
+def make_tiny_checkpoint(
+    directory: Path | str, *, seed: int = 0, dtype: Literal["bfloat16", "float32"] = "bfloat16", family: Family = "r1", shards: int = 2
+) -> Path:
+    """Write the checkpoint into a new directory and return it. The same arguments give the same bytes."""
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise UsageError(f"{directory} is not empty; choose a new directory for the tiny checkpoint.")
+    (directory / "vlm").mkdir(parents=True)
+    tokenizer = _tokenizer()
+    tokenizer.save(str(directory / "vlm/tokenizer.json"))
+    first = tokenizer.get_vocab_size()
+    _write_json(directory / "vlm/config.json", _vlm_config(tokenizer))
+    _write_json(directory / "vlm/preprocessor_config.json", _processor_config())
+    _write_json(directory / "config.json", _config(first, dtype=dtype, family=family))
+    _write_weights(directory, _random_weights(Checkpoint(str(directory)), seed=seed, family=family), dtype=dtype, shards=shards)
+    return directory
+
+
+def _tokenizer() -> Tokenizer:
+    """A byte-level BPE like the real one, with merges learnt from the prompt alone."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, special_tokens=[]
+    )
+    tokenizer.train_from_iterator([SYSTEM, *INSTRUCTIONS.values(), "system\n", "user\n", "assistant\n", *CAMERA_TITLES], trainer)
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in BASE_TOKENS])
+    return tokenizer
+
+
+def _vlm_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    rope = {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True}
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": False,
+        "image_token_id": tokenizer.token_to_id("<|image_pad|>"),
+        "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
+        "vision_start_token_id": tokenizer.token_to_id("<|vision_start|>"),
+        "vision_end_token_id": tokenizer.token_to_id("<|vision_end|>"),
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "vocab_size": tokenizer.get_vocab_size(),
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            **heads,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 8192,
+            "rope_theta": 5_000_000.0,
+            "rope_scaling": rope,
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "depth": 4,
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_heads": 4,
+            "out_hidden_size": 128,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "deepstack_visual_indexes": [1],
+            "num_position_embeddings": 256,
+            "in_channels": 3,
+        },
+    }
+
+
+def _processor_config() -> dict[str, Any]:
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "patch_size": 16,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "size": {"shortest_edge": 128 * 256, "longest_edge": 128 * 256},
+    }
+
+
+def _config(first: int, *, dtype: str, family: Family) -> dict[str, Any]:
+    """`config.json` as the public checkpoints have it; `first` is the id of `<i0>`."""
+    package = "alpamayo_r1" if family == "r1" else "alpamayo1_5"
+    traj = FUTURE_BINS + HISTORY_BINS
+    ids = {name: first + traj + place for place, name in enumerate(SPECIAL_TOKENS)}
+    action_space = {
+        "_target_": f"{package}.action_space.UnicycleAccelCurvatureActionSpace",
+        **ACTION_CONSTANTS,
+        **{"accel_bounds": [-9.8, 9.8], "curvature_bounds": [-0.33, 0.33], "dt": 0.1, "n_waypoints": 64},
+        **{"theta_lambda": 1e-06, "theta_ridge": 1e-08, "v_lambda": 1e-06, "v_ridge": 1e-4},
+        **{"a_lambda": 1e-4, "a_ridge": 1e-4, "kappa_lambda": 1e-4, "kappa_ridge": 1e-4},
+    }
+    return {
+        "model_type": "alpamayo_r1" if family == "r1" else "alpamayo1_5",
+        "architectures": ["AlpamayoR1" if family == "r1" else "Alpamayo1_5"],
+        "vlm_backend": "qwenvl3",
+        "vlm_name_or_path": "vlm",
+        "dtype": dtype,
+        "min_pixels": 128 * 256,
+        "max_pixels": 128 * 256,
+        "vocab_size": first + traj + len(SPECIAL_TOKENS),
+        "traj_vocab_size": traj,
+        "traj_token_start_idx": first,
+        "traj_token_ids": {name: ids[f"<|traj_{name}|>"] for name in ("history", "future", "history_start", "future_start", "history_end", "future_end")},
+        "tokens_per_history_traj": 48,
+        "tokens_per_future_traj": 128,
+        "add_special_tokens": True,
+        "expert_non_causal_attention": True,
+        "keep_same_dtype": True,
+        "traj_tokenizer_cfg": {
+            "_target_": f"{package}.action_space.discrete_action_space.DiscreteTrajectoryTokenizer",
+            "action_space_cfg": action_space,
+            "dims_min": [-4.0, -4.0],
+            "dims_max": [4.0, 4.0],
+            "num_bins": FUTURE_BINS,
+        },
+        "hist_traj_tokenizer_cfg": {
+            "_target_": f"{package}.models.delta_tokenizer.DeltaTrajectoryTokenizer",
+            "num_bins": HISTORY_BINS,
+            "ego_xyz_min": [-4, -4, -10],
+            "ego_xyz_max": [4, 4, 10],
+        },
+        "diffusion_cfg": {"_target_": f"{package}.diffusion.flow_matching.FlowMatching", "int_method": "euler"},
+        "action_space_cfg": action_space,
+        "action_in_proj_cfg": {
+            "_target_": f"{package}.models.action_in_proj.PerWaypointActionInProjV2",
+            "hidden_size": 64,
+            "max_freq": 100.0,
+            "num_enc_layers": 2,
+            "num_fourier_feats": 20,
+        },
+        "action_out_proj_cfg": {"_target_": "torch.nn.Linear"},
+        "expert_cfg": {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "head_dim": 32},
+    }
+
+
+def _random_weights(checkpoint: Checkpoint, *, seed: int, family: Family) -> dict[str, Tensor]:
+    """Freshly initialised tensors under the public state-dict names. 1.5 stores neither frequencies nor constants."""
+    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLTextModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        expert = Qwen3VLTextModel(expert_config(checkpoint))
+        del expert.embed_tokens
+        hidden = expert.config.hidden_size
+        block = checkpoint.config.section("action_in_proj_cfg")
+        in_proj = ActionInProjection(hidden, hidden_size=block["hidden_size"], persistent_constants=family == "r1")
+        parts: dict[str, nn.Module] = {
+            "vlm.": Qwen3VLForConditionalGeneration(vlm_config(checkpoint)),
+            "expert.": expert,
+            "action_in_proj.": in_proj,
+            "action_out_proj.": nn.Linear(hidden, 2),
+        }
+    state = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.state_dict().items()}
+    if family == "r1":
+        state |= {f"action_space.{name}": torch.tensor(value) for name, value in ACTION_CONSTANTS.items()}
+    return state
+
+
+def _write_weights(directory: Path, state: Mapping[str, Tensor], *, dtype: str, shards: int) -> None:
+    """Safetensors shards of whole tensors, and the index."""
+    names = sorted(state)
+    per_shard = -(-len(names) // shards)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[shard * per_shard : (shard + 1) * per_shard]
+        save_file({name: state[name].detach().to(getattr(torch, dtype)).contiguous() for name in part}, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(state[name].numel() for name in names) * getattr(torch, dtype).itemsize
+    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    make_tiny_checkpoint(sys.argv[1])
