@@ -1,0 +1,196 @@
+"""From a recorded trajectory to the ego history and future of one sample.
+
+Numbers have to agree with the public loader, so the interpolation is fixed: a not-a-knot cubic spline for translation
+and slerp for rotation, on times relative to the first pose (large absolute times would cost precision), and never
+beyond the recording. The ego frame takes the full 3-D rotation at t0, not only its yaw. Bad recordings are refused
+here, before an expensive model sees them.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.errors import BadClipError
+from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US
+
+MAX_SPEED_MPS = 80.0
+MAX_TURN_RATE_RADPS = 3.0
+MAX_GAP_US = 1_000_000
+"""Longest hole between two poses that is still interpolated."""
+JUMP_SLACK_M = 0.5
+"""Localisation noise allowed on top of `MAX_SPEED_MPS`."""
+JUMP_SLACK_RAD = 0.1
+QUATERNION_NORM_SLACK = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Track:
+    """A recorded trajectory, vehicle to world."""
+
+    timestamps_us: NDArray[np.int64]
+    """`[N]`, strictly increasing."""
+    xyz: NDArray[np.float64]
+    """`[N, 3]` metres."""
+    quaternion_xyzw: NDArray[np.float64]
+    """`[N, 4]`, scalar last, unit length."""
+
+    @property
+    def span_us(self) -> tuple[int, int]:
+        return int(self.timestamps_us[0]), int(self.timestamps_us[-1])
+
+
+class EgoPoses(NamedTuple):
+    """History and future of one sample: metres in the ego frame at t0 (x forward, y left), float32."""
+
+    history_xyz: NDArray[np.float32]
+    history_rot: NDArray[np.float32]
+    future_xyz: NDArray[np.float32]
+    future_rot: NDArray[np.float32]
+
+
+def history_and_future(track: Track, t0_us: int, *, where: str = "poses") -> EgoPoses:
+    """The 16 poses ending at t0 and the 64 after it, at 10 Hz, in the ego frame at t0.
+
+    Raises `BadClipError`: `wrong_shape`, `not_finite`, `time_order`, `pose_jump`, or `short_clip` where the recording
+    does not reach from t0 - 1.5 s to t0 + 6.4 s. `where` names the recording in those messages.
+    """
+    steps = np.arange(1 - HISTORY_STEPS, FUTURE_STEPS + 1, dtype=np.int64)
+    times = t0_us + steps * STEP_US
+    check_track(track, where=where)
+    check_covered(track.timestamps_us, times, what=f"{where}: poses")
+    check_motion(track, int(times[0]), int(times[-1]), where=where)
+    exact_xyz, exact_rot = to_ego_frame(*interpolate(track, times), origin=HISTORY_STEPS - 1)
+    xyz, rot = exact_xyz.astype(np.float32), exact_rot.astype(np.float32)
+    return EgoPoses(xyz[:HISTORY_STEPS], rot[:HISTORY_STEPS], xyz[HISTORY_STEPS:], rot[HISTORY_STEPS:])
+
+
+def interpolate(track: Track, times_us: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """World positions `[M, 3]` and rotations `[M, 3, 3]` at `times_us`, all of which the track must cover."""
+    from scipy.interpolate import CubicSpline
+    from scipy.spatial.transform import Rotation, Slerp
+
+    start = track.timestamps_us[0]
+    known, wanted = track.timestamps_us - start, times_us - start
+    xyz = CubicSpline(known, track.xyz, extrapolate=False)(wanted)
+    rot = Slerp(known, Rotation.from_quat(track.quaternion_xyzw))(wanted).as_matrix()
+    return xyz, rot
+
+
+def to_ego_frame(
+    xyz: NDArray[np.float64], rot: NDArray[np.float64], *, origin: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """World poses `[M, 3]`, `[M, 3, 3]` seen from pose number `origin`: `R_t0^-1 (p - p_t0)`, `R_t0^-1 R`."""
+    to_ego = rot[origin].T
+    return (xyz - xyz[origin]) @ to_ego.T, to_ego @ rot
+
+
+def frame_indices(
+    timestamps_us: NDArray[np.int64], times_us: NDArray[np.int64], *, where: str = "video"
+) -> NDArray[np.int64]:
+    """For each requested time the frame at or before it; a time outside the video is a `short_clip` error."""
+    check_timestamps(timestamps_us, what=f"{where}: frame timestamps")
+    check_covered(timestamps_us, times_us, what=f"{where}: frames")
+    return np.searchsorted(timestamps_us, times_us, side="right").astype(np.int64) - 1
+
+
+def check_track(track: Track, *, where: str) -> None:
+    """Shapes, finiteness, time order and unit quaternions of the whole recording (one bad pose bends a spline)."""
+    count = len(track.timestamps_us)
+    check_timestamps(track.timestamps_us, what=f"{where}: pose timestamps")
+    if track.xyz.shape != (count, 3) or track.quaternion_xyzw.shape != (count, 4):
+        raise BadClipError(
+            "wrong_shape",
+            f"{where}: {count} pose timestamps, but positions {_shape(track.xyz)} and quaternions "
+            f"{_shape(track.quaternion_xyzw)}; expected ({count}, 3) and ({count}, 4).",
+        )
+    bad = ~(np.isfinite(track.xyz).all(axis=1) & np.isfinite(track.quaternion_xyzw).all(axis=1))
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise BadClipError(
+            "not_finite",
+            f"{where}: {int(bad.sum())} of {count} poses hold NaN or infinity, the first at "
+            f"{_seconds(track.timestamps_us[at])}; drop those rows if the rest is sound.",
+        )
+    norms = np.linalg.norm(track.quaternion_xyzw, axis=1)
+    at = int(np.argmax(np.abs(norms - 1.0)))
+    if abs(norms[at] - 1.0) > QUATERNION_NORM_SLACK:
+        raise BadClipError(
+            "pose_jump",
+            f"{where}: the quaternion at {_seconds(track.timestamps_us[at])} has length {norms[at]:.3g}, not 1, so it "
+            "is no rotation; check the order of columns (qx, qy, qz, qw).",
+        )
+
+
+def check_motion(track: Track, first_us: int, last_us: int, *, where: str) -> None:
+    """No hole, teleport or sudden rotation in the poses that [first, last] is interpolated from."""
+    begin = max(int(np.searchsorted(track.timestamps_us, first_us, side="right")) - 2, 0)
+    end = int(np.searchsorted(track.timestamps_us, last_us, side="left")) + 2
+    times = track.timestamps_us[begin:end]
+    gaps_us = np.diff(times)
+    _refuse_gap(times, gaps_us, where)
+    _refuse_jump(times, gaps_us / 1e6, track.xyz[begin:end], track.quaternion_xyzw[begin:end], where)
+
+
+def check_timestamps(timestamps_us: NDArray[np.int64], *, what: str) -> None:
+    """One-dimensional, at least two, strictly increasing."""
+    if timestamps_us.ndim != 1:
+        raise BadClipError("wrong_shape", f"{what} have shape {_shape(timestamps_us)}; expected one column.")
+    if len(timestamps_us) < 2:
+        raise BadClipError("short_clip", f"{what}: {len(timestamps_us)} in the whole recording; at least 2 are needed.")
+    steps = np.diff(timestamps_us)
+    if (steps <= 0).any():
+        at = int(np.argmax(steps <= 0))
+        raise BadClipError(
+            "time_order",
+            f"{what} go from {int(timestamps_us[at])} to {int(timestamps_us[at + 1])} us in row {at + 1}; they must "
+            "increase strictly. Sort the rows and drop duplicates.",
+        )
+
+
+def check_covered(timestamps_us: NDArray[np.int64], times_us: NDArray[np.int64], *, what: str) -> None:
+    """Every requested time lies within the recording."""
+    first, last = int(timestamps_us[0]), int(timestamps_us[-1])
+    wanted_first, wanted_last = int(times_us.min()), int(times_us.max())
+    if wanted_first < first or wanted_last > last:
+        raise BadClipError(
+            "short_clip",
+            f"{what} cover {_seconds(first)} to {_seconds(last)}, but {_seconds(wanted_first)} to "
+            f"{_seconds(wanted_last)} is needed; choose another t0 or a longer recording.",
+        )
+
+
+def _refuse_gap(times: NDArray[np.int64], gaps_us: NDArray[np.int64], where: str) -> None:
+    at = int(np.argmax(gaps_us))
+    if gaps_us[at] > MAX_GAP_US:
+        raise BadClipError(
+            "time_order",
+            f"{where}: no poses for {gaps_us[at] / 1e6:.2f} s after {_seconds(times[at])}; a path is not interpolated "
+            f"over more than {MAX_GAP_US / 1e6:g} s.",
+        )
+
+
+def _refuse_jump(times: Any, gaps_s: Any, xyz: Any, quaternions: Any, where: str) -> None:
+    moved = np.linalg.norm(np.diff(xyz, axis=0), axis=1)
+    cosines = np.abs((quaternions[1:] * quaternions[:-1]).sum(axis=1))
+    turned = 2.0 * np.arccos(np.clip(cosines, 0.0, 1.0))
+    for what, amount, limit in (
+        ("moves {:.2f} m", moved, MAX_SPEED_MPS * gaps_s + JUMP_SLACK_M),
+        ("turns {:.2f} rad", turned, MAX_TURN_RATE_RADPS * gaps_s + JUMP_SLACK_RAD),
+    ):
+        if (amount > limit).any():
+            at = int(np.argmax(amount > limit))
+            raise BadClipError(
+                "pose_jump",
+                f"{where}: the vehicle {what.format(amount[at])} within {gaps_s[at]:.3f} s at {_seconds(times[at])}; "
+                "no car does. Localisation may have been reset there; choose a t0 away from it.",
+            )
+
+
+def _seconds(time_us: Any) -> str:
+    return f"{int(time_us) / 1e6:.3f} s"
+
+
+def _shape(array: Any) -> str:
+    return str(tuple(array.shape))
