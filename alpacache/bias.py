@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from alpacache.bootstrap import slope_interval
-from alpacache.strata import DT_S, Floats, checked_poses, heading
+from alpacache.strata import DT_S, Floats, heading
 
 Quantity: TypeAlias = Literal["heading", "lateral"]
 
@@ -69,28 +69,28 @@ def departure(xyz: ArrayLike, rot: ArrayLike, start_rot: ArrayLike) -> Departure
     Raises:
         ValueError: shapes that do not fit, values that are not finite, or a path shorter than 6.4 s.
     """
-    points, matrices = checked_poses(xyz, rot, "path")
-    steps = [round(horizon_s / DT_S) for horizon_s in HORIZONS_S]
-    if len(points) < steps[-1]:
-        raise ValueError(f"a path of {len(points)} waypoints (10 Hz) ends before {HORIZONS_S[-1]} s.")
-    headings = heading(np.concatenate([np.asarray(start_rot, dtype=np.float64)[None], matrices]))
-    return Departure(
-        heading=tuple(float(headings[step] - headings[0]) for step in steps),
-        lateral=tuple(float(points[step - 1, 1]) for step in steps),
-    )
+    return mean_departure(np.asarray(xyz)[None], np.asarray(rot)[None], start_rot)
 
 
 def mean_departure(pred_xyz: ArrayLike, pred_rot: ArrayLike, start_rot: ArrayLike) -> Departure:
     """Mean of the departures of K sampled paths `[K, 64, 3]`, `[K, 64, 3, 3]`; errors as in `departure`."""
     points, matrices = np.asarray(pred_xyz, dtype=np.float64), np.asarray(pred_rot, dtype=np.float64)
-    if points.ndim != 3 or not len(points) or matrices.shape != (*points.shape, 3):
+    if points.ndim != 3 or points.shape[2] != 3 or not len(points) or matrices.shape != (*points.shape, 3):
         raise ValueError(
             f"paths have shapes {points.shape} and {matrices.shape}, expected [K, 64, 3] and [K, 64, 3, 3]."
         )
-    each = [departure(xyz, rot, start_rot) for xyz, rot in zip(points, matrices, strict=True)]
+    if not (np.isfinite(points).all() and np.isfinite(matrices).all()):
+        raise ValueError("paths hold values that are not finite.")
+    steps = [round(horizon_s / DT_S) for horizon_s in HORIZONS_S]
+    if points.shape[1] < steps[-1]:
+        raise ValueError(f"a path of {points.shape[1]} waypoints (10 Hz) ends before {HORIZONS_S[-1]} s.")
+    start = np.broadcast_to(np.asarray(start_rot, dtype=np.float64), (len(points), 1, 3, 3))
+    headings = heading(np.concatenate([start, matrices], axis=1))
+    turned = headings[:, steps] - headings[:, :1]
+    beside = points[:, [step - 1 for step in steps], 1]
     return Departure(
-        heading=tuple(float(value) for value in np.mean([one.heading for one in each], axis=0)),
-        lateral=tuple(float(value) for value in np.mean([one.lateral for one in each], axis=0)),
+        heading=tuple(float(value) for value in turned.mean(axis=0)),
+        lateral=tuple(float(value) for value in beside.mean(axis=0)),
     )
 
 

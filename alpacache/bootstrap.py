@@ -7,6 +7,7 @@ Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapters 6, 8 an
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -123,16 +124,20 @@ def _sums_by_clip(columns: Floats, clips: Sequence[str]) -> tuple[Floats, int]:
     return sums, len(names)
 
 
-def _replicates(sums: Floats, *, draws: int, seed: int, at_once: int = 200) -> Floats:
-    """Sums `[draws, columns]` over clips drawn with replacement, in blocks so that memory stays small."""
+def _replicates(sums: Floats, *, draws: int, seed: int) -> Floats:
+    """Sums `[draws, columns]` over clips drawn with replacement."""
+    return np.concatenate([block @ sums for block in np.array_split(_clip_counts(len(sums), draws, seed), 10)])
+
+
+@lru_cache(maxsize=2)
+def _clip_counts(clip_count: int, draws: int, seed: int) -> NDArray[np.uint16]:
+    """How often each clip is drawn in each replicate `[draws, clips]`; kept, as one stratum asks for it many times."""
     rng = np.random.default_rng(seed)
-    clip_count = len(sums)
-    blocks = []
-    for start in range(0, draws, at_once):
-        picked = rng.integers(clip_count, size=(min(at_once, draws - start), clip_count))
-        counts = np.stack([np.bincount(row, minlength=clip_count) for row in picked])
-        blocks.append(counts @ sums)
-    return np.concatenate(blocks)
+    counts = np.empty((draws, clip_count), dtype=np.uint16)
+    for row in counts:
+        row[:] = np.bincount(rng.integers(clip_count, size=clip_count), minlength=clip_count)
+    counts.flags.writeable = False
+    return counts
 
 
 def _interval(estimate: float, replicates: Floats, *, n: int, clips: int) -> Interval | None:
