@@ -1,0 +1,148 @@
+"""Means, differences and slopes by stratum, on samples whose bias is planted."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from alpacache.strata import LATE_CURVE, STRATA, classify
+from alpacache.summary import METRIC_KEYS, EvalSummary, SampleResult, judge, judge_baselines, summarise
+
+HISTORY_XYZ = np.stack([np.arange(-15.0, 1.0), np.zeros(16), np.zeros(16)], axis=-1)
+HISTORY_ROT = np.broadcast_to(np.eye(3), (16, 3, 3))
+
+
+def arc(turn_rate_degps: float) -> tuple[np.ndarray, np.ndarray]:
+    """64 poses at 10 m/s on an arc that begins at t0."""
+    yaw = np.deg2rad(turn_rate_degps) * 0.1 * np.arange(1, 65)
+    middle = yaw - np.deg2rad(turn_rate_degps) * 0.05
+    rot = np.zeros((64, 3, 3))
+    rot[:, 0, 0] = rot[:, 1, 1] = np.cos(yaw)
+    rot[:, 1, 0], rot[:, 0, 1], rot[:, 2, 2] = np.sin(yaw), -np.sin(yaw), 1.0
+    return np.cumsum(np.stack([np.cos(middle), np.sin(middle), 0 * yaw], axis=-1), axis=0), rot
+
+
+def result(number: int, turn_rate_degps: float, shares: Mapping[str, float], paths: int = 2) -> SampleResult:
+    """A sample whose models turn a share of the true turn, give or take a little from path to path."""
+    xyz, rot = arc(turn_rate_degps)
+    models = {}
+    for label, share in shares.items():
+        each = [arc(share * turn_rate_degps + sway) for sway in np.linspace(-0.5, 0.5, paths)]
+        models[label] = judge(np.stack([one[0] for one in each]), np.stack([one[1] for one in each]), xyz, rot)
+    return SampleResult(
+        sample_id=f"clip-{number}@5100000#0",
+        clip_id=f"clip-{number}",
+        truth_xyz=xyz,
+        truth_rot=rot,
+        history_xyz=HISTORY_XYZ,
+        history_rot=HISTORY_ROT,
+        front_jpeg=None,
+        strata=classify(HISTORY_XYZ, HISTORY_ROT, xyz, rot),
+        models=models | judge_baselines(HISTORY_XYZ, HISTORY_ROT, xyz, rot),
+    )
+
+
+RATES_DEGPS = np.linspace(-8.0, 8.0, 41)
+
+
+@pytest.fixture(scope="module")
+def results() -> list[SampleResult]:
+    return [result(i, float(rate), {"before": 0.2, "after": 0.9}) for i, rate in enumerate(RATES_DEGPS)]
+
+
+@pytest.fixture(scope="module")
+def summary(results: list[SampleResult]) -> EvalSummary:
+    return summarise(results)
+
+
+def test_planted_bias_is_found_and_the_unbiased_model_is_not_flagged(summary: EvalSummary) -> None:
+    late = summary.strata[LATE_CURVE]
+
+    slopes = {label: late.bias[label]["heading"][6.4] for label in late.bias}
+    assert all(slopes.values())
+    assert {label: slope.slope for label, slope in slopes.items() if slope} == pytest.approx(
+        {"before": 0.2, "after": 0.9, "constant velocity": 0.0, "constant turn rate": 0.0}, abs=1e-9
+    )
+    difference = late.bias_differences["after"]["heading"][6.4]
+    assert difference is not None
+    assert (difference.estimate, difference.low, difference.high) == pytest.approx((0.7, 0.7, 0.7))
+
+
+def test_counts_split_the_whole(summary: EvalSummary) -> None:
+    counts = {name: stratum.samples for name, stratum in summary.strata.items()}
+
+    assert tuple(counts) == STRATA
+    assert counts["all"] == summary.samples == summary.clips == 41
+    assert counts["straight"] + counts["gentle"] + counts["sharp"] == 41
+    assert counts["left"] == counts["right"]
+    assert counts["straight"] + counts["left"] + counts["right"] == 41
+    assert counts["stopped"] + counts["slow"] + counts["medium"] + counts["fast"] == counts["medium"] == 41
+
+
+def test_means_and_paired_differences(results: list[SampleResult], summary: EvalSummary) -> None:
+    per_sample = {
+        label: np.array([one.models[label].metrics["min_ade"] for one in results]) for label in ("before", "after")
+    }
+    stratum = summary.strata["all"]
+
+    assert stratum.metrics["before"]["min_ade"] == pytest.approx(per_sample["before"].mean())
+    difference = stratum.differences["after"]["min_ade"]
+    assert difference is not None
+    assert difference.estimate == pytest.approx((per_sample["after"] - per_sample["before"]).mean())
+    assert difference.low < difference.estimate < difference.high < 0
+    assert set(stratum.metrics["constant velocity"]) == set(METRIC_KEYS)
+    assert set(stratum.differences) == {"after"}
+
+
+def test_strata_that_are_small_or_empty_are_named(summary: EvalSummary) -> None:
+    small = [name for name, stratum in summary.strata.items() if 0 < stratum.samples < 30]
+
+    assert small
+    assert [text.split(":")[0] for text in summary.warnings] == small
+    assert summary.strata["fast"].metrics == {}
+
+
+def test_few_clips_and_a_missing_late_curve_are_named() -> None:
+    straight = [replace(result(i, 0.0, {"after": 1.0}), clip_id=f"clip-{i % 3}") for i in range(30)]
+
+    found = summarise(straight)
+
+    assert [text.split(":")[0] for text in found.warnings] == ["all", "straight", "medium", LATE_CURVE]
+    assert "30 samples come from 3 clips" in found.warnings[0]
+    assert found.strata["all"].bias["after"]["heading"][6.4] is None, "straight road has no slope"
+
+
+def test_json_is_plain_and_holds_the_numbers(summary: EvalSummary) -> None:
+    plain = json.loads(json.dumps(summary.to_json(), allow_nan=False))
+
+    assert (plain["models"], plain["baselines"]) == (["before", "after"], ["constant velocity", "constant turn rate"])
+    assert (plain["reference"], plain["paths"], plain["samples"]) == ("before", 2, 41)
+    everything = plain["strata"]["all"]
+    assert (
+        everything["metrics"]["after"]["min_ade/by_t=3.0"] == summary.strata["all"].metrics["after"]["min_ade/by_t=3.0"]
+    )
+    assert set(everything["bias"]["after"]["lateral"]) == {"2.0", "4.0", "6.4"}
+    assert everything["bias"]["before"]["heading"]["6.4"]["n"] == 41
+    assert plain["strata"]["stopped"]["samples"] == 0
+
+
+def test_one_model_has_no_differences() -> None:
+    found = summarise([result(i, float(rate), {"only": 1.0}) for i, rate in enumerate(RATES_DEGPS[::4])])
+    assert found.strata["all"].differences == found.strata["all"].bias_differences == {}
+
+
+def test_results_that_do_not_fit_together_are_refused(results: list[SampleResult]) -> None:
+    with pytest.raises(ValueError, match="no sample to summarise"):
+        summarise([])
+    with pytest.raises(ValueError, match="clip-0@5100000#0 is there twice"):
+        summarise([results[0], results[0]])
+    only_baselines = {label: model for label, model in results[0].models.items() if label.startswith("constant")}
+    with pytest.raises(ValueError, match="no model beside the baselines"):
+        summarise([replace(results[0], models=only_baselines)])
+    with pytest.raises(ValueError, match=r"expected .*'after'"):
+        summarise([results[0], replace(results[1], models=only_baselines)])
+    incomplete = {label: replace(model, metrics={"ade": 1.0}) for label, model in results[0].models.items()}
+    with pytest.raises(ValueError, match="model before: no metric min_ade"):
+        summarise([replace(results[0], models=incomplete)])
