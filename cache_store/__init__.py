@@ -1,1 +1,42 @@
 """Storage of ragged per-sample arrays: transactional, checksummed, readable by any Zarr v3 reader. Knows no model."""
+
+from cache_store.difference import differences
+from cache_store.errors import (
+    CacheStoreError,
+    CorruptSampleError,
+    FieldNotFoundError,
+    FormatError,
+    IdentityMismatchError,
+    SampleNotFoundError,
+    StoreFullError,
+    StoreNotFoundError,
+    UnsupportedFileSystemError,
+)
+from cache_store.field import Field
+from cache_store.quarantine_record import QuarantineRecord
+from cache_store.reader import CacheReader
+from cache_store.store_info import StoreInfo, info
+from cache_store.verification import Damage, VerifyReport, verify
+from cache_store.writer import CacheWriter
+
+__all__ = [
+    "CacheReader",
+    "CacheStoreError",
+    "CacheWriter",
+    "CorruptSampleError",
+    "Damage",
+    "Field",
+    "FieldNotFoundError",
+    "FormatError",
+    "IdentityMismatchError",
+    "QuarantineRecord",
+    "SampleNotFoundError",
+    "StoreFullError",
+    "StoreInfo",
+    "StoreNotFoundError",
+    "UnsupportedFileSystemError",
+    "VerifyReport",
+    "differences",
+    "info",
+    "verify",
+]

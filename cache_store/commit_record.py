@@ -1,0 +1,113 @@
+"""The commit record: the one small file whose appearance makes a sample visible; it names all that belongs to it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache_store import local_files
+from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, take
+from cache_store.errors import FormatError
+from cache_store.field import Field
+from cache_store.sample_key import is_attempt, sample_key
+from cache_store.stored_object import StoredObject
+
+FOLDER = "commits"
+_MAX_LENGTH = 2**48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRecord:
+    """What one committed sample consists of."""
+
+    sample_id: str
+    attempt: str
+    """Random name of the writer's attempt; data lie in `samples/<key>.<attempt>/`."""
+    fingerprint: str
+    """Settings fingerprint of the store's root when this was written."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shape of each field that the sample has, in schema order; `()` or `(n,)` for text."""
+    objects: Mapping[str, StoredObject]
+    """Every object of the sample, by its path."""
+
+    @property
+    def folder(self) -> str:
+        """The sample's Zarr group, relative to the root."""
+        return f"samples/{sample_key(self.sample_id)}.{self.attempt}"
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(stored.size for stored in self.objects.values())
+
+    def of_array(self, array: str) -> list[StoredObject]:
+        """The objects of one Zarr array of the sample."""
+        return [stored for stored in self.objects.values() if stored.array == array]
+
+    def to_bytes(self) -> bytes:
+        document = {
+            "sample_id": self.sample_id,
+            "attempt": self.attempt,
+            "fingerprint": self.fingerprint,
+            "fields": [{"name": name, "shape": list(shape)} for name, shape in self.shapes.items()],
+            "objects": [stored.to_json() for stored in self.objects.values()],
+        }
+        return seal(document, f"the commit record of sample {self.sample_id!r}")
+
+    @classmethod
+    def from_bytes(
+        cls, data: bytes, where: str, *, key: str, fields: Mapping[str, Field], fingerprint: str
+    ) -> "CommitRecord":
+        """From untrusted bytes: sealed, of this key, these settings and this schema, with harmless paths."""
+        check_seal(data, where)
+        document = parse(data, where)
+        sample_id = take(document, "sample_id", str, where)
+        try:
+            right_key = sample_key(sample_id)
+        except ValueError as error:
+            raise FormatError(f"{where}: {error}") from error
+        if right_key != key:
+            raise FormatError(f"{where} is the record of sample {sample_id!r}, whose file name is {right_key}.json.")
+        where = f"{where} (sample {sample_id!r})"
+        attempt = take(document, "attempt", str, where)
+        if not is_attempt(attempt):
+            raise FormatError(f"{where}: {attempt!r} is not an attempt's name (16 hex digits).")
+        if take(document, "fingerprint", str, where) != fingerprint:
+            raise FormatError(
+                f"{where} was written under settings {document['fingerprint'][:64]!r}, the store has {fingerprint!r}; "
+                "it was copied in from another store."
+            )
+        listed = [StoredObject.from_json(item, where) for item in take(document, "objects", list, where)]
+        objects = {stored.path: stored for stored in listed}
+        if len(objects) != len(listed) or "zarr.json" not in objects:
+            raise FormatError(f"{where} names an object twice, or not the group's zarr.json.")
+        shapes = _shapes(take(document, "fields", list, where), fields, where)
+        return cls(sample_id=sample_id, attempt=attempt, fingerprint=fingerprint, shapes=shapes, objects=objects)
+
+
+def read(root: Path, key: str, *, fields: Mapping[str, Field], fingerprint: str) -> CommitRecord:
+    """The record with this key; `FileNotFoundError` when there is none."""
+    relative = f"{FOLDER}/{key}.json"
+    data = local_files.read_document(root, relative, MAX_DOCUMENT_BYTES)
+    return CommitRecord.from_bytes(
+        data, f"commit record {root / relative}", key=key, fields=fields, fingerprint=fingerprint
+    )
+
+
+def _shapes(items: list[Any], fields: Mapping[str, Field], where: str) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for item in items:
+        if not isinstance(item, dict) or item.keys() != {"name", "shape"}:
+            raise FormatError(f"{where}: a field of a record has exactly the keys name and shape.")
+        name, shape = item["name"], item["shape"]
+        field = fields.get(name) if isinstance(name, str) else None
+        if field is None or name in shapes:
+            raise FormatError(f"{where} names field {name!r}, which the store's schema lacks or the record repeats.")
+        good = isinstance(shape, list) and all(type(length) is int and 0 <= length < _MAX_LENGTH for length in shape)
+        if not good or len(shape) != len(field.axes) or math.prod(shape) >= _MAX_LENGTH:
+            raise FormatError(f"{where}: {shape!r} is not a shape of field {name!r} with axes {list(field.axes)}.")
+        shapes[name] = tuple(shape)
+    absent = [name for name, field in fields.items() if field.required and name not in shapes]
+    if absent:
+        raise FormatError(f"{where} lacks the required fields {', '.join(absent)}.")
+    return shapes

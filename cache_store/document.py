@@ -1,0 +1,94 @@
+"""The JSON documents of a store: written canonically, sealed with a checksum of their own, read with suspicion.
+
+The seal is the CRC-32C of the file's bytes with the seal's own eight hex digits set to zeros, so that a reader in any
+language can check every byte of the file without knowing how to write JSON canonically.
+"""
+
+import json
+from typing import Any
+
+import google_crc32c
+
+from cache_store.errors import FormatError
+
+MAX_DOCUMENT_BYTES = 16 * 2**20
+"""Larger ones are neither written nor read: a hostile store must not fill the memory."""
+SEAL_KEY = "document_crc32c"
+_SEAL_OPENING = f'"{SEAL_KEY}":"'.encode()
+_BLANK = b"00000000"
+
+
+def canonical_json(value: object) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, ASCII, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def canonical_copy(value: object, what: str) -> Any:
+    """The value as it comes back from JSON (tuples as lists), or a `ValueError` that says what cannot be stored."""
+    try:
+        return json.loads(canonical_json(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} must be plain JSON without NaN or infinity: {error}.") from error
+
+
+def to_bytes(document: dict[str, Any], what: str) -> bytes:
+    """Canonical bytes, within the size limit that readers enforce."""
+    data = canonical_json(document).encode()
+    if len(data) > MAX_DOCUMENT_BYTES - 64:
+        raise ValueError(f"{what} would take {len(data)} bytes of JSON; the limit is {MAX_DOCUMENT_BYTES}.")
+    return data
+
+
+def seal(document: dict[str, Any], what: str, *, opening: bytes = b"{") -> bytes:
+    """Canonical bytes with the seal inserted right after `opening`, where readers find it first."""
+    data = to_bytes(document, what)
+    assert data.startswith(opening)
+    sealed = opening + _SEAL_OPENING + _BLANK + b'",' + data[len(opening) :]
+    at = len(opening) + len(_SEAL_OPENING)
+    return sealed[:at] + b"%08x" % google_crc32c.value(sealed) + sealed[at + 8 :]
+
+
+def check_seal(data: bytes, where: str) -> None:
+    """Raise `FormatError` unless the bytes are those that were sealed."""
+    at = data.find(_SEAL_OPENING)
+    if at < 0:
+        raise FormatError(f"{where} carries no checksum ({SEAL_KEY}); it is damaged or was changed by another tool.")
+    at += len(_SEAL_OPENING)
+    stored = data[at : at + 8]
+    computed = b"%08x" % google_crc32c.value(data[:at] + _BLANK + data[at + 8 :])
+    if stored != computed:
+        raise FormatError(
+            f"{where} does not match its own checksum (stored {stored.decode(errors='replace')}, computed "
+            f"{computed.decode()}); it is damaged or was changed by another tool."
+        )
+
+
+def parse(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object from untrusted bytes: no duplicate keys, no NaN, bounded depth."""
+    try:
+        document = json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} is not a valid JSON document: {str(error)[:200]}.") from error
+    if not isinstance(document, dict):
+        raise FormatError(f"{where} is not a JSON object.")
+    return document
+
+
+def take(document: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    """`document[key]`, which must be exactly of this type (`True` is not an integer here)."""
+    if key not in document:
+        raise FormatError(f"{where} has no {key!r}.")
+    if type(document[key]) is not kind:
+        raise FormatError(f"{where}: {key!r} should be {kind.__name__}, got {type(document[key]).__name__}.")
+    return document[key]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("an object names the same key twice")
+    return result
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,75 @@
+"""The errors of the store; each also inherits the builtin that fits, so callers need not import this module.
+
+All of them survive pickling, because readers run inside data-loading worker processes.
+"""
+
+import errno
+from collections.abc import Sequence
+
+
+class CacheStoreError(Exception):
+    """Base of every error this package raises on purpose (bad arguments are plain `ValueError`)."""
+
+
+class StoreNotFoundError(CacheStoreError, FileNotFoundError):
+    """There is no store at this path."""
+
+
+class IdentityMismatchError(CacheStoreError, ValueError):
+    """The store holds samples made with other settings; `differences` has one line a differing key."""
+
+    def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.differences = tuple(differences)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.message, self.differences)
+
+
+class FormatError(CacheStoreError, ValueError):
+    """Metadata or a record of the store is malformed, damaged, hostile or of a newer format version."""
+
+
+class CorruptSampleError(CacheStoreError, OSError):
+    """A committed sample's bytes are not what was written: missing, truncated or changed."""
+
+    def __init__(self, message: str, sample_id: str = "", field: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.sample_id = sample_id
+        self.field = field
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.message, self.sample_id, self.field)
+
+
+class SampleNotFoundError(CacheStoreError, KeyError):
+    """No committed sample has this id."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return str(self.args[0])
+
+
+class FieldNotFoundError(CacheStoreError, KeyError):
+    """The store has no such field, or this sample was written without this optional one."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class StoreFullError(CacheStoreError, OSError):
+    """The file system has no room (or quota) left; `needed_bytes` is what the refused write needs."""
+
+    def __init__(self, message: str, needed_bytes: int = 0, code: int = errno.ENOSPC) -> None:
+        super().__init__(message)
+        self.message = message
+        self.needed_bytes = needed_bytes
+        self.errno = code
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.message, self.needed_bytes, self.errno)
+
+
+class UnsupportedFileSystemError(CacheStoreError, OSError):
+    """The file system cannot do what the commit protocol needs (hard links)."""

@@ -1,0 +1,118 @@
+"""A field: one named array (or text) that samples of a store have, with its dtype, axes, units and layout."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from cache_store.document import take
+from cache_store.errors import FormatError
+
+Layout = Literal["array", "packed", "text"]
+
+STORED_DTYPES = {
+    **{name: name for name in ("bool", "float16", "float32", "float64")},
+    **{f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    "bfloat16": "uint16",
+}
+"""Logical dtype -> dtype of the stored bits; numpy has no bfloat16."""
+SMALL = "small"
+"""The array that holds all packed fields of a sample; no field may take its name."""
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,99}")
+_KEYS = {"name", "dtype", "axes", "units", "layout", "required", "chunk_mb"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """What one field of every sample looks like; the lengths of its axes may differ from sample to sample."""
+
+    name: str
+    dtype: str
+    """A numpy dtype name, `bfloat16` (stored as its uint16 bits), or `str` for text."""
+    axes: tuple[str, ...] = ()
+    """One name an axis, outermost first; text is one string without axes, a list of strings with one."""
+    units: str = "1"
+    layout: Layout = "array"
+    """`array`: a Zarr array of its own. `packed`: with other small fields in one array. `text`: in the metadata."""
+    required: bool = True
+    chunk_mb: float = 16
+    """Upper bound of a chunk in 10^6 bytes (layout `array`), one index of axis 0 at least; the store's first writer
+    decides, later ones follow."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", tuple(self.axes))
+        object.__setattr__(self, "chunk_mb", float(self.chunk_mb))
+        where = f"field {self.name!r}"
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name) or self.name.lower() == SMALL:
+            raise ValueError(
+                f"{where}: a name starts with a letter, has at most 100 letters, digits, '_', '.', '-', "
+                f"and is not {SMALL!r}."
+            )
+        if self.layout not in get_args(Layout):
+            raise ValueError(f"{where}: layout {self.layout!r} is none of {', '.join(get_args(Layout))}.")
+        known = ("str",) if self.layout == "text" else tuple(STORED_DTYPES)
+        if self.dtype not in known:
+            raise ValueError(f"{where}: dtype {self.dtype!r} is none of {', '.join(known)} (layout {self.layout!r}).")
+        if not all(isinstance(axis, str) and axis for axis in self.axes) or not isinstance(self.units, str):
+            raise ValueError(f"{where}: axes and units are non-empty strings, got {self.axes!r} and {self.units!r}.")
+        if self.layout == "text" and len(self.axes) > 1:
+            raise ValueError(f"{where}: text has no axis (one string) or one (a list), got {self.axes!r}.")
+        if len(self.axes) > 32:
+            raise ValueError(f"{where}: at most 32 axes, got {len(self.axes)}.")
+        if not 0 < self.chunk_mb <= 1000:
+            raise ValueError(f"{where}: chunk_mb is above 0 and at most 1000, got {self.chunk_mb}.")
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """Dtype of the bits that are stored and read, little-endian."""
+        return np.dtype(STORED_DTYPES[self.dtype]).newbyteorder("<")
+
+    def chunk_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Whole indices of axis 0, so that a chunk is one contiguous slab of the array.
+
+        A Zarr chunk at the end of an array is stored at full size, so of the chunk sizes between half and the whole of
+        `chunk_mb` it takes the one that wastes least.
+        """
+        if not shape:
+            return ()
+        rows, rest = shape[0], tuple(max(1, length) for length in shape[1:])
+        slab_bytes = math.prod(shape[1:]) * self.stored_dtype.itemsize
+        most = max(1, int(self.chunk_mb * 1e6) // max(1, slab_bytes))
+        if rows <= most:
+            return (max(1, rows), *rest)
+        least = max(1, most // 2)
+        candidates = [math.ceil(rows / n) for n in range(math.ceil(rows / most), math.ceil(rows / least) + 1)]
+
+        def cost_bytes(size: int) -> int:
+            chunks = math.ceil(rows / size)
+            return (chunks * size - rows) * slab_bytes + chunks * _CHUNK_COST_BYTES
+
+        return (min(candidates, key=lambda size: (cost_bytes(size), -size)), *rest)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "axes": list(self.axes),
+            "units": self.units,
+            "layout": self.layout,
+            "required": self.required,
+            "chunk_mb": self.chunk_mb,
+        }
+
+    @classmethod
+    def from_json(cls, document: Any, where: str) -> "Field":
+        if not isinstance(document, dict) or document.keys() != _KEYS:
+            raise FormatError(f"{where}: a field of the schema has exactly the keys {', '.join(sorted(_KEYS))}.")
+        for key, kind in (("name", str), ("dtype", str), ("axes", list), ("units", str), ("required", bool)):
+            take(document, key, kind, where)
+        try:
+            return cls(**document)
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"{where}: {error}") from error
+
+
+_CHUNK_COST_BYTES = 65536
+"""What one more file is worth, so that a few padding rows do not double the number of chunks."""

@@ -1,0 +1,205 @@
+"""Every operation on the file system that the store needs; object storage will be a second module like this one.
+
+Durability is the point: a file is on the medium when `write_new` returns, its name when `sync_folder` of its folder
+has returned. Nothing here follows a symbolic link below the store's root.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_store.errors import FormatError, UnsupportedFileSystemError
+
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a planted FIFO must not block the open
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_MAX_WRITE = 2**30
+"""Linux writes at most 2 GiB a call."""
+
+
+def write_new(path: Path, parts: Iterable[Any]) -> None:
+    """Create a file from buffers (bytes or uint8 arrays) and force it to the medium. It must not exist yet."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        for part in parts:
+            rest = memoryview(part)
+            while len(rest):
+                rest = rest[os.write(descriptor, rest[:_MAX_WRITE]) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Create one folder that must not exist yet. The name is durable after `sync_folder(path.parent)`."""
+    path.mkdir()
+
+
+def make_folders(path: Path) -> None:
+    """Create a folder and its parents where absent, and force the new names to the medium."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Force the names in a folder to the medium."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put_if_absent(staging: Path, target: Path, data: bytes) -> bool:
+    """Publish a whole durable file under a name, unless the name is taken: then `False` and nothing changes."""
+    temporary = staging / secrets.token_hex(16)
+    write_new(temporary, [data])
+    try:
+        won = _link(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(target.parent)  # also for the loser: it is about to tell its caller that the sample is there
+    return won
+
+
+def _link(temporary: Path, target: Path) -> bool:
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        # A network file system may repeat a request whose answer was lost; the link count knows who made it.
+        return temporary.stat().st_nlink > 1
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            raise UnsupportedFileSystemError(
+                f"cannot hard-link {temporary} to {target} ({error.strerror}); the store commits samples by hard "
+                "links, so keep it on a file system that has them (ext4, XFS, NFS, ...)."
+            ) from error
+        raise
+    return True
+
+
+def replace(staging: Path, target: Path, data: bytes) -> None:
+    """Publish a whole durable file under a name, replacing what was there."""
+    temporary = staging / secrets.token_hex(16)
+    write_new(temporary, [data])
+    try:
+        temporary.replace(target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(target.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file if it is there."""
+    path.unlink(missing_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with everything in it, as far as possible."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def exists(path: Path) -> bool:
+    """Whether the name is taken (a dangling link takes it too)."""
+    return os.path.lexists(path)
+
+
+def names(root: Path, relative: str) -> Iterator[str]:
+    """The names in a folder below the root, in no order."""
+    try:
+        _check_parents(root, f"{relative}/any")
+        with os.scandir(root / relative) as entries:
+            for entry in entries:
+                yield entry.name
+    except FileNotFoundError as error:
+        raise FormatError(
+            f"{root / relative} is missing; the store at {root} is incomplete (was it copied only in part?)."
+        ) from error
+
+
+def free_bytes(path: Path) -> int:
+    """Room that an ordinary user has left on the file system (quotas not counted)."""
+    return shutil.disk_usage(path).free
+
+
+def size_bytes(root: Path, relative: str) -> int:
+    """Size of a regular file below the root; `FileNotFoundError` when absent, `FormatError` for links and the like."""
+    _check_parents(root, relative)
+    path = root / relative
+    return _regular_size(os.lstat(path), path)
+
+
+def read_document(root: Path, relative: str, limit_bytes: int) -> bytes:
+    """A small file below the root, refused when it is larger than the limit."""
+    _check_parents(root, relative)
+    descriptor = _open(root / relative)
+    try:
+        size = _regular_size(os.fstat(descriptor), root / relative)
+        if size > limit_bytes:
+            raise FormatError(f"{root / relative} has {size} bytes; a document of a store has at most {limit_bytes}.")
+        data = bytearray()
+        while len(data) <= limit_bytes and (block := os.read(descriptor, limit_bytes + 1 - len(data))):
+            data += block
+    finally:
+        os.close(descriptor)
+    return bytes(data)
+
+
+def read_exactly(root: Path, relative: str, size: int) -> NDArray[np.uint8] | int:
+    """The bytes of a file below the root, or its actual size when that is not `size` (nothing is allocated then)."""
+    _check_parents(root, relative)
+    descriptor = _open(root / relative)
+    try:
+        found = _regular_size(os.fstat(descriptor), root / relative)
+        if found != size:
+            return found
+        data = np.empty(size, np.uint8)
+        view, at = data.data, 0
+        while at < size:
+            count = os.readv(descriptor, [view[at : at + _MAX_WRITE]])
+            if count == 0:  # truncated since the size was taken
+                return at
+            at += count
+        return data
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, _READ_FLAGS)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FormatError(f"{path} is a symbolic link; a store has none, so it is refused.") from error
+        raise
+
+
+def _regular_size(status: os.stat_result, path: Path) -> int:
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError(f"{path} is not a regular file; a store has only files and folders, so it is refused.")
+    return status.st_size
+
+
+def _check_parents(root: Path, relative: str) -> None:
+    """No component between the root and the file may be a link: it could lead out of the store."""
+    parts = relative.split("/")
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise FormatError(f"path {relative!r} leaves the store at {root} or is not in normal form.")
+    folder = root
+    for part in parts[:-1]:
+        folder = folder / part
+        if not stat.S_ISDIR(os.lstat(folder).st_mode):
+            raise FormatError(f"{folder} is not a real folder (a symbolic link?); it is refused.")

@@ -1,0 +1,83 @@
+"""Checks of a stored sample's metadata against its commit record and the schema, before anything is allocated for it.
+
+Format version 1 leaves a writer one choice only, the rows of a chunk; everything else is compared as a whole, so that
+a hostile or foreign document is refused rather than interpreted.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cache_store.commit_record import CommitRecord
+from cache_store.document import canonical_json, parse
+from cache_store.errors import FormatError
+from cache_store.field import SMALL, Field
+from cache_store.sample_group import METADATA, SMALL_ARRAY, array_metadata, chunk_keys, packed_directory
+from cache_store.stored_object import TRAILER_BYTES
+
+
+def check_group(
+    root: Path, record: CommitRecord, fields: Mapping[str, Field], wanted: str
+) -> tuple[dict[str, str | list[str]], dict[str, int]]:
+    """Text fields, and the offset of each packed field, from the group's checked `zarr.json`."""
+    where = f"sample {record.sample_id!r}: {root / record.folder / METADATA}"
+    data = record.objects[METADATA].load(root, record.folder, sample_id=record.sample_id, field=wanted)
+    document = parse(data.tobytes(), where)
+    directory, _ = packed_directory(record.shapes, fields)
+    attributes = document.get("attributes")
+    text = attributes.get("text") if isinstance(attributes, dict) else None
+    expected = {
+        "attributes": {"sample_id": record.sample_id, "small": directory, "text": text},
+        "node_type": "group",
+        "zarr_format": 3,
+    }
+    shapes = {name: shape for name, shape in record.shapes.items() if fields[name].layout == "text"}
+    if (
+        canonical_json(document) != canonical_json(expected)
+        or not isinstance(text, dict)
+        or text.keys() != shapes.keys()
+    ):
+        raise FormatError(f"{where} is not the metadata of this sample in format 1.")
+    for name, shape in shapes.items():
+        items = text[name] if shape else [text[name]]
+        if (
+            not isinstance(items, list)
+            or not all(isinstance(item, str) for item in items)
+            or (len(items),) != (shape or (1,))
+        ):
+            raise FormatError(
+                f"{where}: the text of field {name!r} has not the shape {list(shape)} of the commit record."
+            )
+    return text, {entry["name"]: entry["offset"] for entry in directory}
+
+
+def check_array(root: Path, record: CommitRecord, array: str, fields: Mapping[str, Field], wanted: str) -> None:
+    """Raise unless an array's `zarr.json` is of the one expected kind and the record names exactly its chunks."""
+    where = f"sample {record.sample_id!r}, field {wanted!r}: {root / record.folder / array / METADATA}"
+    stored = record.objects.get(f"{array}/{METADATA}")
+    if stored is None:
+        raise FormatError(f"{where} is not named by the commit record.")
+    document = parse(stored.load(root, record.folder, sample_id=record.sample_id, field=wanted).tobytes(), where)
+    field = SMALL_ARRAY if array == SMALL else fields[array]
+    shape = (packed_directory(record.shapes, fields)[1],) if array == SMALL else record.shapes[array]
+    rows = _chunk_rows(document, shape)
+    whole = (rows, *(max(1, length) for length in shape[1:])) if shape else ()
+    if rows < 1 or canonical_json(document) != canonical_json(array_metadata(field, shape, whole)):
+        raise FormatError(f"{where} is not the metadata of a {field.dtype} array of shape {list(shape)} in format 1.")
+    size = math.prod(whole) * field.stored_dtype.itemsize + TRAILER_BYTES
+    count = math.ceil(shape[0] / rows) * bool(math.prod(shape)) if shape else 1
+    chunks = {item.path.rpartition("/")[2]: item.size for item in record.of_array(array) if item.is_chunk}
+    if len(chunks) != count or chunks != dict.fromkeys(chunk_keys(shape, rows), size):
+        raise FormatError(
+            f"{where}: shape {list(shape)} takes {count} chunks of {size} bytes; the record names others."
+        )
+
+
+def _chunk_rows(document: dict[str, Any], shape: tuple[int, ...]) -> int:
+    """Length of a chunk along axis 0 as the metadata has it; 0 if that is not to be found."""
+    try:
+        rows = document["chunk_grid"]["configuration"]["chunk_shape"][0] if shape else 1
+    except (KeyError, TypeError, IndexError):
+        return 0
+    return rows if type(rows) is int and rows < 2**48 else 0

@@ -1,0 +1,199 @@
+"""The Zarr v3 group of one sample: which objects the values of its fields become.
+
+The objects are made here and not by zarr, so that the same arrays always give the same bytes, each file can be forced
+to the medium, and writing needs no zarr import. Any Zarr v3 reader opens the result.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_store.document import to_bytes
+from cache_store.field import SMALL, Field
+from cache_store.stored_object import TRAILER_BYTES, StoredObject
+
+METADATA = "zarr.json"
+MAX_SMALL_BYTES = 16 * 10**6
+_ALIGNMENT = 8
+_FILL: dict[str, Any] = {"b": False, "f": 0.0}
+
+Value = NDArray[Any] | str | list[str]
+Buffer = NDArray[np.uint8] | bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleGroup:
+    """All objects of one sample with their bytes, ready to be written."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    objects: tuple[StoredObject, ...]
+    contents: tuple[tuple[Buffer, ...], ...]
+    """The buffers that each object consists of, in the order of `objects`; arrays are views, not copies."""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(stored.size for stored in self.objects)
+
+
+def check_values(sample_id: str, values: Mapping[str, object], fields: Mapping[str, Field]) -> dict[str, Value]:
+    """The values in schema order as arrays and strings, or a `ValueError` that names sample and field."""
+    unknown = sorted(values.keys() - fields.keys())
+    absent = [name for name, field in fields.items() if field.required and name not in values]
+    if unknown or absent:
+        raise ValueError(
+            f"sample {sample_id!r}: unknown fields {unknown}, missing required fields {absent}; "
+            f"the store has {', '.join(fields)}."
+        )
+    checked: dict[str, Value] = {}
+    for name, field in fields.items():
+        if name in values:
+            check = _check_text if field.layout == "text" else _check_array
+            checked[name] = check(f"sample {sample_id!r}, field {name!r}", field, values[name])
+    return checked
+
+
+def encode(sample_id: str, values: Mapping[str, Value], fields: Mapping[str, Field]) -> SampleGroup:
+    """The group of a sample whose values passed `check_values`."""
+    objects: list[StoredObject] = []
+    contents: list[tuple[Buffer, ...]] = []
+
+    def add(path: str, *parts: Buffer) -> None:
+        crc, size = 0, 0
+        for part in parts:
+            crc, size = google_crc32c.extend(crc, part), size + len(part)
+        if not path.endswith(METADATA):
+            parts, size = (*parts, crc.to_bytes(TRAILER_BYTES, "little")), size + TRAILER_BYTES
+        objects.append(StoredObject(path=path, size=size, crc32c=f"{crc:08x}"))
+        contents.append(parts)
+
+    def add_array(name: str, field: Field, array: NDArray[Any]) -> None:
+        add(f"{name}/{METADATA}", to_bytes(array_metadata(field, array.shape), f"field {name!r}"))
+        for key, parts in _chunks(field, array):
+            add(f"{name}/{key}", *parts)
+
+    shapes = {name: _shape(value) for name, value in values.items()}
+    directory, small_bytes = packed_directory(shapes, fields)
+    text = {name: value for name, value in values.items() if fields[name].layout == "text"}
+    attributes = {"sample_id": sample_id, "small": directory, "text": text}
+    document = {"attributes": attributes, "node_type": "group", "zarr_format": 3}
+    add(METADATA, to_bytes(document, f"the text of sample {sample_id!r}"))
+    if directory:
+        add_array(SMALL, SMALL_ARRAY, _pack(values, directory, small_bytes))
+    for name, value in values.items():
+        if fields[name].layout == "array":
+            assert isinstance(value, np.ndarray)
+            add_array(name, fields[name], value)
+    return SampleGroup(shapes=shapes, objects=tuple(objects), contents=tuple(contents))
+
+
+def array_metadata(field: Field, shape: tuple[int, ...], chunk_shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """The one `zarr.json` that format version 1 allows for an array of this field, shape and chunk shape."""
+    dtype = field.stored_dtype
+    byte_codec: dict[str, Any] = {"name": "bytes"}
+    if dtype.itemsize > 1:
+        byte_codec["configuration"] = {"endian": "little"}
+    return {
+        "attributes": {"logical_dtype": field.dtype, "units": field.units},
+        "chunk_grid": {
+            "configuration": {"chunk_shape": list(chunk_shape or field.chunk_shape(shape))},
+            "name": "regular",
+        },
+        "chunk_key_encoding": {"configuration": {"separator": "."}, "name": "default"},
+        "codecs": [byte_codec, {"name": "crc32c"}],
+        "data_type": dtype.name,
+        "dimension_names": list(field.axes),
+        "fill_value": _FILL.get(dtype.kind, 0),
+        "node_type": "array",
+        "shape": list(shape),
+        "zarr_format": 3,
+    }
+
+
+SMALL_ARRAY = Field(name="packed", dtype="uint8", axes=("byte",))
+"""What the array of all packed fields looks like; its one chunk holds all of it."""
+assert SMALL_ARRAY.chunk_mb * 1e6 >= MAX_SMALL_BYTES
+
+
+def chunk_keys(shape: tuple[int, ...], rows: int) -> Iterator[str]:
+    """Keys of the chunks of an array that is cut along axis 0 alone."""
+    if not shape:
+        yield "c"
+    elif math.prod(shape):
+        for index in range(math.ceil(shape[0] / rows)):
+            yield ".".join(["c", str(index), *("0" for _ in shape[1:])])
+
+
+def _chunks(field: Field, array: NDArray[Any]) -> Iterator[tuple[str, tuple[Buffer, ...]]]:
+    chunk_shape = field.chunk_shape(array.shape)
+    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    size = math.prod(chunk_shape) * array.dtype.itemsize
+    for index, key in enumerate(chunk_keys(array.shape, chunk_shape[0] if chunk_shape else 1)):
+        slab = raw[index * size : (index + 1) * size]
+        padding = bytes(size - len(slab))  # Zarr stores the last chunk at full size
+        yield key, (slab, padding) if padding else (slab,)
+
+
+def packed_directory(
+    shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Field]
+) -> tuple[list[dict[str, Any]], int]:
+    """Where each packed field of a sample lies in the array `small`, and the length of that array in bytes."""
+    directory: list[dict[str, Any]] = []
+    end = 0
+    for name, shape in shapes.items():
+        field = fields[name]
+        if field.layout == "packed":
+            start = end + -end % _ALIGNMENT
+            directory.append({"dtype": field.stored_dtype.name, "name": name, "offset": start, "shape": list(shape)})
+            end = start + math.prod(shape) * field.stored_dtype.itemsize
+    return directory, end
+
+
+def _pack(values: Mapping[str, Value], directory: list[dict[str, Any]], size: int) -> NDArray[np.uint8]:
+    if size > MAX_SMALL_BYTES:
+        raise ValueError(f"the packed fields take {size} bytes; the limit is {MAX_SMALL_BYTES}. Use layout array.")
+    data = np.zeros(size, np.uint8)
+    for entry in directory:
+        raw = np.ascontiguousarray(values[entry["name"]]).reshape(-1).view(np.uint8)
+        data[entry["offset"] : entry["offset"] + len(raw)] = raw
+    return data
+
+
+def _check_array(where: str, field: Field, value: object) -> Value:
+    if not isinstance(value, np.ndarray | np.generic):
+        raise ValueError(f"{where} should be a numpy array of {field.stored_dtype.name}, got {type(value).__name__}.")
+    array = np.asarray(value)
+    if array.dtype != field.stored_dtype or array.ndim != len(field.axes):
+        raise ValueError(
+            f"{where} should be {field.stored_dtype.name}{list(field.axes)}, got {array.dtype.name} with shape "
+            f"{list(array.shape)}."
+        )
+    return array
+
+
+def _check_text(where: str, field: Field, value: object) -> Value:
+    plain = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    items = [plain] if not field.axes else plain
+    if isinstance(items, tuple):
+        items = list(items)
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        kind = "a list of str" if field.axes else "a str"
+        raise ValueError(f"{where} should be {kind}, got {type(value).__name__}.")
+    for item in items:
+        try:
+            item.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: text must be valid Unicode: {error}.") from error
+        if "\0" in item:
+            raise ValueError(f"{where}: numpy strings cannot end in NUL characters, so text must not contain any.")
+    return items if field.axes else str(items[0])
+
+
+def _shape(value: Value) -> tuple[int, ...]:
+    if isinstance(value, str):
+        return ()
+    return (len(value),) if isinstance(value, list) else value.shape

@@ -1,0 +1,70 @@
+"""What a store contains, from its root and records alone: sizes by field, counts, identity and provenance."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cache_store import store_root
+from cache_store.field import Field
+from cache_store.reader import CacheReader
+
+METADATA = "(metadata)"
+"""Where the bytes are counted that belong to no numeric field: text, Zarr metadata, padding of packed fields."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreInfo:
+    """What `info` found."""
+
+    path: str
+    format_version: int
+    samples: int
+    size_bytes: int
+    """Bytes of all objects of committed samples."""
+    size_by_field: Mapping[str, int]
+    """Bytes by field, and under `(metadata)` the rest; the sum is `size_bytes`."""
+    samples_by_field: Mapping[str, int]
+    """How many samples have each field."""
+    quarantined: int
+    quarantined_by_kind: Mapping[str, int]
+    fields: Mapping[str, Field]
+    identity: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+
+def info(path: str | os.PathLike[str]) -> StoreInfo:
+    """Read the records of a store and add up."""
+    reader = CacheReader(path)
+    sizes = dict.fromkeys([*reader.fields, METADATA], 0)
+    counts = dict.fromkeys(reader.fields, 0)
+    for sample_id in reader.sample_ids:
+        record = reader.record(sample_id)
+        rest = record.size_bytes
+        for name, shape in record.shapes.items():
+            field = reader.fields[name]
+            counts[name] += 1
+            if field.layout == "array":
+                size = sum(stored.size for stored in record.of_array(name))
+            elif field.layout == "packed":
+                size = math.prod(shape) * field.stored_dtype.itemsize
+            else:
+                continue
+            sizes[name] += size
+            rest -= size
+        sizes[METADATA] += rest
+    kinds = [failure.kind for failure in reader.quarantined.values()]
+    return StoreInfo(
+        path=str(reader.path),
+        format_version=store_root.FORMAT_VERSION,
+        samples=len(reader),
+        size_bytes=sum(sizes.values()),
+        size_by_field=sizes,
+        samples_by_field=counts,
+        quarantined=len(kinds),
+        quarantined_by_kind={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        fields=reader.fields,
+        identity=reader.identity,
+        provenance=reader.provenance,
+    )

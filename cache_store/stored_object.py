@@ -1,0 +1,84 @@
+"""A stored object: one immutable file of a sample, as its commit record names it, and its checked bytes.
+
+The record's checksum of a chunk leaves out the chunk's own four-byte trailer: the CRC-32C of data plus its CRC is the
+same constant for all data, so it could not tell one valid chunk from another. This way it *is* the trailer, and a
+chunk that was swapped for another valid one is found out.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_store import local_files
+from cache_store.errors import CorruptSampleError, FormatError
+
+TRAILER_BYTES = 4
+_PATH = re.compile(r"(?:(?P<array>[A-Za-z][A-Za-z0-9_.-]{0,99})/)?(?:zarr\.json|(?P<chunk>c(?:\.\d{1,9}){0,32}))")
+_CRC = re.compile(r"[0-9a-f]{8}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """Relative path in the sample's group, size in bytes and CRC-32C (of a chunk: without its trailer)."""
+
+    path: str
+    size: int
+    crc32c: str
+
+    @property
+    def array(self) -> str:
+        """Name of the Zarr array it belongs to; empty for the group's own metadata."""
+        return self.path.rpartition("/")[0]
+
+    @property
+    def is_chunk(self) -> bool:
+        return not self.path.endswith("zarr.json")
+
+    def load(self, root: Path, folder: str, *, sample_id: str, field: str) -> NDArray[np.uint8]:
+        """All bytes, after checking presence, size and the record's checksum.
+
+        Of a chunk only the trailer is compared; whoever decodes the chunk compares the trailer with the data.
+        """
+        what = f"sample {sample_id!r}, field {field!r}: object {self.path} of {root / folder}"
+        try:
+            data = local_files.read_exactly(root, f"{folder}/{self.path}", self.size)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CorruptSampleError(f"{what} is missing. {MEND}", sample_id, field) from error
+        if isinstance(data, int):
+            raise CorruptSampleError(f"{what} has {data} bytes, expected {self.size}. {MEND}", sample_id, field)
+        if self.is_chunk:
+            found = f"{int.from_bytes(data[-TRAILER_BYTES:].tobytes(), 'little'):08x}"
+        else:
+            found = f"{google_crc32c.value(data):08x}"
+        if found != self.crc32c:
+            raise CorruptSampleError(
+                f"{what} has CRC-32C {found}, its commit record says {self.crc32c}. {MEND}", sample_id, field
+            )
+        return data
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path, "size": self.size, "crc32c": self.crc32c}
+
+    @classmethod
+    def from_json(cls, document: Any, where: str) -> "StoredObject":
+        """From an untrusted record; a path can only be a document or a chunk of one of the group's own arrays."""
+        if not isinstance(document, dict) or document.keys() != {"path", "size", "crc32c"}:
+            raise FormatError(f"{where}: an object has exactly the keys path, size and crc32c.")
+        path, size, crc32c = document["path"], document["size"], document["crc32c"]
+        match = _PATH.fullmatch(path) if isinstance(path, str) else None
+        if match is None or (match["chunk"] and not match["array"]):
+            raise FormatError(f"{where}: {path!r} is not the path of an object of a sample; it is refused.")
+        if type(size) is not int or size < (TRAILER_BYTES if match["chunk"] else 2):
+            raise FormatError(f"{where}: {size!r} is not a size of object {path}.")
+        if not isinstance(crc32c, str) or not _CRC.fullmatch(crc32c):
+            raise FormatError(f"{where}: {crc32c!r} is not the CRC-32C of object {path}, eight lower-case hex digits.")
+        return cls(path=path, size=size, crc32c=crc32c)
+
+
+MEND = "Run `verify` on the store for the whole extent; a sample without its commit record can be written again."
+"""The next step that every message about damage ends with."""

@@ -1,0 +1,43 @@
+import json
+
+import pytest
+
+from cache_store import FormatError
+from cache_store.document import MAX_DOCUMENT_BYTES, canonical_copy, check_seal, parse, seal, to_bytes
+
+
+def test_seal_covers_every_bit() -> None:
+    data = seal({"a": [1, "é"], "document_crc32c": "00000000"}, "it")
+    check_seal(data, "it")
+    assert json.loads(data)["a"] == [1, "é"]
+    for bit in range(len(data) * 8):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(FormatError):
+            check_seal(bytes(changed), "it")
+
+
+def test_seal_is_the_crc_with_its_digits_as_zeros() -> None:
+    import google_crc32c
+
+    data = seal({"b": 1}, "it")
+    assert data.startswith(b'{"document_crc32c":"')
+    assert int(data[20:28], 16) == google_crc32c.value(data[:20] + b"00000000" + data[28:])
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [b"", b"[]", b'{"a":1,"a":2}', b'{"a":NaN}', b'{"a":' + b"[" * 100_000, b"\xff\xfe", b'{"a":' + b"9" * 5000 + b"}"],
+)
+def test_hostile_documents_are_refused(hostile) -> None:
+    with pytest.raises(FormatError, match="here"):
+        parse(hostile, "here")
+
+
+def test_what_json_cannot_hold_is_refused() -> None:
+    assert canonical_copy({"a": (1, 2)}, "identity") == {"a": [1, 2]}
+    for value in (float("nan"), {1, 2}, object()):
+        with pytest.raises(ValueError, match="identity must be plain JSON"):
+            canonical_copy({"a": value}, "identity")
+    with pytest.raises(ValueError, match="the limit"):
+        to_bytes({"a": "x" * MAX_DOCUMENT_BYTES}, "it")
