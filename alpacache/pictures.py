@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MODEL_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """By order of models: before is vermilion, after is blue."""
-BASELINE_STYLES = (("#8a6d00", (0, (5, 3))), ("#5b4b8a", (0, (1, 2))))
+BASELINE_STYLES = (("#8a6d00", (0, (5, 3))), ("#7b68c8", (0, (1, 2))))
 TRUTH_COLOUR = "#1a1a1a"
 HISTORY_COLOUR = "#9a9a9a"
 INK = "#333333"

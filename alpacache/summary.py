@@ -246,15 +246,13 @@ def _slope_differences(
 def _warnings(strata: Mapping[str, StratumSummary]) -> tuple[str, ...]:
     found = []
     for name, stratum in strata.items():
+        of = f"{stratum.samples} sample{'s' * (stratum.samples > 1)} of {stratum.clips} clip{'s' * (stratum.clips > 1)}"
         if 0 < stratum.samples < ENOUGH_SAMPLES:
-            found.append(
-                f"{name}: {stratum.samples} samples of {stratum.clips} clips are too few to conclude from "
-                f"({ENOUGH_SAMPLES} or more would do)."
-            )
+            found.append(f"{name}: {of}, too few to conclude from ({ENOUGH_SAMPLES} samples or more would do).")
         elif 0 < stratum.clips < MIN_CLIPS:
             found.append(
-                f"{name}: {stratum.samples} samples come from {stratum.clips} clips; slope intervals take samples for "
-                f"independent and are too narrow ({MIN_CLIPS} clips or more would do)."
+                f"{name}: {of}; slope intervals take samples for independent and are too narrow "
+                f"({MIN_CLIPS} clips or more would do)."
             )
     if not strata[LATE_CURVE].samples:
         found.append(f"{LATE_CURVE}: no sample; whether the image is used on curves cannot be told from these clips.")

@@ -110,7 +110,7 @@ def test_few_clips_and_a_missing_late_curve_are_named() -> None:
     found = summarise(straight)
 
     assert [text.split(":")[0] for text in found.warnings] == ["all", "straight", "medium", LATE_CURVE]
-    assert "30 samples come from 3 clips" in found.warnings[0]
+    assert "30 samples of 3 clips; slope intervals" in found.warnings[0]
     assert found.strata["all"].bias["after"]["heading"][6.4] is None, "straight road has no slope"
 
 

@@ -1,0 +1,240 @@
+"""The tables of the HTML report. Every text that comes from data is escaped here, labels and ids included."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+from alpacache.bias import Departure, Slope
+from alpacache.bootstrap import Interval
+from alpacache.pictures import BASELINE_STYLES, MODEL_COLOURS
+from alpacache.strata import LATE_CURVE
+from alpacache.summary import EvalSummary, SampleResult, StratumSummary
+
+HEADLINE_METRICS = {
+    "min_ade": "minADE",
+    "min_ade/by_t=3.0": "minADE 3\u00a0s",
+    "ade": "ADE",
+    "min_fde": "minFDE",
+    "miss_rate": "missed",
+    "corner_distance": "corners",
+}
+STRATA_METRICS = {
+    "min_ade": "minADE",
+    "min_ade/by_t=0.5": "0.5 s",
+    "min_ade/by_t=1.0": "1 s",
+    "min_ade/by_t=3.0": "3 s",
+    "min_ade/by_t=5.0": "5 s",
+    "ade": "ADE",
+    "ade/by_t=3.0": "ADE 3 s",
+    "corner_distance": "corners",
+    "min_fde": "minFDE",
+    "fde": "FDE",
+    "miss_rate": "missed",
+}
+STRATUM_NAMES = {LATE_CURVE: "straight history, curve after t0"}
+"""Strata whose name needs words."""
+SLOPE_COLUMNS = (
+    ("heading", 2.0),
+    ("heading", 4.0),
+    ("heading", 6.4),
+    ("lateral", 2.0),
+    ("lateral", 4.0),
+    ("lateral", 6.4),
+)
+
+
+def stratum_name(stratum: str) -> str:
+    """How a stratum is called in tables."""
+    return STRATUM_NAMES.get(stratum, stratum)
+
+
+def model_colour(summary: EvalSummary, label: str) -> str:
+    """The colour of a model or baseline, the same in tables and pictures."""
+    if label in summary.baselines:
+        return BASELINE_STYLES[summary.baselines.index(label) % len(BASELINE_STYLES)][0]
+    return MODEL_COLOURS[summary.models.index(label) % len(MODEL_COLOURS)]
+
+
+def headline_table(summary: EvalSummary) -> str:
+    """Models, their change against the reference, and baselines, over all samples."""
+    stratum, late = summary.strata["all"], summary.strata[LATE_CURVE]
+    heads = ["", *HEADLINE_METRICS.values(), "heading slope, all", f"heading slope, {stratum_name(LATE_CURVE)}"]
+    rows = []
+    for label in (*summary.models, *summary.baselines):
+        cells = [_named(summary, label)]
+        cells += [_number(key, stratum.metrics[label][key]) for key in HEADLINE_METRICS]
+        cells += [_slope(_heading_slope(of, label)) for of in (stratum, late)]
+        rows.append(_row(cells, css=_row_css(summary, label)))
+        if label in stratum.differences:
+            cells = [f'<td class="name soft">change against {escape(summary.reference)}</td>']
+            cells += [_change(key, stratum.differences[label][key]) for key in HEADLINE_METRICS]
+            cells += [_slope_change(of, label) for of in (stratum, late)]
+            rows.append(_row(cells, css="difference"))
+    return _table(heads, rows, sortable=False)
+
+
+def headline_sentence(summary: EvalSummary) -> str:
+    """What the hardest stratum says of the bias, in words."""
+    late = summary.strata[LATE_CURVE]
+    slopes = [
+        f"{escape(label)} {_fixed(slope.slope)} [{_fixed(slope.low)}, {_fixed(slope.high)}]"
+        for label in (*summary.models, *summary.baselines)
+        if (slope := _heading_slope(late, label)) is not None
+    ]
+    if not slopes:
+        return (
+            f"<p>Too few samples are straight in history and curve after t0 ({late.samples}) to say whether the image "
+            "is used on curves.</p>"
+        )
+    return (
+        f"<p>On the {late.samples} samples that are straight throughout their history and curve after t0, where only "
+        f"the image knows, predicted against driven heading change has the slope: {'; '.join(slopes)}. "
+        "1 is unbiased, 0 always drives straight.</p>"
+    )
+
+
+def strata_table(summary: EvalSummary) -> str:
+    """Every metric by stratum and model, with counts and paired changes."""
+    heads = ["stratum", "model", "samples", "clips", *STRATA_METRICS.values()]
+    rows = []
+    for name, stratum in summary.strata.items():
+        for label in stratum.metrics:
+            cells = [_text(stratum_name(name)), _named(summary, label), _count(stratum.samples), _count(stratum.clips)]
+            cells += [
+                _number(key, stratum.metrics[label][key], stratum.differences.get(label, {}).get(key))
+                for key in STRATA_METRICS
+            ]
+            rows.append(_row(cells, css=_row_css(summary, label), stratum=name))
+    return _table(heads, rows)
+
+
+def slopes_table(summary: EvalSummary) -> str:
+    """Bias slopes by stratum, model, quantity and horizon."""
+    heads = ["stratum", "model", "samples", *(f"{quantity} {horizon_s:g} s" for quantity, horizon_s in SLOPE_COLUMNS)]
+    rows = []
+    for name, stratum in summary.strata.items():
+        for label, bias in stratum.bias.items():
+            cells = [_text(stratum_name(name)), _named(summary, label), _count(stratum.samples)]
+            cells += [
+                _slope(bias["heading"][horizon_s] if quantity == "heading" else bias["lateral"][horizon_s])
+                for quantity, horizon_s in SLOPE_COLUMNS
+            ]
+            rows.append(_row(cells, css=_row_css(summary, label), stratum=name))
+    return _table(heads, rows)
+
+
+def samples_table(
+    summary: EvalSummary,
+    results: Sequence[SampleResult],
+    truth: Sequence[Departure],
+    predicted: Mapping[str, Sequence[Departure]],
+) -> str:
+    """One row a sample; the row's index is the sample's place in `results`."""
+    heads = ["sample", "turn", "m/s", "driven turn °"]
+    heads += [f"{label} °" for label in summary.models] + [f"{label} minADE" for label in summary.models]
+    rows = []
+    for index, result in enumerate(results):
+        turn = stratum_name(LATE_CURVE) if result.strata.straight_history_late_curve else result.strata.turn
+        cells = [_text(result.sample_id), _text(turn), _value(result.strata.mean_speed_mps, "{:.1f}")]
+        cells.append(_value(np.rad2deg(truth[index].heading[-1]), "{:.1f}"))
+        cells += [_value(np.rad2deg(predicted[label][index].heading[-1]), "{:.1f}") for label in summary.models]
+        cells += [_value(result.models[label].metrics["min_ade"], "{:.2f}") for label in summary.models]
+        strata = escape(" ".join(result.strata.labels))
+        rows.append(f'<tr tabindex="0" data-index="{index}" data-strata="{strata}">{"".join(cells)}</tr>')
+    return _table(heads, rows)
+
+
+def filter_buttons(summary: EvalSummary) -> str:
+    """One button a stratum with its count; those without samples cannot be pressed."""
+    return "".join(
+        f'<button type="button" data-stratum="{escape(name)}" aria-pressed="false"'
+        f"{'' if stratum.samples else ' disabled'}>{escape(stratum_name(name))} ({stratum.samples})</button>"
+        for name, stratum in summary.strata.items()
+    )
+
+
+def _heading_slope(stratum: StratumSummary, label: str) -> Slope | None:
+    return stratum.bias[label]["heading"][6.4] if label in stratum.bias else None
+
+
+def _table(heads: Sequence[str], rows: Sequence[str], *, sortable: bool = True) -> str:
+    cells = [f"<button type='button'>{escape(head)}</button>" if sortable else escape(head) for head in heads]
+    head = "".join(f'<th scope="col"{" class=name" if i < 2 else ""}>{cell}</th>' for i, cell in enumerate(cells))
+    css = ' class="sortable"' if sortable else ""
+    return f"<table{css}><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _row(cells: Sequence[str], *, css: str = "", stratum: str | None = None) -> str:
+    marks = (f' class="{css}"' if css else "") + (f' data-stratum="{escape(stratum)}"' if stratum else "")
+    return f"<tr{marks}>{''.join(cells)}</tr>"
+
+
+def _row_css(summary: EvalSummary, label: str) -> str:
+    """Baselines are pale, and the last model of a stratum is underlined."""
+    last = label == (*summary.models, *summary.baselines)[-1]
+    return " ".join(["baseline"] * (label in summary.baselines) + ["last"] * last)
+
+
+def _text(text: str) -> str:
+    return f'<td class="name">{escape(text)}</td>'
+
+
+def _named(summary: EvalSummary, label: str) -> str:
+    colour = model_colour(summary, label)
+    return f'<td class="name"><span class="dot" style="background:{colour}"></span>{escape(label)}</td>'
+
+
+def _count(number: int) -> str:
+    return f'<td data-value="{number}">{number:,}</td>'
+
+
+def _value(value: float, form: str) -> str:
+    return f'<td data-value="{value:.6g}">{form.format(value)}</td>'
+
+
+def _number(key: str, value: float, change: Interval | None = None) -> str:
+    text = f"{100 * value:.1f} %" if key == "miss_rate" else f"{value:.2f}"
+    css = "" if change is None else _verdict(change)
+    title = "" if change is None else f' title="change {change.estimate:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"'
+    return f'<td{css}{title} data-value="{value:.6g}">{text}</td>'
+
+
+def _change(key: str, change: Interval | None) -> str:
+    if change is None:
+        return "<td>–</td>"
+    scale, unit = (100, " %") if key == "miss_rate" else (1, "")
+    low, middle, high = (scale * value for value in (change.low, change.estimate, change.high))
+    digits = 1 if unit else 2
+    return (
+        f"<td{_verdict(change)}>{middle:+.{digits}f}{unit}<br>"
+        f'<span class="range">[{low:+.{digits}f}, {high:+.{digits}f}]</span></td>'
+    )
+
+
+def _slope(slope: Slope | None) -> str:
+    if slope is None:
+        return '<td data-value="">–</td>'
+    return (
+        f'<td data-value="{slope.slope:.6g}">{_fixed(slope.slope)} '
+        f'<span class="range">[{_fixed(slope.low)}, {_fixed(slope.high)}]</span></td>'
+    )
+
+
+def _slope_change(stratum: StratumSummary, label: str) -> str:
+    change = stratum.bias_differences[label]["heading"][6.4] if label in stratum.bias_differences else None
+    if change is None:
+        return "<td>–</td>"
+    return f'<td>{change.estimate:+.2f}<br><span class="range">[{change.low:+.2f}, {change.high:+.2f}]</span></td>'
+
+
+def _fixed(value: float) -> str:
+    """Two digits, and no minus before what rounds to zero."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
+def _verdict(change: Interval) -> str:
+    """Coloured only where the whole interval is on one side of zero."""
+    if change.high < 0:
+        return ' class="better"'
+    return ' class="worse"' if change.low > 0 else ""
