@@ -65,8 +65,8 @@ def sync_folder(path: Path) -> None:
 def put_if_absent(staging: Path, target: Path, data: bytes) -> bool:
     """Publish a whole durable file under a name, unless the name is taken: then `False` and nothing changes."""
     temporary = staging / secrets.token_hex(16)
-    write_new(temporary, [data])
     try:
+        write_new(temporary, [data])
         won = _link(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -93,8 +93,8 @@ def _link(temporary: Path, target: Path) -> bool:
 def replace(staging: Path, target: Path, data: bytes) -> None:
     """Publish a whole durable file under a name, replacing what was there."""
     temporary = staging / secrets.token_hex(16)
-    write_new(temporary, [data])
     try:
+        write_new(temporary, [data])
         temporary.replace(target)
     except OSError:
         temporary.unlink(missing_ok=True)

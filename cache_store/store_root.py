@@ -145,7 +145,7 @@ def open_or_create(path: Path, given: StoreRoot) -> tuple[StoreRoot, list[str]]:
 
 
 def _make_layout(path: Path) -> None:
-    if path.is_dir() and (strangers := sorted({entry.name for entry in path.iterdir()} - set(FOLDERS))):
+    if path.is_dir() and (strangers := sorted({entry.name for entry in path.iterdir()} - {*FOLDERS, DOCUMENT})):
         raise FormatError(
             f"{path} is neither empty nor a store (it contains {', '.join(strangers[:5])}); "
             "give a path of its own to a new store."
@@ -153,7 +153,8 @@ def _make_layout(path: Path) -> None:
     for name in FOLDERS:
         local_files.make_folders(path / name)
     local_files.put_if_absent(path / STAGING, path / SAMPLES / DOCUMENT, PLAIN_GROUP)
-    local_files.sync_folder(path)
+    for folder in (path, path.parent):  # also names that a racing writer has made but not yet forced to the medium
+        local_files.sync_folder(folder)
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:

@@ -75,7 +75,7 @@ class CacheWriter:
             return False
         with self._room_for(group.size_bytes + len(published), f"sample {sample_id!r}"):
             self._write_attempt(record.folder, group)
-            won = local_files.put_if_absent(self.path / store_root.STAGING, self._commit_path(key), published)
+            won = self._publish(record, published)
         if won:
             local_files.remove_file(self._quarantine_path(key))
         else:
@@ -134,6 +134,15 @@ class CacheWriter:
                 local_files.sync_folder(path)
         except BaseException:
             local_files.remove_tree(folder)  # nothing refers to it yet; a full disk needs the room
+            raise
+
+    def _publish(self, record: CommitRecord, data: bytes) -> bool:
+        target = self._commit_path(sample_key(record.sample_id))
+        try:
+            return local_files.put_if_absent(self.path / store_root.STAGING, target, data)
+        except OSError as error:
+            if error.errno in _FULL and not local_files.exists(target):
+                local_files.remove_tree(self.path / record.folder)  # surely not published, and the disk needs the room
             raise
 
     def _put_quarantine(self, key: str, record: QuarantineRecord) -> None:
