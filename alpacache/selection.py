@@ -1,0 +1,128 @@
+"""Which samples a run takes from a source: split, moments, number.
+
+The choice depends on nothing but the source and the arguments, so that a resumed or sharded run makes the same one.
+Clips are looked at only until enough samples are found: a source may be a hub with hundreds of thousands of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol, runtime_checkable
+
+from alpacache.errors import BadClipError, UsageError
+from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, SampleRef, Source, split_of
+
+HISTORY_US = HISTORY_STEPS * STEP_US
+"""t0 must lie more than this after the start of the recording."""
+FUTURE_US = FUTURE_STEPS * STEP_US
+CLOCK_SLACK_US = 1_000_000
+
+Rejected = tuple[str, BadClipError]
+"""A clip that was wanted and cannot give a sample, with the reason."""
+
+
+@runtime_checkable
+class EventSource(Protocol):
+    """A source that knows moments worth a sample, for `t0="events"`."""
+
+    def event_times_us(self, clip_id: str) -> Sequence[int]:
+        """Their times, on the clip's clock."""
+
+
+def select(
+    source: Source,
+    *,
+    split: Literal["train", "val", "all"] = "all",
+    t0: str = "5.1",
+    samples: int | None = None,
+    views: int = 1,
+) -> tuple[list[SampleRef], list[Rejected]]:
+    """The samples to load, in the source's clip order, and the clips that cannot give one.
+
+    `t0` is `"5.1"` (seconds from the start of the clip), `"every:2.0"` (all that fit on that raster) or `"events"`
+    (the source's own moments, as far as they fit). A sample needs more than 1.6 s before t0 and 6.4 s after it.
+    With `samples`, the first that many; clips beyond are not looked at.
+
+    Raises `UsageError` for arguments that make no sense and for a split that holds no clip.
+    """
+    _check_arguments(split, samples, views)
+    moments = _Moments.parse(t0, source)
+    clips = [clip for clip in source.clip_ids if split == "all" or split_of(clip) == split]
+    if not clips:
+        raise UsageError(f"{source.name}: none of its {len(source.clip_ids)} clips falls into the {split} split.")
+    refs: list[SampleRef] = []
+    rejected: list[Rejected] = []
+    for clip_id in clips:
+        if samples is not None and len(refs) >= samples:
+            break
+        try:
+            refs += [SampleRef(clip_id=clip_id, t0_us=time) for time in moments.of(source, clip_id)]
+        except BadClipError as error:
+            rejected.append((clip_id, error))
+    return refs[:samples], rejected
+
+
+class _Moments:
+    """A parsed `t0`: one time, a raster, or the source's events."""
+
+    def __init__(self, mode: Literal["at", "every", "events"], value_us: int) -> None:
+        self._mode, self._value_us = mode, value_us
+
+    @classmethod
+    def parse(cls, text: str, source: Source) -> "_Moments":
+        if text == "events":
+            if not isinstance(source, EventSource):
+                raise UsageError(f"{source.name} knows no events; give t0 in seconds, or every:SECONDS.")
+            return cls("events", 0)
+        mode: Literal["at", "every"] = "every" if text.startswith("every:") else "at"
+        try:
+            value_us = round(float(text.removeprefix("every:")) * 1e6)
+        except (ValueError, OverflowError):
+            value_us = 0
+        if value_us <= 0:
+            raise UsageError(f"t0 {text!r} is none of 5.1 (seconds), every:2.0 (seconds apart) or events.")
+        return cls(mode, value_us)
+
+    def of(self, source: Source, clip_id: str) -> list[int]:
+        """The times (us) of one clip that leave room for history and future, ascending."""
+        first, last = source.times_us(clip_id)
+        start = clip_start_us(first, last)
+        low, high = max(start + HISTORY_US + 1, first + HISTORY_US - STEP_US), last - FUTURE_US
+        fitting = [time for time in self._candidates(source, clip_id, start, high) if low <= time <= high]
+        if not fitting and self._mode != "events":
+            raise BadClipError("short_clip", self._too_short(clip_id, start, first, last))
+        return fitting
+
+    def _candidates(self, source: Source, clip_id: str, start: int, high: int) -> Iterator[int]:
+        if self._mode == "at":
+            yield start + self._value_us
+        elif self._mode == "every":
+            yield from range(start + self._value_us, high + 1, self._value_us)
+        elif isinstance(source, EventSource):
+            yield from sorted(set(source.event_times_us(clip_id)))
+
+    def _too_short(self, clip_id: str, start: int, first: int, last: int) -> str:
+        wanted = (
+            f"t0 at {self._value_us / 1e6:g} s" if self._mode == "at" else f"any t0 every {self._value_us / 1e6:g} s"
+        )
+        return (
+            f"{clip_id}: poses and pictures cover {(first - start) / 1e6:.2f} s to {(last - start) / 1e6:.2f} s of the "
+            f"clip, too short for {wanted}: more than {HISTORY_US / 1e6:g} s before it and {FUTURE_US / 1e6:g} s after "
+            "it are needed."
+        )
+
+
+def clip_start_us(first_us: int, last_us: int) -> int:
+    """Where a clip's seconds are counted from.
+
+    The zero of its own clock where the recording begins within a second of it or runs across it (as in PhysicalAI-AV,
+    so that 5.1 s is the public loader's t0), else its first instant (as with absolute times).
+    """
+    return 0 if first_us <= CLOCK_SLACK_US and last_us > 0 else first_us
+
+
+def _check_arguments(split: str, samples: int | None, views: int) -> None:
+    if split not in ("train", "val", "all"):
+        raise UsageError(f"split {split!r} is none of train, val, all.")
+    if samples is not None and samples < 1:
+        raise UsageError(f"samples is {samples}; at least 1 is needed.")
+    if views != 1:
+        raise UsageError(f"views is {views}; only the picture as it is (1 view) can be loaded so far.")

@@ -1,0 +1,201 @@
+"""Generated drives: a road of known curvature and a car that follows it.
+
+What a drive does is fixed relative to t0 = 5.1 s, the default: a `late_curve` is exactly straight up to t0, so its
+history says nothing and only the picture can tell which way, and how far, the path will bend. Curves are driven at
+speeds that keep the lateral acceleration below what passengers accept, as on real roads, so speed alone says a little
+about how sharp a curve can be and nothing about its side.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.poses import Track
+from alpacache.sample import DEFAULT_T0_US
+
+Shape = Literal["straight", "early_curve", "late_curve", "curve_end"]
+SHAPES: tuple[Shape, ...] = ("straight", "early_curve", "late_curve", "curve_end")
+"""Always straight; curving since before t0; beginning after t0; ending around t0."""
+
+CLIP_US = 20_000_000
+POSE_STEP_US = 50_000
+GENTLE_RAD = 0.5
+"""Heading change from which a curve counts as sharp."""
+_T0_S = DEFAULT_T0_US / 1e6
+_HORIZON_S = 6.4
+_RAMP_S = 0.6
+_LATERAL_MPS2 = 3.5
+_SPEED_MPS = (5.0, 20.0)
+_HEADING_RAD = (0.2, 1.2)
+_EXTRA_AFTER_S = 15.0
+"""From here on every drive may bend; far enough that t0 = 5.1 s sees little of it."""
+_FINE_M = 0.02
+Arc = Callable[[Any], NDArray[np.float64]]
+"""Driving time (s) to arc length (m)."""
+_COARSE = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipKind:
+    """What the road does around t0 = 5.1 s."""
+
+    shape: Shape
+    side: Literal["left", "right", "none"]
+    strength: Literal["straight", "gentle", "sharp"]
+    """`sharp` from a heading change of 0.5 rad at t0 + 6.4 s."""
+    onset_s: float | None
+    """Where the curve begins, in seconds after t0; None on a straight road."""
+    heading_change_rad: float
+    """From t0 to t0 + 6.4 s, left positive."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Road:
+    """The centre of the ego lane, sampled every `spacing_m` from `start_m` on; the ego starts at arc length 0."""
+
+    start_m: float
+    spacing_m: float
+    points: NDArray[np.float32]
+    """`[M, 7]`: x, y, cosine and sine of heading, curvature, heading, arc length minus `start_m`; one row a lookup."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drive:
+    """One clip's motion; `arc_m[i]` is where on the road the car is at `track.timestamps_us[i]`."""
+
+    kind: ClipKind
+    road: Road
+    track: Track
+    arc_m: NDArray[np.float64]
+    curve_starts_us: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bend:
+    """A stretch of curvature in driving time, with smooth ends."""
+
+    start_s: float
+    end_s: float
+    curvature: float
+
+
+def make_drive(rng: np.random.Generator, shape: Shape) -> Drive:
+    """Draw a 20 s drive of the given shape."""
+    start_s, end_s = _bend_times(rng, shape)
+    target = rng.uniform(*_HEADING_RAD) * rng.choice((-1.0, 1.0))
+    inside_s = min(end_s, _T0_S + _HORIZON_S) - max(start_s, _T0_S)
+    inside_s = (end_s - start_s if shape == "curve_end" else inside_s) - _RAMP_S
+    speed = rng.uniform(_SPEED_MPS[0], np.clip(_LATERAL_MPS2 * inside_s / abs(target), 6.0, _SPEED_MPS[1]))
+    swing, rate, phase = rng.uniform(0.0, 0.06), rng.uniform(0.2, 0.5), rng.uniform(0.0, 2 * np.pi)
+
+    def arc(time_s: Any) -> NDArray[np.float64]:
+        wave = np.cos(rate * np.asarray(time_s) + phase) - np.cos(phase)
+        return np.asarray(speed * (np.asarray(time_s) - swing / rate * wave), dtype=np.float64)
+
+    limit = _LATERAL_MPS2 / speed**2
+    curvature = float(np.clip(target / (speed * inside_s), -limit, limit))
+    if shape == "straight":
+        curvature = rng.uniform(-0.02, 0.02) / (speed * _HORIZON_S)
+    bends = [_Bend(start_s=start_s, end_s=end_s, curvature=curvature), *_extra_bends(rng, limit)]
+    fine_arc, heading, xy, bent = _integrate(bends, arc)
+    track, arcs = _drive_along(fine_arc, xy, heading, arc, offset_m=rng.uniform(-0.35, 0.35))
+    road = _tabulate(fine_arc, xy, heading, bent)
+    change = float(np.diff(np.interp(arc(np.array([_T0_S, _T0_S + _HORIZON_S])), fine_arc, heading))[0])
+    kind = _describe(shape, start_s, curvature, change)
+    starts = tuple(round(bend.start_s * 1e6) for bend in bends if shape != "straight" or bend is not bends[0])
+    return Drive(kind=kind, road=road, track=track, arc_m=arcs, curve_starts_us=starts)
+
+
+def _bend_times(rng: np.random.Generator, shape: Shape) -> tuple[float, float]:
+    """Start and end of the main bend, in seconds of the clip."""
+    if shape == "straight":
+        return -30.0, 60.0
+    if shape == "late_curve":
+        start = rng.uniform(0.2, 2.0)
+        return _T0_S + start, _T0_S + start + rng.uniform(3.0, _HORIZON_S + 1.0 - start)
+    if shape == "early_curve":
+        return _T0_S - rng.uniform(0.8, 4.0), _T0_S + rng.uniform(2.5, _HORIZON_S + 1.0)
+    return _T0_S - rng.uniform(3.0, 4.5), _T0_S + rng.uniform(-0.3, 0.8)
+
+
+def _extra_bends(rng: np.random.Generator, limit: float) -> list[_Bend]:
+    """Maybe one more bend towards the end of the clip, for samples at a later t0."""
+    start, length, strength = rng.uniform(_EXTRA_AFTER_S, 17.0), rng.uniform(2.0, 4.0), rng.uniform(-0.8, 0.8)
+    if rng.uniform() < 0.4:
+        return []
+    return [_Bend(start_s=start, end_s=start + length, curvature=float(strength * min(limit, 0.05)))]
+
+
+def _integrate(
+    bends: list[_Bend], arc: Arc
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Arc length, heading, positions and curvature of the road every 2 cm, heading along x at arc length 0."""
+    end = float(arc(CLIP_US / 1e6)) + 180.0
+    arcs: NDArray[np.float64] = np.arange(round(-80.0 / _FINE_M), int(end / _FINE_M) + 1) * np.float64(_FINE_M)
+    curvature = np.zeros(len(arcs))
+    for bend in bends:
+        start, stop = float(arc(bend.start_s)), float(arc(bend.end_s))
+        ramp = float(arc(bend.start_s + _RAMP_S)) - start
+        curvature = curvature + bend.curvature * _smooth((arcs - start) / ramp) * _smooth((stop - arcs) / ramp)
+    origin = round(80.0 / _FINE_M)
+    heading = _cumulate(curvature, origin)
+    xy = np.stack([_cumulate(np.cos(heading), origin), _cumulate(np.sin(heading), origin)], axis=1)
+    return arcs, heading, xy, curvature
+
+
+def _tabulate(
+    arcs: NDArray[np.float64], xy: NDArray[np.float64], heading: NDArray[np.float64], curvature: NDArray[np.float64]
+) -> Road:
+    columns = (xy[:, 0], xy[:, 1], np.cos(heading), np.sin(heading), curvature, heading, arcs - arcs[0])
+    points = np.stack([column[::_COARSE] for column in columns], axis=1).astype(np.float32)
+    return Road(start_m=float(arcs[0]), spacing_m=_FINE_M * _COARSE, points=points)
+
+
+def _cumulate(values: NDArray[np.float64], origin: int) -> NDArray[np.float64]:
+    """Trapezoid integral over arc length, zero at index `origin`."""
+    steps = np.concatenate([[0.0], (values[1:] + values[:-1]) * (_FINE_M / 2)])
+    total = np.cumsum(steps)
+    return np.asarray(total - total[origin])
+
+
+def _smooth(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    ramp = np.clip(x, 0.0, 1.0)
+    return np.asarray(ramp * ramp * (3.0 - 2.0 * ramp))
+
+
+def _drive_along(
+    fine_arc: NDArray[np.float64],
+    xy: NDArray[np.float64],
+    heading: NDArray[np.float64],
+    arc: Arc,
+    *,
+    offset_m: float,
+) -> tuple[Track, NDArray[np.float64]]:
+    """Poses every 50 ms, `offset_m` to the left of the lane's centre and parallel to it."""
+    stamps = np.arange(0, CLIP_US + 1, POSE_STEP_US, dtype=np.int64)
+    arcs = arc(stamps / 1e6)
+    yaw = np.interp(arcs, fine_arc, heading)
+    centre = np.stack([np.interp(arcs, fine_arc, xy[:, axis]) for axis in (0, 1)], axis=1)
+    left = np.stack([-np.sin(yaw), np.cos(yaw)], axis=1)
+    zeros = np.zeros_like(yaw)
+    track = Track(
+        timestamps_us=stamps,
+        xyz=np.concatenate([centre + offset_m * left, zeros[:, None]], axis=1),
+        quaternion_xyzw=np.stack([zeros, zeros, np.sin(yaw / 2), np.cos(yaw / 2)], axis=1),
+    )
+    return track, arcs
+
+
+def _describe(shape: Shape, start_s: float, curvature: float, change: float) -> ClipKind:
+    if shape == "straight":
+        return ClipKind(shape=shape, side="none", strength="straight", onset_s=None, heading_change_rad=change)
+    return ClipKind(
+        shape=shape,
+        side="left" if curvature > 0 else "right",
+        strength="sharp" if abs(change) >= GENTLE_RAD else "gentle",
+        onset_s=start_s - _T0_S,
+        heading_change_rad=change,
+    )

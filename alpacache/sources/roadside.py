@@ -1,0 +1,145 @@
+"""Trees and marker posts beside generated roads: upright, so that a bend shows above the ground plane too."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.sources.road import Road
+from alpacache.sources.scene import LANE_M, Camera, Floats, Look
+
+NEAR_M, FAR_M = 2.0, 150.0
+_POST_EVERY_M = 12.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roadside:
+    """Upright things in world coordinates, one row each."""
+
+    xy: NDArray[np.float64]
+    """`[N, 2]` metres."""
+    height_m: Floats
+    width_m: Floats
+    shade: Floats
+    """Brightness of each against its kind's."""
+    tree: NDArray[np.bool_]
+    """Else a white post with a dark band."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Spot:
+    """One thing as the camera sees it: pixels, except where it says otherwise."""
+
+    column: float
+    base: float
+    scale: float
+    """Pixels a metre at its distance."""
+    height_m: float
+    width_m: float
+    light: float
+    haze: float
+
+
+def plant(rng: np.random.Generator, road: Road, look: Look, *, trees_per_km: float, posts: bool) -> Roadside:
+    """Trees at random and posts at equal distances along both edges of the road."""
+    length = (len(road.points) - 1) * road.spacing_m
+    count = int(length * trees_per_km / 1000)
+    tree_arc, tree_side = rng.uniform(0.0, length, count), rng.choice((-1.0, 1.0), count)
+    tree_off = _edge(look, tree_side) + rng.uniform(3.5, 22.0, count)
+    post_arc = np.repeat(np.arange(0.0, length, _POST_EVERY_M), 2) if posts else np.zeros(0)
+    post_side = np.tile((-1.0, 1.0), len(post_arc) // 2)
+    post_off = _edge(look, post_side) + 0.9
+    arc, side = np.concatenate([tree_arc, post_arc]), np.concatenate([tree_side, post_side])
+    here = road.points[(arc / road.spacing_m).astype(np.intp)].astype(np.float64)
+    off = side * np.concatenate([tree_off, post_off])
+    tree = np.arange(len(arc)) < count
+    return Roadside(
+        xy=np.stack([here[:, 0] - off * here[:, 3], here[:, 1] + off * here[:, 2]], axis=1),
+        height_m=np.where(tree, rng.uniform(3.0, 9.0, len(arc)), 1.1).astype(np.float32),
+        width_m=np.where(tree, rng.uniform(2.0, 5.0, len(arc)), 0.18).astype(np.float32),
+        shade=rng.uniform(0.8, 1.15, len(arc)).astype(np.float32),
+        tree=tree,
+    )
+
+
+def draw(
+    picture: Floats, camera: Camera, look: Look, things: Roadside, *, position: NDArray[np.float64], yaw_rad: float
+) -> None:
+    """Draw `things` into `picture` `[H, W, 3]`, far ones first."""
+    cos, sin = np.cos(yaw_rad), np.sin(yaw_rad)
+    apart = things.xy - position
+    ahead, left = apart[:, 0] * cos + apart[:, 1] * sin, apart[:, 1] * cos - apart[:, 0] * sin
+    seen = (np.stack([ahead, left, np.zeros_like(left)], axis=1) - camera.position_m) @ camera.rotation
+    depth = np.maximum(seen[:, 2], 0.1)
+    scale = camera.focal_px / depth
+    column, base = camera.centre_px[0] + scale * seen[:, 0], camera.centre_px[1] + scale * seen[:, 1]
+    reach = scale * things.width_m
+    visible = (depth > NEAR_M) & (depth < FAR_M) & (column > -reach) & (column < camera.width + reach)
+    haze = 1.0 - np.exp(-depth / look.haze_m)
+    light = (look.headlights * np.exp(-depth / 30.0) + (1 - look.headlights)) * things.shade
+    items = np.flatnonzero(visible)
+    for item in items[np.argsort(-depth[items], kind="stable")]:
+        spot = _Spot(
+            column=float(column[item]),
+            base=float(base[item]),
+            scale=float(scale[item]),
+            height_m=float(things.height_m[item]),
+            width_m=float(things.width_m[item]),
+            light=float(light[item]),
+            haze=float(haze[item]),
+        )
+        (_draw_tree if things.tree[item] else _draw_post)(picture, look, spot)
+
+
+def _edge(look: Look, side: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distance from the ego lane's centre to the outer marking on that side (left is positive)."""
+    return np.where(side > 0, look.lanes[0] + 0.5, look.lanes[1] + 0.5) * LANE_M
+
+
+def _draw_tree(picture: Floats, look: Look, spot: _Spot) -> None:
+    """A trunk and an oval crown, lighter towards its top."""
+    high, wide = spot.height_m * spot.scale, spot.width_m * spot.scale
+    trunk = 0.04 * high
+    sides = (spot.column - trunk, spot.column + trunk)
+    _fill(picture, sides, (spot.base - 0.5 * high, spot.base), _tint(look.dirt * 0.45, look, spot))
+    middle, half_high, half_wide = spot.base - 0.62 * high, max(0.38 * high, 0.5), max(0.5 * wide, 0.5)
+    rows = _span(middle - half_high, middle + half_high, picture.shape[0])
+    columns = _span(spot.column - half_wide, spot.column + half_wide, picture.shape[1])
+    patch = picture[rows, columns]
+    if patch.size:
+        v = (np.arange(rows.start, rows.stop, dtype=np.float32) - np.float32(middle)) / np.float32(half_high)
+        u = (np.arange(columns.start, columns.stop, dtype=np.float32) - np.float32(spot.column)) / np.float32(half_wide)
+        inside = np.clip((1.05 - v[:, None] ** 2 - u**2) * 3, 0.0, 1.0)[..., None]
+        crown = _tint(look.leaf, look, spot) * (1.0 - 0.25 * np.clip(v, -1, 1))[:, None, None]
+        patch += (crown - patch) * inside
+
+
+def _draw_post(picture: Floats, look: Look, spot: _Spot) -> None:
+    """A white post with a dark band near its top."""
+    high, half = spot.height_m * spot.scale, 0.5 * spot.width_m * spot.scale
+    sides = (spot.column - half, spot.column + half)
+    _fill(picture, sides, (spot.base - high, spot.base), _tint(look.paint, look, spot))
+    band = (spot.base - 0.85 * high, spot.base - 0.6 * high)
+    _fill(picture, sides, band, _tint(look.asphalt * 0.4, look, spot))
+
+
+def _tint(colour: Floats, look: Look, spot: _Spot) -> Floats:
+    lit = colour * np.float32(spot.light)
+    return np.asarray(lit + (look.sky_low - lit) * np.float32(spot.haze), dtype=np.float32)
+
+
+def _fill(picture: Floats, columns: tuple[float, float], rows: tuple[float, float], colour: Floats) -> None:
+    """Blend an upright rectangle in, by the share of each pixel it covers."""
+    high, wide = _span(*rows, picture.shape[0]), _span(*columns, picture.shape[1])
+    patch = picture[high, wide]
+    if patch.size:
+        v, u = np.arange(high.start, high.stop), np.arange(wide.start, wide.stop)
+        down = np.clip(np.minimum(rows[1], v + 0.5) - np.maximum(rows[0], v - 0.5), 0.0, 1.0)
+        right = np.clip(np.minimum(columns[1], u + 0.5) - np.maximum(columns[0], u - 0.5), 0.0, 1.0)
+        patch += (colour - patch) * (down[:, None] * right).astype(np.float32)[..., None]
+
+
+def _span(low: float, high: float, limit: int) -> slice:
+    """Pixels, counted at their centres, that [low, high] touches."""
+    start = min(max(int(np.floor(low + 0.5)), 0), limit)
+    return slice(start, max(min(int(np.floor(high + 0.5)) + 1, limit), start))

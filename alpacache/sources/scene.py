@@ -1,0 +1,236 @@
+"""Renders generated roads: ground plane, lane markings, verge, hills and sky, in numpy.
+
+A pixel's ray hits the flat ground at a point that is fixed in the vehicle's frame, so it is computed once a clip; a
+frame moves those points into the world, finds where on the road they lie (a few Newton steps towards the nearest point
+of the centre line) and colours them. What lies ahead therefore looks the way it will be driven. Markings are drawn by
+the share of a pixel they cover, else they would flicker with distance.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.sources.road import Road
+
+Floats = NDArray[np.float32]
+FAR_M = 220.0
+LANE_M = 3.5
+MAST_M = 0.8
+"""Cameras stand this far ahead of the vehicle's origin, all in one place."""
+HORIZON = 0.4
+"""Share of the picture above the horizon of a level camera: the sensor is cropped, as cars crop away sky."""
+SKYLINE = 2880
+_TILE = 256
+_CLOUDS = np.float32(3 * _TILE / (2 * np.pi))
+"""Tile steps a radian: whole tiles around, so that the sky has no seam."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Camera:
+    """A pinhole camera on the vehicle; every pixel's place on the ground or in the sky is worked out once."""
+
+    width: int
+    height: int
+    focal_px: float
+    centre_px: tuple[float, float]
+    position_m: tuple[float, float, float]
+    rotation: NDArray[np.float64]
+    """`[3, 3]` camera (x right, y down, z forward) to vehicle (x forward, y left, z up)."""
+    ground: NDArray[np.intp]
+    """Flat indices of the pixels whose ray meets the ground within `FAR_M`."""
+    ground_xy: Floats
+    """`[ground, 2]` metres, vehicle frame."""
+    distance: Floats
+    """`[ground]` along the ground, metres."""
+    sky: NDArray[np.intp]
+    """Flat indices of all other pixels."""
+    azimuth: Floats
+    """`[sky]` of each ray in the vehicle frame, left positive."""
+    elevation: Floats
+    """`[sky]`, up positive."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """How one clip's world looks; colours are RGB 0 to 255."""
+
+    sky_low: Floats
+    sky_high: Floats
+    grass: Floats
+    dirt: Floats
+    asphalt: Floats
+    leaf: Floats
+    hill: Floats
+    paint: Floats
+    haze_m: float
+    headlights: float
+    gain: float
+    noise: float
+    lanes: tuple[int, int]
+    """Lanes to the left and right of the ego lane."""
+    dashed: tuple[bool, bool]
+    dash_m: float
+    period_m: float
+    hills: Floats
+    """`[SKYLINE]` elevation of the skyline by azimuth, radians."""
+    tile_shift: tuple[int, int]
+
+
+def make_camera(
+    *, width: int, height: int, fov_rad: float, yaw_rad: float, pitch_rad: float, above_ground_m: float
+) -> Camera:
+    """A camera that looks along the ground; pitch is positive downwards, yaw to the left."""
+    focal = width / 2 / np.tan(fov_rad / 2)
+    centre = ((width - 1) / 2, height * HORIZON)
+    cos_p, sin_p, cos_y, sin_y = np.cos(pitch_rad), np.sin(pitch_rad), np.cos(yaw_rad), np.sin(yaw_rad)
+    tilt = np.array([[0.0, -sin_p, cos_p], [-1.0, 0.0, 0.0], [0.0, -cos_p, -sin_p]])
+    turn = np.array([[cos_y, -sin_y, 0.0], [sin_y, cos_y, 0.0], [0.0, 0.0, 1.0]])
+    rotation = turn @ tilt
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    rays = np.stack([(columns - centre[0]) / focal, (rows - centre[1]) / focal, np.ones(columns.shape)], axis=-1)
+    rays = rays.reshape(-1, 3) @ rotation.T
+    level = np.hypot(rays[:, 0], rays[:, 1])
+    reach = above_ground_m / np.maximum(-rays[:, 2], 1e-9)
+    hit = (rays[:, 2] < 0) & (reach * level < FAR_M)
+    ground, sky = np.flatnonzero(hit), np.flatnonzero(~hit)
+    position = (MAST_M, 0.0, above_ground_m)
+    return Camera(
+        width=width,
+        height=height,
+        focal_px=float(focal),
+        centre_px=centre,
+        position_m=position,
+        rotation=rotation,
+        ground=ground,
+        ground_xy=(rays[ground, :2] * reach[ground, None] + position[:2]).astype(np.float32),
+        distance=(reach * level)[ground].astype(np.float32),
+        sky=sky,
+        azimuth=np.arctan2(rays[sky, 1], rays[sky, 0]).astype(np.float32),
+        elevation=np.arctan2(rays[sky, 2], level[sky]).astype(np.float32),
+    )
+
+
+def paint_world(
+    camera: Camera, look: Look, road: Road, *, position: NDArray[np.float64], yaw_rad: float, arc_m: float
+) -> Floats:
+    """Sky and ground, `[H, W, 3]` RGB, from a vehicle at `position` (`[2]`, world), `arc_m` along the road."""
+    canvas = np.empty((camera.height * camera.width, 3), dtype=np.float32)
+    canvas[camera.sky] = _sky(camera, look, yaw_rad)
+    canvas[camera.ground] = _ground(camera, look, road, position=position, yaw_rad=yaw_rad, arc_m=arc_m)
+    return canvas.reshape(camera.height, camera.width, 3)
+
+
+def expose(picture: Floats, look: Look, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Gain and sensor noise; `[H, W, 3]` to `[3, H, W]` uint8."""
+    noise = rng.standard_normal(picture.shape, dtype=np.float32) * np.float32(look.noise)
+    return np.ascontiguousarray(np.clip(picture * look.gain + noise, 0, 255).astype(np.uint8).transpose(2, 0, 1))
+
+
+def _sky(camera: Camera, look: Look, yaw_rad: float) -> Floats:
+    """Gradient, clouds and a skyline that turn with the car; `[sky, 3]`."""
+    up = np.clip(camera.elevation / 0.35, 0.0, 1.0)[:, None]
+    azimuth = camera.azimuth + np.float32(yaw_rad)
+    clouds = _texture(azimuth * _CLOUDS + look.tile_shift[0], camera.elevation * 400 + look.tile_shift[1], soft=True)
+    colour = look.sky_low + (look.sky_high - look.sky_low) * up
+    colour += (np.maximum(clouds, 0.0) * 45)[:, None] * np.sqrt(up)
+    place = (azimuth * np.float32(SKYLINE / (2 * np.pi))).astype(np.intp) % SKYLINE
+    behind_hills = camera.elevation < look.hills[place]
+    colour[behind_hills] = look.hill
+    return np.asarray(colour, dtype=np.float32)
+
+
+def _ground(
+    camera: Camera, look: Look, road: Road, *, position: NDArray[np.float64], yaw_rad: float, arc_m: float
+) -> Floats:
+    """Colours `[ground, 3]` of the ground pixels."""
+    cos, sin = np.float32(np.cos(yaw_rad)), np.float32(np.sin(yaw_rad))
+    x, y = camera.ground_xy[:, 0], camera.ground_xy[:, 1]
+    world_x = x * cos - y * sin + np.float32(position[0])
+    world_y = x * sin + y * cos + np.float32(position[1])
+    along, across, heading = _locate(road, world_x, world_y, x + np.float32(arc_m))
+    clear = 1.0 / (1.0 + camera.distance / 30.0)
+    shift = look.tile_shift
+    rough = _texture(world_x * 9 + shift[0], world_y * 9) * clear * 26
+    rough += _texture(world_x * 0.9, world_y * 0.9 + shift[1]) * 16
+    colour = look.grass + rough[:, None]
+    left, right = (lanes + 0.5 for lanes in look.lanes)
+    edge = np.where(across > 0, across - np.float32(left * LANE_M), -across - np.float32(right * LANE_M))
+    verge = edge < 1.6
+    colour[verge] = look.dirt + (rough[verge] * 0.8)[:, None]
+    paved = np.flatnonzero(edge < 0.35)
+    view = np.arctan2(y[paved], x[paved]) + np.float32(yaw_rad) - heading[paved]
+    colour[paved] = _pavement(camera, look, along[paved], across[paved], view, camera.distance[paved], clear[paved])
+    glow = look.headlights * np.exp(-camera.distance / 22.0) + (1 - look.headlights)
+    colour *= glow[:, None]
+    haze = (1.0 - np.exp(-camera.distance / look.haze_m))[:, None]
+    return np.asarray(colour + (look.sky_low - colour) * haze, dtype=np.float32)
+
+
+def _locate(road: Road, x: Floats, y: Floats, guess_m: Floats) -> tuple[Floats, Floats, Floats]:
+    """Arc length, distance to the left of the centre line and road heading of the nearest road point to each point."""
+    along, last = guess_m, len(road.points) - 1
+    for _ in range(3):
+        place = ((along - np.float32(road.start_m)) * np.float32(1 / road.spacing_m)).astype(np.intp)
+        here = road.points[np.clip(place, 0, last)]
+        dx, dy = x - here[:, 0], y - here[:, 1]
+        ahead = dx * here[:, 2] + dy * here[:, 3]
+        across = dy * here[:, 2] - dx * here[:, 3]
+        along = here[:, 6] + np.float32(road.start_m) + ahead / np.maximum(1.0 - here[:, 4] * across, 0.3)
+    lost = np.abs(ahead) > 2.0
+    across[lost] = 1e3
+    return along, across, here[:, 5]
+
+
+def _pavement(
+    camera: Camera, look: Look, along: Floats, across: Floats, view: Floats, distance: Floats, clear: Floats
+) -> Floats:
+    """Asphalt with its markings; `view` is the angle between line of sight and road."""
+    wide = distance / np.float32(camera.focal_px)
+    deep = wide * distance / np.float32(camera.position_m[2])
+    cos, sin = np.abs(np.cos(view)), np.abs(np.sin(view))
+    print_across, print_along = wide * cos + deep * sin, deep * cos + wide * sin
+    rough = _texture(along * 14, across * 14) * clear * 14 + _texture(along * 0.3, across * 3) * 5
+    colour = look.asphalt + rough[:, None]
+    phase = np.abs(along % np.float32(look.period_m) - np.float32(look.period_m / 2))
+    dash = np.clip((look.dash_m / 2 - phase) / print_along + 0.5, 0.0, 1.0)
+    dash = np.where(print_along > look.period_m, np.float32(look.dash_m / look.period_m), dash)
+    paint = np.zeros_like(along)
+    for place, dashed in _markings(look):
+        cover = _cover(across, place, 0.16, print_across)
+        paint = np.maximum(paint, cover * dash if dashed else cover)
+    return np.asarray(colour + (look.paint - colour) * paint[:, None] * 0.9, dtype=np.float32)
+
+
+def _markings(look: Look) -> list[tuple[float, bool]]:
+    """Offset and kind of every painted line; the outermost are solid."""
+    left, right = look.lanes
+    lines = [((lane - 0.5) * LANE_M, -right < lane < left + 1) for lane in range(-right, left + 2)]
+    inner = {0.5 * LANE_M: look.dashed[0], -0.5 * LANE_M: look.dashed[1]}
+    return [(place, inside and inner.get(place, True)) for place, inside in lines]
+
+
+def _cover(across: Floats, place: float, width: float, footprint: Floats) -> Floats:
+    """Share of a pixel's footprint that a line of `width` at `place` covers."""
+    off = np.abs(across - np.float32(place))
+    overlap = np.minimum(np.float32(width / 2), off + footprint / 2) - np.maximum(
+        -np.float32(width / 2), off - footprint / 2
+    )
+    return np.asarray(np.clip(overlap / footprint, 0.0, 1.0), dtype=np.float32)
+
+
+def _texture(u: Floats, v: Floats, *, soft: bool = False) -> Floats:
+    """Noise of unit deviation, repeating every 256 steps; `soft` has little fine detail."""
+    rows, columns = u.astype(np.int32) & (_TILE - 1), v.astype(np.int32) & (_TILE - 1)
+    return np.asarray(_tile(1.9 if soft else 0.9)[rows * _TILE + columns])
+
+
+@lru_cache(maxsize=2)
+def _tile(falloff: float) -> Floats:
+    """One fixed tile of noise whose amplitude falls with frequency to the power of `falloff`."""
+    spectrum = np.fft.fft2(np.random.default_rng(7).standard_normal((_TILE, _TILE)))
+    radius = np.hypot(*np.meshgrid(np.fft.fftfreq(_TILE), np.fft.fftfreq(_TILE)))
+    tile = np.fft.ifft2(spectrum / (radius + 0.02) ** falloff).real
+    tile -= tile.mean()
+    return np.asarray((tile / tile.std()).astype(np.float32).reshape(-1))

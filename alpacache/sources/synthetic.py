@@ -1,0 +1,187 @@
+"""`synthetic:N`: generated drives, for demos, tests and pre-training where no recording may be shipped.
+
+Everything of a clip follows from (seed, index): what the road does, how the car drives, how the world looks, and the
+noise of each frame. Clip ids carry the seed but not the mix or the picture size: give every mix a seed of its own.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.errors import BadClipError, UsageError
+from alpacache.poses import frame_indices, history_and_future
+from alpacache.sample import CAMERAS, FRAME_STEP_US, FRONT_CAMERA, Sample, SampleRef, sort_cameras
+from alpacache.sources.look import draw_look
+from alpacache.sources.road import CLIP_US, SHAPES, ClipKind, Drive, Shape, make_drive
+from alpacache.sources.roadside import Roadside, draw, plant
+from alpacache.sources.scene import Camera, Look, expose, make_camera, paint_world
+
+DEFAULT_MIX: Mapping[str, float] = {"straight": 0.4, "early_curve": 0.2, "late_curve": 0.3, "curve_end": 0.1}
+_ID = re.compile(r"^synthetic-(?P<seed>\d+)-(?P<index>\d{6,})$")
+_FRONT_FOV_DEG = (55.0, 68.0)
+"""Narrower than the real front-wide camera, so that a small picture still shows the road 60 m ahead."""
+_VIEWS: Mapping[str, tuple[float, float]] = {
+    CAMERAS[0]: (55.0, 1.0),
+    CAMERAS[1]: (0.0, 1.0),
+    CAMERAS[2]: (-55.0, 1.0),
+    CAMERAS[3]: (145.0, 1.0),
+    CAMERAS[4]: (180.0, 0.5),
+    CAMERAS[5]: (-145.0, 1.0),
+    CAMERAS[6]: (0.0, 0.5),
+}
+"""Per camera: yaw in degrees, left positive, and field of view against the front camera's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _World:
+    """All of one clip that does not change from frame to frame."""
+
+    drive: Drive
+    look: Look
+    roadside: Roadside
+    above_ground_m: float
+    pitch_rad: float
+    fov_rad: float
+
+
+class SyntheticSource:
+    """`count` generated clips of 20 s with pictures and poses every 50 ms; any number of threads may load."""
+
+    def __init__(
+        self,
+        count: int,
+        seed: int = 0,
+        mix: Mapping[str, float] | None = None,
+        cameras: Sequence[str] = (FRONT_CAMERA,),
+        size: tuple[int, int] = (256, 128),
+    ) -> None:
+        """`mix` weighs what roads do (`SHAPES`), `size` is a picture's width and height in pixels.
+
+        Raises `UsageError` for a count below 1, an unknown shape or weights that do not add up to something.
+        """
+        if count < 1 or seed < 0:
+            raise UsageError(f"synthetic:{count} (seed {seed}): at least one clip and a seed of 0 or more are needed.")
+        if min(size) < 16 or max(size) > 4096:
+            raise UsageError(f"size {size} is out of range; width and height lie between 16 and 4096 pixels.")
+        self.name = f"synthetic:{count}" + (f"-seed{seed}" if seed else "")
+        self.seed, self.size, self.cameras = seed, size, sort_cameras(cameras)
+        self.clip_ids: Sequence[str] = [f"synthetic-{seed}-{index:06d}" for index in range(count)]
+        self._count, self._mix = count, _check_mix(DEFAULT_MIX if mix is None else mix)
+
+    def times_us(self, clip_id: str) -> tuple[int, int]:
+        """All clips last 20 s."""
+        self._index(clip_id)
+        return 0, CLIP_US
+
+    def event_times_us(self, clip_id: str) -> tuple[int, ...]:
+        """Where curves begin, for `--t0 events`."""
+        return self._world(clip_id).drive.curve_starts_us
+
+    def clip_kind(self, clip_id: str) -> ClipKind:
+        """What the road does around t0 = 5.1 s."""
+        return self._world(clip_id).drive.kind
+
+    def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
+        """Render one sample; `BadClipError` (`short_clip`) for a t0 without 1.5 s before or 6.4 s after it."""
+        names, world = sort_cameras(cameras), self._world(ref.clip_id)
+        track = world.drive.track
+        poses = history_and_future(track, ref.t0_us, where=ref.clip_id)
+        wanted = ref.t0_us - FRAME_STEP_US * np.arange(frames - 1, -1, -1, dtype=np.int64)
+        chosen = frame_indices(track.timestamps_us, wanted, where=ref.clip_id)
+        views = [_camera(name, self.size, world.fov_rad, world.pitch_rad, world.above_ground_m) for name in names]
+        shots = [self._shoot(ref.clip_id, world, name, view, chosen) for name, view in zip(names, views, strict=True)]
+        return Sample(
+            ref=ref,
+            cameras=names,
+            frames=np.stack(shots),
+            frame_timestamps_us=np.tile(track.timestamps_us[chosen], (len(names), 1)),
+            calibration={name: _calibration(view) for name, view in zip(names, views, strict=True)},
+            **poses._asdict(),
+        )
+
+    def _shoot(
+        self, clip_id: str, world: _World, name: str, camera: Camera, chosen: NDArray[np.int64]
+    ) -> NDArray[np.uint8]:
+        """`[frames, 3, H, W]` of one camera."""
+        key = [self.seed, self._index(clip_id), 2, CAMERAS.index(name)]
+        return np.stack([_photograph(world, camera, frame, np.random.default_rng([*key, frame])) for frame in chosen])
+
+    def _index(self, clip_id: str) -> int:
+        match = _ID.match(clip_id)
+        if match is None or int(match["seed"]) != self.seed or int(match["index"]) >= self._count:
+            raise BadClipError("missing_clip", f"{clip_id}: not one of the {self._count} clips of {self.name}.")
+        return int(match["index"])
+
+    def _world(self, clip_id: str) -> _World:
+        return _make_world(self.seed, self._index(clip_id), self._mix)
+
+
+@lru_cache(maxsize=32)
+def _make_world(seed: int, index: int, mix: tuple[tuple[Shape, float], ...]) -> _World:
+    """Draw a clip. Kind, drive and look have streams of their own, so that none shifts when another changes."""
+    shapes, weights = zip(*mix, strict=True)
+    shape = shapes[int(np.random.default_rng([seed, index, 0]).choice(len(shapes), p=np.array(weights)))]
+    drive = make_drive(np.random.default_rng([seed, index, 1]), shape)
+    rng = np.random.default_rng([seed, index, 3])
+    look = draw_look(rng)
+    return _World(
+        drive=drive,
+        look=look,
+        roadside=plant(rng, drive.road, look, trees_per_km=rng.uniform(40, 220), posts=bool(rng.uniform() < 0.85)),
+        above_ground_m=float(rng.uniform(1.6, 2.6)),
+        pitch_rad=float(rng.uniform(-0.02, 0.06)),
+        fov_rad=float(np.radians(rng.uniform(*_FRONT_FOV_DEG))),
+    )
+
+
+@lru_cache(maxsize=32)
+def _camera(name: str, size: tuple[int, int], fov_rad: float, pitch_rad: float, above_ground_m: float) -> Camera:
+    yaw_deg, zoom = _VIEWS[name]
+    return make_camera(
+        width=size[0],
+        height=size[1],
+        fov_rad=fov_rad * zoom,
+        yaw_rad=float(np.radians(yaw_deg)),
+        pitch_rad=pitch_rad,
+        above_ground_m=above_ground_m,
+    )
+
+
+def _photograph(world: _World, camera: Camera, frame: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """`[3, H, W]` at pose number `frame`."""
+    drive = world.drive
+    quaternion = drive.track.quaternion_xyzw[frame]
+    position, yaw = drive.track.xyz[frame, :2], float(2 * np.arctan2(quaternion[2], quaternion[3]))
+    arc = float(drive.arc_m[frame])
+    picture = paint_world(camera, world.look, drive.road, position=position, yaw_rad=yaw, arc_m=arc)
+    draw(picture, camera, world.look, world.roadside, position=position, yaw_rad=yaw)
+    return expose(picture, world.look, rng)
+
+
+def _calibration(camera: Camera) -> dict[str, object]:
+    return {
+        "model": "pinhole",
+        "width": camera.width,
+        "height": camera.height,
+        "fx": camera.focal_px,
+        "fy": camera.focal_px,
+        "cx": camera.centre_px[0],
+        "cy": camera.centre_px[1],
+        "position_m": list(camera.position_m),
+        "rotation": camera.rotation.tolist(),
+    }
+
+
+def _check_mix(mix: Mapping[str, float]) -> tuple[tuple[Shape, float], ...]:
+    """Weights that add up to 1, in a fixed order."""
+    unknown = [name for name in mix if name not in SHAPES]
+    if unknown:
+        raise UsageError(f"unknown kind of road {', '.join(unknown)}; known: {', '.join(SHAPES)}.")
+    total = sum(mix.values())
+    if total <= 0 or min(mix.values()) < 0:
+        raise UsageError(f"mix {dict(mix)}: weights must not be negative and one must be above 0.")
+    return tuple((shape, mix[shape] / total) for shape in SHAPES if mix.get(shape, 0) > 0)
