@@ -56,14 +56,28 @@ def history_and_future(track: Track, t0_us: int, *, where: str = "poses") -> Ego
     Raises `BadClipError`: `wrong_shape`, `not_finite`, `time_order`, `pose_jump`, or `short_clip` where the recording
     does not reach from t0 - 1.5 s to t0 + 6.4 s. `where` names the recording in those messages.
     """
-    steps = np.arange(1 - HISTORY_STEPS, FUTURE_STEPS + 1, dtype=np.int64)
-    times = t0_us + steps * STEP_US
+    times = sample_times_us(t0_us)
+    check_usable(track, times, where=where)
+    return ego_poses(*interpolate(track, times))
+
+
+def sample_times_us(t0_us: int) -> NDArray[np.int64]:
+    """The 80 instants of a sample's poses; number 15 is t0."""
+    return t0_us + STEP_US * np.arange(1 - HISTORY_STEPS, FUTURE_STEPS + 1, dtype=np.int64)
+
+
+def check_usable(track: Track, times_us: NDArray[np.int64], *, where: str) -> None:
+    """Raise the `BadClipError` that `history_and_future` documents, if there is one."""
     check_track(track, where=where)
-    check_covered(track.timestamps_us, times, what=f"{where}: poses")
-    check_motion(track, int(times[0]), int(times[-1]), where=where)
-    exact_xyz, exact_rot = to_ego_frame(*interpolate(track, times), origin=HISTORY_STEPS - 1)
-    xyz, rot = exact_xyz.astype(np.float32), exact_rot.astype(np.float32)
-    return EgoPoses(xyz[:HISTORY_STEPS], rot[:HISTORY_STEPS], xyz[HISTORY_STEPS:], rot[HISTORY_STEPS:])
+    check_covered(track.timestamps_us, times_us, what=f"{where}: poses")
+    check_motion(track, int(times_us[0]), int(times_us[-1]), where=where)
+
+
+def ego_poses(xyz: NDArray[np.float64], rot: NDArray[np.float64]) -> EgoPoses:
+    """World poses at `sample_times_us` (`[80, 3]`, `[80, 3, 3]`) as history and future in the ego frame at t0."""
+    seen_xyz, seen_rot = to_ego_frame(xyz, rot, origin=HISTORY_STEPS - 1)
+    near, turned = seen_xyz.astype(np.float32), seen_rot.astype(np.float32)
+    return EgoPoses(near[:HISTORY_STEPS], turned[:HISTORY_STEPS], near[HISTORY_STEPS:], turned[HISTORY_STEPS:])
 
 
 def interpolate(track: Track, times_us: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

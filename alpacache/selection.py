@@ -83,6 +83,8 @@ class _Moments:
 
     def of(self, source: Source, clip_id: str) -> list[int]:
         """The times (us) of one clip that leave room for history and future, ascending."""
+        if self._mode == "events" and isinstance(source, EventSource) and not source.event_times_us(clip_id):
+            return []
         first, last = source.times_us(clip_id)
         start = clip_start_us(first, last)
         low, high = max(start + HISTORY_US + 1, first + HISTORY_US - STEP_US), last - FUTURE_US

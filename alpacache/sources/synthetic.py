@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.errors import BadClipError, UsageError
-from alpacache.poses import frame_indices, history_and_future
+from alpacache.poses import Track, frame_indices, history_and_future
 from alpacache.sample import CAMERAS, FRAME_STEP_US, FRONT_CAMERA, Sample, SampleRef, sort_cameras
 from alpacache.sources.look import draw_look
 from alpacache.sources.road import CLIP_US, SHAPES, ClipKind, Drive, Shape, make_drive
@@ -85,30 +86,39 @@ class SyntheticSource:
         """What the road does around t0 = 5.1 s."""
         return self._world(clip_id).drive.kind
 
+    def track(self, clip_id: str) -> Track:
+        """The recorded poses, every 50 ms."""
+        return self._world(clip_id).drive.track
+
+    def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """`[len(times_us), 3, H, W]`: the picture at or before each time."""
+        world = self._world(clip_id)
+        view = self._camera(camera, world)
+        key = [self.seed, self._index(clip_id), 2, CAMERAS.index(camera)]
+        chosen = frame_indices(world.drive.track.timestamps_us, times_us, where=clip_id)
+        return np.stack([_photograph(world, view, frame, np.random.default_rng([*key, frame])) for frame in chosen])
+
+    def calibration(self, clip_id: str, camera: str) -> dict[str, Any]:
+        """The camera's pinhole projection and its place on the vehicle."""
+        return _calibration(self._camera(camera, self._world(clip_id)))
+
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
         """Render one sample; `BadClipError` (`short_clip`) for a t0 without 1.5 s before or 6.4 s after it."""
-        names, world = sort_cameras(cameras), self._world(ref.clip_id)
-        track = world.drive.track
-        poses = history_and_future(track, ref.t0_us, where=ref.clip_id)
+        names, clip_id, track = sort_cameras(cameras), ref.clip_id, self.track(ref.clip_id)
+        poses = history_and_future(track, ref.t0_us, where=clip_id)
         wanted = ref.t0_us - FRAME_STEP_US * np.arange(frames - 1, -1, -1, dtype=np.int64)
-        chosen = frame_indices(track.timestamps_us, wanted, where=ref.clip_id)
-        views = [_camera(name, self.size, world.fov_rad, world.pitch_rad, world.above_ground_m) for name in names]
-        shots = [self._shoot(ref.clip_id, world, name, view, chosen) for name, view in zip(names, views, strict=True)]
+        stamps = track.timestamps_us[frame_indices(track.timestamps_us, wanted, where=clip_id)]
         return Sample(
             ref=ref,
             cameras=names,
-            frames=np.stack(shots),
-            frame_timestamps_us=np.tile(track.timestamps_us[chosen], (len(names), 1)),
-            calibration={name: _calibration(view) for name, view in zip(names, views, strict=True)},
+            frames=np.stack([self.film(clip_id, name, stamps) for name in names]),
+            frame_timestamps_us=np.tile(stamps, (len(names), 1)),
+            calibration={name: self.calibration(clip_id, name) for name in names},
             **poses._asdict(),
         )
 
-    def _shoot(
-        self, clip_id: str, world: _World, name: str, camera: Camera, chosen: NDArray[np.int64]
-    ) -> NDArray[np.uint8]:
-        """`[frames, 3, H, W]` of one camera."""
-        key = [self.seed, self._index(clip_id), 2, CAMERAS.index(name)]
-        return np.stack([_photograph(world, camera, frame, np.random.default_rng([*key, frame])) for frame in chosen])
+    def _camera(self, name: str, world: _World) -> Camera:
+        return _camera(name, self.size, world.fov_rad, world.pitch_rad, world.above_ground_m)
 
     def _index(self, clip_id: str) -> int:
         match = _ID.match(clip_id)
@@ -162,7 +172,7 @@ def _photograph(world: _World, camera: Camera, frame: int, rng: np.random.Genera
     return expose(picture, world.look, rng)
 
 
-def _calibration(camera: Camera) -> dict[str, object]:
+def _calibration(camera: Camera) -> dict[str, Any]:
     return {
         "model": "pinhole",
         "width": camera.width,

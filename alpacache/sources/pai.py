@@ -1,0 +1,279 @@
+"""`pai:DIR` and `pai`: PhysicalAI-AV, read by its own devkit (`physical_ai_av`), from disk or streamed from the hub.
+
+The devkit's classes are used as they are, so frames, poses and cameras mean what they mean to the public loader. It
+knows only the hub and the hub's cache; a local tree therefore gets a cache directory made of links (see `pai_cache`).
+This module adds what a run over many clips needs: which clips are there, and a reason for each that cannot be used.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.errors import BadClipError, DataError, SourceError, UsageError
+from alpacache.poses import Track, check_track, check_usable, ego_poses, frame_indices, sample_times_us
+from alpacache.sample import CAMERAS, FRAME_STEP_US, Sample, SampleRef, sort_cameras
+from alpacache.sources.folder import join_cameras
+from alpacache.sources.pai_cache import REPO, LinkedCache, connection_errors, explain_hub_error
+from alpacache.sources.video import check_size
+
+EGOMOTION = "egomotion"
+EVENTS_FILE = "reasoning/ood_reasoning.parquet"
+MAX_MEMBER_BYTES = 2 * 2**30
+
+
+def open_tree(directory: str | Path, *, cameras: Sequence[str] | None = None) -> "PhysicalAiSource":
+    """A tree with the repository's own layout, as `hf download ... --local-dir DIR` leaves it; needs no network."""
+    interface_class = _devkit()
+    cache = LinkedCache(Path(directory))
+    try:
+        interface = interface_class(
+            revision=cache.revision, cache_dir=cache.directory, token=False, confirm_download_threshold_gb=float("inf")
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"pai:{directory}: the devkit cannot read its metadata ({error}).") from error
+    return PhysicalAiSource(interface, name=f"pai:{Path(directory).resolve().name}", cameras=cameras, cache=cache)
+
+
+def open_hub(*, cameras: Sequence[str] | None = None) -> "PhysicalAiSource":
+    """The dataset on the hub; only what a sample needs is streamed."""
+    interface_class = _devkit()
+    try:
+        interface = interface_class(confirm_download_threshold_gb=float("inf"))
+    except connection_errors() as error:
+        raise explain_hub_error(error) from error
+    return PhysicalAiSource(interface, name=f"pai@{interface.revision}", cameras=cameras, cache=None)
+
+
+class PhysicalAiSource:
+    """Clips behind one devkit interface, in the order of their chunks; every read opens its own files."""
+
+    def __init__(self, interface: Any, *, name: str, cameras: Sequence[str] | None, cache: LinkedCache | None) -> None:
+        """Use `open_tree` or `open_hub`. `cache` is the tree's, None when streaming."""
+        self._interface, self._cache = interface, cache
+        self.name, self.cameras = name, sort_cameras(cameras or CAMERAS)
+        self.clip_ids: Sequence[str] = self._usable_clips()
+        self._known = frozenset(self.clip_ids)
+        if not self.clip_ids:
+            raise SourceError(f"{name}: no clip with poses and a camera is here; fetch a chunk of each, see the docs.")
+        self._poses = lru_cache(maxsize=64)(self._read_poses)
+        self._lenses = lru_cache(maxsize=64)(self._read_calibration)
+        self._events = lru_cache(maxsize=1)(self._read_events)
+
+    def times_us(self, clip_id: str) -> tuple[int, int]:
+        """First and last instant that the poses and those of `cameras` that the clip has both cover."""
+        spans = [self._poses(clip_id)[1].span_us]
+        for camera in self.cameras:
+            if self._has(clip_id, camera):
+                stamps = self._read_table(clip_id, camera, "frame_timestamps")["timestamp"].to_numpy()
+                spans.append((int(stamps.min()), int(stamps.max())) if len(stamps) else (0, 0))
+        return max(first for first, _ in spans), min(last for _, last in spans)
+
+    def event_times_us(self, clip_id: str) -> Sequence[int]:
+        """Starts of the annotated events, for `--t0 events`."""
+        return self._events().get(clip_id, ())
+
+    def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
+        """Read one sample; raises `BadClipError` for a recording that cannot be used at this t0."""
+        names, clip_id = sort_cameras(cameras), ref.clip_id
+        interpolator, track = self._poses(clip_id)
+        times = sample_times_us(ref.t0_us)
+        check_usable(track, times, where=clip_id)
+        pose = interpolator(times).pose
+        wanted = ref.t0_us - FRAME_STEP_US * np.arange(frames - 1, -1, -1, dtype=np.int64)
+        shots = [self._read_camera(clip_id, name, wanted) for name in names]
+        lenses = self._lenses(clip_id)
+        return Sample(
+            ref=ref,
+            cameras=names,
+            frames=join_cameras([images for images, _ in shots], names, where=clip_id),
+            frame_timestamps_us=np.stack([stamps for _, stamps in shots]),
+            calibration={name: lenses[name] for name in names if name in lenses} or None,
+            **ego_poses(pose.translation, pose.rotation.as_matrix())._asdict(),
+        )
+
+    def _usable_clips(self) -> list[str]:
+        """Valid clips with poses; of a local tree those whose chunk has poses and a camera on disk."""
+        index = self._interface.clip_index
+        if "clip_is_valid" in index.columns:
+            index = index[index["clip_is_valid"]]
+        presence = self._interface.feature_presence
+        if EGOMOTION in presence.columns:
+            index = index[presence[EGOMOTION].reindex(index.index, fill_value=False).astype(bool)]
+        if self._cache is not None:
+            here = {chunk for chunk in set(index["chunk"]) if self._chunk_is_here(chunk)}
+            index = index[index["chunk"].isin(here)]
+        return [str(clip) for _, clip in sorted(zip(index["chunk"], index.index, strict=True))]
+
+    def _chunk_is_here(self, chunk: int) -> bool:
+        features = self._interface.features
+        has = [
+            self._interface.is_file_cached(features.get_chunk_feature_filename(chunk, feature))
+            for feature in (EGOMOTION, *CAMERAS)
+            if feature in features.ALL
+        ]
+        return has[0] and any(has[1:])
+
+    def _has(self, clip_id: str, camera: str) -> bool:
+        presence = self._interface.feature_presence
+        named = camera in self._interface.features.ALL
+        listed = camera not in presence.columns or bool(presence[camera].get(clip_id, False))
+        return named and listed and (self._cache is None or self._interface.is_file_cached(self._file(clip_id, camera)))
+
+    def _file(self, clip_id: str, feature: str) -> str:
+        interface = self._interface
+        return str(interface.features.get_chunk_feature_filename(interface.get_clip_chunk(clip_id), feature))
+
+    def _read_poses(self, clip_id: str) -> tuple[Any, Track]:
+        """The devkit's interpolator and what it rests on, checked first, as the devkit's errors name no row."""
+        if clip_id not in self._known:
+            raise BadClipError("missing_clip", f"{clip_id}: not a clip of {self.name}.")
+        track = _as_track(self._read_table(clip_id, EGOMOTION, EGOMOTION), where=clip_id)
+        check_track(track, where=clip_id)
+        with self._reading(clip_id, EGOMOTION, missing="wrong_shape", damaged="wrong_shape"):
+            return self._feature(clip_id, EGOMOTION), track
+
+    def _read_camera(
+        self, clip_id: str, camera: str, wanted: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """`[frames, 3, H, W]` and their recording times."""
+        where = f"{clip_id}: {camera}"
+        if not self._has(clip_id, camera):
+            raise BadClipError("missing_camera", f"{where}: {self._where_to_get(clip_id, camera)}")
+        with self._reading(clip_id, camera, missing="missing_camera", damaged="undecodable_video"):
+            stamps = self._read_table(clip_id, camera, "frame_timestamps")["timestamp"].to_numpy().astype(np.int64)
+            frame_indices(stamps, wanted, where=where)
+            reader = self._feature(clip_id, camera)
+            try:
+                check_size(reader.stream.codec_context.width, reader.stream.codec_context.height, where=where)
+                images, taken = reader.decode_images_from_timestamps(wanted)
+            finally:
+                reader.close()
+        return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), np.asarray(taken, dtype=np.int64)
+
+    def _feature(self, clip_id: str, feature: str) -> Any:
+        return self._interface.get_clip_feature(clip_id, feature, maybe_stream=self._cache is None)
+
+    def _read_table(self, clip_id: str, feature: str, member: str) -> Any:
+        """One parquet member of a chunk's archive; refuses one that unpacks to gigabytes."""
+        import pandas as pd
+
+        names = self._interface.features.get_clip_files_in_zip(clip_id, feature)
+        missing = "missing_poses" if feature == EGOMOTION else "missing_camera"
+        with (
+            self._reading(clip_id, feature, missing=missing, damaged="wrong_shape"),
+            self._archive(clip_id, feature) as archive,
+        ):
+            for name in names.values():
+                if name in archive.namelist() and archive.getinfo(name).file_size > MAX_MEMBER_BYTES:
+                    raise BadClipError("unsafe_size", f"{clip_id}: {name} unpacks to more than {MAX_MEMBER_BYTES:,} B.")
+            with archive.open(names[member]) as file:
+                return pd.read_parquet(file)
+
+    @contextmanager
+    def _archive(self, clip_id: str, feature: str) -> Iterator[zipfile.ZipFile]:
+        with (
+            self._interface.open_file(self._file(clip_id, feature), maybe_stream=self._cache is None) as file,
+            zipfile.ZipFile(file) as archive,
+        ):
+            yield archive
+
+    @contextmanager
+    def _reading(self, clip_id: str, feature: str, *, missing: str, damaged: str) -> Iterator[None]:
+        """Turn what the devkit, zip, parquet and FFmpeg raise on bad data into a `BadClipError`."""
+        import av
+        import pyarrow as pa
+
+        where = f"{clip_id}: {feature}"
+        try:
+            yield
+        except BadClipError:
+            raise
+        except (KeyError, FileNotFoundError) as error:
+            reason = self._where_to_get(clip_id, feature)
+            raise BadClipError(missing, f"{where}: {reason} ({error})") from error
+        except (zipfile.BadZipFile, av.error.FFmpegError, pa.ArrowException, EOFError) as error:
+            raise BadClipError(damaged, f"{where} cannot be decoded ({error}); fetch the archive again.") from error
+        except connection_errors() as error:
+            if self._cache is None:
+                raise DataError(f"{where}: streaming failed ({error}); the same command goes on from here.") from error
+            raise BadClipError(damaged, f"{where} cannot be read ({error}).") from error
+        except (ValueError, IndexError, TypeError, ZeroDivisionError, StopIteration) as error:
+            raise BadClipError(damaged, f"{where} cannot be decoded by the devkit ({error}).") from error
+
+    def _where_to_get(self, clip_id: str, feature: str) -> str:
+        if feature not in self._interface.features.ALL:
+            return "the dataset has no such feature; leave it out with --cameras."
+        file = self._file(clip_id, feature)
+        if self._cache is None or self._interface.is_file_cached(file):
+            return "the dataset has none for this clip; leave it out with --cameras."
+        return f"not in the tree; run: hf download {REPO} {file} --repo-type dataset --local-dir {self._cache.tree}"
+
+    def _read_calibration(self, clip_id: str) -> dict[str, dict[str, Any]]:
+        """Per camera its f-theta model and place, where the dataset has both."""
+        try:
+            models = self._feature(clip_id, "camera_intrinsics").camera_models
+            poses = self._feature(clip_id, "sensor_extrinsics").sensor_poses
+        except (KeyError, FileNotFoundError):
+            return {}
+        return {name: _describe_lens(models[name], poses[name]) for name in CAMERAS if name in models and name in poses}
+
+    def _read_events(self) -> dict[str, tuple[int, ...]]:
+        import pandas as pd
+
+        if self._cache is not None and not self._interface.is_file_cached(EVENTS_FILE):
+            raise UsageError(
+                f"{self.name}: t0 events needs {EVENTS_FILE}; run: hf download {REPO} {EVENTS_FILE} "
+                f"--repo-type dataset --local-dir {self._cache.tree}"
+            )
+        try:
+            table = pd.read_parquet(self._interface.download_file(EVENTS_FILE))
+        except connection_errors() as error:
+            raise explain_hub_error(error) from error
+        return {str(clip): _event_starts(events) for clip, events in table["events"].items()}
+
+
+def _as_track(table: Any, *, where: str) -> Track:
+    columns = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
+    absent = [name for name in columns if name not in table.columns]
+    if absent:
+        raise BadClipError("wrong_shape", f"{where}: egomotion lacks the columns {', '.join(absent)}.")
+    values = table[list(columns[1:])].to_numpy(dtype=np.float64)
+    stamps = table["timestamp"].to_numpy().astype(np.int64)
+    return Track(timestamps_us=stamps, xyz=values[:, :3], quaternion_xyzw=values[:, 3:])
+
+
+def _event_starts(events: Any) -> tuple[int, ...]:
+    """`event_start_timestamp` (us) of each event of a JSON list."""
+    listed = json.loads(events) if isinstance(events, str) else []
+    return tuple(sorted(int(event["event_start_timestamp"]) for event in listed or ()))
+
+
+def _describe_lens(model: Any, pose: Any) -> dict[str, Any]:
+    return {
+        "model": "ftheta",
+        "width": int(model.width),
+        "height": int(model.height),
+        "cx": float(model.principal_point[0]),
+        "cy": float(model.principal_point[1]),
+        "fw_poly": [float(value) for value in model.th2r.coef],
+        "bw_poly": [float(value) for value in model.r2th.coef],
+        "position_m": [float(value) for value in pose.translation],
+        "rotation": pose.rotation.as_matrix().tolist(),
+    }
+
+
+def _devkit() -> Any:
+    try:
+        from physical_ai_av import PhysicalAIAVDatasetInterface
+    except ImportError as error:
+        raise UsageError(
+            f"PhysicalAI-AV is read by its devkit, which is not installed ({error}); run: pip install 'alpacache[pai]'"
+        ) from error
+    return PhysicalAIAVDatasetInterface

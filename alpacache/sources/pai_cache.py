@@ -1,0 +1,100 @@
+"""Where the PhysicalAI-AV devkit looks for files: the hub, or a local tree dressed up as the hub's cache.
+
+The devkit takes a cache directory and a revision and reads cached files without asking the hub. So a tree becomes a
+temporary cache whose one snapshot consists of links to it. Two files that the devkit would otherwise ask the hub for,
+and that partial or older trees lack, are derived from what the tree holds: the default split (a column of the old clip
+index) and the table of present features (`sensor_presence` before 26.03).
+"""
+
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+from alpacache.errors import SourceError
+
+REPO = "nvidia/PhysicalAI-Autonomous-Vehicles"
+_NEEDED = ("features.csv", "clip_index.parquet", "metadata/data_collection.parquet")
+_FIRST_CHUNK = (
+    f"hf download {REPO} --repo-type dataset --local-dir DIR --include features.csv --include clip_index.parquet "
+    "--include 'metadata/*' --include 'splits/*' --include 'labels/egomotion/*chunk_0000*' "
+    "--include 'camera/camera_front_wide_120fov/*chunk_0000*' --include 'calibration/*/*chunk_0000*'"
+)
+_SPLITS = Path("splits/default.parquet")
+_PRESENCE, _OLD_PRESENCE = Path("metadata/feature_presence.parquet"), Path("metadata/sensor_presence.parquet")
+
+
+class LinkedCache:
+    """A hub cache with one snapshot that links into `tree`; its directory goes with the object."""
+
+    revision = "0" * 40
+    """Any full commit hash: the devkit then takes a cached file without asking the hub."""
+
+    def __init__(self, tree: Path) -> None:
+        """Raises `SourceError` naming the files that are missing and the command that fetches them."""
+        self.tree = tree.resolve()
+        self._check()
+        self.directory = tempfile.mkdtemp(prefix="alpacache-pai-")
+        self.close = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+        snapshot = Path(self.directory) / f"datasets--{REPO.replace('/', '--')}" / "snapshots" / self.revision
+        snapshot.mkdir(parents=True)
+        for entry in self.tree.iterdir():
+            if entry.name not in ("metadata", "splits"):
+                (snapshot / entry.name).symlink_to(entry)
+        for name in ("metadata", "splits"):
+            (snapshot / name).mkdir()
+            for entry in (self.tree / name).iterdir() if (self.tree / name).is_dir() else ():
+                (snapshot / name / entry.name).symlink_to(entry)
+        self._complete(snapshot)
+
+    def _check(self) -> None:
+        if not self.tree.is_dir():
+            raise SourceError(f"pai:{self.tree}: no such directory.")
+        missing = [name for name in _NEEDED if not (self.tree / name).is_file()]
+        if not any((self.tree / name).is_file() for name in (_PRESENCE, _OLD_PRESENCE)):
+            missing.append(str(_PRESENCE))
+        if missing:
+            files = " ".join(missing)
+            raise SourceError(
+                f"pai:{self.tree} lacks {', '.join(missing)}; run: hf download {REPO} {files} --repo-type dataset "
+                f"--local-dir {self.tree}"
+            )
+
+    def _complete(self, snapshot: Path) -> None:
+        import pandas as pd
+
+        if not (snapshot / _PRESENCE).exists():
+            table = pd.read_parquet(snapshot / _OLD_PRESENCE)
+            table.select_dtypes(include=bool).to_parquet(snapshot / _PRESENCE)
+        if not (snapshot / _SPLITS).exists():
+            index = pd.read_parquet(snapshot / "clip_index.parquet")
+            labels = index["split"] if "split" in index.columns else pd.Series("train", index=index.index)
+            labels.to_frame("split").to_parquet(snapshot / _SPLITS)
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """What a hub that is offline, gated or failing raises.
+
+    The hub's own errors derive from those of its HTTP client, which is another package in every other release.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (*(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)), OSError)
+
+
+def explain_hub_error(error: Exception) -> SourceError:
+    """Say which of offline, gated and unreachable it is, and the command that helps."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    refused = isinstance(error, GatedRepoError | RepositoryNotFoundError) or status in (401, 403)
+    local = f"or read a local tree with pai:DIR; its first chunk is fetched by: {_FIRST_CHUNK}"
+    if isinstance(error, OfflineModeIsEnabled):
+        help_text = f"HF_HUB_OFFLINE is set; unset it, {local}"
+    elif isinstance(error, HfHubHTTPError) and refused:
+        help_text = (
+            f"the dataset is gated; accept its terms at https://huggingface.co/datasets/{REPO}, then run: hf auth login"
+        )
+    else:
+        help_text = f"the hub cannot be reached; try again online, {local}"
+    return SourceError(f"pai ({REPO}): {help_text} ({type(error).__name__}: {str(error).splitlines()[0]})")

@@ -1,0 +1,326 @@
+"""The PhysicalAI-AV reader against the devkit used directly, and on each way a tree can be broken."""
+
+import builtins
+import io
+import shutil
+import threading
+import types
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from alpacache.errors import BadClipError, SourceError, UsageError
+from alpacache.sample import SampleRef
+from alpacache.selection import select
+from alpacache.sources import open_source
+from alpacache.sources.pai import PhysicalAiSource, open_tree
+from alpacache.sources.pai_cache import LinkedCache, explain_hub_error
+from alpacache.sources.pai_tree import write_tree
+from alpacache.sources.synthetic import SyntheticSource
+
+physical_ai_av = pytest.importorskip("physical_ai_av")
+
+FRONT, LEFT = "camera_front_wide_120fov", "camera_cross_left_120fov"
+T0 = 5_100_000
+DRIVES = SyntheticSource(3, seed=6, mix={"early_curve": 1}, size=(64, 32))
+CLIPS = DRIVES.clip_ids
+
+
+@pytest.fixture(scope="session")
+def pristine_tree(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pai")
+    write_tree(root, source=DRIVES, cameras=[FRONT, LEFT])
+    return root
+
+
+@pytest.fixture
+def tree(pristine_tree, tmp_path):
+    return shutil.copytree(pristine_tree, tmp_path / "tree")
+
+
+def load(source, clip=CLIPS[0], *, t0=T0, cameras=(FRONT,), frames=4):
+    return source.load(SampleRef(clip_id=clip, t0_us=t0), cameras=cameras, frames=frames)
+
+
+@pytest.mark.parametrize("t0", [T0, 2_345_678])
+def test_values_are_those_of_the_devkit(pristine_tree, t0):
+    """History, future, frames and ego frame computed here from the devkit's own calls, as the public loader does."""
+    cache = LinkedCache(pristine_tree)
+    devkit = physical_ai_av.PhysicalAIAVDatasetInterface(
+        revision=cache.revision, cache_dir=cache.directory, token=False
+    )
+    poses = devkit.get_clip_feature(CLIPS[1], "egomotion")
+    steps = np.arange(1, 65) * 100_000
+    past, coming = poses(t0 + (np.arange(16) - 15) * 100_000).pose, poses(t0 + steps).pose
+    origin = past[-1]
+    reader = devkit.get_clip_feature(CLIPS[1], LEFT)
+    images, taken = reader.decode_images_from_timestamps(t0 + np.array([-300_000, -200_000, -100_000, 0]))
+    reader.close()
+
+    sample = load(open_tree(pristine_tree), CLIPS[1], t0=t0, cameras=(FRONT, LEFT))
+    assert sample.cameras == (LEFT, FRONT)
+    np.testing.assert_array_equal(sample.frames[0], images.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(sample.frame_timestamps_us[0], taken)
+    undo = origin.rotation.inv()
+    for xyz, rot, pose in (
+        (sample.history_xyz, sample.history_rot, past),
+        (sample.future_xyz, sample.future_rot, coming),
+    ):
+        np.testing.assert_allclose(xyz, undo.apply(pose.translation - origin.translation), atol=1e-5)
+        np.testing.assert_allclose(rot, (undo * pose.rotation).as_matrix(), atol=1e-6)
+        assert xyz.dtype == rot.dtype == np.float32
+    cache.close()
+
+
+def test_the_tree_shows_the_drives_it_was_made_of(pristine_tree):
+    """The generated drive, through H.264 and the devkit's spline; the tree's clock starts 0.1 s after the drive's."""
+    sample = load(open_tree(pristine_tree))
+    want = DRIVES.load(SampleRef(clip_id=CLIPS[0], t0_us=T0 + 100_000), cameras=[FRONT], frames=1)
+    np.testing.assert_allclose(sample.future_xyz, want.future_xyz, atol=1e-4)
+    shown = DRIVES.film(CLIPS[0], FRONT, sample.frame_timestamps_us[0] + 100_000).astype(float)
+    assert np.abs(sample.frames[0] - shown).mean() < 6
+    lens = sample.calibration[FRONT]
+    assert lens["model"] == "ftheta"
+    np.testing.assert_allclose(lens["rotation"], DRIVES.calibration(CLIPS[0], FRONT)["rotation"], atol=1e-9)
+    assert lens["fw_poly"][1] == pytest.approx(1 / lens["bw_poly"][1])
+
+
+def test_times_clips_and_events(pristine_tree):
+    source = open_source(f"pai:{pristine_tree}", cameras=[FRONT])
+    assert list(source.clip_ids) == list(CLIPS)
+    first, last = source.times_us(CLIPS[0])
+    assert 0 <= first < 40
+    assert 11_900_000 <= last < 11_900_040
+    refs, rejected = select(source)
+    assert [ref.t0_us for ref in refs] == [T0] * 3
+    assert rejected == []
+    refs, _ = select(source, t0="events")
+    assert [ref.t0_us for ref in refs] == [3_000_000] * 3
+
+
+def test_threads_load_the_same(pristine_tree):
+    source, results = open_tree(pristine_tree), {}
+
+    def work(number):
+        results[number] = load(source, CLIPS[number % 3]).frames
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(3):
+        np.testing.assert_array_equal(results[number], results[number + 3])
+
+
+def test_streaming_takes_the_same_path(pristine_tree):
+    """What the hub source does, with everything already in the cache."""
+    cache = LinkedCache(pristine_tree)
+    devkit = physical_ai_av.PhysicalAIAVDatasetInterface(
+        revision=cache.revision, cache_dir=cache.directory, token=False
+    )
+    streamed = load(PhysicalAiSource(devkit, name="pai", cameras=[FRONT], cache=None))
+    np.testing.assert_array_equal(streamed.frames, load(open_tree(pristine_tree)).frames)
+
+
+def test_older_trees_lack_splits_and_feature_presence(tree):
+    shutil.rmtree(tree / "splits")
+    (tree / "metadata/feature_presence.parquet").rename(tree / "metadata/sensor_presence.parquet")
+    np.testing.assert_array_equal(load(open_tree(tree)).frames, load(open_tree(tree)).frames)
+    assert not (tree / "splits").exists()
+
+
+def test_partial_trees_hold_the_clips_of_the_chunks_that_are_there(tree):
+    (tree / f"camera/{FRONT}/{FRONT}.chunk_0001.zip").unlink()
+    (tree / f"camera/{LEFT}/{LEFT}.chunk_0001.zip").unlink()
+    assert list(open_tree(tree).clip_ids) == list(CLIPS[:2])
+    (tree / "labels/egomotion/egomotion.chunk_0000.zip").unlink()
+    with pytest.raises(SourceError, match="no clip with poses and a camera"):
+        open_tree(tree)
+
+
+def test_without_calibration(tree):
+    shutil.rmtree(tree / "calibration")
+    assert load(open_tree(tree)).calibration is None
+
+
+def test_invalid_clips_are_left_out(tree):
+    index = pd.read_parquet(tree / "clip_index.parquet")
+    index.loc[CLIPS[1], "clip_is_valid"] = False
+    index.to_parquet(tree / "clip_index.parquet")
+    assert list(open_tree(tree).clip_ids) == [CLIPS[0], CLIPS[2]]
+
+
+@pytest.mark.parametrize("name", ["features.csv", "clip_index.parquet", "metadata/feature_presence.parquet"])
+def test_missing_metadata_names_file_and_command(tree, name):
+    (tree / name).unlink()
+    with pytest.raises(SourceError, match=rf"lacks {name}; run: hf download nvidia/\S+ {name} --repo-type dataset"):
+        open_tree(tree)
+
+
+def test_no_such_tree(tmp_path):
+    with pytest.raises(SourceError, match="no such directory"):
+        open_source(f"pai:{tmp_path / 'none'}")
+
+
+def test_links_are_removed_and_the_tree_stays(tree):
+    cache = LinkedCache(tree)
+    cache.close()
+    assert (tree / "features.csv").exists()
+    assert not (tree / cache.directory).exists()
+
+
+def rewrite(archive, change):
+    """Change the members of a zip: name -> bytes, None to drop."""
+    with zipfile.ZipFile(archive) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(archive, "w") as new:
+        for name, data in members.items():
+            changed = change(name, data)
+            if changed is not None:
+                new.writestr(name, changed)
+
+
+def edit_table(data, change):
+    table = pd.read_parquet(io.BytesIO(data))
+    buffer = io.BytesIO()
+    change(table).to_parquet(buffer)
+    return buffer.getvalue()
+
+
+def set_at(name, row, value):
+    def change(table):
+        column = table[name].to_numpy().copy()
+        column[row] = value(column) if callable(value) else value
+        return table.assign(**{name: column})
+
+    return change
+
+
+def break_tree(tree, how):
+    """Break the first clip only."""
+    video = tree / f"camera/{FRONT}/{FRONT}.chunk_0000.zip"
+    poses = tree / "labels/egomotion/egomotion.chunk_0000.zip"
+    tables = {
+        "nan": set_at("x", 50, np.nan),
+        "pose order": set_at("timestamp", 50, 0),
+        "jump": set_at("x", slice(110, None), lambda column: column[110:] + 50),
+        "norm": set_at("qw", 50, 0.0),
+        "short poses": lambda table: table.iloc[:150],
+        "columns": lambda table: table.drop(columns="qz"),
+    }
+    stamps = {"frame order": set_at("timestamp", 20, 0), "short video": lambda table: table.iloc[:40]}
+
+    def change_poses(name, data):
+        return edit_table(data, tables[how]) if name.startswith(CLIPS[0]) else data
+
+    def change_video(name, data):
+        if not name.startswith(CLIPS[0]):
+            return data
+        if how in stamps:
+            return edit_table(data, stamps[how]) if name.endswith("parquet") else data
+        if how == "no member" or name.endswith("parquet"):
+            return None if how == "no member" else data
+        return {"truncated": data[: len(data) // 2], "garbage": b"garbage" * 99, "empty": b""}[how]
+
+    if how in tables:
+        rewrite(poses, change_poses)
+    elif how == "presence":
+        file = tree / "metadata/feature_presence.parquet"
+        presence = pd.read_parquet(file)
+        presence.loc[CLIPS[0], FRONT] = False
+        presence.to_parquet(file)
+    elif how == "no archive":
+        video.unlink()
+    elif how == "torn archive":
+        video.write_bytes(video.read_bytes()[:-200])
+    else:
+        rewrite(video, change_video)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "says"),
+    [
+        ("presence", "missing_camera", "the dataset has none for this clip"),
+        ("no member", "missing_camera", "the dataset has none"),
+        ("no archive", "missing_camera", "hf download nvidia/PhysicalAI-Autonomous-Vehicles camera/camera_front_wide"),
+        ("torn archive", "wrong_shape", "not a zip file"),
+        ("truncated", "undecodable_video", "cannot be decoded"),
+        ("garbage", "undecodable_video", "cannot be decoded"),
+        ("empty", "undecodable_video", "cannot be decoded"),
+        ("nan", "not_finite", "1 of 245 poses hold NaN"),
+        ("pose order", "time_order", "in row 50"),
+        ("frame order", "time_order", "in row 20"),
+        ("jump", "pose_jump", "the vehicle moves"),
+        ("short poses", "short_clip", "poses cover"),
+        ("short video", "short_clip", "frames cover"),
+        ("columns", "wrong_shape", "qz"),
+    ],
+)
+def test_each_bad_clip_has_its_reason(tree, how, kind, says):
+    break_tree(tree, how)
+    source = open_tree(tree, cameras=[FRONT])
+    with pytest.raises(BadClipError, match=says) as error:
+        load(source)
+    assert error.value.kind == kind
+    assert str(error.value).startswith(CLIPS[0])
+    if how not in ("no archive", "torn archive"):
+        load(source, CLIPS[1])
+
+
+def test_unknown_clips_and_cameras(pristine_tree):
+    source = open_tree(pristine_tree)
+    with pytest.raises(BadClipError, match="not a clip of"):
+        load(source, "nobody")
+    with pytest.raises(BadClipError, match="no such feature; leave it out"):
+        load(source, cameras=["camera_front_tele_30fov"])
+
+
+def hub_error(kind, status):
+    import huggingface_hub.errors
+
+    response = types.SimpleNamespace(status_code=status, headers={}, request=None)
+    return getattr(huggingface_hub.errors, kind)("401 Client Error", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (lambda: hub_error("GatedRepoError", 403), "accept its terms at .* then run: hf auth login"),
+        (lambda: hub_error("RepositoryNotFoundError", 401), "then run: hf auth login"),
+        (lambda: hub_error("HfHubHTTPError", 401), "then run: hf auth login"),
+        (lambda: hub_error("HfHubHTTPError", 503), "hub cannot be reached; .* hf download nvidia"),
+        (lambda: ConnectionError("no route"), "hub cannot be reached"),
+    ],
+)
+def test_a_hub_that_refuses_is_a_source_error_with_the_command(monkeypatch, error, says):
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise error()
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_refs", refuse)
+    with pytest.raises(SourceError, match=says):
+        open_source("pai")
+
+
+def test_offline_says_so():
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    assert "HF_HUB_OFFLINE is set; unset it" in str(explain_hub_error(OfflineModeIsEnabled("offline")))
+
+
+def test_without_the_devkit(monkeypatch, pristine_tree):
+    imported = builtins.__import__
+
+    def fail(name, *arguments, **options):
+        if name == "physical_ai_av":
+            raise ImportError("No module named 'physical_ai_av'")
+        return imported(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    for spec in ("pai", f"pai:{pristine_tree}"):
+        with pytest.raises(UsageError, match=r"pip install 'alpacache\[pai\]'"):
+            open_source(spec)
