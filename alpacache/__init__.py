@@ -1,7 +1,8 @@
 """Fine-tune the action expert of Alpamayo driving models from a cache of the frozen VLM's features.
 
-Stage one, `extract`: the VLM runs once a sample and its KV cache goes to a store. Stage two, `train`: the expert learns
-from that store alone. `evaluate`: did it help? The three are imported on first use, so that `import alpacache` is cheap.
+Stage one, `extract`: the VLM runs once a sample and its KV cache goes to a store. Stage two, `train`: the expert
+learns from that store alone. `evaluate`: did it help? The three are imported on first use, so that `import alpacache`
+is cheap.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """The unicycle action space: paths as acceleration and curvature, and back.
 
-The expert never sees metres: a 6.4 s path is 64 pairs (acceleration, curvature), normalised. Getting them from a recorded
-path is four small regularised least-squares problems, which smooth the recording noise; getting a path back is plain
+The expert never sees metres: a 6.4 s path is 64 pairs (acceleration, curvature), normalised. Getting them from a
+recorded path is four small regularised least-squares problems, which smooth the recording noise; getting a path back is plain
 integration. Solves run in float32 on purpose: the public code does, and a float64 solve differs by 4e-5.
 
 Source: `UnicycleAccelCurvatureActionSpace` of the public Alpamayo code (behaviour only; the golden actions pin it).
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnicycleActionSpace:
-    """Constants of the space. Means and standard deviations are those of the checkpoint *after* rounding to its dtype."""
+    """Constants of the space; means and standard deviations are the checkpoint's *after* rounding to its dtype."""
 
     accel_mean: float
     accel_std: float
@@ -136,7 +136,7 @@ def yaw_rotation(yaw: Tensor) -> Tensor:
     """Rotation matrices `[..., 3, 3]` about z."""
     cos, sin = torch.cos(yaw), torch.sin(yaw)
     zero, one = torch.zeros_like(yaw), torch.ones_like(yaw)
-    return torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=-1).unflatten(-1, (3, 3))
+    return torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=-1).view(*yaw.shape, 3, 3)
 
 
 def unwrap(angle: Tensor) -> Tensor:
@@ -163,4 +163,6 @@ def _solve_retrying(normal: Tensor, right: Tensor, *, ridge: float) -> Tensor:
         if not bool(info.any()):
             return torch.cholesky_solve(right[..., None], factor)[..., 0]
         ridge *= 10.0
-    raise ArithmeticError(f"the least-squares problem stays singular even with a ridge of {ridge:g}; is the path finite?")
+    raise ArithmeticError(
+        f"the least-squares problem stays singular even with a ridge of {ridge:g}; is the path finite?"
+    )

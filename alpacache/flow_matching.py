@@ -5,6 +5,7 @@ arXiv:2210.02747; the beta schedule is that of pi0, arXiv:2410.24164, as the pub
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -14,7 +15,9 @@ TimeSchedule = Literal["beta", "uniform"]
 _MAX_T = 0.999
 
 
-def draw_times(shape: tuple[int, ...], *, schedule: TimeSchedule = "beta", generator: Generator | None = None) -> Tensor:
+def draw_times(
+    shape: tuple[int, ...], *, schedule: TimeSchedule = "beta", generator: Generator | None = None
+) -> Tensor:
     """Training times in `[0, 0.999]`, float32 on the CPU: `0.999 (1 - Beta(1.5, 1))`, or uniform."""
     return times_from_uniform(torch.rand(shape, generator=generator), schedule=schedule)
 
@@ -54,6 +57,6 @@ def sample(velocity_fn: Callable[[Tensor, Tensor], Tensor], initial_noise: Tenso
         raise ValueError(f"steps is {steps}; expected at least 1.")
     x = initial_noise.float()
     times = torch.linspace(0.0, 1.0, steps + 1, device=x.device)
-    for start, end in zip(times[:-1], times[1:], strict=True):
+    for start, end in pairwise(times):
         x = x + (end - start) * velocity_fn(x, start.expand(x.shape[:-2])).float()
     return x

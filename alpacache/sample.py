@@ -81,7 +81,7 @@ class Sample:
 
 
 class Source(Protocol):
-    """A set of clips. `load` is called from several threads at once and raises `BadClipError` for a clip it cannot use."""
+    """A set of clips. `load` may be called from several threads; it raises `BadClipError` for a clip it cannot use."""
 
     @property
     def name(self) -> str:
@@ -95,7 +95,7 @@ class Source(Protocol):
         """First and last instant (us) that poses and the wanted cameras both cover."""
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
-        """Read one sample. `cameras` are sorted by index; `frames` counts images a camera, 0.1 s apart, ending at t0."""
+        """Read one sample; `cameras` are sorted by index, `frames` counts images a camera, 0.1 s apart, ending at t0."""
 
 
 def split_of(clip_id: str) -> Split:
@@ -109,3 +109,11 @@ def sort_cameras(names: Sequence[str]) -> tuple[str, ...]:
     if unknown or not names:
         raise UsageError(f"unknown camera {', '.join(unknown) or '(none given)'}; known: {', '.join(CAMERAS)}.")
     return tuple(sorted(set(names), key=CAMERAS.index))
+
+
+def full_camera_name(name: str) -> str:
+    """`front_wide` to `camera_front_wide_120fov`; full names stay as they are."""
+    matches = [camera for camera in CAMERAS if camera == name or camera.startswith(f"camera_{name}_")]
+    if len(matches) != 1:
+        raise UsageError(f"unknown camera {name!r}; known: {', '.join(CAMERAS)}, or short names such as front_wide.")
+    return matches[0]

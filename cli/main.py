@@ -1,6 +1,72 @@
-"""The `alpacache` command."""
+"""The `alpacache` command: one module a group of commands, errors turned into exit codes here.
+
+Exit codes: 0 done; 1 failed; 2 bad usage or input, nothing touched; 3 done but samples were quarantined;
+130 interrupted.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cli import evaluate, extract, prepare, store, train
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="alpacache",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("prepare")(prepare.prepare)
+app.command("extract")(extract.extract)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("info")(store.info)
+app.command("verify")(store.verify)
+
+
+@app.callback()
+def alpacache(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    """Fine-tune the action expert of Alpamayo driving models on one 24 GB GPU.
+
+    Stage one, **extract**, runs the frozen vision-language model once a sample (big GPU) and caches its KV.
+    Stage two, **train**, trains expert and flow-matching head from that cache alone (small GPU).
+    **eval** tells whether the straight-line bias is gone.
+    """
+    if version:
+        from alpacache import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 def main() -> None:
-    """Entry point; the commands arrive with the stages they run."""
-    raise SystemExit("no command is built yet")
+    """Run the command line; every error a user can meet ends as one message and an exit code."""
+    from alpacache.errors import AlpacacheError, InterruptedRunError, UsageError
+    from cache_store import CacheStoreError, FormatError, IdentityMismatchError, StoreNotFoundError
+
+    try:
+        app()
+    except InterruptedRunError as error:
+        _fail(str(error), INTERRUPTED)
+    except KeyboardInterrupt:
+        _fail("interrupted; everything committed so far is kept.", INTERRUPTED)
+    except (UsageError, IdentityMismatchError, StoreNotFoundError, FormatError) as error:
+        _fail(str(error), BAD_INPUT)
+    except (AlpacacheError, CacheStoreError) as error:
+        _fail(str(error), FAILED)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"alpacache: {message}\n")
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

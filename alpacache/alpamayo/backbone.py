@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def companion_file(checkpoint: Checkpoint, name: str) -> Path:
-    """A file of the VLM that the checkpoint was built on (`vlm_name_or_path`: a path beside it, a path, or a hub id)."""
+    """A file of the VLM the checkpoint was built on (`vlm_name_or_path`: a path beside it, a path, or a hub id)."""
     where = checkpoint.config.vlm_name_or_path
     if checkpoint.directory is not None and (checkpoint.directory / where).is_dir():
         directory = checkpoint.directory / where
@@ -32,7 +32,9 @@ def companion_file(checkpoint: Checkpoint, name: str) -> Path:
     elif where.count("/") == 1 and not where.startswith((".", "/")):
         return hub_file(where, name)
     else:
-        raise CheckpointError(f"{checkpoint.model}: vlm_name_or_path is {where!r}, neither a directory beside it nor a hub id.")
+        raise CheckpointError(
+            f"{checkpoint.model}: vlm_name_or_path is {where!r}, neither a directory beside it nor a hub id."
+        )
     if not (directory / name).is_file():
         raise CheckpointError(f"{directory / name} does not exist; vlm_name_or_path must hold the VLM's {name}.")
     return directory / name
@@ -45,8 +47,8 @@ def vlm_config(checkpoint: Checkpoint) -> "Qwen3VLConfig":
     raw = read_json(companion_file(checkpoint, "config.json"))
     if raw.get("model_type") != "qwen3_vl":
         raise CheckpointError(
-            f"{checkpoint.config.vlm_name_or_path}: model_type is {raw.get('model_type')!r}; alpacache knows 'qwen3_vl'. "
-            "Another backbone is one new module beside alpacache/alpamayo/backbone.py."
+            f"{checkpoint.config.vlm_name_or_path}: model_type is {raw.get('model_type')!r}; alpacache knows "
+            "'qwen3_vl'. Another backbone is one new module beside alpacache/alpamayo/backbone.py."
         )
     raw = copy.deepcopy(raw)
     for section in (raw, raw["text_config"], raw["vision_config"]):
@@ -72,7 +74,7 @@ def expert_config(checkpoint: Checkpoint) -> "Qwen3VLTextConfig":
 
 @contextmanager
 def empty_weights(dtype: torch.dtype, device: torch.device) -> "Iterator[None]":
-    """Build modules on `device` in `dtype` with weights allocated but not initialised; buffers are computed as usual."""
+    """Build modules on `device` in `dtype`, weights allocated but not initialised; buffers are computed as usual."""
     from transformers.initialization import no_init_weights
 
     before = torch.get_default_dtype()

@@ -83,7 +83,7 @@ class Checkpoint:
     def names(self) -> dict[str, str]:
         """Tensor name to shard file name, from the index or the single file's header."""
         if self.directory is not None and not (self.directory / INDEX).is_file():
-            return {name: SINGLE for name in _read_header(self.file(SINGLE))}
+            return dict.fromkeys(_read_header(self.file(SINGLE)), SINGLE)
         weight_map = read_json(self.file(INDEX)).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{INDEX} of {self.model} has no weight_map; fetch the checkpoint again.")
@@ -148,7 +148,11 @@ class Checkpoint:
         state = module.state_dict()
         wanted = {prefix + name for name in state}
         problems = [f"missing {name}" for name in sorted(wanted - set(names))]
-        extra = {n for n in set(names) - wanted if not n.removeprefix(prefix).startswith(ignore)} if ignore else set(names) - wanted
+        extra = (
+            {n for n in set(names) - wanted if not n.removeprefix(prefix).startswith(ignore)}
+            if ignore
+            else set(names) - wanted
+        )
         problems += [f"unexpected {name}" for name in sorted(extra)]
         used = {name: shard for name, shard in names.items() if name in wanted}
         for name, info in sorted(self.infos(used).items()):
@@ -156,7 +160,9 @@ class Checkpoint:
             if info.shape != expected:
                 problems.append(f"misshapen {name}: {list(info.shape)}, expected {list(expected)}")
         if problems:
-            raise CheckpointError(f"{self.model} does not fit its config.json ({len(problems)} tensors):\n  " + "\n  ".join(problems))
+            raise CheckpointError(
+                f"{self.model} does not fit its config.json ({len(problems)} tensors):\n  " + "\n  ".join(problems)
+            )
         for name, tensor in self.read(used):
             state[name.removeprefix(prefix)].copy_(tensor)
 
@@ -171,11 +177,13 @@ def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
         return Path(hf_hub_download(repo, name, revision=revision))
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then `hf auth login`, then `{fetch}`."
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then "
+            f"`hf auth login`, then `{fetch}`."
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"the hub has no {repo} that you may see: check the name, or `hf auth login`; {repo!r} is no local directory either."
+            f"the hub has no {repo} that you may see: check the name, or `hf auth login`; it is no local "
+            "directory either."
         ) from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
@@ -203,7 +211,9 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         if not 0 <= begin <= end <= size - 8 - length:
-            raise CheckpointError(f"{path} is truncated: {name} ends at byte {8 + length + end} of {size}; fetch it again.")
+            raise CheckpointError(
+                f"{path} is truncated: {name} ends at byte {8 + length + end} of {size}; fetch it again."
+            )
         tensors[name] = {
             "dtype": str(entry["dtype"]),
             "shape": tuple(entry["shape"]),

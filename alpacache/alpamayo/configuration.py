@@ -68,7 +68,16 @@ class AlpamayoConfig:
     def action_space(self, constants: Mapping[str, float]) -> UnicycleActionSpace:
         """The action space with the four given constants (rounded as the checkpoint has them)."""
         block = self.section("action_space_cfg")
-        names = ("theta_lambda", "theta_ridge", "v_lambda", "v_ridge", "a_lambda", "a_ridge", "kappa_lambda", "kappa_ridge")
+        names = (
+            "theta_lambda",
+            "theta_ridge",
+            "v_lambda",
+            "v_ridge",
+            "a_lambda",
+            "a_ridge",
+            "kappa_lambda",
+            "kappa_ridge",
+        )
         options = {name: float(block[name]) for name in names if name in block}
         return UnicycleActionSpace(
             **constants, dt_s=float(block.get("dt", 0.1)), waypoints=int(block.get("n_waypoints", 64)), **options
@@ -78,7 +87,14 @@ class AlpamayoConfig:
 def read_config(path: Path) -> AlpamayoConfig:
     """Read and check `config.json`; every missing key is named in one error."""
     raw = read_json(path)
-    wanted = ("vlm_name_or_path", "vocab_size", "traj_vocab_size", "traj_token_start_idx", "traj_token_ids", "expert_cfg")
+    wanted = (
+        "vlm_name_or_path",
+        "vocab_size",
+        "traj_vocab_size",
+        "traj_token_start_idx",
+        "traj_token_ids",
+        "expert_cfg",
+    )
     missing = [key for key in wanted if key not in raw]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; expected the config.json of an Alpamayo checkpoint.")

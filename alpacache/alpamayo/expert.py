@@ -1,7 +1,7 @@
 """Stage two's model: the action expert, its two projections and its action space.
 
-The expert is transformers' Qwen3-VL text model as it is; what is ours is the order of things around it: prefix KV first,
-then the 64 action tokens, which see all of the prefix and (by default) each other in both directions.
+The expert is transformers' Qwen3-VL text model as it is; what is ours is the order of things around it: prefix KV
+first, then the 64 action tokens, which see all of the prefix and (by default) each other in both directions.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,11 @@ class ActionExpert(nn.Module):
     """`(noisy action, t, prefix) -> velocity`. Parameter names are the checkpoint's state-dict keys."""
 
     def __init__(
-        self, expert: Qwen3VLTextModel, action_in_proj: ActionInProjection, action_out_proj: nn.Linear, action_space: UnicycleActionSpace
+        self,
+        expert: Qwen3VLTextModel,
+        action_in_proj: ActionInProjection,
+        action_out_proj: nn.Linear,
+        action_space: UnicycleActionSpace,
     ) -> None:
         super().__init__()
         self.expert = expert
@@ -89,8 +93,8 @@ class ActionExpert(nn.Module):
         samples, draws, tokens = noisy_action.shape[:3]
         if samples != batch.lengths.shape[0] or t.shape != (samples, draws):
             raise ValueError(
-                f"noisy_action {list(noisy_action.shape)}, t {list(t.shape)} and {batch.lengths.shape[0]} prefixes disagree; "
-                "expected [B, K, 64, 2], [B, K] and B prefixes."
+                f"noisy_action {list(noisy_action.shape)}, t {list(t.shape)} and {batch.lengths.shape[0]} prefixes "
+                "disagree; expected [B, K, 64, 2], [B, K] and B prefixes."
             )
         device = self.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -105,11 +109,15 @@ class ActionExpert(nn.Module):
                 use_cache=True,
             )
             velocity: Tensor = self.action_out_proj(output.last_hidden_state)
-        return velocity.unflatten(0, (samples, draws))
+        return velocity.view(samples, draws, tokens, 2)
 
 
 def load_expert(
-    model: str | Checkpoint, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", attention: str = "sdpa"
+    model: str | Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    attention: str = "sdpa",
 ) -> ActionExpert:
     """Load `expert.*`, the action projections and the action space of a checkpoint; the VLM is never touched.
 
@@ -130,7 +138,11 @@ def load_expert(
         del expert.embed_tokens
         in_proj = ActionInProjection(
             config.hidden_size,
-            **{key: block[key] for key in ("hidden_size", "num_fourier_feats", "max_freq", "num_enc_layers") if key in block},
+            **{
+                key: block[key]
+                for key in ("hidden_size", "num_fourier_feats", "max_freq", "num_enc_layers")
+                if key in block
+            },
             rounded_to=rounded_to,
             persistent_constants="action_in_proj.sinus.0.freqs" in checkpoint.names,
         )
@@ -150,7 +162,9 @@ def _action_space(checkpoint: Checkpoint, rounded_to: torch.dtype) -> UnicycleAc
             raise CheckpointError(f"{checkpoint.model} lacks {', '.join('action_space.' + name for name in lost)}.")
         return checkpoint.config.action_space({name: float(stored[f"action_space.{name}"]) for name in _CONSTANTS})
     block = checkpoint.config.section("action_space_cfg")
-    return checkpoint.config.action_space({name: float(torch.tensor(block[name]).to(rounded_to)) for name in _CONSTANTS})
+    return checkpoint.config.action_space(
+        {name: float(torch.tensor(block[name]).to(rounded_to)) for name in _CONSTANTS}
+    )
 
 
 def _cache(batch: PrefixBatch, draws: int) -> DynamicCache:

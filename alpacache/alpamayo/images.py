@@ -1,7 +1,7 @@
 """Frames to the VLM's patches, without torchvision.
 
-The default path is the training recipe's: resize in float, neither clamped nor rounded. The public sampler resizes uint8
-images instead; the two differ by up to 0.14, so the path is part of a store's identity.
+The default path is the training recipe's: resize in float, neither clamped nor rounded. The public sampler resizes
+uint8 images instead; the two differ by up to 0.14, so the path is part of a store's identity.
 """
 
 import math
@@ -29,7 +29,9 @@ def fit_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixel
         return fitted
     limit, rounding = (max_pixels, math.floor) if area > max_pixels else (min_pixels, math.ceil)
     scale = math.sqrt(limit / (height * width))
-    return max(factor, rounding(height * scale / factor) * factor), max(factor, rounding(width * scale / factor) * factor)
+    return max(factor, rounding(height * scale / factor) * factor), max(
+        factor, rounding(width * scale / factor) * factor
+    )
 
 
 def image_tokens(height: int, width: int, *, patch: int, merge: int, min_pixels: int, max_pixels: int) -> int:

@@ -46,7 +46,9 @@ class InputBuilder:
         self._geometry = {"patch": vision.patch_size, "merge": vision.spatial_merge_size}
         self._temporal = vision.temporal_patch_size
         self._limits = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
-        _check_processor(checkpoint, patch=vision.patch_size, merge=vision.spatial_merge_size, temporal=vision.temporal_patch_size)
+        _check_processor(
+            checkpoint, patch=vision.patch_size, merge=vision.spatial_merge_size, temporal=vision.temporal_patch_size
+        )
 
     @property
     def named(self) -> bool:
@@ -57,10 +59,15 @@ class InputBuilder:
         """Patches, prompt and fused ids of one sample."""
         cameras, frames, _, height, width = sample.frames.shape
         pixel_values, grid = to_patches(
-            sample.frames.reshape(cameras * frames, 3, height, width), temporal=self._temporal, **self._geometry, **self._limits
+            sample.frames.reshape(cameras * frames, 3, height, width),
+            temporal=self._temporal,
+            **self._geometry,
+            **self._limits,
         )
         tokens = image_tokens(height, width, **self._geometry, **self._limits)
-        text = render_prompt([[tokens] * frames] * cameras, cameras=sample.cameras, named=self.named, reasoning=self.reasoning)
+        text = render_prompt(
+            [[tokens] * frames] * cameras, cameras=sample.cameras, named=self.named, reasoning=self.reasoning
+        )
         ids = self.tokenizer.encode(text)
         starts = np.flatnonzero(ids == self.tokenizer.id_of("<|vision_start|>")) + 1
         history_end = np.flatnonzero(ids == self.config.traj_token_ids["history_end"])
@@ -92,6 +99,10 @@ def _check_processor(checkpoint: Checkpoint, *, patch: int, merge: int, temporal
         "merge_size": merge,
         "temporal_patch_size": temporal,
     }
-    wrong = [f"{key} is {found[key]}, expected {value}" for key, value in expected.items() if key in found and found[key] != value]
+    wrong = [
+        f"{key} is {found[key]}, expected {value}"
+        for key, value in expected.items()
+        if key in found and found[key] != value
+    ]
     if wrong:
         raise CheckpointError(f"{path}: {'; '.join(wrong)}; alpacache computes the public recipe's image path only.")

@@ -34,7 +34,12 @@ ACTION_CONSTANTS = {
 
 
 def make_tiny_checkpoint(
-    directory: Path | str, *, seed: int = 0, dtype: Literal["bfloat16", "float32"] = "bfloat16", family: Family = "r1", shards: int = 2
+    directory: Path | str,
+    *,
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    family: Family = "r1",
+    shards: int = 2,
 ) -> Path:
     """Write the checkpoint into a new directory and return it. The same arguments give the same bytes."""
     directory = Path(directory)
@@ -47,7 +52,9 @@ def make_tiny_checkpoint(
     _write_json(directory / "vlm/config.json", _vlm_config(tokenizer))
     _write_json(directory / "vlm/preprocessor_config.json", _processor_config())
     _write_json(directory / "config.json", _config(first, dtype=dtype, family=family))
-    _write_weights(directory, _random_weights(Checkpoint(str(directory)), seed=seed, family=family), dtype=dtype, shards=shards)
+    _write_weights(
+        directory, _random_weights(Checkpoint(str(directory)), seed=seed, family=family), dtype=dtype, shards=shards
+    )
     return directory
 
 
@@ -59,7 +66,9 @@ def _tokenizer() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=384, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, special_tokens=[]
     )
-    tokenizer.train_from_iterator([SYSTEM, *INSTRUCTIONS.values(), "system\n", "user\n", "assistant\n", *CAMERA_TITLES], trainer)
+    tokenizer.train_from_iterator(
+        [SYSTEM, *INSTRUCTIONS.values(), "system\n", "user\n", "assistant\n", *CAMERA_TITLES], trainer
+    )
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in BASE_TOKENS])
     return tokenizer
 
@@ -139,7 +148,10 @@ def _config(first: int, *, dtype: str, family: Family) -> dict[str, Any]:
         "vocab_size": first + traj + len(SPECIAL_TOKENS),
         "traj_vocab_size": traj,
         "traj_token_start_idx": first,
-        "traj_token_ids": {name: ids[f"<|traj_{name}|>"] for name in ("history", "future", "history_start", "future_start", "history_end", "future_end")},
+        "traj_token_ids": {
+            name: ids[f"<|traj_{name}|>"]
+            for name in ("history", "future", "history_start", "future_start", "history_end", "future_end")
+        },
         "tokens_per_history_traj": 48,
         "tokens_per_future_traj": 128,
         "add_special_tokens": True,
@@ -199,11 +211,15 @@ def _write_weights(directory: Path, state: Mapping[str, Tensor], *, dtype: str, 
     """Safetensors shards of whole tensors, and the index."""
     names = sorted(state)
     per_shard = -(-len(names) // shards)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = names[shard * per_shard : (shard + 1) * per_shard]
-        save_file({name: state[name].detach().to(getattr(torch, dtype)).contiguous() for name in part}, directory / file, {"format": "pt"})
+        save_file(
+            {name: state[name].detach().to(getattr(torch, dtype)).contiguous() for name in part},
+            directory / file,
+            {"format": "pt"},
+        )
         weight_map |= dict.fromkeys(part, file)
     total = sum(state[name].numel() for name in names) * getattr(torch, dtype).itemsize
     _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

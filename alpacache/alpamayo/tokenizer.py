@@ -39,13 +39,21 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.add_tokens([AddedToken(f"<i{i}>", normalized=False) for i in range(config.traj_vocab_size)])
-        self._tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL_TOKENS])
+        self._tokenizer.add_special_tokens(
+            [AddedToken(name, normalized=False, special=True) for name in SPECIAL_TOKENS]
+        )
         self._config = config
         expected = {"<i0>": config.traj_token_start}
         expected |= {f"<|traj_{name}|>": token for name, token in config.traj_token_ids.items()}
-        wrong = [f"{name} is {self.id_of(name)}, config.json says {token}" for name, token in expected.items() if self.id_of(name) != token]
+        wrong = [
+            f"{name} is {self.id_of(name)}, config.json says {token}"
+            for name, token in expected.items()
+            if self.id_of(name) != token
+        ]
         if wrong:
-            raise CheckpointError(f"the tokenizer of {config.vlm_name_or_path} does not fit {checkpoint.model}: {'; '.join(wrong)}.")
+            raise CheckpointError(
+                f"the tokenizer of {config.vlm_name_or_path} does not fit {checkpoint.model}: {'; '.join(wrong)}."
+            )
 
     def id_of(self, token: str) -> int:
         """Id of one token, by its R1 name."""
@@ -81,5 +89,5 @@ class PromptTokenizer:
         low = np.asarray(config.history_xyz_min, np.float32)
         high = np.asarray(config.history_xyz_max, np.float32)
         bins = np.round((steps - low) / (high - low) * np.float32(config.history_bins - 1))
-        bins = np.clip(bins, 0, config.history_bins - 1).astype(np.int64)
-        return bins.reshape(-1) + config.traj_token_start + config.future_bins
+        ids: NDArray[np.int64] = np.clip(bins, 0, config.history_bins - 1).astype(np.int64).reshape(-1)
+        return ids + (config.traj_token_start + config.future_bins)

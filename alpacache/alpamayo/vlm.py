@@ -27,11 +27,13 @@ class FrozenVLM:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.language_model.norm.weight.dtype
+        weight: Tensor = self.model.language_model.norm.weight
+        return weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.model.language_model.norm.weight.device
+        weight: Tensor = self.model.language_model.norm.weight
+        return weight.device
 
     @torch.inference_mode()
     def prefill(self, input_ids: ArrayLike | Tensor, pixel_values: Tensor, image_grid_thw: Tensor) -> PrefixFeatures:
@@ -47,7 +49,9 @@ class FrozenVLM:
         image = ids == self.model.config.image_token_id
         merged = int((grid.prod(-1) // self.model.config.vision_config.spatial_merge_size**2).sum())
         if int(image.sum()) != merged:
-            raise ValueError(f"the prompt has {int(image.sum())} image tokens, its images give {merged}; check image_grid_thw.")
+            raise ValueError(
+                f"the prompt has {int(image.sum())} image tokens, its images give {merged}; check image_grid_thw."
+            )
         kinds = image.int()
         positions, deltas = self.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
         cache = DynamicCache(config=self.model.config.text_config)
@@ -87,7 +91,11 @@ class FrozenVLM:
         return _features(cache, hidden, rope_delta=stem.rope_delta, start=start)
 
     def rollout(
-        self, input_ids: ArrayLike | Tensor, pixel_values: Tensor, image_grid_thw: Tensor, sequences: Sequence[ArrayLike] | Tensor
+        self,
+        input_ids: ArrayLike | Tensor,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor,
+        sequences: Sequence[ArrayLike] | Tensor,
     ) -> list[PrefixFeatures]:
         """Prefixes of recorded reasoning rollouts, as the public sampler leaves them in its cache.
 
@@ -118,7 +126,11 @@ class FrozenVLM:
 
 
 def load_vlm(
-    model: str | Checkpoint, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", attention: str = "sdpa"
+    model: str | Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    attention: str = "sdpa",
 ) -> FrozenVLM:
     """Load only `vlm.model.*` of a checkpoint, one tensor at a time.
 

@@ -1,0 +1,184 @@
+"""The three configs, one a stage. A TOML file may set any of their keys; an unknown key is an error with the nearest."""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from alpacache.errors import UsageError
+from alpacache.sample import FRONT_CAMERA
+
+Trainable = Literal["all", "head"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractConfig:
+    """Stage one."""
+
+    source: str
+    """`folder:DIR`, `pai`, `pai:DIR`, `hf:PATH`, `synthetic:N`, or a directory that `prepare` wrote."""
+    model: str
+    """Hub id or directory of an Alpamayo checkpoint."""
+    store: str
+    split: Literal["train", "val", "all"] = "all"
+    samples: int | None = None
+    """At most this many; 10 is the pilot run."""
+    cameras: tuple[str, ...] = (FRONT_CAMERA,)
+    frames: int = 4
+    """Images a camera, 0.1 s apart, the last at t0."""
+    t0: str = "5.1"
+    """Seconds into the clip, `every:S`, or `events`."""
+    codec: Literal["bf16"] = "bf16"
+    hidden_states: Literal["last", "none"] = "last"
+    shard: tuple[int, int] = (0, 1)
+    """This worker's number and how many there are."""
+    deterministic: bool = False
+    retry_quarantined: bool = False
+    workers: int = 2
+    """Threads that read and preprocess ahead of the VLM."""
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1")
+        _check(1 <= self.frames <= 4, "frames", self.frames, "1 to 4")
+        _check(0 <= self.shard[0] < self.shard[1], "shard", self.shard, "I/N with 0 <= I < N")
+        _check(self.workers >= 1, "workers", self.workers, "at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Stage two."""
+
+    stores: tuple[str, ...]
+    model: str
+    out: str
+    val: str | None = None
+    """A store of held-out samples; without it there is no validation loss."""
+    steps: int | None = None
+    """Exactly one of steps and epochs."""
+    epochs: float | None = None
+    batch_size: int = 8
+    draws: int = 1
+    """Noise draws a sample and step; they share the sample's prefix."""
+    trainable: Trainable = "all"
+    lr: float = 1e-4
+    min_lr: float = 1e-6
+    warmup: int = 100
+    """Steps of linear warm-up before the cosine."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest gradient norm."""
+    times: Literal["beta", "uniform"] = "beta"
+    causal: bool = False
+    seed: int = 0
+    save_every: int = 200
+    """Steps between checkpoints; one is always saved at the end."""
+    keep: int = 2
+    val_every: int = 100
+    val_samples: int = 64
+    in_memory: bool = False
+    """Keep decoded samples in RAM after their first read."""
+    device: str | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        _check(len(self.stores) >= 1, "stores", self.stores, "at least one store")
+        _check(
+            (self.steps is None) != (self.epochs is None),
+            "steps/epochs",
+            (self.steps, self.epochs),
+            "exactly one of the two",
+        )
+        _check(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
+        _check(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "above 0")
+        for name in ("batch_size", "draws", "keep", "save_every", "val_every", "val_samples"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _check(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"0 to lr ({self.lr})")
+        _check(self.clip > 0, "clip", self.clip, "above 0")
+        _check(self.warmup >= 0, "warmup", self.warmup, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Did it help?"""
+
+    store: str
+    model: str
+    out: str
+    checkpoint: str | None = None
+    """A run directory or one of its checkpoints; without it the unmodified model is evaluated."""
+    compare: Mapping[str, str] = field(default_factory=dict)
+    """More models in the same tables: label -> run directory, or `base` for the unmodified model."""
+    paths: int = 6
+    flow_steps: int = 10
+    samples: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("paths", "flow_steps", "batch_size"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _check(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1")
+
+
+def read_toml(path: Path, kind: type[Any]) -> dict[str, Any]:
+    """Keys of a config file, checked against a config's fields; `-` and `_` are the same."""
+    try:
+        raw = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"config file {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UsageError(f"config file {path} is not valid TOML: {error}.") from error
+    known = {item.name for item in dataclasses.fields(kind)}
+    values = {}
+    for key, value in raw.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}."
+            raise UsageError(f"{path}: unknown key {key!r}{hint}")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return values
+
+
+def to_toml(config: Any) -> str:
+    """A config as TOML that `read_toml` reads back; None is left out."""
+    lines = []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if value is not None:
+            lines.append(f"{item.name} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def make(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Build a config; a value of the wrong type is a `UsageError`, not a traceback."""
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UsageError(f"bad {kind.__name__}: {error}.") from error
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        import json
+
+        return json.dumps(value)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(part) for part in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(part)}" for key, part in value.items()) + "}"
+    return repr(value)
+
+
+def _check(good: bool, name: str, value: object, expected: str) -> None:
+    if not good:
+        raise UsageError(f"{name} is {value}; expected {expected}.")

@@ -1,0 +1,196 @@
+"""Did it help? Paths from cached prefixes, for the unmodified expert and for trained ones, judged on the same noise."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from alpacache import randomness
+from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
+from alpacache.cached_dataset import CachedDataset
+from alpacache.config import EvalConfig
+from alpacache.errors import InterruptedRunError, UsageError
+from alpacache.features import CachedSample
+from alpacache.flow_matching import sample as sample_flow
+from alpacache.identity import model_identity
+from alpacache.interrupt import InterruptGuard
+from alpacache.pictures import birds_eye_png
+from alpacache.progress import OnProgress, Progress, ignore
+from alpacache.report import write_report
+from alpacache.run_directory import find_checkpoint, read_checkpoint
+from alpacache.sample import SampleRef
+from alpacache.strata import classify
+from alpacache.summary import EvalSummary, ModelResult, SampleResult, judge, judge_baselines, summarise
+from cache_store import differences
+
+BASE = "base"
+"""Label of the unmodified checkpoint; always evaluated, and what the others are compared with."""
+TRAINED = "trained"
+_PICTURES = 6
+Paths = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalReport:
+    """What an evaluation found and where it lies."""
+
+    summary: EvalSummary
+    results: Sequence[SampleResult]
+    out: str
+    seconds: float
+
+
+def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalReport:
+    """Sample paths for every cached sample and model, judge them, and write JSON, pictures and a report to `out`."""
+    started = time.monotonic()
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    checkpoint = Checkpoint(config.model)
+    data = CachedDataset([config.store], checkpoint)
+    indices = list(range(min(len(data), config.samples or len(data))))
+    runs = _runs(config)
+    predicted: dict[str, list[Paths]] = {}
+    with InterruptGuard() as guard:
+        for number, (label, run) in enumerate(runs.items()):
+            expert = load_expert(
+                checkpoint, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device
+            ).eval()
+            if run is not None:
+                apply_checkpoint(expert, run, checkpoint)
+            predicted[label] = []
+            for start in range(0, len(indices), config.batch_size):
+                if guard.requested:
+                    raise InterruptedRunError(
+                        "stopped on request; an evaluation keeps nothing, run the same command again."
+                    )
+                samples = [data.load(index) for index in indices[start : start + config.batch_size]]
+                predicted[label] += predict(
+                    expert, samples, paths=config.paths, flow_steps=config.flow_steps, seed=config.seed
+                )
+                done = number * len(indices) + len(predicted[label])
+                rate = done / (time.monotonic() - started)
+                on_progress(
+                    Progress(
+                        done=done, total=len(runs) * len(indices), unit="samples", rate=rate, notes={"model": label}
+                    )
+                )
+    results = [
+        _result(data.load(index), data.front_jpeg(index), {label: paths[place] for label, paths in predicted.items()})
+        for place, index in enumerate(indices)
+    ]
+    summary = summarise(results, seed=config.seed)
+    _write(Path(config.out), config, summary, results)
+    return EvalReport(summary=summary, results=results, out=config.out, seconds=time.monotonic() - started)
+
+
+@torch.no_grad()
+def predict(
+    expert: ActionExpert, samples: Sequence[CachedSample], *, paths: int, flow_steps: int, seed: int
+) -> list[Paths]:
+    """Sampled paths of each sample: xyz `[K, 64, 3]` (m, ego frame at t0) and rotations `[K, 64, 3, 3]`.
+
+    The noise depends on the seed and the sample id alone, so every model sees the same and batch size changes nothing.
+    """
+    batch = expert.batch([sample.prefix for sample in samples])
+    noise = torch.stack([randomness.noise("eval", seed, sample.sample_id, draws=paths) for sample in samples]).to(
+        expert.device
+    )
+    action = sample_flow(lambda x, t: expert.velocity(x, t, batch), noise, steps=flow_steps).cpu()
+    result = []
+    for row, sample in zip(action, samples, strict=True):
+        xyz, rot = expert.action_space.to_path(row, sample.history_xyz, sample.history_rot)
+        result.append((xyz.numpy(), rot.numpy()))
+    return result
+
+
+def apply_checkpoint(expert: ActionExpert, run: str, checkpoint: Checkpoint) -> int:
+    """Put a run's trained tensors into the expert and return the run's step. Refuses a run on another base model."""
+    path = find_checkpoint(run)
+    content = read_checkpoint(path, optimizer=False)
+    base, given = dict(content.state["base"]), model_identity(checkpoint)
+    if base["revision"] is None or given["revision"] is None:
+        del base["revision"], given["revision"]
+    if lines := differences(given, base):
+        raise UsageError(f"{path} was trained on another base model than {checkpoint.model}:\n  " + "\n  ".join(lines))
+    state = expert.state_dict()
+    wrong = [name for name, tensor in content.model.items() if name not in state or state[name].shape != tensor.shape]
+    if wrong:
+        raise UsageError(f"{path} holds tensors that the expert does not have: {', '.join(sorted(wrong)[:8])}.")
+    with torch.no_grad():
+        for name, tensor in content.model.items():
+            state[name].copy_(tensor)
+    return int(content.state["step"])
+
+
+def _runs(config: EvalConfig) -> dict[str, str | None]:
+    """Label -> run directory; None is the unmodified checkpoint."""
+    runs: dict[str, str | None] = {BASE: None}
+    if config.checkpoint is not None:
+        runs[TRAINED] = config.checkpoint
+    for label, run in config.compare.items():
+        if label in runs:
+            raise UsageError(f"--compare {label}={run}: the label {label!r} is taken; choose another.")
+        runs[label] = run
+    return runs
+
+
+def _result(sample: CachedSample, front_jpeg: bytes | None, paths: Mapping[str, Paths]) -> SampleResult:
+    poses = [
+        tensor.numpy() for tensor in (sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
+    ]
+    models: dict[str, ModelResult] = {label: judge(xyz, rot, *poses[2:]) for label, (xyz, rot) in paths.items()}
+    return SampleResult(
+        sample_id=sample.sample_id,
+        clip_id=SampleRef.parse(sample.sample_id).clip_id,
+        truth_xyz=poses[2],
+        truth_rot=poses[3],
+        history_xyz=poses[0],
+        history_rot=poses[1],
+        front_jpeg=front_jpeg,
+        strata=classify(*poses),
+        models={**models, **judge_baselines(*poses)},
+    )
+
+
+def _write(out: Path, config: EvalConfig, summary: EvalSummary, results: Sequence[SampleResult]) -> None:
+    """`eval.json`, `report.html`, and bird's-eye pictures of the best, median and worst samples of the last model."""
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    per_sample = [
+        {
+            "sample_id": r.sample_id,
+            "strata": list(r.strata.labels),
+            "metrics": {label: dict(m.metrics) for label, m in r.models.items()},
+        }
+        for r in results
+    ]
+    document = {
+        "settings": {"paths": config.paths, "flow_steps": config.flow_steps, "seed": config.seed},
+        "summary": summary.to_json(),
+        "samples": per_sample,
+    }
+    (out / "eval.json").write_text(json.dumps(document, indent=1) + "\n")
+    last = summary.models[-1]
+    ranked = sorted(results, key=lambda r: (r.models[last].metrics["min_ade"], r.sample_id))
+    places = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
+    for name, place in places.items():
+        (out / "pictures" / f"{name}.png").write_bytes(
+            _picture(ranked[place], summary, f"{name}: {ranked[place].sample_id}")
+        )
+    for number, result in enumerate(results[:_PICTURES]):
+        (out / "pictures" / f"sample-{number:03d}.png").write_bytes(_picture(result, summary, result.sample_id))
+    write_report(summary, results, out / "report.html")
+
+
+def _picture(result: SampleResult, summary: EvalSummary, title: str) -> bytes:
+    return birds_eye_png(
+        truth_xyz=result.truth_xyz,
+        history_xyz=result.history_xyz,
+        paths={label: result.models[label].pred_xyz for label in summary.models},
+        baselines={label: result.models[label].pred_xyz[0] for label in summary.baselines},
+        front_jpeg=result.front_jpeg,
+        title=title,
+    )

@@ -1,0 +1,159 @@
+"""What one cached sample holds, and how model tensors become stored arrays and back.
+
+A sample's KV is one *stem* (system text, images, ego history) followed by *tails*. The array `kv` holds the stem and
+the direct tail back to back, so that the usual prefix is one contiguous read; `stem_len` says where the tail begins.
+Tails of reasoning rollouts would be further fields named `tail.<name>.kv`, attached to the same stem.
+"""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alpacache.alpamayo.inputs import VLMInputs
+from alpacache.alpamayo.prefix import PrefixFeatures
+from alpacache.sample import FRONT_CAMERA, Sample
+from cache_store import Field
+
+KV_AXES = ("layer", "key_value", "kv_head", "token", "channel")
+PREFIX_FIELDS = ("kv", "stem_len", "prefix_len", "rope_delta", "start_position")
+"""What the expert needs."""
+POSE_FIELDS = ("history_xyz", "history_rot", "future_xyz", "future_rot")
+_JPEG_HEIGHT = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedSample:
+    """A sample as stage two sees it: the prefix, and the poses that make the loss and the metrics."""
+
+    sample_id: str
+    prefix: PrefixFeatures
+    history_xyz: Tensor
+    """`[16, 3]` float32 metres, ego frame at t0."""
+    history_rot: Tensor
+    future_xyz: Tensor
+    """`[64, 3]`."""
+    future_rot: Tensor
+
+
+def store_fields(*, hidden_states: bool) -> list[Field]:
+    """The schema of a store of VLM prefixes."""
+    poses = [
+        Field(name=f"{when}_{what}", dtype="float32", axes=("step", *axes), units=units, layout="packed")
+        for when in ("history", "future")
+        for what, axes, units in (("xyz", ("xyz",), "m, ego frame at t0"), ("rot", ("row", "column"), "1"))
+    ]
+    counts = [
+        Field(name=name, dtype="int64", axes=(), units=units, layout="packed")
+        for name, units in (
+            ("stem_len", "tokens"),
+            ("prefix_len", "tokens"),
+            ("rope_delta", "positions"),
+            ("start_position", "positions"),
+        )
+    ]
+    fields = [
+        Field(name="kv", dtype="bfloat16", axes=KV_AXES, units="1, keys after rotary embedding", layout="array"),
+        Field(name="input_ids", dtype="int64", axes=("token",), units="token id", layout="packed"),
+        Field(name="image_spans", dtype="int64", axes=("image", "first_end"), units="token position", layout="packed"),
+        *counts,
+        *poses,
+        Field(name="t0_us", dtype="int64", axes=(), units="us", layout="packed"),
+        Field(name="view", dtype="int64", axes=(), units="1", layout="packed"),
+        Field(name="frame_timestamps_us", dtype="int64", axes=("camera", "frame"), units="us", layout="packed"),
+        Field(name="front_jpeg", dtype="uint8", axes=("byte",), units="JPEG", layout="packed", required=False),
+        Field(name="clip_id", dtype="str", axes=(), units="", layout="text"),
+        Field(name="cameras", dtype="str", axes=("camera",), units="", layout="text"),
+        Field(name="prompt", dtype="str", axes=(), units="", layout="text"),
+        Field(name="calibration", dtype="str", axes=(), units="JSON", layout="text", required=False),
+    ]
+    if hidden_states:
+        fields.insert(
+            1,
+            Field(
+                name="hidden",
+                dtype="bfloat16",
+                axes=("token", "channel"),
+                units="1, after the final norm",
+                layout="array",
+            ),
+        )
+    return fields
+
+
+def to_arrays(sample: Sample, inputs: VLMInputs, prefix: PrefixFeatures, *, hidden_states: bool) -> dict[str, Any]:
+    """One sample's stored values. KV and hidden states as bfloat16 bits; lossless if the VLM ran in bfloat16."""
+    import json
+
+    arrays: dict[str, Any] = {
+        "kv": bf16_bits(torch.stack([prefix.keys, prefix.values], dim=1)),
+        "input_ids": inputs.input_ids[: prefix.prefix_len],
+        "image_spans": inputs.image_spans,
+        "stem_len": np.asarray(inputs.stem_len),
+        "prefix_len": np.asarray(prefix.prefix_len),
+        "rope_delta": np.asarray(prefix.rope_delta),
+        "start_position": np.asarray(prefix.start_position),
+        **{name: getattr(sample, name) for name in POSE_FIELDS},
+        "t0_us": np.asarray(sample.ref.t0_us),
+        "view": np.asarray(sample.ref.view),
+        "frame_timestamps_us": sample.frame_timestamps_us,
+        "clip_id": sample.ref.clip_id,
+        "cameras": list(sample.cameras),
+        "prompt": inputs.text,
+    }
+    if hidden_states:
+        if prefix.hidden is None:
+            raise ValueError(f"{sample.ref.sample_id}: the prefix has no hidden states; they were asked for.")
+        arrays["hidden"] = bf16_bits(prefix.hidden)
+    if FRONT_CAMERA in sample.cameras:
+        arrays["front_jpeg"] = _jpeg(sample.frames[sample.cameras.index(FRONT_CAMERA), -1])
+    if sample.calibration is not None:
+        arrays["calibration"] = json.dumps(sample.calibration, sort_keys=True)
+    return arrays
+
+
+def from_arrays(sample_id: str, arrays: Mapping[str, NDArray[Any]]) -> CachedSample:
+    """The sample that `to_arrays` stored; tensors share memory with the arrays."""
+    kv = from_bf16_bits(arrays["kv"])
+    return CachedSample(
+        sample_id=sample_id,
+        prefix=PrefixFeatures(
+            keys=kv[:, 0],
+            values=kv[:, 1],
+            hidden=from_bf16_bits(arrays["hidden"]) if "hidden" in arrays else None,
+            rope_delta=int(arrays["rope_delta"]),
+            prefix_len=int(arrays["prefix_len"]),
+            start_position=int(arrays["start_position"]),
+        ),
+        **{name: torch.from_numpy(arrays[name]) for name in POSE_FIELDS},
+    )
+
+
+def bf16_bits(tensor: Tensor) -> NDArray[np.uint16]:
+    """bfloat16 bits of a tensor (rounded to nearest even if it is wider), on the CPU."""
+    bits: NDArray[np.uint16] = tensor.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint16).numpy()
+    return bits
+
+
+def from_bf16_bits(bits: NDArray[np.uint16]) -> Tensor:
+    """The bfloat16 tensor of its bits, without a copy."""
+    return torch.from_numpy(bits).view(torch.bfloat16)
+
+
+def _jpeg(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A small JPEG of one frame `[3, H, W]`, for pictures only."""
+    from PIL import Image
+
+    image = Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0)))
+    if image.height > _JPEG_HEIGHT:
+        image = image.resize(
+            (round(image.width * _JPEG_HEIGHT / image.height), _JPEG_HEIGHT), Image.Resampling.BILINEAR
+        )
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return np.frombuffer(buffer.getvalue(), np.uint8)

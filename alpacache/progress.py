@@ -1,0 +1,25 @@
+"""How the library tells a caller how far it is; only the command line draws."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """One report of a long run."""
+
+    done: int
+    total: int
+    unit: str
+    """`samples` or `steps`."""
+    rate: float
+    """Units a second, of this run."""
+    notes: Mapping[str, str]
+    """What else is worth a place on the line: loss, GiB, quarantined."""
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def ignore(progress: Progress) -> None:
+    """The default listener."""

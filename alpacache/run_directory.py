@@ -1,0 +1,178 @@
+"""The directory of one training run: its config, its metrics, its checkpoints.
+
+A checkpoint is written beside the others under a temporary name, flushed to the medium and only then renamed, so a kill
+or a full disk never costs an earlier one. All tensors are safetensors, all state is JSON; nothing is pickled.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from google_crc32c import Checksum
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alpacache.errors import DataError, UsageError
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCheckpoint:
+    """What a checkpoint holds, in memory."""
+
+    model: dict[str, Tensor]
+    """Trained tensors under the public state-dict names."""
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    """Step, base model, settings."""
+
+
+class RunDirectory:
+    """A run's files. Creating the object creates nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        found = (
+            path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*") if (path / STATE).is_file()
+        )
+        return sorted(int(name) for name in found if name.isdigit())
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:07d}"
+
+    def write_config(self, text: str) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_flushed(self.path / "config.toml", text.encode())
+
+    def save(self, step: int, content: RunCheckpoint, *, keep: int, keep_also: int | None = None) -> Path:
+        """Write a checkpoint, point `last` at it, and drop all but the newest `keep` (and `keep_also`, the best)."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in self.checkpoints.glob(".writing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        final, draft = self.checkpoint(step), self.checkpoints / f".writing-{step:07d}"
+        needed = sum(tensor.nbytes for part in (content.model, content.optimizer) for tensor in part.values())
+        try:
+            draft.mkdir()
+            save_file(content.model, draft / MODEL, {"format": "pt"})
+            save_file(content.optimizer, draft / OPTIMIZER, {"format": "pt"})
+            files = {
+                name: {"bytes": (draft / name).stat().st_size, "crc32c": _crc32c(draft / name)}
+                for name in (MODEL, OPTIMIZER)
+            }
+            state = {"format": _FORMAT, "step": step, **content.state, "files": files}
+            (draft / STATE).write_text(json.dumps(state, indent=1) + "\n")
+            for name in (MODEL, OPTIMIZER, STATE):
+                _flush(draft / name)
+            _flush(draft)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            if isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError(
+                    f"checkpoint at step {step} could not be written to {self.checkpoints} ({error}); it needs "
+                    f"{needed} bytes. Earlier checkpoints are intact; free space and run again with --resume."
+                ) from error
+            raise
+        if final.exists():
+            shutil.rmtree(final)
+        draft.rename(final)
+        _flush(self.checkpoints)
+        self.point("last", step)
+        for old in self.steps[:-keep]:
+            if old != keep_also:
+                shutil.rmtree(self.checkpoint(old))
+        return final
+
+    def point(self, name: str, step: int) -> None:
+        """Make `last` or `best` a link to a checkpoint, atomically."""
+        draft = self.path / f".{name}.new"
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(self.checkpoint(step).relative_to(self.path))
+        draft.replace(self.path / name)
+        _flush(self.path)
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop rows after a step (and a torn last line), so that a resumed run does not report steps twice."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            _write_flushed(path, "".join(line + "\n" for line in kept).encode())
+
+
+def read_checkpoint(path: Path, *, optimizer: bool) -> RunCheckpoint:
+    """Read and check one checkpoint directory. Raises `DataError` if a byte is not what was written."""
+    try:
+        state = json.loads((path / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path / STATE} cannot be read ({error}); use an earlier checkpoint of the run.") from error
+    if state.get("format") != _FORMAT:
+        raise DataError(f"{path}: checkpoint format {state.get('format')!r}; this version reads {_FORMAT}.")
+    wanted = (MODEL, OPTIMIZER) if optimizer else (MODEL,)
+    for name in wanted:
+        note = state["files"][name]
+        file = path / name
+        if not file.is_file() or file.stat().st_size != note["bytes"] or _crc32c(file) != note["crc32c"]:
+            raise DataError(
+                f"{file} is damaged (size or checksum differ from {STATE}); use an earlier checkpoint of the run."
+            )
+    return RunCheckpoint(
+        model=load_file(path / MODEL), optimizer=load_file(path / OPTIMIZER) if optimizer else {}, state=state
+    )
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A run directory's `best` or else `last` checkpoint, or the checkpoint directory itself."""
+    path = Path(path)
+    for candidate in (path, path / "best", path / "last"):
+        if (candidate / STATE).is_file():
+            return candidate
+    raise UsageError(
+        f"{path} is neither a run directory with a checkpoint nor a checkpoint; expected what `alpacache train` wrote."
+    )
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _crc32c(path: Path) -> str:
+    checksum = Checksum()
+    with path.open("rb") as file:
+        while block := file.read(16 * 2**20):
+            checksum.update(block)
+    return str(checksum.hexdigest().decode())
+
+
+def _write_flushed(path: Path, data: bytes) -> None:
+    draft = path.with_name(f".{path.name}.new")
+    draft.write_bytes(data)
+    _flush(draft)
+    draft.replace(path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,79 @@
+"""`alpacache extract`: stage one."""
+
+from typing import Annotated
+
+import typer
+
+from cli import options, output
+
+QUARANTINED = 3
+
+
+def extract(
+    source: options.Source,
+    model: options.Model,
+    store: Annotated[str, typer.Option(help="Directory of the store; created if there is none.")],
+    split: options.Split = "all",
+    samples: options.Samples = None,
+    cameras: options.Cameras = None,
+    frames: options.Frames = 4,
+    t0: options.T0 = "5.1",
+    codec: Annotated[str, typer.Option(help="How KV is stored: `bf16` (lossless).")] = "bf16",
+    hidden_states: Annotated[str, typer.Option(help="`last` keeps the last hidden states, `none` does not.")] = "last",
+    shard: Annotated[str, typer.Option(help="I/N, counted from 0: this worker's share of the samples.")] = "0/1",
+    deterministic: Annotated[
+        bool, typer.Option(help="Same bytes on every run on one GPU model, a little slower.")
+    ] = False,
+    retry_quarantined: Annotated[bool, typer.Option(help="Try samples again that failed before.")] = False,
+    workers: Annotated[int, typer.Option(help="Threads that read and preprocess ahead of the model.")] = 2,
+    device: options.Device = None,
+    json: options.Json = False,
+) -> None:
+    """Stage one: run the frozen VLM once a sample and cache its KV. Run again to go on; committed samples are skipped.
+
+    Example: `alpacache extract folder:my_drives --model nvidia/Alpamayo-R1-10B --store cache/train --split train`
+
+    Pilot: add `--samples 10`.
+    """
+    from alpacache.config import ExtractConfig
+
+    config = ExtractConfig(
+        source=source,
+        model=model,
+        store=store,
+        split=options.one_of("split", split, ("train", "val", "all")),  # type: ignore[arg-type]
+        samples=samples,
+        cameras=options.camera_names(cameras),
+        frames=frames,
+        t0=t0,
+        codec=options.one_of("codec", codec, ("bf16",)),  # type: ignore[arg-type]
+        hidden_states=options.one_of("hidden-states", hidden_states, ("last", "none")),  # type: ignore[arg-type]
+        shard=options.shard(shard),
+        deterministic=deterministic,
+        retry_quarantined=retry_quarantined,
+        workers=workers,
+        device=device,
+    )
+    with output.show_progress("extract") as on_progress:
+        from alpacache.extraction import extract as run
+
+        report = run(config, on_progress=on_progress)
+    if json:
+        output.print_json(report)
+    else:
+        rows = [
+            ["store", report.store],
+            [
+                "extracted",
+                f"{report.extracted} of {report.selected} samples, {report.already_there} were there already",
+            ],
+            [
+                "speed",
+                f"{report.samples_per_s:.2f} samples/s, {report.bytes_written / 1e9:.3f} GB in {report.seconds:.1f} s",
+            ],
+            ["quarantined", str(len(report.quarantined))],
+        ]
+        rows += [["", f"{sample_id}: {reason}"] for sample_id, reason in report.quarantined.items()]
+        output.print_table("extract", rows)
+    if report.quarantined:
+        raise typer.Exit(QUARANTINED)

@@ -1,0 +1,124 @@
+"""What commands have in common on the screen: progress on stderr, one JSON object or a table on stdout."""
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from alpacache.progress import OnProgress, Progress
+
+_PLAIN_INTERVAL_S = 10.0
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout; dataclasses become objects, what is not finite becomes null."""
+    sys.stdout.write(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[str] = ()) -> None:
+    """A table on stdout; without heads the first column is a label. Data is never read as markup."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", show_header=bool(heads), box=None, pad_edge=False)
+    for column in range(max((len(row) for row in rows), default=len(heads))):
+        label = column == 0
+        table.add_column(
+            heads[column] if heads else "",
+            justify="left" if label or not heads else "right",
+            style="dim" if label and not heads else None,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
+
+
+@contextmanager
+def show_progress(title: str) -> Iterator[OnProgress]:
+    """A bar with rate and ETA on stderr; without a terminal, a plain line every ten seconds and at the end."""
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
+    if not sys.stderr.isatty():
+        yield _PlainLines(title)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA {task.fields[eta]}"),
+        TextColumn("{task.fields[notes]}", style="cyan"),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=False) as bar:
+        task = bar.add_task(title, total=None, visible=False, unit="", rate="", eta="-", notes="")
+
+        def update(progress: Progress) -> None:
+            bar.update(
+                task,
+                visible=True,
+                total=progress.total,
+                completed=progress.done,
+                unit=progress.unit,
+                rate=_rate(progress),
+                eta=_eta(progress),
+                notes=_notes(progress),
+            )
+
+        yield update
+
+
+class _PlainLines:
+    """Progress for logs."""
+
+    def __init__(self, title: str) -> None:
+        self._title, self._last = title, time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self._last >= _PLAIN_INTERVAL_S or progress.done == progress.total:
+            self._last = now
+            place = f"{progress.done}/{progress.total} {progress.unit}"
+            sys.stderr.write(f"{self._title}: {place}, {_rate(progress)}, ETA {_eta(progress)}, {_notes(progress)}\n")
+            sys.stderr.flush()
+
+
+def _rate(progress: Progress) -> str:
+    return f"{progress.rate:.3g} {progress.unit}/s"
+
+
+def _eta(progress: Progress) -> str:
+    if progress.rate <= 0:
+        return "-"
+    seconds = round((progress.total - progress.done) / progress.rate)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _notes(progress: Progress) -> str:
+    return " ".join(f"{key} {value}" for key, value in progress.notes.items())
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def note(text: str) -> None:
+    """One line for a person, on stderr."""
+    sys.stderr.write(f"note: {text}\n")

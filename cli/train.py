@@ -1,0 +1,111 @@
+"""`alpacache train`: stage two."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import options, output
+
+
+def train(
+    store: Annotated[
+        list[str] | None, typer.Option(help="Store to train from; repeat it to train from several.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The checkpoint that the store was extracted with.")] = None,
+    out: Annotated[str | None, typer.Option(help="Directory of the run.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with any of the settings; options given here win.")
+    ] = None,
+    val: Annotated[str | None, typer.Option(help="Store of held-out samples for the validation loss.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the samples, instead of steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples a step. [default: 8]")] = None,
+    draws: Annotated[
+        int | None, typer.Option(help="Noise draws a sample and step; they share its prefix. [default: 1]")
+    ] = None,
+    trainable: Annotated[
+        str | None, typer.Option(help="`all`, or `head`: projections and final norm. [default: all]")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: 1e-4]")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Warm-up steps before the cosine. [default: 100]")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest gradient norm. [default: 1.0]")] = None,
+    causal: Annotated[bool | None, typer.Option(help="Causal attention among action tokens. [default: no]")] = None,
+    seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [default: 200]")] = None,
+    keep: Annotated[int | None, typer.Option(help="Checkpoints to keep, besides the best. [default: 2]")] = None,
+    val_every: Annotated[int | None, typer.Option(help="Steps between validations. [default: 100]")] = None,
+    in_memory: Annotated[
+        bool | None, typer.Option(help="Keep samples in RAM after their first read. [default: no]")
+    ] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on from the run's newest checkpoint, if it has one.")
+    ] = None,
+    device: options.Device = None,
+    json: options.Json = False,
+) -> None:
+    """Stage two: train expert and flow-matching head from the cache alone. The VLM is never loaded.
+
+    Example: `alpacache train --store cache/train --val cache/val --model nvidia/Alpamayo-R1-10B --out runs/one
+    --epochs 10`
+
+    After a crash or Ctrl-C: the same command with `--resume`; it ends with the same weights as an undisturbed run.
+    """
+    from alpacache.config import TrainConfig, make, read_toml
+    from alpacache.errors import UsageError
+
+    values = read_toml(config, TrainConfig) if config is not None else {}
+    if steps is not None or epochs is not None:
+        values.pop("steps", None)
+        values.pop("epochs", None)
+    values |= options.given(
+        {
+            **{
+                "stores": tuple(store) if store else None,
+                "model": model,
+                "out": out,
+                "val": val,
+                "steps": steps,
+                "epochs": epochs,
+            },
+            **{
+                "batch_size": batch_size,
+                "draws": draws,
+                "lr": lr,
+                "warmup": warmup,
+                "clip": clip,
+                "causal": causal,
+                "seed": seed,
+            },
+            **{"save_every": save_every, "keep": keep, "val_every": val_every, "in_memory": in_memory},
+            **{"resume": resume, "device": device},
+            "trainable": None if trainable is None else options.one_of("trainable", trainable, ("all", "head")),
+        }
+    )
+    missing = [
+        option for key, option in (("stores", "--store"), ("model", "--model"), ("out", "--out")) if key not in values
+    ]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} missing; give it as an option or in --config FILE.toml.")
+    settings = make(TrainConfig, values)
+    with output.show_progress("train") as on_progress:
+        from alpacache.training import train as run
+
+        report = run(settings, on_progress=on_progress)
+    if json:
+        output.print_json(report)
+        return
+    rows = [
+        ["run", report.run],
+        ["steps", f"{report.steps} over {report.samples} samples"],
+        ["loss", f"{report.first_loss:.4f} -> {report.last_loss:.4f}"],
+        [
+            "speed",
+            f"{report.samples_per_s:.2f} samples/s in {report.seconds:.1f} s, {report.data_wait:.1%} waiting for data",
+        ],
+    ]
+    if report.val_loss is not None:
+        rows.append(["validation loss", f"{report.val_loss:.4f}, best {report.best_val_loss:.4f}"])
+    if report.peak_gib is not None:
+        rows.append(["GPU memory", f"{report.peak_gib:.2f} GiB reserved at peak"])
+    output.print_table("train", rows)

@@ -1,0 +1,132 @@
+"""Reading the public layout: what is touched, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from alpacache.alpamayo import Checkpoint, load_expert, load_vlm
+from alpacache.alpamayo.checkpoint import INDEX
+from alpacache.errors import CheckpointError
+
+
+def rewrite(directory, change):
+    """Apply `change(state)` to a checkpoint's tensors and write them as one file without an index."""
+    state = {}
+    for shard in directory.glob("*.safetensors"):
+        state |= load_file(shard)
+        shard.unlink()
+    change(state)
+    save_file(state, directory / "model.safetensors")
+    (directory / INDEX).unlink(missing_ok=True)
+
+
+@pytest.fixture
+def copy(tiny_checkpoint, tmp_path):
+    return shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+
+
+def test_sharded_and_single_file_load_the_same(tiny_checkpoint, copy):
+    rewrite(copy, lambda state: None)
+    for load in (load_vlm, load_expert):
+        sharded, single = load(str(tiny_checkpoint)), load(str(copy))
+        first = (sharded.model if load is load_vlm else sharded).state_dict()
+        second = (single.model if load is load_vlm else single).state_dict()
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_fingerprint_ignores_sharding_and_sees_one_changed_weight(tiny_checkpoint, copy):
+    before = Checkpoint(str(tiny_checkpoint)).fingerprint("vlm.")
+    rewrite(copy, lambda state: None)
+    assert Checkpoint(str(copy)).fingerprint("vlm.") == before
+    rewrite(copy, lambda state: state["vlm.model.language_model.embed_tokens.weight"][0].add_(1))
+    assert Checkpoint(str(copy)).fingerprint("vlm.") != before
+
+
+def test_expert_loads_without_the_vlms_tensors_and_vlm_without_the_experts(copy):
+    state = {}
+    for shard in copy.glob("*.safetensors"):
+        state |= load_file(shard)
+    for prefix, load in (("vlm.", load_expert), ("expert.", load_vlm)):
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+        for shard in copy.glob("*.safetensors"):
+            shard.unlink()
+        (copy / INDEX).unlink(missing_ok=True)
+        save_file(kept, copy / "model.safetensors")
+        load(str(copy))
+
+
+def test_every_problem_is_listed_at_once(copy):
+    def break_it(state):
+        del state["expert.layers.0.mlp.up_proj.weight"]
+        state["expert.layers.9.extra.weight"] = torch.zeros(2)
+        state["expert.norm.weight"] = torch.zeros(3)
+
+    rewrite(copy, break_it)
+    with pytest.raises(CheckpointError) as caught:
+        load_expert(str(copy))
+    message = str(caught.value)
+    assert "missing expert.layers.0.mlp.up_proj.weight" in message
+    assert "unexpected expert.layers.9.extra.weight" in message
+    assert "misshapen expert.norm.weight: [3], expected [96]" in message
+    assert "(3 tensors)" in message
+
+
+def test_an_unknown_target_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["action_in_proj_cfg"]["_target_"] = "alpamayo_r2.models.SomethingElse"
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"'SomethingElse'; alpacache knows 'PerWaypointActionInProjV2'"):
+        load_expert(str(copy))
+
+
+def test_15_targets_are_matched_by_their_last_part(tiny_checkpoint_15):
+    checkpoint = Checkpoint(str(tiny_checkpoint_15))
+    assert checkpoint.config.family == "1.5"
+    assert load_expert(checkpoint).dtype == torch.bfloat16
+
+
+def test_another_backbone_is_named(copy):
+    config = json.loads((copy / "vlm/config.json").read_text())
+    (copy / "vlm/config.json").write_text(json.dumps(config | {"model_type": "qwen2_5_vl"}))
+    with pytest.raises(CheckpointError, match="model_type is 'qwen2_5_vl'; alpacache knows 'qwen3_vl'"):
+        load_vlm(str(copy))
+
+
+def test_a_truncated_shard_is_named(copy):
+    shard = sorted(copy.glob("*.safetensors"))[1]
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 100)
+    with pytest.raises(CheckpointError, match=f"{shard.name} is truncated"):
+        Checkpoint(str(copy)).tensors  # noqa: B018
+
+
+def test_an_index_cannot_point_outside(copy):
+    index = json.loads((copy / INDEX).read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../elsewhere.safetensors")
+    (copy / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        load_expert(str(copy))
+
+
+def test_offline_hub_id_says_what_to_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="hf download nvidia/Alpamayo-R1-10B"):
+        load_expert("nvidia/Alpamayo-R1-10B")
+
+
+def test_neither_directory_nor_hub_id():
+    with pytest.raises(CheckpointError, match="neither a directory nor a hub id"):
+        Checkpoint("./no/such/place")
+
+
+def test_revision_of_a_hub_download_is_known(copy):
+    note = copy / ".cache/huggingface/download/config.json.metadata"
+    note.parent.mkdir(parents=True)
+    note.write_text("0123abc\netag\n1.0\n")
+    assert Checkpoint(str(copy)).revision == "0123abc"

@@ -1,0 +1,60 @@
+"""Frames to patches against the public image path."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from alpacache.alpamayo.images import fit_size, image_tokens, to_patches
+
+GOLDEN = Path(__file__).parents[2] / "data" / "preprocess"
+CASES = json.loads((GOLDEN / "cases.json").read_text())["cases"]
+LIMITS = {"min_pixels": 163_840, "max_pixels": 196_608}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['height']}x{case['width']}")
+def test_patches_equal_golden(case, relative_error):
+    expected = load_file(GOLDEN / "pixels.safetensors")
+    frames = np.stack(
+        [np.asarray(Image.open(GOLDEN / name).convert("RGB")).transpose(2, 0, 1) for name in case["frames"]]
+    )
+    pixels, grid = to_patches(frames, patch=16, merge=2, temporal=2, **LIMITS)
+    key = f"case{case['case']}."
+    rows, golden = expected[key + "rows"], expected[key + "pixel_values_rows"]
+    assert pixels.shape == (case["patches"], 1536)
+    assert grid.tolist() == expected[key + "image_grid_thw"].tolist()
+    assert relative_error(pixels[rows], golden) <= 1e-4
+    assert float((pixels[rows] - golden).abs().max()) <= 1e-3
+    assert image_tokens(case["height"], case["width"], patch=16, merge=2, **LIMITS) == case["tokens_per_frame"]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1080, 1920), (900, 1600), (720, 1280)])
+def test_common_frames_become_720_patches(height, width):
+    assert fit_size(height, width, factor=32, **LIMITS) == (320, 576)
+
+
+def test_degenerate_images_are_refused():
+    with pytest.raises(ValueError, match="degenerate"):
+        fit_size(2, 500, factor=32, **LIMITS)
+    with pytest.raises(ValueError, match="expected uint8"):
+        to_patches(np.zeros((1, 3, 64, 64), np.float32), patch=16, merge=2, temporal=2, **LIMITS)
+
+
+WITHOUT_TORCHVISION = """
+import sys
+sys.modules["torchvision"] = None
+import numpy as np
+from alpacache.alpamayo.images import to_patches
+frames = np.zeros((1, 3, 64, 96), np.uint8)
+print(to_patches(frames, patch=16, merge=2, temporal=2, min_pixels=1, max_pixels=10**6)[1].tolist())
+"""
+
+
+def test_works_without_torchvision():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCHVISION], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[[1, 4, 6]]"
