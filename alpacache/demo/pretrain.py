@@ -1,0 +1,218 @@
+"""Where the demo's VLM comes from: `python -m alpacache.demo.pretrain OUT_DIR`.
+
+A randomly initialised VLM knows nothing of roads, and an expert cannot learn from features that do not hold the road. So
+the demo's tiny VLM is trained here as Alpamayo's first stage trains the real one: predict the discrete tokens of the
+future trajectory from images and ego history, on generated drives. After that it is frozen for good.
+
+The future tokens are predicted in parallel from `<|traj_future|>` placeholders, not from the true tokens before them:
+with those in sight a model copies the last curvature and never looks at the picture. Every second waypoint is enough.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Qwen3VLForConditionalGeneration
+
+from alpacache.action_space import UnicycleActionSpace
+from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.backbone import vlm_config
+from alpacache.alpamayo.images import to_patches
+from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.tiny_checkpoint import ACTION_CONSTANTS, FUTURE_BINS, make_tiny_checkpoint
+from alpacache.sample import SampleRef
+from alpacache.sources.synthetic import SyntheticSource
+
+SEED = 7_000_000
+"""Of the pre-training drives; no demo drive has it."""
+MIX = {"straight": 0.2, "early_curve": 0.15, "late_curve": 0.6, "curve_end": 0.05}
+T0_US = (4_600_000, 5_100_000, 5_600_000)
+STRIDE = 2
+"""Every second waypoint is predicted."""
+LIMIT = 4.0
+"""Normalised actions beyond this fall into the outermost bin."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drives:
+    """Rendered samples in memory."""
+
+    frames: NDArray[np.uint8]
+    """`[N, 3, 128, 256]`, one front image each."""
+    history_xyz: NDArray[np.float32]
+    history_rot: NDArray[np.float32]
+    future_xyz: NDArray[np.float32]
+    action: Tensor
+    """`[N, 64, 2]` normalised."""
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+def render(count: int, *, seed: int, space: UnicycleActionSpace, t0s_us: tuple[int, ...] = T0_US) -> Drives:
+    """Samples of `count` generated clips at the given times."""
+    source = SyntheticSource(count, seed=seed, mix=MIX)
+    samples = [
+        source.load(SampleRef(clip_id=clip, t0_us=t0), cameras=source.cameras, frames=1)
+        for clip in source.clip_ids
+        for t0 in t0s_us
+    ]
+    poses = {
+        name: np.stack([getattr(s, name) for s in samples])
+        for name in ("history_xyz", "history_rot", "future_xyz", "future_rot")
+    }
+    action = space.to_action(*(torch.from_numpy(value) for value in poses.values()))
+    del poses["future_rot"]
+    return Drives(frames=np.stack([sample.frames[0, -1] for sample in samples]), action=action, **poses)
+
+
+class Batches:
+    """Drives as VLM inputs: the prompt is the same for all but for the history tokens."""
+
+    def __init__(self, builder: InputBuilder, drives: Drives) -> None:
+        self.builder, self.drives = builder, drives
+        source = SyntheticSource(1, seed=SEED)
+        sample = source.load(SampleRef(clip_id=source.clip_ids[0], t0_us=T0_US[0]), cameras=source.cameras, frames=1)
+        template = builder.build(sample)
+        self.template = builder.tokenizer.encode(template.text)
+        self.future = np.full(2 * (64 // STRIDE), builder.config.traj_token_ids["future"], np.int64)
+
+    def make(self, rows: NDArray[np.int64], flip: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """Model inputs and target actions `[B, 2 * 64 / STRIDE]`; `flip` mirrors left and right in picture, history and target."""
+        frames, history, action = self.drives.frames[rows], self.drives.history_xyz[rows], self.drives.action[rows]
+        if flip:
+            frames = frames[..., ::-1]
+            history = history * np.float32([1, -1, 1])
+            action = mirror(action)
+        limits = {"min_pixels": self.builder.config.min_pixels, "max_pixels": self.builder.config.max_pixels}
+        pixels, grid = to_patches(np.ascontiguousarray(frames), patch=16, merge=2, temporal=2, **limits)
+        ids = [
+            np.concatenate([self.builder.tokenizer.fuse_history(self.template, row), self.future]) for row in history
+        ]
+        input_ids = torch.from_numpy(np.stack(ids))
+        kinds = (input_ids == self.builder.tokenizer.id_of("<|image_pad|>")).int()
+        inputs = {"input_ids": input_ids, "pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+        return inputs, action[:, STRIDE // 2 :: STRIDE].flatten(1)
+
+
+def mirror(action: Tensor) -> Tensor:
+    """Left for right: the curvature, un-normalised, changes sign."""
+    mean, std = ACTION_CONSTANTS["curvature_mean"], ACTION_CONSTANTS["curvature_std"]
+    curvature = -(action[..., 1] * std + mean)
+    return torch.stack([action[..., 0], (curvature - mean) / std], dim=-1)
+
+
+def soft_targets(action: Tensor) -> Tensor:
+    """Bin probabilities `[B, tokens, bins]`: a Gaussian of one bin around the value, since near bins are nearly right."""
+    place = (action.clamp(-LIMIT, LIMIT) + LIMIT) / (2 * LIMIT) * (FUTURE_BINS - 1)
+    return torch.softmax(-0.5 * (torch.arange(FUTURE_BINS) - place[..., None]) ** 2, dim=-1)
+
+
+def expected_action(logits: Tensor) -> Tensor:
+    """Mean action `[B, 64, 2]` under the predicted bins `[B, tokens, bins]`; a waypoint not predicted takes its neighbour's."""
+    centres = torch.linspace(-LIMIT, LIMIT, FUTURE_BINS)
+    return (logits.softmax(-1) @ centres).view(len(logits), 64 // STRIDE, 2).repeat_interleave(STRIDE, dim=1)
+
+
+def predict(model: Qwen3VLForConditionalGeneration, first_bin: int, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits `[B, tokens, bins]` of the future tokens; each is predicted at its own placeholder."""
+    hidden = model.model(**inputs).last_hidden_state[:, -2 * (64 // STRIDE) :]
+    logits: Tensor = hidden @ model.lm_head.weight[first_bin : first_bin + FUTURE_BINS].T
+    return logits
+
+
+@torch.no_grad()
+def heading_slope(
+    model: Qwen3VLForConditionalGeneration, first_bin: int, batches: Batches, space: UnicycleActionSpace
+) -> float:
+    """Slope of predicted against true heading change where the history is straight and the road curves later."""
+    truth, found = [], []
+    drives = batches.drives
+    late = np.flatnonzero(np.abs(drives.history_xyz[:, 0, 1]) < 0.05)
+    for start in range(0, len(late), 32):
+        rows = late[start : start + 32]
+        inputs, _ = batches.make(rows, flip=False)
+        action = expected_action(predict(model, first_bin, inputs))
+        poses = torch.from_numpy(drives.history_xyz[rows]), torch.from_numpy(drives.history_rot[rows])
+        for actions, into in ((action, found), (drives.action[rows], truth)):
+            rot = space.to_path(actions, *poses)[1][:, -1]
+            into.append(torch.atan2(rot[:, 1, 0], rot[:, 0, 0]))
+    x, y = torch.cat(truth), torch.cat(found)
+    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+
+
+def pretrain(out: Path, *, clips: int, steps: int, batch: int, lr: float, init: Path | None) -> None:
+    """Train and write `demo_vlm.safetensors` (bfloat16) and `provenance.json`."""
+    torch.manual_seed(0)
+    out.mkdir(parents=True, exist_ok=True)
+    base = make_tiny_checkpoint(out / "checkpoint", seed=0)
+    checkpoint = Checkpoint(str(base))
+    builder = InputBuilder(checkpoint)
+    first_bin = checkpoint.config.traj_token_start
+    space = UnicycleActionSpace(**ACTION_CONSTANTS)
+    model = Qwen3VLForConditionalGeneration(vlm_config(checkpoint))
+    if init is not None:
+        model.load_state_dict({name.removeprefix("vlm."): tensor.float() for name, tensor in load_file(init).items()})
+    for block in (*model.model.language_model.layers, *model.model.visual.blocks):
+        block.compile()
+    started = time.monotonic()
+    train = Batches(builder, render(clips, seed=SEED, space=space))
+    held_out = Batches(builder, render(100, seed=SEED + 1, space=space, t0s_us=(5_100_000,)))
+    print(f"rendered {len(train.drives)} samples in {time.monotonic() - started:.0f} s", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    order = np.random.default_rng(0)
+    running = 0.0
+    for step in range(steps):
+        rate = lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        inputs, action = train.make(order.integers(len(train.drives), size=batch), flip=bool(order.integers(2)))
+        loss = F.cross_entropy(predict(model, first_bin, inputs).flatten(0, 1), soft_targets(action).flatten(0, 1))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        running = 0.98 * running + 0.02 * float(loss.detach()) if step else float(loss.detach())
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            slope = heading_slope(model, first_bin, held_out, space)
+            print(
+                f"step {step + 1}: loss {running:.4f}, slope {slope:.3f}, {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
+            _save(model, out)
+    note = {
+        "what": "vlm.* of the demo checkpoint (alpacache.alpamayo.tiny_checkpoint, seed 0), trained on generated drives only",
+        "command": f"python -m alpacache.demo.pretrain OUT --clips {clips} --steps {steps} --batch {batch} --lr {lr}",
+        "drives": {"seed": SEED, "mix": MIX, "t0_us": T0_US, "samples": len(train.drives)},
+        "final": {"loss": round(running, 4), "late_curve_heading_slope": round(slope, 3)},
+        "torch": torch.__version__,
+    }
+    (out / "provenance.json").write_text(json.dumps(note, indent=1) + "\n")
+
+
+def _save(model: Qwen3VLForConditionalGeneration, out: Path) -> None:
+    state = {f"vlm.{name}": tensor.detach().bfloat16().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, out / "demo_vlm.safetensors", {"format": "pt"})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--clips", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--init", type=Path, help="go on from these weights")
+    options = parser.parse_args()
+    pretrain(
+        options.out, clips=options.clips, steps=options.steps, batch=options.batch, lr=options.lr, init=options.init
+    )
