@@ -14,6 +14,7 @@ HISTORY_US = HISTORY_STEPS * STEP_US
 """t0 must lie more than this after the start of the recording."""
 FUTURE_US = FUTURE_STEPS * STEP_US
 CLOCK_SLACK_US = 1_000_000
+DEFAULT_T0 = "5.1"
 
 Rejected = tuple[str, BadClipError]
 """A clip that was wanted and cannot give a sample, with the reason."""
@@ -27,11 +28,18 @@ class EventSource(Protocol):
         """Their times, on the clip's clock."""
 
 
+@runtime_checkable
+class FixedSource(Protocol):
+    """A source whose samples were chosen before: a prepared dataset."""
+
+    sample_refs: Sequence[SampleRef]
+
+
 def select(
     source: Source,
     *,
     split: Literal["train", "val", "all"] = "all",
-    t0: str = "5.1",
+    t0: str = DEFAULT_T0,
     samples: int | None = None,
     views: int = 1,
 ) -> tuple[list[SampleRef], list[Rejected]]:
@@ -39,15 +47,16 @@ def select(
 
     `t0` is `"5.1"` (seconds from the start of the clip), `"every:2.0"` (all that fit on that raster) or `"events"`
     (the source's own moments, as far as they fit). A sample needs more than 1.6 s before t0 and 6.4 s after it.
-    With `samples`, the first that many; clips beyond are not looked at.
+    With `samples`, the first that many; clips beyond are not looked at. Of a prepared dataset all samples are taken.
 
     Raises `UsageError` for arguments that make no sense and for a split that holds no clip.
     """
     _check_arguments(split, samples, views)
+    if isinstance(source, FixedSource):
+        return _select_fixed(source, source.sample_refs, split, t0)[:samples], []
     moments = _Moments.parse(t0, source)
     clips = [clip for clip in source.clip_ids if split == "all" or split_of(clip) == split]
-    if not clips:
-        raise UsageError(f"{source.name}: none of its {len(source.clip_ids)} clips falls into the {split} split.")
+    _check_any(source, clips, split)
     refs: list[SampleRef] = []
     rejected: list[Rejected] = []
     for clip_id in clips:
@@ -58,6 +67,19 @@ def select(
         except BadClipError as error:
             rejected.append((clip_id, error))
     return refs[:samples], rejected
+
+
+def _select_fixed(source: Source, refs: Sequence[SampleRef], split: str, t0: str) -> list[SampleRef]:
+    if t0 != DEFAULT_T0:
+        raise UsageError(f"{source.name}: t0 {t0!r} cannot be chosen, its moments were fixed when it was prepared.")
+    kept = [ref for ref in refs if split == "all" or split_of(ref.clip_id) == split]
+    _check_any(source, kept, split)
+    return kept
+
+
+def _check_any(source: Source, kept: Sequence[object], split: str) -> None:
+    if not kept:
+        raise UsageError(f"{source.name}: none of its {len(source.clip_ids)} clips falls into the {split} split.")
 
 
 class _Moments:

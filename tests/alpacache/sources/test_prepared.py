@@ -1,0 +1,167 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset, load_from_disk
+
+from alpacache.errors import BadClipError, InterruptedRunError, SourceError, UsageError
+from alpacache.sample import SampleRef
+from alpacache.selection import select
+from alpacache.sources import open_source
+from alpacache.sources.folder import FolderSource
+from alpacache.sources.prepared import prepare
+from alpacache.sources.synthetic import SyntheticSource
+
+FRONT, LEFT = "camera_front_wide_120fov", "camera_cross_left_120fov"
+DRIVES = SyntheticSource(5, size=(64, 32), cameras=[FRONT, LEFT])
+
+
+def refs_of(source, **options):
+    return select(source, **options)[0]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("prepared") / "drives"
+    report = prepare(DRIVES, refs_of(DRIVES, t0="every:6"), out, cameras=[FRONT, LEFT], frames=2)
+    assert report.samples == 10
+    assert report.rejected == ()
+    return out
+
+
+def assert_equal(a, b):
+    for field in dataclasses.fields(a):
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(left, np.ndarray):
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(left, right)
+        else:
+            assert left == right
+
+
+@pytest.mark.parametrize("spec", ["{}", "hf:{}"])
+def test_samples_come_back_bit_for_bit(prepared, spec):
+    source = open_source(spec.format(prepared))
+    refs = refs_of(source)
+    assert refs == refs_of(DRIVES, t0="every:6")
+    for ref in refs[:3]:
+        want = DRIVES.load(ref, cameras=[FRONT, LEFT], frames=2)
+        assert_equal(source.load(ref, cameras=[FRONT, LEFT], frames=2), want)
+
+
+def test_fewer_cameras_and_frames(prepared):
+    source = open_source(str(prepared))
+    ref = refs_of(source)[0]
+    assert_equal(source.load(ref, cameras=[FRONT], frames=1), DRIVES.load(ref, cameras=[FRONT], frames=1))
+    with pytest.raises(UsageError, match="prepared with 2 frames"):
+        source.load(ref, cameras=[FRONT], frames=4)
+    with pytest.raises(BadClipError, match="prepared without camera_front_tele") as error:
+        source.load(ref, cameras=["camera_front_tele_30fov"], frames=1)
+    assert error.value.kind == "missing_camera"
+    with pytest.raises(BadClipError, match="fixed moments"):
+        source.load(SampleRef(clip_id=ref.clip_id, t0_us=1), cameras=[FRONT], frames=1)
+
+
+def test_it_is_an_ordinary_dataset(prepared):
+    rows = load_from_disk(str(prepared))
+    assert len(rows) == 10
+    assert rows[0]["sample_id"] == "synthetic-0-000000@6000000#0"
+    assert np.shape(rows[0]["future_rot"]) == (64, 3, 3)
+    assert rows[0]["frames"][0][0]["bytes"][:4] == b"\x89PNG"
+    assert "synthetic:5" in rows.info.description
+    assert not list(prepared.parent.glob("*.partial"))
+
+
+def test_moments_are_fixed_and_split_still_works(prepared):
+    source = open_source(str(prepared))
+    assert source.times_us("synthetic-0-000000") == (4_500_000, 18_400_000)
+    assert len(refs_of(source, samples=3)) == 3
+    with pytest.raises(UsageError, match="fixed when it was prepared"):
+        select(source, t0="every:2")
+
+
+def test_bad_samples_are_reported_and_left_out(folder, tmp_path):
+    (folder / f"clips/a/{FRONT}/000051.jpg").write_bytes(b"x")
+    source = FolderSource(folder)
+    report = prepare(source, refs_of(source), tmp_path / "out", cameras=[FRONT], frames=1)
+    assert report.samples == 1
+    assert [(sample, kind) for sample, kind, _ in report.rejected] == [("a@5100000#0", "undecodable_video")]
+    assert [ref.clip_id for ref in refs_of(open_source(str(tmp_path / "out")))] == ["b"]
+    (folder / f"clips/b/{FRONT}.mp4").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"none of 2 samples can be used\. The first reason: a: camera_front_wide"):
+        prepare(source, refs_of(source), tmp_path / "none", cameras=[FRONT], frames=1)
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("alpacache.sources.prepared.SHARD_SAMPLES", 2)
+    refs, seen = refs_of(DRIVES), []
+
+    def stop_after_three(ref):
+        seen.append(ref.clip_id)
+        if len(seen) == 3:
+            raise InterruptedRunError("stop")
+
+    out = tmp_path / "out"
+    with pytest.raises(InterruptedRunError):
+        prepare(DRIVES, refs, out, cameras=[FRONT], frames=1, on_sample=stop_after_three)
+    assert not out.exists()
+    with pytest.raises(UsageError, match="other settings"):
+        prepare(DRIVES, refs, out, cameras=[FRONT], frames=2)
+    again = []
+    assert prepare(DRIVES, refs, out, cameras=[FRONT], frames=1, on_sample=again.append).samples == 5
+    assert [ref.clip_id[-1] for ref in again] == ["2", "3", "4"]
+    source = open_source(str(out))
+    assert refs_of(source) == refs
+    for ref in refs:
+        assert_equal(source.load(ref, cameras=[FRONT], frames=1), DRIVES.load(ref, cameras=[FRONT], frames=1))
+    with pytest.raises(UsageError, match="already exists"):
+        prepare(DRIVES, refs, out, cameras=[FRONT], frames=1)
+
+
+def broken_copy(prepared, out, change):
+    rows = [dict(row) for row in load_from_disk(str(prepared))][:1]
+    change(rows[0])
+    Dataset.from_list(rows, features=load_from_disk(str(prepared)).features).save_to_disk(str(out))
+    return open_source(str(out))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda row: row["frames"][0][0].update(bytes=None, path="/etc/passwd"), "undecodable_video"),
+        (lambda row: row["frames"][0][1].update(bytes=b"BM1234"), "undecodable_video"),
+        (lambda row: row.update(history_xyz=row["history_xyz"][:7]), "wrong_shape"),
+        (lambda row: row.update(calibration="{"), "wrong_shape"),
+        (lambda row: row.update(frames=[]), "wrong_shape"),
+    ],
+)
+def test_damaged_rows_are_bad_clips(prepared, tmp_path, change, kind):
+    source = broken_copy(prepared, tmp_path / "broken", change)
+    with pytest.raises(BadClipError) as error:
+        source.load(source.sample_refs[0], cameras=[FRONT, LEFT], frames=2)
+    assert error.value.kind == kind
+
+
+def test_other_datasets_and_outside_files_are_refused(prepared, tmp_path):
+    Dataset.from_dict({"x": [1]}).save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(SourceError, match="lacks the columns sample_id"):
+        open_source(str(tmp_path / "other"))
+    state = json.loads((tmp_path / "other/state.json").read_text())
+    state["_data_files"] = [{"filename": "../../secret.arrow"}]
+    (tmp_path / "other/state.json").write_text(json.dumps(state))
+    with pytest.raises(SourceError, match="outside its directory"):
+        open_source(str(tmp_path / "other"))
+    with pytest.raises(SourceError, match="cannot be read"):
+        open_source(f"hf:{tmp_path}")
+
+
+def test_a_repository_that_cannot_be_reached(monkeypatch):
+    import datasets
+
+    def refuse(place):
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{place}' doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(SourceError, match="to fetch it: hf download who/what --repo-type dataset"):
+        open_source("hf:who/what")
