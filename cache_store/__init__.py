@@ -13,6 +13,7 @@ from cache_store.errors import (
     UnsupportedFileSystemError,
 )
 from cache_store.field import Field
+from cache_store.prefetcher import PrefetchedSample, Prefetcher
 from cache_store.quarantine_record import QuarantineRecord
 from cache_store.reader import CacheReader
 from cache_store.store_info import StoreInfo, info
@@ -29,6 +30,8 @@ __all__ = [
     "FieldNotFoundError",
     "FormatError",
     "IdentityMismatchError",
+    "PrefetchedSample",
+    "Prefetcher",
     "QuarantineRecord",
     "SampleNotFoundError",
     "StoreFullError",

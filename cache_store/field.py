@@ -11,6 +11,7 @@ from cache_store.document import take
 from cache_store.errors import FormatError
 
 Layout = Literal["array", "packed", "text"]
+Compression = Literal["none", "zstd"]
 
 STORED_DTYPES = {
     **{name: name for name in ("bool", "float16", "float32", "float64")},
@@ -21,7 +22,7 @@ STORED_DTYPES = {
 SMALL = "small"
 """The array that holds all packed fields of a sample; no field may take its name."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,99}")
-_KEYS = {"name", "dtype", "axes", "units", "layout", "required", "chunk_mb"}
+_KEYS = {"name", "dtype", "axes", "units", "layout", "required", "chunk_mb", "compression"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,9 @@ class Field:
     chunk_mb: float = 16
     """Upper bound of a chunk in 10^6 bytes (layout `array`), one index of axis 0 at least; the store's first writer
     decides, later ones follow."""
+    compression: Compression = "none"
+    """Lossless, of the chunks of layout `array`: `zstd` is for slow or full media, it costs the direct reading. The
+    store's first writer decides, later ones follow."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", tuple(self.axes))
@@ -52,6 +56,11 @@ class Field:
             )
         if self.layout not in get_args(Layout):
             raise ValueError(f"{where}: layout {self.layout!r} is none of {', '.join(get_args(Layout))}.")
+        if self.compression not in get_args(Compression) or (self.compression != "none" and self.layout != "array"):
+            raise ValueError(
+                f"{where}: compression is none of {', '.join(get_args(Compression))} or not for layout "
+                f"{self.layout!r}, got {self.compression!r}."
+            )
         known = ("str",) if self.layout == "text" else tuple(STORED_DTYPES)
         if self.dtype not in known:
             raise ValueError(f"{where}: dtype {self.dtype!r} is none of {', '.join(known)} (layout {self.layout!r}).")
@@ -100,14 +109,16 @@ class Field:
             "layout": self.layout,
             "required": self.required,
             "chunk_mb": self.chunk_mb,
+            "compression": self.compression,
         }
 
     @classmethod
     def from_json(cls, document: Any, where: str) -> "Field":
         if not isinstance(document, dict) or document.keys() != _KEYS:
             raise FormatError(f"{where}: a field of the schema has exactly the keys {', '.join(sorted(_KEYS))}.")
-        for key, kind in (("name", str), ("dtype", str), ("axes", list), ("units", str), ("required", bool)):
+        for key, kind in (("name", str), ("dtype", str), ("axes", list), ("units", str), ("compression", str)):
             take(document, key, kind, where)
+        take(document, "required", bool, where)
         try:
             return cls(**document)
         except (TypeError, ValueError) as error:

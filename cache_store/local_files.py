@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,20 +160,44 @@ def read_document(root: Path, relative: str, limit_bytes: int) -> bytes:
 
 def read_exactly(root: Path, relative: str, size: int) -> NDArray[np.uint8] | int:
     """The bytes of a file below the root, or its actual size when that is not `size` (nothing is allocated then)."""
+    data: list[NDArray[np.uint8]] = []
+    found = read_into(root, relative, size, lambda: [np.empty(size, np.uint8)], data.append, block_bytes=size or 1)
+    return found if found != size else data[0] if size else np.empty(0, np.uint8)
+
+
+def read_into(
+    root: Path,
+    relative: str,
+    size: int,
+    buffers: Callable[[], Sequence[NDArray[np.uint8]]],
+    on_block: Callable[[NDArray[np.uint8]], None],
+    *,
+    block_bytes: int,
+) -> int:
+    """Fill buffers, together of `size` bytes, with a file below the root; each block is handed on while in cache.
+
+    Returns the file's actual size; when that is not `size` the file is not read, or not to its end.
+    """
     _check_parents(root, relative)
     descriptor = _open(root / relative)
     try:
         found = _regular_size(os.fstat(descriptor), root / relative)
         if found != size:
             return found
-        data = np.empty(size, np.uint8)
-        view, at = data.data, 0
-        while at < size:
-            count = os.readv(descriptor, [view[at : at + _MAX_WRITE]])
-            if count == 0:  # truncated since the size was taken
-                return at
-            at += count
-        return data
+        at = 0
+        for buffer in buffers():
+            view = memoryview(buffer)  # type: ignore[arg-type]
+            for start in range(0, len(buffer), block_bytes):
+                end = min(start + block_bytes, len(buffer))
+                filled = start
+                while filled < end:
+                    count = os.preadv(descriptor, [view[filled : min(end, filled + _MAX_WRITE)]], at + filled)
+                    if count == 0:  # truncated since the size was taken
+                        return at + filled
+                    filled += count
+                on_block(buffer[start:end])
+            at += len(buffer)
+        return size
     finally:
         os.close(descriptor)
 

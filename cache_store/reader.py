@@ -1,22 +1,22 @@
 """Reading committed samples: every byte is checked on its way; reading one field never touches another's objects."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store import commit_record, local_files, quarantine_record, store_root
+from cache_store import commit_record, local_files, quarantine_record, sample_read, store_root
 from cache_store.commit_record import CommitRecord
 from cache_store.difference import differences
 from cache_store.errors import FieldNotFoundError, SampleNotFoundError
-from cache_store.field import SMALL, Field
+from cache_store.field import Field
 from cache_store.quarantine_record import QuarantineRecord
-from cache_store.sample_check import check_array, check_group
 from cache_store.sample_key import is_key
+from cache_store.sample_read import SampleRead
 
 
 class CacheReader:
@@ -84,17 +84,49 @@ class CacheReader:
         """Shape of one field of a sample, from its record; of text `()` or `(n,)`."""
         return self.record(sample_id).shapes[self._present(sample_id, [field])[0]]
 
-    def read(self, sample_id: str, fields: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        """The wanted fields (all that the sample has by default) as new arrays.
+    def read(
+        self,
+        sample_id: str,
+        fields: Sequence[str] | None = None,
+        *,
+        out: Mapping[str, NDArray[Any]] | None = None,
+        threads: int = 1,
+    ) -> dict[str, NDArray[Any]]:
+        """The wanted fields (all that the sample has by default), as the arrays of `out` or new ones.
 
-        bfloat16 comes as its uint16 bits, text as numpy strings. Raises `SampleNotFoundError`, `FieldNotFoundError`,
-        and `CorruptSampleError` if any byte is not what was committed.
+        bfloat16 comes as its uint16 bits, text as numpy strings. Arrays in `out` (of exactly the stored dtype and
+        shape, such as views of pinned memory) are filled in place; after an error they hold anything. Raises
+        `SampleNotFoundError`, `FieldNotFoundError`, and `CorruptSampleError` if any byte is not what was committed.
         """
-        record = self.record(sample_id)
-        wanted = self._present(sample_id, self.fields_of(sample_id) if fields is None else fields)
-        in_group = [name for name in wanted if self.fields[name].layout != "array"]
-        small = self._read_group(record, in_group) if in_group else {}
-        return {name: small[name] if name in small else self._read_array(record, name, name) for name in wanted}
+        read = self.plan(sample_id, fields, out=out)
+        if threads > 1 and len(read.tasks) > 1:
+            with ThreadPoolExecutor(threads, "cache-read") as pool:
+                for done in [pool.submit(task) for task in read.tasks]:
+                    done.result()
+        else:
+            for task in read.tasks:
+                task()
+        return read.arrays
+
+    def plan(
+        self,
+        sample_id: str,
+        fields: Sequence[str] | None = None,
+        *,
+        out: Mapping[str, NDArray[Any]] | None = None,
+    ) -> SampleRead:
+        """What `read` does, for callers that run the tasks in threads of their own."""
+        return sample_read.plan(self.path, *self._wanted(sample_id, fields), out or {})
+
+    def buffer_bytes(self, sample_id: str, fields: Sequence[str] | None = None) -> int:
+        """Bytes of a flat buffer that `views` can hold these fields in; text takes none."""
+        return sample_read.buffer_bytes(*self._wanted(sample_id, fields))
+
+    def views(
+        self, sample_id: str, buffer: NDArray[np.uint8], fields: Sequence[str] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Arrays for these fields in a caller's flat uint8 buffer, to be given to `read` as `out`."""
+        return sample_read.carve(*self._wanted(sample_id, fields), buffer)
 
     def record(self, sample_id: str) -> CommitRecord:
         """The commit record of a sample."""
@@ -116,23 +148,12 @@ class CacheReader:
                 raise FieldNotFoundError(f"sample {sample_id!r} of {self.path} was written without field {name!r}.")
         return list(dict.fromkeys(fields))
 
-    def _read_array(self, record: CommitRecord, array: str, field: str) -> NDArray[Any]:
-        from cache_store.zarr_objects import read_array  # zarr takes a third of a second to import
-
-        check_array(self.path, record, array, self.fields, field)
-        return read_array(self.path, record, array, field)
-
-    def _read_group(self, record: CommitRecord, wanted: Sequence[str]) -> dict[str, NDArray[Any]]:
-        text, offsets = check_group(self.path, record, self.fields, ", ".join(wanted))
-        result: dict[str, NDArray[Any]] = {name: np.array(text[name], np.str_) for name in wanted if name in text}
-        packed = [name for name in wanted if name in offsets]
-        if packed:
-            data = self._read_array(record, SMALL, ", ".join(packed))
-            for name in packed:
-                dtype, shape = self.fields[name].stored_dtype, record.shapes[name]
-                size = math.prod(shape) * dtype.itemsize
-                result[name] = data[offsets[name] : offsets[name] + size].copy().view(dtype).reshape(shape)
-        return result
+    def _wanted(
+        self, sample_id: str, fields: Sequence[str] | None
+    ) -> tuple[CommitRecord, Mapping[str, Field], list[str]]:
+        record = self.record(sample_id)
+        wanted = list(record.shapes) if fields is None else self._present(sample_id, fields)
+        return record, self.fields, wanted
 
 
 def keys(root: Path, folder: str) -> list[str]:

@@ -6,10 +6,12 @@ a hostile or foreign document is refused rather than interpreted.
 
 import math
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cache_store.commit_record import CommitRecord
+from cache_store.compression import MAX_OVERHEAD_BYTES
 from cache_store.document import canonical_json, parse
 from cache_store.errors import FormatError
 from cache_store.field import SMALL, Field
@@ -52,8 +54,8 @@ def check_group(
     return text, {entry["name"]: entry["offset"] for entry in directory}
 
 
-def check_array(root: Path, record: CommitRecord, array: str, fields: Mapping[str, Field], wanted: str) -> None:
-    """Raise unless an array's `zarr.json` is of the one expected kind and the record names exactly its chunks."""
+def check_array(root: Path, record: CommitRecord, array: str, fields: Mapping[str, Field], wanted: str) -> int:
+    """Rows a chunk; raises unless the `zarr.json` is the one expected and the record names exactly its chunks."""
     where = f"sample {record.sample_id!r}, field {wanted!r}: {root / record.folder / array / METADATA}"
     stored = record.objects.get(f"{array}/{METADATA}")
     if stored is None:
@@ -68,10 +70,15 @@ def check_array(root: Path, record: CommitRecord, array: str, fields: Mapping[st
     size = math.prod(whole) * field.stored_dtype.itemsize + TRAILER_BYTES
     count = math.ceil(shape[0] / rows) * bool(math.prod(shape)) if shape else 1
     chunks = {item.path.rpartition("/")[2]: item.size for item in record.of_array(array) if item.is_chunk}
-    if len(chunks) != count or chunks != dict.fromkeys(chunk_keys(shape, rows), size):
+    compressed = field.compression != "none"
+    sizes = dict.fromkeys(chunks, 0) if compressed else chunks
+    expected = dict.fromkeys(islice(chunk_keys(shape, rows), len(chunks) + 1), 0 if compressed else size)
+    too_large = compressed and max(chunks.values(), default=0) > size + MAX_OVERHEAD_BYTES
+    if len(chunks) != count or sizes != expected or too_large:
         raise FormatError(
             f"{where}: shape {list(shape)} takes {count} chunks of {size} bytes; the record names others."
         )
+    return rows
 
 
 def _chunk_rows(document: dict[str, Any], shape: tuple[int, ...]) -> int:

@@ -13,6 +13,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_store import compression
+from cache_store.compression import Buffer
 from cache_store.document import to_bytes
 from cache_store.field import SMALL, Field
 from cache_store.stored_object import TRAILER_BYTES, StoredObject
@@ -23,7 +25,6 @@ _ALIGNMENT = 8
 _FILL: dict[str, Any] = {"b": False, "f": 0.0}
 
 Value = NDArray[Any] | str | list[str]
-Buffer = NDArray[np.uint8] | bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +105,7 @@ def array_metadata(field: Field, shape: tuple[int, ...], chunk_shape: tuple[int,
             "name": "regular",
         },
         "chunk_key_encoding": {"configuration": {"separator": "."}, "name": "default"},
-        "codecs": [byte_codec, {"name": "crc32c"}],
+        "codecs": [byte_codec, *compression.codecs(field), {"name": "crc32c"}],
         "data_type": dtype.name,
         "dimension_names": list(field.axes),
         "fill_value": _FILL.get(dtype.kind, 0),
@@ -135,7 +136,7 @@ def _chunks(field: Field, array: NDArray[Any]) -> Iterator[tuple[str, tuple[Buff
     for index, key in enumerate(chunk_keys(array.shape, chunk_shape[0] if chunk_shape else 1)):
         slab = raw[index * size : (index + 1) * size]
         padding = bytes(size - len(slab))  # Zarr stores the last chunk at full size
-        yield key, (slab, padding) if padding else (slab,)
+        yield key, compression.encode(field, (slab, padding) if padding else (slab,))
 
 
 def packed_directory(

@@ -85,10 +85,10 @@ class StoreRoot:
         return [f"provenance.{line}" for line in differences(given.provenance, self.provenance)]
 
     def comparable_schema(self) -> dict[str, dict[str, Any]]:
-        """The schema by name, without the chunk size, in which later writers follow the store."""
+        """The schema by name, without what later writers take from the store: chunk size and compression."""
         schema = {name: field.to_json() for name, field in self.fields.items()}
         for field in schema.values():
-            del field["chunk_mb"]
+            del field["chunk_mb"], field["compression"]
         return schema
 
     def _schema(self) -> list[dict[str, Any]]:

@@ -14,10 +14,12 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store import local_files
+from cache_store import checksum, local_files
 from cache_store.errors import CorruptSampleError, FormatError
 
 TRAILER_BYTES = 4
+BLOCK_BYTES = 2**18
+"""Read and checked at a time: half of a common L2 cache or less."""
 _PATH = re.compile(r"(?:(?P<array>[A-Za-z][A-Za-z0-9_.-]{0,99})/)?(?:zarr\.json|(?P<chunk>c(?:\.\d{1,9}){0,32}))")
 _CRC = re.compile(r"[0-9a-f]{8}")
 
@@ -44,22 +46,58 @@ class StoredObject:
 
         Of a chunk only the trailer is compared; whoever decodes the chunk compares the trailer with the data.
         """
-        what = f"sample {sample_id!r}, field {field!r}: object {self.path} of {root / folder}"
+        what = self._what(root, folder, sample_id, field)
         try:
             data = local_files.read_exactly(root, f"{folder}/{self.path}", self.size)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptSampleError(f"{what} is missing. {MEND}", sample_id, field) from error
         if isinstance(data, int):
             raise CorruptSampleError(f"{what} has {data} bytes, expected {self.size}. {MEND}", sample_id, field)
-        if self.is_chunk:
-            found = f"{int.from_bytes(data[-TRAILER_BYTES:].tobytes(), 'little'):08x}"
-        else:
-            found = f"{google_crc32c.value(data):08x}"
-        if found != self.crc32c:
-            raise CorruptSampleError(
-                f"{what} has CRC-32C {found}, its commit record says {self.crc32c}. {MEND}", sample_id, field
-            )
+        crc = int.from_bytes(data[-TRAILER_BYTES:].tobytes(), "little") if self.is_chunk else google_crc32c.value(data)
+        self._compare(what, crc, sample_id, field)
         return data
+
+    def load_into(self, target: NDArray[np.uint8], root: Path, folder: str, *, sample_id: str, field: str) -> None:
+        """Fill `target` with the beginning of an uncompressed chunk, checking every byte of it while it is in cache.
+
+        What lies beyond the target is padding, read and checked too. After an error the target holds anything.
+        """
+        what = self._what(root, folder, sample_id, field)
+        crc = 0
+        trailer = np.empty(TRAILER_BYTES, np.uint8)
+
+        def buffers() -> list[NDArray[np.uint8]]:
+            padding = np.empty(self.size - TRAILER_BYTES - len(target), np.uint8)
+            return [target, padding, trailer]
+
+        def check(block: NDArray[np.uint8]) -> None:
+            nonlocal crc
+            if block.base is not trailer:  # the trailer is not part of what it checks
+                crc = checksum.extend(crc, block)
+
+        name = f"{folder}/{self.path}"
+        try:
+            found = local_files.read_into(root, name, self.size, buffers, check, block_bytes=BLOCK_BYTES)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CorruptSampleError(f"{what} is missing. {MEND}", sample_id, field) from error
+        if found != self.size:
+            raise CorruptSampleError(f"{what} has {found} bytes, expected {self.size}. {MEND}", sample_id, field)
+        self._compare(what, int.from_bytes(trailer.tobytes(), "little"), sample_id, field)
+        if f"{crc:08x}" != self.crc32c:
+            raise CorruptSampleError(
+                f"{what}: its data do not match its CRC-32C (stored {self.crc32c}, computed {crc:08x}). {MEND}",
+                sample_id,
+                field,
+            )
+
+    def _what(self, root: Path, folder: str, sample_id: str, field: str) -> str:
+        return f"sample {sample_id!r}, field {field!r}: object {self.path} of {root / folder}"
+
+    def _compare(self, what: str, crc: int, sample_id: str, field: str) -> None:
+        if f"{crc:08x}" != self.crc32c:
+            raise CorruptSampleError(
+                f"{what} has CRC-32C {crc:08x}, its commit record says {self.crc32c}. {MEND}", sample_id, field
+            )
 
     def to_json(self) -> dict[str, Any]:
         return {"path": self.path, "size": self.size, "crc32c": self.crc32c}

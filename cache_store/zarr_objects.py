@@ -5,15 +5,17 @@ record names and raises for anything else that looks like a chunk. Imported only
 """
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.abc.store import Store
+from zarr.core.buffer import default_buffer_prototype
 
+from cache_store import compression
 from cache_store.commit_record import CommitRecord
 from cache_store.errors import CacheStoreError, CorruptSampleError
 from cache_store.stored_object import MEND
@@ -32,6 +34,8 @@ class SampleObjects(Store):  # type: ignore[misc]  # zarr's types are not follow
         self._root = root
         self._record = record
         self._field = field
+        self.decoded_bytes: int | None = None
+        """What a compressed chunk must decode to; one that claims another size is refused undecoded."""
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -55,6 +59,8 @@ class SampleObjects(Store):  # type: ignore[misc]  # zarr's types are not follow
         data = await asyncio.to_thread(
             stored.load, self._root, self._record.folder, sample_id=self._record.sample_id, field=self._field
         )
+        if stored.is_chunk and self.decoded_bytes is not None:
+            compression.check_header(data, self.decoded_bytes, self._record.sample_id, self._field)
         return prototype.buffer.from_array_like(data)
 
     async def exists(self, key: str) -> bool:
@@ -79,17 +85,20 @@ class SampleObjects(Store):  # type: ignore[misc]  # zarr's types are not follow
         raise NotImplementedError("the commit record lists the objects")
 
 
-def read_array(root: Path, record: CommitRecord, array: str, field: str) -> NDArray[Any]:
-    """One whole array of a sample, decoded and checksum-tested by zarr."""
-    opened = zarr.open_array(SampleObjects(root, record, field), path=array, mode="r", zarr_format=3)
+def read_array(root: Path, record: CommitRecord, array: str, field: str, out: NDArray[Any]) -> None:
+    """Fill `out` with one whole array of a sample, decoded and checksum-tested by zarr."""
+    objects = SampleObjects(root, record, field)
+    opened = zarr.open_array(objects, path=array, mode="r", zarr_format=3)
+    if opened.compressors[:-1]:  # the last one is crc32c
+        objects.decoded_bytes = math.prod(opened.chunks) * out.itemsize
     try:
-        return np.asarray(opened[...])
+        opened.get_basic_selection(..., out=default_buffer_prototype().nd_buffer.from_numpy_array(out))
     except CacheStoreError:
         raise
-    except ValueError as error:  # zarr's crc32c codec: stored and computed checksum differ
+    except (ValueError, RuntimeError) as error:  # zarr's crc32c codec, or the decompressor
         raise CorruptSampleError(
             f"sample {record.sample_id!r}, field {field!r}: a chunk of {root / record.folder / array} does not match "
-            f"its CRC-32C ({str(error)[:200]}). {MEND}",
+            f"its CRC-32C or cannot be decoded ({str(error)[:200]}). {MEND}",
             record.sample_id,
             field,
         ) from error

@@ -1,0 +1,182 @@
+"""Reading ahead: samples in the caller's order into a ring of the caller's buffers, several samples and chunks at once.
+
+The buffers bound the memory and are the back-pressure: a sample is begun when a buffer is free, and a buffer is free
+when the caller has released the sample in it (after its copy to the GPU has finished, say). Plain threads are enough,
+because reading and checking let go of Python's interpreter lock.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_store.reader import CacheReader
+
+
+class PrefetchedSample:
+    """One sample in one of the caller's buffers, which is read over again after `release`."""
+
+    def __init__(self, sample_id: str, buffer: int, on_release: Callable[[int], None]) -> None:
+        self.sample_id = sample_id
+        self.arrays: dict[str, NDArray[Any]] = {}
+        """Views of the buffer; text as arrays of its own."""
+        self._buffer = buffer
+        self._on_release: Callable[[int], None] | None = on_release
+        self._tasks = 1  # of which one is the plan
+        self._error: BaseException | None = None
+
+    def release(self) -> None:
+        """Give the buffer back; the arrays must not be used any more. Further calls do nothing."""
+        if self._on_release is not None:
+            self._on_release(self._buffer)
+        self._on_release = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Prefetcher:
+    """Iterate inside `with`: `with Prefetcher(...) as samples: for sample in samples: with sample: use(sample.arrays)`.
+
+    The first sample in order that cannot be read raises its error in its place, after all samples before it; nothing
+    is begun after an error. Leaving the `with` waits for reads in flight and ends all threads.
+    """
+
+    def __init__(
+        self,
+        reader: CacheReader,
+        sample_ids: Iterable[str],
+        buffers: Sequence[NDArray[np.uint8]],
+        *,
+        fields: Sequence[str] | None = None,
+        threads: int = 4,
+    ) -> None:
+        """`buffers`: flat uint8 arrays, each of `reader.buffer_bytes(...)` of the largest sample or more."""
+        if not buffers or threads < 1:
+            raise ValueError(f"a prefetcher needs a buffer and a thread, got {len(buffers)} and {threads}.")
+        self._reader = reader
+        self._ids = iter(sample_ids)
+        self._buffers = list(buffers)
+        self._fields = fields
+        self._changed = threading.Condition()
+        self._free = deque(range(len(buffers)))
+        self._order: deque[PrefetchedSample] = deque()
+        self._tasks: deque[tuple[PrefetchedSample, Callable[[], None]]] = deque()
+        self._exhausted = self._failed = self._closed = False
+        self._ids_error: BaseException | None = None
+        self._threads = [threading.Thread(target=self._work, name=f"prefetch-{i}", daemon=True) for i in range(threads)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Begin nothing more, wait for the reads in flight, end the threads."""
+        with self._changed:
+            self._closed = True
+            self._tasks.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def __iter__(self) -> Iterator[PrefetchedSample]:
+        while (sample := self._next()) is not None:
+            yield sample
+
+    def _next(self) -> PrefetchedSample | None:
+        with self._changed:
+            while True:
+                if self._closed or not self._threads[0].is_alive():
+                    raise ValueError("the prefetcher is closed or was not entered; iterate inside its `with`.")
+                if self._order and self._order[0]._tasks == 0:
+                    sample = self._order.popleft()
+                    if sample._error is not None:
+                        raise sample._error
+                    return sample
+                if not self._order and (self._exhausted or self._failed):
+                    if self._ids_error is not None:
+                        raise self._ids_error
+                    return None
+                if not self._order and not self._free:
+                    raise ValueError(
+                        f"all {len(self._buffers)} buffers hold samples that were not released; release one before "
+                        "asking for the next, or give more buffers."
+                    )
+                self._changed.wait()
+
+    def _release(self, buffer: int) -> None:
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while (job := self._take()) is not None:
+            sample, task = job
+            error: BaseException | None = None
+            try:
+                task()
+            except BaseException as caught:
+                error = caught
+            with self._changed:
+                sample._tasks -= 1
+                if error is not None:
+                    self._failed = True
+                    sample._error = sample._error or error
+                if sample._error is not None:  # its other chunks are of no use
+                    dropped = sum(1 for other, _ in self._tasks if other is sample)
+                    self._tasks = deque(item for item in self._tasks if item[0] is not sample)
+                    sample._tasks -= dropped
+                if sample._tasks == 0:
+                    self._changed.notify_all()
+
+    def _take(self) -> tuple[PrefetchedSample, Callable[[], None]] | None:
+        """The next chunk to read, or the plan of the next sample; waits while there is neither."""
+        with self._changed:
+            while not self._closed:
+                if self._tasks:
+                    return self._tasks.popleft()
+                if self._free and not self._exhausted and not self._failed:
+                    sample = self._begin()
+                    if sample is not None:
+                        return sample, partial(self._plan, sample)
+                    self._changed.notify_all()
+                self._changed.wait()
+            return None
+
+    def _begin(self) -> PrefetchedSample | None:
+        try:
+            sample_id = next(self._ids, None)
+        except Exception as error:
+            sample_id, self._ids_error = None, error
+        if sample_id is None:
+            self._exhausted = True
+            return None
+        sample = PrefetchedSample(sample_id, self._free.popleft(), self._release)
+        self._order.append(sample)
+        return sample
+
+    def _plan(self, sample: PrefetchedSample) -> None:
+        out = self._reader.views(sample.sample_id, self._buffers[sample._buffer], self._fields)
+        read = self._reader.plan(sample.sample_id, self._fields, out=out)
+        sample.arrays = read.arrays
+        with self._changed:
+            sample._tasks += len(read.tasks)
+            self._tasks.extend((sample, task) for task in read.tasks)
+            self._changed.notify_all()

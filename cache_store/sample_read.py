@@ -1,0 +1,153 @@
+"""One sample's way into memory: the checks at once, the bulk as independent tasks that any thread may run.
+
+Uncompressed chunks go from the file straight into place. Compressed ones are left to zarr.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_store.commit_record import CommitRecord
+from cache_store.field import SMALL, Field
+from cache_store.sample_check import check_array, check_group
+from cache_store.sample_group import chunk_keys, packed_directory
+from cache_store.stored_object import TRAILER_BYTES
+
+_ALIGNMENT = 64
+"""Of an array in a caller's buffer: a cache line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRead:
+    """Arrays that hold their values when all tasks have run."""
+
+    arrays: dict[str, NDArray[Any]]
+    tasks: list[Callable[[], None]]
+    """In any order, in any threads; each raises `CorruptSampleError` or `FormatError` and names sample and field."""
+
+
+def plan(
+    root: Path,
+    record: CommitRecord,
+    fields: Mapping[str, Field],
+    wanted: Sequence[str],
+    out: Mapping[str, NDArray[Any]],
+) -> SampleRead:
+    """Check the metadata of the wanted fields; text and packed fields are read at once."""
+    check_out(record, fields, wanted, out)
+    in_group = [name for name in wanted if fields[name].layout != "array"]
+    small = _read_group(root, record, fields, in_group) if in_group else {}
+    arrays: dict[str, NDArray[Any]] = {}
+    tasks: list[Callable[[], None]] = []
+    for name in wanted:
+        if name in small:
+            arrays[name] = small[name]
+            if name in out:
+                out[name][...] = small[name]
+                arrays[name] = out[name]
+        else:
+            rows = check_array(root, record, name, fields, name)
+            given = out.get(name)
+            array = np.empty(record.shapes[name], fields[name].stored_dtype) if given is None else given
+            arrays[name] = array
+            tasks += _array_tasks(root, record, name, fields[name], rows, array)
+    return SampleRead(arrays=arrays, tasks=tasks)
+
+
+def check_out(
+    record: CommitRecord, fields: Mapping[str, Field], wanted: Sequence[str], out: Mapping[str, NDArray[Any]]
+) -> None:
+    """Raise `ValueError` unless each given array can take its field as it is stored."""
+    for name, array in out.items():
+        if name not in wanted or fields[name].layout == "text":
+            raise ValueError(f"out has field {name!r}, which is not read or is text; read: {', '.join(wanted)}.")
+        dtype, shape = fields[name].stored_dtype, record.shapes[name]
+        if not (array.dtype == dtype and array.shape == shape and array.flags.c_contiguous and array.flags.writeable):
+            raise ValueError(
+                f"out of field {name!r} of sample {record.sample_id!r} must be a writable C-contiguous "
+                f"{dtype.name}{list(shape)}, got {array.dtype.name}{list(array.shape)}."
+            )
+
+
+def buffer_bytes(record: CommitRecord, fields: Mapping[str, Field], wanted: Sequence[str]) -> int:
+    """What `carve` takes for these fields of a sample."""
+    return _places(record, fields, wanted)[1]
+
+
+def carve(
+    record: CommitRecord, fields: Mapping[str, Field], wanted: Sequence[str], buffer: NDArray[np.uint8]
+) -> dict[str, NDArray[Any]]:
+    """Arrays for the wanted fields (text has none), one after the other in a caller's flat uint8 buffer."""
+    places, size = _places(record, fields, wanted)
+    if buffer.dtype != np.uint8 or buffer.ndim != 1 or buffer.size < size:
+        raise ValueError(
+            f"sample {record.sample_id!r} needs a flat uint8 buffer of {size} bytes, got "
+            f"{buffer.dtype.name}{list(buffer.shape)}."
+        )
+    return {
+        name: buffer[start : start + math.prod(record.shapes[name]) * fields[name].stored_dtype.itemsize]
+        .view(fields[name].stored_dtype)
+        .reshape(record.shapes[name])
+        for name, start in places.items()
+    }
+
+
+def _places(record: CommitRecord, fields: Mapping[str, Field], wanted: Sequence[str]) -> tuple[dict[str, int], int]:
+    places, end = {}, 0
+    for name in wanted:
+        if fields[name].layout != "text":
+            places[name] = end
+            size = math.prod(record.shapes[name]) * fields[name].stored_dtype.itemsize
+            end += size + -size % _ALIGNMENT
+    return places, end
+
+
+def _array_tasks(
+    root: Path, record: CommitRecord, array: str, field: Field, rows: int, out: NDArray[Any]
+) -> list[Callable[[], None]]:
+    if not out.size:
+        return []
+    if field.compression != "none":
+        from cache_store.zarr_objects import read_array  # zarr takes a third of a second to import
+
+        return [partial(read_array, root, record, array, field.name, out)]
+    raw = out.reshape(-1).view(np.uint8)
+    size = rows * math.prod(out.shape[1:]) * out.itemsize
+    return [
+        partial(
+            record.objects[f"{array}/{key}"].load_into,
+            raw[index * size : (index + 1) * size],
+            root,
+            record.folder,
+            sample_id=record.sample_id,
+            field=field.name,
+        )
+        for index, key in enumerate(chunk_keys(out.shape, rows))
+    ]
+
+
+def _read_group(
+    root: Path, record: CommitRecord, fields: Mapping[str, Field], wanted: Sequence[str]
+) -> dict[str, NDArray[Any]]:
+    text, offsets = check_group(root, record, fields, ", ".join(wanted))
+    result: dict[str, NDArray[Any]] = {name: np.array(text[name], np.str_) for name in wanted if name in text}
+    packed = [name for name in wanted if name in offsets]
+    if packed:
+        names = ", ".join(packed)
+        check_array(root, record, SMALL, fields, names)
+        data = np.empty(packed_directory(record.shapes, fields)[1], np.uint8)
+        if data.size:
+            chunk = record.objects[f"{SMALL}/c.0"]
+            assert chunk.size == data.size + TRAILER_BYTES
+            chunk.load_into(data, root, record.folder, sample_id=record.sample_id, field=names)
+        for name in packed:
+            dtype, shape = fields[name].stored_dtype, record.shapes[name]
+            size = math.prod(shape) * dtype.itemsize
+            result[name] = data[offsets[name] : offsets[name] + size].copy().view(dtype).reshape(shape)
+    return result

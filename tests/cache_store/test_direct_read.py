@@ -1,0 +1,106 @@
+"""Chunks straight into place: bit-equal to zarr for every dtype, layout of chunks and compression."""
+
+import numpy as np
+import pytest
+
+from cache_store import CacheReader, CacheWriter, CorruptSampleError, Field, checksum
+from cache_store.field import STORED_DTYPES
+from cache_store.zarr_objects import read_array
+
+SHAPES = {"scalar": (), "one": (1,), "line": (1001,), "even": (40, 3, 2), "padded": (37, 5), "empty": (0, 4)}
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("dtype", sorted(STORED_DTYPES))
+def test_bit_equal_to_zarr(tmp_path, dtype, compression) -> None:
+    fields = [
+        Field(name=name, dtype=dtype, axes=tuple("abc"[: len(shape)]), chunk_mb=0.0002, compression=compression)
+        for name, shape in SHAPES.items()
+    ]
+    stored = fields[0].stored_dtype
+    rng = np.random.default_rng(0)
+    values = {
+        name: (rng.integers(0, 2, shape) if dtype == "bool" else rng.integers(0, 100, shape)).astype(stored)
+        for name, shape in SHAPES.items()
+    }
+    with CacheWriter(tmp_path / "s", fields=fields, identity={}) as writer:
+        writer.write("a", {name: np.asarray(value) for name, value in values.items()})
+    reader = CacheReader(tmp_path / "s")
+    buffer = np.full(reader.buffer_bytes("a"), 255, np.uint8)
+    out = reader.views("a", buffer)
+    got = reader.read("a", out=out, threads=2)
+    for name, value in values.items():
+        through_zarr = np.empty(value.shape, stored)
+        read_array(reader.path, reader.record("a"), name, name, through_zarr)
+        assert got[name] is out[name]
+        assert got[name].tobytes() == value.tobytes() == through_zarr.tobytes()
+        assert reader.read("a", [name])[name].tobytes() == value.tobytes()
+
+
+def test_large_chunks_are_checked_block_by_block(tmp_path) -> None:
+    x = np.random.default_rng(0).integers(0, 2**16, (9, 100_001)).astype(np.uint16)
+    for compression in ("none", "zstd"):
+        path = tmp_path / compression
+        with CacheWriter(
+            path,
+            fields=[Field(name="x", dtype="bfloat16", axes=("a", "b"), chunk_mb=0.9, compression=compression)],
+            identity={},
+        ) as writer:
+            writer.write("a", {"x": x})
+        reader = CacheReader(path)
+        assert np.array_equal(reader.read("a", threads=3)["x"], x)
+        folder = path / reader.record("a").folder / "x"
+        name = sorted(folder.glob("c.*"))[-1]
+        data = bytearray(name.read_bytes())
+        for at in (0, 262_144, len(data) // 2, len(data) - 5, len(data) - 1):
+            name.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+            with pytest.raises(CorruptSampleError, match="'a', field 'x'"):
+                reader.read("a")
+
+
+def test_compression_makes_smooth_values_smaller_and_other_writers_follow_it(tmp_path) -> None:
+    x = np.linspace(0, 1, 200_000, dtype=np.float32).reshape(2, -1)
+    field = Field(name="x", dtype="float32", axes=("a", "b"), compression="zstd")
+    with CacheWriter(tmp_path / "s", fields=[field], identity={}) as writer:
+        writer.write("a", {"x": x})
+    with CacheWriter(tmp_path / "s", fields=[Field(name="x", dtype="float32", axes=("a", "b"))], identity={}) as writer:
+        writer.write("b", {"x": x})
+    reader = CacheReader(tmp_path / "s")
+    assert reader.size_bytes("b") - len("b") == reader.size_bytes("a") - len("a") < 0.6 * x.nbytes
+    assert np.array_equal(reader.read("b")["x"], x)
+
+
+def test_out_must_fit(store) -> None:
+    reader = CacheReader(store)
+    good = np.empty((7, 3), np.float32)
+    bad = [good[:, :2], np.empty((7, 3)), np.empty((3, 7), np.float32).T, np.empty((8, 3), np.float32)]
+    locked = good.copy()
+    locked.flags.writeable = False
+    for array in [*bad, locked]:
+        with pytest.raises(ValueError, match=r"out of field 'hidden' .* writable C-contiguous float32\[7, 3\]"):
+            reader.read("clip/1@5#0", out={"hidden": array})
+    with pytest.raises(ValueError, match="which is not read or is text"):
+        reader.read("clip/1@5#0", ["kv"], out={"hidden": good})
+    mask = np.empty(7, bool)
+    got = reader.read("clip/1@5#0", ["hidden", "mask"], out={"hidden": good, "mask": mask})
+    assert got["hidden"] is good
+    assert got["mask"] is mask
+    assert np.array_equal(mask, reader.read("clip/1@5#0", ["mask"])["mask"])
+
+
+def test_a_lying_compressed_chunk_is_refused_before_it_is_decoded(tmp_path) -> None:
+    from cache_store.compression import check_header
+
+    for raw, stored in ((999, 20), (100, 21), (2**32 - 1, 20)):
+        head = np.array([0, raw, 0, stored], "<u4").view(np.uint8)
+        with pytest.raises(CorruptSampleError, match="expected 100 raw and 20 stored bytes"):
+            check_header(np.concatenate([head, np.zeros(8, np.uint8)]), 100, "a", "x")
+    check_header(np.array([0, 100, 0, 20, 0, 0], "<u4").view(np.uint8), 100, "a", "x")
+
+
+def test_both_checksums_agree(monkeypatch) -> None:
+    block = np.frombuffer(b"123456789", np.uint8)
+    assert checksum.extend(0, block) == 0xE3069283
+    monkeypatch.setattr(checksum, "_extend_at", None)
+    assert checksum.extend(0, block) == 0xE3069283
+    assert checksum.extend(checksum.extend(0, block[:4]), block[4:]) == 0xE3069283
