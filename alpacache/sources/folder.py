@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.errors import BadClipError, SourceError
-from alpacache.poses import Track, frame_indices, history_and_future
+from alpacache.poses import Track, check_timestamps, check_track, frame_indices, history_and_future
 from alpacache.sample import CAMERAS, FRAME_STEP_US, Sample, SampleRef, sort_cameras
 from alpacache.sources.video import read_jpegs, read_mp4
 
@@ -47,10 +47,13 @@ class FolderSource:
     def times_us(self, clip_id: str) -> tuple[int, int]:
         """First and last instant that the poses and those of `cameras` that the clip has both cover."""
         clip = self._clip(clip_id)
-        spans = [_read_track(clip / "egomotion.parquet", self._root, where=clip_id).span_us]
+        track = _read_track(clip / "egomotion.parquet", self._root, where=clip_id)
+        check_track(track, where=clip_id)
+        spans = [track.span_us]
         for camera in self.cameras:
             if (clip / f"{camera}.timestamps.parquet").exists():
                 stamps = _read_timestamps(clip, camera, self._root, where=clip_id)
+                check_timestamps(stamps, what=f"{clip_id}: {camera}: frame timestamps")
                 spans.append((int(stamps[0]), int(stamps[-1])))
         return max(first for first, _ in spans), min(last for _, last in spans)
 
@@ -156,10 +159,7 @@ def _read_timestamps(clip: Path, camera: str, root: Path, *, where: str) -> NDAr
         raise BadClipError(
             "missing_camera", f"{where}: no {camera} ({file.name} does not exist); leave it out with --cameras."
         )
-    stamps: NDArray[np.int64] = _read_columns(file, root, ("timestamp",), where=where)["timestamp"]
-    if len(stamps) < 2:
-        raise BadClipError("short_clip", f"{where}: {camera} has {len(stamps)} frames in the whole recording.")
-    return stamps
+    return _read_columns(file, root, ("timestamp",), where=where)["timestamp"]
 
 
 def _read_columns(file: Path, root: Path, names: Sequence[str], *, where: str) -> dict[str, NDArray[Any]]:

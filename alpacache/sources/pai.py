@@ -17,7 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.errors import BadClipError, DataError, SourceError, UsageError
-from alpacache.poses import Track, check_track, check_usable, ego_poses, frame_indices, sample_times_us
+from alpacache.poses import (
+    Track,
+    check_timestamps,
+    check_track,
+    check_usable,
+    ego_poses,
+    frame_indices,
+    sample_times_us,
+)
 from alpacache.sample import CAMERAS, FRAME_STEP_US, Sample, SampleRef, sort_cameras
 from alpacache.sources.folder import join_cameras
 from alpacache.sources.pai_cache import REPO, LinkedCache, connection_errors, explain_hub_error
@@ -71,8 +79,9 @@ class PhysicalAiSource:
         spans = [self._poses(clip_id)[1].span_us]
         for camera in self.cameras:
             if self._has(clip_id, camera):
-                stamps = self._read_table(clip_id, camera, "frame_timestamps")["timestamp"].to_numpy()
-                spans.append((int(stamps.min()), int(stamps.max())) if len(stamps) else (0, 0))
+                stamps = self._read_stamps(clip_id, camera)
+                check_timestamps(stamps, what=f"{clip_id}: {camera}: frame timestamps")
+                spans.append((int(stamps[0]), int(stamps[-1])))
         return max(first for first, _ in spans), min(last for _, last in spans)
 
     def event_times_us(self, clip_id: str) -> Sequence[int]:
@@ -147,8 +156,7 @@ class PhysicalAiSource:
         if not self._has(clip_id, camera):
             raise BadClipError("missing_camera", f"{where}: {self._where_to_get(clip_id, camera)}")
         with self._reading(clip_id, camera, missing="missing_camera", damaged="undecodable_video"):
-            stamps = self._read_table(clip_id, camera, "frame_timestamps")["timestamp"].to_numpy().astype(np.int64)
-            frame_indices(stamps, wanted, where=where)
+            frame_indices(self._read_stamps(clip_id, camera), wanted, where=where)
             reader = self._feature(clip_id, camera)
             try:
                 check_size(reader.stream.codec_context.width, reader.stream.codec_context.height, where=where)
@@ -156,6 +164,10 @@ class PhysicalAiSource:
             finally:
                 reader.close()
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), np.asarray(taken, dtype=np.int64)
+
+    def _read_stamps(self, clip_id: str, camera: str) -> NDArray[np.int64]:
+        column = self._read_table(clip_id, camera, "frame_timestamps")["timestamp"]
+        return np.asarray(column.to_numpy().astype(np.int64))
 
     def _feature(self, clip_id: str, feature: str) -> Any:
         return self._interface.get_clip_feature(clip_id, feature, maybe_stream=self._cache is None)

@@ -32,10 +32,10 @@ _SPEED_MPS = (5.0, 20.0)
 _HEADING_RAD = (0.2, 1.2)
 _EXTRA_AFTER_S = 15.0
 """From here on every drive may bend; far enough that t0 = 5.1 s sees little of it."""
-_FINE_M = 0.02
+_FINE_M = 0.05
 Arc = Callable[[Any], NDArray[np.float64]]
 """Driving time (s) to arc length (m)."""
-_COARSE = 10
+_COARSE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +132,7 @@ def _extra_bends(rng: np.random.Generator, limit: float) -> list[_Bend]:
 def _integrate(
     bends: list[_Bend], arc: Arc
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Arc length, heading, positions and curvature of the road every 2 cm, heading along x at arc length 0."""
+    """Arc length, heading, positions and curvature of the road every 5 cm, heading along x at arc length 0."""
     end = float(arc(CLIP_US / 1e6)) + 180.0
     arcs: NDArray[np.float64] = np.arange(round(-80.0 / _FINE_M), int(end / _FINE_M) + 1) * np.float64(_FINE_M)
     curvature = np.zeros(len(arcs))

@@ -21,7 +21,7 @@ MAST_M = 0.8
 """Cameras stand this far ahead of the vehicle's origin, all in one place."""
 HORIZON = 0.4
 """Share of the picture above the horizon of a level camera: the sensor is cropped, as cars crop away sky."""
-SKYLINE = 2880
+SKYLINE = 1440
 _TILE = 256
 _CLOUDS = np.float32(3 * _TILE / (2 * np.pi))
 """Tile steps a radian: whole tiles around, so that the sky has no seam."""

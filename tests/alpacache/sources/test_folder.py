@@ -10,6 +10,7 @@ from PIL import Image
 
 from alpacache.errors import BadClipError, SourceError
 from alpacache.sample import SampleRef
+from alpacache.selection import select
 from alpacache.sources.folder import FolderSource
 
 FRONT, LEFT = "camera_front_wide_120fov", "camera_cross_left_120fov"
@@ -238,3 +239,13 @@ def test_decompression_bombs_are_refused(folder):
 def test_unknown_clip(folder):
     with pytest.raises(BadClipError, match="not in"):
         load(folder, "zzz")
+
+
+@pytest.mark.parametrize("how", ["time order", "nan", "no poses"])
+def test_selection_sees_the_same_reason_as_loading(folder, how):
+    break_clip(folder, how)
+    refs, rejected = select(FolderSource(folder))
+    with pytest.raises(BadClipError) as error:
+        load(folder)
+    assert [ref.clip_id for ref in refs] == ["b"]
+    assert [(clip, reason.kind) for clip, reason in rejected] == [("a", error.value.kind)]
