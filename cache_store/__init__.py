@@ -13,6 +13,8 @@ from cache_store.errors import (
     UnsupportedFileSystemError,
 )
 from cache_store.field import Field
+from cache_store.garbage import GarbageReport, collect_garbage
+from cache_store.index import build_index
 from cache_store.prefetcher import PrefetchedSample, Prefetcher
 from cache_store.quarantine_record import QuarantineRecord
 from cache_store.reader import CacheReader
@@ -29,6 +31,7 @@ __all__ = [
     "Field",
     "FieldNotFoundError",
     "FormatError",
+    "GarbageReport",
     "IdentityMismatchError",
     "PrefetchedSample",
     "Prefetcher",
@@ -39,6 +42,8 @@ __all__ = [
     "StoreNotFoundError",
     "UnsupportedFileSystemError",
     "VerifyReport",
+    "build_index",
+    "collect_garbage",
     "differences",
     "info",
     "verify",

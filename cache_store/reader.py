@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store import commit_record, local_files, quarantine_record, sample_read, store_root
+from cache_store import commit_record, index, quarantine_record, sample_read, store_root
 from cache_store.commit_record import CommitRecord
 from cache_store.difference import differences
 from cache_store.errors import FieldNotFoundError, SampleNotFoundError
 from cache_store.field import Field
 from cache_store.quarantine_record import QuarantineRecord
-from cache_store.sample_key import is_key
+from cache_store.sample_ids import SampleIds
+from cache_store.sample_key import keys, sample_key
 from cache_store.sample_read import SampleRead
+
+_MAX_RECORDS = 4096
+"""Kept in memory; a record takes some kilobytes and is read again in well under a millisecond."""
 
 
 class CacheReader:
@@ -31,30 +35,25 @@ class CacheReader:
         self.identity: Mapping[str, Any] = root.identity
         self.provenance: Mapping[str, Any] = root.provenance
         self.fields: Mapping[str, Field] = root.fields
-        self._fingerprint = root.fingerprint
+        self._root = root
         self._records: dict[str, CommitRecord] = {}
-        self._sample_ids: tuple[str, ...] = ()
+        self._sample_ids = SampleIds.of([])
         self.refresh()
 
     @property
-    def sample_ids(self) -> tuple[str, ...]:
+    def sample_ids(self) -> Sequence[str]:
         """Sorted ids of the committed samples, as of opening or the last `refresh`."""
         return self._sample_ids
 
     def refresh(self) -> None:
         """See what was committed since, and forget what was removed. Records already known are not read again."""
-        known = {Path(record.folder).name.rpartition(".")[0]: record for record in self._records.values()}
-        records = {}
-        for key in keys(self.path, commit_record.FOLDER):
-            try:
-                record = known.get(key) or commit_record.read(
-                    self.path, key, fields=self.fields, fingerprint=self._fingerprint
-                )
-            except FileNotFoundError:  # removed since the folder was listed
-                continue
-            records[record.sample_id] = record
-        self._records = records
-        self._sample_ids = tuple(sorted(records))
+        found = index.read(self.path)
+        if found is not None and found.is_fresh(self.path):
+            self._sample_ids = found.ids
+        else:
+            known = self._sample_ids if len(self._sample_ids) or found is None else found.ids
+            self._sample_ids = index.list_ids(self.path, self._root, known)
+        self._records = {key: record for key, record in self._records.items() if key in self._sample_ids}
 
     @property
     def quarantined(self) -> dict[str, QuarantineRecord]:
@@ -63,14 +62,14 @@ class CacheReader:
         return {
             record.sample_id: record
             for record in sorted((item for item in found if item), key=lambda item: item.sample_id)
-            if not record.released and record.sample_id not in self._records
+            if not record.released and record.sample_id not in self
         }
 
     def __len__(self) -> int:
         return len(self._sample_ids)
 
     def __contains__(self, sample_id: object) -> bool:
-        return sample_id in self._records
+        return sample_id in self._sample_ids
 
     def size_bytes(self, sample_id: str) -> int:
         """Bytes of all objects of a sample, from its record."""
@@ -129,14 +128,27 @@ class CacheReader:
         return sample_read.carve(*self._wanted(sample_id, fields), buffer)
 
     def record(self, sample_id: str) -> CommitRecord:
-        """The commit record of a sample."""
-        try:
-            return self._records[sample_id]
-        except KeyError:
-            raise SampleNotFoundError(
-                f"sample {sample_id!r} is not among the {len(self)} committed samples of {self.path}; "
-                "see `sample_ids`, and `refresh` if it was written after opening."
-            ) from None
+        """The commit record of a sample, read and checked when it is first asked for."""
+        record = self._records.get(sample_id)
+        if record is not None:
+            return record
+        if sample_id in self._sample_ids:
+            try:
+                record = commit_record.read(
+                    self.path, sample_key(sample_id), fields=self.fields, fingerprint=self._root.fingerprint
+                )
+            except FileNotFoundError:
+                raise SampleNotFoundError(
+                    f"sample {sample_id!r} was removed from {self.path} since it was opened; `refresh` forgets it."
+                ) from None
+            while len(self._records) >= _MAX_RECORDS:
+                self._records.pop(next(iter(self._records), sample_id), None)
+            self._records[sample_id] = record
+            return record
+        raise SampleNotFoundError(
+            f"sample {sample_id!r} is not among the {len(self)} committed samples of {self.path}; "
+            "see `sample_ids`, and `refresh` if it was written after opening."
+        )
 
     def _present(self, sample_id: str, fields: Sequence[str]) -> list[str]:
         if isinstance(fields, str):
@@ -154,9 +166,3 @@ class CacheReader:
         record = self.record(sample_id)
         wanted = list(record.shapes) if fields is None else self._present(sample_id, fields)
         return record, self.fields, wanted
-
-
-def keys(root: Path, folder: str) -> list[str]:
-    """The keys that have a record in this folder of a store; other names are no records."""
-    found = (name.removesuffix(".json") for name in local_files.names(root, folder) if name.endswith(".json"))
-    return sorted(key for key in found if is_key(key))

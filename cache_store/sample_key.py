@@ -6,7 +6,9 @@ and today's file systems index their folders, so 256 subfolders would add operat
 
 import hashlib
 import re
+from pathlib import Path
 
+from cache_store import local_files
 from cache_store.document import MAX_DOCUMENT_BYTES
 
 MAX_ID_BYTES = 4096
@@ -39,3 +41,9 @@ def is_key(name: str) -> bool:
 def is_attempt(name: str) -> bool:
     """Whether a name from a record can be an attempt."""
     return _ATTEMPT.fullmatch(name) is not None
+
+
+def keys(root: Path, folder: str) -> list[str]:
+    """The keys that have a record in this folder of a store; other names are no records."""
+    found = (name.removesuffix(".json") for name in local_files.names(root, folder) if name.endswith(".json"))
+    return sorted(key for key in found if is_key(key))

@@ -17,6 +17,7 @@ FORMAT_VERSION = 1
 DOCUMENT = "zarr.json"
 SAMPLES = "samples"
 STAGING = "staging"
+INDEX = "index"
 FOLDERS = (SAMPLES, commit_record.FOLDER, quarantine_record.FOLDER, STAGING)
 ATTRIBUTE = "cache_store"
 PLAIN_GROUP = b'{"attributes":{},"node_type":"group","zarr_format":3}'
@@ -145,7 +146,7 @@ def open_or_create(path: Path, given: StoreRoot) -> tuple[StoreRoot, list[str]]:
 
 
 def _make_layout(path: Path) -> None:
-    if path.is_dir() and (strangers := sorted({entry.name for entry in path.iterdir()} - {*FOLDERS, DOCUMENT})):
+    if path.is_dir() and (strangers := sorted({entry.name for entry in path.iterdir()} - {*FOLDERS, DOCUMENT, INDEX})):
         raise FormatError(
             f"{path} is neither empty nor a store (it contains {', '.join(strangers[:5])}); "
             "give a path of its own to a new store."

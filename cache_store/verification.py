@@ -1,4 +1,8 @@
-"""Verification of a store: what is damaged, what is left over. It reads only; nothing is mended or removed here."""
+"""Verification of a store: what is damaged, what is left over.
+
+Repair drops what is damaged and nothing else; no byte is ever guessed. The data of a dropped sample stay as garbage
+until they are collected, so that a person may still look at them.
+"""
 
 import os
 from collections.abc import Mapping
@@ -9,10 +13,11 @@ import google_crc32c
 
 from cache_store import commit_record, local_files, quarantine_record, store_root
 from cache_store.commit_record import CommitRecord
+from cache_store.document import MAX_DOCUMENT_BYTES
 from cache_store.errors import CorruptSampleError, FormatError
 from cache_store.field import SMALL, Field
-from cache_store.reader import keys
 from cache_store.sample_check import check_array, check_group
+from cache_store.sample_key import keys
 from cache_store.stored_object import TRAILER_BYTES, StoredObject
 
 
@@ -45,15 +50,21 @@ class VerifyReport:
     stale_temporaries: int
     """Files in `staging/`: of running or of killed writers."""
     quarantined: int
+    repaired: tuple[str, ...] = ()
+    """Damaged files that were dropped or made anew, relative to the root: commit records (their samples can be
+    extracted again), quarantine records, `samples/zarr.json`."""
 
     @property
     def ok(self) -> bool:
+        """Whether nothing was found damaged; after a repair verify again."""
         return not self.damaged
 
 
-def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
+def verify(path: str | os.PathLike[str], *, deep: bool = False, repair: bool = False) -> VerifyReport:
     """Check all records and the presence and size of all objects; with `deep` also every byte against its checksum.
 
+    With `repair` the commit records of damaged samples and all damaged records are removed, so that the samples are
+    absent and can be written again; not to be run beside another repair.
     Raises `StoreNotFoundError` or `FormatError` if the root itself cannot be read; all other damage is in the report.
     """
     root_path = store_root.resolve(path)
@@ -61,6 +72,7 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
     damaged = _check_plain_group(root_path)
     referenced: set[str] = set()
     committed: set[str] = set()
+    broken: dict[str, bytes] = {}
     size = 0
     commit_keys = keys(root_path, commit_record.FOLDER)
     for key in commit_keys:
@@ -69,19 +81,22 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
             record = commit_record.read(root_path, key, fields=root.fields, fingerprint=root.fingerprint)
         except (FormatError, FileNotFoundError) as error:
             damaged.append(Damage(sample_id="", object=name, field="", what=str(error)))
+            broken[name] = b""
             continue
         committed.add(key)
         referenced.add(record.folder.rpartition("/")[2])
         size += record.size_bytes
-        damaged += _check_sample(root_path, record, root.fields, deep)
+        if found := _check_sample(root_path, record, root.fields, deep):
+            damaged += found
+            broken[name] = record.to_bytes()
     quarantined = 0
     for key in keys(root_path, quarantine_record.FOLDER):
         try:
             failure = quarantine_record.read(root_path, key)
         except FormatError as error:
-            damaged.append(
-                Damage(sample_id="", object=f"{quarantine_record.FOLDER}/{key}.json", field="", what=str(error))
-            )
+            name = f"{quarantine_record.FOLDER}/{key}.json"
+            damaged.append(Damage(sample_id="", object=name, field="", what=str(error)))
+            broken[name] = b""
             continue
         quarantined += failure is not None and not failure.released and key not in committed
     attempts = set(local_files.names(root_path, store_root.SAMPLES)) - {store_root.DOCUMENT}
@@ -93,7 +108,25 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
         orphans=tuple(sorted(attempts - referenced)),
         stale_temporaries=sum(1 for _ in local_files.names(root_path, store_root.STAGING)),
         quarantined=quarantined,
+        repaired=_repair(root_path, damaged, broken) if repair else (),
     )
+
+
+def _repair(root: Path, damaged: list[Damage], broken: Mapping[str, bytes]) -> tuple[str, ...]:
+    """Remove the broken records, each only if it still is what was judged (a sample may have been written anew)."""
+    repaired = []
+    for name, judged in broken.items():
+        if judged and local_files.read_document(root, name, MAX_DOCUMENT_BYTES) != judged:
+            continue
+        local_files.remove_file(root / name)
+        repaired.append(name)
+    for folder in sorted({name.partition("/")[0] for name in repaired}):
+        local_files.sync_folder(root / folder)
+    plain = f"{store_root.SAMPLES}/{store_root.DOCUMENT}"
+    if any(item.object == plain for item in damaged):
+        local_files.replace(root / store_root.STAGING, root / plain, store_root.PLAIN_GROUP)
+        repaired.append(plain)
+    return tuple(repaired)
 
 
 def _check_plain_group(root: Path) -> list[Damage]:

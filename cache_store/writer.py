@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from cache_store import commit_record, local_files, quarantine_record, sample_group, store_root
 from cache_store.commit_record import CommitRecord
-from cache_store.errors import StoreFullError
+from cache_store.errors import CacheStoreError, StoreFullError
 from cache_store.field import Field
 from cache_store.quarantine_record import QuarantineRecord
 from cache_store.sample_group import SampleGroup
@@ -77,6 +77,7 @@ class CacheWriter:
             self._write_attempt(record.folder, group)
             won = self._publish(record, published)
         if won:
+            self._check_kept(record)
             local_files.remove_file(self._quarantine_path(key))
         else:
             local_files.remove_tree(self.path / record.folder)
@@ -144,6 +145,17 @@ class CacheWriter:
             if error.errno in _FULL and not local_files.exists(target):
                 local_files.remove_tree(self.path / record.folder)  # surely not published, and the disk needs the room
             raise
+
+    def _check_kept(self, record: CommitRecord) -> None:
+        """Withdraw the record if a garbage collector took the attempt for a killed writer's."""
+        if not local_files.exists(self.path / record.folder):
+            target = self._commit_path(sample_key(record.sample_id))
+            local_files.remove_file(target)
+            local_files.sync_folder(target.parent)
+            raise CacheStoreError(
+                f"sample {record.sample_id!r} was not written: its attempt {self.path / record.folder} was collected "
+                "as garbage. Collect with an age limit above the time that any attempt takes, and write it again."
+            )
 
     def _put_quarantine(self, key: str, record: QuarantineRecord) -> None:
         data = record.to_bytes()

@@ -1,0 +1,111 @@
+"""The index of a store: its sample ids in one file, so that a million samples open in a moment. Never the truth.
+
+It may be missing, damaged or stale at any time; readers then list the commit records as if there were none. It is
+fresh if the folder `commits/` has the modification time that it had when it was listed, and that time was more than
+a second past by then (file systems stamp coarsely). Even a fresh one only says which ids to offer: the record of a
+sample is read and checked before the sample is.
+"""
+
+import os
+import secrets
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from cache_store import checksum, commit_record, local_files, store_root
+from cache_store.errors import FormatError
+from cache_store.sample_ids import SampleIds
+from cache_store.sample_key import keys, sample_key
+
+FILE = store_root.INDEX
+MAX_BYTES = 2**34
+_HEADER = struct.Struct("<8sIIqQQ")
+_MAGIC = b"csindex1"
+_SETTLED_NS = 10**9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Index:
+    """What the file says."""
+
+    ids: SampleIds
+    listed_ns: int
+    """Modification time of `commits/` when it was listed; 0 if it had not settled."""
+
+    def is_fresh(self, root: Path) -> bool:
+        return self.listed_ns != 0 and self.listed_ns == folder_time_ns(root)
+
+
+def folder_time_ns(root: Path) -> int:
+    """When a name last appeared in or vanished from `commits/`, by the file system's clock."""
+    return (root / commit_record.FOLDER).stat().st_mtime_ns
+
+
+def build_index(path: str | os.PathLike[str]) -> int:
+    """Write the index of a store anew and return its number of samples; records that an old one has are not read.
+
+    Waits up to a second for the folder's modification time to settle. A damaged record raises `FormatError`.
+    """
+    root_path = store_root.resolve(path)
+    root = store_root.read(root_path)
+    listed_ns = _settled_ns(root_path)
+    before = read(root_path)
+    ids = list_ids(root_path, root, before.ids if before else SampleIds.of([]))
+    body = _HEADER.pack(_MAGIC, 0, 0, listed_ns, len(ids), len(ids.text)) + ids.ends.tobytes() + ids.text
+    crc = google_crc32c.value(body[16:])
+    data = _MAGIC + struct.pack("<II", crc, 0) + body[16:]
+    local_files.replace(root_path / store_root.STAGING, root_path / FILE, data)
+    return len(ids)
+
+
+def list_ids(root_path: Path, root: store_root.StoreRoot, known: SampleIds) -> SampleIds:
+    """The ids of all committed samples, by listing; the records of ids that are not known are read and checked."""
+    by_key = {sample_key(sample_id): sample_id for sample_id in known}
+    ids = []
+    for key in keys(root_path, commit_record.FOLDER):
+        sample_id = by_key.get(key)
+        if sample_id is None:
+            try:
+                record = commit_record.read(root_path, key, fields=root.fields, fingerprint=root.fingerprint)
+            except FileNotFoundError:  # removed since the folder was listed
+                continue
+            sample_id = record.sample_id
+        ids.append(sample_id)
+    return SampleIds.of(ids)
+
+
+def read(root: Path) -> Index | None:
+    """The index, or nothing if it is missing or not whole."""
+    try:
+        data = local_files.read_document(root, FILE, MAX_BYTES)
+    except (FileNotFoundError, FormatError):
+        return None
+    if len(data) < _HEADER.size:
+        return None
+    magic, crc, reserved, listed_ns, count, text_bytes = _HEADER.unpack_from(data)
+    good = magic == _MAGIC and reserved == 0 and len(data) == _HEADER.size + 8 * count + text_bytes
+    if not good or crc != checksum.extend(0, np.frombuffer(data, np.uint8)[16:]):
+        return None
+    ends = np.frombuffer(data, "<u8", count, _HEADER.size).copy()
+    text = data[_HEADER.size + 8 * count :]
+    if (int(ends[-1]) if count else 0) != text_bytes or (count > 1 and not bool(np.all(ends[1:] > ends[:-1]))):
+        return None
+    return Index(ids=SampleIds(text, ends), listed_ns=listed_ns)
+
+
+def _settled_ns(root: Path) -> int:
+    """The modification time of `commits/` once it is a second old; 0 while other writers keep changing it."""
+    probe = root / store_root.STAGING / secrets.token_hex(16)
+    for wait_s in (1.1, 0):
+        listed_ns = folder_time_ns(root)
+        local_files.write_new(probe, [b""])
+        now_ns = probe.stat().st_mtime_ns
+        probe.unlink()
+        if now_ns - listed_ns > _SETTLED_NS:
+            return listed_ns
+        time.sleep(wait_s)
+    return 0
