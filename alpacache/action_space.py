@@ -1,8 +1,8 @@
 """The unicycle action space: paths as acceleration and curvature, and back.
 
 The expert never sees metres: a 6.4 s path is 64 pairs (acceleration, curvature), normalised. Getting them from a
-recorded path is four small regularised least-squares problems, which smooth the recording noise; getting a path back is plain
-integration. Solves run in float32 on purpose: the public code does, and a float64 solve differs by 4e-5.
+recorded path is four small regularised least-squares problems, which smooth the recording noise; getting a path back
+is plain integration. Solves run in float32 on purpose: the public code does, and a float64 solve differs by 4e-5.
 
 Source: `UnicycleAccelCurvatureActionSpace` of the public Alpamayo code (behaviour only; the golden actions pin it).
 """

@@ -1,4 +1,4 @@
-"""The three configs, one a stage. A TOML file may set any of their keys; an unknown key is an error with the nearest."""
+"""The three configs, one a stage. A TOML file may set any of their keys; unknown keys are errors."""
 
 import dataclasses
 import difflib

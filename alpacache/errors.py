@@ -23,8 +23,9 @@ class SourceError(UsageError):
 class BadClipError(AlpacacheError, ValueError):
     """One clip or sample cannot be used; the run quarantines it and goes on.
 
-    `kind` is a short stable word for counting (`missing_camera`, `short_clip`, `undecodable_video`, `not_finite`,
-    `pose_jump`, `time_order`, `wrong_shape`); the message tells a person what is wrong, where, and what would help.
+    `kind` is a short stable word for counting (`missing_camera`, `missing_clip`, `missing_poses`, `short_clip`,
+    `undecodable_video`, `not_finite`, `pose_jump`, `time_order`, `wrong_shape`, `unsafe_path`, `unsafe_size`); the
+    message tells a person what is wrong, where, and what would help.
     """
 
     def __init__(self, kind: str, message: str) -> None:

@@ -31,7 +31,7 @@ from cache_store import differences
 BASE = "base"
 """Label of the unmodified checkpoint; always evaluated, and what the others are compared with."""
 TRAINED = "trained"
-_PICTURES = 6
+_PICTURES = 3
 Paths = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 

@@ -95,7 +95,7 @@ class Source(Protocol):
         """First and last instant (us) that poses and the wanted cameras both cover."""
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
-        """Read one sample; `cameras` are sorted by index, `frames` counts images a camera, 0.1 s apart, ending at t0."""
+        """Read one sample; `cameras` are sorted by index, `frames` is images a camera, 0.1 s apart, ending at t0."""
 
 
 def split_of(clip_id: str) -> Split:

@@ -64,4 +64,6 @@ def render_prompt(
 def prompt_identity(*, named: bool, reasoning: Reasoning) -> dict[str, Any]:
     """The prompt's part of a store's identity: the text around one one-token image, and whether cameras are named."""
     text = render_prompt([[1]], cameras=[CAMERAS[1]], named=named, reasoning=reasoning)
-    return {"template": text, "camera_names": named, "reasoning": reasoning}
+    tokens = "<|traj_history|>"
+    template = text.replace(tokens * HISTORY_TOKENS, f"({HISTORY_TOKENS} x {tokens})")
+    return {"template": template, "camera_names": named, "reasoning": reasoning}

@@ -1,0 +1,91 @@
+"""Evaluation from cached features: same noise for all, independent of batch size, everything written."""
+
+import json
+
+import numpy as np
+import pytest
+
+import alpacache
+from alpacache.config import EvalConfig, ExtractConfig, TrainConfig
+from alpacache.errors import UsageError
+from alpacache.metrics import min_ade
+from cache_store import CacheReader
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_checkpoint, tmp_path_factory):
+    root = tmp_path_factory.mktemp("eval")
+    common = {"model": str(tiny_checkpoint), "device": "cpu"}
+    alpacache.extract(ExtractConfig(source="synthetic:6", store=str(root / "store"), frames=1, **common))
+    alpacache.train(
+        TrainConfig(
+            stores=(str(root / "store"),), out=str(root / "run"), steps=4, batch_size=2, lr=1e-3, warmup=1, **common
+        )
+    )
+    return root
+
+
+def config(root, model, out, **changes):
+    values = {
+        "store": str(root / "store"),
+        "model": str(model),
+        "out": str(out),
+        "device": "cpu",
+        "paths": 3,
+        "flow_steps": 4,
+    }
+    return EvalConfig(**values | changes)
+
+
+def test_base_trained_and_baselines_are_judged_on_the_stored_truth(trained, tiny_checkpoint, tmp_path):
+    report = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, checkpoint=str(trained / "run")))
+    summary = report.summary
+    assert summary.models == ("base", "trained")
+    assert summary.samples == 6
+    reader = CacheReader(trained / "store")
+    for result in report.results:
+        truth = reader.read(result.sample_id, fields=["future_xyz"])["future_xyz"]
+        for label in ("base", "trained"):
+            judged = result.models[label]
+            assert judged.pred_xyz.shape == (3, 64, 3)
+            assert judged.metrics["min_ade"] == pytest.approx(min_ade(judged.pred_xyz, truth)["min_ade"])
+        assert not np.allclose(result.models["base"].pred_xyz, result.models["trained"].pred_xyz)
+    mean = np.mean([result.models["trained"].metrics["ade"] for result in report.results])
+    assert summary.strata["all"].metrics["trained"]["ade"] == pytest.approx(mean)
+
+
+def test_batch_size_changes_nothing_beyond_rounding(trained, tiny_checkpoint, tmp_path):
+    one = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "a", batch_size=1))
+    six = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "b", batch_size=6))
+    for first, second in zip(one.results, six.results, strict=True):
+        assert np.allclose(first.models["base"].pred_xyz, second.models["base"].pred_xyz, atol=1e-3)
+
+
+def test_models_share_their_noise(trained, tiny_checkpoint, tmp_path):
+    report = alpacache.evaluate(
+        config(
+            trained, tiny_checkpoint, tmp_path, checkpoint=str(trained / "run"), compare={"again": str(trained / "run")}
+        )
+    )
+    for result in report.results:
+        assert np.array_equal(result.models["trained"].pred_xyz, result.models["again"].pred_xyz)
+
+
+def test_files(trained, tiny_checkpoint, tmp_path):
+    report = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, checkpoint=str(trained / "run")))
+    document = json.loads((tmp_path / "eval.json").read_text())
+    assert document["summary"]["samples"] == 6
+    assert [entry["sample_id"] for entry in document["samples"]] == [result.sample_id for result in report.results]
+    assert document["samples"][0]["metrics"]["trained"]["ade"] == report.results[0].models["trained"].metrics["ade"]
+    for name in ("best", "median", "worst", "sample-000"):
+        assert (tmp_path / "pictures" / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "<html" in (tmp_path / "report.html").read_text()[:500]
+
+
+def test_a_run_on_another_base_is_refused(trained, tiny_checkpoint, tiny_checkpoint_15, tmp_path):
+    with pytest.raises(UsageError, match="another model"):
+        alpacache.evaluate(config(trained, tiny_checkpoint_15, tmp_path))
+    with pytest.raises(UsageError, match="neither a run directory"):
+        alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, checkpoint=str(tmp_path)))
+    with pytest.raises(UsageError, match="label 'base' is taken"):
+        alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, compare={"base": "x"}))

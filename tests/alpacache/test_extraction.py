@@ -1,0 +1,209 @@
+"""Stage one: what is in the store is what the VLM said, and nothing is done twice or lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import alpacache
+from alpacache import flow_matching, randomness
+from alpacache.alpamayo import Checkpoint, load_expert, load_vlm
+from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.cached_dataset import CachedDataset, target
+from alpacache.config import ExtractConfig
+from alpacache.errors import BadClipError, UsageError
+from alpacache.sample import SampleRef
+from alpacache.sources import open_source
+from cache_store import CacheReader, IdentityMismatchError, verify
+
+
+def config(checkpoint, store, **changes):
+    return ExtractConfig(
+        **{"source": "synthetic:3", "model": str(checkpoint), "store": str(store), "frames": 2, "device": "cpu"}
+        | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def extracted(tiny_checkpoint, tmp_path_factory):
+    store = tmp_path_factory.mktemp("extract") / "store"
+    report = alpacache.extract(config(tiny_checkpoint, store))
+    assert (report.extracted, report.already_there, report.quarantined) == (3, 0, {})
+    return store
+
+
+def live_prefixes(checkpoint, frames=2):
+    source, builder = open_source("synthetic:3"), InputBuilder(Checkpoint(str(checkpoint)))
+    vlm = load_vlm(str(checkpoint), dtype=torch.bfloat16)
+    for clip in source.clip_ids:
+        sample = source.load(SampleRef(clip_id=clip, t0_us=5_100_000), cameras=source.cameras, frames=frames)
+        inputs = builder.build(sample)
+        yield sample, vlm.prefill(inputs.input_ids, inputs.pixel_values, inputs.image_grid_thw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cached_equals_live(dtype, extracted, tiny_checkpoint):
+    """Loss and velocity from the store against the VLM in the loop: no difference at all for the same batch."""
+    expert = load_expert(str(tiny_checkpoint), dtype=dtype)
+    data = CachedDataset([extracted], Checkpoint(str(tiny_checkpoint)))
+    cached = [data.load(index) for index in range(len(data))]
+    live = [prefix for _, prefix in live_prefixes(tiny_checkpoint)]
+    action = torch.stack([target(sample, expert.action_space) for sample in cached])[:, None]
+    noise = torch.stack([randomness.noise(sample.sample_id, draws=2) for sample in cached])
+    t = torch.stack([randomness.times(sample.sample_id, draws=2, schedule="beta") for sample in cached])
+    noisy = flow_matching.interpolate(action, noise, t)
+    from_cache = expert.velocity(noisy, t, [sample.prefix for sample in cached])
+    from_vlm = expert.velocity(noisy, t, live)
+    assert from_cache.dtype == dtype
+    assert torch.equal(from_cache, from_vlm)
+    assert torch.equal(flow_matching.loss(from_cache, action, noise), flow_matching.loss(from_vlm, action, noise))
+
+
+def test_every_field_is_what_the_sample_and_the_vlm_gave(extracted, tiny_checkpoint):
+    reader = CacheReader(extracted)
+    for sample, prefix in live_prefixes(tiny_checkpoint):
+        stored = reader.read(sample.ref.sample_id)
+        assert stored["kv"].shape == (4, 2, 2, prefix.prefix_len, 32)
+        assert np.array_equal(stored["kv"][:, 0], prefix.keys.view(torch.uint16).numpy())
+        assert np.array_equal(stored["hidden"], prefix.hidden.view(torch.uint16).numpy())
+        assert (stored["prefix_len"], stored["rope_delta"]) == (prefix.prefix_len, prefix.rope_delta)
+        assert stored["start_position"] == prefix.start_position == prefix.rope_delta + prefix.prefix_len
+        for name in ("history_xyz", "history_rot", "future_xyz", "future_rot", "frame_timestamps_us"):
+            assert np.array_equal(stored[name], getattr(sample, name))
+        ids = stored["input_ids"]
+        assert len(ids) == prefix.prefix_len
+        tokens = Checkpoint(str(tiny_checkpoint)).config.traj_token_ids
+        assert ids[-1] == tokens["future_start"]
+        assert ids[stored["stem_len"] - 1] == tokens["history_end"]
+        assert stored["image_spans"].shape == (2, 2)
+        assert str(stored["clip_id"]) == sample.ref.clip_id
+        assert list(stored["cameras"]) == list(sample.cameras)
+
+
+def test_a_second_run_does_nothing_and_a_larger_one_adds(extracted, tiny_checkpoint, tmp_path):
+    store = shutil.copytree(extracted, tmp_path / "store")
+    again = alpacache.extract(config(tiny_checkpoint, store))
+    assert (again.extracted, again.already_there) == (0, 3)
+    more = alpacache.extract(config(tiny_checkpoint, store, source="synthetic:5"))
+    assert (more.extracted, more.already_there) == (2, 3)
+
+
+def test_shards_share_the_work(extracted, tiny_checkpoint, tmp_path):
+    store = tmp_path / "store"
+    counts = [alpacache.extract(config(tiny_checkpoint, store, shard=(worker, 2))).extracted for worker in range(2)]
+    assert counts == [2, 1]
+    assert CacheReader(store).sample_ids == CacheReader(extracted).sample_ids
+
+
+def test_worker_count_and_resume_change_no_byte(extracted, tiny_checkpoint, tmp_path):
+    store = tmp_path / "store"
+    alpacache.extract(config(tiny_checkpoint, store, samples=1, workers=1))
+    alpacache.extract(config(tiny_checkpoint, store, workers=4))
+    first, second = CacheReader(extracted), CacheReader(store)
+    for sample_id in first.sample_ids:
+        one, other = first.read(sample_id), second.read(sample_id)
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_another_model_or_setting_is_refused_with_the_differences(extracted, tiny_checkpoint_15, tiny_checkpoint):
+    with pytest.raises(IdentityMismatchError, match=r"identity\.frames: expected 4, found 2"):
+        alpacache.extract(config(tiny_checkpoint, extracted, frames=4))
+    with pytest.raises(IdentityMismatchError) as caught:
+        alpacache.extract(config(tiny_checkpoint_15, extracted))
+    for key in ("model.id", "model.config_sha256", "model.vlm_weights_sha256", "prompt.camera_names"):
+        assert f"identity.{key}" in str(caught.value)
+    assert len(CacheReader(extracted)) == 3
+
+
+def test_a_bad_clip_is_quarantined_and_the_run_goes_on(tiny_checkpoint, tmp_path, monkeypatch):
+    from alpacache.sources.synthetic import SyntheticSource
+
+    good = SyntheticSource.load
+
+    def load(self, ref, **wanted):
+        if ref.clip_id.endswith("1"):
+            raise BadClipError("not_finite", f"{ref.clip_id}: pose 17 is NaN; record it again.")
+        return good(self, ref, **wanted)
+
+    store = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        patch.setattr(SyntheticSource, "load", load)
+        report = alpacache.extract(config(tiny_checkpoint, store))
+        assert report.extracted == 2
+        assert list(report.quarantined.values()) == ["synthetic-0-000001: pose 17 is NaN; record it again."]
+        assert alpacache.extract(config(tiny_checkpoint, store)).extracted == 0
+    skipped = alpacache.extract(config(tiny_checkpoint, store))
+    assert (skipped.extracted, len(skipped.quarantined)) == (0, 1)
+    retried = alpacache.extract(config(tiny_checkpoint, store, retry_quarantined=True))
+    assert (retried.extracted, retried.quarantined) == (1, {})
+
+
+def test_hidden_states_can_be_left_out(tiny_checkpoint, tmp_path):
+    alpacache.extract(config(tiny_checkpoint, tmp_path / "store", samples=1, hidden_states="none"))
+    reader = CacheReader(tmp_path / "store")
+    assert "hidden" not in reader.fields
+    assert reader.fields["kv"].dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("cameras", "frames"), [(("camera_front_tele_30fov", "camera_cross_left_120fov"), 1), (None, 4)]
+)
+def test_several_cameras_and_frames(cameras, frames, tiny_checkpoint_15, tmp_path):
+    from alpacache.sample import CAMERAS
+
+    cameras = cameras or CAMERAS
+    alpacache.extract(config(tiny_checkpoint_15, tmp_path / "store", samples=1, cameras=cameras, frames=frames))
+    stored = CacheReader(tmp_path / "store").read("synthetic-0-000000@5100000#0")
+    assert list(stored["cameras"]) == sorted(cameras, key=CAMERAS.index)
+    assert stored["image_spans"].shape == (len(cameras) * frames, 2)
+    assert ("Front telephoto camera: frame 0 " in str(stored["prompt"])) == ("camera_front_tele_30fov" in cameras)
+
+
+def test_an_empty_selection_is_an_error(tiny_checkpoint, tmp_path):
+    with pytest.raises(UsageError, match="val"):
+        alpacache.extract(config(tiny_checkpoint, tmp_path / "store", source="synthetic:1", split="val"))
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_leaves_whole_samples_and_the_next_finishes(kill, tiny_checkpoint, tmp_path, extracted):
+    store = tmp_path / "store"
+    command = [
+        sys.executable,
+        "-m",
+        "cli.main",
+        "extract",
+        "synthetic:60",
+        "--model",
+        str(tiny_checkpoint),
+        "--store",
+        str(store),
+    ]
+    command += ["--frames", "2", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(list(store.glob("commits/*.json"))) < 3:
+        time.sleep(0.02)
+    os.kill(process.pid, kill)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if kill == signal.SIGKILL else 130)
+    if kill == signal.SIGTERM:
+        assert "run the same command again to go on" in errors
+    assert verify(store, deep=True).ok
+    done = set(CacheReader(store).sample_ids)
+    assert 3 <= len(done) < 60
+    report = alpacache.extract(config(tiny_checkpoint, store, source="synthetic:60", samples=8))
+    assert report.already_there + report.extracted == 8
+    assert done <= set(CacheReader(store).sample_ids)
+    one, other = (
+        CacheReader(extracted).read("synthetic-0-000001@5100000#0"),
+        CacheReader(store).read("synthetic-0-000001@5100000#0"),
+    )
+    assert np.array_equal(one["kv"], other["kv"])

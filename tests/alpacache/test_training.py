@@ -1,0 +1,284 @@
+"""Stage two: it learns, it never loads the VLM, and a killed run ends with the same bits."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import alpacache
+from alpacache.config import ExtractConfig, TrainConfig
+from alpacache.errors import DataError, NonFiniteError, UsageError
+from alpacache.run_directory import RunDirectory, read_checkpoint
+from alpacache.training import learning_rate
+from cache_store import CorruptSampleError
+
+
+@pytest.fixture(scope="module")
+def store(tiny_checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("train") / "store"
+    config = ExtractConfig(source="synthetic:10", model=str(tiny_checkpoint), store=str(path), frames=1, device="cpu")
+    assert alpacache.extract(config).extracted == 10
+    return path
+
+
+def config(checkpoint, store, out, **changes):
+    values = {
+        "stores": (str(store),),
+        "model": str(checkpoint),
+        "out": str(out),
+        "steps": 6,
+        "batch_size": 4,
+        "draws": 2,
+    }
+    values |= {"lr": 1e-3, "warmup": 2, "save_every": 100, "device": "cpu"}
+    return TrainConfig(**values | changes)
+
+
+def weights(out):
+    return load_file(RunDirectory(out).path / "last" / "model.safetensors")
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls(tiny_checkpoint, store, tmp_path):
+    settings = {"steps": 80, "draws": 4, "lr": 1e-2, "warmup": 10, "in_memory": True}
+    report = alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", **settings, val=str(store), val_every=40))
+    assert report.steps == 80
+    assert report.last_loss < 0.87 * report.first_loss
+    assert report.val_loss == report.best_val_loss < 0.87 * report.first_loss
+    assert (tmp_path / "run" / "best").resolve().name == "step-0000080"
+
+
+@pytest.mark.slow
+def test_ten_samples_can_be_learnt_by_heart(tiny_checkpoint, store, tmp_path):
+    settings = {"steps": 600, "draws": 8, "batch_size": 5, "lr": 3e-3, "warmup": 20, "in_memory": True}
+    report = alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", **settings))
+    assert report.last_loss < 0.4 * report.first_loss
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_checkpoint, store, tmp_path):
+    for name, changes in (("a", {}), ("b", {"in_memory": True}), ("c", {"seed": 1})):
+        alpacache.train(config(tiny_checkpoint, store, tmp_path / name, **changes))
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_resumed_equals_uninterrupted(tiny_checkpoint, store, tmp_path):
+    alpacache.train(config(tiny_checkpoint, store, tmp_path / "whole", save_every=2, keep=9))
+    RunDirectory(tmp_path / "parts")
+    parts = tmp_path / "parts"
+    (parts / "checkpoints").mkdir(parents=True)
+    (parts / "checkpoints/step-0000004").symlink_to(tmp_path / "whole/checkpoints/step-0000004")
+    (parts / "metrics.jsonl").write_text((tmp_path / "whole/metrics.jsonl").read_text() + '{"step": 7, "lo')
+    alpacache.train(config(tiny_checkpoint, store, parts, resume=True))
+    assert same(weights(tmp_path / "whole"), weights(parts))
+    whole, resumed = rows(tmp_path / "whole"), rows(parts)
+    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+    first, second = (load_file(out / "last/optimizer.safetensors") for out in (tmp_path / "whole", parts))
+    assert same(first, second)
+
+
+def test_kill_9_at_a_random_step_and_resume_ends_with_the_same_bits(tiny_checkpoint, store, tmp_path):
+    settings = {"steps": 40, "save_every": 5, "draws": 1}
+    alpacache.train(config(tiny_checkpoint, store, tmp_path / "whole", **settings))
+    out = tmp_path / "killed"
+    command = [
+        sys.executable,
+        "-m",
+        "cli.main",
+        "train",
+        "--store",
+        str(store),
+        "--model",
+        str(tiny_checkpoint),
+        "--out",
+        str(out),
+    ]
+    command += [
+        "--steps",
+        "40",
+        "--save-every",
+        "5",
+        "--batch-size",
+        "4",
+        "--lr",
+        "1e-3",
+        "--warmup",
+        "2",
+        "--device",
+        "cpu",
+        "--resume",
+    ]
+    kill_after = random.Random(os.getpid()).randint(6, 25)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        metrics.is_file() and len(metrics.read_text().splitlines()) >= kill_after
+    ):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < max(RunDirectory(out).steps) < 40
+    subprocess.run(command, check=True, capture_output=True)
+    assert same(weights(tmp_path / "whole"), weights(out))
+    assert [row["loss"] for row in rows(out)] == [row["loss"] for row in rows(tmp_path / "whole")]
+
+
+def test_sigterm_saves_and_exits_130(tiny_checkpoint, store, tmp_path):
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "cli.main",
+        "train",
+        "--store",
+        str(store),
+        "--model",
+        str(tiny_checkpoint),
+        "--out",
+        str(out),
+    ]
+    command += ["--steps", "100000", "--batch-size", "2", "--device", "cpu", "--save-every", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (out / "metrics.jsonl").is_file():
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "saved. Run again with --resume" in errors
+    assert RunDirectory(out).steps == [len(rows(out))]
+
+
+def test_stage_two_reads_nothing_of_the_vlm(tiny_checkpoint, store, tmp_path):
+    """A checkpoint without a single VLM tensor trains all the same."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    from alpacache.alpamayo.checkpoint import INDEX
+
+    lean = shutil.copytree(tiny_checkpoint, tmp_path / tiny_checkpoint.name)
+    state = {}
+    for shard in lean.glob("*.safetensors"):
+        state |= load_file(shard)
+        shard.unlink()
+    (lean / INDEX).unlink()
+    save_file(
+        {name: tensor for name, tensor in state.items() if not name.startswith("vlm.")}, lean / "model.safetensors"
+    )
+    alpacache.train(config(lean, store, tmp_path / "lean"))
+    alpacache.train(config(tiny_checkpoint, store, tmp_path / "full"))
+    assert same(weights(tmp_path / "lean"), weights(tmp_path / "full"))
+
+
+def test_head_trains_projections_and_final_norm_only(tiny_checkpoint, store, tmp_path):
+    alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", trainable="head"))
+    names = set(weights(tmp_path / "run"))
+    assert names
+    assert all(name.startswith(("action_in_proj.", "action_out_proj.", "expert.norm.")) for name in names)
+
+
+def test_an_existing_run_needs_resume_and_the_same_settings(tiny_checkpoint, store, tmp_path):
+    out = tmp_path / "run"
+    alpacache.train(config(tiny_checkpoint, store, out))
+    with pytest.raises(UsageError, match=r"already holds a run \(step 6\); pass --resume"):
+        alpacache.train(config(tiny_checkpoint, store, out))
+    with pytest.raises(UsageError, match=r"lr: the run has 0.001, now 0.002"):
+        alpacache.train(config(tiny_checkpoint, store, out, resume=True, lr=2e-3))
+
+
+def test_a_store_of_another_model_is_refused(tiny_checkpoint_15, store, tmp_path):
+    with pytest.raises(UsageError, match="extracted with another model") as caught:
+        alpacache.train(config(tiny_checkpoint_15, store, tmp_path / "run"))
+    assert 'id: expected "Tiny-1.5", found "Tiny-R1"' in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flipped_bit_stops_training_with_the_samples_name(tiny_checkpoint, store, tmp_path):
+    import shutil
+
+    broken = shutil.copytree(store, tmp_path / "store")
+    chunk = next(path for path in sorted(broken.glob("samples/*/kv/c*")) if path.is_file())
+    data = bytearray(chunk.read_bytes())
+    data[1000] ^= 4
+    chunk.write_bytes(data)
+    with pytest.raises(CorruptSampleError, match=r"synthetic-0-00000\d@5100000#0"):
+        alpacache.train(config(tiny_checkpoint, broken, tmp_path / "run", steps=10))
+
+
+def test_non_finite_steps_are_not_applied_and_stop_after_three(tiny_checkpoint, store, tmp_path, monkeypatch):
+    from alpacache import flow_matching
+
+    good = flow_matching.loss
+    monkeypatch.setattr(flow_matching, "loss", lambda *args: good(*args) * float("nan"))
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row, last at step 3 with synthetic"):
+        alpacache.train(config(tiny_checkpoint, store, tmp_path / "run"))
+    assert [row["loss"] for row in rows(tmp_path / "run")] == [None, None]
+    assert all(len(row["skipped"]) == 4 for row in rows(tmp_path / "run"))
+
+
+def test_a_damaged_checkpoint_is_named(tiny_checkpoint, store, tmp_path):
+    out = tmp_path / "run"
+    alpacache.train(config(tiny_checkpoint, store, out))
+    file = out / "last/model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-10] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"model.safetensors is damaged"):
+        read_checkpoint(out / "last", optimizer=False)
+
+
+def test_a_full_disk_keeps_earlier_checkpoints(tiny_checkpoint, store, tmp_path, monkeypatch):
+    from alpacache import run_directory
+
+    out = tmp_path / "run"
+    good = run_directory.save_file
+
+    def full(tensors, path, metadata):
+        if "0000004" in str(path):
+            raise OSError(28, "No space left on device")
+        good(tensors, path, metadata)
+
+    monkeypatch.setattr(run_directory, "save_file", full)
+    with pytest.raises(DataError, match=r"step 4 could not be written .* needs \d+ bytes"):
+        alpacache.train(config(tiny_checkpoint, store, out, save_every=2))
+    assert RunDirectory(out).steps == [2]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-0000002"]
+    monkeypatch.undo()
+    alpacache.train(config(tiny_checkpoint, store, out, resume=True))
+    alpacache.train(config(tiny_checkpoint, store, tmp_path / "whole"))
+    assert same(weights(out), weights(tmp_path / "whole"))
+
+
+def test_only_the_newest_checkpoints_and_the_best_are_kept(tiny_checkpoint, store, tmp_path):
+    out = tmp_path / "run"
+    alpacache.train(config(tiny_checkpoint, store, out, save_every=1, keep=2))
+    assert RunDirectory(out).steps == [5, 6]
+
+
+def test_epochs_count_samples(tiny_checkpoint, store, tmp_path):
+    assert alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", steps=None, epochs=1)).steps == 3
+
+
+def test_learning_rate_warms_up_and_ends_at_its_floor():
+    rates = [learning_rate(step, total=300, warmup=100, peak=1e-4, final=1e-6) for step in range(300)]
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[99] == rates[100] == pytest.approx(1e-4)
+    assert rates[-1] == pytest.approx(1e-6)
+    assert all(later < earlier for earlier, later in pairwise(rates[100:]))

@@ -1,0 +1,136 @@
+"""The command line: exit codes, one JSON object on stdout, messages that say the next step."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("cli") / "Tiny-R1")
+
+
+def run(*arguments, code=0):
+    done = subprocess.run([sys.executable, "-m", "cli.main", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_the_whole_way_with_json(model, tmp_path):
+    common = ("--model", model, "--device", "cpu", "--json")
+    prepared = json.loads(run("prepare", "synthetic:4", "--out", tmp_path / "samples", "--frames", 1, "--json").stdout)
+    assert (prepared["samples"], prepared["rejected"]) == (4, {})
+    extract = ("extract", tmp_path / "samples", "--store", tmp_path / "store", "--frames", 1, *common)
+    assert json.loads(run(*extract).stdout)["extracted"] == 4
+    assert json.loads(run(*extract).stdout)["already_there"] == 4
+    info = json.loads(run("info", tmp_path / "store", "--json").stdout)
+    assert (info["samples"], info["quarantined"]) == (4, 0)
+    assert info["size_bytes"] == sum(info["size_by_field"].values())
+    verified = json.loads(run("verify", tmp_path / "store", "--deep", "--json").stdout)
+    assert (verified["samples"], verified["damaged"]) == (4, [])
+    train = (
+        "train",
+        "--store",
+        tmp_path / "store",
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        *common,
+    )
+    assert json.loads(run(*train).stdout)["steps"] == 2
+    evaluate = ("eval", "--store", tmp_path / "store", "--checkpoint", tmp_path / "run", "--out", tmp_path / "eval")
+    summary = json.loads(run(*evaluate, "--paths", 2, "--flow-steps", 2, *common).stdout)["summary"]
+    assert summary["samples"] == 4
+    assert set(summary["strata"]["all"]["metrics"]) == {"base", "trained", "constant velocity", "constant turn rate"}
+    refused = run(*train, code=2)
+    assert "pass --resume to go on" in refused.stderr
+    assert refused.stdout == ""
+
+
+def test_damage_is_exit_1_and_names_the_sample(model, tmp_path):
+    store = tmp_path / "store"
+    run("extract", "synthetic:1", "--model", model, "--store", store, "--frames", 1, "--device", "cpu")
+    chunk = next(path for path in sorted(store.glob("samples/*/kv/c*")) if path.is_file())
+    data = bytearray(chunk.read_bytes())
+    data[100] ^= 1
+    chunk.write_bytes(data)
+    assert run("verify", store).returncode == 0
+    damaged = json.loads(run("verify", store, "--deep", "--json", code=1).stdout)["damaged"]
+    assert {item["sample_id"] for item in damaged} == {"synthetic-0-000000@5100000#0"}
+
+
+def test_quarantine_is_exit_3(model, tmp_path):
+    folder = tmp_path / "drives"
+    (folder / "clips/a").mkdir(parents=True)
+    cameras = ["camera_front_wide_120fov"]
+    (folder / "dataset.json").write_text(json.dumps({"name": "broken", "cameras": cameras, "clips": ["a"]}))
+    done = run(
+        "extract",
+        f"folder:{folder}",
+        "--model",
+        model,
+        "--store",
+        tmp_path / "store",
+        "--device",
+        "cpu",
+        "--json",
+        code=3,
+    )
+    (reason,) = json.loads(done.stdout)["quarantined"].values()
+    assert "egomotion" in reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("extract", "nonsense:3", "--model", "MODEL", "--store", "x"), "is no data source; expected folder:DIR"),
+        (("extract", "synthetic:3", "--model", "./nowhere", "--store", "x"), "neither a directory nor a hub id"),
+        (
+            ("extract", "synthetic:3", "--model", "MODEL", "--store", "x", "--codec", "int3"),
+            "--codec is 'int3'; expected bf16",
+        ),
+        (("extract", "synthetic:3", "--model", "MODEL", "--store", "x", "--cameras", "roof"), "unknown camera 'roof'"),
+        (
+            ("extract", "synthetic:3", "--model", "MODEL", "--store", "x", "--shard", "3/3"),
+            "expected I/N with 0 <= I < N",
+        ),
+        (("train", "--steps", "3"), "--store, --model, --out missing"),
+        (("train", "--store", "nowhere", "--model", "MODEL", "--out", "r", "--steps", "1"), "nowhere"),
+        (("train", "--store", "s", "--model", "MODEL", "--out", "r"), "exactly one of the two"),
+        (("eval", "--store", "nowhere", "--model", "MODEL", "--out", "e"), "nowhere"),
+        (("info", "nowhere"), "nowhere"),
+    ],
+)
+def test_bad_input_is_exit_2_and_touches_nothing(arguments, message, model, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "cli.main", *(str(model) if item == "MODEL" else item for item in arguments)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_config_key_names_the_nearest(tmp_path):
+    config = tmp_path / "train.toml"
+    config.write_text('stores = ["s"]\nmodel = "m"\nout = "r"\nsteps = 1\nbatchsize = 3\n')
+    assert "unknown key 'batchsize'; did you mean 'batch_size'?" in run("train", "--config", config, code=2).stderr
+
+
+@pytest.mark.parametrize("command", ["prepare", "extract", "train", "eval", "info", "verify"])
+def test_every_command_has_help_with_an_example(command):
+    text = run(command, "--help").stdout
+    assert "Usage: " in text
+    if command in ("prepare", "extract", "train", "eval"):
+        assert "Example: " in text
