@@ -91,7 +91,7 @@ class Batches:
         self.future = np.full(2 * (64 // STRIDE), builder.config.traj_token_ids["future"], np.int64)
 
     def make(self, rows: NDArray[np.int64], flip: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """Model inputs and target actions `[B, 2 * 64 / STRIDE]`; `flip` mirrors left and right in picture, history and target."""
+        """Model inputs and target actions `[B, 2 * 64 / STRIDE]`; `flip` mirrors picture, history and target."""
         frames, history, action = self.drives.frames[rows], self.drives.history_xyz[rows], self.drives.action[rows]
         if flip:
             frames = frames[..., ::-1]
@@ -116,7 +116,7 @@ def mirror(action: Tensor) -> Tensor:
 
 
 def soft_targets(action: Tensor) -> Tensor:
-    """Bin probabilities `[B, tokens, bins]`: a Gaussian of one bin around the value, since near bins are nearly right."""
+    """Bin probabilities `[B, tokens, bins]`: a Gaussian of one bin around the value; near bins are nearly right."""
     place = (action.clamp(-LIMIT, LIMIT) + LIMIT) / (2 * LIMIT) * (FUTURE_BINS - 1)
     return torch.softmax(-0.5 * (torch.arange(FUTURE_BINS) - place[..., None]) ** 2, dim=-1)
 
