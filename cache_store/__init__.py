@@ -15,6 +15,7 @@ from cache_store.errors import (
 from cache_store.field import Field
 from cache_store.garbage import GarbageReport, collect_garbage
 from cache_store.index import build_index
+from cache_store.kv_codec import CODECS, KVCodec
 from cache_store.prefetcher import PrefetchedSample, Prefetcher
 from cache_store.quarantine_record import QuarantineRecord
 from cache_store.reader import CacheReader
@@ -23,6 +24,7 @@ from cache_store.verification import Damage, VerifyReport, verify
 from cache_store.writer import CacheWriter
 
 __all__ = [
+    "CODECS",
     "CacheReader",
     "CacheStoreError",
     "CacheWriter",
@@ -33,6 +35,7 @@ __all__ = [
     "FormatError",
     "GarbageReport",
     "IdentityMismatchError",
+    "KVCodec",
     "PrefetchedSample",
     "Prefetcher",
     "QuarantineRecord",

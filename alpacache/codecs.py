@@ -1,0 +1,203 @@
+"""Quantising keys and values on the device that has them, bit-equal to the reference in `cache_store.kv_coding`.
+
+Decoding goes layer by layer if the caller wishes, so that a quantised prefix never exists decoded as a whole.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_store.kv_codec import MAX_VALUE, MAX_ZERO, WEIGHT_STEPS, KVCodec, Segment, base_for, planes, scale_table
+
+_DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16}
+
+
+def encode(codec: KVCodec, kv: Tensor) -> Tensor:
+    """Encoded bytes (uint8, flat, on the same device) of `[layer, 2, head, token, channel]`, as bfloat16.
+
+    Raises `ValueError` unless all values are finite.
+    """
+    x = kv.to(torch.bfloat16).float()
+    if not bool((x.abs() < MAX_VALUE).all()):
+        raise ValueError("keys or values have NaN, infinity or a magnitude of 2^125, which cannot be quantised.")
+    shape = tuple(kv.shape)
+    data = torch.empty(codec.encoded_bytes(shape), dtype=torch.uint8, device=kv.device)
+    end = 0
+    for layer in range(shape[0]):
+        keys, values = codec.layer_bytes(layer, shape)
+        _encode_keys(codec, layer, x[layer, 0], data[end : end + keys])
+        _encode_values(codec, layer, x[layer, 1], data[end + keys : end + keys + values])
+        end += keys + values
+    return data
+
+
+def decode(codec: KVCodec, data: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """bfloat16 `[layer, 2, head, token, channel]` of encoded bytes."""
+    if tuple(data.shape) != (codec.encoded_bytes(shape),):
+        raise ValueError(
+            f"{list(shape)} takes {codec.encoded_bytes(shape)} bytes in this codec, got {list(data.shape)}."
+        )
+    kv = torch.empty(shape, dtype=torch.bfloat16, device=data.device)
+    end = 0
+    for layer in range(shape[0]):
+        size = sum(codec.layer_bytes(layer, shape))
+        kv[layer] = decode_layer(codec, layer, data[end : end + size], shape)
+        end += size
+    return kv
+
+
+def decode_layer(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """bfloat16 `[2, head, token, channel]` of one layer's bytes; `shape` is the whole sample's."""
+    keys, _ = codec.layer_bytes(layer, shape)
+    return torch.stack(
+        [
+            _decode_keys(codec, layer, data[:keys], shape[2:]).to(torch.bfloat16),
+            _decode_values(codec, layer, data[keys:], shape[2:]).to(torch.bfloat16),
+        ]
+    )
+
+
+def _encode_keys(codec: KVCodec, layer: int, x: Tensor, data: Tensor) -> None:
+    segments = codec.segments("key", layer, tuple(x.shape))
+    if codec.kind == "fp8":
+        _encode_fp8(segments, x, data)
+        return
+    classes = codec.key_classes(codec.bits_of(layer)[0], x.shape[2])
+    if len(classes) > 1:
+        order = torch.argsort(-_weights(x), dim=1, stable=True)
+        _put(segments, data, "order", order)
+        x = torch.gather(x, 2, order[:, None].expand_as(x))
+    levels = torch.cat([torch.full((count,), 2.0**width - 1, device=x.device) for count, width in classes])
+    padding = -x.shape[1] % codec.key_group
+    padded = torch.cat([x, x[:, -1:].expand(-1, padding, -1)], 1)  # repeats change neither minimum nor maximum
+    grouped = padded.reshape(x.shape[0], -1, codec.key_group, x.shape[2])
+    low, high = grouped.amin(2), grouped.amax(2)
+    needed = torch.maximum((high - low) / levels, torch.maximum(low.abs(), high.abs()) / float(MAX_ZERO))
+    scale = _put_scales(segments, data, needed)
+    zero = torch.round(-low / scale)
+    _put(segments, data, "zero", zero)
+    codes = torch.round(grouped / scale[:, :, None]) + zero[:, :, None]
+    codes = torch.minimum(codes.clamp(min=0), levels).flatten(1, 2)[:, : x.shape[1]]
+    _put_codes(segments, data, classes, codes)
+
+
+def _weights(x: Tensor) -> Tensor:
+    largest = x.abs().max().clamp(min=2.0**-100)
+    steps = torch.round(x / largest * WEIGHT_STEPS).long()
+    energy = (steps * steps).sum(1)
+    return energy + torch.roll(energy, x.shape[2] // 2, dims=1)
+
+
+def _decode_keys(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, ...]) -> Tensor:
+    segments = codec.segments("key", layer, shape)
+    if codec.kind == "fp8":
+        return _decode_fp8(segments, data)
+    classes = codec.key_classes(codec.bits_of(layer)[0], shape[2])
+    groups = torch.arange(shape[1], device=data.device) // codec.key_group
+    zero = _get(segments, data, "zero").float()
+    x = (_get_codes(segments, data, classes) - zero[:, groups]) * _get_scales(segments, data)[:, groups]
+    if len(classes) > 1:
+        order = _get(segments, data, "order").long()
+        return torch.empty_like(x).scatter_(2, order[:, None].expand_as(x), x)
+    return x
+
+
+def _encode_values(codec: KVCodec, layer: int, x: Tensor, data: Tensor) -> None:
+    segments = codec.segments("value", layer, tuple(x.shape))
+    if codec.kind == "fp8":
+        _encode_fp8(segments, x, data)
+        return
+    bits = codec.bits_of(layer)[1]
+    levels = 2.0**bits - 1
+    grouped = x.reshape(*x.shape[:2], -1, codec.value_group_of(x.shape[2]))
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    scale = _put_scales(segments, data, (high - low) / levels)
+    zero = torch.round(-low / scale).clamp(0, levels)
+    _put(segments, data, "zero", zero)
+    codes = (torch.round(grouped / scale[..., None]) + zero[..., None]).clamp(0, levels)
+    _put_codes(segments, data, [(x.shape[2], bits)], codes.flatten(2))
+
+
+def _decode_values(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, ...]) -> Tensor:
+    segments = codec.segments("value", layer, shape)
+    if codec.kind == "fp8":
+        return _decode_fp8(segments, data)
+    codes = _get_codes(segments, data, [(shape[2], codec.bits_of(layer)[1])])
+    grouped = codes.reshape(*shape[:2], -1, codec.value_group_of(shape[2]))
+    zero = _get(segments, data, "zero").float()
+    x = (grouped - zero[..., None]) * _get_scales(segments, data)[..., None]
+    return x.flatten(2)
+
+
+def _encode_fp8(segments: list[Segment], x: Tensor, data: Tensor) -> None:
+    scale = _put_scales(segments, data, x.abs().amax(-1, keepdim=True) / 448.0)
+    _put(segments, data, "codes", (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+def _decode_fp8(segments: list[Segment], data: Tensor) -> Tensor:
+    codes = _get(segments, data, "codes").view(torch.float8_e4m3fn)
+    return codes.float() * _get_scales(segments, data)
+
+
+def _put_scales(segments: list[Segment], data: Tensor, needed: Tensor) -> Tensor:
+    base = base_for(float(needed.max()))
+    table = _table(base, data)
+    index = torch.searchsorted(table, needed.contiguous()).clamp(max=255)
+    _put(segments, data, "base", torch.tensor([base], device=data.device))
+    _put(segments, data, "scale", index)
+    return table[index]
+
+
+def _get_scales(segments: list[Segment], data: Tensor) -> Tensor:
+    return _table(int(_get(segments, data, "base")[0]), data)[_get(segments, data, "scale").long()]
+
+
+def _table(base: int, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(scale_table(base))).to(like.device)
+
+
+def _put_codes(segments: list[Segment], data: Tensor, classes: list[tuple[int, int]], codes: Tensor) -> None:
+    first = 0
+    for index, (count, width) in enumerate(classes):
+        rest = codes[..., first : first + count].to(torch.int16)
+        first += count
+        for plane in planes(width):
+            parts = (rest & (2**plane - 1)).reshape(*rest.shape[:-1], -1, 8 // plane)
+            packed = parts[..., 0].clone()
+            for i in range(1, 8 // plane):
+                packed |= parts[..., i] << (i * plane)
+            _put(segments, data, f"codes.{index}.{plane}", packed)
+            rest = rest >> plane
+
+
+def _get_codes(segments: list[Segment], data: Tensor, classes: list[tuple[int, int]]) -> Tensor:
+    found = []
+    for index, (_, width) in enumerate(classes):
+        codes: Tensor | None = None
+        shift = 0
+        for plane in planes(width):
+            packed = _get(segments, data, f"codes.{index}.{plane}")
+            parts = [(packed >> (i * plane)) & (2**plane - 1) for i in range(8 // plane)]
+            values = torch.stack(parts, -1).flatten(-2).to(torch.int16) << shift
+            codes = values if codes is None else codes | values
+            shift += plane
+        assert codes is not None
+        found.append(codes.float())
+    return torch.cat(found, -1)
+
+
+def _segment(segments: list[Segment], name: str) -> Segment:
+    return next(segment for segment in segments if segment.name == name)
+
+
+def _put(segments: list[Segment], data: Tensor, name: str, array: Tensor) -> None:
+    segment = _segment(segments, name)
+    assert tuple(array.shape) == segment.shape, name
+    raw = array.to(_DTYPES[segment.dtype]).contiguous().flatten().view(torch.uint8)
+    data[segment.offset : segment.offset + segment.size_bytes] = raw
+
+
+def _get(segments: list[Segment], data: Tensor, name: str) -> Tensor:
+    segment = _segment(segments, name)
+    raw = data[segment.offset : segment.offset + segment.size_bytes].clone()
+    return raw.view(_DTYPES[segment.dtype]).reshape(segment.shape)

@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+import torch
+
+from alpacache.codecs import decode, decode_layer, encode
+from cache_store import CODECS, KVCodec, kv_coding
+
+EXTRA = {
+    "mixed": KVCodec(key_bits=(8, 3, 6), value_bits=(4, 7, 5), key_group=48, value_group=16),
+    "two bits": KVCodec(key_bits=(2,), value_bits=(2,), spread=False),
+}
+
+
+def make(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    x[:, 0] = x[:, 0] * torch.randn(shape[-1], generator=generator).exp() + torch.randn(shape[-1], generator=generator)
+    x[:, :, 0, 0] = 0
+    x[:, :, 0, -1] *= 1e-6
+    x[..., 3] = 2.5
+    return x.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 2, 1, 64), (3, 2, 2, 130, 128), (3, 2, 1, 64, 32)])
+@pytest.mark.parametrize("name", [*CODECS, *EXTRA])
+def test_bit_equal_to_the_numpy_reference(name, shape) -> None:
+    codec = {**CODECS, **EXTRA}[name]
+    for seed in range(3):
+        kv = make(shape, seed)
+        reference = kv_coding.encode(codec, kv.view(torch.uint16).numpy())
+        data = encode(codec, kv)
+        assert np.array_equal(data.numpy(), reference)
+        back = decode(codec, data, shape)
+        assert np.array_equal(back.view(torch.uint16).numpy(), kv_coding.decode(codec, reference, shape))
+        size = sum(codec.layer_bytes(0, shape))
+        assert torch.equal(decode_layer(codec, 0, data[:size], shape), back[0])
+
+
+def test_refusals() -> None:
+    kv = make((1, 2, 1, 4, 64), 0)
+    with pytest.raises(ValueError, match=r"takes .* bytes"):
+        decode(CODECS["int8"], torch.zeros(3, dtype=torch.uint8), tuple(kv.shape))
+    kv[0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN, infinity"):
+        encode(CODECS["int8"], kv)

@@ -1,0 +1,122 @@
+import hashlib
+
+import numpy as np
+import pytest
+
+from cache_store import CODECS, FormatError, KVCodec
+from cache_store.kv_codec import MANTISSAS, fp8_values, planes, scale_table
+from cache_store.kv_coding import decode, encode, to_bfloat16
+
+SHAPE = (2, 2, 3, 100, 64)
+
+
+def to_float(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def make_kv(shape=SHAPE, seed: int = 0) -> np.ndarray:
+    """Keys with an offset and a range of their own in each channel, values without."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape).astype(np.float32)
+    x[:, 0] *= np.exp(rng.standard_normal((*shape[2:3], 1, shape[4])).astype(np.float32))
+    x[:, 0] += 3 * rng.standard_normal((*shape[2:3], 1, shape[4])).astype(np.float32)
+    return to_bfloat16(x)
+
+
+def relative(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "key_error", "value_error"),
+    [
+        ("int8", 8.7, 0.0032, 0.0056),
+        ("int5", 5.7, 0.025, 0.043),
+        ("int4", 4.6, 0.06, 0.085),
+        ("fp8", 8.2, 0.029, 0.029),
+    ],
+)
+def test_size_and_error_of_the_named_codecs(name, bits, key_error, value_error) -> None:
+    kv = make_kv()
+    data = encode(CODECS[name], kv)
+    assert len(data) * 8 / kv.size < bits
+    back, expected = to_float(decode(CODECS[name], data, kv.shape)), to_float(kv)
+    assert key_error * 0.7 < relative(back[:, 0], expected[:, 0]) < key_error
+    assert value_error * 0.7 < relative(back[:, 1], expected[:, 1]) < value_error
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_no_value_is_further_off_than_its_step(bits) -> None:
+    codec = KVCodec(key_bits=(bits,), value_bits=(bits,), key_group=7, value_group=16, spread=False)
+    kv = make_kv((1, 2, 2, 23, 48))
+    back, x = to_float(decode(codec, encode(codec, kv), kv.shape)), to_float(kv)
+    groups = x[0, 1].reshape(2, 23, 3, 16)
+    span = np.maximum(groups.max(-1), 0) - np.minimum(groups.min(-1), 0)
+    error = np.abs(back[0, 1] - x[0, 1]).reshape(groups.shape).max(-1)
+    assert (error <= 1.05 * span / (2**bits - 1) + 2**-8 * np.abs(groups).max(-1)).all()
+
+
+def test_layers_may_have_bits_of_their_own() -> None:
+    codec = KVCodec(key_bits=(8, 4), value_bits=(6,))
+    kv = make_kv()
+    sizes = [codec.layer_bytes(layer, SHAPE) for layer in (0, 1)]
+    assert sizes[0][0] - sizes[1][0] == 4 * kv[0, 0].size // 8
+    assert sizes[0][1] == sizes[1][1]
+    data = encode(codec, kv)
+    assert len(data) == sum(map(sum, sizes)) == codec.encoded_bytes(SHAPE)
+    back, x = to_float(decode(codec, data, SHAPE)), to_float(kv)
+    assert relative(back[0, 0], x[0, 0]) < 0.004 < 0.03 < relative(back[1, 0], x[1, 0]) < 0.06
+    with pytest.raises(ValueError, match="bits for 2 layers, the sample has 3"):
+        codec.encoded_bytes((3, *SHAPE[1:]))
+
+
+@pytest.mark.parametrize("name", sorted(CODECS))
+@pytest.mark.parametrize("fill", [0.0, 5.0, -1e-20, 3e37])
+def test_constants_come_back_nearly_exact(name, fill) -> None:
+    kv = to_bfloat16(np.full((1, 2, 1, 3, 64), fill, np.float32))
+    back, x = to_float(decode(CODECS[name], encode(CODECS[name], kv), kv.shape)), to_float(kv)
+    assert np.all(np.abs(back - x) <= (0.07 if name in ("int4", "fp8") else 0.04) * np.abs(x))
+
+
+def test_refusals() -> None:
+    bad = make_kv()
+    bad[0, 0, 0, 0, 0] = 0x7F80
+    with pytest.raises(ValueError, match="NaN, infinity"):
+        encode(CODECS["int8"], bad)
+    with pytest.raises(ValueError, match=r"takes .* bytes in this codec"):
+        decode(CODECS["int8"], np.zeros(3, np.uint8), SHAPE)
+    for shape in [(1, 1, 1, 1, 64), (1, 2, 1, 1, 60), (1, 2, 1, 0, 64), (1, 2, 1, 1, 40), (1, 2, 1, 1, 512)]:
+        with pytest.raises(ValueError, match="multiple of 8"):
+            CODECS["int8"].encoded_bytes(shape)
+    for wrong in ({"key_bits": (9,)}, {"kind": "fp8", "value_bits": (4,)}, {"key_group": 0}, {"value_bits": ()}):
+        with pytest.raises(ValueError):
+            KVCodec(**wrong)
+    for wrong in ({}, {**CODECS["int8"].to_json(), "spread": 1}, {**CODECS["int8"].to_json(), "key_bits": 3}):
+        with pytest.raises(FormatError):
+            KVCodec.from_json(wrong, "here")
+
+
+def test_json_planes_and_tables() -> None:
+    for codec in CODECS.values():
+        assert KVCodec.from_json(codec.to_json(), "here") == codec
+    assert [planes(width) for width in (1, 5, 7, 8, 10)] == [[1], [4, 1], [4, 2, 1], [8], [8, 2]]
+    assert [value.hex() for value in map(float, MANTISSAS[:2])] == ["0x1.0000000000000p+0", "0x1.0b55860000000p+0"]
+    table = scale_table(-3)
+    assert (table[0], table[16], table[255] / table[239]) == (0.125, 0.25, 2.0)
+    assert fp8_values()[[0, 1, 8, 126]].tolist() == [0.0, 2**-9, 2**-6, 448.0]
+
+
+def test_the_encoded_bytes_never_change() -> None:
+    """A store of today must be readable tomorrow: these digests are part of format version 1."""
+    kv = np.arange(2 * 2 * 2 * 70 * 64, dtype=np.uint32).reshape(2, 2, 2, 70, 64)
+    kv = (0x3F80 + (kv * 2654435761 >> 20) % 256 + ((kv * 40503 >> 7) % 2) * 0x8000).astype(np.uint16)
+    digests = {name: hashlib.sha256(encode(codec, kv).tobytes()).hexdigest()[:16] for name, codec in CODECS.items()}
+    assert digests == DIGESTS
+
+
+DIGESTS = {
+    "int8": "3b3f62be884ed299",
+    "int5": "5a1d25be556b66e9",
+    "int4": "ac062899a0a88c0c",
+    "fp8": "4710f7936a6c761e",
+}
