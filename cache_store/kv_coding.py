@@ -168,7 +168,8 @@ def _put_scales(segments: list[Segment], data: NDArray[np.uint8], needed: Floats
 
 
 def _get_scales(segments: list[Segment], data: NDArray[np.uint8]) -> Floats:
-    return scale_table(int(_get(segments, data, "base")[0]))[_get(segments, data, "scale")]
+    scales: Floats = scale_table(int(_get(segments, data, "base")[0]))[_get(segments, data, "scale")]
+    return scales
 
 
 def _put_codes(segments: list[Segment], data: NDArray[np.uint8], classes: list[tuple[int, int]], codes: Floats) -> None:

@@ -1,0 +1,390 @@
+"""What a store must survive: killed writers, power cuts, full disks, flipped bits, lost and cut files.
+
+    python benchmarks/torture_store.py --kills 1000 --flips 10000 --seed 0
+
+The last line counts acknowledged samples lost, torn samples visible, and wrong bytes read without an error; the exit
+status is 1 unless all are zero. Linux only (it forks).
+"""
+
+import argparse
+import errno
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_store import (
+    CacheReader,
+    CacheStoreError,
+    CacheWriter,
+    Field,
+    IdentityMismatchError,
+    StoreFullError,
+    build_index,
+    collect_garbage,
+    verify,
+)
+
+FIELDS = [
+    Field(name="kv", dtype="bfloat16", axes=("layer", "token", "channel"), chunk_mb=0.004),
+    Field(name="z", dtype="float32", axes=("i",), compression="zstd", chunk_mb=0.004),
+    Field(name="writer", dtype="int64", layout="packed"),
+    Field(name="text", dtype="str", layout="text"),
+]
+SAMPLES = 24
+GARBAGE_AGE_S = 5.0
+
+
+@dataclass
+class Counts:
+    """What went wrong, and how much was tried."""
+
+    lost: int = 0
+    torn: int = 0
+    wrong: int = 0
+    tried: dict[str, int] = field(default_factory=dict)
+
+    def add(self, what: str, count: int = 1) -> None:
+        self.tried[what] = self.tried.get(what, 0) + count
+
+
+def values_of(sample_id: str, writer: int) -> dict[str, Any]:
+    """What this writer stores under this id; the two make every byte."""
+    rng = np.random.default_rng([writer, zlib.crc32(sample_id.encode())])
+    return {
+        "kv": rng.integers(0, 2**16, (5, 12, 64)).astype(np.uint16),
+        "z": np.round(rng.standard_normal(2000), 1).astype(np.float32),
+        "writer": np.array(writer),
+        "text": f"{sample_id} by {writer}",
+    }
+
+
+def open_writer(path: Path, identity: str = "a") -> CacheWriter:
+    return CacheWriter(path, fields=FIELDS, identity={"model": identity})
+
+
+def check_sample(reader: CacheReader, sample_id: str, counts: Counts, *, may_fail: bool = False) -> bool:
+    """Read one sample and compare every byte; returns whether it was readable."""
+    try:
+        got = reader.read(sample_id)
+    except CacheStoreError:
+        counts.torn += not may_fail
+        return False
+    expected = values_of(sample_id, int(got["writer"]))
+    counts.wrong += any(got[name].tobytes() != np.asarray(expected[name]).tobytes() for name in expected)
+    return True
+
+
+def check_store(path: Path, acknowledged: set[str], counts: Counts) -> None:
+    if not (path / "zarr.json").exists():
+        counts.lost += len(acknowledged)
+        return
+    reader = CacheReader(path)
+    counts.lost += len(acknowledged - set(reader.sample_ids))
+    for sample_id in reader.sample_ids:
+        check_sample(reader, sample_id, counts)
+
+
+def torture_kills(folder: Path, kills: int, rng: random.Random, counts: Counts) -> None:
+    """Random SIGKILLs of 1 to 8 racing writers, beside a reader and a garbage collector that must not suffer."""
+    done, round_ = 0, 0
+    while done < kills:
+        path = folder / f"kills{round_}"
+        round_ += 1
+        acknowledged: set[str] = set()
+        helpers = [fork(lambda p=path: watch(p)), fork(lambda p=path: collect(p))]
+        budget = min(kills - done, 60)
+        while budget > 0:
+            crowd = [start_writer(path, rng.randrange(2**31)) for _ in range(rng.randint(1, 8))]
+            for pid, receive in rng.sample(crowd, len(crowd)):
+                time.sleep(rng.random() * 0.02)
+                os.kill(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+                killed = os.WIFSIGNALED(status)
+                budget -= killed
+                done += killed
+                counts.torn += not killed and os.waitstatus_to_exitcode(status) != 0
+                acknowledged |= receive_ids(receive)
+            check_store(path, acknowledged, counts)
+            if len(acknowledged) == SAMPLES:
+                break
+        for pid in helpers:
+            os.kill(pid, signal.SIGTERM)
+            _, status = os.waitpid(pid, 0)
+            counts.torn += os.waitstatus_to_exitcode(status) != 0
+        with open_writer(path) as writer:  # the same command again goes on
+            for i in range(SAMPLES):
+                writer.write(f"s{i}", values_of(f"s{i}", 1))
+        check_store(path, {f"s{i}" for i in range(SAMPLES)}, counts)
+        counts.torn += not verify(path, deep=True).ok
+        shutil.rmtree(path)
+    counts.add("kills", done)
+
+
+def fork(body: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        body()
+        status = 0
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        os._exit(status)
+
+
+def start_writer(path: Path, seed: int) -> tuple[int, int]:
+    receive, send = os.pipe()
+
+    def body() -> None:
+        order = random.Random(seed).sample(range(SAMPLES), SAMPLES)
+        with open_writer(path) as writer:
+            for i in order:
+                writer.write(f"s{i}", values_of(f"s{i}", seed))
+                os.write(send, f"s{i}\n".encode())
+
+    pid = fork(body)
+    os.close(send)
+    return pid, receive
+
+
+def receive_ids(receive: int) -> set[str]:
+    data = b""
+    while block := os.read(receive, 65536):
+        data += block
+    os.close(receive)
+    return {line.decode() for line in data.split(b"\n")[:-1]}
+
+
+def until_terminated(body: Callable[[], None]) -> None:
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+    while not stopped:
+        body()
+
+
+def watch(path: Path) -> None:
+    """A reader that stays open while writers commit; any error or wrong byte ends it with status 1."""
+    counts = Counts()
+    readers: list[CacheReader] = []
+
+    def look() -> None:
+        if not (path / "zarr.json").exists():
+            return
+        readers[:] = readers or [CacheReader(path)]
+        readers[0].refresh()
+        for sample_id in readers[0].sample_ids:
+            check_sample(readers[0], sample_id, counts)
+
+    until_terminated(look)
+    assert counts.wrong == counts.torn == 0, counts
+
+
+def collect(path: Path) -> None:
+    def sweep() -> None:
+        if (path / "zarr.json").exists():
+            collect_garbage(path, min_age_s=GARBAGE_AGE_S)
+        time.sleep(0.01)
+
+    until_terminated(sweep)
+
+
+def torture_power(folder: Path, counts: Counts) -> None:
+    """After every fsync of two writes: all that was not forced to the medium is gone."""
+    path, acknowledged = folder / "power", set[str]()
+    contents: dict[int, bytes] = {}
+    names: dict[int, dict[str, tuple[bool, int]]] = {}
+    states: list[tuple[Any, Any, set[str]]] = []
+    parent = folder.stat().st_ino
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        remember()
+        real(descriptor)
+        place = Path(f"/proc/self/fd/{descriptor}").readlink()
+        inode = os.fstat(descriptor).st_ino
+        if place.is_dir():
+            names[inode] = {item.name: (item.is_dir(), item.lstat().st_ino) for item in place.iterdir()}
+        else:
+            contents[inode] = place.read_bytes()
+
+    def remember() -> None:
+        states.append((dict(contents), {key: dict(value) for key, value in names.items()}, set(acknowledged)))
+
+    os.fsync = fsync
+    try:
+        with open_writer(path) as writer:
+            for i in range(2):
+                writer.write(f"s{i}", values_of(f"s{i}", i))
+                acknowledged.add(f"s{i}")
+    finally:
+        os.fsync = real
+    remember()
+    for number, (kept_contents, kept_names, kept_acknowledged) in enumerate(states):
+        after = folder / f"power{number}"
+
+        def restore(inode: int, target: Path, kept: Any = kept_names, data: Any = kept_contents) -> None:
+            target.mkdir()
+            for name, (is_folder, child) in kept.get(inode, {}).items():
+                if is_folder:
+                    restore(child, target / name)
+                else:
+                    (target / name).write_bytes(data.get(child, b""))
+
+        restore(parent, after)
+        store = after / "power"
+        check_store(store, kept_acknowledged, counts)
+        with open_writer(store) as writer:
+            for i in range(2):
+                writer.write(f"s{i}", values_of(f"s{i}", 7))
+        check_store(store, {"s0", "s1"}, counts)
+        counts.torn += not verify(store, deep=True).ok
+        shutil.rmtree(after)
+    counts.add("power cuts", len(states))
+
+
+def torture_full_disk(folder: Path, counts: Counts) -> None:
+    """ENOSPC, half of the bytes written, at every single write."""
+    real = os.write
+    for step in range(1, 10_000):
+        path, left, acknowledged = folder / f"full{step}", step, set[str]()
+
+        def write(descriptor: int, data: Any) -> int:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                real(descriptor, bytes(data)[: len(data) // 2])
+                raise OSError(errno.ENOSPC, "no space left on device")
+            return real(descriptor, data)
+
+        os.write = write
+        full = False
+        try:
+            with open_writer(path) as writer:
+                for i in range(2):
+                    writer.write(f"s{i}", values_of(f"s{i}", i))
+                    acknowledged.add(f"s{i}")
+        except StoreFullError:
+            full = True
+        finally:
+            os.write = real
+        check_store(path, acknowledged, counts)
+        if not full:
+            counts.add("full disks", step - 1)
+            return
+        with open_writer(path) as writer:
+            for i in range(2):
+                writer.write(f"s{i}", values_of(f"s{i}", 5))
+        check_store(path, {"s0", "s1"}, counts)
+        report = verify(path, deep=True)
+        counts.torn += not report.ok or bool(report.orphans) or bool(report.stale_temporaries)
+        shutil.rmtree(path)
+
+
+def make_store(path: Path) -> None:
+    with open_writer(path) as writer:
+        for i in range(4):
+            writer.write(f"s{i}", values_of(f"s{i}", i))
+        writer.quarantine("bad", "kind", "reason", "traceback")
+    build_index(path)
+    then = time.time() - 60
+    (path / "staging" / ("0" * 32)).write_bytes(b"left over")
+    shutil.copytree(next((path / "samples").glob("s0*")), path / "samples" / f"orphan-{'0' * 32}.{'1' * 16}")
+    os.utime(path / "commits", (then, then))
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(item for item in path.rglob("*") if item.is_file())
+
+
+def read_damaged(path: Path, counts: Counts) -> bool:
+    """Whether a damaged store raised; whatever it gives without an error is compared."""
+    try:
+        reader = CacheReader(path)
+        readable = [check_sample(reader, sample_id, counts, may_fail=True) for sample_id in reader.sample_ids]
+    except CacheStoreError:
+        return True
+    return not all(readable)
+
+
+def torture_flips(folder: Path, flips: int, rng: random.Random, counts: Counts) -> None:
+    """Single bits, over every file in turn."""
+    path = folder / "flips"
+    make_store(path)
+    files = files_of(path)
+    for number in range(flips):
+        target = files[number % len(files)]
+        data = target.read_bytes()
+        at = rng.randrange(len(data) * 8)
+        flipped = bytearray(data)
+        flipped[at // 8] ^= 1 << at % 8
+        target.write_bytes(flipped)
+        noticed = read_damaged(path, counts)
+        target.write_bytes(data)
+        counts.add("flips noticed", noticed)
+    counts.torn += not verify(path, deep=True).ok
+    counts.add("flips", flips)
+    shutil.rmtree(path)
+
+
+def torture_files(folder: Path, counts: Counts) -> None:
+    """Every file cut at several lengths, or deleted; and a writer of another model."""
+    path = folder / "files"
+    make_store(path)
+    for target in files_of(path):
+        data = target.read_bytes()
+        for length in (0, 1, len(data) // 2, len(data) - 4, len(data) - 1, None):
+            if length is None:
+                target.unlink()
+            else:
+                target.write_bytes(data[: max(0, length)])
+            read_damaged(path, counts)
+            target.write_bytes(data)
+            counts.add("cut or deleted files")
+    before = [(item, item.read_bytes()) for item in files_of(path)]
+    try:
+        open_writer(path, "another")
+        counts.wrong += 1
+    except IdentityMismatchError:
+        counts.wrong += before != [(item, item.read_bytes()) for item in files_of(path)]
+    shutil.rmtree(path)
+
+
+def torture(folder: Path, *, kills: int, flips: int, seed: int) -> Counts:
+    rng, counts = random.Random(seed), Counts()
+    torture_power(folder, counts)
+    torture_full_disk(folder, counts)
+    torture_files(folder, counts)
+    torture_flips(folder, flips, rng, counts)
+    torture_kills(folder, kills, rng, counts)
+    return counts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--flips", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dir", type=Path, help="where stores are made (default: a temporary folder)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        counts = torture(Path(folder), kills=options.kills, flips=options.flips, seed=options.seed)
+    tried = ", ".join(f"{count} {what}" for what, count in counts.tried.items())
+    print(f"{tried}: {counts.lost} lost, {counts.torn} torn, {counts.wrong} wrong")
+    return int(counts.lost + counts.torn + counts.wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
