@@ -14,7 +14,9 @@ from alpacache.alpamayo import Checkpoint, PrefixFeatures
 from alpacache.errors import UsageError
 from alpacache.features import POSE_FIELDS, PREFIX_FIELDS, CachedSample, from_arrays
 from alpacache.identity import check_same_model
-from cache_store import CacheReader
+from cache_store import CacheReader, differences
+
+_SHARED = ("model", "prompt", "processor", "dtype")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,7 @@ class CachedDataset:
         self._readers = [CacheReader(store) for store in stores]
         for store, reader in zip(stores, self._readers, strict=True):
             check_same_model(checkpoint, reader.identity, store=str(store))
+        _check_mixable(list(stores), self._readers)
         self._index = [(reader, sample_id) for reader in self._readers for sample_id in reader.sample_ids]
         if not self._index:
             raise UsageError(f"no committed sample in {', '.join(map(str, stores))}; run `alpacache extract` first.")
@@ -63,6 +66,14 @@ class CachedDataset:
             return None
         picture: bytes = reader.read(sample_id, fields=["front_jpeg"])["front_jpeg"].tobytes()
         return picture
+
+
+def _check_mixable(stores: Sequence[str | Path], readers: Sequence[CacheReader]) -> None:
+    """Stores trained together may differ in cameras, frames and codec, not in what the VLM was and how it was asked."""
+    first = {key: readers[0].identity[key] for key in _SHARED}
+    for store, reader in zip(stores, readers, strict=True):
+        if lines := differences(first, {key: reader.identity[key] for key in _SHARED}):
+            raise UsageError(f"store {store} cannot be mixed with {stores[0]}:\n  " + "\n  ".join(lines))
 
 
 def target(sample: CachedSample, space: UnicycleActionSpace) -> Tensor:

@@ -6,7 +6,8 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from alpacache.errors import UsageError
 from alpacache.sample import FRONT_CAMERA
@@ -67,8 +68,8 @@ class TrainConfig:
     trainable: Trainable = "all"
     lr: float = 1e-4
     min_lr: float = 1e-6
-    warmup: int = 100
-    """Steps of linear warm-up before the cosine."""
+    warmup: int | None = None
+    """Steps of linear warm-up before the cosine; None means 100, or a tenth of the run if that is less."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -100,7 +101,7 @@ class TrainConfig:
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _check(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"0 to lr ({self.lr})")
         _check(self.clip > 0, "clip", self.clip, "above 0")
-        _check(self.warmup >= 0, "warmup", self.warmup, "0 or more")
+        _check(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +114,7 @@ class EvalConfig:
     checkpoint: str | None = None
     """A run directory or one of its checkpoints; without it the unmodified model is evaluated."""
     compare: Mapping[str, str] = field(default_factory=dict)
-    """More models in the same tables: label -> run directory, or `base` for the unmodified model."""
+    """More models in the same tables: label -> run directory or checkpoint."""
     paths: int = 6
     flow_steps: int = 10
     samples: int | None = None
@@ -159,10 +160,37 @@ def to_toml(config: Any) -> str:
 
 def make(kind: type[T], values: Mapping[str, Any]) -> T:
     """Build a config; a value of the wrong type is a `UsageError`, not a traceback."""
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise UsageError(f"{name} is {value!r}; expected {_describe(hints[name])}.")
     try:
         return kind(**values)
     except TypeError as error:
         raise UsageError(f"bad {kind.__name__}: {error}.") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type that a config field declares; an int is good for a float."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in parts
+    if kind is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if kind is tuple:
+        kinds = parts[:1] * len(value) if isinstance(value, tuple) and parts[1:] == (...,) else parts
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is not None:
+        return isinstance(value, kind)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
 
 
 def _toml_value(value: Any) -> str:

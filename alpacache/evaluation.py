@@ -14,6 +14,7 @@ from alpacache import randomness
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import EvalConfig
+from alpacache.device import resolve_device
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.features import CachedSample
 from alpacache.flow_matching import sample as sample_flow
@@ -33,6 +34,8 @@ BASE = "base"
 TRAINED = "trained"
 _PICTURES = 3
 Paths = tuple[NDArray[np.float32], NDArray[np.float32]]
+Drive = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+"""History and future of one sample, xyz and rotations each: all that judging needs, without its prefix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,38 +51,34 @@ class EvalReport:
 def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalReport:
     """Sample paths for every cached sample and model, judge them, and write JSON, pictures and a report to `out`."""
     started = time.monotonic()
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = Checkpoint(config.model)
     data = CachedDataset([config.store], checkpoint)
     indices = list(range(min(len(data), config.samples or len(data))))
-    runs = _runs(config)
     predicted: dict[str, list[Paths]] = {}
+    drives: dict[int, Drive] = {}
     with InterruptGuard() as guard:
-        for number, (label, run) in enumerate(runs.items()):
-            expert = load_expert(
-                checkpoint, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device
-            ).eval()
-            if run is not None:
-                apply_checkpoint(expert, run, checkpoint)
+        for label, run in _runs(config).items():
+            expert = _load(config, checkpoint, run)
             predicted[label] = []
             for start in range(0, len(indices), config.batch_size):
                 if guard.requested:
-                    raise InterruptedRunError(
-                        "stopped on request; an evaluation keeps nothing, run the same command again."
-                    )
-                samples = [data.load(index) for index in indices[start : start + config.batch_size]]
+                    raise InterruptedRunError("stopped on request; an evaluation keeps nothing, run it again.")
+                rows = indices[start : start + config.batch_size]
+                samples = [data.load(index) for index in rows]
+                drives |= {index: _drive(sample) for index, sample in zip(rows, samples, strict=True)}
                 predicted[label] += predict(
                     expert, samples, paths=config.paths, flow_steps=config.flow_steps, seed=config.seed
                 )
-                done = number * len(indices) + len(predicted[label])
-                rate = done / (time.monotonic() - started)
-                on_progress(
-                    Progress(
-                        done=done, total=len(runs) * len(indices), unit="samples", rate=rate, notes={"model": label}
-                    )
-                )
+                done = sum(map(len, predicted.values()))
+                rate, total = done / (time.monotonic() - started), len(_runs(config)) * len(indices)
+                on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
     results = [
-        _result(data.load(index), data.front_jpeg(index), {label: paths[place] for label, paths in predicted.items()})
+        _result(
+            data.sample_id(index),
+            drives[index],
+            data.front_jpeg(index),
+            {label: paths[place] for label, paths in predicted.items()},
+        )
         for place, index in enumerate(indices)
     ]
     summary = summarise(results, seed=config.seed)
@@ -138,21 +137,38 @@ def _runs(config: EvalConfig) -> dict[str, str | None]:
     return runs
 
 
-def _result(sample: CachedSample, front_jpeg: bytes | None, paths: Mapping[str, Paths]) -> SampleResult:
-    poses = [
-        tensor.numpy() for tensor in (sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
-    ]
-    models: dict[str, ModelResult] = {label: judge(xyz, rot, *poses[2:]) for label, (xyz, rot) in paths.items()}
+def _load(config: EvalConfig, checkpoint: Checkpoint, run: str | None) -> ActionExpert:
+    device = resolve_device(config.device)
+    expert = load_expert(checkpoint, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
+    if run is not None:
+        apply_checkpoint(expert, run, checkpoint)
+    return expert.eval()
+
+
+def _drive(sample: CachedSample) -> Drive:
+    return (
+        sample.history_xyz.double().numpy(),
+        sample.history_rot.double().numpy(),
+        sample.future_xyz.double().numpy(),
+        sample.future_rot.double().numpy(),
+    )
+
+
+def _result(sample_id: str, drive: Drive, front_jpeg: bytes | None, paths: Mapping[str, Paths]) -> SampleResult:
+    history_xyz, history_rot, truth_xyz, truth_rot = drive
+    models: dict[str, ModelResult] = {
+        label: judge(xyz, rot, truth_xyz, truth_rot) for label, (xyz, rot) in paths.items()
+    }
     return SampleResult(
-        sample_id=sample.sample_id,
-        clip_id=SampleRef.parse(sample.sample_id).clip_id,
-        truth_xyz=poses[2],
-        truth_rot=poses[3],
-        history_xyz=poses[0],
-        history_rot=poses[1],
+        sample_id=sample_id,
+        clip_id=SampleRef.parse(sample_id).clip_id,
+        truth_xyz=truth_xyz,
+        truth_rot=truth_rot,
+        history_xyz=history_xyz,
+        history_rot=history_rot,
         front_jpeg=front_jpeg,
-        strata=classify(*poses),
-        models={**models, **judge_baselines(*poses)},
+        strata=classify(*drive),
+        models={**models, **judge_baselines(*drive)},
     )
 
 

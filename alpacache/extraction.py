@@ -9,6 +9,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.config import ExtractConfig
+from alpacache.device import device_name, resolve_device
 from alpacache.errors import BadClipError, InterruptedRunError, UsageError
 from alpacache.features import store_fields, to_arrays
 from alpacache.identity import provenance, store_identity
@@ -26,7 +28,7 @@ from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.sample import Sample, SampleRef, Source, sort_cameras
 from alpacache.selection import Rejected, select
 from alpacache.sources import open_source
-from cache_store import CacheReader, CacheWriter
+from cache_store import CacheWriter
 
 _READ_AHEAD = 4
 _WRITES_IN_FLIGHT = 4
@@ -54,16 +56,16 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
     Raises `UsageError` (and `IdentityMismatchError`) before anything is changed, `StoreFullError` when the disk is
     full, `InterruptedRunError` after a signal; in each case the same call goes on where it stopped.
     """
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = resolve_device(config.device)
     cameras = sort_cameras(config.cameras)
     source = open_source(config.source, cameras=cameras)
     checkpoint = Checkpoint(config.model)
     builder = InputBuilder(checkpoint)
     refs, unusable = select(source, split=config.split, t0=config.t0, samples=config.samples)
     worker, workers = config.shard
-    refs, unusable = refs[worker::workers], unusable[worker::workers]
     if not refs and not unusable:
         raise UsageError(f"{config.source} has no sample in split {config.split!r}; choose another --split or --t0.")
+    refs, unusable = refs[worker::workers], unusable[worker::workers]
     identity = store_identity(
         checkpoint,
         builder,
@@ -76,7 +78,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
         config.store,
         fields=store_fields(hidden_states=config.hidden_states == "last"),
         identity=identity,
-        provenance=provenance(source=source.name, device=_device_name(device)),
+        provenance=provenance(source=source.name, device=device_name(device)),
     ) as writer:
         return _Run(config, source, cameras, checkpoint, builder, writer, device, on_progress).run(refs, unusable)
 
@@ -105,24 +107,29 @@ class _Run:
 
     def run(self, refs: Sequence[SampleRef], unusable: Sequence[Rejected]) -> ExtractReport:
         wanted = [ref.sample_id for ref in refs]
-        rejected = [clip_id for clip_id, _ in unusable]
         if self.config.retry_quarantined:
-            for name in (*wanted, *rejected):
+            for name in wanted:
                 self.writer.release(name)
+        for clip_id in dict.fromkeys(ref.clip_id for ref in refs):
+            self.writer.release(clip_id)  # it gives samples now
         for clip_id, error in unusable:
-            if not self.writer.is_quarantined(clip_id):
+            known = self.writer.quarantine_of(clip_id)
+            if known is None or known.reason != str(error):
                 self._quarantine(clip_id, error)
         waiting = [ref for ref in refs if not self.writer.is_committed(ref.sample_id)]
         todo = [ref for ref in waiting if not self.writer.is_quarantined(ref.sample_id)]
         if todo:
             self._extract(todo)
-        return self._report([*wanted, *rejected], there=len(refs) - len(waiting))
+        return self._report([*wanted, *(clip_id for clip_id, _ in unusable)], there=len(refs) - len(waiting))
 
     def _extract(self, todo: Sequence[SampleRef]) -> None:
-        torch.use_deterministic_algorithms(self.config.deterministic)
         vlm = load_vlm(self.checkpoint, dtype=_DTYPE, device=self.device)
         self.started = time.monotonic()
-        with InterruptGuard() as guard, ThreadPoolExecutor(2, "write") as pool:
+        with (
+            _deterministic(self.config.deterministic),
+            InterruptGuard() as guard,
+            ThreadPoolExecutor(2, "write") as pool,
+        ):
             writes: deque[Future[bool]] = deque()
             for ref, prepared in self._prepared(todo):
                 if guard.requested:
@@ -188,18 +195,24 @@ class _Run:
 
     def _report(self, names: Sequence[str], *, there: int) -> ExtractReport:
         seconds = time.monotonic() - self.started
-        records = CacheReader(self.config.store).quarantined
+        records = {name: self.writer.quarantine_of(name) for name in names}
         return ExtractReport(
             store=self.config.store,
             selected=len(names),
             extracted=self.extracted,
             already_there=there,
-            quarantined={name: records[name].reason for name in names if name in records},
+            quarantined={name: record.reason for name, record in records.items() if record is not None},
             seconds=seconds,
             samples_per_s=self.extracted / seconds if seconds else 0.0,
             bytes_written=self.bytes_written,
         )
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

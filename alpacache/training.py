@@ -18,6 +18,7 @@ from alpacache import flow_matching, randomness
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.cached_dataset import BatchLoader, CachedDataset, TrainingItem, target
 from alpacache.config import TrainConfig, to_toml
+from alpacache.device import resolve_device
 from alpacache.errors import InterruptedRunError, NonFiniteError, UsageError
 from alpacache.identity import model_identity
 from alpacache.interrupt import InterruptGuard
@@ -50,9 +51,9 @@ class TrainReport:
     steps: int
     samples: int
     """Distinct samples in the stores."""
-    first_loss: float
-    """Mean over this call's first steps (up to 20)."""
-    last_loss: float
+    first_loss: float | None
+    """Mean over this call's first steps (up to 20); None if there was nothing left to do."""
+    last_loss: float | None
     """Mean over its last steps."""
     val_loss: float | None
     best_val_loss: float | None
@@ -72,7 +73,7 @@ def train(config: TrainConfig, *, on_progress: OnProgress = ignore) -> TrainRepo
             f"{config.out} already holds a run (step {directory.steps[-1]}); pass --resume to go on, or choose "
             "another --out."
         )
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = resolve_device(config.device)
     checkpoint = Checkpoint(config.model)
     data = CachedDataset(config.stores, checkpoint, in_memory=config.in_memory)
     val = CachedDataset([config.val], checkpoint, in_memory=config.in_memory) if config.val else None
@@ -82,6 +83,7 @@ def train(config: TrainConfig, *, on_progress: OnProgress = ignore) -> TrainRepo
         run.restore()
     else:
         directory.write_config(to_toml(config))
+        directory.rewind_metrics(0)
     return run.loop()
 
 
@@ -101,6 +103,11 @@ class _Run:
         self.config, self.directory, self.checkpoint = config, directory, checkpoint
         self.data, self.val, self.expert, self.on_progress = data, val, expert, on_progress
         self.total = config.steps or math.ceil((config.epochs or 0) * len(data) / config.batch_size)
+        self.warmup = min(100, self.total // 10) if config.warmup is None else config.warmup
+        if self.warmup >= self.total:
+            raise UsageError(
+                f"warmup is {self.warmup} of {self.total} steps; expected fewer, so that lr is ever reached."
+            )
         self.parameters = trainable_parameters(expert, config.trainable)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -112,6 +119,7 @@ class _Run:
         self.step = 0
         self.best: dict[str, Any] = {"step": None, "val_loss": None}
         self.losses: list[float] = []
+        self.val_loss: float | None = None
         self.bad_steps = 0
 
     def loop(self) -> TrainReport:
@@ -120,7 +128,6 @@ class _Run:
         if self.expert.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.expert.device)
         self.expert.train()
-        val_loss = None
         with InterruptGuard() as guard:
             for items in loader:
                 row = self._train_step(items)
@@ -129,17 +136,20 @@ class _Run:
                 rate = (self.step - first) / seconds
                 row |= {"samples_per_s": rate * config.batch_size, "data_wait": loader.waited_s / seconds}
                 if self.val is not None and (self.step % config.val_every == 0 or self.step == self.total):
-                    row["val_loss"] = val_loss = self._validate()
+                    row["val_loss"] = self.val_loss = self._validate()
                 self.directory.append_metrics(row)
                 self._tell(row, rate)
                 finished = self.step == self.total
-                if finished or guard.requested or self.step % config.save_every == 0:
-                    self._save(val_loss)
+                improved = "val_loss" in row and (self.best["step"] is None or row["val_loss"] < self.best["val_loss"])
+                if improved:
+                    self.best = {"step": self.step, "val_loss": row["val_loss"]}
+                if improved or finished or guard.requested or self.step % config.save_every == 0:
+                    self._save(is_best=improved)
                 if guard.requested and not finished:
                     raise InterruptedRunError(
                         f"stopped on request at step {self.step}; saved. Run again with --resume to go on."
                     )
-        return self._report(first, time.monotonic() - started, loader.waited_s, val_loss)
+        return self._report(first, time.monotonic() - started, loader.waited_s)
 
     def restore(self) -> None:
         """Go on from the newest checkpoint; refuses a changed setting that would change the result."""
@@ -165,7 +175,7 @@ class _Run:
 
     def _train_step(self, items: Sequence[TrainingItem]) -> dict[str, Any]:
         config = self.config
-        lr = learning_rate(self.step, total=self.total, warmup=config.warmup, peak=config.lr, final=config.min_lr)
+        lr = learning_rate(self.step, total=self.total, warmup=self.warmup, peak=config.lr, final=config.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         action = torch.stack([item.action for item in items])[:, None]
@@ -229,10 +239,7 @@ class _Run:
         for step in range(self.step, self.total):
             yield [(position, order[position]) for position in range(step * size, (step + 1) * size)]
 
-    def _save(self, val_loss: float | None) -> None:
-        is_best = val_loss is not None and (self.best["val_loss"] is None or val_loss < self.best["val_loss"])
-        if is_best:
-            self.best = {"step": self.step, "val_loss": val_loss}
+    def _save(self, *, is_best: bool) -> None:
         state = {
             "settings": self._settings(),
             "base": model_identity(self.checkpoint),
@@ -274,7 +281,7 @@ class _Run:
             notes["val"] = f"{row['val_loss']:.4f}"
         self.on_progress(Progress(done=self.step, total=self.total, unit="steps", rate=rate, notes=notes))
 
-    def _report(self, first: int, seconds: float, waited_s: float, val_loss: float | None) -> TrainReport:
+    def _report(self, first: int, seconds: float, waited_s: float) -> TrainReport:
         done = self.step - first
         device = self.expert.device
         window = max(1, min(20, len(self.losses) // 2))
@@ -284,7 +291,7 @@ class _Run:
             samples=len(self.data),
             first_loss=_mean(self.losses[:window]),
             last_loss=_mean(self.losses[-window:]),
-            val_loss=val_loss,
+            val_loss=self.val_loss,
             best_val_loss=self.best["val_loss"],
             seconds=seconds,
             samples_per_s=done * self.config.batch_size / seconds if seconds else 0.0,
@@ -316,5 +323,5 @@ def trainable_parameters(expert: ActionExpert, which: str) -> dict[str, torch.nn
     return chosen
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -99,8 +99,12 @@ class CacheWriter:
 
     def is_quarantined(self, sample_id: str) -> bool:
         """Whether the sample failed before and was not released for another try (nor committed since)."""
+        return self.quarantine_of(sample_id) is not None
+
+    def quarantine_of(self, sample_id: str) -> QuarantineRecord | None:
+        """Why the sample failed, if it is quarantined."""
         record = quarantine_record.read(self.path, sample_key(sample_id))
-        return record is not None and not record.released and not self.is_committed(sample_id)
+        return None if record is None or record.released or self.is_committed(sample_id) else record
 
     def release(self, sample_id: str) -> None:
         """Allow another try of a quarantined sample; its count of attempts goes on. Others are left as they are."""

@@ -9,6 +9,8 @@ from cli import options, output
 if TYPE_CHECKING:
     from alpacache.summary import EvalSummary
 
+_NAMES = {"straight_history_late_curve": "curve after t0"}
+_WARNINGS = 3
 _METRICS = {"min_ade": "minADE", "ade": "ADE", "min_fde": "minFDE", "corner_distance": "corners"}
 
 
@@ -64,16 +66,21 @@ def evaluate(
 
 def print_summary(summary: "EvalSummary") -> None:
     """Metrics in metres, and the slope of predicted against driven heading change: 1 is unbiased, 0 drives straight."""
+    from alpacache.strata import LATE_CURVE
+
     heads = ["stratum", "samples", "model", *_METRICS.values(), "heading slope at 6.4 s"]
     rows = []
     for name, stratum in summary.strata.items():
-        if not stratum.samples:
-            continue
-        for number, label in enumerate((*summary.models, *summary.baselines)):
+        labels = (*summary.models, *summary.baselines) if name in ("all", LATE_CURVE) else summary.models
+        for number, label in enumerate(labels if stratum.samples else ()):
             slope = stratum.bias[label]["heading"][6.4]
             text = "-" if slope is None else f"{slope.slope:.2f} [{slope.low:.2f}, {slope.high:.2f}]"
-            first = [name, str(stratum.samples)] if number == 0 else ["", ""]
+            first = [_NAMES.get(name, name), str(stratum.samples)] if number == 0 else ["", ""]
             rows.append([*first, label, *(f"{stratum.metrics[label][key]:.3f}" for key in _METRICS), text])
     output.print_table(f"{summary.samples} samples, {summary.paths} paths each, metres", rows, heads=heads)
-    for warning in summary.warnings:
+    for warning in summary.warnings[:_WARNINGS]:
         output.note(warning)
+    if len(summary.warnings) > _WARNINGS:
+        output.note(
+            f"{len(summary.warnings) - _WARNINGS} more strata are too small to conclude from; eval.json names them."
+        )

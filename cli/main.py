@@ -4,12 +4,14 @@ Exit codes: 0 done; 1 failed; 2 bad usage or input, nothing touched; 3 done but 
 130 interrupted.
 """
 
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
 
-from cli import evaluate, extract, prepare, store, train
+from cli import demo, evaluate, extract, prepare, store, train
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -27,6 +29,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("info")(store.info)
 app.command("verify")(store.verify)
+app.command("demo")(demo.demo)
 
 
 @app.callback()
@@ -51,6 +54,7 @@ def main() -> None:
     from alpacache.errors import AlpacacheError, InterruptedRunError, UsageError
     from cache_store import CacheStoreError, FormatError, IdentityMismatchError, StoreNotFoundError
 
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except InterruptedRunError as error:
@@ -61,6 +65,10 @@ def main() -> None:
         _fail(str(error), BAD_INPUT)
     except (AlpacacheError, CacheStoreError) as error:
         _fail(str(error), FAILED)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> None:

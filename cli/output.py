@@ -12,6 +12,7 @@ from typing import Any
 from alpacache.progress import OnProgress, Progress
 
 _PLAIN_INTERVAL_S = 10.0
+_FILE_WIDTH = 120
 
 
 def print_json(value: Any) -> None:
@@ -36,7 +37,8 @@ def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[st
         )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    console = Console()
+    Console(width=console.width if console.is_terminal else max(console.width, _FILE_WIDTH)).print(table)
 
 
 @contextmanager

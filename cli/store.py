@@ -42,12 +42,18 @@ def info(store: Store, json: options.Json = False) -> None:
 def verify(
     store: Store,
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare it with its checksum.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Drop damaged samples, so that `extract` makes them again.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
-    """Check records, presence and sizes of every object; with --deep every byte. Exit code 1 if anything is damaged."""
+    """Check records, presence and sizes of every object; with --deep every byte. Exit code 1 if anything is damaged.
+
+    Example: `alpacache verify cache/train --deep --repair`, then run `extract` again.
+    """
     from cache_store import verify as check
 
-    report = check(store, deep=deep)
+    report = check(store, deep=deep, repair=repair)
     if json:
         output.print_json(report)
     else:
@@ -64,5 +70,9 @@ def verify(
         if report.damaged:
             damage = [[item.sample_id, item.field, item.object, item.what] for item in report.damaged]
             output.print_table("damage", damage, heads=["sample", "field", "object", "what"])
+        if report.repaired:
+            output.note(
+                f"dropped {len(report.repaired)} damaged records; run `alpacache extract` again to make them anew."
+            )
     if not report.ok:
         raise typer.Exit(DAMAGED)

@@ -28,7 +28,9 @@ def train(
         str | None, typer.Option(help="`all`, or `head`: projections and final norm. [default: all]")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: 1e-4]")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Warm-up steps before the cosine. [default: 100]")] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="Warm-up steps before the cosine. [default: 100, at most a tenth]")
+    ] = None,
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm. [default: 1.0]")] = None,
     causal: Annotated[bool | None, typer.Option(help="Causal attention among action tokens. [default: no]")] = None,
     seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
@@ -98,12 +100,13 @@ def train(
     rows = [
         ["run", report.run],
         ["steps", f"{report.steps} over {report.samples} samples"],
-        ["loss", f"{report.first_loss:.4f} -> {report.last_loss:.4f}"],
         [
             "speed",
             f"{report.samples_per_s:.2f} samples/s in {report.seconds:.1f} s, {report.data_wait:.1%} waiting for data",
         ],
     ]
+    if report.first_loss is not None:
+        rows.insert(2, ["loss", f"{report.first_loss:.4f} -> {report.last_loss:.4f}"])
     if report.val_loss is not None:
         rows.append(["validation loss", f"{report.val_loss:.4f}, best {report.best_val_loss:.4f}"])
     if report.peak_gib is not None:

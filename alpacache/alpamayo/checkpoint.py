@@ -25,6 +25,10 @@ _FINGERPRINT_TENSORS = 64
 _FINGERPRINT_BYTES = 4096
 
 
+class MissingFileError(CheckpointError):
+    """The checkpoint is there, but has no such file."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
     """Where a tensor lives, from its shard's header."""
@@ -70,21 +74,20 @@ class Checkpoint:
         if self.directory is not None:
             path = self.directory / name
             if not path.is_file():
-                raise CheckpointError(f"{path} does not exist; expected a complete checkpoint in the public layout.")
+                raise MissingFileError(f"{path} does not exist; expected a complete checkpoint in the public layout.")
             return path
         return hub_file(self.model, name, revision=self._wanted_revision)
-
-    @cached_property
-    def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor by name. Opens the headers of all shards: for a hub id use `names` and `infos` instead."""
-        return self.infos(self.names)
 
     @cached_property
     def names(self) -> dict[str, str]:
         """Tensor name to shard file name, from the index or the single file's header."""
         if self.directory is not None and not (self.directory / INDEX).is_file():
             return dict.fromkeys(_read_header(self.file(SINGLE)), SINGLE)
-        weight_map = read_json(self.file(INDEX)).get("weight_map")
+        try:
+            index = self.file(INDEX)
+        except MissingFileError:
+            return dict.fromkeys(_read_header(self.file(SINGLE)), SINGLE)
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{INDEX} of {self.model} has no weight_map; fetch the checkpoint again.")
         shards = {str(shard) for shard in weight_map.values()}
@@ -138,22 +141,16 @@ class Checkpoint:
                     digest.update(file.read(min(_FINGERPRINT_BYTES, info.nbytes - start)))
         return digest.hexdigest()
 
-    def fill(self, module: nn.Module, prefix: str, *, ignore: tuple[str, ...] = ()) -> None:
+    def fill(self, module: nn.Module, prefix: str) -> None:
         """Copy the tensors under `prefix` into the module's parameters and buffers, in place, one at a time.
 
-        All that is missing, unexpected or misshapen is listed in one error, before anything is copied. Names starting
-        with an `ignore` prefix (relative to `prefix`) may be absent from the module.
+        All that is missing, unexpected or misshapen is listed in one error, before anything is copied.
         """
         names = self.with_prefix(prefix)
         state = module.state_dict()
         wanted = {prefix + name for name in state}
         problems = [f"missing {name}" for name in sorted(wanted - set(names))]
-        extra = (
-            {n for n in set(names) - wanted if not n.removeprefix(prefix).startswith(ignore)}
-            if ignore
-            else set(names) - wanted
-        )
-        problems += [f"unexpected {name}" for name in sorted(extra)]
+        problems += [f"unexpected {name}" for name in sorted(set(names) - wanted)]
         used = {name: shard for name, shard in names.items() if name in wanted}
         for name, info in sorted(self.infos(used).items()):
             expected = tuple(state[name.removeprefix(prefix)].shape)
@@ -170,7 +167,13 @@ class Checkpoint:
 def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
     """A file of a hub repository, from the local cache or downloaded; errors say which command fetches it."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     fetch = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
     try:
@@ -189,6 +192,10 @@ def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"{name} of {repo} is not in the local hub cache and the hub cannot be reached. On a machine with network: "
             f"`{fetch}`; then copy the cache (HF_HOME) here, or pass the directory of the checkpoint instead of the id."
+        ) from error
+    except EntryNotFoundError as error:
+        raise MissingFileError(
+            f"{repo} on the hub has no file {name}; is it a checkpoint in the public layout?"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"fetching {name} of {repo} failed ({error}); try `{fetch}`.") from error

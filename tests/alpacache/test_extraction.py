@@ -207,3 +207,29 @@ def test_a_killed_run_leaves_whole_samples_and_the_next_finishes(kill, tiny_chec
         CacheReader(store).read("synthetic-0-000001@5100000#0"),
     )
     assert np.array_equal(one["kv"], other["kv"])
+
+
+def test_a_clip_that_gives_samples_again_leaves_quarantine(tiny_checkpoint, tmp_path):
+    store = tmp_path / "store"
+    report = alpacache.extract(config(tiny_checkpoint, store, t0="19"))
+    assert sorted(report.quarantined) == [f"synthetic-0-00000{clip}" for clip in range(3)]
+    assert all("6.4 s" in reason for reason in report.quarantined.values())
+    report = alpacache.extract(config(tiny_checkpoint, store))
+    assert (report.extracted, report.quarantined) == (3, {})
+    assert CacheReader(store).quarantined == {}
+
+
+def test_a_damaged_record_does_not_stop_the_next_run(extracted, tiny_checkpoint, tmp_path):
+    store = shutil.copytree(extracted, tmp_path / "store")
+    record = sorted(store.glob("commits/*.json"))[0]
+    record.write_bytes(record.read_bytes()[:-20])
+    report = alpacache.extract(config(tiny_checkpoint, store, source="synthetic:4"))
+    assert (report.extracted, report.already_there) == (1, 3)
+    assert len(verify(store, repair=True).repaired) == 1
+    assert alpacache.extract(config(tiny_checkpoint, store, source="synthetic:4")).extracted == 1
+    assert verify(store, deep=True).ok
+
+
+def test_an_empty_share_is_no_error(tiny_checkpoint, tmp_path):
+    report = alpacache.extract(config(tiny_checkpoint, tmp_path / "store", shard=(5, 8)))
+    assert (report.selected, report.extracted) == (0, 0)

@@ -282,3 +282,64 @@ def test_learning_rate_warms_up_and_ends_at_its_floor():
     assert rates[99] == rates[100] == pytest.approx(1e-4)
     assert rates[-1] == pytest.approx(1e-6)
     assert all(later < earlier for earlier, later in pairwise(rates[100:]))
+
+
+def test_best_is_the_step_that_was_validated(tiny_checkpoint, store, tmp_path):
+    out = tmp_path / "run"
+    alpacache.train(config(tiny_checkpoint, store, out, steps=7, val=str(store), val_every=2, save_every=3, keep=9))
+    validated = {row["step"]: row["val_loss"] for row in rows(out) if "val_loss" in row}
+    best = min(validated, key=validated.get)
+    assert sorted(validated) == [2, 4, 6, 7]
+    assert (out / "best").resolve().name == f"step-{best:07d}"
+    assert read_checkpoint(out / "best", optimizer=False).state["best"] == {"step": best, "val_loss": validated[best]}
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_its_metrics_anew(tiny_checkpoint, store, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 9.0}\n')
+    alpacache.train(config(tiny_checkpoint, store, out, resume=True))
+    assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6]
+    assert rows(out)[0]["loss"] != 9.0
+
+
+def test_resuming_a_finished_run_does_nothing(tiny_checkpoint, store, tmp_path):
+    alpacache.train(config(tiny_checkpoint, store, tmp_path / "run"))
+    before = weights(tmp_path / "run")
+    report = alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", resume=True))
+    assert (report.steps, report.first_loss, report.samples_per_s) == (6, None, 0.0)
+    assert same(before, weights(tmp_path / "run"))
+
+
+def test_stores_of_other_prompts_do_not_mix_and_of_other_frames_do(tiny_checkpoint, store, tmp_path):
+    import shutil
+
+    two = ExtractConfig(
+        source="synthetic:2", model=str(tiny_checkpoint), store=str(tmp_path / "two"), frames=2, device="cpu"
+    )
+    alpacache.extract(two)
+    mixed = (str(store), str(tmp_path / "two"))
+    assert alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", stores=mixed)).samples == 12
+    shutil.rmtree(tmp_path / "run")
+    from alpacache import cached_dataset
+
+    class Other(cached_dataset.CacheReader):
+        @property
+        def identity(self):
+            return {**self._identity, "prompt": {"template": self.path.name}}
+
+        @identity.setter
+        def identity(self, value):
+            self._identity = value
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cached_dataset, "CacheReader", Other)
+        with pytest.raises(UsageError, match=r"cannot be mixed with .*\n  prompt.template"):
+            alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", stores=mixed))
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(tiny_checkpoint, store, tmp_path):
+    with pytest.raises(UsageError, match="warmup is 6 of 6 steps"):
+        alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", warmup=6))
+    alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", steps=20, warmup=None))
+    assert [row["lr"] for row in rows(tmp_path / "run")][:3] == pytest.approx([5e-4, 1e-3, 1e-3])

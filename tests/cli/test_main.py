@@ -107,6 +107,8 @@ def test_quarantine_is_exit_3(model, tmp_path):
         (("train", "--store", "s", "--model", "MODEL", "--out", "r"), "exactly one of the two"),
         (("eval", "--store", "nowhere", "--model", "MODEL", "--out", "e"), "nowhere"),
         (("info", "nowhere"), "nowhere"),
+        (("extract", "synthetic:3", "--model", "MODEL", "--store", "x", "--device", "foo"), "device 'foo' is unknown"),
+        (("extract", "synthetic:3", "--model", "MODEL", "--store", "x", "--device", "cuda:99"), "is not there"),
     ],
 )
 def test_bad_input_is_exit_2_and_touches_nothing(arguments, message, model, tmp_path):

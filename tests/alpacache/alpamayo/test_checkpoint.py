@@ -101,7 +101,7 @@ def test_a_truncated_shard_is_named(copy):
     with shard.open("r+b") as file:
         file.truncate(shard.stat().st_size - 100)
     with pytest.raises(CheckpointError, match=f"{shard.name} is truncated"):
-        Checkpoint(str(copy)).tensors  # noqa: B018
+        load_vlm(str(copy))
 
 
 def test_an_index_cannot_point_outside(copy):
@@ -130,3 +130,20 @@ def test_revision_of_a_hub_download_is_known(copy):
     note.parent.mkdir(parents=True)
     note.write_text("0123abc\netag\n1.0\n")
     assert Checkpoint(str(copy)).revision == "0123abc"
+
+
+def test_a_hub_repository_with_one_file_needs_no_index(monkeypatch, copy):
+    from alpacache.alpamayo import checkpoint as module
+
+    rewrite(copy, lambda state: None)
+
+    def hub_file(repo, name, *, revision=None):
+        assert repo in ("owner/model", "owner/vlm")
+        if not (copy / name).is_file():
+            raise module.MissingFileError(name)
+        return copy / name
+
+    monkeypatch.setattr(module, "hub_file", hub_file)
+    checkpoint = Checkpoint("owner/model")
+    assert checkpoint.model_id == "model"
+    assert set(checkpoint.names.values()) == {"model.safetensors"}

@@ -1,0 +1,26 @@
+"""Which device a stage runs on."""
+
+import torch
+
+from alpacache.errors import UsageError
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The named device, or a GPU if there is one. Raises `UsageError` for a device that is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} is unknown; expected cpu, cuda or cuda:N.") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"device {name!r} is not there: PyTorch sees {count} CUDA devices; choose another or cpu.")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported; expected cpu, cuda or cuda:N.")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

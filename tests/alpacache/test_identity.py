@@ -1,0 +1,63 @@
+"""What makes two stores interchangeable."""
+
+import json
+import shutil
+
+import pytest
+
+from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.errors import UsageError
+from alpacache.identity import check_same_model, provenance, store_identity
+
+
+@pytest.fixture(scope="module")
+def identity(tiny_checkpoint):
+    checkpoint = Checkpoint(str(tiny_checkpoint))
+    settings = {"cameras": ["camera_front_wide_120fov"], "frames": 4, "codec": "bf16", "dtype": "bfloat16"}
+    return store_identity(checkpoint, InputBuilder(checkpoint), **settings)
+
+
+def test_identity_is_plain_json_without_paths(identity, tiny_checkpoint):
+    text = json.dumps(identity)
+    assert json.loads(text) == identity
+    assert str(tiny_checkpoint.parent) not in text
+    assert identity["model"]["id"] == tiny_checkpoint.name
+
+
+def test_the_same_model_elsewhere_is_the_same_model(identity, tiny_checkpoint, tmp_path):
+    moved = shutil.copytree(tiny_checkpoint, tmp_path / "other-disk" / tiny_checkpoint.name)
+    check_same_model(Checkpoint(str(moved)), identity, store="s", weights=True)
+
+
+def test_a_revision_counts_only_where_both_know_it(identity, tiny_checkpoint, tmp_path):
+    known = {**identity, "model": {**identity["model"], "revision": "abc"}}
+    check_same_model(Checkpoint(str(tiny_checkpoint)), known, store="s")
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / tiny_checkpoint.name)
+    note = copy / ".cache/huggingface/download/config.json.metadata"
+    note.parent.mkdir(parents=True)
+    note.write_text("def\n")
+    with pytest.raises(UsageError, match='revision: expected "def", found "abc"'):
+        check_same_model(Checkpoint(str(copy)), known, store="s")
+
+
+def test_changed_config_and_weights_are_named(identity, tiny_checkpoint, tmp_path):
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / tiny_checkpoint.name)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"new_key": 1}))
+    with pytest.raises(UsageError, match="config_sha256"):
+        check_same_model(Checkpoint(str(copy)), identity, store="s")
+    other = {**identity, "model": {**identity["model"], "vlm_weights_sha256": "0"}}
+    check_same_model(Checkpoint(str(tiny_checkpoint)), other, store="s")
+    with pytest.raises(UsageError, match="vlm_weights_sha256"):
+        check_same_model(Checkpoint(str(tiny_checkpoint)), other, store="s", weights=True)
+
+
+def test_provenance_tells_versions_and_nothing_private():
+    import getpass
+    import socket
+
+    text = json.dumps(provenance(source="folder:drives", device="cpu"))
+    assert "transformers" in text
+    assert socket.gethostname() not in text
+    assert f"/home/{getpass.getuser()}" not in text
