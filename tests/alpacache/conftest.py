@@ -62,7 +62,7 @@ def relative_error():
     """Relative L2 error."""
 
     def measure(got, expected):
-        got, expected = torch.as_tensor(got).detach().double(), torch.as_tensor(expected).double()
+        got, expected = (torch.as_tensor(tensor).detach().double() for tensor in (got, expected))
         assert got.shape == expected.shape
         return float((got - expected).norm() / expected.norm())
 
