@@ -205,10 +205,12 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the working set is made")
     parser.add_argument("--cold-gb", type=float, default=20.5)
     parser.add_argument("--sizes", type=float, nargs="+", default=[60, 118, 442])
+    parser.add_argument("--cold-sizes", type=float, nargs="*", help="default: all sizes")
     options = parser.parse_args()
+    cold = options.sizes if options.cold_sizes is None else options.cold_sizes
     rows: list[dict[str, Any]] = []
     for sample_mb in [60] if options.quick else options.sizes:
-        for medium in ("warm", "cold"):
+        for medium in ("warm", "cold") if options.quick or sample_mb in cold else ("warm",):
             gigabytes = 0.5 if options.quick else 1.8 if medium == "warm" else options.cold_gb
             folder = Path(tempfile.mkdtemp(dir=options.dir))
             try:

@@ -5,6 +5,7 @@ language can check every byte of the file without knowing how to write JSON cano
 """
 
 import json
+import math
 from typing import Any
 
 import google_crc32c
@@ -66,7 +67,7 @@ def check_seal(data: bytes, where: str) -> None:
 def parse(data: bytes, where: str) -> dict[str, Any]:
     """A JSON object from untrusted bytes: no duplicate keys, no NaN, bounded depth."""
     try:
-        document = json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        document = json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is not a valid JSON document: {str(error)[:200]}.") from error
     if not isinstance(document, dict):
@@ -88,6 +89,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("an object names the same key twice")
     return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # such as 1e999, which could not be written again
+        raise ValueError(f"{text[:20]} is beyond the range of numbers")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:

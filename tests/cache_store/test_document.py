@@ -41,3 +41,9 @@ def test_what_json_cannot_hold_is_refused() -> None:
             canonical_copy({"a": value}, "identity")
     with pytest.raises(ValueError, match="the limit"):
         to_bytes({"a": "x" * MAX_DOCUMENT_BYTES}, "it")
+
+
+def test_numbers_beyond_the_range_are_refused() -> None:
+    with pytest.raises(FormatError, match="beyond the range"):
+        parse(b'{"a":1e999}', "here")
+    assert parse(b'{"a":1e300}', "here") == {"a": 1e300}

