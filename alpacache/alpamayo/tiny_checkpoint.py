@@ -25,6 +25,8 @@ from alpacache.errors import UsageError
 
 BASE_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 FUTURE_BINS, HISTORY_BINS = 128, 64
+INITIALIZER_RANGE = 0.08
+"""About 1 / sqrt(width). The usual 0.02 suits thousands of channels; at 128 it leaves attention without a gradient."""
 ACTION_CONSTANTS = {
     "accel_mean": 0.02902694707164455,
     "accel_std": 0.6810426736454882,
@@ -92,8 +94,9 @@ def _vlm_config(tokenizer: Tokenizer) -> dict[str, Any]:
             "num_hidden_layers": 4,
             **heads,
             "rms_norm_eps": 1e-6,
+            "initializer_range": INITIALIZER_RANGE,
             "max_position_embeddings": 8192,
-            "rope_theta": 5_000_000.0,
+            "rope_theta": 100.0,  # prompts of hundreds of tokens and images of 8 columns want fast-turning angles
             "rope_scaling": rope,
         },
         "vision_config": {
@@ -109,6 +112,7 @@ def _vlm_config(tokenizer: Tokenizer) -> dict[str, Any]:
             "deepstack_visual_indexes": [1],
             "num_position_embeddings": 256,
             "in_channels": 3,
+            "initializer_range": INITIALIZER_RANGE,
         },
     }
 

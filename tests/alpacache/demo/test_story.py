@@ -1,0 +1,84 @@
+"""The demo's claim, shortened and in full: biased before, unbiased after, and it is the picture that teaches.
+
+Judged on held-out drives that are straight throughout their history and curve after t0, where only the image knows.
+"""
+
+from contextlib import contextmanager
+from importlib.resources import files
+
+import pytest
+
+from alpacache.demo.story import (
+    WEIGHTS,
+    DemoSize,
+    ShuffledImages,
+    evaluation,
+    extraction,
+    make_demo_checkpoint,
+    run_demo,
+    training,
+)
+from alpacache.evaluation import evaluate
+from alpacache.extraction import extract
+from alpacache.progress import ignore
+from alpacache.sample import CAMERAS
+from alpacache.selection import select
+from alpacache.sources.prepared import prepare
+from alpacache.strata import LATE_CURVE
+from alpacache.training import train
+
+pytestmark = pytest.mark.skipif(
+    not (files("alpacache.demo") / WEIGHTS).is_file(), reason="the demo's weights are not made yet"
+)
+SHORT = DemoSize(train_samples=300, val_samples=60, steps=150)
+
+
+@contextmanager
+def silent(title, command):
+    yield ignore
+
+
+def slope(summary, label):
+    return summary.strata[LATE_CURVE].bias[label]["heading"][6.4].slope
+
+
+def judge(summary, *, least):
+    late = summary.strata[LATE_CURVE]
+    assert late.samples >= least
+    assert slope(summary, "base") < 0.3
+    assert slope(summary, "trained") > 0.7
+    assert slope(summary, "constant turn rate") < 0.3
+
+
+def shuffled_slope(out, size):
+    """Train on the same drives with pictures of other clips, judge on the same held-out drives."""
+    model = str(make_demo_checkpoint(out / "Demo-R1"))
+    source = ShuffledImages(size.train_samples)
+    refs, _ = select(source)
+    prepare(source, refs, out / "shuffled", cameras=[CAMERAS[1]], frames=1)
+    extract(extraction(str(out / "shuffled"), model, out / "train"))
+    extract(extraction(f"synthetic:{13 * size.val_samples}", model, out / "val", split="val", samples=size.val_samples))
+    train(training(out / "train", model, out / "run", size=size))
+    summary = evaluate(evaluation(out / "val", model, out / "report", run=out / "run")).summary
+    return slope(summary, "trained")
+
+
+def test_the_story_shortened(tmp_path):
+    report = run_demo(tmp_path / "demo", size=SHORT, stage=silent)
+    judge(report.evaluation.summary, least=12)
+    assert (tmp_path / "demo/report/report.html").stat().st_size > 100_000
+
+
+def test_shuffled_pictures_teach_nothing_shortened(tmp_path):
+    assert shuffled_slope(tmp_path, SHORT) < 0.3
+
+
+@pytest.mark.slow
+def test_the_full_story(tmp_path):
+    report = run_demo(tmp_path / "demo", stage=silent)
+    judge(report.evaluation.summary, least=40)
+
+
+@pytest.mark.slow
+def test_shuffled_pictures_teach_nothing(tmp_path):
+    assert shuffled_slope(tmp_path, DemoSize()) < 0.3
