@@ -1,4 +1,4 @@
-"""Where the demo's VLM comes from: `python -m alpacache.demo.pretrain OUT_DIR`.
+"""Where the demo's VLM comes from; `alpacache.demo.ship` runs it.
 
 A randomly initialised VLM knows nothing of roads, and an expert cannot learn from features that do not hold the road.
 So the demo's tiny VLM is trained here as Alpamayo's first stage trains the real one: predict the discrete tokens of the
@@ -10,13 +10,12 @@ Before that the vision tower alone is warmed up on the same targets through a sm
 the whole model sits on a plateau for thousands of steps, predicting straight.
 """
 
-import argparse
-import json
 import logging
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -199,8 +198,10 @@ def heading_slope(
     return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
 
 
-def pretrain(out: Path, *, clips: int, steps: int, warm_up_steps: int, batch: int, lr: float) -> None:
-    """Train and write `demo_vlm.safetensors` (bfloat16) and `provenance.json`."""
+def pretrain(
+    out: Path, *, clips: int = 3000, steps: int = 800, warm_up_steps: int = 1500, batch: int = 16, lr: float = 1e-3
+) -> dict[str, Any]:
+    """Train, write `demo_vlm.safetensors` (bfloat16) and return what was done, as plain JSON."""
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
     base = make_tiny_checkpoint(out / "checkpoint", seed=0)
@@ -236,37 +237,15 @@ def pretrain(out: Path, *, clips: int, steps: int, warm_up_steps: int, batch: in
             slope = heading_slope(model, first_bin, held_out, space)
             _log.info("step %d: loss %.4f, slope %.3f, %.0f s", step + 1, running, slope, time.monotonic() - started)
             _save(model, out)
-    note = {
-        "what": "vlm.* of the demo checkpoint (tiny_checkpoint, seed 0), trained on generated drives only",
-        "command": f"python -m alpacache.demo.pretrain OUT --clips {clips} --steps {steps} --batch {batch} --lr {lr} "
-        f"--warm-up-steps {warm_up_steps}",
-        "drives": {"seed": SEED, "mix": MIX, "t0_us": T0_US, "samples": len(train.drives)},
-        "final": {"loss": round(running, 4), "late_curve_heading_slope": round(slope, 3)},
+    return {
+        "drives": {"seed": SEED, "mix": MIX, "t0_us": list(T0_US), "samples": len(train.drives)},
+        "steps": {"warm_up": warm_up_steps, "tokens": steps, "batch": batch, "lr": lr},
+        "loss": round(running, 4),
+        "late_curve_heading_slope": round(slope, 3),
         "torch": torch.__version__,
     }
-    (out / "provenance.json").write_text(json.dumps(note, indent=1) + "\n")
 
 
 def _save(model: Qwen3VLForConditionalGeneration, out: Path) -> None:
     state = {f"vlm.{name}": tensor.detach().bfloat16().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, out / "demo_vlm.safetensors", {"format": "pt"})
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--clips", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--warm-up-steps", type=int, default=2000)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    pretrain(
-        options.out,
-        clips=options.clips,
-        steps=options.steps,
-        warm_up_steps=options.warm_up_steps,
-        batch=options.batch,
-        lr=options.lr,
-    )

@@ -2,7 +2,8 @@
 
 What is real: every file format and every stage, as at full size. What is tiny: the model. Its VLM was trained on
 generated drives (`alpacache.demo.pretrain`), its expert on drives that are nearly all straight, so that it drives
-straight, as the real one does with one camera. Both are shipped in the package and made by that one command.
+straight, as the real one does with one camera. Both are shipped in the package; `python -m alpacache.demo.ship` makes
+them.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,0 +1,75 @@
+"""Everything the demo ships, from nothing: `python -m alpacache.demo.ship OUT_DIR` (about half an hour on two cores).
+
+First the VLM (`alpacache.demo.pretrain`), then, with that frozen, an expert on drives that are nearly all straight. Its
+bias is honest: it comes from what it was shown, as in life, not from a weight that somebody set to zero.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
+from alpacache.config import TrainConfig
+from alpacache.demo.pretrain import SEED, pretrain
+from alpacache.demo.story import WEIGHTS, extraction, overlay
+from alpacache.extraction import extract
+from alpacache.sample import FRONT_CAMERA
+from alpacache.selection import select
+from alpacache.sources.prepared import prepare
+from alpacache.sources.synthetic import SyntheticSource
+from alpacache.training import train
+
+STRAIGHT_HEAVY = {"straight": 0.97, "early_curve": 0.03}
+VLM = "demo_vlm.safetensors"
+
+
+def train_biased_expert(out: Path, *, clips: int = 400, steps: int = 600) -> dict[str, float | None]:
+    """Expert for the VLM in `out`; writes `demo_model.safetensors` with both, and returns what training reported."""
+    model = make_tiny_checkpoint(out / "Demo-R1", seed=0, shards=1)
+    vlm = load_file(out / VLM)
+    overlay(model, vlm)
+    source = SyntheticSource(clips, seed=SEED + 2, mix=STRAIGHT_HEAVY)
+    refs, _ = select(source)
+    prepare(source, refs, out / "straight", cameras=[FRONT_CAMERA], frames=1)
+    extract(extraction(str(out / "straight"), str(model), out / "straight-cache"))
+    config = TrainConfig(
+        stores=(str(out / "straight-cache"),),
+        model=str(model),
+        out=str(out / "straight-run"),
+        steps=steps,
+        batch_size=16,
+        draws=4,
+        lr=2e-3,
+        save_every=steps,
+        in_memory=True,
+        device="cpu",
+    )
+    report = train(config)
+    expert = load_file(out / "straight-run/last/model.safetensors")
+    shipped = vlm | {name: tensor.bfloat16() for name, tensor in expert.items()}
+    save_file(shipped, out / WEIGHTS, {"format": "pt"})
+    return {"first_loss": report.first_loss, "last_loss": report.last_loss}
+
+
+def main() -> None:
+    """Both parts, and the note of where they come from."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    vlm = pretrain(options.out)
+    expert = train_biased_expert(options.out)
+    note = {
+        "what": "weights of the demo: vlm.* from generated drives, expert and projections from straight-heavy ones",
+        "command": "python -m alpacache.demo.ship OUT",
+        "vlm": vlm,
+        "expert": {"mix": STRAIGHT_HEAVY, "seed": SEED + 2, **expert},
+    }
+    (options.out / "provenance.json").write_text(json.dumps(note, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
