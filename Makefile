@@ -16,8 +16,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)  ## Virtual environment with everything installed
 
-demo: $(STAMP)  ## Extract, train and evaluate a tiny model on generated drives, offline, on the CPU
-	PATH="$(abspath $(BIN)):$$PATH" sh docs/tutorial/demo.sh
+demo: $(STAMP)  ## The whole story offline on the CPU: biased tiny model, cache, retraining, before and after
+	rm -rf demo
+	$(BIN)/alpacache demo --out demo
 
 test: $(STAMP)  ## The test suite (minutes, CPU)
 	$(BIN)/python -m pytest -m "not slow"

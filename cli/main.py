@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli import evaluate, extract, prepare, store, train
+from cli import demo, evaluate, extract, prepare, store, train
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -29,6 +29,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("info")(store.info)
 app.command("verify")(store.verify)
+app.command("demo")(demo.demo)
 
 
 @app.callback()

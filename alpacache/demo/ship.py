@@ -1,6 +1,6 @@
 """Everything the demo ships, from nothing: `python -m alpacache.demo.ship OUT_DIR` (about half an hour on two cores).
 
-First the VLM (`alpacache.demo.pretrain`), then, with that frozen, an expert on drives that are nearly all straight. Its
+First the VLM (`alpacache.demo.pretrain`), then, with that frozen, an expert on straight drives alone. Its
 bias is honest: it comes from what it was shown, as in life, not from a weight that somebody set to zero.
 """
 
@@ -22,11 +22,11 @@ from alpacache.sources.prepared import prepare
 from alpacache.sources.synthetic import SyntheticSource
 from alpacache.training import train
 
-STRAIGHT_HEAVY = {"straight": 0.97, "early_curve": 0.03}
+STRAIGHT_HEAVY = {"straight": 1.0}
 VLM = "demo_vlm.safetensors"
 
 
-def train_biased_expert(out: Path, *, clips: int = 400, steps: int = 600) -> dict[str, float | None]:
+def train_biased_expert(out: Path, *, clips: int = 300, steps: int = 250) -> dict[str, float | None]:
     """Expert for the VLM in `out`; writes `demo_model.safetensors` with both, and returns what training reported."""
     model = make_tiny_checkpoint(out / "Demo-R1", seed=0, shards=1)
     vlm = load_file(out / VLM)
@@ -63,7 +63,7 @@ def main() -> None:
     vlm = pretrain(options.out)
     expert = train_biased_expert(options.out)
     note = {
-        "what": "weights of the demo: vlm.* from generated drives, expert and projections from straight-heavy ones",
+        "what": "weights of the demo: vlm.* from generated drives, expert and projections from straight ones",
         "command": "python -m alpacache.demo.ship OUT",
         "vlm": vlm,
         "expert": {"mix": STRAIGHT_HEAVY, "seed": SEED + 2, **expert},

@@ -1,7 +1,7 @@
 """The whole story on a CPU, offline, in minutes: a biased expert, cached features, retraining, and the bias gone.
 
 What is real: every file format and every stage, as at full size. What is tiny: the model. Its VLM was trained on
-generated drives (`alpacache.demo.pretrain`), its expert on drives that are nearly all straight, so that it drives
+generated drives (`alpacache.demo.pretrain`), its expert on straight drives alone, so that it drives
 straight, as the real one does with one camera. Both are shipped in the package; `python -m alpacache.demo.ship` makes
 them.
 """
@@ -34,12 +34,12 @@ MODEL_NAME = "Demo-R1"
 class DemoSize:
     """How much of everything; the tests run the same story shortened."""
 
-    train_samples: int = 700
-    val_samples: int = 160
-    steps: int = 450
+    train_samples: int = 500
+    val_samples: int = 120
+    steps: int = 300
     batch_size: int = 16
     draws: int = 4
-    lr: float = 2e-3
+    lr: float = 3e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,12 +4,10 @@ Judged on held-out drives that are straight throughout their history and curve a
 """
 
 from contextlib import contextmanager
-from importlib.resources import files
 
 import pytest
 
 from alpacache.demo.story import (
-    WEIGHTS,
     DemoSize,
     ShuffledImages,
     evaluation,
@@ -27,9 +25,6 @@ from alpacache.sources.prepared import prepare
 from alpacache.strata import LATE_CURVE
 from alpacache.training import train
 
-pytestmark = pytest.mark.skipif(
-    not (files("alpacache.demo") / WEIGHTS).is_file(), reason="the demo's weights are not made yet"
-)
 SHORT = DemoSize(train_samples=300, val_samples=60, steps=150)
 
 
