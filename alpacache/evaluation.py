@@ -54,10 +54,11 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     checkpoint = Checkpoint(config.model)
     data = CachedDataset([config.store], checkpoint)
     indices = list(range(min(len(data), config.samples or len(data))))
+    runs = _runs(config)
     predicted: dict[str, list[Paths]] = {}
     drives: dict[int, Drive] = {}
     with InterruptGuard() as guard:
-        for label, run in _runs(config).items():
+        for label, run in runs.items():
             expert = _load(config, checkpoint, run)
             predicted[label] = []
             for start in range(0, len(indices), config.batch_size):
@@ -70,7 +71,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
                     expert, samples, paths=config.paths, flow_steps=config.flow_steps, seed=config.seed
                 )
                 done = sum(map(len, predicted.values()))
-                rate, total = done / (time.monotonic() - started), len(_runs(config)) * len(indices)
+                rate, total = done / (time.monotonic() - started), len(runs) * len(indices)
                 on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
     results = [
         _result(

@@ -5,6 +5,7 @@ nothing here predicts tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -115,7 +116,7 @@ class FrozenVLM:
             end = prompt_len + int(emitted[0]) + 1 if emitted.size else len(tokens) - 1
             prefix = self.extend(stem, tokens[prompt_len:end])
             start = stem.rope_delta + (end if emitted.size else len(tokens))
-            result.append(_with_start(prefix, start))
+            result.append(replace(prefix, start_position=start))
         return result
 
     def _cut(self, ids: Tensor) -> Tensor:
@@ -158,15 +159,4 @@ def _features(cache: DynamicCache, hidden: Tensor, *, rope_delta: int, start: in
     values = torch.stack([layer.values[0] for layer in cache.layers])
     return PrefixFeatures(
         keys=keys, values=values, hidden=hidden, rope_delta=rope_delta, prefix_len=keys.shape[2], start_position=start
-    )
-
-
-def _with_start(prefix: PrefixFeatures, start: int) -> PrefixFeatures:
-    return PrefixFeatures(
-        keys=prefix.keys,
-        values=prefix.values,
-        hidden=prefix.hidden,
-        rope_delta=prefix.rope_delta,
-        prefix_len=prefix.prefix_len,
-        start_position=start,
     )
