@@ -4,9 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow lint format clean
+# The store alone, without torch, on Python 3.12 and the zarr that needs it.
+PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12) python3.12)
+VENV312 ?= .venv-3.12
+STAMP312 := $(VENV312)/.installed
+
+.PHONY: help setup demo test test-store-3.12 test-slow lint format clean
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +28,15 @@ demo: $(STAMP)  ## The whole story offline on the CPU: biased tiny model, cache,
 test: $(STAMP)  ## The test suite (minutes, CPU)
 	$(BIN)/python -m pytest -m "not slow"
 
+$(STAMP312): constraints.txt
+	$(PYTHON312) -m venv $(VENV312)
+	$(VENV312)/bin/python -m pip install -q -c constraints.txt 'zarr>=3.4' numcodecs google-crc32c numpy hypothesis pytest pytest-timeout
+	$(VENV312)/bin/python -m pip install -q --no-deps -e .
+	touch $(STAMP312)
+
+test-store-3.12: $(STAMP312)  ## The store's tests on Python 3.12 and zarr 3.4, without torch
+	$(VENV312)/bin/python -m pytest -m "not slow" tests/cache_store
+
 test-slow: $(STAMP)  ## Everything, the slow tests included
 	$(BIN)/python -m pytest
 
@@ -36,4 +50,4 @@ format: $(STAMP)  ## Apply ruff's fixes and formatting
 	$(BIN)/ruff format .
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(VENV312) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -57,14 +57,14 @@ def raw_readers(reader: CacheReader) -> dict[str, Read]:
             at -= 4
 
     def readinto_crc(sample_id: str, buffer: np.ndarray) -> None:
-        at = 0
+        at, view, extend = 0, memoryview(buffer), checksum.extender(buffer)
         for path in chunks[sample_id]:
             crc, size = 0, path.stat().st_size - 4
             with open(path, "rb", buffering=0) as file:
-                for start in range(0, size, BLOCK_BYTES):
-                    block = buffer[at + start : at + min(size, start + BLOCK_BYTES)]
-                    file.readinto(block)  # type: ignore[arg-type]
-                    crc = checksum.extend(crc, block)
+                for start in range(at, at + size, BLOCK_BYTES):
+                    end = min(at + size, start + BLOCK_BYTES)
+                    file.readinto(view[start:end])
+                    crc = extend(crc, start, end)
                 assert crc == int.from_bytes(file.read(4), "little")
             at += size
 
@@ -161,8 +161,8 @@ def measure(
     if others:
         readers.update(other_readers(reader, folder))
     rates: dict[str, list[float]] = {name: [] for name in [*readers, "prefetcher"]}
-    for _ in range(rounds):
-        for name in rates:
+    for turn in range(rounds):
+        for name in list(rates) if turn % 2 == 0 else reversed(rates):  # nobody is always first
             if medium == "cold":
                 evict(reader.path)
             if name == "prefetcher":
@@ -205,18 +205,18 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the working set is made")
     parser.add_argument("--cold-gb", type=float, default=20.5)
     parser.add_argument("--sizes", type=float, nargs="+", default=[60, 118, 442])
-    parser.add_argument("--cold-sizes", type=float, nargs="*", help="default: all sizes")
+    parser.add_argument("--media", nargs="+", choices=("warm", "cold"), default=["warm", "cold"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="cold uses the largest number alone")
     options = parser.parse_args()
-    cold = options.sizes if options.cold_sizes is None else options.cold_sizes
     rows: list[dict[str, Any]] = []
     for sample_mb in [60] if options.quick else options.sizes:
-        for medium in ("warm", "cold") if options.quick or sample_mb in cold else ("warm",):
-            gigabytes = 0.5 if options.quick else 1.8 if medium == "warm" else options.cold_gb
+        for medium in options.media:
+            gigabytes = 0.5 if options.quick else 4.0 if medium == "warm" else options.cold_gb
             folder = Path(tempfile.mkdtemp(dir=options.dir))
             try:
                 reader = make_store(folder / "store", sample_mb, max(4, round(gigabytes * 1000 / sample_mb)))
-                for threads in (1, 2) if medium == "warm" else (2,):
-                    rounds = 3 if options.quick else 7 if medium == "warm" else 1
+                for threads in options.threads if medium == "warm" else [max(options.threads)]:
+                    rounds = 3 if options.quick else 7 if medium == "warm" else 2
                     rows += measure(
                         reader, folder, threads=threads, medium=medium, rounds=rounds, others=medium == "warm"
                     )

@@ -27,6 +27,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, under 50 s on 2 cores; nothing is kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument("--commit", default=commit(), help="of these files, where they are not a checkout")
     parser.add_argument("--note", default="", help="what else ran on the machine, for the report")
     return parser
 
@@ -38,7 +39,7 @@ def finish(benchmark: str, rows: Sequence[Row], options: argparse.Namespace, *, 
         "command": " ".join(["python", f"benchmarks/bench_{benchmark}.py", *sys.argv[1:]]),
         "hardware": hardware or hardware_name(),
         "notes": options.note,
-        "commit": commit(),
+        "commit": options.commit,
         "versions": versions(),
         "rows": list(rows),
     }
@@ -52,7 +53,7 @@ def finish(benchmark: str, rows: Sequence[Row], options: argparse.Namespace, *, 
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         notes = f"\n{options.note}\n" if options.note else ""
-        path.with_suffix(".md").write_text(f"`{report['command']}` at {report['commit']}{notes}\n\n{table(rows)}\n")
+        path.with_suffix(".md").write_text(f"`{report['command']}` at {options.commit}{notes}\n\n{table(rows)}\n")
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -33,6 +33,12 @@ _extend_at = _direct()
 
 def extend(crc: int, block: NDArray[np.uint8]) -> int:
     """The checksum of what `crc` covers followed by a contiguous block."""
+    return extender(block)(crc, 0, block.size)
+
+
+def extender(buffer: NDArray[np.uint8]) -> Callable[[int, int, int], int]:
+    """`(crc, start, end) -> crc` over ranges of one contiguous buffer, whose address is looked up once."""
     if _extend_at is None:
-        return int(google_crc32c.extend(crc, block))
-    return _extend_at(crc, block.ctypes.data, block.size)
+        return lambda crc, start, end: int(google_crc32c.extend(crc, buffer[start:end]))
+    function, address = _extend_at, buffer.ctypes.data
+    return lambda crc, start, end: function(crc, address + start, end - start)

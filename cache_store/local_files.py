@@ -161,8 +161,13 @@ def read_document(root: Path, relative: str, limit_bytes: int) -> bytes:
 def read_exactly(root: Path, relative: str, size: int) -> NDArray[np.uint8] | int:
     """The bytes of a file below the root, or its actual size when that is not `size` (nothing is allocated then)."""
     data: list[NDArray[np.uint8]] = []
-    found = read_into(root, relative, size, lambda: [np.empty(size, np.uint8)], data.append, block_bytes=size or 1)
-    return found if found != size else data[0] if size else np.empty(0, np.uint8)
+
+    def buffers() -> list[NDArray[np.uint8]]:
+        data.append(np.empty(size, np.uint8))
+        return data
+
+    found = read_into(root, relative, size, buffers, block_bytes=size or 1)
+    return data[0] if found == size else found
 
 
 def read_into(
@@ -170,11 +175,13 @@ def read_into(
     relative: str,
     size: int,
     buffers: Callable[[], Sequence[NDArray[np.uint8]]],
-    on_block: Callable[[NDArray[np.uint8]], None],
     *,
     block_bytes: int,
+    on_block: Callable[[int, int, int], None] | None = None,
 ) -> int:
-    """Fill buffers, together of `size` bytes, with a file below the root; each block is handed on while in cache.
+    """Fill buffers, together of `size` bytes, with a file below the root.
+
+    Each block is handed on while in cache, as number of the buffer, start and end.
 
     Returns the file's actual size; when that is not `size` the file is not read, or not to its end.
     """
@@ -185,7 +192,7 @@ def read_into(
         if found != size:
             return found
         at = 0
-        for buffer in buffers():
+        for number, buffer in enumerate(buffers()):
             view = memoryview(buffer)  # type: ignore[arg-type]
             for start in range(0, len(buffer), block_bytes):
                 end = min(start + block_bytes, len(buffer))
@@ -195,7 +202,8 @@ def read_into(
                     if count == 0:  # truncated since the size was taken
                         return at + filled
                     filled += count
-                on_block(buffer[start:end])
+                if on_block is not None:
+                    on_block(number, start, end)
             at += len(buffer)
         return size
     finally:

@@ -6,6 +6,7 @@ chunk that was swapped for another valid one is found out.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,18 +67,21 @@ class StoredObject:
         crc = 0
         trailer = np.empty(TRAILER_BYTES, np.uint8)
 
+        extenders: list[Callable[[int, int, int], int]] = []
+
         def buffers() -> list[NDArray[np.uint8]]:
             padding = np.empty(self.size - TRAILER_BYTES - len(target), np.uint8)
+            extenders.extend(map(checksum.extender, (target, padding)))
             return [target, padding, trailer]
 
-        def check(block: NDArray[np.uint8]) -> None:
+        def check(number: int, start: int, end: int) -> None:
             nonlocal crc
-            if block.base is not trailer:  # the trailer is not part of what it checks
-                crc = checksum.extend(crc, block)
+            if number < len(extenders):  # the trailer is not part of what it checks
+                crc = extenders[number](crc, start, end)
 
         name = f"{folder}/{self.path}"
         try:
-            found = local_files.read_into(root, name, self.size, buffers, check, block_bytes=BLOCK_BYTES)
+            found = local_files.read_into(root, name, self.size, buffers, block_bytes=BLOCK_BYTES, on_block=check)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptSampleError(f"{what} is missing. {MEND}", sample_id, field) from error
         if found != self.size:
