@@ -211,10 +211,12 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for sample_mb in [60] if options.quick else options.sizes:
         for medium in options.media:
-            gigabytes = 0.5 if options.quick else 4.0 if medium == "warm" else options.cold_gb
+            gigabytes = 0.5 if options.quick else 2.0 if medium == "warm" else options.cold_gb
             folder = Path(tempfile.mkdtemp(dir=options.dir))
             try:
-                reader = make_store(folder / "store", sample_mb, max(4, round(gigabytes * 1000 / sample_mb)))
+                reader = make_store(
+                    folder / "store", sample_mb, max(2 * max(options.threads), round(gigabytes * 1000 / sample_mb))
+                )
                 for threads in options.threads if medium == "warm" else [max(options.threads)]:
                     rounds = 3 if options.quick else 7 if medium == "warm" else 2
                     rows += measure(
