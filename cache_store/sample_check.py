@@ -6,6 +6,7 @@ a hostile or foreign document is refused rather than interpreted.
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,23 @@ def check_group(
 
 def check_array(root: Path, record: CommitRecord, array: str, fields: Mapping[str, Field], wanted: str) -> int:
     """Rows a chunk; raises unless the `zarr.json` is the one expected and the record names exactly its chunks."""
-    where = f"sample {record.sample_id!r}, field {wanted!r}: {root / record.folder / array / METADATA}"
+
+    def where() -> str:
+        return f"sample {record.sample_id!r}, field {wanted!r}: {root / record.folder / array / METADATA}"
+
     stored = record.objects.get(f"{array}/{METADATA}")
     if stored is None:
-        raise FormatError(f"{where} is not named by the commit record.")
-    document = parse(stored.load(root, record.folder, sample_id=record.sample_id, field=wanted).tobytes(), where)
+        raise FormatError(f"{where()} is not named by the commit record.")
+    data = stored.load(root, record.folder, sample_id=record.sample_id, field=wanted).tobytes()
     field = SMALL_ARRAY if array == SMALL else fields[array]
     shape = (packed_directory(record.shapes, fields)[1],) if array == SMALL else record.shapes[array]
-    rows = _chunk_rows(document, shape)
+    try:
+        rows = _rows_of(data, field, shape)
+    except FormatError as error:
+        raise FormatError(f"{where()}: {error}") from error
     whole = (rows, *(max(1, length) for length in shape[1:])) if shape else ()
-    if rows < 1 or canonical_json(document) != canonical_json(array_metadata(field, shape, whole)):
-        raise FormatError(f"{where} is not the metadata of a {field.dtype} array of shape {list(shape)} in format 1.")
+    if rows < 1:
+        raise FormatError(f"{where()} is not the metadata of a {field.dtype} array of shape {list(shape)} in format 1.")
     size = math.prod(whole) * field.stored_dtype.itemsize + TRAILER_BYTES
     count = math.ceil(shape[0] / rows) * bool(math.prod(shape)) if shape else 1
     chunks = {item.path.rpartition("/")[2]: item.size for item in record.of_array(array) if item.is_chunk}
@@ -76,9 +83,21 @@ def check_array(root: Path, record: CommitRecord, array: str, fields: Mapping[st
     too_large = compressed and max(chunks.values(), default=0) > size + MAX_OVERHEAD_BYTES
     if len(chunks) != count or sizes != expected or too_large:
         raise FormatError(
-            f"{where}: shape {list(shape)} takes {count} chunks of {size} bytes; the record names others."
+            f"{where()}: shape {list(shape)} takes {count} chunks of {size} bytes; the record names others."
         )
     return rows
+
+
+@lru_cache(maxsize=1024)
+def _rows_of(data: bytes, field: Field, shape: tuple[int, ...]) -> int:
+    """Rows a chunk from an array's metadata; 0 unless it is the one document that field and shape allow.
+
+    Samples of one shape share one document, so most are known already.
+    """
+    document = parse(data, METADATA)
+    rows = _chunk_rows(document, shape)
+    whole = (rows, *(max(1, length) for length in shape[1:])) if shape else ()
+    return rows if canonical_json(document) == canonical_json(array_metadata(field, shape, whole)) else 0
 
 
 def _chunk_rows(document: dict[str, Any], shape: tuple[int, ...]) -> int:

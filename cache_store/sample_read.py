@@ -119,12 +119,13 @@ def _array_tasks(
         return [partial(read_array, root, record, array, field.name, out)]
     raw = out.reshape(-1).view(np.uint8)
     size = rows * math.prod(out.shape[1:]) * out.itemsize
+    folder = record.folder
     return [
         partial(
             record.objects[f"{array}/{key}"].load_into,
             raw[index * size : (index + 1) * size],
             root,
-            record.folder,
+            folder,
             sample_id=record.sample_id,
             field=field.name,
         )
