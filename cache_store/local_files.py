@@ -120,7 +120,7 @@ def exists(path: Path) -> bool:
 def names(root: Path, relative: str) -> Iterator[str]:
     """The names in a folder below the root, in no order."""
     try:
-        _check_parents(root, f"{relative}/any")
+        check_parents(root, f"{relative}/any")
         with os.scandir(root / relative) as entries:
             for entry in entries:
                 yield entry.name
@@ -137,14 +137,14 @@ def free_bytes(path: Path) -> int:
 
 def size_bytes(root: Path, relative: str) -> int:
     """Size of a regular file below the root; `FileNotFoundError` when absent, `FormatError` for links and the like."""
-    _check_parents(root, relative)
+    check_parents(root, relative)
     path = root / relative
     return _regular_size(os.lstat(path), path)
 
 
 def read_document(root: Path, relative: str, limit_bytes: int) -> bytes:
     """A small file below the root, refused when it is larger than the limit."""
-    _check_parents(root, relative)
+    check_parents(root, relative)
     descriptor = _open(root / relative)
     try:
         size = _regular_size(os.fstat(descriptor), root / relative)
@@ -178,25 +178,28 @@ def read_into(
     *,
     block_bytes: int,
     on_block: Callable[[int, int, int], None] | None = None,
+    parents_checked: bool = False,
 ) -> int:
     """Fill buffers, together of `size` bytes, with a file below the root.
 
-    Each block is handed on while in cache, as number of the buffer, start and end.
-
-    Returns the file's actual size; when that is not `size` the file is not read, or not to its end.
+    Each block is handed on while in cache, as number of the buffer, start and end. Returns the file's actual size; when
+    that is not `size` the file is not read, or not to its end. Whoever reads many files of one folder may have called
+    `check_parents` for all of them.
     """
-    _check_parents(root, relative)
-    descriptor = _open(root / relative)
+    if not parents_checked:
+        check_parents(root, relative)
+    path = f"{root}/{relative}"
+    descriptor = _open(path)
     try:
-        found = _regular_size(os.fstat(descriptor), root / relative)
+        found = _regular_size(os.fstat(descriptor), path)
         if found != size:
             return found
         at = 0
         for number, buffer in enumerate(buffers()):
-            view = memoryview(buffer)  # type: ignore[arg-type]
-            for start in range(0, len(buffer), block_bytes):
-                end = min(start + block_bytes, len(buffer))
-                filled = start
+            view, length = memoryview(buffer), len(buffer)  # type: ignore[arg-type]
+            for start in range(0, length, block_bytes):
+                end = min(start + block_bytes, length)
+                filled = start + os.preadv(descriptor, [view[start : min(end, start + _MAX_WRITE)]], at + start)
                 while filled < end:
                     count = os.preadv(descriptor, [view[filled : min(end, filled + _MAX_WRITE)]], at + filled)
                     if count == 0:  # truncated since the size was taken
@@ -204,13 +207,13 @@ def read_into(
                     filled += count
                 if on_block is not None:
                     on_block(number, start, end)
-            at += len(buffer)
+            at += length
         return size
     finally:
         os.close(descriptor)
 
 
-def _open(path: Path) -> int:
+def _open(path: Path | str) -> int:
     try:
         return os.open(path, _READ_FLAGS)
     except OSError as error:
@@ -219,19 +222,19 @@ def _open(path: Path) -> int:
         raise
 
 
-def _regular_size(status: os.stat_result, path: Path) -> int:
+def _regular_size(status: os.stat_result, path: Path | str) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise FormatError(f"{path} is not a regular file; a store has only files and folders, so it is refused.")
     return status.st_size
 
 
-def _check_parents(root: Path, relative: str) -> None:
+def check_parents(root: Path, relative: str) -> None:
     """No component between the root and the file may be a link: it could lead out of the store."""
     parts = relative.split("/")
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
         raise FormatError(f"path {relative!r} leaves the store at {root} or is not in normal form.")
-    folder = root
+    folder = os.fspath(root)
     for part in parts[:-1]:
-        folder = folder / part
+        folder = f"{folder}/{part}"
         if not stat.S_ISDIR(os.lstat(folder).st_mode):
             raise FormatError(f"{folder} is not a real folder (a symbolic link?); it is refused.")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_store import local_files
 from cache_store.commit_record import CommitRecord
 from cache_store.field import SMALL, Field
 from cache_store.sample_check import check_array, check_group
@@ -120,6 +121,7 @@ def _array_tasks(
     raw = out.reshape(-1).view(np.uint8)
     size = rows * math.prod(out.shape[1:]) * out.itemsize
     folder = record.folder
+    local_files.check_parents(root, f"{folder}/{array}/c")
     return [
         partial(
             record.objects[f"{array}/{key}"].load_into,
@@ -128,6 +130,7 @@ def _array_tasks(
             folder,
             sample_id=record.sample_id,
             field=field.name,
+            parents_checked=True,
         )
         for index, key in enumerate(chunk_keys(out.shape, rows))
     ]

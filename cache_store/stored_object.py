@@ -6,7 +6,6 @@ chunk that was swapped for another valid one is found out.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,19 +57,30 @@ class StoredObject:
         self._compare(what, crc, sample_id, field)
         return data
 
-    def load_into(self, target: NDArray[np.uint8], root: Path, folder: str, *, sample_id: str, field: str) -> None:
+    def load_into(
+        self,
+        target: NDArray[np.uint8],
+        root: Path,
+        folder: str,
+        *,
+        sample_id: str,
+        field: str,
+        parents_checked: bool = False,
+    ) -> None:
         """Fill `target` with the beginning of an uncompressed chunk, checking every byte of it while it is in cache.
 
         What lies beyond the target is padding, read and checked too. After an error the target holds anything.
         """
         crc = 0
         trailer = np.empty(TRAILER_BYTES, np.uint8)
-
-        extenders: list[Callable[[int, int, int], int]] = []
+        extenders = [checksum.extender(target)]
 
         def buffers() -> list[NDArray[np.uint8]]:
-            padding = np.empty(self.size - TRAILER_BYTES - len(target), np.uint8)
-            extenders.extend(map(checksum.extender, (target, padding)))
+            beyond = self.size - TRAILER_BYTES - len(target)
+            if not beyond:
+                return [target, trailer]
+            padding = np.empty(beyond, np.uint8)
+            extenders.append(checksum.extender(padding))
             return [target, padding, trailer]
 
         def check(number: int, start: int, end: int) -> None:
@@ -78,9 +88,16 @@ class StoredObject:
             if number < len(extenders):  # the trailer is not part of what it checks
                 crc = extenders[number](crc, start, end)
 
-        name = f"{folder}/{self.path}"
         try:
-            found = local_files.read_into(root, name, self.size, buffers, block_bytes=BLOCK_BYTES, on_block=check)
+            found = local_files.read_into(
+                root,
+                f"{folder}/{self.path}",
+                self.size,
+                buffers,
+                block_bytes=BLOCK_BYTES,
+                on_block=check,
+                parents_checked=parents_checked,
+            )
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptSampleError(
                 f"{self._what(root, folder, sample_id, field)} is missing. {MEND}", sample_id, field
