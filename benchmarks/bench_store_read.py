@@ -207,6 +207,8 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[60, 118, 442])
     parser.add_argument("--media", nargs="+", choices=("warm", "cold"), default=["warm", "cold"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="cold uses the largest number alone")
+    parser.add_argument("--bare", action="store_true", help="raw reading and the store alone")
+    parser.add_argument("--rounds", type=int, default=7, help="of warm reading")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for sample_mb in [60] if options.quick else options.sizes:
@@ -218,9 +220,14 @@ def main() -> None:
                     folder / "store", sample_mb, max(2 * max(options.threads), round(gigabytes * 1000 / sample_mb))
                 )
                 for threads in options.threads if medium == "warm" else [max(options.threads)]:
-                    rounds = 3 if options.quick else 7 if medium == "warm" else 2
+                    rounds = 3 if options.quick else options.rounds if medium == "warm" else 2
                     rows += measure(
-                        reader, folder, threads=threads, medium=medium, rounds=rounds, others=medium == "warm"
+                        reader,
+                        folder,
+                        threads=threads,
+                        medium=medium,
+                        rounds=rounds,
+                        others=medium == "warm" and not options.bare,
                     )
             finally:
                 shutil.rmtree(folder)
