@@ -18,8 +18,9 @@ from cache_store import checksum, local_files
 from cache_store.errors import CorruptSampleError, FormatError
 
 TRAILER_BYTES = 4
-BLOCK_BYTES = 2**20
-"""Read and checked at a time: small enough to be still in cache, large enough that Python's share is not seen."""
+BLOCK_BYTES = 2**22
+"""Read and checked at a time: still in the last-level cache, and few enough that eight threads do not queue for
+Python's interpreter lock (256 KiB reads 0.6 as fast there)."""
 _PATH = re.compile(r"(?:(?P<array>[A-Za-z][A-Za-z0-9_.-]{0,99})/)?(?:zarr\.json|(?P<chunk>c(?:\.\d{1,9}){0,32}))")
 _CRC = re.compile(r"[0-9a-f]{8}")
 
