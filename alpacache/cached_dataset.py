@@ -10,11 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 from alpacache.action_space import UnicycleActionSpace
-from alpacache.alpamayo import Checkpoint, PrefixFeatures
+from alpacache.alpamayo import Checkpoint, EncodedPrefix, PrefixFeatures
 from alpacache.errors import UsageError
-from alpacache.features import POSE_FIELDS, PREFIX_FIELDS, CachedSample, from_arrays
-from alpacache.identity import check_same_model
-from cache_store import CacheReader, differences
+from alpacache.features import KV_SHAPE, POSE_FIELDS, PREFIX_FIELDS, CachedSample, from_arrays
+from alpacache.identity import check_same_model, store_codec
+from cache_store import CacheReader, KVCodec, differences
 
 _SHARED = ("model", "prompt", "processor", "dtype")
 
@@ -25,7 +25,7 @@ class TrainingItem:
 
     position: int
     sample_id: str
-    prefix: PrefixFeatures
+    prefix: PrefixFeatures | EncodedPrefix
     action: Tensor
     """`[64, 2]` normalised, float32."""
 
@@ -34,11 +34,17 @@ class CachedDataset:
     """All committed samples of the given stores, in order of store and id. `load` is safe in threads."""
 
     def __init__(self, stores: Sequence[str | Path], checkpoint: Checkpoint, *, in_memory: bool = False) -> None:
-        self._readers = [CacheReader(store) for store in stores]
-        for store, reader in zip(stores, self._readers, strict=True):
+        readers = [CacheReader(store) for store in stores]
+        codecs: list[KVCodec | None] = []
+        for store, reader in zip(stores, readers, strict=True):
             check_same_model(checkpoint, reader.identity, store=str(store))
-        _check_mixable(list(stores), self._readers)
-        self._index = [(reader, sample_id) for reader in self._readers for sample_id in reader.sample_ids]
+            codecs.append(store_codec(reader.identity, store=str(store)))
+        _check_mixable(list(stores), readers)
+        self._index = [
+            (reader, codec, sample_id)
+            for reader, codec in zip(readers, codecs, strict=True)
+            for sample_id in reader.sample_ids
+        ]
         if not self._index:
             raise UsageError(f"no committed sample in {', '.join(map(str, stores))}; run `alpacache extract` first.")
         self._kept: dict[int, CachedSample] | None = {} if in_memory else None
@@ -47,21 +53,22 @@ class CachedDataset:
         return len(self._index)
 
     def sample_id(self, index: int) -> str:
-        return self._index[index][1]
+        return self._index[index][2]
 
     def load(self, index: int) -> CachedSample:
         """Read one sample's prefix and poses. Raises `CorruptSampleError` where a stored byte is not as committed."""
         if self._kept is not None and index in self._kept:
             return self._kept[index]
-        reader, sample_id = self._index[index]
-        sample = from_arrays(sample_id, reader.read(sample_id, fields=(*PREFIX_FIELDS, *POSE_FIELDS)))
+        reader, codec, sample_id = self._index[index]
+        fields = (*PREFIX_FIELDS, *POSE_FIELDS) if codec is None else (*PREFIX_FIELDS, KV_SHAPE, *POSE_FIELDS)
+        sample = from_arrays(sample_id, reader.read(sample_id, fields=fields), codec=codec)
         if self._kept is not None:
             self._kept[index] = sample
         return sample
 
     def front_jpeg(self, index: int) -> bytes | None:
         """The front camera's small picture, where the sample has one."""
-        reader, sample_id = self._index[index]
+        reader, _, sample_id = self._index[index]
         if "front_jpeg" not in reader.fields_of(sample_id):
             return None
         picture: bytes = reader.read(sample_id, fields=["front_jpeg"])["front_jpeg"].tobytes()

@@ -13,6 +13,7 @@ from alpacache.errors import UsageError
 from alpacache.sample import FRONT_CAMERA
 
 Trainable = Literal["all", "head"]
+CodecName = Literal["bf16", "fp8", "int8", "int5", "int4"]
 T = TypeVar("T")
 
 
@@ -33,7 +34,8 @@ class ExtractConfig:
     """Images a camera, 0.1 s apart, the last at t0."""
     t0: str = "5.1"
     """Seconds into the clip, `every:S`, or `events`."""
-    codec: Literal["bf16"] = "bf16"
+    codec: CodecName = "bf16"
+    """How KV is stored: lossless, or quantised by one of `cache_store.CODECS`."""
     hidden_states: Literal["last", "none"] = "last"
     shard: tuple[int, int] = (0, 1)
     """This worker's number and how many there are."""
@@ -83,7 +85,7 @@ class TrainConfig:
     val_every: int = 100
     val_samples: int = 64
     in_memory: bool = False
-    """Keep decoded samples in RAM after their first read."""
+    """Keep samples in RAM, as they are stored, after their first read."""
     device: str | None = None
     resume: bool = False
 

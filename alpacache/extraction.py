@@ -28,7 +28,7 @@ from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.sample import Sample, SampleRef, Source, sort_cameras
 from alpacache.selection import Rejected, select
 from alpacache.sources import open_source
-from cache_store import CacheWriter
+from cache_store import CODECS, CacheWriter
 
 _READ_AHEAD = 4
 _WRITES_IN_FLIGHT = 4
@@ -76,7 +76,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
     )
     with CacheWriter(
         config.store,
-        fields=store_fields(hidden_states=config.hidden_states == "last"),
+        fields=store_fields(hidden_states=config.hidden_states == "last", codec=CODECS.get(config.codec)),
         identity=identity,
         provenance=provenance(source=source.name, device=device_name(device)),
     ) as writer:
@@ -134,11 +134,15 @@ class _Run:
             for ref, prepared in self._prepared(todo):
                 if guard.requested:
                     break
-                if isinstance(prepared, BadClipError):
-                    self._quarantine(ref.sample_id, prepared)
+                try:
+                    if isinstance(prepared, BadClipError):
+                        raise prepared
+                    arrays = self._encode(vlm, *prepared)
+                except BadClipError as error:
+                    self._quarantine(ref.sample_id, error)
                     self.failed += 1
                     continue
-                writes.append(pool.submit(self.writer.write, ref.sample_id, self._encode(vlm, *prepared)))
+                writes.append(pool.submit(self.writer.write, ref.sample_id, arrays))
                 self._collect(writes, leave=_WRITES_IN_FLIGHT, total=len(todo))
             self._collect(writes, leave=0, total=len(todo))
         left = len(todo) - self.extracted - self.failed
@@ -176,7 +180,8 @@ class _Run:
 
     def _encode(self, vlm: FrozenVLM, sample: Sample, inputs: VLMInputs) -> dict[str, Any]:
         prefix = vlm.prefill(inputs.input_ids, inputs.pixel_values, inputs.image_grid_thw)
-        arrays = to_arrays(sample, inputs, prefix, hidden_states=self.config.hidden_states == "last")
+        hidden_states, codec = self.config.hidden_states == "last", CODECS.get(self.config.codec)
+        arrays = to_arrays(sample, inputs, prefix, hidden_states=hidden_states, codec=codec)
         self.bytes_written += sum(getattr(value, "nbytes", 0) for value in arrays.values())
         return arrays
 

@@ -3,6 +3,8 @@
 A sample's KV is one *stem* (system text, images, ego history) followed by *tails*. The array `kv` holds the stem and
 the direct tail back to back, so that the usual prefix is one contiguous read; `stem_len` says where the tail begins.
 Tails of reasoning rollouts would be further fields named `tail.<name>.kv`, attached to the same stem.
+
+With a quantising codec `kv` is the codec's flat bytes and `kv_shape` tells the lengths; the codec is in the identity.
 """
 
 import io
@@ -15,14 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alpacache import codecs
 from alpacache.alpamayo.inputs import VLMInputs
-from alpacache.alpamayo.prefix import PrefixFeatures
+from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
+from alpacache.errors import BadClipError
 from alpacache.sample import FRONT_CAMERA, Sample
-from cache_store import Field
+from cache_store import Field, KVCodec
 
 KV_AXES = ("layer", "key_value", "kv_head", "token", "channel")
 PREFIX_FIELDS = ("kv", "stem_len", "prefix_len", "rope_delta", "start_position")
-"""What the expert needs."""
+"""What the expert needs; of a store with a quantising codec `KV_SHAPE` too."""
+KV_SHAPE = "kv_shape"
 POSE_FIELDS = ("history_xyz", "history_rot", "future_xyz", "future_rot")
 _JPEG_HEIGHT = 256
 
@@ -32,7 +37,7 @@ class CachedSample:
     """A sample as stage two sees it: the prefix, and the poses that make the loss and the metrics."""
 
     sample_id: str
-    prefix: PrefixFeatures
+    prefix: PrefixFeatures | EncodedPrefix
     history_xyz: Tensor
     """`[16, 3]` float32 metres, ego frame at t0."""
     history_rot: Tensor
@@ -41,8 +46,8 @@ class CachedSample:
     future_rot: Tensor
 
 
-def store_fields(*, hidden_states: bool) -> list[Field]:
-    """The schema of a store of VLM prefixes."""
+def store_fields(*, hidden_states: bool, codec: KVCodec | None) -> list[Field]:
+    """The schema of a store of VLM prefixes; without a codec they are bfloat16."""
     poses = [
         Field(name=f"{when}_{what}", dtype="float32", axes=("step", *axes), units=units, layout="packed")
         for when in ("history", "future")
@@ -57,8 +62,12 @@ def store_fields(*, hidden_states: bool) -> list[Field]:
             ("start_position", "positions"),
         )
     ]
+    kv = Field(name="kv", dtype="bfloat16", axes=KV_AXES, units="1, keys after rotary embedding", layout="array")
+    if codec is not None:
+        kv = Field(name="kv", dtype="uint8", axes=("byte",), units=f"{kv.units}, encoded", layout="array")
+        counts.append(Field(name=KV_SHAPE, dtype="int64", axes=("kv_axis",), units=", ".join(KV_AXES), layout="packed"))
     fields = [
-        Field(name="kv", dtype="bfloat16", axes=KV_AXES, units="1, keys after rotary embedding", layout="array"),
+        kv,
         Field(name="input_ids", dtype="int64", axes=("token",), units="token id", layout="packed"),
         Field(name="image_spans", dtype="int64", axes=("image", "first_end"), units="token position", layout="packed"),
         *counts,
@@ -86,12 +95,18 @@ def store_fields(*, hidden_states: bool) -> list[Field]:
     return fields
 
 
-def to_arrays(sample: Sample, inputs: VLMInputs, prefix: PrefixFeatures, *, hidden_states: bool) -> dict[str, Any]:
-    """One sample's stored values. KV and hidden states as bfloat16 bits; lossless if the VLM ran in bfloat16."""
+def to_arrays(
+    sample: Sample, inputs: VLMInputs, prefix: PrefixFeatures, *, hidden_states: bool, codec: KVCodec | None
+) -> dict[str, Any]:
+    """One sample's stored values. KV and hidden states as bfloat16 bits; lossless if the VLM ran in bfloat16.
+
+    With a codec KV is encoded where it lies. Raises `BadClipError` for KV that cannot be quantised.
+    """
     import json
 
+    kv = torch.stack([prefix.keys, prefix.values], dim=1)
     arrays: dict[str, Any] = {
-        "kv": bf16_bits(torch.stack([prefix.keys, prefix.values], dim=1)),
+        **({"kv": bf16_bits(kv)} if codec is None else _encoded(sample.ref.sample_id, kv, codec)),
         "input_ids": inputs.input_ids[: prefix.prefix_len],
         "image_spans": inputs.image_spans,
         "stem_len": np.asarray(inputs.stem_len),
@@ -117,21 +132,33 @@ def to_arrays(sample: Sample, inputs: VLMInputs, prefix: PrefixFeatures, *, hidd
     return arrays
 
 
-def from_arrays(sample_id: str, arrays: Mapping[str, NDArray[Any]]) -> CachedSample:
-    """The sample that `to_arrays` stored; tensors share memory with the arrays."""
-    kv = from_bf16_bits(arrays["kv"])
+def from_arrays(sample_id: str, arrays: Mapping[str, NDArray[Any]], *, codec: KVCodec | None = None) -> CachedSample:
+    """The sample that `to_arrays` stored with this codec, still encoded; tensors share memory with the arrays."""
     return CachedSample(
         sample_id=sample_id,
-        prefix=PrefixFeatures(
-            keys=kv[:, 0],
-            values=kv[:, 1],
-            hidden=from_bf16_bits(arrays["hidden"]) if "hidden" in arrays else None,
-            rope_delta=int(arrays["rope_delta"]),
-            prefix_len=int(arrays["prefix_len"]),
-            start_position=int(arrays["start_position"]),
-        ),
+        prefix=_prefix(arrays, codec),
         **{name: torch.from_numpy(arrays[name]) for name in POSE_FIELDS},
     )
+
+
+def _prefix(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> PrefixFeatures | EncodedPrefix:
+    counters = {name: int(arrays[name]) for name in ("rope_delta", "prefix_len", "start_position")}
+    if codec is not None:
+        shape = tuple(arrays[KV_SHAPE].tolist())
+        return EncodedPrefix(data=torch.from_numpy(arrays["kv"]), codec=codec, shape=shape, **counters)
+    kv = from_bf16_bits(arrays["kv"])
+    hidden = from_bf16_bits(arrays["hidden"]) if "hidden" in arrays else None
+    return PrefixFeatures(keys=kv[:, 0], values=kv[:, 1], hidden=hidden, **counters)
+
+
+def _encoded(sample_id: str, kv: Tensor, codec: KVCodec) -> dict[str, NDArray[Any]]:
+    codec.encoded_bytes(tuple(kv.shape))  # a shape that the codec cannot take is no fault of the sample
+    try:
+        data = codecs.encode(codec, kv)
+    except ValueError as error:
+        reason = f"{sample_id}: {error} Check the VLM's weights and the clip's pictures."
+        raise BadClipError("not_finite", reason) from error
+    return {"kv": data.cpu().numpy(), KV_SHAPE: np.array(kv.shape, np.int64)}
 
 
 def bf16_bits(tensor: Tensor) -> NDArray[np.uint16]:

@@ -8,8 +8,10 @@ from typing import Any
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.errors import UsageError
-from cache_store import differences
+from cache_store import CODECS, KVCodec, differences
 
+BF16 = "bf16"
+"""Name of the lossless codec: KV as the VLM computed it."""
 _LIBRARIES = ("alpacache", "torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers")
 
 
@@ -21,15 +23,28 @@ def model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
 def store_identity(
     checkpoint: Checkpoint, builder: InputBuilder, *, cameras: Sequence[str], frames: int, codec: str, dtype: str
 ) -> dict[str, Any]:
-    """Everything that must match for two samples to belong to one store."""
+    """Everything that must match for two samples to belong to one store.
+
+    A quantising codec is there by name and by definition: should the name ever mean something else, old stores are
+    still decoded as they were written, and nothing new goes into them.
+    """
+    definition = {} if codec == BF16 else {"codec_definition": CODECS[codec].to_json()}
     return {
         "model": {**model_identity(checkpoint), "vlm_weights_sha256": checkpoint.fingerprint("vlm.")},
         **builder.identity(),
         "cameras": list(cameras),
         "frames": frames,
         "codec": codec,
+        **definition,
         "dtype": dtype,
     }
+
+
+def store_codec(identity: Mapping[str, Any], *, store: str) -> KVCodec | None:
+    """The quantising codec of a store by the store's own definition; None for bfloat16."""
+    if identity.get("codec") == BF16:
+        return None
+    return KVCodec.from_json(identity.get("codec_definition", {}), f"codec_definition in the identity of {store}")
 
 
 def provenance(*, source: str, device: str) -> dict[str, Any]:

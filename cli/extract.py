@@ -1,6 +1,6 @@
 """`alpacache extract`: stage one."""
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -18,7 +18,9 @@ def extract(
     cameras: options.Cameras = None,
     frames: options.Frames = 4,
     t0: options.T0 = "5.1",
-    codec: Annotated[str, typer.Option(help="How KV is stored: `bf16` (lossless).")] = "bf16",
+    codec: Annotated[
+        str, typer.Option(help="How KV is stored: `bf16` (lossless), `int8` (half the size), `fp8`, `int5`, `int4`.")
+    ] = "bf16",
     hidden_states: Annotated[str, typer.Option(help="`last` keeps the last hidden states, `none` does not.")] = "last",
     shard: Annotated[str, typer.Option(help="I/N, counted from 0: this worker's share of the samples.")] = "0/1",
     deterministic: Annotated[
@@ -35,7 +37,7 @@ def extract(
 
     Pilot: add `--samples 10`.
     """
-    from alpacache.config import ExtractConfig
+    from alpacache.config import CodecName, ExtractConfig
 
     config = ExtractConfig(
         source=source,
@@ -46,7 +48,7 @@ def extract(
         cameras=options.camera_names(cameras),
         frames=frames,
         t0=t0,
-        codec=options.one_of("codec", codec, ("bf16",)),  # type: ignore[arg-type]
+        codec=options.one_of("codec", codec, get_args(CodecName)),  # type: ignore[arg-type]
         hidden_states=options.one_of("hidden-states", hidden_states, ("last", "none")),  # type: ignore[arg-type]
         shard=options.shard(shard),
         deterministic=deterministic,

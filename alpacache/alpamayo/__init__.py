@@ -6,7 +6,16 @@ expert that turns `(noisy action, t, prefix)` into a velocity.
 
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.expert import ActionExpert, PrefixBatch, load_expert
-from alpacache.alpamayo.prefix import PrefixFeatures
+from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
 from alpacache.alpamayo.vlm import FrozenVLM, load_vlm
 
-__all__ = ["ActionExpert", "Checkpoint", "FrozenVLM", "PrefixBatch", "PrefixFeatures", "load_expert", "load_vlm"]
+__all__ = [
+    "ActionExpert",
+    "Checkpoint",
+    "EncodedPrefix",
+    "FrozenVLM",
+    "PrefixBatch",
+    "PrefixFeatures",
+    "load_expert",
+    "load_vlm",
+]

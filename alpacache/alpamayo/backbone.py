@@ -5,6 +5,7 @@ backbone needs another pair of these functions.
 """
 
 import copy
+import inspect
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from alpacache.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import Qwen3VLConfig, Qwen3VLTextConfig
+    from transformers import PreTrainedModel, Qwen3VLConfig, Qwen3VLTextConfig
 
 
 def companion_file(checkpoint: Checkpoint, name: str) -> Path:
@@ -84,3 +85,8 @@ def empty_weights(dtype: torch.dtype, device: torch.device) -> "Iterator[None]":
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def cache_argument(model: "PreTrainedModel") -> str:
+    """What this transformers calls the KV cache in a forward: `cache` from 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

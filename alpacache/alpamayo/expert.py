@@ -6,18 +6,21 @@ first, then the 64 action tokens, which see all of the prefix and (by default) e
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3VLTextModel
 
 from alpacache.action_space import UnicycleActionSpace
-from alpacache.alpamayo.backbone import empty_weights, expert_config
+from alpacache.alpamayo.backbone import cache_argument, empty_weights, expert_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.prefix import PrefixFeatures
+from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION, Prefix, PrefixCall
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.errors import CheckpointError
 
+_ATTENTIONS = (PREFIX_ATTENTION, "sdpa", "eager")
 _CONSTANTS = ("accel_mean", "accel_std", "curvature_mean", "curvature_std")
 
 
@@ -32,6 +35,12 @@ class PrefixBatch:
     """`[B]` int64."""
     starts: Tensor
     """`[B]` int64 position of each sample's first action token."""
+    ragged: bool
+    """Whether any length is below T."""
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, kv_heads, T, head_dim]` of one layer."""
+        return self.keys[index], self.values[index]
 
 
 class ActionExpert(nn.Module):
@@ -73,23 +82,24 @@ class ActionExpert(nn.Module):
             values=values,
             lengths=torch.tensor([prefix.prefix_len for prefix in prefixes], device=self.device),
             starts=torch.tensor([prefix.start_position for prefix in prefixes], device=self.device),
+            ragged=any(prefix.prefix_len < longest for prefix in prefixes),
         )
 
     def velocity(
-        self, noisy_action: Tensor, t: Tensor, prefixes: Sequence[PrefixFeatures] | PrefixBatch, causal: bool = False
+        self, noisy_action: Tensor, t: Tensor, prefixes: Sequence[PrefixFeatures] | Prefix, causal: bool = False
     ) -> Tensor:
         """Velocity of the flow at noisy actions.
 
         Args:
             noisy_action: `[B, K, 64, 2]`, K noise draws of each of B samples, normalised actions.
             t: `[B, K]`; 0 is noise, 1 is data.
-            prefixes: B prefixes of any lengths, or what `batch` made of them.
+            prefixes: B prefixes of any lengths, or what `batch` made of them, or another `Prefix`.
             causal: let an action token see only itself and earlier ones; for parity with the public training step
                 run with sdpa. Inference and the default here are not causal.
 
         Returns `[B, K, 64, 2]`, in the dtype of the output projection (bfloat16 under autocast).
         """
-        batch = prefixes if isinstance(prefixes, PrefixBatch) else self.batch(prefixes)
+        batch = self.batch(prefixes) if isinstance(prefixes, Sequence) else prefixes
         samples, draws, tokens = noisy_action.shape[:3]
         if samples != batch.lengths.shape[0] or t.shape != (samples, draws):
             raise ValueError(
@@ -104,12 +114,20 @@ class ActionExpert(nn.Module):
             output = self.expert(
                 inputs_embeds=embeds,
                 position_ids=positions,
-                attention_mask=_mask(batch, draws, tokens, causal=causal, dtype=embeds.dtype),
-                past_key_values=_cache(batch, draws),
-                use_cache=True,
+                **self._attended(batch, draws, tokens, causal=causal, dtype=embeds.dtype),
             )
             velocity: Tensor = self.action_out_proj(output.last_hidden_state)
         return velocity.view(samples, draws, tokens, 2)
+
+    def _attended(self, batch: Prefix, draws: int, tokens: int, *, causal: bool, dtype: torch.dtype) -> dict[str, Any]:
+        """How the text model is told of the prefix: our attention's argument, or stock attention's cache and mask."""
+        if self.expert.config._attn_implementation == PREFIX_ATTENTION:
+            return {"prefix_call": PrefixCall(prefix=batch, causal=causal), "use_cache": False}
+        return {
+            "attention_mask": _mask(batch, draws, tokens, causal=causal, dtype=dtype),
+            cache_argument(self.expert): _cache(batch, len(self.expert.layers), draws),
+            "use_cache": True,
+        }
 
 
 def load_expert(
@@ -117,17 +135,21 @@ def load_expert(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    attention: str = "sdpa",
+    attention: str = PREFIX_ATTENTION,
 ) -> ActionExpert:
     """Load `expert.*`, the action projections and the action space of a checkpoint; the VLM is never touched.
 
     Args:
         model: directory or hub id in the public layout.
         dtype: of the parameters; None means the checkpoint's. Constants keep the checkpoint's rounding either way.
+        attention: "prefix" attends to the prefix where it lies; "sdpa" and "eager" are transformers' own over a
+            concatenated cache, the reference that it is tested against.
 
     Raises `CheckpointError` listing every missing, unexpected or misshapen tensor.
     """
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(str(model))
+    if attention not in _ATTENTIONS:
+        raise ValueError(f"attention is {attention!r}; expected one of {', '.join(_ATTENTIONS)}.")
     config = expert_config(checkpoint)
     config._attn_implementation = attention
     rounded_to = getattr(torch, checkpoint.config.dtype)
@@ -167,17 +189,18 @@ def _action_space(checkpoint: Checkpoint, rounded_to: torch.dtype) -> UnicycleAc
     )
 
 
-def _cache(batch: PrefixBatch, draws: int) -> DynamicCache:
+def _cache(batch: Prefix, layers: int, draws: int) -> DynamicCache:
     """Each sample's prefix, once per draw, as the cache the text model appends to."""
     cache = DynamicCache()
-    for layer, (keys, values) in enumerate(zip(batch.keys, batch.values, strict=True)):
+    for layer in range(layers):
+        keys, values = batch.layer(layer)
         cache.update(keys.repeat_interleave(draws, 0), values.repeat_interleave(draws, 0), layer)
     return cache
 
 
-def _mask(batch: PrefixBatch, draws: int, tokens: int, *, causal: bool, dtype: torch.dtype) -> Tensor:
+def _mask(batch: Prefix, draws: int, tokens: int, *, causal: bool, dtype: torch.dtype) -> Tensor:
     """Additive mask `[B K, 1, tokens, T + tokens]`: 0 where attention is allowed."""
-    longest = batch.keys.shape[3]
+    longest = batch.layer(0)[0].shape[2]
     valid = torch.arange(longest, device=batch.lengths.device) < batch.lengths[:, None]
     valid = valid.repeat_interleave(draws, 0)[:, None, None].expand(-1, 1, tokens, -1)
     own = torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device)

@@ -1,9 +1,16 @@
-"""What the frozen VLM leaves behind for one sample: the prefix that the action expert attends to."""
+"""What the frozen VLM leaves behind for one sample: the prefix that the action expert attends to.
 
-from dataclasses import dataclass
+A store may hold it quantised. Such a prefix stays encoded for as long as it can, so that the small form is what lies in
+RAM and crosses the bus.
+"""
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from alpacache import codecs
+from cache_store import KVCodec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,3 +44,38 @@ class PrefixFeatures:
             prefix_len=self.prefix_len,
             start_position=self.start_position,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrefix:
+    """A prefix as a quantising codec stored it; carries no hidden state."""
+
+    data: Tensor
+    """Encoded keys and values, uint8, flat."""
+    codec: KVCodec
+    shape: tuple[int, ...]
+    """`(layers, 2, kv_heads, prefix_len, head_dim)` of the decoded keys and values."""
+    rope_delta: int
+    prefix_len: int
+    start_position: int
+
+    def to(self, device: torch.device | str) -> "EncodedPrefix":
+        """The same prefix elsewhere, still encoded."""
+        return replace(self, data=self.data.to(device))
+
+    def decode(self) -> PrefixFeatures:
+        """Keys and values in bfloat16, on the device where the encoded bytes are."""
+        kv = codecs.decode(self.codec, self.data, self.shape)
+        return PrefixFeatures(
+            keys=kv[:, 0],
+            values=kv[:, 1],
+            hidden=None,
+            rope_delta=self.rope_delta,
+            prefix_len=self.prefix_len,
+            start_position=self.start_position,
+        )
+
+
+def decoded(prefix: PrefixFeatures | EncodedPrefix, device: torch.device) -> PrefixFeatures:
+    """The prefix ready for attention: an encoded one travels to the device first and is decoded there."""
+    return prefix.to(device).decode() if isinstance(prefix, EncodedPrefix) else prefix

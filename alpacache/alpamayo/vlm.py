@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import DynamicCache, Qwen3VLModel
 
-from alpacache.alpamayo.backbone import empty_weights, vlm_config
+from alpacache.alpamayo.backbone import cache_argument, empty_weights, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.prefix import PrefixFeatures
 from alpacache.errors import CheckpointError
@@ -62,8 +62,8 @@ class FrozenVLM:
             image_grid_thw=grid,
             position_ids=positions,
             mm_token_type_ids=kinds,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(self.model): cache},
         )
         delta = int(deltas[0, 0])
         return _features(cache, output.last_hidden_state[0], rope_delta=delta, start=delta + ids.shape[1])
@@ -82,8 +82,8 @@ class FrozenVLM:
         output = self.model.language_model(
             inputs_embeds=self.model.get_input_embeddings()(ids),
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(self.model.language_model): cache},
         )
         hidden = output.last_hidden_state[0]
         if stem.hidden is not None:

@@ -1,9 +1,12 @@
 """Configs: checked values, TOML there and back."""
 
+from typing import get_args
+
 import pytest
 
-from alpacache.config import EvalConfig, ExtractConfig, TrainConfig, make, read_toml, to_toml
+from alpacache.config import CodecName, EvalConfig, ExtractConfig, TrainConfig, make, read_toml, to_toml
 from alpacache.errors import UsageError
+from cache_store import CODECS
 
 TRAIN = {"stores": ("a", "b"), "model": "m", "out": 'quote"d', "epochs": 1.5, "betas": (0.9, 0.95), "causal": True}
 
@@ -38,6 +41,11 @@ def test_dashes_are_underscores_and_unknown_keys_are_errors(tmp_path):
         (TrainConfig, TRAIN | {"stores": ()}, "at least one store"),
         (ExtractConfig, {"source": "s", "model": "m", "store": "c", "frames": 5}, "frames is 5; expected 1 to 4"),
         (ExtractConfig, {"source": "s", "model": "m", "store": "c", "shard": (2, 2)}, "expected I/N"),
+        (
+            ExtractConfig,
+            {"source": "s", "model": "m", "store": "c", "codec": "int3"},
+            "codec is 'int3'; expected",
+        ),
         (EvalConfig, {"store": "s", "model": "m", "out": "o", "paths": 0}, "paths is 0"),
         (TrainConfig, TRAIN | {"nonsense": 1}, "nonsense"),
         (TrainConfig, TRAIN | {"trainable": "none"}, "trainable is 'none'; expected 'all' or 'head'"),
@@ -50,3 +58,7 @@ def test_dashes_are_underscores_and_unknown_keys_are_errors(tmp_path):
 def test_bad_values_name_themselves(kind, values, message):
     with pytest.raises(UsageError, match=message):
         make(kind, values)
+
+
+def test_every_codec_can_be_asked_for():
+    assert set(get_args(CodecName)) == {"bf16", *CODECS}

@@ -4,10 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import alpacache
+from alpacache.alpamayo import Checkpoint, load_expert
+from alpacache.cached_dataset import CachedDataset
 from alpacache.config import EvalConfig, ExtractConfig, TrainConfig
 from alpacache.errors import UsageError
+from alpacache.evaluation import predict
 from alpacache.metrics import min_ade
 from cache_store import CacheReader
 
@@ -59,6 +63,18 @@ def test_batch_size_changes_nothing_beyond_rounding(trained, tiny_checkpoint, tm
     six = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "b", batch_size=6))
     for first, second in zip(one.results, six.results, strict=True):
         assert np.allclose(first.models["base"].pred_xyz, second.models["base"].pred_xyz, atol=1e-3)
+
+
+def test_a_quantised_store_gives_nearly_the_same_paths(trained, tiny_checkpoint, tmp_path):
+    common = {"source": "synthetic:2", "model": str(tiny_checkpoint), "frames": 1, "device": "cpu"}
+    alpacache.extract(ExtractConfig(**common, store=str(tmp_path / "int8"), codec="int8"))
+    checkpoint = Checkpoint(str(tiny_checkpoint))
+    expert, paths = load_expert(checkpoint, dtype=torch.float32).eval(), []
+    for store in (trained / "store", tmp_path / "int8"):
+        data = CachedDataset([store], checkpoint)
+        predicted = predict(expert, [data.load(0), data.load(1)], paths=3, flow_steps=4, seed=0)
+        paths.append(np.stack([xyz for xyz, _ in predicted]))
+    assert 0 < np.linalg.norm(paths[1] - paths[0]) / np.linalg.norm(paths[0]) < 0.02
 
 
 def test_models_share_their_noise(trained, tiny_checkpoint, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,14 +14,15 @@ import torch
 
 import alpacache
 from alpacache import flow_matching, randomness
-from alpacache.alpamayo import Checkpoint, load_expert, load_vlm
+from alpacache.alpamayo import Checkpoint, EncodedPrefix, load_expert, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.prefix import decoded
 from alpacache.cached_dataset import CachedDataset, target
 from alpacache.config import ExtractConfig
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sample import SampleRef
 from alpacache.sources import open_source
-from cache_store import CacheReader, IdentityMismatchError, verify
+from cache_store import CODECS, CacheReader, IdentityMismatchError, KVCodec, kv_coding, verify
 
 
 def config(checkpoint, store, **changes):
@@ -233,3 +235,84 @@ def test_a_damaged_record_does_not_stop_the_next_run(extracted, tiny_checkpoint,
 def test_an_empty_share_is_no_error(tiny_checkpoint, tmp_path):
     report = alpacache.extract(config(tiny_checkpoint, tmp_path / "store", shard=(5, 8)))
     assert (report.selected, report.extracted) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def quantised(tiny_checkpoint, tmp_path_factory):
+    root = tmp_path_factory.mktemp("quantised")
+    for codec in ("int8", "int4", "fp8"):
+        assert alpacache.extract(config(tiny_checkpoint, root / codec, codec=codec)).extracted == 3
+    return root
+
+
+@pytest.mark.parametrize(("codec", "share"), [("int8", 0.54), ("int4", 0.29), ("fp8", 0.52)])
+def test_quantised_kv_is_the_reference_encoding_of_the_lossless_one(codec, share, quantised, extracted):
+    lossless, reader = CacheReader(extracted), CacheReader(quantised / codec)
+    assert reader.identity["codec"] == codec
+    assert KVCodec.from_json(reader.identity["codec_definition"], "here") == CODECS[codec]
+    assert reader.identity["dtype"] == "bfloat16"
+    assert (reader.fields["kv"].dtype, reader.fields["kv"].axes) == ("uint8", ("byte",))
+    assert reader.sample_ids == lossless.sample_ids
+    for sample_id in reader.sample_ids:
+        expected, stored = lossless.read(sample_id), reader.read(sample_id)
+        assert tuple(stored["kv_shape"]) == expected["kv"].shape
+        assert np.array_equal(stored["kv"], kv_coding.encode(CODECS[codec], expected["kv"]))
+        assert stored["kv"].nbytes < share * expected["kv"].nbytes
+        assert all(np.array_equal(stored[name], expected[name]) for name in expected if name != "kv")
+
+
+@pytest.mark.parametrize(("codec", "largest"), [("int8", 0.002), ("int4", 0.03), ("fp8", 0.012)])
+def test_quantised_prefixes_decode_to_the_reference_and_move_the_velocity_little(
+    codec, largest, quantised, extracted, tiny_checkpoint, relative_error
+):
+    checkpoint = Checkpoint(str(tiny_checkpoint))
+    expert, reader = load_expert(checkpoint, dtype=torch.float32), CacheReader(quantised / codec)
+    lossless, data = CachedDataset([extracted], checkpoint), CachedDataset([quantised / codec], checkpoint)
+    noisy, t = randomness.noise("codec", draws=4).expand(3, 4, 64, 2), torch.tensor([[0.1, 0.4, 0.7, 0.95]] * 3)
+    encoded = [data.load(index).prefix for index in range(3)]
+    for sample_id, prefix in zip(reader.sample_ids, encoded, strict=True):
+        assert isinstance(prefix, EncodedPrefix)
+        stored = reader.read(sample_id)
+        bits = kv_coding.decode(CODECS[codec], stored["kv"], tuple(stored["kv_shape"]))
+        got = prefix.decode()
+        assert (got.prefix_len, got.start_position) == (stored["prefix_len"], stored["start_position"])
+        assert np.array_equal(torch.stack([got.keys, got.values], 1).view(torch.uint16).numpy(), bits)
+    with torch.no_grad():
+        exact = expert.velocity(noisy, t, [lossless.load(index).prefix for index in range(3)])
+        got = expert.velocity(noisy, t, [decoded(prefix, expert.device) for prefix in encoded])
+    assert largest / 3 < relative_error(got, exact) < largest
+
+
+def test_a_store_keeps_its_codec(quantised, extracted, tiny_checkpoint, monkeypatch):
+    """By name and by definition: what a name means today changes neither what old bytes mean nor what may be added."""
+    with pytest.raises(IdentityMismatchError, match=r'identity\.codec: expected "int8", found "bf16"'):
+        alpacache.extract(config(tiny_checkpoint, extracted, codec="int8"))
+    with pytest.raises(IdentityMismatchError, match=r'identity\.codec: expected "bf16", found "int8"'):
+        alpacache.extract(config(tiny_checkpoint, quantised / "int8"))
+    checkpoint = Checkpoint(str(tiny_checkpoint))
+    before = CachedDataset([quantised / "int8"], checkpoint).load(0).prefix.decode()
+    monkeypatch.setitem(CODECS, "int8", KVCodec(value_group=16))
+    with pytest.raises(IdentityMismatchError, match=r"identity\.codec_definition\.value_group: expected 16, found 32"):
+        alpacache.extract(config(tiny_checkpoint, quantised / "int8", codec="int8"))
+    after = CachedDataset([quantised / "int8"], checkpoint).load(0).prefix.decode()
+    assert torch.equal(after.keys, before.keys)
+    assert torch.equal(after.values, before.values)
+
+
+def test_kv_that_cannot_be_quantised_quarantines_its_sample(tiny_checkpoint, tmp_path, monkeypatch):
+    from alpacache.alpamayo import FrozenVLM
+
+    good, calls = FrozenVLM.prefill, []
+
+    def prefill(self, *inputs):
+        prefix = good(self, *inputs)
+        calls.append(prefix)
+        keys = prefix.keys.clone()
+        keys[0, 0, 0, 0] = float("nan")
+        return replace(prefix, keys=keys) if len(calls) == 2 else prefix
+
+    monkeypatch.setattr(FrozenVLM, "prefill", prefill)
+    report = alpacache.extract(config(tiny_checkpoint, tmp_path / "store", codec="int8"))
+    assert (report.extracted, list(report.quarantined)) == (2, ["synthetic-0-000001@5100000#0"])
+    assert "NaN" in report.quarantined["synthetic-0-000001@5100000#0"]
+    assert CacheReader(tmp_path / "store").quarantined["synthetic-0-000001@5100000#0"].kind == "not_finite"

@@ -8,7 +8,8 @@ import pytest
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.errors import UsageError
-from alpacache.identity import check_same_model, provenance, store_identity
+from alpacache.identity import check_same_model, provenance, store_codec, store_identity
+from cache_store import CODECS, FormatError
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,20 @@ def test_identity_is_plain_json_without_paths(identity, tiny_checkpoint):
     assert json.loads(text) == identity
     assert str(tiny_checkpoint.parent) not in text
     assert identity["model"]["id"] == tiny_checkpoint.name
+
+
+def test_the_codec_is_there_by_name_and_definition(tiny_checkpoint, identity):
+    assert identity["codec"] == "bf16"
+    assert "codec_definition" not in identity
+    assert store_codec(identity, store="s") is None
+    checkpoint = Checkpoint(str(tiny_checkpoint))
+    settings = {"cameras": ["camera_front_wide_120fov"], "frames": 4, "dtype": "bfloat16"}
+    for name, codec in CODECS.items():
+        found = store_identity(checkpoint, InputBuilder(checkpoint), codec=name, **settings)
+        assert found == identity | {"codec": name, "codec_definition": codec.to_json()}
+        assert store_codec(json.loads(json.dumps(found)), store="s") == codec
+    with pytest.raises(FormatError, match="codec_definition in the identity of s: a codec has exactly the keys"):
+        store_codec({**identity, "codec": "int8"}, store="s")
 
 
 def test_the_same_model_elsewhere_is_the_same_model(identity, tiny_checkpoint, tmp_path):

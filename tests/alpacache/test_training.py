@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,14 @@ def store(tiny_checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("train") / "store"
     config = ExtractConfig(source="synthetic:10", model=str(tiny_checkpoint), store=str(path), frames=1, device="cpu")
     assert alpacache.extract(config).extracted == 10
+    return path
+
+
+@pytest.fixture(scope="module")
+def int8_store(tiny_checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("train8") / "store"
+    config = {"source": "synthetic:10", "model": str(tiny_checkpoint), "store": str(path), "frames": 1, "device": "cpu"}
+    assert alpacache.extract(ExtractConfig(**config, codec="int8")).extracted == 10
     return path
 
 
@@ -167,8 +176,6 @@ def test_sigterm_saves_and_exits_130(tiny_checkpoint, store, tmp_path):
 
 def test_stage_two_reads_nothing_of_the_vlm(tiny_checkpoint, store, tmp_path):
     """A checkpoint without a single VLM tensor trains all the same."""
-    import shutil
-
     from safetensors.torch import save_file
 
     from alpacache.alpamayo.checkpoint import INDEX
@@ -211,8 +218,6 @@ def test_a_store_of_another_model_is_refused(tiny_checkpoint_15, store, tmp_path
 
 
 def test_a_flipped_bit_stops_training_with_the_samples_name(tiny_checkpoint, store, tmp_path):
-    import shutil
-
     broken = shutil.copytree(store, tmp_path / "store")
     chunk = next(path for path in sorted(broken.glob("samples/*/kv/c*")) if path.is_file())
     data = bytearray(chunk.read_bytes())
@@ -312,8 +317,6 @@ def test_resuming_a_finished_run_does_nothing(tiny_checkpoint, store, tmp_path):
 
 
 def test_stores_of_other_prompts_do_not_mix_and_of_other_frames_do(tiny_checkpoint, store, tmp_path):
-    import shutil
-
     two = ExtractConfig(
         source="synthetic:2", model=str(tiny_checkpoint), store=str(tmp_path / "two"), frames=2, device="cpu"
     )
@@ -336,6 +339,28 @@ def test_stores_of_other_prompts_do_not_mix_and_of_other_frames_do(tiny_checkpoi
         patch.setattr(cached_dataset, "CacheReader", Other)
         with pytest.raises(UsageError, match=r"cannot be mixed with .*\n  prompt.template"):
             alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", stores=mixed))
+
+
+def test_a_quantised_store_trains_and_resumes_to_the_same_bits(tiny_checkpoint, int8_store, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = {"val": str(int8_store), "val_every": 3}
+    alpacache.train(config(tiny_checkpoint, int8_store, whole, save_every=2, keep=9, **settings))
+    shutil.copytree(whole / "checkpoints/step-0000002", parts / "checkpoints/step-0000002")
+    (parts / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
+    alpacache.train(config(tiny_checkpoint, int8_store, parts, resume=True, in_memory=True, **settings))
+    assert same(weights(whole), weights(parts))
+    assert [row["loss"] for row in rows(parts)] == [row["loss"] for row in rows(whole)]
+    assert rows(parts)[-1]["val_loss"] == rows(whole)[-1]["val_loss"]
+
+
+def test_stores_of_different_codecs_mix(tiny_checkpoint, store, int8_store, tmp_path):
+    """Losses are those of two lossless stores but for the codec's error."""
+    for name, second in (("mixed", int8_store), ("lossless", store)):
+        report = alpacache.train(config(tiny_checkpoint, store, tmp_path / name, stores=(str(store), str(second))))
+        assert report.samples == 20
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("mixed", "lossless")]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_warm_up_longer_than_the_run_is_refused(tiny_checkpoint, store, tmp_path):

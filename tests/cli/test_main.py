@@ -26,11 +26,17 @@ def test_the_whole_way_with_json(model, tmp_path):
     prepared = json.loads(run("prepare", "synthetic:4", "--out", tmp_path / "samples", "--frames", 1, "--json").stdout)
     assert (prepared["samples"], prepared["rejected"]) == (4, {})
     extract = ("extract", tmp_path / "samples", "--store", tmp_path / "store", "--frames", 1, *common)
+    extract += ("--codec", "int8")
     assert json.loads(run(*extract).stdout)["extracted"] == 4
     assert json.loads(run(*extract).stdout)["already_there"] == 4
     info = json.loads(run("info", tmp_path / "store", "--json").stdout)
     assert (info["samples"], info["quarantined"]) == (4, 0)
     assert info["size_bytes"] == sum(info["size_by_field"].values())
+    assert (info["identity"]["codec"], info["identity"]["codec_definition"]["kind"]) == ("int8", "affine")
+    assert (info["fields"]["kv"]["dtype"], info["size_by_field"]["kv_shape"]) == ("uint8", 4 * 40)
+    assert "codec int8 from bfloat16" in " ".join(run("info", tmp_path / "store").stdout.split())
+    refused = run(*extract, "--codec", "int4", code=2)
+    assert 'identity.codec: expected "int4", found "int8"' in " ".join(refused.stderr.split())
     verified = json.loads(run("verify", tmp_path / "store", "--deep", "--json").stdout)
     assert (verified["samples"], verified["damaged"]) == (4, [])
     train = (

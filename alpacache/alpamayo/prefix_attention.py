@@ -1,0 +1,190 @@
+"""The expert's attention: 64 action tokens over a frozen prefix and over each other.
+
+Stock attention concatenates prefix and own keys, repeats the prefix for every noise draw and every query head of a KV
+group, and computes in full a gradient that nobody wants. Here the two parts are attended apart, the prefix where it
+lies, and merged by log-sum-exp, which is exact (`docs/decisions/0007-two-part-attention.md`).
+
+It reaches the unmodified Qwen3-VL text model as an attention implementation of transformers named `PREFIX_ATTENTION`;
+the model's forward hands `prefix_call` down to every layer.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from alpacache.alpamayo import partial_attention as part
+
+PREFIX_ATTENTION = "prefix"
+
+
+class Prefix(Protocol):
+    """The prefixes of B samples, layer by layer: as they are, or decoded when asked for."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[B]` int64 on the device, each at least 1."""
+
+    @property
+    def starts(self) -> Tensor:
+        """`[B]` int64 position of each sample's first action token."""
+
+    @property
+    def ragged(self) -> bool:
+        """False: every length is T. Known on the host, so that no kernel launch waits for the device."""
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, kv_heads, T, head_dim]` of one layer, anything finite beyond `lengths`.
+
+        Asked in forward and again in backward, and not kept in between: they may lie in scratch memory that the next
+        call overwrites.
+        """
+
+
+@dataclass(slots=True, kw_only=True)
+class PrefixCall:
+    """What one forward of the expert tells all of its layers."""
+
+    prefix: Prefix
+    causal: bool
+    """Let an action token see only itself and earlier ones, beside the whole prefix."""
+    _sequences: part.Sequences | None = field(default=None, init=False)
+
+    def sequences(self, heads: int, tokens: int, padded: int) -> part.Sequences | None:
+        """The kernels' view of a ragged prefix, made by the first layer for all; None where nothing is padded."""
+        if self.prefix.ragged and self._sequences is None:
+            self._sequences = part.padded_sequences(self.prefix.lengths, heads, tokens, padded)
+        return self._sequences
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: int, scale: float) -> Tensor:
+    """Attention of action tokens over prefix and action tokens, `[N, heads, S, D]`; no gradient into the prefix.
+
+    Args:
+        query: `[N, heads, S, D]`, N = B K: the K noise draws of a sample stand together and share its prefix.
+        key: `[N, kv_heads, S, D]`, like value.
+        layer: which of the prefix's layers.
+
+    Raises `ValueError` where shapes or dtypes of the prefix do not fit.
+    """
+    output: Tensor = _TwoPartAttention.apply(query, key, value, call, layer, scale)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _TwoPartAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: int, scale: float
+    ) -> Tensor:
+        rows, head_dim = query.shape[0], query.shape[3]
+        keys, values = call.prefix.layer(layer)
+        _check(query, key, keys, values)
+        own_query = query.reshape(rows, key.shape[1], -1, head_dim)
+        shared_query = _share(own_query, len(keys))
+        state: tuple[Tensor, ...] = ()
+        if part.has_flash(query):
+            sequences = call.sequences(keys.shape[1], shared_query.shape[2], keys.shape[2])
+            there, there_lse, state = part.flash(shared_query, keys, values, scale, sequences=sequences)
+            own, own_lse, _ = part.flash(own_query, key, value, scale, causal=call.causal)
+        else:
+            lengths = call.prefix.lengths if call.prefix.ragged else None
+            with torch.autocast(query.device.type, enabled=False):
+                there, there_lse = part.explicit(shared_query, keys, values, scale, lengths=lengths)
+                own, own_lse = part.explicit(own_query, key, value, scale, causal=call.causal)
+        there, there_lse = _unshare(there, own.shape), _unshare(there_lse, own_lse.shape)
+        lse = torch.logaddexp(there_lse, own_lse)
+        weight = torch.sigmoid(there_lse - own_lse)[..., None]  # exp(there_lse - lse)
+        # The kernels' outputs are strided by token; converting and reordering is one kernel.
+        own, there = (tensor.to(lse.dtype, memory_format=torch.contiguous_format) for tensor in (own, there))
+        output = torch.lerp(own, there, weight).to(query.dtype).contiguous()
+        ctx.save_for_backward(own_query, key, value, output, lse, *state)
+        ctx.call, ctx.layer, ctx.scale = call, layer, scale
+        return output.view(query.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse, *state = ctx.saved_tensors
+        call, scale = ctx.call, ctx.scale
+        keys, values = call.prefix.layer(ctx.layer)
+        shape, grad = grad.shape, grad.reshape(query.shape)
+        # Both parts get the merged output and log-sum-exp; with its own, each would know nothing of the other.
+        there_query, there_grad, there_output, there_lse = (
+            _share(tensor, len(keys)) for tensor in (query, grad, output, lse)
+        )
+        if part.has_flash(query):
+            sequences = call.sequences(keys.shape[1], there_query.shape[2], keys.shape[2])
+            random = (state[0], state[1])
+            there, _, _ = part.flash_backward(
+                there_grad, there_query, keys, values, there_output, there_lse, random, scale, sequences=sequences
+            )
+            own, *own_kv = part.flash_backward(grad, query, key, value, output, lse, random, scale, causal=call.causal)
+        else:
+            lengths = call.prefix.lengths if call.prefix.ragged else None
+            with torch.autocast(query.device.type, enabled=False):
+                there = part.explicit_backward(
+                    there_grad, there_query, keys, values, there_output, there_lse, scale, lengths=lengths, frozen=True
+                )[0]
+                own, *own_kv = part.explicit_backward(grad, query, key, value, output, lse, scale, causal=call.causal)
+        query_grad = (own + _unshare(there, own.shape)).to(query.dtype)
+        return query_grad.reshape(shape), *(tensor.to(query.dtype) for tensor in own_kv), None, None, None
+
+
+def _check(query: Tensor, key: Tensor, keys: Tensor, values: Tensor) -> None:
+    fits = keys.shape == values.shape and (keys.shape[1], keys.shape[3]) == (key.shape[1], key.shape[3])
+    if not fits or query.shape[0] % keys.shape[0] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"prefix keys {list(keys.shape)} and values {list(values.shape)} do not fit queries {list(query.shape)} "
+            f"and own keys {list(key.shape)}; expected [B, kv_heads, T, D] with a multiple of B query rows."
+        )
+    if not query.dtype == key.dtype == keys.dtype == values.dtype:
+        raise ValueError(
+            f"prefix is {keys.dtype}, queries are {query.dtype}; hand the prefix over in the expert's dtype."
+        )
+
+
+def _share(tensor: Tensor, samples: int) -> Tensor:
+    """`[B K, kv_heads, N, ...]` to `[B, kv_heads, K N, ...]`: draws of a sample are more queries of its prefix."""
+    draws = tensor.shape[0] // samples
+    return tensor.view(samples, draws, *tensor.shape[1:]).transpose(1, 2).flatten(2, 3).contiguous()
+
+
+def _unshare(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The way back, to `shape`."""
+    samples, heads = tensor.shape[:2]
+    return tensor.reshape(samples, heads, -1, *shape[2:]).transpose(1, 2).reshape(shape)
+
+
+def _layer_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    prefix_call: PrefixCall | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function; it hands over more keywords than are of interest here."""
+    if prefix_call is None or attention_mask is not None or dropout:
+        raise ValueError(f"{PREFIX_ATTENTION!r} attention needs prefix_call, and takes neither a mask nor dropout.")
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        # Rotary embedding leaves float32 queries and keys beside bfloat16 values; sdpa is cast so by autocast itself.
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return attend(query, key, value, prefix_call, layer, scaling).transpose(1, 2), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Lengths say what is padding; without this entry transformers would not call its mask functions at all."""
+
+
+AttentionInterface.register(PREFIX_ATTENTION, _layer_attention)
+AttentionMaskInterface.register(PREFIX_ATTENTION, _no_mask)

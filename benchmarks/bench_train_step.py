@@ -1,0 +1,147 @@
+"""One training step of the expert at full size, random weights, prefixes on the device: our attention beside stock.
+
+A step is forward, backward and a fused AdamW in bf16, as `train` runs it on a GPU today. `captured` replays forward,
+backward and optimizer as one CUDA graph, which `train` does not do yet. Each row says its speed over stock attention
+(`sdpa`: concatenated cache, repeated draws, expanded heads) in the same run. `--quick` runs a small expert on the CPU.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from benchmark_report import arguments, finish, hardware_name
+from torch import nn
+from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
+
+from alpacache import flow_matching
+from alpacache.action_space import UnicycleActionSpace
+from alpacache.alpamayo.expert import ActionExpert, PrefixBatch
+from alpacache.alpamayo.projection import ActionInProjection
+
+SPACE = UnicycleActionSpace(accel_mean=0.029, accel_std=0.68, curvature_mean=0.00027, curvature_std=0.026)
+FULL = {"hidden_size": 2048, "intermediate_size": 8256, "num_hidden_layers": 36, "num_attention_heads": 16}
+SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 16}
+
+
+def random_expert(size: dict[str, int], device: torch.device, dtype: torch.dtype) -> ActionExpert:
+    """The released expert's geometry, weights as transformers initialises them."""
+    config = Qwen3VLTextConfig(
+        vocab_size=1,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=262144,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [24, 20, 20],
+            "mrope_interleaved": True,
+        },
+        **size,
+    )
+    config._attn_implementation = "prefix"
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with device:
+        model = Qwen3VLTextModel(config)
+        del model.embed_tokens
+        projection = ActionInProjection(size["hidden_size"], rounded_to=torch.bfloat16)
+        expert = ActionExpert(model, projection, nn.Linear(size["hidden_size"], 2), SPACE)
+    torch.set_default_dtype(before)
+    return expert.train()
+
+
+def random_prefixes(expert: ActionExpert, batch: int, shortest: int, longest: int) -> PrefixBatch:
+    """Distinct lengths between the two, the last one the longest."""
+    layers = len(expert.expert.layers)
+    lengths = torch.linspace(shortest, longest, batch, device=expert.device).long()
+    shape = (layers, batch, 8, longest, 128)
+    keys, values = (torch.randn(shape, device=expert.device, dtype=expert.dtype) for _ in range(2))
+    return PrefixBatch(keys=keys, values=values, lengths=lengths, starts=lengths - 50, ragged=batch > 1)
+
+
+def make_step(expert: ActionExpert, prefixes: PrefixBatch, draws: int, *, graph: bool) -> Callable[[], Any]:
+    device, batch = expert.device, len(prefixes.lengths)
+    action, noise = (torch.randn(batch, draws, 64, 2, device=device) for _ in range(2))
+    t = torch.rand(batch, draws, device=device)
+    for parameter in expert.parameters():
+        parameter.grad = None
+    optimizer = torch.optim.AdamW(expert.parameters(), lr=1e-5, fused=device.type == "cuda", capturable=graph)
+
+    def step() -> None:
+        velocity = expert.velocity(flow_matching.interpolate(action, noise, t), t, prefixes)
+        flow_matching.loss(velocity, action, noise).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    if not graph:
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        step()
+    return captured.replay
+
+
+def measure(expert: ActionExpert, prefixes: PrefixBatch, draws: int, way: str) -> dict[str, Any]:
+    cuda = expert.device.type == "cuda"
+    expert.expert.config._attn_implementation = "sdpa" if way == "sdpa" else "prefix"
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    step = make_step(expert, prefixes, draws, graph=way == "captured")
+    times = []
+    for _ in range(3 if not cuda else 10):
+        started = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return {
+        "step_ms": statistics.median(times[2:]) * 1e3,
+        "peak_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    options = parser.parse_args()
+    cuda = torch.cuda.is_available() and not options.quick
+    if not cuda and not options.quick:
+        raise SystemExit("a full run needs a CUDA device; --quick runs a small expert on the CPU.")
+    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    expert = random_expert(FULL if cuda else SMALL, device, dtype)
+    # cameras, batch, draws, shortest and longest prefix
+    cases = [(4, 1, 1, 3050, 3050), (4, 8, 1, 2900, 3050), (1, 16, 1, 840, 880), (1, 16, 4, 840, 880)]
+    rows = []
+    for cameras, batch, draws, shortest, longest in cases if cuda else [(1, 2, 2, 80, 88)]:
+        prefixes = random_prefixes(expert, batch, shortest, longest)
+        base = None
+        for way in ("sdpa", "prefix", "captured") if cuda else ("sdpa", "prefix"):
+            row: dict[str, Any] = {"cameras": cameras, "codec": "bf16", "batch": batch, "draws": draws}
+            row |= {"optimizer": "adamw", "attention": way}
+            try:
+                row |= measure(expert, prefixes, draws, way)
+            except torch.OutOfMemoryError:
+                row["note"] = "out of memory"
+            else:
+                base = row["step_ms"] if way == "sdpa" else base
+                row |= {"samples_s": batch / row["step_ms"] * 1e3, "draws_s": batch * draws / row["step_ms"] * 1e3}
+                row["over_stock"] = base / row["step_ms"] if base else None
+            rows.append(row)
+        del prefixes
+    hardware = torch.cuda.get_device_name() if cuda else hardware_name()
+    finish("train_step", rows, options, hardware=hardware)
+
+
+if __name__ == "__main__":
+    main()
