@@ -130,7 +130,7 @@ def _now(root_path: Path) -> float:
     """The clock that stamps files: a server's may differ from this machine's."""
     probe = root_path / store_root.STAGING / secrets.token_hex(16)
     try:
-        local_files.write_new(probe, [b""])
+        local_files.write_new((probe, [b""]))
         return probe.stat().st_mtime
     finally:
         probe.unlink(missing_ok=True)

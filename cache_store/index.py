@@ -102,7 +102,7 @@ def _settled_ns(root: Path) -> int:
     probe = root / store_root.STAGING / secrets.token_hex(16)
     for wait_s in (1.1, 0):
         listed_ns = folder_time_ns(root)
-        local_files.write_new(probe, [b""])
+        local_files.write_new((probe, [b""]))
         now_ns = probe.stat().st_mtime_ns
         probe.unlink()
         if now_ns - listed_ns > _SETTLED_NS:

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,28 @@ _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pl
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _MAX_WRITE = 2**30
 """Linux writes at most 2 GiB a call."""
+_MAX_OPEN = 64
+"""Files that a writer has open at once."""
 
 
-def write_new(path: Path, parts: Iterable[Any]) -> None:
-    """Create a file from buffers (bytes or uint8 arrays) and force it to the medium. It must not exist yet."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        for part in parts:
-            rest = memoryview(part)
-            while len(rest):
-                rest = rest[os.write(descriptor, rest[:_MAX_WRITE]) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_new(*files: tuple[Path, Iterable[Any]]) -> None:
+    """Create files from buffers (bytes or uint8 arrays) and force them to the medium. None must exist yet.
+
+    Several are written before the first is forced: the medium is then busy with one while Python is with the next.
+    """
+    for first in range(0, len(files), _MAX_OPEN):
+        with ExitStack() as opened:
+            descriptors = []
+            for path, parts in files[first : first + _MAX_OPEN]:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+                descriptors.append(os.open(path, flags, 0o666))
+                opened.callback(os.close, descriptors[-1])
+                for part in parts:
+                    rest = memoryview(part)
+                    while len(rest):
+                        rest = rest[os.write(descriptors[-1], rest[:_MAX_WRITE]) :]
+            for descriptor in descriptors:  # still open, so that no error of the medium can be missed
+                os.fsync(descriptor)
 
 
 def make_folder(path: Path) -> None:
@@ -66,7 +76,7 @@ def put_if_absent(staging: Path, target: Path, data: bytes) -> bool:
     """Publish a whole durable file under a name, unless the name is taken: then `False` and nothing changes."""
     temporary = staging / secrets.token_hex(16)
     try:
-        write_new(temporary, [data])
+        write_new((temporary, [data]))
         won = _link(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -94,7 +104,7 @@ def replace(staging: Path, target: Path, data: bytes) -> None:
     """Publish a whole durable file under a name, replacing what was there."""
     temporary = staging / secrets.token_hex(16)
     try:
-        write_new(temporary, [data])
+        write_new((temporary, [data]))
         temporary.replace(target)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store import compression
+from cache_store import checksum, compression
 from cache_store.compression import Buffer
 from cache_store.document import to_bytes
 from cache_store.field import SMALL, Field
@@ -66,7 +65,7 @@ def encode(sample_id: str, values: Mapping[str, Value], fields: Mapping[str, Fie
     def add(path: str, *parts: Buffer) -> None:
         crc, size = 0, 0
         for part in parts:
-            crc, size = google_crc32c.extend(crc, part), size + len(part)
+            crc, size = checksum.extend(crc, np.frombuffer(part, np.uint8)), size + len(part)
         if not path.endswith(METADATA):
             parts, size = (*parts, crc.to_bytes(TRAILER_BYTES, "little")), size + TRAILER_BYTES
         objects.append(StoredObject(path=path, size=size, crc32c=f"{crc:08x}"))

@@ -133,8 +133,8 @@ class CacheWriter:
             arrays = {stored.array: folder / stored.array for stored in group.objects if stored.array}
             for path in arrays.values():
                 local_files.make_folder(path)
-            for stored, parts in zip(group.objects, group.contents, strict=True):
-                local_files.write_new(folder / stored.path, parts)
+            paths = (folder / stored.path for stored in group.objects)
+            local_files.write_new(*zip(paths, group.contents, strict=True))
             for path in (*arrays.values(), folder, folder.parent):
                 local_files.sync_folder(path)
         except BaseException:
