@@ -7,7 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache_store.kv_codec import MAX_VALUE, MAX_ZERO, WEIGHT_STEPS, KVCodec, Segment, base_for, planes, scale_table
+from cache_store.kv_codec import (
+    ERROR_STEPS,
+    MAX_VALUE,
+    MAX_ZERO,
+    TRIED,
+    WEIGHT_STEPS,
+    KVCodec,
+    Segment,
+    base_for,
+    planes,
+    scale_table,
+)
 
 _DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16}
 
@@ -63,29 +74,67 @@ def _encode_keys(codec: KVCodec, layer: int, x: Tensor, data: Tensor) -> None:
         _encode_fp8(segments, x, data)
         return
     classes = codec.key_classes(codec.bits_of(layer)[0], x.shape[2])
-    if len(classes) > 1:
-        order = torch.argsort(-_weights(x), dim=1, stable=True)
-        _put(segments, data, "order", order)
-        x = torch.gather(x, 2, order[:, None].expand_as(x))
-    levels = torch.cat([torch.full((count,), 2.0**width - 1, device=x.device) for count, width in classes])
-    padding = -x.shape[1] % codec.key_group
+    tokens = x.shape[1]
+    padding = -tokens % codec.key_group
     padded = torch.cat([x, x[:, -1:].expand(-1, padding, -1)], 1)  # repeats change neither minimum nor maximum
     grouped = padded.reshape(x.shape[0], -1, codec.key_group, x.shape[2])
+    if len(classes) > 1:
+        order = torch.argsort(-_weights(x, grouped.amax(2) - grouped.amin(2)), dim=1, stable=True)
+        _put(segments, data, "order", order)
+        grouped = torch.gather(grouped, 3, order[:, None, None].expand_as(grouped))
+    levels = torch.cat([torch.full((count,), 2.0**width - 1, device=x.device) for count, width in classes])
     low, high = grouped.amin(2), grouped.amax(2)
-    needed = torch.maximum((high - low) / levels, torch.maximum(low.abs(), high.abs()) / float(MAX_ZERO))
-    scale = _put_scales(segments, data, needed)
-    zero = torch.round(-low / scale)
+    least = torch.maximum(low.abs(), high.abs()) / float(MAX_ZERO)
+    members = (torch.arange(tokens + padding, device=x.device) < tokens).view(-1, codec.key_group, 1)
+    zero, codes = _fit(segments, data, grouped, 2, (low, high), levels, least, (-32767, 32767), members)
     _put(segments, data, "zero", zero)
-    codes = torch.round(grouped / scale[:, :, None]) + zero[:, :, None]
-    codes = torch.minimum(codes.clamp(min=0), levels).flatten(1, 2)[:, : x.shape[1]]
-    _put_codes(segments, data, classes, codes)
+    _put_codes(segments, data, classes, codes.flatten(1, 2)[:, :tokens])
 
 
-def _weights(x: Tensor) -> Tensor:
+def _weights(x: Tensor, spans: Tensor) -> Tensor:
     largest = x.abs().max().clamp(min=2.0**-100)
-    steps = torch.round(x / largest * WEIGHT_STEPS).long()
-    energy = (steps * steps).sum(1)
-    return energy + torch.roll(energy, x.shape[2] // 2, dims=1)
+    energy = _energy(x / largest)
+    energy = energy + torch.roll(energy, x.shape[2] // 2, dims=1)
+    return energy.double() * _energy(spans / largest).double()
+
+
+def _energy(x: Tensor) -> Tensor:
+    steps = torch.round(x * WEIGHT_STEPS).long()
+    return (steps * steps).sum(1)
+
+
+def _fit(
+    segments: list[Segment],
+    data: Tensor,
+    x: Tensor,
+    axis: int,
+    extremes: tuple[Tensor, Tensor],
+    levels: Tensor,
+    least: Tensor,
+    zeros: tuple[float, float],
+    members: Tensor,
+) -> tuple[Tensor, Tensor]:
+    low, high = extremes
+    table, first = _covering(segments, data, torch.maximum((high - low) / levels, least))
+    lowest = torch.searchsorted(table, least.contiguous()).clamp(max=255)
+    unit = table[first].unsqueeze(axis)
+    best: list[Tensor] = []
+    for step in TRIED:
+        index = torch.maximum(first + step, lowest).clamp(max=255)
+        scale = table[index]
+        zero = torch.round((levels - (low + high) / scale) / 2).clamp(*zeros)
+        wide_scale, wide_zero = scale.unsqueeze(axis), zero.unsqueeze(axis)
+        codes = torch.minimum((torch.round(x / wide_scale) + wide_zero).clamp(min=0), levels)
+        back = ((codes - wide_zero) * wide_scale).to(torch.bfloat16).float()
+        error = torch.round((x - back) / unit * ERROR_STEPS).long() * members
+        tried = [(error * error).sum(axis), index, zero, codes]
+        if best:
+            better = tried[0] < best[0]
+            wide = better.unsqueeze(axis)
+            tried = [torch.where(wide if a.ndim == x.ndim else better, a, b) for a, b in zip(tried, best, strict=True)]
+        best = tried
+    _put(segments, data, "scale", best[1])
+    return best[2], best[3]
 
 
 def _decode_keys(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -108,13 +157,12 @@ def _encode_values(codec: KVCodec, layer: int, x: Tensor, data: Tensor) -> None:
         _encode_fp8(segments, x, data)
         return
     bits = codec.bits_of(layer)[1]
-    levels = 2.0**bits - 1
     grouped = x.reshape(*x.shape[:2], -1, codec.value_group_of(x.shape[2]))
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    scale = _put_scales(segments, data, (high - low) / levels)
-    zero = torch.round(-low / scale).clamp(0, levels)
+    levels, least = torch.tensor(2.0**bits - 1, device=x.device), torch.zeros((), device=x.device)
+    members, limits = torch.ones((), dtype=torch.bool, device=x.device), (0.0, 2.0**bits - 1)
+    zero, codes = _fit(segments, data, grouped, 3, (low, high), levels, least, limits, members)
     _put(segments, data, "zero", zero)
-    codes = (torch.round(grouped / scale[..., None]) + zero[..., None]).clamp(0, levels)
     _put_codes(segments, data, [(x.shape[2], bits)], codes.flatten(2))
 
 
@@ -130,7 +178,9 @@ def _decode_values(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, .
 
 
 def _encode_fp8(segments: list[Segment], x: Tensor, data: Tensor) -> None:
-    scale = _put_scales(segments, data, x.abs().amax(-1, keepdim=True) / 448.0)
+    table, first = _covering(segments, data, x.abs().amax(-1, keepdim=True) / 448.0)
+    _put(segments, data, "scale", first)
+    scale = table[first]
     _put(segments, data, "codes", (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
 
 
@@ -139,13 +189,11 @@ def _decode_fp8(segments: list[Segment], data: Tensor) -> Tensor:
     return codes.float() * _get_scales(segments, data)
 
 
-def _put_scales(segments: list[Segment], data: Tensor, needed: Tensor) -> Tensor:
+def _covering(segments: list[Segment], data: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
     base = base_for(float(needed.max()))
     table = _table(base, data)
-    index = torch.searchsorted(table, needed.contiguous()).clamp(max=255)
     _put(segments, data, "base", torch.tensor([base], device=data.device))
-    _put(segments, data, "scale", index)
-    return table[index]
+    return table, torch.searchsorted(table, needed.contiguous()).clamp(max=255)
 
 
 def _get_scales(segments: list[Segment], data: Tensor) -> Tensor:

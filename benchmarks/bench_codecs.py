@@ -34,7 +34,7 @@ def settings(layers: int) -> dict[str, KVCodec]:
         "int8 spread, values by 64": KVCodec(value_group=64),
         "int8 keys by 32": KVCodec(key_group=32),
         "int5 without spread": KVCodec(key_bits=(5,), value_bits=(5,), spread=False),
-        "int4 spread": KVCodec(key_bits=(4,), value_bits=(4,)),
+        "int4 without spread": KVCodec(key_bits=(4,), value_bits=(4,), spread=False),
         "keys 5, values 4": KVCodec(key_bits=(5,), value_bits=(4,)),
         "keys 4, values 5": KVCodec(key_bits=(4,), value_bits=(5,)),
         "outer layers 6, others 5": KVCodec(key_bits=ends, value_bits=ends),

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_store.kv_codec import (
+    ERROR_STEPS,
     MAX_VALUE,
     MAX_ZERO,
+    TRIED,
     WEIGHT_STEPS,
     KVCodec,
     Segment,
@@ -26,7 +28,7 @@ Floats = NDArray[np.float32]
 
 def encode(codec: KVCodec, bits: NDArray[np.uint16]) -> NDArray[np.uint8]:
     """Encoded bytes of bfloat16 bits `[layer, 2, head, token, channel]`; `ValueError` unless all are finite."""
-    values = (bits.astype(np.uint32) << 16).view(np.float32)
+    values = from_bfloat16(bits)
     if not (np.abs(values) < MAX_VALUE).all():
         raise ValueError("keys or values have NaN, infinity or a magnitude of 2^125, which cannot be quantised.")
     data = np.empty(codec.encoded_bytes(bits.shape), np.uint8)
@@ -57,6 +59,11 @@ def decode(codec: KVCodec, data: NDArray[np.uint8], shape: tuple[int, ...]) -> N
     return to_bfloat16(values)
 
 
+def from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
+    """The float32 of bfloat16 bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def to_bfloat16(values: Floats) -> NDArray[np.uint16]:
     """Bits of the nearest bfloat16, ties to even."""
     raw = values.view(np.uint32)
@@ -69,29 +76,78 @@ def _encode_keys(codec: KVCodec, layer: int, x: Floats, data: NDArray[np.uint8])
         return _encode_fp8(codec.segments("key", layer, x.shape), x, data)
     segments = codec.segments("key", layer, x.shape)
     classes = codec.key_classes(codec.bits_of(layer)[0], x.shape[2])
-    if len(classes) > 1:
-        order = np.argsort(-_weights(x), axis=1, kind="stable").astype(np.uint8)
-        _put(segments, data, "order", order)
-        x = np.take_along_axis(x, order[:, None].astype(np.int64), 2)
-    levels = np.concatenate([np.full(count, 2**width - 1, np.float32) for count, width in classes])
     starts = np.arange(0, x.shape[1], codec.key_group)
-    low, high = np.minimum.reduceat(x, starts, axis=1), np.maximum.reduceat(x, starts, axis=1)
-    needed = np.maximum((high - low) / levels, np.maximum(np.abs(low), np.abs(high)) / np.float32(MAX_ZERO))
-    scale = _put_scales(segments, data, needed)
-    zero = np.rint(-low / scale)
-    _put(segments, data, "zero", zero.astype("<i2"))
-    groups = np.arange(x.shape[1]) // codec.key_group
-    _put_codes(segments, data, classes, np.clip(np.rint(x / scale[:, groups]) + zero[:, groups], 0, levels))
+    low: Floats = np.minimum.reduceat(x, starts, axis=1)
+    high: Floats = np.maximum.reduceat(x, starts, axis=1)
+    if len(classes) > 1:
+        order = np.argsort(-_weights(x, high - low), axis=1, kind="stable")
+        _put(segments, data, "order", order.astype(np.uint8))
+        x, low, high = (np.take_along_axis(array, order[:, None], 2) for array in (x, low, high))
+    levels = np.concatenate([np.full(count, 2**width - 1, np.float32) for count, width in classes])
+    largest: Floats = np.maximum(np.abs(low), np.abs(high))
+    least = largest / np.float32(MAX_ZERO)
+    padding = -x.shape[1] % codec.key_group
+    padded = np.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(x.shape[0], -1, codec.key_group, x.shape[2])
+    members = (np.arange(x.shape[1] + padding) < x.shape[1]).reshape(-1, codec.key_group, 1)
+    zero, codes = _fit(segments, data, padded, 2, (low, high), levels, least, (-32767, 32767), members)
+    _put(segments, data, "zero", zero)
+    _put_codes(segments, data, classes, codes.reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]])
     return None
 
 
-def _weights(x: Floats) -> NDArray[np.int64]:
-    """Energy of each key channel with its partner half the channels away, as rotary embedding pairs them."""
+def _weights(x: Floats, spans: Floats) -> NDArray[np.float64]:
+    """How much a key channel's errors count: its spans squared, as its errors would be, times its queries' energy.
+
+    Queries are large where keys are; rotary embedding pairs a channel with its partner half the channels away.
+    """
     largest = np.maximum(np.abs(x).max(), np.float32(2.0**-100))
-    steps = np.rint(x / largest * np.float32(WEIGHT_STEPS)).astype(np.int64)
-    energy: NDArray[np.int64] = (steps * steps).sum(1)
+    energy = _energy(x / largest)
     energy += np.roll(energy, x.shape[2] // 2, axis=1)
+    return energy.astype(np.float64) * _energy(spans / largest).astype(np.float64)
+
+
+def _energy(x: Floats) -> NDArray[np.int64]:
+    steps = np.rint(x * np.float32(WEIGHT_STEPS)).astype(np.int64)
+    energy: NDArray[np.int64] = (steps * steps).sum(1)
     return energy
+
+
+def _fit(
+    segments: list[Segment],
+    data: NDArray[np.uint8],
+    x: Floats,
+    axis: int,
+    extremes: tuple[Floats, Floats],
+    levels: Floats | np.float32,
+    least: Floats | np.float32,
+    zeros: tuple[float, float],
+    members: NDArray[np.bool_] | np.bool_,
+) -> tuple[Floats, Floats]:
+    """Store each group's scale of least squared error; return the groups' zeros and all codes.
+
+    Groups lie along `axis` of `x`, as far as `members` holds; scales are at least `least`, zeros within `zeros`.
+    """
+    low, high = extremes
+    table, first = _covering(segments, data, np.maximum((high - low) / levels, least))
+    lowest = np.minimum(np.searchsorted(table, least, side="left"), 255)
+    unit = np.expand_dims(table[first], axis)
+    best: list[NDArray[Any]] = []
+    for step in TRIED:
+        index = np.clip(first + step, lowest, 255)
+        scale = table[index]
+        zero = np.clip(np.rint((levels - (low + high) / scale) / np.float32(2)), *zeros)
+        wide_scale, wide_zero = np.expand_dims(scale, axis), np.expand_dims(zero, axis)
+        codes = np.clip(np.rint(x / wide_scale) + wide_zero, 0, levels)
+        back = from_bfloat16(to_bfloat16((codes - wide_zero) * wide_scale))
+        error = np.rint((x - back) / unit * np.float32(ERROR_STEPS)).astype(np.int64) * members
+        tried = [(error * error).sum(axis), index, zero, codes]
+        if best:
+            better = tried[0] < best[0]
+            wide = np.expand_dims(better, axis)
+            tried = [np.where(wide if a.ndim == x.ndim else better, a, b) for a, b in zip(tried, best, strict=True)]
+        best = tried
+    _put(segments, data, "scale", best[1].astype(np.uint8))
+    return best[2], best[3]
 
 
 def _decode_keys(codec: KVCodec, layer: int, data: NDArray[np.uint8], shape: tuple[int, ...]) -> Floats:
@@ -121,10 +177,9 @@ def _encode_values(codec: KVCodec, layer: int, x: Floats, data: NDArray[np.uint8
     grouped = x.reshape(*x.shape[:2], -1, codec.value_group_of(x.shape[2]))
     low = np.minimum(grouped.min(-1), np.float32(0))
     high = np.maximum(grouped.max(-1), np.float32(0))
-    scale = _put_scales(segments, data, (high - low) / levels)
-    zero = np.clip(np.rint(-low / scale), 0, levels)
-    _put(segments, data, "zero", zero.astype(np.uint8))
-    codes = np.clip(np.rint(grouped / scale[..., None]) + zero[..., None], 0, levels)
+    limits = (0.0, float(levels))
+    zero, codes = _fit(segments, data, grouped, 3, (low, high), levels, np.float32(0), limits, np.True_)
+    _put(segments, data, "zero", zero)
     _put_codes(segments, data, [(x.shape[2], bits)], codes.reshape(x.shape))
     return None
 
@@ -141,7 +196,9 @@ def _decode_values(codec: KVCodec, layer: int, data: NDArray[np.uint8], shape: t
 
 
 def _encode_fp8(segments: list[Segment], x: Floats, data: NDArray[np.uint8]) -> None:
-    scale = _put_scales(segments, data, np.abs(x).max(-1, keepdims=True) / np.float32(448))
+    table, first = _covering(segments, data, np.abs(x).max(-1, keepdims=True) / np.float32(448))
+    _put(segments, data, "scale", first)
+    scale = table[first]
     values = fp8_values()
     middles = (values[1:] + values[:-1]) / 2
     size = np.minimum(np.abs(x / scale), np.float32(448))
@@ -157,14 +214,12 @@ def _decode_fp8(segments: list[Segment], data: NDArray[np.uint8]) -> Floats:
     return x
 
 
-def _put_scales(segments: list[Segment], data: NDArray[np.uint8], needed: Floats) -> Floats:
-    """Store and return the smallest scales of the table that are as large as needed."""
+def _covering(segments: list[Segment], data: NDArray[np.uint8], needed: Floats) -> tuple[Floats, NDArray[np.intp]]:
+    """Store the base; return its table and the indices of the smallest scales that are as large as needed."""
     base = base_for(float(needed.max()))
     table = scale_table(base)
-    index = np.minimum(np.searchsorted(table, needed, side="left"), 255)
     _put(segments, data, "base", np.array([base], np.int8))
-    _put(segments, data, "scale", index.astype(np.uint8))
-    return table[index]
+    return table, np.minimum(np.searchsorted(table, needed, side="left"), 255)
 
 
 def _get_scales(segments: list[Segment], data: NDArray[np.uint8]) -> Floats:

@@ -7,6 +7,7 @@ from cache_store import CODECS, KVCodec, kv_coding
 
 EXTRA = {
     "mixed": KVCodec(key_bits=(8, 3, 6), value_bits=(4, 7, 5), key_group=48, value_group=16),
+    "long groups": KVCodec(key_bits=(6,), value_bits=(5,), key_group=500, value_group=64),
     "two bits": KVCodec(key_bits=(2,), value_bits=(2,), spread=False),
 }
 

@@ -3,7 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from cache_store import CODECS, FormatError, KVCodec
+from cache_store import CODECS, FormatError, KVCodec, kv_coding
 from cache_store.kv_codec import MANTISSAS, fp8_values, planes, scale_table
 from cache_store.kv_coding import decode, encode, to_bfloat16
 
@@ -30,9 +30,9 @@ def relative(got: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize(
     ("name", "bits", "key_error", "value_error"),
     [
-        ("int8", 8.7, 0.0032, 0.0056),
-        ("int5", 5.7, 0.025, 0.043),
-        ("int4", 4.6, 0.06, 0.085),
+        ("int8", 8.6, 0.0018, 0.0052),
+        ("int5", 5.6, 0.015, 0.04),
+        ("int4", 4.6, 0.031, 0.082),
         ("fp8", 8.2, 0.029, 0.029),
     ],
 )
@@ -53,7 +53,7 @@ def test_no_value_is_further_off_than_its_step(bits) -> None:
     groups = x[0, 1].reshape(2, 23, 3, 16)
     span = np.maximum(groups.max(-1), 0) - np.minimum(groups.min(-1), 0)
     error = np.abs(back[0, 1] - x[0, 1]).reshape(groups.shape).max(-1)
-    assert (error <= 1.05 * span / (2**bits - 1) + 2**-8 * np.abs(groups).max(-1)).all()
+    assert (error <= 1.15 * span / (2**bits - 1) + 2**-8 * np.abs(groups).max(-1)).all()
 
 
 def test_layers_may_have_bits_of_their_own() -> None:
@@ -65,7 +65,7 @@ def test_layers_may_have_bits_of_their_own() -> None:
     data = encode(codec, kv)
     assert len(data) == sum(map(sum, sizes)) == codec.encoded_bytes(SHAPE)
     back, x = to_float(decode(codec, data, SHAPE)), to_float(kv)
-    assert relative(back[0, 0], x[0, 0]) < 0.004 < 0.03 < relative(back[1, 0], x[1, 0]) < 0.06
+    assert relative(back[0, 0], x[0, 0]) < 0.004 < 0.02 < relative(back[1, 0], x[1, 0]) < 0.06
     with pytest.raises(ValueError, match="bits for 2 layers, the sample has 3"):
         codec.encoded_bytes((3, *SHAPE[1:]))
 
@@ -106,8 +106,69 @@ def test_json_planes_and_tables() -> None:
     assert fp8_values()[[0, 1, 8, 126]].tolist() == [0.0, 2**-9, 2**-6, 448.0]
 
 
-def test_the_encoded_bytes_never_change() -> None:
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_no_group_is_worse_than_with_the_first_scale_that_covers_it(bits, monkeypatch) -> None:
+    codec, kv = KVCodec(key_bits=(bits,), value_bits=(bits,), spread=False), make_kv((1, 2, 2, 100, 64))
+    x = to_float(kv)[0]
+
+    def errors() -> list[np.ndarray]:
+        squares = (to_float(decode(codec, encode(codec, kv), kv.shape))[0] - x) ** 2
+        groups = np.add.reduceat(squares[0], [0, codec.key_group], axis=1)
+        return [groups, squares[1].reshape(2, 100, 2, 32).sum(-1)]
+
+    searched = errors()
+    monkeypatch.setattr(kv_coding, "TRIED", (0,))
+    for found, first in zip(searched, errors(), strict=True):
+        assert (found <= 1.01 * first).all()  # sums of rounded squares decided
+        assert found.sum() < 0.98 * first.sum()
+
+
+def test_keys_get_their_bits_where_large_queries_meet_wide_spans() -> None:
+    kv = make_kv((1, 2, 1, 100, 64))
+    kv[:, 0, ..., [7, 39, 20]] = kv[:, 0, ..., [7, 39, 20]] + (4 << 7)  # sixteen times
+    kv[:, 0, ..., 20] = kv[:, 0, ..., :1, 20]
+    [order] = [s for s in CODECS["int8"].segments("key", 0, (1, 100, 64)) if s.name == "order"]
+    places = encode(CODECS["int8"], kv)[order.offset : order.offset + 64]
+    assert set(places[:2]) == {7, 39}
+    assert places[-1] == 20, "a constant channel has no errors"
+
+
+def test_decoding_never_changes() -> None:
     """A store of today must be readable tomorrow: these digests are part of format version 1."""
+    shape = (2, 2, 2, 70, 64)
+    digests = {}
+    for name, codec in FIRST_CODECS.items():
+        data = (np.arange(codec.encoded_bytes(shape), dtype=np.uint64) * 2654435761 >> 13).astype(np.uint8)
+        end = 0
+        for layer in range(2):
+            for what, size in zip(("key", "value"), codec.layer_bytes(layer, shape), strict=True):
+                part = data[end : (end := end + size)]
+                part[0] = 250 - 10 * layer if what == "key" else 3
+                for segment in codec.segments(what, layer, shape[2:]):
+                    if segment.name == "order":
+                        part[segment.offset :][: segment.size_bytes] = (np.arange(128) * 29 + 5) % 64
+        digests[name] = hashlib.sha256(decode(codec, data, shape).tobytes()).hexdigest()[:16]
+    assert digests == DECODED
+
+
+FIRST_CODECS = {
+    "int8": KVCodec(key_group=64),
+    "int5": KVCodec(key_bits=(5,), value_bits=(5,), key_group=64),
+    "int4": KVCodec(key_bits=(4,), value_bits=(4,), spread=False, key_group=64),
+    "fp8": KVCodec(kind="fp8"),
+    "keys 4, values 3": KVCodec(key_bits=(4,), value_bits=(3,)),
+}
+DECODED = {
+    "int8": "7f46826530301aac",
+    "int5": "134cd633914e5a84",
+    "int4": "388d035a7aa681a8",
+    "fp8": "b9d2bf3bb63b3ca0",
+    "keys 4, values 3": "dc90c0f609aa23ae",
+}
+
+
+def test_the_encoded_bytes_are_the_same_everywhere() -> None:
+    """A better encoder may change these digests, another machine or numpy must not."""
     kv = np.arange(2 * 2 * 2 * 70 * 64, dtype=np.uint32).reshape(2, 2, 2, 70, 64)
     kv = (0x3F80 + (kv * 2654435761 >> 20) % 256 + ((kv * 40503 >> 7) % 2) * 0x8000).astype(np.uint16)
     digests = {name: hashlib.sha256(encode(codec, kv).tobytes()).hexdigest()[:16] for name, codec in CODECS.items()}
@@ -115,8 +176,8 @@ def test_the_encoded_bytes_never_change() -> None:
 
 
 DIGESTS = {
-    "int8": "3b3f62be884ed299",
-    "int5": "5a1d25be556b66e9",
-    "int4": "ac062899a0a88c0c",
+    "int8": "8c36ccdcb2be0c6c",
+    "int5": "8df859aa4ee00c42",
+    "int4": "55fba40879bd4bcc",
     "fp8": "4710f7936a6c761e",
 }

@@ -1,5 +1,6 @@
 """Stores of format version 1 must stay readable, bit for bit, by every later version."""
 
+import hashlib
 import importlib.util
 import shutil
 from pathlib import Path
@@ -9,6 +10,15 @@ import numpy as np
 from cache_store import CODECS, CacheReader, kv_coding, verify
 
 DATA = Path(__file__).parents[1] / "data"
+ENCODED = [
+    {"kv_int8": ("61564dd9983e2d28", "55eeb57da21c37aa"), "kv_int5": ("09689cb5d0a063f8", "1866614719a6f27c")},
+    {"kv_int8": ("fc5ab1e2fee7c9b2", "a9e03e5ac37c1a45"), "kv_int5": ("a05090a7d8d501ad", "ce3868d99de5a528")},
+]
+"""Digests, on the first day, of the encoded bytes and of what they decode to."""
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
 
 
 def test_the_checked_in_store_reads_as_on_its_first_day(tmp_path) -> None:
@@ -26,7 +36,13 @@ def test_the_checked_in_store_reads_as_on_its_first_day(tmp_path) -> None:
     for i, sample_id in enumerate(reader.sample_ids):
         got, expected = reader.read(sample_id), made.values(i)
         for name, value in expected.items():
-            assert got[name].tobytes() == np.asarray(value).tobytes(), name
+            if name in ENCODED[i]:  # encoders may become better, what is stored stays readable
+                raw, decoded = ENCODED[i][name]
+                assert digest(got[name]) == raw, name
+                codec = CODECS[name.removeprefix("kv_")]
+                assert digest(kv_coding.decode(codec, got[name], got["kv"].shape)) == decoded, name
+            else:
+                assert got[name].tobytes() == np.asarray(value).tobytes(), name
         for name in ("int8", "int5"):
             codec = CODECS[name]
             once = kv_coding.decode(codec, got[f"kv_{name}"], got["kv"].shape)
