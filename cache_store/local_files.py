@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +23,38 @@ _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pl
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _MAX_WRITE = 2**30
 """Linux writes at most 2 GiB a call."""
-_MAX_OPEN = 64
-"""Files that a writer has open at once."""
+_WRITERS = 4
+"""Threads that write the files of one sample."""
 
 
 def write_new(*files: tuple[Path, Iterable[Any]]) -> None:
     """Create files from buffers (bytes or uint8 arrays) and force them to the medium. None must exist yet.
 
-    Several are written before the first is forced: the medium is then busy with one while Python is with the next.
+    Several are written in threads: one alone cannot keep a fast disk busy. When this ends, by an error too, no thread
+    writes any more.
     """
-    for first in range(0, len(files), _MAX_OPEN):
-        with ExitStack() as opened:
-            descriptors = []
-            for path, parts in files[first : first + _MAX_OPEN]:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-                descriptors.append(os.open(path, flags, 0o666))
-                opened.callback(os.close, descriptors[-1])
-                for part in parts:
-                    rest = memoryview(part)
-                    while len(rest):
-                        rest = rest[os.write(descriptors[-1], rest[:_MAX_WRITE]) :]
-            for descriptor in descriptors:  # still open, so that no error of the medium can be missed
-                os.fsync(descriptor)
+    if len(files) == 1:
+        return _write_file(*files[0])
+    with ThreadPoolExecutor(_WRITERS, "write") as pool:
+        try:
+            for written in [pool.submit(_write_file, *file) for file in files]:
+                written.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return None
+
+
+def _write_file(path: Path, parts: Iterable[Any]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        for part in parts:
+            rest = memoryview(part)
+            while len(rest):
+                rest = rest[os.write(descriptor, rest[:_MAX_WRITE]) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:
