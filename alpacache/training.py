@@ -16,7 +16,6 @@ from torch import Tensor
 
 from alpacache import flow_matching, randomness
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
-from alpacache.alpamayo.prefix import decoded
 from alpacache.cached_dataset import BatchLoader, CachedDataset, TrainingItem, target
 from alpacache.config import TrainConfig, to_toml
 from alpacache.device import resolve_device
@@ -209,10 +208,7 @@ class _Run:
         device = self.expert.device
         action, noise, t = action.to(device), noise.to(device), t.to(device)
         velocity = self.expert.velocity(
-            flow_matching.interpolate(action, noise, t),
-            t,
-            [decoded(prefix, device) for prefix in prefixes],
-            causal=self.config.causal,
+            flow_matching.interpolate(action, noise, t), t, prefixes, causal=self.config.causal
         )
         return flow_matching.loss(velocity, action, noise).mean()
 
