@@ -78,12 +78,13 @@ def _encode_keys(codec: KVCodec, layer: int, x: Tensor, data: Tensor) -> None:
     padding = -tokens % codec.key_group
     padded = torch.cat([x, x[:, -1:].expand(-1, padding, -1)], 1)  # repeats change neither minimum nor maximum
     grouped = padded.reshape(x.shape[0], -1, codec.key_group, x.shape[2])
+    low, high = grouped.amin(2), grouped.amax(2)
     if len(classes) > 1:
-        order = torch.argsort(-_weights(x, grouped.amax(2) - grouped.amin(2)), dim=1, stable=True)
+        order = torch.argsort(-_weights(x, high - low), dim=1, stable=True)
         _put(segments, data, "order", order)
         grouped = torch.gather(grouped, 3, order[:, None, None].expand_as(grouped))
+        low, high = (torch.gather(extreme, 2, order[:, None].expand_as(extreme)) for extreme in (low, high))
     levels = torch.cat([torch.full((count,), 2.0**width - 1, device=x.device) for count, width in classes])
-    low, high = grouped.amin(2), grouped.amax(2)
     least = torch.maximum(low.abs(), high.abs()) / float(MAX_ZERO)
     members = (torch.arange(tokens + padding, device=x.device) < tokens).view(-1, codec.key_group, 1)
     zero, codes = _fit(segments, data, grouped, 2, (low, high), levels, least, (-32767, 32767), members)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from alpacache import randomness
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
-from alpacache.alpamayo.prefix import decoded
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import EvalConfig
 from alpacache.device import resolve_device
@@ -96,7 +95,7 @@ def predict(
 
     The noise depends on the seed and the sample id alone, so every model sees the same and batch size changes nothing.
     """
-    batch = expert.batch([decoded(sample.prefix, expert.device) for sample in samples])
+    batch = expert.batch([sample.prefix for sample in samples])
     noise = torch.stack([randomness.noise("eval", seed, sample.sample_id, draws=paths) for sample in samples]).to(
         expert.device
     )

@@ -34,7 +34,8 @@ def write_new(*files: tuple[Path, Iterable[Any]]) -> None:
     writes any more.
     """
     if len(files) == 1:
-        return _write_file(*files[0])
+        _write_file(*files[0])
+        return
     with ThreadPoolExecutor(_WRITERS, "write") as pool:
         try:
             for written in [pool.submit(_write_file, *file) for file in files]:
@@ -42,7 +43,6 @@ def write_new(*files: tuple[Path, Iterable[Any]]) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return None
 
 
 def _write_file(path: Path, parts: Iterable[Any]) -> None:
@@ -219,7 +219,7 @@ def read_into(
             view, length = memoryview(buffer), len(buffer)  # type: ignore[arg-type]
             for start in range(0, length, block_bytes):
                 end = min(start + block_bytes, length)
-                filled = start + os.preadv(descriptor, [view[start : min(end, start + _MAX_WRITE)]], at + start)
+                filled = start
                 while filled < end:
                     count = os.preadv(descriptor, [view[filled : min(end, filled + _MAX_WRITE)]], at + filled)
                     if count == 0:  # truncated since the size was taken

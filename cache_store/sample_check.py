@@ -71,10 +71,9 @@ def check_array(root: Path, record: CommitRecord, array: str, fields: Mapping[st
         rows = _rows_of(data, field, shape)
     except FormatError as error:
         raise FormatError(f"{where()}: {error}") from error
-    whole = (rows, *(max(1, length) for length in shape[1:])) if shape else ()
     if rows < 1:
         raise FormatError(f"{where()} is not the metadata of a {field.dtype} array of shape {list(shape)} in format 1.")
-    size = math.prod(whole) * field.stored_dtype.itemsize + TRAILER_BYTES
+    size = math.prod(_chunk_shape(rows, shape)) * field.stored_dtype.itemsize + TRAILER_BYTES
     count = math.ceil(shape[0] / rows) * bool(math.prod(shape)) if shape else 1
     chunks = {item.path.rpartition("/")[2]: item.size for item in record.of_array(array) if item.is_chunk}
     compressed = field.compression != "none"
@@ -96,8 +95,12 @@ def _rows_of(data: bytes, field: Field, shape: tuple[int, ...]) -> int:
     """
     document = parse(data, METADATA)
     rows = _chunk_rows(document, shape)
-    whole = (rows, *(max(1, length) for length in shape[1:])) if shape else ()
-    return rows if canonical_json(document) == canonical_json(array_metadata(field, shape, whole)) else 0
+    expected = array_metadata(field, shape, _chunk_shape(rows, shape))
+    return rows if canonical_json(document) == canonical_json(expected) else 0
+
+
+def _chunk_shape(rows: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (rows, *(max(1, length) for length in shape[1:])) if shape else ()
 
 
 def _chunk_rows(document: dict[str, Any], shape: tuple[int, ...]) -> int:

@@ -100,19 +100,14 @@ class StoredObject:
                 parents_checked=parents_checked,
             )
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise CorruptSampleError(
-                f"{self._what(root, folder, sample_id, field)} is missing. {MEND}", sample_id, field
-            ) from error
-        if found != self.size:
-            raise CorruptSampleError(
-                f"{self._what(root, folder, sample_id, field)} has {found} bytes, expected {self.size}. {MEND}",
-                sample_id,
-                field,
-            )
+            what = self._what(root, folder, sample_id, field)
+            raise CorruptSampleError(f"{what} is missing. {MEND}", sample_id, field) from error
         stored = int.from_bytes(trailer.tobytes(), "little")
-        if stored == crc == int(self.crc32c, 16):
+        if found == self.size and stored == crc == int(self.crc32c, 16):
             return
         what = self._what(root, folder, sample_id, field)
+        if found != self.size:
+            raise CorruptSampleError(f"{what} has {found} bytes, expected {self.size}. {MEND}", sample_id, field)
         self._compare(what, stored, sample_id, field)
         if f"{crc:08x}" != self.crc32c:
             raise CorruptSampleError(

@@ -15,7 +15,7 @@ from transformers import DynamicCache, Qwen3VLTextModel
 from alpacache.action_space import UnicycleActionSpace
 from alpacache.alpamayo.backbone import cache_argument, empty_weights, expert_config
 from alpacache.alpamayo.checkpoint import Checkpoint
-from alpacache.alpamayo.prefix import PrefixFeatures
+from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures, decoded
 from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION, Prefix, PrefixCall
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.errors import CheckpointError
@@ -67,16 +67,16 @@ class ActionExpert(nn.Module):
     def device(self) -> torch.device:
         return self.action_out_proj.weight.device
 
-    def batch(self, prefixes: Sequence[PrefixFeatures]) -> PrefixBatch:
-        """Pad prefixes into one batch; reuse it for several velocities of the same samples."""
-        longest = max(prefix.prefix_len for prefix in prefixes)
-        first = prefixes[0].keys
-        shape = (first.shape[0], len(prefixes), first.shape[1], longest, first.shape[3])
+    def batch(self, prefixes: Sequence[PrefixFeatures | EncodedPrefix]) -> PrefixBatch:
+        """Pad prefixes into one batch, encoded ones decoded; reuse it for several velocities of the same samples."""
+        longest, config = max(prefix.prefix_len for prefix in prefixes), self.expert.config
+        shape = (config.num_hidden_layers, len(prefixes), config.num_key_value_heads, longest, config.head_dim)
         keys = torch.zeros(shape, device=self.device, dtype=self.dtype)
         values = torch.zeros_like(keys)
         for row, prefix in enumerate(prefixes):
-            keys[:, row, :, : prefix.prefix_len] = prefix.keys
-            values[:, row, :, : prefix.prefix_len] = prefix.values
+            features = decoded(prefix, self.device)
+            keys[:, row, :, : features.prefix_len] = features.keys
+            values[:, row, :, : features.prefix_len] = features.values
         return PrefixBatch(
             keys=keys,
             values=values,
@@ -86,7 +86,11 @@ class ActionExpert(nn.Module):
         )
 
     def velocity(
-        self, noisy_action: Tensor, t: Tensor, prefixes: Sequence[PrefixFeatures] | Prefix, causal: bool = False
+        self,
+        noisy_action: Tensor,
+        t: Tensor,
+        prefixes: Sequence[PrefixFeatures | EncodedPrefix] | Prefix,
+        causal: bool = False,
     ) -> Tensor:
         """Velocity of the flow at noisy actions.
 
