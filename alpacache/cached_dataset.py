@@ -1,22 +1,31 @@
 """Cached samples for stage two: one or several stores as one indexed set, read ahead by threads."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.action_space import UnicycleActionSpace
 from alpacache.alpamayo import Checkpoint, EncodedPrefix, PrefixFeatures
+from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.errors import UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS, PREFIX_FIELDS, CachedSample, from_arrays
 from alpacache.identity import check_same_model, store_codec
+from alpacache.strata import Turn, classify
 from cache_store import CacheReader, KVCodec, differences
 
-_SHARED = ("model", "prompt", "processor", "dtype")
+_SHARED = ("model", "prompt", "processor", "dtype", "codec", "codec_definition")
+_BF16_BYTES = 2
+_POSE_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,52 +44,108 @@ class CachedDataset:
 
     def __init__(self, stores: Sequence[str | Path], checkpoint: Checkpoint, *, in_memory: bool = False) -> None:
         readers = [CacheReader(store) for store in stores]
-        codecs: list[KVCodec | None] = []
         for store, reader in zip(stores, readers, strict=True):
             check_same_model(checkpoint, reader.identity, store=str(store))
-            codecs.append(store_codec(reader.identity, store=str(store)))
         _check_mixable(list(stores), readers)
-        self._index = [
-            (reader, codec, sample_id)
-            for reader, codec in zip(readers, codecs, strict=True)
-            for sample_id in reader.sample_ids
-        ]
+        self.codec: KVCodec | None = store_codec(readers[0].identity, store=str(stores[0]))
+        """Of every sample; None: bfloat16 as it is."""
+        self.in_memory = in_memory
+        """Whether samples stay in RAM, as they are stored, once read."""
+        self._index = [(reader, sample_id) for reader in readers for sample_id in reader.sample_ids]
         if not self._index:
             raise UsageError(f"no committed sample in {', '.join(map(str, stores))}; run `alpacache extract` first.")
-        self._kept: dict[int, CachedSample] | None = {} if in_memory else None
+        self._kept: dict[int, CachedSample] = {}
 
     def __len__(self) -> int:
         return len(self._index)
 
     def sample_id(self, index: int) -> str:
-        return self._index[index][2]
+        return self._index[index][1]
+
+    def locate(self, index: int) -> tuple[CacheReader, str]:
+        """The store that has a sample, and the sample's id there."""
+        return self._index[index]
+
+    @property
+    def prefix_fields(self) -> tuple[str, ...]:
+        """The fields that make a prefix."""
+        return PREFIX_FIELDS if self.codec is None else (*PREFIX_FIELDS, KV_SHAPE)
 
     def load(self, index: int) -> CachedSample:
         """Read one sample's prefix and poses. Raises `CorruptSampleError` where a stored byte is not as committed."""
-        if self._kept is not None and index in self._kept:
+        if index in self._kept:
             return self._kept[index]
-        reader, codec, sample_id = self._index[index]
-        fields = (*PREFIX_FIELDS, *POSE_FIELDS) if codec is None else (*PREFIX_FIELDS, KV_SHAPE, *POSE_FIELDS)
-        sample = from_arrays(sample_id, reader.read(sample_id, fields=fields), codec=codec)
-        if self._kept is not None:
+        reader, sample_id = self._index[index]
+        arrays = reader.read(sample_id, fields=(*self.prefix_fields, *POSE_FIELDS))
+        sample = from_arrays(sample_id, arrays, codec=self.codec)
+        if self.in_memory:
             self._kept[index] = sample
         return sample
 
+    @cached_property
+    def layout(self) -> PrefixLayout:
+        """What the bytes of any sample's keys and values mean. Stores of another shape are refused here."""
+        first = {reader: index for index, (reader, _) in reversed(list(enumerate(self._index)))}
+        shapes = {reader.path: self._kv_shape(index) for reader, index in first.items()}
+        geometries = {path: (shape[0], shape[2], shape[4]) for path, shape in shapes.items()}
+        if len(set(geometries.values())) > 1:
+            lines = [f"{path}: {shape}" for path, shape in geometries.items()]
+            raise UsageError("stores of different layers, heads or channels cannot be mixed:\n  " + "\n  ".join(lines))
+        layers, kv_heads, head_dim = geometries[self._index[0][0].path]
+        return PrefixLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, codec=self.codec)
+
+    @cached_property
+    def kv_bytes(self) -> NDArray[np.int64]:
+        """Bytes of each sample's keys and values. Reads every commit record once, about 0.1 ms each."""
+        shapes = (reader.shape(sample_id, "kv") for reader, sample_id in self._index)
+        lengths = np.fromiter((math.prod(shape) for shape in shapes), np.int64, len(self))
+        return lengths * (_BF16_BYTES if self.codec is None else 1)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sample: with one layout it is the one of most bytes."""
+        return self._kv_shape(int(self.kv_bytes.argmax()))[3]
+
+    def turns(self) -> list[Turn]:
+        """Each sample's turn stratum, by its recorded path; reads no keys and values."""
+
+        def turn(place: tuple[CacheReader, str]) -> Turn:
+            reader, sample_id = place
+            poses = reader.read(sample_id, fields=POSE_FIELDS)
+            return classify(**poses).turn
+
+        with ThreadPoolExecutor(_POSE_THREADS, "poses") as pool:
+            return list(pool.map(turn, self._index))
+
     def front_jpeg(self, index: int) -> bytes | None:
         """The front camera's small picture, where the sample has one."""
-        reader, _, sample_id = self._index[index]
+        reader, sample_id = self._index[index]
         if "front_jpeg" not in reader.fields_of(sample_id):
             return None
         picture: bytes = reader.read(sample_id, fields=["front_jpeg"])["front_jpeg"].tobytes()
         return picture
 
+    def _kv_shape(self, index: int) -> tuple[int, ...]:
+        """`[layer, 2, kv_head, token, channel]` of a sample."""
+        reader, sample_id = self._index[index]
+        if self.codec is None:
+            return reader.shape(sample_id, "kv")
+        return tuple(reader.read(sample_id, fields=[KV_SHAPE])[KV_SHAPE].tolist())
+
 
 def _check_mixable(stores: Sequence[str | Path], readers: Sequence[CacheReader]) -> None:
-    """Stores trained together may differ in cameras, frames and codec, not in what the VLM was and how it was asked."""
-    first = {key: readers[0].identity[key] for key in _SHARED}
+    """Stores trained together may differ in cameras and frames, not in the VLM, its prompt, or how KV is stored."""
+
+    def shared(reader: CacheReader) -> dict[str, Any]:
+        return {key: reader.identity.get(key) for key in _SHARED}
+
     for store, reader in zip(stores, readers, strict=True):
-        if lines := differences(first, {key: reader.identity[key] for key in _SHARED}):
-            raise UsageError(f"store {store} cannot be mixed with {stores[0]}:\n  " + "\n  ".join(lines))
+        if lines := differences(shared(readers[0]), shared(reader)):
+            raise UsageError(
+                f"store {store} cannot be mixed with {stores[0]}:\n  "
+                + "\n  ".join(lines)
+                + "\nTrain on one of them, or extract the other again with the same settings."
+            )
 
 
 def target(sample: CachedSample, space: UnicycleActionSpace) -> Tensor:

@@ -6,12 +6,11 @@ neither batch composition, nor worker count, nor a resume, nor the number of GPU
 
 import hashlib
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.flow_matching import TimeSchedule, times_from_uniform
+from alpacache.sample_order import GlobalOrder as GlobalOrder  # moved; until `training` takes it from there
 
 
 def generator(*key: object) -> torch.Generator:
@@ -29,22 +28,3 @@ def times(*key: object, draws: int, schedule: TimeSchedule) -> Tensor:
     """Training times `[draws]`, stratified over the draws: each falls into its own 1 / draws of the distribution."""
     u = torch.rand(draws, generator=generator("time", *key))
     return times_from_uniform((torch.arange(draws) + u) / draws, schedule=schedule)
-
-
-def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The global order of `count` samples in one epoch, from (seed, epoch) alone."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(count)
-
-
-class GlobalOrder:
-    """Position in the run -> sample index: one permutation an epoch, back to back."""
-
-    def __init__(self, seed: int, count: int) -> None:
-        self.seed, self.count = seed, count
-        self._epoch, self._order = -1, np.empty(0, np.int64)
-
-    def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self.count)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self.seed, epoch, self.count)
-        return int(self._order[place])

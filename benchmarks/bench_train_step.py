@@ -18,7 +18,8 @@ from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
 
 from alpacache import flow_matching
 from alpacache.action_space import UnicycleActionSpace
-from alpacache.alpamayo.expert import ActionExpert, PrefixBatch
+from alpacache.alpamayo.expert import ActionExpert
+from alpacache.alpamayo.packed_prefix import PackedPrefixes, PrefixLayout
 from alpacache.alpamayo.projection import ActionInProjection
 
 SPACE = UnicycleActionSpace(accel_mean=0.029, accel_std=0.68, curvature_mean=0.00027, curvature_std=0.026)
@@ -54,16 +55,24 @@ def random_expert(size: dict[str, int], device: torch.device, dtype: torch.dtype
     return expert.train()
 
 
-def random_prefixes(expert: ActionExpert, batch: int, shortest: int, longest: int) -> PrefixBatch:
+def random_prefixes(expert: ActionExpert, batch: int, shortest: int, longest: int) -> PackedPrefixes:
     """Distinct lengths between the two, the last one the longest."""
-    layers = len(expert.expert.layers)
     lengths = torch.linspace(shortest, longest, batch, device=expert.device).long()
-    shape = (layers, batch, 8, longest, 128)
-    keys, values = (torch.randn(shape, device=expert.device, dtype=expert.dtype) for _ in range(2))
-    return PrefixBatch(keys=keys, values=values, lengths=lengths, starts=lengths - 50, ragged=batch > 1)
+    layout = PrefixLayout(layers=len(expert.expert.layers), kv_heads=8, head_dim=128, codec=None, dtype=expert.dtype)
+    data = torch.empty(batch, layout.row_bytes(longest), dtype=torch.uint8, device=expert.device)
+    data.view(expert.dtype).normal_()
+    return PackedPrefixes(
+        layout=layout,
+        data=data,
+        rows=torch.arange(batch, device=expert.device),
+        lengths=lengths,
+        starts=lengths - 50,
+        longest=longest,
+        dtype=expert.dtype,
+    )
 
 
-def make_step(expert: ActionExpert, prefixes: PrefixBatch, draws: int, *, graph: bool) -> Callable[[], Any]:
+def make_step(expert: ActionExpert, prefixes: PackedPrefixes, draws: int, *, graph: bool) -> Callable[[], Any]:
     device, batch = expert.device, len(prefixes.lengths)
     action, noise = (torch.randn(batch, draws, 64, 2, device=device) for _ in range(2))
     t = torch.rand(batch, draws, device=device)
@@ -91,7 +100,7 @@ def make_step(expert: ActionExpert, prefixes: PrefixBatch, draws: int, *, graph:
     return captured.replay
 
 
-def measure(expert: ActionExpert, prefixes: PrefixBatch, draws: int, way: str) -> dict[str, Any]:
+def measure(expert: ActionExpert, prefixes: PackedPrefixes, draws: int, way: str) -> dict[str, Any]:
     cuda = expert.device.type == "cuda"
     expert.expert.config._attn_implementation = "sdpa" if way == "sdpa" else "prefix"
     gc.collect()

@@ -7,21 +7,39 @@ because reading and checking let go of Python's interpreter lock.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store.reader import CacheReader
+from cache_store.sample_read import SampleRead
+
+Key = TypeVar("Key")
+KeyIn = TypeVar("KeyIn", contravariant=True)
 
 
-class PrefetchedSample:
+class SampleSource(Protocol[KeyIn]):
+    """What samples are read from: a `CacheReader`, or the caller's own choice among several by keys of its own.
+
+    Both methods are called in the prefetcher's threads; they mean what they mean in `CacheReader`.
+    """
+
+    def views(
+        self, sample_id: KeyIn, buffer: NDArray[np.uint8], fields: Sequence[str] | None = None
+    ) -> dict[str, NDArray[Any]]: ...
+
+    def plan(
+        self, sample_id: KeyIn, fields: Sequence[str] | None = None, *, out: Mapping[str, NDArray[Any]] | None = None
+    ) -> SampleRead: ...
+
+
+class PrefetchedSample(Generic[Key]):
     """One sample in one of the caller's buffers, which is read over again after `release`."""
 
-    def __init__(self, sample_id: str, buffer: int, on_release: Callable[[int], None]) -> None:
+    def __init__(self, sample_id: Key, buffer: int, on_release: Callable[[int], None]) -> None:
         self.sample_id = sample_id
         self.arrays: dict[str, NDArray[Any]] = {}
         """Views of the buffer; text as arrays of its own."""
@@ -45,7 +63,7 @@ class PrefetchedSample:
         self.release()
 
 
-class Prefetcher:
+class Prefetcher(Generic[Key]):
     """Iterate inside `with`: `with Prefetcher(...) as samples: for sample in samples: with sample: use(sample.arrays)`.
 
     The first sample in order that cannot be read raises its error in its place, after all samples before it; nothing
@@ -54,8 +72,8 @@ class Prefetcher:
 
     def __init__(
         self,
-        reader: CacheReader,
-        sample_ids: Iterable[str],
+        reader: SampleSource[Key],
+        sample_ids: Iterable[Key],
         buffers: Sequence[NDArray[np.uint8]],
         *,
         fields: Sequence[str] | None = None,
@@ -70,8 +88,8 @@ class Prefetcher:
         self._fields = fields
         self._changed = threading.Condition()
         self._free = deque(range(len(buffers)))
-        self._order: deque[PrefetchedSample] = deque()
-        self._tasks: deque[tuple[PrefetchedSample, Callable[[], None]]] = deque()
+        self._order: deque[PrefetchedSample[Key]] = deque()
+        self._tasks: deque[tuple[PrefetchedSample[Key], Callable[[], None]]] = deque()
         self._exhausted = self._failed = self._closed = False
         self._ids_error: BaseException | None = None
         self._threads = [threading.Thread(target=self._work, name=f"prefetch-{i}", daemon=True) for i in range(threads)]
@@ -96,11 +114,11 @@ class Prefetcher:
             if thread.ident is not None:
                 thread.join()
 
-    def __iter__(self) -> Iterator[PrefetchedSample]:
+    def __iter__(self) -> Iterator[PrefetchedSample[Key]]:
         while (sample := self._next()) is not None:
             yield sample
 
-    def _next(self) -> PrefetchedSample | None:
+    def _next(self) -> PrefetchedSample[Key] | None:
         with self._changed:
             while True:
                 if self._closed or not self._threads[0].is_alive():
@@ -146,7 +164,7 @@ class Prefetcher:
                 if sample._tasks == 0:
                     self._changed.notify_all()
 
-    def _take(self) -> tuple[PrefetchedSample, Callable[[], None]] | None:
+    def _take(self) -> tuple[PrefetchedSample[Key], Callable[[], None]] | None:
         """The next chunk to read, or the plan of the next sample; waits while there is neither."""
         with self._changed:
             while not self._closed:
@@ -160,7 +178,7 @@ class Prefetcher:
                 self._changed.wait()
             return None
 
-    def _begin(self) -> PrefetchedSample | None:
+    def _begin(self) -> PrefetchedSample[Key] | None:
         try:
             sample_id = next(self._ids, None)
         except Exception as error:
@@ -172,7 +190,7 @@ class Prefetcher:
         self._order.append(sample)
         return sample
 
-    def _plan(self, sample: PrefetchedSample) -> None:
+    def _plan(self, sample: PrefetchedSample[Key]) -> None:
         out = self._reader.views(sample.sample_id, self._buffers[sample._buffer], self._fields)
         read = self._reader.plan(sample.sample_id, self._fields, out=out)
         sample.arrays = read.arrays

@@ -5,7 +5,8 @@ expert that turns `(noisy action, t, prefix)` into a velocity.
 """
 
 from alpacache.alpamayo.checkpoint import Checkpoint
-from alpacache.alpamayo.expert import ActionExpert, PrefixBatch, load_expert
+from alpacache.alpamayo.expert import ActionExpert, load_expert
+from alpacache.alpamayo.packed_prefix import PackedPrefixes, PrefixLayout
 from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
 from alpacache.alpamayo.vlm import FrozenVLM, load_vlm
 
@@ -14,8 +15,9 @@ __all__ = [
     "Checkpoint",
     "EncodedPrefix",
     "FrozenVLM",
-    "PrefixBatch",
+    "PackedPrefixes",
     "PrefixFeatures",
+    "PrefixLayout",
     "load_expert",
     "load_vlm",
 ]

@@ -5,7 +5,6 @@ first, then the 64 action tokens, which see all of the prefix and (by default) e
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,32 +14,14 @@ from transformers import DynamicCache, Qwen3VLTextModel
 from alpacache.action_space import UnicycleActionSpace
 from alpacache.alpamayo.backbone import cache_argument, empty_weights, expert_config
 from alpacache.alpamayo.checkpoint import Checkpoint
-from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures, decoded
+from alpacache.alpamayo.packed_prefix import PackedPrefixes, pack
+from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
 from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION, Prefix, PrefixCall
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.errors import CheckpointError
 
 _ATTENTIONS = (PREFIX_ATTENTION, "sdpa", "eager")
 _CONSTANTS = ("accel_mean", "accel_std", "curvature_mean", "curvature_std")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixBatch:
-    """Ragged prefixes padded on the right to one length, on the expert's device and in its dtype."""
-
-    keys: Tensor
-    """`[layers, B, kv_heads, T, head_dim]`, zeros beyond each sample's length."""
-    values: Tensor
-    lengths: Tensor
-    """`[B]` int64."""
-    starts: Tensor
-    """`[B]` int64 position of each sample's first action token."""
-    ragged: bool
-    """Whether any length is below T."""
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, kv_heads, T, head_dim]` of one layer."""
-        return self.keys[index], self.values[index]
 
 
 class ActionExpert(nn.Module):
@@ -67,23 +48,9 @@ class ActionExpert(nn.Module):
     def device(self) -> torch.device:
         return self.action_out_proj.weight.device
 
-    def batch(self, prefixes: Sequence[PrefixFeatures | EncodedPrefix]) -> PrefixBatch:
-        """Pad prefixes into one batch, encoded ones decoded; reuse it for several velocities of the same samples."""
-        longest, config = max(prefix.prefix_len for prefix in prefixes), self.expert.config
-        shape = (config.num_hidden_layers, len(prefixes), config.num_key_value_heads, longest, config.head_dim)
-        keys = torch.zeros(shape, device=self.device, dtype=self.dtype)
-        values = torch.zeros_like(keys)
-        for row, prefix in enumerate(prefixes):
-            features = decoded(prefix, self.device)
-            keys[:, row, :, : features.prefix_len] = features.keys
-            values[:, row, :, : features.prefix_len] = features.values
-        return PrefixBatch(
-            keys=keys,
-            values=values,
-            lengths=torch.tensor([prefix.prefix_len for prefix in prefixes], device=self.device),
-            starts=torch.tensor([prefix.start_position for prefix in prefixes], device=self.device),
-            ragged=any(prefix.prefix_len < longest for prefix in prefixes),
-        )
+    def batch(self, prefixes: Sequence[PrefixFeatures | EncodedPrefix]) -> PackedPrefixes:
+        """Prefixes as one batch on the expert's device; reuse it for several velocities of the same samples."""
+        return pack(prefixes, device=self.device, dtype=self.dtype)
 
     def velocity(
         self,

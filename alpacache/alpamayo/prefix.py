@@ -74,8 +74,3 @@ class EncodedPrefix:
             prefix_len=self.prefix_len,
             start_position=self.start_position,
         )
-
-
-def decoded(prefix: PrefixFeatures | EncodedPrefix, device: torch.device) -> PrefixFeatures:
-    """The prefix ready for attention: an encoded one travels to the device first and is decoded there."""
-    return prefix.to(device).decode() if isinstance(prefix, EncodedPrefix) else prefix

@@ -2,13 +2,14 @@
 
 Stock attention concatenates prefix and own keys, repeats the prefix for every noise draw and every query head of a KV
 group, and computes in full a gradient that nobody wants. Here the two parts are attended apart, the prefix where it
-lies, and merged by log-sum-exp, which is exact (`docs/decisions/0007-two-part-attention.md`).
+lies and as it is encoded, and merged by log-sum-exp, which is exact (`docs/decisions/0007-two-part-attention.md`).
 
 It reaches the unmodified Qwen3-VL text model as an attention implementation of transformers named `PREFIX_ATTENTION`;
-the model's forward hands `prefix_call` down to every layer.
+the model's forward hands `prefix_call` down to every layer. bfloat16 on a GPU takes the Triton kernels, everything else
+the reference in plain PyTorch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from alpacache.alpamayo import partial_attention as part
+from alpacache.alpamayo.packed_prefix import PackedPrefixes
 
 PREFIX_ATTENTION = "prefix"
 
@@ -32,10 +34,6 @@ class Prefix(Protocol):
     def starts(self) -> Tensor:
         """`[B]` int64 position of each sample's first action token."""
 
-    @property
-    def ragged(self) -> bool:
-        """False: every length is T. Known on the host, so that no kernel launch waits for the device."""
-
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, kv_heads, T, head_dim]` of one layer, anything finite beyond `lengths`.
 
@@ -44,20 +42,13 @@ class Prefix(Protocol):
         """
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixCall:
     """What one forward of the expert tells all of its layers."""
 
     prefix: Prefix
     causal: bool
     """Let an action token see only itself and earlier ones, beside the whole prefix."""
-    _sequences: part.Sequences | None = field(default=None, init=False)
-
-    def sequences(self, heads: int, tokens: int, padded: int) -> part.Sequences | None:
-        """The kernels' view of a ragged prefix, made by the first layer for all; None where nothing is padded."""
-        if self.prefix.ragged and self._sequences is None:
-            self._sequences = part.padded_sequences(self.prefix.lengths, heads, tokens, padded)
-        return self._sequences
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: int, scale: float) -> Tensor:
@@ -70,67 +61,102 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: i
 
     Raises `ValueError` where shapes or dtypes of the prefix do not fit.
     """
-    output: Tensor = _TwoPartAttention.apply(query, key, value, call, layer, scale)  # type: ignore[no-untyped-call]
+    function = _KernelAttention if has_kernels(query, call.prefix) else _ExplicitAttention
+    output: Tensor = function.apply(query, key, value, call, layer, scale)  # type: ignore[no-untyped-call]
     return output
 
 
-class _TwoPartAttention(torch.autograd.Function):
+def has_kernels(query: Tensor, prefix: Prefix) -> bool:
+    """Whether the Triton kernels take this; everything else is computed explicitly."""
+    return query.is_cuda and query.dtype == torch.bfloat16 and isinstance(prefix, PackedPrefixes)
+
+
+class _KernelAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: int, scale: float
     ) -> Tensor:
-        rows, head_dim = query.shape[0], query.shape[3]
+        from alpacache.alpamayo import prefix_kernels
+
+        query, key, value = (_channels_together(tensor) for tensor in (query, key, value))
+        assert isinstance(call.prefix, PackedPrefixes)
+        _check_packed(query, key, call.prefix)
+        output, lse = prefix_kernels.forward(query, key, value, call.prefix, layer, scale, causal=call.causal)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.call, ctx.layer, ctx.scale = call, layer, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from alpacache.alpamayo import prefix_kernels
+
+        query, key, value, output, lse = ctx.saved_tensors
+        call: PrefixCall = ctx.call
+        assert isinstance(call.prefix, PackedPrefixes)
+        grad = _channels_together(grad)
+        grads = prefix_kernels.backward(
+            grad, query, key, value, output, lse, call.prefix, ctx.layer, ctx.scale, causal=call.causal
+        )
+        return *grads, None, None, None
+
+
+class _ExplicitAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: int, scale: float
+    ) -> Tensor:
         keys, values = call.prefix.layer(layer)
         _check(query, key, keys, values)
-        own_query = query.reshape(rows, key.shape[1], -1, head_dim)
-        shared_query = _share(own_query, len(keys))
-        state: tuple[Tensor, ...] = ()
-        if part.has_flash(query):
-            sequences = call.sequences(keys.shape[1], shared_query.shape[2], keys.shape[2])
-            there, there_lse, state = part.flash(shared_query, keys, values, scale, sequences=sequences)
-            own, own_lse, _ = part.flash(own_query, key, value, scale, causal=call.causal)
-        else:
-            lengths = call.prefix.lengths if call.prefix.ragged else None
-            with torch.autocast(query.device.type, enabled=False):
-                there, there_lse = part.explicit(shared_query, keys, values, scale, lengths=lengths)
-                own, own_lse = part.explicit(own_query, key, value, scale, causal=call.causal)
+        own_query = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+        with torch.autocast(query.device.type, enabled=False):
+            there, there_lse = part.explicit(
+                _share(own_query, len(keys)), keys, values, scale, lengths=call.prefix.lengths
+            )
+            own, own_lse = part.explicit(own_query, key, value, scale, causal=call.causal)
         there, there_lse = _unshare(there, own.shape), _unshare(there_lse, own_lse.shape)
         lse = torch.logaddexp(there_lse, own_lse)
         weight = torch.sigmoid(there_lse - own_lse)[..., None]  # exp(there_lse - lse)
-        # The kernels' outputs are strided by token; converting and reordering is one kernel.
-        own, there = (tensor.to(lse.dtype, memory_format=torch.contiguous_format) for tensor in (own, there))
-        output = torch.lerp(own, there, weight).to(query.dtype).contiguous()
-        ctx.save_for_backward(own_query, key, value, output, lse, *state)
+        output = torch.lerp(own, there, weight).to(query.dtype)
+        ctx.save_for_backward(own_query, key, value, output, lse)
         ctx.call, ctx.layer, ctx.scale = call, layer, scale
         return output.view(query.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse, *state = ctx.saved_tensors
+        query, key, value, output, lse = ctx.saved_tensors
         call, scale = ctx.call, ctx.scale
         keys, values = call.prefix.layer(ctx.layer)
         shape, grad = grad.shape, grad.reshape(query.shape)
         # Both parts get the merged output and log-sum-exp; with its own, each would know nothing of the other.
-        there_query, there_grad, there_output, there_lse = (
-            _share(tensor, len(keys)) for tensor in (query, grad, output, lse)
+        there_grad, there_query, there_output, there_lse = (
+            _share(tensor, len(keys)) for tensor in (grad, query, output, lse)
         )
-        if part.has_flash(query):
-            sequences = call.sequences(keys.shape[1], there_query.shape[2], keys.shape[2])
-            random = (state[0], state[1])
-            there, _, _ = part.flash_backward(
-                there_grad, there_query, keys, values, there_output, there_lse, random, scale, sequences=sequences
-            )
-            own, *own_kv = part.flash_backward(grad, query, key, value, output, lse, random, scale, causal=call.causal)
-        else:
-            lengths = call.prefix.lengths if call.prefix.ragged else None
-            with torch.autocast(query.device.type, enabled=False):
-                there = part.explicit_backward(
-                    there_grad, there_query, keys, values, there_output, there_lse, scale, lengths=lengths, frozen=True
-                )[0]
-                own, *own_kv = part.explicit_backward(grad, query, key, value, output, lse, scale, causal=call.causal)
+        lengths = call.prefix.lengths
+        with torch.autocast(query.device.type, enabled=False):
+            there = part.explicit_backward(
+                there_grad, there_query, keys, values, there_output, there_lse, scale, lengths=lengths, frozen=True
+            )[0]
+            own, *own_kv = part.explicit_backward(grad, query, key, value, output, lse, scale, causal=call.causal)
         query_grad = (own + _unshare(there, own.shape)).to(query.dtype)
         return query_grad.reshape(shape), *(tensor.to(query.dtype) for tensor in own_kv), None, None, None
+
+
+def _channels_together(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _check_packed(query: Tensor, key: Tensor, prefix: PackedPrefixes) -> None:
+    layout = prefix.layout
+    fits = (layout.kv_heads, layout.head_dim) == (key.shape[1], key.shape[3])
+    plain = layout.codec is not None or layout.dtype == torch.bfloat16
+    if not fits or not plain or query.shape[0] % len(prefix.rows) or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"{len(prefix.rows)} prefixes of {layout} do not fit queries {list(query.shape)} and own keys "
+            f"{list(key.shape)}; expected bfloat16 or a codec, the same heads and channels, and a multiple of "
+            "B query rows."
+        )
 
 
 def _check(query: Tensor, key: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -16,7 +16,6 @@ import alpacache
 from alpacache import flow_matching, randomness
 from alpacache.alpamayo import Checkpoint, EncodedPrefix, load_expert, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
-from alpacache.alpamayo.prefix import decoded
 from alpacache.cached_dataset import CachedDataset, target
 from alpacache.config import ExtractConfig
 from alpacache.errors import BadClipError, UsageError
@@ -279,7 +278,7 @@ def test_quantised_prefixes_decode_to_the_reference_and_move_the_velocity_little
         assert np.array_equal(torch.stack([got.keys, got.values], 1).view(torch.uint16).numpy(), bits)
     with torch.no_grad():
         exact = expert.velocity(noisy, t, [lossless.load(index).prefix for index in range(3)])
-        got = expert.velocity(noisy, t, [decoded(prefix, expert.device) for prefix in encoded])
+        got = expert.velocity(noisy, t, [prefix.decode() for prefix in encoded])
     assert largest / 3 < relative_error(got, exact) < largest
 
 

@@ -1,6 +1,5 @@
 """Random numbers as functions of their key."""
 
-import numpy as np
 import torch
 
 from alpacache import randomness
@@ -33,13 +32,3 @@ def test_times_are_stratified_over_the_draws():
     for place in range(50):
         u = randomness.times(0, place, draws=4, schedule="uniform") / 0.999
         assert (u * 4).long().tolist() == [0, 1, 2, 3]
-
-
-def test_every_epoch_is_a_permutation_and_they_differ():
-    order = randomness.GlobalOrder(3, 100)
-    first, second = [order[place] for place in range(100)], [order[place] for place in range(100, 200)]
-    assert sorted(first) == sorted(second) == list(range(100))
-    assert first != second
-    again = randomness.GlobalOrder(3, 100)
-    assert [again[place] for place in (150, 3, 199)] == [second[50], first[3], second[99]]
-    assert np.array_equal(randomness.epoch_order(3, 0, 100), first)

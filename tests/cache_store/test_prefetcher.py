@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cache_store import CacheReader, CacheWriter, CorruptSampleError, Field, Prefetcher, SampleNotFoundError
+from cache_store.sample_read import SampleRead
 
 
 @pytest.fixture
@@ -101,6 +102,42 @@ def test_field_selection_missing_samples_small_buffers_and_failing_orders(many) 
         Prefetcher(many, [], [])
     with pytest.raises(ValueError, match="inside its `with`"):
         next(iter(Prefetcher(many, [], buffers(many, 1))))
+
+
+def test_a_source_of_the_callers_own_reads_from_several_stores(many, tmp_path) -> None:
+    """Keys are the caller's; a sample may have no task at all, or one that reads nothing."""
+    with CacheWriter(tmp_path / "other", fields=[Field(name="y", dtype="int8", axes=("i",))], identity={}) as writer:
+        writer.write("only", {"y": np.array([5, 6], np.int8)})
+    other = CacheReader(tmp_path / "other")
+
+    class Source:
+        def views(self, key, buffer, fields=None):
+            reader, name = key
+            return reader.views(name, buffer, fields) if reader is not None else {}
+
+        def plan(self, key, fields=None, *, out=None):
+            reader, name = key
+            if reader is None:
+                return SampleRead(arrays={"made": np.array(name)}, tasks=[])
+            read = reader.plan(name, fields, out=out)
+            extra = np.zeros((), np.int64)
+            return SampleRead(
+                arrays={**read.arrays, "extra": extra}, tasks=[*read.tasks, lambda: extra.__iadd__(len(name))]
+            )
+
+    order = [(many, "s3"), (other, "only"), (None, "z"), (many, "s4")]
+    got = []
+    with Prefetcher(Source(), order, buffers(many, 3), threads=3) as samples:
+        for sample in samples:
+            with sample:
+                assert sample.sample_id is order[len(got)]
+                got.append({name: array.tolist() for name, array in sample.arrays.items() if name != "x"})
+    assert got == [
+        {"n": 3, "t": "text 3", "extra": 2},
+        {"y": [5, 6], "extra": 4},
+        {"made": "z"},
+        {"n": 4, "t": "text 4", "extra": 2},
+    ]
 
 
 def test_leaving_early_ends_all_threads(many) -> None:

@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from alpacache import flow_matching
 from alpacache.alpamayo import load_expert
-from alpacache.alpamayo import partial_attention as part
 from alpacache.alpamayo.prefix_attention import PrefixCall, attend
 
 HEADS, KV_HEADS = 4, 2
@@ -25,7 +24,6 @@ class ScratchPrefix:
         self.scratch = (torch.empty_like(keys[0]), torch.empty_like(values[0]))
         self.lengths = torch.tensor(lengths, device=keys.device)
         self.starts = self.lengths
-        self.ragged = min(lengths) < keys.shape[3]
         self.asked = []
 
     def layer(self, index):
@@ -125,80 +123,6 @@ def test_prefix_is_asked_for_twice_and_never_kept():
     assert all(tensor.data_ptr() not in scratch and tensor.numel() <= own[0].numel() for tensor in kept)
 
 
-def flash_dense(query, keys, values, dropout, causal, debug, *, scale):
-    """What torch's kernel does, for the CPU: grouped heads, square causal mask, output strided by token."""
-    group = query.shape[1] // keys.shape[1]
-    assert dropout == 0
-    assert not causal or query.shape[2] == keys.shape[2]
-    repeated = [tensor.repeat_interleave(group, 1) for tensor in (keys, values)]
-    output, lse = part.explicit(query, *repeated, scale, causal=causal)
-    output = output.transpose(1, 2).contiguous().transpose(1, 2)
-    return output, lse, None, None, query.shape[2], keys.shape[2], torch.zeros(2), torch.zeros(0), None
-
-
-def flash_dense_backward(grad, query, keys, values, output, lse, _q, _k, max_q, max_k, dropout, causal, *state, scale):
-    group = query.shape[1] // keys.shape[1]
-    assert (max_q, max_k, len(state)) == (query.shape[2], keys.shape[2], 2)
-    assert lse.is_contiguous()
-    repeated = [tensor.repeat_interleave(group, 1) for tensor in (keys, values)]
-    grads = part.explicit_backward(grad, query, *repeated, output, lse, scale, causal=causal)
-    return grads[0], *(tensor.unflatten(1, (-1, group)).sum(2) for tensor in grads[1:])
-
-
-def spans(cumulative):
-    assert cumulative.dtype == torch.int32
-    return [slice(*pair) for pair in zip(cumulative.tolist(), cumulative[1:].tolist(), strict=False)]
-
-
-def flash_ragged(query, keys, values, queries_at, keys_at, max_q, max_k, dropout, causal, debug, *, scale):
-    output, lse = torch.full_like(query, torch.nan), torch.full((1, len(query)), torch.nan, dtype=query.dtype)
-    for rows, columns in zip(spans(queries_at), spans(keys_at), strict=True):
-        if rows.start < rows.stop:
-            assert rows.stop - rows.start <= max_q
-            assert columns.stop - columns.start <= max_k
-            parts = [
-                tensor[None, span, 0][None] for tensor, span in ((query, rows), (keys, columns), (values, columns))
-            ]
-            output[rows, 0], lse[0, rows] = (result[0, 0] for result in part.explicit(*parts, scale))
-    return output, lse, torch.zeros(2), torch.zeros(0), None
-
-
-def flash_ragged_backward(
-    grad, query, keys, values, output, lse, queries_at, keys_at, max_q, max_k, dropout, causal, *state, scale
-):
-    query_grad = torch.full_like(query, torch.nan)
-    for rows, columns in zip(spans(queries_at), spans(keys_at), strict=True):
-        if rows.start < rows.stop:
-            across = [tensor[None, rows, 0][None] for tensor in (grad, query, output)]
-            along = [tensor[None, columns, 0][None] for tensor in (keys, values)]
-            result = part.explicit_backward(*across[:2], *along, across[2], lse[None, :, rows], scale, frozen=True)
-            query_grad[rows, 0] = result[0][0, 0]
-    return query_grad, torch.zeros_like(keys), torch.zeros_like(values)
-
-
-@pytest.mark.parametrize(("lengths", "draws"), CASES)
-@pytest.mark.parametrize("causal", [False, True])
-def test_kernels_are_called_right(lengths, draws, causal, monkeypatch, relative_error):
-    """The CUDA path's folding and walk through padding, with the kernels' contracts played on the CPU."""
-    monkeypatch.setattr(part, "has_flash", lambda query: True)
-    for name in ("flash_dense", "flash_dense_backward", "flash_ragged", "flash_ragged_backward"):
-        monkeypatch.setattr(part, f"_{name}", globals()[name])
-    case = make_case(lengths, draws)
-    for got, expected in zip(two_part(*case, causal=causal), stock(*case, causal=causal), strict=True):
-        assert relative_error(got, expected) <= 1e-10
-
-
-@pytest.mark.parametrize("ragged", [False, True])
-def test_calls_fit_the_kernels_schemas(ragged, monkeypatch):
-    """Shapes alone, by torch's own meta kernels."""
-    monkeypatch.setattr(part, "has_flash", lambda query: True)
-    own, prefix, grad = make_case([9, 4 if ragged else 9], 2, dtype=torch.bfloat16, device="meta", dim=32)
-    for causal in (False, True):
-        output, *grads = two_part(own, prefix, grad, causal=causal)
-        assert output.shape == own[0].shape
-        assert [tensor.shape for tensor in grads] == [tensor.shape for tensor in own]
-
-
 def test_refuses_what_does_not_fit():
     own, prefix, _ = make_case([4, 4], 1)
     call = PrefixCall(prefix=prefix, causal=False)
@@ -268,11 +192,6 @@ def test_masks_and_unknown_names_are_refused(golden_dir, experts):
         experts["prefix"].expert(inputs_embeds=embeds, use_cache=False)
 
 
-def full_size(lengths, draws):
-    """The released expert's shapes in bfloat16 on the GPU."""
-    return make_case(lengths, draws, dtype=torch.bfloat16, device="cuda", heads=16, kv_heads=8, tokens=64, dim=128)
-
-
 @contextmanager
 def waiting_refused():
     """An error for every call that waits for the device."""
@@ -286,49 +205,6 @@ def waiting_refused():
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-GPU_CASES = [([256, 256], 1), ([809, 809], 4), ([809, 1, 333], 1), ([1, 100, 64, 65], 4), ([1], 1), ([3050] * 4, 1)]
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize(("lengths", "draws"), GPU_CASES)
-@pytest.mark.parametrize("causal", [False, True])
-def test_kernels_are_as_exact_as_sdpa(lengths, draws, causal, relative_error):
-    own, prefix, grad = full_size(lengths, draws)
-    assert part.has_flash(own[0])
-    scale = 128**-0.5
-    got = two_part(own, prefix, grad, causal=causal, scale=scale)
-    usual = stock(own, prefix, grad, causal=causal, scale=scale, sdpa=True)
-    own64 = [tensor.detach().double().requires_grad_() for tensor in own]
-    exact = stock(own64, prefix, grad.double(), causal=causal, scale=scale)
-    for name, tensor, sdpa, expected in zip(("output", "dq", "dk", "dv"), got, usual, exact, strict=True):
-        error = relative_error(tensor, expected)
-        assert error <= 1e-2, name
-        assert error <= 1.5 * relative_error(sdpa, expected), name
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # the leaves serve the capture and plain calls
-@pytest.mark.parametrize("causal", [False, True])
-def test_kernels_never_wait_and_replay_as_a_graph(causal, relative_error):
-    """Captured once, then replayed with other lengths and other contents of the same buffers."""
-    own, prefix, grad = full_size([300, 1, 77], 2)
-    two_part(own, prefix, grad, causal=causal)
-    torch.cuda.synchronize()
-    with waiting_refused():
-        two_part(own, prefix, grad, causal=causal)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = two_part(own, prefix, grad, causal=causal)
-    with torch.no_grad():
-        own[0].mul_(-1)
-        prefix.stored[0].mul_(-1)
-        prefix.lengths.copy_(torch.tensor([2, 300, 129]))
-    graph.replay()
-    torch.cuda.synchronize()
-    for got, expected in zip(captured, two_part(own, prefix, grad, causal=causal), strict=True):
-        assert relative_error(got.cpu(), expected.cpu()) <= 1e-3
 
 
 @pytest.mark.gpu

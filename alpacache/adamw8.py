@@ -1,0 +1,391 @@
+"""AdamW for bf16 weights in 5.1 bytes a parameter: 24-bit masters, 8-bit moments; every scalar is read on the device.
+
+Why not torch's AdamW: a bf16 weight of 1.0 never moves by 1e-4, and a bf16 second moment never by 0.1 %. Why not a
+library: lr, the clip factor, "skip this step" and the step count must be device memory, or a captured CUDA graph would
+freeze them.
+
+What is stored, in groups of 64 consecutive elements:
+
+- weight: bf16 and an int8 residual, together the upper 24 bits of a float32. Rounded stochastically: at lr 1e-5 a norm
+  gain near 1 moves by less than half of the last bit.
+- first moment: int8, signed square root of m / max |m|, to nearest. What rounding takes from m would have moved the
+  weight by beta1 / (1 - beta1) times itself over the coming steps; the weight gets that at once, so that rounding
+  errors do not add up.
+- second moment: uint8, evenly spaced in the bits of the float32 v, which are nearly its logarithm, from the group's
+  least to its greatest. No code means 0, so no update can blow up. Rounded stochastically, without bias in v: a step
+  changes v by 0.1 %, a code by up to 12 %.
+
+A group's extremes are stored in bf16 rounded outward: rounded inward, the greatest element could never grow. Random
+bits are a hash of (parameter name, step, element), so that a resumed run has the same bits.
+`benchmarks/bench_optimizers.py` measures the distance to a float32 run.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alpacache.errors import UsageError
+from alpacache.optimizers import copy_into
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # an install for the CPU
+    triton = None
+
+GROUP = 64
+_ROWS = 16
+"""Groups a program: 1024 elements, 8 a thread."""
+_FLOOR = 2.0**-100
+"""Least scale of a group, far below eps^2, and 1 / scale is finite."""
+_RANGE = 2.0**-32
+"""Least over greatest v of a group: anything smaller is kept too large, which damps its updates."""
+_BF16_MAX = 3.3895313892515355e38
+_NAN_BITS = 0x7FC00000
+_UINT32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hyperparameters:
+    """Numbers of the update that never change in a run."""
+
+    betas: tuple[float, float]
+    weight_decay: float
+    eps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scalars:
+    """What changes with each step, as 0-dim tensors on the parameters' device."""
+
+    lr: Tensor
+    scale: Tensor
+    """Factor of the gradients, float32."""
+    skip: Tensor
+    """Bool: change nothing."""
+    step: Tensor
+    """Count of applied steps, this one included; int64."""
+    bias: Tensor
+    """`1 - beta ** step` of both betas `[2]`, float64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """State of one parameter."""
+
+    seed: int
+    exp_avg: Tensor
+    """int8, the parameter's shape."""
+    exp_avg_sq: Tensor
+    """uint8, the parameter's shape."""
+    scales: Tensor
+    """bf16 `[3, groups]`: max |m|, least and greatest v."""
+    residual: Tensor | None
+    """int8, the parameter's shape; None for a float32 parameter."""
+
+    @classmethod
+    def empty(cls, name: str, parameter: Tensor) -> "Moments":
+        """State before the first step."""
+        if parameter.dtype not in (torch.bfloat16, torch.float32) or not parameter.is_contiguous():
+            raise UsageError(
+                f"adamw8 cannot train {name} ({parameter.dtype}, strides {parameter.stride()}); expected contiguous "
+                "bfloat16 or float32. Choose the optimizer adamw."
+            )
+        groups = math.ceil(parameter.numel() / GROUP)
+        bf16 = parameter.dtype == torch.bfloat16
+        return cls(
+            seed=zlib.crc32(name.encode()) >> 1,
+            exp_avg=torch.zeros_like(parameter, dtype=torch.int8),
+            exp_avg_sq=torch.zeros_like(parameter, dtype=torch.uint8),
+            scales=torch.full((3, groups), _FLOOR, dtype=torch.bfloat16, device=parameter.device),
+            residual=torch.zeros_like(parameter, dtype=torch.int8) if bf16 else None,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "scales": self.scales}
+        return found if self.residual is None else {**found, "residual": self.residual}
+
+
+class AdamW8:
+    """The optimizer. On a CPU it runs the reference, which is for tests: it reads scalars and allocates."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], hyper: Hyperparameters) -> None:
+        device = next(iter(parameters.values())).device
+        if device.type == "cuda" and triton is None:
+            raise UsageError("adamw8 needs triton on a GPU; install triton, or choose the optimizer adamw.")
+        self._device, self._hyper = device, hyper
+        self._parameters = dict(parameters)
+        self._moments = {name: Moments.empty(name, parameter) for name, parameter in parameters.items()}
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._betas = torch.tensor(hyper.betas, dtype=torch.float64, device=device)
+        self._bias = torch.zeros(2, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor) -> None:
+        """One step from every gradient times `scale`; where `skip` is True nothing changes. No host synchronisation."""
+        self._step.add_(1)
+        self._step.add_(skip, alpha=-1)
+        torch.pow(self._betas, self._step, out=self._bias)
+        self._bias.neg_().add_(1)
+        scalars = Scalars(lr=lr, scale=scale, skip=skip, step=self._step, bias=self._bias)
+        if self._device.type != "cuda":
+            self._apply(update_reference, scalars)
+            return
+        with torch.cuda.device(self._device):
+            self._apply(update_triton, scalars)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live state; `<key>.<parameter name>` and `step`."""
+        moments = self._moments.items()
+        found = {f"{key}.{name}": value for name, state in moments for key, value in state.tensors().items()}
+        return {**found, "step": self._step}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a saved state into the live one. Raises `DataError` before anything changes if it does not fit."""
+        copy_into(self.tensors(), tensors)
+
+    def _apply(self, update: Any, scalars: Scalars) -> None:
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                update(parameter, parameter.grad, self._moments[name], scalars, self._hyper)
+
+
+def update_triton(weight: Tensor, grad: Tensor, state: Moments, scalars: Scalars, hyper: Hyperparameters) -> None:
+    """One step of one parameter, in place, as one kernel."""
+    beta1, beta2 = hyper.betas
+    programs = triton.cdiv(weight.numel(), _ROWS * GROUP)
+    _update_kernel[(programs,)](
+        weight,
+        grad.contiguous(),
+        state.exp_avg,
+        state.exp_avg_sq,
+        state.scales,
+        state.residual,
+        scalars.lr,
+        scalars.scale,
+        scalars.skip,
+        scalars.step,
+        scalars.bias,
+        state.seed,
+        weight.numel(),
+        1 - beta1,
+        1 - beta2,
+        beta1 / (1 - beta1),
+        hyper.weight_decay,
+        hyper.eps,
+        GROUP=GROUP,
+        ROWS=_ROWS,
+        FLOOR=_FLOOR,
+        RANGE=_RANGE,
+        num_warps=4,
+    )
+
+
+if triton is not None:
+
+    @triton.jit
+    def _mix(x):  # type: ignore[no-untyped-def]
+        """lowbias32, a bijection of 32 bits."""
+        x = (x ^ (x >> 16)) * 0x7FEB352D
+        x = (x ^ (x >> 15)) * 0x846CA68B
+        return x ^ (x >> 16)
+
+    @triton.jit
+    def _stored_scale(x, up: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Positive float32 rounded up or down to a bf16, still as float32."""
+        bits = x.to(tl.int32, bitcast=True)
+        if up:
+            bits += 0xFFFF
+        return (bits & -0x10000).to(tl.float32, bitcast=True)
+
+    @triton.jit(do_not_specialize=["seed"])
+    def _update_kernel(  # type: ignore[no-untyped-def]
+        weight_ptr,
+        grad_ptr,
+        exp_avg_ptr,
+        exp_avg_sq_ptr,
+        scales_ptr,
+        residual_ptr,
+        lr_ptr,
+        scale_ptr,
+        skip_ptr,
+        step_ptr,
+        bias_ptr,
+        seed,
+        count,
+        rate1,
+        rate2,
+        carry,
+        weight_decay,
+        eps,
+        GROUP: tl.constexpr,  # noqa: N803
+        ROWS: tl.constexpr,  # noqa: N803
+        FLOOR: tl.constexpr,  # noqa: N803
+        RANGE: tl.constexpr,  # noqa: N803
+    ):
+        """`update_reference` for a tile `[ROWS, GROUP]`; comments are there."""
+        if tl.load(skip_ptr):
+            return
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        index = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        inside = index < count
+        groups = (count + GROUP - 1) // GROUP
+        row_inside = row < groups
+        m_scale_ptr = scales_ptr + row
+        low_ptr, high_ptr = m_scale_ptr + groups, m_scale_ptr + 2 * groups
+
+        # All loads stand before the first store: none may pass it, and the memory would wait.
+        grad = tl.load(grad_ptr + index, mask=inside, other=0.0).to(tl.float32) * tl.load(scale_ptr)
+        first = tl.load(exp_avg_ptr + index, mask=inside, other=0).to(tl.float32)
+        second = tl.load(exp_avg_sq_ptr + index, mask=inside, other=0).to(tl.float32)
+        stored = tl.load(weight_ptr + index, mask=inside, other=0.0)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + index, mask=inside, other=0).to(tl.int32)
+        m_scale = tl.load(m_scale_ptr, mask=row_inside, other=1.0).to(tl.float32)
+        low = tl.load(low_ptr, mask=row_inside, other=1.0).to(tl.float32).to(tl.int32, bitcast=True)
+        high = tl.load(high_ptr, mask=row_inside, other=1.0).to(tl.float32).to(tl.int32, bitcast=True)
+        bias1 = tl.load(bias_ptr).to(tl.float32)
+        bias2 = tl.load(bias_ptr + 1).to(tl.float32)
+        lr = tl.load(lr_ptr)
+        step = tl.load(step_ptr).to(tl.uint32)
+
+        m = first * tl.abs(first) * (m_scale / 16129)[:, None]
+        m += rate1 * (grad - m)
+        m_scale = _stored_scale(tl.maximum(tl.max(tl.abs(m), axis=1), FLOOR), True)
+        y = tl.abs(m) * (16129 / m_scale)[:, None]
+        k = tl.floor(tl.sqrt(tl.maximum(y - 0.25, 0.0)) + 0.5)
+        code = tl.where(m < 0, -k, k)
+        lost = m - code * k * (m_scale / 16129)[:, None]
+        tl.store(exp_avg_ptr + index, code.to(tl.int8), mask=inside)
+        tl.store(m_scale_ptr, m_scale.to(tl.bfloat16), mask=row_inside)
+
+        v = (low[:, None] + (second * ((high - low).to(tl.float32) / 255)[:, None]).to(tl.int32)).to(
+            tl.float32, bitcast=True
+        )
+        v += rate2 * (grad * grad - v)
+        greatest = tl.maximum(tl.max(tl.where(inside, v, 0.0), axis=1), FLOOR)
+        least = tl.min(tl.where(inside, v, greatest[:, None]), axis=1)
+        v_high = _stored_scale(greatest, True)
+        v_low = _stored_scale(tl.maximum(tl.maximum(least, v_high * RANGE), FLOOR), False)
+        tl.store(low_ptr, v_low.to(tl.bfloat16), mask=row_inside)
+        tl.store(high_ptr, v_high.to(tl.bfloat16), mask=row_inside)
+        low = v_low.to(tl.int32, bitcast=True)
+        width = tl.maximum((v_high.to(tl.int32, bitcast=True) - low).to(tl.float32), 1.0)
+        y = (tl.maximum(v, v_low[:, None]).to(tl.int32, bitcast=True) - low[:, None]).to(tl.float32)
+        random = _mix(index.to(tl.uint32) ^ _mix(seed.to(tl.uint32) + step * 0x9E3779B9))
+        k = tl.floor(y * (255 / width)[:, None] + (random >> 16).to(tl.float32) * 1.52587890625e-05)
+        tl.store(exp_avg_sq_ptr + index, tl.minimum(k, 255.0).to(tl.uint8), mask=inside)
+
+        update = (m * (1 / bias1) + carry * lost) / (tl.sqrt(v) * (1 / tl.sqrt(bias2)) + eps)
+        if residual_ptr is None:
+            master = stored * (1 - lr * weight_decay) - lr * update
+            tl.store(weight_ptr + index, master, mask=inside)
+        else:
+            bits = (stored.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (residual << 8)
+            master = bits.to(tl.float32, bitcast=True) * (1 - lr * weight_decay) - lr * update
+            bits = tl.minimum(tl.maximum(master, -3.3895313892515355e38), 3.3895313892515355e38)
+            bits = (bits.to(tl.int32, bitcast=True) + (random & 0xFF).to(tl.int32)) & -0x100
+            bits = tl.where(master == master, bits, 0x7FC00000)
+            upper = (bits + 0x8000) >> 16
+            tl.store(weight_ptr + index, upper.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
+            tl.store(residual_ptr + index, ((bits - (upper << 16)) >> 8).to(tl.int8), mask=inside)
+
+
+def update_reference(weight: Tensor, grad: Tensor, state: Moments, scalars: Scalars, hyper: Hyperparameters) -> None:
+    """The same in torch operations, in place."""
+    if scalars.skip:
+        return
+    (beta1, beta2), count = hyper.betas, weight.numel()
+    g = _grouped(grad.float() * scalars.scale)
+    m_scale, low, high = state.scales.float()[..., None]
+    code = _grouped(state.exp_avg.float())
+    m = code * code.abs() * (m_scale / 16129)
+    m += (1 - beta1) * (g - m)
+    code, m_scale, rounded = _encode_first(m)
+    state.exp_avg.copy_(code.flatten()[:count].view_as(weight))
+
+    low, high = low.view(torch.int32), high.view(torch.int32)
+    v = (low + (_grouped(state.exp_avg_sq.float()) * ((high - low).float() / 255)).int()).view(torch.float32)
+    v += (1 - beta2) * (g * g - v)
+    random = random_bits(state.seed, int(scalars.step), g.numel()).view_as(g)
+    code, low, high = _encode_second(v, (random >> 16).float() / 65536, count)
+    state.exp_avg_sq.copy_(code.flatten()[:count].view_as(weight))
+    state.scales.copy_(torch.cat([m_scale, low, high], dim=1).T)
+
+    # While m_hat is still being bias-corrected the lost part counts less than it should: at worst a step too careful.
+    bias1, bias2 = scalars.bias.float()
+    update = (m * (1 / bias1) + beta1 / (1 - beta1) * (m - rounded)) / (v.sqrt() * (1 / bias2.sqrt()) + hyper.eps)
+    update, random = (x.flatten()[:count].view_as(weight) for x in (update, random))
+    master = join(weight, state.residual) * (1 - scalars.lr * hyper.weight_decay) - scalars.lr * update
+    if state.residual is None:
+        weight.copy_(master)
+    else:
+        split(master, random & 0xFF, weight, state.residual)
+
+
+def join(weight: Tensor, residual: Tensor | None) -> Tensor:
+    """Float32 master of a bf16 weight and its int8 residual; a float32 weight is its own."""
+    if residual is None:
+        return weight
+    return ((weight.view(torch.int16).int() << 16) + (residual.int() << 8)).view(torch.float32)
+
+
+def split(master: Tensor, random: Tensor, weight: Tensor, residual: Tensor) -> None:
+    """Store a float32 master in its upper 24 bits, rounded up where its lower 8 and `random` (0 to 255) carry.
+
+    The nearest bf16 is the weight. A value beyond bf16's range becomes its greatest; NaN stays NaN.
+    """
+    bits = master.clamp(-_BF16_MAX, _BF16_MAX).view(torch.int32)
+    bits = torch.where(master.isnan(), _NAN_BITS, (bits + random.int()) & -0x100)
+    upper = (bits + 0x8000) >> 16
+    weight.copy_(upper.to(torch.int16).view(torch.bfloat16))
+    residual.copy_((bits - (upper << 16)) >> 8)
+
+
+def random_bits(seed: int, step: int, count: int) -> Tensor:
+    """32 random bits for each of `count` elements, in int64."""
+    key = int(_mixed(torch.tensor((seed + step * 0x9E3779B9) & _UINT32)))
+    return _mixed((torch.arange(count) & _UINT32) ^ key)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _UINT32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _UINT32
+    return x ^ (x >> 16)
+
+
+def _encode_first(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes -127 to 127, scales `[groups, 1]`, and the values that the codes stand for."""
+    scale = _outward(m.abs().amax(dim=1, keepdim=True).clamp(min=_FLOOR), up=True)
+    y = m.abs() * (16129 / scale)
+    k = ((y - 0.25).clamp(min=0).sqrt() + 0.5).floor()  # turns half way between two squares, not between two roots
+    code = torch.where(m < 0, -k, k)
+    return code, scale, code * k * (scale / 16129)
+
+
+def _encode_second(v: Tensor, random: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes 0 to 255, and the group's least and greatest `[groups, 1]`; `random` is in [0, 1)."""
+    inside = torch.arange(v.numel()).view_as(v) < count
+    greatest = torch.where(inside, v, 0.0).amax(dim=1, keepdim=True).clamp(min=_FLOOR)
+    least = torch.where(inside, v, greatest).amin(dim=1, keepdim=True)
+    high = _outward(greatest, up=True)
+    low = _outward(torch.maximum(least, high * _RANGE).clamp(min=_FLOOR), up=False)
+    first = low.view(torch.int32)
+    width = (high.view(torch.int32) - first).float().clamp(min=1)
+    y = (torch.maximum(v, low).view(torch.int32) - first).float() * (255 / width)
+    return (y + random).floor().clamp(max=255), low, high
+
+
+def _outward(x: Tensor, *, up: bool) -> Tensor:
+    """Positive float32 rounded up or down to a bf16."""
+    return ((x.view(torch.int32) + (0xFFFF if up else 0)) & -0x10000).view(torch.float32)
+
+
+def _grouped(x: Tensor) -> Tensor:
+    """`[groups, GROUP]`, zeros at the end."""
+    return nn.functional.pad(x.flatten(), (0, -x.numel() % GROUP)).view(-1, GROUP)

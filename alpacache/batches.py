@@ -1,0 +1,330 @@
+"""Batches of cached samples on the device, in the global order: disk, page-locked RAM, rows of device memory.
+
+Threads read ahead into a ring of page-locked buffers; a stream of its own copies from there into rows of device memory,
+of which there are two batches: while one is computed on, the other is filled. Streams wait for each other by events
+and the host for neither, except that buffers come back when their copies have ended: this is what keeps a loop that
+only enqueues from running more than a few steps ahead. CUDA is called by the loop's own thread alone, because a call
+from another would break a CUDA graph that is being captured. On the CPU all is the same, without streams and events.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alpacache.action_space import UnicycleActionSpace
+from alpacache.cached_dataset import CachedDataset
+from alpacache.errors import DataError, UsageError
+from alpacache.features import KV_SHAPE, POSE_FIELDS
+from alpacache.host_memory import Bytes, Slabs, available_bytes, page_aligned, page_lock, page_rounded, page_unlock
+from cache_store import Prefetcher
+from cache_store.prefetcher import PrefetchedSample
+from cache_store.sample_read import SampleRead
+
+_ACTION = "action"
+"""Key of the target among the arrays of a sample that is read for the first time."""
+_REMEMBERED = 2**18
+"""Samples of which the target and the lengths stay in memory after their first use, half a kilobyte each."""
+_SPARE_BYTES = 2**31
+"""RAM that samples kept in memory leave to the rest of a run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """B samples whose prefixes lie in rows of the ring's `data`."""
+
+    positions: tuple[int, ...]
+    """Places in the global order; they seed the noise."""
+    sample_ids: tuple[str, ...]
+    action: Tensor
+    """`[B, 64, 2]` float32 on the CPU: the normalised target, solved sample by sample."""
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    """Tokens of each prefix."""
+    starts: tuple[int, ...]
+    """Position of each sample's first action token."""
+    ready: torch.cuda.Event | None
+    """The rows hold the prefixes from here on; None on the CPU, where they do already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """One place of the global order, as the prefetcher is asked for it."""
+
+    position: int
+    index: int
+    is_new: bool
+    """Its target and lengths are not known yet, nor its bytes in memory."""
+    ends_batch: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Facts:
+    action: Tensor
+    tokens: int
+    start: int
+
+
+class BatchRing:
+    """Iterate inside `with`; call `done(batch)` as soon as the work on a batch is enqueued, before the next but one.
+
+    The first sample in order that cannot be read raises its error (`CorruptSampleError`) in place of its batch.
+    """
+
+    def __init__(
+        self,
+        dataset: CachedDataset,
+        space: UnicycleActionSpace,
+        places: Iterator[Sequence[tuple[int, int]]],
+        *,
+        batch_size: int,
+        device: torch.device,
+        threads: int = 8,
+        buffers: int | None = None,
+    ) -> None:
+        """`places` yields batches of (position, sample index), each of `batch_size` or fewer.
+
+        `buffers` is how many samples may be between disk and device; the default is two batches. Raises `UsageError`
+        where samples are to stay in memory and there is not enough of it.
+        """
+        self.layout, self.longest = dataset.layout, dataset.longest
+        largest = self.layout.row_bytes(self.longest)
+        self.data = torch.empty(2 * batch_size, largest, dtype=torch.uint8, device=device)
+        """`[2 * batch_size, row_bytes]`: batch s lies in the first half of the rows if s is even."""
+        self.waited_s = 0.0
+        """Seconds that the host waited for samples while the device, too, had nothing left to do."""
+        self._dataset, self._batch_size, self._device = dataset, batch_size, device
+        self._threads, self._buffers = threads, buffers or max(4, 2 * batch_size)
+        self._remembered = len(dataset) if dataset.in_memory else min(len(dataset), _REMEMBERED)
+        self._actions = torch.empty(self._remembered, space.waypoints, 2)
+        self._counts = np.zeros((self._remembered, 2), np.int64)
+        self._kept: dict[int, Tensor] = {}
+        self._slabs = _slabs(dataset) if dataset.in_memory else None
+        self._source = _Source(dataset, space, self._slabs)
+        self._wanted = self._in_order(places)
+        self._prefetcher: Prefetcher[_Wanted] | None = None
+        self._closing = ExitStack()
+        self._half = 0
+        self._is_out = [False, False]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._last_done: torch.cuda.Event | None = None
+        self._free = [self._event()] * 2  # after whatever the memory of `data` was used for before
+        self._copying: deque[tuple[PrefetchedSample[_Wanted], torch.cuda.Event]] = deque()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as opened:
+            opened.callback(torch.set_num_threads, torch.get_num_threads())  # `_solve` changed it for new threads
+            ring = self._host_ring(opened)
+            if self._stream is not None:
+                opened.callback(self._stream.synchronize)
+            prefetcher = Prefetcher(self._source, self._wanted, ring, threads=self._threads)
+            self._prefetcher = opened.enter_context(prefetcher)
+            self._closing = opened.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the threads, let the copies end, give the memory back."""
+        self._prefetcher = None
+        self._closing.close()
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._prefetcher is None:
+            raise ValueError("the ring is closed or was not entered; iterate inside its `with`.")
+        samples = iter(self._prefetcher)
+        while (batch := self._next(samples)) is not None:
+            yield batch
+
+    def done(self, batch: Batch) -> None:
+        """All work that reads this batch's rows is enqueued on the current stream; then they may be overwritten."""
+        half = batch.rows[0] // self._batch_size
+        self._free[half] = self._last_done = self._event()
+        self._is_out[half] = False
+        self._take_back()
+
+    def _next(self, samples: Iterator[PrefetchedSample[_Wanted]]) -> Batch | None:
+        half = self._half
+        if self._is_out[half]:
+            raise ValueError("the next batch takes the rows of the last but one; call `done` with that one first.")
+        if (free := self._free[half]) is not None and self._stream is not None:
+            self._stream.wait_event(free)
+        taken: list[_Wanted] = []
+        facts: list[_Facts] = []
+        ready = None
+        while not taken or not taken[-1].ends_batch:
+            sample = self._take(samples)
+            if sample is None:
+                return None
+            kv, fact = self._content(sample)
+            ready = self._copy(sample, kv, half * self._batch_size + len(taken))
+            taken.append(sample.sample_id)
+            facts.append(fact)
+        self._half, self._is_out[half] = 1 - half, True
+        return Batch(
+            positions=tuple(wanted.position for wanted in taken),
+            sample_ids=tuple(self._dataset.sample_id(wanted.index) for wanted in taken),
+            action=torch.stack([fact.action for fact in facts]),
+            rows=tuple(half * self._batch_size + place for place in range(len(taken))),
+            lengths=tuple(fact.tokens for fact in facts),
+            starts=tuple(fact.start for fact in facts),
+            ready=ready,
+        )
+
+    def _take(self, samples: Iterator[PrefetchedSample[_Wanted]]) -> PrefetchedSample[_Wanted] | None:
+        """The next sample in order, once it is in RAM."""
+        self._take_back()
+        while len(self._copying) == self._buffers:
+            self._copying[0][1].synchronize()
+            self._take_back()
+        started = time.monotonic()
+        sample = next(samples, None)
+        if self._last_done is None or self._last_done.query():  # type: ignore[no-untyped-call]
+            self.waited_s += time.monotonic() - started
+        return sample
+
+    def _content(self, sample: PrefetchedSample[_Wanted]) -> tuple[Tensor, "_Facts"]:
+        """A sample's bytes and facts: as just read, or as remembered."""
+        index, arrays = sample.sample_id.index, sample.arrays
+        if not sample.sample_id.is_new:
+            tokens, start = self._counts[index].tolist()
+            facts = _Facts(action=self._actions[index], tokens=tokens, start=start)
+            return self._kept[index] if index in self._kept else _flat(arrays["kv"]), facts
+        facts = _Facts(
+            action=torch.from_numpy(arrays[_ACTION]),
+            tokens=int(arrays["prefix_len"]),
+            start=int(arrays["start_position"]),
+        )
+        kv = _flat(arrays["kv"])
+        if index < self._remembered:
+            self._actions[index] = facts.action
+            self._counts[index] = facts.tokens, facts.start
+        if self._slabs is not None:
+            self._kept[index] = kv
+        return kv, facts
+
+    def _copy(self, sample: PrefetchedSample[_Wanted], kv: Tensor, row: int) -> torch.cuda.Event | None:
+        """Fill a row; the sample's buffer goes back when that is done, which is at once on the CPU."""
+        target = self.data[row, : len(kv)]
+        if self._stream is None:
+            target.copy_(kv)
+            sample.release()
+            return None
+        if self._slabs is not None:
+            self._slabs.lock_new()
+        with torch.cuda.stream(self._stream):
+            target.copy_(kv, non_blocking=True)
+        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        copied.record(self._stream)
+        self._copying.append((sample, copied))
+        return copied
+
+    def _take_back(self) -> None:
+        """Release the buffers whose copies have ended, without waiting for any."""
+        while self._copying and self._copying[0][1].query():  # type: ignore[no-untyped-call]
+            self._copying.popleft()[0].release()
+
+    def _event(self) -> torch.cuda.Event | None:
+        """After all that was enqueued on the current stream."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _host_ring(self, opened: ExitStack) -> list[Bytes]:
+        """Where samples are read to; samples that stay in memory have their own places, and here only their turn."""
+        if self._slabs is not None:
+            opened.callback(self._slabs.unlock)
+            return [np.empty(0, np.uint8)] * self._buffers
+        size = page_rounded(self.data.shape[1])
+        memory = page_aligned(self._buffers * size)
+        if self._stream is not None:
+            page_lock(memory)
+            opened.callback(page_unlock, memory)
+        return [memory[start : start + size] for start in range(0, memory.size, size)]
+
+    def _in_order(self, places: Iterator[Sequence[tuple[int, int]]]) -> Iterator[_Wanted]:
+        """What the prefetcher is to read. Samples come back in this order, so what came once is known later."""
+        seen = np.zeros(self._remembered, bool)
+        for batch in places:
+            if not 0 < len(batch) <= self._batch_size:
+                raise ValueError(f"a batch has 1 to {self._batch_size} samples, got {len(batch)}.")
+            for number, (position, index) in enumerate(batch, start=1):
+                is_new = index >= self._remembered or not seen[index]
+                if index < self._remembered:
+                    seen[index] = True
+                yield _Wanted(position=position, index=index, is_new=is_new, ends_batch=number == len(batch))
+
+
+class _Source:
+    """What the prefetcher reads from: the stores of a dataset, of each sample what is not known yet."""
+
+    def __init__(self, dataset: CachedDataset, space: UnicycleActionSpace, slabs: Slabs | None) -> None:
+        self._dataset, self._space, self._slabs = dataset, space, slabs
+        shape = () if dataset.codec is None else (KV_SHAPE,)
+        self._fields = ("kv", "prefix_len", "start_position", *shape, *POSE_FIELDS)
+        self._size_bytes = lru_cache(maxsize=4096)(dataset.layout.size_bytes)
+
+    def views(self, wanted: _Wanted, buffer: Bytes, fields: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        reader, sample_id = self._dataset.locate(wanted.index)
+        if self._slabs is not None:
+            if not wanted.is_new:
+                return {}
+            buffer = self._slabs.place(reader.buffer_bytes(sample_id, ["kv"]))
+        return reader.views(sample_id, buffer, ["kv"])
+
+    def plan(
+        self, wanted: _Wanted, fields: Sequence[str] | None = None, *, out: Mapping[str, NDArray[Any]] | None = None
+    ) -> SampleRead:
+        reader, sample_id = self._dataset.locate(wanted.index)
+        if not wanted.is_new:
+            return reader.plan(sample_id, ["kv"], out=out) if out else SampleRead(arrays={}, tasks=[])
+        read = reader.plan(sample_id, self._fields, out=out)
+        self._check(sample_id, read.arrays)
+        action = np.empty((self._space.waypoints, 2), np.float32)
+        solve = partial(_solve, self._space, [read.arrays[name] for name in POSE_FIELDS], action)
+        return SampleRead(arrays={**read.arrays, _ACTION: action}, tasks=[*read.tasks, solve])
+
+    def _check(self, sample_id: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """The device decodes by the layout and the number of tokens alone: they must be those of the bytes."""
+        tokens = int(arrays["prefix_len"])
+        shape = arrays["kv"].shape if self._dataset.codec is None else tuple(arrays[KV_SHAPE].tolist())
+        expected = self._dataset.layout.shape(tokens)
+        if shape != expected or tokens < 1 or arrays["kv"].nbytes != self._size_bytes(tokens):
+            raise DataError(
+                f"sample {sample_id!r} has keys and values {list(shape)} in {arrays['kv'].nbytes} bytes and "
+                f"{tokens} tokens; with the first sample's layers, heads and channels {list(expected)} is expected. "
+                "Extract it again, or leave its store out."
+            )
+
+
+def _solve(space: UnicycleActionSpace, poses: Sequence[NDArray[Any]], out: NDArray[np.float32]) -> None:
+    """The target of one sample, as `cached_dataset.target` has it."""
+    torch.set_num_threads(1)  # of this thread: a team of helpers for every reading thread would crowd out the loop
+    out[...] = space.to_action(*map(torch.from_numpy, poses)).numpy()
+
+
+def _slabs(dataset: CachedDataset) -> Slabs:
+    """Room for all samples. Raises `UsageError` where there is not enough."""
+    needed, available = sum(map(page_rounded, dataset.kv_bytes.tolist())), available_bytes()
+    if needed + _SPARE_BYTES > available:
+        raise UsageError(
+            f"keeping {len(dataset)} samples in memory takes {needed:,} bytes, and {_SPARE_BYTES:,} should be left to "
+            f"the rest of the run; {available:,} are available. Leave --in-memory out: samples are then read from disk "
+            "in every epoch."
+        )
+    return Slabs(needed)
+
+
+def _flat(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array.reshape(-1).view(np.uint8))

@@ -1,0 +1,111 @@
+"""Host memory that a GPU copies from: page-locked, and no larger than asked for.
+
+PyTorch's own pinned allocator rounds every request up to a power of two, which would waste up to half of a cache in
+RAM. So ordinary page-aligned memory is registered with CUDA instead.
+"""
+
+import mmap
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from alpacache.errors import UsageError
+
+Bytes = NDArray[np.uint8]
+
+_SLAB_BYTES = 2**30
+"""Page-locking stalls its caller for as long as the kernel maps the pages: about 0.1 s a slab."""
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def page_aligned(size_bytes: int) -> Bytes:
+    """Zeros on pages of their own; a page takes memory when it is first written."""
+    memory = mmap.mmap(-1, size_bytes)
+    with suppress(OSError, AttributeError):  # only a hint: huge pages are quicker to lock
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
+def page_lock(memory: Bytes) -> None:
+    """Let the GPU copy from here on its own. Raises `UsageError` where the system does not allow it."""
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.size, 0))  # type: ignore[no-untyped-call]
+    if code:
+        raise UsageError(
+            f"{memory.size:,} bytes of RAM could not be page-locked (CUDA error {code}); {available_bytes():,} are "
+            "available. Lower --batch-size, leave --in-memory out, or give the container more memory."
+        )
+
+
+def page_unlock(memory: Bytes) -> None:
+    """Undo `page_lock`; no copy from this memory may be under way."""
+    torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)  # type: ignore[no-untyped-call]
+
+
+def page_rounded(size_bytes: int) -> int:
+    """Whole pages that hold so many bytes, in bytes."""
+    return size_bytes + -size_bytes % mmap.PAGESIZE
+
+
+def available_bytes() -> int:
+    """RAM that could be filled without swapping or being killed: what the system has left, or the container."""
+    found = [_listed(_MEMINFO, "MemAvailable:") * 1024]
+    with suppress(OSError, ValueError):  # no such file, or "max": no limit
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        found.append(limit - used + _listed(_CGROUP / "memory.stat", "inactive_file"))
+    return max(0, min(found))
+
+
+def _listed(path: Path, name: str) -> int:
+    for line in path.read_text().splitlines():
+        if line.split()[0] == name:
+            return int(line.split()[1])
+    raise ValueError(f"{path} has no line {name!r}.")
+
+
+class Slabs:
+    """Memory for many arrays that all stay, made as it is needed, in slabs that are page-locked as wholes.
+
+    `place` is safe in threads. CUDA is called by `lock_new` and `unlock` alone, so that their caller chooses when: a
+    call from another thread would break a CUDA graph that is being captured.
+    """
+
+    def __init__(self, total_bytes: int) -> None:
+        """`total_bytes`: whole pages of all that will be placed."""
+        self._left = total_bytes
+        self._slabs: list[Bytes] = []
+        self._ends: list[int] = []
+        self._locked = 0
+        self._placing = threading.Lock()
+
+    def place(self, size_bytes: int) -> Bytes:
+        """Memory from the beginning of a page, for good."""
+        taken = page_rounded(size_bytes)
+        with self._placing:
+            for slab, end in enumerate(self._ends):
+                if self._slabs[slab].size - end >= taken:
+                    break
+            else:
+                slab, end = len(self._slabs), 0
+                room = taken * max(1, _SLAB_BYTES // taken)  # of arrays like this one, so that nothing is left over
+                self._slabs.append(page_aligned(max(taken, min(self._left, room))))
+                self._ends.append(0)
+            self._ends[slab] = end + taken
+            self._left -= taken
+            return self._slabs[slab][end : end + size_bytes]
+
+    def lock_new(self) -> None:
+        """Page-lock the slabs that were made since the last call."""
+        while self._locked < len(self._slabs):
+            page_lock(self._slabs[self._locked])
+            self._locked += 1
+
+    def unlock(self) -> None:
+        """Undo all of it."""
+        while self._locked:
+            self._locked -= 1
+            page_unlock(self._slabs[self._locked])

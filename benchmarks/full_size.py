@@ -1,0 +1,408 @@
+"""What benchmarks at the released geometry run on, with random weights: checkpoint, store, VLM, the recipe's step.
+
+Nothing here can be downloaded where it runs, and 20 GB must not take a minute, so samples of a store are made distinct
+by the order of their layers: every layer is valid wherever it stands, quantised or not. `small` is the same at 4 layers
+of 256 channels, so that every benchmark can be tried on a CPU.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from torch import Tensor, nn
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLTextModel
+
+from alpacache import codecs, flow_matching
+from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
+from alpacache.alpamayo.backbone import cache_argument, empty_weights, expert_config, vlm_config
+from alpacache.alpamayo.checkpoint import INDEX
+from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.projection import ActionInProjection
+from alpacache.alpamayo.tiny_checkpoint import ACTION_CONSTANTS
+from alpacache.alpamayo.tokenizer import SPECIAL_TOKENS
+from alpacache.features import KV_SHAPE, bf16_bits, store_fields
+from alpacache.identity import store_identity
+from alpacache.sample import CAMERAS, FUTURE_STEPS, HISTORY_STEPS, SampleRef
+from cache_store import CODECS, CacheReader, CacheWriter
+
+PREFIX_TOKENS = {1: (800, 880), 4: (2900, 3050)}
+"""Cameras -> shortest and longest prefix of the public prompts."""
+CAMERA_SETS = {1: (1,), 4: (0, 1, 2, 6)}
+FRAMES = 4
+IMAGE_TOKENS = 180
+GRID = (1, 20, 36)
+"""Patches of one image: time, rows, columns."""
+PATCH_VALUES = 1536
+KV_HEADS, HEAD_DIM = 8, 128
+FUTURE_BINS, HISTORY_BINS = 3000, 1000
+_BASE_TOKENS = {
+    "<|im_start|>": -25,
+    "<|im_end|>": -24,
+    "<|vision_start|>": -17,
+    "<|vision_end|>": -16,
+    "<|image_pad|>": -14,
+    "<|video_pad|>": -13,
+}
+"""Ids relative to `<i0>`."""
+_SHARDS = 4
+_LENGTHS = 16
+"""Distinct prefix lengths in a store; each is generated (and encoded) once."""
+_WRITERS = 8
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def write_checkpoint(directory: Path, *, small: bool) -> Path:
+    """The public layout with the released geometry, all but the VLM's weights; kept if it is there already."""
+    if (directory / INDEX).is_file():
+        return directory
+    (directory / "vlm").mkdir(parents=True, exist_ok=True)
+    first = 64 if small else 151_669
+    _tokenizer(first).save(str(directory / "vlm/tokenizer.json"))
+    _write_json(directory / "vlm/config.json", _vlm_config(first, small=small))
+    _write_json(directory / "vlm/preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    _write_json(directory / "config.json", _config(first, small=small))
+    names = sorted(state := _expert_state(Checkpoint(str(directory))))
+    files = [f"model-{shard + 1:05d}-of-{_SHARDS:05d}.safetensors" for shard in range(_SHARDS)]
+    parts = {file: names[shard::_SHARDS] for shard, file in enumerate(files)}
+    with ThreadPoolExecutor(_SHARDS) as pool:
+        list(pool.map(lambda file: save_file({name: state[name] for name in parts[file]}, directory / file), files))
+    total = sum(tensor.nbytes for tensor in state.values())
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return directory
+
+
+def write_store(
+    directory: Path, checkpoint_dir: Path, *, cameras: int, codec: str, samples: int, shortest: int, longest: int
+) -> CacheReader:
+    """A store as `extract` with `hidden_states="none"` would begin it, of distinct samples with random KV.
+
+    A store that holds as many samples already is kept. Lengths are drawn from 16 between shortest and longest.
+    """
+    checkpoint = Checkpoint(str(checkpoint_dir))
+    names = tuple(CAMERAS[index] for index in CAMERA_SETS[cameras])
+    identity = store_identity(
+        checkpoint, InputBuilder(checkpoint), cameras=names, frames=FRAMES, codec=codec, dtype="bfloat16"
+    )
+    writer = CacheWriter(
+        directory,
+        fields=store_fields(hidden_states=False, codec=CODECS.get(codec)),
+        identity=identity,
+        provenance={"source": "random"},
+    )
+    reader = CacheReader(directory)
+    if len(reader) >= samples:
+        return reader
+    lengths = np.unique(np.linspace(shortest, longest, _LENGTHS).round().astype(int))
+    layers = dict(zip(lengths.tolist(), _random_layers(checkpoint, lengths.tolist(), codec), strict=True))
+
+    def write(number: int) -> None:
+        writer.write(*_sample(number, layers, names, codec))
+
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        list(pool.map(write, range(samples)))
+    reader.refresh()
+    return reader
+
+
+def random_vlm(checkpoint_dir: Path, where: torch.device) -> Qwen3VLForConditionalGeneration:
+    """The frozen VLM of the checkpoint's geometry; bfloat16 on a GPU, as the recipe has it."""
+    config = vlm_config(Checkpoint(str(checkpoint_dir)))
+    config._attn_implementation = "sdpa"
+    with empty_weights(torch.bfloat16 if where.type == "cuda" else torch.float32, where):
+        vlm = Qwen3VLForConditionalGeneration(config)
+    _randomise(vlm, torch.Generator(where).manual_seed(1))
+    return vlm.requires_grad_(False).eval()
+
+
+def recipe_step(
+    vlm: Qwen3VLForConditionalGeneration, expert: ActionExpert, *, cameras: int, batch: int, labels: bool
+) -> Callable[[], None]:
+    """One step of the public recipe: VLM, expert on its cache through stock attention, clipping, fused AdamW in bf16.
+
+    The prompt has the mean length of the stores' prefixes. `labels` has the VLM compute logits and loss of the whole
+    vocabulary, as its forward with labels does; without them only the last token's logits.
+    """
+    length, images, where = sum(PREFIX_TOKENS[cameras]) // 2, cameras * FRAMES, expert.device
+    config, generator = vlm.config, torch.Generator(where).manual_seed(2)
+    image = [config.vision_start_token_id, *[config.image_token_id] * IMAGE_TOKENS, config.vision_end_token_id]
+    text = [5] * (length - len(image) * images)
+    ids = torch.tensor([text[:30] + image * images + text[30:]], device=where).repeat(batch, 1)
+    patches = (batch * images * GRID[1] * GRID[2], PATCH_VALUES)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+        "pixel_values": torch.randn(patches, generator=generator, device=where, dtype=vlm.dtype),
+        "image_grid_thw": torch.tensor([GRID] * (batch * images), device=where),
+        **({"labels": ids} if labels else {"logits_to_keep": 1}),
+    }
+    start = length - images * (IMAGE_TOKENS - GRID[2] // 2)
+    positions = (torch.arange(FUTURE_STEPS, device=where) + start).expand(3, batch, -1)
+    action, noise = (torch.randn(batch, FUTURE_STEPS, 2, generator=generator, device=where) for _ in range(2))
+    t = torch.rand(batch, generator=generator, device=where)
+    optimizer = torch.optim.AdamW(expert.parameters(), lr=1e-4, weight_decay=0.0, fused=where.type == "cuda")
+
+    def step() -> None:
+        with torch.no_grad():
+            cache = getattr(vlm(**inputs, use_cache=True), cache_argument(vlm))
+        with torch.autocast(where.type, torch.bfloat16, enabled=expert.dtype == torch.bfloat16):
+            output = expert.expert(
+                inputs_embeds=expert.action_in_proj(flow_matching.interpolate(action, noise, t), t),
+                position_ids=positions,
+                attention_mask=None,
+                use_cache=True,
+                is_causal=False,
+                **{cache_argument(expert.expert): cache},
+            )
+            velocity = expert.action_out_proj(output.last_hidden_state)
+        flow_matching.loss(velocity, action, noise).mean().backward()
+        nn.utils.clip_grad_norm_(expert.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def measure_recipe(
+    checkpoint_dir: Path, cameras: list[int], *, batches: tuple[int, ...], rounds: int
+) -> list[dict[str, Any]]:
+    """Rows of the recipe at rising batch, up to the first that is slower for a sample or does not fit.
+
+    A time is the shortest of `rounds` pairs of steps, the first pair left out.
+    """
+    where = device()
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    vlm = random_vlm(checkpoint_dir, where)
+    expert = load_expert(str(checkpoint_dir), dtype=dtype, device=where, attention="sdpa").train()
+    rows: list[dict[str, Any]] = []
+    for count in cameras:
+        best = 0.0
+        for batch in batches:
+            ways = (True, False) if batch == 1 else (False,)
+            found = [_time_recipe(vlm, expert, count, batch, labels=labels, rounds=rounds) for labels in ways]
+            rows += (done := [row for row in found if row is not None])
+            if not done or (fastest := max(row["samples_s"] for row in done)) < best:
+                break
+            best = fastest
+    return rows
+
+
+def _time_recipe(
+    vlm: Qwen3VLForConditionalGeneration, expert: ActionExpert, cameras: int, batch: int, *, labels: bool, rounds: int
+) -> dict[str, Any] | None:
+    """None if the step does not fit."""
+    cuda = expert.device.type == "cuda"
+    expert.zero_grad(set_to_none=True)
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    try:
+        step = recipe_step(vlm, expert, cameras=cameras, batch=batch, labels=labels)
+        for _ in range(rounds):
+            started = time.perf_counter()
+            step()
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - started) / 2)
+    except torch.OutOfMemoryError:
+        return None
+    step_s = min(seconds[1:])
+    row = {"cameras": cameras, "medium": "recipe", "batch": batch, "draws": 1, "optimizer": "adamw"}
+    return {
+        **row,
+        "step_ms": step_s * 1e3,
+        "samples_s": batch / step_s,
+        "draws_s": batch / step_s,
+        "peak_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
+        "note": "VLM's loss of the vocabulary included" if labels else "",
+    }
+
+
+def _expert_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Random bfloat16 tensors under the public state-dict names, on the CPU."""
+    config, where = expert_config(checkpoint), device()
+    hidden = checkpoint.config.section("action_in_proj_cfg")["hidden_size"]
+    with empty_weights(torch.bfloat16, where):
+        expert = Qwen3VLTextModel(config)
+        del expert.embed_tokens
+        parts = {
+            "expert.": expert,
+            "action_in_proj.": ActionInProjection(config.hidden_size, hidden_size=hidden, rounded_to=torch.bfloat16),
+            "action_out_proj.": nn.Linear(config.hidden_size, 2),
+        }
+    state = {f"action_space.{name}": torch.tensor(value) for name, value in ACTION_CONSTANTS.items()}
+    for seed, (prefix, part) in enumerate(parts.items()):
+        _randomise(part, torch.Generator(where).manual_seed(seed))
+        state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
+    return {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def _randomise(module: nn.Module, generator: torch.Generator) -> None:
+    """Weights of standard deviation 0.02, gains 1, biases 0."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.02, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _random_layers(checkpoint: Checkpoint, lengths: list[int], codec: str) -> Iterator[NDArray[Any]]:
+    """For each prefix length the stored form of normal KV, first axis the layer."""
+    layers, where = expert_config(checkpoint).num_hidden_layers, device()
+    generator = torch.Generator(where).manual_seed(3)
+    for length in lengths:
+        shape = (layers, 2, KV_HEADS, length, HEAD_DIM)
+        kv = torch.randn(shape, generator=generator, device=where, dtype=torch.bfloat16)
+        if codec in CODECS:
+            data = codecs.encode(CODECS[codec], kv).cpu().numpy()
+            yield data.reshape(layers, -1)  # a named codec has the same bits in every layer
+        else:
+            yield bf16_bits(kv)
+    if where.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _sample(
+    number: int, layers: dict[int, NDArray[Any]], cameras: tuple[str, ...], codec: str
+) -> tuple[str, dict[str, Any]]:
+    """Id and stored values: layers of a random length in a random order, on an arc of its own."""
+    rng = np.random.default_rng(number)
+    ref = SampleRef(clip_id=f"clip{number:04d}", t0_us=5_100_000)
+    length = int(rng.choice(list(layers)))
+    stored, images = layers[length], len(cameras) * FRAMES
+    kv = np.take(stored, rng.permutation(len(stored)), axis=0)
+    rope_delta = -(length * 17 // 20)  # what images of 180 tokens that span 18 positions come to
+    values: dict[str, Any] = {
+        "kv": kv.reshape(-1) if codec in CODECS else kv,
+        "input_ids": rng.integers(0, 64, length),
+        "image_spans": np.linspace(0, length - 60, 2 * images).astype(np.int64).reshape(images, 2),
+        "stem_len": np.asarray(length - 12),
+        "prefix_len": np.asarray(length),
+        "rope_delta": np.asarray(rope_delta),
+        "start_position": np.asarray(length + rope_delta),
+        **_arc(speed_mps=rng.uniform(5, 20), curvature=rng.uniform(-0.01, 0.01)),
+        "t0_us": np.asarray(ref.t0_us),
+        "view": np.asarray(ref.view),
+        "frame_timestamps_us": np.tile(ref.t0_us + np.arange(-FRAMES + 1, 1) * 100_000, (len(cameras), 1)),
+        "clip_id": ref.clip_id,
+        "cameras": list(cameras),
+        "prompt": "",
+    }
+    if codec in CODECS:
+        values[KV_SHAPE] = np.array([len(stored), 2, KV_HEADS, length, HEAD_DIM])
+    return ref.sample_id, values
+
+
+def _arc(*, speed_mps: float, curvature: float) -> dict[str, NDArray[np.float32]]:
+    """History and future of a drive at constant speed and curvature (1/m), ego frame at t0."""
+    poses = {}
+    for when, steps in (("history", np.arange(-HISTORY_STEPS + 1, 1)), ("future", np.arange(1, FUTURE_STEPS + 1))):
+        way = speed_mps * 0.1 * steps
+        heading = way * curvature
+        chord, half = way * np.sinc(heading / 2 / np.pi), heading / 2
+        flat = np.zeros_like(way)
+        poses[f"{when}_xyz"] = np.stack([chord * np.cos(half), chord * np.sin(half), flat], -1).astype(np.float32)
+        cos, sin, one = np.cos(heading), np.sin(heading), flat + 1
+        rows = [[cos, -sin, flat], [sin, cos, flat], [flat, flat, one]]
+        poses[f"{when}_rot"] = np.moveaxis(np.array(rows), -1, 0).astype(np.float32)
+    return poses
+
+
+def _tokenizer(first: int) -> Tokenizer:
+    """As many tokens as precede `<i0>`, the special ones at their ids; it can spell nothing."""
+    names = {first + place: name for name, place in _BASE_TOKENS.items()}
+    vocabulary = {names.get(number, f"<filler {number}>"): number for number in range(first)}
+    return Tokenizer(models.WordLevel(vocabulary, unk_token="<filler 0>"))
+
+
+def _vlm_config(first: int, *, small: bool) -> dict[str, Any]:
+    text = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16}
+    vision["deepstack_visual_indexes"] = [8, 16, 24]  # type: ignore[assignment]
+    if small:
+        text = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
+        vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2}
+        vision["deepstack_visual_indexes"] = [0]  # type: ignore[assignment]
+    rope = {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    ids = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+    ids |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": False,
+        **{key: first + _BASE_TOKENS[name] for key, name in ids.items()},
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "vocab_size": first,
+            **text,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 262144,
+            "rope_theta": 5e6,
+            "rope_scaling": rope,
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            **vision,
+            "out_hidden_size": text["hidden_size"],
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 2304,
+            "in_channels": 3,
+        },
+    }
+
+
+def _config(first: int, *, small: bool) -> dict[str, Any]:
+    """`config.json` of R1, as far as anything reads it."""
+    traj = FUTURE_BINS + HISTORY_BINS
+    ids = {name: first + traj + place for place, name in enumerate(SPECIAL_TOKENS)}
+    kinds = ("history", "future", "history_start", "future_start", "history_end", "future_end")
+    space = "alpamayo_r1.action_space.UnicycleAccelCurvatureActionSpace"
+    expert = {"hidden_size": 2048, "intermediate_size": 8256} if not small else {"hidden_size": 256}
+    return {
+        "model_type": "alpamayo_r1",
+        "vlm_name_or_path": "vlm",
+        "dtype": "bfloat16",
+        "min_pixels": 163_840,
+        "max_pixels": 196_608,
+        "vocab_size": first + traj + len(SPECIAL_TOKENS),
+        "traj_vocab_size": traj,
+        "traj_token_start_idx": first,
+        "traj_token_ids": {kind: ids[f"<|traj_{kind}|>"] for kind in kinds},
+        "traj_tokenizer_cfg": {"num_bins": FUTURE_BINS},
+        "hist_traj_tokenizer_cfg": {"_target_": "DeltaTrajectoryTokenizer", "num_bins": HISTORY_BINS},
+        "action_space_cfg": {"_target_": space, **ACTION_CONSTANTS, "dt": 0.1, "n_waypoints": FUTURE_STEPS},
+        "action_in_proj_cfg": {
+            "_target_": "alpamayo_r1.models.action_in_proj.PerWaypointActionInProjV2",
+            "hidden_size": 512 if not small else 64,
+            "num_enc_layers": 2,
+            "num_fourier_feats": 20,
+            "max_freq": 100.0,
+        },
+        "action_out_proj_cfg": {"_target_": "torch.nn.Linear"},
+        "expert_cfg": {**expert, "num_attention_heads": 16, "head_dim": HEAD_DIM},
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,341 @@
+"""Batches from the ring are the samples as loaded one by one, whatever the device, the threads and the memory."""
+
+import shutil
+import threading
+from itertools import pairwise
+
+import pytest
+import torch
+
+import alpacache
+from alpacache import batches
+from alpacache.alpamayo import Checkpoint, load_expert
+from alpacache.alpamayo.packed_prefix import PackedPrefixes, pack
+from alpacache.batches import BatchRing
+from alpacache.cached_dataset import CachedDataset, target
+from alpacache.config import ExtractConfig
+from alpacache.errors import DataError, UsageError
+from alpacache.sample_order import GlobalOrder
+from cache_store import CorruptSampleError
+
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def extract(checkpoint, path, samples, **settings):
+    config = ExtractConfig(
+        source=f"synthetic:{samples}", model=str(checkpoint), store=str(path), device="cpu", **settings
+    )
+    assert alpacache.extract(config).extracted == samples
+    return path
+
+
+@pytest.fixture(scope="module")
+def stores(tiny_checkpoint, tmp_path_factory):
+    """Lossless, of two lengths: ten samples of one frame and four of two."""
+    root = tmp_path_factory.mktemp("batches")
+    return [extract(tiny_checkpoint, root / "one", 10, frames=1), extract(tiny_checkpoint, root / "two", 4, frames=2)]
+
+
+@pytest.fixture(scope="module")
+def int8_store(tiny_checkpoint, tmp_path_factory):
+    return extract(tiny_checkpoint, tmp_path_factory.mktemp("batches8") / "int8", 6, frames=1, codec="int8")
+
+
+@pytest.fixture(scope="module")
+def space(tiny_checkpoint):
+    return load_expert(Checkpoint(str(tiny_checkpoint)), dtype=torch.float32, device=CPU).action_space
+
+
+@pytest.fixture
+def dataset(tiny_checkpoint, stores):
+    return CachedDataset(stores, Checkpoint(str(tiny_checkpoint)))
+
+
+def in_order(count, steps, size, first=0):
+    order = GlobalOrder(0, count)
+    return iter([[(p, order[p]) for p in range(s * size, (s + 1) * size)] for s in range(first, steps)])
+
+
+def stored_bytes(dataset, index):
+    """A sample's keys and values as the store has them."""
+    reader, sample_id = dataset.locate(index)
+    return torch.from_numpy(reader.read(sample_id, fields=["kv"])["kv"].reshape(-1).view("uint8"))
+
+
+def row_bytes(ring, batch, place):
+    return ring.data[batch.rows[place], : ring.layout.size_bytes(batch.lengths[place])].cpu()
+
+
+def packed(ring, batch):
+    return PackedPrefixes(
+        layout=ring.layout,
+        data=ring.data,
+        rows=torch.tensor(batch.rows),
+        lengths=torch.tensor(batch.lengths),
+        starts=torch.tensor(batch.starts),
+        longest=max(batch.lengths),
+        dtype=torch.float32,
+    )
+
+
+def everything(dataset, space, places, **settings):
+    """(positions, ids, bytes, actions, lengths, starts) of every batch."""
+    found = []
+    with BatchRing(dataset, space, places, device=CPU, **settings) as ring:
+        for batch in ring:
+            content = [row_bytes(ring, batch, place).tolist() for place in range(len(batch.rows))]
+            found.append((batch.positions, batch.sample_ids, content, batch.action.tolist(), batch.lengths))
+            found[-1] += (batch.starts,)
+            ring.done(batch)
+    return found
+
+
+def test_batches_are_the_samples_loaded_one_by_one(dataset, space):
+    order, seen, lengths = GlobalOrder(0, 14), 0, set()
+    with BatchRing(dataset, space, in_order(14, 8, 4), batch_size=4, device=CPU, threads=3) as ring:
+        for step, batch in enumerate(ring):
+            samples = [dataset.load(order[position]) for position in batch.positions]
+            assert batch.positions == tuple(range(step * 4, step * 4 + 4))
+            assert batch.sample_ids == tuple(sample.sample_id for sample in samples)
+            assert batch.rows == tuple(range(step % 2 * 4, step % 2 * 4 + 4))
+            assert batch.lengths == tuple(sample.prefix.prefix_len for sample in samples)
+            assert batch.starts == tuple(sample.prefix.start_position for sample in samples)
+            assert torch.equal(batch.action, torch.stack([target(sample, space) for sample in samples]))
+            assert batch.action.dtype == torch.float32
+            assert batch.ready is None
+            alone = pack([sample.prefix for sample in samples], device=CPU, dtype=torch.float32)
+            for layer in range(ring.layout.layers):
+                got, expected = packed(ring, batch).layer(layer), alone.layer(layer)
+                assert torch.equal(got[0], expected[0])
+                assert torch.equal(got[1], expected[1])
+            lengths.update(batch.lengths)
+            ring.done(batch)
+            seen += 1
+    assert seen == 8  # 32 places: every sample a second time, from what is remembered
+    assert len(lengths) == 2
+    assert ring.longest == max(lengths)
+    assert ring.data.shape == (8, ring.data.shape[1])
+    assert ring.data.shape[1] % 256 == 0
+    assert 8 <= ring.data.shape[1] - ring.layout.size_bytes(ring.longest) < 264
+
+
+def test_a_quantised_store_comes_encoded(tiny_checkpoint, int8_store, space):
+    dataset = CachedDataset([int8_store], Checkpoint(str(tiny_checkpoint)))
+    with BatchRing(dataset, space, in_order(6, 3, 3), batch_size=3, device=CPU) as ring:
+        assert ring.layout.codec == dataset.codec is not None
+        for batch in ring:
+            samples = [dataset.load(GlobalOrder(0, 6)[position]) for position in batch.positions]
+            alone = pack([sample.prefix for sample in samples], device=CPU, dtype=torch.float32)
+            assert alone.layout == ring.layout
+            assert torch.equal(packed(ring, batch).layer(1)[0], alone.layer(1)[0])
+            assert all(
+                torch.equal(row_bytes(ring, batch, place), sample.prefix.data) for place, sample in enumerate(samples)
+            )
+            ring.done(batch)
+
+
+def test_memory_threads_buffers_and_a_late_start_change_nothing(dataset, tiny_checkpoint, stores, space, monkeypatch):
+    whole = everything(dataset, space, in_order(14, 9, 3), batch_size=3)
+    assert len(whole) == 9
+    kept = CachedDataset(stores, Checkpoint(str(tiny_checkpoint)), in_memory=True)
+    assert everything(kept, space, in_order(14, 9, 3), batch_size=3) == whole
+    assert everything(dataset, space, in_order(14, 9, 3), batch_size=3, threads=1, buffers=1) == whole
+    resumed = everything(dataset, space, in_order(14, 9, 3, first=6), batch_size=3, threads=5, buffers=9)
+    assert [item[:2] + item[3:] for item in resumed] == [item[:2] + item[3:] for item in whole[6:]]
+    monkeypatch.setattr(batches, "_REMEMBERED", 5)
+    assert everything(dataset, space, in_order(14, 9, 3), batch_size=3) == whole
+
+
+def test_samples_in_memory_are_read_once(tiny_checkpoint, stores, space, tmp_path):
+    """The same sample twice in flight, too: the first has arrived before the second is handed out."""
+    copies = [shutil.copytree(store, tmp_path / store.name) for store in stores]
+    dataset = CachedDataset(copies, Checkpoint(str(tiny_checkpoint)), in_memory=True)
+    expected = {index: stored_bytes(dataset, index) for index in range(14)}
+    places = [[(p, p // 2)] for p in range(28)] + [[(28 + p, p % 14), (29 + p, p % 14)] for p in range(0, 40, 2)]
+    with BatchRing(dataset, space, iter(places), batch_size=2, device=CPU, buffers=6, threads=4) as ring:
+        for step, batch in enumerate(ring):
+            for place, (_, index) in enumerate(places[step]):
+                assert torch.equal(row_bytes(ring, batch, place), expected[index])
+            ring.done(batch)
+            if step == 27:  # all were used
+                for copy in copies:
+                    shutil.rmtree(copy)
+    assert step == len(places) - 1
+
+
+def test_too_little_memory_is_refused_before_anything_is_read(tiny_checkpoint, stores, space, monkeypatch):
+    dataset = CachedDataset(stores, Checkpoint(str(tiny_checkpoint)), in_memory=True)
+    monkeypatch.setattr(batches, "available_bytes", lambda: batches._SPARE_BYTES + 10_000)
+    with pytest.raises(UsageError, match=r"14 samples in memory takes [\d,]+ bytes.* 2,147,493,648 are available") as e:
+        BatchRing(dataset, space, in_order(14, 1, 4), batch_size=4, device=CPU)
+    assert "Leave --in-memory out" in str(e.value)
+
+
+def test_rows_are_double_buffered_and_wait_for_done(dataset, space):
+    with BatchRing(dataset, space, in_order(14, 6, 2), batch_size=2, device=CPU) as ring:
+        iterator = iter(ring)
+        first = next(iterator)
+        before = ring.data[:2].clone()
+        second = next(iterator)
+        assert (first.rows, second.rows) == ((0, 1), (2, 3))
+        with pytest.raises(ValueError, match="rows of the last but one; call `done`"):
+            next(iterator)
+        assert torch.equal(ring.data[:2], before)
+        after = ring.data[2:].clone()
+        ring.done(first)
+        assert torch.equal(ring.data[:2], before)
+        third = next(iter(ring))
+        assert (third.rows, third.positions) == ((0, 1), (4, 5))
+        assert not torch.equal(ring.data[:2], before)
+        assert torch.equal(ring.data[2:], after)
+        assert ring.waited_s > 0
+
+
+def test_a_damaged_sample_is_named_in_its_place(tiny_checkpoint, stores, space, tmp_path):
+    broken = shutil.copytree(stores[0], tmp_path / "store")
+    dataset = CachedDataset([broken], Checkpoint(str(tiny_checkpoint)))
+    reader, sample_id = dataset.locate(GlobalOrder(0, 10)[5])
+    chunk = next(path for path in sorted((broken / reader.record(sample_id).folder / "kv").glob("c*")))
+    data = bytearray(chunk.read_bytes())
+    data[1000] ^= 4
+    chunk.write_bytes(data)
+    threads, got = threading.active_count(), []
+
+    def run():
+        with BatchRing(dataset, space, in_order(10, 5, 2), batch_size=2, device=CPU, buffers=8) as ring:
+            for batch in ring:
+                got.append(batch.positions)
+                ring.done(batch)
+
+    with pytest.raises(CorruptSampleError, match=sample_id):
+        run()
+    assert got == [(0, 1), (2, 3)]
+    assert threading.active_count() == threads
+
+
+def test_a_sample_that_does_not_fit_the_layout_is_named(dataset, space, monkeypatch):
+    ring = BatchRing(dataset, space, in_order(14, 2, 2), batch_size=2, device=CPU)
+    monkeypatch.setattr(ring._source, "_size_bytes", lambda tokens: 17)
+    with ring, pytest.raises(DataError, match=r"has keys and values \[\d.*\] in \d+ bytes and \d+ tokens"):
+        next(iter(ring))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, None])
+def test_leaving_early_ends_the_threads(dataset, space, error):
+    threads, torch_threads = threading.active_count(), torch.get_num_threads()
+    for _ in range(5):
+        try:
+            with BatchRing(dataset, space, in_order(14, 500, 3), batch_size=3, device=CPU, threads=4) as ring:
+                for _ in zip(range(2), ring, strict=False):
+                    pass
+                if error is not None:
+                    raise error
+        except (KeyboardInterrupt, RuntimeError):
+            pass
+        assert threading.active_count() == threads
+    assert torch.get_num_threads() == torch_threads
+    with pytest.raises(ValueError, match="closed or was not entered"):
+        next(iter(ring))
+
+
+def test_batches_may_be_smaller_but_not_larger_nor_empty(dataset, space):
+    places = [[(0, 3)], [(1, 4), (2, 5)], []]
+    with BatchRing(dataset, space, iter(places), batch_size=2, device=CPU) as ring:
+        iterator = iter(ring)
+        first, second = next(iterator), next(iterator)
+        assert (first.rows, second.rows) == ((0,), (2, 3))
+        ring.done(first)
+        with pytest.raises(ValueError, match="1 to 2 samples, got 0"):
+            next(iterator)
+    with (
+        pytest.raises(ValueError, match="1 to 2 samples, got 3"),
+        BatchRing(dataset, space, iter([[(0, 0), (1, 1), (2, 2)]]), batch_size=2, device=CPU) as ring,
+    ):
+        next(iter(ring))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("buffers", [1, 3, None])
+def test_copies_overlap_work_and_never_overwrite_what_it_reads(tiny_checkpoint, stores, space, in_memory, buffers):
+    """Work that begins late reads its rows late: they hold the stored bytes even so, and the host is ahead of it."""
+    device = torch.device("cuda")
+    dataset = CachedDataset(stores, Checkpoint(str(tiny_checkpoint)), in_memory=in_memory)
+    order, size, steps = GlobalOrder(0, 14), 3, 40
+    stored = {index: stored_bytes(dataset, index) for index in range(14)}
+    delays = torch.randint(0, 20_000_000, (steps, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    read, ahead = [], 0
+    places = in_order(14, steps, size)
+    with BatchRing(dataset, space, places, batch_size=size, device=device, buffers=buffers) as ring:
+        for batch, (before, after) in zip(ring, delays, strict=True):
+            assert batch.ready is not None
+            torch.cuda._sleep(before)
+            torch.cuda.current_stream().wait_event(batch.ready)
+            torch.cuda._sleep(after)
+            read.append((batch, ring.data[batch.rows[0] : batch.rows[-1] + 1].clone()))
+            ring.done(batch)
+            ahead += not ring._last_done.query()
+    torch.cuda.synchronize()
+    assert ahead > steps // 2
+    for batch, rows in read:
+        for place, position in enumerate(batch.positions):
+            expected = stored[order[position]]
+            assert torch.equal(rows[place, : len(expected)].cpu(), expected)
+    assert all(first.rows != second.rows for (first, _), (second, _) in pairwise(read))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_host_memory_is_page_locked_while_the_ring_is_open(tiny_checkpoint, stores, space):
+    for in_memory in (False, True):
+        dataset = CachedDataset(stores, Checkpoint(str(tiny_checkpoint)), in_memory=in_memory)
+        with BatchRing(dataset, space, in_order(14, 4, 2), batch_size=2, device=torch.device("cuda")) as ring:
+            batch = next(iter(ring))
+            memory = list(ring._kept.values()) if in_memory else [torch.from_numpy(ring._prefetcher._buffers[0])]
+            assert all(tensor.is_pinned() for tensor in memory)
+            ring.done(batch)
+        assert not any(tensor.is_pinned() for tensor in memory)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_leaving_early_with_copies_under_way(dataset, space, error):
+    threads = threading.active_count()
+
+    def run():
+        with BatchRing(dataset, space, in_order(14, 50, 3), batch_size=3, device=torch.device("cuda")) as ring:
+            for batch in ring:
+                torch.cuda._sleep(50_000_000)
+                ring.done(batch)
+                if batch.positions[0] >= 9:
+                    raise error
+
+    with pytest.raises(error):
+        run()
+    assert threading.active_count() == threads
+    torch.cuda.synchronize()
+    rest = torch.ones(10, device="cuda").sum()
+    assert float(rest) == 10
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_graph_can_be_captured_while_the_ring_reads(dataset, space):
+    """Reading threads call no CUDA, so that a capture in the loop's thread is left alone."""
+    device = torch.device("cuda")
+    with BatchRing(dataset, space, in_order(14, 6, 3), batch_size=3, device=device) as ring:
+        sums = torch.zeros((), dtype=torch.int64, device=device)
+        for step, batch in enumerate(ring):
+            torch.cuda.current_stream().wait_event(batch.ready)
+            if step == 1:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    sums += ring.data[:, :256].sum()
+            if step >= 1:
+                graph.replay()
+            ring.done(batch)
+    torch.cuda.synchronize()
+    assert int(sums) > 0
