@@ -1,11 +1,8 @@
 """Cached samples for stage two: one or several stores as one indexed set, read ahead by threads."""
 
 import math
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.action_space import UnicycleActionSpace
-from alpacache.alpamayo import Checkpoint, EncodedPrefix, PrefixFeatures
+from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.errors import UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS, PREFIX_FIELDS, CachedSample, from_arrays
@@ -26,17 +23,6 @@ from cache_store import CacheReader, KVCodec, differences
 _SHARED = ("model", "prompt", "processor", "dtype", "codec", "codec_definition")
 _BF16_BYTES = 2
 _POSE_THREADS = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingItem:
-    """One sample with its target, at one place of the global order."""
-
-    position: int
-    sample_id: str
-    prefix: PrefixFeatures | EncodedPrefix
-    action: Tensor
-    """`[64, 2]` normalised, float32."""
 
 
 class CachedDataset:
@@ -151,44 +137,3 @@ def _check_mixable(stores: Sequence[str | Path], readers: Sequence[CacheReader])
 def target(sample: CachedSample, space: UnicycleActionSpace) -> Tensor:
     """The action `[64, 2]` to learn. Solved sample by sample, so that no batch changes a bit of it."""
     return space.to_action(sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
-
-
-class BatchLoader:
-    """Batches of the global order, a few read ahead. Measures how long its consumer waits."""
-
-    def __init__(
-        self,
-        dataset: CachedDataset,
-        space: UnicycleActionSpace,
-        places: Iterator[Sequence[tuple[int, int]]],
-        *,
-        threads: int = 4,
-        ahead: int = 2,
-    ) -> None:
-        """`places` yields batches of (position, sample index)."""
-        self._dataset, self._space, self._places = dataset, space, places
-        self._threads, self._ahead = threads, ahead
-        self.waited_s = 0.0
-
-    def __iter__(self) -> Iterator[list[TrainingItem]]:
-        with ThreadPoolExecutor(self._threads, "load") as pool:
-            queue: deque[list[Future[TrainingItem]]] = deque()
-            try:
-                while True:
-                    while len(queue) <= self._ahead and (batch := next(self._places, None)) is not None:
-                        queue.append([pool.submit(self._item, *place) for place in batch])
-                    if not queue:
-                        return
-                    started = time.monotonic()
-                    items = [future.result() for future in queue.popleft()]
-                    self.waited_s += time.monotonic() - started
-                    yield items
-            finally:
-                for futures in queue:
-                    for future in futures:
-                        future.cancel()
-
-    def _item(self, position: int, index: int) -> TrainingItem:
-        sample = self._dataset.load(index)
-        action = target(sample, self._space)
-        return TrainingItem(position=position, sample_id=sample.sample_id, prefix=sample.prefix, action=action)

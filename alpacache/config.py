@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from alpacache.errors import UsageError
 from alpacache.sample import FRONT_CAMERA
 
-Trainable = Literal["all", "head"]
+Trainable = Literal["all", "head", "lora"]
 CodecName = Literal["bf16", "fp8", "int8", "int5", "int4"]
 T = TypeVar("T")
 
@@ -67,7 +67,14 @@ class TrainConfig:
     batch_size: int = 8
     draws: int = 1
     """Noise draws a sample and step; they share the sample's prefix."""
+    micro_batch: int | None = None
+    """Samples that go through the expert at a time; None means the whole batch. Fewer take less memory."""
     trainable: Trainable = "all"
+    lora_rank: int = 16
+    lora_alpha: float | None = None
+    """Adapters are scaled by alpha / rank; None means twice the rank."""
+    optimizer: Literal["auto", "adamw8", "adamw"] = "auto"
+    """`adamw8`: 8-bit moments and 24-bit master weights; `adamw`: as the public recipe. `auto` is adamw8 on a GPU."""
     lr: float = 1e-4
     min_lr: float = 1e-6
     warmup: int | None = None
@@ -84,8 +91,16 @@ class TrainConfig:
     keep: int = 2
     val_every: int = 100
     val_samples: int = 64
+    balance: Literal["none", "curvature"] = "none"
+    """`curvature`: straight, gentle and sharp futures have equal shares of every epoch."""
     in_memory: bool = False
-    """Keep samples in RAM, as they are stored, after their first read."""
+    """Keep samples in RAM, page-locked and as they are stored, after their first read."""
+    capture: bool = True
+    """On a GPU, replay each step as one CUDA graph."""
+    checkpointing: bool = False
+    """Compute activations again in the backward instead of keeping them."""
+    memory_budget: str | None = None
+    """Size of the card to stay within, such as `24GB`: GPU memory is capped at half a GiB less."""
     device: str | None = None
     resume: bool = False
 
@@ -101,6 +116,10 @@ class TrainConfig:
         _check(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "above 0")
         for name in ("batch_size", "draws", "keep", "save_every", "val_every", "val_samples"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("micro_batch", "lora_rank"):
+            _check((getattr(self, name) or 1) >= 1, name, getattr(self, name), "at least 1")
+        if self.memory_budget is not None:
+            _check(budget_gib(self.memory_budget) > 0.5, "memory_budget", self.memory_budget, "a size such as 24GB")
         _check(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"0 to lr ({self.lr})")
         _check(self.clip > 0, "clip", self.clip, "above 0")
         _check(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "0 or more")
@@ -128,6 +147,15 @@ class EvalConfig:
         for name in ("paths", "flow_steps", "batch_size"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _check(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1")
+
+
+def budget_gib(text: str) -> float:
+    """`24GB` or `24` as 24.0: cards are named by GB and have GiB. Raises `UsageError` for anything else."""
+    number = text.strip().upper().removesuffix("IB").removesuffix("GB").removesuffix("G")
+    try:
+        return float(number)
+    except ValueError:
+        raise UsageError(f"memory_budget is {text!r}; expected a size such as 24GB.") from None
 
 
 def read_toml(path: Path, kind: type[Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alpacache import randomness
+from alpacache import randomness, trainable
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import EvalConfig
@@ -116,13 +116,7 @@ def apply_checkpoint(expert: ActionExpert, run: str, checkpoint: Checkpoint) -> 
         del base["revision"], given["revision"]
     if lines := differences(given, base):
         raise UsageError(f"{path} was trained on another base model than {checkpoint.model}:\n  " + "\n  ".join(lines))
-    state = expert.state_dict()
-    wrong = [name for name, tensor in content.model.items() if name not in state or state[name].shape != tensor.shape]
-    if wrong:
-        raise UsageError(f"{path} holds tensors that the expert does not have: {', '.join(sorted(wrong)[:8])}.")
-    with torch.no_grad():
-        for name, tensor in content.model.items():
-            state[name].copy_(tensor)
+    trainable.apply_checkpoint(expert, content.model, where=str(path))
     return int(content.state["step"])
 
 

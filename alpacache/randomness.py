@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from alpacache.flow_matching import TimeSchedule, times_from_uniform
-from alpacache.sample_order import GlobalOrder as GlobalOrder  # moved; until `training` takes it from there
 
 
 def generator(*key: object) -> torch.Generator:

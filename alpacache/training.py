@@ -7,6 +7,7 @@ the global order, so a run that was killed and resumed ends with the same bits a
 import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +17,19 @@ from torch import Tensor
 
 from alpacache import flow_matching, randomness
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
-from alpacache.cached_dataset import BatchLoader, CachedDataset, TrainingItem, target
-from alpacache.config import TrainConfig, to_toml
+from alpacache.batches import Batch, BatchRing
+from alpacache.cached_dataset import CachedDataset, target
+from alpacache.config import TrainConfig, budget_gib, to_toml
 from alpacache.device import resolve_device
 from alpacache.errors import InterruptedRunError, NonFiniteError, UsageError
 from alpacache.identity import model_identity
 from alpacache.interrupt import InterruptGuard
+from alpacache.optimizers import make_optimizer, resolve
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
+from alpacache.sample_order import GlobalOrder
+from alpacache.train_step import StepResult, TrainStep
+from alpacache.trainable import checkpoint_tensors, choose_trainable, enable_checkpointing
 
 _NON_FINITE_LIMIT = 3
 _VAL_DRAWS = 4
@@ -37,6 +43,9 @@ _FREE_TO_CHANGE = {
     "val",
     "val_samples",
     "in_memory",
+    "capture",
+    "checkpointing",
+    "memory_budget",
     "stores",
     "model",
 }
@@ -74,6 +83,9 @@ def train(config: TrainConfig, *, on_progress: OnProgress = ignore) -> TrainRepo
             "another --out."
         )
     device = resolve_device(config.device)
+    resolve(config.optimizer, device)
+    if config.memory_budget is not None and device.type == "cuda":
+        cap_memory(config.memory_budget, device)
     checkpoint = Checkpoint(config.model)
     data = CachedDataset(config.stores, checkpoint, in_memory=config.in_memory)
     val = CachedDataset([config.val], checkpoint, in_memory=config.in_memory) if config.val else None
@@ -108,48 +120,76 @@ class _Run:
             raise UsageError(
                 f"warmup is {self.warmup} of {self.total} steps; expected fewer, so that lr is ever reached."
             )
-        self.parameters = trainable_parameters(expert, config.trainable)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=expert.device.type == "cuda",
+        self.parameters = choose_trainable(
+            expert, config.trainable, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, seed=config.seed
+        )
+        if config.checkpointing:
+            enable_checkpointing(expert)
+        self.optimizer = make_optimizer(
+            config.optimizer, self.parameters, betas=config.betas, weight_decay=config.weight_decay
         )
         self.step = 0
         self.best: dict[str, Any] = {"step": None, "val_loss": None}
         self.losses: list[float] = []
         self.val_loss: float | None = None
         self.bad_steps = 0
+        self.started, self.first = time.monotonic(), 0
+        self.ended: torch.cuda.Event | None = None
+        """When the last step that was read had ended on the device."""
 
     def loop(self) -> TrainReport:
-        config, started, first = self.config, time.monotonic(), self.step
-        loader = BatchLoader(self.data, self.expert.action_space, self._places())
-        if self.expert.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.expert.device)
-        self.expert.train()
-        with InterruptGuard() as guard:
-            for items in loader:
-                row = self._train_step(items)
+        config, expert = self.config, self.expert
+        if expert.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(expert.device)
+        expert.train()
+        ring = BatchRing(
+            self.data, expert.action_space, self._places(), batch_size=config.batch_size, device=expert.device
+        )
+        step = TrainStep(
+            expert,
+            self.parameters,
+            self.optimizer,
+            ring,
+            batch_size=config.batch_size,
+            micro_batch=config.micro_batch or config.batch_size,
+            draws=config.draws,
+            clip=config.clip,
+            causal=config.causal,
+            capture=config.capture,
+        )
+        self.started, self.first = time.monotonic(), self.step
+        underway: deque[tuple[int, StepResult]] = deque()
+        with InterruptGuard() as guard, ring:
+            for batch in ring:
+                underway.append((self.step + 1, self._enqueue(step, batch)))
+                ring.done(batch)
                 self.step += 1
-                seconds = time.monotonic() - started
-                rate = (self.step - first) / seconds
-                row |= {"samples_per_s": rate * config.batch_size, "data_wait": loader.waited_s / seconds}
-                if self.val is not None and (self.step % config.val_every == 0 or self.step == self.total):
-                    row["val_loss"] = self.val_loss = self._validate()
-                self.directory.append_metrics(row)
-                self._tell(row, rate)
-                finished = self.step == self.total
-                improved = "val_loss" in row and (self.best["step"] is None or row["val_loss"] < self.best["val_loss"])
-                if improved:
-                    self.best = {"step": self.step, "val_loss": row["val_loss"]}
-                if improved or finished or guard.requested or self.step % config.save_every == 0:
-                    self._save(is_best=improved)
-                if guard.requested and not finished:
-                    raise InterruptedRunError(
-                        f"stopped on request at step {self.step}; saved. Run again with --resume to go on."
-                    )
-        return self._report(first, time.monotonic() - started, loader.waited_s)
+                stopping = guard.requested
+                validating = self.val is not None and (self.step % config.val_every == 0 or self.step == self.total)
+                pausing = validating or stopping or self.step == self.total or self.step % config.save_every == 0
+                # On a GPU the last step is read when the next one is enqueued, so that the device never waits.
+                while len(underway) > (0 if pausing or expert.device.type == "cpu" else 1):
+                    row = self._row(*underway.popleft(), waited_s=ring.waited_s)
+                    if validating and not underway:
+                        row["val_loss"] = self.val_loss = self._validate()
+                    self.directory.append_metrics(row)
+                    self._tell(row)
+                if pausing:
+                    self._pause(row, stopping)
+        return self._report(self.first, time.monotonic() - self.started, ring.waited_s)
+
+    def _pause(self, row: dict[str, Any], stopping: bool) -> None:
+        """After a step whose row is known: keep the best, save when it is time, stop if asked to."""
+        finished = self.step == self.total
+        improved = "val_loss" in row and (self.best["step"] is None or row["val_loss"] < self.best["val_loss"])
+        if improved:
+            self.best = {"step": self.step, "val_loss": row["val_loss"]}
+        if improved or finished or stopping or self.step % self.config.save_every == 0:
+            self._save(is_best=improved)
+        if stopping and not finished:
+            raise InterruptedRunError(
+                f"stopped on request at step {self.step}; saved. Run again with --resume to go on."
+            )
 
     def restore(self) -> None:
         """Go on from the newest checkpoint; refuses a changed setting that would change the result."""
@@ -157,7 +197,9 @@ class _Run:
         content = read_checkpoint(path, optimizer=True)
         before, now = content.state["settings"], self._settings()
         changed = [
-            f"{key}: the run has {before.get(key)!r}, now {now[key]!r}" for key in now if before.get(key) != now[key]
+            f"{key}: the run has {before[key]!r}, now {now[key]!r}"
+            for key in now
+            if key in before and before[key] != now[key]
         ]
         if changed:
             raise UsageError(
@@ -168,36 +210,46 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(content.model[name])
-        self._restore_optimizer(content.optimizer)
+        self.optimizer.load_tensors(content.optimizer)
         self.step = content.state["step"]
         self.best = content.state["best"]
         self.directory.rewind_metrics(self.step)
 
-    def _train_step(self, items: Sequence[TrainingItem]) -> dict[str, Any]:
+    def _enqueue(self, step: TrainStep, batch: Batch) -> StepResult:
         config = self.config
-        lr = learning_rate(self.step, total=self.total, warmup=self.warmup, peak=config.lr, final=config.min_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        action = torch.stack([item.action for item in items])[:, None]
-        noise = torch.stack([randomness.noise(config.seed, item.position, draws=config.draws) for item in items])
+        noise = torch.stack([randomness.noise(config.seed, place, draws=config.draws) for place in batch.positions])
         t = torch.stack(
-            [randomness.times(config.seed, item.position, draws=config.draws, schedule=config.times) for item in items]
+            [
+                randomness.times(config.seed, place, draws=config.draws, schedule=config.times)
+                for place in batch.positions
+            ]
         )
-        loss = self._loss(action, noise, t, [item.prefix for item in items])
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
-        row: dict[str, Any] = {"step": self.step + 1, "loss": float(loss.detach()), "lr": lr, "grad_norm": float(norm)}
-        if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
-            self.optimizer.step()
-            self.losses.append(row["loss"])
+        return step.run(batch, noise, t, self._lr(self.step))
+
+    def _lr(self, step: int) -> float:
+        config = self.config
+        return learning_rate(step, total=self.total, warmup=self.warmup, peak=config.lr, final=config.min_lr)
+
+    def _row(self, number: int, result: StepResult, *, waited_s: float) -> dict[str, Any]:
+        """What is written of a step. Raises `NonFiniteError` after a few in a row that were not finite."""
+        loss, norm = result.values()
+        seconds = time.monotonic() - self.started
+        rate = (number - self.first) / seconds
+        row: dict[str, Any] = {"step": number, "loss": loss, "lr": self._lr(number - 1), "grad_norm": norm}
+        if result.ended is not None:
+            if self.ended is not None:
+                row["step_ms"] = self.ended.elapsed_time(result.ended)
+            self.ended = result.ended
+        row |= {"samples_per_s": rate * self.config.batch_size, "data_wait": waited_s / seconds}
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.losses.append(loss)
             self.bad_steps = 0
             return row
         self.bad_steps += 1
-        row |= {"loss": None, "grad_norm": None, "skipped": [item.sample_id for item in items]}
+        row |= {"loss": None, "grad_norm": None, "skipped": list(result.batch.sample_ids)}
         if self.bad_steps >= _NON_FINITE_LIMIT:
             raise NonFiniteError(
-                f"loss or gradient was not finite in {self.bad_steps} steps in a row, last at step {self.step + 1} "
+                f"loss or gradient was not finite in {self.bad_steps} steps in a row, last at step {number} "
                 f"with {', '.join(row['skipped'])}; none was applied. Lower --lr, or check those samples with "
                 "`alpacache verify --deep`."
             )
@@ -234,7 +286,8 @@ class _Run:
 
     def _places(self) -> Iterator[list[tuple[int, int]]]:
         """(position, sample index) of each remaining batch."""
-        order = randomness.GlobalOrder(self.config.seed, len(self.data))
+        turns = self.data.turns() if self.config.balance == "curvature" else None
+        order = GlobalOrder(self.config.seed, len(self.data), turns=turns)
         size = self.config.batch_size
         for step in range(self.step, self.total):
             yield [(position, order[position]) for position in range(step * size, (step + 1) * size)]
@@ -247,8 +300,8 @@ class _Run:
             "trainable": self.config.trainable,
         }
         content = RunCheckpoint(
-            model={name: parameter.detach() for name, parameter in self.parameters.items()},
-            optimizer=self._optimizer_tensors(),
+            model=checkpoint_tensors(self.expert, self.parameters),
+            optimizer=self.optimizer.tensors(),
             state=state,
         )
         self.directory.save(self.step, content, keep=self.config.keep, keep_also=self.best["step"])
@@ -259,27 +312,16 @@ class _Run:
         """What must not change over a resume, as plain JSON."""
         settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in _FREE_TO_CHANGE}
         settings["betas"] = list(self.config.betas)
+        if self.config.trainable != "lora":
+            del settings["lora_rank"], settings["lora_alpha"]
         return {**settings, "dataset_samples": len(self.data), "base": model_identity(self.checkpoint)}
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        state = self.optimizer.state
-        return {f"{key}.{name}": value for name, p in self.parameters.items() for key, value in state[p].items()}
-
-    def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            self.optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(
-                    "cpu" if key == "step" and not self.optimizer.defaults["fused"] else parameter.device
-                )
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{key}.{name}" in tensors
-            }
-
-    def _tell(self, row: dict[str, Any], rate: float) -> None:
+    def _tell(self, row: dict[str, Any]) -> None:
         notes = {"loss": "skipped" if row["loss"] is None else f"{row['loss']:.4f}", "wait": f"{row['data_wait']:.0%}"}
         if "val_loss" in row:
             notes["val"] = f"{row['val_loss']:.4f}"
-        self.on_progress(Progress(done=self.step, total=self.total, unit="steps", rate=rate, notes=notes))
+        rate = row["samples_per_s"] / self.config.batch_size
+        self.on_progress(Progress(done=row["step"], total=self.total, unit="steps", rate=rate, notes=notes))
 
     def _report(self, first: int, seconds: float, waited_s: float) -> TrainReport:
         done = self.step - first
@@ -308,19 +350,11 @@ def learning_rate(step: int, *, total: int, warmup: int, peak: float, final: flo
     return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
 
 
-def trainable_parameters(expert: ActionExpert, which: str) -> dict[str, torch.nn.Parameter]:
-    """Parameters to train, by public state-dict name; all others stop needing gradients.
-
-    `all` is expert and projections; `head` the two projections and the expert's final norm.
-    """
-    chosen = {}
-    for name, parameter in expert.named_parameters():
-        parameter.requires_grad_(
-            which == "all" or name.startswith(("action_in_proj.", "action_out_proj.", "expert.norm."))
-        )
-        if parameter.requires_grad:
-            chosen[name] = parameter
-    return chosen
+def cap_memory(budget: str, device: torch.device) -> None:
+    """Let the allocator take no more than a card of this size has free: `24GB` is 23.5 GiB, others likewise."""
+    cap_gib = budget_gib(budget) - 0.5
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total), device)
 
 
 def _mean(values: Sequence[float]) -> float | None:

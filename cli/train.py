@@ -25,7 +25,27 @@ def train(
         int | None, typer.Option(help="Noise draws a sample and step; they share its prefix. [default: 1]")
     ] = None,
     trainable: Annotated[
-        str | None, typer.Option(help="`all`, or `head`: projections and final norm. [default: all]")
+        str | None,
+        typer.Option(help="`all`; `head`: projections and final norm; `lora`: head and adapters. [default: all]"),
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapters. [default: 16]")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="`adamw8` (24-bit masters, 8-bit moments), `adamw`, or `auto`. [default: auto]")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Samples through the expert at a time; fewer take less memory. [default: all]")
+    ] = None,
+    checkpointing: Annotated[
+        bool | None, typer.Option("--checkpointing", help="Recompute activations in the backward: less memory.")
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Size of the card to stay within, such as `24GB`. [default: all of it]")
+    ] = None,
+    balance: Annotated[
+        str | None, typer.Option(help="`curvature`: equal shares of straight, gentle and sharp. [default: none]")
+    ] = None,
+    capture: Annotated[
+        bool | None, typer.Option(help="Replay each step as one CUDA graph on a GPU. [default: yes]")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: 1e-4]")] = None,
     warmup: Annotated[
@@ -38,7 +58,7 @@ def train(
     keep: Annotated[int | None, typer.Option(help="Checkpoints to keep, besides the best. [default: 2]")] = None,
     val_every: Annotated[int | None, typer.Option(help="Steps between validations. [default: 100]")] = None,
     in_memory: Annotated[
-        bool | None, typer.Option(help="Keep samples in RAM after their first read. [default: no]")
+        bool | None, typer.Option(help="Keep samples in page-locked RAM after their first read. [default: no]")
     ] = None,
     resume: Annotated[
         bool | None, typer.Option("--resume", help="Go on from the run's newest checkpoint, if it has one.")
@@ -81,7 +101,17 @@ def train(
             },
             **{"save_every": save_every, "keep": keep, "val_every": val_every, "in_memory": in_memory},
             **{"resume": resume, "device": device},
-            "trainable": None if trainable is None else options.one_of("trainable", trainable, ("all", "head")),
+            **{"lora_rank": lora_rank, "micro_batch": micro_batch, "checkpointing": checkpointing},
+            **{"memory_budget": memory_budget, "capture": capture},
+            **{
+                name: options.one_of(name, value, allowed)
+                for name, value, allowed in (
+                    ("trainable", trainable, ("all", "head", "lora")),
+                    ("optimizer", optimizer, ("auto", "adamw8", "adamw")),
+                    ("balance", balance, ("none", "curvature")),
+                )
+                if value is not None
+            },
         }
     )
     missing = [

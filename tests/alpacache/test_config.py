@@ -23,7 +23,7 @@ def test_dashes_are_underscores_and_unknown_keys_are_errors(tmp_path):
     file.write_text("batch-size = 3\n")
     assert read_toml(file, TrainConfig) == {"batch_size": 3}
     file.write_text("zzz = 3\n")
-    with pytest.raises(UsageError, match=r"c\.toml: unknown key 'zzz'; known: batch_size"):
+    with pytest.raises(UsageError, match=r"c\.toml: unknown key 'zzz'; known: balance, batch_size"):
         read_toml(file, TrainConfig)
     file.write_text("= 3\n")
     with pytest.raises(UsageError, match="not valid TOML"):

@@ -1,0 +1,161 @@
+"""One optimizer step on one batch: forward, backward, clipping and optimizer, on a GPU as one CUDA graph.
+
+A step of this size is bound by launching kernels until it is captured. So all that differs from step to step lies in
+tensors at fixed addresses: inputs, rows and lengths of the prefixes, learning rate. A step that is not finite is
+skipped on the device, and the host reads loss and norm of a step when it has already enqueued the next.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alpacache import flow_matching
+from alpacache.alpamayo import ActionExpert, PackedPrefixes
+from alpacache.batches import Batch, BatchRing
+from alpacache.optimizers import StepOptimizer
+
+_WARM_UPS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """Loss and gradient norm of a step that was enqueued; not there before `values` has waited for it."""
+
+    batch: Batch
+    numbers: Tensor
+    """`[2]` float32 on the host."""
+    ended: torch.cuda.Event | None
+
+    def values(self) -> tuple[float, float]:
+        if self.ended is not None:
+            self.ended.synchronize()
+        loss, norm = self.numbers.tolist()
+        return loss, norm
+
+
+class TrainStep:
+    """Buffers for batches of one size, and the graph that works on them."""
+
+    def __init__(
+        self,
+        expert: ActionExpert,
+        parameters: dict[str, nn.Parameter],
+        optimizer: StepOptimizer,
+        ring: BatchRing,
+        *,
+        batch_size: int,
+        micro_batch: int,
+        draws: int,
+        clip: float,
+        causal: bool,
+        capture: bool,
+    ) -> None:
+        """`micro_batch` samples go through the expert at a time; their gradients add up to the batch's."""
+        self._expert, self._optimizer = expert, optimizer
+        self._parameters = list(parameters.values())
+        self._micro_batch, self._clip, self._causal = micro_batch, clip, causal
+        self._graph: torch.cuda.CUDAGraph | None = None
+        device = expert.device
+        self._cuda = device.type == "cuda"
+        self._capture = capture and self._cuda
+        waypoints = expert.action_space.waypoints
+        self._action = torch.zeros(batch_size, 1, waypoints, 2, device=device)
+        self._noise = torch.zeros(batch_size, draws, waypoints, 2, device=device)
+        self._t = torch.zeros(batch_size, draws, device=device)
+        self._places = torch.ones(3, batch_size, dtype=torch.int64, device=device)
+        # The CPU's optimizer takes the Python number itself.
+        self._lr = torch.zeros((), device=device, dtype=torch.float32 if self._cuda else torch.float64)
+        self._dry = torch.zeros((), dtype=torch.bool, device=device)
+        self._numbers = torch.zeros(2, device=device)
+        rows, lengths, starts = self._places
+        self._prefixes = PackedPrefixes(
+            layout=ring.layout,
+            data=ring.data,
+            rows=rows,
+            lengths=lengths,
+            starts=starts,
+            longest=ring.longest,
+            dtype=expert.dtype,
+        )
+
+    def run(self, batch: Batch, noise: Tensor, t: Tensor, lr: float) -> StepResult:
+        """Enqueue one step; `noise [B, K, 64, 2]` and `t [B, K]` on the CPU."""
+        self._put(self._action, batch.action[:, None])
+        self._put(self._noise, noise)
+        self._put(self._t, t)
+        self._put(self._places, torch.tensor([batch.rows, batch.lengths, batch.starts]))
+        self._put(self._lr, torch.tensor(lr, dtype=self._lr.dtype))
+        if batch.ready is not None:
+            torch.cuda.current_stream().wait_event(batch.ready)
+        if self._capture and self._graph is None:
+            self._graph = self._captured()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._compute()
+        if not self._cuda:
+            return StepResult(batch=batch, numbers=self._numbers.clone(), ended=None)
+        numbers = torch.empty(2, pin_memory=True)
+        numbers.copy_(self._numbers, non_blocking=True)
+        ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        ended.record()
+        return StepResult(batch=batch, numbers=numbers, ended=ended)
+
+    def _compute(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+        batch_size = len(self._action)
+        total = torch.zeros((), device=self._action.device)
+        for start in range(0, batch_size, self._micro_batch):
+            part = slice(start, min(start + self._micro_batch, batch_size))
+            prefixes = self._prefixes if self._micro_batch >= batch_size else self._slice(part)
+            action, noise, t = self._action[part], self._noise[part], self._t[part]
+            velocity = self._expert.velocity(
+                flow_matching.interpolate(action, noise, t), t, prefixes, causal=self._causal
+            )
+            loss = flow_matching.loss(velocity, action, noise).mean() * (len(action) / batch_size)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach()
+        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
+        scale = (self._clip / (norm + 1e-6)).clamp(max=1.0)
+        bad = ~(torch.isfinite(total) & torch.isfinite(norm))
+        self._optimizer.step(lr=self._lr, scale=scale, skip=bad | self._dry)
+        self._numbers.copy_(torch.stack([total, norm]))
+
+    def _slice(self, part: slice) -> PackedPrefixes:
+        whole = self._prefixes
+        return PackedPrefixes(
+            layout=whole.layout,
+            data=whole.data,
+            rows=whole.rows[part],
+            lengths=whole.lengths[part],
+            starts=whole.starts[part],
+            longest=whole.longest,
+            dtype=whole.dtype,
+        )
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """Warm up on a stream of its own without changing anything, then capture."""
+        self._dry.fill_(True)
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                self._compute()
+        torch.cuda.current_stream().wait_stream(side)
+        for parameter in self._parameters:
+            parameter.grad = None
+        graph = torch.cuda.CUDAGraph()
+        # Threads read samples meanwhile; they do not call CUDA, but a library of theirs may.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._compute()
+        self._dry.fill_(False)
+        return graph
+
+    def _put(self, target: Tensor, value: Tensor) -> None:
+        if self._cuda:
+            target.copy_(value.pin_memory(), non_blocking=True)
+        else:
+            target.copy_(value)
