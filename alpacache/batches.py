@@ -7,6 +7,7 @@ only enqueues from running more than a few steps ahead. CUDA is called by the lo
 from another would break a CUDA graph that is being captured. On the CPU all is the same, without streams and events.
 """
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,12 +89,13 @@ class BatchRing:
         *,
         batch_size: int,
         device: torch.device,
-        threads: int = 8,
+        threads: int | None = None,
         buffers: int | None = None,
     ) -> None:
         """`places` yields batches of (position, sample index), each of `batch_size` or fewer.
 
-        `buffers` is how many samples may be between disk and device; the default is two batches. Raises `UsageError`
+        `threads` read: by default 4 to 14, two usable cores fewer than there are. `buffers` is how many samples may
+        be between disk and device; the default is two batches. Raises `UsageError`
         where samples are to stay in memory and there is not enough of it.
         """
         self.layout, self.longest = dataset.layout, dataset.longest
@@ -103,7 +105,8 @@ class BatchRing:
         self.waited_s = 0.0
         """Seconds that the host waited for samples while the device, too, had nothing left to do."""
         self._dataset, self._batch_size, self._device = dataset, batch_size, device
-        self._threads, self._buffers = threads, buffers or max(4, 2 * batch_size)
+        self._threads = threads or min(14, max(4, len(os.sched_getaffinity(0)) - 2))
+        self._buffers = buffers or max(4, 2 * batch_size)
         self._remembered = len(dataset) if dataset.in_memory else min(len(dataset), _REMEMBERED)
         self._actions = torch.empty(self._remembered, space.waypoints, 2)
         self._counts = np.zeros((self._remembered, 2), np.int64)

@@ -354,7 +354,7 @@ def cap_memory(budget: str, device: torch.device) -> None:
     """Let the allocator take no more than a card of this size has free: `24GB` is 23.5 GiB, others likewise."""
     cap_gib = budget_gib(budget) - 0.5
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total), device.index or 0)
 
 
 def _mean(values: Sequence[float]) -> float | None:
