@@ -97,6 +97,8 @@ class TrainConfig:
     """Keep samples in RAM, page-locked and as they are stored, after their first read."""
     capture: bool = True
     """On a GPU, replay each step as one CUDA graph."""
+    compile: bool = False
+    """On a GPU, let torch.compile fuse each layer's small operations; needs a C compiler, rounds differently."""
     checkpointing: bool = False
     """Compute activations again in the backward instead of keeping them."""
     memory_budget: str | None = None

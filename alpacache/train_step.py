@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, PackedPrefixes
+from alpacache.alpamayo.prefix_attention import keep_out_of_compilation
 from alpacache.batches import Batch, BatchRing
 from alpacache.optimizers import StepOptimizer
 
@@ -50,6 +51,7 @@ class TrainStep:
         clip: float,
         causal: bool,
         capture: bool,
+        compile_layers: bool = False,
     ) -> None:
         """`micro_batch` samples go through the expert at a time; their gradients add up to the batch's."""
         self._expert, self._optimizer = expert, optimizer
@@ -59,6 +61,10 @@ class TrainStep:
         device = expert.device
         self._cuda = device.type == "cuda"
         self._capture = capture and self._cuda
+        if compile_layers and self._cuda:
+            keep_out_of_compilation()
+            for layer in expert.expert.layers:
+                layer.compile()
         waypoints = expert.action_space.waypoints
         self._action = torch.zeros(batch_size, 1, waypoints, 2, device=device)
         self._noise = torch.zeros(batch_size, draws, waypoints, 2, device=device)

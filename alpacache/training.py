@@ -156,6 +156,7 @@ class _Run:
             clip=config.clip,
             causal=config.causal,
             capture=config.capture,
+            compile_layers=config.compile,
         )
         self.started, self.first = time.monotonic(), self.step
         underway: deque[tuple[int, StepResult]] = deque()

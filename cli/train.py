@@ -44,6 +44,9 @@ def train(
     balance: Annotated[
         str | None, typer.Option(help="`curvature`: equal shares of straight, gentle and sharp. [default: none]")
     ] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile", help="On a GPU, fuse small operations with torch.compile: faster.")
+    ] = None,
     capture: Annotated[
         bool | None, typer.Option(help="Replay each step as one CUDA graph on a GPU. [default: yes]")
     ] = None,
@@ -102,7 +105,7 @@ def train(
             **{"save_every": save_every, "keep": keep, "val_every": val_every, "in_memory": in_memory},
             **{"resume": resume, "device": device},
             **{"lora_rank": lora_rank, "micro_batch": micro_batch, "checkpointing": checkpointing},
-            **{"memory_budget": memory_budget, "capture": capture},
+            **{"memory_budget": memory_budget, "capture": capture, "compile": compile},
             **{
                 name: options.one_of(name, value, allowed)
                 for name, value, allowed in (

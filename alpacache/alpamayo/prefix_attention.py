@@ -214,3 +214,8 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 AttentionInterface.register(PREFIX_ATTENTION, _layer_attention)
 AttentionMaskInterface.register(PREFIX_ATTENTION, _no_mask)
+
+
+def keep_out_of_compilation() -> None:
+    """Let `torch.compile` of a layer break its graph at our attention, which launches kernels of its own."""
+    AttentionInterface.register(PREFIX_ATTENTION, torch.compiler.disable(_layer_attention))

@@ -25,6 +25,7 @@ from alpacache.alpamayo.packed_prefix import PackedPrefixes
 from alpacache.alpamayo.prefix_decoding import decode, is_ordered
 
 _LOG2_E = 1.4426950408889634
+# An argument of 1 would become a constant without `.to`, so counts are not specialised.
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _query_rows(  # type: ignore[no-untyped-def]
     return where, exists, packed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "draws"])
 def prefix_forward(  # type: ignore[no-untyped-def]
     query, partial, partial_lse, data, rows, lengths, row_bytes, capacity, before, order_at,
     query_row, query_head, query_token, samples, draws, splits, scale,
@@ -92,7 +93,7 @@ def prefix_forward(  # type: ignore[no-untyped-def]
     tl.store(partial + share[:, None] * DIM + channel[None, :], output, mask=exists[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "draws"])
 def prefix_backward(  # type: ignore[no-untyped-def]
     query, grad, delta, lse, partial, data, rows, lengths, row_bytes, capacity, before, order_at,
     query_row, query_head, query_token, grad_row, grad_head, grad_token, samples, draws, splits, scale,
@@ -138,7 +139,7 @@ def prefix_backward(  # type: ignore[no-untyped-def]
     tl.store(partial + share[:, None] * DIM + stored[None, :], query_grad, mask=exists[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def merge_forward(  # type: ignore[no-untyped-def]
     query, key, value, partial, partial_lse, output, lse,
     query_row, query_head, query_token, key_row, key_head, key_token, value_row, value_head, value_token,
@@ -213,7 +214,7 @@ def row_delta(  # type: ignore[no-untyped-def]
     tl.store(delta + (row * tl.num_programs(1) + head) * TOKENS + token, dot, mask=token < TOKENS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def merge_backward(  # type: ignore[no-untyped-def]
     query, key, value, grad, delta, lse, partial, query_grad, key_grad, value_grad,
     query_row, query_head, query_token, key_row, key_head, key_token, value_row, value_head, value_token,

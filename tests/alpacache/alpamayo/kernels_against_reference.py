@@ -97,3 +97,4 @@ if __name__ == "__main__":
         check(name, [150, 33], 3, True, **size)
     if DEVICE == "cuda":
         check("int8", [3050, 2900, 809, 1], 1, False, **size)
+        check("int8", [809], 1, False, **size)
