@@ -218,4 +218,5 @@ AttentionMaskInterface.register(PREFIX_ATTENTION, _no_mask)
 
 def keep_out_of_compilation() -> None:
     """Let `torch.compile` of a layer break its graph at our attention, which launches kernels of its own."""
-    AttentionInterface.register(PREFIX_ATTENTION, torch.compiler.disable(_layer_attention))
+    outside = torch.compiler.disable(_layer_attention)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(PREFIX_ATTENTION, outside)
