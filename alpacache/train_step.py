@@ -5,13 +5,14 @@ tensors at fixed addresses: inputs, rows and lengths of the prefixes, learning r
 skipped on the device, and the host reads loss and norm of a step when it has already enqueued the next.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from alpacache import flow_matching
-from alpacache.alpamayo import ActionExpert, PackedPrefixes
+from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, PrefixFeatures
 from alpacache.alpamayo.prefix_attention import keep_out_of_compilation
 from alpacache.batches import Batch, BatchRing
 from alpacache.optimizers import StepOptimizer
@@ -114,13 +115,11 @@ class TrainStep:
         batch_size = len(self._action)
         total = torch.zeros((), device=self._action.device)
         for start in range(0, batch_size, self._micro_batch):
-            part = slice(start, min(start + self._micro_batch, batch_size))
-            prefixes = self._prefixes if self._micro_batch >= batch_size else self._slice(part)
-            action, noise, t = self._action[part], self._noise[part], self._t[part]
-            velocity = self._expert.velocity(
-                flow_matching.interpolate(action, noise, t), t, prefixes, causal=self._causal
-            )
-            loss = flow_matching.loss(velocity, action, noise).mean() * (len(action) / batch_size)
+            part = slice(start, start + self._micro_batch)
+            action = self._action[part]
+            loss = flow_loss(
+                self._expert, action, self._noise[part], self._t[part], self._slice(part), causal=self._causal
+            ) * (len(action) / batch_size)
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
@@ -131,16 +130,8 @@ class TrainStep:
         self._numbers.copy_(torch.stack([total, norm]))
 
     def _slice(self, part: slice) -> PackedPrefixes:
-        whole = self._prefixes
-        return PackedPrefixes(
-            layout=whole.layout,
-            data=whole.data,
-            rows=whole.rows[part],
-            lengths=whole.lengths[part],
-            starts=whole.starts[part],
-            longest=whole.longest,
-            dtype=whole.dtype,
-        )
+        rows, lengths, starts = self._places[:, part]
+        return replace(self._prefixes, rows=rows, lengths=lengths, starts=starts)
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         """Warm up on a stream of its own without changing anything, then capture."""
@@ -165,3 +156,17 @@ class TrainStep:
             target.copy_(value.pin_memory(), non_blocking=True)
         else:
             target.copy_(value)
+
+
+def flow_loss(
+    expert: ActionExpert,
+    action: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    prefixes: PackedPrefixes | Sequence[PrefixFeatures | EncodedPrefix],
+    *,
+    causal: bool,
+) -> Tensor:
+    """Mean over samples and draws; `action [B, 1, 64, 2]`, `noise [B, K, 64, 2]`, `t [B, K]` on the expert's device."""
+    velocity = expert.velocity(flow_matching.interpolate(action, noise, t), t, prefixes, causal=causal)
+    return flow_matching.loss(velocity, action, noise).mean()

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from alpacache import flow_matching, randomness
+from alpacache import randomness
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.batches import Batch, BatchRing
 from alpacache.cached_dataset import CachedDataset, target
@@ -28,7 +27,7 @@ from alpacache.optimizers import make_optimizer, resolve
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
 from alpacache.sample_order import GlobalOrder
-from alpacache.train_step import StepResult, TrainStep
+from alpacache.train_step import StepResult, TrainStep, flow_loss
 from alpacache.trainable import checkpoint_tensors, choose_trainable, enable_checkpointing
 
 _NON_FINITE_LIMIT = 3
@@ -256,15 +255,6 @@ class _Run:
             )
         return row
 
-    def _loss(self, action: Tensor, noise: Tensor, t: Tensor, prefixes: Sequence[Any]) -> Tensor:
-        """Mean over samples and draws; `action [B, 1, 64, 2]`, `noise [B, K, 64, 2]`, `t [B, K]`."""
-        device = self.expert.device
-        action, noise, t = action.to(device), noise.to(device), t.to(device)
-        velocity = self.expert.velocity(
-            flow_matching.interpolate(action, noise, t), t, prefixes, causal=self.config.causal
-        )
-        return flow_matching.loss(velocity, action, noise).mean()
-
     @torch.no_grad()
     def _validate(self) -> float:
         """Loss over at most `val_samples` held-out samples, evenly spread, on noise that never changes."""
@@ -281,7 +271,16 @@ class _Run:
             t = torch.stack(
                 [randomness.times("val", s.sample_id, draws=_VAL_DRAWS, schedule=self.config.times) for s in samples]
             )
-            total += float(self._loss(action, noise, t, [sample.prefix for sample in samples])) * len(samples)
+            device = self.expert.device
+            loss = flow_loss(
+                self.expert,
+                action.to(device),
+                noise.to(device),
+                t.to(device),
+                [sample.prefix for sample in samples],
+                causal=self.config.causal,
+            )
+            total += float(loss) * len(samples)
         self.expert.train()
         return total / count
 

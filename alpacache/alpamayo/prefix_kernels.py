@@ -29,6 +29,25 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
+def _prefix_part(  # type: ignore[no-untyped-def]
+    data, rows, lengths, row_bytes, capacity, before, order_at, sample, head, split, splits,
+    DIM: tl.constexpr, HEADS: tl.constexpr, ORDERED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Where a head's keys and values of a layer lie, the channel at each place of a key, and a split's tokens."""
+    tokens = tl.load(lengths + sample).to(tl.int32)
+    wide = tl.where(capacity > 0, capacity, tokens)
+    at = data + tl.load(rows + sample) * row_bytes
+    stored = tl.arange(0, DIM)
+    if ORDERED:
+        stored = tl.load(at + order_at + head * DIM + stored).to(tl.int32)
+    keys_at = at.to(tl.pointer_type(tl.bfloat16)) + (before * wide.to(tl.int64) * HEADS + head * wide) * DIM
+    values_at = keys_at + HEADS * wide * DIM
+    steps = tl.cdiv(tl.cdiv(tokens, BLOCK_N), splits)
+    begin = split * steps * BLOCK_N
+    return keys_at, values_at, stored, begin, tl.minimum(begin + steps * BLOCK_N, tokens)
+
+
+@triton.jit
 def _query_rows(  # type: ignore[no-untyped-def]
     tile, sample, head, draws, query_row, query_head, query_token,
     TOKENS: tl.constexpr, HEAD_GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -54,22 +73,15 @@ def prefix_forward(  # type: ignore[no-untyped-def]
     """One split's share: output `[split, B K, kv_head, group S, D]` float32, and its log-sum-exp in base 2."""
     tile, head = tl.program_id(0), tl.program_id(1)
     sample, split = tl.program_id(2) // splits, tl.program_id(2) % splits
-    tokens = tl.load(lengths + sample).to(tl.int32)
-    wide = tl.where(capacity > 0, capacity, tokens)
-    at = data + tl.load(rows + sample) * row_bytes
     channel = tl.arange(0, DIM)
-    stored = channel
-    if ORDERED:
-        stored = tl.load(at + order_at + head * DIM + channel).to(tl.int32)
-    keys_at = at.to(tl.pointer_type(tl.bfloat16)) + (before * wide.to(tl.int64) * HEADS + head * wide) * DIM
-    values_at = keys_at + HEADS * wide * DIM
+    keys_at, values_at, stored, begin, end = _prefix_part(
+        data, rows, lengths, row_bytes, capacity, before, order_at, sample, head, split, splits,
+        DIM, HEADS, ORDERED, BLOCK_N,
+    )  # fmt: skip
     where, exists, packed = _query_rows(
         tile, sample, head, draws, query_row, query_head, query_token, TOKENS, HEAD_GROUP, BLOCK_M
     )
     q = tl.load(query + where[:, None] + stored[None, :], mask=exists[:, None], other=0.0)
-    steps = tl.cdiv(tl.cdiv(tokens, BLOCK_N), splits)
-    begin = split * steps * BLOCK_N
-    end = tl.minimum(begin + steps * BLOCK_N, tokens)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     output = tl.zeros([BLOCK_M, DIM], tl.float32)
@@ -103,15 +115,11 @@ def prefix_backward(  # type: ignore[no-untyped-def]
     """One split's share of the queries' gradient, from merged log-sum-exp and `delta = sum(grad * output)`."""
     tile, head = tl.program_id(0), tl.program_id(1)
     sample, split = tl.program_id(2) // splits, tl.program_id(2) % splits
-    tokens = tl.load(lengths + sample).to(tl.int32)
-    wide = tl.where(capacity > 0, capacity, tokens)
-    at = data + tl.load(rows + sample) * row_bytes
     channel = tl.arange(0, DIM)
-    stored = channel
-    if ORDERED:
-        stored = tl.load(at + order_at + head * DIM + channel).to(tl.int32)
-    keys_at = at.to(tl.pointer_type(tl.bfloat16)) + (before * wide.to(tl.int64) * HEADS + head * wide) * DIM
-    values_at = keys_at + HEADS * wide * DIM
+    keys_at, values_at, stored, begin, end = _prefix_part(
+        data, rows, lengths, row_bytes, capacity, before, order_at, sample, head, split, splits,
+        DIM, HEADS, ORDERED, BLOCK_N,
+    )  # fmt: skip
     where, exists, packed = _query_rows(
         tile, sample, head, draws, query_row, query_head, query_token, TOKENS, HEAD_GROUP, BLOCK_M
     )
@@ -122,9 +130,6 @@ def prefix_backward(  # type: ignore[no-untyped-def]
     g = tl.load(grad + where[:, None] + channel[None, :], mask=exists[:, None], other=0.0)
     merged = tl.load(lse + packed, mask=exists, other=0.0)
     dot = tl.load(delta + packed, mask=exists, other=0.0)
-    steps = tl.cdiv(tl.cdiv(tokens, BLOCK_N), splits)
-    begin = split * steps * BLOCK_N
-    end = tl.minimum(begin + steps * BLOCK_N, tokens)
     query_grad = tl.zeros([BLOCK_M, DIM], tl.float32)
     for start in range(begin, end, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
