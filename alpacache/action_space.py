@@ -9,6 +9,7 @@ Source: `UnicycleAccelCurvatureActionSpace` of the public Alpamayo code (behavio
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -83,8 +84,8 @@ class UnicycleActionSpace:
         yaw = unwrap(torch.cat([yaw_of(history_rot[..., -1:, :, :]), yaw_of(future_rot)], dim=-1))
         yaw = yaw - yaw[..., :1]
         n = yaw.shape[-1]
-        eye = torch.eye(n, dtype=yaw.dtype, device=yaw.device)
-        normal = eye + self._penalty(n, order=3, weight=self.theta_lambda, ridge=self.theta_ridge, like=yaw)
+        penalty = self._penalty(n, order=3, weight=self.theta_lambda, ridge=self.theta_ridge, like=yaw)
+        normal = _identity(n, yaw.dtype, yaw.device) + penalty
         return _solve(normal.expand(*yaw.shape[:-1], n, n), yaw, first=torch.zeros_like(yaw[..., 0]))
 
     def _speed(self, xy: Tensor, theta: Tensor, *, first: Tensor | None) -> Tensor:
@@ -93,9 +94,8 @@ class UnicycleActionSpace:
         u = torch.stack([torch.cos(theta), torch.sin(theta)], dim=-1)
         step = 2.0 * (xy[..., 1:, :] - xy[..., :-1, :]) / self.dt_s
         design = theta.new_zeros(*theta.shape[:-1], 2, n - 1, n)
-        rows = torch.arange(n - 1, device=theta.device)
-        design[..., rows, rows] = u[..., :-1, :].transpose(-1, -2)
-        design[..., rows, rows + 1] = u[..., 1:, :].transpose(-1, -2)
+        design.diagonal(0, -2, -1).copy_(u[..., :-1, :].transpose(-1, -2))
+        design.diagonal(1, -2, -1).copy_(u[..., 1:, :].transpose(-1, -2))
         design = design.flatten(-3, -2)
         data = step.transpose(-1, -2).flatten(-2)
         normal = design.transpose(-1, -2) @ design
@@ -107,7 +107,7 @@ class UnicycleActionSpace:
         data = (speed[..., 1:] - speed[..., :-1]) / self.dt_s
         n = data.shape[-1]
         penalty = self._penalty(n, order=2, weight=self.a_lambda, ridge=0.0, like=speed)
-        normal = torch.eye(n, dtype=speed.dtype, device=speed.device) + penalty
+        normal = _identity(n, speed.dtype, speed.device) + penalty
         return _solve_retrying(normal.expand(*data.shape, n), data, ridge=self.a_ridge)
 
     def _curvature(self, theta: Tensor, speed: Tensor, accel: Tensor) -> Tensor:
@@ -119,12 +119,7 @@ class UnicycleActionSpace:
         return _solve_retrying(torch.diag_embed(distance * distance) + penalty, distance * turn, ridge=self.kappa_ridge)
 
     def _penalty(self, n: int, *, order: int, weight: float, ridge: float, like: Tensor) -> Tensor:
-        """`weight / dt^(2 order) * D^T D + ridge * I` for the difference operator D of that order, `[n, n]`."""
-        eye = torch.eye(n, dtype=like.dtype, device=like.device)
-        operator = eye
-        for _ in range(order):
-            operator = operator[1:] - operator[:-1]
-        return (weight / self.dt_s ** (2 * order)) * (operator.T @ operator) + ridge * eye
+        return _penalty(n, order, weight / self.dt_s ** (2 * order), ridge, like.dtype, like.device)
 
 
 def yaw_of(rot: Tensor) -> Tensor:
@@ -146,6 +141,23 @@ def unwrap(angle: Tensor) -> Tensor:
     return torch.cat([angle[..., :1], angle[..., :1] + torch.cumsum(wrapped, dim=-1)], dim=-1)
 
 
+@lru_cache(maxsize=64)
+def _penalty(n: int, order: int, weight: float, ridge: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`weight * D^T D + ridge * I` for the difference operator D of that order, `[n, n]`; do not change it."""
+    eye = _identity(n, dtype, device)
+    operator = eye
+    for _ in range(order):
+        operator = operator[1:] - operator[:-1]
+    with torch.autocast(device.type, enabled=False):  # it outlives the caller's autocast
+        return weight * (operator.T @ operator) + ridge * eye
+
+
+@lru_cache(maxsize=64)
+def _identity(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[n, n]`; do not change it."""
+    return torch.eye(n, dtype=dtype, device=device)
+
+
 def _solve(normal: Tensor, right: Tensor, *, first: Tensor | None) -> Tensor:
     """Solve the normal equations by Cholesky, `[..., n, n]` and `[..., n]`; a given first value moves to the right."""
     if first is None:
@@ -157,7 +169,7 @@ def _solve(normal: Tensor, right: Tensor, *, first: Tensor | None) -> Tensor:
 
 def _solve_retrying(normal: Tensor, right: Tensor, *, ridge: float) -> Tensor:
     """Cholesky with a ridge that grows tenfold while a matrix is not positive definite (a standstill, say)."""
-    eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    eye = _identity(normal.shape[-1], normal.dtype, normal.device)
     for _ in range(8):
         factor, info = torch.linalg.cholesky_ex(normal + ridge * eye)
         if not bool(info.any()):

@@ -88,6 +88,46 @@ def slope_difference(
     return _interval(estimate, _slopes(replicates, 1) - _slopes(replicates, 0), n=len(clips), clips=clip_count)
 
 
+def explained(
+    truth: ArrayLike,
+    pred: ArrayLike,
+    reference: ArrayLike,
+    clips: Sequence[str],
+    *,
+    over: ArrayLike | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Interval | None:
+    """Interval of R^2, the share of the squared error of `reference` that `pred` does away with.
+
+    Args:
+        truth: `[N]`.
+        pred: `[N]` predictions for samples that their model was not fitted to.
+        reference: `[N]` what a model without inputs says: the mean of the truth that `pred` was fitted to.
+        clips: N clip ids.
+        over: `[N]` other predictions; the result is then R^2(pred) - R^2(over), paired.
+        draws: replicates.
+        seed: of the resampling.
+
+    Returns:
+        None with fewer than two clips or where `reference` has no error.
+
+    Raises:
+        ValueError: lengths that differ.
+    """
+    y = np.asarray(truth, dtype=np.float64)
+    errors = [(y - np.asarray(values, dtype=np.float64)) ** 2 for values in (reference, pred)]
+    gain = (errors[0] if over is None else (y - np.asarray(over, dtype=np.float64)) ** 2) - errors[1]
+    sums, clip_count = _sums_by_clip(np.stack([errors[0], gain], axis=-1), clips)
+    total = sums.sum(axis=0)
+    if clip_count < MIN_CLIPS or total[0] <= 0:
+        return None
+    replicates = _replicates(sums, draws=draws, seed=seed)
+    shares = np.full(draws, np.nan)
+    np.divide(replicates[:, 1], replicates[:, 0], out=shares, where=replicates[:, 0] > 0)
+    return _interval(float(total[1] / total[0]), shares, n=y.size, clips=clip_count)
+
+
 def _slope_sums(truth: ArrayLike, preds: Sequence[ArrayLike], clips: Sequence[str]) -> tuple[Floats, Floats, int]:
     """Per clip 1, x, x^2 and per prediction y, xy; the same over all clips `[1, columns]`; number of clips.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from alpacache.errors import UsageError
 from alpacache.sample import FRONT_CAMERA
@@ -65,10 +65,11 @@ class TrainConfig:
     """Exactly one of steps and epochs."""
     epochs: float | None = None
     batch_size: int = 8
-    draws: int = 1
-    """Noise draws a sample and step; they share the sample's prefix."""
+    draws: int | Literal["auto"] = 1
+    """Noise draws a sample and step; they share the sample's prefix. `auto`: as many as a GPU is through with while the
+    stores deliver the next batch, measured when a run begins."""
     micro_batch: int | None = None
-    """Samples that go through the expert at a time; None means the whole batch. Fewer take less memory."""
+    """Samples that go through the expert at a time; fewer take less memory. None: as many as fit."""
     trainable: Trainable = "all"
     lora_rank: int = 16
     lora_alpha: float | None = None
@@ -97,10 +98,10 @@ class TrainConfig:
     """Keep samples in RAM, page-locked and as they are stored, after their first read."""
     capture: bool = True
     """On a GPU, replay each step as one CUDA graph."""
-    compile: bool = False
-    """On a GPU, let torch.compile fuse each layer's small operations; needs a C compiler, rounds differently."""
-    checkpointing: bool = False
-    """Compute activations again in the backward instead of keeping them."""
+    compile: bool = True
+    """On a GPU, let torch.compile fuse each layer's small operations; rounds differently."""
+    checkpointing: bool | None = None
+    """Compute activations again in the backward instead of keeping them. None: where it is what fits."""
     memory_budget: str | None = None
     """Size of the card to stay within, such as `24GB`: GPU memory is capped at half a GiB less."""
     device: str | None = None
@@ -116,8 +117,9 @@ class TrainConfig:
         )
         _check(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
         _check(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "above 0")
-        for name in ("batch_size", "draws", "keep", "save_every", "val_every", "val_samples"):
+        for name in ("batch_size", "keep", "save_every", "val_every", "val_samples"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _check(self.draws == "auto" or self.draws >= 1, "draws", self.draws, "at least 1, or auto")
         for name in ("micro_batch", "lora_rank"):
             _check((getattr(self, name) or 1) >= 1, name, getattr(self, name), "at least 1")
         if self.memory_budget is not None:
@@ -207,7 +209,7 @@ def _fits(value: Any, hint: Any) -> bool:
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Literal:
         return value in parts
-    if kind is UnionType:
+    if kind in (UnionType, Union):
         return any(_fits(value, part) for part in parts)
     if kind is tuple:
         kinds = parts[:1] * len(value) if isinstance(value, tuple) and parts[1:] == (...,) else parts
@@ -242,3 +244,39 @@ def _toml_value(value: Any) -> str:
 def _check(good: bool, name: str, value: object, expected: str) -> None:
     if not good:
         raise UsageError(f"{name} is {value}; expected {expected}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """A complete checkpoint again."""
+
+    model: str
+    """Hub id or directory of the model that the run was trained from."""
+    checkpoint: str
+    """A run directory or one of its checkpoints."""
+    out: str
+    """Directory to write; must not exist or be empty."""
+    expert_only: bool = False
+    """Leave out the VLM: what `train` and `eval` load, not what the public code loads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeConfig:
+    """What the frozen VLM knows of the road ahead."""
+
+    store: str
+    out: str | None = None
+    """Directory for `probe.json` and `probe.png`; None writes nothing."""
+    layers: Literal["last", "all"] | tuple[int, ...] = "last"
+    """`last`: the hidden states after the last layer. Else the cached values of all or these layers, and those."""
+    pool: Literal["both", "last", "mean"] = "both"
+    """A sample's vector: the last prefix token's, the mean over tokens, or the two side by side."""
+    samples: int = 2000
+    """At most this many, whole clips by seed; time and memory grow faster than the number."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.samples >= 1, "samples", self.samples, "at least 1")
+        known = self.layers in ("last", "all") or (self.layers and all(layer >= 0 for layer in self.layers))  # type: ignore[operator]
+        _check(bool(known), "layers", self.layers, "last, all or layer numbers counted from 0")
+        _check(self.pool in ("both", "last", "mean"), "pool", self.pool, "both, last or mean")

@@ -41,5 +41,9 @@ class NonFiniteError(AlpacacheError, ArithmeticError):
     """Training met non-finite losses several times in a row."""
 
 
+class DeviceMemoryError(AlpacacheError, MemoryError):
+    """The GPU's memory did not suffice after all."""
+
+
 class InterruptedRunError(AlpacacheError):
     """SIGINT or SIGTERM; everything committed so far is kept and the same command goes on."""

@@ -18,7 +18,7 @@ from alpacache.device import resolve_device
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.features import CachedSample
 from alpacache.flow_matching import sample as sample_flow
-from alpacache.identity import model_identity
+from alpacache.identity import check_base
 from alpacache.interrupt import InterruptGuard
 from alpacache.pictures import birds_eye_png
 from alpacache.progress import OnProgress, Progress, ignore
@@ -27,7 +27,6 @@ from alpacache.run_directory import find_checkpoint, read_checkpoint
 from alpacache.sample import SampleRef
 from alpacache.strata import classify
 from alpacache.summary import EvalSummary, ModelResult, SampleResult, judge, judge_baselines, summarise
-from cache_store import differences
 
 BASE = "base"
 """Label of the unmodified checkpoint; always evaluated, and what the others are compared with."""
@@ -111,11 +110,7 @@ def apply_checkpoint(expert: ActionExpert, run: str, checkpoint: Checkpoint) -> 
     """Put a run's trained tensors into the expert and return the run's step. Refuses a run on another base model."""
     path = find_checkpoint(run)
     content = read_checkpoint(path, optimizer=False)
-    base, given = dict(content.state["base"]), model_identity(checkpoint)
-    if base["revision"] is None or given["revision"] is None:
-        del base["revision"], given["revision"]
-    if lines := differences(given, base):
-        raise UsageError(f"{path} was trained on another base model than {checkpoint.model}:\n  " + "\n  ".join(lines))
+    check_base(checkpoint, content.state["base"], run=path)
     trainable.apply_checkpoint(expert, content.model, where=str(path))
     return int(content.state["step"])
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from alpacache import __version__
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.errors import UsageError
@@ -12,12 +13,22 @@ from cache_store import CODECS, KVCodec, differences
 
 BF16 = "bf16"
 """Name of the lossless codec: KV as the VLM computed it."""
-_LIBRARIES = ("alpacache", "torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers")
+_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers")
 
 
 def model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `train` can check without reading a byte of the VLM."""
-    return {"id": checkpoint.model_id, "revision": checkpoint.revision, "config_sha256": checkpoint.config.sha256}
+    """What `train` can check without reading a byte of the VLM. Of an exported checkpoint also what was trained."""
+    identity = {"id": checkpoint.model_id, "revision": checkpoint.revision, "config_sha256": checkpoint.config.sha256}
+    return identity if checkpoint.origin is None else identity | {"trained": checkpoint.origin["trained"]}
+
+
+def vlm_identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The model that features count as: an exported checkpoint's are its base's, for its VLM is untouched."""
+    origin = checkpoint.origin
+    if origin is None:
+        return model_identity(checkpoint)
+    vlm = {key: origin["vlm"].get(key) for key in ("id", "revision")}
+    return vlm | {"config_sha256": checkpoint.config.sha256}
 
 
 def store_identity(
@@ -30,7 +41,7 @@ def store_identity(
     """
     definition = {} if codec == BF16 else {"codec_definition": CODECS[codec].to_json()}
     return {
-        "model": {**model_identity(checkpoint), "vlm_weights_sha256": checkpoint.fingerprint("vlm.")},
+        "model": {**vlm_identity(checkpoint), "vlm_weights_sha256": checkpoint.fingerprint("vlm.")},
         **builder.identity(),
         "cameras": list(cameras),
         "frames": frames,
@@ -54,7 +65,7 @@ def provenance(*, source: str, device: str) -> dict[str, Any]:
         "device": device,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "libraries": {name: version(name) for name in _LIBRARIES},
+        "libraries": {"alpacache": __version__} | {name: version(name) for name in _LIBRARIES},
     }
 
 
@@ -64,10 +75,9 @@ def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, sto
     A revision is compared only where both sides know one: a plain directory has none. `weights` compares the VLM weight
     fingerprint too, which reads a few hundred kilobytes of the VLM's shards.
     """
-    expected = model_identity(checkpoint)
+    expected = vlm_identity(checkpoint)
     found = {key: identity["model"].get(key) for key in expected}
-    if expected["revision"] is None or found["revision"] is None:
-        del expected["revision"], found["revision"]
+    _forget_unknown_revision(expected, found)
     if weights:
         expected["vlm_weights_sha256"] = checkpoint.fingerprint("vlm.")
         found["vlm_weights_sha256"] = identity["model"].get("vlm_weights_sha256")
@@ -78,3 +88,26 @@ def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, sto
             + "\n  ".join(lines)
             + "\nPass the model that the store was made with, or extract again into a new store."
         )
+
+
+def check_base(checkpoint: Checkpoint, base: Mapping[str, Any], *, run: object) -> None:
+    """Refuse to put what a run trained into another model than it was trained from.
+
+    Args:
+        base: the run's note of its base, as `model_identity` gave it.
+        run: what an error calls the run's checkpoint.
+    """
+    expected, found = dict(base), model_identity(checkpoint)
+    _forget_unknown_revision(expected, found)
+    if lines := differences(expected, found):
+        raise UsageError(
+            f"{run} was trained on another base model than {checkpoint.model}:\n  "
+            + "\n  ".join(lines)
+            + "\nPass the model that the run was trained from."
+        )
+
+
+def _forget_unknown_revision(*identities: dict[str, Any]) -> None:
+    if any(identity["revision"] is None for identity in identities):
+        for identity in identities:
+            del identity["revision"]

@@ -11,7 +11,7 @@ class Progress:
     done: int
     total: int
     unit: str
-    """`samples` or `steps`."""
+    """`samples`, `steps` or `files`."""
     rate: float
     """Units a second, of this run."""
     notes: Mapping[str, str]

@@ -53,6 +53,14 @@ class RunDirectory:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:07d}"
 
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors."""
+        return _read_state(self.checkpoint(step))
+
+    def write_memory(self, record: Mapping[str, Any]) -> None:
+        """The memory plan in bytes, and the measured peak."""
+        _write_flushed(self.path / "memory.json", (json.dumps(record, indent=1) + "\n").encode())
+
     def write_config(self, text: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         _write_flushed(self.path / "config.toml", text.encode())
@@ -75,8 +83,8 @@ class RunDirectory:
             state = {"format": _FORMAT, "step": step, **content.state, "files": files}
             (draft / STATE).write_text(json.dumps(state, indent=1) + "\n")
             for name in (MODEL, OPTIMIZER, STATE):
-                _flush(draft / name)
-            _flush(draft)
+                flush(draft / name)
+            flush(draft)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(draft, ignore_errors=True)
             if isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -88,7 +96,7 @@ class RunDirectory:
         if final.exists():
             shutil.rmtree(final)
         draft.rename(final)
-        _flush(self.checkpoints)
+        flush(self.checkpoints)
         self.point("last", step)
         for old in self.steps[:-keep]:
             if old != keep_also:
@@ -101,7 +109,7 @@ class RunDirectory:
         draft.unlink(missing_ok=True)
         draft.symlink_to(self.checkpoint(step).relative_to(self.path))
         draft.replace(self.path / name)
-        _flush(self.path)
+        flush(self.path)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a") as file:
@@ -117,12 +125,7 @@ class RunDirectory:
 
 def read_checkpoint(path: Path, *, optimizer: bool) -> RunCheckpoint:
     """Read and check one checkpoint directory. Raises `DataError` if a byte is not what was written."""
-    try:
-        state = json.loads((path / STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path / STATE} cannot be read ({error}); use an earlier checkpoint of the run.") from error
-    if state.get("format") != _FORMAT:
-        raise DataError(f"{path}: checkpoint format {state.get('format')!r}; this version reads {_FORMAT}.")
+    state = _read_state(path)
     wanted = (MODEL, OPTIMIZER) if optimizer else (MODEL,)
     for name in wanted:
         note = state["files"][name]
@@ -134,6 +137,16 @@ def read_checkpoint(path: Path, *, optimizer: bool) -> RunCheckpoint:
     return RunCheckpoint(
         model=load_file(path / MODEL), optimizer=load_file(path / OPTIMIZER) if optimizer else {}, state=state
     )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((path / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path / STATE} cannot be read ({error}); use an earlier checkpoint of the run.") from error
+    if state.get("format") != _FORMAT:
+        raise DataError(f"{path}: checkpoint format {state.get('format')!r}; this version reads {_FORMAT}.")
+    return state
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -165,12 +178,13 @@ def _crc32c(path: Path) -> str:
 def _write_flushed(path: Path, data: bytes) -> None:
     draft = path.with_name(f".{path.name}.new")
     draft.write_bytes(data)
-    _flush(draft)
+    flush(draft)
     draft.replace(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the medium."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -27,6 +27,8 @@ class StepResult:
     batch: Batch
     numbers: Tensor
     """`[2]` float32 on the host."""
+    began: torch.cuda.Event | None
+    """When its samples and everything before it were there."""
     ended: torch.cuda.Event | None
 
     def values(self) -> tuple[float, float]:
@@ -85,6 +87,13 @@ class TrainStep:
             longest=ring.longest,
             dtype=expert.dtype,
         )
+        self._places_ahead: Tensor | None = None
+        self._decoding: torch.cuda.Stream | None = None
+        if self._cuda and ring.layout.codec is not None and expert.dtype == torch.bfloat16:
+            from alpacache.alpamayo.prefix_decoding import make_places
+
+            self._places_ahead = make_places(ring.layout, min(micro_batch, batch_size), ring.longest, device)
+            self._decoding = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def run(self, batch: Batch, noise: Tensor, t: Tensor, lr: float) -> StepResult:
         """Enqueue one step; `noise [B, K, 64, 2]` and `t [B, K]` on the CPU."""
@@ -95,6 +104,7 @@ class TrainStep:
         self._put(self._lr, torch.tensor(lr, dtype=self._lr.dtype))
         if batch.ready is not None:
             torch.cuda.current_stream().wait_event(batch.ready)
+        began = self._event()
         if self._capture and self._graph is None:
             self._graph = self._captured()
         if self._graph is not None:
@@ -102,12 +112,17 @@ class TrainStep:
         else:
             self._compute()
         if not self._cuda:
-            return StepResult(batch=batch, numbers=self._numbers.clone(), ended=None)
+            return StepResult(batch=batch, numbers=self._numbers.clone(), began=None, ended=None)
         numbers = torch.empty(2, pin_memory=True)
         numbers.copy_(self._numbers, non_blocking=True)
-        ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        ended.record()
-        return StepResult(batch=batch, numbers=numbers, ended=ended)
+        return StepResult(batch=batch, numbers=numbers, began=began, ended=self._event())
+
+    def _event(self) -> torch.cuda.Event | None:
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     def _compute(self) -> None:
         for parameter in self._parameters:
@@ -131,7 +146,12 @@ class TrainStep:
 
     def _slice(self, part: slice) -> PackedPrefixes:
         rows, lengths, starts = self._places[:, part]
-        return replace(self._prefixes, rows=rows, lengths=lengths, starts=starts)
+        ahead = None
+        if self._places_ahead is not None:
+            from alpacache.alpamayo.prefix_decoding import LayersAhead
+
+            ahead = LayersAhead(self._places_ahead[:, : len(rows)], self._decoding)
+        return replace(self._prefixes, rows=rows, lengths=lengths, starts=starts, ahead=ahead)
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         """Warm up on a stream of its own without changing anything, then capture."""
@@ -146,7 +166,9 @@ class TrainStep:
             parameter.grad = None
         graph = torch.cuda.CUDAGraph()
         # Threads read samples meanwhile; they do not call CUDA, but a library of theirs may.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # Kernels of this stream go before those of the one that decodes layers ahead.
+        stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._compute()
         self._dry.fill_(False)
         return graph

@@ -50,6 +50,22 @@ def choose_trainable(
     return chosen
 
 
+def trained_counts(shapes: Mapping[str, tuple[int, ...]], which: str, lora_rank: int) -> tuple[int, int]:
+    """Parameters of the expert, and how many of them (or of adapters and head) `choose_trainable` would return.
+
+    `shapes`: of the expert's tensors by their names in the checkpoint.
+    """
+    counts = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(".freqs")}
+    head = sum(count for name, count in counts.items() if name.startswith(_HEAD))
+    linears = [
+        shape
+        for name, shape in shapes.items()
+        if name.startswith("expert.layers.") and name.split(".")[-2] in _LINEARS and name.endswith(".weight")
+    ]
+    adapters = sum(lora_rank * (outputs + inputs) for outputs, inputs in linears)
+    return sum(counts.values()), {"all": sum(counts.values()), "head": head, "lora": head + adapters}[which]
+
+
 def checkpoint_tensors(expert: ActionExpert, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds of a model: the trained tensors and, where there are adapters, their scale.
 
@@ -76,6 +92,22 @@ def apply_checkpoint(expert: ActionExpert, tensors: Mapping[str, Tensor], *, whe
     Raises `UsageError` naming every tensor that is missing, unexpected or misshapen, before anything is changed.
     """
     state = expert.state_dict()
+    for name in changed_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in state.items()}, where=where):
+        state[name].copy_(merge(name, state[name], tensors))
+
+
+def changed_tensors(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, where: object = "the checkpoint"
+) -> list[str]:
+    """Sorted names of the base's tensors that a checkpoint changes.
+
+    Args:
+        tensors: what `checkpoint_tensors` gave.
+        shapes: of the base's tensors that may change, by name.
+        where: what an error calls the checkpoint.
+
+    Raises `UsageError` naming every tensor that is missing, unexpected or misshapen.
+    """
     adapted = sorted({name.rpartition(".")[0] for name in tensors if name.endswith((".lora_A", ".lora_B"))})
     parts = {f"{name}.lora_{part}" for name in adapted for part in "AB"}
     parts |= {LORA_SCALE} if adapted else set()
@@ -86,19 +118,29 @@ def apply_checkpoint(expert: ActionExpert, tensors: Mapping[str, Tensor], *, whe
         )
     plain = {name: tensor for name, tensor in tensors.items() if name not in parts}
     pairs = {f"{name}.weight": (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in adapted}
-    wrong = [_misfit(name, tensor.shape, state) for name, tensor in plain.items()]
-    wrong += [_misfit(name, _product_shape(a, b), state) for name, (a, b) in pairs.items()]
+    wrong = [_misfit(name, tensor.shape, shapes) for name, tensor in plain.items()]
+    wrong += [_misfit(name, _product_shape(a, b), shapes) for name, (a, b) in pairs.items()]
     if any(wrong):
         raise UsageError(
             f"{where} holds tensors that the expert does not have: {_some(filter(None, wrong))}. Apply it once, to the "
             "base model that it was trained from."
         )
-    for name, tensor in plain.items():
-        state[name].copy_(tensor)
-    for name, pair in pairs.items():
-        weight = state[name]
-        a, b = (tensor.to(weight.device, torch.float32) for tensor in pair)
-        weight.copy_(weight.float() + tensors[LORA_SCALE].to(weight.device) * (b @ a))
+    return sorted(plain.keys() | pairs.keys())
+
+
+def merge(name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """One tensor after training, in the base's dtype and on its device; formula and rounding as in `apply_checkpoint`.
+
+    Args:
+        name: one that `changed_tensors` gave.
+        base: the base model's tensor of that name.
+        tensors: what `checkpoint_tensors` gave.
+    """
+    if name in tensors:
+        return tensors[name].to(base)
+    layer = name.removesuffix(".weight")
+    a, b = (tensors[f"{layer}.lora_{part}"].to(base.device, torch.float32) for part in "AB")
+    return (base.float() + tensors[LORA_SCALE].to(base.device) * (b @ a)).to(base.dtype)
 
 
 def enable_checkpointing(expert: ActionExpert) -> None:
@@ -149,10 +191,10 @@ def _product_shape(a: Tensor, b: Tensor) -> tuple[int, ...]:
     return (*b.shape[:1], *a.shape[1:]) if inner else (*b.shape, *a.shape)
 
 
-def _misfit(name: str, shape: tuple[int, ...], state: Mapping[str, Tensor]) -> str | None:
-    if name not in state:
+def _misfit(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    if name not in shapes:
         return name
-    expected = state[name].shape
+    expected = shapes[name]
     return None if shape == expected else f"{name} {list(shape)} (expected {list(expected)})"
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +18,20 @@ from alpacache import randomness
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.batches import Batch, BatchRing
 from alpacache.cached_dataset import CachedDataset, target
-from alpacache.config import TrainConfig, budget_gib, to_toml
+from alpacache.config import TrainConfig, to_toml
 from alpacache.device import resolve_device
-from alpacache.errors import InterruptedRunError, NonFiniteError, UsageError
+from alpacache.errors import DeviceMemoryError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.identity import model_identity
 from alpacache.interrupt import InterruptGuard
-from alpacache.optimizers import make_optimizer, resolve
+from alpacache.memory_plan import VAL_BATCH, VAL_DRAWS, MemoryPlan
+from alpacache.optimizers import make_optimizer
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
-from alpacache.sample_order import GlobalOrder
+from alpacache.run_plan import as_begun, batches_of, settle
 from alpacache.train_step import StepResult, TrainStep, flow_loss
 from alpacache.trainable import checkpoint_tensors, choose_trainable, enable_checkpointing
 
 _NON_FINITE_LIMIT = 3
-_VAL_DRAWS = 4
 _FREE_TO_CHANGE = {
     "resume",
     "out",
@@ -69,12 +69,20 @@ class TrainReport:
     samples_per_s: float
     data_wait: float
     """Share of the time spent waiting for data."""
+    planned_gib: float | None
+    """Peak reserved GPU memory, as planned before the first step."""
     peak_gib: float | None
-    """Peak reserved GPU memory."""
+    """The same, measured."""
+    draws: int
 
 
-def train(config: TrainConfig, *, on_progress: OnProgress = ignore) -> TrainReport:
-    """Train until the configured step; saves on the way, at the end, and when a signal asks to stop."""
+def train(
+    config: TrainConfig, *, on_progress: OnProgress = ignore, on_plan: Callable[[MemoryPlan], None] = lambda plan: None
+) -> TrainReport:
+    """Train until the configured step; saves on the way, at the end, and when a signal asks to stop.
+
+    On a GPU `on_plan` is told what memory the run will take, before any of it is taken.
+    """
     directory = RunDirectory(config.out)
     if directory.steps and not config.resume:
         raise UsageError(
@@ -82,20 +90,30 @@ def train(config: TrainConfig, *, on_progress: OnProgress = ignore) -> TrainRepo
             "another --out."
         )
     device = resolve_device(config.device)
-    resolve(config.optimizer, device)
-    if config.memory_budget is not None and device.type == "cuda":
-        cap_memory(config.memory_budget, device)
     checkpoint = Checkpoint(config.model)
     data = CachedDataset(config.stores, checkpoint, in_memory=config.in_memory)
     val = CachedDataset([config.val], checkpoint, in_memory=config.in_memory) if config.val else None
+    config, plan = settle(as_begun(config, directory), checkpoint, data, device)
+    if plan is not None:
+        on_plan(plan)
     expert = load_expert(checkpoint, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
-    run = _Run(config, directory, checkpoint, data, val, expert, on_progress)
+    run = _Run(config, directory, checkpoint, data, val, expert, plan, on_progress)
     if directory.steps:
         run.restore()
     else:
         directory.write_config(to_toml(config))
         directory.rewind_metrics(0)
-    return run.loop()
+    try:
+        return run.loop()
+    except torch.OutOfMemoryError as error:
+        peak = torch.cuda.max_memory_reserved(device) / 2**30
+        planned = "" if plan is None else f" ({plan.device_bytes / 2**30:.2f} GiB were planned)"
+        smaller = max(1, (config.micro_batch or 1) // 2)
+        raise DeviceMemoryError(
+            f"out of GPU memory with {peak:.2f} GiB reserved{planned}: {error}\nCheckpoints are intact. Try "
+            f"--micro-batch {smaller} --checkpointing, a smaller --batch-size or --draws, or --trainable lora; other "
+            "programs on this GPU take from it too."
+        ) from error
 
 
 class _Run:
@@ -109,8 +127,13 @@ class _Run:
         data: CachedDataset,
         val: CachedDataset | None,
         expert: ActionExpert,
+        plan: MemoryPlan | None,
         on_progress: OnProgress,
     ) -> None:
+        """`config`: with everything settled that the plan decides."""
+        assert isinstance(config.draws, int)
+        assert config.micro_batch is not None
+        self.draws, self.micro_batch, self.plan = config.draws, config.micro_batch, plan
         self.config, self.directory, self.checkpoint = config, directory, checkpoint
         self.data, self.val, self.expert, self.on_progress = data, val, expert, on_progress
         self.total = config.steps or math.ceil((config.epochs or 0) * len(data) / config.batch_size)
@@ -134,7 +157,11 @@ class _Run:
         self.bad_steps = 0
         self.started, self.first = time.monotonic(), 0
         self.ended: torch.cuda.Event | None = None
-        """When the last step that was read had ended on the device."""
+        """When the last step that was read had ended on the device; None after a pause."""
+        self.read_s = self.read_waited_s = 0.0
+        """Seconds and waiting of the loop when the last step was read."""
+        self.timed_s = self.waited_s = 0.0
+        """Over all steps that were timed: their seconds, and those of them that were spent waiting for data."""
 
     def loop(self) -> TrainReport:
         config, expert = self.config, self.expert
@@ -142,7 +169,11 @@ class _Run:
             torch.cuda.reset_peak_memory_stats(expert.device)
         expert.train()
         ring = BatchRing(
-            self.data, expert.action_space, self._places(), batch_size=config.batch_size, device=expert.device
+            self.data,
+            expert.action_space,
+            batches_of(config, self.data, first=self.step, end=self.total),
+            batch_size=config.batch_size,
+            device=expert.device,
         )
         step = TrainStep(
             expert,
@@ -150,8 +181,8 @@ class _Run:
             self.optimizer,
             ring,
             batch_size=config.batch_size,
-            micro_batch=config.micro_batch or config.batch_size,
-            draws=config.draws,
+            micro_batch=self.micro_batch,
+            draws=self.draws,
             clip=config.clip,
             causal=config.causal,
             capture=config.capture,
@@ -176,7 +207,7 @@ class _Run:
                     self._tell(row)
                 if pausing:
                     self._pause(row, stopping)
-        return self._report(self.first, time.monotonic() - self.started, ring.waited_s)
+        return self._report(self.first, time.monotonic() - self.started)
 
     def _pause(self, row: dict[str, Any], stopping: bool) -> None:
         """After a step whose row is known: keep the best, save when it is time, stop if asked to."""
@@ -186,6 +217,7 @@ class _Run:
             self.best = {"step": self.step, "val_loss": row["val_loss"]}
         if improved or finished or stopping or self.step % self.config.save_every == 0:
             self._save(is_best=improved)
+        self.ended = None  # what passes until the next step is no waiting for data
         if stopping and not finished:
             raise InterruptedRunError(
                 f"stopped on request at step {self.step}; saved. Run again with --resume to go on."
@@ -217,12 +249,9 @@ class _Run:
 
     def _enqueue(self, step: TrainStep, batch: Batch) -> StepResult:
         config = self.config
-        noise = torch.stack([randomness.noise(config.seed, place, draws=config.draws) for place in batch.positions])
+        noise = torch.stack([randomness.noise(config.seed, place, draws=self.draws) for place in batch.positions])
         t = torch.stack(
-            [
-                randomness.times(config.seed, place, draws=config.draws, schedule=config.times)
-                for place in batch.positions
-            ]
+            [randomness.times(config.seed, place, draws=self.draws, schedule=config.times) for place in batch.positions]
         )
         return step.run(batch, noise, t, self._lr(self.step))
 
@@ -236,11 +265,7 @@ class _Run:
         seconds = time.monotonic() - self.started
         rate = (number - self.first) / seconds
         row: dict[str, Any] = {"step": number, "loss": loss, "lr": self._lr(number - 1), "grad_norm": norm}
-        if result.ended is not None:
-            if self.ended is not None:
-                row["step_ms"] = self.ended.elapsed_time(result.ended)
-            self.ended = result.ended
-        row |= {"samples_per_s": rate * self.config.batch_size, "data_wait": waited_s / seconds}
+        row |= {"samples_per_s": rate * self.config.batch_size, **self._timing(result, seconds, waited_s)}
         if math.isfinite(loss) and math.isfinite(norm):
             self.losses.append(loss)
             self.bad_steps = 0
@@ -255,6 +280,25 @@ class _Run:
             )
         return row
 
+    def _timing(self, result: StepResult, seconds: float, waited_s: float) -> dict[str, float]:
+        """`step_ms` and `data_wait` of one step, where they are known.
+
+        On a GPU the wait is what the device idled before the step: between the last step's end and the moment when the
+        samples of this one were there. On a CPU it is what the loop waited.
+        """
+        if result.ended is None or result.began is None:
+            step_s, wait_s = seconds - self.read_s, waited_s - self.read_waited_s
+            self.read_s, self.read_waited_s = seconds, waited_s
+        elif self.ended is None:
+            self.ended = result.ended
+            return {}
+        else:
+            step_s, wait_s = (self.ended.elapsed_time(event) / 1e3 for event in (result.ended, result.began))
+            self.ended = result.ended
+        self.timed_s += step_s
+        self.waited_s += wait_s
+        return {"step_ms": step_s * 1e3, "data_wait": wait_s / step_s if step_s else 0.0}
+
     @torch.no_grad()
     def _validate(self) -> float:
         """Loss over at most `val_samples` held-out samples, evenly spread, on noise that never changes."""
@@ -264,33 +308,26 @@ class _Run:
         count = min(len(self.val), self.config.val_samples)
         indices = [place * len(self.val) // count for place in range(count)]
         total = 0.0
-        for start in range(0, count, self.config.batch_size):
-            samples = [self.val.load(index) for index in indices[start : start + self.config.batch_size]]
+        for start in range(0, count, VAL_BATCH):
+            samples = [self.val.load(index) for index in indices[start : start + VAL_BATCH]]
             action = torch.stack([target(sample, self.expert.action_space) for sample in samples])[:, None]
-            noise = torch.stack([randomness.noise("val", sample.sample_id, draws=_VAL_DRAWS) for sample in samples])
+            noise = torch.stack([randomness.noise("val", sample.sample_id, draws=VAL_DRAWS) for sample in samples])
             t = torch.stack(
-                [randomness.times("val", s.sample_id, draws=_VAL_DRAWS, schedule=self.config.times) for s in samples]
+                [randomness.times("val", s.sample_id, draws=VAL_DRAWS, schedule=self.config.times) for s in samples]
             )
             device = self.expert.device
-            loss = flow_loss(
-                self.expert,
-                action.to(device),
-                noise.to(device),
-                t.to(device),
-                [sample.prefix for sample in samples],
-                causal=self.config.causal,
-            )
+            with torch.compiler.set_stance("force_eager"):  # other shapes than those compiled for
+                loss = flow_loss(
+                    self.expert,
+                    action.to(device),
+                    noise.to(device),
+                    t.to(device),
+                    [sample.prefix for sample in samples],
+                    causal=self.config.causal,
+                )
             total += float(loss) * len(samples)
         self.expert.train()
         return total / count
-
-    def _places(self) -> Iterator[list[tuple[int, int]]]:
-        """(position, sample index) of each remaining batch."""
-        turns = self.data.turns() if self.config.balance == "curvature" else None
-        order = GlobalOrder(self.config.seed, len(self.data), turns=turns)
-        size = self.config.batch_size
-        for step in range(self.step, self.total):
-            yield [(position, order[position]) for position in range(step * size, (step + 1) * size)]
 
     def _save(self, *, is_best: bool) -> None:
         state = {
@@ -304,6 +341,9 @@ class _Run:
             optimizer=self.optimizer.tensors(),
             state=state,
         )
+        if self.plan is not None:
+            peak = torch.cuda.max_memory_reserved(self.expert.device)
+            self.directory.write_memory({"planned": dict(self.plan.table()), "measured_peak": peak})
         self.directory.save(self.step, content, keep=self.config.keep, keep_also=self.best["step"])
         if is_best:
             self.directory.point("best", self.step)
@@ -317,13 +357,17 @@ class _Run:
         return {**settings, "dataset_samples": len(self.data), "base": model_identity(self.checkpoint)}
 
     def _tell(self, row: dict[str, Any]) -> None:
-        notes = {"loss": "skipped" if row["loss"] is None else f"{row['loss']:.4f}", "wait": f"{row['data_wait']:.0%}"}
+        notes = {"loss": "skipped" if row["loss"] is None else f"{row['loss']:.4f}"}
+        if self.timed_s:
+            notes["wait"] = f"{self.waited_s / self.timed_s:.0%}"
+        if self.expert.device.type == "cuda":
+            notes["GiB"] = f"{torch.cuda.max_memory_reserved(self.expert.device) / 2**30:.1f}"
         if "val_loss" in row:
             notes["val"] = f"{row['val_loss']:.4f}"
         rate = row["samples_per_s"] / self.config.batch_size
         self.on_progress(Progress(done=row["step"], total=self.total, unit="steps", rate=rate, notes=notes))
 
-    def _report(self, first: int, seconds: float, waited_s: float) -> TrainReport:
+    def _report(self, first: int, seconds: float) -> TrainReport:
         done = self.step - first
         device = self.expert.device
         window = max(1, min(20, len(self.losses) // 2))
@@ -337,7 +381,9 @@ class _Run:
             best_val_loss=self.best["val_loss"],
             seconds=seconds,
             samples_per_s=done * self.config.batch_size / seconds if seconds else 0.0,
-            data_wait=waited_s / seconds if seconds else 0.0,
+            data_wait=self.waited_s / self.timed_s if self.timed_s else 0.0,
+            planned_gib=self.plan.device_bytes / 2**30 if self.plan is not None else None,
+            draws=self.draws,
             peak_gib=torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None,
         )
 
@@ -348,13 +394,6 @@ def learning_rate(step: int, *, total: int, warmup: int, peak: float, final: flo
         return peak * (step + 1) / warmup
     share = (step - warmup) / max(1, total - 1 - warmup)
     return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
-
-
-def cap_memory(budget: str, device: torch.device) -> None:
-    """Let the allocator take no more than a card of this size has free: `24GB` is 23.5 GiB, others likewise."""
-    cap_gib = budget_gib(budget) - 0.5
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total), device.index or 0)
 
 
 def _mean(values: Sequence[float]) -> float | None:

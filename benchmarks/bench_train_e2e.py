@@ -16,6 +16,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import tomllib
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -37,16 +38,15 @@ from cache_store import CacheReader
 
 MODEL = "model"
 """Name of the checkpoint's directory."""
-MEMORY_BUDGET = "24GB"
 READ_AHEAD = 3
 """Steps of a cold run whose samples were read while the model was made ready."""
 ROOM_BYTES = 4 * 10**9
 """Left free on the disk when a store is made."""
 RAW_READ_SHARE = 0.25
 KEYS = (
-    *("case", "cameras", "codec", "medium", "batch", "draws", "optimizer", "micro_batch", "step_ms", "samples_s"),
-    *("draws_s", "data_wait", "peak_gib", "over_recipe_b1", "over_recipe_best", "of_raw_read", "raw_gb_s", "steps"),
-    "note",
+    *("case", "cameras", "codec", "medium", "batch", "draws", "optimizer", "trainable", "compile", "budget"),
+    *("micro_batch", "checkpointing", "step_ms", "samples_s", "draws_s", "data_wait", "peak_gib", "planned_gib"),
+    *("over_recipe_b1", "over_recipe_best", "of_raw_read", "raw_gb_s", "steps", "note"),
 )
 """Of a row, in the table's order."""
 
@@ -62,6 +62,9 @@ class Case:
     medium: Literal["pinned", "page_cache", "cold"] = "pinned"
     draws: int = 1
     optimizer: str = "auto"
+    trainable: str = "all"
+    compile: bool = True
+    budget: str = "24GB"
     micro_batch: int | None = None
 
     @property
@@ -110,7 +113,13 @@ def full_cases() -> list[Case]:
                 cases += [Case(name=f"{store}-draws{draws}", draws=draws, **common) for draws in (4, 8)]
                 cases.append(Case(name=f"{store}-adamw", optimizer="adamw", **common))
             if store == "c4-int8":
-                cases.append(Case(name=f"{store}-two-micro", micro_batch=batch // 2, **common))
+                cases += [
+                    Case(name=f"{store}-two-micro", micro_batch=batch // 2, **common),
+                    Case(name=f"{store}-not-compiled", compile=False, **common),
+                    Case(name=f"{store}-lora", trainable="lora", **common | {"batch": 4}),
+                ]
+            if store == "c1-int8":
+                cases.append(Case(name=f"{store}-16gb", budget="16GB", **common | {"batch": 1}))
             cases.append(Case(name=f"{store}-cold", medium="cold", **common))
     return cases
 
@@ -127,7 +136,7 @@ def quick_cases() -> list[Case]:
 def train_config(
     case: Case, *, store: Path, checkpoint: Path, out: Path, steps: int
 ) -> tuple[TrainConfig, dict[str, Any]]:
-    """The case's config, and what it asks for that this version of `train` has no field for."""
+    """The case's config, and what it asks for that `train` has no field for (an older one, to compare with)."""
     cuda = torch.cuda.is_available()
     wanted: dict[str, Any] = {
         "stores": (str(store),),
@@ -138,8 +147,10 @@ def train_config(
         "draws": case.draws,
         "in_memory": case.medium == "pinned",
         "optimizer": case.optimizer,
+        "trainable": case.trainable,
+        "compile": case.compile,
         "micro_batch": case.micro_batch,
-        "memory_budget": MEMORY_BUDGET if cuda else None,
+        "memory_budget": case.budget if cuda else None,
         "save_every": 10**9,
         "device": "cuda" if cuda else "cpu",
     }
@@ -202,6 +213,7 @@ def _measure(case: Case, plan: Plan, work: Path) -> dict[str, Any]:
     with mock.patch.object(RunDirectory, "save"):  # 14 GB of weights and moments that nobody reads, outside the steps
         report = train(config)
     print(json.dumps({"case": case.name, "report": dataclasses.asdict(report)}, default=str), flush=True)
+    settled = tomllib.loads((out / "config.toml").read_text())
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     times = [(ms, wait) for step, ms, wait in step_times(metrics, case.batch) if step > skip]
     total_s = sum(ms for ms, _ in times) / 1e3
@@ -213,6 +225,8 @@ def _measure(case: Case, plan: Plan, work: Path) -> dict[str, Any]:
         "draws_s": samples_s * case.draws,
         "data_wait": sum(ms * wait for ms, wait in times) / 1e3 / total_s,
         "peak_gib": report.peak_gib,
+        "planned_gib": report.planned_gib,
+        **{key: settled[key] for key in ("micro_batch", "checkpointing", "draws") if key in settled},
         "of_raw_read": samples_s * sample_bytes / 1e9 / raw_gb_s if raw_gb_s else None,
         "raw_gb_s": raw_gb_s,
         "steps": len(times),

@@ -13,52 +13,19 @@ from typing import Any
 
 import torch
 from benchmark_report import arguments, finish, hardware_name
-from torch import nn
-from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
+from full_size import HEAD_DIM, KV_HEADS, random_expert
 
 from alpacache import flow_matching
-from alpacache.action_space import UnicycleActionSpace
 from alpacache.alpamayo.expert import ActionExpert
 from alpacache.alpamayo.packed_prefix import PackedPrefixes, PrefixLayout
-from alpacache.alpamayo.projection import ActionInProjection
-
-SPACE = UnicycleActionSpace(accel_mean=0.029, accel_std=0.68, curvature_mean=0.00027, curvature_std=0.026)
-FULL = {"hidden_size": 2048, "intermediate_size": 8256, "num_hidden_layers": 36, "num_attention_heads": 16}
-SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 16}
-
-
-def random_expert(size: dict[str, int], device: torch.device, dtype: torch.dtype) -> ActionExpert:
-    """The released expert's geometry, weights as transformers initialises them."""
-    config = Qwen3VLTextConfig(
-        vocab_size=1,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=262144,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 5e6,
-            "mrope_section": [24, 20, 20],
-            "mrope_interleaved": True,
-        },
-        **size,
-    )
-    config._attn_implementation = "prefix"
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    with device:
-        model = Qwen3VLTextModel(config)
-        del model.embed_tokens
-        projection = ActionInProjection(size["hidden_size"], rounded_to=torch.bfloat16)
-        expert = ActionExpert(model, projection, nn.Linear(size["hidden_size"], 2), SPACE)
-    torch.set_default_dtype(before)
-    return expert.train()
 
 
 def random_prefixes(expert: ActionExpert, batch: int, shortest: int, longest: int) -> PackedPrefixes:
     """Distinct lengths between the two, the last one the longest."""
     lengths = torch.linspace(shortest, longest, batch, device=expert.device).long()
-    layout = PrefixLayout(layers=len(expert.expert.layers), kv_heads=8, head_dim=128, codec=None, dtype=expert.dtype)
+    layout = PrefixLayout(
+        layers=len(expert.expert.layers), kv_heads=KV_HEADS, head_dim=HEAD_DIM, codec=None, dtype=expert.dtype
+    )
     data = torch.empty(batch, layout.row_bytes(longest), dtype=torch.uint8, device=expert.device)
     data.view(expert.dtype).normal_()
     return PackedPrefixes(
@@ -128,7 +95,7 @@ def main() -> None:
     if not cuda and not options.quick:
         raise SystemExit("a full run needs a CUDA device; --quick runs a small expert on the CPU.")
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    expert = random_expert(FULL if cuda else SMALL, device, dtype)
+    expert = random_expert(device, dtype, small=not cuda).train()
     # cameras, batch, draws, shortest and longest prefix
     cases = [(4, 1, 1, 3050, 3050), (4, 8, 1, 2900, 3050), (1, 16, 1, 840, 880), (1, 16, 4, 840, 880)]
     rows = []

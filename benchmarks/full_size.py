@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import Qwen3VLForConditionalGeneration, Qwen3VLTextModel
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLTextConfig, Qwen3VLTextModel
 
 from alpacache import codecs, flow_matching
+from alpacache.action_space import UnicycleActionSpace
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.alpamayo.backbone import cache_argument, empty_weights, expert_config, vlm_config
 from alpacache.alpamayo.checkpoint import INDEX
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.alpamayo.tiny_checkpoint import ACTION_CONSTANTS
 from alpacache.alpamayo.tokenizer import SPECIAL_TOKENS
@@ -64,7 +66,7 @@ def device() -> torch.device:
 
 
 def write_checkpoint(directory: Path, *, small: bool) -> Path:
-    """The public layout with the released geometry, all but the VLM's weights; kept if it is there already."""
+    """The public layout with the released geometry, one number for the VLM's weights; kept if it is there already."""
     if (directory / INDEX).is_file():
         return directory
     (directory / "vlm").mkdir(parents=True, exist_ok=True)
@@ -73,7 +75,7 @@ def write_checkpoint(directory: Path, *, small: bool) -> Path:
     _write_json(directory / "vlm/config.json", _vlm_config(first, small=small))
     _write_json(directory / "vlm/preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
     _write_json(directory / "config.json", _config(first, small=small))
-    names = sorted(state := _expert_state(Checkpoint(str(directory))))
+    names = sorted(state := _expert_state(small) | {"vlm.placeholder": torch.zeros(1)})
     files = [f"model-{shard + 1:05d}-of-{_SHARDS:05d}.safetensors" for shard in range(_SHARDS)]
     parts = {file: names[shard::_SHARDS] for shard, file in enumerate(files)}
     with ThreadPoolExecutor(_SHARDS) as pool:
@@ -115,6 +117,22 @@ def write_store(
         list(pool.map(write, range(samples)))
     reader.refresh()
     return reader
+
+
+def random_expert(where: torch.device, dtype: torch.dtype, *, small: bool) -> ActionExpert:
+    """The released expert's geometry without a checkpoint; as from `load_expert` otherwise."""
+    text, parts = _vlm_config(1, small=small)["text_config"], _config(1, small=small)
+    config = Qwen3VLTextConfig(**text | parts["expert_cfg"])
+    config._attn_implementation = PREFIX_ATTENTION
+    hidden = parts["action_in_proj_cfg"]["hidden_size"]
+    with empty_weights(dtype, where):
+        model = Qwen3VLTextModel(config)
+        del model.embed_tokens
+        projection = ActionInProjection(config.hidden_size, hidden_size=hidden, rounded_to=torch.bfloat16)
+        space = UnicycleActionSpace(**ACTION_CONSTANTS)
+        expert = ActionExpert(model, projection, nn.Linear(config.hidden_size, 2), space)
+    _randomise(expert, torch.Generator(where).manual_seed(0))
+    return expert
 
 
 def random_vlm(checkpoint_dir: Path, where: torch.device) -> Qwen3VLForConditionalGeneration:
@@ -234,22 +252,10 @@ def _time_recipe(
     }
 
 
-def _expert_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _expert_state(small: bool) -> dict[str, Tensor]:
     """Random bfloat16 tensors under the public state-dict names, on the CPU."""
-    config, where = expert_config(checkpoint), device()
-    hidden = checkpoint.config.section("action_in_proj_cfg")["hidden_size"]
-    with empty_weights(torch.bfloat16, where):
-        expert = Qwen3VLTextModel(config)
-        del expert.embed_tokens
-        parts = {
-            "expert.": expert,
-            "action_in_proj.": ActionInProjection(config.hidden_size, hidden_size=hidden, rounded_to=torch.bfloat16),
-            "action_out_proj.": nn.Linear(config.hidden_size, 2),
-        }
     state = {f"action_space.{name}": torch.tensor(value) for name, value in ACTION_CONSTANTS.items()}
-    for seed, (prefix, part) in enumerate(parts.items()):
-        _randomise(part, torch.Generator(where).manual_seed(seed))
-        state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
+    state |= random_expert(device(), torch.bfloat16, small=small).state_dict()
     return {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
 
 

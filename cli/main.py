@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli import demo, evaluate, extract, prepare, store, train
+from cli import demo, evaluate, export, extract, prepare, store, train
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -27,6 +27,7 @@ app.command("prepare")(prepare.prepare)
 app.command("extract")(extract.extract)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("info")(store.info)
 app.command("verify")(store.verify)
 app.command("demo")(demo.demo)
@@ -40,7 +41,7 @@ def alpacache(
 
     Stage one, **extract**, runs the frozen vision-language model once a sample (big GPU) and caches its KV.
     Stage two, **train**, trains expert and flow-matching head from that cache alone (small GPU).
-    **eval** tells whether the straight-line bias is gone.
+    **eval** tells whether the straight-line bias is gone; **export** makes a complete checkpoint of the result.
     """
     if version:
         from alpacache import __version__

@@ -53,6 +53,16 @@ def shard(text: str) -> tuple[int, int]:
     return worker, workers
 
 
+def count_or_auto(name: str, text: str) -> int | str:
+    """A number, or `auto`."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--{name} is {text!r}; expected a number or auto.") from None
+
+
 def labelled(items: list[str]) -> dict[str, str]:
     """`LABEL=RUN` pairs."""
     pairs = {}

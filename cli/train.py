@@ -1,11 +1,14 @@
 """`alpacache train`: stage two."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import options, output
+
+if TYPE_CHECKING:
+    from alpacache.memory_plan import MemoryPlan
 
 
 def train(
@@ -22,7 +25,10 @@ def train(
     epochs: Annotated[float | None, typer.Option(help="Passes over the samples, instead of steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a step. [default: 8]")] = None,
     draws: Annotated[
-        int | None, typer.Option(help="Noise draws a sample and step; they share its prefix. [default: 1]")
+        str | None,
+        typer.Option(
+            help="Noise draws a sample and step; they share its prefix. `auto` fits them to the disk. [default: 1]"
+        ),
     ] = None,
     trainable: Annotated[
         str | None,
@@ -33,10 +39,10 @@ def train(
         str | None, typer.Option(help="`adamw8` (24-bit masters, 8-bit moments), `adamw`, or `auto`. [default: auto]")
     ] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Samples through the expert at a time; fewer take less memory. [default: all]")
+        int | None, typer.Option(help="Samples through the expert at a time. [default: as many as fit]")
     ] = None,
     checkpointing: Annotated[
-        bool | None, typer.Option("--checkpointing", help="Recompute activations in the backward: less memory.")
+        bool | None, typer.Option(help="Recompute activations in the backward: less memory. [default: if needed]")
     ] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="Size of the card to stay within, such as `24GB`. [default: all of it]")
@@ -45,7 +51,7 @@ def train(
         str | None, typer.Option(help="`curvature`: equal shares of straight, gentle and sharp. [default: none]")
     ] = None,
     compile: Annotated[
-        bool | None, typer.Option("--compile", help="On a GPU, fuse small operations with torch.compile: faster.")
+        bool | None, typer.Option(help="Fuse small operations with torch.compile on a GPU. [default: yes]")
     ] = None,
     capture: Annotated[
         bool | None, typer.Option(help="Replay each step as one CUDA graph on a GPU. [default: yes]")
@@ -95,7 +101,7 @@ def train(
             },
             **{
                 "batch_size": batch_size,
-                "draws": draws,
+                "draws": None if draws is None else options.count_or_auto("draws", draws),
                 "lr": lr,
                 "warmup": warmup,
                 "clip": clip,
@@ -126,7 +132,7 @@ def train(
     with output.show_progress("train") as on_progress:
         from alpacache.training import train as run
 
-        report = run(settings, on_progress=on_progress)
+        report = run(settings, on_progress=on_progress, on_plan=_show_plan)
     if json:
         output.print_json(report)
         return
@@ -143,5 +149,13 @@ def train(
     if report.val_loss is not None:
         rows.append(["validation loss", f"{report.val_loss:.4f}, best {report.best_val_loss:.4f}"])
     if report.peak_gib is not None:
-        rows.append(["GPU memory", f"{report.peak_gib:.2f} GiB reserved at peak"])
+        rows.append(["GPU memory", f"{report.peak_gib:.2f} GiB reserved at peak, {report.planned_gib:.2f} planned"])
     output.print_table("train", rows)
+
+
+def _show_plan(plan: "MemoryPlan") -> None:
+    """The memory plan, on stderr."""
+    how = f"micro-batches of {plan.micro_batch}, {'' if plan.checkpointing else 'no '}checkpointing, {plan.draws} draws"
+    output.note(f"GPU memory, planned for {how}:")
+    for name, size in plan.table():
+        output.note(f"{size / 2**30:8.2f} GiB  {name}")

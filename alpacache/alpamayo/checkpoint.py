@@ -6,9 +6,12 @@ and only the shards that hold wanted names are opened (or fetched).
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,9 @@ from alpacache.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ORIGIN = "alpacache"
+"""Key in the index's metadata under which `alpacache export` says what a checkpoint was made from."""
+_NOT_CHECKPOINT = {".cache", ".git"}
 _HEADER_LIMIT = 100 * 2**20
 _FINGERPRINT_TENSORS = 64
 _FINGERPRINT_BYTES = 4096
@@ -52,9 +58,19 @@ class Checkpoint:
             raise CheckpointError(f"{model!r} is neither a directory nor a hub id (OWNER/NAME); check the path.")
 
     @property
+    def full_name(self) -> str:
+        """OWNER/NAME for a hub id and for a snapshot in the hub's cache, else the directory's name."""
+        if self.directory is None:
+            return self.model
+        directory = self.directory.resolve()
+        if _is_snapshot(directory):
+            return directory.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return directory.name or self.model
+
+    @property
     def model_id(self) -> str:
         """The model's name without owner or parent directory, the same wherever the checkpoint lies."""
-        return (self.directory.resolve().name if self.directory else self.model.rsplit("/", 1)[-1]) or self.model
+        return self.full_name.rsplit("/", 1)[-1] or self.model
 
     @cached_property
     def config(self) -> AlpamayoConfig:
@@ -78,16 +94,69 @@ class Checkpoint:
             return path
         return hub_file(self.model, name, revision=self._wanted_revision)
 
+    def files(self, *patterns: str) -> dict[str, Path]:
+        """Every file of the checkpoint: its path inside, such as `vlm/config.json`, and where its bytes really lie.
+
+        Args:
+            patterns: only paths that match one of them, such as `*.json`; of a hub id only those are fetched.
+
+        Links of the hub's cache are followed. What download tools leave behind (`.cache`, `.git`) is left out. Raises
+        `CheckpointError` for any other link that leads out of the checkpoint, and for what is no file.
+        """
+        directory = self.directory
+        if directory is None:
+            directory = _hub_snapshot(self.model, revision=self.revision, patterns=patterns)
+        root = directory.resolve()
+        homes = (root, root.parent.parent / "blobs") if _is_snapshot(root) else (root,)
+        found = {}
+        for folder, below, names in os.walk(root):
+            links = [name for name in below if (Path(folder) / name).is_symlink()]
+            below[:] = sorted(set(below) - _NOT_CHECKPOINT - set(links))
+            for name in sorted(names) + links:
+                inside = (Path(folder) / name).relative_to(root).as_posix()
+                if patterns and not any(fnmatchcase(inside, pattern) for pattern in patterns):
+                    continue
+                target = (root / inside).resolve()
+                if not target.is_file() or not any(target.is_relative_to(home) for home in homes):
+                    raise CheckpointError(
+                        f"{root / inside} is a link or special file ({target}); expected a file inside the checkpoint. "
+                        "Put the file itself there, or remove the link."
+                    )
+                found[inside] = target
+        return found
+
+    @cached_property
+    def _index(self) -> dict[str, Any] | None:
+        """The index; None for a checkpoint of a single file."""
+        if self.directory is not None and not (self.directory / INDEX).is_file():
+            return None
+        try:
+            return read_json(self.file(INDEX))
+        except MissingFileError:
+            return None
+
+    @property
+    def index_metadata(self) -> dict[str, Any]:
+        """What the index says beside the tensors' places."""
+        metadata = (self._index or {}).get("metadata")
+        return dict(metadata) if isinstance(metadata, dict) else {}
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """What `alpacache export` noted in a checkpoint it wrote (`vlm`, `base`, `trained`); None in any other."""
+        note = self.index_metadata.get(ORIGIN)
+        if note is None:
+            return None
+        if not isinstance(note, dict) or not all(isinstance(note.get(key), dict) for key in ("vlm", "base", "trained")):
+            raise CheckpointError(f"{INDEX} of {self.model} has a damaged {ORIGIN!r} in its metadata; export it again.")
+        return note
+
     @cached_property
     def names(self) -> dict[str, str]:
         """Tensor name to shard file name, from the index or the single file's header."""
-        if self.directory is not None and not (self.directory / INDEX).is_file():
-            return dict.fromkeys(_read_header(self.file(SINGLE)), SINGLE)
-        try:
-            index = self.file(INDEX)
-        except MissingFileError:
-            return dict.fromkeys(_read_header(self.file(SINGLE)), SINGLE)
-        weight_map = read_json(index).get("weight_map")
+        if self._index is None:
+            return dict.fromkeys(read_header(self.file(SINGLE)), SINGLE)
+        weight_map = self._index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{INDEX} of {self.model} has no weight_map; fetch the checkpoint again.")
         shards = {str(shard) for shard in weight_map.values()}
@@ -101,7 +170,7 @@ class Checkpoint:
         for shard in sorted(set(names.values())):
             found |= {
                 name: TensorInfo(shard=shard, **entry)
-                for name, entry in _read_header(self.file(shard)).items()
+                for name, entry in read_header(self.file(shard)).items()
                 if names.get(name) == shard
             }
         lost = sorted(set(names) - set(found))
@@ -126,9 +195,15 @@ class Checkpoint:
         """sha256 over names, dtypes, shapes and sampled bytes of the tensors under the prefixes.
 
         Reads 4 KiB from the start and middle of at most 64 tensors, spread over the list: any other training run shows,
-        without reading 16 GB. Shard boundaries do not matter.
+        without reading 16 GB. Shard boundaries do not matter. Raises `CheckpointError` where there is no such
+        tensor.
         """
         infos = self.infos(self.with_prefix(*prefixes))
+        if not infos:
+            raise CheckpointError(
+                f"{self.model} has no tensor under {', '.join(prefixes)}; an export with --expert-only lacks "
+                "the VLM. Pass a complete one."
+            )
         digest = hashlib.sha256()
         names = sorted(infos)
         for name in names:
@@ -167,6 +242,26 @@ class Checkpoint:
 def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
     """A file of a hub repository, from the local cache or downloaded; errors say which command fetches it."""
     from huggingface_hub import hf_hub_download
+
+    with _hub_errors(repo, name, revision):
+        return Path(hf_hub_download(repo, name, revision=revision))
+
+
+def _hub_snapshot(repo: str, *, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """The snapshot's directory with all files that match, fetched as far as they are not there."""
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(repo, "the snapshot", revision):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns) or None))
+
+
+def _is_snapshot(directory: Path) -> bool:
+    """Whether this is `models--OWNER--NAME/snapshots/REVISION` of the hub's cache, whose files are links to `blobs`."""
+    return directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--")
+
+
+@contextmanager
+def _hub_errors(repo: str, name: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -177,7 +272,7 @@ def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
 
     fetch = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
     try:
-        return Path(hf_hub_download(repo, name, revision=revision))
+        yield
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then "
@@ -201,7 +296,7 @@ def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
         raise CheckpointError(f"fetching {name} of {repo} failed ({error}); try `{fetch}`.") from error
 
 
-def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Header of a safetensors file: name -> dtype, shape, offset, nbytes; every offset is checked against the file."""
     size = path.stat().st_size
     with path.open("rb") as file:

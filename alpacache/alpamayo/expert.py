@@ -140,14 +140,17 @@ def load_expert(
             persistent_constants="action_in_proj.sinus.0.freqs" in checkpoint.names,
         )
         out_proj = nn.Linear(config.hidden_size, 2)
-    result = ActionExpert(expert, in_proj, out_proj, _action_space(checkpoint, rounded_to))
+    result = ActionExpert(expert, in_proj, out_proj, action_space(checkpoint))
     for name, part in (("expert.", expert), ("action_in_proj.", in_proj), ("action_out_proj.", out_proj)):
         checkpoint.fill(part, name)
     return result
 
 
-def _action_space(checkpoint: Checkpoint, rounded_to: torch.dtype) -> UnicycleActionSpace:
-    """Constants from the weights (they override the config); where they are absent, the config's, rounded."""
+def action_space(checkpoint: Checkpoint) -> UnicycleActionSpace:
+    """A checkpoint's action space.
+
+    Constants come from the weights, which override the config; where they are absent, from the config, rounded.
+    """
     stored = dict(checkpoint.read(checkpoint.with_prefix("action_space.")))
     if stored:
         lost = [name for name in _CONSTANTS if f"action_space.{name}" not in stored]
@@ -155,6 +158,7 @@ def _action_space(checkpoint: Checkpoint, rounded_to: torch.dtype) -> UnicycleAc
             raise CheckpointError(f"{checkpoint.model} lacks {', '.join('action_space.' + name for name in lost)}.")
         return checkpoint.config.action_space({name: float(stored[f"action_space.{name}"]) for name in _CONSTANTS})
     block = checkpoint.config.section("action_space_cfg")
+    rounded_to = getattr(torch, checkpoint.config.dtype)
     return checkpoint.config.action_space(
         {name: float(torch.tensor(block[name]).to(rounded_to)) for name in _CONSTANTS}
     )

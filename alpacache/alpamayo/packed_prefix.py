@@ -8,6 +8,7 @@ is read, at addresses that never change, which is what a captured CUDA graph nee
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from alpacache import codecs
 from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
 from cache_store import KVCodec
+
+if TYPE_CHECKING:
+    from alpacache.alpamayo.prefix_decoding import LayersAhead  # needs Triton
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +99,8 @@ class PackedPrefixes:
     """No length is above it. Known on the host, so that no kernel launch waits for the device."""
     dtype: torch.dtype
     """What `layer` returns: the expert's."""
+    ahead: "LayersAhead | None" = None
+    """Memory for decoded layers, of this batch for one forward and backward; None decodes a layer when it is used."""
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, kv_heads, longest, head_dim]` of one layer, zeros beyond each sample's length.

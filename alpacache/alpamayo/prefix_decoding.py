@@ -193,10 +193,11 @@ def decode_layer(  # type: ignore[no-untyped-def]
             tl.store(at + 4 * HEADS * longest * DIM + head * DIM + channel, order)
 
 
-def decode(prefixes: PackedPrefixes, layer: int) -> tuple[Tensor, int]:
+def decode(prefixes: PackedPrefixes, layer: int, scratch: Tensor | None = None) -> tuple[Tensor, int]:
     """One layer of every sample as rows of `[2, kv_head, longest, channel]` bfloat16, and where a row's order lies.
 
     The order is `[kv_head, channel]` uint8, the channel at each place of a key, where the codec permutes them.
+    `scratch`, of `scratch_shape`, is what is written; None allocates it.
     """
     layout, codec, samples, longest = prefixes.layout, prefixes.layout.codec, len(prefixes.rows), prefixes.longest
     assert codec is not None
@@ -204,12 +205,10 @@ def decode(prefixes: PackedPrefixes, layer: int) -> tuple[Tensor, int]:
         raise ValueError(f"key_group is {codec.key_group}; the GPU decodes groups of {_BLOCK_N} tokens or more.")
     key_bits, value_bits = codec.bits_of(layer)
     classes = codec.key_classes(key_bits, layout.head_dim)
-    order_at = 4 * layout.kv_heads * longest * layout.head_dim
-    row = order_at + layout.kv_heads * layout.head_dim
-    row += -row % 256
-    scratch = prefixes.data.new_empty(samples, row)
+    if scratch is None:
+        scratch = prefixes.data.new_empty(scratch_shape(layout, samples, longest))
     decode_layer[(triton.cdiv(longest, _BLOCK_N), layout.kv_heads, samples)](
-        scratch, row, prefixes.data, prefixes.rows, prefixes.lengths,
+        scratch, scratch.stride(0), prefixes.data, prefixes.rows, prefixes.lengths,
         _mantissas(scratch.device), _tables(tuple(classes), scratch.device),
         prefixes.data.stride(0), *layout.starts[layer], *layout.key_bytes(layer), longest,
         IS_FP8=codec.kind == "fp8", DIM=layout.head_dim, HEADS=layout.kv_heads, KEY_GROUP=codec.key_group,
@@ -217,7 +216,68 @@ def decode(prefixes: PackedPrefixes, layer: int) -> tuple[Tensor, int]:
         VALUE_GROUP=codec.value_group_of(layout.head_dim), VALUE_BITS=value_bits,
         BLOCK_N=_BLOCK_N, num_warps=4, num_stages=1,
     )  # fmt: skip
-    return scratch, order_at
+    return scratch, _order_at(layout, longest)
+
+
+def scratch_shape(layout: PrefixLayout, samples: int, longest: int) -> tuple[int, int]:
+    """Rows and bytes of what `decode` writes."""
+    row = _order_at(layout, longest) + layout.kv_heads * layout.head_dim
+    return samples, row + -row % 256
+
+
+def _order_at(layout: PrefixLayout, longest: int) -> int:
+    return 4 * layout.kv_heads * longest * layout.head_dim
+
+
+def make_places(layout: PrefixLayout, samples: int, longest: int, device: torch.device) -> Tensor:
+    """Memory of `LayersAhead` for batches of at most so many samples."""
+    return torch.empty(2, *scratch_shape(layout, samples, longest), dtype=torch.uint8, device=device)
+
+
+class LayersAhead:
+    """Decoded layers of one batch for one forward and its backward: while a layer is attended to, the next is decoded.
+
+    Decoding takes little of what a GPU has and would otherwise stand in the way of everything else. A stream of its own
+    fills two places in turn. They hold the last two layers when the forward ends, which are the backward's first two,
+    and with activation checkpointing each layer's second forward finds it still there.
+    """
+
+    def __init__(self, places: Tensor, stream: torch.cuda.Stream | None) -> None:
+        """`places`: `[2, *scratch_shape]` uint8, which nothing else uses until the backward is over; without a stream
+        a layer is decoded when it is asked for."""
+        self._places, self._stream = places, stream
+        self._held: list[int | None] = [None, None]
+        self._ready: list[torch.cuda.Event | None] = [None, None]
+
+    def layer(self, prefixes: PackedPrefixes, layer: int, *, then: int) -> tuple[Tensor, int]:
+        """What `decode` returns, on the current stream; `then`: what will be asked for next, if it exists."""
+        self._fill(prefixes, layer, None)
+        place = layer % 2
+        self._await(place)
+        if self._stream is not None and 0 <= then < prefixes.layout.layers:
+            self._fill(prefixes, then, self._stream)
+        return self._places[place], _order_at(prefixes.layout, prefixes.longest)
+
+    def _fill(self, prefixes: PackedPrefixes, layer: int, stream: torch.cuda.Stream | None) -> None:
+        place = layer % 2
+        if self._held[place] == layer:
+            return
+        self._held[place] = layer
+        self._await(place)
+        if stream is None:
+            decode(prefixes, layer, self._places[place])
+            return
+        stream.wait_stream(torch.cuda.current_stream())  # whoever reads what the place holds now is enqueued there
+        with torch.cuda.stream(stream):
+            decode(prefixes, layer, self._places[place])
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record(stream)
+        self._ready[place] = ready
+
+    def _await(self, place: int) -> None:
+        if (ready := self._ready[place]) is not None:
+            torch.cuda.current_stream().wait_event(ready)
+            self._ready[place] = None
 
 
 def is_ordered(layout: PrefixLayout) -> bool:

@@ -279,13 +279,17 @@ def merge_backward(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """How a kernel over the prefix is cut up; the result depends on it in rounding only."""
+    """How a kernel over the prefix is cut up; the result depends on it in rounding only.
+
+    Of 48 ways these were the best or next to it for 4 cameras and for 1 (forward and backward of 36 layers, 8 and 16
+    samples, on an H100: 4.3 and 3.5 ms, against 6.2 and 4.4 with tiles of 64 tokens in two stages).
+    """
 
     block_m: int = 64
-    block_n: int = 64
+    block_n: int = 32
     warps: int = 4
-    stages: int = 2
-    programs_per_sm: int = 2
+    stages: int = 4
+    programs_per_sm: int = 1
 
 
 TILING = Tiling()
@@ -302,7 +306,7 @@ def forward(
 
     Returns output `[B K, heads, S, D]`, in memory `[B K, S, heads, D]`, and log-sum-exp in base 2 `[B K, heads, S]`.
     """
-    call = _Call.of(query, key, prefixes, layer)
+    call = _Call.of(query, key, prefixes, layer, then=layer + 1)
     rows, heads, tokens, dim = query.shape
     partial = query.new_empty((call.splits, rows, heads, tokens, dim), dtype=torch.float32)
     partial_lse = query.new_empty((call.splits, rows, heads, tokens), dtype=torch.float32)
@@ -335,7 +339,7 @@ def backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; `output` and `lse` are those of the merged attention."""
-    call = _Call.of(query, key, prefixes, layer)
+    call = _Call.of(query, key, prefixes, layer, then=layer - 1)
     rows, heads, tokens, dim = query.shape
     delta = torch.empty_like(lse)
     row_delta[(rows, heads)](
@@ -371,7 +375,7 @@ class _Call:
     own_options: dict[str, Any]
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, prefixes: PackedPrefixes, layer: int) -> "_Call":
+    def of(cls, query: Tensor, key: Tensor, prefixes: PackedPrefixes, layer: int, *, then: int) -> "_Call":
         layout, samples = prefixes.layout, len(prefixes.rows)
         rows, heads, tokens, dim = query.shape
         draws, group = rows // samples, heads // key.shape[1]
@@ -385,7 +389,7 @@ class _Call:
             draws=draws,
             splits=splits,
             grid=(tiles, layout.kv_heads, samples * splits),
-            source=_source(prefixes, layer),
+            source=_source(prefixes, layer, then),
             options={
                 **shape,
                 "HEADS": layout.kv_heads,
@@ -399,11 +403,14 @@ class _Call:
         )
 
 
-def _source(prefixes: PackedPrefixes, layer: int) -> tuple[Any, ...]:
+def _source(prefixes: PackedPrefixes, layer: int, then: int) -> tuple[Any, ...]:
     """Bytes, rows, lengths, bytes a row, tokens that strides count (0: the sample's own), layers before, order."""
     if prefixes.layout.codec is None:
         return prefixes.data, prefixes.rows, prefixes.lengths, prefixes.data.stride(0), 0, 2 * layer, 0
-    scratch, order_at = decode(prefixes, layer)
+    if prefixes.ahead is None:
+        scratch, order_at = decode(prefixes, layer)
+    else:
+        scratch, order_at = prefixes.ahead.layer(prefixes, layer, then=then)
     places = _places(len(prefixes.rows), scratch.device)
     return scratch, places, prefixes.lengths, scratch.stride(0), prefixes.longest, 0, order_at
 

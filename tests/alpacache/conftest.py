@@ -1,6 +1,7 @@
 """Shared pieces of the tests: the golden model, tiny checkpoints, and how errors are measured."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ from safetensors.torch import load_file
 from alpacache.alpamayo import load_expert, load_vlm
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 
-GOLDEN = Path(__file__).parents[1] / "data" / "alpamayo_tiny"
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "data" / "alpamayo_tiny"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_checkout():
+    """Tests also run where alpacache is not installed, as on a borrowed GPU, in processes of their own too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="session")

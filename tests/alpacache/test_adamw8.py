@@ -15,40 +15,66 @@ from alpacache.errors import DataError, UsageError
 
 HYPER = Hyperparameters(betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+# Every step begins from the reference's state. A GPU fuses multiply-adds and does not round division and root as IEEE
+# has it, so the kernel's float32 is off by a few of its last bits. Near a boundary what is stored is then rounded the
+# other way: by one code, one bf16 of a scale, or one unit of the 24-bit master (2^-15 of its power of two), in a small
+# share of the elements. Other random bits, or none, put a fifth of the masters or more on the other side.
 AGREEMENT = """
 import sys, torch
-from alpacache.adamw8 import Hyperparameters, Moments, Scalars, update_reference, update_triton
+from collections import Counter
+from dataclasses import replace
+from alpacache.adamw8 import GROUP, Hyperparameters, Moments, Scalars, join, update_reference, update_triton
 
 hyper = Hyperparameters(betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
-device = sys.argv[1]
+device, share, lr = sys.argv[1], float(sys.argv[2]), 1e-3
+off, seen = Counter(), Counter()
+
+def compare(key, got, expected):
+    off[key] += int((got != expected).sum())
+    seen[key] += got.numel()
+    assert (got.int() - expected.int()).abs().max() <= 1, (key, got.shape)
+
 torch.manual_seed(0)
 for shape in ((40, 100), (2,), (3, 1024)):
     for dtype in (torch.bfloat16, torch.float32):
         start = (0.02 * torch.randn(shape)).to(dtype)
-        ours, theirs = start.clone().to(device), start.clone()
-        state, other = Moments.empty("w", ours), Moments.empty("w", theirs)
+        theirs, other = start.clone(), Moments.empty("w", start)
         for step in range(1, 13):
             grad = (1e-3 * torch.randn(shape) * torch.randn(shape).exp()).to(dtype)
             grad[..., 0] = 0
             values = {
-                "lr": torch.tensor(1e-3),
+                "lr": torch.tensor(lr),
                 "scale": torch.tensor(0.7),
                 "skip": torch.tensor(step == 5),
                 "step": torch.tensor(step),
                 "bias": 1 - torch.tensor(hyper.betas, dtype=torch.float64) ** step,
             }
             there = Scalars(**{key: value.to(device) for key, value in values.items()})
+            ours = theirs.to(device, copy=True)
+            state = replace(other, **{key: t.to(device, copy=True) for key, t in other.tensors().items()})
             before = [t.clone() for t in (ours, *state.tensors().values())]
             update_triton(ours, grad.to(device), state, there, hyper)
-            update_reference(theirs, grad, other, Scalars(**values), hyper)
             same = all(torch.equal(a, b) for a, b in zip(before, (ours, *state.tensors().values())))
             assert same == (step == 5), f"step {step}"
-        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=2e-6)
-        torch.testing.assert_close(state.scales.cpu(), other.scales, rtol=1e-2, atol=0)
-        for key in ("exp_avg", "exp_avg_sq"):
-            off = (getattr(state, key).cpu().int() - getattr(other, key).int()).abs()
-            assert off.max() <= LIMIT and (off > 0).float().mean() <= SHARE, (key, shape, dtype, off.max(), off.sum())
-        assert (ours.cpu() - start).abs().max() > 1e-4
+            update_reference(theirs, grad, other, Scalars(**values), hyper)
+
+            found = {key: value.cpu() for key, value in state.tensors().items()}
+            compare("scales", found["scales"].view(torch.int16), other.scales.view(torch.int16))
+            compare("exp_avg", found["exp_avg"], other.exp_avg)
+            compare("exp_avg_sq", found["exp_avg_sq"], other.exp_avg_sq)
+            master, expected = join(ours.cpu(), found.get("residual")), join(theirs, other.residual)
+            tolerance = 1e-6 * expected.abs() + 2e-5 * lr
+            if dtype == torch.bfloat16:
+                off["master"] += int((master != expected).sum())
+                seen["master"] += master.numel()
+                tolerance += 2.0**-15 * (expected.view(torch.int32) & 0x7F800000).view(torch.float32)
+            # what the first moment's rounding loses moves the weight: where its code is another, so is the weight
+            same = (found["scales"][0] == other.scales[0]).repeat_interleave(GROUP)[: master.numel()].view(shape)
+            same &= found["exp_avg"] == other.exp_avg
+            excess = torch.where(same, (master - expected).abs() / tolerance, 0.0)
+            assert excess.max() <= 1, ("master", shape, dtype, step, excess.max())
+        assert (theirs - start).abs().max() > 1e-4
+assert all(off[key] <= share * seen[key] for key in seen), (off, seen)
 """
 
 
@@ -220,9 +246,8 @@ def test_refuses_parameters_it_cannot_hold():
 
 @needs_triton
 def test_kernel_agrees_with_the_reference_in_tritons_interpreter():
-    code = AGREEMENT.replace("LIMIT", "1").replace("SHARE", "0.001")
     done = subprocess.run(
-        [sys.executable, "-c", code, "cpu"],
+        [sys.executable, "-c", AGREEMENT, "cpu", "0.0005"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -257,8 +282,7 @@ def test_kernel_compiles(capability, dtype, tmp_path, monkeypatch):
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernel_agrees_with_the_reference_on_a_gpu():
-    code = AGREEMENT.replace("LIMIT", "3").replace("SHARE", "0.01")
-    done = subprocess.run([sys.executable, "-c", code, "cuda"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", AGREEMENT, "cuda", "0.01"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

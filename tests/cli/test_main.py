@@ -56,6 +56,18 @@ def test_the_whole_way_with_json(model, tmp_path):
     summary = json.loads(run(*evaluate, "--paths", 2, "--flow-steps", 2, *common).stdout)["summary"]
     assert summary["samples"] == 4
     assert set(summary["strata"]["all"]["metrics"]) == {"base", "trained", "constant velocity", "constant turn rate"}
+    export = ("export", "--model", model, "--checkpoint", tmp_path / "run", "--out")
+    exported = json.loads(run(*export, tmp_path / "full", "--json").stdout)
+    assert (exported["step"], exported["linked_files"], exported["expert_only"]) == (2, 1, False)
+    text = " ".join(run(*export, tmp_path / "lean", "--expert-only").stdout.split())
+    assert f"next alpacache eval --store STORE --model {tmp_path / 'lean'} --out EVAL" in text
+    alone = ("eval", "--store", tmp_path / "store", "--out", tmp_path / "alone", "--paths", 2, "--flow-steps", 2)
+    alone += ("--device", "cpu", "--json", "--model")
+    for name in ("full", "lean"):
+        assert json.loads(run(*alone, tmp_path / name).stdout)["summary"]["models"] == ["base"]
+    refused = run(*export, tmp_path / "full", "--json", code=2)
+    assert "exists and is not an empty directory" in refused.stderr
+    assert refused.stdout == ""
     refused = run(*train, code=2)
     assert "pass --resume to go on" in refused.stderr
     assert refused.stdout == ""
@@ -112,6 +124,7 @@ def test_quarantine_is_exit_3(model, tmp_path):
         (("train", "--store", "nowhere", "--model", "MODEL", "--out", "r", "--steps", "1"), "nowhere"),
         (("train", "--store", "s", "--model", "MODEL", "--out", "r"), "exactly one of the two"),
         (("eval", "--store", "nowhere", "--model", "MODEL", "--out", "e"), "nowhere"),
+        (("export", "--model", "MODEL", "--checkpoint", "nowhere", "--out", "e"), "nowhere is neither a run directory"),
         (("info", "nowhere"), "nowhere"),
         (("extract", "synthetic:3", "--model", "MODEL", "--store", "x", "--device", "foo"), "device 'foo' is unknown"),
         (("extract", "synthetic:3", "--model", "MODEL", "--store", "x", "--device", "cuda:99"), "is not there"),
@@ -136,7 +149,7 @@ def test_an_unknown_config_key_names_the_nearest(tmp_path):
     assert "unknown key 'batchsize'; did you mean 'batch_size'?" in run("train", "--config", config, code=2).stderr
 
 
-@pytest.mark.parametrize("command", ["prepare", "extract", "train", "eval", "info", "verify", "demo"])
+@pytest.mark.parametrize("command", ["prepare", "extract", "train", "eval", "export", "info", "verify", "demo"])
 def test_every_command_has_help_with_an_example(command):
     text = run(command, "--help").stdout
     assert "Usage: " in text

@@ -22,7 +22,7 @@ from alpacache.alpamayo import prefix_kernels
 from alpacache.alpamayo.packed_prefix import pack
 from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
 from alpacache.alpamayo.prefix_attention import PrefixCall, _ExplicitAttention
-from alpacache.alpamayo.prefix_decoding import decode
+from alpacache.alpamayo.prefix_decoding import LayersAhead, decode, make_places
 from cache_store import CODECS
 
 
@@ -37,9 +37,9 @@ def dot(self, a, b, accumulator, *_):
     return interpreter.TensorHandle(product, accumulator.dtype.scalar)
 
 
-def prefix(codec, tokens, kv_heads, dim):
-    kv = torch.randn(2, 2, kv_heads, tokens, dim).bfloat16() * torch.rand(1, 2, kv_heads, 1, dim).bfloat16()
-    kv[:, 0] += 1.5 * torch.randn(2, kv_heads, 1, dim).bfloat16()
+def prefix(codec, tokens, kv_heads, dim, layers=2):
+    kv = torch.randn(layers, 2, kv_heads, tokens, dim).bfloat16() * torch.rand(1, 2, kv_heads, 1, dim).bfloat16()
+    kv[:, 0] += 1.5 * torch.randn(layers, kv_heads, 1, dim).bfloat16()
     places = {"rope_delta": 0, "prefix_len": tokens, "start_position": tokens}
     if codec is None:
         return PrefixFeatures(keys=kv[:, 0], values=kv[:, 1], hidden=None, **places)
@@ -87,6 +87,27 @@ def check_decoded(packed, dim):
         assert error(got, expected) <= 1e-2
 
 
+def check_ahead(codec, lengths, order, *, dim=128):
+    """Layers decoded ahead are those decoded when asked for, in the order of a forward and its backward."""
+    device = torch.device(DEVICE)
+    packed = pack([prefix(codec, n, 2, dim, layers=5) for n in lengths], device=device, dtype=torch.bfloat16)
+    places = make_places(packed.layout, len(lengths), packed.longest, device)
+    ahead = LayersAhead(places, torch.cuda.Stream() if DEVICE == "cuda" else None)
+    for layer, then in order:
+        if DEVICE == "cuda":
+            torch.cuda._sleep(2_000_000)  # what still reads the place that is to be written
+        got, order_at = ahead.layer(packed, layer, then=then)
+        got = got.clone()
+        expected, expected_at = decode(packed, layer)
+        assert order_at == expected_at
+        for place, count in enumerate(packed.lengths.tolist()):
+            shape = (2, 2, packed.longest, dim)
+            one, other = (t[place, :order_at].view(torch.bfloat16).view(shape)[:, :, :count] for t in (got, expected))
+            assert torch.equal(one, other), (codec, layer)
+            end = order_at + 2 * dim
+            assert torch.equal(got[place, order_at:end], expected[place, order_at:end])
+
+
 if __name__ == "__main__":
     if DEVICE == "cpu":
         interpreter.InterpreterBuilder.create_dot = dot
@@ -98,3 +119,8 @@ if __name__ == "__main__":
     if DEVICE == "cuda":
         check("int8", [3050, 2900, 809, 1], 1, False, **size)
         check("int8", [809], 1, False, **size)
+    forward = [(layer, layer + 1) for layer in range(5)]
+    backward = [(layer, layer - 1) for layer in reversed(range(5))]
+    again = [step for layer in reversed(range(5)) for step in ((layer, layer + 1), (layer, layer - 1))]
+    check_ahead("int4", [70, 33], forward + backward)
+    check_ahead("int8", [70, 1], forward + again)

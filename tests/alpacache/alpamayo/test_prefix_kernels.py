@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,3 +106,17 @@ def test_kernels_compile_for_consumer_cards(codec, samples, capability, monkeypa
         result = compiled(kernel, arguments, options, capability)
         assert result.asm["cubin"]
         assert result.metadata.shared <= SHARED_LIMIT, kernel.__name__
+
+
+def test_a_layer_that_is_still_there_is_not_decoded_again(monkeypatch):
+    from alpacache.alpamayo import prefix_decoding
+
+    decoded = []
+    monkeypatch.setattr(prefix_decoding, "decode", lambda prefixes, layer, scratch: decoded.append(layer))
+    layout = PrefixLayout(layers=4, kv_heads=1, head_dim=128, codec=CODECS["int8"])
+    prefixes = SimpleNamespace(layout=layout, longest=8)
+    places = prefix_decoding.make_places(layout, 1, 8, torch.device("cpu"))
+    ahead = prefix_decoding.LayersAhead(places, None)
+    for layer in (0, 1, 2, 3, 3, 3, 2, 2, 1, 1, 0, 0):  # forward, then each layer's second forward and its backward
+        ahead.layer(prefixes, layer, then=-1)
+    assert decoded == [0, 1, 2, 3, 1, 0]

@@ -1,0 +1,91 @@
+"""`--draws auto`: more noise draws a sample where the GPU would otherwise wait for the disk.
+
+A sample of hundreds of megabytes serves one draw as well as eight, and more draws make the gradient less noisy. So K is
+the least at which a step takes as long as the stores need for the next batch; it never slows a run down by much.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from alpacache.batches import BatchRing
+from alpacache.memory_plan import MAX_DRAWS, MemoryPlan, Workload, relative_cost
+
+DELIVERED_BATCHES = 5
+"""Read to learn how fast batches come; the first does not count."""
+_DELIVERY_LIMIT_S = 20.0
+_MATRIX = 4096
+_EFFICIENCY = 0.5
+"""Of a training step's arithmetic, against a large product of matrices (measured on an H100)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoDraws:
+    """The choice and why."""
+
+    draws: int
+    batch_s: float
+    """Seconds in which the stores deliver a batch."""
+    step_s: float
+    """Estimated seconds of forward and backward at these draws."""
+
+
+def choose_draws(
+    plan_for: Callable[[int], MemoryPlan | None], work: Workload, *, batch_s: float, token_s: float
+) -> AutoDraws:
+    """The least number of draws that keeps the GPU busy, or the most that fit.
+
+    Args:
+        plan_for: draws -> plan, or None where they do not fit.
+        batch_s: from `delivery_seconds`.
+        token_s: from `token_seconds`.
+    """
+    chosen: AutoDraws | None = None
+    draws = 1
+    while draws <= MAX_DRAWS and (plan := plan_for(draws)) is not None:
+        chosen = AutoDraws(draws=draws, batch_s=batch_s, step_s=relative_cost(work, plan) * token_s)
+        if chosen.step_s >= batch_s:
+            break
+        draws *= 2
+    if chosen is None:
+        raise ValueError("not even one draw fits; plan for one draw first, which says what to change.")
+    return chosen
+
+
+def delivery_seconds(ring: BatchRing) -> float:
+    """Seconds a batch of a ring over a few batches that nobody works on."""
+    started, count = 0.0, -1
+    with ring:
+        for batch in ring:
+            ring.done(batch)
+            count += 1
+            if count == 0:
+                started = time.monotonic()
+            elif time.monotonic() - started > _DELIVERY_LIMIT_S:
+                break
+        elapsed = time.monotonic() - started
+    return elapsed / count if count > 0 else 0.0
+
+
+def token_seconds(work: Workload, device: torch.device) -> float:
+    """About the seconds that forward and backward take for an action token on this GPU."""
+    left = torch.zeros(_MATRIX, _MATRIX, dtype=torch.bfloat16, device=device)
+    times: list[float] = []
+    for _ in range(4):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        for _ in range(8):
+            left @ left
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 8e3)
+    per_flop = min(times) / (2 * _MATRIX**3)
+    return 6 * work.parameters * per_flop / _EFFICIENCY
+
+
+def first_places(places: Iterator[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
+    """The batches that `delivery_seconds` reads."""
+    for _, batch in zip(range(DELIVERED_BATCHES), places, strict=False):
+        yield batch

@@ -1,0 +1,228 @@
+"""What a run of stage two takes of a GPU, worked out before its first step, and the settings that make it fit.
+
+The peak is at the end of the backward, or at the end of the last forward: gradients come as activations go, so the two
+share their memory, unless gradients of an earlier micro-batch are there already. What an activation takes was measured
+on an H100 (`benchmarks/results/`); everything else is counted.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.backbone import expert_config
+from alpacache.alpamayo.packed_prefix import PrefixLayout
+from alpacache.errors import UsageError
+from alpacache.optimizers import state_bytes
+from alpacache.trainable import trained_counts
+
+WAYPOINTS = 64
+VAL_BATCH = 2
+"""Samples of a validation batch: enough to keep a GPU busy, few enough not to be what decides on the memory."""
+VAL_DRAWS = 4
+MAX_DRAWS = 8
+"""More draws of one sample tell next to nothing new."""
+CONTEXT_BYTES = 2**29
+"""CUDA's own, outside the allocator: why a budget of 24GB is a cap of 23.5 GiB."""
+_BF16 = 2
+_SAVED = {("all", False): (44, 8), ("all", True): (21, 6), ("lora", False): (30, 8), ("lora", True): (19, 6)}
+"""What is trained, whether layers are compiled -> bytes that a token keeps in a layer for the backward, in parts of the
+hidden and of the intermediate size (measured; `head` is like `all`)."""
+_WORKSPACE_BYTES = 112 * 2**20
+"""Of cuBLAS for three streams, and small tensors (measured)."""
+_GAPS = 0.02
+"""Pages that nothing fills, as a part of what a step allocates (measured)."""
+_HOLES = 0.25
+"""Part of the activations that lies too scattered for gradients to take over (measured: a tenth to a half)."""
+_MARGIN = 0.03
+"""Of the cap, left where a slower choice does not need it: as exact as a plan is."""
+_PART_TOKENS = 480
+"""A forward and backward cost as much as so many more tokens, however few they are (measured)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is trained, on what, as far as memory depends on it."""
+
+    parameters: int
+    """Of expert and projections."""
+    trained: int
+    """Of them, or of the adapters and the head."""
+    layers: int
+    hidden: int
+    intermediate: int
+    layout: PrefixLayout
+    longest: int
+    """Tokens of the longest prefix."""
+    batch_size: int
+    trainable: str
+    optimizer: str
+    """As `optimizers.resolve` gives it."""
+    compiled: bool
+    validates: bool
+    pinned_bytes: int | None = None
+    """Of samples kept in host memory; None: only the ring's."""
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, layout: PrefixLayout, longest: int, *, trainable: str, lora_rank: int, **rest: Any
+    ) -> "Workload":
+        """From a checkpoint's headers and config alone."""
+        parts = checkpoint.with_prefix("expert.", "action_in_proj.", "action_out_proj.")
+        shapes = {name: info.shape for name, info in checkpoint.infos(parts).items()}
+        parameters, trained = trained_counts(shapes, trainable, lora_rank)
+        config = expert_config(checkpoint)
+        return cls(
+            parameters=parameters,
+            trained=trained,
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            layout=layout,
+            longest=longest,
+            trainable=trainable,
+            **rest,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes, and the settings they are for."""
+
+    micro_batch: int
+    checkpointing: bool
+    draws: int
+    weights: int
+    gradients: int
+    moments: int
+    prefixes: int
+    """Two batches of stored samples."""
+    decoding: int
+    """Two decoded layers of a micro-batch."""
+    activations: int
+    shared: int
+    """Of gradients and activations, what is first the one and then the other."""
+    validation: int
+    workspace: int
+    pinned: int
+    """Page-locked host memory."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak of what the allocator will have reserved."""
+        parts = self.weights + self.gradients + self.moments + self.prefixes + self.decoding
+        return parts + self.activations - self.shared + self.validation + self.workspace
+
+    def table(self) -> list[tuple[str, int]]:
+        """Lines of the table: what, bytes."""
+        return [
+            ("weights", self.weights),
+            ("gradients", self.gradients),
+            ("moments", self.moments),
+            ("prefix buffers", self.prefixes + self.decoding),
+            ("activations", self.activations),
+            ("activations' memory that gradients use again", -self.shared),
+            ("validation", self.validation),
+            ("workspace", self.workspace),
+            ("sum, to be reserved", self.device_bytes),
+            ("CUDA context, beside it", CONTEXT_BYTES),
+            ("pinned host memory", self.pinned),
+        ]
+
+
+def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: bool) -> MemoryPlan:
+    """What these settings take."""
+    row = work.layout.row_bytes(work.longest)
+    tokens = micro_batch * draws * WAYPOINTS
+    gradients = work.trained * _BF16
+    activations = _activations(work, tokens, checkpointing=checkpointing)
+    alone = micro_batch >= work.batch_size
+    adapters = work.trained if work.trainable == "lora" else 0
+    parts = {
+        "weights": (work.parameters + adapters) * _BF16,
+        "gradients": gradients,
+        "moments": state_bytes(work.optimizer, work.trained),
+        "prefixes": 2 * work.batch_size * row,
+        "decoding": 2 * _decoded_bytes(work, micro_batch),
+        "activations": activations,
+        "validation": VAL_BATCH * row + _decoded_bytes(work, VAL_BATCH) if work.validates else 0,
+    }
+    both = gradients + activations
+    peak = max(activations, gradients + round(_HOLES * activations)) if alone else both
+    peak = min(peak, both)
+    # The widest moment of a layer's backward: gradients of gate, up and their product, and of the residual stream.
+    widest = tokens * (3 * _BF16 * work.intermediate + 8 * work.hidden)
+    workspace = _WORKSPACE_BYTES + widest + round(_GAPS * peak)
+    pinned = work.pinned_bytes if work.pinned_bytes is not None else max(4, 2 * work.batch_size) * row
+    return MemoryPlan(
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+        draws=draws,
+        shared=both - peak,
+        workspace=workspace,
+        pinned=pinned,
+        **parts,
+    )
+
+
+def fastest_plan(
+    work: Workload, *, draws: int, micro_batch: int | None, checkpointing: bool | None, cap_bytes: int
+) -> MemoryPlan:
+    """Of the settings that fit, those that should be fastest; what is not None stays.
+
+    Raises `UsageError` where nothing fits: with what the least takes, and what to change.
+    """
+    sizes = list(_halves(work.batch_size)) if micro_batch is None else [min(micro_batch, work.batch_size)]
+    choices = [False, True] if checkpointing is None else [checkpointing]
+    plans = [
+        memory_plan(work, draws=draws, micro_batch=size, checkpointing=choice) for size in sizes for choice in choices
+    ]
+    for share in (1 - _MARGIN, 1.0):
+        if fitting := [plan for plan in plans if plan.device_bytes <= share * cap_bytes]:
+            return min(fitting, key=lambda plan: relative_cost(work, plan))
+    least = min(plans, key=lambda plan: plan.device_bytes)
+    lines = "\n  ".join(f"{size / 2**30:7.2f} GiB  {name}" for name, size in least.table()[:9])
+    raise UsageError(
+        f"training would take {least.device_bytes / 2**30:.2f} GiB of GPU memory at the least (micro_batch "
+        f"{least.micro_batch}, {'with' if least.checkpointing else 'without'} checkpointing, {draws} draws); "
+        f"{cap_bytes / 2**30:.2f} GiB are allowed:\n  {lines}\n{_remedy(work, least, cap_bytes)}"
+    )
+
+
+def relative_cost(work: Workload, plan: MemoryPlan) -> float:
+    """Forward and backward of a batch, in tokens of an H100 at full size (measured; only ratios count)."""
+    parts = math.ceil(work.batch_size / plan.micro_batch)
+    tokens = parts * _PART_TOKENS + work.batch_size * plan.draws * WAYPOINTS
+    return tokens * (4 / 3 if plan.checkpointing else 1)
+
+
+def _activations(work: Workload, tokens: int, *, checkpointing: bool) -> int:
+    wide, inner = _SAVED["lora" if work.trainable == "lora" else "all", work.compiled]
+    layer = wide * work.hidden + inner * work.intermediate
+    if checkpointing:  # every layer's input in float32, and one layer in full
+        return tokens * (4 * work.hidden * work.layers + layer)
+    return tokens * layer * work.layers
+
+
+def _decoded_bytes(work: Workload, samples: int) -> int:
+    """One decoded layer; bfloat16 is read where it lies."""
+    layout = work.layout
+    return 0 if layout.codec is None else samples * work.longest * 2 * layout.kv_heads * layout.head_dim * _BF16
+
+
+def _halves(size: int) -> Iterable[int]:
+    while size > 1:
+        yield size
+        size = -(-size // 2)
+    yield 1
+
+
+def _remedy(work: Workload, least: MemoryPlan, cap_bytes: int) -> str:
+    row_pair = 2 * work.layout.row_bytes(work.longest)
+    spare = cap_bytes - (least.device_bytes - least.prefixes)
+    if (batch := min(work.batch_size - 1, spare // row_pair)) >= 1:
+        return f"Lower --batch-size to {batch}, or raise --memory-budget."
+    if work.trainable == "all":
+        return "Use --trainable lora (about a third of the memory), or raise --memory-budget."
+    return "Raise --memory-budget, or train on shorter prefixes (fewer cameras)."

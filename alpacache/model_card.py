@@ -1,0 +1,206 @@
+"""The model card of an exported checkpoint: which base, which data, how far, how good, under which licence.
+
+Everything comes from the run and the base themselves. What they do not say is called not known; paths, which mean
+nothing elsewhere and may be private, are left out but for the last part of a store's.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alpacache import __version__
+from alpacache.alpamayo import Checkpoint
+from alpacache.run_directory import RunCheckpoint
+from cache_store import CacheReader, CacheStoreError
+
+_LAST_ROWS = 20
+_TAGS = ("alpacache", "alpamayo", "autonomous-driving", "vision-language-action", "flow-matching")
+_TRAINABLE = {
+    "all": "action expert and both action projections",
+    "head": "both action projections and the expert's final norm",
+    "lora": "both action projections, the expert's final norm, and low-rank adapters (merged) on its linear layers",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreFacts:
+    """What a store says of itself at the time of export."""
+
+    name: str
+    """Last part of its path."""
+    samples: int
+    codec: str
+    cameras: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What a checkpoint and the run directory around it say."""
+
+    step: int
+    trainable: str
+    samples: int
+    """Distinct samples of training."""
+    stores: Sequence[StoreFacts]
+    """Those that still lie where the run read them."""
+    lost_stores: int
+    train_loss: float | None
+    """Mean over the last steps up to the checkpoint, 20 at most."""
+    val_loss: float | None
+    """Of the last validation up to the checkpoint."""
+
+
+def run_facts(checkpoint: Path, content: RunCheckpoint) -> RunFacts:
+    """Gather what is known of a run.
+
+    Args:
+        checkpoint: `RUN/checkpoints/step-N` or a link to it. Config and metrics are looked for in RUN.
+        content: what it holds.
+    """
+    run, step = checkpoint.resolve().parent.parent, int(content.state["step"])
+    rows = [row for row in _metrics(run / "metrics.jsonl") if row.get("step", step + 1) <= step]
+    losses = [float(row["loss"]) for row in rows if row.get("loss") is not None][-_LAST_ROWS:]
+    validations = [float(row["val_loss"]) for row in rows if "val_loss" in row]
+    paths = _stores(run / "config.toml")
+    stores = [facts for facts in map(_store_facts, paths) if facts]
+    return RunFacts(
+        step=step,
+        trainable=str(content.state["trainable"]),
+        samples=int(content.state["settings"]["dataset_samples"]),
+        stores=stores,
+        lost_stores=len(paths) - len(stores),
+        train_loss=sum(losses) / len(losses) if losses else None,
+        val_loss=validations[-1] if validations else None,
+    )
+
+
+def model_card(
+    name: str,
+    base: Checkpoint,
+    facts: RunFacts,
+    *,
+    base_card: str | None,
+    base_licence: str | None,
+    expert_only: bool,
+) -> str:
+    """The text of `README.md`, with the front matter that the hub reads.
+
+    Args:
+        name: of the exported directory.
+        base_card: the base's own README.md; what its front matter says of the licence is repeated.
+        base_licence: the base's LICENSE file, named where the card says nothing.
+    """
+    licence = licence_lines(base_card or "")
+    if base_licence is not None and not licence:
+        title = next((line.strip() for line in base_licence.splitlines() if line.strip()), "LICENSE")
+        licence = ["license: other", f"license_name: {json.dumps(title)}", "license_link: LICENSE"]
+    front = [
+        f"base_model: {json.dumps(base.full_name)}",
+        "base_model_relation: finetune",
+        *(licence or ["license: other"]),
+        "tags:",
+        *(f"- {tag}" for tag in _TAGS),
+    ]
+    revision = f"revision `{base.revision}`" if base.revision else "a copy that does not tell its revision"
+    parts = [
+        "---\n" + "\n".join(front) + "\n---",
+        f"# {name}",
+        f"The action expert of `{base.full_name}` ({revision}), trained further on cached features of its frozen "
+        f"vision-language model (VLM) and put back into the base's layout by alpacache {__version__}.",
+        _MISSING_VLM if expert_only else "The VLM's tensors, the config and the tokenizer are the base's, unchanged.",
+        f"## Training\n\n{_table(facts)}",
+        "Losses are mean squared errors of the flow's velocity over normalised actions, not distances in metres; "
+        "`alpacache eval` gives those.",
+        f"## Licence\n\n{_licence_text(base, licence, has_card=base_card is not None)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def licence_lines(card: str) -> list[str]:
+    """The `license...` entries of a card's front matter, as they stand there."""
+    front = re.match(
+        r"\A---[ \t]*\n(.*?)\n---[ \t]*(\n|\Z)", card.removeprefix("\ufeff").replace("\r\n", "\n"), re.DOTALL
+    )
+    lines, taken = [], False
+    for line in front[1].split("\n") if front else ():
+        taken = line.startswith("license") if line[:1] not in ("", " ", "\t", "-") else taken
+        if taken and line.strip():
+            lines.append(line.rstrip())
+    return lines
+
+
+_MISSING_VLM = (
+    "**The VLM is missing.** This directory holds only the trained part: `expert.*`, the action projections and, where "
+    "the base stores them, the action space's constants. `alpacache train` and `alpacache eval` load it as it is; to "
+    "extract features or to run the public code, export without `--expert-only`."
+)
+
+
+def _table(facts: RunFacts) -> str:
+    rows = [
+        ("trained", _TRAINABLE[facts.trainable]),
+        ("steps", f"{facts.step:,}"),
+        ("samples", f"{facts.samples:,}"),
+        *(
+            (f"store `{store.name}`", f"{store.samples:,} samples, KV as {store.codec}, {', '.join(store.cameras)}")
+            for store in facts.stores
+        ),
+        ("training loss", _number(facts.train_loss, f"mean of the last steps, {_LAST_ROWS} at most")),
+        ("validation loss", _number(facts.val_loss, "held-out samples")),
+    ]
+    if facts.lost_stores or not facts.stores:
+        rows.insert(-2, ("other stores", f"{facts.lost_stores or ''} not at hand: codec and cameras not known".strip()))
+    return "| | |\n| --- | --- |\n" + "\n".join(f"| {label} | {text} |" for label, text in rows)
+
+
+def _number(value: float | None, what: str) -> str:
+    return "not known" if value is None else f"{value:.4f} ({what})"
+
+
+def _licence_text(base: Checkpoint, licence: Sequence[str], *, has_card: bool) -> str:
+    """What holds for the weights, and where it is written."""
+    if licence:
+        said = f"Weights trained from `{base.full_name}` are under its licence: `{'; '.join(licence)}`."
+    else:
+        said = f"`{base.full_name}` came without a licence; what holds for it holds for these weights."
+    kept = " Its card is kept as `BASE_README.md`." if has_card else ""
+    return (
+        f"{said}{kept} The released Alpamayo weights are for non-commercial use only, and so is all trained from them."
+    )
+
+
+def _metrics(path: Path) -> list[dict[str, float]]:
+    """Rows of `metrics.jsonl`; none where there is no such file. A torn last line is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _stores(config: Path) -> list[str]:
+    """The stores a run read; none where its config is gone."""
+    try:
+        stores = tomllib.loads(config.read_text()).get("stores", [])
+    except (OSError, ValueError):
+        return []
+    return [str(store) for store in stores]
+
+
+def _store_facts(path: str) -> StoreFacts | None:
+    try:
+        reader = CacheReader(path)
+    except (CacheStoreError, OSError):
+        return None
+    identity = reader.identity
+    return StoreFacts(
+        name=Path(path).name,
+        samples=len(reader.sample_ids),
+        codec=str(identity.get("codec")),
+        cameras=[str(camera) for camera in identity.get("cameras", ())],
+    )

@@ -1,0 +1,121 @@
+"""Before a run's first step: every setting that was left open gets its value, and the memory that it takes is known."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.expert import action_space
+from alpacache.auto_draws import choose_draws, delivery_seconds, first_places, token_seconds
+from alpacache.batches import BatchRing
+from alpacache.cached_dataset import CachedDataset
+from alpacache.config import TrainConfig, budget_gib
+from alpacache.errors import UsageError
+from alpacache.memory_plan import MemoryPlan, Workload, fastest_plan
+from alpacache.optimizers import resolve
+from alpacache.run_directory import RunDirectory
+from alpacache.sample_order import GlobalOrder
+
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def as_begun(config: TrainConfig, directory: RunDirectory) -> TrainConfig:
+    """What was left to the plan when the run began, and changes what a step computes, stays as it was planned then."""
+    if not directory.steps:
+        return config
+    before = directory.state(directory.steps[-1])["settings"]
+    open_ones = {
+        name: before[name]
+        for name in ("draws", "micro_batch")
+        if getattr(config, name) in (None, "auto") and name in before
+    }
+    return replace(config, **open_ones)
+
+
+def settle(
+    config: TrainConfig, checkpoint: Checkpoint, data: CachedDataset, device: torch.device
+) -> tuple[TrainConfig, MemoryPlan | None]:
+    """The config with all settings known and, on a GPU, the memory they take. Caps the allocator at the budget."""
+    optimizer = resolve(config.optimizer, device)
+    if device.type != "cuda":
+        draws = 1 if config.draws == "auto" else config.draws
+        micro_batch = config.micro_batch or config.batch_size
+        return replace(config, draws=draws, micro_batch=micro_batch, checkpointing=bool(config.checkpointing)), None
+    cap = cap_memory(config.memory_budget, device)
+    work = Workload.of(
+        checkpoint,
+        data.layout,
+        data.longest,
+        trainable=config.trainable,
+        lora_rank=config.lora_rank,
+        batch_size=config.batch_size,
+        optimizer=optimizer,
+        compiled=config.compile,
+        validates=config.val is not None,
+        pinned_bytes=int(data.kv_bytes.sum()) if config.in_memory else None,
+    )
+
+    def plan_for(draws: int) -> MemoryPlan:
+        return fastest_plan(
+            work, draws=draws, micro_batch=config.micro_batch, checkpointing=config.checkpointing, cap_bytes=cap
+        )
+
+    if config.draws == "auto":
+        plan_for(1)  # raises where nothing fits
+        draws = _auto_draws(config, data, checkpoint, device, work, plan_for)
+    else:
+        draws = config.draws
+    plan = plan_for(draws)
+    return replace(config, draws=draws, micro_batch=plan.micro_batch, checkpointing=plan.checkpointing), plan
+
+
+def _auto_draws(
+    config: TrainConfig,
+    data: CachedDataset,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    work: Workload,
+    plan_for: Callable[[int], MemoryPlan],
+) -> int:
+    """Measured with the run's own first batches; samples that stay in memory are no reason to wait."""
+
+    def plan_or_none(draws: int) -> MemoryPlan | None:
+        try:
+            return plan_for(draws)
+        except UsageError:
+            return None
+
+    batch_s = 0.0
+    if not config.in_memory:
+        places = first_places(batches_of(config, data, first=0, end=10**9))
+        space = action_space(checkpoint)
+        batch_s = delivery_seconds(BatchRing(data, space, places, batch_size=config.batch_size, device=device))
+    return choose_draws(plan_or_none, work, batch_s=batch_s, token_s=token_seconds(work, device)).draws
+
+
+def batches_of(config: TrainConfig, data: CachedDataset, *, first: int, end: int) -> Iterator[list[tuple[int, int]]]:
+    """(position, sample index) of each batch from step `first` on."""
+    turns = data.turns() if config.balance == "curvature" else None
+    order = GlobalOrder(config.seed, len(data), turns=turns)
+    size = config.batch_size
+    for step in range(first, end):
+        yield [(position, order[position]) for position in range(step * size, (step + 1) * size)]
+
+
+def cap_memory(budget: str | None, device: torch.device) -> int:
+    """Bytes that the allocator may take: half a GiB less than a card of this size has, and no more than is free.
+
+    `24GB` is 23.5 GiB, others likewise; without a budget it is what is free. The allocator is held to it.
+    """
+    if not any(os.environ.get(name) for name in _ALLOCATOR_SETTINGS):
+        # Pages that any tensor may use next: 1 GiB less is reserved at full size (measured).
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device)
+    if budget is None:
+        return free
+    cap = int((budget_gib(budget) - 0.5) * 2**30)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device.index or 0)
+    return min(cap, free)

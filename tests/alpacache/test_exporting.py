@@ -1,0 +1,450 @@
+"""An exported checkpoint is the base with the run's tensors in it, byte for byte, or it is not there at all."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import alpacache
+from alpacache import exporting, trainable
+from alpacache.alpamayo import Checkpoint, load_expert
+from alpacache.alpamayo.checkpoint import INDEX, SINGLE, read_header
+from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
+from alpacache.config import EvalConfig, ExportConfig, ExtractConfig, TrainConfig
+from alpacache.errors import CheckpointError, DataError, UsageError
+from alpacache.run_directory import RunDirectory
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+CARD = """---
+license: other
+license_name: some-licence
+license_link: >-
+  https://example.org/licence
+tags:
+- driving
+---
+# The base
+"""
+
+
+def extracted(root, model):
+    alpacache.extract(
+        ExtractConfig(source="synthetic:4", model=str(model), store=str(root / "store"), frames=1, device="cpu")
+    )
+
+
+def train(root, model, name, **changes):
+    values = {"stores": (str(root / "store"),), "model": str(model), "out": str(root / name), "device": "cpu"}
+    alpacache.train(TrainConfig(**values | {"steps": 3, "batch_size": 2, "lr": 1e-2, "warmup": 1} | changes))
+    return root / name
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """An R1 of two shards in float32, as the CPU trains, and runs of each kind."""
+    root = tmp_path_factory.mktemp("export")
+    model = make_tiny_checkpoint(root / "Tiny-R1", dtype="float32")
+    (model / "README.md").write_text(CARD)
+    extracted(root, model)
+    for which in ("all", "head", "lora"):
+        train(root, model, which, trainable=which, lora_rank=4, val=str(root / "store"), val_every=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def bf16(tiny_checkpoint, tmp_path_factory):
+    """A run of the R1 whose tensors are bfloat16."""
+    root = tmp_path_factory.mktemp("bf16")
+    extracted(root, tiny_checkpoint)
+    return train(root, tiny_checkpoint, "run", trainable="lora", lora_rank=4)
+
+
+def export(model, run, out, **changes):
+    return alpacache.export(ExportConfig(model=str(model), checkpoint=str(run), out=str(out), **changes))
+
+
+def tensors(directory):
+    """All tensors of a checkpoint, each of which must be there once."""
+    found = {}
+    for shard in directory.glob("*.safetensors"):
+        state = load_file(shard)
+        assert not found.keys() & state.keys()
+        found |= state
+    return found
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        torch.equal(tensor, second[name]) and tensor.dtype == second[name].dtype for name, tensor in first.items()
+    )
+
+
+def merged(model, run):
+    """The expert with the run applied, in memory, under the checkpoint's names; not the frequencies, float32 there."""
+    expert = load_expert(str(model))
+    trainable.apply_checkpoint(expert, load_file(run / "model.safetensors"))
+    return {name: tensor for name, tensor in expert.state_dict().items() if not name.endswith(".freqs")}
+
+
+def evaluated(root, model, out, **changes):
+    values = {"store": str(root / "store"), "model": str(model), "out": str(out), "device": "cpu"}
+    return alpacache.evaluate(EvalConfig(**values | {"paths": 2, "flow_steps": 3} | changes))
+
+
+def left_beside(out):
+    return sorted(path.name for path in out.parent.iterdir())
+
+
+@pytest.mark.parametrize("which", ["all", "head", "lora"])
+def test_trained_tensors_are_the_runs_and_all_others_the_bases(which, root, tmp_path):
+    model, out = root / "Tiny-R1", tmp_path / "out"
+    report = export(model, root / which, out)
+    base, got, expected = tensors(model), tensors(out), merged(model, root / which / "best")
+    assert got.keys() == base.keys()
+    assert same({name: got[name] for name in expected}, expected)
+    others = base.keys() - expected.keys()
+    assert same({name: got[name] for name in others}, {name: base[name] for name in others})
+    changed = {name for name in got if not torch.equal(got[name], base[name])}
+    assert len(changed) == report.changed_tensors
+    assert (report.tensors, report.trainable, report.expert_only) == (len(base), which, False)
+    assert json.loads((out / INDEX).read_text())["weight_map"] == json.loads((model / INDEX).read_text())["weight_map"]
+    assert trainable.LORA_SCALE not in got
+
+
+def test_a_shard_of_the_vlm_is_the_bases_file_and_the_others_header_too(root, tmp_path):
+    model, out = root / "Tiny-R1", tmp_path / "out"
+    report = export(model, root / "all", out)
+    assert (out / SECOND).samefile(model / SECOND)
+    assert not (out / FIRST).samefile(model / FIRST)
+    assert report.linked_files == 1
+    with (out / FIRST).open("rb") as got, (model / FIRST).open("rb") as base:
+        length = int.from_bytes(got.read(8), "little")
+        assert base.read(8) == length.to_bytes(8, "little")
+        assert got.read(length) == base.read(length)
+    files = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+    expected = {path.relative_to(model) for path in model.rglob("*") if path.is_file()}
+    assert {path.as_posix() for path in files - expected} == {"BASE_README.md"}
+    for name in ("config.json", "vlm/config.json", "vlm/tokenizer.json", "vlm/preprocessor_config.json"):
+        assert (out / name).read_bytes() == (model / name).read_bytes()
+        assert not (out / name).samefile(model / name)
+    assert report.written_files == len(files) - 1
+    assert report.written_bytes == sum((out / file).stat().st_size for file in files if file.name != SECOND)
+
+
+def test_adapters_are_rounded_once_as_in_memory(bf16, tiny_checkpoint, tmp_path):
+    export(tiny_checkpoint, bf16, tmp_path / "out")
+    got, expected = tensors(tmp_path / "out"), merged(tiny_checkpoint, bf16 / "last")
+    assert same({name: got[name] for name in expected}, expected)
+    assert {tensor.dtype for tensor in got.values()} == {torch.bfloat16}
+    base = tensors(tiny_checkpoint)
+    name = "expert.layers.0.self_attn.q_proj"
+    assert not torch.equal(got[f"{name}.weight"], base[f"{name}.weight"])
+    run = load_file(bf16 / "last/model.safetensors")
+    a, b = run[f"{name}.lora_A"], run[f"{name}.lora_B"]
+    exact = base[f"{name}.weight"].float() + run[trainable.LORA_SCALE] * (b @ a)
+    assert torch.equal(got[f"{name}.weight"], exact.to(torch.bfloat16))
+
+
+def test_15_gets_no_constants(tiny_checkpoint_15, tmp_path):
+    extracted(tmp_path, tiny_checkpoint_15)
+    run = train(tmp_path, tiny_checkpoint_15, "run")
+    for name, changes in (("full", {}), ("lean", {"expert_only": True})):
+        export(tiny_checkpoint_15, run, tmp_path / name, **changes)
+    base, full, lean = (tensors(place) for place in (tiny_checkpoint_15, tmp_path / "full", tmp_path / "lean"))
+    assert full.keys() == base.keys()
+    assert lean.keys() == {name for name in base if not name.startswith("vlm.")}
+    assert not any("freqs" in name or name.startswith("action_space.") for name in full.keys() | lean.keys())
+    assert same({name: full[name] for name in lean}, lean)
+    assert same(
+        {name: full[name] for name in merged(tiny_checkpoint_15, run / "last")},
+        merged(tiny_checkpoint_15, run / "last"),
+    )
+
+
+def test_a_single_file_stays_a_single_file(tmp_path, root):
+    model = shutil.copytree(root / "Tiny-R1", tmp_path / "single/Tiny-R1")
+    state = tensors(model)
+    for path in (model / FIRST, model / SECOND, model / INDEX):
+        path.unlink()
+    save_file(state, model / SINGLE, {"format": "pt", "kept": "yes"})
+    export(model, root / "all", tmp_path / "out")
+    expected = merged(model, root / "all/best")
+    assert same(tensors(tmp_path / "out"), state | expected)
+    with safe_open(tmp_path / "out" / SINGLE, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "kept": "yes"}
+    assert set(Checkpoint(str(tmp_path / "out")).names.values()) == {SINGLE}
+
+
+@pytest.mark.parametrize("expert_only", [False, True])
+@pytest.mark.parametrize("which", ["all", "lora"])
+def test_it_is_judged_exactly_as_the_run(which, expert_only, root, tmp_path):
+    """On the store of the base, under another name: its VLM is the base's."""
+    model = root / "Tiny-R1"
+    export(model, root / which, tmp_path / "out", expert_only=expert_only)
+    run = evaluated(root, model, tmp_path / "a", checkpoint=str(root / which))
+    alone = evaluated(root, tmp_path / "out", tmp_path / "b")
+    for first, second in zip(run.results, alone.results, strict=True):
+        assert second.models["base"].metrics == first.models["trained"].metrics
+        assert np.array_equal(second.models["base"].pred_xyz, first.models["trained"].pred_xyz)
+        assert second.models["base"].metrics != first.models["base"].metrics
+
+
+def test_expert_only_holds_what_stage_two_loads_and_no_more(root, tmp_path):
+    model, out = root / "Tiny-R1", tmp_path / "out"
+    report = export(model, root / "all", out, expert_only=True)
+    assert tensors(out).keys() == {name for name in tensors(model) if not name.startswith("vlm.")}
+    assert [path.name for path in out.rglob("*.safetensors")] == [SINGLE]
+    assert (report.linked_files, report.tensors) == (0, len(tensors(out)))
+    assert "**The VLM is missing.**" in (out / "README.md").read_text()
+    state, expected = load_expert(str(out)).state_dict(), merged(model, root / "all/best")
+    assert same({name: state[name] for name in expected}, expected)
+    with pytest.raises(CheckpointError, match=r"has no tensor under vlm\.; .* Pass a complete one"):
+        extracted(tmp_path, out)
+    assert not (tmp_path / "store").exists()
+    again = export(out, train(tmp_path, out, "more", stores=(str(root / "store"),)), tmp_path / "again")
+    assert again.expert_only
+    assert "**The VLM is missing.**" in (tmp_path / "again/README.md").read_text()
+
+
+def test_training_goes_on_from_an_export_whose_run_does_not_fit_the_base(root, tmp_path):
+    model, first, second = root / "Tiny-R1", tmp_path / "first", tmp_path / "second"
+    export(model, root / "all", first)
+    run = train(tmp_path, first, "more", stores=(str(root / "store"),))
+    with pytest.raises(UsageError, match=r'id: expected "first", found "Tiny-R1"\n  trained: expected \{.*nothing'):
+        export(model, run, second)
+    disguised = tmp_path / "elsewhere/first"
+    shutil.copytree(model, disguised)
+    with pytest.raises(UsageError, match=r"base model than .*\n  trained: expected \{.*found nothing"):
+        export(disguised, run, second)
+    export(first, run, second)
+    assert same({name: tensors(second)[name] for name in merged(first, run / "last")}, merged(first, run / "last"))
+    assert Checkpoint(str(second)).origin["vlm"]["id"] == "Tiny-R1"
+    assert Checkpoint(str(second)).origin["base"]["id"] == "first"
+    assert (second / "BASE_BASE_README.md").read_text() == CARD
+    assert (second / "BASE_README.md").read_bytes() == (first / "README.md").read_bytes()
+    extracted(tmp_path, second)
+    evaluated(tmp_path, model, tmp_path / "e")
+
+
+def test_a_run_means_its_best_and_a_checkpoint_itself(root, tmp_path):
+    best = export(root / "Tiny-R1", root / "all", tmp_path / "best")
+    assert best.checkpoint == str(root / "all/best")
+    step = RunDirectory(root / "all").checkpoint(3)
+    assert export(root / "Tiny-R1", step, tmp_path / "step").step == 3
+    with pytest.raises(UsageError, match="neither a run directory"):
+        export(root / "Tiny-R1", tmp_path, tmp_path / "none")
+
+
+def test_the_card_names_base_data_steps_losses_and_licence(root, tmp_path):
+    export(root / "Tiny-R1", root / "lora", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    front = card.split("---\n")[1]
+    assert 'base_model: "Tiny-R1"\n' in front
+    assert (
+        "license: other\nlicense_name: some-licence\nlicense_link: >-\n  https://example.org/licence\ntags:\n" in front
+    )
+    rows = [json.loads(line) for line in (root / "lora/metrics.jsonl").read_text().splitlines()]
+    step = json.loads((root / "lora/best/state.json").read_text())["step"]
+    losses = [row["loss"] for row in rows if row["step"] <= step]
+    for text in (
+        f"| steps | {step} |",
+        "| store `store` | 4 samples, KV as bf16, camera_front_wide_120fov |",
+        f"| training loss | {sum(losses) / len(losses):.4f} ",
+        f"| validation loss | {min(row['val_loss'] for row in rows if 'val_loss' in row):.4f} ",
+        f"alpacache {alpacache.__version__}",
+        "non-commercial",
+    ):
+        assert text in card
+    assert str(root) not in card
+    assert (tmp_path / "out/BASE_README.md").read_text() == CARD
+
+
+def test_another_base_is_refused(root, tiny_checkpoint_15, tmp_path):
+    with pytest.raises(UsageError, match=r'another base model than .*\n  config_sha256.*\n  id: expected "Tiny-R1"'):
+        export(tiny_checkpoint_15, root / "all", tmp_path / "out")
+    copy = shutil.copytree(root / "Tiny-R1", tmp_path / "Tiny-R1")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"new_key": 1}))
+    with pytest.raises(UsageError, match="config_sha256: expected"):
+        export(copy, root / "all", tmp_path / "out")
+    assert left_beside(tmp_path / "out") == ["Tiny-R1"]
+
+
+def test_an_existing_out_is_refused_and_an_empty_one_used(root, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    export(root / "Tiny-R1", root / "head", out)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(UsageError, match="exists and is not an empty directory"):
+        export(root / "Tiny-R1", root / "head", out)
+    assert sorted(out.rglob("*")) == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="exists and is not an empty directory"):
+        export(root / "Tiny-R1", root / "head", tmp_path / "file")
+
+
+def test_a_base_that_holds_a_tensor_twice_is_refused(root, tmp_path):
+    model = shutil.copytree(root / "Tiny-R1", tmp_path / "base/Tiny-R1")
+    save_file({"expert.norm.weight": torch.zeros(96)}, model / SINGLE)
+    with pytest.raises(CheckpointError, match=r"expert\.norm\.weight and 0 more tensors are not exactly once"):
+        export(model, root / "head", tmp_path / "out")
+    assert left_beside(tmp_path / "out") == ["base"]
+
+
+def test_a_damaged_run_is_refused(root, tmp_path):
+    run = shutil.copytree(root / "head/best", tmp_path / "step")
+    data = bytearray((run / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (run / "model.safetensors").write_bytes(data)
+    with pytest.raises(DataError, match="is damaged"):
+        export(root / "Tiny-R1", run, tmp_path / "out")
+    assert left_beside(tmp_path / "out") == ["step"]
+
+
+def test_without_hard_links_everything_is_copied(root, tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", link)
+    report = export(root / "Tiny-R1", root / "all", tmp_path / "out")
+    assert report.linked_files == 0
+    assert (tmp_path / "out" / SECOND).read_bytes() == (root / "Tiny-R1" / SECOND).read_bytes()
+    assert not (tmp_path / "out" / SECOND).samefile(root / "Tiny-R1" / SECOND)
+    assert report.written_bytes == sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
+
+
+def test_too_little_space_is_said_beforehand(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
+    size = (root / "Tiny-R1" / FIRST).stat().st_size
+    with pytest.raises(DataError, match=r"needs \d+ bytes, 5 are free; nothing was written") as caught:
+        export(root / "Tiny-R1", root / "all", tmp_path / "out")
+    assert size < int(str(caught.value).split("needs ")[1].split()[0]) < size + 100_000
+    assert left_beside(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("expert_only", [False, True])
+def test_a_disk_that_fills_up_leaves_nothing(expert_only, root, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(exporting, "save_file" if expert_only else "_bytes", full)
+    with pytest.raises(DataError, match=r"No space left on device\); it needs \d+ bytes there\. .* free space"):
+        export(root / "Tiny-R1", root / "all", tmp_path / "out", expert_only=expert_only)
+    assert left_beside(tmp_path / "out") == []
+
+
+def test_ctrl_c_leaves_nothing(root, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "_bytes", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(root / "Tiny-R1", root / "all", tmp_path / "out")
+    assert left_beside(tmp_path / "out") == []
+
+
+def test_kill_9_leaves_nothing_under_the_name_and_the_next_export_tidies_up(root, tmp_path):
+    out = tmp_path / "out"
+    code = f"""
+import os, signal, alpacache
+from alpacache import exporting
+from alpacache.config import ExportConfig
+exporting._check = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+alpacache.export(ExportConfig(model={str(root / "Tiny-R1")!r}, checkpoint={str(root / "all")!r}, out={str(out)!r}))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert left_beside(out) == [".out.writing"]
+    export(root / "Tiny-R1", root / "all", out)
+    assert left_beside(out) == ["out"]
+    assert same(tensors(out), tensors(root / "Tiny-R1") | merged(root / "Tiny-R1", root / "all/best"))
+
+
+def test_what_reads_back_wrong_is_not_published(root, tmp_path, monkeypatch):
+    index = exporting._index
+    monkeypatch.setattr(exporting, "_index", lambda *a, **k: index(*a, **k).replace('"expert.norm', '"expert.morn'))
+    with pytest.raises(DataError, match=r"does not read as the base \(.*expert\.morn"):
+        export(root / "Tiny-R1", root / "all", tmp_path / "out")
+    assert left_beside(tmp_path / "out") == []
+
+
+@pytest.fixture
+def hub_cache(root, tmp_path, monkeypatch):
+    """The R1 as a hub download: a snapshot of links to blobs, offline."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--owner--Tiny-R1"
+    snapshot = repository / "snapshots" / ("0a" * 20)
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(snapshot.name)
+    for number, file in enumerate(sorted(path for path in (root / "Tiny-R1").rglob("*") if path.is_file())):
+        blob = repository / "blobs" / f"{number:040d}"
+        shutil.copyfile(file, blob)
+        link = snapshot / file.relative_to(root / "Tiny-R1")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    return snapshot
+
+
+@pytest.mark.parametrize("by_id", [False, True])
+@pytest.mark.parametrize("expert_only", [False, True])
+def test_a_snapshot_of_the_hubs_cache(by_id, expert_only, hub_cache, root, tmp_path):
+    out = tmp_path / "out"
+    report = export("owner/Tiny-R1" if by_id else hub_cache, root / "all", out, expert_only=expert_only)
+    assert (report.base, report.base_revision) == ("owner/Tiny-R1", hub_cache.name)
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+    if not expert_only:
+        assert (out / SECOND).samefile((hub_cache / SECOND).resolve())
+    expected = merged(root / "Tiny-R1", root / "all/best")
+    assert same({name: tensors(out)[name] for name in expected}, expected)
+    assert (out / "vlm/tokenizer.json").read_bytes() == (root / "Tiny-R1/vlm/tokenizer.json").read_bytes()
+    card = (out / "README.md").read_text()
+    assert 'base_model: "owner/Tiny-R1"' in card
+    assert f"revision `{hub_cache.name}`" in card
+
+
+def test_a_snapshot_that_lacks_a_shard_says_what_to_fetch(hub_cache, root, tmp_path):
+    (hub_cache / SECOND).unlink()
+    with pytest.raises(CheckpointError, match=f"{SECOND} of owner/Tiny-R1 is not in the local hub cache.*hf download"):
+        export("owner/Tiny-R1", root / "all", tmp_path / "out")
+    export("owner/Tiny-R1", root / "all", tmp_path / "out", expert_only=True)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_link_that_leads_out_is_refused(folder, root, tmp_path):
+    model = shutil.copytree(root / "Tiny-R1", tmp_path / "base/Tiny-R1")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/notes.txt").write_text("mine")
+    (model / "notes.txt").symlink_to(tmp_path / "private" / ("" if folder else "notes.txt"))
+    with pytest.raises(CheckpointError, match=r"notes\.txt is a link or special file .*expected a file inside"):
+        export(model, root / "all", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_download_tools_left_is_not_copied(root, tmp_path):
+    model = shutil.copytree(root / "Tiny-R1", tmp_path / "base/Tiny-R1")
+    note = model / ".cache/huggingface/download/config.json.metadata"
+    note.parent.mkdir(parents=True)
+    note.write_text("0123abc\netag\n1.0\n")
+    report = export(model, root / "all", tmp_path / "out")
+    assert report.base_revision == "0123abc"
+    assert not (tmp_path / "out/.cache").exists()
+    assert Checkpoint(str(tmp_path / "out")).revision is None
+
+
+def test_headers_name_what_is_there(root, tmp_path):
+    """Every tensor once, with the base's dtype and shape, in the shard that the index says."""
+    export(root / "Tiny-R1", root / "lora", tmp_path / "out")
+    written, base = Checkpoint(str(tmp_path / "out")), Checkpoint(str(root / "Tiny-R1"))
+    assert written.infos(written.names) == base.infos(base.names)
+    assert sum(len(read_header(tmp_path / "out" / shard)) for shard in (FIRST, SECOND)) == len(base.names)
