@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
@@ -27,12 +27,14 @@ from alpacache.cached_dataset import CachedDataset
 from alpacache.errors import DataError, UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS
 from alpacache.host_memory import Bytes, Slabs, available_bytes, page_aligned, page_lock, page_rounded, page_unlock
+from alpacache.strata import Turn, turn_ahead
 from cache_store import Prefetcher
 from cache_store.prefetcher import PrefetchedSample
 from cache_store.sample_read import SampleRead
 
-_ACTION = "action"
-"""Key of the target among the arrays of a sample that is read for the first time."""
+_ACTION, _TURN = "action", "turn"
+"""Keys of the target and the turn stratum among the arrays of a sample that is read for the first time."""
+_TURNS = get_args(Turn)
 _REMEMBERED = 2**18
 """Samples of which the target and the lengths stay in memory after their first use, half a kilobyte each."""
 _SPARE_BYTES = 2**31
@@ -53,6 +55,8 @@ class Batch:
     """Tokens of each prefix."""
     starts: tuple[int, ...]
     """Position of each sample's first action token."""
+    turns: tuple[Turn, ...]
+    """Stratum of each sample's driven path."""
     ready: torch.cuda.Event | None
     """The rows hold the prefixes from here on; None on the CPU, where they do already."""
 
@@ -73,6 +77,8 @@ class _Facts:
     action: Tensor
     tokens: int
     start: int
+    turn: int
+    """Index of the stratum."""
 
 
 class BatchRing:
@@ -91,16 +97,18 @@ class BatchRing:
         device: torch.device,
         threads: int | None = None,
         buffers: int | None = None,
+        data: Tensor | None = None,
     ) -> None:
         """`places` yields batches of (position, sample index), each of `batch_size` or fewer.
 
         `threads` read: by default 4 to 14, two usable cores fewer than there are. `buffers` is how many samples may
-        be between disk and device; the default is two batches. Raises `UsageError`
-        where samples are to stay in memory and there is not enough of it.
+        be between disk and device; the default is two batches. `data`: an earlier ring's, whose addresses a captured
+        graph has. Raises `UsageError` where samples are to stay in memory and there is not enough of it.
         """
         self.layout, self.longest = dataset.layout, dataset.longest
         largest = self.layout.row_bytes(self.longest)
-        self.data = torch.empty(2 * batch_size, largest, dtype=torch.uint8, device=device)
+        shape = (2 * batch_size, largest)
+        self.data = torch.empty(shape, dtype=torch.uint8, device=device) if data is None else data
         """`[2 * batch_size, row_bytes]`: batch s lies in the first half of the rows if s is even."""
         self.waited_s = 0.0
         """Seconds that the host waited for samples while the device, too, had nothing left to do."""
@@ -109,7 +117,7 @@ class BatchRing:
         self._buffers = buffers or max(4, 2 * batch_size)
         self._remembered = len(dataset) if dataset.in_memory else min(len(dataset), _REMEMBERED)
         self._actions = torch.empty(self._remembered, space.waypoints, 2)
-        self._counts = np.zeros((self._remembered, 2), np.int64)
+        self._counts = np.zeros((self._remembered, 3), np.int64)
         self._kept: dict[int, Tensor] = {}
         self._slabs = _slabs(dataset) if dataset.in_memory else None
         self._source = _Source(dataset, space, self._slabs)
@@ -180,6 +188,7 @@ class BatchRing:
             rows=tuple(half * self._batch_size + place for place in range(len(taken))),
             lengths=tuple(fact.tokens for fact in facts),
             starts=tuple(fact.start for fact in facts),
+            turns=tuple(_TURNS[fact.turn] for fact in facts),
             ready=ready,
         )
 
@@ -199,18 +208,19 @@ class BatchRing:
         """A sample's bytes and facts: as just read, or as remembered."""
         index, arrays = sample.sample_id.index, sample.arrays
         if not sample.sample_id.is_new:
-            tokens, start = self._counts[index].tolist()
-            facts = _Facts(action=self._actions[index], tokens=tokens, start=start)
+            tokens, start, turn = self._counts[index].tolist()
+            facts = _Facts(action=self._actions[index], tokens=tokens, start=start, turn=turn)
             return self._kept[index] if index in self._kept else _flat(arrays["kv"]), facts
         facts = _Facts(
             action=torch.from_numpy(arrays[_ACTION]),
             tokens=int(arrays["prefix_len"]),
             start=int(arrays["start_position"]),
+            turn=int(arrays[_TURN][0]),
         )
         kv = _flat(arrays["kv"])
         if index < self._remembered:
             self._actions[index] = facts.action
-            self._counts[index] = facts.tokens, facts.start
+            self._counts[index] = facts.tokens, facts.start, facts.turn
         if self._slabs is not None:
             self._kept[index] = kv
         return kv, facts
@@ -294,9 +304,9 @@ class _Source:
             return reader.plan(sample_id, ["kv"], out=out) if out else SampleRead(arrays={}, tasks=[])
         read = reader.plan(sample_id, self._fields, out=out)
         self._check(sample_id, read.arrays)
-        action = np.empty((self._space.waypoints, 2), np.float32)
-        solve = partial(_solve, self._space, [read.arrays[name] for name in POSE_FIELDS], action)
-        return SampleRead(arrays={**read.arrays, _ACTION: action}, tasks=[*read.tasks, solve])
+        action, turn = np.empty((self._space.waypoints, 2), np.float32), np.empty(1, np.uint8)
+        solve = partial(_solve, self._space, [read.arrays[name] for name in POSE_FIELDS], action, turn)
+        return SampleRead(arrays={**read.arrays, _ACTION: action, _TURN: turn}, tasks=[*read.tasks, solve])
 
     def _check(self, sample_id: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """The device decodes by the layout and the number of tokens alone: they must be those of the bytes."""
@@ -311,10 +321,14 @@ class _Source:
             )
 
 
-def _solve(space: UnicycleActionSpace, poses: Sequence[NDArray[Any]], out: NDArray[np.float32]) -> None:
-    """The target of one sample, as `cached_dataset.target` has it."""
+def _solve(
+    space: UnicycleActionSpace, poses: Sequence[NDArray[Any]], action: NDArray[np.float32], turn: NDArray[np.uint8]
+) -> None:
+    """The target of one sample, as `cached_dataset.target` has it, and its turn stratum."""
     torch.set_num_threads(1)  # of this thread: a team of helpers for every reading thread would crowd out the loop
-    out[...] = space.to_action(*map(torch.from_numpy, poses)).numpy()
+    action[...] = space.to_action(*map(torch.from_numpy, poses)).numpy()
+    _, history_rot, future_xyz, future_rot = poses
+    turn[0] = _TURNS.index(turn_ahead(history_rot, future_xyz, future_rot))
 
 
 def _slabs(dataset: CachedDataset) -> Slabs:

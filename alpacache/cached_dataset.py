@@ -41,6 +41,9 @@ class CachedDataset:
         if not self._index:
             raise UsageError(f"no committed sample in {', '.join(map(str, stores))}; run `alpacache extract` first.")
         self._kept: dict[int, CachedSample] = {}
+        ends = np.cumsum([len(reader.sample_ids) for reader in readers]).tolist()
+        self.store_ranges = [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        """Each store's sample indices."""
 
     def __len__(self) -> int:
         return len(self._index)

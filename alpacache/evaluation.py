@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alpacache import randomness, trainable
+from alpacache import trainable
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import EvalConfig
 from alpacache.device import resolve_device
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.features import CachedSample
-from alpacache.flow_matching import sample as sample_flow
 from alpacache.identity import check_base
 from alpacache.interrupt import InterruptGuard
 from alpacache.pictures import birds_eye_png
+from alpacache.prediction import Paths, predict
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.report import write_report
-from alpacache.run_directory import find_checkpoint, read_checkpoint
+from alpacache.run_directory import find_checkpoint, read_trained
 from alpacache.sample import SampleRef
 from alpacache.strata import classify
 from alpacache.summary import EvalSummary, ModelResult, SampleResult, judge, judge_baselines, summarise
@@ -32,7 +32,6 @@ BASE = "base"
 """Label of the unmodified checkpoint; always evaluated, and what the others are compared with."""
 TRAINED = "trained"
 _PICTURES = 3
-Paths = tuple[NDArray[np.float32], NDArray[np.float32]]
 Drive = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 """History and future of one sample, xyz and rotations each: all that judging needs, without its prefix."""
 
@@ -86,30 +85,13 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     return EvalReport(summary=summary, results=results, out=config.out, seconds=time.monotonic() - started)
 
 
-@torch.no_grad()
-def predict(
-    expert: ActionExpert, samples: Sequence[CachedSample], *, paths: int, flow_steps: int, seed: int
-) -> list[Paths]:
-    """Sampled paths of each sample: xyz `[K, 64, 3]` (m, ego frame at t0) and rotations `[K, 64, 3, 3]`.
+def apply_checkpoint(expert: ActionExpert, run: str, checkpoint: Checkpoint, *, average: bool = False) -> int:
+    """Put a run's trained tensors, or their average, into the expert and return the run's step.
 
-    The noise depends on the seed and the sample id alone, so every model sees the same and batch size changes nothing.
+    Refuses a run on another base model.
     """
-    batch = expert.batch([sample.prefix for sample in samples])
-    noise = torch.stack([randomness.noise("eval", seed, sample.sample_id, draws=paths) for sample in samples]).to(
-        expert.device
-    )
-    action = sample_flow(lambda x, t: expert.velocity(x, t, batch), noise, steps=flow_steps).cpu()
-    result = []
-    for row, sample in zip(action, samples, strict=True):
-        xyz, rot = expert.action_space.to_path(row, sample.history_xyz, sample.history_rot)
-        result.append((xyz.numpy(), rot.numpy()))
-    return result
-
-
-def apply_checkpoint(expert: ActionExpert, run: str, checkpoint: Checkpoint) -> int:
-    """Put a run's trained tensors into the expert and return the run's step. Refuses a run on another base model."""
     path = find_checkpoint(run)
-    content = read_checkpoint(path, optimizer=False)
+    content = read_trained(path, average=average)
     check_base(checkpoint, content.state["base"], run=path)
     trainable.apply_checkpoint(expert, content.model, where=str(path))
     return int(content.state["step"])
@@ -131,7 +113,7 @@ def _load(config: EvalConfig, checkpoint: Checkpoint, run: str | None) -> Action
     device = resolve_device(config.device)
     expert = load_expert(checkpoint, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
     if run is not None:
-        apply_checkpoint(expert, run, checkpoint)
+        apply_checkpoint(expert, run, checkpoint, average=config.ema)
     return expert.eval()
 
 

@@ -30,7 +30,7 @@ from alpacache.errors import AlpacacheError, CheckpointError, DataError, UsageEr
 from alpacache.identity import check_base, model_identity, vlm_identity
 from alpacache.model_card import model_card, run_facts
 from alpacache.progress import OnProgress, Progress, ignore
-from alpacache.run_directory import MODEL, RunCheckpoint, find_checkpoint, flush, read_checkpoint
+from alpacache.run_directory import MODEL, RunCheckpoint, find_checkpoint, flush, read_trained
 from alpacache.trainable import changed_tensors, merge
 
 TRAINED_PREFIXES = ("expert.", "action_in_proj.", "action_out_proj.", "action_space.")
@@ -98,7 +98,7 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"--out {config.out} exists and is not an empty directory; choose another, or remove it.")
     base, path = Checkpoint(config.model), find_checkpoint(config.checkpoint)
-    run = read_checkpoint(path, optimizer=False)
+    run = read_trained(path, average=config.ema)
     check_base(base, run.state["base"], run=path)
     infos = base.infos(base.with_prefix(*TRAINED_PREFIXES) if config.expert_only else base.names)
     shapes = {name: info.shape for name, info in infos.items() if name.startswith(TRAINED_PREFIXES)}

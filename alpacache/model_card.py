@@ -13,6 +13,7 @@ from pathlib import Path
 
 from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
+from alpacache.config import weighted_stores
 from alpacache.run_directory import RunCheckpoint
 from cache_store import CacheReader, CacheStoreError
 
@@ -189,7 +190,7 @@ def _stores(config: Path) -> list[str]:
         stores = tomllib.loads(config.read_text()).get("stores", [])
     except (OSError, ValueError):
         return []
-    return [str(store) for store in stores]
+    return [path for path, _ in weighted_stores([str(store) for store in stores])]
 
 
 def _store_facts(path: str) -> StoreFacts | None:

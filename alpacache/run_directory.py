@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from alpacache.errors import DataError, UsageError
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+MODEL, OPTIMIZER, AVERAGE, STATE = "model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"
 _FORMAT = 1
 
 
@@ -33,6 +33,8 @@ class RunCheckpoint:
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
     """Step, base model, settings."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Of the trained tensors, float32; empty where the run keeps none."""
 
 
 class RunDirectory:
@@ -57,6 +59,10 @@ class RunDirectory:
         """What a checkpoint says beside its tensors."""
         return _read_state(self.checkpoint(step))
 
+    def has_average(self, step: int) -> bool:
+        """Whether a checkpoint holds an average of the weights."""
+        return AVERAGE in self.state(step)["files"]
+
     def write_memory(self, record: Mapping[str, Any]) -> None:
         """The memory plan in bytes, and the measured peak."""
         _write_flushed(self.path / "memory.json", (json.dumps(record, indent=1) + "\n").encode())
@@ -71,18 +77,18 @@ class RunDirectory:
         for leftover in self.checkpoints.glob(".writing-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         final, draft = self.checkpoint(step), self.checkpoints / f".writing-{step:07d}"
-        needed = sum(tensor.nbytes for part in (content.model, content.optimizer) for tensor in part.values())
+        parts = {MODEL: content.model, OPTIMIZER: content.optimizer}
+        if content.average:
+            parts[AVERAGE] = content.average
+        needed = sum(tensor.nbytes for part in parts.values() for tensor in part.values())
         try:
             draft.mkdir()
-            save_file(content.model, draft / MODEL, {"format": "pt"})
-            save_file(content.optimizer, draft / OPTIMIZER, {"format": "pt"})
-            files = {
-                name: {"bytes": (draft / name).stat().st_size, "crc32c": _crc32c(draft / name)}
-                for name in (MODEL, OPTIMIZER)
-            }
+            for name, tensors in parts.items():
+                save_file(tensors, draft / name, {"format": "pt"})
+            files = {name: {"bytes": (draft / name).stat().st_size, "crc32c": _crc32c(draft / name)} for name in parts}
             state = {"format": _FORMAT, "step": step, **content.state, "files": files}
             (draft / STATE).write_text(json.dumps(state, indent=1) + "\n")
-            for name in (MODEL, OPTIMIZER, STATE):
+            for name in (*parts, STATE):
                 flush(draft / name)
             flush(draft)
         except (OSError, SafetensorError) as error:
@@ -123,10 +129,15 @@ class RunDirectory:
             _write_flushed(path, "".join(line + "\n" for line in kept).encode())
 
 
-def read_checkpoint(path: Path, *, optimizer: bool) -> RunCheckpoint:
-    """Read and check one checkpoint directory. Raises `DataError` if a byte is not what was written."""
+def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = False) -> RunCheckpoint:
+    """Read and check one checkpoint directory, of the optimizer's state and the average what is asked for.
+
+    Raises `DataError` if a byte is not what was written, `UsageError` if there is no average.
+    """
     state = _read_state(path)
-    wanted = (MODEL, OPTIMIZER) if optimizer else (MODEL,)
+    if average and AVERAGE not in state["files"]:
+        raise UsageError(f"{path} has no average of the weights; train with --ema, or leave --ema out here.")
+    wanted = [MODEL, *[OPTIMIZER] * optimizer, *[AVERAGE] * average]
     for name in wanted:
         note = state["files"][name]
         file = path / name
@@ -135,8 +146,17 @@ def read_checkpoint(path: Path, *, optimizer: bool) -> RunCheckpoint:
                 f"{file} is damaged (size or checksum differ from {STATE}); use an earlier checkpoint of the run."
             )
     return RunCheckpoint(
-        model=load_file(path / MODEL), optimizer=load_file(path / OPTIMIZER) if optimizer else {}, state=state
+        model=load_file(path / MODEL),
+        optimizer=load_file(path / OPTIMIZER) if optimizer else {},
+        average=load_file(path / AVERAGE) if average else {},
+        state=state,
     )
+
+
+def read_trained(path: Path, *, average: bool) -> RunCheckpoint:
+    """A checkpoint to be used, not gone on with: its weights, or their average in their place."""
+    content = read_checkpoint(path, average=average)
+    return replace(content, model=content.model | content.average, average={})
 
 
 def _read_state(path: Path) -> dict[str, Any]:

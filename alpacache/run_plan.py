@@ -11,12 +11,12 @@ from alpacache.alpamayo.expert import action_space
 from alpacache.auto_draws import choose_draws, delivery_seconds, first_places, token_seconds
 from alpacache.batches import BatchRing
 from alpacache.cached_dataset import CachedDataset
-from alpacache.config import TrainConfig, budget_gib
+from alpacache.config import TrainConfig, budget_gib, weighted_stores
 from alpacache.errors import UsageError
 from alpacache.memory_plan import MemoryPlan, Workload, fastest_plan
 from alpacache.optimizers import resolve
 from alpacache.run_directory import RunDirectory
-from alpacache.sample_order import GlobalOrder
+from alpacache.sample_order import GlobalOrder, make_groups
 
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -89,19 +89,33 @@ def _auto_draws(
 
     batch_s = 0.0
     if not config.in_memory:
-        places = first_places(batches_of(config, data, first=0, end=10**9))
+        order = global_order(config, data)
+        places = first_places(batches_of(order, config.batch_size, first=0, end=10**9))
         space = action_space(checkpoint)
         batch_s = delivery_seconds(BatchRing(data, space, places, batch_size=config.batch_size, device=device))
     return choose_draws(plan_or_none, work, batch_s=batch_s, token_s=token_seconds(work, device)).draws
 
 
-def batches_of(config: TrainConfig, data: CachedDataset, *, first: int, end: int) -> Iterator[list[tuple[int, int]]]:
-    """(position, sample index) of each batch from step `first` on."""
+def global_order(config: TrainConfig, data: CachedDataset) -> GlobalOrder:
+    """Which sample is at which place of the run."""
+    weighted: list[tuple[range, float]] = []
+    for indices, (store, weight) in zip(data.store_ranges, weighted_stores(config.stores), strict=True):
+        if weight is not None and not indices:
+            raise UsageError(f"store {store} has no committed sample for its share; leave it out.")
+        if weight is not None:
+            weighted.append((indices, weight))
+    if not weighted and config.balance == "none":
+        return GlobalOrder(config.seed, len(data))
     turns = data.turns() if config.balance == "curvature" else None
-    order = GlobalOrder(config.seed, len(data), turns=turns)
-    size = config.batch_size
+    # Without weights the stores are one pool: curvature counts, not where a sample lies.
+    groups = make_groups(weighted or [(range(len(data)), 1.0)], turns)
+    return GlobalOrder(config.seed, len(data), groups=groups)
+
+
+def batches_of(order: GlobalOrder, batch_size: int, *, first: int, end: int) -> Iterator[list[tuple[int, int]]]:
+    """(position, sample index) of each batch from step `first` on."""
     for step in range(first, end):
-        yield [(position, order[position]) for position in range(step * size, (step + 1) * size)]
+        yield [(position, order[position]) for position in range(step * batch_size, (step + 1) * batch_size)]
 
 
 def cap_memory(budget: str | None, device: torch.device) -> int:

@@ -1,13 +1,16 @@
 """The global order: which sample is at which place of a run, as a function of the seed alone.
 
 A place is found without replaying what was before it, so a resumed run goes on in the order of one that was not
-stopped. An epoch has as many places as there are samples. The plain order is one permutation an epoch. The balanced one
-gives the turn strata equal shares instead: recorded driving is straight nine times out of ten, and a model that learns
-from it as it comes learns to go straight. A rare stratum then comes several times an epoch and a common one in part,
-each in permutations of its own that go on from epoch to epoch, so that no sample comes again before all others have.
+stopped. An epoch has as many places as there are samples. The plain order is one permutation an epoch. Otherwise groups
+of samples have given shares of every epoch: stores by their weights (new data beside old, against forgetting), and turn
+strata equally, because recorded driving is straight nine times out of ten, and a model that learns from it as it comes
+learns to go straight. A small group then comes several times an epoch and a large one in part, each in permutations of
+its own that go on from epoch to epoch, so that no sample comes again before all others of its group have.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
@@ -17,19 +20,29 @@ from alpacache.strata import Turn
 
 Order = NDArray[np.int64]
 
+_ROUNDING = 1e-6
+"""Of shares, so that a third of 300 is 100."""
 _BLOCK = 4096
 """Places of a stratum that one generator orders, at least: a stratum of two samples must not need one a pair."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Samples that together have a share of every epoch."""
+
+    members: Order
+    """Sample indices."""
+    share: float
+    """Of an epoch; those of all groups add up to 1."""
 
 
 class GlobalOrder:
     """Position in the run -> sample index; one epoch is kept."""
 
-    def __init__(self, seed: int, count: int, *, turns: Sequence[Turn] | None = None) -> None:
-        """`turns`: each sample's stratum, for the balanced order; without them it is the plain one."""
-        if turns is not None and len(turns) != count:
-            raise ValueError(f"{count} samples need as many strata, got {len(turns)}.")
+    def __init__(self, seed: int, count: int, *, groups: Sequence[Group] | None = None) -> None:
+        """`groups`: who has which share; without them every sample comes once an epoch."""
         self.seed, self.count = seed, count
-        self._strata = None if turns is None else members(turns)
+        self._groups = None if groups is None else list(groups)
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __getitem__(self, position: int) -> int:
@@ -39,9 +52,9 @@ class GlobalOrder:
         return int(self._order[place])
 
     def _of(self, epoch: int) -> Order:
-        if self._strata is None:
+        if self._groups is None:
             return epoch_order(self.seed, epoch, self.count)
-        return balanced_epoch(self.seed, epoch, self._strata)
+        return shared_epoch(self.seed, epoch, self.count, self._groups)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Order:
@@ -49,23 +62,42 @@ def epoch_order(seed: int, epoch: int, count: int) -> Order:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(count)
 
 
-def members(turns: Sequence[Turn]) -> list[Order]:
-    """Sample indices of each stratum that has any, straight first."""
-    found = [np.flatnonzero([turn == stratum for turn in turns]) for stratum in get_args(Turn)]
-    return [stratum for stratum in found if len(stratum)]
+def make_groups(weights: Sequence[tuple[range, float]], turns: Sequence[Turn] | None) -> list[Group]:
+    """Groups of stores, given as their sample indices and weights, each cut into its turn strata where there are some.
+
+    `turns`: each sample's stratum; those of a store have equal parts of its share.
+    """
+    total = sum(weight for _, weight in weights)
+    groups = []
+    for indices, weight in weights:
+        everyone = np.arange(indices.start, indices.stop)
+        if turns is None:
+            parts = [everyone]
+        else:
+            mine = np.array([turns[index] for index in indices])
+            parts = [everyone[mine == turn] for turn in get_args(Turn) if (mine == turn).any()]
+        groups += [Group(members=part, share=weight / total / len(parts)) for part in parts if len(part)]
+    return groups
 
 
-def balanced_epoch(seed: int, epoch: int, strata: Sequence[Order]) -> Order:
-    """One epoch in which each stratum has the same share, spread evenly, from (seed, epoch) and the strata alone."""
-    count = sum(map(len, strata))
+def shared_epoch(seed: int, epoch: int, count: int, groups: Sequence[Group]) -> Order:
+    """One epoch in which each group has its share, spread evenly, from (seed, epoch) and the groups alone."""
     picks, places = [], []
-    for number, stratum in enumerate(strata):
-        # All strata's shares sum to the epoch, and over epochs none gets ahead by more than one place.
-        first, end = ((done * count + number) // len(strata) for done in (epoch, epoch + 1))
-        picks.append(stratum[_walk(seed, number, len(stratum), first, end)])
+    ends = np.cumsum([group.share for group in groups])
+    ends[-1] = 1.0
+    for number, group in enumerate(groups):
+        before = float(ends[number - 1]) if number else 0.0
+        # Places up to an epoch, of this group and those before it: over epochs none gets ahead by more than one.
+        first, end = (
+            math.floor(done * count * float(ends[number]) + _ROUNDING) - math.floor(done * count * before + _ROUNDING)
+            for done in (epoch, epoch + 1)
+        )
+        end = max(first, end)
+        picks.append(group.members[_walk(seed, number, len(group.members), first, end)])
         jitter = _generator(seed, 0, number, epoch).random(end - first)
         places.append((np.arange(end - first) + jitter) / max(1, end - first))
-    return np.concatenate(picks)[np.argsort(np.concatenate(places), kind="stable")]
+    found = np.concatenate(picks)[np.argsort(np.concatenate(places), kind="stable")]
+    return found[:count]
 
 
 def _walk(seed: int, stratum: int, size: int, first: int, end: int) -> Order:

@@ -117,6 +117,12 @@ def turn_of(heading_change_rad: float, lateral_offset_m: float) -> Turn:
     return "straight"
 
 
+def turn_ahead(history_rot: ArrayLike, future_xyz: ArrayLike, future_rot: ArrayLike) -> Turn:
+    """The turn alone, as in `classify` and from the same arrays, which are not checked."""
+    headings = heading(np.concatenate([np.asarray(history_rot)[-1:], np.asarray(future_rot)]))
+    return turn_of(float(headings[-1] - headings[0]), float(np.asarray(future_xyz)[-1, 1]))
+
+
 def direction_of(heading_change_rad: float, lateral_offset_m: float) -> Direction:
     """By heading where it changes, else by the side on which the corridor is left."""
     if turn_of(heading_change_rad, lateral_offset_m) == "straight":

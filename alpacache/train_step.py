@@ -26,16 +26,17 @@ class StepResult:
 
     batch: Batch
     numbers: Tensor
-    """`[2]` float32 on the host."""
+    """`[2 + B]` float32 on the host: loss, gradient norm, each sample's loss."""
     began: torch.cuda.Event | None
     """When its samples and everything before it were there."""
     ended: torch.cuda.Event | None
 
-    def values(self) -> tuple[float, float]:
+    def values(self) -> tuple[float, float, list[float]]:
+        """Loss, gradient norm and each sample's loss."""
         if self.ended is not None:
             self.ended.synchronize()
-        loss, norm = self.numbers.tolist()
-        return loss, norm
+        loss, norm, *losses = self.numbers.tolist()
+        return loss, norm, losses
 
 
 class TrainStep:
@@ -76,7 +77,7 @@ class TrainStep:
         # The CPU's optimizer takes the Python number itself.
         self._lr = torch.zeros((), device=device, dtype=torch.float32 if self._cuda else torch.float64)
         self._dry = torch.zeros((), dtype=torch.bool, device=device)
-        self._numbers = torch.zeros(2, device=device)
+        self._numbers = torch.zeros(2 + batch_size, device=device)
         rows, lengths, starts = self._places
         self._prefixes = PackedPrefixes(
             layout=ring.layout,
@@ -113,7 +114,7 @@ class TrainStep:
             self._compute()
         if not self._cuda:
             return StepResult(batch=batch, numbers=self._numbers.clone(), began=None, ended=None)
-        numbers = torch.empty(2, pin_memory=True)
+        numbers = torch.empty(len(self._numbers), pin_memory=True)
         numbers.copy_(self._numbers, non_blocking=True)
         return StepResult(batch=batch, numbers=numbers, began=began, ended=self._event())
 
@@ -128,21 +129,27 @@ class TrainStep:
         for parameter in self._parameters:
             parameter.grad = None
         batch_size = len(self._action)
-        total = torch.zeros((), device=self._action.device)
+        losses = []
         for start in range(0, batch_size, self._micro_batch):
             part = slice(start, start + self._micro_batch)
-            action = self._action[part]
             loss = flow_loss(
-                self._expert, action, self._noise[part], self._t[part], self._slice(part), causal=self._causal
-            ) * (len(action) / batch_size)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total = total + loss.detach()
+                self._expert,
+                self._action[part],
+                self._noise[part],
+                self._t[part],
+                self._slice(part),
+                causal=self._causal,
+            )
+            (loss.sum() / batch_size).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        each = torch.cat(losses)
+        total = each.mean()
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
         scale = (self._clip / (norm + 1e-6)).clamp(max=1.0)
         bad = ~(torch.isfinite(total) & torch.isfinite(norm))
         self._optimizer.step(lr=self._lr, scale=scale, skip=bad | self._dry)
-        self._numbers.copy_(torch.stack([total, norm]))
+        self._numbers.copy_(torch.cat([torch.stack([total, norm]), each]))
 
     def _slice(self, part: slice) -> PackedPrefixes:
         rows, lengths, starts = self._places[:, part]
@@ -189,6 +196,9 @@ def flow_loss(
     *,
     causal: bool,
 ) -> Tensor:
-    """Mean over samples and draws; `action [B, 1, 64, 2]`, `noise [B, K, 64, 2]`, `t [B, K]` on the expert's device."""
+    """Each sample's loss `[B]`, mean over its draws.
+
+    `action [B, 1, 64, 2]`, `noise [B, K, 64, 2]` and `t [B, K]` are on the expert's device.
+    """
     velocity = expert.velocity(flow_matching.interpolate(action, noise, t), t, prefixes, causal=causal)
-    return flow_matching.loss(velocity, action, noise).mean()
+    return flow_matching.loss(velocity, action, noise).mean(dim=1)

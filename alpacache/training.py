@@ -7,29 +7,35 @@ the global order, so a run that was killed and resumed ends with the same bits a
 import dataclasses
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alpacache import randomness
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.batches import Batch, BatchRing
-from alpacache.cached_dataset import CachedDataset, target
-from alpacache.config import TrainConfig, to_toml
+from alpacache.cached_dataset import CachedDataset
+from alpacache.config import TrainConfig, to_toml, weighted_stores
 from alpacache.device import resolve_device
+from alpacache.ema import WeightAverage
 from alpacache.errors import DeviceMemoryError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.identity import model_identity
 from alpacache.interrupt import InterruptGuard
-from alpacache.memory_plan import VAL_BATCH, VAL_DRAWS, MemoryPlan
+from alpacache.memory_plan import MemoryPlan
 from alpacache.optimizers import make_optimizer
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
-from alpacache.run_plan import as_begun, batches_of, settle
-from alpacache.train_step import StepResult, TrainStep, flow_loss
+from alpacache.run_plan import as_begun, batches_of, global_order, settle
+from alpacache.trackers import Tracker, make_trackers, scalars
+from alpacache.train_step import StepResult, TrainStep
 from alpacache.trainable import checkpoint_tensors, choose_trainable, enable_checkpointing
+from alpacache.validation import Validation
+from cache_store import CorruptSampleError
 
 _NON_FINITE_LIMIT = 3
 _FREE_TO_CHANGE = {
@@ -47,6 +53,12 @@ _FREE_TO_CHANGE = {
     "memory_budget",
     "stores",
     "model",
+    "best_by",
+    "patience",
+    "ema",
+    "ema_every",
+    "on_damage",
+    "track",
 }
 """Config keys that do not change what a step computes; `stores` and `model` may move, their identity is checked."""
 
@@ -65,6 +77,12 @@ class TrainReport:
     """Mean over its last steps."""
     val_loss: float | None
     best_val_loss: float | None
+    val_min_ade: float | None
+    """Metres; None unless the best is chosen by it."""
+    stopped_early: bool
+    """Before the last step, because validation had stopped getting better."""
+    damaged: int
+    """Samples that were left out because their stored bytes are damaged."""
     seconds: float
     samples_per_s: float
     data_wait: float
@@ -91,7 +109,8 @@ def train(
         )
     device = resolve_device(config.device)
     checkpoint = Checkpoint(config.model)
-    data = CachedDataset(config.stores, checkpoint, in_memory=config.in_memory)
+    stores = [path for path, _ in weighted_stores(config.stores)]
+    data = CachedDataset(stores, checkpoint, in_memory=config.in_memory)
     val = CachedDataset([config.val], checkpoint, in_memory=config.in_memory) if config.val else None
     config, plan = settle(as_begun(config, directory), checkpoint, data, device)
     if plan is not None:
@@ -135,7 +154,9 @@ class _Run:
         assert config.micro_batch is not None
         self.draws, self.micro_batch, self.plan = config.draws, config.micro_batch, plan
         self.config, self.directory, self.checkpoint = config, directory, checkpoint
-        self.data, self.val, self.expert, self.on_progress = data, val, expert, on_progress
+        self.data, self.expert, self.on_progress = data, expert, on_progress
+        self.validation = None if val is None else Validation(val, config)
+        self.order = global_order(config, data)
         self.total = config.steps or math.ceil((config.epochs or 0) * len(data) / config.batch_size)
         self.warmup = min(100, self.total // 10) if config.warmup is None else config.warmup
         if self.warmup >= self.total:
@@ -150,11 +171,20 @@ class _Run:
         self.optimizer = make_optimizer(
             config.optimizer, self.parameters, betas=config.betas, weight_decay=config.weight_decay
         )
+        self.average: WeightAverage | None = None
         self.step = 0
-        self.best: dict[str, Any] = {"step": None, "val_loss": None}
+        self.best: dict[str, Any] = {"step": None, "value": None, "by": config.best_by, "since": 0}
+        """Of all validations the best, and how many there were since."""
+        self.damaged: set[int] = set()
+        """Indices of samples that are left out."""
         self.losses: list[float] = []
-        self.val_loss: float | None = None
+        self.by_turn: dict[str, list[float]] = defaultdict(list)
+        """Losses of samples since the last validation."""
+        self.validated: dict[str, float] = {}
+        """What the last validation found."""
+        self.trackers: list[Tracker] = []
         self.bad_steps = 0
+        self.stopped_early = False
         self.started, self.first = time.monotonic(), 0
         self.ended: torch.cuda.Event | None = None
         """When the last step that was read had ended on the device; None after a pause."""
@@ -168,15 +198,38 @@ class _Run:
         if expert.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(expert.device)
         expert.train()
-        ring = BatchRing(
-            self.data,
-            expert.action_space,
-            batches_of(config, self.data, first=self.step, end=self.total),
-            batch_size=config.batch_size,
-            device=expert.device,
-        )
-        step = TrainStep(
-            expert,
+        if config.ema is not None and self.average is None:
+            self.average = WeightAverage(self.parameters, decay=config.ema, every=config.ema_every)
+        step: TrainStep | None = None
+        rows: Tensor | None = None
+        self.started, self.first = time.monotonic(), self.step
+        with InterruptGuard() as guard, ExitStack() as closing:
+            self.trackers = make_trackers(config, self.directory.path, first_step=self.step)
+            for tracker in self.trackers:
+                closing.callback(tracker.close)
+            while self.step < self.total and not self.stopped_early:
+                places = batches_of(self.order, config.batch_size, first=self.step, end=self.total)
+                ring = BatchRing(
+                    self.data,
+                    expert.action_space,
+                    map(self._without_damaged, places),
+                    batch_size=config.batch_size,
+                    device=expert.device,
+                    data=rows,
+                )
+                rows = ring.data
+                step = step or self._make_step(ring)
+                try:
+                    with ring:
+                        self._run_through(ring, step, guard)
+                except CorruptSampleError as error:
+                    self._leave_out(error)
+        return self._report(self.first, time.monotonic() - self.started)
+
+    def _make_step(self, ring: BatchRing) -> TrainStep:
+        config = self.config
+        return TrainStep(
+            self.expert,
             self.parameters,
             self.optimizer,
             ring,
@@ -188,34 +241,61 @@ class _Run:
             capture=config.capture,
             compile_layers=config.compile,
         )
-        self.started, self.first = time.monotonic(), self.step
+
+    def _run_through(self, ring: BatchRing, step: TrainStep, guard: InterruptGuard) -> None:
+        """Train on the ring's batches, to the last or until it is time to stop."""
+        config, lag = self.config, 0 if self.expert.device.type == "cpu" else 1
         underway: deque[tuple[int, StepResult]] = deque()
-        with InterruptGuard() as guard, ring:
+        self.read_waited_s = 0.0
+        try:
             for batch in ring:
                 underway.append((self.step + 1, self._enqueue(step, batch)))
                 ring.done(batch)
                 self.step += 1
-                stopping = guard.requested
-                validating = self.val is not None and (self.step % config.val_every == 0 or self.step == self.total)
-                pausing = validating or stopping or self.step == self.total or self.step % config.save_every == 0
+                if self.average is not None:
+                    self.average.after(self.step)
+                stopping, finished = guard.requested, self.step == self.total
+                validating = self.validation is not None and (finished or self.step % config.val_every == 0)
+                pausing = validating or stopping or finished or self.step % config.save_every == 0
                 # On a GPU the last step is read when the next one is enqueued, so that the device never waits.
-                while len(underway) > (0 if pausing or expert.device.type == "cpu" else 1):
-                    row = self._row(*underway.popleft(), waited_s=ring.waited_s)
-                    if validating and not underway:
-                        row["val_loss"] = self.val_loss = self._validate()
-                    self.directory.append_metrics(row)
-                    self._tell(row)
+                while len(underway) > (0 if pausing else lag):
+                    self._take(*underway.popleft(), ring, validating=validating and not underway)
                 if pausing:
-                    self._pause(row, stopping)
-        return self._report(self.first, time.monotonic() - self.started)
+                    self._pause(validated=validating, stopping=stopping)
+                if self.stopped_early:
+                    return
+        except CorruptSampleError:
+            while underway:
+                self._take(*underway.popleft(), ring, validating=False)
+            raise
 
-    def _pause(self, row: dict[str, Any], stopping: bool) -> None:
-        """After a step whose row is known: keep the best, save when it is time, stop if asked to."""
-        finished = self.step == self.total
-        improved = "val_loss" in row and (self.best["step"] is None or row["val_loss"] < self.best["val_loss"])
-        if improved:
-            self.best = {"step": self.step, "val_loss": row["val_loss"]}
-        if improved or finished or stopping or self.step % self.config.save_every == 0:
+    def _take(self, number: int, result: StepResult, ring: BatchRing, *, validating: bool) -> None:
+        """Read a step and tell of it."""
+        row = self._row(number, result, waited_s=ring.waited_s)
+        if validating:
+            assert self.validation is not None
+            self.validated = self.validation.run(self.expert)
+            row |= self.validated
+            row |= {f"train_loss/{turn}": sum(losses) / len(losses) for turn, losses in sorted(self.by_turn.items())}
+            self.by_turn.clear()
+        self.directory.append_metrics(row)
+        for tracker in self.trackers:
+            tracker.log(number, scalars(row))
+        self._tell(row)
+
+    def _pause(self, *, validated: bool, stopping: bool) -> None:
+        """After a step that was read: keep the best, save when it is time, stop if asked to."""
+        config, finished = self.config, self.step == self.total
+        improved = False
+        if validated:
+            value = self.validated["val_loss" if config.best_by == "loss" else "val_min_ade"]
+            comparable = self.best["value"] is not None and self.best["by"] == config.best_by
+            improved = not comparable or value < self.best["value"]
+            since = 0 if improved else self.best["since"] + 1
+            best = {"step": self.step, "value": value, "by": config.best_by} if improved else self.best
+            self.best = {**best, "since": since}
+            self.stopped_early = config.patience is not None and since >= config.patience and not finished
+        if improved or finished or stopping or self.stopped_early or self.step % config.save_every == 0:
             self._save(is_best=improved)
         self.ended = None  # what passes until the next step is no waiting for data
         if stopping and not finished:
@@ -223,10 +303,33 @@ class _Run:
                 f"stopped on request at step {self.step}; saved. Run again with --resume to go on."
             )
 
+    def _without_damaged(self, batch: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The batch with the next sample in place of each that is left out."""
+        if not self.damaged:
+            return batch
+        count = len(self.data)
+        return [
+            (place, next(other for other in range(index, index + count) if other % count not in self.damaged) % count)
+            for place, index in batch
+        ]
+
+    def _leave_out(self, error: CorruptSampleError) -> None:
+        """Go on without a damaged sample, or not: then the error is raised again."""
+        if self.config.on_damage == "stop":
+            if self.step > self.first:
+                self._save(is_best=False)
+            raise error
+        found = {index for index in range(len(self.data)) if self.data.sample_id(index) == error.sample_id}
+        if not found or found <= self.damaged or len(self.damaged | found) * 2 > len(self.data):
+            raise error
+        self.damaged |= found
+        row = {"step": self.step, "damaged": error.sample_id, "message": str(error)}
+        self.directory.append_metrics(row)
+
     def restore(self) -> None:
         """Go on from the newest checkpoint; refuses a changed setting that would change the result."""
         path = self.directory.checkpoint(self.directory.steps[-1])
-        content = read_checkpoint(path, optimizer=True)
+        content = read_checkpoint(path, optimizer=True, average=self.directory.has_average(self.directory.steps[-1]))
         before, now = content.state["settings"], self._settings()
         changed = [
             f"{key}: the run has {before[key]!r}, now {now[key]!r}"
@@ -245,6 +348,11 @@ class _Run:
         self.optimizer.load_tensors(content.optimizer)
         self.step = content.state["step"]
         self.best = content.state["best"]
+        ids = set(content.state.get("damaged", []))
+        self.damaged = {index for index in range(len(self.data)) if self.data.sample_id(index) in ids} if ids else set()
+        if content.average and self.config.ema is not None:
+            self.average = WeightAverage(self.parameters, decay=self.config.ema, every=self.config.ema_every)
+            self.average.load(content.average)
         self.directory.rewind_metrics(self.step)
 
     def _enqueue(self, step: TrainStep, batch: Batch) -> StepResult:
@@ -257,17 +365,19 @@ class _Run:
 
     def _lr(self, step: int) -> float:
         config = self.config
-        return learning_rate(step, total=self.total, warmup=self.warmup, peak=config.lr, final=config.min_lr)
+        return learning_rate(step, total=self.total, warmup=self.warmup, peak=config.peak_lr, final=config.min_lr)
 
     def _row(self, number: int, result: StepResult, *, waited_s: float) -> dict[str, Any]:
         """What is written of a step. Raises `NonFiniteError` after a few in a row that were not finite."""
-        loss, norm = result.values()
+        loss, norm, losses = result.values()
         seconds = time.monotonic() - self.started
         rate = (number - self.first) / seconds
         row: dict[str, Any] = {"step": number, "loss": loss, "lr": self._lr(number - 1), "grad_norm": norm}
         row |= {"samples_per_s": rate * self.config.batch_size, **self._timing(result, seconds, waited_s)}
         if math.isfinite(loss) and math.isfinite(norm):
             self.losses.append(loss)
+            for turn, value in zip(result.batch.turns, losses, strict=True):
+                self.by_turn[turn].append(value)
             self.bad_steps = 0
             return row
         self.bad_steps += 1
@@ -299,46 +409,18 @@ class _Run:
         self.waited_s += wait_s
         return {"step_ms": step_s * 1e3, "data_wait": wait_s / step_s if step_s else 0.0}
 
-    @torch.no_grad()
-    def _validate(self) -> float:
-        """Loss over at most `val_samples` held-out samples, evenly spread, on noise that never changes."""
-        if self.val is None:
-            raise AssertionError("validation without a store")
-        self.expert.eval()
-        count = min(len(self.val), self.config.val_samples)
-        indices = [place * len(self.val) // count for place in range(count)]
-        total = 0.0
-        for start in range(0, count, VAL_BATCH):
-            samples = [self.val.load(index) for index in indices[start : start + VAL_BATCH]]
-            action = torch.stack([target(sample, self.expert.action_space) for sample in samples])[:, None]
-            noise = torch.stack([randomness.noise("val", sample.sample_id, draws=VAL_DRAWS) for sample in samples])
-            t = torch.stack(
-                [randomness.times("val", s.sample_id, draws=VAL_DRAWS, schedule=self.config.times) for s in samples]
-            )
-            device = self.expert.device
-            with torch.compiler.set_stance("force_eager"):  # other shapes than those compiled for
-                loss = flow_loss(
-                    self.expert,
-                    action.to(device),
-                    noise.to(device),
-                    t.to(device),
-                    [sample.prefix for sample in samples],
-                    causal=self.config.causal,
-                )
-            total += float(loss) * len(samples)
-        self.expert.train()
-        return total / count
-
     def _save(self, *, is_best: bool) -> None:
         state = {
             "settings": self._settings(),
             "base": model_identity(self.checkpoint),
             "best": self.best,
             "trainable": self.config.trainable,
+            "damaged": sorted(self.data.sample_id(index) for index in self.damaged),
         }
         content = RunCheckpoint(
             model=checkpoint_tensors(self.expert, self.parameters),
             optimizer=self.optimizer.tensors(),
+            average={} if self.average is None else self.average.tensors(),
             state=state,
         )
         if self.plan is not None:
@@ -352,6 +434,8 @@ class _Run:
         """What must not change over a resume, as plain JSON."""
         settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in _FREE_TO_CHANGE}
         settings["betas"] = list(self.config.betas)
+        settings["lr"] = self.config.peak_lr
+        settings["store_weights"] = [weight for _, weight in weighted_stores(self.config.stores)]
         if self.config.trainable != "lora":
             del settings["lora_rank"], settings["lora_alpha"]
         return {**settings, "dataset_samples": len(self.data), "base": model_identity(self.checkpoint)}
@@ -362,6 +446,9 @@ class _Run:
             notes["wait"] = f"{self.waited_s / self.timed_s:.0%}"
         if self.expert.device.type == "cuda":
             notes["GiB"] = f"{torch.cuda.max_memory_reserved(self.expert.device) / 2**30:.1f}"
+        notes["samples/s"] = f"{row['samples_per_s']:.3g}"
+        if self.damaged:
+            notes["damaged"] = str(len(self.damaged))
         if "val_loss" in row:
             notes["val"] = f"{row['val_loss']:.4f}"
         rate = row["samples_per_s"] / self.config.batch_size
@@ -377,8 +464,11 @@ class _Run:
             samples=len(self.data),
             first_loss=_mean(self.losses[:window]),
             last_loss=_mean(self.losses[-window:]),
-            val_loss=self.val_loss,
-            best_val_loss=self.best["val_loss"],
+            val_loss=self.validated.get("val_loss"),
+            best_val_loss=self.best["value"] if self.best["by"] == "loss" else None,
+            val_min_ade=self.validated.get("val_min_ade"),
+            stopped_early=self.stopped_early,
+            damaged=len(self.damaged),
             seconds=seconds,
             samples_per_s=done * self.config.batch_size / seconds if seconds else 0.0,
             data_wait=self.waited_s / self.timed_s if self.timed_s else 0.0,

@@ -24,6 +24,7 @@ def evaluate(
     compare: Annotated[
         list[str] | None, typer.Option(help="LABEL=RUN: one more run in the same tables; repeatable.")
     ] = None,
+    ema: options.Ema = False,
     paths: Annotated[int, typer.Option(help="Paths sampled a sample.")] = 6,
     flow_steps: Annotated[int, typer.Option(help="Euler steps from noise to action.")] = 10,
     samples: options.Samples = None,
@@ -44,6 +45,7 @@ def evaluate(
         out=out,
         checkpoint=checkpoint,
         compare=options.labelled(compare or []),
+        ema=ema,
         paths=paths,
         flow_steps=flow_steps,
         samples=samples,

@@ -13,6 +13,7 @@ def export(
         str, typer.Option(help="Run directory (its best checkpoint, else its last) or a checkpoint.")
     ],
     out: Annotated[str, typer.Option(help="Directory to write; must not exist or be empty.")],
+    ema: options.Ema = False,
     expert_only: Annotated[
         bool, typer.Option("--expert-only", help="Leave out the VLM: enough for `train` and `eval`.")
     ] = False,
@@ -24,7 +25,7 @@ def export(
     """
     from alpacache.config import ExportConfig
 
-    config = ExportConfig(model=model, checkpoint=checkpoint, out=out, expert_only=expert_only)
+    config = ExportConfig(model=model, checkpoint=checkpoint, out=out, ema=ema, expert_only=expert_only)
     with output.show_progress("export") as on_progress:
         from alpacache.exporting import export as run
 

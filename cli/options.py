@@ -9,6 +9,7 @@ from alpacache.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Device = Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; a GPU if there is one.")]
+Ema = Annotated[bool, typer.Option("--ema", help="Use the average of the weights that the run kept.")]
 Model = Annotated[str, typer.Option(help="Hub id or directory of an Alpamayo checkpoint.")]
 Source = Annotated[
     str,
@@ -42,6 +43,17 @@ def camera_names(text: str | None) -> tuple[str, ...]:
     from alpacache.sample import FRONT_CAMERA, full_camera_name
 
     return (FRONT_CAMERA,) if text is None else tuple(full_camera_name(part.strip()) for part in text.split(","))
+
+
+def height_and_width(text: str) -> tuple[int, int]:
+    """`1080x1920`."""
+    try:
+        height, width = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise UsageError(f"--picture is {text!r}; expected HEIGHTxWIDTH, such as 1080x1920.") from None
+    if min(height, width) < 1:
+        raise UsageError(f"--picture is {text!r}; expected at least one pixel each way.")
+    return height, width
 
 
 def shard(text: str) -> tuple[int, int]:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 def train(
     store: Annotated[
-        list[str] | None, typer.Option(help="Store to train from; repeat it to train from several.")
+        list[str] | None,
+        typer.Option(help="PATH or PATH=WEIGHT: store to train from; repeatable, a weight is its share of an epoch."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="The checkpoint that the store was extracted with.")] = None,
     out: Annotated[str | None, typer.Option(help="Directory of the run.")] = None,
@@ -56,7 +57,7 @@ def train(
     capture: Annotated[
         bool | None, typer.Option(help="Replay each step as one CUDA graph on a GPU. [default: yes]")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: 1e-4]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: 1e-4; lora 5e-4, head 1e-3]")] = None,
     warmup: Annotated[
         int | None, typer.Option(help="Warm-up steps before the cosine. [default: 100, at most a tenth]")
     ] = None,
@@ -66,6 +67,21 @@ def train(
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [default: 200]")] = None,
     keep: Annotated[int | None, typer.Option(help="Checkpoints to keep, besides the best. [default: 2]")] = None,
     val_every: Annotated[int | None, typer.Option(help="Steps between validations. [default: 100]")] = None,
+    best_by: Annotated[
+        str | None, typer.Option(help="`loss` or `min_ade` of the validation decides which is best. [default: loss]")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many validations without a new best. [default: never]")
+    ] = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Keep an average of the weights in RAM: decay a step, such as 0.999.")
+    ] = None,
+    on_damage: Annotated[
+        str | None, typer.Option(help="A damaged sample: `stop`, or `skip` it and count. [default: stop]")
+    ] = None,
+    track: Annotated[
+        str | None, typer.Option(help="`tensorboard`, `wandb` (both), or `none`. [default: tensorboard]")
+    ] = None,
     in_memory: Annotated[
         bool | None, typer.Option(help="Keep samples in page-locked RAM after their first read. [default: no]")
     ] = None,
@@ -109,7 +125,7 @@ def train(
                 "seed": seed,
             },
             **{"save_every": save_every, "keep": keep, "val_every": val_every, "in_memory": in_memory},
-            **{"resume": resume, "device": device},
+            **{"resume": resume, "device": device, "patience": patience, "ema": ema},
             **{"lora_rank": lora_rank, "micro_batch": micro_batch, "checkpointing": checkpointing},
             **{"memory_budget": memory_budget, "capture": capture, "compile": compile},
             **{
@@ -118,6 +134,9 @@ def train(
                     ("trainable", trainable, ("all", "head", "lora")),
                     ("optimizer", optimizer, ("auto", "adamw8", "adamw")),
                     ("balance", balance, ("none", "curvature")),
+                    ("best_by", best_by, ("loss", "min_ade")),
+                    ("on_damage", on_damage, ("stop", "skip")),
+                    ("track", track, ("tensorboard", "wandb", "none")),
                 )
                 if value is not None
             },
@@ -147,7 +166,14 @@ def train(
     if report.first_loss is not None:
         rows.insert(2, ["loss", f"{report.first_loss:.4f} -> {report.last_loss:.4f}"])
     if report.val_loss is not None:
-        rows.append(["validation loss", f"{report.val_loss:.4f}, best {report.best_val_loss:.4f}"])
+        best = "" if report.best_val_loss is None else f", best {report.best_val_loss:.4f}"
+        rows.append(["validation loss", f"{report.val_loss:.4f}{best}"])
+    if report.val_min_ade is not None:
+        rows.append(["validation minADE", f"{report.val_min_ade:.3f} m"])
+    if report.stopped_early:
+        rows.append(["stopped early", "validation had stopped getting better"])
+    if report.damaged:
+        rows.append(["damaged", f"{report.damaged} samples left out; `alpacache verify` names them"])
     if report.peak_gib is not None:
         rows.append(["GPU memory", f"{report.peak_gib:.2f} GiB reserved at peak, {report.planned_gib:.2f} planned"])
     output.print_table("train", rows)

@@ -5,9 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from alpacache.sample_order import GlobalOrder, balanced_epoch, epoch_order, members
+from alpacache.sample_order import GlobalOrder, Group, epoch_order, make_groups, shared_epoch
 
 TURNS = ["straight"] * 90 + ["gentle"] * 8 + ["sharp"] * 2
+
+
+def balanced(seed, count, turns):
+    return GlobalOrder(seed, count, groups=make_groups([(range(count), 1.0)], turns))
 
 
 def places(order, first, end):
@@ -25,7 +29,7 @@ def test_every_epoch_is_a_permutation_and_they_differ():
 
 
 def test_strata_have_equal_shares_of_every_epoch_and_over_epochs():
-    order = GlobalOrder(0, 100, turns=TURNS)
+    order = balanced(0, 100, TURNS)
     total = Counter()
     for epoch in range(6):
         shares = Counter(TURNS[index] for index in places(order, epoch * 100, (epoch + 1) * 100))
@@ -36,14 +40,14 @@ def test_strata_have_equal_shares_of_every_epoch_and_over_epochs():
 
 def test_any_stretch_is_nearly_balanced():
     """So is a batch: strata are spread over the epoch, not only counted in it."""
-    order = GlobalOrder(1, 300, turns=TURNS * 3)
+    order = balanced(1, 300, TURNS * 3)
     for start in range(0, 300, 30):
         shares = Counter((TURNS * 3)[index] for index in places(order, start, start + 30))
         assert all(8 <= shares[turn] <= 12 for turn in ("straight", "gentle", "sharp"))
 
 
 def test_a_stratum_is_walked_without_replacement_across_epochs():
-    order = GlobalOrder(2, 100, turns=TURNS)
+    order = balanced(2, 100, TURNS)
     walked = places(order, 0, 600)
     for turn in ("straight", "gentle", "sharp"):
         indices = [index for index, kind in enumerate(TURNS) if kind == turn]
@@ -58,19 +62,19 @@ def test_a_stratum_is_walked_without_replacement_across_epochs():
 
 
 def test_the_balanced_order_is_a_function_of_seed_and_epoch():
-    whole = places(GlobalOrder(5, 100, turns=TURNS), 0, 500)
-    resumed = GlobalOrder(5, 100, turns=TURNS)
+    whole = places(balanced(5, 100, TURNS), 0, 500)
+    resumed = balanced(5, 100, TURNS)
     assert places(resumed, 437, 500) == whole[437:]
     assert places(resumed, 12, 40) == whole[12:40]
-    assert balanced_epoch(5, 3, members(TURNS)).tolist() == whole[300:400]
-    assert places(GlobalOrder(6, 100, turns=TURNS), 0, 100) != whole[:100]
+    assert shared_epoch(5, 3, 100, make_groups([(range(100), 1.0)], TURNS)).tolist() == whole[300:400]
+    assert places(balanced(6, 100, TURNS), 0, 100) != whole[:100]
     assert whole[:100] != whole[100:200]
 
 
 def test_absent_strata_get_no_share():
-    order = GlobalOrder(0, 10, turns=["gentle"] * 9 + ["straight"])
+    order = balanced(0, 10, ["gentle"] * 9 + ["straight"])
     assert Counter(places(order, 0, 10))[9] == 5
-    only = GlobalOrder(0, 10, turns=["sharp"] * 10)
+    only = balanced(0, 10, ["sharp"] * 10)
     assert sorted(places(only, 0, 10)) == list(range(10))
     assert places(only, 0, 10) != list(range(10))
 
@@ -79,12 +83,30 @@ def test_absent_strata_get_no_share():
 def test_blocks_of_permutations_join_without_a_seam(size):
     """An epoch boundary in the middle of a block or of a permutation loses and repeats nothing."""
     turns = ["straight"] * size + ["sharp"] * 3
-    order = GlobalOrder(0, size + 3, turns=turns)
+    order = balanced(0, size + 3, turns)
     seen = [index for index in places(order, 0, 5 * (size + 3)) if index < size]
     for start in range(0, len(seen) - size + 1, size):
         assert sorted(seen[start : start + size]) == list(range(size))
 
 
-def test_strata_of_another_number_of_samples_are_refused():
-    with pytest.raises(ValueError, match="10 samples need as many strata, got 100"):
-        GlobalOrder(0, 10, turns=TURNS)
+def test_stores_have_their_weights_of_every_epoch_and_strata_parts_of_it():
+    stores = [(range(90), 3.0), (range(90, 100), 1.0)]
+    order = GlobalOrder(0, 100, groups=make_groups(stores, None))
+    for epoch in range(4):
+        drawn = places(order, epoch * 100, (epoch + 1) * 100)
+        assert sum(index >= 90 for index in drawn) == 25
+        assert Counter(index for index in drawn if index >= 90).most_common(1)[0][1] <= 3
+    turns = ["straight"] * 80 + ["sharp"] * 10 + ["straight"] * 10
+    groups = make_groups(stores, turns)
+    assert [round(group.share, 3) for group in groups] == [0.375, 0.375, 0.25]
+    order = GlobalOrder(0, 100, groups=groups)
+    drawn = places(order, 0, 800)
+    assert sum(80 <= index < 90 for index in drawn) == 300
+    assert sum(index >= 90 for index in drawn) == 200
+
+
+def test_a_share_of_less_than_one_sample_an_epoch_comes_in_some_epochs():
+    groups = [Group(members=np.arange(9), share=0.96), Group(members=np.array([9]), share=0.04)]
+    drawn = [sum(index == 9 for index in shared_epoch(0, epoch, 10, groups)) for epoch in range(50)]
+    assert all(len(shared_epoch(0, epoch, 10, groups)) == 10 for epoch in range(50))
+    assert sum(drawn) == 20

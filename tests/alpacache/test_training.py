@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -17,9 +18,9 @@ from safetensors.torch import load_file
 import alpacache
 from alpacache.config import ExtractConfig, TrainConfig
 from alpacache.errors import DataError, NonFiniteError, UsageError
-from alpacache.run_directory import RunDirectory, read_checkpoint
+from alpacache.run_directory import RunDirectory, read_checkpoint, read_trained
 from alpacache.training import learning_rate
-from cache_store import CorruptSampleError
+from cache_store import CacheReader, CorruptSampleError
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +247,7 @@ def test_a_damaged_checkpoint_is_named(tiny_checkpoint, store, tmp_path):
     data[-10] ^= 1
     file.write_bytes(data)
     with pytest.raises(DataError, match=r"model.safetensors is damaged"):
-        read_checkpoint(out / "last", optimizer=False)
+        read_checkpoint(out / "last")
 
 
 def test_a_full_disk_keeps_earlier_checkpoints(tiny_checkpoint, store, tmp_path, monkeypatch):
@@ -296,7 +297,8 @@ def test_best_is_the_step_that_was_validated(tiny_checkpoint, store, tmp_path):
     best = min(validated, key=validated.get)
     assert sorted(validated) == [2, 4, 6, 7]
     assert (out / "best").resolve().name == f"step-{best:07d}"
-    assert read_checkpoint(out / "best", optimizer=False).state["best"] == {"step": best, "val_loss": validated[best]}
+    found = read_checkpoint(out / "best").state["best"]
+    assert found == {"step": best, "value": validated[best], "by": "loss", "since": 0}
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_its_metrics_anew(tiny_checkpoint, store, tmp_path):
@@ -363,3 +365,133 @@ def test_a_warm_up_longer_than_the_run_is_refused(tiny_checkpoint, store, tmp_pa
         alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", warmup=6))
     alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", steps=20, warmup=None))
     assert [row["lr"] for row in rows(tmp_path / "run")][:3] == pytest.approx([5e-4, 1e-3, 1e-3])
+
+
+def damaged_copy(store, path, count):
+    """A copy of a store with a flipped bit in the first `count` samples; their ids."""
+    shutil.copytree(store, path)
+    reader = CacheReader(path)
+    ids = sorted(reader.sample_ids)[:count]
+    for sample_id in ids:
+        chunk = sorted((path / reader.record(sample_id).folder / "kv").glob("c.*"))[0]
+        data = bytearray(chunk.read_bytes())
+        data[100] ^= 1
+        chunk.write_bytes(data)
+    return ids
+
+
+def test_damaged_samples_are_left_out_and_counted_if_asked_for(tiny_checkpoint, store, tmp_path):
+    ids = damaged_copy(store, tmp_path / "broken", 2)
+    out = tmp_path / "run"
+    report = alpacache.train(config(tiny_checkpoint, tmp_path / "broken", out, steps=8, on_damage="skip"))
+    assert (report.steps, report.damaged) == (8, 2)
+    noted = [row["damaged"] for row in rows(out) if "damaged" in row]
+    assert sorted(noted) == ids
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, 9))
+    assert read_checkpoint(out / "last").state["damaged"] == ids
+    more = config(tiny_checkpoint, tmp_path / "broken", out, steps=8, on_damage="skip", resume=True)
+    assert alpacache.train(more).damaged == 2
+
+
+def test_a_run_that_stops_at_a_damaged_sample_keeps_what_it_did(tiny_checkpoint, store, tmp_path):
+    damaged_copy(store, tmp_path / "broken", 1)
+    out = tmp_path / "run"
+    with pytest.raises(CorruptSampleError):
+        alpacache.train(config(tiny_checkpoint, tmp_path / "broken", out, steps=20))
+    done = [row["step"] for row in rows(out)]
+    assert RunDirectory(out).steps == ([done[-1]] if done else [])
+
+
+def test_too_many_damaged_samples_stop_the_run(tiny_checkpoint, store, tmp_path):
+    damaged_copy(store, tmp_path / "broken", 6)
+    with pytest.raises(CorruptSampleError):
+        alpacache.train(config(tiny_checkpoint, tmp_path / "broken", tmp_path / "run", steps=30, on_damage="skip"))
+
+
+def test_weights_of_stores_decide_what_is_seen(tiny_checkpoint, store, tmp_path):
+    shutil.copytree(store, tmp_path / "other")
+    mixed = (f"{store}=3", str(tmp_path / "other"))
+    settings = {"stores": mixed, "steps": 5, "batch_size": 4}
+    seen = []
+    from alpacache import batches
+
+    original = batches.BatchRing._next
+
+    def noting(ring, samples):
+        batch = original(ring, samples)
+        seen.extend(ring._dataset.locate(p)[0].path for p in map(order.__getitem__, batch.positions)) if batch else None
+        return batch
+
+    from alpacache.alpamayo import Checkpoint
+    from alpacache.cached_dataset import CachedDataset
+    from alpacache.run_plan import global_order
+
+    chosen = config(tiny_checkpoint, store, tmp_path / "run", **settings)
+    order = global_order(chosen, CachedDataset([store, tmp_path / "other"], Checkpoint(str(tiny_checkpoint))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches.BatchRing, "_next", noting)
+        alpacache.train(chosen)
+    assert len(seen) == 20
+    assert sum(path == store for path in seen) == 15
+    changed = config(tiny_checkpoint, store, tmp_path / "run", **{**settings, "stores": (f"{store}=2", mixed[1])})
+    with pytest.raises(UsageError, match="store_weights"):
+        alpacache.train(replace(changed, resume=True))
+
+
+def test_the_average_is_kept_and_resumed_to_the_same_bits(tiny_checkpoint, store, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = {"ema": 0.5, "ema_every": 2, "save_every": 3, "keep": 9}
+    alpacache.train(config(tiny_checkpoint, store, whole, **settings))
+    shutil.copytree(whole / "checkpoints/step-0000003", parts / "checkpoints/step-0000003")
+    (parts / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
+    alpacache.train(config(tiny_checkpoint, store, parts, resume=True, **settings))
+    first, second = (load_file(out / "last/average.safetensors") for out in (whole, parts))
+    assert same(first, second)
+    plain = weights(whole)
+    assert first.keys() == plain.keys()
+    assert not same(first, plain)
+    assert same(read_trained(whole / "last", average=True).model, first)
+    assert same(read_trained(whole / "last", average=False).model, plain)
+    alpacache.train(config(tiny_checkpoint, store, tmp_path / "none"))
+    with pytest.raises(UsageError, match="no average"):
+        read_trained(tmp_path / "none/last", average=True)
+
+
+def test_training_stops_when_validation_stops_getting_better(tiny_checkpoint, store, tmp_path):
+    out = tmp_path / "run"
+    settings = {"val": str(store), "val_every": 1, "patience": 2, "lr": 0.0, "min_lr": 0.0, "steps": 20}
+    report = alpacache.train(config(tiny_checkpoint, store, out, **settings))
+    assert report.stopped_early
+    assert report.steps == 3
+    assert (out / "best").resolve().name == "step-0000001"
+    assert (out / "last").resolve().name == "step-0000003"
+
+
+def test_the_best_may_be_chosen_by_min_ade_and_strata_are_told_apart(tiny_checkpoint, store, tmp_path):
+    out = tmp_path / "run"
+    settings = {"val": str(store), "val_every": 3, "best_by": "min_ade", "val_samples": 4}
+    report = alpacache.train(config(tiny_checkpoint, store, out, **settings))
+    validated = {row["step"]: row for row in rows(out) if "val_loss" in row}
+    found = {step: row["val_min_ade"] for step, row in validated.items()}
+    assert (out / "best").resolve().name == f"step-{min(found, key=found.get):07d}"
+    assert report.val_min_ade == found[6]
+    for row in validated.values():
+        turns = [name.split("/")[1] for name in row if name.startswith("val_loss/")]
+        assert turns
+        assert min(row[f"val_loss/{turn}"] for turn in turns) <= row["val_loss"]
+        assert max(row[f"val_loss/{turn}"] for turn in turns) >= row["val_loss"]
+        assert any(name.startswith("train_loss/") for name in row)
+
+
+def test_every_number_is_in_the_tensorboard_events(tiny_checkpoint, store, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    alpacache.train(config(tiny_checkpoint, store, out, val=str(store), val_every=3))
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows(out)])
+    assert [event.step for event in events.Scalars("val_loss")] == [3, 6]
+    alpacache.train(config(tiny_checkpoint, store, tmp_path / "silent", track="none"))
+    assert not (tmp_path / "silent/tensorboard").exists()

@@ -1,0 +1,35 @@
+"""Paths from cached prefixes, on noise that every model shares."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from alpacache import randomness
+from alpacache.alpamayo import ActionExpert
+from alpacache.features import CachedSample
+from alpacache.flow_matching import sample as sample_flow
+
+Paths: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+@torch.no_grad()
+def predict(
+    expert: ActionExpert, samples: Sequence[CachedSample], *, paths: int, flow_steps: int, seed: int
+) -> list[Paths]:
+    """Sampled paths of each sample: xyz `[K, 64, 3]` (m, ego frame at t0) and rotations `[K, 64, 3, 3]`.
+
+    The noise depends on the seed and the sample id alone, so every model sees the same and batch size changes nothing.
+    """
+    batch = expert.batch([sample.prefix for sample in samples])
+    noise = torch.stack([randomness.noise("eval", seed, sample.sample_id, draws=paths) for sample in samples]).to(
+        expert.device
+    )
+    action = sample_flow(lambda x, t: expert.velocity(x, t, batch), noise, steps=flow_steps).cpu()
+    result = []
+    for row, sample in zip(action, samples, strict=True):
+        xyz, rot = expert.action_space.to_path(row, sample.history_xyz, sample.history_rot)
+        result.append((xyz.numpy(), rot.numpy()))
+    return result
