@@ -25,6 +25,7 @@ from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.report import write_report
 from alpacache.run_directory import find_checkpoint, read_trained
 from alpacache.sample import SampleRef
+from alpacache.sample_table import write_sample_table
 from alpacache.strata import classify
 from alpacache.summary import EvalSummary, ModelResult, SampleResult, judge, judge_baselines, summarise
 
@@ -145,7 +146,7 @@ def _result(sample_id: str, drive: Drive, front_jpeg: bytes | None, paths: Mappi
 
 
 def _write(out: Path, config: EvalConfig, summary: EvalSummary, results: Sequence[SampleResult]) -> None:
-    """`eval.json`, `report.html`, and bird's-eye pictures of the best, median and worst samples of the last model."""
+    """`eval.json`, `samples.parquet`, `report.html`, and pictures of the best, median and worst of the last model."""
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     per_sample = [
         {
@@ -160,6 +161,7 @@ def _write(out: Path, config: EvalConfig, summary: EvalSummary, results: Sequenc
         "summary": summary.to_json(),
         "samples": per_sample,
     }
+    write_sample_table(out / "samples.parquet", results)
     (out / "eval.json").write_text(json.dumps(document, indent=1) + "\n")
     last = summary.models[-1]
     ranked = sorted(results, key=lambda r: (r.models[last].metrics["min_ade"], r.sample_id))

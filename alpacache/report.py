@@ -70,6 +70,7 @@ def write_report(
             "filters": tables.filter_buttons(summary),
             "strata_table": tables.strata_table(summary),
             "slopes_table": tables.slopes_table(summary),
+            "corridor_table": tables.corridor_table(summary),
             "time_picture": _picture(_time_png(summary, ranked), "error over time"),
             "gallery_note": html.escape(
                 f"Ranked by minADE of {judged} among samples that move; white dots on the driven path are seconds."

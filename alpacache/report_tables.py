@@ -124,6 +124,20 @@ def slopes_table(summary: EvalSummary) -> str:
     return _table(heads, rows)
 
 
+def corridor_table(summary: EvalSummary) -> str:
+    """Lateral recall and spread by stratum and model, with counts, intervals and paired changes."""
+    heads = ["stratum", "model", "leave", "recall", "change", "stay", "false", "among the paths", "spread m"]
+    rows = []
+    for name, stratum in summary.strata.items():
+        for label, of in stratum.corridor.items():
+            cells = [_text(stratum_name(name)), _named(summary, label), _count(of.leaving)]
+            cells += [_share(of.recall, of.recall_interval), _share_change(stratum.recall_differences.get(label))]
+            cells += [_count(of.staying), _share(of.false_leaving, None)]
+            cells += [_share(of.contained_leaving, of.contained_interval), _value(of.spread_m, "{:.2f}")]
+            rows.append(_row(cells, css=_row_css(summary, label), stratum=name))
+    return _table(heads, rows)
+
+
 def samples_table(
     summary: EvalSummary,
     results: Sequence[SampleResult],
@@ -210,6 +224,21 @@ def _change(key: str, change: Interval | None) -> str:
         f"<td{_verdict(change)}>{middle:+.{digits}f}{unit}<br>"
         f'<span class="range">[{low:+.{digits}f}, {high:+.{digits}f}]</span></td>'
     )
+
+
+def _share(value: float | None, interval: Interval | None) -> str:
+    if value is None:
+        return '<td data-value="">–</td>'
+    text = "" if interval is None else f' <span class="range">[{_fixed(interval.low)}, {_fixed(interval.high)}]</span>'
+    return f'<td data-value="{value:.6g}">{_fixed(value)}{text}</td>'
+
+
+def _share_change(change: Interval | None) -> str:
+    if change is None:
+        return '<td data-value="">–</td>'
+    css = ' class="better"' if change.low > 0 else ' class="worse"' if change.high < 0 else ""
+    span = f'<span class="range">[{change.low:+.2f}, {change.high:+.2f}]</span>'
+    return f'<td{css} data-value="{change.estimate:.6g}">{change.estimate:+.2f} {span}</td>'
 
 
 def _slope(slope: Slope | None) -> str:

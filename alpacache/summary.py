@@ -27,6 +27,7 @@ from alpacache.bias import (
     mean_departure,
 )
 from alpacache.bootstrap import Interval, mean_difference, slope_difference
+from alpacache.corridor import CorridorSummary, Leaving, leaving, recall_difference, summarise_corridor
 from alpacache.metrics import EXTRA_KEYS, PUBLIC_KEYS, corner_distance, extra_metrics, min_ade
 from alpacache.strata import LATE_CURVE, STRATA, Floats, Strata
 
@@ -36,6 +37,8 @@ ENOUGH_SAMPLES = 30
 
 BySlope = Mapping[Quantity, Mapping[float, Slope | None]]
 ByInterval = Mapping[Quantity, Mapping[float, Interval | None]]
+_BY_MODEL = ("metrics", "differences", "bias", "bias_differences", "corridor", "recall_differences")
+"""Fields of `StratumSummary` that are mappings by model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,8 @@ class ModelResult:
     """`[K, 64, 3, 3]`."""
     metrics: Mapping[str, float]
     """`METRIC_KEYS` -> metres (`miss_rate`: 0 or 1)."""
+    leaving: Leaving
+    """Whether the paths leave the straight corridor where the driven one does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +90,10 @@ class StratumSummary:
     """Slope by quantity and horizon; None where there is none to fit."""
     bias_differences: Mapping[str, ByInterval]
     """Slope less the reference's slope."""
+    corridor: Mapping[str, CorridorSummary]
+    """Lateral recall and spread."""
+    recall_differences: Mapping[str, Interval | None]
+    """Recall less the reference's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +127,7 @@ def judge(pred_xyz: ArrayLike, pred_rot: ArrayLike, truth_xyz: ArrayLike, truth_
         pred_xyz=np.asarray(pred_xyz, dtype=np.float64),
         pred_rot=np.asarray(pred_rot, dtype=np.float64),
         metrics={key: metrics[key] for key in METRIC_KEYS},
+        leaving=leaving(pred_xyz, truth_xyz),
     )
 
 
@@ -190,12 +200,14 @@ def _summarise_stratum(
 ) -> StratumSummary:
     clips = [result.clip_id for result in results]
     if not results:
-        return StratumSummary(samples=0, clips=0, metrics={}, differences={}, bias={}, bias_differences={})
+        empty: dict[str, Any] = {name: {} for name in _BY_MODEL}
+        return StratumSummary(samples=0, clips=0, **empty)
     values = {
         label: {key: np.array([one.models[label].metrics[key] for one in results]) for key in METRIC_KEYS}
         for label in predicted
     }
     reference, *others = models
+    left = {label: [one.models[label].leaving for one in results] for label in predicted}
     return StratumSummary(
         samples=len(results),
         clips=len(set(clips)),
@@ -220,6 +232,10 @@ def _summarise_stratum(
         bias_differences={
             label: _slope_differences(truth, predicted[reference], predicted[label], clips, seed=seed)
             for label in others
+        },
+        corridor={label: summarise_corridor(of, clips, seed=seed) for label, of in left.items()},
+        recall_differences={
+            label: recall_difference(left[reference], left[label], clips, seed=seed) for label in others
         },
     )
 

@@ -62,7 +62,13 @@ def evaluate(
         return
     print_summary(report.summary)
     output.print_table(
-        "", [["report", f"{out}/report.html"], ["numbers", f"{out}/eval.json"], ["pictures", f"{out}/pictures/"]]
+        "",
+        [
+            ["report", f"{out}/report.html"],
+            ["numbers", f"{out}/eval.json"],
+            ["every sample", f"{out}/samples.parquet"],
+            ["pictures", f"{out}/pictures/"],
+        ],
     )
 
 
@@ -70,7 +76,7 @@ def print_summary(summary: "EvalSummary") -> None:
     """Metrics in metres, and the slope of predicted against driven heading change: 1 is unbiased, 0 drives straight."""
     from alpacache.strata import LATE_CURVE
 
-    heads = ["stratum", "samples", "model", *_METRICS.values(), "heading slope at 6.4 s"]
+    heads = ["stratum", "samples", "model", *_METRICS.values(), "recall", "heading slope at 6.4 s"]
     rows = []
     for name, stratum in summary.strata.items():
         labels = (*summary.models, *summary.baselines) if name in ("all", LATE_CURVE) else summary.models
@@ -78,7 +84,9 @@ def print_summary(summary: "EvalSummary") -> None:
             slope = stratum.bias[label]["heading"][6.4]
             text = "-" if slope is None else f"{slope.slope:.2f} [{slope.low:.2f}, {slope.high:.2f}]"
             first = [_NAMES.get(name, name), str(stratum.samples)] if number == 0 else ["", ""]
-            rows.append([*first, label, *(f"{stratum.metrics[label][key]:.3f}" for key in _METRICS), text])
+            recall = stratum.corridor[label].recall
+            numbers = [f"{stratum.metrics[label][key]:.3f}" for key in _METRICS]
+            rows.append([*first, label, *numbers, "-" if recall is None else f"{recall:.2f}", text])
     output.print_table(f"{summary.samples} samples, {summary.paths} paths each, metres", rows, heads=heads)
     for warning in summary.warnings[:_WARNINGS]:
         output.note(warning)

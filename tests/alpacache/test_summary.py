@@ -70,6 +70,21 @@ def test_planted_bias_is_found_and_the_unbiased_model_is_not_flagged(summary: Ev
     assert (difference.estimate, difference.low, difference.high) == pytest.approx((0.7, 0.7, 0.7))
 
 
+def test_a_straight_model_recalls_no_turn_and_the_change_is_paired(summary: EvalSummary) -> None:
+    every = summary.strata["all"]
+    assert every.corridor["constant velocity"].recall == 0.0
+    before, after = every.corridor["before"], every.corridor["after"]
+    assert before.recall is not None
+    assert after.recall is not None
+    assert before.recall < after.recall <= 1.0
+    assert before.leaving + before.staying == every.samples
+    change = every.recall_differences["after"]
+    assert change is not None
+    assert change.estimate == pytest.approx(after.recall - before.recall)
+    assert change.low > 0
+    assert summary.strata["straight"].corridor["after"].recall is None
+
+
 def test_counts_split_the_whole(summary: EvalSummary) -> None:
     counts = {name: stratum.samples for name, stratum in summary.strata.items()}
 
