@@ -8,17 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-
 from alpacache.batches import BatchRing
-from alpacache.memory_plan import MAX_DRAWS, MemoryPlan, Workload, relative_cost
+from alpacache.gpus import Gpu
+from alpacache.memory_plan import MAX_DRAWS, MemoryPlan, Workload
+from alpacache.stage_times import compute_seconds, optimizer_seconds
 
 DELIVERED_BATCHES = 5
 """Read to learn how fast batches come; the first does not count."""
 _DELIVERY_LIMIT_S = 20.0
-_MATRIX = 4096
-_EFFICIENCY = 0.5
-"""Of a training step's arithmetic, against a large product of matrices (measured on an H100)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,23 +26,24 @@ class AutoDraws:
     batch_s: float
     """Seconds in which the stores deliver a batch."""
     step_s: float
-    """Estimated seconds of forward and backward at these draws."""
+    """Estimated seconds of a step with these draws."""
 
 
 def choose_draws(
-    plan_for: Callable[[int], MemoryPlan | None], work: Workload, *, batch_s: float, token_s: float
+    plan_for: Callable[[int], MemoryPlan | None], work: Workload, *, batch_s: float, gpu: Gpu
 ) -> AutoDraws:
     """The least number of draws that keeps the GPU busy, or the most that fit.
 
     Args:
         plan_for: draws -> plan, or None where they do not fit.
         batch_s: from `delivery_seconds`.
-        token_s: from `token_seconds`.
+        gpu: what a step is to run on.
     """
     chosen: AutoDraws | None = None
     draws = 1
     while draws <= MAX_DRAWS and (plan := plan_for(draws)) is not None:
-        chosen = AutoDraws(draws=draws, batch_s=batch_s, step_s=relative_cost(work, plan) * token_s)
+        step_s = compute_seconds(work, plan, gpu) + optimizer_seconds(work, gpu)
+        chosen = AutoDraws(draws=draws, batch_s=batch_s, step_s=step_s)
         if chosen.step_s >= batch_s:
             break
         draws *= 2
@@ -67,22 +65,6 @@ def delivery_seconds(ring: BatchRing) -> float:
                 break
         elapsed = time.monotonic() - started
     return elapsed / count if count > 0 else 0.0
-
-
-def token_seconds(work: Workload, device: torch.device) -> float:
-    """About the seconds that forward and backward take for an action token on this GPU."""
-    left = torch.zeros(_MATRIX, _MATRIX, dtype=torch.bfloat16, device=device)
-    times: list[float] = []
-    for _ in range(4):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        for _ in range(8):
-            left @ left
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 8e3)
-    per_flop = min(times) / (2 * _MATRIX**3)
-    return 6 * work.parameters * per_flop / _EFFICIENCY
 
 
 def first_places(places: Iterator[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:

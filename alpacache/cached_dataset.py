@@ -1,5 +1,6 @@
 """Cached samples for stage two: one or several stores as one indexed set, read ahead by threads."""
 
+import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.errors import UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS, PREFIX_FIELDS, CachedSample, from_arrays
 from alpacache.identity import check_same_model, store_codec
+from alpacache.sample import FRONT_CAMERA
 from alpacache.strata import Turn, classify
 from cache_store import CacheReader, KVCodec, differences
 
@@ -113,6 +115,15 @@ class CachedDataset:
             return None
         picture: bytes = reader.read(sample_id, fields=["front_jpeg"])["front_jpeg"].tobytes()
         return picture
+
+    def front_lens(self, index: int) -> dict[str, Any] | None:
+        """The front camera's calibration, where the sample has one."""
+        reader, sample_id = self._index[index]
+        if "calibration" not in reader.fields_of(sample_id):
+            return None
+        found = json.loads(str(reader.read(sample_id, fields=["calibration"])["calibration"]))
+        lens = found.get(FRONT_CAMERA) if isinstance(found, dict) else None
+        return lens if isinstance(lens, dict) else None
 
     def _kv_shape(self, index: int) -> tuple[int, ...]:
         """`[layer, 2, kv_head, token, channel]` of a sample."""

@@ -17,9 +17,10 @@ from alpacache.config import EvalConfig
 from alpacache.device import resolve_device
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.features import CachedSample
+from alpacache.front_view import draw_paths
 from alpacache.identity import check_base
 from alpacache.interrupt import InterruptGuard
-from alpacache.pictures import birds_eye_png
+from alpacache.pictures import MODEL_COLOURS, birds_eye_png
 from alpacache.prediction import Paths, predict
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.report import write_report
@@ -76,7 +77,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         _result(
             data.sample_id(index),
             drives[index],
-            data.front_jpeg(index),
+            _front(data, index, drives[index][2], {label: paths[place][0] for label, paths in predicted.items()}),
             {label: paths[place] for label, paths in predicted.items()},
         )
         for place, index in enumerate(indices)
@@ -125,6 +126,22 @@ def _drive(sample: CachedSample) -> Drive:
         sample.future_xyz.double().numpy(),
         sample.future_rot.double().numpy(),
     )
+
+
+def _front(
+    data: CachedDataset, index: int, truth_xyz: NDArray[np.float64], paths: Mapping[str, NDArray[np.float32]]
+) -> bytes | None:
+    """The front picture, with the paths where it is known how they project."""
+    jpeg, lens = data.front_jpeg(index), data.front_lens(index)
+    if jpeg is None or lens is None:
+        return jpeg
+    coloured = {
+        label: (MODEL_COLOURS[number % len(MODEL_COLOURS)], xyz) for number, (label, xyz) in enumerate(paths.items())
+    }
+    try:
+        return draw_paths(jpeg, lens, truth_xyz, coloured)
+    except (ValueError, OSError):  # a picture without lines is better than none
+        return jpeg
 
 
 def _result(sample_id: str, drive: Drive, front_jpeg: bytes | None, paths: Mapping[str, Paths]) -> SampleResult:

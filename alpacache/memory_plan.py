@@ -5,7 +5,6 @@ share their memory, unless gradients of an earlier micro-batch are there already
 on an H100 (`benchmarks/results/`); everything else is counted.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,12 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import expert_config
 from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.errors import UsageError
+from alpacache.gpus import GPUS, MEASURED
 from alpacache.optimizers import state_bytes
+from alpacache.sample import FUTURE_STEPS
+from alpacache.stage_times import compute_seconds
 from alpacache.trainable import trained_counts
 
-WAYPOINTS = 64
 VAL_BATCH = 2
 """Samples of a validation batch: enough to keep a GPU busy, few enough not to be what decides on the memory."""
 VAL_DRAWS = 4
@@ -37,8 +38,6 @@ _HOLES = 0.25
 """Part of the activations that lies too scattered for gradients to take over (measured: a tenth to a half)."""
 _MARGIN = 0.03
 """Of the cap, left where a slower choice does not need it: as exact as a plan is."""
-_PART_TOKENS = 480
-"""A forward and backward cost as much as so many more tokens, however few they are (measured)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +68,7 @@ class Workload:
         cls, checkpoint: Checkpoint, layout: PrefixLayout, longest: int, *, trainable: str, lora_rank: int, **rest: Any
     ) -> "Workload":
         """From a checkpoint's headers and config alone."""
-        parts = checkpoint.with_prefix("expert.", "action_in_proj.", "action_out_proj.")
-        shapes = {name: info.shape for name, info in checkpoint.infos(parts).items()}
+        shapes = checkpoint.shapes("expert.", "action_in_proj.", "action_out_proj.")
         parameters, trained = trained_counts(shapes, trainable, lora_rank)
         config = expert_config(checkpoint)
         return cls(
@@ -134,7 +132,7 @@ class MemoryPlan:
 def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: bool) -> MemoryPlan:
     """What these settings take."""
     row = work.layout.row_bytes(work.longest)
-    tokens = micro_batch * draws * WAYPOINTS
+    tokens = micro_batch * draws * FUTURE_STEPS
     gradients = work.trained * _BF16
     activations = _activations(work, tokens, checkpointing=checkpointing)
     alone = micro_batch >= work.batch_size
@@ -180,7 +178,7 @@ def fastest_plan(
     ]
     for share in (1 - _MARGIN, 1.0):
         if fitting := [plan for plan in plans if plan.device_bytes <= share * cap_bytes]:
-            return min(fitting, key=lambda plan: relative_cost(work, plan))
+            return min(fitting, key=lambda plan: compute_seconds(work, plan, GPUS[MEASURED]))
     least = min(plans, key=lambda plan: plan.device_bytes)
     lines = "\n  ".join(f"{size / 2**30:7.2f} GiB  {name}" for name, size in least.table()[:9])
     raise UsageError(
@@ -188,13 +186,6 @@ def fastest_plan(
         f"{least.micro_batch}, {'with' if least.checkpointing else 'without'} checkpointing, {draws} draws); "
         f"{cap_bytes / 2**30:.2f} GiB are allowed:\n  {lines}\n{_remedy(work, least, cap_bytes)}"
     )
-
-
-def relative_cost(work: Workload, plan: MemoryPlan) -> float:
-    """Forward and backward of a batch, in tokens of an H100 at full size (measured; only ratios count)."""
-    parts = math.ceil(work.batch_size / plan.micro_batch)
-    tokens = parts * _PART_TOKENS + work.batch_size * plan.draws * WAYPOINTS
-    return tokens * (4 / 3 if plan.checkpointing else 1)
 
 
 def _activations(work: Workload, tokens: int, *, checkpointing: bool) -> int:

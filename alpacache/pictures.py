@@ -1,4 +1,4 @@
-"""PNG pictures of paths and of the bias, as bytes.
+"""PNG pictures of paths, of the bias and of probes, as bytes.
 
 Drawn with matplotlib's Agg canvas and no pyplot, so nothing is global and threads may draw at once. Colours are those
 of Okabe and Ito, told apart by colour-blind readers; truth and baselines differ in line style as well. A bird's-eye
@@ -6,13 +6,14 @@ view is in metres with equal axes, forward up and left to the left, as from behi
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from alpacache.bias import Quantity, Slope
+from alpacache.bootstrap import Interval
 from alpacache.strata import DT_S, Floats
 
 if TYPE_CHECKING:
@@ -156,6 +157,63 @@ def error_over_time_png(errors: Mapping[str, ArrayLike], *, dashed: Mapping[str,
     _plain(axes)
     axes.legend(loc="upper left", fontsize=8.5, frameon=False)
     return _png(figure, palette=True)
+
+
+def explained_png(
+    panels: Mapping[str, Mapping[str, Mapping[str, Interval | None]]],
+    layers: Mapping[str, Mapping[str, Interval | None]],
+    *,
+    columns: int,
+) -> bytes:
+    """R^2 as bars with their intervals, and below them by layer. What is below -0.3 is cut off.
+
+    Args:
+        panels: title -> what a probe was given -> kind of probe -> R^2; a row of panels has `columns`.
+        layers: title -> layer -> R^2; empty, or as many as columns.
+        columns: panels side by side.
+    """
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // columns) + bool(layers)
+    figure = Figure(figsize=(4.3 * columns, 3.1 * rows), dpi=DPI, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for panel, (title, bars) in zip(axes, panels.items(), strict=False):
+        kinds = list(dict.fromkeys(kind for group in bars.values() for kind in group))
+        for number, kind in enumerate(kinds):
+            width = 0.8 / len(kinds)
+            places = np.arange(len(bars)) + (number - (len(kinds) - 1) / 2) * width
+            found = [group.get(kind) for group in bars.values()]
+            heights = [0.0 if one is None else one.estimate for one in found]
+            panel.bar(places, heights, 0.9 * width, color=MODEL_COLOURS[1 - number % 2], label=kind)
+            _whiskers(panel, places, found)
+        panel.set_xticks(range(len(bars)), [_unmath(label) for label in bars])
+        _explained_axes(panel, title)
+    for panel, (title, sets) in zip(axes[len(panels) :], layers.items(), strict=False):
+        found = list(sets.values())
+        places = np.arange(len(sets), dtype=np.float64)
+        heights = [np.nan if one is None else one.estimate for one in found]
+        panel.plot(places, heights, marker="o", ms=4, color=MODEL_COLOURS[1])
+        _whiskers(panel, places, found)
+        every = -(-len(sets) // 8)
+        panel.set_xticks(places[::every], [_unmath(label).replace(" ", "\n") for label in sets][::every])
+        _explained_axes(panel, title)
+    for panel in axes[::columns]:
+        panel.set_ylabel("R², clips not seen", fontsize=9, color=INK)
+    axes[0].legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
+    return _png(figure, palette=True)
+
+
+def _whiskers(axes: "Axes", places: ArrayLike, found: Sequence[Interval | None]) -> None:
+    for place, one in zip(np.asarray(places), found, strict=True):
+        if one is not None:
+            axes.plot([place, place], [one.low, one.high], color=INK, lw=1.3)
+
+
+def _explained_axes(axes: "Axes", title: str) -> None:
+    axes.set_title(_unmath(title), loc="left", fontsize=10, color=INK)
+    axes.set_ylim(-0.3, 1.05)
+    axes.axhline(0, color=INK, lw=0.8)
+    _plain(axes)
 
 
 def _draw_paths(

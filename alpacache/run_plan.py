@@ -8,11 +8,12 @@ import torch
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.expert import action_space
-from alpacache.auto_draws import choose_draws, delivery_seconds, first_places, token_seconds
+from alpacache.auto_draws import choose_draws, delivery_seconds, first_places
 from alpacache.batches import BatchRing
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import TrainConfig, budget_gib, weighted_stores
 from alpacache.errors import UsageError
+from alpacache.machine_speed import gpu_speed
 from alpacache.memory_plan import MemoryPlan, Workload, fastest_plan
 from alpacache.optimizers import resolve
 from alpacache.run_directory import RunDirectory
@@ -93,7 +94,7 @@ def _auto_draws(
         places = first_places(batches_of(order, config.batch_size, first=0, end=10**9))
         space = action_space(checkpoint)
         batch_s = delivery_seconds(BatchRing(data, space, places, batch_size=config.batch_size, device=device))
-    return choose_draws(plan_or_none, work, batch_s=batch_s, token_s=token_seconds(work, device)).draws
+    return choose_draws(plan_or_none, work, batch_s=batch_s, gpu=gpu_speed(device.index or 0)).draws
 
 
 def global_order(config: TrainConfig, data: CachedDataset) -> GlobalOrder:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli import demo, evaluate, export, extract, prepare, store, train
+from cli import demo, doctor, evaluate, export, extract, plan, prepare, store, train
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -24,12 +24,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("prepare")(prepare.prepare)
+app.command("plan")(plan.plan)
 app.command("extract")(extract.extract)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("info")(store.info)
 app.command("verify")(store.verify)
+app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 
 

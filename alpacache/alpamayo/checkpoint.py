@@ -178,6 +178,16 @@ class Checkpoint:
             raise CheckpointError(f"{self.model}: the index names tensors that no shard holds: {_some(lost)}.")
         return found
 
+    def shapes(self, *prefixes: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors under the prefixes, from headers alone: no shard is fetched for them."""
+        names = self.with_prefix(*prefixes)
+        if self.directory is not None:
+            return {name: info.shape for name, info in self.infos(names).items()}
+        found: dict[str, tuple[int, ...]] = {}
+        for shard in sorted(set(names.values())):
+            found |= _hub_shapes(self.model, shard, revision=self.revision)
+        return {name: found[name] for name in names if name in found}
+
     def with_prefix(self, *prefixes: str) -> dict[str, str]:
         """Names (and shards) of the tensors under the given prefixes."""
         return {name: shard for name, shard in self.names.items() if name.startswith(prefixes)}
@@ -245,6 +255,24 @@ def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
 
     with _hub_errors(repo, name, revision):
         return Path(hf_hub_download(repo, name, revision=revision))
+
+
+def _hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes of one safetensors file of a hub repository: of its cached copy, else of its first bytes."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cached = try_to_load_from_cache(repo, shard, revision=revision)
+    if isinstance(cached, str):
+        return {name: entry["shape"] for name, entry in read_header(Path(cached)).items()}
+    with _hub_errors(repo, f"the header of {shard}", revision):
+        try:
+            found = HfApi().parse_safetensors_file_metadata(repo, shard, revision=revision)
+        except HfHubHTTPError:
+            raise
+        except Exception as error:  # of whichever HTTP library this version of the hub's client uses
+            raise OSError(str(error)) from error
+    return {name: tuple(info.shape) for name, info in found.tensors.items()}
 
 
 def _hub_snapshot(repo: str, *, revision: str | None, patterns: tuple[str, ...]) -> Path:

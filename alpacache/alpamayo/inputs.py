@@ -1,5 +1,6 @@
 """Samples to VLM inputs: image patches, prompt, history tokens. Pure CPU work, safe to run in threads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,16 @@ class InputBuilder:
         """Whether the prompt names cameras and frames."""
         return self.config.family == "1.5"
 
+    def prompt(
+        self, cameras: Sequence[str], *, frames: int, height: int, width: int
+    ) -> tuple[str, NDArray[np.int64], int]:
+        """Text, ids `[T]` with history placeholders, and image tokens a frame, for pictures of this size."""
+        tokens = image_tokens(height, width, **self._geometry, **self._limits)
+        text = render_prompt(
+            [[tokens] * frames] * len(cameras), cameras=cameras, named=self.named, reasoning=self.reasoning
+        )
+        return text, self.tokenizer.encode(text), tokens
+
     def build(self, sample: Sample) -> VLMInputs:
         """Patches, prompt and fused ids of one sample."""
         cameras, frames, _, height, width = sample.frames.shape
@@ -64,11 +75,7 @@ class InputBuilder:
             **self._geometry,
             **self._limits,
         )
-        tokens = image_tokens(height, width, **self._geometry, **self._limits)
-        text = render_prompt(
-            [[tokens] * frames] * cameras, cameras=sample.cameras, named=self.named, reasoning=self.reasoning
-        )
-        ids = self.tokenizer.encode(text)
+        text, ids, tokens = self.prompt(sample.cameras, frames=frames, height=height, width=width)
         starts = np.flatnonzero(ids == self.tokenizer.id_of("<|vision_start|>")) + 1
         history_end = np.flatnonzero(ids == self.config.traj_token_ids["history_end"])
         return VLMInputs(

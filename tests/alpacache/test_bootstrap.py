@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alpacache.bootstrap import mean_difference, slope_difference, slope_interval
+from alpacache.bootstrap import explained, mean_difference, slope_difference, slope_interval
 
 
 def ids(count: int, samples_each: int = 1) -> list[str]:
@@ -81,3 +81,23 @@ def test_no_slope_where_truth_does_not_vary() -> None:
 def test_ids_must_match() -> None:
     with pytest.raises(ValueError, match="8 clip ids for 9 samples"):
         mean_difference(np.zeros(9), np.zeros(9), ids(8))
+
+
+def test_explained_is_the_share_of_the_squared_error_done_away_with() -> None:
+    rng = np.random.default_rng(5)
+    truth, noise = rng.normal(size=2000), 0.5 * rng.normal(size=2000)
+
+    found = explained(truth, truth + noise, 0 * truth, ids(1000, 2))
+    difference = explained(truth, truth + noise, 0 * truth, ids(1000, 2), over=truth + 2 * noise)
+    perfect = explained(truth, truth, 0 * truth, ids(1000, 2))
+
+    assert found is not None
+    assert difference is not None
+    assert perfect is not None
+    assert found.estimate == pytest.approx(1 - (noise**2).sum() / (truth**2).sum())
+    assert found.low < 0.75 < found.high < found.low + 0.06
+    assert difference.estimate == pytest.approx(3 * (1 - found.estimate))
+    assert (perfect.low, perfect.high) == pytest.approx((1.0, 1.0))
+    assert (found.n, found.clips) == (2000, 1000)
+    assert explained(truth, truth, truth, ids(1000, 2)) is None
+    assert explained(truth, truth, 0 * truth, ["one"] * 2000) is None

@@ -106,3 +106,17 @@ def test_a_run_on_another_base_is_refused(trained, tiny_checkpoint, tiny_checkpo
         alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, checkpoint=str(tmp_path)))
     with pytest.raises(UsageError, match="label 'base' is taken"):
         alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, compare={"base": "x"}))
+
+
+def test_paths_are_drawn_into_the_front_picture_where_the_camera_is_known(
+    trained, tiny_checkpoint, tmp_path, monkeypatch
+):
+    stored = CachedDataset([trained / "store"], Checkpoint(str(tiny_checkpoint))).front_jpeg(0)
+    drawn = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "a", samples=1))
+    assert drawn.results[0].front_jpeg not in (None, stored)
+    monkeypatch.setattr(CachedDataset, "front_lens", lambda data, index: {"model": "unheard of"})
+    plain = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "b", samples=1))
+    assert plain.results[0].front_jpeg == stored
+    monkeypatch.setattr(CachedDataset, "front_lens", lambda data, index: None)
+    unknown = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "c", samples=1))
+    assert unknown.results[0].front_jpeg == stored

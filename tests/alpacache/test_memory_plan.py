@@ -13,6 +13,7 @@ from alpacache.auto_draws import choose_draws
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import ExtractConfig, TrainConfig
 from alpacache.errors import UsageError
+from alpacache.gpus import GPUS
 from alpacache.memory_plan import Workload, fastest_plan, memory_plan
 from alpacache.trainable import choose_trainable
 from cache_store import CODECS
@@ -136,15 +137,13 @@ def test_draws_fill_the_time_that_the_disk_takes():
     def plan_for(draws):
         return choose(work, 23.5, draws=draws)
 
-    token_s = 4e-5
-    fast = choose_draws(plan_for, work, batch_s=0.0, token_s=token_s)
-    assert fast.draws == 1
-    slow = choose_draws(plan_for, work, batch_s=1.0, token_s=token_s)
-    assert slow.draws == 8
-    between = choose_draws(plan_for, work, batch_s=0.06, token_s=token_s)
+    gpu = GPUS["h100"]
+    assert choose_draws(plan_for, work, batch_s=0.0, gpu=gpu).draws == 1
+    assert choose_draws(plan_for, work, batch_s=1.0, gpu=gpu).draws == 8
+    between = choose_draws(plan_for, work, batch_s=0.06, gpu=gpu)
     assert 1 < between.draws < 8
     assert between.step_s >= 0.06
-    halved = choose_draws(lambda draws: plan_for(draws) if draws < 3 else None, work, batch_s=1.0, token_s=token_s)
+    halved = choose_draws(lambda draws: plan_for(draws) if draws < 3 else None, work, batch_s=1.0, gpu=gpu)
     assert halved.draws == 2
 
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from alpacache.bias import Slope
-from alpacache.pictures import MODEL_COLOURS, bias_scatter_png, birds_eye_png, error_over_time_png
+from alpacache.bootstrap import Interval
+from alpacache.pictures import MODEL_COLOURS, bias_scatter_png, birds_eye_png, error_over_time_png, explained_png
 
 TIMES_S = 0.1 * np.arange(1, 65)
 HISTORY = np.stack([8.0 * 0.1 * np.arange(-15, 1), np.zeros(16), np.zeros(16)], axis=-1)
@@ -117,3 +118,17 @@ def test_threads_draw_the_same_bytes_without_pyplot() -> None:
 
     assert len(set(drawn)) == 1
     assert ("matplotlib.pyplot" in sys.modules) == loaded
+
+
+def test_bars_grow_with_what_is_explained() -> None:
+    def bars(share: float) -> bytes:
+        one = Interval(estimate=share, low=share - 0.1, high=share + 0.1, n=40, clips=20)
+        panels = {"heading change": {"history": {"ridge": None, "mlp": None}, "both": {"ridge": one, "mlp": one}}}
+        return explained_png(panels, {"by layer": {"layer 0": one, "layer 1": None}}, columns=1)
+
+    # Above the second row of panels and beside the legend there is nothing blue but bars.
+    low, high = (pixels(bars(share)) for share in (0.2, 0.8))
+    counts = [
+        len(where(image[: image.shape[0] // 2, image.shape[1] // 2 :], MODEL_COLOURS[1])) for image in (low, high)
+    ]
+    assert 3 < counts[1] / counts[0] < 5

@@ -73,6 +73,25 @@ def test_the_whole_way_with_json(model, tmp_path):
     assert refused.stdout == ""
 
 
+def test_probe(model, tmp_path):
+    store = tmp_path / "store"
+    run("extract", "synthetic:10", "--model", model, "--store", store, "--frames", 1, "--device", "cpu")
+    probe = ("probe", "--store", store, "--out", tmp_path / "probe")
+    found = json.loads(run(*probe, "--json").stdout)
+    written = json.loads((tmp_path / "probe/probe.json").read_text())
+    assert found["conclusion"] == written["conclusion"]
+    assert (found["vectors"], found["main"]) == ({"hidden": 256}, "hidden")
+    assert [verdict["answer"] for verdict in found["verdicts"]] == ["too few samples"] * 3
+    text = " ".join(run(*probe, "--layers", "0,3", "--pool", "last").stdout.split())
+    assert "R^2 on clips not seen, 10 samples of 10 clips" in text
+    assert "R^2 of single layers, ridge, features alone" in text
+    assert "heading change: too few samples to conclude." in text
+    assert "--layers is 'first'" in run(*probe, "--layers", "first", code=2).stderr
+    refused = run(*probe, "--samples", 5, "--json", code=2)
+    assert "come from 5 clips" in refused.stderr
+    assert refused.stdout == ""
+
+
 def test_damage_is_exit_1_and_names_the_sample(model, tmp_path):
     store = tmp_path / "store"
     run("extract", "synthetic:1", "--model", model, "--store", store, "--frames", 1, "--device", "cpu")
@@ -149,7 +168,9 @@ def test_an_unknown_config_key_names_the_nearest(tmp_path):
     assert "unknown key 'batchsize'; did you mean 'batch_size'?" in run("train", "--config", config, code=2).stderr
 
 
-@pytest.mark.parametrize("command", ["prepare", "extract", "train", "eval", "export", "info", "verify", "demo"])
+@pytest.mark.parametrize(
+    "command", ["prepare", "plan", "extract", "train", "eval", "export", "info", "verify", "doctor", "demo"]
+)
 def test_every_command_has_help_with_an_example(command):
     text = run(command, "--help").stdout
     assert "Usage: " in text

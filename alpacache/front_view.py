@@ -1,0 +1,101 @@
+"""Paths drawn into the front camera's picture, where the sample's calibration is known.
+
+Camera models are those of the PhysicalAI-AV devkit (f-theta) and of the folder layout (pinhole); see
+docs/reference/sources.md. Paths lie at the height of the vehicle's origin at t0.
+"""
+
+import io
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image, ImageDraw
+
+from alpacache.strata import Floats
+
+_NEAREST_M = 0.5
+"""Least distance before the camera of what is drawn: nearer, a pixel of error is a wild line."""
+_WIDEST_RAD = np.deg2rad(85.0)
+"""Largest angle to the optical axis: beyond it the f-theta polynomial says nothing."""
+_FAR_OUT_PX = 1e5
+_SMOOTH = 2
+"""Drawn so many times as large, then shrunk."""
+
+
+def project(points_m: ArrayLike, lens: Mapping[str, Any]) -> Floats:
+    """Pixels `[N, 2]` (x right, y down, of the full picture) of points `[N, 3]` in the vehicle's frame; NaN: unseen.
+
+    Args:
+        lens: one camera of a sample's calibration, `model` pinhole or ftheta.
+
+    Raises:
+        ValueError: another model, or a value that is missing or of the wrong shape.
+    """
+    try:
+        rotation, position = _numbers(lens, "rotation").reshape(3, 3), _numbers(lens, "position_m").reshape(3)
+        rays = (np.asarray(points_m, dtype=np.float64) - position) @ rotation
+        beside = np.linalg.norm(rays[:, :2], axis=1)
+        angle = np.arctan2(beside, rays[:, 2])
+        if lens["model"] == "pinhole":
+            scale = _numbers(lens, "fx", "fy") / np.maximum(rays[:, 2:], 1e-9)
+        elif lens["model"] == "ftheta":
+            radius = np.polynomial.Polynomial(_numbers(lens, "fw_poly"))(angle)
+            scale = (radius / np.maximum(beside, 1e-9))[:, None]
+        else:
+            raise ValueError(f"camera model {lens['model']!r} is unknown; known are pinhole and ftheta.")
+        pixels: Floats = _numbers(lens, "cx", "cy") + scale * rays[:, :2]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"calibration lacks or misstates {error}; expected docs/reference/sources.md.") from error
+    pixels[(rays[:, 2] < _NEAREST_M) | (angle > _WIDEST_RAD)] = np.nan
+    return pixels
+
+
+def draw_paths(
+    front_jpeg: bytes, lens: Mapping[str, Any], truth_xyz: ArrayLike, paths: Mapping[str, tuple[str, ArrayLike]]
+) -> bytes:
+    """The picture as JPEG with the driven path (black on white) and predicted ones.
+
+    Args:
+        front_jpeg: the front frame at any size; the calibration is of `width` x `height`.
+        truth_xyz: `[64, 3]` metres, ego frame at t0.
+        paths: label -> colour such as `#d55e00`, and `[K, 64, 3]`.
+
+    Raises:
+        ValueError: a calibration that cannot be used.
+    """
+    with Image.open(io.BytesIO(front_jpeg)) as image:
+        picture = image.convert("RGB")
+    size = picture.size
+    try:
+        stretch = np.array([_SMOOTH * size[0] / lens["width"], _SMOOTH * size[1] / lens["height"]])
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"calibration lacks a width or height ({error}).") from error
+    large = picture.resize((_SMOOTH * size[0], _SMOOTH * size[1]), Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(large)
+    for colour, sampled in paths.values():
+        for path in np.asarray(sampled, dtype=np.float64):
+            _line(pen, project(path, lens) * stretch, colour, 2 * _SMOOTH)
+    driven = project(truth_xyz, lens) * stretch
+    _line(pen, driven, "#ffffff", 4 * _SMOOTH)
+    _line(pen, driven, "#1a1a1a", 2 * _SMOOTH)
+    buffer = io.BytesIO()
+    large.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()
+
+
+def _numbers(lens: Mapping[str, Any], *names: str) -> Floats:
+    """One array of the calibration, or several numbers of it."""
+    values: Floats = np.asarray(lens[names[0]] if len(names) == 1 else [lens[name] for name in names], dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"calibration has {', '.join(names)} {values.tolist()}; expected finite numbers.")
+    return values
+
+
+def _line(pen: ImageDraw.ImageDraw, pixels: Floats, colour: str, width: int) -> None:
+    """Each stretch of seen points."""
+    for start, end in pairwise(pixels):
+        both = np.concatenate([start, end])
+        if np.isfinite(both).all() and np.abs(both).max() < _FAR_OUT_PX:
+            pen.line([tuple(start), tuple(end)], fill=colour, width=width)

@@ -1,0 +1,320 @@
+"""What both stages will take, before either is begun: tokens, bytes, hours, memory. From a model's sizes alone.
+
+Neither weights nor a GPU are needed. Bytes are those of the store's own code; the memory is `train`'s own plan; hours
+are scaled from one measured GPU (`stage_times`) and from the disk's speed, so they are estimates and say so.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from alpacache.alpamayo import Checkpoint, PrefixLayout
+from alpacache.alpamayo.geometry import RELEASED, Geometry
+from alpacache.config import CodecName, Trainable, budget_gib
+from alpacache.errors import UsageError
+from alpacache.gpus import GPUS, MEASURED, Gpu, gpu_named
+from alpacache.machine_speed import disk_speed, existing_folder, gpu_speed
+from alpacache.memory_plan import MemoryPlan, Workload, fastest_plan, memory_plan
+from alpacache.optimizers import resolve
+from alpacache.planned_sample import planned_prompt, sample_bytes
+from alpacache.sample import FRONT_CAMERA, sort_cameras
+from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds
+from alpacache.trainable import trained_counts
+from cache_store import CODECS
+from cache_store.local_files import free_bytes
+
+READ_BYTES_S, WRITE_BYTES_S = 1.5e9, 1.0e9
+"""Assumed of a disk that was not measured: cold reads of an NVMe drive, and writes until they are durable (measured:
+1.4 to 1.8 and 0.7 to 2.1 GB/s, `benchmarks/results/`)."""
+_BF16_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig:
+    """What is asked. Fields are `extract`'s and `train`'s of the same names."""
+
+    samples: int
+    model: str | None = None
+    """None: the released sizes."""
+    cameras: tuple[str, ...] = (FRONT_CAMERA,)
+    frames: int = 4
+    picture: tuple[int, int] = (1080, 1920)
+    """Height and width of the recordings."""
+    codec: CodecName = "bf16"
+    hidden_states: Literal["last", "none"] = "last"
+    batch_size: int = 8
+    draws: int = 1
+    epochs: float = 3.0
+    trainable: Trainable = "all"
+    lora_rank: int = 16
+    memory_budget: str | None = None
+    """None: all of the GPU's."""
+    store: str | None = None
+    """Where free space and, with `probe`, the disk's speed are looked up."""
+    gpu: str = MEASURED
+    """A key of `gpus.GPUS`."""
+    probe: bool = False
+    """Measure the disk, and the GPU if there is one, instead of assuming."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size", "draws", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if max(self.picture) > 200 * min(self.picture):
+            raise UsageError(f"picture is {self.picture}; expected height and width of at most 1 to 200.")
+        if not 1 <= self.frames <= 4:
+            raise UsageError(f"frames is {self.frames}; expected 1 to 4.")
+        if not self.epochs > 0:
+            raise UsageError(f"epochs is {self.epochs}; expected above 0.")
+        if self.memory_budget is not None and budget_gib(self.memory_budget) <= 0.5:
+            raise UsageError(f"memory_budget is {self.memory_budget}; expected a size such as 24GB.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What times are for."""
+
+    gpu: Gpu
+    gpu_is: Literal["measured", "scaled", "probed"]
+    """Where times come from: this very GPU, its data sheet, or a short probe."""
+    read_bytes_s: float
+    write_bytes_s: float
+    disk_is: Literal["assumed", "probed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractPlan:
+    """Stage one. Weights are read and pictures decoded while the VLM runs; loading it is not counted."""
+
+    weights_bytes: int
+    """Of the VLM on the GPU, beside which an activation or two must fit."""
+    prefill_s: float
+    """A sample."""
+    write_s: float
+    """A sample, durable."""
+    hours: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainPlan:
+    """Stage two. Validation, checkpoints and compilation are not counted."""
+
+    steps: int
+    compute_s: float
+    """Forward and backward of a step."""
+    optimizer_s: float
+    read_s: float
+    """In which the disk delivers a batch; a step takes what is longer."""
+    hours: float
+    """Every sample read from disk every time."""
+    hours_in_memory: float
+    """Samples stay in RAM after the first epoch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What was found; sizes in bytes."""
+
+    model: str
+    cameras: tuple[str, ...]
+    frames: int
+    codec: str
+    samples: int
+    tokens: int
+    """Of a prefix."""
+    tokens_an_image: int
+    images: int
+    bytes_by_field: Mapping[str, int]
+    """Of a sample, as `info` counts them."""
+    bytes_by_codec: Mapping[str, int]
+    """Of a sample with all its fields."""
+    kv_bytes_by_codec: Mapping[str, int]
+    store_bytes: int
+    free_bytes: int | None
+    """At `--store`."""
+    machine: Machine
+    extract: ExtractPlan
+    train: TrainPlan
+    memory: MemoryPlan
+    memory_bytes: int
+    """That the allocator will have reserved at its peak."""
+    cap_bytes: int
+    notes: tuple[str, ...]
+    """What the numbers rest on, and what does not fit."""
+
+
+def plan(config: PlanConfig) -> Plan:
+    """Work everything out. Raises `UsageError` for what cannot be: a bad option, or training that does not fit."""
+    cameras = sort_cameras(config.cameras)
+    checkpoint = None if config.model is None else Checkpoint(config.model)
+    prompt = planned_prompt(checkpoint, cameras, frames=config.frames, picture=config.picture)
+    geometry = RELEASED if checkpoint is None else Geometry.of(checkpoint)
+    machine, hidden_states = _machine(config), config.hidden_states == "last"
+    sizes = {
+        codec: sample_bytes(geometry, prompt, codec=codec, hidden_states=hidden_states) for codec in get_args(CodecName)
+    }
+    chosen = sizes[config.codec]
+    store_bytes = config.samples * sum(chosen.values())
+    free = None if config.store is None else free_bytes(existing_folder(config.store))
+    cap = _cap_bytes(config, machine.gpu)
+    work = _workload(config, geometry, prompt.tokens)
+    memory = fastest_plan(work, draws=config.draws, micro_batch=None, checkpointing=None, cap_bytes=cap)
+    extract = _extract_plan(config, geometry, machine, prompt.tokens, sum(chosen.values()))
+    return Plan(
+        model=geometry.model,
+        cameras=cameras,
+        frames=config.frames,
+        codec=config.codec,
+        samples=config.samples,
+        tokens=prompt.tokens,
+        tokens_an_image=prompt.tokens_an_image,
+        images=len(cameras) * config.frames,
+        bytes_by_field=chosen,
+        bytes_by_codec={codec: sum(by_field.values()) for codec, by_field in sizes.items()},
+        kv_bytes_by_codec={codec: by_field["kv"] for codec, by_field in sizes.items()},
+        store_bytes=store_bytes,
+        free_bytes=free,
+        machine=machine,
+        extract=extract,
+        train=_train_plan(config, work, memory, machine, chosen),
+        memory=memory,
+        memory_bytes=memory.device_bytes,
+        cap_bytes=cap,
+        notes=tuple(_notes(config, geometry, machine, extract, store_bytes, free)),
+    )
+
+
+def least_training_bytes(trainable: Trainable) -> int:
+    """GPU memory of the smallest useful training of the released model: one front camera, int8, one sample a step."""
+    config = PlanConfig(samples=1, codec="int8", batch_size=1, trainable=trainable)
+    prompt = planned_prompt(None, config.cameras, frames=config.frames, picture=config.picture)
+    work = _workload(config, RELEASED, prompt.tokens)
+    return memory_plan(work, draws=1, micro_batch=1, checkpointing=True).device_bytes
+
+
+def _workload(config: PlanConfig, geometry: Geometry, tokens: int) -> Workload:
+    """As `train` plans for: compiled, with a validation store."""
+    parameters, trained = trained_counts(geometry.expert_shapes, config.trainable, config.lora_rank)
+    layout = PrefixLayout(
+        layers=geometry.layers,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        codec=CODECS.get(config.codec),
+    )
+    return Workload(
+        parameters=parameters,
+        trained=trained,
+        layers=geometry.expert_layers,
+        hidden=geometry.expert_hidden,
+        intermediate=geometry.expert_intermediate,
+        layout=layout,
+        longest=tokens,
+        batch_size=config.batch_size,
+        trainable=config.trainable,
+        optimizer=resolve("auto", torch.device("cuda")),
+        compiled=True,
+        validates=True,
+    )
+
+
+def _cap_bytes(config: PlanConfig, gpu: Gpu) -> int:
+    """What `train --memory-budget` allows the allocator on this GPU."""
+    size = gpu.memory_gb if config.memory_budget is None else min(gpu.memory_gb, budget_gib(config.memory_budget))
+    return int((size - 0.5) * 2**30)
+
+
+def _machine(config: PlanConfig) -> Machine:
+    named = gpu_named(config.gpu)
+    machine = Machine(
+        gpu=named,
+        gpu_is="measured" if named is GPUS[MEASURED] else "scaled",
+        read_bytes_s=READ_BYTES_S,
+        write_bytes_s=WRITE_BYTES_S,
+        disk_is="assumed",
+    )
+    if not config.probe:
+        return machine
+    try:
+        disk = disk_speed(config.store or ".")
+    except OSError as error:
+        raise UsageError(f"cannot write at {config.store or '.'} ({error}); give --store a place for it.") from error
+    gpu, gpu_is = machine.gpu, machine.gpu_is
+    if torch.cuda.is_available():
+        gpu, gpu_is = gpu_speed(), "probed"
+    return Machine(
+        gpu=gpu,
+        gpu_is=gpu_is,
+        read_bytes_s=disk.read_bytes_s,
+        write_bytes_s=disk.write_bytes_s,
+        disk_is="probed",
+    )
+
+
+def _extract_plan(
+    config: PlanConfig, geometry: Geometry, machine: Machine, tokens: int, size_bytes: int
+) -> ExtractPlan:
+    prefill_s = prefill_seconds(geometry.vlm_parameters, tokens, machine.gpu)
+    write_s = size_bytes / machine.write_bytes_s
+    return ExtractPlan(
+        weights_bytes=geometry.vlm_parameters * _BF16_BYTES,
+        prefill_s=prefill_s,
+        write_s=write_s,
+        hours=config.samples * max(prefill_s, write_s) / 3600,
+    )
+
+
+def _train_plan(
+    config: PlanConfig, work: Workload, memory: MemoryPlan, machine: Machine, sizes: Mapping[str, int]
+) -> TrainPlan:
+    steps = math.ceil(config.epochs * config.samples / config.batch_size)
+    first_epoch = min(steps, config.samples / config.batch_size)
+    compute_s, optimizer_s = compute_seconds(work, memory, machine.gpu), optimizer_seconds(work, machine.gpu)
+    busy_s = compute_s + optimizer_s
+    read_s = config.batch_size * sizes["kv"] / machine.read_bytes_s
+    step_s = max(busy_s, read_s)
+    return TrainPlan(
+        steps=steps,
+        compute_s=compute_s,
+        optimizer_s=optimizer_s,
+        read_s=read_s,
+        hours=steps * step_s / 3600,
+        hours_in_memory=(first_epoch * step_s + (steps - first_epoch) * busy_s) / 3600,
+    )
+
+
+def _notes(
+    config: PlanConfig,
+    geometry: Geometry,
+    machine: Machine,
+    extract: ExtractPlan,
+    store_bytes: int,
+    free: int | None,
+) -> list[str]:
+    gpu, notes = machine.gpu, []
+    if free is not None and store_bytes > free:
+        notes.append(
+            f"The store does not fit: {store_bytes / 1e9:.1f} GB against {free / 1e9:.1f} free at {config.store}. "
+            "Take a smaller --codec, --hidden-states none, fewer --samples, or another disk."
+        )
+    if extract.weights_bytes > _cap_bytes(config, gpu):
+        notes.append(
+            f"Stage one does not fit: the VLM's weights alone take {extract.weights_bytes / 2**30:.1f} GiB. Extract on "
+            "a larger GPU and copy the store."
+        )
+    if machine.gpu_is == "measured":
+        notes.append("Times follow from steps and prefills that were measured on one H100 80GB.")
+    else:
+        scaled = "a probe" if machine.gpu_is == "probed" else "the rates of data sheets"
+        notes.append(f"Times are estimates: measured on one H100 80GB only, scaled to {gpu.name} by {scaled}.")
+    if geometry is not RELEASED:
+        notes.append("Times were measured with the released sizes; for this model they are scaled by its parameters.")
+    if machine.disk_is == "assumed":
+        notes.append(
+            f"The disk is assumed: reads {READ_BYTES_S / 1e9:.1f} GB/s, durable writes {WRITE_BYTES_S / 1e9:.1f} GB/s. "
+            "--probe measures it."
+        )
+    notes.append("Not counted: loading and compiling, decoding recordings, encoding KV, validation, checkpoints.")
+    return notes

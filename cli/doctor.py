@@ -1,0 +1,35 @@
+"""`alpacache doctor`: what of this machine will and will not work."""
+
+from typing import Annotated
+
+import typer
+
+from cli import options, output
+
+FAILED = 1
+
+
+def doctor(
+    store: Annotated[
+        str | None, typer.Option(help="Where the store is or will be. [default: the working directory]")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or directory whose configs should be readable.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Check Python, packages, GPU, memory, disk and hub access in seconds. Exit code 1 if anything failed.
+
+    Example: `alpacache doctor --store cache/train --model nvidia/Alpamayo-R1-10B`
+    """
+    from alpacache.doctor import diagnose
+
+    report = diagnose(store=store, model=model)
+    if json:
+        output.print_json({"ok": report.ok, "checks": report.checks})
+    else:
+        rows = [[check.status, check.name, check.found] for check in report.checks]
+        output.print_table("doctor", rows)
+        steps = [[check.name, check.remedy] for check in report.checks if check.remedy]
+        if steps:
+            output.print_table("next", steps)
+    if not report.ok:
+        raise typer.Exit(FAILED)

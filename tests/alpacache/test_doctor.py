@@ -1,0 +1,214 @@
+"""The checks where something is broken: what they say, and that one that raises does not hide the others."""
+
+import time
+import types
+from importlib import metadata
+
+import huggingface_hub
+import huggingface_hub.errors
+import pytest
+import torch
+
+from alpacache import doctor, host_memory, machine_speed
+from alpacache.doctor import diagnose
+
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(machine_speed, "_FILE_BYTES", 2**22)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of compute capability 9.0 with 80 GiB, of which attributes can be changed."""
+    found = types.SimpleNamespace(capability=(9, 0), memory=(79 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: found.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: found.memory)
+    monkeypatch.setattr(host_memory, "page_lock", lambda memory: None)
+    monkeypatch.setattr(host_memory, "page_unlock", lambda memory: None)
+    return found
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def checks(**options):
+    return {check.name: check for check in diagnose(**options).checks}
+
+
+def test_a_sound_machine(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 64 * 10**9)
+    monkeypatch.setattr(doctor, "_version", lambda name: "99.0")
+    monkeypatch.setattr(doctor, "SLOW_READ_BYTES_S", 0)
+    report = diagnose(store=str(tmp_path / "store"))
+    assert report.ok
+    named = {check.name: check for check in report.checks}
+    assert {check.status for name, check in named.items() if name != "disk space"} == {"ok"}
+    assert all(bool(check.remedy) == (check.status != "ok") for check in report.checks)
+    assert "Test GPU, compute capability 9.0" in named["gpu"].found
+    assert "hf_secret" not in str(report)
+    assert "a token" in named["hub"].found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_gpu_fails_and_says_why(no_gpu, tmp_path):
+    report = diagnose(store=str(tmp_path))
+    found = {check.name: check for check in report.checks}
+    assert not report.ok
+    assert found["gpu"].status == "fail"
+    assert "only tiny ones run on a CPU" in found["gpu"].remedy
+    assert found["gpu memory"].status == "warn"
+    assert found["page-locking"].status == found["compiler"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "status", "says"), [(79, "ok", ""), (10, "warn", "lora"), (3, "fail", "end what")]
+)
+def test_gpu_memory_against_what_training_takes(gpu, free_gib, status, says):
+    gpu.memory = (free_gib * GIB, 80 * GIB)
+    found = doctor.check_gpu_memory()
+    assert found.status == status
+    assert says in found.remedy
+    assert f"{free_gib}.0 GiB free of 80.0" in found.found
+
+
+def test_a_gpu_without_bfloat16(gpu):
+    gpu.capability = (7, 5)
+    assert doctor.check_gpu().status == "fail"
+    assert "Ampere" in doctor.check_gpu().remedy
+
+
+def test_a_gpu_without_a_compiler(gpu, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    found = doctor.check_compiler()
+    assert found.status == "fail"
+    assert "gcc" in found.remedy
+
+
+def test_packages_that_are_missing_or_old(monkeypatch):
+    versions = {"zarr": "2.18.0", "numcodecs": None}
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "99.0"))
+    found = doctor.check_packages()
+    assert found.status == "fail"
+    assert "zarr is 2.18.0, expected 3.1.6 or later" in found.found
+    assert "numcodecs is missing" in found.found
+
+
+def test_versions_compare_as_numbers(monkeypatch):
+    monkeypatch.setattr(doctor, "_requirements", lambda: {"torch": "2.9"})
+    monkeypatch.setattr(doctor, "_version", lambda name: "2.13.0+cpu")
+    assert doctor.check_packages().status == "ok"
+
+
+def test_requirements_of_a_checkout_that_is_not_installed(monkeypatch):
+    assert doctor._requirements()["zarr"] == "3.1.6"
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", missing)
+    found = doctor._requirements()
+    assert (found["zarr"], found["torch"]) == ("3.1.6", "2.11")
+    assert "peft" not in found
+
+
+def test_optional_packages_warn(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    found = doctor.check_optional()
+    assert found.status == "warn"
+    assert "alpacache[lora]" in found.remedy
+
+
+def test_a_place_that_cannot_be_written(no_gpu):
+    found = checks(store="/proc")
+    assert found["hard links"].status == found["disk speed"].status == "fail"
+    assert "write to" in found["hard links"].remedy
+    assert "/proc" in found["disk speed"].found
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def refuse(self, target):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(doctor.Path, "hardlink_to", refuse)
+    found = doctor.check_links(str(tmp_path))
+    assert (found.status, found.found) == ("fail", f"refused at {tmp_path}: Operation not supported")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slow_disk_warns(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "SLOW_READ_BYTES_S", 1e15)
+    assert doctor.check_speed(str(tmp_path)).status == "warn"
+
+
+def test_little_ram_warns(monkeypatch):
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 2 * 10**9)
+    assert doctor.check_ram().status == "warn"
+
+
+def test_a_check_that_raises_is_a_failed_check(no_gpu, tmp_path, monkeypatch):
+    def broken():
+        raise ValueError("no line\n'MemAvailable:'")
+
+    monkeypatch.setattr(host_memory, "available_bytes", broken)
+    found = checks(store=str(tmp_path))
+    assert found["ram"].status == "fail"
+    assert found["ram"].found == "the check raised ValueError: no line 'MemAvailable:'"
+    assert found["hard links"].status == "ok"
+
+
+def test_offline_and_without_a_token(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    found = doctor.check_hub()
+    assert (found.status, found.found) == ("warn", "no token, offline")
+    assert "HF_HUB_OFFLINE" in found.remedy
+    assert "hf auth login" in found.remedy
+
+
+def test_a_local_model(tiny_checkpoint, tmp_path):
+    found = doctor.check_model(str(tiny_checkpoint))
+    assert (found.status, found.found.split(" from ")[0]) == ("ok", "Tiny-R1 (r1)")
+    assert doctor.check_model(str(tmp_path)).status == "fail"
+    assert "neither a directory nor a hub id" in doctor.check_model("./nowhere").found
+
+
+def hub_error(kind, status=403):
+    response = types.SimpleNamespace(status_code=status, headers={}, request=None)
+    return getattr(huggingface_hub.errors, kind)("Client Error", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "step"),
+    [
+        (lambda: hub_error("GatedRepoError"), "is gated", "Accept the licence"),
+        (lambda: hub_error("RepositoryNotFoundError", 401), "has no owner/model", "Check the name"),
+        (lambda: huggingface_hub.errors.LocalEntryNotFoundError("offline"), "cannot be reached", "HF_HUB_OFFLINE"),
+    ],
+)
+def test_gated_unknown_and_offline_are_told_apart(error, says, step, monkeypatch):
+    def refuse(*arguments, **options):
+        raise error()
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    found = doctor.check_model("owner/model")
+    assert found.status == "fail"
+    assert says in found.found
+    assert step in found.remedy
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr(doctor, "HUB_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *arguments, **options: time.sleep(5))
+    started = time.monotonic()
+    found = doctor.check_model("owner/model")
+    assert time.monotonic() - started < 3
+    assert "no answer" in found.found

@@ -1,0 +1,151 @@
+"""The plan: pinned numbers of the released model, bytes against a real store, what is refused."""
+
+import pytest
+
+import alpacache
+from alpacache import planning
+from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.geometry import Geometry
+from alpacache.config import ExtractConfig
+from alpacache.errors import UsageError
+from alpacache.machine_speed import DiskSpeed
+from alpacache.planned_sample import planned_prompt, sample_bytes
+from alpacache.planning import PlanConfig, plan
+from alpacache.sample import CAMERAS, SampleRef, sort_cameras
+from cache_store import CacheReader, info
+
+FOUR = tuple(CAMERAS[index] for index in (0, 1, 2, 6))
+ASK = {"samples": 1000, "codec": "int8", "epochs": 10.0, "batch_size": 4, "gpu": "4090", "memory_budget": "24GB"}
+
+
+@pytest.mark.parametrize(("cameras", "tokens", "megabytes"), [(CAMERAS[1:2], 809, 119.3), (FOUR, 2993, 441.3)])
+def test_tokens_and_kv_of_the_released_model(cameras, tokens, megabytes):
+    found = plan(PlanConfig(samples=10, cameras=cameras))
+    assert (found.tokens, found.tokens_an_image, found.images) == (tokens, 180, 4 * len(cameras))
+    assert 0 < found.bytes_by_field["kv"] - tokens * 147_456 < 2000  # checksums and metadata
+    assert found.kv_bytes_by_codec["bf16"] / 1e6 == pytest.approx(megabytes, abs=0.05)
+    assert 0 < found.bytes_by_field["hidden"] - tokens * 8192 < 10_000  # a row of padding
+    assert found.store_bytes == 10 * sum(found.bytes_by_field.values())
+
+
+def test_pictures_of_any_usual_size_are_180_tokens():
+    for picture in ((1080, 1920), (900, 1600), (720, 1280)):
+        assert plan(PlanConfig(samples=1, picture=picture)).tokens == 809
+    with pytest.raises(UsageError, match="picture is"):
+        PlanConfig(samples=1, picture=(1, 1000))
+
+
+@pytest.mark.parametrize(
+    ("codec", "hidden_states", "family", "cameras"),
+    [("bf16", "last", "r1", CAMERAS[1:2]), ("int8", "none", "r1", FOUR), ("int4", "last", "1.5", CAMERAS[:2])],
+)
+def test_bytes_are_those_of_a_real_store(
+    codec, hidden_states, family, cameras, tiny_checkpoint, tiny_checkpoint_15, tmp_path
+):
+    model = str(tiny_checkpoint if family == "r1" else tiny_checkpoint_15)
+    store = tmp_path / "store"
+    settings = {"model": model, "cameras": cameras, "frames": 2, "codec": codec, "hidden_states": hidden_states}
+    alpacache.extract(ExtractConfig(source="synthetic:1", store=str(store), device="cpu", **settings))
+    reader, written = CacheReader(store), info(store)
+    (sample_id,) = reader.sample_ids
+    config = PlanConfig(samples=1, picture=(128, 256), **settings)
+    found = plan(config)
+    assert found.tokens == int(reader.read(sample_id, fields=["prefix_len"])["prefix_len"])
+    loose = {"front_jpeg", "(metadata)"}
+    same = {name: size for name, size in written.size_by_field.items() if size and name not in loose}
+    assert same == {name: size for name, size in found.bytes_by_field.items() if name not in loose}
+    # The rest too, once picture, clip id and calibration are those of this sample.
+    sample = reader.read(sample_id)
+    assert written.size_by_field["front_jpeg"] == sample["front_jpeg"].nbytes
+    checkpoint = Checkpoint(model)
+    exact = sample_bytes(
+        Geometry.of(checkpoint),
+        planned_prompt(checkpoint, sort_cameras(cameras), frames=2, picture=(128, 256)),
+        codec=codec,
+        hidden_states=hidden_states == "last",
+        clip_id=SampleRef.parse(sample_id).clip_id,
+        jpeg_bytes=sample["front_jpeg"].nbytes,
+    )
+    calibration = written.size_by_field["(metadata)"] - exact["(metadata)"]
+    assert 0 < calibration - len(str(sample["calibration"])) < 0.2 * calibration
+
+
+def test_the_original_ask():
+    found = plan(PlanConfig(**ASK))
+    assert found.train.steps == 2500
+    assert found.store_bytes / 1e9 == pytest.approx(70.0, abs=0.1)
+    assert found.memory_bytes / 2**30 == pytest.approx(16.1, abs=0.2)
+    assert (found.memory.micro_batch, found.memory.checkpointing) == (4, False)
+    assert found.extract.hours == pytest.approx(0.078, abs=0.002)
+    assert found.train.hours == pytest.approx(0.117, abs=0.002)
+    assert any("estimates" in text and "RTX 4090" in text for text in found.notes)
+
+
+def test_hours_are_steps_times_what_is_slower():
+    slow = plan(PlanConfig(**ASK)).train
+    busy = slow.compute_s + slow.optimizer_s
+    assert slow.read_s > busy
+    assert slow.hours == pytest.approx(2500 * slow.read_s / 3600)
+    assert slow.hours_in_memory == pytest.approx((250 * slow.read_s + 2250 * busy) / 3600)
+    fast = plan(PlanConfig(**ASK | {"codec": "int4", "draws": 8})).train
+    assert fast.read_s < fast.compute_s + fast.optimizer_s
+    assert fast.hours == fast.hours_in_memory == pytest.approx(2500 * (fast.compute_s + fast.optimizer_s) / 3600)
+
+
+def test_a_slow_writer_bounds_stage_one(monkeypatch):
+    monkeypatch.setattr(planning, "WRITE_BYTES_S", 1e8)
+    found = plan(PlanConfig(samples=1000, gpu="h100")).extract
+    assert found.prefill_s == pytest.approx(0.085, rel=0.001)
+    assert found.hours == pytest.approx(1000 * found.write_s / 3600)
+    assert found.write_s == pytest.approx(1.26, abs=0.01)
+
+
+def test_the_budget_and_the_card_both_cap():
+    assert plan(PlanConfig(samples=1, gpu="4090")).cap_bytes == int(23.5 * 2**30)
+    assert plan(PlanConfig(samples=1, gpu="4090", memory_budget="80GB")).cap_bytes == int(23.5 * 2**30)
+    assert plan(PlanConfig(samples=1, gpu="h100", memory_budget="24GB")).cap_bytes == int(23.5 * 2**30)
+
+
+def test_what_cannot_fit_is_refused():
+    with pytest.raises(UsageError, match=r"Lower --batch-size to \d+"):
+        plan(PlanConfig(**ASK | {"cameras": FOUR, "batch_size": 32}))
+    with pytest.raises(UsageError, match="--trainable lora"):
+        plan(PlanConfig(**ASK | {"memory_budget": "12GB"}))
+    assert plan(PlanConfig(**ASK | {"memory_budget": "12GB", "trainable": "lora"})).memory_bytes < 11.5 * 2**30
+
+
+@pytest.mark.parametrize("bad", [{"samples": 0}, {"frames": 5}, {"epochs": 0}, {"batch_size": 0}, {"draws": 0}])
+def test_bad_values_are_named(bad):
+    (name,) = bad
+    with pytest.raises(UsageError, match=f"{name} is"):
+        PlanConfig(**{"samples": 1} | bad)
+
+
+def test_a_store_or_vlm_that_does_not_fit_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "free_bytes", lambda folder: 69 * 10**9)
+    found = plan(PlanConfig(**ASK, store=str(tmp_path / "store")))
+    assert found.free_bytes == 69 * 10**9
+    assert found.notes[0].startswith("The store does not fit: 70.0 GB against 69.0 free")
+    small = plan(PlanConfig(**ASK | {"memory_budget": "16GB", "trainable": "lora"}))
+    assert small.notes[0].startswith("Stage one does not fit: the VLM's weights alone take 16.4 GiB")
+    assert not any("not fit" in text for text in plan(PlanConfig(**ASK)).notes)
+
+
+def test_a_probe_replaces_what_was_assumed(tmp_path, monkeypatch):
+    speed = DiskSpeed(write_bytes_s=5e8, read_bytes_s=3e9, file_bytes=2**28)
+    monkeypatch.setattr(planning, "disk_speed", lambda path: speed)
+    monkeypatch.setattr(planning.torch.cuda, "is_available", lambda: False)
+    before, after = plan(PlanConfig(**ASK)), plan(PlanConfig(**ASK, probe=True, store=str(tmp_path)))
+    assert (before.machine.disk_is, after.machine.disk_is, after.machine.gpu_is) == ("assumed", "probed", "scaled")
+    assert after.train.read_s == pytest.approx(before.train.read_s / 2)
+    assert after.extract.write_s == pytest.approx(before.extract.write_s * 2)
+    assert not any("disk is assumed" in text for text in after.notes)
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="cannot write at /proc"):
+        plan(PlanConfig(**ASK, probe=True, store="/proc"))
+
+
+def test_least_memory_of_training():
+    everything, adapters = (planning.least_training_bytes(which) / 2**30 for which in ("all", "lora"))
+    assert 14 < everything < 17
+    assert 4.5 < adapters < 7

@@ -1,0 +1,74 @@
+"""The model of times against every time it was made from, and how it scales."""
+
+import dataclasses
+
+import pytest
+
+from alpacache.alpamayo.packed_prefix import PrefixLayout
+from alpacache.errors import UsageError
+from alpacache.gpus import GPUS, gpu_named
+from alpacache.memory_plan import Workload, memory_plan
+from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds
+from cache_store import CODECS
+
+H100 = GPUS["h100"]
+
+
+def work(**changes):
+    values = {
+        "parameters": 2_279_000_000,
+        "trained": 2_279_000_000,
+        "layers": 36,
+        "hidden": 2048,
+        "intermediate": 8256,
+        "layout": PrefixLayout(layers=36, kv_heads=8, head_dim=128, codec=CODECS["int8"]),
+        "longest": 2975,
+        "batch_size": 8,
+        "trainable": "all",
+        "optimizer": "adamw8",
+        "compiled": True,
+        "validates": False,
+    }
+    return Workload(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "draws", "micro_batch", "step_ms"),
+    [
+        ({}, 1, 8, 46.9),
+        ({}, 1, 4, 64.2),
+        ({}, 4, 8, 92.9),
+        ({"longest": 840, "batch_size": 16}, 1, 16, 52.9),
+    ],
+)
+def test_the_steps_that_were_measured(changes, draws, micro_batch, step_ms):
+    load = work(**changes)
+    plan = memory_plan(load, draws=draws, micro_batch=micro_batch, checkpointing=False)
+    seconds = compute_seconds(load, plan, H100) + optimizer_seconds(load, H100)
+    assert seconds * 1e3 == pytest.approx(step_ms, rel=0.01)
+
+
+@pytest.mark.parametrize(("tokens", "milliseconds"), [(809, 85), (2993, 190), (4 * 809, 4 * 49)])
+def test_the_prefills_that_were_measured(tokens, milliseconds):
+    assert prefill_seconds(8_800_000_000, tokens, H100) * 1e3 == pytest.approx(milliseconds, rel=0.04)
+
+
+def test_half_the_arithmetic_and_half_the_bandwidth_each_slow_their_part():
+    load = work()
+    plan = memory_plan(load, draws=1, micro_batch=8, checkpointing=False)
+    slow = dataclasses.replace(H100, tflops=H100.tflops / 2)
+    narrow = dataclasses.replace(H100, memory_gb_s=H100.memory_gb_s / 2)
+    both = dataclasses.replace(slow, memory_gb_s=narrow.memory_gb_s)
+    whole, parts = compute_seconds(load, plan, H100), [compute_seconds(load, plan, gpu) for gpu in (slow, narrow)]
+    assert sum(parts) == pytest.approx(3 * whole)
+    assert compute_seconds(load, plan, both) == pytest.approx(2 * whole)
+    assert optimizer_seconds(load, narrow) == pytest.approx(2 * 13.2e-3, rel=0.001)
+    assert optimizer_seconds(load, slow) == pytest.approx(13.2e-3, rel=0.001)
+    again = memory_plan(load, draws=1, micro_batch=8, checkpointing=True)
+    assert compute_seconds(load, again, H100) == pytest.approx(whole * 4 / 3)
+
+
+def test_gpus_are_found_by_what_people_call_them():
+    assert gpu_named("RTX 4090") is GPUS["4090"]
+    with pytest.raises(UsageError, match=r"known: h100, .*--probe"):
+        gpu_named("gtx1080")

@@ -1,0 +1,64 @@
+"""`alpacache plan`: what is printed, one JSON object, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs/how-to/plan-a-run.md"
+
+ASK = ("--samples", "1000", "--codec", "int8", "--epochs", "10", "--batch-size", "4", "--gpu", "4090")
+
+
+def run(*arguments, code=0):
+    command = [sys.executable, "-m", "cli.main", "plan", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_json_is_one_object_with_every_number(tmp_path):
+    found = json.loads(run(*ASK, "--memory-budget", "24GB", "--store", tmp_path / "store", "--json").stdout)
+    assert (found["tokens"], found["images"], found["tokens_an_image"]) == (809, 4, 180)
+    assert found["store_bytes"] == 1000 * sum(found["bytes_by_field"].values())
+    assert found["bytes_by_codec"]["int8"] == sum(found["bytes_by_field"].values())
+    assert set(found["bytes_by_codec"]) == set(found["kv_bytes_by_codec"]) == {"bf16", "fp8", "int8", "int5", "int4"}
+    assert found["train"]["steps"] == 2500
+    machine = found["machine"]
+    assert (machine["gpu"]["memory_gb"], machine["gpu_is"], machine["disk_is"]) == (24, "scaled", "assumed")
+    assert found["memory"]["micro_batch"] == 4
+    assert found["memory_bytes"] < found["cap_bytes"] == int(23.5 * 2**30)
+    assert found["free_bytes"] > 0
+    assert {"hours", "prefill_s", "write_s", "weights_bytes"} == set(found["extract"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_say_what_is_an_estimate():
+    text = " ".join(run(*ASK).stdout.split())
+    assert "809, of which 4 images of 180" in text
+    assert "int8 * 63.3 70.0 70.0" in text
+    assert "Times are estimates: measured on one H100 80GB only, scaled to GeForce RTX 4090" in text
+    assert "sum, to be reserved" in text
+
+
+def test_the_page_shows_what_is_printed():
+    _, command, _, shown, *_ = PAGE.read_text().split("```")
+    printed = run(*command.split()[3:]).stdout
+    assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()[1:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--samples", "1", "--codec", "int3"), "--codec is 'int3'; expected bf16"),
+        (("--samples", "1", "--picture", "full"), "--picture is 'full'; expected HEIGHTxWIDTH"),
+        (("--samples", "1", "--memory-budget", "12GB"), "Use --trainable lora"),
+    ],
+)
+def test_what_cannot_be_is_exit_2(arguments, message):
+    done = run(*arguments, code=2)
+    assert message in " ".join(done.stderr.split())
+    assert done.stdout == ""
