@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from alpacache.pictures import MODEL_COLOURS, birds_eye_png
 from alpacache.prediction import Paths, predict
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.report import write_report
-from alpacache.run_directory import find_checkpoint, read_trained
+from alpacache.run_directory import RunDirectory, find_checkpoint, read_trained
 from alpacache.sample import SampleRef
 from alpacache.sample_table import write_sample_table
 from alpacache.strata import classify
@@ -189,7 +190,14 @@ def _write(out: Path, config: EvalConfig, summary: EvalSummary, results: Sequenc
         )
     for number, result in enumerate(results[:_PICTURES]):
         (out / "pictures" / f"sample-{number:03d}.png").write_bytes(_picture(result, summary, result.sample_id))
-    write_report(summary, results, out / "report.html")
+    losses = {label: _loss_rows(run) for label, run in _runs(config).items() if run is not None}
+    write_report(summary, results, out / "report.html", losses=losses)
+
+
+def _loss_rows(run: str) -> list[dict[str, Any]]:
+    """What is left of the metrics of the run that a checkpoint belongs to."""
+    checkpoint = find_checkpoint(run).resolve()
+    return RunDirectory(checkpoint.parent.parent).metrics(up_to=int(checkpoint.name.removeprefix("step-")))
 
 
 def _picture(result: SampleResult, summary: EvalSummary, title: str) -> bytes:

@@ -73,13 +73,13 @@ def draw_paths(
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"calibration lacks a width or height ({error}).") from error
     large = picture.resize((_SMOOTH * size[0], _SMOOTH * size[1]), Image.Resampling.BILINEAR)
-    pen = ImageDraw.Draw(large)
+    pen, width = ImageDraw.Draw(large), max(2, round(_SMOOTH * size[1] / 150))
     for colour, sampled in paths.values():
         for path in np.asarray(sampled, dtype=np.float64):
-            _line(pen, project(path, lens) * stretch, colour, 2 * _SMOOTH)
+            _line(pen, project(path, lens) * stretch, colour, width)
     driven = project(truth_xyz, lens) * stretch
-    _line(pen, driven, "#ffffff", 4 * _SMOOTH)
-    _line(pen, driven, "#1a1a1a", 2 * _SMOOTH)
+    _line(pen, driven, "#ffffff", 2 * width)
+    _line(pen, driven, "#1a1a1a", width)
     buffer = io.BytesIO()
     large.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=88)
     return buffer.getvalue()

@@ -14,7 +14,7 @@ from pathlib import Path
 from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
 from alpacache.config import weighted_stores
-from alpacache.run_directory import RunCheckpoint
+from alpacache.run_directory import RunCheckpoint, RunDirectory
 from cache_store import CacheReader, CacheStoreError
 
 _LAST_ROWS = 20
@@ -62,7 +62,7 @@ def run_facts(checkpoint: Path, content: RunCheckpoint) -> RunFacts:
         content: what it holds.
     """
     run, step = checkpoint.resolve().parent.parent, int(content.state["step"])
-    rows = [row for row in _metrics(run / "metrics.jsonl") if row.get("step", step + 1) <= step]
+    rows = RunDirectory(run).metrics(up_to=step)
     losses = [float(row["loss"]) for row in rows if row.get("loss") is not None][-_LAST_ROWS:]
     validations = [float(row["val_loss"]) for row in rows if "val_loss" in row]
     paths = _stores(run / "config.toml")
@@ -171,17 +171,6 @@ def _licence_text(base: Checkpoint, licence: Sequence[str], *, has_card: bool) -
     return (
         f"{said}{kept} The released Alpamayo weights are for non-commercial use only, and so is all trained from them."
     )
-
-
-def _metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of `metrics.jsonl`; none where there is no such file. A torn last line is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def _stores(config: Path) -> list[str]:

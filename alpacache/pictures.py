@@ -126,17 +126,31 @@ def bias_scatter_png(
     return _png(figure, palette=True)
 
 
-def error_over_time_png(errors: Mapping[str, ArrayLike], *, dashed: Mapping[str, ArrayLike] | None = None) -> bytes:
+def error_over_time_png(
+    panels: Mapping[str, Mapping[str, ArrayLike]], *, dashed: Mapping[str, Mapping[str, ArrayLike]] | None = None
+) -> bytes:
     """Error against time, mean over samples, with the middle half of samples shaded for the models.
 
     Args:
-        errors: model label -> `[N, 64]` error in metres of each sample's reported path.
-        dashed: baseline label -> `[N, 64]`.
+        panels: title, such as a stratum -> model label -> `[N, 64]` error in metres of each sample's reported path.
+        dashed: title -> baseline label -> `[N, 64]`.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.6 * columns, 3.7 * rows), dpi=DPI, layout="constrained")
+    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, errors) in zip(all_axes, panels.items(), strict=False):
+        _draw_errors(axes, errors, (dashed or {}).get(title, {}))
+        axes.set_title(_unmath(title), loc="left", fontsize=10, color=INK)
+    for axes in all_axes[len(panels) :]:
+        axes.set_axis_off()
+    all_axes[0].legend(loc="upper left", fontsize=8.5, frameon=False)
+    return _png(figure, palette=True)
+
+
+def _draw_errors(axes: "Axes", errors: Mapping[str, ArrayLike], dashed: Mapping[str, ArrayLike]) -> None:
     tops = [1e-3]
     for index, (label, values) in enumerate(errors.items()):
         error = np.asarray(values, dtype=np.float64)
@@ -146,7 +160,7 @@ def error_over_time_png(errors: Mapping[str, ArrayLike], *, dashed: Mapping[str,
         axes.fill_between(times_s, low, high, color=colour, alpha=0.13, lw=0)
         axes.plot(times_s, error.mean(axis=0), color=colour, lw=2.2, label=_unmath(label))
         tops += [float(error.mean(axis=0).max()), float(high.max())]
-    for index, (label, values) in enumerate((dashed or {}).items()):
+    for index, (label, values) in enumerate(dashed.items()):
         error = np.asarray(values, dtype=np.float64)
         colour, style = BASELINE_STYLES[index % len(BASELINE_STYLES)]
         times_s = DT_S * np.arange(1, error.shape[1] + 1)
@@ -155,8 +169,48 @@ def error_over_time_png(errors: Mapping[str, ArrayLike], *, dashed: Mapping[str,
     axes.set_xlabel("seconds after t0", fontsize=9, color=INK)
     axes.set_ylabel("distance to the driven path (m)", fontsize=9, color=INK)
     _plain(axes)
-    axes.legend(loc="upper left", fontsize=8.5, frameon=False)
+
+
+def loss_curves_png(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """Training and validation loss against steps, one panel a run; by turn stratum where a run tells them apart.
+
+    Args:
+        runs: label -> rows of `metrics.jsonl`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6 * max(1, len(runs)), 3.7), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, max(1, len(runs)), squeeze=False)[0]
+    for axes, (label, rows) in zip(panels, runs.items(), strict=False):
+        known = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+        if known:
+            steps, losses = np.array(known, dtype=np.float64).T
+            axes.plot(steps, losses, color=GRID, lw=1.0)
+            axes.plot(steps, _smoothed(losses), color=INK, lw=1.8, label="training")
+        names = dict.fromkeys(name for row in rows for name in row if name.startswith("val_loss"))
+        for index, name in enumerate(names):
+            points = np.array([(row["step"], row[name]) for row in rows if name in row], dtype=np.float64)
+            colour = MODEL_COLOURS[(index + 1) % len(MODEL_COLOURS)]
+            of = name.partition("/")[2]
+            axes.plot(
+                *points.T, color=colour, lw=2.0 if not of else 1.2, ls="-" if not of else (0, (4, 2)),
+                marker="o", ms=3, label=f"validation {of}".strip(),
+            )  # fmt: skip
+        axes.set_title(_unmath(label), loc="left", fontsize=10, color=INK)
+        axes.set_xlabel("step", fontsize=9, color=INK)
+        axes.set_ylabel("loss", fontsize=9, color=INK)
+        _plain(axes)
+        if known or names:
+            axes.legend(loc="upper right", fontsize=8, frameon=False)
     return _png(figure, palette=True)
+
+
+def _smoothed(values: Floats) -> Floats:
+    """Mean over a fiftieth of the run around each value."""
+    width = max(1, len(values) // 50)
+    padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
+    mean: Floats = np.convolve(padded, np.full(width, 1 / width), mode="valid")
+    return mean
 
 
 def explained_png(

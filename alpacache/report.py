@@ -21,13 +21,15 @@ from alpacache import report_tables as tables
 from alpacache.baselines import BASELINES
 from alpacache.bias import Departure, departures_at
 from alpacache.metrics import best_sample, displacement
-from alpacache.pictures import bias_scatter_png, birds_eye_png, error_over_time_png
+from alpacache.pictures import bias_scatter_png, birds_eye_png, error_over_time_png, loss_curves_png
 from alpacache.strata import LATE_CURVE, Floats
 from alpacache.summary import EvalSummary, SampleResult, departures_of
 
 LISTED_SAMPLES = 2000
 PATHS_BUDGET_BYTES = 5_000_000
 FRONTS_BUDGET_BYTES = 2_000_000
+TIME_STRATA = ("all", "straight", "gentle", "sharp", LATE_CURVE)
+"""Panels of the error over time."""
 GALLERY_EACH = 3
 """Samples in each of best, median and worst."""
 GALLERY_FRONT_PX = 420
@@ -37,7 +39,12 @@ TEMPLATE = "report.html"
 
 
 def write_report(
-    summary: EvalSummary, results: Sequence[SampleResult], path: Path, *, title: str = "alpacache evaluation"
+    summary: EvalSummary,
+    results: Sequence[SampleResult],
+    path: Path,
+    *,
+    title: str = "alpacache evaluation",
+    losses: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
     """Write the page.
 
@@ -46,6 +53,7 @@ def write_report(
         results: the samples.
         path: the file to write; one that is there is replaced.
         title: heading of the page.
+        losses: label of a trained model -> rows of its run's `metrics.jsonl`.
 
     Raises:
         ValueError: the summary is of other samples.
@@ -72,6 +80,7 @@ def write_report(
             "slopes_table": tables.slopes_table(summary),
             "corridor_table": tables.corridor_table(summary),
             "time_picture": _picture(_time_png(summary, ranked), "error over time"),
+            "loss_picture": _losses(losses or {}),
             "gallery_note": html.escape(
                 f"Ranked by minADE of {judged} among samples that move; white dots on the driven path are seconds."
             ),
@@ -149,13 +158,24 @@ def _bias_pictures(
 
 
 def _time_png(summary: EvalSummary, results: Sequence[SampleResult]) -> bytes:
-    def errors(label: str) -> Floats:
-        each = [displacement(one.models[label].pred_xyz, one.truth_xyz) for one in results]
+    def errors(label: str, rows: Sequence[SampleResult]) -> Floats:
+        each = [displacement(one.models[label].pred_xyz, one.truth_xyz) for one in rows]
         return np.stack([error[best_sample(error)] for error in each])
 
-    return error_over_time_png(
-        {label: errors(label) for label in summary.models}, dashed={label: errors(label) for label in summary.baselines}
-    )
+    panels, dashed = {}, {}
+    for name in TIME_STRATA:
+        rows = [one for one in results if name in one.strata.labels]
+        if rows:
+            title = f"{tables.stratum_name(name)} ({len(rows)})"
+            panels[title] = {label: errors(label, rows) for label in summary.models}
+            dashed[title] = {label: errors(label, rows) for label in summary.baselines}
+    return error_over_time_png(panels, dashed=dashed)
+
+
+def _losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    if not any(runs.values()):
+        return '<p class="soft">No run beside the checkpoints, so no curves.</p>'
+    return _picture(loss_curves_png({label: rows for label, rows in runs.items() if rows}), "loss over steps")
 
 
 def _gallery(summary: EvalSummary, ranked: Sequence[SampleResult], judged: str) -> str:

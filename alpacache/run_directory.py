@@ -121,6 +121,12 @@ class RunDirectory:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def metrics(self, *, up_to: int) -> list[dict[str, Any]]:
+        """Rows up to a step; a torn last line is left out, and without a file there are none."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines if _step_of(line) <= up_to]
+
     def rewind_metrics(self, step: int) -> None:
         """Drop rows after a step (and a torn last line), so that a resumed run does not report steps twice."""
         path = self.path / "metrics.jsonl"

@@ -108,6 +108,13 @@ def test_a_run_on_another_base_is_refused(trained, tiny_checkpoint, tiny_checkpo
         alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, compare={"base": "x"}))
 
 
+def test_the_report_shows_the_losses_of_the_runs(trained, tiny_checkpoint, tmp_path):
+    alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "a", samples=2, checkpoint=str(trained / "run")))
+    assert 'alt="loss over steps"' in (tmp_path / "a/report.html").read_text()
+    alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "b", samples=2))
+    assert "no curves" in (tmp_path / "b/report.html").read_text()
+
+
 def test_paths_are_drawn_into_the_front_picture_where_the_camera_is_known(
     trained, tiny_checkpoint, tmp_path, monkeypatch
 ):

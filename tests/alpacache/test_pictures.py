@@ -10,7 +10,15 @@ from PIL import Image
 
 from alpacache.bias import Slope
 from alpacache.bootstrap import Interval
-from alpacache.pictures import MODEL_COLOURS, bias_scatter_png, birds_eye_png, error_over_time_png, explained_png
+from alpacache.pictures import (
+    INK,
+    MODEL_COLOURS,
+    bias_scatter_png,
+    birds_eye_png,
+    error_over_time_png,
+    explained_png,
+    loss_curves_png,
+)
 
 TIMES_S = 0.1 * np.arange(1, 65)
 HISTORY = np.stack([8.0 * 0.1 * np.arange(-15, 1), np.zeros(16), np.zeros(16)], axis=-1)
@@ -103,14 +111,39 @@ def test_scatter_of_nothing_is_an_empty_frame() -> None:
 
 def test_larger_error_is_drawn_higher() -> None:
     error = np.linspace(0.0, 1.0, 64)[None] * np.array([[1.0], [1.2]])
-    image = pixels(error_over_time_png({"before": 4 * error, "after": error}, dashed={"constant velocity": 3 * error}))
+    panels = {"all": {"before": 4 * error, "after": error}}
+    image = pixels(error_over_time_png(panels, dashed={"all": {"constant velocity": 3 * error}}))
     right_half = image[:, image.shape[1] * 3 // 4 :]
     assert where(right_half, MODEL_COLOURS[0])[:, 0].mean() < where(right_half, MODEL_COLOURS[1])[:, 0].mean()
 
 
+def test_every_stratum_has_a_panel() -> None:
+    error = {"after": np.linspace(0.0, 1.0, 64)[None]}
+    one, three = (pixels(error_over_time_png({str(n): error for n in range(count)})) for count in (1, 3))
+    assert three.shape[0] > 1.8 * one.shape[0]
+    assert three.shape[1] > 1.8 * one.shape[1]
+    half = np.array(three.shape[:2]) // 2
+    for rows in (slice(0, half[0]), slice(half[0], None)):
+        assert len(where(three[rows, : half[1]], MODEL_COLOURS[0]))
+    assert not len(where(three[half[0] :, half[1] :], MODEL_COLOURS[0]))
+
+
+def test_loss_curves_fall_where_the_loss_does() -> None:
+    rows: list[dict[str, float | None]] = [{"step": step, "loss": 3.0 - step / 100} for step in range(1, 201)]
+    rows[50]["loss"] = None
+    rows[99]["val_loss"], rows[199]["val_loss"] = 2.0, 2.9
+    image = pixels(loss_curves_png({"run": rows}))
+    plot = image[image.shape[0] // 4 : image.shape[0] * 4 // 5, image.shape[1] // 6 :]
+    ink = where(plot, INK)
+    third = plot.shape[1] // 3
+    assert ink[ink[:, 1] < third][:, 0].mean() < ink[ink[:, 1] > 2 * third][:, 0].mean()
+    assert len(where(plot, MODEL_COLOURS[1]))
+    assert loss_curves_png({})
+
+
 def test_threads_draw_the_same_bytes_without_pyplot() -> None:
     def draw(_: int) -> bytes:
-        return error_over_time_png({"after": np.ones((3, 64))})
+        return error_over_time_png({"all": {"after": np.ones((3, 64))}})
 
     loaded = "matplotlib.pyplot" in sys.modules
     with ThreadPoolExecutor(2) as pool:
