@@ -1,21 +1,22 @@
 """Fine-tune the action expert of Alpamayo driving models from a cache of the frozen VLM's features.
 
 Stage one, `extract`: the VLM runs once a sample and its KV cache goes to a store. Stage two, `train`: the expert
-learns from that store alone. `evaluate`: did it help? `export`: a complete checkpoint again. The four are imported on
-first use, so that `import alpacache` is cheap.
+learns from that store alone. `evaluate`: did it help? `export`: a complete checkpoint again. `probe`: do the features
+hold the curve? All are imported on first use, so that `import alpacache` is cheap.
 """
 
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "export", "extract", "train"]
+__all__ = ["__version__", "evaluate", "export", "extract", "probe", "train"]
 
 _HOMES = {
     "extract": "alpacache.extraction",
     "train": "alpacache.training",
     "evaluate": "alpacache.evaluation",
     "export": "alpacache.exporting",
+    "probe": "alpacache.probing",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli import demo, doctor, evaluate, export, extract, plan, prepare, store, train
+from cli import demo, doctor, evaluate, export, extract, plan, prepare, probe, store, train
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -29,6 +29,7 @@ app.command("extract")(extract.extract)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("probe")(probe.probe)
 app.command("info")(store.info)
 app.command("verify")(store.verify)
 app.command("doctor")(doctor.doctor)

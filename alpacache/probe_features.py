@@ -1,0 +1,186 @@
+"""What a probe sees: one vector a sample from the cache, the ego history as its rival, targets from the true future.
+
+Keys and values are read only for layers that are asked for, and one sample at a time: what stays in RAM is pooled. No
+model is loaded. Poses decide the targets, so no model can move them.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alpacache import codecs
+from alpacache.baselines import SPEED_STEPS
+from alpacache.errors import UsageError
+from alpacache.features import KV_SHAPE, POSE_FIELDS, from_bf16_bits
+from alpacache.identity import store_codec
+from alpacache.progress import OnProgress, Progress, ignore
+from alpacache.sample import SampleRef
+from alpacache.strata import DT_S, MOVING_MPS, Floats, Strata, classify, heading
+from cache_store import CacheReader, KVCodec
+
+Layers: TypeAlias = Literal["last", "all"] | tuple[int, ...]
+Pool: TypeAlias = Literal["both", "last", "mean"]
+HIDDEN = "hidden"
+"""The VLM's hidden states after its last layer and final norm."""
+HEADING, CURVATURE, SPEED = "heading change", "curvature", "speed change"
+TARGETS = {HEADING: "rad", CURVATURE: "1/m", SPEED: "m/s"}
+"""Name -> unit, in the order of columns."""
+LEAST_PATH_M = MOVING_MPS * 6.4
+"""A path counts as at least this long for its curvature: the heading of a standing vehicle is noise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeData:
+    """N samples as probes see them."""
+
+    sample_ids: Sequence[str]
+    clips: Sequence[str]
+    features: dict[str, NDArray[np.float32]]
+    """`hidden`, `layer 0`, ... -> `[N, D]` pooled vectors."""
+    history: Floats
+    """`[N, 62]`, see `history_features`."""
+    targets: Floats
+    """`[N, 3]`, columns as in `TARGETS`."""
+    late_curve: NDArray[np.bool_]
+    """`[N]` straight through the history, curving afterwards: `strata.LATE_CURVE`."""
+
+
+def read_probe_data(
+    reader: CacheReader, sample_ids: Sequence[str], *, layers: Layers, pool: Pool, on_progress: OnProgress = ignore
+) -> ProbeData:
+    """Pool what the store has of these samples. Raises `UsageError` for what it has not, and where sizes differ."""
+    started = time.monotonic()
+    pools = _pools(reader, sample_ids[0], layers, pool)
+    rows: dict[str, list[NDArray[np.float32]]] = {}
+    history, targets, late = [], [], []
+    for done, sample_id in enumerate(sample_ids, start=1):
+        for name, vector in ((name, vector) for read in pools for name, vector in read(sample_id).items()):
+            rows.setdefault(name, []).append(vector)
+            if not np.isfinite(vector).all():
+                raise UsageError(
+                    f"{sample_id} of {reader.path}: {name} holds NaN or infinity, which no probe can read. Check the "
+                    "VLM's weights and the clip's pictures, and extract into a new store."
+                )
+            if vector.shape != rows[name][0].shape:
+                raise UsageError(
+                    f"{sample_id} of {reader.path}: {name} pools to {vector.size} numbers, "
+                    f"{sample_ids[0]} to {rows[name][0].size}; probe a store of one model."
+                )
+        poses = reader.read(sample_id, fields=POSE_FIELDS)
+        strata = classify(**poses)
+        history.append(history_features(poses["history_xyz"], poses["history_rot"]))
+        targets.append(future_targets(poses["history_xyz"], poses["future_xyz"], strata))
+        late.append(strata.straight_history_late_curve)
+        rate = done / (time.monotonic() - started)
+        on_progress(Progress(done=done, total=len(sample_ids), unit="samples", rate=rate, notes={"part": "read"}))
+    return ProbeData(
+        sample_ids=sample_ids,
+        clips=[SampleRef.parse(sample_id).clip_id for sample_id in sample_ids],
+        features={name: np.stack(vectors) for name, vectors in rows.items()},
+        history=np.stack(history),
+        targets=np.stack(targets),
+        late_curve=np.array(late, dtype=bool),
+    )
+
+
+def choose_samples(sample_ids: Sequence[str], count: int, *, seed: int) -> list[str]:
+    """At most `count` ids, sorted: clips in an order by seed, each whole but for the last."""
+    by_clip: dict[str, list[str]] = {}
+    for sample_id in sorted(sample_ids):
+        by_clip.setdefault(SampleRef.parse(sample_id).clip_id, []).append(sample_id)
+    names = sorted(by_clip)
+    order = np.random.default_rng(seed).permutation(len(names))
+    return sorted([sample_id for place in order for sample_id in by_clip[names[place]]][:count])
+
+
+def history_features(history_xyz: NDArray[Any], history_rot: NDArray[Any]) -> Floats:
+    """Speeds (m/s) and yaw rates (rad/s) of the 15 steps, then x and y (m, ego frame at t0) of the 16 poses: `[62]`."""
+    xy = np.asarray(history_xyz, dtype=np.float64)[:, :2]
+    speeds_mps = np.linalg.norm(np.diff(xy, axis=0), axis=-1) / DT_S
+    yaw_rates = np.diff(heading(history_rot)) / DT_S
+    return np.concatenate([speeds_mps, yaw_rates, xy.ravel()])
+
+
+def future_targets(history_xyz: NDArray[Any], future_xyz: NDArray[Any], strata: Strata) -> Floats:
+    """Of the true future, `[3]` as in `TARGETS`, left positive.
+
+    Heading change at 6.4 s; mean signed curvature, which is heading change over path length (at least `LEAST_PATH_M`);
+    and speed over the last 0.3 s less speed over the 0.3 s before t0.
+    """
+    driven_m = strata.mean_speed_mps * len(future_xyz) * DT_S
+    curvature = strata.heading_change_rad / max(driven_m, LEAST_PATH_M)
+    before, after = (_end_speed_mps(np.asarray(xyz, dtype=np.float64)) for xyz in (history_xyz, future_xyz))
+    return np.array([strata.heading_change_rad, curvature, after - before])
+
+
+def pooled(vectors: Tensor, pool: Pool) -> NDArray[np.float32]:
+    """Vectors of the tokens `[T, C]` as one: `[C]`, or `[2 C]` of the last and the mean side by side."""
+    parts = {"last": vectors[-1].float(), "mean": vectors.float().mean(0)}
+    chosen = list(parts.values()) if pool == "both" else [parts[pool]]
+    result: NDArray[np.float32] = torch.cat(chosen).numpy()
+    return result
+
+
+def _end_speed_mps(xyz: Floats) -> float:
+    steps = np.linalg.norm(np.diff(xyz[-1 - SPEED_STEPS :, :2], axis=0), axis=-1)
+    return float(steps.mean() / DT_S)
+
+
+Read = Callable[[str], dict[str, NDArray[np.float32]]]
+"""Sample id -> its pooled vectors by name."""
+
+
+def _pools(reader: CacheReader, first: str, layers: Layers, pool: Pool) -> list[Read]:
+    """How to get a sample's vectors: hidden states where the store has them, values where layers are asked for."""
+    codec = store_codec(reader.identity, store=str(reader.path))
+    shape = reader.read(first, fields=[KV_SHAPE])[KV_SHAPE] if codec else reader.shape(first, "kv")
+    count = int(shape[0])
+    numbers = tuple(range(count)) if layers == "all" else () if layers == "last" else tuple(sorted(set(layers)))
+    if numbers and numbers[-1] >= count:
+        raise UsageError(f"--layers has {numbers[-1]}, but {reader.path} has {count} layers, 0 to {count - 1}.")
+    reads: list[Read] = []
+    if HIDDEN in reader.fields:
+        reads.append(lambda sample_id: {HIDDEN: pooled(from_bf16_bits(_field(reader, sample_id, HIDDEN)), pool)})
+    elif not numbers:
+        raise UsageError(
+            f"store {reader.path} has no hidden states (it was extracted with --hidden-states none). Pass "
+            f"--layers {count - 1} to probe the cached values of the last layer, or extract into a new store with "
+            "--hidden-states last."
+        )
+    if numbers:
+        reads.append(lambda sample_id: _values(reader, sample_id, numbers, codec, pool))
+    return reads
+
+
+def _field(reader: CacheReader, sample_id: str, name: str) -> NDArray[Any]:
+    return reader.read(sample_id, fields=[name])[name]
+
+
+def _values(
+    reader: CacheReader, sample_id: str, numbers: Sequence[int], codec: KVCodec | None, pool: Pool
+) -> dict[str, NDArray[np.float32]]:
+    """Pooled values of layers, all heads side by side; only one layer is ever decoded."""
+    if codec is None:
+        kv = from_bf16_bits(_field(reader, sample_id, "kv"))
+        return {f"layer {layer}": pooled(_by_token(kv[layer, 1]), pool) for layer in numbers}
+    arrays = reader.read(sample_id, fields=["kv", KV_SHAPE])
+    data, shape = torch.from_numpy(arrays["kv"]), tuple(arrays[KV_SHAPE].tolist())
+    ends = np.cumsum([sum(codec.layer_bytes(layer, shape)) for layer in range(shape[0])]).tolist()
+    starts = [0, *ends]
+    return {
+        f"layer {layer}": pooled(
+            _by_token(codecs.decode_layer(codec, layer, data[starts[layer] : ends[layer]], shape)[1]), pool
+        )
+        for layer in numbers
+    }
+
+
+def _by_token(values: Tensor) -> Tensor:
+    """`[kv_head, T, C]` as `[T, kv_head * C]`."""
+    return values.transpose(0, 1).flatten(1)

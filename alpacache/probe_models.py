@@ -1,0 +1,247 @@
+"""Probes: how well a target can be read off vectors, by a line (ridge) and by a small MLP on top, on clips never seen.
+
+Vectors have thousands of numbers and samples are hundreds, so both work on the matrix of dot products between samples,
+and everything that is fitted (means, scales, penalty, mixture, when to stop) is fitted within the training folds. All
+samples of a clip lie in one fold: a probe that recognises the clip gains nothing.
+Source: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, sections 3.4.1, 7.10 and 18.3.5.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from alpacache import randomness
+from alpacache.strata import Floats
+
+Rows: TypeAlias = NDArray[np.intp]
+Probe: TypeAlias = Literal["ridge", "mlp"]
+PROBES: tuple[Probe, ...] = ("ridge", "mlp")
+FOLDS, INNER_FOLDS = 5, 4
+PENALTIES = np.logspace(-4, 4, 13)
+"""Of the ridge, as multiples of the mean eigenvalue."""
+SHARES = (0.0, 0.1, 0.3, 0.7, 1.0)
+"""Of the features in the mixture with history; 0 is history alone, so useless features can be left out."""
+COMPONENTS = 48
+HIDDEN_UNITS = 64
+LR, WEIGHT_DECAY, BATCH = 3e-3, 1e-2, 64
+EPOCHS, PATIENCE = 80, 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predictions:
+    """Of each sample by a probe fitted without its fold, `[N, targets]` each."""
+
+    mean: Floats
+    """Of the training folds: what R^2 is measured against."""
+    features: Floats
+    history: Floats | None = None
+    both: Floats | None = None
+
+
+def group_folds(clips: Sequence[str], count: int, *, seed: int) -> list[Rows]:
+    """Rows of each fold; clips are dealt by seed, the next always to the smallest fold.
+
+    Raises `ValueError` for fewer clips than folds.
+    """
+    names, index = np.unique(np.asarray(clips, dtype=np.str_), return_inverse=True)
+    if len(names) < count:
+        raise ValueError(f"{len(names)} clips cannot fill {count} folds.")
+    sizes, place = np.zeros(count, np.int64), np.empty(len(names), np.int64)
+    for clip in np.random.default_rng(seed).permutation(len(names)):
+        place[clip] = sizes.argmin()
+        sizes[place[clip]] += int((index == clip).sum())
+    return [np.flatnonzero(place[index] == fold) for fold in range(count)]
+
+
+def shuffled_within(folds: Sequence[Rows], *, seed: int) -> Rows:
+    """A permutation of rows that leaves each in its fold: the control's features belong to other samples."""
+    order = np.empty(sum(map(len, folds)), np.intp)
+    rng = np.random.default_rng(seed)
+    for rows in folds:
+        order[rows] = rng.permutation(rows)
+    return order
+
+
+def cross_validate(
+    probes: Sequence[Probe],
+    features: NDArray[np.float32],
+    history: Floats | None,
+    targets: Floats,
+    clips: Sequence[str],
+    folds: Sequence[Rows],
+    *,
+    seed: int = 0,
+) -> Iterator[dict[Probe, Predictions]]:
+    """Yield after each fold; the last is complete.
+
+    Args:
+        probes: `ridge`, and `mlp` if wanted.
+        features: `[N, D]` vectors.
+        history: `[N, H]` the ego history; without it only `features` are read.
+        targets: `[N, targets]`.
+        clips: N clip ids.
+        folds: rows of each outer fold.
+        seed: of inner folds and of the MLP's start.
+    """
+    names = ("mean", "features") if history is None else ("mean", "features", "history", "both")
+    result = {probe: Predictions(**{name: np.full(targets.shape, np.nan) for name in names}) for probe in probes}
+    for number, test in enumerate(folds):
+        train = np.setdiff1d(np.arange(len(targets)), test)
+        centre, scale = _moments(targets[train])
+        y = (targets[train] - centre) / scale
+        fold_seed = 1000 * seed + number
+        inner = group_folds([clips[row] for row in train], INNER_FOLDS, seed=fold_seed)
+        fits = _ridge(features, history, y, train, test, inner)
+        found = {"ridge": [fit.new for fit in fits]}
+        if "mlp" in probes:
+            inputs = [_components(_gram(x, train, test)) for x in (features, history) if x is not None]
+            inputs += [np.concatenate(inputs, axis=1)] if len(inputs) > 1 else []
+            found["mlp"] = [_bent(fit, x, y, inner, seed=fold_seed) for fit, x in zip(fits, inputs, strict=True)]
+        for probe, into in result.items():
+            into.mean[test] = centre
+            for name, values in zip(names[1:], found[probe], strict=True):
+                getattr(into, name)[test] = centre + scale * values
+        yield result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fit:
+    """A ridge's standardised predictions."""
+
+    new: Floats
+    """`[test, targets]`."""
+    held: Floats
+    """`[train, targets]`, of each row by a ridge of the other inner folds."""
+
+
+def _ridge(
+    features: NDArray[np.float32], history: Floats | None, y: Floats, train: Rows, test: Rows, inner: Sequence[Rows]
+) -> list[_Fit]:
+    """From features, and where there is history from that and from both; what does best on the inner folds counts.
+
+    Penalty and share are chosen for each target. y `[train, targets]` is standardised; `inner` are places in `train`.
+    """
+    held = np.empty((1 if history is None else len(SHARES), len(PENALTIES), *y.shape))
+    for rows in inner:
+        fitted = np.delete(np.arange(len(train)), rows)
+        held[:, :, rows] = _ridge_paths(features, history, y[fitted], train[fitted], train[rows])
+    new = _ridge_paths(features, history, y, train, test)
+    errors = ((held - y) ** 2).sum(2)
+    fits = []
+    for allowed in [slice(-1, None)] if history is None else [slice(-1, None), slice(0, 1), slice(None)]:
+        best = errors[allowed].reshape(-1, y.shape[1]).argmin(0)
+        chosen = [
+            np.stack([path[allowed].reshape(-1, *path.shape[2:])[place, :, k] for k, place in enumerate(best)], axis=-1)
+            for path in (new, held)
+        ]
+        fits.append(_Fit(new=chosen[0], held=chosen[1]))
+    return fits
+
+
+def _ridge_paths(features: NDArray[np.float32], history: Floats | None, y: Floats, train: Rows, test: Rows) -> Floats:
+    """Predictions `[shares, penalties, test, targets]` of ridges on the training rows, y `[train, targets]`."""
+    seen = _gram(features, train, test)
+    if history is None:
+        return _ridge_path(seen, y)[None]
+    past = _gram(history, train, test)
+    return np.stack([_ridge_path((1 - share) * past + share * seen, y) for share in SHARES])
+
+
+def _ridge_path(gram: Floats, y: Floats) -> Floats:
+    """Predictions `[penalties, rows - n, targets]` of rows n and on of `gram` `[rows, n]`, fitted to those before."""
+    n = gram.shape[1]
+    values, vectors = np.linalg.eigh(gram[:n])
+    middle = y.mean(0)
+    seen = vectors.T @ (y - middle)
+    weights = seen / (np.maximum(values, 0)[:, None] + PENALTIES[:, None, None])
+    found: Floats = middle + (gram[n:] @ vectors) @ weights
+    return found
+
+
+def _gram(x: NDArray[np.floating], train: Rows, test: Rows) -> Floats:
+    """Dot products `[train + test, train]` of vectors standardised by the training rows; the mean eigenvalue is 1."""
+    centre, scale = _moments(x[train])
+    z = np.concatenate([x[train], x[test]])
+    z -= centre
+    z /= scale
+    gram: Floats = (z @ z[: len(train)].T).astype(np.float64)
+    gram /= max(np.trace(gram) / len(train), np.finfo(np.float32).tiny)
+    return gram
+
+
+def _moments(x: NDArray[np.floating]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """Mean and standard deviation of columns, 1 where a column does not vary."""
+    centre, scale = x.mean(0), x.std(0)
+    return centre, np.where(scale > 1e-6 * (1e-6 + np.abs(centre)), scale, 1)
+
+
+def _bent(fit: _Fit, x: Floats, y: Floats, inner: Sequence[Rows], *, seed: int) -> Floats:
+    """Predictions `[test, targets]`: the ridge's plus what MLPs on x `[train + test, k]` make of what it leaves.
+
+    The mean of as many MLPs as there are inner folds, each stopped early by one of them.
+    """
+    left = y - fit.held
+    members = [_train_mlp(x, left, rows, seed=f"{seed}|{number}") for number, rows in enumerate(inner)]
+    bent: Floats = fit.new + np.mean(members, axis=0)
+    return bent
+
+
+def _components(gram: Floats) -> Floats:
+    """Principal components `[rows, k]` of `gram` `[rows, n]`, of unit variance on average over the training rows.
+
+    Halfway to whitening: as they are the first drown the others, and whitened the last are loud noise.
+    """
+    n = gram.shape[1]
+    values, vectors = np.linalg.eigh(gram[:n])
+    strong = [place for place in range(n - 1, -1, -1) if values[place] > 1e-6 * values[-1]][:COMPONENTS]
+    loud = values[strong] ** 0.5
+    scores: Floats = gram @ (vectors[:, strong] / values[strong]) * np.sqrt(n) * loud / np.sqrt((loud**2).mean())
+    return scores
+
+
+def _train_mlp(x: Floats, y: Floats, held: Rows, *, seed: str) -> Floats:
+    """Predictions of the rows of x beyond y's, per target of the epoch that does best on the held rows.
+
+    The start predicts 0 and counts as an epoch: an MLP that finds nothing says nothing.
+    """
+    generator = randomness.generator("probe", seed)
+    inputs, truth = torch.from_numpy(x).float(), torch.from_numpy(y).float()
+    fitted = torch.from_numpy(np.delete(np.arange(len(y)), held))
+    weights = [
+        torch.randn(x.shape[1], HIDDEN_UNITS, generator=generator) * x.shape[1] ** -0.5,
+        torch.zeros(HIDDEN_UNITS),
+        torch.zeros(HIDDEN_UNITS, y.shape[1]),
+        torch.zeros(y.shape[1]),
+    ]
+    for tensor in weights:
+        tensor.requires_grad_()
+    optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=WEIGHT_DECAY)
+    checked, new = torch.from_numpy(held), slice(len(y), None)
+    best, last_better = (truth[checked] ** 2).mean(0), 0
+    found = torch.zeros(len(x) - len(y), y.shape[1])
+    for epoch in range(1, EPOCHS + 1):
+        for rows in torch.split(fitted[torch.randperm(len(fitted), generator=generator)], BATCH):
+            loss = F.mse_loss(_forward(weights, inputs[rows]), truth[rows])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        with torch.no_grad():
+            error = ((_forward(weights, inputs[checked]) - truth[checked]) ** 2).mean(0)
+            better = error < best
+            if better.any():
+                found[:, better] = _forward(weights, inputs[new])[:, better]
+                best, last_better = torch.minimum(best, error), epoch
+        if epoch - last_better >= PATIENCE:
+            break
+    result: Floats = found.double().numpy()
+    return result
+
+
+def _forward(weights: Sequence[Tensor], x: Tensor) -> Tensor:
+    return F.gelu(x @ weights[0] + weights[1]) @ weights[2] + weights[3]

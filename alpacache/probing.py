@@ -1,0 +1,240 @@
+"""Brain or hands: does the frozen VLM know about the curve, or does the expert not use what it is given?
+
+Probes read the future off cached features, on clips they have not seen and beyond what the ego history tells. What
+they can read, an expert could learn from. They are weaker than an expert, which attends to every token: "not there" is
+said of pooled vectors, and docs/how-to/brain-or-hands.md says how to look further.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.bias import MIN_CLIPS
+from alpacache.bootstrap import Interval, explained
+from alpacache.config import ProbeConfig
+from alpacache.errors import UsageError
+from alpacache.pictures import explained_png
+from alpacache.probe_features import CURVATURE, HEADING, TARGETS, ProbeData, choose_samples, read_probe_data
+from alpacache.probe_models import FOLDS, PROBES, Predictions, Probe, cross_validate, group_folds, shuffled_within
+from alpacache.probe_verdict import ADVICE, LEAST_CLIPS, LEAST_SAMPLES, Cell, Verdict, judge_target
+from alpacache.progress import OnProgress, Progress, ignore
+from alpacache.sample import SampleRef
+from alpacache.strata import LATE_CURVE, Floats
+from cache_store import CacheReader
+
+ALL = "all"
+TOGETHER = "all vectors"
+"""All sets of vectors side by side, where there are several."""
+SHUFFLED = "shuffled"
+"""The control: each sample has another's features."""
+Scores = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Cell]]]]
+"""Stratum -> target -> vectors -> probe -> numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeReport:
+    """What the probes found."""
+
+    store: str
+    samples: int
+    clips: int
+    strata: Mapping[str, tuple[int, int]]
+    """Stratum -> samples, clips."""
+    vectors: Mapping[str, int]
+    """Set of vectors -> numbers a sample."""
+    main: str
+    """The vectors that the verdicts rest on: all sets together, or the only one."""
+    scores: Scores
+    verdicts: Sequence[Verdict]
+    """One a target."""
+    conclusion: str
+    """The verdict on the heading change, and what follows from it."""
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; see docs/reference/commands.md."""
+        document: dict[str, Any] = {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
+        document["strata"] = {name: {"samples": n, "clips": clips} for name, (n, clips) in self.strata.items()}
+        return document
+
+
+def probe(config: ProbeConfig, *, on_progress: OnProgress = ignore) -> ProbeReport:
+    """Read, fit, judge; with `out` write `probe.json` and `probe.png` there.
+
+    Raises `UsageError` for fewer than ten clips, or for features that the store does not have.
+    """
+    started = time.monotonic()
+    reader = CacheReader(config.store)
+    chosen = choose_samples(reader.sample_ids, config.samples, seed=config.seed)
+    clips = {SampleRef.parse(sample_id).clip_id for sample_id in chosen}
+    if len(clips) < MIN_CLIPS:
+        raise UsageError(
+            f"{len(chosen)} samples of {config.store} come from {len(clips)} clips; a probe is judged on clips that it "
+            f"has not seen and needs {MIN_CLIPS}. Extract more clips, or raise --samples."
+        )
+    data = read_probe_data(reader, chosen, layers=config.layers, pool=config.pool, on_progress=on_progress)
+    report = probe_data(data, store=config.store, seed=config.seed, started=started, on_progress=on_progress)
+    if config.out is not None:
+        write_probe(Path(config.out), config, report)
+    return report
+
+
+def probe_data(
+    data: ProbeData,
+    *,
+    store: str = "",
+    seed: int = 0,
+    started: float | None = None,
+    on_progress: OnProgress = ignore,
+) -> ProbeReport:
+    """Fit and judge; `started` is when the clock of the report's seconds began."""
+    began = time.monotonic() if started is None else started
+    predictions = _predict(data, seed, on_progress)
+    main = _main_name(data)
+    rows = {ALL: np.ones(len(data.clips), dtype=bool), LATE_CURVE: data.late_curve}
+    counts = {name: (int(mask.sum()), len(set(_of(data.clips, mask)))) for name, mask in rows.items()}
+    scores = {name: _score(data, mask, main, predictions, seed) for name, mask in rows.items() if mask.any()}
+    enough = counts[LATE_CURVE][0] >= LEAST_SAMPLES and counts[LATE_CURVE][1] >= LEAST_CLIPS
+    verdicts = []
+    for target in TARGETS:
+        stratum = LATE_CURVE if enough and target in (HEADING, CURVATURE) else ALL
+        cells = scores[stratum][target]
+        verdicts.append(judge_target(target, stratum, counts[stratum], counts[ALL][1], cells[main], cells[SHUFFLED]))
+    heading = next(verdict for verdict in verdicts if verdict.target == HEADING)
+    return ProbeReport(
+        store=store,
+        samples=len(data.clips),
+        clips=len(set(data.clips)),
+        strata=counts,
+        vectors={name: vectors.shape[1] for name, vectors in data.features.items()},
+        main=main,
+        scores=scores,
+        verdicts=verdicts,
+        conclusion=f"{heading.sentence} {ADVICE[heading.answer]}",
+        seconds=time.monotonic() - began,
+    )
+
+
+def write_probe(out: Path, config: ProbeConfig, report: ProbeReport) -> None:
+    """`probe.json` and `probe.png`."""
+    out.mkdir(parents=True, exist_ok=True)
+    document = {"settings": _plain(dataclasses.asdict(config)), **report.to_json()}
+    (out / "probe.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    (out / "probe.png").write_bytes(_picture(report))
+
+
+def _predict(data: ProbeData, seed: int, on_progress: OnProgress) -> dict[str, dict[Probe, Predictions]]:
+    """Vectors -> probe -> predictions out of fold. Single sets of several are read alone, by the ridge."""
+    folds = group_folds(data.clips, FOLDS, seed=seed)
+    joined = np.concatenate(list(data.features.values()), axis=1)
+    order = shuffled_within(folds, seed=seed)
+    main = _main_name(data)
+    passes: list[tuple[str, Sequence[Probe], NDArray[np.float32], Floats | None]] = [
+        (main, PROBES, joined, data.history),
+        (SHUFFLED, PROBES, joined[order], data.history),
+    ]
+    if main == TOGETHER:
+        passes += [(name, PROBES[:1], vectors, None) for name, vectors in data.features.items()]
+    began, found = time.monotonic(), dict[str, dict[Probe, Predictions]]()
+    for number, (name, probes, vectors, history) in enumerate(passes):
+        parts = cross_validate(probes, vectors, history, data.targets, data.clips, folds, seed=seed)
+        for fold, predictions in enumerate(parts, start=1):
+            done = number * FOLDS + fold
+            rate, notes = done / (time.monotonic() - began), {"part": "fit", "vectors": name}
+            on_progress(Progress(done=done, total=len(passes) * FOLDS, unit="steps", rate=rate, notes=notes))
+            found[name] = predictions
+    return found
+
+
+def _score(
+    data: ProbeData,
+    rows: NDArray[np.bool_],
+    main: str,
+    predictions: Mapping[str, Mapping[Probe, Predictions]],
+    seed: int,
+) -> dict[str, dict[str, dict[str, Cell]]]:
+    """Target -> vectors -> probe -> numbers on some rows."""
+    clips = _of(data.clips, rows)
+    result: dict[str, dict[str, dict[str, Cell]]] = {}
+    for column, target in enumerate(TARGETS):
+        truth = data.targets[rows, column]
+        rivals = [found.history[rows, column] for found in predictions[main].values() if found.history is not None]
+        rivals += [predictions[main][PROBES[0]].mean[rows, column]]
+        rival = min(rivals, key=lambda pred: float(((truth - pred) ** 2).sum()))
+
+        def share(
+            pred: Floats | None,
+            mean: Floats,
+            over: Floats | None = None,
+            truth: Floats = truth,
+            column: int = column,
+        ) -> Interval | None:
+            if pred is None:
+                return None
+            return explained(truth, pred[rows, column], mean[rows, column], clips, over=over, seed=seed)
+
+        result[target] = {
+            name: {
+                kind: Cell(
+                    history=share(found.history, found.mean),
+                    features=share(found.features, found.mean),
+                    both=share(found.both, found.mean),
+                    gain=share(found.both, found.mean, rival),
+                )
+                for kind, found in kinds.items()
+            }
+            for name, kinds in predictions.items()
+        }
+    return result
+
+
+def _picture(report: ProbeReport) -> bytes:
+    panels: dict[str, dict[str, dict[str, Interval | None]]] = {}
+    for stratum, targets in report.scores.items():
+        samples = report.strata[stratum][0]
+        for target, vectors in targets.items():
+            cells, control = vectors[report.main], vectors[SHUFFLED]
+            panels[f"{target}, {_short(stratum)}, n = {samples}"] = {
+                "history": {kind: cell.history for kind, cell in cells.items()},
+                "features": {kind: cell.features for kind, cell in cells.items()},
+                "both": {kind: cell.both for kind, cell in cells.items()},
+                SHUFFLED: {kind: cell.features for kind, cell in control.items()},
+            }
+    layers = {}
+    if report.main == TOGETHER:
+        stratum = report.verdicts[0].stratum
+        layers = {
+            f"{target}, {_short(stratum)}, features alone": {
+                name: vectors[name]["ridge"].features for name in report.vectors
+            }
+            for target, vectors in report.scores[stratum].items()
+        }
+    return explained_png(panels, layers, columns=len(TARGETS))
+
+
+def _main_name(data: ProbeData) -> str:
+    return TOGETHER if len(data.features) > 1 else next(iter(data.features))
+
+
+def _short(stratum: str) -> str:
+    return "curve after t0" if stratum == LATE_CURVE else "all samples"
+
+
+def _of(clips: Sequence[str], rows: NDArray[np.bool_]) -> list[str]:
+    return [clip for clip, wanted in zip(clips, rows, strict=True) if wanted]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

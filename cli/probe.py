@@ -1,0 +1,98 @@
+"""`alpacache probe`: does the frozen VLM know about the curve?"""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from alpacache.errors import UsageError
+from cli import options, output
+
+if TYPE_CHECKING:
+    from alpacache.bootstrap import Interval
+    from alpacache.probing import ProbeReport
+
+
+def probe(
+    store: Annotated[str, typer.Option(help="Store to probe; its hidden states, and values where layers are named.")],
+    out: Annotated[str | None, typer.Option(help="Directory for probe.json and probe.png.")] = None,
+    layers: Annotated[
+        str, typer.Option(help="`last`: hidden states. `all` or `0,9,18`: cached values of these layers too.")
+    ] = "last",
+    pool: Annotated[
+        str, typer.Option(help="`last` prefix token, `mean` over tokens, or `both` side by side.")
+    ] = "both",
+    samples: Annotated[int, typer.Option(help="At most this many samples, whole clips by seed.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of folds, control and intervals.")] = 0,
+    json: options.Json = False,
+) -> None:
+    """Brain or hands: can the road ahead be read off the cached features, beyond what the ego history tells?
+
+    Example: `alpacache probe --store cache/train --out probe/one`
+    """
+    from alpacache.config import ProbeConfig
+
+    config = ProbeConfig(
+        store=store,
+        out=out,
+        layers=layer_numbers(layers),
+        pool=options.one_of("pool", pool, ("both", "last", "mean")),  # type: ignore[arg-type]
+        samples=samples,
+        seed=seed,
+    )
+    with output.show_progress("probe") as on_progress:
+        from alpacache.probing import probe as run
+
+        report = run(config, on_progress=on_progress)
+    if json:
+        output.print_json({"out": out, **report.to_json()})
+        return
+    print_report(report)
+    if out is not None:
+        output.print_table("", [["numbers", f"{out}/probe.json"], ["picture", f"{out}/probe.png"]])
+
+
+def layer_numbers(text: str) -> Literal["last", "all"] | tuple[int, ...]:
+    """`last`, `all`, or numbers with commas."""
+    if text == "last":
+        return "last"
+    if text == "all":
+        return "all"
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--layers is {text!r}; expected last, all, or numbers such as 0,9,18,27,35.") from None
+
+
+def print_report(report: "ProbeReport") -> None:
+    """R^2 on clips not seen, of the vectors that the verdicts rest on; then by layer; then the verdicts."""
+    from alpacache.probing import SHUFFLED, TOGETHER
+    from alpacache.strata import LATE_CURVE
+
+    heads = ["target", "samples", "probe", "history", "features", "both", "shuffled", "gain"]
+    rows = []
+    for stratum, targets in report.scores.items():
+        kind = "curve after t0" if stratum == LATE_CURVE else "all"
+        for target, vectors in targets.items():
+            for number, (name, cell) in enumerate(vectors[report.main].items()):
+                first = [target, f"{report.strata[stratum][0]} {kind}"] if number == 0 else ["", ""]
+                control = vectors[SHUFFLED][name].features
+                values = (cell.history, cell.features, cell.both, control)
+                rows.append([*first, name, *map(_short, values), _text(cell.gain)])
+    output.print_table(f"R^2 on clips not seen, {report.samples} samples of {report.clips} clips", rows, heads=heads)
+    if report.main == TOGETHER:
+        stratum = report.verdicts[0].stratum
+        targets = report.scores[stratum]
+        by_layer = [
+            [name, *(_text(vectors[name]["ridge"].features) for vectors in targets.values())] for name in report.vectors
+        ]
+        output.print_table("R^2 of single layers, ridge, features alone", by_layer, heads=["vectors", *targets])
+    others = [[verdict.sentence] for verdict in report.verdicts[1:]]
+    output.print_table("", [[report.conclusion], *others])
+
+
+def _short(value: "Interval | None") -> str:
+    return "-" if value is None else f"{value.estimate:z.2f}"
+
+
+def _text(value: "Interval | None") -> str:
+    return "-" if value is None else f"{value.estimate:z.2f} [{value.low:z.2f}, {value.high:z.2f}]"
