@@ -45,5 +45,9 @@ class DeviceMemoryError(AlpacacheError, MemoryError):
     """The GPU's memory did not suffice after all."""
 
 
+class LostProcessError(AlpacacheError):
+    """Another process of a run on several GPUs has ended; its own message says why."""
+
+
 class InterruptedRunError(AlpacacheError):
     """SIGINT or SIGTERM; everything committed so far is kept and the same command goes on."""

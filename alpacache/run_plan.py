@@ -18,6 +18,7 @@ from alpacache.memory_plan import MemoryPlan, Workload, fastest_plan
 from alpacache.optimizers import resolve
 from alpacache.run_directory import RunDirectory
 from alpacache.sample_order import GlobalOrder, make_groups
+from alpacache.world import World
 
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -36,13 +37,14 @@ def as_begun(config: TrainConfig, directory: RunDirectory) -> TrainConfig:
 
 
 def settle(
-    config: TrainConfig, checkpoint: Checkpoint, data: CachedDataset, device: torch.device
+    config: TrainConfig, checkpoint: Checkpoint, data: CachedDataset, world: World
 ) -> tuple[TrainConfig, MemoryPlan | None]:
     """The config with all settings known and, on a GPU, the memory they take. Caps the allocator at the budget."""
+    device, batch_size = world.device, world.share(config.batch_size)
     optimizer = resolve(config.optimizer, device)
     if device.type != "cuda":
         draws = 1 if config.draws == "auto" else config.draws
-        micro_batch = config.micro_batch or config.batch_size
+        micro_batch = config.micro_batch or batch_size
         return replace(config, draws=draws, micro_batch=micro_batch, checkpointing=bool(config.checkpointing)), None
     cap = cap_memory(config.memory_budget, device)
     work = Workload.of(
@@ -51,7 +53,7 @@ def settle(
         data.longest,
         trainable=config.trainable,
         lora_rank=config.lora_rank,
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         optimizer=optimizer,
         compiled=config.compile,
         validates=config.val is not None,
@@ -65,7 +67,8 @@ def settle(
 
     if config.draws == "auto":
         plan_for(1)  # raises where nothing fits
-        draws = _auto_draws(config, data, checkpoint, device, work, plan_for)
+        measured = _auto_draws(config, data, checkpoint, device, work, plan_for) if world.is_first else None
+        draws = world.from_first(measured)
     else:
         draws = config.draws
     plan = plan_for(draws)
@@ -91,9 +94,9 @@ def _auto_draws(
     batch_s = 0.0
     if not config.in_memory:
         order = global_order(config, data)
-        places = first_places(batches_of(order, config.batch_size, first=0, end=10**9))
+        places = first_places(batches_of(order, work.batch_size, first=0, end=10**9))
         space = action_space(checkpoint)
-        batch_s = delivery_seconds(BatchRing(data, space, places, batch_size=config.batch_size, device=device))
+        batch_s = delivery_seconds(BatchRing(data, space, places, batch_size=work.batch_size, device=device))
     return choose_draws(plan_or_none, work, batch_s=batch_s, gpu=gpu_speed(device.index or 0)).draws
 
 

@@ -16,6 +16,7 @@ from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, Pref
 from alpacache.alpamayo.prefix_attention import keep_out_of_compilation
 from alpacache.batches import Batch, BatchRing
 from alpacache.optimizers import StepOptimizer
+from alpacache.world import GradientSum, World
 
 _WARM_UPS = 2
 
@@ -26,17 +27,30 @@ class StepResult:
 
     batch: Batch
     numbers: Tensor
-    """`[2 + B]` float32 on the host: loss, gradient norm, each sample's loss."""
+    """`[3 + B]` float32 on the host: loss, gradient norm, requests to stop, the loss of each sample of this process."""
     began: torch.cuda.Event | None
     """When its samples and everything before it were there."""
     ended: torch.cuda.Event | None
 
-    def values(self) -> tuple[float, float, list[float]]:
-        """Loss, gradient norm and each sample's loss."""
+    def values(self) -> "StepValues":
+        """Read them; waits for the step."""
         if self.ended is not None:
             self.ended.synchronize()
-        loss, norm, *losses = self.numbers.tolist()
-        return loss, norm, losses
+        loss, norm, stop, *losses = self.numbers.tolist()
+        return StepValues(loss=loss, norm=norm, stop=stop > 0, losses=losses)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepValues:
+    """What came of a step, over all processes but for `losses`."""
+
+    loss: float
+    norm: float
+    """Of the gradient, before clipping."""
+    stop: bool
+    """Some process would like to end after this step."""
+    losses: list[float]
+    """Of each sample of this process."""
 
 
 class TrainStep:
@@ -56,11 +70,13 @@ class TrainStep:
         causal: bool,
         capture: bool,
         compile_layers: bool = False,
+        world: World,
     ) -> None:
-        """`micro_batch` samples go through the expert at a time; their gradients add up to the batch's."""
+        """`batch_size` samples of this process; `micro_batch` of them go through the expert at a time."""
         self._expert, self._optimizer = expert, optimizer
         self._parameters = list(parameters.values())
         self._micro_batch, self._clip, self._causal = micro_batch, clip, causal
+        self._world, self._sum = world, GradientSum(self._parameters, world)
         self._graph: torch.cuda.CUDAGraph | None = None
         device = expert.device
         self._cuda = device.type == "cuda"
@@ -77,7 +93,8 @@ class TrainStep:
         # The CPU's optimizer takes the Python number itself.
         self._lr = torch.zeros((), device=device, dtype=torch.float32 if self._cuda else torch.float64)
         self._dry = torch.zeros((), dtype=torch.bool, device=device)
-        self._numbers = torch.zeros(2 + batch_size, device=device)
+        self._stop = torch.zeros((), device=device)
+        self._numbers = torch.zeros(3 + batch_size, device=device)
         rows, lengths, starts = self._places
         self._prefixes = PackedPrefixes(
             layout=ring.layout,
@@ -96,13 +113,17 @@ class TrainStep:
             self._places_ahead = make_places(ring.layout, min(micro_batch, batch_size), ring.longest, device)
             self._decoding = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def run(self, batch: Batch, noise: Tensor, t: Tensor, lr: float) -> StepResult:
-        """Enqueue one step; `noise [B, K, 64, 2]` and `t [B, K]` on the CPU."""
+    def run(self, batch: Batch, noise: Tensor, t: Tensor, lr: float, *, stop: bool = False) -> StepResult:
+        """Enqueue one step; `noise [B, K, 64, 2]` and `t [B, K]` on the CPU.
+
+        `stop`: this process would like to end after it; the result says whether any would.
+        """
         self._put(self._action, batch.action[:, None])
         self._put(self._noise, noise)
         self._put(self._t, t)
         self._put(self._places, torch.tensor([batch.rows, batch.lengths, batch.starts]))
         self._put(self._lr, torch.tensor(lr, dtype=self._lr.dtype))
+        self._put(self._stop, torch.tensor(float(stop)))
         if batch.ready is not None:
             torch.cuda.current_stream().wait_event(batch.ready)
         began = self._event()
@@ -129,8 +150,10 @@ class TrainStep:
         for parameter in self._parameters:
             parameter.grad = None
         batch_size = len(self._action)
+        everyone = batch_size * self._world.size
         losses = []
         for start in range(0, batch_size, self._micro_batch):
+            self._sum.is_last = start + self._micro_batch >= batch_size
             part = slice(start, start + self._micro_batch)
             loss = flow_loss(
                 self._expert,
@@ -140,16 +163,19 @@ class TrainStep:
                 self._slice(part),
                 causal=self._causal,
             )
-            (loss.sum() / batch_size).backward()  # type: ignore[no-untyped-call]
+            (loss.sum() / everyone).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         each = torch.cat(losses)
-        total = each.mean()
+        shared = torch.stack([each.sum() / everyone, self._stop])
+        self._world.add_up(shared)
+        total, stop = shared
+        self._sum.finish()
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
         scale = (self._clip / (norm + 1e-6)).clamp(max=1.0)
         bad = ~(torch.isfinite(total) & torch.isfinite(norm))
         self._optimizer.step(lr=self._lr, scale=scale, skip=bad | self._dry)
-        self._numbers.copy_(torch.cat([torch.stack([total, norm]), each]))
+        self._numbers.copy_(torch.cat([torch.stack([total, norm, stop]), each]))
 
     def _slice(self, part: slice) -> PackedPrefixes:
         rows, lengths, starts = self._places[:, part]

@@ -21,7 +21,6 @@ from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.batches import Batch, BatchRing
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import TrainConfig, to_toml, weighted_stores
-from alpacache.device import resolve_device
 from alpacache.ema import WeightAverage
 from alpacache.errors import DeviceMemoryError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.identity import model_identity
@@ -34,7 +33,8 @@ from alpacache.run_plan import as_begun, batches_of, global_order, settle
 from alpacache.trackers import Tracker, make_trackers, scalars
 from alpacache.train_step import StepResult, TrainStep
 from alpacache.trainable import checkpoint_tensors, choose_trainable, enable_checkpointing
-from alpacache.validation import Validation
+from alpacache.validation import Validation, means
+from alpacache.world import World, join_world
 from cache_store import CorruptSampleError
 
 _NON_FINITE_LIMIT = 3
@@ -59,6 +59,7 @@ _FREE_TO_CHANGE = {
     "ema_every",
     "on_damage",
     "track",
+    "micro_batch",
 }
 """Config keys that do not change what a step computes; `stores` and `model` may move, their identity is checked."""
 
@@ -99,29 +100,39 @@ def train(
 ) -> TrainReport:
     """Train until the configured step; saves on the way, at the end, and when a signal asks to stop.
 
-    On a GPU `on_plan` is told what memory the run will take, before any of it is taken.
+    On a GPU `on_plan` is told what memory the run will take, before any of it is taken. Under torchrun every process
+    calls this with the same config; the first one writes.
     """
+    with join_world(config.device) as world:
+        return _train(config, world, on_progress, on_plan if world.is_first else lambda plan: None)
+
+
+def _train(
+    config: TrainConfig, world: World, on_progress: OnProgress, on_plan: Callable[[MemoryPlan], None]
+) -> TrainReport:
     directory = RunDirectory(config.out)
     if directory.steps and not config.resume:
         raise UsageError(
             f"{config.out} already holds a run (step {directory.steps[-1]}); pass --resume to go on, or choose "
             "another --out."
         )
-    device = resolve_device(config.device)
-    checkpoint = Checkpoint(config.model)
+    if world.size > 1 and config.on_damage == "skip":
+        raise UsageError("on_damage is 'skip' with several processes; mend the store with `alpacache verify` instead.")
+    device, checkpoint = world.device, Checkpoint(config.model)
     stores = [path for path, _ in weighted_stores(config.stores)]
     data = CachedDataset(stores, checkpoint, in_memory=config.in_memory)
     val = CachedDataset([config.val], checkpoint, in_memory=config.in_memory) if config.val else None
-    config, plan = settle(as_begun(config, directory), checkpoint, data, device)
+    config, plan = settle(as_begun(config, directory), checkpoint, data, world)
     if plan is not None:
         on_plan(plan)
     expert = load_expert(checkpoint, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
-    run = _Run(config, directory, checkpoint, data, val, expert, plan, on_progress)
+    run = _Run(config, directory, checkpoint, data, val, expert, plan, world, on_progress)
     if directory.steps:
         run.restore()
-    else:
+    elif world.is_first:
         directory.write_config(to_toml(config))
         directory.rewind_metrics(0)
+    world.wait()
     try:
         return run.loop()
     except torch.OutOfMemoryError as error:
@@ -147,12 +158,15 @@ class _Run:
         val: CachedDataset | None,
         expert: ActionExpert,
         plan: MemoryPlan | None,
+        world: World,
         on_progress: OnProgress,
     ) -> None:
         """`config`: with everything settled that the plan decides."""
         assert isinstance(config.draws, int)
         assert config.micro_batch is not None
-        self.draws, self.micro_batch, self.plan = config.draws, config.micro_batch, plan
+        self.world, self.mine = world, world.share(config.batch_size)
+        """Samples of a batch that this process takes: the rank-th, and every n-th from there."""
+        self.draws, self.micro_batch, self.plan = config.draws, min(config.micro_batch, self.mine), plan
         self.config, self.directory, self.checkpoint = config, directory, checkpoint
         self.data, self.expert, self.on_progress = data, expert, on_progress
         self.validation = None if val is None else Validation(val, config)
@@ -184,7 +198,7 @@ class _Run:
         """What the last validation found."""
         self.trackers: list[Tracker] = []
         self.bad_steps = 0
-        self.stopped_early = False
+        self.stopped_early = self.stopping = False
         self.started, self.first = time.monotonic(), 0
         self.ended: torch.cuda.Event | None = None
         """When the last step that was read had ended on the device; None after a pause."""
@@ -198,13 +212,14 @@ class _Run:
         if expert.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(expert.device)
         expert.train()
-        if config.ema is not None and self.average is None:
+        if config.ema is not None and self.average is None and self.world.is_first:
             self.average = WeightAverage(self.parameters, decay=config.ema, every=config.ema_every)
         step: TrainStep | None = None
         rows: Tensor | None = None
         self.started, self.first = time.monotonic(), self.step
         with InterruptGuard() as guard, ExitStack() as closing:
-            self.trackers = make_trackers(config, self.directory.path, first_step=self.step)
+            if self.world.is_first:
+                self.trackers = make_trackers(config, self.directory.path, first_step=self.step)
             for tracker in self.trackers:
                 closing.callback(tracker.close)
             while self.step < self.total and not self.stopped_early:
@@ -212,8 +227,8 @@ class _Run:
                 ring = BatchRing(
                     self.data,
                     expert.action_space,
-                    map(self._without_damaged, places),
-                    batch_size=config.batch_size,
+                    (self._without_damaged(batch)[self.world.rank :: self.world.size] for batch in places),
+                    batch_size=self.mine,
                     device=expert.device,
                     data=rows,
                 )
@@ -233,13 +248,14 @@ class _Run:
             self.parameters,
             self.optimizer,
             ring,
-            batch_size=config.batch_size,
+            batch_size=self.mine,
             micro_batch=self.micro_batch,
             draws=self.draws,
             clip=config.clip,
             causal=config.causal,
             capture=config.capture,
             compile_layers=config.compile,
+            world=self.world,
         )
 
     def _run_through(self, ring: BatchRing, step: TrainStep, guard: InterruptGuard) -> None:
@@ -249,19 +265,20 @@ class _Run:
         self.read_waited_s = 0.0
         try:
             for batch in ring:
-                underway.append((self.step + 1, self._enqueue(step, batch)))
+                underway.append((self.step + 1, self._enqueue(step, batch, stop=guard.requested)))
                 ring.done(batch)
                 self.step += 1
                 if self.average is not None:
                     self.average.after(self.step)
-                stopping, finished = guard.requested, self.step == self.total
+                finished = self.step == self.total
                 validating = self.validation is not None and (finished or self.step % config.val_every == 0)
-                pausing = validating or stopping or finished or self.step % config.save_every == 0
+                self.stopping |= guard.requested and self.world.size == 1  # several must all learn of it, by the step
+                pausing = validating or finished or self.stopping or self.step % config.save_every == 0
                 # On a GPU the last step is read when the next one is enqueued, so that the device never waits.
-                while len(underway) > (0 if pausing else lag):
+                while len(underway) > (0 if pausing or self.stopping else lag):
                     self._take(*underway.popleft(), ring, validating=validating and not underway)
-                if pausing:
-                    self._pause(validated=validating, stopping=stopping)
+                if pausing or self.stopping:
+                    self._pause(validated=validating)
                 if self.stopped_early:
                     return
         except CorruptSampleError:
@@ -274,16 +291,18 @@ class _Run:
         row = self._row(number, result, waited_s=ring.waited_s)
         if validating:
             assert self.validation is not None
-            self.validated = self.validation.run(self.expert)
-            row |= self.validated
-            row |= {f"train_loss/{turn}": sum(losses) / len(losses) for turn, losses in sorted(self.by_turn.items())}
+            self.validated = self.validation.run(self.expert, self.world)
+            by_turn = means(self.world.gathered(dict(self.by_turn)))
+            row |= self.validated | {f"train_loss/{turn}": loss for turn, loss in by_turn.items()}
             self.by_turn.clear()
+        if not self.world.is_first:
+            return
         self.directory.append_metrics(row)
         for tracker in self.trackers:
             tracker.log(number, scalars(row))
         self._tell(row)
 
-    def _pause(self, *, validated: bool, stopping: bool) -> None:
+    def _pause(self, *, validated: bool) -> None:
         """After a step that was read: keep the best, save when it is time, stop if asked to."""
         config, finished = self.config, self.step == self.total
         improved = False
@@ -295,10 +314,10 @@ class _Run:
             best = {"step": self.step, "value": value, "by": config.best_by} if improved else self.best
             self.best = {**best, "since": since}
             self.stopped_early = config.patience is not None and since >= config.patience and not finished
-        if improved or finished or stopping or self.stopped_early or self.step % config.save_every == 0:
+        if improved or finished or self.stopping or self.stopped_early or self.step % config.save_every == 0:
             self._save(is_best=improved)
         self.ended = None  # what passes until the next step is no waiting for data
-        if stopping and not finished:
+        if self.stopping and not finished:
             raise InterruptedRunError(
                 f"stopped on request at step {self.step}; saved. Run again with --resume to go on."
             )
@@ -316,7 +335,7 @@ class _Run:
     def _leave_out(self, error: CorruptSampleError) -> None:
         """Go on without a damaged sample, or not: then the error is raised again."""
         if self.config.on_damage == "stop":
-            if self.step > self.first:
+            if self.step > self.first and self.world.size == 1:  # several could not agree on it
                 self._save(is_best=False)
             raise error
         found = {index for index in range(len(self.data)) if self.data.sample_id(index) == error.sample_id}
@@ -350,18 +369,19 @@ class _Run:
         self.best = content.state["best"]
         ids = set(content.state.get("damaged", []))
         self.damaged = {index for index in range(len(self.data)) if self.data.sample_id(index) in ids} if ids else set()
-        if content.average and self.config.ema is not None:
+        if content.average and self.config.ema is not None and self.world.is_first:
             self.average = WeightAverage(self.parameters, decay=self.config.ema, every=self.config.ema_every)
             self.average.load(content.average)
-        self.directory.rewind_metrics(self.step)
+        if self.world.is_first:
+            self.directory.rewind_metrics(self.step)
 
-    def _enqueue(self, step: TrainStep, batch: Batch) -> StepResult:
+    def _enqueue(self, step: TrainStep, batch: Batch, *, stop: bool) -> StepResult:
         config = self.config
         noise = torch.stack([randomness.noise(config.seed, place, draws=self.draws) for place in batch.positions])
         t = torch.stack(
             [randomness.times(config.seed, place, draws=self.draws, schedule=config.times) for place in batch.positions]
         )
-        return step.run(batch, noise, t, self._lr(self.step))
+        return step.run(batch, noise, t, self._lr(self.step), stop=stop)
 
     def _lr(self, step: int) -> float:
         config = self.config
@@ -369,19 +389,21 @@ class _Run:
 
     def _row(self, number: int, result: StepResult, *, waited_s: float) -> dict[str, Any]:
         """What is written of a step. Raises `NonFiniteError` after a few in a row that were not finite."""
-        loss, norm, losses = result.values()
+        values = result.values()
+        loss, norm = values.loss, values.norm
+        self.stopping |= values.stop
         seconds = time.monotonic() - self.started
         rate = (number - self.first) / seconds
         row: dict[str, Any] = {"step": number, "loss": loss, "lr": self._lr(number - 1), "grad_norm": norm}
         row |= {"samples_per_s": rate * self.config.batch_size, **self._timing(result, seconds, waited_s)}
         if math.isfinite(loss) and math.isfinite(norm):
             self.losses.append(loss)
-            for turn, value in zip(result.batch.turns, losses, strict=True):
+            for turn, value in zip(result.batch.turns, values.losses, strict=True):
                 self.by_turn[turn].append(value)
             self.bad_steps = 0
             return row
         self.bad_steps += 1
-        row |= {"loss": None, "grad_norm": None, "skipped": list(result.batch.sample_ids)}
+        row |= {"loss": None, "grad_norm": None, "skipped": self._sample_ids(number)}
         if self.bad_steps >= _NON_FINITE_LIMIT:
             raise NonFiniteError(
                 f"loss or gradient was not finite in {self.bad_steps} steps in a row, last at step {number} "
@@ -389,6 +411,11 @@ class _Run:
                 "`alpacache verify --deep`."
             )
         return row
+
+    def _sample_ids(self, number: int) -> list[str]:
+        """Of a step's global batch."""
+        (batch,) = batches_of(self.order, self.config.batch_size, first=number - 1, end=number)
+        return [self.data.sample_id(index) for _, index in self._without_damaged(batch)]
 
     def _timing(self, result: StepResult, seconds: float, waited_s: float) -> dict[str, float]:
         """`step_ms` and `data_wait` of one step, where they are known.
@@ -410,6 +437,11 @@ class _Run:
         return {"step_ms": step_s * 1e3, "data_wait": wait_s / step_s if step_s else 0.0}
 
     def _save(self, *, is_best: bool) -> None:
+        if self.world.is_first:
+            self._write(is_best=is_best)
+        self.world.wait()
+
+    def _write(self, *, is_best: bool) -> None:
         state = {
             "settings": self._settings(),
             "base": model_identity(self.checkpoint),

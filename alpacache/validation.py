@@ -1,6 +1,7 @@
 """Validation during training: loss of held-out samples on noise that never changes, by stratum, and their minADE."""
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -14,6 +15,7 @@ from alpacache.metrics import min_ade
 from alpacache.prediction import predict
 from alpacache.strata import classify
 from alpacache.train_step import flow_loss
+from alpacache.world import World
 
 _PATHS, _FLOW_STEPS = 6, 10
 """As the public evaluation samples."""
@@ -28,21 +30,25 @@ class Validation:
         self._indices = [place * len(data) // count for place in range(count)]
 
     @torch.no_grad()
-    def run(self, expert: ActionExpert) -> dict[str, float]:
-        """`val_loss`, `val_loss/straight` and so on by turn, and `val_min_ade` (m) where the best is chosen by it."""
+    def run(self, expert: ActionExpert, world: World) -> dict[str, float]:
+        """`val_loss`, `val_loss/straight` and so on by turn, and `val_min_ade` (m) where the best is chosen by it.
+
+        Each process takes every n-th sample; all get the same numbers.
+        """
         found: dict[str, list[float]] = defaultdict(list)
+        mine = self._indices[world.rank :: world.size]
         expert.eval()
         # Other shapes than those that layers were compiled for.
         with torch.compiler.set_stance("force_eager"):
-            for start in range(0, len(self._indices), VAL_BATCH):
-                samples = [self._data.load(index) for index in self._indices[start : start + VAL_BATCH]]
+            for start in range(0, len(mine), VAL_BATCH):
+                samples = [self._data.load(index) for index in mine[start : start + VAL_BATCH]]
                 for sample, loss in zip(samples, self._losses(expert, samples), strict=True):
                     found["val_loss"].append(loss)
                     found[f"val_loss/{_turn(sample)}"].append(loss)
                 if self._config.best_by == "min_ade":
                     found["val_min_ade"] += self._min_ades(expert, samples)
         expert.train()
-        return {name: sum(values) / len(values) for name, values in found.items()}
+        return means(world.gathered(dict(found)))
 
     def _losses(self, expert: ActionExpert, samples: list[CachedSample]) -> list[float]:
         schedule, device = self._config.times, expert.device
@@ -59,6 +65,13 @@ class Validation:
     def _min_ades(self, expert: ActionExpert, samples: list[CachedSample]) -> list[float]:
         paths = predict(expert, samples, paths=_PATHS, flow_steps=_FLOW_STEPS, seed=0)
         return [min_ade(xyz, sample.future_xyz)["min_ade"] for (xyz, _), sample in zip(paths, samples, strict=True)]
+
+
+def means(parts: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """Mean by name over what several processes found."""
+    names = sorted({name for part in parts for name in part})
+    every = {name: [value for part in parts for value in part.get(name, ())] for name in names}
+    return {name: sum(values) / len(values) for name, values in every.items()}
 
 
 def _turn(sample: CachedSample) -> str:

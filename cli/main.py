@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 failed; 2 bad usage or input, nothing touched; 3 done but 
 130 interrupted.
 """
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -55,12 +56,14 @@ def alpacache(
 
 def main() -> None:
     """Run the command line; every error a user can meet ends as one message and an exit code."""
-    from alpacache.errors import AlpacacheError, InterruptedRunError, UsageError
+    from alpacache.errors import AlpacacheError, InterruptedRunError, LostProcessError, UsageError
     from cache_store import CacheStoreError, FormatError, IdentityMismatchError, StoreNotFoundError
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
+    except LostProcessError:
+        raise SystemExit(FAILED) from None  # the one that failed has said why
     except InterruptedRunError as error:
         _fail(str(error), INTERRUPTED)
     except KeyboardInterrupt:
@@ -76,6 +79,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    """Say it once, however many processes torchrun has started; a failure that only one of them met is always said."""
+    if code == INTERRUPTED and os.environ.get("RANK", "0") != "0":
+        raise SystemExit(code)
     sys.stderr.write(f"alpacache: {message}\n")
     raise SystemExit(code)
 

@@ -1,5 +1,6 @@
 """`alpacache train`: stage two."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -152,6 +153,8 @@ def train(
         from alpacache.training import train as run
 
         report = run(settings, on_progress=on_progress, on_plan=_show_plan)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if json:
         output.print_json(report)
         return

@@ -16,6 +16,7 @@ from alpacache.errors import UsageError
 from alpacache.gpus import GPUS
 from alpacache.memory_plan import Workload, fastest_plan, memory_plan
 from alpacache.trainable import choose_trainable
+from alpacache.world import World
 from cache_store import CODECS
 
 GIB = 2**30
@@ -160,7 +161,7 @@ def gpu_settings(monkeypatch):
     """`settle` as on a GPU whose cap is known, and where nothing is measured."""
     monkeypatch.setattr(run_plan, "cap_memory", lambda budget, device: int(23.5 * GIB))
     monkeypatch.setattr(run_plan, "_auto_draws", lambda *_: 4)
-    return torch.device("cuda")
+    return World(rank=0, size=1, device=torch.device("cuda"))
 
 
 def test_open_settings_get_values_on_a_gpu(tiny_checkpoint, store, gpu_settings):
@@ -180,6 +181,6 @@ def test_on_a_cpu_nothing_is_planned(tiny_checkpoint, store):
     checkpoint = Checkpoint(str(tiny_checkpoint))
     data = CachedDataset([store], checkpoint)
     config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out="run", steps=3, draws="auto")
-    settled, plan = run_plan.settle(config, checkpoint, data, torch.device("cpu"))
+    settled, plan = run_plan.settle(config, checkpoint, data, World(rank=0, size=1, device=torch.device("cpu")))
     assert plan is None
     assert (settled.draws, settled.micro_batch, settled.checkpointing) == (1, 8, False)

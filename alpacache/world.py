@@ -1,0 +1,124 @@
+"""The processes of one training run: one a GPU, started by torchrun, or a single one.
+
+Every process computes its share of each global batch; gradients, losses and requests to stop are summed, so that all
+decide alike. Only the first writes.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from alpacache.device import resolve_device
+from alpacache.errors import LostProcessError, UsageError
+
+_TIMEOUT = timedelta(minutes=30)
+"""Of a collective: the others wait while the first process writes a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """This process's place among those of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """The process that writes."""
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> int:
+        """Samples of a global batch that each process takes. Raises `UsageError` where they cannot be equal."""
+        if batch_size % self.size:
+            raise UsageError(
+                f"batch_size is {batch_size}, over {self.size} processes; expected a multiple of {self.size}."
+            )
+        return batch_size // self.size
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def from_first(self, value: Any) -> Any:
+        """The first process's value (plain data), in all of them."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes (plain data), in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Sum over all processes, in place; may be captured."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+
+class GradientSum:
+    """Sums gradients over all processes while the backward goes on: each as soon as it is whole."""
+
+    def __init__(self, parameters: list[nn.Parameter], world: World) -> None:
+        self._underway: list[dist.Work] = []
+        self.is_last = True
+        """Whether the next backward is the step's last: until then gradients only accumulate."""
+        if world.size > 1:
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(self._begin)  # type: ignore[no-untyped-call]
+
+    def finish(self) -> None:
+        """All sums are there on the current stream."""
+        for work in self._underway:
+            work.wait()
+        self._underway.clear()
+
+    def _begin(self, parameter: Tensor) -> None:
+        if self.is_last and parameter.grad is not None:
+            work = dist.all_reduce(parameter.grad, async_op=True)
+            assert work is not None
+            self._underway.append(work)
+
+
+@contextmanager
+def join_world(device: str | None) -> Iterator[World]:
+    """Join the other processes where torchrun has started several, and leave them at the end.
+
+    Raises `UsageError` where there are fewer GPUs than processes, `LostProcessError` where another one has died.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if size == 1:
+        yield World(rank=0, size=1, device=resolve_device(device))
+        return
+    mine = resolve_device(device)
+    if mine.type == "cuda":
+        mine = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        torch.cuda.set_device(mine)
+    dist.init_process_group("nccl" if mine.type == "cuda" else "gloo", timeout=_TIMEOUT, device_id=_id(mine))
+    try:
+        yield World(rank=rank, size=size, device=mine)
+    except dist.DistError as error:
+        raise LostProcessError(f"process {rank} of {size}: another process of the run has ended ({error}).") from error
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("Connection closed", "Connection reset", "gloo", "NCCL")):
+            raise
+        raise LostProcessError(f"process {rank} of {size}: another process of the run has ended.") from error
+    dist.destroy_process_group()  # not after an error: it would wait for processes that wait for this one
+
+
+def _id(device: torch.device) -> torch.device | None:
+    return device if device.type == "cuda" else None

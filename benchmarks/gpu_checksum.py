@@ -1,0 +1,328 @@
+"""CRC-32C of many chunks in the rows of a batch on the GPU, so that reading threads need not touch the bytes.
+
+A CRC is linear over GF(2) (R. N. Williams, "A Painless Guide to CRC Error Detection Algorithms", 1993; M. Kounavis and
+F. Berry, "Novel Table Lookup-Based Algorithms for High-Performance CRC Generation", 2008): without initial value and
+final inversion it is `M(x) * x^32 mod P(x)` of the message polynomial M. Zeros before a message do not change that,
+zeros behind it multiply by a power of x, and the two constants add a value that depends on the size alone. So kernels
+compute the linear part of chunks rounded outwards to whole lines, and the host converts what they are to find.
+
+Tables or shifts for every word cost 30 instructions and more. Nothing of the kind is needed, because squaring is a
+ring homomorphism: P(x)^n = P(x^n) for every power of two n. Hence P(z), z = x^(32 S), is a multiple of P(x), and in a
+message of rows of S words a word may be divided by P(z) with its whole column as coefficients: a step is a plain xor
+of earlier words of the same column, without a shift or a table (the sparser multiples of P that software without
+carry-less multiplication uses: S. Russell, "Chorba: A novel CRC32 implementation", 2024). What is left of any message
+are as many rows as the polynomial's degree. They are a message with the same checksum, are folded once more with
+narrower rows, and end as 32 x 32 words, of which every bit is multiplied by its own power of x.
+"""
+
+# Compile-time constants of kernels are in capitals, and Triton knows no `(*words, word)`.
+# ruff: noqa: N803, RUF005
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Self
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+LINE_BYTES = 128
+"""Chunks are rounded outwards to lines, so that a warp's loads are whole ones."""
+LAGS = {
+    "dense": (4, 5, 6, 7, 9, 10, 12, 13, 14, 18, 19, 21, 22, 23, 24, 26, 32),
+    "sparse": (2, 12, 20, 25, 27, 31, 42, 50, 52),
+}
+"""Multiples of P as how many rows back the words lie that are xored: P itself, and its multiple of lowest degree with
+10 terms (found by search). Compiled for 9.0 a word takes 9.9 and 6.5 instructions, one of them its load. The next, of
+degree 79 with 8 terms, needs too many registers."""
+_REGISTERS = 96
+"""Of a thread: as few as suffice, so that there is room beside other work; the compiler would take up to 246."""
+_POLYNOMIAL = 0x82F63B78
+"""P(x) without x^32, reflected as all values here: bit 31 is the coefficient of x^0."""
+_NARROW = 32
+"""Words of a row of the second folding."""
+_LAST = 32 * _NARROW
+"""Words that it leaves."""
+
+
+@triton.jit
+def _divided(
+    state, at, bounds, first,
+    LAGS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The last `ROWS` digits of the quotient after one more tile, which begins `at` and at word `first` of its item.
+
+    `MASKED`: bytes before the first of `bounds` and from the second on count as zero, and words of nothing else are not
+    read. Bounds are loaded here, because what could be computed before the loop over tiles would fill registers.
+    """
+    lane = tl.arange(0, LANES)
+    if MASKED:
+        low, high = tl.load(bounds).to(tl.int32), tl.load(bounds + 1).to(tl.int32)
+        begin, end = low // 4 - first, (high - 1) // 4 - first
+        ones = tl.full([], 0xFFFFFFFF, tl.uint32)
+        front, back = ones << ((low & 3) * 8).to(tl.uint32), ones >> ((-high & 3) * 8).to(tl.uint32)
+    for row in tl.static_range(ROWS):
+        if MASKED:
+            word = tl.load(at + row * LANES + lane, mask=(lane >= begin) & (lane <= end), other=0)
+            word &= tl.where(lane == begin, front, ones) & tl.where(lane == end, back, ones)
+            begin, end = begin - LANES, end - LANES
+        else:
+            word = tl.load(at + row * LANES + lane, eviction_policy="evict_first")
+        for tap in tl.static_range(len(LAGS) - 1, -1, -1):  # the youngest last: it is what has to be waited for
+            word ^= state[ROWS - LAGS[tap]]
+        state = state[1:] + (word,)
+    return state
+
+
+@triton.jit
+def fold(
+    data, row_bytes, items, firsts, out,
+    LAGS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Write what each item leaves: `[ROWS, LANES]` words with the item's linear checksum.
+
+    Program p takes the items from `firsts[p]` up to `firsts[p + 1]`. An item is tiles of `[ROWS, LANES]` words.
+    """
+    lane = tl.arange(0, LANES)
+    for item in range(tl.load(firsts + tl.program_id(0)), tl.load(firsts + tl.program_id(0) + 1)):
+        fields = items + item * 5
+        begin = tl.multiple_of(tl.load(fields) * row_bytes + tl.load(fields + 1), 128)
+        low, high = tl.load(fields + 2).to(tl.int32), tl.load(fields + 3).to(tl.int32)
+        tiles = tl.load(fields + 4).to(tl.int32)
+        at = (data + begin).to(tl.pointer_type(tl.uint32))
+        state = ()
+        for _ in tl.static_range(ROWS):
+            state = state + (tl.zeros([LANES], tl.uint32),)
+        for tile in range(tiles):
+            first = tile * (ROWS * LANES)
+            if (first * 4 < low) | ((first + ROWS * LANES) * 4 > high):
+                state = _divided(state, at + first, fields + 2, first, LAGS, ROWS, LANES, True)
+            else:
+                state = _divided(state, at + first, fields + 2, first, LAGS, ROWS, LANES, False)
+        target = out + item * (ROWS * LANES) + lane
+        for row in tl.static_range(ROWS):
+            word = state[row]
+            for tap in tl.static_range(len(LAGS)):  # the last rows are not divided: undo what they gave each other
+                if LAGS[tap] <= row:
+                    word = word ^ state[row - LAGS[tap]]
+            tl.store(target + row * LANES, word)
+
+
+@triton.jit
+def _times(a, b):
+    """Product of two polynomials modulo P."""
+    product = tl.full([], 0, tl.uint32)
+    for degree in range(32):
+        product ^= tl.where(((a >> (31 - degree)) & 1) != 0, b, 0)
+        b = (b >> 1) ^ tl.where((b & 1) != 0, 0x82F63B78, 0).to(tl.uint32)
+    return product
+
+
+@triton.jit
+def compare(words, powers, chunks, shifts, flags, WORDS: tl.constexpr):
+    """Set the flag of a chunk's row unless its items together have the checksum that the chunk is expected to have."""
+    fields = chunks + tl.program_id(0) * 4
+    found = tl.full([], 0, tl.uint32)
+    for item in range(tl.load(fields + 2), tl.load(fields + 3)):
+        place = tl.arange(0, WORDS)
+        word = tl.load(words + item * WORDS + place)
+        sums = tl.zeros([WORDS], tl.uint32)
+        for bit in range(32):
+            power = tl.load(powers + bit * WORDS + place)
+            sums ^= tl.where(((word >> bit) & 1) != 0, power, 0)
+        found = _times(found, tl.load(shifts + item).to(tl.uint32)) ^ tl.xor_sum(sums, 0)
+    if found != tl.load(fields + 1).to(tl.uint32):
+        tl.atomic_or(flags + tl.load(fields), 1)
+
+
+def expected_linear(crc32c: int, size: int, end_padding: int) -> int:
+    """The linear part of a message of `size` bytes with this CRC-32C, followed by `end_padding` zero bytes."""
+    return int(_expected(np.array([crc32c]), np.array([size]), np.array([end_padding]))[0])
+
+
+def _expected(crcs: NDArray[Any], sizes: NDArray[Any], paddings: NDArray[Any]) -> NDArray[np.uint32]:
+    """`expected_linear` of many. The initial value is worth as much as ones that the message shifts through."""
+    ones = np.full(len(sizes), 0xFFFFFFFF, np.uint32)
+    return _shifted(crcs.astype(np.uint32) ^ ones ^ _shifted(ones, sizes), paddings)
+
+
+def _shifted(values: NDArray[np.uint32], sizes: NDArray[Any]) -> NDArray[np.uint32]:
+    """Values times x^(8 size) modulo P, by the binary digits of the size."""
+    for digit in range(int(sizes.max(initial=0)).bit_length()):
+        table = _shift_tables(digit)
+        moved = np.bitwise_xor.reduce([table[byte][values >> (8 * byte) & 255] for byte in range(4)])
+        values = np.where(sizes >> digit & 1, moved, values)
+    return values
+
+
+@lru_cache(maxsize=64)
+def _shift_tables(digit: int) -> NDArray[np.uint32]:
+    """`[4, 256]`: for each byte of a value its product with x^(8 * 2^digit)."""
+    bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    if digit == 0:
+        for _ in range(8):
+            bits = _times_x(bits)
+    else:
+        for _ in range(2):
+            before = _shift_tables(digit - 1)
+            bits = np.bitwise_xor.reduce([before[byte][bits >> (8 * byte) & 255] for byte in range(4)])
+    tables = np.zeros((4, 256), np.uint32)
+    for bit in range(8):
+        tables[:, np.arange(256) >> bit & 1 == 1] ^= bits[bit::8, None]
+    return tables
+
+
+def _times_x(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    return values >> np.uint32(1) ^ np.where(values & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
+
+
+@lru_cache(maxsize=8)
+def _powers(device: torch.device) -> Tensor:
+    """`[32, 1024]` int32: what each bit of each of the last words is worth. The first bit of a message is bit 0 of its
+    first word, and its last is worth x^32."""
+    worth = np.empty(32 * _LAST, np.uint32)
+    value = np.array([_POLYNOMIAL], np.uint32)
+    for place in reversed(range(len(worth))):
+        worth[place] = value[0]
+        value = _times_x(value)
+    table = np.ascontiguousarray(worth.reshape(_LAST, 32).T).view(np.int32)
+    return torch.from_numpy(table).to(device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkTable:
+    """Where the chunks of a batch lie, what they are to have, and how their tiles are divided among programs."""
+
+    chunks: Tensor
+    """`[chunks, 4]` int64: row, expected linear part, first item and end of its items."""
+    items: Tensor
+    """`[chunks + programs, 5]` int64 for the first folding, each a stretch of one chunk: row, byte of the row where its
+    first tile begins (below 0 in front of the row, where nothing is read), first and end of the chunk's bytes from
+    there on, tiles. Unused ones behind have no tiles."""
+    firsts: Tensor
+    """`[programs + 1]` int64: the first item of each program and an end."""
+    shifts: Tensor
+    """`[chunks + programs]` int64: what an item multiplies the checksum of those before it by."""
+    left_items: Tensor
+    """`[chunks + programs, 5]` int64 for the second folding: what the first one leaves of each."""
+    left_firsts: Tensor
+    """`[chunks + programs + 1]` int64: each has its own program."""
+    powers: Tensor
+    variant: str
+    lanes: int
+    shape: tuple[int, int]
+    """Rows and their bytes that this reads at most."""
+
+    @classmethod
+    def build(
+        cls,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        sizes: Sequence[int],
+        crc32cs: Sequence[int],
+        *,
+        device: torch.device,
+        programs: int,
+        variant: str = "sparse",
+        lanes: int = 128,
+    ) -> Self:
+        """Of each chunk its row, first byte there, bytes and CRC-32C; one copy from page-locked memory.
+
+        `programs` share the tiles evenly: fewer leave more of the GPU to others, more of them end sooner each and make
+        way. Each has a thread a lane, 32 to 256. Tensors have the same shapes for the same number of chunks, so that a
+        captured graph may be given new ones with `copy_`.
+        """
+        if variant not in LAGS:
+            raise ValueError(f"variant is {variant!r}; expected one of {', '.join(LAGS)}.")
+        if lanes not in (32, 64, 128, 256) or programs < 1:
+            raise ValueError(f"got {lanes} lanes, {programs} programs; expected 32, 64, 128 or 256, and 1 or more.")
+        row, start, size, crc = (np.asarray(values, np.int64) for values in (rows, starts, sizes, crc32cs))
+        if len({len(row), len(start), len(size), len(crc)}) != 1:
+            raise ValueError(f"rows, starts, sizes and CRCs have lengths {[*map(len, (row, start, size, crc))]}.")
+        if len(row) and (min(row.min(), start.min(), size.min()) < 0 or size.max() > 2**31 - 2**20):
+            raise ValueError("rows, starts and sizes are not negative, and a chunk has less than 2 GiB - 1 MiB.")
+        end = start + size
+        tile_bytes = 4 * lanes * max(LAGS[variant])
+        items, bounds, firsts = _stretches(row, start, end, tile_bytes, programs)
+        items = np.pad(items, ((0, len(row) + programs - len(items)), (0, 0)))
+        expected = _expected(crc, size, -end % LINE_BYTES).astype(np.int64)
+        parts = {
+            "chunks": np.column_stack([row, expected, bounds[:-1], bounds[1:]]),
+            "items": items,
+            "firsts": firsts,
+            "shifts": _shifted(np.full(len(items), 1 << 31, np.uint32), items[:, 4] * tile_bytes).astype(np.int64),
+            "left_items": _left(len(items), tile_bytes),
+            "left_firsts": np.minimum(np.arange(len(items) + 1), firsts[-1]),
+        }
+        tensors, powers = _on_device(parts, device), _powers(device)
+        shape = int(row.max(initial=-1)) + 1, int(end.max(initial=0))
+        return cls(**tensors, powers=powers, variant=variant, lanes=lanes, shape=shape)
+
+
+def check_rows(data: Tensor, table: ChunkTable, flags: Tensor) -> None:
+    """Enqueue the check of a batch's chunks on the current stream: three launches, which a graph may capture.
+
+    `data` `[rows, row_bytes]` uint8, each row at a multiple of 256 bytes; `flags` `[rows]` int32, of which those of
+    damaged rows have bit 0 set afterwards and all others are as they were.
+    """
+    if data.dtype != torch.uint8 or data.stride(0) % 256 or data.stride(1) != 1 or data.data_ptr() % 16:
+        raise ValueError(f"data are {data.dtype} with strides {data.stride()}; expected rows of bytes, 256-aligned.")
+    if data.shape[0] < table.shape[0] or data.shape[1] < table.shape[1]:
+        raise ValueError(f"data have shape {list(data.shape)}; the table's chunks lie in {list(table.shape)}.")
+    if flags.dtype != torch.int32 or flags.shape != data.shape[:1]:
+        raise ValueError(f"flags are {flags.dtype} {list(flags.shape)}; expected int32 {[len(data)]}.")
+    lags, rows, slots = LAGS[table.variant], max(LAGS[table.variant]), len(table.items)
+    left = data.new_empty(slots * rows * table.lanes, dtype=torch.int32)
+    last = data.new_empty(slots * _LAST, dtype=torch.int32)
+    fold[(len(table.firsts) - 1,)](
+        data, data.stride(0), table.items, table.firsts, left,
+        LAGS=lags, ROWS=rows, LANES=table.lanes, num_warps=table.lanes // 32, num_stages=1, maxnreg=_REGISTERS,
+    )  # fmt: skip
+    fold[(slots,)](
+        left.view(torch.uint8), 4 * rows * table.lanes, table.left_items, table.left_firsts, last,
+        LAGS=LAGS["dense"], ROWS=32, LANES=_NARROW, num_warps=1, num_stages=1, maxnreg=_REGISTERS,
+    )  # fmt: skip
+    if len(table.chunks):
+        compare[(len(table.chunks),)](
+            last, table.powers, table.chunks, table.shifts, flags, WORDS=_LAST, num_warps=4, num_stages=1
+        )
+
+
+def _stretches(
+    row: NDArray[np.int64], start: NDArray[np.int64], end: NDArray[np.int64], tile_bytes: int, programs: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Items, the first item of each chunk and of each program (with an end): equally many tiles for each program.
+
+    Tiles of a chunk are counted from the end of its last line, so that it is its first one that is not full.
+    """
+    stop = end + -end % LINE_BYTES
+    ends = np.cumsum(-((start - stop) // tile_bytes))  # rounded up
+    starts = np.concatenate([[0], ends])
+    shares = np.arange(programs + 1) * starts[-1] // programs
+    cuts = np.unique(np.concatenate([starts, shares]))
+    chunk = np.searchsorted(ends, cuts[:-1], side="right")
+    tiles = np.diff(cuts)
+    begin = stop[chunk] - (ends[chunk] - cuts[:-1]) * tile_bytes
+    low = np.maximum(start[chunk] - begin, 0)
+    high = np.minimum(end[chunk] - begin, tiles * tile_bytes)
+    items = np.column_stack([row[chunk], begin, low, high, tiles])
+    return items, np.searchsorted(cuts[:-1], starts), np.searchsorted(cuts[:-1], shares)
+
+
+def _left(count: int, tile_bytes: int) -> NDArray[np.int64]:
+    """Items of the second folding: what the first one leaves is one tile of its own, here several narrow ones."""
+    tiles = -(-tile_bytes // (4 * _LAST))
+    front = 4 * _LAST * tiles - tile_bytes
+    return np.column_stack([np.arange(count), *np.tile([[-front], [front], [front + tile_bytes], [tiles]], count)])
+
+
+def _on_device(parts: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+    """Copies as int64, by one transfer."""
+    host = torch.from_numpy(np.concatenate([part.ravel() for part in parts.values()]).astype(np.int64))
+    whole = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+    pieces = whole.split([part.size for part in parts.values()])
+    return {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
