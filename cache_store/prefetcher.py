@@ -86,7 +86,10 @@ class Prefetcher(Generic[Key]):
         self._ids = iter(sample_ids)
         self._buffers = list(buffers)
         self._fields = fields
-        self._changed = threading.Condition()
+        # Two conditions on one lock: whoever waits is woken for what it waits for, and no more of them than have work,
+        # as the caller shares the interpreter with them.
+        self._lock = threading.Lock()
+        self._work_is_there, self._sample_is_there = threading.Condition(self._lock), threading.Condition(self._lock)
         self._free = deque(range(len(buffers)))
         self._order: deque[PrefetchedSample[Key]] = deque()
         self._tasks: deque[tuple[PrefetchedSample[Key], Callable[[], None]]] = deque()
@@ -106,10 +109,10 @@ class Prefetcher(Generic[Key]):
 
     def close(self) -> None:
         """Begin nothing more, wait for the reads in flight, end the threads."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._tasks.clear()
-            self._changed.notify_all()
+            self._wake_all()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
@@ -119,7 +122,7 @@ class Prefetcher(Generic[Key]):
             yield sample
 
     def _next(self) -> PrefetchedSample[Key] | None:
-        with self._changed:
+        with self._lock:
             while True:
                 if self._closed or not self._threads[0].is_alive():
                     raise ValueError("the prefetcher is closed or was not entered; iterate inside its `with`.")
@@ -137,12 +140,12 @@ class Prefetcher(Generic[Key]):
                         f"all {len(self._buffers)} buffers hold samples that were not released; release one before "
                         "asking for the next, or give more buffers."
                     )
-                self._changed.wait()
+                self._sample_is_there.wait()
 
     def _release(self, buffer: int) -> None:
-        with self._changed:
+        with self._lock:
             self._free.append(buffer)
-            self._changed.notify_all()
+            self._work_is_there.notify()
 
     def _work(self) -> None:
         while (job := self._take()) is not None:
@@ -152,21 +155,22 @@ class Prefetcher(Generic[Key]):
                 task()
             except BaseException as caught:
                 error = caught
-            with self._changed:
+            with self._lock:
                 sample._tasks -= 1
                 if error is not None:
                     self._failed = True
                     sample._error = sample._error or error
+                    self._wake_all()
                 if sample._error is not None:  # its other chunks are of no use
                     dropped = sum(1 for other, _ in self._tasks if other is sample)
                     self._tasks = deque(item for item in self._tasks if item[0] is not sample)
                     sample._tasks -= dropped
                 if sample._tasks == 0:
-                    self._changed.notify_all()
+                    self._sample_is_there.notify()
 
     def _take(self) -> tuple[PrefetchedSample[Key], Callable[[], None]] | None:
         """The next chunk to read, or the plan of the next sample; waits while there is neither."""
-        with self._changed:
+        with self._lock:
             while not self._closed:
                 if self._tasks:
                     return self._tasks.popleft()
@@ -174,9 +178,13 @@ class Prefetcher(Generic[Key]):
                     sample = self._begin()
                     if sample is not None:
                         return sample, partial(self._plan, sample)
-                    self._changed.notify_all()
-                self._changed.wait()
+                    self._wake_all()
+                self._work_is_there.wait()
             return None
+
+    def _wake_all(self) -> None:
+        self._work_is_there.notify_all()
+        self._sample_is_there.notify_all()
 
     def _begin(self) -> PrefetchedSample[Key] | None:
         try:
@@ -194,7 +202,7 @@ class Prefetcher(Generic[Key]):
         out = self._reader.views(sample.sample_id, self._buffers[sample._buffer], self._fields)
         read = self._reader.plan(sample.sample_id, self._fields, out=out)
         sample.arrays = read.arrays
-        with self._changed:
+        with self._lock:
             sample._tasks += len(read.tasks)
             self._tasks.extend((sample, task) for task in read.tasks)
-            self._changed.notify_all()
+            self._work_is_there.notify(len(read.tasks))

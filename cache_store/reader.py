@@ -1,6 +1,7 @@
 """Reading committed samples: every byte is checked on its way; reading one field never touches another's objects."""
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,8 @@ from cache_store.sample_ids import SampleIds
 from cache_store.sample_key import keys, sample_key
 from cache_store.sample_read import SampleRead
 
+_KEEPING = threading.Lock()
+"""Of all readers, so that a reader can be pickled: records are kept and dropped by any thread."""
 _MAX_RECORDS = 4096
 """Kept in memory; a record takes some kilobytes and is read again in well under a millisecond."""
 
@@ -141,9 +144,10 @@ class CacheReader:
                 raise SampleNotFoundError(
                     f"sample {sample_id!r} was removed from {self.path} since it was opened; `refresh` forgets it."
                 ) from None
-            while len(self._records) >= _MAX_RECORDS:
-                self._records.pop(next(iter(self._records), sample_id), None)
-            self._records[sample_id] = record
+            with _KEEPING:
+                while len(self._records) >= _MAX_RECORDS:
+                    del self._records[next(iter(self._records))]
+                self._records[sample_id] = record
             return record
         raise SampleNotFoundError(
             f"sample {sample_id!r} is not among the {len(self)} committed samples of {self.path}; "
