@@ -19,7 +19,6 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 app = typer.Typer(
     name="alpacache",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -39,7 +38,15 @@ app.command("demo")(demo.demo)
 
 @app.callback()
 def alpacache(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the versions of alpacache and its libraries.",
+            is_eager=True,
+            callback=lambda wanted: _print_versions() if wanted else None,
+        ),
+    ] = False,
 ) -> None:
     """Fine-tune the action expert of Alpamayo driving models on one 24 GB GPU.
 
@@ -47,11 +54,23 @@ def alpacache(
     Stage two, **train**, trains expert and flow-matching head from that cache alone (small GPU).
     **eval** tells whether the straight-line bias is gone; **export** makes a complete checkpoint of the result.
     """
-    if version:
-        from alpacache import __version__
 
-        typer.echo(__version__)
-        raise typer.Exit
+
+def _print_versions() -> None:
+    """Ours first, then what a report of a problem should say; no library is imported for it."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from alpacache import __version__
+
+    lines = [f"alpacache {__version__}", f"python {platform.python_version()}"]
+    for name in ("torch", "transformers", "zarr", "numcodecs", "safetensors", "numpy"):
+        try:
+            lines.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            lines.append(f"{name} not installed")
+    typer.echo("\n".join(lines))
+    raise typer.Exit
 
 
 def main() -> None:

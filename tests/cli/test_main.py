@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import alpacache
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 
 
@@ -71,6 +72,19 @@ def test_the_whole_way_with_json(model, tmp_path):
     refused = run(*train, code=2)
     assert "pass --resume to go on" in refused.stderr
     assert refused.stdout == ""
+
+
+def test_reasoning_rollouts(model, tmp_path):
+    store, common = tmp_path / "store", ("--model", model, "--device", "cpu", "--json")
+    extract = ("extract", "synthetic:1", "--store", store, "--frames", 1, "--reasoning", "rollout", "--rollouts", 2)
+    assert json.loads(run(*extract, *common).stdout)["extracted"] == 1
+    assert json.loads(run("info", store, "--json").stdout)["identity"]["reasoning"]["rollouts"] == 2
+    evaluate = ("eval", "--store", store, "--out", tmp_path / "eval", "--flow-steps", 2, *common)
+    refused = run(*evaluate, code=2)
+    assert "has 2 reasoning rollouts a sample, 6 paths need one each" in " ".join(refused.stderr.split())
+    for options, reasoning in ((("--paths", 2), "rollout"), (("--reasoning", "none"), "none")):
+        run(*evaluate, *options)
+        assert json.loads((tmp_path / "eval/eval.json").read_text())["settings"]["reasoning"] == reasoning
 
 
 def test_probe(model, tmp_path):
@@ -176,3 +190,9 @@ def test_every_command_has_help_with_an_example(command):
     assert "Usage: " in text
     if command not in ("info", "verify"):
         assert "Example: " in text
+
+
+def test_versions_of_what_matters_are_printed():
+    lines = run("--version").stdout.splitlines()
+    assert lines[0] == f"alpacache {alpacache.__version__}"
+    assert any(line.startswith("torch ") for line in lines)
