@@ -1,121 +1,247 @@
-"""One training step of the expert at full size, random weights, prefixes on the device: our attention beside stock.
+"""One training step at full size, random weights, samples on the device: `train`'s own step beside stock attention.
 
-A step is forward, backward and a fused AdamW in bf16, as `train` runs it on a GPU today. `captured` replays forward,
-backward and optimizer as one CUDA graph, which `train` does not do yet. Each row says its speed over stock attention
-(`sdpa`: concatenated cache, repeated draws, expanded heads) in the same run. `--quick` runs a small expert on the CPU.
+A case is a `TrainStep` as `train` makes it (captured, compiled, micro-batches, checkpointing, adapters) in a process of
+its own under the memory cap; `planned_gib` is what `memory_plan` says of it. `stock` is the usual way in the same run:
+bf16 concatenated cache, repeated draws, expanded heads (sdpa), every kernel launched, fused AdamW. No disk, no copies:
+`bench_train_e2e.py` has those. `--quick` runs a small expert on the CPU.
 """
 
 import gc
+import json
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import full_size
 import torch
 from benchmark_report import arguments, finish, hardware_name
-from full_size import HEAD_DIM, KV_HEADS, random_expert
+from full_size import HEAD_DIM, KV_HEADS, PREFIX_TOKENS
 
-from alpacache import flow_matching
+from alpacache import codecs, flow_matching
 from alpacache.alpamayo.expert import ActionExpert
 from alpacache.alpamayo.packed_prefix import PackedPrefixes, PrefixLayout
+from alpacache.batches import Batch
+from alpacache.memory_plan import Workload, memory_plan
+from alpacache.optimizers import make_optimizer, resolve
+from alpacache.run_plan import cap_memory
+from alpacache.train_step import TrainStep
+from alpacache.trainable import choose_trainable, enable_checkpointing
+from alpacache.world import World
+from cache_store import CODECS
+
+BUDGET = "24GB"
 
 
-def random_prefixes(expert: ActionExpert, batch: int, shortest: int, longest: int) -> PackedPrefixes:
-    """Distinct lengths between the two, the last one the longest."""
-    lengths = torch.linspace(shortest, longest, batch, device=expert.device).long()
-    layout = PrefixLayout(
-        layers=len(expert.expert.layers), kv_heads=KV_HEADS, head_dim=HEAD_DIM, codec=None, dtype=expert.dtype
-    )
-    data = torch.empty(batch, layout.row_bytes(longest), dtype=torch.uint8, device=expert.device)
-    data.view(expert.dtype).normal_()
-    return PackedPrefixes(
-        layout=layout,
-        data=data,
-        rows=torch.arange(batch, device=expert.device),
-        lengths=lengths,
-        starts=lengths - 50,
-        longest=longest,
-        dtype=expert.dtype,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What a row is asked for."""
+
+    name: str
+    cameras: int
+    batch: int
+    codec: str = "int8"
+    draws: int = 1
+    micro_batch: int | None = None
+    checkpointing: bool = False
+    trainable: str = "all"
+    optimizer: str = "auto"
+    capture: bool = True
+    compile: bool = True
+    stock: bool = False
 
 
-def make_step(expert: ActionExpert, prefixes: PackedPrefixes, draws: int, *, graph: bool) -> Callable[[], Any]:
-    device, batch = expert.device, len(prefixes.lengths)
-    action, noise = (torch.randn(batch, draws, 64, 2, device=device) for _ in range(2))
-    t = torch.rand(batch, draws, device=device)
-    for parameter in expert.parameters():
-        parameter.grad = None
-    optimizer = torch.optim.AdamW(expert.parameters(), lr=1e-5, fused=device.type == "cuda", capturable=graph)
-
-    def step() -> None:
-        velocity = expert.velocity(flow_matching.interpolate(action, noise, t), t, prefixes)
-        flow_matching.loss(velocity, action, noise).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    if not graph:
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        step()
-    return captured.replay
+CASES = [
+    Case(name="stock", cameras=4, batch=8, codec="bf16", optimizer="adamw", capture=False, compile=False, stock=True),
+    Case(name="c4", cameras=4, batch=8),
+    Case(name="c4-bf16", cameras=4, batch=8, codec="bf16"),
+    Case(name="c4-not-compiled", cameras=4, batch=8, compile=False),
+    Case(name="c4-not-captured", cameras=4, batch=8, compile=False, capture=False),
+    Case(name="c4-adamw", cameras=4, batch=8, optimizer="adamw"),
+    Case(name="c4-two-micro", cameras=4, batch=8, micro_batch=4),
+    Case(name="c4-draws4", cameras=4, batch=8, draws=4),
+    Case(name="c4-draws4-checkpointing", cameras=4, batch=8, draws=4, checkpointing=True),
+    Case(name="c4-draws8-checkpointing", cameras=4, batch=8, draws=8, checkpointing=True),
+    Case(name="c4-lora", cameras=4, batch=4, trainable="lora"),
+    Case(name="c1", cameras=1, batch=16),
+    Case(name="c1-one", cameras=1, batch=1),
+]
+QUICK = [
+    Case(name="stock", cameras=1, batch=4, codec="bf16", stock=True, capture=False, compile=False),
+    Case(name="c1", cameras=1, batch=4),
+    Case(name="c1-two-micro", cameras=1, batch=4, micro_batch=2, draws=2),
+]
 
 
-def measure(expert: ActionExpert, prefixes: PackedPrefixes, draws: int, way: str) -> dict[str, Any]:
-    cuda = expert.device.type == "cuda"
-    expert.expert.config._attn_implementation = "sdpa" if way == "sdpa" else "prefix"
+def random_rows(case: Case, layout: PrefixLayout, lengths: list[int], device: torch.device) -> torch.Tensor:
+    """Two batches of stored samples; layers of a sample are alike."""
+    data = torch.empty(2 * case.batch, layout.row_bytes(max(lengths)), dtype=torch.uint8, device=device)
+    for place, length in enumerate(lengths):
+        one = torch.randn(1, 2, KV_HEADS, length, HEAD_DIM, device=device, dtype=torch.bfloat16)
+        kv = one.expand(layout.layers, -1, -1, -1, -1)
+        if layout.codec is None:
+            row = kv.to(layout.dtype).contiguous().flatten().view(torch.uint8)
+        else:
+            row = codecs.encode(layout.codec, kv).flatten()
+        data[place, : len(row)] = data[case.batch + place, : len(row)] = row
+    return data
+
+
+def run_case(case: Case, small: bool, steps: int) -> dict[str, Any]:
+    """The case's row; a failure is a note in it."""
+    try:
+        return asdict(case) | (_stock(case, small, steps) if case.stock else _measure(case, small, steps))
+    except (torch.OutOfMemoryError, ValueError) as error:
+        return asdict(case) | {"note": " ".join(f"{type(error).__name__}: {error}".split())[:160]}
+
+
+def _setting(case: Case, small: bool) -> tuple[ActionExpert, PrefixLayout, list[int], torch.device]:
+    device = full_size.device()
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    expert = full_size.random_expert(device, dtype, small=small).train()
+    shortest, longest = (80, 88) if small else PREFIX_TOKENS[case.cameras]
+    lengths = [round(value) for value in torch.linspace(shortest, longest, case.batch).tolist()]
+    layers, codec = len(expert.expert.layers), CODECS.get(case.codec)
+    layout = PrefixLayout(layers=layers, kv_heads=KV_HEADS, head_dim=HEAD_DIM, codec=codec, dtype=dtype)
+    return expert, layout, [*lengths[:-1], longest], device
+
+
+def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    if cuda:
+        cap_memory(BUDGET, torch.device("cuda"))
+    expert, layout, lengths, device = _setting(case, small)
+    parameters = choose_trainable(expert, case.trainable, seed=0)
+    if case.checkpointing:
+        enable_checkpointing(expert)
+    name = resolve(case.optimizer, device)
+    optimizer = make_optimizer(name, parameters, betas=(0.9, 0.999), weight_decay=0.0)
+    data = random_rows(case, layout, lengths, device)
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    step = make_step(expert, prefixes, draws, graph=way == "captured")
+    step = TrainStep(
+        expert,
+        parameters,
+        optimizer,
+        SimpleNamespace(layout=layout, data=data, longest=max(lengths)),  # type: ignore[arg-type]
+        batch_size=case.batch,
+        micro_batch=case.micro_batch or case.batch,
+        draws=case.draws,
+        clip=1.0,
+        causal=False,
+        capture=case.capture,
+        compile_layers=case.compile,
+        world=World(rank=0, size=1, device=device),
+    )
+    batch = Batch(
+        positions=tuple(range(case.batch)),
+        sample_ids=tuple(map(str, range(case.batch))),
+        action=torch.randn(case.batch, 64, 2),
+        rows=tuple(range(case.batch)),
+        lengths=tuple(lengths),
+        starts=tuple(length - 50 for length in lengths),
+        turns=("straight",) * case.batch,
+        ready=None,
+    )
+    noise, t = torch.randn(case.batch, case.draws, 64, 2), torch.rand(case.batch, case.draws)
     times = []
-    for _ in range(3 if not cuda else 10):
+    for _ in range(steps):
         started = time.perf_counter()
-        step()
-        if cuda:
-            torch.cuda.synchronize()
+        result = step.run(batch, noise, t, 1e-4)
+        values = result.values()
         times.append(time.perf_counter() - started)
+    plan = memory_plan(
+        Workload(
+            parameters=sum(p.numel() for n, p in expert.named_parameters() if "lora" not in n),
+            trained=sum(parameter.numel() for parameter in parameters.values()),
+            layers=layout.layers,
+            hidden=expert.expert.config.hidden_size,
+            intermediate=expert.expert.config.intermediate_size,
+            layout=layout,
+            longest=max(lengths),
+            batch_size=case.batch,
+            trainable=case.trainable,
+            optimizer=name,
+            compiled=case.compile,
+            validates=False,
+        ),
+        draws=case.draws,
+        micro_batch=case.micro_batch or case.batch,
+        checkpointing=case.checkpointing,
+    )
+    return _row(case, times, values.loss) | {"planned_gib": plan.device_bytes / 2**30 if cuda else None}
+
+
+def _stock(case: Case, small: bool, steps: int) -> dict[str, Any]:
+    """Stock attention and torch's AdamW, kernel by kernel."""
+    expert, layout, lengths, device = _setting(case, small)
+    expert.expert.config._attn_implementation = "sdpa"
+    prefixes = PackedPrefixes(
+        layout=layout,
+        data=random_rows(case, layout, lengths, device),
+        rows=torch.arange(case.batch, device=device),
+        lengths=torch.tensor(lengths, device=device),
+        starts=torch.tensor(lengths, device=device) - 50,
+        longest=max(lengths),
+        dtype=expert.dtype,
+    )
+    optimizer = torch.optim.AdamW(expert.parameters(), lr=1e-4, fused=device.type == "cuda")
+    action, noise = (torch.randn(case.batch, case.draws, 64, 2, device=device) for _ in range(2))
+    t = torch.rand(case.batch, case.draws, device=device)
+    times, loss = [], 0.0
+    for _ in range(steps):
+        started = time.perf_counter()
+        velocity = expert.velocity(flow_matching.interpolate(action, noise, t), t, prefixes)
+        error = flow_matching.loss(velocity, action, noise).mean()
+        error.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss = float(error.detach())  # waits for the device
+        times.append(time.perf_counter() - started)
+    return _row(case, times, loss)
+
+
+def _row(case: Case, times: list[float], loss: float) -> dict[str, Any]:
+    step_s = statistics.median(times[len(times) // 3 :])
+    peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
     return {
-        "step_ms": statistics.median(times[2:]) * 1e3,
-        "peak_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
+        "step_ms": step_s * 1e3,
+        "samples_s": case.batch / step_s,
+        "draws_s": case.batch * case.draws / step_s,
+        "peak_gib": peak,
+        "loss": loss,
     }
 
 
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--cases", metavar="NAME,...", help="some of: " + ", ".join(case.name for case in CASES))
     options = parser.parse_args()
-    cuda = torch.cuda.is_available() and not options.quick
-    if not cuda and not options.quick:
+    if not options.quick and not torch.cuda.is_available():
         raise SystemExit("a full run needs a CUDA device; --quick runs a small expert on the CPU.")
-    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    expert = random_expert(device, dtype, small=not cuda).train()
-    # cameras, batch, draws, shortest and longest prefix
-    cases = [(4, 1, 1, 3050, 3050), (4, 8, 1, 2900, 3050), (1, 16, 1, 840, 880), (1, 16, 4, 840, 880)]
-    rows = []
-    for cameras, batch, draws, shortest, longest in cases if cuda else [(1, 2, 2, 80, 88)]:
-        prefixes = random_prefixes(expert, batch, shortest, longest)
-        base = None
-        for way in ("sdpa", "prefix", "captured") if cuda else ("sdpa", "prefix"):
-            row: dict[str, Any] = {"cameras": cameras, "codec": "bf16", "batch": batch, "draws": draws}
-            row |= {"optimizer": "adamw", "attention": way}
-            try:
-                row |= measure(expert, prefixes, draws, way)
-            except torch.OutOfMemoryError:
-                row["note"] = "out of memory"
-            else:
-                base = row["step_ms"] if way == "sdpa" else base
-                row |= {"samples_s": batch / row["step_ms"] * 1e3, "draws_s": batch * draws / row["step_ms"] * 1e3}
-                row["over_stock"] = base / row["step_ms"] if base else None
-            rows.append(row)
-        del prefixes
-    hardware = torch.cuda.get_device_name() if cuda else hardware_name()
+    cases, steps = (QUICK, 4) if options.quick else (CASES, 20)
+    wanted = options.cases.split(",") if options.cases else [case.name for case in cases]
+    if unknown := sorted(set(wanted) - {case.name for case in cases}):
+        raise SystemExit(f"unknown cases {', '.join(unknown)}; known: {', '.join(case.name for case in cases)}.")
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        if case.name not in wanted:
+            continue
+        if options.quick:
+            row = run_case(case, True, steps)
+        else:  # no memory and no graph of one case reaches the next
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                row = pool.submit(run_case, case, False, steps).result()
+        base = next((other["samples_s"] for other in rows if other["stock"] and "samples_s" in other), None)
+        row["over_stock"] = row["samples_s"] / base if base and case.cameras == 4 and "samples_s" in row else None
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else hardware_name()
     finish("train_step", rows, options, hardware=hardware)
 
 

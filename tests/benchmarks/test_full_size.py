@@ -133,3 +133,12 @@ def test_the_quick_benchmark(tmp_path):
         assert row["over_recipe_best"] > 1
         assert 0 <= row["data_wait"] < 1
     assert sum(row["of_raw_read"] is not None for row in rows) == 1
+
+
+def test_the_quick_step_benchmark(tmp_path):
+    report = tmp_path / "step.json"
+    command = [sys.executable, str(BENCHMARKS / "bench_train_step.py"), "--quick", "--json", str(report)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
+    assert list(rows) == ["stock", "c1", "c1-two-micro"]
+    assert all(row["step_ms"] > 0 and np.isfinite(row["loss"]) for row in rows.values())
