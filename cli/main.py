@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cli import demo, doctor, evaluate, export, extract, plan, prepare, probe, store, train
+from cli import check, demo, doctor, evaluate, export, extract, plan, prepare, probe, store, train
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("check")(check.check)
 app.command("prepare")(prepare.prepare)
 app.command("plan")(plan.plan)
 app.command("extract")(extract.extract)

@@ -16,8 +16,13 @@ _FILE_WIDTH = 120
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout; dataclasses become objects, what is not finite becomes null."""
-    sys.stdout.write(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+    """One JSON object on stdout."""
+    sys.stdout.write(json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Dataclasses become objects, what is not finite becomes null."""
+    return json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[str] = ()) -> None:

@@ -57,6 +57,18 @@ class FolderSource:
                 spans.append((int(stamps[0]), int(stamps[-1])))
         return max(first for first, _ in spans), min(last for _, last in spans)
 
+    def track(self, clip_id: str) -> Track:
+        """All poses of a clip, as they stand in its file."""
+        return _read_track(self._clip(clip_id) / "egomotion.parquet", self._root, where=clip_id)
+
+    def frame_times_us(self, clip_id: str, camera: str) -> NDArray[np.int64]:
+        """When each frame of a camera was recorded, as it stands in its file."""
+        return _read_timestamps(self._clip(clip_id), camera, self._root, where=clip_id)
+
+    def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """`[len(times_us), 3, H, W]`: the frame at or before each time."""
+        return self._read_camera(self._clip(clip_id), camera, times_us)[0]
+
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
         """Read one sample; raises `BadClipError` for a recording that cannot be used at this t0."""
         clip, names = self._clip(ref.clip_id), sort_cameras(cameras)

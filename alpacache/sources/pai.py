@@ -84,6 +84,22 @@ class PhysicalAiSource:
                 spans.append((int(stamps[0]), int(stamps[-1])))
         return max(first for first, _ in spans), min(last for _, last in spans)
 
+    def track(self, clip_id: str) -> Track:
+        """All poses of a clip, as they stand in its archive."""
+        if clip_id not in self._known:
+            raise BadClipError("missing_clip", f"{clip_id}: not a clip of {self.name}.")
+        return _as_track(self._read_table(clip_id, EGOMOTION, EGOMOTION), where=clip_id)
+
+    def frame_times_us(self, clip_id: str, camera: str) -> NDArray[np.int64]:
+        """When each frame of a camera was recorded, as it stands in its archive."""
+        if not self._has(clip_id, camera):
+            raise BadClipError("missing_camera", f"{clip_id}: {camera}: {self._where_to_get(clip_id, camera)}")
+        return self._read_stamps(clip_id, camera)
+
+    def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """`[len(times_us), 3, H, W]`: the frame at or before each time."""
+        return self._read_camera(clip_id, camera, times_us)[0]
+
     def event_times_us(self, clip_id: str) -> Sequence[int]:
         """Starts of the annotated events, for `--t0 events`."""
         return self._events().get(clip_id, ())
@@ -141,9 +157,7 @@ class PhysicalAiSource:
 
     def _read_poses(self, clip_id: str) -> tuple[Any, Track]:
         """The devkit's interpolator and what it rests on, checked first, as the devkit's errors name no row."""
-        if clip_id not in self._known:
-            raise BadClipError("missing_clip", f"{clip_id}: not a clip of {self.name}.")
-        track = _as_track(self._read_table(clip_id, EGOMOTION, EGOMOTION), where=clip_id)
+        track = self.track(clip_id)
         check_track(track, where=clip_id)
         with self._reading(clip_id, EGOMOTION, missing="wrong_shape", damaged="wrong_shape"):
             return self._feature(clip_id, EGOMOTION), track

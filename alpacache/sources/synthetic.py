@@ -90,6 +90,10 @@ class SyntheticSource:
         """The recorded poses, every 50 ms."""
         return self._world(clip_id).drive.track
 
+    def frame_times_us(self, clip_id: str, camera: str) -> NDArray[np.int64]:
+        """Every camera takes a picture at every pose."""
+        return self.track(clip_id).timestamps_us
+
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
         """`[len(times_us), 3, H, W]`: the picture at or before each time."""
         world = self._world(clip_id)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from alpacache.errors import BadClipError, SourceError
+from alpacache.recording import RecordedSource, read_recording
 from alpacache.sample import SampleRef
 from alpacache.selection import select
 from alpacache.sources.folder import FolderSource
@@ -249,3 +250,14 @@ def test_selection_sees_the_same_reason_as_loading(folder, how):
         load(folder)
     assert [ref.clip_id for ref in refs] == ["b"]
     assert [(clip, reason.kind) for clip, reason in rejected] == [("a", error.value.kind)]
+
+
+def test_whole_recordings_are_what_the_files_say(folder):
+    source = FolderSource(folder)
+    assert isinstance(source, RecordedSource)
+    recording = read_recording(source, "a", [FRONT, "camera_rear_tele_30fov"])
+    assert recording.track.span_us == (0, 12_000_000)
+    assert recording.frame_times_us[FRONT].tolist() == list(range(0, 12_000_001, 100_000))
+    assert "does not exist" in recording.missing["camera_rear_tele_30fov"]
+    shown = source.film("a", FRONT, np.array([150_000, 2_000_000])).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(shown, [20 + 3 * 1, 20 + 3 * 20], atol=1.25)

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from alpacache.errors import BadClipError, SourceError, UsageError
+from alpacache.recording import read_recording
 from alpacache.sample import SampleRef
 from alpacache.selection import select
 from alpacache.sources import open_source
@@ -85,6 +86,18 @@ def test_the_tree_shows_the_drives_it_was_made_of(pristine_tree):
     assert lens["model"] == "ftheta"
     np.testing.assert_allclose(lens["rotation"], DRIVES.calibration(CLIPS[0], FRONT)["rotation"], atol=1e-9)
     assert lens["fw_poly"][1] == pytest.approx(1 / lens["bw_poly"][1])
+
+
+def test_whole_recordings_are_what_samples_are_cut_from(pristine_tree):
+    source = open_tree(pristine_tree)
+    recording = read_recording(source, CLIPS[0], [FRONT, "camera_rear_tele_30fov"])
+    np.testing.assert_allclose(recording.track.xyz[0, 2], 0.0, atol=1e-3)
+    assert list(recording.frame_times_us) == [FRONT]
+    assert list(recording.missing) == ["camera_rear_tele_30fov"]
+    sample = load(source)
+    np.testing.assert_array_equal(source.film(CLIPS[0], FRONT, sample.frame_timestamps_us[0]), sample.frames[0])
+    with pytest.raises(BadClipError, match="not a clip"):
+        source.track("nobody")
 
 
 def test_times_clips_and_events(pristine_tree):

@@ -1,0 +1,128 @@
+"""One picture of a source: front frames with the driven path in them, and the same paths from above.
+
+What no rule finds, such as a path that leaves the road in every picture, a person sees here at once.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.front_view import draw_paths
+from alpacache.pictures import DPI, EGO_M, GRID, HISTORY_COLOUR, INK, MIN_LENGTH_M, TRUTH_COLOUR
+from alpacache.sample import FRONT_CAMERA, Sample
+from alpacache.strata import classify
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CLIPS = 12
+COLUMNS = 3
+FRONT_PX = 480
+"""Width of a front frame."""
+_MIN_WIDTH_M = 16.0
+
+
+def contact_sheet_png(samples: Sequence[Sample], *, title: str) -> bytes:
+    """Up to `CLIPS` samples, each as its front frame (else its first camera's) and its path from above.
+
+    Raises:
+        ValueError: no samples.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not samples:
+        raise ValueError("a contact sheet needs at least one sample.")
+    shown = samples[:CLIPS]
+    columns = min(COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(6.2 * columns, 2.9 * rows + 0.4), dpi=DPI, layout="constrained")
+    figure.suptitle(_plain_text(title), x=0.01, ha="left", fontsize=11, color=INK)
+    panels = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=(4.0, 1.9) * columns)
+    for number in range(rows * columns):
+        row, column = divmod(number, columns)
+        front, above = panels[row, 2 * column], panels[row, 2 * column + 1]
+        if number < len(shown):
+            _draw_front(front, shown[number])
+            _draw_above(above, shown[number])
+        else:
+            front.set_axis_off()
+            above.set_axis_off()
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _draw_front(axes: "Axes", sample: Sample) -> None:
+    strata = classify(sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
+    picture, note = _front_picture(sample)
+    axes.imshow(picture)
+    axes.set_axis_off()
+    title = f"{sample.ref.clip_id}, t0 {sample.ref.t0_us / 1e6:.1f} s"
+    about = f"{strata.turn} {strata.direction}".removesuffix(" none") + f", {strata.mean_speed_mps:.1f} m/s; {note}"
+    axes.set_title(_plain_text(f"{_short(title)}\n{about}"), loc="left", fontsize=8, color=INK)
+
+
+def _front_picture(sample: Sample) -> tuple[NDArray[np.uint8], str]:
+    """The frame at t0, small, with the path where the calibration allows; and what is drawn in it."""
+    from PIL import Image
+
+    camera = FRONT_CAMERA if FRONT_CAMERA in sample.cameras else sample.cameras[0]
+    frame = sample.frames[sample.cameras.index(camera), -1].transpose(1, 2, 0)
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    image = image.resize((FRONT_PX, max(1, round(FRONT_PX * image.height / image.width))), Image.Resampling.BICUBIC)
+    lens = (sample.calibration or {}).get(camera)
+    if lens is None:
+        return np.asarray(image), "no calibration"
+    jpeg = io.BytesIO()
+    image.save(jpeg, "JPEG", quality=92)
+    try:
+        drawn = draw_paths(jpeg.getvalue(), lens, sample.future_xyz, {})
+    except ValueError as error:
+        return np.asarray(image), _short(str(error))
+    with Image.open(io.BytesIO(drawn)) as with_path:
+        return np.asarray(with_path.convert("RGB")), "path drawn"
+
+
+def _draw_above(axes: "Axes", sample: Sample) -> None:
+    """Forward up, left to the left; a dot a second; the arrow is where the vehicle's x axis points at the end."""
+    from matplotlib.patches import Rectangle
+
+    past, future = sample.history_xyz.astype(np.float64), sample.future_xyz.astype(np.float64)
+    driven = np.concatenate([past[-1:], future])
+    axes.add_patch(Rectangle((-EGO_M[1] / 2, -EGO_M[0] / 2), EGO_M[1], EGO_M[0], facecolor="#d9d9d9", edgecolor="none"))
+    axes.plot(past[:, 1], past[:, 0], color=HISTORY_COLOUR, lw=2)
+    axes.plot(driven[:, 1], driven[:, 0], color=TRUTH_COLOUR, lw=2)
+    axes.plot(driven[10::10, 1], driven[10::10, 0], marker="o", ms=3, mfc="white", mec=TRUTH_COLOUR, lw=0)
+    length = 0.06 * max(MIN_LENGTH_M, float(np.linalg.norm(driven[-1])))
+    nose = driven[-1, :2] + length * sample.future_rot[-1, :2, 0].astype(np.float64)
+    points = np.concatenate([past[:, :2], future[:, :2], nose[None]])
+    low, high = points.min(axis=0), points.max(axis=0)
+    middle, half = (low + high) / 2, max(MIN_LENGTH_M / 2, 0.55 * float((high - low)[0]))
+    half_width = max(_MIN_WIDTH_M / 2, 0.6 * float((high - low)[1]), 0.3 * half)
+    axes.annotate(
+        "",
+        xy=(nose[1], nose[0]),
+        xytext=(driven[-1, 1], driven[-1, 0]),
+        arrowprops={"arrowstyle": "-|>", "color": "#d55e00", "lw": 1.2, "shrinkA": 0, "shrinkB": 0},
+    )
+    axes.set(
+        xlim=(middle[1] + half_width, middle[1] - half_width), ylim=(middle[0] - half, middle[0] + half), aspect="equal"
+    )
+    axes.grid(color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=6, colors=INK, length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _short(text: str, most: int = 56) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _plain_text(text: Any) -> str:
+    """Without matplotlib's mathematics."""
+    return str(text).replace("$", r"\$")

@@ -1,0 +1,239 @@
+"""Whether clocks, poses and frames of one recording are what they should be: units of time, rates, gaps, jumps.
+
+A wrong unit of time is put right before anything else is judged, so that one mistake is named once.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.poses import MAX_GAP_US, MAX_SPEED_MPS, MAX_TURN_RATE_RADPS, QUATERNION_NORM_SLACK, Track
+from alpacache.recording import Recording
+from alpacache.sample import FRAME_STEP_US
+from alpacache.strata import Floats
+
+Status = Literal["ok", "warn", "fail"]
+JUMP_M = 1.0
+"""Least step off the course of the neighbouring poses that is a jump; localisation noise is centimetres."""
+JUMP_MPS = 10.0
+NEIGHBOURS = 7
+STALE_US = 200_000
+"""Longest time without a frame that goes unnoticed: a sample's frames are 0.1 s apart."""
+MAX_LOST = 0.01
+MAX_JITTER = 0.3
+MIN_OVERLAP = 0.8
+_UNITS = {"milliseconds": 1e3, "nanoseconds": 1e-3, "seconds": 1e6}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One question to a clip or a source."""
+
+    name: str
+    status: Status
+    found: str
+    remedy: str = ""
+    """The next step, unless all is well."""
+
+
+def time_unit(timestamps: NDArray[np.int64]) -> str:
+    """`microseconds`, or what the steps between timestamps rather look like. Recordings have 1 to 2,000 a second."""
+    if len(timestamps) < 3:
+        return "microseconds"
+    steps = np.abs(np.diff(timestamps))
+    if (steps == 0).mean() > 0.5 and np.ptp(timestamps) > 0:
+        return "seconds"
+    step = float(np.median(steps))
+    if step > 1.5e6 or np.abs(timestamps).max() > 1e17:
+        return "nanoseconds"
+    return "milliseconds" if 1 <= step < 500 else "microseconds"
+
+
+def in_microseconds(recording: Recording) -> Recording:
+    """The same recording with times of another unit converted."""
+    track = recording.track
+    return replace(
+        recording,
+        track=replace(track, timestamps_us=_converted(track.timestamps_us)),
+        frame_times_us={camera: _converted(stamps) for camera, stamps in recording.frame_times_us.items()},
+    )
+
+
+def check_times(recording: Recording) -> Check:
+    """Units of time, and whether it runs forwards."""
+    clocks = {"poses": recording.track.timestamps_us, **recording.frame_times_us}
+    units = {what: time_unit(stamps) for what, stamps in clocks.items()}
+    wrong = {what: unit for what, unit in units.items() if unit != "microseconds"}
+    if wrong:
+        found = ", ".join(f"timestamps of {what} are in {unit}" for what, unit in wrong.items())
+        factors = " and ".join(sorted({f"{_UNITS[unit]:g}" for unit in wrong.values()}))
+        return Check(
+            name="times",
+            status="fail",
+            found=f"{found}, by their steps",
+            remedy=f"Write whole microseconds: multiply these timestamps by {factors}.",
+        )
+    for what, stamps in clocks.items():
+        back = np.flatnonzero(np.diff(stamps) <= 0)
+        if len(back):
+            return Check(
+                name="times",
+                status="fail",
+                found=f"timestamps of {what} do not increase in {len(back)} rows, the first is row {int(back[0]) + 1}",
+                remedy="Sort the rows by timestamp and drop duplicates.",
+            )
+    start, end = recording.track.timestamps_us[[0, -1]]
+    return Check(name="times", status="ok", found=f"microseconds, {(end - start) / 1e6:.1f} s of poses")
+
+
+def check_poses(track: Track) -> Check:
+    """Rate, gaps and jumps."""
+    track = _finite(track)
+    gaps_us: NDArray[np.int64] = np.diff(track.timestamps_us)
+    if len(gaps_us) < 2 or (gaps_us <= 0).any():
+        return Check(name="poses", status="ok", found="not judged: no poses in the order of time")
+    rate = 1e6 / float(np.median(gaps_us))
+    holes, leaps = np.flatnonzero(gaps_us > MAX_GAP_US), jumps(track)
+    faults, remedies = [], []
+    if len(leaps):
+        faults.append(f"{len(leaps)} jumps, the first at {track.timestamps_us[leaps[0]] / 1e6:.2f} s")
+        remedies.append("Localisation was reset there: cut the clip in two, or keep t0 away from it.")
+    if len(holes):
+        faults.append(f"{len(holes)} gaps above 1 s, the longest {gaps_us.max() / 1e6:.2f} s")
+        remedies.append("Samples across a gap are refused; cut the clip there.")
+    if rate < 9.5:
+        faults.append("fewer than 10 poses a second")
+        remedies.append("Export poses at 10 Hz or more: between them a curve is only interpolated.")
+    found = "; ".join([f"{rate:.4g} Hz, longest gap {gaps_us.max() / 1e6:.2f} s", *faults])
+    return Check(name="poses", status="warn" if faults else "ok", found=found, remedy=" ".join(remedies))
+
+
+def jumps(track: Track) -> NDArray[np.int64]:
+    """Numbers of poses from which the vehicle leaps: what quarantine refuses, and steps off the neighbours' course."""
+    gaps_s = np.diff(track.timestamps_us) / 1e6
+    moved = np.diff(track.xyz, axis=0)
+    velocity = moved / gaps_s[:, None]
+    off_mps = np.linalg.norm(velocity - _running_median(velocity), axis=1)
+    leaps = (off_mps > JUMP_MPS) & (off_mps * gaps_s > JUMP_M)
+    unit = track.quaternion_xyzw / np.maximum(np.linalg.norm(track.quaternion_xyzw, axis=1, keepdims=True), 1e-9)
+    turned = 2 * np.arccos(np.clip(np.abs((unit[1:] * unit[:-1]).sum(axis=1)), 0, 1))
+    leaps |= turned > MAX_TURN_RATE_RADPS * gaps_s + 0.1
+    if np.median(np.linalg.norm(velocity, axis=1)) < MAX_SPEED_MPS:  # else all poses are in another unit
+        leaps |= np.linalg.norm(moved, axis=1) > MAX_SPEED_MPS * gaps_s + 0.5
+    return np.flatnonzero(leaps)
+
+
+def check_frames(recording: Recording) -> Check:
+    """Rate, jitter, missing frames, and whether they were taken while poses were recorded."""
+    faults = [f"no {camera}" for camera in recording.missing]
+    remedies = list(dict.fromkeys(message.rpartition(": ")[2] for message in recording.missing.values()))
+    status: Status = "fail" if faults else "ok"
+    rates = []
+    for camera, stamps in recording.frame_times_us.items():
+        steps: NDArray[np.int64] = np.diff(stamps)
+        if len(steps) < 9 or (steps <= 0).any():
+            continue
+        rates.append(1e6 / float(np.median(steps)))
+        span = recording.track.timestamps_us[[0, -1]]
+        overlap = (min(stamps[-1], span[1]) - max(stamps[0], span[0])) / (stamps[-1] - stamps[0])
+        if overlap <= 0:
+            status = "fail"
+            faults.append(f"{camera}: frames from {_span(stamps)}, but poses from {_span(span)}")
+            remedies.append("Put poses and frames on one clock.")
+            continue
+        for fault, remedy in _frame_faults(steps, overlap):
+            status = "warn" if status == "ok" else status
+            faults.append(f"{camera}: {fault}")
+            remedies.append(remedy)
+    if not rates and not faults:
+        return Check(name="frames", status="ok", found="not judged: too few frame times")
+    found = "; ".join([_rates(rates), *faults] if rates else faults)
+    return Check(name="frames", status=status, found=found, remedy=" ".join(dict.fromkeys(remedies)))
+
+
+def _rates(rates_hz: list[float]) -> str:
+    low, high = min(rates_hz), max(rates_hz)
+    return f"{low:.4g} Hz" if high < 1.02 * low else f"{low:.4g} to {high:.4g} Hz"
+
+
+def _frame_faults(steps_us: NDArray[np.int64], overlap: float) -> list[tuple[str, str]]:
+    """(what, remedy) of one camera."""
+    step = float(np.median(steps_us))
+    lost = int(np.maximum(np.round(steps_us / step) - 1, 0).sum())
+    regular = steps_us[steps_us < 1.5 * step]
+    jitter = float(np.percentile(np.abs(regular - step), 95)) / step
+    faults = []
+    if lost > MAX_LOST * len(steps_us) or steps_us.max() > max(STALE_US, 1.5 * step):
+        faults.append(
+            (
+                f"{lost} frames missing, the longest gap {steps_us.max() / 1e6:.2f} s",
+                "Around a gap the model sees an old frame: look for frames dropped while recording or converting.",
+            )
+        )
+    if step > 1.05 * FRAME_STEP_US:
+        faults.append(("fewer than 10 frames a second", "Frames 0.1 s apart will repeat; record at 10 Hz or more."))
+    if jitter > MAX_JITTER:
+        faults.append(
+            (
+                f"intervals vary by {100 * jitter:.0f} %",
+                "Take the camera's own times of exposure, not those of arrival.",
+            )
+        )
+    if overlap < MIN_OVERLAP:
+        faults.append(
+            (
+                f"poses cover {100 * overlap:.0f} % of the frames' time",
+                "Check that both are on one clock and cut to the same part.",
+            )
+        )
+    return faults
+
+
+def check_finite(track: Track) -> Check | None:
+    """What is wrong with the numbers themselves, if anything."""
+    bad = ~(np.isfinite(track.xyz).all(axis=1) & np.isfinite(track.quaternion_xyzw).all(axis=1))
+    if bad.any():
+        return Check(
+            name="rotations",
+            status="fail",
+            found=f"{int(bad.sum())} of {len(track.xyz)} poses hold NaN or infinity",
+            remedy="Drop those rows if the rest is sound.",
+        )
+    norms = np.linalg.norm(track.quaternion_xyzw, axis=1)
+    worst = float(norms[np.argmax(np.abs(norms - 1))])
+    if abs(worst - 1) > QUATERNION_NORM_SLACK:
+        return Check(
+            name="rotations",
+            status="fail",
+            found=f"quaternions of length {worst:.3g}, not 1",
+            remedy="Check the columns qx, qy, qz, qw, and whether they hold a quaternion at all.",
+        )
+    return None
+
+
+def _converted(stamps: NDArray[np.int64]) -> NDArray[np.int64]:
+    unit = time_unit(stamps)
+    return stamps if unit == "microseconds" else np.round(stamps * _UNITS[unit]).astype(np.int64)
+
+
+def _finite(track: Track) -> Track:
+    sound = np.isfinite(track.xyz).all(axis=1) & np.isfinite(track.quaternion_xyzw).all(axis=1)
+    return Track(
+        timestamps_us=track.timestamps_us[sound],
+        xyz=track.xyz[sound],
+        quaternion_xyzw=track.quaternion_xyzw[sound],
+    )
+
+
+def _running_median(values: Floats) -> Floats:
+    half = NEIGHBOURS // 2
+    padded = np.pad(values, ((half, half), (0, 0)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, NEIGHBOURS, axis=0)
+    median: Floats = np.median(windows, axis=-1)
+    return median
+
+
+def _span(stamps: NDArray[np.int64]) -> str:
+    return f"{stamps[0] / 1e6:.1f} s to {stamps[-1] / 1e6:.1f} s"

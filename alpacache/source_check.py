@@ -1,0 +1,340 @@
+"""`check`: whether a source's recordings are what they should be, before a GPU is rented for them.
+
+Stage one reads wrong axes, units or mirrored pictures without a complaint: each sample is sound in itself, and only the
+trained model is wrong. So the samples are read as `extract` reads them, which says what it would refuse, and the whole
+recordings are held against what a road vehicle and its camera do. Never is a model loaded.
+"""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from alpacache.contact_sheet import CLIPS
+from alpacache.errors import BadClipError
+from alpacache.motion import Motion, motion_of
+from alpacache.motion_checks import judge_axes, judge_rotations, judge_speed, judge_standing
+from alpacache.picture_checks import Turn, judge_mirrored, judge_pictures, turns_of_clip, turns_of_sample
+from alpacache.poses import Track
+from alpacache.progress import OnProgress, Progress
+from alpacache.recording import RecordedSource, Recording, read_recording, recording_of
+from alpacache.recording_checks import (
+    Check,
+    Status,
+    check_finite,
+    check_frames,
+    check_poses,
+    check_times,
+    in_microseconds,
+)
+from alpacache.sample import FRONT_CAMERA, Sample, SampleRef, Source, sort_cameras
+from alpacache.selection import select
+from alpacache.strata import STRATA, classify
+
+MEANINGS: Mapping[str, str] = {
+    "times": "timestamps are whole microseconds that increase",
+    "poses": "poses come at 10 Hz or more, without gaps and without leaps that no car makes",
+    "frames": "every camera is there, with 10 frames a second or more, evenly, while poses were recorded",
+    "rotations": "quaternions have length 1, their scalar last, and keep the vehicle upright",
+    "axes": "vehicles move along their own +x axis and turn the way their course does",
+    "speed": "speeds and sideways accelerations are those of road vehicles, so positions are in metres",
+    "standing": "the vehicle moves",
+    "clip ids": "each clip is there once, under one id",
+    "pictures": "pictures of all clips have one size and show something",
+    "mirrored": "in turns, what the front camera sees moves the other way: in a left turn to the right",
+}
+"""What each check asks, in plain words, in the order of tables."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """What `extract` would quarantine."""
+
+    where: str
+    """Sample id, or clip id where no sample can be cut."""
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipReport:
+    """One clip."""
+
+    clip_id: str
+    samples: int
+    """That were selected and can be used."""
+    refused: tuple[Refusal, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def status(self) -> Status:
+        """The worst of its checks."""
+        found = {check.status for check in self.checks}
+        return "fail" if "fail" in found else "warn" if "warn" in found else "ok"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceReport:
+    """All of a source that was looked at."""
+
+    source: str
+    samples: int
+    """That `extract` would take."""
+    clips: tuple[ClipReport, ...]
+    checks: tuple[Check, ...]
+    """Of the source as a whole."""
+    strata: dict[str, int]
+    """Usable samples in each stratum."""
+    speeds_mps: dict[str, float]
+    """`median`, `p95` and `max` of the samples' mean speeds; empty without samples."""
+    shown: tuple[Sample, ...]
+    """Usable samples of up to `CLIPS` clips, for `contact_sheet`."""
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong with the source as a whole; warnings are nothing wrong."""
+        return all(check.status != "fail" for check in self.checks)
+
+    @property
+    def clip_counts(self) -> dict[str, int]:
+        """Clips by the worst of their checks; a refused clip may be fine in itself."""
+        return {status: sum(clip.status == status for clip in self.clips) for status in ("ok", "warn", "fail")}
+
+    @property
+    def refused(self) -> tuple[Refusal, ...]:
+        return tuple(refusal for clip in self.clips for refusal in clip.refused)
+
+
+@dataclass(slots=True)
+class _Clip:
+    """What is gathered of one clip."""
+
+    refs: list[SampleRef]
+    refused: list[Refusal]
+    samples: int = 0
+    checks: tuple[Check, ...] = ()
+    motion: Motion | None = None
+    order: str = "right"
+    track: Track | None = None
+    """Kept where the order of its quaternions is not settled."""
+    fingerprint: str = ""
+
+
+class _Gathered:
+    """What is kept of samples: small numbers of each, the pictures of a few."""
+
+    def __init__(self, chosen: frozenset[SampleRef]) -> None:
+        self.chosen = chosen
+        self.shown: list[Sample] = []
+        self.speeds_mps: list[float] = []
+        self.strata = dict.fromkeys(STRATA, 0)
+        self.sizes: dict[tuple[int, int], list[str]] = {}
+        self.blank: list[str] = []
+        self.turns: list[Turn] = []
+
+    def add(self, sample: Sample) -> None:
+        strata = classify(sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
+        self.speeds_mps.append(strata.mean_speed_mps)
+        for label in strata.labels:
+            self.strata[label] += 1
+        height, width = sample.frames.shape[-2:]
+        self.sizes.setdefault((width, height), []).append(sample.ref.sample_id)
+        if min(float(camera[-1].std()) for camera in sample.frames) < 1.0:
+            self.blank.append(sample.ref.sample_id)
+        if sample.ref in self.chosen:
+            self.shown.append(sample)
+
+
+def check_source(
+    source: Source,
+    *,
+    split: Literal["train", "val", "all"] = "all",
+    t0: str = "5.1",
+    samples: int | None = None,
+    cameras: Sequence[str] = (FRONT_CAMERA,),
+    frames: int = 4,
+    on_progress: OnProgress | None = None,
+) -> SourceReport:
+    """Read what `extract` would select with the same arguments, and judge it.
+
+    Raises `UsageError` for arguments that make no sense, `SourceError` for a source that cannot be read.
+    """
+    started, names = time.monotonic(), sort_cameras(cameras)
+    refs, rejected = select(source, split=split, t0=t0, samples=samples)
+    clips: dict[str, _Clip] = {}
+    for ref in refs:
+        clips.setdefault(ref.clip_id, _Clip([], [])).refs.append(ref)
+    for clip_id, error in rejected:
+        clips[clip_id] = _Clip([], [Refusal(where=clip_id, kind=error.kind, message=str(error))])
+    gathered = _Gathered(_spread([clip.refs[0] for clip in clips.values() if clip.refs]))
+    for done, (clip_id, clip) in enumerate(clips.items(), start=1):
+        first = _load_samples(source, clip, names, frames, gathered)
+        _read_recording(source, clip_id, clip, names, first, gathered, clips=len(clips))
+        if on_progress is not None:
+            rate = done / max(1e-9, time.monotonic() - started)
+            on_progress(Progress(done=done, total=len(clips), unit="clips", rate=rate, notes={}))
+    _settle_order(list(clips.values()))
+    usable = sum(clip.samples for clip in clips.values())
+    return SourceReport(
+        source=source.name,
+        samples=usable,
+        clips=tuple(
+            ClipReport(clip_id=clip_id, samples=clip.samples, refused=tuple(clip.refused), checks=clip.checks)
+            for clip_id, clip in clips.items()
+        ),
+        checks=_judge(source, clips, gathered),
+        strata=gathered.strata,
+        speeds_mps=_speeds(gathered.speeds_mps),
+        shown=tuple(gathered.shown),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _spread(refs: Sequence[SampleRef]) -> frozenset[SampleRef]:
+    """Up to `CLIPS` of them, evenly spread."""
+    places = np.unique(np.linspace(0, len(refs) - 1, min(CLIPS, len(refs))).round().astype(int)) if refs else ()
+    return frozenset(refs[place] for place in places)
+
+
+def _load_samples(
+    source: Source, clip: _Clip, cameras: Sequence[str], frames: int, gathered: _Gathered
+) -> Sample | None:
+    """Load all samples of a clip, as `extract` would; the first that can be used."""
+    first: Sample | None = None
+    for ref in clip.refs:
+        try:
+            sample = source.load(ref, cameras=cameras, frames=frames)
+        except BadClipError as error:
+            clip.refused.append(Refusal(where=ref.sample_id, kind=error.kind, message=str(error)))
+            continue
+        clip.samples += 1
+        first = first or sample
+        gathered.add(sample)
+        if not isinstance(source, RecordedSource):
+            gathered.turns += turns_of_sample(sample)
+    return first
+
+
+def _read_recording(
+    source: Source,
+    clip_id: str,
+    clip: _Clip,
+    cameras: Sequence[str],
+    first: Sample | None,
+    gathered: _Gathered,
+    *,
+    clips: int,
+) -> None:
+    """Judge a clip's recording, or what its first sample holds of it."""
+    if not isinstance(source, RecordedSource):
+        if first is not None:
+            _judge_clip(clip, recording_of(first))
+        return
+    try:
+        recording = read_recording(source, clip_id, cameras)
+    except BadClipError:
+        return  # no readable poses: it has been refused for that
+    if len(recording.track.timestamps_us) < 2:
+        return
+    recording = _judge_clip(clip, recording)
+    if clip.motion is not None and FRONT_CAMERA in recording.frame_times_us:
+        gathered.turns += turns_of_clip(source, clip_id, clip.motion, clips=clips)
+
+
+def _judge_clip(clip: _Clip, recording: Recording) -> Recording:
+    """Fill in checks, motion and fingerprint. What is found wrong is put right for the checks that follow."""
+    times = check_times(recording)
+    recording = in_microseconds(recording)
+    clip.checks = (times, check_poses(recording.track), check_frames(recording))
+    rotations = judge_rotations(recording.track)
+    broken = check_finite(recording.track)
+    clip.order = rotations.order
+    if rotations.order == "either":
+        clip.track = recording.track
+    _judge_motion(clip, broken or rotations.check, rotations.track)
+    if clip.motion is not None and clip.motion.moving.any():
+        clip.fingerprint = hashlib.sha256(np.ascontiguousarray(recording.track.xyz).tobytes()).hexdigest()
+    return recording
+
+
+def _judge_motion(clip: _Clip, rotations: Check, track: Track) -> None:
+    """The checks from rotations on."""
+    checks = [*clip.checks[:3], rotations]
+    clip.motion = motion_of(track)
+    if clip.motion is not None:
+        checks += [judge_axes([clip.motion]), judge_speed([clip.motion]), judge_standing(clip.motion)]
+    clip.checks = tuple(checks)
+
+
+def _settle_order(clips: Sequence[_Clip]) -> None:
+    """Clips that drive forwards only with the scalar first follow those whose wrong order is plain."""
+    unsettled = [clip for clip in clips if clip.track is not None]
+    if sum(clip.order == "wrong" for clip in clips) < max(1, len(unsettled)):
+        return
+    for clip in unsettled:
+        if clip.track is not None:
+            rotations = judge_rotations(clip.track, scalar_first=True)
+            _judge_motion(clip, rotations.check, rotations.track)
+
+
+def _judge(source: Source, clips: Mapping[str, _Clip], gathered: _Gathered) -> tuple[Check, ...]:
+    """One check of each name over the source as a whole."""
+    motions = [clip.motion for clip in clips.values() if clip.motion is not None]
+    judged = {check.name: check for check in (judge_axes(motions), judge_speed(motions))} if motions else {}
+    judged["clip ids"] = _judge_ids(source, clips)
+    judged["pictures"] = judge_pictures(gathered.sizes, gathered.blank)
+    judged["mirrored"] = judge_mirrored(gathered.turns)
+    return tuple(_over_clips(name, judged.get(name), clips) for name in MEANINGS)
+
+
+def _over_clips(name: str, judged: Check | None, clips: Mapping[str, _Clip]) -> Check:
+    """All clips' checks of one name as one; what most clips fail, or all of them together, the source fails."""
+    if judged is not None and judged.status == "fail":
+        return judged
+    each = {clip_id: check for clip_id, clip in clips.items() for check in clip.checks if check.name == name}
+    bad = {clip_id: check for clip_id, check in each.items() if check.status != "ok"}
+    failed = [clip_id for clip_id, check in bad.items() if check.status == "fail"]
+    if judged is not None and (judged.status == "warn" or not failed):
+        return judged
+    if not bad:
+        found = f"{len(each)} clips" if each else "not judged"
+        alike = {check.found for check in each.values()}
+        return Check(name=name, status="ok", found=alike.pop() if len(alike) == 1 else found)
+    worst = failed[0] if failed else next(iter(bad))
+    found = f"{len(bad)} of {len(each)} clips, such as {worst}: {bad[worst].found}"
+    status: Status = "fail" if judged is None and 2 * len(failed) > len(each) else "warn"
+    return Check(name=name, status=status, found=found, remedy=bad[worst].remedy)
+
+
+def _judge_ids(source: Source, clips: Mapping[str, _Clip]) -> Check:
+    """Ids that come twice, and clips with the same poses: one in training and one in validation is a leak."""
+    twice = [clip_id for clip_id, times in Counter(source.clip_ids).items() if times > 1]
+    if twice:
+        found = f"{len(twice)} ids are listed more than once, such as {twice[0]}"
+        return Check(name="clip ids", status="fail", found=found, remedy="Give every clip an id of its own.")
+    same: dict[str, list[str]] = {}
+    for clip_id, clip in clips.items():
+        if clip.fingerprint:
+            same.setdefault(clip.fingerprint, []).append(clip_id)
+    copies = [ids for ids in same.values() if len(ids) > 1]
+    if copies:
+        found = f"{sum(map(len, copies))} clips share their poses with another, such as {' and '.join(copies[0][:2])}"
+        remedy = "Leave the copies out: one may be trained on and the other judged by."
+        return Check(name="clip ids", status="warn", found=found, remedy=remedy)
+    return Check(name="clip ids", status="ok", found=f"{len(clips)} different clips")
+
+
+def _speeds(speeds_mps: Sequence[float]) -> dict[str, float]:
+    if not speeds_mps:
+        return {}
+    values = np.array(speeds_mps)
+    return {
+        "median": float(np.median(values)),
+        "p95": float(np.percentile(values, 95)),
+        "max": float(values.max()),
+    }

@@ -1,0 +1,131 @@
+"""`alpacache check`: recordings before a GPU is rented for them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import options, output
+
+if TYPE_CHECKING:
+    from alpacache.source_check import SourceReport
+
+FAILED, QUARANTINED = 1, 3
+SHEET, REPORT = "contact_sheet.png", "check.json"
+_TITLE = "frames at t0, and the path driven until t0 + 6.4 s; dots are seconds, arrows the heading at the end"
+_SHOWN = 12
+"""Refusals and clips named in the table; JSON has all."""
+
+
+def check(
+    source: options.Source,
+    split: options.Split = "all",
+    samples: options.Samples = None,
+    cameras: options.Cameras = None,
+    frames: options.Frames = 4,
+    t0: options.T0 = "5.1",
+    out: Annotated[
+        str | None, typer.Option(help=f"Directory for `{SHEET}` and `{REPORT}`. [default: nothing written]")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Look for wrong axes, units, clocks, jumps, gaps and mirrored pictures, and for what `extract` would refuse.
+
+    Exit code 1: the source as a whole is wrong; 3: some samples would be quarantined; 0: neither, with or without
+    warnings.
+
+    Example: `alpacache check folder:my_drives --out check`
+    """
+    from alpacache.contact_sheet import contact_sheet_png
+    from alpacache.source_check import check_source
+    from alpacache.sources import open_source
+
+    names = options.camera_names(cameras)
+    options.one_of("split", split, ("train", "val", "all"))
+    opened = open_source(source, cameras=names)
+    directory = None if out is None else _make_directory(out)
+    with output.show_progress("check") as on_progress:
+        report = check_source(
+            opened,
+            split=split,  # type: ignore[arg-type]
+            t0=t0,
+            samples=samples,
+            cameras=names,
+            frames=frames,
+            on_progress=on_progress,
+        )
+    record = _record(report)
+    if directory is not None:
+        (directory / REPORT).write_text(output.json_text(record))
+        if report.shown:
+            (directory / SHEET).write_bytes(contact_sheet_png(report.shown, title=f"{report.source}: {_TITLE}"))
+    if json:
+        output.print_json(record)
+    else:
+        _print(report, out)
+    if not report.ok:
+        raise typer.Exit(FAILED)
+    if report.refused:
+        raise typer.Exit(QUARANTINED)
+
+
+def _record(report: "SourceReport") -> dict[str, Any]:
+    from alpacache.source_check import MEANINGS
+
+    return {
+        "ok": report.ok,
+        "source": report.source,
+        "samples": report.samples,
+        "refused": len(report.refused),
+        "clip_counts": report.clip_counts,
+        "checks": report.checks,
+        "meanings": MEANINGS,
+        "strata": report.strata,
+        "speeds_mps": report.speeds_mps,
+        "clips": report.clips,
+        "seconds": report.seconds,
+    }
+
+
+def _make_directory(out: str) -> Path:
+    """Before anything is read: what cannot be written is said at once."""
+    from alpacache.errors import UsageError
+
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be made ({error}); choose another directory.") from error
+    return Path(out)
+
+
+def _print(report: "SourceReport", out: str | None) -> None:
+    from alpacache.source_check import MEANINGS
+
+    output.print_table("check", [[check.status, check.name, check.found] for check in report.checks])
+    steps = [
+        [check.name, f"Expected: {MEANINGS[check.name]}. {check.remedy}"] for check in report.checks if check.remedy
+    ]
+    if steps:
+        output.print_table("next", steps)
+    clips = [
+        [clip.clip_id, check.status, check.name, check.found]
+        for clip in report.clips
+        for check in clip.checks
+        if check.status != "ok"
+    ]
+    if clips:
+        output.print_table("clips", clips[:_SHOWN] + _more(clips))
+    rows = [["samples", f"{report.samples} of {len(report.clips)} clips"]]
+    rows.append(["clips", ", ".join(f"{count} {status}" for status, count in report.clip_counts.items() if count)])
+    rows.append(["strata", ", ".join(f"{name} {count}" for name, count in report.strata.items() if count)])
+    rows.append(["speeds", ", ".join(f"{name} {value:.1f} m/s" for name, value in report.speeds_mps.items())])
+    rows.append(["refused", str(len(report.refused))])
+    refused = [["", f"{refusal.kind}: {refusal.message}"] for refusal in report.refused]
+    rows += refused[:_SHOWN] + _more(refused)
+    if out is not None:
+        rows.append(["written", f"{out}: {REPORT}" + (f", {SHEET}" if report.shown else "")])
+    output.print_table("samples", rows)
+
+
+def _more(rows: list[list[str]]) -> list[list[str]]:
+    return [["", f"and {len(rows) - _SHOWN} more; --json has all"]] if len(rows) > _SHOWN else []
