@@ -16,7 +16,7 @@ from alpacache.action_space import UnicycleActionSpace
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.errors import UsageError
-from alpacache.features import KV_SHAPE, POSE_FIELDS, PREFIX_FIELDS, CachedSample, from_arrays
+from alpacache.features import KV_SHAPE, POSE_FIELDS, PREFIX_FIELDS, CachedSample, from_arrays, tail_count, tail_name
 from alpacache.identity import check_same_model, store_codec
 from alpacache.sample import FRONT_CAMERA
 from alpacache.strata import Turn, classify
@@ -37,6 +37,8 @@ class CachedDataset:
         _check_mixable(list(stores), readers)
         self.codec: KVCodec | None = store_codec(readers[0].identity, store=str(stores[0]))
         """Of every sample; None: bfloat16 as it is."""
+        self.rollouts = min(tail_count(reader.fields) for reader in readers)
+        """Reasoning rollouts that every sample has tails of."""
         self.in_memory = in_memory
         """Whether samples stay in RAM, as they are stored, once read."""
         self._index = [(reader, sample_id) for reader in readers for sample_id in reader.sample_ids]
@@ -62,14 +64,19 @@ class CachedDataset:
         """The fields that make a prefix."""
         return PREFIX_FIELDS if self.codec is None else (*PREFIX_FIELDS, KV_SHAPE)
 
-    def load(self, index: int) -> CachedSample:
-        """Read one sample's prefix and poses. Raises `CorruptSampleError` where a stored byte is not as committed."""
-        if index in self._kept:
+    def load(self, index: int, *, tails: int = 0) -> CachedSample:
+        """Read one sample's prefix and poses, and the tails of its first so many reasoning rollouts.
+
+        Raises `CorruptSampleError` where a stored byte is not as committed.
+        """
+        if index in self._kept and not tails:
             return self._kept[index]
         reader, sample_id = self._index[index]
-        arrays = reader.read(sample_id, fields=(*self.prefix_fields, *POSE_FIELDS))
+        names = tuple(map(tail_name, range(tails)))
+        fields = [name for name in reader.fields if name.startswith(names)] if tails else []
+        arrays = reader.read(sample_id, fields=(*self.prefix_fields, *POSE_FIELDS, *fields))
         sample = from_arrays(sample_id, arrays, codec=self.codec)
-        if self.in_memory:
+        if self.in_memory and not tails:
             self._kept[index] = sample
         return sample
 

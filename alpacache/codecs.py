@@ -1,7 +1,11 @@
 """Quantising keys and values on the device that has them, bit-equal to the reference in `cache_store.kv_coding`.
 
-Decoding goes layer by layer if the caller wishes, so that a quantised prefix never exists decoded as a whole.
+Decoding goes layer by layer if the caller wishes, so that a quantised prefix never exists decoded as a whole. Encoding
+takes several layers at a time: hundreds of operations each, which a GPU is through with before the next is launched.
 """
+
+import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -20,6 +24,8 @@ from cache_store.kv_codec import (
     scale_table,
 )
 
+_ENCODED_AT_ONCE = 2**24
+"""Values, of keys or values; temporary memory is some 80 bytes for each."""
 _DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16}
 
 
@@ -28,18 +34,31 @@ def encode(codec: KVCodec, kv: Tensor) -> Tensor:
 
     Raises `ValueError` unless all values are finite.
     """
-    x = kv.to(torch.bfloat16).float()
-    if not bool((x.abs() < MAX_VALUE).all()):
+    kv = kv.to(torch.bfloat16)
+    if not bool((kv.abs() < MAX_VALUE).all()):
         raise ValueError("keys or values have NaN, infinity or a magnitude of 2^125, which cannot be quantised.")
     shape = tuple(kv.shape)
     data = torch.empty(codec.encoded_bytes(shape), dtype=torch.uint8, device=kv.device)
     end = 0
-    for layer in range(shape[0]):
-        keys, values = codec.layer_bytes(layer, shape)
-        _encode_keys(codec, layer, x[layer, 0], data[end : end + keys])
-        _encode_values(codec, layer, x[layer, 1], data[end + keys : end + keys + values])
-        end += keys + values
+    for first, count in _alike(codec, shape):
+        keys, values = codec.layer_bytes(first, shape)
+        rows = data[end : end + count * (keys + values)].view(count, keys + values)
+        x = kv[first : first + count]
+        _encode_keys(codec, first, x[:, 0].float(), rows[:, :keys])
+        _encode_values(codec, first, x[:, 1].float(), rows[:, keys:])
+        end += count * (keys + values)
     return data
+
+
+def _alike(codec: KVCodec, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """First layer and number of layers that are encoded at once: of the same bits, and not too many."""
+    most = max(1, _ENCODED_AT_ONCE // max(1, math.prod(shape[2:])))
+    first = 0
+    for layer in range(1, shape[0] + 1):
+        end = layer == shape[0]
+        if end or layer - first == most or codec.bits_of(layer) != codec.bits_of(first):
+            yield first, layer - first
+            first = layer
 
 
 def decode(codec: KVCodec, data: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -69,39 +88,41 @@ def decode_layer(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, ...
 
 
 def _encode_keys(codec: KVCodec, layer: int, x: Tensor, data: Tensor) -> None:
-    segments = codec.segments("key", layer, tuple(x.shape))
+    """Keys `[layers, head, token, channel]` of layers like this one into their rows of bytes."""
+    segments = codec.segments("key", layer, tuple(x.shape[1:]))
     if codec.kind == "fp8":
         _encode_fp8(segments, x, data)
         return
-    classes = codec.key_classes(codec.bits_of(layer)[0], x.shape[2])
-    tokens = x.shape[1]
+    classes = codec.key_classes(codec.bits_of(layer)[0], x.shape[-1])
+    tokens = x.shape[2]
     padding = -tokens % codec.key_group
-    padded = torch.cat([x, x[:, -1:].expand(-1, padding, -1)], 1)  # repeats change neither minimum nor maximum
-    grouped = padded.reshape(x.shape[0], -1, codec.key_group, x.shape[2])
-    low, high = grouped.amin(2), grouped.amax(2)
+    last = x[:, :, -1:].expand(-1, -1, padding, -1)
+    padded = torch.cat([x, last], 2)  # repeats change neither minimum nor maximum
+    grouped = padded.reshape(*x.shape[:2], -1, codec.key_group, x.shape[-1])
+    low, high = grouped.amin(3), grouped.amax(3)
     if len(classes) > 1:
-        order = torch.argsort(-_weights(x, high - low), dim=1, stable=True)
+        order = torch.argsort(-_weights(x, high - low), dim=-1, stable=True)
         _put(segments, data, "order", order)
-        grouped = torch.gather(grouped, 3, order[:, None, None].expand_as(grouped))
-        low, high = (torch.gather(extreme, 2, order[:, None].expand_as(extreme)) for extreme in (low, high))
+        grouped = torch.gather(grouped, -1, order[:, :, None, None].expand_as(grouped))
+        low, high = (torch.gather(extreme, -1, order[:, :, None].expand_as(extreme)) for extreme in (low, high))
     levels = torch.cat([torch.full((count,), 2.0**width - 1, device=x.device) for count, width in classes])
     least = torch.maximum(low.abs(), high.abs()) / float(MAX_ZERO)
     members = (torch.arange(tokens + padding, device=x.device) < tokens).view(-1, codec.key_group, 1)
-    zero, codes = _fit(segments, data, grouped, 2, (low, high), levels, least, (-32767, 32767), members)
+    zero, codes = _fit(segments, data, grouped, -2, (low, high), levels, least, (-32767, 32767), members)
     _put(segments, data, "zero", zero)
-    _put_codes(segments, data, classes, codes.flatten(1, 2)[:, :tokens])
+    _put_codes(segments, data, classes, codes.flatten(2, 3)[:, :, :tokens])
 
 
 def _weights(x: Tensor, spans: Tensor) -> Tensor:
-    largest = x.abs().max().clamp(min=2.0**-100)
+    largest = x.abs().amax((1, 2, 3), keepdim=True).clamp(min=2.0**-100)
     energy = _energy(x / largest)
-    energy = energy + torch.roll(energy, x.shape[2] // 2, dims=1)
+    energy = energy + torch.roll(energy, x.shape[-1] // 2, dims=-1)
     return energy.double() * _energy(spans / largest).double()
 
 
 def _energy(x: Tensor) -> Tensor:
     steps = torch.round(x * WEIGHT_STEPS).long()
-    return (steps * steps).sum(1)
+    return (steps * steps).sum(-2)
 
 
 def _fit(
@@ -117,12 +138,12 @@ def _fit(
 ) -> tuple[Tensor, Tensor]:
     low, high = extremes
     table, first = _covering(segments, data, torch.maximum((high - low) / levels, least))
-    lowest = torch.searchsorted(table, least.contiguous()).clamp(max=255)
-    unit = table[first].unsqueeze(axis)
+    lowest = _search(table, least.expand_as(low))
+    unit = _scales(table, first).unsqueeze(axis)
     best: list[Tensor] = []
     for step in TRIED:
         index = torch.maximum(first + step, lowest).clamp(max=255)
-        scale = table[index]
+        scale = _scales(table, index)
         zero = torch.round((levels - (low + high) / scale) / 2).clamp(*zeros)
         wide_scale, wide_zero = scale.unsqueeze(axis), zero.unsqueeze(axis)
         codes = torch.minimum((torch.round(x / wide_scale) + wide_zero).clamp(min=0), levels)
@@ -153,18 +174,19 @@ def _decode_keys(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, ...
 
 
 def _encode_values(codec: KVCodec, layer: int, x: Tensor, data: Tensor) -> None:
-    segments = codec.segments("value", layer, tuple(x.shape))
+    """Values `[layers, head, token, channel]` of layers like this one into their rows of bytes."""
+    segments = codec.segments("value", layer, tuple(x.shape[1:]))
     if codec.kind == "fp8":
         _encode_fp8(segments, x, data)
         return
     bits = codec.bits_of(layer)[1]
-    grouped = x.reshape(*x.shape[:2], -1, codec.value_group_of(x.shape[2]))
+    grouped = x.reshape(*x.shape[:-1], -1, codec.value_group_of(x.shape[-1]))
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     levels, least = torch.tensor(2.0**bits - 1, device=x.device), torch.zeros((), device=x.device)
     members, limits = torch.ones((), dtype=torch.bool, device=x.device), (0.0, 2.0**bits - 1)
-    zero, codes = _fit(segments, data, grouped, 3, (low, high), levels, least, limits, members)
+    zero, codes = _fit(segments, data, grouped, -1, (low, high), levels, least, limits, members)
     _put(segments, data, "zero", zero)
-    _put_codes(segments, data, [(x.shape[2], bits)], codes.flatten(2))
+    _put_codes(segments, data, [(x.shape[-1], bits)], codes.flatten(-2))
 
 
 def _decode_values(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -181,7 +203,7 @@ def _decode_values(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, .
 def _encode_fp8(segments: list[Segment], x: Tensor, data: Tensor) -> None:
     table, first = _covering(segments, data, x.abs().amax(-1, keepdim=True) / 448.0)
     _put(segments, data, "scale", first)
-    scale = table[first]
+    scale = _scales(table, first)
     _put(segments, data, "codes", (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
 
 
@@ -191,10 +213,19 @@ def _decode_fp8(segments: list[Segment], data: Tensor) -> Tensor:
 
 
 def _covering(segments: list[Segment], data: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
-    base = base_for(float(needed.max()))
-    table = _table(base, data)
-    _put(segments, data, "base", torch.tensor([base], device=data.device))
-    return table, torch.searchsorted(table, needed.contiguous()).clamp(max=255)
+    """Each layer's scales `[layers, 256]`, and for each group the index of the first that is large enough."""
+    bases = [base_for(largest) for largest in needed.flatten(1).amax(1).tolist()]
+    table = torch.from_numpy(np.stack([scale_table(base) for base in bases])).to(data.device)
+    _put(segments, data, "base", torch.tensor(bases, device=data.device)[:, None])
+    return table, _search(table, needed)
+
+
+def _search(table: Tensor, needed: Tensor) -> Tensor:
+    return torch.searchsorted(table, needed.flatten(1).contiguous()).clamp(max=255).view(needed.shape)
+
+
+def _scales(table: Tensor, index: Tensor) -> Tensor:
+    return torch.gather(table, 1, index.flatten(1)).view(index.shape)
 
 
 def _get_scales(segments: list[Segment], data: Tensor) -> Tensor:
@@ -240,10 +271,11 @@ def _segment(segments: list[Segment], name: str) -> Segment:
 
 
 def _put(segments: list[Segment], data: Tensor, name: str, array: Tensor) -> None:
+    """Into each layer's row of bytes its part of `[layers, ...]`."""
     segment = _segment(segments, name)
-    assert tuple(array.shape) == segment.shape, name
-    raw = array.to(_DTYPES[segment.dtype]).contiguous().flatten().view(torch.uint8)
-    data[segment.offset : segment.offset + segment.size_bytes] = raw
+    assert tuple(array.shape[1:]) == segment.shape, name
+    raw = array.to(_DTYPES[segment.dtype]).contiguous().flatten(1).view(torch.uint8)
+    data[:, segment.offset : segment.offset + segment.size_bytes] = raw
 
 
 def _get(segments: list[Segment], data: Tensor, name: str) -> Tensor:

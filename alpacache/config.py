@@ -39,19 +39,39 @@ class ExtractConfig:
     codec: CodecName = "bf16"
     """How KV is stored: lossless, or quantised by one of `cache_store.CODECS`."""
     hidden_states: Literal["last", "none"] = "last"
+    reasoning: Literal["none", "rollout"] = "none"
+    """`rollout`: beside the direct prompt's KV, that of sampled reasoning texts."""
+    rollouts: int = 6
+    """Texts a sample, with `rollout`."""
     shard: tuple[int, int] = (0, 1)
     """This worker's number and how many there are."""
     deterministic: bool = False
     retry_quarantined: bool = False
-    workers: int = 2
-    """Threads that read and preprocess ahead of the VLM."""
+    force: bool = False
+    """Begin even if the disk has no room for all of it."""
+    batch_size: int | None = None
+    """Samples that go through the VLM at a time; None: 4 on a GPU, 1 on a CPU and where runs must be deterministic."""
+    workers: int | None = None
+    """Threads that read and preprocess ahead of the VLM; None: as many as there are CPU cores less two, 2 to 12."""
+    writers: int = 4
+    """Threads that commit samples behind it; host memory holds two samples more than that."""
     device: str | None = None
 
     def __post_init__(self) -> None:
         _check(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1")
         _check(1 <= self.frames <= 4, "frames", self.frames, "1 to 4")
         _check(0 <= self.shard[0] < self.shard[1], "shard", self.shard, "I/N with 0 <= I < N")
-        _check(self.workers >= 1, "workers", self.workers, "at least 1")
+        _check(self.workers is None or self.workers >= 1, "workers", self.workers, "at least 1")
+        _check(self.writers >= 1, "writers", self.writers, "at least 1")
+        _check(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        alone = self.batch_size in (None, 1)
+        _check(alone or not self.deterministic, "batch_size", self.batch_size, "1, as the run is to be deterministic")
+        _check(self.rollouts >= 1, "rollouts", self.rollouts, "at least 1")
+
+    @property
+    def tails(self) -> int:
+        """Reasoning rollouts that each sample is stored with."""
+        return self.rollouts if self.reasoning == "rollout" else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +211,8 @@ class EvalConfig:
     """More models in the same tables: label -> run directory or checkpoint."""
     ema: bool = False
     """Take the average of the weights that runs with `--ema` kept."""
+    reasoning: Literal["auto", "none"] = "auto"
+    """`auto`: each path on a reasoning rollout of its own where the store has them; `none`: on the direct prefix."""
     paths: int = 6
     flow_steps: int = 10
     samples: int | None = None

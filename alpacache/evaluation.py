@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from alpacache import trainable
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
+from alpacache.alpamayo.prompt import Reasoning
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import EvalConfig
 from alpacache.device import resolve_device
@@ -55,6 +56,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     checkpoint = Checkpoint(config.model)
     data = CachedDataset([config.store], checkpoint)
     indices = list(range(min(len(data), config.samples or len(data))))
+    tails = _tails(config, data)
     runs = _runs(config)
     predicted: dict[str, list[Paths]] = {}
     drives: dict[int, Drive] = {}
@@ -66,7 +68,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
                 if guard.requested:
                     raise InterruptedRunError("stopped on request; an evaluation keeps nothing, run it again.")
                 rows = indices[start : start + config.batch_size]
-                samples = [data.load(index) for index in rows]
+                samples = [data.load(index, tails=tails) for index in rows]
                 drives |= {index: _drive(sample) for index, sample in zip(rows, samples, strict=True)}
                 predicted[label] += predict(
                     expert, samples, paths=config.paths, flow_steps=config.flow_steps, seed=config.seed
@@ -84,7 +86,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         for place, index in enumerate(indices)
     ]
     summary = summarise(results, seed=config.seed)
-    _write(Path(config.out), config, summary, results)
+    _write(Path(config.out), config, summary, results, reasoning="rollout" if tails else "none")
     return EvalReport(summary=summary, results=results, out=config.out, seconds=time.monotonic() - started)
 
 
@@ -98,6 +100,18 @@ def apply_checkpoint(expert: ActionExpert, run: str, checkpoint: Checkpoint, *, 
     check_base(checkpoint, content.state["base"], run=path)
     trainable.apply_checkpoint(expert, content.model, where=str(path))
     return int(content.state["step"])
+
+
+def _tails(config: EvalConfig, data: CachedDataset) -> int:
+    """Rollouts to read of each sample: one a path where the store has any and they are not declined, else none."""
+    if config.reasoning == "none" or not data.rollouts:
+        return 0
+    if config.paths > data.rollouts:
+        raise UsageError(
+            f"{config.store} has {data.rollouts} reasoning rollouts a sample, {config.paths} paths need one each; pass "
+            f"--paths {data.rollouts}, or --reasoning none for paths without reasoning."
+        )
+    return config.paths
 
 
 def _runs(config: EvalConfig) -> dict[str, str | None]:
@@ -163,7 +177,9 @@ def _result(sample_id: str, drive: Drive, front_jpeg: bytes | None, paths: Mappi
     )
 
 
-def _write(out: Path, config: EvalConfig, summary: EvalSummary, results: Sequence[SampleResult]) -> None:
+def _write(
+    out: Path, config: EvalConfig, summary: EvalSummary, results: Sequence[SampleResult], *, reasoning: Reasoning
+) -> None:
     """`eval.json`, `samples.parquet`, `report.html`, and pictures of the best, median and worst of the last model."""
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     per_sample = [
@@ -175,7 +191,12 @@ def _write(out: Path, config: EvalConfig, summary: EvalSummary, results: Sequenc
         for r in results
     ]
     document = {
-        "settings": {"paths": config.paths, "flow_steps": config.flow_steps, "seed": config.seed},
+        "settings": {
+            "paths": config.paths,
+            "flow_steps": config.flow_steps,
+            "seed": config.seed,
+            "reasoning": reasoning,
+        },
         "summary": summary.to_json(),
         "samples": per_sample,
     }

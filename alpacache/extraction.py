@@ -1,38 +1,48 @@
 """Stage one: the frozen VLM once a sample, into a store.
 
-Threads read and preprocess ahead, the main thread runs the VLM, other threads write; every queue is bounded. What is
-committed is never done again, what fails is quarantined and the run goes on.
+The main thread runs the VLM and the codec; threads read ahead of it and commit behind it, as `extraction_pipeline` has
+them. What is committed is never done again, what fails is quarantined and the run goes on.
 """
 
+import logging
+import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
+from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.config import ExtractConfig
 from alpacache.device import device_name, resolve_device
-from alpacache.errors import BadClipError, InterruptedRunError, UsageError
-from alpacache.features import store_fields, to_arrays
+from alpacache.disk_room import check_room
+from alpacache.errors import BadClipError, DataError, DeviceMemoryError, InterruptedRunError, UsageError
+from alpacache.extraction_pipeline import SPARE_COPIES, Writers, groups, read_ahead
+from alpacache.features import prefix_arrays, sample_arrays, store_fields, tail_arrays
+from alpacache.host_copies import HostCopies
 from alpacache.identity import provenance, store_identity
 from alpacache.interrupt import InterruptGuard
 from alpacache.progress import OnProgress, Progress, ignore
-from alpacache.sample import Sample, SampleRef, Source, sort_cameras
+from alpacache.sample import SampleRef, Source, sort_cameras
 from alpacache.selection import Rejected, select
 from alpacache.sources import open_source
 from cache_store import CODECS, CacheWriter
+from cache_store.sample_key import sample_key
+from cache_store.writer import committed_keys
 
-_READ_AHEAD = 4
-_WRITES_IN_FLIGHT = 4
+GPU_BATCH = 4
 _DTYPE = torch.bfloat16
+_COUNT_INTERVAL_S, _COUNT_SHARE = 10.0, 0.02
+"""The whole store is counted this often, or less often where counting would take more of the time than this."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +60,26 @@ class ExtractReport:
     bytes_written: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """A sample on its way to the VLM. Its frames, most of its bytes, are gone already."""
+
+    sample_id: str
+    inputs: VLMInputs
+    arrays: dict[str, Any]
+    """What is stored of it and known before the VLM runs."""
+
+
 def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> ExtractReport:
     """Run the VLM over the selected samples that the store does not hold yet.
 
     Raises `UsageError` (and `IdentityMismatchError`) before anything is changed, `StoreFullError` when the disk is
-    full, `InterruptedRunError` after a signal; in each case the same call goes on where it stopped.
+    full, `DataError` when the source has gone, `DeviceMemoryError` when the GPU is too small, `InterruptedRunError`
+    after a signal; in each case the same call goes on where it stopped.
     """
     device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     cameras = sort_cameras(config.cameras)
     source = open_source(config.source, cameras=cameras)
     checkpoint = Checkpoint(config.model)
@@ -65,6 +88,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
     worker, workers = config.shard
     if not refs and not unusable:
         raise UsageError(f"{config.source} has no sample in split {config.split!r}; choose another --split or --t0.")
+    wanted = frozenset(sample_key(ref.sample_id) for ref in refs)
     refs, unusable = refs[worker::workers], unusable[worker::workers]
     identity = store_identity(
         checkpoint,
@@ -73,18 +97,36 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
         frames=config.frames,
         codec=config.codec,
         dtype=str(_DTYPE).removeprefix("torch."),
+        rollouts=config.tails,
+    )
+    if not config.force:
+        held = committed_keys(config.store)
+        check_room(
+            config.store,
+            source,
+            [ref for ref in refs if sample_key(ref.sample_id) not in held],
+            checkpoint,
+            builder,
+            cameras=cameras,
+            frames=config.frames,
+            codec=config.codec,
+            hidden_states=config.hidden_states == "last",
+        )
+    fields = store_fields(
+        hidden_states=config.hidden_states == "last", codec=CODECS.get(config.codec), rollouts=config.tails
     )
     with CacheWriter(
         config.store,
-        fields=store_fields(hidden_states=config.hidden_states == "last", codec=CODECS.get(config.codec)),
+        fields=fields,
         identity=identity,
         provenance=provenance(source=source.name, device=device_name(device)),
     ) as writer:
-        return _Run(config, source, cameras, checkpoint, builder, writer, device, on_progress).run(refs, unusable)
+        run = _Run(config, source, cameras, checkpoint, builder, writer, device, wanted, on_progress)
+        return run.run(refs, unusable)
 
 
 class _Run:
-    """One run's state: counters, pools, the progress it reports."""
+    """One run's state: counters, batch size, the progress it reports."""
 
     def __init__(
         self,
@@ -95,18 +137,29 @@ class _Run:
         builder: InputBuilder,
         writer: CacheWriter,
         device: torch.device,
+        wanted: frozenset[str],
         on_progress: OnProgress,
     ) -> None:
         self.config, self.source, self.cameras = config, source, cameras
         self.checkpoint, self.builder, self.writer = checkpoint, builder, writer
         self.device, self.on_progress = device, on_progress
+        kind, _, place = config.source.partition(":")
+        self.streamed = config.source == "pai" or (kind == "hf" and not Path(place).exists())
+        default = GPU_BATCH if device.type == "cuda" and not config.deterministic else 1
+        self.batch_size = config.batch_size or default
+        self.workers = reader_threads(config)
+        self.shrunk = ""
         self.extracted = 0
         self.failed = 0
         self.bytes_written = 0
+        self.total = 0
         self.started = time.monotonic()
+        self.store_count = _StoreCount(config.store, wanted)
 
     def run(self, refs: Sequence[SampleRef], unusable: Sequence[Rejected]) -> ExtractReport:
         wanted = [ref.sample_id for ref in refs]
+        if unusable:
+            self._check_source()
         if self.config.retry_quarantined:
             for name in wanted:
                 self.writer.release(name)
@@ -119,81 +172,169 @@ class _Run:
         waiting = [ref for ref in refs if not self.writer.is_committed(ref.sample_id)]
         todo = [ref for ref in waiting if not self.writer.is_quarantined(ref.sample_id)]
         if todo:
-            self._extract(todo)
+            with _deterministic(self.config.deterministic):
+                self._extract(todo)
         return self._report([*wanted, *(clip_id for clip_id, _ in unusable)], there=len(refs) - len(waiting))
 
     def _extract(self, todo: Sequence[SampleRef]) -> None:
-        vlm = load_vlm(self.checkpoint, dtype=_DTYPE, device=self.device)
+        self.total = len(todo)
+        vlm, sampler = self._load()
         self.started = time.monotonic()
         with (
-            _deterministic(self.config.deterministic),
             InterruptGuard() as guard,
-            ThreadPoolExecutor(2, "write") as pool,
+            HostCopies(self.device, self.config.writers + SPARE_COPIES) as copies,
+            Writers(self.writer, copies, threads=self.config.writers) as writers,
+            closing(self._prepared(todo, guard)) as prepared,
         ):
-            writes: deque[Future[bool]] = deque()
-            for ref, prepared in self._prepared(todo):
+            for group in groups(prepared, length=lambda one: len(one.inputs.input_ids), size=lambda: self.batch_size):
                 if guard.requested:
                     break
-                try:
-                    if isinstance(prepared, BadClipError):
-                        raise prepared
-                    arrays = self._encode(vlm, *prepared)
-                except BadClipError as error:
-                    self._quarantine(ref.sample_id, error)
-                    self.failed += 1
-                    continue
-                writes.append(pool.submit(self.writer.write, ref.sample_id, arrays))
-                self._collect(writes, leave=_WRITES_IN_FLIGHT, total=len(todo))
-            self._collect(writes, leave=0, total=len(todo))
-        left = len(todo) - self.extracted - self.failed
+                for sample_id, values in self._compute(vlm, sampler, group):
+                    writers.put(sample_id, values)
+                    self._count(writers.collect())
+            self._count(writers.collect(everything=True))
+        left = self.total - self.extracted - self.failed
         if guard.requested and left:
             raise InterruptedRunError(
                 f"stopped on request: {self.extracted} samples of this run are committed to {self.config.store}, "
                 f"{left} are left; run the same command again to go on."
             )
 
-    def _prepared(
-        self, todo: Sequence[SampleRef]
-    ) -> Iterator[tuple[SampleRef, tuple[Sample, VLMInputs] | BadClipError]]:
-        """Samples and VLM inputs in order, a few made ahead by threads."""
-        with ThreadPoolExecutor(self.config.workers, "read") as pool:
-            waiting = iter(todo)
-            ahead: deque[tuple[SampleRef, Future[tuple[Sample, VLMInputs]]]] = deque()
+    def _load(self) -> tuple[FrozenVLM, RolloutSampler | None]:
+        try:
+            vlm = load_vlm(self.checkpoint, dtype=_DTYPE, device=self.device)
+            return vlm, RolloutSampler.load(self.checkpoint, vlm, self.builder) if self.config.tails else None
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"the VLM of {self.checkpoint.model} does not fit on {self.device}: {error}\nEnd other programs on "
+                "this GPU, or take one with more memory; `alpacache plan` says how much stage one needs."
+            ) from error
+
+    def _prepared(self, todo: Sequence[SampleRef], guard: InterruptGuard) -> Generator[_Prepared]:
+        """Samples ready for the VLM, in order, made ahead by threads; what cannot be used is quarantined here."""
+        ahead = self.workers + self.batch_size
+        for ref, future in read_ahead(todo, self._prepare, workers=self.workers, ahead=ahead):
             try:
-                while True:
-                    for ref in islice(waiting, self.config.workers + _READ_AHEAD - len(ahead)):
-                        ahead.append((ref, pool.submit(self._prepare, ref)))
-                    if not ahead:
-                        return
-                    ref, future = ahead.popleft()
-                    try:
-                        yield ref, future.result()
-                    except BadClipError as error:
-                        yield ref, error
-            finally:
-                for _, future in ahead:
-                    future.cancel()
+                yield future.result()
+            except BadClipError as error:
+                self._check_source()
+                self._refuse(ref.sample_id, error)
+            except OSError as error:
+                raise DataError(
+                    f"{self.config.source}: sample {ref.sample_id} cannot be read ({error}). What was committed to "
+                    f"{self.config.store} is intact; see that the source is there and run the same command again."
+                ) from error
+            if guard.requested:
+                return
 
-    def _prepare(self, ref: SampleRef) -> tuple[Sample, VLMInputs]:
+    def _prepare(self, ref: SampleRef) -> _Prepared:
         sample = self.source.load(ref, cameras=self.cameras, frames=self.config.frames)
-        return sample, self.builder.build(sample)
+        inputs = self.builder.build(sample)
+        pixels = inputs.pixel_values.to(_DTYPE)  # as the VLM would take them, in a thread and at half the size
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):  # a thread begins on the first GPU
+                pixels = pixels.pin_memory()
+        inputs = replace(inputs, pixel_values=pixels)
+        return _Prepared(sample_id=ref.sample_id, inputs=inputs, arrays=sample_arrays(sample, inputs))
 
-    def _encode(self, vlm: FrozenVLM, sample: Sample, inputs: VLMInputs) -> dict[str, Any]:
-        prefix = vlm.prefill(inputs.input_ids, inputs.pixel_values, inputs.image_grid_thw)
-        hidden_states, codec = self.config.hidden_states == "last", CODECS.get(self.config.codec)
-        arrays = to_arrays(sample, inputs, prefix, hidden_states=hidden_states, codec=codec)
-        self.bytes_written += sum(getattr(value, "nbytes", 0) for value in arrays.values())
-        return arrays
+    def _compute(
+        self, vlm: FrozenVLM, sampler: RolloutSampler | None, group: Sequence[_Prepared]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Sample ids and stored values of a group, large ones on the device; in halves where it does not fit."""
+        parts = deque([group])
+        while parts:
+            part, refusal = parts.popleft(), ""
+            found: list[dict[str, Any] | BadClipError] = []
+            try:
+                found = self._features(vlm, sampler, part)
+            except torch.OutOfMemoryError as error:
+                refusal = str(error)  # the error itself would keep what was allocated
+            if refusal:
+                half = self._shrink(part, refusal)
+                parts.extendleft((part[half:], part[:half]))
+                continue
+            for one, values in zip(part, found, strict=True):
+                if isinstance(values, BadClipError):
+                    self._refuse(one.sample_id, values)
+                else:
+                    yield one.sample_id, one.arrays | values
 
-    def _collect(self, writes: deque[Future[bool]], *, leave: int, total: int) -> None:
-        """Wait for the oldest writes until few enough are in flight; a failed write fails the run here."""
-        while len(writes) > leave or (writes and writes[0].done()):
-            writes.popleft().result()
-            self.extracted += 1
-            done = self.extracted + self.failed
-            rate = self.extracted / max(1e-9, time.monotonic() - self.started)
-            notes = {"GB": f"{self.bytes_written / 1e9:.2f}", "quarantined": str(self.failed)}
-            self.on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes=notes))
+    def _features(
+        self, vlm: FrozenVLM, sampler: RolloutSampler | None, part: Sequence[_Prepared]
+    ) -> list[dict[str, Any] | BadClipError]:
+        codec, hidden_states = CODECS.get(self.config.codec), self.config.hidden_states == "last"
+        found: list[dict[str, Any] | BadClipError] = []
+        for one, prefix in zip(part, vlm.prefill_batch([one.inputs for one in part]), strict=True):
+            tails = []
+            if sampler is not None:
+                stem_len = one.inputs.stem_len
+                tails = sampler.sample(prefix, stem_len, rollouts=self.config.tails, key=one.sample_id)
+            try:
+                values = prefix_arrays(one.sample_id, one.inputs, prefix, hidden_states=hidden_states, codec=codec)
+                found.append(values | tail_arrays(one.sample_id, tails, codec=codec))
+            except BadClipError as error:
+                found.append(error)
+        return found
+
+    def _shrink(self, part: Sequence[_Prepared], refusal: str) -> int:
+        """Where to cut a group that did not fit on the GPU; no later one is as large."""
+        longest = max(len(one.inputs.input_ids) for one in part)
+        if len(part) == 1:
+            peak = torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else 0.0
+            raise DeviceMemoryError(
+                f"out of GPU memory with {peak:.2f} GiB reserved at sample {part[0].sample_id} ({longest} tokens) "
+                f"alone: {refusal}\nWhat was committed to {self.config.store} is intact. Take fewer --cameras or "
+                "--frames into another store, end other programs on this GPU, or take one with more memory."
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.batch_size, before = len(part) // 2, len(part)
+        self.shrunk = f"{self.batch_size} (out of memory at {before})"
+        _log.warning(
+            "out of GPU memory at %d samples of up to %d tokens; going on with --batch-size %d.",
+            before,
+            longest,
+            self.batch_size,
+        )
+        return self.batch_size
+
+    def _check_source(self) -> None:
+        """Tell a bad clip from a source that has gone: only the first is the clip's fault."""
+        if self.streamed:
+            return  # its reader tells the two apart
+        try:
+            open_source(self.config.source, cameras=self.cameras)
+        except (UsageError, OSError) as error:
+            raise DataError(
+                f"{self.config.source} was there when the run began and is not any more ({error}) What was committed "
+                f"to {self.config.store} is intact; bring the source back and run the same command again."
+            ) from error
+
+    def _count(self, committed: Sequence[int]) -> None:
+        if committed:
+            self.extracted += len(committed)
+            self.bytes_written += sum(committed)
+            self._tell()
+
+    def _tell(self) -> None:
+        seconds = max(1e-9, time.monotonic() - self.started)
+        done = self.extracted + self.failed
+        committed, wanted = self.store_count.now(at_once=done == self.total)
+        notes = {
+            "GB": f"{self.bytes_written / 1e9:.2f}",
+            "MB/s": f"{self.bytes_written / 1e6 / seconds:.3g}",
+            "store": f"{committed}/{wanted}",
+            "quarantined": str(self.failed),
+        }
+        if self.shrunk:
+            notes["batch"] = self.shrunk
+        rate = self.extracted / seconds
+        self.on_progress(Progress(done=done, total=self.total, unit="samples", rate=rate, notes=notes))
+
+    def _refuse(self, sample_id: str, error: BadClipError) -> None:
+        self._quarantine(sample_id, error)
+        self.failed += 1
+        self._tell()
 
     def _quarantine(self, name: str, error: BadClipError) -> None:
         self.writer.quarantine(name, error.kind, str(error), "".join(traceback.format_exception(error)))
@@ -213,8 +354,34 @@ class _Run:
         )
 
 
+def reader_threads(config: ExtractConfig) -> int:
+    """Threads that read ahead: decoding and resizing keep a CPU core each."""
+    return config.workers or min(max(len(os.sched_getaffinity(0)) - 2, 2), 12)
+
+
+class _StoreCount:
+    """How many of the wanted samples all workers together have committed; looked up now and then."""
+
+    def __init__(self, store: str, wanted: frozenset[str]) -> None:
+        self._store, self._wanted = store, wanted
+        self._committed, self._due = 0, 0.0
+
+    def now(self, *, at_once: bool) -> tuple[int, int]:
+        """Committed and wanted; unless `at_once`, as of at most a while ago."""
+        started = time.monotonic()
+        if at_once or started >= self._due:
+            with suppress(OSError):  # the next commit meets it too, and says what it means
+                self._committed = len(self._wanted & committed_keys(self._store))
+            ended = time.monotonic()
+            self._due = ended + max(_COUNT_INTERVAL_S, (ended - started) / _COUNT_SHARE)
+        return self._committed, len(self._wanted)
+
+
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
+    """torch's deterministic algorithms; of cuBLAS too, which reads its setting when it is first used."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(wanted or before)
     try:

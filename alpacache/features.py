@@ -2,14 +2,16 @@
 
 A sample's KV is one *stem* (system text, images, ego history) followed by *tails*. The array `kv` holds the stem and
 the direct tail back to back, so that the usual prefix is one contiguous read; `stem_len` says where the tail begins.
-Tails of reasoning rollouts would be further fields named `tail.<name>.kv`, attached to the same stem.
+Tails of reasoning rollouts are further fields, `tail.0.kv` and so on, attached to the same stem; training does not read
+them, evaluation does.
 
 With a quantising codec `kv` is the codec's flat bytes and `kv_shape` tells the lengths; the codec is in the identity.
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from alpacache import codecs
 from alpacache.alpamayo.inputs import VLMInputs
-from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
+from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures, Tail
 from alpacache.errors import BadClipError
 from alpacache.sample import FRONT_CAMERA, Sample
 from cache_store import Field, KVCodec
@@ -44,9 +46,19 @@ class CachedSample:
     future_xyz: Tensor
     """`[64, 3]`."""
     future_rot: Tensor
+    stem_len: int
+    """Tokens of the prefix that tails attach to."""
+    tails: tuple[Tail, ...] = ()
+    """Of reasoning rollouts, as many as were read, decoded."""
+
+    def rollout_prefixes(self, device: torch.device | str = "cpu") -> list[PrefixFeatures]:
+        """What the expert attends to after each rollout: the stem, decoded, and a tail."""
+        prefix = self.prefix.to(device)
+        whole = prefix.decode() if isinstance(prefix, EncodedPrefix) else prefix
+        return [whole.with_tail(self.stem_len, tail) for tail in self.tails]
 
 
-def store_fields(*, hidden_states: bool, codec: KVCodec | None) -> list[Field]:
+def store_fields(*, hidden_states: bool, codec: KVCodec | None, rollouts: int = 0) -> list[Field]:
     """The schema of a store of VLM prefixes; without a codec they are bfloat16."""
     poses = [
         Field(name=f"{when}_{what}", dtype="float32", axes=("step", *axes), units=units, layout="packed")
@@ -62,10 +74,8 @@ def store_fields(*, hidden_states: bool, codec: KVCodec | None) -> list[Field]:
             ("start_position", "positions"),
         )
     ]
-    kv = Field(name="kv", dtype="bfloat16", axes=KV_AXES, units="1, keys after rotary embedding", layout="array")
-    if codec is not None:
-        kv = Field(name="kv", dtype="uint8", axes=("byte",), units=f"{kv.units}, encoded", layout="array")
-        counts.append(Field(name=KV_SHAPE, dtype="int64", axes=("kv_axis",), units=", ".join(KV_AXES), layout="packed"))
+    kv, *kv_shape = _kv_fields("", codec)
+    counts += kv_shape
     fields = [
         kv,
         Field(name="input_ids", dtype="int64", axes=("token",), units="token id", layout="packed"),
@@ -92,27 +102,67 @@ def store_fields(*, hidden_states: bool, codec: KVCodec | None) -> list[Field]:
                 layout="array",
             ),
         )
-    return fields
+    return fields + [field for number in range(rollouts) for field in _tail_fields(number, codec)]
+
+
+def _kv_fields(prefix: str, codec: KVCodec | None) -> list[Field]:
+    """Keys and values under a name's prefix; of encoded ones the shape too."""
+    name, shape, units = f"{prefix}kv", f"{prefix}{KV_SHAPE}", "1, keys after rotary embedding"
+    if codec is None:
+        return [Field(name=name, dtype="bfloat16", axes=KV_AXES, units=units, layout="array")]
+    return [
+        Field(name=name, dtype="uint8", axes=("byte",), units=f"{units}, encoded", layout="array"),
+        Field(name=shape, dtype="int64", axes=("kv_axis",), units=", ".join(KV_AXES), layout="packed"),
+    ]
+
+
+def _tail_fields(number: int, codec: KVCodec | None) -> list[Field]:
+    name = tail_name(number)
+    return [
+        *_kv_fields(name, codec),
+        Field(name=f"{name}input_ids", dtype="int64", axes=("token",), units="token id", layout="packed"),
+        Field(name=f"{name}start_position", dtype="int64", axes=(), units="positions", layout="packed"),
+        Field(name=f"{name}text", dtype="str", axes=(), units="", layout="text"),
+    ]
+
+
+def tail_name(number: int) -> str:
+    """What the names of a rollout's fields begin with."""
+    return f"tail.{number}."
+
+
+def tail_count(fields: Container[str]) -> int:
+    """How many rollouts have fields in a store, or among the arrays of a sample."""
+    return next(number for number in count() if f"{tail_name(number)}kv" not in fields)
 
 
 def to_arrays(
-    sample: Sample, inputs: VLMInputs, prefix: PrefixFeatures, *, hidden_states: bool, codec: KVCodec | None
+    sample: Sample,
+    inputs: VLMInputs,
+    prefix: PrefixFeatures,
+    *,
+    hidden_states: bool,
+    codec: KVCodec | None,
+    tails: Sequence[Tail] = (),
 ) -> dict[str, Any]:
     """One sample's stored values. KV and hidden states as bfloat16 bits; lossless if the VLM ran in bfloat16.
 
     With a codec KV is encoded where it lies. Raises `BadClipError` for KV that cannot be quantised.
     """
+    name = sample.ref.sample_id
+    large = prefix_arrays(name, inputs, prefix, hidden_states=hidden_states, codec=codec)
+    large |= tail_arrays(name, tails, codec=codec)
+    on_cpu = {name: value.cpu().numpy() if isinstance(value, Tensor) else value for name, value in large.items()}
+    return sample_arrays(sample, inputs) | on_cpu
+
+
+def sample_arrays(sample: Sample, inputs: VLMInputs) -> dict[str, Any]:
+    """Of the stored values those that are known before the VLM runs; they keep no frame alive."""
     import json
 
-    kv = torch.stack([prefix.keys, prefix.values], dim=1)
     arrays: dict[str, Any] = {
-        **({"kv": bf16_bits(kv)} if codec is None else _encoded(sample.ref.sample_id, kv, codec)),
-        "input_ids": inputs.input_ids[: prefix.prefix_len],
         "image_spans": inputs.image_spans,
         "stem_len": np.asarray(inputs.stem_len),
-        "prefix_len": np.asarray(prefix.prefix_len),
-        "rope_delta": np.asarray(prefix.rope_delta),
-        "start_position": np.asarray(prefix.start_position),
         **{name: getattr(sample, name) for name in POSE_FIELDS},
         "t0_us": np.asarray(sample.ref.t0_us),
         "view": np.asarray(sample.ref.view),
@@ -121,14 +171,44 @@ def to_arrays(
         "cameras": list(sample.cameras),
         "prompt": inputs.text,
     }
-    if hidden_states:
-        if prefix.hidden is None:
-            raise ValueError(f"{sample.ref.sample_id}: the prefix has no hidden states; they were asked for.")
-        arrays["hidden"] = bf16_bits(prefix.hidden)
     if FRONT_CAMERA in sample.cameras:
         arrays["front_jpeg"] = _jpeg(sample.frames[sample.cameras.index(FRONT_CAMERA), -1])
     if sample.calibration is not None:
         arrays["calibration"] = json.dumps(sample.calibration, sort_keys=True)
+    return arrays
+
+
+def prefix_arrays(
+    sample_id: str, inputs: VLMInputs, prefix: PrefixFeatures, *, hidden_states: bool, codec: KVCodec | None
+) -> dict[str, Any]:
+    """The other ones; large ones are tensors of the stored bits, on the device where the prefix is."""
+    kv = torch.stack([prefix.keys, prefix.values], dim=1)
+    arrays: dict[str, Any] = {
+        **({"kv": _as_bf16(kv)} if codec is None else _encoded(sample_id, kv, codec)),
+        "input_ids": inputs.input_ids[: prefix.prefix_len],
+        "prefix_len": np.asarray(prefix.prefix_len),
+        "rope_delta": np.asarray(prefix.rope_delta),
+        "start_position": np.asarray(prefix.start_position),
+    }
+    if hidden_states:
+        if prefix.hidden is None:
+            raise ValueError(f"{sample_id}: the prefix has no hidden states; they were asked for.")
+        arrays["hidden"] = _as_bf16(prefix.hidden)
+    return arrays
+
+
+def tail_arrays(sample_id: str, tails: Sequence[Tail], *, codec: KVCodec | None) -> dict[str, Any]:
+    """The stored values of reasoning rollouts; large ones are tensors, as in `prefix_arrays`."""
+    arrays: dict[str, Any] = {}
+    for number, tail in enumerate(tails):
+        kv, name = torch.stack([tail.keys, tail.values], dim=1), tail_name(number)
+        stored = {"kv": _as_bf16(kv)} if codec is None else _encoded(sample_id, kv, codec)
+        stored |= {
+            "input_ids": tail.token_ids,
+            "start_position": np.asarray(tail.start_position),
+            "text": tail.text,
+        }
+        arrays |= {f"{name}{part}": value for part, value in stored.items()}
     return arrays
 
 
@@ -137,6 +217,8 @@ def from_arrays(sample_id: str, arrays: Mapping[str, NDArray[Any]], *, codec: KV
     return CachedSample(
         sample_id=sample_id,
         prefix=_prefix(arrays, codec),
+        stem_len=int(arrays["stem_len"]),
+        tails=tuple(_tails(arrays, codec)),
         **{name: torch.from_numpy(arrays[name]) for name in POSE_FIELDS},
     )
 
@@ -151,20 +233,40 @@ def _prefix(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> Prefix
     return PrefixFeatures(keys=kv[:, 0], values=kv[:, 1], hidden=hidden, **counters)
 
 
-def _encoded(sample_id: str, kv: Tensor, codec: KVCodec) -> dict[str, NDArray[Any]]:
+def _tails(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> Iterator[Tail]:
+    for name in map(tail_name, range(tail_count(arrays))):
+        stored = arrays[f"{name}kv"]
+        if codec is None:
+            kv = from_bf16_bits(stored)
+        else:
+            kv = codecs.decode(codec, torch.from_numpy(stored), tuple(arrays[f"{name}{KV_SHAPE}"].tolist()))
+        yield Tail(
+            keys=kv[:, 0],
+            values=kv[:, 1],
+            token_ids=arrays[f"{name}input_ids"],
+            start_position=int(arrays[f"{name}start_position"]),
+            text=str(arrays[f"{name}text"]),
+        )
+
+
+def _encoded(sample_id: str, kv: Tensor, codec: KVCodec) -> dict[str, Any]:
     codec.encoded_bytes(tuple(kv.shape))  # a shape that the codec cannot take is no fault of the sample
     try:
         data = codecs.encode(codec, kv)
     except ValueError as error:
         reason = f"{sample_id}: {error} Check the VLM's weights and the clip's pictures."
         raise BadClipError("not_finite", reason) from error
-    return {"kv": data.cpu().numpy(), KV_SHAPE: np.array(kv.shape, np.int64)}
+    return {"kv": data, KV_SHAPE: np.array(kv.shape, np.int64)}
 
 
 def bf16_bits(tensor: Tensor) -> NDArray[np.uint16]:
     """bfloat16 bits of a tensor (rounded to nearest even if it is wider), on the CPU."""
-    bits: NDArray[np.uint16] = tensor.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint16).numpy()
+    bits: NDArray[np.uint16] = _as_bf16(tensor).cpu().numpy()
     return bits
+
+
+def _as_bf16(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.bfloat16).contiguous().view(torch.uint16)
 
 
 def from_bf16_bits(bits: NDArray[np.uint16]) -> Tensor:

@@ -37,7 +37,7 @@ def page_lock(memory: Bytes) -> None:
     if code:
         raise UsageError(
             f"{memory.size:,} bytes of RAM could not be page-locked (CUDA error {code}); {available_bytes():,} are "
-            "available. Lower --batch-size, leave --in-memory out, or give the container more memory."
+            "available. Lower --batch-size or --writers, leave --in-memory out, or give the container more memory."
         )
 
 

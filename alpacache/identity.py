@@ -8,6 +8,7 @@ from typing import Any
 from alpacache import __version__
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.rollout import rollout_identity
 from alpacache.errors import UsageError
 from cache_store import CODECS, KVCodec, differences
 
@@ -32,12 +33,19 @@ def vlm_identity(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def store_identity(
-    checkpoint: Checkpoint, builder: InputBuilder, *, cameras: Sequence[str], frames: int, codec: str, dtype: str
+    checkpoint: Checkpoint,
+    builder: InputBuilder,
+    *,
+    cameras: Sequence[str],
+    frames: int,
+    codec: str,
+    dtype: str,
+    rollouts: int = 0,
 ) -> dict[str, Any]:
     """Everything that must match for two samples to belong to one store.
 
     A quantising codec is there by name and by definition: should the name ever mean something else, old stores are
-    still decoded as they were written, and nothing new goes into them.
+    still decoded as they were written, and nothing new goes into them. How tails are sampled is there if there are any.
     """
     definition = {} if codec == BF16 else {"codec_definition": CODECS[codec].to_json()}
     return {
@@ -48,6 +56,7 @@ def store_identity(
         "codec": codec,
         **definition,
         "dtype": dtype,
+        **({"reasoning": rollout_identity(builder, rollouts)} if rollouts else {}),
     }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models
 from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLTextConfig, Qwen3VLTextModel
 
@@ -332,10 +332,12 @@ def _arc(*, speed_mps: float, curvature: float) -> dict[str, NDArray[np.float32]
 
 
 def _tokenizer(first: int) -> Tokenizer:
-    """As many tokens as precede `<i0>`, the special ones at their ids; it can spell nothing."""
+    """As many tokens as precede `<i0>`, the special ones at their ids; any text between them is one unknown token."""
     names = {first + place: name for name, place in _BASE_TOKENS.items()}
     vocabulary = {names.get(number, f"<filler {number}>"): number for number in range(first)}
-    return Tokenizer(models.WordLevel(vocabulary, unk_token="<filler 0>"))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<filler 0>"))
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
+    return tokenizer
 
 
 def _vlm_config(first: int, *, small: bool) -> dict[str, Any]:

@@ -21,11 +21,17 @@ from cache_store.errors import CacheStoreError, StoreFullError
 from cache_store.field import Field
 from cache_store.quarantine_record import QuarantineRecord
 from cache_store.sample_group import SampleGroup
-from cache_store.sample_key import sample_key
+from cache_store.sample_key import keys, sample_key
 from cache_store.store_root import StoreRoot
 
 _log = logging.getLogger(__name__)
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def committed_keys(path: str | os.PathLike[str]) -> frozenset[str]:
+    """Keys (`sample_key`) of the samples that a store holds by now, by one listing; none where there is no store."""
+    root = store_root.resolve(path)
+    return frozenset(keys(root, commit_record.FOLDER)) if (root / commit_record.FOLDER).is_dir() else frozenset()
 
 
 class CacheWriter:

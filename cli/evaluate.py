@@ -25,6 +25,9 @@ def evaluate(
         list[str] | None, typer.Option(help="LABEL=RUN: one more run in the same tables; repeatable.")
     ] = None,
     ema: options.Ema = False,
+    reasoning: Annotated[
+        str, typer.Option(help="`auto`: each path on a reasoning rollout where the store has them; `none`: without.")
+    ] = "auto",
     paths: Annotated[int, typer.Option(help="Paths sampled a sample.")] = 6,
     flow_steps: Annotated[int, typer.Option(help="Euler steps from noise to action.")] = 10,
     samples: options.Samples = None,
@@ -46,6 +49,7 @@ def evaluate(
         checkpoint=checkpoint,
         compare=options.labelled(compare or []),
         ema=ema,
+        reasoning=options.one_of("reasoning", reasoning, ("auto", "none")),  # type: ignore[arg-type]
         paths=paths,
         flow_steps=flow_steps,
         samples=samples,

@@ -22,12 +22,23 @@ def extract(
         str, typer.Option(help="How KV is stored: `bf16` (lossless), `int8` (half the size), `fp8`, `int5`, `int4`.")
     ] = "bf16",
     hidden_states: Annotated[str, typer.Option(help="`last` keeps the last hidden states, `none` does not.")] = "last",
+    reasoning: Annotated[
+        str, typer.Option(help="`rollout` adds sampled reasoning texts with their KV, for `eval`; `none` does not.")
+    ] = "none",
+    rollouts: Annotated[int, typer.Option(help="Reasoning texts a sample.")] = 6,
     shard: Annotated[str, typer.Option(help="I/N, counted from 0: this worker's share of the samples.")] = "0/1",
     deterministic: Annotated[
         bool, typer.Option(help="Same bytes on every run on one GPU model, a little slower.")
     ] = False,
     retry_quarantined: Annotated[bool, typer.Option(help="Try samples again that failed before.")] = False,
-    workers: Annotated[int, typer.Option(help="Threads that read and preprocess ahead of the model.")] = 2,
+    force: Annotated[bool, typer.Option("--force", help="Begin even if the disk has no room for all of it.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples through the VLM at a time. Default: 4 on a GPU, 1 on a CPU.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read and preprocess ahead of the model. Default: by CPU cores.")
+    ] = None,
+    writers: Annotated[int, typer.Option(help="Threads that write behind it; each holds a sample in RAM.")] = 4,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
@@ -50,10 +61,15 @@ def extract(
         t0=t0,
         codec=options.one_of("codec", codec, get_args(CodecName)),  # type: ignore[arg-type]
         hidden_states=options.one_of("hidden-states", hidden_states, ("last", "none")),  # type: ignore[arg-type]
+        reasoning=options.one_of("reasoning", reasoning, ("none", "rollout")),  # type: ignore[arg-type]
+        rollouts=rollouts,
         shard=options.shard(shard),
         deterministic=deterministic,
         retry_quarantined=retry_quarantined,
+        force=force,
+        batch_size=batch_size,
         workers=workers,
+        writers=writers,
         device=device,
     )
     with output.show_progress("extract") as on_progress:

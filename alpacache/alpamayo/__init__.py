@@ -7,7 +7,7 @@ expert that turns `(noisy action, t, prefix)` into a velocity.
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.expert import ActionExpert, load_expert
 from alpacache.alpamayo.packed_prefix import PackedPrefixes, PrefixLayout
-from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
+from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures, Tail
 from alpacache.alpamayo.vlm import FrozenVLM, load_vlm
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "PackedPrefixes",
     "PrefixFeatures",
     "PrefixLayout",
+    "Tail",
     "load_expert",
     "load_vlm",
 ]

@@ -51,7 +51,7 @@ def to_patches(
         raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [N, 3, H, W].")
     count, channels, height, width = frames.shape
     fitted = fit_size(height, width, factor=patch * merge, min_pixels=min_pixels, max_pixels=max_pixels)
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).float() / 255.0
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).float().div_(255.0)
     if fitted != (height, width):
         pixels = F.interpolate(pixels, size=fitted, mode="bicubic", antialias=True, align_corners=False)
     pixels = (pixels - 0.5) / 0.5

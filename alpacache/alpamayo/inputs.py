@@ -15,7 +15,7 @@ from alpacache.alpamayo.images import PROCESSOR, image_tokens, to_patches
 from alpacache.alpamayo.prompt import Reasoning, prompt_identity, render_prompt
 from alpacache.alpamayo.tokenizer import PromptTokenizer
 from alpacache.errors import CheckpointError
-from alpacache.sample import Sample
+from alpacache.sample import CAMERAS, Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,12 @@ class InputBuilder:
             [[tokens] * frames] * len(cameras), cameras=cameras, named=self.named, reasoning=self.reasoning
         )
         return text, self.tokenizer.encode(text), tokens
+
+    def tail_ids(self, reasoning: Reasoning) -> NDArray[np.int64]:
+        """What follows the stem in a prompt of this kind, the first answer token included."""
+        text = render_prompt([[1]], cameras=[CAMERAS[1]], named=self.named, reasoning=reasoning)
+        ids = self.tokenizer.encode(text)
+        return ids[int(np.flatnonzero(ids == self.config.traj_token_ids["history_end"])[0]) + 1 :]
 
     def build(self, sample: Sample) -> VLMInputs:
         """Patches, prompt and fused ids of one sample."""

@@ -6,7 +6,9 @@ RAM and crosses the bus.
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache import codecs
@@ -44,6 +46,37 @@ class PrefixFeatures:
             prefix_len=self.prefix_len,
             start_position=self.start_position,
         )
+
+    def with_tail(self, stem_len: int, tail: "Tail") -> "PrefixFeatures":
+        """The prefix of this one's first `stem_len` tokens and another tail, without hidden states."""
+        keys, values = (
+            torch.cat([mine[:, :, :stem_len], theirs.to(mine)], dim=2)
+            for mine, theirs in ((self.keys, tail.keys), (self.values, tail.values))
+        )
+        return PrefixFeatures(
+            keys=keys,
+            values=values,
+            hidden=None,
+            rope_delta=self.rope_delta,
+            prefix_len=keys.shape[2],
+            start_position=tail.start_position,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """What follows the stem in one reasoning rollout: the question, and the text that the VLM generated."""
+
+    keys: Tensor
+    """`[layers, kv_heads, N, head_dim]`."""
+    values: Tensor
+    """`[layers, kv_heads, N, head_dim]`."""
+    token_ids: NDArray[np.int64]
+    """`[N]`, up to and including `<|traj_future_start|>`; `[N + 1]` where that never came, or as the last token."""
+    start_position: int
+    """Position of the first action token: rope delta + stem length + all of `token_ids`."""
+    text: str
+    """The generated part of the tokens, for people: bytes that are no text, and NUL, are U+FFFD."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,8 @@ from transformers import DynamicCache, Qwen3VLModel
 
 from alpacache.alpamayo.backbone import cache_argument, empty_weights, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
+from alpacache.alpamayo.image_attention import attend_to_images_at_once
+from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.alpamayo.prefix import PrefixFeatures
 from alpacache.errors import CheckpointError
 
@@ -24,6 +26,7 @@ class FrozenVLM:
 
     def __init__(self, model: Qwen3VLModel, *, future_start_id: int) -> None:
         self.model = model.eval().requires_grad_(False)
+        attend_to_images_at_once(self.model)
         self.future_start_id = future_start_id
 
     @property
@@ -36,7 +39,6 @@ class FrozenVLM:
         weight: Tensor = self.model.language_model.norm.weight
         return weight.device
 
-    @torch.inference_mode()
     def prefill(self, input_ids: ArrayLike | Tensor, pixel_values: Tensor, image_grid_thw: Tensor) -> PrefixFeatures:
         """Run the VLM over one prompt.
 
@@ -45,28 +47,61 @@ class FrozenVLM:
             pixel_values: `[patches, patch_values]` of all images, in prompt order.
             image_grid_thw: `[images, 3]` patches in time, height and width of each image.
         """
-        ids = self._cut(torch.as_tensor(np.asarray(input_ids)))[None].to(self.device)
-        grid = image_grid_thw.to(self.device)
+        return self._prefill([torch.as_tensor(np.asarray(input_ids))], [pixel_values], [image_grid_thw])[0]
+
+    def prefill_batch(self, inputs: Sequence[VLMInputs]) -> list[PrefixFeatures]:
+        """Run the VLM over several prompts at once; the nearer their lengths, the less is computed in vain.
+
+        Shorter ones are padded at the end. Attention is causal, so no token sees padding behind it, and without a mask
+        the kernels for plain causal attention serve. Each result ends where its own prompt does.
+        """
+        return self._prefill(
+            [torch.as_tensor(one.input_ids) for one in inputs],
+            [one.pixel_values for one in inputs],
+            [one.image_grid_thw for one in inputs],
+        )
+
+    @torch.inference_mode()
+    def _prefill(
+        self, prompts: Sequence[Tensor], pixel_values: Sequence[Tensor], grids: Sequence[Tensor]
+    ) -> list[PrefixFeatures]:
+        rows = [self._cut(prompt) for prompt in prompts]
+        lengths = [len(row) for row in rows]
+        ids = torch.full((len(rows), max(lengths)), self.future_start_id)  # padding that is no image token
+        positions = torch.zeros(3, *ids.shape, dtype=torch.long)
+        deltas = []
+        for number, (row, grid) in enumerate(zip(rows, grids, strict=True)):
+            ids[number, : len(row)] = row
+            positions[:, number, : len(row)], delta = self._positions(row, grid.cpu())
+            deltas.append(delta)
+        cache = DynamicCache(config=self.model.config.text_config)
+        output = self.model(
+            input_ids=ids.to(self.device),
+            pixel_values=torch.cat([one.to(self.device, self.dtype, non_blocking=True) for one in pixel_values]),
+            image_grid_thw=torch.cat(list(grids)).to(self.device),
+            position_ids=positions.to(self.device),
+            mm_token_type_ids=(ids == self.model.config.image_token_id).int().to(self.device),
+            use_cache=True,
+            **{cache_argument(self.model): cache},
+        )
+        hidden = output.last_hidden_state
+        return [
+            _features(cache, hidden[number, :length], row=number, rope_delta=delta, start=delta + length)
+            for number, (length, delta) in enumerate(zip(lengths, deltas, strict=True))
+        ]
+
+    def _positions(self, ids: Tensor, grid: Tensor) -> tuple[Tensor, int]:
+        """M-RoPE positions `[3, T]` of one prompt and its rope delta, on the CPU: they are a loop over its images."""
         image = ids == self.model.config.image_token_id
         merged = int((grid.prod(-1) // self.model.config.vision_config.spatial_merge_size**2).sum())
         if int(image.sum()) != merged:
             raise ValueError(
                 f"the prompt has {int(image.sum())} image tokens, its images give {merged}; check image_grid_thw."
             )
-        kinds = image.int()
-        positions, deltas = self.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
-        cache = DynamicCache(config=self.model.config.text_config)
-        output = self.model(
-            input_ids=ids,
-            pixel_values=pixel_values.to(self.device, self.dtype),
-            image_grid_thw=grid,
-            position_ids=positions,
-            mm_token_type_ids=kinds,
-            use_cache=True,
-            **{cache_argument(self.model): cache},
+        positions, deltas = self.model.get_rope_index(
+            ids[None], mm_token_type_ids=image.int()[None], image_grid_thw=grid
         )
-        delta = int(deltas[0, 0])
-        return _features(cache, output.last_hidden_state[0], rope_delta=delta, start=delta + ids.shape[1])
+        return positions[:, 0], int(deltas[0, 0])
 
     @torch.inference_mode()
     def extend(self, stem: PrefixFeatures, token_ids: ArrayLike | Tensor) -> PrefixFeatures:
@@ -154,9 +189,10 @@ def load_vlm(
     return FrozenVLM(body, future_start_id=future_start)
 
 
-def _features(cache: DynamicCache, hidden: Tensor, *, rope_delta: int, start: int) -> PrefixFeatures:
-    keys = torch.stack([layer.keys[0] for layer in cache.layers])
-    values = torch.stack([layer.values[0] for layer in cache.layers])
+def _features(cache: DynamicCache, hidden: Tensor, *, rope_delta: int, start: int, row: int = 0) -> PrefixFeatures:
+    """One row of a cache, as many tokens of it as there are of hidden states `[T, C]`."""
+    keys = torch.stack([layer.keys[row, :, : len(hidden)] for layer in cache.layers])
+    values = torch.stack([layer.values[row, :, : len(hidden)] for layer in cache.layers])
     return PrefixFeatures(
         keys=keys, values=values, hidden=hidden, rope_delta=rope_delta, prefix_len=keys.shape[2], start_position=start
     )

@@ -8,8 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alpacache.alpamayo import load_expert, load_vlm
+from alpacache.alpamayo import Checkpoint, load_expert, load_vlm
+from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
+from alpacache.features import store_fields, to_arrays
+from alpacache.identity import store_identity
+from alpacache.sample import SampleRef
+from alpacache.sources import open_source
+from cache_store import CODECS, CacheWriter
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "data" / "alpamayo_tiny"
@@ -77,3 +84,42 @@ def relative_error():
         return float((got - expected).norm() / expected.norm())
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def rollout_samples(tiny_checkpoint):
+    """Two samples with what the tiny VLM made of them: (sample, inputs, direct prefix, three tails)."""
+    checkpoint, source = Checkpoint(str(tiny_checkpoint)), open_source("synthetic:2")
+    vlm, builder = load_vlm(checkpoint, dtype=torch.bfloat16), InputBuilder(checkpoint)
+    sampler, found = RolloutSampler.load(checkpoint, vlm, builder), []
+    for clip_id in source.clip_ids:
+        ref = SampleRef(clip_id=clip_id, t0_us=5_100_000)
+        sample = source.load(ref, cameras=source.cameras, frames=1)
+        inputs = builder.build(sample)
+        prefix = vlm.prefill(inputs.input_ids, inputs.pixel_values, inputs.image_grid_thw)
+        found.append((sample, inputs, prefix, sampler.sample(prefix, inputs.stem_len, rollouts=3, key=ref.sample_id)))
+    return found
+
+
+@pytest.fixture(scope="session")
+def rollout_stores(rollout_samples, tiny_checkpoint, tmp_path_factory):
+    """These samples in a store a codec: `bf16`, `int8`."""
+    checkpoint, stores = Checkpoint(str(tiny_checkpoint)), {}
+    for name in ("bf16", "int8"):
+        codec, store = CODECS.get(name), tmp_path_factory.mktemp("rollouts") / name
+        identity = store_identity(
+            checkpoint,
+            InputBuilder(checkpoint),
+            cameras=rollout_samples[0][0].cameras,
+            frames=1,
+            codec=name,
+            dtype="bfloat16",
+            rollouts=3,
+        )
+        fields = store_fields(hidden_states=False, codec=codec, rollouts=3)
+        with CacheWriter(store, fields=fields, identity=identity) as writer:
+            for sample, inputs, prefix, tails in rollout_samples:
+                arrays = to_arrays(sample, inputs, prefix, hidden_states=False, codec=codec, tails=tails)
+                assert writer.write(sample.ref.sample_id, arrays)
+        stores[name] = store
+    return stores

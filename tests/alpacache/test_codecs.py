@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from alpacache import codecs
 from alpacache.codecs import decode, decode_layer, encode
 from cache_store import CODECS, KVCodec, kv_coding
 
@@ -35,6 +36,23 @@ def test_bit_equal_to_the_numpy_reference(name, shape) -> None:
         assert np.array_equal(back.view(torch.uint16).numpy(), kv_coding.decode(codec, reference, shape))
         size = sum(codec.layer_bytes(0, shape))
         assert torch.equal(decode_layer(codec, 0, data[:size], shape), back[0])
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "mixed"])
+def test_how_many_layers_are_encoded_at_once_changes_no_byte(name, monkeypatch) -> None:
+    codec, shape = {**CODECS, **EXTRA}[name], (6, 2, 2, 70, 64)
+    if name == "mixed":
+        codec = KVCodec(key_bits=(8, 8, 3, 3, 3, 6), value_bits=(4, 4, 7, 7, 7, 5))
+    kv = make(shape, 0)
+    kv[1::2] *= 100  # other scales in every other layer
+    reference = kv_coding.encode(codec, kv.view(torch.uint16).numpy())
+    groups = []
+    for values in (1, 2 * 2 * 70 * 64, 2**24):
+        monkeypatch.setattr(codecs, "_ENCODED_AT_ONCE", values)
+        assert np.array_equal(encode(codec, kv).numpy(), reference)
+        groups.append([count for _, count in codecs._alike(codec, shape)])
+    assert groups[0] == [1] * 6
+    assert groups[1:] == ([[2, 2, 1, 1], [2, 3, 1]] if name == "mixed" else [[2, 2, 2], [6]])
 
 
 def test_refusals() -> None:

@@ -127,3 +127,21 @@ def test_paths_are_drawn_into_the_front_picture_where_the_camera_is_known(
     monkeypatch.setattr(CachedDataset, "front_lens", lambda data, index: None)
     unknown = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "c", samples=1))
     assert unknown.results[0].front_jpeg == stored
+
+
+def test_a_store_with_rollouts_is_judged_on_them_unless_declined(rollout_stores, tiny_checkpoint, tmp_path):
+    def run(name, **changes):
+        settings = {"store": str(rollout_stores["bf16"]), **changes}
+        report = alpacache.evaluate(config(tmp_path, tiny_checkpoint, tmp_path / name, **settings))
+        settings = json.loads((tmp_path / name / "eval.json").read_text())["settings"]
+        return settings["reasoning"], [result.models["base"].pred_xyz for result in report.results]
+
+    (kind, paths), (plain_kind, plain) = run("auto", batch_size=1), run("none", reasoning="none")
+    assert (kind, plain_kind) == ("rollout", "none")
+    assert all(not np.allclose(one, other, atol=0.1) for one, other in zip(paths, plain, strict=True))
+    _, together = run("together", batch_size=2)
+    assert all(np.array_equal(one, other) for one, other in zip(paths, together, strict=True))
+    _, fewer = run("fewer", paths=2)
+    assert all(np.allclose(one[:2], other, atol=1e-3) for one, other in zip(paths, fewer, strict=True))
+    with pytest.raises(UsageError, match="has 3 reasoning rollouts a sample, 4 paths need one each; pass --paths 3"):
+        run("more", paths=4)

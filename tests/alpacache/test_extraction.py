@@ -16,6 +16,7 @@ import alpacache
 from alpacache import flow_matching, randomness
 from alpacache.alpamayo import Checkpoint, EncodedPrefix, load_expert, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.cached_dataset import CachedDataset, target
 from alpacache.config import ExtractConfig
 from alpacache.errors import BadClipError, UsageError
@@ -301,17 +302,53 @@ def test_a_store_keeps_its_codec(quantised, extracted, tiny_checkpoint, monkeypa
 def test_kv_that_cannot_be_quantised_quarantines_its_sample(tiny_checkpoint, tmp_path, monkeypatch):
     from alpacache.alpamayo import FrozenVLM
 
-    good, calls = FrozenVLM.prefill, []
+    good, calls = FrozenVLM.prefill_batch, []
 
-    def prefill(self, *inputs):
-        prefix = good(self, *inputs)
+    def prefill_batch(self, inputs):
+        (prefix,) = good(self, inputs)
         calls.append(prefix)
         keys = prefix.keys.clone()
         keys[0, 0, 0, 0] = float("nan")
-        return replace(prefix, keys=keys) if len(calls) == 2 else prefix
+        return [replace(prefix, keys=keys) if len(calls) == 2 else prefix]
 
-    monkeypatch.setattr(FrozenVLM, "prefill", prefill)
+    monkeypatch.setattr(FrozenVLM, "prefill_batch", prefill_batch)
     report = alpacache.extract(config(tiny_checkpoint, tmp_path / "store", codec="int8"))
     assert (report.extracted, list(report.quarantined)) == (2, ["synthetic-0-000001@5100000#0"])
     assert "NaN" in report.quarantined["synthetic-0-000001@5100000#0"]
     assert CacheReader(tmp_path / "store").quarantined["synthetic-0-000001@5100000#0"].kind == "not_finite"
+
+
+def test_rollouts_lie_beside_the_direct_prefix_and_depend_on_the_sample_alone(extracted, tiny_checkpoint, tmp_path):
+    """Other shards, other order, another number of rollouts before them: the same tails, byte for byte."""
+    settings = {"reasoning": "rollout", "rollouts": 2}
+    alpacache.extract(config(tiny_checkpoint, tmp_path / "one", **settings))
+    for worker in (1, 0):
+        alpacache.extract(config(tiny_checkpoint, tmp_path / "two", **settings, shard=(worker, 2), workers=1))
+    plain, one, two = CacheReader(extracted), CacheReader(tmp_path / "one"), CacheReader(tmp_path / "two")
+    assert plain.sample_ids == one.sample_ids == two.sample_ids
+    vlm = load_vlm(str(tiny_checkpoint), dtype=torch.bfloat16)
+    sampler = RolloutSampler.load(Checkpoint(str(tiny_checkpoint)), vlm, InputBuilder(Checkpoint(str(tiny_checkpoint))))
+    for sample, prefix in live_prefixes(tiny_checkpoint):
+        sample_id = sample.ref.sample_id
+        stored, direct = one.read(sample_id), plain.read(sample_id)
+        assert all(np.array_equal(stored[name], direct[name]) for name in direct)
+        again = two.read(sample_id)
+        assert all(np.array_equal(stored[name], again[name]) for name in stored)
+        tails = sampler.sample(prefix, int(direct["stem_len"]), rollouts=2, key=sample_id)
+        for number, tail in enumerate(tails):
+            assert np.array_equal(stored[f"tail.{number}.kv"][:, 1], tail.values.view(torch.uint16).numpy())
+            assert stored[f"tail.{number}.start_position"] == tail.start_position
+            assert str(stored[f"tail.{number}.text"]) == tail.text
+    with pytest.raises(IdentityMismatchError, match=r"identity\.reasoning\.rollouts: expected 3, found 2"):
+        alpacache.extract(config(tiny_checkpoint, tmp_path / "one", reasoning="rollout", rollouts=3))
+    with pytest.raises(IdentityMismatchError, match=r"identity\.reasoning"):
+        alpacache.extract(config(tiny_checkpoint, extracted, **settings))
+
+
+def test_a_store_with_rollouts_trains_with_one_without(extracted, tiny_checkpoint, tmp_path):
+    """The direct prefix is the same, so their samples mix."""
+    settings = {"reasoning": "rollout", "rollouts": 1, "samples": 1}
+    alpacache.extract(config(tiny_checkpoint, tmp_path / "store", **settings))
+    data = CachedDataset([extracted, tmp_path / "store"], Checkpoint(str(tiny_checkpoint)))
+    assert (len(data), data.rollouts) == (4, 0)
+    assert torch.equal(data.load(0).prefix.keys, data.load(3).prefix.keys)

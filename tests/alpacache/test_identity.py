@@ -76,3 +76,16 @@ def test_provenance_tells_versions_and_nothing_private():
     assert "transformers" in text
     assert socket.gethostname() not in text
     assert f"/home/{getpass.getuser()}" not in text
+
+
+def test_rollouts_are_part_of_it_where_there_are_any(tiny_checkpoint, identity):
+    checkpoint = Checkpoint(str(tiny_checkpoint))
+    settings = {"cameras": ["camera_front_wide_120fov"], "frames": 4, "codec": "bf16", "dtype": "bfloat16"}
+    found = store_identity(checkpoint, InputBuilder(checkpoint), **settings, rollouts=6)
+    question = (
+        "output the chain-of-thought reasoning of the driving process, then output the future trajectory.<|im_end|>\n"
+        "<|im_start|>assistant\n<|cot_start|>"
+    )
+    reasoning = {"rollouts": 6, "question": question, "top_p": 0.98, "temperature": 0.6, "max_tokens": 256}
+    assert found == identity | {"reasoning": reasoning}
+    assert "reasoning" not in identity

@@ -9,6 +9,8 @@ import pytest
 
 from cache_store import CacheReader, CacheWriter, Field, IdentityMismatchError, StoreFullError, local_files, verify
 from cache_store.errors import FormatError, UnsupportedFileSystemError
+from cache_store.sample_key import sample_key
+from cache_store.writer import committed_keys
 
 
 def test_resume_skips_what_is_committed(store, kit) -> None:
@@ -22,6 +24,15 @@ def test_resume_skips_what_is_committed(store, kit) -> None:
     reader = CacheReader(store)
     kit.assert_equal(reader.read("clip/1@5#0"), kit.sample(1))
     assert len(reader) == 3
+
+
+def test_committed_keys_are_those_of_the_samples_and_none_without_a_store(store, kit, tmp_path) -> None:
+    assert committed_keys(store) == {sample_key(sample_id) for sample_id in CacheReader(store).sample_ids}
+    with kit.writer(store) as writer:
+        writer.write("clip/3@5#0", kit.sample(3))
+        writer.quarantine("clip/4@5#0", "short_clip", "too short", "")
+    assert len(committed_keys(store)) == 3
+    assert committed_keys(tmp_path / "nowhere") == frozenset()
 
 
 def test_same_arrays_give_the_same_bytes(tmp_path, kit) -> None:

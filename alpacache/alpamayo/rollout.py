@@ -1,0 +1,235 @@
+"""Reasoning rollouts: text that the frozen VLM generates after the reasoning prompt, each one a tail on one stem.
+
+What is sampled is what the public sampler samples: logits of the last position, in float32; trajectory tokens masked,
+then temperature, then the nucleus; at most 256 tokens; a rollout ends with its first `<|traj_future_start|>`. The
+public code lets each row run for one token more, because only then the KV of that one is in its cache. Here that KV is
+computed and the rollout is done.
+
+To the model all rollouts of a sample are *one* sequence: stem, question, then the tokens of all rollouts as they come,
+with a mask that shows each of them the common part and its own. So stem and question are computed and held once however
+many rollouts there are, and one that is done costs nothing more. Each has its own random numbers, by key, so that
+neither their number nor what else is extracted changes a draw.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from alpacache import randomness
+from alpacache.alpamayo.backbone import cache_argument, vlm_config
+from alpacache.alpamayo.checkpoint import Checkpoint
+from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.prefix import PrefixFeatures, Tail
+from alpacache.alpamayo.vlm import FrozenVLM
+from alpacache.errors import CheckpointError
+
+TOP_P = 0.98
+TEMPERATURE = 0.6
+MAX_TOKENS = 256
+"""Of a rollout's text."""
+_HEAD = "vlm.lm_head.weight"
+_UNITS = 2**40
+"""A probability as an integer: sums are exact, whatever order a device adds in."""
+
+Choose = Callable[[int, Sequence[int], Tensor], Tensor]
+"""(step, numbers of the rollouts that go on, their last hidden states `[rows, C]`) -> their next tokens `[rows]`."""
+
+
+class RolloutSampler:
+    """Samples the reasoning rollouts of one sample after the other. Holds no state between calls."""
+
+    def __init__(
+        self,
+        vlm: FrozenVLM,
+        head: Tensor,
+        *,
+        question: NDArray[np.int64],
+        masked: range,
+        decode: Callable[[NDArray[np.int64]], str],
+    ) -> None:
+        """
+        Args:
+            head: `[vocabulary, C]` the VLM's vocabulary head.
+            question: tokens between the stem and the first generated one.
+            masked: the trajectory tokens, which are never generated.
+            decode: token ids to text.
+        """
+        self.vlm, self.head = vlm, head
+        self.question, self.masked, self.decode = question, masked, decode
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, vlm: FrozenVLM, builder: InputBuilder) -> "RolloutSampler":
+        """With the checkpoint's vocabulary head (1.3 GB in the released models), beside a VLM that is there already."""
+        config = checkpoint.config
+        return cls(
+            vlm,
+            load_head(checkpoint, vlm),
+            question=builder.tail_ids("rollout"),
+            masked=range(config.traj_token_start, config.traj_token_start + config.traj_vocab_size),
+            decode=builder.tokenizer.decode,
+        )
+
+    def sample(self, prefix: PrefixFeatures, stem_len: int, *, rollouts: int, key: object) -> list[Tail]:
+        """Tails of freshly sampled rollouts; rollout `n` depends on the prefix's stem, the key and `n`.
+
+        Args:
+            prefix: any prefix of the sample; only its first `stem_len` tokens are used.
+            key: what the random numbers are for: the sample's id.
+        """
+        draws = torch.stack(
+            [
+                torch.rand(MAX_TOKENS, generator=randomness.generator("rollout", key, number))
+                for number in range(rollouts)
+            ]
+        ).to(self.vlm.device)
+
+        def choose(step: int, running: Sequence[int], hidden: Tensor) -> Tensor:
+            return pick(F.linear(hidden, self.head), draws[list(running), step], masked=self.masked)
+
+        return self._generate(prefix, stem_len, choose, rollouts=rollouts, limit=MAX_TOKENS)
+
+    def replay(self, prefix: PrefixFeatures, stem_len: int, texts: ArrayLike | Tensor) -> list[Tail]:
+        """Tails of recorded rollouts `[R, N]`: their text as the sampler gave it, whatever follows the end included."""
+        recorded = torch.as_tensor(np.asarray(texts)).to(self.vlm.device)
+
+        def choose(step: int, running: Sequence[int], hidden: Tensor) -> Tensor:
+            return recorded[list(running), step]
+
+        return self._generate(prefix, stem_len, choose, rollouts=len(recorded), limit=recorded.shape[1])
+
+    @torch.inference_mode()
+    def _generate(
+        self, prefix: PrefixFeatures, stem_len: int, choose: Choose, *, rollouts: int, limit: int
+    ) -> list[Tail]:
+        cache = self._stem_cache(prefix, stem_len)
+        first = stem_len + prefix.rope_delta
+        common = stem_len + len(self.question)
+        question = torch.from_numpy(self.question).to(self.vlm.device)
+        hidden = self._forward(cache, question, torch.arange(first, first + len(question)))[-1:].expand(rollouts, -1)
+        owner = torch.full((common + rollouts * limit,), -1, device=self.vlm.device)
+        running = list(range(rollouts))
+        texts: list[list[int]] = [[] for _ in running]
+        columns: list[list[int]] = [list(range(stem_len, common)) for _ in running]
+        end = common
+        for step in range(limit):
+            tokens = choose(step, running, hidden)
+            chosen = tokens.tolist()
+            for place, row in enumerate(running):
+                texts[row].append(chosen[place])
+            if step == limit - 1:
+                break  # as in the public sampler the last token has no KV
+            rows = torch.tensor(running, device=self.vlm.device)
+            owner[end : end + len(running)] = rows
+            for place, row in enumerate(running):
+                columns[row].append(end + place)
+            end += len(running)
+            mask = _mask(owner[:end], rows, hidden.dtype)
+            position = first + len(question) + step
+            hidden = self._forward(cache, tokens, torch.full((len(running),), position), mask)
+            going_on = [place for place, token in enumerate(chosen) if token != self.vlm.future_start_id]
+            running, hidden = [running[place] for place in going_on], hidden[going_on]
+            if not running:
+                break
+        return [
+            self._tail(cache, columns[row], texts[row], start=prefix.rope_delta + common + len(texts[row]))
+            for row in range(rollouts)
+        ]
+
+    def _stem_cache(self, prefix: PrefixFeatures, stem_len: int) -> DynamicCache:
+        cache = DynamicCache(config=self.vlm.model.config.text_config)
+        for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            cache.update(
+                key[None, :, :stem_len].to(self.vlm.device), value[None, :, :stem_len].to(self.vlm.device), layer
+            )
+        return cache
+
+    def _forward(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Last hidden states `[n, C]` of `n` more tokens, whose KV goes into the cache."""
+        text: Any = self.vlm.model.language_model
+        output = text(
+            inputs_embeds=text.get_input_embeddings()(tokens)[None],
+            position_ids=positions.to(tokens.device).expand(3, 1, -1),
+            attention_mask=mask,
+            use_cache=True,
+            **{cache_argument(text): cache},
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _tail(self, cache: DynamicCache, columns: list[int], text: list[int], *, start: int) -> Tail:
+        places = torch.tensor(columns, device=self.vlm.device)
+        ids = np.array(text, np.int64)
+        return Tail(
+            keys=torch.stack([layer.keys[0][:, places] for layer in cache.layers]),
+            values=torch.stack([layer.values[0][:, places] for layer in cache.layers]),
+            token_ids=np.concatenate([self.question, ids]),
+            start_position=start,
+            text=self.decode(ids).replace("\0", "\ufffd"),  # which stores refuse
+        )
+
+
+def pick(logits: Tensor, uniform: Tensor, *, masked: range) -> Tensor:
+    """Sampled tokens `[rows]`: trajectory tokens masked, then temperature, then the nucleus of probability `TOP_P`.
+
+    The most probable token always stays. Inverse distribution function over tokens from least to most probable.
+
+    Args:
+        logits: `[rows, vocabulary]`; taken to float32.
+        uniform: `[rows]` in [0, 1).
+    """
+    scores = logits.to(torch.float32, copy=True)
+    scores[:, masked.start : masked.stop] = -torch.inf
+    ordered, tokens = (scores / TEMPERATURE).sort(dim=-1, stable=True)
+    below = (ordered.softmax(-1) * _UNITS).long().cumsum(-1)
+    dropped = (below[:, :-1] <= (1 - TOP_P) * _UNITS).sum(-1, keepdim=True)
+    floor = torch.where(dropped > 0, below.gather(1, (dropped - 1).clamp(min=0)), 0)
+    target = floor + (uniform[:, None].double() * (below[:, -1:] - floor)).long()
+    place = torch.searchsorted(below, target, right=True)
+    place = torch.minimum(torch.maximum(place, dropped), torch.full_like(place, below.shape[1] - 1))
+    return tokens.gather(1, place)[:, 0]
+
+
+def rollout_identity(builder: InputBuilder, rollouts: int) -> dict[str, Any]:
+    """The part of a store's identity that says where its tails come from."""
+    return {
+        "rollouts": rollouts,
+        "question": builder.tokenizer.decode(builder.tail_ids("rollout")),
+        "top_p": TOP_P,
+        "temperature": TEMPERATURE,
+        "max_tokens": MAX_TOKENS,
+    }
+
+
+def load_head(checkpoint: Checkpoint, vlm: FrozenVLM) -> Tensor:
+    """`[vocabulary, C]` the vocabulary head, in the VLM's dtype and on its device; its embeddings where they are tied.
+
+    Raises `CheckpointError` where it is absent or of another shape.
+    """
+    embeddings: Tensor = vlm.model.get_input_embeddings().weight
+    where = checkpoint.with_prefix(_HEAD)
+    if _HEAD not in where:
+        if vlm_config(checkpoint).tie_word_embeddings:
+            return embeddings
+        raise CheckpointError(
+            f"{checkpoint.model} has no {_HEAD}, which reasoning rollouts need; fetch the complete checkpoint, or pass "
+            "--reasoning none."
+        )
+    head = dict(checkpoint.read({_HEAD: where[_HEAD]}))[_HEAD]
+    if head.shape != embeddings.shape:
+        raise CheckpointError(
+            f"{checkpoint.model}: {_HEAD} is {list(head.shape)}; expected {list(embeddings.shape)} as the embeddings."
+        )
+    return head.to(vlm.device, vlm.dtype)
+
+
+def _mask(owner: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask `[1, 1, rows, columns]`: a rollout sees what has no owner, and its own."""
+    allowed = (owner == -1) | (owner == rows[:, None])
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=owner.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[None, None]

@@ -1,0 +1,72 @@
+"""Whether the samples that are still missing fit on the disk, asked before the first is made."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.geometry import Geometry
+from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.errors import BadClipError, UsageError
+from alpacache.features import sample_arrays
+from alpacache.machine_speed import existing_folder
+from alpacache.planned_sample import PlannedPrompt, sample_bytes
+from alpacache.sample import Sample, SampleRef, Source
+from cache_store.local_files import free_bytes
+
+_TRIED = 8
+"""Samples that are looked at for one that can be read."""
+
+
+def check_room(
+    store: Path | str,
+    source: Source,
+    refs: Sequence[SampleRef],
+    checkpoint: Checkpoint,
+    builder: InputBuilder,
+    *,
+    cameras: tuple[str, ...],
+    frames: int,
+    codec: str,
+    hidden_states: bool,
+) -> None:
+    """Raise `UsageError` if the disk under the store has no room for these samples, each as large as the first.
+
+    Where none of the first eight can be read nothing is known, and nothing refused.
+    """
+    for ref in refs[:_TRIED]:
+        try:
+            sample = source.load(ref, cameras=cameras, frames=frames)
+        except (BadClipError, OSError):  # what is wrong with it is told when it is its turn
+            continue
+        one = _bytes_of(sample, checkpoint, builder, codec=codec, hidden_states=hidden_states)
+        needed, free = one * len(refs), free_bytes(existing_folder(store))
+        if needed > free:
+            raise UsageError(
+                f"{store}: {len(refs):,} samples of {one:,} bytes need {needed:,} bytes, {free:,} are free. Nothing "
+                "was written. Make room, take a smaller --codec, fewer --samples or --hidden-states none, or begin all "
+                "the same with --force: what fits is kept."
+            )
+        return
+
+
+def _bytes_of(sample: Sample, checkpoint: Checkpoint, builder: InputBuilder, *, codec: str, hidden_states: bool) -> int:
+    """What a sample takes in a store."""
+    inputs = builder.build(sample)
+    first, end = inputs.image_spans[0]
+    prompt = PlannedPrompt(
+        cameras=sample.cameras,
+        frames=sample.frames.shape[1],
+        text=inputs.text,
+        tokens=len(inputs.input_ids),
+        tokens_an_image=int(end - first),
+    )
+    picture = sample_arrays(sample, inputs).get("front_jpeg")
+    sizes = sample_bytes(
+        Geometry.of(checkpoint),
+        prompt,
+        codec=codec,
+        hidden_states=hidden_states,
+        clip_id=sample.ref.clip_id,
+        jpeg_bytes=0 if picture is None else len(picture),
+    )
+    return sum(sizes.values())

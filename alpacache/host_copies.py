@@ -1,0 +1,108 @@
+"""From the GPU to RAM while the GPU goes on: page-locked buffers, a stream of its own, a bounded number at a time.
+
+Who begins a copy waits until one of the buffers is free: that is what keeps a fast GPU from filling the RAM ahead of a
+slow disk. On the CPU nothing is copied, only counted.
+"""
+
+from collections.abc import Mapping
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alpacache.host_memory import Bytes, page_aligned, page_lock, page_rounded, page_unlock
+
+_SLACK = 16
+"""A buffer is made a sixteenth larger than the sample that needs it: lengths vary a little."""
+
+
+class HostCopy:
+    """One sample's values on their way; `arrays` are good once it returns and until `release`."""
+
+    def __init__(
+        self, copies: "HostCopies", buffer: Bytes | None, values: Mapping[str, Any], event: torch.cuda.Event | None
+    ) -> None:
+        self._copies, self._buffer, self._values, self._event = copies, buffer, values, event
+
+    def arrays(self) -> Mapping[str, Any]:
+        """The values, tensors as numpy arrays; waits for the copy. May be called in any thread."""
+        if self._event is not None:
+            with torch.cuda.device(self._event.device):  # a thread begins on the first GPU
+                self._event.synchronize()
+        return self._values
+
+    def release(self) -> None:
+        """Give the buffer back; the arrays must not be used any more."""
+        self._values = {}
+        self._copies._free.put(self._buffer)
+
+
+class HostCopies:
+    """At most `count` samples that have left the device and are not written yet."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._count = count
+        self._free: SimpleQueue[Bytes | None] = SimpleQueue()
+        for _ in range(count):
+            self._free.put(None)
+
+    def begin(self, values: Mapping[str, Any]) -> HostCopy:
+        """Start copying the tensors among the values, and return while that goes on; waits for a free buffer first."""
+        buffer = self._free.get()
+        try:
+            return self._begin(values, buffer)
+        except BaseException:
+            self._free.put(buffer)
+            raise
+
+    def _begin(self, values: Mapping[str, Any], buffer: Bytes | None) -> HostCopy:
+        tensors = {name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}
+        if self._stream is None:
+            return HostCopy(self, None, {**values, **{name: one.numpy() for name, one in tensors.items()}}, None)
+        buffer = _grown(buffer, sum(page_rounded(tensor.nbytes) for tensor in tensors.values()))
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        done, end = dict(values), 0
+        with torch.cuda.stream(self._stream):
+            for name, tensor in tensors.items():
+                place = buffer[end : end + tensor.nbytes]
+                torch.from_numpy(place).copy_(tensor.view(-1).view(torch.uint8), non_blocking=True)
+                tensor.record_stream(self._stream)  # its memory is not handed out again before it is read
+                done[name] = _array(place, tensor)
+                end += page_rounded(tensor.nbytes)
+            event = self._stream.record_event()
+        return HostCopy(self, buffer, done, event)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Unlock the buffers, once all copies were released."""
+        for _ in range(self._count):
+            buffer = self._free.get()
+            if buffer is not None:
+                page_unlock(buffer)
+
+
+def _grown(buffer: Bytes | None, size_bytes: int) -> Bytes:
+    if buffer is not None:
+        if buffer.size >= size_bytes:
+            return buffer
+        page_unlock(buffer)
+    larger = page_aligned(page_rounded(size_bytes + size_bytes // _SLACK))
+    page_lock(larger)
+    return larger
+
+
+def _array(place: Bytes, tensor: Tensor) -> NDArray[Any]:
+    """The bytes as numpy sees a tensor of that kind."""
+    dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+    array: NDArray[Any] = place.view(dtype).reshape(tensor.shape)
+    return array

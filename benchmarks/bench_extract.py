@@ -1,0 +1,297 @@
+"""Stage one end to end: `alpacache.extract` beside the slowest of the three things that it consists of.
+
+Full size, random weights, 1080p drives: H.264 in the layout of PhysicalAI-AV where its reader is installed, else a
+folder of JPEGs. All rates are samples a second: `prefill_s` the VLM alone on the same inputs in the same batch,
+`write_s` plain files of a sample's size, each forced to the medium, `decode_s` reading and preprocessing alone, the
+last two in as many threads as `extract` has. `of_limit` is `samples_s` over the least. Rows without a codec are the
+VLM alone at several batches; `neighbour_error` is the relative L2 difference of keys and values from the same sample
+alone. Text is shorter than the real prompt's, by 60 to 70 tokens: the tokenizer here cannot spell.
+"""
+
+import dataclasses
+import gc
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import full_size
+import numpy as np
+import torch
+from bench_store_write import raw
+from benchmark_report import arguments, finish, hardware_name
+
+from alpacache import extraction
+from alpacache.alpamayo import Checkpoint, FrozenVLM, PrefixFeatures
+from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
+from alpacache.config import ExtractConfig
+from alpacache.sample import CAMERAS, Source
+from alpacache.selection import select
+from alpacache.sources import open_source
+from alpacache.sources.synthetic import SyntheticSource
+from cache_store import info
+
+PICTURES = 6
+"""Distinct ones a camera and clip: drawing them takes a second each, decoding does not care."""
+T0 = "every:0.2"
+KEYS = ("cameras", "codec", "batch", "samples_s", "prefill_s", "write_s", "decode_s", "of_limit", "cpu_cores")
+KEYS += ("workers", "writers", "samples", "tokens", "sample_mb", "neighbour_error", "peak_gib", "source", "note")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How large the benchmark is."""
+
+    small: bool
+    """The small model of `full_size`."""
+    picture: tuple[int, int]
+    """Width and height."""
+    clips: int
+    samples: dict[int, int]
+    """Cameras -> samples of a run."""
+    batches: tuple[int, ...]
+    """Of the VLM alone."""
+    batch: int
+    """Of `extract`."""
+
+
+FULL = Scale(small=False, picture=(1920, 1080), clips=4, samples={1: 96, 4: 40}, batches=(1, 2, 4, 8), batch=4)
+QUICK = Scale(small=True, picture=(192, 108), clips=1, samples={1: 4, 4: 2}, batches=(), batch=2)
+
+
+class RepeatedPictures(SyntheticSource):
+    """Generated drives whose films repeat a few pictures."""
+
+    def __init__(self, count: int, *, size: tuple[int, int], cameras: Sequence[str]) -> None:
+        super().__init__(count, cameras=cameras, size=size)
+        self._drawn: dict[tuple[str, str], np.ndarray] = {}
+
+    def film(self, clip_id: str, camera: str, times_us: np.ndarray) -> np.ndarray:
+        if (clip_id, camera) not in self._drawn:
+            moments = 3_000_000 + 100_000 * np.arange(PICTURES)
+            self._drawn[clip_id, camera] = super().film(clip_id, camera, moments)
+        return self._drawn[clip_id, camera][np.arange(len(times_us)) % PICTURES]
+
+
+def write_drives(root: Path, scale: Scale, cameras: tuple[str, ...]) -> str:
+    """Recordings with these cameras; the name of the source."""
+    source = RepeatedPictures(scale.clips, size=scale.picture, cameras=cameras)
+    if all(importlib.util.find_spec(module) for module in ("av", "physical_ai_av")):
+        from alpacache.sources.pai_tree import write_tree
+
+        write_tree(root, source=source, cameras=cameras)
+        return f"pai:{root}"
+    _write_folder(root, source, cameras)
+    return f"folder:{root}"
+
+
+def _write_folder(root: Path, source: RepeatedPictures, cameras: tuple[str, ...]) -> None:
+    import pandas as pd
+    from PIL import Image
+
+    stamps = np.arange(0, 20_000_001, 100_000)
+    for clip in source.clip_ids:
+        folder = root / "clips" / clip
+        folder.mkdir(parents=True)
+        track = source.track(clip)
+        poses = {"timestamp": track.timestamps_us}
+        poses |= {name: track.xyz[:, axis] for axis, name in enumerate("xyz")}
+        poses |= {name: track.quaternion_xyzw[:, axis] for axis, name in enumerate(("qx", "qy", "qz", "qw"))}
+        pd.DataFrame(poses).to_parquet(folder / "egomotion.parquet")
+        for camera in cameras:
+            (folder / camera).mkdir()
+            pd.DataFrame({"timestamp": stamps}).to_parquet(folder / f"{camera}.timestamps.parquet")
+            for number, image in enumerate(source.film(clip, camera, stamps[:PICTURES])):
+                picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+                picture.save(folder / camera / f"{number:06d}.jpg", quality=90)
+            for number in range(PICTURES, len(stamps)):
+                name = f"{number % PICTURES:06d}.jpg"
+                os.link(folder / camera / name, folder / camera / f"{number:06d}.jpg")
+    index = {"name": "bench", "cameras": list(cameras), "clips": list(source.clip_ids)}
+    (root / "dataset.json").write_text(json.dumps(index))
+
+
+def make_vlm(checkpoint_dir: Path) -> FrozenVLM:
+    """Random weights in bfloat16, as `extract` would load them."""
+    model = full_size.random_vlm(checkpoint_dir, full_size.device()).model.to(torch.bfloat16)
+    return FrozenVLM(model, future_start_id=Checkpoint(str(checkpoint_dir)).config.traj_token_ids["future_start"])
+
+
+def read_inputs(source: Source, builder: InputBuilder, samples: int, *, workers: int) -> tuple[list[VLMInputs], float]:
+    """Inputs of the first samples, and how many a second are read and preprocessed."""
+    refs, _ = select(source, t0=T0, samples=samples)
+
+    def make(number: int) -> VLMInputs:
+        return builder.build(source.load(refs[number], cameras=source.cameras, frames=full_size.FRAMES))
+
+    with ThreadPoolExecutor(workers) as pool:
+        kept = list(pool.map(make, range(min(len(refs), 8))))  # warm, and enough for any batch
+        started = time.perf_counter()
+        for _ in pool.map(lambda number: make(number) and None, range(len(refs))):
+            pass
+        return kept, len(refs) / (time.perf_counter() - started)
+
+
+def prefill_rate(vlm: FrozenVLM, inputs: Sequence[VLMInputs], batch: int, *, rounds: int) -> float:
+    """Samples a second of the VLM alone, inputs ready in RAM; the median round."""
+    chosen = [inputs[number % len(inputs)] for number in range(batch)]
+    seconds = []
+    for _ in range(rounds + 1):
+        _synchronise()
+        started = time.perf_counter()
+        found = vlm.prefill_batch(chosen)
+        _synchronise()
+        seconds.append(time.perf_counter() - started)
+        del found
+    return batch / statistics.median(seconds[1:])
+
+
+def neighbour_error(vlm: FrozenVLM, inputs: Sequence[VLMInputs], batch: int) -> float:
+    """Relative L2 difference of keys and values in a batch from those alone."""
+    together = vlm.prefill_batch([inputs[number % len(inputs)] for number in range(batch)])[0]
+    alone = vlm.prefill_batch(inputs[:1])[0]
+    difference = total = 0.0
+    for layer in range(len(alone.keys)):
+        one, other = (_layer(prefix, layer) for prefix in (together, alone))
+        difference += float((one - other).square().sum())
+        total += float(other.square().sum())
+    return (difference / total) ** 0.5
+
+
+def _layer(prefix: PrefixFeatures, layer: int) -> torch.Tensor:
+    return torch.stack([prefix.keys[layer], prefix.values[layer]]).double()
+
+
+def write_rate(folder: Path, size_bytes: int, *, writers: int) -> float:
+    """Files of that size a second, each written and forced to the medium."""
+    data = np.random.default_rng(0).integers(0, 256, size_bytes, np.uint8)
+    count = max(3 * writers, 8)
+    folder.mkdir()
+    try:
+        with ThreadPoolExecutor(writers) as pool:
+            started = time.perf_counter()
+            list(pool.map(lambda number: raw(folder / str(number), data), range(count)))
+            return count / (time.perf_counter() - started)
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(
+    root: Path, checkpoint_dir: Path, vlm: FrozenVLM, spec: str, cameras: int, scale: Scale
+) -> Iterator[dict[str, Any]]:
+    """Rows of one camera set: the VLM alone, then `extract` in both codecs."""
+    names = tuple(CAMERAS[index] for index in full_size.CAMERA_SETS[cameras])
+    builder = InputBuilder(Checkpoint(str(checkpoint_dir)))
+    config = ExtractConfig(
+        source=spec,
+        model=str(checkpoint_dir),
+        store=str(root / "store"),
+        cameras=names,
+        t0=T0,
+        samples=scale.samples[cameras],
+        batch_size=scale.batch,
+        device=str(vlm.device),
+    )
+    workers = extraction.reader_threads(config)
+    inputs, decode = read_inputs(open_source(spec, cameras=names), builder, scale.samples[cameras], workers=workers)
+    common = {"cameras": cameras, "cpu_cores": len(os.sched_getaffinity(0)), "source": spec.partition(":")[0]}
+    common |= {"decode_s": decode, "workers": workers, "tokens": len(inputs[0].input_ids)}
+    ready = [_ready(one, vlm) for one in inputs]
+    alone: dict[int, float] = {}
+    for batch in sorted({*scale.batches, scale.batch}):
+        row: dict[str, Any] = {**common, "batch": batch}
+        with _peak(row):
+            alone[batch] = prefill_rate(vlm, ready, batch, rounds=1 if scale.small else 5)
+            row |= {"prefill_s": alone[batch], "neighbour_error": neighbour_error(vlm, ready, batch)}
+        yield row
+    for codec in ("int8", "bf16"):
+        row = {**common, "codec": codec, "batch": scale.batch, "writers": config.writers}
+        with _peak(row):
+            row |= extract_row(root, vlm, config, codec, alone.get(scale.batch), decode)
+        yield row
+
+
+def extract_row(
+    root: Path, vlm: FrozenVLM, config: ExtractConfig, codec: str, prefill: float | None, decode: float
+) -> dict[str, Any]:
+    """One run of `extract`, the model in hand already."""
+    with mock.patch.object(extraction, "load_vlm", return_value=vlm):
+        report = extraction.extract(dataclasses.replace(config, codec=codec))  # type: ignore[arg-type]
+    size = info(config.store).size_bytes // report.extracted
+    shutil.rmtree(config.store)
+    write = write_rate(root / "raw", size, writers=config.writers)
+    limit = min(rate for rate in (prefill, write, decode) if rate is not None)
+    return {
+        "samples_s": report.samples_per_s,
+        "prefill_s": prefill,
+        "write_s": write,
+        "of_limit": report.samples_per_s / limit,
+        "samples": report.extracted,
+        "sample_mb": size / 1e6,
+    }
+
+
+def _ready(inputs: VLMInputs, vlm: FrozenVLM) -> VLMInputs:
+    """As `extract` hands them to the VLM."""
+    pixels = inputs.pixel_values.to(vlm.dtype)
+    return dataclasses.replace(inputs, pixel_values=pixels.pin_memory() if vlm.device.type == "cuda" else pixels)
+
+
+@contextmanager
+def _peak(row: dict[str, Any]) -> Iterator[None]:
+    """Note the GPU memory that was taken, or that it did not suffice."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        row["note"] = "out of memory"
+    if torch.cuda.is_available():
+        row["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--dir", type=Path, help="where recordings and stores are written")
+    parser.add_argument("--cameras", type=int, nargs="+", default=[1, 4], choices=sorted(full_size.CAMERA_SETS))
+    options = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    if not cuda and not options.quick:
+        raise SystemExit("a full run needs a CUDA device; --quick runs a small model on the CPU.")
+    scale = QUICK if options.quick else FULL
+    root = Path(tempfile.mkdtemp(dir=options.dir))
+    rows: list[dict[str, Any]] = []
+    try:
+        with mock.patch.object(full_size, "_expert_state", return_value={"vlm.placeholder": torch.zeros(1)}):
+            checkpoint_dir = full_size.write_checkpoint(root / "model", small=scale.small)
+        vlm = make_vlm(checkpoint_dir)
+        for cameras in options.cameras:
+            names = tuple(CAMERAS[index] for index in full_size.CAMERA_SETS[cameras])
+            spec = write_drives(root / f"drives{cameras}", scale, names)
+            for row in measure(root, checkpoint_dir, vlm, spec, cameras, scale):
+                print({key: row[key] for key in KEYS if key in row}, flush=True)
+                rows.append({key: row.get(key) for key in KEYS})
+    finally:
+        shutil.rmtree(root)
+    finish("extract", rows, options, hardware=torch.cuda.get_device_name() if cuda else hardware_name())
+
+
+if __name__ == "__main__":
+    main()

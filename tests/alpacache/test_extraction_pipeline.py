@@ -1,0 +1,178 @@
+"""The threads around the VLM: order, bounds, and what an error leaves behind."""
+
+import gc
+import threading
+import time
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from alpacache.extraction_pipeline import Writers, groups, read_ahead
+from alpacache.host_copies import HostCopies
+from cache_store import CacheReader, CacheWriter, Field, StoreFullError
+
+FIELDS = [Field(name="kv", dtype="uint8", axes=("byte",), units="1"), Field(name="n", dtype="int64", axes=(), units="")]
+
+
+def test_items_come_in_order_with_their_own_errors():
+    def make(number):
+        time.sleep(0.02 if number % 3 == 0 else 0)
+        if number == 4:
+            raise KeyError(number)
+        return 10 * number
+
+    found = []
+    for number, future in read_ahead(range(9), make, workers=3, ahead=5):
+        found.append((number, "error" if future.exception() else future.result()))
+    assert found == [(n, "error" if n == 4 else 10 * n) for n in range(9)]
+
+
+def test_readers_wait_for_their_consumer():
+    begun = []
+    ahead = read_ahead(range(100), begun.append, workers=4, ahead=6)
+    for taken in range(1, 20):
+        next(ahead)
+        time.sleep(0.002)
+        assert len(begun) <= taken + 5
+    ahead.close()
+    assert len(begun) <= 25
+
+
+def test_what_was_read_is_not_kept():
+    class Read:
+        pass
+
+    alive = weakref.WeakSet()
+
+    def make(number):
+        one = Read()
+        alive.add(one)
+        return one
+
+    most = 0
+    for number, future in read_ahead(range(50), make, workers=3, ahead=5):
+        future.result()
+        del future
+        gc.collect()
+        most = max(most, len(alive))
+        assert number >= 0
+    assert 1 <= most <= 5
+
+
+def test_equal_items_are_grouped_in_order():
+    assert list(groups(range(10), length=lambda _: 100, size=lambda: 4)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert list(groups(range(3), length=lambda _: 100, size=lambda: 1)) == [[0], [1], [2]]
+
+
+def test_groups_are_of_nearly_equal_length_and_leave_none_behind():
+    lengths = [100, 106, 300, 101, 301, 99, 302, 320, 100, 100]
+    found = list(groups(range(10), length=lengths.__getitem__, size=lambda: 4))
+    assert sorted(item for group in found for item in group) == list(range(10))
+    for group in found:
+        assert all(abs(lengths[item] - lengths[group[0]]) * 16 <= lengths[group[0]] for item in group)
+        assert len(group) <= 4
+    assert found[:2] == [[0, 1, 3, 5], [2, 4, 6]]
+
+
+def test_groups_take_no_more_than_their_window_and_a_new_size_at_once():
+    taken, size = [], 4
+
+    def items():
+        for number in range(40):
+            taken.append(number)
+            yield number
+
+    found = groups(items(), length=lambda _: 1, size=lambda: size)
+    next(found)
+    assert len(taken) == 7
+    size = 1
+    assert [next(found) for _ in range(4)] == [[4], [5], [6], [7]]
+    assert len(taken) == 8
+
+
+def sample(number, size=1000):
+    return f"s{number}", {"kv": torch.full((size,), number, dtype=torch.uint8), "n": np.asarray(number)}
+
+
+class SlowWriter(CacheWriter):
+    """Notes how many samples it has in hand."""
+
+    def __init__(self, path, *, refuse=(), wait_s=0.01):
+        super().__init__(path, fields=FIELDS, identity={})
+        self.refuse, self.wait_s = refuse, wait_s
+        self.in_hand, self.most, self.lock = 0, 0, threading.Lock()
+        self.written = []
+
+    def write(self, sample_id, values):
+        with self.lock:
+            self.in_hand += 1
+            self.most = max(self.most, self.in_hand)
+        time.sleep(self.wait_s)
+        try:
+            if sample_id in self.refuse:
+                raise StoreFullError(f"no room for {sample_id}", 1000)
+            won = super().write(sample_id, values)
+            self.written.append(sample_id)
+            return won
+        finally:
+            with self.lock:
+                self.in_hand -= 1
+
+
+def test_writers_commit_what_they_are_given_and_count_their_bytes(tmp_path):
+    writer = SlowWriter(tmp_path / "store")
+    writer.write(*[part if isinstance(part, str) else {**part, "kv": part["kv"].numpy()} for part in sample(3)])
+    sizes = []
+    with HostCopies(torch.device("cpu"), 5) as copies, Writers(writer, copies, threads=3) as writers:
+        for number in range(12):
+            writers.put(*sample(number))
+            sizes += writers.collect()
+        sizes += writers.collect(everything=True)
+    assert sorted(sizes) == [0] + [1008] * 11
+    assert 2 <= writer.most <= 3
+    reader = CacheReader(tmp_path / "store")
+    for number in range(12):
+        assert (reader.read(f"s{number}")["kv"] == number).all()
+
+
+def test_put_waits_for_slow_writers(tmp_path):
+    writer = SlowWriter(tmp_path / "store", wait_s=0.02)
+    with HostCopies(torch.device("cpu"), 4) as copies, Writers(writer, copies, threads=2) as writers:
+        for number in range(20):
+            writers.put(*sample(number))
+            writers.collect()
+            assert number + 1 - len(writer.written) <= 4
+    assert len(CacheReader(tmp_path / "store")) == 20
+
+
+def test_an_error_lets_the_others_finish_first(tmp_path):
+    writer, begun = SlowWriter(tmp_path / "store", refuse={"s2"}), []
+
+    def run(writers):
+        for number in range(40):
+            writers.put(*sample(number))
+            begun.append(number)
+            writers.collect()
+
+    with HostCopies(torch.device("cpu"), 4) as copies, Writers(writer, copies, threads=3) as writers:
+        with pytest.raises(StoreFullError, match="no room for s2"):
+            run(writers)
+        assert writer.in_hand == 0
+        assert len(CacheReader(tmp_path / "store")) == len(begun) - 1
+    assert len(begun) < 12
+
+
+def test_leaving_by_an_error_commits_what_is_on_its_way(tmp_path):
+    writer = SlowWriter(tmp_path / "store")
+
+    def run():
+        with HostCopies(torch.device("cpu"), 4) as copies, Writers(writer, copies, threads=2) as writers:
+            for number in range(3):
+                writers.put(*sample(number))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert CacheReader(tmp_path / "store").sample_ids == ["s0", "s1", "s2"]

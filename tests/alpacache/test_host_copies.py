@@ -1,0 +1,63 @@
+"""Copies off the device: right bytes, a bounded number, buffers that are used again."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from alpacache.host_copies import HostCopies
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_on_the_cpu_nothing_is_copied():
+    tensor = torch.arange(6, dtype=torch.uint8).view(2, 3)
+    with HostCopies(torch.device("cpu"), 1) as copies:
+        copy = copies.begin({"kv": tensor, "n": np.asarray(3), "text": "x"})
+        found = copy.arrays()
+        assert found["kv"].ctypes.data == tensor.data_ptr()
+        assert (found["n"], found["text"]) == (3, "x")
+        copy.release()
+
+
+def test_begin_waits_for_a_release():
+    with HostCopies(torch.device("cpu"), 2) as copies:
+        begun = [copies.begin({}), copies.begin({})]
+        third = threading.Thread(target=lambda: begun.append(copies.begin({})))
+        third.start()
+        third.join(0.05)
+        assert third.is_alive()
+        begun[1].release()
+        third.join(5)
+        assert len(begun) == 3
+        begun[0].release()
+        begun[2].release()
+
+
+@pytest.mark.gpu
+@gpu
+def test_bytes_arrive_while_the_gpu_goes_on():
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    expected, waiting = [], []
+    with HostCopies(device, 3) as copies:
+        for number in range(12):
+            shape = (4, 2, 100_000 + 1000 * number)
+            kv = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16).view(torch.uint16)
+            hidden = kv[0].view(torch.uint8) + 1
+            expected.append((kv.cpu().numpy(), hidden.cpu().numpy()))
+            if len(waiting) == 3:
+                check(waiting.pop(0), *expected[number - 3])
+            waiting.append(copies.begin({"kv": kv, "hidden": hidden, "n": number}))
+            del kv, hidden
+            torch.empty(10_000_000, device=device).fill_(7)  # would land where the tensors were
+        for copy, values in zip(waiting, expected[-3:], strict=True):
+            check(copy, *values)
+
+
+def check(copy, kv, hidden):
+    found = copy.arrays()
+    assert np.array_equal(found["kv"], kv)
+    assert np.array_equal(found["hidden"], hidden)
+    copy.release()

@@ -1,0 +1,80 @@
+"""What the extraction benchmark reads is what `extract` reads, and its rates are samples a second."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.sample import CAMERAS
+from alpacache.selection import select
+from alpacache.sources import open_source
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import bench_extract  # noqa: E402
+import full_size  # noqa: E402
+
+sys.path.remove(str(BENCHMARKS))
+
+NAMES = CAMERAS[:2]
+
+
+@pytest.fixture(scope="module", params=["tree", "folder"])
+def drives(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("drives") / request.param
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "folder":
+            patch.setattr(bench_extract.importlib.util, "find_spec", lambda module: None)
+        return bench_extract.write_drives(root, bench_extract.QUICK, NAMES)
+
+
+def test_drives_give_samples_of_different_pictures(drives):
+    assert drives.partition(":")[0] in ("pai", "folder")
+    source = open_source(drives, cameras=NAMES)
+    refs, rejected = select(source, t0=bench_extract.T0, samples=12)
+    assert (len(refs), rejected) == (12, [])
+    one, other = (source.load(ref, cameras=NAMES, frames=4) for ref in refs[:2])
+    assert one.frames.shape == (2, 4, 3, 108, 192)
+    assert np.abs(one.frames.astype(int) - other.frames).mean() > 0.5
+
+
+def test_the_tokenizer_keeps_image_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(full_size, "_expert_state", lambda small: {"vlm.placeholder": torch.zeros(1)})
+    checkpoint = full_size.write_checkpoint(tmp_path / "model", small=True)
+    source = open_source("synthetic:2")
+    inputs, rate = bench_extract.read_inputs(source, InputBuilder(Checkpoint(str(checkpoint))), 2, workers=1)
+    assert rate > 0
+    for one in inputs:
+        merged = int(one.image_grid_thw.prod(-1).sum()) // 4
+        assert int((np.diff(one.image_spans)).sum()) == merged
+        assert merged < len(one.input_ids) < merged + 80
+
+
+def test_write_rate_is_in_files_a_second(tmp_path):
+    rate = bench_extract.write_rate(tmp_path / "raw", 100_000, writers=2)
+    assert 1 < rate < 1e5
+    assert not (tmp_path / "raw").exists()
+
+
+@pytest.mark.slow
+def test_the_quick_benchmark(tmp_path):
+    report = tmp_path / "report.json"
+    command = [sys.executable, str(BENCHMARKS / "bench_extract.py"), "--quick", "--json", str(report)]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = json.loads(report.read_text())["rows"]
+    assert [(row["cameras"], row["codec"]) for row in rows] == [
+        (cameras, codec) for cameras in (1, 4) for codec in (None, "int8", "bf16")
+    ]
+    for row in rows:
+        assert (row["batch"], row["source"]) == (2, "pai")
+        if row["codec"]:
+            limit = min(row["prefill_s"], row["write_s"], row["decode_s"])
+            assert row["of_limit"] == pytest.approx(row["samples_s"] / limit)
+        else:
+            assert 0 <= row["neighbour_error"] < 0.03
