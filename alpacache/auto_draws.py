@@ -5,7 +5,7 @@ the least at which a step takes as long as the stores need for the next batch; i
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from alpacache.batches import BatchRing
@@ -65,9 +65,3 @@ def delivery_seconds(ring: BatchRing) -> float:
                 break
         elapsed = time.monotonic() - started
     return elapsed / count if count > 0 else 0.0
-
-
-def first_places(places: Iterator[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
-    """The batches that `delivery_seconds` reads."""
-    for _, batch in zip(range(DELIVERED_BATCHES), places, strict=False):
-        yield batch

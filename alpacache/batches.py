@@ -114,7 +114,7 @@ class BatchRing:
         """Seconds that the host waited for samples while the device, too, had nothing left to do."""
         self._dataset, self._batch_size, self._device = dataset, batch_size, device
         self._threads = threads or min(14, max(4, len(os.sched_getaffinity(0)) - 2))
-        self._buffers = buffers or max(4, 2 * batch_size)
+        self._buffers = buffers or samples_ahead(batch_size)
         self._remembered = len(dataset) if dataset.in_memory else min(len(dataset), _REMEMBERED)
         self._actions = torch.empty(self._remembered, space.waypoints, 2)
         self._counts = np.zeros((self._remembered, 3), np.int64)
@@ -277,6 +277,11 @@ class BatchRing:
                 if index < self._remembered:
                     seen[index] = True
                 yield _Wanted(position=position, index=index, is_new=is_new, ends_batch=number == len(batch))
+
+
+def samples_ahead(batch_size: int) -> int:
+    """How many samples may be between disk and device unless told otherwise."""
+    return max(4, 2 * batch_size)
 
 
 class _Source:

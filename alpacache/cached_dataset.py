@@ -105,7 +105,11 @@ class CachedDataset:
         return self._kv_shape(int(self.kv_bytes.argmax()))[3]
 
     def turns(self) -> list[Turn]:
-        """Each sample's turn stratum, by its recorded path; reads no keys and values."""
+        """Each sample's turn stratum, by its recorded path; reads no keys and values, and the poses once."""
+        return self._turns
+
+    @cached_property
+    def _turns(self) -> list[Turn]:
 
         def turn(place: tuple[CacheReader, str]) -> Turn:
             reader, sample_id = place

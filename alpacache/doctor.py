@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-Status = Literal["ok", "warn", "fail"]
+from alpacache.checks import Check
+
 PYTHON = (3, 11)
 SHOWN = ("torch", "transformers", "zarr", "numcodecs")
 """Packages whose versions are always shown."""
@@ -33,17 +34,6 @@ _LOCKED_BYTES = 2**26
 _DRIVER = Path("/sys/module/nvidia/version")
 _PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 _AT_LEAST = re.compile(r"([A-Za-z0-9_.-]+)>=([0-9.]+)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One part of the machine."""
-
-    name: str
-    status: Status
-    found: str
-    remedy: str = ""
-    """The next step, unless all is well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

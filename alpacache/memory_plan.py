@@ -5,13 +5,12 @@ share their memory, unless gradients of an earlier micro-batch are there already
 on an H100 (`benchmarks/results/`); everything else is counted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.backbone import expert_config
 from alpacache.alpamayo.packed_prefix import PrefixLayout
+from alpacache.batches import samples_ahead
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS, MEASURED
 from alpacache.optimizers import state_bytes
@@ -21,11 +20,12 @@ from alpacache.trainable import trained_counts
 
 VAL_BATCH = 2
 """Samples of a validation batch: enough to keep a GPU busy, few enough not to be what decides on the memory."""
-VAL_DRAWS = 4
 MAX_DRAWS = 8
 """More draws of one sample tell next to nothing new."""
 CONTEXT_BYTES = 2**29
 """CUDA's own, outside the allocator: why a budget of 24GB is a cap of 23.5 GiB."""
+_GATE = ".mlp.gate_proj.weight"
+"""Of every layer one: `[intermediate, hidden]`."""
 _BF16 = 2
 _SAVED = {("all", False): (44, 8), ("all", True): (21, 6), ("lora", False): (30, 8), ("lora", True): (19, 6)}
 """What is trained, whether layers are compiled -> bytes that a token keeps in a layer for the backward, in parts of the
@@ -65,18 +65,25 @@ class Workload:
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, layout: PrefixLayout, longest: int, *, trainable: str, lora_rank: int, **rest: Any
+        cls,
+        shapes: Mapping[str, tuple[int, ...]],
+        layout: PrefixLayout,
+        longest: int,
+        *,
+        trainable: str,
+        lora_rank: int,
+        **rest: Any,
     ) -> "Workload":
-        """From a checkpoint's headers and config alone."""
-        shapes = checkpoint.shapes("expert.", "action_in_proj.", "action_out_proj.")
+        """`shapes`: of the tensors of expert and projections, by name in the checkpoint."""
         parameters, trained = trained_counts(shapes, trainable, lora_rank)
-        config = expert_config(checkpoint)
+        gates = [shape for name, shape in shapes.items() if name.endswith(_GATE)]
+        intermediate, hidden = gates[0]
         return cls(
             parameters=parameters,
             trained=trained,
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
+            layers=len(gates),
+            hidden=hidden,
+            intermediate=intermediate,
             layout=layout,
             longest=longest,
             trainable=trainable,
@@ -129,6 +136,11 @@ class MemoryPlan:
         ]
 
 
+def allowed_bytes(card_gib: float) -> int:
+    """What the allocator may take of a card of this size."""
+    return int((card_gib - CONTEXT_BYTES / 2**30) * 2**30)
+
+
 def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: bool) -> MemoryPlan:
     """What these settings take."""
     row = work.layout.row_bytes(work.longest)
@@ -152,7 +164,7 @@ def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: 
     # The widest moment of a layer's backward: gradients of gate, up and their product, and of the residual stream.
     widest = tokens * (3 * _BF16 * work.intermediate + 8 * work.hidden)
     workspace = _WORKSPACE_BYTES + widest + round(_GAPS * peak)
-    pinned = work.pinned_bytes if work.pinned_bytes is not None else max(4, 2 * work.batch_size) * row
+    pinned = work.pinned_bytes if work.pinned_bytes is not None else samples_ahead(work.batch_size) * row
     return MemoryPlan(
         micro_batch=micro_batch,
         checkpointing=checkpointing,

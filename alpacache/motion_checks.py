@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.checks import Check
 from alpacache.motion import TURNING_RADPS, Motion, concentration, motion_of, wrapped
 from alpacache.poses import Track
-from alpacache.recording_checks import Check
 from alpacache.strata import Floats
 
 ALIGNED_RAD = float(np.deg2rad(25.0))

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from alpacache.checks import Check
 from alpacache.errors import BadClipError
 from alpacache.motion import Motion
 from alpacache.picture_flow import agrees, sideways_shift_px
 from alpacache.recording import RecordedSource
-from alpacache.recording_checks import Check
 from alpacache.sample import FRONT_CAMERA, Sample
 from alpacache.strata import heading
 

@@ -17,12 +17,11 @@ from alpacache.config import CodecName, Trainable, budget_gib
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS, MEASURED, Gpu, gpu_named
 from alpacache.machine_speed import disk_speed, existing_folder, gpu_speed
-from alpacache.memory_plan import MemoryPlan, Workload, fastest_plan, memory_plan
+from alpacache.memory_plan import MemoryPlan, Workload, allowed_bytes, fastest_plan, memory_plan
 from alpacache.optimizers import resolve
 from alpacache.planned_sample import planned_prompt, sample_bytes
 from alpacache.sample import FRONT_CAMERA, sort_cameras
 from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds
-from alpacache.trainable import trained_counts
 from cache_store import CODECS
 from cache_store.local_files import free_bytes
 
@@ -197,23 +196,19 @@ def least_training_bytes(trainable: Trainable) -> int:
 
 def _workload(config: PlanConfig, geometry: Geometry, tokens: int) -> Workload:
     """As `train` plans for: compiled, with a validation store."""
-    parameters, trained = trained_counts(geometry.expert_shapes, config.trainable, config.lora_rank)
     layout = PrefixLayout(
         layers=geometry.layers,
         kv_heads=geometry.kv_heads,
         head_dim=geometry.head_dim,
         codec=CODECS.get(config.codec),
     )
-    return Workload(
-        parameters=parameters,
-        trained=trained,
-        layers=geometry.expert_layers,
-        hidden=geometry.expert_hidden,
-        intermediate=geometry.expert_intermediate,
-        layout=layout,
-        longest=tokens,
-        batch_size=config.batch_size,
+    return Workload.of(
+        geometry.expert_shapes,
+        layout,
+        tokens,
         trainable=config.trainable,
+        lora_rank=config.lora_rank,
+        batch_size=config.batch_size,
         optimizer=resolve("auto", torch.device("cuda")),
         compiled=True,
         validates=True,
@@ -223,7 +218,7 @@ def _workload(config: PlanConfig, geometry: Geometry, tokens: int) -> Workload:
 def _cap_bytes(config: PlanConfig, gpu: Gpu) -> int:
     """What `train --memory-budget` allows the allocator on this GPU."""
     size = gpu.memory_gb if config.memory_budget is None else min(gpu.memory_gb, budget_gib(config.memory_budget))
-    return int((size - 0.5) * 2**30)
+    return allowed_bytes(size)
 
 
 def _machine(config: PlanConfig) -> Machine:

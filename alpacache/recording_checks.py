@@ -3,18 +3,17 @@
 A wrong unit of time is put right before anything else is judged, so that one mistake is named once.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.checks import Check, Status
 from alpacache.poses import MAX_GAP_US, MAX_SPEED_MPS, MAX_TURN_RATE_RADPS, QUATERNION_NORM_SLACK, Track
 from alpacache.recording import Recording
 from alpacache.sample import FRAME_STEP_US
 from alpacache.strata import Floats
 
-Status = Literal["ok", "warn", "fail"]
 JUMP_M = 1.0
 """Least step off the course of the neighbouring poses that is a jump; localisation noise is centimetres."""
 JUMP_MPS = 10.0
@@ -25,17 +24,6 @@ MAX_LOST = 0.01
 MAX_JITTER = 0.3
 MIN_OVERLAP = 0.8
 _UNITS = {"milliseconds": 1e3, "nanoseconds": 1e-3, "seconds": 1e6}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One question to a clip or a source."""
-
-    name: str
-    status: Status
-    found: str
-    remedy: str = ""
-    """The next step, unless all is well."""
 
 
 def time_unit(timestamps: NDArray[np.int64]) -> str:

@@ -8,13 +8,14 @@ import torch
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.expert import action_space
-from alpacache.auto_draws import choose_draws, delivery_seconds, first_places
+from alpacache.alpamayo.geometry import EXPERT_PARTS
+from alpacache.auto_draws import DELIVERED_BATCHES, choose_draws, delivery_seconds
 from alpacache.batches import BatchRing
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import TrainConfig, budget_gib, weighted_stores
 from alpacache.errors import UsageError
 from alpacache.machine_speed import gpu_speed
-from alpacache.memory_plan import MemoryPlan, Workload, fastest_plan
+from alpacache.memory_plan import MemoryPlan, Workload, allowed_bytes, fastest_plan
 from alpacache.optimizers import resolve
 from alpacache.run_directory import RunDirectory
 from alpacache.sample_order import GlobalOrder, make_groups
@@ -48,7 +49,7 @@ def settle(
         return replace(config, draws=draws, micro_batch=micro_batch, checkpointing=bool(config.checkpointing)), None
     cap = cap_memory(config.memory_budget, device)
     work = Workload.of(
-        checkpoint,
+        checkpoint.shapes(*EXPERT_PARTS),
         data.layout,
         data.longest,
         trainable=config.trainable,
@@ -94,7 +95,7 @@ def _auto_draws(
     batch_s = 0.0
     if not config.in_memory:
         order = global_order(config, data)
-        places = first_places(batches_of(order, work.batch_size, first=0, end=10**9))
+        places = batches_of(order, work.batch_size, first=0, end=DELIVERED_BATCHES)
         space = action_space(checkpoint)
         batch_s = delivery_seconds(BatchRing(data, space, places, batch_size=work.batch_size, device=device))
     return choose_draws(plan_or_none, work, batch_s=batch_s, gpu=gpu_speed(device.index or 0)).draws
@@ -134,6 +135,6 @@ def cap_memory(budget: str | None, device: torch.device) -> int:
     free += torch.cuda.memory_reserved(device)
     if budget is None:
         return free
-    cap = int((budget_gib(budget) - 0.5) * 2**30)
+    cap = allowed_bytes(budget_gib(budget))
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device.index or 0)
     return min(cap, free)

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from alpacache.checks import Check, Status
 from alpacache.contact_sheet import CLIPS
 from alpacache.errors import BadClipError
 from alpacache.motion import Motion, motion_of
@@ -23,8 +24,6 @@ from alpacache.poses import Track
 from alpacache.progress import OnProgress, Progress
 from alpacache.recording import RecordedSource, Recording, read_recording, recording_of
 from alpacache.recording_checks import (
-    Check,
-    Status,
     check_finite,
     check_frames,
     check_poses,

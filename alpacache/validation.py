@@ -10,13 +10,14 @@ from alpacache.alpamayo import ActionExpert
 from alpacache.cached_dataset import CachedDataset, target
 from alpacache.config import TrainConfig
 from alpacache.features import CachedSample
-from alpacache.memory_plan import VAL_BATCH, VAL_DRAWS
+from alpacache.memory_plan import VAL_BATCH
 from alpacache.metrics import min_ade
 from alpacache.prediction import predict
 from alpacache.strata import classify
 from alpacache.train_step import flow_loss
 from alpacache.world import World
 
+_DRAWS = 4
 _PATHS, _FLOW_STEPS = 6, 10
 """As the public evaluation samples."""
 
@@ -54,8 +55,8 @@ class Validation:
         schedule, device = self._config.times, expert.device
         action = torch.stack([target(sample, expert.action_space) for sample in samples])[:, None]
         ids = [sample.sample_id for sample in samples]
-        noise = torch.stack([randomness.noise("val", name, draws=VAL_DRAWS) for name in ids])
-        t = torch.stack([randomness.times("val", name, draws=VAL_DRAWS, schedule=schedule) for name in ids])
+        noise = torch.stack([randomness.noise("val", name, draws=_DRAWS) for name in ids])
+        t = torch.stack([randomness.times("val", name, draws=_DRAWS, schedule=schedule) for name in ids])
         prefixes = [sample.prefix for sample in samples]
         losses: list[float] = flow_loss(
             expert, action.to(device), noise.to(device), t.to(device), prefixes, causal=self._config.causal

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from alpacache.alpamayo.backbone import expert_config, vlm_config
+from alpacache.alpamayo.backbone import vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.errors import CheckpointError
 
@@ -25,16 +25,13 @@ class Geometry:
     """Of keys and values."""
     vlm_hidden: int
     vlm_parameters: int
-    expert_layers: int
-    expert_hidden: int
-    expert_intermediate: int
     expert_shapes: Mapping[str, tuple[int, ...]]
     """Of expert and projections, by name in the checkpoint."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Geometry":
         """From configs and safetensors headers; no weight is read. Raises `CheckpointError` without a VLM."""
-        text, expert = vlm_config(checkpoint).text_config, expert_config(checkpoint)
+        text = vlm_config(checkpoint).text_config
         vlm = checkpoint.shapes("vlm.")
         if not vlm:
             raise CheckpointError(f"{checkpoint.model} has no tensor under vlm.; pass a complete checkpoint.")
@@ -45,9 +42,6 @@ class Geometry:
             head_dim=text.head_dim,
             vlm_hidden=text.hidden_size,
             vlm_parameters=sum(map(math.prod, vlm.values())),
-            expert_layers=expert.num_hidden_layers,
-            expert_hidden=expert.hidden_size,
-            expert_intermediate=expert.intermediate_size,
             expert_shapes=checkpoint.shapes(*EXPERT_PARTS),
         )
 
@@ -87,9 +81,6 @@ RELEASED = Geometry(
     head_dim=128,
     vlm_hidden=4096,
     vlm_parameters=8_800_000_000,
-    expert_layers=36,
-    expert_hidden=2048,
-    expert_intermediate=8256,
     expert_shapes=_released_shapes(),
 )
 """Of `nvidia/Alpamayo-R1-10B`; the VLM's parameters are the public card's 8.2 and 0.6 billion."""

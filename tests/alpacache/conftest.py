@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 from alpacache.alpamayo import Checkpoint, load_expert, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.features import store_fields, to_arrays
 from alpacache.identity import store_identity
+from alpacache.memory_plan import Workload
 from alpacache.sample import SampleRef
 from alpacache.sources import open_source
 from cache_store import CODECS, CacheWriter
@@ -123,3 +125,27 @@ def rollout_stores(rollout_samples, tiny_checkpoint, tmp_path_factory):
                 assert writer.write(sample.ref.sample_id, arrays)
         stores[name] = store
     return stores
+
+
+@pytest.fixture(scope="session")
+def released():
+    """Workloads of the released expert on prefixes of four cameras in int8, with changes by keyword."""
+
+    def make(**changes):
+        values = {
+            "parameters": 2_279_000_000,
+            "trained": 2_279_000_000,
+            "layers": 36,
+            "hidden": 2048,
+            "intermediate": 8256,
+            "layout": PrefixLayout(layers=36, kv_heads=8, head_dim=128, codec=CODECS["int8"]),
+            "longest": 3050,
+            "batch_size": 8,
+            "trainable": "all",
+            "optimizer": "adamw8",
+            "compiled": True,
+            "validates": False,
+        }
+        return Workload(**values | changes)
+
+    return make

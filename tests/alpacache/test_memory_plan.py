@@ -8,6 +8,7 @@ import torch
 import alpacache
 from alpacache import run_plan
 from alpacache.alpamayo import Checkpoint, load_expert
+from alpacache.alpamayo.geometry import EXPERT_PARTS
 from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.auto_draws import choose_draws
 from alpacache.cached_dataset import CachedDataset
@@ -17,30 +18,9 @@ from alpacache.gpus import GPUS
 from alpacache.memory_plan import Workload, fastest_plan, memory_plan
 from alpacache.trainable import choose_trainable
 from alpacache.world import World
-from cache_store import CODECS
 
 GIB = 2**30
 LORA_COUNT = 27_550_000
-
-
-def released(**changes):
-    """The released expert on prefixes of four cameras in int8."""
-    layout = PrefixLayout(layers=36, kv_heads=8, head_dim=128, codec=CODECS["int8"])
-    values = {
-        "parameters": 2_279_000_000,
-        "trained": 2_279_000_000,
-        "layers": 36,
-        "hidden": 2048,
-        "intermediate": 8256,
-        "layout": layout,
-        "longest": 3050,
-        "batch_size": 8,
-        "trainable": "all",
-        "optimizer": "adamw8",
-        "compiled": True,
-        "validates": False,
-    }
-    return Workload(**values | changes)
 
 
 MEASURED = [
@@ -57,13 +37,13 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("changes", "settings", "gib"), MEASURED)
-def test_within_five_percent_of_what_was_measured(changes, settings, gib):
+def test_within_five_percent_of_what_was_measured(changes, settings, gib, released):
     draws, micro_batch, checkpointing = settings
     plan = memory_plan(released(**changes), draws=draws, micro_batch=micro_batch, checkpointing=checkpointing)
     assert plan.device_bytes / GIB == pytest.approx(gib, rel=0.05)
 
 
-def test_the_table_adds_up():
+def test_the_table_adds_up(released):
     plan = memory_plan(released(validates=True), draws=1, micro_batch=8, checkpointing=False)
     lines = dict(plan.table())
     total = lines.pop("sum, to be reserved")
@@ -78,7 +58,8 @@ def test_counts_are_those_of_the_real_parameters(tiny_checkpoint, which):
     checkpoint = Checkpoint(str(tiny_checkpoint))
     layout = PrefixLayout(layers=2, kv_heads=2, head_dim=16, codec=None)
     rest = {"batch_size": 2, "optimizer": "adamw8", "compiled": True, "validates": False}
-    work = Workload.of(checkpoint, layout, 100, trainable=which, lora_rank=4, **rest)
+    work = Workload.of(checkpoint.shapes(*EXPERT_PARTS), layout, 100, trainable=which, lora_rank=4, **rest)
+    assert (work.layers, work.hidden, work.intermediate) == (4, 96, 192)
     expert = load_expert(checkpoint)
     assert work.parameters == sum(parameter.numel() for parameter in expert.parameters())
     trained = choose_trainable(expert, which, lora_rank=4, seed=0)
@@ -90,12 +71,12 @@ def choose(work, cap_gib, **fixed):
     return fastest_plan(work, cap_bytes=int(cap_gib * GIB), **settings)
 
 
-def test_the_whole_batch_without_checkpointing_where_it_fits():
+def test_the_whole_batch_without_checkpointing_where_it_fits(released):
     plan = choose(released(), 23.5)
     assert (plan.micro_batch, plan.checkpointing) == (8, False)
 
 
-def test_many_draws_are_made_to_fit_and_settings_that_were_given_stay():
+def test_many_draws_are_made_to_fit_and_settings_that_were_given_stay(released):
     work = released()
     plan = choose(work, 23.5, draws=8)
     assert plan.device_bytes <= 23.5 * GIB
@@ -104,7 +85,7 @@ def test_many_draws_are_made_to_fit_and_settings_that_were_given_stay():
     assert choose(work, 23.5, draws=8, micro_batch=2).micro_batch == 2
 
 
-def test_a_margin_is_kept_unless_it_is_what_decides():
+def test_a_margin_is_kept_unless_it_is_what_decides(released):
     work = released()
     needed = memory_plan(work, draws=1, micro_batch=8, checkpointing=False).device_bytes / GIB
     assert choose(work, needed * 1.05).checkpointing is False
@@ -117,7 +98,7 @@ def test_a_margin_is_kept_unless_it_is_what_decides():
     assert choose(least, only / GIB + 0.001).device_bytes <= only + GIB // 1000
 
 
-def test_what_cannot_fit_is_refused_with_the_batch_that_would(tmp_path):
+def test_what_cannot_fit_is_refused_with_the_batch_that_would(tmp_path, released):
     with pytest.raises(UsageError, match=r"20\.00 GiB are allowed") as error:
         choose(released(batch_size=64), 20)
     assert "weights" in str(error.value)
@@ -127,12 +108,12 @@ def test_what_cannot_fit_is_refused_with_the_batch_that_would(tmp_path):
         choose(released(batch_size=batch + 1), 20)
 
 
-def test_a_card_too_small_for_all_parameters_is_told_of_lora():
+def test_a_card_too_small_for_all_parameters_is_told_of_lora(released):
     with pytest.raises(UsageError, match="--trainable lora"):
         choose(released(batch_size=1), 11.5)
 
 
-def test_draws_fill_the_time_that_the_disk_takes():
+def test_draws_fill_the_time_that_the_disk_takes(released):
     work = released()
 
     def plan_for(draws):

@@ -1,35 +1,22 @@
 """The model of times against every time it was made from, and how it scales."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 
-from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS, gpu_named
-from alpacache.memory_plan import Workload, memory_plan
+from alpacache.memory_plan import memory_plan
 from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds
-from cache_store import CODECS
 
 H100 = GPUS["h100"]
 
 
-def work(**changes):
-    values = {
-        "parameters": 2_279_000_000,
-        "trained": 2_279_000_000,
-        "layers": 36,
-        "hidden": 2048,
-        "intermediate": 8256,
-        "layout": PrefixLayout(layers=36, kv_heads=8, head_dim=128, codec=CODECS["int8"]),
-        "longest": 2975,
-        "batch_size": 8,
-        "trainable": "all",
-        "optimizer": "adamw8",
-        "compiled": True,
-        "validates": False,
-    }
-    return Workload(**values | changes)
+@pytest.fixture
+def work(released):
+    """At the length that was measured."""
+    return partial(released, longest=2975)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +28,7 @@ def work(**changes):
         ({"longest": 840, "batch_size": 16}, 1, 16, 52.9),
     ],
 )
-def test_the_steps_that_were_measured(changes, draws, micro_batch, step_ms):
+def test_the_steps_that_were_measured(changes, draws, micro_batch, step_ms, work):
     load = work(**changes)
     plan = memory_plan(load, draws=draws, micro_batch=micro_batch, checkpointing=False)
     seconds = compute_seconds(load, plan, H100) + optimizer_seconds(load, H100)
@@ -53,7 +40,7 @@ def test_the_prefills_that_were_measured(tokens, milliseconds):
     assert prefill_seconds(8_800_000_000, tokens, H100) * 1e3 == pytest.approx(milliseconds, rel=0.04)
 
 
-def test_half_the_arithmetic_and_half_the_bandwidth_each_slow_their_part():
+def test_half_the_arithmetic_and_half_the_bandwidth_each_slow_their_part(work):
     load = work()
     plan = memory_plan(load, draws=1, micro_batch=8, checkpointing=False)
     slow = dataclasses.replace(H100, tflops=H100.tflops / 2)
