@@ -1,5 +1,6 @@
 """Storage of ragged per-sample arrays: transactional, checksummed, readable by any Zarr v3 reader. Knows no model."""
 
+from cache_store.copying import CopyReport, copy
 from cache_store.difference import differences
 from cache_store.errors import (
     CacheStoreError,
@@ -7,7 +8,9 @@ from cache_store.errors import (
     FieldNotFoundError,
     FormatError,
     IdentityMismatchError,
+    ObjectStorageError,
     SampleNotFoundError,
+    StoreAddressError,
     StoreFullError,
     StoreNotFoundError,
     UnsupportedFileSystemError,
@@ -28,6 +31,7 @@ __all__ = [
     "CacheReader",
     "CacheStoreError",
     "CacheWriter",
+    "CopyReport",
     "CorruptSampleError",
     "Damage",
     "Field",
@@ -36,10 +40,12 @@ __all__ = [
     "GarbageReport",
     "IdentityMismatchError",
     "KVCodec",
+    "ObjectStorageError",
     "PrefetchedSample",
     "Prefetcher",
     "QuarantineRecord",
     "SampleNotFoundError",
+    "StoreAddressError",
     "StoreFullError",
     "StoreInfo",
     "StoreNotFoundError",
@@ -47,6 +53,7 @@ __all__ = [
     "VerifyReport",
     "build_index",
     "collect_garbage",
+    "copy",
     "differences",
     "info",
     "verify",

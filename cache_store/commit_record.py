@@ -3,14 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from cache_store import local_files
 from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, take
 from cache_store.errors import FormatError
 from cache_store.field import Field
 from cache_store.sample_key import is_attempt, sample_key
+from cache_store.storage import Storage
 from cache_store.stored_object import StoredObject
 
 FOLDER = "commits"
@@ -85,12 +84,12 @@ class CommitRecord:
         return cls(sample_id=sample_id, attempt=attempt, fingerprint=fingerprint, shapes=shapes, objects=objects)
 
 
-def read(root: Path, key: str, *, fields: Mapping[str, Field], fingerprint: str) -> CommitRecord:
+def read(storage: Storage, key: str, *, fields: Mapping[str, Field], fingerprint: str) -> CommitRecord:
     """The record with this key; `FileNotFoundError` when there is none."""
     relative = f"{FOLDER}/{key}.json"
-    data = local_files.read_document(root, relative, MAX_DOCUMENT_BYTES)
+    data = storage.read_document(relative, MAX_DOCUMENT_BYTES)
     return CommitRecord.from_bytes(
-        data, f"commit record {root / relative}", key=key, fields=fields, fingerprint=fingerprint
+        data, f"commit record {storage.where(relative)}", key=key, fields=fields, fingerprint=fingerprint
     )
 
 

@@ -8,8 +8,7 @@ import json
 import math
 from typing import Any
 
-import google_crc32c
-
+from cache_store import checksum
 from cache_store.errors import FormatError
 
 MAX_DOCUMENT_BYTES = 16 * 2**20
@@ -46,7 +45,7 @@ def seal(document: dict[str, Any], what: str, *, opening: bytes = b"{") -> bytes
     assert data.startswith(opening)
     sealed = opening + _SEAL_OPENING + _BLANK + b'",' + data[len(opening) :]
     at = len(opening) + len(_SEAL_OPENING)
-    return sealed[:at] + b"%08x" % google_crc32c.value(sealed) + sealed[at + 8 :]
+    return sealed[:at] + b"%08x" % checksum.value(sealed) + sealed[at + 8 :]
 
 
 def check_seal(data: bytes, where: str) -> None:
@@ -56,7 +55,7 @@ def check_seal(data: bytes, where: str) -> None:
         raise FormatError(f"{where} carries no checksum ({SEAL_KEY}); it is damaged or was changed by another tool.")
     at += len(_SEAL_OPENING)
     stored = data[at : at + 8]
-    computed = b"%08x" % google_crc32c.value(data[:at] + _BLANK + data[at + 8 :])
+    computed = b"%08x" % checksum.value(data[:at] + _BLANK + data[at + 8 :])
     if stored != computed:
         raise FormatError(
             f"{where} does not match its own checksum (stored {stored.decode(errors='replace')}, computed "

@@ -72,4 +72,12 @@ class StoreFullError(CacheStoreError, OSError):
 
 
 class UnsupportedFileSystemError(CacheStoreError, OSError):
-    """The file system cannot do what the commit protocol needs (hard links)."""
+    """The file system or the object storage cannot do what the commit protocol needs (hard links, conditional puts)."""
+
+
+class StoreAddressError(CacheStoreError, ValueError):
+    """A URI that names no store, or object storage that is not set up: no library, credentials or bucket."""
+
+
+class ObjectStorageError(CacheStoreError, OSError):
+    """Object storage refused a request, or went on failing after all retries."""

@@ -1,18 +1,16 @@
 """Garbage collection: attempts that no commit record names and temporaries, once they are old enough.
 
-Nobody can tell a slow writer's attempt from a killed one's, so only age decides, by the file system's own clock. If the
+Nobody can tell a slow writer's attempt from a killed one's, so only age decides, by the storage's own clock. If the
 limit was too short nothing acknowledged is lost all the same: an attempt is first moved aside, and moved back if its
 record has appeared meanwhile; a writer that finds its attempt gone withdraws its record and fails.
 """
 
 import os
-import secrets
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
-from cache_store import commit_record, local_files, store_root
+from cache_store import commit_record, store_root
 from cache_store.sample_key import is_attempt, is_key
+from cache_store.storage import Storage, open_storage
 
 DEFAULT_MIN_AGE_S = 24 * 3600.0
 """Far longer than any attempt at a sample takes."""
@@ -40,35 +38,34 @@ def collect_garbage(
     Raises `FormatError` if any commit record is damaged: its attempt could not be told from garbage; run `verify` with
     `repair` first. Safe beside readers and writers, and beside other collectors.
     """
-    root_path = store_root.resolve(path)
-    root = store_root.read(root_path)
-    now = _now(root_path)
-    attempts = [name for name in local_files.names(root_path, store_root.SAMPLES) if _key(name)]
+    storage = open_storage(path)
+    root = store_root.read(storage)
+    now = storage.clock_ns() / 1e9
+    attempts = [name for name in storage.names(store_root.SAMPLES) if _key(name)]
     removed, temporaries, size, young = [], 0, 0, 0
     for name in sorted(attempts):  # listed before any record is read: a record that appears meanwhile is seen
-        folder = root_path / store_root.SAMPLES / name
-        if _is_committed(root_path, root, name):
+        if _is_committed(storage, root, name):
             continue
-        found_bytes, changed = _extent(folder)
+        found_bytes, changed = storage.extent(f"{store_root.SAMPLES}/{name}")
         if now - changed < min_age_s:
             young += 1
-        elif dry_run or _remove_attempt(root_path, root, name):
+        elif dry_run or _remove_attempt(storage, root, name):
             removed.append(name)
             size += found_bytes
-    for name in sorted(local_files.names(root_path, store_root.STAGING)):
-        entry = root_path / store_root.STAGING / name
+    for name in sorted(storage.names(store_root.STAGING, flat=True)):
+        entry = f"{store_root.STAGING}/{name}"
         if name.startswith(_ASIDE):
             if not dry_run:
-                _finish(root_path, root, name)
+                _finish(storage, root, name)
             continue
-        found_bytes, changed = _extent(entry)
+        found_bytes, changed = storage.extent(entry)
         if now - changed < min_age_s:
             young += 1
             continue
         temporaries += 1
         size += found_bytes
         if not dry_run:
-            local_files.remove_file(entry)
+            storage.delete([entry])
     return GarbageReport(attempts=tuple(removed), temporaries=temporaries, size_bytes=size, kept_young=young)
 
 
@@ -78,59 +75,27 @@ def _key(name: str) -> str:
     return key if is_key(key) and is_attempt(attempt) else ""
 
 
-def _is_committed(root_path: Path, root: store_root.StoreRoot, name: str) -> bool:
+def _is_committed(storage: Storage, root: store_root.StoreRoot, name: str) -> bool:
     try:
-        record = commit_record.read(root_path, _key(name), fields=root.fields, fingerprint=root.fingerprint)
+        record = commit_record.read(storage, _key(name), fields=root.fields, fingerprint=root.fingerprint)
     except FileNotFoundError:
         return False
     return record.folder == f"{store_root.SAMPLES}/{name}"
 
 
-def _remove_attempt(root_path: Path, root: store_root.StoreRoot, name: str) -> bool:
+def _remove_attempt(storage: Storage, root: store_root.StoreRoot, name: str) -> bool:
     aside = f"{_ASIDE}{name}"
-    try:
-        (root_path / store_root.SAMPLES / name).rename(root_path / store_root.STAGING / aside)
-    except FileNotFoundError:  # its writer gave up, or another collector was first
-        return False
-    return _finish(root_path, root, aside)
+    if not storage.set_aside(f"{store_root.SAMPLES}/{name}", f"{store_root.STAGING}/{aside}"):
+        return False  # its writer gave up, or another collector was first
+    return _finish(storage, root, aside)
 
 
-def _finish(root_path: Path, root: store_root.StoreRoot, aside: str) -> bool:
+def _finish(storage: Storage, root: store_root.StoreRoot, aside: str) -> bool:
     """Remove what was moved aside, unless it was committed at the last moment; also after a killed collector."""
     name = aside.removeprefix(_ASIDE)
-    folder = root_path / store_root.STAGING / aside
-    if _key(name) and _is_committed(root_path, root, name):
-        if local_files.exists(folder):
-            folder.rename(root_path / store_root.SAMPLES / name)
-            local_files.sync_folder(root_path / store_root.SAMPLES)
+    folder = f"{store_root.SAMPLES}/{name}"
+    if _key(name) and _is_committed(storage, root, name):
+        storage.put_back(folder, f"{store_root.STAGING}/{aside}")
         return False
-    local_files.remove_tree(folder)
+    storage.drop(folder if _key(name) else "", f"{store_root.STAGING}/{aside}")
     return True
-
-
-def _extent(path: Path) -> tuple[int, float]:
-    """Bytes below a path, and when it last changed (seconds of the file system's clock)."""
-    size, changed = 0, 0.0
-    pending = [path]
-    while pending:
-        item = pending.pop()
-        try:
-            status = item.lstat()
-            if item.is_dir() and not item.is_symlink():
-                pending += list(item.iterdir())
-            else:
-                size += status.st_size
-        except FileNotFoundError:  # its writer is at work
-            return size, time.time()
-        changed = max(changed, status.st_mtime, status.st_ctime if item.is_file() else 0.0)
-    return size, changed
-
-
-def _now(root_path: Path) -> float:
-    """The clock that stamps files: a server's may differ from this machine's."""
-    probe = root_path / store_root.STAGING / secrets.token_hex(16)
-    try:
-        local_files.write_new((probe, [b""]))
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)

@@ -7,19 +7,20 @@ sample is read and checked before the sample is.
 """
 
 import os
-import secrets
 import struct
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 
-import google_crc32c
 import numpy as np
 
-from cache_store import checksum, commit_record, local_files, store_root
+from cache_store import checksum, commit_record, store_root
+from cache_store.concurrency import in_order
 from cache_store.errors import FormatError
 from cache_store.sample_ids import SampleIds
 from cache_store.sample_key import keys, sample_key
+from cache_store.storage import Storage, open_storage
 
 FILE = store_root.INDEX
 MAX_BYTES = 2**34
@@ -36,13 +37,8 @@ class Index:
     listed_ns: int
     """Modification time of `commits/` when it was listed; 0 if it had not settled."""
 
-    def is_fresh(self, root: Path) -> bool:
-        return self.listed_ns != 0 and self.listed_ns == folder_time_ns(root)
-
-
-def folder_time_ns(root: Path) -> int:
-    """When a name last appeared in or vanished from `commits/`, by the file system's clock."""
-    return (root / commit_record.FOLDER).stat().st_mtime_ns
+    def is_fresh(self, storage: Storage) -> bool:
+        return self.listed_ns != 0 and self.listed_ns == storage.folder_time_ns(commit_record.FOLDER)
 
 
 def build_index(path: str | os.PathLike[str]) -> int:
@@ -50,38 +46,43 @@ def build_index(path: str | os.PathLike[str]) -> int:
 
     Waits up to a second for the folder's modification time to settle. A damaged record raises `FormatError`.
     """
-    root_path = store_root.resolve(path)
-    root = store_root.read(root_path)
-    listed_ns = _settled_ns(root_path)
-    before = read(root_path)
-    ids = list_ids(root_path, root, before.ids if before else SampleIds.of([]))
+    storage = open_storage(path)
+    return build(storage, store_root.read(storage))
+
+
+def build(storage: Storage, root: store_root.StoreRoot, known: Iterable[str] = ()) -> int:
+    """The same, of a store that is open already; records of known ids are not read either."""
+    listed_ns = _settled_ns(storage)
+    before = read(storage)
+    ids = list_ids(storage, root, SampleIds.of(chain(known, before.ids if before else ())))
     body = _HEADER.pack(_MAGIC, 0, 0, listed_ns, len(ids), len(ids.text)) + ids.ends.tobytes() + ids.text
-    crc = google_crc32c.value(body[16:])
+    crc = checksum.value(body[16:])
     data = _MAGIC + struct.pack("<II", crc, 0) + body[16:]
-    local_files.replace(root_path / store_root.STAGING, root_path / FILE, data)
+    storage.put(FILE, [data])
     return len(ids)
 
 
-def list_ids(root_path: Path, root: store_root.StoreRoot, known: SampleIds) -> SampleIds:
+def list_ids(storage: Storage, root: store_root.StoreRoot, known: SampleIds) -> SampleIds:
     """The ids of all committed samples, by listing; the records of ids that are not known are read and checked."""
-    by_key = {sample_key(sample_id): sample_id for sample_id in known}
-    ids = []
-    for key in keys(root_path, commit_record.FOLDER):
+    by_key: dict[str, str] = {sample_key(sample_id): sample_id for sample_id in known}
+
+    def id_of(key: str) -> str | None:
         sample_id = by_key.get(key)
-        if sample_id is None:
-            try:
-                record = commit_record.read(root_path, key, fields=root.fields, fingerprint=root.fingerprint)
-            except FileNotFoundError:  # removed since the folder was listed
-                continue
-            sample_id = record.sample_id
-        ids.append(sample_id)
-    return SampleIds.of(ids)
+        if sample_id is not None:
+            return sample_id
+        try:
+            return commit_record.read(storage, key, fields=root.fields, fingerprint=root.fingerprint).sample_id
+        except FileNotFoundError:  # removed since the folder was listed
+            return None
+
+    found = in_order(id_of, keys(storage, commit_record.FOLDER), storage.threads)
+    return SampleIds.of(sample_id for sample_id in found if sample_id is not None)
 
 
-def read(root: Path) -> Index | None:
+def read(storage: Storage) -> Index | None:
     """The index, or nothing if it is missing or not whole."""
     try:
-        data = local_files.read_document(root, FILE, MAX_BYTES)
+        data = storage.read_document(FILE, MAX_BYTES)
     except (FileNotFoundError, FormatError):
         return None
     if len(data) < _HEADER.size:
@@ -97,15 +98,11 @@ def read(root: Path) -> Index | None:
     return Index(ids=SampleIds(text, ends), listed_ns=listed_ns)
 
 
-def _settled_ns(root: Path) -> int:
+def _settled_ns(storage: Storage) -> int:
     """The modification time of `commits/` once it is a second old; 0 while other writers keep changing it."""
-    probe = root / store_root.STAGING / secrets.token_hex(16)
     for wait_s in (1.1, 0):
-        listed_ns = folder_time_ns(root)
-        local_files.write_new((probe, [b""]))
-        now_ns = probe.stat().st_mtime_ns
-        probe.unlink()
-        if now_ns - listed_ns > _SETTLED_NS:
+        listed_ns = storage.folder_time_ns(commit_record.FOLDER)
+        if listed_ns == 0 or storage.clock_ns() - listed_ns > _SETTLED_NS:
             return listed_ns
         time.sleep(wait_s)
     return 0

@@ -1,4 +1,4 @@
-"""Every operation on the file system that the store needs; object storage will be a second module like this one.
+"""Every operation on the file system that the store needs; `object_storage` is its counterpart.
 
 Durability is the point: a file is on the medium when `write_new` returns, its name when `sync_folder` of its folder
 has returned. Nothing here follows a symbolic link below the store's root.
@@ -110,11 +110,11 @@ def _link(temporary: Path, target: Path) -> bool:
     return True
 
 
-def replace(staging: Path, target: Path, data: bytes) -> None:
-    """Publish a whole durable file under a name, replacing what was there."""
+def replace(staging: Path, target: Path, parts: Iterable[Any]) -> None:
+    """Publish a whole durable file of these buffers under a name, replacing what was there."""
     temporary = staging / secrets.token_hex(16)
     try:
-        write_new((temporary, [data]))
+        write_new((temporary, parts))
         temporary.replace(target)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -248,11 +248,17 @@ def _regular_size(status: os.stat_result, path: Path | str) -> int:
     return status.st_size
 
 
-def check_parents(root: Path, relative: str) -> None:
-    """No component between the root and the file may be a link: it could lead out of the store."""
+def parts_of(relative: str, root: Path | str) -> list[str]:
+    """The components of a name, none of which can lead out of the store."""
     parts = relative.split("/")
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
         raise FormatError(f"path {relative!r} leaves the store at {root} or is not in normal form.")
+    return parts
+
+
+def check_parents(root: Path, relative: str) -> None:
+    """No component between the root and the file may be a link: it could lead out of the store."""
+    parts = parts_of(relative, root)
     folder = os.fspath(root)
     for part in parts[:-1]:
         folder = f"{folder}/{part}"

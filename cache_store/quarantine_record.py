@@ -6,13 +6,12 @@ record always outranks it.
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from cache_store import local_files
 from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, take
 from cache_store.errors import FormatError
 from cache_store.sample_key import sample_key
+from cache_store.storage import Storage
 
 FOLDER = "quarantine"
 MAX_REASON_CHARACTERS = 2000
@@ -80,14 +79,14 @@ _TYPES: dict[str, type] = {
 }
 
 
-def read(root: Path, key: str) -> QuarantineRecord | None:
+def read(storage: Storage, key: str) -> QuarantineRecord | None:
     """The record with this key, if there is one."""
     relative = f"{FOLDER}/{key}.json"
     try:
-        data = local_files.read_document(root, relative, MAX_DOCUMENT_BYTES)
+        data = storage.read_document(relative, MAX_DOCUMENT_BYTES)
     except FileNotFoundError:
         return None
-    where = f"quarantine record {root / relative}"
+    where = f"quarantine record {storage.where(relative)}"
     try:
         return QuarantineRecord.from_bytes(data, where, key=key)
     except FormatError as error:

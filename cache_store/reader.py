@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from cache_store import commit_record, index, quarantine_record, sample_read, store_root
 from cache_store.commit_record import CommitRecord
+from cache_store.concurrency import in_order
 from cache_store.difference import differences
 from cache_store.errors import FieldNotFoundError, SampleNotFoundError
 from cache_store.field import Field
@@ -19,6 +21,7 @@ from cache_store.quarantine_record import QuarantineRecord
 from cache_store.sample_ids import SampleIds
 from cache_store.sample_key import keys, sample_key
 from cache_store.sample_read import SampleRead
+from cache_store.storage import Storage, open_storage
 
 _KEEPING = threading.Lock()
 """Of all readers, so that a reader can be pickled: records are kept and dropped by any thread."""
@@ -31,8 +34,9 @@ class CacheReader:
 
     def __init__(self, path: str | os.PathLike[str], *, expect_identity: Mapping[str, Any] | None = None) -> None:
         """Raises `StoreNotFoundError`, `IdentityMismatchError` (if an identity is expected) or `FormatError`."""
-        self.path: Path = store_root.resolve(path)
-        root = store_root.read(self.path)
+        self._storage: Storage = open_storage(path)
+        self.path: Path | str = self._storage.place
+        root = store_root.read(self._storage)
         if expect_identity is not None and (lines := differences(expect_identity, root.identity)):
             raise store_root.mismatch(self.path, [f"identity.{line}" for line in lines])
         self.identity: Mapping[str, Any] = root.identity
@@ -50,18 +54,24 @@ class CacheReader:
 
     def refresh(self) -> None:
         """See what was committed since, and forget what was removed. Records already known are not read again."""
-        found = index.read(self.path)
-        if found is not None and found.is_fresh(self.path):
+        found = index.read(self._storage)
+        if found is not None and found.is_fresh(self._storage):
             self._sample_ids = found.ids
         else:
             known = self._sample_ids if len(self._sample_ids) or found is None else found.ids
-            self._sample_ids = index.list_ids(self.path, self._root, known)
+            self._sample_ids = index.list_ids(self._storage, self._root, known)
         self._records = {key: record for key, record in self._records.items() if key in self._sample_ids}
+
+    @property
+    def threads(self) -> int:
+        """How many samples are worth reading at once for small fields: 1 on a disk, more over a network."""
+        return self._storage.threads
 
     @property
     def quarantined(self) -> dict[str, QuarantineRecord]:
         """Samples that failed and are neither released for another try nor committed, by id; read anew each time."""
-        found = (quarantine_record.read(self.path, key) for key in keys(self.path, quarantine_record.FOLDER))
+        names = keys(self._storage, quarantine_record.FOLDER)
+        found = list(in_order(partial(quarantine_record.read, self._storage), names, self.threads))
         return {
             record.sample_id: record
             for record in sorted((item for item in found if item), key=lambda item: item.sample_id)
@@ -116,9 +126,14 @@ class CacheReader:
         fields: Sequence[str] | None = None,
         *,
         out: Mapping[str, NDArray[Any]] | None = None,
+        unchecked: Sequence[str] = (),
     ) -> SampleRead:
-        """What `read` does, for callers that run the tasks in threads of their own."""
-        return sample_read.plan(self.path, *self._wanted(sample_id, fields), out or {})
+        """What `read` does, for callers that run the tasks in threads of their own.
+
+        A caller that can check data faster than a CPU may ask for the data of some fields `unchecked`; what there is
+        left to check is in the result.
+        """
+        return sample_read.plan(self._storage, *self._wanted(sample_id, fields), out or {}, unchecked)
 
     def buffer_bytes(self, sample_id: str, fields: Sequence[str] | None = None) -> int:
         """Bytes of a flat buffer that `views` can hold these fields in; text takes none."""
@@ -138,7 +153,7 @@ class CacheReader:
         if sample_id in self._sample_ids:
             try:
                 record = commit_record.read(
-                    self.path, sample_key(sample_id), fields=self.fields, fingerprint=self._root.fingerprint
+                    self._storage, sample_key(sample_id), fields=self.fields, fingerprint=self._root.fingerprint
                 )
             except FileNotFoundError:
                 raise SampleNotFoundError(

@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from cache_store.commit_record import CommitRecord
@@ -17,15 +16,16 @@ from cache_store.document import canonical_json, parse
 from cache_store.errors import FormatError
 from cache_store.field import SMALL, Field
 from cache_store.sample_group import METADATA, SMALL_ARRAY, array_metadata, chunk_keys, packed_directory
+from cache_store.storage import Storage
 from cache_store.stored_object import TRAILER_BYTES
 
 
 def check_group(
-    root: Path, record: CommitRecord, fields: Mapping[str, Field], wanted: str
+    storage: Storage, record: CommitRecord, fields: Mapping[str, Field], wanted: str
 ) -> tuple[dict[str, str | list[str]], dict[str, int]]:
     """Text fields, and the offset of each packed field, from the group's checked `zarr.json`."""
-    where = f"sample {record.sample_id!r}: {root / record.folder / METADATA}"
-    data = record.objects[METADATA].load(root, record.folder, sample_id=record.sample_id, field=wanted)
+    where = f"sample {record.sample_id!r}: {storage.where(f'{record.folder}/{METADATA}')}"
+    data = record.objects[METADATA].load(storage, record.folder, sample_id=record.sample_id, field=wanted)
     document = parse(data.tobytes(), where)
     directory, _ = packed_directory(record.shapes, fields)
     attributes = document.get("attributes")
@@ -55,16 +55,17 @@ def check_group(
     return text, {entry["name"]: entry["offset"] for entry in directory}
 
 
-def check_array(root: Path, record: CommitRecord, array: str, fields: Mapping[str, Field], wanted: str) -> int:
+def check_array(storage: Storage, record: CommitRecord, array: str, fields: Mapping[str, Field], wanted: str) -> int:
     """Rows a chunk; raises unless the `zarr.json` is the one expected and the record names exactly its chunks."""
 
     def where() -> str:
-        return f"sample {record.sample_id!r}, field {wanted!r}: {root / record.folder / array / METADATA}"
+        place = storage.where(f"{record.folder}/{array}/{METADATA}")
+        return f"sample {record.sample_id!r}, field {wanted!r}: {place}"
 
     stored = record.objects.get(f"{array}/{METADATA}")
     if stored is None:
         raise FormatError(f"{where()} is not named by the commit record.")
-    data = stored.load(root, record.folder, sample_id=record.sample_id, field=wanted).tobytes()
+    data = stored.load(storage, record.folder, sample_id=record.sample_id, field=wanted).tobytes()
     field = SMALL_ARRAY if array == SMALL else fields[array]
     shape = (packed_directory(record.shapes, fields)[1],) if array == SMALL else record.shapes[array]
     try:

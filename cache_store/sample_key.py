@@ -6,10 +6,9 @@ and today's file systems index their folders, so 256 subfolders would add operat
 
 import hashlib
 import re
-from pathlib import Path
 
-from cache_store import local_files
 from cache_store.document import MAX_DOCUMENT_BYTES
+from cache_store.storage import Storage
 
 MAX_ID_BYTES = 4096
 _READABLE_CHARACTERS = 32
@@ -43,7 +42,7 @@ def is_attempt(name: str) -> bool:
     return _ATTEMPT.fullmatch(name) is not None
 
 
-def keys(root: Path, folder: str) -> list[str]:
+def keys(storage: Storage, folder: str) -> list[str]:
     """The keys that have a record in this folder of a store; other names are no records."""
-    found = (name.removesuffix(".json") for name in local_files.names(root, folder) if name.endswith(".json"))
+    found = (name.removesuffix(".json") for name in storage.names(folder, flat=True) if name.endswith(".json"))
     return sorted(key for key in found if is_key(key))

@@ -5,19 +5,18 @@ Uncompressed chunks go from the file straight into place. Compressed ones are le
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store import local_files
 from cache_store.commit_record import CommitRecord
 from cache_store.field import SMALL, Field
 from cache_store.sample_check import check_array, check_group
 from cache_store.sample_group import chunk_keys, packed_directory
+from cache_store.storage import Storage
 from cache_store.stored_object import TRAILER_BYTES
 
 _ALIGNMENT = 64
@@ -31,21 +30,30 @@ class SampleRead:
     arrays: dict[str, NDArray[Any]]
     tasks: list[Callable[[], None]]
     """In any order, in any threads; each raises `CorruptSampleError` or `FormatError` and names sample and field."""
+    unchecked: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    """What the caller still has to check: of a field `[chunks, 3]`, the first byte in its array, the bytes and their
+    CRC-32C."""
 
 
 def plan(
-    root: Path,
+    storage: Storage,
     record: CommitRecord,
     fields: Mapping[str, Field],
     wanted: Sequence[str],
     out: Mapping[str, NDArray[Any]],
+    unchecked: Sequence[str] = (),
 ) -> SampleRead:
-    """Check the metadata of the wanted fields; text and packed fields are read at once."""
+    """Check the metadata of the wanted fields; text and packed fields are read at once.
+
+    Data of the `unchecked` fields are left to the caller to check, where they are stored as they are: uncompressed,
+    in chunks without padding.
+    """
     check_out(record, fields, wanted, out)
     in_group = [name for name in wanted if fields[name].layout != "array"]
-    small = _read_group(root, record, fields, in_group) if in_group else {}
+    small = _read_group(storage, record, fields, in_group) if in_group else {}
     arrays: dict[str, NDArray[Any]] = {}
     tasks: list[Callable[[], None]] = []
+    left: dict[str, NDArray[np.int64]] = {}
     for name in wanted:
         if name in small:
             arrays[name] = small[name]
@@ -53,12 +61,14 @@ def plan(
                 out[name][...] = small[name]
                 arrays[name] = out[name]
         else:
-            rows = check_array(root, record, name, fields, name)
+            rows = check_array(storage, record, name, fields, name)
             given = out.get(name)
             array = np.empty(record.shapes[name], fields[name].stored_dtype) if given is None else given
             arrays[name] = array
-            tasks += _array_tasks(root, record, name, fields[name], rows, array)
-    return SampleRead(arrays=arrays, tasks=tasks)
+            if name in unchecked:
+                left |= _left_unchecked(record, name, fields[name], rows, array)
+            tasks += _array_tasks(storage, record, name, fields[name], rows, array, check_data=name not in left)
+    return SampleRead(arrays=arrays, tasks=tasks, unchecked=left)
 
 
 def check_out(
@@ -110,46 +120,59 @@ def _places(record: CommitRecord, fields: Mapping[str, Field], wanted: Sequence[
 
 
 def _array_tasks(
-    root: Path, record: CommitRecord, array: str, field: Field, rows: int, out: NDArray[Any]
+    storage: Storage, record: CommitRecord, array: str, field: Field, rows: int, out: NDArray[Any], *, check_data: bool
 ) -> list[Callable[[], None]]:
     if not out.size:
         return []
     if field.compression != "none":
         from cache_store.zarr_objects import read_array  # zarr takes a third of a second to import
 
-        return [partial(read_array, root, record, array, field.name, out)]
+        return [partial(read_array, storage, record, array, field.name, out)]
     raw = out.reshape(-1).view(np.uint8)
     size = rows * math.prod(out.shape[1:]) * out.itemsize
     folder = record.folder
-    local_files.check_parents(root, f"{folder}/{array}/c")
+    storage.check_parents(f"{folder}/{array}/c")
     return [
         partial(
             record.objects[f"{array}/{key}"].load_into,
             raw[index * size : (index + 1) * size],
-            root,
+            storage,
             folder,
             sample_id=record.sample_id,
             field=field.name,
             parents_checked=True,
+            check_data=check_data,
         )
         for index, key in enumerate(chunk_keys(out.shape, rows))
     ]
 
 
+def _left_unchecked(
+    record: CommitRecord, array: str, field: Field, rows: int, out: NDArray[Any]
+) -> dict[str, NDArray[np.int64]]:
+    """The array's chunks as `SampleRead.unchecked` has them; nothing if it cannot be checked as it lies in memory."""
+    objects = [record.objects[f"{array}/{key}"] for key in chunk_keys(out.shape, rows)]
+    sizes = [stored.size - TRAILER_BYTES for stored in objects]
+    if field.compression != "none" or sum(sizes) != out.nbytes:
+        return {}
+    starts = np.cumsum([0, *sizes[:-1]])
+    return {array: np.column_stack([starts, sizes, [int(stored.crc32c, 16) for stored in objects]]).astype(np.int64)}
+
+
 def _read_group(
-    root: Path, record: CommitRecord, fields: Mapping[str, Field], wanted: Sequence[str]
+    storage: Storage, record: CommitRecord, fields: Mapping[str, Field], wanted: Sequence[str]
 ) -> dict[str, NDArray[Any]]:
-    text, offsets = check_group(root, record, fields, ", ".join(wanted))
+    text, offsets = check_group(storage, record, fields, ", ".join(wanted))
     result: dict[str, NDArray[Any]] = {name: np.array(text[name], np.str_) for name in wanted if name in text}
     packed = [name for name in wanted if name in offsets]
     if packed:
         names = ", ".join(packed)
-        check_array(root, record, SMALL, fields, names)
+        check_array(storage, record, SMALL, fields, names)
         data = np.empty(packed_directory(record.shapes, fields)[1], np.uint8)
         if data.size:
             chunk = record.objects[f"{SMALL}/c.0"]
             assert chunk.size == data.size + TRAILER_BYTES
-            chunk.load_into(data, root, record.folder, sample_id=record.sample_id, field=names)
+            chunk.load_into(data, storage, record.folder, sample_id=record.sample_id, field=names)
         for name in packed:
             dtype, shape = fields[name].stored_dtype, record.shapes[name]
             size = math.prod(shape) * dtype.itemsize

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache_store import store_root
+from cache_store.concurrency import in_order
 from cache_store.field import Field
 from cache_store.reader import CacheReader
 
@@ -39,8 +40,7 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
     reader = CacheReader(path)
     sizes = dict.fromkeys([*reader.fields, METADATA], 0)
     counts = dict.fromkeys(reader.fields, 0)
-    for sample_id in reader.sample_ids:
-        record = reader.record(sample_id)
+    for record in in_order(reader.record, reader.sample_ids, reader.threads):
         rest = record.size_bytes
         for name, shape in record.shapes.items():
             field = reader.fields[name]

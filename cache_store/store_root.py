@@ -1,22 +1,22 @@
 """The root of a store: format version, schema, identity and provenance, in the attributes of the root Zarr group."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache_store import commit_record, local_files, quarantine_record
+from cache_store import commit_record, local_storage, quarantine_record
 from cache_store.difference import differences
 from cache_store.document import MAX_DOCUMENT_BYTES, canonical_copy, canonical_json, check_seal, parse, seal, take
 from cache_store.errors import FormatError, IdentityMismatchError, StoreNotFoundError
 from cache_store.field import Field
+from cache_store.storage import Storage
 
 FORMAT_VERSION = 1
 DOCUMENT = "zarr.json"
 SAMPLES = "samples"
-STAGING = "staging"
+STAGING = local_storage.STAGING
 INDEX = "index"
 FOLDERS = (SAMPLES, commit_record.FOLDER, quarantine_record.FOLDER, STAGING)
 ATTRIBUTE = "cache_store"
@@ -77,7 +77,7 @@ class StoreRoot:
             raise FormatError(f"{where}: format version {version} or the settings fingerprint is not a valid one.")
         return root
 
-    def check(self, given: "StoreRoot", where: Path) -> list[str]:
+    def check(self, given: "StoreRoot", where: Path | str) -> list[str]:
         """Raise if the given schema or identity is another one; return the differences in provenance."""
         lines = [f"identity.{line}" for line in differences(given.identity, self.identity)]
         lines += [f"fields.{line}" for line in differences(given.comparable_schema(), self.comparable_schema())]
@@ -103,7 +103,7 @@ def by_name(fields: Sequence[Field]) -> dict[str, Field]:
     return {field.name: field for field in fields}
 
 
-def mismatch(where: Path, lines: Sequence[str]) -> IdentityMismatchError:
+def mismatch(where: Path | str, lines: Sequence[str]) -> IdentityMismatchError:
     """The error that names every difference between what a caller expects and what the store holds."""
     listed = "\n  ".join(lines)
     return IdentityMismatchError(
@@ -113,23 +113,24 @@ def mismatch(where: Path, lines: Sequence[str]) -> IdentityMismatchError:
     )
 
 
-def read(path: Path) -> StoreRoot:
+def read(storage: Storage) -> StoreRoot:
     """The root of an existing store."""
     try:
-        data = local_files.read_document(path, DOCUMENT, MAX_DOCUMENT_BYTES)
+        data = storage.read_document(DOCUMENT, MAX_DOCUMENT_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreNotFoundError(
-            f"there is no store at {path} (no {DOCUMENT}); check the path or write samples there first."
+            f"there is no store at {storage.place} (no {DOCUMENT}); check the path or write samples there first."
         ) from error
+    where = f"root metadata {storage.where(DOCUMENT)}"
     try:
-        return StoreRoot.from_bytes(data, f"root metadata {path / DOCUMENT}")
+        return StoreRoot.from_bytes(data, where)
     except FormatError:
         raise
     except ValueError as error:
-        raise FormatError(f"root metadata {path / DOCUMENT}: {error}") from error
+        raise FormatError(f"{where}: {error}") from error
 
 
-def open_or_create(path: Path, given: StoreRoot) -> tuple[StoreRoot, list[str]]:
+def open_or_create(storage: Storage, given: StoreRoot) -> tuple[StoreRoot, list[str]]:
     """The root as the store has it (the first writer's), and the given root's differences in provenance."""
     given = replace(
         given,
@@ -137,27 +138,22 @@ def open_or_create(path: Path, given: StoreRoot) -> tuple[StoreRoot, list[str]]:
         provenance=canonical_copy(given.provenance, "provenance"),
     )
     data = given.to_bytes()
-    if not local_files.exists(path / DOCUMENT):
-        _make_layout(path)
-        if local_files.put_if_absent(path / STAGING, path / DOCUMENT, data):
+    if not storage.exists(DOCUMENT):
+        make_layout(storage)
+        if storage.put_if_absent(DOCUMENT, data):
             return given, []
-    root = read(path)
-    return root, root.check(given, path)
+    root = read(storage)
+    return root, root.check(given, storage.place)
 
 
-def _make_layout(path: Path) -> None:
-    if path.is_dir() and (strangers := sorted({entry.name for entry in path.iterdir()} - {*FOLDERS, DOCUMENT, INDEX})):
+def make_layout(storage: Storage) -> None:
+    """All that a store consists of before its root metadata; what other writers have made already stays."""
+    strangers = sorted(set(storage.names("")) - {*FOLDERS, DOCUMENT, INDEX})
+    if strangers:
         raise FormatError(
-            f"{path} is neither empty nor a store (it contains {', '.join(strangers[:5])}); "
+            f"{storage.place} is neither empty nor a store (it contains {', '.join(strangers[:5])}); "
             "give a path of its own to a new store."
         )
-    for name in FOLDERS:
-        local_files.make_folders(path / name)
-    local_files.put_if_absent(path / STAGING, path / SAMPLES / DOCUMENT, PLAIN_GROUP)
-    for folder in (path, path.parent):  # also names that a racing writer has made but not yet forced to the medium
-        local_files.sync_folder(folder)
-
-
-def resolve(path: str | os.PathLike[str]) -> Path:
-    """The store's path, absolute, so that a later change of directory does not matter."""
-    return Path(path).absolute()
+    storage.check_exclusive()
+    storage.make_folders(FOLDERS)
+    storage.put_if_absent(f"{SAMPLES}/{DOCUMENT}", PLAIN_GROUP)

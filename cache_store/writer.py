@@ -1,37 +1,41 @@
 """Writing samples: each is wholly visible or absent, whatever kills the writer and however many others write.
 
 Order is everything: data objects and their folders are on the medium before the commit record appears, and the record
-appears by a hard link, which exactly one of several racing writers gets.
+appears by a hard link or a conditional put, which exactly one of several racing writers gets.
 """
 
-import errno
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cache_store import commit_record, local_files, quarantine_record, sample_group, store_root
+from cache_store import commit_record, quarantine_record, sample_group, store_root
 from cache_store.commit_record import CommitRecord
-from cache_store.errors import CacheStoreError, StoreFullError
+from cache_store.errors import CacheStoreError
 from cache_store.field import Field
 from cache_store.quarantine_record import QuarantineRecord
-from cache_store.sample_group import SampleGroup
+from cache_store.room import FULL, room_for
 from cache_store.sample_key import keys, sample_key
+from cache_store.storage import Storage, open_storage
 from cache_store.store_root import StoreRoot
 
 _log = logging.getLogger(__name__)
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def committed_keys(path: str | os.PathLike[str]) -> frozenset[str]:
     """Keys (`sample_key`) of the samples that a store holds by now, by one listing; none where there is no store."""
-    root = store_root.resolve(path)
-    return frozenset(keys(root, commit_record.FOLDER)) if (root / commit_record.FOLDER).is_dir() else frozenset()
+    storage = open_storage(path)
+    return frozenset(keys(storage, commit_record.FOLDER)) if storage.exists(store_root.DOCUMENT) else frozenset()
+
+
+def failed_keys(path: str | os.PathLike[str]) -> frozenset[str]:
+    """Keys of the samples that a store has a quarantine record of, released or not; by one listing too."""
+    storage = open_storage(path)
+    return frozenset(keys(storage, quarantine_record.FOLDER)) if storage.exists(store_root.DOCUMENT) else frozenset()
 
 
 class CacheWriter:
@@ -46,10 +50,11 @@ class CacheWriter:
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises `IdentityMismatchError` if the store exists with another identity or schema."""
-        self.path: Path = store_root.resolve(path)
+        self._storage: Storage = open_storage(path)
+        self.path: Path | str = self._storage.place
         given = StoreRoot(fields=store_root.by_name(fields), identity=identity, provenance=provenance or {})
-        with self._room_for(0, "the store's metadata"):
-            root, warnings = store_root.open_or_create(self.path, given)
+        with room_for(0, "the store's metadata", self.path):
+            root, warnings = store_root.open_or_create(self._storage, given)
         for line in warnings:
             _log.warning("store %s was begun with other versions or hardware: %s", self.path, line)
         self.fields: Mapping[str, Field] = root.fields
@@ -58,7 +63,7 @@ class CacheWriter:
 
     def is_committed(self, sample_id: str) -> bool:
         """Whether the sample is in the store, whoever wrote it."""
-        return local_files.exists(self._commit_path(sample_key(sample_id)))
+        return self._storage.exists(_commit_name(sample_key(sample_id)))
 
     def write(self, sample_id: str, values: Mapping[str, sample_group.Value]) -> bool:
         """Commit one sample; `True` if this call did, `False` if it was already there or another writer won.
@@ -79,21 +84,23 @@ class CacheWriter:
         published = record.to_bytes()
         if self.is_committed(sample_id):
             return False
-        with self._room_for(group.size_bytes + len(published), f"sample {sample_id!r}"):
-            self._write_attempt(record.folder, group)
+        with room_for(group.size_bytes + len(published), f"sample {sample_id!r}", self.path):
+            paths = (stored.path for stored in group.objects)
+            self._storage.write_group(record.folder, list(zip(paths, group.contents, strict=True)))
             won = self._publish(record, published)
         if won:
             self._check_kept(record)
-            local_files.remove_file(self._quarantine_path(key))
+            if self._storage.exists(_quarantine_name(key)):
+                self._storage.delete([_quarantine_name(key)])
         else:
-            local_files.remove_tree(self.path / record.folder)
+            self._storage.delete_tree(record.folder)
         return won
 
     def quarantine(self, sample_id: str, kind: str, reason: str, traceback_text: str) -> None:
         """Note that a sample could not be made, and why; a sample that is committed after all stays readable."""
         self._check_open()
         key = sample_key(sample_id)
-        before = quarantine_record.read(self.path, key)
+        before = quarantine_record.read(self._storage, key)
         record = QuarantineRecord.of_failure(
             sample_id,
             kind=kind,
@@ -109,14 +116,14 @@ class CacheWriter:
 
     def quarantine_of(self, sample_id: str) -> QuarantineRecord | None:
         """Why the sample failed, if it is quarantined."""
-        record = quarantine_record.read(self.path, sample_key(sample_id))
+        record = quarantine_record.read(self._storage, sample_key(sample_id))
         return None if record is None or record.released or self.is_committed(sample_id) else record
 
     def release(self, sample_id: str) -> None:
         """Allow another try of a quarantined sample; its count of attempts goes on. Others are left as they are."""
         self._check_open()
         key = sample_key(sample_id)
-        record = quarantine_record.read(self.path, key)
+        record = quarantine_record.read(self._storage, key)
         if record is not None and not record.released:
             self._put_quarantine(key, replace(record, released=True))
 
@@ -132,74 +139,38 @@ class CacheWriter:
     ) -> None:
         self.close()
 
-    def _write_attempt(self, relative: str, group: SampleGroup) -> None:
-        folder = self.path / relative
-        local_files.make_folder(folder)
-        try:
-            arrays = {stored.array: folder / stored.array for stored in group.objects if stored.array}
-            for path in arrays.values():
-                local_files.make_folder(path)
-            paths = (folder / stored.path for stored in group.objects)
-            local_files.write_new(*zip(paths, group.contents, strict=True))
-            for path in (*arrays.values(), folder, folder.parent):
-                local_files.sync_folder(path)
-        except BaseException:
-            local_files.remove_tree(folder)  # nothing refers to it yet; a full disk needs the room
-            raise
-
     def _publish(self, record: CommitRecord, data: bytes) -> bool:
-        target = self._commit_path(sample_key(record.sample_id))
+        name = _commit_name(sample_key(record.sample_id))
         try:
-            return local_files.put_if_absent(self.path / store_root.STAGING, target, data)
+            return self._storage.put_if_absent(name, data)
         except OSError as error:
-            if error.errno in _FULL and not local_files.exists(target):
-                local_files.remove_tree(self.path / record.folder)  # surely not published, and the disk needs the room
+            if error.errno in FULL and not self._storage.exists(name):
+                self._storage.delete_tree(record.folder)  # surely not published, and the disk needs the room
             raise
 
     def _check_kept(self, record: CommitRecord) -> None:
         """Withdraw the record if a garbage collector took the attempt for a killed writer's."""
-        if not local_files.exists(self.path / record.folder):
-            target = self._commit_path(sample_key(record.sample_id))
-            local_files.remove_file(target)
-            local_files.sync_folder(target.parent)
+        if not self._storage.exists(f"{record.folder}/{sample_group.METADATA}"):
+            self._storage.delete([_commit_name(sample_key(record.sample_id))])
             raise CacheStoreError(
-                f"sample {record.sample_id!r} was not written: its attempt {self.path / record.folder} was collected "
-                "as garbage. Collect with an age limit above the time that any attempt takes, and write it again."
+                f"sample {record.sample_id!r} was not written: its attempt {self._storage.where(record.folder)} was "
+                "collected as garbage. Collect with an age limit above the time that any attempt takes, and write it "
+                "again."
             )
 
     def _put_quarantine(self, key: str, record: QuarantineRecord) -> None:
         data = record.to_bytes()
-        with self._room_for(len(data), f"the quarantine record of sample {record.sample_id!r}"):
-            local_files.replace(self.path / store_root.STAGING, self._quarantine_path(key), data)
-
-    @contextmanager
-    def _room_for(self, needed_bytes: int, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            reason = "the disk is full" if error.errno == errno.ENOSPC else "the quota is used up"
-            raise StoreFullError(
-                f"cannot write {what} to {self.path}: {reason} ({_free(self.path)}); it needs {needed_bytes:,} bytes. "
-                "All committed samples are intact; make room and run the same command again, it goes on from here.",
-                needed_bytes,
-                error.errno,
-            ) from error
+        with room_for(len(data), f"the quarantine record of sample {record.sample_id!r}", self.path):
+            self._storage.put(_quarantine_name(key), [data])
 
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError(f"the writer of {self.path} is closed; open a new one.")
 
-    def _commit_path(self, key: str) -> Path:
-        return self.path / commit_record.FOLDER / f"{key}.json"
 
-    def _quarantine_path(self, key: str) -> Path:
-        return self.path / quarantine_record.FOLDER / f"{key}.json"
+def _commit_name(key: str) -> str:
+    return f"{commit_record.FOLDER}/{key}.json"
 
 
-def _free(path: Path) -> str:
-    try:
-        return f"{local_files.free_bytes(path):,} bytes free"
-    except OSError:
-        return "free space unknown"
+def _quarantine_name(key: str) -> str:
+    return f"{quarantine_record.FOLDER}/{key}.json"

@@ -7,7 +7,6 @@ record names and raises for anything else that looks like a chunk. Imported only
 import asyncio
 import math
 from collections.abc import AsyncIterator, Iterable
-from pathlib import Path
 from typing import Any
 
 import zarr
@@ -18,6 +17,7 @@ from zarr.core.buffer import default_buffer_prototype
 from cache_store import compression
 from cache_store.commit_record import CommitRecord
 from cache_store.errors import CacheStoreError, CorruptSampleError
+from cache_store.storage import Storage
 from cache_store.stored_object import MEND
 
 
@@ -29,9 +29,9 @@ class SampleObjects(Store):  # type: ignore[misc]  # zarr's types are not follow
     supports_partial_writes = False
     supports_listing = False
 
-    def __init__(self, root: Path, record: CommitRecord, field: str) -> None:
+    def __init__(self, storage: Storage, record: CommitRecord, field: str) -> None:
         super().__init__(read_only=True)
-        self._root = root
+        self._storage = storage
         self._record = record
         self._field = field
         self.decoded_bytes: int | None = None
@@ -57,7 +57,7 @@ class SampleObjects(Store):  # type: ignore[misc]  # zarr's types are not follow
         if byte_range is not None:
             raise NotImplementedError(f"the arrays of a store are unsharded; a part of {key} was asked for.")
         data = await asyncio.to_thread(
-            stored.load, self._root, self._record.folder, sample_id=self._record.sample_id, field=self._field
+            stored.load, self._storage, self._record.folder, sample_id=self._record.sample_id, field=self._field
         )
         if stored.is_chunk and self.decoded_bytes is not None:
             compression.check_header(data, self.decoded_bytes, self._record.sample_id, self._field)
@@ -85,9 +85,9 @@ class SampleObjects(Store):  # type: ignore[misc]  # zarr's types are not follow
         raise NotImplementedError("the commit record lists the objects")
 
 
-def read_array(root: Path, record: CommitRecord, array: str, field: str, out: NDArray[Any]) -> None:
+def read_array(storage: Storage, record: CommitRecord, array: str, field: str, out: NDArray[Any]) -> None:
     """Fill `out` with one whole array of a sample, decoded and checksum-tested by zarr."""
-    objects = SampleObjects(root, record, field)
+    objects = SampleObjects(storage, record, field)
     opened = zarr.open_array(objects, path=array, mode="r", zarr_format=3)
     if opened.compressors[:-1]:  # the last one is crc32c
         objects.decoded_bytes = math.prod(opened.chunks) * out.itemsize
@@ -96,9 +96,10 @@ def read_array(root: Path, record: CommitRecord, array: str, field: str, out: ND
     except CacheStoreError:
         raise
     except (ValueError, RuntimeError) as error:  # zarr's crc32c codec, or the decompressor
+        place = storage.where(f"{record.folder}/{array}")
         raise CorruptSampleError(
-            f"sample {record.sample_id!r}, field {field!r}: a chunk of {root / record.folder / array} does not match "
-            f"its CRC-32C or cannot be decoded ({str(error)[:200]}). {MEND}",
+            f"sample {record.sample_id!r}, field {field!r}: a chunk of {place} does not match its CRC-32C or "
+            f"cannot be decoded ({str(error)[:200]}). {MEND}",
             record.sample_id,
             field,
         ) from error

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from cache_store import CacheReader, CacheStoreError, CacheWriter, FormatError, collect_garbage, garbage, verify
+from cache_store import CacheReader, CacheStoreError, CacheWriter, FormatError, collect_garbage, verify
+from cache_store.local_storage import LocalStorage
 from cache_store.writer import CacheWriter as Writer
 
 
@@ -15,7 +16,7 @@ def age(path, seconds: float) -> None:
 
 
 def test_only_old_attempts_without_a_record_and_old_temporaries_go(store, kit, monkeypatch) -> None:
-    monkeypatch.setattr(garbage, "_extent", lambda path: (7, path.stat().st_mtime))
+    monkeypatch.setattr(LocalStorage, "extent", lambda self, name: (7, (self.root / name).stat().st_mtime))
     reader = CacheReader(store)
     kept = store / reader.record("clip/1@5#0").folder
     old, young = (kept.with_name(f"{kept.stem}.{digit * 16}") for digit in "ab")

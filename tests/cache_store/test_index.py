@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cache_store import CacheReader, CacheWriter, Field, FormatError, SampleNotFoundError, build_index, index
+from cache_store.local_storage import LocalStorage
 from cache_store.sample_ids import SampleIds
 
 
@@ -44,16 +45,16 @@ def test_a_stale_index_is_noticed_and_spares_only_the_reading_of_known_records(s
 def test_an_index_made_while_commits_change_is_never_fresh(store, monkeypatch) -> None:
     monkeypatch.setattr(index.time, "sleep", lambda seconds: None)
     build_index(store)
-    found = index.read(store)
+    found = index.read(LocalStorage(store))
     assert found is not None
-    assert (found.listed_ns, found.is_fresh(store)) == (0, False)
+    assert (found.listed_ns, found.is_fresh(LocalStorage(store))) == (0, False)
     monkeypatch.undo()
     started = time.monotonic()
     build_index(store)
     assert time.monotonic() - started < 3
-    found = index.read(store)
+    found = index.read(LocalStorage(store))
     assert found is not None
-    assert found.is_fresh(store)
+    assert found.is_fresh(LocalStorage(store))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text", "link"])
@@ -67,7 +68,7 @@ def test_a_damaged_index_is_as_none(store, damage) -> None:
         path.symlink_to(store.parent / "elsewhere")
     else:
         path.write_bytes({"flip": data[:-1] + b"!", "cut": data[:-1], "empty": b"", "text": b"x" * 500}[damage])
-    assert index.read(store) is None
+    assert index.read(LocalStorage(store)) is None
     assert CacheReader(store).sample_ids == ("clip/1@5#0", "clip/2@5#0")
 
 

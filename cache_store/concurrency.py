@@ -1,0 +1,29 @@
+"""The same small request for many things, several at a time: what object storage is slow in, it can do in parallel."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """`map`, by so many threads; no more than twice as many results wait to be taken.
+
+    The first error in order is raised in its place, and nothing is begun after it.
+    """
+    if threads < 2:
+        yield from map(function, items)
+        return
+    rest = iter(items)
+    with ThreadPoolExecutor(threads, "store") as pool:
+        pending: deque[Future[Result]] = deque(pool.submit(function, item) for item in islice(rest, 2 * threads))
+        try:
+            while pending:
+                yield pending.popleft().result()
+                pending.extend(pool.submit(function, item) for item in islice(rest, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)

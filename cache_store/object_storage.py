@@ -1,0 +1,361 @@
+"""A store in a bucket of S3-compatible object storage, by obstore; keys are the paths of the local tree.
+
+An object appears as a whole or not at all, and `If-None-Match: *` is what a hard link is on a file system. obstore
+retries a request where that is safe by itself; a conditional put is not, as a lost answer may hide a success, so its
+loser looks at what is there: commit records of two attempts are never equal.
+"""
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_store import s3_access
+from cache_store.concurrency import in_order
+from cache_store.document import MAX_DOCUMENT_BYTES
+from cache_store.errors import FormatError, ObjectStorageError, UnsupportedFileSystemError
+from cache_store.local_files import parts_of
+from cache_store.local_storage import STAGING
+from cache_store.s3_address import S3Address
+from cache_store.s3_errors import explained, status_of
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import S3Store
+
+PART_BYTES = 16 * 2**20
+"""Larger objects are uploaded in parts of this size; a chunk of the default size is one request."""
+RANGE_BYTES = 4 * 2**20
+"""Larger objects are read in ranges of this size, several at a time: one connection does not fill the line."""
+_RANGES = 16
+"""Requests for ranges in flight for one store."""
+_AHEAD = 8
+"""Ranges of one object in flight: what they hold in memory beyond the caller's buffer."""
+_UPLOADS = 8
+"""Objects of one sample, or parts of one object, in flight."""
+_TRIES = 4
+"""Of a request that was not answered to its end; obstore itself repeats only what it knows to be safe."""
+_LIST_PAGE = 1000
+_GROUP = "zarr.json"
+"""Written first and removed first: an attempt without it can never be committed."""
+
+Result = TypeVar("Result")
+Buffer: TypeAlias = Any
+"""Bytes of obstore's, which numpy reads in place."""
+
+
+class ObjectStorage:
+    """`storage.Storage` below a prefix of a bucket. Pickled as its address alone."""
+
+    threads = 32
+
+    def __init__(self, address: S3Address) -> None:
+        self.address = address
+        self.place = str(address)
+        self._store: S3Store = s3_access.connect(address)
+
+    def __reduce__(self) -> tuple[type, tuple[S3Address]]:
+        return type(self), (self.address,)
+
+    def where(self, relative: str) -> str:
+        return f"{self.place}/{relative}" if relative else self.place
+
+    def check_parents(self, relative: str) -> None:
+        parts_of(relative, self.place)
+
+    def exists(self, relative: str) -> bool:
+        try:
+            self._head(relative)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def names(self, folder: str, *, flat: bool = False) -> Iterator[str]:
+        import obstore
+
+        if flat:
+            yield from (name for name, _ in self._objects(folder))
+            return
+        prefix = self.address.key(folder)
+        start = len(prefix) + 1 if prefix else 0
+        with self._explained("list", folder):
+            found = obstore.list_with_delimiter(self._store, prefix or None)
+        yield from (path[start:] for path in found["common_prefixes"])
+        yield from (item["path"][start:] for item in found["objects"])
+
+    def size_bytes(self, relative: str) -> int:
+        return self._head(relative)["size"]
+
+    def read_document(self, relative: str, limit_bytes: int) -> bytes:
+        import obstore
+
+        key = self._key(relative)
+
+        def read() -> bytes:
+            result = obstore.get(self._store, key)
+            if (size := result.meta["size"]) > limit_bytes:
+                raise FormatError(
+                    f"{self.where(relative)} has {size} bytes; a document of a store has at most {limit_bytes}."
+                )
+            return bytes(result.bytes())
+
+        with self._explained("read", relative):
+            return _repeat(read)
+
+    def read_exactly(self, relative: str, size: int) -> NDArray[np.uint8] | int:
+        data: list[NDArray[np.uint8]] = []
+
+        def buffers() -> list[NDArray[np.uint8]]:
+            data.append(np.empty(size, np.uint8))
+            return data
+
+        found = self.read_into(relative, size, buffers, block_bytes=size or 1)
+        return data[0] if found == size else found
+
+    def read_into(
+        self,
+        relative: str,
+        size: int,
+        buffers: Callable[[], Sequence[NDArray[np.uint8]]],
+        *,
+        block_bytes: int,
+        on_block: Callable[[int, int, int], None] | None = None,
+        parents_checked: bool = False,
+    ) -> int:
+        """As `local_files.read_into`; the first range says how large the object is, without a request of its own."""
+        key = self._key(relative)
+        with self._explained("read", relative):
+            pieces = self._ranges(key, size)
+            first, found = next(pieces) if size else (b"", self.size_bytes(relative))
+            if found != size:
+                return found
+            piece = np.frombuffer(first, np.uint8)
+            for number, target in enumerate(buffers()):
+                for start in range(0, len(target), block_bytes):
+                    end, filled = min(start + block_bytes, len(target)), start
+                    while filled < end:
+                        if not len(piece):
+                            piece = np.frombuffer(next(pieces)[0], np.uint8)
+                        count = min(end - filled, len(piece))
+                        target[filled : filled + count] = piece[:count]
+                        piece, filled = piece[count:], filled + count
+                    if on_block is not None:
+                        on_block(number, start, end)
+        return size
+
+    def make_folders(self, folders: Iterable[str]) -> None:
+        pass
+
+    def check_exclusive(self) -> None:
+        """By two puts of one name: some servers ignore the condition, in silence."""
+        probe = f"{STAGING}/{secrets.token_hex(16)}"
+        with self._explained("write", probe):
+            _repeat(lambda: self._create(probe, b"1"))
+            twice = _repeat(lambda: self._create(probe, b"2"))
+        self.delete([probe])
+        if twice:
+            raise UnsupportedFileSystemError(
+                f"the server of {self.place} ignores If-None-Match, by which exactly one of several writers commits a "
+                "sample; take a server that has conditional puts, or a newer version of it."
+            )
+
+    def write_group(self, folder: str, files: Sequence[tuple[str, Iterable[Any]]]) -> None:
+        def write(file: tuple[str, Iterable[Any]]) -> None:
+            self.put(f"{folder}/{file[0]}", list(file[1]))
+
+        try:
+            for file in files:
+                if file[0] == _GROUP:
+                    write(file)
+            deque(in_order(write, (file for file in files if file[0] != _GROUP), _UPLOADS), maxlen=0)
+        except BaseException:
+            self.delete_tree(folder)  # nothing refers to it yet
+            raise
+
+    def put_if_absent(self, relative: str, data: bytes) -> bool:
+        def publish() -> bool | None:
+            if self._create(relative, data):
+                return True
+            try:
+                return self.read_document(relative, len(data)) == data
+            except FormatError:  # larger: another's
+                return False
+            except FileNotFoundError:  # refused because of a request at the same time, or removed since
+                return None
+
+        with self._explained("write", relative):
+            for attempt in range(_TRIES):
+                if (won := _repeat(publish)) is not None:
+                    return won
+                _wait(attempt)
+        raise ObjectStorageError(
+            f"cannot write {self.where(relative)}: the server says that it is there, and that it is not. Nothing was "
+            "committed; run the same command again."
+        )
+
+    def put(self, relative: str, parts: Sequence[Any]) -> None:
+        import obstore
+
+        key = self._key(relative)
+        kept = [part for part in parts if len(part)]
+        body = kept if kept else b""
+        if sum(map(len, kept)) <= PART_BYTES:
+            with self._explained("write", relative):
+                _repeat(lambda: obstore.put(self._store, key, body, use_multipart=False))
+        else:
+            with self._explained("write", relative):
+                _repeat(lambda: obstore.put(self._store, key, body, chunk_size=PART_BYTES, max_concurrency=_UPLOADS))
+
+    def delete(self, relatives: Iterable[str]) -> None:
+        import obstore
+
+        keys = [self._key(relative) for relative in relatives]
+        with self._explained("remove", ""):
+            if keys:  # one alone without the bulk request, which not all servers have
+                _repeat(lambda: obstore.delete(self._store, keys if len(keys) > 1 else keys[0]))
+
+    def delete_tree(self, folder: str) -> None:
+        with suppress(ObjectStorageError, FileNotFoundError):
+            names = [f"{folder}/{name}" for name, _ in self._objects(folder)]
+            self.delete(name for name in names if name != f"{folder}/{_GROUP}")
+            self.delete([f"{folder}/{_GROUP}"])
+
+    def extent(self, relative: str) -> tuple[int, float]:
+        with suppress(FileNotFoundError):
+            alone = self._head(relative)
+            return alone["size"], alone["last_modified"].timestamp()
+        found = [item for _, item in self._objects(relative)]
+        changed = max((item["last_modified"].timestamp() for item in found), default=time.time())
+        return sum(item["size"] for item in found), changed
+
+    def set_aside(self, folder: str, aside: str) -> bool:
+        """Its `zarr.json` goes; a writer who publishes after that will miss it, and one who did before is found."""
+        name = f"{folder}/{_GROUP}"
+        try:
+            data = self.read_document(name, MAX_DOCUMENT_BYTES)
+        except FileNotFoundError:  # another collector took it, or its writer is giving up
+            return any(True for _ in self._objects(folder))
+        self.put(aside, [data])
+        self.delete([name])
+        return True
+
+    def put_back(self, folder: str, aside: str) -> None:
+        with suppress(FileNotFoundError):
+            self.put(f"{folder}/{_GROUP}", [self.read_document(aside, MAX_DOCUMENT_BYTES)])
+            self.delete([aside])
+
+    def drop(self, folder: str, aside: str) -> None:
+        if folder:
+            self.delete_tree(folder)
+        self.delete([aside])
+
+    def folder_time_ns(self, folder: str) -> int:
+        return 0
+
+    def clock_ns(self) -> int:
+        probe = f"{STAGING}/{secrets.token_hex(16)}"
+        self.put(probe, [b"1"])
+        try:
+            return int(self._head(probe)["last_modified"].timestamp() * 1e9)
+        finally:
+            self.delete([probe])
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_RANGES, "ranges")
+
+    def _key(self, relative: str) -> str:
+        self.check_parents(relative)
+        return self.address.key(relative)
+
+    def _explained(self, action: str, relative: str) -> AbstractContextManager[None]:
+        return explained(self.address, action, self.where(relative))
+
+    def _head(self, relative: str) -> "ObjectMeta":
+        import obstore
+
+        key = self._key(relative)
+        with self._explained("look for", relative):
+            return _repeat(lambda: obstore.head(self._store, key))
+
+    def _objects(self, folder: str) -> Iterator[tuple[str, "ObjectMeta"]]:
+        """All objects below a folder, by their names in it."""
+        import obstore
+
+        prefix = self.address.key(folder)
+        with self._explained("list", folder):
+            for page in obstore.list(self._store, prefix, chunk_size=_LIST_PAGE):
+                yield from ((item["path"][len(prefix) + 1 :], item) for item in page)
+
+    def _create(self, relative: str, data: bytes) -> bool:
+        """One conditional put: whether it made the object."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            obstore.put(self._store, self._key(relative), data, mode="create")
+        except AlreadyExistsError:
+            return False
+        return True
+
+    def _ranges(self, key: str, size: int) -> Iterator[tuple["Buffer", int]]:
+        """The object's ranges in order, each with the object's size; several are in flight."""
+        if size <= RANGE_BYTES:
+            yield self._range(key, 0, size)
+            return
+        pending: deque[Future[tuple[Buffer, int]]] = deque()
+        try:
+            for start in range(0, size, RANGE_BYTES):
+                pending.append(self._pool.submit(self._range, key, start, min(start + RANGE_BYTES, size)))
+                if len(pending) == _AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for rest in pending:
+                rest.cancel()
+
+    def _range(self, key: str, start: int, end: int) -> tuple["Buffer", int]:
+        """Bytes of an object, fewer only where it is shorter, and its size."""
+        import obstore
+        from obstore.exceptions import GenericError
+
+        def read() -> tuple[Buffer, int]:
+            try:
+                result = obstore.get(self._store, key, options={"range": (start, end)})
+            except GenericError as error:
+                if status_of(error) != "416":  # it ends before the range
+                    raise
+                return b"", obstore.head(self._store, key)["size"]
+            size, data = result.meta["size"], result.bytes()
+            if len(data) != min(end, size) - start:
+                raise GenericError("the answer is shorter than it says")
+            return data, size
+
+        return _repeat(read)
+
+
+def _repeat(action: Callable[[], Result]) -> Result:
+    """Do what may be done twice again, if there was no whole answer to it."""
+    from obstore.exceptions import GenericError
+
+    for attempt in range(_TRIES - 1):
+        try:
+            return action()
+        except GenericError as error:
+            if status_of(error):
+                raise
+        _wait(attempt)
+    return action()
+
+
+def _wait(attempt: int) -> None:
+    longest = min(s3_access.FIRST_WAIT * 2**attempt, s3_access.LONGEST_WAIT).total_seconds()
+    time.sleep(longest * (1 + secrets.randbelow(1000) / 1000) / 2)

@@ -1,0 +1,177 @@
+"""The way to a bucket: endpoint, region and credentials from where every S3 client looks for them, and nowhere else.
+
+Environment first, then the shared credentials file (which obstore does not know), then roles of the machine. None of
+it is kept in an attribute that is printed, pickled or written: a pickled store names its URI and looks again.
+"""
+
+import configparser
+import os
+import socket
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from cache_store.errors import StoreAddressError
+from cache_store.s3_address import S3Address
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, S3Store
+
+REQUEST_TIMEOUT = timedelta(seconds=120)
+"""Of one request with its body: a part of 16 MiB over a line of 2 Mbit/s."""
+CONNECT_TIMEOUT = timedelta(seconds=10)
+MAX_RETRIES = 8
+"""Of one request after a 5xx, a 429 or a lost connection, and of one that changes nothing after a time-out."""
+FIRST_WAIT, LONGEST_WAIT, RETRIES_END = timedelta(seconds=0.1), timedelta(seconds=10), timedelta(seconds=150)
+_FILE_GOOD_FOR = timedelta(minutes=10)
+"""Then the credentials file is read again: somebody may be renewing it."""
+_METADATA_ADDRESS = ("169.254.169.254", 80)
+_METADATA_TIMEOUT_S = 1.0
+
+
+def connect(address: S3Address) -> "S3Store":
+    """A client of the bucket; no request is made yet.
+
+    Raises `StoreAddressError` without obstore, without credentials, or with an endpoint that is not encrypted.
+    """
+    try:
+        from obstore.store import S3Store
+    except ImportError:
+        raise StoreAddressError(
+            f'{address} is object storage, for which obstore is not installed; pip install "alpacache[s3]".'
+        ) from None
+    profile = _Profile.of_environment()
+    config: dict[str, Any] = {"conditional_put": "etag"}
+    if endpoint := _endpoint(address):
+        config["endpoint"] = endpoint
+    if not (_set("AWS_REGION") or _set("AWS_DEFAULT_REGION")) and (region := profile.setting("region")):
+        config["region"] = region
+    return S3Store(
+        address.bucket,
+        config=config,  # type: ignore[arg-type]  # keys of its TypedDict
+        client_options=_client_options(),
+        retry_config={
+            "max_retries": MAX_RETRIES,
+            "retry_timeout": RETRIES_END,
+            "backoff": {"init_backoff": FIRST_WAIT, "max_backoff": LONGEST_WAIT, "base": 2},
+        },
+        credential_provider=_provider(address, profile),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Profile:
+    """A section of the shared files. Callable as obstore wants its credentials: read anew, never kept."""
+
+    name: str
+    named: bool
+    """Whether the environment asks for it by name."""
+
+    @classmethod
+    def of_environment(cls) -> "_Profile":
+        name = _set("AWS_PROFILE") or _set("AWS_DEFAULT_PROFILE")
+        return cls(name or "default", bool(name))
+
+    def setting(self, key: str) -> str | None:
+        return _section(_config_file(), self.name, f"profile {self.name}").get(key)
+
+    def has_keys(self) -> bool:
+        return {"aws_access_key_id", "aws_secret_access_key"} <= self._keys().keys()
+
+    def __call__(self) -> Any:
+        keys = self._keys()
+        return {
+            "access_key_id": keys["aws_access_key_id"],
+            "secret_access_key": keys["aws_secret_access_key"],
+            "token": keys.get("aws_session_token"),
+            "expires_at": datetime.now(UTC) + _FILE_GOOD_FOR,
+        }
+
+    def _keys(self) -> dict[str, str]:
+        found = _section(_credentials_file(), self.name)
+        return found or _section(_config_file(), self.name, f"profile {self.name}")
+
+
+def _provider(address: S3Address, profile: _Profile) -> Any:
+    """Where obstore shall ask for credentials; nothing where it finds them itself."""
+    if _true("AWS_SKIP_SIGNATURE") or (_set("AWS_ACCESS_KEY_ID") and _set("AWS_SECRET_ACCESS_KEY")):
+        return None
+    if profile.has_keys():
+        return profile
+    if profile.named:
+        raise StoreAddressError(
+            f"{address}: the profile {profile.name!r} has no access key in {_credentials_file()} or {_config_file()}. "
+            "If it is one of single sign-on or of a role, put its credentials into the environment: "
+            f'eval "$(aws configure export-credentials --profile {profile.name} --format env)".'
+        )
+    if any(map(_set, ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"))):
+        return None
+    if _set("AWS_CONTAINER_CREDENTIALS_FULL_URI") or _has_machine_role():
+        return None
+    raise StoreAddressError(
+        f"{address}: no credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the profile 'default' of "
+        f"{_credentials_file()}, or from a role of this machine. Set the two variables or run `aws configure`; for a "
+        "public bucket set AWS_SKIP_SIGNATURE=true."
+    )
+
+
+def _endpoint(address: S3Address) -> str | None:
+    name = next((name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") if _set(name)), None)
+    if name is None:
+        return None
+    endpoint = os.environ[name]
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+        raise StoreAddressError(f"{address}: {name} is not a plain http(s)://HOST[:PORT] address; correct it.")
+    if parts.scheme == "http" and not _true("AWS_ALLOW_HTTP"):
+        raise StoreAddressError(
+            f"{address}: {name} is {endpoint}, which is not encrypted. Use https, or set AWS_ALLOW_HTTP=true for a "
+            "server of your own."
+        )
+    return endpoint
+
+
+def _client_options() -> "ClientConfig":
+    options: ClientConfig = {"timeout": REQUEST_TIMEOUT, "connect_timeout": CONNECT_TIMEOUT}
+    return {**options, "allow_http": True} if _true("AWS_ALLOW_HTTP") else options
+
+
+def _has_machine_role() -> bool:
+    """Whether the metadata service of a cloud machine answers; asked first, as obstore would try it for minutes."""
+    if _true("AWS_EC2_METADATA_DISABLED"):
+        return False
+    if _set("AWS_METADATA_ENDPOINT"):
+        return True
+    try:
+        socket.create_connection(_METADATA_ADDRESS, _METADATA_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _credentials_file() -> Path:
+    return Path(_set("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
+
+
+def _config_file() -> Path:
+    return Path(_set("AWS_CONFIG_FILE") or "~/.aws/config").expanduser()
+
+
+def _section(path: Path, *names: str) -> dict[str, str]:
+    """The first of these sections that a file has; nothing without file or section."""
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read(path)
+    except (configparser.Error, UnicodeDecodeError):
+        raise StoreAddressError(f"{path} is not a valid file of AWS profiles; correct or remove it.") from None
+    return next((dict(parser[name]) for name in names if parser.has_section(name)), {})
+
+
+def _set(name: str) -> str:
+    return os.environ.get(name, "").strip()
+
+
+def _true(name: str) -> bool:
+    return _set(name).lower() in ("1", "true", "yes", "on")

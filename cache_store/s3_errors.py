@@ -1,0 +1,81 @@
+"""What object storage answers, as errors that name the place, the reason and the next step.
+
+obstore's own messages hold whole answers of the server, which may repeat an access key's id or a signed text. Only the
+answer's code, its HTTP status and our own words are passed on, and no error is chained to obstore's.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cache_store.errors import CacheStoreError, FormatError, ObjectStorageError, StoreAddressError
+from cache_store.s3_address import S3Address
+
+_CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,60})</Code>")
+_STATUS = re.compile(r"(?:status code: |error response: |status: )(\d{3})")
+_TRIES = re.compile(r"after (\d+) retries")
+_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestTimeTooSkewed"}
+_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+
+
+@contextmanager
+def explained(address: S3Address, action: str, uri: str) -> Iterator[None]:
+    """Errors of obstore as `FileNotFoundError` (no such object), `StoreAddressError` or `ObjectStorageError`."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except CacheStoreError:
+        raise
+    except (BaseError, FileNotFoundError, PermissionError) as error:
+        raise explain(error, address, action, uri) from None
+
+
+def explain(error: Exception, address: S3Address, action: str, uri: str) -> Exception:
+    """The error to raise in place of one of obstore's, met on this action (`read`, `write`, ...) on this URI."""
+    from obstore.exceptions import InvalidPathError, PermissionDeniedError, UnauthenticatedError
+
+    text = str(error)
+    code = match[1] if (match := _CODE.search(text)) else ""
+    status = status_of(error)
+    reason = " ".join(filter(None, (f"HTTP {status}" if status else "", code))) or type(error).__name__
+    failed = f"cannot {action} {uri}"
+    if code == "NoSuchBucket":
+        return StoreAddressError(
+            f"{failed}: there is no bucket {address.bucket!r} there. Create it, or correct the URI, AWS_ENDPOINT_URL "
+            "or the account."
+        )
+    if isinstance(error, InvalidPathError):
+        return FormatError(f"{failed}: below it lies an object whose key is no path; remove it.")
+    if code in _KEYS or isinstance(error, UnauthenticatedError):
+        return ObjectStorageError(
+            f"{failed}: the credentials are not valid, or not any more ({reason}). Renew them and run the same "
+            "command again."
+        )
+    if code in _REGION or status == "301" or "Received redirect" in text:
+        return ObjectStorageError(
+            f"{failed}: the bucket {address.bucket!r} lies in another region. Set AWS_REGION to its region."
+        )
+    if status == "403" or isinstance(error, PermissionDeniedError | PermissionError):
+        return ObjectStorageError(
+            f"{failed}: access denied ({reason}). The credentials need s3:ListBucket and s3:GetObject to read, "
+            "s3:PutObject and s3:DeleteObject besides to write."
+        )
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{uri} is not there.")
+    if status == "501" or code == "NotImplemented":
+        return ObjectStorageError(
+            f"{failed}: the server does not know this request ({reason}). The store needs conditional puts "
+            "(If-None-Match) and multi-part uploads; take a server that has them."
+        )
+    tries = f" after {int(match[1]) + 1} tries" if (match := _TRIES.search(text)) else ""
+    detail = f"the server answers {reason}" if status else "the server does not answer, or not to the end"
+    return ObjectStorageError(
+        f"{failed}: {detail}{tries}. All committed samples are intact; see to the network, AWS_ENDPOINT_URL and the "
+        "server, and run the same command again."
+    )
+
+
+def status_of(error: Exception) -> str:
+    """The HTTP status of the answer that obstore gave up on; empty if there was none."""
+    return match[1] if (match := _STATUS.search(str(error))) else ""

@@ -1,0 +1,132 @@
+"""Where a store lies: what the store needs of a file system or of object storage, and the choice between them.
+
+Everything is named by its path relative to the store's root, with `/`. An implementation gives three promises: what
+`write_group`, `put` and `put_if_absent` have written is durable when they return, a document or an object is there
+as a whole or not at all, and of several `put_if_absent` of one name exactly one wins.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_store.errors import StoreAddressError
+from cache_store.local_storage import LocalStorage
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+class Storage(Protocol):
+    """The objects below one root."""
+
+    @property
+    def place(self) -> Path | str:
+        """The root: an absolute folder, or a URI."""
+
+    @property
+    def threads(self) -> int:
+        """How many small requests are worth having in flight; 1 where each is answered at once."""
+
+    def where(self, relative: str) -> str:
+        """The full name of an object, for messages."""
+
+    def exists(self, relative: str) -> bool:
+        """Whether the name is taken."""
+
+    def names(self, folder: str, *, flat: bool = False) -> Iterator[str]:
+        """The names in a folder (`""`: the root), in no order. `flat`: it is known to hold no folders."""
+
+    def size_bytes(self, relative: str) -> int:
+        """Size of an object; `FileNotFoundError` when absent."""
+
+    def read_document(self, relative: str, limit_bytes: int) -> bytes:
+        """A small object, refused with `FormatError` when it is larger than the limit."""
+
+    def read_exactly(self, relative: str, size: int) -> NDArray[np.uint8] | int:
+        """The bytes of an object, or its actual size when that is not `size` (nothing is allocated then)."""
+
+    def read_into(
+        self,
+        relative: str,
+        size: int,
+        buffers: Callable[[], Sequence[NDArray[np.uint8]]],
+        *,
+        block_bytes: int,
+        on_block: Callable[[int, int, int], None] | None = None,
+        parents_checked: bool = False,
+    ) -> int:
+        """Fill buffers, together of `size` bytes, with an object; `local_files.read_into` says how."""
+
+    def check_parents(self, relative: str) -> None:
+        """Raise `FormatError` for a name that leads out of the store."""
+
+    def make_folders(self, folders: Iterable[str]) -> None:
+        """Create folders where absent, durably, if there are such things."""
+
+    def check_exclusive(self) -> None:
+        """Raise `UnsupportedFileSystemError` where `put_if_absent` would let two win."""
+
+    def write_group(self, folder: str, files: Sequence[tuple[str, Iterable[Any]]]) -> None:
+        """Write the new objects (path in the folder, buffers) of a new folder; after an error none is left."""
+
+    def put_if_absent(self, relative: str, data: bytes) -> bool:
+        """Publish a whole object under a name, unless the name is taken: then `False` and nothing changes."""
+
+    def put(self, relative: str, parts: Sequence[Any]) -> None:
+        """Publish a whole object, given as buffers, under a name, replacing what was there."""
+
+    def delete(self, relatives: Iterable[str]) -> None:
+        """Remove objects that are there, durably."""
+
+    def delete_tree(self, folder: str) -> None:
+        """Remove a folder with everything in it, as far as possible."""
+
+    def extent(self, relative: str) -> tuple[int, float]:
+        """Bytes at and below a name, and when it last changed (seconds of the storage's clock)."""
+
+    def set_aside(self, folder: str, aside: str) -> bool:
+        """Take a sample's attempt out of its place, so that its writer will notice; `False` if it is not there.
+
+        Both a folder's name and `aside` outlive a kill at any point, so that one of the next two can follow later.
+        """
+
+    def put_back(self, folder: str, aside: str) -> None:
+        """Undo `set_aside`, if that has not been done."""
+
+    def drop(self, folder: str, aside: str) -> None:
+        """Remove for good what was set aside; `folder` is empty if `aside` is the name of none."""
+
+    def folder_time_ns(self, folder: str) -> int:
+        """When a name last appeared in or vanished from a folder, by the storage's clock; 0 where it has no such."""
+
+    def clock_ns(self) -> int:
+        """The time by the clock that stamps objects: a server's may differ from this machine's."""
+
+
+def open_storage(path: str | os.PathLike[str]) -> Storage:
+    """The storage at a path or an `s3://` URI; a path is made absolute, so that `chdir` does not matter later.
+
+    Raises `StoreAddressError` for other URIs and for object storage that cannot be reached from here.
+    """
+    if not is_uri(path):
+        return LocalStorage(Path(path).absolute())
+    from cache_store.object_storage import ObjectStorage  # obstore is an extra
+    from cache_store.s3_address import S3Address
+
+    return ObjectStorage(S3Address.parse(os.fspath(path)))
+
+
+def is_uri(path: str | os.PathLike[str]) -> bool:
+    """Whether this names object storage. `StoreAddressError` for a URI of another kind than `s3://`."""
+    match = _SCHEME.match(os.fspath(path))
+    if match is None:
+        return False
+    if match[1] != "s3":
+        raise StoreAddressError(
+            f"a store cannot lie at a URI with the scheme {match[1]}://; give a folder or s3://BUCKET/PREFIX."
+        )
+    return True
