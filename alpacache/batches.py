@@ -5,8 +5,12 @@ of which there are two batches: while one is computed on, the other is filled. S
 and the host for neither, except that buffers come back when their copies have ended: this is what keeps a loop that
 only enqueues from running more than a few steps ahead. CUDA is called by the loop's own thread alone, because a call
 from another would break a CUDA graph that is being captured. On the CPU all is the same, without streams and events.
+
+Checksums are the larger part of what reading from RAM costs a CPU, and a GPU computes them in a fiftieth of a step. So
+there they may be checked in the rows; whoever computes on rows then has to look at `damage` before anything is kept.
 """
 
+import importlib.util
 import os
 import time
 from collections import deque
@@ -28,12 +32,13 @@ from alpacache.errors import DataError, UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS
 from alpacache.host_memory import Bytes, Slabs, available_bytes, page_aligned, page_lock, page_rounded, page_unlock
 from alpacache.strata import Turn, turn_ahead
-from cache_store import Prefetcher
+from cache_store import CorruptSampleError, Prefetcher
 from cache_store.prefetcher import PrefetchedSample
 from cache_store.sample_read import SampleRead
 
-_ACTION, _TURN = "action", "turn"
-"""Keys of the target and the turn stratum among the arrays of a sample that is read for the first time."""
+_ACTION, _TURN, _CHUNKS = "action", "turn", "chunks"
+"""Keys of the target and the turn stratum among the arrays of a sample that is read for the first time, and of what is
+to be checked on the device, as `SampleRead.unchecked` has it."""
 _TURNS = get_args(Turn)
 _REMEMBERED = 2**18
 """Samples of which the target and the lengths stay in memory after their first use, half a kilobyte each."""
@@ -98,18 +103,25 @@ class BatchRing:
         threads: int | None = None,
         buffers: int | None = None,
         data: Tensor | None = None,
+        check_on_device: bool = False,
     ) -> None:
         """`places` yields batches of (position, sample index), each of `batch_size` or fewer.
 
         `threads` read: by default 4 to 14, two usable cores fewer than there are. `buffers` is how many samples may
         be between disk and device; the default is two batches. `data`: an earlier ring's, whose addresses a captured
-        graph has. Raises `UsageError` where samples are to stay in memory and there is not enough of it.
+        graph has. `check_on_device`: where there is a GPU and it can be done, stored bytes are checked in the rows, and
+        damage is told by `damage` instead of an error. Raises `UsageError` where samples are to stay in memory and
+        there is not enough of it.
         """
         self.layout, self.longest = dataset.layout, dataset.longest
         largest = self.layout.row_bytes(self.longest)
         shape = (2 * batch_size, largest)
         self.data = torch.empty(shape, dtype=torch.uint8, device=device) if data is None else data
         """`[2 * batch_size, row_bytes]`: batch s lies in the first half of the rows if s is even."""
+        checks = check_on_device and _can_check(device)
+        self.damage = torch.zeros(2 * batch_size, dtype=torch.int32, device=device) if checks else None
+        """`[2 * batch_size]`: not zero from when damaged bytes have come into a row; None if the threads check."""
+        self._scratch: Tensor | None = None
         self.waited_s = 0.0
         """Seconds that the host waited for samples while the device, too, had nothing left to do."""
         self._dataset, self._batch_size, self._device = dataset, batch_size, device
@@ -120,7 +132,8 @@ class BatchRing:
         self._counts = np.zeros((self._remembered, 3), np.int64)
         self._kept: dict[int, Tensor] = {}
         self._slabs = _slabs(dataset) if dataset.in_memory else None
-        self._source = _Source(dataset, space, self._slabs)
+        self._source = _Source(dataset, space, self._slabs, unchecked=("kv",) if checks else ())
+        self._indices = [0] * 2 * batch_size
         self._wanted = self._in_order(places)
         self._prefetcher: Prefetcher[_Wanted] | None = None
         self._closing = ExitStack()
@@ -163,6 +176,22 @@ class BatchRing:
         self._is_out[half] = False
         self._take_back()
 
+    def damage_error(self) -> CorruptSampleError | DataError:
+        """What is to be raised when `damage` was seen to be set; reads the sample again to say what is wrong."""
+        flags = [] if self.damage is None else self.damage.tolist()
+        for index in [index for index, flag in zip(self._indices, flags, strict=True) if flag] if flags else []:
+            reader, sample_id = self._dataset.locate(index)
+            try:
+                reader.read(sample_id, ["kv"])
+            except CorruptSampleError as error:
+                return error
+            return DataError(
+                f"sample {sample_id!r} reached the GPU damaged, and {reader.path} holds it undamaged: memory of the "
+                "host or the GPU, or the way between them, is at fault. Nothing was changed by it; run again with "
+                "--resume, and test the memory if it happens again."
+            )
+        return DataError("a sample of another process is damaged; the message of that process names it.")
+
     def _next(self, samples: Iterator[PrefetchedSample[_Wanted]]) -> Batch | None:
         half = self._half
         if self._is_out[half]:
@@ -171,15 +200,22 @@ class BatchRing:
             self._stream.wait_event(free)
         taken: list[_Wanted] = []
         facts: list[_Facts] = []
+        chunks: dict[int, NDArray[np.int64]] = {}
         ready = None
         while not taken or not taken[-1].ends_batch:
             sample = self._take(samples)
             if sample is None:
                 return None
             kv, fact = self._content(sample)
-            ready = self._copy(sample, kv, half * self._batch_size + len(taken))
+            row = half * self._batch_size + len(taken)
+            self._indices[row] = sample.sample_id.index
+            if _CHUNKS in sample.arrays:
+                chunks[row] = sample.arrays[_CHUNKS]
+            ready = self._copy(sample, kv, row)
             taken.append(sample.sample_id)
             facts.append(fact)
+        if chunks:
+            ready = self._check(chunks)
         self._half, self._is_out[half] = 1 - half, True
         return Batch(
             positions=tuple(wanted.position for wanted in taken),
@@ -241,6 +277,24 @@ class BatchRing:
         self._copying.append((sample, copied))
         return copied
 
+    def _check(self, chunks: dict[int, NDArray[np.int64]]) -> torch.cuda.Event | None:
+        """Compare the copied rows with the checksums of their chunks, behind the copies."""
+        from alpacache import gpu_checksum
+
+        assert self.damage is not None
+        rows = np.repeat(list(chunks), [len(found) for found in chunks.values()])
+        starts, sizes, crc32cs = np.concatenate(list(chunks.values())).T
+        with torch.cuda.stream(self._stream):
+            table = gpu_checksum.ChunkTable.build(rows, starts, sizes, crc32cs, device=self._device)
+        if self._scratch is None or len(self._scratch) < table.scratch_words:
+            # Of the current stream's memory: the copies' own would take whole pages for it.
+            self._scratch = self.damage.new_empty(table.scratch_words)
+            if self._stream is not None:
+                self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            gpu_checksum.check_rows(self.data, table, self.damage, self._scratch)
+            return self._event()
+
     def _take_back(self) -> None:
         """Release the buffers whose copies have ended, without waiting for any."""
         while self._copying and self._copying[0][1].query():  # type: ignore[no-untyped-call]
@@ -284,11 +338,17 @@ def samples_ahead(batch_size: int) -> int:
     return max(4, 2 * batch_size)
 
 
+def _can_check(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 class _Source:
     """What the prefetcher reads from: the stores of a dataset, of each sample what is not known yet."""
 
-    def __init__(self, dataset: CachedDataset, space: UnicycleActionSpace, slabs: Slabs | None) -> None:
-        self._dataset, self._space, self._slabs = dataset, space, slabs
+    def __init__(
+        self, dataset: CachedDataset, space: UnicycleActionSpace, slabs: Slabs | None, *, unchecked: Sequence[str]
+    ) -> None:
+        self._dataset, self._space, self._slabs, self._unchecked = dataset, space, slabs, unchecked
         shape = () if dataset.codec is None else (KV_SHAPE,)
         self._fields = ("kv", "prefix_len", "start_position", *shape, *POSE_FIELDS)
         self._size_bytes = lru_cache(maxsize=4096)(dataset.layout.size_bytes)
@@ -306,12 +366,15 @@ class _Source:
     ) -> SampleRead:
         reader, sample_id = self._dataset.locate(wanted.index)
         if not wanted.is_new:
-            return reader.plan(sample_id, ["kv"], out=out) if out else SampleRead(arrays={}, tasks=[])
-        read = reader.plan(sample_id, self._fields, out=out)
+            if not out:
+                return SampleRead(arrays={}, tasks=[])
+            read = reader.plan(sample_id, ["kv"], out=out, unchecked=self._unchecked)
+            return SampleRead(arrays=_with_chunks(read), tasks=read.tasks)
+        read = reader.plan(sample_id, self._fields, out=out, unchecked=self._unchecked)
         self._check(sample_id, read.arrays)
         action, turn = np.empty((self._space.waypoints, 2), np.float32), np.empty(1, np.uint8)
         solve = partial(_solve, self._space, [read.arrays[name] for name in POSE_FIELDS], action, turn)
-        return SampleRead(arrays={**read.arrays, _ACTION: action, _TURN: turn}, tasks=[*read.tasks, solve])
+        return SampleRead(arrays=_with_chunks(read) | {_ACTION: action, _TURN: turn}, tasks=[*read.tasks, solve])
 
     def _check(self, sample_id: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """The device decodes by the layout and the number of tokens alone: they must be those of the bytes."""
@@ -324,6 +387,10 @@ class _Source:
                 f"{tokens} tokens; with the first sample's layers, heads and channels {list(expected)} is expected. "
                 "Extract it again, or leave its store out."
             )
+
+
+def _with_chunks(read: SampleRead) -> dict[str, NDArray[Any]]:
+    return read.arrays | ({_CHUNKS: read.unchecked["kv"]} if "kv" in read.unchecked else {})
 
 
 def _solve(

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.errors import UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS, PREFIX_FIELDS, CachedSample, from_arrays, tail_count, tail_name
 from alpacache.identity import check_same_model, store_codec
-from alpacache.sample import FRONT_CAMERA
+from alpacache.sample import FRONT_CAMERA, SampleRef
 from alpacache.strata import Turn, classify
 from cache_store import CacheReader, KVCodec, differences
+from cache_store.concurrency import in_order
 
 _SHARED = ("model", "prompt", "processor", "dtype", "codec", "codec_definition")
 _BF16_BYTES = 2
@@ -54,6 +54,24 @@ class CachedDataset:
 
     def sample_id(self, index: int) -> str:
         return self._index[index][1]
+
+    @property
+    def vlm(self) -> dict[str, str] | None:
+        """The VLM that features are of, where `extract --vlm` put it in the place of the model's own."""
+        model = self._index[0][0].identity["model"]
+        return {"id": model["vlm"], "weights_sha256": model["vlm_weights_sha256"]} if "vlm" in model else None
+
+    @property
+    def plain(self) -> list[int]:
+        """Indices of view 0, the pictures as they are: what models are judged on.
+
+        Raises `UsageError` where there is none.
+        """
+        found = [index for index, (_, sample_id) in enumerate(self._index) if SampleRef.parse(sample_id).view == 0]
+        if not found:
+            stores = ", ".join(dict.fromkeys(str(reader.path) for reader, _ in self._index))
+            raise UsageError(f"no sample of view 0 in {stores}; models are judged on it, extract it too.")
+        return found
 
     def locate(self, index: int) -> tuple[CacheReader, str]:
         """The store that has a sample, and the sample's id there."""
@@ -95,9 +113,18 @@ class CachedDataset:
     @cached_property
     def kv_bytes(self) -> NDArray[np.int64]:
         """Bytes of each sample's keys and values. Reads every commit record once, about 0.1 ms each."""
-        shapes = (reader.shape(sample_id, "kv") for reader, sample_id in self._index)
-        lengths = np.fromiter((math.prod(shape) for shape in shapes), np.int64, len(self))
+
+        def length(place: tuple[CacheReader, str]) -> int:
+            reader, sample_id = place
+            return math.prod(reader.shape(sample_id, "kv"))
+
+        lengths = np.fromiter(in_order(length, self._index, self._threads), np.int64, len(self))
         return lengths * (_BF16_BYTES if self.codec is None else 1)
+
+    @property
+    def _threads(self) -> int:
+        """Small reads worth having in flight."""
+        return max(self._index[places.start][0].threads for places in self.store_ranges if places)
 
     @cached_property
     def longest(self) -> int:
@@ -116,8 +143,7 @@ class CachedDataset:
             poses = reader.read(sample_id, fields=POSE_FIELDS)
             return classify(**poses).turn
 
-        with ThreadPoolExecutor(_POSE_THREADS, "poses") as pool:
-            return list(pool.map(turn, self._index))
+        return list(in_order(turn, self._index, max(_POSE_THREADS, self._threads)))
 
     def front_jpeg(self, index: int) -> bytes | None:
         """The front camera's small picture, where the sample has one."""

@@ -36,6 +36,16 @@ class ExtractConfig:
     """Images a camera, 0.1 s apart, the last at t0."""
     t0: str = "5.1"
     """Seconds into the clip, `every:S`, or `events`."""
+    views: int = 1
+    """Times that each sample is extracted: once as it is, then with seeded changes of its pictures."""
+    seed: int = 0
+    """Of these changes."""
+    vlm: str | None = None
+    """Directory or hub id whose VLM weights take the place of the model's own."""
+    camera_names: bool | None = None
+    """Whether the prompt names cameras; None: as the model was trained (1.5 yes, R1 no)."""
+    frame_numbers: bool | None = None
+    """Whether it numbers the frames of each; None: as the model was trained."""
     codec: CodecName = "bf16"
     """How KV is stored: lossless, or quantised by one of `cache_store.CODECS`."""
     hidden_states: Literal["last", "none"] = "last"
@@ -44,7 +54,7 @@ class ExtractConfig:
     rollouts: int = 6
     """Texts a sample, with `rollout`."""
     shard: tuple[int, int] = (0, 1)
-    """This worker's number and how many there are."""
+    """This worker's number and how many there are. Under torchrun its processes divide this share again."""
     deterministic: bool = False
     retry_quarantined: bool = False
     force: bool = False
@@ -60,6 +70,7 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         _check(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1")
         _check(1 <= self.frames <= 4, "frames", self.frames, "1 to 4")
+        _check(self.views >= 1, "views", self.views, "at least 1")
         _check(0 <= self.shard[0] < self.shard[1], "shard", self.shard, "I/N with 0 <= I < N")
         _check(self.workers is None or self.workers >= 1, "workers", self.workers, "at least 1")
         _check(self.writers >= 1, "writers", self.writers, "at least 1")
@@ -184,7 +195,7 @@ def weighted_stores(stores: Sequence[str]) -> list[tuple[str, float | None]]:
     found: list[tuple[str, float | None]] = []
     for entry in stores:
         path, separator, text = entry.rpartition("=")
-        if not separator or Path(entry).exists():
+        if not separator or "/" in text or Path(entry).exists():
             found.append((entry, None))
             continue
         try:

@@ -1,17 +1,20 @@
 """Whether the samples that are still missing fit on the disk, asked before the first is made."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.geometry import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.errors import BadClipError, UsageError
 from alpacache.features import sample_arrays
 from alpacache.machine_speed import existing_folder
 from alpacache.planned_sample import PlannedPrompt, sample_bytes
 from alpacache.sample import Sample, SampleRef, Source
 from cache_store.local_files import free_bytes
+from cache_store.storage import is_uri
 
 _TRIED = 8
 """Samples that are looked at for one that can be read."""
@@ -28,28 +31,43 @@ def check_room(
     frames: int,
     codec: str,
     hidden_states: bool,
+    rollouts: int = 0,
 ) -> None:
     """Raise `UsageError` if the disk under the store has no room for these samples, each as large as the first.
 
-    Where none of the first eight can be read nothing is known, and nothing refused.
+    Reasoning rollouts, whose length nobody knows beforehand, count at their longest.
+
+    Where none of the first eight can be read nothing is known, and nothing refused. Object storage has room for all.
     """
+    if is_uri(store):
+        return
     for ref in refs[:_TRIED]:
         try:
-            sample = source.load(ref, cameras=cameras, frames=frames)
+            sample = source.load(replace(ref, view=0), cameras=cameras, frames=frames)
         except (BadClipError, OSError):  # what is wrong with it is told when it is its turn
             continue
-        one = _bytes_of(sample, checkpoint, builder, codec=codec, hidden_states=hidden_states)
+        one = _bytes_of(sample, checkpoint, builder, codec=codec, hidden_states=hidden_states, rollouts=rollouts)
         needed, free = one * len(refs), free_bytes(existing_folder(store))
         if needed > free:
+            bound = f" (at most: {rollouts} reasoning rollouts of {MAX_TOKENS} tokens)" if rollouts else ""
+            fewer = ", fewer --rollouts" if rollouts else ""
             raise UsageError(
-                f"{store}: {len(refs):,} samples of {one:,} bytes need {needed:,} bytes, {free:,} are free. Nothing "
-                "was written. Make room, take a smaller --codec, fewer --samples or --hidden-states none, or begin all "
-                "the same with --force: what fits is kept."
+                f"{store}: {len(refs):,} samples of {one:,} bytes{bound} need {needed:,} bytes, {free:,} are free. "
+                f"Nothing was written. Make room, take a smaller --codec, fewer --samples{fewer} or --hidden-states "
+                "none, or begin all the same with --force: what fits is kept."
             )
         return
 
 
-def _bytes_of(sample: Sample, checkpoint: Checkpoint, builder: InputBuilder, *, codec: str, hidden_states: bool) -> int:
+def _bytes_of(
+    sample: Sample,
+    checkpoint: Checkpoint,
+    builder: InputBuilder,
+    *,
+    codec: str,
+    hidden_states: bool,
+    rollouts: int,
+) -> int:
     """What a sample takes in a store."""
     inputs = builder.build(sample)
     first, end = inputs.image_spans[0]
@@ -59,6 +77,7 @@ def _bytes_of(sample: Sample, checkpoint: Checkpoint, builder: InputBuilder, *, 
         text=inputs.text,
         tokens=len(inputs.input_ids),
         tokens_an_image=int(end - first),
+        question_tokens=len(builder.tail_ids("rollout")),
     )
     picture = sample_arrays(sample, inputs).get("front_jpeg")
     sizes = sample_bytes(
@@ -68,5 +87,6 @@ def _bytes_of(sample: Sample, checkpoint: Checkpoint, builder: InputBuilder, *, 
         hidden_states=hidden_states,
         clip_id=sample.ref.clip_id,
         jpeg_bytes=0 if picture is None else len(picture),
+        rollouts=rollouts,
     )
     return sum(sizes.values())

@@ -65,14 +65,25 @@ def diagnose(*, store: str | None = None, model: str | None = None) -> Report:
         ("compiler", check_compiler),
         ("ram", check_ram),
         ("page-locking", check_page_locking),
-        ("disk space", lambda: check_space(place)),
-        ("hard links", lambda: check_links(place)),
-        ("disk speed", lambda: check_speed(place)),
+        *_place_checks(place),
         ("hub", check_hub),
     ]
     if model is not None:
         checks.append(("model", lambda: check_model(model)))
     return Report(checks=tuple(_guarded(name, check) for name, check in checks))
+
+
+def _place_checks(place: str) -> list[tuple[str, Callable[[], Check]]]:
+    """Of where the store is or will be."""
+    from cache_store.storage import is_uri
+
+    if is_uri(place):
+        return [("object storage", lambda: check_object_storage(place))]
+    return [
+        ("disk space", lambda: check_space(place)),
+        ("hard links", lambda: check_links(place)),
+        ("disk speed", lambda: check_speed(place)),
+    ]
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
@@ -234,6 +245,23 @@ def check_links(place: str) -> Check:
         remedy = "Keep the store on a file system that you may write to and that has hard links (ext4, XFS, NFS)."
         return Check(name="hard links", status="fail", found=f"refused at {folder}: {error.strerror}", remedy=remedy)
     return Check(name="hard links", status="ok", found=f"work at {folder}")
+
+
+def check_object_storage(place: str) -> Check:
+    """Whether a bucket can be listed, written and removed from, and knows conditional puts; by one small object."""
+    from cache_store import CacheStoreError
+    from cache_store.storage import open_storage
+
+    try:
+        storage = open_storage(place)
+        names = list(storage.names(""))
+        storage.check_exclusive()
+    except CacheStoreError as error:
+        remedy = "Do what the message says; docs/how-to/object-storage.md has settings and rights."
+        return Check(name="object storage", status="fail", found=str(error), remedy=remedy)
+    what = "a store is there" if "zarr.json" in names else "no store there yet"
+    found = f"{place} can be listed, written and removed from, conditional puts work; {what}"
+    return Check(name="object storage", status="ok", found=found)
 
 
 def check_speed(place: str) -> Check:

@@ -20,7 +20,7 @@ from alpacache.device import resolve_device
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.features import CachedSample
 from alpacache.front_view import draw_paths
-from alpacache.identity import check_base
+from alpacache.identity import check_base, check_same_vlm
 from alpacache.interrupt import InterruptGuard
 from alpacache.pictures import MODEL_COLOURS, birds_eye_png
 from alpacache.prediction import Paths, predict
@@ -55,14 +55,14 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     started = time.monotonic()
     checkpoint = Checkpoint(config.model)
     data = CachedDataset([config.store], checkpoint)
-    indices = list(range(min(len(data), config.samples or len(data))))
+    indices = list(data.plain[: config.samples])
     tails = _tails(config, data)
     runs = _runs(config)
     predicted: dict[str, list[Paths]] = {}
     drives: dict[int, Drive] = {}
     with InterruptGuard() as guard:
         for label, run in runs.items():
-            expert = _load(config, checkpoint, run)
+            expert = _load(config, checkpoint, run, data)
             predicted[label] = []
             for start in range(0, len(indices), config.batch_size):
                 if guard.requested:
@@ -90,14 +90,18 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     return EvalReport(summary=summary, results=results, out=config.out, seconds=time.monotonic() - started)
 
 
-def apply_checkpoint(expert: ActionExpert, run: str, checkpoint: Checkpoint, *, average: bool = False) -> int:
+def apply_checkpoint(
+    expert: ActionExpert, run: str, checkpoint: Checkpoint, *, average: bool = False, data: CachedDataset | None = None
+) -> int:
     """Put a run's trained tensors, or their average, into the expert and return the run's step.
 
-    Refuses a run on another base model.
+    Refuses a run on another base model, and one on features of another VLM than those of `data`.
     """
     path = find_checkpoint(run)
     content = read_trained(path, average=average)
     check_base(checkpoint, content.state["base"], run=path)
+    if data is not None:
+        check_same_vlm(content.state.get("vlm"), data.vlm, run=path, what="the store that it is to be judged on")
     trainable.apply_checkpoint(expert, content.model, where=str(path))
     return int(content.state["step"])
 
@@ -126,11 +130,11 @@ def _runs(config: EvalConfig) -> dict[str, str | None]:
     return runs
 
 
-def _load(config: EvalConfig, checkpoint: Checkpoint, run: str | None) -> ActionExpert:
+def _load(config: EvalConfig, checkpoint: Checkpoint, run: str | None, data: CachedDataset) -> ActionExpert:
     device = resolve_device(config.device)
     expert = load_expert(checkpoint, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
     if run is not None:
-        apply_checkpoint(expert, run, checkpoint, average=config.ema)
+        apply_checkpoint(expert, run, checkpoint, average=config.ema, data=data)
     return expert.eval()
 
 
@@ -196,6 +200,7 @@ def _write(
             "flow_steps": config.flow_steps,
             "seed": config.seed,
             "reasoning": reasoning,
+            "view": 0,
         },
         "summary": summary.to_json(),
         "samples": per_sample,

@@ -100,6 +100,11 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
     base, path = Checkpoint(config.model), find_checkpoint(config.checkpoint)
     run = read_trained(path, average=config.ema)
     check_base(base, run.state["base"], run=path)
+    if (vlm := run.state.get("vlm")) and not config.expert_only:
+        raise UsageError(
+            f"{path} was trained on features of the VLM {vlm['id']} (`alpacache extract --vlm`), which {config.model} "
+            "does not hold: a complete checkpoint would pair the expert with another VLM. Pass --expert-only."
+        )
     infos = base.infos(base.with_prefix(*TRAINED_PREFIXES) if config.expert_only else base.names)
     shapes = {name: info.shape for name, info in infos.items() if name.startswith(TRAINED_PREFIXES)}
     changed = changed_tensors(run.model, shapes, where=path)

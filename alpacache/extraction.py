@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.config import ExtractConfig
-from alpacache.device import device_name, resolve_device
+from alpacache.device import device_name
 from alpacache.disk_room import check_room
 from alpacache.errors import BadClipError, DataError, DeviceMemoryError, InterruptedRunError, UsageError
 from alpacache.extraction_pipeline import SPARE_COPIES, Writers, groups, read_ahead
@@ -29,18 +29,19 @@ from alpacache.features import prefix_arrays, sample_arrays, store_fields, tail_
 from alpacache.host_copies import HostCopies
 from alpacache.identity import provenance, store_identity
 from alpacache.interrupt import InterruptGuard
-from alpacache.progress import OnProgress, Progress, ignore
+from alpacache.progress import OnProgress, Progress, clock, ignore
 from alpacache.sample import SampleRef, Source, sort_cameras
 from alpacache.selection import Rejected, select
 from alpacache.sources import open_source
+from alpacache.store_count import StoreCount
+from alpacache.views import load, views_identity
+from alpacache.world import own_device, process_place
 from cache_store import CODECS, CacheWriter
 from cache_store.sample_key import sample_key
-from cache_store.writer import committed_keys
+from cache_store.writer import committed_keys, failed_keys
 
 GPU_BATCH = 4
 _DTYPE = torch.bfloat16
-_COUNT_INTERVAL_S, _COUNT_SHARE = 10.0, 0.02
-"""The whole store is counted this often, or less often where counting would take more of the time than this."""
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,10 @@ class ExtractReport:
     seconds: float
     samples_per_s: float
     bytes_written: int
+    committed: int
+    """Of the samples of all workers together, those that the store holds by now."""
+    wanted: int
+    """How many these are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,15 +82,15 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
     full, `DataError` when the source has gone, `DeviceMemoryError` when the GPU is too small, `InterruptedRunError`
     after a signal; in each case the same call goes on where it stopped.
     """
-    device = resolve_device(config.device)
+    device = own_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     cameras = sort_cameras(config.cameras)
     source = open_source(config.source, cameras=cameras)
-    checkpoint = Checkpoint(config.model)
-    builder = InputBuilder(checkpoint)
-    refs, unusable = select(source, split=config.split, t0=config.t0, samples=config.samples)
-    worker, workers = config.shard
+    checkpoint = Checkpoint(config.model, vlm=config.vlm)
+    builder = InputBuilder(checkpoint, camera_names=config.camera_names, frame_numbers=config.frame_numbers)
+    refs, unusable = select(source, split=config.split, t0=config.t0, samples=config.samples, views=config.views)
+    worker, workers = share(config.shard)
     if not refs and not unusable:
         raise UsageError(f"{config.source} has no sample in split {config.split!r}; choose another --split or --t0.")
     wanted = frozenset(sample_key(ref.sample_id) for ref in refs)
@@ -98,6 +103,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
         codec=config.codec,
         dtype=str(_DTYPE).removeprefix("torch."),
         rollouts=config.tails,
+        views=views_identity(config.views, seed=config.seed),
     )
     if not config.force:
         held = committed_keys(config.store)
@@ -111,9 +117,13 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
             frames=config.frames,
             codec=config.codec,
             hidden_states=config.hidden_states == "last",
+            rollouts=config.tails,
         )
     fields = store_fields(
-        hidden_states=config.hidden_states == "last", codec=CODECS.get(config.codec), rollouts=config.tails
+        hidden_states=config.hidden_states == "last",
+        codec=CODECS.get(config.codec),
+        rollouts=config.tails,
+        views=config.views > 1,
     )
     with CacheWriter(
         config.store,
@@ -152,25 +162,31 @@ class _Run:
         self.extracted = 0
         self.failed = 0
         self.bytes_written = 0
-        self.total = 0
+        self.total = self.selected = 0
         self.started = time.monotonic()
-        self.store_count = _StoreCount(config.store, wanted)
+        self.store_count = StoreCount(config.store, wanted)
 
     def run(self, refs: Sequence[SampleRef], unusable: Sequence[Rejected]) -> ExtractReport:
         wanted = [ref.sample_id for ref in refs]
+        self.selected = len(wanted)
         if unusable:
             self._check_source()
+        held, failed = committed_keys(self.config.store), failed_keys(self.config.store)
         if self.config.retry_quarantined:
             for name in wanted:
-                self.writer.release(name)
+                if sample_key(name) in failed:
+                    self.writer.release(name)
         for clip_id in dict.fromkeys(ref.clip_id for ref in refs):
-            self.writer.release(clip_id)  # it gives samples now
+            if sample_key(clip_id) in failed:
+                self.writer.release(clip_id)  # it gives samples now
         for clip_id, error in unusable:
             known = self.writer.quarantine_of(clip_id)
             if known is None or known.reason != str(error):
                 self._quarantine(clip_id, error)
-        waiting = [ref for ref in refs if not self.writer.is_committed(ref.sample_id)]
-        todo = [ref for ref in waiting if not self.writer.is_quarantined(ref.sample_id)]
+        waiting = [ref for ref in refs if sample_key(ref.sample_id) not in held]
+        recorded = [ref.sample_id for ref in waiting if sample_key(ref.sample_id) in failed]
+        refused = {name for name in recorded if self.writer.is_quarantined(name)}
+        todo = [ref for ref in waiting if ref.sample_id not in refused]
         if todo:
             with _deterministic(self.config.deterministic):
                 self._extract(todo)
@@ -228,7 +244,7 @@ class _Run:
                 return
 
     def _prepare(self, ref: SampleRef) -> _Prepared:
-        sample = self.source.load(ref, cameras=self.cameras, frames=self.config.frames)
+        sample = load(self.source, ref, cameras=self.cameras, frames=self.config.frames, seed=self.config.seed)
         inputs = self.builder.build(sample)
         pixels = inputs.pixel_values.to(_DTYPE)  # as the VLM would take them, in a thread and at half the size
         if self.device.type == "cuda":
@@ -319,13 +335,15 @@ class _Run:
     def _tell(self) -> None:
         seconds = max(1e-9, time.monotonic() - self.started)
         done = self.extracted + self.failed
-        committed, wanted = self.store_count.now(at_once=done == self.total)
+        committed, wanted, store_rate = self.store_count.now(at_once=done == self.total)
         notes = {
             "GB": f"{self.bytes_written / 1e9:.2f}",
             "MB/s": f"{self.bytes_written / 1e6 / seconds:.3g}",
             "store": f"{committed}/{wanted}",
             "quarantined": str(self.failed),
         }
+        if wanted > self.selected and store_rate:
+            notes["store ETA"] = clock((wanted - committed) / store_rate)
         if self.shrunk:
             notes["batch"] = self.shrunk
         rate = self.extracted / seconds
@@ -341,7 +359,9 @@ class _Run:
 
     def _report(self, names: Sequence[str], *, there: int) -> ExtractReport:
         seconds = time.monotonic() - self.started
-        records = {name: self.writer.quarantine_of(name) for name in names}
+        failed = failed_keys(self.config.store)
+        records = {name: self.writer.quarantine_of(name) for name in names if sample_key(name) in failed}
+        committed, wanted, _ = self.store_count.now(at_once=True)
         return ExtractReport(
             store=self.config.store,
             selected=len(names),
@@ -351,30 +371,20 @@ class _Run:
             seconds=seconds,
             samples_per_s=self.extracted / seconds if seconds else 0.0,
             bytes_written=self.bytes_written,
+            committed=committed,
+            wanted=wanted,
         )
+
+
+def share(shard: tuple[int, int]) -> tuple[int, int]:
+    """This process's number and how many there are, of all processes that torchrun has started for each shard."""
+    rank, size = process_place()
+    return shard[0] * size + rank, shard[1] * size
 
 
 def reader_threads(config: ExtractConfig) -> int:
     """Threads that read ahead: decoding and resizing keep a CPU core each."""
     return config.workers or min(max(len(os.sched_getaffinity(0)) - 2, 2), 12)
-
-
-class _StoreCount:
-    """How many of the wanted samples all workers together have committed; looked up now and then."""
-
-    def __init__(self, store: str, wanted: frozenset[str]) -> None:
-        self._store, self._wanted = store, wanted
-        self._committed, self._due = 0, 0.0
-
-    def now(self, *, at_once: bool) -> tuple[int, int]:
-        """Committed and wanted; unless `at_once`, as of at most a while ago."""
-        started = time.monotonic()
-        if at_once or started >= self._due:
-            with suppress(OSError):  # the next commit meets it too, and says what it means
-                self._committed = len(self._wanted & committed_keys(self._store))
-            ended = time.monotonic()
-            self._due = ended + max(_COUNT_INTERVAL_S, (ended - started) / _COUNT_SHARE)
-        return self._committed, len(self._wanted)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class CachedSample:
         return [whole.with_tail(self.stem_len, tail) for tail in self.tails]
 
 
-def store_fields(*, hidden_states: bool, codec: KVCodec | None, rollouts: int = 0) -> list[Field]:
+def store_fields(*, hidden_states: bool, codec: KVCodec | None, rollouts: int = 0, views: bool = False) -> list[Field]:
     """The schema of a store of VLM prefixes; without a codec they are bfloat16."""
     poses = [
         Field(name=f"{when}_{what}", dtype="float32", axes=("step", *axes), units=units, layout="packed")
@@ -102,6 +102,8 @@ def store_fields(*, hidden_states: bool, codec: KVCodec | None, rollouts: int = 
                 layout="array",
             ),
         )
+    if views:
+        fields.append(Field(name="jitter", dtype="str", axes=(), units="JSON", layout="text", required=False))
     return fields + [field for number in range(rollouts) for field in _tail_fields(number, codec)]
 
 
@@ -175,6 +177,8 @@ def sample_arrays(sample: Sample, inputs: VLMInputs) -> dict[str, Any]:
         arrays["front_jpeg"] = _jpeg(sample.frames[sample.cameras.index(FRONT_CAMERA), -1])
     if sample.calibration is not None:
         arrays["calibration"] = json.dumps(sample.calibration, sort_keys=True)
+    if sample.jitter is not None:
+        arrays["jitter"] = json.dumps(sample.jitter, sort_keys=True)
     return arrays
 
 

@@ -41,15 +41,21 @@ def store_identity(
     codec: str,
     dtype: str,
     rollouts: int = 0,
+    views: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that must match for two samples to belong to one store.
 
     A quantising codec is there by name and by definition: should the name ever mean something else, old stores are
-    still decoded as they were written, and nothing new goes into them. How tails are sampled is there if there are any.
+    still decoded as they were written, and nothing new goes into them. How tails are sampled and views made is there if
+    there are any, and what other VLM the weights were taken from.
     """
     definition = {} if codec == BF16 else {"codec_definition": CODECS[codec].to_json()}
     return {
-        "model": {**vlm_identity(checkpoint), "vlm_weights_sha256": checkpoint.fingerprint("vlm.")},
+        "model": {
+            **vlm_identity(checkpoint),
+            **_other_vlm(checkpoint),
+            "vlm_weights_sha256": checkpoint.vlm_fingerprint(),
+        },
         **builder.identity(),
         "cameras": list(cameras),
         "frames": frames,
@@ -57,7 +63,13 @@ def store_identity(
         **definition,
         "dtype": dtype,
         **({"reasoning": rollout_identity(builder, rollouts)} if rollouts else {}),
+        **({"views": dict(views)} if views else {}),
     }
+
+
+def _other_vlm(checkpoint: Checkpoint) -> dict[str, str]:
+    home, _ = checkpoint.vlm_home
+    return {} if home is checkpoint else {"vlm": home.model_id}
 
 
 def store_codec(identity: Mapping[str, Any], *, store: str) -> KVCodec | None:
@@ -88,7 +100,7 @@ def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, sto
     found = {key: identity["model"].get(key) for key in expected}
     _forget_unknown_revision(expected, found)
     if weights:
-        expected["vlm_weights_sha256"] = checkpoint.fingerprint("vlm.")
+        expected["vlm_weights_sha256"] = checkpoint.vlm_fingerprint()
         found["vlm_weights_sha256"] = identity["model"].get("vlm_weights_sha256")
     lines = differences(expected, found)
     if lines:
@@ -96,6 +108,24 @@ def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, sto
             f"store {store} was extracted with another model than {checkpoint.model}:\n  "
             + "\n  ".join(lines)
             + "\nPass the model that the store was made with, or extract again into a new store."
+        )
+
+
+def check_same_vlm(
+    trained: Mapping[str, str] | None, found: Mapping[str, str] | None, *, run: object, what: str
+) -> None:
+    """Refuse to use what a run trained with another VLM than the run's stores were extracted with.
+
+    Args:
+        trained, found: as `CachedDataset.vlm`; None is the model's own.
+        run: what an error calls the run's checkpoint.
+        what: what it calls the other side.
+    """
+    if lines := differences({"vlm": trained}, {"vlm": found}):
+        raise UsageError(
+            f"{run} was trained on features of another VLM than {what}:\n  "
+            + "\n  ".join(lines)
+            + "\nnull is the model's own; `alpacache extract --vlm` takes another. Use one VLM for both."
         )
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from alpacache.errors import UsageError
 from alpacache.gpus import Gpu
 from cache_store.local_files import free_bytes
+from cache_store.storage import is_uri
 
 _BLOCK_BYTES = 2**24
 _FILE_BYTES, _LEAST_BYTES = 2**28, 2**20
@@ -39,7 +41,9 @@ class DiskSpeed:
 
 
 def existing_folder(path: Path | str) -> Path:
-    """The folder itself, or the nearest one above it that is there."""
+    """The folder itself, or the nearest one above it that is there. Raises `UsageError` for object storage."""
+    if is_uri(path):
+        raise UsageError(f"{path} is object storage, whose room and speed are not known here; leave --store out.")
     folder = Path(path).expanduser().absolute()
     while not folder.is_dir():
         folder = folder.parent

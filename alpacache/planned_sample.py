@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.geometry import RELEASED_PIXELS, RELEASED_TEXT_TOKENS, Geometry
+from alpacache.alpamayo.geometry import RELEASED_PIXELS, RELEASED_QUESTION_TOKENS, RELEASED_TEXT_TOKENS, Geometry
 from alpacache.alpamayo.images import image_tokens
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.prompt import render_prompt
-from alpacache.features import KV_SHAPE, store_fields
+from alpacache.alpamayo.rollout import MAX_TOKENS
+from alpacache.features import KV_SHAPE, store_fields, tail_name
 from alpacache.sample import DEFAULT_T0_US, FRONT_CAMERA, FUTURE_STEPS, HISTORY_STEPS, SampleRef
 from cache_store import CODECS
 from cache_store.sample_group import Value
@@ -17,6 +18,8 @@ from cache_store.sample_size import sample_size
 
 JPEG_BYTES = 25_000
 """Assumed of the small front picture."""
+_TEXT_BYTES = 8
+"""Assumed of a generated token's text."""
 CLIP_ID = "0" * 36
 """As long as PhysicalAI-AV's."""
 
@@ -31,6 +34,8 @@ class PlannedPrompt:
     tokens: int
     """Of the whole prefix."""
     tokens_an_image: int
+    question_tokens: int
+    """Between the stem and a reasoning rollout's text."""
 
 
 def planned_prompt(
@@ -45,13 +50,22 @@ def planned_prompt(
     """
     height, width = picture
     if checkpoint is not None:
-        text, ids, tokens = InputBuilder(checkpoint).prompt(cameras, frames=frames, height=height, width=width)
-        length = len(ids)
+        builder = InputBuilder(checkpoint)
+        text, ids, tokens = builder.prompt(cameras, frames=frames, height=height, width=width)
+        length, question = len(ids), len(builder.tail_ids("rollout"))
     else:
         tokens = image_tokens(height, width, **RELEASED_PIXELS)
         text = render_prompt([[tokens] * frames] * len(cameras), cameras=cameras, named=False)
         length = RELEASED_TEXT_TOKENS + len(cameras) * frames * (tokens + 2)
-    return PlannedPrompt(cameras=cameras, frames=frames, text=text, tokens=length, tokens_an_image=tokens)
+        question = RELEASED_QUESTION_TOKENS
+    return PlannedPrompt(
+        cameras=cameras,
+        frames=frames,
+        text=text,
+        tokens=length,
+        tokens_an_image=tokens,
+        question_tokens=question,
+    )
 
 
 def sample_bytes(
@@ -62,10 +76,13 @@ def sample_bytes(
     hidden_states: bool,
     clip_id: str = CLIP_ID,
     jpeg_bytes: int = JPEG_BYTES,
+    rollouts: int = 0,
 ) -> dict[str, int]:
-    """Bytes of one sample by field, as `info` counts them, from a sample that has every length but no content."""
+    """Bytes of one sample by field, as `info` counts them, from a sample that has every length but no content.
+
+    Reasoning rollouts are as long as they can get: an upper bound.
+    """
     cameras, tokens, quantising = prompt.cameras, prompt.tokens, CODECS.get(codec)
-    kv_shape = (geometry.layers, 2, geometry.kv_heads, tokens, geometry.head_dim)
     counts = ("stem_len", "prefix_len", "rope_delta", "start_position", "t0_us", "view")
     small: dict[str, Value] = {
         "input_ids": np.zeros(tokens, np.int64),
@@ -80,12 +97,25 @@ def sample_bytes(
         small |= {f"{when}_xyz": np.zeros((steps, 3), np.float32), f"{when}_rot": np.zeros((steps, 3, 3), np.float32)}
     if FRONT_CAMERA in cameras:
         small["front_jpeg"] = np.zeros(jpeg_bytes, np.uint8)
-    shapes: dict[str, tuple[int, ...]] = {"kv": kv_shape}
-    if quantising is not None:
-        small[KV_SHAPE] = np.zeros(len(kv_shape), np.int64)
-        shapes["kv"] = (quantising.encoded_bytes(kv_shape),)
+    lengths = {"": tokens}
+    for name in map(tail_name, range(rollouts)):
+        lengths[name] = prompt.question_tokens + MAX_TOKENS - 1  # the last one has no KV
+        small |= {
+            f"{name}input_ids": np.zeros(lengths[name] + 1, np.int64),
+            f"{name}start_position": np.zeros((), np.int64),
+            f"{name}text": " " * (_TEXT_BYTES * MAX_TOKENS),
+        }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, length in lengths.items():
+        kv_shape = (geometry.layers, 2, geometry.kv_heads, length, geometry.head_dim)
+        shapes[f"{name}kv"] = kv_shape
+        if quantising is not None:
+            small[f"{name}{KV_SHAPE}"] = np.zeros(len(kv_shape), np.int64)
+            shapes[f"{name}kv"] = (quantising.encoded_bytes(kv_shape),)
     if hidden_states:
         shapes["hidden"] = (tokens, geometry.vlm_hidden)
-    fields = {field.name: field for field in store_fields(hidden_states=hidden_states, codec=quantising)}
+    fields = {
+        field.name: field for field in store_fields(hidden_states=hidden_states, codec=quantising, rollouts=rollouts)
+    }
     sample_id = SampleRef(clip_id=clip_id, t0_us=DEFAULT_T0_US).sample_id
     return sample_size(sample_id, small, shapes, fields)

@@ -13,6 +13,7 @@ import torch
 
 from alpacache.alpamayo import Checkpoint, PrefixLayout
 from alpacache.alpamayo.geometry import RELEASED, Geometry
+from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.config import CodecName, Trainable, budget_gib
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS, MEASURED, Gpu, gpu_named
@@ -36,6 +37,7 @@ class PlanConfig:
     """What is asked. Fields are `extract`'s and `train`'s of the same names."""
 
     samples: int
+    views: int = 1
     model: str | None = None
     """None: the released sizes."""
     cameras: tuple[str, ...] = (FRONT_CAMERA,)
@@ -44,6 +46,8 @@ class PlanConfig:
     """Height and width of the recordings."""
     codec: CodecName = "bf16"
     hidden_states: Literal["last", "none"] = "last"
+    reasoning: Literal["none", "rollout"] = "none"
+    rollouts: int = 6
     batch_size: int = 8
     draws: int = 1
     epochs: float = 3.0
@@ -59,7 +63,7 @@ class PlanConfig:
     """Measure the disk, and the GPU if there is one, instead of assuming."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_size", "draws", "lora_rank"):
+        for name in ("samples", "views", "rollouts", "batch_size", "draws", "lora_rank"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if max(self.picture) > 200 * min(self.picture):
@@ -70,6 +74,16 @@ class PlanConfig:
             raise UsageError(f"epochs is {self.epochs}; expected above 0.")
         if self.memory_budget is not None and budget_gib(self.memory_budget) <= 0.5:
             raise UsageError(f"memory_budget is {self.memory_budget}; expected a size such as 24GB.")
+
+    @property
+    def stored(self) -> int:
+        """Samples in the store, each view one."""
+        return self.samples * self.views
+
+    @property
+    def tails(self) -> int:
+        """Reasoning rollouts that each is stored with."""
+        return self.rollouts if self.reasoning == "rollout" else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +136,10 @@ class Plan:
     frames: int
     codec: str
     samples: int
+    """In the store: clips times t0s times views."""
+    views: int
+    rollouts: int
+    """A sample; their bytes are an upper bound."""
     tokens: int
     """Of a prefix."""
     tokens_an_image: int
@@ -153,10 +171,11 @@ def plan(config: PlanConfig) -> Plan:
     geometry = RELEASED if checkpoint is None else Geometry.of(checkpoint)
     machine, hidden_states = _machine(config), config.hidden_states == "last"
     sizes = {
-        codec: sample_bytes(geometry, prompt, codec=codec, hidden_states=hidden_states) for codec in get_args(CodecName)
+        codec: sample_bytes(geometry, prompt, codec=codec, hidden_states=hidden_states, rollouts=config.tails)
+        for codec in get_args(CodecName)
     }
     chosen = sizes[config.codec]
-    store_bytes = config.samples * sum(chosen.values())
+    store_bytes = config.stored * sum(chosen.values())
     free = None if config.store is None else free_bytes(existing_folder(config.store))
     cap = _cap_bytes(config, machine.gpu)
     work = _workload(config, geometry, prompt.tokens)
@@ -167,7 +186,9 @@ def plan(config: PlanConfig) -> Plan:
         cameras=cameras,
         frames=config.frames,
         codec=config.codec,
-        samples=config.samples,
+        samples=config.stored,
+        views=config.views,
+        rollouts=config.tails,
         tokens=prompt.tokens,
         tokens_an_image=prompt.tokens_an_image,
         images=len(cameras) * config.frames,
@@ -257,15 +278,15 @@ def _extract_plan(
         weights_bytes=geometry.vlm_parameters * _BF16_BYTES,
         prefill_s=prefill_s,
         write_s=write_s,
-        hours=config.samples * max(prefill_s, write_s) / 3600,
+        hours=config.stored * max(prefill_s, write_s) / 3600,
     )
 
 
 def _train_plan(
     config: PlanConfig, work: Workload, memory: MemoryPlan, machine: Machine, sizes: Mapping[str, int]
 ) -> TrainPlan:
-    steps = math.ceil(config.epochs * config.samples / config.batch_size)
-    first_epoch = min(steps, config.samples / config.batch_size)
+    steps = math.ceil(config.epochs * config.stored / config.batch_size)
+    first_epoch = min(steps, config.stored / config.batch_size)
     compute_s, optimizer_s = compute_seconds(work, memory, machine.gpu), optimizer_seconds(work, machine.gpu)
     busy_s = compute_s + optimizer_s
     read_s = config.batch_size * sizes["kv"] / machine.read_bytes_s
@@ -310,6 +331,11 @@ def _notes(
         notes.append(
             f"The disk is assumed: reads {READ_BYTES_S / 1e9:.1f} GB/s, durable writes {WRITE_BYTES_S / 1e9:.1f} GB/s. "
             "--probe measures it."
+        )
+    if config.tails:
+        notes.append(
+            f"Reasoning rollouts are counted at their longest, {MAX_TOKENS} tokens of text each: their bytes are an "
+            "upper bound. The time to generate them, a step of the VLM a token, is not counted."
         )
     notes.append("Not counted: loading and compiling, decoding recordings, encoding KV, validation, checkpoints.")
     return notes

@@ -73,7 +73,8 @@ def probe(config: ProbeConfig, *, on_progress: OnProgress = ignore) -> ProbeRepo
     """
     started = time.monotonic()
     reader = CacheReader(config.store)
-    chosen = choose_samples(reader.sample_ids, config.samples, seed=config.seed)
+    plain = [sample_id for sample_id in reader.sample_ids if SampleRef.parse(sample_id).view == 0]
+    chosen = choose_samples(plain, config.samples, seed=config.seed)
     clips = {SampleRef.parse(sample_id).clip_id for sample_id in chosen}
     if len(clips) < MIN_CLIPS:
         raise UsageError(

@@ -18,6 +18,12 @@ class Progress:
     """What else is worth a place on the line: loss, GiB, quarantined."""
 
 
+def clock(seconds: float) -> str:
+    """`1:02:03`."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
 OnProgress = Callable[[Progress], None]
 
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from google_crc32c import Checksum
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alpacache.errors import DataError, UsageError
+from cache_store import checksum
 
 MODEL, OPTIMIZER, AVERAGE, STATE = "model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"
 _FORMAT = 1
@@ -35,6 +36,19 @@ class RunCheckpoint:
     """Step, base model, settings."""
     average: dict[str, Tensor] = field(default_factory=dict)
     """Of the trained tensors, float32; empty where the run keeps none."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for part in (self.model, self.optimizer, self.average) for tensor in part.values())
+
+    def on_host(self) -> "RunCheckpoint":
+        """A copy that nothing changes any more."""
+        model, optimizer, average = (
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in part.items()}
+            for part in (self.model, self.optimizer, self.average)
+        )
+        return replace(self, model=model, optimizer=optimizer, average=average)
 
 
 class RunDirectory:
@@ -80,7 +94,6 @@ class RunDirectory:
         parts = {MODEL: content.model, OPTIMIZER: content.optimizer}
         if content.average:
             parts[AVERAGE] = content.average
-        needed = sum(tensor.nbytes for part in parts.values() for tensor in part.values())
         try:
             draft.mkdir()
             for name, tensors in parts.items():
@@ -96,7 +109,8 @@ class RunDirectory:
             if isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DataError(
                     f"checkpoint at step {step} could not be written to {self.checkpoints} ({error}); it needs "
-                    f"{needed} bytes. Earlier checkpoints are intact; free space and run again with --resume."
+                    f"{content.size_bytes} bytes. Earlier checkpoints are intact; free space and run again with "
+                    "--resume."
                 ) from error
             raise
         if final.exists():
@@ -194,11 +208,11 @@ def _step_of(line: str) -> float:
 
 
 def _crc32c(path: Path) -> str:
-    checksum = Checksum()
-    with path.open("rb") as file:
-        while block := file.read(16 * 2**20):
-            checksum.update(block)
-    return str(checksum.hexdigest().decode())
+    crc, block = 0, np.empty(2**20, np.uint8)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):  # type: ignore[arg-type]
+            crc = checksum.extend(crc, block[:size])
+    return f"{crc:08x}"
 
 
 def _write_flushed(path: Path, data: bytes) -> None:

@@ -78,6 +78,8 @@ class Sample:
     """`[64, 3, 3]`."""
     calibration: dict[str, Any] | None = field(default=None)
     """Per camera whatever the source knows of its projection; JSON-serialisable."""
+    jitter: dict[str, float] | None = field(default=None)
+    """What was done to the pictures of a view above 0 (`views.Jitter`)."""
 
 
 class Source(Protocol):

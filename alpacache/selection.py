@@ -5,6 +5,7 @@ Clips are looked at only until enough samples are found: a source may be a hub w
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal, Protocol, runtime_checkable
 
 from alpacache.errors import BadClipError, UsageError
@@ -48,12 +49,13 @@ def select(
     `t0` is `"5.1"` (seconds from the start of the clip), `"every:2.0"` (all that fit on that raster) or `"events"`
     (the source's own moments, as far as they fit). A sample needs more than 1.6 s before t0 and 6.4 s after it.
     With `samples`, the first that many; clips beyond are not looked at. Of a prepared dataset all samples are taken.
+    With `views`, each of them that many times, one after the other: more views never mean other moments.
 
     Raises `UsageError` for arguments that make no sense and for a split that holds no clip.
     """
     _check_arguments(split, samples, views)
     if isinstance(source, FixedSource):
-        return _select_fixed(source, source.sample_refs, split, t0)[:samples], []
+        return _with_views(_select_fixed(source, source.sample_refs, split, t0)[:samples], views), []
     moments = _Moments.parse(t0, source)
     clips = [clip for clip in source.clip_ids if split == "all" or split_of(clip) == split]
     _check_any(source, clips, split)
@@ -66,15 +68,21 @@ def select(
             refs += [SampleRef(clip_id=clip_id, t0_us=time) for time in moments.of(source, clip_id)]
         except BadClipError as error:
             rejected.append((clip_id, error))
-    return refs[:samples], rejected
+    return _with_views(refs[:samples], views), rejected
 
 
 def _select_fixed(source: Source, refs: Sequence[SampleRef], split: str, t0: str) -> list[SampleRef]:
     if t0 != DEFAULT_T0:
         raise UsageError(f"{source.name}: t0 {t0!r} cannot be chosen, its moments were fixed when it was prepared.")
+    if any(ref.view for ref in refs):
+        raise UsageError(f"{source.name}: holds views above 0; views are made by extract, prepare the pictures as is.")
     kept = [ref for ref in refs if split == "all" or split_of(ref.clip_id) == split]
     _check_any(source, kept, split)
     return kept
+
+
+def _with_views(refs: Sequence[SampleRef], views: int) -> list[SampleRef]:
+    return [replace(ref, view=view) for ref in refs for view in range(views)]
 
 
 def _check_any(source: Source, kept: Sequence[object], split: str) -> None:
@@ -148,5 +156,5 @@ def _check_arguments(split: str, samples: int | None, views: int) -> None:
         raise UsageError(f"split {split!r} is none of train, val, all.")
     if samples is not None and samples < 1:
         raise UsageError(f"samples is {samples}; at least 1 is needed.")
-    if views != 1:
-        raise UsageError(f"views is {views}; only the picture as it is (1 view) can be loaded so far.")
+    if views < 1:
+        raise UsageError(f"views is {views}; at least 1 is needed, the pictures as they are.")

@@ -1,8 +1,10 @@
 """One optimizer step on one batch: forward, backward, clipping and optimizer, on a GPU as one CUDA graph.
 
 A step of this size is bound by launching kernels until it is captured. So all that differs from step to step lies in
-tensors at fixed addresses: inputs, rows and lengths of the prefixes, learning rate. A step that is not finite is
-skipped on the device, and the host reads loss and norm of a step when it has already enqueued the next.
+tensors at fixed addresses: inputs, rows and lengths of the prefixes, learning rate. They reach the device as one small
+copy while the step before is computed: later it would wait behind the next batch's prefixes, which begin to be copied
+as soon as that step has ended. A step that is not finite is skipped on the device, and the host reads loss and norm of
+a step when it has already enqueued the next. So is every step from the first on whose rows' checksums are wrong.
 """
 
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, Pref
 from alpacache.alpamayo.prefix_attention import keep_out_of_compilation
 from alpacache.batches import Batch, BatchRing
 from alpacache.optimizers import StepOptimizer
+from alpacache.step_inputs import StepInputs
 from alpacache.world import GradientSum, World
 
 _WARM_UPS = 2
@@ -27,7 +30,8 @@ class StepResult:
 
     batch: Batch
     numbers: Tensor
-    """`[3 + B]` float32 on the host: loss, gradient norm, requests to stop, the loss of each sample of this process."""
+    """`[4 + B]` float32 on the host: loss, gradient norm, requests to stop, damaged rows, and the loss of each of this
+    process's samples."""
     began: torch.cuda.Event | None
     """When its samples and everything before it were there."""
     ended: torch.cuda.Event | None
@@ -36,8 +40,8 @@ class StepResult:
         """Read them; waits for the step."""
         if self.ended is not None:
             self.ended.synchronize()
-        loss, norm, stop, *losses = self.numbers.tolist()
-        return StepValues(loss=loss, norm=norm, stop=stop > 0, losses=losses)
+        loss, norm, stop, damaged, *losses = self.numbers.tolist()
+        return StepValues(loss=loss, norm=norm, stop=stop > 0, damaged=damaged > 0, losses=losses)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,8 @@ class StepValues:
     """Of the gradient, before clipping."""
     stop: bool
     """Some process would like to end after this step."""
+    damaged: bool
+    """Damaged bytes had come into the ring of some process: neither this step nor any after it changed anything."""
     losses: list[float]
     """Of each sample of this process."""
 
@@ -86,16 +92,11 @@ class TrainStep:
             for layer in expert.expert.layers:
                 layer.compile()
         waypoints = expert.action_space.waypoints
-        self._action = torch.zeros(batch_size, 1, waypoints, 2, device=device)
-        self._noise = torch.zeros(batch_size, draws, waypoints, 2, device=device)
-        self._t = torch.zeros(batch_size, draws, device=device)
-        self._places = torch.ones(3, batch_size, dtype=torch.int64, device=device)
-        # The CPU's optimizer takes the Python number itself.
-        self._lr = torch.zeros((), device=device, dtype=torch.float32 if self._cuda else torch.float64)
+        self._inputs = StepInputs(batch_size=batch_size, draws=draws, waypoints=waypoints, device=device)
         self._dry = torch.zeros((), dtype=torch.bool, device=device)
-        self._stop = torch.zeros((), device=device)
-        self._numbers = torch.zeros(3 + batch_size, device=device)
-        rows, lengths, starts = self._places
+        self._numbers = torch.zeros(4 + batch_size, device=device)
+        self._damage = torch.zeros(1, dtype=torch.int32, device=device) if ring.damage is None else ring.damage
+        rows, lengths, starts = self._inputs.places
         self._prefixes = PackedPrefixes(
             layout=ring.layout,
             data=ring.data,
@@ -118,12 +119,8 @@ class TrainStep:
 
         `stop`: this process would like to end after it; the result says whether any would.
         """
-        self._put(self._action, batch.action[:, None])
-        self._put(self._noise, noise)
-        self._put(self._t, t)
-        self._put(self._places, torch.tensor([batch.rows, batch.lengths, batch.starts]))
-        self._put(self._lr, torch.tensor(lr, dtype=self._lr.dtype))
-        self._put(self._stop, torch.tensor(float(stop)))
+        places = torch.tensor([batch.rows, batch.lengths, batch.starts])
+        self._inputs.put(places=places, action=batch.action[:, None], noise=noise, t=t, lr=lr, stop=stop)
         if batch.ready is not None:
             torch.cuda.current_stream().wait_event(batch.ready)
         began = self._event()
@@ -149,7 +146,8 @@ class TrainStep:
     def _compute(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
-        batch_size = len(self._action)
+        inputs = self._inputs
+        batch_size = len(inputs.action)
         everyone = batch_size * self._world.size
         losses = []
         for start in range(0, batch_size, self._micro_batch):
@@ -157,28 +155,28 @@ class TrainStep:
             part = slice(start, start + self._micro_batch)
             loss = flow_loss(
                 self._expert,
-                self._action[part],
-                self._noise[part],
-                self._t[part],
+                inputs.action[part],
+                inputs.noise[part],
+                inputs.t[part],
                 self._slice(part),
                 causal=self._causal,
             )
             (loss.sum() / everyone).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         each = torch.cat(losses)
-        shared = torch.stack([each.sum() / everyone, self._stop])
+        shared = torch.stack([each.sum() / everyone, inputs.stop, torch.count_nonzero(self._damage).float()])
         self._world.add_up(shared)
-        total, stop = shared
+        total, stop, damaged = shared
         self._sum.finish()
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
         scale = (self._clip / (norm + 1e-6)).clamp(max=1.0)
-        bad = ~(torch.isfinite(total) & torch.isfinite(norm))
-        self._optimizer.step(lr=self._lr, scale=scale, skip=bad | self._dry)
-        self._numbers.copy_(torch.cat([torch.stack([total, norm, stop]), each]))
+        bad = ~(torch.isfinite(total) & torch.isfinite(norm)) | (damaged > 0)
+        self._optimizer.step(lr=inputs.lr, scale=scale, skip=bad | self._dry)
+        self._numbers.copy_(torch.cat([torch.stack([total, norm, stop, damaged]), each]))
 
     def _slice(self, part: slice) -> PackedPrefixes:
-        rows, lengths, starts = self._places[:, part]
+        rows, lengths, starts = self._inputs.places[:, part]
         ahead = None
         if self._places_ahead is not None:
             from alpacache.alpamayo.prefix_decoding import LayersAhead
@@ -187,30 +185,24 @@ class TrainStep:
         return replace(self._prefixes, rows=rows, lengths=lengths, starts=starts, ahead=ahead)
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        """Warm up on a stream of its own without changing anything, then capture."""
+        """Warm up without changing anything, then capture, on a stream of its own."""
         self._dry.fill_(True)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        # Kernels of this stream go before those of the one that decodes layers ahead. Warming up on it too leaves one
+        # workspace of cuBLAS less in memory.
+        stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 self._compute()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
         for parameter in self._parameters:
             parameter.grad = None
         graph = torch.cuda.CUDAGraph()
         # Threads read samples meanwhile; they do not call CUDA, but a library of theirs may.
-        # Kernels of this stream go before those of the one that decodes layers ahead.
-        stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._compute()
         self._dry.fill_(False)
         return graph
-
-    def _put(self, target: Tensor, value: Tensor) -> None:
-        if self._cuda:
-            target.copy_(value.pin_memory(), non_blocking=True)
-        else:
-            target.copy_(value)
 
 
 def flow_loss(

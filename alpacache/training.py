@@ -20,10 +20,11 @@ from alpacache import randomness
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.batches import Batch, BatchRing
 from alpacache.cached_dataset import CachedDataset
+from alpacache.checkpoint_writer import CheckpointWriter
 from alpacache.config import TrainConfig, to_toml, weighted_stores
 from alpacache.ema import WeightAverage
 from alpacache.errors import DeviceMemoryError, InterruptedRunError, NonFiniteError, UsageError
-from alpacache.identity import model_identity
+from alpacache.identity import check_same_vlm, model_identity
 from alpacache.interrupt import InterruptGuard
 from alpacache.memory_plan import MemoryPlan
 from alpacache.optimizers import make_optimizer
@@ -122,6 +123,8 @@ def _train(
     stores = [path for path, _ in weighted_stores(config.stores)]
     data = CachedDataset(stores, checkpoint, in_memory=config.in_memory)
     val = CachedDataset([config.val], checkpoint, in_memory=config.in_memory) if config.val else None
+    if val is not None:
+        check_same_vlm(data.vlm, val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
     config, plan = settle(as_begun(config, directory), checkpoint, data, world)
     if plan is not None:
         on_plan(plan)
@@ -197,6 +200,7 @@ class _Run:
         self.validated: dict[str, float] = {}
         """What the last validation found."""
         self.trackers: list[Tracker] = []
+        self.writer = CheckpointWriter(directory)
         self.bad_steps = 0
         self.stopped_early = self.stopping = False
         self.started, self.first = time.monotonic(), 0
@@ -218,6 +222,7 @@ class _Run:
         rows: Tensor | None = None
         self.started, self.first = time.monotonic(), self.step
         with InterruptGuard() as guard, ExitStack() as closing:
+            closing.enter_context(self.writer)
             if self.world.is_first:
                 self.trackers = make_trackers(config, self.directory.path, first_step=self.step)
             for tracker in self.trackers:
@@ -231,6 +236,8 @@ class _Run:
                     batch_size=self.mine,
                     device=expert.device,
                     data=rows,
+                    # Damage is then known a step late, when an average would have taken in what did not happen.
+                    check_on_device=config.on_damage == "stop" and config.ema is None,
                 )
                 rows = ring.data
                 step = step or self._make_step(ring)
@@ -282,12 +289,15 @@ class _Run:
                 if self.stopped_early:
                     return
         except CorruptSampleError:
-            while underway:
+            while underway and underway[0][0] <= self.step:
                 self._take(*underway.popleft(), ring, validating=False)
             raise
 
     def _take(self, number: int, result: StepResult, ring: BatchRing, *, validating: bool) -> None:
         """Read a step and tell of it."""
+        if result.values().damaged:
+            self.step = number - 1
+            raise ring.damage_error()
         row = self._row(number, result, waited_s=ring.waited_s)
         if validating:
             assert self.validation is not None
@@ -315,7 +325,7 @@ class _Run:
             self.best = {**best, "since": since}
             self.stopped_early = config.patience is not None and since >= config.patience and not finished
         if improved or finished or self.stopping or self.stopped_early or self.step % config.save_every == 0:
-            self._save(is_best=improved)
+            self._save(is_best=improved, and_wait=finished or self.stopping or self.stopped_early)
         self.ended = None  # what passes until the next step is no waiting for data
         if self.stopping and not finished:
             raise InterruptedRunError(
@@ -336,7 +346,7 @@ class _Run:
         """Go on without a damaged sample, or not: then the error is raised again."""
         if self.config.on_damage == "stop":
             if self.step > self.first and self.world.size == 1:  # several could not agree on it
-                self._save(is_best=False)
+                self._save(is_best=False, and_wait=True)
             raise error
         found = {index for index in range(len(self.data)) if self.data.sample_id(index) == error.sample_id}
         if not found or found <= self.damaged or len(self.damaged | found) * 2 > len(self.data):
@@ -361,6 +371,7 @@ class _Run:
                 + "\n  ".join(changed)
                 + "\nRepeat them, or choose another --out."
             )
+        check_same_vlm(content.state.get("vlm"), self.data.vlm, run=path, what="the stores that are given now")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(content.model[name])
@@ -436,15 +447,19 @@ class _Run:
         self.waited_s += wait_s
         return {"step_ms": step_s * 1e3, "data_wait": wait_s / step_s if step_s else 0.0}
 
-    def _save(self, *, is_best: bool) -> None:
+    def _save(self, *, is_best: bool, and_wait: bool) -> None:
+        """`and_wait`: until it is on the medium, and the other processes know."""
         if self.world.is_first:
             self._write(is_best=is_best)
-        self.world.wait()
+        if and_wait:
+            self.writer.wait()
+            self.world.wait()
 
     def _write(self, *, is_best: bool) -> None:
         state = {
             "settings": self._settings(),
             "base": model_identity(self.checkpoint),
+            "vlm": self.data.vlm,
             "best": self.best,
             "trainable": self.config.trainable,
             "damaged": sorted(self.data.sample_id(index) for index in self.damaged),
@@ -458,9 +473,8 @@ class _Run:
         if self.plan is not None:
             peak = torch.cuda.max_memory_reserved(self.expert.device)
             self.directory.write_memory({"planned": dict(self.plan.table()), "measured_peak": peak})
-        self.directory.save(self.step, content, keep=self.config.keep, keep_also=self.best["step"])
-        if is_best:
-            self.directory.point("best", self.step)
+        keep = {"keep": self.config.keep, "keep_also": self.best["step"]}
+        self.writer.save(self.step, content, is_best=is_best, **keep)
 
     def _settings(self) -> dict[str, Any]:
         """What must not change over a resume, as plain JSON."""

@@ -23,12 +23,13 @@ _PATHS, _FLOW_STEPS = 6, 10
 
 
 class Validation:
-    """At most `val_samples` samples of a store, evenly spread over it."""
+    """At most `val_samples` samples of a store, evenly spread over it; of several views the pictures as they are."""
 
     def __init__(self, data: CachedDataset, config: TrainConfig) -> None:
         self._data, self._config = data, config
-        count = min(len(data), config.val_samples)
-        self._indices = [place * len(data) // count for place in range(count)]
+        plain = data.plain
+        count = min(len(plain), config.val_samples)
+        self._indices = [plain[place * len(plain) // count] for place in range(count)]
 
     @torch.no_grad()
     def run(self, expert: ActionExpert, world: World) -> dict[str, float]:

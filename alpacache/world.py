@@ -94,19 +94,34 @@ class GradientSum:
             self._underway.append(work)
 
 
+def process_place() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says; else 0 and 1."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(device: str | None) -> torch.device:
+    """The device asked for; of several processes each has the GPU of its number on this machine.
+
+    Raises `UsageError` where there are fewer GPUs than processes.
+    """
+    mine = resolve_device(device)
+    if mine.type == "cpu" or process_place()[1] == 1:
+        return mine
+    return resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+
+
 @contextmanager
 def join_world(device: str | None) -> Iterator[World]:
     """Join the other processes where torchrun has started several, and leave them at the end.
 
     Raises `UsageError` where there are fewer GPUs than processes, `LostProcessError` where another one has died.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    rank, size = process_place()
+    mine = own_device(device)
     if size == 1:
-        yield World(rank=0, size=1, device=resolve_device(device))
+        yield World(rank=0, size=1, device=mine)
         return
-    mine = resolve_device(device)
     if mine.type == "cuda":
-        mine = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         torch.cuda.set_device(mine)
     dist.init_process_group("nccl" if mine.type == "cuda" else "gloo", timeout=_TIMEOUT, device_id=_id(mine))
     try:

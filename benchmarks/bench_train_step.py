@@ -128,7 +128,7 @@ def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
         expert,
         parameters,
         optimizer,
-        SimpleNamespace(layout=layout, data=data, longest=max(lengths)),  # type: ignore[arg-type]
+        SimpleNamespace(layout=layout, data=data, longest=max(lengths), damage=None),  # type: ignore[arg-type]
         batch_size=case.batch,
         micro_batch=case.micro_batch or case.batch,
         draws=case.draws,

@@ -1,5 +1,6 @@
 """`alpacache extract`: stage one."""
 
+import os
 from typing import Annotated, get_args
 
 import typer
@@ -12,12 +13,24 @@ QUARANTINED = 3
 def extract(
     source: options.Source,
     model: options.Model,
-    store: Annotated[str, typer.Option(help="Directory of the store; created if there is none.")],
+    store: Annotated[str, typer.Option(help="Directory or s3://BUCKET/PREFIX of the store; created if absent.")],
     split: options.Split = "all",
     samples: options.Samples = None,
     cameras: options.Cameras = None,
     frames: options.Frames = 4,
     t0: options.T0 = "5.1",
+    views: options.Views = 1,
+    seed: Annotated[int, typer.Option(help="Of the changes that views make.")] = 0,
+    vlm: Annotated[
+        str | None, typer.Option(help="Directory or hub id whose VLM weights replace the model's own.")
+    ] = None,
+    camera_names: Annotated[
+        bool | None,
+        typer.Option(help="Name cameras in the prompt. Default: as the model was trained (1.5 yes, R1 no)."),
+    ] = None,
+    frame_numbers: Annotated[
+        bool | None, typer.Option(help="Number frames in the prompt. Default: as the model was trained.")
+    ] = None,
     codec: Annotated[
         str, typer.Option(help="How KV is stored: `bf16` (lossless), `int8` (half the size), `fp8`, `int5`, `int4`.")
     ] = "bf16",
@@ -59,6 +72,11 @@ def extract(
         cameras=options.camera_names(cameras),
         frames=frames,
         t0=t0,
+        views=views,
+        seed=seed,
+        vlm=vlm,
+        camera_names=camera_names,
+        frame_numbers=frame_numbers,
         codec=options.one_of("codec", codec, get_args(CodecName)),  # type: ignore[arg-type]
         hidden_states=options.one_of("hidden-states", hidden_states, ("last", "none")),  # type: ignore[arg-type]
         reasoning=options.one_of("reasoning", reasoning, ("none", "rollout")),  # type: ignore[arg-type]
@@ -72,11 +90,14 @@ def extract(
         writers=writers,
         device=device,
     )
-    with output.show_progress("extract") as on_progress:
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    with output.show_progress("extract", quiet=rank > 0) as on_progress:
         from alpacache.extraction import extract as run
 
         report = run(config, on_progress=on_progress)
-    if json:
+    if rank > 0:
+        pass  # the first process reports, for all of torchrun's
+    elif json:
         output.print_json(report)
     else:
         rows = [
@@ -89,9 +110,14 @@ def extract(
                 "speed",
                 f"{report.samples_per_s:.2f} samples/s, {report.bytes_written / 1e9:.3f} GB in {report.seconds:.1f} s",
             ],
+            ["all workers", f"{report.committed} of {report.wanted} samples are in the store"],
             ["quarantined", str(len(report.quarantined))],
         ]
         rows += [["", f"{sample_id}: {reason}"] for sample_id, reason in report.quarantined.items()]
         output.print_table("extract", rows)
-    if report.quarantined:
+    if report.quarantined and processes == 1:
         raise typer.Exit(QUARANTINED)
+    if report.quarantined:  # torchrun ends all processes when one does not exit with 0
+        output.note(
+            f"process {rank} refused {len(report.quarantined)} samples; `alpacache info {config.store}` lists them."
+        )

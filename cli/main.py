@@ -7,14 +7,17 @@ Exit codes: 0 done; 1 failed; 2 bad usage or input, nothing touched; 3 done but 
 import os
 import signal
 import sys
+import traceback
+from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated
 
 import typer
 
-from cli import check, demo, doctor, evaluate, export, extract, plan, prepare, probe, store, train
+from cli import check, copy, demo, doctor, evaluate, export, extract, output, plan, prepare, probe, store, train
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+_ANYWHERE = ("--quiet", "--verbose")
 
 app = typer.Typer(
     name="alpacache",
@@ -33,6 +36,7 @@ app.command("export")(export.export)
 app.command("probe")(probe.probe)
 app.command("info")(store.info)
 app.command("verify")(store.verify)
+app.command("copy")(copy.copy)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 
@@ -48,13 +52,29 @@ def alpacache(
             callback=lambda wanted: _print_versions() if wanted else None,
         ),
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress and no notes; warnings and errors remain.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="All log messages, and the traceback of an error.")
+    ] = False,
 ) -> None:
     """Fine-tune the action expert of Alpamayo driving models on one 24 GB GPU.
 
     Stage one, **extract**, runs the frozen vision-language model once a sample (big GPU) and caches its KV.
     Stage two, **train**, trains expert and flow-matching head from that cache alone (small GPU).
     **eval** tells whether the straight-line bias is gone; **export** makes a complete checkpoint of the result.
+
+    `--quiet` and `--verbose` may stand behind the command too. `NO_COLOR=1` turns colours off.
     """
+    if quiet and verbose:
+        raise typer.BadParameter("--quiet and --verbose exclude each other.")
+    output.set_verbosity("quiet" if quiet else "verbose" if verbose else "normal")
+
+
+def _anywhere_first(arguments: Sequence[str]) -> list[str]:
+    """Options of the program may stand behind the command, where people look for them."""
+    return sorted(arguments, key=lambda word: word not in _ANYWHERE)
 
 
 def _print_versions() -> None:
@@ -77,18 +97,18 @@ def _print_versions() -> None:
 def main() -> None:
     """Run the command line; every error a user can meet ends as one message and an exit code."""
     from alpacache.errors import AlpacacheError, InterruptedRunError, LostProcessError, UsageError
-    from cache_store import CacheStoreError, FormatError, IdentityMismatchError, StoreNotFoundError
+    from cache_store import CacheStoreError, FormatError, IdentityMismatchError, StoreAddressError, StoreNotFoundError
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app()
+        app(_anywhere_first(sys.argv[1:]))
     except LostProcessError:
         raise SystemExit(FAILED) from None  # the one that failed has said why
     except InterruptedRunError as error:
         _fail(str(error), INTERRUPTED)
     except KeyboardInterrupt:
         _fail("interrupted; everything committed so far is kept.", INTERRUPTED)
-    except (UsageError, IdentityMismatchError, StoreNotFoundError, FormatError) as error:
+    except (UsageError, IdentityMismatchError, StoreAddressError, StoreNotFoundError, FormatError) as error:
         _fail(str(error), BAD_INPUT)
     except (AlpacacheError, CacheStoreError) as error:
         _fail(str(error), FAILED)
@@ -102,6 +122,8 @@ def _fail(message: str, code: int) -> None:
     """Say it once, however many processes torchrun has started; a failure that only one of them met is always said."""
     if code == INTERRUPTED and os.environ.get("RANK", "0") != "0":
         raise SystemExit(code)
+    if output.is_verbose():
+        traceback.print_exc()
     sys.stderr.write(f"alpacache: {message}\n")
     raise SystemExit(code)
 

@@ -25,6 +25,10 @@ Cameras = Annotated[
 Frames = Annotated[int, typer.Option(help="Images a camera, 0.1 s apart, ending at t0 (1 to 4).")]
 T0 = Annotated[str, typer.Option(help="Seconds into the clip (`5.1`), `every:2.0`, or `events`.")]
 
+Views = Annotated[
+    int, typer.Option(help="Times each sample is extracted: as it is, then with small seeded changes of its pictures.")
+]
+
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Options that were really given, so that config files and defaults fill the rest."""

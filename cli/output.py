@@ -3,16 +3,42 @@
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
-from alpacache.progress import OnProgress, Progress
+from alpacache.progress import OnProgress, Progress, clock, ignore
 
+Verbosity = Literal["quiet", "normal", "verbose"]
 _PLAIN_INTERVAL_S = 10.0
 _FILE_WIDTH = 120
+
+
+_verbosity: Verbosity = "normal"
+
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """For the whole process: how much stderr says. Results on stdout are the same.
+
+    Libraries that come with bars of their own look at the environment when they are imported, which is later.
+    """
+    global _verbosity
+    _verbosity = verbosity
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # ours tells the same
+    if verbosity == "quiet":
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
+    if verbosity == "verbose":
+        for package in ("alpacache", "cache_store"):
+            logging.getLogger(package).setLevel(logging.DEBUG)
+
+
+def is_verbose() -> bool:
+    """Whether errors come with their traceback."""
+    return _verbosity == "verbose"
 
 
 def print_json(value: Any) -> None:
@@ -47,9 +73,14 @@ def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[st
 
 
 @contextmanager
-def show_progress(title: str) -> Iterator[OnProgress]:
-    """A bar with rate and ETA on stderr; without a terminal, a plain line every ten seconds and at the end."""
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
+def show_progress(title: str, *, quiet: bool = False) -> Iterator[OnProgress]:
+    """A bar with rate and ETA on stderr; without a terminal, a plain line every ten seconds and at the end.
+
+    With `quiet` warnings only: another process shows how far all are.
+    """
+    if quiet or _verbosity == "quiet":
+        yield ignore
+        return
     if not sys.stderr.isatty():
         yield _PlainLines(title)
         return
@@ -95,7 +126,8 @@ class _PlainLines:
         if now - self._last >= _PLAIN_INTERVAL_S or progress.done == progress.total:
             self._last = now
             place = f"{progress.done}/{progress.total} {progress.unit}"
-            sys.stderr.write(f"{self._title}: {place}, {_rate(progress)}, ETA {_eta(progress)}, {_notes(progress)}\n")
+            parts = [place, _rate(progress), f"ETA {_eta(progress)}", _notes(progress)]
+            sys.stderr.write(f"{self._title}: {', '.join(filter(None, parts))}\n")
             sys.stderr.flush()
 
 
@@ -106,8 +138,7 @@ def _rate(progress: Progress) -> str:
 def _eta(progress: Progress) -> str:
     if progress.rate <= 0:
         return "-"
-    seconds = round((progress.total - progress.done) / progress.rate)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    return clock((progress.total - progress.done) / progress.rate)
 
 
 def _notes(progress: Progress) -> str:
@@ -127,5 +158,6 @@ def _plain(value: Any) -> Any:
 
 
 def note(text: str) -> None:
-    """One line for a person, on stderr."""
-    sys.stderr.write(f"note: {text}\n")
+    """One line for a person, on stderr; none with --quiet."""
+    if _verbosity != "quiet":
+        sys.stderr.write(f"note: {text}\n")

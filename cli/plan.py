@@ -14,6 +14,7 @@ _SHOWN_BYTES = 10_000
 
 def plan(
     samples: Annotated[int, typer.Option(help="How many samples: clips times t0s.")],
+    views: options.Views = 1,
     model: Annotated[
         str | None,
         typer.Option(help="Hub id or directory; only configs and headers are read. [default: released sizes]"),
@@ -23,6 +24,8 @@ def plan(
     picture: Annotated[str, typer.Option(help="Height and width of the recordings.")] = "1080x1920",
     codec: Annotated[str, typer.Option(help="How KV is stored: `bf16`, `int8`, `fp8`, `int5`, `int4`.")] = "bf16",
     hidden_states: Annotated[str, typer.Option(help="`last` or `none`.")] = "last",
+    reasoning: Annotated[str, typer.Option(help="`none` or `rollout`.")] = "none",
+    rollouts: Annotated[int, typer.Option(help="Reasoning texts a sample.")] = 6,
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 8,
     draws: Annotated[int, typer.Option(help="Noise draws a sample and step.")] = 1,
     epochs: Annotated[float, typer.Option(help="Passes over the samples.")] = 3.0,
@@ -50,12 +53,15 @@ def plan(
 
     config = PlanConfig(
         samples=samples,
+        views=views,
         model=model,
         cameras=options.camera_names(cameras),
         frames=frames,
         picture=options.height_and_width(picture),
         codec=options.one_of("codec", codec, get_args(CodecName)),  # type: ignore[arg-type]
         hidden_states=options.one_of("hidden-states", hidden_states, ("last", "none")),  # type: ignore[arg-type]
+        reasoning=options.one_of("reasoning", reasoning, ("none", "rollout")),  # type: ignore[arg-type]
+        rollouts=rollouts,
         batch_size=batch_size,
         draws=draws,
         epochs=epochs,
@@ -78,15 +84,18 @@ def plan(
 
 
 def _sample_rows(found: "Plan") -> list[list[str]]:
-    sizes = found.bytes_by_field
+    sizes = dict(found.bytes_by_field)
+    tails = sum(sizes.pop(name) for name in list(sizes) if name.startswith("tail."))
     shown = {name: size for name, size in sizes.items() if size >= _SHOWN_BYTES}
+    views = f" ({found.views} views of {found.samples // found.views})" if found.views > 1 else ""
     rows = [
         ["cameras", f"{', '.join(found.cameras)}; {found.frames} frames each"],
         ["tokens a sample", f"{found.tokens}, of which {found.images} images of {found.tokens_an_image}"],
-        ["bytes a sample", f"{sum(sizes.values()) / 1e6:.2f} MB ({found.codec})"],
+        ["bytes a sample", f"{(sum(sizes.values()) + tails) / 1e6:.2f} MB ({found.codec})"],
         *[[f"  {name}", f"{size / 1e6:.3f} MB"] for name, size in shown.items()],
+        *([[f"  {found.rollouts} rollouts", f"at most {tails / 1e6:.3f} MB"]] if tails else []),
         ["  other fields", f"{(sum(sizes.values()) - sum(shown.values())) / 1e6:.3f} MB"],
-        ["store", f"{found.store_bytes / 1e9:.1f} GB for {found.samples} samples"],
+        ["store", f"{found.store_bytes / 1e9:.1f} GB for {found.samples} samples{views}"],
     ]
     if found.free_bytes is not None:
         rows.append(["free at --store", f"{found.free_bytes / 1e9:.1f} GB"])

@@ -7,7 +7,7 @@ import typer
 from cli import options, output
 
 DAMAGED = 1
-Store = Annotated[str, typer.Argument(help="Directory of the store.")]
+Store = Annotated[str, typer.Argument(help="Directory of the store, or s3://BUCKET/PREFIX.")]
 
 
 def info(store: Store, json: options.Json = False) -> None:

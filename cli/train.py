@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 def train(
     store: Annotated[
         list[str] | None,
-        typer.Option(help="PATH or PATH=WEIGHT: store to train from; repeatable, a weight is its share of an epoch."),
+        typer.Option(
+            help="PATH or PATH=WEIGHT: store to train from (also s3://); repeatable, a weight is its share of an epoch."
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="The checkpoint that the store was extracted with.")] = None,
     out: Annotated[str | None, typer.Option(help="Directory of the run.")] = None,

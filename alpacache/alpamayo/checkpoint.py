@@ -48,10 +48,14 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """One checkpoint. `model` is a directory or a hub id such as `nvidia/Alpamayo-R1-10B`."""
+    """One checkpoint. `model` is a directory or a hub id such as `nvidia/Alpamayo-R1-10B`.
 
-    def __init__(self, model: str, *, revision: str | None = None) -> None:
-        self.model = model
+    With `vlm`, the VLM's weights are those of that directory or hub id instead: an Alpamayo checkpoint (`vlm.*`) or a
+    Qwen3-VL one as transformers saves it (`model.*`, `lm_head.*`). All else stays the model's.
+    """
+
+    def __init__(self, model: str, *, revision: str | None = None, vlm: str | None = None) -> None:
+        self.model, self._other_vlm = model, vlm
         self._wanted_revision = revision
         self.directory = Path(model).expanduser() if Path(model).expanduser().is_dir() else None
         if self.directory is None and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
@@ -201,12 +205,25 @@ class Checkpoint:
                 for name in sorted(name for name, home in names.items() if home == shard):
                     yield name, file.get_tensor(name)
 
-    def fingerprint(self, *prefixes: str) -> str:
+    @cached_property
+    def vlm_home(self) -> tuple["Checkpoint", str]:
+        """The checkpoint that the VLM's weights are read from, and what their names begin with there."""
+        if self._other_vlm is None:
+            return self, "vlm."
+        other = Checkpoint(self._other_vlm)
+        return other, "vlm." if other.with_prefix("vlm.") else ""
+
+    def vlm_fingerprint(self) -> str:
+        """`fingerprint` of the VLM's weights; the same for the same weights in either layout."""
+        home, prefix = self.vlm_home
+        return home.fingerprint("vlm.") if prefix else home.fingerprint("model.", "lm_head.", under="vlm.")
+
+    def fingerprint(self, *prefixes: str, under: str = "") -> str:
         """sha256 over names, dtypes, shapes and sampled bytes of the tensors under the prefixes.
 
         Reads 4 KiB from the start and middle of at most 64 tensors, spread over the list: any other training run shows,
-        without reading 16 GB. Shard boundaries do not matter. Raises `CheckpointError` where there is no such
-        tensor.
+        without reading 16 GB. Shard boundaries do not matter. `under` is put before each name. Raises
+        `CheckpointError` where there is no such tensor.
         """
         infos = self.infos(self.with_prefix(*prefixes))
         if not infos:
@@ -217,7 +234,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         names = sorted(infos)
         for name in names:
-            digest.update(f"{name}|{infos[name].dtype}|{infos[name].shape}\n".encode())
+            digest.update(f"{under}{name}|{infos[name].dtype}|{infos[name].shape}\n".encode())
         for name in names[:: max(1, len(names) // _FINGERPRINT_TENSORS)]:
             info = infos[name]
             with self.file(info.shard).open("rb") as file:
@@ -243,7 +260,8 @@ class Checkpoint:
                 problems.append(f"misshapen {name}: {list(info.shape)}, expected {list(expected)}")
         if problems:
             raise CheckpointError(
-                f"{self.model} does not fit its config.json ({len(problems)} tensors):\n  " + "\n  ".join(problems)
+                f"{self.model} does not fit the model's config.json ({len(problems)} tensors):\n  "
+                + "\n  ".join(problems)
             )
         for name, tensor in self.read(used):
             state[name.removeprefix(prefix)].copy_(tensor)

@@ -32,9 +32,10 @@ class Geometry:
     def of(cls, checkpoint: Checkpoint) -> "Geometry":
         """From configs and safetensors headers; no weight is read. Raises `CheckpointError` without a VLM."""
         text = vlm_config(checkpoint).text_config
-        vlm = checkpoint.shapes("vlm.")
+        home, prefix = checkpoint.vlm_home
+        vlm = home.shapes(prefix) if prefix else home.shapes("model.", "lm_head.")
         if not vlm:
-            raise CheckpointError(f"{checkpoint.model} has no tensor under vlm.; pass a complete checkpoint.")
+            raise CheckpointError(f"{home.model} has no tensor of a VLM; pass a complete checkpoint.")
         return cls(
             model=checkpoint.model,
             layers=text.num_hidden_layers,
@@ -87,4 +88,6 @@ RELEASED = Geometry(
 
 RELEASED_TEXT_TOKENS = 81
 """Of R1's direct prompt, all but images (counted with its tokenizer: 809 tokens for one camera's four images)."""
+RELEASED_QUESTION_TOKENS = 24
+"""Of its reasoning prompt, behind the history (13 more than the direct prompt has there: 822 tokens against 809)."""
 RELEASED_PIXELS = {"patch": 16, "merge": 2, "min_pixels": 163_840, "max_pixels": 196_608}

@@ -39,8 +39,19 @@ class VLMInputs:
 class InputBuilder:
     """Everything about a checkpoint that turns a `Sample` into `VLMInputs`."""
 
-    def __init__(self, checkpoint: Checkpoint, *, reasoning: Reasoning = "none") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        reasoning: Reasoning = "none",
+        camera_names: bool | None = None,
+        frame_numbers: bool | None = None,
+    ) -> None:
+        """Names of cameras and numbers of frames are in the prompt or not; None: as the model was trained."""
         self.config = checkpoint.config
+        trained = self.config.family == "1.5"
+        self.named = trained if camera_names is None else camera_names
+        self.numbered = trained if frame_numbers is None else frame_numbers
         self.tokenizer = PromptTokenizer(checkpoint)
         self.reasoning = reasoning
         vision = vlm_config(checkpoint).vision_config
@@ -51,18 +62,17 @@ class InputBuilder:
             checkpoint, patch=vision.patch_size, merge=vision.spatial_merge_size, temporal=vision.temporal_patch_size
         )
 
-    @property
-    def named(self) -> bool:
-        """Whether the prompt names cameras and frames."""
-        return self.config.family == "1.5"
-
     def prompt(
         self, cameras: Sequence[str], *, frames: int, height: int, width: int
     ) -> tuple[str, NDArray[np.int64], int]:
         """Text, ids `[T]` with history placeholders, and image tokens a frame, for pictures of this size."""
         tokens = image_tokens(height, width, **self._geometry, **self._limits)
         text = render_prompt(
-            [[tokens] * frames] * len(cameras), cameras=cameras, named=self.named, reasoning=self.reasoning
+            [[tokens] * frames] * len(cameras),
+            cameras=cameras,
+            named=self.named,
+            numbered=self.numbered,
+            reasoning=self.reasoning,
         )
         return text, self.tokenizer.encode(text), tokens
 
@@ -96,7 +106,7 @@ class InputBuilder:
     def identity(self) -> dict[str, Any]:
         """The prompt's and processor's part of a store's identity."""
         return {
-            "prompt": prompt_identity(named=self.named, reasoning=self.reasoning),
+            "prompt": prompt_identity(named=self.named, numbered=self.numbered, reasoning=self.reasoning),
             "processor": {"images": PROCESSOR, **self._geometry, "temporal": self._temporal, **self._limits},
         }
 

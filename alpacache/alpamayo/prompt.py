@@ -34,6 +34,7 @@ def render_prompt(
     *,
     cameras: Sequence[str],
     named: bool,
+    numbered: bool | None = None,
     reasoning: Reasoning = "none",
     route: str | None = None,
 ) -> str:
@@ -42,15 +43,17 @@ def render_prompt(
     Args:
         image_tokens: `[cameras][frames]` image tokens of each frame.
         cameras: camera names in the same order (by camera index).
-        named: write camera titles and frame numbers, as 1.5 does.
+        named: write each camera's title, as 1.5 does.
+        numbered: write each frame's number; None: where cameras are named, as 1.5 does.
         route: 1.5's optional navigation text.
     """
+    numbered = named if numbered is None else numbered
     images = []
     for camera, frames in zip(cameras, image_tokens, strict=True):
         if named:
             images.append(f"{CAMERA_TITLES[CAMERAS.index(camera)]}: ")
         for number, tokens in enumerate(frames):
-            images.append(f"frame {number} " if named else "")
+            images.append(f"frame {number} " if numbered else "")
             images.append(f"<|vision_start|>{'<|image_pad|>' * tokens}<|vision_end|>")
     history = f"<|traj_history_start|>{'<|traj_history|>' * HISTORY_TOKENS}<|traj_history_end|>"
     navigation = f"<|route_start|>{route}<|route_end|>" if route else ""
@@ -61,9 +64,12 @@ def render_prompt(
     )
 
 
-def prompt_identity(*, named: bool, reasoning: Reasoning) -> dict[str, Any]:
-    """The prompt's part of a store's identity: the text around one one-token image, and whether cameras are named."""
-    text = render_prompt([[1]], cameras=[CAMERAS[1]], named=named, reasoning=reasoning)
+def prompt_identity(*, named: bool, numbered: bool | None = None, reasoning: Reasoning) -> dict[str, Any]:
+    """The prompt's part of a store's identity: the text around one one-token image, and whether cameras are named.
+
+    Whether frames are numbered shows in the text.
+    """
+    text = render_prompt([[1]], cameras=[CAMERAS[1]], named=named, numbered=numbered, reasoning=reasoning)
     tokens = "<|traj_history|>"
     template = text.replace(tokens * HISTORY_TOKENS, f"({HISTORY_TOKENS} x {tokens})")
     return {"template": template, "camera_names": named, "reasoning": reasoning}

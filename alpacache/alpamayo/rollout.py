@@ -33,7 +33,7 @@ TOP_P = 0.98
 TEMPERATURE = 0.6
 MAX_TOKENS = 256
 """Of a rollout's text."""
-_HEAD = "vlm.lm_head.weight"
+_HEAD = "lm_head.weight"
 _UNITS = 2**40
 """A probability as an integer: sums are exact, whatever order a device adds in."""
 
@@ -212,18 +212,20 @@ def load_head(checkpoint: Checkpoint, vlm: FrozenVLM) -> Tensor:
     Raises `CheckpointError` where it is absent or of another shape.
     """
     embeddings: Tensor = vlm.model.get_input_embeddings().weight
-    where = checkpoint.with_prefix(_HEAD)
-    if _HEAD not in where:
+    home, prefix = checkpoint.vlm_home
+    name = f"{prefix}{_HEAD}"
+    where = home.with_prefix(name)
+    if name not in where:
         if vlm_config(checkpoint).tie_word_embeddings:
             return embeddings
         raise CheckpointError(
-            f"{checkpoint.model} has no {_HEAD}, which reasoning rollouts need; fetch the complete checkpoint, or pass "
+            f"{home.model} has no {name}, which reasoning rollouts need; fetch the complete checkpoint, or pass "
             "--reasoning none."
         )
-    head = dict(checkpoint.read({_HEAD: where[_HEAD]}))[_HEAD]
+    head = dict(home.read({name: where[name]}))[name]
     if head.shape != embeddings.shape:
         raise CheckpointError(
-            f"{checkpoint.model}: {_HEAD} is {list(head.shape)}; expected {list(embeddings.shape)} as the embeddings."
+            f"{home.model}: {name} is {list(head.shape)}; expected {list(embeddings.shape)} as the embeddings."
         )
     return head.to(vlm.device, vlm.dtype)
 

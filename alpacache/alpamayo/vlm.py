@@ -168,7 +168,7 @@ def load_vlm(
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
 ) -> FrozenVLM:
-    """Load only `vlm.model.*` of a checkpoint, one tensor at a time.
+    """Load only `vlm.model.*` of a checkpoint (or of what it names in its place), one tensor at a time.
 
     Args:
         model: directory or hub id in the public layout.
@@ -185,7 +185,8 @@ def load_vlm(
         raise CheckpointError(f"{checkpoint.model}: config.json's traj_token_ids has no 'future_start'.")
     with empty_weights(dtype or getattr(torch, checkpoint.config.dtype), torch.device(device)):
         body = Qwen3VLModel(config)
-    checkpoint.fill(body, "vlm.model.")
+    home, prefix = checkpoint.vlm_home
+    home.fill(body, f"{prefix}model.")
     return FrozenVLM(body, future_start_id=future_start)
 
 

@@ -181,13 +181,16 @@ def _from_row(ref: SampleRef, row: dict[str, Any], cameras: Sequence[str], frame
     height, width = shots[0][0].shape[:2]
     images = stack([image for shot in shots for image in shot], where=where)
     lenses = None if row["calibration"] is None else json.loads(row["calibration"])
+    poses: dict[str, Any] = {
+        name: np.array(row[name], dtype=np.float32).reshape(shape) for name, shape in _POSES.items()
+    }
     return Sample(
         ref=ref,
         cameras=tuple(cameras),
         frames=images.reshape(len(cameras), frames, 3, height, width),
         frame_timestamps_us=stamps.reshape(len(cameras), frames),
         calibration=lenses and ({camera: lenses[camera] for camera in cameras if camera in lenses} or None),
-        **{name: np.array(row[name], dtype=np.float32).reshape(shape) for name, shape in _POSES.items()},
+        **poses,
     )
 
 

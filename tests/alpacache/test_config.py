@@ -4,7 +4,16 @@ from typing import get_args
 
 import pytest
 
-from alpacache.config import CodecName, EvalConfig, ExtractConfig, TrainConfig, make, read_toml, to_toml
+from alpacache.config import (
+    CodecName,
+    EvalConfig,
+    ExtractConfig,
+    TrainConfig,
+    make,
+    read_toml,
+    to_toml,
+    weighted_stores,
+)
 from alpacache.errors import UsageError
 from cache_store import CODECS
 
@@ -62,3 +71,14 @@ def test_bad_values_name_themselves(kind, values, message):
 
 def test_every_codec_can_be_asked_for():
     assert set(get_args(CodecName)) == {"bf16", *CODECS}
+
+
+def test_weights_are_told_from_paths_with_an_equals_sign():
+    given = ("a=0.5", "s3://bucket/a", "s3://bucket/day=7/a", "s3://bucket/day=7/a=2", "x=1/b")
+    assert weighted_stores(given) == [
+        ("a", 0.5),
+        ("s3://bucket/a", 1),
+        ("s3://bucket/day=7/a", 1),
+        ("s3://bucket/day=7/a", 2.0),
+        ("x=1/b", 1),
+    ]

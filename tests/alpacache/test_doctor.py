@@ -212,3 +212,15 @@ def test_a_hub_that_does_not_answer(monkeypatch):
     found = doctor.check_model("owner/model")
     assert time.monotonic() - started < 3
     assert "no answer" in found.found
+
+
+def test_a_bucket_in_the_place_of_a_disk(s3, no_gpu):
+    found = checks(store=s3.uri())
+    assert not {"disk space", "hard links", "disk speed"} & found.keys()
+    assert found["object storage"].status == "ok"
+    assert "conditional puts work; no store there yet" in found["object storage"].found
+    assert s3.objects() == {}
+    s3.server.ignore_conditions = True
+    assert "ignores If-None-Match" in checks(store=s3.uri())["object storage"].found
+    missing = checks(store="s3://nobucket/x")["object storage"]
+    assert (missing.status, "no bucket 'nobucket'" in missing.found) == ("fail", True)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import alpacache
-from alpacache import extraction
+from alpacache import extraction, store_count
 from alpacache.alpamayo import FrozenVLM
 from alpacache.config import ExtractConfig
 from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, UsageError
@@ -184,6 +184,30 @@ def test_progress_tells_rates_and_how_far_the_whole_store_is(tiny_checkpoint, tm
     assert 0 < float(last.notes["MB/s"]) < 1e4
     assert float(last.notes["GB"]) == pytest.approx(report.bytes_written / 1e9, abs=0.005)
     assert seen[0].notes["store"] in ("4/6", "5/6", "6/6")
+
+
+def test_a_worker_of_several_tells_when_the_store_will_be_whole(tiny_checkpoint, tmp_path, monkeypatch):
+    """By what all workers together have committed since this one began, whatever its own share is."""
+    there = [0]
+    monkeypatch.setattr(store_count, "committed_keys", lambda store: frozenset(map(str, range(there[0]))))
+    now = [100.0]
+    with monkeypatch.context() as patch:
+        patch.setattr(store_count.time, "monotonic", lambda: now[0])
+        count = store_count.StoreCount("store", frozenset(map(str, range(100))))
+        there[0] = 20
+        assert count.now(at_once=False) == (20, 100, 0.0)
+        now[0], there[0] = 105.0, 30
+        assert count.now(at_once=False) == (20, 100, 0.0)  # not due yet
+        now[0], there[0] = 120.0, 50
+        assert count.now(at_once=False) == (50, 100, 1.5)
+    seen = []
+    monkeypatch.setattr(store_count.StoreCount, "now", lambda self, *, at_once: (2, 6, 0.01))
+    settings = config(tiny_checkpoint, tmp_path / "store", shard=(0, 2))
+    report = alpacache.extract(settings, on_progress=seen.append)
+    assert seen[-1].notes["store ETA"] == "0:06:40"
+    assert (report.committed, report.wanted) == (2, 6)
+    alpacache.extract(config(tiny_checkpoint, tmp_path / "alone"), on_progress=seen.append)
+    assert "store ETA" not in seen[-1].notes  # its own ETA says it
 
 
 def write_folder(root, clips):

@@ -70,6 +70,40 @@ def test_bytes_are_those_of_a_real_store(
     assert 0 < calibration - len(str(sample["calibration"])) < 0.2 * calibration
 
 
+def test_each_view_is_a_sample_of_the_store():
+    one, three = plan(PlanConfig(**ASK)), plan(PlanConfig(**ASK, views=3))
+    assert (three.samples, three.views, one.views) == (3000, 3, 1)
+    assert three.store_bytes == 3 * one.store_bytes
+    assert three.train.steps == 3 * one.train.steps
+    assert three.extract.hours == pytest.approx(3 * one.extract.hours)
+    assert three.bytes_by_field == one.bytes_by_field
+
+
+def test_rollouts_are_counted_at_their_longest():
+    plain, found = plan(PlanConfig(**ASK)), plan(PlanConfig(**ASK, reasoning="rollout", rollouts=6))
+    tails = {name: size for name, size in found.bytes_by_field.items() if name.startswith("tail.")}
+    assert len([name for name in tails if name.endswith(".kv")]) == found.rollouts == 6
+    a_token = 36 * 8 * 128 * 2
+    longest = 24 + 255  # the question, and all but the last of 256 tokens
+    assert tails["tail.5.kv"] == pytest.approx(longest * a_token * 1.07, rel=0.02)
+    assert found.store_bytes - plain.store_bytes == pytest.approx(1000 * sum(tails.values()), rel=0.01)
+    assert found.kv_bytes_by_codec == plain.kv_bytes_by_codec  # training reads the direct prefix only
+    assert any("an upper bound" in text for text in found.notes)
+    assert plain.rollouts == 0
+    assert not any("upper bound" in text for text in plain.notes)
+
+
+def test_the_bound_of_rollouts_holds_for_a_real_store(tiny_checkpoint, tmp_path):
+    settings = {"model": str(tiny_checkpoint), "frames": 1, "codec": "int8", "reasoning": "rollout", "rollouts": 2}
+    store = tmp_path / "store"
+    alpacache.extract(ExtractConfig(source="synthetic:2", store=str(store), device="cpu", **settings))
+    found, written = plan(PlanConfig(samples=2, picture=(128, 256), **settings)), info(store)
+    for name, size in found.bytes_by_field.items():
+        if name.startswith("tail."):
+            assert 0 < written.size_by_field[name] <= 2 * size, name
+    assert found.tokens == int(CacheReader(store).read(CacheReader(store).sample_ids[0])["prefix_len"])
+
+
 def test_the_original_ask():
     found = plan(PlanConfig(**ASK))
     assert found.train.steps == 2500

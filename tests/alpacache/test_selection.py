@@ -104,7 +104,7 @@ def test_split_goes_by_clip():
         {"t0": "nan"},
         {"t0": "inf"},
         {"samples": 0},
-        {"views": 2},
+        {"views": 0},
         {"split": "test"},
     ],
 )

@@ -10,15 +10,19 @@ import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
+import google_crc32c
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import alpacache
+from alpacache import gpu_checksum
 from alpacache.config import ExtractConfig, TrainConfig
 from alpacache.errors import DataError, NonFiniteError, UsageError
 from alpacache.run_directory import RunDirectory, read_checkpoint, read_trained
+from alpacache.sample_order import GlobalOrder
 from alpacache.training import learning_rate
 from cache_store import CacheReader, CorruptSampleError
 
@@ -367,11 +371,11 @@ def test_a_warm_up_longer_than_the_run_is_refused(tiny_checkpoint, store, tmp_pa
     assert [row["lr"] for row in rows(tmp_path / "run")][:3] == pytest.approx([5e-4, 1e-3, 1e-3])
 
 
-def damaged_copy(store, path, count):
-    """A copy of a store with a flipped bit in the first `count` samples; their ids."""
+def damaged_copy(store, path, count, *, first=0):
+    """A copy of a store with a flipped bit in `count` samples; their ids."""
     shutil.copytree(store, path)
     reader = CacheReader(path)
-    ids = sorted(reader.sample_ids)[:count]
+    ids = sorted(reader.sample_ids)[first : first + count]
     for sample_id in ids:
         chunk = sorted((path / reader.record(sample_id).folder / "kv").glob("c.*"))[0]
         data = bytearray(chunk.read_bytes())
@@ -400,6 +404,70 @@ def test_a_run_that_stops_at_a_damaged_sample_keeps_what_it_did(tiny_checkpoint,
         alpacache.train(config(tiny_checkpoint, tmp_path / "broken", out, steps=20))
     done = [row["step"] for row in rows(out)]
     assert RunDirectory(out).steps == ([done[-1]] if done else [])
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def checking_device(request, monkeypatch):
+    """A device that checks rows itself; on the CPU plain Python stands in for the kernels."""
+    pytest.importorskip("triton")
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        return "cuda"
+
+    def build(*columns, device):
+        chunks = list(zip(*(column.tolist() for column in columns), strict=True))
+        return SimpleNamespace(chunks=chunks, scratch_words=len(chunks))
+
+    def check_rows(data, table, damage, scratch):
+        assert len(scratch) >= table.scratch_words
+        for row, start, size, crc in table.chunks:
+            damage[row] |= google_crc32c.value(data[row, start : start + size].numpy().tobytes()) != crc
+
+    monkeypatch.setattr("alpacache.batches._can_check", lambda device: True)
+    monkeypatch.setattr("alpacache.gpu_checksum.ChunkTable", SimpleNamespace(build=build))
+    monkeypatch.setattr("alpacache.gpu_checksum.check_rows", check_rows)
+    return "cpu"
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_damage_that_the_device_finds_stops_the_run_before_its_step(
+    tiny_checkpoint, store, tmp_path, checking_device, in_memory, monkeypatch
+):
+    """What is saved is what a run that ends there has, and the error names the sample."""
+    settings = {"steps": 12, "device": checking_device, "in_memory": in_memory, "compile": False}
+    seen_last = GlobalOrder(0, 10)[9]
+    (sample_id,) = damaged_copy(store, tmp_path / "broken", 1, first=seen_last)
+    out, clean = tmp_path / "run", tmp_path / "clean"
+    with pytest.raises(CorruptSampleError, match=sample_id):
+        alpacache.train(config(tiny_checkpoint, tmp_path / "broken", out, **settings))
+    done = [row["step"] for row in rows(out)]
+    assert done in ([1], [1, 2])
+    assert RunDirectory(out).steps == done[-1:]
+    alpacache.train(config(tiny_checkpoint, store, clean, save_every=done[-1], keep=99, **settings))
+    saved = load_file(clean / f"checkpoints/step-{done[-1]:07d}/model.safetensors")
+    if checking_device == "cpu":
+        assert done == [1, 2]
+        assert same(weights(out), saved)
+        monkeypatch.setattr("alpacache.gpu_checksum.check_rows", lambda *given: None)
+        alpacache.train(config(tiny_checkpoint, tmp_path / "broken", tmp_path / "unchecked", **settings))
+    else:
+        assert all(torch.allclose(value, saved[name], atol=1e-2) for name, value in weights(out).items())
+
+
+def test_damage_of_the_way_to_the_device_is_no_damage_of_the_store(
+    tiny_checkpoint, store, tmp_path, checking_device, monkeypatch
+):
+    check_rows = gpu_checksum.check_rows
+
+    def bent(data, *rest):
+        data[:, 5] ^= 1
+        check_rows(data, *rest)
+
+    monkeypatch.setattr("alpacache.gpu_checksum.check_rows", bent)
+    with pytest.raises(DataError, match=r"reached the GPU damaged, and .* holds it undamaged"):
+        alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", device=checking_device, compile=False))
+    assert not RunDirectory(tmp_path / "run").steps
 
 
 def test_too_many_damaged_samples_stop_the_run(tiny_checkpoint, store, tmp_path):

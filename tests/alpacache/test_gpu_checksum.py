@@ -1,6 +1,6 @@
 """CRC-32C on the GPU against google_crc32c: interpreted on the CPU, compiled for users' cards, run where one is.
 
-`python test_gpu_checksum.py cpu|cuda VARIANT` is what the tests run: Triton decides at its import whether it
+`python test_gpu_checksum.py cpu|cuda` is what the tests run: Triton decides at its import whether it
 interprets, so this is a process of its own.
 """
 
@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -20,12 +19,8 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton", reason="triton is not installed; CPU-only installs do not need it")
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import gpu_checksum  # noqa: E402
-from gpu_checksum import LAGS, ChunkTable, check_rows, expected_linear  # noqa: E402
-
-sys.path.remove(str(BENCHMARKS))
+from alpacache import gpu_checksum  # noqa: E402
+from alpacache.gpu_checksum import LAGS, ChunkTable, check_rows, expected_linear  # noqa: E402
 
 SHARED_LIMIT = 99 * 1024
 TYPES = {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
@@ -55,15 +50,14 @@ def test_check_value():
     assert expected_linear(0xE3069283, 9, 0) == linear(b"123456789") == 1491335712
 
 
-@pytest.mark.parametrize("variant", LAGS)
-def test_polynomials_are_multiples(variant):
-    """Modulo P the terms of a multiple add up to nothing; degrees count in bits here."""
+def test_lags_are_the_polynomial():
+    """Modulo P its terms add up to nothing; degrees count in bits here."""
     powers, value = [], 1
-    for _ in range(max(LAGS[variant]) + 1):
+    for _ in range(max(LAGS) + 1):
         powers.append(value)
         value = value << 1 ^ (0x11EDC6F41 if value >> 31 else 0)
-    degree = max(LAGS[variant])
-    assert np.bitwise_xor.reduce([powers[degree], *(powers[degree - lag] for lag in LAGS[variant])]) == 0
+    degree = max(LAGS)
+    assert np.bitwise_xor.reduce([powers[degree], *(powers[degree - lag] for lag in LAGS)]) == 0
 
 
 @pytest.mark.parametrize("programs", [1, 5, 300])
@@ -75,7 +69,7 @@ def test_every_byte_is_in_one_item(programs):
         [0] * len(sizes), starts, sizes, [0] * len(sizes), device=torch.device("cpu"), programs=programs, lanes=32
     )
     assert table.items.shape == (len(sizes) + programs, 5)
-    tile_bytes = 4 * 32 * max(LAGS["sparse"])
+    tile_bytes = 4 * 32 * max(LAGS)
     for start, size, (_, _, first, end) in zip(starts, sizes, table.chunks.tolist(), strict=True):
         covered = start
         for _, begin, low, high, tiles in table.items[first:end].tolist():
@@ -93,8 +87,8 @@ def test_every_byte_is_in_one_item(programs):
 
 def test_what_does_not_fit_is_refused():
     cpu = torch.device("cpu")
-    with pytest.raises(ValueError, match="variant is 'none'; expected one of dense, sparse"):
-        ChunkTable.build([0], [0], [1], [0], device=cpu, programs=1, variant="none")
+    with pytest.raises(ValueError, match="48 lanes"):
+        ChunkTable.build([0], [0], [1], [0], device=cpu, programs=1, lanes=48)
     with pytest.raises(ValueError, match=r"lengths \[1, 1, 2, 1\]"):
         ChunkTable.build([0], [0], [1, 1], [0], device=cpu, programs=1)
     table = ChunkTable.build([1], [200], [57], [0], device=cpu, programs=1)
@@ -106,23 +100,21 @@ def test_what_does_not_fit_is_refused():
         check_rows(torch.zeros(2, 512, dtype=torch.uint8), table, torch.zeros(3, dtype=torch.int32))
 
 
-def run(device, variant):
+def run(device):
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
-    done = subprocess.run([sys.executable, __file__, device, variant], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, __file__, device], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("variant", LAGS)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the kernels on")
-def test_interpreted_kernels_find_what_google_crc32c_finds(variant):
-    run("cpu", variant)
+def test_interpreted_kernels_find_what_google_crc32c_finds():
+    run("cpu")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", LAGS)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_kernels_find_what_google_crc32c_finds(variant):
-    run("cuda", variant)
+def test_kernels_find_what_google_crc32c_finds():
+    run("cuda")
 
 
 class Recorder:
@@ -151,15 +143,12 @@ def compiled(kernel, arguments, options, capability):
 
 
 @pytest.mark.parametrize("capability", [86, 89])
-@pytest.mark.parametrize("variant", LAGS)
-def test_kernels_compile_for_consumer_cards(variant, capability, monkeypatch, tmp_path):
+def test_kernels_compile_for_consumer_cards(capability, monkeypatch, tmp_path):
     """No feature that an RTX 3090 or 4090 lacks, no spilled register, and room beside other work."""
     found = []
     for name in ("fold", "compare"):
         monkeypatch.setattr(gpu_checksum, name, Recorder(getattr(gpu_checksum, name), found))
-    table = ChunkTable.build(
-        [0, 1], [5, 7], [1000] * 2, [0] * 2, device=torch.device("cpu"), programs=3, variant=variant, lanes=256
-    )
+    table = ChunkTable.build([0, 1], [5, 7], [1000] * 2, [0] * 2, device=torch.device("cpu"), programs=3, lanes=256)
     check_rows(torch.zeros(2, 1024, dtype=torch.uint8), table, torch.zeros(2, dtype=torch.int32))
     assert [kernel.__name__ for kernel, *_ in found] == ["fold", "fold", "compare"]
     for kernel, arguments, options in found:
@@ -235,7 +224,6 @@ def check_flips(device, rng, **options):
 
 if __name__ == "__main__":
     generator = np.random.default_rng(0)
-    interpreted = (64,) if sys.argv[2] == "dense" else (32,)
-    for count in interpreted if sys.argv[1] == "cpu" else (32, 64, 128, 256):
-        check_sizes(sys.argv[1], generator, variant=sys.argv[2], lanes=count)
-        check_flips(sys.argv[1], generator, variant=sys.argv[2], lanes=count)
+    for count in (64,) if sys.argv[1] == "cpu" else (32, 64, 128, 256):
+        check_sizes(sys.argv[1], generator, lanes=count)
+        check_flips(sys.argv[1], generator, lanes=count)

@@ -32,13 +32,9 @@ from torch import Tensor
 
 LINE_BYTES = 128
 """Chunks are rounded outwards to lines, so that a warp's loads are whole ones."""
-LAGS = {
-    "dense": (4, 5, 6, 7, 9, 10, 12, 13, 14, 18, 19, 21, 22, 23, 24, 26, 32),
-    "sparse": (2, 12, 20, 25, 27, 31, 42, 50, 52),
-}
-"""Multiples of P as how many rows back the words lie that are xored: P itself, and its multiple of lowest degree with
-10 terms (found by search). Compiled for 9.0 a word takes 9.9 and 6.5 instructions, one of them its load. The next, of
-degree 79 with 8 terms, needs too many registers."""
+LAGS = (4, 5, 6, 7, 9, 10, 12, 13, 14, 18, 19, 21, 22, 23, 24, 26, 32)
+"""The polynomial P as how many rows back the words lie that are xored. A word takes 9.9 instructions for 9.0, one of
+them its load; the multiple of P with 10 terms takes 6.5 and is no faster, because memory decides."""
 _REGISTERS = 96
 """Of a thread: as few as suffice, so that there is room beside other work; the compiler would take up to 246."""
 _POLYNOMIAL = 0x82F63B78
@@ -50,7 +46,7 @@ _LAST = 32 * _NARROW
 
 
 @triton.jit
-def _divided(
+def _divided(  # type: ignore[no-untyped-def]
     state, at, bounds, first,
     LAGS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +75,7 @@ def _divided(
 
 
 @triton.jit
-def fold(
+def fold(  # type: ignore[no-untyped-def]
     data, row_bytes, items, firsts, out,
     LAGS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +92,7 @@ def fold(
         at = (data + begin).to(tl.pointer_type(tl.uint32))
         state = ()
         for _ in tl.static_range(ROWS):
-            state = state + (tl.zeros([LANES], tl.uint32),)
+            state = state + (tl.zeros([LANES], tl.uint32),)  # type: ignore[assignment]
         for tile in range(tiles):
             first = tile * (ROWS * LANES)
             if (first * 4 < low) | ((first + ROWS * LANES) * 4 > high):
@@ -105,7 +101,7 @@ def fold(
                 state = _divided(state, at + first, fields + 2, first, LAGS, ROWS, LANES, False)
         target = out + item * (ROWS * LANES) + lane
         for row in tl.static_range(ROWS):
-            word = state[row]
+            word = state[row]  # type: ignore[var-annotated]
             for tap in tl.static_range(len(LAGS)):  # the last rows are not divided: undo what they gave each other
                 if LAGS[tap] <= row:
                     word = word ^ state[row - LAGS[tap]]
@@ -113,7 +109,7 @@ def fold(
 
 
 @triton.jit
-def _times(a, b):
+def _times(a, b):  # type: ignore[no-untyped-def]
     """Product of two polynomials modulo P."""
     product = tl.full([], 0, tl.uint32)
     for degree in range(32):
@@ -123,7 +119,7 @@ def _times(a, b):
 
 
 @triton.jit
-def compare(words, powers, chunks, shifts, flags, WORDS: tl.constexpr):
+def compare(words, powers, chunks, shifts, flags, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Set the flag of a chunk's row unless its items together have the checksum that the chunk is expected to have."""
     fields = chunks + tl.program_id(0) * 4
     found = tl.full([], 0, tl.uint32)
@@ -212,7 +208,6 @@ class ChunkTable:
     left_firsts: Tensor
     """`[chunks + programs + 1]` int64: each has its own program."""
     powers: Tensor
-    variant: str
     lanes: int
     shape: tuple[int, int]
     """Rows and their bytes that this reads at most."""
@@ -220,24 +215,23 @@ class ChunkTable:
     @classmethod
     def build(
         cls,
-        rows: Sequence[int],
-        starts: Sequence[int],
-        sizes: Sequence[int],
-        crc32cs: Sequence[int],
+        rows: Sequence[int] | NDArray[np.int64],
+        starts: Sequence[int] | NDArray[np.int64],
+        sizes: Sequence[int] | NDArray[np.int64],
+        crc32cs: Sequence[int] | NDArray[np.int64],
         *,
         device: torch.device,
-        programs: int,
-        variant: str = "sparse",
+        programs: int | None = None,
         lanes: int = 128,
     ) -> Self:
         """Of each chunk its row, first byte there, bytes and CRC-32C; one copy from page-locked memory.
 
-        `programs` share the tiles evenly: fewer leave more of the GPU to others, more of them end sooner each and make
-        way. Each has a thread a lane, 32 to 256. Tensors have the same shapes for the same number of chunks, so that a
-        captured graph may be given new ones with `copy_`.
+        `programs` share the tiles evenly, by default one for each multiprocessor: fewer leave more of the GPU to
+        others, more of them end sooner each and make way. Each has a thread a lane, 32 to 256. Tensors have the same
+        shapes for the same number of chunks, so that a captured graph may be given new ones with `copy_`.
         """
-        if variant not in LAGS:
-            raise ValueError(f"variant is {variant!r}; expected one of {', '.join(LAGS)}.")
+        if programs is None:
+            programs = torch.cuda.get_device_properties(device).multi_processor_count
         if lanes not in (32, 64, 128, 256) or programs < 1:
             raise ValueError(f"got {lanes} lanes, {programs} programs; expected 32, 64, 128 or 256, and 1 or more.")
         row, start, size, crc = (np.asarray(values, np.int64) for values in (rows, starts, sizes, crc32cs))
@@ -246,7 +240,7 @@ class ChunkTable:
         if len(row) and (min(row.min(), start.min(), size.min()) < 0 or size.max() > 2**31 - 2**20):
             raise ValueError("rows, starts and sizes are not negative, and a chunk has less than 2 GiB - 1 MiB.")
         end = start + size
-        tile_bytes = 4 * lanes * max(LAGS[variant])
+        tile_bytes = 4 * lanes * max(LAGS)
         items, bounds, firsts = _stretches(row, start, end, tile_bytes, programs)
         items = np.pad(items, ((0, len(row) + programs - len(items)), (0, 0)))
         expected = _expected(crc, size, -end % LINE_BYTES).astype(np.int64)
@@ -260,14 +254,19 @@ class ChunkTable:
         }
         tensors, powers = _on_device(parts, device), _powers(device)
         shape = int(row.max(initial=-1)) + 1, int(end.max(initial=0))
-        return cls(**tensors, powers=powers, variant=variant, lanes=lanes, shape=shape)
+        return cls(**tensors, powers=powers, lanes=lanes, shape=shape)
+
+    @property
+    def scratch_words(self) -> int:
+        """Of 4 bytes: what `check_rows` writes in between."""
+        return len(self.items) * (max(LAGS) * self.lanes + _LAST)
 
 
-def check_rows(data: Tensor, table: ChunkTable, flags: Tensor) -> None:
+def check_rows(data: Tensor, table: ChunkTable, flags: Tensor, scratch: Tensor | None = None) -> None:
     """Enqueue the check of a batch's chunks on the current stream: three launches, which a graph may capture.
 
     `data` `[rows, row_bytes]` uint8, each row at a multiple of 256 bytes; `flags` `[rows]` int32, of which those of
-    damaged rows have bit 0 set afterwards and all others are as they were.
+    damaged rows have bit 0 set afterwards and all others are as they were. `scratch`: int32 `[scratch_words]` or more.
     """
     if data.dtype != torch.uint8 or data.stride(0) % 256 or data.stride(1) != 1 or data.data_ptr() % 16:
         raise ValueError(f"data are {data.dtype} with strides {data.stride()}; expected rows of bytes, 256-aligned.")
@@ -275,16 +274,17 @@ def check_rows(data: Tensor, table: ChunkTable, flags: Tensor) -> None:
         raise ValueError(f"data have shape {list(data.shape)}; the table's chunks lie in {list(table.shape)}.")
     if flags.dtype != torch.int32 or flags.shape != data.shape[:1]:
         raise ValueError(f"flags are {flags.dtype} {list(flags.shape)}; expected int32 {[len(data)]}.")
-    lags, rows, slots = LAGS[table.variant], max(LAGS[table.variant]), len(table.items)
-    left = data.new_empty(slots * rows * table.lanes, dtype=torch.int32)
-    last = data.new_empty(slots * _LAST, dtype=torch.int32)
+    rows, slots = max(LAGS), len(table.items)
+    if scratch is None:
+        scratch = data.new_empty(table.scratch_words, dtype=torch.int32)
+    left, last = scratch[: table.scratch_words].split([slots * rows * table.lanes, slots * _LAST])  # type: ignore[no-untyped-call]
     fold[(len(table.firsts) - 1,)](
         data, data.stride(0), table.items, table.firsts, left,
-        LAGS=lags, ROWS=rows, LANES=table.lanes, num_warps=table.lanes // 32, num_stages=1, maxnreg=_REGISTERS,
+        LAGS=LAGS, ROWS=rows, LANES=table.lanes, num_warps=table.lanes // 32, num_stages=1, maxnreg=_REGISTERS,
     )  # fmt: skip
     fold[(slots,)](
         left.view(torch.uint8), 4 * rows * table.lanes, table.left_items, table.left_firsts, last,
-        LAGS=LAGS["dense"], ROWS=32, LANES=_NARROW, num_warps=1, num_stages=1, maxnreg=_REGISTERS,
+        LAGS=LAGS, ROWS=rows, LANES=_NARROW, num_warps=1, num_stages=1, maxnreg=_REGISTERS,
     )  # fmt: skip
     if len(table.chunks):
         compare[(len(table.chunks),)](
@@ -324,5 +324,5 @@ def _on_device(parts: Mapping[str, NDArray[Any]], device: torch.device) -> dict[
     """Copies as int64, by one transfer."""
     host = torch.from_numpy(np.concatenate([part.ravel() for part in parts.values()]).astype(np.int64))
     whole = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
-    pieces = whole.split([part.size for part in parts.values()])
+    pieces = whole.split([part.size for part in parts.values()])  # type: ignore[no-untyped-call]
     return {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}

@@ -1,0 +1,133 @@
+"""Stage two as people run it, at full size: 300 steps under a 24 GB cap, killed twice, resumed, exported, evaluated.
+
+Every part is the command that a user types, in a process of its own; random weights and keys and values, so the errors
+in metres mean nothing but have to be the same of the run and of what was exported from it. `rerun_difference` is the
+largest relative difference in loss of a step that was done once before a kill and again after it; `pictures` and the
+report are written too. `--quick` runs a small expert on the CPU.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import full_size
+import torch
+from benchmark_report import arguments, finish, hardware_name
+
+CLI = [sys.executable, "-m", "cli.main"]
+
+
+def call(*given: str) -> dict[str, Any]:
+    """A command to its end; what it printed with `--json`, and its seconds."""
+    started = time.monotonic()
+    done = subprocess.run([*CLI, *given, "--json"], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(given)}: exit code {done.returncode}")
+    print(f"{given[0]}: {time.monotonic() - started:.1f} s", flush=True)
+    return {**json.loads(done.stdout), "wall_s": time.monotonic() - started}
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Step -> loss, as far as it was written."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return {row["step"]: row["loss"] for row in rows if row.get("loss") is not None}
+
+
+def kill_at(step: int, run: Path, command: Sequence[str]) -> tuple[int, float]:
+    """Start the command, kill -9 it once that step is written; the step that it had got to, and the seconds."""
+    started = time.monotonic()
+    process = subprocess.Popen([*CLI, *command], stdout=subprocess.DEVNULL)
+    while max(losses(run), default=0) < step:
+        if process.poll() is not None:
+            raise SystemExit(f"{' '.join(command)}: ended with {process.returncode} before step {step}")
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    print(f"killed at step {max(losses(run))} after {time.monotonic() - started:.1f} s", flush=True)
+    return max(losses(run)), time.monotonic() - started
+
+
+def store(path: Path, model: Path, samples: int, *, small: bool) -> Path:
+    shortest, longest = (72, 80) if small else full_size.PREFIX_TOKENS[1]
+    full_size.write_store(path, model, cameras=1, codec="int8", samples=samples, shortest=shortest, longest=longest)
+    return path
+
+
+def drill(work: Path, *, small: bool) -> dict[str, Any]:
+    steps, every, kills = (12, 4, (5, 10)) if small else (300, 100, (130, 220))
+    model, run, exported = full_size.write_checkpoint(work / "model", small=small), work / "run", work / "exported"
+    data = store(work / "train", model, 24 if small else 160, small=small)
+    held_out = store(work / "val", model, 8 if small else 24, small=small)
+    for old in (run, exported, work / "eval-run", work / "eval-exported"):
+        shutil.rmtree(old, ignore_errors=True)
+    command = ["train", "--store", str(data), "--val", str(held_out), "--model", str(model), "--out", str(run)]
+    command += ["--steps", str(steps), "--save-every", str(every), "--val-every", str(every), "--batch-size", "8"]
+    command += ["--device", "cpu"] if small else ["--memory-budget", "24GB"]
+    killed, seconds, before = [], 0.0, {}
+    for number, step in enumerate(kills):
+        at, lost = kill_at(step, run, [*command, *(["--resume"] if number else [])])
+        killed.append(at)
+        seconds += lost
+        before |= losses(run)
+    report = call(*command, "--resume")
+    after = losses(run)
+    again = [step for step in before if step > every and after[step] is not None and step <= max(killed)]
+    done = call("export", "--model", str(model), "--checkpoint", str(run / "last"), "--out", str(exported))
+    device = ["--device", "cpu"] if small else []
+    judged = ["eval", "--store", str(held_out), *device]
+    trained = call(*judged, "--model", str(model), "--checkpoint", str(run / "last"), "--out", str(work / "eval-run"))
+    loaded = call(*judged, "--model", str(exported), "--out", str(work / "eval-exported"))
+    metrics = [
+        found["summary"]["strata"]["all"]["metrics"][label] for found, label in ((trained, "trained"), (loaded, "base"))
+    ]
+    return {
+        "steps": report["steps"],
+        "steps_written": len(after),
+        "killed_at": killed,
+        "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.startswith("step")),
+        "rerun_steps": len(again),
+        "rerun_difference": max((abs(after[step] - before[step]) / abs(after[step]) for step in again), default=None),
+        "first_loss": after[1],
+        "last_loss": after[steps],
+        "val_loss": report["val_loss"],
+        "peak_gib": report["peak_gib"],
+        "planned_gib": report["planned_gib"],
+        "train_wall_s": seconds + report["wall_s"],
+        "export_s": done["wall_s"],
+        "export_gb": done["written_bytes"] / 1e9,
+        "eval_s": trained["wall_s"],
+        "min_ade_run": metrics[0]["min_ade"],
+        "min_ade_exported": metrics[1]["min_ade"],
+        "ade_run": metrics[0]["ade"],
+        "ade_exported": metrics[1]["ade"],
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--work", type=Path, help="where everything is put; a checkpoint and stores there are kept")
+    options = parser.parse_args()
+    if not options.quick and not torch.cuda.is_available():
+        raise SystemExit("a full run needs a CUDA device; --quick runs a small expert on the CPU.")
+    work = options.work or Path(tempfile.mkdtemp())
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        row = drill(work, small=options.quick)
+    finally:
+        if options.work is None:
+            shutil.rmtree(work)
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else hardware_name()
+    finish("full_run", [row], options, hardware=hardware)
+
+
+if __name__ == "__main__":
+    main()

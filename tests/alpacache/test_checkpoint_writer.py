@@ -1,0 +1,87 @@
+"""Checkpoints are written beside training: what is on disk is the moment of the call, and no error is lost."""
+
+import errno
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alpacache import checkpoint_writer
+from alpacache.checkpoint_writer import CheckpointWriter
+from alpacache.errors import DataError
+from alpacache.run_directory import MODEL, RunCheckpoint, RunDirectory
+
+
+class Gated(RunDirectory):
+    """Writes when it is allowed to."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.gate, self.begun = threading.Event(), threading.Event()
+
+    def save(self, step, content, **options):
+        self.begun.set()
+        assert self.gate.wait(30)
+        return super().save(step, content, **options)
+
+
+def content(weight):
+    state = {"settings": {}, "best": None}
+    return RunCheckpoint(model={"w": weight}, optimizer={"m.w": weight * 2}, average={"w": weight}, state=state)
+
+
+def test_what_changes_after_the_call_is_not_written(tmp_path):
+    directory, weight = Gated(tmp_path), torch.ones(3)
+    with CheckpointWriter(directory) as writer:
+        writer.save(1, content(weight), is_best=True, keep=2)
+        assert directory.begun.wait(30)
+        weight += 5
+        assert directory.steps == []
+        directory.gate.set()
+        writer.wait()
+        assert directory.steps == [1]
+    assert load_file(tmp_path / "best" / MODEL)["w"].tolist() == [1, 1, 1]
+    assert load_file(tmp_path / "last" / "average.safetensors")["w"].tolist() == [1, 1, 1]
+
+
+def test_leaving_waits_for_the_last_write_and_the_next_for_the_one_before(tmp_path):
+    directory = Gated(tmp_path)
+    directory.gate.set()
+    with CheckpointWriter(directory) as writer:
+        for step in range(1, 6):
+            writer.save(step, content(torch.full((2,), float(step))), is_best=step == 2, keep=2, keep_also=2)
+    assert directory.steps == [2, 4, 5]
+    assert load_file(tmp_path / "last" / MODEL)["w"].tolist() == [5, 5]
+    assert load_file(tmp_path / "best" / MODEL)["w"].tolist() == [2, 2]
+
+
+def test_an_error_of_the_thread_is_raised_by_whoever_comes_next(tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = CheckpointWriter(RunDirectory(tmp_path))
+    writer.save(1, content(torch.ones(2)), is_best=False, keep=2)
+    writer.wait()
+    monkeypatch.setattr("alpacache.run_directory.save_file", full)
+    writer.save(2, content(torch.ones(2)), is_best=False, keep=2)
+    with pytest.raises(DataError, match=r"step 2 could not be written .* needs 24 bytes"):
+        writer.save(3, content(torch.ones(2)), is_best=False, keep=2)
+    writer.save(4, content(torch.ones(2)), is_best=False, keep=2)
+    with pytest.raises(DataError, match="step 4"), writer:
+        pass
+    assert RunDirectory(tmp_path).steps == [1]
+
+
+@pytest.mark.parametrize("room", [0, OSError("no such file")])
+def test_without_room_for_a_copy_it_is_written_at_once(tmp_path, monkeypatch, room):
+    def available():
+        if isinstance(room, OSError):
+            raise room
+        return room
+
+    monkeypatch.setattr(checkpoint_writer, "available_bytes", available)
+    monkeypatch.setattr(RunCheckpoint, "on_host", lambda content: pytest.fail("copied"))
+    with CheckpointWriter(RunDirectory(tmp_path)) as writer:
+        writer.save(1, content(torch.ones(2)), is_best=False, keep=2)
+        assert RunDirectory(tmp_path).steps == [1]

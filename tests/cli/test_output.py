@@ -1,0 +1,101 @@
+"""What stderr says: progress in a pipe, `--quiet` and `--verbose`, colours, nearest names."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+
+from alpacache.progress import Progress
+from cli import output
+
+COLOUR = re.compile(rb"\x1b\[(?:[\d;]*;)?(?:3[0-8]|9[0-7])[\d;]*m")
+
+
+def run(*arguments, cwd=None, code=0):
+    done = subprocess.run([sys.executable, "-m", "cli.main", *arguments], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def in_a_terminal(*arguments, **environment):
+    """What a terminal is sent on stderr."""
+    ours, theirs = pty.openpty()
+    settings = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "CI")}
+    command = [sys.executable, "-m", "cli.main", *arguments]
+    with subprocess.Popen(command, stderr=theirs, env=settings | {"TERM": "xterm-256color"} | environment) as process:
+        os.close(theirs)
+        sent = b""
+        while True:
+            try:
+                sent += (part := os.read(ours, 65536))
+            except OSError:  # the other end is closed
+                break
+            if not part:
+                break
+    os.close(ours)
+    assert process.returncode == 2
+    return sent
+
+
+PREPARE = ("prepare", "synthetic:2", "--frames", "1")
+
+
+def test_progress_in_a_pipe_is_plain_lines(tmp_path):
+    command = [sys.executable, "-m", "cli.main", *PREPARE, "--out", str(tmp_path / "samples")]
+    stderr = subprocess.run(command, capture_output=True, check=True).stderr.decode()  # as bytes: \r stays \r
+    assert re.search(r"^prepare: 2/2 samples, [\d.e+]+ samples/s, ETA 0:00:00", stderr, re.M), stderr
+    assert "\x1b" not in stderr
+    assert "\r" not in stderr
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_quiet_leaves_results_only(place, tmp_path):
+    command = (*PREPARE, "--out", str(tmp_path / "samples"), "--json")
+    done = run("--quiet", *command) if place == "before" else run(*command, "--quiet")
+    assert done.stderr == ""
+    assert '"samples": 2' in done.stdout
+
+
+def test_quiet_keeps_errors_and_drops_notes(monkeypatch, capsys):
+    assert "there is no store at" in run("info", "nowhere", "--quiet", code=2).stderr
+    monkeypatch.setattr(output, "_verbosity", "quiet")
+    output.note("drop me")
+    with output.show_progress("work") as on_progress:
+        on_progress(Progress(done=1, total=1, unit="samples", rate=1.0, notes={}))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(output, "_verbosity", "normal")
+    output.note("keep me")
+    assert capsys.readouterr().err == "note: keep me\n"
+
+
+def test_verbose_shows_where_an_error_comes_from():
+    assert "Traceback" not in run("info", "nowhere", code=2).stderr
+    stderr = run("info", "nowhere", "--verbose", code=2).stderr
+    assert "Traceback" in stderr
+    assert stderr.splitlines()[-1].startswith("alpacache: there is no store at")
+
+
+def test_quiet_and_verbose_exclude_each_other():
+    assert "exclude each other" in run("info", "nowhere", "--quiet", "--verbose", code=2).stderr
+
+
+def test_no_color():
+    assert COLOUR.search(in_a_terminal("trian"))
+    assert not COLOUR.search(in_a_terminal("trian", NO_COLOR="1"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("trian",), "Did you mean 'train'?"),
+        (("train", "--stor", "s"), "--store"),
+        (("extract", "pai", "--codecs", "int8"), "--codec"),
+    ],
+)
+def test_nearest_names(arguments, hint):
+    stderr = " ".join(run(*arguments, code=2).stderr.split())
+    assert re.search(r"Did you mean|Possible options", stderr), stderr
+    assert hint in stderr

@@ -1,0 +1,198 @@
+"""Code in the documentation: Python runs, commands exist with these options, configs are accepted."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import cli_reference
+import pytest
+from markdown_pages import ROOT, blocks, pages, prose
+
+import alpacache
+from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
+from alpacache.config import EvalConfig, ExtractConfig, TrainConfig, make, read_toml
+
+SHELL = [block for page in pages() for block in blocks(page, "sh", "bash", "shell")]
+PYTHON_PAGES = [page for page in pages() if blocks(page, "python")]
+FOREIGN = {
+    *("--repo-type", "--local-dir", "--include"),  # hf download
+    *("--no-python", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),
+    *(
+        "--array",
+        "--gres",
+        "--ntasks-per-node",
+        "--cpus-per-task",
+        "--mem",
+        "--nodes",
+        "--requeue",
+        "--signal",
+        "--time",
+    ),
+    *("--dependency", "--strict", "--system-site-packages", "--quick", "--import-mode"),
+    *("--commit", "--note", "--cases"),  # benchmarks
+}
+
+
+def commands_of(code):
+    """Each simple command of a shell script as words."""
+    for line in re.sub(r"\\\n\s*", " ", code).splitlines():
+        words = shlex.split(line.replace("$(", "( ").replace(";", " ; "), comments=True)
+        command = []
+        for word in [*words, ";"]:
+            if word in ("&&", "||", "|", ";", "&", "do", "then"):
+                if command:
+                    yield command
+                command = []
+            elif not (not command and re.fullmatch(r"[A-Z_]+=.*", word)):
+                command.append(word)
+
+
+def parse(arguments):
+    """What `alpacache ARGUMENTS` would complain about, short of running it."""
+    known = cli_reference.commands()
+    arguments = [word for word in arguments if word not in {"--quiet", "--verbose", "--version"}]
+    if not arguments:
+        return
+    name, *rest = arguments
+    assert name in known, f"there is no command {name}"
+    if not {"-h", "--help"} & set(rest):
+        rest = [word for word in rest if word not in (">", "2>&1", "&")]
+        known[name].make_context(name, rest)
+
+
+@pytest.mark.parametrize("block", SHELL, ids=str)
+def test_shell_blocks_name_what_exists(block):
+    syntax = subprocess.run(["bash", "-n"], input=block.code, text=True, capture_output=True)
+    assert syntax.returncode == 0, syntax.stderr
+    for words in commands_of(block.code):
+        if "alpacache" in words and words[0] not in ("git", "cd", "pip"):
+            parse(words[words.index("alpacache") + 1 :])
+        elif words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]), words
+        elif words[0] == "python" and words[1].startswith("docs/"):
+            assert (ROOT / words[1]).is_file(), words
+        elif words[0] == "make":
+            targets = re.findall(r"^([a-z0-9.-]+):", (ROOT / "Makefile").read_text(), re.M)
+            assert [word for word in words[1:] if "=" not in word and word not in targets] == [], words
+
+
+def test_a_wrong_option_is_found():
+    for wrong in (["train", "--stores", "x"], ["trian"], ["extract", "pai"], ["plan", "--samples", "many"]):
+        with pytest.raises(Exception, match=r"(?i)no such|no command|missing|valid integer"):
+            parse(wrong)
+    parse(["plan", "--samples", "10"])
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_options_in_the_text_exist(page):
+    if page.name == "CHANGELOG.md":
+        return  # it may speak of what is gone
+    text, known = prose(page), cli_reference.commands()
+    every = set().union(*map(cli_reference.option_names, known.values()), cli_reference.global_options())
+    for code in re.findall(r"`([^`\n]+)`", text):
+        words = code.split()
+        if words[0] == "alpacache" and len(words) > 1 and words[1] in known:
+            mine = cli_reference.option_names(known[words[1]]) | cli_reference.global_options()
+        else:
+            mine = every | FOREIGN
+        options = re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
+        assert [option for option in options if option not in mine | FOREIGN] == [], code
+
+
+def test_configs_are_accepted(tmp_path):
+    found = [block for page in pages() for block in blocks(page, "toml")]
+    assert found
+    for block in found:
+        assert tomllib.loads(block.code)
+        (tmp_path / "train.toml").write_text(block.code)
+        make(TrainConfig, read_toml(tmp_path / "train.toml", TrainConfig))
+
+
+def test_json_is_json():
+    for block in (block for page in pages() for block in blocks(page, "json")):
+        if not re.search(r"[\[{]\.\.\.[\]}]", block.code):
+            json.loads(block.code)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """What the pages' shell blocks would have made before the Python blocks: a tiny model, stores, an evaluation."""
+    root = tmp_path_factory.mktemp("docs")
+    with contextlib.chdir(root):
+        make_tiny_checkpoint(root / "tiny")
+        common = {"model": "tiny", "device": "cpu"}
+        alpacache.extract(ExtractConfig(source="synthetic:2", store="cache/all", frames=1, **common))
+        alpacache.extract(ExtractConfig(source="synthetic:1", store="cache/train", frames=1, **common))
+        for label in ("one", "head"):
+            settings = {"stores": ("cache/all",), "out": f"runs/{label}", "steps": 1, "batch_size": 2}
+            alpacache.train(TrainConfig(trainable="head", track="none", **settings, **common))
+        settings = {"checkpoint": "runs/one", "compare": {"head": "runs/head"}, "paths": 2, "flow_steps": 2}
+        alpacache.evaluate(EvalConfig(store="cache/all", out="eval/both", **settings, **common))
+        run_python(blocks(ROOT / "docs/how-to/own-data.md", "python")[0].code)
+        drives = ExtractConfig(source="folder:my_drives", store="cache/pilot", samples=10, t0="every:2.0", **common)
+        alpacache.extract(drives)
+    return root
+
+
+def extract_synthetic(code):
+    """The stores of generated drives that a shell block makes."""
+    from cli.main import app
+
+    for words in commands_of(code):
+        if words[:2] == ["alpacache", "extract"] and words[2].startswith("synthetic:"):
+            app(words[1:], standalone_mode=False)
+
+
+def run_python(code):
+    """Run a block; its last line of output must be what a closing comment says."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "block", "exec"), {"__name__": "__main__"})
+    last = code.strip().splitlines()[-1]
+    if last.startswith("# "):
+        assert out.getvalue().splitlines()[-1] == last.removeprefix("# ")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("page", PYTHON_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_run(page, workplace):
+    with contextlib.chdir(workplace):
+        for block in blocks(page, "sh", "python"):
+            if block.language == "sh":
+                extract_synthetic(block.code)
+            elif "write_clip(root" not in block.code:  # that one has made my_drives for the workplace
+                run_python(block.code)
+
+
+def test_what_a_closing_comment_promises_is_compared():
+    with pytest.raises(AssertionError):
+        run_python("print(1 + 1)\n# 3\n")
+    assert run_python("print(1 + 1)\n# 2\n") == "2\n"
+
+
+OFFLINE = ("index", "how-to/own-data", "how-to/resume-and-repair", "how-to/export", "how-to/brain-or-hands")
+MAKE_TINY = "python -m alpacache.alpamayo.tiny_checkpoint tiny\n"
+OFFLINE += ("how-to/several-machines", "how-to/compare-checkpoints")
+
+
+@pytest.mark.slow
+def test_shell_blocks_that_need_no_network_run(tmp_path):
+    """In the order in which the pages go on from each other."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    (tmp_path / "convert.py").write_text(blocks(ROOT / "docs/how-to/own-data.md", "python")[0].code)
+    for page in OFFLINE:
+        for block in blocks(ROOT / f"docs/{page}.md", "sh"):
+            if re.search(r"nvidia/|\bhf |\bpip |\bmake |--epochs", block.code):
+                continue
+            code = block.code.replace(MAKE_TINY, "") if (tmp_path / "tiny").exists() else block.code
+            script = ["bash", "-euo", "pipefail", "-c", code]
+            done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{block}\n{done.stderr}"
