@@ -1,10 +1,10 @@
-"""AdamW for bf16 weights in 5.1 bytes a parameter: 24-bit masters, 8-bit moments; every scalar is read on the device.
+"""AdamW for bf16 weights in 5 bytes a parameter: 24-bit masters, 8-bit moments; every scalar is read on the device.
 
 Why not torch's AdamW: a bf16 weight of 1.0 never moves by 1e-4, and a bf16 second moment never by 0.1 %. Why not a
 library: lr, the clip factor, "skip this step" and the step count must be device memory, or a captured CUDA graph would
 freeze them.
 
-What is stored, in groups of 64 consecutive elements:
+What is stored, in groups of 128 consecutive elements (of 64: a tenth less error and 0.1 GiB more):
 
 - weight: bf16 and an int8 residual, together the upper 24 bits of a float32. Rounded stochastically: at lr 1e-5 a norm
   gain near 1 moves by less than half of the last bit.
@@ -38,8 +38,8 @@ try:
 except ImportError:  # an install for the CPU
     triton = None
 
-GROUP = 64
-_ROWS = 16
+GROUP = 128
+_ROWS = 8
 """Groups a program: 1024 elements, 8 a thread."""
 _FLOOR = 2.0**-100
 """Least scale of a group, far below eps^2, and 1 / scale is finite."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from alpacache.errors import DataError, UsageError
 
 OPTIMIZERS = ("auto", "adamw8", "adamw")
-_BYTES = {"adamw": 4.0, "adamw8": 3.0 + 3 * 2 / 64}
-"""State of a bf16 parameter: two bf16 moments; residual, two codes and three bf16 scales a group of 64."""
+_BYTES = {"adamw": 4.0, "adamw8": 3.0 + 3 * 2 / 128}
+"""State of a bf16 parameter: two bf16 moments; residual, two codes and three bf16 scales a group of 128."""
 
 
 class StepOptimizer(Protocol):

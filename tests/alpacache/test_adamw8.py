@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from alpacache import adamw8
-from alpacache.adamw8 import AdamW8, Hyperparameters, Moments, join, random_bits, split
+from alpacache.adamw8 import GROUP, AdamW8, Hyperparameters, Moments, join, random_bits, split
 from alpacache.errors import DataError, UsageError
 
 HYPER = Hyperparameters(betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
@@ -146,7 +146,7 @@ def test_second_moment_follows_beta2_without_bias():
 def decoded_second(ours, name):
     state = ours.tensors()
     low, high = state[f"scales.{name}"][1:].float().view(torch.int32)[..., None]
-    code = state[f"exp_avg_sq.{name}"].view(-1, 64).float()
+    code = state[f"exp_avg_sq.{name}"].view(-1, GROUP).float()
     return (low + (code * ((high - low).float() / 255)).int()).view(torch.float32).flatten()
 
 
@@ -269,7 +269,7 @@ def test_kernel_compiles(capability, dtype, tmp_path, monkeypatch):
     pointers = {"exp_avg_ptr": "*i8", "exp_avg_sq_ptr": "*u8", "scales_ptr": "*bf16", "residual_ptr": "*i8"}
     pointers |= {"skip_ptr": "*i1", "step_ptr": "*i64", "bias_ptr": "*fp64", "seed": "i32", "count": "i64"}
     pointers |= {"weight_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "lr_ptr": "*fp32", "scale_ptr": "*fp32"}
-    constants = {"GROUP": 64, "ROWS": 16, "FLOOR": 2.0**-100, "RANGE": 2.0**-32}
+    constants = {"GROUP": GROUP, "ROWS": adamw8._ROWS, "FLOOR": 2.0**-100, "RANGE": 2.0**-32}
     if dtype == "fp32":
         constants["residual_ptr"] = None
     signature = {name: "constexpr" if name in constants else pointers.get(name, "fp32") for name in names}

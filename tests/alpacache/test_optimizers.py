@@ -64,7 +64,7 @@ def test_resolve():
 
 def test_state_bytes():
     assert state_bytes("adamw", 1000) == 4000
-    assert state_bytes("adamw8", 64000) == 198000
+    assert state_bytes("adamw8", 64000) == 195000
 
 
 def test_auto_on_a_cpu_is_torchs_adamw_bit_for_bit():
