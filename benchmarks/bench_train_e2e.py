@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 from unittest import mock
 
 import full_size
@@ -36,6 +36,7 @@ from alpacache.run_directory import RunDirectory
 from alpacache.training import train
 from cache_store import CacheReader
 
+Medium: TypeAlias = Literal["pinned", "page_cache", "cold"]
 MODEL = "model"
 """Name of the checkpoint's directory."""
 READ_AHEAD = 3
@@ -59,7 +60,7 @@ class Case:
     cameras: int
     codec: str
     batch: int
-    medium: Literal["pinned", "page_cache", "cold"] = "pinned"
+    medium: Medium = "pinned"
     draws: int = 1
     optimizer: str = "auto"
     trainable: str = "all"
@@ -201,20 +202,20 @@ def one_line(error: Exception) -> str:
 def _measure(case: Case, plan: Plan, work: Path) -> dict[str, Any]:
     checkpoint, out = work / MODEL, work / "runs" / case.name
     shutil.rmtree(out, ignore_errors=True)
-    reader = _store(case, plan, work)
+    reader = make_store(case, plan, work)
     epoch = len(reader) // case.batch
     steps, skip = {
         "page_cache": (plan.settle + plan.measured + 1, plan.settle),
         "pinned": (epoch + plan.settle + plan.measured + 1, epoch + plan.settle),
         "cold": (epoch, min(READ_AHEAD, epoch - 2)),
     }[case.medium]
-    raw = [_prepare_medium(reader, cold=case.medium == "cold")]
+    raw = [prepare_medium(reader, cold=case.medium == "cold")]
     config, left_out = train_config(case, store=reader.path, checkpoint=checkpoint, out=out, steps=steps)
     with mock.patch.object(RunDirectory, "save"):  # 14 GB of weights and moments that nobody reads, outside the steps
         report = train(config)
     print(json.dumps({"case": case.name, "report": dataclasses.asdict(report)}, default=str), flush=True)
     if case.medium == "cold":
-        raw.append(_prepare_medium(reader, cold=True))  # a disk is not as fast at all times
+        raw.append(prepare_medium(reader, cold=True))  # a disk is not as fast at all times
     raw_gb_s = statistics.mean(rate for rate in raw if rate) if any(raw) else None
     settled = tomllib.loads((out / "config.toml").read_text())
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -237,7 +238,7 @@ def _measure(case: Case, plan: Plan, work: Path) -> dict[str, Any]:
     }
 
 
-def _store(case: Case, plan: Plan, work: Path) -> CacheReader:
+def make_store(case: Case, plan: Plan, work: Path) -> CacheReader:
     """The case's store, made if it is not there; other stores give way where the disk is too small for both."""
     directory, wanted = work / case.store, plan.samples(case)
     if not directory.exists():
@@ -259,7 +260,7 @@ def _store(case: Case, plan: Plan, work: Path) -> CacheReader:
     return reader
 
 
-def _prepare_medium(reader: CacheReader, *, cold: bool) -> float | None:
+def prepare_medium(reader: CacheReader, *, cold: bool) -> float | None:
     """Bring the files into the page cache, or out of it; GB/s of raw cold reading in the second case."""
     ids, threads = list(reader.sample_ids), min(8, os.cpu_count() or 1)
     buffers = [np.zeros(max(map(reader.buffer_bytes, ids)) + 64, np.uint8) for _ in range(threads)]
