@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# As many processes as cores, each with one thread: torch's own would crowd each other out.
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n auto --dist loadfile
 STAMP := $(VENV)/.installed
 
 # The store alone, without torch, on Python 3.12 and the zarr that needs it.
@@ -26,19 +28,19 @@ demo: $(STAMP)  ## The whole story offline on the CPU: biased tiny model, cache,
 	$(BIN)/alpacache demo --out demo
 
 test: $(STAMP)  ## The test suite (minutes, CPU)
-	$(BIN)/python -m pytest -m "not slow"
+	$(call PYTEST,$(VENV)) -m "not slow"
 
 $(STAMP312): constraints.txt
 	$(PYTHON312) -m venv $(VENV312)
-	$(VENV312)/bin/python -m pip install -q -c constraints.txt 'zarr>=3.4' numcodecs awscrt numpy obstore hypothesis 'moto[server]' pytest pytest-timeout
+	$(VENV312)/bin/python -m pip install -q -c constraints.txt 'zarr>=3.4' numcodecs awscrt numpy obstore hypothesis 'moto[server]' pytest pytest-timeout pytest-xdist
 	$(VENV312)/bin/python -m pip install -q --no-deps -e .
 	touch $(STAMP312)
 
 test-store-3.12: $(STAMP312)  ## The store's tests on Python 3.12 and zarr 3.4, without torch
-	$(VENV312)/bin/python -m pytest -m "not slow" tests/cache_store
+	$(call PYTEST,$(VENV312)) -m "not slow" tests/cache_store
 
 test-slow: $(STAMP)  ## Everything, the slow tests included
-	$(BIN)/python -m pytest
+	$(call PYTEST,$(VENV))
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy strict
 	$(BIN)/ruff check .
