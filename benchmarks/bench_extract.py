@@ -42,7 +42,9 @@ from alpacache.sources.synthetic import SyntheticSource
 from cache_store import info
 
 PICTURES = 6
-"""Distinct ones a camera and clip: drawing them takes a second each, decoding does not care."""
+"""Distinct ones a camera and clip: drawing takes time, decoding does not care."""
+ENLARGED = 4
+"""Times in width and height."""
 T0 = "every:0.2"
 KEYS = ("cameras", "codec", "batch", "samples_s", "prefill_s", "write_s", "decode_s", "of_limit", "cpu_cores")
 KEYS += ("workers", "writers", "samples", "tokens", "sample_mb", "neighbour_error", "peak_gib", "source", "note")
@@ -65,21 +67,23 @@ class Scale:
     """Of `extract`."""
 
 
-FULL = Scale(small=False, picture=(1920, 1080), clips=4, samples={1: 96, 4: 40}, batches=(1, 2, 4, 8), batch=4)
+FULL = Scale(small=False, picture=(1920, 1080), clips=2, samples={1: 90, 4: 40}, batches=(1, 2, 4, 8), batch=4)
 QUICK = Scale(small=True, picture=(192, 108), clips=1, samples={1: 4, 4: 2}, batches=(), batch=2)
 
 
 class RepeatedPictures(SyntheticSource):
-    """Generated drives whose films repeat a few pictures."""
+    """Generated drives whose films repeat a few pictures, drawn at a quarter of the size, with noise on every pixel."""
 
     def __init__(self, count: int, *, size: tuple[int, int], cameras: Sequence[str]) -> None:
-        super().__init__(count, cameras=cameras, size=size)
+        super().__init__(count, cameras=cameras, size=(size[0] // ENLARGED, size[1] // ENLARGED))
         self._drawn: dict[tuple[str, str], np.ndarray] = {}
 
     def film(self, clip_id: str, camera: str, times_us: np.ndarray) -> np.ndarray:
         if (clip_id, camera) not in self._drawn:
             moments = 3_000_000 + 100_000 * np.arange(PICTURES)
-            self._drawn[clip_id, camera] = super().film(clip_id, camera, moments)
+            drawn = super().film(clip_id, camera, moments).repeat(ENLARGED, axis=-1).repeat(ENLARGED, axis=-2)
+            noise = np.random.default_rng(0).integers(-8, 9, drawn.shape[-2:])
+            self._drawn[clip_id, camera] = (drawn + noise).clip(0, 255).astype(np.uint8)
         return self._drawn[clip_id, camera][np.arange(len(times_us)) % PICTURES]
 
 

@@ -3,35 +3,19 @@
 Every part is the command that a user types, in a process of its own; random weights and keys and values, so the errors
 in metres mean nothing but have to be the same of the run and of what was exported from it. `rerun_difference` is the
 largest relative difference in loss of a step that was done once before a kill and again after it; `pictures` and the
-report are written too. `--quick` runs a small expert on the CPU.
+report are written too. `--quick` runs a small expert on the CPU, in float32, which `export` rounds to the bfloat16 of the base.
 """
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import full_size
 import torch
 from benchmark_report import arguments, finish, hardware_name
-
-CLI = [sys.executable, "-m", "cli.main"]
-
-
-def call(*given: str) -> dict[str, Any]:
-    """A command to its end; what it printed with `--json`, and its seconds."""
-    started = time.monotonic()
-    done = subprocess.run([*CLI, *given, "--json"], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(given)}: exit code {done.returncode}")
-    print(f"{given[0]}: {time.monotonic() - started:.1f} s", flush=True)
-    return {**json.loads(done.stdout), "wall_s": time.monotonic() - started}
+from drills import call, kill_at
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -40,20 +24,6 @@ def losses(run: Path) -> dict[int, float]:
     lines = path.read_text().splitlines() if path.is_file() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     return {row["step"]: row["loss"] for row in rows if row.get("loss") is not None}
-
-
-def kill_at(step: int, run: Path, command: Sequence[str]) -> tuple[int, float]:
-    """Start the command, kill -9 it once that step is written; the step that it had got to, and the seconds."""
-    started = time.monotonic()
-    process = subprocess.Popen([*CLI, *command], stdout=subprocess.DEVNULL)
-    while max(losses(run), default=0) < step:
-        if process.poll() is not None:
-            raise SystemExit(f"{' '.join(command)}: ended with {process.returncode} before step {step}")
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    print(f"killed at step {max(losses(run))} after {time.monotonic() - started:.1f} s", flush=True)
-    return max(losses(run)), time.monotonic() - started
 
 
 def store(path: Path, model: Path, samples: int, *, small: bool) -> Path:
@@ -74,7 +44,8 @@ def drill(work: Path, *, small: bool) -> dict[str, Any]:
     command += ["--device", "cpu"] if small else ["--memory-budget", "24GB"]
     killed, seconds, before = [], 0.0, {}
     for number, step in enumerate(kills):
-        at, lost = kill_at(step, run, [*command, *(["--resume"] if number else [])])
+        command_now = [*command, *(["--resume"] if number else [])]
+        at, lost = kill_at(step, lambda: max(losses(run), default=0), command_now)
         killed.append(at)
         seconds += lost
         before |= losses(run)

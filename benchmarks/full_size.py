@@ -65,8 +65,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def write_checkpoint(directory: Path, *, small: bool) -> Path:
-    """The public layout with the released geometry, one number for the VLM's weights; kept if it is there already."""
+def write_checkpoint(directory: Path, *, small: bool, with_vlm: bool = False) -> Path:
+    """The public layout with the released geometry, kept if it is there already.
+
+    For the VLM's weights one number stands, unless `with_vlm`: then they are there and the expert's are not.
+    """
     if (directory / INDEX).is_file():
         return directory
     (directory / "vlm").mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,13 @@ def write_checkpoint(directory: Path, *, small: bool) -> Path:
     _write_json(directory / "vlm/config.json", _vlm_config(first, small=small))
     _write_json(directory / "vlm/preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
     _write_json(directory / "config.json", _config(first, small=small))
-    names = sorted(state := _expert_state(small) | {"vlm.placeholder": torch.zeros(1)})
+    if with_vlm:
+        vlm = random_vlm(directory, device())
+        state = {f"vlm.{name}": tensor.to("cpu", torch.bfloat16) for name, tensor in vlm.state_dict().items()}
+        del vlm
+    else:
+        state = _expert_state(small) | {"vlm.placeholder": torch.zeros(1)}
+    names = sorted(state)
     files = [f"model-{shard + 1:05d}-of-{_SHARDS:05d}.safetensors" for shard in range(_SHARDS)]
     parts = {file: names[shard::_SHARDS] for shard, file in enumerate(files)}
     with ThreadPoolExecutor(_SHARDS) as pool:
