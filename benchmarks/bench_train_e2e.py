@@ -4,7 +4,7 @@ Full size, random weights. Each case is one call of `train` in a process and a r
 from the run's `metrics.jsonl`. Media: `page_cache` reads the store's files from RAM, `cold` from the disk (evicted
 before, every sample once), `pinned` keeps samples in RAM (measured after each was read once). `step_ms` is the median
 step; `samples_s` is samples over the sum of the measured steps, so that hiccups count; `of_raw_read` is its bytes over
-raw reading of the same files in threads, cold as well, before and after it.
+raw reading of the same files from the same medium in threads.
 """
 
 import dataclasses
@@ -209,14 +209,14 @@ def _measure(case: Case, plan: Plan, work: Path) -> dict[str, Any]:
         "pinned": (epoch + plan.settle + plan.measured + 1, epoch + plan.settle),
         "cold": (epoch, min(READ_AHEAD, epoch - 2)),
     }[case.medium]
-    raw = [prepare_medium(reader, cold=case.medium == "cold")]
+    raw = [prepare_medium(reader, cold=case.medium == "cold")] if case.medium != "pinned" else []
     config, left_out = train_config(case, store=reader.path, checkpoint=checkpoint, out=out, steps=steps)
     with mock.patch.object(RunDirectory, "save"):  # 14 GB of weights and moments that nobody reads, outside the steps
         report = train(config)
     print(json.dumps({"case": case.name, "report": dataclasses.asdict(report)}, default=str), flush=True)
     if case.medium == "cold":
         raw.append(prepare_medium(reader, cold=True))  # a disk is not as fast at all times
-    raw_gb_s = statistics.mean(rate for rate in raw if rate) if any(raw) else None
+    raw_gb_s = statistics.mean(raw) if raw else None
     settled = tomllib.loads((out / "config.toml").read_text())
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     times = [(ms, wait) for step, ms, wait in step_times(metrics, case.batch) if step > skip]
@@ -260,14 +260,14 @@ def make_store(case: Case, plan: Plan, work: Path) -> CacheReader:
     return reader
 
 
-def prepare_medium(reader: CacheReader, *, cold: bool) -> float | None:
-    """Bring the files into the page cache, or out of it; GB/s of raw cold reading in the second case."""
-    ids, threads = list(reader.sample_ids), min(8, os.cpu_count() or 1)
+def prepare_medium(reader: CacheReader, *, cold: bool) -> float:
+    """Bring the files into the page cache, or out of it; GB/s of raw reading from there."""
+    ids, threads = list(reader.sample_ids), min(14, os.cpu_count() or 1)
     buffers = [np.zeros(max(map(reader.buffer_bytes, ids)) + 64, np.uint8) for _ in range(threads)]
     readinto = raw_readers(reader)["readinto"]
     if not cold:
         timed(readinto, ids, buffers)
-        return None
+        return sum(map(reader.size_bytes, ids)) / timed(readinto, ids, buffers) / 1e9
     some = ids[: max(threads, int(len(ids) * RAW_READ_SHARE))]
     evict(reader.path)
     seconds = timed(readinto, some, buffers)

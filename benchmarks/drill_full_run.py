@@ -3,7 +3,8 @@
 Every part is the command that a user types, in a process of its own; random weights and keys and values, so the errors
 in metres mean nothing but have to be the same of the run and of what was exported from it. `rerun_difference` is the
 largest relative difference in loss of a step that was done once before a kill and again after it; `pictures` and the
-report are written too. `--quick` runs a small expert on the CPU, in float32, which `export` rounds to the bfloat16 of the base.
+report are written too. `--quick` runs a small expert on the CPU, in float32, which `export` rounds to the bfloat16 of
+the base.
 """
 
 import json
