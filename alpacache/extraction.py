@@ -20,7 +20,7 @@ import torch
 from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.alpamayo.rollout import RolloutSampler
-from alpacache.config import ExtractConfig
+from alpacache.config import PREFILL_BATCH, ExtractConfig
 from alpacache.device import device_name
 from alpacache.disk_room import check_room
 from alpacache.errors import BadClipError, DataError, DeviceMemoryError, InterruptedRunError, UsageError
@@ -40,7 +40,6 @@ from cache_store import CODECS, CacheWriter
 from cache_store.sample_key import sample_key
 from cache_store.writer import committed_keys, failed_keys
 
-GPU_BATCH = 4
 _DTYPE = torch.bfloat16
 
 _log = logging.getLogger(__name__)
@@ -155,7 +154,7 @@ class _Run:
         self.device, self.on_progress = device, on_progress
         kind, _, place = config.source.partition(":")
         self.streamed = config.source == "pai" or (kind == "hf" and not Path(place).exists())
-        default = GPU_BATCH if device.type == "cuda" and not config.deterministic else 1
+        default = PREFILL_BATCH if device.type == "cuda" and not config.deterministic else 1
         self.batch_size = config.batch_size or default
         self.workers = reader_threads(config)
         self.shrunk = ""

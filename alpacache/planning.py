@@ -14,7 +14,7 @@ import torch
 from alpacache.alpamayo import Checkpoint, PrefixLayout
 from alpacache.alpamayo.geometry import RELEASED, Geometry
 from alpacache.alpamayo.rollout import MAX_TOKENS
-from alpacache.config import CodecName, Trainable, budget_gib
+from alpacache.config import PREFILL_BATCH, CodecName, Trainable, budget_gib
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS, MEASURED, Gpu, gpu_named
 from alpacache.machine_speed import disk_speed, existing_folder, gpu_speed
@@ -272,7 +272,7 @@ def _machine(config: PlanConfig) -> Machine:
 def _extract_plan(
     config: PlanConfig, geometry: Geometry, machine: Machine, tokens: int, size_bytes: int
 ) -> ExtractPlan:
-    prefill_s = prefill_seconds(geometry.vlm_parameters, tokens, machine.gpu)
+    prefill_s = prefill_seconds(geometry.vlm_parameters, PREFILL_BATCH * tokens, machine.gpu) / PREFILL_BATCH
     write_s = size_bytes / machine.write_bytes_s
     return ExtractPlan(
         weights_bytes=geometry.vlm_parameters * _BF16_BYTES,

@@ -39,7 +39,7 @@ _RECOMPUTED = 4 / 3
 
 
 def prefill_seconds(vlm_parameters: int, tokens: int, gpu: Gpu) -> float:
-    """Of one sample, one at a time; launching kernels takes as long on any GPU."""
+    """Of one pass over so many tokens, of one sample or of several; launching kernels takes as long on any GPU."""
     model = vlm_parameters / RELEASED_VLM
     return _LAUNCHES_S * min(1.0, model) + tokens * _PREFILL_TOKEN_S * model * _arithmetic(gpu)
 
