@@ -19,6 +19,10 @@ T = TypeVar("T")
 _LR = {"all": 1e-4, "lora": 5e-4, "head": 1e-3}
 
 
+PREFILL_BATCH = 4
+"""Samples that `extract` sends through the VLM at once on a GPU, unless told otherwise."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractConfig:
     """Stage one."""
@@ -230,6 +234,8 @@ class EvalConfig:
     batch_size: int = 8
     seed: int = 0
     device: str | None = None
+    capture: bool = True
+    """On a GPU, replay all flow steps of a batch as one CUDA graph; not on reasoning rollouts."""
 
     def __post_init__(self) -> None:
         for name in ("paths", "flow_steps", "batch_size"):
