@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -97,6 +98,13 @@ class CachedDataset:
         if self.in_memory and not tails:
             self._kept[index] = sample
         return sample
+
+    def poses(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A sample's history and future, xyz (m, ego frame at t0) and rotations each; reads no keys and values."""
+        reader, sample_id = self._index[index]
+        arrays = reader.read(sample_id, fields=POSE_FIELDS)
+        history_xyz, history_rot, future_xyz, future_rot = (torch.from_numpy(arrays[name]) for name in POSE_FIELDS)
+        return history_xyz, history_rot, future_xyz, future_rot
 
     @cached_property
     def layout(self) -> PrefixLayout:

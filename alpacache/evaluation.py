@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from alpacache import trainable
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
@@ -18,12 +20,11 @@ from alpacache.cached_dataset import CachedDataset
 from alpacache.config import EvalConfig
 from alpacache.device import resolve_device
 from alpacache.errors import InterruptedRunError, UsageError
-from alpacache.features import CachedSample
 from alpacache.front_view import draw_paths
 from alpacache.identity import check_base, check_same_vlm
 from alpacache.interrupt import InterruptGuard
 from alpacache.pictures import MODEL_COLOURS, birds_eye_png
-from alpacache.prediction import Paths, predict
+from alpacache.prediction import Paths, predict_actions, predict_ahead, to_paths
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.report import write_report
 from alpacache.run_directory import RunDirectory, find_checkpoint, read_trained
@@ -38,6 +39,8 @@ TRAINED = "trained"
 _PICTURES = 3
 Drive = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 """History and future of one sample, xyz and rotations each: all that judging needs, without its prefix."""
+Poses = tuple[Tensor, Tensor, Tensor, Tensor]
+"""The same as it is stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,23 +62,25 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     tails = _tails(config, data)
     runs = _runs(config)
     predicted: dict[str, list[Paths]] = {}
-    drives: dict[int, Drive] = {}
+    poses: dict[int, Poses] = {}
     with InterruptGuard() as guard:
         for label, run in runs.items():
             expert = _load(config, checkpoint, run, data)
             predicted[label] = []
-            for start in range(0, len(indices), config.batch_size):
-                if guard.requested:
-                    raise InterruptedRunError("stopped on request; an evaluation keeps nothing, run it again.")
-                rows = indices[start : start + config.batch_size]
-                samples = [data.load(index, tails=tails) for index in rows]
-                drives |= {index: _drive(sample) for index, sample in zip(rows, samples, strict=True)}
-                predicted[label] += predict(
-                    expert, samples, paths=config.paths, flow_steps=config.flow_steps, seed=config.seed
-                )
-                done = sum(map(len, predicted.values()))
-                rate, total = done / (time.monotonic() - started), len(runs) * len(indices)
-                on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
+            with closing(_actions(config, expert, data, indices, tails=tails)) as batches:
+                for rows, actions in batches:
+                    if guard.requested:
+                        raise InterruptedRunError("stopped on request; an evaluation keeps nothing, run it again.")
+                    poses |= {index: data.poses(index) for index in rows if index not in poses}
+                    predicted[label] += [
+                        to_paths(expert.action_space, draws, *poses[index][:2])
+                        for index, draws in zip(rows, actions, strict=True)
+                    ]
+                    done = sum(map(len, predicted.values()))
+                    rate, total = done / (time.monotonic() - started), len(runs) * len(indices)
+                    on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
+            del expert  # before the next one is loaded
+    drives = {index: _drive(*poses[index]) for index in indices}
     results = [
         _result(
             data.sample_id(index),
@@ -138,13 +143,22 @@ def _load(config: EvalConfig, checkpoint: Checkpoint, run: str | None, data: Cac
     return expert.eval()
 
 
-def _drive(sample: CachedSample) -> Drive:
-    return (
-        sample.history_xyz.double().numpy(),
-        sample.history_rot.double().numpy(),
-        sample.future_xyz.double().numpy(),
-        sample.future_rot.double().numpy(),
-    )
+def _actions(
+    config: EvalConfig, expert: ActionExpert, data: CachedDataset, indices: Sequence[int], *, tails: int
+) -> Generator[tuple[Sequence[int], Tensor]]:
+    """Batch by batch: indices of its samples, and sampled actions `[B, K, 64, 2]`."""
+    common = {"paths": config.paths, "flow_steps": config.flow_steps, "seed": config.seed}
+    if not tails:
+        yield from predict_ahead(expert, data, indices, batch_size=config.batch_size, capture=config.capture, **common)
+        return
+    for start in range(0, len(indices), config.batch_size):
+        rows = indices[start : start + config.batch_size]
+        yield rows, predict_actions(expert, [data.load(index, tails=tails) for index in rows], **common)
+
+
+def _drive(*poses: Tensor) -> Drive:
+    history_xyz, history_rot, future_xyz, future_rot = (tensor.double().numpy() for tensor in poses)
+    return history_xyz, history_rot, future_xyz, future_rot
 
 
 def _front(

@@ -1,6 +1,6 @@
 """Paths from cached prefixes, on noise that every model shares."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -9,37 +9,107 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache import randomness
+from alpacache.action_sampler import ActionSampler, SampledActions
+from alpacache.action_space import UnicycleActionSpace
 from alpacache.alpamayo import ActionExpert
+from alpacache.batches import BatchRing
+from alpacache.cached_dataset import CachedDataset
 from alpacache.features import CachedSample
 from alpacache.flow_matching import sample as sample_flow
 
 Paths: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32]]
+_LEAST_BUFFERS = 4
+"""Samples between disk and device; more than that, one batch: a batch takes longer to compute on than to copy."""
 
 
-@torch.no_grad()
 def predict(
     expert: ActionExpert, samples: Sequence[CachedSample], *, paths: int, flow_steps: int, seed: int
 ) -> list[Paths]:
-    """Sampled paths of each sample: xyz `[K, 64, 3]` (m, ego frame at t0) and rotations `[K, 64, 3, 3]`.
+    """Sampled paths of each sample, as `to_paths` has them."""
+    action = predict_actions(expert, samples, paths=paths, flow_steps=flow_steps, seed=seed)
+    return [
+        to_paths(expert.action_space, draws, sample.history_xyz, sample.history_rot)
+        for draws, sample in zip(action, samples, strict=True)
+    ]
+
+
+@torch.no_grad()
+def predict_actions(
+    expert: ActionExpert, samples: Sequence[CachedSample], *, paths: int, flow_steps: int, seed: int
+) -> Tensor:
+    """Sampled actions `[B, K, 64, 2]`, on the CPU.
 
     Where samples come with tails of reasoning rollouts, path k is that of rollout k, as the public sampler has it; they
     need K of them. The noise depends on the seed and the sample id alone, so every model sees the same and batch size
     changes nothing.
     """
-    noise = torch.stack([randomness.noise("eval", seed, sample.sample_id, draws=paths) for sample in samples]).to(
-        expert.device
-    )
+    noise = _noise(seed, [sample.sample_id for sample in samples], paths).to(expert.device)
     if any(sample.tails for sample in samples):
         pairs = zip(samples, noise, strict=True)
-        action = torch.stack([_after_rollouts(expert, sample, draws, flow_steps) for sample, draws in pairs])
-    else:
-        batch = expert.batch([sample.prefix for sample in samples])
-        action = sample_flow(lambda x, t: expert.velocity(x, t, batch), noise, steps=flow_steps).cpu()
-    result = []
-    for row, sample in zip(action, samples, strict=True):
-        xyz, rot = expert.action_space.to_path(row, sample.history_xyz, sample.history_rot)
-        result.append((xyz.numpy(), rot.numpy()))
-    return result
+        return torch.stack([_after_rollouts(expert, sample, draws, flow_steps) for sample, draws in pairs])
+    batch = expert.batch([sample.prefix for sample in samples])
+    return sample_flow(lambda x, t: expert.velocity(x, t, batch), noise, steps=flow_steps).cpu()
+
+
+def predict_ahead(
+    expert: ActionExpert,
+    data: CachedDataset,
+    indices: Sequence[int],
+    *,
+    paths: int,
+    flow_steps: int,
+    seed: int,
+    batch_size: int,
+    capture: bool = True,
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Batch by batch the indices and what `predict_actions` gives for them on their direct prefixes.
+
+    Samples are read and copied while the batches before are computed, and stay as they are stored. On a GPU an
+    integration is one CUDA graph with `capture`, the same kernels without; a batch is handed over when the next one is
+    enqueued. Close the iterator where it is not read to its end. Raises what `BatchRing` does.
+    """
+    batch_size = min(batch_size, len(indices))
+    starts = range(0, len(indices), batch_size)
+    batches = ([(index, index) for index in indices[start : start + batch_size]] for start in starts)
+    ring = BatchRing(
+        data,
+        expert.action_space,
+        batches,
+        batch_size=batch_size,
+        device=expert.device,
+        buffers=max(_LEAST_BUFFERS, batch_size),
+        check_on_device=True,
+    )
+    sampler = ActionSampler(expert, ring, batch_size=batch_size, paths=paths, flow_steps=flow_steps, capture=capture)
+    before: SampledActions | None = None
+    with ring:
+        for batch in ring:
+            underway = sampler.run(batch, _noise(seed, batch.sample_ids, paths))
+            ring.done(batch)
+            if before is not None:
+                yield _taken(before, ring)
+            before = underway
+        if before is not None:
+            yield _taken(before, ring)
+
+
+def to_paths(space: UnicycleActionSpace, action: Tensor, history_xyz: Tensor, history_rot: Tensor) -> Paths:
+    """Paths of one sample's actions `[K, 64, 2]`: xyz `[K, 64, 3]` (m, ego frame at t0), rotations `[K, 64, 3, 3]`."""
+    xyz, rot = space.to_path(action, history_xyz, history_rot)
+    return xyz.numpy(), rot.numpy()
+
+
+def _taken(sampled: SampledActions, ring: BatchRing) -> tuple[tuple[int, ...], Tensor]:
+    """A batch's actions, once they are there; its rows are not yet filled again, so damage is still to be named."""
+    action, damaged = sampled.values()
+    if damaged:
+        raise ring.damage_error()
+    return sampled.batch.positions, action
+
+
+def _noise(seed: int, sample_ids: Sequence[str], paths: int) -> Tensor:
+    """`[B, K, 64, 2]`."""
+    return torch.stack([randomness.noise("eval", seed, sample_id, draws=paths) for sample_id in sample_ids])
 
 
 def _after_rollouts(expert: ActionExpert, sample: CachedSample, noise: Tensor, flow_steps: int) -> Tensor:

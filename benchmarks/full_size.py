@@ -154,6 +154,25 @@ def random_vlm(checkpoint_dir: Path, where: torch.device) -> Qwen3VLForCondition
     return vlm.requires_grad_(False).eval()
 
 
+def prompt(
+    vlm: Qwen3VLForConditionalGeneration, *, cameras: int, batch: int, generator: torch.Generator
+) -> tuple[dict[str, Any], int]:
+    """What the VLM is given, as long as the stores' prefixes are on average, and the position of what follows."""
+    length, images, config = sum(PREFIX_TOKENS[cameras]) // 2, cameras * FRAMES, vlm.config
+    image = [config.vision_start_token_id, *[config.image_token_id] * IMAGE_TOKENS, config.vision_end_token_id]
+    text = [5] * (length - len(image) * images)
+    ids = torch.tensor([text[:30] + image * images + text[30:]], device=vlm.device).repeat(batch, 1)
+    patches = (batch * images * GRID[1] * GRID[2], PATCH_VALUES)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+        "pixel_values": torch.randn(patches, generator=generator, device=vlm.device, dtype=vlm.dtype),
+        "image_grid_thw": torch.tensor([GRID] * (batch * images), device=vlm.device),
+    }
+    return inputs, length - images * (IMAGE_TOKENS - GRID[2] // 2)
+
+
 def recipe_step(
     vlm: Qwen3VLForConditionalGeneration, expert: ActionExpert, *, cameras: int, batch: int, labels: bool
 ) -> Callable[[], None]:
@@ -162,21 +181,9 @@ def recipe_step(
     The prompt has the mean length of the stores' prefixes. `labels` has the VLM compute logits and loss of the whole
     vocabulary, as its forward with labels does; without them only the last token's logits.
     """
-    length, images, where = sum(PREFIX_TOKENS[cameras]) // 2, cameras * FRAMES, expert.device
-    config, generator = vlm.config, torch.Generator(where).manual_seed(2)
-    image = [config.vision_start_token_id, *[config.image_token_id] * IMAGE_TOKENS, config.vision_end_token_id]
-    text = [5] * (length - len(image) * images)
-    ids = torch.tensor([text[:30] + image * images + text[30:]], device=where).repeat(batch, 1)
-    patches = (batch * images * GRID[1] * GRID[2], PATCH_VALUES)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == config.image_token_id).int(),
-        "pixel_values": torch.randn(patches, generator=generator, device=where, dtype=vlm.dtype),
-        "image_grid_thw": torch.tensor([GRID] * (batch * images), device=where),
-        **({"labels": ids} if labels else {"logits_to_keep": 1}),
-    }
-    start = length - images * (IMAGE_TOKENS - GRID[2] // 2)
+    where, generator = expert.device, torch.Generator(expert.device).manual_seed(2)
+    inputs, start = prompt(vlm, cameras=cameras, batch=batch, generator=generator)
+    inputs |= {"labels": inputs["input_ids"]} if labels else {"logits_to_keep": 1}
     positions = (torch.arange(FUTURE_STEPS, device=where) + start).expand(3, batch, -1)
     action, noise = (torch.randn(batch, FUTURE_STEPS, 2, generator=generator, device=where) for _ in range(2))
     t = torch.rand(batch, generator=generator, device=where)

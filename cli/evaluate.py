@@ -33,6 +33,7 @@ def evaluate(
     samples: options.Samples = None,
     batch_size: Annotated[int, typer.Option(help="Samples at once; changes no result.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the noise, which all models share.")] = 0,
+    capture: Annotated[bool, typer.Option(help="Replay a batch's flow steps as one CUDA graph on a GPU.")] = True,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
@@ -56,6 +57,7 @@ def evaluate(
         batch_size=batch_size,
         seed=seed,
         device=device,
+        capture=capture,
     )
     with output.show_progress("eval") as on_progress:
         from alpacache.evaluation import evaluate as run

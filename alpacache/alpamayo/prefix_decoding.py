@@ -229,9 +229,9 @@ def _order_at(layout: PrefixLayout, longest: int) -> int:
     return 4 * layout.kv_heads * longest * layout.head_dim
 
 
-def make_places(layout: PrefixLayout, samples: int, longest: int, device: torch.device) -> Tensor:
-    """Memory of `LayersAhead` for batches of at most so many samples."""
-    return torch.empty(2, *scratch_shape(layout, samples, longest), dtype=torch.uint8, device=device)
+def make_places(layout: PrefixLayout, samples: int, longest: int, device: torch.device, *, layers: int = 2) -> Tensor:
+    """Memory of `LayersAhead`, or for all layers of `LayersKept`, for batches of at most so many samples."""
+    return torch.empty(layers, *scratch_shape(layout, samples, longest), dtype=torch.uint8, device=device)
 
 
 class LayersAhead:
@@ -278,6 +278,22 @@ class LayersAhead:
         if (ready := self._ready[place]) is not None:
             torch.cuda.current_stream().wait_event(ready)
             self._ready[place] = None
+
+
+class LayersKept:
+    """Decoded layers of one batch for several forwards: each is decoded when it is first asked for, and stays."""
+
+    def __init__(self, places: Tensor) -> None:
+        """`places`: `[layers, *scratch_shape]` uint8, which nothing else uses until the last forward is over."""
+        self._places = places
+        self._held: set[int] = set()
+
+    def layer(self, prefixes: PackedPrefixes, layer: int, *, then: int) -> tuple[Tensor, int]:
+        """What `decode` returns; `then` as of `LayersAhead`, not of use here."""
+        if layer not in self._held:
+            decode(prefixes, layer, self._places[layer])
+            self._held.add(layer)
+        return self._places[layer], _order_at(prefixes.layout, prefixes.longest)
 
 
 def is_ordered(layout: PrefixLayout) -> bool:

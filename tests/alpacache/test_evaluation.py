@@ -11,8 +11,8 @@ from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import EvalConfig, ExtractConfig, TrainConfig
 from alpacache.errors import UsageError
-from alpacache.evaluation import predict
 from alpacache.metrics import min_ade
+from alpacache.prediction import predict
 from cache_store import CacheReader
 
 

@@ -22,7 +22,7 @@ from alpacache.alpamayo import prefix_kernels
 from alpacache.alpamayo.packed_prefix import pack
 from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
 from alpacache.alpamayo.prefix_attention import PrefixCall, _ExplicitAttention
-from alpacache.alpamayo.prefix_decoding import LayersAhead, decode, make_places
+from alpacache.alpamayo.prefix_decoding import LayersAhead, LayersKept, decode, make_places
 from cache_store import CODECS
 
 
@@ -88,11 +88,12 @@ def check_decoded(packed, dim):
 
 
 def check_ahead(codec, lengths, order, *, dim=128):
-    """Layers decoded ahead are those decoded when asked for, in the order of a forward and its backward."""
+    """Layers decoded ahead, or kept, are those decoded when asked for, in the order of a forward and its backward."""
     device = torch.device(DEVICE)
     packed = pack([prefix(codec, n, 2, dim, layers=5) for n in lengths], device=device, dtype=torch.bfloat16)
     places = make_places(packed.layout, len(lengths), packed.longest, device)
     ahead = LayersAhead(places, torch.cuda.Stream() if DEVICE == "cuda" else None)
+    kept = LayersKept(make_places(packed.layout, len(lengths), packed.longest, device, layers=5))
     for layer, then in order:
         if DEVICE == "cuda":
             torch.cuda._sleep(2_000_000)  # what still reads the place that is to be written
@@ -100,12 +101,18 @@ def check_ahead(codec, lengths, order, *, dim=128):
         got = got.clone()
         expected, expected_at = decode(packed, layer)
         assert order_at == expected_at
-        for place, count in enumerate(packed.lengths.tolist()):
-            shape = (2, 2, packed.longest, dim)
-            one, other = (t[place, :order_at].view(torch.bfloat16).view(shape)[:, :, :count] for t in (got, expected))
-            assert torch.equal(one, other), (codec, layer)
-            end = order_at + 2 * dim
-            assert torch.equal(got[place, order_at:end], expected[place, order_at:end])
+        check_same(got, expected, packed, order_at, dim)
+        check_same(kept.layer(packed, layer, then=then)[0], expected, packed, order_at, dim)
+
+
+def check_same(got, expected, packed, order_at, dim):
+    """The same bits in every sample's tokens and in the order of its channels."""
+    for place, count in enumerate(packed.lengths.tolist()):
+        shape = (2, 2, packed.longest, dim)
+        one, other = (t[place, :order_at].view(torch.bfloat16).view(shape)[:, :, :count] for t in (got, expected))
+        assert torch.equal(one, other)
+        end = order_at + 2 * dim
+        assert torch.equal(got[place, order_at:end], expected[place, order_at:end])
 
 
 if __name__ == "__main__":

@@ -120,3 +120,22 @@ def test_a_layer_that_is_still_there_is_not_decoded_again(monkeypatch):
     for layer in (0, 1, 2, 3, 3, 3, 2, 2, 1, 1, 0, 0):  # forward, then each layer's second forward and its backward
         ahead.layer(prefixes, layer, then=-1)
     assert decoded == [0, 1, 2, 3, 1, 0]
+
+
+def test_kept_layers_are_decoded_once_for_all_forwards(monkeypatch):
+    from alpacache.alpamayo import prefix_decoding
+
+    def decode(prefixes, layer, scratch):
+        decoded.append(layer)
+        scratch.fill_(layer)
+
+    decoded = []
+    monkeypatch.setattr(prefix_decoding, "decode", decode)
+    layout = PrefixLayout(layers=4, kv_heads=1, head_dim=128, codec=CODECS["int8"])
+    prefixes = SimpleNamespace(layout=layout, longest=8)
+    kept = prefix_decoding.LayersKept(prefix_decoding.make_places(layout, 1, 8, torch.device("cpu"), layers=4))
+    for layer in [*range(4)] * 3:
+        got, order_at = kept.layer(prefixes, layer, then=layer + 1)
+        assert got.unique().tolist() == [layer]
+        assert order_at == 4 * 8 * 128
+    assert decoded == [0, 1, 2, 3]
