@@ -2,14 +2,19 @@
 
 The choice depends on nothing but the source and the arguments, so that a resumed or sharded run makes the same one.
 Clips are looked at only until enough samples are found: a source may be a hub with hundreds of thousands of them.
+`prepare`, `extract` and `check` all choose here.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal, Protocol, runtime_checkable
 
 from alpacache.errors import BadClipError, UsageError
+from alpacache.quota import Quota
 from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, SampleRef, Source, split_of
+from alpacache.strata import Turn
 
 HISTORY_US = HISTORY_STEPS * STEP_US
 """t0 must lie more than this after the start of the recording."""
@@ -18,7 +23,7 @@ CLOCK_SLACK_US = 1_000_000
 DEFAULT_T0 = "5.1"
 
 Rejected = tuple[str, BadClipError]
-"""A clip that was wanted and cannot give a sample, with the reason."""
+"""A clip (or, with a quota, a sample) that was wanted and cannot be used, with the reason."""
 
 
 @runtime_checkable
@@ -36,6 +41,14 @@ class FixedSource(Protocol):
     sample_refs: Sequence[SampleRef]
 
 
+@runtime_checkable
+class GroupedSource(Protocol):
+    """A source that fetches clips in groups, such as the chunks of a hub: a random choice takes group after group."""
+
+    def group_of(self, clip_id: str) -> str:
+        """The group's name."""
+
+
 def select(
     source: Source,
     *,
@@ -43,32 +56,75 @@ def select(
     t0: str = DEFAULT_T0,
     samples: int | None = None,
     views: int = 1,
+    seed: int | None = None,
+    quota: Mapping[Turn, int] | None = None,
 ) -> tuple[list[SampleRef], list[Rejected]]:
-    """The samples to load, in the source's clip order, and the clips that cannot give one.
+    """The samples to load, in the order in which clips are taken, and the clips that cannot give one.
 
     `t0` is `"5.1"` (seconds from the start of the clip), `"every:2.0"` (all that fit on that raster) or `"events"`
     (the source's own moments, as far as they fit). A sample needs more than 1.6 s before t0 and 6.4 s after it.
-    With `samples`, the first that many; clips beyond are not looked at. Of a prepared dataset all samples are taken.
+    Clips come in the source's order or, with `seed`, in a random one that it settles.
+    With `samples`, the first that many; with `quota`, the first that many of each turn (by the poses, and instead of
+    `samples`); clips beyond are not looked at. Of a prepared dataset all samples are taken.
     With `views`, each of them that many times, one after the other: more views never mean other moments.
 
     Raises `UsageError` for arguments that make no sense and for a split that holds no clip.
     """
-    _check_arguments(split, samples, views)
+    _check_arguments(split, samples, views, quota)
+    kept = None if quota is None else Quota(source, quota)
+    refs: list[SampleRef] = []
+    rejected: list[Rejected] = []
+    for clip_id, find in _clips(source, split, t0, seed):
+        if kept.is_full if kept is not None else samples is not None and len(refs) >= samples:
+            break
+        try:
+            found = find()
+        except BadClipError as error:
+            rejected.append((clip_id, error))
+            continue
+        refs += found if kept is None else _within(kept, found, rejected)
+    return _with_views(refs[:samples], views), rejected
+
+
+def shuffled(source: Source, clip_ids: Iterable[str], seed: int) -> list[str]:
+    """Clips in a random order, group by group; it follows from seed and names, so more clips change no pair's order."""
+
+    def place(name: str) -> bytes:
+        return hashlib.sha256(f"{seed}:{name}".encode()).digest()
+
+    if not isinstance(source, GroupedSource):
+        return sorted(clip_ids, key=place)
+    return sorted(clip_ids, key=lambda clip_id: (place(f"group {source.group_of(clip_id)}"), place(clip_id)))
+
+
+def _clips(
+    source: Source, split: str, t0: str, seed: int | None
+) -> Iterator[tuple[str, Callable[[], list[SampleRef]]]]:
+    """Clips of the split in the order to take them, each with what finds its samples."""
     if isinstance(source, FixedSource):
-        return _with_views(_select_fixed(source, source.sample_refs, split, t0)[:samples], views), []
+        fixed: dict[str, list[SampleRef]] = {}
+        for ref in _select_fixed(source, source.sample_refs, split, t0):
+            fixed.setdefault(ref.clip_id, []).append(ref)
+        for clip_id in fixed if seed is None else shuffled(source, fixed, seed):
+            yield clip_id, partial(list, fixed[clip_id])
+        return
     moments = _Moments.parse(t0, source)
     clips = [clip for clip in source.clip_ids if split == "all" or split_of(clip) == split]
     _check_any(source, clips, split)
-    refs: list[SampleRef] = []
-    rejected: list[Rejected] = []
-    for clip_id in clips:
-        if samples is not None and len(refs) >= samples:
-            break
+    for clip_id in clips if seed is None else shuffled(source, clips, seed):
+        yield clip_id, partial(moments.of, source, clip_id)
+
+
+def _within(quota: Quota, refs: Iterable[SampleRef], rejected: list[Rejected]) -> list[SampleRef]:
+    """Those that the quota takes; what cannot be judged is appended to `rejected` under its sample id."""
+    taken = []
+    for ref in refs:
         try:
-            refs += [SampleRef(clip_id=clip_id, t0_us=time) for time in moments.of(source, clip_id)]
+            if quota.take(ref):
+                taken.append(ref)
         except BadClipError as error:
-            rejected.append((clip_id, error))
-    return _with_views(refs[:samples], views), rejected
+            rejected.append((ref.sample_id, error))
+    return taken
 
 
 def _select_fixed(source: Source, refs: Sequence[SampleRef], split: str, t0: str) -> list[SampleRef]:
@@ -111,8 +167,8 @@ class _Moments:
             raise UsageError(f"t0 {text!r} is none of 5.1 (seconds), every:2.0 (seconds apart) or events.")
         return cls(mode, value_us)
 
-    def of(self, source: Source, clip_id: str) -> list[int]:
-        """The times (us) of one clip that leave room for history and future, ascending."""
+    def of(self, source: Source, clip_id: str) -> list[SampleRef]:
+        """The samples of one clip whose t0 leaves room for history and future, ascending."""
         if self._mode == "events" and isinstance(source, EventSource) and not source.event_times_us(clip_id):
             return []
         first, last = source.times_us(clip_id)
@@ -121,7 +177,7 @@ class _Moments:
         fitting = [time for time in self._candidates(source, clip_id, start, high) if low <= time <= high]
         if not fitting and self._mode != "events":
             raise BadClipError("short_clip", self._too_short(clip_id, start, first, last))
-        return fitting
+        return [SampleRef(clip_id=clip_id, t0_us=time) for time in fitting]
 
     def _candidates(self, source: Source, clip_id: str, start: int, high: int) -> Iterator[int]:
         if self._mode == "at":
@@ -151,10 +207,12 @@ def clip_start_us(first_us: int, last_us: int) -> int:
     return 0 if first_us <= CLOCK_SLACK_US and last_us > 0 else first_us
 
 
-def _check_arguments(split: str, samples: int | None, views: int) -> None:
+def _check_arguments(split: str, samples: int | None, views: int, quota: Mapping[Turn, int] | None) -> None:
     if split not in ("train", "val", "all"):
         raise UsageError(f"split {split!r} is none of train, val, all.")
     if samples is not None and samples < 1:
         raise UsageError(f"samples is {samples}; at least 1 is needed.")
     if views < 1:
         raise UsageError(f"views is {views}; at least 1 is needed, the pictures as they are.")
+    if samples is not None and quota is not None:
+        raise UsageError(f"samples is {samples} and there is a quota; the quota says how many, leave samples out.")

@@ -40,6 +40,34 @@ def image_tokens(height: int, width: int, *, patch: int, merge: int, min_pixels:
     return fitted[0] * fitted[1] // (patch * merge) ** 2
 
 
+def to_processor_size(
+    frames: NDArray[np.uint8], *, patch: int, merge: int, min_pixels: int, max_pixels: int
+) -> tuple[NDArray[np.uint8], tuple[float, float]]:
+    """Frames `[..., 3, H, W]` as uint8 at the size that `to_patches` makes of them, which then leaves it alone.
+
+    Also the largest and the mean difference of the `pixel_values` that this costs: rounding is at most 1 / 255 on their
+    scale of -1 to 1, and where the resize overshoots 0 or 1, at hard edges, what is beyond is cut off.
+    Raises `ValueError` for a picture whose processor size is not one itself.
+    """
+    height, width = frames.shape[-2:]
+    limits = {"factor": patch * merge, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    fitted = fit_size(height, width, **limits)
+    if fit_size(*fitted, **limits) != fitted:
+        raise ValueError(f"an image of {height}x{width} would be resized again after {fitted[0]}x{fitted[1]}.")
+    if fitted == (height, width):
+        return frames, (0.0, 0.0)
+    pictures = frames.reshape(-1, *frames.shape[-3:])
+    stored = np.empty((*pictures.shape[:2], *fitted), np.uint8)
+    largest, total = 0.0, 0.0
+    for number, picture in enumerate(pictures):  # one at a time: float copies of all are large
+        seen = _resize(torch.from_numpy(picture[None].copy()).float().div_(255.0), fitted)[0]
+        kept = (seen * 255.0).round_().clamp_(0, 255).to(torch.uint8)
+        off = (kept.float().div_(255.0) - seen).abs_().mul_(2.0)
+        stored[number] = kept.numpy()
+        largest, total = max(largest, off.max().item()), total + off.mean().item()
+    return stored.reshape(*frames.shape[:-2], *fitted), (largest, total / len(pictures))
+
+
 def to_patches(
     frames: NDArray[np.uint8], *, patch: int, merge: int, temporal: int, min_pixels: int, max_pixels: int
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +81,7 @@ def to_patches(
     fitted = fit_size(height, width, factor=patch * merge, min_pixels=min_pixels, max_pixels=max_pixels)
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).float().div_(255.0)
     if fitted != (height, width):
-        pixels = F.interpolate(pixels, size=fitted, mode="bicubic", antialias=True, align_corners=False)
+        pixels = _resize(pixels, fitted)
     pixels = (pixels - 0.5) / 0.5
     rows, columns = fitted[0] // patch, fitted[1] // patch
     blocks = pixels.reshape(count, channels, rows // merge, merge, patch, columns // merge, merge, patch)
@@ -62,3 +90,7 @@ def to_patches(
     blocks = blocks.expand(*blocks.shape[:6], temporal, *blocks.shape[7:])
     grid = torch.tensor([[1, rows, columns]]).repeat(count, 1)
     return blocks.reshape(count * rows * columns, channels * temporal * patch * patch), grid
+
+
+def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)

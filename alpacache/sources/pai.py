@@ -1,13 +1,14 @@
-"""`pai:DIR` and `pai`: PhysicalAI-AV, read by its own devkit (`physical_ai_av`), from disk or streamed from the hub.
+"""`pai:DIR` and `pai`: PhysicalAI-AV, read by its own devkit (`physical_ai_av`), from disk or from the hub.
 
 The devkit's classes are used as they are, so frames, poses and cameras mean what they mean to the public loader. It
-knows only the hub and the hub's cache; a local tree therefore gets a cache directory made of links (see `pai_cache`).
+knows only the hub and the hub's cache; a local tree therefore gets a cache directory made of links (see `pai_cache`),
+and from the hub those chunks are downloaded that samples are loaded from (see `pai_chunks`).
 This module adds what a run over many clips needs: which clips are there, and a reason for each that cannot be used.
 """
 
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +30,8 @@ from alpacache.poses import (
 from alpacache.sample import CAMERAS, FRAME_STEP_US, Sample, SampleRef, sort_cameras
 from alpacache.sources.folder import join_cameras
 from alpacache.sources.pai_cache import REPO, LinkedCache, connection_errors, explain_hub_error
+from alpacache.sources.pai_chunks import ChunkCache, cache_directory, limit_bytes
+from alpacache.sources.retry import with_retry
 from alpacache.sources.video import check_size
 
 EGOMOTION = "egomotion"
@@ -50,21 +53,38 @@ def open_tree(directory: str | Path, *, cameras: Sequence[str] | None = None) ->
 
 
 def open_hub(*, cameras: Sequence[str] | None = None) -> "PhysicalAiSource":
-    """The dataset on the hub; only what a sample needs is streamed."""
+    """The dataset on the hub; of the archives only the chunks that samples are loaded from, or what is needed of each.
+
+    See `pai_chunks` for where they are kept. Raises `SourceError` with the command that helps.
+    """
     interface_class = _devkit()
+    limit, directory = limit_bytes(), cache_directory()
+    cache_dir = str(directory) if limit else None
     try:
-        interface = interface_class(confirm_download_threshold_gb=float("inf"))
+        interface = with_retry(
+            lambda: interface_class(cache_dir=cache_dir, confirm_download_threshold_gb=float("inf")),
+            what=f"opening {REPO}",
+        )
     except connection_errors() as error:
         raise explain_hub_error(error) from error
-    return PhysicalAiSource(interface, name=f"pai@{interface.revision}", cameras=cameras, cache=None)
+    chunks = ChunkCache(interface, directory, limit) if limit else None
+    return PhysicalAiSource(interface, name=f"pai@{interface.revision}", cameras=cameras, cache=None, chunks=chunks)
 
 
 class PhysicalAiSource:
     """Clips behind one devkit interface, in the order of their chunks; every read opens its own files."""
 
-    def __init__(self, interface: Any, *, name: str, cameras: Sequence[str] | None, cache: LinkedCache | None) -> None:
-        """Use `open_tree` or `open_hub`. `cache` is the tree's, None when streaming."""
-        self._interface, self._cache = interface, cache
+    def __init__(
+        self,
+        interface: Any,
+        *,
+        name: str,
+        cameras: Sequence[str] | None,
+        cache: LinkedCache | None,
+        chunks: ChunkCache | None = None,
+    ) -> None:
+        """Use `open_tree` or `open_hub`. `cache` is the tree's; `chunks` the hub's; with neither, all is streamed."""
+        self._interface, self._cache, self._chunks = interface, cache, chunks
         self.name, self.cameras = name, sort_cameras(cameras or CAMERAS)
         self.clip_ids: Sequence[str] = self._usable_clips()
         self._known = frozenset(self.clip_ids)
@@ -79,7 +99,7 @@ class PhysicalAiSource:
         spans = [self._poses(clip_id)[1].span_us]
         for camera in self.cameras:
             if self._has(clip_id, camera):
-                stamps = self._read_stamps(clip_id, camera)
+                stamps = self._read_stamps(clip_id, camera, fetch=False)
                 check_timestamps(stamps, what=f"{clip_id}: {camera}: frame timestamps")
                 spans.append((int(stamps[0]), int(stamps[-1])))
         return max(first for first, _ in spans), min(last for _, last in spans)
@@ -94,7 +114,7 @@ class PhysicalAiSource:
         """When each frame of a camera was recorded, as it stands in its archive."""
         if not self._has(clip_id, camera):
             raise BadClipError("missing_camera", f"{clip_id}: {camera}: {self._where_to_get(clip_id, camera)}")
-        return self._read_stamps(clip_id, camera)
+        return self._read_stamps(clip_id, camera, fetch=False)
 
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
         """`[len(times_us), 3, H, W]`: the frame at or before each time."""
@@ -103,6 +123,10 @@ class PhysicalAiSource:
     def event_times_us(self, clip_id: str) -> Sequence[int]:
         """Starts of the annotated events, for `--t0 events`."""
         return self._events().get(clip_id, ())
+
+    def group_of(self, clip_id: str) -> str:
+        """Its chunk: a random choice of clips takes chunk after chunk."""
+        return str(self._interface.get_clip_chunk(clip_id))
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
         """Read one sample; raises `BadClipError` for a recording that cannot be used at this t0."""
@@ -179,36 +203,47 @@ class PhysicalAiSource:
                 reader.close()
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), np.asarray(taken, dtype=np.int64)
 
-    def _read_stamps(self, clip_id: str, camera: str) -> NDArray[np.int64]:
-        column = self._read_table(clip_id, camera, "frame_timestamps")["timestamp"]
+    def _read_stamps(self, clip_id: str, camera: str, *, fetch: bool = True) -> NDArray[np.int64]:
+        column = self._read_table(clip_id, camera, "frame_timestamps", fetch=fetch)["timestamp"]
         return np.asarray(column.to_numpy().astype(np.int64))
 
     def _feature(self, clip_id: str, feature: str) -> Any:
-        return self._interface.get_clip_feature(clip_id, feature, maybe_stream=self._cache is None)
+        def read(stream: bool) -> Any:
+            return self._interface.get_clip_feature(clip_id, feature, maybe_stream=stream)
 
-    def _read_table(self, clip_id: str, feature: str, member: str) -> Any:
-        """One parquet member of a chunk's archive; refuses one that unpacks to gigabytes."""
+        return self._at_hand(self._file(clip_id, feature), read)
+
+    def _read_table(self, clip_id: str, feature: str, member: str, *, fetch: bool = True) -> Any:
+        """One parquet member of a chunk's archive; refuses one that unpacks to gigabytes.
+
+        Without `fetch` no chunk is downloaded for it: what is needed of the archive is streamed.
+        """
         import pandas as pd
 
-        names = self._interface.features.get_clip_files_in_zip(clip_id, feature)
-        missing = "missing_poses" if feature == EGOMOTION else "missing_camera"
-        with (
-            self._reading(clip_id, feature, missing=missing, damaged="wrong_shape"),
-            self._archive(clip_id, feature) as archive,
-        ):
-            for name in names.values():
-                if name in archive.namelist() and archive.getinfo(name).file_size > MAX_MEMBER_BYTES:
-                    raise BadClipError("unsafe_size", f"{clip_id}: {name} unpacks to more than {MAX_MEMBER_BYTES:,} B.")
-            with archive.open(names[member]) as file:
-                return pd.read_parquet(file)
+        file, names = self._file(clip_id, feature), self._interface.features.get_clip_files_in_zip(clip_id, feature)
 
-    @contextmanager
-    def _archive(self, clip_id: str, feature: str) -> Iterator[zipfile.ZipFile]:
-        with (
-            self._interface.open_file(self._file(clip_id, feature), maybe_stream=self._cache is None) as file,
-            zipfile.ZipFile(file) as archive,
-        ):
-            yield archive
+        def read(stream: bool) -> Any:
+            with self._interface.open_file(file, maybe_stream=stream) as opened, zipfile.ZipFile(opened) as archive:
+                for name in names.values():
+                    if name in archive.namelist() and archive.getinfo(name).file_size > MAX_MEMBER_BYTES:
+                        raise BadClipError(
+                            "unsafe_size", f"{clip_id}: {name} unpacks to more than {MAX_MEMBER_BYTES:,} B."
+                        )
+                with archive.open(names[member]) as table:
+                    return pd.read_parquet(table)
+
+        missing = "missing_poses" if feature == EGOMOTION else "missing_camera"
+        with self._reading(clip_id, feature, missing=missing, damaged="wrong_shape"):
+            return self._at_hand(file, read, fetch=fetch)
+
+    def _at_hand(self, file: str, read: Callable[[bool], Any], *, fetch: bool = True) -> Any:
+        """`read(whether to stream)` while the archive is on disk, or in a stream, as often as the hub makes it fail."""
+        if self._cache is not None:
+            return read(False)
+        if self._chunks is None:
+            return with_retry(lambda: read(True), what=file)
+        with self._chunks.hold(file, fetch=fetch):
+            return with_retry(lambda: read(not fetch), what=file)
 
     @contextmanager
     def _reading(self, clip_id: str, feature: str, *, missing: str, damaged: str) -> Iterator[None]:
@@ -219,7 +254,7 @@ class PhysicalAiSource:
         where = f"{clip_id}: {feature}"
         try:
             yield
-        except BadClipError:
+        except (BadClipError, DataError, UsageError):
             raise
         except (KeyError, FileNotFoundError) as error:
             reason = self._where_to_get(clip_id, feature)
@@ -228,7 +263,7 @@ class PhysicalAiSource:
             raise BadClipError(damaged, f"{where} cannot be decoded ({error}); fetch the archive again.") from error
         except connection_errors() as error:
             if self._cache is None:
-                raise DataError(f"{where}: streaming failed ({error}); the same command goes on from here.") from error
+                raise DataError(f"{where}: cannot be fetched ({error}); the same command goes on from here.") from error
             raise BadClipError(damaged, f"{where} cannot be read ({error}).") from error
         except (ValueError, IndexError, TypeError, ZeroDivisionError, StopIteration) as error:
             raise BadClipError(damaged, f"{where} cannot be decoded by the devkit ({error}).") from error
@@ -259,7 +294,7 @@ class PhysicalAiSource:
                 f"--repo-type dataset --local-dir {self._cache.tree}"
             )
         try:
-            table = pd.read_parquet(self._interface.download_file(EVENTS_FILE))
+            table = pd.read_parquet(with_retry(lambda: self._interface.download_file(EVENTS_FILE), what=EVENTS_FILE))
         except connection_errors() as error:
             raise explain_hub_error(error) from error
         return {str(clip): _event_starts(events) for clip, events in table["events"].items()}

@@ -11,7 +11,7 @@ import tempfile
 import weakref
 from pathlib import Path
 
-from alpacache.errors import SourceError
+from alpacache.errors import DataError, SourceError
 
 REPO = "nvidia/PhysicalAI-Autonomous-Vehicles"
 _NEEDED = ("features.csv", "clip_index.parquet", "metadata/data_collection.parquet")
@@ -83,18 +83,21 @@ def connection_errors() -> tuple[type[Exception], ...]:
 
 
 def explain_hub_error(error: Exception) -> SourceError:
-    """Say which of offline, gated and unreachable it is, and the command that helps."""
+    """Say which of offline, gated and unreachable it is, and the command that helps; also of `with_retry`'s error."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    refused = isinstance(error, GatedRepoError | RepositoryNotFoundError) or status in (401, 403)
+    cause = error.__cause__ if isinstance(error, DataError) else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    refused = isinstance(cause, GatedRepoError | RepositoryNotFoundError) or status in (401, 403)
     local = f"or read a local tree with pai:DIR; its first chunk is fetched by: {_FIRST_CHUNK}"
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(cause, OfflineModeIsEnabled):
         help_text = f"HF_HUB_OFFLINE is set; unset it, {local}"
-    elif isinstance(error, HfHubHTTPError) and refused:
+    elif isinstance(cause, HfHubHTTPError) and refused:
         help_text = (
             f"the dataset is gated; accept its terms at https://huggingface.co/datasets/{REPO}, then run: hf auth login"
         )
     else:
         help_text = f"the hub cannot be reached; try again online, {local}"
-    return SourceError(f"pai ({REPO}): {help_text} ({type(error).__name__}: {str(error).splitlines()[0]})")
+    told = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+    repeated = "after repeated tries, " if cause is not error else ""
+    return SourceError(f"pai ({REPO}): {help_text} ({repeated}{told})")

@@ -1,34 +1,30 @@
 """Prepared samples: a Hugging Face `datasets` directory with one self-contained row a sample.
 
 `prepare` reads a source once, so that later runs, or other machines, need neither the recordings nor the devkit.
-Pictures are PNG, so a sample read back equals the one written bit for bit. Work goes to `OUT.partial/` in small
-shards, each complete or absent, and becomes `OUT` in one rename: an interrupted run goes on where it stopped.
+Pictures are PNG, so a sample read back equals the one written bit for bit, unless they were asked for at the size of a
+model's processor. Work goes to `OUT.partial/` in small shards, each complete or absent, and becomes `OUT` in one
+rename: an interrupted run goes on where it stopped.
 """
 
 import hashlib
-import io
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Protocol, TypeVar
 
 from alpacache.errors import BadClipError, SourceError, UsageError
+from alpacache.poses import EgoPoses
 from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef, Source, sort_cameras
-from alpacache.sources.video import check_size, stack
+from alpacache.selection import Rejected
+from alpacache.sources.pai_cache import connection_errors
+from alpacache.sources.prepared_card import PROVENANCE, provenance, render_card
+from alpacache.sources.prepared_rows import POSES, PictureFit, check_columns, features, from_row, poses_of, to_row
+from alpacache.sources.prepared_stream import StreamedRows
 
 SHARD_SAMPLES = 32
-_POSES = {
-    "history_xyz": (HISTORY_STEPS, 3),
-    "history_rot": (HISTORY_STEPS, 3, 3),
-    "future_xyz": (FUTURE_STEPS, 3),
-    "future_rot": (FUTURE_STEPS, 3, 3),
-}
-_COLUMNS = ("sample_id", "cameras", "frames", "frame_timestamps_us", *_POSES, "calibration")
+Decoded = TypeVar("Decoded")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +33,9 @@ class Prepared:
 
     samples: int
     rejected: tuple[tuple[str, str, str], ...]
-    """Sample id, kind and message of each sample that could not be used."""
+    """Id, kind and message of each clip or sample that could not be used."""
+    provenance: dict[str, Any]
+    """What is in `provenance.json`: settings, versions, counts, strata, curvature."""
 
 
 def prepare(
@@ -47,10 +45,15 @@ def prepare(
     *,
     cameras: Sequence[str],
     frames: int = 4,
+    fit: PictureFit | None = None,
+    unusable: Sequence[Rejected] = (),
+    settings: Mapping[str, Any] | None = None,
     on_sample: Callable[[SampleRef], None] | None = None,
 ) -> Prepared:
     """Write the samples `refs` of `source` to the directory `out`, which `datasets.load_from_disk` reads.
 
+    Pictures are stored as they were recorded or, with `fit`, at the size of that image processor. `unusable` and
+    `settings` say what `select` refused and what it was asked for; they go into the dataset's record and card.
     `on_sample` is called after each sample; what it raises stops the run, and the same call goes on later. Samples
     with a `BadClipError` are left out and reported. Raises `UsageError` where `out` exists or a partial run had other
     settings, `SourceError` where no sample could be used.
@@ -58,36 +61,45 @@ def prepare(
     final, names = Path(out), sort_cameras(cameras)
     if final.exists():
         raise UsageError(f"{final} already exists; choose another --out or remove it.")
-    partial = _open_partial(final, source, refs, names, frames)
+    asked = {**(settings or {}), "cameras": list(names), "frames": frames, "fit": None if fit is None else asdict(fit)}
+    partial = _open_partial(final, source, refs, asked)
     parts = [refs[start : start + SHARD_SAMPLES] for start in range(0, len(refs), SHARD_SAMPLES)]
+
+    def to_rows(ref: SampleRef) -> dict[str, Any]:
+        return to_row(source.load(ref, cameras=names, frames=frames), source=source.name, fit=fit)
+
     reports = [
-        _write_shard(partial / f"shard-{number:06d}", source, part, names, frames, on_sample)
-        for number, part in enumerate(parts)
+        _write_shard(partial / f"shard-{number:06d}", to_rows, part, on_sample) for number, part in enumerate(parts)
     ]
-    rejected = tuple(tuple(entry) for report in reports for entry in report)
-    count = len(refs) - len(rejected)
-    if not count:
+    rejected = [(name, error.kind, str(error)) for name, error in unusable]
+    rejected += [(name, kind, message) for report in reports for name, kind, message in report]
+    if all(len(report) == len(part) for report, part in zip(reports, parts, strict=True)):
         reason = f" The first reason: {rejected[0][2]}" if rejected else ""
         raise SourceError(f"{source.name}: none of {len(refs)} samples can be used.{reason}")
-    _finish(partial, final, source.name, count)
-    return Prepared(samples=count, rejected=rejected)  # type: ignore[arg-type]
+    record = _finish(partial, final, source.name, asked, rejected)
+    return Prepared(samples=record["samples"], rejected=tuple(rejected), provenance=record)
+
+
+class Rows(Protocol):
+    """Rows of a prepared dataset, in memory, on disk or streamed."""
+
+    ids: Sequence[str]
+
+    def row(self, number: int) -> dict[str, Any]:
+        """All of a row."""
+
+    def poses(self, number: int) -> dict[str, Any]:
+        """Its poses, without its pictures."""
 
 
 class PreparedSource:
     """Samples that `prepare` wrote. Their moments are fixed; cameras and frames may be fewer than were prepared."""
 
-    def __init__(self, dataset: Any, *, name: str) -> None:
-        """Wrap a `datasets.Dataset`; use `open_prepared`."""
-        absent = [column for column in _COLUMNS if column not in dataset.column_names]
-        if absent:
-            raise SourceError(f"{name} lacks the columns {', '.join(absent)}; was it written by `alpacache prepare`?")
-        self.name = name
-        pictures = _features()["frames"]
-        same = dataset.features["frames"] == pictures
-        self._rows = dataset.with_format(None) if same else dataset.with_format(None).cast_column("frames", pictures)
-        ids = list(self._rows["sample_id"])
-        self._row_of = {sample_id: row for row, sample_id in enumerate(ids)}
-        self.sample_refs: Sequence[SampleRef] = [SampleRef.parse(sample_id) for sample_id in ids]
+    def __init__(self, rows: Rows, *, name: str) -> None:
+        """Use `open_prepared`."""
+        self.name, self._rows = name, rows
+        self._row_of = {sample_id: number for number, sample_id in enumerate(rows.ids)}
+        self.sample_refs: Sequence[SampleRef] = [SampleRef.parse(sample_id) for sample_id in rows.ids]
         self.clip_ids: Sequence[str] = list(dict.fromkeys(ref.clip_id for ref in self.sample_refs))
 
     def times_us(self, clip_id: str) -> tuple[int, int]:
@@ -99,12 +111,22 @@ class PreparedSource:
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
         """Decode one row; raises `BadClipError` for one that is absent, damaged or lacks a camera."""
-        where, names = ref.sample_id, sort_cameras(cameras)
+        names = sort_cameras(cameras)
+        return self._read(ref, self._rows.row, lambda row: from_row(ref, row, names, frames))
+
+    def poses(self, ref: SampleRef) -> EgoPoses:
+        """History and future without the pictures; raises `BadClipError`."""
+        return self._read(ref, self._rows.poses, poses_of)
+
+    def _read(
+        self, ref: SampleRef, get: Callable[[int], dict[str, Any]], decode: Callable[[dict[str, Any]], Decoded]
+    ) -> Decoded:
+        where = ref.sample_id
         if where not in self._row_of:
             raise BadClipError("missing_clip", f"{where}: not in {self.name}; a prepared dataset has fixed moments.")
-        row = self._rows[self._row_of[where]]
+        row = get(self._row_of[where])
         try:
-            return _from_row(ref, row, names, frames)
+            return decode(row)
         except (BadClipError, UsageError):
             raise
         except (ValueError, TypeError, KeyError, IndexError) as error:
@@ -112,115 +134,82 @@ class PreparedSource:
 
 
 def open_prepared(place: str) -> PreparedSource:
-    """A directory that `prepare` wrote, or a hub repository with the same columns. No code of it is ever run."""
+    """A directory that `prepare` wrote, or parquet files with its columns: a hub repository, or a directory laid out
+    like one. The latter two are streamed. No code of a dataset is ever run.
+
+    Raises `SourceError` with what to do.
+    """
     import datasets
 
     directory = Path(place)
+    name = f"hf:{directory.resolve().name if directory.is_dir() else place}"
+    failures = (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError, *connection_errors())
     try:
-        if directory.is_dir():
-            _refuse_outside_files(directory)
-            dataset = datasets.load_from_disk(place)
-        else:
-            dataset = datasets.load_dataset(place)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        remedy = "" if directory.is_dir() else f"; to fetch it: hf download {place} --repo-type dataset"
-        raise SourceError(f"hf:{place} cannot be read ({error}){remedy}.") from error
-    if isinstance(dataset, dict):
-        dataset = datasets.concatenate_datasets(list(dataset.values()))
-    return PreparedSource(dataset, name=f"hf:{directory.resolve().name if directory.is_dir() else place}")
+        if directory.is_dir() and _is_saved(directory):
+            return PreparedSource(_SavedRows(directory, name), name=name)
+        return PreparedSource(StreamedRows(place), name=name)
+    except SourceError:
+        raise
+    except failures as error:
+        raise SourceError(f"hf:{place} cannot be read ({_first_line(error)}){_remedy(place, error)}") from error
 
 
-def _features() -> Any:
-    """Columns of a prepared dataset."""
-    from datasets import Features, Image, List, Value
+def _is_saved(directory: Path) -> bool:
+    """Whether `save_to_disk` made it, of one split or of several."""
+    return (directory / "state.json").is_file() or (directory / "dataset_dict.json").is_file()
 
-    poses = {name: Value("float32") for name in _POSES}
-    return Features(
-        {
-            "sample_id": Value("string"),
-            "clip_id": Value("string"),
-            "t0_us": Value("int64"),
-            "view": Value("int32"),
-            "cameras": List(Value("string")),
-            "frames": List(List(Image(decode=False))),
-            "frame_timestamps_us": List(List(Value("int64"))),
-            **{name: _nested(List, poses[name], len(shape)) for name, shape in _POSES.items()},
-            "calibration": Value("string"),
-        }
+
+class _SavedRows:
+    """Rows of a directory that `prepare` or `save_to_disk` wrote; they stay on disk."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        import datasets
+
+        _refuse_outside_files(directory)
+        dataset = datasets.load_from_disk(str(directory))
+        if isinstance(dataset, dict):
+            dataset = datasets.concatenate_datasets(list(dataset.values()))
+        check_columns(dataset.column_names, name)
+        pictures, rows = features()["frames"], dataset.with_format(None)
+        self._rows = rows if rows.features["frames"] == pictures else rows.cast_column("frames", pictures)
+        self._poses = self._rows.select_columns(list(POSES))
+        self.ids: Sequence[str] = list(self._rows["sample_id"])
+
+    def row(self, number: int) -> dict[str, Any]:
+        found: dict[str, Any] = self._rows[number]
+        return found
+
+    def poses(self, number: int) -> dict[str, Any]:
+        found: dict[str, Any] = self._poses[number]
+        return found
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _remedy(place: str, error: Exception) -> str:
+    """What to do, as the rest of a sentence."""
+    import huggingface_hub
+
+    if Path(place).is_dir():
+        return "; expected a directory that `alpacache prepare` wrote, or parquet files with the same columns."
+    fetch = f"hf download {place} --repo-type dataset --local-dir DIR"
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return f"; HF_HUB_OFFLINE is set: unset it, or fetch it where there is a network: {fetch}, then read hf:DIR."
+    if place.startswith((".", "/")) or place.count("/") != 1:
+        return "; there is no such directory, and a hub repository is named OWNER/NAME."
+    return (
+        f"; see that the name is right and the hub can be reached. If it is private or gated, accept its terms on its "
+        f"page and run: hf auth login. To fetch all of it: {fetch}, then read hf:DIR."
     )
 
 
-def _nested(list_type: Any, leaf: Any, depth: int) -> Any:
-    return leaf if depth == 0 else list_type(_nested(list_type, leaf, depth - 1))
-
-
-def _to_row(sample: Sample) -> dict[str, Any]:
-    return {
-        "sample_id": sample.ref.sample_id,
-        "clip_id": sample.ref.clip_id,
-        "t0_us": sample.ref.t0_us,
-        "view": sample.ref.view,
-        "cameras": list(sample.cameras),
-        "frames": [[{"bytes": _png(image), "path": None} for image in camera] for camera in sample.frames],
-        "frame_timestamps_us": sample.frame_timestamps_us.tolist(),
-        **{name: getattr(sample, name).tolist() for name in _POSES},
-        "calibration": None if sample.calibration is None else json.dumps(sample.calibration),
-    }
-
-
-def _from_row(ref: SampleRef, row: dict[str, Any], cameras: Sequence[str], frames: int) -> Sample:
-    where = ref.sample_id
-    absent = [camera for camera in cameras if camera not in row["cameras"]]
-    if absent:
-        raise BadClipError("missing_camera", f"{where}: prepared without {', '.join(absent)}; leave it out.")
-    if frames > len(row["frames"][0]):
-        raise UsageError(f"{where}: prepared with {len(row['frames'][0])} frames a camera, {frames} are asked for.")
-    chosen = [row["cameras"].index(camera) for camera in cameras]
-    shots = [[_read_png(image["bytes"], where) for image in row["frames"][place][-frames:]] for place in chosen]
-    stamps = np.array([row["frame_timestamps_us"][place][-frames:] for place in chosen], dtype=np.int64)
-    height, width = shots[0][0].shape[:2]
-    images = stack([image for shot in shots for image in shot], where=where)
-    lenses = None if row["calibration"] is None else json.loads(row["calibration"])
-    poses: dict[str, Any] = {
-        name: np.array(row[name], dtype=np.float32).reshape(shape) for name, shape in _POSES.items()
-    }
-    return Sample(
-        ref=ref,
-        cameras=tuple(cameras),
-        frames=images.reshape(len(cameras), frames, 3, height, width),
-        frame_timestamps_us=stamps.reshape(len(cameras), frames),
-        calibration=lenses and ({camera: lenses[camera] for camera in cameras if camera in lenses} or None),
-        **poses,
-    )
-
-
-def _png(image: NDArray[np.uint8]) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, format="PNG", compress_level=3)
-    return buffer.getvalue()
-
-
-def _read_png(data: bytes | None, where: str) -> NDArray[np.uint8]:
-    """Embedded bytes only: a row that points to a file is refused."""
-    from PIL import Image
-
-    if not data:
-        raise BadClipError("undecodable_video", f"{where}: a picture is not embedded in the row.")
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            check_size(*image.size, where=where)
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadClipError("undecodable_video", f"{where}: a picture is no readable PNG ({error}).") from error
-
-
-def _open_partial(final: Path, source: Source, refs: Sequence[SampleRef], cameras: Sequence[str], frames: int) -> Path:
+def _open_partial(final: Path, source: Source, refs: Sequence[SampleRef], asked: Mapping[str, Any]) -> Path:
     """The working directory, new or of an earlier run with the same settings."""
     partial = final.with_name(f"{final.name}.partial")
     ids = hashlib.sha256("\n".join(ref.sample_id for ref in refs).encode()).hexdigest()
-    plan = json.dumps({"source": source.name, "samples": ids, "cameras": list(cameras), "frames": frames})
+    plan = json.dumps({"source": source.name, "samples": ids, **asked})
     partial.mkdir(parents=True, exist_ok=True)
     file = partial / "plan.json"
     if file.exists() and file.read_text() != plan:
@@ -231,10 +220,8 @@ def _open_partial(final: Path, source: Source, refs: Sequence[SampleRef], camera
 
 def _write_shard(
     base: Path,
-    source: Source,
+    to_rows: Callable[[SampleRef], dict[str, Any]],
     refs: Sequence[SampleRef],
-    cameras: Sequence[str],
-    frames: int,
     on_sample: Callable[[SampleRef], None] | None,
 ) -> list[list[str]]:
     """Write `base.arrow`, then `base.json` with the rejected samples; the latter's presence means done."""
@@ -244,12 +231,11 @@ def _write_shard(
     if report.exists():
         done: list[list[str]] = json.loads(report.read_text())
         return done
-    schema, rejected = _features().arrow_schema, []
+    schema, rejected = features().arrow_schema, []
     with pa.OSFile(str(base.with_suffix(".arrow")), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for ref in refs:
             try:
-                row = _to_row(source.load(ref, cameras=cameras, frames=frames))
-                writer.write_batch(pa.RecordBatch.from_pylist([row], schema=schema))
+                writer.write_batch(pa.RecordBatch.from_pylist([to_rows(ref)], schema=schema))
             except BadClipError as error:
                 rejected.append([ref.sample_id, error.kind, str(error)])
             if on_sample is not None:
@@ -260,18 +246,24 @@ def _write_shard(
     return rejected
 
 
-def _finish(partial: Path, final: Path, source_name: str, count: int) -> None:
-    from datasets import Dataset, DatasetInfo, concatenate_datasets
+def _finish(
+    partial: Path, final: Path, source_name: str, asked: Mapping[str, Any], rejected: Sequence[tuple[str, str, str]]
+) -> dict[str, Any]:
+    """Join the shards, add record and card, and give the directory its name. The record."""
+    from datasets import Dataset, concatenate_datasets
 
-    about = DatasetInfo(
-        features=_features(), description=f"{count} driving samples from {source_name}, written by alpacache prepare."
-    )
-    shards = [Dataset.from_file(str(file), info=about) for file in sorted(partial.glob("shard-*.arrow"))]
+    shards = [Dataset.from_file(str(file)) for file in sorted(partial.glob("shard-*.arrow"))]
+    rows = concatenate_datasets([shard for shard in shards if len(shard)])
+    record = provenance(rows, source=source_name, settings=asked, rejected=rejected)
+    rows.info.description = f"{len(rows)} driving samples from {source_name}, written by alpacache prepare."
     done = partial / "done"
     shutil.rmtree(done, ignore_errors=True)
-    concatenate_datasets([shard for shard in shards if len(shard)]).save_to_disk(done)
+    rows.save_to_disk(done)
+    (done / PROVENANCE).write_text(json.dumps(record, indent=1) + "\n")
+    (done / "README.md").write_text(render_card(record), encoding="utf-8")
     done.replace(final)
     shutil.rmtree(partial)
+    return record
 
 
 def _refuse_outside_files(directory: Path) -> None:

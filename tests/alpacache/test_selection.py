@@ -24,6 +24,11 @@ class Eventful(Clips):
         return [15_000_000, 1_600_000, 1_600_001, 13_600_000, 7_000_000, 7_000_000]
 
 
+class Chunked(Clips):
+    def group_of(self, clip_id):
+        return clip_id[0]
+
+
 def seconds(refs):
     return [ref.t0_us / 1e6 for ref in refs]
 
@@ -93,6 +98,29 @@ def test_split_goes_by_clip():
     only_val = next(clip for clip in source.clip_ids if split_of(clip) == "val")
     with pytest.raises(UsageError, match="none of its 1 clips falls into the train split"):
         select(Clips(**{only_val: (0, 20)}), split="train")
+
+
+def test_a_seed_settles_a_random_order_and_more_clips_change_no_pairs_order():
+    names = [f"c{i}" for i in range(60)]
+    source = Clips(**dict.fromkeys(names, (0, 20)))
+    order = [ref.clip_id for ref in select(source, seed=3)[0]]
+    assert sorted(order) == sorted(names)
+    assert order != names
+    assert order == [ref.clip_id for ref in select(Clips(**dict.fromkeys(names[::-1], (0, 20))), seed=3)[0]]
+    assert order != [ref.clip_id for ref in select(source, seed=4)[0]]
+    fewer = [ref.clip_id for ref in select(Clips(**dict.fromkeys(names[:30], (0, 20))), seed=3)[0]]
+    assert fewer == [name for name in order if name in fewer]
+    source.asked.clear()
+    assert [ref.clip_id for ref in select(source, seed=3, samples=5)[0]] == order[:5] == source.asked
+
+
+def test_a_random_choice_takes_one_group_after_the_other():
+    source = Chunked(**{f"{group}{i}": (0, 20) for group in "abcd" for i in range(9)})
+    order = "".join(ref.clip_id[0] for ref in select(source, seed=0)[0])
+    blocks = [order[start : start + 9] for start in range(0, 36, 9)]
+    assert sorted(blocks) == ["a" * 9, "b" * 9, "c" * 9, "d" * 9]
+    assert blocks != sorted(blocks)
+    assert [ref.clip_id for ref in select(source, seed=0)[0]][:9] != [f"{order[0]}{i}" for i in range(9)]
 
 
 @pytest.mark.parametrize(

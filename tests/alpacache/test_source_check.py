@@ -253,16 +253,20 @@ def test_clocks_of_their_own_are_named(recorded):
     assert {refusal.kind for refusal in report.refused} == {"short_clip"}
 
 
-def test_dropped_frames_are_named(recorded):
-    clip = clips_of(recorded)[0]
+def keep_frames(clip, kept):
+    """Leave the frames of these numbers, with their times."""
     stamps = pq.read_table(clip / f"{FRONT_CAMERA}.timestamps.parquet").column("timestamp").to_numpy()
-    kept = np.r_[0:120, 126 : len(stamps)]
     write(clip / f"{FRONT_CAMERA}.timestamps.parquet", timestamp=stamps[kept])
     files = sorted((clip / FRONT_CAMERA).iterdir())
     for number in set(range(len(stamps))) - set(kept.tolist()):
         files[number].unlink()
     for number, place in enumerate(kept):
         files[place].rename(clip / FRONT_CAMERA / f"{number:06d}.jpg")
+
+
+def test_dropped_frames_are_named(recorded):
+    clip = clips_of(recorded)[0]
+    keep_frames(clip, np.r_[0:120, 126:201])
     report, bad = checked(recorded)
     assert set(bad) == {"frames"}
     assert bad["frames"].status == "warn"  # one clip of six
@@ -270,6 +274,28 @@ def test_dropped_frames_are_named(recorded):
     assert "6 frames missing, the longest gap 0.70 s" in bad["frames"].found
     assert report.ok
     assert report.clip_counts == {"ok": CLIPS - 1, "warn": 1, "fail": 0}
+
+
+def test_a_slow_camera_is_named(recorded):
+    for clip in clips_of(recorded):
+        keep_frames(clip, np.arange(0, 201, 2))
+    report, bad = checked(recorded)
+    assert set(bad) == {"frames"}
+    assert bad["frames"].status == "warn"
+    assert "5 Hz; camera_front_wide_120fov: fewer than 10 frames a second" in bad["frames"].found
+    assert "record at 10 Hz or more" in bad["frames"].remedy
+    assert (report.ok, report.clip_counts["warn"]) == (True, CLIPS)
+
+
+def test_times_of_arrival_are_named(recorded):
+    for clip in clips_of(recorded):
+        file = clip / f"{FRONT_CAMERA}.timestamps.parquet"
+        stamps = pq.read_table(file).column("timestamp").to_numpy()
+        write(file, timestamp=stamps + np.where(np.arange(len(stamps)) % 2, 40_000, 0))
+    _, bad = checked(recorded)
+    assert set(bad) == {"frames"}
+    assert "intervals vary by 40 %" in bad["frames"].found
+    assert "not those of arrival" in bad["frames"].remedy
 
 
 @pytest.mark.parametrize(("row", "refused"), [(140, 1), (350, 0)], ids=["within a sample", "beyond all samples"])

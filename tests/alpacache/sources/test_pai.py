@@ -311,6 +311,10 @@ def hub_error(kind, status):
 def test_a_hub_that_refuses_is_a_source_error_with_the_command(monkeypatch, error, says):
     import huggingface_hub
 
+    from alpacache.sources import retry
+
+    monkeypatch.setattr(retry, "_sleep", lambda _: None)
+
     def refuse(*_, **__):
         raise error()
 

@@ -11,6 +11,7 @@ from alpacache.selection import select
 from alpacache.sources import open_source
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.prepared import prepare
+from alpacache.sources.prepared_rows import PictureFit
 from alpacache.sources.synthetic import SyntheticSource
 
 FRONT, LEFT = "camera_front_wide_120fov", "camera_cross_left_120fov"
@@ -156,12 +157,104 @@ def test_other_datasets_and_outside_files_are_refused(prepared, tmp_path):
         open_source(f"hf:{tmp_path}")
 
 
-def test_a_repository_that_cannot_be_reached(monkeypatch):
-    import datasets
+def test_what_was_asked_for_and_found_is_recorded(folder, tmp_path):
+    (folder / f"clips/a/{FRONT}/000051.jpg").write_bytes(b"x")
+    source = FolderSource(folder)
+    unusable = [("short", BadClipError("short_clip", "too short"))]
+    settings = {"split": "all", "t0": "5.1", "seed": 7, "quota": None}
+    report = prepare(
+        source, refs_of(source), tmp_path / "out", cameras=[FRONT], frames=1, unusable=unusable, settings=settings
+    )
+    assert [name for name, _, _ in report.rejected] == ["short", "a@5100000#0"]
+    record = json.loads((tmp_path / "out/provenance.json").read_text())
+    assert record == report.provenance
+    assert record["source"] == "folder:circles"
+    assert record["settings"] == settings | {"cameras": [FRONT], "frames": 1, "fit": None}
+    assert record["left_out"] == {"short_clip": 1, "undecodable_video": 1}
+    assert (record["samples"], record["clips"]) == (1, 1)
+    row = load_from_disk(str(tmp_path / "out"))[0]
+    assert (row["source"], row["recorded_size"], row["pixel_deviation"]) == ("folder:circles", [32, 64], [0.0, 0.0])
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith("---\npretty_name: 1 driving samples")
+    assert str(tmp_path) not in card
 
-    def refuse(place):
-        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{place}' doesn't exist on the Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(SourceError, match="to fetch it: hf download who/what --repo-type dataset"):
-        open_source("hf:who/what")
+def test_a_resumed_run_writes_the_same_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("alpacache.sources.prepared.SHARD_SAMPLES", 2)
+
+    def stop(ref):
+        raise InterruptedRunError("stop")
+
+    prepare(DRIVES, refs_of(DRIVES), tmp_path / "once", cameras=[FRONT], frames=1)
+    with pytest.raises(InterruptedRunError):
+        prepare(DRIVES, refs_of(DRIVES), tmp_path / "twice", cameras=[FRONT], frames=1, on_sample=stop)
+    prepare(DRIVES, refs_of(DRIVES), tmp_path / "twice", cameras=[FRONT], frames=1)
+    for name in ("README.md", "provenance.json", "data-00000-of-00001.arrow"):
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+
+
+LARGE = SyntheticSource(2, seed=1, size=(576, 320))
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory):
+    from alpacache.alpamayo import Checkpoint
+    from alpacache.alpamayo.inputs import InputBuilder
+    from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
+
+    return InputBuilder(Checkpoint(str(make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "Tiny-R1"))))
+
+
+def pixels_off(builder, source, again, ref):
+    """|difference| of what the VLM sees of the source and of the prepared dataset."""
+    direct, stored = (
+        builder.build(each.load(ref, cameras=[FRONT], frames=2)).pixel_values.double() for each in (source, again)
+    )
+    assert direct.shape == stored.shape
+    return (direct - stored).abs()
+
+
+def test_pictures_at_original_size_give_the_vlm_exactly_the_same_pixels(builder, tmp_path):
+    refs = refs_of(LARGE)
+    prepare(LARGE, refs, tmp_path / "out", cameras=[FRONT], frames=2)
+    again = open_source(str(tmp_path / "out"))
+    for ref in refs:
+        assert pixels_off(builder, LARGE, again, ref).max() == 0
+
+
+def test_pictures_at_processor_size_deviate_by_what_is_recorded(tmp_path):
+    """Limits of 144 x 256 or so from 320 x 576, by a builder with the same limits."""
+    from alpacache.alpamayo.images import fit_size, to_patches
+
+    limits = {"patch": 16, "merge": 2, "min_pixels": 30_000, "max_pixels": 50_000}
+    refs = refs_of(LARGE)
+    report = prepare(LARGE, refs, tmp_path / "out", cameras=[FRONT], frames=2, fit=PictureFit(**limits))
+    again = open_source(str(tmp_path / "out"))
+    largest, means = 0.0, []
+    for ref in refs:
+        direct, stored = (each.load(ref, cameras=[FRONT], frames=2) for each in (LARGE, again))
+        fitted = fit_size(320, 576, factor=32, min_pixels=30_000, max_pixels=50_000)
+        assert stored.frames.shape == (1, 2, 3, *fitted)
+        assert fitted != (320, 576)
+        assert stored.calibration == direct.calibration
+        np.testing.assert_array_equal(stored.future_xyz, direct.future_xyz)
+        (a, grid), (b, same) = (to_patches(each.frames[0], temporal=2, **limits) for each in (direct, stored))
+        assert (grid == same).all()
+        off = (a.double() - b.double()).abs()
+        inside = (a > -1) & (a < 1)
+        assert 0 < off[inside].max() <= 1 / 255 + 1e-6
+        largest, means = max(largest, off.max().item()), [*means, off.mean().item()]
+    stated = report.provenance["pixel_deviation"]
+    assert stated["max"] == pytest.approx(largest, abs=1e-6)
+    assert stated["mean"] == pytest.approx(np.mean(means), abs=1e-6)
+    assert 0 < stated["mean"] < 1 / 255
+    assert report.provenance["recorded_sizes"] == [[320, 576]]
+    assert f"by at most {stated['max']:.4f}, {stated['mean']:.5f} on average" in (
+        tmp_path / "out/README.md"
+    ).read_text().replace("\n", " ")
+
+
+def test_a_size_that_would_be_resized_again_is_refused(tmp_path):
+    fit = PictureFit(patch=16, merge=2, min_pixels=32_768, max_pixels=32_768)
+    with pytest.raises(SourceError, match=r"would be resized again after .* Prepare it at its original size"):
+        prepare(LARGE, refs_of(LARGE), tmp_path / "out", cameras=[FRONT], frames=1, fit=fit)

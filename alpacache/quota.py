@@ -1,0 +1,76 @@
+"""How many samples of each turn a dataset is to have: straight roads outnumber curves by far in any log.
+
+A sample's turn is known from its poses, so no picture is read for one that is left out.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Protocol, get_args, runtime_checkable
+
+from alpacache.errors import UsageError
+from alpacache.poses import EgoPoses, Track, history_and_future
+from alpacache.recording import RecordedSource
+from alpacache.sample import SampleRef, Source
+from alpacache.strata import Turn, turn_ahead
+
+TURNS: tuple[Turn, ...] = get_args(Turn)
+
+
+@runtime_checkable
+class PosedSource(Protocol):
+    """A source that gives a sample's poses without its pictures."""
+
+    def poses(self, ref: SampleRef) -> EgoPoses:
+        """History and future in the ego frame at t0."""
+
+
+class Quota:
+    """Counts down what is still wanted of each turn; a turn that is not named is not wanted."""
+
+    def __init__(self, source: Source, wanted: Mapping[Turn, int]) -> None:
+        """Raises `UsageError` for unknown turns, counts below 1, and a source without poses."""
+        for turn, count in wanted.items():
+            if turn not in TURNS or count < 1:
+                raise UsageError(f"quota {turn}={count}: expected {', '.join(TURNS)} with at least 1 sample each.")
+        if not wanted or not isinstance(source, PosedSource | RecordedSource):
+            raise UsageError(f"{source.name}: a quota needs at least one turn, and a source whose poses can be read.")
+        self._source, self._left = source, dict(wanted)
+        self._track = lru_cache(maxsize=1)(self._read_track)
+
+    @property
+    def is_full(self) -> bool:
+        return not any(self._left.values())
+
+    def take(self, ref: SampleRef) -> bool:
+        """Whether the sample is wanted; counts it if so. Raises `BadClipError` where its poses cannot be used."""
+        turn = self.turn_of(ref)
+        if not self._left.get(turn):
+            return False
+        self._left[turn] -= 1
+        return True
+
+    def turn_of(self, ref: SampleRef) -> Turn:
+        """The turn of the 6.4 s from t0 on, as `eval` counts it."""
+        if isinstance(self._source, PosedSource):
+            poses = self._source.poses(ref)
+        else:
+            poses = history_and_future(self._track(ref.clip_id), ref.t0_us, where=ref.clip_id)
+        return turn_ahead(poses.history_rot, poses.future_xyz, poses.future_rot)
+
+    def _read_track(self, clip_id: str) -> Track:
+        assert isinstance(self._source, RecordedSource)
+        return self._source.track(clip_id)
+
+
+def parse_quota(text: str) -> dict[Turn, int]:
+    """`straight=200,sharp=100` as a mapping; raises `UsageError`."""
+    wanted: dict[Turn, int] = {}
+    for part in text.split(","):
+        turn, _, count = (piece.strip() for piece in part.partition("="))
+        if turn not in TURNS or turn in wanted or not (count.isascii() and count.isdigit() and int(count)):
+            raise UsageError(
+                f"quota {text!r}: {part.strip()!r} is not TURN=SAMPLES with one of {', '.join(TURNS)}, each once; "
+                "expected such as straight=200,gentle=100,sharp=100."
+            )
+        wanted[turn] = int(count)
+    return wanted

@@ -1,0 +1,166 @@
+"""Chunks of PhysicalAI-AV on disk: downloaded when a sample needs them, removed when others need the room.
+
+A chunk is one archive of many clips, so reading a clip in order makes the next ones free. Threads and processes may
+share the directory: whoever reads a chunk holds a shared lock on its entry, and only entries without one are removed.
+An entry is a small file whose time of change is the chunk's last use. The kernel drops locks of killed processes.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from alpacache.errors import UsageError
+from alpacache.sources.retry import with_retry
+
+DIRECTORY, LIMIT = "ALPACACHE_PAI_CACHE", "ALPACACHE_PAI_CACHE_SIZE"
+"""Environment variables: where chunks are kept, and how many bytes of them."""
+DEFAULT_LIMIT = "64GB"
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_POLL_S = 0.2
+
+
+def cache_directory() -> Path:
+    """`ALPACACHE_PAI_CACHE`, or `alpacache/pai` in the user's cache directory."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "alpacache" / "pai"
+    return Path(os.environ.get(DIRECTORY) or home).expanduser()
+
+
+def limit_bytes() -> int:
+    """`ALPACACHE_PAI_CACHE_SIZE` in bytes, such as of `64GB`; 0 means that no chunk is kept."""
+    text = os.environ.get(LIMIT) or DEFAULT_LIMIT
+    number = text.upper().rstrip("BKMGT ").strip()
+    unit = text.upper()[len(number) :].strip()
+    try:
+        size = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        size = -1.0
+    if not 0 <= size < float("inf"):
+        raise UsageError(f"{LIMIT} is {text!r}; expected a size such as 64GB, or 0 to keep no chunk.")
+    return int(size)
+
+
+class ChunkCache:
+    """Chunks that a devkit interface downloads into its cache directory, at most `limit` bytes of them."""
+
+    def __init__(self, interface: Any, directory: Path, limit: int) -> None:
+        """`directory` is the interface's own; entries and locks go to `directory/chunks`."""
+        self._interface, self.limit = interface, limit
+        self._entries = directory / "chunks"
+        self._entries.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def hold(self, file: str, *, fetch: bool) -> Iterator[None]:
+        """Keep a chunk, by its path in the repository, from being removed. With `fetch` it is there, downloaded if need
+        be, which waits while all others are in use; else only if it is there already.
+
+        Raises `UsageError` where it alone is larger than the limit, `DataError` where the hub keeps failing.
+        """
+        entry = self._entry(file)
+        if not fetch and not entry.exists():
+            yield
+            return
+        with _locked(entry, fcntl.LOCK_SH):
+            if fetch and self._path(file, self._interface.revision) is None:
+                self._fetch(file, entry)
+            os.utime(entry)
+            yield
+
+    def _entry(self, file: str) -> Path:
+        return self._entries / f"{hashlib.sha256(f'{self._interface.revision}/{file}'.encode()).hexdigest()[:32]}.json"
+
+    def _path(self, file: str, revision: str) -> Path | None:
+        """Where the chunk lies in the hub's layout, if it is there."""
+        from huggingface_hub import try_to_load_from_cache
+
+        interface = self._interface
+        found = try_to_load_from_cache(
+            interface.repo_id, file, cache_dir=interface.cache_dir, revision=revision, repo_type=interface.repo_type
+        )
+        return Path(found) if isinstance(found, str) else None
+
+    def _fetch(self, file: str, entry: Path) -> None:
+        """Download a chunk, unless another thread or process has just done so."""
+        with _locked(entry.with_suffix(".fetch"), fcntl.LOCK_EX):
+            if self._path(file, self._interface.revision) is not None:
+                return
+            entry.write_text("")  # nothing is granted yet
+            size = with_retry(lambda: self._size_on_hub(file), what=file)
+            if size > self.limit:
+                raise UsageError(
+                    f"{file} has {size:,} bytes, more than the {self.limit:,} that chunks may take; set {LIMIT} "
+                    "higher, or to 0 to stream what is needed of each."
+                )
+            while not self._grant(file, entry, size):
+                time.sleep(_POLL_S)
+            with_retry(lambda: self._interface.download_file(file), what=file)
+
+    def _size_on_hub(self, file: str) -> int:
+        found = self._interface.api.get_paths_info(paths=[file], **self._interface.repo_snapshot_info)
+        if not found:
+            raise FileNotFoundError(f"{self._interface.repo_id} has no file {file}")
+        return int(found[0].size)
+
+    def _grant(self, file: str, entry: Path, size: int) -> bool:
+        """Remove the chunks longest unused until `size` fits, and note that it is taken; False if too many are in use.
+
+        Granted downloads count with their full size before they are there.
+        """
+        with _locked(self._entries / "room.lock", fcntl.LOCK_EX), ExitStack() as locks:
+            used, idle = size, []
+            for other in sorted(self._entries.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
+                noted = _read(other) if other != entry else None
+                if noted is None:
+                    continue
+                path = self._path(**noted["chunk"])
+                if _try_lock(other, locks):
+                    if path is None:
+                        continue  # a download that failed
+                    idle.append((other, path))
+                used += noted["size"]
+            if used - sum(path.stat().st_size for _, path in idle) > self.limit:
+                return False
+            for other, path in idle:
+                if used <= self.limit:
+                    break
+                used -= path.stat().st_size
+                _remove(other, path)
+            entry.write_text(json.dumps({"chunk": {"file": file, "revision": self._interface.revision}, "size": size}))
+            return True
+
+
+def _remove(entry: Path, path: Path) -> None:
+    """The chunk, which in the hub's layout is a link to a blob; its entry stays, empty."""
+    blob = path.resolve()
+    path.unlink()
+    blob.unlink(missing_ok=True)
+    entry.write_text("")
+
+
+def _read(entry: Path) -> dict[str, Any] | None:
+    """What an entry says, None if it is empty."""
+    text = entry.read_text()
+    found: dict[str, Any] | None = json.loads(text) if text else None
+    return found
+
+
+@contextmanager
+def _locked(file: Path, kind: int) -> Iterator[None]:
+    with file.open("a") as handle:
+        fcntl.flock(handle, kind)
+        yield
+
+
+def _try_lock(file: Path, stack: ExitStack) -> bool:
+    """Whether nobody else has it; then nobody will until `stack` is closed."""
+    handle = stack.enter_context(file.open("a"))
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

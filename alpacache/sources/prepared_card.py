@@ -1,0 +1,149 @@
+"""What a prepared dataset says about itself: a record for programs, and the same as a card for people.
+
+Both follow from the rows and the settings alone (no dates, hosts or paths), so a resumed run writes what an undisturbed
+one would.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from alpacache import __version__
+from alpacache.poses import EgoPoses
+from alpacache.sample import split_of
+from alpacache.sources.prepared_rows import poses_of
+from alpacache.strata import STRATA, Strata, classify
+
+PROVENANCE = "provenance.json"
+CURVATURE_EDGES_PER_M = (0.001, 0.003, 0.01, 0.03, 0.1)
+"""Bounds of the histogram's bands of mean curvature: radii of 1000, 333, 100, 33 and 10 m."""
+LEAST_DRIVEN_M = 5.0
+"""Driven less than this in 6.4 s, a path has no curvature worth the name."""
+_BAR = 40
+_LIBRARIES = ("datasets", "numpy", "pillow", "torch")
+
+
+def mean_curvature(strata: Strata) -> float | None:
+    """Heading change over driven length of the 6.4 s from t0 on (1/m, left positive); None where it stands."""
+    driven_m = strata.mean_speed_mps * 6.4
+    return strata.heading_change_rad / driven_m if driven_m >= LEAST_DRIVEN_M else None
+
+
+def histogram(curvatures_per_m: Iterable[float | None]) -> dict[str, Any]:
+    """Counts in each band of |mean curvature|, by side: `left` and `right` have one more entry than `edges_per_m`."""
+    values = list(curvatures_per_m)
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    bands, count = np.digitize(np.abs(known), CURVATURE_EDGES_PER_M), len(CURVATURE_EDGES_PER_M) + 1
+    return {
+        "edges_per_m": list(CURVATURE_EDGES_PER_M),
+        "left": np.bincount(bands[known > 0], minlength=count).tolist(),
+        "right": np.bincount(bands[known <= 0], minlength=count).tolist(),
+        "standing": len(values) - len(known),
+    }
+
+
+def provenance(
+    rows: Any, *, source: str, settings: Mapping[str, Any], rejected: Sequence[tuple[str, str, str]]
+) -> dict[str, Any]:
+    """The record of a dataset, from its rows (a `datasets.Dataset`); pictures are not looked at."""
+    strata_counts, curvatures = dict.fromkeys(STRATA, 0), []
+    clips: Counter[str] = Counter()
+    sizes: set[tuple[int, int]] = set()
+    deviations = []
+    for row in rows.remove_columns(["frames"]):
+        poses: EgoPoses = poses_of(row)
+        strata = classify(*poses)
+        curvatures.append(mean_curvature(strata))
+        clips[row["clip_id"]] += 1
+        sizes.add((row["recorded_size"][0], row["recorded_size"][1]))
+        deviations.append(row["pixel_deviation"])
+        for label in strata.labels:
+            strata_counts[label] += 1
+    largest, mean = np.array(deviations).T
+    sides = Counter(split_of(clip_id) for clip_id in clips)
+    return {
+        "source": source,
+        "settings": dict(settings),
+        "samples": len(rows),
+        "clips": len(clips),
+        "splits": {
+            split: {
+                "clips": sides[split],
+                "samples": sum(n for clip_id, n in clips.items() if split_of(clip_id) == split),
+            }
+            for split in ("train", "val")
+        },
+        "left_out": dict(Counter(kind for _, kind, _ in rejected)),
+        "strata": strata_counts,
+        "curvature": histogram(curvatures),
+        "recorded_sizes": [list(size) for size in sorted(sizes)],
+        "pixel_deviation": {"max": float(largest.max()), "mean": float(mean.mean())},
+        "libraries": {"alpacache": __version__} | {name: version(name) for name in _LIBRARIES},
+    }
+
+
+def render_card(record: Mapping[str, Any]) -> str:
+    """The record as Markdown, in the form that the hub shows."""
+    settings, splits, off = record["settings"], record["splits"], record["pixel_deviation"]
+    sizes = ", ".join(f"{width} x {height}" for height, width in record["recorded_sizes"])
+    asked = {key: value for key, value in settings.items() if value is not None}
+    lines = [
+        "---",
+        f"pretty_name: {record['samples']} driving samples for Alpamayo models",
+        "tags: [autonomous-driving, alpacache]",
+        "---",
+        "",
+        f"# {record['samples']} driving samples from {record['source']}",
+        "",
+        "One row a sample: pictures (PNG), ego history and future (metres, ego frame at t0). Read it with",
+        "`datasets.load_from_disk(DIR)`, or give the directory to `alpacache extract`. Rights are those of the source.",
+        "",
+        "| | samples | clips |",
+        "| --- | --- | --- |",
+        f"| all | {record['samples']} | {record['clips']} |",
+        *(f"| {name} | {part['samples']} | {part['clips']} |" for name, part in splits.items()),
+        "",
+        "## Pictures",
+        "",
+        f"Recorded at {sizes} pixels (width x height). {_picture_words(settings)} Pixels that the VLM sees differ from",
+        f"those of the recording by at most {off['max']:.4f}, {off['mean']:.5f} on average, on their scale of -1 to 1.",
+        "",
+        "## Paths",
+        "",
+        "| stratum | samples |",
+        "| --- | --- |",
+        *(f"| {name} | {count} |" for name, count in record["strata"].items()),
+        "",
+        "Mean curvature of the 6.4 s from t0 on: heading change over driven length.",
+        "",
+        "```text",
+        *_histogram_lines(record["curvature"]),
+        "```",
+        "",
+        "## How it was made",
+        "",
+        *(f"- {key}: `{value}`" for key, value in asked.items()),
+        *(f"- left out, {kind}: {count}" for kind, count in record["left_out"].items()),
+        *(f"- {name} {number}" for name, number in record["libraries"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _picture_words(settings: Mapping[str, Any]) -> str:
+    if settings.get("fit") is None:
+        return "Stored as they were recorded."
+    return "Stored as 8-bit pictures at the size of the model's image processor."
+
+
+def _histogram_lines(curvature: Mapping[str, Any]) -> list[str]:
+    edges = curvature["edges_per_m"]
+    names = [f"under {edges[0]:g} 1/m"] + [f"from {edge:g} 1/m (radius {1 / edge:.0f} m)" for edge in edges]
+    most = max(1, *curvature["left"], *curvature["right"])
+    lines = []
+    for name, left, right in zip(names, curvature["left"], curvature["right"], strict=True):
+        bar = "#" * round(_BAR * (left + right) / (2 * most))
+        lines.append(f"{name:28} left {left:6} right {right:6}  {bar}".rstrip())
+    return [*lines, f"{f'driven under {LEAST_DRIVEN_M:g} m':28} {curvature['standing']:11}"]

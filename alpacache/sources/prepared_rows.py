@@ -1,0 +1,159 @@
+"""A sample as one row of a Hugging Face dataset, and back: bit for bit, unless pictures were resized on purpose.
+
+Rows may come from a stranger: pictures are embedded PNG bytes, never paths, and sizes are checked before pixels are
+allocated.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.errors import BadClipError, SourceError, UsageError
+from alpacache.poses import EgoPoses
+from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, Sample, SampleRef
+from alpacache.sources.video import check_size, stack
+
+POSES = {
+    "history_xyz": (HISTORY_STEPS, 3),
+    "history_rot": (HISTORY_STEPS, 3, 3),
+    "future_xyz": (FUTURE_STEPS, 3),
+    "future_rot": (FUTURE_STEPS, 3, 3),
+}
+NEEDED = ("sample_id", "cameras", "frames", "frame_timestamps_us", *POSES, "calibration")
+"""Columns that are read. The others tell where a row is from; rows of older versions lack some of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureFit:
+    """Limits of a model's image processor: pictures are stored at the size that it would resize them to."""
+
+    patch: int
+    merge: int
+    min_pixels: int
+    max_pixels: int
+
+
+def features() -> Any:
+    """Columns of a prepared dataset."""
+    from datasets import Features, Image, List, Value
+
+    leaf = Value("float32")
+    return Features(
+        {
+            "sample_id": Value("string"),
+            "clip_id": Value("string"),
+            "t0_us": Value("int64"),
+            "view": Value("int32"),
+            "cameras": List(Value("string")),
+            "frames": List(List(Image(decode=False))),
+            "frame_timestamps_us": List(List(Value("int64"))),
+            **{name: _nested(List, leaf, len(shape)) for name, shape in POSES.items()},
+            "calibration": Value("string"),
+            "source": Value("string"),
+            "recorded_size": List(Value("int32")),
+            "pixel_deviation": List(Value("float32")),
+        }
+    )
+
+
+def check_columns(names: Iterable[str], place: str) -> None:
+    """Raise `SourceError` where columns are missing that are read."""
+    there = set(names)
+    absent = [column for column in NEEDED if column not in there]
+    if absent:
+        raise SourceError(f"{place} lacks the columns {', '.join(absent)}; was it written by `alpacache prepare`?")
+
+
+def to_row(sample: Sample, *, source: str, fit: PictureFit | None) -> dict[str, Any]:
+    """A sample as a row; with `fit`, its pictures at that processor's size.
+
+    `pixel_deviation` is the largest and the mean difference of the pixels that the VLM will see from those of the
+    recorded pictures, on the scale of `pixel_values`, -1 to 1: both 0 without `fit`.
+    """
+    frames, deviation = sample.frames, (0.0, 0.0)
+    if fit is not None:
+        frames, deviation = _fitted(sample, fit)
+    return {
+        "sample_id": sample.ref.sample_id,
+        "clip_id": sample.ref.clip_id,
+        "t0_us": sample.ref.t0_us,
+        "view": sample.ref.view,
+        "cameras": list(sample.cameras),
+        "frames": [[{"bytes": _png(image), "path": None} for image in camera] for camera in frames],
+        "frame_timestamps_us": sample.frame_timestamps_us.tolist(),
+        **{name: getattr(sample, name).tolist() for name in POSES},
+        "calibration": None if sample.calibration is None else json.dumps(sample.calibration),
+        "source": source,
+        "recorded_size": list(sample.frames.shape[-2:]),
+        "pixel_deviation": list(deviation),
+    }
+
+
+def from_row(ref: SampleRef, row: dict[str, Any], cameras: Sequence[str], frames: int) -> Sample:
+    """The sample in a row; raises `BadClipError`, `UsageError`, or what Python raises on damaged values."""
+    where = ref.sample_id
+    absent = [camera for camera in cameras if camera not in row["cameras"]]
+    if absent:
+        raise BadClipError("missing_camera", f"{where}: prepared without {', '.join(absent)}; leave it out.")
+    if frames > len(row["frames"][0]):
+        raise UsageError(f"{where}: prepared with {len(row['frames'][0])} frames a camera, {frames} are asked for.")
+    chosen = [row["cameras"].index(camera) for camera in cameras]
+    shots = [[_read_png(image["bytes"], where) for image in row["frames"][place][-frames:]] for place in chosen]
+    stamps = np.array([row["frame_timestamps_us"][place][-frames:] for place in chosen], dtype=np.int64)
+    height, width = shots[0][0].shape[:2]
+    images = stack([image for shot in shots for image in shot], where=where)
+    lenses = None if row["calibration"] is None else json.loads(row["calibration"])
+    return Sample(
+        ref=ref,
+        cameras=tuple(cameras),
+        frames=images.reshape(len(cameras), frames, 3, height, width),
+        frame_timestamps_us=stamps.reshape(len(cameras), frames),
+        calibration=lenses and ({camera: lenses[camera] for camera in cameras if camera in lenses} or None),
+        **poses_of(row)._asdict(),
+    )
+
+
+def poses_of(row: dict[str, Any]) -> EgoPoses:
+    """History and future in a row; raises what Python and numpy raise on damaged values."""
+    return EgoPoses(**{name: np.array(row[name], dtype=np.float32).reshape(shape) for name, shape in POSES.items()})
+
+
+def _fitted(sample: Sample, fit: PictureFit) -> tuple[NDArray[np.uint8], tuple[float, float]]:
+    from alpacache.alpamayo.images import to_processor_size
+
+    try:
+        return to_processor_size(sample.frames, **asdict(fit))
+    except ValueError as error:
+        where = sample.ref.sample_id
+        raise BadClipError("wrong_shape", f"{where}: {error} Prepare it at its original size.") from error
+
+
+def _nested(list_type: Any, leaf: Any, depth: int) -> Any:
+    return leaf if depth == 0 else list_type(_nested(list_type, leaf, depth - 1))
+
+
+def _png(image: NDArray[np.uint8]) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, format="PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def _read_png(data: bytes | None, where: str) -> NDArray[np.uint8]:
+    """Embedded bytes only: a row that points to a file is refused."""
+    from PIL import Image
+
+    if not data:
+        raise BadClipError("undecodable_video", f"{where}: a picture is not embedded in the row.")
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            check_size(*image.size, where=where)
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadClipError("undecodable_video", f"{where}: a picture is no readable PNG ({error}).") from error

@@ -1,0 +1,216 @@
+"""Parquet files in the layout of a hub repository, read by the same calls as the hub's, offline."""
+
+import dataclasses
+import json
+import threading
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_from_disk
+
+from alpacache.errors import BadClipError, DataError, SourceError
+from alpacache.sample import SampleRef
+from alpacache.selection import select
+from alpacache.sources import open_source, prepared_stream
+from alpacache.sources.prepared import prepare
+from alpacache.sources.synthetic import SyntheticSource
+
+FRONT = "camera_front_wide_120fov"
+DRIVES = SyntheticSource(7, size=(64, 32))
+REFS = select(DRIVES)[0]
+FILES = 3
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    out = tmp_path_factory.mktemp("saved") / "drives"
+    prepare(DRIVES, REFS, out, cameras=[FRONT], frames=2)
+    return out
+
+
+@pytest.fixture
+def hub_layout(saved, tmp_path):
+    """What `push_to_hub` leaves: a card and `data/SPLIT-NUMBER-of-COUNT.parquet`."""
+    root = tmp_path / "repository"
+    (root / "data").mkdir(parents=True)
+    rows = load_from_disk(str(saved))
+    for number in range(FILES):
+        part = rows.shard(FILES, number, contiguous=True)
+        part.to_parquet(str(root / f"data/train-{number:05d}-of-{FILES:05d}.parquet"))
+    return root
+
+
+def load(source, ref):
+    return source.load(ref, cameras=[FRONT], frames=2)
+
+
+def assert_same(found, wanted):
+    for field in dataclasses.fields(wanted):
+        left, right = getattr(found, field.name), getattr(wanted, field.name)
+        if isinstance(right, np.ndarray):
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(left, right)
+        else:
+            assert left == right
+
+
+def test_samples_come_back_bit_for_bit_in_any_order(hub_layout, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("nothing may be downloaded")
+
+    monkeypatch.setattr(datasets, "load_from_disk", refuse)
+    source = open_source(f"hf:{hub_layout}")
+    assert select(source)[0] == REFS
+    for ref in [*REFS, *REFS[::-1], REFS[3], REFS[3]]:
+        assert_same(load(source, ref), DRIVES.load(ref, cameras=[FRONT], frames=2))
+
+
+def test_it_is_streamed(hub_layout, monkeypatch):
+    asked, load_dataset = [], datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append(k) or load_dataset(*a, **k))
+    open_source(f"hf:{hub_layout}")
+    assert asked
+    assert all(options["streaming"] is True and "trust_remote_code" not in options for options in asked)
+
+
+def test_going_on_reads_no_file_before_and_no_row_twice(hub_layout, monkeypatch):
+    """Forward through the last file only; what was passed is kept for the threads that come a little later."""
+    monkeypatch.setattr(prepared_stream, "ROWS_KEPT", 2)
+    source = open_source(f"hf:{hub_layout}")
+    for file in sorted((hub_layout / "data").iterdir())[:2]:
+        file.write_bytes(b"not read again")
+    cursor = source._rows._whole
+    assert_same(load(source, REFS[6]), DRIVES.load(REFS[6], cameras=[FRONT], frames=2))
+    stream = cursor._stream
+    load(source, REFS[5])
+    load(source, REFS[6])
+    assert cursor._stream is stream
+
+
+def test_rows_that_are_gone_from_the_window_are_read_again(hub_layout, monkeypatch):
+    monkeypatch.setattr(prepared_stream, "ROWS_KEPT", 1)
+    source = open_source(f"hf:{hub_layout}")
+    for number in (2, 0, 6, 1):
+        assert_same(load(source, REFS[number]), DRIVES.load(REFS[number], cameras=[FRONT], frames=2))
+        assert len(source._rows._whole._kept) == 1
+
+
+def test_threads_read_the_same(hub_layout):
+    source, found = open_source(f"hf:{hub_layout}"), {}
+
+    def work(number):
+        found[number] = load(source, REFS[number % 7]).frames
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(14)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(7):
+        np.testing.assert_array_equal(found[number], found[number + 7])
+
+
+def test_several_splits_count_together(saved, tmp_path):
+    rows = load_from_disk(str(saved))
+    (tmp_path / "data").mkdir()
+    rows.select(range(4)).to_parquet(str(tmp_path / "data/train-00000-of-00001.parquet"))
+    rows.select(range(4, 7)).to_parquet(str(tmp_path / "data/validation-00000-of-00001.parquet"))
+    source = open_source(f"hf:{tmp_path}")
+    assert select(source)[0] == REFS
+    assert_same(load(source, REFS[5]), DRIVES.load(REFS[5], cameras=[FRONT], frames=2))
+
+
+def test_poses_are_read_without_pictures(hub_layout):
+    source = open_source(f"hf:{hub_layout}")
+    assert "frames" not in next(iter(source._rows._poses._files[0]))
+    for ref in REFS[:2]:
+        np.testing.assert_array_equal(source.poses(ref).future_xyz, load(source, ref).future_xyz)
+
+
+def test_rows_of_older_versions_lack_the_last_columns(saved, tmp_path):
+    rows = load_from_disk(str(saved)).remove_columns(["source", "recorded_size", "pixel_deviation"])
+    rows.to_parquet(str(tmp_path / "part.parquet"))
+    assert_same(load(open_source(f"hf:{tmp_path}"), REFS[1]), DRIVES.load(REFS[1], cameras=[FRONT], frames=2))
+
+
+def test_pictures_that_would_be_decoded_stay_bytes(saved, tmp_path):
+    """As the hub's viewer wants them; and a path in place of bytes is refused in a stream as well."""
+    rows = load_from_disk(str(saved))
+    rows.cast_column("frames", datasets.List(datasets.List(datasets.Image()))).to_parquet(str(tmp_path / "a.parquet"))
+    assert_same(load(open_source(f"hf:{tmp_path}"), REFS[0]), DRIVES.load(REFS[0], cameras=[FRONT], frames=2))
+    row = dict(rows[0])
+    row["frames"][0][0] = {"bytes": None, "path": "/etc/passwd"}
+    datasets.Dataset.from_list([row], features=rows.features).to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(BadClipError, match="not embedded"):
+        load(open_source(f"hf:{tmp_path}"), REFS[0])
+
+
+def test_a_repository_that_changes_meanwhile_is_said(hub_layout, saved):
+    source = open_source(f"hf:{hub_layout}")
+    first = sorted((hub_layout / "data").iterdir())[0]
+    load_from_disk(str(saved)).select([1, 0, 2]).to_parquet(str(first))
+    with pytest.raises(DataError, match="has changed since it was opened"):
+        load(source, REFS[0])
+    source = open_source(f"hf:{hub_layout}")
+    load_from_disk(str(saved)).select([1]).to_parquet(str(first))
+    with pytest.raises(DataError, match="a file ended after 1 rows"):
+        load(source, REFS[2])
+
+
+def test_a_stream_that_breaks_off_names_sample_and_remedy_and_goes_on(hub_layout, monkeypatch):
+    source = open_source(f"hf:{hub_layout}")
+    cursor = source._rows._whole
+    whole = cursor._files[0]
+
+    def broken():
+        yield from ()
+        raise ConnectionResetError("peer is gone")
+
+    cursor._files[0] = type("Broken", (), {"__iter__": lambda self: broken()})()
+    with pytest.raises(DataError, match=r"streaming synthetic-0-000000@5100000#0 failed .*peer is gone.* goes on"):
+        load(source, REFS[0])
+    cursor._files[0] = whole
+    assert_same(load(source, REFS[0]), DRIVES.load(REFS[0], cameras=[FRONT], frames=2))
+
+
+def test_what_is_no_prepared_dataset_is_refused(tmp_path, saved):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"sample_id": "a@1#0"}) + "\n")
+    with pytest.raises(SourceError, match=r"cannot be read .* expected a directory that"):
+        open_source(f"hf:{tmp_path}")
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / f"{tmp_path.name}.py").write_text("raise SystemExit('code of a dataset was run')")
+    with pytest.raises(SourceError, match="scripts are no longer supported"):
+        open_source(f"hf:{tmp_path}")
+    (tmp_path / f"{tmp_path.name}.py").unlink()
+    table = pq.read_table(next(iter(_parquet(saved, tmp_path / "whole"))))
+    pq.write_table(table.drop_columns(["frames", "future_rot"]), tmp_path / "rows.parquet")
+    with pytest.raises(SourceError, match="lacks the columns frames, future_rot"):
+        open_source(f"hf:{tmp_path}")
+
+
+def _parquet(saved, root):
+    root.mkdir()
+    load_from_disk(str(saved)).to_parquet(str(root / "x.parquet"))
+    return root.iterdir()
+
+
+def test_a_sample_that_is_not_there(hub_layout):
+    with pytest.raises(BadClipError, match="fixed moments"):
+        load(open_source(f"hf:{hub_layout}"), SampleRef(clip_id="nobody", t0_us=1))
+
+
+def test_a_repository_that_cannot_be_reached_says_what_to_do(monkeypatch):
+    def refuse(place, **_):
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{place}' doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(SourceError, match=r"hf auth login.* hf download who/what --repo-type dataset --local-dir DIR"):
+        open_source("hf:who/what")
+    with pytest.raises(SourceError, match="there is no such directory"):
+        open_source("hf:/nowhere/at/all")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match=r"HF_HUB_OFFLINE is set: unset it, or .*hf download who/what"):
+        open_source("hf:who/what")
