@@ -36,7 +36,7 @@ def finish(benchmark: str, rows: Sequence[Row], options: argparse.Namespace, *, 
     """Print the rows as a table; write the report to `--json`, and after a full run to `benchmarks/results/`."""
     report = {
         "benchmark": benchmark,
-        "command": " ".join(["python", f"benchmarks/bench_{benchmark}.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "hardware": hardware or hardware_name(),
         "notes": options.note,
         "commit": options.commit,

@@ -5,15 +5,12 @@ runs a small model on the CPU.
 """
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import bench_extract
 import full_size
-import torch
-from benchmark_report import arguments, finish, hardware_name
-from drills import call, kill_at
+from drills import call, kill_at, run_drill
 
 from alpacache.sample import CAMERAS
 
@@ -50,22 +47,5 @@ def drill(work: Path, *, small: bool) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--work", type=Path, help="where everything is put; a checkpoint there is kept")
-    options = parser.parse_args()
-    if not options.quick and not torch.cuda.is_available():
-        raise SystemExit("a full run needs a CUDA device; --quick runs a small model on the CPU.")
-    work = options.work or Path(tempfile.mkdtemp())
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        row = drill(work, small=options.quick)
-    finally:
-        if options.work is None:
-            shutil.rmtree(work)
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else hardware_name()
-    finish("extract_drill", [row], options, hardware=hardware)
-
-
 if __name__ == "__main__":
-    main()
+    run_drill("extract_drill", drill, __doc__)

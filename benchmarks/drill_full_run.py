@@ -9,14 +9,11 @@ the base.
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import full_size
-import torch
-from benchmark_report import arguments, finish, hardware_name
-from drills import call, kill_at
+from drills import call, kill_at, run_drill
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -84,22 +81,5 @@ def drill(work: Path, *, small: bool) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--work", type=Path, help="where everything is put; a checkpoint and stores there are kept")
-    options = parser.parse_args()
-    if not options.quick and not torch.cuda.is_available():
-        raise SystemExit("a full run needs a CUDA device; --quick runs a small expert on the CPU.")
-    work = options.work or Path(tempfile.mkdtemp())
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        row = drill(work, small=options.quick)
-    finally:
-        if options.work is None:
-            shutil.rmtree(work)
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else hardware_name()
-    finish("full_run", [row], options, hardware=hardware)
-
-
 if __name__ == "__main__":
-    main()
+    run_drill("full_run", drill, __doc__)

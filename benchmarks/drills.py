@@ -1,12 +1,18 @@
 """What drills share: commands as a user types them, each in a process of its own, and kill -9."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
+from benchmark_report import arguments, finish, hardware_name
 
 CLI = [sys.executable, "-m", "cli.main"]
 
@@ -34,3 +40,21 @@ def kill_at(number: int, progress: Callable[[], int], command: Sequence[str]) ->
     process.wait()
     print(f"killed at {progress()} after {time.monotonic() - started:.1f} s", flush=True)
     return progress(), time.monotonic() - started
+
+
+def run_drill(name: str, drill: Callable[..., dict[str, Any]], description: str | None) -> None:
+    """The program of a drill: `drill(work, small=...)` gives the one row of its report."""
+    parser = arguments(description)
+    parser.add_argument("--work", type=Path, help="where everything is put; checkpoints and stores there are kept")
+    options = parser.parse_args()
+    if not options.quick and not torch.cuda.is_available():
+        raise SystemExit("a full run needs a CUDA device; --quick runs a small model on the CPU.")
+    work = options.work or Path(tempfile.mkdtemp())
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        row = drill(work, small=options.quick)
+    finally:
+        if options.work is None:
+            shutil.rmtree(work)
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else hardware_name()
+    finish(name, [row], options, hardware=hardware)
