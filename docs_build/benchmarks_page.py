@@ -102,6 +102,12 @@ def _against_recipe(result: Result, rows: Sequence[Row], cameras: int) -> str:
             name += f", micro-batches of {row['micro_batch']}"
         if row.get("optimizer") not in (None, "auto"):
             name += f", {row['optimizer']}"
+        if row.get("trainable") not in (None, "all"):
+            name += f", {row['trainable']}"
+        if row.get("compile") is False:
+            name += ", layers not compiled"
+        if row.get("checkpointing"):
+            name += ", checkpointed"
         lines.append(_headline_row(name, row, one, best))
     return "\n".join([*lines, ""])
 
