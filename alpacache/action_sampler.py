@@ -8,6 +8,7 @@ once a batch where memory has room for all of them, else once a step.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,13 +17,13 @@ from torch import Tensor
 from alpacache.alpamayo import ActionExpert, PackedPrefixes
 from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.batches import Batch, BatchRing
+from alpacache.capture import captured
 from alpacache.flow_matching import sample
 from alpacache.step_inputs import StepInputs
 
 if TYPE_CHECKING:
     from alpacache.alpamayo.prefix_decoding import LayersAhead, LayersKept  # needs Triton
 
-_WARM_UPS = 2
 _SPARE_BYTES = 2 * 2**30
 """GPU memory that decoded layers leave to activations and libraries."""
 
@@ -112,18 +113,7 @@ class ActionSampler:
         self._action[:count].copy_(action)
 
     def _captured(self, count: int, longest: int) -> torch.cuda.CUDAGraph:
-        """Warm up, then capture, on a stream of its own; see `TrainStep`."""
-        stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                self._compute(count, longest)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Threads read samples meanwhile; they do not call CUDA, but a library of theirs may.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._compute(count, longest)
-        return graph
+        return captured(partial(self._compute, count, longest))
 
     def _decoded(self) -> "LayersAhead | LayersKept | None":
         """What decodes layers for one integration."""

@@ -178,8 +178,9 @@ class BatchRing:
 
     def damage_error(self) -> CorruptSampleError | DataError:
         """What is to be raised when `damage` was seen to be set; reads the sample again to say what is wrong."""
-        flags = [] if self.damage is None else self.damage.tolist()
-        for index in [index for index, flag in zip(self._indices, flags, strict=True) if flag] if flags else []:
+        rows = [] if self.damage is None else self.damage.nonzero().flatten().tolist()
+        if rows:
+            index = self._indices[rows[0]]
             reader, sample_id = self._dataset.locate(index)
             try:
                 reader.read(sample_id, ["kv"])

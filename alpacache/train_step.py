@@ -17,11 +17,10 @@ from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, PrefixFeatures
 from alpacache.alpamayo.prefix_attention import keep_out_of_compilation
 from alpacache.batches import Batch, BatchRing
+from alpacache.capture import captured
 from alpacache.optimizers import StepOptimizer
 from alpacache.step_inputs import StepInputs
 from alpacache.world import GradientSum, World
-
-_WARM_UPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,8 +143,7 @@ class TrainStep:
         return event
 
     def _compute(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._forget_gradients()
         inputs = self._inputs
         batch_size = len(inputs.action)
         everyone = batch_size * self._world.size
@@ -185,24 +183,15 @@ class TrainStep:
         return replace(self._prefixes, rows=rows, lengths=lengths, starts=starts, ahead=ahead)
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        """Warm up without changing anything, then capture, on a stream of its own."""
+        """The step as a graph; nothing changes by warming up."""
         self._dry.fill_(True)
-        # Kernels of this stream go before those of the one that decodes layers ahead. Warming up on it too leaves one
-        # workspace of cuBLAS less in memory.
-        stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                self._compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        for parameter in self._parameters:
-            parameter.grad = None
-        graph = torch.cuda.CUDAGraph()
-        # Threads read samples meanwhile; they do not call CUDA, but a library of theirs may.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._compute()
+        graph = captured(self._compute, after_warm_up=self._forget_gradients)
         self._dry.fill_(False)
         return graph
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
 
 def flow_loss(

@@ -32,7 +32,7 @@ from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
 from alpacache.run_plan import as_begun, batches_of, global_order, settle
 from alpacache.trackers import Tracker, make_trackers, scalars
-from alpacache.train_step import StepResult, TrainStep
+from alpacache.train_step import StepResult, StepValues, TrainStep
 from alpacache.trainable import checkpoint_tensors, choose_trainable, enable_checkpointing
 from alpacache.validation import Validation, means
 from alpacache.world import World, join_world
@@ -295,10 +295,11 @@ class _Run:
 
     def _take(self, number: int, result: StepResult, ring: BatchRing, *, validating: bool) -> None:
         """Read a step and tell of it."""
-        if result.values().damaged:
+        values = result.values()
+        if values.damaged:
             self.step = number - 1
             raise ring.damage_error()
-        row = self._row(number, result, waited_s=ring.waited_s)
+        row = self._row(number, result, values, waited_s=ring.waited_s)
         if validating:
             assert self.validation is not None
             self.validated = self.validation.run(self.expert, self.world)
@@ -398,9 +399,8 @@ class _Run:
         config = self.config
         return learning_rate(step, total=self.total, warmup=self.warmup, peak=config.peak_lr, final=config.min_lr)
 
-    def _row(self, number: int, result: StepResult, *, waited_s: float) -> dict[str, Any]:
+    def _row(self, number: int, result: StepResult, values: StepValues, *, waited_s: float) -> dict[str, Any]:
         """What is written of a step. Raises `NonFiniteError` after a few in a row that were not finite."""
-        values = result.values()
         loss, norm = values.loss, values.norm
         self.stopping |= values.stop
         seconds = time.monotonic() - self.started
@@ -473,8 +473,7 @@ class _Run:
         if self.plan is not None:
             peak = torch.cuda.max_memory_reserved(self.expert.device)
             self.directory.write_memory({"planned": dict(self.plan.table()), "measured_peak": peak})
-        keep = {"keep": self.config.keep, "keep_also": self.best["step"]}
-        self.writer.save(self.step, content, is_best=is_best, **keep)
+        self.writer.save(self.step, content, is_best=is_best, keep=self.config.keep, keep_also=self.best["step"])
 
     def _settings(self) -> dict[str, Any]:
         """What must not change over a resume, as plain JSON."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store import checksum, commit_record, index, quarantine_record, store_root
+from cache_store import commit_record, index, quarantine_record, store_root
 from cache_store.commit_record import CommitRecord
 from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
@@ -24,7 +24,7 @@ from cache_store.sample_group import METADATA
 from cache_store.sample_key import keys
 from cache_store.storage import Storage, open_storage
 from cache_store.store_root import StoreRoot
-from cache_store.stored_object import MEND, TRAILER_BYTES, StoredObject
+from cache_store.stored_object import MEND, StoredObject
 
 _SAMPLES = 4
 """Copied at a time, so that one sample's last object does not keep the others waiting."""
@@ -165,7 +165,7 @@ def _copy_object(source: Storage, target: Storage, record: CommitRecord, stored:
 def _load(storage: Storage, record: CommitRecord, stored: StoredObject) -> NDArray[np.uint8]:
     """The object's bytes, all of them checked."""
     data = stored.load(storage, record.folder, sample_id=record.sample_id, field=stored.array)
-    if stored.is_chunk and f"{checksum.extend(0, data[:-TRAILER_BYTES]):08x}" != stored.crc32c:
+    if not stored.matches(data):
         raise CorruptSampleError(
             f"sample {record.sample_id!r}, field {stored.array!r}: object {storage.where(record.folder)}/{stored.path} "
             f"does not match its CRC-32C {stored.crc32c}. {MEND}",

@@ -57,6 +57,10 @@ class StoredObject:
         self._compare(what, crc, sample_id, field)
         return data
 
+    def matches(self, data: NDArray[np.uint8]) -> bool:
+        """Whether what `load` gave is what was committed, the data of a chunk included."""
+        return not self.is_chunk or f"{checksum.value(data[:-TRAILER_BYTES]):08x}" == self.crc32c
+
     def load_into(
         self,
         target: NDArray[np.uint8],

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cache_store import checksum, commit_record, quarantine_record, store_root
+from cache_store import commit_record, quarantine_record, store_root
 from cache_store.commit_record import CommitRecord
 from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
@@ -17,7 +17,7 @@ from cache_store.field import SMALL, Field
 from cache_store.sample_check import check_array, check_group
 from cache_store.sample_key import keys
 from cache_store.storage import Storage, open_storage
-from cache_store.stored_object import TRAILER_BYTES, StoredObject
+from cache_store.stored_object import StoredObject
 
 _DEEP_THREADS = 8
 """Objects in memory at a time, where reading several at once is worth it."""
@@ -185,6 +185,6 @@ def _check_object(storage: Storage, record: CommitRecord, stored: StoredObject, 
         return "is missing."
     except (CorruptSampleError, FormatError) as error:
         return str(error)
-    if stored.is_chunk and f"{checksum.value(data[:-TRAILER_BYTES]):08x}" != stored.crc32c:
+    if not stored.matches(data):
         return f"does not match its CRC-32C {stored.crc32c}."
     return ""

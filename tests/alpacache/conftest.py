@@ -149,3 +149,26 @@ def released():
         return Workload(**values | changes)
 
     return make
+
+
+class Recorder:
+    """Stands in for a kernel and notes its launches."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append((self.kernel, arguments, options))
+
+
+@pytest.fixture
+def record_launches(monkeypatch):
+    """`(module, *names) -> launches`: kernels of these names are noted, all in one list, and not launched."""
+    found = []
+
+    def record(module, *names):
+        for name in names:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
+        return found
+
+    return record

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import alpacache
-from alpacache import action_sampler
+from alpacache import action_sampler, capture
 from alpacache.action_sampler import ActionSampler
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.batches import BatchRing
@@ -147,4 +147,4 @@ def test_a_graph_is_replayed_for_every_batch(tiny_checkpoint, data, monkeypatch)
     plain = ActionSampler._compute
     monkeypatch.setattr(ActionSampler, "_compute", lambda *given: (computed.append(1), plain(*given)))
     ahead(load(tiny_checkpoint, dtype=torch.bfloat16, device="cuda"), data)
-    assert len(computed) == action_sampler._WARM_UPS + 1
+    assert len(computed) == capture._WARM_UPS + 1

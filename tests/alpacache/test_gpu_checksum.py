@@ -117,16 +117,6 @@ def test_kernels_find_what_google_crc32c_finds():
     run("cuda")
 
 
-class Recorder:
-    """Stands in for a kernel and notes its launches."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: self.launches.append((self.kernel, arguments, options))
-
-
 def compiled(kernel, arguments, options, capability):
     options = dict(options)
     settings = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
@@ -143,11 +133,9 @@ def compiled(kernel, arguments, options, capability):
 
 
 @pytest.mark.parametrize("capability", [86, 89])
-def test_kernels_compile_for_consumer_cards(capability, monkeypatch, tmp_path):
+def test_kernels_compile_for_consumer_cards(capability, record_launches, tmp_path):
     """No feature that an RTX 3090 or 4090 lacks, no spilled register, and room beside other work."""
-    found = []
-    for name in ("fold", "compare"):
-        monkeypatch.setattr(gpu_checksum, name, Recorder(getattr(gpu_checksum, name), found))
+    found = record_launches(gpu_checksum, "fold", "compare")
     table = ChunkTable.build([0, 1], [5, 7], [1000] * 2, [0] * 2, device=torch.device("cpu"), programs=3, lanes=256)
     check_rows(torch.zeros(2, 1024, dtype=torch.uint8), table, torch.zeros(2, dtype=torch.int32))
     assert [kernel.__name__ for kernel, *_ in found] == ["fold", "fold", "compare"]

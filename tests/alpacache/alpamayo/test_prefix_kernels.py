@@ -41,27 +41,13 @@ def test_kernels_equal_the_reference():
     run("cuda")
 
 
-class Recorder:
-    """Stands in for a kernel and notes its launches."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: self.launches.append((self.kernel, arguments, options))
-
-
-def launches(monkeypatch, codec, samples):
+def launches(record_launches, codec, samples):
     """The launches of one layer, forward and backward, at the released size."""
     from alpacache.alpamayo import prefix_decoding, prefix_kernels
 
-    found = []
-    for module, names in (
-        (prefix_decoding, ("decode_layer",)),
-        (prefix_kernels, ("prefix_forward", "merge_forward", "row_delta", "prefix_backward", "merge_backward")),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
+    record_launches(prefix_decoding, "decode_layer")
+    names = ("prefix_forward", "merge_forward", "row_delta", "prefix_backward", "merge_backward")
+    found = record_launches(prefix_kernels, *names)
     layout = PrefixLayout(layers=36, kv_heads=8, head_dim=128, codec=CODECS.get(codec))
     packed = PackedPrefixes(
         layout=layout,
@@ -98,9 +84,9 @@ def compiled(kernel, arguments, options, capability):
 
 @pytest.mark.parametrize("capability", [86, 89])
 @pytest.mark.parametrize(("codec", "samples"), [("bf16", 2), ("int8", 1), ("fp8", 2)])
-def test_kernels_compile_for_consumer_cards(codec, samples, capability, monkeypatch):
+def test_kernels_compile_for_consumer_cards(codec, samples, capability, record_launches):
     """An RTX 3090 (8.6) and a 4090 (8.9): no feature they lack, no more shared memory than they have."""
-    found = launches(monkeypatch, codec, samples)
+    found = launches(record_launches, codec, samples)
     assert len({kernel.__name__ for kernel, *_ in found}) == (5 if codec == "bf16" else 6)
     for kernel, arguments, options in found:
         result = compiled(kernel, arguments, options, capability)
