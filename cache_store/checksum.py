@@ -10,6 +10,9 @@ import numpy as np
 from awscrt import checksums
 from numpy.typing import NDArray
 
+_POLYNOMIAL = 0x82F63B78
+"""Castagnoli's, bits reversed."""
+
 
 def value(data: bytes | NDArray[np.uint8]) -> int:
     """The checksum of a whole."""
@@ -25,3 +28,13 @@ def extender(buffer: NDArray[np.uint8]) -> Callable[[int, int, int], int]:
     """`(crc, start, end) -> crc` over ranges of one contiguous buffer."""
     view = memoryview(buffer)  # type: ignore[arg-type]
     return lambda crc, start, end: int(checksums.crc32c(view[start:end], crc))
+
+
+def without_zeros(crc: int, count: int) -> int:
+    """The checksum of what comes before `count` zero bytes, given that of the whole; undone one byte after the other."""
+    state = crc ^ 0xFFFFFFFF
+    for _ in range(count):
+        for _ in range(8):
+            # A step forward shifts right and, after a set bit, adds the polynomial, whose highest bit then tells of it.
+            state = ((state ^ _POLYNOMIAL) << 1 | 1) if state >> 31 else state << 1
+    return state ^ 0xFFFFFFFF

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_store import checksum
 from cache_store.commit_record import CommitRecord
 from cache_store.field import SMALL, Field
 from cache_store.sample_check import check_array, check_group
@@ -21,6 +22,8 @@ from cache_store.stored_object import TRAILER_BYTES
 
 _ALIGNMENT = 64
 """Of an array in a caller's buffer: a cache line."""
+_MOST_PADDING_BYTES = 64
+"""At the end of an array of single bytes there are fewer than it has chunks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +48,7 @@ def plan(
 ) -> SampleRead:
     """Check the metadata of the wanted fields; text and packed fields are read at once.
 
-    Data of the `unchecked` fields are left to the caller to check, where they are stored as they are: uncompressed,
-    in chunks without padding.
+    Data of the `unchecked` fields are left to the caller to check, where they are stored as they are: uncompressed.
     """
     check_out(record, fields, wanted, out)
     in_group = [name for name in wanted if fields[name].layout != "array"]
@@ -153,10 +155,14 @@ def _left_unchecked(
     """The array's chunks as `SampleRead.unchecked` has them; nothing if it cannot be checked as it lies in memory."""
     objects = [record.objects[f"{array}/{key}"] for key in chunk_keys(out.shape, rows)]
     sizes = [stored.size - TRAILER_BYTES for stored in objects]
-    if field.compression != "none" or sum(sizes) != out.nbytes:
+    padding = sum(sizes) - out.nbytes
+    if field.compression != "none" or not objects or not 0 <= padding <= _MOST_PADDING_BYTES:
         return {}
+    crc32cs = [int(stored.crc32c, 16) for stored in objects]
     starts = np.cumsum([0, *sizes[:-1]])
-    return {array: np.column_stack([starts, sizes, [int(stored.crc32c, 16) for stored in objects]]).astype(np.int64)}
+    sizes[-1] -= padding
+    crc32cs[-1] = checksum.without_zeros(crc32cs[-1], padding)
+    return {array: np.column_stack([starts, sizes, crc32cs]).astype(np.int64)}
 
 
 def _read_group(

@@ -75,14 +75,16 @@ class StoredObject:
         """Fill `target` with the beginning of an uncompressed chunk, checking every byte of it while it is in cache.
 
         What lies beyond the target is padding, read and checked too. After an error the target holds anything.
-        Without `check_data` the caller compares the bytes with the record's checksum; size and trailer are still
-        checked.
+        Without `check_data` the caller compares the bytes with the record's checksum; size, trailer and padding, which
+        is zeros, are still checked.
         """
         crc = 0 if check_data else int(self.crc32c, 16)
         trailer = np.empty(TRAILER_BYTES, np.uint8)
         extenders = [checksum.extender(target)]
+        padding = np.empty(0, np.uint8)
 
         def buffers() -> list[NDArray[np.uint8]]:
+            nonlocal padding
             beyond = self.size - TRAILER_BYTES - len(target)
             if not beyond:
                 return [target, trailer]
@@ -108,12 +110,15 @@ class StoredObject:
             what = self._what(storage, folder, sample_id, field)
             raise CorruptSampleError(f"{what} is missing. {MEND}", sample_id, field) from error
         stored = int.from_bytes(trailer.tobytes(), "little")
-        if found == self.size and stored == crc == int(self.crc32c, 16):
+        padded = not check_data and bool(padding.any())  # which the caller does not get
+        if found == self.size and stored == crc == int(self.crc32c, 16) and not padded:
             return
         what = self._what(storage, folder, sample_id, field)
         if found != self.size:
             raise CorruptSampleError(f"{what} has {found} bytes, expected {self.size}. {MEND}", sample_id, field)
         self._compare(what, stored, sample_id, field)
+        if padded:
+            raise CorruptSampleError(f"{what} ends in padding that is not zeros. {MEND}", sample_id, field)
         if f"{crc:08x}" != self.crc32c:
             raise CorruptSampleError(
                 f"{what}: its data do not match its CRC-32C (stored {self.crc32c}, computed {crc:08x}). {MEND}",

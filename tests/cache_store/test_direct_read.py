@@ -6,6 +6,7 @@ import pytest
 from cache_store import CacheReader, CacheWriter, CorruptSampleError, Field, checksum
 from cache_store.field import STORED_DTYPES
 from cache_store.local_storage import LocalStorage
+from cache_store.sample_read import SampleRead
 from cache_store.zarr_objects import read_array
 
 SHAPES = {"scalar": (), "one": (1,), "line": (1001,), "even": (40, 3, 2), "padded": (37, 5), "empty": (0, 4)}
@@ -104,3 +105,53 @@ def test_the_checksum_is_crc_32c_and_goes_on_from_what_it_covers() -> None:
     assert checksum.extend(0, block) == 0xE3069283
     assert checksum.extend(checksum.extend(0, block[:4]), block[4:]) == 0xE3069283
     assert checksum.extend(7, block[:0]) == 7
+
+
+def test_data_may_be_left_to_the_caller_to_check(tmp_path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, 1001).astype(np.uint8)
+    with CacheWriter(
+        tmp_path / "s", fields=[Field(name="x", dtype="uint8", axes=("a",), chunk_mb=0.0002)], identity={}
+    ) as writer:
+        writer.write("a", {"x": x})
+    reader = CacheReader(tmp_path / "s")
+    read = reader.plan("a", ["x"], unchecked=["x"])
+    assert len(read.tasks) * -(-len(x) // len(read.tasks)) > len(x), "the last chunk ends in padding"
+    for task in read.tasks:
+        task()
+    assert np.array_equal(read.arrays["x"], x)
+    starts, sizes, crc32cs = read.unchecked["x"].T.tolist()
+    assert (starts, sum(sizes)) == (np.cumsum([0, *sizes[:-1]]).tolist(), len(x))
+    for start, size, crc32c in zip(starts, sizes, crc32cs, strict=True):
+        assert checksum.value(x[start : start + size]) == crc32c
+
+    chunks = (tmp_path / "s" / reader.record("a").folder / "x").glob("c.*")
+    last = max(chunks, key=lambda path: int(path.name.removeprefix("c.")))
+    data = bytearray(last.read_bytes())
+    last.write_bytes(bytes([data[0] ^ 4]) + data[1:])
+    assert not np.array_equal(run(reader.plan("a", ["x"], unchecked=["x"])), x), "the caller's to find"
+    for at, message in ((len(data) - 5, "ends in padding that is not zeros"), (len(data) - 1, "commit record says")):
+        last.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        with pytest.raises(CorruptSampleError, match=message):
+            run(reader.plan("a", ["x"], unchecked=["x"]))
+
+
+def test_much_padding_and_compressed_data_are_always_checked(tmp_path) -> None:
+    wide = Field(name="wide", dtype="float32", axes=("a", "b"), chunk_mb=0.002)
+    packed = Field(name="packed", dtype="float32", axes=("a", "b"), chunk_mb=0.002, compression="zstd")
+    values = np.ones((37, 50), np.float32)
+    with CacheWriter(tmp_path / "s", fields=[wide, packed], identity={}) as writer:
+        writer.write("a", {"wide": values, "packed": values})
+    assert CacheReader(tmp_path / "s").plan("a", unchecked=["wide", "packed"]).unchecked == {}
+
+
+def run(read: SampleRead) -> np.ndarray:
+    for task in read.tasks:
+        task()
+    return read.arrays["x"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 15])
+def test_zeros_at_the_end_are_taken_out_of_a_checksum(count) -> None:
+    data = np.arange(100, dtype=np.uint8)
+    whole = checksum.value(np.concatenate([data, np.zeros(count, np.uint8)]))
+    assert checksum.without_zeros(whole, count) == checksum.value(data)
