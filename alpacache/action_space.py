@@ -39,8 +39,14 @@ class UnicycleActionSpace:
         """Recorded path to normalised actions.
 
         Args are `[..., 16, 3]`, `[..., 16, 3, 3]`, `[..., 64, 3]`, `[..., 64, 3, 3]`, metres, ego frame at t0.
-        Returns `[..., 64, 2]` float32: acceleration, then curvature.
+        Returns `[..., 64, 2]` float32: acceleration, then curvature; of a path the same, to the bit, whatever other
+        paths come with it.
         """
+        if math.prod(future_xyz.shape[:-2]) == 1:  # alone it would go through another kind of matrix product
+            lead = future_xyz.ndim - 2
+            poses = (history_xyz, history_rot, future_xyz, future_rot)
+            two = (torch.stack([pose.reshape(pose.shape[lead:])] * 2) for pose in poses)
+            return self.to_action(*two)[0].reshape(*future_xyz.shape[:-2], -1, 2)
         with torch.autocast(future_xyz.device.type, enabled=False):
             history_xyz, history_rot = history_xyz.float(), history_rot.float()
             future_xyz, future_rot = future_xyz.float(), future_rot.float()
@@ -170,11 +176,13 @@ def _solve(normal: Tensor, right: Tensor, *, first: Tensor | None) -> Tensor:
 def _solve_retrying(normal: Tensor, right: Tensor, *, ridge: float) -> Tensor:
     """Cholesky with a ridge that grows tenfold while a matrix is not positive definite (a standstill, say)."""
     eye = _identity(normal.shape[-1], normal.dtype, normal.device)
+    ridges = normal.new_full((*normal.shape[:-2], 1, 1), ridge)
     for _ in range(8):
-        factor, info = torch.linalg.cholesky_ex(normal + ridge * eye)
+        factor, info = torch.linalg.cholesky_ex(normal + ridges * eye)
         if not bool(info.any()):
             return torch.cholesky_solve(right[..., None], factor)[..., 0]
         ridge *= 10.0
+        ridges = ridges.where((info == 0)[..., None, None], ridge)
     raise ArithmeticError(
         f"the least-squares problem stays singular even with a ridge of {ridge:g}; is the path finite?"
     )

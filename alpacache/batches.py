@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self, get_args
 
@@ -31,14 +31,13 @@ from alpacache.cached_dataset import CachedDataset
 from alpacache.errors import DataError, UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS
 from alpacache.host_memory import Bytes, Slabs, available_bytes, page_aligned, page_lock, page_rounded, page_unlock
-from alpacache.strata import Turn, turn_ahead
+from alpacache.strata import Turn, turns_ahead
 from cache_store import CorruptSampleError, Prefetcher
 from cache_store.prefetcher import PrefetchedSample
 from cache_store.sample_read import SampleRead
 
-_ACTION, _TURN, _CHUNKS = "action", "turn", "chunks"
-"""Keys of the target and the turn stratum among the arrays of a sample that is read for the first time, and of what is
-to be checked on the device, as `SampleRead.unchecked` has it."""
+_CHUNKS = "chunks"
+"""Key of what is to be checked on the device, as `SampleRead.unchecked` has it, among the arrays of a sample."""
 _TURNS = get_args(Turn)
 _REMEMBERED = 2**18
 """Samples of which the target and the lengths stay in memory after their first use, half a kilobyte each."""
@@ -54,7 +53,7 @@ class Batch:
     """Places in the global order; they seed the noise."""
     sample_ids: tuple[str, ...]
     action: Tensor
-    """`[B, 64, 2]` float32 on the CPU: the normalised target, solved sample by sample."""
+    """`[B, 64, 2]` float32 on the CPU: the normalised target."""
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
     """Tokens of each prefix."""
@@ -75,15 +74,6 @@ class _Wanted:
     is_new: bool
     """Its target and lengths are not known yet, nor its bytes in memory."""
     ends_batch: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Facts:
-    action: Tensor
-    tokens: int
-    start: int
-    turn: int
-    """Index of the stratum."""
 
 
 class BatchRing:
@@ -129,10 +119,12 @@ class BatchRing:
         self._buffers = buffers or samples_ahead(batch_size)
         self._remembered = len(dataset) if dataset.in_memory else min(len(dataset), _REMEMBERED)
         self._actions = torch.empty(self._remembered, space.waypoints, 2)
-        self._counts = np.zeros((self._remembered, 3), np.int64)
+        self._turns = np.zeros(self._remembered, np.uint8)
+        self._counts = np.zeros((self._remembered, 2), np.int64)
         self._kept: dict[int, Tensor] = {}
         self._slabs = _slabs(dataset) if dataset.in_memory else None
-        self._source = _Source(dataset, space, self._slabs, unchecked=("kv",) if checks else ())
+        self._source = _Source(dataset, self._slabs, unchecked=("kv",) if checks else ())
+        self._space = space
         self._indices = [0] * 2 * batch_size
         self._wanted = self._in_order(places)
         self._prefetcher: Prefetcher[_Wanted] | None = None
@@ -146,7 +138,6 @@ class BatchRing:
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:
-            opened.callback(torch.set_num_threads, torch.get_num_threads())  # `_solve` changed it for new threads
             ring = self._host_ring(opened)
             if self._stream is not None:
                 opened.callback(self._stream.synchronize)
@@ -200,32 +191,36 @@ class BatchRing:
         if (free := self._free[half]) is not None and self._stream is not None:
             self._stream.wait_event(free)
         taken: list[_Wanted] = []
-        facts: list[_Facts] = []
+        counts: list[tuple[int, int]] = []
+        poses: dict[int, list[NDArray[Any]]] = {}
         chunks: dict[int, NDArray[np.int64]] = {}
         ready = None
         while not taken or not taken[-1].ends_batch:
             sample = self._take(samples)
             if sample is None:
                 return None
-            kv, fact = self._content(sample)
+            if sample.sample_id.is_new:
+                poses[len(taken)] = [sample.arrays[name] for name in POSE_FIELDS]
+            kv, *tokens_and_start = self._content(sample)
             row = half * self._batch_size + len(taken)
             self._indices[row] = sample.sample_id.index
             if _CHUNKS in sample.arrays:
                 chunks[row] = sample.arrays[_CHUNKS]
             ready = self._copy(sample, kv, row)
             taken.append(sample.sample_id)
-            facts.append(fact)
+            counts.append((tokens_and_start[0], tokens_and_start[1]))
         if chunks:
             ready = self._check(chunks)
+        action, turns = self._targets(taken, poses)
         self._half, self._is_out[half] = 1 - half, True
         return Batch(
             positions=tuple(wanted.position for wanted in taken),
             sample_ids=tuple(self._dataset.sample_id(wanted.index) for wanted in taken),
-            action=torch.stack([fact.action for fact in facts]),
+            action=action,
             rows=tuple(half * self._batch_size + place for place in range(len(taken))),
-            lengths=tuple(fact.tokens for fact in facts),
-            starts=tuple(fact.start for fact in facts),
-            turns=tuple(_TURNS[fact.turn] for fact in facts),
+            lengths=tuple(tokens for tokens, _ in counts),
+            starts=tuple(start for _, start in counts),
+            turns=turns,
             ready=ready,
         )
 
@@ -241,26 +236,56 @@ class BatchRing:
             self.waited_s += time.monotonic() - started
         return sample
 
-    def _content(self, sample: PrefetchedSample[_Wanted]) -> tuple[Tensor, "_Facts"]:
-        """A sample's bytes and facts: as just read, or as remembered."""
+    def _content(self, sample: PrefetchedSample[_Wanted]) -> tuple[Tensor, int, int]:
+        """A sample's bytes, its tokens and the position that follows them: as just read, or as remembered."""
         index, arrays = sample.sample_id.index, sample.arrays
         if not sample.sample_id.is_new:
-            tokens, start, turn = self._counts[index].tolist()
-            facts = _Facts(action=self._actions[index], tokens=tokens, start=start, turn=turn)
-            return self._kept[index] if index in self._kept else _flat(arrays["kv"]), facts
-        facts = _Facts(
-            action=torch.from_numpy(arrays[_ACTION]),
-            tokens=int(arrays["prefix_len"]),
-            start=int(arrays["start_position"]),
-            turn=int(arrays[_TURN][0]),
-        )
+            tokens, start = self._counts[index].tolist()
+            return self._kept[index] if index in self._kept else _flat(arrays["kv"]), tokens, start
+        tokens, start = int(arrays["prefix_len"]), int(arrays["start_position"])
         kv = _flat(arrays["kv"])
         if index < self._remembered:
-            self._actions[index] = facts.action
-            self._counts[index] = facts.tokens, facts.start, facts.turn
+            self._counts[index] = tokens, start
         if self._slabs is not None:
             self._kept[index] = kv
-        return kv, facts
+        return kv, tokens, start
+
+    def _targets(
+        self, taken: Sequence[_Wanted], poses: Mapping[int, list[NDArray[Any]]]
+    ) -> tuple[Tensor, tuple[Turn, ...]]:
+        """Of each sample the action and the turn stratum; `poses` of those (by place) that are read the first time.
+
+        The loop's own thread solves them, all at once: a hundred small operations, each of which lets go of the
+        interpreter lock, hold up reading threads that do it sample by sample.
+        """
+        action = torch.empty(len(taken), self._space.waypoints, 2)
+        turns = [0] * len(taken)
+        if poses:
+            places = list(poses)
+            together = [np.stack(arrays) for arrays in zip(*poses.values(), strict=True)]
+            action[places] = self._solve([taken[place].index for place in places], together)
+            for place, turn in zip(places, turns_ahead(*together[1:]), strict=True):
+                turns[place] = _TURNS.index(turn)
+        for place, wanted in enumerate(taken):
+            if place in poses and wanted.index < self._remembered:
+                self._actions[wanted.index], self._turns[wanted.index] = action[place], turns[place]
+            elif place not in poses:
+                action[place], turns[place] = self._actions[wanted.index], int(self._turns[wanted.index])
+        return action, tuple(_TURNS[turn] for turn in turns)
+
+    def _solve(self, indices: Sequence[int], poses: Sequence[NDArray[Any]]) -> Tensor:
+        """Actions `[n, 64, 2]` of n samples. Raises `DataError` that names the first whose path has none."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a team of helpers would crowd out the reading threads
+        try:
+            return self._space.to_action(*map(torch.from_numpy, poses))
+        except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            if len(indices) == 1:
+                sample_id = self._dataset.sample_id(indices[0])
+                raise DataError(f"sample {sample_id!r}: its path cannot be turned into actions; {error}") from error
+            return torch.cat([self._solve([index], [a[i : i + 1] for a in poses]) for i, index in enumerate(indices)])
+        finally:
+            torch.set_num_threads(threads)
 
     def _copy(self, sample: PrefetchedSample[_Wanted], kv: Tensor, row: int) -> torch.cuda.Event | None:
         """Fill a row; the sample's buffer goes back when that is done, which is at once on the CPU."""
@@ -346,10 +371,8 @@ def _can_check(device: torch.device) -> bool:
 class _Source:
     """What the prefetcher reads from: the stores of a dataset, of each sample what is not known yet."""
 
-    def __init__(
-        self, dataset: CachedDataset, space: UnicycleActionSpace, slabs: Slabs | None, *, unchecked: Sequence[str]
-    ) -> None:
-        self._dataset, self._space, self._slabs, self._unchecked = dataset, space, slabs, unchecked
+    def __init__(self, dataset: CachedDataset, slabs: Slabs | None, *, unchecked: Sequence[str]) -> None:
+        self._dataset, self._slabs, self._unchecked = dataset, slabs, unchecked
         shape = () if dataset.codec is None else (KV_SHAPE,)
         self._fields = ("kv", "prefix_len", "start_position", *shape, *POSE_FIELDS)
         self._size_bytes = lru_cache(maxsize=4096)(dataset.layout.size_bytes)
@@ -373,9 +396,7 @@ class _Source:
             return SampleRead(arrays=_with_chunks(read), tasks=read.tasks)
         read = reader.plan(sample_id, self._fields, out=out, unchecked=self._unchecked)
         self._check(sample_id, read.arrays)
-        action, turn = np.empty((self._space.waypoints, 2), np.float32), np.empty(1, np.uint8)
-        solve = partial(_solve, self._space, [read.arrays[name] for name in POSE_FIELDS], action, turn)
-        return SampleRead(arrays=_with_chunks(read) | {_ACTION: action, _TURN: turn}, tasks=[*read.tasks, solve])
+        return SampleRead(arrays=_with_chunks(read), tasks=read.tasks)
 
     def _check(self, sample_id: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """The device decodes by the layout and the number of tokens alone: they must be those of the bytes."""
@@ -392,16 +413,6 @@ class _Source:
 
 def _with_chunks(read: SampleRead) -> dict[str, NDArray[Any]]:
     return read.arrays | ({_CHUNKS: read.unchecked["kv"]} if "kv" in read.unchecked else {})
-
-
-def _solve(
-    space: UnicycleActionSpace, poses: Sequence[NDArray[Any]], action: NDArray[np.float32], turn: NDArray[np.uint8]
-) -> None:
-    """The target of one sample, as `cached_dataset.target` has it, and its turn stratum."""
-    torch.set_num_threads(1)  # of this thread: a team of helpers for every reading thread would crowd out the loop
-    action[...] = space.to_action(*map(torch.from_numpy, poses)).numpy()
-    _, history_rot, future_xyz, future_rot = poses
-    turn[0] = _TURNS.index(turn_ahead(history_rot, future_xyz, future_rot))
 
 
 def _slabs(dataset: CachedDataset) -> Slabs:

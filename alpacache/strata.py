@@ -6,7 +6,7 @@ that gets it right must have seen it. Thresholds are explained in docs/reference
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -119,8 +119,17 @@ def turn_of(heading_change_rad: float, lateral_offset_m: float) -> Turn:
 
 def turn_ahead(history_rot: ArrayLike, future_xyz: ArrayLike, future_rot: ArrayLike) -> Turn:
     """The turn alone, as in `classify` and from the same arrays, which are not checked."""
-    headings = heading(np.concatenate([np.asarray(history_rot)[-1:], np.asarray(future_rot)]))
-    return turn_of(float(headings[-1] - headings[0]), float(np.asarray(future_xyz)[-1, 1]))
+    return turns_ahead(*(np.asarray(array)[None] for array in (history_rot, future_xyz, future_rot)))[0]
+
+
+def turns_ahead(history_rot: NDArray[Any], future_xyz: NDArray[Any], future_rot: NDArray[Any]) -> list[Turn]:
+    """Of each of B samples, `[B, ...]`, what `turn_ahead` says."""
+    headings = heading(np.concatenate([history_rot[:, -1:], future_rot], axis=1))
+    changes = headings[:, -1] - headings[:, 0]
+    return [
+        turn_of(change, lateral)
+        for change, lateral in zip(changes.tolist(), future_xyz[:, -1, 1].tolist(), strict=True)
+    ]
 
 
 def direction_of(heading_change_rad: float, lateral_offset_m: float) -> Direction:

@@ -31,7 +31,7 @@ def extender(buffer: NDArray[np.uint8]) -> Callable[[int, int, int], int]:
 
 
 def without_zeros(crc: int, count: int) -> int:
-    """The checksum of what comes before `count` zero bytes, given that of the whole; undone one byte after the other."""
+    """The checksum of what comes before `count` zero bytes at the end, given that of the whole; undone byte by byte."""
     state = crc ^ 0xFFFFFFFF
     for _ in range(count):
         for _ in range(8):

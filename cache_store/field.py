@@ -19,6 +19,7 @@ STORED_DTYPES = {
     "bfloat16": "uint16",
 }
 """Logical dtype -> dtype of the stored bits; numpy has no bfloat16."""
+_STORED = {name: np.dtype(stored).newbyteorder("<") for name, stored in STORED_DTYPES.items()}
 SMALL = "small"
 """The array that holds all packed fields of a sample; no field may take its name."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,99}")
@@ -76,7 +77,7 @@ class Field:
     @property
     def stored_dtype(self) -> np.dtype[Any]:
         """Dtype of the bits that are stored and read, little-endian."""
-        return np.dtype(STORED_DTYPES[self.dtype]).newbyteorder("<")
+        return _STORED[self.dtype]
 
     def chunk_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Whole indices of axis 0, so that a chunk is one contiguous slab of the array.

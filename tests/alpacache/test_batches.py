@@ -9,6 +9,7 @@ import torch
 
 import alpacache
 from alpacache import batches
+from alpacache.action_space import UnicycleActionSpace
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.alpamayo.packed_prefix import PackedPrefixes, pack
 from alpacache.batches import BatchRing
@@ -218,6 +219,21 @@ def test_a_sample_that_does_not_fit_the_layout_is_named(dataset, space, monkeypa
     ring = BatchRing(dataset, space, in_order(14, 2, 2), batch_size=2, device=CPU)
     monkeypatch.setattr(ring._source, "_size_bytes", lambda tokens: 17)
     with ring, pytest.raises(DataError, match=r"has keys and values \[\d.*\] in \d+ bytes and \d+ tokens"):
+        next(iter(ring))
+
+
+def test_a_path_without_actions_is_named(dataset, space, monkeypatch):
+    order, solve = GlobalOrder(0, 14), UnicycleActionSpace.to_action
+    bad = dataset.load(order[2]).future_xyz
+
+    def to_action(self, history_xyz, history_rot, future_xyz, future_rot):
+        if any(torch.equal(path, bad) for path in future_xyz):
+            raise ArithmeticError("singular")
+        return solve(self, history_xyz, history_rot, future_xyz, future_rot)
+
+    monkeypatch.setattr(UnicycleActionSpace, "to_action", to_action)
+    ring = BatchRing(dataset, space, in_order(14, 1, 4), batch_size=4, device=CPU)
+    with ring, pytest.raises(DataError, match=rf"sample '{dataset.sample_id(order[2])}'.* actions; singular"):
         next(iter(ring))
 
 
