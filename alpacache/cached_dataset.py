@@ -194,5 +194,5 @@ def _check_mixable(stores: Sequence[str | Path], readers: Sequence[CacheReader])
 
 
 def target(sample: CachedSample, space: UnicycleActionSpace) -> Tensor:
-    """The action `[64, 2]` to learn. Solved sample by sample, so that no batch changes a bit of it."""
+    """The action `[64, 2]` to learn; in no batch a bit of it is another."""
     return space.to_action(sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)

@@ -2,8 +2,11 @@
 
 Who begins a copy waits until one of the buffers is free: that is what keeps a fast GPU from filling the RAM ahead of a
 slow disk. On the CPU nothing is copied, only counted.
+
+`copied_to_host` is for what is copied once and whole, a checkpoint say.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from queue import SimpleQueue
 from types import TracebackType
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from alpacache.host_memory import Bytes, page_aligned, page_lock, page_rounded, page_unlock
 
+_STAGE_BYTES = 2**26
 _SLACK = 16
 """A buffer is made a sixteenth larger than the sample that needs it: lengths vary a little."""
 
@@ -89,6 +93,47 @@ class HostCopies:
             buffer = self._free.get()
             if buffer is not None:
                 page_unlock(buffer)
+
+
+def copied_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in ordinary RAM, which nothing changes any more.
+
+    They pass through two page-locked buffers in turn: while one is filled, threads empty the other. The driver, asked
+    to copy into memory that was never written, does both by one thread, a page at a time.
+    """
+    cuda = [name for name, tensor in tensors.items() if tensor.device.type == "cuda"]
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in cuda}
+    if not cuda:
+        return copies
+    stages = page_aligned(2 * _STAGE_BYTES)
+    page_lock(stages)
+    free = deque(torch.from_numpy(stages).view(2, _STAGE_BYTES))
+    under_way: deque[tuple[torch.cuda.Event, Tensor, Tensor, Tensor]] = deque()
+
+    def finish() -> None:
+        copied, stage, place, target = under_way.popleft()
+        copied.synchronize()
+        target.copy_(place)
+        free.append(stage)
+
+    try:
+        for name in cuda:
+            source = tensors[name].detach().contiguous()
+            copies[name] = torch.empty_like(source, device="cpu")
+            bytes_from, bytes_to = (tensor.view(-1).view(torch.uint8) for tensor in (source, copies[name]))
+            for start in range(0, len(bytes_from), _STAGE_BYTES):
+                if not free:
+                    finish()
+                part, stage = bytes_from[start : start + _STAGE_BYTES], free.popleft()
+                place = stage[: len(part)]
+                place.copy_(part, non_blocking=True)
+                copied = torch.cuda.current_stream(source.device).record_event()
+                under_way.append((copied, stage, place, bytes_to[start : start + _STAGE_BYTES]))
+    finally:
+        while under_way:
+            finish()
+        page_unlock(stages)
+    return {name: copies[name] for name in tensors}
 
 
 def _grown(buffer: Bytes | None, size_bytes: int) -> Bytes:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alpacache.errors import DataError, UsageError
+from alpacache.host_copies import copied_to_host
 from cache_store import checksum
 
 MODEL, OPTIMIZER, AVERAGE, STATE = "model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"
@@ -44,10 +45,7 @@ class RunCheckpoint:
 
     def on_host(self) -> "RunCheckpoint":
         """A copy that nothing changes any more."""
-        model, optimizer, average = (
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in part.items()}
-            for part in (self.model, self.optimizer, self.average)
-        )
+        model, optimizer, average = map(copied_to_host, (self.model, self.optimizer, self.average))
         return replace(self, model=model, optimizer=optimizer, average=average)
 
 

@@ -24,6 +24,12 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if row.get("loss") is not None}
 
 
+def progress(run: Path, least: int) -> int:
+    """The last step that was written, once there is a checkpoint of step `least`: it is written while steps go on."""
+    saved = (run / "checkpoints" / f"step-{least:07d}").is_dir()
+    return max(losses(run), default=0) if saved else 0
+
+
 def store(path: Path, model: Path, samples: int, *, small: bool) -> Path:
     shortest, longest = (72, 80) if small else full_size.PREFIX_TOKENS[1]
     full_size.write_store(path, model, cameras=1, codec="int8", samples=samples, shortest=shortest, longest=longest)
@@ -34,7 +40,7 @@ def drill(work: Path, *, small: bool) -> dict[str, Any]:
     steps, every, kills = (12, 4, (5, 10)) if small else (300, 100, (130, 220))
     model, run, exported = full_size.write_checkpoint(work / "model", small=small), work / "run", work / "exported"
     data = store(work / "train", model, 24 if small else 160, small=small)
-    held_out = store(work / "val", model, 8 if small else 24, small=small)
+    held_out = store(work / "val", model, 8 if small else 16, small=small)
     for old in (run, exported, work / "eval-run", work / "eval-exported"):
         shutil.rmtree(old, ignore_errors=True)
     command = ["train", "--store", str(data), "--val", str(held_out), "--model", str(model), "--out", str(run)]
@@ -43,7 +49,7 @@ def drill(work: Path, *, small: bool) -> dict[str, Any]:
     killed, seconds, before = [], 0.0, {}
     for number, step in enumerate(kills):
         command_now = [*command, *(["--resume"] if number else [])]
-        at, lost = kill_at(step, lambda: max(losses(run), default=0), command_now)
+        at, lost = kill_at(step, lambda least=step // every * every: progress(run, least), command_now)
         killed.append(at)
         seconds += lost
         before |= losses(run)

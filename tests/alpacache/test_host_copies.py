@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache.host_copies import HostCopies
+from alpacache import host_copies
+from alpacache.host_copies import HostCopies, copied_to_host
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -33,6 +34,26 @@ def test_begin_waits_for_a_release():
         assert len(begun) == 3
         begun[0].release()
         begun[2].release()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, gpu])])
+def test_copies_of_a_whole_are_the_same_and_stay_so(device, monkeypatch):
+    monkeypatch.setattr(host_copies, "_STAGE_BYTES", 2**12)
+    tensors = {
+        "several buffers": torch.randn(3, 5001),
+        "bits": torch.randn(1001).bfloat16(),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "turned": torch.arange(6000).view(60, 100).T,
+        "host": torch.ones(3),
+    }
+    given = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()} | {"host": torch.ones(3)}
+    copies = copied_to_host(given)
+    for tensor in given.values():
+        tensor.zero_()
+    assert list(copies) == list(tensors)
+    assert all(torch.equal(copies[name], tensor) for name, tensor in tensors.items())
+    assert all(copies[name].dtype == given[name].dtype for name in given)
 
 
 @pytest.mark.gpu
