@@ -213,6 +213,7 @@ def over_public(row: dict[str, Any], public: list[dict[str, Any]]) -> dict[str, 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--work", type=Path, help="checkpoint and store; by default a temporary directory")
+    parser.add_argument("--codecs", nargs="+", default=["int8", "bf16"], choices=["int8", "bf16"])
     options = parser.parse_args()
     if not options.quick and not torch.cuda.is_available():
         raise SystemExit("a full run needs a CUDA device; --quick runs a small expert on the CPU.")
@@ -224,7 +225,7 @@ def main() -> None:
         call(prepare, plan, work)
         rows = list(public := call(public_rows, plan, list(plan.batches), work))
         for cameras in plan.batches:
-            for codec in ("int8", "bf16"):
+            for codec in options.codecs:
                 call(make_store, plan, work, cameras, codec)
                 for case in plan.cases(cameras, codec):
                     try:

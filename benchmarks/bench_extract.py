@@ -45,7 +45,7 @@ PICTURES = 6
 """Distinct ones a camera and clip: drawing takes time, decoding does not care."""
 ENLARGED = 4
 """Times in width and height."""
-T0 = "every:0.2"
+T0 = "every:0.02"
 KEYS = ("cameras", "codec", "batch", "samples_s", "prefill_s", "write_s", "decode_s", "of_limit", "cpu_cores")
 KEYS += ("workers", "writers", "samples", "tokens", "sample_mb", "neighbour_error", "peak_gib", "source", "note")
 
@@ -67,7 +67,7 @@ class Scale:
     """Of `extract`."""
 
 
-FULL = Scale(small=False, picture=(1920, 1080), clips=2, samples={1: 90, 4: 40}, batches=(1, 2, 4, 8), batch=4)
+FULL = Scale(small=False, picture=(1920, 1080), clips=2, samples={1: 300, 4: 80}, batches=(1, 2, 4, 8), batch=4)
 QUICK = Scale(small=True, picture=(192, 108), clips=1, samples={1: 4, 4: 2}, batches=(), batch=2)
 
 
@@ -88,15 +88,19 @@ class RepeatedPictures(SyntheticSource):
 
 
 def write_drives(root: Path, scale: Scale, cameras: tuple[str, ...]) -> str:
-    """Recordings with these cameras; the name of the source."""
+    """Recordings with these cameras, kept if they are there already; the name of the source."""
     source = RepeatedPictures(scale.clips, size=scale.picture, cameras=cameras)
-    if all(importlib.util.find_spec(module) for module in ("av", "physical_ai_av")):
-        from alpacache.sources.pai_tree import write_tree
+    is_tree = all(importlib.util.find_spec(module) for module in ("av", "physical_ai_av"))
+    if not root.exists():
+        draft = root.with_name(f"{root.name}.writing")
+        if is_tree:
+            from alpacache.sources.pai_tree import write_tree
 
-        write_tree(root, source=source, cameras=cameras)
-        return f"pai:{root}"
-    _write_folder(root, source, cameras)
-    return f"folder:{root}"
+            write_tree(draft, source=source, cameras=cameras)
+        else:
+            _write_folder(draft, source, cameras)
+        draft.rename(root)
+    return f"{'pai' if is_tree else 'folder'}:{root}"
 
 
 def _write_folder(root: Path, source: RepeatedPictures, cameras: tuple[str, ...]) -> None:
@@ -274,6 +278,7 @@ def _synchronise() -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--dir", type=Path, help="where recordings and stores are written")
+    parser.add_argument("--drives", type=Path, help="recordings, kept; what is there already is used again")
     parser.add_argument("--cameras", type=int, nargs="+", default=[1, 4], choices=sorted(full_size.CAMERA_SETS))
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -288,7 +293,7 @@ def main() -> None:
         vlm = make_vlm(checkpoint_dir)
         for cameras in options.cameras:
             names = tuple(CAMERAS[index] for index in full_size.CAMERA_SETS[cameras])
-            spec = write_drives(root / f"drives{cameras}", scale, names)
+            spec = write_drives((options.drives or root) / f"drives{cameras}", scale, names)
             for row in measure(root, checkpoint_dir, vlm, spec, cameras, scale):
                 print({key: row[key] for key in KEYS if key in row}, flush=True)
                 rows.append({key: row.get(key) for key in KEYS})

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,15 +21,16 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, Qwen3VLForConditionalGeneration, StoppingCriteriaList
 
 from alpacache import randomness
-from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
+from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm, rollout
 from alpacache.alpamayo.backbone import cache_argument, empty_weights, vlm_config
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
-from alpacache.alpamayo.rollout import MAX_TOKENS, TEMPERATURE, TOP_P, RolloutSampler, pick
+from alpacache.alpamayo.rollout import TEMPERATURE, TOP_P, RolloutSampler, pick
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.sample import CAMERAS, SampleRef
 from alpacache.sources import open_source
 
 ROLLOUTS = 6
+LOOPS = ["shared stem", "repeated stem", "one by one", "generate"]
 Prompts = list[tuple[str, VLMInputs, VLMInputs]]
 """Sample id, and its inputs with the direct and with the reasoning prompt."""
 
@@ -52,16 +54,16 @@ def shared_stem(sampler: RolloutSampler, sample_id: str, inputs: VLMInputs, roll
 @torch.inference_mode()
 def repeated_stem(sampler: RolloutSampler, sample_id: str, inputs: VLMInputs, rollouts: range) -> list[int]:
     """Rows as a batch: the KV of the reasoning prompt once for each, all rows until the last has ended."""
-    vlm, text, rows = sampler.vlm, sampler.vlm.model.language_model, len(rollouts)
+    vlm, text, rows, limit = sampler.vlm, sampler.vlm.model.language_model, len(rollouts), rollout.MAX_TOKENS
     prefix = vlm.prefill(inputs.input_ids, inputs.pixel_values, inputs.image_grid_thw)
     assert prefix.hidden is not None
     cache = DynamicCache(config=vlm.model.config.text_config)
     for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
         cache.update(key[None].repeat(rows, 1, 1, 1), value[None].repeat(rows, 1, 1, 1), layer)
-    draws = [torch.rand(MAX_TOKENS, generator=randomness.generator("rollout", sample_id, row)) for row in rollouts]
+    draws = [torch.rand(limit, generator=randomness.generator("rollout", sample_id, row)) for row in rollouts]
     uniform = torch.stack(draws).to(vlm.device)
-    hidden, ended, lengths = prefix.hidden[-1:].expand(rows, -1), np.zeros(rows, bool), np.full(rows, MAX_TOKENS)
-    for step in range(MAX_TOKENS):
+    hidden, ended, lengths = prefix.hidden[-1:].expand(rows, -1), np.zeros(rows, bool), np.full(rows, limit)
+    for step in range(limit):
         tokens = pick(hidden @ sampler.head.T, uniform[:, step], masked=sampler.masked)
         last = bool(ended.all())  # one more token, for the KV of the one before
         now = (tokens == vlm.future_start_id).cpu().numpy() & ~ended
@@ -112,7 +114,7 @@ def generate(
         temperature=TEMPERATURE,
         top_k=0,
         num_return_sequences=len(rollouts),
-        max_new_tokens=MAX_TOKENS,
+        max_new_tokens=rollout.MAX_TOKENS,
         pad_token_id=0,
         logits_processor=LogitsProcessorList([mask]),
         stopping_criteria=StoppingCriteriaList([Ended()]),
@@ -158,7 +160,7 @@ def rows(vlm: FrozenVLM, checkpoint: Checkpoint, options: argparse.Namespace) ->
         "one by one": lambda name, _, asked: one_by_one(sampler, name, asked, numbers),
         "generate": lambda name, _, asked: generate(model, sampler, asked, numbers),
     }
-    found = [measure(name, loop, inputs, repeats=3) for name, loop in loops.items()]
+    found = [measure(name, loops[name], inputs, repeats=options.repeats) for name in options.loops]
     return [row | {"against_shared": row["tokens_s"] / found[0]["tokens_s"]} for row in found]
 
 
@@ -167,13 +169,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a complete checkpoint; by default a tiny one with random weights")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--frames", type=int, default=4)
+    parser.add_argument("--loops", nargs="+", default=LOOPS, choices=LOOPS, help="the first is compared with")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=rollout.MAX_TOKENS, help="of a rollout at most")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(rollout, "MAX_TOKENS", options.tokens):
         directory = options.model or make_tiny_checkpoint(Path(folder) / "Tiny-R1")
         checkpoint = Checkpoint(str(directory))
         dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
         found = rows(load_vlm(checkpoint, dtype=dtype, device=options.device), checkpoint, options)
-    finish("rollout", found, options)
+    finish("rollout", found, options, hardware=torch.cuda.get_device_name() if options.device != "cpu" else None)
 
 
 if __name__ == "__main__":

@@ -312,7 +312,9 @@ def isolated(function: Callable[..., Any], *given: Any) -> Any:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--work", type=Path, help="checkpoint, stores and runs; what is there already is used again")
-    parser.add_argument("--cases", metavar="NAME,...", help="some of: " + ", ".join(c.name for c in full_cases()))
+    parser.add_argument(
+        "--cases", metavar="NAME,...", help="some of these, in that order: " + ", ".join(c.name for c in full_cases())
+    )
     parser.add_argument("--store-gb", type=float, default=FULL.store_bytes / 1e9, help="size of each store")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="begin no case after that many seconds")
     options = parser.parse_args()
@@ -324,7 +326,7 @@ def main() -> None:
     wanted = options.cases.split(",") if options.cases else [case.name for case in cases]
     if unknown := sorted(set(wanted) - {case.name for case in cases}):
         raise SystemExit(f"unknown cases {', '.join(unknown)}; known: {', '.join(case.name for case in cases)}.")
-    cases = [case for case in cases if case.name in wanted]
+    cases = sorted((case for case in cases if case.name in wanted), key=lambda case: wanted.index(case.name))
     root = options.work or Path(tempfile.mkdtemp())
     work = root / ("quick" if options.quick else "full")
     work.mkdir(parents=True, exist_ok=True)

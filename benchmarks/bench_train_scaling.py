@@ -3,8 +3,9 @@
 Full size, random weights, 4 cameras, int8. `weak`: 8 samples a GPU and step; `strong`: 8 samples a step, shared.
 `efficiency` is samples/s over those of one GPU times the number of GPUs; of `strong` it is the part of the ideal that
 is left when a GPU has less to do. `pinned` keeps samples in RAM, each process its own, and counts the steps after
-nearly all were read by each; `page_cache` reads files that are in RAM already. `--quick` runs a small expert on CPUs
-with gloo.
+nearly all were read by each; `page_cache` reads files that are in RAM already. `loss_difference` is the largest
+relative difference of a step's loss from one GPU's on the same samples. `--quick` runs a small expert on CPUs with
+gloo.
 """
 
 import dataclasses
@@ -43,8 +44,8 @@ from alpacache.run_directory import RunDirectory
 from alpacache.training import train
 
 KEYS = (
-    *("gpus", "scaling", "medium", "batch", "step_ms", "samples_s", "data_wait", "efficiency", "steps", "peak_gib"),
-    "note",
+    *("gpus", "scaling", "medium", "batch", "step_ms", "samples_s", "data_wait", "efficiency", "loss_difference"),
+    *("steps", "peak_gib", "note"),
 )
 UNREAD = 0.01
 """Part of the samples that a process may still have to read when the first step counts."""
@@ -72,14 +73,18 @@ def worker(config: dict[str, Any]) -> None:
         Path(config["out"], "report.json").write_text(json.dumps(dataclasses.asdict(report)))
 
 
-def measure(gpus: int, scaling: str, case: Case, plan: Plan, work: Path) -> dict[str, Any]:
+def measure(
+    gpus: int, most_gpus: int, scaling: str, case: Case, plan: Plan, work: Path
+) -> tuple[dict[str, Any], list[float]]:
+    """A row, and the loss of each step."""
     out = work / "runs" / case.name
     shutil.rmtree(out, ignore_errors=True)
     reader = make_store(dataclasses.replace(case, batch=BATCH), plan, work)
     prepare_medium(reader, cold=False)
-    # A process sees 1 of `gpus` samples in an epoch, others in the next.
-    epochs = 1 if gpus == 1 else math.ceil(math.log(UNREAD) / math.log(1 - 1 / gpus))
-    read_first = math.ceil(epochs * len(reader) / case.batch) if case.medium == "pinned" else 0
+    # A process sees 1 of `gpus` samples in an epoch, others in the next. All runs have as many steps as the longest,
+    # so that their learning rates are the same.
+    epochs = math.ceil(math.log(UNREAD) / math.log(1 - 1 / most_gpus))
+    read_first = math.ceil(epochs * len(reader) / BATCH) if case.medium == "pinned" else 0
     skip = read_first + plan.settle
     steps = skip + plan.measured + 1
     config, _ = train_config(case, store=reader.path, checkpoint=work / MODEL, out=out, steps=steps)
@@ -94,24 +99,27 @@ def measure(gpus: int, scaling: str, case: Case, plan: Plan, work: Path) -> dict
     )
     if done.returncode:
         print(done.stderr[-4000:], flush=True)
-        return row | {"note": f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1][:160]}"}
+        return row | {"note": f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1][:160]}"}, []
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     times = [(ms, wait) for step, ms, wait in step_times(metrics, case.batch) if step > skip]
     total_ms = sum(ms for ms, _ in times)
     report = json.loads((out / "report.json").read_text())
     shutil.rmtree(out)
-    return row | {
+    row |= {
         "step_ms": statistics.median(ms for ms, _ in times),
         "samples_s": case.batch * len(times) / total_ms * 1e3,
         "data_wait": sum(ms * wait for ms, wait in times) / total_ms,
         "steps": len(times),
         "peak_gib": report["peak_gib"],
     }
+    return row, [entry["loss"] for entry in metrics]
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--work", type=Path, help="checkpoint, store and runs; what is there already is used again")
+    parser.add_argument("--store-gb", type=float, default=FULL.store_bytes / 1e9, help="size of the store")
+    parser.add_argument("--media", nargs="+", default=["pinned", "page_cache"], choices=["pinned", "page_cache"])
     parser.add_argument("--worker", help="used by this program itself")
     options = parser.parse_args()
     if options.worker:
@@ -123,12 +131,18 @@ def main() -> None:
     counts = [count for count in (1, 2, 4, 8) if count <= available]
     work = options.work or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
-    plan = QUICK if options.quick else FULL
+    plan = QUICK if options.quick else dataclasses.replace(FULL, store_bytes=int(options.store_gb * 1e9))
     full_size.write_checkpoint(work / MODEL, small=options.quick)
     rows: list[dict[str, Any]] = []
+    alone: dict[str, list[float]] = {}
     try:
-        for gpus, scaling, case in cases(counts, ["pinned"] if options.quick else ["pinned", "page_cache"]):
-            row = measure(gpus, scaling, case, plan, work)
+        for gpus, scaling, case in cases(counts, ["pinned"] if options.quick else options.media):
+            row, losses = measure(gpus, max(counts), scaling, case, plan, work)
+            if gpus == 1:
+                alone[case.medium] = losses
+            elif scaling == "strong" and losses:
+                pairs = zip(alone[case.medium], losses, strict=False)
+                row["loss_difference"] = max((abs(one - other) / one for one, other in pairs), default=None)
             single = [other for other in rows if other["gpus"] == 1 and other["medium"] == case.medium] or [row]
             if "samples_s" in row and "samples_s" in single[0]:
                 row["efficiency"] = row["samples_s"] / single[0]["samples_s"] / gpus

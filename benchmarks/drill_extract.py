@@ -19,10 +19,10 @@ def drill(work: Path, *, small: bool) -> dict[str, Any]:
     samples, kills, scale = (8, (2, 5), bench_extract.QUICK) if small else (300, (100, 200), bench_extract.FULL)
     names = tuple(CAMERAS[index] for index in full_size.CAMERA_SETS[1])
     model = full_size.write_checkpoint(work / "vlm-model", small=small, with_vlm=True)
-    drives, store = work / "drives", work / "extracted"
-    source = bench_extract.write_drives(drives, scale, names)
+    store = work / "extracted"
+    source = bench_extract.write_drives(work / "drives1", scale, names)
     command = ["extract", source, "--model", str(model), "--store", str(store), "--cameras", ",".join(names)]
-    command += ["--codec", "int8", "--t0", "every:0.2" if small else "every:0.05", "--samples", str(samples)]
+    command += ["--codec", "int8", "--t0", "every:0.2" if small else "every:0.02", "--samples", str(samples)]
     command += ["--batch-size", str(scale.batch), *(["--device", "cpu"] if small else [])]
 
     def committed() -> int:
@@ -33,7 +33,6 @@ def drill(work: Path, *, small: bool) -> dict[str, Any]:
     verified = call("verify", str(store), "--deep")
     stored = call("info", str(store))
     shutil.rmtree(store)
-    shutil.rmtree(drives)
     return {
         "samples": stored["samples"],
         "killed_at": [number for number, _ in killed],
