@@ -21,6 +21,12 @@ def resolve_device(name: str | None) -> torch.device:
     return device
 
 
+def enter(device: torch.device) -> None:
+    """Make a GPU that was named by its number the current one: Triton launches on no other."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def device_name(device: torch.device) -> str:
     """What the hardware calls itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -18,7 +18,7 @@ from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.alpamayo.prompt import Reasoning
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import EvalConfig
-from alpacache.device import resolve_device
+from alpacache.device import enter, resolve_device
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.front_view import draw_paths
 from alpacache.identity import check_base, check_same_vlm
@@ -137,6 +137,7 @@ def _runs(config: EvalConfig) -> dict[str, str | None]:
 
 def _load(config: EvalConfig, checkpoint: Checkpoint, run: str | None, data: CachedDataset) -> ActionExpert:
     device = resolve_device(config.device)
+    enter(device)
     expert = load_expert(checkpoint, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
     if run is not None:
         apply_checkpoint(expert, run, checkpoint, average=config.ema, data=data)

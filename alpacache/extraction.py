@@ -21,7 +21,7 @@ from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.config import PREFILL_BATCH, ExtractConfig
-from alpacache.device import device_name
+from alpacache.device import device_name, enter
 from alpacache.disk_room import check_room
 from alpacache.errors import BadClipError, DataError, DeviceMemoryError, InterruptedRunError, UsageError
 from alpacache.extraction_pipeline import SPARE_COPIES, Writers, groups, read_ahead
@@ -82,8 +82,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
     after a signal; in each case the same call goes on where it stopped.
     """
     device = own_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    enter(device)
     cameras = sort_cameras(config.cameras)
     source = open_source(config.source, cameras=cameras)
     checkpoint = Checkpoint(config.model, vlm=config.vlm)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from alpacache.device import resolve_device
+from alpacache.device import enter, resolve_device
 from alpacache.errors import LostProcessError, UsageError
 
 _TIMEOUT = timedelta(minutes=30)
@@ -118,11 +118,10 @@ def join_world(device: str | None) -> Iterator[World]:
     """
     rank, size = process_place()
     mine = own_device(device)
+    enter(mine)
     if size == 1:
         yield World(rank=0, size=1, device=mine)
         return
-    if mine.type == "cuda":
-        torch.cuda.set_device(mine)
     dist.init_process_group("nccl" if mine.type == "cuda" else "gloo", timeout=_TIMEOUT, device_id=_id(mine))
     try:
         yield World(rank=rank, size=size, device=mine)

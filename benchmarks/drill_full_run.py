@@ -9,6 +9,7 @@ the base.
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ def store(path: Path, model: Path, samples: int, *, small: bool) -> Path:
 
 
 def drill(work: Path, *, small: bool) -> dict[str, Any]:
-    steps, every, kills = (12, 4, (5, 10)) if small else (300, 100, (130, 220))
+    steps, every, kills = (12, 4, (5, 10)) if small else (300, 80, (100, 180))
     model, run, exported = full_size.write_checkpoint(work / "model", small=small), work / "run", work / "exported"
     data = store(work / "train", model, 24 if small else 160, small=small)
-    held_out = store(work / "val", model, 8 if small else 16, small=small)
+    held_out = store(work / "val", model, 8, small=small)
     for old in (run, exported, work / "eval-run", work / "eval-exported"):
         shutil.rmtree(old, ignore_errors=True)
     command = ["train", "--store", str(data), "--val", str(held_out), "--model", str(model), "--out", str(run)]
@@ -59,8 +60,10 @@ def drill(work: Path, *, small: bool) -> dict[str, Any]:
     done = call("export", "--model", str(model), "--checkpoint", str(run / "last"), "--out", str(exported))
     device = ["--device", "cpu"] if small else []
     judged = ["eval", "--store", str(held_out), *device]
-    trained = call(*judged, "--model", str(model), "--checkpoint", str(run / "last"), "--out", str(work / "eval-run"))
-    loaded = call(*judged, "--model", str(exported), "--out", str(work / "eval-exported"))
+    first = [*judged, "--model", str(model), "--checkpoint", str(run / "last"), "--out", str(work / "eval-run")]
+    second = [*judged, "--model", str(exported), "--out", str(work / "eval-exported")]
+    with ThreadPoolExecutor(2) as pool:
+        trained, loaded = pool.map(lambda command: call(*command), (first, second))
     metrics = [
         found["summary"]["strata"]["all"]["metrics"][label] for found, label in ((trained, "trained"), (loaded, "base"))
     ]
