@@ -321,8 +321,15 @@ def _left(count: int, tile_bytes: int) -> NDArray[np.int64]:
 
 
 def _on_device(parts: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
-    """Copies as int64, by one transfer."""
-    host = torch.from_numpy(np.concatenate([part.ravel() for part in parts.values()]).astype(np.int64))
+    """Copies as int64, by one transfer; each begins at a multiple of 16 bytes.
+
+    Triton compiles a kernel once more for a pointer that does not, which takes seconds in the middle of a run.
+    """
+    host = torch.from_numpy(
+        np.concatenate([np.pad(part.ravel(), (0, part.size % 2)) for part in parts.values()]).astype(np.int64)
+    )
     whole = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
-    pieces = whole.split([part.size for part in parts.values()])  # type: ignore[no-untyped-call]
-    return {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
+    pieces = whole.split([part.size + part.size % 2 for part in parts.values()])  # type: ignore[no-untyped-call]
+    return {
+        name: piece[: part.size].view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)
+    }

@@ -85,6 +85,19 @@ def test_every_byte_is_in_one_item(programs):
     assert sum(shares) == table.items[:, 4].sum()
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_every_table_begins_where_triton_compiles_for(count):
+    """At a multiple of 16 bytes; elsewhere another kernel would be compiled in the middle of a run."""
+    table = ChunkTable.build(
+        [0] * count, [5] * count, [100] * count, [0] * count, device=torch.device("cpu"), programs=4
+    )
+    for tensor in (table.chunks, table.items, table.firsts, table.shifts, table.left_items, table.left_firsts):
+        assert tensor.data_ptr() % 16 == 0
+        assert tensor.is_contiguous()
+    assert table.chunks[:, 0].tolist() == [0] * count
+    assert len(table.left_firsts) == len(table.items) + 1
+
+
 def test_what_does_not_fit_is_refused():
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="48 lanes"):
