@@ -45,6 +45,8 @@ PICTURES = 6
 """Distinct ones a camera and clip: drawing takes time, decoding does not care."""
 ENLARGED = 4
 """Times in width and height."""
+VIDEO_FPS, VIDEO_CRF = 30, 24
+"""As cameras record; 21 Mbit/s. What a frame costs to decode goes with its bytes."""
 T0 = "every:0.02"
 KEYS = ("cameras", "codec", "batch", "samples_s", "prefill_s", "write_s", "decode_s", "of_limit", "cpu_cores")
 KEYS += ("workers", "writers", "samples", "tokens", "sample_mb", "neighbour_error", "peak_gib", "source", "note")
@@ -96,7 +98,7 @@ def write_drives(root: Path, scale: Scale, cameras: tuple[str, ...]) -> str:
         if is_tree:
             from alpacache.sources.pai_tree import write_tree
 
-            write_tree(draft, source=source, cameras=cameras)
+            write_tree(draft, source=source, cameras=cameras, fps=VIDEO_FPS, crf=VIDEO_CRF)
         else:
             _write_folder(draft, source, cameras)
         draft.rename(root)

@@ -79,9 +79,11 @@ def to_patches(
         raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [N, 3, H, W].")
     count, channels, height, width = frames.shape
     fitted = fit_size(height, width, factor=patch * merge, min_pixels=min_pixels, max_pixels=max_pixels)
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).float().div_(255.0)
-    if fitted != (height, width):
-        pixels = _resize(pixels, fitted)
+    pixels = torch.empty(count, channels, *fitted)
+    for number, frame in enumerate(frames):
+        # One at a time: memory for the float copies of all would be mapped and cleared anew for every sample.
+        whole = torch.from_numpy(np.ascontiguousarray(frame)[None]).float().div_(255.0)
+        pixels[number] = whole[0] if fitted == (height, width) else _resize(whole, fitted)[0]
     pixels = (pixels - 0.5) / 0.5
     rows, columns = fitted[0] // patch, fitted[1] // patch
     blocks = pixels.reshape(count, channels, rows // merge, merge, patch, columns // merge, merge, patch)

@@ -30,9 +30,12 @@ def write_tree(
     cameras: Sequence[str],
     seconds: float = 12.0,
     fps: int = 10,
+    crf: int = 12,
     clips_per_chunk: int = 2,
 ) -> list[str]:
     """Write all clips of `source` below `directory` and return their ids.
+
+    `crf` is x264's: the larger, the smaller the video.
 
     Video starts at 0 us with a few microseconds of jitter, as recorded clocks have; poses start `LEAD_US` earlier.
     """
@@ -42,8 +45,10 @@ def write_tree(
     chunks = [clips[start : start + clips_per_chunk] for start in range(0, len(clips), clips_per_chunk)]
     for number, members in enumerate(chunks):
         for camera in cameras:
-            files = {name: data for clip in members for name, data in _film(source, clip, camera, seconds, fps).items()}
-            _write_zip(root / _chunk_path("camera", camera, number), files)
+            films = [_film(source, clip, camera, seconds, fps, crf) for clip in members]
+            _write_zip(
+                root / _chunk_path("camera", camera, number), dict(item for film in films for item in film.items())
+            )
         poses = {f"{clip}.egomotion.parquet": _parquet(_egomotion(source.track(clip), seconds)) for clip in members}
         _write_zip(root / _chunk_path("labels", "egomotion", number), poses)
         _write_calibration(root, source, members, cameras, number)
@@ -51,13 +56,13 @@ def write_tree(
     return clips
 
 
-def encode_h264(images: NDArray[np.uint8], fps: int) -> bytes:
+def encode_h264(images: NDArray[np.uint8], fps: int, crf: int = 12) -> bytes:
     """`[N, 3, H, W]` RGB as an MP4."""
     import av
 
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream: Any = container.add_stream("libx264", rate=fps, options={"crf": "12", "g": "30"})
+        stream: Any = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "g": "30"})
         stream.height, stream.width = images.shape[2:]
         stream.pix_fmt = "yuv420p"
         for image in images:
@@ -66,7 +71,7 @@ def encode_h264(images: NDArray[np.uint8], fps: int) -> bytes:
     return buffer.getvalue()
 
 
-def _film(source: SyntheticSource, clip: str, camera: str, seconds: float, fps: int) -> dict[str, bytes]:
+def _film(source: SyntheticSource, clip: str, camera: str, seconds: float, fps: int, crf: int) -> dict[str, bytes]:
     """Video and frame timestamps of one clip and camera, by file name."""
     import pandas as pd
 
@@ -74,7 +79,7 @@ def _film(source: SyntheticSource, clip: str, camera: str, seconds: float, fps: 
     jitter = np.random.default_rng(len(clip) + CAMERAS.index(camera)).integers(0, 40, len(times))
     images = source.film(clip, camera, times + LEAD_US)
     return {
-        f"{clip}.{camera}.mp4": encode_h264(images, fps),
+        f"{clip}.{camera}.mp4": encode_h264(images, fps, crf),
         f"{clip}.{camera}.timestamps.parquet": _parquet(pd.DataFrame({"timestamp": times + jitter})),
     }
 
