@@ -1,5 +1,8 @@
 """Which device a stage runs on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from alpacache.errors import UsageError
@@ -30,3 +33,22 @@ def enter(device: torch.device) -> None:
 def device_name(device: torch.device) -> str:
     """What the hardware calls itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def one_thread_each() -> None:
+    """Called in a thread that reads beside a GPU: its tensor operations take no helpers.
+
+    A team for each of a dozen threads would be more threads than any machine has cores. On a CPU it must not be called:
+    matrix products of the whole process would be left with one thread.
+    """
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def keeping_threads() -> Iterator[None]:
+    """PyTorch's number of threads is afterwards what it was, whatever threads that began meanwhile have set."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -21,7 +21,7 @@ from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.config import PREFILL_BATCH, ExtractConfig
-from alpacache.device import device_name, enter
+from alpacache.device import device_name, enter, keeping_threads, one_thread_each
 from alpacache.disk_room import check_room
 from alpacache.errors import BadClipError, DataError, DeviceMemoryError, InterruptedRunError, UsageError
 from alpacache.extraction_pipeline import SPARE_COPIES, Writers, groups, read_ahead
@@ -195,6 +195,7 @@ class _Run:
         vlm, sampler = self._load()
         self.started = time.monotonic()
         with (
+            keeping_threads(),
             InterruptGuard() as guard,
             HostCopies(self.device, self.config.writers + SPARE_COPIES) as copies,
             Writers(self.writer, copies, threads=self.config.writers) as writers,
@@ -227,7 +228,8 @@ class _Run:
     def _prepared(self, todo: Sequence[SampleRef], guard: InterruptGuard) -> Generator[_Prepared]:
         """Samples ready for the VLM, in order, made ahead by threads; what cannot be used is quarantined here."""
         ahead = self.workers + self.batch_size
-        for ref, future in read_ahead(todo, self._prepare, workers=self.workers, ahead=ahead):
+        begin = one_thread_each if self.device.type == "cuda" else None
+        for ref, future in read_ahead(todo, self._prepare, workers=self.workers, ahead=ahead, begin=begin):
             try:
                 yield future.result()
             except BadClipError as error:

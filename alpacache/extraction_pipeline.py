@@ -25,10 +25,18 @@ Made = TypeVar("Made")
 
 
 def read_ahead(
-    items: Sequence[Item], make: Callable[[Item], Made], *, workers: int, ahead: int
+    items: Sequence[Item],
+    make: Callable[[Item], Made],
+    *,
+    workers: int,
+    ahead: int,
+    begin: Callable[[], None] | None = None,
 ) -> Iterator[tuple[Item, Future[Made]]]:
-    """Each item with what `make` gives for it (or its error), in order; threads work on at most `ahead` of them."""
-    with ThreadPoolExecutor(workers, "read") as pool:
+    """Each item with what `make` gives for it (or its error), in order; threads work on at most `ahead` of them.
+
+    `begin` is called once in each thread.
+    """
+    with ThreadPoolExecutor(workers, "read", initializer=begin) as pool:
         rest = iter(items)
         begun = deque((item, pool.submit(make, item)) for item in islice(rest, ahead))
         try:

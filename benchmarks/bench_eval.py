@@ -81,7 +81,7 @@ class Plan:
         return (72, 80) if self.small else full_size.PREFIX_TOKENS[cameras]
 
 
-FULL = Plan(small=False, batches={4: 8, 1: 16}, measured=4, rounds=6)
+FULL = Plan(small=False, batches={4: 8, 1: 16}, measured=4, rounds=4)
 QUICK = Plan(small=True, batches={1: 2}, measured=2, rounds=1)
 
 
@@ -142,6 +142,7 @@ def public_rows(plan: Plan, cameras: list[int], work: Path) -> list[dict[str, An
                     "peak_gib": torch.cuda.max_memory_reserved() / 2**30 if where.type == "cuda" else None,
                 }
             )
+            print(json.dumps(rows[-1]), flush=True)
     return rows
 
 

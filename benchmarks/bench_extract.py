@@ -3,8 +3,9 @@
 Full size, random weights, 1080p drives: H.264 in the layout of PhysicalAI-AV where its reader is installed, else a
 folder of JPEGs. All rates are samples a second: `prefill_s` the VLM alone on the same inputs in the same batch,
 `write_s` plain files of a sample's size, each forced to the medium, `decode_s` reading and preprocessing alone, the
-last two in as many threads as `extract` has. `of_limit` is `samples_s` over the least. Rows without a codec are the
-VLM alone at several batches; `neighbour_error` is the relative L2 difference of keys and values from the same sample
+last two in as many threads as `extract` has. `of_limit` is `samples_s` over the least. `cores_to_keep_up`: with so
+many cores reading would be as fast as the VLM, if it goes with their number. Rows without a codec are the VLM alone at
+several batches; `neighbour_error` is the relative L2 difference of keys and values from the same sample
 alone. Text is shorter than the real prompt's, by 60 to 70 tokens: the tokenizer here cannot spell.
 """
 
@@ -35,6 +36,7 @@ from alpacache import extraction
 from alpacache.alpamayo import Checkpoint, FrozenVLM, PrefixFeatures
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.config import ExtractConfig
+from alpacache.device import one_thread_each
 from alpacache.sample import CAMERAS, Source
 from alpacache.selection import select
 from alpacache.sources import open_source
@@ -49,7 +51,18 @@ VIDEO_FPS, VIDEO_CRF = 30, 24
 """As cameras record; 21 Mbit/s. What a frame costs to decode goes with its bytes."""
 T0 = "every:0.02"
 KEYS = ("cameras", "codec", "batch", "samples_s", "prefill_s", "write_s", "decode_s", "of_limit", "cpu_cores")
-KEYS += ("workers", "writers", "samples", "tokens", "sample_mb", "neighbour_error", "peak_gib", "source", "note")
+KEYS += (
+    "cores_to_keep_up",
+    "workers",
+    "writers",
+    "samples",
+    "tokens",
+    "sample_mb",
+    "neighbour_error",
+    "peak_gib",
+    "source",
+    "note",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +157,8 @@ def read_inputs(source: Source, builder: InputBuilder, samples: int, *, workers:
     def make(number: int) -> VLMInputs:
         return builder.build(source.load(refs[number], cameras=source.cameras, frames=full_size.FRAMES))
 
-    with ThreadPoolExecutor(workers) as pool:
+    begin = one_thread_each if torch.cuda.is_available() else None
+    with ThreadPoolExecutor(workers, initializer=begin) as pool:
         kept = list(pool.map(make, range(min(len(refs), 8))))  # warm, and enough for any batch
         started = time.perf_counter()
         for _ in pool.map(lambda number: make(number) and None, range(len(refs))):
@@ -223,6 +237,7 @@ def measure(
         with _peak(row):
             alone[batch] = prefill_rate(vlm, ready, batch, rounds=1 if scale.small else 5)
             row |= {"prefill_s": alone[batch], "neighbour_error": neighbour_error(vlm, ready, batch)}
+            row["cores_to_keep_up"] = row["cpu_cores"] * alone[batch] / decode
         yield row
     for codec in ("int8", "bf16"):
         row = {**common, "codec": codec, "batch": scale.batch, "writers": config.writers}

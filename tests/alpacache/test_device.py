@@ -1,9 +1,29 @@
-"""Which GPU is the current one."""
+"""Which GPU is the current one, and how many threads PyTorch takes."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from alpacache.device import enter
+from alpacache.device import enter, keeping_threads, one_thread_each
+
+
+def threads_of_a_new_thread():
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+def test_reading_threads_leave_the_number_of_threads_as_it_was():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with keeping_threads():
+            with ThreadPoolExecutor(1, initializer=one_thread_each) as pool:
+                assert pool.submit(torch.get_num_threads).result() == 1
+            assert torch.get_num_threads() == 3
+        assert threads_of_a_new_thread() == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("name", "entered"), [("cpu", []), ("cuda", []), ("cuda:1", ["cuda:1"])])

@@ -29,6 +29,22 @@ def test_items_come_in_order_with_their_own_errors():
     assert found == [(n, "error" if n == 4 else 10 * n) for n in range(9)]
 
 
+def test_each_reading_thread_begins_once():
+    begun = []
+    found = [
+        future.result()
+        for _, future in read_ahead(
+            range(20),
+            lambda number: number,
+            workers=3,
+            ahead=5,
+            begin=lambda: begun.append(threading.current_thread().name),
+        )
+    ]
+    assert found == list(range(20))
+    assert len(begun) == len(set(begun)) <= 3
+
+
 def test_readers_wait_for_their_consumer():
     begun = []
     ahead = read_ahead(range(100), begun.append, workers=4, ahead=6)
