@@ -179,8 +179,8 @@ class BatchRing:
                 return error
             return DataError(
                 f"sample {sample_id!r} reached the GPU damaged, and {reader.path} holds it undamaged: memory of the "
-                "host or the GPU, or the way between them, is at fault. Nothing was changed by it; run again, a training "
-                "with --resume, and test the memory if it happens again."
+                "host or the GPU, or the way between them, is at fault. Nothing was changed by it; run again (a "
+                "training with --resume), and test the memory if it happens again."
             )
         return DataError("a sample of another process is damaged; the message of that process names it.")
 
