@@ -5,9 +5,11 @@ calibration and the metadata tables. The dataset is gated and large, so this is 
 """
 
 import io
+import itertools
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from alpacache.sources.synthetic import SyntheticSource
 LEAD_US = 100_000
 """The tree's clock starts this long after the drive's, so that poses exist before its zero, as in the dataset."""
 _EVENT_US = (3_000_000, 7_500_000, 19_500_000)
+_FILMS_AT_ONCE = 4
+"""In memory."""
 
 
 def write_tree(
@@ -43,12 +47,15 @@ def write_tree(
     features = _features(cameras)
     clips = list(source.clip_ids)
     chunks = [clips[start : start + clips_per_chunk] for start in range(0, len(clips), clips_per_chunk)]
+
+    def write_films(number: int, camera: str) -> None:
+        films = [_film(source, clip, camera, seconds, fps, crf) for clip in chunks[number]]
+        _write_zip(root / _chunk_path("camera", camera, number), {name: film[name] for film in films for name in film})
+
+    with ThreadPoolExecutor(_FILMS_AT_ONCE) as pool:
+        for done in [pool.submit(write_films, *place) for place in itertools.product(range(len(chunks)), cameras)]:
+            done.result()
     for number, members in enumerate(chunks):
-        for camera in cameras:
-            films = [_film(source, clip, camera, seconds, fps, crf) for clip in members]
-            _write_zip(
-                root / _chunk_path("camera", camera, number), dict(item for film in films for item in film.items())
-            )
         poses = {f"{clip}.egomotion.parquet": _parquet(_egomotion(source.track(clip), seconds)) for clip in members}
         _write_zip(root / _chunk_path("labels", "egomotion", number), poses)
         _write_calibration(root, source, members, cameras, number)
