@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -28,17 +28,17 @@ from torch import Tensor
 
 from alpacache.action_space import UnicycleActionSpace
 from alpacache.cached_dataset import CachedDataset
+from alpacache.device import keeping_threads
 from alpacache.errors import DataError, UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS
 from alpacache.host_memory import Bytes, Slabs, available_bytes, page_aligned, page_lock, page_rounded, page_unlock
-from alpacache.strata import Turn, turns_ahead
+from alpacache.strata import TURNS, Turn, turns_ahead
 from cache_store import CorruptSampleError, Prefetcher
 from cache_store.prefetcher import PrefetchedSample
 from cache_store.sample_read import SampleRead
 
 _CHUNKS = "chunks"
 """Key of what is to be checked on the device, as `SampleRead.unchecked` has it, among the arrays of a sample."""
-_TURNS = get_args(Turn)
 _REMEMBERED = 2**18
 """Samples of which the target and the lengths stay in memory after their first use, half a kilobyte each."""
 _SPARE_BYTES = 2**31
@@ -191,7 +191,8 @@ class BatchRing:
         if (free := self._free[half]) is not None and self._stream is not None:
             self._stream.wait_event(free)
         taken: list[_Wanted] = []
-        counts: list[tuple[int, int]] = []
+        lengths: list[int] = []
+        starts: list[int] = []
         poses: dict[int, list[NDArray[Any]]] = {}
         chunks: dict[int, NDArray[np.int64]] = {}
         ready = None
@@ -201,14 +202,15 @@ class BatchRing:
                 return None
             if sample.sample_id.is_new:
                 poses[len(taken)] = [sample.arrays[name] for name in POSE_FIELDS]
-            kv, *tokens_and_start = self._content(sample)
+            kv, tokens, start = self._content(sample)
             row = half * self._batch_size + len(taken)
             self._indices[row] = sample.sample_id.index
             if _CHUNKS in sample.arrays:
                 chunks[row] = sample.arrays[_CHUNKS]
             ready = self._copy(sample, kv, row)
             taken.append(sample.sample_id)
-            counts.append((tokens_and_start[0], tokens_and_start[1]))
+            lengths.append(tokens)
+            starts.append(start)
         if chunks:
             ready = self._check(chunks)
         action, turns = self._targets(taken, poses)
@@ -218,8 +220,8 @@ class BatchRing:
             sample_ids=tuple(self._dataset.sample_id(wanted.index) for wanted in taken),
             action=action,
             rows=tuple(half * self._batch_size + place for place in range(len(taken))),
-            lengths=tuple(tokens for tokens, _ in counts),
-            starts=tuple(start for _, start in counts),
+            lengths=tuple(lengths),
+            starts=tuple(starts),
             turns=turns,
             ready=ready,
         )
@@ -265,27 +267,25 @@ class BatchRing:
             together = [np.stack(arrays) for arrays in zip(*poses.values(), strict=True)]
             action[places] = self._solve([taken[place].index for place in places], together)
             for place, turn in zip(places, turns_ahead(*together[1:]), strict=True):
-                turns[place] = _TURNS.index(turn)
+                turns[place] = TURNS.index(turn)
         for place, wanted in enumerate(taken):
             if place in poses and wanted.index < self._remembered:
                 self._actions[wanted.index], self._turns[wanted.index] = action[place], turns[place]
             elif place not in poses:
                 action[place], turns[place] = self._actions[wanted.index], int(self._turns[wanted.index])
-        return action, tuple(_TURNS[turn] for turn in turns)
+        return action, tuple(TURNS[turn] for turn in turns)
 
     def _solve(self, indices: Sequence[int], poses: Sequence[NDArray[Any]]) -> Tensor:
         """Actions `[n, 64, 2]` of n samples. Raises `DataError` that names the first whose path has none."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a team of helpers would crowd out the reading threads
         try:
-            return self._space.to_action(*map(torch.from_numpy, poses))
+            with keeping_threads():
+                torch.set_num_threads(1)  # a team of helpers would crowd out the reading threads
+                return self._space.to_action(*map(torch.from_numpy, poses))
         except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             if len(indices) == 1:
                 sample_id = self._dataset.sample_id(indices[0])
                 raise DataError(f"sample {sample_id!r}: its path cannot be turned into actions; {error}") from error
             return torch.cat([self._solve([index], [a[i : i + 1] for a in poses]) for i, index in enumerate(indices)])
-        finally:
-            torch.set_num_threads(threads)
 
     def _copy(self, sample: PrefetchedSample[_Wanted], kv: Tensor, row: int) -> torch.cuda.Event | None:
         """Fill a row; the sample's buffer goes back when that is done, which is at once on the CPU."""

@@ -30,6 +30,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache_store.checksum import POLYNOMIAL
+
 LINE_BYTES = 128
 """Chunks are rounded outwards to lines, so that a warp's loads are whole ones."""
 LAGS = (4, 5, 6, 7, 9, 10, 12, 13, 14, 18, 19, 21, 22, 23, 24, 26, 32)
@@ -37,8 +39,6 @@ LAGS = (4, 5, 6, 7, 9, 10, 12, 13, 14, 18, 19, 21, 22, 23, 24, 26, 32)
 them its load; the multiple of P with 10 terms takes 6.5 and is no faster, because memory decides."""
 _REGISTERS = 96
 """Of a thread: as few as suffice, so that there is room beside other work; the compiler would take up to 246."""
-_POLYNOMIAL = 0x82F63B78
-"""P(x) without x^32, reflected as all values here: bit 31 is the coefficient of x^0."""
 _NARROW = 32
 """Words of a row of the second folding."""
 _LAST = 32 * _NARROW
@@ -173,7 +173,7 @@ def _shift_tables(digit: int) -> NDArray[np.uint32]:
 
 
 def _times_x(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    return values >> np.uint32(1) ^ np.where(values & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
+    return values >> np.uint32(1) ^ np.where(values & 1, np.uint32(POLYNOMIAL), np.uint32(0))
 
 
 @lru_cache(maxsize=8)
@@ -181,7 +181,7 @@ def _powers(device: torch.device) -> Tensor:
     """`[32, 1024]` int32: what each bit of each of the last words is worth. The first bit of a message is bit 0 of its
     first word, and its last is worth x^32."""
     worth = np.empty(32 * _LAST, np.uint32)
-    value = np.array([_POLYNOMIAL], np.uint32)
+    value = np.array([POLYNOMIAL], np.uint32)
     for place in reversed(range(len(worth))):
         worth[place] = value[0]
         value = _times_x(value)

@@ -5,15 +5,13 @@ A sample's turn is known from its poses, so no picture is read for one that is l
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Protocol, get_args, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from alpacache.errors import UsageError
 from alpacache.poses import EgoPoses, Track, history_and_future
 from alpacache.recording import RecordedSource
 from alpacache.sample import SampleRef, Source
-from alpacache.strata import Turn, turn_ahead
-
-TURNS: tuple[Turn, ...] = get_args(Turn)
+from alpacache.strata import TURNS, Turn, turn_ahead
 
 
 @runtime_checkable

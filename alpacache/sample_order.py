@@ -11,12 +11,11 @@ its own that go on from epoch to epoch, so that no sample comes again before all
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.strata import Turn
+from alpacache.strata import TURNS, Turn
 
 Order = NDArray[np.int64]
 
@@ -75,7 +74,7 @@ def make_groups(weights: Sequence[tuple[range, float]], turns: Sequence[Turn] | 
             parts = [everyone]
         else:
             mine = np.array([turns[index] for index in indices])
-            parts = [everyone[mine == turn] for turn in get_args(Turn) if (mine == turn).any()]
+            parts = [everyone[mine == turn] for turn in TURNS if (mine == turn).any()]
         groups += [Group(members=part, share=weight / total / len(parts)) for part in parts if len(part)]
     return groups
 

@@ -6,13 +6,14 @@ that gets it right must have seen it. Thresholds are explained in docs/reference
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
 Turn: TypeAlias = Literal["straight", "gentle", "sharp"]
+TURNS: tuple[Turn, ...] = get_args(Turn)
 Direction: TypeAlias = Literal["none", "left", "right"]
 SpeedBand: TypeAlias = Literal["stopped", "slow", "medium", "fast"]
 

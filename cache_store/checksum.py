@@ -10,8 +10,8 @@ import numpy as np
 from awscrt import checksums
 from numpy.typing import NDArray
 
-_POLYNOMIAL = 0x82F63B78
-"""Castagnoli's, bits reversed."""
+POLYNOMIAL = 0x82F63B78
+"""P(x) of Castagnoli without x^32, reflected: bit 31 is the coefficient of x^0."""
 
 
 def value(data: bytes | NDArray[np.uint8]) -> int:
@@ -36,5 +36,5 @@ def without_zeros(crc: int, count: int) -> int:
     for _ in range(count):
         for _ in range(8):
             # A step forward shifts right and, after a set bit, adds the polynomial, whose highest bit then tells of it.
-            state = ((state ^ _POLYNOMIAL) << 1 | 1) if state >> 31 else state << 1
+            state = ((state ^ POLYNOMIAL) << 1 | 1) if state >> 31 else state << 1
     return state ^ 0xFFFFFFFF

@@ -60,7 +60,7 @@ def to_processor_size(
     stored = np.empty((*pictures.shape[:2], *fitted), np.uint8)
     largest, total = 0.0, 0.0
     for number, picture in enumerate(pictures):  # one at a time: float copies of all are large
-        seen = _resize(torch.from_numpy(picture[None].copy()).float().div_(255.0), fitted)[0]
+        seen = _scaled(picture, fitted)
         kept = (seen * 255.0).round_().clamp_(0, 255).to(torch.uint8)
         off = (kept.float().div_(255.0) - seen).abs_().mul_(2.0)
         stored[number] = kept.numpy()
@@ -82,8 +82,7 @@ def to_patches(
     pixels = torch.empty(count, channels, *fitted)
     for number, frame in enumerate(frames):
         # One at a time: memory for the float copies of all would be mapped and cleared anew for every sample.
-        whole = torch.from_numpy(np.ascontiguousarray(frame)[None]).float().div_(255.0)
-        pixels[number] = whole[0] if fitted == (height, width) else _resize(whole, fitted)[0]
+        pixels[number] = _scaled(frame, fitted)
     pixels = (pixels - 0.5) / 0.5
     rows, columns = fitted[0] // patch, fitted[1] // patch
     blocks = pixels.reshape(count, channels, rows // merge, merge, patch, columns // merge, merge, patch)
@@ -94,5 +93,9 @@ def to_patches(
     return blocks.reshape(count * rows * columns, channels * temporal * patch * patch), grid
 
 
-def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+def _scaled(picture: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
+    """`[3, H, W]` as float32 from 0 to 1, resized where it has another size; there it may overshoot."""
+    pixels = torch.from_numpy(np.require(picture, requirements=["C", "W"])[None]).float().div_(255.0)
+    if picture.shape[-2:] != size:
+        pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return pixels[0]

@@ -15,14 +15,7 @@ def model(tmp_path_factory):
     return make_tiny_checkpoint(tmp_path_factory.mktemp("cli") / "Tiny-R1")
 
 
-def run(*arguments, code=0):
-    done = subprocess.run([sys.executable, "-m", "cli.main", *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def test_the_whole_way_with_json(model, tmp_path):
+def test_the_whole_way_with_json(model, tmp_path, run):
     common = ("--model", model, "--device", "cpu", "--json")
     prepared = json.loads(run("prepare", "synthetic:4", "--out", tmp_path / "samples", "--frames", 1, "--json").stdout)
     assert (prepared["samples"], prepared["rejected"]) == (4, {})
@@ -74,7 +67,7 @@ def test_the_whole_way_with_json(model, tmp_path):
     assert refused.stdout == ""
 
 
-def test_reasoning_rollouts(model, tmp_path):
+def test_reasoning_rollouts(model, tmp_path, run):
     store, common = tmp_path / "store", ("--model", model, "--device", "cpu", "--json")
     extract = ("extract", "synthetic:1", "--store", store, "--frames", 1, "--reasoning", "rollout", "--rollouts", 2)
     assert json.loads(run(*extract, *common).stdout)["extracted"] == 1
@@ -87,7 +80,7 @@ def test_reasoning_rollouts(model, tmp_path):
         assert json.loads((tmp_path / "eval/eval.json").read_text())["settings"]["reasoning"] == reasoning
 
 
-def test_probe(model, tmp_path):
+def test_probe(model, tmp_path, run):
     store = tmp_path / "store"
     run("extract", "synthetic:10", "--model", model, "--store", store, "--frames", 1, "--device", "cpu")
     probe = ("probe", "--store", store, "--out", tmp_path / "probe")
@@ -106,7 +99,7 @@ def test_probe(model, tmp_path):
     assert refused.stdout == ""
 
 
-def test_damage_is_exit_1_and_names_the_sample(model, tmp_path):
+def test_damage_is_exit_1_and_names_the_sample(model, tmp_path, run):
     store = tmp_path / "store"
     run("extract", "synthetic:1", "--model", model, "--store", store, "--frames", 1, "--device", "cpu")
     chunk = next(path for path in sorted(store.glob("samples/*/kv/c*")) if path.is_file())
@@ -118,7 +111,7 @@ def test_damage_is_exit_1_and_names_the_sample(model, tmp_path):
     assert {item["sample_id"] for item in damaged} == {"synthetic-0-000000@5100000#0"}
 
 
-def test_quarantine_is_exit_3(model, tmp_path):
+def test_quarantine_is_exit_3(model, tmp_path, run):
     folder = tmp_path / "drives"
     (folder / "clips/a").mkdir(parents=True)
     cameras = ["camera_front_wide_120fov"]
@@ -176,7 +169,7 @@ def test_bad_input_is_exit_2_and_touches_nothing(arguments, message, model, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_config_key_names_the_nearest(tmp_path):
+def test_an_unknown_config_key_names_the_nearest(tmp_path, run):
     config = tmp_path / "train.toml"
     config.write_text('stores = ["s"]\nmodel = "m"\nout = "r"\nsteps = 1\nbatchsize = 3\n')
     assert "unknown key 'batchsize'; did you mean 'batch_size'?" in run("train", "--config", config, code=2).stderr
@@ -185,14 +178,14 @@ def test_an_unknown_config_key_names_the_nearest(tmp_path):
 @pytest.mark.parametrize(
     "command", ["prepare", "plan", "extract", "train", "eval", "export", "info", "verify", "doctor", "demo"]
 )
-def test_every_command_has_help_with_an_example(command):
+def test_every_command_has_help_with_an_example(command, run):
     text = run(command, "--help").stdout
     assert "Usage: " in text
     if command not in ("info", "verify"):
         assert "Example: " in text
 
 
-def test_versions_of_what_matters_are_printed():
+def test_versions_of_what_matters_are_printed(run):
     lines = run("--version").stdout.splitlines()
     assert lines[0] == f"alpacache {alpacache.__version__}"
     assert any(line.startswith("torch ") for line in lines)

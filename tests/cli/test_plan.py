@@ -1,8 +1,7 @@
 """`alpacache plan`: what is printed, one JSON object, exit codes."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,12 @@ PAGE = Path(__file__).parents[2] / "docs/how-to/plan-a-run.md"
 ASK = ("--samples", "1000", "--codec", "int8", "--epochs", "10", "--batch-size", "4", "--gpu", "4090")
 
 
-def run(*arguments, code=0):
-    command = [sys.executable, "-m", "cli.main", "plan", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+@pytest.fixture
+def run(run):
+    return partial(run, "plan")
 
 
-def test_json_is_one_object_with_every_number(tmp_path):
+def test_json_is_one_object_with_every_number(tmp_path, run):
     found = json.loads(run(*ASK, "--memory-budget", "24GB", "--store", tmp_path / "store", "--json").stdout)
     assert (found["tokens"], found["images"], found["tokens_an_image"]) == (809, 4, 180)
     assert found["store_bytes"] == 1000 * sum(found["bytes_by_field"].values())
@@ -36,7 +32,7 @@ def test_json_is_one_object_with_every_number(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tables_say_what_is_an_estimate():
+def test_tables_say_what_is_an_estimate(run):
     text = " ".join(run(*ASK).stdout.split())
     assert "809, of which 4 images of 180" in text
     assert "int8 * 63.3 70.0 70.0" in text
@@ -44,7 +40,7 @@ def test_tables_say_what_is_an_estimate():
     assert "sum, to be reserved" in text
 
 
-def test_the_page_shows_what_is_printed():
+def test_the_page_shows_what_is_printed(run):
     _, command, _, shown, *_ = PAGE.read_text().split("```")
     printed = run(*command.split()[3:]).stdout
     assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()[1:]
@@ -58,7 +54,7 @@ def test_the_page_shows_what_is_printed():
         (("--samples", "1", "--memory-budget", "12GB"), "Use --trainable lora"),
     ],
 )
-def test_what_cannot_be_is_exit_2(arguments, message):
+def test_what_cannot_be_is_exit_2(arguments, message, run):
     done = run(*arguments, code=2)
     assert message in " ".join(done.stderr.split())
     assert done.stdout == ""

@@ -1,8 +1,7 @@
 """`alpacache prepare`: what it chooses is what `extract` chooses, and what it writes `extract` takes."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,12 +22,9 @@ def model(tmp_path_factory):
     return make_tiny_checkpoint(tmp_path_factory.mktemp("prepare") / "Tiny-R1")
 
 
-def run(*arguments, code=0):
-    command = [sys.executable, "-m", "cli.main", "prepare", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+@pytest.fixture
+def run(run):
+    return partial(run, "prepare")
 
 
 def extracted(source, model, store, **options):
@@ -39,7 +35,7 @@ def extracted(source, model, store, **options):
 @pytest.mark.parametrize(
     ("t0", "moments"), [("events", [3_000_000]), ("every:2.0", [2_000_000, 4_000_000]), ("2.5", [2_500_000])]
 )
-def test_prepare_and_extract_choose_the_same_moments(model, tmp_path, t0, moments):
+def test_prepare_and_extract_choose_the_same_moments(model, tmp_path, t0, moments, run):
     """Of PhysicalAI-AV, whose index knows events; the last one of each clip is too late for a sample."""
     pytest.importorskip("physical_ai_av")
     drives = SyntheticSource(2, seed=6, size=(64, 32))
@@ -52,7 +48,7 @@ def test_prepare_and_extract_choose_the_same_moments(model, tmp_path, t0, moment
     assert extracted(tmp_path / "samples", model, tmp_path / "through")[1] == prepared
 
 
-def test_extract_takes_the_same_from_recordings_rows_and_a_stream_of_rows(model, tmp_path):
+def test_extract_takes_the_same_from_recordings_rows_and_a_stream_of_rows(model, tmp_path, run):
     """The KV is equal bit for bit: at original size nothing is lost on the way."""
     run("synthetic:3", "--out", tmp_path / "samples", "--frames", 1)
     (tmp_path / "repository").mkdir()
@@ -69,7 +65,7 @@ def test_extract_takes_the_same_from_recordings_rows_and_a_stream_of_rows(model,
                 np.testing.assert_array_equal(other[name][field], values)
 
 
-def test_quota_seed_and_processor_size(model, tmp_path):
+def test_quota_seed_and_processor_size(model, tmp_path, run):
     out = tmp_path / "samples"
     arguments = ("synthetic:30", "--frames", 1, "--seed", 4, "--quota", "straight=3,gentle=2,sharp=99", "--json")
     done = run(*arguments, "--size", "processor", "--out", out)
@@ -98,7 +94,7 @@ def test_quota_seed_and_processor_size(model, tmp_path):
         (["--split", "test"], "expected train, val, all"),
     ],
 )
-def test_bad_usage_is_exit_2_and_nothing_is_written(arguments, said, tmp_path):
+def test_bad_usage_is_exit_2_and_nothing_is_written(arguments, said, tmp_path, run):
     done = run("synthetic:3", "--out", tmp_path / "out", *arguments, code=2)
     assert said in " ".join(done.stderr.split())
     assert list(tmp_path.iterdir()) == []

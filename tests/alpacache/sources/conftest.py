@@ -1,7 +1,9 @@
 """A small recording in the folder layout: a circle driven at 10 m/s, frames whose brightness is their number."""
 
+import dataclasses
 import json
 import shutil
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +57,42 @@ def write_mp4(file, images):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
+
+
+@pytest.fixture(scope="session")
+def assert_same():
+    """Raises unless two samples are equal in every field, arrays bit for bit."""
+
+    def check(found, wanted):
+        for field in dataclasses.fields(wanted):
+            left, right = getattr(found, field.name), getattr(wanted, field.name)
+            if isinstance(right, np.ndarray):
+                assert left.dtype == right.dtype
+                np.testing.assert_array_equal(left, right)
+            else:
+                assert left == right
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def in_threads():
+    """What `work` gives for each number, called in a thread for each, all at once."""
+
+    def call(work, count):
+        results = {}
+
+        def keep(number):
+            results[number] = work(number)
+
+        threads = [threading.Thread(target=keep, args=(number,)) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    return call
 
 
 @pytest.fixture

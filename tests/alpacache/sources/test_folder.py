@@ -1,7 +1,6 @@
 import json
 import pickle
 import shutil
-import threading
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -64,18 +63,14 @@ def test_times_are_what_poses_and_cameras_share(folder):
     assert FolderSource(folder, cameras=[FRONT]).times_us("a") == (0, 12_000_000)
 
 
-def test_threads_load_the_same(folder):
-    source, results = FolderSource(folder), {}
+def test_threads_load_the_same(folder, in_threads):
+    source = FolderSource(folder)
 
     def work(number):
         ref = SampleRef(clip_id="ab"[number % 2], t0_us=T0)
-        results[number] = source.load(ref, cameras=[FRONT], frames=2).frames
+        return source.load(ref, cameras=[FRONT], frames=2).frames
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    results = in_threads(work, 8)
     for number in range(2, 8):
         np.testing.assert_array_equal(results[number], results[number % 2])
 

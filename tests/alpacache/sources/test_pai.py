@@ -3,7 +3,6 @@
 import builtins
 import io
 import shutil
-import threading
 import types
 import zipfile
 
@@ -113,17 +112,9 @@ def test_times_clips_and_events(pristine_tree):
     assert [ref.t0_us for ref in refs] == [3_000_000] * 3
 
 
-def test_threads_load_the_same(pristine_tree):
-    source, results = open_tree(pristine_tree), {}
-
-    def work(number):
-        results[number] = load(source, CLIPS[number % 3]).frames
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def test_threads_load_the_same(pristine_tree, in_threads):
+    source = open_tree(pristine_tree)
+    results = in_threads(lambda number: load(source, CLIPS[number % 3]).frames, 6)
     for number in range(3):
         np.testing.assert_array_equal(results[number], results[number + 3])
 

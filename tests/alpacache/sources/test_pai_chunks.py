@@ -344,22 +344,18 @@ def test_a_download_under_way_counts_with_its_size(cache, interface, monkeypatch
     assert interface.there() == {"a", "c"}
 
 
-def test_threads_that_want_the_same_chunk_download_it_once(cache, interface):
+def test_threads_that_want_the_same_chunk_download_it_once(cache, interface, in_threads):
     everyone = threading.Barrier(8)
 
-    def work():
+    def work(_):
         everyone.wait()
         use(cache, "a")
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 8)
     assert interface.downloads == ["a"]
 
 
-def test_many_threads_stay_within_the_bound(cache, interface):
+def test_many_threads_stay_within_the_bound(cache, interface, in_threads):
     over, lock = [], threading.Lock()
 
     def watch(file):
@@ -372,11 +368,7 @@ def test_many_threads_stay_within_the_bound(cache, interface):
         for file in np.random.default_rng(seed).choice(["a", "b", "c", "d"], 20):
             use(cache, str(file))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert len(over) > 4
     assert not any(over)
 

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import numpy as np
@@ -31,30 +30,20 @@ def prepared(tmp_path_factory):
     return out
 
 
-def assert_equal(a, b):
-    for field in dataclasses.fields(a):
-        left, right = getattr(a, field.name), getattr(b, field.name)
-        if isinstance(left, np.ndarray):
-            assert left.dtype == right.dtype
-            np.testing.assert_array_equal(left, right)
-        else:
-            assert left == right
-
-
 @pytest.mark.parametrize("spec", ["{}", "hf:{}"])
-def test_samples_come_back_bit_for_bit(prepared, spec):
+def test_samples_come_back_bit_for_bit(prepared, spec, assert_same):
     source = open_source(spec.format(prepared))
     refs = refs_of(source)
     assert refs == refs_of(DRIVES, t0="every:6")
     for ref in refs[:3]:
         want = DRIVES.load(ref, cameras=[FRONT, LEFT], frames=2)
-        assert_equal(source.load(ref, cameras=[FRONT, LEFT], frames=2), want)
+        assert_same(source.load(ref, cameras=[FRONT, LEFT], frames=2), want)
 
 
-def test_fewer_cameras_and_frames(prepared):
+def test_fewer_cameras_and_frames(prepared, assert_same):
     source = open_source(str(prepared))
     ref = refs_of(source)[0]
-    assert_equal(source.load(ref, cameras=[FRONT], frames=1), DRIVES.load(ref, cameras=[FRONT], frames=1))
+    assert_same(source.load(ref, cameras=[FRONT], frames=1), DRIVES.load(ref, cameras=[FRONT], frames=1))
     with pytest.raises(UsageError, match="prepared with 2 frames"):
         source.load(ref, cameras=[FRONT], frames=4)
     with pytest.raises(BadClipError, match="prepared without camera_front_tele") as error:
@@ -94,7 +83,7 @@ def test_bad_samples_are_reported_and_left_out(folder, tmp_path):
         prepare(source, refs_of(source), tmp_path / "none", cameras=[FRONT], frames=1)
 
 
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, assert_same):
     monkeypatch.setattr("alpacache.sources.prepared.SHARD_SAMPLES", 2)
     refs, seen = refs_of(DRIVES), []
 
@@ -115,7 +104,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     source = open_source(str(out))
     assert refs_of(source) == refs
     for ref in refs:
-        assert_equal(source.load(ref, cameras=[FRONT], frames=1), DRIVES.load(ref, cameras=[FRONT], frames=1))
+        assert_same(source.load(ref, cameras=[FRONT], frames=1), DRIVES.load(ref, cameras=[FRONT], frames=1))
     with pytest.raises(UsageError, match="already exists"):
         prepare(DRIVES, refs, out, cameras=[FRONT], frames=1)
 

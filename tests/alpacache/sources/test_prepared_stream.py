@@ -1,8 +1,6 @@
 """Parquet files in the layout of a hub repository, read by the same calls as the hub's, offline."""
 
-import dataclasses
 import json
-import threading
 
 import datasets
 import huggingface_hub
@@ -47,17 +45,7 @@ def load(source, ref):
     return source.load(ref, cameras=[FRONT], frames=2)
 
 
-def assert_same(found, wanted):
-    for field in dataclasses.fields(wanted):
-        left, right = getattr(found, field.name), getattr(wanted, field.name)
-        if isinstance(right, np.ndarray):
-            assert left.dtype == right.dtype
-            np.testing.assert_array_equal(left, right)
-        else:
-            assert left == right
-
-
-def test_samples_come_back_bit_for_bit_in_any_order(hub_layout, monkeypatch):
+def test_samples_come_back_bit_for_bit_in_any_order(hub_layout, monkeypatch, assert_same):
     def refuse(*_, **__):
         raise AssertionError("nothing may be downloaded")
 
@@ -76,7 +64,7 @@ def test_it_is_streamed(hub_layout, monkeypatch):
     assert all(options["streaming"] is True and "trust_remote_code" not in options for options in asked)
 
 
-def test_going_on_reads_no_file_before_and_no_row_twice(hub_layout, monkeypatch):
+def test_going_on_reads_no_file_before_and_no_row_twice(hub_layout, monkeypatch, assert_same):
     """Forward through the last file only; what was passed is kept for the threads that come a little later."""
     monkeypatch.setattr(prepared_stream, "ROWS_KEPT", 2)
     source = open_source(f"hf:{hub_layout}")
@@ -90,7 +78,7 @@ def test_going_on_reads_no_file_before_and_no_row_twice(hub_layout, monkeypatch)
     assert cursor._stream is stream
 
 
-def test_rows_that_are_gone_from_the_window_are_read_again(hub_layout, monkeypatch):
+def test_rows_that_are_gone_from_the_window_are_read_again(hub_layout, monkeypatch, assert_same):
     monkeypatch.setattr(prepared_stream, "ROWS_KEPT", 1)
     source = open_source(f"hf:{hub_layout}")
     for number in (2, 0, 6, 1):
@@ -98,22 +86,14 @@ def test_rows_that_are_gone_from_the_window_are_read_again(hub_layout, monkeypat
         assert len(source._rows._whole._kept) == 1
 
 
-def test_threads_read_the_same(hub_layout):
-    source, found = open_source(f"hf:{hub_layout}"), {}
-
-    def work(number):
-        found[number] = load(source, REFS[number % 7]).frames
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(14)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def test_threads_read_the_same(hub_layout, in_threads):
+    source = open_source(f"hf:{hub_layout}")
+    found = in_threads(lambda number: load(source, REFS[number % 7]).frames, 14)
     for number in range(7):
         np.testing.assert_array_equal(found[number], found[number + 7])
 
 
-def test_several_splits_count_together(saved, tmp_path):
+def test_several_splits_count_together(saved, tmp_path, assert_same):
     rows = load_from_disk(str(saved))
     (tmp_path / "data").mkdir()
     rows.select(range(4)).to_parquet(str(tmp_path / "data/train-00000-of-00001.parquet"))
@@ -130,13 +110,13 @@ def test_poses_are_read_without_pictures(hub_layout):
         np.testing.assert_array_equal(source.poses(ref).future_xyz, load(source, ref).future_xyz)
 
 
-def test_rows_of_older_versions_lack_the_last_columns(saved, tmp_path):
+def test_rows_of_older_versions_lack_the_last_columns(saved, tmp_path, assert_same):
     rows = load_from_disk(str(saved)).remove_columns(["source", "recorded_size", "pixel_deviation"])
     rows.to_parquet(str(tmp_path / "part.parquet"))
     assert_same(load(open_source(f"hf:{tmp_path}"), REFS[1]), DRIVES.load(REFS[1], cameras=[FRONT], frames=2))
 
 
-def test_pictures_that_would_be_decoded_stay_bytes(saved, tmp_path):
+def test_pictures_that_would_be_decoded_stay_bytes(saved, tmp_path, assert_same):
     """As the hub's viewer wants them; and a path in place of bytes is refused in a stream as well."""
     rows = load_from_disk(str(saved))
     rows.cast_column("frames", datasets.List(datasets.List(datasets.Image()))).to_parquet(str(tmp_path / "a.parquet"))
@@ -160,7 +140,7 @@ def test_a_repository_that_changes_meanwhile_is_said(hub_layout, saved):
         load(source, REFS[2])
 
 
-def test_a_stream_that_breaks_off_names_sample_and_remedy_and_goes_on(hub_layout, monkeypatch):
+def test_a_stream_that_breaks_off_names_sample_and_remedy_and_goes_on(hub_layout, monkeypatch, assert_same):
     source = open_source(f"hf:{hub_layout}")
     cursor = source._rows._whole
     whole = cursor._files[0]
