@@ -20,6 +20,8 @@ from alpacache.errors import LostProcessError, UsageError
 
 _TIMEOUT = timedelta(minutes=30)
 """Of a collective: the others wait while the first process writes a checkpoint."""
+_TOGETHER_BYTES = 2**26
+"""Gradients that are summed by one operation: half a layer of the released expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,27 +73,42 @@ class World:
 
 
 class GradientSum:
-    """Sums gradients over all processes while the backward goes on: each as soon as it is whole."""
+    """Sums gradients over all processes while the backward goes on, as many at a time as keep the link busy."""
 
     def __init__(self, parameters: list[nn.Parameter], world: World) -> None:
-        self._underway: list[dist.Work] = []
+        self._whole: list[Tensor] = []
+        self._underway: list[Any] = []
         self.is_last = True
         """Whether the next backward is the step's last: until then gradients only accumulate."""
         if world.size > 1:
             for parameter in parameters:
-                parameter.register_post_accumulate_grad_hook(self._begin)  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
         """All sums are there on the current stream."""
+        self._begin()
         for work in self._underway:
             work.wait()
         self._underway.clear()
 
-    def _begin(self, parameter: Tensor) -> None:
-        if self.is_last and parameter.grad is not None:
-            work = dist.all_reduce(parameter.grad, async_op=True)
-            assert work is not None
-            self._underway.append(work)
+    def _take(self, parameter: Tensor) -> None:
+        if not self.is_last or parameter.grad is None:
+            return
+        if self._whole and self._whole[0].dtype != parameter.grad.dtype:
+            self._begin()
+        self._whole.append(parameter.grad)
+        if sum(grad.nbytes for grad in self._whole) >= _TOGETHER_BYTES:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Sum what is whole, as one operation: alone, most gradients are too small for the rate of the link."""
+        if not self._whole:
+            return
+        with dist._coalescing_manager(async_ops=True) as together:  # type: ignore[attr-defined]  # of FSDP and DTensor
+            for grad in self._whole:
+                dist.all_reduce(grad)
+        self._underway.append(together)
+        self._whole = []
 
 
 def process_place() -> tuple[int, int]:
@@ -122,7 +139,7 @@ def join_world(device: str | None) -> Iterator[World]:
     if size == 1:
         yield World(rank=0, size=1, device=mine)
         return
-    dist.init_process_group("nccl" if mine.type == "cuda" else "gloo", timeout=_TIMEOUT, device_id=_id(mine))
+    dist.init_process_group(timeout=_TIMEOUT, **_backend(mine))
     try:
         yield World(rank=rank, size=size, device=mine)
     except dist.DistError as error:
@@ -134,5 +151,10 @@ def join_world(device: str | None) -> Iterator[World]:
     dist.destroy_process_group()  # not after an error: it would wait for processes that wait for this one
 
 
-def _id(device: torch.device) -> torch.device | None:
-    return device if device.type == "cuda" else None
+def _backend(device: torch.device) -> dict[str, Any]:
+    """What the processes talk through."""
+    if device.type == "cpu":
+        return {"backend": "gloo"}
+    options = dist.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True  # or sums would wait until the step, which fills the GPU, has ended
+    return {"backend": "nccl", "device_id": device, "pg_options": options}
