@@ -9,38 +9,38 @@ import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
-from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
+from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.config import PREFILL_BATCH, ExtractConfig
 from alpacache.device import device_name, enter, keeping_threads, one_thread_each
 from alpacache.disk_room import check_room
 from alpacache.errors import BadClipError, DataError, DeviceMemoryError, InterruptedRunError, UsageError
-from alpacache.extraction_pipeline import SPARE_COPIES, Writers, groups, read_ahead
-from alpacache.features import prefix_arrays, sample_arrays, store_fields, tail_arrays
+from alpacache.extraction_pipeline import SPARE_COPIES, Waits, Writers, groups, read_ahead
+from alpacache.features import prefix_arrays, store_fields, tail_arrays
 from alpacache.host_copies import HostCopies
 from alpacache.identity import provenance, store_identity
 from alpacache.interrupt import InterruptGuard
+from alpacache.preparation import VLM_DTYPE, Preparation, Prepared, input_builder
 from alpacache.progress import OnProgress, Progress, clock, ignore
+from alpacache.reading_process import ReadingProcesses
 from alpacache.sample import SampleRef, Source, sort_cameras
 from alpacache.selection import Rejected, select
 from alpacache.sources import open_source
 from alpacache.store_count import StoreCount
-from alpacache.views import load, views_identity
+from alpacache.views import views_identity
 from alpacache.world import own_device, process_place
 from cache_store import CODECS, CacheWriter
 from cache_store.sample_key import sample_key
 from cache_store.writer import committed_keys, failed_keys
-
-_DTYPE = torch.bfloat16
 
 _log = logging.getLogger(__name__)
 
@@ -58,20 +58,14 @@ class ExtractReport:
     seconds: float
     samples_per_s: float
     bytes_written: int
+    read_wait: float
+    """Share of the time that the VLM waited for samples: more CPU cores would help, and up to them more `workers`."""
+    write_wait: float
+    """And for samples to be committed: a faster disk or more `writers` would."""
     committed: int
     """Of the samples of all workers together, those that the store holds by now."""
     wanted: int
     """How many these are."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared:
-    """A sample on its way to the VLM. Its frames, most of its bytes, are gone already."""
-
-    sample_id: str
-    inputs: VLMInputs
-    arrays: dict[str, Any]
-    """What is stored of it and known before the VLM runs."""
 
 
 def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> ExtractReport:
@@ -86,7 +80,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
     cameras = sort_cameras(config.cameras)
     source = open_source(config.source, cameras=cameras)
     checkpoint = Checkpoint(config.model, vlm=config.vlm)
-    builder = InputBuilder(checkpoint, camera_names=config.camera_names, frame_numbers=config.frame_numbers)
+    builder = input_builder(config, checkpoint)
     refs, unusable = select(source, split=config.split, t0=config.t0, samples=config.samples, views=config.views)
     worker, workers = share(config.shard)
     if not refs and not unusable:
@@ -99,7 +93,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
         cameras=cameras,
         frames=config.frames,
         codec=config.codec,
-        dtype=str(_DTYPE).removeprefix("torch."),
+        dtype=str(VLM_DTYPE).removeprefix("torch."),
         rollouts=config.tails,
         views=views_identity(config.views, seed=config.seed),
     )
@@ -151,11 +145,10 @@ class _Run:
         self.config, self.source, self.cameras = config, source, cameras
         self.checkpoint, self.builder, self.writer = checkpoint, builder, writer
         self.device, self.on_progress = device, on_progress
-        kind, _, place = config.source.partition(":")
-        self.streamed = config.source == "pai" or (kind == "hf" and not Path(place).exists())
         default = PREFILL_BATCH if device.type == "cuda" and not config.deterministic else 1
         self.batch_size = config.batch_size or default
-        self.workers = reader_threads(config)
+        self.workers = reading_workers(config)
+        self.waits = Waits()
         self.shrunk = ""
         self.extracted = 0
         self.failed = 0
@@ -192,22 +185,16 @@ class _Run:
 
     def _extract(self, todo: Sequence[SampleRef]) -> None:
         self.total = len(todo)
-        vlm, sampler = self._load()
-        self.started = time.monotonic()
-        with (
-            keeping_threads(),
-            InterruptGuard() as guard,
-            HostCopies(self.device, self.config.writers + SPARE_COPIES) as copies,
-            Writers(self.writer, copies, threads=self.config.writers) as writers,
-            closing(self._prepared(todo, guard)) as prepared,
-        ):
-            for group in groups(prepared, length=lambda one: len(one.inputs.input_ids), size=lambda: self.batch_size):
-                if guard.requested:
-                    break
-                for sample_id, values in self._compute(vlm, sampler, group):
-                    writers.put(sample_id, values)
-                    self._count(writers.collect())
-            self._count(writers.collect(everything=True))
+        with keeping_threads(), reading(self.config, self.source, self.builder, self.device) as read:
+            vlm, sampler = self._load()
+            self.started = time.monotonic()
+            with (
+                InterruptGuard() as guard,
+                HostCopies(self.device, self.config.writers + SPARE_COPIES) as copies,
+                Writers(self.writer, copies, threads=self.config.writers) as writers,
+                closing(self._prepared(todo, read, guard)) as prepared,
+            ):
+                self._run_through(vlm, sampler, prepared, writers, guard)
         left = self.total - self.extracted - self.failed
         if guard.requested and left:
             raise InterruptedRunError(
@@ -215,9 +202,32 @@ class _Run:
                 f"{left} are left; run the same command again to go on."
             )
 
+    def _run_through(
+        self,
+        vlm: FrozenVLM,
+        sampler: RolloutSampler | None,
+        samples: Iterator[Prepared],
+        writers: Writers,
+        guard: InterruptGuard,
+    ) -> None:
+        for group in groups(
+            self.waits.timed("read", samples),
+            length=lambda one: len(one.inputs.input_ids),
+            size=lambda: self.batch_size,
+        ):
+            if guard.requested:
+                break
+            for sample_id, values in self._compute(vlm, sampler, group):
+                with self.waits.of("write"):
+                    writers.put(sample_id, values)
+                self._count(writers.collect())
+        with self.waits.of("write"):
+            committed = writers.collect(everything=True)
+        self._count(committed)
+
     def _load(self) -> tuple[FrozenVLM, RolloutSampler | None]:
         try:
-            vlm = load_vlm(self.checkpoint, dtype=_DTYPE, device=self.device)
+            vlm = load_vlm(self.checkpoint, dtype=VLM_DTYPE, device=self.device)
             return vlm, RolloutSampler.load(self.checkpoint, vlm, self.builder) if self.config.tails else None
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(
@@ -225,11 +235,13 @@ class _Run:
                 "this GPU, or take one with more memory; `alpacache plan` says how much stage one needs."
             ) from error
 
-    def _prepared(self, todo: Sequence[SampleRef], guard: InterruptGuard) -> Generator[_Prepared]:
+    def _prepared(
+        self, todo: Sequence[SampleRef], read: Callable[[SampleRef], Prepared], guard: InterruptGuard
+    ) -> Generator[Prepared]:
         """Samples ready for the VLM, in order, made ahead by threads; what cannot be used is quarantined here."""
-        ahead = self.workers + self.batch_size
+        ahead = self.workers + 2 * self.batch_size
         begin = one_thread_each if self.device.type == "cuda" else None
-        for ref, future in read_ahead(todo, self._prepare, workers=self.workers, ahead=ahead, begin=begin):
+        for ref, future in read_ahead(todo, read, workers=self.workers, ahead=ahead, begin=begin):
             try:
                 yield future.result()
             except BadClipError as error:
@@ -243,18 +255,8 @@ class _Run:
             if guard.requested:
                 return
 
-    def _prepare(self, ref: SampleRef) -> _Prepared:
-        sample = load(self.source, ref, cameras=self.cameras, frames=self.config.frames, seed=self.config.seed)
-        inputs = self.builder.build(sample)
-        pixels = inputs.pixel_values.to(_DTYPE)  # as the VLM would take them, in a thread and at half the size
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):  # a thread begins on the first GPU
-                pixels = pixels.pin_memory()
-        inputs = replace(inputs, pixel_values=pixels)
-        return _Prepared(sample_id=ref.sample_id, inputs=inputs, arrays=sample_arrays(sample, inputs))
-
     def _compute(
-        self, vlm: FrozenVLM, sampler: RolloutSampler | None, group: Sequence[_Prepared]
+        self, vlm: FrozenVLM, sampler: RolloutSampler | None, group: Sequence[Prepared]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Sample ids and stored values of a group, large ones on the device; in halves where it does not fit."""
         parts = deque([group])
@@ -276,7 +278,7 @@ class _Run:
                     yield one.sample_id, one.arrays | values
 
     def _features(
-        self, vlm: FrozenVLM, sampler: RolloutSampler | None, part: Sequence[_Prepared]
+        self, vlm: FrozenVLM, sampler: RolloutSampler | None, part: Sequence[Prepared]
     ) -> list[dict[str, Any] | BadClipError]:
         codec, hidden_states = CODECS.get(self.config.codec), self.config.hidden_states == "last"
         found: list[dict[str, Any] | BadClipError] = []
@@ -292,7 +294,7 @@ class _Run:
                 found.append(error)
         return found
 
-    def _shrink(self, part: Sequence[_Prepared], refusal: str) -> int:
+    def _shrink(self, part: Sequence[Prepared], refusal: str) -> int:
         """Where to cut a group that did not fit on the GPU; no later one is as large."""
         longest = max(len(one.inputs.input_ids) for one in part)
         if len(part) == 1:
@@ -316,7 +318,7 @@ class _Run:
 
     def _check_source(self) -> None:
         """Tell a bad clip from a source that has gone: only the first is the clip's fault."""
-        if self.streamed:
+        if _streamed(self.config):
             return  # its reader tells the two apart
         try:
             open_source(self.config.source, cameras=self.cameras)
@@ -346,6 +348,7 @@ class _Run:
             notes["store ETA"] = clock((wanted - committed) / store_rate)
         if self.shrunk:
             notes["batch"] = self.shrunk
+        notes |= {f"{what} wait": f"{share:.0%}" for what, share in self.waits.shares(seconds).items()}
         rate = self.extracted / seconds
         self.on_progress(Progress(done=done, total=self.total, unit="samples", rate=rate, notes=notes))
 
@@ -371,6 +374,7 @@ class _Run:
             seconds=seconds,
             samples_per_s=self.extracted / seconds if seconds else 0.0,
             bytes_written=self.bytes_written,
+            **{f"{what}_wait": share for what, share in self.waits.shares(seconds).items()},
             committed=committed,
             wanted=wanted,
         )
@@ -382,9 +386,29 @@ def share(shard: tuple[int, int]) -> tuple[int, int]:
     return shard[0] * size + rank, shard[1] * size
 
 
-def reader_threads(config: ExtractConfig) -> int:
-    """Threads that read ahead: decoding and resizing keep a CPU core each."""
-    return config.workers or min(max(len(os.sched_getaffinity(0)) - 2, 2), 12)
+def reading_workers(config: ExtractConfig) -> int:
+    """How many samples are read at a time: decoding and resizing keep a CPU core each."""
+    return config.workers or min(max(len(os.sched_getaffinity(0)) - 2, 2), 24)
+
+
+@contextmanager
+def reading(
+    config: ExtractConfig, source: Source, builder: InputBuilder, device: torch.device
+) -> Iterator[Callable[[SampleRef], Prepared]]:
+    """What reads and preprocesses a sample, in the threads that call it: beside a GPU each has a process for it.
+
+    Not for what comes through the network: the processes would not know what the others have fetched.
+    """
+    if device.type == "cuda" and not _streamed(config):
+        with ReadingProcesses(config, reading_workers(config), pinned_for=device) as processes:
+            yield processes
+    else:
+        yield Preparation(config, source, builder)
+
+
+def _streamed(config: ExtractConfig) -> bool:
+    kind, _, place = config.source.partition(":")
+    return config.source == "pai" or (kind == "hf" and not Path(place).exists())
 
 
 @contextmanager

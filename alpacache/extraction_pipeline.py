@@ -5,9 +5,11 @@
 Nothing here knows what a sample is for, so that order, bounds and errors can be tested without a model.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import islice
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -67,6 +69,35 @@ def groups(items: Iterable[Item], *, length: Callable[[Item], int], size: Callab
         group = [first, *near[: size() - 1]]
         window = deque(item for item in window if all(item is not taken for taken in group))
         yield group
+
+
+class Waits:
+    """Seconds that the thread which feeds the VLM has waited."""
+
+    def __init__(self) -> None:
+        self._seconds = {"read": 0.0, "write": 0.0}
+
+    @contextmanager
+    def of(self, what: str) -> Iterator[None]:
+        """Count what is done in it as waiting for that."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[what] += time.monotonic() - started
+
+    def timed(self, what: str, items: Iterator[Item]) -> Iterator[Item]:
+        """The same items; until each is there, time is counted."""
+        while True:
+            with self.of(what):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+    def shares(self, seconds: float) -> dict[str, float]:
+        """By what was waited for, of so many seconds."""
+        return {what: waited / max(seconds, 1e-9) for what, waited in self._seconds.items()}
 
 
 class Writers:

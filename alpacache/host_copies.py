@@ -79,7 +79,8 @@ class HostCopies:
                 tensor.record_stream(self._stream)  # its memory is not handed out again before it is read
                 done[name] = _array(place, tensor)
                 end += page_rounded(tensor.nbytes)
-            event = self._stream.record_event()
+            # A thread that waits for it sleeps: the cores are for those that read.
+            event = self._stream.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
         return HostCopy(self, buffer, done, event)
 
     def __enter__(self) -> Self:

@@ -3,15 +3,17 @@
 Full size, random weights, 1080p drives: H.264 in the layout of PhysicalAI-AV where its reader is installed, else a
 folder of JPEGs. All rates are samples a second: `prefill_s` the VLM alone on the same inputs in the same batch,
 `write_s` plain files of a sample's size, each forced to the medium, `decode_s` reading and preprocessing alone, the
-last two in as many threads as `extract` has. `of_limit` is `samples_s` over the least. `cores_to_keep_up`: with so
-many cores reading would be as fast as the VLM, if it goes with their number. Rows without a codec are the VLM alone at
-several batches; `neighbour_error` is the relative L2 difference of keys and values from the same sample
-alone. Text is shorter than the real prompt's, by 60 to 70 tokens: the tokenizer here cannot spell.
+last two with as many workers as `extract` has. `of_limit` is `samples_s` over the least. `read_wait` and `write_wait`
+are the shares of the time that the VLM waited for samples and for writers. `cores_to_keep_up`: with so many cores
+reading would be as fast as the VLM, if it goes with their number. Rows without a codec are the VLM alone at several
+batches; `neighbour_error` is the relative L2 difference of keys and values from the same sample alone. Text is shorter
+than the real prompt's, by 60 to 70 tokens: the tokenizer here cannot spell.
 """
 
 import dataclasses
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -20,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,11 @@ from benchmark_report import arguments, finish, hardware_name
 
 from alpacache import extraction
 from alpacache.alpamayo import Checkpoint, FrozenVLM, PrefixFeatures
-from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
+from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.config import ExtractConfig
 from alpacache.device import one_thread_each
-from alpacache.sample import CAMERAS, Source
+from alpacache.preparation import input_builder
+from alpacache.sample import CAMERAS
 from alpacache.selection import select
 from alpacache.sources import open_source
 from alpacache.sources.synthetic import SyntheticSource
@@ -52,6 +55,8 @@ VIDEO_FPS, VIDEO_CRF = 30, 24
 T0 = "every:0.02"
 KEYS = ("cameras", "codec", "batch", "samples_s", "prefill_s", "write_s", "decode_s", "of_limit", "cpu_cores")
 KEYS += (
+    "read_wait",
+    "write_wait",
     "cores_to_keep_up",
     "workers",
     "writers",
@@ -150,20 +155,27 @@ def make_vlm(checkpoint_dir: Path) -> FrozenVLM:
     return FrozenVLM(model, future_start_id=Checkpoint(str(checkpoint_dir)).config.traj_token_ids["future_start"])
 
 
-def read_inputs(source: Source, builder: InputBuilder, samples: int, *, workers: int) -> tuple[list[VLMInputs], float]:
-    """Inputs of the first samples, and how many a second are read and preprocessed."""
-    refs, _ = select(source, t0=T0, samples=samples)
-
-    def make(number: int) -> VLMInputs:
-        return builder.build(source.load(refs[number], cameras=source.cameras, frames=full_size.FRAMES))
-
-    begin = one_thread_each if torch.cuda.is_available() else None
-    with ThreadPoolExecutor(workers, initializer=begin) as pool:
-        kept = list(pool.map(make, range(min(len(refs), 8))))  # warm, and enough for any batch
+def read_inputs(config: ExtractConfig, device: torch.device) -> tuple[list[VLMInputs], float]:
+    """Inputs of a few samples, and how many a second are read and preprocessed, as `extract` does it."""
+    source, checkpoint = open_source(config.source, cameras=config.cameras), Checkpoint(config.model)
+    refs, _ = select(source, t0=config.t0, samples=config.samples)
+    workers = extraction.reading_workers(config)
+    begin = one_thread_each if device.type == "cuda" else None
+    with (
+        extraction.reading(config, source, input_builder(config, checkpoint), device) as read,
+        ThreadPoolExecutor(workers, initializer=begin) as pool,
+    ):
+        # So many that each worker is warm, and enough for any batch.
+        kept = [done.inputs for done in pool.map(read, itertools.islice(itertools.cycle(refs), max(2 * workers, 8)))]
         started = time.perf_counter()
-        for _ in pool.map(lambda number: make(number) and None, range(len(refs))):
+        for _ in pool.map(lambda ref: read(ref) and None, refs):
             pass
-        return kept, len(refs) / (time.perf_counter() - started)
+        return kept[:8], len(refs) / (time.perf_counter() - started)
+
+
+def in_threads() -> AbstractContextManager[Any]:
+    """Within it samples are read as they would be through the network: in threads of the process that has the VLM."""
+    return mock.patch.object(extraction, "_streamed", return_value=True)
 
 
 def prefill_rate(vlm: FrozenVLM, inputs: Sequence[VLMInputs], batch: int, *, rounds: int) -> float:
@@ -214,22 +226,19 @@ def measure(
     root: Path, checkpoint_dir: Path, vlm: FrozenVLM, spec: str, cameras: int, scale: Scale
 ) -> Iterator[dict[str, Any]]:
     """Rows of one camera set: the VLM alone, then `extract` in both codecs."""
-    names = tuple(CAMERAS[index] for index in full_size.CAMERA_SETS[cameras])
-    builder = InputBuilder(Checkpoint(str(checkpoint_dir)))
     config = ExtractConfig(
         source=spec,
         model=str(checkpoint_dir),
         store=str(root / "store"),
-        cameras=names,
+        cameras=tuple(CAMERAS[index] for index in full_size.CAMERA_SETS[cameras]),
         t0=T0,
         samples=scale.samples[cameras],
         batch_size=scale.batch,
         device=str(vlm.device),
     )
-    workers = extraction.reader_threads(config)
-    inputs, decode = read_inputs(open_source(spec, cameras=names), builder, scale.samples[cameras], workers=workers)
+    inputs, decode = read_inputs(config, vlm.device)
     common = {"cameras": cameras, "cpu_cores": len(os.sched_getaffinity(0)), "source": spec.partition(":")[0]}
-    common |= {"decode_s": decode, "workers": workers, "tokens": len(inputs[0].input_ids)}
+    common |= {"workers": extraction.reading_workers(config), "tokens": len(inputs[0].input_ids), "decode_s": decode}
     ready = [_ready(one, vlm) for one in inputs]
     alone: dict[int, float] = {}
     for batch in sorted({*scale.batches, scale.batch}):
@@ -239,10 +248,12 @@ def measure(
             row |= {"prefill_s": alone[batch], "neighbour_error": neighbour_error(vlm, ready, batch)}
             row["cores_to_keep_up"] = row["cpu_cores"] * alone[batch] / decode
         yield row
-    for codec in ("int8", "bf16"):
+    for codec, way in (("int8", nullcontext()), ("bf16", nullcontext()), ("int8", in_threads())):
         row = {**common, "codec": codec, "batch": scale.batch, "writers": config.writers}
-        with _peak(row):
-            row |= extract_row(root, vlm, config, codec, alone.get(scale.batch), decode)
+        with way, _peak(row):
+            if not isinstance(way, nullcontext):
+                row |= {"note": "read in threads", "decode_s": read_inputs(config, vlm.device)[1]}
+            row |= extract_row(root, vlm, config, codec, alone.get(scale.batch), row["decode_s"])
         yield row
 
 
@@ -261,6 +272,8 @@ def extract_row(
         "prefill_s": prefill,
         "write_s": write,
         "of_limit": report.samples_per_s / limit,
+        "read_wait": report.read_wait,
+        "write_wait": report.write_wait,
         "samples": report.extracted,
         "sample_mb": size / 1e6,
     }

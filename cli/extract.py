@@ -49,7 +49,10 @@ def extract(
         int | None, typer.Option(help="Samples through the VLM at a time. Default: 4 on a GPU, 1 on a CPU.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Threads that read and preprocess ahead of the model. Default: by CPU cores.")
+        int | None,
+        typer.Option(
+            help="Samples read and preprocessed at a time ahead of the model, by a process each beside a GPU."
+        ),
     ] = None,
     writers: Annotated[int, typer.Option(help="Threads that write behind it; each holds a sample in RAM.")] = 4,
     device: options.Device = None,
@@ -110,6 +113,7 @@ def extract(
                 "speed",
                 f"{report.samples_per_s:.2f} samples/s, {report.bytes_written / 1e9:.3f} GB in {report.seconds:.1f} s",
             ],
+            ["the VLM waited", f"{report.read_wait:.0%} of the time for samples, {report.write_wait:.0%} for the disk"],
             ["all workers", f"{report.committed} of {report.wanted} samples are in the store"],
             ["quarantined", str(len(report.quarantined))],
         ]

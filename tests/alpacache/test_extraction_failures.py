@@ -21,6 +21,7 @@ from alpacache.alpamayo import FrozenVLM
 from alpacache.config import ExtractConfig
 from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, UsageError
 from alpacache.extraction_pipeline import SPARE_COPIES
+from alpacache.preparation import Preparation
 from alpacache.sample import FRONT_CAMERA, SampleRef
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.pai_tree import encode_h264
@@ -77,7 +78,7 @@ def test_a_deterministic_run_goes_one_by_one_and_repeats_its_bytes(tiny_checkpoi
     reader = CacheReader(tmp_path / "store")
     for sample_id in one_by_one.sample_ids:
         one, other = one_by_one.read(sample_id), reader.read(sample_id)
-        assert all(np.array_equal(one[name], other[name]) for name in one)
+        assert [name for name in one if not np.array_equal(one[name], other[name])] == []
     with pytest.raises(UsageError, match="batch_size is 4; expected 1, as the run is to be deterministic"):
         config(tiny_checkpoint, tmp_path / "store", deterministic=True, batch_size=4)
 
@@ -141,7 +142,7 @@ def test_a_request_to_stop_commits_what_is_in_flight(tiny_checkpoint, tmp_path, 
 def test_memory_is_flat_however_slow_the_disk(tiny_checkpoint, tmp_path, monkeypatch):
     """Inputs that wait for the VLM, and stored values that wait for the disk, are a fixed number."""
     good, inputs = CacheWriter.write, weakref.WeakSet()
-    prepare, features = extraction._Run._prepare, extraction._Run._features
+    prepare, features = Preparation.__call__, extraction._Run._features
     most = {"inputs": 0, "outputs": 0}
     made, written = [], []
 
@@ -165,11 +166,11 @@ def test_memory_is_flat_however_slow_the_disk(tiny_checkpoint, tmp_path, monkeyp
         return found
 
     monkeypatch.setattr(CacheWriter, "write", write)
-    monkeypatch.setattr(extraction._Run, "_prepare", noted_prepare)
+    monkeypatch.setattr(Preparation, "__call__", noted_prepare)
     monkeypatch.setattr(extraction._Run, "_features", noted_features)
     settings = config(tiny_checkpoint, tmp_path / "store", source="synthetic:40", workers=2, writers=2, batch_size=2)
     assert alpacache.extract(settings).extracted == 40
-    ahead, window, in_hand = 2 + 2, 2 * 2 - 1, 2
+    ahead, window, in_hand = 2 + 2 * 2, 2 * 2 - 1, 2
     assert most["inputs"] <= ahead + window + in_hand
     assert 2 + SPARE_COPIES <= most["outputs"] <= 2 + SPARE_COPIES + in_hand
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache.extraction_pipeline import Writers, groups, read_ahead
+from alpacache.extraction_pipeline import Waits, Writers, groups, read_ahead
 from alpacache.host_copies import HostCopies
 from cache_store import CacheReader, CacheWriter, Field, StoreFullError
 
@@ -75,6 +75,25 @@ def test_what_was_read_is_not_kept():
         most = max(most, len(alive))
         assert number >= 0
     assert 1 <= most <= 5
+
+
+def test_waiting_is_counted_by_what_was_waited_for():
+    def items():
+        time.sleep(0.02)
+        yield 1
+        time.sleep(0.02)
+
+    waits = Waits()
+    for item in waits.timed("read", items()):
+        assert item == 1
+        time.sleep(0.05)
+    with waits.of("write"):
+        time.sleep(0.01)
+    shares = waits.shares(1.0)
+    assert shares["read"] >= 0.04
+    assert shares["write"] >= 0.01
+    assert waits.shares(2.0)["read"] == shares["read"] / 2
+    assert Waits().shares(0.0) == {"read": 0.0, "write": 0.0}
 
 
 def test_equal_items_are_grouped_in_order():

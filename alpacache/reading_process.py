@@ -1,0 +1,264 @@
+"""Reading in processes of their own: beside a GPU, a dozen threads would be in the way of the one that feeds it.
+
+Decoding and resizing take a core each. As threads of one process they would also take its interpreter lock, its
+allocator and its page tables, all of which the thread that launches the VLM's kernels needs. So reading threads only
+move the results of processes. They come through a pipe as a JSON header and plain bytes; nothing is unpickled. A
+process ends when its input does, so none is left behind whatever ends the run.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import IO, Any, BinaryIO, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alpacache import errors
+from alpacache.alpamayo.inputs import VLMInputs
+from alpacache.config import ExtractConfig
+from alpacache.device import keep_freed_memory
+from alpacache.preparation import VLM_DTYPE, Preparation, Prepared
+from alpacache.sample import SampleRef
+
+_LENGTH = struct.Struct("<Q")
+_PIPE_BYTES = 2**20
+"""What fits into the pipe before its reader wakes up; the largest that Linux allows without privileges."""
+_END_S = 10.0
+"""For a process to end on its own."""
+
+
+class ReadingProcesses:
+    """`Preparation` in so many processes, to be called by as many threads. They begin when this is entered."""
+
+    def __init__(self, config: ExtractConfig, count: int, *, pinned_for: torch.device | None) -> None:
+        """`pinned_for`: the GPU that pixels are page-locked for."""
+        self._config, self._count, self._pinned_for = config, count, pinned_for
+        self._processes: list[_Process] = []
+        self._free: SimpleQueue[_Process] = SimpleQueue()
+
+    def __call__(self, ref: SampleRef) -> Prepared:
+        """Raises what `Preparation` does, `DataError` where the process itself has ended."""
+        process = self._free.get()
+        try:
+            return process.prepare(ref, self._pinned_for)
+        finally:
+            self._free.put(process)
+
+    def __enter__(self) -> Self:
+        for _ in range(self._count):
+            self._processes.append(_Process(self._config))
+            self._free.put(self._processes[-1])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes:
+            process.ask_to_end()
+        for process in self._processes:
+            process.end()
+
+
+class _Process:
+    """One of them, from outside."""
+
+    def __init__(self, config: ExtractConfig) -> None:
+        home = str(Path(__file__).resolve().parent.parent)
+        paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
+        # Without a GPU: a context of CUDA on it would take half a gigabyte.
+        environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self._popen = subprocess.Popen(
+            [sys.executable, "-P", "-m", "alpacache.reading_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env=environment,
+        )
+        self.pid = self._popen.pid
+        assert self._popen.stdin is not None
+        assert self._popen.stdout is not None
+        self._requests, self._answers = self._popen.stdin, self._popen.stdout
+        self._requests.write(_line(dataclasses.asdict(config)))
+
+    def prepare(self, ref: SampleRef, pinned_for: torch.device | None) -> Prepared:
+        try:
+            self._requests.write(_line(dataclasses.asdict(ref)))
+            head, arrays, pixels = _receive(self._answers, pinned_for)
+        except (BrokenPipeError, EOFError):
+            code = self._popen.wait(_END_S)
+            raise errors.DataError(
+                f"the process that read sample {ref.sample_id} has ended with exit code {code}. If -9, the system ran "
+                "out of memory: take fewer --workers. Run the same command again to go on."
+            ) from None
+        if "error" in head:
+            raise _as_error(head)
+        return _unpacked(head, arrays, pixels)
+
+    def ask_to_end(self) -> None:
+        self._requests.close()
+
+    def end(self) -> None:
+        try:
+            self._popen.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            self._popen.wait()
+        self._answers.close()
+
+
+def main() -> None:
+    """The process: its configuration is the first line of its input, then each line is a sample to prepare."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole group: who started this one decides
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not get among the answers
+    _enlarge(answers)
+    requests = iter(sys.stdin.buffer)
+    setup: dict[str, Any] = json.loads(next(requests))
+    setup |= {name: tuple(value) for name, value in setup.items() if isinstance(value, list)}
+    config = ExtractConfig(**setup)
+    prepare: Callable[[SampleRef], Prepared]
+    try:
+        prepare = Preparation.of(config)
+    except Exception as error:
+        prepare = _refusing(error)
+    for request in requests:
+        try:
+            head, arrays = _packed(prepare(SampleRef(**json.loads(request))))
+        except Exception as error:
+            head, arrays = _of_error(error), []
+        try:
+            _send(answers, head, arrays)
+        except BrokenPipeError:
+            os._exit(1)  # nobody is there any more
+
+
+def _refusing(error: Exception) -> Callable[[SampleRef], Prepared]:
+    def refuse(ref: SampleRef) -> Prepared:
+        raise error
+
+    return refuse
+
+
+def _enlarge(pipe: BinaryIO) -> None:
+    """As large as the system allows."""
+    with suppress(OSError, AttributeError):  # slower, no more
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _send(pipe: BinaryIO, head: dict[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
+    """Length of the header, header, arrays."""
+    described = {**head, "arrays": [[array.dtype.str, array.shape] for array in arrays]}
+    text = json.dumps(described).encode()
+    pipe.write(_LENGTH.pack(len(text)) + text)
+    for array in arrays:
+        pipe.write(_bytes(np.ascontiguousarray(array)))
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes], pinned_for: torch.device | None) -> tuple[dict[str, Any], list[NDArray[Any]], Tensor]:
+    """Header, arrays but the first, and that as an int16 tensor, page-locked. Raises `EOFError`."""
+    size = bytearray(_LENGTH.size)
+    _fill(pipe, size)
+    text = bytearray(*_LENGTH.unpack(size))
+    _fill(pipe, text)
+    head: dict[str, Any] = json.loads(text)
+    (_, shape), *others = head["arrays"] or [(None, (0,))]
+    with nullcontext() if pinned_for is None else torch.cuda.device(pinned_for):  # a thread begins on the first GPU
+        pixels = torch.empty(shape, dtype=torch.int16, pin_memory=pinned_for is not None)
+    arrays = [np.empty(shape, dtype) for dtype, shape in others]
+    for array in (pixels.numpy(), *arrays):
+        _fill(pipe, _bytes(array))
+    return head, arrays, pixels
+
+
+def _bytes(array: NDArray[Any]) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _fill(pipe: IO[bytes], place: bytearray | memoryview) -> None:
+    rest = memoryview(place)
+    while len(rest):
+        read = pipe.readinto(rest)  # type: ignore[attr-defined]
+        if not read:
+            raise EOFError
+        rest = rest[read:]
+
+
+def _packed(prepared: Prepared) -> tuple[dict[str, Any], list[NDArray[Any]]]:
+    """As header and arrays, the pixels first."""
+    inputs, stored = prepared.inputs, prepared.arrays
+    names = [name for name, value in stored.items() if isinstance(value, np.ndarray)]
+    head = {
+        "sample_id": prepared.sample_id,
+        "text": inputs.text,
+        "stem_len": inputs.stem_len,
+        "names": names,
+        "values": {name: value for name, value in stored.items() if name not in names},
+    }
+    pixels = inputs.pixel_values.view(torch.int16).numpy()  # numpy has no bfloat16
+    first = [pixels, inputs.image_grid_thw.numpy(), inputs.input_ids, inputs.image_spans]
+    return head, [*first, *(stored[name] for name in names)]
+
+
+def _unpacked(head: dict[str, Any], arrays: Sequence[NDArray[Any]], pixels: Tensor) -> Prepared:
+    grid, input_ids, image_spans, *stored = arrays
+    inputs = VLMInputs(
+        text=head["text"],
+        input_ids=input_ids,
+        pixel_values=pixels.view(VLM_DTYPE),
+        image_grid_thw=torch.from_numpy(grid),
+        image_spans=image_spans,
+        stem_len=head["stem_len"],
+    )
+    values = {**dict(zip(head["names"], stored, strict=True)), **head["values"]}
+    return Prepared(sample_id=head["sample_id"], inputs=inputs, arrays=values)
+
+
+def _of_error(error: Exception) -> dict[str, Any]:
+    foreign = isinstance(error, OSError) and not isinstance(error, errors.AlpacacheError)
+    return {
+        "error": OSError.__name__ if foreign else type(error).__name__,
+        "kind": getattr(error, "kind", None),
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+
+
+def _as_error(head: dict[str, Any]) -> Exception:
+    """The error that the process met, its traceback as a note."""
+    found: Exception
+    if head["error"] == errors.BadClipError.__name__:
+        found = errors.BadClipError(head["kind"], head["message"])
+    elif head["error"] == OSError.__name__:
+        found = OSError(head["message"])
+    elif issubclass(known := getattr(errors, head["error"], RuntimeError), errors.AlpacacheError):
+        found = known(head["message"])
+    else:
+        found = RuntimeError(f"{head['error']}: {head['message']}")
+    found.add_note(head["traceback"])
+    return found
+
+
+if __name__ == "__main__":
+    main()
