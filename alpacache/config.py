@@ -67,7 +67,7 @@ class ExtractConfig:
     """Samples that go through the VLM at a time; None: 4 on a GPU, 1 on a CPU and where runs must be deterministic."""
     workers: int | None = None
     """How many samples are read and preprocessed at a time ahead of the VLM, by processes beside a GPU and by threads
-    elsewhere; None: as many as there are CPU cores less two, 2 to 24."""
+    elsewhere; None: as many as there are CPU cores less two, 2 to 24, shared by torchrun's processes."""
     writers: int = 4
     """Threads that commit samples behind it; host memory holds two samples more than that."""
     device: str | None = None

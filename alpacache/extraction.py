@@ -37,7 +37,7 @@ from alpacache.selection import Rejected, select
 from alpacache.sources import open_source
 from alpacache.store_count import StoreCount
 from alpacache.views import views_identity
-from alpacache.world import own_device, process_place
+from alpacache.world import own_device, process_place, processes_here
 from cache_store import CODECS, CacheWriter
 from cache_store.sample_key import sample_key
 from cache_store.writer import committed_keys, failed_keys
@@ -387,8 +387,11 @@ def share(shard: tuple[int, int]) -> tuple[int, int]:
 
 
 def reading_workers(config: ExtractConfig) -> int:
-    """How many samples are read at a time: decoding and resizing keep a CPU core each."""
-    return config.workers or min(max(len(os.sched_getaffinity(0)) - 2, 2), 24)
+    """How many samples are read at a time: decoding and resizing keep a CPU core each, and torchrun's processes of one
+    machine share its cores.
+    """
+    cores = len(os.sched_getaffinity(0)) // processes_here()
+    return config.workers or min(max(cores - 2, 2), 24)
 
 
 @contextmanager

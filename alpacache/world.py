@@ -116,6 +116,11 @@ def process_place() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_here() -> int:
+    """How many of torchrun's processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def own_device(device: str | None) -> torch.device:
     """The device asked for; of several processes each has the GPU of its number on this machine.
 

@@ -173,7 +173,7 @@ def read_inputs(config: ExtractConfig, device: torch.device) -> tuple[list[VLMIn
         return kept[:8], len(refs) / (time.perf_counter() - started)
 
 
-def in_threads() -> AbstractContextManager[Any]:
+def reading_in_threads() -> AbstractContextManager[Any]:
     """Within it samples are read as they would be through the network: in threads of the process that has the VLM."""
     return mock.patch.object(extraction, "_streamed", return_value=True)
 
@@ -248,10 +248,11 @@ def measure(
             row |= {"prefill_s": alone[batch], "neighbour_error": neighbour_error(vlm, ready, batch)}
             row["cores_to_keep_up"] = row["cpu_cores"] * alone[batch] / decode
         yield row
-    for codec, way in (("int8", nullcontext()), ("bf16", nullcontext()), ("int8", in_threads())):
+    runs = [("int8", False), ("bf16", False), *([("int8", True)] if vlm.device.type == "cuda" else [])]
+    for codec, in_threads in runs:
         row = {**common, "codec": codec, "batch": scale.batch, "writers": config.writers}
-        with way, _peak(row):
-            if not isinstance(way, nullcontext):
+        with reading_in_threads() if in_threads else nullcontext(), _peak(row):
+            if in_threads:
                 row |= {"note": "read in threads", "decode_s": read_inputs(config, vlm.device)[1]}
             row |= extract_row(root, vlm, config, codec, alone.get(scale.batch), row["decode_s"])
         yield row

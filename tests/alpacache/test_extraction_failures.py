@@ -305,3 +305,14 @@ def test_a_writer_that_fails_otherwise_ends_the_run_with_its_error(tiny_checkpoi
     monkeypatch.setattr(CacheWriter, "write", write)
     with pytest.raises(PermissionError):
         alpacache.extract(config(tiny_checkpoint, tmp_path / "store"))
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "asked", "expected"),
+    [(16, 1, None, 14), (2, 1, None, 2), (64, 1, None, 24), (32, 2, None, 14), (16, 8, None, 2), (16, 8, 5, 5)],
+)
+def test_readers_share_the_cores_of_a_machine(cores, processes, asked, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    settings = ExtractConfig(source="synthetic:1", model="model", store=str(tmp_path), workers=asked)
+    assert extraction.reading_workers(settings) == expected

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.config import ExtractConfig
 from alpacache.sample import CAMERAS
 from alpacache.selection import select
 from alpacache.sources import open_source
@@ -47,8 +46,8 @@ def test_drives_give_samples_of_different_pictures(drives):
 def test_the_tokenizer_keeps_image_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(full_size, "_expert_state", lambda small: {"vlm.placeholder": torch.zeros(1)})
     checkpoint = full_size.write_checkpoint(tmp_path / "model", small=True)
-    source = open_source("synthetic:2")
-    inputs, rate = bench_extract.read_inputs(source, InputBuilder(Checkpoint(str(checkpoint))), 2, workers=1)
+    config = ExtractConfig(source="synthetic:2", model=str(checkpoint), store="store", samples=2, workers=1)
+    inputs, rate = bench_extract.read_inputs(config, torch.device("cpu"))
     assert rate > 0
     for one in inputs:
         merged = int(one.image_grid_thw.prod(-1).sum()) // 4
@@ -78,3 +77,13 @@ def test_the_quick_benchmark(tmp_path):
             assert row["of_limit"] == pytest.approx(row["samples_s"] / limit)
         else:
             assert 0 <= row["neighbour_error"] < 0.03
+
+
+@pytest.mark.slow
+def test_the_quick_scaling_benchmark(tmp_path):
+    report = tmp_path / "report.json"
+    command = [sys.executable, str(BENCHMARKS / "bench_extract_scaling.py"), "--quick", "--json", str(report)]
+    subprocess.run(command, check=True, capture_output=True)
+    one, two = json.loads(report.read_text())["rows"]
+    assert [(row["gpus"], row["samples"]) for row in (one, two)] == [(1, 4), (2, 8)]
+    assert two["efficiency"] == pytest.approx(two["samples_s"] / one["samples_s"] / 2)
