@@ -120,7 +120,10 @@ def full_cases() -> list[Case]:
                     Case(name=f"{store}-lora", trainable="lora", **common | {"batch": 4}),
                 ]
             if store == "c1-int8":
-                cases.append(Case(name=f"{store}-16gb", budget="16GB", **common | {"batch": 1}))
+                cases += [
+                    Case(name=f"{store}-16gb", budget="16GB", **common | {"batch": 1}),
+                    Case(name=f"{store}-batch4", **common | {"batch": 4}),  # the example of `plan`
+                ]
             cases.append(Case(name=f"{store}-cold", medium="cold", **common))
     return cases
 
@@ -220,6 +223,7 @@ def _measure(case: Case, plan: Plan, work: Path) -> dict[str, Any]:
     settled = tomllib.loads((out / "config.toml").read_text())
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     times = [(ms, wait) for step, ms, wait in step_times(metrics, case.batch) if step > skip]
+    print(json.dumps({"case": case.name, "step_ms": [round(ms, 1) for ms, _ in times]}), flush=True)
     total_s = sum(ms for ms, _ in times) / 1e3
     samples_s = case.batch * len(times) / total_s
     sample_bytes = sum(reader.size_bytes(name) for name in reader.sample_ids) / len(reader)
