@@ -65,7 +65,10 @@ class Sample:
     cameras: tuple[str, ...]
     """Camera names, sorted by camera index."""
     frames: NDArray[np.uint8]
-    """`[cameras, frames, 3, H, W]` RGB; the last frame of each camera is the one at or before t0."""
+    """`[cameras, frames, 3, H, W]` RGB; the last frame of each camera is the one at or before t0.
+
+    In memory they may lie as decoded, colours last.
+    """
     frame_timestamps_us: NDArray[np.int64]
     """`[cameras, frames]` recording time of each frame."""
     history_xyz: NDArray[np.float32]

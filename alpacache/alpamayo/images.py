@@ -83,7 +83,7 @@ def to_patches(
     for number, frame in enumerate(frames):
         # One at a time: memory for the float copies of all would be mapped and cleared anew for every sample.
         pixels[number] = _scaled(frame, fitted)
-    pixels = (pixels - 0.5) / 0.5
+    pixels.sub_(0.5).div_(0.5)
     rows, columns = fitted[0] // patch, fitted[1] // patch
     blocks = pixels.reshape(count, channels, rows // merge, merge, patch, columns // merge, merge, patch)
     # tokens by merged block, then the block's patches; within a patch channel, time, row, column
@@ -94,8 +94,17 @@ def to_patches(
 
 
 def _scaled(picture: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
-    """`[3, H, W]` as float32 from 0 to 1, resized where it has another size; there it may overshoot."""
-    pixels = torch.from_numpy(np.require(picture, requirements=["C", "W"])[None]).float().div_(255.0)
-    if picture.shape[-2:] != size:
+    """`[3, H, W]` as float32 from 0 to 1, resized where it has another size; there it may overshoot.
+
+    One channel at a time: a picture that lies as decoded, colours last, needs no other copy than that to float.
+    """
+    channels = torch.from_numpy(np.require(picture, requirements="W"))
+    return torch.cat([_scaled_channel(channel, size) for channel in channels])
+
+
+def _scaled_channel(channel: Tensor, size: tuple[int, int]) -> Tensor:
+    """`[H, W]` uint8 to `[1, h, w]`."""
+    pixels = channel.float().div_(255.0)[None, None]
+    if channel.shape != size:
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
     return pixels[0]

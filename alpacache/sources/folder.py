@@ -108,11 +108,14 @@ class FolderSource:
 
 
 def join_cameras(images: Sequence[NDArray[np.uint8]], cameras: Sequence[str], *, where: str) -> NDArray[np.uint8]:
-    """Per camera `[frames, 3, H, W]` as `[cameras, frames, 3, H, W]`; sizes must agree (`wrong_shape`)."""
+    """Per camera `[frames, 3, H, W]` as `[cameras, frames, 3, H, W]`; sizes must agree (`wrong_shape`).
+
+    One camera's are not copied.
+    """
     if len({array.shape for array in images}) > 1:
         sizes = ", ".join(f"{camera} {array.shape[-2:]}" for camera, array in zip(cameras, images, strict=True))
         raise BadClipError("wrong_shape", f"{where}: cameras of different sizes (height, width): {sizes}.")
-    return np.stack(images)
+    return np.stack(images) if len(images) > 1 else images[0][None]
 
 
 def _read_index(file: Path) -> dict[str, Any]:

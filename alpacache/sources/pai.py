@@ -201,7 +201,7 @@ class PhysicalAiSource:
                 images, taken = reader.decode_images_from_timestamps(wanted)
             finally:
                 reader.close()
-        return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), np.asarray(taken, dtype=np.int64)
+        return images.transpose(0, 3, 1, 2), np.asarray(taken, dtype=np.int64)
 
     def _read_stamps(self, clip_id: str, camera: str, *, fetch: bool = True) -> NDArray[np.int64]:
         column = self._read_table(clip_id, camera, "frame_timestamps", fetch=fetch)["timestamp"]

@@ -50,17 +50,14 @@ def read_mp4(file: Path, indices: Sequence[int], *, count: int, where: str) -> N
 
 
 def stack(frames: Sequence[NDArray[np.uint8]], *, where: str) -> NDArray[np.uint8]:
-    """`[H, W, 3]` frames of one size as `[frames, 3, H, W]`."""
+    """`[H, W, 3]` frames of one size as `[frames, 3, H, W]`, which lie as decoded, colours last."""
     sizes = sorted({frame.shape[:2] for frame in frames})
     if len(sizes) > 1:
         raise BadClipError(
             "wrong_shape",
             f"{where}: frames of different sizes (height, width): {', '.join(map(str, sizes))}; one size a sample.",
         )
-    stacked = np.empty((len(frames), 3, *sizes[0]), np.uint8)
-    for place, frame in zip(stacked, frames, strict=True):
-        place[...] = frame.transpose(2, 0, 1)  # one at a time, while it is in the processor's cache
-    return stacked
+    return np.stack(frames).transpose(0, 3, 1, 2)
 
 
 def check_size(width: int, height: int, *, where: str) -> None:

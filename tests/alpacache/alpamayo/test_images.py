@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from alpacache.alpamayo.images import fit_size, image_tokens, to_patches, to_processor_size
 
@@ -36,6 +38,29 @@ def test_patches_equal_golden(case, relative_error):
 @pytest.mark.parametrize(("height", "width"), [(1080, 1920), (900, 1600), (720, 1280)])
 def test_common_frames_become_720_patches(height, width):
     assert fit_size(height, width, factor=32, **LIMITS) == (320, 576)
+
+
+@pytest.mark.parametrize(
+    "size", [(1080, 1920), (120, 200), (320, 700), (320, 576)], ids=lambda size: "x".join(map(str, size))
+)
+@pytest.mark.parametrize("count", [1, 4])
+def test_however_pictures_lie_in_memory_their_pixels_are_those_of_resizing_them_whole(size, count):
+    decoded = np.random.default_rng(0).integers(0, 256, (count, *size, 3), dtype=np.uint8)
+    decoded[:, : size[0] // 2] = decoded[:, : size[0] // 2] // 128 * 255  # where the resize overshoots
+    turned = decoded.transpose(0, 3, 1, 2)
+    frames = np.ascontiguousarray(turned)
+    whole = torch.from_numpy(frames).float() / 255.0
+    fitted = fit_size(*size, factor=32, **LIMITS)
+    whole = F.interpolate(whole, size=fitted, mode="bicubic", antialias=True, align_corners=False)
+    whole = (whole - 0.5) / 0.5
+    # one row a patch of the merged block: channel, time, row, column
+    rows = F.unfold(whole, kernel_size=16, stride=16).mT.reshape(
+        count, fitted[0] // 32, 2, fitted[1] // 32, 2, 3, 1, 256
+    )
+    wanted = rows.transpose(2, 3).expand(-1, -1, -1, -1, -1, -1, 2, -1).reshape(-1, 1536)
+    turned.flags.writeable = False
+    for each in (frames, turned, frames[..., ::-1][..., ::-1]):
+        assert torch.equal(to_patches(each, patch=16, merge=2, temporal=2, **LIMITS)[0], wanted)
 
 
 def test_degenerate_images_are_refused():

@@ -11,7 +11,7 @@ from alpacache.errors import BadClipError, SourceError
 from alpacache.recording import RecordedSource, read_recording
 from alpacache.sample import SampleRef
 from alpacache.selection import select
-from alpacache.sources.folder import FolderSource
+from alpacache.sources.folder import FolderSource, join_cameras
 
 FRONT, LEFT = "camera_front_wide_120fov", "camera_cross_left_120fov"
 T0 = 5_100_000
@@ -29,6 +29,14 @@ def test_frames_are_those_at_or_before_each_time(folder, clip):
     assert sample.frames.dtype == np.uint8
     shown = sample.frames.mean(axis=(0, 2, 3, 4))
     np.testing.assert_allclose(shown, [20 + 3 * i for i in (48, 49, 50, 51)], atol=1.25)
+
+
+def test_frames_lie_as_decoded_and_one_cameras_are_not_copied(folder):
+    for clip in ("a", "b"):
+        assert load(folder, clip).frames.transpose(0, 1, 3, 4, 2).flags.c_contiguous
+    images = [np.full((2, 4, 6, 3), shade, np.uint8).transpose(0, 3, 1, 2) for shade in (10, 20)]
+    assert np.shares_memory(join_cameras(images[:1], [FRONT], where=""), images[0])
+    np.testing.assert_array_equal(join_cameras(images, [FRONT, LEFT], where="")[:, 1, 2, 3, 5], [10, 20])
 
 
 @pytest.mark.parametrize("t0", [2_000_000, 5_550_000])
