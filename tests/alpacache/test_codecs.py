@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache import codecs
+from alpacache import codec_passes, codecs
 from alpacache.codecs import decode, decode_layer, encode
 from cache_store import CODECS, KVCodec, kv_coding
 
@@ -48,9 +48,9 @@ def test_how_many_layers_are_encoded_at_once_changes_no_byte(name, monkeypatch) 
     reference = kv_coding.encode(codec, kv.view(torch.uint16).numpy())
     groups = []
     for values in (1, 2 * 2 * 70 * 64, 2**24):
-        monkeypatch.setattr(codecs, "_ENCODED_AT_ONCE", values)
+        monkeypatch.setattr(codec_passes, "AT_ONCE", values)
         assert np.array_equal(encode(codec, kv).numpy(), reference)
-        groups.append([count for _, count in codecs._alike(codec, shape)])
+        groups.append([count for _, count in codecs._alike(codec, shape, values)])
     assert groups[0] == [1] * 6
     assert groups[1:] == ([[2, 2, 1, 1], [2, 3, 1]] if name == "mixed" else [[2, 2, 2], [6]])
 

@@ -1,0 +1,326 @@
+"""Triton kernels of `codec_passes`, bit-equal to it: what torch does in many passes is done in registers.
+
+In torch each operation of the search for a scale reads and writes every value, which with all else moves 780 bytes for
+each, some 16 here. Keys and values are read once for extremes, once for weights (keys) and once for codes, which go
+through memory as int16, because their bit planes run along channels and groups of keys do not.
+
+Results do not depend on the hardware: division is IEEE's (`/` of Triton is not), rounding is exact integer or float
+arithmetic, squares are summed as int64, and products are not fused with sums.
+
+A lane is a group. Lanes of keys are channels of the same tokens, so that neighbours lie next to each other in memory;
+members of a lane of values do. The last axis of a tile is the one along which memory is contiguous.
+"""
+
+# Compile-time constants of kernels are in capitals.
+# ruff: noqa: N803
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alpacache.codec_passes import Groups
+from cache_store.kv_codec import ERROR_STEPS, TRIED, WEIGHT_STEPS
+
+AT_ONCE = 2**28
+"""Values of a layer's keys, or of its values, times layers; temporary memory is some 4 bytes for each."""
+_KEY_LANES = 128
+_KEY_MEMBERS, _FITTED_MEMBERS = 8, 4
+"""Of a tile of keys, and where scales are tried; a program goes through a group of tokens by such steps."""
+_TILE = 1024
+"""Elements of a tile of values, whose lanes have all their members in it."""
+_ENERGY_TOKENS = 64
+_PACKED = 1024
+"""Codes that a program packs."""
+
+
+@triton.jit
+def _rint(x):  # type: ignore[no-untyped-def]
+    """Nearest integer, half to even, of magnitudes below 2^22. Codes and zeros are below 2^16, errors below 2^18."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _as_bfloat16(x):  # type: ignore[no-untyped-def]
+    """The nearest bfloat16, ties to even, as float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _codes(x, scale, zero, level):  # type: ignore[no-untyped-def]
+    return tl.minimum(tl.maximum(_rint(tl.div_rn(x, scale)) + zero, 0.0), level)
+
+
+@triton.jit
+def _search(table, needed):  # type: ignore[no-untyped-def]
+    """Index of the first of 256 rising scales that is as large, or the last."""
+    index = tl.zeros(needed.shape, tl.int32)
+    for power in tl.static_range(7, -1, -1):
+        below = tl.load(table + index + (1 << power) - 1) < needed
+        index += tl.where(below, 1 << power, 0)
+    return index
+
+
+@triton.jit
+def _places(lane, lanes, tokens, KEYS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where in a layer the lanes' groups begin, the channel there and the head if it is a key, and their members, of
+    which lanes beyond the last have none (of keys asked by rows, or loads would not be known to be wide ones)."""
+    if KEYS:
+        row, channel = lane // CHANNELS, lane % CHANNELS
+        groups = (tokens + GROUP - 1) // GROUP
+        head, first = row // groups, row % groups * GROUP
+        begin = (head * tokens + first) * CHANNELS
+        members = tl.where(row < lanes // CHANNELS, tl.minimum(tokens - first, GROUP), 0)
+    else:
+        begin, channel, head = lane * GROUP, lane * 0, lane * 0
+        members = tl.where(lane < lanes, GROUP, 0)
+    return begin, channel, head, members
+
+
+@triton.jit
+def _wide(lane_at, member, KEYS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Places of a tile: `[member, lane]` of keys, `[lane, member]` of values."""
+    if KEYS:
+        at = lane_at[None, :] + member[:, None] * CHANNELS
+    else:
+        at = lane_at[:, None] + member[None, :]
+    return at
+
+
+@triton.jit
+def _loaded(x, at, valid):  # type: ignore[no-untyped-def]
+    """float32 of the bits of bfloat16."""
+    return (tl.load(x + at, mask=valid, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["layer_stride", "tokens", "lanes"])
+def group_extremes(  # type: ignore[no-untyped-def]
+    x, low, high, layer_stride, tokens, lanes,
+    KEYS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """Least and greatest member of each group, float32 `[layer, lane]`."""
+    axis: tl.constexpr = 0 if KEYS else 1
+    layer = tl.program_id(1).to(tl.int64)
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    begin, channel, _, members = _places(lane, lanes, tokens, KEYS, CHANNELS, GROUP)
+    x += tl.multiple_of(layer * layer_stride, 8)
+    member = tl.arange(0, MEMBERS)
+    infinite = _wide(lane * 0, member * 0, KEYS, CHANNELS) + float("inf")
+    least, greatest = infinite, -infinite
+    for start in range(0, GROUP, MEMBERS):
+        valid = _wide(lane * 0, start + member, KEYS, 1) < tl.expand_dims(members, axis)
+        value = _loaded(x, _wide(begin + channel, start + member, KEYS, CHANNELS), valid)
+        least = tl.minimum(least, tl.where(valid, value, float("inf")))
+        greatest = tl.maximum(greatest, tl.where(valid, value, -float("inf")))
+    tl.store(low + layer * lanes + lane, tl.min(least, axis), mask=lane < lanes)
+    tl.store(high + layer * lanes + lane, tl.max(greatest, axis), mask=lane < lanes)
+
+
+@triton.jit(do_not_specialize=["layer_stride", "tokens", "lanes"])
+def group_energy(  # type: ignore[no-untyped-def]
+    x, largest, sums, layer_stride, tokens, lanes,
+    STEPS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """Sum of squares of each group of keys in fixed point, int64 `[layer, lane]`."""
+    layer = tl.program_id(1).to(tl.int64)
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    begin, channel, _, members = _places(lane, lanes, tokens, True, CHANNELS, GROUP)
+    x += tl.multiple_of(layer * layer_stride, 8)
+    most = tl.load(largest + layer)
+    member = tl.arange(0, MEMBERS)
+    total = tl.zeros([MEMBERS, LANES], tl.int64)
+    for start in range(0, GROUP, MEMBERS):
+        valid = _wide(lane * 0, start + member, True, 1) < members[None, :]
+        value = _loaded(x, _wide(begin + channel, start + member, True, CHANNELS), valid)
+        steps = _rint(tl.div_rn(value, most) * STEPS).to(tl.int64)
+        total += steps * steps
+    tl.store(sums + layer * lanes + lane, tl.sum(total, 0), mask=lane < lanes)
+
+
+@triton.jit(do_not_specialize=["layer_stride", "tokens", "lanes"])
+def fit(  # type: ignore[no-untyped-def]
+    x, order, group_sums, needed, least, levels, table, indices, zeros, codes, layer_stride, tokens, lanes,
+    KEYS: tl.constexpr, ORDERED: tl.constexpr, LEVELS: tl.constexpr, TRIED: tl.constexpr, STEPS: tl.constexpr,
+    CHANNELS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """Index of the scale of least squared error among `TRIED`, the first of several, and with it zero and codes.
+
+    Members are read again for every scale, from the cache, and codes of the best are computed once more: that is
+    cheaper than room for them. What is at places of lanes or members that do not exist is not stored.
+    """
+    axis: tl.constexpr = 0 if KEYS else 1
+    layer = tl.program_id(1).to(tl.int64)
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    inside = lane < lanes
+    begin, channel, head, members = _places(lane, lanes, tokens, KEYS, CHANNELS, GROUP)
+    members = tl.expand_dims(members, axis)
+    source = begin + channel
+    if ORDERED:
+        heads = lanes // (CHANNELS * ((tokens + GROUP - 1) // GROUP))
+        source = begin + tl.load(order + (layer * heads + head) * CHANNELS + channel, mask=inside, other=0).to(tl.int32)
+    x += tl.multiple_of(layer * layer_stride, 8)
+    table += layer * 256
+    here = layer * lanes + lane
+    middle = tl.load(group_sums + here, mask=inside, other=0.0)
+    first = _search(table, tl.load(needed + here, mask=inside, other=0.0))
+    lowest = first * 0
+    if KEYS:
+        lowest = _search(table, tl.load(least + here, mask=inside, other=0.0))
+    level = tl.load(levels + lane % LEVELS)
+    wide_level = tl.expand_dims(level, axis)
+    unit = tl.expand_dims(tl.load(table + first), axis)
+    member = tl.arange(0, MEMBERS)
+
+    best_error = tl.zeros([LANES], tl.int64)
+    best_index, best_scale, best_zero = first, level, level
+    for attempt in tl.static_range(len(TRIED)):
+        index = tl.minimum(tl.maximum(first + TRIED[attempt], lowest), 255)
+        scale = tl.load(table + index)
+        zero = _rint((level - tl.div_rn(middle, scale)) * 0.5)
+        if KEYS:
+            zero = tl.minimum(tl.maximum(zero, -32767.0), 32767.0)
+        else:
+            zero = tl.minimum(tl.maximum(zero, 0.0), level)
+        wide_scale, wide_zero = tl.expand_dims(scale, axis), tl.expand_dims(zero, axis)
+        total = tl.zeros([MEMBERS, LANES] if KEYS else [LANES, MEMBERS], tl.int64)
+        for start in range(0, GROUP, MEMBERS):
+            valid = _wide(lane * 0, start + member, KEYS, 1) < members
+            value = _loaded(x, _wide(source, start + member, KEYS, CHANNELS), valid)
+            back = _as_bfloat16((_codes(value, wide_scale, wide_zero, wide_level) - wide_zero) * wide_scale)
+            error = _rint(tl.div_rn(value - back, unit) * STEPS).to(tl.int64)
+            total += tl.where(valid, error * error, 0)
+        found = tl.sum(total, axis)
+        better = (found < best_error) if attempt > 0 else (found == found)
+        best_error = tl.where(better, found, best_error)
+        best_index = tl.where(better, index, best_index)
+        best_scale = tl.where(better, scale, best_scale)
+        best_zero = tl.where(better, zero, best_zero)
+
+    tl.store(indices + here, best_index.to(tl.uint8), mask=inside)
+    tl.store(zeros + here, best_zero.to(tl.int32).to(zeros.dtype.element_ty), mask=inside)
+    codes += layer * (lanes // ((tokens + GROUP - 1) // GROUP) * tokens if KEYS else lanes * GROUP)
+    wide_scale, wide_zero = tl.expand_dims(best_scale, axis), tl.expand_dims(best_zero, axis)
+    for start in range(0, GROUP, MEMBERS):
+        valid = _wide(lane * 0, start + member, KEYS, 1) < members
+        value = _loaded(x, _wide(source, start + member, KEYS, CHANNELS), valid)
+        code = _codes(value, wide_scale, wide_zero, wide_level).to(tl.int32)
+        tl.store(codes + _wide(begin + channel, start + member, KEYS, CHANNELS), code.to(tl.int16), mask=valid)
+
+
+@triton.jit(
+    do_not_specialize=["out_stride", "size", "row_bytes", "first", "done"], do_not_specialize_on_alignment=["out"]
+)
+def pack_plane(  # type: ignore[no-untyped-def]
+    codes, out, out_stride, size, row_bytes, first, done,
+    CHANNELS: tl.constexpr, PLANE: tl.constexpr, PARTS: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """Bits `done` to `done + PLANE` of codes from channel `first` on, `row_bytes` of each row of channels."""
+    layer = tl.program_id(1).to(tl.int64)
+    byte, part = tl.program_id(0) * BYTES + tl.arange(0, BYTES), tl.arange(0, PARTS)
+    inside = byte < size
+    at = tl.multiple_of(byte // row_bytes * CHANNELS + first + byte % row_bytes * PARTS, PARTS)
+    codes += layer * (size // row_bytes) * CHANNELS
+    code = tl.load(codes + at[:, None] + part[None, :], mask=inside[:, None], other=0).to(tl.int32)
+    bits = ((code >> done) & ((1 << PLANE) - 1)) << (part * PLANE)[None, :]
+    tl.store(out + layer * out_stride + byte, tl.sum(bits, 1).to(tl.uint8), mask=inside)
+
+
+def key_extremes(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """As of `codec_passes`, like all that follow."""
+    shape = (*x.shape[:2], triton.cdiv(x.shape[2], group), x.shape[3])
+    return _extremes(x, shape, _key_tile(x, group))
+
+
+def value_extremes(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    return _extremes(x, (*x.shape[:3], x.shape[3] // group), _value_tile(x, group))
+
+
+def energy(x: Tensor, largest: Tensor) -> Tensor:
+    tile = _key_tile(x, _ENERGY_TOKENS)
+    del tile["KEYS"]
+    shape = (*x.shape[:2], triton.cdiv(x.shape[2], _ENERGY_TOKENS), x.shape[3])
+    sums = torch.empty(shape, dtype=torch.int64, device=x.device)
+    lanes = sums[0].numel()
+    with _on(x.device):
+        group_energy[_grid(x, lanes, tile)](
+            _bits(x), largest, sums, x.stride(0), x.shape[2], lanes,
+            STEPS=WEIGHT_STEPS, enable_fp_fusion=False, **tile,
+        )  # fmt: skip
+    return sums.sum(2)
+
+
+def fit_keys(x: Tensor, order: Tensor | None, groups: Groups, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _fit(x, order, groups, torch.int16, {**_key_tile(x, group), "MEMBERS": _FITTED_MEMBERS})
+
+
+def fit_values(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
+    return _fit(x, None, groups, torch.uint8, _value_tile(x, x.shape[3] // groups.needed.shape[3]))
+
+
+def pack(codes: Tensor, first: int, count: int, done: int, plane: int, out: Tensor) -> None:
+    layers, size = out.shape
+    with _on(codes.device):
+        pack_plane[triton.cdiv(size, _PACKED * plane // 8), layers](
+            codes, out, out.stride(0), size, count * plane // 8, first, done,
+            CHANNELS=codes.shape[3], PLANE=plane, PARTS=8 // plane, BYTES=_PACKED * plane // 8, num_warps=4,
+        )  # fmt: skip
+
+
+def _extremes(x: Tensor, shape: tuple[int, ...], tile: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    low, high = (torch.empty(shape, device=x.device) for _ in range(2))
+    lanes = low[0].numel()
+    with _on(x.device):
+        group_extremes[_grid(x, lanes, tile)](_bits(x), low, high, x.stride(0), x.shape[2], lanes, **tile)
+    return low, high
+
+
+def _fit(
+    x: Tensor, order: Tensor | None, groups: Groups, zero: torch.dtype, tile: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = groups.needed.shape
+    indices, zeros = (torch.empty(shape, dtype=dtype, device=x.device) for dtype in (torch.uint8, zero))
+    codes = torch.empty(x.shape, dtype=torch.int16, device=x.device)
+    lanes = indices[0].numel()
+    with _on(x.device):
+        fit[_grid(x, lanes, tile)](
+            _bits(x), order, groups.sums, groups.needed, groups.least, groups.levels, groups.table,
+            indices, zeros, codes, x.stride(0), x.shape[2], lanes,
+            ORDERED=order is not None, LEVELS=len(groups.levels), TRIED=TRIED, STEPS=ERROR_STEPS,
+            enable_fp_fusion=False, **tile,
+        )  # fmt: skip
+    return indices, zeros, codes
+
+
+def _key_tile(x: Tensor, group: int) -> dict[str, Any]:
+    return {
+        "KEYS": True, "CHANNELS": x.shape[3], "GROUP": group, "LANES": _KEY_LANES, "MEMBERS": _KEY_MEMBERS,
+        "num_warps": 4,
+    }  # fmt: skip
+
+
+def _value_tile(x: Tensor, group: int) -> dict[str, Any]:
+    members = triton.next_power_of_2(group)
+    return {
+        "KEYS": False, "CHANNELS": x.shape[3], "GROUP": group, "LANES": _TILE // members, "MEMBERS": members,
+        "num_warps": 4,
+    }  # fmt: skip
+
+
+def _grid(x: Tensor, lanes: int, tile: dict[str, Any]) -> tuple[int, int]:
+    return triton.cdiv(lanes, tile["LANES"]), len(x)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The bits of bfloat16, whose conversions the interpreter does not round; layers may have any stride."""
+    if not x[0].is_contiguous():
+        raise ValueError(f"keys or values have strides {x.stride()}; expected those of contiguous layers.")
+    return x.view(torch.int16)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever its arguments lie on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
