@@ -75,6 +75,15 @@ def test_values_are_those_of_this_process(config):
                 assert one.arrays[name] == value
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pixels_are_page_locked_for_a_gpu(config):
+    with ReadingProcesses(config, 1, pinned_for=torch.device("cuda", 0)) as read:
+        pixels = read(REFS[0]).inputs.pixel_values
+    assert pixels.is_pinned()
+    assert torch.equal(pixels, Preparation.of(config)(REFS[0]).inputs.pixel_values)
+
+
 def test_errors_are_those_of_this_process_with_the_traceback_as_a_note(config):
     bad = SampleRef(clip_id="synthetic-0-000001", t0_us=900_000_000)
     with pytest.raises(BadClipError) as here:
