@@ -185,7 +185,8 @@ class _Run:
 
     def _extract(self, todo: Sequence[SampleRef]) -> None:
         self.total = len(todo)
-        with keeping_threads(), reading(self.config, self.source, self.builder, self.device) as read:
+        self.workers = min(self.workers, self.total)
+        with keeping_threads(), reading(self.config, self.source, self.builder, self.device, self.workers) as read:
             vlm, sampler = self._load()
             self.started = time.monotonic()
             with (
@@ -396,14 +397,15 @@ def reading_workers(config: ExtractConfig) -> int:
 
 @contextmanager
 def reading(
-    config: ExtractConfig, source: Source, builder: InputBuilder, device: torch.device
+    config: ExtractConfig, source: Source, builder: InputBuilder, device: torch.device, workers: int
 ) -> Iterator[Callable[[SampleRef], Prepared]]:
-    """What reads and preprocesses a sample, in the threads that call it: beside a GPU each has a process for it.
+    """What reads and preprocesses a sample, in the threads that call it, `workers` at most: beside a GPU each has a
+    process for it.
 
     Not for what comes through the network: the processes would not know what the others have fetched.
     """
     if device.type == "cuda" and not _streamed(config):
-        with ReadingProcesses(config, reading_workers(config), pinned_for=device) as processes:
+        with ReadingProcesses(config, workers, pinned_for=device) as processes:
             yield processes
     else:
         yield Preparation(config, source, builder)

@@ -162,7 +162,7 @@ def read_inputs(config: ExtractConfig, device: torch.device) -> tuple[list[VLMIn
     workers = extraction.reading_workers(config)
     begin = one_thread_each if device.type == "cuda" else None
     with (
-        extraction.reading(config, source, input_builder(config, checkpoint), device) as read,
+        extraction.reading(config, source, input_builder(config, checkpoint), device, workers) as read,
         ThreadPoolExecutor(workers, initializer=begin) as pool,
     ):
         # So many that each worker is warm, and enough for any batch.

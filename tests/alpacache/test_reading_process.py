@@ -143,8 +143,8 @@ def in_processes(monkeypatch):
             super().__init__(*given, **named)
             begun.append(self)
 
-    def reading(config, source, builder, device):
-        return Noted(config, config.workers, pinned_for=None)
+    def reading(config, source, builder, device, workers):
+        return Noted(config, workers, pinned_for=None)
 
     monkeypatch.setattr(extraction, "reading", reading)
     return begun
@@ -155,6 +155,8 @@ def test_extract_writes_the_same_store(config, in_processes, tmp_path, monkeypat
     assert report.extracted == report.selected > 4
     assert len(in_processes) == 1
     assert len(in_processes[0]._processes) == 2
+    more = dataclasses.replace(config, store=str(tmp_path / "few"), samples=1, views=1, workers=5)
+    assert alpacache.extract(more).extracted == len(in_processes[1]._processes) == 1  # no more than there are samples
     monkeypatch.undo()
     alpacache.extract(dataclasses.replace(config, store=str(tmp_path / "other")))
     one, other = CacheReader(config.store), CacheReader(tmp_path / "other")
