@@ -10,7 +10,6 @@ Checksums are the larger part of what reading from RAM costs a CPU, and a GPU co
 there they may be checked in the rows; whoever computes on rows then has to look at `damage` before anything is kept.
 """
 
-import importlib.util
 import os
 import time
 from collections import deque
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from alpacache.action_space import UnicycleActionSpace
 from alpacache.cached_dataset import CachedDataset
-from alpacache.device import keeping_threads
+from alpacache.device import has_kernels, keeping_threads
 from alpacache.errors import DataError, UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS
 from alpacache.host_memory import Bytes, Slabs, available_bytes, page_aligned, page_lock, page_rounded, page_unlock
@@ -108,7 +107,7 @@ class BatchRing:
         shape = (2 * batch_size, largest)
         self.data = torch.empty(shape, dtype=torch.uint8, device=device) if data is None else data
         """`[2 * batch_size, row_bytes]`: batch s lies in the first half of the rows if s is even."""
-        checks = check_on_device and _can_check(device)
+        checks = check_on_device and has_kernels(device)
         self.damage = torch.zeros(2 * batch_size, dtype=torch.int32, device=device) if checks else None
         """`[2 * batch_size]`: not zero from when damaged bytes have come into a row; None if the threads check."""
         self._scratch: Tensor | None = None
@@ -362,10 +361,6 @@ class BatchRing:
 def samples_ahead(batch_size: int) -> int:
     """How many samples may be between disk and device unless told otherwise."""
     return max(4, 2 * batch_size)
-
-
-def _can_check(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 class _Source:

@@ -9,7 +9,6 @@ the VLM by then, and wait for every launch. What passes over every value is in `
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from alpacache import codec_passes
 from alpacache.codec_passes import Groups
+from alpacache.device import has_kernels
 from cache_store.kv_codec import MAX_VALUE, MAX_ZERO, KVCodec, Segment, planes, scale_table
 
 _DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16}
@@ -46,7 +46,7 @@ def encode(codec: KVCodec, kv: Tensor) -> Tensor:
 
 def _passes(device: torch.device) -> ModuleType:
     """The module of what passes over every value: kernels on a GPU, if triton is installed."""
-    if device.type == "cuda" and find_spec("triton"):
+    if has_kernels(device):
         from alpacache import codec_kernels
 
         return codec_kernels

@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 
@@ -37,6 +38,11 @@ def enter(device: torch.device) -> None:
 def device_name(device: torch.device) -> str:
     """What the hardware calls itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels can run there; without them their references in PyTorch do."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def one_thread_each() -> None:

@@ -9,7 +9,6 @@ on two processes of the CPU.
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ import bench_extract
 import full_size
 import torch
 from benchmark_report import arguments, finish, hardware_name
+from drills import call
 
 from alpacache.sample import CAMERAS
 
@@ -27,14 +27,11 @@ KEYS = ("gpus", "samples", "samples_s", "efficiency", "cpu_cores", "read_wait", 
 
 def measure(gpus: int, source: str, model: Path, store: Path, *, samples: int, small: bool) -> dict[str, Any]:
     """A row; waits are the first process's."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "cli.main", "extract", source]
-    command += ["--model", str(model), "--store", str(store), "--codec", "int8", "--samples", str(samples * gpus)]
-    command += ["--t0", "every:0.2" if small else bench_extract.T0, "--json", *(["--device", "cpu"] if small else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}")
-    report = json.loads(done.stdout)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "cli.main"]
+    command = ["extract", source, "--model", str(model), "--store", str(store), "--codec", "int8"]
+    command += ["--samples", str(samples * gpus), "--t0", "every:0.2" if small else bench_extract.T0]
+    report = call(*command, *(["--device", "cpu"] if small else []), program=torchrun)
     times = sorted(record.stat().st_mtime for record in (store / "commits").iterdir())
     shutil.rmtree(store)
     return {

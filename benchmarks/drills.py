@@ -17,10 +17,10 @@ from benchmark_report import arguments, finish, hardware_name
 CLI = [sys.executable, "-m", "cli.main"]
 
 
-def call(*given: str) -> dict[str, Any]:
+def call(*given: str, program: Sequence[str] = CLI) -> dict[str, Any]:
     """A command to its end: what it printed with `--json`, and its seconds as `wall_s`."""
     started = time.monotonic()
-    done = subprocess.run([*CLI, *given, "--json"], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*program, *given, "--json"], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(given)}: exit code {done.returncode}")
     wall_s = time.monotonic() - started

@@ -110,7 +110,7 @@ def test_damage_in_a_row_is_named_before_its_batch_is_handed_over(data, expert, 
         if 3 in chunks:
             ring.damage[3] = 1
 
-    monkeypatch.setattr("alpacache.batches._can_check", lambda device: True)
+    monkeypatch.setattr("alpacache.batches.has_kernels", lambda device: True)
     monkeypatch.setattr(BatchRing, "_check", check)
     batches = predict_ahead(expert, data, INDICES, batch_size=2, **SETTINGS)
     assert next(batches)[0] == (4, 0)

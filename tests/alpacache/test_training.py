@@ -424,7 +424,7 @@ def checking_device(request, monkeypatch):
         for row, start, size, crc in table.chunks:
             damage[row] |= google_crc32c.value(data[row, start : start + size].numpy().tobytes()) != crc
 
-    monkeypatch.setattr("alpacache.batches._can_check", lambda device: True)
+    monkeypatch.setattr("alpacache.batches.has_kernels", lambda device: True)
     monkeypatch.setattr("alpacache.gpu_checksum.ChunkTable", SimpleNamespace(build=build))
     monkeypatch.setattr("alpacache.gpu_checksum.check_rows", check_rows)
     return "cpu"
