@@ -20,7 +20,7 @@ from typing import Any
 
 import full_size
 import torch
-from bench_train_e2e import MODEL, hardware, isolated, one_line
+from bench_train_e2e import MODEL, hardware, isolated, one_line, prepare_medium
 from benchmark_report import arguments, finish
 from torch import Tensor
 from transformers import Cache, Qwen3VLForConditionalGeneration
@@ -248,11 +248,10 @@ def prepare(plan: Plan, work: Path) -> None:
 
 
 def make_store(plan: Plan, work: Path, cameras: int, codec: str) -> None:
-    """A store of just as many samples as a case reads, in the place of the one before; written just now, it is in the
-    page cache."""
+    """A store of just as many samples as a case reads, in the place of the one before, brought into the page cache."""
     shutil.rmtree(work / "store", ignore_errors=True)
     shortest, longest = plan.lengths(cameras)
-    full_size.write_store(
+    reader = full_size.write_store(
         work / "store",
         work / MODEL,
         cameras=cameras,
@@ -261,6 +260,7 @@ def make_store(plan: Plan, work: Path, cameras: int, codec: str) -> None:
         shortest=shortest,
         longest=longest,
     )
+    prepare_medium(reader, cold=False)
 
 
 if __name__ == "__main__":

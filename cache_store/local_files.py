@@ -5,6 +5,8 @@ has returned. Nothing here follows a symbolic link below the store's root.
 """
 
 import errno
+import fcntl
+import mmap
 import os
 import secrets
 import shutil
@@ -25,6 +27,13 @@ _MAX_WRITE = 2**30
 """Linux writes at most 2 GiB a call."""
 _WRITERS = 4
 """Threads that write the files of one sample."""
+_DIRECT = getattr(os, "O_DIRECT", 0)
+"""Around the page cache: a sample is not read again soon, and fresh pages for it cost more of a core than all else."""
+_DIRECT_BYTES = 2**20
+"""Files from this size on are written that way."""
+_BLOCK = 4096
+"""What such a write has to be a multiple of, in memory and on the medium."""
+_STAGE_BYTES = 2**22
 
 
 def write_new(*files: tuple[Path, Iterable[Any]]) -> None:
@@ -46,15 +55,61 @@ def write_new(*files: tuple[Path, Iterable[Any]]) -> None:
 
 
 def _write_file(path: Path, parts: Iterable[Any]) -> None:
+    views = [memoryview(part) for part in parts]
+    size = sum(map(len, views))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        for part in parts:
-            rest = memoryview(part)
-            while len(rest):
-                rest = rest[os.write(descriptor, rest[:_MAX_WRITE]) :]
+        if size >= _DIRECT_BYTES and _set_direct(descriptor, True):
+            for block in _aligned(views, size):
+                _write_block(descriptor, block)
+            os.ftruncate(descriptor, size)
+        else:
+            for view in views:
+                while len(view):
+                    view = view[os.write(descriptor, view[:_MAX_WRITE]) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _aligned(views: Iterable[memoryview], size: int) -> Iterator[memoryview]:
+    """The same bytes in aligned blocks, the last one padded; each is good until the next."""
+    stage = memoryview(mmap.mmap(-1, min(size + -size % _BLOCK, _STAGE_BYTES)))
+    filled = 0
+    for view in views:
+        while len(view):
+            taken = min(len(view), len(stage) - filled)
+            stage[filled : filled + taken] = view[:taken]
+            view, filled = view[taken:], filled + taken
+            if filled == len(stage):
+                yield stage
+                filled = 0
+    if filled:
+        yield stage[: filled + -filled % _BLOCK]
+
+
+def _write_block(descriptor: int, block: memoryview) -> None:
+    while len(block):
+        try:
+            block = block[os.write(descriptor, block) :]
+        except OSError as error:
+            # Refused as not aligned, here or after a write that a full disk cut short: the page cache takes anything.
+            if error.errno != errno.EINVAL or not _set_direct(descriptor, False):
+                raise
+
+
+def _set_direct(descriptor: int, wanted: bool) -> bool:
+    """Write around the page cache or through it from now on; whether that is a change."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    if bool(flags & _DIRECT) == wanted:
+        return False
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags ^ _DIRECT)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+        return False
+    return True
 
 
 def make_folder(path: Path) -> None:
