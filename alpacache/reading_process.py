@@ -2,25 +2,26 @@
 
 Decoding and resizing take a core each. As threads of one process they would also take its interpreter lock, its
 allocator and its page tables, all of which the thread that launches the VLM's kernels needs. So reading threads only
-move the results of processes. They come through a pipe as a JSON header and plain bytes; nothing is unpickled. A
+move the results of processes. They come through a socket as a JSON header and plain bytes; nothing is unpickled. A
 process ends when its input does, so none is left behind whatever ends the run.
 """
 
 import dataclasses
-import fcntl
 import json
+import math
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import IO, Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
@@ -35,8 +36,8 @@ from alpacache.preparation import VLM_DTYPE, Preparation, Prepared
 from alpacache.sample import SampleRef
 
 _LENGTH = struct.Struct("<Q")
-_PIPE_BYTES = 2**20
-"""What fits into the pipe before its reader wakes up; the largest that Linux allows without privileges."""
+_NICENESS = 10
+"""Of the processes: the threads around the VLM come first, one of which may hold the interpreter lock."""
 _END_S = 10.0
 """For a process to end on its own."""
 
@@ -81,24 +82,25 @@ class _Process:
         paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
         # Without a GPU: a context of CUDA on it would take half a gigabyte.
         environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self._popen = subprocess.Popen(
-            [sys.executable, "-P", "-m", "alpacache.reading_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env=environment,
-        )
+        self._answers, theirs = socket.socketpair()
+        with theirs:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-P", "-m", "alpacache.reading_process"],
+                stdin=subprocess.PIPE,
+                stdout=theirs.fileno(),
+                bufsize=0,
+                env=environment,
+            )
         self.pid = self._popen.pid
         assert self._popen.stdin is not None
-        assert self._popen.stdout is not None
-        self._requests, self._answers = self._popen.stdin, self._popen.stdout
+        self._requests = self._popen.stdin
         self._requests.write(_line(dataclasses.asdict(config)))
 
     def prepare(self, ref: SampleRef, pinned_for: torch.device | None) -> Prepared:
         try:
             self._requests.write(_line(dataclasses.asdict(ref)))
             head, arrays, pixels = _receive(self._answers, pinned_for)
-        except (BrokenPipeError, EOFError):
+        except (ConnectionError, EOFError):
             code = self._popen.wait(_END_S)
             raise errors.DataError(
                 f"the process that read sample {ref.sample_id} has ended with exit code {code}. If -9, the system ran "
@@ -124,11 +126,11 @@ def main() -> None:
     """The process: its configuration is the first line of its input, then each line is a sample to prepare."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group: who started this one decides
+    os.nice(_NICENESS)
     keep_freed_memory()
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get among the answers
-    _enlarge(answers)
     requests = iter(sys.stdin.buffer)
     setup: dict[str, Any] = json.loads(next(requests))
     setup |= {name: tuple(value) for name, value in setup.items() if isinstance(value, list)}
@@ -156,39 +158,40 @@ def _refusing(error: Exception) -> Callable[[SampleRef], Prepared]:
     return refuse
 
 
-def _enlarge(pipe: BinaryIO) -> None:
-    """As large as the system allows."""
-    with suppress(OSError, AttributeError):  # slower, no more
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-
-
 def _line(value: dict[str, Any]) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
-def _send(pipe: BinaryIO, head: dict[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
+def _send(answers: BinaryIO, head: dict[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
     """Length of the header, header, arrays."""
     described = {**head, "arrays": [[array.dtype.str, array.shape] for array in arrays]}
     text = json.dumps(described).encode()
-    pipe.write(_LENGTH.pack(len(text)) + text)
+    answers.write(_LENGTH.pack(len(text)) + text)
     for array in arrays:
-        pipe.write(_bytes(np.ascontiguousarray(array)))
-    pipe.flush()
+        answers.write(_bytes(np.ascontiguousarray(array)))
+    answers.flush()
 
 
-def _receive(pipe: IO[bytes], pinned_for: torch.device | None) -> tuple[dict[str, Any], list[NDArray[Any]], Tensor]:
+def _receive(
+    answers: socket.socket, pinned_for: torch.device | None
+) -> tuple[dict[str, Any], list[NDArray[Any]], Tensor]:
     """Header, arrays but the first, and that as an int16 tensor, page-locked. Raises `EOFError`."""
     size = bytearray(_LENGTH.size)
-    _fill(pipe, size)
+    _fill(answers, size)
     text = bytearray(*_LENGTH.unpack(size))
-    _fill(pipe, text)
+    _fill(answers, text)
     head: dict[str, Any] = json.loads(text)
     (_, shape), *others = head["arrays"] or [(None, (0,))]
     with nullcontext() if pinned_for is None else torch.cuda.device(pinned_for):  # a thread begins on the first GPU
         pixels = torch.empty(shape, dtype=torch.int16, pin_memory=pinned_for is not None)
-    arrays = [np.empty(shape, dtype) for dtype, shape in others]
-    for array in (pixels.numpy(), *arrays):
-        _fill(pipe, _bytes(array))
+    _fill(answers, _bytes(pixels.numpy()))
+    rest = bytearray(sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in others))
+    _fill(answers, rest)
+    arrays, end = [], 0
+    for dtype, shape in others:
+        array = np.frombuffer(rest, dtype, math.prod(shape), end).reshape(shape).copy()
+        arrays.append(array)
+        end += array.nbytes
     return head, arrays, pixels
 
 
@@ -196,13 +199,14 @@ def _bytes(array: NDArray[Any]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _fill(pipe: IO[bytes], place: bytearray | memoryview) -> None:
+def _fill(answers: socket.socket, place: bytearray | memoryview) -> None:
+    """In one call of the system: after each of several, the thread would have to wait for the interpreter lock."""
     rest = memoryview(place)
     while len(rest):
-        read = pipe.readinto(rest)  # type: ignore[attr-defined]
-        if not read:
+        received = answers.recv_into(rest, 0, socket.MSG_WAITALL)
+        if not received:
             raise EOFError
-        rest = rest[read:]
+        rest = rest[received:]
 
 
 def _packed(prepared: Prepared) -> tuple[dict[str, Any], list[NDArray[Any]]]:

@@ -55,7 +55,7 @@ def write_new(*files: tuple[Path, Iterable[Any]]) -> None:
 
 
 def _write_file(path: Path, parts: Iterable[Any]) -> None:
-    views = [memoryview(part) for part in parts]
+    views = [np.frombuffer(part, np.uint8) for part in parts if len(part)]
     size = sum(map(len, views))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
@@ -66,20 +66,22 @@ def _write_file(path: Path, parts: Iterable[Any]) -> None:
         else:
             for view in views:
                 while len(view):
-                    view = view[os.write(descriptor, view[:_MAX_WRITE]) :]
+                    view = view[os.write(descriptor, view[:_MAX_WRITE].data) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _aligned(views: Iterable[memoryview], size: int) -> Iterator[memoryview]:
+def _aligned(views: Iterable[NDArray[np.uint8]], size: int) -> Iterator[NDArray[np.uint8]]:
     """The same bytes in aligned blocks, the last one padded; each is good until the next."""
-    stage = memoryview(mmap.mmap(-1, min(size + -size % _BLOCK, _STAGE_BYTES)))
+    stage = np.frombuffer(mmap.mmap(-1, min(size + -size % _BLOCK, _STAGE_BYTES)), np.uint8)
     filled = 0
     for view in views:
         while len(view):
             taken = min(len(view), len(stage) - filled)
-            stage[filled : filled + taken] = view[:taken]
+            stage[filled : filled + taken] = view[
+                :taken
+            ]  # numpy lets go of the interpreter lock, a memoryview does not
             view, filled = view[taken:], filled + taken
             if filled == len(stage):
                 yield stage
@@ -88,10 +90,10 @@ def _aligned(views: Iterable[memoryview], size: int) -> Iterator[memoryview]:
         yield stage[: filled + -filled % _BLOCK]
 
 
-def _write_block(descriptor: int, block: memoryview) -> None:
+def _write_block(descriptor: int, block: NDArray[np.uint8]) -> None:
     while len(block):
         try:
-            block = block[os.write(descriptor, block) :]
+            block = block[os.write(descriptor, block.data) :]
         except OSError as error:
             # Refused as not aligned, here or after a write that a full disk cut short: the page cache takes anything.
             if error.errno != errno.EINVAL or not _set_direct(descriptor, False):
