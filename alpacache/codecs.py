@@ -20,6 +20,7 @@ from alpacache.codec_passes import Groups
 from alpacache.device import has_kernels
 from cache_store.kv_codec import MAX_VALUE, MAX_ZERO, KVCodec, Segment, planes, scale_table
 
+NOT_FINITE = "keys or values have NaN, infinity or a magnitude of 2^125, which cannot be quantised."
 _DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16}
 
 
@@ -28,6 +29,14 @@ def encode(codec: KVCodec, kv: Tensor) -> Tensor:
 
     Raises `ValueError` unless all values are finite.
     """
+    data, encodable = encode_unasked(codec, kv)
+    if not bool(encodable):
+        raise ValueError(NOT_FINITE)
+    return data
+
+
+def encode_unasked(codec: KVCodec, kv: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes, and as a boolean on the same device whether they are good; nothing waits for the device."""
     kv, passes = kv.to(torch.bfloat16).contiguous(), _passes(kv.device)
     shape = tuple(kv.shape)
     data = torch.empty(codec.encoded_bytes(shape), dtype=torch.uint8, device=kv.device)
@@ -39,9 +48,7 @@ def encode(codec: KVCodec, kv: Tensor) -> Tensor:
         _encode_keys(passes, codec, first, x[:, 0], rows[:, :keys])
         _encode_values(passes, codec, first, x[:, 1], rows[:, keys:])
         end += count * (keys + values)
-    if not bool(torch.stack(torch.aminmax(kv)).abs().lt(MAX_VALUE).all()):  # the only question to the device, so last
-        raise ValueError("keys or values have NaN, infinity or a magnitude of 2^125, which cannot be quantised.")
-    return data
+    return data, torch.stack(torch.aminmax(kv)).abs().lt(MAX_VALUE).all()
 
 
 def _passes(device: torch.device) -> ModuleType:

@@ -25,7 +25,7 @@ from alpacache.device import device_name, enter, keeping_threads, one_thread_eac
 from alpacache.disk_room import check_room
 from alpacache.errors import BadClipError, DataError, DeviceMemoryError, InterruptedRunError, UsageError
 from alpacache.extraction_pipeline import SPARE_COPIES, Waits, Writers, groups, read_ahead
-from alpacache.features import prefix_arrays, store_fields, tail_arrays
+from alpacache.features import checked, prefix_arrays, store_fields, tail_arrays
 from alpacache.host_copies import HostCopies
 from alpacache.identity import provenance, store_identity
 from alpacache.interrupt import InterruptGuard
@@ -127,6 +127,16 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
         return run.run(refs, unusable)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Samples that went through the VLM together, perhaps still on their way through it."""
+
+    samples: list[tuple[str, dict[str, Any]]]
+    """Sample ids and their values, large ones on the device, to be `checked`."""
+    made: torch.cuda.Event | None
+    """On a GPU: after which the values are good."""
+
+
 class _Run:
     """One run's state: counters, batch size, the progress it reports."""
 
@@ -211,17 +221,38 @@ class _Run:
         writers: Writers,
         guard: InterruptGuard,
     ) -> None:
-        for group in groups(
-            self.waits.timed("read", samples),
-            length=lambda one: len(one.inputs.input_ids),
-            size=lambda: self.batch_size,
-        ):
-            if guard.requested:
-                break
-            for sample_id, values in self._compute(vlm, sampler, group):
-                with self.waits.of("write"):
-                    writers.put(sample_id, values)
-                self._count(writers.collect())
+        pending: _Group | None = None
+
+        def hand_over() -> bool:
+            nonlocal pending
+            group, pending = pending, None
+            if group is not None:
+                self._hand_over(group, writers)
+            return group is not None
+
+        try:
+            for group in groups(
+                self.waits.timed("read", samples),
+                length=lambda one: len(one.inputs.input_ids),
+                size=lambda: self.batch_size,
+            ):
+                if guard.requested:
+                    break
+                parts = deque([group])
+                while parts:
+                    part = parts.popleft()
+                    made = self._compute(vlm, sampler, part)
+                    handed_over = hand_over()  # while the device is busy with the next
+                    if isinstance(made, _Group):
+                        pending = made
+                    elif handed_over:
+                        parts.appendleft(part)  # there is room now
+                    else:
+                        half = self._shrink(part, made)
+                        parts.extendleft((part[half:], part[:half]))
+                    del made
+        finally:
+            hand_over()
         with self.waits.of("write"):
             committed = writers.collect(everything=True)
         self._count(committed)
@@ -256,43 +287,45 @@ class _Run:
             if guard.requested:
                 return
 
-    def _compute(
-        self, vlm: FrozenVLM, sampler: RolloutSampler | None, group: Sequence[Prepared]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Sample ids and stored values of a group, large ones on the device; in halves where it does not fit."""
-        parts = deque([group])
-        while parts:
-            part, refusal = parts.popleft(), ""
-            found: list[dict[str, Any] | BadClipError] = []
+    def _compute(self, vlm: FrozenVLM, sampler: RolloutSampler | None, part: Sequence[Prepared]) -> "_Group | str":
+        """Begin to make what is stored of a group; what the device said if it has no room for it."""
+        try:
+            found = self._features(vlm, sampler, part)
+        except torch.OutOfMemoryError as error:
+            return str(error)  # the error itself would keep what was allocated
+        made = torch.cuda.Event(blocking=True) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        if made is not None:
+            made.record()
+        return _Group(
+            samples=[(one.sample_id, one.arrays | values) for one, values in zip(part, found, strict=True)], made=made
+        )
+
+    def _hand_over(self, group: "_Group", writers: Writers) -> None:
+        """Have a group committed, once the device is through with it."""
+        if group.made is not None:
+            group.made.synchronize()
+        for sample_id, values in group.samples:
             try:
-                found = self._features(vlm, sampler, part)
-            except torch.OutOfMemoryError as error:
-                refusal = str(error)  # the error itself would keep what was allocated
-            if refusal:
-                half = self._shrink(part, refusal)
-                parts.extendleft((part[half:], part[:half]))
+                stored = checked(sample_id, values)
+            except BadClipError as error:
+                self._refuse(sample_id, error)
                 continue
-            for one, values in zip(part, found, strict=True):
-                if isinstance(values, BadClipError):
-                    self._refuse(one.sample_id, values)
-                else:
-                    yield one.sample_id, one.arrays | values
+            with self.waits.of("write"):
+                writers.put(sample_id, stored, made=group.made)
+            self._count(writers.collect())
 
     def _features(
         self, vlm: FrozenVLM, sampler: RolloutSampler | None, part: Sequence[Prepared]
-    ) -> list[dict[str, Any] | BadClipError]:
+    ) -> list[dict[str, Any]]:
         codec, hidden_states = CODECS.get(self.config.codec), self.config.hidden_states == "last"
-        found: list[dict[str, Any] | BadClipError] = []
+        found = []
         for one, prefix in zip(part, vlm.prefill_batch([one.inputs for one in part]), strict=True):
             tails = []
             if sampler is not None:
                 stem_len = one.inputs.stem_len
                 tails = sampler.sample(prefix, stem_len, rollouts=self.config.tails, key=one.sample_id)
-            try:
-                values = prefix_arrays(one.sample_id, one.inputs, prefix, hidden_states=hidden_states, codec=codec)
-                found.append(values | tail_arrays(one.sample_id, tails, codec=codec))
-            except BadClipError as error:
-                found.append(error)
+            values = prefix_arrays(one.sample_id, one.inputs, prefix, hidden_states=hidden_states, codec=codec)
+            found.append(values | tail_arrays(tails, codec=codec))
         return found
 
     def _shrink(self, part: Sequence[Prepared], refusal: str) -> int:

@@ -14,6 +14,8 @@ from itertools import islice
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import torch
+
 from alpacache.host_copies import HostCopies, HostCopy
 from cache_store import CacheWriter
 
@@ -108,9 +110,9 @@ class Writers:
         self._pool = ThreadPoolExecutor(threads, "write")
         self._begun: list[Future[int]] = []
 
-    def put(self, sample_id: str, values: Mapping[str, Any]) -> None:
-        """Begin to copy a sample off the device, to be committed by one of the threads."""
-        copy = self._copies.begin(values)
+    def put(self, sample_id: str, values: Mapping[str, Any], *, made: torch.cuda.Event | None = None) -> None:
+        """Begin to copy a sample off the device (after `made`, if given), to be committed by one of the threads."""
+        copy = self._copies.begin(values, made=made)
         self._begun.append(self._pool.submit(self._commit, sample_id, copy))
 
     def collect(self, *, everything: bool = False) -> list[int]:

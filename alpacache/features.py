@@ -30,6 +30,8 @@ KV_AXES = ("layer", "key_value", "kv_head", "token", "channel")
 PREFIX_FIELDS = ("kv", "stem_len", "prefix_len", "rope_delta", "start_position")
 """What the expert needs; of a store with a quantising codec `KV_SHAPE` too."""
 KV_SHAPE = "kv_shape"
+_ENCODABLE = "encodable"
+"""Whether the KV beside it could be encoded; asked by `checked`, never stored."""
 POSE_FIELDS = ("history_xyz", "history_rot", "future_xyz", "future_rot")
 _JPEG_HEIGHT = 256
 
@@ -153,7 +155,7 @@ def to_arrays(
     """
     name = sample.ref.sample_id
     large = prefix_arrays(name, inputs, prefix, hidden_states=hidden_states, codec=codec)
-    large |= tail_arrays(name, tails, codec=codec)
+    large = checked(name, large | tail_arrays(tails, codec=codec))
     on_cpu = {name: value.cpu().numpy() if isinstance(value, Tensor) else value for name, value in large.items()}
     return sample_arrays(sample, inputs) | on_cpu
 
@@ -185,10 +187,13 @@ def sample_arrays(sample: Sample, inputs: VLMInputs) -> dict[str, Any]:
 def prefix_arrays(
     sample_id: str, inputs: VLMInputs, prefix: PrefixFeatures, *, hidden_states: bool, codec: KVCodec | None
 ) -> dict[str, Any]:
-    """The other ones; large ones are tensors of the stored bits, on the device where the prefix is."""
+    """The other ones, to be `checked`; large ones are tensors of the stored bits, on the device where the prefix is.
+
+    Nothing waits for that device.
+    """
     kv = torch.stack([prefix.keys, prefix.values], dim=1)
     arrays: dict[str, Any] = {
-        **({"kv": _as_bf16(kv)} if codec is None else _encoded(sample_id, kv, codec)),
+        **({"kv": _as_bf16(kv)} if codec is None else _encoded(kv, codec)),
         "input_ids": inputs.input_ids[: prefix.prefix_len],
         "prefix_len": np.asarray(prefix.prefix_len),
         "rope_delta": np.asarray(prefix.rope_delta),
@@ -201,12 +206,12 @@ def prefix_arrays(
     return arrays
 
 
-def tail_arrays(sample_id: str, tails: Sequence[Tail], *, codec: KVCodec | None) -> dict[str, Any]:
-    """The stored values of reasoning rollouts; large ones are tensors, as in `prefix_arrays`."""
+def tail_arrays(tails: Sequence[Tail], *, codec: KVCodec | None) -> dict[str, Any]:
+    """The stored values of reasoning rollouts, as from `prefix_arrays`."""
     arrays: dict[str, Any] = {}
     for number, tail in enumerate(tails):
         kv, name = torch.stack([tail.keys, tail.values], dim=1), tail_name(number)
-        stored = {"kv": _as_bf16(kv)} if codec is None else _encoded(sample_id, kv, codec)
+        stored = {"kv": _as_bf16(kv)} if codec is None else _encoded(kv, codec)
         stored |= {
             "input_ids": tail.token_ids,
             "start_position": np.asarray(tail.start_position),
@@ -253,14 +258,21 @@ def _tails(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> Iterato
         )
 
 
-def _encoded(sample_id: str, kv: Tensor, codec: KVCodec) -> dict[str, Any]:
-    codec.encoded_bytes(tuple(kv.shape))  # a shape that the codec cannot take is no fault of the sample
-    try:
-        data = codecs.encode(codec, kv)
-    except ValueError as error:
-        reason = f"{sample_id}: {error} Check the VLM's weights and the clip's pictures."
-        raise BadClipError("not_finite", reason) from error
-    return {"kv": data, KV_SHAPE: np.array(kv.shape, np.int64)}
+def _encoded(kv: Tensor, codec: KVCodec) -> dict[str, Any]:
+    data, encodable = codecs.encode_unasked(codec, kv)
+    # So that who asks for it need not wait for what the device was given meanwhile.
+    return {"kv": data, KV_SHAPE: np.array(kv.shape, np.int64), _ENCODABLE: encodable.to("cpu", non_blocking=True)}
+
+
+def checked(sample_id: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stored of the values that were made of a prefix or of tails; the device must be through with them.
+
+    Raises `BadClipError` for KV that could not be quantised.
+    """
+    if not all(value for name, value in arrays.items() if name.endswith(_ENCODABLE)):
+        reason = f"{sample_id}: {codecs.NOT_FINITE} Check the VLM's weights and the clip's pictures."
+        raise BadClipError("not_finite", reason)
+    return {name: value for name, value in arrays.items() if not name.endswith(_ENCODABLE)}
 
 
 def bf16_bits(tensor: Tensor) -> NDArray[np.uint16]:

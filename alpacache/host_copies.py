@@ -56,26 +56,31 @@ class HostCopies:
         for _ in range(count):
             self._free.put(None)
 
-    def begin(self, values: Mapping[str, Any]) -> HostCopy:
-        """Start copying the tensors among the values, and return while that goes on; waits for a free buffer first."""
+    def begin(self, values: Mapping[str, Any], *, made: torch.cuda.Event | None = None) -> HostCopy:
+        """Start copying the tensors among the values, and return while that goes on; waits for a free buffer first.
+
+        `made`: after which the values are good; without it, after all that the current stream was given by now.
+        """
         buffer = self._free.get()
         try:
-            return self._begin(values, buffer)
+            return self._begin(values, buffer, made)
         except BaseException:
             self._free.put(buffer)
             raise
 
-    def _begin(self, values: Mapping[str, Any], buffer: Bytes | None) -> HostCopy:
-        tensors = {name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}
+    def _begin(self, values: Mapping[str, Any], buffer: Bytes | None, made: torch.cuda.Event | None) -> HostCopy:
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         if self._stream is None:
-            return HostCopy(self, None, {**values, **{name: one.numpy() for name, one in tensors.items()}}, None)
+            arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
+            return HostCopy(self, None, {**values, **arrays}, None)
         buffer = _grown(buffer, sum(page_rounded(tensor.nbytes) for tensor in tensors.values()))
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._stream.wait_event(made or torch.cuda.current_stream(self._stream.device).record_event())
         done, end = dict(values), 0
         with torch.cuda.stream(self._stream):
             for name, tensor in tensors.items():
                 place = buffer[end : end + tensor.nbytes]
-                torch.from_numpy(place).copy_(tensor.view(-1).view(torch.uint8), non_blocking=True)
+                flat = tensor.contiguous().view(-1).view(torch.uint8)
+                torch.from_numpy(place).copy_(flat, non_blocking=True)
                 tensor.record_stream(self._stream)  # its memory is not handed out again before it is read
                 done[name] = _array(place, tensor)
                 end += page_rounded(tensor.nbytes)

@@ -3,11 +3,12 @@
 Full size, random weights, 1080p drives: H.264 in the layout of PhysicalAI-AV where its reader is installed, else a
 folder of JPEGs. All rates are samples a second: `prefill_s` the VLM alone on the same inputs in the same batch,
 `write_s` plain files of a sample's size, each forced to the medium, `decode_s` reading and preprocessing alone, the
-last two with as many workers as `extract` has. `of_limit` is `samples_s` over the least. `read_wait` and `write_wait`
-are the shares of the time that the VLM waited for samples and for writers. `cores_to_keep_up`: with so many cores
-reading would be as fast as the VLM, if it goes with their number. Rows without a codec are the VLM alone at several
-batches; `neighbour_error` is the relative L2 difference of keys and values from the same sample alone. Text is shorter
-than the real prompt's, by 60 to 70 tokens: the tokenizer here cannot spell.
+last two with as many workers as `extract` has. `samples_s` counts from the first committed sample on, and readers have
+begun before it, as they do while a real VLM is loaded. `of_limit` is `samples_s` over the least. `read_wait` and
+`write_wait` are the shares of the time that the VLM waited for samples and for writers. `cores_to_keep_up`: with so
+many cores reading would be as fast as the VLM, if it goes with their number. Rows without a codec are the VLM alone at
+several batches; `neighbour_error` is the relative L2 difference of keys and values from the same sample alone. Text is
+shorter than the real prompt's, by 60 to 70 tokens: the tokenizer here cannot spell.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,11 +37,11 @@ from benchmark_report import arguments, finish, hardware_name
 
 from alpacache import extraction
 from alpacache.alpamayo import Checkpoint, FrozenVLM, PrefixFeatures
-from alpacache.alpamayo.inputs import VLMInputs
+from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.config import ExtractConfig
 from alpacache.device import one_thread_each
-from alpacache.preparation import input_builder
-from alpacache.sample import CAMERAS
+from alpacache.preparation import Prepared, input_builder
+from alpacache.sample import CAMERAS, SampleRef, Source
 from alpacache.selection import select
 from alpacache.sources import open_source
 from alpacache.sources.synthetic import SyntheticSource
@@ -87,7 +88,7 @@ class Scale:
     """Of `extract`."""
 
 
-FULL = Scale(small=False, picture=(1920, 1080), clips=2, samples={1: 300, 4: 80}, batches=(1, 2, 4, 8), batch=4)
+FULL = Scale(small=False, picture=(1920, 1080), clips=1, samples={1: 300, 4: 100}, batches=(1, 2, 4, 8), batch=4)
 QUICK = Scale(small=True, picture=(192, 108), clips=1, samples={1: 4, 4: 2}, batches=(), batch=2)
 
 
@@ -165,12 +166,34 @@ def read_inputs(config: ExtractConfig, device: torch.device) -> tuple[list[VLMIn
         extraction.reading(config, source, input_builder(config, checkpoint), device, workers) as read,
         ThreadPoolExecutor(workers, initializer=begin) as pool,
     ):
-        # So many that each worker is warm, and enough for any batch.
-        kept = [done.inputs for done in pool.map(read, itertools.islice(itertools.cycle(refs), max(2 * workers, 8)))]
+        kept = begun(read, refs, pool, workers)
         started = time.perf_counter()
         for _ in pool.map(lambda ref: read(ref) and None, refs):
             pass
         return kept[:8], len(refs) / (time.perf_counter() - started)
+
+
+def begun(
+    read: Callable[[SampleRef], Prepared], refs: Sequence[SampleRef], pool: ThreadPoolExecutor, workers: int
+) -> list[VLMInputs]:
+    """Inputs of so many samples that each worker is warm, and enough for any batch."""
+    some = itertools.islice(itertools.cycle(refs), max(2 * workers, 8))
+    return [prepared.inputs for prepared in pool.map(read, some)]
+
+
+@contextmanager
+def begun_reading(
+    config: ExtractConfig, source: Source, builder: InputBuilder, device: torch.device, workers: int
+) -> Iterator[Callable[[SampleRef], Prepared]]:
+    """`extraction.reading`, once its workers have begun."""
+    refs, _ = select(source, t0=config.t0, samples=config.samples)
+    with READING(config, source, builder, device, workers) as read:
+        with ThreadPoolExecutor(workers) as pool:
+            begun(read, refs, pool, workers)
+        yield read
+
+
+READING = extraction.reading
 
 
 def reading_in_threads() -> AbstractContextManager[Any]:
@@ -223,7 +246,7 @@ def write_rate(folder: Path, size_bytes: int, *, writers: int) -> float:
 
 
 def measure(
-    root: Path, checkpoint_dir: Path, vlm: FrozenVLM, spec: str, cameras: int, scale: Scale
+    root: Path, checkpoint_dir: Path, vlm: FrozenVLM, spec: str, cameras: int, scale: Scale, *, threads: bool
 ) -> Iterator[dict[str, Any]]:
     """Rows of one camera set: the VLM alone, then `extract` in both codecs."""
     config = ExtractConfig(
@@ -248,7 +271,7 @@ def measure(
             row |= {"prefill_s": alone[batch], "neighbour_error": neighbour_error(vlm, ready, batch)}
             row["cores_to_keep_up"] = row["cpu_cores"] * alone[batch] / decode
         yield row
-    runs = [("int8", False), ("bf16", False), *([("int8", True)] if vlm.device.type == "cuda" else [])]
+    runs = [("int8", False), ("bf16", False), *([("int8", True)] if threads else [])]
     for codec, in_threads in runs:
         row = {**common, "codec": codec, "batch": scale.batch, "writers": config.writers}
         with reading_in_threads() if in_threads else nullcontext(), _peak(row):
@@ -262,17 +285,26 @@ def extract_row(
     root: Path, vlm: FrozenVLM, config: ExtractConfig, codec: str, prefill: float | None, decode: float
 ) -> dict[str, Any]:
     """One run of `extract`, the model in hand already."""
-    with mock.patch.object(extraction, "load_vlm", return_value=vlm):
-        report = extraction.extract(dataclasses.replace(config, codec=codec))  # type: ignore[arg-type]
+    done: list[tuple[int, float]] = []
+    with (
+        mock.patch.object(extraction, "load_vlm", return_value=vlm),
+        mock.patch.object(extraction, "reading", begun_reading),
+    ):
+        report = extraction.extract(
+            dataclasses.replace(config, codec=codec),  # type: ignore[arg-type]
+            on_progress=lambda progress: done.append((progress.done, time.perf_counter())),
+        )
+    (before, started), (after, ended) = done[0], done[-1]
+    rate = (after - before) / (ended - started) if after > before else report.samples_per_s
     size = info(config.store).size_bytes // report.extracted
     shutil.rmtree(config.store)
     write = write_rate(root / "raw", size, writers=config.writers)
-    limit = min(rate for rate in (prefill, write, decode) if rate is not None)
+    limit = min(part for part in (prefill, write, decode) if part is not None)
     return {
-        "samples_s": report.samples_per_s,
+        "samples_s": rate,
         "prefill_s": prefill,
         "write_s": write,
-        "of_limit": report.samples_per_s / limit,
+        "of_limit": rate / limit,
         "read_wait": report.read_wait,
         "write_wait": report.write_wait,
         "samples": report.extracted,
@@ -311,6 +343,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where recordings and stores are written")
     parser.add_argument("--drives", type=Path, help="recordings, kept; what is there already is used again")
     parser.add_argument("--cameras", type=int, nargs="+", default=[1, 4], choices=sorted(full_size.CAMERA_SETS))
+    parser.add_argument("--read-in-threads", action="store_true", help="add rows of reading in threads, for comparison")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     if not cuda and not options.quick:
@@ -321,11 +354,21 @@ def main() -> None:
     try:
         with mock.patch.object(full_size, "_expert_state", return_value={"vlm.placeholder": torch.zeros(1)}):
             checkpoint_dir = full_size.write_checkpoint(root / "model", small=scale.small)
-        vlm = make_vlm(checkpoint_dir)
-        for cameras in options.cameras:
-            names = tuple(CAMERAS[index] for index in full_size.CAMERA_SETS[cameras])
-            spec = write_drives((options.drives or root) / f"drives{cameras}", scale, names)
-            for row in measure(root, checkpoint_dir, vlm, spec, cameras, scale):
+        with ThreadPoolExecutor() as pool:
+            drives = {
+                cameras: pool.submit(
+                    write_drives,
+                    (options.drives or root) / f"drives{cameras}",
+                    scale,
+                    tuple(CAMERAS[index] for index in full_size.CAMERA_SETS[cameras]),
+                )
+                for cameras in options.cameras
+            }
+            vlm = make_vlm(checkpoint_dir)
+        for cameras, spec in drives.items():
+            for row in measure(
+                root, checkpoint_dir, vlm, spec.result(), cameras, scale, threads=options.read_in_threads
+            ):
                 print({key: row[key] for key in KEYS if key in row}, flush=True)
                 rows.append({key: row.get(key) for key in KEYS})
     finally:

@@ -89,8 +89,8 @@ def test_out_of_gpu_memory_halves_the_batch_and_goes_on(tiny_checkpoint, tmp_pat
     report = alpacache.extract(settings, on_progress=seen.append)
     assert report.extracted == 12
     assert asked[:2] == [5, 2]
-    assert asked[2:4] == [3, 1]  # the other half was of the old size
-    assert max(asked[4:]) <= 2
+    assert asked[2:5] == [3, 3, 1]  # the other half was of the old size; tried again when the first had left the device
+    assert max(asked[5:]) <= 2
     assert "going on with --batch-size 2" in caplog.text
     assert seen[-1].notes["batch"].startswith(("1 (", "2 ("))
     assert verify(tmp_path / "store", deep=True).ok
@@ -172,7 +172,7 @@ def test_memory_is_flat_however_slow_the_disk(tiny_checkpoint, tmp_path, monkeyp
     assert alpacache.extract(settings).extracted == 40
     ahead, window, in_hand = 2 + 2 * 2, 2 * 2 - 1, 2
     assert most["inputs"] <= ahead + window + in_hand
-    assert 2 + SPARE_COPIES <= most["outputs"] <= 2 + SPARE_COPIES + in_hand
+    assert 2 + SPARE_COPIES <= most["outputs"] <= 2 + SPARE_COPIES + 2 * in_hand  # and as many still on the device
 
 
 def test_progress_tells_rates_and_how_far_the_whole_store_is(tiny_checkpoint, tmp_path):

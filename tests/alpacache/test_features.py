@@ -8,7 +8,7 @@ from alpacache import codecs
 from alpacache.alpamayo import Checkpoint, Tail
 from alpacache.cached_dataset import CachedDataset
 from alpacache.errors import BadClipError
-from alpacache.features import store_fields, tail_arrays, tail_count
+from alpacache.features import checked, store_fields, tail_arrays, tail_count
 from cache_store import CODECS, CacheReader, verify
 
 
@@ -72,4 +72,4 @@ def test_a_tail_that_cannot_be_quantised_is_the_samples_fault():
     kv = torch.full((2, 2, 5, 32), torch.nan)
     tail = Tail(keys=kv, values=kv, token_ids=np.zeros(5, np.int64), start_position=5, text="")
     with pytest.raises(BadClipError, match="clip@1#0: keys or values have NaN"):
-        tail_arrays("clip@1#0", [tail], codec=CODECS["int8"])
+        checked("clip@1#0", tail_arrays([tail], codec=CODECS["int8"]))
