@@ -19,8 +19,14 @@ T = TypeVar("T")
 _LR = {"all": 1e-4, "lora": 5e-4, "head": 1e-3}
 
 
-PREFILL_BATCH = 4
-"""Samples that `extract` sends through the VLM at once on a GPU, unless told otherwise."""
+_IMAGES_AT_ONCE = 32
+"""That `extract` sends through the VLM on a GPU: about 6,000 tokens. With fewer its kernels take longer to launch than to
+run, more are hardly faster (benchmarks/results)."""
+
+
+def prefill_batch(*, cameras: int, frames: int) -> int:
+    """Samples that `extract` sends through the VLM at once on a GPU, unless told otherwise: 8 of one camera, 2 of four."""
+    return max(1, _IMAGES_AT_ONCE // (cameras * frames))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +70,8 @@ class ExtractConfig:
     force: bool = False
     """Begin even if the disk has no room for all of it."""
     batch_size: int | None = None
-    """Samples that go through the VLM at a time; None: 4 on a GPU, 1 on a CPU and where runs must be deterministic."""
+    """Samples that go through the VLM at a time; None: `prefill_batch` on a GPU, 1 on a CPU and where runs must be
+    deterministic."""
     workers: int | None = None
     """How many samples are read and preprocessed at a time ahead of the VLM, by processes beside a GPU and by threads
     elsewhere; None: as many as there are CPU cores less two, 2 to 24, shared by torchrun's processes."""

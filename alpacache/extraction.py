@@ -20,7 +20,7 @@ import torch
 from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
-from alpacache.config import PREFILL_BATCH, ExtractConfig
+from alpacache.config import ExtractConfig, prefill_batch
 from alpacache.device import device_name, enter, keeping_threads, one_thread_each
 from alpacache.disk_room import check_room
 from alpacache.errors import BadClipError, DataError, DeviceMemoryError, InterruptedRunError, UsageError
@@ -155,8 +155,8 @@ class _Run:
         self.config, self.source, self.cameras = config, source, cameras
         self.checkpoint, self.builder, self.writer = checkpoint, builder, writer
         self.device, self.on_progress = device, on_progress
-        default = PREFILL_BATCH if device.type == "cuda" and not config.deterministic else 1
-        self.batch_size = config.batch_size or default
+        at_once = prefill_batch(cameras=len(cameras), frames=config.frames)
+        self.batch_size = config.batch_size or (at_once if device.type == "cuda" and not config.deterministic else 1)
         self.workers = reading_workers(config)
         self.waits = Waits()
         self.shrunk = ""

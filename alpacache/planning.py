@@ -5,6 +5,7 @@ are scaled from one measured GPU (`stage_times`) and from the disk's speed, so t
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -14,7 +15,7 @@ import torch
 from alpacache.alpamayo import Checkpoint, PrefixLayout
 from alpacache.alpamayo.geometry import RELEASED, Geometry
 from alpacache.alpamayo.rollout import MAX_TOKENS
-from alpacache.config import PREFILL_BATCH, CodecName, Trainable, budget_gib
+from alpacache.config import CodecName, Trainable, budget_gib, prefill_batch
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS, MEASURED, Gpu, gpu_named
 from alpacache.machine_speed import disk_speed, existing_folder, gpu_speed
@@ -22,13 +23,15 @@ from alpacache.memory_plan import MemoryPlan, Workload, allowed_bytes, fastest_p
 from alpacache.optimizers import resolve
 from alpacache.planned_sample import planned_prompt, sample_bytes
 from alpacache.sample import FRONT_CAMERA, sort_cameras
-from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds
+from alpacache.stage_times import OVERLAP, compute_seconds, optimizer_seconds, prefill_seconds, reading_seconds
 from cache_store import CODECS
 from cache_store.local_files import free_bytes
 
 READ_BYTES_S, WRITE_BYTES_S = 1.5e9, 1.0e9
 """Assumed of a disk that was not measured: cold reads of an NVMe drive, and writes until they are durable (measured:
 1.4 to 1.8 and 0.7 to 2.1 GB/s, `benchmarks/results/`)."""
+CORES = 16
+"""Of the CPU beside the GPU that was measured; assumed unless this machine is probed."""
 _BF16_BYTES = 2
 
 
@@ -60,7 +63,7 @@ class PlanConfig:
     gpu: str = MEASURED
     """A key of `gpus.GPUS`."""
     probe: bool = False
-    """Measure the disk, and the GPU if there is one, instead of assuming."""
+    """Measure the disk, and the GPU if there is one, and count CPU cores, instead of assuming."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "views", "rollouts", "batch_size", "draws", "lora_rank"):
@@ -95,17 +98,22 @@ class Machine:
     """Where times come from: this very GPU, its data sheet, or a short probe."""
     read_bytes_s: float
     write_bytes_s: float
+    cores: int
+    """Of the CPU."""
     disk_is: Literal["assumed", "probed"]
+    """And the number of cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractPlan:
-    """Stage one. Weights are read and pictures decoded while the VLM runs; loading it is not counted."""
+    """Stage one; its parts overlap. Loading the VLM is not counted."""
 
     weights_bytes: int
     """Of the VLM on the GPU, beside which an activation or two must fit."""
     prefill_s: float
     """A sample."""
+    reading_s: float
+    """A sample, decoded and resized by the CPU's cores together."""
     write_s: float
     """A sample, durable."""
     hours: float
@@ -249,6 +257,7 @@ def _machine(config: PlanConfig) -> Machine:
         gpu_is="measured" if named is GPUS[MEASURED] else "scaled",
         read_bytes_s=READ_BYTES_S,
         write_bytes_s=WRITE_BYTES_S,
+        cores=CORES,
         disk_is="assumed",
     )
     if not config.probe:
@@ -265,6 +274,7 @@ def _machine(config: PlanConfig) -> Machine:
         gpu_is=gpu_is,
         read_bytes_s=disk.read_bytes_s,
         write_bytes_s=disk.write_bytes_s,
+        cores=len(os.sched_getaffinity(0)),
         disk_is="probed",
     )
 
@@ -272,13 +282,16 @@ def _machine(config: PlanConfig) -> Machine:
 def _extract_plan(
     config: PlanConfig, geometry: Geometry, machine: Machine, tokens: int, size_bytes: int
 ) -> ExtractPlan:
-    prefill_s = prefill_seconds(geometry.vlm_parameters, PREFILL_BATCH * tokens, machine.gpu) / PREFILL_BATCH
+    at_once = prefill_batch(cameras=len(config.cameras), frames=config.frames)
+    prefill_s = prefill_seconds(geometry.vlm_parameters, at_once * tokens, machine.gpu) / at_once
+    reading_s = reading_seconds(len(config.cameras), config.picture, machine.cores)
     write_s = size_bytes / machine.write_bytes_s
     return ExtractPlan(
         weights_bytes=geometry.vlm_parameters * _BF16_BYTES,
         prefill_s=prefill_s,
+        reading_s=reading_s,
         write_s=write_s,
-        hours=config.stored * max(prefill_s, write_s) / 3600,
+        hours=config.stored * max(prefill_s, reading_s, write_s) / OVERLAP / 3600,
     )
 
 
@@ -332,10 +345,13 @@ def _notes(
             f"The disk is assumed: reads {READ_BYTES_S / 1e9:.1f} GB/s, durable writes {WRITE_BYTES_S / 1e9:.1f} GB/s. "
             "--probe measures it."
         )
+        notes.append(
+            f"Recordings are assumed to be H.264, decoded by {CORES} CPU cores; --probe counts this machine's."
+        )
     if config.tails:
         notes.append(
             f"Reasoning rollouts are counted at their longest, {MAX_TOKENS} tokens of text each: their bytes are an "
             "upper bound. The time to generate them, a step of the VLM a token, is not counted."
         )
-    notes.append("Not counted: loading and compiling, decoding recordings, encoding KV, validation, checkpoints.")
+    notes.append("Not counted: loading and compiling, encoding KV, validation, checkpoints.")
     return notes

@@ -17,10 +17,17 @@ if TYPE_CHECKING:
 RELEASED_VLM, RELEASED_EXPERT = 8.8e9, 2.279e9
 """Parameters of the models that were measured."""
 
-# One sample's prefill: 85 ms at 809 tokens, 190 ms at 2,993. The line through both gives 50 ms a sample at batch 4 of
-# one camera, where 49 ms were measured.
-_LAUNCHES_S = 0.0461
-_PREFILL_TOKEN_S = 48.1e-6
+# Measured in batches of 1, 2, 4 and 8: at 790 tokens (1 camera) 99, 106, 162 and 299 ms, at 2,974 (4 cameras) 153, 294,
+# 583 and 1,158 ms.
+_LAUNCHES_S = 0.099
+"""Of all its kernels, by one CPU core, which the GPU waits for where there is little to compute."""
+_PREFILL_S = 8e-3
+_PREFILL_TOKEN_S = 47.5e-6
+_PICTURE = (1080, 1920)
+_CAMERA_CORE_S = 0.8
+"""To decode and resize one camera's frames of a sample out of H.264 of that size: 0.77 (1 camera), 0.82 (4 cameras)."""
+OVERLAP = 0.95
+"""Of what the slowest part alone would do, `extract` does 0.94 to 0.97."""
 
 # int8, 4 cameras (2,975 tokens), 8 samples: 46.9 ms a step; in two micro-batches 64.2; of 4 draws 92.9. 1 camera
 # (840 tokens), 16 samples: 52.9. Of each 13.2 ms are norm and optimizer. Four equations, these four unknowns:
@@ -41,7 +48,13 @@ _RECOMPUTED = 4 / 3
 def prefill_seconds(vlm_parameters: int, tokens: int, gpu: Gpu) -> float:
     """Of one pass over so many tokens, of one sample or of several; launching kernels takes as long on any GPU."""
     model = vlm_parameters / RELEASED_VLM
-    return _LAUNCHES_S * min(1.0, model) + tokens * _PREFILL_TOKEN_S * model * _arithmetic(gpu)
+    computing = (_PREFILL_S + tokens * _PREFILL_TOKEN_S) * model * _arithmetic(gpu)
+    return max(_LAUNCHES_S * min(1.0, model), computing)
+
+
+def reading_seconds(cameras: int, picture: tuple[int, int], cores: int) -> float:
+    """Of one sample, read and preprocessed beside so many others as there are CPU cores. `picture`: height, width."""
+    return cameras * _CAMERA_CORE_S * math.prod(picture) / math.prod(_PICTURE) / cores
 
 
 def compute_seconds(work: "Workload", plan: "MemoryPlan", gpu: Gpu) -> float:

@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import full_size
@@ -37,16 +37,17 @@ from benchmark_report import arguments, finish, hardware_name
 
 from alpacache import extraction
 from alpacache.alpamayo import Checkpoint, FrozenVLM, PrefixFeatures
-from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
-from alpacache.config import ExtractConfig
+from alpacache.alpamayo.inputs import VLMInputs
+from alpacache.config import ExtractConfig, prefill_batch
 from alpacache.device import one_thread_each
 from alpacache.preparation import Prepared, input_builder
-from alpacache.sample import CAMERAS, SampleRef, Source
+from alpacache.sample import CAMERAS, SampleRef
 from alpacache.selection import select
 from alpacache.sources import open_source
 from alpacache.sources.synthetic import SyntheticSource
 from cache_store import info
 
+Read: TypeAlias = Callable[[SampleRef], Prepared]
 PICTURES = 6
 """Distinct ones a camera and clip: drawing takes time, decoding does not care."""
 ENLARGED = 4
@@ -79,17 +80,20 @@ class Scale:
     """The small model of `full_size`."""
     picture: tuple[int, int]
     """Width and height."""
-    clips: int
+    clips: dict[int, int]
+    """Cameras -> recordings."""
     samples: dict[int, int]
     """Cameras -> samples of a run."""
     batches: tuple[int, ...]
     """Of the VLM alone."""
-    batch: int
-    """Of `extract`."""
+    batch: int | None
+    """Of `extract`; None: its default."""
 
 
-FULL = Scale(small=False, picture=(1920, 1080), clips=1, samples={1: 300, 4: 100}, batches=(1, 2, 4, 8), batch=4)
-QUICK = Scale(small=True, picture=(192, 108), clips=1, samples={1: 4, 4: 2}, batches=(), batch=2)
+FULL = Scale(
+    small=False, picture=(1920, 1080), clips={1: 2, 4: 1}, samples={1: 300, 4: 80}, batches=(1, 2, 4, 8), batch=None
+)
+QUICK = Scale(small=True, picture=(192, 108), clips={1: 1, 4: 1}, samples={1: 4, 4: 2}, batches=(), batch=2)
 
 
 class RepeatedPictures(SyntheticSource):
@@ -110,7 +114,7 @@ class RepeatedPictures(SyntheticSource):
 
 def write_drives(root: Path, scale: Scale, cameras: tuple[str, ...]) -> str:
     """Recordings with these cameras, kept if they are there already; the name of the source."""
-    source = RepeatedPictures(scale.clips, size=scale.picture, cameras=cameras)
+    source = RepeatedPictures(scale.clips.get(len(cameras), 1), size=scale.picture, cameras=cameras)
     is_tree = all(importlib.util.find_spec(module) for module in ("av", "physical_ai_av"))
     if not root.exists():
         draft = root.with_name(f"{root.name}.writing")
@@ -156,44 +160,23 @@ def make_vlm(checkpoint_dir: Path) -> FrozenVLM:
     return FrozenVLM(model, future_start_id=Checkpoint(str(checkpoint_dir)).config.traj_token_ids["future_start"])
 
 
-def read_inputs(config: ExtractConfig, device: torch.device) -> tuple[list[VLMInputs], float]:
-    """Inputs of a few samples, and how many a second are read and preprocessed, as `extract` does it."""
+@contextmanager
+def begun_reading(config: ExtractConfig, device: torch.device) -> Iterator[tuple[Read, list[VLMInputs], float]]:
+    """What `extract` reads with, its workers begun; inputs of a few samples, and how many a second it reads."""
     source, checkpoint = open_source(config.source, cameras=config.cameras), Checkpoint(config.model)
     refs, _ = select(source, t0=config.t0, samples=config.samples)
     workers = extraction.reading_workers(config)
     begin = one_thread_each if device.type == "cuda" else None
-    with (
-        extraction.reading(config, source, input_builder(config, checkpoint), device, workers) as read,
-        ThreadPoolExecutor(workers, initializer=begin) as pool,
-    ):
-        kept = begun(read, refs, pool, workers)
-        started = time.perf_counter()
-        for _ in pool.map(lambda ref: read(ref) and None, refs):
-            pass
-        return kept[:8], len(refs) / (time.perf_counter() - started)
-
-
-def begun(
-    read: Callable[[SampleRef], Prepared], refs: Sequence[SampleRef], pool: ThreadPoolExecutor, workers: int
-) -> list[VLMInputs]:
-    """Inputs of so many samples that each worker is warm, and enough for any batch."""
-    some = itertools.islice(itertools.cycle(refs), max(2 * workers, 8))
-    return [prepared.inputs for prepared in pool.map(read, some)]
-
-
-@contextmanager
-def begun_reading(
-    config: ExtractConfig, source: Source, builder: InputBuilder, device: torch.device, workers: int
-) -> Iterator[Callable[[SampleRef], Prepared]]:
-    """`extraction.reading`, once its workers have begun."""
-    refs, _ = select(source, t0=config.t0, samples=config.samples)
-    with READING(config, source, builder, device, workers) as read:
-        with ThreadPoolExecutor(workers) as pool:
-            begun(read, refs, pool, workers)
-        yield read
-
-
-READING = extraction.reading
+    with extraction.reading(config, source, input_builder(config, checkpoint), device, workers) as read:
+        with ThreadPoolExecutor(workers, initializer=begin) as pool:
+            # So many that each worker is warm, and enough for any batch.
+            some = itertools.islice(itertools.cycle(refs), max(2 * workers, 8))
+            inputs = [prepared.inputs for prepared in pool.map(read, some)][:8]
+            started = time.perf_counter()
+            for _ in pool.map(lambda ref: read(ref) and None, refs):
+                pass
+            rate = len(refs) / (time.perf_counter() - started)
+        yield read, inputs, rate
 
 
 def reading_in_threads() -> AbstractContextManager[Any]:
@@ -259,36 +242,41 @@ def measure(
         batch_size=scale.batch,
         device=str(vlm.device),
     )
-    inputs, decode = read_inputs(config, vlm.device)
+    at_once = prefill_batch(cameras=cameras, frames=config.frames)
+    batch = scale.batch or at_once
     common = {"cameras": cameras, "cpu_cores": len(os.sched_getaffinity(0)), "source": spec.partition(":")[0]}
-    common |= {"workers": extraction.reading_workers(config), "tokens": len(inputs[0].input_ids), "decode_s": decode}
-    ready = [_ready(one, vlm) for one in inputs]
-    alone: dict[int, float] = {}
-    for batch in sorted({*scale.batches, scale.batch}):
-        row: dict[str, Any] = {**common, "batch": batch}
-        with _peak(row):
-            alone[batch] = prefill_rate(vlm, ready, batch, rounds=1 if scale.small else 5)
-            row |= {"prefill_s": alone[batch], "neighbour_error": neighbour_error(vlm, ready, batch)}
-            row["cores_to_keep_up"] = row["cpu_cores"] * alone[batch] / decode
-        yield row
-    runs = [("int8", False), ("bf16", False), *([("int8", True)] if threads else [])]
-    for codec, in_threads in runs:
-        row = {**common, "codec": codec, "batch": scale.batch, "writers": config.writers}
-        with reading_in_threads() if in_threads else nullcontext(), _peak(row):
-            if in_threads:
-                row |= {"note": "read in threads", "decode_s": read_inputs(config, vlm.device)[1]}
-            row |= extract_row(root, vlm, config, codec, alone.get(scale.batch), row["decode_s"])
+    common |= {"workers": extraction.reading_workers(config)}
+    with begun_reading(config, vlm.device) as (read, inputs, decode):
+        common |= {"tokens": len(inputs[0].input_ids), "decode_s": decode}
+        ready = [_ready(one, vlm) for one in inputs]
+        alone: dict[int, float] = {}
+        for size in sorted({*scale.batches, batch}):
+            row: dict[str, Any] = {**common, "batch": size}
+            with _peak(row):
+                alone[size] = prefill_rate(vlm, ready, size, rounds=1 if scale.small else 5)
+                row |= {"prefill_s": alone[size], "neighbour_error": neighbour_error(vlm, ready, size)}
+                row["cores_to_keep_up"] = row["cpu_cores"] * alone[size] / decode
+            yield row
+        for codec in ("int8", "bf16"):
+            row = {**common, "codec": codec, "batch": batch, "writers": config.writers}
+            with _peak(row):
+                row |= extract_row(root, vlm, config, codec, read, alone.get(batch), decode)
+            yield row
+    if threads:
+        row = {**common, "codec": "int8", "batch": batch, "writers": config.writers, "note": "read in threads"}
+        with reading_in_threads(), begun_reading(config, vlm.device) as (read, _, decode), _peak(row):
+            row |= {"decode_s": decode} | extract_row(root, vlm, config, "int8", read, alone.get(batch), decode)
         yield row
 
 
 def extract_row(
-    root: Path, vlm: FrozenVLM, config: ExtractConfig, codec: str, prefill: float | None, decode: float
+    root: Path, vlm: FrozenVLM, config: ExtractConfig, codec: str, read: Read, prefill: float | None, decode: float
 ) -> dict[str, Any]:
-    """One run of `extract`, the model in hand already."""
+    """One run of `extract`, the model in hand and its readers begun."""
     done: list[tuple[int, float]] = []
     with (
         mock.patch.object(extraction, "load_vlm", return_value=vlm),
-        mock.patch.object(extraction, "reading", begun_reading),
+        mock.patch.object(extraction, "reading", return_value=nullcontext(read)),
     ):
         report = extraction.extract(
             dataclasses.replace(config, codec=codec),  # type: ignore[arg-type]

@@ -46,7 +46,10 @@ def extract(
     retry_quarantined: Annotated[bool, typer.Option(help="Try samples again that failed before.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Begin even if the disk has no room for all of it.")] = False,
     batch_size: Annotated[
-        int | None, typer.Option(help="Samples through the VLM at a time. Default: 4 on a GPU, 1 on a CPU.")
+        int | None,
+        typer.Option(
+            help="Samples through the VLM at a time. Default: on a GPU as many as have 32 images, on a CPU 1."
+        ),
     ] = None,
     workers: Annotated[
         int | None,

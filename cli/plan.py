@@ -122,7 +122,9 @@ def _time_rows(found: "Plan") -> list[list[str]]:
     in_memory = f"{_duration(two.hours_in_memory)} if samples stay in RAM after the first epoch (--in-memory)"
     return [
         ["extract", _duration(one.hours)],
-        ["  a sample", f"{one.prefill_s * 1e3:.0f} ms VLM, {one.write_s * 1e3:.0f} ms durable write ({writes})"],
+        ["  a sample", f"{one.prefill_s * 1e3:.0f} ms VLM"],
+        ["", f"{one.reading_s * 1e3:.0f} ms decoding ({machine.disk_is} {machine.cores} cores)"],
+        ["", f"{one.write_s * 1e3:.0f} ms durable write ({writes})"],
         ["  GPU memory", f"{one.weights_bytes / 2**30:.1f} GiB of weights, and activations"],
         ["train", f"{_duration(two.hours)} for {two.steps} steps, {_bound(busy_s, two.read_s)}"],
         ["  in RAM", in_memory],

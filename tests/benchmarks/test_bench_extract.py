@@ -47,8 +47,8 @@ def test_the_tokenizer_keeps_image_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(full_size, "_expert_state", lambda small: {"vlm.placeholder": torch.zeros(1)})
     checkpoint = full_size.write_checkpoint(tmp_path / "model", small=True)
     config = ExtractConfig(source="synthetic:2", model=str(checkpoint), store="store", samples=2, workers=1)
-    inputs, rate = bench_extract.read_inputs(config, torch.device("cpu"))
-    assert rate > 0
+    with bench_extract.begun_reading(config, torch.device("cpu")) as (_, inputs, rate):
+        assert rate > 0
     for one in inputs:
         merged = int(one.image_grid_thw.prod(-1).sum()) // 4
         assert int((np.diff(one.image_spans)).sum()) == merged
