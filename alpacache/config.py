@@ -20,12 +20,12 @@ _LR = {"all": 1e-4, "lora": 5e-4, "head": 1e-3}
 
 
 _IMAGES_AT_ONCE = 32
-"""That `extract` sends through the VLM on a GPU: about 6,000 tokens. With fewer its kernels take longer to launch than to
-run, more are hardly faster (benchmarks/results)."""
+"""That `extract` sends through the VLM on a GPU: about 6,000 tokens. With fewer, its kernels take longer to launch than
+to run; more are hardly faster (benchmarks/results)."""
 
 
 def prefill_batch(*, cameras: int, frames: int) -> int:
-    """Samples that `extract` sends through the VLM at once on a GPU, unless told otherwise: 8 of one camera, 2 of four."""
+    """Samples that `extract` sends through the VLM at once on a GPU, if it is not told: 8 of one camera, 2 of four."""
     return max(1, _IMAGES_AT_ONCE // (cameras * frames))
 
 
@@ -75,8 +75,9 @@ class ExtractConfig:
     workers: int | None = None
     """How many samples are read and preprocessed at a time ahead of the VLM, by processes beside a GPU and by threads
     elsewhere; None: as many as there are CPU cores less two, 2 to 24, shared by torchrun's processes."""
-    writers: int = 4
-    """Threads that commit samples behind it; host memory holds two samples more than that."""
+    writers: int = 6
+    """Threads that commit samples behind it; host memory holds more samples than that by what goes through the VLM at a
+    time, and by two at least."""
     device: str | None = None
 
     def __post_init__(self) -> None:

@@ -201,7 +201,8 @@ class _Run:
             self.started = time.monotonic()
             with (
                 InterruptGuard() as guard,
-                HostCopies(self.device, self.config.writers + SPARE_COPIES) as copies,
+                # A group leaves the device at once: it must not have to wait while the writers keep up.
+                HostCopies(self.device, self.config.writers + max(SPARE_COPIES, self.batch_size)) as copies,
                 Writers(self.writer, copies, threads=self.config.writers) as writers,
                 closing(self._prepared(todo, read, guard)) as prepared,
             ):

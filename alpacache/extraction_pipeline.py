@@ -22,7 +22,7 @@ from cache_store import CacheWriter
 NEAR = 16
 """Samples go through the VLM together if their lengths differ by at most a sixteenth of the first one's."""
 SPARE_COPIES = 2
-"""Buffers beyond one a writer: one that is being filled and one that is ready."""
+"""Buffers beyond one a writer, at least: one that is being filled and one that is ready."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

@@ -12,14 +12,15 @@ import numpy as np
 
 from alpacache.errors import UsageError
 from alpacache.gpus import Gpu
-from cache_store.local_files import free_bytes
+from cache_store.local_files import free_bytes, write_new
 from cache_store.storage import is_uri
 
-_BLOCK_BYTES = 2**24
-_FILE_BYTES, _LEAST_BYTES = 2**28, 2**20
-_SYNC_BYTES = 2**26
-"""Forced to the medium at a time, so that a slow one is noticed before the page cache has taken all."""
-_READERS = 4
+_FILE_BYTES = 2**24
+"""About a chunk of a store."""
+_PROBE_BYTES, _LEAST_BYTES = 2**29, 2**20
+_AT_ONCE = 4
+"""Files that are written at a time, as those of a sample are."""
+_READERS = 8
 _LIMIT_S = 8.0
 """Of writing, and again of reading: a slow medium is measured with less than the whole file."""
 _MATRIX = 8192
@@ -31,13 +32,13 @@ because that is what times are scaled by."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSpeed:
-    """Bytes a second of one large file: written by one thread, read by four."""
+    """Bytes a second of files as a store has them, several at a time."""
 
     write_bytes_s: float
-    """Until it is on the medium."""
+    """Until they are on the medium."""
     read_bytes_s: float
-    """After the page cache was told to forget it; a file system without a medium reads from RAM all the same."""
-    file_bytes: int
+    """After the page cache was told to forget them; a file system without a medium reads from RAM all the same."""
+    probe_bytes: int
 
 
 def existing_folder(path: Path | str) -> Path:
@@ -51,35 +52,45 @@ def existing_folder(path: Path | str) -> Path:
 
 
 def disk_speed(path: Path | str) -> DiskSpeed:
-    """Write, force to the medium and read back a temporary file at the path, which is always removed again.
+    """Write files at the path as a store's are written, force them to the medium, read them back and remove them.
 
-    It has 256 MB, or a tenth of what is free. Raises `OSError` where nothing can be written.
+    Together they have 512 MB, or a tenth of what is free. Raises `OSError` where nothing can be written.
     """
     folder = existing_folder(path)
-    size = min(_FILE_BYTES, free_bytes(folder) // 10)
+    size = min(_PROBE_BYTES, free_bytes(folder) // 10)
     if size < _LEAST_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-    block = np.random.default_rng(0).integers(0, 256, min(_BLOCK_BYTES, size), np.uint8)
-    with tempfile.TemporaryFile(dir=folder, prefix=".alpacache-probe-", buffering=0) as file:
-        descriptor = file.fileno()
-        started, written = time.perf_counter(), 0
-        while written < size and time.perf_counter() - started < _LIMIT_S:
-            written += os.write(descriptor, block.data)
-            if written % _SYNC_BYTES == 0:
-                os.fsync(descriptor)
-        os.fsync(descriptor)
+    data = np.random.default_rng(0).integers(0, 256, min(_FILE_BYTES, size // _AT_ONCE), np.uint8)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".alpacache-probe-") as place:
+        files: list[Path] = []
+        started = time.perf_counter()
+        while (len(files) + _AT_ONCE) * len(data) <= size and time.perf_counter() - started < _LIMIT_S:
+            more = [Path(place, str(len(files) + number)) for number in range(_AT_ONCE)]
+            write_new(*((file, [data]) for file in more))
+            files += more
         write_s = time.perf_counter() - started
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        for file in files:
+            _forget(file)
         started = time.perf_counter()
 
-        def read_block(start: int) -> int:
-            return 0 if time.perf_counter() - started > _LIMIT_S else len(os.pread(descriptor, _BLOCK_BYTES, start))
+        def read(file: Path) -> int:
+            if time.perf_counter() - started > _LIMIT_S:
+                return 0
+            with file.open("rb", buffering=0) as opened:
+                return opened.readinto(bytearray(len(data))) or 0
 
         with ThreadPoolExecutor(_READERS, "read") as pool:
-            read = sum(pool.map(read_block, range(0, written, _BLOCK_BYTES)))
+            read_bytes = sum(pool.map(read, files))
         read_s = time.perf_counter() - started
-    return DiskSpeed(write_bytes_s=written / write_s, read_bytes_s=read / max(read_s, 1e-9), file_bytes=written)
+    written = len(files) * len(data)
+    return DiskSpeed(write_bytes_s=written / write_s, read_bytes_s=read_bytes / max(read_s, 1e-9), probe_bytes=written)
+
+
+def _forget(file: Path) -> None:
+    """Ask the system to drop the file from the page cache."""
+    if hasattr(os, "posix_fadvise"):
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def gpu_speed(number: int = 0) -> Gpu:

@@ -345,9 +345,7 @@ def _notes(
             f"The disk is assumed: reads {READ_BYTES_S / 1e9:.1f} GB/s, durable writes {WRITE_BYTES_S / 1e9:.1f} GB/s. "
             "--probe measures it."
         )
-        notes.append(
-            f"Recordings are assumed to be H.264, decoded by {CORES} CPU cores; --probe counts this machine's."
-        )
+        notes.append(f"Recordings are taken to be H.264, decoded by {CORES} CPU cores; --probe counts this machine's.")
     if config.tails:
         notes.append(
             f"Reasoning rollouts are counted at their longest, {MAX_TOKENS} tokens of text each: their bytes are an "

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 RELEASED_VLM, RELEASED_EXPERT = 8.8e9, 2.279e9
 """Parameters of the models that were measured."""
 
-# Measured in batches of 1, 2, 4 and 8: at 790 tokens (1 camera) 99, 106, 162 and 299 ms, at 2,974 (4 cameras) 153, 294,
-# 583 and 1,158 ms.
-_LAUNCHES_S = 0.099
-"""Of all its kernels, by one CPU core, which the GPU waits for where there is little to compute."""
+# Measured in batches of 1, 2, 4 and 8: at 790 tokens (1 camera) 54 to 99, 85 to 106, 160 and 303 ms, at 2,974 (4
+# cameras) 153, 294, 583 and 1,158 ms.
+_LAUNCHES_S = 0.075
+"""Of all its kernels, by a CPU core, which the GPU waits for where there is little to compute; 54 to 99 ms."""
 _PREFILL_S = 8e-3
 _PREFILL_TOKEN_S = 47.5e-6
 _PICTURE = (1080, 1920)

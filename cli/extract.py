@@ -47,9 +47,7 @@ def extract(
     force: Annotated[bool, typer.Option("--force", help="Begin even if the disk has no room for all of it.")] = False,
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            help="Samples through the VLM at a time. Default: on a GPU as many as have 32 images, on a CPU 1."
-        ),
+        typer.Option(help="Samples through the VLM at a time. Default: on a GPU what has 32 images, on a CPU 1."),
     ] = None,
     workers: Annotated[
         int | None,
@@ -57,7 +55,7 @@ def extract(
             help="Samples read and preprocessed at a time ahead of the model, by a process each beside a GPU."
         ),
     ] = None,
-    writers: Annotated[int, typer.Option(help="Threads that write behind it; each holds a sample in RAM.")] = 4,
+    writers: Annotated[int, typer.Option(help="Threads that write behind it; each holds a sample in RAM.")] = 6,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:

@@ -7,9 +7,9 @@ from alpacache.machine_speed import disk_speed, existing_folder
 
 
 def test_rates_of_a_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine_speed, "_FILE_BYTES", 2**22)
+    monkeypatch.setattr(machine_speed, "_PROBE_BYTES", 2**22)
     found = disk_speed(tmp_path / "no" / "store" / "yet")
-    assert found.file_bytes == 2**22
+    assert found.probe_bytes == 2**22
     assert found.write_bytes_s > 0
     assert found.read_bytes_s > 0
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ import pytest
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS, gpu_named
 from alpacache.memory_plan import memory_plan
-from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds
+from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds, reading_seconds
 
 H100 = GPUS["h100"]
 
@@ -35,9 +35,25 @@ def test_the_steps_that_were_measured(changes, draws, micro_batch, step_ms, work
     assert seconds * 1e3 == pytest.approx(step_ms, rel=0.01)
 
 
-@pytest.mark.parametrize(("tokens", "milliseconds"), [(809, 85), (2993, 190), (4 * 809, 4 * 49)])
+@pytest.mark.parametrize(
+    ("tokens", "milliseconds"),
+    [(4 * 790, 160), (8 * 790, 303), (2974, 153), (2 * 2974, 295), (4 * 2974, 585), (8 * 2974, 1160)],
+)
 def test_the_prefills_that_were_measured(tokens, milliseconds):
     assert prefill_seconds(8_800_000_000, tokens, H100) * 1e3 == pytest.approx(milliseconds, rel=0.04)
+
+
+def test_a_short_prefill_takes_as_long_as_its_launches():
+    slow = dataclasses.replace(H100, tflops=H100.tflops / 10)
+    assert prefill_seconds(8_800_000_000, 200, H100) == prefill_seconds(8_800_000_000, 800, H100) == 0.075
+    assert prefill_seconds(8_800_000_000, 800, slow) > 0.4
+
+
+def test_reading_goes_with_cameras_pixels_and_cores():
+    # Measured with 16 cores: 20.7 and 21.7 samples/s of one camera, 4.85 and 3.9 of four.
+    assert reading_seconds(1, (1080, 1920), 16) == pytest.approx(1 / 21, rel=0.06)
+    assert reading_seconds(4, (1080, 1920), 16) == pytest.approx(1 / 4.85, rel=0.06)
+    assert reading_seconds(1, (540, 960), 8) == pytest.approx(reading_seconds(1, (1080, 1920), 16) / 2)
 
 
 def test_half_the_arithmetic_and_half_the_bandwidth_each_slow_their_part(work):
