@@ -54,7 +54,7 @@ ENLARGED = 4
 """Times in width and height."""
 VIDEO_FPS, VIDEO_CRF = 30, 24
 """As cameras record; 21 Mbit/s. What a frame costs to decode goes with its bytes."""
-T0 = "every:0.02"
+T0 = "every:0.005"
 KEYS = ("cameras", "codec", "batch", "samples_s", "prefill_s", "write_s", "decode_s", "of_limit", "cpu_cores")
 KEYS += (
     "read_wait",
@@ -80,8 +80,7 @@ class Scale:
     """The small model of `full_size`."""
     picture: tuple[int, int]
     """Width and height."""
-    clips: dict[int, int]
-    """Cameras -> recordings."""
+    clips: int
     samples: dict[int, int]
     """Cameras -> samples of a run."""
     batches: tuple[int, ...]
@@ -90,10 +89,8 @@ class Scale:
     """Of `extract`; None: its default."""
 
 
-FULL = Scale(
-    small=False, picture=(1920, 1080), clips={1: 2, 4: 1}, samples={1: 300, 4: 80}, batches=(1, 2, 4, 8), batch=None
-)
-QUICK = Scale(small=True, picture=(192, 108), clips={1: 1, 4: 1}, samples={1: 4, 4: 2}, batches=(), batch=2)
+FULL = Scale(small=False, picture=(1920, 1080), clips=1, samples={1: 300, 4: 80}, batches=(1, 2, 4, 8), batch=None)
+QUICK = Scale(small=True, picture=(192, 108), clips=1, samples={1: 4, 4: 2}, batches=(), batch=2)
 
 
 class RepeatedPictures(SyntheticSource):
@@ -114,7 +111,7 @@ class RepeatedPictures(SyntheticSource):
 
 def write_drives(root: Path, scale: Scale, cameras: tuple[str, ...]) -> str:
     """Recordings with these cameras, kept if they are there already; the name of the source."""
-    source = RepeatedPictures(scale.clips.get(len(cameras), 1), size=scale.picture, cameras=cameras)
+    source = RepeatedPictures(scale.clips, size=scale.picture, cameras=cameras)
     is_tree = all(importlib.util.find_spec(module) for module in ("av", "physical_ai_av"))
     if not root.exists():
         draft = root.with_name(f"{root.name}.writing")
@@ -229,9 +226,17 @@ def write_rate(folder: Path, size_bytes: int, *, writers: int) -> float:
 
 
 def measure(
-    root: Path, checkpoint_dir: Path, vlm: FrozenVLM, spec: str, cameras: int, scale: Scale, *, threads: bool
+    root: Path,
+    checkpoint_dir: Path,
+    vlm: FrozenVLM,
+    spec: str,
+    cameras: int,
+    scale: Scale,
+    *,
+    codecs: Sequence[str],
+    threads: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one camera set: the VLM alone, then `extract` in both codecs."""
+    """Rows of one camera set: the VLM alone, then `extract` in each codec."""
     config = ExtractConfig(
         source=spec,
         model=str(checkpoint_dir),
@@ -257,7 +262,7 @@ def measure(
                 row |= {"prefill_s": alone[size], "neighbour_error": neighbour_error(vlm, ready, size)}
                 row["cores_to_keep_up"] = row["cpu_cores"] * alone[size] / decode
             yield row
-        for codec in ("int8", "bf16"):
+        for codec in codecs:
             row = {**common, "codec": codec, "batch": batch, "writers": config.writers}
             with _peak(row):
                 row |= extract_row(root, vlm, config, codec, read, alone.get(batch), decode)
@@ -331,6 +336,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where recordings and stores are written")
     parser.add_argument("--drives", type=Path, help="recordings, kept; what is there already is used again")
     parser.add_argument("--cameras", type=int, nargs="+", default=[1, 4], choices=sorted(full_size.CAMERA_SETS))
+    parser.add_argument("--codecs", nargs="+", default=["int8", "bf16"], choices=["int8", "bf16"])
     parser.add_argument("--read-in-threads", action="store_true", help="add rows of reading in threads, for comparison")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -355,7 +361,14 @@ def main() -> None:
             vlm = make_vlm(checkpoint_dir)
         for cameras, spec in drives.items():
             for row in measure(
-                root, checkpoint_dir, vlm, spec.result(), cameras, scale, threads=options.read_in_threads
+                root,
+                checkpoint_dir,
+                vlm,
+                spec.result(),
+                cameras,
+                scale,
+                codecs=options.codecs,
+                threads=options.read_in_threads,
             ):
                 print({key: row[key] for key in KEYS if key in row}, flush=True)
                 rows.append({key: row.get(key) for key in KEYS})

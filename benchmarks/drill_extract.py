@@ -22,7 +22,7 @@ def drill(work: Path, *, small: bool) -> dict[str, Any]:
     store = work / "extracted"
     source = bench_extract.write_drives(work / "drives1", scale, names)
     command = ["extract", source, "--model", str(model), "--store", str(store), "--cameras", ",".join(names)]
-    command += ["--codec", "int8", "--t0", "every:0.2" if small else "every:0.02", "--samples", str(samples)]
+    command += ["--codec", "int8", "--t0", "every:0.2" if small else bench_extract.T0, "--samples", str(samples)]
     command += ["--batch-size", str(scale.batch), *(["--device", "cpu"] if small else [])]
 
     def committed() -> int:
