@@ -32,7 +32,7 @@ from alpacache.sources.folder import join_cameras
 from alpacache.sources.pai_cache import REPO, LinkedCache, connection_errors, explain_hub_error
 from alpacache.sources.pai_chunks import ChunkCache, cache_directory, limit_bytes
 from alpacache.sources.retry import with_retry
-from alpacache.sources.video import check_size
+from alpacache.sources.video import WantedFrames, check_size
 
 EGOMOTION = "egomotion"
 EVENTS_FILE = "reasoning/ood_reasoning.parquet"
@@ -198,6 +198,10 @@ class PhysicalAiSource:
             reader = self._feature(clip_id, camera)
             try:
                 check_size(reader.stream.codec_context.width, reader.stream.codec_context.height, where=where)
+                frames = set((np.searchsorted(reader.timestamps, wanted, side="right") - 1).tolist())
+                reader.container = WantedFrames(
+                    reader.container, reader.stream, lambda pts: round(pts / reader.pts_per_frame) in frames
+                )
                 images, taken = reader.decode_images_from_timestamps(wanted)
             finally:
                 reader.close()

@@ -4,7 +4,7 @@ A frame's size is checked before its pixels are allocated, and only the JPEG dec
 neither a decompression bomb nor a file of another kind under a .jpg name gets anywhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ def read_mp4(file: Path, indices: Sequence[int], *, count: int, where: str) -> N
                 raise BadClipError("undecodable_video", f"{where}: {file.name} holds no video stream.")
             stream = container.streams.video[0]
             check_size(stream.codec_context.width, stream.codec_context.height, where=where)
-            times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+            packets = [packet for packet in container.demux(stream) if packet.pts is not None]
+            times, keys = sorted(one.pts for one in packets), [one.pts for one in packets if one.is_keyframe]
             _check_count(len(times), count, where=f"{where}: {file.name}")
-            found = _decode(container, stream, sorted({times[index] for index in indices}))
+            found = _decode(container, stream, sorted({times[index] for index in indices}), keys)
     except (av.error.FFmpegError, OSError) as error:
         raise BadClipError(
             "undecodable_video",
@@ -47,6 +48,29 @@ def read_mp4(file: Path, indices: Sequence[int], *, count: int, where: str) -> N
     if missing:
         raise BadClipError("undecodable_video", f"{where}: frame {missing[0]} of {file.name} is damaged.")
     return stack([found[times[index]] for index in indices], where=where)
+
+
+class WantedFrames:
+    """A container of PyAV whose `decode` leaves out frames that are neither wanted nor needed to decode others.
+
+    Between a key frame and the frames of a sample lie a dozen or two, half of them such frames where a video has any.
+    Of other codecs than H.264 and H.265 every frame is decoded: their decoders leave out wanted ones too.
+    """
+
+    def __init__(self, container: Any, stream: Any, is_wanted: Callable[[int], bool]) -> None:
+        """`is_wanted` is asked with times of presentation."""
+        self._container, self._stream, self._is_wanted = container, stream, is_wanted
+
+    def decode(self, **only_this_stream: int) -> Iterator[Any]:
+        """Frames from where the container is, in the order of presentation."""
+        codec = self._stream.codec_context
+        for packet in self._container.demux(self._stream):
+            wanted = packet.pts is None or self._is_wanted(packet.pts)
+            codec.skip_frame = "DEFAULT" if wanted or codec.name not in ("h264", "hevc") else "NONREF"
+            yield from packet.decode()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._container, name)
 
 
 def stack(frames: Sequence[NDArray[np.uint8]], *, where: str) -> NDArray[np.uint8]:
@@ -89,11 +113,18 @@ def _read_jpeg(file: Path, *, where: str) -> NDArray[np.uint8]:
         raise BadClipError("undecodable_video", f"{where}: no readable JPEG image ({error}).") from error
 
 
-def _decode(container: Any, stream: Any, wanted: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
-    """Frames by presentation time; seeks once, as the wanted frames of a sample lie close together."""
+def _decode(
+    container: Any, stream: Any, wanted: Sequence[int], key_frames: Sequence[int]
+) -> dict[int, NDArray[np.uint8]]:
+    """Frames by presentation time; seeks once, as the wanted frames of a sample lie close together.
+
+    To the last key frame that is shown before them: frames shown before a key frame may follow it in the file, and need
+    those of the key frame before.
+    """
     found: dict[int, NDArray[np.uint8]] = {}
-    container.seek(wanted[0], backward=True, stream=stream)
-    for frame in container.decode(stream):
+    first = max((time for time in key_frames if time <= wanted[0]), default=wanted[0])
+    container.seek(first, backward=True, stream=stream)
+    for frame in WantedFrames(container, stream, frozenset(wanted).__contains__).decode():
         if frame.pts in wanted and not frame.is_corrupt:
             check_size(frame.width, frame.height, where="video")
             found[frame.pts] = frame.to_ndarray(format="rgb24")
