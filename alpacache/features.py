@@ -155,9 +155,9 @@ def to_arrays(
     """
     name = sample.ref.sample_id
     large = prefix_arrays(name, inputs, prefix, hidden_states=hidden_states, codec=codec)
-    large = checked(name, large | tail_arrays(tails, codec=codec))
+    large |= tail_arrays(tails, codec=codec)
     on_cpu = {name: value.cpu().numpy() if isinstance(value, Tensor) else value for name, value in large.items()}
-    return sample_arrays(sample, inputs) | on_cpu
+    return sample_arrays(sample, inputs) | checked(name, on_cpu)
 
 
 def sample_arrays(sample: Sample, inputs: VLMInputs) -> dict[str, Any]:
