@@ -77,6 +77,25 @@ def test_bytes_arrive_while_the_gpu_goes_on():
             check(copy, *values)
 
 
+@pytest.mark.gpu
+@gpu
+def test_a_copy_waits_for_what_made_its_values_and_no_longer():
+    device = torch.device("cuda")
+    with HostCopies(device, 1) as copies:
+        copies.begin({"kv": torch.zeros(2, 600_000, device=device)}).release()  # page-locks the buffer
+        torch.cuda._sleep(20_000_000)
+        kv, made = torch.arange(1_200_000, device=device).view(2, -1), torch.cuda.Event(blocking=True)
+        made.record()
+        torch.cuda._sleep(4_000_000_000)  # seconds of the next group
+        later = torch.cuda.Event()
+        later.record()
+        copy = copies.begin({"kv": kv}, made=made)
+        assert np.array_equal(copy.arrays()["kv"], np.arange(1_200_000).reshape(2, -1))
+        assert not later.query()
+        copy.release()
+        torch.cuda.synchronize()
+
+
 def check(copy, kv, hidden):
     found = copy.arrays()
     assert np.array_equal(found["kv"], kv)
