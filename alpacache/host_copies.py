@@ -8,7 +8,7 @@ slow disk. On the CPU nothing is copied, only counted.
 
 from collections import deque
 from collections.abc import Mapping
-from queue import SimpleQueue
+from queue import LifoQueue
 from types import TracebackType
 from typing import Any, Self
 
@@ -52,7 +52,7 @@ class HostCopies:
         cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         self._count = count
-        self._free: SimpleQueue[Bytes | None] = SimpleQueue()
+        self._free: LifoQueue[Bytes | None] = LifoQueue()  # so that no more are page-locked than are in use at a time
         for _ in range(count):
             self._free.put(None)
 
