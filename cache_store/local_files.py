@@ -33,7 +33,7 @@ _DIRECT_BYTES = 2**20
 """Files from this size on are written that way."""
 _BLOCK = 4096
 """What such a write has to be a multiple of, in memory and on the medium."""
-_STAGE_BYTES = 2**22
+_STAGE_BYTES = 2**20
 
 
 def write_new(*files: tuple[Path, Iterable[Any]]) -> None:

@@ -294,7 +294,7 @@ def test_everything_is_on_the_medium_before_the_record_appears(store, kit, monke
     assert events[at + 1 :] == [("fsync", str(store / "commits"))]
 
 
-LARGE = [2**20 - 1, 2**20, 2**20 + 1, 2**22 - 3, 2**22, 2**22 + 4097, 2**23 + 5]
+LARGE = [2**20 - 1, 2**20, 2**20 + 1, 2**21 - 3, 2**21, 2**21 + 4097, 2**22 + 5]
 """Bytes, about the limit of ordinary writes and the size of a block."""
 
 
@@ -345,11 +345,11 @@ def test_a_disk_that_fills_up_within_a_large_file_is_full_not_misaligned(tmp_pat
     write = os.write
 
     def fill_up(descriptor, block):
-        if len(block) < 2**22:  # the file's last
+        if len(block) < 2**20:  # the file's last
             raise OSError(errno.EINVAL if is_direct(descriptor) else errno.ENOSPC, "as the kernel says it")
         return write(descriptor, block)
 
     monkeypatch.setattr(os, "write", fill_up)
     with pytest.raises(OSError, match="as the kernel says it") as caught:
-        local_files.write_new((tmp_path / "file", [bytes(2**22 + 1)]))
+        local_files.write_new((tmp_path / "file", [bytes(2**20 + 1)]))
     assert caught.value.errno == errno.ENOSPC
