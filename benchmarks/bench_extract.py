@@ -41,7 +41,7 @@ from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.config import ExtractConfig, prefill_batch
 from alpacache.device import one_thread_each
 from alpacache.preparation import Prepared, input_builder
-from alpacache.sample import CAMERAS, SampleRef
+from alpacache.sample import SampleRef
 from alpacache.selection import select
 from alpacache.sources import open_source
 from alpacache.sources.synthetic import SyntheticSource
@@ -241,14 +241,13 @@ def measure(
         source=spec,
         model=str(checkpoint_dir),
         store=str(root / "store"),
-        cameras=tuple(CAMERAS[index] for index in full_size.CAMERA_SETS[cameras]),
+        cameras=full_size.camera_names(cameras),
         t0=T0,
         samples=scale.samples[cameras],
         batch_size=scale.batch,
         device=str(vlm.device),
     )
-    at_once = prefill_batch(cameras=cameras, frames=config.frames)
-    batch = scale.batch or at_once
+    batch = scale.batch or prefill_batch(cameras=cameras, frames=config.frames)
     common = {"cameras": cameras, "cpu_cores": len(os.sched_getaffinity(0)), "source": spec.partition(":")[0]}
     common |= {"workers": extraction.reading_workers(config)}
     with begun_reading(config, vlm.device) as (read, inputs, decode):
@@ -354,7 +353,7 @@ def main() -> None:
                     write_drives,
                     (options.drives or root) / f"drives{cameras}",
                     scale,
-                    tuple(CAMERAS[index] for index in full_size.CAMERA_SETS[cameras]),
+                    full_size.camera_names(cameras),
                 )
                 for cameras in options.cameras
             }

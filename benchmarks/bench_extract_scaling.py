@@ -20,8 +20,6 @@ import torch
 from benchmark_report import arguments, finish, hardware_name
 from drills import call
 
-from alpacache.sample import CAMERAS
-
 KEYS = ("gpus", "samples", "samples_s", "efficiency", "cpu_cores", "read_wait", "write_wait")
 
 
@@ -57,7 +55,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     try:
-        names = tuple(CAMERAS[index] for index in full_size.CAMERA_SETS[1])
+        names = full_size.camera_names(1)
         model = full_size.write_checkpoint(work / "vlm-model", small=options.quick, with_vlm=True)
         source = bench_extract.write_drives(work / "drives1", scale, names)
         samples = 4 if options.quick else options.samples

@@ -12,18 +12,16 @@ import bench_extract
 import full_size
 from drills import call, kill_at, run_drill
 
-from alpacache.sample import CAMERAS
-
 
 def drill(work: Path, *, small: bool) -> dict[str, Any]:
     samples, kills, scale = (8, (2, 5), bench_extract.QUICK) if small else (300, (100, 200), bench_extract.FULL)
-    names = tuple(CAMERAS[index] for index in full_size.CAMERA_SETS[1])
+    names = full_size.camera_names(1)
     model = full_size.write_checkpoint(work / "vlm-model", small=small, with_vlm=True)
     store = work / "extracted"
     source = bench_extract.write_drives(work / "drives1", scale, names)
     command = ["extract", source, "--model", str(model), "--store", str(store), "--cameras", ",".join(names)]
     command += ["--codec", "int8", "--t0", "every:0.2" if small else bench_extract.T0, "--samples", str(samples)]
-    command += ["--batch-size", str(scale.batch), *(["--device", "cpu"] if small else [])]
+    command += ["--batch-size", str(scale.batch), "--device", "cpu"] if small else []
 
     def committed() -> int:
         return sum(1 for _ in (store / "commits").glob("*")) if store.exists() else 0

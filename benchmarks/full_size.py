@@ -61,6 +61,10 @@ _LENGTHS = 16
 _WRITERS = 8
 
 
+def camera_names(cameras: int) -> tuple[str, ...]:
+    return tuple(CAMERAS[index] for index in CAMERA_SETS[cameras])
+
+
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -103,7 +107,7 @@ def write_store(
     A store that holds as many samples already is kept. Lengths are drawn from 16 between shortest and longest.
     """
     checkpoint = Checkpoint(str(checkpoint_dir))
-    names = tuple(CAMERAS[index] for index in CAMERA_SETS[cameras])
+    names = camera_names(cameras)
     identity = store_identity(
         checkpoint, InputBuilder(checkpoint), cameras=names, frames=FRAMES, codec=codec, dtype="bfloat16"
     )
