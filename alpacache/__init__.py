@@ -5,8 +5,9 @@ learns from that store alone. `evaluate`: did it help? `export`: a complete chec
 hold the curve? All are imported on first use, so that `import alpacache` is cheap.
 """
 
-from importlib import import_module
 from typing import Any
+
+from alpacache.first_use import on_first_use
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "export", "extract", "probe", "train"]
@@ -21,6 +22,4 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return on_first_use(__name__, name, _HOMES)

@@ -159,6 +159,8 @@ class _Run:
         self.batch_size = config.batch_size or (at_once if device.type == "cuda" and not config.deterministic else 1)
         self.workers = reading_workers(config)
         self.waits = Waits()
+        self.pending: _Group | None = None
+        """The last group, handed over when the device has the next."""
         self.shrunk = ""
         self.extracted = 0
         self.failed = 0
@@ -222,15 +224,6 @@ class _Run:
         writers: Writers,
         guard: InterruptGuard,
     ) -> None:
-        pending: _Group | None = None
-
-        def hand_over() -> bool:
-            nonlocal pending
-            group, pending = pending, None
-            if group is not None:
-                self._hand_over(group, writers)
-            return group is not None
-
         try:
             for group in groups(
                 self.waits.timed("read", samples),
@@ -243,17 +236,16 @@ class _Run:
                 while parts:
                     part = parts.popleft()
                     made = self._compute(vlm, sampler, part)
-                    handed_over = hand_over()  # while the device is busy with the next
+                    handed_over = self._hand_over(writers)  # while the device is busy with the next
                     if isinstance(made, _Group):
-                        pending = made
+                        self.pending = made
                     elif handed_over:
                         parts.appendleft(part)  # there is room now
                     else:
                         half = self._shrink(part, made)
                         parts.extendleft((part[half:], part[:half]))
-                    del made
         finally:
-            hand_over()
+            self._hand_over(writers)
         with self.waits.of("write"):
             committed = writers.collect(everything=True)
         self._count(committed)
@@ -288,7 +280,7 @@ class _Run:
             if guard.requested:
                 return
 
-    def _compute(self, vlm: FrozenVLM, sampler: RolloutSampler | None, part: Sequence[Prepared]) -> "_Group | str":
+    def _compute(self, vlm: FrozenVLM, sampler: RolloutSampler | None, part: Sequence[Prepared]) -> _Group | str:
         """Begin to make what is stored of a group; what the device said if it has no room for it."""
         try:
             found = self._features(vlm, sampler, part)
@@ -301,8 +293,11 @@ class _Run:
             samples=[(one.sample_id, one.arrays | values) for one, values in zip(part, found, strict=True)], made=made
         )
 
-    def _hand_over(self, group: "_Group", writers: Writers) -> None:
-        """Have a group committed, once the device is through with it."""
+    def _hand_over(self, writers: Writers) -> bool:
+        """Have the group that waits for it committed, once the device is through with it; whether there is one."""
+        group, self.pending = self.pending, None
+        if group is None:
+            return False
         if group.made is not None:
             group.made.synchronize()
         for sample_id, values in group.samples:
@@ -314,6 +309,7 @@ class _Run:
             with self.waits.of("write"):
                 writers.put(sample_id, stored, made=group.made)
             self._count(writers.collect())
+        return True
 
     def _features(
         self, vlm: FrozenVLM, sampler: RolloutSampler | None, part: Sequence[Prepared]

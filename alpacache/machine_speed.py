@@ -22,7 +22,7 @@ _AT_ONCE = 4
 """Files that are written at a time, as those of a sample are."""
 _READERS = 8
 _LIMIT_S = 8.0
-"""Of writing, and again of reading: a slow medium is measured with less than the whole file."""
+"""Of writing, and again of reading: a slow medium is measured with fewer files."""
 _MATRIX = 8192
 _MATMUL_SHARE = 0.7
 _COPY_SHARE = 0.9

@@ -27,7 +27,7 @@ _PICTURE = (1080, 1920)
 _CAMERA_CORE_S = 0.8
 """To decode and resize one camera's frames of a sample out of H.264 of that size: 0.77 (1 camera), 0.82 (4 cameras)."""
 OVERLAP = 0.95
-"""Of what the slowest part alone would do, `extract` does 0.94 to 0.97."""
+"""Of what the slowest part alone would do; `extract` did 0.95 to 0.98, and 0.82 of one camera in int8."""
 
 # int8, 4 cameras (2,975 tokens), 8 samples: 46.9 ms a step; in two micro-batches 64.2; of 4 draws 92.9. 1 camera
 # (840 tokens), 16 samples: 52.9. Of each 13.2 ms are norm and optimizer. Four equations, these four unknowns:

@@ -59,14 +59,11 @@ def _write_file(path: Path, parts: Iterable[Any]) -> None:
     size = sum(map(len, views))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        if size >= _DIRECT_BYTES and _set_direct(descriptor, True):
-            for block in _aligned(views, size):
-                _write_block(descriptor, block)
+        direct = size >= _DIRECT_BYTES and _set_direct(descriptor, True)
+        for view in _aligned(views, size) if direct else views:
+            _write_all(descriptor, view)
+        if direct:
             os.ftruncate(descriptor, size)
-        else:
-            for view in views:
-                while len(view):
-                    view = view[os.write(descriptor, view[:_MAX_WRITE].data) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -79,9 +76,8 @@ def _aligned(views: Iterable[NDArray[np.uint8]], size: int) -> Iterator[NDArray[
     for view in views:
         while len(view):
             taken = min(len(view), len(stage) - filled)
-            stage[filled : filled + taken] = view[
-                :taken
-            ]  # numpy lets go of the interpreter lock, a memoryview does not
+            # Between arrays, as numpy lets go of the interpreter lock; memoryviews do not.
+            stage[filled : filled + taken] = view[:taken]
             view, filled = view[taken:], filled + taken
             if filled == len(stage):
                 yield stage
@@ -90,10 +86,10 @@ def _aligned(views: Iterable[NDArray[np.uint8]], size: int) -> Iterator[NDArray[
         yield stage[: filled + -filled % _BLOCK]
 
 
-def _write_block(descriptor: int, block: NDArray[np.uint8]) -> None:
-    while len(block):
+def _write_all(descriptor: int, view: NDArray[np.uint8]) -> None:
+    while len(view):
         try:
-            block = block[os.write(descriptor, block.data) :]
+            view = view[os.write(descriptor, view[:_MAX_WRITE].data) :]
         except OSError as error:
             # Refused as not aligned, here or after a write that a full disk cut short: the page cache takes anything.
             if error.errno != errno.EINVAL or not _set_direct(descriptor, False):

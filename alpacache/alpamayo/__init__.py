@@ -5,12 +5,12 @@ expert that turns `(noisy action, t, prefix)` into a velocity. Both are imported
 samples need neither, and begin twice as fast.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.packed_prefix import PackedPrefixes, PrefixLayout
 from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures, Tail
+from alpacache.first_use import on_first_use
 
 if TYPE_CHECKING:
     from alpacache.alpamayo.expert import ActionExpert, load_expert
@@ -38,6 +38,4 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return on_first_use(__name__, name, _HOMES)

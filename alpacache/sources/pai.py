@@ -194,11 +194,10 @@ class PhysicalAiSource:
         if not self._has(clip_id, camera):
             raise BadClipError("missing_camera", f"{where}: {self._where_to_get(clip_id, camera)}")
         with self._reading(clip_id, camera, missing="missing_camera", damaged="undecodable_video"):
-            frame_indices(self._read_stamps(clip_id, camera), wanted, where=where)
+            frames = set(frame_indices(self._read_stamps(clip_id, camera), wanted, where=where).tolist())
             reader = self._feature(clip_id, camera)
             try:
                 check_size(reader.stream.codec_context.width, reader.stream.codec_context.height, where=where)
-                frames = set((np.searchsorted(reader.timestamps, wanted, side="right") - 1).tolist())
                 reader.container = WantedFrames(
                     reader.container, reader.stream, lambda pts: round(pts / reader.pts_per_frame) in frames
                 )

@@ -64,9 +64,11 @@ class WantedFrames:
     def decode(self, **only_this_stream: int) -> Iterator[Any]:
         """Frames from where the container is, in the order of presentation."""
         codec = self._stream.codec_context
+        skips = codec.name in ("h264", "hevc")
         for packet in self._container.demux(self._stream):
-            wanted = packet.pts is None or self._is_wanted(packet.pts)
-            codec.skip_frame = "DEFAULT" if wanted or codec.name not in ("h264", "hevc") else "NONREF"
+            if skips:
+                wanted = packet.pts is None or self._is_wanted(packet.pts)
+                codec.skip_frame = "DEFAULT" if wanted else "NONREF"
             yield from packet.decode()
 
     def __getattr__(self, name: str) -> Any:
