@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from alpacache.errors import UsageError
-from alpacache.optimizers import copy_into
+from alpacache.optimizers import NO_PARTS, Updated, copy_into, ignore_name
 
 try:
     import triton
@@ -76,9 +76,11 @@ class Scalars:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
-    """State of one parameter."""
+    """State of one parameter, or of a part of it."""
 
     seed: int
+    first: int = 0
+    """Element of the parameter that a part begins with."""
     exp_avg: Tensor
     """int8, the parameter's shape."""
     exp_avg_sq: Tensor
@@ -106,6 +108,17 @@ class Moments:
             residual=torch.zeros_like(parameter, dtype=torch.int8) if bf16 else None,
         )
 
+    def part(self, part: slice) -> "Moments":
+        """Views of those elements of a whole parameter's state."""
+        return Moments(
+            seed=self.seed,
+            first=part.start,
+            exp_avg=self.exp_avg.view(-1)[part],
+            exp_avg_sq=self.exp_avg_sq.view(-1)[part],
+            scales=self.scales[:, part.start // GROUP : part.stop // GROUP],
+            residual=None if self.residual is None else self.residual.view(-1)[part],
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         found = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "scales": self.scales}
         return found if self.residual is None else {**found, "residual": self.residual}
@@ -114,19 +127,23 @@ class Moments:
 class AdamW8:
     """The optimizer. On a CPU it runs the reference, which is for tests: it reads scalars and allocates."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], hyper: Hyperparameters) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], hyper: Hyperparameters, parts: Mapping[str, slice] = NO_PARTS
+    ) -> None:
+        """`parts` as `make_optimizer` has it."""
         device = next(iter(parameters.values())).device
         if device.type == "cuda" and triton is None:
             raise UsageError("adamw8 needs triton on a GPU; install triton, or choose the optimizer adamw.")
         self._device, self._hyper = device, hyper
-        self._parameters = dict(parameters)
+        self._parameters, self._parts = dict(parameters), parts
         self._moments = {name: Moments.empty(name, parameter) for name, parameter in parameters.items()}
+        self._order = sorted(parameters, key=lambda name: name not in parts)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._betas = torch.tensor(hyper.betas, dtype=torch.float64, device=device)
         self._bias = torch.zeros(2, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor) -> None:
+    def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor, updated: Updated = ignore_name) -> None:
         """One step from every gradient times `scale`; where `skip` is True nothing changes. No host synchronisation."""
         self._step.add_(1)
         self._step.add_(skip, alpha=-1)
@@ -134,10 +151,10 @@ class AdamW8:
         self._bias.neg_().add_(1)
         scalars = Scalars(lr=lr, scale=scale, skip=skip, step=self._step, bias=self._bias)
         if self._device.type != "cuda":
-            self._apply(update_reference, scalars)
+            self._apply(update_reference, scalars, updated)
             return
         with torch.cuda.device(self._device):
-            self._apply(update_triton, scalars)
+            self._apply(update_triton, scalars, updated)
 
     def tensors(self) -> dict[str, Tensor]:
         """The live state; `<key>.<parameter name>` and `step`."""
@@ -149,10 +166,16 @@ class AdamW8:
         """Copy a saved state into the live one. Raises `DataError` before anything changes if it does not fit."""
         copy_into(self.tensors(), tensors)
 
-    def _apply(self, update: Any, scalars: Scalars) -> None:
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                update(parameter, parameter.grad, self._moments[name], scalars, self._hyper)
+    def _apply(self, update: Any, scalars: Scalars, updated: Updated) -> None:
+        for name in self._order:
+            weight, state = self._parameters[name].detach(), self._moments[name]
+            grad = self._parameters[name].grad
+            if grad is None:
+                continue
+            if (part := self._parts.get(name)) is not None:
+                weight, grad, state = weight.view(-1)[part], grad.view(-1)[part], state.part(part)
+            update(weight, grad, state, scalars, self._hyper)
+            updated(name)
 
 
 def update_triton(weight: Tensor, grad: Tensor, state: Moments, scalars: Scalars, hyper: Hyperparameters) -> None:
@@ -165,6 +188,7 @@ def update_triton(weight: Tensor, grad: Tensor, state: Moments, scalars: Scalars
         state.exp_avg,
         state.exp_avg_sq,
         state.scales,
+        state.scales.stride(0),
         state.residual,
         scalars.lr,
         scalars.scale,
@@ -172,6 +196,7 @@ def update_triton(weight: Tensor, grad: Tensor, state: Moments, scalars: Scalars
         scalars.step,
         scalars.bias,
         state.seed,
+        state.first,
         weight.numel(),
         1 - beta1,
         1 - beta2,
@@ -203,13 +228,14 @@ if triton is not None:
             bits += 0xFFFF
         return (bits & -0x10000).to(tl.float32, bitcast=True)
 
-    @triton.jit(do_not_specialize=["seed"])
+    @triton.jit(do_not_specialize=["seed", "first", "scales_stride"])
     def _update_kernel(  # type: ignore[no-untyped-def]
         weight_ptr,
         grad_ptr,
         exp_avg_ptr,
         exp_avg_sq_ptr,
         scales_ptr,
+        scales_stride,
         residual_ptr,
         lr_ptr,
         scale_ptr,
@@ -217,6 +243,7 @@ if triton is not None:
         step_ptr,
         bias_ptr,
         seed,
+        first,
         count,
         rate1,
         rate2,
@@ -237,11 +264,11 @@ if triton is not None:
         groups = (count + GROUP - 1) // GROUP
         row_inside = row < groups
         m_scale_ptr = scales_ptr + row
-        low_ptr, high_ptr = m_scale_ptr + groups, m_scale_ptr + 2 * groups
+        low_ptr, high_ptr = m_scale_ptr + scales_stride, m_scale_ptr + 2 * scales_stride
 
         # All loads stand before the first store: none may pass it, and the memory would wait.
         grad = tl.load(grad_ptr + index, mask=inside, other=0.0).to(tl.float32) * tl.load(scale_ptr)
-        first = tl.load(exp_avg_ptr + index, mask=inside, other=0).to(tl.float32)
+        root = tl.load(exp_avg_ptr + index, mask=inside, other=0).to(tl.float32)
         second = tl.load(exp_avg_sq_ptr + index, mask=inside, other=0).to(tl.float32)
         stored = tl.load(weight_ptr + index, mask=inside, other=0.0)
         if residual_ptr is not None:
@@ -254,7 +281,7 @@ if triton is not None:
         lr = tl.load(lr_ptr)
         step = tl.load(step_ptr).to(tl.uint32)
 
-        m = first * tl.abs(first) * (m_scale / 16129)[:, None]
+        m = root * tl.abs(root) * (m_scale / 16129)[:, None]
         m += rate1 * (grad - m)
         m_scale = _stored_scale(tl.maximum(tl.max(tl.abs(m), axis=1), FLOOR), True)
         y = tl.abs(m) * (16129 / m_scale)[:, None]
@@ -277,7 +304,7 @@ if triton is not None:
         low = v_low.to(tl.int32, bitcast=True)
         width = tl.maximum((v_high.to(tl.int32, bitcast=True) - low).to(tl.float32), 1.0)
         y = (tl.maximum(v, v_low[:, None]).to(tl.int32, bitcast=True) - low[:, None]).to(tl.float32)
-        random = _mix(index.to(tl.uint32) ^ _mix(seed.to(tl.uint32) + step * 0x9E3779B9))
+        random = _mix((index + first).to(tl.uint32) ^ _mix(seed.to(tl.uint32) + step * 0x9E3779B9))
         k = tl.floor(y * (255 / width)[:, None] + (random >> 16).to(tl.float32) * 1.52587890625e-05)
         tl.store(exp_avg_sq_ptr + index, tl.minimum(k, 255.0).to(tl.uint8), mask=inside)
 
@@ -312,7 +339,7 @@ def update_reference(weight: Tensor, grad: Tensor, state: Moments, scalars: Scal
     low, high = low.view(torch.int32), high.view(torch.int32)
     v = (low + (_grouped(state.exp_avg_sq.float()) * ((high - low).float() / 255)).int()).view(torch.float32)
     v += (1 - beta2) * (g * g - v)
-    random = random_bits(state.seed, int(scalars.step), g.numel()).view_as(g)
+    random = random_bits(state.seed, int(scalars.step), g.numel(), first=state.first).view_as(g)
     code, low, high = _encode_second(v, (random >> 16).float() / 65536, count)
     state.exp_avg_sq.copy_(code.flatten()[:count].view_as(weight))
     state.scales.copy_(torch.cat([m_scale, low, high], dim=1).T)
@@ -347,10 +374,10 @@ def split(master: Tensor, random: Tensor, weight: Tensor, residual: Tensor) -> N
     residual.copy_((bits - (upper << 16)) >> 8)
 
 
-def random_bits(seed: int, step: int, count: int) -> Tensor:
-    """32 random bits for each of `count` elements, in int64."""
+def random_bits(seed: int, step: int, count: int, *, first: int = 0) -> Tensor:
+    """32 random bits for each of `count` elements from the `first` on, in int64."""
     key = int(_mixed(torch.tensor((seed + step * 0x9E3779B9) & _UINT32)))
-    return _mixed((torch.arange(count) & _UINT32) ^ key)
+    return _mixed((torch.arange(first, first + count) & _UINT32) ^ key)
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ Why: forward, backward and optimizer are captured as one CUDA graph. Python numb
 the loss to decide whether to skip a step would stop the stream.
 """
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,23 @@ OPTIMIZERS = ("auto", "adamw8", "adamw")
 _BYTES = {"adamw": 4.0, "adamw8": 3.0 + 3 * 2 / 128}
 """State of a bf16 parameter: two bf16 moments; residual, two codes and three bf16 scales a group of 128."""
 
+Updated: TypeAlias = Callable[[str], None]
+NO_PARTS: Mapping[str, slice] = MappingProxyType({})
+
+
+def ignore_name(name: str) -> None:
+    """Default of `updated`."""
+
 
 class StepOptimizer(Protocol):
     """All state is allocated at construction and changed in place, so a step can be captured in a CUDA graph."""
 
-    def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor) -> None:
+    def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor, updated: Updated = ignore_name) -> None:
         """Apply one step from each parameter's gradient times `scale`; where `skip` is True nothing changes.
 
-        All three are 0-dim tensors on the parameters' device: float32, float32, bool. Parameters without a gradient are
-        left alone. Gradients may be scaled in place. On a GPU nothing waits for the device.
+        The three are 0-dim tensors on the parameters' device: float32, float32, bool. Parameters without a gradient are
+        left alone. Gradients may be scaled in place. On a GPU nothing waits for the device. `updated` is called with a
+        parameter's name when its update is enqueued, of those in parts before the others.
         """
         ...
 
@@ -55,15 +64,20 @@ def make_optimizer(
     betas: tuple[float, float],
     weight_decay: float,
     eps: float = 1e-8,
+    parts: Mapping[str, slice] = NO_PARTS,
 ) -> StepOptimizer:
-    """An optimizer of the named parameters, which are on one device. Raises `UsageError` as `resolve` does."""
+    """An optimizer of the named parameters, which are on one device. Raises `UsageError` as `resolve` does.
+
+    `parts`: of these parameters only those elements (flattened, multiples of 1024) are updated, and only their state is
+    kept up; only there is the gradient read.
+    """
     device = next(iter(parameters.values())).device
     if resolve(name, device) == "adamw8":
         from alpacache.adamw8 import AdamW8, Hyperparameters
 
-        return AdamW8(parameters, Hyperparameters(betas=betas, weight_decay=weight_decay, eps=eps))
+        return AdamW8(parameters, Hyperparameters(betas=betas, weight_decay=weight_decay, eps=eps), parts)
     kind = _FusedAdamW if device.type == "cuda" else _PlainAdamW
-    return kind(parameters, betas=betas, weight_decay=weight_decay, eps=eps)
+    return kind(parameters, betas=betas, weight_decay=weight_decay, eps=eps, parts=parts)
 
 
 def state_bytes(name: str, parameter_count: int) -> int:
@@ -97,11 +111,27 @@ class _AdamW:
     fused: bool
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], *, betas: tuple[float, float], weight_decay: float, eps: float
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        eps: float,
+        parts: Mapping[str, slice],
     ) -> None:
-        self.parameters = dict(parameters)
+        self.parameters, self.parts = dict(parameters), parts
+        self.moments = {
+            f"{key}.{name}": torch.zeros_like(parameter, requires_grad=False)
+            for name, parameter in parameters.items()
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+        self.own = {
+            name: nn.Parameter(parameter.detach().view(-1)[parts[name]]) if name in parts else parameter
+            for name, parameter in parameters.items()
+        }
+        """What torch's AdamW updates."""
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
+            self.own.values(),
             lr=0.0,
             betas=betas,
             eps=eps,
@@ -109,24 +139,31 @@ class _AdamW:
             fused=self.fused,
             capturable=self.fused,
         )
-        for parameter in self.parameters.values():
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        for name, parameter in self.own.items():
+            moments = {key: self.moments[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}
+            if name in parts:
+                moments = {key: moment.view(-1)[parts[name]] for key, moment in moments.items()}
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            self.optimizer.state[parameter] = {"step": step, **moments}
 
     def tensors(self) -> dict[str, Tensor]:
-        state = self.optimizer.state
-        return {f"{key}.{name}": value for name, p in self.parameters.items() for key, value in state[p].items()}
+        steps = {f"step.{name}": self.optimizer.state[own]["step"] for name, own in self.own.items()}
+        return {**steps, **self.moments}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         copy_into(self.tensors(), tensors)
 
-    def _apply(self, lr: float | Tensor) -> None:
+    def _apply(self, lr: float | Tensor, updated: Updated) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        for name in self.own:
+            updated(name)
+
+    def _take_gradients(self) -> None:
+        for name, part in self.parts.items():
+            grad = self.parameters[name].grad
+            self.own[name].grad = None if grad is None else grad.view(-1)[part]
 
 
 class _PlainAdamW(_AdamW):
@@ -135,12 +172,13 @@ class _PlainAdamW(_AdamW):
     fused = False
 
     @torch.no_grad()
-    def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor) -> None:
+    def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor, updated: Updated = ignore_name) -> None:
         if skip:
             return
+        self._take_gradients()
         if scale != 1:
-            torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], scale)
-        self._apply(float(lr))
+            torch._foreach_mul_([own.grad for own in self.own.values() if own.grad is not None], scale)
+        self._apply(float(lr), updated)
 
 
 class _FusedAdamW(_AdamW):
@@ -148,16 +186,15 @@ class _FusedAdamW(_AdamW):
 
     fused = True
 
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], *, betas: tuple[float, float], weight_decay: float, eps: float
-    ) -> None:
-        super().__init__(parameters, betas=betas, weight_decay=weight_decay, eps=eps)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], **options: Any) -> None:
+        super().__init__(parameters, **options)
         device = next(iter(self.parameters.values())).device
         self._divisor, self._found_inf = (torch.zeros((), device=device) for _ in range(2))
         vars(self.optimizer).update(grad_scale=self._divisor, found_inf=self._found_inf)
 
     @torch.no_grad()
-    def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor) -> None:
+    def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor, updated: Updated = ignore_name) -> None:
+        self._take_gradients()
         torch.reciprocal(scale, out=self._divisor)
         self._found_inf.copy_(skip)
-        self._apply(lr)
+        self._apply(lr, updated)

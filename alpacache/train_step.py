@@ -19,8 +19,8 @@ from alpacache.alpamayo.prefix_attention import keep_out_of_compilation
 from alpacache.batches import Batch, BatchRing
 from alpacache.capture import captured
 from alpacache.optimizers import StepOptimizer
+from alpacache.shared_update import SharedUpdate
 from alpacache.step_inputs import StepInputs
-from alpacache.world import GradientSum, World
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +75,13 @@ class TrainStep:
         causal: bool,
         capture: bool,
         compile_layers: bool = False,
-        world: World,
+        shared: SharedUpdate,
     ) -> None:
         """`batch_size` samples of this process; `micro_batch` of them go through the expert at a time."""
         self._expert, self._optimizer = expert, optimizer
         self._parameters = list(parameters.values())
         self._micro_batch, self._clip, self._causal = micro_batch, clip, causal
-        self._world, self._sum = world, GradientSum(self._parameters, world)
+        self._shared = shared
         self._graph: torch.cuda.CUDAGraph | None = None
         device = expert.device
         self._cuda = device.type == "cuda"
@@ -146,10 +146,10 @@ class TrainStep:
         self._forget_gradients()
         inputs = self._inputs
         batch_size = len(inputs.action)
-        everyone = batch_size * self._world.size
+        everyone = batch_size * self._shared.world.size
         losses = []
         for start in range(0, batch_size, self._micro_batch):
-            self._sum.is_last = start + self._micro_batch >= batch_size
+            self._shared.is_last = start + self._micro_batch >= batch_size
             part = slice(start, start + self._micro_batch)
             loss = flow_loss(
                 self._expert,
@@ -162,15 +162,17 @@ class TrainStep:
             (loss.sum() / everyone).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         each = torch.cat(losses)
-        shared = torch.stack([each.sum() / everyone, inputs.stop, torch.count_nonzero(self._damage).float()])
-        self._world.add_up(shared)
-        total, stop, damaged = shared
-        self._sum.finish()
-        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
+        self._shared.finish_sum()
+        squared_norm = self._shared.squared_norm()
+        damaged = torch.count_nonzero(self._damage).float()
+        sums = torch.stack([each.sum() / everyone, squared_norm, inputs.stop, damaged])
+        self._shared.world.add_up(sums)
+        total, squared_norm, stop, damaged = sums
+        norm = squared_norm.sqrt()
         scale = (self._clip / (norm + 1e-6)).clamp(max=1.0)
         bad = ~(torch.isfinite(total) & torch.isfinite(norm)) | (damaged > 0)
-        self._optimizer.step(lr=inputs.lr, scale=scale, skip=bad | self._dry)
+        self._optimizer.step(lr=inputs.lr, scale=scale, skip=bad | self._dry, updated=self._shared.updated)
+        self._shared.finish_update()
         self._numbers.copy_(torch.cat([torch.stack([total, norm, stop, damaged]), each]))
 
     def _slice(self, part: slice) -> PackedPrefixes:

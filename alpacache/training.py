@@ -31,6 +31,7 @@ from alpacache.optimizers import make_optimizer
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
 from alpacache.run_plan import as_begun, batches_of, global_order, settle
+from alpacache.shared_update import SharedUpdate
 from alpacache.trackers import Tracker, make_trackers, scalars
 from alpacache.train_step import StepResult, StepValues, TrainStep
 from alpacache.trainable import checkpoint_tensors, choose_trainable, enable_checkpointing
@@ -185,8 +186,13 @@ class _Run:
         )
         if config.checkpointing:
             enable_checkpointing(expert)
+        self.shared = SharedUpdate(self.parameters, world)
         self.optimizer = make_optimizer(
-            config.optimizer, self.parameters, betas=config.betas, weight_decay=config.weight_decay
+            config.optimizer,
+            self.parameters,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            parts=self.shared.parts,
         )
         self.average: WeightAverage | None = None
         self.step = 0
@@ -262,7 +268,7 @@ class _Run:
             causal=config.causal,
             capture=config.capture,
             compile_layers=config.compile,
-            world=self.world,
+            shared=self.shared,
         )
 
     def _run_through(self, ring: BatchRing, step: TrainStep, guard: InterruptGuard) -> None:
@@ -449,6 +455,7 @@ class _Run:
 
     def _save(self, *, is_best: bool, and_wait: bool) -> None:
         """`and_wait`: until it is on the medium, and the other processes know."""
+        self.shared.complete(self.optimizer.tensors())
         if self.world.is_first:
             self._write(is_best=is_best)
         if and_wait:

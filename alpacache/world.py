@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from alpacache.device import enter, resolve_device
 from alpacache.errors import LostProcessError, UsageError
 
 _TIMEOUT = timedelta(minutes=30)
 """Of a collective: the others wait while the first process writes a checkpoint."""
-_TOGETHER_BYTES = 2**26
-"""Gradients that are summed by one operation: half a layer of the released expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,45 +68,6 @@ class World:
         """Sum over all processes, in place; may be captured."""
         if self.size > 1:
             dist.all_reduce(tensor)
-
-
-class GradientSum:
-    """Sums gradients over all processes while the backward goes on, as many at a time as keep the link busy."""
-
-    def __init__(self, parameters: list[nn.Parameter], world: World) -> None:
-        self._whole: list[Tensor] = []
-        self._underway: list[Any] = []
-        self.is_last = True
-        """Whether the next backward is the step's last: until then gradients only accumulate."""
-        if world.size > 1:
-            for parameter in parameters:
-                parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
-
-    def finish(self) -> None:
-        """All sums are there on the current stream."""
-        self._begin()
-        for work in self._underway:
-            work.wait()
-        self._underway.clear()
-
-    def _take(self, parameter: Tensor) -> None:
-        if not self.is_last or parameter.grad is None:
-            return
-        if self._whole and self._whole[0].dtype != parameter.grad.dtype:
-            self._begin()
-        self._whole.append(parameter.grad)
-        if sum(grad.nbytes for grad in self._whole) >= _TOGETHER_BYTES:
-            self._begin()
-
-    def _begin(self) -> None:
-        """Sum what is whole, as one operation: alone, most gradients are too small for the rate of the link."""
-        if not self._whole:
-            return
-        with dist._coalescing_manager(async_ops=True) as together:  # type: ignore[attr-defined]  # of FSDP and DTensor
-            for grad in self._whole:
-                dist.all_reduce(grad)
-        self._underway.append(together)
-        self._whole = []
 
 
 def process_place() -> tuple[int, int]:

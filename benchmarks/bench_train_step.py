@@ -28,6 +28,7 @@ from alpacache.batches import Batch
 from alpacache.memory_plan import Workload, memory_plan
 from alpacache.optimizers import make_optimizer, resolve
 from alpacache.run_plan import cap_memory
+from alpacache.shared_update import SharedUpdate
 from alpacache.train_step import TrainStep
 from alpacache.trainable import choose_trainable, enable_checkpointing
 from alpacache.world import World
@@ -136,7 +137,7 @@ def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
         causal=False,
         capture=case.capture,
         compile_layers=case.compile,
-        world=World(rank=0, size=1, device=device),
+        shared=SharedUpdate(parameters, World(rank=0, size=1, device=device)),
     )
     batch = Batch(
         positions=tuple(range(case.batch)),

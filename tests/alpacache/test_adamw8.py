@@ -75,6 +75,28 @@ for shape in ((40, 100), (2,), (3, 1024)):
             assert excess.max() <= 1, ("master", shape, dtype, step, excess.max())
         assert (theirs - start).abs().max() > 1e-4
 assert all(off[key] <= share * seen[key] for key in seen), (off, seen)
+
+# In two parts: every bit as at once.
+for dtype in (torch.bfloat16, torch.float32):
+    start = (0.02 * torch.randn(5, 2048, device=device)).to(dtype)
+    scalars = Scalars(
+        lr=torch.tensor(lr, device=device),
+        scale=torch.tensor(1.0, device=device),
+        skip=torch.tensor(False, device=device),
+        step=torch.tensor(3, device=device),
+        bias=1 - torch.tensor(hyper.betas, dtype=torch.float64, device=device) ** 3,
+    )
+    found = []
+    for cuts in ((0, 10240), (0, 4096, 10240)):
+        weight, state = start.clone(), Moments.empty("w", start)
+        torch.manual_seed(1)
+        for _ in range(2):
+            grad = torch.randn_like(start)
+            for first, end in zip(cuts, cuts[1:]):
+                cut = slice(first, end)
+                update_triton(weight.view(-1)[cut], grad.view(-1)[cut], state.part(cut), scalars, hyper)
+        found.append([weight, *state.tensors().values()])
+    assert all(torch.equal(one, other) for one, other in zip(*found)), dtype
 """
 
 
@@ -267,7 +289,8 @@ def test_kernel_compiles(capability, dtype, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     names = adamw8._update_kernel.arg_names
     pointers = {"exp_avg_ptr": "*i8", "exp_avg_sq_ptr": "*u8", "scales_ptr": "*bf16", "residual_ptr": "*i8"}
-    pointers |= {"skip_ptr": "*i1", "step_ptr": "*i64", "bias_ptr": "*fp64", "seed": "i32", "count": "i64"}
+    pointers |= {"skip_ptr": "*i1", "step_ptr": "*i64", "bias_ptr": "*fp64", "seed": "i32"}
+    pointers |= {"first": "i32", "scales_stride": "i32", "count": "i64"}
     pointers |= {"weight_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "lr_ptr": "*fp32", "scale_ptr": "*fp32"}
     constants = {"GROUP": GROUP, "ROWS": adamw8._ROWS, "FLOOR": 2.0**-100, "RANGE": 2.0**-32}
     if dtype == "fp32":

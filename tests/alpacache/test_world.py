@@ -10,15 +10,13 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 import alpacache
-from alpacache import world as world_module
 from alpacache.config import ExtractConfig, TrainConfig
 from alpacache.errors import UsageError
 from alpacache.run_directory import RunDirectory
-from alpacache.world import GradientSum, World
+from alpacache.world import World
 from cache_store import CacheReader
 
 STEPS, BATCH = 6, 4
@@ -152,48 +150,3 @@ def test_a_batch_that_cannot_be_shared_is_refused():
     assert world.share(12) == 4
     with pytest.raises(UsageError, match="over 3 processes; expected a multiple of 3"):
         world.share(8)
-
-
-@pytest.fixture
-def only_member():
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("only_member")
-def test_gradients_are_summed_together_up_to_a_size_and_by_dtype(monkeypatch):
-    monkeypatch.setattr(world_module, "_TOGETHER_BYTES", 32)
-    sums = []
-    together = dist._coalescing_manager
-    monkeypatch.setattr(dist, "_coalescing_manager", lambda **given: sums.append([]) or together(**given))
-    add_up = dist.all_reduce
-    monkeypatch.setattr(dist, "all_reduce", lambda grad: sums[-1].append((grad.dtype, len(grad))) or add_up(grad))
-    dtypes = [torch.float32] * 3 + [torch.float64] * 2
-    parameters = [torch.nn.Parameter(torch.ones(size, dtype=dtype)) for size, dtype in enumerate(dtypes, 2)]
-    gradients = GradientSum(parameters, World(rank=0, size=2, device=torch.device("cpu")))
-
-    def backward(factor):
-        # In their order: each is used after, so its gradient is there before.
-        loss = torch.zeros((), dtype=torch.float64)
-        for parameter in reversed(parameters):
-            loss = (loss + factor * parameter.double()).sum()
-        loss.backward()
-
-    gradients.is_last = False
-    backward(1.0)
-    gradients.finish()
-    assert sums == []
-    gradients.is_last = True
-    backward(2.0)
-    gradients.finish()
-    assert sums == [
-        [(torch.float32, 2), (torch.float32, 3), (torch.float32, 4)],
-        [(torch.float64, 5)],
-        [(torch.float64, 6)],
-    ]
-    for parameter in parameters:
-        assert parameter.grad is not None
-        assert (parameter.grad / parameter.grad[0] == 1).all()
-    assert parameters[0].grad[0] == 3.0

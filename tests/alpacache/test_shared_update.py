@@ -1,0 +1,153 @@
+"""Updates that processes share: what each sums, updates and passes on, with gloo on CPUs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from alpacache import shared_update
+from alpacache.shared_update import SharedUpdate
+from alpacache.world import World
+
+CPU = torch.device("cpu")
+
+
+def parameters_of(*sizes):
+    return {f"p{number}": torch.nn.Parameter(torch.ones(size)) for number, size in enumerate(sizes)}
+
+
+def test_one_process_has_no_parts():
+    assert SharedUpdate(parameters_of(4096, 4096), World(rank=0, size=1, device=CPU)).parts == {}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_parts_are_disjoint_even_and_two_thirds(size):
+    parameters = parameters_of(*[4096 * (1 + number % 3) for number in range(30)], 4097, 3)
+    parts = [SharedUpdate(parameters, World(rank=rank, size=size, device=CPU)).parts for rank in range(size)]
+    assert all(one.keys() == parts[0].keys() for one in parts)
+    for name in parts[0]:
+        pieces = [one[name] for one in parts]
+        assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
+        assert pieces[-1].stop == parameters[name].numel()
+        assert {piece.stop - piece.start for piece in pieces} == {parameters[name].numel() // size}
+        assert pieces[0].stop % 1024 == 0
+    shared = sum(parameters[name].numel() for name in parts[0])
+    assert 0.6 < shared / sum(parameter.numel() for parameter in parameters.values()) <= 2 / 3
+
+
+@pytest.fixture
+def only_member():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("only_member")
+def test_gradients_are_summed_together_up_to_a_size_and_by_dtype(monkeypatch):
+    monkeypatch.setattr(shared_update, "_TOGETHER_BYTES", 32)
+    sums = []
+    together = dist._coalescing_manager
+    monkeypatch.setattr(dist, "_coalescing_manager", lambda **given: sums.append([]) or together(**given))
+    add_up = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda grad: sums[-1].append((grad.dtype, len(grad))) or add_up(grad))
+    dtypes = [torch.float32] * 3 + [torch.float64] * 2
+    parameters = [torch.nn.Parameter(torch.ones(size, dtype=dtype)) for size, dtype in enumerate(dtypes, 2)]
+    named = {str(number): parameter for number, parameter in enumerate(parameters)}
+    gradients = SharedUpdate(named, World(rank=0, size=2, device=CPU))
+
+    def backward(factor):
+        # In their order: each is used after, so its gradient is there before.
+        loss = torch.zeros((), dtype=torch.float64)
+        for parameter in reversed(parameters):
+            loss = (loss + factor * parameter.double()).sum()
+        loss.backward()
+
+    gradients.is_last = False
+    backward(1.0)
+    gradients.finish_sum()
+    assert sums == []
+    gradients.is_last = True
+    backward(2.0)
+    gradients.finish_sum()
+    assert sums == [
+        [(torch.float32, 2), (torch.float32, 3), (torch.float32, 4)],
+        [(torch.float64, 5)],
+        [(torch.float64, 6)],
+    ]
+    for parameter in parameters:
+        assert parameter.grad is not None
+        assert (parameter.grad / parameter.grad[0] == 1).all()
+    assert parameters[0].grad[0] == 3.0
+
+
+# Three steps of two processes whose gradients differ, beside one process that has their sums; every bit is compared.
+SHARED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from alpacache.adamw8 import AdamW8, Hyperparameters
+from alpacache.optimizers import make_optimizer
+from alpacache.shared_update import SharedUpdate
+from alpacache.world import World, join_world
+
+HYPER = Hyperparameters(betas=(0.9, 0.999), weight_decay=0.1, eps=1e-8)
+
+def optimizer(name, parameters, parts):
+    if name == "adamw8":
+        return AdamW8(parameters, HYPER, parts)
+    return make_optimizer(name, parameters, betas=HYPER.betas, weight_decay=0.1, parts=parts)
+
+def step(ours, scale, skip):
+    return dict(lr=torch.tensor(1e-2), scale=torch.tensor(scale), skip=torch.tensor(skip))
+
+name, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+with join_world("cpu") as world:
+    torch.manual_seed(0)
+    values = {"a": torch.randn(6, 1024), "b": torch.randn(2, 2048), "c": torch.randn(4096), "d": torch.randn(5)}
+    ours, theirs = ({k: nn.Parameter(v.to(dtype, copy=True)) for k, v in values.items()} for _ in range(2))
+    shared = SharedUpdate(ours, world)
+    assert sorted(shared.parts) == ["b", "c"], shared.parts
+    mine, reference = optimizer(name, ours, shared.parts), optimizer(name, theirs, {})
+    for number in range(3):
+        gradients = [{k: torch.randn_like(v).to(dtype) for k, v in values.items()} for _ in range(world.size)]
+        for parameter in ours.values():
+            parameter.grad = None
+        sum((ours[k].float() * gradients[world.rank][k].float()).sum() for k in values).backward()
+        shared.finish_sum()
+        for k, parameter in theirs.items():
+            parameter.grad = gradients[0][k] + gradients[1][k]
+        square = shared.squared_norm()
+        world.add_up(square)
+        expected = sum(parameter.grad.float().square().sum() for parameter in theirs.values())
+        assert abs(square / expected - 1) < 1e-5, (square, expected)
+        skip = number == 1
+        mine.step(**step(ours, 0.5, skip), updated=shared.updated)
+        shared.finish_update()
+        reference.step(**step(theirs, 0.5, skip))
+        for k in values:
+            assert torch.equal(ours[k], theirs[k]), (number, k)
+    before = mine.tensors()
+    if world.rank:
+        assert not all(torch.equal(tensor, reference.tensors()[k]) for k, tensor in before.items())
+    shared.complete(before)
+    for k, tensor in reference.tensors().items():
+        assert torch.equal(mine.tensors()[k], tensor), k
+    print("equal")
+"""
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("adamw8", "bfloat16"), ("adamw8", "float32"), ("adamw", "float32")])
+def test_a_shared_update_is_that_of_one_process_bit_for_bit(tmp_path, name, dtype):
+    program = tmp_path / "shared.py"
+    program.write_text(SHARED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(program), name, dtype]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["equal", "equal"]
