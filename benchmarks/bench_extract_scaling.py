@@ -1,10 +1,11 @@
 """Stage one on one and on several GPUs of a machine: `extract` under torchrun, samples/s beside one GPU.
 
 Full size, random weights, generated 1080p drives, one camera, int8. Each GPU has as many samples and as many cores: of
-fewer GPUs than there are, the others' cores stay unused. Rates are those at which commit records appeared, over all
-processes and from the first to the last: loading does not count. `efficiency` is samples/s over those of one GPU times
-the number of GPUs. All write to one file system; `--store-dir` on one in RAM shows what a disk that keeps up allows,
-`write_wait` tells whether it did. `--quick` runs a small model on two processes of the CPU.
+fewer GPUs than there are, the others' cores stay unused. `samples_s` is the rate at which commit records appeared while
+all processes were at work, from when the last of them had its first to when the first had its last: loading, which
+takes one longer than another, does not count. `efficiency` is samples/s over those of one GPU times the number of GPUs.
+All write to one file system; `--store-dir` on one in RAM shows what a disk that keeps up allows, `write_wait` tells
+whether it did. `--quick` runs a small model on two processes of the CPU.
 """
 
 import json
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,25 @@ import torch
 from benchmark_report import arguments, finish, hardware_name
 from drills import call
 
+from alpacache.selection import select
+from alpacache.sources import open_source
+from cache_store.commit_record import FOLDER
+from cache_store.sample_key import sample_key
+
 KEYS = ("gpus", "samples", "samples_s", "efficiency", "cpu_cores", "read_wait", "write_wait", "store_on")
+
+
+def commit_moments(store: Path, source: str, t0: str, *, processes: int, samples: int) -> list[list[float]]:
+    """Of each process the sorted moments at which its samples were committed: it has every n-th, as `extract` deals."""
+    refs, _ = select(open_source(source, cameras=full_size.camera_names(1)), t0=t0, samples=samples)
+    records = [store / FOLDER / f"{sample_key(ref.sample_id)}.json" for ref in refs]
+    return [sorted(record.stat().st_mtime for record in records[number::processes]) for number in range(processes)]
+
+
+def rate_together(moments: Sequence[Sequence[float]]) -> float:
+    """Commits a second while all processes are at work."""
+    began, ended = max(own[0] for own in moments), min(own[-1] for own in moments)
+    return sum(began < moment <= ended for own in moments for moment in own) / (ended - began)
 
 
 @contextmanager
@@ -44,14 +63,15 @@ def measure(gpus: int, source: str, model: Path, store: Path, *, samples: int, s
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "cli.main"]
     command = ["extract", source, "--model", str(model), "--store", str(store), "--codec", "int8"]
-    command += ["--samples", str(samples * gpus), "--t0", "every:0.2" if small else bench_extract.T0]
+    t0 = "every:0.2" if small else bench_extract.T0
+    command += ["--samples", str(samples * gpus), "--t0", t0]
     report = call(*command, *(["--device", "cpu"] if small else []), program=torchrun)
-    times = sorted(record.stat().st_mtime for record in (store / "commits").iterdir())
+    moments = commit_moments(store, source, t0, processes=gpus, samples=samples * gpus)
     shutil.rmtree(store)
     return {
         "gpus": gpus,
-        "samples": len(times),
-        "samples_s": (len(times) - 1) / (times[-1] - times[0]),
+        "samples": sum(map(len, moments)),
+        "samples_s": rate_together(moments),
         "read_wait": report["read_wait"],
         "write_wait": report["write_wait"],
     }
@@ -69,6 +89,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="checkpoint and recordings; what is there already is used again")
     parser.add_argument("--store-dir", type=Path, help="where stores are written; default: --work")
     parser.add_argument("--samples", type=int, default=200, help="of each GPU")
+    parser.add_argument("--gpus", type=int, nargs="+", help="how many, in that order; default: 1, 2 and all there are")
     options = parser.parse_args()
     available = 2 if options.quick else torch.cuda.device_count()
     if available < 2:
@@ -83,16 +104,19 @@ def main() -> None:
         source = bench_extract.write_drives(work / "drives1", scale, names)
         samples = 4 if options.quick else options.samples
         store = (options.store_dir or work) / "store"
-        for gpus in sorted({1, 2, available}):
+        for gpus in options.gpus or sorted({1, 2, available}):
             with cores_of(gpus, available) as cores:
                 row = measure(gpus, source, model, store, samples=samples, small=options.quick)
             row |= {"cpu_cores": cores, "store_on": file_system(store.parent)}
-            row["efficiency"] = row["samples_s"] / (rows[0] if rows else row)["samples_s"] / gpus
-            rows.append({key: row[key] for key in KEYS})
-            print(json.dumps(rows[-1]), flush=True)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     finally:
         if options.work is None:
             shutil.rmtree(work)
+    single = next((row["samples_s"] for row in rows if row["gpus"] == 1), None)
+    for row in rows:
+        row["efficiency"] = row["samples_s"] / single / row["gpus"] if single else None
+    rows = [{key: row[key] for key in KEYS} for row in rows]
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else hardware_name()
     finish("extract_scaling", rows, options, hardware=f"{available} x {hardware}")
 

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="checkpoint, store and runs; what is there already is used again")
     parser.add_argument("--store-gb", type=float, default=FULL.store_bytes / 1e9, help="size of the store")
     parser.add_argument("--media", nargs="+", default=["pinned", "page_cache"], choices=["pinned", "page_cache"])
+    parser.add_argument("--limit-s", type=float, default=float("inf"), help="begin no case after that many seconds")
     parser.add_argument("--worker", help="used by this program itself")
     options = parser.parse_args()
+    started = time.monotonic()
     if options.worker:
         worker(json.loads(options.worker))
         return
@@ -137,6 +140,9 @@ def main() -> None:
     alone: dict[str, list[float]] = {}
     try:
         for gpus, scaling, case in cases(counts, ["pinned"] if options.quick else options.media):
+            if time.monotonic() - started > options.limit_s:
+                print(f"no time left for {case.name} and what follows", flush=True)
+                break
             row, losses = measure(gpus, max(counts), scaling, case, plan, work)
             if gpus == 1:
                 alone[case.medium] = losses
