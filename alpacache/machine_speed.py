@@ -24,7 +24,7 @@ _READERS = 8
 _LIMIT_S = 8.0
 """Of writing, and again of reading: a slow medium is measured with fewer files."""
 _MATRIX = 8192
-_MATMUL_SHARE = 0.7
+_MATMUL_SHARE = 0.8
 _COPY_SHARE = 0.9
 """What a large product and a large copy are assumed to reach of the data sheet: rates are given as a data sheet would,
 because that is what times are scaled by."""

@@ -23,7 +23,7 @@ from alpacache.memory_plan import MemoryPlan, Workload, allowed_bytes, fastest_p
 from alpacache.optimizers import resolve
 from alpacache.planned_sample import planned_prompt, sample_bytes
 from alpacache.sample import FRONT_CAMERA, sort_cameras
-from alpacache.stage_times import OVERLAP, compute_seconds, optimizer_seconds, prefill_seconds, reading_seconds
+from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds, reading_seconds
 from cache_store import CODECS
 from cache_store.local_files import free_bytes
 
@@ -291,7 +291,7 @@ def _extract_plan(
         prefill_s=prefill_s,
         reading_s=reading_s,
         write_s=write_s,
-        hours=config.stored * max(prefill_s, reading_s, write_s) / OVERLAP / 3600,
+        hours=config.stored * max(prefill_s, reading_s, write_s) / 3600,
     )
 
 

@@ -1,7 +1,8 @@
 """Seconds that the stages take on a GPU, from what one H100 80 GB took at full size (compiled, captured).
 
-For another GPU they are scaled: what grows with tokens by the rate of its arithmetic; what does not (reading weights
-and adding gradients once a micro-batch, the optimizer) by the bandwidth of its memory. Another model's are scaled by
+For another GPU they are scaled: what grows with tokens by the rate of its arithmetic; reading weights and adding to
+gradients, once a micro-batch, and the optimizer by the bandwidth of its memory; what the GPU spends in kernels too
+small to fill it, and in beginning them, not at all. Another model's are scaled by
 parameters. So nothing but a run of the released model on the H100 is more than an estimate.
 """
 
@@ -25,14 +26,16 @@ _PREFILL_S = 8e-3
 _PREFILL_TOKEN_S = 47.5e-6
 _PICTURE = (1080, 1920)
 _CAMERA_CORE_S = 0.8
-"""To decode and resize one camera's frames of a sample out of H.264 of that size: 0.77 (1 camera), 0.82 (4 cameras)."""
-OVERLAP = 0.95
-"""Of what the slowest part alone would do; `extract` did 0.95 to 0.98, and 0.82 of one camera in int8."""
+"""To decode and resize one camera's frames of a sample out of H.264 of that size: 0.74 and 0.77 (1 camera), 0.82 and
+0.88 (4 cameras)."""
 
 # int8, 4 cameras (2,975 tokens), 8 samples: 46.9 ms a step; in two micro-batches 64.2; of 4 draws 92.9. 1 camera
-# (840 tokens), 16 samples: 52.9. Of each 13.2 ms are norm and optimizer. Four equations, these four unknowns:
-_PART_S = 17.3e-3
-"""Of a micro-batch, however small."""
+# (840 tokens), 16 samples: 52.9. Of each 13.2 ms are norm and optimizer. Four equations for four unknowns:
+_PART_S = 12e-3
+"""Of a micro-batch, however small, on any GPU: a step of 43.9 ms on an H200, which differs by its memory alone, and the
+17.3 ms that a second micro-batch costs on the H100 tell it from what follows."""
+_PART_TRAFFIC_S = 5.3e-3
+"""Of a micro-batch, to read the weights and to add to their gradients."""
 _TOKEN_S = 17.88e-6
 """Of an action token."""
 _PAIR_S = 4.057e-9
@@ -63,8 +66,8 @@ def compute_seconds(work: "Workload", plan: "MemoryPlan", gpu: Gpu) -> float:
     tokens = work.batch_size * plan.draws * FUTURE_STEPS
     arithmetic = tokens * (_TOKEN_S + _PAIR_S * work.longest) * _arithmetic(gpu)
     parts = math.ceil(work.batch_size / plan.micro_batch)
-    traffic = (parts * _PART_S + work.batch_size * work.longest * _DECODED_S) * _traffic(gpu)
-    return (arithmetic + traffic) * model * (_RECOMPUTED if plan.checkpointing else 1.0)
+    traffic = (parts * _PART_TRAFFIC_S + work.batch_size * work.longest * _DECODED_S) * _traffic(gpu)
+    return (arithmetic + parts * _PART_S + traffic) * model * (_RECOMPUTED if plan.checkpointing else 1.0)
 
 
 def optimizer_seconds(work: "Workload", gpu: Gpu) -> float:

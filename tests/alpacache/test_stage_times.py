@@ -43,6 +43,20 @@ def test_the_prefills_that_were_measured(tokens, milliseconds):
     assert prefill_seconds(8_800_000_000, tokens, H100) * 1e3 == pytest.approx(milliseconds, rel=0.04)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "milliseconds"), [(4 * 790, 153), (8 * 790, 292), (2 * 2974, 283), (8 * 2974, 1123)]
+)
+def test_an_h200_prefills_as_fast(tokens, milliseconds):
+    assert prefill_seconds(8_800_000_000, tokens, GPUS["h200"]) * 1e3 == pytest.approx(milliseconds, rel=0.06)
+
+
+def test_the_step_that_was_measured_on_an_h200(work):
+    load = work()
+    plan = memory_plan(load, draws=1, micro_batch=8, checkpointing=False)
+    h200 = GPUS["h200"]
+    assert (compute_seconds(load, plan, h200) + optimizer_seconds(load, h200)) * 1e3 == pytest.approx(43.9, rel=0.07)
+
+
 def test_a_short_prefill_takes_as_long_as_its_launches():
     slow = dataclasses.replace(H100, tflops=H100.tflops / 10)
     assert prefill_seconds(8_800_000_000, 200, H100) == prefill_seconds(8_800_000_000, 800, H100) == 0.075
@@ -50,9 +64,9 @@ def test_a_short_prefill_takes_as_long_as_its_launches():
 
 
 def test_reading_goes_with_cameras_pixels_and_cores():
-    # Measured with 16 cores: 20.7 and 21.7 samples/s of one camera, 4.85 and 3.9 of four.
-    assert reading_seconds(1, (1080, 1920), 16) == pytest.approx(1 / 21, rel=0.06)
-    assert reading_seconds(4, (1080, 1920), 16) == pytest.approx(1 / 4.85, rel=0.06)
+    # Measured with 16 cores: 20.7 to 21.7 samples/s of one camera, 3.9 to 4.85 of four.
+    assert reading_seconds(1, (1080, 1920), 16) == pytest.approx(1 / 21.2, rel=0.07)
+    assert reading_seconds(4, (1080, 1920), 16) == pytest.approx(1 / 4.54, rel=0.1)
     assert reading_seconds(1, (540, 960), 8) == pytest.approx(reading_seconds(1, (1080, 1920), 16) / 2)
 
 
@@ -63,8 +77,10 @@ def test_half_the_arithmetic_and_half_the_bandwidth_each_slow_their_part(work):
     narrow = dataclasses.replace(H100, memory_gb_s=H100.memory_gb_s / 2)
     both = dataclasses.replace(slow, memory_gb_s=narrow.memory_gb_s)
     whole, parts = compute_seconds(load, plan, H100), [compute_seconds(load, plan, gpu) for gpu in (slow, narrow)]
-    assert sum(parts) == pytest.approx(3 * whole)
-    assert compute_seconds(load, plan, both) == pytest.approx(2 * whole)
+    longer = [part - whole for part in parts]
+    assert min(longer) > 0.1 * whole
+    assert compute_seconds(load, plan, both) - whole == pytest.approx(sum(longer))
+    assert pytest.approx(whole - sum(longer)) == 12e-3
     assert optimizer_seconds(load, narrow) == pytest.approx(2 * 13.2e-3, rel=0.001)
     assert optimizer_seconds(load, slow) == pytest.approx(13.2e-3, rel=0.001)
     again = memory_plan(load, draws=1, micro_batch=8, checkpointing=True)
