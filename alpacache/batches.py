@@ -3,8 +3,9 @@
 Threads read ahead into a ring of page-locked buffers; a stream of its own copies from there into rows of device memory,
 of which there are two batches: while one is computed on, the other is filled. Streams wait for each other by events
 and the host for neither, except that buffers come back when their copies have ended: this is what keeps a loop that
-only enqueues from running more than a few steps ahead. CUDA is called by the loop's own thread alone, because a call
-from another would break a CUDA graph that is being captured. On the CPU all is the same, without streams and events.
+only enqueues from running more than a few steps ahead. A loop that waits for results calls `hand_back` first. CUDA is
+called by the loop's own thread alone, because a call from another would break a CUDA graph that is being captured. On
+the CPU all is the same, without streams and events.
 
 Checksums are the larger part of what reading from RAM costs a CPU, and a GPU computes them in a fiftieth of a step. So
 there they may be checked in the rows; whoever computes on rows then has to look at `damage` before anything is kept.
@@ -165,6 +166,17 @@ class BatchRing:
         self._free[half] = self._last_done = self._event()
         self._is_out[half] = False
         self._take_back()
+
+    def hand_back(self) -> None:
+        """Before the host waits for the device: give buffers back as their copies end, all but the last one's.
+
+        Else reading would stop when the free ones are full, until the wait is over. The last is left, so that the next
+        copies are enqueued before it has ended.
+        """
+        while len(self._copying) > 1:
+            sample, copied = self._copying.popleft()
+            copied.synchronize()
+            sample.release()
 
     def damage_error(self) -> CorruptSampleError | DataError:
         """What is to be raised when `damage` was seen to be set; reads the sample again to say what is wrong."""

@@ -87,6 +87,7 @@ def predict_ahead(
             underway = sampler.run(batch, _noise(seed, batch.sample_ids, paths))
             ring.done(batch)
             if before is not None:
+                ring.hand_back()
                 yield _taken(before, ring)
             before = underway
         if before is not None:

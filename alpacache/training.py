@@ -289,6 +289,7 @@ class _Run:
                 pausing = validating or finished or self.stopping or self.step % config.save_every == 0
                 # On a GPU the last step is read when the next one is enqueued, so that the device never waits.
                 while len(underway) > (0 if pausing or self.stopping else lag):
+                    ring.hand_back()
                     self._take(*underway.popleft(), ring, validating=validating and not underway)
                 if pausing or self.stopping:
                     self._pause(validated=validating)

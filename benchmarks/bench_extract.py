@@ -7,8 +7,10 @@ last two with as many workers as `extract` has. `samples_s` counts from the firs
 begun before it, as they do while a real VLM is loaded. `of_limit` is `samples_s` over the least. `read_wait` and
 `write_wait` are the shares of the time that the VLM waited for samples and for writers. `cores_to_keep_up`: with so
 many cores reading would be as fast as the VLM, if it goes with their number. Rows without a codec are the VLM alone at
-several batches; `neighbour_error` is the relative L2 difference of keys and values from the same sample alone. Text is
-shorter than the real prompt's, by 60 to 70 tokens: the tokenizer here cannot spell.
+several batches; `neighbour_error` is the relative L2 difference of keys and values from the same sample alone;
+`reuse_at_best` is the part that the VLM takes longer with as many more tokens as the system prompt has: computing that
+once for all samples cannot save more. The row noted `--deterministic` has run twice; `same_bytes` tells whether both
+stored the same. Text is shorter than the real prompt's, by 60 to 70 tokens: the tokenizer here cannot spell.
 """
 
 import dataclasses
@@ -45,7 +47,7 @@ from alpacache.sample import SampleRef
 from alpacache.selection import select
 from alpacache.sources import open_source
 from alpacache.sources.synthetic import SyntheticSource
-from cache_store import info
+from cache_store import CacheReader, info
 
 Read: TypeAlias = Callable[[SampleRef], Prepared]
 PICTURES = 6
@@ -55,6 +57,10 @@ ENLARGED = 4
 VIDEO_FPS, VIDEO_CRF = 30, 24
 """As cameras record; 21 Mbit/s. What a frame costs to decode goes with its bytes."""
 T0 = "every:0.005"
+SYSTEM_TOKENS = 20
+"""Of R1's prompt before the first image."""
+REPEATED = 8
+"""Samples that are extracted twice."""
 KEYS = ("cameras", "codec", "batch", "samples_s", "prefill_s", "write_s", "decode_s", "of_limit", "cpu_cores")
 KEYS += (
     "read_wait",
@@ -66,6 +72,8 @@ KEYS += (
     "tokens",
     "sample_mb",
     "neighbour_error",
+    "reuse_at_best",
+    "same_bytes",
     "peak_gib",
     "source",
     "note",
@@ -195,6 +203,12 @@ def prefill_rate(vlm: FrozenVLM, inputs: Sequence[VLMInputs], batch: int, *, rou
     return batch / statistics.median(seconds[1:])
 
 
+def with_system_prompt(inputs: VLMInputs) -> VLMInputs:
+    """So many text tokens longer at its beginning."""
+    text = np.full(SYSTEM_TOKENS, inputs.input_ids[0])
+    return dataclasses.replace(inputs, input_ids=np.concatenate([text, inputs.input_ids]))
+
+
 def neighbour_error(vlm: FrozenVLM, inputs: Sequence[VLMInputs], batch: int) -> float:
     """Relative L2 difference of keys and values in a batch from those alone."""
     together = vlm.prefill_batch([inputs[number % len(inputs)] for number in range(batch)])[0]
@@ -260,12 +274,20 @@ def measure(
                 alone[size] = prefill_rate(vlm, ready, size, rounds=1 if scale.small else 5)
                 row |= {"prefill_s": alone[size], "neighbour_error": neighbour_error(vlm, ready, size)}
                 row["cores_to_keep_up"] = row["cpu_cores"] * alone[size] / decode
+                if size == batch:
+                    longer = [with_system_prompt(one) for one in ready]
+                    slower = prefill_rate(vlm, longer, size, rounds=1 if scale.small else 5)
+                    row["reuse_at_best"] = alone[size] / slower - 1
             yield row
         for codec in codecs:
             row = {**common, "codec": codec, "batch": batch, "writers": config.writers}
             with _peak(row):
                 row |= extract_row(root, vlm, config, codec, read, alone.get(batch), decode)
             yield row
+        row = {**common, "codec": codecs[0], "batch": 1, "note": "--deterministic"}
+        with _peak(row):
+            row["same_bytes"] = repeats_its_bytes(vlm, config, codecs[0], read)
+        yield row
     if threads:
         row = {**common, "codec": "int8", "batch": batch, "writers": config.writers, "note": "read in threads"}
         with reading_in_threads(), begun_reading(config, vlm.device) as (read, _, decode), _peak(row):
@@ -302,6 +324,24 @@ def extract_row(
         "samples": report.extracted,
         "sample_mb": size / 1e6,
     }
+
+
+def repeats_its_bytes(vlm: FrozenVLM, config: ExtractConfig, codec: str, read: Read) -> bool:
+    """Whether two runs of `extract --deterministic` store the same, field by field."""
+    samples = min(REPEATED, config.samples or REPEATED)
+    settings = {"codec": codec, "samples": samples, "deterministic": True, "batch_size": None, "writers": 2}
+    found = []
+    for _ in range(2):
+        with (
+            mock.patch.object(extraction, "load_vlm", return_value=vlm),
+            mock.patch.object(extraction, "reading", return_value=nullcontext(read)),
+        ):
+            extraction.extract(dataclasses.replace(config, **settings))  # type: ignore[arg-type]
+        reader = CacheReader(config.store)
+        arrays = [reader.read(name) for name in reader.sample_ids]
+        found.append([[np.asarray(one[name]).tobytes() for name in sorted(one)] for one in arrays])
+        shutil.rmtree(config.store)
+    return len(found[0]) == samples and found[0] == found[1]
 
 
 def _ready(inputs: VLMInputs, vlm: FrozenVLM) -> VLMInputs:

@@ -193,6 +193,28 @@ def test_rows_are_double_buffered_and_wait_for_done(dataset, space):
         assert ring.waited_s > 0
 
 
+def test_buffers_are_handed_back_as_copies_end_but_for_the_last(dataset, space):
+    happened = []
+
+    class Copy:
+        def __init__(self, number):
+            self.number = number
+
+        def synchronize(self):
+            happened.append(f"ended {self.number}")
+
+        def release(self):
+            happened.append(f"released {self.number}")
+
+    ring = BatchRing(dataset, space, iter([]), batch_size=2, device=torch.device("cpu"))
+    ring._copying.extend((Copy(number), Copy(number)) for number in range(3))
+    ring.hand_back()
+    assert happened == ["ended 0", "released 0", "ended 1", "released 1"]
+    ring.hand_back()
+    assert len(ring._copying) == 1
+    assert len(happened) == 4
+
+
 def test_a_damaged_sample_is_named_in_its_place(tiny_checkpoint, stores, space, tmp_path):
     broken = shutil.copytree(stores[0], tmp_path / "store")
     dataset = CachedDataset([broken], Checkpoint(str(tiny_checkpoint)))

@@ -17,6 +17,7 @@ from alpacache.sources import open_source
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import bench_extract  # noqa: E402
+import bench_extract_scaling  # noqa: E402
 import full_size  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))
@@ -68,15 +69,24 @@ def test_the_quick_benchmark(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     rows = json.loads(report.read_text())["rows"]
     assert [(row["cameras"], row["codec"]) for row in rows] == [
-        (cameras, codec) for cameras in (1, 4) for codec in (None, "int8", "bf16")
+        (cameras, codec) for cameras in (1, 4) for codec in (None, "int8", "bf16", "int8")
     ]
     for row in rows:
-        assert (row["batch"], row["source"]) == (2, "pai")
-        if row["codec"]:
+        assert (row["batch"], row["source"]) == (1 if row["note"] else 2, "pai")
+        if row["note"]:
+            assert (row["note"], row["same_bytes"]) == ("--deterministic", True)
+        elif row["codec"]:
             limit = min(row["prefill_s"], row["write_s"], row["decode_s"])
             assert row["of_limit"] == pytest.approx(row["samples_s"] / limit)
         else:
             assert 0 <= row["neighbour_error"] < 0.03
+
+
+def test_scaling_counts_while_all_processes_are_at_work():
+    # One begins at 0 and ends at 10, the other begins at 4 and ends at 14: between 4 and 10 both commit one a second.
+    one, other = list(range(11)), list(range(4, 15))
+    assert bench_extract_scaling.rate_together([one, other]) == pytest.approx(2)
+    assert bench_extract_scaling.rate_together([one]) == pytest.approx(1)
 
 
 @pytest.mark.slow
