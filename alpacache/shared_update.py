@@ -7,7 +7,7 @@ parts is updated once instead of by every process. The last third is summed and 
 that time the exchange ends. `docs/decisions/0009-gradient-sum.md` has the numbers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +43,8 @@ class SharedUpdate:
         """Whether the next backward is the step's last: until then gradients only accumulate."""
         self._parameters = dict(parameters)
         self._part_of: dict[Tensor, slice] = {parameters[name]: part for name, part in self.parts.items()}
-        self._whole: list[Tensor] = []
+        self._summable: list[Tensor] = []
+        """Their gradients are whole."""
         self._updated: list[Tensor] = []
         self._underway: list[Any] = []
         if world.size > 1:
@@ -72,9 +73,7 @@ class SharedUpdate:
     def updated(self, name: str) -> None:
         """This process has enqueued its update of a parameter: exchange it, together with others."""
         if name in self.parts:
-            self._updated.append(self._parameters[name])
-            if _size(self._updated) >= _TOGETHER_BYTES:
-                self._exchange()
+            _gather_up(self._updated, self._parameters[name], self._exchange)
 
     def finish_update(self) -> None:
         """All weights are there on the current stream."""
@@ -96,19 +95,13 @@ class SharedUpdate:
                 _all_gather(flat, flat[_even_part(len(flat), self.world)])
 
     def _take(self, parameter: Tensor) -> None:
-        if not self.is_last or parameter.grad is None:
-            return
-        if self._whole and self._whole[0].dtype != parameter.dtype:
-            self._sum()
-        self._whole.append(parameter)
-        if _size(self._whole) >= _TOGETHER_BYTES:
-            self._sum()
+        if self.is_last and parameter.grad is not None:
+            _gather_up(self._summable, parameter, self._sum)
 
     def _sum(self) -> None:
-        """Sum what is whole, as one operation of each kind: alone, most are too small for the rate of the link."""
-        parts = [parameter for parameter in self._whole if parameter in self._part_of]
-        whole = [parameter for parameter in self._whole if parameter not in self._part_of]
-        self._whole = []
+        parts = [parameter for parameter in self._summable if parameter in self._part_of]
+        whole = [parameter for parameter in self._summable if parameter not in self._part_of]
+        self._summable.clear()
         if parts:
             with self._together():
                 for parameter in parts:
@@ -126,7 +119,7 @@ class SharedUpdate:
             for parameter in self._updated:
                 flat = _flat(parameter.detach())
                 _all_gather(flat, flat[self._part_of[parameter]])
-        self._updated = []
+        self._updated.clear()
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -166,8 +159,16 @@ def _gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _size(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def _gather_up(waiting: list[Tensor], parameter: Tensor, send: Callable[[], None]) -> None:
+    """Add one to those that wait, and send them when they are enough: alone, most are too small for the link's rate.
+
+    Only what has one dtype can be sent together.
+    """
+    if waiting and waiting[0].dtype != parameter.dtype:
+        send()
+    waiting.append(parameter)
+    if sum(tensor.nbytes for tensor in waiting) >= _TOGETHER_BYTES:
+        send()
 
 
 def _squares(grads: list[Tensor]) -> Tensor:

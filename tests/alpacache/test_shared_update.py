@@ -84,6 +84,24 @@ def test_gradients_are_summed_together_up_to_a_size_and_by_dtype(monkeypatch):
     assert parameters[0].grad[0] == 3.0
 
 
+@pytest.mark.usefixtures("only_member")
+def test_parts_are_exchanged_together_up_to_a_size_and_by_dtype(monkeypatch):
+    monkeypatch.setattr(shared_update, "_TOGETHER_BYTES", 20_000)
+    sent = []
+    together = dist._coalescing_manager
+    monkeypatch.setattr(dist, "_coalescing_manager", lambda **given: sent.append([]) or together(**given))
+    monkeypatch.setattr(shared_update, "_all_gather", lambda whole, part: sent[-1].append((whole.dtype, len(part))))
+    dtypes = [torch.float32] * 6 + [torch.float64] * 6
+    named = {str(number): torch.nn.Parameter(torch.ones(4096, dtype=dtype)) for number, dtype in enumerate(dtypes)}
+    update = SharedUpdate(named, World(rank=1, size=2, device=CPU))
+    for name in named:
+        update.updated(name)
+    update.finish_update()
+    assert [one for group in sent for one in group] == [(dtypes[int(name)], 2048) for name in update.parts]
+    assert [len(group) for group in sent] == [2, 2, 1, 1, 1, 1]  # of 16 kB each, then of 32
+    assert all(len({dtype for dtype, _ in group}) == 1 for group in sent)
+
+
 # Three steps of two processes whose gradients differ, beside one process that has their sums; every bit is compared.
 SHARED = """
 import sys
