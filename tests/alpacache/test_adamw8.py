@@ -280,8 +280,8 @@ def test_kernel_agrees_with_the_reference_in_tritons_interpreter():
 @needs_triton
 @pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter does not compile")
 @pytest.mark.parametrize("capability", [86, 89, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_kernel_compiles(capability, dtype, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("dtype", "even"), [("bf16", True), ("bf16", False), ("fp32", True)])
+def test_kernel_compiles(capability, dtype, even, tmp_path, monkeypatch):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -293,6 +293,7 @@ def test_kernel_compiles(capability, dtype, tmp_path, monkeypatch):
     pointers |= {"first": "i32", "scales_stride": "i32", "count": "i64"}
     pointers |= {"weight_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "lr_ptr": "*fp32", "scale_ptr": "*fp32"}
     constants = {"GROUP": GROUP, "ROWS": adamw8._ROWS, "FLOOR": 2.0**-100, "RANGE": 2.0**-32}
+    constants |= {"SHIFT": adamw8._SHIFT, "EVEN": even}
     if dtype == "fp32":
         constants["residual_ptr"] = None
     signature = {name: "constexpr" if name in constants else pointers.get(name, "fp32") for name in names}
