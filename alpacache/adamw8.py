@@ -319,8 +319,8 @@ if triton is not None:
         shifted = tl.minimum(y * (1 / step_bits)[:, None] + fraction + SHIFT, SHIFT + 255)
         tl.store(exp_avg_sq_ptr + index, shifted.to(tl.int32, bitcast=True).to(tl.uint8), mask=inside)
 
-        root = tl.sqrt(v) * (1 / tl.sqrt(bias2)) + eps
-        update = (m * (1 / bias1) + carry * lost) * tl.rsqrt(root * root)
+        deviation = tl.sqrt(v) * (1 / tl.sqrt(bias2)) + eps
+        update = (m * (1 / bias1) + carry * lost) * tl.rsqrt(deviation * deviation)  # cheaper than a division
         if residual_ptr is None:
             master = stored * (1 - lr * weight_decay) - lr * update
             tl.store(weight_ptr + index, master, mask=inside)
