@@ -24,9 +24,9 @@ _PART_MULTIPLE = 1024
 _TOGETHER_BYTES = 2**26
 """Of what is transferred by one operation: half a layer of the released expert."""
 
-# Torch has renamed both.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# Torch has renamed both; a torch without processes has neither.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
+_all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
 
 class SharedUpdate:
