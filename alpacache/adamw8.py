@@ -139,7 +139,7 @@ class AdamW8:
         self._device, self._hyper = device, hyper
         self._parameters, self._parts = dict(parameters), parts
         self._moments = {name: Moments.empty(name, parameter) for name, parameter in parameters.items()}
-        self._order = sorted(parameters, key=lambda name: name not in parts)
+        self._order = sorted(parameters, key=lambda name: name not in parts)  # so that parts can be passed on meanwhile
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._betas = torch.tensor(hyper.betas, dtype=torch.float64, device=device)
         self._bias = torch.zeros(2, dtype=torch.float64, device=device)
@@ -231,6 +231,11 @@ if triton is not None:
         return bits.to(tl.float32, bitcast=True) - 8388736.0
 
     @triton.jit
+    def _code_bits(low, high):  # type: ignore[no-untyped-def]
+        """`_bits_a_code`."""
+        return (high - low + 254) // 255
+
+    @triton.jit
     def _stored_scale(x, up: tl.constexpr):  # type: ignore[no-untyped-def]
         """Positive float32 rounded up or down to a bf16, still as float32."""
         bits = x.to(tl.int32, bitcast=True)
@@ -303,7 +308,7 @@ if triton is not None:
         tl.store(exp_avg_ptr + index, shifted.to(tl.int32, bitcast=True).to(tl.int8), mask=inside)
         tl.store(m_scale_ptr, m_scale.to(tl.bfloat16), mask=row_inside)
 
-        v = (low[:, None] + second * ((high - low + 254) // 255)[:, None]).to(tl.float32, bitcast=True)
+        v = (low[:, None] + second * _code_bits(low, high)[:, None]).to(tl.float32, bitcast=True)
         v += rate2 * (grad * grad - v)
         greatest = tl.maximum(tl.max(tl.where(inside, v, 0.0), axis=1), FLOOR)
         least = tl.min(tl.where(inside, v, greatest[:, None]), axis=1)
@@ -312,11 +317,11 @@ if triton is not None:
         tl.store(low_ptr, v_low.to(tl.bfloat16), mask=row_inside)
         tl.store(high_ptr, v_high.to(tl.bfloat16), mask=row_inside)
         low = v_low.to(tl.int32, bitcast=True)
-        step_bits = tl.maximum((v_high.to(tl.int32, bitcast=True) - low + 254) // 255, 1).to(tl.float32)
+        code_bits = tl.maximum(_code_bits(low, v_high.to(tl.int32, bitcast=True)), 1).to(tl.float32)
         y = (tl.maximum(v, v_low[:, None]).to(tl.int32, bitcast=True) - low[:, None]).to(tl.float32)
         random = _mix((index + first).to(tl.uint32) ^ _mix(seed.to(tl.uint32) + step * 0x9E3779B9))
         fraction = ((random >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
-        shifted = tl.minimum(y * (1 / step_bits)[:, None] + fraction + SHIFT, SHIFT + 255)
+        shifted = tl.minimum(y * (1 / code_bits)[:, None] + fraction + SHIFT, SHIFT + 255)
         tl.store(exp_avg_sq_ptr + index, shifted.to(tl.int32, bitcast=True).to(tl.uint8), mask=inside)
 
         deviation = tl.sqrt(v) * (1 / tl.sqrt(bias2)) + eps
@@ -349,7 +354,7 @@ def update_reference(weight: Tensor, grad: Tensor, state: Moments, scalars: Scal
     state.exp_avg.copy_(code.flatten()[:count].view_as(weight))
 
     low, high = low.view(torch.int32), high.view(torch.int32)
-    v = (low + _grouped(state.exp_avg_sq.int()) * ((high - low + 254) // 255)).view(torch.float32)
+    v = (low + _grouped(state.exp_avg_sq.int()) * _bits_a_code(low, high)).view(torch.float32)
     v += (1 - beta2) * (g * g - v)
     random = random_bits(state.seed, int(scalars.step), g.numel(), first=state.first).view_as(g)
     code, low, high = _encode_second(v, (random >> 9).float() / 2**23 - 0.5, count)
@@ -415,9 +420,14 @@ def _encode_second(v: Tensor, random: Tensor, count: int) -> tuple[Tensor, Tenso
     high = _outward(greatest, up=True)
     low = _outward(torch.maximum(least, high * _RANGE).clamp(min=_FLOOR), up=False)
     first = low.view(torch.int32)
-    step = ((high.view(torch.int32) - first + 254) // 255).clamp(min=1).float()
-    y = (torch.maximum(v, low).view(torch.int32) - first).float() * (1 / step)
+    code_bits = _bits_a_code(first, high.view(torch.int32)).clamp(min=1).float()
+    y = (torch.maximum(v, low).view(torch.int32) - first).float() * (1 / code_bits)
     return (y + random).round().clamp(max=255), low, high
+
+
+def _bits_a_code(low: Tensor, high: Tensor) -> Tensor:
+    """How far apart two codes of a group are, by its extremes as int32; rounded up, so that 255 reach the greatest."""
+    return (high - low + 254) // 255
 
 
 def _outward(x: Tensor, *, up: bool) -> Tensor:

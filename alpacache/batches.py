@@ -173,10 +173,7 @@ class BatchRing:
         Else reading would stop when the free ones are full, until the wait is over. The last is left, so that the next
         copies are enqueued before it has ended.
         """
-        while len(self._copying) > 1:
-            sample, copied = self._copying.popleft()
-            copied.synchronize()
-            sample.release()
+        self._wait_for_copies(1)
 
     def damage_error(self) -> CorruptSampleError | DataError:
         """What is to be raised when `damage` was seen to be set; reads the sample again to say what is wrong."""
@@ -239,10 +236,8 @@ class BatchRing:
 
     def _take(self, samples: Iterator[PrefetchedSample[_Wanted]]) -> PrefetchedSample[_Wanted] | None:
         """The next sample in order, once it is in RAM."""
+        self._wait_for_copies(self._buffers - 1)
         self._take_back()
-        while len(self._copying) == self._buffers:
-            self._copying[0][1].synchronize()
-            self._take_back()
         started = time.monotonic()
         sample = next(samples, None)
         if self._last_done is None or self._last_done.query():  # type: ignore[no-untyped-call]
@@ -336,6 +331,13 @@ class BatchRing:
         """Release the buffers whose copies have ended, without waiting for any."""
         while self._copying and self._copying[0][1].query():  # type: ignore[no-untyped-call]
             self._copying.popleft()[0].release()
+
+    def _wait_for_copies(self, left: int) -> None:
+        """Release buffers as their copies end, until no more than so many are under way."""
+        while len(self._copying) > left:
+            sample, copied = self._copying.popleft()
+            copied.synchronize()
+            sample.release()
 
     def _event(self) -> torch.cuda.Event | None:
         """After all that was enqueued on the current stream."""

@@ -33,7 +33,7 @@ class StepOptimizer(Protocol):
 
         The three are 0-dim tensors on the parameters' device: float32, float32, bool. Parameters without a gradient are
         left alone. Gradients may be scaled in place. On a GPU nothing waits for the device. `updated` is called with a
-        parameter's name when its update is enqueued, of those in parts before the others.
+        parameter's name when its update is enqueued.
         """
         ...
 
@@ -121,7 +121,7 @@ class _AdamW:
     ) -> None:
         self.parameters, self.parts = dict(parameters), parts
         self.moments = {
-            f"{key}.{name}": torch.zeros_like(parameter, requires_grad=False)
+            f"{key}.{name}": torch.zeros_like(parameter)
             for name, parameter in parameters.items()
             for key in ("exp_avg", "exp_avg_sq")
         }

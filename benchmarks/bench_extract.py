@@ -261,6 +261,7 @@ def measure(
         batch_size=scale.batch,
         device=str(vlm.device),
     )
+    rounds = 1 if scale.small else 5
     batch = scale.batch or prefill_batch(cameras=cameras, frames=config.frames)
     common = {"cameras": cameras, "cpu_cores": len(os.sched_getaffinity(0)), "source": spec.partition(":")[0]}
     common |= {"workers": extraction.reading_workers(config)}
@@ -271,12 +272,12 @@ def measure(
         for size in sorted({*scale.batches, batch}):
             row: dict[str, Any] = {**common, "batch": size}
             with _peak(row):
-                alone[size] = prefill_rate(vlm, ready, size, rounds=1 if scale.small else 5)
+                alone[size] = prefill_rate(vlm, ready, size, rounds=rounds)
                 row |= {"prefill_s": alone[size], "neighbour_error": neighbour_error(vlm, ready, size)}
                 row["cores_to_keep_up"] = row["cpu_cores"] * alone[size] / decode
                 if size == batch:
                     longer = [with_system_prompt(one) for one in ready]
-                    slower = prefill_rate(vlm, longer, size, rounds=1 if scale.small else 5)
+                    slower = prefill_rate(vlm, longer, size, rounds=rounds)
                     row["reuse_at_best"] = alone[size] / slower - 1
             yield row
         for codec in codecs:
@@ -295,15 +296,22 @@ def measure(
         yield row
 
 
+@contextmanager
+def in_hand(vlm: FrozenVLM, read: Read) -> Iterator[None]:
+    """Within it `extract` takes this model and these readers."""
+    with (
+        mock.patch.object(extraction, "load_vlm", return_value=vlm),
+        mock.patch.object(extraction, "reading", return_value=nullcontext(read)),
+    ):
+        yield
+
+
 def extract_row(
     root: Path, vlm: FrozenVLM, config: ExtractConfig, codec: str, read: Read, prefill: float | None, decode: float
 ) -> dict[str, Any]:
     """One run of `extract`, the model in hand and its readers begun."""
     done: list[tuple[int, float]] = []
-    with (
-        mock.patch.object(extraction, "load_vlm", return_value=vlm),
-        mock.patch.object(extraction, "reading", return_value=nullcontext(read)),
-    ):
+    with in_hand(vlm, read):
         report = extraction.extract(
             dataclasses.replace(config, codec=codec),  # type: ignore[arg-type]
             on_progress=lambda progress: done.append((progress.done, time.perf_counter())),
@@ -332,10 +340,7 @@ def repeats_its_bytes(vlm: FrozenVLM, config: ExtractConfig, codec: str, read: R
     settings = {"codec": codec, "samples": samples, "deterministic": True, "batch_size": None, "writers": 2}
     found = []
     for _ in range(2):
-        with (
-            mock.patch.object(extraction, "load_vlm", return_value=vlm),
-            mock.patch.object(extraction, "reading", return_value=nullcontext(read)),
-        ):
+        with in_hand(vlm, read):
             extraction.extract(dataclasses.replace(config, **settings))  # type: ignore[arg-type]
         reader = CacheReader(config.store)
         arrays = [reader.read(name) for name in reader.sample_ids]

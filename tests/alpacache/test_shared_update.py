@@ -46,12 +46,17 @@ def only_member():
     dist.destroy_process_group()
 
 
-@pytest.mark.usefixtures("only_member")
-def test_gradients_are_summed_together_up_to_a_size_and_by_dtype(monkeypatch):
+@pytest.fixture
+def operations(only_member, monkeypatch):
+    """A list that gets an empty one for each group of operations that is begun."""
+    begun, together = [], dist._coalescing_manager
+    monkeypatch.setattr(dist, "_coalescing_manager", lambda **given: begun.append([]) or together(**given))
+    return begun
+
+
+def test_gradients_are_summed_together_up_to_a_size_and_by_dtype(monkeypatch, operations):
     monkeypatch.setattr(shared_update, "_TOGETHER_BYTES", 32)
-    sums = []
-    together = dist._coalescing_manager
-    monkeypatch.setattr(dist, "_coalescing_manager", lambda **given: sums.append([]) or together(**given))
+    sums = operations
     add_up = dist.all_reduce
     monkeypatch.setattr(dist, "all_reduce", lambda grad: sums[-1].append((grad.dtype, len(grad))) or add_up(grad))
     dtypes = [torch.float32] * 3 + [torch.float64] * 2
@@ -84,12 +89,9 @@ def test_gradients_are_summed_together_up_to_a_size_and_by_dtype(monkeypatch):
     assert parameters[0].grad[0] == 3.0
 
 
-@pytest.mark.usefixtures("only_member")
-def test_parts_are_exchanged_together_up_to_a_size_and_by_dtype(monkeypatch):
+def test_parts_are_exchanged_together_up_to_a_size_and_by_dtype(monkeypatch, operations):
     monkeypatch.setattr(shared_update, "_TOGETHER_BYTES", 20_000)
-    sent = []
-    together = dist._coalescing_manager
-    monkeypatch.setattr(dist, "_coalescing_manager", lambda **given: sent.append([]) or together(**given))
+    sent = operations
     monkeypatch.setattr(shared_update, "_all_gather", lambda whole, part: sent[-1].append((whole.dtype, len(part))))
     dtypes = [torch.float32] * 6 + [torch.float64] * 6
     named = {str(number): torch.nn.Parameter(torch.ones(4096, dtype=dtype)) for number, dtype in enumerate(dtypes)}
@@ -106,7 +108,6 @@ def test_parts_are_exchanged_together_up_to_a_size_and_by_dtype(monkeypatch):
 SHARED = """
 import sys
 import torch
-import torch.distributed as dist
 from torch import nn
 from alpacache.adamw8 import AdamW8, Hyperparameters
 from alpacache.optimizers import make_optimizer
@@ -120,8 +121,8 @@ def optimizer(name, parameters, parts):
         return AdamW8(parameters, HYPER, parts)
     return make_optimizer(name, parameters, betas=HYPER.betas, weight_decay=0.1, parts=parts)
 
-def step(ours, scale, skip):
-    return dict(lr=torch.tensor(1e-2), scale=torch.tensor(scale), skip=torch.tensor(skip))
+def scalars(skip):
+    return dict(lr=torch.tensor(1e-2), scale=torch.tensor(0.5), skip=torch.tensor(skip))
 
 name, dtype = sys.argv[1], getattr(torch, sys.argv[2])
 with join_world("cpu") as world:
@@ -144,9 +145,9 @@ with join_world("cpu") as world:
         expected = sum(parameter.grad.float().square().sum() for parameter in theirs.values())
         assert abs(square / expected - 1) < 1e-5, (square, expected)
         skip = number == 1
-        mine.step(**step(ours, 0.5, skip), updated=shared.updated)
+        mine.step(**scalars(skip), updated=shared.updated)
         shared.finish_update()
-        reference.step(**step(theirs, 0.5, skip))
+        reference.step(**scalars(skip))
         for k in values:
             assert torch.equal(ours[k], theirs[k]), (number, k)
     before = mine.tensors()
