@@ -41,6 +41,7 @@ except ImportError:  # an install for the CPU
 GROUP = 128
 _ROWS = 8
 """Groups a program: 1024 elements, 8 a thread."""
+_WARPS = 4
 _FLOOR = 2.0**-100
 """Least scale of a group, far below eps^2, and 1 / scale is finite."""
 _RANGE = 2.0**-32
@@ -139,7 +140,10 @@ class AdamW8:
         self._device, self._hyper = device, hyper
         self._parameters, self._parts = dict(parameters), parts
         self._moments = {name: Moments.empty(name, parameter) for name, parameter in parameters.items()}
-        self._order = sorted(parameters, key=lambda name: name not in parts)  # so that parts can be passed on meanwhile
+        # Parts first, so that they can be passed on meanwhile; otherwise the largest, so that the small fill gaps.
+        sizes = {name: 0 if parts else parameter.numel() for name, parameter in parameters.items()}
+        self._order = sorted(parameters, key=lambda name: (name not in parts, -sizes[name]))
+        self._beside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" and not parts else None  # type: ignore[no-untyped-call]
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._betas = torch.tensor(hyper.betas, dtype=torch.float64, device=device)
         self._bias = torch.zeros(2, dtype=torch.float64, device=device)
@@ -169,15 +173,21 @@ class AdamW8:
         copy_into(self.tensors(), tensors)
 
     def _apply(self, update: Any, scalars: Scalars, updated: Updated) -> None:
-        for name in self._order:
+        main = None if self._beside is None else torch.cuda.current_stream()
+        if self._beside is not None:
+            self._beside.wait_stream(main)
+        for place, name in enumerate(self._order):
             weight, state = self._parameters[name].detach(), self._moments[name]
             grad = self._parameters[name].grad
             if grad is None:
                 continue
             if (part := self._parts.get(name)) is not None:
                 weight, grad, state = weight.view(-1)[part], grad.view(-1)[part], state.part(part)
-            update(weight, grad, state, scalars, self._hyper)
+            with torch.cuda.stream(self._beside if place % 2 else main):
+                update(weight, grad, state, scalars, self._hyper)
             updated(name)
+        if main is not None:
+            main.wait_stream(self._beside)
 
 
 def update_triton(weight: Tensor, grad: Tensor, state: Moments, scalars: Scalars, hyper: Hyperparameters) -> None:
@@ -211,7 +221,7 @@ def update_triton(weight: Tensor, grad: Tensor, state: Moments, scalars: Scalars
         RANGE=_RANGE,
         SHIFT=_SHIFT,
         EVEN=weight.numel() % (_ROWS * GROUP) == 0,
-        num_warps=4,
+        num_warps=_WARPS,
     )
 
 

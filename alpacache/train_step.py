@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, PrefixFeatures
-from alpacache.alpamayo.prefix_attention import keep_out_of_compilation
 from alpacache.batches import Batch, BatchRing
 from alpacache.capture import captured
 from alpacache.optimizers import StepOptimizer
@@ -87,7 +86,6 @@ class TrainStep:
         self._cuda = device.type == "cuda"
         self._capture = capture and self._cuda
         if compile_layers and self._cuda:
-            keep_out_of_compilation()
             for layer in expert.expert.layers:
                 layer.compile()
         waypoints = expert.action_space.waypoints

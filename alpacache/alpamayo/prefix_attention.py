@@ -196,16 +196,21 @@ def _layer_attention(
     prefix_call: PrefixCall | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function; it hands over more keywords than are of interest here."""
+    """transformers' attention function; it hands over more keywords than are of interest here.
+
+    Under autocast, rotary embedding leaves float32 queries and keys beside bfloat16 values, as sdpa would cast them. A
+    compiled layer does it in the kernel that rotates them; all else of this function launches kernels of its own.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if prefix_call is None or attention_mask is not None or dropout:
         raise ValueError(f"{PREFIX_ATTENTION!r} attention needs prefix_call, and takes neither a mask nor dropout.")
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        # Rotary embedding leaves float32 queries and keys beside bfloat16 values; sdpa is cast so by autocast itself.
-        dtype = torch.get_autocast_dtype(kind)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    return attend(query, key, value, prefix_call, layer, scaling).transpose(1, 2), None
+    return _attend(module, query, key, value, prefix_call, scaling).transpose(1, 2), None
+
+
+@torch.compiler.disable
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, scale: float) -> Tensor:
+    layer: int = module.layer_idx  # type: ignore[assignment]  # read here, or every layer would be compiled anew
+    return attend(query, key, value, call, layer, scale)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -214,9 +219,3 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 AttentionInterface.register(PREFIX_ATTENTION, _layer_attention)
 AttentionMaskInterface.register(PREFIX_ATTENTION, _no_mask)
-
-
-def keep_out_of_compilation() -> None:
-    """Let `torch.compile` of a layer break its graph at our attention, which launches kernels of its own."""
-    outside = torch.compiler.disable(_layer_attention)  # type: ignore[no-untyped-call]
-    AttentionInterface.register(PREFIX_ATTENTION, outside)
