@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from alpacache.errors import UsageError
 from alpacache.optimizers import NO_PARTS, Updated, copy_into, ignore_name
+from alpacache.two_streams import TwoStreams
 
 try:
     import triton
@@ -39,9 +40,8 @@ except ImportError:  # an install for the CPU
     triton = None
 
 GROUP = 128
-_ROWS = 8
-"""Groups a program: 1024 elements, 8 a thread."""
-_WARPS = 4
+_ROWS, _WARPS = 4, 1
+"""Groups and warps a program: 512 elements, 16 a thread, and no thread of another warp to wait for."""
 _FLOOR = 2.0**-100
 """Least scale of a group, far below eps^2, and 1 / scale is finite."""
 _RANGE = 2.0**-32
@@ -140,10 +140,10 @@ class AdamW8:
         self._device, self._hyper = device, hyper
         self._parameters, self._parts = dict(parameters), parts
         self._moments = {name: Moments.empty(name, parameter) for name, parameter in parameters.items()}
-        # Parts first, so that they can be passed on meanwhile; otherwise the largest, so that the small fill gaps.
+        # Parts first, so that they can be passed on meanwhile; without any, the largest, so that the small fill gaps.
         sizes = {name: 0 if parts else parameter.numel() for name, parameter in parameters.items()}
         self._order = sorted(parameters, key=lambda name: (name not in parts, -sizes[name]))
-        self._beside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" and not parts else None  # type: ignore[no-untyped-call]
+        self._streams = TwoStreams(None if parts else device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._betas = torch.tensor(hyper.betas, dtype=torch.float64, device=device)
         self._bias = torch.zeros(2, dtype=torch.float64, device=device)
@@ -173,21 +173,17 @@ class AdamW8:
         copy_into(self.tensors(), tensors)
 
     def _apply(self, update: Any, scalars: Scalars, updated: Updated) -> None:
-        main = None if self._beside is None else torch.cuda.current_stream()
-        if self._beside is not None:
-            self._beside.wait_stream(main)
-        for place, name in enumerate(self._order):
-            weight, state = self._parameters[name].detach(), self._moments[name]
-            grad = self._parameters[name].grad
-            if grad is None:
-                continue
-            if (part := self._parts.get(name)) is not None:
-                weight, grad, state = weight.view(-1)[part], grad.view(-1)[part], state.part(part)
-            with torch.cuda.stream(self._beside if place % 2 else main):
-                update(weight, grad, state, scalars, self._hyper)
-            updated(name)
-        if main is not None:
-            main.wait_stream(self._beside)
+        with self._streams():
+            for place, name in enumerate(self._order):
+                weight, state = self._parameters[name].detach(), self._moments[name]
+                grad = self._parameters[name].grad
+                if grad is None:
+                    continue
+                if (part := self._parts.get(name)) is not None:
+                    weight, grad, state = weight.view(-1)[part], grad.view(-1)[part], state.part(part)
+                with self._streams.turn(place):
+                    update(weight, grad, state, scalars, self._hyper)
+                updated(name)
 
 
 def update_triton(weight: Tensor, grad: Tensor, state: Moments, scalars: Scalars, hyper: Hyperparameters) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from alpacache.two_streams import TwoStreams
 from alpacache.world import World
 
 _IN_PARTS = 2 / 3
@@ -47,6 +48,7 @@ class SharedUpdate:
         """Their gradients are whole."""
         self._updated: list[Tensor] = []
         self._underway: list[Any] = []
+        self._streams = TwoStreams(world.device)
         if world.size > 1:
             for parameter in parameters.values():
                 parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
@@ -67,7 +69,16 @@ class SharedUpdate:
                 whole.append(parameter.grad)
             else:
                 parts.append(_flat(parameter.grad)[part])
-        found = [_squares(grads) / count for grads, count in ((whole, self.world.size), (parts, 1)) if grads]
+        found = [self._squares(grads) / count for grads, count in ((whole, self.world.size), (parts, 1)) if grads]
+        return torch.stack(found).sum()
+
+    def _squares(self, grads: list[Tensor]) -> Tensor:
+        halves = [grads[::2], grads[1::2]] if self.world.device.type == "cuda" and len(grads) > 1 else [grads]
+        found = []
+        with self._streams():
+            for place, half in enumerate(halves):
+                with self._streams.turn(place):
+                    found.append(torch.stack(torch._foreach_norm(half, 2, torch.float32)).square().sum())
         return torch.stack(found).sum()
 
     def updated(self, name: str) -> None:
@@ -169,7 +180,3 @@ def _gather_up(waiting: list[Tensor], parameter: Tensor, send: Callable[[], None
     waiting.append(parameter)
     if sum(tensor.nbytes for tensor in waiting) >= _TOGETHER_BYTES:
         send()
-
-
-def _squares(grads: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(grads, 2, torch.float32)).square().sum()

@@ -198,19 +198,26 @@ def _layer_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function; it hands over more keywords than are of interest here.
 
-    Under autocast, rotary embedding leaves float32 queries and keys beside bfloat16 values, as sdpa would cast them. A
-    compiled layer does it in the kernel that rotates them; all else of this function launches kernels of its own.
+    Under autocast, rotary embedding leaves float32 queries and keys beside bfloat16 values, and sdpa is cast so by
+    autocast itself. A compiled layer casts in the kernel that rotates; what launches kernels of its own is left out of
+    the compilation. What passes between the two lies as `[N, S, heads, D]`: of anything that is not contiguous a
+    compiled backward may want a copy.
     """
-    query, key = query.to(value.dtype), key.to(value.dtype)
     if prefix_call is None or attention_mask is not None or dropout:
         raise ValueError(f"{PREFIX_ATTENTION!r} attention needs prefix_call, and takes neither a mask nor dropout.")
-    return _attend(module, query, key, value, prefix_call, scaling).transpose(1, 2), None
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return _attend_by_token(module, query, key, value, prefix_call, scaling), None
 
 
-@torch.compiler.disable
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, scale: float) -> Tensor:
-    layer: int = module.layer_idx  # type: ignore[assignment]  # read here, or every layer would be compiled anew
-    return attend(query, key, value, call, layer, scale)
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_by_token(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, scale: float
+) -> Tensor:
+    """`attend` of and to `[N, S, heads, D]`."""
+    layer: int = module.layer_idx  # type: ignore[assignment]  # read in here: each layer would be compiled apart
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return attend(query, key, value, call, layer, scale).transpose(1, 2)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -298,7 +298,7 @@ def test_kernel_compiles(capability, dtype, even, tmp_path, monkeypatch):
         constants["residual_ptr"] = None
     signature = {name: "constexpr" if name in constants else pointers.get(name, "fp32") for name in names}
     source = ASTSource(adamw8._update_kernel, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": adamw8._WARPS})
     assert len(compiled.asm["cubin"]) > 10000
 
 
