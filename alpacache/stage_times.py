@@ -30,10 +30,10 @@ _CAMERA_CORE_S = 0.8
 0.88 (4 cameras)."""
 
 # int8, 4 cameras (2,975 tokens), 8 samples: 46.9 ms a step; in two micro-batches 64.2; of 4 draws 92.9. 1 camera
-# (840 tokens), 16 samples: 52.9. Of each 13.2 ms are norm and optimizer. Four equations for four unknowns:
-_PART_S = 12e-3
-"""Of a micro-batch, however small, on any GPU: a step of 43.9 ms on an H200, which differs by its memory alone, and the
-17.3 ms that a second micro-batch costs on the H100 tell it from what follows."""
+# (840 tokens), 16 samples: 52.9. Of each 13.2 ms are norm and optimizer. Four equations for four unknowns.
+_PART_S = 8.3e-3
+"""Of a micro-batch, however small, on any GPU. 12 ms by these equations, and by a step of 43.9 ms on an H200, which
+differs by its memory alone; since then steps have become faster, on an H200 to 37.7 ms (4 cameras) and 44.7 (1)."""
 _PART_TRAFFIC_S = 5.3e-3
 """Of a micro-batch, to read the weights and to add to their gradients."""
 _TOKEN_S = 17.88e-6

@@ -11,6 +11,8 @@ from alpacache.memory_plan import memory_plan
 from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds, reading_seconds
 
 H100 = GPUS["h100"]
+FASTER_MS = 3.7
+"""Of a micro-batch, since the H100's steps were measured; by the H200's."""
 
 
 @pytest.fixture
@@ -32,7 +34,8 @@ def test_the_steps_that_were_measured(changes, draws, micro_batch, step_ms, work
     load = work(**changes)
     plan = memory_plan(load, draws=draws, micro_batch=micro_batch, checkpointing=False)
     seconds = compute_seconds(load, plan, H100) + optimizer_seconds(load, H100)
-    assert seconds * 1e3 == pytest.approx(step_ms, rel=0.01)
+    parts = load.batch_size / micro_batch
+    assert seconds * 1e3 == pytest.approx(step_ms - parts * FASTER_MS, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -50,11 +53,14 @@ def test_an_h200_prefills_as_fast(tokens, milliseconds):
     assert prefill_seconds(8_800_000_000, tokens, GPUS["h200"]) * 1e3 == pytest.approx(milliseconds, rel=0.06)
 
 
-def test_the_step_that_was_measured_on_an_h200(work):
-    load = work()
-    plan = memory_plan(load, draws=1, micro_batch=8, checkpointing=False)
-    h200 = GPUS["h200"]
-    assert (compute_seconds(load, plan, h200) + optimizer_seconds(load, h200)) * 1e3 == pytest.approx(43.9, rel=0.07)
+@pytest.mark.parametrize(
+    ("changes", "micro_batch", "step_ms"), [({}, 8, 37.7), ({"longest": 840, "batch_size": 16}, 16, 44.7)]
+)
+def test_the_steps_that_were_measured_on_an_h200(changes, micro_batch, step_ms, work):
+    load, h200 = work(**changes), GPUS["h200"]
+    plan = memory_plan(load, draws=1, micro_batch=micro_batch, checkpointing=False)
+    seconds = compute_seconds(load, plan, h200) + optimizer_seconds(load, h200)
+    assert seconds * 1e3 == pytest.approx(step_ms, rel=0.03)
 
 
 def test_a_short_prefill_takes_as_long_as_its_launches():
@@ -80,7 +86,7 @@ def test_half_the_arithmetic_and_half_the_bandwidth_each_slow_their_part(work):
     longer = [part - whole for part in parts]
     assert min(longer) > 0.1 * whole
     assert compute_seconds(load, plan, both) - whole == pytest.approx(sum(longer))
-    assert pytest.approx(whole - sum(longer)) == 12e-3
+    assert pytest.approx(whole - sum(longer)) == 8.3e-3
     assert optimizer_seconds(load, narrow) == pytest.approx(2 * 13.2e-3, rel=0.001)
     assert optimizer_seconds(load, slow) == pytest.approx(13.2e-3, rel=0.001)
     again = memory_plan(load, draws=1, micro_batch=8, checkpointing=True)
