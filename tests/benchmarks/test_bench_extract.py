@@ -93,7 +93,8 @@ def test_scaling_counts_while_all_processes_are_at_work():
 def test_the_quick_scaling_benchmark(tmp_path):
     report = tmp_path / "report.json"
     command = [sys.executable, str(BENCHMARKS / "bench_extract_scaling.py"), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = json.loads(report.read_text())["rows"]
     assert [(row["gpus"], row["samples"]) for row in (one, two)] == [(1, 4), (2, 8)]
     assert two["efficiency"] == pytest.approx(two["samples_s"] / one["samples_s"] / 2)
