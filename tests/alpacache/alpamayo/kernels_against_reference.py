@@ -22,8 +22,8 @@ from alpacache.alpamayo import prefix_decoding, prefix_kernels
 from alpacache.alpamayo.packed_prefix import pack
 from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
 from alpacache.alpamayo.prefix_attention import PrefixCall, _ExplicitAttention
-from alpacache.alpamayo.prefix_decoding import LayersAhead, LayersKept, decode, make_places
-from cache_store import CODECS
+from alpacache.alpamayo.prefix_decoding import LayersAhead, LayersKept, decode, is_ordered, make_places
+from cache_store import CODECS, KVCodec
 
 
 def widened(handle):
@@ -43,8 +43,8 @@ def prefix(codec, tokens, kv_heads, dim, layers=2):
     places = {"rope_delta": 0, "prefix_len": tokens, "start_position": tokens}
     if codec is None:
         return PrefixFeatures(keys=kv[:, 0], values=kv[:, 1], hidden=None, **places)
-    data = codecs.encode(CODECS[codec], kv)
-    return EncodedPrefix(data=data, codec=CODECS[codec], shape=tuple(kv.shape), **places)
+    codec = CODECS.get(codec, codec)
+    return EncodedPrefix(data=codecs.encode(codec, kv), codec=codec, shape=tuple(kv.shape), **places)
 
 
 def error(got, expected):
@@ -79,7 +79,7 @@ def check_decoded(packed, dim):
     for place, count in enumerate(packed.lengths.tolist()):
         expected = packed.layout.decode(packed.data[place], 1, count)
         got = scratch[place, :order_at].view(torch.bfloat16).view(2, heads, packed.longest, dim)[:, :, :count]
-        if packed.layout.codec.kind != "fp8":
+        if is_ordered(packed.layout):
             order = scratch[place, order_at : order_at + heads * dim].view(heads, 1, dim).long()
             expected[0] = torch.gather(expected[0], 2, order.expand(-1, count, -1))
         if DEVICE == "cuda":
@@ -127,6 +127,12 @@ if __name__ == "__main__":
     if DEVICE == "cuda":
         check("int8", [3050, 2900, 809, 1], 1, False, **size)
         check("int8", [809], 1, False, **size)
+    for odd in (
+        KVCodec(key_group=24, value_group=4, spread=False),
+        KVCodec(key_bits=(3,), value_bits=(6,), key_group=9, value_group=2),
+    ):
+        packed = pack([prefix(odd, n, 2, 64) for n in (75, 1)], device=torch.device(DEVICE), dtype=torch.bfloat16)
+        check_decoded(packed, 64)
     forward = [(layer, layer + 1) for layer in range(5)]
     backward = [(layer, layer - 1) for layer in reversed(range(5))]
     again = [step for layer in reversed(range(5)) for step in ((layer, layer + 1), (layer, layer - 1))]
