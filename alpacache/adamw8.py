@@ -141,8 +141,7 @@ class AdamW8:
         self._parameters, self._parts = dict(parameters), parts
         self._moments = {name: Moments.empty(name, parameter) for name, parameter in parameters.items()}
         # Parts first, so that they can be passed on meanwhile; without any, the largest, so that the small fill gaps.
-        sizes = {name: 0 if parts else parameter.numel() for name, parameter in parameters.items()}
-        self._order = sorted(parameters, key=lambda name: (name not in parts, -sizes[name]))
+        self._order = sorted(parameters, key=lambda name: name not in parts if parts else -parameters[name].numel())
         self._streams = TwoStreams(None if parts else device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._betas = torch.tensor(hyper.betas, dtype=torch.float64, device=device)

@@ -8,7 +8,7 @@ the VLM by then, and wait for every launch. What passes over every value is in `
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import numpy as np
@@ -201,16 +201,17 @@ def _covering(segments: list[Segment], data: Tensor, needed: Tensor) -> Tensor:
     exponent = (largest.view(torch.int32) >> 23) - 126
     base = torch.where(largest > 0, (exponent - 15).clamp(-100, 112), 0)
     _put(segments, data, "base", base)
-    return (_table(0, data.device).view(torch.int32) + (base << 23)).view(torch.float32)
+    return (scales_on(data.device, 0).view(torch.int32) + (base << 23)).view(torch.float32)
 
 
 def _get_scales(segments: list[Segment], data: Tensor) -> Tensor:
     base = int(_get(segments, data, "base")[0])
-    return _table(base, data.device)[_get(segments, data, "scale").long()]
+    return scales_on(data.device, base)[_get(segments, data, "scale").long()]
 
 
-@lru_cache(maxsize=128)
-def _table(base: int, device: torch.device) -> Tensor:
+@cache
+def scales_on(device: torch.device, base: int) -> Tensor:
+    """`scale_table` on a device, float32 `[256]`, for as long as the process lives: captured graphs read it."""
     return torch.from_numpy(np.ascontiguousarray(scale_table(base))).to(device)
 
 

@@ -4,10 +4,8 @@ Codes lie in bit planes at any byte address. A thread decodes eight channels of 
 shifts them, because loading a byte costs as much as loading a word, and nothing passes between threads. A program
 decodes the tokens of one key group of one head, so that it reads the scales of its keys once. That takes 1.5 ms for all
 layers of 16 samples of 1 camera on an H200, where tiles of 32 tokens with codes of all widths at once took 2.65 (2.4
-times the instructions, and barriers), byte by byte about 10 (all measured).
+times the instructions, and barriers; both measured).
 """
-
-from functools import lru_cache
 
 import torch
 import triton
@@ -15,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alpacache.alpamayo.packed_prefix import PackedPrefixes, PrefixLayout
-from cache_store.kv_codec import scale_table
+from alpacache.codecs import scales_on
 
 _OCTETS, _WARPS = 64, 2
 """Eights of channels that a program decodes at a time, and its warps; the best of seven on an H200."""
@@ -32,7 +30,7 @@ def _fp8(code):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _integer(code):  # type: ignore[no-untyped-def]
-    """2^23 plus a code as float32: differences are exact, and conversions have a quarter of other operations' rate."""
+    """2^23 plus a code as float32: differences are exact, and converting is slower than any other operation."""
     return (code | 0x4B000000).to(tl.float32, bitcast=True)
 
 
@@ -116,13 +114,12 @@ def _store(target, value, token, octet, first_channel, DIM: tl.constexpr):  # ty
 
 @triton.jit
 def _keys(  # type: ignore[no-untyped-def]
-    target, at, group, groups, first, last, head, rows, scales,
+    target, unit, scale_at, group, groups, first, last, head, rows, scales,
     FROM: tl.constexpr, BEFORE: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
     DIM: tl.constexpr, BLOCK: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
     """One class of a group's key channels: `COUNT` from the place `FROM` on, with codes of `WIDTH` bits, behind
-    `BEFORE` bits of a token. Scales, zeros and codes of all heads begin at `at`."""
-    unit, scale_at = at
+    `BEFORE` bits of a token. From `scale_at` on lie scales, zeros and codes of all heads; a scale counts in `unit`."""
     octet = tl.arange(0, COUNT // 8)
     place = (group * DIM + FROM + octet * 8)[None, :]
     scale = tl.load(scales + _bytes(scale_at, place)) * unit
@@ -208,10 +205,10 @@ def decode_layer(  # type: ignore[no-untyped-def]
             _fp8_tokens(values, values_at, first, last, before, count, scales, DIM, BLOCK, OCTETS)
         else:
             ordered: tl.constexpr = len(KEY_CLASSES) > 1
-            scales_at = _unit(keys_at), keys_at + 1 + (HEADS * DIM if ordered else 0)
+            unit, scale_at = _unit(keys_at), keys_at + 1 + (HEADS * DIM if ordered else 0)
             for index in tl.static_range(len(KEY_CLASSES)):
                 _keys(
-                    keys, scales_at, head * groups + block, HEADS * groups, first, last, before, count, scales,
+                    keys, unit, scale_at, head * groups + block, HEADS * groups, first, last, before, count, scales,
                     KEY_CLASSES[index][0], KEY_CLASSES[index][1], KEY_CLASSES[index][2], KEY_CLASSES[index][3],
                     DIM, BLOCK, OCTETS,
                 )  # fmt: skip
@@ -236,7 +233,7 @@ def decode(prefixes: PackedPrefixes, layer: int, scratch: Tensor | None = None) 
         scratch = prefixes.data.new_empty(scratch_shape(layout, samples, longest))
     block = _FP8_BLOCK if is_fp8 else codec.key_group
     decode_layer[(triton.cdiv(longest, block), layout.kv_heads, samples)](
-        scratch, scratch.stride(0), prefixes.data, prefixes.rows, prefixes.lengths, _scales(scratch.device),
+        scratch, scratch.stride(0), prefixes.data, prefixes.rows, prefixes.lengths, scales_on(scratch.device, 0),
         prefixes.data.stride(0), *layout.starts[layer], *layout.key_bytes(layer), longest,
         IS_FP8=is_fp8, DIM=layout.head_dim, HEADS=layout.kv_heads, BLOCK=block, KEY_GROUP=codec.key_group,
         KEY_CLASSES=_classes(codec.key_classes(key_bits, layout.head_dim)),
@@ -336,9 +333,3 @@ def _classes(classes: list[tuple[int, int]]) -> tuple[tuple[int, int, int, int],
         found.append((first, before, count, width))
         first, before = first + count, before + count * width
     return tuple(found)
-
-
-@lru_cache(maxsize=8)
-def _scales(device: torch.device) -> Tensor:
-    """Scales of a base of 0, by their byte."""
-    return torch.from_numpy(scale_table(0)).to(device)

@@ -1,8 +1,6 @@
 """What the cached evaluation is compared with computes the same velocity, and ratios are of the same cameras."""
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -53,11 +51,8 @@ def test_ratios_are_to_the_public_evaluation_of_the_same_cameras():
 
 
 @pytest.mark.slow
-def test_the_quick_benchmark(tmp_path):
-    report = tmp_path / "report.json"
-    command = [sys.executable, str(BENCHMARKS / "bench_eval.py"), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    rows = json.loads(report.read_text())["rows"]
+def test_the_quick_benchmark(quick, tmp_path):
+    rows = quick("bench_eval.py", cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert [(row["case"], row["codec"], row["reasoning_tokens"]) for row in rows] == [
         *(("public", None, tokens) for tokens in (0, 20)),
         *(("cached", codec, None) for codec in ("int8", "bf16")),

@@ -1,7 +1,5 @@
 """What the extraction benchmark reads is what `extract` reads, and its rates are samples a second."""
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -63,11 +61,8 @@ def test_write_rate_is_in_files_a_second(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_quick_benchmark(tmp_path):
-    report = tmp_path / "report.json"
-    command = [sys.executable, str(BENCHMARKS / "bench_extract.py"), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, capture_output=True)
-    rows = json.loads(report.read_text())["rows"]
+def test_the_quick_benchmark(quick):
+    rows = quick("bench_extract.py")
     assert [(row["cameras"], row["codec"]) for row in rows] == [
         (cameras, codec) for cameras in (1, 4) for codec in (None, "int8", "bf16", "int8")
     ]
@@ -90,11 +85,7 @@ def test_scaling_counts_while_all_processes_are_at_work():
 
 
 @pytest.mark.slow
-def test_the_quick_scaling_benchmark(tmp_path):
-    report = tmp_path / "report.json"
-    command = [sys.executable, str(BENCHMARKS / "bench_extract_scaling.py"), "--quick", "--json", str(report)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = json.loads(report.read_text())["rows"]
+def test_the_quick_scaling_benchmark(quick):
+    one, two = quick("bench_extract_scaling.py")
     assert [(row["gpus"], row["samples"]) for row in (one, two)] == [(1, 4), (2, 8)]
     assert two["efficiency"] == pytest.approx(two["samples_s"] / one["samples_s"] / 2)

@@ -1,7 +1,5 @@
 """What the end-to-end benchmark runs on is what `train` expects, and its figures are those of the run."""
 
-import json
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -122,11 +120,8 @@ def test_stores_fit_their_bytes_and_batches():
 
 
 @pytest.mark.slow
-def test_the_quick_benchmark(tmp_path):
-    report = tmp_path / "report.json"
-    command = [sys.executable, str(BENCHMARKS / "bench_train_e2e.py"), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, capture_output=True)
-    rows = json.loads(report.read_text())["rows"]
+def test_the_quick_benchmark(quick):
+    rows = quick("bench_train_e2e.py")
     assert [row["medium"] for row in rows].count("recipe") == 3
     for row in rows[3:]:
         assert row["samples_s"] > 0, row
@@ -135,10 +130,7 @@ def test_the_quick_benchmark(tmp_path):
     assert all((row["of_raw_read"] is None) == (row["medium"] in ("pinned", "recipe")) for row in rows)
 
 
-def test_the_quick_step_benchmark(tmp_path):
-    report = tmp_path / "step.json"
-    command = [sys.executable, str(BENCHMARKS / "bench_train_step.py"), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
+def test_the_quick_step_benchmark(quick, tmp_path):
+    rows = {row["name"]: row for row in quick("bench_train_step.py", cwd=tmp_path)}
     assert list(rows) == ["stock", "c1", "c1-two-micro"]
     assert all(row["step_ms"] > 0 and np.isfinite(row["loss"]) for row in rows.values())
