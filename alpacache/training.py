@@ -28,6 +28,7 @@ from alpacache.identity import check_same_vlm, model_identity
 from alpacache.interrupt import InterruptGuard
 from alpacache.memory_plan import MemoryPlan
 from alpacache.optimizers import make_optimizer
+from alpacache.peer_memory import peer_memory
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
 from alpacache.run_plan import as_begun, batches_of, global_order, settle
@@ -186,7 +187,7 @@ class _Run:
         )
         if config.checkpointing:
             enable_checkpointing(expert)
-        self.shared = SharedUpdate(self.parameters, world)
+        self.shared = SharedUpdate(self.parameters, world, peer_memory(world))
         self.optimizer = make_optimizer(
             config.optimizer,
             self.parameters,

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from alpacache import shared_update
+from alpacache import shared_update, transfers
+from alpacache.peer_memory import peer_memory
 from alpacache.shared_update import SharedUpdate
 from alpacache.world import World
 
@@ -55,7 +56,7 @@ def operations(only_member, monkeypatch):
 
 
 def test_gradients_are_summed_together_up_to_a_size_and_by_dtype(monkeypatch, operations):
-    monkeypatch.setattr(shared_update, "_TOGETHER_BYTES", 32)
+    monkeypatch.setattr(shared_update, "TOGETHER_BYTES", 32)
     sums = operations
     add_up = dist.all_reduce
     monkeypatch.setattr(dist, "all_reduce", lambda grad: sums[-1].append((grad.dtype, len(grad))) or add_up(grad))
@@ -90,9 +91,9 @@ def test_gradients_are_summed_together_up_to_a_size_and_by_dtype(monkeypatch, op
 
 
 def test_parts_are_exchanged_together_up_to_a_size_and_by_dtype(monkeypatch, operations):
-    monkeypatch.setattr(shared_update, "_TOGETHER_BYTES", 20_000)
+    monkeypatch.setattr(transfers.Collectives, "exchanged_bytes", 20_000)
     sent = operations
-    monkeypatch.setattr(shared_update, "_all_gather", lambda whole, part: sent[-1].append((whole.dtype, len(part))))
+    monkeypatch.setattr(transfers, "_all_gather", lambda whole, part: sent[-1].append((whole.dtype, len(part))))
     dtypes = [torch.float32] * 6 + [torch.float64] * 6
     named = {str(number): torch.nn.Parameter(torch.ones(4096, dtype=dtype)) for number, dtype in enumerate(dtypes)}
     update = SharedUpdate(named, World(rank=1, size=2, device=CPU))
@@ -104,42 +105,69 @@ def test_parts_are_exchanged_together_up_to_a_size_and_by_dtype(monkeypatch, ope
     assert all(len({dtype for dtype, _ in group}) == 1 for group in sent)
 
 
-# Three steps of two processes whose gradients differ, beside one process that has their sums; every bit is compared.
+# Three steps of processes whose gradients differ, beside one process that has their sums; every bit is compared.
 SHARED = """
 import sys
+from pathlib import Path
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from alpacache.adamw8 import AdamW8, Hyperparameters
 from alpacache.optimizers import make_optimizer
+from alpacache.peer_memory import peer_memory
 from alpacache.shared_update import SharedUpdate
+from alpacache.transfers import Copies
 from alpacache.world import World, join_world
 
 HYPER = Hyperparameters(betas=(0.9, 0.999), weight_decay=0.1, eps=1e-8)
+
+class Mapped:
+    "Memory that processes on a CPU write to together: files."
+    def __init__(self, world):
+        self.world, self.number = world, 0
+    def empty(self, count, dtype):
+        self.number += 1
+        paths = [Path(__file__).with_suffix(f".{self.number}-{rank}") for rank in range(self.world.size)]
+        torch.from_file(str(paths[self.world.rank]), shared=True, size=count, dtype=dtype)
+        dist.barrier()
+        return [torch.from_file(str(path), shared=True, size=count, dtype=dtype) for path in paths]
+    def barrier(self):
+        dist.barrier()
 
 def optimizer(name, parameters, parts):
     if name == "adamw8":
         return AdamW8(parameters, HYPER, parts)
     return make_optimizer(name, parameters, betas=HYPER.betas, weight_decay=0.1, parts=parts)
 
-def scalars(skip):
-    return dict(lr=torch.tensor(1e-2), scale=torch.tensor(0.5), skip=torch.tensor(skip))
-
-name, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-with join_world("cpu") as world:
+name, dtype, device, way = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3], sys.argv[4]
+Copies.least_part = 0
+with join_world(device) as world:
+    def scalars(skip):
+        numbers = dict(lr=torch.tensor(1e-2), scale=torch.tensor(0.5), skip=torch.tensor(skip))
+        return {key: number.to(world.device) for key, number in numbers.items()}
+    memory = None
+    if way == "copies":
+        memory = Mapped(world) if device == "cpu" else peer_memory(world)
+        assert memory is not None, "these GPUs cannot write to each other"
     torch.manual_seed(0)
     values = {"a": torch.randn(6, 1024), "b": torch.randn(2, 2048), "c": torch.randn(4096), "d": torch.randn(5)}
-    ours, theirs = ({k: nn.Parameter(v.to(dtype, copy=True)) for k, v in values.items()} for _ in range(2))
-    shared = SharedUpdate(ours, world)
-    assert sorted(shared.parts) == ["b", "c"], shared.parts
+    ours, theirs = ({k: nn.Parameter(v.to(world.device, dtype, copy=True)) for k, v in values.items()} for _ in "ab")
+    shared = SharedUpdate(ours, world, memory)
+    assert sorted(shared.parts) == (["a", "b", "c"] if way == "copies" and world.size == 2 else ["b", "c"])
+    for k, parameter in theirs.items():
+        assert torch.equal(ours[k], parameter), k
     mine, reference = optimizer(name, ours, shared.parts), optimizer(name, theirs, {})
     for number in range(3):
-        gradients = [{k: torch.randn_like(v).to(dtype) for k, v in values.items()} for _ in range(world.size)]
+        # Small whole numbers, whose sums are exact in any order.
+        gradients = [{k: torch.randint(-8, 9, v.shape).to(world.device, dtype) for k, v in values.items()}
+                     for _ in range(world.size)]
         for parameter in ours.values():
             parameter.grad = None
         sum((ours[k].float() * gradients[world.rank][k].float()).sum() for k in values).backward()
         shared.finish_sum()
         for k, parameter in theirs.items():
-            parameter.grad = gradients[0][k] + gradients[1][k]
+            parameter.grad = sum(gradient[k] for gradient in gradients)
         square = shared.squared_norm()
         world.add_up(square)
         expected = sum(parameter.grad.float().square().sum() for parameter in theirs.values())
@@ -156,17 +184,35 @@ with join_world("cpu") as world:
     shared.complete(before)
     for k, tensor in reference.tensors().items():
         assert torch.equal(mine.tensors()[k], tensor), k
+    save_file({k: parameter.detach() for k, parameter in ours.items()}, f"{__file__}.{world.rank}.safetensors")
     print("equal")
 """
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("adamw8", "bfloat16"), ("adamw", "float32")])
-def test_a_shared_update_is_that_of_one_process_bit_for_bit(tmp_path, name, dtype):
+def run_shared(tmp_path, processes, *given):
     program = tmp_path / "shared.py"
     program.write_text(SHARED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(program), name, dtype]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(program), *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("equal") == 2
+    assert done.stdout.count("equal") == processes
+
+
+@pytest.mark.parametrize(("way", "processes"), [("collectives", 2), ("copies", 2), ("copies", 4)])
+@pytest.mark.parametrize(("name", "dtype"), [("adamw8", "bfloat16"), ("adamw", "float32")])
+def test_a_shared_update_is_that_of_one_process_bit_for_bit(tmp_path, name, dtype, way, processes):
+    run_shared(tmp_path, processes, name, dtype, "cpu", way)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("way", ["collectives", "copies"])
+def test_and_so_it_is_on_two_gpus(tmp_path, way):
+    run_shared(tmp_path, 2, "adamw8", "bfloat16", "cuda", way)
+
+
+def test_processes_without_gpus_of_their_own_have_no_memory_of_each_other():
+    assert peer_memory(World(rank=0, size=2, device=CPU)) is None
+    assert peer_memory(World(rank=0, size=1, device=torch.device("cuda", 0))) is None

@@ -1,0 +1,73 @@
+"""Memory on every GPU of a machine that all processes of a run can write to, through torch's symmetric memory.
+
+Copies between GPUs are then made by their copy engines, at the rate of the link, and no multiprocessor is taken from
+the step's kernels.
+"""
+
+import os
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from alpacache.world import World, processes_here
+
+_MODULE = "torch.distributed._symmetric_memory"
+
+
+class PeerMemory(Protocol):
+    """All processes make the same calls in the same order."""
+
+    def empty(self, count: int, dtype: torch.dtype) -> list[Tensor]:
+        """`[count]` on each process's device, by rank; any of them may be read and written here."""
+        ...
+
+    def barrier(self) -> None:
+        """What follows on the current stream begins when all processes' streams have come here; may be captured."""
+        ...
+
+
+def peer_memory(world: World) -> PeerMemory | None:
+    """None where GPUs cannot write to each other: on a CPU, on several machines, or if the driver does not let them.
+
+    `NCCL_P2P_DISABLE=1` turns it off, as it does for NCCL. All processes get the same answer.
+    """
+    if world.size == 1 or world.device.type != "cuda":
+        return None
+    others = [number for number in range(processes_here()) if number != world.device.index]
+    possible = (
+        processes_here() == world.size <= torch.cuda.device_count()
+        and os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
+        and all(torch.cuda.can_device_access_peer(world.device, number) for number in others)
+    )
+    if not all(world.gathered(possible)):
+        return None
+    try:
+        memory = _SymmetricMemory(world)
+    except (ImportError, AttributeError, RuntimeError):  # of a torch without it, or a driver that does not share memory
+        memory = None
+    return memory if all(world.gathered(memory is not None)) else None
+
+
+class _SymmetricMemory:
+    def __init__(self, world: World) -> None:
+        # Copies need none, and where it cannot be set up all of it would fail.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        self._module: Any = import_module(_MODULE)
+        self._world = world
+        self._handle: Any = None
+        self.empty(1, torch.uint8)
+
+    def empty(self, count: int, dtype: torch.dtype) -> list[Tensor]:
+        mine = self._module.empty(count, dtype=dtype, device=self._world.device)
+        handle = self._module.rendezvous(mine, dist.group.WORLD)
+        self._handle = self._handle or handle
+        return [
+            mine if rank == self._world.rank else handle.get_buffer(rank, (count,), dtype)
+            for rank in range(self._world.size)
+        ]
+
+    def barrier(self) -> None:
+        self._handle.barrier(channel=0)
