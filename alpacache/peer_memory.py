@@ -20,6 +20,9 @@ _MODULE = "torch.distributed._symmetric_memory"
 class PeerMemory(Protocol):
     """All processes make the same calls in the same order."""
 
+    beside_bytes: int
+    """Of this process's memory that was given out, what torch's allocator does not count."""
+
     def empty(self, count: int, dtype: torch.dtype) -> list[Tensor]:
         """`[count]` on each process's device, by rank; any of them may be read and written here."""
         ...
@@ -58,10 +61,14 @@ class _SymmetricMemory:
         self._module: Any = import_module(_MODULE)
         self._world = world
         self._handle: Any = None
+        self.beside_bytes = 0
         self.empty(1, torch.uint8)
 
     def empty(self, count: int, dtype: torch.dtype) -> list[Tensor]:
-        mine = self._module.empty(count, dtype=dtype, device=self._world.device)
+        device = self._world.device
+        before = torch.cuda.memory_reserved(device)
+        mine = self._module.empty(count, dtype=dtype, device=device)
+        self.beside_bytes += max(0, mine.nbytes - (torch.cuda.memory_reserved(device) - before))
         handle = self._module.rendezvous(mine, dist.group.WORLD)
         self._handle = self._handle or handle
         return [

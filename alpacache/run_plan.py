@@ -123,10 +123,11 @@ def batches_of(order: GlobalOrder, batch_size: int, *, first: int, end: int) -> 
         yield [(position, order[position]) for position in range(step * batch_size, (step + 1) * batch_size)]
 
 
-def cap_memory(budget: str | None, device: torch.device) -> int:
+def cap_memory(budget: str | None, device: torch.device, *, beside_bytes: int = 0) -> int:
     """Bytes that the allocator may take: half a GiB less than a card of this size has, and no more than is free.
 
     `24GB` is 23.5 GiB, others likewise; without a budget it is what is free. The allocator is held to it.
+    `beside_bytes`: of the budget, taken already and not by the allocator.
     """
     if not any(os.environ.get(name) for name in _ALLOCATOR_SETTINGS):
         # Pages that any tensor may use next: 1 GiB less is reserved at full size (measured).
@@ -135,6 +136,6 @@ def cap_memory(budget: str | None, device: torch.device) -> int:
     free += torch.cuda.memory_reserved(device)
     if budget is None:
         return free
-    cap = allowed_bytes(budget_gib(budget))
+    cap = allowed_bytes(budget_gib(budget)) - beside_bytes
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device.index or 0)
     return min(cap, free)

@@ -26,9 +26,7 @@ class SharedUpdate:
     With one process it does nothing, and nothing is in parts.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], world: World, memory: PeerMemory | None = None
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], world: World, memory: PeerMemory | None = None) -> None:
         """With `memory`, processes write into each other's, and parameters in parts are moved there."""
         self.world = world
         self.parts = _parts(parameters, world, Collectives if memory is None else Copies)

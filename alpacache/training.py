@@ -31,7 +31,7 @@ from alpacache.optimizers import make_optimizer
 from alpacache.peer_memory import peer_memory
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
-from alpacache.run_plan import as_begun, batches_of, global_order, settle
+from alpacache.run_plan import as_begun, batches_of, cap_memory, global_order, settle
 from alpacache.shared_update import SharedUpdate
 from alpacache.trackers import Tracker, make_trackers, scalars
 from alpacache.train_step import StepResult, StepValues, TrainStep
@@ -141,7 +141,7 @@ def _train(
     try:
         return run.loop()
     except torch.OutOfMemoryError as error:
-        peak = torch.cuda.max_memory_reserved(device) / 2**30
+        peak = run.peak_bytes() / 2**30
         planned = "" if plan is None else f" ({plan.device_bytes / 2**30:.2f} GiB were planned)"
         smaller = max(1, (config.micro_batch or 1) // 2)
         raise DeviceMemoryError(
@@ -187,7 +187,10 @@ class _Run:
         )
         if config.checkpointing:
             enable_checkpointing(expert)
-        self.shared = SharedUpdate(self.parameters, world, peer_memory(world))
+        self.memory = peer_memory(world)
+        self.shared = SharedUpdate(self.parameters, world, self.memory)
+        if self.memory is not None:
+            cap_memory(config.memory_budget, expert.device, beside_bytes=self.memory.beside_bytes)
         self.optimizer = make_optimizer(
             config.optimizer,
             self.parameters,
@@ -217,6 +220,11 @@ class _Run:
         """Seconds and waiting of the loop when the last step was read."""
         self.timed_s = self.waited_s = 0.0
         """Over all steps that were timed: their seconds, and those of them that were spent waiting for data."""
+
+    def peak_bytes(self) -> int:
+        """The most of the GPU's memory that the run has taken so far, CUDA's own aside."""
+        beside = 0 if self.memory is None else self.memory.beside_bytes
+        return torch.cuda.max_memory_reserved(self.expert.device) + beside
 
     def loop(self) -> TrainReport:
         config, expert = self.config, self.expert
@@ -480,8 +488,7 @@ class _Run:
             state=state,
         )
         if self.plan is not None:
-            peak = torch.cuda.max_memory_reserved(self.expert.device)
-            self.directory.write_memory({"planned": dict(self.plan.table()), "measured_peak": peak})
+            self.directory.write_memory({"planned": dict(self.plan.table()), "measured_peak": self.peak_bytes()})
         self.writer.save(self.step, content, is_best=is_best, keep=self.config.keep, keep_also=self.best["step"])
 
     def _settings(self) -> dict[str, Any]:
@@ -499,7 +506,7 @@ class _Run:
         if self.timed_s:
             notes["wait"] = f"{self.waited_s / self.timed_s:.0%}"
         if self.expert.device.type == "cuda":
-            notes["GiB"] = f"{torch.cuda.max_memory_reserved(self.expert.device) / 2**30:.1f}"
+            notes["GiB"] = f"{self.peak_bytes() / 2**30:.1f}"
         notes["samples/s"] = f"{row['samples_per_s']:.3g}"
         if self.damaged:
             notes["damaged"] = str(len(self.damaged))
@@ -528,7 +535,7 @@ class _Run:
             data_wait=self.waited_s / self.timed_s if self.timed_s else 0.0,
             planned_gib=self.plan.device_bytes / 2**30 if self.plan is not None else None,
             draws=self.draws,
-            peak_gib=torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None,
+            peak_gib=self.peak_bytes() / 2**30 if device.type == "cuda" else None,
         )
 
 
