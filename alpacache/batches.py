@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.action_space import UnicycleActionSpace
+from alpacache.batch_targets import BatchTargets, solver
 from alpacache.cached_dataset import CachedDataset
-from alpacache.device import has_kernels, keeping_threads
+from alpacache.device import has_kernels
 from alpacache.errors import DataError, UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS
 from alpacache.host_memory import Bytes, Slabs, available_bytes, page_aligned, page_lock, page_rounded, page_unlock
-from alpacache.strata import TURNS, Turn, turns_ahead
+from alpacache.strata import TURNS, Turn
 from cache_store import CorruptSampleError, Prefetcher
 from cache_store.prefetcher import PrefetchedSample
 from cache_store.sample_read import SampleRead
@@ -74,6 +75,10 @@ class _Wanted:
     is_new: bool
     """Its target and lengths are not known yet, nor its bytes in memory."""
     ends_batch: bool
+    place: int
+    """In its batch."""
+    targets: BatchTargets
+    """Of its batch."""
 
 
 class BatchRing:
@@ -124,8 +129,10 @@ class BatchRing:
         self._kept: dict[int, Tensor] = {}
         self._slabs = _slabs(dataset) if dataset.in_memory else None
         self._source = _Source(dataset, self._slabs, unchecked=("kv",) if checks else ())
-        self._space = space
+        self._solve = solver(dataset, space)
         self._indices = [0] * 2 * batch_size
+        # On a CPU the loop's results would depend on what the reading threads do to PyTorch's number of threads.
+        self._solves_ahead = device.type == "cuda"
         self._wanted = self._in_order(places)
         self._prefetcher: Prefetcher[_Wanted] | None = None
         self._closing = ExitStack()
@@ -201,15 +208,12 @@ class BatchRing:
         taken: list[_Wanted] = []
         lengths: list[int] = []
         starts: list[int] = []
-        poses: dict[int, list[NDArray[Any]]] = {}
         chunks: dict[int, NDArray[np.int64]] = {}
         ready = None
         while not taken or not taken[-1].ends_batch:
             sample = self._take(samples)
             if sample is None:
                 return None
-            if sample.sample_id.is_new:
-                poses[len(taken)] = [sample.arrays[name] for name in POSE_FIELDS]
             kv, tokens, start = self._content(sample)
             row = half * self._batch_size + len(taken)
             self._indices[row] = sample.sample_id.index
@@ -221,7 +225,7 @@ class BatchRing:
             starts.append(start)
         if chunks:
             ready = self._check(chunks)
-        action, turns = self._targets(taken, poses)
+        action, turns = self._targets(taken)
         self._half, self._is_out[half] = 1 - half, True
         return Batch(
             positions=tuple(wanted.position for wanted in taken),
@@ -258,40 +262,23 @@ class BatchRing:
             self._kept[index] = kv
         return kv, tokens, start
 
-    def _targets(
-        self, taken: Sequence[_Wanted], poses: Mapping[int, list[NDArray[Any]]]
-    ) -> tuple[Tensor, tuple[Turn, ...]]:
-        """Of each sample the action and the turn stratum; `poses` of those (by place) that are read the first time.
-
-        The loop's own thread solves them, all at once: a hundred small operations, each of which lets go of the
-        interpreter lock, hold up reading threads that do it sample by sample.
-        """
-        action = torch.empty(len(taken), self._space.waypoints, 2)
+    def _targets(self, taken: Sequence[_Wanted]) -> tuple[Tensor, tuple[Turn, ...]]:
+        """Of each sample the action and the turn stratum: of those that are new solved, of the others remembered."""
+        action = torch.empty(len(taken), *self._actions.shape[1:])
         turns = [0] * len(taken)
-        if poses:
-            places = list(poses)
-            together = [np.stack(arrays) for arrays in zip(*poses.values(), strict=True)]
-            action[places] = self._solve([taken[place].index for place in places], together)
-            for place, turn in zip(places, turns_ahead(*together[1:]), strict=True):
+        new: set[int] = set()
+        if any(wanted.is_new for wanted in taken):
+            places, solved, found = taken[0].targets.result()
+            new.update(places)
+            action[places] = solved
+            for place, turn in zip(places, found, strict=True):
                 turns[place] = TURNS.index(turn)
         for place, wanted in enumerate(taken):
-            if place in poses and wanted.index < self._remembered:
+            if place in new and wanted.index < self._remembered:
                 self._actions[wanted.index], self._turns[wanted.index] = action[place], turns[place]
-            elif place not in poses:
+            elif place not in new:
                 action[place], turns[place] = self._actions[wanted.index], int(self._turns[wanted.index])
         return action, tuple(TURNS[turn] for turn in turns)
-
-    def _solve(self, indices: Sequence[int], poses: Sequence[NDArray[Any]]) -> Tensor:
-        """Actions `[n, 64, 2]` of n samples. Raises `DataError` that names the first whose path has none."""
-        try:
-            with keeping_threads():
-                torch.set_num_threads(1)  # a team of helpers would crowd out the reading threads
-                return self._space.to_action(*map(torch.from_numpy, poses))
-        except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-            if len(indices) == 1:
-                sample_id = self._dataset.sample_id(indices[0])
-                raise DataError(f"sample {sample_id!r}: its path cannot be turned into actions; {error}") from error
-            return torch.cat([self._solve([index], [a[i : i + 1] for a in poses]) for i, index in enumerate(indices)])
 
     def _copy(self, sample: PrefetchedSample[_Wanted], kv: Tensor, row: int) -> torch.cuda.Event | None:
         """Fill a row; the sample's buffer goes back when that is done, which is at once on the CPU."""
@@ -365,11 +352,21 @@ class BatchRing:
         for batch in places:
             if not 0 < len(batch) <= self._batch_size:
                 raise ValueError(f"a batch has 1 to {self._batch_size} samples, got {len(batch)}.")
-            for number, (position, index) in enumerate(batch, start=1):
-                is_new = index >= self._remembered or not seen[index]
+            is_new = []
+            for _, index in batch:
+                is_new.append(index >= self._remembered or not seen[index])
                 if index < self._remembered:
                     seen[index] = True
-                yield _Wanted(position=position, index=index, is_new=is_new, ends_batch=number == len(batch))
+            targets = BatchTargets(sum(is_new), self._solve, ahead=self._solves_ahead)
+            for place, (position, index) in enumerate(batch):
+                yield _Wanted(
+                    position=position,
+                    index=index,
+                    is_new=is_new[place],
+                    ends_batch=place == len(batch) - 1,
+                    place=place,
+                    targets=targets,
+                )
 
 
 def samples_ahead(batch_size: int) -> int:
@@ -405,6 +402,7 @@ class _Source:
             return SampleRead(arrays=_with_chunks(read), tasks=read.tasks)
         read = reader.plan(sample_id, self._fields, out=out, unchecked=self._unchecked)
         self._check(sample_id, read.arrays)
+        wanted.targets.add(wanted.place, wanted.index, [read.arrays[name] for name in POSE_FIELDS])
         return SampleRead(arrays=_with_chunks(read), tasks=read.tasks)
 
     def _check(self, sample_id: str, arrays: Mapping[str, NDArray[Any]]) -> None:

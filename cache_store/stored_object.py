@@ -46,15 +46,16 @@ class StoredObject:
 
         Of a chunk only the trailer is compared; whoever decodes the chunk compares the trailer with the data.
         """
-        what = self._what(storage, folder, sample_id, field)
         try:
             data = storage.read_exactly(f"{folder}/{self.path}", self.size)
         except (FileNotFoundError, NotADirectoryError) as error:
+            what = self._what(storage, folder, sample_id, field)
             raise CorruptSampleError(f"{what} is missing. {MEND}", sample_id, field) from error
         if isinstance(data, int):
+            what = self._what(storage, folder, sample_id, field)
             raise CorruptSampleError(f"{what} has {data} bytes, expected {self.size}. {MEND}", sample_id, field)
         crc = int.from_bytes(data[-TRAILER_BYTES:].tobytes(), "little") if self.is_chunk else checksum.value(data)
-        self._compare(what, crc, sample_id, field)
+        self._compare(crc, storage, folder, sample_id, field)
         return data
 
     def matches(self, data: NDArray[np.uint8]) -> bool:
@@ -116,7 +117,7 @@ class StoredObject:
         what = self._what(storage, folder, sample_id, field)
         if found != self.size:
             raise CorruptSampleError(f"{what} has {found} bytes, expected {self.size}. {MEND}", sample_id, field)
-        self._compare(what, stored, sample_id, field)
+        self._compare(stored, storage, folder, sample_id, field)
         if padded:
             raise CorruptSampleError(f"{what} ends in padding that is not zeros. {MEND}", sample_id, field)
         if f"{crc:08x}" != self.crc32c:
@@ -129,8 +130,9 @@ class StoredObject:
     def _what(self, storage: Storage, folder: str, sample_id: str, field: str) -> str:
         return f"sample {sample_id!r}, field {field!r}: object {self.path} of {storage.where(folder)}"
 
-    def _compare(self, what: str, crc: int, sample_id: str, field: str) -> None:
+    def _compare(self, crc: int, storage: Storage, folder: str, sample_id: str, field: str) -> None:
         if f"{crc:08x}" != self.crc32c:
+            what = self._what(storage, folder, sample_id, field)
             raise CorruptSampleError(
                 f"{what} has CRC-32C {crc:08x}, its commit record says {self.crc32c}. {MEND}", sample_id, field
             )
