@@ -398,9 +398,9 @@ class _Source:
         if not wanted.is_new:
             if not out:
                 return SampleRead(arrays={}, tasks=[])
-            read = reader.plan(sample_id, ["kv"], out=out, unchecked=self._unchecked)
+            read = reader.plan(sample_id, ["kv"], out=out, unchecked=self._unchecked, by_record=True)
             return SampleRead(arrays=_with_chunks(read), tasks=read.tasks)
-        read = reader.plan(sample_id, self._fields, out=out, unchecked=self._unchecked)
+        read = reader.plan(sample_id, self._fields, out=out, unchecked=self._unchecked, by_record=True)
         self._check(sample_id, read.arrays)
         wanted.targets.add(wanted.place, wanted.index, [read.arrays[name] for name in POSE_FIELDS])
         return SampleRead(arrays=_with_chunks(read), tasks=read.tasks)

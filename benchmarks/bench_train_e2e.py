@@ -225,7 +225,8 @@ def _measure(case: Case, plan: Plan, work: Path) -> dict[str, Any]:
     settled = tomllib.loads((out / "config.toml").read_text())
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     times = [(ms, wait) for step, ms, wait in step_times(metrics, case.batch) if step > skip]
-    print(json.dumps({"case": case.name, "raw_gb_s": raw, "step_ms": [round(ms, 1) for ms, _ in times]}), flush=True)
+    each = {"step_ms": [round(ms, 1) for ms, _ in times], "data_wait": [round(wait, 3) for _, wait in times]}
+    print(json.dumps({"case": case.name, "raw_gb_s": raw, **each}), flush=True)
     total_s = sum(ms for ms, _ in times) / 1e3
     samples_s = case.batch * len(times) / total_s
     sample_bytes = sum(reader.size_bytes(name) for name in reader.sample_ids) / len(reader)

@@ -267,8 +267,11 @@ def read_into(
         found = _regular_size(os.fstat(descriptor), path)
         if found != size:
             return found
+        parts = buffers()
+        if on_block is None and size <= _MAX_WRITE and os.preadv(descriptor, [memoryview(b) for b in parts], 0) == size:  # type: ignore[arg-type]
+            return size
         at = 0
-        for number, buffer in enumerate(buffers()):
+        for number, buffer in enumerate(parts):
             view, length = memoryview(buffer), len(buffer)  # type: ignore[arg-type]
             for start in range(0, length, block_bytes):
                 end = min(start + block_bytes, length)

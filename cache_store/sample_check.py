@@ -5,7 +5,7 @@ a hostile or foreign document is refused rather than interpreted.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -22,8 +22,8 @@ from cache_store.stored_object import TRAILER_BYTES
 
 def check_group(
     storage: Storage, record: CommitRecord, fields: Mapping[str, Field], wanted: str
-) -> tuple[dict[str, str | list[str]], dict[str, int]]:
-    """Text fields, and the offset of each packed field, from the group's checked `zarr.json`."""
+) -> dict[str, str | list[str]]:
+    """Text fields from the group's checked `zarr.json`."""
     where = f"sample {record.sample_id!r}: {storage.where(f'{record.folder}/{METADATA}')}"
     data = record.objects[METADATA].load(storage, record.folder, sample_id=record.sample_id, field=wanted)
     document = parse(data.tobytes(), where)
@@ -52,7 +52,7 @@ def check_group(
             raise FormatError(
                 f"{where}: the text of field {name!r} has not the shape {list(shape)} of the commit record."
             )
-    return text, {entry["name"]: entry["offset"] for entry in directory}
+    return text
 
 
 def check_array(storage: Storage, record: CommitRecord, array: str, fields: Mapping[str, Field], wanted: str) -> int:
@@ -74,6 +74,27 @@ def check_array(storage: Storage, record: CommitRecord, array: str, fields: Mapp
         raise FormatError(f"{where()}: {error}") from error
     if rows < 1:
         raise FormatError(f"{where()} is not the metadata of a {field.dtype} array of shape {list(shape)} in format 1.")
+    _check_chunks(record, array, field, shape, rows, where)
+    return rows
+
+
+def rows_by_record(storage: Storage, record: CommitRecord, array: str, field: Field) -> int:
+    """Rows a chunk of an uncompressed field, from the sizes in the record; raises unless those fit its shape."""
+
+    def where() -> str:
+        return f"sample {record.sample_id!r}, field {array!r}: {storage.where(f'{record.folder}/{array}')}"
+
+    shape = record.shapes[array]
+    row_bytes = math.prod(_chunk_shape(1, shape)) * field.stored_dtype.itemsize
+    sizes = [stored.size for stored in record.of_array(array) if stored.is_chunk]
+    rows = max(1, (sizes[0] - TRAILER_BYTES) // row_bytes) if sizes else 1
+    _check_chunks(record, array, field, shape, rows, where)
+    return rows
+
+
+def _check_chunks(
+    record: CommitRecord, array: str, field: Field, shape: tuple[int, ...], rows: int, where: Callable[[], str]
+) -> None:
     size = math.prod(_chunk_shape(rows, shape)) * field.stored_dtype.itemsize + TRAILER_BYTES
     count = math.ceil(shape[0] / rows) * bool(math.prod(shape)) if shape else 1
     chunks = {item.path.rpartition("/")[2]: item.size for item in record.of_array(array) if item.is_chunk}
@@ -85,7 +106,6 @@ def check_array(storage: Storage, record: CommitRecord, array: str, fields: Mapp
         raise FormatError(
             f"{where()}: shape {list(shape)} takes {count} chunks of {size} bytes; the record names others."
         )
-    return rows
 
 
 @lru_cache(maxsize=1024)

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from cache_store import checksum
 from cache_store.commit_record import CommitRecord
+from cache_store.errors import FormatError
 from cache_store.field import SMALL, Field
-from cache_store.sample_check import check_array, check_group
+from cache_store.sample_check import check_array, check_group, rows_by_record
 from cache_store.sample_group import chunk_keys, packed_directory
 from cache_store.storage import Storage
 from cache_store.stored_object import TRAILER_BYTES
@@ -45,14 +46,18 @@ def plan(
     wanted: Sequence[str],
     out: Mapping[str, NDArray[Any]],
     unchecked: Sequence[str] = (),
+    *,
+    by_record: bool = False,
 ) -> SampleRead:
     """Check the metadata of the wanted fields; text and packed fields are read at once.
 
     Data of the `unchecked` fields are left to the caller to check, where they are stored as they are: uncompressed.
+    `by_record`: where values lie is taken from the commit record, which says all of it but for text and compressed
+    fields; the `zarr.json` documents, which say it to other readers, are left to `verify`.
     """
     check_out(record, fields, wanted, out)
     in_group = [name for name in wanted if fields[name].layout != "array"]
-    small = _read_group(storage, record, fields, in_group) if in_group else {}
+    small = _read_group(storage, record, fields, in_group, by_record=by_record) if in_group else {}
     arrays: dict[str, NDArray[Any]] = {}
     tasks: list[Callable[[], None]] = []
     left: dict[str, NDArray[np.int64]] = {}
@@ -63,7 +68,10 @@ def plan(
                 out[name][...] = small[name]
                 arrays[name] = out[name]
         else:
-            rows = check_array(storage, record, name, fields, name)
+            if by_record and fields[name].compression == "none":
+                rows = rows_by_record(storage, record, name, fields[name])
+            else:
+                rows = check_array(storage, record, name, fields, name)
             given = out.get(name)
             array = np.empty(record.shapes[name], fields[name].stored_dtype) if given is None else given
             arrays[name] = array
@@ -166,21 +174,30 @@ def _left_unchecked(
 
 
 def _read_group(
-    storage: Storage, record: CommitRecord, fields: Mapping[str, Field], wanted: Sequence[str]
+    storage: Storage, record: CommitRecord, fields: Mapping[str, Field], wanted: Sequence[str], *, by_record: bool
 ) -> dict[str, NDArray[Any]]:
-    text, offsets = check_group(storage, record, fields, ", ".join(wanted))
-    result: dict[str, NDArray[Any]] = {name: np.array(text[name], np.str_) for name in wanted if name in text}
-    packed = [name for name in wanted if name in offsets]
+    packed = [name for name in wanted if fields[name].layout == "packed"]
+    result: dict[str, NDArray[Any]] = {}
+    if not by_record or len(packed) < len(wanted):
+        text = check_group(storage, record, fields, ", ".join(wanted))
+        result = {name: np.array(text[name], np.str_) for name in wanted if name in text}
     if packed:
         names = ", ".join(packed)
-        check_array(storage, record, SMALL, fields, names)
-        data = np.empty(packed_directory(record.shapes, fields)[1], np.uint8)
-        if data.size:
-            chunk = record.objects[f"{SMALL}/c.0"]
-            assert chunk.size == data.size + TRAILER_BYTES
+        if not by_record:
+            check_array(storage, record, SMALL, fields, names)
+        directory, size = packed_directory(record.shapes, fields)
+        offsets = {entry["name"]: entry["offset"] for entry in directory}
+        data = np.empty(size, np.uint8)
+        if size:
+            chunk = record.objects.get(f"{SMALL}/c.0")
+            if chunk is None or chunk.size != size + TRAILER_BYTES:
+                raise FormatError(
+                    f"sample {record.sample_id!r}, field {names!r}: {storage.where(f'{record.folder}/{SMALL}')}: the "
+                    f"packed fields take one chunk of {size + TRAILER_BYTES} bytes; the record names another."
+                )
             chunk.load_into(data, storage, record.folder, sample_id=record.sample_id, field=names)
         for name in packed:
             dtype, shape = fields[name].stored_dtype, record.shapes[name]
-            size = math.prod(shape) * dtype.itemsize
-            result[name] = data[offsets[name] : offsets[name] + size].copy().view(dtype).reshape(shape)
+            end = offsets[name] + math.prod(shape) * dtype.itemsize
+            result[name] = data[offsets[name] : end].copy().view(dtype).reshape(shape)
     return result

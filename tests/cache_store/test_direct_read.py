@@ -1,9 +1,11 @@
 """Chunks straight into place: bit-equal to zarr for every dtype, layout of chunks and compression."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from cache_store import CacheReader, CacheWriter, CorruptSampleError, Field, checksum
+from cache_store import CacheReader, CacheWriter, CorruptSampleError, Field, FormatError, checksum
 from cache_store.field import STORED_DTYPES
 from cache_store.local_storage import LocalStorage
 from cache_store.sample_read import SampleRead
@@ -37,6 +39,7 @@ def test_bit_equal_to_zarr(tmp_path, dtype, compression) -> None:
         assert got[name] is out[name]
         assert got[name].tobytes() == value.tobytes() == through_zarr.tobytes()
         assert reader.read("a", [name])[name].tobytes() == value.tobytes()
+        assert run(reader.plan("a", [name], by_record=True)).tobytes() == value.tobytes()
 
 
 def test_large_chunks_are_checked_block_by_block(tmp_path) -> None:
@@ -135,6 +138,53 @@ def test_data_may_be_left_to_the_caller_to_check(tmp_path) -> None:
             run(reader.plan("a", ["x"], unchecked=["x"]))
 
 
+def test_by_the_record_a_sample_is_read_without_its_documents(store) -> None:
+    """They say to other readers what the record says; `read` and `verify` go on looking at them."""
+    sample_id = "clip/1@5#0"
+    reader = CacheReader(store)
+    values = reader.read(sample_id)
+    text = [name for name in values if reader.fields[name].layout == "text"]
+    others = [name for name in values if name not in text]
+    assert text
+    assert {reader.fields[name].layout for name in others} == {"array", "packed"}
+    folder = store / reader.record(sample_id).folder
+    for document in folder.rglob("zarr.json"):
+        document.write_bytes(b"{}")
+    read = reader.plan(sample_id, others, by_record=True)
+    for task in read.tasks:
+        task()
+    for name in others:
+        assert np.array_equal(read.arrays[name], values[name])
+    with pytest.raises(CorruptSampleError, match="expected"):
+        reader.plan(sample_id, [*others, *text], by_record=True)
+    for name in others:
+        with pytest.raises(CorruptSampleError):
+            reader.read(sample_id, [name])
+    for chunk in folder.rglob("c.*"):
+        data = chunk.read_bytes()
+        chunk.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        with pytest.raises(CorruptSampleError):
+            run(reader.plan(sample_id, others, by_record=True))
+        chunk.write_bytes(data)
+
+
+def test_a_record_whose_chunks_do_not_fit_is_refused(store) -> None:
+    reader = CacheReader(store)
+    sample_id = "clip/1@5#0"
+    record = reader.record(sample_id)
+    for path, stored in record.objects.items():
+        if not stored.is_chunk:
+            continue
+        without = {key: one for key, one in record.objects.items() if key != path}
+        larger = record.objects | {path: dataclasses.replace(stored, size=stored.size + 1)}
+        for objects in (without, larger):
+            reader._records[sample_id] = dataclasses.replace(record, objects=objects)
+            with pytest.raises(FormatError, match=r"the record names (other|another)"):
+                reader.plan(sample_id, by_record=True)
+    reader._records[sample_id] = record
+    reader.plan(sample_id, by_record=True)
+
+
 def test_much_padding_and_compressed_data_are_always_checked(tmp_path) -> None:
     wide = Field(name="wide", dtype="float32", axes=("a", "b"), chunk_mb=0.002)
     packed = Field(name="packed", dtype="float32", axes=("a", "b"), chunk_mb=0.002, compression="zstd")
@@ -147,7 +197,7 @@ def test_much_padding_and_compressed_data_are_always_checked(tmp_path) -> None:
 def run(read: SampleRead) -> np.ndarray:
     for task in read.tasks:
         task()
-    return read.arrays["x"]
+    return next(iter(read.arrays.values()))
 
 
 @pytest.mark.parametrize("count", [0, 1, 15])

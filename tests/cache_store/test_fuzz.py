@@ -63,6 +63,16 @@ def read_all(path: Path) -> None:
             assert got.get("n", 3) == 3
     except CacheStoreError:
         pass
+    try:
+        reader = CacheReader(path)
+        for sample_id in reader.sample_ids:
+            read = reader.plan(sample_id, by_record=True)
+            for task in read.tasks:
+                task()
+            assert np.array_equal(read.arrays.get("kv", X), X)
+            assert read.arrays.get("n", 3) == 3
+    except CacheStoreError:
+        pass
 
 
 @SETTINGS
