@@ -1,8 +1,8 @@
 """The targets of a batch's new samples, solved while their prefixes are still being read.
 
 A solve is a hundred small operations, each of which lets go of the interpreter lock, and beside a dozen reading threads
-each takes its time to come back: 10 to 45 ms a batch, for 2 without them. So it is done for a whole batch at once and,
-on a GPU, by the thread that has read the last of its paths: the loop, which the GPU waits for, finds it done.
+each has to wait until it comes back. So it is done for a whole batch at once and, on a GPU, by the thread that has read
+the last of its paths: the loop, which the GPU waits for, finds it done.
 """
 
 import threading

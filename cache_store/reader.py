@@ -133,7 +133,7 @@ class CacheReader:
 
         A caller that can check data faster than a CPU may ask for the data of some fields `unchecked`; what there is
         left to check is in the result. `by_record`: the sample's `zarr.json` documents, which say to other readers what
-        the commit record says, are not read; a third to a half of the files, and most of the time of a small sample.
+        the commit record says, are not read.
         """
         return sample_read.plan(
             self._storage, *self._wanted(sample_id, fields), out or {}, unchecked, by_record=by_record
