@@ -29,7 +29,7 @@ from torch import Tensor
 from alpacache.action_space import UnicycleActionSpace
 from alpacache.batch_targets import BatchTargets, solver
 from alpacache.cached_dataset import CachedDataset
-from alpacache.device import has_kernels
+from alpacache.device import has_kernels, keeping_threads
 from alpacache.errors import DataError, UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS
 from alpacache.host_memory import Bytes, Slabs, available_bytes, page_aligned, page_lock, page_rounded, page_unlock
@@ -145,6 +145,8 @@ class BatchRing:
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:
+            if self._solves_ahead:  # by threads that set PyTorch's number of threads for all
+                opened.enter_context(keeping_threads())
             ring = self._host_ring(opened)
             if self._stream is not None:
                 opened.callback(self._stream.synchronize)

@@ -15,7 +15,6 @@ from alpacache.alpamayo.packed_prefix import PackedPrefixes, pack
 from alpacache.batches import BatchRing
 from alpacache.cached_dataset import CachedDataset, target
 from alpacache.config import ExtractConfig
-from alpacache.device import keeping_threads
 from alpacache.errors import DataError, UsageError
 from alpacache.sample_order import GlobalOrder
 from cache_store import CorruptSampleError
@@ -327,15 +326,16 @@ def test_copies_overlap_work_and_never_overwrite_what_it_reads(tiny_checkpoint, 
 
 def test_targets_that_a_reading_thread_solves_are_the_same_to_the_bit(dataset, space):
     """As on a GPU, where the loop must not be held up; samples that come again are remembered."""
-    found = []
+    found, threads = [], torch.get_num_threads()
     for ahead in (False, True):
         ring = BatchRing(dataset, space, in_order(14, 9, 3), batch_size=3, device=CPU, threads=4)
         ring._solves_ahead = ahead
-        with keeping_threads(), ring:
+        with ring:
             found.append([])
             for batch in ring:
                 found[-1].append((batch.positions, batch.turns, batch.action))
                 ring.done(batch)
+    assert torch.get_num_threads() == threads
     assert len(found[0]) == 9
     for one, other in zip(*found, strict=True):
         assert one[:2] == other[:2]
