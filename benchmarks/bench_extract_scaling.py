@@ -40,9 +40,11 @@ def commit_moments(store: Path, source: str, t0: str, *, processes: int, samples
     return [sorted(record.stat().st_mtime for record in records[number::processes]) for number in range(processes)]
 
 
-def rate_together(moments: Sequence[Sequence[float]]) -> float:
-    """Commits a second while all processes are at work."""
+def rate_together(moments: Sequence[Sequence[float]]) -> float | None:
+    """Commits a second while all processes are at work; None if they never are."""
     began, ended = max(own[0] for own in moments), min(own[-1] for own in moments)
+    if ended <= began:
+        return None
     return sum(began < moment <= ended for own in moments for moment in own) / (ended - began)
 
 
@@ -115,7 +117,7 @@ def main() -> None:
             shutil.rmtree(work)
     single = next((row["samples_s"] for row in rows if row["gpus"] == 1), None)
     for row in rows:
-        row["efficiency"] = row["samples_s"] / single / row["gpus"] if single else None
+        row["efficiency"] = row["samples_s"] / single / row["gpus"] if single and row["samples_s"] else None
     rows = [{key: row[key] for key in KEYS} for row in rows]
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else hardware_name()
     finish("extract_scaling", rows, options, hardware=f"{available} x {hardware}")

@@ -82,10 +82,15 @@ def test_scaling_counts_while_all_processes_are_at_work():
     one, other = list(range(11)), list(range(4, 15))
     assert bench_extract_scaling.rate_together([one, other]) == pytest.approx(2)
     assert bench_extract_scaling.rate_together([one]) == pytest.approx(1)
+    assert bench_extract_scaling.rate_together([[0.0, 1.0], [2.0, 3.0]]) is None
+    assert bench_extract_scaling.rate_together([[1.0], [1.0]]) is None
 
 
 @pytest.mark.slow
 def test_the_quick_scaling_benchmark(quick):
     one, two = quick("bench_extract_scaling.py")
     assert [(row["gpus"], row["samples"]) for row in (one, two)] == [(1, 4), (2, 8)]
-    assert two["efficiency"] == pytest.approx(two["samples_s"] / one["samples_s"] / 2)
+    if one["samples_s"] and two["samples_s"]:  # so few samples are at times not written at the same time
+        assert two["efficiency"] == pytest.approx(two["samples_s"] / one["samples_s"] / 2)
+    else:
+        assert two["efficiency"] is None
