@@ -3,7 +3,6 @@
 Both sum gradients to the same bits, and both enqueue on streams of their own, whose end `finish` waits for.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -119,37 +118,31 @@ class Copies:
             for _ in range(2)
         )
         self._pieces = 0
-        self._added: deque[torch.cuda.Event] = deque()
 
     def sum_parts(self, parameters: Sequence[Tensor]) -> None:
         grads = [_gradient(parameter) for parameter in parameters]
         place = self._pieces % _PLACES
         self._pieces += 1
-        _follow(self._copying)
+        self._begin()
         with torch.cuda.stream(self._copying):
             for rank in self._others:
                 parts = [grad[even_part(len(grad), self._world, rank)] for grad in grads]
                 sender = (self._world.rank - rank) % self._world.size - 1
                 for part, there in zip(parts, _laid_out(parts, self._places[rank][place, sender]), strict=True):
                     there.copy_(part)
-            if len(self._added) == _PLACES - 1 and self._copying is not None:
-                self._copying.wait_event(self._added.popleft())  # a place is free when all have passed the barrier
+            _follow(self._copying, self._adding)  # the piece before is added, so all may write to its place behind this
             self._memory.barrier()
-            _follow(self._adding)
+        _follow(self._adding, self._copying)
         with torch.cuda.stream(self._adding):
             own = [grad[even_part(len(grad), self._world)] for grad in grads]
             for sender in range(self._world.size - 1):
                 torch._foreach_add_(own, _laid_out(own, self._places[self._world.rank][place, sender]))
-            if self._adding is not None:
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record()
-                self._added.append(event)
 
     def sum_whole(self, parameters: Sequence[Tensor]) -> None:
         self._whole.sum_whole(parameters)
 
     def exchange(self, parameters: Sequence[Tensor]) -> None:
-        _follow(self._copying)
+        self._begin()
         with torch.cuda.stream(self._copying):
             for parameter in parameters:
                 weights = self._weights[parameter]
@@ -159,14 +152,19 @@ class Copies:
 
     def finish(self) -> None:
         self._whole.finish()
-        self._added.clear()
-        _follow(self._copying)
-        if self._adding is not None and self._copying is not None:
-            self._copying.wait_stream(self._adding)
+        self._begin()
+        _follow(self._copying, self._adding)
         with torch.cuda.stream(self._copying):
             self._memory.barrier()
         if self._copying is not None:
             torch.cuda.current_stream().wait_stream(self._copying)
+
+    def _begin(self) -> None:
+        """Both streams after the current one, without which neither would be part of what is being captured."""
+        if self._copying is not None:
+            current = torch.cuda.current_stream()
+            _follow(self._copying, current)
+            _follow(self._adding, current)
 
 
 def gather(flat: Tensor, world: World) -> None:
@@ -214,7 +212,6 @@ def _moved(parameters: Sequence[Tensor], memory: PeerMemory, world: World) -> Ma
             parameter.data = mine.copy_(parameter)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # what they left is of sizes that nothing else has
-    world.wait()
     return found
 
 
@@ -227,10 +224,10 @@ def _laid_out(parts: Sequence[Tensor], room: Tensor) -> list[Tensor]:
     return found
 
 
-def _follow(stream: torch.cuda.Stream | None) -> None:
-    """Let a stream begin what comes next after all that is enqueued on the current one."""
-    if stream is not None:
-        stream.wait_stream(torch.cuda.current_stream())
+def _follow(stream: torch.cuda.Stream | None, before: torch.cuda.Stream | None) -> None:
+    """Let a stream begin what comes next after all that is enqueued on another; on a CPU there are none."""
+    if stream is not None and before is not None:
+        stream.wait_stream(before)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
