@@ -268,17 +268,15 @@ class BatchRing:
         """Of each sample the action and the turn stratum: of those that are new solved, of the others remembered."""
         action = torch.empty(len(taken), *self._actions.shape[1:])
         turns = [0] * len(taken)
-        new: set[int] = set()
         if any(wanted.is_new for wanted in taken):
             places, solved, found = taken[0].targets.result()
-            new.update(places)
             action[places] = solved
             for place, turn in zip(places, found, strict=True):
                 turns[place] = TURNS.index(turn)
         for place, wanted in enumerate(taken):
-            if place in new and wanted.index < self._remembered:
+            if wanted.is_new and wanted.index < self._remembered:
                 self._actions[wanted.index], self._turns[wanted.index] = action[place], turns[place]
-            elif place not in new:
+            elif not wanted.is_new:
                 action[place], turns[place] = self._actions[wanted.index], int(self._turns[wanted.index])
         return action, tuple(TURNS[turn] for turn in turns)
 
