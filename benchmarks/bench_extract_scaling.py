@@ -1,11 +1,11 @@
 """Stage one on one and on several GPUs of a machine: `extract` under torchrun, samples/s beside one GPU.
 
-Full size, random weights, generated 1080p drives, one camera, int8. Each GPU has as many samples and as many cores: of
-fewer GPUs than there are, the others' cores stay unused. `samples_s` is the rate at which commit records appeared while
-all processes were at work, from when the last of them had its first to when the first had its last: loading, which
-takes one longer than another, does not count. `efficiency` is samples/s over those of one GPU times the number of GPUs.
-All write to one file system; `--store-dir` on one in RAM shows what a disk that keeps up allows, `write_wait` tells
-whether it did. `--quick` runs a small model on two processes of the CPU.
+Full size, random weights, generated 1080p drives, one camera, int8. Each GPU has as many samples and as many whole
+cores: of fewer GPUs than there are, the others' stay unused. `samples_s` is the rate at which commit records appeared
+while all processes were at work, from when the last of them had its first to when the first had its last: loading,
+which takes one longer than another, does not count. `efficiency` is samples/s over those of one GPU times the number of
+GPUs. All write to one file system; `--store-dir` on one in RAM shows what a disk that keeps up allows, `write_wait`
+tells whether it did. `--quick` runs a small model on two processes of the CPU.
 """
 
 import json
@@ -48,10 +48,19 @@ def rate_together(moments: Sequence[Sequence[float]]) -> float | None:
     return sum(began < moment <= ended for own in moments for moment in own) / (ended - began)
 
 
+def physical_core(cpu: int) -> tuple[int, ...]:
+    """What CPUs that share a core have in common, then the CPU; the CPU alone where that cannot be read."""
+    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+    try:
+        return *(int((topology / name).read_text()) for name in ("physical_package_id", "core_id")), cpu
+    except (OSError, ValueError):
+        return 0, cpu, cpu
+
+
 @contextmanager
 def cores_of(gpus: int, available: int) -> Iterator[int]:
     """Within it this process and those that it starts have so many GPUs' share of the cores."""
-    cores = sorted(os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0), key=physical_core)
     mine = cores[: max(1, len(cores) * gpus // available)]
     os.sched_setaffinity(0, mine)
     try:
