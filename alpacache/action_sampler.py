@@ -22,7 +22,7 @@ from alpacache.flow_matching import sample
 from alpacache.step_inputs import StepInputs
 
 if TYPE_CHECKING:
-    from alpacache.alpamayo.prefix_decoding import LayersAhead, LayersKept  # needs Triton
+    from alpacache.alpamayo.prefix_decoding import LayersAhead  # needs Triton
 
 _SPARE_BYTES = 2 * 2**30
 """GPU memory that decoded layers leave to activations and libraries."""
@@ -115,13 +115,13 @@ class ActionSampler:
     def _captured(self, count: int, longest: int) -> torch.cuda.CUDAGraph:
         return captured(partial(self._compute, count, longest))
 
-    def _decoded(self) -> "LayersAhead | LayersKept | None":
+    def _decoded(self) -> "LayersAhead | None":
         """What decodes layers for one integration."""
         if self._places is None:
             return None
-        from alpacache.alpamayo.prefix_decoding import LayersAhead, LayersKept
+        from alpacache.alpamayo.prefix_decoding import LayersAhead
 
-        return LayersKept(self._places) if self._decoding is None else LayersAhead(self._places, self._decoding)
+        return LayersAhead(self._places, self._decoding)
 
     def _result(self, batch: Batch) -> SampledActions:
         flags = self._ring.damage

@@ -40,8 +40,8 @@ _TOKEN_S = 17.88e-6
 """Of an action token."""
 _PAIR_S = 4.057e-9
 """Of an action token and a prefix token that it attends to."""
-_DECODED_S = 44.8e-9
-"""Of a prefix token to decode."""
+_DECODED_S = 23.0e-9
+"""Of a prefix token to decode once; layers that are not kept decoded are decoded again for the backward."""
 _OPTIMIZER_S = 13.2e-3
 """Norm and adamw8 over all of the released expert's parameters."""
 _RECOMPUTED = 4 / 3
@@ -66,7 +66,9 @@ def compute_seconds(work: "Workload", plan: "MemoryPlan", gpu: Gpu) -> float:
     tokens = work.batch_size * plan.draws * FUTURE_STEPS
     arithmetic = tokens * (_TOKEN_S + _PAIR_S * work.longest) * _arithmetic(gpu)
     parts = math.ceil(work.batch_size / plan.micro_batch)
-    traffic = (parts * _PART_TRAFFIC_S + work.batch_size * work.longest * _DECODED_S) * _traffic(gpu)
+    passes = 2 - plan.decoded_layers / work.layers
+    decoded = work.batch_size * work.longest * passes * _DECODED_S
+    traffic = (parts * _PART_TRAFFIC_S + decoded) * _traffic(gpu)
     return (arithmetic + parts * _PART_S + traffic) * model * (_RECOMPUTED if plan.checkpointing else 1.0)
 
 

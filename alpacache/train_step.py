@@ -74,9 +74,13 @@ class TrainStep:
         causal: bool,
         capture: bool,
         compile_layers: bool = False,
+        decoded_layers: int = 2,
         shared: SharedUpdate,
     ) -> None:
-        """`batch_size` samples of this process; `micro_batch` of them go through the expert at a time."""
+        """`batch_size` samples of this process; `micro_batch` of them go through the expert at a time.
+
+        `decoded_layers`: of encoded prefixes, how many layers of a micro-batch there is room for.
+        """
         self._expert, self._optimizer = expert, optimizer
         self._parameters = list(parameters.values())
         self._micro_batch, self._clip, self._causal = micro_batch, clip, causal
@@ -108,7 +112,8 @@ class TrainStep:
         if self._cuda and ring.layout.codec is not None and expert.dtype == torch.bfloat16:
             from alpacache.alpamayo.prefix_decoding import make_places
 
-            self._places_ahead = make_places(ring.layout, min(micro_batch, batch_size), ring.longest, device)
+            samples = min(micro_batch, batch_size)
+            self._places_ahead = make_places(ring.layout, samples, ring.longest, device, layers=decoded_layers)
             self._decoding = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def run(self, batch: Batch, noise: Tensor, t: Tensor, lr: float, *, stop: bool = False) -> StepResult:

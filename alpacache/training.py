@@ -26,7 +26,7 @@ from alpacache.ema import WeightAverage
 from alpacache.errors import DeviceMemoryError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.identity import check_same_vlm, model_identity
 from alpacache.interrupt import InterruptGuard
-from alpacache.memory_plan import MemoryPlan
+from alpacache.memory_plan import LEAST_DECODED, MemoryPlan
 from alpacache.optimizers import make_optimizer
 from alpacache.peer_memory import peer_memory
 from alpacache.progress import OnProgress, Progress, ignore
@@ -277,6 +277,7 @@ class _Run:
             causal=config.causal,
             capture=config.capture,
             compile_layers=config.compile,
+            decoded_layers=LEAST_DECODED if self.plan is None else self.plan.decoded_layers,
             shared=self.shared,
         )
 

@@ -25,7 +25,7 @@ from alpacache import codecs, flow_matching
 from alpacache.alpamayo.expert import ActionExpert
 from alpacache.alpamayo.packed_prefix import PackedPrefixes, PrefixLayout
 from alpacache.batches import Batch
-from alpacache.memory_plan import Workload, memory_plan
+from alpacache.memory_plan import Workload, memory_plan, with_room_used
 from alpacache.optimizers import make_optimizer, resolve
 from alpacache.run_plan import cap_memory
 from alpacache.shared_update import SharedUpdate
@@ -52,12 +52,15 @@ class Case:
     optimizer: str = "auto"
     capture: bool = True
     compile: bool = True
+    decode_twice: bool = False
+    """Even where the memory has room for decoded layers."""
     stock: bool = False
 
 
 CASES = [
     Case(name="stock", cameras=4, batch=8, codec="bf16", optimizer="adamw", capture=False, compile=False, stock=True),
     Case(name="c4", cameras=4, batch=8),
+    Case(name="c4-decode-twice", cameras=4, batch=8, decode_twice=True),
     Case(name="c4-bf16", cameras=4, batch=8, codec="bf16"),
     Case(name="c4-not-compiled", cameras=4, batch=8, compile=False),
     Case(name="c4-not-captured", cameras=4, batch=8, compile=False, capture=False),
@@ -68,6 +71,7 @@ CASES = [
     Case(name="c4-draws8-checkpointing", cameras=4, batch=8, draws=8, checkpointing=True),
     Case(name="c4-lora", cameras=4, batch=4, trainable="lora"),
     Case(name="c1", cameras=1, batch=16),
+    Case(name="c1-decode-twice", cameras=1, batch=16, decode_twice=True),
     Case(name="c1-one", cameras=1, batch=1),
 ]
 QUICK = [
@@ -112,14 +116,31 @@ def _setting(case: Case, small: bool) -> tuple[ActionExpert, PrefixLayout, list[
 
 def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
-    if cuda:
-        cap_memory(BUDGET, torch.device("cuda"))
+    cap = cap_memory(BUDGET, torch.device("cuda")) if cuda else None
     expert, layout, lengths, device = _setting(case, small)
     parameters = choose_trainable(expert, case.trainable, seed=0)
     if case.checkpointing:
         enable_checkpointing(expert)
     name = resolve(case.optimizer, device)
     optimizer = make_optimizer(name, parameters, betas=(0.9, 0.999), weight_decay=0.0)
+    work = Workload(
+        parameters=sum(p.numel() for n, p in expert.named_parameters() if "lora" not in n),
+        trained=sum(parameter.numel() for parameter in parameters.values()),
+        layers=layout.layers,
+        hidden=expert.expert.config.hidden_size,
+        intermediate=expert.expert.config.intermediate_size,
+        layout=layout,
+        longest=max(lengths),
+        batch_size=case.batch,
+        trainable=case.trainable,
+        optimizer=name,
+        compiled=case.compile,
+        validates=False,
+    )
+    micro_batch = case.micro_batch or case.batch
+    plan = memory_plan(work, draws=case.draws, micro_batch=micro_batch, checkpointing=case.checkpointing)
+    if cap is not None and not case.decode_twice:
+        plan = with_room_used(work, plan, cap_bytes=cap)
     data = random_rows(case, layout, lengths, device)
     gc.collect()
     if cuda:
@@ -131,12 +152,13 @@ def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
         optimizer,
         SimpleNamespace(layout=layout, data=data, longest=max(lengths), damage=None),  # type: ignore[arg-type]
         batch_size=case.batch,
-        micro_batch=case.micro_batch or case.batch,
+        micro_batch=micro_batch,
         draws=case.draws,
         clip=1.0,
         causal=False,
         capture=case.capture,
         compile_layers=case.compile,
+        decoded_layers=plan.decoded_layers,
         shared=SharedUpdate(parameters, World(rank=0, size=1, device=device)),
     )
     batch = Batch(
@@ -156,26 +178,8 @@ def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
         result = step.run(batch, noise, t, 1e-4)
         values = result.values()
         times.append(time.perf_counter() - started)
-    plan = memory_plan(
-        Workload(
-            parameters=sum(p.numel() for n, p in expert.named_parameters() if "lora" not in n),
-            trained=sum(parameter.numel() for parameter in parameters.values()),
-            layers=layout.layers,
-            hidden=expert.expert.config.hidden_size,
-            intermediate=expert.expert.config.intermediate_size,
-            layout=layout,
-            longest=max(lengths),
-            batch_size=case.batch,
-            trainable=case.trainable,
-            optimizer=name,
-            compiled=case.compile,
-            validates=False,
-        ),
-        draws=case.draws,
-        micro_batch=case.micro_batch or case.batch,
-        checkpointing=case.checkpointing,
-    )
-    return _row(case, times, values.loss) | {"planned_gib": plan.device_bytes / 2**30 if cuda else None}
+    planned = plan.device_bytes / 2**30 if cuda else None
+    return _row(case, times, values.loss) | {"decoded_layers": plan.decoded_layers, "planned_gib": planned}
 
 
 def _stock(case: Case, small: bool, steps: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
 from cache_store import KVCodec
 
 if TYPE_CHECKING:
-    from alpacache.alpamayo.prefix_decoding import LayersAhead, LayersKept  # needs Triton
+    from alpacache.alpamayo.prefix_decoding import LayersAhead  # needs Triton
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +99,8 @@ class PackedPrefixes:
     """No length is above it. Known on the host, so that no kernel launch waits for the device."""
     dtype: torch.dtype
     """What `layer` returns: the expert's."""
-    ahead: "LayersAhead | LayersKept | None" = None
-    """Memory for decoded layers of this batch: two of them ahead of one forward and backward, or all for several
-    forwards; None decodes a layer when it is used."""
+    ahead: "LayersAhead | None" = None
+    """What decodes this batch's layers ahead and keeps those it has room for; None decodes a layer when it is used."""
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, kv_heads, longest, head_dim]` of one layer, zeros beyond each sample's length.

@@ -254,36 +254,37 @@ def _order_at(layout: PrefixLayout, longest: int) -> int:
 
 
 def make_places(layout: PrefixLayout, samples: int, longest: int, device: torch.device, *, layers: int = 2) -> Tensor:
-    """Memory of `LayersAhead`, or for all layers of `LayersKept`, for batches of at most so many samples."""
+    """Memory of `LayersAhead` for so many decoded layers of batches of at most so many samples."""
     return torch.empty(layers, *scratch_shape(layout, samples, longest), dtype=torch.uint8, device=device)
 
 
 class LayersAhead:
-    """Decoded layers of one batch for one forward and its backward: while a layer is attended to, the next is decoded.
+    """Decoded layers of one batch for forwards and backwards: while a layer is attended to, the next is decoded.
 
     Decoding takes little of what a GPU has and would otherwise stand in the way of everything else. A stream of its own
-    fills two places in turn. They hold the last two layers when the forward ends, which are the backward's first two,
-    and with activation checkpointing each layer's second forward finds it still there.
+    fills two places or more in turn. They hold the last layers when a forward ends, which are the backward's first, and
+    with activation checkpointing each layer's second forward finds it still there. With a place for each layer, all are
+    decoded once.
     """
 
     def __init__(self, places: Tensor, stream: torch.cuda.Stream | None) -> None:
-        """`places`: `[2, *scratch_shape]` uint8, which nothing else uses until the backward is over; without a stream
-        a layer is decoded when it is asked for."""
+        """`places`: `[two or more, *scratch_shape]` uint8, which nothing else uses meanwhile; without a stream a layer
+        is decoded when it is asked for."""
         self._places, self._stream = places, stream
-        self._held: list[int | None] = [None, None]
-        self._ready: list[torch.cuda.Event | None] = [None, None]
+        self._held: list[int | None] = [None] * len(places)
+        self._ready: list[torch.cuda.Event | None] = [None] * len(places)
 
     def layer(self, prefixes: PackedPrefixes, layer: int, *, then: int) -> tuple[Tensor, int]:
         """What `decode` returns, on the current stream; `then`: what will be asked for next, if it exists."""
         self._fill(prefixes, layer, None)
-        place = layer % 2
+        place = layer % len(self._places)
         self._await(place)
         if self._stream is not None and 0 <= then < prefixes.layout.layers:
             self._fill(prefixes, then, self._stream)
         return self._places[place], _order_at(prefixes.layout, prefixes.longest)
 
     def _fill(self, prefixes: PackedPrefixes, layer: int, stream: torch.cuda.Stream | None) -> None:
-        place = layer % 2
+        place = layer % len(self._places)
         if self._held[place] == layer:
             return
         self._held[place] = layer
@@ -302,22 +303,6 @@ class LayersAhead:
         if (ready := self._ready[place]) is not None:
             torch.cuda.current_stream().wait_event(ready)
             self._ready[place] = None
-
-
-class LayersKept:
-    """Decoded layers of one batch for several forwards: each is decoded when it is first asked for, and stays."""
-
-    def __init__(self, places: Tensor) -> None:
-        """`places`: `[layers, *scratch_shape]` uint8, which nothing else uses until the last forward is over."""
-        self._places = places
-        self._held: set[int] = set()
-
-    def layer(self, prefixes: PackedPrefixes, layer: int, *, then: int) -> tuple[Tensor, int]:
-        """What `decode` returns; `then` as of `LayersAhead`, not of use here."""
-        if layer not in self._held:
-            decode(prefixes, layer, self._places[layer])
-            self._held.add(layer)
-        return self._places[layer], _order_at(prefixes.layout, prefixes.longest)
 
 
 def is_ordered(layout: PrefixLayout) -> bool:

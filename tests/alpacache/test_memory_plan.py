@@ -98,6 +98,24 @@ def test_a_margin_is_kept_unless_it_is_what_decides(released):
     assert choose(least, only / GIB + 0.001).device_bytes <= only + GIB // 1000
 
 
+def test_layers_stay_decoded_where_there_is_room(released):
+    short, long = released(longest=880, batch_size=16), released()
+    assert choose(short, 23.5).decoded_layers == 36
+    some = choose(long, 23.5)
+    assert 20 < some.decoded_layers < 36
+    assert 0.93 < some.device_bytes / GIB / 23.5 <= 0.94
+    assert dict(some.table())["decoded layers"] == some.decoding
+    least = memory_plan(long, draws=1, micro_batch=8, checkpointing=False)
+    assert least.decoded_layers == 2
+    assert some.device_bytes - least.device_bytes == (some.decoded_layers - 2) * least.decoding // 2
+    assert choose(long, least.device_bytes / GIB / 0.96, micro_batch=8, checkpointing=False).decoded_layers == 2
+    adapters = choose(released(trainable="lora", trained=LORA_COUNT, batch_size=4), 23.5)
+    assert 2 < adapters.decoded_layers < 36
+    assert adapters.device_bytes / GIB < 9
+    plain = released(layout=dataclasses.replace(long.layout, codec=None))
+    assert choose(plain, 23.5).decoding == 0
+
+
 def test_what_cannot_fit_is_refused_with_the_batch_that_would(tmp_path, released):
     with pytest.raises(UsageError, match=r"20\.00 GiB are allowed") as error:
         choose(released(batch_size=64), 20)

@@ -94,21 +94,19 @@ def test_kernels_compile_for_consumer_cards(codec, samples, capability, record_l
         assert result.metadata.shared <= SHARED_LIMIT, kernel.__name__
 
 
-def test_a_layer_that_is_still_there_is_not_decoded_again(monkeypatch):
-    from alpacache.alpamayo import prefix_decoding
-
-    decoded = []
-    monkeypatch.setattr(prefix_decoding, "decode", lambda prefixes, layer, scratch: decoded.append(layer))
-    layout = PrefixLayout(layers=4, kv_heads=1, head_dim=128, codec=CODECS["int8"])
-    prefixes = SimpleNamespace(layout=layout, longest=8)
-    places = prefix_decoding.make_places(layout, 1, 8, torch.device("cpu"))
-    ahead = prefix_decoding.LayersAhead(places, None)
-    for layer in (0, 1, 2, 3, 3, 3, 2, 2, 1, 1, 0, 0):  # forward, then each layer's second forward and its backward
-        ahead.layer(prefixes, layer, then=-1)
-    assert decoded == [0, 1, 2, 3, 1, 0]
-
-
-def test_kept_layers_are_decoded_once_for_all_forwards(monkeypatch):
+@pytest.mark.parametrize(
+    ("places", "order", "expected"),
+    [
+        # A forward, then each layer's second forward and its backward.
+        (2, (0, 1, 2, 3, 3, 3, 2, 2, 1, 1, 0, 0), [0, 1, 2, 3, 1, 0]),
+        (3, (0, 1, 2, 3, 3, 2, 1, 0), [0, 1, 2, 3, 0]),
+        (4, (0, 1, 2, 3, 3, 2, 1, 0), [0, 1, 2, 3]),
+        # Several forwards.
+        (2, (0, 1, 2, 3, 0, 1, 2, 3), [0, 1, 2, 3, 0, 1, 2, 3]),
+        (4, (0, 1, 2, 3, 0, 1, 2, 3), [0, 1, 2, 3]),
+    ],
+)
+def test_a_layer_that_is_still_there_is_not_decoded_again(monkeypatch, places, order, expected):
     from alpacache.alpamayo import prefix_decoding
 
     def decode(prefixes, layer, scratch):
@@ -119,9 +117,10 @@ def test_kept_layers_are_decoded_once_for_all_forwards(monkeypatch):
     monkeypatch.setattr(prefix_decoding, "decode", decode)
     layout = PrefixLayout(layers=4, kv_heads=1, head_dim=128, codec=CODECS["int8"])
     prefixes = SimpleNamespace(layout=layout, longest=8)
-    kept = prefix_decoding.LayersKept(prefix_decoding.make_places(layout, 1, 8, torch.device("cpu"), layers=4))
-    for layer in [*range(4)] * 3:
-        got, order_at = kept.layer(prefixes, layer, then=layer + 1)
+    memory = prefix_decoding.make_places(layout, 1, 8, torch.device("cpu"), layers=places)
+    ahead = prefix_decoding.LayersAhead(memory, None)
+    for layer in order:
+        got, order_at = ahead.layer(prefixes, layer, then=-1)
         assert got.unique().tolist() == [layer]
         assert order_at == 4 * 8 * 128
-    assert decoded == [0, 1, 2, 3]
+    assert decoded == expected
