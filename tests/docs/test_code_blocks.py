@@ -183,6 +183,7 @@ MAKE_TINY = "python -m alpacache.alpamayo.tiny_checkpoint tiny\n"
 OFFLINE += ("how-to/several-machines", "how-to/compare-checkpoints")
 
 
+@pytest.mark.slow
 def test_shell_blocks_that_need_no_network_run(tmp_path):
     """In the order in which the pages go on from each other."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -91,12 +91,12 @@ def check_ahead(codec, lengths, order, *, dim=128):
     """Layers decoded ahead, or kept, are those decoded when asked for, in the order of a forward and its backward."""
     device = torch.device(DEVICE)
     packed = pack([prefix(codec, n, 2, dim, layers=5) for n in lengths], device=device, dtype=torch.bfloat16)
-    several = []
-    for layers in (2, 3, 5):
+    decoded, several = [decode(packed, layer) for layer in range(5)], []
+    for layers in (2, 5) if DEVICE == "cpu" else (2, 3, 5):
         places = make_places(packed.layout, len(lengths), packed.longest, device, layers=layers)
         several.append(LayersAhead(places, torch.cuda.Stream() if DEVICE == "cuda" else None))
     for layer, then in order:
-        expected, expected_at = decode(packed, layer)
+        expected, expected_at = decoded[layer]
         for ahead in several:
             if DEVICE == "cuda":
                 torch.cuda._sleep(2_000_000)  # what still reads the place that is to be written
