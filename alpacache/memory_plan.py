@@ -42,7 +42,7 @@ _MARGIN = 0.03
 """Of the cap, left where a slower choice does not need it: as exact as a plan is."""
 _ROOM, _MOST_MORE = 0.06, 1 / 7
 """Decoded layers beyond the least leave that part of the cap, and take no more than that part of everything else: they
-make a step 2 to 3 % shorter, and a run that needs little of a card should stay so."""
+make a step some 3 % shorter, and a run that needs little of a card should stay so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
