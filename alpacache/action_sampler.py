@@ -19,6 +19,7 @@ from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.batches import Batch, BatchRing
 from alpacache.capture import captured
 from alpacache.flow_matching import sample
+from alpacache.memory_plan import LEAST_DECODED
 from alpacache.step_inputs import StepInputs
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class ActionSampler:
         device, layers = self._expert.device, layout.layers
         rows, row_bytes = prefix_decoding.scratch_shape(layout, samples, longest)
         if not _is_free(layers * rows * row_bytes, device):
-            layers = 2
+            layers = LEAST_DECODED
             self._decoding = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._places = prefix_decoding.make_places(layout, samples, longest, device, layers=layers)
 

@@ -126,8 +126,8 @@ class MemoryPlan:
         parts = self.weights + self.gradients + self.moments + self.prefixes + self.decoding
         return parts + self.activations - self.shared + self.validation + self.workspace
 
-    def table(self) -> list[tuple[str, int]]:
-        """Lines of the table: what, bytes."""
+    def device_table(self) -> list[tuple[str, int]]:
+        """What `device_bytes` is made of, and it: what, bytes."""
         return [
             ("weights", self.weights),
             ("gradients", self.gradients),
@@ -139,9 +139,12 @@ class MemoryPlan:
             ("validation", self.validation),
             ("workspace", self.workspace),
             ("sum, to be reserved", self.device_bytes),
-            ("CUDA context, beside it", CONTEXT_BYTES),
-            ("pinned host memory", self.pinned),
         ]
+
+    def table(self) -> list[tuple[str, int]]:
+        """Lines of the table: what, bytes."""
+        beside = [("CUDA context, beside it", CONTEXT_BYTES), ("pinned host memory", self.pinned)]
+        return [*self.device_table(), *beside]
 
 
 def allowed_bytes(card_gib: float) -> int:
@@ -202,7 +205,7 @@ def fastest_plan(
             fastest = min(fitting, key=lambda plan: compute_seconds(work, plan, GPUS[MEASURED]))
             return with_room_used(work, fastest, cap_bytes=cap_bytes)
     least = min(plans, key=lambda plan: plan.device_bytes)
-    lines = "\n  ".join(f"{size / 2**30:7.2f} GiB  {name}" for name, size in least.table()[:10])
+    lines = "\n  ".join(f"{size / 2**30:7.2f} GiB  {name}" for name, size in least.device_table())
     raise UsageError(
         f"training would take {least.device_bytes / 2**30:.2f} GiB of GPU memory at the least (micro_batch "
         f"{least.micro_batch}, {'with' if least.checkpointing else 'without'} checkpointing, {draws} draws); "

@@ -17,6 +17,7 @@ from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, PrefixFeatures
 from alpacache.batches import Batch, BatchRing
 from alpacache.capture import captured
+from alpacache.memory_plan import LEAST_DECODED
 from alpacache.optimizers import StepOptimizer
 from alpacache.shared_update import SharedUpdate
 from alpacache.step_inputs import StepInputs
@@ -74,7 +75,7 @@ class TrainStep:
         causal: bool,
         capture: bool,
         compile_layers: bool = False,
-        decoded_layers: int = 2,
+        decoded_layers: int = LEAST_DECODED,
         shared: SharedUpdate,
     ) -> None:
         """`batch_size` samples of this process; `micro_batch` of them go through the expert at a time.

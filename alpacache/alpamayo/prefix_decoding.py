@@ -253,7 +253,7 @@ def _order_at(layout: PrefixLayout, longest: int) -> int:
     return 4 * layout.kv_heads * longest * layout.head_dim
 
 
-def make_places(layout: PrefixLayout, samples: int, longest: int, device: torch.device, *, layers: int = 2) -> Tensor:
+def make_places(layout: PrefixLayout, samples: int, longest: int, device: torch.device, *, layers: int) -> Tensor:
     """Memory of `LayersAhead` for so many decoded layers of batches of at most so many samples."""
     return torch.empty(layers, *scratch_shape(layout, samples, longest), dtype=torch.uint8, device=device)
 
