@@ -3,9 +3,11 @@
 Full size, random weights, generated 1080p drives, one camera, int8. Each GPU has as many samples and as many whole
 cores: of fewer GPUs than there are, the others' stay unused. `samples_s` is the rate at which commit records appeared
 while all processes were at work, from when the last of them had its first to when the first had its last: loading,
-which takes one longer than another, does not count. `efficiency` is samples/s over those of one GPU times the number of
-GPUs. All write to one file system; `--store-dir` on one in RAM shows what a disk that keeps up allows, `write_wait`
-tells whether it did. `--quick` runs a small model on two processes of the CPU.
+which takes one longer than another, does not count. `efficiency` is samples/s over those of one process times their
+number. All write to one file system; `--store-dir` on one in RAM shows what a disk that keeps up allows, `write_wait`
+tells whether it did. `--one-gpu 2` runs two processes on the first GPU, each with half of the cores: what they cost
+each other, store and decoding included, as long as one GPU keeps up with both. `--quick` runs a small model on two
+processes of the CPU.
 """
 
 import json
@@ -30,7 +32,7 @@ from alpacache.sources import open_source
 from cache_store.commit_record import FOLDER
 from cache_store.sample_key import sample_key
 
-KEYS = ("gpus", "samples", "samples_s", "efficiency", "cpu_cores", "read_wait", "write_wait", "store_on")
+KEYS = ("gpus", "processes", "samples", "samples_s", "efficiency", "cpu_cores", "read_wait", "write_wait", "store_on")
 
 
 def commit_moments(store: Path, source: str, t0: str, *, processes: int, samples: int) -> list[list[float]]:
@@ -58,10 +60,10 @@ def physical_core(cpu: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def cores_of(gpus: int, available: int) -> Iterator[int]:
-    """Within it this process and those that it starts have so many GPUs' share of the cores."""
+def cores_of(processes: int, available: int) -> Iterator[int]:
+    """Within it this process and those that it starts have the share of the cores of so many of all there may be."""
     cores = sorted(os.sched_getaffinity(0), key=physical_core)
-    mine = cores[: max(1, len(cores) * gpus // available)]
+    mine = cores[: max(1, len(cores) * processes // available)]
     os.sched_setaffinity(0, mine)
     try:
         yield len(mine)
@@ -69,18 +71,24 @@ def cores_of(gpus: int, available: int) -> Iterator[int]:
         os.sched_setaffinity(0, cores)
 
 
-def measure(gpus: int, source: str, model: Path, store: Path, *, samples: int, small: bool) -> dict[str, Any]:
+def measure(
+    processes: int, source: str, model: Path, store: Path, *, samples: int, small: bool, one_gpu: bool
+) -> dict[str, Any]:
     """A row; waits are the first process's."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "cli.main"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    if one_gpu:
+        torchrun += ["--no-python", "env", "LOCAL_RANK=0", sys.executable]
+    torchrun += ["-m", "cli.main"]
     command = ["extract", source, "--model", str(model), "--store", str(store), "--codec", "int8"]
     t0 = "every:0.2" if small else bench_extract.T0
-    command += ["--samples", str(samples * gpus), "--t0", t0]
+    command += ["--samples", str(samples * processes), "--t0", t0]
     report = call(*command, *(["--device", "cpu"] if small else []), program=torchrun)
-    moments = commit_moments(store, source, t0, processes=gpus, samples=samples * gpus)
+    moments = commit_moments(store, source, t0, processes=processes, samples=samples * processes)
     shutil.rmtree(store)
     return {
-        "gpus": gpus,
+        "gpus": 1 if one_gpu else processes,
+        "processes": processes,
         "samples": sum(map(len, moments)),
         "samples_s": rate_together(moments),
         "read_wait": report["read_wait"],
@@ -101,10 +109,11 @@ def main() -> None:
     parser.add_argument("--store-dir", type=Path, help="where stores are written; default: --work")
     parser.add_argument("--samples", type=int, default=200, help="of each GPU")
     parser.add_argument("--gpus", type=int, nargs="+", help="how many, in that order; default: 1, 2 and all there are")
+    parser.add_argument("--one-gpu", type=int, metavar="N", help="1 and N processes, all of them on the first GPU")
     options = parser.parse_args()
-    available = 2 if options.quick else torch.cuda.device_count()
-    if available < 2:
-        raise SystemExit("a full run needs two CUDA devices; --quick runs a small model on the CPU.")
+    available = 2 if options.quick else options.one_gpu or torch.cuda.device_count()
+    if available < 2 or not (options.quick or torch.cuda.is_available()):
+        raise SystemExit("a full run needs two CUDA devices, or --one-gpu 2; --quick runs a small model on the CPU.")
     scale = bench_extract.QUICK if options.quick else bench_extract.FULL
     work = options.work or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
@@ -115,21 +124,22 @@ def main() -> None:
         source = bench_extract.write_drives(work / "drives1", scale, names)
         samples = 4 if options.quick else options.samples
         store = (options.store_dir or work) / "store"
-        for gpus in options.gpus or sorted({1, 2, available}):
-            with cores_of(gpus, available) as cores:
-                row = measure(gpus, source, model, store, samples=samples, small=options.quick)
+        one_gpu = options.one_gpu is not None
+        for processes in options.gpus or sorted({1, available} if one_gpu else {1, 2, available}):
+            with cores_of(processes, available) as cores:
+                row = measure(processes, source, model, store, samples=samples, small=options.quick, one_gpu=one_gpu)
             row |= {"cpu_cores": cores, "store_on": file_system(store.parent)}
             rows.append(row)
             print(json.dumps(row), flush=True)
     finally:
         if options.work is None:
             shutil.rmtree(work)
-    single = next((row["samples_s"] for row in rows if row["gpus"] == 1), None)
+    single = next((row["samples_s"] for row in rows if row["processes"] == 1), None)
     for row in rows:
-        row["efficiency"] = row["samples_s"] / single / row["gpus"] if single and row["samples_s"] else None
+        row["efficiency"] = row["samples_s"] / single / row["processes"] if single and row["samples_s"] else None
     rows = [{key: row[key] for key in KEYS} for row in rows]
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else hardware_name()
-    finish("extract_scaling", rows, options, hardware=f"{available} x {hardware}")
+    finish("extract_scaling", rows, options, hardware=hardware if one_gpu else f"{available} x {hardware}")
 
 
 if __name__ == "__main__":
