@@ -8,7 +8,7 @@ slow disk. On the CPU nothing is copied, only counted.
 
 from collections import deque
 from collections.abc import Mapping
-from queue import LifoQueue
+from queue import Empty, LifoQueue
 from types import TracebackType
 from typing import Any, Self
 
@@ -94,9 +94,12 @@ class HostCopies:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Unlock the buffers, once all copies were released."""
+        """Unlock the buffers, once all copies were released; after an error those that were."""
         for _ in range(self._count):
-            buffer = self._free.get()
+            try:
+                buffer = self._free.get(block=kind is None)
+            except Empty:
+                return
             if buffer is not None:
                 page_unlock(buffer)
 

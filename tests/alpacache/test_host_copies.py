@@ -36,6 +36,16 @@ def test_begin_waits_for_a_release():
         begun[2].release()
 
 
+def test_an_error_does_not_wait_for_what_nobody_releases_any_more():
+    def run():
+        with HostCopies(torch.device("cpu"), 2) as copies:
+            copies.begin({})
+            raise KeyError("lost")
+
+    with pytest.raises(KeyError, match="lost"):
+        run()
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, gpu])])
 def test_copies_of_a_whole_are_the_same_and_stay_so(device, monkeypatch):
     monkeypatch.setattr(host_copies, "_STAGE_BYTES", 2**12)
@@ -82,7 +92,8 @@ def test_bytes_arrive_while_the_gpu_goes_on():
 def test_a_copy_waits_for_what_made_its_values_and_no_longer():
     device = torch.device("cuda")
     with HostCopies(device, 1) as copies:
-        copies.begin({"kv": torch.zeros(2, 600_000, device=device)}).release()  # page-locks the buffer
+        kv = torch.zeros(2, 600_000, dtype=torch.int64, device=device)
+        copies.begin({"kv": kv}).release()  # page-locks a buffer as large, for which the GPU is waited for
         torch.cuda._sleep(20_000_000)
         kv, made = torch.arange(1_200_000, device=device).view(2, -1), torch.cuda.Event(blocking=True)
         made.record()
