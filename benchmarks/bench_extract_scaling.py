@@ -4,10 +4,11 @@ Full size, random weights, generated 1080p drives, one camera, int8. Each GPU ha
 cores: of fewer GPUs than there are, the others' stay unused. `samples_s` is the rate at which commit records appeared
 while all processes were at work, from when the last of them had its first to when the first had its last: loading,
 which takes one longer than another, does not count. `efficiency` is samples/s over those of one process times their
-number. All write to one file system; `--store-dir` on one in RAM shows what a disk that keeps up allows, `write_wait`
-tells whether it did. `--one-gpu 2` runs two processes on the first GPU, each with half of the cores: what they cost
-each other, store and decoding included, as long as one GPU keeps up with both. `--quick` runs a small model on two
-processes of the CPU.
+number. `decode_s` is reading and preprocessing alone, with as many workers as the processes have together, on the same
+cores: a machine may not decode twice as fast with twice as many. All write to one file system; `--store-dir` on one in
+RAM shows what a disk that keeps up allows, `write_wait` tells whether it did. `--one-gpu 2` runs two processes on the
+first GPU, each with half of the cores: what they cost each other, as long as that GPU keeps up with both. `--quick`
+runs a small model on two processes of the CPU.
 """
 
 import json
@@ -27,12 +28,16 @@ import torch
 from benchmark_report import arguments, finish, hardware_name
 from drills import call
 
+from alpacache.config import ExtractConfig
 from alpacache.selection import select
 from alpacache.sources import open_source
 from cache_store.commit_record import FOLDER
 from cache_store.sample_key import sample_key
 
-KEYS = ("gpus", "processes", "samples", "samples_s", "efficiency", "cpu_cores", "read_wait", "write_wait", "store_on")
+KEYS = (
+    *("gpus", "processes", "samples", "samples_s", "efficiency", "decode_s", "of_decoding", "workers", "cpu_cores"),
+    *("read_wait", "write_wait", "store_on"),
+)
 
 
 def commit_moments(store: Path, source: str, t0: str, *, processes: int, samples: int) -> list[list[float]]:
@@ -72,9 +77,9 @@ def cores_of(processes: int, available: int) -> Iterator[int]:
 
 
 def measure(
-    processes: int, source: str, model: Path, store: Path, *, samples: int, small: bool, one_gpu: bool
+    processes: int, source: str, model: Path, store: Path, *, samples: int, workers: int, small: bool, one_gpu: bool
 ) -> dict[str, Any]:
-    """A row; waits are the first process's."""
+    """A row; `workers` are each process's, waits the first one's."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     if one_gpu:
@@ -82,7 +87,7 @@ def measure(
     torchrun += ["-m", "cli.main"]
     command = ["extract", source, "--model", str(model), "--store", str(store), "--codec", "int8"]
     t0 = "every:0.2" if small else bench_extract.T0
-    command += ["--samples", str(samples * processes), "--t0", t0]
+    command += ["--samples", str(samples * processes), "--t0", t0, "--workers", str(workers)]
     report = call(*command, *(["--device", "cpu"] if small else []), program=torchrun)
     moments = commit_moments(store, source, t0, processes=processes, samples=samples * processes)
     shutil.rmtree(store)
@@ -94,6 +99,21 @@ def measure(
         "read_wait": report["read_wait"],
         "write_wait": report["write_wait"],
     }
+
+
+def decoding_rate(source: str, model: Path, *, samples: int, workers: int, small: bool) -> float:
+    """Samples a second that so many workers read and preprocess, nothing else going on."""
+    config = ExtractConfig(
+        source=source,
+        model=str(model),
+        store="",
+        cameras=full_size.camera_names(1),
+        t0="every:0.2" if small else bench_extract.T0,
+        samples=samples,
+        workers=workers,
+    )
+    with bench_extract.begun_reading(config, full_size.device()) as (_, _, rate):
+        return rate
 
 
 def file_system(place: Path) -> str:
@@ -114,21 +134,27 @@ def main() -> None:
     available = 2 if options.quick else options.one_gpu or torch.cuda.device_count()
     if available < 2 or not (options.quick or torch.cuda.is_available()):
         raise SystemExit("a full run needs two CUDA devices, or --one-gpu 2; --quick runs a small model on the CPU.")
-    scale = bench_extract.QUICK if options.quick else bench_extract.FULL
+    small: bool = options.quick
+    scale = bench_extract.QUICK if small else bench_extract.FULL
     work = options.work or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     try:
         names = full_size.camera_names(1)
-        model = full_size.write_checkpoint(work / "vlm-model", small=options.quick, with_vlm=True)
+        model = full_size.write_checkpoint(work / "vlm-model", small=small, with_vlm=True)
         source = bench_extract.write_drives(work / "drives1", scale, names)
-        samples = 4 if options.quick else options.samples
+        samples = 4 if small else options.samples
         store = (options.store_dir or work) / "store"
         one_gpu = options.one_gpu is not None
         for processes in options.gpus or sorted({1, available} if one_gpu else {1, 2, available}):
             with cores_of(processes, available) as cores:
-                row = measure(processes, source, model, store, samples=samples, small=options.quick, one_gpu=one_gpu)
-            row |= {"cpu_cores": cores, "store_on": file_system(store.parent)}
+                workers = max(cores // processes - 2, 2)  # as `extract` takes by itself
+                row = measure(
+                    processes, source, model, store, samples=samples, workers=workers, small=small, one_gpu=one_gpu
+                )
+                every = {"samples": samples * processes, "workers": workers * processes}
+                row["decode_s"] = decoding_rate(source, model, small=small, **every)
+            row |= {"workers": every["workers"], "cpu_cores": cores, "store_on": file_system(store.parent)}
             rows.append(row)
             print(json.dumps(row), flush=True)
     finally:
@@ -137,6 +163,7 @@ def main() -> None:
     single = next((row["samples_s"] for row in rows if row["processes"] == 1), None)
     for row in rows:
         row["efficiency"] = row["samples_s"] / single / row["processes"] if single and row["samples_s"] else None
+        row["of_decoding"] = row["samples_s"] / row["decode_s"] if row["samples_s"] else None
     rows = [{key: row[key] for key in KEYS} for row in rows]
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else hardware_name()
     finish("extract_scaling", rows, options, hardware=hardware if one_gpu else f"{available} x {hardware}")

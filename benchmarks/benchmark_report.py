@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, under 50 s on 2 cores; nothing is kept")
+    parser.add_argument("--quick", action="store_true", help="small sizes, within a minute on 2 cores; nothing is kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--commit", default=commit(), help="of these files, where they are not a checkout")
     parser.add_argument("--note", default="", help="what else ran on the machine, for the report")
