@@ -1,14 +1,14 @@
 """Stage one on one and on several GPUs of a machine: `extract` under torchrun, samples/s beside one GPU.
 
 Full size, random weights, generated 1080p drives, one camera, int8. Each GPU has as many samples and as many whole
-cores: of fewer GPUs than there are, the others' stay unused. `samples_s` is the rate at which commit records appeared
-while all processes were at work, from when the last of them had its first to when the first had its last: loading,
-which takes one longer than another, does not count. `efficiency` is samples/s over those of one process times their
-number. `decode_s` is reading and preprocessing alone, with as many workers as the processes have together, on the same
-cores: a machine may not decode twice as fast with twice as many. All write to one file system; `--store-dir` on one in
-RAM shows what a disk that keeps up allows, `write_wait` tells whether it did. `--one-gpu 2` runs two processes on the
-first GPU, each with half of the cores: what they cost each other, as long as that GPU keeps up with both. `--quick`
-runs a small model on two processes of the CPU.
+cores: of fewer GPUs than there are, the others' stay unused. `samples_s` is the slope of a line through the moments at
+which commit records appeared while all processes were at work: once each had committed what it may have read ahead
+while its model was loaded, and until the first has committed its last. `efficiency` is samples/s over those of one
+process times their number. `decode_s` is reading and preprocessing alone, with as many workers as the processes have
+together, on the same cores: a machine may not decode twice as fast with twice as many. All write to one file system;
+`--store-dir` on one in RAM shows what a disk that keeps up allows, `write_wait` tells whether it did. `--one-gpu 2`
+runs two processes on the first GPU, each with half of the cores: what they cost each other, as long as that GPU keeps
+up with both. `--quick` runs a small model on two processes of the CPU.
 """
 
 import json
@@ -24,11 +24,12 @@ from typing import Any
 
 import bench_extract
 import full_size
+import numpy as np
 import torch
 from benchmark_report import arguments, finish, hardware_name
 from drills import call
 
-from alpacache.config import ExtractConfig
+from alpacache.config import ExtractConfig, prefill_batch
 from alpacache.selection import select
 from alpacache.sources import open_source
 from cache_store.commit_record import FOLDER
@@ -38,6 +39,11 @@ KEYS = (
     *("gpus", "processes", "samples", "samples_s", "efficiency", "decode_s", "of_decoding", "workers", "cpu_cores"),
     *("read_wait", "write_wait", "store_on"),
 )
+BATCH = prefill_batch(cameras=1, frames=4)
+AHEAD_BATCHES = 4
+"""Prepared (2), in the VLM, being copied; and a sample a worker."""
+DECODED = 100
+"""Samples of a process that are read and preprocessed alone."""
 
 
 def commit_moments(store: Path, source: str, t0: str, *, processes: int, samples: int) -> list[list[float]]:
@@ -47,12 +53,13 @@ def commit_moments(store: Path, source: str, t0: str, *, processes: int, samples
     return [sorted(record.stat().st_mtime for record in records[number::processes]) for number in range(processes)]
 
 
-def rate_together(moments: Sequence[Sequence[float]]) -> float | None:
-    """Commits a second while all processes are at work; None if they never are."""
-    began, ended = max(own[0] for own in moments), min(own[-1] for own in moments)
-    if ended <= began:
+def rate_together(moments: Sequence[Sequence[float]], *, ahead: int) -> float | None:
+    """Commits a second while all processes are at work, their first `ahead` left out; None if they never are."""
+    began, ended = max(own[ahead] for own in moments), min(own[-1] for own in moments)
+    counted = sorted(moment for own in moments for moment in own if began <= moment <= ended)
+    if len(counted) < 2:
         return None
-    return sum(began < moment <= ended for own in moments for moment in own) / (ended - began)
+    return float(np.polyfit(np.array(counted) - began, np.arange(len(counted)), 1)[0])
 
 
 def physical_core(cpu: int) -> tuple[int, ...]:
@@ -91,11 +98,13 @@ def measure(
     report = call(*command, *(["--device", "cpu"] if small else []), program=torchrun)
     moments = commit_moments(store, source, t0, processes=processes, samples=samples * processes)
     shutil.rmtree(store)
+    first = min(own[0] for own in moments)
+    print(json.dumps({"committed_at_s": [[round(at - first, 2) for at in own] for own in moments]}), flush=True)
     return {
         "gpus": 1 if one_gpu else processes,
         "processes": processes,
         "samples": sum(map(len, moments)),
-        "samples_s": rate_together(moments),
+        "samples_s": rate_together(moments, ahead=1 if small else workers + AHEAD_BATCHES * BATCH),
         "read_wait": report["read_wait"],
         "write_wait": report["write_wait"],
     }
@@ -152,9 +161,10 @@ def main() -> None:
                 row = measure(
                     processes, source, model, store, samples=samples, workers=workers, small=small, one_gpu=one_gpu
                 )
-                every = {"samples": samples * processes, "workers": workers * processes}
-                row["decode_s"] = decoding_rate(source, model, small=small, **every)
-            row |= {"workers": every["workers"], "cpu_cores": cores, "store_on": file_system(store.parent)}
+                row["workers"] = workers * processes
+                decoded = min(samples, DECODED) * processes
+                row["decode_s"] = decoding_rate(source, model, samples=decoded, workers=row["workers"], small=small)
+            row |= {"cpu_cores": cores, "store_on": file_system(store.parent)}
             rows.append(row)
             print(json.dumps(row), flush=True)
     finally:
