@@ -104,7 +104,7 @@ def measure(
         "gpus": 1 if one_gpu else processes,
         "processes": processes,
         "samples": sum(map(len, moments)),
-        "samples_s": rate_together(moments, ahead=1 if small else workers + AHEAD_BATCHES * BATCH),
+        "samples_s": rate_together(moments, ahead=0 if small else workers + AHEAD_BATCHES * BATCH),
         "read_wait": report["read_wait"],
         "write_wait": report["write_wait"],
     }
@@ -152,7 +152,7 @@ def main() -> None:
         names = full_size.camera_names(1)
         model = full_size.write_checkpoint(work / "vlm-model", small=small, with_vlm=True)
         source = bench_extract.write_drives(work / "drives1", scale, names)
-        samples = 4 if small else options.samples
+        samples = 6 if small else options.samples
         store = (options.store_dir or work) / "store"
         one_gpu = options.one_gpu is not None
         for processes in options.gpus or sorted({1, available} if one_gpu else {1, 2, available}):
