@@ -2,13 +2,13 @@
 
 Full size, random weights, generated 1080p drives, one camera, int8. Each GPU has as many samples and as many whole
 cores: of fewer GPUs than there are, the others' stay unused. `samples_s` is the slope of a line through the moments at
-which commit records appeared while all processes were at work: once each had committed what it may have read ahead
-while its model was loaded, and until the first has committed its last. `efficiency` is samples/s over those of one
-process times their number. `decode_s` is reading and preprocessing alone, with as many workers as the processes have
-together, on the same cores: a machine may not decode twice as fast with twice as many. All write to one file system;
-`--store-dir` on one in RAM shows what a disk that keeps up allows, `write_wait` tells whether it did. `--one-gpu 2`
-runs two processes on the first GPU, each with half of the cores: what they cost each other, as long as that GPU keeps
-up with both. `--quick` runs a small model on two processes of the CPU.
+which commit records appeared while all processes were at work, those of each left out that it may have read ahead: its
+first, read while its model was loaded, and as many of its last, beside which nothing is read any more. `efficiency` is
+samples/s over those of one process times their number. `decode_s` is reading and preprocessing alone, with as many
+workers as the processes have together, on the same cores: a machine may not decode twice as fast with twice as many.
+All write to one file system; `--store-dir` on one in RAM shows what a disk that keeps up allows, `write_wait` tells
+whether it did. `--one-gpu 2` runs two processes on the first GPU, each with half of the cores: what they cost each
+other, as long as that GPU keeps up with both. `--quick` runs a small model on two processes of the CPU.
 """
 
 import json
@@ -54,8 +54,8 @@ def commit_moments(store: Path, source: str, t0: str, *, processes: int, samples
 
 
 def rate_together(moments: Sequence[Sequence[float]], *, ahead: int) -> float | None:
-    """Commits a second while all processes are at work, their first `ahead` left out; None if they never are."""
-    began, ended = max(own[ahead] for own in moments), min(own[-1] for own in moments)
+    """Commits a second while all processes are at work, `ahead` left out at both ends; None if they never are."""
+    began, ended = max(own[ahead] for own in moments), min(own[-1 - ahead] for own in moments)
     counted = sorted(moment for own in moments for moment in own if began <= moment <= ended)
     if len(counted) < 2:
         return None
