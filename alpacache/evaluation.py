@@ -1,6 +1,7 @@
 """Did it help? Paths from cached prefixes, for the unmodified expert and for trained ones, judged on the same noise."""
 
 import json
+import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
@@ -61,11 +62,13 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     indices = list(data.plain[: config.samples])
     tails = _tails(config, data)
     runs = _runs(config)
+    _make_out(Path(config.out))
     predicted: dict[str, list[Paths]] = {}
+    steps: dict[str, int] = {}
     poses: dict[int, Poses] = {}
     with InterruptGuard() as guard:
         for label, run in runs.items():
-            expert = _load(config, checkpoint, run, data)
+            expert, steps[label] = _load(config, checkpoint, run, data)
             predicted[label] = []
             with closing(_actions(config, expert, data, indices, tails=tails)) as batches:
                 for rows, actions in batches:
@@ -91,7 +94,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         for place, index in enumerate(indices)
     ]
     summary = summarise(results, seed=config.seed)
-    _write(Path(config.out), config, summary, results, reasoning="rollout" if tails else "none")
+    _write(Path(config.out), config, summary, results, steps=steps, reasoning="rollout" if tails else "none")
     return EvalReport(summary=summary, results=results, out=config.out, seconds=time.monotonic() - started)
 
 
@@ -135,13 +138,23 @@ def _runs(config: EvalConfig) -> dict[str, str | None]:
     return runs
 
 
-def _load(config: EvalConfig, checkpoint: Checkpoint, run: str | None, data: CachedDataset) -> ActionExpert:
+def _make_out(out: Path) -> None:
+    """Before anything is computed for it. Raises `UsageError` if nothing can be written there."""
+    try:
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {out}: nothing can be written there ({error}); name another directory.") from error
+
+
+def _load(config: EvalConfig, checkpoint: Checkpoint, run: str | None, data: CachedDataset) -> tuple[ActionExpert, int]:
+    """The expert, and the step of the run whose weights it has (0: none)."""
     device = resolve_device(config.device)
     enter(device)
     expert = load_expert(checkpoint, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
-    if run is not None:
-        apply_checkpoint(expert, run, checkpoint, average=config.ema, data=data)
-    return expert.eval()
+    step = 0 if run is None else apply_checkpoint(expert, run, checkpoint, average=config.ema, data=data)
+    return expert.eval(), step
 
 
 def _actions(
@@ -197,10 +210,15 @@ def _result(sample_id: str, drive: Drive, front_jpeg: bytes | None, paths: Mappi
 
 
 def _write(
-    out: Path, config: EvalConfig, summary: EvalSummary, results: Sequence[SampleResult], *, reasoning: Reasoning
+    out: Path,
+    config: EvalConfig,
+    summary: EvalSummary,
+    results: Sequence[SampleResult],
+    *,
+    steps: Mapping[str, int],
+    reasoning: Reasoning,
 ) -> None:
     """`eval.json`, `samples.parquet`, `report.html`, and pictures of the best, median and worst of the last model."""
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
     per_sample = [
         {
             "sample_id": r.sample_id,
@@ -231,14 +249,13 @@ def _write(
         )
     for number, result in enumerate(results[:_PICTURES]):
         (out / "pictures" / f"sample-{number:03d}.png").write_bytes(_picture(result, summary, result.sample_id))
-    losses = {label: _loss_rows(run) for label, run in _runs(config).items() if run is not None}
+    losses = {label: _loss_rows(run, steps[label]) for label, run in _runs(config).items() if run is not None}
     write_report(summary, results, out / "report.html", losses=losses)
 
 
-def _loss_rows(run: str) -> list[dict[str, Any]]:
+def _loss_rows(run: str, step: int) -> list[dict[str, Any]]:
     """What is left of the metrics of the run that a checkpoint belongs to."""
-    checkpoint = find_checkpoint(run).resolve()
-    return RunDirectory(checkpoint.parent.parent).metrics(up_to=int(checkpoint.name.removeprefix("step-")))
+    return RunDirectory(find_checkpoint(run).resolve().parent.parent).metrics(up_to=step)
 
 
 def _picture(result: SampleResult, summary: EvalSummary, title: str) -> bytes:

@@ -122,8 +122,11 @@ class Writers:
         """
         if everything or any(future.done() and future.exception() for future in self._begun):
             wait(self._begun)
-        done = [future for future in self._begun if future.done()]
-        self._begun = [future for future in self._begun if not future.done()]
+        done: list[Future[int]] = []
+        left: list[Future[int]] = []
+        for future in self._begun:  # each is asked once: it may end between two questions
+            (done if future.done() else left).append(future)
+        self._begun = left
         return [future.result() for future in done]
 
     def _commit(self, sample_id: str, copy: HostCopy) -> int:

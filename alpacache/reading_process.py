@@ -85,11 +85,13 @@ class _Process:
         self._answers, theirs = socket.socketpair()
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-m", "alpacache.reading_process"],
+                [sys.executable, "-P", "-m", "alpacache.reading_process", str(theirs.fileno())],
                 stdin=subprocess.PIPE,
-                stdout=theirs.fileno(),
+                stdout=2,  # what libraries print must not get among the answers
+                pass_fds=[theirs.fileno()],
                 bufsize=0,
                 env=environment,
+                process_group=0,  # a terminal's Ctrl-C is for the process that decides
             )
         self.pid = self._popen.pid
         assert self._popen.stdin is not None
@@ -129,8 +131,7 @@ def main() -> None:
     os.nice(_NICENESS)
     keep_freed_memory()
     torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not get among the answers
+    answers = os.fdopen(int(sys.argv[1]), "wb")
     requests = iter(sys.stdin.buffer)
     setup: dict[str, Any] = json.loads(next(requests))
     setup |= {name: tuple(value) for name, value in setup.items() if isinstance(value, list)}

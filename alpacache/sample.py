@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.errors import UsageError
+from cache_store.sample_key import MAX_ID_BYTES
 
 HISTORY_STEPS = 16
 FUTURE_STEPS = 64
@@ -33,7 +34,12 @@ CAMERAS = (
 FRONT_CAMERA = CAMERAS[1]
 
 Split = Literal["train", "val"]
-_ID = re.compile(r"^(?P<clip>.+)@(?P<t0>\d+)#(?P<view>\d+)$")
+_ID = re.compile(r"(?P<clip>[^\0\n\ud800-\udfff]+)@(?P<t0>[0-9]+)#(?P<view>[0-9]+)")
+"""Clips a store can hold: text fields take no NUL, ids are valid Unicode."""
+_T0_LIMIT_US, _VIEW_LIMIT = 2**62, 2**31
+"""Below int64, which also has to hold the instants around t0."""
+_SHOWN = 120
+"""Characters of an id in a message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +57,23 @@ class SampleRef:
 
     @classmethod
     def parse(cls, sample_id: str) -> "SampleRef":
-        match = _ID.match(sample_id)
+        """From an id as a store takes it (`cache_store.sample_key`). Raises `UsageError` for any other."""
+        match, shown = _ID.fullmatch(sample_id), repr(sample_id[:_SHOWN]) + "..." * (len(sample_id) > _SHOWN)
         if match is None:
-            raise UsageError(f"{sample_id!r} is not a sample id; expected CLIP@T0_US#VIEW, as in 'clip-7@5100000#0'.")
-        return cls(clip_id=match["clip"], t0_us=int(match["t0"]), view=int(match["view"]))
+            raise UsageError(
+                f"{shown} is not a sample id; expected CLIP@T0_US#VIEW in one line, as in 'clip-7@5100000#0'."
+            )
+        size_bytes = len(sample_id.encode())
+        if size_bytes > MAX_ID_BYTES:
+            raise UsageError(
+                f"sample id {shown} takes {size_bytes} bytes; the limit is {MAX_ID_BYTES}. Rename its clip."
+            )
+        ref = cls(clip_id=match["clip"], t0_us=int(match["t0"]), view=int(match["view"]))
+        if ref.t0_us >= _T0_LIMIT_US or ref.view >= _VIEW_LIMIT:
+            raise UsageError(
+                f"sample id {shown}: expected a t0 below 2**62 and a view below 2**31; see that t0 is in microseconds."
+            )
+        return ref
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,7 +57,7 @@ def rate_together(moments: Sequence[Sequence[float]], *, ahead: int) -> float | 
     """Commits a second while all processes are at work, `ahead` left out at both ends; None if they never are."""
     began, ended = max(own[ahead] for own in moments), min(own[-1 - ahead] for own in moments)
     counted = sorted(moment for own in moments for moment in own if began <= moment <= ended)
-    if len(counted) < 2:
+    if ended <= began:
         return None
     return float(np.polyfit(np.array(counted) - began, np.arange(len(counted)), 1)[0])
 

@@ -102,9 +102,7 @@ def copy(
 
 def _make_target(source: Storage, target: Storage, root: StoreRoot) -> None:
     """The root of the copy, byte for byte the source's unless the target is a store already."""
-    if not target.exists(store_root.DOCUMENT):
-        store_root.make_layout(target)
-        target.put_if_absent(store_root.DOCUMENT, source.read_document(store_root.DOCUMENT, MAX_DOCUMENT_BYTES))
+    store_root.make(target, source.read_document(store_root.DOCUMENT, MAX_DOCUMENT_BYTES))
     there = store_root.read(target)
     if there.fingerprint != root.fingerprint:
         there.check(root, target.place)
@@ -188,5 +186,7 @@ def _copy_quarantine(source: Storage, target: Storage) -> list[str]:
             damaged.append(str(error))
             continue
         if record is not None:
-            target.put(f"{quarantine_record.FOLDER}/{key}.json", [record.to_bytes()])
+            data = record.to_bytes()
+            with room_for(len(data), f"the quarantine record of sample {record.sample_id!r}", target.place):
+                target.put(f"{quarantine_record.FOLDER}/{key}.json", [data])
     return damaged

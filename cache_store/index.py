@@ -18,6 +18,7 @@ import numpy as np
 from cache_store import checksum, commit_record, store_root
 from cache_store.concurrency import in_order
 from cache_store.errors import FormatError
+from cache_store.room import room_for
 from cache_store.sample_ids import SampleIds
 from cache_store.sample_key import keys, sample_key
 from cache_store.storage import Storage, open_storage
@@ -58,7 +59,8 @@ def build(storage: Storage, root: store_root.StoreRoot, known: Iterable[str] = (
     body = _HEADER.pack(_MAGIC, 0, 0, listed_ns, len(ids), len(ids.text)) + ids.ends.tobytes() + ids.text
     crc = checksum.value(body[16:])
     data = _MAGIC + struct.pack("<II", crc, 0) + body[16:]
-    storage.put(FILE, [data])
+    with room_for(len(data), "the index", storage.place):
+        storage.put(FILE, [data])
     return len(ids)
 
 

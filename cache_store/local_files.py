@@ -221,13 +221,14 @@ def read_document(root: Path, relative: str, limit_bytes: int) -> bytes:
     descriptor = _open(root / relative)
     try:
         size = _regular_size(os.fstat(descriptor), root / relative)
-        if size > limit_bytes:
-            raise FormatError(f"{root / relative} has {size} bytes; a document of a store has at most {limit_bytes}.")
         data = bytearray()
-        while len(data) <= limit_bytes and (block := os.read(descriptor, limit_bytes + 1 - len(data))):
+        # `os.read` allocates what it is asked for, so that is never the limit: the index has one of 16 GiB.
+        while size <= limit_bytes and len(data) <= size and (block := os.read(descriptor, size + 1 - len(data))):
             data += block
     finally:
         os.close(descriptor)
+    if (found := max(size, len(data))) > limit_bytes:
+        raise FormatError(f"{root / relative} has {found} bytes; a document of a store has at most {limit_bytes}.")
     return bytes(data)
 
 

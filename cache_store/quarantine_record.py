@@ -86,7 +86,12 @@ def read(storage: Storage, key: str) -> QuarantineRecord | None:
         data = storage.read_document(relative, MAX_DOCUMENT_BYTES)
     except FileNotFoundError:
         return None
-    where = f"quarantine record {storage.where(relative)}"
+    return checked(storage, key, data)
+
+
+def checked(storage: Storage, key: str, data: bytes) -> QuarantineRecord:
+    """The record with this key from the untrusted bytes of its file."""
+    where = f"quarantine record {storage.where(f'{FOLDER}/{key}.json')}"
     try:
         return QuarantineRecord.from_bytes(data, where, key=key)
     except FormatError as error:

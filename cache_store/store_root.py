@@ -11,6 +11,7 @@ from cache_store.difference import differences
 from cache_store.document import MAX_DOCUMENT_BYTES, canonical_copy, canonical_json, check_seal, parse, seal, take
 from cache_store.errors import FormatError, IdentityMismatchError, StoreNotFoundError
 from cache_store.field import Field
+from cache_store.room import place_of
 from cache_store.storage import Storage
 
 FORMAT_VERSION = 1
@@ -115,12 +116,13 @@ def mismatch(where: Path | str, lines: Sequence[str]) -> IdentityMismatchError:
 
 def read(storage: Storage) -> StoreRoot:
     """The root of an existing store."""
-    try:
-        data = storage.read_document(DOCUMENT, MAX_DOCUMENT_BYTES)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise StoreNotFoundError(
-            f"there is no store at {storage.place} (no {DOCUMENT}); check the path or write samples there first."
-        ) from error
+    with place_of(storage.place):
+        try:
+            data = storage.read_document(DOCUMENT, MAX_DOCUMENT_BYTES)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreNotFoundError(
+                f"there is no store at {storage.place} (no {DOCUMENT}); check the path or write samples there first."
+            ) from error
     where = f"root metadata {storage.where(DOCUMENT)}"
     try:
         return StoreRoot.from_bytes(data, where)
@@ -138,12 +140,22 @@ def open_or_create(storage: Storage, given: StoreRoot) -> tuple[StoreRoot, list[
         provenance=canonical_copy(given.provenance, "provenance"),
     )
     data = given.to_bytes()
-    if not storage.exists(DOCUMENT):
-        make_layout(storage)
-        if storage.put_if_absent(DOCUMENT, data):
-            return given, []
+    if make(storage, data):
+        return given, []
     root = read(storage)
     return root, root.check(given, storage.place)
+
+
+def make(storage: Storage, data: bytes) -> bool:
+    """A store with this root metadata, unless there is one: then `False` and nothing changes.
+
+    Raises `StoreAddressError` for a path where none can be.
+    """
+    with place_of(storage.place):
+        if storage.exists(DOCUMENT):
+            return False
+        make_layout(storage)
+        return storage.put_if_absent(DOCUMENT, data)
 
 
 def make_layout(storage: Storage) -> None:

@@ -42,6 +42,7 @@ def check(
 
     names = options.camera_names(cameras)
     options.one_of("split", split, ("train", "val", "all"))
+    options.one_of("frames", str(frames), ("1", "2", "3", "4"))
     opened = open_source(source, cameras=names)
     directory = None if out is None else _make_directory(out)
     with output.show_progress("check") as on_progress:

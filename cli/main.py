@@ -106,12 +106,21 @@ def main() -> None:
         raise SystemExit(FAILED) from None  # the one that failed has said why
     except InterruptedRunError as error:
         _fail(str(error), INTERRUPTED)
-    except KeyboardInterrupt:
+    except SystemExit as ended:
+        if ended.code != INTERRUPTED:
+            raise
+        # What Typer makes of a KeyboardInterrupt.
         _fail("interrupted; everything committed so far is kept.", INTERRUPTED)
     except (UsageError, IdentityMismatchError, StoreAddressError, StoreNotFoundError, FormatError) as error:
         _fail(str(error), BAD_INPUT)
     except (AlpacacheError, CacheStoreError) as error:
         _fail(str(error), FAILED)
+    except OSError as error:
+        _fail(
+            f"{error}. What was committed is intact: see that the place is there, may be written and has room, and run "
+            "the same command again.",
+            FAILED,
+        )
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -55,6 +55,7 @@ def prepare(
 
     names = options.camera_names(cameras)
     options.one_of("split", split, ("train", "val", "all"))
+    options.one_of("frames", str(frames), ("1", "2", "3", "4"))
     wanted = None if quota is None else parse_quota(quota)
     fit = _picture_fit(size, model)
     opened = open_source(source, cameras=names)
@@ -78,6 +79,7 @@ def prepare(
             fit=fit,
             unusable=unusable,
             settings={"split": split, "t0": t0, "samples": samples, "seed": seed, "quota": quota},
+            spec=source,
             on_sample=on_sample,
         )
     _report(out, written, wanted or {}, as_json=json)

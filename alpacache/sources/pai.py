@@ -32,7 +32,7 @@ from alpacache.sources.folder import join_cameras
 from alpacache.sources.pai_cache import REPO, LinkedCache, connection_errors, explain_hub_error
 from alpacache.sources.pai_chunks import ChunkCache, cache_directory, limit_bytes
 from alpacache.sources.retry import with_retry
-from alpacache.sources.video import WantedFrames, check_size
+from alpacache.sources.video import WantedFrames, check_stream
 
 EGOMOTION = "egomotion"
 EVENTS_FILE = "reasoning/ood_reasoning.parquet"
@@ -197,7 +197,7 @@ class PhysicalAiSource:
             frames = set(frame_indices(self._read_stamps(clip_id, camera), wanted, where=where).tolist())
             reader = self._feature(clip_id, camera)
             try:
-                check_size(reader.stream.codec_context.width, reader.stream.codec_context.height, where=where)
+                check_stream(reader.stream, where=where)
                 reader.container = WantedFrames(
                     reader.container, reader.stream, lambda pts: round(pts / reader.pts_per_frame) in frames
                 )
@@ -263,7 +263,7 @@ class PhysicalAiSource:
             reason = self._where_to_get(clip_id, feature)
             raise BadClipError(missing, f"{where}: {reason} ({error})") from error
         except (zipfile.BadZipFile, av.error.FFmpegError, pa.ArrowException, EOFError) as error:
-            raise BadClipError(damaged, f"{where} cannot be decoded ({error}); fetch the archive again.") from error
+            raise BadClipError(damaged, f"{where} cannot be decoded ({error}); fetch its file again.") from error
         except connection_errors() as error:
             if self._cache is None:
                 raise DataError(f"{where}: cannot be fetched ({error}); the same command goes on from here.") from error
@@ -280,13 +280,23 @@ class PhysicalAiSource:
         return f"not in the tree; run: hf download {REPO} {file} --repo-type dataset --local-dir {self._cache.tree}"
 
     def _read_calibration(self, clip_id: str) -> dict[str, dict[str, Any]]:
-        """Per camera its f-theta model and place, where the dataset has both."""
-        try:
-            models = self._feature(clip_id, "camera_intrinsics").camera_models
-            poses = self._feature(clip_id, "sensor_extrinsics").sensor_poses
-        except (KeyError, FileNotFoundError):
+        """Per camera its f-theta model and place, where the dataset has both. Damaged ones are a bad clip."""
+        intrinsics = self._read_lenses(clip_id, "camera_intrinsics")
+        extrinsics = self._read_lenses(clip_id, "sensor_extrinsics")
+        if intrinsics is None or extrinsics is None:
             return {}
-        return {name: _describe_lens(models[name], poses[name]) for name in CAMERAS if name in models and name in poses}
+        models, poses = intrinsics.camera_models, extrinsics.sensor_poses
+        both = [name for name in CAMERAS if name in models and name in poses]
+        with self._reading(clip_id, "camera_intrinsics", missing="wrong_shape", damaged="wrong_shape"):
+            return {name: _describe_lens(models[name], poses[name]) for name in both}
+
+    def _read_lenses(self, clip_id: str, feature: str) -> Any | None:
+        """None where the dataset or the tree has no such file, or the file not this clip."""
+        with self._reading(clip_id, feature, missing="wrong_shape", damaged="wrong_shape"):
+            try:
+                return self._feature(clip_id, feature)
+            except (KeyError, FileNotFoundError):
+                return None
 
     def _read_events(self) -> dict[str, tuple[int, ...]]:
         import pandas as pd

@@ -3,27 +3,45 @@
 `prepare` reads a source once, so that later runs, or other machines, need neither the recordings nor the devkit.
 Pictures are PNG, so a sample read back equals the one written bit for bit, unless they were asked for at the size of a
 model's processor. Work goes to `OUT.partial/` in small shards, each complete or absent, and becomes `OUT` in one
-rename: an interrupted run goes on where it stopped.
+rename: an interrupted run goes on where it stopped. A shard counts only once it is on the medium, and one process at
+a time works there.
+
+A directory to read may come from a stranger: its data files must lie in it, and no column but ours is looked at.
 """
 
+import fcntl
 import hashlib
 import json
+import os
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from alpacache.errors import BadClipError, SourceError, UsageError
+from alpacache.errors import BadClipError, DataError, SourceError, UsageError
 from alpacache.poses import EgoPoses
 from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef, Source, sort_cameras
 from alpacache.selection import Rejected
+from alpacache.sources import open_source
 from alpacache.sources.pai_cache import connection_errors
 from alpacache.sources.prepared_card import PROVENANCE, provenance, render_card
-from alpacache.sources.prepared_rows import POSES, PictureFit, check_columns, features, from_row, poses_of, to_row
-from alpacache.sources.prepared_stream import StreamedRows
+from alpacache.sources.prepared_rows import (
+    NEEDED,
+    POSES,
+    PictureFit,
+    check_columns,
+    features,
+    from_row,
+    poses_of,
+    to_row,
+)
+from alpacache.sources.prepared_stream import StreamedRows, undecoded
 
 SHARD_SAMPLES = 32
+_SPLIT = re.compile(r"\w[\w.-]*")
 Decoded = TypeVar("Decoded")
 
 
@@ -48,6 +66,7 @@ def prepare(
     fit: PictureFit | None = None,
     unusable: Sequence[Rejected] = (),
     settings: Mapping[str, Any] | None = None,
+    spec: str | None = None,
     on_sample: Callable[[SampleRef], None] | None = None,
 ) -> Prepared:
     """Write the samples `refs` of `source` to the directory `out`, which `datasets.load_from_disk` reads.
@@ -55,28 +74,39 @@ def prepare(
     Pictures are stored as they were recorded or, with `fit`, at the size of that image processor. `unusable` and
     `settings` say what `select` refused and what it was asked for; they go into the dataset's record and card.
     `on_sample` is called after each sample; what it raises stops the run, and the same call goes on later. Samples
-    with a `BadClipError` are left out and reported. Raises `UsageError` where `out` exists or a partial run had other
-    settings, `SourceError` where no sample could be used.
+    with a `BadClipError` are left out and reported; where `spec` says what `open_source` opened, only while that is
+    still there. Raises `UsageError` where `out` exists, a partial run had other settings or is at work, `SourceError`
+    where no sample could be used, `DataError` where the source has gone.
     """
     final, names = Path(out), sort_cameras(cameras)
-    if final.exists():
-        raise UsageError(f"{final} already exists; choose another --out or remove it.")
+    partial = final.with_name(f"{final.name}.partial")
+    _refuse_existing(final)
+    if unusable:
+        _check_source(spec, names, partial)
     asked = {**(settings or {}), "cameras": list(names), "frames": frames, "fit": None if fit is None else asdict(fit)}
-    partial = _open_partial(final, source, refs, asked)
     parts = [refs[start : start + SHARD_SAMPLES] for start in range(0, len(refs), SHARD_SAMPLES)]
+    shards = [partial / f"shard-{number:06d}" for number in range(len(parts))]
 
     def to_rows(ref: SampleRef) -> dict[str, Any]:
-        return to_row(source.load(ref, cameras=names, frames=frames), source=source.name, fit=fit)
+        try:
+            sample = source.load(ref, cameras=names, frames=frames)
+        except BadClipError:
+            _check_source(spec, names, partial)
+            raise
+        return to_row(sample, source=source.name, fit=fit)
 
-    reports = [
-        _write_shard(partial / f"shard-{number:06d}", to_rows, part, on_sample) for number, part in enumerate(parts)
-    ]
-    rejected = [(name, error.kind, str(error)) for name, error in unusable]
-    rejected += [(name, kind, message) for report in reports for name, kind, message in report]
-    if all(len(report) == len(part) for report, part in zip(reports, parts, strict=True)):
-        reason = f" The first reason: {rejected[0][2]}" if rejected else ""
-        raise SourceError(f"{source.name}: none of {len(refs)} samples can be used.{reason}")
-    record = _finish(partial, final, source.name, asked, rejected)
+    partial.mkdir(parents=True, exist_ok=True)
+    with _alone(partial):
+        _refuse_existing(final)  # by one that has just finished
+        _settle_plan(partial, source, refs, asked)
+        reports = [_write_shard(base, to_rows, part, on_sample) for base, part in zip(shards, parts, strict=True)]
+        rejected = [(name, error.kind, str(error)) for name, error in unusable]
+        rejected += [(name, kind, message) for report in reports for name, kind, message in report]
+        if all(len(report) == len(part) for report, part in zip(reports, parts, strict=True)):
+            reason = f" The first reason: {rejected[0][2]}" if rejected else ""
+            raise SourceError(f"{source.name}: none of {len(refs)} samples can be used.{reason}")
+        record = _finish(shards, final, source.name, asked, rejected)
+    shutil.rmtree(partial)  # its lock is no longer open: NFS keeps the names of open files
     return Prepared(samples=record["samples"], rejected=tuple(rejected), provenance=record)
 
 
@@ -143,7 +173,8 @@ def open_prepared(place: str) -> PreparedSource:
 
     directory = Path(place)
     name = f"hf:{directory.resolve().name if directory.is_dir() else place}"
-    failures = (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError, *connection_errors())
+    unreadable = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError)
+    failures = (*unreadable, datasets.exceptions.DatasetsError, *connection_errors())
     try:
         if directory.is_dir() and _is_saved(directory):
             return PreparedSource(_SavedRows(directory, name), name=name)
@@ -170,8 +201,7 @@ class _SavedRows:
         if isinstance(dataset, dict):
             dataset = datasets.concatenate_datasets(list(dataset.values()))
         check_columns(dataset.column_names, name)
-        pictures, rows = features()["frames"], dataset.with_format(None)
-        self._rows = rows if rows.features["frames"] == pictures else rows.cast_column("frames", pictures)
+        self._rows = undecoded(dataset.with_format(None).select_columns(list(NEEDED)), name)
         self._poses = self._rows.select_columns(list(POSES))
         self.ids: Sequence[str] = list(self._rows["sample_id"])
 
@@ -205,17 +235,50 @@ def _remedy(place: str, error: Exception) -> str:
     )
 
 
-def _open_partial(final: Path, source: Source, refs: Sequence[SampleRef], asked: Mapping[str, Any]) -> Path:
-    """The working directory, new or of an earlier run with the same settings."""
-    partial = final.with_name(f"{final.name}.partial")
+def _refuse_existing(final: Path) -> None:
+    if final.exists():
+        raise UsageError(f"{final} already exists; choose another --out or remove it.")
+
+
+def _check_source(spec: str | None, cameras: Sequence[str], partial: Path) -> None:
+    """Tell a bad clip from a source that has gone: only the first is the clip's fault."""
+    if spec is None or spec == "pai" or spec.startswith("hf:"):
+        return  # readers of the hub, and of prepared samples, tell the two apart
+    try:
+        open_source(spec, cameras=cameras)
+    except (UsageError, OSError) as error:
+        raise DataError(
+            f"{spec} was there when the run began and is not any more ({error}) No sample was left out for it; bring "
+            f"the source back and run the same command again: it goes on with what is in {partial}."
+        ) from error
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Keep other processes out of the working directory; the kernel drops the lock of a killed one."""
+    with (partial / "lock").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another prepare is at work in {partial}; wait until it is done or choose another --out."
+            ) from None
+        except OSError as error:
+            raise UsageError(
+                f"{partial} cannot be locked ({error}); choose an --out on another file system."
+            ) from error
+        yield
+
+
+def _settle_plan(partial: Path, source: Source, refs: Sequence[SampleRef], asked: Mapping[str, Any]) -> None:
+    """Note what the working directory is for, or see that an earlier run there had the same settings."""
     ids = hashlib.sha256("\n".join(ref.sample_id for ref in refs).encode()).hexdigest()
     plan = json.dumps({"source": source.name, "samples": ids, **asked})
-    partial.mkdir(parents=True, exist_ok=True)
     file = partial / "plan.json"
-    if file.exists() and file.read_text() != plan:
+    if not file.exists():
+        _write_flushed(file, plan)
+    elif file.read_text() != plan:
         raise UsageError(f"{partial} belongs to a run with other settings; remove it or choose another --out.")
-    file.write_text(plan)
-    return partial
 
 
 def _write_shard(
@@ -224,15 +287,19 @@ def _write_shard(
     refs: Sequence[SampleRef],
     on_sample: Callable[[SampleRef], None] | None,
 ) -> list[list[str]]:
-    """Write `base.arrow`, then `base.json` with the rejected samples; the latter's presence means done."""
+    """Write `base.arrow`, then `base.json` with its count of rows and the rejected samples, which are returned.
+
+    A shard that is there already, whole, is left as it is.
+    """
     import pyarrow as pa
 
-    report = base.with_suffix(".json")
-    if report.exists():
-        done: list[list[str]] = json.loads(report.read_text())
+    report, arrow = base.with_suffix(".json"), base.with_suffix(".arrow")
+    done = _read_report(report, arrow, len(refs))
+    if done is not None:
         return done
+    report.unlink(missing_ok=True)
     schema, rejected = features().arrow_schema, []
-    with pa.OSFile(str(base.with_suffix(".arrow")), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+    with pa.OSFile(str(arrow), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for ref in refs:
             try:
                 writer.write_batch(pa.RecordBatch.from_pylist([to_rows(ref)], schema=schema))
@@ -240,37 +307,78 @@ def _write_shard(
                 rejected.append([ref.sample_id, error.kind, str(error)])
             if on_sample is not None:
                 on_sample(ref)
-    temporary = base.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rejected))
-    temporary.replace(report)
+    _flush(arrow)
+    _write_flushed(report, json.dumps({"rows": len(refs) - len(rejected), "rejected": rejected}))
     return rejected
 
 
+def _read_report(report: Path, arrow: Path, samples: int) -> list[list[str]] | None:
+    """The rejected samples of a shard; None unless its report and as many rows as that says are there."""
+    import pyarrow as pa
+
+    try:
+        found = json.loads(report.read_text())
+        with pa.memory_map(str(arrow)) as file, pa.ipc.open_stream(file) as stream:
+            rows = sum(batch.num_rows for batch in stream)
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    if not isinstance(found, dict) or found.get("rows") != rows:  # a list, of an earlier version
+        return None
+    rejected: list[list[str]] = found["rejected"]
+    return rejected if rows + len(rejected) == samples else None
+
+
 def _finish(
-    partial: Path, final: Path, source_name: str, asked: Mapping[str, Any], rejected: Sequence[tuple[str, str, str]]
+    shards: Sequence[Path],
+    final: Path,
+    source_name: str,
+    asked: Mapping[str, Any],
+    rejected: Sequence[tuple[str, str, str]],
 ) -> dict[str, Any]:
-    """Join the shards, add record and card, and give the directory its name. The record."""
+    """Join the shards, add record and card, and give the directory its name once all is on the medium. The record."""
     from datasets import Dataset, concatenate_datasets
 
-    shards = [Dataset.from_file(str(file)) for file in sorted(partial.glob("shard-*.arrow"))]
-    rows = concatenate_datasets([shard for shard in shards if len(shard)])
+    parts = [Dataset.from_file(str(shard.with_suffix(".arrow"))) for shard in shards]
+    rows = concatenate_datasets([part for part in parts if len(part)])
     record = provenance(rows, source=source_name, settings=asked, rejected=rejected)
     rows.info.description = f"{len(rows)} driving samples from {source_name}, written by alpacache prepare."
-    done = partial / "done"
+    done = shards[0].with_name("done")
     shutil.rmtree(done, ignore_errors=True)
     rows.save_to_disk(done)
     (done / PROVENANCE).write_text(json.dumps(record, indent=1) + "\n")
     (done / "README.md").write_text(render_card(record), encoding="utf-8")
+    for path in (*done.iterdir(), done):
+        _flush(path)
     done.replace(final)
-    shutil.rmtree(partial)
+    _flush(final.parent)
     return record
 
 
+def _write_flushed(file: Path, text: str) -> None:
+    """Whole and on the medium, or not there under this name."""
+    draft = file.with_suffix(".tmp")
+    draft.write_text(text)
+    _flush(draft)
+    draft.replace(file)
+    _flush(file.parent)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the medium."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _refuse_outside_files(directory: Path) -> None:
-    """Data files are named in `state.json`; those of a prepared dataset lie next to it."""
-    state = directory / "state.json"
-    if not state.is_file():
-        return
-    for entry in json.loads(state.read_text())["_data_files"]:
-        if not (directory / entry["filename"]).resolve().is_relative_to(directory.resolve()):
-            raise SourceError(f"{state} names a file outside its directory: {entry['filename']!r}.")
+    """Data files are named in the `state.json` of a dataset or of each split; those we read lie in its directory."""
+    index = directory / "dataset_dict.json"
+    for split in json.loads(index.read_text())["splits"] if index.is_file() else ():
+        if not isinstance(split, str) or not _SPLIT.fullmatch(split):
+            raise SourceError(f"{index} names a split {split!r}; expected a plain name such as 'train'.")
+    for state in (*directory.glob("state.json"), *directory.glob("*/state.json")):
+        for entry in json.loads(state.read_text())["_data_files"]:
+            if not (state.parent / entry["filename"]).resolve().is_relative_to(directory.resolve()):
+                raise SourceError(f"{state} names a file outside its directory: {entry['filename']!r}.")

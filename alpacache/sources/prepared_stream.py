@@ -5,14 +5,16 @@ other: going forward is cheap, going back means opening a file again, so rows th
 the right order are kept for a moment.
 """
 
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain
+from pathlib import Path
 from typing import Any
 
-from alpacache.errors import DataError
-from alpacache.sources.prepared_rows import POSES, check_columns, features
+from alpacache.errors import DataError, SourceError
+from alpacache.sources.prepared_rows import NEEDED, POSES, check_columns, features
 
 ROWS_KEPT = 16
 """Of the rows passed last, whole ones: at most so many times a sample's PNG bytes in RAM."""
@@ -28,14 +30,17 @@ class StreamedRows:
         """
         ids = _files(place, ["sample_id"])
         self.place = place
-        self._whole, self._poses = _Cursor(_files(place, None)), _Cursor(_files(place, ["sample_id", *POSES]))
+        whole = _files(place, NEEDED)
+        for file in whole:
+            check_columns(file.column_names or (), place)
+        self._whole, self._poses = _Cursor(whole), _Cursor(_files(place, ["sample_id", *POSES]))
         each = [[row["sample_id"] for row in file] for file in ids]
         self.ids: Sequence[str] = list(chain.from_iterable(each))
         self._starts = list(accumulate(map(len, each[:-1]), initial=0))
         """Number of the first row of each file."""
 
     def row(self, number: int) -> dict[str, Any]:
-        """All of a row; raises `DataError` where the stream breaks off."""
+        """What is read of a row; raises `DataError` where the stream breaks off."""
         return self._read(self._whole, number)
 
     def poses(self, number: int) -> dict[str, Any]:
@@ -89,19 +94,39 @@ class _Cursor:
             self._kept.popitem(last=False)
 
 
-def _files(place: str, columns: list[str] | None) -> list[Any]:
-    """One stream a parquet file, in a fixed order."""
+def undecoded(rows: Any, place: str) -> Any:
+    """The same rows, pictures left as the bytes they are.
+
+    Raises `SourceError` where another column is one of pictures or the like: `datasets` would open whatever path or
+    address a row names.
+    """
+    from datasets.features.features import require_decoding
+
+    pictures = features()["frames"]
+    if rows.features.get("frames", pictures) != pictures:
+        rows = rows.cast_column("frames", pictures)
+    for column, kind in rows.features.items():
+        if require_decoding(kind):
+            raise SourceError(f"{place}: column {column} is of type {kind}; was it written by `alpacache prepare`?")
+    return rows
+
+
+def _files(place: str, columns: Sequence[str]) -> list[Any]:
+    """One stream of these columns a parquet file, in a fixed order; of the others nothing is read."""
     import datasets
 
-    loaded = datasets.load_dataset(place, streaming=True, columns=columns)
+    builder = datasets.load_dataset_builder(place, columns=list(columns))
+    _refuse_outside_files([file for files in builder.config.data_files.values() for file in files], place)
+    loaded = builder.as_streaming_dataset()
     splits = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
-    if columns is None:
-        splits = [_with_embedded_pictures(split, place) for split in splits]
+    splits = [undecoded(split, place) for split in splits]
     return [split.shard(num_shards=split.num_shards, index=n) for split in splits for n in range(split.num_shards)]
 
 
-def _with_embedded_pictures(rows: Any, place: str) -> Any:
-    """Columns as expected; pictures are left as the bytes they are."""
-    check_columns(rows.column_names or (), place)
-    pictures = features()["frames"]
-    return rows if rows.features["frames"] == pictures else rows.cast_column("frames", pictures)
+def _refuse_outside_files(files: Iterable[str], place: str) -> None:
+    """A card may name files anywhere; a directory's own lie in it, a repository's on the hub."""
+    roots = (os.path.normpath(Path.cwd() / place), Path(place).resolve()) if Path(place).is_dir() else ()
+    for file in files:
+        path = Path(os.path.normpath(file))
+        if not (any(path.is_relative_to(root) for root in roots) if roots else file.startswith("hf://")):
+            raise SourceError(f"hf:{place}: its README.md names a file outside of it: {file!r}.")

@@ -30,16 +30,18 @@ def read_mp4(file: Path, indices: Sequence[int], *, count: int, where: str) -> N
     import av
 
     try:
-        with av.open(str(file)) as container:
+        with av.open(str(file), metadata_errors="replace") as container:  # a dashcam's names are in any encoding
             if not container.streams.video:
                 raise BadClipError("undecodable_video", f"{where}: {file.name} holds no video stream.")
             stream = container.streams.video[0]
-            check_size(stream.codec_context.width, stream.codec_context.height, where=where)
+            check_stream(stream, where=f"{where}: {file.name}")
             packets = [packet for packet in container.demux(stream) if packet.pts is not None]
             times, keys = sorted(one.pts for one in packets), [one.pts for one in packets if one.is_keyframe]
             _check_count(len(times), count, where=f"{where}: {file.name}")
             found = _decode(container, stream, sorted({times[index] for index in indices}), keys)
-    except (av.error.FFmpegError, OSError) as error:
+    except BadClipError:
+        raise
+    except (av.error.FFmpegError, OSError, ValueError) as error:
         raise BadClipError(
             "undecodable_video",
             f"{where}: {file.name} cannot be decoded ({error}); it may be truncated. Copy it again.",
@@ -84,6 +86,17 @@ def stack(frames: Sequence[NDArray[np.uint8]], *, where: str) -> NDArray[np.uint
             f"{where}: frames of different sizes (height, width): {', '.join(map(str, sizes))}; one size a sample.",
         )
     return np.stack(frames).transpose(0, 3, 1, 2)
+
+
+def check_stream(stream: Any, *, where: str) -> None:
+    """Refuse video that this FFmpeg has no decoder for, and frames nobody's camera makes."""
+    codec = stream.codec_context
+    if codec is None:
+        raise BadClipError(
+            "undecodable_video",
+            f"{where}: its codec is unknown to FFmpeg; encode it again as H.264, or copy it again if it is damaged.",
+        )
+    check_size(codec.width, codec.height, where=where)
 
 
 def check_size(width: int, height: int, *, where: str) -> None:

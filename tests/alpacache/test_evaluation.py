@@ -1,6 +1,7 @@
 """Evaluation from cached features: same noise for all, independent of batch size, everything written."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -97,6 +98,21 @@ def test_files(trained, tiny_checkpoint, tmp_path):
     for name in ("best", "median", "worst", "sample-000"):
         assert (tmp_path / "pictures" / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "<html" in (tmp_path / "report.html").read_text()[:500]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(trained, tiny_checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"--out .*file.* name another directory"):
+        alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "file"))
+
+
+def test_a_checkpoint_may_have_another_name(trained, tiny_checkpoint, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(trained / "run" / "metrics.jsonl", tmp_path / "run")
+    good = tmp_path / "run" / "checkpoints" / "good"
+    shutil.copytree((trained / "run" / "last").resolve(), good)
+    alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "eval", checkpoint=str(good)))
+    assert "losses" in (tmp_path / "eval" / "report.html").read_text().lower()
 
 
 def test_a_run_on_another_base_is_refused(trained, tiny_checkpoint, tiny_checkpoint_15, tmp_path):

@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 import weakref
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_what_was_read_is_not_kept():
         return one
 
     most = 0
-    for number, future in read_ahead(range(50), make, workers=3, ahead=5):
+    for number, future in read_ahead(range(15), make, workers=3, ahead=5):
         future.result()
         del future
         gc.collect()
@@ -197,6 +198,30 @@ def test_an_error_lets_the_others_finish_first(tmp_path):
         assert writer.in_hand == 0
         assert len(CacheReader(tmp_path / "store")) == len(begun) - 1
     assert len(begun) < 12
+
+
+@pytest.mark.parametrize("asked", [1, 2, 3])
+def test_a_write_that_ends_while_it_is_asked_for_is_not_forgotten(asked):
+    class Ending(Future):
+        """Ends once it was asked so often."""
+
+        left = asked
+
+        def done(self):
+            ended = super().done()
+            self.left -= 1
+            if self.left == 0:
+                self.set_exception(StoreFullError("no room"))
+            return ended
+
+    def collect(writers):
+        for _ in range(3):
+            writers.collect()
+
+    with HostCopies(torch.device("cpu"), 1) as copies, Writers(None, copies, threads=1) as writers:
+        writers._begun = [Ending()]
+        with pytest.raises(StoreFullError, match="no room"):
+            collect(writers)
 
 
 def test_leaving_by_an_error_commits_what_is_on_its_way(tmp_path):

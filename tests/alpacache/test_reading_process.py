@@ -110,6 +110,18 @@ def test_a_process_that_was_killed_is_named_with_what_helps(config):
             read(REFS[1])
 
 
+def test_what_is_printed_while_libraries_are_imported_is_no_answer(config, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('welcome to this cluster', flush=True)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with ReadingProcesses(config, 1, pinned_for=None) as read:
+        assert read(REFS[0]).sample_id == REFS[0].sample_id
+
+
+def test_a_terminal_interrupts_the_process_that_decides_alone(config):
+    with ReadingProcesses(config, 1, pinned_for=None) as read:
+        assert os.getpgid(read._processes[0].pid) != os.getpgid(0)
+
+
 def test_processes_end_with_their_parent(config):
     program = f"""
 import time

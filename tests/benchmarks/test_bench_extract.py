@@ -80,16 +80,23 @@ def test_the_quick_benchmark(quick):
 def test_scaling_counts_while_all_processes_are_at_work():
     # One begins at 0 and ends at 10, the other begins at 4 and ends at 14: between 4 and 10 both commit one a second.
     one, other = list(range(11)), list(range(4, 15))
-    assert bench_extract_scaling.rate_together([one, other]) == pytest.approx(2)
-    assert bench_extract_scaling.rate_together([one]) == pytest.approx(1)
-    assert bench_extract_scaling.rate_together([[0.0, 1.0], [2.0, 3.0]]) is None
-    assert bench_extract_scaling.rate_together([[1.0], [1.0]]) is None
+    assert bench_extract_scaling.rate_together([one, other], ahead=0) == pytest.approx(2, rel=0.1)
+    assert bench_extract_scaling.rate_together([one], ahead=0) == pytest.approx(1)
+    assert bench_extract_scaling.rate_together([[0.0, 1.0], [2.0, 3.0]], ahead=0) is None
+    assert bench_extract_scaling.rate_together([[1.0], [1.0]], ahead=0) is None
+
+
+def test_what_was_read_ahead_does_not_count():
+    # Three are there at once, and the last three come as fast as the others were ahead of them.
+    moments = [0.0, 0.01, 0.02, 1.0, 2.0, 3.0, 4.0, 5.0, 5.01, 5.02]
+    assert bench_extract_scaling.rate_together([moments], ahead=2) == pytest.approx(1, rel=0.01)
+    assert bench_extract_scaling.rate_together([moments], ahead=0) > 1.2
 
 
 @pytest.mark.slow
 def test_the_quick_scaling_benchmark(quick):
     one, two = quick("bench_extract_scaling.py")
-    assert [(row["gpus"], row["samples"]) for row in (one, two)] == [(1, 4), (2, 8)]
+    assert [(row["gpus"], row["samples"]) for row in (one, two)] == [(1, 6), (2, 12)]
     assert one["samples_s"] > 0
     if two["samples_s"]:  # so few samples are at times not written at the same time
         assert two["efficiency"] == pytest.approx(two["samples_s"] / one["samples_s"] / 2)

@@ -1,5 +1,6 @@
 """Copies between folders and buckets: the same bytes, resumed after any interruption, never a torn sample."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cache_store import (
     IdentityMismatchError,
     ObjectStorageError,
     StoreAddressError,
+    StoreFullError,
     StoreNotFoundError,
     copy,
     copying,
@@ -214,3 +216,60 @@ def test_what_nobody_committed_is_not_copied(source, tmp_path) -> None:
     copy(source, tmp_path / "copy")
     assert not (tmp_path / "copy" / "samples" / orphan.name).exists()
     assert np.all(CacheReader(tmp_path / "copy").read("clip/1@5#0")["length"] == 7)
+
+
+def test_a_target_that_can_be_no_folder_is_refused(source) -> None:
+    file = source / "zarr.json"
+    for target, reason in (
+        (file / "x", f"Not a directory ({file})"),
+        (file, f"Not a directory ({file})"),
+        (Path("/dev/null/x"), "Not a directory (/dev/null)"),
+        (Path("/proc/x"), "No such file or directory (/proc/x)"),
+    ):
+        with pytest.raises(StoreAddressError) as refused:
+            copy(source, target)
+        assert f"cannot open or make a store at {target}: {reason}. Correct the path" in str(refused.value)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_read_only_target_is_refused(source, kit, tmp_path, monkeypatch, begun) -> None:
+    if begun:
+        copy(source, tmp_path / "copy")
+        with kit.writer(source) as writer:
+            writer.write("third", kit.sample(3))
+
+    def read_only(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", os.fspath(path))
+
+    monkeypatch.setattr(os, "mkdir", read_only)
+    with pytest.raises(StoreAddressError, match=f"{tmp_path / 'copy'}: Read-only file system .*see to the permissions"):
+        copy(source, tmp_path / "copy")
+
+
+def test_a_source_that_may_not_be_read_is_not_put_on_the_target(source, tmp_path, monkeypatch) -> None:
+    real = os.open
+
+    def closed(path, *args, **kwargs):
+        if os.fspath(path).startswith(str(source)) and "/hidden/c." in os.fspath(path):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", closed)
+    with pytest.raises(PermissionError, match="hidden/c"):
+        copy(source, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(("name", "what"), [("quarantine/", "quarantine record of sample 'bad'"), ("index", "index")])
+def test_a_full_disk_at_the_last_records_is_named(source, tmp_path, monkeypatch, name, what) -> None:
+    put = LocalStorage.put
+
+    def full(self, relative, parts):
+        if relative.startswith(name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(self, relative, parts)
+
+    monkeypatch.setattr(LocalStorage, "put", full)
+    monkeypatch.setattr(LocalStorage, "threads", 2)  # as object storage has, so that the copy gets an index
+    with pytest.raises(StoreFullError, match=f"cannot write the {what} to {tmp_path / 'copy'}: the disk is full"):
+        copy(source, tmp_path / "copy")
+    assert len(CacheReader(tmp_path / "copy")) == 2

@@ -1,3 +1,4 @@
+import errno
 import os
 import time
 import tracemalloc
@@ -6,7 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache_store import CacheReader, CacheWriter, Field, FormatError, SampleNotFoundError, build_index, index
+from cache_store import (
+    CacheReader,
+    CacheWriter,
+    Field,
+    FormatError,
+    SampleNotFoundError,
+    StoreFullError,
+    build_index,
+    index,
+)
 from cache_store.local_storage import LocalStorage
 from cache_store.sample_ids import SampleIds
 
@@ -70,6 +80,47 @@ def test_a_damaged_index_is_as_none(store, damage) -> None:
         path.write_bytes({"flip": data[:-1] + b"!", "cut": data[:-1], "empty": b"", "text": b"x" * 500}[damage])
     assert index.read(LocalStorage(store)) is None
     assert CacheReader(store).sample_ids == ("clip/1@5#0", "clip/2@5#0")
+
+
+def test_an_index_takes_the_memory_of_its_size_and_not_of_its_limit(store) -> None:
+    settle(store)
+    build_index(store)
+    tracemalloc.start()
+    found = index.read(LocalStorage(store))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found is not None
+    assert peak < 2**20 < index.MAX_BYTES
+
+
+def test_a_document_above_its_limit_is_refused_also_if_it_grows_while_it_is_read(store, monkeypatch) -> None:
+    (store / "index").write_bytes(b"12345678")
+    storage = LocalStorage(store)
+    assert storage.read_document("index", 8) == b"12345678"
+    with pytest.raises(FormatError, match="has 8 bytes; a document of a store has at most 7"):
+        storage.read_document("index", 7)
+    status = os.fstat
+
+    def then_it_grows(descriptor):
+        found = status(descriptor)
+        with (store / "index").open("ab") as file:
+            file.write(b"9")
+        return found
+
+    monkeypatch.setattr(os, "fstat", then_it_grows)
+    with pytest.raises(FormatError, match="has 9 bytes; a document of a store has at most 8"):
+        storage.read_document("index", 8)
+
+
+def test_a_full_disk_is_named(store, monkeypatch) -> None:
+    settle(store)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LocalStorage, "put", full)
+    with pytest.raises(StoreFullError, match=r"cannot write the index to .*: the disk is full"):
+        build_index(store)
 
 
 def test_the_record_is_the_truth(store) -> None:

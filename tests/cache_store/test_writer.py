@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cache_store import CacheReader, CacheWriter, Field, IdentityMismatchError, StoreFullError, local_files, verify
-from cache_store.errors import FormatError, UnsupportedFileSystemError
+from cache_store.errors import FormatError, StoreAddressError, UnsupportedFileSystemError
 from cache_store.sample_key import sample_key
 from cache_store.writer import committed_keys
 
@@ -237,6 +237,27 @@ def test_a_full_disk_at_any_step_leaves_nothing_visible(store, kit, monkeypatch,
             assert (report.orphans, report.stale_temporaries) == ((), 0)
     assert step > 0
     assert writer.is_committed("new")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_store_that_may_not_be_written_is_named(store, kit, tmp_path, monkeypatch, code) -> None:
+    """Also one that is there: then it is the first sample that is refused."""
+    writer = kit.writer(store)
+
+    def refused(path, *_, **__):
+        raise OSError(code, os.strerror(code), os.fspath(path))
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    with pytest.raises(StoreAddressError, match=f"store at {tmp_path / 'new'}: {os.strerror(code)} .*Correct the path"):
+        kit.writer(tmp_path / "new")
+    with pytest.raises(StoreAddressError, match=f"sample 'new' to {store}: {os.strerror(code)} .*intact; see to"):
+        writer.write("new", kit.sample(3))
+
+
+def test_a_path_through_a_file_is_named(store, kit) -> None:
+    for path in (store / "zarr.json", store / "zarr.json" / "deeper"):
+        with pytest.raises(StoreAddressError, match=r"Not a directory \(.*/store/zarr\.json\)\. Correct the path"):
+            kit.writer(path)
 
 
 def test_a_file_system_without_hard_links_is_named(tmp_path, kit, monkeypatch) -> None:

@@ -1,9 +1,13 @@
 """Commands as a user types them."""
 
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from cli import main
 
 
 @pytest.fixture(scope="session")
@@ -15,5 +19,26 @@ def run():
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         return done
+
+    return call
+
+
+@pytest.fixture
+def run_here(capsys, monkeypatch):
+    """The same within this process, which takes a second where a process of its own takes five."""
+
+    def call(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["alpacache", *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGTERM)
+        found = 0
+        try:
+            main.main()
+        except SystemExit as ended:
+            found = ended.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        printed = capsys.readouterr()
+        assert found == code, printed.err
+        return SimpleNamespace(stdout=printed.out, stderr=printed.err)
 
     return call

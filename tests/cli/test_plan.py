@@ -12,8 +12,8 @@ ASK = ("--samples", "1000", "--codec", "int8", "--epochs", "10", "--batch-size",
 
 
 @pytest.fixture
-def run(run):
-    return partial(run, "plan")
+def run(run_here):
+    return partial(run_here, "plan")
 
 
 def test_json_is_one_object_with_every_number(tmp_path, run):

@@ -23,8 +23,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def run(run):
-    return partial(run, "prepare")
+def run(run_here):
+    return partial(run_here, "prepare")
 
 
 def extracted(source, model, store, **options):
@@ -92,6 +92,8 @@ def test_quota_seed_and_processor_size(model, tmp_path, run):
         (["--size", "small"], "expected original, processor"),
         (["--model", "x"], "--size processor only"),
         (["--split", "test"], "expected train, val, all"),
+        (["--frames", "0"], "--frames is '0'; expected 1, 2, 3, 4."),
+        (["--frames", "5"], "--frames is '5'; expected 1, 2, 3, 4."),
     ],
 )
 def test_bad_usage_is_exit_2_and_nothing_is_written(arguments, said, tmp_path, run):

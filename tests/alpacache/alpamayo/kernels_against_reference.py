@@ -123,7 +123,8 @@ if __name__ == "__main__":
     size = {} if DEVICE == "cpu" else {"heads": 16, "kv_heads": 8, "tokens": 64}
     for name in (None, "int8", "fp8", "int5", "int4"):
         check(name, [75, 200, 1], 1, False, **size)
-        check(name, [150, 33], 3, True, **size)
+        if DEVICE == "cuda" or name in (None, "int8", "int4"):  # the interpreter takes ten seconds for each
+            check(name, [150, 33], 3, True, **size)
     if DEVICE == "cuda":
         check("int8", [3050, 2900, 809, 1], 1, False, **size)
         check("int8", [809], 1, False, **size)

@@ -150,6 +150,25 @@ def test_without_calibration(tree):
     assert load(open_tree(tree)).calibration is None
 
 
+@pytest.mark.parametrize("feature", ["camera_intrinsics", "sensor_extrinsics"])
+def test_damaged_calibration_is_a_bad_clip_of_its_chunk(tree, feature):
+    file = tree / f"calibration/{feature}/{feature}.chunk_0000.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+    source = open_tree(tree)
+    with pytest.raises(BadClipError, match=f"^{CLIPS[0]}: {feature} cannot be decoded .*; fetch its file") as error:
+        load(source)
+    assert error.value.kind == "wrong_shape"
+    assert load(source, CLIPS[2]).calibration is not None
+
+
+def test_a_lens_without_numbers_is_a_bad_clip(tree):
+    file = tree / "calibration/camera_intrinsics/camera_intrinsics.chunk_0000.parquet"
+    table = pd.read_parquet(file)
+    table.assign(width=np.nan).to_parquet(file)
+    with pytest.raises(BadClipError, match=f"{CLIPS[0]}: camera_intrinsics cannot be decoded by the devkit .*NaN"):
+        load(open_tree(tree))
+
+
 def test_invalid_clips_are_left_out(tree):
     index = pd.read_parquet(tree / "clip_index.parquet")
     index.loc[CLIPS[1], "clip_is_valid"] = False
@@ -227,6 +246,10 @@ def break_tree(tree, how):
             return edit_table(data, stamps[how]) if name.endswith("parquet") else data
         if how == "no member" or name.endswith("parquet"):
             return None if how == "no member" else data
+        if how == "codec":
+            return b"zzzz".join(data.rsplit(b"avc1", 1))
+        if how == "handler":
+            return data.replace(b"VideoHandler", b"\xff\xfeVideoHand")
         return {"truncated": data[: len(data) // 2], "garbage": b"garbage" * 99, "empty": b""}[how]
 
     if how in tables:
@@ -254,6 +277,8 @@ def break_tree(tree, how):
         ("truncated", "undecodable_video", "cannot be decoded"),
         ("garbage", "undecodable_video", "cannot be decoded"),
         ("empty", "undecodable_video", "cannot be decoded"),
+        ("codec", "undecodable_video", "its codec is unknown to FFmpeg"),
+        ("handler", "undecodable_video", "cannot be decoded by the devkit .*utf-8"),
         ("nan", "not_finite", "1 of 245 poses hold NaN"),
         ("pose order", "time_order", "in row 50"),
         ("frame order", "time_order", "in row 20"),

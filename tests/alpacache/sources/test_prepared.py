@@ -1,10 +1,14 @@
+import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
+from PIL import Image as Picture
 
-from alpacache.errors import BadClipError, InterruptedRunError, SourceError, UsageError
+from alpacache.errors import BadClipError, DataError, InterruptedRunError, SourceError, UsageError
 from alpacache.sample import SampleRef
 from alpacache.selection import select
 from alpacache.sources import open_source
@@ -83,6 +87,31 @@ def test_bad_samples_are_reported_and_left_out(folder, tmp_path):
         prepare(source, refs_of(source), tmp_path / "none", cameras=[FRONT], frames=1)
 
 
+def test_a_source_that_vanishes_costs_no_sample(folder, tmp_path):
+    """`a` is written, then the folder is unmounted: `b` is not to blame."""
+    source, out, away = FolderSource(folder), tmp_path / "out", tmp_path / "away"
+    options = {"cameras": [FRONT], "frames": 1, "spec": f"folder:{folder}"}
+    with pytest.raises(DataError, match=r"was there when the run began and is not any more .*bring the source back"):
+        prepare(source, refs_of(source), out, **options, on_sample=lambda ref: folder.rename(away))
+    assert not out.exists()
+    assert [file.name for file in (tmp_path / "out.partial").glob("shard-*.json")] == []
+    away.rename(folder)
+    report = prepare(source, refs_of(source), out, **options)
+    assert (report.samples, report.rejected) == (2, ())
+
+
+def test_clips_refused_while_the_source_vanished_are_not_noted(folder, tmp_path):
+    source = FolderSource(folder)
+    refs, unusable = refs_of(source), [("c", BadClipError("missing_poses", "c: no poses."))]
+    options = {"cameras": [FRONT], "frames": 1, "unusable": unusable, "spec": f"folder:{folder}"}
+    folder.rename(tmp_path / "away")
+    with pytest.raises(DataError, match="is not any more"):
+        prepare(source, refs, tmp_path / "out", **options)
+    assert not (tmp_path / "out.partial").exists()
+    (tmp_path / "away").rename(folder)
+    assert prepare(source, refs, tmp_path / "out", **options).rejected == (("c", "missing_poses", "c: no poses."),)
+
+
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, assert_same):
     monkeypatch.setattr("alpacache.sources.prepared.SHARD_SAMPLES", 2)
     refs, seen = refs_of(DRIVES), []
@@ -109,6 +138,99 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, assert_same):
         prepare(DRIVES, refs, out, cameras=[FRONT], frames=1)
 
 
+def test_one_process_at_a_time(tmp_path):
+    refs, out, met = refs_of(DRIVES), tmp_path / "out", []
+
+    def another(ref):
+        with pytest.raises(UsageError, match=r"another prepare is at work in .*out\.partial; wait") as error:
+            prepare(DRIVES, refs, out, cameras=[FRONT], frames=1)
+        met.append(error)
+
+    assert prepare(DRIVES, refs, out, cameras=[FRONT], frames=1, on_sample=another).samples == 5
+    assert len(met) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def stop_in_second_shard(out, monkeypatch):
+    """Leaves shard 0, of 2 samples, done."""
+    monkeypatch.setattr("alpacache.sources.prepared.SHARD_SAMPLES", 2)
+    seen = []
+
+    def stop(ref):
+        seen.append(ref)
+        if len(seen) == 3:
+            raise InterruptedRunError("stop")
+
+    with pytest.raises(InterruptedRunError):
+        prepare(DRIVES, refs_of(DRIVES), out, cameras=[FRONT], frames=1, on_sample=stop)
+    return out.with_name("out.partial")
+
+
+def lose_a_row(partial):
+    import pyarrow as pa
+
+    with pa.OSFile(str(partial / "shard-000000.arrow")) as file:
+        table = pa.ipc.open_stream(file).read_all().slice(0, 1)
+    with pa.ipc.new_stream(str(partial / "shard-000000.arrow"), table.schema) as writer:
+        writer.write_table(table)
+
+
+def cut_short(partial):
+    arrow = partial / "shard-000000.arrow"
+    arrow.write_bytes(arrow.read_bytes()[: arrow.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lose_a_row,
+        cut_short,
+        lambda partial: (partial / "shard-000000.arrow").write_bytes(b""),
+        lambda partial: (partial / "shard-000000.arrow").unlink(),
+        lambda partial: (partial / "shard-000000.json").write_text(""),
+        lambda partial: (partial / "shard-000000.json").write_text("[]"),
+    ],
+    ids=["fewer rows", "half a file", "empty file", "no file", "empty report", "report without a count"],
+)
+def test_a_damaged_shard_is_made_again(tmp_path, monkeypatch, damage, assert_same):
+    partial = stop_in_second_shard(tmp_path / "out", monkeypatch)
+    assert json.loads((partial / "shard-000000.json").read_text()) == {"rows": 2, "rejected": []}
+    damage(partial)
+    again = []
+    prepare(DRIVES, refs_of(DRIVES), tmp_path / "out", cameras=[FRONT], frames=1, on_sample=again.append)
+    assert again == refs_of(DRIVES)
+    source = open_source(str(tmp_path / "out"))
+    for ref in refs_of(DRIVES):
+        assert_same(source.load(ref, cameras=[FRONT], frames=1), DRIVES.load(ref, cameras=[FRONT], frames=1))
+
+
+def test_shards_of_another_size_are_made_again(tmp_path, monkeypatch):
+    """As of another version: their rows are neither lost nor written twice."""
+    stop_in_second_shard(tmp_path / "out", monkeypatch)
+    monkeypatch.setattr("alpacache.sources.prepared.SHARD_SAMPLES", 5)
+    assert prepare(DRIVES, refs_of(DRIVES), tmp_path / "out", cameras=[FRONT], frames=1).samples == 5
+    assert refs_of(open_source(str(tmp_path / "out"))) == refs_of(DRIVES)
+
+
+def test_rows_are_on_the_medium_before_their_report_and_all_before_the_name(tmp_path, monkeypatch):
+    from alpacache.sources import prepared as module
+
+    flushed, flush = [], module._flush
+
+    def note(path):
+        flush(path)
+        reports = len(list(tmp_path.glob("out.partial/shard-*.json")))
+        flushed.append((path.name, reports, (tmp_path / "out").exists()))
+
+    monkeypatch.setattr(module, "_flush", note)
+    prepare(DRIVES, refs_of(DRIVES), tmp_path / "out", cameras=[FRONT], frames=1)
+    names = ["plan.tmp", "out.partial", "shard-000000.arrow", "shard-000000.tmp"]
+    assert flushed[:4] == [(name, 0, False) for name in names]
+    files = {"data-00000-of-00001.arrow", "state.json", "dataset_info.json", "provenance.json", "README.md", "done"}
+    assert {name for name, reports, there in flushed if reports and not there} == files | {"out.partial"}
+    assert flushed[-1] == (tmp_path.name, 1, True)
+
+
 def broken_copy(prepared, out, change):
     rows = [dict(row) for row in load_from_disk(str(prepared))][:1]
     change(rows[0])
@@ -116,9 +238,24 @@ def broken_copy(prepared, out, change):
     return open_source(str(out))
 
 
+def png_of(width, height):
+    """The head of a picture that was never allocated."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + b"\0\0\0\0IDAT"
+
+
+def jpeg():
+    buffer = io.BytesIO()
+    Picture.new("RGB", (64, 32)).save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("change", "kind"),
     [
+        (lambda row: row["frames"][0][1].update(bytes=jpeg()), "undecodable_video"),
+        (lambda row: row["frames"][0][1].update(bytes=png_of(8000, 8000)), "wrong_shape"),
+        (lambda row: row["frames"][0][1].update(bytes=png_of(60_000, 60_000)), "undecodable_video"),
         (lambda row: row["frames"][0][0].update(bytes=None, path="/etc/passwd"), "undecodable_video"),
         (lambda row: row["frames"][0][1].update(bytes=b"BM1234"), "undecodable_video"),
         (lambda row: row.update(history_xyz=row["history_xyz"][:7]), "wrong_shape"),
@@ -144,6 +281,83 @@ def test_other_datasets_and_outside_files_are_refused(prepared, tmp_path):
         open_source(str(tmp_path / "other"))
     with pytest.raises(SourceError, match="cannot be read"):
         open_source(f"hf:{tmp_path}")
+
+
+def test_files_outside_of_a_dataset_of_several_splits_are_refused(prepared, tmp_path):
+    rows = load_from_disk(str(prepared))
+    inside = tmp_path / "inside"
+    DatasetDict({"train": rows.select(range(6)), "val": rows.select(range(6, 10))}).save_to_disk(str(inside))
+    assert len(open_source(f"hf:{inside}").sample_refs) == 10
+    (tmp_path / "outside").mkdir()
+    (inside / "train/data-00000-of-00001.arrow").rename(tmp_path / "outside/data.arrow")
+    state = json.loads((inside / "train/state.json").read_text())
+    for file in ("../../outside/data.arrow", str(tmp_path / "outside/data.arrow")):
+        state["_data_files"] = [{"filename": file}]
+        (inside / "train/state.json").write_text(json.dumps(state))
+        with pytest.raises(SourceError, match=r"train/state\.json names a file outside its directory"):
+            open_source(f"hf:{inside}")
+    (inside / "train").rename(tmp_path / "train")
+    (inside / "train").symlink_to(tmp_path / "train")
+    with pytest.raises(SourceError, match="outside its directory"):
+        open_source(f"hf:{inside}")
+
+
+@pytest.mark.parametrize("split", ["../train", "/train", "..", "", "a/b", "a::b", 3])
+def test_splits_have_plain_names(prepared, tmp_path, split):
+    DatasetDict({"train": load_from_disk(str(prepared))}).save_to_disk(str(tmp_path / "inside"))
+    (tmp_path / "inside/dataset_dict.json").write_text(json.dumps({"splits": [split]}))
+    with pytest.raises(SourceError, match=r"dataset_dict\.json names a split .* expected a plain name"):
+        open_source(f"hf:{tmp_path / 'inside'}")
+
+
+POINTER = {"bytes": Value("binary"), "path": Value("string")}
+"""What a picture is stored as."""
+
+
+def save_pointing(rows, out, **columns):
+    """As a stranger may: `columns` by name and type, to be decoded from the path that each row names."""
+    for column, kind in columns.items():
+        pointers = [_pointers(kind, out.parent / "absent.png")] * len(rows)
+        rows = rows.remove_columns([column] if column in rows.column_names else [])
+        rows = rows.add_column(column, pointers, feature=_stored(kind))
+    rows.save_to_disk(str(out))
+    file = out / "dataset_info.json"
+    info = json.loads(file.read_text())
+    info["features"] |= Features(columns).to_dict()
+    file.write_text(json.dumps(info))
+    assert load_from_disk(str(out)).features["frames"] == columns.get("frames", rows.features["frames"])
+
+
+def _pointers(kind, file):
+    return 2 * [_pointers(kind.feature, file)] if isinstance(kind, List) else {"bytes": None, "path": str(file)}
+
+
+def _stored(kind):
+    return List(_stored(kind.feature)) if isinstance(kind, List) else POINTER
+
+
+def test_columns_of_others_are_not_read(prepared, tmp_path, assert_same):
+    """One of pictures would be decoded, from any path or address that it names."""
+    save_pointing(load_from_disk(str(prepared)), tmp_path / "out", extra=Image())
+    source = open_source(str(tmp_path / "out"))
+    ref = source.sample_refs[0]
+    assert_same(source.load(ref, cameras=[FRONT], frames=1), DRIVES.load(ref, cameras=[FRONT], frames=1))
+
+
+@pytest.mark.parametrize("column", ["sample_id", "calibration"])
+def test_our_columns_as_pictures_are_refused(prepared, tmp_path, column):
+    save_pointing(load_from_disk(str(prepared)), tmp_path / "out", **{column: Image()})
+    with pytest.raises(SourceError, match=rf"column {column} is of type Image\("):
+        open_source(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_picture_that_names_a_file_is_never_opened(prepared, tmp_path, decode):
+    save_pointing(load_from_disk(str(prepared)), tmp_path / "out", frames=List(List(Image(decode=decode))))
+    Picture.new("RGB", (64, 32)).save(tmp_path / "absent.png")
+    source = open_source(str(tmp_path / "out"))
+    with pytest.raises(BadClipError, match="not embedded"):
+        source.load(source.sample_refs[0], cameras=[FRONT, LEFT], frames=2)
 
 
 def test_what_was_asked_for_and_found_is_recorded(folder, tmp_path):

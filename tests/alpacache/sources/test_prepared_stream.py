@@ -5,6 +5,7 @@ import json
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_from_disk
@@ -57,11 +58,15 @@ def test_samples_come_back_bit_for_bit_in_any_order(hub_layout, monkeypatch, ass
 
 
 def test_it_is_streamed(hub_layout, monkeypatch):
-    asked, load_dataset = [], datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append(k) or load_dataset(*a, **k))
-    open_source(f"hf:{hub_layout}")
-    assert asked
-    assert all(options["streaming"] is True and "trust_remote_code" not in options for options in asked)
+    def refuse(*_, **__):
+        raise AssertionError("nothing may be downloaded")
+
+    asked, load = [], datasets.load_dataset_builder
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: asked.append(k) or load(*a, **k))
+    monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", refuse)
+    source = open_source(f"hf:{hub_layout}")
+    assert [set(options) for options in asked] == 3 * [{"columns"}]
+    assert {type(file) for file in source._rows._whole._files} == {datasets.IterableDataset}
 
 
 def test_going_on_reads_no_file_before_and_no_row_twice(hub_layout, monkeypatch, assert_same):
@@ -128,6 +133,80 @@ def test_pictures_that_would_be_decoded_stay_bytes(saved, tmp_path, assert_same)
         load(open_source(f"hf:{tmp_path}"), REFS[0])
 
 
+def write_pointing(saved, root, **columns):
+    """As a stranger may: `columns` by name and type, to be decoded from the path that each row names."""
+    rows = load_from_disk(str(saved))
+    rows.to_parquet(str(root / "a.parquet"))
+    table = pq.read_table(root / "a.parquet")
+    for column, kind in columns.items():
+        kept = table.drop_columns([column] if column in table.column_names else [])
+        pointers = [_pointers(kind, root.parent / "absent.png")] * len(rows)
+        stored = datasets.Features({column: kind}).arrow_schema.field(column).type
+        table = kept.append_column(column, pa.array(pointers, stored))
+    features = rows.features.to_dict() | datasets.Features(columns).to_dict()
+    info = json.dumps({"info": {"features": {name: features[name] for name in table.column_names}}})
+    pq.write_table(table.replace_schema_metadata({"huggingface": info}), root / "a.parquet")
+
+
+def _pointers(kind, file):
+    nested = isinstance(kind, datasets.List)
+    return 2 * [_pointers(kind.feature, file)] if nested else {"bytes": None, "path": str(file)}
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_picture_that_names_a_file_is_never_opened(saved, tmp_path, decode):
+    root = tmp_path / "repository"
+    root.mkdir()
+    write_pointing(saved, root, frames=datasets.List(datasets.List(datasets.Image(decode=decode))))
+    (tmp_path / "absent.png").write_bytes(load_from_disk(str(saved))[0]["frames"][0][0]["bytes"])
+    source = open_source(f"hf:{root}")
+    with pytest.raises(BadClipError, match="not embedded"):
+        load(source, REFS[0])
+
+
+def test_columns_of_others_are_not_read(saved, tmp_path, assert_same):
+    """One of pictures would be decoded, from any path or address that it names."""
+    write_pointing(saved, tmp_path, extra=datasets.Image())
+    source = open_source(f"hf:{tmp_path}")
+    assert_same(load(source, REFS[0]), DRIVES.load(REFS[0], cameras=[FRONT], frames=2))
+    assert "extra" not in source._rows.row(0)
+
+
+@pytest.mark.parametrize("column", ["sample_id", "calibration"])
+def test_our_columns_as_pictures_are_refused(saved, tmp_path, column):
+    write_pointing(saved, tmp_path, **{column: datasets.Image()})
+    with pytest.raises(SourceError, match=rf"column {column} is of type Image\("):
+        open_source(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("place", ["../outside/a.parquet", "{}/outside/a.parquet"])
+def test_a_card_that_names_files_elsewhere_is_refused(saved, tmp_path, place):
+    (tmp_path / "outside").mkdir()
+    load_from_disk(str(saved)).to_parquet(str(tmp_path / "outside/a.parquet"))
+    (tmp_path / "repository").mkdir()
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {place.format(tmp_path)}\n---\n"
+    (tmp_path / "repository/README.md").write_text(card)
+    with pytest.raises(SourceError, match=r"its README.md names a file outside of it: .*a\.parquet"):
+        open_source(f"hf:{tmp_path / 'repository'}")
+
+
+def test_a_card_may_name_files_of_its_directory(hub_layout, tmp_path, monkeypatch):
+    """By whatever link or relative path the directory is called."""
+    card = "---\nconfigs:\n- config_name: default\n  data_files: data/train-00001-of-00003.parquet\n---\n"
+    (hub_layout / "README.md").write_text(card)
+    (tmp_path / "link").symlink_to(hub_layout)
+    monkeypatch.chdir(tmp_path)
+    for place in (hub_layout, "link", "./repository/../repository"):
+        assert open_source(f"hf:{place}").sample_refs == REFS[3:5]
+
+
+def test_a_repository_on_the_hub_may_name_files_of_the_hub_only():
+    prepared_stream._refuse_outside_files(["hf://datasets/who/what@0123/data/a.parquet"], "who/what")
+    for file in ("/etc/a.parquet", "https://example.org/a.parquet"):
+        with pytest.raises(SourceError, match="outside of it"):
+            prepared_stream._refuse_outside_files([file], "who/what")
+
+
 def test_a_repository_that_changes_meanwhile_is_said(hub_layout, saved):
     source = open_source(f"hf:{hub_layout}")
     first = sorted((hub_layout / "data").iterdir())[0]
@@ -186,7 +265,7 @@ def test_a_repository_that_cannot_be_reached_says_what_to_do(monkeypatch):
     def refuse(place, **_):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{place}' doesn't exist on the Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
     with pytest.raises(SourceError, match=r"hf auth login.* hf download who/what --repo-type dataset --local-dir DIR"):
         open_source("hf:who/what")
     with pytest.raises(SourceError, match="there is no such directory"):

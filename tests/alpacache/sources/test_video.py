@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from alpacache.errors import BadClipError
 from alpacache.sources.video import WantedFrames, read_mp4
 
 av = pytest.importorskip("av")
@@ -63,3 +64,47 @@ def test_frames_that_nobody_needs_are_not_decoded(video):
         stream = container.streams.video[0]
         decoded = list(WantedFrames(container, stream, lambda time: False).decode())
     assert 0 < len(decoded) < 0.8 * COUNT
+
+
+h264 = pytest.mark.parametrize("video", ["no such frames"], indirect=True)
+
+
+def edited(file, out, old, new):
+    """A copy in which the last `old` is `new`, as long."""
+    head, found, tail = file.read_bytes().rpartition(old)
+    assert found
+    out.write_bytes(head + new + tail)
+    return out
+
+
+@h264
+def test_names_in_another_encoding_do_not_matter(video, tmp_path):
+    file, frames = video
+    dashcam = edited(file, tmp_path / "dashcam.mp4", b"VideoHandler", b"\x83r\x83f\x83I\xff\xfe\xe9dle")
+    assert np.array_equal(read_mp4(dashcam, [3, 6], count=COUNT, where="here"), frames[[3, 6]])
+
+
+@h264
+def test_an_unknown_codec_is_a_bad_clip(video, tmp_path):
+    odd = edited(video[0], tmp_path / "odd.mp4", b"avc1", b"zzzz")
+    with pytest.raises(BadClipError, match=r"here: odd\.mp4: its codec is unknown to FFmpeg; encode it again") as error:
+        read_mp4(odd, [3], count=COUNT, where="here")
+    assert error.value.kind == "undecodable_video"
+
+
+@h264
+def test_values_that_pyav_refuses_are_a_bad_clip(video, monkeypatch):
+    def refuse(self):
+        raise ValueError("conversion to numpy array with format `odd` is not yet supported")
+
+    monkeypatch.setattr(WantedFrames, "decode", refuse)
+    with pytest.raises(BadClipError, match=r"film\.mp4 cannot be decoded \(conversion to numpy") as error:
+        read_mp4(video[0], [3], count=COUNT, where="here")
+    assert error.value.kind == "undecodable_video"
+
+
+@h264
+def test_a_wrong_count_keeps_its_own_reason(video):
+    with pytest.raises(BadClipError, match=f"holds {COUNT} frames, its timestamps name {COUNT - 1}") as error:
+        read_mp4(video[0], [3], count=COUNT - 1, where="here")
+    assert error.value.kind == "wrong_shape"
