@@ -29,7 +29,7 @@ from alpacache.poses import (
 )
 from alpacache.sample import CAMERAS, FRAME_STEP_US, Sample, SampleRef, sort_cameras
 from alpacache.sources.folder import join_cameras
-from alpacache.sources.pai_cache import REPO, LinkedCache, connection_errors, explain_hub_error
+from alpacache.sources.pai_cache import REPO, LinkedCache, connection_errors, explain_hub_error, said
 from alpacache.sources.pai_chunks import ChunkCache, cache_directory, limit_bytes
 from alpacache.sources.retry import with_retry
 from alpacache.sources.video import WantedFrames, check_stream
@@ -266,7 +266,7 @@ class PhysicalAiSource:
             raise BadClipError(damaged, f"{where} cannot be decoded ({error}); fetch its file again.") from error
         except connection_errors() as error:
             if self._cache is None:
-                raise DataError(f"{where}: cannot be fetched ({error}); the same command goes on from here.") from error
+                raise DataError(f"{where}: cannot be fetched ({said(error)}); the same command goes on.") from error
             raise BadClipError(damaged, f"{where} cannot be read ({error}).") from error
         except (ValueError, IndexError, TypeError, ZeroDivisionError, StopIteration) as error:
             raise BadClipError(damaged, f"{where} cannot be decoded by the devkit ({error}).") from error
@@ -300,6 +300,7 @@ class PhysicalAiSource:
 
     def _read_events(self) -> dict[str, tuple[int, ...]]:
         import pandas as pd
+        import pyarrow as pa
 
         if self._cache is not None and not self._interface.is_file_cached(EVENTS_FILE):
             raise UsageError(
@@ -310,6 +311,8 @@ class PhysicalAiSource:
             table = pd.read_parquet(with_retry(lambda: self._interface.download_file(EVENTS_FILE), what=EVENTS_FILE))
         except connection_errors() as error:
             raise explain_hub_error(error) from error
+        except pa.ArrowException as error:
+            raise SourceError(f"{self.name}: {EVENTS_FILE} cannot be read ({error}); fetch it again.") from error
         return {str(clip): _event_starts(events) for clip, events in table["events"].items()}
 
 

@@ -6,6 +6,7 @@ and that partial or older trees lack, are derived from what the tree holds: the 
 index) and the table of present features (`sensor_presence` before 26.03).
 """
 
+import re
 import shutil
 import tempfile
 import weakref
@@ -82,6 +83,12 @@ def connection_errors() -> tuple[type[Exception], ...]:
     return (*(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)), OSError)
 
 
+def said(error: BaseException) -> str:
+    """What an error says in its first line, without what follows the `?` of an address: signed ones let anyone in."""
+    line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: " + re.sub(r"[?]\S+", "?...", line)
+
+
 def explain_hub_error(error: Exception) -> SourceError:
     """Say which of offline, gated and unreachable it is, and the command that helps; also of `with_retry`'s error."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -98,6 +105,5 @@ def explain_hub_error(error: Exception) -> SourceError:
         )
     else:
         help_text = f"the hub cannot be reached; try again online, {local}"
-    told = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
     repeated = "after repeated tries, " if cause is not error else ""
-    return SourceError(f"pai ({REPO}): {help_text} ({repeated}{told})")
+    return SourceError(f"pai ({REPO}): {help_text} ({repeated}{said(cause or error)})")

@@ -48,14 +48,14 @@ class StreamedRows:
         return self._read(self._poses, number)
 
     def _read(self, cursor: "_Cursor", number: int) -> dict[str, Any]:
-        from alpacache.sources.pai_cache import connection_errors
+        from alpacache.sources.pai_cache import connection_errors, said
 
         file = max(place for place, start in enumerate(self._starts) if start <= number)
         try:
             row = cursor.row(file, number - self._starts[file])
         except connection_errors() as error:
             raise DataError(
-                f"hf:{self.place}: streaming {self.ids[number]} failed ({error}); the same command goes on from here."
+                f"hf:{self.place}: streaming {self.ids[number]} failed ({said(error)}); the same command goes on."
             ) from error
         if row["sample_id"] != self.ids[number]:
             raise DataError(f"hf:{self.place} has changed since it was opened; run the same command again.")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from alpacache.errors import DataError
-from alpacache.sources.pai_cache import connection_errors
+from alpacache.sources.pai_cache import connection_errors, said
 
 ATTEMPTS = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
@@ -30,14 +30,14 @@ def with_retry(call: Callable[[], Result], *, what: str) -> Result:
         except connection_errors() as error:
             if not may_pass(error):
                 raise
-            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".rstrip(". ")
+            told = said(error).rstrip(". ")
             if attempt == ATTEMPTS:
                 raise DataError(
-                    f"{what}: failed {ATTEMPTS} times within {time.monotonic() - started:.0f} s, at last with {said}. "
+                    f"{what}: failed {ATTEMPTS} times within {time.monotonic() - started:.0f} s, at last with {told}. "
                     "What was done so far is kept; see that the hub can be reached and run the same command again."
                 ) from error
         wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (attempt - 1))
-        logger.warning("%s: %s; attempt %d of %d follows.", what, said, attempt + 1, ATTEMPTS)
+        logger.warning("%s: %s; attempt %d of %d follows.", what, told, attempt + 1, ATTEMPTS)
         _sleep(wait_s * (1 - secrets.randbelow(1000) / 2000))
     raise AssertionError("unreachable")
 

@@ -112,6 +112,13 @@ def test_times_clips_and_events(pristine_tree):
     assert [ref.t0_us for ref in refs] == [3_000_000] * 3
 
 
+def test_truncated_events_name_the_file(tree):
+    events = tree / "reasoning/ood_reasoning.parquet"
+    events.write_bytes(events.read_bytes()[:-20])
+    with pytest.raises(SourceError, match=r"ood_reasoning\.parquet cannot be read .* fetch it again"):
+        select(open_source(f"pai:{tree}", cameras=[FRONT]), t0="events")
+
+
 def test_threads_load_the_same(pristine_tree, in_threads):
     source = open_tree(pristine_tree)
     results = in_threads(lambda number: load(source, CLIPS[number % 3]).frames, 6)

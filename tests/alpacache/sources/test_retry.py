@@ -105,6 +105,14 @@ def test_it_ends_with_what_failed_how_often_and_the_next_step(waits):
     assert hub.calls == ATTEMPTS == 6
 
 
+def test_no_key_of_an_address_is_told(waits, caplog):
+    hub = Hub(*[ConnectionError("GET https://cdn/file?Signature=secret&Expires=9: reset by peer")] * 99)
+    with pytest.raises(DataError) as end:
+        with_retry(hub, what="a chunk")
+    assert "https://cdn/file?... reset by peer" in str(end.value)
+    assert "secret" not in str(end.value) + caplog.text
+
+
 def test_waits_double_up_to_a_bound_and_are_not_all_alike(waits, monkeypatch):
     monkeypatch.setattr(retry, "ATTEMPTS", 40)
     with pytest.raises(DataError):
