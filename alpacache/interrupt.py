@@ -1,17 +1,29 @@
-"""Stopping on request: SIGINT and SIGTERM let the sample or step in hand finish, then the stage saves and leaves."""
+"""Stopping on request: SIGINT and SIGTERM let the sample or step in hand finish, then the stage saves and leaves.
+
+A scheduler, torchrun and the terminal may each send a signal for one and the same request. So only another Ctrl-C, a
+while after the first, is taken as impatience.
+"""
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+_SAME_REQUEST_S = 1.0
+
 
 class InterruptGuard:
-    """While it is entered (in the main thread), signals set `requested` instead of raising. A second one raises."""
+    """While it is entered (in the main thread), signals set `requested` instead of raising. A later Ctrl-C raises."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop."""
+        return self._requested_at is not None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -26,6 +38,8 @@ class InterruptGuard:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        now = time.monotonic()
+        if self._requested_at is None:
+            self._requested_at = now
+        elif number == signal.SIGINT and now > self._requested_at + _SAME_REQUEST_S:
             raise KeyboardInterrupt
-        self.requested = True
