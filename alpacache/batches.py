@@ -34,6 +34,7 @@ from alpacache.errors import DataError, UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS
 from alpacache.host_memory import Bytes, Slabs, available_bytes, page_aligned, page_lock, page_rounded, page_unlock
 from alpacache.strata import TURNS, Turn
+from alpacache.world import processes_here
 from cache_store import CorruptSampleError, Prefetcher
 from cache_store.prefetcher import PrefetchedSample
 from cache_store.sample_read import SampleRead
@@ -423,13 +424,19 @@ def _with_chunks(read: SampleRead) -> dict[str, NDArray[Any]]:
 
 
 def _slabs(dataset: CachedDataset) -> Slabs:
-    """Room for all samples. Raises `UsageError` where there is not enough."""
+    """Room for all samples. Raises `UsageError` where there is not enough.
+
+    Every process here will have kept them all after some epochs, and all ask before any has begun.
+    """
     needed, available = sum(map(page_rounded, dataset.kv_bytes.tolist())), available_bytes()
-    if needed + _SPARE_BYTES > available:
+    processes = processes_here()
+    total = processes * (needed + _SPARE_BYTES)
+    if total > available:
+        each = f", in each of {processes} processes on this machine: {total:,} together" if processes > 1 else ""
         raise UsageError(
             f"keeping {len(dataset)} samples in memory takes {needed:,} bytes, and {_SPARE_BYTES:,} should be left to "
-            f"the rest of the run; {available:,} are available. Leave --in-memory out: samples are then read from disk "
-            "in every epoch."
+            f"the rest of the run{each}; {available:,} are available. Leave --in-memory out: samples are then read "
+            "from disk in every epoch."
         )
     return Slabs(needed)
 

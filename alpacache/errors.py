@@ -49,5 +49,9 @@ class LostProcessError(AlpacacheError):
     """Another process of a run on several GPUs has ended; its own message says why."""
 
 
+class ProcessGroupError(AlpacacheError, RuntimeError):
+    """The processes of a run could not talk to each other, and it is not known that one of them has ended."""
+
+
 class InterruptedRunError(AlpacacheError):
     """SIGINT or SIGTERM; everything committed so far is kept and the same command goes on."""

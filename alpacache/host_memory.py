@@ -6,6 +6,7 @@ RAM. So ordinary page-aligned memory is registered with CUDA instead.
 
 import mmap
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +22,10 @@ _SLAB_BYTES = 2**30
 """Page-locking stalls its caller for as long as the kernel maps the pages: about 0.1 s a slab."""
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")
+"""A control group's files of its limit and use, and the line of `memory.stat` on cached files, which can be dropped."""
 
 
 def page_aligned(size_bytes: int) -> Bytes:
@@ -52,12 +57,35 @@ def page_rounded(size_bytes: int) -> int:
 
 
 def available_bytes() -> int:
-    """RAM that could be filled without swapping or being killed: what the system has left, or the container."""
-    found = [_listed(_MEMINFO, "MemAvailable:") * 1024]
-    with suppress(OSError, ValueError):  # no such file, or "max": no limit
-        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        found.append(limit - used + _listed(_CGROUP / "memory.stat", "inactive_file"))
-    return max(0, min(found))
+    """RAM that could be filled without swapping or being killed: what the system has left, or a limit on this process.
+
+    Such limits are a container's, a Slurm job's, a systemd unit's.
+    """
+    return max(0, min([_listed(_MEMINFO, "MemAvailable:") * 1024, *_left_in_cgroups()]))
+
+
+def _left_in_cgroups() -> Iterator[int]:
+    for folder, (limit, used, cached) in _cgroups():
+        with suppress(OSError, ValueError):  # no such file, or "max": no limit
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            yield left + _listed(folder / "memory.stat", cached)
+
+
+def _cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """This process's control groups that may limit memory, and all around them, with the names of their files.
+
+    A container may be told the host's path, of which it sees the end as its root: what is not there limits nothing.
+    """
+    lines = _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, names = (_CGROUP / "memory", _V1) if controllers else (_CGROUP, _V2)
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            yield folder, names
+            if folder == root:
+                break
 
 
 def _listed(path: Path, name: str) -> int:

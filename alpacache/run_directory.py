@@ -1,14 +1,16 @@
 """The directory of one training run: its config, its metrics, its checkpoints.
 
 A checkpoint is written beside the others under a temporary name, flushed to the medium and only then renamed, so a kill
-or a full disk never costs an earlier one. All tensors are safetensors, all state is JSON; nothing is pickled.
+or a full disk never costs an earlier one; links move before what they led to is dropped. All tensors are safetensors,
+all state is JSON; nothing is pickled.
 """
 
 import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alpacache.ema import up_to_date
 from alpacache.errors import DataError, UsageError
 from alpacache.host_copies import copied_to_host
 from cache_store import checksum
 
 MODEL, OPTIMIZER, AVERAGE, STATE = "model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"
 _FORMAT = 1
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +40,7 @@ class RunCheckpoint:
     state: dict[str, Any]
     """Step, base model, settings."""
     average: dict[str, Tensor] = field(default_factory=dict)
-    """Of the trained tensors, float32; empty where the run keeps none."""
+    """Of the trained tensors, float32, as last updated; empty where the run keeps none."""
 
     @property
     def size_bytes(self) -> int:
@@ -59,9 +63,7 @@ class RunDirectory:
     @property
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        found = (
-            path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*") if (path / STATE).is_file()
-        )
+        found = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*") if _is_complete(path))
         return sorted(int(name) for name in found if name.isdigit())
 
     def checkpoint(self, step: int) -> Path:
@@ -83,43 +85,38 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         _write_flushed(self.path / "config.toml", text.encode())
 
-    def save(self, step: int, content: RunCheckpoint, *, keep: int, keep_also: int | None = None) -> Path:
-        """Write a checkpoint, point `last` at it, and drop all but the newest `keep` (and `keep_also`, the best)."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in self.checkpoints.glob(".writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        final, draft = self.checkpoint(step), self.checkpoints / f".writing-{step:07d}"
-        parts = {MODEL: content.model, OPTIMIZER: content.optimizer}
-        if content.average:
-            parts[AVERAGE] = content.average
-        try:
-            draft.mkdir()
-            for name, tensors in parts.items():
-                save_file(tensors, draft / name, {"format": "pt"})
-            files = {name: {"bytes": (draft / name).stat().st_size, "crc32c": _crc32c(draft / name)} for name in parts}
-            state = {"format": _FORMAT, "step": step, **content.state, "files": files}
-            (draft / STATE).write_text(json.dumps(state, indent=1) + "\n")
-            for name in (*parts, STATE):
-                flush(draft / name)
-            flush(draft)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            if isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DataError(
-                    f"checkpoint at step {step} could not be written to {self.checkpoints} ({error}); it needs "
-                    f"{content.size_bytes} bytes. Earlier checkpoints are intact; free space and run again with "
-                    "--resume."
-                ) from error
-            raise
-        if final.exists():
-            shutil.rmtree(final)
-        draft.rename(final)
-        flush(self.checkpoints)
-        self.point("last", step)
-        for old in self.steps[:-keep]:
-            if old != keep_also:
-                shutil.rmtree(self.checkpoint(old))
+    def save(self, step: int, content: RunCheckpoint, *, keep: int, best: int | None = None) -> Path:
+        """Write a checkpoint, move the links, and drop all but the newest `keep` and the best.
+
+        `best`: the step that `best` is to point at, this one or an earlier one.
+        """
+        with _room_for(f"checkpoint at step {step}", self.checkpoints, content.size_bytes):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for leftover in (*self.checkpoints.glob(".writing-*"), *self.checkpoints.glob(".dropped-*")):
+                shutil.rmtree(leftover, ignore_errors=True)
+            final, draft = self.checkpoint(step), self.checkpoints / f".writing-{step:07d}"
+            try:
+                _write(draft, step, content)
+            except (OSError, SafetensorError):
+                shutil.rmtree(draft, ignore_errors=True)
+                raise
+            replaced = _set_aside(final) if final.exists() else None
+            draft.rename(final)
+            flush(self.checkpoints)
+            self.point_links(step, best=best)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+        linked = (self.path / "best").resolve()
+        for old in map(self.checkpoint, self.steps[:-keep]):
+            if old.resolve() != linked:
+                shutil.rmtree(_set_aside(old))
         return final
+
+    def point_links(self, step: int, *, best: int | None) -> None:
+        """Point `last` and `best` at these checkpoints; `best` stays where it is if that one was never written."""
+        self.point("last", step)
+        if best is not None and _is_complete(self.checkpoint(best)):
+            self.point("best", best)
 
     def point(self, name: str, step: int) -> None:
         """Make `last` or `best` a link to a checkpoint, atomically."""
@@ -130,8 +127,9 @@ class RunDirectory:
         flush(self.path)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        path, line = self.path / "metrics.jsonl", json.dumps(row) + "\n"
+        with _room_for("metrics", path, len(line)), path.open("a") as file:
+            file.write(line)
 
     def metrics(self, *, up_to: int) -> list[dict[str, Any]]:
         """Rows up to a step; a torn last line is left out, and without a file there are none."""
@@ -172,9 +170,41 @@ def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = Fals
 
 
 def read_trained(path: Path, *, average: bool) -> RunCheckpoint:
-    """A checkpoint to be used, not gone on with: its weights, or their average in their place."""
+    """A checkpoint to be used, not gone on with: its weights, or their average, brought up to its step, in their place.
+
+    Of a checkpoint that does not say how far its average is behind, it is taken as it is.
+    """
     content = read_checkpoint(path, average=average)
-    return replace(content, model=content.model | content.average, average={})
+    note = content.state.get("average")
+    averaged = up_to_date(content.average, content.model, **note) if note else content.average
+    return replace(content, model=content.model | averaged, average={})
+
+
+def _write(draft: Path, step: int, content: RunCheckpoint) -> None:
+    """All files of a checkpoint, on the medium."""
+    parts = {MODEL: content.model, OPTIMIZER: content.optimizer}
+    if content.average:
+        parts[AVERAGE] = content.average
+    draft.mkdir()
+    for name, tensors in parts.items():
+        save_file(tensors, draft / name, {"format": "pt"})
+    files = {name: {"bytes": (draft / name).stat().st_size, "crc32c": _crc32c(draft / name)} for name in parts}
+    state = {"format": _FORMAT, "step": step, **content.state, "files": files}
+    (draft / STATE).write_text(json.dumps(state, indent=1) + "\n")
+    for name in (*parts, STATE):
+        flush(draft / name)
+    flush(draft)
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a checkpoint, so that a kill while it is deleted leaves none that looks whole; return where it is now."""
+    aside = path.with_name(f".dropped-{path.name}")
+    path.rename(aside)
+    return aside
+
+
+def _is_complete(path: Path) -> bool:
+    return (path / STATE).is_file()
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -188,11 +218,21 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A run directory's `best` or else `last` checkpoint, or the checkpoint directory itself."""
+    """A run directory's `best` or else `last` checkpoint, or the checkpoint directory itself.
+
+    Raises `UsageError` where there is none, `DataError` where a link leads to none.
+    """
     path = Path(path)
-    for candidate in (path, path / "best", path / "last"):
-        if (candidate / STATE).is_file():
-            return candidate
+    if _is_complete(path):
+        return path
+    for link in (path / "best", path / "last"):
+        if _is_complete(link):
+            return link
+        if link.is_symlink():
+            raise DataError(
+                f"{link} leads to {link.readlink()}, which is no checkpoint (any more); give the directory of one in "
+                f"{path / 'checkpoints'} instead."
+            )
     raise UsageError(
         f"{path} is neither a run directory with a checkpoint nor a checkpoint; expected what `alpacache train` wrote."
     )
@@ -215,10 +255,25 @@ def _crc32c(path: Path) -> str:
 
 def _write_flushed(path: Path, data: bytes) -> None:
     draft = path.with_name(f".{path.name}.new")
-    draft.write_bytes(data)
-    flush(draft)
-    draft.replace(path)
-    flush(path.parent)
+    with _room_for(path.name, path.parent, len(data)):
+        draft.write_bytes(data)
+        flush(draft)
+        draft.replace(path)
+        flush(path.parent)
+
+
+@contextmanager
+def _room_for(what: str, place: Path, size_bytes: int) -> Iterator[None]:
+    """Raise `DataError` where writing fails for want of room; other errors pass."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _FULL:
+            raise
+        raise DataError(
+            f"{what} could not be written to {place} ({error}); it needs {size_bytes} bytes. Earlier checkpoints are "
+            "intact; free space and run again with --resume."
+        ) from error
 
 
 def flush(path: Path) -> None:

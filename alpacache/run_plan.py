@@ -17,30 +17,22 @@ from alpacache.errors import UsageError
 from alpacache.machine_speed import gpu_speed
 from alpacache.memory_plan import MemoryPlan, Workload, allowed_bytes, fastest_plan
 from alpacache.optimizers import resolve
-from alpacache.run_directory import RunDirectory
 from alpacache.sample_order import GlobalOrder, make_groups
+from alpacache.strata import TURNS, Turn, classify
 from alpacache.world import World
+from cache_store import CorruptSampleError
 
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
-def as_begun(config: TrainConfig, directory: RunDirectory) -> TrainConfig:
-    """What was left to the plan when the run began, and changes what a step computes, stays as it was planned then."""
-    if not directory.steps:
-        return config
-    before = directory.state(directory.steps[-1])["settings"]
-    open_ones = {
-        name: before[name]
-        for name in ("draws", "micro_batch")
-        if getattr(config, name) in (None, "auto") and name in before
-    }
-    return replace(config, **open_ones)
-
-
 def settle(
-    config: TrainConfig, checkpoint: Checkpoint, data: CachedDataset, world: World
+    config: TrainConfig, checkpoint: Checkpoint, data: CachedDataset, world: World, *, resumed: bool = False
 ) -> tuple[TrainConfig, MemoryPlan | None]:
-    """The config with all settings known and, on a GPU, the memory they take. Caps the allocator at the budget."""
+    """The config with all settings known and, on a GPU, the memory they take. Caps the allocator at the budget.
+
+    All processes get the same settings: those of the one with the least room. `resumed`: `config` is as a run has begun
+    with. Raises `UsageError` where nothing fits.
+    """
     device, batch_size = world.device, world.share(config.batch_size)
     optimizer = resolve(config.optimizer, device)
     if device.type != "cuda":
@@ -61,10 +53,10 @@ def settle(
         pinned_bytes=int(data.kv_bytes.sum()) if config.in_memory else None,
     )
 
-    def plan_for(draws: int) -> MemoryPlan:
-        return fastest_plan(
-            work, draws=draws, micro_batch=config.micro_batch, checkpointing=config.checkpointing, cap_bytes=cap
-        )
+    def plan_for(
+        draws: int, size: int | None = config.micro_batch, checkpointing: bool | None = config.checkpointing
+    ) -> MemoryPlan:
+        return fastest_plan(work, draws=draws, micro_batch=size, checkpointing=checkpointing, cap_bytes=cap)
 
     if config.draws == "auto":
         plan_for(1)  # raises where nothing fits
@@ -72,8 +64,29 @@ def settle(
         draws = world.from_first(measured)
     else:
         draws = config.draws
-    plan = plan_for(draws)
+    try:
+        plan = plan_for(draws)
+    except UsageError as error:
+        if resumed:
+            raise _no_longer_fits(config, error, lambda: plan_for(draws, None, None)) from error
+        raise
+    sizes, recomputing = zip(*world.gathered((plan.micro_batch, plan.checkpointing)), strict=True)
+    if len(set(sizes)) > 1 or len(set(recomputing)) > 1:  # other GPUs have other room
+        plan = plan_for(draws, min(sizes), any(recomputing))
     return replace(config, draws=draws, micro_batch=plan.micro_batch, checkpointing=plan.checkpointing), plan
+
+
+def _no_longer_fits(config: TrainConfig, error: UsageError, plan_what_fits: Callable[[], MemoryPlan]) -> UsageError:
+    """What to do where a run's own settings do not fit: most of those that the plan would lower must stay."""
+    room = "free GPU memory, raise --memory-budget, or go on with a larger GPU"
+    try:
+        plan = plan_what_fits()
+        how = f"--micro-batch {plan.micro_batch}{' --checkpointing' * plan.checkpointing}"
+        remedy = f"Pass {how} (sums are then rounded differently), or {room}."
+    except UsageError:
+        remedy = f"Its batch size, draws and trainable part must stay: {room}."
+    table = str(error).rpartition("\n")[0]  # without what a run that has not begun could change
+    return UsageError(f"{config.out} does not fit as it was begun: {table}\n{remedy}")
 
 
 def _auto_draws(
@@ -92,17 +105,34 @@ def _auto_draws(
         except UsageError:
             return None
 
-    batch_s = 0.0
-    if not config.in_memory:
-        order = global_order(config, data)
-        places = batches_of(order, work.batch_size, first=0, end=DELIVERED_BATCHES)
-        space = action_space(checkpoint)
-        batch_s = delivery_seconds(BatchRing(data, space, places, batch_size=work.batch_size, device=device))
+    batch_s = 0.0 if config.in_memory else _delivery_seconds(config, data, checkpoint, device, work.batch_size)
     return choose_draws(plan_or_none, work, batch_s=batch_s, gpu=gpu_speed(device.index or 0)).draws
+
+
+def _delivery_seconds(
+    config: TrainConfig, data: CachedDataset, checkpoint: Checkpoint, device: torch.device, batch_size: int
+) -> float:
+    """Of the first batches; without damaged samples, where the run is to leave them out."""
+    order, space, damaged = global_order(config, data), action_space(checkpoint), set[str]()
+    while True:
+        batches = batches_of(order, batch_size, first=0, end=DELIVERED_BATCHES)
+        sound = ([place for place in batch if data.sample_id(place[1]) not in damaged] for batch in batches)
+        ring = BatchRing(data, space, (batch for batch in sound if batch), batch_size=batch_size, device=device)
+        try:
+            return delivery_seconds(ring)
+        except CorruptSampleError as error:
+            if config.on_damage == "stop" or not error.sample_id or error.sample_id in damaged:
+                raise
+            damaged.add(error.sample_id)
 
 
 def global_order(config: TrainConfig, data: CachedDataset) -> GlobalOrder:
     """Which sample is at which place of the run."""
+    return order_and_damage(config, data)[0]
+
+
+def order_and_damage(config: TrainConfig, data: CachedDataset) -> tuple[GlobalOrder, dict[int, CorruptSampleError]]:
+    """The order, and which samples were found damaged by it; these are at places of their own until left out."""
     weighted: list[tuple[range, float]] = []
     for indices, (store, weight) in zip(data.store_ranges, weighted_stores(config.stores), strict=True):
         if weight is not None and not indices:
@@ -110,11 +140,31 @@ def global_order(config: TrainConfig, data: CachedDataset) -> GlobalOrder:
         if weight is not None:
             weighted.append((indices, weight))
     if not weighted and config.balance == "none":
-        return GlobalOrder(config.seed, len(data))
-    turns = data.turns() if config.balance == "curvature" else None
+        return GlobalOrder(config.seed, len(data)), {}
+    turns, damaged = _turns(config, data) if config.balance == "curvature" else (None, {})
     # Without weights the stores are one pool: curvature counts, not where a sample lies.
     groups = make_groups(weighted or [(range(len(data)), 1.0)], turns)
-    return GlobalOrder(config.seed, len(data), groups=groups)
+    return GlobalOrder(config.seed, len(data), groups=groups), damaged
+
+
+def _turns(config: TrainConfig, data: CachedDataset) -> tuple[list[Turn], dict[int, CorruptSampleError]]:
+    """Each sample's stratum; a damaged one that the run is to leave out counts as of the first."""
+    try:
+        return data.turns(), {}
+    except CorruptSampleError:
+        if config.on_damage == "stop":
+            raise
+    turns: list[Turn] = []
+    damaged: dict[int, CorruptSampleError] = {}
+    for index in range(len(data)):
+        try:
+            turns.append(classify(*data.poses(index)).turn)
+        except CorruptSampleError as error:
+            turns.append(TURNS[0])
+            damaged[index] = error
+            if len(damaged) * 2 > len(data):
+                raise
+    return turns, damaged
 
 
 def batches_of(order: GlobalOrder, batch_size: int, *, first: int, end: int) -> Iterator[list[tuple[int, int]]]:

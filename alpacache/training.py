@@ -4,7 +4,7 @@ One plain loop. Its state is (weights, optimizer, step) and every random number 
 the global order, so a run that was killed and resumed ends with the same bits as one that was not.
 """
 
-import dataclasses
+import gc
 import math
 import time
 from collections import defaultdict, deque
@@ -23,15 +23,24 @@ from alpacache.cached_dataset import CachedDataset
 from alpacache.checkpoint_writer import CheckpointWriter
 from alpacache.config import TrainConfig, to_toml, weighted_stores
 from alpacache.ema import WeightAverage
-from alpacache.errors import DeviceMemoryError, InterruptedRunError, NonFiniteError, UsageError
-from alpacache.identity import check_same_vlm, model_identity
+from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, NonFiniteError, UsageError
+from alpacache.features import POSE_FIELDS
+from alpacache.identity import check_base, check_same_vlm, model_identity
 from alpacache.interrupt import InterruptGuard
 from alpacache.memory_plan import LEAST_DECODED, MemoryPlan
 from alpacache.optimizers import make_optimizer
 from alpacache.peer_memory import peer_memory
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
-from alpacache.run_plan import as_begun, batches_of, cap_memory, global_order, settle
+from alpacache.run_plan import batches_of, cap_memory, order_and_damage, settle
+from alpacache.run_record import (
+    as_begun,
+    check_alike,
+    check_settings,
+    settings_record,
+    stores_record,
+    total_steps,
+)
 from alpacache.shared_update import SharedUpdate
 from alpacache.trackers import Tracker, make_trackers, scalars
 from alpacache.train_step import StepResult, StepValues, TrainStep
@@ -41,30 +50,6 @@ from alpacache.world import World, join_world
 from cache_store import CorruptSampleError
 
 _NON_FINITE_LIMIT = 3
-_FREE_TO_CHANGE = {
-    "resume",
-    "out",
-    "device",
-    "keep",
-    "save_every",
-    "val_every",
-    "val",
-    "val_samples",
-    "in_memory",
-    "capture",
-    "checkpointing",
-    "memory_budget",
-    "stores",
-    "model",
-    "best_by",
-    "patience",
-    "ema",
-    "ema_every",
-    "on_damage",
-    "track",
-    "micro_batch",
-}
-"""Config keys that do not change what a step computes; `stores` and `model` may move, their identity is checked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +112,9 @@ def _train(
     val = CachedDataset([config.val], checkpoint, in_memory=config.in_memory) if config.val else None
     if val is not None:
         check_same_vlm(data.vlm, val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
-    config, plan = settle(as_begun(config, directory), checkpoint, data, world)
+    check_alike(config, directory, checkpoint, data, val, world)
+    begun = as_begun(config, directory, world)
+    config, plan = settle(begun, checkpoint, data, world, resumed=bool(directory.steps))
     if plan is not None:
         on_plan(plan)
     expert = load_expert(checkpoint, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
@@ -143,11 +130,12 @@ def _train(
     except torch.OutOfMemoryError as error:
         peak = run.peak_bytes() / 2**30
         planned = "" if plan is None else f" ({plan.device_bytes / 2**30:.2f} GiB were planned)"
-        smaller = max(1, (config.micro_batch or 1) // 2)
+        less = f"--micro-batch {max(1, (config.micro_batch or 1) // 2)} --checkpointing"
+        again = f"Checkpoints are intact: go on with --resume {less}"
+        other = f"Try {less}, a smaller --batch-size or --draws, or --trainable lora"
         raise DeviceMemoryError(
-            f"out of GPU memory with {peak:.2f} GiB reserved{planned}: {error}\nCheckpoints are intact. Try "
-            f"--micro-batch {smaller} --checkpointing, a smaller --batch-size or --draws, or --trainable lora; other "
-            "programs on this GPU take from it too."
+            f"out of GPU memory with {peak:.2f} GiB reserved{planned}: {error}\n"
+            f"{again if directory.steps else other}; other programs on this GPU take from it too."
         ) from error
 
 
@@ -175,8 +163,8 @@ class _Run:
         self.config, self.directory, self.checkpoint = config, directory, checkpoint
         self.data, self.expert, self.on_progress = data, expert, on_progress
         self.validation = None if val is None else Validation(val, config)
-        self.order = global_order(config, data)
-        self.total = config.steps or math.ceil((config.epochs or 0) * len(data) / config.batch_size)
+        self.order, self.unreadable = order_and_damage(config, data)
+        self.stores, self.total = stores_record(config, data), total_steps(config, len(data))
         self.warmup = min(100, self.total // 10) if config.warmup is None else config.warmup
         if self.warmup >= self.total:
             raise UsageError(
@@ -233,6 +221,9 @@ class _Run:
         expert.train()
         if config.ema is not None and self.average is None and self.world.is_first:
             self.average = WeightAverage(self.parameters, decay=config.ema, every=config.ema_every)
+        for index, error in self.unreadable.items():
+            if index not in self.damaged:
+                self._note_damage({index}, error)
         step: TrainStep | None = None
         rows: Tensor | None = None
         self.started, self.first = time.monotonic(), self.step
@@ -261,6 +252,8 @@ class _Run:
                         self._run_through(ring, step, guard)
                 except CorruptSampleError as error:
                     self._leave_out(error)
+                del ring
+                gc.collect()  # it, what its threads read and their error refer to each other: all RAM of --in-memory
         return self._report(self.first, time.monotonic() - self.started)
 
     def _make_step(self, ring: BatchRing) -> TrainStep:
@@ -319,7 +312,12 @@ class _Run:
         row = self._row(number, result, values, waited_s=ring.waited_s)
         if validating:
             assert self.validation is not None
-            self.validated = self.validation.run(self.expert, self.world)
+            try:
+                self.validated = self.validation.run(self.expert, self.world)
+            except CorruptSampleError as error:
+                if self.world.is_first:
+                    self.directory.append_metrics(row)
+                raise self._damaged_validation(error) from error
             by_turn = means(self.world.gathered(dict(self.by_turn)))
             row |= self.validated | {f"train_loss/{turn}": loss for turn, loss in by_turn.items()}
             self.by_turn.clear()
@@ -336,8 +334,7 @@ class _Run:
         improved = False
         if validated:
             value = self.validated["val_loss" if config.best_by == "loss" else "val_min_ade"]
-            comparable = self.best["value"] is not None and self.best["by"] == config.best_by
-            improved = not comparable or value < self.best["value"]
+            improved = math.isfinite(value) and (not self._has_best() or value < self.best["value"])
             since = 0 if improved else self.best["since"] + 1
             best = {"step": self.step, "value": value, "by": config.best_by} if improved else self.best
             self.best = {**best, "since": since}
@@ -349,6 +346,11 @@ class _Run:
             raise InterruptedRunError(
                 f"stopped on request at step {self.step}; saved. Run again with --resume to go on."
             )
+
+    def _has_best(self) -> bool:
+        """Whether there is a validation that others can be compared with."""
+        value = self.best["value"]
+        return value is not None and math.isfinite(value) and self.best["by"] == self.config.best_by
 
     def _without_damaged(self, batch: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """The batch with the next sample in place of each that is left out."""
@@ -367,41 +369,59 @@ class _Run:
                 self._save(is_best=False, and_wait=True)
             raise error
         found = {index for index in range(len(self.data)) if self.data.sample_id(index) == error.sample_id}
+        if len(found) > 1:  # in several stores
+            found = {index for index in found - self.damaged if self._is_damaged(index)}
         if not found or found <= self.damaged or len(self.damaged | found) * 2 > len(self.data):
             raise error
+        self._note_damage(found, error)
+
+    def _is_damaged(self, index: int) -> bool:
+        reader, sample_id = self.data.locate(index)
+        try:
+            reader.read(sample_id, (*self.data.prefix_fields, *POSE_FIELDS))
+        except CorruptSampleError:
+            return True
+        return False
+
+    def _note_damage(self, found: set[int], error: CorruptSampleError) -> None:
         self.damaged |= found
-        row = {"step": self.step, "damaged": error.sample_id, "message": str(error)}
-        self.directory.append_metrics(row)
+        self.directory.append_metrics({"step": self.step, "damaged": error.sample_id, "message": str(error)})
+
+    def _damaged_validation(self, error: CorruptSampleError) -> DataError:
+        """Nothing stands in for a sample of --val: the best of a run is told by the same samples throughout."""
+        saved = self.world.size == 1  # several could not agree on it
+        if saved:
+            self._save(is_best=False, and_wait=True)
+        state = f"Saved at step {self.step}" if saved else "Checkpoints are intact"
+        return DataError(
+            f"validation on {self.config.val} failed: {error}\n{state}. Mend it with `alpacache verify --deep "
+            "--repair` and `alpacache extract`, or give another --val; then go on with --resume."
+        )
 
     def restore(self) -> None:
         """Go on from the newest checkpoint; refuses a changed setting that would change the result."""
         path = self.directory.checkpoint(self.directory.steps[-1])
         content = read_checkpoint(path, optimizer=True, average=self.directory.has_average(self.directory.steps[-1]))
-        before, now = content.state["settings"], self._settings()
-        changed = [
-            f"{key}: the run has {before[key]!r}, now {now[key]!r}"
-            for key in now
-            if key in before and before[key] != now[key]
-        ]
-        if changed:
-            raise UsageError(
-                f"{self.config.out} was begun with other settings:\n  "
-                + "\n  ".join(changed)
-                + "\nRepeat them, or choose another --out."
-            )
+        check_base(self.checkpoint, content.state["base"], run=path)
         check_same_vlm(content.state.get("vlm"), self.data.vlm, run=path, what="the stores that are given now")
+        check_settings(content.state["settings"], self._settings(), run=self.config.out)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(content.model[name])
         self.optimizer.load_tensors(content.optimizer)
         self.step = content.state["step"]
         self.best = content.state["best"]
+        patience = self.config.patience
+        if patience is not None and self.best["by"] == self.config.best_by:
+            self.stopped_early = self.best["since"] >= patience and self.step < self.total
         ids = set(content.state.get("damaged", []))
-        self.damaged = {index for index in range(len(self.data)) if self.data.sample_id(index) in ids} if ids else set()
+        by_id = [index for index in range(len(self.data)) if self.data.sample_id(index) in ids] if ids else []
+        self.damaged = set(content.state.get("damaged_indices", by_id))  # an older version knew the ids alone
         if content.average and self.config.ema is not None and self.world.is_first:
             self.average = WeightAverage(self.parameters, decay=self.config.ema, every=self.config.ema_every)
-            self.average.load(content.average)
+            self.average.load(content.average, content.state.get("average"))
         if self.world.is_first:
+            self.directory.point_links(self.step, best=self.best["step"])
             self.directory.rewind_metrics(self.step)
 
     def _enqueue(self, step: TrainStep, batch: Batch, *, stop: bool) -> StepResult:
@@ -479,8 +499,10 @@ class _Run:
             "base": model_identity(self.checkpoint),
             "vlm": self.data.vlm,
             "best": self.best,
+            "average": None if self.average is None else self.average.state,
             "trainable": self.config.trainable,
             "damaged": sorted(self.data.sample_id(index) for index in self.damaged),
+            "damaged_indices": sorted(self.damaged),
         }
         content = RunCheckpoint(
             model=checkpoint_tensors(self.expert, self.parameters),
@@ -493,14 +515,7 @@ class _Run:
         self.writer.save(self.step, content, is_best=is_best, keep=self.config.keep, keep_also=self.best["step"])
 
     def _settings(self) -> dict[str, Any]:
-        """What must not change over a resume, as plain JSON."""
-        settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in _FREE_TO_CHANGE}
-        settings["betas"] = list(self.config.betas)
-        settings["lr"] = self.config.peak_lr
-        settings["store_weights"] = [weight for _, weight in weighted_stores(self.config.stores)]
-        if self.config.trainable != "lora":
-            del settings["lora_rank"], settings["lora_alpha"]
-        return {**settings, "dataset_samples": len(self.data), "base": model_identity(self.checkpoint)}
+        return settings_record(self.config, self.stores, processes=self.world.size)
 
     def _tell(self, row: dict[str, Any]) -> None:
         notes = {"loss": "skipped" if row["loss"] is None else f"{row['loss']:.4f}"}

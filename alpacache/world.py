@@ -16,10 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alpacache.device import enter, resolve_device
-from alpacache.errors import LostProcessError, UsageError
+from alpacache.errors import AlpacacheError, LostProcessError, ProcessGroupError, UsageError
 
 _TIMEOUT = timedelta(minutes=30)
 """Of a collective: the others wait while the first process writes a checkpoint."""
+_OTHER_ENDED = (
+    "connection closed",
+    "connection was likely closed",
+    "connection reset",
+    "broken pipe",
+    "a remote process exiting prematurely",
+    "remote process exited",
+)
+"""What gloo, NCCL and torch's store say where the process at the other end is gone, in small letters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +104,8 @@ def own_device(device: str | None) -> torch.device:
 def join_world(device: str | None) -> Iterator[World]:
     """Join the other processes where torchrun has started several, and leave them at the end.
 
-    Raises `UsageError` where there are fewer GPUs than processes, `LostProcessError` where another one has died.
+    Raises `UsageError` where there are fewer GPUs than processes, `LostProcessError` where another one has died,
+    `ProcessGroupError` where they cannot talk to each other for another reason.
     """
     rank, size = process_place()
     mine = own_device(device)
@@ -103,16 +113,34 @@ def join_world(device: str | None) -> Iterator[World]:
     if size == 1:
         yield World(rank=0, size=1, device=mine)
         return
-    dist.init_process_group(timeout=_TIMEOUT, **_backend(mine))
     try:
+        dist.init_process_group(timeout=_TIMEOUT, **_backend(mine))
         yield World(rank=rank, size=size, device=mine)
-    except dist.DistError as error:
-        raise LostProcessError(f"process {rank} of {size}: another process of the run has ended ({error}).") from error
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("Connection closed", "Connection reset", "gloo", "NCCL")):
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in ("gloo", "NCCL")):
             raise
-        raise LostProcessError(f"process {rank} of {size}: another process of the run has ended.") from error
+        raise _explained(error, f"process {rank} of {size}") from error
     dist.destroy_process_group()  # not after an error: it would wait for processes that wait for this one
+
+
+def _explained(error: RuntimeError, process: str) -> AlpacacheError:
+    """What an error of the backend means. Only of a process that is gone another one has said why."""
+    cause = str(error).partition("\nException raised from")[0].strip()
+    if any(words in cause.lower() for words in _OTHER_ENDED):
+        return LostProcessError(f"{process}: another process of the run has ended ({cause}).")
+    if "out of memory" in cause.lower():
+        remedy = (
+            "NCCL takes GPU memory of its own, beside what was planned: leave it some with a smaller --memory-budget "
+            "or --micro-batch, and see what else is on this GPU."
+        )
+    elif "timed out" in cause.lower() or "timeout" in cause.lower():
+        remedy = "Another process did not come that far in time: see what each of them said last, and its machine."
+    else:
+        remedy = "See what the other processes say, and the network between machines; NCCL_DEBUG=WARN tells more."
+    return ProcessGroupError(
+        f"{process}: talking to the other processes failed: {cause}\n{remedy} Checkpoints are intact; run again with "
+        "--resume."
+    )
 
 
 def _backend(device: torch.device) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def train(
     if report.val_min_ade is not None:
         rows.append(["validation minADE", f"{report.val_min_ade:.3f} m"])
     if report.stopped_early:
-        rows.append(["stopped early", "validation had stopped getting better"])
+        rows.append(["stopped early", "validation had stopped getting better; a larger --patience goes on"])
     if report.damaged:
         rows.append(["damaged", f"{report.damaged} samples left out; `alpacache verify` names them"])
     if report.peak_gib is not None:

@@ -173,6 +173,17 @@ def test_too_little_memory_is_refused_before_anything_is_read(tiny_checkpoint, s
     assert "Leave --in-memory out" in str(e.value)
 
 
+def test_each_process_of_a_machine_needs_room_for_all_samples(tiny_checkpoint, stores, space, monkeypatch):
+    dataset = CachedDataset(stores, Checkpoint(str(tiny_checkpoint)), in_memory=True)
+    one = batches._SPARE_BYTES + sum(-(-size // 4096) * 4096 for size in dataset.kv_bytes.tolist())
+    monkeypatch.setattr(batches, "available_bytes", lambda: 2 * one)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    BatchRing(dataset, space, in_order(14, 1, 4), batch_size=4, device=CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match=f"each of 3 processes on this machine: {3 * one:,} together; {2 * one:,} are"):
+        BatchRing(dataset, space, in_order(14, 1, 4), batch_size=4, device=CPU)
+
+
 def test_rows_are_double_buffered_and_wait_for_done(dataset, space):
     with BatchRing(dataset, space, in_order(14, 6, 2), batch_size=2, device=CPU) as ring:
         iterator = iter(ring)

@@ -1,6 +1,7 @@
 """Checkpoints are written beside training: what is on disk is the moment of the call, and no error is lost."""
 
 import errno
+import logging
 import threading
 
 import pytest
@@ -56,21 +57,41 @@ def test_leaving_waits_for_the_last_write_and_the_next_for_the_one_before(tmp_pa
     assert load_file(tmp_path / "best" / MODEL)["w"].tolist() == [2, 2]
 
 
-def test_an_error_of_the_thread_is_raised_by_whoever_comes_next(tmp_path, monkeypatch):
-    def full(*given):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def full(*given):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
+
+def test_an_error_of_the_thread_is_raised_where_the_next_write_fails_too_and_at_the_end(tmp_path, monkeypatch, caplog):
     writer = CheckpointWriter(RunDirectory(tmp_path))
     writer.save(1, content(torch.ones(2)), is_best=False, keep=2)
     writer.wait()
     monkeypatch.setattr("alpacache.run_directory.save_file", full)
     writer.save(2, content(torch.ones(2)), is_best=False, keep=2)
-    with pytest.raises(DataError, match=r"step 2 could not be written .* needs 24 bytes"):
+    with pytest.raises(DataError, match=r"step 3 could not be written .* needs 24 bytes"):
         writer.save(3, content(torch.ones(2)), is_best=False, keep=2)
+    assert "step 2 could not be written" in caplog.text
     writer.save(4, content(torch.ones(2)), is_best=False, keep=2)
     with pytest.raises(DataError, match="step 4"), writer:
         pass
     assert RunDirectory(tmp_path).steps == [1]
+
+
+def test_after_a_failed_write_the_next_state_is_written_and_the_failure_told(tmp_path, monkeypatch, caplog):
+    directory = RunDirectory(tmp_path)
+    with CheckpointWriter(directory) as writer, monkeypatch.context() as patched:
+        patched.setattr("alpacache.run_directory.save_file", full)
+        writer.save(200, content(torch.ones(2)), is_best=True, keep=2)
+        writer._pool.submit(int).result()  # the disk is freed once that has failed
+        patched.undo()
+        writer.save(390, content(torch.ones(2)), is_best=False, keep=2, keep_also=200)
+        assert directory.steps == [390]  # at once, not when it is waited for
+        writer.save(400, content(torch.ones(2)), is_best=False, keep=2, keep_also=200)
+    assert directory.steps == [390, 400]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    told = record.getMessage()
+    assert f"step 200 could not be written to {tmp_path / 'checkpoints'} ([Errno 28] No space left on device)" in told
+    assert "step 390 is written in its place" in told
 
 
 @pytest.mark.parametrize("room", [0, OSError("no such file")])

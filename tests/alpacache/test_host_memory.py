@@ -52,17 +52,62 @@ def test_threads_get_places_of_their_own(monkeypatch):
     assert len({place.ctypes.data for place in found}) == 800
 
 
-def test_available_is_the_least_of_system_and_container(tmp_path, monkeypatch):
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """With 2,048,000 bytes available and no limits; its folder of control groups."""
     (tmp_path / "meminfo").write_text("MemTotal: 999 kB\nMemAvailable:    2000 kB\n")
     monkeypatch.setattr(host_memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(host_memory, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path / "cgroup")
+    return tmp_path / "cgroup"
+
+
+def limit(folder, most, used, cached):
+    """As cgroup v1 tells it below a folder `memory`, else as v2."""
+    folder.mkdir(parents=True, exist_ok=True)
+    v1 = "memory" in folder.parts
+    (folder / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(f"{most}\n")
+    (folder / ("memory.usage_in_bytes" if v1 else "memory.current")).write_text(f"{used}\n")
+    counted = f"inactive_file 1\ntotal_inactive_file {cached}\n" if v1 else f"inactive_file {cached}\n"
+    (folder / "memory.stat").write_text(f"anon 1\n{counted}")
+
+
+def test_available_is_the_least_of_system_and_container(machine):
+    assert available_bytes() == 2000 * 1024  # a kernel without control groups
+    machine.with_name("own").write_text("0::/\n")
+    assert available_bytes() == 2000 * 1024  # the root of a machine has no limit to tell
+    limit(machine, "max", 500_000, 100_000)
     assert available_bytes() == 2000 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("500000\n")
-    assert available_bytes() == 2000 * 1024
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 100000\n")
+    limit(machine, 1_000_000, 500_000, 100_000)
     assert available_bytes() == 600_000
+    limit(machine, 1_000_000, 1_500_000, 0)
+    assert available_bytes() == 0
+
+
+@pytest.mark.parametrize("limited", ["job_7/step_0", "job_7", "."])
+def test_a_limit_counts_wherever_it_is_above_the_process(machine, limited):
+    machine.with_name("own").write_text("0::/job_7/step_0\n")
+    limit(machine / "job_7/step_0", "max", 300_000, 0)
+    limit(machine / "job_7", "max", 400_000, 0)
+    limit(machine / "job_8", 1, 1, 0)  # of others
+    limit(machine / limited, 1_000_000, 400_000, 50_000)
+    assert available_bytes() == 650_000
+
+
+def test_the_first_version_of_control_groups_is_understood(machine):
+    own = "4:cpu,cpuacct:/slurm\n3:memory:/slurm/job_7/step_0\n1:name=systemd:/user\n0::/user\n"
+    machine.with_name("own").write_text(own)
+    for folder in (machine / "memory", machine / "memory/slurm", machine / "memory/slurm/job_7/step_0"):
+        limit(folder, 9223372036854771712, 500_000, 0)
+    assert available_bytes() == 2000 * 1024
+    limit(machine / "memory/slurm/job_7", 1_600_000, 500_000, 100_000)
+    assert available_bytes() == 1_200_000
+
+
+def test_a_container_that_is_told_the_path_of_its_host_finds_its_limit_at_the_root(machine):
+    machine.with_name("own").write_text("3:memory:/docker/0123\n0::/../x\n")
+    limit(machine / "memory", 1_600_000, 500_000, 0)
+    assert available_bytes() == 1_100_000
 
 
 @pytest.mark.gpu

@@ -1,16 +1,21 @@
 """Stage two: it learns, it never loads the VLM, and a killed run ends with the same bits."""
 
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import ClassVar
 
 import google_crc32c
 import pytest
@@ -18,12 +23,14 @@ import torch
 from safetensors.torch import load_file
 
 import alpacache
-from alpacache import gpu_checksum
+from alpacache import gpu_checksum, training
+from alpacache.batches import BatchRing
 from alpacache.config import ExtractConfig, TrainConfig
 from alpacache.errors import DataError, NonFiniteError, UsageError
 from alpacache.run_directory import RunDirectory, read_checkpoint, read_trained
 from alpacache.sample_order import GlobalOrder
 from alpacache.training import learning_rate
+from alpacache.world import World
 from cache_store import CacheReader, CorruptSampleError
 
 
@@ -215,6 +222,79 @@ def test_an_existing_run_needs_resume_and_the_same_settings(tiny_checkpoint, sto
         alpacache.train(config(tiny_checkpoint, store, out, resume=True, lr=2e-3))
 
 
+def test_a_run_goes_on_with_its_stores_in_their_order_wherever_they_lie(tiny_checkpoint, store, int8_store, tmp_path):
+    out, moved = tmp_path / "run", shutil.copytree(store, tmp_path / "moved")
+    fewer = ExtractConfig(
+        source="synthetic:3", model=str(tiny_checkpoint), store=str(tmp_path / "three"), frames=1, device="cpu"
+    )
+    alpacache.extract(fewer)
+    both = (str(store), fewer.store)
+    alpacache.train(config(tiny_checkpoint, store, out, stores=both, steps=2, warmup=0))
+
+    def resume(*stores):
+        return alpacache.train(config(tiny_checkpoint, store, out, stores=stores, steps=2, warmup=0, resume=True))
+
+    assert resume(str(moved), fewer.store).steps == 2
+    with pytest.raises(UsageError, match=r"the order of the stores: the run has .*store, .*three\n  now .*three, "):
+        resume(*reversed(both))
+    with pytest.raises(UsageError, match=r"three has lost samples: 3, 10 when the run began"):
+        resume(fewer.store, fewer.store)
+    with pytest.raises(
+        UsageError, match=r'store has other features than .*store had: codec: expected "bf16", found "int8"'
+    ):
+        alpacache.train(config(tiny_checkpoint, store, out, stores=(str(int8_store),) * 2, resume=True))
+    state = json.loads((out / "last/state.json").read_text())
+    for base in (state["base"], state["settings"].get("base")):  # of a snapshot of the hub that is a directory now
+        if base is not None:
+            base["revision"] = "abc"
+    (out / "last/state.json").write_text(json.dumps(state))
+    assert resume(*both).steps == 2
+
+
+class _Two(World):
+    """One of two processes that are threads here."""
+
+    boxes: ClassVar = [None, None]
+    barrier: ClassVar = threading.Barrier(2, timeout=60)
+
+    def gathered(self, value):
+        self.boxes[self.rank] = value
+        self.barrier.wait()
+        found = list(self.boxes)
+        self.barrier.wait()
+        return found
+
+
+def test_processes_that_would_begin_at_other_steps_all_refuse(tiny_checkpoint, store, tmp_path):
+    """As where one machine does not see the run directory: it would begin anew while the first goes on."""
+    seen, unseen = tmp_path / "run", tmp_path / "unseen"
+    alpacache.train(config(tiny_checkpoint, store, seen, steps=1, warmup=0))
+
+    def begin(rank):
+        world = _Two(rank=rank, size=2, device=torch.device("cpu"))
+        chosen = config(tiny_checkpoint, store, (seen, unseen)[rank], steps=1, warmup=0, resume=True)
+        return training._train(chosen, world, lambda progress: None, lambda plan: None)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [future.exception(timeout=60) for future in [pool.submit(begin, rank) for rank in range(2)]]
+    for error in found:
+        assert isinstance(error, UsageError)
+        assert "checkpoint to go on from: step 1 (crc32c" in str(error)
+        assert ") in process 0; none in process 1" in str(error)
+        assert "samples" not in str(error).partition("Nothing was changed")[0]
+    assert not unseen.exists()
+
+
+def test_a_resumed_run_keeps_its_micro_batch(tiny_checkpoint, store, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    alpacache.train(config(tiny_checkpoint, store, whole, steps=3, micro_batch=1, save_every=1, keep=9))
+    shutil.copytree(whole / "checkpoints/step-0000001", parts / "checkpoints/step-0000001")
+    alpacache.train(config(tiny_checkpoint, store, parts, steps=3, resume=True))
+    assert same(weights(whole), weights(parts))
+    assert read_checkpoint(parts / "last").state["settings"]["micro_batch"] == 1
+    alpacache.train(config(tiny_checkpoint, store, parts, steps=3, resume=True, micro_batch=2))
+
+
 def test_a_store_of_another_model_is_refused(tiny_checkpoint_15, store, tmp_path):
     with pytest.raises(UsageError, match="extracted with another model") as caught:
         alpacache.train(config(tiny_checkpoint_15, store, tmp_path / "run"))
@@ -261,12 +341,12 @@ def test_a_full_disk_keeps_earlier_checkpoints(tiny_checkpoint, store, tmp_path,
     good = run_directory.save_file
 
     def full(tensors, path, metadata):
-        if "0000004" in str(path):
+        if "0000002" not in str(path):
             raise OSError(28, "No space left on device")
         good(tensors, path, metadata)
 
     monkeypatch.setattr(run_directory, "save_file", full)
-    with pytest.raises(DataError, match=r"step 4 could not be written .* needs \d+ bytes"):
+    with pytest.raises(DataError, match=r"step 6 could not be written .* needs \d+ bytes"):
         alpacache.train(config(tiny_checkpoint, store, out, save_every=2))
     assert RunDirectory(out).steps == [2]
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-0000002"]
@@ -397,6 +477,57 @@ def test_damaged_samples_are_left_out_and_counted_if_asked_for(tiny_checkpoint, 
     assert alpacache.train(more).damaged == 2
 
 
+def test_a_ring_of_samples_in_memory_is_gone_before_the_next_is_made(tiny_checkpoint, store, tmp_path, monkeypatch):
+    """Else both would have to fit into RAM."""
+    damaged_copy(store, tmp_path / "broken", 2)
+    rings = []
+
+    def make(*args, **settings):
+        assert all(ring() is None for ring in rings)
+        made = BatchRing(*args, **settings)
+        rings.append(weakref.ref(made._slabs))
+        return made
+
+    monkeypatch.setattr(training, "BatchRing", make)
+    settings = {"on_damage": "skip", "in_memory": True}
+    assert alpacache.train(config(tiny_checkpoint, tmp_path / "broken", tmp_path / "run", **settings)).damaged == 2
+    assert len(rings) == 3
+
+
+def test_only_the_damaged_one_of_two_samples_of_a_name_is_left_out(tiny_checkpoint, store, tmp_path):
+    ids = damaged_copy(store, tmp_path / "broken", 1)
+    stores, out = (str(store), str(tmp_path / "broken")), tmp_path / "run"
+    settings = {"stores": stores, "steps": 5, "on_damage": "skip"}
+    assert alpacache.train(config(tiny_checkpoint, store, out, **settings)).damaged == 1
+    state = read_checkpoint(out / "last").state
+    assert (state["damaged"], state["damaged_indices"]) == (ids, [10])
+    assert alpacache.train(config(tiny_checkpoint, store, out, **settings, resume=True)).damaged == 1
+
+
+def test_a_damaged_path_is_left_out_where_curvature_is_balanced(tiny_checkpoint, store, tmp_path):
+    broken, out = shutil.copytree(store, tmp_path / "broken"), tmp_path / "run"
+    reader = CacheReader(broken)
+    sample_id = sorted(reader.sample_ids)[0]
+    small = broken / reader.record(sample_id).folder / "small/c.0"  # its poses, too
+    small.write_bytes(bytes(255 - byte for byte in small.read_bytes()))
+    settings = {"balance": "curvature", "on_damage": "skip"}
+    assert alpacache.train(config(tiny_checkpoint, broken, out, **settings)).damaged == 1
+    assert [row["damaged"] for row in rows(out) if "damaged" in row] == [sample_id]
+    with pytest.raises(CorruptSampleError):
+        alpacache.train(config(tiny_checkpoint, broken, tmp_path / "stop", balance="curvature"))
+
+
+def test_a_damaged_validation_sample_ends_the_run_saved(tiny_checkpoint, store, tmp_path):
+    damaged_copy(store, tmp_path / "val", 1)
+    out = tmp_path / "run"
+    settings = {"val": str(tmp_path / "val"), "val_every": 2, "on_damage": "skip"}
+    with pytest.raises(DataError, match=r"validation on .*val failed: (.|\n)*Saved at step 2\. Mend it with"):
+        alpacache.train(config(tiny_checkpoint, store, out, **settings))
+    assert read_checkpoint(out / "last").state["damaged"] == []
+    assert [row["step"] for row in rows(out)] == [1, 2]
+    assert alpacache.train(config(tiny_checkpoint, store, out, val=str(store), resume=True)).steps == 6
+
+
 def test_a_run_that_stops_at_a_damaged_sample_keeps_what_it_did(tiny_checkpoint, store, tmp_path):
     damaged_copy(store, tmp_path / "broken", 1)
     out = tmp_path / "run"
@@ -525,6 +656,25 @@ def test_the_average_is_kept_and_resumed_to_the_same_bits(tiny_checkpoint, store
         read_trained(tmp_path / "none/last", average=True)
 
 
+@pytest.mark.parametrize("cut", [1, 3, 5])
+def test_average_is_up_to_date_resumable_and_does_not_depend_on_saving(tiny_checkpoint, store, tmp_path, cut):
+    settings = {"ema": 0.9, "ema_every": 4, "keep": 9, "steps": 7}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    alpacache.train(config(tiny_checkpoint, store, whole, save_every=100, **settings))
+    alpacache.train(config(tiny_checkpoint, store, parts, save_every=1, **settings))
+    for step in range(cut + 1, 8):
+        shutil.rmtree(parts / f"checkpoints/step-{step:07d}")
+    alpacache.train(config(tiny_checkpoint, store, parts, resume=True, save_every=2, **settings))
+    first, second = (load_file(out / "last/average.safetensors") for out in (whole, parts))
+    assert same(first, second)
+    one, two = (read_trained(out / "last", average=True) for out in (whole, parts))
+    assert same(one.model, two.model)
+    assert one.state["average"] == {"decay": 0.9, "behind": 3} == two.state["average"]
+    plain = weights(whole)
+    assert all(torch.equal(one.model[n], first[n].lerp(plain[n].float(), 1 - 0.9**3)) for n in first)
+    assert not same(one.model, first)
+
+
 def test_training_stops_when_validation_stops_getting_better(tiny_checkpoint, store, tmp_path):
     out = tmp_path / "run"
     settings = {"val": str(store), "val_every": 1, "patience": 2, "lr": 0.0, "min_lr": 0.0, "steps": 20}
@@ -533,6 +683,20 @@ def test_training_stops_when_validation_stops_getting_better(tiny_checkpoint, st
     assert report.steps == 3
     assert (out / "best").resolve().name == "step-0000001"
     assert (out / "last").resolve().name == "step-0000003"
+    again = alpacache.train(config(tiny_checkpoint, store, out, resume=True, **settings))
+    assert (again.steps, again.stopped_early) == (3, True)
+    more = alpacache.train(config(tiny_checkpoint, store, out, resume=True, **settings | {"patience": 4}))
+    assert (more.steps, more.stopped_early) == (5, True)
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(tiny_checkpoint, store, tmp_path, monkeypatch):
+    losses = iter([math.nan, 0.5, math.inf, 0.4, math.nan])
+    monkeypatch.setattr(training.Validation, "run", lambda *_: {"val_loss": next(losses)})
+    out = tmp_path / "run"
+    report = alpacache.train(config(tiny_checkpoint, store, out, steps=5, val=str(store), val_every=1, keep=9))
+    assert report.best_val_loss == 0.4
+    assert (out / "best").resolve().name == "step-0000004"
+    assert read_checkpoint(out / "last").state["best"] == {"step": 4, "value": 0.4, "by": "loss", "since": 1}
 
 
 def test_the_best_may_be_chosen_by_min_ade_and_strata_are_told_apart(tiny_checkpoint, store, tmp_path):

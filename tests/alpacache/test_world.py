@@ -10,13 +10,14 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import alpacache
 from alpacache.config import ExtractConfig, TrainConfig
-from alpacache.errors import UsageError
+from alpacache.errors import LostProcessError, ProcessGroupError, UsageError
 from alpacache.run_directory import RunDirectory
-from alpacache.world import World
+from alpacache.world import World, join_world
 from cache_store import CacheReader
 
 STEPS, BATCH = 6, 4
@@ -70,14 +71,27 @@ def close(first, second):
     return float(moved.norm() / torch.cat([one[name].flatten() for name in one]).norm())
 
 
+@pytest.fixture(scope="module")
+def parallel(tiny_checkpoint, store, tmp_path_factory):
+    """The run of so many processes, made once."""
+    made = {}
+
+    def run(processes):
+        if processes not in made:
+            out = tmp_path_factory.mktemp("parallel") / "run"
+            options = ("--val", str(store), "--val-every", "3", "--save-every", "3", "--json")
+            code, printed, errors = finished(launch(processes, store, tiny_checkpoint, out, *options))
+            assert code == 0, errors[-3000:]
+            assert json.loads(printed)["steps"] == STEPS  # one report, of the first process
+            made[processes] = out
+        return made[processes]
+
+    return run
+
+
 @pytest.mark.parametrize("processes", [2, 4])
-def test_the_same_global_batch_gives_the_same_curve(tiny_checkpoint, store, alone, tmp_path, processes):
-    out = tmp_path / "run"
-    code, printed, errors = finished(
-        launch(processes, store, tiny_checkpoint, out, "--val", str(store), "--val-every", "3", "--json")
-    )
-    assert code == 0, errors[-3000:]
-    assert json.loads(printed)["steps"] == STEPS  # one report, of the first process
+def test_the_same_global_batch_gives_the_same_curve(alone, parallel, processes):
+    out = parallel(processes)
     got, expected = rows(out), rows(alone)
     assert [row["step"] for row in got] == [row["step"] for row in expected]
     for name in ("loss", "grad_norm", "lr"):
@@ -88,16 +102,11 @@ def test_the_same_global_batch_gives_the_same_curve(tiny_checkpoint, store, alon
     assert close(out, alone) < 1e-4
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tiny_checkpoint, store, alone, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(alone, out, symlinks=True)
-    shutil.rmtree(out / "checkpoints")
-    code, _, errors = finished(launch(2, store, tiny_checkpoint, tmp_path / "two", "--save-every", "3"))
-    assert code == 0, errors[-3000:]
+def test_a_run_goes_on_with_another_number_of_processes(tiny_checkpoint, store, alone, parallel, tmp_path):
     half = tmp_path / "half"
     (half / "checkpoints").mkdir(parents=True)
-    shutil.copytree(tmp_path / "two/checkpoints/step-0000003", half / "checkpoints/step-0000003")
-    shutil.copy(tmp_path / "two/metrics.jsonl", half)
+    shutil.copytree(parallel(2) / "checkpoints/step-0000003", half / "checkpoints/step-0000003")
+    shutil.copy(parallel(2) / "metrics.jsonl", half)
     resumed = TrainConfig(
         stores=(str(store),),
         model=str(tiny_checkpoint),
@@ -150,3 +159,56 @@ def test_a_batch_that_cannot_be_shared_is_refused():
     assert world.share(12) == 4
     with pytest.raises(UsageError, match="over 3 processes; expected a multiple of 3"):
         world.share(8)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The world of a process that torchrun has started, without the others."""
+    monkeypatch.setattr(dist, "init_process_group", lambda **settings: None)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    return join_world("cpu")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:9"),
+        RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection reset by peer"),
+        dist.DistNetworkError(
+            "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server crash?"
+        ),
+        dist.DistBackendError(
+            "NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error, NCCL version 2.27.7"
+        ),
+    ],
+)
+def test_a_process_that_has_ended_says_itself_why(joined, error):
+    with pytest.raises(LostProcessError), joined:
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (
+            dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3\nCuda failure 2 'out of memory'"),
+            "out of memory'\nNCCL takes GPU memory of its own, .* smaller --memory-budget",
+        ),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc] Timed out waiting 1800000ms for recv"),
+            "see what each of them said",
+        ),
+        (dist.DistBackendError("NCCL error: unhandled system error"), "NCCL_DEBUG=WARN"),
+    ],
+)
+def test_any_other_error_of_the_group_has_a_text(joined, error, remedy):
+    with pytest.raises(ProcessGroupError, match=rf"(?s)^process 1 of 2: talking to .*{remedy}") as caught, joined:
+        raise error
+    assert not isinstance(caught.value, LostProcessError)
+    assert "--resume" in str(caught.value)
+
+
+def test_an_error_of_something_else_is_left_as_it_is(joined):
+    with pytest.raises(RuntimeError, match="Connection reset by the object store"), joined:
+        raise RuntimeError("Connection reset by the object store")
