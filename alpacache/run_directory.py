@@ -7,7 +7,6 @@ all state is JSON; nothing is pickled.
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alpacache.durable import flush, write_flushed
 from alpacache.ema import up_to_date
 from alpacache.errors import DataError, UsageError
 from alpacache.host_copies import copied_to_host
@@ -79,11 +79,11 @@ class RunDirectory:
 
     def write_memory(self, record: Mapping[str, Any]) -> None:
         """The memory plan in bytes, and the measured peak."""
-        _write_flushed(self.path / "memory.json", (json.dumps(record, indent=1) + "\n").encode())
+        _write_document(self.path / "memory.json", (json.dumps(record, indent=1) + "\n").encode())
 
     def write_config(self, text: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_flushed(self.path / "config.toml", text.encode())
+        _write_document(self.path / "config.toml", text.encode())
 
     def save(self, step: int, content: RunCheckpoint, *, keep: int, best: int | None = None) -> Path:
         """Write a checkpoint, move the links, and drop all but the newest `keep` and the best.
@@ -142,7 +142,7 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         if path.is_file():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            _write_flushed(path, "".join(line + "\n" for line in kept).encode())
+            _write_document(path, "".join(line + "\n" for line in kept).encode())
 
 
 def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = False) -> RunCheckpoint:
@@ -253,13 +253,9 @@ def _crc32c(path: Path) -> str:
     return f"{crc:08x}"
 
 
-def _write_flushed(path: Path, data: bytes) -> None:
-    draft = path.with_name(f".{path.name}.new")
+def _write_document(path: Path, data: bytes) -> None:
     with _room_for(path.name, path.parent, len(data)):
-        draft.write_bytes(data)
-        flush(draft)
-        draft.replace(path)
-        flush(path.parent)
+        write_flushed(path, data)
 
 
 @contextmanager
@@ -274,12 +270,3 @@ def _room_for(what: str, place: Path, size_bytes: int) -> Iterator[None]:
             f"{what} could not be written to {place} ({error}); it needs {size_bytes} bytes. Earlier checkpoints are "
             "intact; free space and run again with --resume."
         ) from error
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on the medium."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,6 @@ A directory to read may come from a stranger: its data files must lie in it, and
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from alpacache.durable import flush, write_flushed
 from alpacache.errors import BadClipError, DataError, SourceError, UsageError
 from alpacache.poses import EgoPoses
 from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef, Source, sort_cameras
@@ -276,7 +276,7 @@ def _settle_plan(partial: Path, source: Source, refs: Sequence[SampleRef], asked
     plan = json.dumps({"source": source.name, "samples": ids, **asked})
     file = partial / "plan.json"
     if not file.exists():
-        _write_flushed(file, plan)
+        write_flushed(file, plan.encode())
     elif file.read_text() != plan:
         raise UsageError(f"{partial} belongs to a run with other settings; remove it or choose another --out.")
 
@@ -307,8 +307,8 @@ def _write_shard(
                 rejected.append([ref.sample_id, error.kind, str(error)])
             if on_sample is not None:
                 on_sample(ref)
-    _flush(arrow)
-    _write_flushed(report, json.dumps({"rows": len(refs) - len(rejected), "rejected": rejected}))
+    flush(arrow)
+    write_flushed(report, json.dumps({"rows": len(refs) - len(rejected), "rejected": rejected}).encode())
     return rejected
 
 
@@ -348,28 +348,10 @@ def _finish(
     (done / PROVENANCE).write_text(json.dumps(record, indent=1) + "\n")
     (done / "README.md").write_text(render_card(record), encoding="utf-8")
     for path in (*done.iterdir(), done):
-        _flush(path)
+        flush(path)
     done.replace(final)
-    _flush(final.parent)
+    flush(final.parent)
     return record
-
-
-def _write_flushed(file: Path, text: str) -> None:
-    """Whole and on the medium, or not there under this name."""
-    draft = file.with_suffix(".tmp")
-    draft.write_text(text)
-    _flush(draft)
-    draft.replace(file)
-    _flush(file.parent)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on the medium."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _refuse_outside_files(directory: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alpacache import run_directory
+from alpacache import durable, run_directory
 from alpacache.errors import DataError, UsageError
 from alpacache.run_directory import RunCheckpoint, RunDirectory, find_checkpoint, read_checkpoint
 
@@ -131,6 +131,7 @@ def test_a_full_disk_is_told_with_what_would_help_wherever_it_is_met(tmp_path, m
     for what, call in calls.items():
         with monkeypatch.context() as patched:
             patched.setattr(Path, "open", appending)
+            patched.setattr(durable, "flush", full)
             patched.setattr(run_directory, "flush", full)
             with pytest.raises(OSError) as caught:
                 call()

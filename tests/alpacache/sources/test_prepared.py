@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
 from PIL import Image as Picture
 
+from alpacache import durable
 from alpacache.errors import BadClipError, DataError, InterruptedRunError, SourceError, UsageError
 from alpacache.sample import SampleRef
 from alpacache.selection import select
@@ -213,18 +214,17 @@ def test_shards_of_another_size_are_made_again(tmp_path, monkeypatch):
 
 
 def test_rows_are_on_the_medium_before_their_report_and_all_before_the_name(tmp_path, monkeypatch):
-    from alpacache.sources import prepared as module
-
-    flushed, flush = [], module._flush
+    flushed, flush = [], durable.flush
 
     def note(path):
         flush(path)
         reports = len(list(tmp_path.glob("out.partial/shard-*.json")))
         flushed.append((path.name, reports, (tmp_path / "out").exists()))
 
-    monkeypatch.setattr(module, "_flush", note)
+    monkeypatch.setattr(durable, "flush", note)
+    monkeypatch.setattr("alpacache.sources.prepared.flush", note)
     prepare(DRIVES, refs_of(DRIVES), tmp_path / "out", cameras=[FRONT], frames=1)
-    names = ["plan.tmp", "out.partial", "shard-000000.arrow", "shard-000000.tmp"]
+    names = [".plan.json.new", "out.partial", "shard-000000.arrow", ".shard-000000.json.new"]
     assert flushed[:4] == [(name, 0, False) for name in names]
     files = {"data-00000-of-00001.arrow", "state.json", "dataset_info.json", "provenance.json", "README.md", "done"}
     assert {name for name, reports, there in flushed if reports and not there} == files | {"out.partial"}
