@@ -36,19 +36,20 @@ class Group:
 
 
 class GlobalOrder:
-    """Position in the run -> sample index; one epoch is kept."""
+    """Position in the run -> sample index; one epoch is kept. Any thread may ask."""
 
     def __init__(self, seed: int, count: int, *, groups: Sequence[Group] | None = None) -> None:
         """`groups`: who has which share; without them every sample comes once an epoch."""
         self.seed, self.count = seed, count
         self._groups = None if groups is None else list(groups)
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._kept = (-1, np.empty(0, np.int64))
 
     def __getitem__(self, position: int) -> int:
         epoch, place = divmod(position, self.count)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._of(epoch)
-        return int(self._order[place])
+        kept = self._kept  # epoch and order in one: another thread may be in the epoch before
+        if epoch != kept[0]:
+            kept = self._kept = (epoch, self._of(epoch))
+        return int(kept[1][place])
 
     def _of(self, epoch: int) -> Order:
         if self._groups is None:
