@@ -97,8 +97,9 @@ def test_what_was_read_ahead_does_not_count():
 def test_the_quick_scaling_benchmark(quick):
     one, two = quick("bench_extract_scaling.py")
     assert [(row["gpus"], row["samples"]) for row in (one, two)] == [(1, 6), (2, 12)]
-    assert one["samples_s"] > 0
-    if two["samples_s"]:  # so few samples are at times not written at the same time
+    assert all(row["decode_s"] > 0 and row["workers"] == 2 * row["gpus"] for row in (one, two))
+    if one["samples_s"] and two["samples_s"]:  # so few samples have no rate where the processes do not overlap
         assert two["efficiency"] == pytest.approx(two["samples_s"] / one["samples_s"] / 2)
+        assert one["of_decoding"] == pytest.approx(one["samples_s"] / one["decode_s"])
     else:
         assert two["efficiency"] is None
