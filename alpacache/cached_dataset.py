@@ -20,7 +20,7 @@ from alpacache.features import KV_SHAPE, POSE_FIELDS, PREFIX_FIELDS, CachedSampl
 from alpacache.identity import check_same_model, store_codec
 from alpacache.sample import FRONT_CAMERA, SampleRef
 from alpacache.strata import Turn, classify
-from cache_store import CacheReader, KVCodec, differences
+from cache_store import CacheReader, CorruptSampleError, KVCodec, differences
 from cache_store.concurrency import in_order
 
 _SHARED = ("model", "prompt", "processor", "dtype", "codec", "codec_definition")
@@ -139,17 +139,20 @@ class CachedDataset:
         """Tokens of the longest sample: with one layout it is the one of most bytes."""
         return self._kv_shape(int(self.kv_bytes.argmax()))[3]
 
-    def turns(self) -> list[Turn]:
-        """Each sample's turn stratum, by its recorded path; reads no keys and values, and the poses once."""
+    def turns(self) -> list[Turn | CorruptSampleError]:
+        """Each sample's turn stratum, by its recorded path, or why that cannot be read; reads no keys and values, and
+        the poses once."""
         return self._turns
 
     @cached_property
-    def _turns(self) -> list[Turn]:
+    def _turns(self) -> list[Turn | CorruptSampleError]:
 
-        def turn(place: tuple[CacheReader, str]) -> Turn:
+        def turn(place: tuple[CacheReader, str]) -> Turn | CorruptSampleError:
             reader, sample_id = place
-            poses = reader.read(sample_id, fields=POSE_FIELDS)
-            return classify(**poses).turn
+            try:
+                return classify(**reader.read(sample_id, fields=POSE_FIELDS)).turn
+            except CorruptSampleError as error:
+                return error
 
         return list(in_order(turn, self._index, max(_POSE_THREADS, self._threads)))
 

@@ -38,9 +38,7 @@ class CheckpointWriter:
         finally:
             self._pool.shutdown()
 
-    def save(
-        self, step: int, content: RunCheckpoint, *, is_best: bool, keep: int, keep_also: int | None = None
-    ) -> None:
+    def save(self, step: int, content: RunCheckpoint, *, keep: int, best: int | None = None) -> None:
         """Begin to write a checkpoint, once the one before is written.
 
         If that one failed, or without room for a copy in RAM, it is written before this returns. Raises `DataError` as
@@ -49,7 +47,7 @@ class CheckpointWriter:
         failed = self._has_failed(step)
 
         def write() -> None:
-            self._directory.save(step, content, keep=keep, best=step if is_best else keep_also)
+            self._directory.save(step, content, keep=keep, best=best)
 
         if failed or not _has_room(content.size_bytes):
             write()

@@ -33,6 +33,7 @@ from alpacache.model_card import model_card, run_facts
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import MODEL, RunCheckpoint, find_checkpoint, read_trained
 from alpacache.trainable import changed_tensors, merge
+from cache_store.room import FULL
 
 TRAINED_PREFIXES = ("expert.", "action_in_proj.", "action_out_proj.", "action_space.")
 """All that stage two loads, and all that `expert_only` writes."""
@@ -40,7 +41,6 @@ _CARD, _LICENCE = "README.md", "LICENSE"
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*")
 """What goes along with `expert_only`: configs, tokenizer, card, licence; no weights of any kind."""
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +205,7 @@ def _appearing(out: Path, plan: _Plan) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
         if isinstance(error, AlpacacheError) or not isinstance(error, (OSError, SafetensorError)):
             raise
-        full = isinstance(error, SafetensorError) or error.errno in _FULL
+        full = isinstance(error, SafetensorError) or error.errno in FULL
         raise DataError(
             f"the checkpoint could not be written to {out} ({error}); it needs {plan.size_bytes} bytes there. Nothing "
             f"was left; {'free space' if full else 'see to the cause'} and export again."

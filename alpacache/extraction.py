@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from alpacache.progress import OnProgress, Progress, clock, ignore
 from alpacache.reading_process import ReadingProcesses
 from alpacache.sample import SampleRef, Source, sort_cameras
 from alpacache.selection import Rejected, select
-from alpacache.sources import open_source
+from alpacache.sources import check_still_there, is_streamed, open_source
 from alpacache.store_count import StoreCount
 from alpacache.views import views_identity
 from alpacache.world import own_device, process_place, processes_here
@@ -348,16 +347,11 @@ class _Run:
         return self.batch_size
 
     def _check_source(self) -> None:
-        """Tell a bad clip from a source that has gone: only the first is the clip's fault."""
-        if _streamed(self.config):
-            return  # its reader tells the two apart
-        try:
-            open_source(self.config.source, cameras=self.cameras)
-        except (UsageError, OSError) as error:
-            raise DataError(
-                f"{self.config.source} was there when the run began and is not any more ({error}) What was committed "
-                f"to {self.config.store} is intact; bring the source back and run the same command again."
-            ) from error
+        kept = (
+            f"What was committed to {self.config.store} is intact; bring the source back and run the same command "
+            "again."
+        )
+        check_still_there(self.config.source, cameras=self.cameras, kept=kept)
 
     def _count(self, committed: Sequence[int]) -> None:
         if committed:
@@ -421,8 +415,12 @@ def reading_workers(config: ExtractConfig) -> int:
     """How many samples are read at a time: decoding and resizing keep a CPU core each, and torchrun's processes of one
     machine share its cores.
     """
-    cores = len(os.sched_getaffinity(0)) // processes_here()
-    return config.workers or min(max(cores - 2, 2), 24)
+    return config.workers or default_workers(len(os.sched_getaffinity(0)) // processes_here())
+
+
+def default_workers(cores: int) -> int:
+    """Of a process that has so many CPU cores."""
+    return min(max(cores - 2, 2), 24)
 
 
 @contextmanager
@@ -434,16 +432,11 @@ def reading(
 
     Not for what comes through the network: the processes would not know what the others have fetched.
     """
-    if device.type == "cuda" and not _streamed(config):
+    if device.type == "cuda" and not is_streamed(config.source):
         with ReadingProcesses(config, workers, pinned_for=device) as processes:
             yield processes
     else:
         yield Preparation(config, source, builder)
-
-
-def _streamed(config: ExtractConfig) -> bool:
-    kind, _, place = config.source.partition(":")
-    return config.source == "pai" or (kind == "hf" and not Path(place).exists())
 
 
 @contextmanager

@@ -5,7 +5,6 @@ or a full disk never costs an earlier one; links move before what they led to is
 all state is JSON; nothing is pickled.
 """
 
-import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,10 +23,10 @@ from alpacache.ema import up_to_date
 from alpacache.errors import DataError, UsageError
 from alpacache.host_copies import copied_to_host
 from cache_store import checksum
+from cache_store.room import FULL
 
 MODEL, OPTIMIZER, AVERAGE, STATE = "model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"
 _FORMAT = 1
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +263,7 @@ def _room_for(what: str, place: Path, size_bytes: int) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _FULL:
+        if isinstance(error, OSError) and error.errno not in FULL:
             raise
         raise DataError(
             f"{what} could not be written to {place} ({error}); it needs {size_bytes} bytes. Earlier checkpoints are "

@@ -18,7 +18,7 @@ from alpacache.machine_speed import gpu_speed
 from alpacache.memory_plan import MemoryPlan, Workload, allowed_bytes, fastest_plan
 from alpacache.optimizers import resolve
 from alpacache.sample_order import GlobalOrder, make_groups
-from alpacache.strata import TURNS, Turn, classify
+from alpacache.strata import TURNS, Turn
 from alpacache.world import World
 from cache_store import CorruptSampleError
 
@@ -149,22 +149,11 @@ def order_and_damage(config: TrainConfig, data: CachedDataset) -> tuple[GlobalOr
 
 def _turns(config: TrainConfig, data: CachedDataset) -> tuple[list[Turn], dict[int, CorruptSampleError]]:
     """Each sample's stratum; a damaged one that the run is to leave out counts as of the first."""
-    try:
-        return data.turns(), {}
-    except CorruptSampleError:
-        if config.on_damage == "stop":
-            raise
-    turns: list[Turn] = []
-    damaged: dict[int, CorruptSampleError] = {}
-    for index in range(len(data)):
-        try:
-            turns.append(classify(*data.poses(index)).turn)
-        except CorruptSampleError as error:
-            turns.append(TURNS[0])
-            damaged[index] = error
-            if len(damaged) * 2 > len(data):
-                raise
-    return turns, damaged
+    found = data.turns()
+    damaged = {index: turn for index, turn in enumerate(found) if isinstance(turn, CorruptSampleError)}
+    if damaged and (config.on_damage == "stop" or len(damaged) * 2 > len(data)):
+        raise next(iter(damaged.values()))
+    return [TURNS[0] if isinstance(turn, CorruptSampleError) else turn for turn in found], damaged
 
 
 def batches_of(order: GlobalOrder, batch_size: int, *, first: int, end: int) -> Iterator[list[tuple[int, int]]]:

@@ -68,32 +68,37 @@ def _record(path: str, data: CachedDataset, indices: range) -> dict[str, Any]:
     for index in indices:
         ids.update(f"{data.sample_id(index)}\n".encode())
     identity = dict(data.locate(indices.start)[0].identity) if indices else {}
-    if indices:  # a plain directory knows no revision; the VLM is known by its weights
-        identity["model"] = {key: value for key, value in identity["model"].items() if key != "revision"}
+    if indices:
+        identity["model"] = _without_revision(identity["model"])
     return {"path": path, "samples": len(indices), "ids_sha256": ids.hexdigest(), "identity": identity}
+
+
+def _without_revision(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain directory knows none; the VLM is known by its weights."""
+    return {key: value for key, value in model.items() if key != "revision"}
 
 
 def check_alike(
     config: TrainConfig,
     directory: RunDirectory,
     checkpoint: Checkpoint,
-    data: CachedDataset,
+    stores: Sequence[Mapping[str, Any]],
     val: CachedDataset | None,
     world: World,
 ) -> None:
     """Refuse to begin where the processes see different things: they would train apart, or wait for each other.
 
-    Raises `UsageError` in all of them, with what each sees.
+    `stores`: their `stores_record`. Raises `UsageError` in all processes, with what each sees.
     """
     if world.size == 1:
         return
-    model = {key: value for key, value in model_identity(checkpoint).items() if key != "revision"}
+    model = _without_revision(model_identity(checkpoint))
     seen = {
         "checkpoint to go on from": _newest(directory),
         "model": f"{model['id']} ({_digest(model)[:8]})",
-        "samples of --store": _in_short(stores_record(config, data)),
+        "samples of --store": _in_short(stores),
         "samples of --val": "none" if val is None else _in_short([_record("", val, range(len(val)))]),
-        "steps in all": total_steps(config, len(data)),
+        "steps in all": total_steps(config, sum(store["samples"] for store in stores)),
     }
     settings = dataclasses.asdict(config)
     seen |= {key: value for key, value in settings.items() if key not in _OF_A_MACHINE}
@@ -155,11 +160,11 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, run: st
     """Refuse to go on with other samples or settings than a run began with, both as `settings_record` gave them."""
     if before["dataset_samples"] != now["dataset_samples"] or "stores" in before:  # in none of an older version
         _check_stores(before, now, run=run)
-    compared = now.keys() - _FREE_TO_CHANGE - {"dataset_samples", "processes"}
+    apart = _FREE_TO_CHANGE | {"dataset_samples", "processes"}
     changed = [
         f"{key}: the run has {before[key]!r}, now {now[key]!r}"
         for key in now
-        if key in compared and key in before and before[key] != now[key]
+        if key not in apart and key in before and before[key] != now[key]
     ]
     if changed:
         raise UsageError(
@@ -220,6 +225,6 @@ def as_begun(config: TrainConfig, directory: RunDirectory, world: World) -> Trai
     if not directory.steps:
         return config
     before = directory.state(directory.steps[-1])["settings"]
-    names = ["draws", *["micro_batch"] * (before.get("processes") == world.size)]
+    names = ["draws", "micro_batch"] if before.get("processes") == world.size else ["draws"]
     open_ones = {name: before[name] for name in names if getattr(config, name) in (None, "auto") and name in before}
     return replace(config, **open_ones)

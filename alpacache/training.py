@@ -107,18 +107,19 @@ def _train(
     if world.size > 1 and config.on_damage == "skip":
         raise UsageError("on_damage is 'skip' with several processes; mend the store with `alpacache verify` instead.")
     device, checkpoint = world.device, Checkpoint(config.model)
-    stores = [path for path, _ in weighted_stores(config.stores)]
-    data = CachedDataset(stores, checkpoint, in_memory=config.in_memory)
+    paths = [path for path, _ in weighted_stores(config.stores)]
+    data = CachedDataset(paths, checkpoint, in_memory=config.in_memory)
     val = CachedDataset([config.val], checkpoint, in_memory=config.in_memory) if config.val else None
     if val is not None:
         check_same_vlm(data.vlm, val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
-    check_alike(config, directory, checkpoint, data, val, world)
+    stores = stores_record(config, data)
+    check_alike(config, directory, checkpoint, stores, val, world)
     begun = as_begun(config, directory, world)
     config, plan = settle(begun, checkpoint, data, world, resumed=bool(directory.steps))
     if plan is not None:
         on_plan(plan)
     expert = load_expert(checkpoint, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
-    run = _Run(config, directory, checkpoint, data, val, expert, plan, world, on_progress)
+    run = _Run(config, directory, checkpoint, data, stores, val, expert, plan, world, on_progress)
     if directory.steps:
         run.restore()
     elif world.is_first:
@@ -148,13 +149,14 @@ class _Run:
         directory: RunDirectory,
         checkpoint: Checkpoint,
         data: CachedDataset,
+        stores: list[dict[str, Any]],
         val: CachedDataset | None,
         expert: ActionExpert,
         plan: MemoryPlan | None,
         world: World,
         on_progress: OnProgress,
     ) -> None:
-        """`config`: with everything settled that the plan decides."""
+        """`config`: with everything settled that the plan decides; `stores`: as `stores_record` gives them."""
         assert isinstance(config.draws, int)
         assert config.micro_batch is not None
         self.world, self.mine = world, world.share(config.batch_size)
@@ -164,7 +166,7 @@ class _Run:
         self.data, self.expert, self.on_progress = data, expert, on_progress
         self.validation = None if val is None else Validation(val, config)
         self.order, self.unreadable = order_and_damage(config, data)
-        self.stores, self.total = stores_record(config, data), total_steps(config, len(data))
+        self.stores, self.total = stores, total_steps(config, len(data))
         self.warmup = min(100, self.total // 10) if config.warmup is None else config.warmup
         if self.warmup >= self.total:
             raise UsageError(
@@ -340,7 +342,7 @@ class _Run:
             self.best = {**best, "since": since}
             self.stopped_early = config.patience is not None and since >= config.patience and not finished
         if improved or finished or self.stopping or self.stopped_early or self.step % config.save_every == 0:
-            self._save(is_best=improved, and_wait=finished or self.stopping or self.stopped_early)
+            self._save(and_wait=finished or self.stopping or self.stopped_early)
         self.ended = None  # what passes until the next step is no waiting for data
         if self.stopping and not finished:
             raise InterruptedRunError(
@@ -366,7 +368,7 @@ class _Run:
         """Go on without a damaged sample, or not: then the error is raised again."""
         if self.config.on_damage == "stop":
             if self.step > self.first and self.world.size == 1:  # several could not agree on it
-                self._save(is_best=False, and_wait=True)
+                self._save(and_wait=True)
             raise error
         found = {index for index in range(len(self.data)) if self.data.sample_id(index) == error.sample_id}
         if len(found) > 1:  # in several stores
@@ -391,7 +393,7 @@ class _Run:
         """Nothing stands in for a sample of --val: the best of a run is told by the same samples throughout."""
         saved = self.world.size == 1  # several could not agree on it
         if saved:
-            self._save(is_best=False, and_wait=True)
+            self._save(and_wait=True)
         state = f"Saved at step {self.step}" if saved else "Checkpoints are intact"
         return DataError(
             f"validation on {self.config.val} failed: {error}\n{state}. Mend it with `alpacache verify --deep "
@@ -484,16 +486,16 @@ class _Run:
         self.waited_s += wait_s
         return {"step_ms": step_s * 1e3, "data_wait": wait_s / step_s if step_s else 0.0}
 
-    def _save(self, *, is_best: bool, and_wait: bool) -> None:
+    def _save(self, *, and_wait: bool) -> None:
         """`and_wait`: until it is on the medium, and the other processes know."""
         self.shared.complete(self.optimizer.tensors())
         if self.world.is_first:
-            self._write(is_best=is_best)
+            self._write()
         if and_wait:
             self.writer.wait()
             self.world.wait()
 
-    def _write(self, *, is_best: bool) -> None:
+    def _write(self) -> None:
         state = {
             "settings": self._settings(),
             "base": model_identity(self.checkpoint),
@@ -512,7 +514,7 @@ class _Run:
         )
         if self.plan is not None:
             self.directory.write_memory({"planned": dict(self.plan.table()), "measured_peak": self.peak_bytes()})
-        self.writer.save(self.step, content, is_best=is_best, keep=self.config.keep, keep_also=self.best["step"])
+        self.writer.save(self.step, content, keep=self.config.keep, best=self.best["step"])
 
     def _settings(self) -> dict[str, Any]:
         return settings_record(self.config, self.stores, processes=self.world.size)

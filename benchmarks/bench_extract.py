@@ -186,7 +186,7 @@ def begun_reading(config: ExtractConfig, device: torch.device) -> Iterator[tuple
 
 def reading_in_threads() -> AbstractContextManager[Any]:
     """Within it samples are read as they would be through the network: in threads of the process that has the VLM."""
-    return mock.patch.object(extraction, "_streamed", return_value=True)
+    return mock.patch.object(extraction, "is_streamed", return_value=True)
 
 
 def prefill_rate(vlm: FrozenVLM, inputs: Sequence[VLMInputs], batch: int, *, rounds: int) -> float:

@@ -30,6 +30,7 @@ from benchmark_report import arguments, finish, hardware_name
 from drills import call
 
 from alpacache.config import ExtractConfig, prefill_batch
+from alpacache.extraction import default_workers
 from alpacache.selection import select
 from alpacache.sources import open_source
 from cache_store.commit_record import FOLDER
@@ -157,7 +158,7 @@ def main() -> None:
         one_gpu = options.one_gpu is not None
         for processes in options.gpus or sorted({1, available} if one_gpu else {1, 2, available}):
             with cores_of(processes, available) as cores:
-                workers = max(cores // processes - 2, 2)  # as `extract` takes by itself
+                workers = default_workers(cores // processes)
                 row = measure(
                     processes, source, model, store, samples=samples, workers=workers, small=small, one_gpu=one_gpu
                 )

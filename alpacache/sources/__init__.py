@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from alpacache.errors import UsageError
+from alpacache.errors import DataError, UsageError
 from alpacache.sample import FRONT_CAMERA, Source
 
 KINDS = "folder:DIR, synthetic:N, pai, pai:DIR, hf:REPO-OR-PATH, or a directory that `alpacache prepare` wrote"
@@ -36,6 +36,25 @@ def open_source(spec: str, *, cameras: Sequence[str] | None = None) -> Source:
 
         return open_prepared(place)
     return _open_directory(spec)
+
+
+def is_streamed(spec: str) -> bool:
+    """Whether its samples come through the network."""
+    kind, _, place = spec.partition(":")
+    return spec == "pai" or (kind == "hf" and not Path(place).exists())
+
+
+def check_still_there(spec: str, *, cameras: Sequence[str], kept: str) -> None:
+    """Tell a bad clip from a source that has gone: only the first is the clip's fault.
+
+    Raises `DataError` in the second case; `kept` says there what was done so far and what to do next.
+    """
+    if is_streamed(spec):
+        return  # its reader tells the two apart
+    try:
+        open_source(spec, cameras=cameras)
+    except (UsageError, OSError) as error:
+        raise DataError(f"{spec} was there when the run began and is not any more ({error}) {kept}") from error
 
 
 def _open_directory(spec: str) -> Source:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from alpacache.durable import flush, write_flushed
-from alpacache.errors import BadClipError, DataError, SourceError, UsageError
+from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.poses import EgoPoses
 from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef, Source, sort_cameras
 from alpacache.selection import Rejected
-from alpacache.sources import open_source
+from alpacache.sources import check_still_there
 from alpacache.sources.pai_cache import connection_errors
 from alpacache.sources.prepared_card import PROVENANCE, provenance, render_card
 from alpacache.sources.prepared_rows import (
@@ -241,16 +241,12 @@ def _refuse_existing(final: Path) -> None:
 
 
 def _check_source(spec: str | None, cameras: Sequence[str], partial: Path) -> None:
-    """Tell a bad clip from a source that has gone: only the first is the clip's fault."""
-    if spec is None or spec == "pai" or spec.startswith("hf:"):
-        return  # readers of the hub, and of prepared samples, tell the two apart
-    try:
-        open_source(spec, cameras=cameras)
-    except (UsageError, OSError) as error:
-        raise DataError(
-            f"{spec} was there when the run began and is not any more ({error}) No sample was left out for it; bring "
-            f"the source back and run the same command again: it goes on with what is in {partial}."
-        ) from error
+    if spec is not None:
+        kept = (
+            "No sample was left out for it; bring the source back and run the same command again: it goes on with what "
+            f"is in {partial}."
+        )
+        check_still_there(spec, cameras=cameras, kept=kept)
 
 
 @contextmanager

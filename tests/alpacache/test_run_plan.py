@@ -114,7 +114,8 @@ def test_of_a_run_of_an_older_version_the_number_of_samples_is_known():
 def test_processes_that_see_different_things_refuse(tiny_checkpoint, store, tmp_path, theirs, message):
     checkpoint = Checkpoint(str(tiny_checkpoint))
     config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out="run", steps=3)
-    seen = (config, RunDirectory(tmp_path), checkpoint, CachedDataset([store], checkpoint), None)
+    stores = run_record.stores_record(config, CachedDataset([store], checkpoint))
+    seen = (config, RunDirectory(tmp_path), checkpoint, stores, None)
     run_record.check_alike(*seen, Beside(rank=0, size=2, device=CPU))
     with pytest.raises(UsageError, match=f"2 processes of run do not see the same:\n  {message}\nNothing was changed"):
         run_record.check_alike(*seen, Beside(rank=0, size=2, device=CPU, theirs=theirs))
