@@ -13,8 +13,8 @@ from alpacache.features import sample_arrays
 from alpacache.machine_speed import existing_folder
 from alpacache.planned_sample import PlannedPrompt, sample_bytes
 from alpacache.sample import Sample, SampleRef, Source
-from cache_store.local_files import free_bytes
-from cache_store.storage import is_uri
+from cache_store.storage.local_files import free_bytes
+from cache_store.storage.storage import is_uri
 
 _TRIED = 8
 """Samples that are looked at for one that can be read."""

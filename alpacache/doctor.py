@@ -75,7 +75,7 @@ def diagnose(*, store: str | None = None, model: str | None = None) -> Report:
 
 def _place_checks(place: str) -> list[tuple[str, Callable[[], Check]]]:
     """Of where the store is or will be."""
-    from cache_store.storage import is_uri
+    from cache_store.storage.storage import is_uri
 
     if is_uri(place):
         return [("object storage", lambda: check_object_storage(place))]
@@ -220,7 +220,7 @@ def check_space(place: str) -> Check:
     """Free space, in samples of the released model."""
     from alpacache.machine_speed import existing_folder
     from alpacache.planning import PlanConfig, plan
-    from cache_store.local_files import free_bytes
+    from cache_store.storage.local_files import free_bytes
 
     folder = existing_folder(place)
     free, size = free_bytes(folder), plan(PlanConfig(samples=1, codec="int8")).bytes_by_codec["int8"]
@@ -250,7 +250,7 @@ def check_links(place: str) -> Check:
 def check_object_storage(place: str) -> Check:
     """Whether a bucket can be listed, written and removed from, and knows conditional puts; by one small object."""
     from cache_store import CacheStoreError
-    from cache_store.storage import open_storage
+    from cache_store.storage.storage import open_storage
 
     try:
         storage = open_storage(place)

@@ -26,14 +26,14 @@ from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE, TensorInfo, read_header
 from alpacache.config import ExportConfig
-from alpacache.durable import flush
 from alpacache.errors import AlpacacheError, CheckpointError, DataError, UsageError
 from alpacache.identity import check_base, model_identity, vlm_identity
 from alpacache.model_card import model_card, run_facts
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import MODEL, RunCheckpoint, find_checkpoint, read_trained
 from alpacache.trainable import changed_tensors, merge
-from cache_store.room import FULL
+from cache_store.storage.local_files import flush
+from cache_store.storage.room import FULL
 
 TRAINED_PREFIXES = ("expert.", "action_in_proj.", "action_out_proj.", "action_space.")
 """All that stage two loads, and all that `expert_only` writes."""

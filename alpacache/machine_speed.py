@@ -12,8 +12,8 @@ import numpy as np
 
 from alpacache.errors import UsageError
 from alpacache.gpus import Gpu
-from cache_store.local_files import free_bytes, write_new
-from cache_store.storage import is_uri
+from cache_store.storage.local_files import free_bytes, write_new
+from cache_store.storage.storage import is_uri
 
 _FILE_BYTES = 2**24
 """About a chunk of a store."""

@@ -14,7 +14,7 @@ from alpacache.features import KV_SHAPE, store_fields, tail_name
 from alpacache.sample import DEFAULT_T0_US, FRONT_CAMERA, FUTURE_STEPS, HISTORY_STEPS, SampleRef
 from cache_store import CODECS
 from cache_store.sample_group import Value
-from cache_store.sample_size import sample_size
+from cache_store.store_info import sample_size
 
 JPEG_BYTES = 25_000
 """Assumed of the small front picture."""

@@ -25,7 +25,7 @@ from alpacache.planned_sample import planned_prompt, sample_bytes
 from alpacache.sample import FRONT_CAMERA, sort_cameras
 from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds, reading_seconds
 from cache_store import CODECS
-from cache_store.local_files import free_bytes
+from cache_store.storage.local_files import free_bytes
 
 READ_BYTES_S, WRITE_BYTES_S = 1.5e9, 1.0e9
 """Assumed of a disk that was not measured: cold reads of an NVMe drive, and writes until they are durable (measured:

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alpacache.durable import flush, write_flushed
 from alpacache.ema import up_to_date
 from alpacache.errors import DataError, UsageError
 from alpacache.host_copies import copied_to_host
 from cache_store import checksum
-from cache_store.room import FULL
+from cache_store.storage.local_files import flush, write_flushed
+from cache_store.storage.room import FULL
 
 MODEL, OPTIMIZER, AVERAGE, STATE = "model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"
 _FORMAT = 1

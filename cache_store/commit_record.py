@@ -9,7 +9,7 @@ from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, ta
 from cache_store.errors import FormatError
 from cache_store.field import Field
 from cache_store.sample_key import is_attempt, sample_key
-from cache_store.storage import Storage
+from cache_store.storage.storage import Storage
 from cache_store.stored_object import StoredObject
 
 FOLDER = "commits"

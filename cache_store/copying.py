@@ -19,10 +19,10 @@ from cache_store.commit_record import CommitRecord
 from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
 from cache_store.errors import CacheStoreError, CorruptSampleError, FormatError, StoreAddressError
-from cache_store.room import room_for
 from cache_store.sample_group import METADATA
 from cache_store.sample_key import keys
-from cache_store.storage import Storage, open_storage
+from cache_store.storage.room import room_for
+from cache_store.storage.storage import Storage, open_storage
 from cache_store.store_root import StoreRoot
 from cache_store.stored_object import MEND, StoredObject
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cache_store import commit_record, store_root
 from cache_store.sample_key import is_attempt, is_key
-from cache_store.storage import Storage, open_storage
+from cache_store.storage.storage import Storage, open_storage
 
 DEFAULT_MIN_AGE_S = 24 * 3600.0
 """Far longer than any attempt at a sample takes."""

@@ -18,10 +18,10 @@ import numpy as np
 from cache_store import checksum, commit_record, store_root
 from cache_store.concurrency import in_order
 from cache_store.errors import FormatError
-from cache_store.room import room_for
 from cache_store.sample_ids import SampleIds
 from cache_store.sample_key import keys, sample_key
-from cache_store.storage import Storage, open_storage
+from cache_store.storage.room import room_for
+from cache_store.storage.storage import Storage, open_storage
 
 FILE = store_root.INDEX
 MAX_BYTES = 2**34

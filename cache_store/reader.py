@@ -21,7 +21,7 @@ from cache_store.quarantine_record import QuarantineRecord
 from cache_store.sample_ids import SampleIds
 from cache_store.sample_key import keys, sample_key
 from cache_store.sample_read import SampleRead
-from cache_store.storage import Storage, open_storage
+from cache_store.storage.storage import Storage, open_storage
 
 _KEEPING = threading.Lock()
 """Of all readers, so that a reader can be pickled: records are kept and dropped by any thread."""

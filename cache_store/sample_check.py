@@ -16,7 +16,7 @@ from cache_store.document import canonical_json, parse
 from cache_store.errors import FormatError
 from cache_store.field import SMALL, Field
 from cache_store.sample_group import METADATA, SMALL_ARRAY, array_metadata, chunk_keys, packed_directory
-from cache_store.storage import Storage
+from cache_store.storage.storage import Storage
 from cache_store.stored_object import TRAILER_BYTES
 
 

@@ -8,7 +8,7 @@ import hashlib
 import re
 
 from cache_store.document import MAX_DOCUMENT_BYTES
-from cache_store.storage import Storage
+from cache_store.storage.storage import Storage
 
 MAX_ID_BYTES = 4096
 _READABLE_CHARACTERS = 32

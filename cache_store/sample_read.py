@@ -18,7 +18,7 @@ from cache_store.errors import FormatError
 from cache_store.field import SMALL, Field
 from cache_store.sample_check import check_array, check_group, rows_by_record
 from cache_store.sample_group import chunk_keys, packed_directory
-from cache_store.storage import Storage
+from cache_store.storage.storage import Storage
 from cache_store.stored_object import TRAILER_BYTES
 
 _ALIGNMENT = 64

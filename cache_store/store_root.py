@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache_store import commit_record, local_storage, quarantine_record
+from cache_store import commit_record, quarantine_record
 from cache_store.difference import differences
 from cache_store.document import MAX_DOCUMENT_BYTES, canonical_copy, canonical_json, check_seal, parse, seal, take
 from cache_store.errors import FormatError, IdentityMismatchError, StoreNotFoundError
 from cache_store.field import Field
-from cache_store.room import place_of
-from cache_store.storage import Storage
+from cache_store.storage import local_storage
+from cache_store.storage.room import place_of
+from cache_store.storage.storage import Storage
 
 FORMAT_VERSION = 1
 DOCUMENT = "zarr.json"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cache_store import checksum
 from cache_store.errors import CorruptSampleError, FormatError
-from cache_store.storage import Storage
+from cache_store.storage.storage import Storage
 
 TRAILER_BYTES = 4
 BLOCK_BYTES = 2**20

@@ -16,7 +16,7 @@ from cache_store.errors import CacheStoreError, FormatError, ObjectStorageError
 from cache_store.field import SMALL, Field
 from cache_store.sample_check import check_array, check_group
 from cache_store.sample_key import keys
-from cache_store.storage import Storage, open_storage
+from cache_store.storage.storage import Storage, open_storage
 from cache_store.stored_object import StoredObject
 
 _PLAIN = f"{store_root.SAMPLES}/{store_root.DOCUMENT}"

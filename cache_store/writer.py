@@ -18,9 +18,9 @@ from cache_store.commit_record import CommitRecord
 from cache_store.errors import CacheStoreError
 from cache_store.field import Field
 from cache_store.quarantine_record import QuarantineRecord
-from cache_store.room import FULL, room_for
 from cache_store.sample_key import keys, sample_key
-from cache_store.storage import Storage, open_storage
+from cache_store.storage.room import FULL, room_for
+from cache_store.storage.storage import Storage, open_storage
 from cache_store.store_root import StoreRoot
 
 _log = logging.getLogger(__name__)

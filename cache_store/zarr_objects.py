@@ -17,7 +17,7 @@ from zarr.core.buffer import default_buffer_prototype
 from cache_store import compression
 from cache_store.commit_record import CommitRecord
 from cache_store.errors import CacheStoreError, CorruptSampleError
-from cache_store.storage import Storage
+from cache_store.storage.storage import Storage
 from cache_store.stored_object import MEND
 
 

@@ -159,7 +159,7 @@ def s3_server() -> Iterator[tuple[FaultyServer, int]]:
 
 @pytest.fixture
 def s3(s3_server: tuple[FaultyServer, int], monkeypatch: pytest.MonkeyPatch, tmp_path_factory) -> Iterator[S3]:
-    from cache_store import s3_access
+    from cache_store.storage import s3_access
 
     server, port = s3_server
     server.faults, server.requests, server.ignore_conditions, server.late_s = [], [], False, 3.0

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from alpacache.durable import flush, write_flushed
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.poses import EgoPoses
 from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef, Source, sort_cameras
@@ -39,6 +38,7 @@ from alpacache.sources.prepared_rows import (
     to_row,
 )
 from alpacache.sources.prepared_stream import StreamedRows, undecoded
+from cache_store.storage.local_files import flush, write_flushed
 
 SHARD_SAMPLES = 32
 _SPLIT = re.compile(r"\w[\w.-]*")

@@ -21,7 +21,7 @@ from cache_store import (
     copying,
     verify,
 )
-from cache_store.local_storage import LocalStorage
+from cache_store.storage.local_storage import LocalStorage
 
 
 def contents(place: str | Path, s3=None) -> dict[str, bytes]:

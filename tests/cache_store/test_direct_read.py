@@ -7,8 +7,8 @@ import pytest
 
 from cache_store import CacheReader, CacheWriter, CorruptSampleError, Field, FormatError, checksum
 from cache_store.field import STORED_DTYPES
-from cache_store.local_storage import LocalStorage
 from cache_store.sample_read import SampleRead
+from cache_store.storage.local_storage import LocalStorage
 from cache_store.zarr_objects import read_array
 
 SHAPES = {"scalar": (), "one": (1,), "line": (1001,), "even": (40, 3, 2), "padded": (37, 5), "empty": (0, 4)}

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from cache_store import CacheReader, CacheStoreError, CacheWriter, FormatError, collect_garbage, verify
-from cache_store.local_storage import LocalStorage
+from cache_store.storage.local_storage import LocalStorage
 from cache_store.writer import CacheWriter as Writer
 
 

@@ -17,8 +17,8 @@ from cache_store import (
     build_index,
     index,
 )
-from cache_store.local_storage import LocalStorage
 from cache_store.sample_ids import SampleIds
+from cache_store.storage.local_storage import LocalStorage
 
 
 def settle(store: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from cache_store import CacheReader, FormatError, StoreNotFoundError, verify
 from cache_store.document import MAX_DOCUMENT_BYTES
-from cache_store.local_storage import LocalStorage
+from cache_store.storage.local_storage import LocalStorage
 
 
 def contents(store: Path) -> dict[str, bytes]:

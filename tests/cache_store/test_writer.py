@@ -8,9 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache_store import CacheReader, CacheWriter, Field, IdentityMismatchError, StoreFullError, local_files, verify
+from cache_store import (
+    CacheReader,
+    CacheWriter,
+    Field,
+    IdentityMismatchError,
+    StoreFullError,
+    verify,
+)
 from cache_store.errors import FormatError, StoreAddressError, UnsupportedFileSystemError
 from cache_store.sample_key import sample_key
+from cache_store.storage import local_files
 from cache_store.writer import committed_keys
 
 

@@ -8,7 +8,6 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
 from PIL import Image as Picture
 
-from alpacache import durable
 from alpacache.errors import BadClipError, DataError, InterruptedRunError, SourceError, UsageError
 from alpacache.sample import SampleRef
 from alpacache.selection import select
@@ -17,6 +16,7 @@ from alpacache.sources.folder import FolderSource
 from alpacache.sources.prepared import prepare
 from alpacache.sources.prepared_rows import PictureFit
 from alpacache.sources.synthetic import SyntheticSource
+from cache_store.storage import local_files as durable
 
 FRONT, LEFT = "camera_front_wide_120fov", "camera_cross_left_120fov"
 DRIVES = SyntheticSource(5, size=(64, 32), cameras=[FRONT, LEFT])

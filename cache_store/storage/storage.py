@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_store.errors import StoreAddressError
-from cache_store.local_storage import LocalStorage
+from cache_store.storage.local_storage import LocalStorage
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -114,8 +114,8 @@ def open_storage(path: str | os.PathLike[str]) -> Storage:
     """
     if not is_uri(path):
         return LocalStorage(Path(path).absolute())
-    from cache_store.object_storage import ObjectStorage  # obstore is an extra
-    from cache_store.s3_address import S3Address
+    from cache_store.storage.object_storage import ObjectStorage  # obstore is an extra
+    from cache_store.storage.s3_access import S3Address
 
     return ObjectStorage(S3Address.parse(os.fspath(path)))
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store import s3_access
 from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
 from cache_store.errors import FormatError, ObjectStorageError, UnsupportedFileSystemError
-from cache_store.local_files import parts_of
-from cache_store.local_storage import STAGING
-from cache_store.s3_address import S3Address
-from cache_store.s3_errors import explained, status_of
+from cache_store.storage import s3_access
+from cache_store.storage.local_files import parts_of
+from cache_store.storage.local_storage import STAGING
+from cache_store.storage.s3_access import S3Address
+from cache_store.storage.s3_errors import explained, status_of
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store import local_files
+from cache_store.storage import local_files
 
 STAGING = "staging"
 """Where files lie that have no name yet."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_store.errors import StoreAddressError, StoreFullError
-from cache_store.local_files import free_bytes
+from cache_store.storage.local_files import free_bytes
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}

@@ -28,12 +28,11 @@ from cache_store import (
     build_index,
     collect_garbage,
     info,
-    object_storage,
-    s3_access,
     verify,
 )
 from cache_store.sample_key import sample_key
-from cache_store.storage import open_storage
+from cache_store.storage import object_storage, s3_access
+from cache_store.storage.storage import open_storage
 from cache_store.writer import CacheWriter as Writer
 from cache_store.writer import committed_keys
 

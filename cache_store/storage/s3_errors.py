@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cache_store.errors import CacheStoreError, FormatError, ObjectStorageError, StoreAddressError
-from cache_store.s3_address import S3Address
+from cache_store.storage.s3_access import S3Address
 
 _CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,60})</Code>")
 _STATUS = re.compile(r"(?:status code: |error response: |status: )(\d{3})")

@@ -6,8 +6,8 @@ from cache_store import FormatError, ObjectStorageError, StoreAddressError
 
 exceptions = pytest.importorskip("obstore.exceptions", reason="object storage needs obstore (the extra s3)")
 
-from cache_store.s3_address import S3Address  # noqa: E402
-from cache_store.s3_errors import explain, explained  # noqa: E402
+from cache_store.storage.s3_access import S3Address  # noqa: E402
+from cache_store.storage.s3_errors import explain, explained  # noqa: E402
 
 WHERE, URI = S3Address("some-bucket", "x"), "s3://some-bucket/x/zarr.json"
 
