@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alpacache.codec_passes import Groups
-from cache_store.kv_codec import ERROR_STEPS, TRIED, WEIGHT_STEPS
+from cache_store.kv.codec import ERROR_STEPS, TRIED, WEIGHT_STEPS
 
 AT_ONCE = 2**28
 """Values of a layer's keys, or of its values, times layers; temporary memory is some 4 bytes for each."""

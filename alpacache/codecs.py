@@ -1,4 +1,4 @@
-"""Quantising keys and values on the device that has them, bit-equal to the reference in `cache_store.kv_coding`.
+"""Quantising keys and values on the device that has them, bit-equal to the reference in `cache_store.kv.reference`.
 
 Decoding goes layer by layer if the caller wishes, so that a quantised prefix never exists decoded as a whole. Encoding
 takes many layers at a time, and asks the device nothing before all of it is enqueued: else a GPU would be through with
@@ -18,7 +18,14 @@ from torch import Tensor
 from alpacache import codec_passes
 from alpacache.codec_passes import Groups
 from alpacache.device import has_kernels
-from cache_store.kv_codec import MAX_VALUE, MAX_ZERO, KVCodec, Segment, planes, scale_table
+from cache_store.kv.codec import (
+    MAX_VALUE,
+    MAX_ZERO,
+    KVCodec,
+    Segment,
+    planes,
+    scale_table,
+)
 
 NOT_FINITE = "keys or values have NaN, infinity or a magnitude of 2^125, which cannot be quantised."
 _DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16}

@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from alpacache.errors import UsageError
 from alpacache.sample import FRONT_CAMERA
+from cache_store.kv.codec import CodecName
 
 Trainable = Literal["all", "head", "lora"]
-CodecName = Literal["bf16", "fp8", "int8", "int5", "int4"]
 T = TypeVar("T")
 _LR = {"all": 1e-4, "lora": 5e-4, "head": 1e-3}
 

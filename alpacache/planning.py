@@ -15,7 +15,7 @@ import torch
 from alpacache.alpamayo import Checkpoint, PrefixLayout
 from alpacache.alpamayo.geometry import RELEASED, Geometry
 from alpacache.alpamayo.rollout import MAX_TOKENS
-from alpacache.config import CodecName, Trainable, budget_gib, prefill_batch
+from alpacache.config import Trainable, budget_gib, prefill_batch
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS, MEASURED, Gpu, gpu_named
 from alpacache.machine_speed import disk_speed, existing_folder, gpu_speed
@@ -25,6 +25,7 @@ from alpacache.planned_sample import planned_prompt, sample_bytes
 from alpacache.sample import FRONT_CAMERA, sort_cameras
 from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds, reading_seconds
 from cache_store import CODECS
+from cache_store.kv.codec import CodecName
 from cache_store.storage.local_files import free_bytes
 
 READ_BYTES_S, WRITE_BYTES_S = 1.5e9, 1.0e9

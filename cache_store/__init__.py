@@ -18,7 +18,7 @@ from cache_store.errors import (
 from cache_store.field import Field
 from cache_store.garbage import GarbageReport, collect_garbage
 from cache_store.index import build_index
-from cache_store.kv_codec import CODECS, KVCodec
+from cache_store.kv.codec import CODECS, KVCodec
 from cache_store.prefetcher import PrefetchedSample, Prefetcher
 from cache_store.quarantine_record import QuarantineRecord
 from cache_store.reader import CacheReader

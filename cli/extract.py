@@ -65,7 +65,8 @@ def extract(
 
     Pilot: add `--samples 10`.
     """
-    from alpacache.config import CodecName, ExtractConfig
+    from alpacache.config import ExtractConfig
+    from cache_store.kv.codec import CodecName
 
     config = ExtractConfig(
         source=source,

@@ -47,9 +47,9 @@ def plan(
 
     Example: `alpacache plan --samples 1000 --codec int8 --epochs 10 --batch-size 4 --gpu 4090 --memory-budget 24GB`
     """
-    from alpacache.config import CodecName
     from alpacache.planning import PlanConfig
     from alpacache.planning import plan as run
+    from cache_store.kv.codec import CodecName
 
     config = PlanConfig(
         samples=samples,

@@ -18,7 +18,8 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed; CPU-only installs do not need it")
 
 from alpacache import codec_kernels, codec_passes, codecs  # noqa: E402
-from cache_store import CODECS, KVCodec, kv_coding  # noqa: E402
+from cache_store import CODECS, KVCodec  # noqa: E402
+from cache_store.kv import reference as kv_coding  # noqa: E402
 
 SHARED_LIMIT = 99 * 1024
 TYPES = {

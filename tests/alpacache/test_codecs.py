@@ -4,7 +4,8 @@ import torch
 
 from alpacache import codec_passes, codecs
 from alpacache.codecs import decode, decode_layer, encode
-from cache_store import CODECS, KVCodec, kv_coding
+from cache_store import CODECS, KVCodec
+from cache_store.kv import reference as kv_coding
 
 EXTRA = {
     "mixed": KVCodec(key_bits=(8, 3, 6), value_bits=(4, 7, 5), key_group=48, value_group=16),

@@ -5,7 +5,6 @@ from typing import get_args
 import pytest
 
 from alpacache.config import (
-    CodecName,
     EvalConfig,
     ExtractConfig,
     TrainConfig,
@@ -16,6 +15,7 @@ from alpacache.config import (
 )
 from alpacache.errors import UsageError
 from cache_store import CODECS
+from cache_store.kv.codec import CodecName
 
 TRAIN = {"stores": ("a", "b"), "model": "m", "out": 'quote"d', "epochs": 1.5, "betas": (0.9, 0.95), "causal": True}
 

@@ -22,7 +22,14 @@ from alpacache.config import ExtractConfig
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sample import SampleRef
 from alpacache.sources import open_source
-from cache_store import CODECS, CacheReader, IdentityMismatchError, KVCodec, kv_coding, verify
+from cache_store import (
+    CODECS,
+    CacheReader,
+    IdentityMismatchError,
+    KVCodec,
+    verify,
+)
+from cache_store.kv import reference as kv_coding
 
 
 def config(checkpoint, store, **changes):

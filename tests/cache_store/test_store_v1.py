@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_store import CacheReader, KVCodec, kv_coding, verify
+from cache_store import CacheReader, KVCodec, verify
+from cache_store.kv import reference as kv_coding
 
 DATA = Path(__file__).parents[1] / "data"
 CODECS_V1 = {"int8": KVCodec(key_group=64), "int5": KVCodec(key_bits=(5,), value_bits=(5,), key_group=64)}

@@ -4,7 +4,8 @@ import sys
 
 import numpy as np
 
-from cache_store import CODECS, CacheWriter, Field, kv_coding
+from cache_store import CODECS, CacheWriter, Field
+from cache_store.kv import reference as kv_coding
 
 
 def values(i: int) -> dict[str, object]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store.kv_codec import (
+from cache_store.kv.codec import (
     ERROR_STEPS,
     MAX_VALUE,
     MAX_ZERO,

@@ -16,6 +16,9 @@ import numpy as np
 from cache_store.document import take
 from cache_store.errors import FormatError
 
+CodecName = Literal["bf16", "fp8", "int8", "int5", "int4"]
+
+
 Kind = Literal["affine", "fp8"]
 
 SPREAD = ((8, 2), (8, 1), (2, 0), (4, -1))

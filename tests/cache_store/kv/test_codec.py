@@ -3,9 +3,15 @@ import hashlib
 import numpy as np
 import pytest
 
-from cache_store import CODECS, FormatError, KVCodec, kv_coding
-from cache_store.kv_codec import MANTISSAS, fp8_values, planes, scale_table
-from cache_store.kv_coding import decode, encode, to_bfloat16
+from cache_store import CODECS, FormatError, KVCodec
+from cache_store.kv import reference as kv_coding
+from cache_store.kv.codec import (
+    MANTISSAS,
+    fp8_values,
+    planes,
+    scale_table,
+)
+from cache_store.kv.reference import decode, encode, to_bfloat16
 
 SHAPE = (2, 2, 3, 100, 64)
 
