@@ -17,8 +17,8 @@ from torch import Tensor
 from alpacache.alpamayo import ActionExpert, PackedPrefixes
 from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.batches import Batch, BatchRing
-from alpacache.capture import captured
 from alpacache.flow_matching import sample
+from alpacache.gpu.capture import captured
 from alpacache.memory_plan import LEAST_DECODED
 from alpacache.step_inputs import StepInputs
 

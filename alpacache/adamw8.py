@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from alpacache.errors import UsageError
+from alpacache.gpu.capture import TwoStreams
 from alpacache.optimizers import NO_PARTS, Updated, copy_into, ignore_name
-from alpacache.two_streams import TwoStreams
 
 try:
     import triton

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from alpacache.action_space import UnicycleActionSpace
 from alpacache.cached_dataset import CachedDataset
-from alpacache.device import keeping_threads, one_thread_each
 from alpacache.errors import DataError
+from alpacache.gpu.device import keeping_threads, one_thread_each
 from alpacache.strata import Turn, turns_ahead
 
 Poses: TypeAlias = Sequence[NDArray[Any]]

@@ -29,12 +29,19 @@ from torch import Tensor
 from alpacache.action_space import UnicycleActionSpace
 from alpacache.batch_targets import BatchTargets, solver
 from alpacache.cached_dataset import CachedDataset
-from alpacache.device import has_kernels, keeping_threads
 from alpacache.errors import DataError, UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS
-from alpacache.host_memory import Bytes, Slabs, available_bytes, page_aligned, page_lock, page_rounded, page_unlock
+from alpacache.gpu.device import has_kernels, keeping_threads, processes_here
+from alpacache.gpu.host_memory import (
+    Bytes,
+    Slabs,
+    available_bytes,
+    page_aligned,
+    page_lock,
+    page_rounded,
+    page_unlock,
+)
 from alpacache.strata import TURNS, Turn
-from alpacache.world import processes_here
 from cache_store import CorruptSampleError, Prefetcher
 from cache_store.prefetcher import PrefetchedSample
 from cache_store.sample_read import SampleRead
@@ -299,7 +306,7 @@ class BatchRing:
 
     def _check(self, chunks: dict[int, NDArray[np.int64]]) -> torch.cuda.Event | None:
         """Compare the copied rows with the checksums of their chunks, behind the copies."""
-        from alpacache import gpu_checksum
+        from alpacache.gpu import checksum as gpu_checksum
 
         assert self.damage is not None
         rows = np.repeat(list(chunks), [len(found) for found in chunks.values()])

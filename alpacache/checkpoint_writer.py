@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-from alpacache.host_memory import available_bytes
+from alpacache.gpu.host_memory import available_bytes
 from alpacache.run_directory import RunCheckpoint, RunDirectory
 
 _log = logging.getLogger(__name__)

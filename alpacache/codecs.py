@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alpacache import codec_passes
 from alpacache.codec_passes import Groups
-from alpacache.device import has_kernels
+from alpacache.gpu.device import has_kernels
 from cache_store.kv.codec import (
     MAX_VALUE,
     MAX_ZERO,

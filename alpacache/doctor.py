@@ -192,7 +192,7 @@ def check_compiler() -> Check:
 
 def check_ram() -> Check:
     """RAM that could be filled without being killed."""
-    from alpacache.host_memory import available_bytes
+    from alpacache.gpu.host_memory import available_bytes
 
     free = available_bytes()
     found = f"{free / 1e9:.1f} GB available"
@@ -208,7 +208,7 @@ def check_page_locking() -> Check:
 
     if not torch.cuda.is_available():
         return Check(name="page-locking", status="ok", found="not needed without a GPU")
-    from alpacache.host_memory import page_aligned, page_lock, page_unlock
+    from alpacache.gpu.host_memory import page_aligned, page_lock, page_unlock
 
     memory = page_aligned(_LOCKED_BYTES)
     page_lock(memory)

@@ -19,9 +19,9 @@ from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.alpamayo.prompt import Reasoning
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import EvalConfig
-from alpacache.device import enter, resolve_device
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.front_view import draw_paths
+from alpacache.gpu.device import enter, resolve_device
 from alpacache.identity import check_base, check_same_vlm
 from alpacache.interrupt import InterruptGuard
 from alpacache.pictures import MODEL_COLOURS, birds_eye_png

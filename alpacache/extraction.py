@@ -20,12 +20,20 @@ from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.config import ExtractConfig, prefill_batch
-from alpacache.device import device_name, enter, keeping_threads, one_thread_each
 from alpacache.disk_room import check_room
 from alpacache.errors import BadClipError, DataError, DeviceMemoryError, InterruptedRunError, UsageError
 from alpacache.extraction_pipeline import SPARE_COPIES, Waits, Writers, groups, read_ahead
 from alpacache.features import checked, prefix_arrays, store_fields, tail_arrays
-from alpacache.host_copies import HostCopies
+from alpacache.gpu.device import (
+    device_name,
+    enter,
+    keeping_threads,
+    one_thread_each,
+    own_device,
+    process_place,
+    processes_here,
+)
+from alpacache.gpu.host_copies import HostCopies
 from alpacache.identity import provenance, store_identity
 from alpacache.interrupt import InterruptGuard
 from alpacache.preparation import VLM_DTYPE, Preparation, Prepared, input_builder
@@ -36,7 +44,6 @@ from alpacache.selection import Rejected, select
 from alpacache.sources import check_still_there, is_streamed, open_source
 from alpacache.store_count import StoreCount
 from alpacache.views import views_identity
-from alpacache.world import own_device, process_place, processes_here
 from cache_store import CODECS, CacheWriter
 from cache_store.sample_key import sample_key
 from cache_store.writer import committed_keys, failed_keys

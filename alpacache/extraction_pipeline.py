@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from alpacache.host_copies import HostCopies, HostCopy
+from alpacache.gpu.host_copies import HostCopies, HostCopy
 from cache_store import CacheWriter
 
 NEAR = 16

@@ -31,7 +31,7 @@ from torch import Tensor
 from alpacache import errors
 from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.config import ExtractConfig
-from alpacache.device import keep_freed_memory
+from alpacache.gpu.device import keep_freed_memory
 from alpacache.preparation import VLM_DTYPE, Preparation, Prepared
 from alpacache.sample import SampleRef
 

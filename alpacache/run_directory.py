@@ -20,7 +20,7 @@ from torch import Tensor
 
 from alpacache.ema import up_to_date
 from alpacache.errors import DataError, UsageError
-from alpacache.host_copies import copied_to_host
+from alpacache.gpu.host_copies import copied_to_host
 from cache_store import checksum
 from cache_store.storage.local_files import flush, write_flushed
 from cache_store.storage.room import FULL

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from alpacache.gpu.capture import TwoStreams
 from alpacache.peer_memory import PeerMemory
 from alpacache.transfers import TOGETHER_BYTES, Collectives, Copies, Transfers, even_part, gather, gather_up, send_up
-from alpacache.two_streams import TwoStreams
 from alpacache.world import World
 
 _PART_MULTIPLE = 1024

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, PrefixFeatures
 from alpacache.batches import Batch, BatchRing
-from alpacache.capture import captured
+from alpacache.gpu.capture import captured
 from alpacache.memory_plan import LEAST_DECODED
 from alpacache.optimizers import StepOptimizer
 from alpacache.shared_update import SharedUpdate

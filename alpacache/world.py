@@ -4,7 +4,6 @@ Every process computes its share of each global batch; gradients, losses and req
 decide alike. Only the first writes.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alpacache.device import enter, resolve_device
 from alpacache.errors import AlpacacheError, LostProcessError, ProcessGroupError, UsageError
+from alpacache.gpu.device import enter, own_device, process_place
 
 _TIMEOUT = timedelta(minutes=30)
 """Of a collective: the others wait while the first process writes a checkpoint."""
@@ -77,27 +76,6 @@ class World:
         """Sum over all processes, in place; may be captured."""
         if self.size > 1:
             dist.all_reduce(tensor)
-
-
-def process_place() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says; else 0 and 1."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def processes_here() -> int:
-    """How many of torchrun's processes are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def own_device(device: str | None) -> torch.device:
-    """The device asked for; of several processes each has the GPU of its number on this machine.
-
-    Raises `UsageError` where there are fewer GPUs than processes.
-    """
-    mine = resolve_device(device)
-    if mine.type == "cpu" or process_place()[1] == 1:
-        return mine
-    return resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from alpacache import extraction
 from alpacache.alpamayo import Checkpoint, FrozenVLM, PrefixFeatures
 from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.config import ExtractConfig, prefill_batch
-from alpacache.device import one_thread_each
+from alpacache.gpu.device import one_thread_each
 from alpacache.preparation import Prepared, input_builder
 from alpacache.sample import SampleRef
 from alpacache.selection import select

@@ -22,7 +22,7 @@ from benchmark_report import arguments, finish, hardware_name
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from alpacache.gpu_checksum import ChunkTable
+    from alpacache.gpu.checksum import ChunkTable
 
 CHUNKS = 36
 SHAPES = ((8, 232_000_000), (16, 69_000_000))
@@ -47,7 +47,7 @@ class Rows:
         return sum(self.size) / 1e9
 
     def table(self, **options: Any) -> "ChunkTable":
-        from alpacache.gpu_checksum import ChunkTable
+        from alpacache.gpu.checksum import ChunkTable
 
         return ChunkTable.build(self.row, self.start, self.size, self.crc32c, device=self.data.device, **options)
 
@@ -78,7 +78,7 @@ def make_rows(count: int, row_bytes: int, chunks: int, device: torch.device) -> 
 
 def verify(rows: Rows, table: "ChunkTable") -> None:
     """Intact rows have no flag; a flipped bit in the last byte of the last chunk gives one to its row alone."""
-    from alpacache.gpu_checksum import check_rows
+    from alpacache.gpu.checksum import check_rows
 
     flags = torch.zeros(len(rows.data), dtype=torch.int32, device=rows.data.device)
     check_rows(rows.data, table, flags)
@@ -154,7 +154,7 @@ class Neighbour:
 
 def measure(rows: Rows, lanes: int, per_sm: float, neighbour: Neighbour) -> dict[str, Any]:
     """One row of the report, without the baseline."""
-    from alpacache.gpu_checksum import check_rows
+    from alpacache.gpu.checksum import check_rows
 
     device = rows.data.device
     programs = max(1, round(per_sm * torch.cuda.get_device_properties(device).multi_processor_count))

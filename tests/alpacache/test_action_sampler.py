@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import alpacache
-from alpacache import action_sampler, capture
+from alpacache import action_sampler
 from alpacache.action_sampler import ActionSampler
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.batches import BatchRing
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import ExtractConfig
 from alpacache.errors import DataError
+from alpacache.gpu import capture
 from alpacache.prediction import predict_actions, predict_ahead
 
 SETTINGS = {"paths": 3, "flow_steps": 10, "seed": 0}

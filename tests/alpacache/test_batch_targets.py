@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from alpacache.batch_targets import BatchTargets
-from alpacache.device import keeping_threads
 from alpacache.errors import DataError
+from alpacache.gpu.device import keeping_threads
 
 
 @pytest.fixture(autouse=True)

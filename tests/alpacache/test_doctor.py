@@ -9,8 +9,9 @@ import huggingface_hub.errors
 import pytest
 import torch
 
-from alpacache import doctor, host_memory, machine_speed
+from alpacache import doctor, machine_speed
 from alpacache.doctor import diagnose
+from alpacache.gpu import host_memory
 
 GIB = 2**30
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from alpacache.extraction_pipeline import Waits, Writers, groups, read_ahead
-from alpacache.host_copies import HostCopies
+from alpacache.gpu.host_copies import HostCopies
 from cache_store import CacheReader, CacheWriter, Field, StoreFullError
 
 FIELDS = [Field(name="kv", dtype="uint8", axes=("byte",), units="1"), Field(name="n", dtype="int64", axes=(), units="")]

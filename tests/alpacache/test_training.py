@@ -23,10 +23,11 @@ import torch
 from safetensors.torch import load_file
 
 import alpacache
-from alpacache import gpu_checksum, training
+from alpacache import training
 from alpacache.batches import BatchRing
 from alpacache.config import ExtractConfig, TrainConfig
 from alpacache.errors import DataError, NonFiniteError, UsageError
+from alpacache.gpu import checksum as gpu_checksum
 from alpacache.run_directory import RunDirectory, read_checkpoint, read_trained
 from alpacache.sample_order import GlobalOrder
 from alpacache.training import learning_rate
@@ -556,8 +557,8 @@ def checking_device(request, monkeypatch):
             damage[row] |= google_crc32c.value(data[row, start : start + size].numpy().tobytes()) != crc
 
     monkeypatch.setattr("alpacache.batches.has_kernels", lambda device: True)
-    monkeypatch.setattr("alpacache.gpu_checksum.ChunkTable", SimpleNamespace(build=build))
-    monkeypatch.setattr("alpacache.gpu_checksum.check_rows", check_rows)
+    monkeypatch.setattr("alpacache.gpu.checksum.ChunkTable", SimpleNamespace(build=build))
+    monkeypatch.setattr("alpacache.gpu.checksum.check_rows", check_rows)
     return "cpu"
 
 
@@ -580,7 +581,7 @@ def test_damage_that_the_device_finds_stops_the_run_before_its_step(
     if checking_device == "cpu":
         assert done == [1, 2]
         assert same(weights(out), saved)
-        monkeypatch.setattr("alpacache.gpu_checksum.check_rows", lambda *given: None)
+        monkeypatch.setattr("alpacache.gpu.checksum.check_rows", lambda *given: None)
         alpacache.train(config(tiny_checkpoint, tmp_path / "broken", tmp_path / "unchecked", **settings))
     else:
         assert all(torch.allclose(value, saved[name], atol=1e-2) for name, value in weights(out).items())
@@ -595,7 +596,7 @@ def test_damage_of_the_way_to_the_device_is_no_damage_of_the_store(
         data[:, 5] ^= 1
         check_rows(data, *rest)
 
-    monkeypatch.setattr("alpacache.gpu_checksum.check_rows", bent)
+    monkeypatch.setattr("alpacache.gpu.checksum.check_rows", bent)
     with pytest.raises(DataError, match=r"reached the GPU damaged, and .* holds it undamaged"):
         alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", device=checking_device, compile=False))
     assert not RunDirectory(tmp_path / "run").steps

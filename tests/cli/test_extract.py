@@ -18,12 +18,12 @@ from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.config import ExtractConfig
 from alpacache.errors import BadClipError, UsageError
 from alpacache.extraction import share
+from alpacache.gpu.device import own_device
 from alpacache.sample import CAMERAS, SampleRef
 from alpacache.sources import open_source
 from alpacache.sources.pai_tree import write_tree
 from alpacache.sources.synthetic import SyntheticSource
 from alpacache.views import draw
-from alpacache.world import own_device
 from cache_store import CODECS, CacheReader, IdentityMismatchError, verify
 from cli.main import app
 

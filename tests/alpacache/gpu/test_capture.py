@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alpacache.two_streams import TwoStreams
+from alpacache.gpu.capture import TwoStreams
 
 
 @pytest.mark.parametrize("device", [None, torch.device("cpu")])

@@ -1,6 +1,7 @@
 """Which device a stage runs on."""
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -74,3 +75,24 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for parameter, value in ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)):
             mallopt(parameter, value)
+
+
+def process_place() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says; else 0 and 1."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def processes_here() -> int:
+    """How many of torchrun's processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def own_device(device: str | None) -> torch.device:
+    """The device asked for; of several processes each has the GPU of its number on this machine.
+
+    Raises `UsageError` where there are fewer GPUs than processes.
+    """
+    mine = resolve_device(device)
+    if mine.type == "cpu" or process_place()[1] == 1:
+        return mine
+    return resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")

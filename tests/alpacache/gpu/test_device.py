@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from alpacache.device import enter, keeping_threads, one_thread_each
+from alpacache.gpu.device import enter, keeping_threads, one_thread_each
 
 
 def threads_of_a_new_thread():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache import host_copies
-from alpacache.host_copies import HostCopies, copied_to_host
+from alpacache.gpu import host_copies
+from alpacache.gpu.host_copies import HostCopies, copied_to_host
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -19,8 +19,13 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton", reason="triton is not installed; CPU-only installs do not need it")
 
-from alpacache import gpu_checksum  # noqa: E402
-from alpacache.gpu_checksum import LAGS, ChunkTable, check_rows, expected_linear  # noqa: E402
+from alpacache.gpu import checksum as gpu_checksum  # noqa: E402
+from alpacache.gpu.checksum import (  # noqa: E402
+    LAGS,
+    ChunkTable,
+    check_rows,
+    expected_linear,
+)
 
 SHARED_LIMIT = 99 * 1024
 TYPES = {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}

@@ -17,7 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache.host_memory import Bytes, page_aligned, page_lock, page_rounded, page_unlock
+from alpacache.gpu.host_memory import (
+    Bytes,
+    page_aligned,
+    page_lock,
+    page_rounded,
+    page_unlock,
+)
 
 _STAGE_BYTES = 2**26
 _SLACK = 16

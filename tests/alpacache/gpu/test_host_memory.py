@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache import host_memory
-from alpacache.host_memory import Slabs, available_bytes, page_aligned, page_rounded
+from alpacache.gpu import host_memory
+from alpacache.gpu.host_memory import (
+    Slabs,
+    available_bytes,
+    page_aligned,
+    page_rounded,
+)
 
 
 def test_memory_begins_on_a_page_and_is_writable():

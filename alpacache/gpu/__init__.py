@@ -1,0 +1,1 @@
+"""The device and the memory beside it: choosing, copying, checking, capturing."""
