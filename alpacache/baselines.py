@@ -7,7 +7,13 @@ for the straight-line bias. Both move in the plane and keep the height of t0, as
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alpacache.strata import DT_S, HISTORY_END_STEPS, Floats, checked_poses, heading
+from alpacache.driving.strata import (
+    DT_S,
+    HISTORY_END_STEPS,
+    Floats,
+    checked_poses,
+    heading,
+)
 
 FUTURE_STEPS = 64
 SPEED_STEPS = 3

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache.action_space import UnicycleActionSpace
 from alpacache.cached_dataset import CachedDataset
+from alpacache.driving.action_space import UnicycleActionSpace
+from alpacache.driving.strata import Turn, turns_ahead
 from alpacache.errors import DataError
 from alpacache.gpu.device import keeping_threads, one_thread_each
-from alpacache.strata import Turn, turns_ahead
 
 Poses: TypeAlias = Sequence[NDArray[Any]]
 """Of a sample, or of several stacked, as `features.POSE_FIELDS` names them."""

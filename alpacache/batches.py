@@ -26,9 +26,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache.action_space import UnicycleActionSpace
 from alpacache.batch_targets import BatchTargets, solver
 from alpacache.cached_dataset import CachedDataset
+from alpacache.driving.action_space import UnicycleActionSpace
+from alpacache.driving.strata import TURNS, Turn
 from alpacache.errors import DataError, UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS
 from alpacache.gpu.device import has_kernels, keeping_threads, processes_here
@@ -41,7 +42,6 @@ from alpacache.gpu.host_memory import (
     page_rounded,
     page_unlock,
 )
-from alpacache.strata import TURNS, Turn
 from cache_store import CorruptSampleError, Prefetcher
 from cache_store.prefetcher import PrefetchedSample
 from cache_store.sample_read import SampleRead

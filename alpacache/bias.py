@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from alpacache.bootstrap import slope_interval
-from alpacache.strata import DT_S, Floats, heading
+from alpacache.driving.strata import DT_S, Floats, heading
 
 Quantity: TypeAlias = Literal["heading", "lateral"]
 

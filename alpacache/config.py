@@ -10,8 +10,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from alpacache.driving.sample import FRONT_CAMERA
 from alpacache.errors import UsageError
-from alpacache.sample import FRONT_CAMERA
 from cache_store.kv.codec import CodecName
 
 Trainable = Literal["all", "head", "lora"]

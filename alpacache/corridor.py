@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from alpacache.bootstrap import Interval, mean_difference
-from alpacache.strata import CORRIDOR_M
+from alpacache.driving.strata import CORRIDOR_M
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

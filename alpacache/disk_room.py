@@ -8,11 +8,12 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.geometry import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import MAX_TOKENS
+from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, UsageError
 from alpacache.features import sample_arrays
 from alpacache.machine_speed import existing_folder
 from alpacache.planned_sample import PlannedPrompt, sample_bytes
-from alpacache.sample import Sample, SampleRef, Source
+from alpacache.sources.source import Source
 from cache_store.storage.local_files import free_bytes
 from cache_store.storage.storage import is_uri
 

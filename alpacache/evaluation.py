@@ -19,6 +19,8 @@ from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.alpamayo.prompt import Reasoning
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import EvalConfig
+from alpacache.driving.sample import SampleRef
+from alpacache.driving.strata import classify
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.front_view import draw_paths
 from alpacache.gpu.device import enter, resolve_device
@@ -29,9 +31,7 @@ from alpacache.prediction import Paths, predict_actions, predict_ahead, to_paths
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.report import write_report
 from alpacache.run_directory import RunDirectory, find_checkpoint, read_trained
-from alpacache.sample import SampleRef
 from alpacache.sample_table import write_sample_table
-from alpacache.strata import classify
 from alpacache.summary import EvalSummary, ModelResult, SampleResult, judge, judge_baselines, summarise
 
 BASE = "base"

@@ -21,6 +21,7 @@ from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.config import ExtractConfig, prefill_batch
 from alpacache.disk_room import check_room
+from alpacache.driving.sample import SampleRef, sort_cameras
 from alpacache.errors import BadClipError, DataError, DeviceMemoryError, InterruptedRunError, UsageError
 from alpacache.extraction_pipeline import SPARE_COPIES, Waits, Writers, groups, read_ahead
 from alpacache.features import checked, prefix_arrays, store_fields, tail_arrays
@@ -39,9 +40,9 @@ from alpacache.interrupt import InterruptGuard
 from alpacache.preparation import VLM_DTYPE, Preparation, Prepared, input_builder
 from alpacache.progress import OnProgress, Progress, clock, ignore
 from alpacache.reading_process import ReadingProcesses
-from alpacache.sample import SampleRef, Source, sort_cameras
 from alpacache.selection import Rejected, select
 from alpacache.sources import check_still_there, is_streamed, open_source
+from alpacache.sources.source import Source
 from alpacache.store_count import StoreCount
 from alpacache.views import views_identity
 from cache_store import CODECS, CacheWriter

@@ -22,8 +22,8 @@ from torch import Tensor
 from alpacache import codecs
 from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures, Tail
+from alpacache.driving.sample import FRONT_CAMERA, Sample
 from alpacache.errors import BadClipError
-from alpacache.sample import FRONT_CAMERA, Sample
 from cache_store import Field, KVCodec
 
 KV_AXES = ("layer", "key_value", "kv_head", "token", "channel")

@@ -11,10 +11,10 @@ from typing import Any
 
 from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.batches import samples_ahead
+from alpacache.driving.sample import FUTURE_STEPS
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS, MEASURED
 from alpacache.optimizers import state_bytes
-from alpacache.sample import FUTURE_STEPS
 from alpacache.stage_times import compute_seconds
 from alpacache.trainable import trained_counts
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.poses import Track
-from alpacache.strata import Floats
+from alpacache.driving.poses import Track
+from alpacache.driving.strata import Floats
 
 RASTER_US = 200_000
 """Long enough that centimetres of localisation noise do not turn the course."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from alpacache.checks import Check
+from alpacache.driving.sample import FRONT_CAMERA, Sample
+from alpacache.driving.strata import heading
 from alpacache.errors import BadClipError
 from alpacache.motion import Motion
 from alpacache.picture_flow import agrees, sideways_shift_px
 from alpacache.recording import RecordedSource
-from alpacache.sample import FRONT_CAMERA, Sample
-from alpacache.strata import heading
 
 APART_US = 200_000
 MIN_TURN_RADPS = 0.06

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.strata import Floats
+from alpacache.driving.strata import Floats
 
 Picture: TypeAlias = NDArray[np.uint8]
 WIDTH_PX = 256

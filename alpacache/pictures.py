@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from alpacache.bias import Quantity, Slope
 from alpacache.bootstrap import Interval
-from alpacache.strata import DT_S, Floats
+from alpacache.driving.strata import DT_S, Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,14 @@ from alpacache.alpamayo.images import image_tokens
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.prompt import render_prompt
 from alpacache.alpamayo.rollout import MAX_TOKENS
+from alpacache.driving.sample import (
+    DEFAULT_T0_US,
+    FRONT_CAMERA,
+    FUTURE_STEPS,
+    HISTORY_STEPS,
+    SampleRef,
+)
 from alpacache.features import KV_SHAPE, store_fields, tail_name
-from alpacache.sample import DEFAULT_T0_US, FRONT_CAMERA, FUTURE_STEPS, HISTORY_STEPS, SampleRef
 from cache_store import CODECS
 from cache_store.sample_group import Value
 from cache_store.store_info import sample_size

@@ -16,13 +16,13 @@ from alpacache.alpamayo import Checkpoint, PrefixLayout
 from alpacache.alpamayo.geometry import RELEASED, Geometry
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.config import Trainable, budget_gib, prefill_batch
+from alpacache.driving.sample import FRONT_CAMERA, sort_cameras
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS, MEASURED, Gpu, gpu_named
 from alpacache.machine_speed import disk_speed, existing_folder, gpu_speed
 from alpacache.memory_plan import MemoryPlan, Workload, allowed_bytes, fastest_plan, memory_plan
 from alpacache.optimizers import resolve
 from alpacache.planned_sample import planned_prompt, sample_bytes
-from alpacache.sample import FRONT_CAMERA, sort_cameras
 from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds, reading_seconds
 from cache_store import CODECS
 from cache_store.kv.codec import CodecName

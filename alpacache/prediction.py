@@ -10,10 +10,10 @@ from torch import Tensor
 
 from alpacache import randomness
 from alpacache.action_sampler import ActionSampler, SampledActions
-from alpacache.action_space import UnicycleActionSpace
 from alpacache.alpamayo import ActionExpert
 from alpacache.batches import BatchRing
 from alpacache.cached_dataset import CachedDataset
+from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.features import CachedSample
 from alpacache.flow_matching import sample as sample_flow
 

@@ -8,9 +8,10 @@ import torch
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.config import ExtractConfig
+from alpacache.driving.sample import SampleRef, sort_cameras
 from alpacache.features import sample_arrays
-from alpacache.sample import SampleRef, Source, sort_cameras
 from alpacache.sources import open_source
+from alpacache.sources.source import Source
 from alpacache.views import load
 
 VLM_DTYPE = torch.bfloat16

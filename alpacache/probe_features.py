@@ -16,12 +16,19 @@ from torch import Tensor
 
 from alpacache import codecs
 from alpacache.baselines import SPEED_STEPS
+from alpacache.driving.sample import SampleRef
+from alpacache.driving.strata import (
+    DT_S,
+    MOVING_MPS,
+    Floats,
+    Strata,
+    classify,
+    heading,
+)
 from alpacache.errors import UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS, from_bf16_bits
 from alpacache.identity import store_codec
 from alpacache.progress import OnProgress, Progress, ignore
-from alpacache.sample import SampleRef
-from alpacache.strata import DT_S, MOVING_MPS, Floats, Strata, classify, heading
 from cache_store import CacheReader, KVCodec
 
 Layers: TypeAlias = Literal["last", "all"] | tuple[int, ...]

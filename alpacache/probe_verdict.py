@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from alpacache.bootstrap import Interval
-from alpacache.strata import LATE_CURVE
+from alpacache.driving.strata import LATE_CURVE
 
 Answer: TypeAlias = Literal["there", "not there", "too few samples"]
 

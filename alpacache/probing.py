@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from alpacache.bias import MIN_CLIPS
 from alpacache.bootstrap import Interval, explained
 from alpacache.config import ProbeConfig
+from alpacache.driving.sample import SampleRef
+from alpacache.driving.strata import LATE_CURVE, Floats
 from alpacache.errors import UsageError
 from alpacache.pictures import explained_png
 from alpacache.probe_features import CURVATURE, HEADING, TARGETS, ProbeData, choose_samples, read_probe_data
 from alpacache.probe_models import FOLDS, PROBES, Predictions, Probe, cross_validate, group_folds, shuffled_within
 from alpacache.probe_verdict import ADVICE, LEAST_CLIPS, LEAST_SAMPLES, Cell, Verdict, judge_target
 from alpacache.progress import OnProgress, Progress, ignore
-from alpacache.sample import SampleRef
-from alpacache.strata import LATE_CURVE, Floats
 from cache_store import CacheReader
 
 ALL = "all"

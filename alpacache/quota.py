@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
+from alpacache.driving.poses import EgoPoses, Track, history_and_future
+from alpacache.driving.sample import SampleRef
+from alpacache.driving.strata import TURNS, Turn, turn_ahead
 from alpacache.errors import UsageError
-from alpacache.poses import EgoPoses, Track, history_and_future
 from alpacache.recording import RecordedSource
-from alpacache.sample import SampleRef, Source
-from alpacache.strata import TURNS, Turn, turn_ahead
+from alpacache.sources.source import Source
 
 
 @runtime_checkable

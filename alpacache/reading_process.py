@@ -31,9 +31,9 @@ from torch import Tensor
 from alpacache import errors
 from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.config import ExtractConfig
+from alpacache.driving.sample import SampleRef
 from alpacache.gpu.device import keep_freed_memory
 from alpacache.preparation import VLM_DTYPE, Preparation, Prepared
-from alpacache.sample import SampleRef
 
 _LENGTH = struct.Struct("<Q")
 _NICENESS = 10

@@ -11,9 +11,14 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.driving.poses import Track
+from alpacache.driving.sample import (
+    FUTURE_STEPS,
+    HISTORY_STEPS,
+    STEP_US,
+    Sample,
+)
 from alpacache.errors import BadClipError
-from alpacache.poses import Track
-from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample
 
 
 @runtime_checkable

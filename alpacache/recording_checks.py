@@ -9,10 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.checks import Check, Status
-from alpacache.poses import MAX_GAP_US, MAX_SPEED_MPS, MAX_TURN_RATE_RADPS, QUATERNION_NORM_SLACK, Track
+from alpacache.driving.poses import (
+    MAX_GAP_US,
+    MAX_SPEED_MPS,
+    MAX_TURN_RATE_RADPS,
+    QUATERNION_NORM_SLACK,
+    Track,
+)
+from alpacache.driving.sample import FRAME_STEP_US
+from alpacache.driving.strata import Floats
 from alpacache.recording import Recording
-from alpacache.sample import FRAME_STEP_US
-from alpacache.strata import Floats
 
 JUMP_M = 1.0
 """Least step off the course of the neighbouring poses that is a jump; localisation noise is centimetres."""

@@ -7,8 +7,8 @@ import numpy as np
 
 from alpacache.bias import Departure, Slope
 from alpacache.bootstrap import Interval
+from alpacache.driving.strata import LATE_CURVE
 from alpacache.pictures import BASELINE_STYLES, MODEL_COLOURS
-from alpacache.strata import LATE_CURVE
 from alpacache.summary import EvalSummary, SampleResult, StratumSummary
 
 HEADLINE_METRICS = {

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.strata import TURNS, Turn
+from alpacache.driving.strata import TURNS, Turn
 
 Order = NDArray[np.int64]
 

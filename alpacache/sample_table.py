@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alpacache.bias import HORIZONS_S
-from alpacache.strata import STRATA
+from alpacache.driving.strata import STRATA
 from alpacache.summary import METRIC_KEYS, SampleResult, departures_of
 
 

@@ -11,10 +11,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal, Protocol, runtime_checkable
 
+from alpacache.driving.sample import (
+    FUTURE_STEPS,
+    HISTORY_STEPS,
+    STEP_US,
+    SampleRef,
+    split_of,
+)
+from alpacache.driving.strata import Turn
 from alpacache.errors import BadClipError, UsageError
 from alpacache.quota import Quota
-from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, SampleRef, Source, split_of
-from alpacache.strata import Turn
+from alpacache.sources.source import Source
 
 HISTORY_US = HISTORY_STEPS * STEP_US
 """t0 must lie more than this after the start of the recording."""

@@ -16,11 +16,18 @@ import numpy as np
 
 from alpacache.checks import Check, Status
 from alpacache.contact_sheet import CLIPS
+from alpacache.driving.poses import Track
+from alpacache.driving.sample import (
+    FRONT_CAMERA,
+    Sample,
+    SampleRef,
+    sort_cameras,
+)
+from alpacache.driving.strata import STRATA, classify
 from alpacache.errors import BadClipError
 from alpacache.motion import Motion, motion_of
 from alpacache.motion_checks import judge_axes, judge_rotations, judge_speed, judge_standing
 from alpacache.picture_checks import Turn, judge_mirrored, judge_pictures, turns_of_clip, turns_of_sample
-from alpacache.poses import Track
 from alpacache.progress import OnProgress, Progress
 from alpacache.recording import RecordedSource, Recording, read_recording, recording_of
 from alpacache.recording_checks import (
@@ -30,9 +37,8 @@ from alpacache.recording_checks import (
     check_times,
     in_microseconds,
 )
-from alpacache.sample import FRONT_CAMERA, Sample, SampleRef, Source, sort_cameras
 from alpacache.selection import select
-from alpacache.strata import STRATA, classify
+from alpacache.sources.source import Source
 
 MEANINGS: Mapping[str, str] = {
     "times": "timestamps are whole microseconds that increase",

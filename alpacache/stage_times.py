@@ -9,8 +9,8 @@ parameters. So nothing but a run of the released model on the H100 is more than 
 import math
 from typing import TYPE_CHECKING
 
+from alpacache.driving.sample import FUTURE_STEPS
 from alpacache.gpus import GPUS, MEASURED, Gpu
-from alpacache.sample import FUTURE_STEPS
 
 if TYPE_CHECKING:
     from alpacache.memory_plan import MemoryPlan, Workload

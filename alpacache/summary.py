@@ -28,8 +28,13 @@ from alpacache.bias import (
 )
 from alpacache.bootstrap import Interval, mean_difference, slope_difference
 from alpacache.corridor import CorridorSummary, Leaving, leaving, recall_difference, summarise_corridor
+from alpacache.driving.strata import (
+    LATE_CURVE,
+    STRATA,
+    Floats,
+    Strata,
+)
 from alpacache.metrics import EXTRA_KEYS, PUBLIC_KEYS, corner_distance, extra_metrics, min_ade
-from alpacache.strata import LATE_CURVE, STRATA, Floats, Strata
 
 METRIC_KEYS = (*PUBLIC_KEYS, *EXTRA_KEYS)
 ENOUGH_SAMPLES = 30

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from alpacache import randomness
-from alpacache.sample import Sample, SampleRef, Source
+from alpacache.driving.sample import Sample, SampleRef
+from alpacache.sources.source import Source
 
 METHOD = "crop-colour-v1"
 """Name of what `apply` computes, in a store's identity."""

@@ -41,9 +41,9 @@ from alpacache import extraction
 from alpacache.alpamayo import Checkpoint, FrozenVLM, PrefixFeatures
 from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.config import ExtractConfig, prefill_batch
+from alpacache.driving.sample import SampleRef
 from alpacache.gpu.device import one_thread_each
 from alpacache.preparation import Prepared, input_builder
-from alpacache.sample import SampleRef
 from alpacache.selection import select
 from alpacache.sources import open_source
 from alpacache.sources.synthetic import SyntheticSource

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLTextConfig, Qwen3VLTextModel
 
 from alpacache import codecs, flow_matching
-from alpacache.action_space import UnicycleActionSpace
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.alpamayo.backbone import cache_argument, empty_weights, expert_config, vlm_config
 from alpacache.alpamayo.checkpoint import INDEX
@@ -31,9 +30,15 @@ from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.alpamayo.tiny_checkpoint import ACTION_CONSTANTS
 from alpacache.alpamayo.tokenizer import SPECIAL_TOKENS
+from alpacache.driving.action_space import UnicycleActionSpace
+from alpacache.driving.sample import (
+    CAMERAS,
+    FUTURE_STEPS,
+    HISTORY_STEPS,
+    SampleRef,
+)
 from alpacache.features import KV_SHAPE, bf16_bits, store_fields
 from alpacache.identity import store_identity
-from alpacache.sample import CAMERAS, FUTURE_STEPS, HISTORY_STEPS, SampleRef
 from cache_store import CODECS, CacheReader, CacheWriter
 
 PREFIX_TOKENS = {1: (800, 880), 4: (2900, 3050)}

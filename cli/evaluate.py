@@ -80,7 +80,7 @@ def evaluate(
 
 def print_summary(summary: "EvalSummary") -> None:
     """Metrics in metres, and the slope of predicted against driven heading change: 1 is unbiased, 0 drives straight."""
-    from alpacache.strata import LATE_CURVE
+    from alpacache.driving.strata import LATE_CURVE
 
     heads = ["stratum", "samples", "model", *_METRICS.values(), "recall", "heading slope at 6.4 s"]
     rows = []

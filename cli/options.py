@@ -44,7 +44,7 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
 
 def camera_names(text: str | None) -> tuple[str, ...]:
     """Full camera names from comma-separated full or short ones (`front_wide` is `camera_front_wide_120fov`)."""
-    from alpacache.sample import FRONT_CAMERA, full_camera_name
+    from alpacache.driving.sample import FRONT_CAMERA, full_camera_name
 
     return (FRONT_CAMERA,) if text is None else tuple(full_camera_name(part.strip()) for part in text.split(","))
 

@@ -10,9 +10,9 @@ import typer
 from cli import options, output
 
 if TYPE_CHECKING:
+    from alpacache.driving.strata import Turn
     from alpacache.sources.prepared import Prepared
     from alpacache.sources.prepared_rows import PictureFit
-    from alpacache.strata import Turn
 
 QUARANTINED = 3
 
@@ -44,11 +44,11 @@ def prepare(
 
     Example: `alpacache prepare folder:my_drives --out samples/train --split train --t0 every:2.0`
     """
+    from alpacache.driving.sample import SampleRef
     from alpacache.errors import InterruptedRunError
     from alpacache.interrupt import InterruptGuard
     from alpacache.progress import Progress
     from alpacache.quota import parse_quota
-    from alpacache.sample import SampleRef
     from alpacache.selection import select
     from alpacache.sources import open_source
     from alpacache.sources.prepared import prepare as write

@@ -65,8 +65,8 @@ def layer_numbers(text: str) -> Literal["last", "all"] | tuple[int, ...]:
 
 def print_report(report: "ProbeReport") -> None:
     """R^2 on clips not seen, of the vectors that the verdicts rest on; then by layer; then the verdicts."""
+    from alpacache.driving.strata import LATE_CURVE
     from alpacache.probing import SHUFFLED, TOGETHER
-    from alpacache.strata import LATE_CURVE
 
     heads = ["target", "samples", "probe", "history", "features", "both", "shuffled", "gain"]
     rows = []

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from alpacache.action_space import UnicycleActionSpace
+from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.errors import CheckpointError
 
 Family = Literal["r1", "1.5"]

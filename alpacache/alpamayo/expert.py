@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3VLTextModel
 
-from alpacache.action_space import UnicycleActionSpace
 from alpacache.alpamayo.backbone import cache_argument, empty_weights, expert_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.packed_prefix import PackedPrefixes, pack
 from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
 from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION, Prefix, PrefixCall
 from alpacache.alpamayo.projection import ActionInProjection
+from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.errors import CheckpointError
 
 _ATTENTIONS = (PREFIX_ATTENTION, "sdpa", "eager")

@@ -14,8 +14,8 @@ from alpacache.alpamayo.configuration import read_json
 from alpacache.alpamayo.images import PROCESSOR, image_tokens, to_patches
 from alpacache.alpamayo.prompt import Reasoning, prompt_identity, render_prompt
 from alpacache.alpamayo.tokenizer import PromptTokenizer
+from alpacache.driving.sample import CAMERAS, Sample
 from alpacache.errors import CheckpointError
-from alpacache.sample import CAMERAS, Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ Source: the prompt builders of the public Alpamayo R1 and 1.5 code (behaviour; t
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from alpacache.sample import CAMERAS
+from alpacache.driving.sample import CAMERAS
 
 Reasoning = Literal["none", "rollout"]
 HISTORY_TOKENS = 48

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3VLForConditionalGeneration
 
-from alpacache.action_space import UnicycleActionSpace
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import vlm_config
 from alpacache.alpamayo.images import to_patches
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.tiny_checkpoint import ACTION_CONSTANTS, FUTURE_BINS, make_tiny_checkpoint
-from alpacache.sample import SampleRef
+from alpacache.driving.action_space import UnicycleActionSpace
+from alpacache.driving.sample import SampleRef
 from alpacache.sources.synthetic import SyntheticSource
 
 _log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.config import TrainConfig
 from alpacache.demo.pretrain import SEED, pretrain
 from alpacache.demo.story import WEIGHTS, extraction, overlay
+from alpacache.driving.sample import FRONT_CAMERA
 from alpacache.extraction import extract
-from alpacache.sample import FRONT_CAMERA
 from alpacache.selection import select
 from alpacache.sources.prepared import prepare
 from alpacache.sources.synthetic import SyntheticSource

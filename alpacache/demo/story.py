@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.config import EvalConfig, ExtractConfig, TrainConfig
+from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import UsageError
 from alpacache.evaluation import EvalReport, evaluate
 from alpacache.extraction import extract
 from alpacache.progress import OnProgress
-from alpacache.sample import Sample, SampleRef
 from alpacache.sources.synthetic import SyntheticSource
 from alpacache.training import TrainReport, train
 

@@ -6,8 +6,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from alpacache.driving.sample import FRONT_CAMERA
 from alpacache.errors import DataError, UsageError
-from alpacache.sample import FRONT_CAMERA, Source
+from alpacache.sources.source import Source
 
 KINDS = "folder:DIR, synthetic:N, pai, pai:DIR, hf:REPO-OR-PATH, or a directory that `alpacache prepare` wrote"
 

@@ -18,9 +18,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.driving.poses import (
+    Track,
+    check_timestamps,
+    check_track,
+    frame_indices,
+    history_and_future,
+)
+from alpacache.driving.sample import (
+    CAMERAS,
+    FRAME_STEP_US,
+    Sample,
+    SampleRef,
+    sort_cameras,
+)
 from alpacache.errors import BadClipError, SourceError
-from alpacache.poses import Track, check_timestamps, check_track, frame_indices, history_and_future
-from alpacache.sample import CAMERAS, FRAME_STEP_US, Sample, SampleRef, sort_cameras
 from alpacache.sources.video import read_jpegs, read_mp4
 
 MAX_JSON_BYTES = 64 * 2**20

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.errors import BadClipError, DataError, SourceError, UsageError
-from alpacache.poses import (
+from alpacache.driving.poses import (
     Track,
     check_timestamps,
     check_track,
@@ -27,7 +26,14 @@ from alpacache.poses import (
     frame_indices,
     sample_times_us,
 )
-from alpacache.sample import CAMERAS, FRAME_STEP_US, Sample, SampleRef, sort_cameras
+from alpacache.driving.sample import (
+    CAMERAS,
+    FRAME_STEP_US,
+    Sample,
+    SampleRef,
+    sort_cameras,
+)
+from alpacache.errors import BadClipError, DataError, SourceError, UsageError
 from alpacache.sources.folder import join_cameras
 from alpacache.sources.pai_cache import REPO, LinkedCache, connection_errors, explain_hub_error, said
 from alpacache.sources.pai_chunks import ChunkCache, cache_directory, limit_bytes

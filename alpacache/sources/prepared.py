@@ -20,9 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from alpacache.driving.poses import EgoPoses
+from alpacache.driving.sample import (
+    FUTURE_STEPS,
+    HISTORY_STEPS,
+    STEP_US,
+    Sample,
+    SampleRef,
+    sort_cameras,
+)
 from alpacache.errors import BadClipError, SourceError, UsageError
-from alpacache.poses import EgoPoses
-from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef, Source, sort_cameras
 from alpacache.selection import Rejected
 from alpacache.sources import check_still_there
 from alpacache.sources.pai_cache import connection_errors
@@ -38,6 +45,7 @@ from alpacache.sources.prepared_rows import (
     to_row,
 )
 from alpacache.sources.prepared_stream import StreamedRows, undecoded
+from alpacache.sources.source import Source
 from cache_store.storage.local_files import flush, write_flushed
 
 SHARD_SAMPLES = 32

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from alpacache import __version__
-from alpacache.poses import EgoPoses
-from alpacache.sample import split_of
+from alpacache.driving.poses import EgoPoses
+from alpacache.driving.sample import split_of
+from alpacache.driving.strata import STRATA, Strata, classify
 from alpacache.sources.prepared_rows import poses_of
-from alpacache.strata import STRATA, Strata, classify
 
 PROVENANCE = "provenance.json"
 CURVATURE_EDGES_PER_M = (0.001, 0.003, 0.01, 0.03, 0.1)

@@ -13,9 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.driving.poses import EgoPoses
+from alpacache.driving.sample import (
+    FUTURE_STEPS,
+    HISTORY_STEPS,
+    Sample,
+    SampleRef,
+)
 from alpacache.errors import BadClipError, SourceError, UsageError
-from alpacache.poses import EgoPoses
-from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, Sample, SampleRef
 from alpacache.sources.video import check_size, stack
 
 POSES = {

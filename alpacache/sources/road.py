@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.poses import Track
-from alpacache.sample import DEFAULT_T0_US
+from alpacache.driving.poses import Track
+from alpacache.driving.sample import DEFAULT_T0_US
 
 Shape = Literal["straight", "early_curve", "late_curve", "curve_end"]
 SHAPES: tuple[Shape, ...] = ("straight", "early_curve", "late_curve", "curve_end")

@@ -13,9 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.driving.poses import Track, frame_indices, history_and_future
+from alpacache.driving.sample import (
+    CAMERAS,
+    FRAME_STEP_US,
+    FRONT_CAMERA,
+    Sample,
+    SampleRef,
+    sort_cameras,
+)
 from alpacache.errors import BadClipError, UsageError
-from alpacache.poses import Track, frame_indices, history_and_future
-from alpacache.sample import CAMERAS, FRAME_STEP_US, FRONT_CAMERA, Sample, SampleRef, sort_cameras
 from alpacache.sources.look import draw_look
 from alpacache.sources.road import CLIP_US, SHAPES, ClipKind, Drive, Shape, make_drive
 from alpacache.sources.roadside import Roadside, draw, plant

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from alpacache.baselines import BASELINES, constant_turn_rate, constant_velocity
-from alpacache.strata import heading
+from alpacache.driving.strata import heading
 
 
 def circle(speed_mps: float, turn_rate_radps: float, times_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

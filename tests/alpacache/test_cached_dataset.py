@@ -6,8 +6,8 @@ import alpacache
 from alpacache.alpamayo import Checkpoint
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import ExtractConfig
+from alpacache.driving.strata import classify
 from alpacache.errors import UsageError
-from alpacache.strata import classify
 from cache_store import CODECS
 
 

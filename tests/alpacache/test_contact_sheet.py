@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from alpacache.contact_sheet import contact_sheet_png
-from alpacache.sample import FRONT_CAMERA, SampleRef
+from alpacache.driving.sample import FRONT_CAMERA, SampleRef
 from alpacache.sources.synthetic import SyntheticSource
 
 

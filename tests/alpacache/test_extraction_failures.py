@@ -19,10 +19,10 @@ import alpacache
 from alpacache import extraction, store_count
 from alpacache.alpamayo import FrozenVLM
 from alpacache.config import ExtractConfig
+from alpacache.driving.sample import FRONT_CAMERA, SampleRef
 from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, UsageError
 from alpacache.extraction_pipeline import SPARE_COPIES
 from alpacache.preparation import Preparation
-from alpacache.sample import FRONT_CAMERA, SampleRef
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.pai_tree import encode_h264
 from alpacache.sources.synthetic import SyntheticSource

@@ -7,11 +7,11 @@ from alpacache import planning
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.geometry import Geometry
 from alpacache.config import ExtractConfig
+from alpacache.driving.sample import CAMERAS, SampleRef, sort_cameras
 from alpacache.errors import UsageError
 from alpacache.machine_speed import DiskSpeed
 from alpacache.planned_sample import planned_prompt, sample_bytes
 from alpacache.planning import PlanConfig, plan
-from alpacache.sample import CAMERAS, SampleRef, sort_cameras
 from cache_store import CacheReader, info
 
 FOUR = tuple(CAMERAS[index] for index in (0, 1, 2, 6))

@@ -11,6 +11,7 @@ import alpacache
 from alpacache import probe_features
 from alpacache.bootstrap import Interval
 from alpacache.config import ExtractConfig, ProbeConfig
+from alpacache.driving.strata import LATE_CURVE, classify
 from alpacache.errors import UsageError
 from alpacache.features import from_bf16_bits
 from alpacache.probe_features import (
@@ -27,7 +28,6 @@ from alpacache.probe_features import (
 )
 from alpacache.probe_verdict import Cell, judge_target
 from alpacache.probing import ALL, SHUFFLED, TOGETHER, probe_data
-from alpacache.strata import LATE_CURVE, classify
 from cache_store import CacheReader
 
 N = 450

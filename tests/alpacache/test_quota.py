@@ -3,13 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from alpacache.driving.sample import FRONT_CAMERA
+from alpacache.driving.strata import classify
 from alpacache.errors import UsageError
 from alpacache.quota import Quota, parse_quota
-from alpacache.sample import FRONT_CAMERA
 from alpacache.selection import select
 from alpacache.sources.prepared import open_prepared, prepare
 from alpacache.sources.synthetic import SyntheticSource
-from alpacache.strata import classify
 
 DRIVES = SyntheticSource(40, seed=2, size=(64, 32))
 WANTED = {"straight": 4, "gentle": 3, "sharp": 2}

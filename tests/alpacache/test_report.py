@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alpacache.driving.strata import classify
 from alpacache.report import write_report
-from alpacache.strata import classify
 from alpacache.summary import SampleResult, judge, judge_baselines, summarise
 
 HISTORY_XYZ = np.stack([np.arange(-15.0, 1.0), np.zeros(16), np.zeros(16)], axis=-1)

@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from alpacache.driving.strata import classify
 from alpacache.sample_table import write_sample_table
-from alpacache.strata import classify
 from alpacache.summary import SampleResult, judge, judge_baselines, summarise
 
 HISTORY = np.stack([np.arange(-15.0, 1.0), np.zeros(16), np.zeros(16)], axis=-1)

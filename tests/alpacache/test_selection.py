@@ -1,7 +1,7 @@
 import pytest
 
+from alpacache.driving.sample import split_of
 from alpacache.errors import BadClipError, UsageError
-from alpacache.sample import split_of
 from alpacache.selection import clip_start_us, select
 
 

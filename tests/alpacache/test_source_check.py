@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from alpacache.driving.poses import Track
+from alpacache.driving.sample import FRONT_CAMERA
 from alpacache.errors import SourceError, UsageError
 from alpacache.motion import motion_of
 from alpacache.motion_checks import judge_axes, judge_rotations, judge_speed
-from alpacache.poses import Track
 from alpacache.recording_checks import check_poses
-from alpacache.sample import FRONT_CAMERA
 from alpacache.selection import select
 from alpacache.source_check import MEANINGS, check_source
 from alpacache.sources import open_source

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from alpacache.strata import LATE_CURVE, STRATA, classify
+from alpacache.driving.strata import LATE_CURVE, STRATA, classify
 from alpacache.summary import METRIC_KEYS, EvalSummary, SampleResult, judge, judge_baselines, summarise
 
 HISTORY_XYZ = np.stack([np.arange(-15.0, 1.0), np.zeros(16), np.zeros(16)], axis=-1)

@@ -16,9 +16,9 @@ from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import EvalConfig, ExtractConfig, TrainConfig
+from alpacache.driving.sample import SampleRef, split_of
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.features import bf16_bits
-from alpacache.sample import SampleRef, split_of
 from alpacache.selection import select
 from alpacache.sources import open_source
 from alpacache.sources.prepared import prepare

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alpacache.config import ExtractConfig
-from alpacache.sample import CAMERAS
+from alpacache.driving.sample import CAMERAS
 from alpacache.selection import select
 from alpacache.sources import open_source
 

@@ -6,8 +6,8 @@ import pytest
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.prompt import render_prompt
 from alpacache.alpamayo.tokenizer import SPECIAL_TOKENS, PromptTokenizer
+from alpacache.driving.sample import CAMERAS
 from alpacache.errors import CheckpointError
-from alpacache.sample import CAMERAS
 
 HISTORY = "<|traj_history_start|>" + "<|traj_history|>" * 48 + "<|traj_history_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"

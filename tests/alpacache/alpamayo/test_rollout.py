@@ -11,8 +11,8 @@ from alpacache import flow_matching, randomness
 from alpacache.alpamayo import Checkpoint, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import MAX_TOKENS, TEMPERATURE, TOP_P, RolloutSampler, load_head, pick
+from alpacache.driving.sample import SampleRef
 from alpacache.errors import CheckpointError
-from alpacache.sample import SampleRef
 from alpacache.sources import open_source
 
 PARITY = 1e-4

@@ -8,7 +8,7 @@ import torch
 
 from alpacache.alpamayo import Checkpoint, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
-from alpacache.sample import CAMERAS, SampleRef
+from alpacache.driving.sample import CAMERAS, SampleRef
 from alpacache.sources import open_source
 
 PARITY = 1e-4

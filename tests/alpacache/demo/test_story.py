@@ -16,13 +16,13 @@ from alpacache.demo.story import (
     run_demo,
     training,
 )
+from alpacache.driving.sample import CAMERAS
+from alpacache.driving.strata import LATE_CURVE
 from alpacache.evaluation import evaluate
 from alpacache.extraction import extract
 from alpacache.progress import ignore
-from alpacache.sample import CAMERAS
 from alpacache.selection import select
 from alpacache.sources.prepared import prepare
-from alpacache.strata import LATE_CURVE
 from alpacache.training import train
 
 SHORT = DemoSize(train_samples=300, val_samples=60, steps=150)

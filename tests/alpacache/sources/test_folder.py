@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, SourceError
 from alpacache.recording import RecordedSource, read_recording
-from alpacache.sample import SampleRef
 from alpacache.selection import select
 from alpacache.sources.folder import FolderSource, join_cameras
 

@@ -12,8 +12,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 
+from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, SourceError, UsageError
-from alpacache.sample import SampleRef
 from alpacache.selection import select
 from alpacache.sources import open_source, pai_chunks, retry
 from alpacache.sources.pai import open_tree

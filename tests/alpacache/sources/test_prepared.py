@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
 from PIL import Image as Picture
 
+from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, InterruptedRunError, SourceError, UsageError
-from alpacache.sample import SampleRef
 from alpacache.selection import select
 from alpacache.sources import open_source
 from alpacache.sources.folder import FolderSource

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 
-from alpacache.sample import FRONT_CAMERA, split_of
+from alpacache.driving.sample import FRONT_CAMERA, split_of
+from alpacache.driving.strata import STRATA, classify
 from alpacache.selection import select
 from alpacache.sources.prepared import prepare
 from alpacache.sources.prepared_card import histogram, mean_curvature, render_card
 from alpacache.sources.synthetic import SyntheticSource
-from alpacache.strata import STRATA, classify
 
 
 def circle(radius_m, speed_mps, *, side=1):

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_from_disk
 
+from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, SourceError
-from alpacache.sample import SampleRef
 from alpacache.selection import select
 from alpacache.sources import open_source, prepared_stream
 from alpacache.sources.prepared import prepare

@@ -4,8 +4,8 @@ import sys
 import numpy as np
 import pytest
 
+from alpacache.driving.sample import CAMERAS, FRONT_CAMERA, SampleRef
 from alpacache.errors import BadClipError, UsageError
-from alpacache.sample import CAMERAS, FRONT_CAMERA, SampleRef
 from alpacache.selection import select
 from alpacache.sources import open_source
 from alpacache.sources.synthetic import SyntheticSource

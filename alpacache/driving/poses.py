@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US
 from alpacache.errors import BadClipError
-from alpacache.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US
 
 MAX_SPEED_MPS = 80.0
 MAX_TURN_RATE_RADPS = 3.0

@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,24 +102,6 @@ class Sample:
     """Per camera whatever the source knows of its projection; JSON-serialisable."""
     jitter: dict[str, float] | None = field(default=None)
     """What was done to the pictures of a view above 0 (`views.Jitter`)."""
-
-
-class Source(Protocol):
-    """A set of clips. `load` may be called from several threads; it raises `BadClipError` for a clip it cannot use."""
-
-    @property
-    def name(self) -> str:
-        """What the provenance record calls it."""
-
-    @property
-    def clip_ids(self) -> Sequence[str]:
-        """All clips, in a fixed order."""
-
-    def times_us(self, clip_id: str) -> tuple[int, int]:
-        """First and last instant (us) that poses and the wanted cameras both cover."""
-
-    def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
-        """Read one sample; `cameras` are sorted by index, `frames` is images a camera, 0.1 s apart, ending at t0."""
 
 
 def split_of(clip_id: str) -> Split:

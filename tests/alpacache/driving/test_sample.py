@@ -4,8 +4,14 @@ import hashlib
 
 import pytest
 
+from alpacache.driving.sample import (
+    CAMERAS,
+    SampleRef,
+    full_camera_name,
+    sort_cameras,
+    split_of,
+)
 from alpacache.errors import UsageError
-from alpacache.sample import CAMERAS, SampleRef, full_camera_name, sort_cameras, split_of
 from cache_store.sample_key import MAX_ID_BYTES, sample_key
 
 

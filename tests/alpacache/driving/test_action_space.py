@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from alpacache.action_space import UnicycleActionSpace, unwrap, yaw_of, yaw_rotation
+from alpacache.driving.action_space import (
+    UnicycleActionSpace,
+    unwrap,
+    yaw_of,
+    yaw_rotation,
+)
 
 SPACE = UnicycleActionSpace(
     accel_mean=0.02902694707164455,

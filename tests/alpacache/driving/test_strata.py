@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from alpacache.strata import LATE_CURVE, STRATA, Strata, classify, direction_of, heading, speed_band, turn_of
+from alpacache.driving.strata import (
+    LATE_CURVE,
+    STRATA,
+    Strata,
+    classify,
+    direction_of,
+    heading,
+    speed_band,
+    turn_of,
+)
 
 Poses = tuple[np.ndarray, np.ndarray]
 

@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from alpacache.driving.poses import (
+    Track,
+    frame_indices,
+    history_and_future,
+    interpolate,
+)
 from alpacache.errors import BadClipError
-from alpacache.poses import Track, frame_indices, history_and_future, interpolate
 
 T0 = 5_100_000
 

@@ -1,0 +1,1 @@
+"""What is driven: samples, poses, the action space, and the strata that results are told apart by."""
