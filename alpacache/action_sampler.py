@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from alpacache.alpamayo import ActionExpert, PackedPrefixes
-from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.batches import Batch, BatchRing
 from alpacache.flow_matching import sample
 from alpacache.gpu.capture import captured
-from alpacache.memory_plan import LEAST_DECODED
+from alpacache.prefix.layers_ahead import LEAST_DECODED
+from alpacache.prefix.layout import PrefixLayout
 from alpacache.step_inputs import StepInputs
 
 if TYPE_CHECKING:
-    from alpacache.alpamayo.prefix_decoding import LayersAhead  # needs Triton
+    from alpacache.prefix.layers_ahead import LayersAhead  # needs Triton
 
 _SPARE_BYTES = 2 * 2**30
 """GPU memory that decoded layers leave to activations and libraries."""
@@ -120,7 +120,7 @@ class ActionSampler:
         """What decodes layers for one integration."""
         if self._places is None:
             return None
-        from alpacache.alpamayo.prefix_decoding import LayersAhead
+        from alpacache.prefix.layers_ahead import LayersAhead
 
         return LayersAhead(self._places, self._decoding)
 
@@ -139,7 +139,7 @@ class ActionSampler:
 
     def _make_places(self, layout: PrefixLayout, samples: int, longest: int) -> None:
         """Memory for all decoded layers if it is free, else for two, which a stream of its own fills in turn."""
-        from alpacache.alpamayo import prefix_decoding
+        from alpacache.prefix import decode_kernels as prefix_decoding
 
         device, layers = self._expert.device, layout.layers
         rows, row_bytes = prefix_decoding.scratch_shape(layout, samples, longest)

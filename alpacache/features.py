@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache import codecs
 from alpacache.alpamayo.inputs import VLMInputs
-from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures, Tail
 from alpacache.driving.sample import FRONT_CAMERA, Sample
 from alpacache.errors import BadClipError
+from alpacache.prefix import codecs
+from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures, Tail
 from cache_store import Field, KVCodec
 
 KV_AXES = ("layer", "key_value", "kv_head", "token", "channel")

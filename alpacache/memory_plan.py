@@ -9,19 +9,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.batches import samples_ahead
 from alpacache.driving.sample import FUTURE_STEPS
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS, MEASURED
 from alpacache.optimizers import state_bytes
+from alpacache.prefix.layers_ahead import LEAST_DECODED
+from alpacache.prefix.layout import PrefixLayout
 from alpacache.stage_times import compute_seconds
 from alpacache.trainable import trained_counts
 
 VAL_BATCH = 2
 """Samples of a validation batch: enough to keep a GPU busy, few enough not to be what decides on the memory."""
-LEAST_DECODED = 2
-"""Decoded layers that there is room for: while one is attended to, another is decoded."""
 MAX_DRAWS = 8
 """More draws of one sample tell next to nothing new."""
 CONTEXT_BYTES = 2**29

@@ -17,8 +17,8 @@ from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, PrefixFeatures
 from alpacache.batches import Batch, BatchRing
 from alpacache.gpu.capture import captured
-from alpacache.memory_plan import LEAST_DECODED
 from alpacache.optimizers import StepOptimizer
+from alpacache.prefix.layers_ahead import LEAST_DECODED
 from alpacache.shared_update import SharedUpdate
 from alpacache.step_inputs import StepInputs
 
@@ -111,7 +111,7 @@ class TrainStep:
         self._places_ahead: Tensor | None = None
         self._decoding: torch.cuda.Stream | None = None
         if self._cuda and ring.layout.codec is not None and expert.dtype == torch.bfloat16:
-            from alpacache.alpamayo.prefix_decoding import make_places
+            from alpacache.prefix.layers_ahead import make_places
 
             samples = min(micro_batch, batch_size)
             self._places_ahead = make_places(ring.layout, samples, ring.longest, device, layers=decoded_layers)
@@ -183,7 +183,7 @@ class TrainStep:
         rows, lengths, starts = self._inputs.places[:, part]
         ahead = None
         if self._places_ahead is not None:
-            from alpacache.alpamayo.prefix_decoding import LayersAhead
+            from alpacache.prefix.layers_ahead import LayersAhead
 
             ahead = LayersAhead(self._places_ahead[:, : len(rows)], self._decoding)
         return replace(self._prefixes, rows=rows, lengths=lengths, starts=starts, ahead=ahead)

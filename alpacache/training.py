@@ -27,9 +27,10 @@ from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, 
 from alpacache.features import POSE_FIELDS
 from alpacache.identity import check_base, check_same_vlm, model_identity
 from alpacache.interrupt import InterruptGuard
-from alpacache.memory_plan import LEAST_DECODED, MemoryPlan
+from alpacache.memory_plan import MemoryPlan
 from alpacache.optimizers import make_optimizer
 from alpacache.peer_memory import peer_memory
+from alpacache.prefix.layers_ahead import LEAST_DECODED
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
 from alpacache.run_plan import batches_of, cap_memory, order_and_damage, settle

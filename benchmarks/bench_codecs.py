@@ -28,9 +28,9 @@ import torch
 from benchmark_report import arguments, finish, hardware_name
 from torch import Tensor
 
-from alpacache import codec_passes, codecs
 from alpacache.alpamayo.backbone import cache_argument
-from alpacache.codecs import decode, encode
+from alpacache.prefix import codec_passes, codecs
+from alpacache.prefix.codecs import decode, encode
 from cache_store import CODECS, KVCodec
 
 BASELINE_GROUP = 32
@@ -198,7 +198,7 @@ def measure_encode(passes: ModuleType, kv: Tensor, repeats: int) -> tuple[dict[s
 
 
 def encode_speed(device: torch.device, shapes: list[tuple[int, ...]], repeats: int) -> Iterator[dict[str, Any]]:
-    from alpacache import codec_kernels
+    from alpacache.prefix import encode_kernels as codec_kernels
 
     for shape in shapes:
         kv = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(0)).to(torch.bfloat16)

@@ -21,12 +21,14 @@ import torch
 from benchmark_report import arguments, finish, hardware_name
 from full_size import HEAD_DIM, KV_HEADS, PREFIX_TOKENS
 
-from alpacache import codecs, flow_matching
+from alpacache import flow_matching
 from alpacache.alpamayo.expert import ActionExpert
-from alpacache.alpamayo.packed_prefix import PackedPrefixes, PrefixLayout
 from alpacache.batches import Batch
 from alpacache.memory_plan import Workload, memory_plan, with_room_used
 from alpacache.optimizers import make_optimizer, resolve
+from alpacache.prefix import codecs
+from alpacache.prefix.layout import PrefixLayout
+from alpacache.prefix.packed import PackedPrefixes
 from alpacache.run_plan import cap_memory
 from alpacache.shared_update import SharedUpdate
 from alpacache.train_step import TrainStep

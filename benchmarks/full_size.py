@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLTextConfig, Qwen3VLTextModel
 
-from alpacache import codecs, flow_matching
+from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.alpamayo.backbone import cache_argument, empty_weights, expert_config, vlm_config
 from alpacache.alpamayo.checkpoint import INDEX
@@ -39,6 +39,7 @@ from alpacache.driving.sample import (
 )
 from alpacache.features import KV_SHAPE, bf16_bits, store_fields
 from alpacache.identity import store_identity
+from alpacache.prefix import codecs
 from cache_store import CODECS, CacheReader, CacheWriter
 
 PREFIX_TOKENS = {1: (800, 880), 4: (2900, 3050)}

@@ -8,9 +8,10 @@ samples need neither, and begin twice as fast.
 from typing import TYPE_CHECKING, Any
 
 from alpacache.alpamayo.checkpoint import Checkpoint
-from alpacache.alpamayo.packed_prefix import PackedPrefixes, PrefixLayout
-from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures, Tail
 from alpacache.first_use import on_first_use
+from alpacache.prefix.layout import PrefixLayout
+from alpacache.prefix.packed import PackedPrefixes
+from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures, Tail
 
 if TYPE_CHECKING:
     from alpacache.alpamayo.expert import ActionExpert, load_expert

@@ -13,12 +13,12 @@ from transformers import DynamicCache, Qwen3VLTextModel
 
 from alpacache.alpamayo.backbone import cache_argument, empty_weights, expert_config
 from alpacache.alpamayo.checkpoint import Checkpoint
-from alpacache.alpamayo.packed_prefix import PackedPrefixes, pack
-from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
 from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION, Prefix, PrefixCall
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.errors import CheckpointError
+from alpacache.prefix.packed import PackedPrefixes, pack
+from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures
 
 _ATTENTIONS = (PREFIX_ATTENTION, "sdpa", "eager")
 _CONSTANTS = ("accel_mean", "accel_std", "curvature_mean", "curvature_std")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from alpacache.alpamayo import partial_attention as part
-from alpacache.alpamayo.packed_prefix import PackedPrefixes
+from alpacache.prefix import partial_attention as part
+from alpacache.prefix.packed import PackedPrefixes
 
 PREFIX_ATTENTION = "prefix"
 
@@ -76,7 +76,7 @@ class _KernelAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: int, scale: float
     ) -> Tensor:
-        from alpacache.alpamayo import prefix_kernels
+        from alpacache.prefix import attention_kernels as prefix_kernels
 
         query, key, value = (_channels_together(tensor) for tensor in (query, key, value))
         assert isinstance(call.prefix, PackedPrefixes)
@@ -89,7 +89,7 @@ class _KernelAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from alpacache.alpamayo import prefix_kernels
+        from alpacache.prefix import attention_kernels as prefix_kernels
 
         query, key, value, output, lse = ctx.saved_tensors
         call: PrefixCall = ctx.call

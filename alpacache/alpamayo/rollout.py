@@ -25,9 +25,9 @@ from alpacache import randomness
 from alpacache.alpamayo.backbone import cache_argument, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
-from alpacache.alpamayo.prefix import PrefixFeatures, Tail
 from alpacache.alpamayo.vlm import FrozenVLM
 from alpacache.errors import CheckpointError
+from alpacache.prefix.prefix import PrefixFeatures, Tail
 
 TOP_P = 0.98
 TEMPERATURE = 0.6

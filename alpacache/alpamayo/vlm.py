@@ -17,8 +17,8 @@ from alpacache.alpamayo.backbone import cache_argument, empty_weights, vlm_confi
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.image_attention import attend_to_images_at_once
 from alpacache.alpamayo.inputs import VLMInputs
-from alpacache.alpamayo.prefix import PrefixFeatures
 from alpacache.errors import CheckpointError
+from alpacache.prefix.prefix import PrefixFeatures
 
 
 class FrozenVLM:

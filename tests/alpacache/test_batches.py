@@ -10,12 +10,12 @@ import torch
 import alpacache
 from alpacache import batches
 from alpacache.alpamayo import Checkpoint, load_expert
-from alpacache.alpamayo.packed_prefix import PackedPrefixes, pack
 from alpacache.batches import BatchRing
 from alpacache.cached_dataset import CachedDataset, target
 from alpacache.config import ExtractConfig
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.errors import DataError, UsageError
+from alpacache.prefix.packed import PackedPrefixes, pack
 from alpacache.sample_order import GlobalOrder
 from cache_store import CorruptSampleError
 

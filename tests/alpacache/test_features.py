@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache import codecs
 from alpacache.alpamayo import Checkpoint, Tail
 from alpacache.cached_dataset import CachedDataset
 from alpacache.errors import BadClipError
 from alpacache.features import checked, store_fields, tail_arrays, tail_count
+from alpacache.prefix import codecs
 from cache_store import CODECS, CacheReader, verify
 
 

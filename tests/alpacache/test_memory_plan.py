@@ -9,13 +9,13 @@ import alpacache
 from alpacache import run_plan
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.alpamayo.geometry import EXPERT_PARTS
-from alpacache.alpamayo.packed_prefix import PrefixLayout
 from alpacache.auto_draws import choose_draws
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import ExtractConfig, TrainConfig
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS
 from alpacache.memory_plan import Workload, fastest_plan, memory_plan
+from alpacache.prefix.layout import PrefixLayout
 from alpacache.trainable import choose_trainable
 from alpacache.world import World
 

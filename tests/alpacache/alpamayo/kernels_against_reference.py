@@ -17,12 +17,14 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from alpacache import codecs
-from alpacache.alpamayo import prefix_decoding, prefix_kernels
-from alpacache.alpamayo.packed_prefix import pack
-from alpacache.alpamayo.prefix import EncodedPrefix, PrefixFeatures
 from alpacache.alpamayo.prefix_attention import PrefixCall, _ExplicitAttention
-from alpacache.alpamayo.prefix_decoding import LayersAhead, decode, is_ordered, make_places
+from alpacache.prefix import attention_kernels as prefix_kernels
+from alpacache.prefix import codecs
+from alpacache.prefix import decode_kernels as prefix_decoding
+from alpacache.prefix.decode_kernels import decode, is_ordered
+from alpacache.prefix.layers_ahead import LayersAhead, make_places
+from alpacache.prefix.packed import pack
+from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures
 from cache_store import CODECS, KVCodec
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alpacache import codec_passes
-from alpacache.codec_passes import Groups
 from alpacache.gpu.device import has_kernels
+from alpacache.prefix import codec_passes
+from alpacache.prefix.codec_passes import Groups
 from cache_store.kv.codec import (
     MAX_VALUE,
     MAX_ZERO,
@@ -61,7 +61,7 @@ def encode_unasked(codec: KVCodec, kv: Tensor) -> tuple[Tensor, Tensor]:
 def _passes(device: torch.device) -> ModuleType:
     """The module of what passes over every value: kernels on a GPU, if triton is installed."""
     if has_kernels(device):
-        from alpacache import codec_kernels
+        from alpacache.prefix import encode_kernels as codec_kernels
 
         return codec_kernels
     return codec_passes

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from alpacache.alpamayo.packed_prefix import PackedPrefixes, PrefixLayout
+from alpacache.prefix.layout import PrefixLayout
+from alpacache.prefix.packed import PackedPrefixes
 from cache_store import CODECS
 
 pytest.importorskip("triton", reason="triton is not installed; CPU-only installs do not need it")
@@ -43,7 +44,8 @@ def test_kernels_equal_the_reference():
 
 def launches(record_launches, codec, samples):
     """The launches of one layer, forward and backward, at the released size."""
-    from alpacache.alpamayo import prefix_decoding, prefix_kernels
+    from alpacache.prefix import attention_kernels as prefix_kernels
+    from alpacache.prefix import decode_kernels as prefix_decoding
 
     record_launches(prefix_decoding, "decode_layer")
     names = ("prefix_forward", "merge_forward", "row_delta", "prefix_backward", "merge_backward")
@@ -107,7 +109,7 @@ def test_kernels_compile_for_consumer_cards(codec, samples, capability, record_l
     ],
 )
 def test_a_layer_that_is_still_there_is_not_decoded_again(monkeypatch, places, order, expected):
-    from alpacache.alpamayo import prefix_decoding
+    from alpacache.prefix import decode_kernels as prefix_decoding
 
     def decode(prefixes, layer, scratch):
         decoded.append(layer)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache import codecs
+from alpacache.prefix import codecs
 from cache_store import KVCodec
 
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache import codec_passes, codecs
-from alpacache.codecs import decode, decode_layer, encode
+from alpacache.prefix import codec_passes, codecs
+from alpacache.prefix.codecs import decode, decode_layer, encode
 from cache_store import CODECS, KVCodec
 from cache_store.kv import reference as kv_coding
 

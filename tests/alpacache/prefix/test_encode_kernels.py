@@ -17,7 +17,8 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed; CPU-only installs do not need it")
 
-from alpacache import codec_kernels, codec_passes, codecs  # noqa: E402
+from alpacache.prefix import codec_passes, codecs  # noqa: E402
+from alpacache.prefix import encode_kernels as codec_kernels  # noqa: E402
 from cache_store import CODECS, KVCodec  # noqa: E402
 from cache_store.kv import reference as kv_coding  # noqa: E402
 

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alpacache.alpamayo.packed_prefix import PackedPrefixes
-from alpacache.alpamayo.prefix_decoding import decode, is_ordered
+from alpacache.prefix.decode_kernels import decode, is_ordered
+from alpacache.prefix.packed import PackedPrefixes
 
 _LOG2_E = 1.4426950408889634
 # An argument of 1 would become a constant without `.to`, so counts are not specialised.

@@ -12,7 +12,6 @@ members of a lane of values do. The last axis of a tile is the one along which m
 """
 
 # Compile-time constants of kernels are in capitals.
-# ruff: noqa: N803
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alpacache.codec_passes import Groups
+from alpacache.prefix.codec_passes import Groups
 from cache_store.kv.codec import ERROR_STEPS, TRIED, WEIGHT_STEPS
 
 AT_ONCE = 2**28
