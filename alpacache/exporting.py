@@ -24,7 +24,8 @@ from torch import Tensor
 
 from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE, TensorInfo, read_header
+from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
+from alpacache.alpamayo.safetensors_header import TensorInfo, read_header
 from alpacache.config import ExportConfig
 from alpacache.errors import AlpacacheError, CheckpointError, DataError, UsageError
 from alpacache.identity import check_base, model_identity, vlm_identity

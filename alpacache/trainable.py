@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from alpacache import randomness
 from alpacache.alpamayo import ActionExpert
+from alpacache.alpamayo.geometry import _HEAD, _LINEARS
 from alpacache.errors import UsageError
 
 LORA_SCALE = "lora_scale"
 """Scalar tensor alpha / rank, by which B A is multiplied."""
-_HEAD = ("action_in_proj.", "action_out_proj.", "expert.norm.")
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _ADAPTER = "default"
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alpacache.alpamayo.checkpoint import Checkpoint, hub_file
+from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.configuration import read_json
+from alpacache.alpamayo.hub import hub_file
 from alpacache.errors import CheckpointError
 
 if TYPE_CHECKING:

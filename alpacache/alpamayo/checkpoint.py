@@ -5,12 +5,8 @@ and only the shards that hold wanted names are opened (or fetched).
 """
 
 import hashlib
-import json
 import os
-import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from alpacache.alpamayo.configuration import AlpamayoConfig, read_config, read_json
+from alpacache.alpamayo.hub import MissingFileError, _hub_shapes, _hub_snapshot, _is_snapshot, hub_file
+from alpacache.alpamayo.safetensors_header import TensorInfo, read_header
 from alpacache.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -26,25 +24,8 @@ SINGLE = "model.safetensors"
 ORIGIN = "alpacache"
 """Key in the index's metadata under which `alpacache export` says what a checkpoint was made from."""
 _NOT_CHECKPOINT = {".cache", ".git"}
-_HEADER_LIMIT = 100 * 2**20
 _FINGERPRINT_TENSORS = 64
 _FINGERPRINT_BYTES = 4096
-
-
-class MissingFileError(CheckpointError):
-    """The checkpoint is there, but has no such file."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorInfo:
-    """Where a tensor lives, from its shard's header."""
-
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    """First byte in the shard file."""
-    nbytes: int
 
 
 class Checkpoint:
@@ -265,110 +246,6 @@ class Checkpoint:
             )
         for name, tensor in self.read(used):
             state[name.removeprefix(prefix)].copy_(tensor)
-
-
-def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
-    """A file of a hub repository, from the local cache or downloaded; errors say which command fetches it."""
-    from huggingface_hub import hf_hub_download
-
-    with _hub_errors(repo, name, revision):
-        return Path(hf_hub_download(repo, name, revision=revision))
-
-
-def _hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes of one safetensors file of a hub repository: of its cached copy, else of its first bytes."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
-
-    cached = try_to_load_from_cache(repo, shard, revision=revision)
-    if isinstance(cached, str):
-        return {name: entry["shape"] for name, entry in read_header(Path(cached)).items()}
-    with _hub_errors(repo, f"the header of {shard}", revision):
-        try:
-            found = HfApi().parse_safetensors_file_metadata(repo, shard, revision=revision)
-        except HfHubHTTPError:
-            raise
-        except Exception as error:  # of whichever HTTP library this version of the hub's client uses
-            raise OSError(str(error)) from error
-    return {name: tuple(info.shape) for name, info in found.tensors.items()}
-
-
-def _hub_snapshot(repo: str, *, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    """The snapshot's directory with all files that match, fetched as far as they are not there."""
-    from huggingface_hub import snapshot_download
-
-    with _hub_errors(repo, "the snapshot", revision):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns) or None))
-
-
-def _is_snapshot(directory: Path) -> bool:
-    """Whether this is `models--OWNER--NAME/snapshots/REVISION` of the hub's cache, whose files are links to `blobs`."""
-    return directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--")
-
-
-@contextmanager
-def _hub_errors(repo: str, name: str, revision: str | None) -> Iterator[None]:
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    fetch = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
-    try:
-        yield
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then "
-            f"`hf auth login`, then `{fetch}`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"the hub has no {repo} that you may see: check the name, or `hf auth login`; it is no local "
-            "directory either."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{name} of {repo} is not in the local hub cache and the hub cannot be reached. On a machine with network: "
-            f"`{fetch}`; then copy the cache (HF_HOME) here, or pass the directory of the checkpoint instead of the id."
-        ) from error
-    except EntryNotFoundError as error:
-        raise MissingFileError(
-            f"{repo} on the hub has no file {name}; is it a checkpoint in the public layout?"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"fetching {name} of {repo} failed ({error}); try `{fetch}`.") from error
-
-
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Header of a safetensors file: name -> dtype, shape, offset, nbytes; every offset is checked against the file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
-            raise CheckpointError(f"{path} is not a safetensors file, or it is truncated; fetch it again.")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{path} has a damaged header ({error}); fetch it again.") from error
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if not 0 <= begin <= end <= size - 8 - length:
-            raise CheckpointError(
-                f"{path} is truncated: {name} ends at byte {8 + length + end} of {size}; fetch it again."
-            )
-        tensors[name] = {
-            "dtype": str(entry["dtype"]),
-            "shape": tuple(entry["shape"]),
-            "offset": 8 + length + begin,
-            "nbytes": end - begin,
-        }
-    return tensors
 
 
 def _some(names: list[str]) -> str:

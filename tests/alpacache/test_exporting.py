@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import alpacache
 from alpacache import exporting, trainable
 from alpacache.alpamayo import Checkpoint, load_expert
-from alpacache.alpamayo.checkpoint import INDEX, SINGLE, read_header
+from alpacache.alpamayo.checkpoint import INDEX, SINGLE
+from alpacache.alpamayo.safetensors_header import read_header
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.config import EvalConfig, ExportConfig, ExtractConfig, TrainConfig
 from alpacache.errors import CheckpointError, DataError, UsageError

@@ -9,9 +9,9 @@ import torch
 from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.checkpoint import read_header
 from alpacache.alpamayo.geometry import RELEASED, Geometry
 from alpacache.alpamayo.projection import ActionInProjection
+from alpacache.alpamayo.safetensors_header import read_header
 from alpacache.errors import CheckpointError
 from alpacache.trainable import trained_counts
 

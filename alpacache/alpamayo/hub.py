@@ -1,0 +1,87 @@
+"""Files of a checkpoint on the hub: those that are at hand, and what to do about the others."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alpacache.alpamayo.safetensors_header import read_header
+from alpacache.errors import CheckpointError
+
+
+class MissingFileError(CheckpointError):
+    """The checkpoint is there, but has no such file."""
+
+
+def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
+    """A file of a hub repository, from the local cache or downloaded; errors say which command fetches it."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(repo, name, revision):
+        return Path(hf_hub_download(repo, name, revision=revision))
+
+
+def _hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes of one safetensors file of a hub repository: of its cached copy, else of its first bytes."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cached = try_to_load_from_cache(repo, shard, revision=revision)
+    if isinstance(cached, str):
+        return {name: entry["shape"] for name, entry in read_header(Path(cached)).items()}
+    with _hub_errors(repo, f"the header of {shard}", revision):
+        try:
+            found = HfApi().parse_safetensors_file_metadata(repo, shard, revision=revision)
+        except HfHubHTTPError:
+            raise
+        except Exception as error:  # of whichever HTTP library this version of the hub's client uses
+            raise OSError(str(error)) from error
+    return {name: tuple(info.shape) for name, info in found.tensors.items()}
+
+
+def _hub_snapshot(repo: str, *, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """The snapshot's directory with all files that match, fetched as far as they are not there."""
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(repo, "the snapshot", revision):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns) or None))
+
+
+def _is_snapshot(directory: Path) -> bool:
+    """Whether this is `models--OWNER--NAME/snapshots/REVISION` of the hub's cache, whose files are links to `blobs`."""
+    return directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--")
+
+
+@contextmanager
+def _hub_errors(repo: str, name: str, revision: str | None) -> Iterator[None]:
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    fetch = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    try:
+        yield
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then "
+            f"`hf auth login`, then `{fetch}`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the hub has no {repo} that you may see: check the name, or `hf auth login`; it is no local "
+            "directory either."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{name} of {repo} is not in the local hub cache and the hub cannot be reached. On a machine with network: "
+            f"`{fetch}`; then copy the cache (HF_HOME) here, or pass the directory of the checkpoint instead of the id."
+        ) from error
+    except EntryNotFoundError as error:
+        raise MissingFileError(
+            f"{repo} on the hub has no file {name}; is it a checkpoint in the public layout?"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"fetching {name} of {repo} failed ({error}); try `{fetch}`.") from error
