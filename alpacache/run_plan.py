@@ -13,13 +13,13 @@ from alpacache.auto_draws import DELIVERED_BATCHES, choose_draws, delivery_secon
 from alpacache.batches import BatchRing
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import TrainConfig, budget_gib, weighted_stores
+from alpacache.distributed.world import World
 from alpacache.driving.strata import TURNS, Turn
 from alpacache.errors import UsageError
 from alpacache.machine_speed import gpu_speed
 from alpacache.memory_plan import MemoryPlan, Workload, allowed_bytes, fastest_plan
 from alpacache.optimizers import resolve
 from alpacache.sample_order import GlobalOrder, make_groups
-from alpacache.world import World
 from cache_store import CorruptSampleError
 
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, PrefixFeatures
 from alpacache.batches import Batch, BatchRing
+from alpacache.distributed.sharded_update import SharedUpdate
 from alpacache.gpu.capture import captured
 from alpacache.optimizers import StepOptimizer
 from alpacache.prefix.layers_ahead import LEAST_DECODED
-from alpacache.shared_update import SharedUpdate
 from alpacache.step_inputs import StepInputs
 
 

@@ -22,6 +22,9 @@ from alpacache.batches import Batch, BatchRing
 from alpacache.cached_dataset import CachedDataset
 from alpacache.checkpoint_writer import CheckpointWriter
 from alpacache.config import TrainConfig, to_toml, weighted_stores
+from alpacache.distributed.peer_memory import peer_memory
+from alpacache.distributed.sharded_update import SharedUpdate
+from alpacache.distributed.world import World, join_world
 from alpacache.ema import WeightAverage
 from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.features import POSE_FIELDS
@@ -29,7 +32,6 @@ from alpacache.identity import check_base, check_same_vlm, model_identity
 from alpacache.interrupt import InterruptGuard
 from alpacache.memory_plan import MemoryPlan
 from alpacache.optimizers import make_optimizer
-from alpacache.peer_memory import peer_memory
 from alpacache.prefix.layers_ahead import LEAST_DECODED
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
@@ -42,12 +44,10 @@ from alpacache.run_record import (
     stores_record,
     total_steps,
 )
-from alpacache.shared_update import SharedUpdate
 from alpacache.trackers import Tracker, make_trackers, scalars
 from alpacache.train_step import StepResult, StepValues, TrainStep
 from alpacache.trainable import checkpoint_tensors, choose_trainable, enable_checkpointing
 from alpacache.validation import Validation, means
-from alpacache.world import World, join_world
 from cache_store import CorruptSampleError
 
 _NON_FINITE_LIMIT = 3

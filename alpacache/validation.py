@@ -9,13 +9,13 @@ from alpacache import randomness
 from alpacache.alpamayo import ActionExpert
 from alpacache.cached_dataset import CachedDataset, target
 from alpacache.config import TrainConfig
+from alpacache.distributed.world import World
 from alpacache.driving.strata import classify
 from alpacache.features import CachedSample
 from alpacache.memory_plan import VAL_BATCH
 from alpacache.metrics import min_ade
 from alpacache.prediction import predict
 from alpacache.train_step import flow_loss
-from alpacache.world import World
 
 _DRAWS = 4
 _PATHS, _FLOW_STEPS = 6, 10

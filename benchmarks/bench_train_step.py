@@ -24,16 +24,16 @@ from full_size import HEAD_DIM, KV_HEADS, PREFIX_TOKENS
 from alpacache import flow_matching
 from alpacache.alpamayo.expert import ActionExpert
 from alpacache.batches import Batch
+from alpacache.distributed.sharded_update import SharedUpdate
+from alpacache.distributed.world import World
 from alpacache.memory_plan import Workload, memory_plan, with_room_used
 from alpacache.optimizers import make_optimizer, resolve
 from alpacache.prefix import codecs
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.packed import PackedPrefixes
 from alpacache.run_plan import cap_memory
-from alpacache.shared_update import SharedUpdate
 from alpacache.train_step import TrainStep
 from alpacache.trainable import choose_trainable, enable_checkpointing
-from alpacache.world import World
 from cache_store import CODECS
 
 BUDGET = "24GB"

@@ -12,12 +12,12 @@ from alpacache.alpamayo.geometry import EXPERT_PARTS
 from alpacache.auto_draws import choose_draws
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import ExtractConfig, TrainConfig
+from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS
 from alpacache.memory_plan import Workload, fastest_plan, memory_plan
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.trainable import choose_trainable
-from alpacache.world import World
 
 GIB = 2**30
 LORA_COUNT = 27_550_000

@@ -12,10 +12,10 @@ from alpacache import run_plan, run_record
 from alpacache.alpamayo import Checkpoint
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import ExtractConfig, TrainConfig
+from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.memory_plan import memory_plan
 from alpacache.run_directory import RunDirectory
-from alpacache.world import World
 from cache_store import CacheReader, CorruptSampleError
 
 CPU = torch.device("cpu")

@@ -26,12 +26,12 @@ import alpacache
 from alpacache import training
 from alpacache.batches import BatchRing
 from alpacache.config import ExtractConfig, TrainConfig
+from alpacache.distributed.world import World
 from alpacache.errors import DataError, NonFiniteError, UsageError
 from alpacache.gpu import checksum as gpu_checksum
 from alpacache.run_directory import RunDirectory, read_checkpoint, read_trained
 from alpacache.sample_order import GlobalOrder
 from alpacache.training import learning_rate
-from alpacache.world import World
 from cache_store import CacheReader, CorruptSampleError
 
 

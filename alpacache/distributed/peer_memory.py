@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alpacache.distributed.world import World
 from alpacache.gpu.device import processes_here
-from alpacache.world import World
 
 _MODULE = "torch.distributed._symmetric_memory"
 

@@ -11,10 +11,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from alpacache.distributed.exchange import (
+    TOGETHER_BYTES,
+    Collectives,
+    Copies,
+    Transfers,
+    even_part,
+    gather,
+    gather_up,
+    send_up,
+)
+from alpacache.distributed.peer_memory import PeerMemory
+from alpacache.distributed.world import World
 from alpacache.gpu.capture import TwoStreams
-from alpacache.peer_memory import PeerMemory
-from alpacache.transfers import TOGETHER_BYTES, Collectives, Copies, Transfers, even_part, gather, gather_up, send_up
-from alpacache.world import World
 
 _PART_MULTIPLE = 1024
 """Elements: of whole programs of adamw8's kernel, and of whole groups."""

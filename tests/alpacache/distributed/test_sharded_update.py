@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from alpacache import shared_update, transfers
-from alpacache.shared_update import SharedUpdate
-from alpacache.world import World
+from alpacache.distributed import exchange as transfers
+from alpacache.distributed import sharded_update as shared_update
+from alpacache.distributed.sharded_update import SharedUpdate
+from alpacache.distributed.world import World
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 import alpacache
 from alpacache.config import ExtractConfig, TrainConfig
+from alpacache.distributed.world import World, join_world
 from alpacache.errors import LostProcessError, ProcessGroupError, UsageError
 from alpacache.run_directory import RunDirectory
-from alpacache.world import World, join_world
 from cache_store import CacheReader
 
 STEPS, BATCH = 6, 4

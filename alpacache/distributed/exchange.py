@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alpacache.peer_memory import PeerMemory
-from alpacache.world import World
+from alpacache.distributed.peer_memory import PeerMemory
+from alpacache.distributed.world import World
 
 # Torch has renamed both; a torch without processes has neither.
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))

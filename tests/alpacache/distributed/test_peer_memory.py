@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from alpacache import peer_memory as subject
-from alpacache.peer_memory import peer_memory
-from alpacache.world import World
+from alpacache.distributed import peer_memory as subject
+from alpacache.distributed.peer_memory import peer_memory
+from alpacache.distributed.world import World
 
 GPU = torch.device("cuda", 0)
 
