@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alpacache.bias import Quantity, Slope
-from alpacache.bootstrap import Interval
 from alpacache.driving.strata import DT_S, Floats
+from alpacache.metrics.bias import Quantity, Slope
+from alpacache.metrics.bootstrap import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

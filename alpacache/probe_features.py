@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache.baselines import SPEED_STEPS
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import (
     DT_S,
@@ -27,6 +26,7 @@ from alpacache.driving.strata import (
 from alpacache.errors import UsageError
 from alpacache.features import KV_SHAPE, POSE_FIELDS, from_bf16_bits
 from alpacache.identity import store_codec
+from alpacache.metrics.baselines import SPEED_STEPS
 from alpacache.prefix import codecs
 from alpacache.progress import OnProgress, Progress, ignore
 from cache_store import CacheReader, KVCodec

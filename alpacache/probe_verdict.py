@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from alpacache.bootstrap import Interval
 from alpacache.driving.strata import LATE_CURVE
+from alpacache.metrics.bootstrap import Interval
 
 Answer: TypeAlias = Literal["there", "not there", "too few samples"]
 

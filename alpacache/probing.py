@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.bias import MIN_CLIPS
-from alpacache.bootstrap import Interval, explained
 from alpacache.config import ProbeConfig
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import LATE_CURVE, Floats
 from alpacache.errors import UsageError
+from alpacache.metrics.bias import MIN_CLIPS
+from alpacache.metrics.bootstrap import Interval, explained
 from alpacache.pictures import explained_png
 from alpacache.probe_features import CURVATURE, HEADING, TARGETS, ProbeData, choose_samples, read_probe_data
 from alpacache.probe_models import FOLDS, PROBES, Predictions, Probe, cross_validate, group_folds, shuffled_within

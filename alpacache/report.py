@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from alpacache import report_tables as tables
-from alpacache.baselines import BASELINES
-from alpacache.bias import Departure, departures_at
 from alpacache.driving.strata import LATE_CURVE, Floats
-from alpacache.metrics import best_sample, displacement
+from alpacache.metrics.baselines import BASELINES
+from alpacache.metrics.bias import Departure, departures_at
+from alpacache.metrics.paths import best_sample, displacement
 from alpacache.pictures import bias_scatter_png, birds_eye_png, error_over_time_png, loss_curves_png
 from alpacache.summary import EvalSummary, SampleResult, departures_of
 

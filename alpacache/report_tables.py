@@ -5,9 +5,9 @@ from html import escape
 
 import numpy as np
 
-from alpacache.bias import Departure, Slope
-from alpacache.bootstrap import Interval
 from alpacache.driving.strata import LATE_CURVE
+from alpacache.metrics.bias import Departure, Slope
+from alpacache.metrics.bootstrap import Interval
 from alpacache.pictures import BASELINE_STYLES, MODEL_COLOURS
 from alpacache.summary import EvalSummary, SampleResult, StratumSummary
 

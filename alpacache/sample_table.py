@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from alpacache.bias import HORIZONS_S
 from alpacache.driving.strata import STRATA
+from alpacache.metrics.bias import HORIZONS_S
 from alpacache.summary import METRIC_KEYS, SampleResult, departures_of
 
 
@@ -17,7 +17,7 @@ def write_sample_table(path: Path, results: Sequence[SampleResult]) -> None:
 
     Columns: `sample_id`, `clip_id`, `model`, a boolean `stratum/NAME` each, the metrics in metres, heading change
     (radians) and lateral offset (metres) at each horizon of the driven path (`truth/...`) and of the mean of the
-    predicted ones (`pred/...`), and what `alpacache.corridor` says: `leaves`, `leaving_share`, `contained`, `spread_m`.
+    predicted ones (`pred/...`), and what `corridor` says: `leaves`, `leaving_share`, `contained`, `spread_m`.
     """
     truth, predicted = departures_of(results)
     rows: list[dict[str, Any]] = []

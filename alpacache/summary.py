@@ -11,8 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alpacache.baselines import BASELINES
-from alpacache.bias import (
+from alpacache.driving.strata import (
+    LATE_CURVE,
+    STRATA,
+    Floats,
+    Strata,
+)
+from alpacache.metrics.baselines import BASELINES
+from alpacache.metrics.bias import (
     HORIZONS_S,
     MIN_CLIPS,
     MIN_SPREAD,
@@ -26,15 +32,21 @@ from alpacache.bias import (
     fit_slope,
     mean_departure,
 )
-from alpacache.bootstrap import Interval, mean_difference, slope_difference
-from alpacache.corridor import CorridorSummary, Leaving, leaving, recall_difference, summarise_corridor
-from alpacache.driving.strata import (
-    LATE_CURVE,
-    STRATA,
-    Floats,
-    Strata,
+from alpacache.metrics.bootstrap import Interval, mean_difference, slope_difference
+from alpacache.metrics.corridor import (
+    CorridorSummary,
+    Leaving,
+    leaving,
+    recall_difference,
+    summarise_corridor,
 )
-from alpacache.metrics import EXTRA_KEYS, PUBLIC_KEYS, corner_distance, extra_metrics, min_ade
+from alpacache.metrics.paths import (
+    EXTRA_KEYS,
+    PUBLIC_KEYS,
+    corner_distance,
+    extra_metrics,
+    min_ade,
+)
 
 METRIC_KEYS = (*PUBLIC_KEYS, *EXTRA_KEYS)
 ENOUGH_SAMPLES = 30

@@ -13,7 +13,7 @@ from alpacache.distributed.world import World
 from alpacache.driving.strata import classify
 from alpacache.features import CachedSample
 from alpacache.memory_plan import VAL_BATCH
-from alpacache.metrics import min_ade
+from alpacache.metrics.paths import min_ade
 from alpacache.prediction import predict
 from alpacache.train_step import flow_loss
 

@@ -8,7 +8,7 @@ from alpacache.errors import UsageError
 from cli import options, output
 
 if TYPE_CHECKING:
-    from alpacache.bootstrap import Interval
+    from alpacache.metrics.bootstrap import Interval
     from alpacache.probing import ProbeReport
 
 

@@ -12,7 +12,7 @@ from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_dataset import CachedDataset
 from alpacache.config import EvalConfig, ExtractConfig, TrainConfig
 from alpacache.errors import UsageError
-from alpacache.metrics import min_ade
+from alpacache.metrics.paths import min_ade
 from alpacache.prediction import predict
 from cache_store import CacheReader
 

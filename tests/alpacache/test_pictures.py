@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alpacache.bias import Slope
-from alpacache.bootstrap import Interval
+from alpacache.metrics.bias import Slope
+from alpacache.metrics.bootstrap import Interval
 from alpacache.pictures import (
     INK,
     MODEL_COLOURS,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alpacache.bootstrap import explained
+from alpacache.metrics.bootstrap import explained
 from alpacache.probe_models import FOLDS, PROBES, SHARES, cross_validate, group_folds, shuffled_within
 
 N, CLIPS = 300, [f"clip-{index // 2}" for index in range(300)]

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from alpacache.bias import HORIZONS_S, Departure, bias_slope, departure, fit_slope, mean_departure
+from alpacache.metrics.bias import (
+    HORIZONS_S,
+    Departure,
+    bias_slope,
+    departure,
+    fit_slope,
+    mean_departure,
+)
 
 
 def arc(turn_rate_degps: float, speed_mps: float = 10.0) -> tuple[np.ndarray, np.ndarray]:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from alpacache.baselines import BASELINES, constant_turn_rate, constant_velocity
 from alpacache.driving.strata import heading
+from alpacache.metrics.baselines import BASELINES, constant_turn_rate, constant_velocity
 
 
 def circle(speed_mps: float, turn_rate_radps: float, times_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alpacache.bootstrap import Interval, mean_difference
 from alpacache.driving.strata import CORRIDOR_M
+from alpacache.metrics.bootstrap import Interval, mean_difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from alpacache.corridor import Leaving, leaving, recall_difference, summarise_corridor
+from alpacache.metrics.corridor import (
+    Leaving,
+    leaving,
+    recall_difference,
+    summarise_corridor,
+)
 
 
 def ending(*lateral_m):

@@ -8,7 +8,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from alpacache.metrics import EXTRA_KEYS, PUBLIC_KEYS, corner_distance, displacement, extra_metrics, min_ade
+from alpacache.metrics.paths import (
+    EXTRA_KEYS,
+    PUBLIC_KEYS,
+    corner_distance,
+    displacement,
+    extra_metrics,
+    min_ade,
+)
 
 GOLDEN = Path(__file__).parents[1] / "data" / "alpamayo_tiny"
 

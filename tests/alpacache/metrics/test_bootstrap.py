@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from alpacache.bootstrap import explained, mean_difference, slope_difference, slope_interval
+from alpacache.metrics.bootstrap import (
+    explained,
+    mean_difference,
+    slope_difference,
+    slope_interval,
+)
 
 
 def ids(count: int, samples_each: int = 1) -> list[str]:
