@@ -12,8 +12,16 @@ from numpy.typing import NDArray
 
 from alpacache.driving.sample import FRONT_CAMERA, Sample
 from alpacache.driving.strata import classify
-from alpacache.front_view import draw_paths
-from alpacache.pictures import DPI, EGO_M, GRID, HISTORY_COLOUR, INK, MIN_LENGTH_M, TRUTH_COLOUR
+from alpacache.pictures.canvas import (
+    DPI,
+    EGO_M,
+    GRID,
+    HISTORY_COLOUR,
+    INK,
+    MIN_LENGTH_M,
+    TRUTH_COLOUR,
+)
+from alpacache.pictures.front_view import draw_paths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,11 +22,12 @@ from alpacache.config import EvalConfig
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import classify
 from alpacache.errors import InterruptedRunError, UsageError
-from alpacache.front_view import draw_paths
 from alpacache.gpu.device import enter, resolve_device
 from alpacache.identity import check_base, check_same_vlm
 from alpacache.interrupt import InterruptGuard
-from alpacache.pictures import MODEL_COLOURS, birds_eye_png
+from alpacache.pictures.birds_eye import birds_eye_png
+from alpacache.pictures.canvas import MODEL_COLOURS
+from alpacache.pictures.front_view import draw_paths
 from alpacache.prediction import Paths, predict_actions, predict_ahead, to_paths
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.report import write_report

@@ -23,7 +23,7 @@ from alpacache.driving.strata import LATE_CURVE, Floats
 from alpacache.errors import UsageError
 from alpacache.metrics.bias import MIN_CLIPS
 from alpacache.metrics.bootstrap import Interval, explained
-from alpacache.pictures import explained_png
+from alpacache.pictures.birds_eye import explained_png
 from alpacache.probe_features import CURVATURE, HEADING, TARGETS, ProbeData, choose_samples, read_probe_data
 from alpacache.probe_models import FOLDS, PROBES, Predictions, Probe, cross_validate, group_folds, shuffled_within
 from alpacache.probe_verdict import ADVICE, LEAST_CLIPS, LEAST_SAMPLES, Cell, Verdict, judge_target

@@ -22,7 +22,12 @@ from alpacache.driving.strata import LATE_CURVE, Floats
 from alpacache.metrics.baselines import BASELINES
 from alpacache.metrics.bias import Departure, departures_at
 from alpacache.metrics.paths import best_sample, displacement
-from alpacache.pictures import bias_scatter_png, birds_eye_png, error_over_time_png, loss_curves_png
+from alpacache.pictures.birds_eye import (
+    bias_scatter_png,
+    birds_eye_png,
+    error_over_time_png,
+    loss_curves_png,
+)
 from alpacache.summary import EvalSummary, SampleResult, departures_of
 
 LISTED_SAMPLES = 2000

@@ -8,7 +8,7 @@ import numpy as np
 from alpacache.driving.strata import LATE_CURVE
 from alpacache.metrics.bias import Departure, Slope
 from alpacache.metrics.bootstrap import Interval
-from alpacache.pictures import BASELINE_STYLES, MODEL_COLOURS
+from alpacache.pictures.canvas import BASELINE_STYLES, MODEL_COLOURS
 from alpacache.summary import EvalSummary, SampleResult, StratumSummary
 
 HEADLINE_METRICS = {

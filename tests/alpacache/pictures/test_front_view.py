@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alpacache.front_view import draw_paths, project
+from alpacache.pictures.front_view import draw_paths, project
 
 FORWARD = [[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]
 """Camera (x right, y down, z forward) to vehicle (x forward, y left, z up), looking straight on."""

@@ -15,25 +15,26 @@ from numpy.typing import ArrayLike
 from alpacache.driving.strata import DT_S, Floats
 from alpacache.metrics.bias import Quantity, Slope
 from alpacache.metrics.bootstrap import Interval
+from alpacache.pictures.canvas import (
+    BASELINE_STYLES,
+    DPI,
+    EGO_M,
+    GRID,
+    HISTORY_COLOUR,
+    INK,
+    MIN_LENGTH_M,
+    MODEL_COLOURS,
+    TRUTH_COLOUR,
+    _plain,
+    _png,
+    _unmath,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-MODEL_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-"""By order of models: before is vermilion, after is blue."""
-BASELINE_STYLES = (("#8a6d00", (0, (5, 3))), ("#7b68c8", (0, (1, 2))))
-TRUTH_COLOUR = "#1a1a1a"
-HISTORY_COLOUR = "#9a9a9a"
-INK = "#333333"
-GRID = "#e6e6e6"
-EGO_M = (4.6, 1.9)
-"""Length and width of the vehicle drawn at t0."""
 VIEW_RATIO = 0.8
 """Width of the road shown over its length."""
-MIN_LENGTH_M = 24.0
-"""Least length of road shown, so that a standing vehicle's noise does not look like a drive."""
-DPI = 110
 
 
 def birds_eye_png(
@@ -314,22 +315,8 @@ def _frame_road(axes: "Axes", points: Floats, *, ratio: float) -> None:
     _plain(axes)
 
 
-def _plain(axes: "Axes") -> None:
-    axes.grid(color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8, colors=INK, length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
 def _slope_text(line: Slope) -> str:
     return f"slope {line.slope:.2f} [{line.low:.2f}, {line.high:.2f}], n = {line.n}"
-
-
-def _unmath(text: str) -> str:
-    """A label is text: without this matplotlib would read `$` as mathematics and hide a leading underscore."""
-    plain = text.replace("$", r"\$")
-    return f" {plain}" if plain.startswith("_") else plain
 
 
 def _decode(jpeg: bytes) -> Any:
@@ -340,18 +327,3 @@ def _decode(jpeg: bytes) -> Any:
             return np.asarray(image.convert("RGB"))
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"the front frame of {len(jpeg)} bytes is no image that can be read: {error}") from error
-
-
-def _png(figure: "Figure", *, palette: bool) -> bytes:
-    """PNG bytes; a palette makes drawings (not photographs) a third of the size."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    if palette:
-        image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    out = io.BytesIO()
-    image.save(out, format="PNG", optimize=palette)
-    return out.getvalue()

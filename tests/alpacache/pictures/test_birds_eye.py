@@ -10,15 +10,14 @@ from PIL import Image
 
 from alpacache.metrics.bias import Slope
 from alpacache.metrics.bootstrap import Interval
-from alpacache.pictures import (
-    INK,
-    MODEL_COLOURS,
+from alpacache.pictures.birds_eye import (
     bias_scatter_png,
     birds_eye_png,
     error_over_time_png,
     explained_png,
     loss_curves_png,
 )
+from alpacache.pictures.canvas import INK, MODEL_COLOURS
 
 TIMES_S = 0.1 * np.arange(1, 65)
 HISTORY = np.stack([8.0 * 0.1 * np.arange(-15, 1), np.zeros(16), np.zeros(16)], axis=-1)

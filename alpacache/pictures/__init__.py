@@ -1,0 +1,1 @@
+"""Drawing: paths from above and in the front camera's picture."""
