@@ -40,11 +40,11 @@ from alpacache.interrupt import InterruptGuard
 from alpacache.preparation import VLM_DTYPE, Preparation, Prepared, input_builder
 from alpacache.progress import OnProgress, Progress, clock, ignore
 from alpacache.reading_process import ReadingProcesses
-from alpacache.selection import Rejected, select
 from alpacache.sources import check_still_there, is_streamed, open_source
+from alpacache.sources.selection import Rejected, select
 from alpacache.sources.source import Source
+from alpacache.sources.views import views_identity
 from alpacache.store_count import StoreCount
-from alpacache.views import views_identity
 from cache_store import CODECS, CacheWriter
 from cache_store.sample_key import sample_key
 from cache_store.writer import committed_keys, failed_keys

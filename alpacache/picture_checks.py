@@ -11,7 +11,7 @@ from alpacache.driving.strata import heading
 from alpacache.errors import BadClipError
 from alpacache.motion import Motion
 from alpacache.picture_flow import agrees, sideways_shift_px
-from alpacache.recording import RecordedSource
+from alpacache.sources.source import RecordedSource
 
 APART_US = 200_000
 MIN_TURN_RADPS = 0.06

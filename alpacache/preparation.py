@@ -12,7 +12,7 @@ from alpacache.driving.sample import SampleRef, sort_cameras
 from alpacache.features import sample_arrays
 from alpacache.sources import open_source
 from alpacache.sources.source import Source
-from alpacache.views import load
+from alpacache.sources.views import load
 
 VLM_DTYPE = torch.bfloat16
 

@@ -6,7 +6,6 @@ recording. Nothing is checked on the way: what is broken is what a check wants t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,20 +18,7 @@ from alpacache.driving.sample import (
     Sample,
 )
 from alpacache.errors import BadClipError
-
-
-@runtime_checkable
-class RecordedSource(Protocol):
-    """A source that has whole recordings, not only samples."""
-
-    def track(self, clip_id: str) -> Track:
-        """All poses of a clip, unchecked."""
-
-    def frame_times_us(self, clip_id: str, camera: str) -> NDArray[np.int64]:
-        """When each frame of a camera was recorded, unchecked."""
-
-    def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """`[len(times_us), 3, H, W]`: the frame at or before each time."""
+from alpacache.sources.source import RecordedSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

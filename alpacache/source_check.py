@@ -29,7 +29,7 @@ from alpacache.motion import Motion, motion_of
 from alpacache.motion_checks import judge_axes, judge_rotations, judge_speed, judge_standing
 from alpacache.picture_checks import Turn, judge_mirrored, judge_pictures, turns_of_clip, turns_of_sample
 from alpacache.progress import OnProgress, Progress
-from alpacache.recording import RecordedSource, Recording, read_recording, recording_of
+from alpacache.recording import Recording, read_recording, recording_of
 from alpacache.recording_checks import (
     check_finite,
     check_frames,
@@ -37,8 +37,8 @@ from alpacache.recording_checks import (
     check_times,
     in_microseconds,
 )
-from alpacache.selection import select
-from alpacache.sources.source import Source
+from alpacache.sources.selection import select
+from alpacache.sources.source import RecordedSource, Source
 
 MEANINGS: Mapping[str, str] = {
     "times": "timestamps are whole microseconds that increase",

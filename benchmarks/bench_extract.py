@@ -44,8 +44,8 @@ from alpacache.config import ExtractConfig, prefill_batch
 from alpacache.driving.sample import SampleRef
 from alpacache.gpu.device import one_thread_each
 from alpacache.preparation import Prepared, input_builder
-from alpacache.selection import select
 from alpacache.sources import open_source
+from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 from cache_store import CacheReader, info
 
@@ -124,7 +124,7 @@ def write_drives(root: Path, scale: Scale, cameras: tuple[str, ...]) -> str:
     if not root.exists():
         draft = root.with_name(f"{root.name}.writing")
         if is_tree:
-            from alpacache.sources.pai_tree import write_tree
+            from benchmarks.pai_tree import write_tree
 
             write_tree(draft, source=source, cameras=cameras, fps=VIDEO_FPS, crf=VIDEO_CRF)
         else:

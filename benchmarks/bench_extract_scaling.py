@@ -31,8 +31,8 @@ from drills import call
 
 from alpacache.config import ExtractConfig, prefill_batch
 from alpacache.extraction import default_workers
-from alpacache.selection import select
 from alpacache.sources import open_source
+from alpacache.sources.selection import select
 from cache_store.commit_record import FOLDER
 from cache_store.sample_key import sample_key
 

@@ -11,8 +11,8 @@ from cli import options, output
 
 if TYPE_CHECKING:
     from alpacache.driving.strata import Turn
-    from alpacache.sources.prepared import Prepared
     from alpacache.sources.prepared_rows import PictureFit
+    from alpacache.sources.prepared_writer import Prepared
 
 QUARANTINED = 3
 
@@ -48,10 +48,10 @@ def prepare(
     from alpacache.errors import InterruptedRunError
     from alpacache.interrupt import InterruptGuard
     from alpacache.progress import Progress
-    from alpacache.quota import parse_quota
-    from alpacache.selection import select
     from alpacache.sources import open_source
-    from alpacache.sources.prepared import prepare as write
+    from alpacache.sources.prepared_writer import prepare as write
+    from alpacache.sources.quota import parse_quota
+    from alpacache.sources.selection import select
 
     names = options.camera_names(cameras)
     options.one_of("split", split, ("train", "val", "all"))

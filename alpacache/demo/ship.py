@@ -17,8 +17,8 @@ from alpacache.demo.pretrain import SEED, pretrain
 from alpacache.demo.story import WEIGHTS, extraction, overlay
 from alpacache.driving.sample import FRONT_CAMERA
 from alpacache.extraction import extract
-from alpacache.selection import select
-from alpacache.sources.prepared import prepare
+from alpacache.sources.prepared_writer import prepare
+from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 from alpacache.training import train
 

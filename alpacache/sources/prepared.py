@@ -9,14 +9,9 @@ a time works there.
 A directory to read may come from a stranger: its data files must lie in it, and no column but ours is looked at.
 """
 
-import fcntl
-import hashlib
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -30,92 +25,18 @@ from alpacache.driving.sample import (
     sort_cameras,
 )
 from alpacache.errors import BadClipError, SourceError, UsageError
-from alpacache.selection import Rejected
-from alpacache.sources import check_still_there
 from alpacache.sources.pai_cache import connection_errors
-from alpacache.sources.prepared_card import PROVENANCE, provenance, render_card
 from alpacache.sources.prepared_rows import (
     NEEDED,
     POSES,
-    PictureFit,
     check_columns,
-    features,
     from_row,
     poses_of,
-    to_row,
 )
 from alpacache.sources.prepared_stream import StreamedRows, undecoded
-from alpacache.sources.source import Source
-from cache_store.storage.local_files import flush, write_flushed
 
-SHARD_SAMPLES = 32
 _SPLIT = re.compile(r"\w[\w.-]*")
 Decoded = TypeVar("Decoded")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What `prepare` did."""
-
-    samples: int
-    rejected: tuple[tuple[str, str, str], ...]
-    """Id, kind and message of each clip or sample that could not be used."""
-    provenance: dict[str, Any]
-    """What is in `provenance.json`: settings, versions, counts, strata, curvature."""
-
-
-def prepare(
-    source: Source,
-    refs: Sequence[SampleRef],
-    out: str | Path,
-    *,
-    cameras: Sequence[str],
-    frames: int = 4,
-    fit: PictureFit | None = None,
-    unusable: Sequence[Rejected] = (),
-    settings: Mapping[str, Any] | None = None,
-    spec: str | None = None,
-    on_sample: Callable[[SampleRef], None] | None = None,
-) -> Prepared:
-    """Write the samples `refs` of `source` to the directory `out`, which `datasets.load_from_disk` reads.
-
-    Pictures are stored as they were recorded or, with `fit`, at the size of that image processor. `unusable` and
-    `settings` say what `select` refused and what it was asked for; they go into the dataset's record and card.
-    `on_sample` is called after each sample; what it raises stops the run, and the same call goes on later. Samples
-    with a `BadClipError` are left out and reported; where `spec` says what `open_source` opened, only while that is
-    still there. Raises `UsageError` where `out` exists, a partial run had other settings or is at work, `SourceError`
-    where no sample could be used, `DataError` where the source has gone.
-    """
-    final, names = Path(out), sort_cameras(cameras)
-    partial = final.with_name(f"{final.name}.partial")
-    _refuse_existing(final)
-    if unusable:
-        _check_source(spec, names, partial)
-    asked = {**(settings or {}), "cameras": list(names), "frames": frames, "fit": None if fit is None else asdict(fit)}
-    parts = [refs[start : start + SHARD_SAMPLES] for start in range(0, len(refs), SHARD_SAMPLES)]
-    shards = [partial / f"shard-{number:06d}" for number in range(len(parts))]
-
-    def to_rows(ref: SampleRef) -> dict[str, Any]:
-        try:
-            sample = source.load(ref, cameras=names, frames=frames)
-        except BadClipError:
-            _check_source(spec, names, partial)
-            raise
-        return to_row(sample, source=source.name, fit=fit)
-
-    partial.mkdir(parents=True, exist_ok=True)
-    with _alone(partial):
-        _refuse_existing(final)  # by one that has just finished
-        _settle_plan(partial, source, refs, asked)
-        reports = [_write_shard(base, to_rows, part, on_sample) for base, part in zip(shards, parts, strict=True)]
-        rejected = [(name, error.kind, str(error)) for name, error in unusable]
-        rejected += [(name, kind, message) for report in reports for name, kind, message in report]
-        if all(len(report) == len(part) for report, part in zip(reports, parts, strict=True)):
-            reason = f" The first reason: {rejected[0][2]}" if rejected else ""
-            raise SourceError(f"{source.name}: none of {len(refs)} samples can be used.{reason}")
-        record = _finish(shards, final, source.name, asked, rejected)
-    shutil.rmtree(partial)  # its lock is no longer open: NFS keeps the names of open files
-    return Prepared(samples=record["samples"], rejected=tuple(rejected), provenance=record)
 
 
 class Rows(Protocol):
@@ -241,121 +162,6 @@ def _remedy(place: str, error: Exception) -> str:
         f"; see that the name is right and the hub can be reached. If it is private or gated, accept its terms on its "
         f"page and run: hf auth login. To fetch all of it: {fetch}, then read hf:DIR."
     )
-
-
-def _refuse_existing(final: Path) -> None:
-    if final.exists():
-        raise UsageError(f"{final} already exists; choose another --out or remove it.")
-
-
-def _check_source(spec: str | None, cameras: Sequence[str], partial: Path) -> None:
-    if spec is not None:
-        kept = (
-            "No sample was left out for it; bring the source back and run the same command again: it goes on with what "
-            f"is in {partial}."
-        )
-        check_still_there(spec, cameras=cameras, kept=kept)
-
-
-@contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    """Keep other processes out of the working directory; the kernel drops the lock of a killed one."""
-    with (partial / "lock").open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"another prepare is at work in {partial}; wait until it is done or choose another --out."
-            ) from None
-        except OSError as error:
-            raise UsageError(
-                f"{partial} cannot be locked ({error}); choose an --out on another file system."
-            ) from error
-        yield
-
-
-def _settle_plan(partial: Path, source: Source, refs: Sequence[SampleRef], asked: Mapping[str, Any]) -> None:
-    """Note what the working directory is for, or see that an earlier run there had the same settings."""
-    ids = hashlib.sha256("\n".join(ref.sample_id for ref in refs).encode()).hexdigest()
-    plan = json.dumps({"source": source.name, "samples": ids, **asked})
-    file = partial / "plan.json"
-    if not file.exists():
-        write_flushed(file, plan.encode())
-    elif file.read_text() != plan:
-        raise UsageError(f"{partial} belongs to a run with other settings; remove it or choose another --out.")
-
-
-def _write_shard(
-    base: Path,
-    to_rows: Callable[[SampleRef], dict[str, Any]],
-    refs: Sequence[SampleRef],
-    on_sample: Callable[[SampleRef], None] | None,
-) -> list[list[str]]:
-    """Write `base.arrow`, then `base.json` with its count of rows and the rejected samples, which are returned.
-
-    A shard that is there already, whole, is left as it is.
-    """
-    import pyarrow as pa
-
-    report, arrow = base.with_suffix(".json"), base.with_suffix(".arrow")
-    done = _read_report(report, arrow, len(refs))
-    if done is not None:
-        return done
-    report.unlink(missing_ok=True)
-    schema, rejected = features().arrow_schema, []
-    with pa.OSFile(str(arrow), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for ref in refs:
-            try:
-                writer.write_batch(pa.RecordBatch.from_pylist([to_rows(ref)], schema=schema))
-            except BadClipError as error:
-                rejected.append([ref.sample_id, error.kind, str(error)])
-            if on_sample is not None:
-                on_sample(ref)
-    flush(arrow)
-    write_flushed(report, json.dumps({"rows": len(refs) - len(rejected), "rejected": rejected}).encode())
-    return rejected
-
-
-def _read_report(report: Path, arrow: Path, samples: int) -> list[list[str]] | None:
-    """The rejected samples of a shard; None unless its report and as many rows as that says are there."""
-    import pyarrow as pa
-
-    try:
-        found = json.loads(report.read_text())
-        with pa.memory_map(str(arrow)) as file, pa.ipc.open_stream(file) as stream:
-            rows = sum(batch.num_rows for batch in stream)
-    except (OSError, ValueError, pa.ArrowException):
-        return None
-    if not isinstance(found, dict) or found.get("rows") != rows:  # a list, of an earlier version
-        return None
-    rejected: list[list[str]] = found["rejected"]
-    return rejected if rows + len(rejected) == samples else None
-
-
-def _finish(
-    shards: Sequence[Path],
-    final: Path,
-    source_name: str,
-    asked: Mapping[str, Any],
-    rejected: Sequence[tuple[str, str, str]],
-) -> dict[str, Any]:
-    """Join the shards, add record and card, and give the directory its name once all is on the medium. The record."""
-    from datasets import Dataset, concatenate_datasets
-
-    parts = [Dataset.from_file(str(shard.with_suffix(".arrow"))) for shard in shards]
-    rows = concatenate_datasets([part for part in parts if len(part)])
-    record = provenance(rows, source=source_name, settings=asked, rejected=rejected)
-    rows.info.description = f"{len(rows)} driving samples from {source_name}, written by alpacache prepare."
-    done = shards[0].with_name("done")
-    shutil.rmtree(done, ignore_errors=True)
-    rows.save_to_disk(done)
-    (done / PROVENANCE).write_text(json.dumps(record, indent=1) + "\n")
-    (done / "README.md").write_text(render_card(record), encoding="utf-8")
-    for path in (*done.iterdir(), done):
-        flush(path)
-    done.replace(final)
-    flush(final.parent)
-    return record
 
 
 def _refuse_outside_files(directory: Path) -> None:

@@ -23,10 +23,9 @@ from alpacache.driving.sample import (
     sort_cameras,
 )
 from alpacache.errors import BadClipError, UsageError
-from alpacache.sources.look import draw_look
 from alpacache.sources.road import CLIP_US, SHAPES, ClipKind, Drive, Shape, make_drive
 from alpacache.sources.roadside import Roadside, draw, plant
-from alpacache.sources.scene import Camera, Look, expose, make_camera, paint_world
+from alpacache.sources.scene import Camera, Look, draw_look, expose, make_camera, paint_world
 
 DEFAULT_MIX: Mapping[str, float] = {"straight": 0.4, "early_curve": 0.2, "late_curve": 0.3, "curve_end": 0.1}
 _ID = re.compile(r"^synthetic-(?P<seed>\d+)-(?P<index>\d{6,})$")

@@ -8,9 +8,9 @@ import alpacache
 from alpacache import disk_room
 from alpacache.config import ExtractConfig
 from alpacache.errors import BadClipError, UsageError
-from alpacache.selection import select
 from alpacache.sources import open_source
-from alpacache.sources.prepared import prepare
+from alpacache.sources.prepared_writer import prepare
+from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 from cache_store import CacheReader, info
 

@@ -24,8 +24,8 @@ from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, 
 from alpacache.extraction_pipeline import SPARE_COPIES
 from alpacache.preparation import Preparation
 from alpacache.sources.folder import FolderSource
-from alpacache.sources.pai_tree import encode_h264
 from alpacache.sources.synthetic import SyntheticSource
+from benchmarks.pai_tree import encode_h264
 from cache_store import CacheReader, CacheWriter, StoreFullError, verify
 
 

@@ -18,11 +18,11 @@ from alpacache.errors import SourceError, UsageError
 from alpacache.motion import motion_of
 from alpacache.motion_checks import judge_axes, judge_rotations, judge_speed
 from alpacache.recording_checks import check_poses
-from alpacache.selection import select
 from alpacache.source_check import MEANINGS, check_source
 from alpacache.sources import open_source
 from alpacache.sources.folder import FolderSource
-from alpacache.sources.prepared import prepare
+from alpacache.sources.prepared_writer import prepare
+from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 
 CLIPS = 6

@@ -9,8 +9,8 @@ import torch
 
 from alpacache.config import ExtractConfig
 from alpacache.driving.sample import CAMERAS
-from alpacache.selection import select
 from alpacache.sources import open_source
+from alpacache.sources.selection import select
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

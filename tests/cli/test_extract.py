@@ -21,9 +21,9 @@ from alpacache.errors import BadClipError, UsageError
 from alpacache.extraction import share
 from alpacache.gpu.device import own_device
 from alpacache.sources import open_source
-from alpacache.sources.pai_tree import write_tree
 from alpacache.sources.synthetic import SyntheticSource
-from alpacache.views import draw
+from alpacache.sources.views import draw
+from benchmarks.pai_tree import write_tree
 from cache_store import CODECS, CacheReader, IdentityMismatchError, verify
 from cli.main import app
 

@@ -10,8 +10,8 @@ from datasets import load_from_disk
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.config import ExtractConfig
 from alpacache.extraction import extract
-from alpacache.sources.pai_tree import write_tree
 from alpacache.sources.synthetic import SyntheticSource
+from benchmarks.pai_tree import write_tree
 from cache_store import CacheReader
 
 FRONT = "camera_front_wide_120fov"

@@ -21,8 +21,8 @@ from alpacache.driving.strata import LATE_CURVE
 from alpacache.evaluation import evaluate
 from alpacache.extraction import extract
 from alpacache.progress import ignore
-from alpacache.selection import select
-from alpacache.sources.prepared import prepare
+from alpacache.sources.prepared_writer import prepare
+from alpacache.sources.selection import select
 from alpacache.training import train
 
 SHORT = DemoSize(train_samples=300, val_samples=60, steps=150)

@@ -9,9 +9,10 @@ from PIL import Image
 
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, SourceError
-from alpacache.recording import RecordedSource, read_recording
-from alpacache.selection import select
+from alpacache.recording import read_recording
 from alpacache.sources.folder import FolderSource, join_cameras
+from alpacache.sources.selection import select
+from alpacache.sources.source import RecordedSource
 
 FRONT, LEFT = "camera_front_wide_120fov", "camera_cross_left_120fov"
 T0 = 5_100_000

@@ -3,8 +3,13 @@ import sys
 
 import pytest
 
-MODULES = ("alpacache.selection", "alpacache.sources", "alpacache.sources.folder", "alpacache.sources.synthetic")
-MODULES += ("alpacache.sources.pai", "alpacache.sources.pai_tree", "alpacache.sources.prepared")
+MODULES = (
+    "alpacache.sources.selection",
+    "alpacache.sources",
+    "alpacache.sources.folder",
+    "alpacache.sources.synthetic",
+)
+MODULES += ("alpacache.sources.pai", "benchmarks.pai_tree", "alpacache.sources.prepared")
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -13,12 +13,12 @@ import pytest
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.recording import read_recording
-from alpacache.selection import select
 from alpacache.sources import open_source
 from alpacache.sources.pai import PhysicalAiSource, open_tree
 from alpacache.sources.pai_cache import LinkedCache, explain_hub_error
-from alpacache.sources.pai_tree import write_tree
+from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
+from benchmarks.pai_tree import write_tree
 
 physical_ai_av = pytest.importorskip("physical_ai_av")
 

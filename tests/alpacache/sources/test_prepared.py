@@ -10,11 +10,11 @@ from PIL import Image as Picture
 
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, InterruptedRunError, SourceError, UsageError
-from alpacache.selection import select
 from alpacache.sources import open_source
 from alpacache.sources.folder import FolderSource
-from alpacache.sources.prepared import prepare
 from alpacache.sources.prepared_rows import PictureFit
+from alpacache.sources.prepared_writer import prepare
+from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 from cache_store.storage import local_files as durable
 
@@ -114,7 +114,7 @@ def test_clips_refused_while_the_source_vanished_are_not_noted(folder, tmp_path)
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, assert_same):
-    monkeypatch.setattr("alpacache.sources.prepared.SHARD_SAMPLES", 2)
+    monkeypatch.setattr("alpacache.sources.prepared_writer.SHARD_SAMPLES", 2)
     refs, seen = refs_of(DRIVES), []
 
     def stop_after_three(ref):
@@ -154,7 +154,7 @@ def test_one_process_at_a_time(tmp_path):
 
 def stop_in_second_shard(out, monkeypatch):
     """Leaves shard 0, of 2 samples, done."""
-    monkeypatch.setattr("alpacache.sources.prepared.SHARD_SAMPLES", 2)
+    monkeypatch.setattr("alpacache.sources.prepared_writer.SHARD_SAMPLES", 2)
     seen = []
 
     def stop(ref):
@@ -208,7 +208,7 @@ def test_a_damaged_shard_is_made_again(tmp_path, monkeypatch, damage, assert_sam
 def test_shards_of_another_size_are_made_again(tmp_path, monkeypatch):
     """As of another version: their rows are neither lost nor written twice."""
     stop_in_second_shard(tmp_path / "out", monkeypatch)
-    monkeypatch.setattr("alpacache.sources.prepared.SHARD_SAMPLES", 5)
+    monkeypatch.setattr("alpacache.sources.prepared_writer.SHARD_SAMPLES", 5)
     assert prepare(DRIVES, refs_of(DRIVES), tmp_path / "out", cameras=[FRONT], frames=1).samples == 5
     assert refs_of(open_source(str(tmp_path / "out"))) == refs_of(DRIVES)
 
@@ -383,7 +383,7 @@ def test_what_was_asked_for_and_found_is_recorded(folder, tmp_path):
 
 
 def test_a_resumed_run_writes_the_same_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("alpacache.sources.prepared.SHARD_SAMPLES", 2)
+    monkeypatch.setattr("alpacache.sources.prepared_writer.SHARD_SAMPLES", 2)
 
     def stop(ref):
         raise InterruptedRunError("stop")

@@ -4,9 +4,9 @@ from datasets import load_from_disk
 
 from alpacache.driving.sample import FRONT_CAMERA, split_of
 from alpacache.driving.strata import STRATA, classify
-from alpacache.selection import select
-from alpacache.sources.prepared import prepare
 from alpacache.sources.prepared_card import histogram, mean_curvature, render_card
+from alpacache.sources.prepared_writer import prepare
+from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 
 

@@ -12,9 +12,9 @@ from datasets import load_from_disk
 
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, SourceError
-from alpacache.selection import select
 from alpacache.sources import open_source, prepared_stream
-from alpacache.sources.prepared import prepare
+from alpacache.sources.prepared_writer import prepare
+from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 
 FRONT = "camera_front_wide_120fov"

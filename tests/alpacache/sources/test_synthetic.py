@@ -6,8 +6,8 @@ import pytest
 
 from alpacache.driving.sample import CAMERAS, FRONT_CAMERA, SampleRef
 from alpacache.errors import BadClipError, UsageError
-from alpacache.selection import select
 from alpacache.sources import open_source
+from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 
 T0 = 5_100_000

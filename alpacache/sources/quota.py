@@ -5,22 +5,12 @@ A sample's turn is known from its poses, so no picture is read for one that is l
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Protocol, runtime_checkable
 
-from alpacache.driving.poses import EgoPoses, Track, history_and_future
+from alpacache.driving.poses import Track, history_and_future
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import TURNS, Turn, turn_ahead
 from alpacache.errors import UsageError
-from alpacache.recording import RecordedSource
-from alpacache.sources.source import Source
-
-
-@runtime_checkable
-class PosedSource(Protocol):
-    """A source that gives a sample's poses without its pictures."""
-
-    def poses(self, ref: SampleRef) -> EgoPoses:
-        """History and future in the ego frame at t0."""
+from alpacache.sources.source import PosedSource, RecordedSource, Source
 
 
 class Quota:

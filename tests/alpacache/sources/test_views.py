@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import alpacache
-from alpacache import views
 from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.cached_dataset import CachedDataset
@@ -19,11 +18,11 @@ from alpacache.config import EvalConfig, ExtractConfig, TrainConfig
 from alpacache.driving.sample import SampleRef, split_of
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.features import bf16_bits
-from alpacache.selection import select
-from alpacache.sources import open_source
-from alpacache.sources.prepared import prepare
+from alpacache.sources import open_source, views
+from alpacache.sources.prepared_writer import prepare
+from alpacache.sources.selection import select
+from alpacache.sources.views import RANGES, Jitter
 from alpacache.validation import Validation
-from alpacache.views import RANGES, Jitter
 from cache_store import CacheReader, IdentityMismatchError, verify
 
 STILL = Jitter(brightness=1, contrast=1, saturation=1, gamma=1, keep=1, top=0, left=0)

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 from alpacache.driving.sample import (
     FUTURE_STEPS,
@@ -20,8 +20,8 @@ from alpacache.driving.sample import (
 )
 from alpacache.driving.strata import Turn
 from alpacache.errors import BadClipError, UsageError
-from alpacache.quota import Quota
-from alpacache.sources.source import Source
+from alpacache.sources.quota import Quota
+from alpacache.sources.source import EventSource, FixedSource, GroupedSource, Source
 
 HISTORY_US = HISTORY_STEPS * STEP_US
 """t0 must lie more than this after the start of the recording."""
@@ -31,29 +31,6 @@ DEFAULT_T0 = "5.1"
 
 Rejected = tuple[str, BadClipError]
 """A clip (or, with a quota, a sample) that was wanted and cannot be used, with the reason."""
-
-
-@runtime_checkable
-class EventSource(Protocol):
-    """A source that knows moments worth a sample, for `t0="events"`."""
-
-    def event_times_us(self, clip_id: str) -> Sequence[int]:
-        """Their times, on the clip's clock."""
-
-
-@runtime_checkable
-class FixedSource(Protocol):
-    """A source whose samples were chosen before: a prepared dataset."""
-
-    sample_refs: Sequence[SampleRef]
-
-
-@runtime_checkable
-class GroupedSource(Protocol):
-    """A source that fetches clips in groups, such as the chunks of a hub: a random choice takes group after group."""
-
-    def group_of(self, clip_id: str) -> str:
-        """The group's name."""
 
 
 def select(

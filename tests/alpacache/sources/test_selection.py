@@ -2,7 +2,7 @@ import pytest
 
 from alpacache.driving.sample import split_of
 from alpacache.errors import BadClipError, UsageError
-from alpacache.selection import clip_start_us, select
+from alpacache.sources.selection import clip_start_us, select
 
 
 class Clips:
