@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from alpacache.alpamayo import ActionExpert, PackedPrefixes
-from alpacache.batches import Batch, BatchRing
+from alpacache.cached_samples.graph_inputs import StepInputs
+from alpacache.cached_samples.ring import Batch, BatchRing
 from alpacache.flow_matching import sample
 from alpacache.gpu.capture import captured
 from alpacache.prefix.layers_ahead import LEAST_DECODED
 from alpacache.prefix.layout import PrefixLayout
-from alpacache.step_inputs import StepInputs
 
 if TYPE_CHECKING:
     from alpacache.prefix.layers_ahead import LayersAhead  # needs Triton

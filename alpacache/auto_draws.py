@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from alpacache.batches import BatchRing
+from alpacache.cached_samples.ring import BatchRing
 from alpacache.gpus import Gpu
 from alpacache.memory_plan import MAX_DRAWS, MemoryPlan, Workload
 from alpacache.stage_times import compute_seconds, optimizer_seconds

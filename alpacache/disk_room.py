@@ -8,9 +8,9 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.geometry import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import MAX_TOKENS
+from alpacache.cached_samples.features import sample_arrays
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, UsageError
-from alpacache.features import sample_arrays
 from alpacache.machine_speed import existing_folder
 from alpacache.planned_sample import PlannedPrompt, sample_bytes
 from alpacache.sources.source import Source

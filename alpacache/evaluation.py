@@ -17,13 +17,13 @@ from torch import Tensor
 from alpacache import trainable
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.alpamayo.prompt import Reasoning
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.identity import check_base, check_same_vlm
 from alpacache.config import EvalConfig
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import classify
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.gpu.device import enter, resolve_device
-from alpacache.identity import check_base, check_same_vlm
 from alpacache.interrupt import InterruptGuard
 from alpacache.pictures.birds_eye import birds_eye_png
 from alpacache.pictures.canvas import MODEL_COLOURS

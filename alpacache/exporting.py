@@ -26,9 +26,9 @@ from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
 from alpacache.alpamayo.safetensors_header import TensorInfo, read_header
+from alpacache.cached_samples.identity import check_base, model_identity, vlm_identity
 from alpacache.config import ExportConfig
 from alpacache.errors import AlpacacheError, CheckpointError, DataError, UsageError
-from alpacache.identity import check_base, model_identity, vlm_identity
 from alpacache.model_card import model_card, run_facts
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import MODEL, RunCheckpoint, find_checkpoint, read_trained

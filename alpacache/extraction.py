@@ -19,12 +19,18 @@ import torch
 from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
+from alpacache.cached_samples.features import (
+    checked,
+    prefix_arrays,
+    store_fields,
+    tail_arrays,
+)
+from alpacache.cached_samples.identity import provenance, store_identity
 from alpacache.config import ExtractConfig, prefill_batch
 from alpacache.disk_room import check_room
 from alpacache.driving.sample import SampleRef, sort_cameras
 from alpacache.errors import BadClipError, DataError, DeviceMemoryError, InterruptedRunError, UsageError
 from alpacache.extraction_pipeline import SPARE_COPIES, Waits, Writers, groups, read_ahead
-from alpacache.features import checked, prefix_arrays, store_fields, tail_arrays
 from alpacache.gpu.device import (
     device_name,
     enter,
@@ -35,7 +41,6 @@ from alpacache.gpu.device import (
     processes_here,
 )
 from alpacache.gpu.host_copies import HostCopies
-from alpacache.identity import provenance, store_identity
 from alpacache.interrupt import InterruptGuard
 from alpacache.preparation import VLM_DTYPE, Preparation, Prepared, input_builder
 from alpacache.progress import OnProgress, Progress, clock, ignore

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alpacache.batches import samples_ahead
+from alpacache.cached_samples.ring import samples_ahead
 from alpacache.driving.sample import FUTURE_STEPS
 from alpacache.errors import UsageError
 from alpacache.gpus import GPUS, MEASURED

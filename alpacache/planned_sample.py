@@ -10,6 +10,7 @@ from alpacache.alpamayo.images import image_tokens
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.prompt import render_prompt
 from alpacache.alpamayo.rollout import MAX_TOKENS
+from alpacache.cached_samples.features import KV_SHAPE, store_fields, tail_name
 from alpacache.driving.sample import (
     DEFAULT_T0_US,
     FRONT_CAMERA,
@@ -17,7 +18,6 @@ from alpacache.driving.sample import (
     HISTORY_STEPS,
     SampleRef,
 )
-from alpacache.features import KV_SHAPE, store_fields, tail_name
 from cache_store import CODECS
 from cache_store.sample_group import Value
 from cache_store.store_info import sample_size

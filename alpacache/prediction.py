@@ -11,10 +11,10 @@ from torch import Tensor
 from alpacache import randomness
 from alpacache.action_sampler import ActionSampler, SampledActions
 from alpacache.alpamayo import ActionExpert
-from alpacache.batches import BatchRing
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.features import CachedSample
+from alpacache.cached_samples.ring import BatchRing
 from alpacache.driving.action_space import UnicycleActionSpace
-from alpacache.features import CachedSample
 from alpacache.flow_matching import sample as sample_flow
 
 Paths: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32]]

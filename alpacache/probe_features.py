@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS, from_bf16_bits
+from alpacache.cached_samples.identity import store_codec
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import (
     DT_S,
@@ -24,8 +26,6 @@ from alpacache.driving.strata import (
     heading,
 )
 from alpacache.errors import UsageError
-from alpacache.features import KV_SHAPE, POSE_FIELDS, from_bf16_bits
-from alpacache.identity import store_codec
 from alpacache.metrics.baselines import SPEED_STEPS
 from alpacache.prefix import codecs
 from alpacache.progress import OnProgress, Progress, ignore

@@ -10,8 +10,9 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.expert import action_space
 from alpacache.alpamayo.geometry import EXPERT_PARTS
 from alpacache.auto_draws import DELIVERED_BATCHES, choose_draws, delivery_seconds
-from alpacache.batches import BatchRing
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.order import GlobalOrder, make_groups
+from alpacache.cached_samples.ring import BatchRing
 from alpacache.config import TrainConfig, budget_gib, weighted_stores
 from alpacache.distributed.world import World
 from alpacache.driving.strata import TURNS, Turn
@@ -19,7 +20,6 @@ from alpacache.errors import UsageError
 from alpacache.machine_speed import gpu_speed
 from alpacache.memory_plan import MemoryPlan, Workload, allowed_bytes, fastest_plan
 from alpacache.optimizers import resolve
-from alpacache.sample_order import GlobalOrder, make_groups
 from cache_store import CorruptSampleError
 
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

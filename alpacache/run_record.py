@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.identity import model_identity
 from alpacache.config import TrainConfig, weighted_stores
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
-from alpacache.identity import model_identity
 from alpacache.run_directory import MODEL, RunDirectory
 from cache_store import differences
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, PrefixFeatures
-from alpacache.batches import Batch, BatchRing
+from alpacache.cached_samples.graph_inputs import StepInputs
+from alpacache.cached_samples.ring import Batch, BatchRing
 from alpacache.distributed.sharded_update import SharedUpdate
 from alpacache.gpu.capture import captured
 from alpacache.optimizers import StepOptimizer
 from alpacache.prefix.layers_ahead import LEAST_DECODED
-from alpacache.step_inputs import StepInputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

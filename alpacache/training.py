@@ -18,8 +18,10 @@ from torch import Tensor
 
 from alpacache import randomness
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
-from alpacache.batches import Batch, BatchRing
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.features import POSE_FIELDS
+from alpacache.cached_samples.identity import check_base, check_same_vlm, model_identity
+from alpacache.cached_samples.ring import Batch, BatchRing
 from alpacache.checkpoint_writer import CheckpointWriter
 from alpacache.config import TrainConfig, to_toml, weighted_stores
 from alpacache.distributed.peer_memory import peer_memory
@@ -27,8 +29,6 @@ from alpacache.distributed.sharded_update import SharedUpdate
 from alpacache.distributed.world import World, join_world
 from alpacache.ema import WeightAverage
 from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, NonFiniteError, UsageError
-from alpacache.features import POSE_FIELDS
-from alpacache.identity import check_base, check_same_vlm, model_identity
 from alpacache.interrupt import InterruptGuard
 from alpacache.memory_plan import MemoryPlan
 from alpacache.optimizers import make_optimizer

@@ -7,11 +7,11 @@ import torch
 
 from alpacache import randomness
 from alpacache.alpamayo import ActionExpert
-from alpacache.cached_dataset import CachedDataset, target
+from alpacache.cached_samples.dataset import CachedDataset, target
+from alpacache.cached_samples.features import CachedSample
 from alpacache.config import TrainConfig
 from alpacache.distributed.world import World
 from alpacache.driving.strata import classify
-from alpacache.features import CachedSample
 from alpacache.memory_plan import VAL_BATCH
 from alpacache.metrics.paths import min_ade
 from alpacache.prediction import predict

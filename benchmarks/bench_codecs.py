@@ -129,7 +129,7 @@ def velocities(model: Path, store: Path, codec: KVCodec | None) -> Tensor:
     from dataclasses import replace
 
     from alpacache.alpamayo import load_expert
-    from alpacache.features import POSE_FIELDS, PREFIX_FIELDS, from_arrays
+    from alpacache.cached_samples.features import POSE_FIELDS, PREFIX_FIELDS, from_arrays
     from cache_store import CacheReader
 
     expert, reader = load_expert(str(model), dtype=torch.float32), CacheReader(store)

@@ -23,7 +23,7 @@ from full_size import HEAD_DIM, KV_HEADS, PREFIX_TOKENS
 
 from alpacache import flow_matching
 from alpacache.alpamayo.expert import ActionExpert
-from alpacache.batches import Batch
+from alpacache.cached_samples.ring import Batch
 from alpacache.distributed.sharded_update import SharedUpdate
 from alpacache.distributed.world import World
 from alpacache.memory_plan import Workload, memory_plan, with_room_used

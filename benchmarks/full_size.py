@@ -30,6 +30,8 @@ from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.alpamayo.tiny_checkpoint import ACTION_CONSTANTS
 from alpacache.alpamayo.tokenizer import SPECIAL_TOKENS
+from alpacache.cached_samples.features import KV_SHAPE, bf16_bits, store_fields
+from alpacache.cached_samples.identity import store_identity
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.sample import (
     CAMERAS,
@@ -37,8 +39,6 @@ from alpacache.driving.sample import (
     HISTORY_STEPS,
     SampleRef,
 )
-from alpacache.features import KV_SHAPE, bf16_bits, store_fields
-from alpacache.identity import store_identity
 from alpacache.prefix import codecs
 from cache_store import CODECS, CacheReader, CacheWriter
 

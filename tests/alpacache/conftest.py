@@ -12,9 +12,9 @@ from alpacache.alpamayo import Checkpoint, load_expert, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
+from alpacache.cached_samples.features import store_fields, to_arrays
+from alpacache.cached_samples.identity import store_identity
 from alpacache.driving.sample import SampleRef
-from alpacache.features import store_fields, to_arrays
-from alpacache.identity import store_identity
 from alpacache.memory_plan import Workload
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.sources import open_source

@@ -9,8 +9,8 @@ import alpacache
 from alpacache import action_sampler
 from alpacache.action_sampler import ActionSampler
 from alpacache.alpamayo import Checkpoint, load_expert
-from alpacache.batches import BatchRing
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.ring import BatchRing
 from alpacache.config import ExtractConfig
 from alpacache.errors import DataError
 from alpacache.gpu import capture
@@ -111,7 +111,7 @@ def test_damage_in_a_row_is_named_before_its_batch_is_handed_over(data, expert, 
         if 3 in chunks:
             ring.damage[3] = 1
 
-    monkeypatch.setattr("alpacache.batches.has_kernels", lambda device: True)
+    monkeypatch.setattr("alpacache.cached_samples.ring.has_kernels", lambda device: True)
     monkeypatch.setattr(BatchRing, "_check", check)
     batches = predict_ahead(expert, data, INDICES, batch_size=2, **SETTINGS)
     assert next(batches)[0] == (4, 0)

@@ -9,7 +9,7 @@ import torch
 
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.config import EvalConfig, ExtractConfig, TrainConfig
 from alpacache.errors import UsageError
 from alpacache.metrics.paths import min_ade

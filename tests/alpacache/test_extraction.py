@@ -17,7 +17,7 @@ from alpacache import flow_matching, randomness
 from alpacache.alpamayo import Checkpoint, EncodedPrefix, load_expert, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
-from alpacache.cached_dataset import CachedDataset, target
+from alpacache.cached_samples.dataset import CachedDataset, target
 from alpacache.config import ExtractConfig
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, UsageError

@@ -10,7 +10,7 @@ from alpacache import run_plan
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.alpamayo.geometry import EXPERT_PARTS
 from alpacache.auto_draws import choose_draws
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.config import ExtractConfig, TrainConfig
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError

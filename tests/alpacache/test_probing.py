@@ -9,10 +9,10 @@ import torch
 
 import alpacache
 from alpacache import probe_features
+from alpacache.cached_samples.features import from_bf16_bits
 from alpacache.config import ExtractConfig, ProbeConfig
 from alpacache.driving.strata import LATE_CURVE, classify
 from alpacache.errors import UsageError
-from alpacache.features import from_bf16_bits
 from alpacache.metrics.bootstrap import Interval
 from alpacache.probe_features import (
     CURVATURE,

@@ -10,7 +10,7 @@ import torch
 import alpacache
 from alpacache import run_plan, run_record
 from alpacache.alpamayo import Checkpoint
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.config import ExtractConfig, TrainConfig
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError

@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 
 import alpacache
 from alpacache import training
-from alpacache.batches import BatchRing
+from alpacache.cached_samples.order import GlobalOrder
+from alpacache.cached_samples.ring import BatchRing
 from alpacache.config import ExtractConfig, TrainConfig
 from alpacache.distributed.world import World
 from alpacache.errors import DataError, NonFiniteError, UsageError
 from alpacache.gpu import checksum as gpu_checksum
 from alpacache.run_directory import RunDirectory, read_checkpoint, read_trained
-from alpacache.sample_order import GlobalOrder
 from alpacache.training import learning_rate
 from cache_store import CacheReader, CorruptSampleError
 
@@ -411,7 +411,7 @@ def test_stores_of_other_prompts_do_not_mix_and_of_other_frames_do(tiny_checkpoi
     mixed = (str(store), str(tmp_path / "two"))
     assert alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", stores=mixed)).samples == 12
     shutil.rmtree(tmp_path / "run")
-    from alpacache import cached_dataset
+    from alpacache.cached_samples import dataset as cached_dataset
 
     class Other(cached_dataset.CacheReader):
         @property
@@ -556,7 +556,7 @@ def checking_device(request, monkeypatch):
         for row, start, size, crc in table.chunks:
             damage[row] |= google_crc32c.value(data[row, start : start + size].numpy().tobytes()) != crc
 
-    monkeypatch.setattr("alpacache.batches.has_kernels", lambda device: True)
+    monkeypatch.setattr("alpacache.cached_samples.ring.has_kernels", lambda device: True)
     monkeypatch.setattr("alpacache.gpu.checksum.ChunkTable", SimpleNamespace(build=build))
     monkeypatch.setattr("alpacache.gpu.checksum.check_rows", check_rows)
     return "cpu"
@@ -613,7 +613,7 @@ def test_weights_of_stores_decide_what_is_seen(tiny_checkpoint, store, tmp_path)
     mixed = (f"{store}=3", str(tmp_path / "other"))
     settings = {"stores": mixed, "steps": 5, "batch_size": 4}
     seen = []
-    from alpacache import batches
+    from alpacache.cached_samples import ring as batches
 
     original = batches.BatchRing._next
 
@@ -623,7 +623,7 @@ def test_weights_of_stores_decide_what_is_seen(tiny_checkpoint, store, tmp_path)
         return batch
 
     from alpacache.alpamayo import Checkpoint
-    from alpacache.cached_dataset import CachedDataset
+    from alpacache.cached_samples.dataset import CachedDataset
     from alpacache.run_plan import global_order
 
     chosen = config(tiny_checkpoint, store, tmp_path / "run", **settings)

@@ -9,7 +9,7 @@ import alpacache
 from alpacache.alpamayo import Checkpoint, load_vlm
 from alpacache.alpamayo.geometry import Geometry
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.config import EvalConfig, ExportConfig, ExtractConfig, TrainConfig
 from alpacache.errors import CheckpointError, UsageError
 from cache_store import CacheReader, IdentityMismatchError

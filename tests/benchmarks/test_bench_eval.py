@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from alpacache.alpamayo import Checkpoint, load_expert
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -11,7 +11,7 @@ from transformers import Qwen3VLTextModel
 
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.alpamayo.backbone import expert_config, vlm_config
-from alpacache.cached_dataset import CachedDataset, target
+from alpacache.cached_samples.dataset import CachedDataset, target
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -13,11 +13,11 @@ import torch
 import alpacache
 from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.features import bf16_bits
 from alpacache.config import EvalConfig, ExtractConfig, TrainConfig
 from alpacache.driving.sample import SampleRef, split_of
 from alpacache.errors import InterruptedRunError, UsageError
-from alpacache.features import bf16_bits
 from alpacache.sources import open_source, views
 from alpacache.sources.prepared_writer import prepare
 from alpacache.sources.selection import select

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache.batch_targets import BatchTargets
+from alpacache.cached_samples.targets import BatchTargets
 from alpacache.errors import DataError
 from alpacache.gpu.device import keeping_threads
 

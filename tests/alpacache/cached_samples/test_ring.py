@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import alpacache
-from alpacache import batches
 from alpacache.alpamayo import Checkpoint, load_expert
-from alpacache.batches import BatchRing
-from alpacache.cached_dataset import CachedDataset, target
+from alpacache.cached_samples import ring as batches
+from alpacache.cached_samples.dataset import CachedDataset, target
+from alpacache.cached_samples.order import GlobalOrder
+from alpacache.cached_samples.ring import BatchRing
 from alpacache.config import ExtractConfig
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.errors import DataError, UsageError
 from alpacache.prefix.packed import PackedPrefixes, pack
-from alpacache.sample_order import GlobalOrder
 from cache_store import CorruptSampleError
 
 CPU = torch.device("cpu")

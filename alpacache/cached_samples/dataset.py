@@ -13,12 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.alpamayo import Checkpoint
+from alpacache.cached_samples.features import (
+    KV_SHAPE,
+    POSE_FIELDS,
+    PREFIX_FIELDS,
+    CachedSample,
+    from_arrays,
+    tail_count,
+    tail_name,
+)
+from alpacache.cached_samples.identity import check_same_model, store_codec
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.sample import FRONT_CAMERA, SampleRef
 from alpacache.driving.strata import Turn, classify
 from alpacache.errors import UsageError
-from alpacache.features import KV_SHAPE, POSE_FIELDS, PREFIX_FIELDS, CachedSample, from_arrays, tail_count, tail_name
-from alpacache.identity import check_same_model, store_codec
 from alpacache.prefix.layout import PrefixLayout
 from cache_store import CacheReader, CorruptSampleError, KVCodec, differences
 from cache_store.concurrency import in_order

@@ -5,9 +5,14 @@ import pytest
 import torch
 
 from alpacache.alpamayo import Checkpoint, Tail
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.features import (
+    checked,
+    store_fields,
+    tail_arrays,
+    tail_count,
+)
 from alpacache.errors import BadClipError
-from alpacache.features import checked, store_fields, tail_arrays, tail_count
 from alpacache.prefix import codecs
 from cache_store import CODECS, CacheReader, verify
 

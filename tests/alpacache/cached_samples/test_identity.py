@@ -7,8 +7,13 @@ import pytest
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.cached_samples.identity import (
+    check_same_model,
+    provenance,
+    store_codec,
+    store_identity,
+)
 from alpacache.errors import UsageError
-from alpacache.identity import check_same_model, provenance, store_codec, store_identity
 from cache_store import CODECS, FormatError
 
 

@@ -5,7 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from alpacache.sample_order import GlobalOrder, Group, epoch_order, make_groups, shared_epoch
+from alpacache.cached_samples.order import (
+    GlobalOrder,
+    Group,
+    epoch_order,
+    make_groups,
+    shared_epoch,
+)
 
 TURNS = ["straight"] * 90 + ["gentle"] * 8 + ["sharp"] * 2
 

@@ -4,7 +4,7 @@ import pytest
 
 import alpacache
 from alpacache.alpamayo import Checkpoint
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.config import ExtractConfig
 from alpacache.driving.strata import classify
 from alpacache.errors import UsageError

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.strata import Turn, turns_ahead
 from alpacache.errors import DataError

@@ -14,10 +14,9 @@ there they may be checked in the rows; whoever computes on rows then has to look
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,12 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache.batch_targets import BatchTargets, solver
-from alpacache.cached_dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.ring_source import _CHUNKS, _Source, _Wanted
+from alpacache.cached_samples.targets import BatchTargets, solver
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.strata import TURNS, Turn
 from alpacache.errors import DataError, UsageError
-from alpacache.features import KV_SHAPE, POSE_FIELDS
 from alpacache.gpu.device import has_kernels, keeping_threads, processes_here
 from alpacache.gpu.host_memory import (
     Bytes,
@@ -44,10 +43,7 @@ from alpacache.gpu.host_memory import (
 )
 from cache_store import CorruptSampleError, Prefetcher
 from cache_store.prefetcher import PrefetchedSample
-from cache_store.sample_read import SampleRead
 
-_CHUNKS = "chunks"
-"""Key of what is to be checked on the device, as `SampleRead.unchecked` has it, among the arrays of a sample."""
 _REMEMBERED = 2**18
 """Samples of which the target and the lengths stay in memory after their first use, half a kilobyte each."""
 _SPARE_BYTES = 2**31
@@ -72,21 +68,6 @@ class Batch:
     """Stratum of each sample's driven path."""
     ready: torch.cuda.Event | None
     """The rows hold the prefixes from here on; None on the CPU, where they do already."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Wanted:
-    """One place of the global order, as the prefetcher is asked for it."""
-
-    position: int
-    index: int
-    is_new: bool
-    """Its target and lengths are not known yet, nor its bytes in memory."""
-    ends_batch: bool
-    place: int
-    """In its batch."""
-    targets: BatchTargets
-    """Of its batch."""
 
 
 class BatchRing:
@@ -380,54 +361,6 @@ class BatchRing:
 def samples_ahead(batch_size: int) -> int:
     """How many samples may be between disk and device unless told otherwise."""
     return max(4, 2 * batch_size)
-
-
-class _Source:
-    """What the prefetcher reads from: the stores of a dataset, of each sample what is not known yet."""
-
-    def __init__(self, dataset: CachedDataset, slabs: Slabs | None, *, unchecked: Sequence[str]) -> None:
-        self._dataset, self._slabs, self._unchecked = dataset, slabs, unchecked
-        shape = () if dataset.codec is None else (KV_SHAPE,)
-        self._fields = ("kv", "prefix_len", "start_position", *shape, *POSE_FIELDS)
-        self._size_bytes = lru_cache(maxsize=4096)(dataset.layout.size_bytes)
-
-    def views(self, wanted: _Wanted, buffer: Bytes, fields: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        reader, sample_id = self._dataset.locate(wanted.index)
-        if self._slabs is not None:
-            if not wanted.is_new:
-                return {}
-            buffer = self._slabs.place(reader.buffer_bytes(sample_id, ["kv"]))
-        return reader.views(sample_id, buffer, ["kv"])
-
-    def plan(
-        self, wanted: _Wanted, fields: Sequence[str] | None = None, *, out: Mapping[str, NDArray[Any]] | None = None
-    ) -> SampleRead:
-        reader, sample_id = self._dataset.locate(wanted.index)
-        if not wanted.is_new:
-            if not out:
-                return SampleRead(arrays={}, tasks=[])
-            read = reader.plan(sample_id, ["kv"], out=out, unchecked=self._unchecked, by_record=True)
-            return SampleRead(arrays=_with_chunks(read), tasks=read.tasks)
-        read = reader.plan(sample_id, self._fields, out=out, unchecked=self._unchecked, by_record=True)
-        self._check(sample_id, read.arrays)
-        wanted.targets.add(wanted.place, wanted.index, [read.arrays[name] for name in POSE_FIELDS])
-        return SampleRead(arrays=_with_chunks(read), tasks=read.tasks)
-
-    def _check(self, sample_id: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """The device decodes by the layout and the number of tokens alone: they must be those of the bytes."""
-        tokens = int(arrays["prefix_len"])
-        shape = arrays["kv"].shape if self._dataset.codec is None else tuple(arrays[KV_SHAPE].tolist())
-        expected = self._dataset.layout.shape(tokens)
-        if shape != expected or tokens < 1 or arrays["kv"].nbytes != self._size_bytes(tokens):
-            raise DataError(
-                f"sample {sample_id!r} has keys and values {list(shape)} in {arrays['kv'].nbytes} bytes and "
-                f"{tokens} tokens; with the first sample's layers, heads and channels {list(expected)} is expected. "
-                "Extract it again, or leave its store out."
-            )
-
-
-def _with_chunks(read: SampleRead) -> dict[str, NDArray[Any]]:
-    return read.arrays | ({_CHUNKS: read.unchecked["kv"]} if "kv" in read.unchecked else {})
 
 
 def _slabs(dataset: CachedDataset) -> Slabs:
