@@ -24,11 +24,16 @@ from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import classify
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.gpu.device import enter, resolve_device
+from alpacache.inference.prediction import (
+    Paths,
+    predict_actions,
+    predict_ahead,
+    to_paths,
+)
 from alpacache.interrupt import InterruptGuard
 from alpacache.pictures.birds_eye import birds_eye_png
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.front_view import draw_paths
-from alpacache.prediction import Paths, predict_actions, predict_ahead, to_paths
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.report import write_report
 from alpacache.run_directory import RunDirectory, find_checkpoint, read_trained

@@ -12,8 +12,8 @@ from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.config import EvalConfig, ExtractConfig, TrainConfig
 from alpacache.errors import UsageError
+from alpacache.inference.prediction import predict
 from alpacache.metrics.paths import min_ade
-from alpacache.prediction import predict
 from cache_store import CacheReader
 
 

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache import randomness
-from alpacache.action_sampler import ActionSampler, SampledActions
 from alpacache.alpamayo import ActionExpert
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import CachedSample
 from alpacache.cached_samples.ring import BatchRing
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.flow_matching import sample as sample_flow
+from alpacache.inference.action_sampler import ActionSampler, SampledActions
 
 Paths: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32]]
 _LEAST_BUFFERS = 4

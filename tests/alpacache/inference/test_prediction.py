@@ -7,7 +7,7 @@ import torch
 from alpacache import flow_matching, randomness
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.prediction import predict
+from alpacache.inference.prediction import predict
 
 SETTINGS = {"paths": 3, "flow_steps": 4, "seed": 0}
 

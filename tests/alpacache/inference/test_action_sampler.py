@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import alpacache
-from alpacache import action_sampler
-from alpacache.action_sampler import ActionSampler
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.ring import BatchRing
 from alpacache.config import ExtractConfig
 from alpacache.errors import DataError
 from alpacache.gpu import capture
-from alpacache.prediction import predict_actions, predict_ahead
+from alpacache.inference import action_sampler
+from alpacache.inference.action_sampler import ActionSampler
+from alpacache.inference.prediction import predict_actions, predict_ahead
 
 SETTINGS = {"paths": 3, "flow_steps": 10, "seed": 0}
 INDICES = [4, 0, 3, 1, 2]
@@ -97,7 +97,7 @@ def test_filling_up_is_rounding_and_a_graph_sees_all_that_changes(data, expert, 
             return SimpleNamespace(replay=replay)
 
     expected = one_by_one(expert, data)
-    monkeypatch.setattr("alpacache.prediction.ActionSampler", Fixed)
+    monkeypatch.setattr("alpacache.inference.prediction.ActionSampler", Fixed)
     plain = ahead(expert, data, capture=False)
     assert not captured
     assert (plain - expected).abs().max() < 1e-5

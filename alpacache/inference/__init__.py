@@ -1,0 +1,1 @@
+"""Paths from cached features: flow steps of the expert, as predictions and as one CUDA graph."""
