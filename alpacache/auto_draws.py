@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from alpacache.cached_samples.ring import BatchRing
-from alpacache.gpus import Gpu
-from alpacache.memory_plan import MAX_DRAWS, MemoryPlan, Workload
-from alpacache.stage_times import compute_seconds, optimizer_seconds
+from alpacache.planning.machine import Gpu
+from alpacache.planning.time_model import compute_seconds, optimizer_seconds
+from alpacache.planning.workload import MAX_DRAWS, MemoryPlan, Workload
 
 DELIVERED_BATCHES = 5
 """Read to learn how fast batches come; the first does not count."""

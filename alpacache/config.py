@@ -12,21 +12,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from alpacache.driving.sample import FRONT_CAMERA
 from alpacache.errors import UsageError
+from alpacache.planning.config import Trainable, budget_gib
 from cache_store.kv.codec import CodecName
 
-Trainable = Literal["all", "head", "lora"]
 T = TypeVar("T")
 _LR = {"all": 1e-4, "lora": 5e-4, "head": 1e-3}
-
-
-_IMAGES_AT_ONCE = 32
-"""That `extract` sends through the VLM on a GPU: about 6,000 tokens. With fewer, its kernels take longer to launch than
-to run; more are hardly faster (benchmarks/results)."""
-
-
-def prefill_batch(*, cameras: int, frames: int) -> int:
-    """Samples that `extract` sends through the VLM at once on a GPU, if it is not told: 8 of one camera, 2 of four."""
-    return max(1, _IMAGES_AT_ONCE // (cameras * frames))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,15 +240,6 @@ class EvalConfig:
         for name in ("paths", "flow_steps", "batch_size"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _check(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1")
-
-
-def budget_gib(text: str) -> float:
-    """`24GB` or `24` as 24.0: cards are named by GB and have GiB. Raises `UsageError` for anything else."""
-    number = text.strip().upper().removesuffix("IB").removesuffix("GB").removesuffix("G")
-    try:
-        return float(number)
-    except ValueError:
-        raise UsageError(f"memory_budget is {text!r}; expected a size such as 24GB.") from None
 
 
 def read_toml(path: Path, kind: type[Any]) -> dict[str, Any]:

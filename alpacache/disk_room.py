@@ -11,8 +11,8 @@ from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.cached_samples.features import sample_arrays
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, UsageError
-from alpacache.machine_speed import existing_folder
-from alpacache.planned_sample import PlannedPrompt, sample_bytes
+from alpacache.planning.machine import existing_folder
+from alpacache.planning.sample_size import PlannedPrompt, sample_bytes
 from alpacache.sources.source import Source
 from cache_store.storage.local_files import free_bytes
 from cache_store.storage.storage import is_uri

@@ -160,7 +160,7 @@ def check_gpu_memory() -> Check:
 
     if not torch.cuda.is_available():
         return Check(name="gpu memory", status="warn", found="no GPU", remedy="See gpu.")
-    from alpacache.planning import least_training_bytes
+    from alpacache.planning.plan import least_training_bytes
 
     free, total = torch.cuda.mem_get_info()
     everything, adapters = (least_training_bytes(which) for which in ("all", "lora"))
@@ -218,8 +218,9 @@ def check_page_locking() -> Check:
 
 def check_space(place: str) -> Check:
     """Free space, in samples of the released model."""
-    from alpacache.machine_speed import existing_folder
-    from alpacache.planning import PlanConfig, plan
+    from alpacache.planning.config import PlanConfig
+    from alpacache.planning.machine import existing_folder
+    from alpacache.planning.plan import plan
     from cache_store.storage.local_files import free_bytes
 
     folder = existing_folder(place)
@@ -233,7 +234,7 @@ def check_space(place: str) -> Check:
 
 def check_links(place: str) -> Check:
     """Whether the file system has hard links: a store commits samples by them."""
-    from alpacache.machine_speed import existing_folder
+    from alpacache.planning.machine import existing_folder
 
     folder = existing_folder(place)
     try:
@@ -266,7 +267,7 @@ def check_object_storage(place: str) -> Check:
 
 def check_speed(place: str) -> Check:
     """Durable writes and cold reads of a temporary file."""
-    from alpacache.machine_speed import disk_speed, existing_folder
+    from alpacache.planning.machine import disk_speed, existing_folder
 
     folder = existing_folder(place)
     try:

@@ -26,7 +26,7 @@ from alpacache.cached_samples.features import (
     tail_arrays,
 )
 from alpacache.cached_samples.identity import provenance, store_identity
-from alpacache.config import ExtractConfig, prefill_batch
+from alpacache.config import ExtractConfig
 from alpacache.disk_room import check_room
 from alpacache.driving.sample import SampleRef, sort_cameras
 from alpacache.errors import BadClipError, DataError, DeviceMemoryError, InterruptedRunError, UsageError
@@ -42,6 +42,7 @@ from alpacache.gpu.device import (
 )
 from alpacache.gpu.host_copies import HostCopies
 from alpacache.interrupt import InterruptGuard
+from alpacache.planning.time_model import prefill_batch
 from alpacache.preparation import VLM_DTYPE, Preparation, Prepared, input_builder
 from alpacache.progress import OnProgress, Progress, clock, ignore
 from alpacache.reading_process import ReadingProcesses

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from alpacache.errors import DataError, UsageError
 
 OPTIMIZERS = ("auto", "adamw8", "adamw")
-_BYTES = {"adamw": 4.0, "adamw8": 3.0 + 3 * 2 / 128}
-"""State of a bf16 parameter: two bf16 moments; residual, two codes and three bf16 scales a group of 128."""
 
 Updated: TypeAlias = Callable[[str], None]
 NO_PARTS: Mapping[str, slice] = MappingProxyType({})
@@ -78,11 +76,6 @@ def make_optimizer(
         return AdamW8(parameters, Hyperparameters(betas=betas, weight_decay=weight_decay, eps=eps), parts)
     kind = _FusedAdamW if device.type == "cuda" else _PlainAdamW
     return kind(parameters, betas=betas, weight_decay=weight_decay, eps=eps, parts=parts)
-
-
-def state_bytes(name: str, parameter_count: int) -> int:
-    """About what the state of bf16 parameters takes; `name` as `resolve` gives it."""
-    return round(_BYTES[name] * parameter_count)
 
 
 def copy_into(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

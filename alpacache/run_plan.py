@@ -13,13 +13,15 @@ from alpacache.auto_draws import DELIVERED_BATCHES, choose_draws, delivery_secon
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.order import GlobalOrder, make_groups
 from alpacache.cached_samples.ring import BatchRing
-from alpacache.config import TrainConfig, budget_gib, weighted_stores
+from alpacache.config import TrainConfig, weighted_stores
 from alpacache.distributed.world import World
 from alpacache.driving.strata import TURNS, Turn
 from alpacache.errors import UsageError
-from alpacache.machine_speed import gpu_speed
-from alpacache.memory_plan import MemoryPlan, Workload, allowed_bytes, fastest_plan
 from alpacache.optimizers import resolve
+from alpacache.planning.config import budget_gib
+from alpacache.planning.machine import gpu_speed
+from alpacache.planning.memory_model import allowed_bytes, fastest_plan
+from alpacache.planning.workload import MemoryPlan, Workload
 from cache_store import CorruptSampleError
 
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

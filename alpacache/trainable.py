@@ -49,22 +49,6 @@ def choose_trainable(
     return chosen
 
 
-def trained_counts(shapes: Mapping[str, tuple[int, ...]], which: str, lora_rank: int) -> tuple[int, int]:
-    """Parameters of the expert, and how many of them (or of adapters and head) `choose_trainable` would return.
-
-    `shapes`: of the expert's tensors by their names in the checkpoint.
-    """
-    counts = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(".freqs")}
-    head = sum(count for name, count in counts.items() if name.startswith(_HEAD))
-    linears = [
-        shape
-        for name, shape in shapes.items()
-        if name.startswith("expert.layers.") and name.split(".")[-2] in _LINEARS and name.endswith(".weight")
-    ]
-    adapters = sum(lora_rank * (outputs + inputs) for outputs, inputs in linears)
-    return sum(counts.values()), {"all": sum(counts.values()), "head": head, "lora": head + adapters}[which]
-
-
 def checkpoint_tensors(expert: ActionExpert, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds of a model: the trained tensors and, where there are adapters, their scale.
 

@@ -30,8 +30,8 @@ from alpacache.distributed.world import World, join_world
 from alpacache.ema import WeightAverage
 from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.interrupt import InterruptGuard
-from alpacache.memory_plan import MemoryPlan
 from alpacache.optimizers import make_optimizer
+from alpacache.planning.workload import MemoryPlan
 from alpacache.prefix.layers_ahead import LEAST_DECODED
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint

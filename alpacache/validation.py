@@ -13,8 +13,8 @@ from alpacache.config import TrainConfig
 from alpacache.distributed.world import World
 from alpacache.driving.strata import classify
 from alpacache.inference.prediction import predict
-from alpacache.memory_plan import VAL_BATCH
 from alpacache.metrics.paths import min_ade
+from alpacache.planning.workload import VAL_BATCH
 from alpacache.train_step import flow_loss
 
 _DRAWS = 4

@@ -40,9 +40,10 @@ from benchmark_report import arguments, finish, hardware_name
 from alpacache import extraction
 from alpacache.alpamayo import Checkpoint, FrozenVLM, PrefixFeatures
 from alpacache.alpamayo.inputs import VLMInputs
-from alpacache.config import ExtractConfig, prefill_batch
+from alpacache.config import ExtractConfig
 from alpacache.driving.sample import SampleRef
 from alpacache.gpu.device import one_thread_each
+from alpacache.planning.time_model import prefill_batch
 from alpacache.preparation import Prepared, input_builder
 from alpacache.sources import open_source
 from alpacache.sources.selection import select

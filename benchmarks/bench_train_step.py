@@ -26,8 +26,9 @@ from alpacache.alpamayo.expert import ActionExpert
 from alpacache.cached_samples.ring import Batch
 from alpacache.distributed.sharded_update import SharedUpdate
 from alpacache.distributed.world import World
-from alpacache.memory_plan import Workload, memory_plan, with_room_used
 from alpacache.optimizers import make_optimizer, resolve
+from alpacache.planning.memory_model import memory_plan, with_room_used
+from alpacache.planning.workload import Workload
 from alpacache.prefix import codecs
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.packed import PackedPrefixes

@@ -7,7 +7,7 @@ import typer
 from cli import options, output
 
 if TYPE_CHECKING:
-    from alpacache.planning import Plan
+    from alpacache.planning.plan import Plan
 
 _SHOWN_BYTES = 10_000
 
@@ -47,8 +47,8 @@ def plan(
 
     Example: `alpacache plan --samples 1000 --codec int8 --epochs 10 --batch-size 4 --gpu 4090 --memory-budget 24GB`
     """
-    from alpacache.planning import PlanConfig
-    from alpacache.planning import plan as run
+    from alpacache.planning.config import PlanConfig
+    from alpacache.planning.plan import plan as run
     from cache_store.kv.codec import CodecName
 
     config = PlanConfig(

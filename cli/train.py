@@ -9,7 +9,7 @@ import typer
 from cli import options, output
 
 if TYPE_CHECKING:
-    from alpacache.memory_plan import MemoryPlan
+    from alpacache.planning.workload import MemoryPlan
 
 
 def train(

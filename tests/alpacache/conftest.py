@@ -15,7 +15,7 @@ from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.cached_samples.features import store_fields, to_arrays
 from alpacache.cached_samples.identity import store_identity
 from alpacache.driving.sample import SampleRef
-from alpacache.memory_plan import Workload
+from alpacache.planning.workload import Workload
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.sources import open_source
 from cache_store import CODECS, CacheWriter

@@ -9,9 +9,10 @@ import huggingface_hub.errors
 import pytest
 import torch
 
-from alpacache import doctor, machine_speed
+from alpacache import doctor
 from alpacache.doctor import diagnose
 from alpacache.gpu import host_memory
+from alpacache.planning import machine as machine_speed
 
 GIB = 2**30
 

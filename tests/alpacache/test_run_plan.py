@@ -14,7 +14,7 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.config import ExtractConfig, TrainConfig
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
-from alpacache.memory_plan import memory_plan
+from alpacache.planning.memory_model import memory_plan
 from alpacache.run_directory import RunDirectory
 from cache_store import CacheReader, CorruptSampleError
 

@@ -13,7 +13,7 @@ from alpacache.alpamayo.geometry import RELEASED, Geometry
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.alpamayo.safetensors_header import read_header
 from alpacache.errors import CheckpointError
-from alpacache.trainable import trained_counts
+from alpacache.planning.workload import trained_counts
 
 
 def test_of_a_checkpoint(tiny_checkpoint):

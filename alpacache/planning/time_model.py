@@ -10,10 +10,21 @@ import math
 from typing import TYPE_CHECKING
 
 from alpacache.driving.sample import FUTURE_STEPS
-from alpacache.gpus import GPUS, MEASURED, Gpu
+from alpacache.planning.machine import GPUS, MEASURED, Gpu
 
 if TYPE_CHECKING:
-    from alpacache.memory_plan import MemoryPlan, Workload
+    from alpacache.planning.workload import MemoryPlan, Workload
+
+
+_IMAGES_AT_ONCE = 32
+"""That `extract` sends through the VLM on a GPU: about 6,000 tokens. With fewer, its kernels take longer to launch than
+to run; more are hardly faster (benchmarks/results)."""
+
+
+def prefill_batch(*, cameras: int, frames: int) -> int:
+    """Samples that `extract` sends through the VLM at once on a GPU, if it is not told: 8 of one camera, 2 of four."""
+    return max(1, _IMAGES_AT_ONCE // (cameras * frames))
+
 
 RELEASED_VLM, RELEASED_EXPERT = 8.8e9, 2.279e9
 """Parameters of the models that were measured."""

@@ -2,8 +2,8 @@
 
 import pytest
 
-from alpacache import machine_speed
-from alpacache.machine_speed import disk_speed, existing_folder
+from alpacache.planning import machine as machine_speed
+from alpacache.planning.machine import disk_speed, existing_folder
 
 
 def test_rates_of_a_disk(tmp_path, monkeypatch):

@@ -5,29 +5,17 @@ share their memory, unless gradients of an earlier micro-batch are there already
 on an H100 (`benchmarks/results/`); everything else is counted.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import replace
 
 from alpacache.cached_samples.ring import samples_ahead
 from alpacache.driving.sample import FUTURE_STEPS
 from alpacache.errors import UsageError
-from alpacache.gpus import GPUS, MEASURED
-from alpacache.optimizers import state_bytes
+from alpacache.planning.machine import GPUS, MEASURED
+from alpacache.planning.time_model import compute_seconds
+from alpacache.planning.workload import _BF16, CONTEXT_BYTES, VAL_BATCH, MemoryPlan, Workload, state_bytes
 from alpacache.prefix.layers_ahead import LEAST_DECODED
-from alpacache.prefix.layout import PrefixLayout
-from alpacache.stage_times import compute_seconds
-from alpacache.trainable import trained_counts
 
-VAL_BATCH = 2
-"""Samples of a validation batch: enough to keep a GPU busy, few enough not to be what decides on the memory."""
-MAX_DRAWS = 8
-"""More draws of one sample tell next to nothing new."""
-CONTEXT_BYTES = 2**29
-"""CUDA's own, outside the allocator: why a budget of 24GB is a cap of 23.5 GiB."""
-_GATE = ".mlp.gate_proj.weight"
-"""Of every layer one: `[intermediate, hidden]`."""
-_BF16 = 2
 _SAVED = {("all", False): (44, 8), ("all", True): (21, 6), ("lora", False): (30, 8), ("lora", True): (19, 6)}
 """What is trained, whether layers are compiled -> bytes that a token keeps in a layer for the backward, in parts of the
 hidden and of the intermediate size (measured; `head` is like `all`)."""
@@ -42,108 +30,6 @@ _MARGIN = 0.03
 _ROOM, _MOST_MORE = 0.06, 1 / 7
 """Decoded layers beyond the least leave that part of the cap, and take no more than that part of everything else: they
 make a step some 3 % shorter, and a run that needs little of a card should stay so."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """What is trained, on what, as far as memory depends on it."""
-
-    parameters: int
-    """Of expert and projections."""
-    trained: int
-    """Of them, or of the adapters and the head."""
-    layers: int
-    hidden: int
-    intermediate: int
-    layout: PrefixLayout
-    longest: int
-    """Tokens of the longest prefix."""
-    batch_size: int
-    trainable: str
-    optimizer: str
-    """As `optimizers.resolve` gives it."""
-    compiled: bool
-    validates: bool
-    pinned_bytes: int | None = None
-    """Of samples kept in host memory; None: only the ring's."""
-
-    @classmethod
-    def of(
-        cls,
-        shapes: Mapping[str, tuple[int, ...]],
-        layout: PrefixLayout,
-        longest: int,
-        *,
-        trainable: str,
-        lora_rank: int,
-        **rest: Any,
-    ) -> "Workload":
-        """`shapes`: of the tensors of expert and projections, by name in the checkpoint."""
-        parameters, trained = trained_counts(shapes, trainable, lora_rank)
-        gates = [shape for name, shape in shapes.items() if name.endswith(_GATE)]
-        intermediate, hidden = gates[0]
-        return cls(
-            parameters=parameters,
-            trained=trained,
-            layers=len(gates),
-            hidden=hidden,
-            intermediate=intermediate,
-            layout=layout,
-            longest=longest,
-            trainable=trainable,
-            **rest,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPlan:
-    """Bytes, and the settings they are for."""
-
-    micro_batch: int
-    checkpointing: bool
-    draws: int
-    decoded_layers: int
-    """Of a micro-batch, kept decoded: what there is room for need not be decoded again for the backward."""
-    weights: int
-    gradients: int
-    moments: int
-    prefixes: int
-    """Two batches of stored samples."""
-    decoding: int
-    """The decoded layers."""
-    activations: int
-    shared: int
-    """Of gradients and activations, what is first the one and then the other."""
-    validation: int
-    workspace: int
-    pinned: int
-    """Page-locked host memory."""
-
-    @property
-    def device_bytes(self) -> int:
-        """Peak of what the allocator will have reserved."""
-        parts = self.weights + self.gradients + self.moments + self.prefixes + self.decoding
-        return parts + self.activations - self.shared + self.validation + self.workspace
-
-    def device_table(self) -> list[tuple[str, int]]:
-        """What `device_bytes` is made of, and it: what, bytes."""
-        return [
-            ("weights", self.weights),
-            ("gradients", self.gradients),
-            ("moments", self.moments),
-            ("prefix buffers", self.prefixes),
-            ("decoded layers", self.decoding),
-            ("activations", self.activations),
-            ("activations' memory that gradients use again", -self.shared),
-            ("validation", self.validation),
-            ("workspace", self.workspace),
-            ("sum, to be reserved", self.device_bytes),
-        ]
-
-    def table(self) -> list[tuple[str, int]]:
-        """Lines of the table: what, bytes."""
-        beside = [("CUDA context, beside it", CONTEXT_BYTES), ("pinned host memory", self.pinned)]
-        return [*self.device_table(), *beside]
 
 
 def allowed_bytes(card_gib: float) -> int:

@@ -15,15 +15,29 @@ import torch
 from alpacache.alpamayo import Checkpoint, PrefixLayout
 from alpacache.alpamayo.geometry import RELEASED, Geometry
 from alpacache.alpamayo.rollout import MAX_TOKENS
-from alpacache.config import Trainable, budget_gib, prefill_batch
-from alpacache.driving.sample import FRONT_CAMERA, sort_cameras
+from alpacache.driving.sample import sort_cameras
 from alpacache.errors import UsageError
-from alpacache.gpus import GPUS, MEASURED, Gpu, gpu_named
-from alpacache.machine_speed import disk_speed, existing_folder, gpu_speed
-from alpacache.memory_plan import MemoryPlan, Workload, allowed_bytes, fastest_plan, memory_plan
 from alpacache.optimizers import resolve
-from alpacache.planned_sample import planned_prompt, sample_bytes
-from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds, reading_seconds
+from alpacache.planning.config import PlanConfig, Trainable, budget_gib
+from alpacache.planning.machine import (
+    GPUS,
+    MEASURED,
+    Gpu,
+    disk_speed,
+    existing_folder,
+    gpu_named,
+    gpu_speed,
+)
+from alpacache.planning.memory_model import allowed_bytes, fastest_plan, memory_plan
+from alpacache.planning.sample_size import planned_prompt, sample_bytes
+from alpacache.planning.time_model import (
+    compute_seconds,
+    optimizer_seconds,
+    prefill_batch,
+    prefill_seconds,
+    reading_seconds,
+)
+from alpacache.planning.workload import MemoryPlan, Workload
 from cache_store import CODECS
 from cache_store.kv.codec import CodecName
 from cache_store.storage.local_files import free_bytes
@@ -34,60 +48,6 @@ READ_BYTES_S, WRITE_BYTES_S = 1.5e9, 1.0e9
 CORES = 16
 """Of the CPU beside the GPU that was measured; assumed unless this machine is probed."""
 _BF16_BYTES = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanConfig:
-    """What is asked. Fields are `extract`'s and `train`'s of the same names."""
-
-    samples: int
-    views: int = 1
-    model: str | None = None
-    """None: the released sizes."""
-    cameras: tuple[str, ...] = (FRONT_CAMERA,)
-    frames: int = 4
-    picture: tuple[int, int] = (1080, 1920)
-    """Height and width of the recordings."""
-    codec: CodecName = "bf16"
-    hidden_states: Literal["last", "none"] = "last"
-    reasoning: Literal["none", "rollout"] = "none"
-    rollouts: int = 6
-    batch_size: int = 8
-    draws: int = 1
-    epochs: float = 3.0
-    trainable: Trainable = "all"
-    lora_rank: int = 16
-    memory_budget: str | None = None
-    """None: all of the GPU's."""
-    store: str | None = None
-    """Where free space and, with `probe`, the disk's speed are looked up."""
-    gpu: str = MEASURED
-    """A key of `gpus.GPUS`."""
-    probe: bool = False
-    """Measure the disk, and the GPU if there is one, and count CPU cores, instead of assuming."""
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "views", "rollouts", "batch_size", "draws", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        if max(self.picture) > 200 * min(self.picture):
-            raise UsageError(f"picture is {self.picture}; expected height and width of at most 1 to 200.")
-        if not 1 <= self.frames <= 4:
-            raise UsageError(f"frames is {self.frames}; expected 1 to 4.")
-        if not self.epochs > 0:
-            raise UsageError(f"epochs is {self.epochs}; expected above 0.")
-        if self.memory_budget is not None and budget_gib(self.memory_budget) <= 0.5:
-            raise UsageError(f"memory_budget is {self.memory_budget}; expected a size such as 24GB.")
-
-    @property
-    def stored(self) -> int:
-        """Samples in the store, each view one."""
-        return self.samples * self.views
-
-    @property
-    def tails(self) -> int:
-        """Reasoning rollouts that each is stored with."""
-        return self.rollouts if self.reasoning == "rollout" else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

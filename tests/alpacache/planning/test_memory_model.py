@@ -14,8 +14,9 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.config import ExtractConfig, TrainConfig
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
-from alpacache.gpus import GPUS
-from alpacache.memory_plan import Workload, fastest_plan, memory_plan
+from alpacache.planning.machine import GPUS
+from alpacache.planning.memory_model import fastest_plan, memory_plan
+from alpacache.planning.workload import Workload
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.trainable import choose_trainable
 

@@ -3,15 +3,16 @@
 import pytest
 
 import alpacache
-from alpacache import planning
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.geometry import Geometry
 from alpacache.config import ExtractConfig
 from alpacache.driving.sample import CAMERAS, SampleRef, sort_cameras
 from alpacache.errors import UsageError
-from alpacache.machine_speed import DiskSpeed
-from alpacache.planned_sample import planned_prompt, sample_bytes
-from alpacache.planning import PlanConfig, plan
+from alpacache.planning import plan as planning
+from alpacache.planning.config import PlanConfig
+from alpacache.planning.machine import DiskSpeed
+from alpacache.planning.plan import plan
+from alpacache.planning.sample_size import planned_prompt, sample_bytes
 from cache_store import CacheReader, info
 
 FOUR = tuple(CAMERAS[index] for index in (0, 1, 2, 6))

@@ -6,9 +6,14 @@ from functools import partial
 import pytest
 
 from alpacache.errors import UsageError
-from alpacache.gpus import GPUS, gpu_named
-from alpacache.memory_plan import memory_plan
-from alpacache.stage_times import compute_seconds, optimizer_seconds, prefill_seconds, reading_seconds
+from alpacache.planning.machine import GPUS, gpu_named
+from alpacache.planning.memory_model import memory_plan
+from alpacache.planning.time_model import (
+    compute_seconds,
+    optimizer_seconds,
+    prefill_seconds,
+    reading_seconds,
+)
 
 H100 = GPUS["h100"]
 FASTER_MS = 3.7

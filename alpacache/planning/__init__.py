@@ -1,0 +1,1 @@
+"""Bytes, memory and time before they are spent."""
