@@ -8,7 +8,7 @@ import typer
 from cli import options, output
 
 if TYPE_CHECKING:
-    from alpacache.source_check import SourceReport
+    from alpacache.checks.source import SourceReport
 
 FAILED, QUARANTINED = 1, 3
 SHEET, REPORT = "contact_sheet.png", "check.json"
@@ -36,8 +36,8 @@ def check(
 
     Example: `alpacache check folder:my_drives --out check`
     """
-    from alpacache.contact_sheet import contact_sheet_png
-    from alpacache.source_check import check_source
+    from alpacache.checks.contact_sheet import contact_sheet_png
+    from alpacache.checks.source import check_source
     from alpacache.sources import open_source
 
     names = options.camera_names(cameras)
@@ -71,7 +71,7 @@ def check(
 
 
 def _record(report: "SourceReport") -> dict[str, Any]:
-    from alpacache.source_check import MEANINGS
+    from alpacache.checks.source import MEANINGS
 
     return {
         "ok": report.ok,
@@ -100,7 +100,7 @@ def _make_directory(out: str) -> Path:
 
 
 def _print(report: "SourceReport", out: str | None) -> None:
-    from alpacache.source_check import MEANINGS
+    from alpacache.checks.source import MEANINGS
 
     output.print_table("check", [[check.status, check.name, check.found] for check in report.checks])
     steps = [

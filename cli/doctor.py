@@ -20,7 +20,7 @@ def doctor(
 
     Example: `alpacache doctor --store cache/train --model nvidia/Alpamayo-R1-10B`
     """
-    from alpacache.doctor import diagnose
+    from alpacache.checks.machine import diagnose
 
     report = diagnose(store=store, model=model)
     if json:

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from alpacache.checks.source import check_source
 from alpacache.driving.sample import FRONT_CAMERA
-from alpacache.source_check import check_source
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.synthetic import SyntheticSource
 

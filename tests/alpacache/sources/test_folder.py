@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from alpacache.checks.recordings import read_recording
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, SourceError
-from alpacache.recording import read_recording
 from alpacache.sources.folder import FolderSource, join_cameras
 from alpacache.sources.selection import select
 from alpacache.sources.source import RecordedSource

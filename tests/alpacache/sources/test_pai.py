@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from alpacache.checks.recordings import read_recording
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
-from alpacache.recording import read_recording
 from alpacache.sources import open_source
 from alpacache.sources.pai import PhysicalAiSource, open_tree
 from alpacache.sources.pai_cache import LinkedCache, explain_hub_error

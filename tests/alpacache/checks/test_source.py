@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from alpacache.checks.axes import judge_axes, judge_rotations, judge_speed
+from alpacache.checks.motion import motion_of
+from alpacache.checks.recordings import check_poses
+from alpacache.checks.source import MEANINGS, check_source
 from alpacache.driving.poses import Track
 from alpacache.driving.sample import FRONT_CAMERA
 from alpacache.errors import SourceError, UsageError
-from alpacache.motion import motion_of
-from alpacache.motion_checks import judge_axes, judge_rotations, judge_speed
-from alpacache.recording_checks import check_poses
-from alpacache.source_check import MEANINGS, check_source
 from alpacache.sources import open_source
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.prepared_writer import prepare

@@ -3,12 +3,13 @@
 A wrong unit of time is put right before anything else is judged, so that one mistake is named once.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.checks import Check, Status
+from alpacache.checks.check import Check, Status
 from alpacache.driving.poses import (
     MAX_GAP_US,
     MAX_SPEED_MPS,
@@ -16,9 +17,49 @@ from alpacache.driving.poses import (
     QUATERNION_NORM_SLACK,
     Track,
 )
-from alpacache.driving.sample import FRAME_STEP_US
+from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample
 from alpacache.driving.strata import Floats
-from alpacache.recording import Recording
+from alpacache.errors import BadClipError
+from alpacache.sources.source import RecordedSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """One clip; vehicle to world."""
+
+    track: Track
+    frame_times_us: Mapping[str, NDArray[np.int64]]
+    """Per camera that the clip has."""
+    missing: Mapping[str, str]
+    """Camera that it has not, and why."""
+
+
+def read_recording(source: RecordedSource, clip_id: str, cameras: Sequence[str]) -> Recording:
+    """Raises `BadClipError` where there are no readable poses."""
+    found: dict[str, NDArray[np.int64]] = {}
+    missing = {}
+    for camera in cameras:
+        try:
+            found[camera] = source.frame_times_us(clip_id, camera)
+        except BadClipError as error:
+            missing[camera] = str(error)
+    return Recording(track=source.track(clip_id), frame_times_us=found, missing=missing)
+
+
+def recording_of(sample: Sample) -> Recording:
+    """The 8 s that a sample holds, in its ego frame: all there is of a prepared dataset."""
+    from scipy.spatial.transform import Rotation
+
+    times = sample.ref.t0_us + STEP_US * np.arange(1 - HISTORY_STEPS, FUTURE_STEPS + 1, dtype=np.int64)
+    rot = np.concatenate([sample.history_rot, sample.future_rot]).astype(np.float64)
+    track = Track(
+        timestamps_us=times,
+        xyz=np.concatenate([sample.history_xyz, sample.future_xyz]).astype(np.float64),
+        quaternion_xyzw=Rotation.from_matrix(rot).as_quat(),
+    )
+    stamps = dict(zip(sample.cameras, sample.frame_timestamps_us, strict=True))
+    return Recording(track=track, frame_times_us=stamps, missing={})
+
 
 JUMP_M = 1.0
 """Least step off the course of the neighbouring poses that is a jump; localisation noise is centimetres."""

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from alpacache.checks import Check
+from alpacache.checks.check import Check
 
 PYTHON = (3, 11)
 SHOWN = ("torch", "transformers", "zarr", "numcodecs")

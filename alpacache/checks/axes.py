@@ -11,10 +11,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.checks import Check
+from alpacache.checks.check import Check
+from alpacache.checks.motion import (
+    TURNING_RADPS,
+    Motion,
+    concentration,
+    motion_of,
+    wrapped,
+)
 from alpacache.driving.poses import Track
 from alpacache.driving.strata import Floats
-from alpacache.motion import TURNING_RADPS, Motion, concentration, motion_of, wrapped
 
 ALIGNED_RAD = float(np.deg2rad(25.0))
 """A vehicle's reference point in front of its rear axle goes a few degrees sideways in tight turns."""

@@ -9,8 +9,8 @@ import huggingface_hub.errors
 import pytest
 import torch
 
-from alpacache import doctor
-from alpacache.doctor import diagnose
+from alpacache.checks import machine as doctor
+from alpacache.checks.machine import diagnose
 from alpacache.gpu import host_memory
 from alpacache.planning import machine as machine_speed
 

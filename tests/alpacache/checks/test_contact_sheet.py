@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alpacache.contact_sheet import contact_sheet_png
+from alpacache.checks.contact_sheet import contact_sheet_png
 from alpacache.driving.sample import FRONT_CAMERA, SampleRef
 from alpacache.sources.synthetic import SyntheticSource
 

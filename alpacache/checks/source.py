@@ -14,8 +14,32 @@ from typing import Literal
 
 import numpy as np
 
-from alpacache.checks import Check, Status
-from alpacache.contact_sheet import CLIPS
+from alpacache.checks.axes import (
+    judge_axes,
+    judge_rotations,
+    judge_speed,
+    judge_standing,
+)
+from alpacache.checks.check import Check, Status
+from alpacache.checks.contact_sheet import CLIPS
+from alpacache.checks.motion import Motion, motion_of
+from alpacache.checks.pictures import (
+    Turn,
+    judge_mirrored,
+    judge_pictures,
+    turns_of_clip,
+    turns_of_sample,
+)
+from alpacache.checks.recordings import (
+    Recording,
+    check_finite,
+    check_frames,
+    check_poses,
+    check_times,
+    in_microseconds,
+    read_recording,
+    recording_of,
+)
 from alpacache.driving.poses import Track
 from alpacache.driving.sample import (
     FRONT_CAMERA,
@@ -25,18 +49,7 @@ from alpacache.driving.sample import (
 )
 from alpacache.driving.strata import STRATA, classify
 from alpacache.errors import BadClipError
-from alpacache.motion import Motion, motion_of
-from alpacache.motion_checks import judge_axes, judge_rotations, judge_speed, judge_standing
-from alpacache.picture_checks import Turn, judge_mirrored, judge_pictures, turns_of_clip, turns_of_sample
 from alpacache.progress import OnProgress, Progress
-from alpacache.recording import Recording, read_recording, recording_of
-from alpacache.recording_checks import (
-    check_finite,
-    check_frames,
-    check_poses,
-    check_times,
-    in_microseconds,
-)
 from alpacache.sources.selection import select
 from alpacache.sources.source import RecordedSource, Source
 
