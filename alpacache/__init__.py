@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "export", "extract", "probe", "train"]
 
 _HOMES = {
-    "extract": "alpacache.extraction",
+    "extract": "alpacache.extraction.extract",
     "train": "alpacache.training",
     "evaluate": "alpacache.evaluation",
     "export": "alpacache.exporting",

@@ -115,9 +115,9 @@ def grouped_int4(kv: Tensor) -> Tensor:
 
 
 def demo_model_and_store(folder: Path) -> tuple[Path, Path]:
-    from alpacache.config import ExtractConfig
     from alpacache.demo.story import make_demo_checkpoint
-    from alpacache.extraction import extract
+    from alpacache.extraction.config import ExtractConfig
+    from alpacache.extraction.extract import extract
 
     model, store = make_demo_checkpoint(folder / "model"), folder / "store"
     extract(ExtractConfig(source="synthetic:8", model=str(model), store=str(store), frames=1))

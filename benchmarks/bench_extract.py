@@ -37,14 +37,14 @@ import torch
 from bench_store_write import raw
 from benchmark_report import arguments, finish, hardware_name
 
-from alpacache import extraction
 from alpacache.alpamayo import Checkpoint, FrozenVLM, PrefixFeatures
 from alpacache.alpamayo.inputs import VLMInputs
-from alpacache.config import ExtractConfig
 from alpacache.driving.sample import SampleRef
+from alpacache.extraction import extract as extraction
+from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.preparation import Prepared, input_builder
 from alpacache.gpu.device import one_thread_each
 from alpacache.planning.time_model import prefill_batch
-from alpacache.preparation import Prepared, input_builder
 from alpacache.sources import open_source
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource

@@ -29,8 +29,8 @@ import torch
 from benchmark_report import arguments, finish, hardware_name
 from drills import call
 
-from alpacache.config import ExtractConfig
-from alpacache.extraction import default_workers
+from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.extract import default_workers
 from alpacache.planning.time_model import prefill_batch
 from alpacache.sources import open_source
 from alpacache.sources.selection import select

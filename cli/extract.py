@@ -65,7 +65,7 @@ def extract(
 
     Pilot: add `--samples 10`.
     """
-    from alpacache.config import ExtractConfig
+    from alpacache.extraction.config import ExtractConfig
     from cache_store.kv.codec import CodecName
 
     config = ExtractConfig(
@@ -97,7 +97,7 @@ def extract(
     )
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with output.show_progress("extract", quiet=rank > 0) as on_progress:
-        from alpacache.extraction import extract as run
+        from alpacache.extraction.extract import extract as run
 
         report = run(config, on_progress=on_progress)
     if rank > 0:

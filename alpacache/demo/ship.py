@@ -16,7 +16,7 @@ from alpacache.config import TrainConfig
 from alpacache.demo.pretrain import SEED, pretrain
 from alpacache.demo.story import WEIGHTS, extraction, overlay
 from alpacache.driving.sample import FRONT_CAMERA
-from alpacache.extraction import extract
+from alpacache.extraction.extract import extract
 from alpacache.sources.prepared_writer import prepare
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource

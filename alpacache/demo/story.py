@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.config import EvalConfig, ExtractConfig, TrainConfig
+from alpacache.config import EvalConfig, TrainConfig
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import UsageError
 from alpacache.evaluation import EvalReport, evaluate
-from alpacache.extraction import extract
+from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.extract import extract
 from alpacache.progress import OnProgress
 from alpacache.sources.synthetic import SyntheticSource
 from alpacache.training import TrainReport, train

@@ -6,7 +6,6 @@ import pytest
 
 from alpacache.config import (
     EvalConfig,
-    ExtractConfig,
     TrainConfig,
     make,
     read_toml,
@@ -14,6 +13,7 @@ from alpacache.config import (
     weighted_stores,
 )
 from alpacache.errors import UsageError
+from alpacache.extraction.config import ExtractConfig
 from cache_store import CODECS
 from cache_store.kv.codec import CodecName
 

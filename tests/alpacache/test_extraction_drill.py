@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import alpacache
-from alpacache.config import ExtractConfig
-from alpacache.extraction import extract
+from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.extract import extract
 from cache_store import CacheReader, verify
 
 
@@ -25,7 +25,7 @@ def config(checkpoint, store, **changes):
 def crew():
     """Starts a worker a call; those that are left are ended."""
     context, started = multiprocessing.get_context("forkserver"), []
-    context.set_forkserver_preload(["alpacache.extraction"])
+    context.set_forkserver_preload(["alpacache.extraction.extract"])
 
     def start(settings):
         worker = context.Process(target=extract, args=(settings,))

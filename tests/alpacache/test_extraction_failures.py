@@ -16,13 +16,14 @@ import pytest
 import torch
 
 import alpacache
-from alpacache import extraction, store_count
 from alpacache.alpamayo import FrozenVLM
-from alpacache.config import ExtractConfig
 from alpacache.driving.sample import FRONT_CAMERA, SampleRef
 from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, UsageError
-from alpacache.extraction_pipeline import SPARE_COPIES
-from alpacache.preparation import Preparation
+from alpacache.extraction import extract as extraction
+from alpacache.extraction import progress as store_count
+from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.pipeline import SPARE_COPIES
+from alpacache.extraction.preparation import Preparation
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.synthetic import SyntheticSource
 from benchmarks.pai_tree import encode_h264

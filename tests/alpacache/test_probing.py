@@ -10,9 +10,10 @@ import torch
 import alpacache
 from alpacache import probe_features
 from alpacache.cached_samples.features import from_bf16_bits
-from alpacache.config import ExtractConfig, ProbeConfig
+from alpacache.config import ProbeConfig
 from alpacache.driving.strata import LATE_CURVE, classify
 from alpacache.errors import UsageError
+from alpacache.extraction.config import ExtractConfig
 from alpacache.metrics.bootstrap import Interval
 from alpacache.probe_features import (
     CURVATURE,

@@ -26,9 +26,10 @@ import alpacache
 from alpacache import training
 from alpacache.cached_samples.order import GlobalOrder
 from alpacache.cached_samples.ring import BatchRing
-from alpacache.config import ExtractConfig, TrainConfig
+from alpacache.config import TrainConfig
 from alpacache.distributed.world import World
 from alpacache.errors import DataError, NonFiniteError, UsageError
+from alpacache.extraction.config import ExtractConfig
 from alpacache.gpu import checksum as gpu_checksum
 from alpacache.run_directory import RunDirectory, read_checkpoint, read_trained
 from alpacache.training import learning_rate

@@ -10,8 +10,9 @@ from alpacache.alpamayo import Checkpoint, load_vlm
 from alpacache.alpamayo.geometry import Geometry
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.config import EvalConfig, ExportConfig, ExtractConfig, TrainConfig
+from alpacache.config import EvalConfig, ExportConfig, TrainConfig
 from alpacache.errors import CheckpointError, UsageError
+from alpacache.extraction.config import ExtractConfig
 from cache_store import CacheReader, IdentityMismatchError
 
 SAMPLE = "synthetic-0-000000@5100000#0"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache.config import ExtractConfig
 from alpacache.driving.sample import CAMERAS
+from alpacache.extraction.config import ExtractConfig
 from alpacache.sources import open_source
 from alpacache.sources.selection import select
 

@@ -15,10 +15,10 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.prompt import CAMERA_TITLES
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.config import ExtractConfig
 from alpacache.driving.sample import CAMERAS, SampleRef
 from alpacache.errors import BadClipError, UsageError
-from alpacache.extraction import share
+from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.extract import share
 from alpacache.gpu.device import own_device
 from alpacache.sources import open_source
 from alpacache.sources.synthetic import SyntheticSource

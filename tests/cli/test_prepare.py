@@ -8,8 +8,8 @@ import pytest
 from datasets import load_from_disk
 
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.config import ExtractConfig
-from alpacache.extraction import extract
+from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.extract import extract
 from alpacache.sources.synthetic import SyntheticSource
 from benchmarks.pai_tree import write_tree
 from cache_store import CacheReader

@@ -5,9 +5,9 @@ import pytest
 import alpacache
 from alpacache.alpamayo import Checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.config import ExtractConfig
 from alpacache.driving.strata import classify
 from alpacache.errors import UsageError
+from alpacache.extraction.config import ExtractConfig
 from cache_store import CODECS
 
 

@@ -13,9 +13,9 @@ from alpacache.cached_samples import ring as batches
 from alpacache.cached_samples.dataset import CachedDataset, target
 from alpacache.cached_samples.order import GlobalOrder
 from alpacache.cached_samples.ring import BatchRing
-from alpacache.config import ExtractConfig
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.errors import DataError, UsageError
+from alpacache.extraction.config import ExtractConfig
 from alpacache.prefix.packed import PackedPrefixes, pack
 from cache_store import CorruptSampleError
 

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import alpacache
-from alpacache.config import ExtractConfig, TrainConfig
+from alpacache.config import TrainConfig
 from alpacache.distributed.world import World, join_world
 from alpacache.errors import LostProcessError, ProcessGroupError, UsageError
+from alpacache.extraction.config import ExtractConfig
 from alpacache.run_directory import RunDirectory
 from cache_store import CacheReader
 

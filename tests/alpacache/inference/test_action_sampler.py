@@ -9,8 +9,8 @@ import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.ring import BatchRing
-from alpacache.config import ExtractConfig
 from alpacache.errors import DataError
+from alpacache.extraction.config import ExtractConfig
 from alpacache.gpu import capture
 from alpacache.inference import action_sampler
 from alpacache.inference.action_sampler import ActionSampler

@@ -11,9 +11,10 @@ from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.alpamayo.geometry import EXPERT_PARTS
 from alpacache.auto_draws import choose_draws
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.config import ExtractConfig, TrainConfig
+from alpacache.config import TrainConfig
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
+from alpacache.extraction.config import ExtractConfig
 from alpacache.planning.machine import GPUS
 from alpacache.planning.memory_model import fastest_plan, memory_plan
 from alpacache.planning.workload import Workload

@@ -5,9 +5,9 @@ import pytest
 import alpacache
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.geometry import Geometry
-from alpacache.config import ExtractConfig
 from alpacache.driving.sample import CAMERAS, SampleRef, sort_cameras
 from alpacache.errors import UsageError
+from alpacache.extraction.config import ExtractConfig
 from alpacache.planning import plan as planning
 from alpacache.planning.config import PlanConfig
 from alpacache.planning.machine import DiskSpeed

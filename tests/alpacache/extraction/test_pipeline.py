@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache.extraction_pipeline import Waits, Writers, groups, read_ahead
+from alpacache.extraction.pipeline import (
+    Waits,
+    Writers,
+    groups,
+    read_ahead,
+)
 from alpacache.gpu.host_copies import HostCopies
 from cache_store import CacheReader, CacheWriter, Field, StoreFullError
 

@@ -18,9 +18,9 @@ from alpacache.alpamayo import Checkpoint, EncodedPrefix, load_expert, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.cached_samples.dataset import CachedDataset, target
-from alpacache.config import ExtractConfig
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, UsageError
+from alpacache.extraction.config import ExtractConfig
 from alpacache.sources import open_source
 from cache_store import (
     CODECS,

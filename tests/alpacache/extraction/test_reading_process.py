@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import alpacache
-from alpacache import extraction
-from alpacache.config import ExtractConfig
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, SourceError
-from alpacache.preparation import Preparation
-from alpacache.reading_process import ReadingProcesses
+from alpacache.extraction import extract as extraction
+from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.preparation import Preparation
+from alpacache.extraction.reading_process import ReadingProcesses
 from cache_store import CacheReader
 
 REFS = [SampleRef(clip_id=f"synthetic-0-{number:06d}", t0_us=5_100_000, view=number % 2) for number in range(4)]

@@ -8,8 +8,8 @@ import torch
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.cached_samples.features import sample_arrays
-from alpacache.config import ExtractConfig
 from alpacache.driving.sample import SampleRef, sort_cameras
+from alpacache.extraction.config import ExtractConfig
 from alpacache.sources import open_source
 from alpacache.sources.source import Source
 from alpacache.sources.views import load

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from alpacache import errors
 from alpacache.alpamayo.inputs import VLMInputs
-from alpacache.config import ExtractConfig
 from alpacache.driving.sample import SampleRef
+from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.preparation import VLM_DTYPE, Preparation, Prepared
 from alpacache.gpu.device import keep_freed_memory
-from alpacache.preparation import VLM_DTYPE, Preparation, Prepared
 
 _LENGTH = struct.Struct("<Q")
 _NICENESS = 10
@@ -85,7 +85,7 @@ class _Process:
         self._answers, theirs = socket.socketpair()
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-m", "alpacache.reading_process", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "alpacache.extraction.extract.reading_process", str(theirs.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=2,  # what libraries print must not get among the answers
                 pass_fds=[theirs.fileno()],

@@ -5,9 +5,9 @@ import re
 import pytest
 
 import alpacache
-from alpacache import disk_room
-from alpacache.config import ExtractConfig
 from alpacache.errors import BadClipError, UsageError
+from alpacache.extraction import disk_room
+from alpacache.extraction.config import ExtractConfig
 from alpacache.sources import open_source
 from alpacache.sources.prepared_writer import prepare
 from alpacache.sources.selection import select

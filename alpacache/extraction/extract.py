@@ -26,11 +26,25 @@ from alpacache.cached_samples.features import (
     tail_arrays,
 )
 from alpacache.cached_samples.identity import provenance, store_identity
-from alpacache.config import ExtractConfig
-from alpacache.disk_room import check_room
 from alpacache.driving.sample import SampleRef, sort_cameras
 from alpacache.errors import BadClipError, DataError, DeviceMemoryError, InterruptedRunError, UsageError
-from alpacache.extraction_pipeline import SPARE_COPIES, Waits, Writers, groups, read_ahead
+from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.disk_room import check_room
+from alpacache.extraction.pipeline import (
+    SPARE_COPIES,
+    Waits,
+    Writers,
+    groups,
+    read_ahead,
+)
+from alpacache.extraction.preparation import (
+    VLM_DTYPE,
+    Preparation,
+    Prepared,
+    input_builder,
+)
+from alpacache.extraction.progress import StoreCount
+from alpacache.extraction.reading_process import ReadingProcesses
 from alpacache.gpu.device import (
     device_name,
     enter,
@@ -43,14 +57,11 @@ from alpacache.gpu.device import (
 from alpacache.gpu.host_copies import HostCopies
 from alpacache.interrupt import InterruptGuard
 from alpacache.planning.time_model import prefill_batch
-from alpacache.preparation import VLM_DTYPE, Preparation, Prepared, input_builder
 from alpacache.progress import OnProgress, Progress, clock, ignore
-from alpacache.reading_process import ReadingProcesses
 from alpacache.sources import check_still_there, is_streamed, open_source
 from alpacache.sources.selection import Rejected, select
 from alpacache.sources.source import Source
 from alpacache.sources.views import views_identity
-from alpacache.store_count import StoreCount
 from cache_store import CODECS, CacheWriter
 from cache_store.sample_key import sample_key
 from cache_store.writer import committed_keys, failed_keys
