@@ -14,7 +14,7 @@ __all__ = ["__version__", "evaluate", "export", "extract", "probe", "train"]
 
 _HOMES = {
     "extract": "alpacache.extraction.extract",
-    "train": "alpacache.training",
+    "train": "alpacache.training.train",
     "evaluate": "alpacache.evaluation",
     "export": "alpacache.exporting",
     "probe": "alpacache.probing",

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache import trainable
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.alpamayo.prompt import Reasoning
 from alpacache.cached_samples.dataset import CachedDataset
@@ -36,9 +35,10 @@ from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.front_view import draw_paths
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.report import write_report
-from alpacache.run_directory import RunDirectory, find_checkpoint, read_trained
 from alpacache.sample_table import write_sample_table
 from alpacache.summary import EvalSummary, ModelResult, SampleResult, judge, judge_baselines, summarise
+from alpacache.training import trainable
+from alpacache.training.run_directory import RunDirectory, find_checkpoint, read_trained
 
 BASE = "base"
 """Label of the unmodified checkpoint; always evaluated, and what the others are compared with."""

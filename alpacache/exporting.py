@@ -31,8 +31,13 @@ from alpacache.config import ExportConfig
 from alpacache.errors import AlpacacheError, CheckpointError, DataError, UsageError
 from alpacache.model_card import model_card, run_facts
 from alpacache.progress import OnProgress, Progress, ignore
-from alpacache.run_directory import MODEL, RunCheckpoint, find_checkpoint, read_trained
-from alpacache.trainable import changed_tensors, merge
+from alpacache.training.run_directory import (
+    MODEL,
+    RunCheckpoint,
+    find_checkpoint,
+    read_trained,
+)
+from alpacache.training.trainable import changed_tensors, merge
 from cache_store.storage.local_files import flush
 from cache_store.storage.room import FULL
 

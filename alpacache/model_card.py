@@ -13,8 +13,8 @@ from pathlib import Path
 
 from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
-from alpacache.config import weighted_stores
-from alpacache.run_directory import RunCheckpoint, RunDirectory
+from alpacache.training.config import weighted_stores
+from alpacache.training.run_directory import RunCheckpoint, RunDirectory
 from cache_store import CacheReader, CacheStoreError
 
 _LAST_ROWS = 20

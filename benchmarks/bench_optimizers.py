@@ -17,8 +17,9 @@ import torch
 from benchmark_report import arguments, finish, hardware_name
 from torch import Tensor, nn
 
-from alpacache.adamw8 import AdamW8, Hyperparameters, join
-from alpacache.optimizers import make_optimizer
+from alpacache.training.adamw8 import AdamW8
+from alpacache.training.adamw8_update import Hyperparameters, join
+from alpacache.training.optimizers import make_optimizer
 
 LAYER = {
     "q": (2048, 2048),

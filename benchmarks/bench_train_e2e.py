@@ -31,9 +31,9 @@ import torch
 from bench_store_read import evict, raw_readers, timed
 from benchmark_report import arguments, finish, hardware_name
 
-from alpacache.config import TrainConfig
-from alpacache.run_directory import RunDirectory
-from alpacache.training import train
+from alpacache.training.config import TrainConfig
+from alpacache.training.run_directory import RunDirectory
+from alpacache.training.train import train
 from cache_store import CacheReader
 
 Medium: TypeAlias = Literal["pinned", "page_cache", "cold"]

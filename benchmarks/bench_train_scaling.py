@@ -40,9 +40,9 @@ from bench_train_e2e import (
 )
 from benchmark_report import arguments, finish
 
-from alpacache.config import TrainConfig
-from alpacache.run_directory import RunDirectory
-from alpacache.training import train
+from alpacache.training.config import TrainConfig
+from alpacache.training.run_directory import RunDirectory
+from alpacache.training.train import train
 
 KEYS = (
     *("gpus", "scaling", "medium", "batch", "step_ms", "samples_s", "data_wait", "efficiency", "loss_difference"),

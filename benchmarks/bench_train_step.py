@@ -26,15 +26,15 @@ from alpacache.alpamayo.expert import ActionExpert
 from alpacache.cached_samples.ring import Batch
 from alpacache.distributed.sharded_update import SharedUpdate
 from alpacache.distributed.world import World
-from alpacache.optimizers import make_optimizer, resolve
 from alpacache.planning.memory_model import memory_plan, with_room_used
 from alpacache.planning.workload import Workload
 from alpacache.prefix import codecs
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.packed import PackedPrefixes
-from alpacache.run_plan import cap_memory
-from alpacache.train_step import TrainStep
-from alpacache.trainable import choose_trainable, enable_checkpointing
+from alpacache.training.auto_settings import cap_memory
+from alpacache.training.optimizers import make_optimizer, resolve
+from alpacache.training.step import TrainStep
+from alpacache.training.trainable import choose_trainable, enable_checkpointing
 from cache_store import CODECS
 
 BUDGET = "24GB"

@@ -101,8 +101,9 @@ def train(
 
     After a crash or Ctrl-C: the same command with `--resume`; it ends with the same weights as an undisturbed run.
     """
-    from alpacache.config import TrainConfig, make, read_toml
+    from alpacache.config import make, read_toml
     from alpacache.errors import UsageError
+    from alpacache.training.config import TrainConfig
 
     values = read_toml(config, TrainConfig) if config is not None else {}
     if steps is not None or epochs is not None:
@@ -152,7 +153,7 @@ def train(
         raise UsageError(f"{', '.join(missing)} missing; give it as an option or in --config FILE.toml.")
     settings = make(TrainConfig, values)
     with output.show_progress("train") as on_progress:
-        from alpacache.training import train as run
+        from alpacache.training.train import train as run
 
         report = run(settings, on_progress=on_progress, on_plan=_show_plan)
     if os.environ.get("RANK", "0") != "0":

@@ -12,7 +12,6 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.config import TrainConfig
 from alpacache.demo.pretrain import SEED, pretrain
 from alpacache.demo.story import WEIGHTS, extraction, overlay
 from alpacache.driving.sample import FRONT_CAMERA
@@ -20,7 +19,8 @@ from alpacache.extraction.extract import extract
 from alpacache.sources.prepared_writer import prepare
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
-from alpacache.training import train
+from alpacache.training.config import TrainConfig
+from alpacache.training.train import train
 
 STRAIGHT_HEAVY = {"straight": 1.0}
 VLM = "demo_vlm.safetensors"

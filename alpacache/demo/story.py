@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.config import EvalConfig, TrainConfig
+from alpacache.config import EvalConfig
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import UsageError
 from alpacache.evaluation import EvalReport, evaluate
@@ -25,7 +25,8 @@ from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.extract import extract
 from alpacache.progress import OnProgress
 from alpacache.sources.synthetic import SyntheticSource
-from alpacache.training import TrainReport, train
+from alpacache.training.config import TrainConfig
+from alpacache.training.train import TrainReport, train
 
 WEIGHTS = "demo_model.safetensors"
 MODEL_NAME = "Demo-R1"

@@ -17,7 +17,6 @@ from alpacache.alpamayo.geometry import RELEASED, Geometry
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.driving.sample import sort_cameras
 from alpacache.errors import UsageError
-from alpacache.optimizers import resolve
 from alpacache.planning.config import PlanConfig, Trainable, budget_gib
 from alpacache.planning.machine import (
     GPUS,
@@ -38,6 +37,7 @@ from alpacache.planning.time_model import (
     reading_seconds,
 )
 from alpacache.planning.workload import MemoryPlan, Workload
+from alpacache.training.optimizers import resolve
 from cache_store import CODECS
 from cache_store.kv.codec import CodecName
 from cache_store.storage.local_files import free_bytes

@@ -6,14 +6,13 @@ import pytest
 
 from alpacache.config import (
     EvalConfig,
-    TrainConfig,
     make,
     read_toml,
     to_toml,
-    weighted_stores,
 )
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
+from alpacache.training.config import TrainConfig, weighted_stores
 from cache_store import CODECS
 from cache_store.kv.codec import CodecName
 

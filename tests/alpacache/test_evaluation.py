@@ -10,11 +10,12 @@ import torch
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.config import EvalConfig, TrainConfig
+from alpacache.config import EvalConfig
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.inference.prediction import predict
 from alpacache.metrics.paths import min_ade
+from alpacache.training.config import TrainConfig
 from cache_store import CacheReader
 
 

@@ -15,15 +15,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import alpacache
-from alpacache import exporting, trainable
+from alpacache import exporting
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.alpamayo.checkpoint import INDEX, SINGLE
 from alpacache.alpamayo.safetensors_header import read_header
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.config import EvalConfig, ExportConfig, TrainConfig
+from alpacache.config import EvalConfig, ExportConfig
 from alpacache.errors import CheckpointError, DataError, UsageError
 from alpacache.extraction.config import ExtractConfig
-from alpacache.run_directory import RunDirectory
+from alpacache.training import trainable
+from alpacache.training.config import TrainConfig
+from alpacache.training.run_directory import RunDirectory
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 CARD = """---

@@ -6,7 +6,7 @@ import pytest
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.model_card import RunFacts, StoreFacts, licence_lines, model_card, run_facts
-from alpacache.run_directory import RunCheckpoint
+from alpacache.training.run_directory import RunCheckpoint
 
 FACTS = {"step": 1200, "trainable": "head", "samples": 34567, "stores": (), "lost_stores": 0}
 

@@ -18,13 +18,9 @@ from markdown_pages import ROOT, blocks, pages, prose
 
 import alpacache
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.config import (
-    EvalConfig,
-    TrainConfig,
-    make,
-    read_toml,
-)
+from alpacache.config import EvalConfig, make, read_toml
 from alpacache.extraction.config import ExtractConfig
+from alpacache.training.config import TrainConfig
 
 SHELL = [block for page in pages() for block in blocks(page, "sh", "bash", "shell")]
 PYTHON_PAGES = [page for page in pages() if blocks(page, "python")]

@@ -13,13 +13,9 @@ import cli_reference
 import pytest
 from markdown_pages import ROOT, anchors, blocks, headings, links, pages
 
-from alpacache.config import (
-    EvalConfig,
-    ExportConfig,
-    ProbeConfig,
-    TrainConfig,
-)
+from alpacache.config import EvalConfig, ExportConfig, ProbeConfig
 from alpacache.extraction.config import ExtractConfig
+from alpacache.training.config import TrainConfig
 
 pytest.importorskip("mkdocs", reason="the extra `docs` is not installed; `make docs` builds the site")
 import hooks

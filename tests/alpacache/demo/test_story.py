@@ -23,7 +23,7 @@ from alpacache.extraction.extract import extract
 from alpacache.progress import ignore
 from alpacache.sources.prepared_writer import prepare
 from alpacache.sources.selection import select
-from alpacache.training import train
+from alpacache.training.train import train
 
 SHORT = DemoSize(train_samples=300, val_samples=60, steps=150)
 

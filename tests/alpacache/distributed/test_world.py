@@ -14,11 +14,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import alpacache
-from alpacache.config import TrainConfig
 from alpacache.distributed.world import World, join_world
 from alpacache.errors import LostProcessError, ProcessGroupError, UsageError
 from alpacache.extraction.config import ExtractConfig
-from alpacache.run_directory import RunDirectory
+from alpacache.training.config import TrainConfig
+from alpacache.training.run_directory import RunDirectory
 from cache_store import CacheReader
 
 STEPS, BATCH = 6, 4

@@ -6,12 +6,9 @@ import pytest
 import torch
 
 import alpacache
-from alpacache import run_plan
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.alpamayo.geometry import EXPERT_PARTS
-from alpacache.auto_draws import choose_draws
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.config import TrainConfig
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
@@ -19,7 +16,10 @@ from alpacache.planning.machine import GPUS
 from alpacache.planning.memory_model import fastest_plan, memory_plan
 from alpacache.planning.workload import Workload
 from alpacache.prefix.layout import PrefixLayout
-from alpacache.trainable import choose_trainable
+from alpacache.training import auto_settings as run_plan
+from alpacache.training.auto_settings import choose_draws
+from alpacache.training.config import TrainConfig
+from alpacache.training.trainable import choose_trainable
 
 GIB = 2**30
 LORA_COUNT = 27_550_000

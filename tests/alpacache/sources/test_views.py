@@ -15,7 +15,7 @@ from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import bf16_bits
-from alpacache.config import EvalConfig, TrainConfig
+from alpacache.config import EvalConfig
 from alpacache.driving.sample import SampleRef, split_of
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.extraction.config import ExtractConfig
@@ -23,7 +23,8 @@ from alpacache.sources import open_source, views
 from alpacache.sources.prepared_writer import prepare
 from alpacache.sources.selection import select
 from alpacache.sources.views import RANGES, Jitter
-from alpacache.validation import Validation
+from alpacache.training.config import TrainConfig
+from alpacache.training.validation import Validation
 from cache_store import CacheReader, IdentityMismatchError, verify
 
 STILL = Jitter(brightness=1, contrast=1, saturation=1, gamma=1, keep=1, top=0, left=0)

@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from alpacache import run_directory
 from alpacache.errors import DataError, UsageError
-from alpacache.run_directory import RunCheckpoint, RunDirectory, find_checkpoint, read_checkpoint
+from alpacache.training import run_directory
+from alpacache.training.run_directory import (
+    RunCheckpoint,
+    RunDirectory,
+    find_checkpoint,
+    read_checkpoint,
+)
 from cache_store.storage import local_files as durable
 
 

@@ -22,21 +22,22 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import POSE_FIELDS
 from alpacache.cached_samples.identity import check_base, check_same_vlm, model_identity
 from alpacache.cached_samples.ring import Batch, BatchRing
-from alpacache.checkpoint_writer import CheckpointWriter
-from alpacache.config import TrainConfig, to_toml, weighted_stores
+from alpacache.config import to_toml
 from alpacache.distributed.peer_memory import peer_memory
 from alpacache.distributed.sharded_update import SharedUpdate
 from alpacache.distributed.world import World, join_world
-from alpacache.ema import WeightAverage
 from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.interrupt import InterruptGuard
-from alpacache.optimizers import make_optimizer
 from alpacache.planning.workload import MemoryPlan
 from alpacache.prefix.layers_ahead import LEAST_DECODED
 from alpacache.progress import OnProgress, Progress, ignore
-from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
-from alpacache.run_plan import batches_of, cap_memory, order_and_damage, settle
-from alpacache.run_record import (
+from alpacache.training.auto_settings import cap_memory, settle
+from alpacache.training.checkpoint_writer import CheckpointWriter
+from alpacache.training.config import TrainConfig, weighted_stores
+from alpacache.training.data_order import batches_of, order_and_damage
+from alpacache.training.ema import WeightAverage
+from alpacache.training.optimizers import make_optimizer
+from alpacache.training.resume_check import (
     as_begun,
     check_alike,
     check_settings,
@@ -44,10 +45,11 @@ from alpacache.run_record import (
     stores_record,
     total_steps,
 )
-from alpacache.trackers import Tracker, make_trackers, scalars
-from alpacache.train_step import StepResult, StepValues, TrainStep
-from alpacache.trainable import checkpoint_tensors, choose_trainable, enable_checkpointing
-from alpacache.validation import Validation, means
+from alpacache.training.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
+from alpacache.training.step import StepResult, StepValues, TrainStep
+from alpacache.training.trackers import Tracker, make_trackers, scalars
+from alpacache.training.trainable import checkpoint_tensors, choose_trainable, enable_checkpointing
+from alpacache.training.validation import Validation, means
 from cache_store import CorruptSampleError
 
 _NON_FINITE_LIMIT = 3

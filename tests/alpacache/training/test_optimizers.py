@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from alpacache.errors import DataError, UsageError
-from alpacache.optimizers import OPTIMIZERS, make_optimizer, resolve
 from alpacache.planning.workload import state_bytes
+from alpacache.training.optimizers import OPTIMIZERS, make_optimizer, resolve
 
 OPTIONS = {"betas": (0.9, 0.95), "weight_decay": 0.1}
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")

@@ -1,28 +1,82 @@
 """Before a run's first step: every setting that was left open gets its value, and the memory that it takes is known."""
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.expert import action_space
 from alpacache.alpamayo.geometry import EXPERT_PARTS
-from alpacache.auto_draws import DELIVERED_BATCHES, choose_draws, delivery_seconds
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.order import GlobalOrder, make_groups
 from alpacache.cached_samples.ring import BatchRing
-from alpacache.config import TrainConfig, weighted_stores
 from alpacache.distributed.world import World
-from alpacache.driving.strata import TURNS, Turn
 from alpacache.errors import UsageError
-from alpacache.optimizers import resolve
 from alpacache.planning.config import budget_gib
-from alpacache.planning.machine import gpu_speed
+from alpacache.planning.machine import Gpu, gpu_speed
 from alpacache.planning.memory_model import allowed_bytes, fastest_plan
-from alpacache.planning.workload import MemoryPlan, Workload
+from alpacache.planning.time_model import compute_seconds, optimizer_seconds
+from alpacache.planning.workload import MAX_DRAWS, MemoryPlan, Workload
+from alpacache.training.config import TrainConfig
+from alpacache.training.data_order import batches_of, global_order
+from alpacache.training.optimizers import resolve
 from cache_store import CorruptSampleError
+
+DELIVERED_BATCHES = 5
+"""Read to learn how fast batches come; the first does not count."""
+_DELIVERY_LIMIT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoDraws:
+    """The choice and why."""
+
+    draws: int
+    batch_s: float
+    """Seconds in which the stores deliver a batch."""
+    step_s: float
+    """Estimated seconds of a step with these draws."""
+
+
+def choose_draws(
+    plan_for: Callable[[int], MemoryPlan | None], work: Workload, *, batch_s: float, gpu: Gpu
+) -> AutoDraws:
+    """The least number of draws that keeps the GPU busy, or the most that fit.
+
+    Args:
+        plan_for: draws -> plan, or None where they do not fit.
+        batch_s: from `delivery_seconds`.
+        gpu: what a step is to run on.
+    """
+    chosen: AutoDraws | None = None
+    draws = 1
+    while draws <= MAX_DRAWS and (plan := plan_for(draws)) is not None:
+        step_s = compute_seconds(work, plan, gpu) + optimizer_seconds(work, gpu)
+        chosen = AutoDraws(draws=draws, batch_s=batch_s, step_s=step_s)
+        if chosen.step_s >= batch_s:
+            break
+        draws *= 2
+    if chosen is None:
+        raise ValueError("not even one draw fits; plan for one draw first, which says what to change.")
+    return chosen
+
+
+def delivery_seconds(ring: BatchRing) -> float:
+    """Seconds a batch of a ring over a few batches that nobody works on."""
+    started, count = 0.0, -1
+    with ring:
+        for batch in ring:
+            ring.done(batch)
+            count += 1
+            if count == 0:
+                started = time.monotonic()
+            elif time.monotonic() - started > _DELIVERY_LIMIT_S:
+                break
+        elapsed = time.monotonic() - started
+    return elapsed / count if count > 0 else 0.0
+
 
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -126,42 +180,6 @@ def _delivery_seconds(
             if config.on_damage == "stop" or not error.sample_id or error.sample_id in damaged:
                 raise
             damaged.add(error.sample_id)
-
-
-def global_order(config: TrainConfig, data: CachedDataset) -> GlobalOrder:
-    """Which sample is at which place of the run."""
-    return order_and_damage(config, data)[0]
-
-
-def order_and_damage(config: TrainConfig, data: CachedDataset) -> tuple[GlobalOrder, dict[int, CorruptSampleError]]:
-    """The order, and which samples were found damaged by it; these are at places of their own until left out."""
-    weighted: list[tuple[range, float]] = []
-    for indices, (store, weight) in zip(data.store_ranges, weighted_stores(config.stores), strict=True):
-        if weight is not None and not indices:
-            raise UsageError(f"store {store} has no committed sample for its share; leave it out.")
-        if weight is not None:
-            weighted.append((indices, weight))
-    if not weighted and config.balance == "none":
-        return GlobalOrder(config.seed, len(data)), {}
-    turns, damaged = _turns(config, data) if config.balance == "curvature" else (None, {})
-    # Without weights the stores are one pool: curvature counts, not where a sample lies.
-    groups = make_groups(weighted or [(range(len(data)), 1.0)], turns)
-    return GlobalOrder(config.seed, len(data), groups=groups), damaged
-
-
-def _turns(config: TrainConfig, data: CachedDataset) -> tuple[list[Turn], dict[int, CorruptSampleError]]:
-    """Each sample's stratum; a damaged one that the run is to leave out counts as of the first."""
-    found = data.turns()
-    damaged = {index: turn for index, turn in enumerate(found) if isinstance(turn, CorruptSampleError)}
-    if damaged and (config.on_damage == "stop" or len(damaged) * 2 > len(data)):
-        raise next(iter(damaged.values()))
-    return [TURNS[0] if isinstance(turn, CorruptSampleError) else turn for turn in found], damaged
-
-
-def batches_of(order: GlobalOrder, batch_size: int, *, first: int, end: int) -> Iterator[list[tuple[int, int]]]:
-    """(position, sample index) of each batch from step `first` on."""
-    for step in range(first, end):
-        yield [(position, order[position]) for position in range(step * batch_size, (step + 1) * batch_size)]
 
 
 def cap_memory(budget: str | None, device: torch.device, *, beside_bytes: int = 0) -> int:

@@ -10,7 +10,13 @@ import torch
 from alpacache import flow_matching
 from alpacache.alpamayo import load_expert
 from alpacache.errors import UsageError
-from alpacache.trainable import LORA_SCALE, apply_checkpoint, checkpoint_tensors, choose_trainable, enable_checkpointing
+from alpacache.training.trainable import (
+    LORA_SCALE,
+    apply_checkpoint,
+    checkpoint_tensors,
+    choose_trainable,
+    enable_checkpointing,
+)
 
 LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 HEAD = ("action_in_proj.", "action_out_proj.", "expert.norm.")

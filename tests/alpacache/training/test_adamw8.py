@@ -9,9 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from alpacache import adamw8
-from alpacache.adamw8 import GROUP, AdamW8, Hyperparameters, Moments, join, random_bits, split
 from alpacache.errors import DataError, UsageError
+from alpacache.training import adamw8
+from alpacache.training.adamw8 import AdamW8
+from alpacache.training.adamw8_update import (
+    GROUP,
+    Hyperparameters,
+    Moments,
+    join,
+    random_bits,
+    split,
+)
 
 HYPER = Hyperparameters(betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

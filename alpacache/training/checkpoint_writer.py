@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from alpacache.gpu.host_memory import available_bytes
-from alpacache.run_directory import RunCheckpoint, RunDirectory
+from alpacache.training.run_directory import RunCheckpoint, RunDirectory
 
 _log = logging.getLogger(__name__)
 _SPARE_BYTES = 4 * 2**30

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from alpacache.config import TrainConfig, to_toml
+from alpacache.config import to_toml
 from alpacache.errors import UsageError
+from alpacache.training.config import TrainConfig
 
 
 class Tracker(Protocol):

@@ -15,10 +15,10 @@ from typing import Any
 from alpacache.alpamayo import Checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import model_identity
-from alpacache.config import TrainConfig, weighted_stores
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
-from alpacache.run_directory import MODEL, RunDirectory
+from alpacache.training.config import TrainConfig, weighted_stores
+from alpacache.training.run_directory import MODEL, RunDirectory
 from cache_store import differences
 
 _FREE_TO_CHANGE = {

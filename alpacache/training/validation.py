@@ -9,13 +9,13 @@ from alpacache import randomness
 from alpacache.alpamayo import ActionExpert
 from alpacache.cached_samples.dataset import CachedDataset, target
 from alpacache.cached_samples.features import CachedSample
-from alpacache.config import TrainConfig
 from alpacache.distributed.world import World
 from alpacache.driving.strata import classify
 from alpacache.inference.prediction import predict
 from alpacache.metrics.paths import min_ade
 from alpacache.planning.workload import VAL_BATCH
-from alpacache.train_step import flow_loss
+from alpacache.training.config import TrainConfig
+from alpacache.training.step import flow_loss
 
 _DRAWS = 4
 _PATHS, _FLOW_STEPS = 6, 10

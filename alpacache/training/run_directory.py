@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alpacache.ema import up_to_date
 from alpacache.errors import DataError, UsageError
 from alpacache.gpu.host_copies import copied_to_host
+from alpacache.training.ema import up_to_date
 from cache_store import checksum
 from cache_store.storage.local_files import flush, write_flushed
 from cache_store.storage.room import FULL

@@ -3,8 +3,13 @@
 import pytest
 import torch
 
-from alpacache.ema import WeightAverage, up_to_date
-from alpacache.run_directory import RunCheckpoint, RunDirectory, read_checkpoint, read_trained
+from alpacache.training.ema import WeightAverage, up_to_date
+from alpacache.training.run_directory import (
+    RunCheckpoint,
+    RunDirectory,
+    read_checkpoint,
+    read_trained,
+)
 
 
 def trained(weight, average, first, last):

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 import alpacache
-from alpacache import run_plan, run_record
 from alpacache.alpamayo import Checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.config import TrainConfig
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.planning.memory_model import memory_plan
-from alpacache.run_directory import RunDirectory
+from alpacache.training import auto_settings as run_plan
+from alpacache.training import resume_check as run_record
+from alpacache.training.config import TrainConfig
+from alpacache.training.run_directory import RunDirectory
 from cache_store import CacheReader, CorruptSampleError
 
 CPU = torch.device("cpu")

@@ -23,16 +23,16 @@ import torch
 from safetensors.torch import load_file
 
 import alpacache
-from alpacache import training
 from alpacache.cached_samples.order import GlobalOrder
 from alpacache.cached_samples.ring import BatchRing
-from alpacache.config import TrainConfig
 from alpacache.distributed.world import World
 from alpacache.errors import DataError, NonFiniteError, UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.gpu import checksum as gpu_checksum
-from alpacache.run_directory import RunDirectory, read_checkpoint, read_trained
-from alpacache.training import learning_rate
+from alpacache.training import train as training
+from alpacache.training.config import TrainConfig
+from alpacache.training.run_directory import RunDirectory, read_checkpoint, read_trained
+from alpacache.training.train import learning_rate
 from cache_store import CacheReader, CorruptSampleError
 
 
@@ -337,7 +337,7 @@ def test_a_damaged_checkpoint_is_named(tiny_checkpoint, store, tmp_path):
 
 
 def test_a_full_disk_keeps_earlier_checkpoints(tiny_checkpoint, store, tmp_path, monkeypatch):
-    from alpacache import run_directory
+    from alpacache.training import run_directory
 
     out = tmp_path / "run"
     good = run_directory.save_file
@@ -625,7 +625,7 @@ def test_weights_of_stores_decide_what_is_seen(tiny_checkpoint, store, tmp_path)
 
     from alpacache.alpamayo import Checkpoint
     from alpacache.cached_samples.dataset import CachedDataset
-    from alpacache.run_plan import global_order
+    from alpacache.training.data_order import global_order
 
     chosen = config(tiny_checkpoint, store, tmp_path / "run", **settings)
     order = global_order(chosen, CachedDataset([store, tmp_path / "other"], Checkpoint(str(tiny_checkpoint))))

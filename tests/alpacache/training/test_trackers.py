@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from alpacache.config import TrainConfig
 from alpacache.errors import UsageError
-from alpacache.trackers import make_trackers, scalars
+from alpacache.training.config import TrainConfig
+from alpacache.training.trackers import make_trackers, scalars
 
 
 class Wandb:

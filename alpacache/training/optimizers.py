@@ -4,44 +4,16 @@ Why: forward, backward and optimizer are captured as one CUDA graph. Python numb
 the loss to decide whether to skip a step would stop the stream.
 """
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alpacache.errors import DataError, UsageError
+from alpacache.errors import UsageError
+from alpacache.training.step_optimizer import NO_PARTS, StepOptimizer, Updated, copy_into, ignore_name
 
 OPTIMIZERS = ("auto", "adamw8", "adamw")
-
-Updated: TypeAlias = Callable[[str], None]
-NO_PARTS: Mapping[str, slice] = MappingProxyType({})
-
-
-def ignore_name(name: str) -> None:
-    """Default of `updated`."""
-
-
-class StepOptimizer(Protocol):
-    """All state is allocated at construction and changed in place, so a step can be captured in a CUDA graph."""
-
-    def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor, updated: Updated = ignore_name) -> None:
-        """Apply one step from each parameter's gradient times `scale`; where `skip` is True nothing changes.
-
-        The three are 0-dim tensors on the parameters' device: float32, float32, bool. Parameters without a gradient are
-        left alone. Gradients may be scaled in place. On a GPU nothing waits for the device. `updated` is called with a
-        parameter's name when its update is enqueued.
-        """
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The live state by `<key>.<parameter name>`: all that an exact resume needs beside the weights."""
-        ...
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a saved state into the live one. Raises `DataError`, with nothing changed, if it does not fit."""
-        ...
 
 
 def resolve(name: str, device: torch.device) -> str:
@@ -71,31 +43,12 @@ def make_optimizer(
     """
     device = next(iter(parameters.values())).device
     if resolve(name, device) == "adamw8":
-        from alpacache.adamw8 import AdamW8, Hyperparameters
+        from alpacache.training.adamw8 import AdamW8
+        from alpacache.training.adamw8_update import Hyperparameters
 
         return AdamW8(parameters, Hyperparameters(betas=betas, weight_decay=weight_decay, eps=eps), parts)
     kind = _FusedAdamW if device.type == "cuda" else _PlainAdamW
     return kind(parameters, betas=betas, weight_decay=weight_decay, eps=eps, parts=parts)
-
-
-def copy_into(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved tensors into live ones of the same names, whose addresses a captured graph may hold.
-
-    Floating-point types may differ, as they do when a run goes on on another device. Raises `DataError` before anything
-    is changed.
-    """
-    for name, live in state.items():
-        saved = tensors.get(name)
-        if saved is None:
-            raise DataError(f"optimizer state has no tensor {name!r}; was it saved by another optimizer?")
-        same_kind = saved.dtype == live.dtype or (saved.is_floating_point() and live.is_floating_point())
-        if saved.shape != live.shape or not same_kind:
-            raise DataError(
-                f"optimizer state {name!r} is {saved.dtype} {list(saved.shape)}, expected {live.dtype} "
-                f"{list(live.shape)}; was it saved by another optimizer or for another model?"
-            )
-    for name, live in state.items():
-        live.copy_(tensors[name])
 
 
 class _AdamW:

@@ -1,0 +1,1 @@
+"""Stage two: the expert learns from the store alone."""
