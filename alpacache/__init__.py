@@ -15,9 +15,9 @@ __all__ = ["__version__", "evaluate", "export", "extract", "probe", "train"]
 _HOMES = {
     "extract": "alpacache.extraction.extract",
     "train": "alpacache.training.train",
-    "evaluate": "alpacache.evaluation",
+    "evaluate": "alpacache.evaluation.evaluate",
     "export": "alpacache.exporting",
-    "probe": "alpacache.probing",
+    "probe": "alpacache.evaluation.probe",
 }
 
 

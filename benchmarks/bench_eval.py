@@ -28,8 +28,8 @@ from transformers import Cache, Qwen3VLForConditionalGeneration
 from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, load_expert
 from alpacache.alpamayo.backbone import cache_argument
-from alpacache.config import EvalConfig
-from alpacache.evaluation import evaluate
+from alpacache.evaluation.config import EvalConfig
+from alpacache.evaluation.evaluate import evaluate
 from alpacache.progress import Progress
 
 PATHS, FLOW_STEPS = 6, 10

@@ -7,7 +7,7 @@ import typer
 from cli import options, output
 
 if TYPE_CHECKING:
-    from alpacache.summary import EvalSummary
+    from alpacache.evaluation.summary import EvalSummary
 
 _NAMES = {"straight_history_late_curve": "curve after t0"}
 _WARNINGS = 3
@@ -41,7 +41,7 @@ def evaluate(
 
     Example: `alpacache eval --store cache/val --model nvidia/Alpamayo-R1-10B --checkpoint runs/one --out eval/one`
     """
-    from alpacache.config import EvalConfig
+    from alpacache.evaluation.config import EvalConfig
 
     config = EvalConfig(
         store=store,
@@ -60,7 +60,7 @@ def evaluate(
         capture=capture,
     )
     with output.show_progress("eval") as on_progress:
-        from alpacache.evaluation import evaluate as run
+        from alpacache.evaluation.evaluate import evaluate as run
 
         report = run(config, on_progress=on_progress)
     if json:

@@ -8,8 +8,8 @@ from alpacache.errors import UsageError
 from cli import options, output
 
 if TYPE_CHECKING:
+    from alpacache.evaluation.probe import ProbeReport
     from alpacache.metrics.bootstrap import Interval
-    from alpacache.probing import ProbeReport
 
 
 def probe(
@@ -29,7 +29,7 @@ def probe(
 
     Example: `alpacache probe --store cache/train --out probe/one`
     """
-    from alpacache.config import ProbeConfig
+    from alpacache.evaluation.config import ProbeConfig
 
     config = ProbeConfig(
         store=store,
@@ -40,7 +40,7 @@ def probe(
         seed=seed,
     )
     with output.show_progress("probe") as on_progress:
-        from alpacache.probing import probe as run
+        from alpacache.evaluation.probe import probe as run
 
         report = run(config, on_progress=on_progress)
     if json:
@@ -66,7 +66,7 @@ def layer_numbers(text: str) -> Literal["last", "all"] | tuple[int, ...]:
 def print_report(report: "ProbeReport") -> None:
     """R^2 on clips not seen, of the vectors that the verdicts rest on; then by layer; then the verdicts."""
     from alpacache.driving.strata import LATE_CURVE
-    from alpacache.probing import SHUFFLED, TOGETHER
+    from alpacache.evaluation.probe import SHUFFLED, TOGETHER
 
     heads = ["target", "samples", "probe", "history", "features", "both", "shuffled", "gain"]
     rows = []

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.config import EvalConfig
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import UsageError
-from alpacache.evaluation import EvalReport, evaluate
+from alpacache.evaluation.config import EvalConfig
+from alpacache.evaluation.evaluate import EvalReport, evaluate
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.extract import extract
 from alpacache.progress import OnProgress

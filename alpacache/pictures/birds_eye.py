@@ -6,20 +6,17 @@ view is in metres with equal axes, forward up and left to the left, as from behi
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alpacache.driving.strata import DT_S, Floats
-from alpacache.metrics.bias import Quantity, Slope
-from alpacache.metrics.bootstrap import Interval
+from alpacache.driving.strata import Floats
 from alpacache.pictures.canvas import (
     BASELINE_STYLES,
     DPI,
     EGO_M,
-    GRID,
     HISTORY_COLOUR,
     INK,
     MIN_LENGTH_M,
@@ -79,198 +76,6 @@ def birds_eye_png(
     return _png(figure, palette=front is None)
 
 
-def bias_scatter_png(
-    truth: ArrayLike,
-    predicted: Mapping[str, ArrayLike],
-    slopes: Mapping[str, Slope | None],
-    *,
-    quantity: Quantity = "heading",
-    marked: ArrayLike | None = None,
-    marked_label: str = "straight history, curve after t0",
-) -> bytes:
-    """Predicted against true departure at 6.4 s, one panel a model with common axes.
-
-    Args:
-        truth: `[N]` radians or metres.
-        predicted: label -> `[N]`.
-        slopes: label -> fitted line, drawn where there is one.
-        quantity: `heading` (drawn in degrees) or `lateral` (metres).
-        marked: `[N]` samples to ring.
-        marked_label: what the rings mean.
-    """
-    from matplotlib.figure import Figure
-
-    scale, unit = (180 / np.pi, "°") if quantity == "heading" else (1.0, " m")
-    name = "heading change" if quantity == "heading" else "lateral offset"
-    x = scale * np.asarray(truth, dtype=np.float64)
-    ys = {label: scale * np.asarray(values, dtype=np.float64) for label, values in predicted.items()}
-    ring = np.zeros(x.shape, dtype=bool) if marked is None else np.asarray(marked, dtype=bool)
-    figure = Figure(figsize=(4.3 * max(1, len(ys)), 4.5), dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, max(1, len(ys)), squeeze=False, sharex=True, sharey=True)[0]
-    reach = 1.08 * max([1.0, *(float(np.abs(values).max()) for values in (x, *ys.values()) if values.size)])
-    for index, (panel, (label, y)) in enumerate(zip(panels, ys.items(), strict=False)):
-        colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
-        panel.plot([-reach, reach], [-reach, reach], color="#777777", lw=1.1, ls=(0, (5, 3)), label="unbiased")
-        panel.scatter(x, y, s=16, color=colour, alpha=0.5, lw=0)
-        if ring.any():
-            panel.scatter(x[ring], y[ring], s=34, facecolor="none", edgecolor=INK, lw=0.9, label=marked_label)
-        line = slopes.get(label)
-        if line is not None:
-            ends = np.array([-reach, reach])
-            panel.plot(ends, scale * line.intercept + line.slope * ends, color=colour, lw=2.2, label=_slope_text(line))
-        panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-        panel.set_xlabel(f"driven {name} at 6.4 s ({unit.strip()})", fontsize=9, color=INK)
-        panel.set_title(_unmath(label), fontsize=11, color=colour, loc="left", fontweight="bold")
-        _plain(panel)
-        panel.legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
-    panels[0].set_ylabel(f"predicted {name} ({unit.strip()}), mean of paths", fontsize=9, color=INK)
-    return _png(figure, palette=True)
-
-
-def error_over_time_png(
-    panels: Mapping[str, Mapping[str, ArrayLike]], *, dashed: Mapping[str, Mapping[str, ArrayLike]] | None = None
-) -> bytes:
-    """Error against time, mean over samples, with the middle half of samples shaded for the models.
-
-    Args:
-        panels: title, such as a stratum -> model label -> `[N, 64]` error in metres of each sample's reported path.
-        dashed: title -> baseline label -> `[N, 64]`.
-    """
-    from matplotlib.figure import Figure
-
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.6 * columns, 3.7 * rows), dpi=DPI, layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (title, errors) in zip(all_axes, panels.items(), strict=False):
-        _draw_errors(axes, errors, (dashed or {}).get(title, {}))
-        axes.set_title(_unmath(title), loc="left", fontsize=10, color=INK)
-    for axes in all_axes[len(panels) :]:
-        axes.set_axis_off()
-    all_axes[0].legend(loc="upper left", fontsize=8.5, frameon=False)
-    return _png(figure, palette=True)
-
-
-def _draw_errors(axes: "Axes", errors: Mapping[str, ArrayLike], dashed: Mapping[str, ArrayLike]) -> None:
-    tops = [1e-3]
-    for index, (label, values) in enumerate(errors.items()):
-        error = np.asarray(values, dtype=np.float64)
-        colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
-        times_s = DT_S * np.arange(1, error.shape[1] + 1)
-        low, high = np.quantile(error, [0.25, 0.75], axis=0)
-        axes.fill_between(times_s, low, high, color=colour, alpha=0.13, lw=0)
-        axes.plot(times_s, error.mean(axis=0), color=colour, lw=2.2, label=_unmath(label))
-        tops += [float(error.mean(axis=0).max()), float(high.max())]
-    for index, (label, values) in enumerate(dashed.items()):
-        error = np.asarray(values, dtype=np.float64)
-        colour, style = BASELINE_STYLES[index % len(BASELINE_STYLES)]
-        times_s = DT_S * np.arange(1, error.shape[1] + 1)
-        axes.plot(times_s, error.mean(axis=0), color=colour, ls=style, lw=1.6, label=_unmath(label))
-    axes.set(xlim=(0, 6.4), ylim=(0, 1.6 * max(tops)))
-    axes.set_xlabel("seconds after t0", fontsize=9, color=INK)
-    axes.set_ylabel("distance to the driven path (m)", fontsize=9, color=INK)
-    _plain(axes)
-
-
-def loss_curves_png(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """Training and validation loss against steps, one panel a run; by turn stratum where a run tells them apart.
-
-    Args:
-        runs: label -> rows of `metrics.jsonl`.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6 * max(1, len(runs)), 3.7), dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, max(1, len(runs)), squeeze=False)[0]
-    for axes, (label, rows) in zip(panels, runs.items(), strict=False):
-        known = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-        if known:
-            steps, losses = np.array(known, dtype=np.float64).T
-            axes.plot(steps, losses, color=GRID, lw=1.0)
-            axes.plot(steps, _smoothed(losses), color=INK, lw=1.8, label="training")
-        names = dict.fromkeys(name for row in rows for name in row if name.startswith("val_loss"))
-        for index, name in enumerate(names):
-            points = np.array([(row["step"], row[name]) for row in rows if name in row], dtype=np.float64)
-            colour = MODEL_COLOURS[(index + 1) % len(MODEL_COLOURS)]
-            of = name.partition("/")[2]
-            axes.plot(
-                *points.T, color=colour, lw=2.0 if not of else 1.2, ls="-" if not of else (0, (4, 2)),
-                marker="o", ms=3, label=f"validation {of}".strip(),
-            )  # fmt: skip
-        axes.set_title(_unmath(label), loc="left", fontsize=10, color=INK)
-        axes.set_xlabel("step", fontsize=9, color=INK)
-        axes.set_ylabel("loss", fontsize=9, color=INK)
-        _plain(axes)
-        if known or names:
-            axes.legend(loc="upper right", fontsize=8, frameon=False)
-    return _png(figure, palette=True)
-
-
-def _smoothed(values: Floats) -> Floats:
-    """Mean over a fiftieth of the run around each value."""
-    width = max(1, len(values) // 50)
-    padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
-    mean: Floats = np.convolve(padded, np.full(width, 1 / width), mode="valid")
-    return mean
-
-
-def explained_png(
-    panels: Mapping[str, Mapping[str, Mapping[str, Interval | None]]],
-    layers: Mapping[str, Mapping[str, Interval | None]],
-    *,
-    columns: int,
-) -> bytes:
-    """R^2 as bars with their intervals, and below them by layer. What is below -0.3 is cut off.
-
-    Args:
-        panels: title -> what a probe was given -> kind of probe -> R^2; a row of panels has `columns`.
-        layers: title -> layer -> R^2; empty, or as many as columns.
-        columns: panels side by side.
-    """
-    from matplotlib.figure import Figure
-
-    rows = -(-len(panels) // columns) + bool(layers)
-    figure = Figure(figsize=(4.3 * columns, 3.1 * rows), dpi=DPI, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for panel, (title, bars) in zip(axes, panels.items(), strict=False):
-        kinds = list(dict.fromkeys(kind for group in bars.values() for kind in group))
-        for number, kind in enumerate(kinds):
-            width = 0.8 / len(kinds)
-            places = np.arange(len(bars)) + (number - (len(kinds) - 1) / 2) * width
-            found = [group.get(kind) for group in bars.values()]
-            heights = [0.0 if one is None else one.estimate for one in found]
-            panel.bar(places, heights, 0.9 * width, color=MODEL_COLOURS[1 - number % 2], label=kind)
-            _whiskers(panel, places, found)
-        panel.set_xticks(range(len(bars)), [_unmath(label) for label in bars])
-        _explained_axes(panel, title)
-    for panel, (title, sets) in zip(axes[len(panels) :], layers.items(), strict=False):
-        found = list(sets.values())
-        places = np.arange(len(sets), dtype=np.float64)
-        heights = [np.nan if one is None else one.estimate for one in found]
-        panel.plot(places, heights, marker="o", ms=4, color=MODEL_COLOURS[1])
-        _whiskers(panel, places, found)
-        every = -(-len(sets) // 8)
-        panel.set_xticks(places[::every], [_unmath(label).replace(" ", "\n") for label in sets][::every])
-        _explained_axes(panel, title)
-    for panel in axes[::columns]:
-        panel.set_ylabel("R², clips not seen", fontsize=9, color=INK)
-    axes[0].legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
-    return _png(figure, palette=True)
-
-
-def _whiskers(axes: "Axes", places: ArrayLike, found: Sequence[Interval | None]) -> None:
-    for place, one in zip(np.asarray(places), found, strict=True):
-        if one is not None:
-            axes.plot([place, place], [one.low, one.high], color=INK, lw=1.3)
-
-
-def _explained_axes(axes: "Axes", title: str) -> None:
-    axes.set_title(_unmath(title), loc="left", fontsize=10, color=INK)
-    axes.set_ylim(-0.3, 1.05)
-    axes.axhline(0, color=INK, lw=0.8)
-    _plain(axes)
-
-
 def _draw_paths(
     axes: "Axes", truth: Floats, history: Floats, paths: Mapping[str, Floats], baselines: Mapping[str, Floats]
 ) -> None:
@@ -313,10 +118,6 @@ def _frame_road(axes: "Axes", points: Floats, *, ratio: float) -> None:
     axes.set_xlabel("left  ←  y (m)  →  right", fontsize=9, color=INK)
     axes.set_ylabel("x, forward (m)", fontsize=9, color=INK)
     _plain(axes)
-
-
-def _slope_text(line: Slope) -> str:
-    return f"slope {line.slope:.2f} [{line.low:.2f}, {line.high:.2f}], n = {line.n}"
 
 
 def _decode(jpeg: bytes) -> Any:

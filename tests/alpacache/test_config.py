@@ -4,13 +4,9 @@ from typing import get_args
 
 import pytest
 
-from alpacache.config import (
-    EvalConfig,
-    make,
-    read_toml,
-    to_toml,
-)
+from alpacache.config import make, read_toml, to_toml
 from alpacache.errors import UsageError
+from alpacache.evaluation.config import EvalConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.training.config import TrainConfig, weighted_stores
 from cache_store import CODECS

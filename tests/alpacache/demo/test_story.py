@@ -18,7 +18,7 @@ from alpacache.demo.story import (
 )
 from alpacache.driving.sample import CAMERAS
 from alpacache.driving.strata import LATE_CURVE
-from alpacache.evaluation import evaluate
+from alpacache.evaluation.evaluate import evaluate
 from alpacache.extraction.extract import extract
 from alpacache.progress import ignore
 from alpacache.sources.prepared_writer import prepare

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alpacache.metrics.bias import Slope
-from alpacache.metrics.bootstrap import Interval
-from alpacache.pictures.birds_eye import (
+from alpacache.evaluation.plots import (
     bias_scatter_png,
-    birds_eye_png,
     error_over_time_png,
     explained_png,
     loss_curves_png,
 )
+from alpacache.metrics.bias import Slope
+from alpacache.metrics.bootstrap import Interval
+from alpacache.pictures.birds_eye import birds_eye_png
 from alpacache.pictures.canvas import INK, MODEL_COLOURS
 
 TIMES_S = 0.1 * np.arange(1, 65)

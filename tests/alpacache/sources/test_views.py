@@ -15,9 +15,9 @@ from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import bf16_bits
-from alpacache.config import EvalConfig
 from alpacache.driving.sample import SampleRef, split_of
 from alpacache.errors import InterruptedRunError, UsageError
+from alpacache.evaluation.config import EvalConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.sources import open_source, views
 from alpacache.sources.prepared_writer import prepare

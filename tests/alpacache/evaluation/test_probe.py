@@ -8,14 +8,18 @@ import pytest
 import torch
 
 import alpacache
-from alpacache import probe_features
 from alpacache.cached_samples.features import from_bf16_bits
-from alpacache.config import ProbeConfig
 from alpacache.driving.strata import LATE_CURVE, classify
 from alpacache.errors import UsageError
-from alpacache.extraction.config import ExtractConfig
-from alpacache.metrics.bootstrap import Interval
-from alpacache.probe_features import (
+from alpacache.evaluation import probe_features
+from alpacache.evaluation.config import ProbeConfig
+from alpacache.evaluation.probe import (
+    ALL,
+    SHUFFLED,
+    TOGETHER,
+    probe_data,
+)
+from alpacache.evaluation.probe_features import (
     CURVATURE,
     HEADING,
     LEAST_PATH_M,
@@ -27,8 +31,9 @@ from alpacache.probe_features import (
     history_features,
     read_probe_data,
 )
-from alpacache.probe_verdict import Cell, judge_target
-from alpacache.probing import ALL, SHUFFLED, TOGETHER, probe_data
+from alpacache.evaluation.probe_verdict import Cell, judge_target
+from alpacache.extraction.config import ExtractConfig
+from alpacache.metrics.bootstrap import Interval
 from cache_store import CacheReader
 
 N = 450

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from alpacache.driving.strata import LATE_CURVE, STRATA, classify
-from alpacache.summary import METRIC_KEYS, EvalSummary, SampleResult, judge, judge_baselines, summarise
+from alpacache.evaluation.summary import (
+    METRIC_KEYS,
+    EvalSummary,
+    SampleResult,
+    judge,
+    judge_baselines,
+    summarise,
+)
 
 HISTORY_XYZ = np.stack([np.arange(-15.0, 1.0), np.zeros(16), np.zeros(16)], axis=-1)
 HISTORY_ROT = np.broadcast_to(np.eye(3), (16, 3, 3))

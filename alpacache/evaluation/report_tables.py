@@ -6,10 +6,10 @@ from html import escape
 import numpy as np
 
 from alpacache.driving.strata import LATE_CURVE
+from alpacache.evaluation.summary import EvalSummary, SampleResult, StratumSummary
 from alpacache.metrics.bias import Departure, Slope
 from alpacache.metrics.bootstrap import Interval
 from alpacache.pictures.canvas import BASELINE_STYLES, MODEL_COLOURS
-from alpacache.summary import EvalSummary, SampleResult, StratumSummary
 
 HEADLINE_METRICS = {
     "min_ade": "minADE",

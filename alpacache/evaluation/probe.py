@@ -17,16 +17,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.config import ProbeConfig
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import LATE_CURVE, Floats
 from alpacache.errors import UsageError
+from alpacache.evaluation.config import ProbeConfig
+from alpacache.evaluation.plots import explained_png
+from alpacache.evaluation.probe_features import (
+    CURVATURE,
+    HEADING,
+    TARGETS,
+    ProbeData,
+    choose_samples,
+    read_probe_data,
+)
+from alpacache.evaluation.probe_models import (
+    FOLDS,
+    PROBES,
+    Predictions,
+    Probe,
+    cross_validate,
+    group_folds,
+    shuffled_within,
+)
+from alpacache.evaluation.probe_verdict import (
+    ADVICE,
+    LEAST_CLIPS,
+    LEAST_SAMPLES,
+    Cell,
+    Verdict,
+    judge_target,
+)
 from alpacache.metrics.bias import MIN_CLIPS
 from alpacache.metrics.bootstrap import Interval, explained
-from alpacache.pictures.birds_eye import explained_png
-from alpacache.probe_features import CURVATURE, HEADING, TARGETS, ProbeData, choose_samples, read_probe_data
-from alpacache.probe_models import FOLDS, PROBES, Predictions, Probe, cross_validate, group_folds, shuffled_within
-from alpacache.probe_verdict import ADVICE, LEAST_CLIPS, LEAST_SAMPLES, Cell, Verdict, judge_target
 from alpacache.progress import OnProgress, Progress, ignore
 from cache_store import CacheReader
 

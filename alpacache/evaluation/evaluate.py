@@ -1,13 +1,11 @@
 """Did it help? Paths from cached prefixes, for the unmodified expert and for trained ones, judged on the same noise."""
 
-import json
 import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
-from alpacache.alpamayo.prompt import Reasoning
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import check_base, check_same_vlm
-from alpacache.config import EvalConfig
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import classify
 from alpacache.errors import InterruptedRunError, UsageError
+from alpacache.evaluation.config import EvalConfig
+from alpacache.evaluation.output import _runs, _write
+from alpacache.evaluation.summary import (
+    EvalSummary,
+    ModelResult,
+    SampleResult,
+    judge,
+    judge_baselines,
+    summarise,
+)
 from alpacache.gpu.device import enter, resolve_device
 from alpacache.inference.prediction import (
     Paths,
@@ -30,20 +36,12 @@ from alpacache.inference.prediction import (
     to_paths,
 )
 from alpacache.interrupt import InterruptGuard
-from alpacache.pictures.birds_eye import birds_eye_png
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.front_view import draw_paths
 from alpacache.progress import OnProgress, Progress, ignore
-from alpacache.report import write_report
-from alpacache.sample_table import write_sample_table
-from alpacache.summary import EvalSummary, ModelResult, SampleResult, judge, judge_baselines, summarise
 from alpacache.training import trainable
-from alpacache.training.run_directory import RunDirectory, find_checkpoint, read_trained
+from alpacache.training.run_directory import find_checkpoint, read_trained
 
-BASE = "base"
-"""Label of the unmodified checkpoint; always evaluated, and what the others are compared with."""
-TRAINED = "trained"
-_PICTURES = 3
 Drive = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 """History and future of one sample, xyz and rotations each: all that judging needs, without its prefix."""
 Poses = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -132,18 +130,6 @@ def _tails(config: EvalConfig, data: CachedDataset) -> int:
     return config.paths
 
 
-def _runs(config: EvalConfig) -> dict[str, str | None]:
-    """Label -> run directory; None is the unmodified checkpoint."""
-    runs: dict[str, str | None] = {BASE: None}
-    if config.checkpoint is not None:
-        runs[TRAINED] = config.checkpoint
-    for label, run in config.compare.items():
-        if label in runs:
-            raise UsageError(f"--compare {label}={run}: the label {label!r} is taken; choose another.")
-        runs[label] = run
-    return runs
-
-
 def _make_out(out: Path) -> None:
     """Before anything is computed for it. Raises `UsageError` if nothing can be written there."""
     try:
@@ -212,64 +198,4 @@ def _result(sample_id: str, drive: Drive, front_jpeg: bytes | None, paths: Mappi
         front_jpeg=front_jpeg,
         strata=classify(*drive),
         models={**models, **judge_baselines(*drive)},
-    )
-
-
-def _write(
-    out: Path,
-    config: EvalConfig,
-    summary: EvalSummary,
-    results: Sequence[SampleResult],
-    *,
-    steps: Mapping[str, int],
-    reasoning: Reasoning,
-) -> None:
-    """`eval.json`, `samples.parquet`, `report.html`, and pictures of the best, median and worst of the last model."""
-    per_sample = [
-        {
-            "sample_id": r.sample_id,
-            "strata": list(r.strata.labels),
-            "metrics": {label: dict(m.metrics) for label, m in r.models.items()},
-        }
-        for r in results
-    ]
-    document = {
-        "settings": {
-            "paths": config.paths,
-            "flow_steps": config.flow_steps,
-            "seed": config.seed,
-            "reasoning": reasoning,
-            "view": 0,
-        },
-        "summary": summary.to_json(),
-        "samples": per_sample,
-    }
-    write_sample_table(out / "samples.parquet", results)
-    (out / "eval.json").write_text(json.dumps(document, indent=1) + "\n")
-    last = summary.models[-1]
-    ranked = sorted(results, key=lambda r: (r.models[last].metrics["min_ade"], r.sample_id))
-    places = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
-    for name, place in places.items():
-        (out / "pictures" / f"{name}.png").write_bytes(
-            _picture(ranked[place], summary, f"{name}: {ranked[place].sample_id}")
-        )
-    for number, result in enumerate(results[:_PICTURES]):
-        (out / "pictures" / f"sample-{number:03d}.png").write_bytes(_picture(result, summary, result.sample_id))
-    losses = {label: _loss_rows(run, steps[label]) for label, run in _runs(config).items() if run is not None}
-    write_report(summary, results, out / "report.html", losses=losses)
-
-
-def _loss_rows(run: str, step: int) -> list[dict[str, Any]]:
-    """What is left of the metrics of the run that a checkpoint belongs to."""
-    return RunDirectory(find_checkpoint(run).resolve().parent.parent).metrics(up_to=step)
-
-
-def _picture(result: SampleResult, summary: EvalSummary, title: str) -> bytes:
-    return birds_eye_png(
-        truth_xyz=result.truth_xyz,
-        history_xyz=result.history_xyz,
-        paths={label: result.models[label].pred_xyz for label in summary.models},
-        baselines={label: result.models[label].pred_xyz[0] for label in summary.baselines},
-        front_jpeg=result.front_jpeg,
-        title=title,
     )

@@ -17,18 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from alpacache import report_tables as tables
 from alpacache.driving.strata import LATE_CURVE, Floats
+from alpacache.evaluation import report_tables as tables
+from alpacache.evaluation.plots import bias_scatter_png, error_over_time_png, loss_curves_png
+from alpacache.evaluation.summary import EvalSummary, SampleResult, departures_of
 from alpacache.metrics.baselines import BASELINES
 from alpacache.metrics.bias import Departure, departures_at
 from alpacache.metrics.paths import best_sample, displacement
-from alpacache.pictures.birds_eye import (
-    bias_scatter_png,
-    birds_eye_png,
-    error_over_time_png,
-    loss_curves_png,
-)
-from alpacache.summary import EvalSummary, SampleResult, departures_of
+from alpacache.pictures.birds_eye import birds_eye_png
 
 LISTED_SAMPLES = 2000
 PATHS_BUDGET_BYTES = 5_000_000

@@ -10,8 +10,8 @@ import torch
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.config import EvalConfig
 from alpacache.errors import UsageError
+from alpacache.evaluation.config import EvalConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.inference.prediction import predict
 from alpacache.metrics.paths import min_ade

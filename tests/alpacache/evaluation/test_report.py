@@ -16,8 +16,13 @@ import pytest
 from PIL import Image
 
 from alpacache.driving.strata import classify
-from alpacache.report import write_report
-from alpacache.summary import SampleResult, judge, judge_baselines, summarise
+from alpacache.evaluation.report import write_report
+from alpacache.evaluation.summary import (
+    SampleResult,
+    judge,
+    judge_baselines,
+    summarise,
+)
 
 HISTORY_XYZ = np.stack([np.arange(-15.0, 1.0), np.zeros(16), np.zeros(16)], axis=-1)
 HISTORY_ROT = np.broadcast_to(np.eye(3), (16, 3, 3))

@@ -5,8 +5,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from alpacache.driving.strata import classify
-from alpacache.sample_table import write_sample_table
-from alpacache.summary import SampleResult, judge, judge_baselines, summarise
+from alpacache.evaluation.output import write_sample_table
+from alpacache.evaluation.summary import (
+    SampleResult,
+    judge,
+    judge_baselines,
+    summarise,
+)
 
 HISTORY = np.stack([np.arange(-15.0, 1.0), np.zeros(16), np.zeros(16)], axis=-1)
 ROT = np.broadcast_to(np.eye(3), (64, 3, 3))

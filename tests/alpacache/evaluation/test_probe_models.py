@@ -3,8 +3,15 @@
 import numpy as np
 import pytest
 
+from alpacache.evaluation.probe_models import (
+    FOLDS,
+    PROBES,
+    SHARES,
+    cross_validate,
+    group_folds,
+    shuffled_within,
+)
 from alpacache.metrics.bootstrap import explained
-from alpacache.probe_models import FOLDS, PROBES, SHARES, cross_validate, group_folds, shuffled_within
 
 N, CLIPS = 300, [f"clip-{index // 2}" for index in range(300)]
 RNG = np.random.default_rng(0)
@@ -111,7 +118,7 @@ def test_same_seed_same_predictions_whatever_the_test_rows_hold(planted):
 
 
 def test_ridge_equals_its_closed_form():
-    from alpacache.probe_models import PENALTIES, _ridge_paths
+    from alpacache.evaluation.probe_models import PENALTIES, _ridge_paths
 
     rng = np.random.default_rng(2)
     x, past, y = rng.normal(size=(40, 7)), rng.normal(size=(40, 3)), rng.normal(size=(30, 2))

@@ -1,0 +1,1 @@
+"""Evaluation from cached features: paths, metrics, pictures, report; and what the features themselves hold."""
