@@ -16,7 +16,7 @@ _HOMES = {
     "extract": "alpacache.extraction.extract",
     "train": "alpacache.training.train",
     "evaluate": "alpacache.evaluation.evaluate",
-    "export": "alpacache.exporting",
+    "export": "alpacache.exporting.export",
     "probe": "alpacache.evaluation.probe",
 }
 

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -96,19 +95,3 @@ def _toml_value(value: Any) -> str:
 def _check(good: bool, name: str, value: object, expected: str) -> None:
     if not good:
         raise UsageError(f"{name} is {value}; expected {expected}.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportConfig:
-    """A complete checkpoint again."""
-
-    model: str
-    """Hub id or directory of the model that the run was trained from."""
-    checkpoint: str
-    """A run directory or one of its checkpoints."""
-    out: str
-    """Directory to write; must not exist or be empty."""
-    ema: bool = False
-    """Export the average of the weights that a run with `--ema` kept."""
-    expert_only: bool = False
-    """Leave out the VLM: what `train` and `eval` load, not what the public code loads."""

@@ -23,11 +23,11 @@ def export(
 
     Example: `alpacache export --model nvidia/Alpamayo-R1-10B --checkpoint runs/one --out export/one`
     """
-    from alpacache.config import ExportConfig
+    from alpacache.exporting.export import ExportConfig
 
     config = ExportConfig(model=model, checkpoint=checkpoint, out=out, ema=ema, expert_only=expert_only)
     with output.show_progress("export") as on_progress:
-        from alpacache.exporting import export as run
+        from alpacache.exporting.export import export as run
 
         report = run(config, on_progress=on_progress)
     if json:

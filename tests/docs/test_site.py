@@ -13,8 +13,8 @@ import cli_reference
 import pytest
 from markdown_pages import ROOT, anchors, blocks, headings, links, pages
 
-from alpacache.config import ExportConfig
 from alpacache.evaluation.config import EvalConfig, ProbeConfig
+from alpacache.exporting.export import ExportConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.training.config import TrainConfig
 

@@ -5,7 +5,13 @@ import json
 import pytest
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.model_card import RunFacts, StoreFacts, licence_lines, model_card, run_facts
+from alpacache.exporting.model_card import (
+    RunFacts,
+    StoreFacts,
+    licence_lines,
+    model_card,
+    run_facts,
+)
 from alpacache.training.run_directory import RunCheckpoint
 
 FACTS = {"step": 1200, "trainable": "head", "samples": 34567, "stores": (), "lost_stores": 0}

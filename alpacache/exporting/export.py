@@ -27,9 +27,8 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
 from alpacache.alpamayo.safetensors_header import TensorInfo, read_header
 from alpacache.cached_samples.identity import check_base, model_identity, vlm_identity
-from alpacache.config import ExportConfig
 from alpacache.errors import AlpacacheError, CheckpointError, DataError, UsageError
-from alpacache.model_card import model_card, run_facts
+from alpacache.exporting.model_card import model_card, run_facts
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.training.run_directory import (
     MODEL,
@@ -40,6 +39,23 @@ from alpacache.training.run_directory import (
 from alpacache.training.trainable import changed_tensors, merge
 from cache_store.storage.local_files import flush
 from cache_store.storage.room import FULL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """A complete checkpoint again."""
+
+    model: str
+    """Hub id or directory of the model that the run was trained from."""
+    checkpoint: str
+    """A run directory or one of its checkpoints."""
+    out: str
+    """Directory to write; must not exist or be empty."""
+    ema: bool = False
+    """Export the average of the weights that a run with `--ema` kept."""
+    expert_only: bool = False
+    """Leave out the VLM: what `train` and `eval` load, not what the public code loads."""
+
 
 TRAINED_PREFIXES = ("expert.", "action_in_proj.", "action_out_proj.", "action_space.")
 """All that stage two loads, and all that `expert_only` writes."""

@@ -15,14 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import alpacache
-from alpacache import exporting
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.alpamayo.checkpoint import INDEX, SINGLE
 from alpacache.alpamayo.safetensors_header import read_header
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.config import ExportConfig
 from alpacache.errors import CheckpointError, DataError, UsageError
 from alpacache.evaluation.config import EvalConfig
+from alpacache.exporting import export as exporting
+from alpacache.exporting.export import ExportConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.training import trainable
 from alpacache.training.config import TrainConfig

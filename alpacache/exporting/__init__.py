@@ -1,0 +1,1 @@
+"""The way back: a checkpoint that the public Alpamayo code loads."""
