@@ -101,7 +101,7 @@ def train(
 
     After a crash or Ctrl-C: the same command with `--resume`; it ends with the same weights as an undisturbed run.
     """
-    from alpacache.config import make, read_toml
+    from alpacache.config_file import make, read_toml
     from alpacache.errors import UsageError
     from alpacache.training.config import TrainConfig
 

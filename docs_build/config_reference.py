@@ -1,6 +1,6 @@
 """Tables of the configs' fields, read off their source: a field's name, type and default, and the text under it.
 
-`<!-- fields of TrainConfig -->` in a page stands for the table of that dataclass of `alpacache/config.py`.
+`<!-- fields of TrainConfig -->` in a page stands for the table of that dataclass of `alpacache/config_file.py`.
 """
 
 import ast

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alpacache.config import _check
+from alpacache.config_file import _check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

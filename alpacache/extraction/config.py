@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from alpacache.config import _check
+from alpacache.config_file import _check
 from alpacache.driving.sample import FRONT_CAMERA
 from cache_store.kv.codec import CodecName
 

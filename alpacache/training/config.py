@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alpacache.config import _check
+from alpacache.config_file import _check
 from alpacache.planning.config import Trainable, budget_gib
 
 _LR = {"all": 1e-4, "lora": 5e-4, "head": 1e-3}

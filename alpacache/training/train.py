@@ -22,7 +22,7 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import POSE_FIELDS
 from alpacache.cached_samples.identity import check_base, check_same_vlm, model_identity
 from alpacache.cached_samples.ring import Batch, BatchRing
-from alpacache.config import to_toml
+from alpacache.config_file import to_toml
 from alpacache.distributed.peer_memory import peer_memory
 from alpacache.distributed.sharded_update import SharedUpdate
 from alpacache.distributed.world import World, join_world

@@ -18,7 +18,7 @@ from markdown_pages import ROOT, blocks, pages, prose
 
 import alpacache
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.config import make, read_toml
+from alpacache.config_file import make, read_toml
 from alpacache.evaluation.config import EvalConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.training.config import TrainConfig

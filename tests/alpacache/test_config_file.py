@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from alpacache.config import make, read_toml, to_toml
+from alpacache.config_file import make, read_toml, to_toml
 from alpacache.errors import UsageError
 from alpacache.evaluation.config import EvalConfig
 from alpacache.extraction.config import ExtractConfig
