@@ -5,9 +5,9 @@ learns from that store alone. `evaluate`: did it help? `export`: a complete chec
 hold the curve? All are imported on first use, so that `import alpacache` is cheap.
 """
 
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
-
-from alpacache.first_use import on_first_use
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "export", "extract", "probe", "train"]
@@ -19,6 +19,13 @@ _HOMES = {
     "export": "alpacache.exporting.export",
     "probe": "alpacache.evaluation.probe",
 }
+
+
+def on_first_use(package: str, name: str, homes: Mapping[str, str]) -> Any:
+    """What a package's `__getattr__` returns, given the modules that its names live in. Raises `AttributeError`."""
+    if name in homes:
+        return getattr(import_module(homes[name]), name)
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 
 def __getattr__(name: str) -> Any:

@@ -92,6 +92,6 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
-def _check(good: bool, name: str, value: object, expected: str) -> None:
+def check_value(good: bool, name: str, value: object, expected: str) -> None:
     if not good:
         raise UsageError(f"{name} is {value}; expected {expected}.")

@@ -198,11 +198,11 @@ def measure_encode(passes: ModuleType, kv: Tensor, repeats: int) -> tuple[dict[s
 
 
 def encode_speed(device: torch.device, shapes: list[tuple[int, ...]], repeats: int) -> Iterator[dict[str, Any]]:
-    from alpacache.prefix import encode_kernels as codec_kernels
+    from alpacache.prefix import encode_kernels
 
     for shape in shapes:
         kv = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(0)).to(torch.bfloat16)
-        found, data = measure_encode(codec_kernels, kv, repeats)
+        found, data = measure_encode(encode_kernels, kv, repeats)
         reference, expected = measure_encode(codec_passes, kv, repeats)
         if not torch.equal(data, expected):
             raise SystemExit(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import options, output
+from . import options, output
 
 if TYPE_CHECKING:
     from alpacache.checks.source import SourceReport

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli import options, output
+from . import options, output
 
 DAMAGED = 1
 

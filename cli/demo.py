@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from cli import options, output
-from cli.evaluate import print_summary
+from . import options, output
+from .evaluate import print_summary
 
 
 def demo(

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli import options, output
+from . import options, output
 
 if TYPE_CHECKING:
     from alpacache.evaluation.summary import EvalSummary

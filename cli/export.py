@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from cli import options, output
+from . import options, output
 
 
 def export(

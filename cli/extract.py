@@ -5,7 +5,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from cli import options, output
+from . import options, output
 
 QUARANTINED = 3
 

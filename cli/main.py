@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from cli import check, copy, demo, doctor, evaluate, export, extract, output, plan, prepare, probe, store, train
+from . import check, copy, demo, doctor, evaluate, export, extract, output, plan, prepare, probe, store, train
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _ANYWHERE = ("--quiet", "--verbose")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli import options, output
+from . import options, output
 
 if TYPE_CHECKING:
     from alpacache.driving.strata import Turn

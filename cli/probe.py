@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from alpacache.errors import UsageError
-from cli import options, output
+
+from . import options, output
 
 if TYPE_CHECKING:
     from alpacache.evaluation.probe import ProbeReport

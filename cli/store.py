@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from cli import options, output
+from . import options, output
 
 DAMAGED = 1
 Store = Annotated[str, typer.Argument(help="Directory of the store, or s3://BUCKET/PREFIX.")]

@@ -7,8 +7,8 @@ samples need neither, and begin twice as fast.
 
 from typing import TYPE_CHECKING, Any
 
+from alpacache import on_first_use
 from alpacache.alpamayo.checkpoint import Checkpoint
-from alpacache.first_use import on_first_use
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.packed import PackedPrefixes
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures, Tail

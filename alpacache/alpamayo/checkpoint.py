@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from alpacache.alpamayo.configuration import AlpamayoConfig, read_config, read_json
-from alpacache.alpamayo.hub import MissingFileError, _hub_shapes, _hub_snapshot, _is_snapshot, hub_file
+from alpacache.alpamayo.hub import MissingFileError, hub_file, hub_shapes, hub_snapshot, is_snapshot
 from alpacache.alpamayo.safetensors_header import TensorInfo, read_header
 from alpacache.errors import CheckpointError
 
@@ -48,7 +48,7 @@ class Checkpoint:
         if self.directory is None:
             return self.model
         directory = self.directory.resolve()
-        if _is_snapshot(directory):
+        if is_snapshot(directory):
             return directory.parent.parent.name.removeprefix("models--").replace("--", "/")
         return directory.name or self.model
 
@@ -90,9 +90,9 @@ class Checkpoint:
         """
         directory = self.directory
         if directory is None:
-            directory = _hub_snapshot(self.model, revision=self.revision, patterns=patterns)
+            directory = hub_snapshot(self.model, revision=self.revision, patterns=patterns)
         root = directory.resolve()
-        homes = (root, root.parent.parent / "blobs") if _is_snapshot(root) else (root,)
+        homes = (root, root.parent.parent / "blobs") if is_snapshot(root) else (root,)
         found = {}
         for folder, below, names in os.walk(root):
             links = [name for name in below if (Path(folder) / name).is_symlink()]
@@ -170,7 +170,7 @@ class Checkpoint:
             return {name: info.shape for name, info in self.infos(names).items()}
         found: dict[str, tuple[int, ...]] = {}
         for shard in sorted(set(names.values())):
-            found |= _hub_shapes(self.model, shard, revision=self.revision)
+            found |= hub_shapes(self.model, shard, revision=self.revision)
         return {name: found[name] for name in names if name in found}
 
     def with_prefix(self, *prefixes: str) -> dict[str, str]:

@@ -11,8 +11,8 @@ from alpacache.alpamayo.backbone import vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.errors import CheckpointError
 
-_HEAD = ("action_in_proj.", "action_out_proj.", "expert.norm.")
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HEAD_TENSORS = ("action_in_proj.", "action_out_proj.", "expert.norm.")
+EXPERT_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 EXPERT_PARTS = ("expert.", "action_in_proj.", "action_out_proj.")

@@ -20,7 +20,7 @@ def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
         return Path(hf_hub_download(repo, name, revision=revision))
 
 
-def _hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tuple[int, ...]]:
+def hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tuple[int, ...]]:
     """Tensor shapes of one safetensors file of a hub repository: of its cached copy, else of its first bytes."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
@@ -38,7 +38,7 @@ def _hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tup
     return {name: tuple(info.shape) for name, info in found.tensors.items()}
 
 
-def _hub_snapshot(repo: str, *, revision: str | None, patterns: tuple[str, ...]) -> Path:
+def hub_snapshot(repo: str, *, revision: str | None, patterns: tuple[str, ...]) -> Path:
     """The snapshot's directory with all files that match, fetched as far as they are not there."""
     from huggingface_hub import snapshot_download
 
@@ -46,7 +46,7 @@ def _hub_snapshot(repo: str, *, revision: str | None, patterns: tuple[str, ...])
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns) or None))
 
 
-def _is_snapshot(directory: Path) -> bool:
+def is_snapshot(directory: Path) -> bool:
     """Whether this is `models--OWNER--NAME/snapshots/REVISION` of the hub's cache, whose files are links to `blobs`."""
     return directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--")
 

@@ -76,12 +76,12 @@ class _KernelAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: int, scale: float
     ) -> Tensor:
-        from alpacache.prefix import attention_kernels as prefix_kernels
+        from alpacache.prefix import attention_kernels
 
         query, key, value = (_channels_together(tensor) for tensor in (query, key, value))
         assert isinstance(call.prefix, PackedPrefixes)
         _check_packed(query, key, call.prefix)
-        output, lse = prefix_kernels.forward(query, key, value, call.prefix, layer, scale, causal=call.causal)
+        output, lse = attention_kernels.forward(query, key, value, call.prefix, layer, scale, causal=call.causal)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.call, ctx.layer, ctx.scale = call, layer, scale
         return output
@@ -89,13 +89,13 @@ class _KernelAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from alpacache.prefix import attention_kernels as prefix_kernels
+        from alpacache.prefix import attention_kernels
 
         query, key, value, output, lse = ctx.saved_tensors
         call: PrefixCall = ctx.call
         assert isinstance(call.prefix, PackedPrefixes)
         grad = _channels_together(grad)
-        grads = prefix_kernels.backward(
+        grads = attention_kernels.backward(
             grad, query, key, value, output, lse, call.prefix, ctx.layer, ctx.scale, causal=call.causal
         )
         return *grads, None, None, None

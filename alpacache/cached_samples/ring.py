@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.ring_source import _CHUNKS, _Source, _Wanted
+from alpacache.cached_samples.ring_source import CHUNKS, RingSource, Wanted
 from alpacache.cached_samples.targets import BatchTargets, solver
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.strata import TURNS, Turn
@@ -117,20 +117,20 @@ class BatchRing:
         self._counts = np.zeros((self._remembered, 2), np.int64)
         self._kept: dict[int, Tensor] = {}
         self._slabs = _slabs(dataset) if dataset.in_memory else None
-        self._source = _Source(dataset, self._slabs, unchecked=("kv",) if checks else ())
+        self._source = RingSource(dataset, self._slabs, unchecked=("kv",) if checks else ())
         self._solve = solver(dataset, space)
         self._indices = [0] * 2 * batch_size
         # On a CPU the loop's results would depend on what the reading threads do to PyTorch's number of threads.
         self._solves_ahead = device.type == "cuda"
         self._wanted = self._in_order(places)
-        self._prefetcher: Prefetcher[_Wanted] | None = None
+        self._prefetcher: Prefetcher[Wanted] | None = None
         self._closing = ExitStack()
         self._half = 0
         self._is_out = [False, False]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._last_done: torch.cuda.Event | None = None
         self._free = [self._event()] * 2  # after whatever the memory of `data` was used for before
-        self._copying: deque[tuple[PrefetchedSample[_Wanted], torch.cuda.Event]] = deque()
+        self._copying: deque[tuple[PrefetchedSample[Wanted], torch.cuda.Event]] = deque()
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:
@@ -190,13 +190,13 @@ class BatchRing:
             )
         return DataError("a sample of another process is damaged; the message of that process names it.")
 
-    def _next(self, samples: Iterator[PrefetchedSample[_Wanted]]) -> Batch | None:
+    def _next(self, samples: Iterator[PrefetchedSample[Wanted]]) -> Batch | None:
         half = self._half
         if self._is_out[half]:
             raise ValueError("the next batch takes the rows of the last but one; call `done` with that one first.")
         if (free := self._free[half]) is not None and self._stream is not None:
             self._stream.wait_event(free)
-        taken: list[_Wanted] = []
+        taken: list[Wanted] = []
         lengths: list[int] = []
         starts: list[int] = []
         chunks: dict[int, NDArray[np.int64]] = {}
@@ -208,8 +208,8 @@ class BatchRing:
             kv, tokens, start = self._content(sample)
             row = half * self._batch_size + len(taken)
             self._indices[row] = sample.sample_id.index
-            if _CHUNKS in sample.arrays:
-                chunks[row] = sample.arrays[_CHUNKS]
+            if CHUNKS in sample.arrays:
+                chunks[row] = sample.arrays[CHUNKS]
             ready = self._copy(sample, kv, row)
             taken.append(sample.sample_id)
             lengths.append(tokens)
@@ -229,7 +229,7 @@ class BatchRing:
             ready=ready,
         )
 
-    def _take(self, samples: Iterator[PrefetchedSample[_Wanted]]) -> PrefetchedSample[_Wanted] | None:
+    def _take(self, samples: Iterator[PrefetchedSample[Wanted]]) -> PrefetchedSample[Wanted] | None:
         """The next sample in order, once it is in RAM."""
         self._wait_for_copies(self._buffers - 1)
         self._take_back()
@@ -239,7 +239,7 @@ class BatchRing:
             self.waited_s += time.monotonic() - started
         return sample
 
-    def _content(self, sample: PrefetchedSample[_Wanted]) -> tuple[Tensor, int, int]:
+    def _content(self, sample: PrefetchedSample[Wanted]) -> tuple[Tensor, int, int]:
         """A sample's bytes, its tokens and the position that follows them: as just read, or as remembered."""
         index, arrays = sample.sample_id.index, sample.arrays
         if not sample.sample_id.is_new:
@@ -253,7 +253,7 @@ class BatchRing:
             self._kept[index] = kv
         return kv, tokens, start
 
-    def _targets(self, taken: Sequence[_Wanted]) -> tuple[Tensor, tuple[Turn, ...]]:
+    def _targets(self, taken: Sequence[Wanted]) -> tuple[Tensor, tuple[Turn, ...]]:
         """Of each sample the action and the turn stratum: of those that are new solved, of the others remembered."""
         action = torch.empty(len(taken), *self._actions.shape[1:])
         turns = [0] * len(taken)
@@ -269,7 +269,7 @@ class BatchRing:
                 action[place], turns[place] = self._actions[wanted.index], int(self._turns[wanted.index])
         return action, tuple(TURNS[turn] for turn in turns)
 
-    def _copy(self, sample: PrefetchedSample[_Wanted], kv: Tensor, row: int) -> torch.cuda.Event | None:
+    def _copy(self, sample: PrefetchedSample[Wanted], kv: Tensor, row: int) -> torch.cuda.Event | None:
         """Fill a row; the sample's buffer goes back when that is done, which is at once on the CPU."""
         target = self.data[row, : len(kv)]
         if self._stream is None:
@@ -287,20 +287,20 @@ class BatchRing:
 
     def _check(self, chunks: dict[int, NDArray[np.int64]]) -> torch.cuda.Event | None:
         """Compare the copied rows with the checksums of their chunks, behind the copies."""
-        from alpacache.gpu import checksum as gpu_checksum
+        from alpacache.gpu import checksum
 
         assert self.damage is not None
         rows = np.repeat(list(chunks), [len(found) for found in chunks.values()])
         starts, sizes, crc32cs = np.concatenate(list(chunks.values())).T
         with torch.cuda.stream(self._stream):
-            table = gpu_checksum.ChunkTable.build(rows, starts, sizes, crc32cs, device=self._device)
+            table = checksum.ChunkTable.build(rows, starts, sizes, crc32cs, device=self._device)
         if self._scratch is None or len(self._scratch) < table.scratch_words:
             # Of the current stream's memory: the copies' own would take whole pages for it.
             self._scratch = self.damage.new_empty(table.scratch_words)
             if self._stream is not None:
                 self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            gpu_checksum.check_rows(self.data, table, self.damage, self._scratch)
+            checksum.check_rows(self.data, table, self.damage, self._scratch)
             return self._event()
 
     def _take_back(self) -> None:
@@ -335,7 +335,7 @@ class BatchRing:
             opened.callback(page_unlock, memory)
         return [memory[start : start + size] for start in range(0, memory.size, size)]
 
-    def _in_order(self, places: Iterator[Sequence[tuple[int, int]]]) -> Iterator[_Wanted]:
+    def _in_order(self, places: Iterator[Sequence[tuple[int, int]]]) -> Iterator[Wanted]:
         """What the prefetcher is to read. Samples come back in this order, so what came once is known later."""
         seen = np.zeros(self._remembered, bool)
         for batch in places:
@@ -348,7 +348,7 @@ class BatchRing:
                     seen[index] = True
             targets = BatchTargets(sum(is_new), self._solve, ahead=self._solves_ahead)
             for place, (position, index) in enumerate(batch):
-                yield _Wanted(
+                yield Wanted(
                     position=position,
                     index=index,
                     is_new=is_new[place],

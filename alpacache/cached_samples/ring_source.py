@@ -14,12 +14,12 @@ from alpacache.errors import DataError
 from alpacache.gpu.host_memory import Bytes, Slabs
 from cache_store.sample_read import SampleRead
 
-_CHUNKS = "chunks"
+CHUNKS = "chunks"
 """Key of what is to be checked on the device, as `SampleRead.unchecked` has it, among the arrays of a sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Wanted:
+class Wanted:
     """One place of the global order, as the prefetcher is asked for it."""
 
     position: int
@@ -33,7 +33,7 @@ class _Wanted:
     """Of its batch."""
 
 
-class _Source:
+class RingSource:
     """What the prefetcher reads from: the stores of a dataset, of each sample what is not known yet."""
 
     def __init__(self, dataset: CachedDataset, slabs: Slabs | None, *, unchecked: Sequence[str]) -> None:
@@ -42,7 +42,7 @@ class _Source:
         self._fields = ("kv", "prefix_len", "start_position", *shape, *POSE_FIELDS)
         self._size_bytes = lru_cache(maxsize=4096)(dataset.layout.size_bytes)
 
-    def views(self, wanted: _Wanted, buffer: Bytes, fields: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    def views(self, wanted: Wanted, buffer: Bytes, fields: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         reader, sample_id = self._dataset.locate(wanted.index)
         if self._slabs is not None:
             if not wanted.is_new:
@@ -51,7 +51,7 @@ class _Source:
         return reader.views(sample_id, buffer, ["kv"])
 
     def plan(
-        self, wanted: _Wanted, fields: Sequence[str] | None = None, *, out: Mapping[str, NDArray[Any]] | None = None
+        self, wanted: Wanted, fields: Sequence[str] | None = None, *, out: Mapping[str, NDArray[Any]] | None = None
     ) -> SampleRead:
         reader, sample_id = self._dataset.locate(wanted.index)
         if not wanted.is_new:
@@ -78,4 +78,4 @@ class _Source:
 
 
 def _with_chunks(read: SampleRead) -> dict[str, NDArray[Any]]:
-    return read.arrays | ({_CHUNKS: read.unchecked["kv"]} if "kv" in read.unchecked else {})
+    return read.arrays | ({CHUNKS: read.unchecked["kv"]} if "kv" in read.unchecked else {})

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alpacache.config_file import _check
+from alpacache.config_file import check_value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +33,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         for name in ("paths", "flow_steps", "batch_size"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _check(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1")
+            check_value(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check_value(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class ProbeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.samples >= 1, "samples", self.samples, "at least 1")
+        check_value(self.samples >= 1, "samples", self.samples, "at least 1")
         known = self.layers in ("last", "all") or (self.layers and all(layer >= 0 for layer in self.layers))  # type: ignore[operator]
-        _check(bool(known), "layers", self.layers, "last, all or layer numbers counted from 0")
-        _check(self.pool in ("both", "last", "mean"), "pool", self.pool, "both, last or mean")
+        check_value(bool(known), "layers", self.layers, "last, all or layer numbers counted from 0")
+        check_value(self.pool in ("both", "last", "mean"), "pool", self.pool, "both, last or mean")

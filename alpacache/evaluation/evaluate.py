@@ -19,7 +19,7 @@ from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import classify
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.evaluation.config import EvalConfig
-from alpacache.evaluation.output import _runs, _write
+from alpacache.evaluation.output import named_models, write_results
 from alpacache.evaluation.summary import (
     EvalSummary,
     ModelResult,
@@ -65,7 +65,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     data = CachedDataset([config.store], checkpoint)
     indices = list(data.plain[: config.samples])
     tails = _tails(config, data)
-    runs = _runs(config)
+    runs = named_models(config)
     _make_out(Path(config.out))
     predicted: dict[str, list[Paths]] = {}
     steps: dict[str, int] = {}
@@ -98,7 +98,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         for place, index in enumerate(indices)
     ]
     summary = summarise(results, seed=config.seed)
-    _write(Path(config.out), config, summary, results, steps=steps, reasoning="rollout" if tails else "none")
+    write_results(Path(config.out), config, summary, results, steps=steps, reasoning="rollout" if tails else "none")
     return EvalReport(summary=summary, results=results, out=config.out, seconds=time.monotonic() - started)
 
 

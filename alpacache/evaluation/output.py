@@ -49,7 +49,7 @@ def write_sample_table(path: Path, results: Sequence[SampleResult]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def _runs(config: EvalConfig) -> dict[str, str | None]:
+def named_models(config: EvalConfig) -> dict[str, str | None]:
     """Label -> run directory; None is the unmodified checkpoint."""
     runs: dict[str, str | None] = {BASE: None}
     if config.checkpoint is not None:
@@ -61,7 +61,7 @@ def _runs(config: EvalConfig) -> dict[str, str | None]:
     return runs
 
 
-def _write(
+def write_results(
     out: Path,
     config: EvalConfig,
     summary: EvalSummary,
@@ -101,7 +101,7 @@ def _write(
         )
     for number, result in enumerate(results[:_PICTURES]):
         (out / "pictures" / f"sample-{number:03d}.png").write_bytes(_picture(result, summary, result.sample_id))
-    losses = {label: _loss_rows(run, steps[label]) for label, run in _runs(config).items() if run is not None}
+    losses = {label: _loss_rows(run, steps[label]) for label, run in named_models(config).items() if run is not None}
     write_report(summary, results, out / "report.html", losses=losses)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from alpacache.driving.strata import DT_S, Floats
 from alpacache.metrics.bias import Quantity, Slope
 from alpacache.metrics.bootstrap import Interval
-from alpacache.pictures.canvas import BASELINE_STYLES, DPI, GRID, INK, MODEL_COLOURS, _plain, _png, _unmath
+from alpacache.pictures.canvas import BASELINE_STYLES, DPI, GRID, INK, MODEL_COLOURS, plain_text, png_bytes, unmath
 
 
 def bias_scatter_png(
@@ -54,11 +54,11 @@ def bias_scatter_png(
             panel.plot(ends, scale * line.intercept + line.slope * ends, color=colour, lw=2.2, label=_slope_text(line))
         panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         panel.set_xlabel(f"driven {name} at 6.4 s ({unit.strip()})", fontsize=9, color=INK)
-        panel.set_title(_unmath(label), fontsize=11, color=colour, loc="left", fontweight="bold")
-        _plain(panel)
+        panel.set_title(unmath(label), fontsize=11, color=colour, loc="left", fontweight="bold")
+        plain_text(panel)
         panel.legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
     panels[0].set_ylabel(f"predicted {name} ({unit.strip()}), mean of paths", fontsize=9, color=INK)
-    return _png(figure, palette=True)
+    return png_bytes(figure, palette=True)
 
 
 def error_over_time_png(
@@ -78,11 +78,11 @@ def error_over_time_png(
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, errors) in zip(all_axes, panels.items(), strict=False):
         _draw_errors(axes, errors, (dashed or {}).get(title, {}))
-        axes.set_title(_unmath(title), loc="left", fontsize=10, color=INK)
+        axes.set_title(unmath(title), loc="left", fontsize=10, color=INK)
     for axes in all_axes[len(panels) :]:
         axes.set_axis_off()
     all_axes[0].legend(loc="upper left", fontsize=8.5, frameon=False)
-    return _png(figure, palette=True)
+    return png_bytes(figure, palette=True)
 
 
 def _draw_errors(axes: "Axes", errors: Mapping[str, ArrayLike], dashed: Mapping[str, ArrayLike]) -> None:
@@ -93,17 +93,17 @@ def _draw_errors(axes: "Axes", errors: Mapping[str, ArrayLike], dashed: Mapping[
         times_s = DT_S * np.arange(1, error.shape[1] + 1)
         low, high = np.quantile(error, [0.25, 0.75], axis=0)
         axes.fill_between(times_s, low, high, color=colour, alpha=0.13, lw=0)
-        axes.plot(times_s, error.mean(axis=0), color=colour, lw=2.2, label=_unmath(label))
+        axes.plot(times_s, error.mean(axis=0), color=colour, lw=2.2, label=unmath(label))
         tops += [float(error.mean(axis=0).max()), float(high.max())]
     for index, (label, values) in enumerate(dashed.items()):
         error = np.asarray(values, dtype=np.float64)
         colour, style = BASELINE_STYLES[index % len(BASELINE_STYLES)]
         times_s = DT_S * np.arange(1, error.shape[1] + 1)
-        axes.plot(times_s, error.mean(axis=0), color=colour, ls=style, lw=1.6, label=_unmath(label))
+        axes.plot(times_s, error.mean(axis=0), color=colour, ls=style, lw=1.6, label=unmath(label))
     axes.set(xlim=(0, 6.4), ylim=(0, 1.6 * max(tops)))
     axes.set_xlabel("seconds after t0", fontsize=9, color=INK)
     axes.set_ylabel("distance to the driven path (m)", fontsize=9, color=INK)
-    _plain(axes)
+    plain_text(axes)
 
 
 def loss_curves_png(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
@@ -131,13 +131,13 @@ def loss_curves_png(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
                 *points.T, color=colour, lw=2.0 if not of else 1.2, ls="-" if not of else (0, (4, 2)),
                 marker="o", ms=3, label=f"validation {of}".strip(),
             )  # fmt: skip
-        axes.set_title(_unmath(label), loc="left", fontsize=10, color=INK)
+        axes.set_title(unmath(label), loc="left", fontsize=10, color=INK)
         axes.set_xlabel("step", fontsize=9, color=INK)
         axes.set_ylabel("loss", fontsize=9, color=INK)
-        _plain(axes)
+        plain_text(axes)
         if known or names:
             axes.legend(loc="upper right", fontsize=8, frameon=False)
-    return _png(figure, palette=True)
+    return png_bytes(figure, palette=True)
 
 
 def _smoothed(values: Floats) -> Floats:
@@ -175,7 +175,7 @@ def explained_png(
             heights = [0.0 if one is None else one.estimate for one in found]
             panel.bar(places, heights, 0.9 * width, color=MODEL_COLOURS[1 - number % 2], label=kind)
             _whiskers(panel, places, found)
-        panel.set_xticks(range(len(bars)), [_unmath(label) for label in bars])
+        panel.set_xticks(range(len(bars)), [unmath(label) for label in bars])
         _explained_axes(panel, title)
     for panel, (title, sets) in zip(axes[len(panels) :], layers.items(), strict=False):
         found = list(sets.values())
@@ -184,12 +184,12 @@ def explained_png(
         panel.plot(places, heights, marker="o", ms=4, color=MODEL_COLOURS[1])
         _whiskers(panel, places, found)
         every = -(-len(sets) // 8)
-        panel.set_xticks(places[::every], [_unmath(label).replace(" ", "\n") for label in sets][::every])
+        panel.set_xticks(places[::every], [unmath(label).replace(" ", "\n") for label in sets][::every])
         _explained_axes(panel, title)
     for panel in axes[::columns]:
         panel.set_ylabel("R², clips not seen", fontsize=9, color=INK)
     axes[0].legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
-    return _png(figure, palette=True)
+    return png_bytes(figure, palette=True)
 
 
 def _whiskers(axes: "Axes", places: ArrayLike, found: Sequence[Interval | None]) -> None:
@@ -199,10 +199,10 @@ def _whiskers(axes: "Axes", places: ArrayLike, found: Sequence[Interval | None])
 
 
 def _explained_axes(axes: "Axes", title: str) -> None:
-    axes.set_title(_unmath(title), loc="left", fontsize=10, color=INK)
+    axes.set_title(unmath(title), loc="left", fontsize=10, color=INK)
     axes.set_ylim(-0.3, 1.05)
     axes.axhline(0, color=INK, lw=0.8)
-    _plain(axes)
+    plain_text(axes)
 
 
 def _slope_text(line: Slope) -> str:

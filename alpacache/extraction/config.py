@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from alpacache.config_file import _check
+from alpacache.config_file import check_value
 from alpacache.driving.sample import FRONT_CAMERA
 from cache_store.kv.codec import CodecName
 
@@ -60,16 +60,18 @@ class ExtractConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        _check(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1")
-        _check(1 <= self.frames <= 4, "frames", self.frames, "1 to 4")
-        _check(self.views >= 1, "views", self.views, "at least 1")
-        _check(0 <= self.shard[0] < self.shard[1], "shard", self.shard, "I/N with 0 <= I < N")
-        _check(self.workers is None or self.workers >= 1, "workers", self.workers, "at least 1")
-        _check(self.writers >= 1, "writers", self.writers, "at least 1")
-        _check(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        check_value(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1")
+        check_value(1 <= self.frames <= 4, "frames", self.frames, "1 to 4")
+        check_value(self.views >= 1, "views", self.views, "at least 1")
+        check_value(0 <= self.shard[0] < self.shard[1], "shard", self.shard, "I/N with 0 <= I < N")
+        check_value(self.workers is None or self.workers >= 1, "workers", self.workers, "at least 1")
+        check_value(self.writers >= 1, "writers", self.writers, "at least 1")
+        check_value(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         alone = self.batch_size in (None, 1)
-        _check(alone or not self.deterministic, "batch_size", self.batch_size, "1, as the run is to be deterministic")
-        _check(self.rollouts >= 1, "rollouts", self.rollouts, "at least 1")
+        check_value(
+            alone or not self.deterministic, "batch_size", self.batch_size, "1, as the run is to be deterministic"
+        )
+        check_value(self.rollouts >= 1, "rollouts", self.rollouts, "at least 1")
 
     @property
     def tails(self) -> int:

@@ -19,8 +19,7 @@ from alpacache.cached_samples.graph_inputs import StepInputs
 from alpacache.cached_samples.ring import Batch, BatchRing
 from alpacache.flow_matching import sample
 from alpacache.gpu.capture import captured
-from alpacache.prefix.layers_ahead import LEAST_DECODED
-from alpacache.prefix.layout import PrefixLayout
+from alpacache.prefix.layout import LEAST_DECODED, PrefixLayout
 
 if TYPE_CHECKING:
     from alpacache.prefix.layers_ahead import LayersAhead  # needs Triton
@@ -139,14 +138,14 @@ class ActionSampler:
 
     def _make_places(self, layout: PrefixLayout, samples: int, longest: int) -> None:
         """Memory for all decoded layers if it is free, else for two, which a stream of its own fills in turn."""
-        from alpacache.prefix import decode_kernels as prefix_decoding
+        from alpacache.prefix import decode_kernels, layers_ahead
 
         device, layers = self._expert.device, layout.layers
-        rows, row_bytes = prefix_decoding.scratch_shape(layout, samples, longest)
+        rows, row_bytes = decode_kernels.scratch_shape(layout, samples, longest)
         if not _is_free(layers * rows * row_bytes, device):
             layers = LEAST_DECODED
             self._decoding = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._places = prefix_decoding.make_places(layout, samples, longest, device, layers=layers)
+        self._places = layers_ahead.make_places(layout, samples, longest, device, layers=layers)
 
 
 def _is_free(size_bytes: int, device: torch.device) -> bool:

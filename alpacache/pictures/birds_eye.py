@@ -22,9 +22,9 @@ from alpacache.pictures.canvas import (
     MIN_LENGTH_M,
     MODEL_COLOURS,
     TRUTH_COLOUR,
-    _plain,
-    _png,
-    _unmath,
+    plain_text,
+    png_bytes,
+    unmath,
 )
 
 if TYPE_CHECKING:
@@ -66,14 +66,14 @@ def birds_eye_png(
         first, axes = figure.subplots(1, 2, width_ratios=(6.8, 4.4))
         first.imshow(front)
         first.set_axis_off()
-    first.set_title(_unmath(title), loc="left", fontsize=10, color=INK)
+    first.set_title(unmath(title), loc="left", fontsize=10, color=INK)
     truth, history = np.asarray(truth_xyz, dtype=np.float64), np.asarray(history_xyz, dtype=np.float64)
     sampled = {label: np.asarray(path, dtype=np.float64) for label, path in paths.items()}
     straight_on = {label: np.asarray(path, dtype=np.float64) for label, path in (baselines or {}).items()}
     _draw_paths(axes, truth, history, sampled, straight_on)
     shown = [truth, history, *(path.reshape(-1, path.shape[-1]) for path in sampled.values())]
     _frame_road(axes, np.concatenate(shown), ratio=VIEW_RATIO)
-    return _png(figure, palette=front is None)
+    return png_bytes(figure, palette=front is None)
 
 
 def _draw_paths(
@@ -90,12 +90,12 @@ def _draw_paths(
     for index, (label, path) in enumerate(baselines.items()):
         colour, style = BASELINE_STYLES[index % len(BASELINE_STYLES)]
         line = np.concatenate([start, path])
-        axes.plot(line[:, 1], line[:, 0], color=colour, ls=style, lw=1.5, label=_unmath(label))
+        axes.plot(line[:, 1], line[:, 0], color=colour, ls=style, lw=1.5, label=unmath(label))
     for index, (label, sampled) in enumerate(paths.items()):
         colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
         for number, path in enumerate(sampled):
             line = np.concatenate([start, path])
-            name = f"{_unmath(label)} ({len(sampled)} paths)" if number == 0 else None
+            name = f"{unmath(label)} ({len(sampled)} paths)" if number == 0 else None
             axes.plot(line[:, 1], line[:, 0], color=colour, lw=1.6, alpha=0.75, label=name)
             axes.plot(path[-1, 1], path[-1, 0], marker="o", ms=3.2, color=colour, alpha=0.9, lw=0)
     driven = np.concatenate([start, truth])
@@ -117,7 +117,7 @@ def _frame_road(axes: "Axes", points: Floats, *, ratio: float) -> None:
     axes.set_aspect("equal")
     axes.set_xlabel("left  ←  y (m)  →  right", fontsize=9, color=INK)
     axes.set_ylabel("x, forward (m)", fontsize=9, color=INK)
-    _plain(axes)
+    plain_text(axes)
 
 
 def _decode(jpeg: bytes) -> Any:

@@ -20,7 +20,7 @@ MIN_LENGTH_M = 24.0
 DPI = 110
 
 
-def _plain(axes: "Axes") -> None:
+def plain_text(axes: "Axes") -> None:
     axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, colors=INK, length=0)
@@ -28,13 +28,13 @@ def _plain(axes: "Axes") -> None:
         spine.set_visible(False)
 
 
-def _unmath(text: str) -> str:
+def unmath(text: str) -> str:
     """A label is text: without this matplotlib would read `$` as mathematics and hide a leading underscore."""
     plain = text.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
 
 
-def _png(figure: "Figure", *, palette: bool) -> bytes:
+def png_bytes(figure: "Figure", *, palette: bool) -> bytes:
     """PNG bytes; a palette makes drawings (not photographs) a third of the size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image

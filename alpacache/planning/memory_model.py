@@ -13,8 +13,8 @@ from alpacache.driving.sample import FUTURE_STEPS
 from alpacache.errors import UsageError
 from alpacache.planning.machine import GPUS, MEASURED
 from alpacache.planning.time_model import compute_seconds
-from alpacache.planning.workload import _BF16, CONTEXT_BYTES, VAL_BATCH, MemoryPlan, Workload, state_bytes
-from alpacache.prefix.layers_ahead import LEAST_DECODED
+from alpacache.planning.workload import BF16_BYTES, CONTEXT_BYTES, VAL_BATCH, MemoryPlan, Workload, state_bytes
+from alpacache.prefix.layout import LEAST_DECODED
 
 _SAVED = {("all", False): (44, 8), ("all", True): (21, 6), ("lora", False): (30, 8), ("lora", True): (19, 6)}
 """What is trained, whether layers are compiled -> bytes that a token keeps in a layer for the backward, in parts of the
@@ -41,12 +41,12 @@ def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: 
     """What these settings take."""
     row = work.layout.row_bytes(work.longest)
     tokens = micro_batch * draws * FUTURE_STEPS
-    gradients = work.trained * _BF16
+    gradients = work.trained * BF16_BYTES
     activations = _activations(work, tokens, checkpointing=checkpointing)
     alone = micro_batch >= work.batch_size
     adapters = work.trained if work.trainable == "lora" else 0
     parts = {
-        "weights": (work.parameters + adapters) * _BF16,
+        "weights": (work.parameters + adapters) * BF16_BYTES,
         "gradients": gradients,
         "moments": state_bytes(work.optimizer, work.trained),
         "prefixes": 2 * work.batch_size * row,
@@ -58,7 +58,7 @@ def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: 
     peak = max(activations, gradients + round(_HOLES * activations)) if alone else both
     peak = min(peak, both)
     # The widest moment of a layer's backward: gradients of gate, up and their product, and of the residual stream.
-    widest = tokens * (3 * _BF16 * work.intermediate + 8 * work.hidden)
+    widest = tokens * (3 * BF16_BYTES * work.intermediate + 8 * work.hidden)
     workspace = _WORKSPACE_BYTES + widest + round(_GAPS * peak)
     pinned = work.pinned_bytes if work.pinned_bytes is not None else samples_ahead(work.batch_size) * row
     return MemoryPlan(
@@ -119,7 +119,7 @@ def _activations(work: Workload, tokens: int, *, checkpointing: bool) -> int:
 def _decoded_bytes(work: Workload, samples: int) -> int:
     """One decoded layer; bfloat16 is read where it lies."""
     layout = work.layout
-    return 0 if layout.codec is None else samples * work.longest * 2 * layout.kv_heads * layout.head_dim * _BF16
+    return 0 if layout.codec is None else samples * work.longest * 2 * layout.kv_heads * layout.head_dim * BF16_BYTES
 
 
 def _halves(size: int) -> Iterable[int]:

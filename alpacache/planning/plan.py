@@ -37,7 +37,6 @@ from alpacache.planning.time_model import (
     reading_seconds,
 )
 from alpacache.planning.workload import MemoryPlan, Workload
-from alpacache.training.optimizers import resolve
 from cache_store import CODECS
 from cache_store.kv.codec import CodecName
 from cache_store.storage.local_files import free_bytes
@@ -199,7 +198,7 @@ def _workload(config: PlanConfig, geometry: Geometry, tokens: int) -> Workload:
         trainable=config.trainable,
         lora_rank=config.lora_rank,
         batch_size=config.batch_size,
-        optimizer=resolve("auto", torch.device("cuda")),
+        optimizer="adamw8",
         compiled=True,
         validates=True,
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alpacache.alpamayo.geometry import _HEAD, _LINEARS
+from alpacache.alpamayo.geometry import EXPERT_LINEARS, HEAD_TENSORS
 from alpacache.prefix.layout import PrefixLayout
 
 _BYTES = {"adamw": 4.0, "adamw8": 3.0 + 3 * 2 / 128}
@@ -18,11 +18,11 @@ def trained_counts(shapes: Mapping[str, tuple[int, ...]], which: str, lora_rank:
     `shapes`: of the expert's tensors by their names in the checkpoint.
     """
     counts = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(".freqs")}
-    head = sum(count for name, count in counts.items() if name.startswith(_HEAD))
+    head = sum(count for name, count in counts.items() if name.startswith(HEAD_TENSORS))
     linears = [
         shape
         for name, shape in shapes.items()
-        if name.startswith("expert.layers.") and name.split(".")[-2] in _LINEARS and name.endswith(".weight")
+        if name.startswith("expert.layers.") and name.split(".")[-2] in EXPERT_LINEARS and name.endswith(".weight")
     ]
     adapters = sum(lora_rank * (outputs + inputs) for outputs, inputs in linears)
     return sum(counts.values()), {"all": sum(counts.values()), "head": head, "lora": head + adapters}[which]
@@ -36,7 +36,7 @@ CONTEXT_BYTES = 2**29
 """CUDA's own, outside the allocator: why a budget of 24GB is a cap of 23.5 GiB."""
 _GATE = ".mlp.gate_proj.weight"
 """Of every layer one: `[intermediate, hidden]`."""
-_BF16 = 2
+BF16_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class Workload:
     batch_size: int
     trainable: str
     optimizer: str
-    """As `optimizers.resolve` gives it."""
+    """`adamw8` or `adamw`."""
     compiled: bool
     validates: bool
     pinned_bytes: int | None = None
@@ -142,5 +142,5 @@ class MemoryPlan:
 
 
 def state_bytes(name: str, parameter_count: int) -> int:
-    """About what the state of bf16 parameters takes; `name` as `resolve` gives it."""
+    """About what the state of bf16 parameters takes; `name`: `adamw8` or `adamw`."""
     return round(_BYTES[name] * parameter_count)

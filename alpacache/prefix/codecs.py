@@ -61,9 +61,9 @@ def encode_unasked(codec: KVCodec, kv: Tensor) -> tuple[Tensor, Tensor]:
 def _passes(device: torch.device) -> ModuleType:
     """The module of what passes over every value: kernels on a GPU, if triton is installed."""
     if has_kernels(device):
-        from alpacache.prefix import encode_kernels as codec_kernels
+        from alpacache.prefix import encode_kernels
 
-        return codec_kernels
+        return encode_kernels
     return codec_passes
 
 

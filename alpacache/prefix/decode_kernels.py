@@ -240,16 +240,16 @@ def decode(prefixes: PackedPrefixes, layer: int, scratch: Tensor | None = None) 
         VALUE_GROUP=codec.value_group_of(layout.head_dim), VALUE_BITS=value_bits,
         OCTETS=_OCTETS, num_warps=_WARPS, num_stages=1,
     )  # fmt: skip
-    return scratch, _order_at(layout, longest)
+    return scratch, order_at(layout, longest)
 
 
 def scratch_shape(layout: PrefixLayout, samples: int, longest: int) -> tuple[int, int]:
     """Rows and bytes of what `decode` writes."""
-    row = _order_at(layout, longest) + layout.kv_heads * layout.head_dim
+    row = order_at(layout, longest) + layout.kv_heads * layout.head_dim
     return samples, row + -row % 256
 
 
-def _order_at(layout: PrefixLayout, longest: int) -> int:
+def order_at(layout: PrefixLayout, longest: int) -> int:
     return 4 * layout.kv_heads * longest * layout.head_dim
 
 

@@ -3,12 +3,9 @@
 import torch
 from torch import Tensor
 
-from alpacache.prefix.decode_kernels import _order_at, decode, scratch_shape
+from alpacache.prefix.decode_kernels import decode, order_at, scratch_shape
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.packed import PackedPrefixes
-
-LEAST_DECODED = 2
-"""Decoded layers that there is room for: while one is attended to, another is decoded."""
 
 
 def make_places(layout: PrefixLayout, samples: int, longest: int, device: torch.device, *, layers: int) -> Tensor:
@@ -39,7 +36,7 @@ class LayersAhead:
         self._await(place)
         if self._stream is not None and 0 <= then < prefixes.layout.layers:
             self._fill(prefixes, then, self._stream)
-        return self._places[place], _order_at(prefixes.layout, prefixes.longest)
+        return self._places[place], order_at(prefixes.layout, prefixes.longest)
 
     def _fill(self, prefixes: PackedPrefixes, layer: int, stream: torch.cuda.Stream | None) -> None:
         place = layer % len(self._places)

@@ -10,6 +10,9 @@ from torch import Tensor
 from alpacache.prefix import codecs
 from cache_store import KVCodec
 
+LEAST_DECODED = 2
+"""Decoded layers that there is room for: while one is attended to, another is decoded."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixLayout:

@@ -28,7 +28,14 @@ from torch import Tensor, nn
 
 from alpacache.errors import UsageError
 from alpacache.gpu.capture import TwoStreams
-from alpacache.training.adamw8_update import Hyperparameters, Moments, Scalars, triton, update_reference, update_triton
+from alpacache.training.adamw8_update import (
+    HAS_TRITON,
+    Hyperparameters,
+    Moments,
+    Scalars,
+    update_reference,
+    update_triton,
+)
 from alpacache.training.step_optimizer import (
     NO_PARTS,
     Updated,
@@ -45,7 +52,7 @@ class AdamW8:
     ) -> None:
         """`parts` as `make_optimizer` has it."""
         device = next(iter(parameters.values())).device
-        if device.type == "cuda" and triton is None:
+        if device.type == "cuda" and not HAS_TRITON:
             raise UsageError("adamw8 needs triton on a GPU; install triton, or choose the optimizer adamw.")
         self._device, self._hyper = device, hyper
         self._parameters, self._parts = dict(parameters), parts

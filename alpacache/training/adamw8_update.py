@@ -14,6 +14,8 @@ try:
     import triton.language as tl
 except ImportError:  # an install for the CPU
     triton = None
+
+HAS_TRITON = triton is not None
 GROUP = 128
 _ROWS, _WARPS = 4, 1
 """Groups and warps a program: 512 elements, 16 a thread, and no thread of another warp to wait for."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alpacache.config_file import _check
+from alpacache.config_file import check_value
 from alpacache.planning.config import Trainable, budget_gib
 
 _LR = {"all": 1e-4, "lora": 5e-4, "head": 1e-3}
@@ -83,29 +83,31 @@ class TrainConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        _check(len(self.stores) >= 1, "stores", self.stores, "at least one store")
-        _check(
+        check_value(len(self.stores) >= 1, "stores", self.stores, "at least one store")
+        check_value(
             (self.steps is None) != (self.epochs is None),
             "steps/epochs",
             (self.steps, self.epochs),
             "exactly one of the two",
         )
-        _check(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
-        _check(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "above 0")
+        check_value(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
+        check_value(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "above 0")
         for name in ("batch_size", "keep", "save_every", "val_every", "val_samples", "ema_every"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _check(self.draws == "auto" or self.draws >= 1, "draws", self.draws, "at least 1, or auto")
+            check_value(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check_value(self.draws == "auto" or self.draws >= 1, "draws", self.draws, "at least 1, or auto")
         for name in ("micro_batch", "lora_rank", "patience"):
-            _check((getattr(self, name) or 1) >= 1, name, getattr(self, name), "at least 1")
+            check_value((getattr(self, name) or 1) >= 1, name, getattr(self, name), "at least 1")
         if self.memory_budget is not None:
-            _check(budget_gib(self.memory_budget) > 0.5, "memory_budget", self.memory_budget, "a size such as 24GB")
+            check_value(
+                budget_gib(self.memory_budget) > 0.5, "memory_budget", self.memory_budget, "a size such as 24GB"
+            )
         lr = self.peak_lr
-        _check(0 <= self.min_lr <= lr, "min_lr", self.min_lr, f"0 to lr ({lr})")
-        _check(self.patience is None or self.val is not None, "patience", self.patience, "a --val store with it")
-        _check(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "above 0 and below 1, such as 0.999")
-        _check(self.best_by == "loss" or self.val is not None, "best_by", self.best_by, "a --val store with it")
-        _check(self.clip > 0, "clip", self.clip, "above 0")
-        _check(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "0 or more")
+        check_value(0 <= self.min_lr <= lr, "min_lr", self.min_lr, f"0 to lr ({lr})")
+        check_value(self.patience is None or self.val is not None, "patience", self.patience, "a --val store with it")
+        check_value(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "above 0 and below 1, such as 0.999")
+        check_value(self.best_by == "loss" or self.val is not None, "best_by", self.best_by, "a --val store with it")
+        check_value(self.clip > 0, "clip", self.clip, "above 0")
+        check_value(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "0 or more")
         weighted_stores(self.stores)
 
     @property
@@ -129,7 +131,7 @@ def weighted_stores(stores: Sequence[str]) -> list[tuple[str, float | None]]:
             weight = float(text)
         except ValueError:
             weight = math.nan
-        _check(0 < weight < math.inf, f"weight of store {path}", text, "a number above 0, as in PATH=0.5")
+        check_value(0 < weight < math.inf, f"weight of store {path}", text, "a number above 0, as in PATH=0.5")
         found.append((path, weight))
     if all(weight is None for _, weight in found):
         return found

@@ -19,7 +19,7 @@ from alpacache.cached_samples.graph_inputs import StepInputs
 from alpacache.cached_samples.ring import Batch, BatchRing
 from alpacache.distributed.sharded_update import SharedUpdate
 from alpacache.gpu.capture import captured
-from alpacache.prefix.layers_ahead import LEAST_DECODED
+from alpacache.prefix.layout import LEAST_DECODED
 from alpacache.training.step_optimizer import StepOptimizer
 
 

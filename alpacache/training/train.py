@@ -29,7 +29,7 @@ from alpacache.distributed.world import World, join_world
 from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.interrupt import InterruptGuard
 from alpacache.planning.workload import MemoryPlan
-from alpacache.prefix.layers_ahead import LEAST_DECODED
+from alpacache.prefix.layout import LEAST_DECODED
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.training.auto_settings import cap_memory, settle
 from alpacache.training.checkpoint_writer import CheckpointWriter

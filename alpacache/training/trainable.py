@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from alpacache import randomness
 from alpacache.alpamayo import ActionExpert
-from alpacache.alpamayo.geometry import _HEAD, _LINEARS
+from alpacache.alpamayo.geometry import EXPERT_LINEARS, HEAD_TENSORS
 from alpacache.errors import UsageError
 
 LORA_SCALE = "lora_scale"
@@ -43,7 +43,9 @@ def choose_trainable(
     if which == "lora":
         adapters = _inject(expert, lora_rank, 2.0 * lora_rank if lora_alpha is None else lora_alpha, seed)
     expert.requires_grad_(False)
-    chosen = {name: p for name, p in expert.named_parameters() if which == "all" or name.startswith(_HEAD)} | adapters
+    chosen = {
+        name: p for name, p in expert.named_parameters() if which == "all" or name.startswith(HEAD_TENSORS)
+    } | adapters
     for parameter in chosen.values():
         parameter.requires_grad_(True)
     return chosen
@@ -147,7 +149,7 @@ def _inject(expert: ActionExpert, rank: int, alpha: float, seed: int) -> dict[st
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UsageError(f"training adapters needs peft ({error}): pip install 'alpacache[lora]'.") from error
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(_LINEARS), lora_dropout=0.0, bias="none")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(EXPERT_LINEARS), lora_dropout=0.0, bias="none")
     # On the meta device: the values are ours, and peft's would come from the global random state.
     inject_adapter_in_model(config, expert, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
     expert.register_buffer(LORA_SCALE, torch.tensor(alpha / rank), persistent=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cache_store import CacheReader, KVCodec, verify
-from cache_store.kv import reference as kv_coding
+from cache_store.kv import reference
 
 DATA = Path(__file__).parents[1] / "data"
 CODECS_V1 = {"int8": KVCodec(key_group=64), "int5": KVCodec(key_bits=(5,), value_bits=(5,), key_group=64)}
@@ -43,12 +43,12 @@ def test_the_checked_in_store_reads_as_on_its_first_day(tmp_path) -> None:
                 raw, decoded = ENCODED[i][name]
                 assert digest(got[name]) == raw, name
                 codec = CODECS_V1[name.removeprefix("kv_")]
-                assert digest(kv_coding.decode(codec, got[name], got["kv"].shape)) == decoded, name
+                assert digest(reference.decode(codec, got[name], got["kv"].shape)) == decoded, name
             else:
                 assert got[name].tobytes() == np.asarray(value).tobytes(), name
         for name in ("int8", "int5"):
             codec = CODECS_V1[name]
-            once = kv_coding.decode(codec, got[f"kv_{name}"], got["kv"].shape)
+            once = reference.decode(codec, got[f"kv_{name}"], got["kv"].shape)
             error = np.abs(
                 (once.astype(np.uint32) << 16).view(np.float32) - (got["kv"].astype(np.uint32) << 16).view(np.float32)
             )

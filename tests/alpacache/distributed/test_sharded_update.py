@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from alpacache.distributed import exchange as transfers
-from alpacache.distributed import sharded_update as shared_update
+from alpacache.distributed import exchange, sharded_update
 from alpacache.distributed.sharded_update import SharedUpdate
 from alpacache.distributed.world import World
 
@@ -56,7 +55,7 @@ def operations(only_member, monkeypatch):
 
 
 def test_gradients_are_summed_together_up_to_a_size_and_by_dtype(monkeypatch, operations):
-    monkeypatch.setattr(shared_update, "TOGETHER_BYTES", 32)
+    monkeypatch.setattr(sharded_update, "TOGETHER_BYTES", 32)
     sums = operations
     add_up = dist.all_reduce
     monkeypatch.setattr(dist, "all_reduce", lambda grad: sums[-1].append((grad.dtype, len(grad))) or add_up(grad))
@@ -91,9 +90,9 @@ def test_gradients_are_summed_together_up_to_a_size_and_by_dtype(monkeypatch, op
 
 
 def test_parts_are_exchanged_together_up_to_a_size_and_by_dtype(monkeypatch, operations):
-    monkeypatch.setattr(transfers.Collectives, "exchanged_bytes", 20_000)
+    monkeypatch.setattr(exchange.Collectives, "exchanged_bytes", 20_000)
     sent = operations
-    monkeypatch.setattr(transfers, "_all_gather", lambda whole, part: sent[-1].append((whole.dtype, len(part))))
+    monkeypatch.setattr(exchange, "_all_gather", lambda whole, part: sent[-1].append((whole.dtype, len(part))))
     dtypes = [torch.float32] * 6 + [torch.float64] * 6
     named = {str(number): torch.nn.Parameter(torch.ones(4096, dtype=dtype)) for number, dtype in enumerate(dtypes)}
     update = SharedUpdate(named, World(rank=1, size=2, device=CPU))

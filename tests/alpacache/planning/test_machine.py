@@ -2,12 +2,12 @@
 
 import pytest
 
-from alpacache.planning import machine as machine_speed
+from alpacache.planning import machine
 from alpacache.planning.machine import disk_speed, existing_folder
 
 
 def test_rates_of_a_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine_speed, "_PROBE_BYTES", 2**22)
+    monkeypatch.setattr(machine, "_PROBE_BYTES", 2**22)
     found = disk_speed(tmp_path / "no" / "store" / "yet")
     assert found.probe_bytes == 2**22
     assert found.write_bytes_s > 0
@@ -16,7 +16,7 @@ def test_rates_of_a_disk(tmp_path, monkeypatch):
 
 
 def test_little_room_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine_speed, "free_bytes", lambda folder: 10**6)
+    monkeypatch.setattr(machine, "free_bytes", lambda folder: 10**6)
     with pytest.raises(OSError, match="No space left"):
         disk_speed(tmp_path)
 

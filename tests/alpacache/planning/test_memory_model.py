@@ -16,7 +16,7 @@ from alpacache.planning.machine import GPUS
 from alpacache.planning.memory_model import fastest_plan, memory_plan
 from alpacache.planning.workload import Workload
 from alpacache.prefix.layout import PrefixLayout
-from alpacache.training import auto_settings as run_plan
+from alpacache.training import auto_settings
 from alpacache.training.auto_settings import choose_draws
 from alpacache.training.config import TrainConfig
 from alpacache.training.trainable import choose_trainable
@@ -160,8 +160,8 @@ def store(tiny_checkpoint, tmp_path_factory):
 @pytest.fixture
 def gpu_settings(monkeypatch):
     """`settle` as on a GPU whose cap is known, and where nothing is measured."""
-    monkeypatch.setattr(run_plan, "cap_memory", lambda budget, device: int(23.5 * GIB))
-    monkeypatch.setattr(run_plan, "_auto_draws", lambda *_: 4)
+    monkeypatch.setattr(auto_settings, "cap_memory", lambda budget, device: int(23.5 * GIB))
+    monkeypatch.setattr(auto_settings, "_auto_draws", lambda *_: 4)
     return World(rank=0, size=1, device=torch.device("cuda"))
 
 
@@ -169,11 +169,11 @@ def test_open_settings_get_values_on_a_gpu(tiny_checkpoint, store, gpu_settings)
     checkpoint = Checkpoint(str(tiny_checkpoint))
     data = CachedDataset([store], checkpoint)
     config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out="run", steps=3, draws="auto")
-    settled, plan = run_plan.settle(config, checkpoint, data, gpu_settings)
+    settled, plan = auto_settings.settle(config, checkpoint, data, gpu_settings)
     assert (settled.draws, settled.micro_batch, settled.checkpointing) == (4, 8, False)
     assert plan.draws == 4
     given = dataclasses.replace(config, draws=2, micro_batch=3, checkpointing=True)
-    settled, plan = run_plan.settle(given, checkpoint, data, gpu_settings)
+    settled, plan = auto_settings.settle(given, checkpoint, data, gpu_settings)
     assert (settled.draws, settled.micro_batch, settled.checkpointing) == (2, 3, True)
     assert (plan.draws, plan.micro_batch, plan.checkpointing) == (2, 3, True)
 
@@ -182,6 +182,6 @@ def test_on_a_cpu_nothing_is_planned(tiny_checkpoint, store):
     checkpoint = Checkpoint(str(tiny_checkpoint))
     data = CachedDataset([store], checkpoint)
     config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out="run", steps=3, draws="auto")
-    settled, plan = run_plan.settle(config, checkpoint, data, World(rank=0, size=1, device=torch.device("cpu")))
+    settled, plan = auto_settings.settle(config, checkpoint, data, World(rank=0, size=1, device=torch.device("cpu")))
     assert plan is None
     assert (settled.draws, settled.micro_batch, settled.checkpointing) == (1, 8, False)

@@ -44,12 +44,11 @@ def test_kernels_equal_the_reference():
 
 def launches(record_launches, codec, samples):
     """The launches of one layer, forward and backward, at the released size."""
-    from alpacache.prefix import attention_kernels as prefix_kernels
-    from alpacache.prefix import decode_kernels as prefix_decoding
+    from alpacache.prefix import attention_kernels, decode_kernels
 
-    record_launches(prefix_decoding, "decode_layer")
+    record_launches(decode_kernels, "decode_layer")
     names = ("prefix_forward", "merge_forward", "row_delta", "prefix_backward", "merge_backward")
-    found = record_launches(prefix_kernels, *names)
+    found = record_launches(attention_kernels, *names)
     layout = PrefixLayout(layers=36, kv_heads=8, head_dim=128, codec=CODECS.get(codec))
     packed = PackedPrefixes(
         layout=layout,
@@ -61,8 +60,8 @@ def launches(record_launches, codec, samples):
         dtype=torch.bfloat16,
     )
     query, key = (torch.empty(samples, 64, heads, 128, dtype=torch.bfloat16).transpose(1, 2) for heads in (16, 8))
-    output, lse = prefix_kernels.forward(query, key, key, packed, 3, 0.1, causal=False)
-    prefix_kernels.backward(query, query, key, key, output, lse, packed, 3, 0.1, causal=False)
+    output, lse = attention_kernels.forward(query, key, key, packed, 3, 0.1, causal=False)
+    attention_kernels.backward(query, query, key, key, output, lse, packed, 3, 0.1, causal=False)
     return found
 
 
@@ -109,18 +108,18 @@ def test_kernels_compile_for_consumer_cards(codec, samples, capability, record_l
     ],
 )
 def test_a_layer_that_is_still_there_is_not_decoded_again(monkeypatch, places, order, expected):
-    from alpacache.prefix import decode_kernels as prefix_decoding
+    from alpacache.prefix import layers_ahead
 
     def decode(prefixes, layer, scratch):
         decoded.append(layer)
         scratch.fill_(layer)
 
     decoded = []
-    monkeypatch.setattr(prefix_decoding, "decode", decode)
+    monkeypatch.setattr(layers_ahead, "decode", decode)
     layout = PrefixLayout(layers=4, kv_heads=1, head_dim=128, codec=CODECS["int8"])
     prefixes = SimpleNamespace(layout=layout, longest=8)
-    memory = prefix_decoding.make_places(layout, 1, 8, torch.device("cpu"), layers=places)
-    ahead = prefix_decoding.LayersAhead(memory, None)
+    memory = layers_ahead.make_places(layout, 1, 8, torch.device("cpu"), layers=places)
+    ahead = layers_ahead.LayersAhead(memory, None)
     for layer in order:
         got, order_at = ahead.layer(prefixes, layer, then=layer + 1)
         assert got.unique().tolist() == [layer]

@@ -17,8 +17,11 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed; CPU-only installs do not need it")
 
-from alpacache.prefix import codec_passes, codecs  # noqa: E402
-from alpacache.prefix import encode_kernels as codec_kernels  # noqa: E402
+from alpacache.prefix import (  # noqa: E402
+    codec_passes,
+    codecs,
+    encode_kernels,
+)
 from cache_store import CODECS, KVCodec  # noqa: E402
 from cache_store.kv import reference as kv_coding  # noqa: E402
 
@@ -85,8 +88,8 @@ def test_a_gpu_is_asked_once_and_little_memory_is_needed():
 def test_both_have_the_same_functions():
     for name in ("key_extremes", "value_extremes", "energy", "fit_keys", "fit_values", "pack"):
         assert callable(getattr(codec_passes, name))
-        assert callable(getattr(codec_kernels, name))
-    assert codec_kernels.AT_ONCE > codec_passes.AT_ONCE
+        assert callable(getattr(encode_kernels, name))
+    assert encode_kernels.AT_ONCE > codec_passes.AT_ONCE
 
 
 def compiled(kernel, arguments, options, capability):
@@ -115,8 +118,8 @@ def compiled(kernel, arguments, options, capability):
 def test_kernels_compile_for_consumer_cards(capability, record_launches, monkeypatch, tmp_path):
     """No feature that an RTX 3090 or 4090 lacks, no spilled register, and no sum fused with a product that is rounded
     twice elsewhere."""
-    found = record_launches(codec_kernels, "group_extremes", "group_energy", "fit", "pack_plane")
-    monkeypatch.setattr(codecs, "_passes", lambda device: codec_kernels)
+    found = record_launches(encode_kernels, "group_extremes", "group_energy", "fit", "pack_plane")
+    monkeypatch.setattr(codecs, "_passes", lambda device: encode_kernels)
     kv = torch.zeros(2, 2, 8, 100, 128, dtype=torch.bfloat16)
     codecs.encode(CODECS["int8"], kv)
     names = [kernel.__name__ for kernel, *_ in found]
@@ -172,7 +175,7 @@ def hard(shape, seed):
 
 def encode_with_kernels(codec, kv):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codecs, "_passes", lambda device: codec_kernels)
+        patch.setattr(codecs, "_passes", lambda device: encode_kernels)
         return codecs.encode(codec, kv)
 
 
@@ -195,16 +198,16 @@ def check_refusals(device):
 def check_energy(device):
     x = ordinary((2, 2, 3, 70, 64), 1)[:, 0]
     largest = x.abs().amax((1, 2, 3)).float()
-    assert torch.equal(codec_kernels.energy(x.to(device), largest.to(device)).cpu(), codec_passes.energy(x, largest))
+    assert torch.equal(encode_kernels.energy(x.to(device), largest.to(device)).cpu(), codec_passes.energy(x, largest))
 
 
 if __name__ == "__main__":
     where = sys.argv[1]
     check(where, CODECS["int8"], ordinary((1, 2, 1, 75, 64), 0))
     if where == "cpu":  # the interpreter takes the same time for a large tile as for a small one
-        codec_kernels._KEY_LANES = 256
-        codec_kernels._KEY_MEMBERS = codec_kernels._FITTED_MEMBERS = 32
-        codec_kernels._TILE = codec_kernels._PACKED = 2**13
+        encode_kernels._KEY_LANES = 256
+        encode_kernels._KEY_MEMBERS = encode_kernels._FITTED_MEMBERS = 32
+        encode_kernels._TILE = encode_kernels._PACKED = 2**13
     for name, codec in ({**CODECS, **EXTRA}).items():
         for shape in SHAPES.get(name, SHAPES["int8"][1:2]):
             check(where, codec, ordinary(shape, 0))

@@ -16,7 +16,7 @@ from alpacache.sources.prepared_rows import PictureFit
 from alpacache.sources.prepared_writer import prepare
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
-from cache_store.storage import local_files as durable
+from cache_store.storage import local_files
 
 FRONT, LEFT = "camera_front_wide_120fov", "camera_cross_left_120fov"
 DRIVES = SyntheticSource(5, size=(64, 32), cameras=[FRONT, LEFT])
@@ -214,14 +214,14 @@ def test_shards_of_another_size_are_made_again(tmp_path, monkeypatch):
 
 
 def test_rows_are_on_the_medium_before_their_report_and_all_before_the_name(tmp_path, monkeypatch):
-    flushed, flush = [], durable.flush
+    flushed, flush = [], local_files.flush
 
     def note(path):
         flush(path)
         reports = len(list(tmp_path.glob("out.partial/shard-*.json")))
         flushed.append((path.name, reports, (tmp_path / "out").exists()))
 
-    monkeypatch.setattr(durable, "flush", note)
+    monkeypatch.setattr(local_files, "flush", note)
     monkeypatch.setattr("alpacache.sources.prepared.flush", note)
     prepare(DRIVES, refs_of(DRIVES), tmp_path / "out", cameras=[FRONT], frames=1)
     names = [".plan.json.new", "out.partial", "shard-000000.arrow", ".shard-000000.json.new"]

@@ -14,8 +14,7 @@ from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.planning.memory_model import memory_plan
-from alpacache.training import auto_settings as run_plan
-from alpacache.training import resume_check as run_record
+from alpacache.training import auto_settings, resume_check
 from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import RunDirectory
 from cache_store import CacheReader, CorruptSampleError
@@ -69,7 +68,7 @@ ONE, FOUR = (["a", "b"], identity(["front"])), (["a", "b"], identity(["front", "
 def record(*stores, paths=None, **changes):
     paths = paths or tuple(f"cache/{number}" for number in range(len(stores)))
     config = TrainConfig(stores=paths, model="tiny", out="run", steps=3, micro_batch=2, **changes)
-    return run_record.settings_record(config, run_record.stores_record(config, Stores(*stores)), processes=1)
+    return resume_check.settings_record(config, resume_check.stores_record(config, Stores(*stores)), processes=1)
 
 
 @pytest.mark.parametrize(
@@ -85,23 +84,23 @@ def record(*stores, paths=None, **changes):
 )
 def test_a_run_goes_on_with_its_own_samples_alone(now, message):
     with pytest.raises(UsageError, match=f"^run was begun with other samples:\n  {message}(.|\n)*another --out"):
-        run_record.check_settings(record(ONE, FOUR), record(*now), run="run")
+        resume_check.check_settings(record(ONE, FOUR), record(*now), run="run")
 
 
 def test_stores_may_move_and_a_revision_may_be_forgotten():
     moved = record((ONE[0], identity(["front"], None)), FOUR, paths=("elsewhere/0", "elsewhere/1"), keep=7)
-    run_record.check_settings(record(ONE, FOUR), moved, run="run")
+    resume_check.check_settings(record(ONE, FOUR), moved, run="run")
     with pytest.raises(UsageError, match=r"seed: the run has 0, now 1\nRepeat them"):
-        run_record.check_settings(record(ONE), record(ONE, seed=1), run="run")
+        resume_check.check_settings(record(ONE), record(ONE, seed=1), run="run")
 
 
 def test_of_a_run_of_an_older_version_the_number_of_samples_is_known():
     older = {
         key: value for key, value in record(ONE, FOUR).items() if key not in ("stores", "micro_batch", "processes")
     }
-    run_record.check_settings(older, record(FOUR, ONE), run="run")
+    resume_check.check_settings(older, record(FOUR, ONE), run="run")
     with pytest.raises(UsageError, match=r"2 samples of 1 stores .*\n  the run has 4\n"):
-        run_record.check_settings(older, record(ONE), run="run")
+        resume_check.check_settings(older, record(ONE), run="run")
 
 
 @pytest.mark.parametrize(
@@ -116,11 +115,11 @@ def test_of_a_run_of_an_older_version_the_number_of_samples_is_known():
 def test_processes_that_see_different_things_refuse(tiny_checkpoint, store, tmp_path, theirs, message):
     checkpoint = Checkpoint(str(tiny_checkpoint))
     config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out="run", steps=3)
-    stores = run_record.stores_record(config, CachedDataset([store], checkpoint))
+    stores = resume_check.stores_record(config, CachedDataset([store], checkpoint))
     seen = (config, RunDirectory(tmp_path), checkpoint, stores, None)
-    run_record.check_alike(*seen, Beside(rank=0, size=2, device=CPU))
+    resume_check.check_alike(*seen, Beside(rank=0, size=2, device=CPU))
     with pytest.raises(UsageError, match=f"2 processes of run do not see the same:\n  {message}\nNothing was changed"):
-        run_record.check_alike(*seen, Beside(rank=0, size=2, device=CPU, theirs=theirs))
+        resume_check.check_alike(*seen, Beside(rank=0, size=2, device=CPU, theirs=theirs))
 
 
 @pytest.fixture
@@ -128,17 +127,17 @@ def settle(tiny_checkpoint, store, monkeypatch):
     """`settle` as on a GPU with `allow[0]` bytes; the memory that settings take there."""
     checkpoint = Checkpoint(str(tiny_checkpoint))
     data, allow, works = CachedDataset([store], checkpoint), [2**40], []
-    monkeypatch.setattr(run_plan, "cap_memory", lambda budget, device: allow[0])
-    of = run_plan.Workload.of
+    monkeypatch.setattr(auto_settings, "cap_memory", lambda budget, device: allow[0])
+    of = auto_settings.Workload.of
     monkeypatch.setattr(
-        run_plan, "Workload", SimpleNamespace(of=lambda *a, **k: works.append(of(*a, **k)) or works[-1])
+        auto_settings, "Workload", SimpleNamespace(of=lambda *a, **k: works.append(of(*a, **k)) or works[-1])
     )
 
     def run(world=None, *, cap=2**40, resumed=False, **changes):
         allow[0] = cap
         config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out="run", steps=3, **changes)
         world = world or World(rank=0, size=1, device=torch.device("cuda"))
-        return run_plan.settle(config, checkpoint, data, world, resumed=resumed)
+        return auto_settings.settle(config, checkpoint, data, world, resumed=resumed)
 
     def taken(micro_batch, checkpointing=False):
         return memory_plan(works[-1], draws=1, micro_batch=micro_batch, checkpointing=checkpointing).device_bytes
@@ -179,7 +178,7 @@ def test_damage_in_the_first_batches_is_left_out_of_their_timing(tiny_checkpoint
     for on_damage in ("skip", "stop"):
         config = TrainConfig(stores=(str(broken),), on_damage=on_damage, **given)
         if on_damage == "skip":
-            assert run_plan._delivery_seconds(config, data, checkpoint, CPU, 2) > 0
+            assert auto_settings._delivery_seconds(config, data, checkpoint, CPU, 2) > 0
         else:
             with pytest.raises(CorruptSampleError):
-                run_plan._delivery_seconds(config, data, checkpoint, CPU, 2)
+                auto_settings._delivery_seconds(config, data, checkpoint, CPU, 2)

@@ -17,7 +17,7 @@ from alpacache.training.run_directory import (
     find_checkpoint,
     read_checkpoint,
 )
-from cache_store.storage import local_files as durable
+from cache_store.storage import local_files
 
 
 def content(step):
@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_with_what_would_help_wherever_it_is_met(tmp_path, m
     for what, call in calls.items():
         with monkeypatch.context() as patched:
             patched.setattr(Path, "open", appending)
-            patched.setattr(durable, "flush", full)
+            patched.setattr(local_files, "flush", full)
             patched.setattr(run_directory, "flush", full)
             with pytest.raises(OSError) as caught:
                 call()

@@ -28,7 +28,7 @@ from alpacache.cached_samples.ring import BatchRing
 from alpacache.distributed.world import World
 from alpacache.errors import DataError, NonFiniteError, UsageError
 from alpacache.extraction.config import ExtractConfig
-from alpacache.gpu import checksum as gpu_checksum
+from alpacache.gpu import checksum
 from alpacache.training import train as training
 from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import RunDirectory, read_checkpoint, read_trained
@@ -412,9 +412,9 @@ def test_stores_of_other_prompts_do_not_mix_and_of_other_frames_do(tiny_checkpoi
     mixed = (str(store), str(tmp_path / "two"))
     assert alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", stores=mixed)).samples == 12
     shutil.rmtree(tmp_path / "run")
-    from alpacache.cached_samples import dataset as cached_dataset
+    from alpacache.cached_samples import dataset
 
-    class Other(cached_dataset.CacheReader):
+    class Other(dataset.CacheReader):
         @property
         def identity(self):
             return {**self._identity, "prompt": {"template": self.path.name}}
@@ -424,7 +424,7 @@ def test_stores_of_other_prompts_do_not_mix_and_of_other_frames_do(tiny_checkpoi
             self._identity = value
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cached_dataset, "CacheReader", Other)
+        patch.setattr(dataset, "CacheReader", Other)
         with pytest.raises(UsageError, match=r"cannot be mixed with .*\n  prompt.template"):
             alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", stores=mixed))
 
@@ -591,7 +591,7 @@ def test_damage_that_the_device_finds_stops_the_run_before_its_step(
 def test_damage_of_the_way_to_the_device_is_no_damage_of_the_store(
     tiny_checkpoint, store, tmp_path, checking_device, monkeypatch
 ):
-    check_rows = gpu_checksum.check_rows
+    check_rows = checksum.check_rows
 
     def bent(data, *rest):
         data[:, 5] ^= 1

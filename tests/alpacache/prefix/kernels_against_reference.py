@@ -1,4 +1,4 @@
-"""Run by test_prefix_kernels.py: the kernels against the reference, interpreted on the CPU or on a GPU.
+"""Run by test_attention_kernels.py: the kernels against the reference, interpreted on the CPU or on a GPU.
 
 `python kernels_against_reference.py cpu|cuda` exits with an assertion where they differ. Triton decides at its import
 whether it interprets, so this is a process of its own.
@@ -18,9 +18,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from alpacache.alpamayo.prefix_attention import PrefixCall, _ExplicitAttention
-from alpacache.prefix import attention_kernels as prefix_kernels
-from alpacache.prefix import codecs
-from alpacache.prefix import decode_kernels as prefix_decoding
+from alpacache.prefix import attention_kernels, codecs, decode_kernels
 from alpacache.prefix.decode_kernels import decode, is_ordered
 from alpacache.prefix.layers_ahead import LayersAhead, make_places
 from alpacache.prefix.packed import pack
@@ -62,8 +60,8 @@ def check(codec, lengths, draws, causal, *, heads=4, kv_heads=2, dim=128, tokens
         torch.randn(rows, tokens, count, dim, device=DEVICE).bfloat16().transpose(1, 2)
         for count in (heads, kv_heads, kv_heads, heads)
     )
-    output, lse = prefix_kernels.forward(query, key, value, packed, 1, scale, causal=causal)
-    grads = prefix_kernels.backward(grad, query, key, value, output, lse, packed, 1, scale, causal=causal)
+    output, lse = attention_kernels.forward(query, key, value, packed, 1, scale, causal=causal)
+    grads = attention_kernels.backward(grad, query, key, value, output, lse, packed, 1, scale, causal=causal)
     own = [tensor.float().requires_grad_() for tensor in (query, key, value)]
     call = PrefixCall(prefix=replace(packed, dtype=torch.float32), causal=causal)
     expected = _ExplicitAttention.apply(*own, call, 1, scale)
@@ -119,7 +117,7 @@ def check_same(got, expected, packed, order_at, dim):
 
 if __name__ == "__main__":
     if DEVICE == "cpu":
-        prefix_decoding._OCTETS = 256  # fewer and larger tiles: the interpreter takes as long for one as for another
+        decode_kernels._OCTETS = 256  # fewer and larger tiles: the interpreter takes as long for one as for another
         interpreter.InterpreterBuilder.create_dot = dot
     torch.manual_seed(0)
     size = {} if DEVICE == "cpu" else {"heads": 16, "kv_heads": 8, "tokens": 64}

@@ -20,7 +20,7 @@ from alpacache.alpamayo import FrozenVLM
 from alpacache.driving.sample import FRONT_CAMERA, SampleRef
 from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, UsageError
 from alpacache.extraction import extract as extraction
-from alpacache.extraction import progress as store_count
+from alpacache.extraction import progress
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.pipeline import SPARE_COPIES
 from alpacache.extraction.preparation import Preparation
@@ -191,11 +191,11 @@ def test_progress_tells_rates_and_how_far_the_whole_store_is(tiny_checkpoint, tm
 def test_a_worker_of_several_tells_when_the_store_will_be_whole(tiny_checkpoint, tmp_path, monkeypatch):
     """By what all workers together have committed since this one began, whatever its own share is."""
     there = [0]
-    monkeypatch.setattr(store_count, "committed_keys", lambda store: frozenset(map(str, range(there[0]))))
+    monkeypatch.setattr(progress, "committed_keys", lambda store: frozenset(map(str, range(there[0]))))
     now = [100.0]
     with monkeypatch.context() as patch:
-        patch.setattr(store_count.time, "monotonic", lambda: now[0])
-        count = store_count.StoreCount("store", frozenset(map(str, range(100))))
+        patch.setattr(progress.time, "monotonic", lambda: now[0])
+        count = progress.StoreCount("store", frozenset(map(str, range(100))))
         there[0] = 20
         assert count.now(at_once=False) == (20, 100, 0.0)
         now[0], there[0] = 105.0, 30
@@ -203,7 +203,7 @@ def test_a_worker_of_several_tells_when_the_store_will_be_whole(tiny_checkpoint,
         now[0], there[0] = 120.0, 50
         assert count.now(at_once=False) == (50, 100, 1.5)
     seen = []
-    monkeypatch.setattr(store_count.StoreCount, "now", lambda self, *, at_once: (2, 6, 0.01))
+    monkeypatch.setattr(progress.StoreCount, "now", lambda self, *, at_once: (2, 6, 0.01))
     settings = config(tiny_checkpoint, tmp_path / "store", shard=(0, 2))
     report = alpacache.extract(settings, on_progress=seen.append)
     assert seen[-1].notes["store ETA"] == "0:06:40"
