@@ -20,7 +20,7 @@ from alpacache.checks.motion import (
     wrapped,
 )
 from alpacache.driving.poses import Track
-from alpacache.driving.strata import Floats
+from alpacache.driving.sample import Floats
 
 ALIGNED_RAD = float(np.deg2rad(25.0))
 """A vehicle's reference point in front of its rear axle goes a few degrees sideways in tight turns."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.driving.poses import Track
-from alpacache.driving.strata import Floats
+from alpacache.driving.sample import Floats
 
 RASTER_US = 200_000
 """Long enough that centimetres of localisation noise do not turn the course."""

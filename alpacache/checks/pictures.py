@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from alpacache.checks.check import Check
 from alpacache.checks.motion import Motion
-from alpacache.driving.sample import FRONT_CAMERA, Sample
-from alpacache.driving.strata import Floats, heading
+from alpacache.driving.sample import FRONT_CAMERA, Floats, Sample
+from alpacache.driving.strata import heading
 from alpacache.errors import BadClipError
 from alpacache.sources.source import RecordedSource
 

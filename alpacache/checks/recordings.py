@@ -17,8 +17,7 @@ from alpacache.driving.poses import (
     QUATERNION_NORM_SLACK,
     Track,
 )
-from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample
-from alpacache.driving.strata import Floats
+from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS, STEP_US, Floats, Sample
 from alpacache.errors import BadClipError
 from alpacache.sources.source import RecordedSource
 

@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from alpacache.driving.sample import DT_S, FUTURE_STEPS
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnicycleActionSpace:
@@ -23,8 +25,8 @@ class UnicycleActionSpace:
     accel_std: float
     curvature_mean: float
     curvature_std: float
-    dt_s: float = 0.1
-    waypoints: int = 64
+    dt_s: float = DT_S
+    waypoints: int = FUTURE_STEPS
     theta_lambda: float = 1e-6
     theta_ridge: float = 1e-8
     v_lambda: float = 1e-6

@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,21 @@ from numpy.typing import NDArray
 from alpacache.errors import UsageError
 from cache_store.sample_key import MAX_ID_BYTES
 
+Floats: TypeAlias = NDArray[np.float64]
+
 HISTORY_STEPS = 16
+"""Poses of the ego history; the last one is at t0."""
 FUTURE_STEPS = 64
+"""Poses of the ego future, the first one a step after t0, and waypoints of an action."""
 STEP_US = 100_000
+"""Time between two poses: 10 Hz."""
 FRAME_STEP_US = 100_000
+"""Time between two frames of a camera."""
+DT_S = STEP_US / 1e6
+FUTURE_S = FUTURE_STEPS * DT_S
+"""6.4 s: how far a path reaches."""
 DEFAULT_T0_US = 5_100_000
+"""t0 of the public loader, on the clip's clock."""
 CAMERAS = (
     "camera_cross_left_120fov",
     "camera_front_wide_120fov",

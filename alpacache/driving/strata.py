@@ -11,13 +11,13 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Floats: TypeAlias = NDArray[np.float64]
+from alpacache.driving.sample import DT_S, Floats
+
 Turn: TypeAlias = Literal["straight", "gentle", "sharp"]
 TURNS: tuple[Turn, ...] = get_args(Turn)
 Direction: TypeAlias = Literal["none", "left", "right"]
 SpeedBand: TypeAlias = Literal["stopped", "slow", "medium", "fast"]
 
-DT_S = 0.1
 STRAIGHT_HEADING_RAD = np.deg2rad(5.0)
 """Below this final heading change, and inside the corridor, a path is straight."""
 CORRIDOR_M = 2.0

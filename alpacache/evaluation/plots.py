@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-from alpacache.driving.strata import DT_S, Floats
+from alpacache.driving.sample import DT_S, Floats
 from alpacache.metrics.bias import Quantity, Slope
 from alpacache.metrics.bootstrap import Interval
 from alpacache.pictures.canvas import BASELINE_STYLES, DPI, GRID, INK, MODEL_COLOURS, plain_text, png_bytes, unmath

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.driving.sample import SampleRef
-from alpacache.driving.strata import LATE_CURVE, Floats
+from alpacache.driving.sample import Floats, SampleRef
+from alpacache.driving.strata import LATE_CURVE
 from alpacache.errors import UsageError
 from alpacache.evaluation.config import ProbeConfig
 from alpacache.evaluation.plots import explained_png

@@ -16,15 +16,8 @@ from torch import Tensor
 
 from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS, from_bf16_bits
 from alpacache.cached_samples.identity import store_codec
-from alpacache.driving.sample import SampleRef
-from alpacache.driving.strata import (
-    DT_S,
-    MOVING_MPS,
-    Floats,
-    Strata,
-    classify,
-    heading,
-)
+from alpacache.driving.sample import DT_S, Floats, SampleRef
+from alpacache.driving.strata import MOVING_MPS, Strata, classify, heading
 from alpacache.errors import UsageError
 from alpacache.metrics.baselines import SPEED_STEPS
 from alpacache.prefix import codecs

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alpacache import randomness
-from alpacache.driving.strata import Floats
+from alpacache.driving.sample import Floats
 
 Rows: TypeAlias = NDArray[np.intp]
 Probe: TypeAlias = Literal["ridge", "mlp"]

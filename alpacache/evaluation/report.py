@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from alpacache.driving.strata import LATE_CURVE, Floats
+from alpacache.driving.sample import Floats
+from alpacache.driving.strata import LATE_CURVE
 from alpacache.evaluation import report_tables as tables
 from alpacache.evaluation.plots import bias_scatter_png, error_over_time_png, loss_curves_png
 from alpacache.evaluation.summary import EvalSummary, SampleResult, departures_of

@@ -11,12 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alpacache.driving.strata import (
-    LATE_CURVE,
-    STRATA,
-    Floats,
-    Strata,
-)
+from alpacache.driving.sample import Floats
+from alpacache.driving.strata import LATE_CURVE, STRATA, Strata
 from alpacache.metrics.baselines import BASELINES
 from alpacache.metrics.bias import (
     HORIZONS_S,

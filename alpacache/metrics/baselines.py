@@ -7,15 +7,9 @@ for the straight-line bias. Both move in the plane and keep the height of t0, as
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alpacache.driving.strata import (
-    DT_S,
-    HISTORY_END_STEPS,
-    Floats,
-    checked_poses,
-    heading,
-)
+from alpacache.driving.sample import DT_S, FUTURE_STEPS, Floats
+from alpacache.driving.strata import HISTORY_END_STEPS, checked_poses, heading
 
-FUTURE_STEPS = 64
 SPEED_STEPS = 3
 """Steps before t0 whose mean speed goes on: 0.3 s, long enough for noise, short enough for braking."""
 TURN_STEPS = HISTORY_END_STEPS

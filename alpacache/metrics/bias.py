@@ -12,7 +12,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alpacache.driving.strata import DT_S, Floats, heading
+from alpacache.driving.sample import DT_S, Floats
+from alpacache.driving.strata import heading
 from alpacache.metrics.bootstrap import slope_interval
 
 Quantity: TypeAlias = Literal["heading", "lateral"]

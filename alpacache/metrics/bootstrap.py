@@ -8,12 +8,11 @@ Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapters 6, 8 an
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Floats: TypeAlias = NDArray[np.float64]
+from alpacache.driving.sample import Floats
 
 DRAWS = 2000
 LEVEL = 0.95

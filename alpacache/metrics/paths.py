@@ -8,12 +8,10 @@ Source: the metrics of the public Alpamayo evaluation; `extra_metrics` follows t
 benchmarks.
 """
 
-from typing import TypeAlias
-
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Floats: TypeAlias = NDArray[np.float64]
+from alpacache.driving.sample import Floats
 
 STEPS_PER_S = 10
 """Waypoints a second; waypoint i of a path is at t0 + (i + 1) / 10 s."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alpacache.driving.strata import Floats
+from alpacache.driving.sample import Floats
 from alpacache.pictures.canvas import (
     BASELINE_STYLES,
     DPI,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw
 
-from alpacache.driving.strata import Floats
+from alpacache.driving.sample import Floats
 
 _NEAREST_M = 0.5
 """Least distance before the camera of what is drawn: nearer, a pixel of error is a wild line."""

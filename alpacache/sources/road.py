@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.driving.poses import Track
-from alpacache.driving.sample import DEFAULT_T0_US
+from alpacache.driving.sample import DEFAULT_T0_US, FUTURE_S
 
 Shape = Literal["straight", "early_curve", "late_curve", "curve_end"]
 SHAPES: tuple[Shape, ...] = ("straight", "early_curve", "late_curve", "curve_end")
@@ -25,7 +25,6 @@ POSE_STEP_US = 50_000
 GENTLE_RAD = 0.5
 """Heading change from which a curve counts as sharp."""
 _T0_S = DEFAULT_T0_US / 1e6
-_HORIZON_S = 6.4
 _RAMP_S = 0.6
 _LATERAL_MPS2 = 3.5
 _SPEED_MPS = (5.0, 20.0)
@@ -86,7 +85,7 @@ def make_drive(rng: np.random.Generator, shape: Shape) -> Drive:
     """Draw a 20 s drive of the given shape."""
     start_s, end_s = _bend_times(rng, shape)
     target = rng.uniform(*_HEADING_RAD) * rng.choice((-1.0, 1.0))
-    inside_s = min(end_s, _T0_S + _HORIZON_S) - max(start_s, _T0_S)
+    inside_s = min(end_s, _T0_S + FUTURE_S) - max(start_s, _T0_S)
     inside_s = (end_s - start_s if shape == "curve_end" else inside_s) - _RAMP_S
     speed = rng.uniform(_SPEED_MPS[0], np.clip(_LATERAL_MPS2 * inside_s / abs(target), 6.0, _SPEED_MPS[1]))
     swing, rate, phase = rng.uniform(0.0, 0.06), rng.uniform(0.2, 0.5), rng.uniform(0.0, 2 * np.pi)
@@ -98,12 +97,12 @@ def make_drive(rng: np.random.Generator, shape: Shape) -> Drive:
     limit = _LATERAL_MPS2 / speed**2
     curvature = float(np.clip(target / (speed * inside_s), -limit, limit))
     if shape == "straight":
-        curvature = rng.uniform(-0.02, 0.02) / (speed * _HORIZON_S)
+        curvature = rng.uniform(-0.02, 0.02) / (speed * FUTURE_S)
     bends = [_Bend(start_s=start_s, end_s=end_s, curvature=curvature), *_extra_bends(rng, limit)]
     fine_arc, heading, xy, bent = _integrate(bends, arc)
     track, arcs = _drive_along(fine_arc, xy, heading, arc, offset_m=rng.uniform(-0.35, 0.35))
     road = _tabulate(fine_arc, xy, heading, bent)
-    change = float(np.diff(np.interp(arc(np.array([_T0_S, _T0_S + _HORIZON_S])), fine_arc, heading))[0])
+    change = float(np.diff(np.interp(arc(np.array([_T0_S, _T0_S + FUTURE_S])), fine_arc, heading))[0])
     kind = _describe(shape, start_s, curvature, change)
     starts = tuple(round(bend.start_s * 1e6) for bend in bends if shape != "straight" or bend is not bends[0])
     return Drive(kind=kind, road=road, track=track, arc_m=arcs, curve_starts_us=starts)
@@ -115,9 +114,9 @@ def _bend_times(rng: np.random.Generator, shape: Shape) -> tuple[float, float]:
         return -30.0, 60.0
     if shape == "late_curve":
         start = rng.uniform(0.2, 2.0)
-        return _T0_S + start, _T0_S + start + rng.uniform(3.0, _HORIZON_S + 1.0 - start)
+        return _T0_S + start, _T0_S + start + rng.uniform(3.0, FUTURE_S + 1.0 - start)
     if shape == "early_curve":
-        return _T0_S - rng.uniform(0.8, 4.0), _T0_S + rng.uniform(2.5, _HORIZON_S + 1.0)
+        return _T0_S - rng.uniform(0.8, 4.0), _T0_S + rng.uniform(2.5, FUTURE_S + 1.0)
     return _T0_S - rng.uniform(3.0, 4.5), _T0_S + rng.uniform(-0.3, 0.8)
 
 
