@@ -40,6 +40,7 @@ from bench_train_e2e import (
 )
 from benchmark_report import arguments, finish
 
+from alpacache.torchrun import this_process
 from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import RunDirectory
 from alpacache.training.train import train
@@ -70,7 +71,7 @@ def worker(config: dict[str, Any]) -> None:
     config["stores"], config["betas"] = tuple(config["stores"]), tuple(config["betas"])
     with mock.patch.object(RunDirectory, "save"):  # weights and moments that nobody reads
         report = train(TrainConfig(**config))
-    if os.environ["RANK"] == "0":
+    if this_process().rank == 0:
         Path(config["out"], "report.json").write_text(json.dumps(dataclasses.asdict(report)))
 
 

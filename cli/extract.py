@@ -1,6 +1,5 @@
 """`alpacache extract`: stage one."""
 
-import os
 from typing import Annotated, get_args
 
 import typer
@@ -66,6 +65,7 @@ def extract(
     Pilot: add `--samples 10`.
     """
     from alpacache.extraction.config import ExtractConfig
+    from alpacache.torchrun import this_process
     from cache_store.kv.codec import CodecName
 
     config = ExtractConfig(
@@ -95,12 +95,12 @@ def extract(
         writers=writers,
         device=device,
     )
-    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    with output.show_progress("extract", quiet=rank > 0) as on_progress:
+    process = this_process()
+    with output.show_progress("extract", quiet=process.rank > 0) as on_progress:
         from alpacache.extraction.extract import extract as run
 
         report = run(config, on_progress=on_progress)
-    if rank > 0:
+    if process.rank > 0:
         pass  # the first process reports, for all of torchrun's
     elif json:
         output.print_json(report)
@@ -121,9 +121,10 @@ def extract(
         ]
         rows += [["", f"{sample_id}: {reason}"] for sample_id, reason in report.quarantined.items()]
         output.print_table("extract", rows)
-    if report.quarantined and processes == 1:
+    if report.quarantined and process.world_size == 1:
         raise typer.Exit(QUARANTINED)
     if report.quarantined:  # torchrun ends all processes when one does not exit with 0
         output.note(
-            f"process {rank} refused {len(report.quarantined)} samples; `alpacache info {config.store}` lists them."
+            f"process {process.rank} refused {len(report.quarantined)} samples; "
+            f"`alpacache info {config.store}` lists them."
         )

@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 failed; 2 bad usage or input, nothing touched; 3 done but 
 130 interrupted.
 """
 
-import os
 import signal
 import sys
 import traceback
@@ -129,7 +128,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _fail(message: str, code: int) -> None:
     """Say it once, however many processes torchrun has started; a failure that only one of them met is always said."""
-    if code == INTERRUPTED and os.environ.get("RANK", "0") != "0":
+    from alpacache.torchrun import this_process
+
+    if code == INTERRUPTED and this_process().rank > 0:
         raise SystemExit(code)
     if output.is_verbose():
         traceback.print_exc()

@@ -1,6 +1,5 @@
 """`alpacache train`: stage two."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,6 +102,7 @@ def train(
     """
     from alpacache.config_file import make, read_toml
     from alpacache.errors import UsageError
+    from alpacache.torchrun import this_process
     from alpacache.training.config import TrainConfig
 
     values = read_toml(config, TrainConfig) if config is not None else {}
@@ -156,7 +156,7 @@ def train(
         from alpacache.training.train import train as run
 
         report = run(settings, on_progress=on_progress, on_plan=_show_plan)
-    if os.environ.get("RANK", "0") != "0":
+    if this_process().rank > 0:
         return
     if json:
         output.print_json(report)

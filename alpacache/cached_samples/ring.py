@@ -31,7 +31,7 @@ from alpacache.cached_samples.targets import BatchTargets, solver
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.strata import TURNS, Turn
 from alpacache.errors import DataError, UsageError
-from alpacache.gpu.device import has_kernels, keeping_threads, processes_here
+from alpacache.gpu.device import has_kernels, keeping_threads
 from alpacache.gpu.host_memory import (
     Bytes,
     Slabs,
@@ -41,6 +41,7 @@ from alpacache.gpu.host_memory import (
     page_rounded,
     page_unlock,
 )
+from alpacache.torchrun import this_process
 from cache_store import CorruptSampleError, Prefetcher
 from cache_store.prefetcher import PrefetchedSample
 
@@ -369,7 +370,7 @@ def _slabs(dataset: CachedDataset) -> Slabs:
     Every process here will have kept them all after some epochs, and all ask before any has begun.
     """
     needed, available = sum(map(page_rounded, dataset.kv_bytes.tolist())), available_bytes()
-    processes = processes_here()
+    processes = this_process().local_world_size
     total = processes * (needed + _SPARE_BYTES)
     if total > available:
         each = f", in each of {processes} processes on this machine: {total:,} together" if processes > 1 else ""

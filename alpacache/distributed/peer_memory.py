@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alpacache.distributed.world import World
-from alpacache.gpu.device import processes_here
+from alpacache.torchrun import this_process
 
 _MODULE = "torch.distributed._symmetric_memory"
 
@@ -40,9 +40,10 @@ def peer_memory(world: World) -> PeerMemory | None:
     """
     if world.size == 1 or world.device.type != "cuda":
         return None
-    others = [number for number in range(processes_here()) if number != world.device.index]
+    here = this_process().local_world_size
+    others = [number for number in range(here) if number != world.device.index]
     possible = (
-        processes_here() == world.size <= torch.cuda.device_count()
+        here == world.size <= torch.cuda.device_count()
         and os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
         and all(torch.cuda.can_device_access_peer(world.device, number) for number in others)
     )

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alpacache.errors import AlpacacheError, LostProcessError, ProcessGroupError, UsageError
-from alpacache.gpu.device import enter, own_device, process_place
+from alpacache.gpu.device import enter, own_device
+from alpacache.torchrun import this_process
 
 _TIMEOUT = timedelta(minutes=30)
 """Of a collective: the others wait while the first process writes a checkpoint."""
@@ -85,7 +86,8 @@ def join_world(device: str | None) -> Iterator[World]:
     Raises `UsageError` where there are fewer GPUs than processes, `LostProcessError` where another one has died,
     `ProcessGroupError` where they cannot talk to each other for another reason.
     """
-    rank, size = process_place()
+    process = this_process()
+    rank, size = process.rank, process.world_size
     mine = own_device(device)
     enter(mine)
     if size == 1:

@@ -51,8 +51,6 @@ from alpacache.gpu.device import (
     keeping_threads,
     one_thread_each,
     own_device,
-    process_place,
-    processes_here,
 )
 from alpacache.gpu.host_copies import HostCopies
 from alpacache.interrupt import InterruptGuard
@@ -62,6 +60,7 @@ from alpacache.sources import check_still_there, is_streamed, open_source
 from alpacache.sources.selection import Rejected, select
 from alpacache.sources.source import Source
 from alpacache.sources.views import views_identity
+from alpacache.torchrun import this_process
 from cache_store import CODECS, CacheWriter
 from cache_store.sample_key import sample_key
 from cache_store.writer import committed_keys, failed_keys
@@ -432,15 +431,15 @@ class _Run:
 
 def share(shard: tuple[int, int]) -> tuple[int, int]:
     """This process's number and how many there are, of all processes that torchrun has started for each shard."""
-    rank, size = process_place()
-    return shard[0] * size + rank, shard[1] * size
+    process = this_process()
+    return shard[0] * process.world_size + process.rank, shard[1] * process.world_size
 
 
 def reading_workers(config: ExtractConfig) -> int:
     """How many samples are read at a time: decoding and resizing keep a CPU core each, and torchrun's processes of one
     machine share its cores.
     """
-    return config.workers or default_workers(len(os.sched_getaffinity(0)) // processes_here())
+    return config.workers or default_workers(len(os.sched_getaffinity(0)) // this_process().local_world_size)
 
 
 def default_workers(cores: int) -> int:

@@ -1,7 +1,6 @@
 """Which device a stage runs on."""
 
 import ctypes
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -9,6 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from alpacache.errors import UsageError
+from alpacache.torchrun import this_process
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 """glibc's `malloc.h`."""
@@ -77,22 +77,13 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def process_place() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says; else 0 and 1."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def processes_here() -> int:
-    """How many of torchrun's processes are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def own_device(device: str | None) -> torch.device:
     """The device asked for; of several processes each has the GPU of its number on this machine.
 
     Raises `UsageError` where there are fewer GPUs than processes.
     """
     mine = resolve_device(device)
-    if mine.type == "cpu" or process_place()[1] == 1:
+    process = this_process()
+    if mine.type == "cpu" or process.world_size == 1:
         return mine
-    return resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    return resolve_device(f"cuda:{process.local_rank}")

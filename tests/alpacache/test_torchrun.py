@@ -1,0 +1,34 @@
+"""The variables of torchrun are read in one place, without torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from alpacache.torchrun import LaunchedProcess, this_process
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def test_a_process_knows_its_place(monkeypatch):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    assert this_process() == LaunchedProcess(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    for name, value in zip(NAMES, ("9", "16", "1", "8"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert this_process() == LaunchedProcess(rank=9, world_size=16, local_rank=1, local_world_size=8)
+
+
+def test_nothing_else_reads_them():
+    for package in ("alpacache", "cli", "cache_store"):
+        for path in (ROOT / package).rglob("*.py"):
+            text = path.read_text()
+            quoted = {name for name in NAMES if f'"{name}"' in text or f"'{name}'" in text}
+            assert not quoted or path.name == "torchrun.py", path
+
+
+def test_it_needs_no_torch():
+    code = "import sys, alpacache.torchrun; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "alpacache.torchrun" in done.stdout.split()
+    assert "torch" not in done.stdout.split()
