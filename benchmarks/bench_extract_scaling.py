@@ -34,8 +34,8 @@ from alpacache.extraction.extract import default_workers
 from alpacache.planning.time_model import prefill_batch
 from alpacache.sources import open_source
 from alpacache.sources.selection import select
-from cache_store.commit_record import FOLDER
-from cache_store.sample_key import sample_key
+from cache_store.format.commit_record import FOLDER
+from cache_store.format.sample_key import sample_key
 
 KEYS = (
     *("gpus", "processes", "samples", "samples_s", "efficiency", "decode_s", "of_decoding", "workers", "cpu_cores"),

@@ -20,7 +20,7 @@ import numpy as np
 from benchmark_report import arguments, finish
 
 from cache_store import CacheReader, CacheWriter, Field, Prefetcher, checksum
-from cache_store.stored_object import BLOCK_BYTES
+from cache_store.format.stored_object import BLOCK_BYTES
 
 Read = Callable[[str, np.ndarray], Any]
 FIELDS = [Field(name="kv", dtype="bfloat16", axes=("layer", "key_value", "kv_head", "token", "channel"))]

@@ -1,6 +1,5 @@
 """Storage of ragged per-sample arrays: transactional, checksummed, readable by any Zarr v3 reader. Knows no model."""
 
-from cache_store.copying import CopyReport, copy
 from cache_store.difference import differences
 from cache_store.errors import (
     CacheStoreError,
@@ -15,15 +14,16 @@ from cache_store.errors import (
     StoreNotFoundError,
     UnsupportedFileSystemError,
 )
-from cache_store.field import Field
-from cache_store.garbage import GarbageReport, collect_garbage
-from cache_store.index import build_index
+from cache_store.format.field import Field
+from cache_store.format.index import build_index
+from cache_store.format.quarantine_record import QuarantineRecord
 from cache_store.kv.codec import CODECS, KVCodec
 from cache_store.prefetcher import PrefetchedSample, Prefetcher
-from cache_store.quarantine_record import QuarantineRecord
 from cache_store.reader import CacheReader
-from cache_store.store_info import StoreInfo, info
-from cache_store.verification import Damage, VerifyReport, verify
+from cache_store.upkeep.copying import CopyReport, copy
+from cache_store.upkeep.garbage import GarbageReport, collect_garbage
+from cache_store.upkeep.store_info import StoreInfo, info
+from cache_store.upkeep.verification import Damage, VerifyReport, verify
 from cache_store.writer import CacheWriter
 
 __all__ = [

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store import commit_record, index, quarantine_record, sample_read, store_root
-from cache_store.commit_record import CommitRecord
+from cache_store import sample_read
 from cache_store.concurrency import in_order
 from cache_store.difference import differences
 from cache_store.errors import FieldNotFoundError, SampleNotFoundError
-from cache_store.field import Field
-from cache_store.quarantine_record import QuarantineRecord
-from cache_store.sample_ids import SampleIds
-from cache_store.sample_key import keys, sample_key
+from cache_store.format import commit_record, index, quarantine_record, store_root
+from cache_store.format.commit_record import CommitRecord
+from cache_store.format.field import Field
+from cache_store.format.quarantine_record import QuarantineRecord
+from cache_store.format.sample_ids import SampleIds
+from cache_store.format.sample_key import keys, sample_key
 from cache_store.sample_read import SampleRead
 from cache_store.storage.storage import Storage, open_storage
 

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_store import checksum
-from cache_store.commit_record import CommitRecord
 from cache_store.errors import FormatError
-from cache_store.field import SMALL, Field
-from cache_store.sample_check import check_array, check_group, rows_by_record
-from cache_store.sample_group import chunk_keys, packed_directory
+from cache_store.format.commit_record import CommitRecord
+from cache_store.format.field import SMALL, Field
+from cache_store.format.sample_check import check_array, check_group, rows_by_record
+from cache_store.format.sample_group import chunk_keys, packed_directory
+from cache_store.format.stored_object import TRAILER_BYTES
 from cache_store.storage.storage import Storage
-from cache_store.stored_object import TRAILER_BYTES
 
 _ALIGNMENT = 64
 """Of an array in a caller's buffer: a cache line."""

@@ -13,15 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cache_store import commit_record, quarantine_record, sample_group, store_root
-from cache_store.commit_record import CommitRecord
 from cache_store.errors import CacheStoreError
-from cache_store.field import Field
-from cache_store.quarantine_record import QuarantineRecord
-from cache_store.sample_key import keys, sample_key
+from cache_store.format import commit_record, quarantine_record, sample_group, store_root
+from cache_store.format.commit_record import CommitRecord
+from cache_store.format.field import Field
+from cache_store.format.quarantine_record import QuarantineRecord
+from cache_store.format.sample_key import keys, sample_key
+from cache_store.format.store_root import StoreRoot
 from cache_store.storage.room import FULL, room_for
 from cache_store.storage.storage import Storage, open_storage
-from cache_store.store_root import StoreRoot
 
 _log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
 
-from cache_store import compression
-from cache_store.commit_record import CommitRecord
 from cache_store.errors import CacheStoreError, CorruptSampleError
+from cache_store.format import compression
+from cache_store.format.commit_record import CommitRecord
+from cache_store.format.stored_object import MEND
 from cache_store.storage.storage import Storage
-from cache_store.stored_object import MEND
 
 
 class SampleObjects(Store):  # type: ignore[misc]  # zarr's types are not followed

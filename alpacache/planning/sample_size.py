@@ -19,8 +19,8 @@ from alpacache.driving.sample import (
     SampleRef,
 )
 from cache_store import CODECS
-from cache_store.sample_group import Value
-from cache_store.store_info import sample_size
+from cache_store.format.sample_group import Value
+from cache_store.upkeep.store_info import sample_size
 
 JPEG_BYTES = 25_000
 """Assumed of the small front picture."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cache_store import CacheReader, CacheWriter, CorruptSampleError, Field, FormatError, checksum
-from cache_store.field import STORED_DTYPES
+from cache_store.format.field import STORED_DTYPES
 from cache_store.sample_read import SampleRead
 from cache_store.storage.local_storage import LocalStorage
 from cache_store.zarr_objects import read_array
@@ -94,7 +94,7 @@ def test_out_must_fit(store) -> None:
 
 
 def test_a_lying_compressed_chunk_is_refused_before_it_is_decoded(tmp_path) -> None:
-    from cache_store.compression import check_header
+    from cache_store.format.compression import check_header
 
     for raw, stored in ((999, 20), (100, 21), (2**32 - 1, 20)):
         head = np.array([0, raw, 0, stored], "<u4").view(np.uint8)

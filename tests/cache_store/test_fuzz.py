@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cache_store import CacheReader, CacheStoreError, CacheWriter, Field
 from cache_store.document import seal
-from cache_store.store_root import _OPENING
+from cache_store.format.store_root import _OPENING
 
 LEAVES = (
     st.none()

@@ -16,7 +16,7 @@ from cache_store import (
     SampleNotFoundError,
     StoreNotFoundError,
 )
-from cache_store.field import STORED_DTYPES
+from cache_store.format.field import STORED_DTYPES
 
 SHAPES = [(), (0,), (1,), (5,), (3, 0, 2), (0, 4), (2, 3, 4)]
 

@@ -30,7 +30,7 @@ from cache_store import (
     info,
     verify,
 )
-from cache_store.sample_key import sample_key
+from cache_store.format.sample_key import sample_key
 from cache_store.storage import object_storage, s3_access
 from cache_store.storage.storage import open_storage
 from cache_store.writer import CacheWriter as Writer

@@ -8,16 +8,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cache_store import commit_record, quarantine_record, store_root
-from cache_store.commit_record import CommitRecord
 from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
 from cache_store.errors import CacheStoreError, FormatError, ObjectStorageError
-from cache_store.field import SMALL, Field
-from cache_store.sample_check import check_array, check_group
-from cache_store.sample_key import keys
+from cache_store.format import commit_record, quarantine_record, store_root
+from cache_store.format.commit_record import CommitRecord
+from cache_store.format.field import SMALL, Field
+from cache_store.format.sample_check import check_array, check_group
+from cache_store.format.sample_key import keys
+from cache_store.format.stored_object import StoredObject
 from cache_store.storage.storage import Storage, open_storage
-from cache_store.stored_object import StoredObject
 
 _PLAIN = f"{store_root.SAMPLES}/{store_root.DOCUMENT}"
 _DEEP_THREADS = 8

@@ -15,11 +15,12 @@ from itertools import chain
 
 import numpy as np
 
-from cache_store import checksum, commit_record, store_root
+from cache_store import checksum
 from cache_store.concurrency import in_order
 from cache_store.errors import FormatError
-from cache_store.sample_ids import SampleIds
-from cache_store.sample_key import keys, sample_key
+from cache_store.format import commit_record, store_root
+from cache_store.format.sample_ids import SampleIds
+from cache_store.format.sample_key import keys, sample_key
 from cache_store.storage.room import room_for
 from cache_store.storage.storage import Storage, open_storage
 

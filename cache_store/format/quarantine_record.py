@@ -10,7 +10,7 @@ from typing import Any
 
 from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, take
 from cache_store.errors import FormatError
-from cache_store.sample_key import sample_key
+from cache_store.format.sample_key import sample_key
 from cache_store.storage.storage import Storage
 
 FOLDER = "quarantine"

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cache_store import store_root
 from cache_store.concurrency import in_order
 from cache_store.document import to_bytes
-from cache_store.field import Field
+from cache_store.format import store_root
+from cache_store.format.field import Field
+from cache_store.format.sample_group import Value, array_metadata, chunk_keys, encode
+from cache_store.format.stored_object import TRAILER_BYTES
 from cache_store.reader import CacheReader
-from cache_store.sample_group import Value, array_metadata, chunk_keys, encode
-from cache_store.stored_object import TRAILER_BYTES
 
 METADATA = "(metadata)"
 """Where the bytes are counted that belong to no numeric field: text, Zarr metadata, padding of packed fields."""

@@ -18,10 +18,10 @@ from cache_store import (
     StoreFullError,
     StoreNotFoundError,
     copy,
-    copying,
     verify,
 )
 from cache_store.storage.local_storage import LocalStorage
+from cache_store.upkeep import copying
 
 
 def contents(place: str | Path, s3=None) -> dict[str, bytes]:

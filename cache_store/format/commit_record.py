@@ -7,10 +7,10 @@ from typing import Any
 
 from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, take
 from cache_store.errors import FormatError
-from cache_store.field import Field
-from cache_store.sample_key import is_attempt, sample_key
+from cache_store.format.field import Field
+from cache_store.format.sample_key import is_attempt, sample_key
+from cache_store.format.stored_object import StoredObject
 from cache_store.storage.storage import Storage
-from cache_store.stored_object import StoredObject
 
 FOLDER = "commits"
 _MAX_LENGTH = 2**48

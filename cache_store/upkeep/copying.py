@@ -14,17 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store import commit_record, index, quarantine_record, store_root
-from cache_store.commit_record import CommitRecord
 from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
 from cache_store.errors import CacheStoreError, CorruptSampleError, FormatError, StoreAddressError
-from cache_store.sample_group import METADATA
-from cache_store.sample_key import keys
+from cache_store.format import commit_record, index, quarantine_record, store_root
+from cache_store.format.commit_record import CommitRecord
+from cache_store.format.sample_group import METADATA
+from cache_store.format.sample_key import keys
+from cache_store.format.store_root import StoreRoot
+from cache_store.format.stored_object import MEND, StoredObject
 from cache_store.storage.room import room_for
 from cache_store.storage.storage import Storage, open_storage
-from cache_store.store_root import StoreRoot
-from cache_store.stored_object import MEND, StoredObject
 
 _SAMPLES = 4
 """Copied at a time, so that one sample's last object does not keep the others waiting."""

@@ -10,14 +10,14 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from cache_store.commit_record import CommitRecord
-from cache_store.compression import MAX_OVERHEAD_BYTES
 from cache_store.document import canonical_json, parse
 from cache_store.errors import FormatError
-from cache_store.field import SMALL, Field
-from cache_store.sample_group import METADATA, SMALL_ARRAY, array_metadata, chunk_keys, packed_directory
+from cache_store.format.commit_record import CommitRecord
+from cache_store.format.compression import MAX_OVERHEAD_BYTES
+from cache_store.format.field import SMALL, Field
+from cache_store.format.sample_group import METADATA, SMALL_ARRAY, array_metadata, chunk_keys, packed_directory
+from cache_store.format.stored_object import TRAILER_BYTES
 from cache_store.storage.storage import Storage
-from cache_store.stored_object import TRAILER_BYTES
 
 
 def check_group(

@@ -8,8 +8,8 @@ record has appeared meanwhile; a writer that finds its attempt gone withdraws it
 import os
 from dataclasses import dataclass
 
-from cache_store import commit_record, store_root
-from cache_store.sample_key import is_attempt, is_key
+from cache_store.format import commit_record, store_root
+from cache_store.format.sample_key import is_attempt, is_key
 from cache_store.storage.storage import Storage, open_storage
 
 DEFAULT_MIN_AGE_S = 24 * 3600.0

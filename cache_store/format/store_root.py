@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache_store import commit_record, quarantine_record
 from cache_store.difference import differences
 from cache_store.document import MAX_DOCUMENT_BYTES, canonical_copy, canonical_json, check_seal, parse, seal, take
 from cache_store.errors import FormatError, IdentityMismatchError, StoreNotFoundError
-from cache_store.field import Field
+from cache_store.format import commit_record, quarantine_record
+from cache_store.format.field import Field
 from cache_store.storage import local_storage
 from cache_store.storage.room import place_of
 from cache_store.storage.storage import Storage

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from cache_store import CacheReader, CacheWriter, Field, info
-from cache_store.store_info import sample_size
+from cache_store.upkeep.store_info import sample_size
 
 
 def test_sizes_by_field_add_up(store, kit) -> None:

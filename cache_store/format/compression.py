@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_store.errors import CorruptSampleError
-from cache_store.field import Field
+from cache_store.format.field import Field
 
 Buffer = NDArray[np.uint8] | bytes
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store import checksum, compression
-from cache_store.compression import Buffer
+from cache_store import checksum
 from cache_store.document import to_bytes
-from cache_store.field import SMALL, STORED_DTYPES, Field
-from cache_store.stored_object import TRAILER_BYTES, StoredObject
+from cache_store.format import compression
+from cache_store.format.compression import Buffer
+from cache_store.format.field import SMALL, STORED_DTYPES, Field
+from cache_store.format.stored_object import TRAILER_BYTES, StoredObject
 
 METADATA = "zarr.json"
 MAX_SMALL_BYTES = 16 * 10**6

@@ -15,9 +15,9 @@ from cache_store import (
     SampleNotFoundError,
     StoreFullError,
     build_index,
-    index,
 )
-from cache_store.sample_ids import SampleIds
+from cache_store.format import index
+from cache_store.format.sample_ids import SampleIds
 from cache_store.storage.local_storage import LocalStorage
 
 

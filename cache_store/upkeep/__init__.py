@@ -1,0 +1,1 @@
+"""Operations on whole stores: verify and repair, copy, collect garbage, summarise."""
