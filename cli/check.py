@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from alpacache import strict_json
+
 from . import options, output
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def check(
         )
     record = _record(report)
     if directory is not None:
-        (directory / REPORT).write_text(output.json_text(record))
+        (directory / REPORT).write_text(strict_json.dumps(record, indent=1) + "\n")
         if report.shown:
             (directory / SHEET).write_bytes(contact_sheet_png(report.shown, title=f"{report.source}: {_TITLE}"))
     if json:

@@ -1,15 +1,14 @@
 """What commands have in common on the screen: progress on stderr, one JSON object or a table on stdout."""
 
-import dataclasses
-import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from alpacache import strict_json
 from alpacache.progress import OnProgress, Progress, clock, ignore
 
 Verbosity = Literal["quiet", "normal", "verbose"]
@@ -43,12 +42,7 @@ def is_verbose() -> bool:
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    sys.stdout.write(json_text(value))
-
-
-def json_text(value: Any) -> str:
-    """Dataclasses become objects, what is not finite becomes null."""
-    return json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
+    sys.stdout.write(strict_json.dumps(value, indent=1) + "\n")
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[str] = ()) -> None:
@@ -143,18 +137,6 @@ def _eta(progress: Progress) -> str:
 
 def _notes(progress: Progress) -> str:
     return " ".join(f"{key} {value}" for key, value in progress.notes.items())
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value
 
 
 def note(text: str) -> None:

@@ -1,6 +1,5 @@
 """Every number of every sample and model as one parquet file, a row a sample and model, for pandas and the like."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alpacache import strict_json
 from alpacache.alpamayo.prompt import Reasoning
 from alpacache.driving.strata import STRATA
 from alpacache.errors import UsageError
@@ -91,7 +91,7 @@ def write_results(
         "samples": per_sample,
     }
     write_sample_table(out / "samples.parquet", results)
-    (out / "eval.json").write_text(json.dumps(document, indent=1) + "\n")
+    (out / "eval.json").write_text(strict_json.dumps(document, indent=1) + "\n")
     last = summary.models[-1]
     ranked = sorted(results, key=lambda r: (r.models[last].metrics["min_ade"], r.sample_id))
     places = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}

@@ -5,9 +5,6 @@ they can read, an expert could learn from. They are weaker than an expert, which
 said of pooled vectors, and docs/how-to/brain-or-hands.md says how to look further.
 """
 
-import dataclasses
-import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache import strict_json
 from alpacache.driving.sample import Floats, SampleRef
 from alpacache.driving.strata import LATE_CURVE
 from alpacache.errors import UsageError
@@ -83,7 +81,7 @@ class ProbeReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; see docs/reference/commands.md."""
-        document: dict[str, Any] = {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
+        document: dict[str, Any] = strict_json.plain(self)
         document["strata"] = {name: {"samples": n, "clips": clips} for name, (n, clips) in self.strata.items()}
         return document
 
@@ -149,8 +147,8 @@ def probe_data(
 def write_probe(out: Path, config: ProbeConfig, report: ProbeReport) -> None:
     """`probe.json` and `probe.png`."""
     out.mkdir(parents=True, exist_ok=True)
-    document = {"settings": _plain(dataclasses.asdict(config)), **report.to_json()}
-    (out / "probe.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    document = {"settings": config, **report.to_json()}
+    (out / "probe.json").write_text(strict_json.dumps(document, indent=1) + "\n")
     (out / "probe.png").write_bytes(_picture(report))
 
 
@@ -253,11 +251,3 @@ def _short(stratum: str) -> str:
 
 def _of(clips: Sequence[str], rows: NDArray[np.bool_]) -> list[str]:
     return [clip for clip, wanted in zip(clips, rows, strict=True) if wanted]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

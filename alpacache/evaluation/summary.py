@@ -5,7 +5,7 @@ number carries its count, and strata too small to conclude from are named rather
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,8 @@ from alpacache.metrics.corridor import (
     recall_difference,
     summarise_corridor,
 )
-from alpacache.metrics.paths import (
-    EXTRA_KEYS,
-    PUBLIC_KEYS,
-    corner_distance,
-    extra_metrics,
-    min_ade,
-)
+from alpacache.metrics.paths import EXTRA_KEYS, PUBLIC_KEYS, corner_distance, extra_metrics, min_ade
+from alpacache.strict_json import plain
 
 METRIC_KEYS = (*PUBLIC_KEYS, *EXTRA_KEYS)
 ENOUGH_SAMPLES = 30
@@ -128,8 +123,8 @@ class EvalSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers, strings and None; horizons become keys such as "6.4"."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        document: dict[str, Any] = plain(self)
+        return document
 
 
 def judge(pred_xyz: ArrayLike, pred_rot: ArrayLike, truth_xyz: ArrayLike, truth_rot: ArrayLike) -> ModelResult:
@@ -311,11 +306,3 @@ def _checked_labels(results: Sequence[SampleResult]) -> tuple[str, ...]:
             if missing:
                 raise ValueError(f"sample {result.sample_id}, model {label}: no metric {', '.join(missing)}.")
     return labels
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(of) for key, of in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(of) for of in value]
-    return value

@@ -1,0 +1,23 @@
+"""JSON that every reader accepts: Python's own writer puts `NaN` and `Infinity` where JSON has only `null`."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def dumps(value: Any, *, indent: int | None = None) -> str:
+    """Like `json.dumps`, for whatever `plain` takes; without `indent` on one line."""
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and mappings as dictionaries with text keys, sequences as lists, what is not finite as None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,29 @@
+"""Results as JSON that strict readers accept."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from alpacache import strict_json
+
+
+@dataclass(frozen=True)
+class Found:
+    slope: float
+    horizons: dict
+
+
+def test_what_is_not_finite_is_null_however_deep():
+    value = {"found": Found(slope=float("nan"), horizons={6.4: (1.5, float("-inf"))}), 3: [None, True, "é"]}
+    expected = {"found": {"slope": None, "horizons": {"6.4": [1.5, None]}}, "3": [None, True, "é"]}
+    assert strict_json.plain(value) == expected
+    for indent in (None, 1):
+        text = strict_json.dumps(value, indent=indent)
+        assert json.loads(text, parse_constant=pytest.fail) == expected
+    assert "\n" not in strict_json.dumps(value)
+
+
+def test_what_json_does_not_know_is_refused():
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        strict_json.dumps({"path": object()})
