@@ -78,14 +78,14 @@ class _Process:
     """One of them, from outside."""
 
     def __init__(self, config: ExtractConfig) -> None:
-        home = str(Path(__file__).resolve().parent.parent)
+        home = str(Path(__file__).resolve().parents[2])
         paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
         # Without a GPU: a context of CUDA on it would take half a gigabyte.
         environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._answers, theirs = socket.socketpair()
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-m", "alpacache.extraction.extract.reading_process", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "alpacache.extraction.reading_process", str(theirs.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=2,  # what libraries print must not get among the answers
                 pass_fds=[theirs.fileno()],

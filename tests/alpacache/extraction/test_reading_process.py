@@ -125,9 +125,9 @@ def test_a_terminal_interrupts_the_process_that_decides_alone(config):
 def test_processes_end_with_their_parent(config):
     program = f"""
 import time
-from alpacache.config import ExtractConfig
-from alpacache.reading_process import ReadingProcesses
-from alpacache.sample import SampleRef
+from alpacache.driving.sample import SampleRef
+from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.reading_process import ReadingProcesses
 read = ReadingProcesses({config!r}, 1, pinned_for=None).__enter__()
 read({REFS[0]!r})
 print(read._processes[0].pid, flush=True)
