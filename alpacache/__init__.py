@@ -10,15 +10,19 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "export", "extract", "probe", "train"]
-
 _HOMES = {
     "extract": "alpacache.extraction.extract",
+    "ExtractConfig": "alpacache.extraction.config",
     "train": "alpacache.training.train",
+    "TrainConfig": "alpacache.training.config",
     "evaluate": "alpacache.evaluation.evaluate",
+    "EvalConfig": "alpacache.evaluation.config",
     "export": "alpacache.exporting.export",
+    "ExportConfig": "alpacache.exporting.export",
     "probe": "alpacache.evaluation.probe",
+    "ProbeConfig": "alpacache.evaluation.config",
 }
+__all__ = ["__version__", *_HOMES]
 
 
 def on_first_use(package: str, name: str, homes: Mapping[str, str]) -> Any:

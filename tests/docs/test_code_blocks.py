@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -108,6 +109,13 @@ def test_commands_and_options_in_the_text_exist(page):
             mine = every | FOREIGN
         options = re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
         assert [option for option in options if option not in mine | FOREIGN] == [], code
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_dotted_names_exist(page):
+    if page.name != "CHANGELOG.md":
+        for name in set(re.findall(r"\b(?:alpacache|cache_store)(?:\.[A-Za-z_]\w*)+", page.read_text())):
+            pkgutil.resolve_name(name)
 
 
 def test_configs_are_accepted(tmp_path):

@@ -361,8 +361,8 @@ def test_kill_9_leaves_nothing_under_the_name_and_the_next_export_tidies_up(root
     out = tmp_path / "out"
     code = f"""
 import os, signal, alpacache
-from alpacache import exporting
-from alpacache.config import ExportConfig
+from alpacache import ExportConfig
+from alpacache.exporting import export as exporting
 exporting._check = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 alpacache.export(ExportConfig(model={str(root / "Tiny-R1")!r}, checkpoint={str(root / "all")!r}, out={str(out)!r}))
 """
