@@ -11,9 +11,10 @@ from torch import Tensor
 from alpacache.alpamayo.backbone import companion_file, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.configuration import read_json
-from alpacache.alpamayo.images import PROCESSOR, image_tokens, to_patches
+from alpacache.alpamayo.images import PROCESSOR, to_patches
 from alpacache.alpamayo.prompt import Reasoning, prompt_identity, render_prompt
 from alpacache.alpamayo.tokenizer import PromptTokenizer
+from alpacache.driving.picture_size import image_tokens
 from alpacache.driving.sample import CAMERAS, Sample
 from alpacache.errors import CheckpointError
 

@@ -6,11 +6,11 @@ import numpy as np
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.geometry import RELEASED_PIXELS, RELEASED_QUESTION_TOKENS, RELEASED_TEXT_TOKENS, Geometry
-from alpacache.alpamayo.images import image_tokens
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.prompt import render_prompt
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.cached_samples.features import KV_SHAPE, store_fields, tail_name
+from alpacache.driving.picture_size import image_tokens
 from alpacache.driving.sample import (
     DEFAULT_T0_US,
     FRONT_CAMERA,

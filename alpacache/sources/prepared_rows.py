@@ -129,7 +129,7 @@ def poses_of(row: dict[str, Any]) -> EgoPoses:
 
 
 def _fitted(sample: Sample, fit: PictureFit) -> tuple[NDArray[np.uint8], tuple[float, float]]:
-    from alpacache.alpamayo.images import to_processor_size
+    from alpacache.driving.resizing import to_processor_size
 
     try:
         return to_processor_size(sample.frames, **asdict(fit))

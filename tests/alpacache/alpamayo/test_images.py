@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from alpacache.alpamayo.images import fit_size, image_tokens, to_patches, to_processor_size
+from alpacache.alpamayo.images import to_patches
+from alpacache.driving.picture_size import fit_size, image_tokens
 
 GOLDEN = Path(__file__).parents[2] / "data" / "preprocess"
 CASES = json.loads((GOLDEN / "cases.json").read_text())["cases"]
@@ -33,11 +34,6 @@ def test_patches_equal_golden(case, relative_error):
     assert relative_error(pixels[rows], golden) <= 1e-4
     assert float((pixels[rows] - golden).abs().max()) <= 1e-3
     assert image_tokens(case["height"], case["width"], patch=16, merge=2, **LIMITS) == case["tokens_per_frame"]
-
-
-@pytest.mark.parametrize(("height", "width"), [(1080, 1920), (900, 1600), (720, 1280)])
-def test_common_frames_become_720_patches(height, width):
-    assert fit_size(height, width, factor=32, **LIMITS) == (320, 576)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +59,7 @@ def test_however_pictures_lie_in_memory_their_pixels_are_those_of_resizing_them_
         assert torch.equal(to_patches(each, patch=16, merge=2, temporal=2, **LIMITS)[0], wanted)
 
 
-def test_degenerate_images_are_refused():
-    with pytest.raises(ValueError, match="degenerate"):
-        fit_size(2, 500, factor=32, **LIMITS)
+def test_other_than_uint8_frames_are_refused():
     with pytest.raises(ValueError, match="expected uint8"):
         to_patches(np.zeros((1, 3, 64, 64), np.float32), patch=16, merge=2, temporal=2, **LIMITS)
 
@@ -83,31 +77,3 @@ print(to_patches(frames, patch=16, merge=2, temporal=2, min_pixels=1, max_pixels
 def test_works_without_torchvision():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCHVISION], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[[1, 4, 6]]"
-
-
-@pytest.mark.parametrize(("height", "width"), [(360, 640), (120, 200)], ids=["smaller", "larger"])
-def test_processor_size_says_what_8_bits_and_cut_off_edges_cost(height, width):
-    """Black and white blocks, where the resize overshoots most."""
-    limits = {"patch": 16, "merge": 2, "min_pixels": 40_000, "max_pixels": 60_000}
-    blocks = np.random.default_rng(0).integers(0, 2, (2, 3, height // 8, width // 8), dtype=np.uint8)
-    frames = (blocks * 255).repeat(8, 2).repeat(8, 3)
-    before = frames.copy()
-    stored, (largest, mean) = to_processor_size(frames[None], **limits)
-    fitted = fit_size(height, width, factor=32, min_pixels=40_000, max_pixels=60_000)
-    assert stored.shape == (1, 2, 3, *fitted)
-    direct, through = (to_patches(each, temporal=2, **limits)[0] for each in (frames, stored[0]))
-    off = (direct.double() - through.double()).abs()
-    assert largest == pytest.approx(off.max().item(), abs=1e-6)
-    assert mean == pytest.approx(off.mean().item(), abs=1e-6)
-    assert 1 / 255 < largest < 0.5
-    inside = (direct > -1) & (direct < 1)
-    assert off[inside].max() <= 1 / 255 + 1e-6
-    np.testing.assert_array_equal(frames, before)
-
-
-def test_pictures_of_processor_size_are_left_alone():
-    limits = {"patch": 16, "merge": 2, "min_pixels": 40_000, "max_pixels": 60_000}
-    frames = np.random.default_rng(0).integers(0, 255, (1, 3, 160, 288), dtype=np.uint8)
-    stored, deviation = to_processor_size(frames, **limits)
-    np.testing.assert_array_equal(stored, frames)
-    assert deviation == (0.0, 0.0)

@@ -1,0 +1,55 @@
+"""Pictures resized as Alpamayo's training recipe does: in float, neither clamped nor rounded."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from alpacache.driving.picture_size import fit_size
+
+
+def to_processor_size(
+    frames: NDArray[np.uint8], *, patch: int, merge: int, min_pixels: int, max_pixels: int
+) -> tuple[NDArray[np.uint8], tuple[float, float]]:
+    """Resize frames `[..., 3, H, W]` to the image processor's size, as uint8, so that it leaves them alone.
+
+    Returns them with the largest and the mean error that this adds to `pixel_values`, on their scale of -1 to 1:
+    rounding costs at most 1 / 255, and values that the resize pushes below 0 or above 1, at hard edges, are clipped.
+    Raises `ValueError` for a picture whose processor size would itself be resized again.
+    """
+    height, width = frames.shape[-2:]
+    limits = {"factor": patch * merge, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    fitted = fit_size(height, width, **limits)
+    if fit_size(*fitted, **limits) != fitted:
+        raise ValueError(f"an image of {height}x{width} would be resized again after {fitted[0]}x{fitted[1]}.")
+    if fitted == (height, width):
+        return frames, (0.0, 0.0)
+    pictures = frames.reshape(-1, *frames.shape[-3:])
+    stored = np.empty((*pictures.shape[:2], *fitted), np.uint8)
+    largest, total = 0.0, 0.0
+    for number, picture in enumerate(pictures):  # one at a time: float copies of all are large
+        seen = resized(picture, fitted)
+        kept = (seen * 255.0).round_().clamp_(0, 255).to(torch.uint8)
+        off = (kept.float().div_(255.0) - seen).abs_().mul_(2.0)
+        stored[number] = kept.numpy()
+        largest, total = max(largest, off.max().item()), total + off.mean().item()
+    return stored.reshape(*frames.shape[:-2], *fitted), (largest, total / len(pictures))
+
+
+def resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
+    """A uint8 picture `[3, H, W]` as float32, resized to `size` (height, width); black is 0, white is 1.
+
+    Antialiased bicubic, neither clamped nor rounded, so a resized picture may overshoot. One channel at a time: a
+    picture that lies as decoded, colours last, then needs no copy but the one to float.
+    """
+    channels = torch.from_numpy(np.require(picture, requirements="W"))
+    return torch.cat([_resized_channel(channel, size) for channel in channels])
+
+
+def _resized_channel(channel: Tensor, size: tuple[int, int]) -> Tensor:
+    """`[H, W]` uint8 to `[1, h, w]`."""
+    pixels = channel.float().div_(255.0)[None, None]
+    if channel.shape != size:
+        pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return pixels[0]
