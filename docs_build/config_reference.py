@@ -1,13 +1,13 @@
 """Tables of the configs' fields, read off their source: a field's name, type and default, and the text under it.
 
-`<!-- fields of TrainConfig -->` in a page stands for the table of that dataclass of `alpacache/config_file.py`.
+`<!-- fields of TrainConfig -->` in a page stands for the table of that dataclass, in whichever room it stands.
 """
 
 import ast
 import re
 from pathlib import Path
 
-CONFIG = Path(__file__).parents[1] / "alpacache" / "config.py"
+PACKAGE = Path(__file__).parents[1] / "alpacache"
 _MARKER = re.compile(r"<!-- fields of (\w+) -->")
 
 
@@ -18,10 +18,12 @@ def filled(markdown: str) -> str:
 
 def table(name: str) -> str:
     """Markdown: a row a field. Raises `LookupError` for a dataclass that is not there."""
-    for node in ast.parse(CONFIG.read_text()).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *_rows(node)])
-    raise LookupError(f"{CONFIG.name} has no class {name}.")
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        for node in ast.parse(text).body if f"class {name}" in text else ():
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                return "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *_rows(node)])
+    raise LookupError(f"alpacache has no class {name}.")
 
 
 def _rows(config: ast.ClassDef) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import alpacache
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("alpacache", "cache_store", "cli")
 
@@ -24,7 +26,14 @@ ORDER = (
     ("alpacache.distributed", "alpacache.metrics", "alpacache.pictures", "alpacache.prefix", "alpacache.sources"),
     ("alpacache.driving", "alpacache.gpu"),
     ("alpacache.config_file", "alpacache.randomness"),
-    ("alpacache", "alpacache.errors", "alpacache.flow_matching", "alpacache.interrupt", "alpacache.progress"),
+    (
+        "alpacache",
+        "alpacache.errors",
+        "alpacache.flow_matching",
+        "alpacache.interrupt",
+        "alpacache.progress",
+        "alpacache.torchrun",
+    ),
     ("cache_store",),
 )
 LEVEL = {room: level for level, rooms in enumerate(reversed(ORDER)) for room in rooms}
@@ -139,6 +148,27 @@ def test_cache_store_imports_no_torch():
     found = loaded_by("import sys, cache_store; print(*sys.modules)")
     assert "cache_store" in found
     assert not {"torch", "transformers", "alpacache"} & found
+
+
+@pytest.mark.parametrize("package", ["alpacache", "alpacache.metrics"])
+def test_a_package_that_imports_on_first_use_loads_nothing_before(package):
+    loaded = loaded_by(f"import sys, {package}; print(*sys.modules)")
+    assert package in loaded
+    assert not {"torch", "numpy", "transformers", "cache_store"} & loaded
+
+
+def test_names_of_the_documented_contract_are_importable():
+    from alpacache import EvalConfig, ExportConfig, ExtractConfig, ProbeConfig, TrainConfig
+    from alpacache.metrics import corner_distance, extra_metrics, min_ade
+
+    configs = (EvalConfig, ExportConfig, ExtractConfig, ProbeConfig, TrainConfig)
+    assert all(config.__name__ in alpacache.__all__ for config in configs)
+    assert min_ade([[[1.0, 2.0, 0.0]] * 64], [[1.0, 0.0, 0.0]] * 64)["min_ade"] == 2.0
+    assert {corner_distance.__module__, extra_metrics.__module__} == {"alpacache.metrics.paths"}
+    for name in alpacache.__all__:
+        assert getattr(alpacache, name) is not None
+    with pytest.raises(AttributeError, match=r"module 'alpacache\.metrics' has no attribute 'min_ada'"):
+        alpacache.metrics.min_ada  # noqa: B018
 
 
 def test_help_loads_nothing_heavy():

@@ -32,7 +32,7 @@ SLOW_READ_BYTES_S = 0.5e9
 HUB_TIMEOUT_S = 10.0
 _LOCKED_BYTES = 2**26
 _DRIVER = Path("/sys/module/nvidia/version")
-_PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+_PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 _AT_LEAST = re.compile(r"([A-Za-z0-9_.-]+)>=([0-9.]+)")
 
 

@@ -112,12 +112,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
-from alpacache.adamw8 import AdamW8, Hyperparameters
-from alpacache.optimizers import make_optimizer
-from alpacache.peer_memory import peer_memory
-from alpacache.shared_update import SharedUpdate
-from alpacache.transfers import Copies
-from alpacache.world import World, join_world
+from alpacache.distributed.exchange import Copies
+from alpacache.distributed.peer_memory import peer_memory
+from alpacache.distributed.sharded_update import SharedUpdate
+from alpacache.distributed.world import World, join_world
+from alpacache.training.adamw8 import AdamW8
+from alpacache.training.adamw8_update import Hyperparameters
+from alpacache.training.optimizers import make_optimizer
 
 HYPER = Hyperparameters(betas=(0.9, 0.999), weight_decay=0.1, eps=1e-8)
 

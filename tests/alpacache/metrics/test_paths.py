@@ -17,7 +17,7 @@ from alpacache.metrics.paths import (
     min_ade,
 )
 
-GOLDEN = Path(__file__).parents[1] / "data" / "alpamayo_tiny"
+GOLDEN = Path(__file__).parents[2] / "data" / "alpamayo_tiny"
 
 
 def straight(speed_mps: float, offset_m: float = 0.0) -> np.ndarray:

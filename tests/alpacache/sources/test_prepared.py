@@ -222,7 +222,7 @@ def test_rows_are_on_the_medium_before_their_report_and_all_before_the_name(tmp_
         flushed.append((path.name, reports, (tmp_path / "out").exists()))
 
     monkeypatch.setattr(local_files, "flush", note)
-    monkeypatch.setattr("alpacache.sources.prepared.flush", note)
+    monkeypatch.setattr("alpacache.sources.prepared_writer.flush", note)
     prepare(DRIVES, refs_of(DRIVES), tmp_path / "out", cameras=[FRONT], frames=1)
     names = [".plan.json.new", "out.partial", "shard-000000.arrow", ".shard-000000.json.new"]
     assert flushed[:4] == [(name, 0, False) for name in names]

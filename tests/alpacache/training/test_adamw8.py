@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from alpacache.errors import DataError, UsageError
-from alpacache.training import adamw8
+from alpacache.training import adamw8_update
 from alpacache.training.adamw8 import AdamW8
 from alpacache.training.adamw8_update import (
     GROUP,
@@ -31,7 +31,8 @@ AGREEMENT = """
 import sys, torch
 from collections import Counter
 from dataclasses import replace
-from alpacache.adamw8 import GROUP, Hyperparameters, Moments, Scalars, join, update_reference, update_triton
+from alpacache.training.adamw8_update import GROUP, Hyperparameters, Moments, Scalars
+from alpacache.training.adamw8_update import join, update_reference, update_triton
 
 hyper = Hyperparameters(betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
 device, share, lr = sys.argv[1], float(sys.argv[2]), 1e-3
@@ -295,18 +296,20 @@ def test_kernel_compiles(capability, dtype, even, tmp_path, monkeypatch):
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    names = adamw8._update_kernel.arg_names
+    names = adamw8_update._update_kernel.arg_names
     pointers = {"exp_avg_ptr": "*i8", "exp_avg_sq_ptr": "*u8", "scales_ptr": "*bf16", "residual_ptr": "*i8"}
     pointers |= {"skip_ptr": "*i1", "step_ptr": "*i64", "bias_ptr": "*fp64", "seed": "i32"}
     pointers |= {"first": "i32", "scales_stride": "i32", "count": "i64"}
     pointers |= {"weight_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "lr_ptr": "*fp32", "scale_ptr": "*fp32"}
-    constants = {"GROUP": GROUP, "ROWS": adamw8._ROWS, "FLOOR": 2.0**-100, "RANGE": 2.0**-32}
-    constants |= {"SHIFT": adamw8._SHIFT, "EVEN": even}
+    constants = {"GROUP": GROUP, "ROWS": adamw8_update._ROWS, "FLOOR": 2.0**-100, "RANGE": 2.0**-32}
+    constants |= {"SHIFT": adamw8_update._SHIFT, "EVEN": even}
     if dtype == "fp32":
         constants["residual_ptr"] = None
     signature = {name: "constexpr" if name in constants else pointers.get(name, "fp32") for name in names}
-    source = ASTSource(adamw8._update_kernel, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": adamw8._WARPS})
+    source = ASTSource(adamw8_update._update_kernel, signature, constants)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": adamw8_update._WARPS}
+    )
     assert len(compiled.asm["cubin"]) > 10000
 
 

@@ -65,7 +65,7 @@ def test_an_error_of_the_thread_is_raised_where_the_next_write_fails_too_and_at_
     writer = CheckpointWriter(RunDirectory(tmp_path))
     writer.save(1, content(torch.ones(2)), keep=2)
     writer.wait()
-    monkeypatch.setattr("alpacache.training.train.run_directory.save_file", full)
+    monkeypatch.setattr("alpacache.training.run_directory.save_file", full)
     writer.save(2, content(torch.ones(2)), keep=2)
     with pytest.raises(DataError, match=r"step 3 could not be written .* needs 24 bytes"):
         writer.save(3, content(torch.ones(2)), keep=2)
@@ -79,7 +79,7 @@ def test_an_error_of_the_thread_is_raised_where_the_next_write_fails_too_and_at_
 def test_after_a_failed_write_the_next_state_is_written_and_the_failure_told(tmp_path, monkeypatch, caplog):
     directory = RunDirectory(tmp_path)
     with CheckpointWriter(directory) as writer, monkeypatch.context() as patched:
-        patched.setattr("alpacache.training.train.run_directory.save_file", full)
+        patched.setattr("alpacache.training.run_directory.save_file", full)
         writer.save(200, content(torch.ones(2)), keep=2, best=200)
         writer._pool.submit(int).result()  # the disk is freed once that has failed
         patched.undo()
