@@ -24,7 +24,7 @@ from full_size import HEAD_DIM, KV_HEADS, PREFIX_TOKENS
 from alpacache import flow_matching
 from alpacache.alpamayo.expert import ActionExpert
 from alpacache.cached_samples.ring import Batch
-from alpacache.distributed.sharded_update import SharedUpdate
+from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World
 from alpacache.planning.memory_model import memory_plan, with_room_used
 from alpacache.planning.workload import Workload
@@ -162,7 +162,7 @@ def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
         capture=case.capture,
         compile_layers=case.compile,
         decoded_layers=plan.decoded_layers,
-        shared=SharedUpdate(parameters, World(rank=0, size=1, device=device)),
+        shared=ShardedUpdate(parameters, World(rank=0, size=1, device=device)),
     )
     batch = Batch(
         positions=tuple(range(case.batch)),

@@ -1,6 +1,8 @@
 """The two ways in which gradients and weights pass between processes: collective operations, and copies by the GPUs.
 
-Both sum gradients to the same bits, and both enqueue on streams of their own, whose end `finish` waits for.
+Both sum gradients to the same bits, and both enqueue on streams of their own, which `finish` waits for.
+`docs/decisions/0009-gradient-sum.md` compares their speed: on two H200, 0.954 of ideal scaling by copies, 0.849 by
+collectives.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,70 +16,70 @@ from torch import Tensor
 from alpacache.distributed.peer_memory import PeerMemory
 from alpacache.distributed.world import World
 
-# Torch has renamed both; a torch without processes has neither.
+# Torch has renamed both; a torch built without torch.distributed has neither.
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
 _all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
-TOGETHER_BYTES = 2**26
-"""Of what is transferred by one operation: half a layer of the released expert."""
-_PLACES = 2
-"""Pieces of a gradient that may be underway to a process: while one is added, the next arrives."""
+BUCKET_BYTES = 2**26
+"""Bytes transferred by one operation: half a layer of the released expert."""
+_SLOTS = 2
+"""Receive slots for each sender: while the gradients in one are added, the next arrive in the other."""
 
 
-class Transfers(Protocol):
-    """All tensors of a call have one dtype, and all processes make the same calls in the same order."""
+class Exchange(Protocol):
+    """All tensors of one call have the same dtype, and all processes make the same calls in the same order."""
 
-    in_parts: float
-    """The part of all elements that should be summed, updated and exchanged in parts."""
-    least_part: int
-    """Elements of the smallest parameter that is worth it."""
-    exchanged_bytes: int
-    """Of weights that are best exchanged together."""
+    sharded_fraction: float
+    """Largest fraction of all elements that should be sharded."""
+    least_sharded: int
+    """Elements of the smallest parameter worth sharding."""
+    gather_bucket_bytes: int
+    """Bytes of weights that are best gathered together."""
 
-    def sum_parts(self, parameters: Sequence[Tensor]) -> None:
-        """Begin to sum gradients; a process gets its part of each."""
+    def reduce_scatter(self, parameters: Sequence[Tensor]) -> None:
+        """Begin to sum gradients; each process gets its shard of every sum."""
         ...
 
-    def sum_whole(self, parameters: Sequence[Tensor]) -> None:
-        """Begin to sum gradients."""
+    def all_reduce(self, parameters: Sequence[Tensor]) -> None:
+        """Begin to sum gradients; each process gets all of every sum."""
         ...
 
-    def exchange(self, parameters: Sequence[Tensor]) -> None:
-        """Begin to pass on this process's parts of the weights, whose update is enqueued, and get the others'."""
+    def all_gather(self, parameters: Sequence[Tensor]) -> None:
+        """Begin to send this process's shards of the weights, whose update is enqueued, and to receive the others'."""
         ...
 
     def finish(self) -> None:
-        """All that was begun is there, on the current stream."""
+        """Make the current stream wait for all that was begun."""
         ...
 
 
-class Collectives:
+class CollectiveExchange:
     """Operations of torch.distributed, on any number of machines.
 
-    With everything in parts the exchange would take longer than what it hides behind: so a third is not.
+    A third of the elements stays unsharded: gathering everything would take longer than the update it hides behind.
     """
 
-    in_parts, least_part, exchanged_bytes = 2 / 3, 0, TOGETHER_BYTES
+    sharded_fraction, least_sharded, gather_bucket_bytes = 2 / 3, 0, BUCKET_BYTES
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._underway: list[Any] = []
 
-    def sum_parts(self, parameters: Sequence[Tensor]) -> None:
-        with self._together():
+    def reduce_scatter(self, parameters: Sequence[Tensor]) -> None:
+        with self._coalesced():
             for parameter in parameters:
-                flat = _gradient(parameter)
-                _reduce_scatter(flat[even_part(len(flat), self._world)], flat)
+                flat = _flat_gradient(parameter)
+                _reduce_scatter(flat[shard_slice(len(flat), self._world)], flat)
 
-    def sum_whole(self, parameters: Sequence[Tensor]) -> None:
-        with self._together():
+    def all_reduce(self, parameters: Sequence[Tensor]) -> None:
+        with self._coalesced():
             for parameter in parameters:
-                dist.all_reduce(_gradient(parameter))
+                dist.all_reduce(_flat_gradient(parameter))
 
-    def exchange(self, parameters: Sequence[Tensor]) -> None:
-        with self._together():
+    def all_gather(self, parameters: Sequence[Tensor]) -> None:
+        with self._coalesced():
             for parameter in parameters:
-                gather(parameter.detach().view(-1), self._world)
+                gather_shards(parameter.detach().view(-1), self._world)
 
     def finish(self) -> None:
         for work in self._underway:
@@ -85,151 +87,157 @@ class Collectives:
         self._underway = []
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        with dist._coalescing_manager(async_ops=True) as work:  # type: ignore[attr-defined]  # of FSDP and DTensor
+    def _coalesced(self) -> Iterator[None]:
+        with dist._coalescing_manager(async_ops=True) as work:  # type: ignore[attr-defined]  # FSDP and DTensor use it
             yield
         self._underway.append(work)
 
 
-class Copies:
-    """Each process writes into the others' memory: parts of gradients into places there, and updated weights at once.
+class CopyExchange:
+    """Each process writes into the others' memory: shards of gradients into receive slots, updated weights in place.
 
-    Nothing of an update needs a barrier but its end: it begins when the norm of all gradients is known, so no process
-    reads weights any more.
+    The update needs no barrier but the one at its end: it begins when the norm of all gradients is known, and by then
+    no process reads weights any more.
     """
 
-    in_parts, least_part, exchanged_bytes = 1.0, 2**16, 0
+    sharded_fraction, least_sharded, gather_bucket_bytes = 1.0, 2**16, 0
 
     def __init__(self, parameters: Sequence[Tensor], memory: PeerMemory, world: World) -> None:
-        """`parameters`: those in parts. They keep their values and get memory that other processes can write to."""
+        """`parameters`: the sharded ones. They keep their values and move to memory that other processes can write."""
         self._memory, self._world = memory, world
-        self._whole = Collectives(world)
+        self._collectives = CollectiveExchange(world)
         self._others = [(world.rank + distance) % world.size for distance in range(1, world.size)]
-        self._weights = _moved(parameters, memory, world)
+        self._weights = _move_to_peer_memory(parameters, memory, world)
         largest = max((parameter.nbytes for parameter in parameters), default=0)
-        room = (TOGETHER_BYTES + largest) // world.size
-        places = memory.empty(_PLACES * (world.size - 1) * room, torch.uint8)
-        self._places = [one.view(_PLACES, world.size - 1, room) for one in places]
-        """By rank `[place, sender, bytes]`; the sender counted on from the receiver."""
+        slot_bytes = (BUCKET_BYTES + largest) // world.size
+        buffers = memory.empty(_SLOTS * (world.size - 1) * slot_bytes, torch.uint8)
+        self._slots = [buffer.view(_SLOTS, world.size - 1, slot_bytes) for buffer in buffers]
+        """By rank `[slot, sender, bytes]`; senders are counted on from the receiver."""
         cuda = world.device.type == "cuda"
-        # Before the step's kernels, which fill the GPU: what is behind would be added when they have ended.
+        # Of high priority: behind the step's kernels, which fill the GPU, sums would only be added at its end.
         self._copying, self._adding = (
             torch.cuda.Stream(world.device, priority=-1) if cuda else None  # type: ignore[no-untyped-call]
             for _ in range(2)
         )
-        self._pieces = 0
+        self._buckets_sent = 0
 
-    def sum_parts(self, parameters: Sequence[Tensor]) -> None:
-        grads = [_gradient(parameter) for parameter in parameters]
-        place = self._pieces % _PLACES
-        self._pieces += 1
-        self._begin()
+    def reduce_scatter(self, parameters: Sequence[Tensor]) -> None:
+        grads = [_flat_gradient(parameter) for parameter in parameters]
+        slot = self._buckets_sent % _SLOTS
+        self._buckets_sent += 1
+        self._follow_current_stream()
         with torch.cuda.stream(self._copying):
             for rank in self._others:
-                parts = [grad[even_part(len(grad), self._world, rank)] for grad in grads]
+                shards = [grad[shard_slice(len(grad), self._world, rank)] for grad in grads]
                 sender = (self._world.rank - rank) % self._world.size - 1
-                for part, there in zip(parts, _laid_out(parts, self._places[rank][place, sender]), strict=True):
-                    there.copy_(part)
-            _follow(self._copying, self._adding)  # the piece before is added, so all may write to its place behind this
+                for shard, there in zip(shards, _views_like(shards, self._slots[rank][slot, sender]), strict=True):
+                    there.copy_(shard)
+            # The bucket before is added by then, so behind the barrier all may write to its slot.
+            _follow(self._copying, self._adding)
             self._memory.barrier()
         _follow(self._adding, self._copying)
         with torch.cuda.stream(self._adding):
-            own = [grad[even_part(len(grad), self._world)] for grad in grads]
+            own = [grad[shard_slice(len(grad), self._world)] for grad in grads]
             for sender in range(self._world.size - 1):
-                torch._foreach_add_(own, _laid_out(own, self._places[self._world.rank][place, sender]))
+                torch._foreach_add_(own, _views_like(own, self._slots[self._world.rank][slot, sender]))
 
-    def sum_whole(self, parameters: Sequence[Tensor]) -> None:
-        self._whole.sum_whole(parameters)
+    def all_reduce(self, parameters: Sequence[Tensor]) -> None:
+        self._collectives.all_reduce(parameters)
 
-    def exchange(self, parameters: Sequence[Tensor]) -> None:
-        self._begin()
+    def all_gather(self, parameters: Sequence[Tensor]) -> None:
+        self._follow_current_stream()
         with torch.cuda.stream(self._copying):
             for parameter in parameters:
                 weights = self._weights[parameter]
-                part = even_part(parameter.numel(), self._world)
+                shard = shard_slice(parameter.numel(), self._world)
                 for rank in self._others:
-                    weights[rank][part].copy_(weights[self._world.rank][part])
+                    weights[rank][shard].copy_(weights[self._world.rank][shard])
 
     def finish(self) -> None:
-        self._whole.finish()
-        self._begin()
+        self._collectives.finish()
+        self._follow_current_stream()
         _follow(self._copying, self._adding)
         with torch.cuda.stream(self._copying):
             self._memory.barrier()
         if self._copying is not None:
             torch.cuda.current_stream().wait_stream(self._copying)
 
-    def _begin(self) -> None:
-        """Both streams after the current one, without which neither would be part of what is being captured."""
+    def _follow_current_stream(self) -> None:
+        """Put both streams behind the current one; otherwise neither would be part of a graph being captured."""
         if self._copying is not None:
             current = torch.cuda.current_stream()
             _follow(self._copying, current)
             _follow(self._adding, current)
 
 
-def gather(flat: Tensor, world: World) -> None:
-    """Get the other processes' parts of a flat tensor whose own part is there."""
-    _all_gather(flat, flat[even_part(len(flat), world)])
+class Bucket:
+    """Tensors of one dtype that wait to be sent together: alone, most are too small for the link's full rate."""
+
+    def __init__(self, send: Callable[[list[Tensor]], None], least_bytes: int) -> None:
+        self._send, self._least_bytes = send, least_bytes
+        self._waiting: list[Tensor] = []
+
+    def add(self, tensor: Tensor) -> None:
+        """Add a tensor, and send all as soon as they are enough."""
+        if self._waiting and self._waiting[0].dtype != tensor.dtype:
+            self.flush()
+        self._waiting.append(tensor)
+        if sum(waiting.nbytes for waiting in self._waiting) >= self._least_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the tensors that wait, if there are any."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._send(waiting)
 
 
-def even_part(count: int, world: World, rank: int | None = None) -> slice:
-    """Which of so many elements are a process's, by default this one's."""
+def gather_shards(flat: Tensor, world: World) -> None:
+    """Receive the other processes' shards of a flat tensor whose own shard is there."""
+    _all_gather(flat, flat[shard_slice(len(flat), world)])
+
+
+def shard_slice(count: int, world: World, rank: int | None = None) -> slice:
+    """The elements, of `count`, that belong to a process, by default this one."""
     each, rank = count // world.size, world.rank if rank is None else rank
     return slice(rank * each, (rank + 1) * each)
 
 
-def gather_up(waiting: list[Tensor], parameter: Tensor, send: Callable[[list[Tensor]], None], least_bytes: int) -> None:
-    """Add one to those that wait, and send them when they are enough: alone, most are too small for the link's rate.
-
-    Only what has one dtype can be sent together.
-    """
-    if waiting and waiting[0].dtype != parameter.dtype:
-        send_up(waiting, send)
-    waiting.append(parameter)
-    if sum(tensor.nbytes for tensor in waiting) >= least_bytes:
-        send_up(waiting, send)
-
-
-def send_up(waiting: list[Tensor], send: Callable[[list[Tensor]], None]) -> None:
-    """Send those that wait, if there are any."""
-    if waiting:
-        send(list(waiting))
-    waiting.clear()
-
-
 @torch.no_grad()
-def _moved(parameters: Sequence[Tensor], memory: PeerMemory, world: World) -> Mapping[Tensor, list[Tensor]]:
-    """Every process's copy of each parameter, flat, by rank; this process's is the parameter from now on."""
-    found = {}
+def _move_to_peer_memory(
+    parameters: Sequence[Tensor], memory: PeerMemory, world: World
+) -> Mapping[Tensor, list[Tensor]]:
+    """Every process's copy of each parameter, flat, by rank; this process's is the parameter's storage from now on."""
+    copies = {}
     for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
         same = [parameter for parameter in parameters if parameter.dtype == dtype]
-        memories = memory.empty(sum(parameter.numel() for parameter in same), dtype)
+        buffers = memory.empty(sum(parameter.numel() for parameter in same), dtype)
         end = 0
         for parameter in same:
             start, end = end, end + parameter.numel()
-            found[parameter] = [one[start:end] for one in memories]
-            mine = found[parameter][world.rank].view(parameter.shape)
+            copies[parameter] = [buffer[start:end] for buffer in buffers]
+            mine = copies[parameter][world.rank].view(parameter.shape)
             parameter.data = mine.copy_(parameter)
     if world.device.type == "cuda":
-        torch.cuda.empty_cache()  # what they left is of sizes that nothing else has
-    return found
+        torch.cuda.empty_cache()  # the blocks they leave have sizes that nothing else asks for
+    return copies
 
 
-def _laid_out(parts: Sequence[Tensor], room: Tensor) -> list[Tensor]:
-    """Tensors like these, one after the other in bytes."""
-    found, end = [], 0
-    for part in parts:
-        start, end = end, end + part.nbytes
-        found.append(room[start:end].view(part.dtype))
-    return found
+def _views_like(tensors: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
+    """Views of a byte buffer with these tensors' dtypes and sizes, one after the other."""
+    views, end = [], 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        views.append(buffer[start:end].view(tensor.dtype))
+    return views
 
 
 def _follow(stream: torch.cuda.Stream | None, before: torch.cuda.Stream | None) -> None:
-    """Let a stream begin what comes next after all that is enqueued on another; on a CPU there are none."""
+    """Let a stream wait for all that is enqueued on another; on a CPU there are none."""
     if stream is not None and before is not None:
         stream.wait_stream(before)
 
 
-def _gradient(parameter: Tensor) -> Tensor:
+def _flat_gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad.view(-1)

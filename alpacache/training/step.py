@@ -17,7 +17,7 @@ from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, PrefixFeatures
 from alpacache.cached_samples.graph_inputs import StepInputs
 from alpacache.cached_samples.ring import Batch, BatchRing
-from alpacache.distributed.sharded_update import SharedUpdate
+from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.gpu.capture import captured
 from alpacache.prefix.layout import LEAST_DECODED
 from alpacache.training.step_optimizer import StepOptimizer
@@ -76,7 +76,7 @@ class TrainStep:
         capture: bool,
         compile_layers: bool = False,
         decoded_layers: int = LEAST_DECODED,
-        shared: SharedUpdate,
+        shared: ShardedUpdate,
     ) -> None:
         """`batch_size` samples of this process; `micro_batch` of them go through the expert at a time.
 
@@ -153,7 +153,7 @@ class TrainStep:
         everyone = batch_size * self._shared.world.size
         losses = []
         for start in range(0, batch_size, self._micro_batch):
-            self._shared.is_last = start + self._micro_batch >= batch_size
+            self._shared.is_last_backward = start + self._micro_batch >= batch_size
             part = slice(start, start + self._micro_batch)
             loss = flow_loss(
                 self._expert,
@@ -170,12 +170,12 @@ class TrainStep:
         squared_norm = self._shared.squared_norm()
         damaged = torch.count_nonzero(self._damage).float()
         sums = torch.stack([each.sum() / everyone, squared_norm, inputs.stop, damaged])
-        self._shared.world.add_up(sums)
+        self._shared.world.all_reduce(sums)
         total, squared_norm, stop, damaged = sums
         norm = squared_norm.sqrt()
         scale = (self._clip / (norm + 1e-6)).clamp(max=1.0)
         bad = ~(torch.isfinite(total) & torch.isfinite(norm)) | (damaged > 0)
-        self._optimizer.step(lr=inputs.lr, scale=scale, skip=bad | self._dry, updated=self._shared.updated)
+        self._optimizer.step(lr=inputs.lr, scale=scale, skip=bad | self._dry, updated=self._shared.gather_updated)
         self._shared.finish_update()
         self._numbers.copy_(torch.cat([torch.stack([total, norm, stop, damaged]), each]))
 

@@ -1,4 +1,4 @@
-"""What a step asks of an optimizer, whichever it is."""
+"""The interface that a training step asks of its optimizer."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -9,27 +9,27 @@ from torch import Tensor
 from alpacache.errors import DataError
 
 Updated: TypeAlias = Callable[[str], None]
-NO_PARTS: Mapping[str, slice] = MappingProxyType({})
+NO_SHARDS: Mapping[str, slice] = MappingProxyType({})
 
 
 def ignore_name(name: str) -> None:
-    """Default of `updated`."""
+    """Do nothing; the default of `updated`."""
 
 
 class StepOptimizer(Protocol):
-    """All state is allocated at construction and changed in place, so a step can be captured in a CUDA graph."""
+    """An optimizer that can be captured in a CUDA graph: state is allocated at construction and changed in place."""
 
     def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor, updated: Updated = ignore_name) -> None:
         """Apply one step from each parameter's gradient times `scale`; where `skip` is True nothing changes.
 
         The three are 0-dim tensors on the parameters' device: float32, float32, bool. Parameters without a gradient are
-        left alone. Gradients may be scaled in place. On a GPU nothing waits for the device. `updated` is called with a
-        parameter's name when its update is enqueued.
+        left alone. Gradients may be scaled in place. On a GPU the host does not wait for the device. `updated` is
+        called with a parameter's name when its update is enqueued.
         """
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """The live state by `<key>.<parameter name>`: all that an exact resume needs beside the weights."""
+        """The live state by `<key>.<parameter name>`: all that an exact resume needs besides the weights."""
         ...
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -40,8 +40,8 @@ class StepOptimizer(Protocol):
 def copy_into(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Copy saved tensors into live ones of the same names, whose addresses a captured graph may hold.
 
-    Floating-point types may differ, as they do when a run goes on on another device. Raises `DataError` before anything
-    is changed.
+    Floating-point types may differ, as they do when a run goes on with another device. Raises `DataError` before
+    anything is changed.
     """
     for name, live in state.items():
         saved = tensors.get(name)

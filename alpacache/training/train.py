@@ -24,7 +24,7 @@ from alpacache.cached_samples.identity import check_base, check_same_vlm, model_
 from alpacache.cached_samples.ring import Batch, BatchRing
 from alpacache.config_file import to_toml
 from alpacache.distributed.peer_memory import peer_memory
-from alpacache.distributed.sharded_update import SharedUpdate
+from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World, join_world
 from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.interrupt import InterruptGuard
@@ -128,7 +128,7 @@ def _train(
     elif world.is_first:
         directory.write_config(to_toml(config))
         directory.rewind_metrics(0)
-    world.wait()
+    world.barrier()
     try:
         return run.loop()
     except torch.OutOfMemoryError as error:
@@ -162,7 +162,7 @@ class _Run:
         """`config`: with everything settled that the plan decides; `stores`: as `stores_record` gives them."""
         assert isinstance(config.draws, int)
         assert config.micro_batch is not None
-        self.world, self.mine = world, world.share(config.batch_size)
+        self.world, self.mine = world, world.local_batch_size(config.batch_size)
         """Samples of a batch that this process takes: the rank-th, and every n-th from there."""
         self.draws, self.micro_batch, self.plan = config.draws, min(config.micro_batch, self.mine), plan
         self.config, self.directory, self.checkpoint = config, directory, checkpoint
@@ -181,7 +181,7 @@ class _Run:
         if config.checkpointing:
             enable_checkpointing(expert)
         self.memory = peer_memory(world)
-        self.shared = SharedUpdate(self.parameters, world, self.memory)
+        self.shared = ShardedUpdate(self.parameters, world, self.memory)
         if self.memory is not None:
             cap_memory(config.memory_budget, expert.device, beside_bytes=self.memory.beside_bytes)
         self.optimizer = make_optimizer(
@@ -189,7 +189,7 @@ class _Run:
             self.parameters,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            parts=self.shared.parts,
+            shards=self.shared.shards,
         )
         self.average: WeightAverage | None = None
         self.step = 0
@@ -323,7 +323,7 @@ class _Run:
                 if self.world.is_first:
                     self.directory.append_metrics(row)
                 raise self._damaged_validation(error) from error
-            by_turn = means(self.world.gathered(dict(self.by_turn)))
+            by_turn = means(self.world.all_gather(dict(self.by_turn)))
             row |= self.validated | {f"train_loss/{turn}": loss for turn, loss in by_turn.items()}
             self.by_turn.clear()
         if not self.world.is_first:
@@ -496,7 +496,7 @@ class _Run:
             self._write()
         if and_wait:
             self.writer.wait()
-            self.world.wait()
+            self.world.barrier()
 
     def _write(self) -> None:
         state = {

@@ -50,7 +50,7 @@ class Validation:
                 if self._config.best_by == "min_ade":
                     found["val_min_ade"] += self._min_ades(expert, samples)
         expert.train()
-        return means(world.gathered(dict(found)))
+        return means(world.all_gather(dict(found)))
 
     def _losses(self, expert: ActionExpert, samples: list[CachedSample]) -> list[float]:
         schedule, device = self._config.times, expert.device

@@ -48,7 +48,7 @@ def two(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: module.reserved)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-        return peer_memory(SimpleNamespace(rank=0, size=2, device=GPU, gathered=lambda value: [value, other]))
+        return peer_memory(SimpleNamespace(rank=0, size=2, device=GPU, all_gather=lambda value: [value, other]))
 
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: (device.index, other) == (0, 1))
     return found

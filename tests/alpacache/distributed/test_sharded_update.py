@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from alpacache.distributed import exchange, sharded_update
-from alpacache.distributed.sharded_update import SharedUpdate
+from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World
 
 CPU = torch.device("cpu")
@@ -19,23 +19,23 @@ def parameters_of(*sizes):
     return {f"p{number}": torch.nn.Parameter(torch.ones(size)) for number, size in enumerate(sizes)}
 
 
-def test_one_process_has_no_parts():
-    assert SharedUpdate(parameters_of(4096, 4096), World(rank=0, size=1, device=CPU)).parts == {}
+def test_one_process_shards_nothing():
+    assert ShardedUpdate(parameters_of(4096, 4096), World(rank=0, size=1, device=CPU)).shards == {}
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_parts_are_disjoint_even_and_two_thirds(size):
+def test_shards_are_disjoint_even_and_two_thirds(size):
     parameters = parameters_of(*[4096 * (1 + number % 3) for number in range(30)], 4097, 3)
-    parts = [SharedUpdate(parameters, World(rank=rank, size=size, device=CPU)).parts for rank in range(size)]
-    assert all(one.keys() == parts[0].keys() for one in parts)
-    for name in parts[0]:
-        pieces = [one[name] for one in parts]
+    shards = [ShardedUpdate(parameters, World(rank=rank, size=size, device=CPU)).shards for rank in range(size)]
+    assert all(one.keys() == shards[0].keys() for one in shards)
+    for name in shards[0]:
+        pieces = [one[name] for one in shards]
         assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
         assert pieces[-1].stop == parameters[name].numel()
         assert {piece.stop - piece.start for piece in pieces} == {parameters[name].numel() // size}
         assert pieces[0].stop % 1024 == 0
-    shared = sum(parameters[name].numel() for name in parts[0])
-    assert 0.6 < shared / sum(parameter.numel() for parameter in parameters.values()) <= 2 / 3
+    sharded = sum(parameters[name].numel() for name in shards[0])
+    assert 0.6 < sharded / sum(parameter.numel() for parameter in parameters.values()) <= 2 / 3
 
 
 @pytest.fixture
@@ -55,14 +55,14 @@ def operations(only_member, monkeypatch):
 
 
 def test_gradients_are_summed_together_up_to_a_size_and_by_dtype(monkeypatch, operations):
-    monkeypatch.setattr(sharded_update, "TOGETHER_BYTES", 32)
+    monkeypatch.setattr(sharded_update, "BUCKET_BYTES", 32)
     sums = operations
     add_up = dist.all_reduce
     monkeypatch.setattr(dist, "all_reduce", lambda grad: sums[-1].append((grad.dtype, len(grad))) or add_up(grad))
     dtypes = [torch.float32] * 3 + [torch.float64] * 2
     parameters = [torch.nn.Parameter(torch.ones(size, dtype=dtype)) for size, dtype in enumerate(dtypes, 2)]
     named = {str(number): parameter for number, parameter in enumerate(parameters)}
-    gradients = SharedUpdate(named, World(rank=0, size=2, device=CPU))
+    gradients = ShardedUpdate(named, World(rank=0, size=2, device=CPU))
 
     def backward(factor):
         # In their order: each is used after, so its gradient is there before.
@@ -71,11 +71,11 @@ def test_gradients_are_summed_together_up_to_a_size_and_by_dtype(monkeypatch, op
             loss = (loss + factor * parameter.double()).sum()
         loss.backward()
 
-    gradients.is_last = False
+    gradients.is_last_backward = False
     backward(1.0)
     gradients.finish_sum()
     assert sums == []
-    gradients.is_last = True
+    gradients.is_last_backward = True
     backward(2.0)
     gradients.finish_sum()
     assert sums == [
@@ -89,17 +89,17 @@ def test_gradients_are_summed_together_up_to_a_size_and_by_dtype(monkeypatch, op
     assert parameters[0].grad[0] == 3.0
 
 
-def test_parts_are_exchanged_together_up_to_a_size_and_by_dtype(monkeypatch, operations):
-    monkeypatch.setattr(exchange.Collectives, "exchanged_bytes", 20_000)
+def test_shards_are_gathered_together_up_to_a_size_and_by_dtype(monkeypatch, operations):
+    monkeypatch.setattr(exchange.CollectiveExchange, "gather_bucket_bytes", 20_000)
     sent = operations
     monkeypatch.setattr(exchange, "_all_gather", lambda whole, part: sent[-1].append((whole.dtype, len(part))))
     dtypes = [torch.float32] * 6 + [torch.float64] * 6
     named = {str(number): torch.nn.Parameter(torch.ones(4096, dtype=dtype)) for number, dtype in enumerate(dtypes)}
-    update = SharedUpdate(named, World(rank=1, size=2, device=CPU))
+    update = ShardedUpdate(named, World(rank=1, size=2, device=CPU))
     for name in named:
-        update.updated(name)
+        update.gather_updated(name)
     update.finish_update()
-    assert [one for group in sent for one in group] == [(dtypes[int(name)], 2048) for name in update.parts]
+    assert [one for group in sent for one in group] == [(dtypes[int(name)], 2048) for name in update.shards]
     assert [len(group) for group in sent] == [2, 2, 1, 1, 1, 1]  # of 16 kB each, then of 32
     assert all(len({dtype for dtype, _ in group}) == 1 for group in sent)
 
@@ -112,13 +112,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
-from alpacache.distributed.exchange import Copies
-from alpacache.distributed.peer_memory import peer_memory
-from alpacache.distributed.sharded_update import SharedUpdate
-from alpacache.distributed.world import World, join_world
 from alpacache.training.adamw8 import AdamW8
 from alpacache.training.adamw8_update import Hyperparameters
 from alpacache.training.optimizers import make_optimizer
+from alpacache.distributed.peer_memory import peer_memory
+from alpacache.distributed.sharded_update import ShardedUpdate
+from alpacache.distributed.exchange import CopyExchange
+from alpacache.distributed.world import World, join_world
 
 HYPER = Hyperparameters(betas=(0.9, 0.999), weight_decay=0.1, eps=1e-8)
 
@@ -136,13 +136,13 @@ class Mapped:
     def barrier(self):
         dist.barrier()
 
-def optimizer(name, parameters, parts):
+def optimizer(name, parameters, shards):
     if name == "adamw8":
-        return AdamW8(parameters, HYPER, parts)
-    return make_optimizer(name, parameters, betas=HYPER.betas, weight_decay=0.1, parts=parts)
+        return AdamW8(parameters, HYPER, shards)
+    return make_optimizer(name, parameters, betas=HYPER.betas, weight_decay=0.1, shards=shards)
 
 name, dtype, device, way = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3], sys.argv[4]
-Copies.least_part = 0
+CopyExchange.least_sharded = 0
 with join_world(device) as world:
     def scalars(skip):
         numbers = dict(lr=torch.tensor(1e-2), scale=torch.tensor(0.5), skip=torch.tensor(skip))
@@ -154,11 +154,11 @@ with join_world(device) as world:
     torch.manual_seed(0)
     values = {"a": torch.randn(6, 1024), "b": torch.randn(2, 2048), "c": torch.randn(4096), "d": torch.randn(5)}
     ours, theirs = ({k: nn.Parameter(v.to(world.device, dtype, copy=True)) for k, v in values.items()} for _ in "ab")
-    shared = SharedUpdate(ours, world, memory)
-    assert sorted(shared.parts) == (["a", "b", "c"] if way == "copies" and world.size == 2 else ["b", "c"])
+    shared = ShardedUpdate(ours, world, memory)
+    assert sorted(shared.shards) == (["a", "b", "c"] if way == "copies" and world.size == 2 else ["b", "c"])
     for k, parameter in theirs.items():
         assert torch.equal(ours[k], parameter), k
-    mine, reference = optimizer(name, ours, shared.parts), optimizer(name, theirs, {})
+    mine, reference = optimizer(name, ours, shared.shards), optimizer(name, theirs, {})
     for number in range(3):
         # Small whole numbers, whose sums are exact in any order.
         gradients = [{k: torch.randint(-8, 9, v.shape).to(world.device, dtype) for k, v in values.items()}
@@ -170,11 +170,11 @@ with join_world(device) as world:
         for k, parameter in theirs.items():
             parameter.grad = sum(gradient[k] for gradient in gradients)
         square = shared.squared_norm()
-        world.add_up(square)
+        world.all_reduce(square)
         expected = sum(parameter.grad.float().square().sum() for parameter in theirs.values())
         assert abs(square / expected - 1) < 1e-5, (square, expected)
         skip = number == 1
-        mine.step(**scalars(skip), updated=shared.updated)
+        mine.step(**scalars(skip), updated=shared.gather_updated)
         shared.finish_update()
         reference.step(**scalars(skip))
         for k in values:

@@ -157,9 +157,9 @@ def test_a_request_to_stop_saves_once_and_resumes(tiny_checkpoint, store, tmp_pa
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     world = World(rank=1, size=3, device=torch.device("cpu"))
-    assert world.share(12) == 4
+    assert world.local_batch_size(12) == 4
     with pytest.raises(UsageError, match="over 3 processes; expected a multiple of 3"):
-        world.share(8)
+        world.local_batch_size(8)
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ for shape in ((40, 100), (2,), (3, 1024)):
         assert (theirs - start).abs().max() > 1e-4
 assert all(off[key] <= share * seen[key] for key in seen), (off, seen)
 
-# In two parts: every bit as at once.
+# In two shards: every bit as at once.
 for dtype in (torch.bfloat16, torch.float32):
     start = (0.02 * torch.randn(5, 2048, device=device)).to(dtype)
     scalars = Scalars(
@@ -103,7 +103,7 @@ for dtype in (torch.bfloat16, torch.float32):
             grad = torch.randn_like(start)
             for first, end in zip(cuts, cuts[1:]):
                 cut = slice(first, end)
-                update_triton(weight.view(-1)[cut], grad.view(-1)[cut], state.part(cut), scalars, hyper)
+                update_triton(weight.view(-1)[cut], grad.view(-1)[cut], state.shard(cut), scalars, hyper)
         found.append([weight, *state.tensors().values()])
     assert all(torch.equal(one, other) for one, other in zip(*found)), dtype
 """

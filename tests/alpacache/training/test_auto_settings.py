@@ -54,7 +54,7 @@ class Beside(World):
 
     theirs: dict = field(default_factory=dict)
 
-    def gathered(self, value):
+    def all_gather(self, value):
         return [value, value | self.theirs if isinstance(value, dict) else self.theirs.get("plan", value)]
 
 

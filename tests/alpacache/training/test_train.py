@@ -259,7 +259,7 @@ class _Two(World):
     boxes: ClassVar = [None, None]
     barrier: ClassVar = threading.Barrier(2, timeout=60)
 
-    def gathered(self, value):
+    def all_gather(self, value):
         self.boxes[self.rank] = value
         self.barrier.wait()
         found = list(self.boxes)
