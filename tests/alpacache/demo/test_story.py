@@ -4,28 +4,42 @@ Judged on held-out drives that are straight throughout their history and curve a
 """
 
 from contextlib import contextmanager
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from alpacache.demo.story import (
     DemoSize,
-    ShuffledImages,
-    evaluation,
-    extraction,
+    eval_config,
+    extract_config,
     make_demo_checkpoint,
     run_demo,
-    training,
+    train_config,
 )
-from alpacache.driving.sample import CAMERAS
+from alpacache.driving.sample import CAMERAS, SampleRef
 from alpacache.driving.strata import LATE_CURVE
 from alpacache.evaluation.evaluate import evaluate
 from alpacache.extraction.extract import extract
 from alpacache.progress import ignore
 from alpacache.sources.prepared_writer import prepare
 from alpacache.sources.selection import select
+from alpacache.sources.synthetic import SyntheticSource
 from alpacache.training.train import train
 
 SHORT = DemoSize(train_samples=300, val_samples=60, steps=150)
+
+
+class ShuffledImages(SyntheticSource):
+    """Drives whose pictures belong to other clips: the control that shows it is the picture that teaches."""
+
+    def load(self, ref, *, cameras, frames):
+        """The sample's own poses, another clip's frames."""
+        own = super().load(ref, cameras=cameras, frames=frames)
+        order = np.random.default_rng(self.seed + 1).permutation(len(self.clip_ids))
+        other = self.clip_ids[order[self.clip_ids.index(ref.clip_id)]]
+        stranger = super().load(SampleRef(clip_id=other, t0_us=ref.t0_us), cameras=cameras, frames=frames)
+        return replace(own, frames=stranger.frames)
 
 
 @contextmanager
@@ -52,10 +66,12 @@ def shuffled_slope(out):
     source = ShuffledImages(size.train_samples)
     refs, _ = select(source)
     prepare(source, refs, out / "shuffled", cameras=[CAMERAS[1]], frames=1)
-    extract(extraction(str(out / "shuffled"), model, out / "train"))
-    extract(extraction(f"synthetic:{13 * size.val_samples}", model, out / "val", split="val", samples=size.val_samples))
-    train(training(out / "train", model, out / "run", size=size))
-    summary = evaluate(evaluation(out / "val", model, out / "report", run=out / "run")).summary
+    extract(extract_config(str(out / "shuffled"), model, out / "train"))
+    extract(
+        extract_config(f"synthetic:{13 * size.val_samples}", model, out / "val", split="val", samples=size.val_samples)
+    )
+    train(train_config(out / "train", model, out / "run", size=size))
+    summary = evaluate(eval_config(out / "val", model, out / "report", run=out / "run")).summary
     return slope(summary, "trained")
 
 

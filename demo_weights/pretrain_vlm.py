@@ -1,13 +1,13 @@
-"""Where the demo's VLM comes from; `alpacache.demo.ship` runs it.
+"""Pre-training of the demo's tiny VLM; `make_weights.py` runs it.
 
 A randomly initialised VLM knows nothing of roads, and an expert cannot learn from features that do not hold the road.
-So the demo's tiny VLM is trained here as Alpamayo's first stage trains the real one: predict the discrete tokens of the
-future trajectory from images and ego history, on generated drives. After that it is frozen for good.
+So the VLM is trained here as Alpamayo's first stage trains the real one: predict the discrete tokens of the future
+trajectory from images and ego history, on generated drives. After that it stays frozen.
 
 The future tokens are predicted in parallel from `<|traj_future|>` placeholders, not from the true tokens before them:
 with those in sight a model copies the last curvature and never looks at the picture. Every second waypoint is enough.
-Before that the vision tower alone is warmed up on the same targets through a small head that is thrown away: without it
-the whole model sits on a plateau for thousands of steps, predicting straight.
+Before that the vision tower alone is warmed up on the same targets through a small head that is thrown away: without
+this the whole model sits on a plateau for thousands of steps, predicting straight.
 """
 
 import logging
@@ -36,7 +36,7 @@ from alpacache.sources.synthetic import SyntheticSource
 
 _log = logging.getLogger(__name__)
 SEED = 7_000_000
-"""Of the pre-training drives; no demo drive has it."""
+"""Seed of the pre-training drives; no demo drive has it."""
 MIX = {"straight": 0.2, "early_curve": 0.15, "late_curve": 0.6, "curve_end": 0.05}
 T0_US = (4_600_000, 5_100_000, 5_600_000)
 STRIDE = 2

@@ -1,7 +1,8 @@
-"""Everything the demo ships, from nothing: `python -m alpacache.demo.ship OUT_DIR` (about half an hour on two cores).
+"""Make the weights that the demo ships: `python demo_weights/make_weights.py OUT`, about half an hour on two cores.
 
-First the VLM (`alpacache.demo.pretrain`), then, with that frozen, an expert on straight drives alone. Its
-bias is honest: it comes from what it was shown, as in life, not from a weight that somebody set to zero.
+First the VLM (`pretrain_vlm`), then, with that frozen, an expert on straight drives alone. Its bias is honest: it comes
+from what it was shown, not from a weight that somebody set to zero. `OUT/demo_model.safetensors` and
+`OUT/provenance.json` then go to `alpacache/demo/`.
 """
 
 import argparse
@@ -9,11 +10,11 @@ import json
 import logging
 from pathlib import Path
 
+from pretrain_vlm import SEED, pretrain
 from safetensors.torch import load_file, save_file
 
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.demo.pretrain import SEED, pretrain
-from alpacache.demo.story import WEIGHTS, extraction, overlay
+from alpacache.demo.story import WEIGHTS, extract_config, overlay
 from alpacache.driving.sample import FRONT_CAMERA
 from alpacache.extraction.extract import extract
 from alpacache.sources.prepared_writer import prepare
@@ -27,14 +28,14 @@ VLM = "demo_vlm.safetensors"
 
 
 def train_biased_expert(out: Path, *, clips: int = 300, steps: int = 250) -> dict[str, float | None]:
-    """Expert for the VLM in `out`; writes `demo_model.safetensors` with both, and returns what training reported."""
+    """Train an expert for the VLM in `out`, write `demo_model.safetensors` with both, and return its losses."""
     model = make_tiny_checkpoint(out / "Demo-R1", seed=0, shards=1)
     vlm = load_file(out / VLM)
     overlay(model, vlm)
     source = SyntheticSource(clips, seed=SEED + 2, mix=STRAIGHT_HEAVY)
     refs, _ = select(source)
     prepare(source, refs, out / "straight", cameras=[FRONT_CAMERA], frames=1)
-    extract(extraction(str(out / "straight"), str(model), out / "straight-cache"))
+    extract(extract_config(str(out / "straight"), str(model), out / "straight-cache"))
     config = TrainConfig(
         stores=(str(out / "straight-cache"),),
         model=str(model),
@@ -55,7 +56,7 @@ def train_biased_expert(out: Path, *, clips: int = 300, steps: int = 250) -> dic
 
 
 def main() -> None:
-    """Both parts, and the note of where they come from."""
+    """Make both parts, and write down where they come from."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
@@ -64,7 +65,7 @@ def main() -> None:
     expert = train_biased_expert(options.out)
     note = {
         "what": "weights of the demo: vlm.* from generated drives, expert and projections from straight ones",
-        "command": "python -m alpacache.demo.ship OUT",
+        "command": "python demo_weights/make_weights.py OUT",
         "vlm": vlm,
         "expert": {"mix": STRAIGHT_HEAVY, "seed": SEED + 2, **expert},
     }
