@@ -32,6 +32,7 @@ ORDER = (
         "alpacache.flow_matching",
         "alpacache.interrupt",
         "alpacache.progress",
+        "alpacache.strict_json",
         "alpacache.torchrun",
     ),
     ("cache_store",),
