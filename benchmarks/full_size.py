@@ -25,11 +25,11 @@ from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.alpamayo.backbone import cache_argument, empty_weights, expert_config, vlm_config
 from alpacache.alpamayo.checkpoint import INDEX
+from alpacache.alpamayo.family import SPECIAL_TOKENS
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.alpamayo.tiny_checkpoint import ACTION_CONSTANTS
-from alpacache.alpamayo.tokenizer import SPECIAL_TOKENS
 from alpacache.cached_samples.features import KV_SHAPE, bf16_bits, store_fields
 from alpacache.cached_samples.identity import store_identity
 from alpacache.driving.action_space import UnicycleActionSpace

@@ -96,15 +96,15 @@ def _picture_fit(size: str, model: str | None) -> "PictureFit | None":
         if model is not None:
             raise UsageError(f"--model {model} is of use with --size processor only; leave one of them out.")
         return None
-    from alpacache.alpamayo.geometry import RELEASED_PIXELS
+    from alpacache.alpamayo.families import RELEASED
 
     if model is None:
-        return PictureFit(**RELEASED_PIXELS)
+        return PictureFit(**RELEASED.pixels)
     from alpacache.alpamayo import Checkpoint
     from alpacache.alpamayo.inputs import InputBuilder
 
     processor = InputBuilder(Checkpoint(model)).identity()["processor"]
-    return PictureFit(**{name: processor[name] for name in RELEASED_PIXELS})
+    return PictureFit(**{name: processor[name] for name in RELEASED.pixels})
 
 
 def _report(out: str, written: "Prepared", wanted: "Mapping[Turn, int]", *, as_json: bool) -> None:

@@ -208,7 +208,7 @@ def pretrain(
     checkpoint = Checkpoint(str(base))
     builder = InputBuilder(checkpoint)
     first_bin = checkpoint.config.traj_token_start
-    space = checkpoint.config.action_space(ACTION_CONSTANTS)
+    space = checkpoint.config.action_space
     model = Qwen3VLForConditionalGeneration(vlm_config(checkpoint))
     nn.init.normal_(model.model.visual.pos_embed.weight, std=1.0)  # as loud as the patches, or no token knows its place
     torch._dynamo.config.recompile_limit = 64

@@ -6,15 +6,19 @@ and only the shards that hold wanted names are opened (or fetched).
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import Tensor, nn
 
-from alpacache.alpamayo.configuration import AlpamayoConfig, read_config, read_json
+from alpacache.alpamayo.families import read_config
+from alpacache.alpamayo.family import AlpamayoConfig
+from alpacache.alpamayo.foreign_json import Schema, conform, read_json
 from alpacache.alpamayo.hub import MissingFileError, hub_file, hub_shapes, hub_snapshot, is_snapshot
 from alpacache.alpamayo.safetensors_header import TensorInfo, read_header
 from alpacache.errors import CheckpointError
@@ -26,6 +30,14 @@ ORIGIN = "alpacache"
 _NOT_CHECKPOINT = {".cache", ".git"}
 _FINGERPRINT_TENSORS = 64
 _FINGERPRINT_BYTES = 4096
+_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
+
+
+class _Index(Schema):
+    """The index of a checkpoint in several files."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+    metadata: dict[str, Any] | None = None
 
 
 class Checkpoint:
@@ -93,7 +105,7 @@ class Checkpoint:
             directory = hub_snapshot(self.model, revision=self.revision, patterns=patterns)
         root = directory.resolve()
         homes = (root, root.parent.parent / "blobs") if is_snapshot(root) else (root,)
-        found = {}
+        files = {}
         for folder, below, names in os.walk(root):
             links = [name for name in below if (Path(folder) / name).is_symlink()]
             below[:] = sorted(set(below) - _NOT_CHECKPOINT - set(links))
@@ -107,24 +119,24 @@ class Checkpoint:
                         f"{root / inside} is a link or special file ({target}); expected a file inside the checkpoint. "
                         "Put the file itself there, or remove the link."
                     )
-                found[inside] = target
-        return found
+                files[inside] = target
+        return files
 
     @cached_property
-    def _index(self) -> dict[str, Any] | None:
+    def _index(self) -> _Index | None:
         """The index; None for a checkpoint of a single file."""
         if self.directory is not None and not (self.directory / INDEX).is_file():
             return None
         try:
-            return read_json(self.file(INDEX))
+            path = self.file(INDEX)
         except MissingFileError:
             return None
+        return conform(_Index, read_json(path), path)
 
     @property
     def index_metadata(self) -> dict[str, Any]:
-        """What the index says beside the tensors' places."""
-        metadata = (self._index or {}).get("metadata")
-        return dict(metadata) if isinstance(metadata, dict) else {}
+        """What the index says beside where the tensors are."""
+        return dict((self._index and self._index.metadata) or {})
 
     @property
     def origin(self) -> dict[str, Any] | None:
@@ -141,37 +153,29 @@ class Checkpoint:
         """Tensor name to shard file name, from the index or the single file's header."""
         if self._index is None:
             return dict.fromkeys(read_header(self.file(SINGLE)), SINGLE)
-        weight_map = self._index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{INDEX} of {self.model} has no weight_map; fetch the checkpoint again.")
-        shards = {str(shard) for shard in weight_map.values()}
-        if any("/" in shard or "\\" in shard or not shard.endswith(".safetensors") for shard in shards):
-            raise CheckpointError(f"{INDEX} of {self.model} names a file outside the checkpoint: {sorted(shards)}.")
-        return {str(name): str(shard) for name, shard in weight_map.items()}
+        weight_map = self._index.weight_map
+        if foreign := sorted(shard for shard in set(weight_map.values()) if not _SHARD.fullmatch(shard)):
+            raise CheckpointError(f"{INDEX} of {self.model} names a file outside the checkpoint: {_some(foreign)}.")
+        return dict(weight_map)
 
     def infos(self, names: Mapping[str, str]) -> dict[str, TensorInfo]:
         """Header entries of the given tensors; reads only the shards they lie in."""
-        found: dict[str, TensorInfo] = {}
+        infos: dict[str, TensorInfo] = {}
         for shard in sorted(set(names.values())):
-            found |= {
-                name: TensorInfo(shard=shard, **entry)
-                for name, entry in read_header(self.file(shard)).items()
-                if names.get(name) == shard
-            }
-        lost = sorted(set(names) - set(found))
-        if lost:
+            infos |= {name: info for name, info in read_header(self.file(shard)).items() if names.get(name) == shard}
+        if lost := sorted(names.keys() - infos.keys()):
             raise CheckpointError(f"{self.model}: the index names tensors that no shard holds: {_some(lost)}.")
-        return found
+        return infos
 
     def shapes(self, *prefixes: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors under the prefixes, from headers alone: no shard is fetched for them."""
         names = self.with_prefix(*prefixes)
         if self.directory is not None:
             return {name: info.shape for name, info in self.infos(names).items()}
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for shard in sorted(set(names.values())):
-            found |= hub_shapes(self.model, shard, revision=self.revision)
-        return {name: found[name] for name in names if name in found}
+            shapes |= hub_shapes(self.model, shard, revision=self.revision)
+        return {name: shapes[name] for name in names if name in shapes}
 
     def with_prefix(self, *prefixes: str) -> dict[str, str]:
         """Names (and shards) of the tensors under the given prefixes."""
@@ -179,12 +183,17 @@ class Checkpoint:
 
     def read(self, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors one at a time, shard by shard, on the CPU; nothing else of a shard is read."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         for shard in sorted(set(names.values())):
-            with safe_open(self.file(shard), framework="pt", device="cpu") as file:
-                for name in sorted(name for name, home in names.items() if home == shard):
-                    yield name, file.get_tensor(name)
+            path = self.file(shard)
+            read_header(path)
+            try:
+                with safe_open(path, framework="pt", device="cpu") as file:
+                    for name in sorted(name for name, home in names.items() if home == shard):
+                        yield name, file.get_tensor(name)
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} cannot be read ({error}); fetch it again.") from error
 
     @cached_property
     def vlm_home(self) -> tuple["Checkpoint", str]:
@@ -224,27 +233,34 @@ class Checkpoint:
                     digest.update(file.read(min(_FINGERPRINT_BYTES, info.nbytes - start)))
         return digest.hexdigest()
 
-    def fill(self, module: nn.Module, prefix: str) -> None:
-        """Copy the tensors under `prefix` into the module's parameters and buffers, in place, one at a time.
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]], prefix: str) -> None:
+        """Refuse tensors under `prefix` that are not those expected; all that is off is listed in one error.
 
-        All that is missing, unexpected or misshapen is listed in one error, before anything is copied.
+        Args:
+            expected: shapes by the names behind the prefix.
         """
-        names = self.with_prefix(prefix)
-        state = module.state_dict()
-        wanted = {prefix + name for name in state}
-        problems = [f"missing {name}" for name in sorted(wanted - set(names))]
-        problems += [f"unexpected {name}" for name in sorted(set(names) - wanted)]
-        used = {name: shard for name, shard in names.items() if name in wanted}
-        for name, info in sorted(self.infos(used).items()):
-            expected = tuple(state[name.removeprefix(prefix)].shape)
-            if info.shape != expected:
-                problems.append(f"misshapen {name}: {list(info.shape)}, expected {list(expected)}")
+        names, wanted = self.with_prefix(prefix), {prefix + name: shape for name, shape in expected.items()}
+        problems = [f"missing {name}" for name in sorted(wanted.keys() - names.keys())]
+        problems += [f"unexpected {name}" for name in sorted(names.keys() - wanted.keys())]
+        common = {name: shard for name, shard in names.items() if name in wanted}
+        problems += [
+            f"misshapen {name}: {list(info.shape)}, expected {list(wanted[name])}"
+            for name, info in sorted(self.infos(common).items())
+            if info.shape != wanted[name]
+        ]
         if problems:
             raise CheckpointError(
                 f"{self.model} does not fit the model's config.json ({len(problems)} tensors):\n  "
                 + "\n  ".join(problems)
             )
-        for name, tensor in self.read(used):
+
+    def fill(self, module: nn.Module, prefix: str) -> None:
+        """Copy the tensors under `prefix` into the module's parameters and buffers, in place, one at a time.
+
+        `check_shapes` has seen that they fit.
+        """
+        state = module.state_dict()
+        for name, tensor in self.read(self.with_prefix(prefix)):
             state[name.removeprefix(prefix)].copy_(tensor)
 
 

@@ -4,14 +4,17 @@ The expert is transformers' Qwen3-VL text model as it is; what is ours is the or
 first, then the 64 action tokens, which see all of the prefix and (by default) each other in both directions.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3VLTextModel
 
-from alpacache.alpamayo.backbone import cache_argument, empty_weights, expert_config
+from alpacache.alpamayo.backbone import cache_argument, expert_config, load_module
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION, Prefix, PrefixCall
 from alpacache.alpamayo.projection import ActionInProjection
@@ -123,27 +126,28 @@ def load_expert(
         raise ValueError(f"attention is {attention!r}; expected one of {', '.join(_ATTENTIONS)}.")
     config = expert_config(checkpoint)
     config._attn_implementation = attention
-    rounded_to = getattr(torch, checkpoint.config.dtype)
-    block = checkpoint.config.section("action_in_proj_cfg")
-    checkpoint.config.section("action_out_proj_cfg")
-    with empty_weights(dtype or rounded_to, torch.device(device)):
-        expert = Qwen3VLTextModel(config)
-        del expert.embed_tokens
-        in_proj = ActionInProjection(
+    rounded_to = checkpoint.config.dtype
+    load = partial(load_module, checkpoint, dtype=dtype or rounded_to, device=torch.device(device))
+
+    def text_model() -> Qwen3VLTextModel:
+        model = Qwen3VLTextModel(config)
+        del model.embed_tokens
+        return model
+
+    def in_projection() -> ActionInProjection:
+        return ActionInProjection(
             config.hidden_size,
-            **{
-                key: block[key]
-                for key in ("hidden_size", "num_fourier_feats", "max_freq", "num_enc_layers")
-                if key in block
-            },
+            **checkpoint.config.action_in_proj,
             rounded_to=rounded_to,
             persistent_constants="action_in_proj.sinus.0.freqs" in checkpoint.names,
         )
-        out_proj = nn.Linear(config.hidden_size, 2)
-    result = ActionExpert(expert, in_proj, out_proj, action_space(checkpoint))
-    for name, part in (("expert.", expert), ("action_in_proj.", in_proj), ("action_out_proj.", out_proj)):
-        checkpoint.fill(part, name)
-    return result
+
+    return ActionExpert(
+        load("expert.", text_model),
+        load("action_in_proj.", in_projection),
+        load("action_out_proj.", lambda: nn.Linear(config.hidden_size, 2)),
+        action_space(checkpoint),
+    )
 
 
 def action_space(checkpoint: Checkpoint) -> UnicycleActionSpace:
@@ -151,17 +155,19 @@ def action_space(checkpoint: Checkpoint) -> UnicycleActionSpace:
 
     Constants come from the weights, which override the config; where they are absent, from the config, rounded.
     """
-    stored = dict(checkpoint.read(checkpoint.with_prefix("action_space.")))
-    if stored:
-        lost = [name for name in _CONSTANTS if f"action_space.{name}" not in stored]
-        if lost:
+    config, names = checkpoint.config, checkpoint.with_prefix("action_space.")
+    constants: dict[str, Any]
+    if names:
+        if lost := [name for name in _CONSTANTS if f"action_space.{name}" not in names]:
             raise CheckpointError(f"{checkpoint.model} lacks {', '.join('action_space.' + name for name in lost)}.")
-        return checkpoint.config.action_space({name: float(stored[f"action_space.{name}"]) for name in _CONSTANTS})
-    block = checkpoint.config.section("action_space_cfg")
-    rounded_to = getattr(torch, checkpoint.config.dtype)
-    return checkpoint.config.action_space(
-        {name: float(torch.tensor(block[name]).to(rounded_to)) for name in _CONSTANTS}
-    )
+        if wrong := [name for name, info in checkpoint.infos(names).items() if math.prod(info.shape) != 1]:
+            raise CheckpointError(f"{checkpoint.model}: {', '.join(wrong)} must be single numbers.")
+        stored = dict(checkpoint.read(names))
+        constants = {name: float(stored[f"action_space.{name}"]) for name in _CONSTANTS}
+    else:
+        space = config.action_space
+        constants = {name: float(torch.tensor(getattr(space, name)).to(config.dtype)) for name in _CONSTANTS}
+    return replace(config.action_space, **constants)
 
 
 def _cache(batch: Prefix, layers: int, draws: int) -> DynamicCache:

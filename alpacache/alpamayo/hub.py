@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from alpacache.alpamayo.safetensors_header import read_header
+from alpacache.alpamayo.safetensors_header import check_header, read_header
 from alpacache.errors import CheckpointError
 
 
@@ -27,15 +27,19 @@ def hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tupl
 
     cached = try_to_load_from_cache(repo, shard, revision=revision)
     if isinstance(cached, str):
-        return {name: entry["shape"] for name, entry in read_header(Path(cached)).items()}
+        return {name: info.shape for name, info in read_header(Path(cached)).items()}
     with _hub_errors(repo, f"the header of {shard}", revision):
         try:
-            found = HfApi().parse_safetensors_file_metadata(repo, shard, revision=revision)
+            remote = HfApi().parse_safetensors_file_metadata(repo, shard, revision=revision)
         except HfHubHTTPError:
             raise
         except Exception as error:  # of whichever HTTP library this version of the hub's client uses
             raise OSError(str(error)) from error
-    return {name: tuple(info.shape) for name, info in found.tensors.items()}
+    entries = {
+        name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+        for name, info in remote.tensors.items()
+    }
+    return {name: info.shape for name, info in check_header(entries, f"{shard} of {repo}").items()}
 
 
 def hub_snapshot(repo: str, *, revision: str | None, patterns: tuple[str, ...]) -> Path:
@@ -57,6 +61,7 @@ def _hub_errors(repo: str, name: str, revision: str | None) -> Iterator[None]:
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -83,5 +88,5 @@ def _hub_errors(repo: str, name: str, revision: str | None) -> Iterator[None]:
         raise MissingFileError(
             f"{repo} on the hub has no file {name}; is it a checkpoint in the public layout?"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(f"fetching {name} of {repo} failed ({error}); try `{fetch}`.") from error

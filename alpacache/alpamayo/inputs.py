@@ -1,7 +1,7 @@
 """Samples to VLM inputs: image patches, prompt, history tokens. Pure CPU work, safe to run in threads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from alpacache.alpamayo.backbone import companion_file, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
-from alpacache.alpamayo.configuration import read_json
+from alpacache.alpamayo.foreign_json import Schema, conform, read_json
 from alpacache.alpamayo.images import PROCESSOR, to_patches
-from alpacache.alpamayo.prompt import Reasoning, prompt_identity, render_prompt
+from alpacache.alpamayo.prompt import Reasoning
 from alpacache.alpamayo.tokenizer import PromptTokenizer
 from alpacache.driving.picture_size import image_tokens
 from alpacache.driving.sample import CAMERAS, Sample
@@ -48,38 +48,33 @@ class InputBuilder:
         camera_names: bool | None = None,
         frame_numbers: bool | None = None,
     ) -> None:
-        """Names of cameras and numbers of frames are in the prompt or not; None: as the model was trained."""
+        """`camera_names`, `frame_numbers`: whether the prompt has them; None: as the model was trained."""
         self.config = checkpoint.config
-        trained = self.config.family == "1.5"
-        self.named = trained if camera_names is None else camera_names
-        self.numbered = trained if frame_numbers is None else frame_numbers
+        trained = self.config.family.prompt
+        self.format = replace(
+            trained,
+            camera_names=trained.camera_names if camera_names is None else camera_names,
+            frame_numbers=trained.frame_numbers if frame_numbers is None else frame_numbers,
+        )
         self.tokenizer = PromptTokenizer(checkpoint)
         self.reasoning = reasoning
         vision = vlm_config(checkpoint).vision_config
         self._geometry = {"patch": vision.patch_size, "merge": vision.spatial_merge_size}
         self._temporal = vision.temporal_patch_size
         self._limits = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
-        _check_processor(
-            checkpoint, patch=vision.patch_size, merge=vision.spatial_merge_size, temporal=vision.temporal_patch_size
-        )
+        _check_processor(checkpoint, temporal=self._temporal, **self._geometry)
 
     def prompt(
         self, cameras: Sequence[str], *, frames: int, height: int, width: int
     ) -> tuple[str, NDArray[np.int64], int]:
         """Text, ids `[T]` with history placeholders, and image tokens a frame, for pictures of this size."""
         tokens = image_tokens(height, width, **self._geometry, **self._limits)
-        text = render_prompt(
-            [[tokens] * frames] * len(cameras),
-            cameras=cameras,
-            named=self.named,
-            numbered=self.numbered,
-            reasoning=self.reasoning,
-        )
+        text = self.format.render([[tokens] * frames] * len(cameras), cameras=cameras, reasoning=self.reasoning)
         return text, self.tokenizer.encode(text), tokens
 
     def tail_ids(self, reasoning: Reasoning) -> NDArray[np.int64]:
         """What follows the stem in a prompt of this kind, the first answer token included."""
-        text = render_prompt([[1]], cameras=[CAMERAS[1]], named=self.named, reasoning=reasoning)
+        text = self.format.render([[1]], cameras=[CAMERAS[1]], reasoning=reasoning)
         ids = self.tokenizer.encode(text)
         return ids[int(np.flatnonzero(ids == self.config.traj_token_ids["history_end"])[0]) + 1 :]
 
@@ -107,15 +102,25 @@ class InputBuilder:
     def identity(self) -> dict[str, Any]:
         """The prompt's and processor's part of a store's identity."""
         return {
-            "prompt": prompt_identity(named=self.named, numbered=self.numbered, reasoning=self.reasoning),
+            "prompt": self.format.identity(self.reasoning),
             "processor": {"images": PROCESSOR, **self._geometry, "temporal": self._temporal, **self._limits},
         }
+
+
+class _Processor(Schema):
+    """`preprocessor_config.json`, as far as it decides about pixels; what is absent is as this project computes it."""
+
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    patch_size: int | None = None
+    merge_size: int | None = None
+    temporal_patch_size: int | None = None
 
 
 def _check_processor(checkpoint: Checkpoint, *, patch: int, merge: int, temporal: int) -> None:
     """Refuse a checkpoint whose image processor is not the one this project computes."""
     path = companion_file(checkpoint, "preprocessor_config.json")
-    found = read_json(path)
+    stated = conform(_Processor, read_json(path), path).model_dump(exclude_unset=True)
     expected = {
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
@@ -123,10 +128,6 @@ def _check_processor(checkpoint: Checkpoint, *, patch: int, merge: int, temporal
         "merge_size": merge,
         "temporal_patch_size": temporal,
     }
-    wrong = [
-        f"{key} is {found[key]}, expected {value}"
-        for key, value in expected.items()
-        if key in found and found[key] != value
-    ]
+    wrong = [f"{key} is {value}, expected {expected[key]}" for key, value in stated.items() if value != expected[key]]
     if wrong:
         raise CheckpointError(f"{path}: {'; '.join(wrong)}; alpacache computes the public recipe's image path only.")

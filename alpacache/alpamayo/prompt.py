@@ -3,20 +3,17 @@
 Source: the prompt builders of the public Alpamayo R1 and 1.5 code (behaviour; the tests hold the text byte for byte).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from alpacache.driving.sample import CAMERAS
 
 Reasoning = Literal["none", "rollout"]
-HISTORY_TOKENS = 48
 
 SYSTEM = "You are a driving assistant that generates safe and accurate actions."
-INSTRUCTIONS: Mapping[Reasoning, str] = {
-    "none": "output the future trajectory.",
-    "rollout": "output the chain-of-thought reasoning of the driving process, then output the future trajectory.",
-}
-ANSWERS: Mapping[Reasoning, str] = {"none": "<|traj_future_start|>", "rollout": "<|cot_start|>"}
+DIRECT = "output the future trajectory."
+REASONING = "output the chain-of-thought reasoning of the driving process, then output the future trajectory."
 CAMERA_TITLES = (
     "Front left camera",
     "Front camera",
@@ -26,50 +23,61 @@ CAMERA_TITLES = (
     "Rear right camera",
     "Front telephoto camera",
 )
-"""What 1.5's prompt calls each camera, by camera index."""
+"""What a prompt calls each camera, by camera index."""
+_HISTORY = "<|traj_history|>"
 
 
-def render_prompt(
-    image_tokens: Sequence[Sequence[int]],
-    *,
-    cameras: Sequence[str],
-    named: bool,
-    numbered: bool | None = None,
-    reasoning: Reasoning = "none",
-    route: str | None = None,
-) -> str:
-    """The prompt up to and including the first answer token.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFormat:
+    """How a model family's prompt is written."""
 
-    Args:
-        image_tokens: `[cameras][frames]` image tokens of each frame.
-        cameras: camera names in the same order (by camera index).
-        named: write each camera's title, as 1.5 does.
-        numbered: write each frame's number; None: where cameras are named, as 1.5 does.
-        route: 1.5's optional navigation text.
-    """
-    numbered = named if numbered is None else numbered
-    images = []
-    for camera, frames in zip(cameras, image_tokens, strict=True):
-        if named:
-            images.append(f"{CAMERA_TITLES[CAMERAS.index(camera)]}: ")
-        for number, tokens in enumerate(frames):
-            images.append(f"frame {number} " if numbered else "")
-            images.append(f"<|vision_start|>{'<|image_pad|>' * tokens}<|vision_end|>")
-    history = f"<|traj_history_start|>{'<|traj_history|>' * HISTORY_TOKENS}<|traj_history_end|>"
-    navigation = f"<|route_start|>{route}<|route_end|>" if route else ""
-    return (
-        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-        f"<|im_start|>user\n{''.join(images)}{history}{navigation}{INSTRUCTIONS[reasoning]}<|im_end|>\n"
-        f"<|im_start|>assistant\n{ANSWERS[reasoning]}"
-    )
+    camera_names: bool
+    """Whether each camera's title stands before its images."""
+    frame_numbers: bool
+    """Whether each image has its number before it, counted from 0 for each camera."""
+    history_tokens: int = 48
+    """Placeholders of the ego history: 16 displacements of x, y and z."""
+    direct: tuple[str, str] = (DIRECT, "<|traj_future_start|>")
+    """Question and first answer token of the prompt without reasoning, after which the prefix ends."""
+    reasoning: tuple[str, str] = (REASONING, "<|cot_start|>")
+    """The same of the prompt that makes the model reason first."""
 
+    def render(
+        self,
+        image_tokens: Sequence[Sequence[int]],
+        *,
+        cameras: Sequence[str],
+        reasoning: Reasoning = "none",
+        route: str | None = None,
+    ) -> str:
+        """The prompt up to and including the first answer token.
 
-def prompt_identity(*, named: bool, numbered: bool | None = None, reasoning: Reasoning) -> dict[str, Any]:
-    """The prompt's part of a store's identity: the text around one one-token image, and whether cameras are named.
+        Args:
+            image_tokens: `[cameras][frames]` image tokens of each frame.
+            cameras: camera names in the same order (by camera index).
+            route: 1.5's optional navigation text.
+        """
+        images = []
+        for camera, frames in zip(cameras, image_tokens, strict=True):
+            if self.camera_names:
+                images.append(f"{CAMERA_TITLES[CAMERAS.index(camera)]}: ")
+            for number, tokens in enumerate(frames):
+                images.append(f"frame {number} " if self.frame_numbers else "")
+                images.append(f"<|vision_start|>{'<|image_pad|>' * tokens}<|vision_end|>")
+        history = f"<|traj_history_start|>{_HISTORY * self.history_tokens}<|traj_history_end|>"
+        navigation = f"<|route_start|>{route}<|route_end|>" if route else ""
+        question, answer = self.reasoning if reasoning == "rollout" else self.direct
+        return (
+            f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+            f"<|im_start|>user\n{''.join(images)}{history}{navigation}{question}<|im_end|>\n"
+            f"<|im_start|>assistant\n{answer}"
+        )
 
-    Whether frames are numbered shows in the text.
-    """
-    text = render_prompt([[1]], cameras=[CAMERAS[1]], named=named, numbered=numbered, reasoning=reasoning)
-    tokens = "<|traj_history|>"
-    template = text.replace(tokens * HISTORY_TOKENS, f"({HISTORY_TOKENS} x {tokens})")
-    return {"template": template, "camera_names": named, "reasoning": reasoning}
+    def identity(self, reasoning: Reasoning) -> dict[str, Any]:
+        """The prompt's part of a store's identity: the text around one one-token image, and whether cameras are named.
+
+        Whether frames are numbered shows in the text.
+        """
+        text = self.render([[1]], cameras=[CAMERAS[1]], reasoning=reasoning)
+        template = text.replace(_HISTORY * self.history_tokens, f"({self.history_tokens} x {_HISTORY})")
+        return {"template": template, "camera_names": self.camera_names, "reasoning": reasoning}

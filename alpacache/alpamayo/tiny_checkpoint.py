@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from alpacache.alpamayo.backbone import expert_config, vlm_config
 from alpacache.alpamayo.checkpoint import INDEX, Checkpoint
-from alpacache.alpamayo.configuration import Family
+from alpacache.alpamayo.families import FAMILIES
+from alpacache.alpamayo.family import Family
 from alpacache.alpamayo.projection import ActionInProjection
-from alpacache.alpamayo.prompt import CAMERA_TITLES, INSTRUCTIONS, SYSTEM
-from alpacache.alpamayo.tokenizer import SPECIAL_TOKENS
+from alpacache.alpamayo.prompt import CAMERA_TITLES, DIRECT, REASONING, SYSTEM
 from alpacache.errors import UsageError
 
 BASE_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -40,7 +40,7 @@ def make_tiny_checkpoint(
     *,
     seed: int = 0,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    family: Family = "r1",
+    family: str = "r1",
     shards: int = 2,
 ) -> Path:
     """Write the checkpoint into a new directory and return it. The same arguments give the same bytes."""
@@ -53,10 +53,8 @@ def make_tiny_checkpoint(
     first = tokenizer.get_vocab_size()
     _write_json(directory / "vlm/config.json", _vlm_config(tokenizer))
     _write_json(directory / "vlm/preprocessor_config.json", _processor_config())
-    _write_json(directory / "config.json", _config(first, dtype=dtype, family=family))
-    _write_weights(
-        directory, _random_weights(Checkpoint(str(directory)), seed=seed, family=family), dtype=dtype, shards=shards
-    )
+    _write_json(directory / "config.json", _config(first, dtype=dtype, family=FAMILIES[family]))
+    _write_weights(directory, _random_weights(Checkpoint(str(directory)), seed=seed), dtype=dtype, shards=shards)
     return directory
 
 
@@ -69,7 +67,7 @@ def _tokenizer() -> Tokenizer:
         vocab_size=384, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, special_tokens=[]
     )
     tokenizer.train_from_iterator(
-        [SYSTEM, *INSTRUCTIONS.values(), "system\n", "user\n", "assistant\n", *CAMERA_TITLES], trainer
+        [SYSTEM, DIRECT, REASONING, "system\n", "user\n", "assistant\n", *CAMERA_TITLES], trainer
     )
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in BASE_TOKENS])
     return tokenizer
@@ -131,9 +129,9 @@ def _processor_config() -> dict[str, Any]:
 
 def _config(first: int, *, dtype: str, family: Family) -> dict[str, Any]:
     """`config.json` as the public checkpoints have it; `first` is the id of `<i0>`."""
-    package = "alpamayo_r1" if family == "r1" else "alpamayo1_5"
+    package, special_tokens = family.package, family.special_tokens
     traj = FUTURE_BINS + HISTORY_BINS
-    ids = {name: first + traj + place for place, name in enumerate(SPECIAL_TOKENS)}
+    ids = {name: first + traj + place for place, name in enumerate(special_tokens)}
     action_space = {
         "_target_": f"{package}.action_space.UnicycleAccelCurvatureActionSpace",
         **ACTION_CONSTANTS,
@@ -142,14 +140,14 @@ def _config(first: int, *, dtype: str, family: Family) -> dict[str, Any]:
         **{"a_lambda": 1e-4, "a_ridge": 1e-4, "kappa_lambda": 1e-4, "kappa_ridge": 1e-4},
     }
     return {
-        "model_type": "alpamayo_r1" if family == "r1" else "alpamayo1_5",
-        "architectures": ["AlpamayoR1" if family == "r1" else "Alpamayo1_5"],
+        "model_type": package,
+        "architectures": [family.architecture],
         "vlm_backend": "qwenvl3",
         "vlm_name_or_path": "vlm",
         "dtype": dtype,
         "min_pixels": 128 * 256,
         "max_pixels": 128 * 256,
-        "vocab_size": first + traj + len(SPECIAL_TOKENS),
+        "vocab_size": first + traj + len(special_tokens),
         "traj_vocab_size": traj,
         "traj_token_start_idx": first,
         "traj_token_ids": {
@@ -188,8 +186,8 @@ def _config(first: int, *, dtype: str, family: Family) -> dict[str, Any]:
     }
 
 
-def _random_weights(checkpoint: Checkpoint, *, seed: int, family: Family) -> dict[str, Tensor]:
-    """Freshly initialised tensors under the public state-dict names. 1.5 stores neither frequencies nor constants."""
+def _random_weights(checkpoint: Checkpoint, *, seed: int) -> dict[str, Tensor]:
+    """Freshly initialised tensors under the public state-dict names."""
     from transformers import Qwen3VLForConditionalGeneration, Qwen3VLTextModel
 
     with torch.random.fork_rng(devices=[]):
@@ -197,8 +195,8 @@ def _random_weights(checkpoint: Checkpoint, *, seed: int, family: Family) -> dic
         expert = Qwen3VLTextModel(expert_config(checkpoint))
         del expert.embed_tokens
         hidden = expert.config.hidden_size
-        block = checkpoint.config.section("action_in_proj_cfg")
-        in_proj = ActionInProjection(hidden, hidden_size=block["hidden_size"], persistent_constants=family == "r1")
+        stores_constants = checkpoint.config.family.stores_constants
+        in_proj = ActionInProjection(hidden, **checkpoint.config.action_in_proj, persistent_constants=stores_constants)
         parts: dict[str, nn.Module] = {
             "vlm.": Qwen3VLForConditionalGeneration(vlm_config(checkpoint)),
             "expert.": expert,
@@ -206,7 +204,7 @@ def _random_weights(checkpoint: Checkpoint, *, seed: int, family: Family) -> dic
             "action_out_proj.": nn.Linear(hidden, 2),
         }
     state = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.state_dict().items()}
-    if family == "r1":
+    if stores_constants:
         state |= {f"action_space.{name}": torch.tensor(value) for name, value in ACTION_CONSTANTS.items()}
     return state
 

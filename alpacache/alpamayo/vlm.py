@@ -13,11 +13,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import DynamicCache, Qwen3VLModel
 
-from alpacache.alpamayo.backbone import cache_argument, empty_weights, vlm_config
+from alpacache.alpamayo.backbone import cache_argument, load_module, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.image_attention import attend_to_images_at_once
 from alpacache.alpamayo.inputs import VLMInputs
-from alpacache.errors import CheckpointError
 from alpacache.prefix.prefix import PrefixFeatures
 
 
@@ -180,14 +179,15 @@ def load_vlm(
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(str(model))
     config = vlm_config(checkpoint)
     config._attn_implementation = attention
-    future_start = checkpoint.config.traj_token_ids.get("future_start")
-    if future_start is None:
-        raise CheckpointError(f"{checkpoint.model}: config.json's traj_token_ids has no 'future_start'.")
-    with empty_weights(dtype or getattr(torch, checkpoint.config.dtype), torch.device(device)):
-        body = Qwen3VLModel(config)
     home, prefix = checkpoint.vlm_home
-    home.fill(body, f"{prefix}model.")
-    return FrozenVLM(body, future_start_id=future_start)
+    body = load_module(
+        home,
+        f"{prefix}model.",
+        lambda: Qwen3VLModel(config),
+        dtype=dtype or checkpoint.config.dtype,
+        device=torch.device(device),
+    )
+    return FrozenVLM(body, future_start_id=checkpoint.config.traj_token_ids["future_start"])
 
 
 def _features(cache: DynamicCache, hidden: Tensor, *, rope_delta: int, start: int, row: int = 0) -> PrefixFeatures:

@@ -306,7 +306,7 @@ def check_model(model: str) -> Check:
 
     def read() -> str:
         checkpoint = Checkpoint(model)
-        family = checkpoint.config.family
+        family = checkpoint.config.family.name
         companion_file(checkpoint, "config.json")
         where = checkpoint.directory or "the hub"
         return f"{checkpoint.full_name} ({family}) from {where}, VLM of {checkpoint.config.vlm_name_or_path}"

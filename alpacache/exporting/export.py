@@ -308,8 +308,8 @@ def _misplaced(infos: Mapping[str, TensorInfo], shards: Iterable[Path]) -> list[
     """Tensors that are not exactly once in the shards with the expected dtype and shape."""
     found = defaultdict(list)
     for shard in shards:
-        for name, entry in read_header(shard).items():
-            found[name].append((entry["dtype"], entry["shape"]))
+        for name, info in read_header(shard).items():
+            found[name].append((info.dtype, info.shape))
     expected = {name: [(info.dtype, info.shape)] for name, info in infos.items()}
     return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.geometry import Geometry
+from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.cached_samples.features import sample_arrays
@@ -82,7 +82,7 @@ def _bytes_of(
     )
     picture = sample_arrays(sample, inputs).get("front_jpeg")
     sizes = sample_bytes(
-        Geometry.of(checkpoint),
+        geometry_of(checkpoint),
         prompt,
         codec=codec,
         hidden_states=hidden_states,

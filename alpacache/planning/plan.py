@@ -13,7 +13,9 @@ from typing import Literal, get_args
 import torch
 
 from alpacache.alpamayo import Checkpoint, PrefixLayout
-from alpacache.alpamayo.geometry import RELEASED, Geometry
+from alpacache.alpamayo.backbone import geometry_of
+from alpacache.alpamayo.families import RELEASED
+from alpacache.alpamayo.geometry import Geometry
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.driving.sample import sort_cameras
 from alpacache.errors import UsageError
@@ -136,7 +138,7 @@ def plan(config: PlanConfig) -> Plan:
     cameras = sort_cameras(config.cameras)
     checkpoint = None if config.model is None else Checkpoint(config.model)
     prompt = planned_prompt(checkpoint, cameras, frames=config.frames, picture=config.picture)
-    geometry = RELEASED if checkpoint is None else Geometry.of(checkpoint)
+    geometry = RELEASED.geometry if checkpoint is None else geometry_of(checkpoint)
     machine, hidden_states = _machine(config), config.hidden_states == "last"
     sizes = {
         codec: sample_bytes(geometry, prompt, codec=codec, hidden_states=hidden_states, rollouts=config.tails)
@@ -179,7 +181,7 @@ def least_training_bytes(trainable: Trainable) -> int:
     """GPU memory of the smallest useful training of the released model: one front camera, int8, one sample a step."""
     config = PlanConfig(samples=1, codec="int8", batch_size=1, trainable=trainable)
     prompt = planned_prompt(None, config.cameras, frames=config.frames, picture=config.picture)
-    work = _workload(config, RELEASED, prompt.tokens)
+    work = _workload(config, RELEASED.geometry, prompt.tokens)
     return memory_plan(work, draws=1, micro_batch=1, checkpointing=True).device_bytes
 
 
@@ -298,7 +300,7 @@ def _notes(
     else:
         scaled = "a probe" if machine.gpu_is == "probed" else "the rates of data sheets"
         notes.append(f"Times are estimates: measured on one H100 80GB only, scaled to {gpu.name} by {scaled}.")
-    if geometry is not RELEASED:
+    if geometry is not RELEASED.geometry:
         notes.append("Times were measured with the released sizes; for this model they are scaled by its parameters.")
     if machine.disk_is == "assumed":
         notes.append(

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.geometry import RELEASED_PIXELS, RELEASED_QUESTION_TOKENS, RELEASED_TEXT_TOKENS, Geometry
+from alpacache.alpamayo.families import DEFAULT_FAMILY, RELEASED
+from alpacache.alpamayo.geometry import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
-from alpacache.alpamayo.prompt import render_prompt
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.cached_samples.features import KV_SHAPE, store_fields, tail_name
 from alpacache.driving.picture_size import image_tokens
@@ -60,10 +60,10 @@ def planned_prompt(
         text, ids, tokens = builder.prompt(cameras, frames=frames, height=height, width=width)
         length, question = len(ids), len(builder.tail_ids("rollout"))
     else:
-        tokens = image_tokens(height, width, **RELEASED_PIXELS)
-        text = render_prompt([[tokens] * frames] * len(cameras), cameras=cameras, named=False)
-        length = RELEASED_TEXT_TOKENS + len(cameras) * frames * (tokens + 2)
-        question = RELEASED_QUESTION_TOKENS
+        tokens = image_tokens(height, width, **RELEASED.pixels)
+        text = DEFAULT_FAMILY.prompt.render([[tokens] * frames] * len(cameras), cameras=cameras)
+        length = RELEASED.text_tokens + len(cameras) * frames * (tokens + 2)
+        question = RELEASED.question_tokens
     return PlannedPrompt(
         cameras=cameras,
         frames=frames,

@@ -85,7 +85,7 @@ def test_an_unknown_target_is_refused(copy):
 
 def test_15_targets_are_matched_by_their_last_part(tiny_checkpoint_15):
     checkpoint = Checkpoint(str(tiny_checkpoint_15))
-    assert checkpoint.config.family == "1.5"
+    assert checkpoint.config.family.name == "1.5"
     assert load_expert(checkpoint).dtype == torch.bfloat16
 
 

@@ -9,7 +9,8 @@ import torch
 from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.geometry import RELEASED, Geometry
+from alpacache.alpamayo.backbone import geometry_of
+from alpacache.alpamayo.families import RELEASED
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.alpamayo.safetensors_header import read_header
 from alpacache.errors import CheckpointError
@@ -17,12 +18,12 @@ from alpacache.planning.workload import trained_counts
 
 
 def test_of_a_checkpoint(tiny_checkpoint):
-    geometry = Geometry.of(Checkpoint(str(tiny_checkpoint)))
+    geometry = geometry_of(Checkpoint(str(tiny_checkpoint)))
     assert (geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.vlm_hidden) == (4, 2, 32, 128)
     assert geometry.expert_shapes["action_out_proj.weight"] == (2, 96)
     headers = [read_header(shard) for shard in tiny_checkpoint.glob("*.safetensors")]
     entries = [item for header in headers for item in header.items()]
-    assert geometry.vlm_parameters == sum(math.prod(e["shape"]) for name, e in entries if name.startswith("vlm."))
+    assert geometry.vlm_parameters == sum(math.prod(e.shape) for name, e in entries if name.startswith("vlm."))
 
 
 def test_the_released_expert_is_the_model_class_of_that_size():
@@ -43,7 +44,7 @@ def test_the_released_expert_is_the_model_class_of_that_size():
     shapes = {
         f"{part}.{name}": tuple(p.shape) for part, module in parts.items() for name, p in module.named_parameters()
     }
-    assert shapes == RELEASED.expert_shapes
+    assert shapes == RELEASED.geometry.expert_shapes
     parameters, adapters = trained_counts(shapes, "lora", 16)
     assert (round(parameters / 1e9, 2), round(adapters / 1e6, 2)) == (2.28, 27.42)
 
@@ -55,12 +56,20 @@ def test_of_a_hub_id_fetches_no_weights(tiny_checkpoint, monkeypatch):
 
     def header(self, repo, name, revision=None):
         found = read_header(tiny_checkpoint / name)
-        tensors = {key: types.SimpleNamespace(shape=list(entry["shape"])) for key, entry in found.items()}
+        first = min(info.offset for info in found.values())
+        tensors = {
+            key: types.SimpleNamespace(
+                dtype=info.dtype,
+                shape=list(info.shape),
+                data_offsets=(info.offset - first, info.offset - first + info.nbytes),
+            )
+            for key, info in found.items()
+        }
         return types.SimpleNamespace(tensors=tensors)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub.HfApi, "parse_safetensors_file_metadata", header)
-    checkpoint, local = Checkpoint("owner/Tiny-R1"), Geometry.of(Checkpoint(str(tiny_checkpoint)))
+    checkpoint, local = Checkpoint("owner/Tiny-R1"), geometry_of(Checkpoint(str(tiny_checkpoint)))
     assert checkpoint.shapes("expert.", "action_in_proj.", "action_out_proj.") == local.expert_shapes
     assert sum(map(math.prod, checkpoint.shapes("vlm.").values())) == local.vlm_parameters
 

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.prompt import render_prompt
-from alpacache.alpamayo.tokenizer import SPECIAL_TOKENS, PromptTokenizer
+from alpacache.alpamayo.families import FAMILIES
+from alpacache.alpamayo.family import SPECIAL_TOKENS
+from alpacache.alpamayo.tokenizer import PromptTokenizer
 from alpacache.driving.sample import CAMERAS
 from alpacache.errors import CheckpointError
 
+R1, ALPAMAYO_1_5 = FAMILIES["r1"].prompt, FAMILIES["1.5"].prompt
 HISTORY = "<|traj_history_start|>" + "<|traj_history|>" * 48 + "<|traj_history_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
 SYSTEM = (
@@ -18,7 +20,7 @@ SYSTEM = (
 
 
 def test_r1_direct_prompt():
-    text = render_prompt([[2, 2], [2, 2]], cameras=[CAMERAS[0], CAMERAS[1]], named=False)
+    text = R1.render([[2, 2], [2, 2]], cameras=[CAMERAS[0], CAMERAS[1]])
     expected = (
         SYSTEM
         + IMAGE * 4
@@ -29,13 +31,13 @@ def test_r1_direct_prompt():
 
 
 def test_r1_reasoning_prompt():
-    text = render_prompt([[2]], cameras=[CAMERAS[1]], named=False, reasoning="rollout")
+    text = R1.render([[2]], cameras=[CAMERAS[1]], reasoning="rollout")
     question = "output the chain-of-thought reasoning of the driving process, then output the future trajectory."
     assert text == SYSTEM + IMAGE + HISTORY + question + "<|im_end|>\n<|im_start|>assistant\n<|cot_start|>"
 
 
 def test_15_prompt_names_cameras_frames_and_route():
-    text = render_prompt([[2, 2], [2, 2]], cameras=[CAMERAS[1], CAMERAS[6]], named=True, route="turn left in 50 m")
+    text = ALPAMAYO_1_5.render([[2, 2], [2, 2]], cameras=[CAMERAS[1], CAMERAS[6]], route="turn left in 50 m")
     images = f"Front camera: frame 0 {IMAGE}frame 1 {IMAGE}Front telephoto camera: frame 0 {IMAGE}frame 1 {IMAGE}"
     route = "<|route_start|>turn left in 50 m<|route_end|>"
     expected = (
@@ -74,13 +76,13 @@ def test_history_bins_round_half_to_even_and_clamp(tiny_checkpoint):
     tokenizer = PromptTokenizer(Checkpoint(str(tiny_checkpoint)))
     history = np.zeros((16, 3), np.float32)
     history[0] = [-100.0, 100.0, 0.0]
-    first = tokenizer.history_ids(history)[:3] - tokenizer.id_of("<i0>")
+    first = Checkpoint(str(tiny_checkpoint)).config.history.encode(history)[:3] - tokenizer.id_of("<i0>")
     assert first.tolist() == [128, 128 + 63, 128 + 32]  # 31.5 rounds to 32
 
 
 def test_prompt_survives_the_tokenizer(tiny_checkpoint):
     tokenizer = PromptTokenizer(Checkpoint(str(tiny_checkpoint)))
-    text = render_prompt([[3]], cameras=[CAMERAS[1]], named=True)
+    text = ALPAMAYO_1_5.render([[3]], cameras=[CAMERAS[1]])
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert (ids == tokenizer.id_of("<|image_pad|>")).sum() == 3

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_vlm
-from alpacache.alpamayo.geometry import Geometry
+from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.errors import CheckpointError, UsageError
@@ -116,8 +116,8 @@ def test_stores_of_two_vlms_do_not_mix_and_an_expert_stays_with_its_own(stores, 
 
 
 def test_sizes_are_those_of_the_weights_that_are_read(tiny_checkpoint, plain_layout):
-    with_other = Geometry.of(Checkpoint(str(tiny_checkpoint), vlm=str(plain_layout)))
-    assert with_other == Geometry.of(Checkpoint(str(tiny_checkpoint)))
+    with_other = geometry_of(Checkpoint(str(tiny_checkpoint), vlm=str(plain_layout)))
+    assert with_other == geometry_of(Checkpoint(str(tiny_checkpoint)))
 
 
 def test_weights_that_do_not_fit_are_named(tiny_checkpoint, plain_layout, tmp_path):

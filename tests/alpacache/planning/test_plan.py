@@ -4,7 +4,7 @@ import pytest
 
 import alpacache
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.geometry import Geometry
+from alpacache.alpamayo.backbone import geometry_of
 from alpacache.driving.sample import CAMERAS, SampleRef, sort_cameras
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
@@ -60,7 +60,7 @@ def test_bytes_are_those_of_a_real_store(
     assert written.size_by_field["front_jpeg"] == sample["front_jpeg"].nbytes
     checkpoint = Checkpoint(model)
     exact = sample_bytes(
-        Geometry.of(checkpoint),
+        geometry_of(checkpoint),
         planned_prompt(checkpoint, sort_cameras(cameras), frames=2, picture=(128, 256)),
         codec=codec,
         hidden_states=hidden_states == "last",

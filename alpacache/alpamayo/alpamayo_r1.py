@@ -1,0 +1,170 @@
+"""Alpamayo R1: its flat `config.json`, its prompt and its released sizes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, field_validator
+
+from alpacache.alpamayo.family import AlpamayoConfig, Family
+from alpacache.alpamayo.foreign_json import Count, Fraction, Number, Schema, Width, conform
+from alpacache.alpamayo.geometry import Geometry, Released, expert_shapes
+from alpacache.alpamayo.history_tokens import HistoryTokens
+from alpacache.alpamayo.prompt import PromptFormat
+from alpacache.driving.action_space import UnicycleActionSpace
+
+_Id = Annotated[int, Field(ge=0, lt=2**20)]
+_Pixels = Annotated[int, Field(ge=1, le=2**26)]
+_XYZ = Annotated[tuple[Number, Number, Number], Field(strict=False)]
+_Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _without_package(dtype: object) -> object:
+    return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+
+
+class _Block(Schema):
+    """A `*_cfg` block that names its class. Only the last part is compared, and nothing is ever imported by it."""
+
+    known: ClassVar[str]
+    target: str = Field(alias="_target_")
+
+    @field_validator("target")
+    @classmethod
+    def _is_known(cls, target: str) -> str:
+        last = target.rsplit(".", 1)[-1]
+        if last != cls.known:
+            raise ValueError(f"it is a {last[:80]!r}; alpacache knows {cls.known!r} only")
+        return target
+
+
+class _ActionSpace(_Block):
+    known = "UnicycleAccelCurvatureActionSpace"
+    accel_mean: Number
+    accel_std: _Scale
+    curvature_mean: Number
+    curvature_std: _Scale
+    dt: _Scale = 0.1
+    n_waypoints: Count = 64
+    theta_lambda: Fraction = 1e-6
+    theta_ridge: Fraction = 1e-8
+    v_lambda: Fraction = 1e-6
+    v_ridge: Fraction = 1e-4
+    a_lambda: Fraction = 1e-4
+    a_ridge: Fraction = 1e-4
+    kappa_lambda: Fraction = 1e-4
+    kappa_ridge: Fraction = 1e-4
+
+
+class _ActionInProjection(_Block):
+    known = "PerWaypointActionInProjV2"
+    hidden_size: Width = 512
+    num_fourier_feats: Count = 20
+    max_freq: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 100.0
+    num_enc_layers: Count = 2
+
+
+class _ActionOutProjection(_Block):
+    known = "Linear"
+
+
+class _HistoryTokenizer(Schema):
+    num_bins: Annotated[int, Field(ge=2, le=2**20)] = 1000
+    ego_xyz_min: _XYZ = (-4.0, -4.0, -10.0)
+    ego_xyz_max: _XYZ = (4.0, 4.0, 10.0)
+
+
+class _FutureTokenizer(Schema):
+    num_bins: _Id = 0
+
+
+class _TokenIds(Schema):
+    history: _Id
+    future: _Id
+    history_start: _Id
+    future_start: _Id
+    history_end: _Id
+    future_end: _Id
+
+
+class _Config(Schema):
+    """The file. Null stands for the default wherever there is one."""
+
+    vlm_name_or_path: str
+    vocab_size: Width
+    traj_vocab_size: Width
+    traj_token_start_idx: _Id
+    traj_token_ids: _TokenIds
+    expert_cfg: dict[str, Any]
+    action_space_cfg: _ActionSpace
+    action_in_proj_cfg: _ActionInProjection
+    action_out_proj_cfg: _ActionOutProjection
+    hist_traj_tokenizer_cfg: _HistoryTokenizer | None = None
+    traj_tokenizer_cfg: _FutureTokenizer | None = None
+    dtype: Annotated[Literal["bfloat16", "float32"] | None, BeforeValidator(_without_package)] = None
+    torch_dtype: Annotated[Literal["bfloat16", "float32"] | None, BeforeValidator(_without_package)] = None
+    min_pixels: _Pixels | None = None
+    max_pixels: _Pixels | None = None
+
+
+def read_flat_config(family: Family, raw: Mapping[str, Any], path: Path) -> AlpamayoConfig:
+    """The config of R1 and 1.5."""
+    config = conform(_Config, raw, path)
+    space = config.action_space_cfg.model_dump(exclude={"target", "dt", "n_waypoints"})
+    history = config.hist_traj_tokenizer_cfg or _HistoryTokenizer()
+    future = config.traj_tokenizer_cfg or _FutureTokenizer()
+    return AlpamayoConfig(
+        raw=raw,
+        family=family,
+        dtype=getattr(torch, config.dtype or config.torch_dtype or "bfloat16"),
+        vlm_name_or_path=config.vlm_name_or_path,
+        vocab_size=config.vocab_size,
+        traj_vocab_size=config.traj_vocab_size,
+        traj_token_start=config.traj_token_start_idx,
+        traj_token_ids=config.traj_token_ids.model_dump(),
+        min_pixels=config.min_pixels or R1_RELEASED.min_pixels,
+        max_pixels=config.max_pixels or R1_RELEASED.max_pixels,
+        history=HistoryTokens(
+            first_id=config.traj_token_start_idx + future.num_bins,  # the future's bins come first
+            bins=history.num_bins,
+            low=history.ego_xyz_min,
+            high=history.ego_xyz_max,
+        ),
+        action_space=UnicycleActionSpace(
+            **space, dt_s=config.action_space_cfg.dt, waypoints=config.action_space_cfg.n_waypoints
+        ),
+        action_in_proj=config.action_in_proj_cfg.model_dump(exclude={"target"}),
+        expert_overrides=config.expert_cfg,
+    )
+
+
+R1_RELEASED = Released(
+    geometry=Geometry(
+        model="released geometry (Alpamayo-R1-10B)",
+        layers=36,
+        kv_heads=8,
+        head_dim=128,
+        vlm_hidden=4096,
+        vlm_parameters=8_800_000_000,  # the public card's 8.2 and 0.6 billion
+        expert_shapes=expert_shapes(
+            layers=36, hidden=2048, intermediate=8256, heads=16, kv_heads=8, head_dim=128, projection=512
+        ),
+    ),
+    text_tokens=81,  # counted with its tokenizer: 809 tokens with one camera's four images of 182
+    question_tokens=24,  # 13 more than the direct prompt has there: 822 tokens against 809
+    patch=16,
+    merge=2,
+    min_pixels=163_840,
+    max_pixels=196_608,
+)
+R1 = Family(
+    name="r1",
+    package="alpamayo_r1",
+    architecture="AlpamayoR1",
+    read_config=read_flat_config,
+    prompt=PromptFormat(camera_names=False, frame_numbers=False),
+    stores_constants=True,
+    released=R1_RELEASED,
+)
+"""`nvidia/Alpamayo-R1-10B`."""

@@ -1,0 +1,51 @@
+"""The registry of model families, and which of them a checkpoint belongs to."""
+
+import reprlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from alpacache.alpamayo.alpamayo_1_5 import ALPAMAYO_1_5
+from alpacache.alpamayo.alpamayo_r1 import R1, R1_RELEASED
+from alpacache.alpamayo.family import AlpamayoConfig, Family
+from alpacache.alpamayo.foreign_json import read_json
+from alpacache.errors import CheckpointError
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (ALPAMAYO_1_5, R1)}
+"""By name. The first whose package a config names is taken: one that was derived from an older family, and still names
+its classes, stands before that."""
+
+DEFAULT_FAMILY, RELEASED = R1, R1_RELEASED
+"""What plans are made for where no model is named."""
+
+
+def read_config(path: Path) -> AlpamayoConfig:
+    """A checkpoint's `config.json`, by its family's schema. Raises `CheckpointError` for anything else."""
+    raw = read_json(path)
+    family = recognise(raw, path)
+    return family.read_config(family, raw, path)
+
+
+def recognise(raw: Mapping[str, Any], path: Path) -> Family:
+    """The family that a `config.json` names: by the packages of its `_target_` classes, else by its `model_type`.
+
+    The packages come first because the public SFT recipe of 1.5 rewrites them to R1's and prompts as R1 does.
+    """
+    packages = {target.split(".", 1)[0] for target in _targets(raw)} - {"torch"}
+    model_type = raw.get("model_type")
+    for named in (packages, {model_type} if isinstance(model_type, str) else set()):
+        for family in FAMILIES.values():
+            if family.package in named:
+                return family
+    found = ", ".join(sorted(name[:80] for name in packages)) or "no class of a model"
+    known = ", ".join(f"{family.package} ({name})" for name, family in FAMILIES.items())
+    raise CheckpointError(
+        f"{path} is not of a model family that alpacache knows: model_type is {reprlib.repr(model_type)}, its _target_ "
+        f"entries name {found}; supported: {known}."
+    )
+
+
+def _targets(raw: Mapping[str, Any]) -> Iterator[str]:
+    for block in raw.values():
+        if isinstance(block, Mapping) and isinstance(block.get("_target_"), str):
+            yield block["_target_"]

@@ -1,0 +1,90 @@
+"""What one family of Alpamayo models is to the rest of the project, and what is read of a checkpoint's `config.json`.
+
+A family is one `Family` in a module of its own, listed in `families.FAMILIES`. Nothing outside those modules asks which
+family a checkpoint belongs to: it asks the family's description.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alpacache.alpamayo.geometry import Released
+from alpacache.alpamayo.history_tokens import HistoryTokens
+from alpacache.alpamayo.prompt import PromptFormat
+from alpacache.driving.action_space import UnicycleActionSpace
+
+SPECIAL_TOKENS = tuple(
+    f"<|{name}|>"
+    for name in (
+        *("prompt_start", "prompt_end", "image_start", "image_pre_tkn", "image_end"),
+        *("traj_history_start", "traj_history_pre_tkn", "traj_history_end", "cot_start", "cot_end"),
+        *("meta_action_start", "meta_action_end", "traj_future_start", "traj_future_pre_tkn", "traj_future_end"),
+        *("traj_history", "traj_future", "vectorized_wm", "vectorized_wm_start", "vectorized_wm_end"),
+        *("vectorized_wm_pre_tkn", "route_start", "route_pad", "route_end"),
+        *("question_start", "question_end", "answer_start", "answer_end"),
+    )
+)
+"""R1's names, in the order in which their ids follow the trajectory tokens. 1.5 renames nine at unchanged ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlpamayoConfig:
+    """What the project needs of a checkpoint's `config.json`, the same for every family."""
+
+    raw: Mapping[str, Any]
+    """The file as it is."""
+    family: "Family"
+    dtype: torch.dtype
+    """bfloat16 or float32: constants absent from the weights are rounded to it."""
+    vlm_name_or_path: str
+    """Hub id or path of the VLM's own config and tokenizer; a path may be relative to the checkpoint."""
+    vocab_size: int
+    traj_vocab_size: int
+    """Trajectory tokens, of history and future together."""
+    traj_token_start: int
+    """Id of `<i0>`, the first of them."""
+    traj_token_ids: Mapping[str, int]
+    """Ids of `history`, `future`, and their `_start` and `_end`."""
+    min_pixels: int
+    """Smallest area of an image that the VLM sees; smaller ones are enlarged."""
+    max_pixels: int
+    history: HistoryTokens
+    action_space: UnicycleActionSpace
+    """With the constants of the config, not rounded."""
+    action_in_proj: Mapping[str, Any]
+    """Sizes of the action projection, arguments of `ActionInProjection`."""
+    expert_overrides: Mapping[str, Any]
+    """What the expert's text model has other than the VLM's."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the config's meaning (keys sorted), part of a store's identity."""
+        return hashlib.sha256(json.dumps(self.raw, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Everything in which one family of models differs from the others."""
+
+    name: str
+    """As people call it: `r1`, `1.5`."""
+    package: str
+    """First part of the `_target_` names in `config.json`, by which a checkpoint is recognised; also its
+    `model_type`."""
+    architecture: str
+    """The class that the public code loads, in `architectures`."""
+    read_config: Callable[["Family", Mapping[str, Any], Path], AlpamayoConfig]
+    """Checks a parsed `config.json` of this family against its schema; the path is for errors."""
+    prompt: PromptFormat
+    """As the models of this family were trained."""
+    special_tokens: tuple[str, ...] = SPECIAL_TOKENS
+    """Added behind the trajectory tokens, in the order of their ids."""
+    stores_constants: bool
+    """Whether a checkpoint's weights hold the projection's frequencies and the action space's constants."""
+    released: Released | None = None
+    """Sizes of the public checkpoint, for plans made before it can be downloaded."""

@@ -1,0 +1,228 @@
+"""Whatever stands in a checkpoint's files: it loads, or one error says which file and key; memory stays small."""
+
+import copy
+import json
+import shutil
+import struct
+import tracemalloc
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from alpacache.alpamayo import Checkpoint, load_expert, load_vlm
+from alpacache.alpamayo.backbone import geometry_of
+from alpacache.alpamayo.checkpoint import INDEX
+from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.safetensors_header import read_header
+from alpacache.errors import CheckpointError
+
+FILES = ("config.json", "vlm/config.json", "vlm/preprocessor_config.json", INDEX)
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([-1, 0, 1, 2, 7, 2**31, 10**12, 10**18, -(10**18), 10**30]),
+    st.floats(),
+    st.sampled_from(["", "abc", "12", "a.b", "../x", "x/y", "\0", "x" * 5000, "alpamayo1_5.models.X"]),
+)
+VALUES = st.recursive(SCALARS, lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=3), part))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint, tmp_path_factory):
+    return shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("hostile") / "Tiny-R1")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def paths(value, at=()):
+    """Where values lie in a JSON document: lists of keys."""
+    yield at
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from paths(child, (*at, key))
+
+
+def changed(document, path, value):
+    if not path:
+        return value
+    result = copy.deepcopy(document)
+    place = result
+    for key in path[:-1]:
+        place = place[key]
+    if value is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return result
+
+
+def use(directory):
+    """Everything that reads the files: both models, the prompt, the sizes, the fingerprint."""
+    checkpoint = Checkpoint(str(directory))
+    for read in (
+        InputBuilder,
+        load_expert,
+        load_vlm,
+        geometry_of,
+        Checkpoint.vlm_fingerprint,
+        lambda checkpoint: checkpoint.origin,
+    ):
+        read(checkpoint)
+
+
+def refused(call, *arguments):
+    """The message of the refusal, one line; None where the call goes well."""
+    try:
+        call(*arguments)
+    except CheckpointError as error:
+        message = str(error)
+        assert "\n" not in message.split("tensors):")[0]
+        assert len(message) < 20_000
+        return message
+    return None
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), name=st.sampled_from(FILES), value=VALUES | st.just(...))
+def test_any_value_anywhere_in_the_json_files(model, data, name, value):
+    original = (model / name).read_text()
+    document = json.loads(original)
+    path = data.draw(st.sampled_from(list(paths(document))[value is ... :]))
+    try:
+        (model / name).write_text(json.dumps(changed(document, path, value)))
+        refused(use, model)
+    finally:
+        (model / name).write_text(original)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "expected"),
+    [
+        ("config.json", ("traj_token_ids",), [1, 2], r"config.json: traj_token_ids: .* dictionary, not \[1, 2\]\.$"),
+        ("config.json", ("vocab_size",), "abc", r"config.json: vocab_size: .* integer, not 'abc'\.$"),
+        ("config.json", ("hist_traj_tokenizer_cfg",), 3, r"config.json: hist_traj_tokenizer_cfg: .*, not 3\.$"),
+        ("config.json", ("traj_token_ids", "future_start"), ..., "traj_token_ids.future_start is missing"),
+        ("config.json", ("expert_cfg", "hidden_size"), "x", "expert_cfg .*hidden_size"),
+        ("config.json", ("expert_cfg", "num_hidden_layers"), 10**9, "expert_cfg: num_hidden_layers: .* 1024"),
+        ("config.json", ("expert_cfg", "hidden_size"), 2**20, "tensors"),
+        ("config.json", (), [], "config.json holds a list; expected a JSON object"),
+        ("vlm/config.json", ("text_config",), 3, "vlm/config.json: text_config: .*, not 3"),
+        ("vlm/config.json", ("text_config", "hidden_size"), None, "vlm/config.json .*hidden_size"),
+        ("vlm/config.json", ("text_config", "hidden_act"), "nope", "KeyError: 'nope'"),
+        ("vlm/config.json", ("text_config", "intermediate_size"), 2**20, r"misshapen .*mlp\.down_proj"),
+        ("vlm/config.json", ("vision_config", "patch_size"), 10**9, "vision_config: patch_size: .* 256"),
+        ("vlm/preprocessor_config.json", ("patch_size",), "16", "preprocessor_config.json: patch_size: .* '16'"),
+        (INDEX, (), [], "holds a list"),
+        (INDEX, ("weight_map",), {}, "weight_map: .*at least 1"),
+        (INDEX, ("weight_map", "expert.norm.weight"), 3, r"weight_map.expert.norm.weight: .* string, not 3"),
+        (INDEX, ("metadata",), "no", "metadata: .*, not 'no'"),
+        (INDEX, ("weight_map", "expert.norm.weight"), "x" * 500 + ".safetensors", "outside the checkpoint"),
+    ],
+)
+def test_file_and_key_are_named(name, path, value, expected, model):
+    original = (model / name).read_text()
+    try:
+        (model / name).write_text(json.dumps(changed(json.loads(original), path, value)))
+        with pytest.raises(CheckpointError, match=expected):
+            use(model)
+    finally:
+        (model / name).write_text(original)
+
+
+def test_deeply_nested_json_is_no_traceback(model):
+    original = (model / "config.json").read_text()
+    try:
+        (model / "config.json").write_text("[" * 100_000)
+        assert "is not valid JSON" in refused(use, model)
+    finally:
+        (model / "config.json").write_text(original)
+
+
+def shard(path, header, data=b"\0" * 64, length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(dtype="F32", shape=(4,), data_offsets=(0, 16)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(data_offsets)}
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ([], "holds a list; expected a JSON object"),
+        (b"\xff\xff", "is not valid JSON"),
+        ({"x": "no"}, r"x\.safetensors: x: .*, not 'no'"),
+        ({"x": {"dtype": "F32", "shape": [1]}}, r"x\.data_offsets is missing"),
+        ({"x": entry(shape="abc")}, r"x\.shape\.0: .* integer, not 'a'"),
+        ({"x": entry() | {"shape": "abc"}}, r"x\.shape: .* list, not 'abc'"),
+        ({"x": entry(shape=[-4])}, r"x\.shape\.0: .* greater than or equal to 0"),
+        ({"x": entry(shape=[2**62, 2**62])}, r"'x' is F32 \[\d+, \d+\] at bytes 0 to 16"),
+        ({"x": entry(data_offsets=[-16, 0])}, r"x\.data_offsets\.0: .* greater than or equal to 0"),
+        ({"x": entry(data_offsets=[16, 0])}, "damaged header"),
+        ({"x": entry(data_offsets=[0, 16, 32])}, r"x\.data_offsets: .* at most 2 items"),
+        ({"x": entry(), "y": entry(data_offsets=[8, 24])}, "'y' is F32 .* at bytes 8 to 24, after .* ends at 16"),
+        ({"x": entry(), "y": entry(data_offsets=[20, 36])}, "'y' is F32 .* at bytes 20 to 36, after .* ends at 16"),
+        ({"x": entry(shape=[100], data_offsets=[0, 400])}, "is truncated: 'x' ends at byte"),
+        ({"__metadata__": {"format": 3}, "x": entry()}, "__metadata__: format: .* string, not 3"),
+        ({"x": entry()}, r"damaged header: its tensors end at byte \d+ of"),
+        ({"x": entry(dtype="F99")}, "unknown dtype 'F99'"),
+    ],
+)
+def test_a_damaged_header_is_named(header, expected, tmp_path):
+    with pytest.raises(CheckpointError, match=expected):
+        read_header(shard(tmp_path / "x.safetensors", header))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), value=VALUES | st.just(...))
+def test_any_value_anywhere_in_a_header(tmp_path, data, value):
+    """What is let through is what the format's own reader takes as well."""
+    good = {"__metadata__": {"format": "pt"}, "x": entry(), "y": entry("BF16", (2, 3), (16, 28))}
+    path = data.draw(st.sampled_from(list(paths(good))[value is ... :]))
+    file = shard(tmp_path / "x.safetensors", changed(good, path, value), data=b"\0" * 28)
+    if refused(read_header, file) is None:
+        tensors = read_header(file)
+        with safe_open(file, framework="pt") as opened:
+            assert set(opened.keys()) == set(tensors)
+        assert all(info.offset + info.nbytes <= file.stat().st_size for info in tensors.values())
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**20, 2**40, 2**64 - 1])
+def test_a_header_longer_than_the_file_allocates_nothing(length, tmp_path):
+    file = shard(tmp_path / "x.safetensors", {"x": entry()}, length=length)
+    tracemalloc.start()
+    try:
+        assert "is not a safetensors file, or it is truncated" in refused(read_header, file)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_absurd_sizes_are_refused_before_anything_is_allocated(model, monkeypatch):
+    """Within the schema, but larger than the weights: the module is never built with memory."""
+    from alpacache.alpamayo import backbone
+
+    original, devices = (model / "vlm/config.json").read_text(), []
+    good = backbone.empty_weights
+
+    def empty_weights(dtype, device):
+        devices.append(device)
+        return good(dtype, device)
+
+    monkeypatch.setattr(backbone, "empty_weights", empty_weights)
+    document = changed(json.loads(original), ("text_config", "hidden_size"), 2**20)
+    document = changed(document, ("text_config", "intermediate_size"), 2**20)
+    try:
+        (model / "vlm/config.json").write_text(json.dumps(document))
+        assert "does not fit the model's config.json" in refused(load_vlm, Checkpoint(str(model)))
+        assert devices == [torch.device("meta")]
+    finally:
+        (model / "vlm/config.json").write_text(original)
