@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# As many processes as cores, each with one thread: torch's own would crowd each other out.
+# As many processes as cores, each with one thread: torch's own threads would crowd each other out.
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n auto --dist loadfile
 STAMP := $(VENV)/.installed
 
@@ -11,7 +11,7 @@ PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.1
 VENV312 ?= .venv-3.12
 STAMP312 := $(VENV312)/.installed
 
-.PHONY: help setup demo test test-store-3.12 test-slow lint format docs dist-check clean
+.PHONY: help setup demo quick test test-kernels test-store-3.12 test-slow lint format docs dist-check clean
 help:  ## Show this list
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -27,8 +27,14 @@ demo: $(STAMP)  ## The whole story offline on the CPU: biased tiny model, cache,
 	rm -rf demo
 	$(BIN)/alpacache demo --out demo
 
-test: $(STAMP)  ## The test suite (minutes, CPU)
-	$(call PYTEST,$(VENV)) -m "not slow"
+quick: $(STAMP)  ## What to run while working: no whole ways, no kernels (3 minutes on 2 cores)
+	$(call PYTEST,$(VENV)) -m "not slow and not kernels and not system"
+
+test: $(STAMP)  ## The test suite (8 minutes on 2 cores)
+	$(call PYTEST,$(VENV)) -m "not slow and not kernels"
+
+test-kernels: $(STAMP)  ## Triton kernels, interpreted and compiled for users' cards, on a CPU
+	$(call PYTEST,$(VENV)) --dist load -m "kernels and not slow"
 
 $(STAMP312): constraints.txt
 	$(PYTHON312) -m venv $(VENV312)

@@ -1,19 +1,42 @@
-"""Object storage on the loopback: moto's S3 server, with faults on demand in front of it."""
+"""Shared by all tests: no process outlives its run, and an S3 server (moto's) with faults on demand in front of it."""
 
 import http.client
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 ACCESS_KEY, SECRET_KEY = "AKIATESTTESTTESTTEST", "secret/of+the/tests"
 
+REAPER: pytest.StashKey[subprocess.Popen[bytes]] = pytest.StashKey()
+
 _REFUSALS = {"500": "500 Internal Server Error", "503": "503 Slow Down", "429": "429 Too Many Requests"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Mark every process of this run, xdist's workers included, for the reaper that ends them when pytest is gone."""
+    if hasattr(config, "workerinput") or not Path("/proc/self/environ").exists():
+        return
+    mark = f"ALPACACHE_TEST_RUN={uuid.uuid4()}"
+    reaper = subprocess.Popen([sys.executable, Path(__file__).with_name("reaper.py"), mark], stdin=subprocess.PIPE)
+    os.environ.update([mark.split("=")])
+    config.stash[REAPER] = reaper
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    reaper = config.stash.get(REAPER, None)
+    if reaper is not None:
+        reaper.communicate()
 
 
 @dataclass
