@@ -29,9 +29,10 @@ from benchmark_report import arguments, finish, hardware_name
 from torch import Tensor
 
 from alpacache.alpamayo.backbone import cache_argument
-from alpacache.prefix import codec_passes, codecs
-from alpacache.prefix.codecs import decode, encode
+from alpacache.prefix import codec_passes, layered
+from alpacache.prefix.codecs import tensor_codec
 from cache_store import CODECS, KVCodec
+from cache_store.kv.affine import AffineCodec
 
 BASELINE_GROUP = 32
 TEXT = Path(__file__).parents[1] / "docs" / "reference" / "cache-format.md"
@@ -42,15 +43,15 @@ def settings(layers: int) -> dict[str, KVCodec]:
     ends = tuple(6 if layer < 2 or layer >= layers - 2 else 5 for layer in range(layers))
     return {
         **CODECS,
-        "int8 without spread": KVCodec(spread=False),
-        "int8 spread, values by 64": KVCodec(value_group=64),
-        "int8 keys by 32": KVCodec(key_group=32),
-        "int5 without spread": KVCodec(key_bits=(5,), value_bits=(5,), spread=False),
-        "int4 without spread": KVCodec(key_bits=(4,), value_bits=(4,), spread=False),
-        "keys 5, values 4": KVCodec(key_bits=(5,), value_bits=(4,)),
-        "keys 4, values 5": KVCodec(key_bits=(4,), value_bits=(5,)),
-        "outer layers 6, others 5": KVCodec(key_bits=ends, value_bits=ends),
-        "int6": KVCodec(key_bits=(6,), value_bits=(6,)),
+        "int8 without spread": AffineCodec(spread=False),
+        "int8 spread, values by 64": AffineCodec(value_group=64),
+        "int8 keys by 32": AffineCodec(key_group=32),
+        "int5 without spread": AffineCodec(key_bits=(5,), value_bits=(5,), spread=False),
+        "int4 without spread": AffineCodec(key_bits=(4,), value_bits=(4,), spread=False),
+        "keys 5, values 4": AffineCodec(key_bits=(5,), value_bits=(4,)),
+        "keys 4, values 5": AffineCodec(key_bits=(4,), value_bits=(5,)),
+        "outer layers 6, others 5": AffineCodec(key_bits=ends, value_bits=ends),
+        "int6": AffineCodec(key_bits=(6,), value_bits=(6,)),
     }
 
 
@@ -138,7 +139,7 @@ def velocities(model: Path, store: Path, codec: KVCodec | None) -> Tensor:
         prefix = from_arrays(sample_id, reader.read(sample_id, (*PREFIX_FIELDS, *POSE_FIELDS))).prefix
         kv = torch.stack([prefix.keys, prefix.values], 1)
         if codec is not None:
-            kv = decode(codec, encode(codec, kv), tuple(kv.shape))
+            kv = tensor_codec(codec).decode(tensor_codec(codec).encode(kv), tuple(kv.shape))
         prefix = replace(prefix, keys=kv[:, 0].float(), values=kv[:, 1].float())
         noise = torch.randn(1, 4, 64, 2, generator=generator)
         with torch.no_grad():
@@ -148,9 +149,9 @@ def velocities(model: Path, store: Path, codec: KVCodec | None) -> Tensor:
 
 def row(name: str, codec: KVCodec, kv: Tensor, queries: Tensor, exact: Tensor) -> dict[str, Any]:
     started = time.perf_counter()
-    data = encode(codec, kv)
+    data = tensor_codec(codec).encode(kv)
     encoded = time.perf_counter()
-    back = decode(codec, data, tuple(kv.shape))
+    back = tensor_codec(codec).decode(data, tuple(kv.shape))
     decoded = time.perf_counter()
     found = errors(name, len(data) * 8 / kv.numel(), back, kv, queries, exact)
     size = kv.numel() * 2 / 1e9
@@ -171,14 +172,14 @@ def errors(name: str, bits: float, back: Tensor, kv: Tensor, queries: Tensor, ex
 
 def measure_encode(passes: ModuleType, kv: Tensor, repeats: int) -> tuple[dict[str, Any], Tensor]:
     """A row of `--speed`, and the bytes."""
-    codecs._passes = lambda device: passes  # type: ignore[assignment]
-    codec, cuda, size_gb = CODECS["int8"], kv.is_cuda, kv.numel() * 2 / 1e9
-    data = encode(codec, kv)  # compiles
+    layered.passes_on = lambda device: passes  # type: ignore[assignment]
+    codec, cuda, size_gb = tensor_codec(CODECS["int8"]), kv.is_cuda, kv.numel() * 2 / 1e9
+    data = codec.encode(kv)  # compiles
     row = {"encoded by": passes.__name__.split(".")[-1], "tokens": kv.shape[3], "gb": size_gb}
     times, busy = [], []
     for _ in range(repeats):
         started = time.perf_counter()
-        encode(codec, kv)  # ends with a question to the device
+        codec.encode(kv)  # ends with a question to the device
         times.append((time.perf_counter() - started) * 1e3)
     row |= {"ms": statistics.median(times), "gb_s": size_gb / statistics.median(times) * 1e3}
     if cuda:
@@ -188,7 +189,7 @@ def measure_encode(passes: ModuleType, kv: Tensor, repeats: int) -> tuple[dict[s
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(200_000_000)
             start.record()
-            encode(codec, kv)
+            codec.encode(kv)
             end.record()
             end.synchronize()
             busy.append(start.elapsed_time(end))
@@ -245,7 +246,7 @@ def main() -> None:
             model, store = demo_model_and_store(Path(folder))
         reference = velocities(model, store, None)
         for item, codec in zip(rows, settings(len(kv)).values(), strict=False):
-            if max(len(codec.key_bits), len(codec.value_bits)) == 1:
+            if not isinstance(codec, AffineCodec) or len(codec.key_bits) == 1:
                 item["rel_velocity"] = relative(velocities(model, store, codec), reference)
     finish("codecs", rows, options)
 

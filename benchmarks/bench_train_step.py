@@ -28,7 +28,7 @@ from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World
 from alpacache.planning.memory_model import memory_plan, with_room_used
 from alpacache.planning.workload import Workload
-from alpacache.prefix import codecs
+from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.packed import PackedPrefixes
 from alpacache.training.auto_settings import cap_memory
@@ -93,7 +93,7 @@ def random_rows(case: Case, layout: PrefixLayout, lengths: list[int], device: to
         if layout.codec is None:
             row = kv.to(layout.dtype).contiguous().flatten().view(torch.uint8)
         else:
-            row = codecs.encode(layout.codec, kv).flatten()
+            row = tensor_codec(layout.codec).encode(kv).flatten()
         data[place, : len(row)] = data[case.batch + place, : len(row)] = row
     return data
 

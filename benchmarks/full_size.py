@@ -39,7 +39,7 @@ from alpacache.driving.sample import (
     HISTORY_STEPS,
     SampleRef,
 )
-from alpacache.prefix import codecs
+from alpacache.prefix.codecs import tensor_codec
 from cache_store import CODECS, CacheReader, CacheWriter
 
 PREFIX_TOKENS = {1: (800, 880), 4: (2900, 3050)}
@@ -303,7 +303,7 @@ def _random_layers(checkpoint: Checkpoint, lengths: list[int], codec: str) -> It
         shape = (layers, 2, KV_HEADS, length, HEAD_DIM)
         kv = torch.randn(shape, generator=generator, device=where, dtype=torch.bfloat16)
         if codec in CODECS:
-            data = codecs.encode(CODECS[codec], kv).cpu().numpy()
+            data = tensor_codec(CODECS[codec]).encode(kv).cpu().numpy()
             yield data.reshape(layers, -1)  # a named codec has the same bits in every layer
         else:
             yield bf16_bits(kv)

@@ -17,7 +17,8 @@ from cache_store.errors import (
 from cache_store.format.field import Field
 from cache_store.format.index import build_index
 from cache_store.format.quarantine_record import QuarantineRecord
-from cache_store.kv.codec import CODECS, KVCodec
+from cache_store.kv.codec import KVCodec
+from cache_store.kv.registry import CODECS, CodecName, codec_from_json
 from cache_store.prefetcher import PrefetchedSample, Prefetcher
 from cache_store.reader import CacheReader
 from cache_store.upkeep.copying import CopyReport, copy
@@ -31,6 +32,7 @@ __all__ = [
     "CacheReader",
     "CacheStoreError",
     "CacheWriter",
+    "CodecName",
     "CopyReport",
     "CorruptSampleError",
     "Damage",
@@ -52,6 +54,7 @@ __all__ = [
     "UnsupportedFileSystemError",
     "VerifyReport",
     "build_index",
+    "codec_from_json",
     "collect_garbage",
     "copy",
     "differences",

@@ -66,7 +66,7 @@ def extract(
     """
     from alpacache.extraction.config import ExtractConfig
     from alpacache.torchrun import this_process
-    from cache_store.kv.codec import CodecName
+    from cache_store import CodecName
 
     config = ExtractConfig(
         source=source,

@@ -49,7 +49,7 @@ def plan(
     """
     from alpacache.planning.config import PlanConfig
     from alpacache.planning.plan import plan as run
-    from cache_store.kv.codec import CodecName
+    from cache_store import CodecName
 
     config = PlanConfig(
         samples=samples,

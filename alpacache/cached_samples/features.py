@@ -22,9 +22,10 @@ from torch import Tensor
 from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.driving.sample import FRONT_CAMERA, Sample
 from alpacache.errors import BadClipError
-from alpacache.prefix import codecs
+from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures, Tail
 from cache_store import Field, KVCodec
+from cache_store.kv.layered import NOT_FINITE
 
 KV_AXES = ("layer", "key_value", "kv_head", "token", "channel")
 PREFIX_FIELDS = ("kv", "stem_len", "prefix_len", "rope_delta", "start_position")
@@ -248,7 +249,8 @@ def _tails(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> Iterato
         if codec is None:
             kv = from_bf16_bits(stored)
         else:
-            kv = codecs.decode(codec, torch.from_numpy(stored), tuple(arrays[f"{name}{KV_SHAPE}"].tolist()))
+            shape = tuple(arrays[f"{name}{KV_SHAPE}"].tolist())
+            kv = tensor_codec(codec).decode(torch.from_numpy(stored), shape)
         yield Tail(
             keys=kv[:, 0],
             values=kv[:, 1],
@@ -259,7 +261,7 @@ def _tails(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> Iterato
 
 
 def _encoded(kv: Tensor, codec: KVCodec) -> dict[str, Any]:
-    data, encodable = codecs.encode_unasked(codec, kv)
+    data, encodable = tensor_codec(codec).encode_async(kv)
     # So that who asks for it need not wait for what the device was given meanwhile.
     return {"kv": data, KV_SHAPE: np.array(kv.shape, np.int64), _ENCODABLE: encodable.to("cpu", non_blocking=True)}
 
@@ -270,7 +272,7 @@ def checked(sample_id: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
     Raises `BadClipError` for KV that could not be quantised.
     """
     if not all(value for name, value in arrays.items() if name.endswith(_ENCODABLE)):
-        reason = f"{sample_id}: {codecs.NOT_FINITE} Check the VLM's weights and the clip's pictures."
+        reason = f"{sample_id}: {NOT_FINITE} Check the VLM's weights and the clip's pictures."
         raise BadClipError("not_finite", reason)
     return {name: value for name, value in arrays.items() if not name.endswith(_ENCODABLE)}
 

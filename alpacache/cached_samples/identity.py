@@ -10,7 +10,7 @@ from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import rollout_identity
 from alpacache.errors import UsageError
-from cache_store import CODECS, KVCodec, differences
+from cache_store import CODECS, KVCodec, codec_from_json, differences
 
 BF16 = "bf16"
 """Name of the lossless codec: KV as the VLM computed it."""
@@ -76,7 +76,7 @@ def store_codec(identity: Mapping[str, Any], *, store: str) -> KVCodec | None:
     """The quantising codec of a store by the store's own definition; None for bfloat16."""
     if identity.get("codec") == BF16:
         return None
-    return KVCodec.from_json(identity.get("codec_definition", {}), f"codec_definition in the identity of {store}")
+    return codec_from_json(identity.get("codec_definition", {}), f"codec_definition in the identity of {store}")
 
 
 def provenance(*, source: str, device: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from alpacache.driving.sample import DT_S, Floats, SampleRef
 from alpacache.driving.strata import MOVING_MPS, Strata, classify, heading
 from alpacache.errors import UsageError
 from alpacache.metrics.baselines import SPEED_STEPS
-from alpacache.prefix import codecs
+from alpacache.prefix.codecs import tensor_codec
 from alpacache.progress import OnProgress, Progress, ignore
 from cache_store import CacheReader, KVCodec
 
@@ -171,14 +171,8 @@ def _values(
         return {f"layer {layer}": pooled(_by_token(kv[layer, 1]), pool) for layer in numbers}
     arrays = reader.read(sample_id, fields=["kv", KV_SHAPE])
     data, shape = torch.from_numpy(arrays["kv"]), tuple(arrays[KV_SHAPE].tolist())
-    ends = np.cumsum([sum(codec.layer_bytes(layer, shape)) for layer in range(shape[0])]).tolist()
-    starts = [0, *ends]
-    return {
-        f"layer {layer}": pooled(
-            _by_token(codecs.decode_layer(codec, layer, data[starts[layer] : ends[layer]], shape)[1]), pool
-        )
-        for layer in numbers
-    }
+    decode_layer = tensor_codec(codec).decode_layer
+    return {f"layer {layer}": pooled(_by_token(decode_layer(data, layer, shape)[1]), pool) for layer in numbers}
 
 
 def _by_token(values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from alpacache.config_file import check_value
 from alpacache.driving.sample import FRONT_CAMERA
-from cache_store.kv.codec import CodecName
+from cache_store import CodecName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -138,10 +138,10 @@ class ActionSampler:
 
     def _make_places(self, layout: PrefixLayout, samples: int, longest: int) -> None:
         """Memory for all decoded layers if it is free, else for two, which a stream of its own fills in turn."""
-        from alpacache.prefix import decode_kernels, layers_ahead
+        from alpacache.prefix import layers_ahead
 
         device, layers = self._expert.device, layout.layers
-        rows, row_bytes = decode_kernels.scratch_shape(layout, samples, longest)
+        rows, row_bytes = layout.scratch_shape(samples, longest)
         if not _is_free(layers * rows * row_bytes, device):
             layers = LEAST_DECODED
             self._decoding = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

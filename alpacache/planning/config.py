@@ -6,7 +6,7 @@ from typing import Literal
 from alpacache.driving.sample import FRONT_CAMERA
 from alpacache.errors import UsageError
 from alpacache.planning.machine import MEASURED
-from cache_store.kv.codec import CodecName
+from cache_store import CodecName
 
 Trainable = Literal["all", "head", "lora"]
 

@@ -39,8 +39,7 @@ from alpacache.planning.time_model import (
     reading_seconds,
 )
 from alpacache.planning.workload import MemoryPlan, Workload
-from cache_store import CODECS
-from cache_store.kv.codec import CodecName
+from cache_store import CODECS, CodecName
 from cache_store.storage.local_files import free_bytes
 
 READ_BYTES_S, WRITE_BYTES_S = 1.5e9, 1.0e9

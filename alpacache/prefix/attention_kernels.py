@@ -2,14 +2,14 @@
 
 torch's flash kernels compute and write gradients of a prefix that is frozen, and keep half of the multiprocessors idle:
 a sample's K draws, and the query heads of one KV head, are just more queries, but few (128 a draw). Here the prefix is
-split over programs, each of which writes its own share, and the backward makes the gradient of the queries alone. A
-second kernel attends to the action tokens themselves and merges all of it.
+split over programs, each of which writes its own share, and the backward computes the gradient of the queries alone. A
+second kernel attends to the action tokens themselves and merges all shares.
 
 An encoded layer is first decoded into scratch, in forward and again in backward. Decoding tiles inside the attention
 was slower (measured: 31 against 18 ms for all layers, forward and backward, of 8 samples of 4 cameras on an H100).
 
-Only features of compute capability 8.0 are used, and at most 99 KB of shared memory, so the same code runs on an RTX
-3090, a 4090 and an H100.
+Only features of compute capability 8.0 are used, and at most 99 KB of shared memory, so that the same code runs on an
+RTX 3090, a 4090 and an H100.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alpacache.prefix.decode_kernels import decode, is_ordered
+from alpacache.prefix.layers_ahead import decode
 from alpacache.prefix.packed import PackedPrefixes
 
 _LOG2_E = 1.4426950408889634
@@ -30,9 +30,22 @@ _LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _prefix_part(  # type: ignore[no-untyped-def]
-    data, rows, lengths, row_bytes, capacity, before, order_at, sample, head, split, splits,
-    DIM: tl.constexpr, HEADS: tl.constexpr, ORDERED: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    data,  # uint8 [rows, row_bytes], plain or decoded layers of samples
+    rows,  # int64 [B], each sample's row of data
+    lengths,  # int64 [B], tokens of each sample's prefix
+    row_bytes,  # bytes of a row of data
+    capacity,  # tokens that each head has room for in a row; 0: as many as the sample has
+    before,  # blocks `[kv_head, token, D]` in a row before this layer's keys: 2 for each layer
+    order_at,  # byte of a row where the order of key channels begins, if ORDERED
+    sample,  # number of the sample in the batch
+    head,  # KV head
+    split,  # number of the split
+    splits,  # programs that share a sample's prefix
+    DIM: tl.constexpr,  # D, channels of a head
+    HEADS: tl.constexpr,  # KV heads
+    ORDERED: tl.constexpr,  # whether keys have their channels in an order of their own
+    BLOCK_N: tl.constexpr,  # prefix tokens of a tile
+):
     """Where a head's keys and values of a layer lie, the channel at each place of a key, and a split's tokens."""
     tokens = tl.load(lengths + sample).to(tl.int32)
     wide = tl.where(capacity > 0, capacity, tokens)
@@ -49,9 +62,17 @@ def _prefix_part(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _query_rows(  # type: ignore[no-untyped-def]
-    tile, sample, head, draws, query_row, query_head, query_token,
-    TOKENS: tl.constexpr, HEAD_GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    tile,  # number of the tile of queries
+    sample,  # number of the sample in the batch
+    head,  # KV head
+    draws,  # K
+    query_row,  # elements from one row [B K] of queries to the next
+    query_head,  # ... from one head to the next
+    query_token,  # ... from one token to the next
+    TOKENS: tl.constexpr,  # S, action tokens
+    HEAD_GROUP: tl.constexpr,  # query heads of a KV head
+    BLOCK_M: tl.constexpr,  # queries of a tile
+):
     """Where the queries of a tile lie, which of them exist, and their places in `[B K, kv_head, group, S]`."""
     index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     per_draw: tl.constexpr = TOKENS * HEAD_GROUP
@@ -65,11 +86,31 @@ def _query_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["samples", "draws"])
 def prefix_forward(  # type: ignore[no-untyped-def]
-    query, partial, partial_lse, data, rows, lengths, row_bytes, capacity, before, order_at,
-    query_row, query_head, query_token, samples, draws, splits, scale,
-    DIM: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HEAD_GROUP: tl.constexpr, ORDERED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    query,  # bfloat16 [B K, heads, S, D], any strides with channels next to each other
+    partial,  # float32 [splits, B K, heads, S, D], written
+    partial_lse,  # float32 [splits, B K, heads, S], written
+    data,  # uint8 [rows, row_bytes], plain or decoded layers of samples
+    rows,  # int64 [B], each sample's row of data
+    lengths,  # int64 [B], tokens of each sample's prefix
+    row_bytes,  # bytes of a row of data
+    capacity,  # tokens that each head has room for in a row; 0: as many as the sample has
+    before,  # blocks `[kv_head, token, D]` in a row before this layer's keys: 2 for each layer
+    order_at,  # byte of a row where the order of key channels begins, if ORDERED
+    query_row,  # elements from one row [B K] of queries to the next
+    query_head,  # ... from one head to the next
+    query_token,  # ... from one token to the next
+    samples,  # B
+    draws,  # K
+    splits,  # programs that share a sample's prefix
+    scale,  # factor of scores, times log2(e)
+    DIM: tl.constexpr,  # D, channels of a head
+    TOKENS: tl.constexpr,  # S, action tokens
+    HEADS: tl.constexpr,  # KV heads
+    HEAD_GROUP: tl.constexpr,  # query heads of a KV head
+    ORDERED: tl.constexpr,  # whether keys have their channels in an order of their own
+    BLOCK_M: tl.constexpr,  # queries of a tile
+    BLOCK_N: tl.constexpr,  # prefix tokens of a tile
+):
     """One split's share: output `[split, B K, kv_head, group S, D]` float32, and its log-sum-exp in base 2."""
     tile, head = tl.program_id(0), tl.program_id(1)
     sample, split = tl.program_id(2) // splits, tl.program_id(2) % splits
@@ -107,11 +148,36 @@ def prefix_forward(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["samples", "draws"])
 def prefix_backward(  # type: ignore[no-untyped-def]
-    query, grad, delta, lse, partial, data, rows, lengths, row_bytes, capacity, before, order_at,
-    query_row, query_head, query_token, grad_row, grad_head, grad_token, samples, draws, splits, scale,
-    DIM: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HEAD_GROUP: tl.constexpr, ORDERED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    query,  # bfloat16 [B K, heads, S, D], any strides with channels next to each other
+    grad,  # bfloat16 [B K, heads, S, D], gradient of the output
+    delta,  # float32 [B K, heads, S], sum over channels of grad * output
+    lse,  # float32 [B K, heads, S], log-sum-exp in base 2 of all scores
+    partial,  # float32 [splits, B K, heads, S, D], written
+    data,  # uint8 [rows, row_bytes], plain or decoded layers of samples
+    rows,  # int64 [B], each sample's row of data
+    lengths,  # int64 [B], tokens of each sample's prefix
+    row_bytes,  # bytes of a row of data
+    capacity,  # tokens that each head has room for in a row; 0: as many as the sample has
+    before,  # blocks `[kv_head, token, D]` in a row before this layer's keys: 2 for each layer
+    order_at,  # byte of a row where the order of key channels begins, if ORDERED
+    query_row,  # elements from one row [B K] of queries to the next
+    query_head,  # ... from one head to the next
+    query_token,  # ... from one token to the next
+    grad_row,  # elements from one row [B K] of the gradient to the next
+    grad_head,  # ... from one head to the next
+    grad_token,  # ... from one token to the next
+    samples,  # B
+    draws,  # K
+    splits,  # programs that share a sample's prefix
+    scale,  # factor of scores, times log2(e)
+    DIM: tl.constexpr,  # D, channels of a head
+    TOKENS: tl.constexpr,  # S, action tokens
+    HEADS: tl.constexpr,  # KV heads
+    HEAD_GROUP: tl.constexpr,  # query heads of a KV head
+    ORDERED: tl.constexpr,  # whether keys have their channels in an order of their own
+    BLOCK_M: tl.constexpr,  # queries of a tile
+    BLOCK_N: tl.constexpr,  # prefix tokens of a tile
+):
     """One split's share of the queries' gradient, from merged log-sum-exp and `delta = sum(grad * output)`."""
     tile, head = tl.program_id(0), tl.program_id(1)
     sample, split = tl.program_id(2) // splits, tl.program_id(2) % splits
@@ -146,12 +212,34 @@ def prefix_backward(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows"])
 def merge_forward(  # type: ignore[no-untyped-def]
-    query, key, value, partial, partial_lse, output, lse,
-    query_row, query_head, query_token, key_row, key_head, key_token, value_row, value_head, value_token,
-    output_row, output_head, output_token, rows, scale,
-    DIM: tl.constexpr, TOKENS: tl.constexpr, HEAD_GROUP: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    query,  # bfloat16 [B K, heads, S, D], any strides with channels next to each other
+    key,  # bfloat16 [B K, kv_heads, S, D]
+    value,  # bfloat16 [B K, kv_heads, S, D]
+    partial,  # float32 [splits, B K, heads, S, D], what each split of the prefix contributes
+    partial_lse,  # float32 [splits, B K, heads, S], log-sum-exp in base 2 of the split's scores
+    output,  # bfloat16 [B K, heads, S, D], written
+    lse,  # float32 [B K, heads, S], written
+    query_row,  # elements from one row [B K] of queries to the next
+    query_head,  # ... from one head to the next
+    query_token,  # ... from one token to the next
+    key_row,  # elements from one row [B K] of keys to the next
+    key_head,  # ... from one head to the next
+    key_token,  # ... from one token to the next
+    value_row,  # elements from one row [B K] of values to the next
+    value_head,  # ... from one head to the next
+    value_token,  # ... from one token to the next
+    output_row,  # elements from one row [B K] of the output to the next
+    output_head,  # ... from one head to the next
+    output_token,  # ... from one token to the next
+    rows,  # B K
+    scale,  # factor of scores, times log2(e)
+    DIM: tl.constexpr,  # D, channels of a head
+    TOKENS: tl.constexpr,  # S, action tokens
+    HEAD_GROUP: tl.constexpr,  # query heads of a KV head
+    SPLITS: tl.constexpr,  # splits of the prefix
+    CAUSAL: tl.constexpr,  # whether an action token sees earlier ones only
+    BLOCK: tl.constexpr,  # S rounded up to a power of 2, at least 16
+):
     """Attention of one head's action tokens to each other, merged with the shares of the prefix."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     own_head = head // HEAD_GROUP
@@ -200,9 +288,19 @@ def merge_forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def row_delta(  # type: ignore[no-untyped-def]
-    grad, output, delta, grad_row, grad_head, grad_token, output_row, output_head, output_token,
-    DIM: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad,  # bfloat16 [B K, heads, S, D], gradient of the output
+    output,  # bfloat16 [B K, heads, S, D]
+    delta,  # float32 [B K, heads, S], written
+    grad_row,  # elements from one row [B K] of the gradient to the next
+    grad_head,  # ... from one head to the next
+    grad_token,  # ... from one token to the next
+    output_row,  # elements from one row [B K] of the output to the next
+    output_head,  # ... from one head to the next
+    output_token,  # ... from one token to the next
+    DIM: tl.constexpr,  # D, channels of a head
+    TOKENS: tl.constexpr,  # S, action tokens
+    BLOCK: tl.constexpr,  # S rounded up to a power of 2, at least 16
+):
     """`sum(grad * output)` over channels, `[B K, head, S]` float32."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token, channel = tl.arange(0, BLOCK), tl.arange(0, DIM)
@@ -221,12 +319,38 @@ def row_delta(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows"])
 def merge_backward(  # type: ignore[no-untyped-def]
-    query, key, value, grad, delta, lse, partial, query_grad, key_grad, value_grad,
-    query_row, query_head, query_token, key_row, key_head, key_token, value_row, value_head, value_token,
-    grad_row, grad_head, grad_token, rows, scale, plain_scale,
-    DIM: tl.constexpr, TOKENS: tl.constexpr, HEAD_GROUP: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    query,  # bfloat16 [B K, heads, S, D], any strides with channels next to each other
+    key,  # bfloat16 [B K, kv_heads, S, D]
+    value,  # bfloat16 [B K, kv_heads, S, D]
+    grad,  # bfloat16 [B K, heads, S, D], gradient of the output
+    delta,  # float32 [B K, heads, S], sum over channels of grad * output
+    lse,  # float32 [B K, heads, S], log-sum-exp in base 2 of all scores
+    partial,  # float32 [splits, B K, heads, S, D], what each split of the prefix contributes
+    query_grad,  # bfloat16 [B K, S, heads, D], written
+    key_grad,  # bfloat16 [B K, S, kv_heads, D], written
+    value_grad,  # bfloat16 [B K, S, kv_heads, D], written
+    query_row,  # elements from one row [B K] of queries to the next
+    query_head,  # ... from one head to the next
+    query_token,  # ... from one token to the next
+    key_row,  # elements from one row [B K] of keys to the next
+    key_head,  # ... from one head to the next
+    key_token,  # ... from one token to the next
+    value_row,  # elements from one row [B K] of values to the next
+    value_head,  # ... from one head to the next
+    value_token,  # ... from one token to the next
+    grad_row,  # elements from one row [B K] of the gradient to the next
+    grad_head,  # ... from one head to the next
+    grad_token,  # ... from one token to the next
+    rows,  # B K
+    scale,  # factor of scores, times log2(e)
+    plain_scale,  # factor of scores
+    DIM: tl.constexpr,  # D, channels of a head
+    TOKENS: tl.constexpr,  # S, action tokens
+    HEAD_GROUP: tl.constexpr,  # query heads of a KV head
+    SPLITS: tl.constexpr,  # splits of the prefix
+    CAUSAL: tl.constexpr,  # whether an action token sees earlier ones only
+    BLOCK: tl.constexpr,  # S rounded up to a power of 2, at least 16
+):
     """Gradients of one KV head's action tokens, the prefix's shares of the queries' gradient added.
 
     Gradients are stored as `[B K, S, head, D]`, the order in which the projections want them.
@@ -279,10 +403,10 @@ def merge_backward(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """How a kernel over the prefix is cut up; the result depends on it in rounding only.
+    """Tile sizes of the kernels over the prefix; the result depends on them in rounding only.
 
-    Of 48 ways these were the best or next to it for 4 cameras and for 1 (forward and backward of 36 layers, 8 and 16
-    samples, on an H100: 4.3 and 3.5 ms, against 6.2 and 4.4 with tiles of 64 tokens in two stages).
+    Of 48 settings these were the best or next to it for 4 cameras and for 1 (forward and backward of 36 layers, 8 and
+    16 samples, on an H100: 4.3 and 3.5 ms, against 6.2 and 4.4 with tiles of 64 tokens in two stages).
     """
 
     block_m: int = 64
@@ -301,7 +425,7 @@ def forward(
     """Attention over prefix and action tokens.
 
     Args:
-        query: `[B K, heads, S, D]` bfloat16, any strides with channels next to each other; so key and value
+        query: `[B K, heads, S, D]` bfloat16, any strides with channels next to each other; key and value likewise,
             `[B K, kv_heads, S, D]`.
 
     Returns output `[B K, heads, S, D]`, in memory `[B K, S, heads, D]`, and log-sum-exp in base 2 `[B K, heads, S]`.
@@ -370,7 +494,7 @@ class _Call:
     splits: int
     grid: tuple[int, int, int]
     source: tuple[Any, ...]
-    """The arguments that say where the prefix lies."""
+    """Arguments that say where the prefix lies, `data` to `order_at`."""
     options: dict[str, Any]
     own_options: dict[str, Any]
 
@@ -393,7 +517,7 @@ class _Call:
             options={
                 **shape,
                 "HEADS": layout.kv_heads,
-                "ORDERED": is_ordered(layout),
+                "ORDERED": layout.is_ordered,
                 "BLOCK_M": how.block_m,
                 "BLOCK_N": how.block_n,
                 "num_warps": how.warps,
@@ -404,19 +528,22 @@ class _Call:
 
 
 def _source(prefixes: PackedPrefixes, layer: int, then: int) -> tuple[Any, ...]:
-    """Bytes, rows, lengths, bytes a row, tokens that strides count (0: the sample's own), layers before, order."""
-    if prefixes.layout.codec is None:
+    """`data` to `order_at` of the kernels: where a layer lies in the rows themselves, or decoded in scratch."""
+    layout = prefixes.layout
+    if layout.codec is None:
         return prefixes.data, prefixes.rows, prefixes.lengths, prefixes.data.stride(0), 0, 2 * layer, 0
     if prefixes.ahead is None:
-        scratch, order_at = decode(prefixes, layer)
+        scratch = decode(prefixes, layer)
     else:
-        scratch, order_at = prefixes.ahead.layer(prefixes, layer, then=then)
-    places = _places(len(prefixes.rows), scratch.device)
-    return scratch, places, prefixes.lengths, scratch.stride(0), prefixes.longest, 0, order_at
+        scratch = prefixes.ahead.layer(prefixes, layer, then=then)
+    index = layer % layout.layers_together
+    places, order_at = _places(len(prefixes.rows), scratch.device), layout.order_at(prefixes.longest, index)
+    return scratch, places, prefixes.lengths, scratch.stride(0), prefixes.longest, 2 * index, order_at
 
 
 @lru_cache(maxsize=8)
 def _places(count: int, device: torch.device) -> Tensor:
+    """Rows of scratch: sample after sample."""
     return torch.arange(count, device=device)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cache_store.kv.codec import ERROR_STEPS, TRIED, WEIGHT_STEPS
+from cache_store.kv.affine import ERROR_STEPS, TRIED, WEIGHT_STEPS
 
 AT_ONCE = 2**24
 """Values of a layer's keys, or of its values, times layers; temporary memory is some 80 bytes for each."""

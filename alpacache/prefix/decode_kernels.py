@@ -1,4 +1,4 @@
-"""Decoding one layer of encoded prefixes on the GPU: `codecs.decode_layer` for a whole batch, bit for bit.
+"""Triton kernels that decode one layer of a whole batch of encoded prefixes, bit-equal to `TensorCodec.decode_layer`.
 
 Codes lie in bit planes at any byte address. A thread decodes eight channels of a token: it reads aligned words and
 shifts them, because loading a byte costs as much as loading a word, and nothing passes between threads. A program
@@ -7,36 +7,42 @@ layers of 16 samples of 1 camera on an H200, where tiles of 32 tokens with codes
 times the instructions, and barriers; both measured).
 """
 
+from functools import lru_cache
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from alpacache.prefix.codecs import scales_on
+from alpacache.prefix.layered import scales_on
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.packed import PackedPrefixes
+from cache_store.kv.affine import AffineCodec
+from cache_store.kv.fp8 import Fp8Codec
+from cache_store.kv.layered import LayeredCodec
 
 _OCTETS, _WARPS = 64, 2
-"""Eights of channels that a program decodes at a time, and its warps; the best of seven on an H200."""
+"""Groups of eight channels that a program decodes at a time, and its warps; the best of seven settings on an H200."""
 _FP8_BLOCK = 64
-"""Tokens a program, where there are no groups of them."""
+"""Tokens a program of `decode_fp8_layer`."""
 
 
 @triton.jit
 def _fp8(code):  # type: ignore[no-untyped-def]
-    """E4M3 codes as float32, by hand, because only compute capability 8.9 converts them itself."""
+    """E4M3 codes as float32, by hand, because only compute capability 8.9 and later convert them in hardware."""
     magnitude = ((code & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
     return tl.where((code & 128) != 0, -magnitude, magnitude)
 
 
 @triton.jit
 def _integer(code):  # type: ignore[no-untyped-def]
-    """2^23 plus a code as float32: differences are exact, and converting is slower than any other operation."""
+    """2^23 plus a code as float32: differences are exact, and a conversion is slower than any other operation."""
     return (code | 0x4B000000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _unit(at):  # type: ignore[no-untyped-def]
-    """2 to the power of the int8 there, which all scales of a layer's keys or values are multiples of."""
+    """2 to the power of the int8 at `at`: all scales of a layer's keys or values are multiples of it."""
     return ((tl.load(at.to(tl.pointer_type(tl.int8))).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
@@ -69,17 +75,24 @@ def _two_words(at, where):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _bytes(at, where):  # type: ignore[no-untyped-def]
-    """`[..., 8]` from each address on."""
+    """`[..., 8]`, eight bytes from each address on."""
     pair = _two_words(at, where)
-    found = (pair[:, :, :, None] >> (tl.arange(0, 4) * 8)[None, None, None, :]) & 255
-    return tl.reshape(found, [where.shape[0], where.shape[1], 8])
+    each = (pair[:, :, :, None] >> (tl.arange(0, 4) * 8)[None, None, None, :]) & 255
+    return tl.reshape(each, [where.shape[0], where.shape[1], 8])
 
 
 @triton.jit
 def _plane(  # type: ignore[no-untyped-def]
-    code, at, row, octet, rows, COUNT: tl.constexpr, WIDTH: tl.constexpr, PLANE: tl.constexpr
-):  # fmt: skip
-    """`_codes` with one more of their planes, if they have one of this width."""
+    code,  # int32 [token, octet, 8], the planes before this one
+    at,  # address of the class's first plane
+    row,  # [token], rows of the planes: head * tokens + token
+    octet,  # [octet], which eight of the class's channels
+    rows,  # rows of each plane: heads * tokens
+    COUNT: tl.constexpr,  # channels of the class
+    WIDTH: tl.constexpr,  # bits of a code
+    PLANE: tl.constexpr,  # bits of a code in this plane
+):
+    """`code` with one more plane of bits, if codes have one of this width."""
     if (WIDTH & PLANE) != 0:
         done: tl.constexpr = WIDTH - WIDTH % (2 * PLANE)
         where = rows * (COUNT * done // 8) + (row * (COUNT * PLANE // 8))[:, None] + (octet * PLANE)[None, :]
@@ -114,12 +127,25 @@ def _store(target, value, token, octet, first_channel, DIM: tl.constexpr):  # ty
 
 @triton.jit
 def _keys(  # type: ignore[no-untyped-def]
-    target, unit, scale_at, group, groups, first, last, head, rows, scales,
-    FROM: tl.constexpr, BEFORE: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, OCTETS: tl.constexpr,
-):  # fmt: skip
-    """One class of a group's key channels: `COUNT` from the place `FROM` on, with codes of `WIDTH` bits, behind
-    `BEFORE` bits of a token. From `scale_at` on lie scales, zeros and codes of all heads; a scale counts in `unit`."""
+    target,  # bfloat16 [token, DIM], the head's decoded keys, written
+    unit,  # float32, what scales are multiples of
+    scale_at,  # address of the layer's key scales; zeros and codes of all heads follow
+    group,  # number of the group among those of all heads
+    groups,  # groups of all heads
+    first,  # first token of the group
+    last,  # last token of the group
+    head,  # rows of the planes before this head's
+    rows,  # rows of each plane: heads * tokens
+    scales,  # float32 [256]
+    FROM: tl.constexpr,  # place of the class's first channel
+    BEFORE: tl.constexpr,  # bits of a token's codes in the classes before
+    COUNT: tl.constexpr,  # channels of the class
+    WIDTH: tl.constexpr,  # bits of a code
+    DIM: tl.constexpr,  # channels of a head
+    BLOCK: tl.constexpr,  # tokens of a group
+    OCTETS: tl.constexpr,  # eights of channels decoded at a time
+):
+    """Decode one class of a group's key channels."""
     octet = tl.arange(0, COUNT // 8)
     place = (group * DIM + FROM + octet * 8)[None, :]
     scale = tl.load(scales + _bytes(scale_at, place)) * unit
@@ -127,7 +153,7 @@ def _keys(  # type: ignore[no-untyped-def]
     zero_at = scale_at + groups * DIM
     pair = _two_words(zero_at, 2 * (group * DIM + FROM + quad * 4)[None, :])
     zero = tl.reshape(tl.join((pair << 16) >> 16, pair >> 16), [1, COUNT // 8, 8])
-    zero = 8388608.0 + zero.to(tl.float32)  # as `_integer` has it
+    zero = 8388608.0 + zero.to(tl.float32)  # 2^23 more, as in `_integer`
     codes_at = zero_at + 2 * groups * DIM + rows.to(tl.int64) * (BEFORE // 8)
     step: tl.constexpr = OCTETS * 8 // COUNT
     for start in range(0, BLOCK, step):
@@ -138,10 +164,20 @@ def _keys(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _values(  # type: ignore[no-untyped-def]
-    target, at, first, last, head, rows, scales,
-    DIM: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OCTETS: tl.constexpr,
-):  # fmt: skip
-    """Values of a program's tokens; the layer's begin at `at`."""
+    target,  # bfloat16 [token, DIM], the head's decoded values, written
+    at,  # address of the layer's values
+    first,  # first token
+    last,  # last token
+    head,  # rows of the planes before this head's
+    rows,  # rows of each plane: heads * tokens
+    scales,  # float32 [256]
+    DIM: tl.constexpr,  # channels of a head
+    GROUP: tl.constexpr,  # channels that share a scale
+    WIDTH: tl.constexpr,  # bits of a code
+    BLOCK: tl.constexpr,  # tokens of the program
+    OCTETS: tl.constexpr,  # eights of channels decoded at a time
+):
+    """Decode the values of a program's tokens."""
     unit, scale_at = _unit(at), at + 1
     zero_at = scale_at + rows * (DIM // GROUP)
     codes_at = zero_at + rows * (DIM // GROUP)
@@ -162,9 +198,18 @@ def _values(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _fp8_tokens(  # type: ignore[no-untyped-def]
-    target, at, first, last, head, rows, scales, DIM: tl.constexpr, BLOCK: tl.constexpr, OCTETS: tl.constexpr
-):  # fmt: skip
-    """Keys or values of a program's tokens; the layer's begin at `at`."""
+    target,  # bfloat16 [token, DIM], the head's decoded keys or values, written
+    at,  # address of the layer's keys or values
+    first,  # first token
+    last,  # last token
+    head,  # rows of the codes before this head's
+    rows,  # rows of the codes: heads * tokens
+    scales,  # float32 [256]
+    DIM: tl.constexpr,  # channels of a head
+    BLOCK: tl.constexpr,  # tokens of the program
+    OCTETS: tl.constexpr,  # eights of channels decoded at a time
+):
+    """Decode the keys or values of a program's tokens."""
     unit, scale_at = _unit(at), at + 1
     octet = tl.arange(0, DIM // 8)
     step: tl.constexpr = OCTETS * 8 // DIM
@@ -176,16 +221,33 @@ def _fp8_tokens(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def decode_layer(  # type: ignore[no-untyped-def]
-    scratch, scratch_row, data, rows, lengths, scales,
-    row_bytes, layer_a, layer_b, layer_c, key_a, key_b, key_c, longest,
-    IS_FP8: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, KEY_GROUP: tl.constexpr,
-    KEY_CLASSES: tl.constexpr, VALUE_GROUP: tl.constexpr, VALUE_BITS: tl.constexpr, OCTETS: tl.constexpr,
-):  # fmt: skip
-    """One layer of every sample, decoded to `[2, kv_head, longest, channel]`; nothing beyond a sample's tokens.
+def decode_affine_layer(  # type: ignore[no-untyped-def]
+    scratch,  # uint8 [B, scratch_row], written: `[2, kv_head, longest, channel]` bfloat16 and the order of key channels
+    scratch_row,  # bytes of a row of scratch
+    data,  # uint8 [rows, row_bytes], encoded samples
+    rows,  # int64 [B], each sample's row
+    lengths,  # int64 [B], each sample's tokens
+    scales,  # float32 [256], the scales of base 0
+    row_bytes,  # bytes of a row of data
+    layer_a,  # the layer begins at byte `layer_a + layer_b * tokens + layer_c * key groups`
+    layer_b,
+    layer_c,
+    key_a,  # its keys take `key_a + key_b * tokens + key_c * key groups` bytes
+    key_b,
+    key_c,
+    longest,  # tokens that scratch has room for
+    DIM: tl.constexpr,  # channels of a head
+    HEADS: tl.constexpr,  # KV heads
+    KEY_GROUP: tl.constexpr,  # tokens of a key group, which a program decodes
+    KEY_CLASSES: tl.constexpr,  # of each class of key channels: first place, bits before, channels, bits of a code
+    VALUE_GROUP: tl.constexpr,  # channels of a value group
+    VALUE_BITS: tl.constexpr,  # bits of a value's code
+    OCTETS: tl.constexpr,  # eights of channels decoded at a time
+):
+    """Decode one layer of every sample; nothing beyond a sample's tokens is written.
 
-    Channels of keys stay in stored order, which is kept behind it: it is the queries that are few. Threads without a
-    token of their own decode the last one again.
+    Key channels stay in stored order, and that order is written behind the values: there are fewer queries than keys to
+    put in order. Threads without a token of their own decode the last one again.
     """
     block, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tokens = tl.load(lengths + sample).to(tl.int32)
@@ -193,6 +255,66 @@ def decode_layer(  # type: ignore[no-untyped-def]
     begin = layer_a + layer_b * tokens.to(tl.int64) + layer_c * groups.to(tl.int64)
     keys_at = data + tl.load(rows + sample) * row_bytes + begin
     values_at = keys_at + key_a + key_b * tokens.to(tl.int64) + key_c * groups.to(tl.int64)
+    first = block * KEY_GROUP
+    last = tl.minimum(first + KEY_GROUP, tokens) - 1
+    if first < tokens:
+        at = scratch + sample.to(tl.int64) * scratch_row
+        keys = at.to(tl.pointer_type(tl.bfloat16)) + head * longest * DIM
+        values = keys + HEADS * longest * DIM
+        before, count = head * tokens, HEADS * tokens
+        ordered: tl.constexpr = len(KEY_CLASSES) > 1
+        unit, scale_at = _unit(keys_at), keys_at + 1 + (HEADS * DIM if ordered else 0)
+        for index in tl.static_range(len(KEY_CLASSES)):
+            _keys(
+                keys,
+                unit,
+                scale_at,
+                head * groups + block,
+                HEADS * groups,
+                first,
+                last,
+                before,
+                count,
+                scales,
+                KEY_CLASSES[index][0],
+                KEY_CLASSES[index][1],
+                KEY_CLASSES[index][2],
+                KEY_CLASSES[index][3],
+                DIM,
+                KEY_GROUP,
+                OCTETS,
+            )
+        _values(values, values_at, first, last, before, count, scales, DIM, VALUE_GROUP, VALUE_BITS, KEY_GROUP, OCTETS)
+        if ordered and block == 0:
+            channel = tl.arange(0, DIM)
+            order = tl.load(keys_at + 1 + head * DIM + channel)
+            tl.store(at + 4 * HEADS * longest * DIM + head * DIM + channel, order)
+
+
+@triton.jit
+def decode_fp8_layer(  # type: ignore[no-untyped-def]
+    scratch,  # uint8 [B, scratch_row], written: `[2, kv_head, longest, channel]` bfloat16
+    scratch_row,  # bytes of a row of scratch
+    data,  # uint8 [rows, row_bytes], encoded samples
+    rows,  # int64 [B], each sample's row
+    lengths,  # int64 [B], each sample's tokens
+    scales,  # float32 [256], the scales of base 0
+    row_bytes,  # bytes of a row of data
+    layer_a,  # the layer begins at byte `layer_a + layer_b * tokens`
+    layer_b,
+    key_a,  # its keys take `key_a + key_b * tokens` bytes
+    key_b,
+    longest,  # tokens that scratch has room for
+    DIM: tl.constexpr,  # channels of a head
+    HEADS: tl.constexpr,  # KV heads
+    BLOCK: tl.constexpr,  # tokens of a program
+    OCTETS: tl.constexpr,  # eights of channels decoded at a time
+):
+    """Decode one layer of every sample; nothing beyond a sample's tokens is written."""
+    block, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tokens = tl.load(lengths + sample).to(tl.int32)
+    keys_at = data + tl.load(rows + sample) * row_bytes + layer_a + layer_b * tokens.to(tl.int64)
+    values_at = keys_at + key_a + key_b * tokens.to(tl.int64)
     first = block * BLOCK
     last = tl.minimum(first + BLOCK, tokens) - 1
     if first < tokens:
@@ -200,69 +322,82 @@ def decode_layer(  # type: ignore[no-untyped-def]
         keys = at.to(tl.pointer_type(tl.bfloat16)) + head * longest * DIM
         values = keys + HEADS * longest * DIM
         before, count = head * tokens, HEADS * tokens
-        if IS_FP8:
-            _fp8_tokens(keys, keys_at, first, last, before, count, scales, DIM, BLOCK, OCTETS)
-            _fp8_tokens(values, values_at, first, last, before, count, scales, DIM, BLOCK, OCTETS)
-        else:
-            ordered: tl.constexpr = len(KEY_CLASSES) > 1
-            unit, scale_at = _unit(keys_at), keys_at + 1 + (HEADS * DIM if ordered else 0)
-            for index in tl.static_range(len(KEY_CLASSES)):
-                _keys(
-                    keys, unit, scale_at, head * groups + block, HEADS * groups, first, last, before, count, scales,
-                    KEY_CLASSES[index][0], KEY_CLASSES[index][1], KEY_CLASSES[index][2], KEY_CLASSES[index][3],
-                    DIM, BLOCK, OCTETS,
-                )  # fmt: skip
-            _values(values, values_at, first, last, before, count, scales, DIM, VALUE_GROUP, VALUE_BITS, BLOCK, OCTETS)
-            if ordered and block == 0:
-                channel = tl.arange(0, DIM)
-                order = tl.load(keys_at + 1 + head * DIM + channel)
-                tl.store(at + 4 * HEADS * longest * DIM + head * DIM + channel, order)
+        _fp8_tokens(keys, keys_at, first, last, before, count, scales, DIM, BLOCK, OCTETS)
+        _fp8_tokens(values, values_at, first, last, before, count, scales, DIM, BLOCK, OCTETS)
 
 
-def decode(prefixes: PackedPrefixes, layer: int, scratch: Tensor | None = None) -> tuple[Tensor, int]:
-    """One layer of every sample as rows of `[2, kv_head, longest, channel]` bfloat16, and where a row's order lies.
-
-    The order is `[kv_head, channel]` uint8, the channel at each place of a key, where the codec permutes them.
-    `scratch`, of `scratch_shape`, is what is written; None allocates it.
-    """
-    layout, codec, samples, longest = prefixes.layout, prefixes.layout.codec, len(prefixes.rows), prefixes.longest
-    assert codec is not None
-    is_fp8 = codec.kind == "fp8"
+def decode_affine(codec: AffineCodec, prefixes: PackedPrefixes, layer: int, scratch: Tensor) -> None:
+    """`TensorCodec.decode_batch` of affine codecs."""
+    layout = prefixes.layout
     key_bits, value_bits = codec.bits_of(layer)
-    if scratch is None:
-        scratch = prefixes.data.new_empty(scratch_shape(layout, samples, longest))
-    block = _FP8_BLOCK if is_fp8 else codec.key_group
-    decode_layer[(triton.cdiv(longest, block), layout.kv_heads, samples)](
-        scratch, scratch.stride(0), prefixes.data, prefixes.rows, prefixes.lengths, scales_on(scratch.device, 0),
-        prefixes.data.stride(0), *layout.starts[layer], *layout.key_bytes(layer), longest,
-        IS_FP8=is_fp8, DIM=layout.head_dim, HEADS=layout.kv_heads, BLOCK=block, KEY_GROUP=codec.key_group,
-        KEY_CLASSES=_classes(codec.key_classes(key_bits, layout.head_dim)),
-        VALUE_GROUP=codec.value_group_of(layout.head_dim), VALUE_BITS=value_bits,
-        OCTETS=_OCTETS, num_warps=_WARPS, num_stages=1,
-    )  # fmt: skip
-    return scratch, order_at(layout, longest)
-
-
-def scratch_shape(layout: PrefixLayout, samples: int, longest: int) -> tuple[int, int]:
-    """Rows and bytes of what `decode` writes."""
-    row = order_at(layout, longest) + layout.kv_heads * layout.head_dim
-    return samples, row + -row % 256
-
-
-def order_at(layout: PrefixLayout, longest: int) -> int:
-    return 4 * layout.kv_heads * longest * layout.head_dim
-
-
-def is_ordered(layout: PrefixLayout) -> bool:
-    """Whether keys are stored with their channels permuted."""
-    codec = layout.codec
-    return codec is not None and codec.kind != "fp8" and len(codec.key_classes(8, layout.head_dim)) > 1
-
-
-def _classes(classes: list[tuple[int, int]]) -> tuple[tuple[int, int, int, int], ...]:
-    """Of each class of key channels: its first, the bits of a token's codes before it, channels, and bits of a code."""
-    found, first, before = [], 0, 0
-    for count, width in classes:
-        found.append((first, before, count, width))
+    classes, first, before = [], 0, 0
+    for count, width in codec.key_classes(key_bits, layout.head_dim):
+        classes.append((first, before, count, width))
         first, before = first + count, before + count * width
-    return tuple(found)
+    begin, keys = _linear_places(codec, layout, codec.key_group)[layer]
+    grid = (triton.cdiv(prefixes.longest, codec.key_group), layout.kv_heads, len(prefixes.rows))
+    decode_affine_layer[grid](
+        *_common(prefixes, scratch),
+        *begin,
+        *keys,
+        prefixes.longest,
+        DIM=layout.head_dim,
+        HEADS=layout.kv_heads,
+        KEY_GROUP=codec.key_group,
+        KEY_CLASSES=tuple(classes),
+        VALUE_GROUP=codec.value_group_of(layout.head_dim),
+        VALUE_BITS=value_bits,
+        OCTETS=_OCTETS,
+        num_warps=_WARPS,
+        num_stages=1,
+    )
+
+
+def decode_fp8(codec: Fp8Codec, prefixes: PackedPrefixes, layer: int, scratch: Tensor) -> None:
+    """`TensorCodec.decode_batch` of fp8."""
+    layout = prefixes.layout
+    begin, keys = _linear_places(codec, layout, 1)[layer]
+    decode_fp8_layer[(triton.cdiv(prefixes.longest, _FP8_BLOCK), layout.kv_heads, len(prefixes.rows))](
+        *_common(prefixes, scratch),
+        *begin[:2],
+        *keys[:2],
+        prefixes.longest,
+        DIM=layout.head_dim,
+        HEADS=layout.kv_heads,
+        BLOCK=_FP8_BLOCK,
+        OCTETS=_OCTETS,
+        num_warps=_WARPS,
+        num_stages=1,
+    )
+
+
+def _common(prefixes: PackedPrefixes, scratch: Tensor) -> tuple[Any, ...]:
+    """Arguments that both kernels begin with."""
+    data, scales = prefixes.data, scales_on(scratch.device, 0)
+    return scratch, scratch.stride(0), data, prefixes.rows, prefixes.lengths, scales, data.stride(0)
+
+
+Linear = tuple[int, int, int]
+"""(a, b, c) of a number of bytes `a + b * tokens + c * key groups`."""
+
+
+@lru_cache(maxsize=16)
+def _linear_places(codec: LayeredCodec, layout: PrefixLayout, group: int) -> list[tuple[Linear, Linear]]:
+    """Where each layer begins and how long its keys are, in a form that a kernel evaluates for each sample.
+
+    `group`: tokens of a key group; 1 for a codec without.
+    """
+    shapes = [layout.shape(tokens) for tokens in (1, 2, group + 1)]
+    starts = [codec.layer_starts(shape) for shape in shapes]
+    places = []
+    for layer in range(layout.layers):
+        begin, keys = [start[layer] for start in starts], [codec.layer_bytes(layer, shape)[0] for shape in shapes]
+        places.append((_linear(group, *begin), _linear(group, *keys)))
+    return places
+
+
+def _linear(group: int, one: int, two: int, more: int) -> Linear:
+    """From sizes at three points of the plane: 1 and 2 tokens in a group, and `group + 1` tokens in two groups."""
+    per_token = two - one
+    per_group = more - one - group * per_token
+    return one - per_token - per_group, per_token, per_group

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alpacache.prefix.codec_passes import Groups
-from cache_store.kv.codec import ERROR_STEPS, TRIED, WEIGHT_STEPS
+from cache_store.kv.affine import ERROR_STEPS, TRIED, WEIGHT_STEPS
 
 AT_ONCE = 2**28
 """Values of a layer's keys, or of its values, times layers; temporary memory is some 4 bytes for each."""
@@ -98,9 +98,18 @@ def _loaded(x, at, valid):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["layer_stride", "tokens", "lanes"])
 def group_extremes(  # type: ignore[no-untyped-def]
-    x, low, high, layer_stride, tokens, lanes,
-    KEYS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, MEMBERS: tl.constexpr,
-):  # fmt: skip
+    x,  # bits of bfloat16 as int16 [layers, head, token, channel], layers with a stride of their own
+    low,  # float32 [layers, lane], written
+    high,  # float32 [layers, lane], written
+    layer_stride,  # elements from one layer of x to the next
+    tokens,  # tokens of the sample
+    lanes,  # groups of a layer
+    KEYS: tl.constexpr,  # keys, grouped by tokens; else values, grouped by channels
+    CHANNELS: tl.constexpr,  # channels of a head
+    GROUP: tl.constexpr,  # members of a group
+    LANES: tl.constexpr,  # groups of a program
+    MEMBERS: tl.constexpr,  # members of each group that are processed at a time
+):
     """Least and greatest member of each group, float32 `[layer, lane]`."""
     axis: tl.constexpr = 0 if KEYS else 1
     layer = tl.program_id(1).to(tl.int64)
@@ -121,9 +130,18 @@ def group_extremes(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["layer_stride", "tokens", "lanes"])
 def group_energy(  # type: ignore[no-untyped-def]
-    x, largest, sums, layer_stride, tokens, lanes,
-    STEPS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, MEMBERS: tl.constexpr,
-):  # fmt: skip
+    x,  # bits of bfloat16 as int16 [layers, head, token, channel], layers with a stride of their own
+    largest,  # float32 [layers], the largest magnitude
+    sums,  # int64 [layers, lane], written
+    layer_stride,  # elements from one layer of x to the next
+    tokens,  # tokens of the sample
+    lanes,  # groups of a layer
+    STEPS: tl.constexpr,  # fixed-point resolution
+    CHANNELS: tl.constexpr,  # channels of a head
+    GROUP: tl.constexpr,  # members of a group
+    LANES: tl.constexpr,  # groups of a program
+    MEMBERS: tl.constexpr,  # members of each group that are processed at a time
+):
     """Sum of squares of each group of keys in fixed point, int64 `[layer, lane]`."""
     layer = tl.program_id(1).to(tl.int64)
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -142,10 +160,29 @@ def group_energy(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["layer_stride", "tokens", "lanes"])
 def fit(  # type: ignore[no-untyped-def]
-    x, order, group_sums, needed, least, levels, table, indices, zeros, codes, layer_stride, tokens, lanes,
-    KEYS: tl.constexpr, ORDERED: tl.constexpr, LEVELS: tl.constexpr, TRIED: tl.constexpr, STEPS: tl.constexpr,
-    CHANNELS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, MEMBERS: tl.constexpr,
-):  # fmt: skip
+    x,  # bits of bfloat16 as int16 [layers, head, token, channel], layers with a stride of their own
+    order,  # int64 [layers, head, channel], the channel at each place, if ORDERED
+    group_sums,  # float32 [layers, lane], least plus greatest member
+    needed,  # float32 [layers, lane], the scale that covers the group
+    least,  # float32 [layers, lane], lower bound of the scale; None for values
+    levels,  # float32 [LEVELS], greatest code
+    table,  # float32 [layers, 256], rising scales
+    indices,  # uint8 [layers, lane], index of the chosen scale, written
+    zeros,  # int16 (keys) or uint8 [layers, lane], written
+    codes,  # int16 like x, in stored order, written
+    layer_stride,  # elements from one layer of x to the next
+    tokens,  # tokens of the sample
+    lanes,  # groups of a layer
+    KEYS: tl.constexpr,  # keys, grouped by tokens; else values, grouped by channels
+    ORDERED: tl.constexpr,  # whether keys are reordered
+    LEVELS: tl.constexpr,  # channels with levels of their own, or 1
+    TRIED: tl.constexpr,  # steps of the table from the covering scale to try
+    STEPS: tl.constexpr,  # fixed-point resolution
+    CHANNELS: tl.constexpr,  # channels of a head
+    GROUP: tl.constexpr,  # members of a group
+    LANES: tl.constexpr,  # groups of a program
+    MEMBERS: tl.constexpr,  # members of each group that are processed at a time
+):
     """Index of the scale of least squared error among `TRIED`, the first of several, and with it zero and codes.
 
     Members are read again for every scale, from the cache, and codes of the best are computed once more: that is
@@ -214,9 +251,18 @@ def fit(  # type: ignore[no-untyped-def]
     do_not_specialize=["out_stride", "size", "row_bytes", "first", "done"], do_not_specialize_on_alignment=["out"]
 )
 def pack_plane(  # type: ignore[no-untyped-def]
-    codes, out, out_stride, size, row_bytes, first, done,
-    CHANNELS: tl.constexpr, PLANE: tl.constexpr, PARTS: tl.constexpr, BYTES: tl.constexpr,
-):  # fmt: skip
+    codes,  # int16 [layers, head, token, channel]
+    out,  # uint8 [layers, size] with a stride, written
+    out_stride,  # bytes from one layer of out to the next
+    size,  # bytes of a layer's plane
+    row_bytes,  # bytes of a token's plane
+    first,  # first channel of the class
+    done,  # bits in the planes before
+    CHANNELS: tl.constexpr,  # channels of a head
+    PLANE: tl.constexpr,  # bits in this plane, a divisor of 8
+    PARTS: tl.constexpr,  # codes in a byte
+    BYTES: tl.constexpr,  # bytes that a program writes
+):
     """Bits `done` to `done + PLANE` of codes from channel `first` on, `row_bytes` of each row of channels."""
     layer = tl.program_id(1).to(tl.int64)
     byte, part = tl.program_id(0) * BYTES + tl.arange(0, BYTES), tl.arange(0, PARTS)

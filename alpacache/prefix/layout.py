@@ -1,13 +1,14 @@
-"""Where the bytes of one encoded prefix lie."""
+"""What the bytes of one packed prefix mean, and where its decoded layers lie."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from alpacache.prefix import codecs
+from alpacache.prefix.codecs import tensor_codec
+from alpacache.prefix.tensor_codec import TensorCodec
 from cache_store import KVCodec
 
 LEAST_DECODED = 2
@@ -16,60 +17,63 @@ LEAST_DECODED = 2
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixLayout:
-    """What one row of bytes means, given the number of its tokens."""
+    """What one row of bytes means, given its number of tokens."""
 
     layers: int
     kv_heads: int
     head_dim: int
     codec: KVCodec | None
-    """None: plain elements, `[layer, 2, kv_head, token, channel]`."""
+    """How rows are encoded; None: plain elements, `[layer, 2, kv_head, token, channel]`."""
     dtype: torch.dtype = torch.bfloat16
-    """Of plain elements."""
+    """Dtype of plain elements."""
+
+    @cached_property
+    def tensor_codec(self) -> TensorCodec[Any]:
+        """The codec in torch, for rows that have one."""
+        assert self.codec is not None
+        return tensor_codec(self.codec)
 
     def shape(self, tokens: int) -> tuple[int, ...]:
         """`[layer, 2, kv_head, token, channel]` of a sample's keys and values."""
         return (self.layers, 2, self.kv_heads, tokens, self.head_dim)
 
     def size_bytes(self, tokens: int) -> int:
-        """Bytes of a sample of so many tokens."""
+        """Bytes of a sample of so many tokens; the most, where the codec has no fixed size."""
         if self.codec is None:
             return self.layers * 2 * self.kv_heads * tokens * self.head_dim * self.dtype.itemsize
         return self.codec.encoded_bytes(self.shape(tokens))
 
     def row_bytes(self, tokens: int) -> int:
-        """Bytes of a row that takes so many tokens: aligned, and kernels may read whole words at its end."""
+        """Bytes of a row that takes so many tokens: aligned, with room for kernels to read whole words at its end."""
         size = self.size_bytes(tokens) + 8
         return size + -size % 256
 
-    def layer_start(self, layer: int, tokens: int) -> int:
-        """Where a layer's bytes begin."""
-        if self.codec is None:
-            return layer * (self.size_bytes(tokens) // self.layers)
-        return sum(sum(self.codec.layer_bytes(before, self.shape(tokens))) for before in range(layer))
-
-    @cached_property
-    def starts(self) -> list[tuple[int, int, int]]:
-        """Where each layer begins, as (a, b, c) of `a + b * tokens + c * key groups`, for kernels that know both."""
-        return [self._linear(partial(self.layer_start, layer)) for layer in range(self.layers)]
-
-    def key_bytes(self, layer: int) -> tuple[int, int, int]:
-        """Bytes of a layer's keys, in the same form."""
-        codec = self.codec
-        if codec is None:
-            return 0, 0, self.kv_heads * self.head_dim * self.dtype.itemsize
-        return self._linear(lambda tokens: codec.layer_bytes(layer, self.shape(tokens))[0])
-
-    def _linear(self, size: Callable[[int], int]) -> tuple[int, int, int]:
-        group = 1 if self.codec is None else self.codec.key_group
-        # One group of 1 and of 2 tokens, then 2 groups: three points of a plane.
-        one, two, more = (size(tokens) for tokens in (1, 2, group + 1))
-        per_token = two - one if group > 1 else 0
-        per_group = more - one - group * per_token
-        return one - per_token - per_group, per_token, per_group
-
     def decode(self, row: Tensor, layer: int, tokens: int) -> Tensor:
         """`[2, kv_head, token, channel]` of one layer of a sample, from its row of bytes."""
-        begin, end = self.layer_start(layer, tokens), self.layer_start(layer + 1, tokens)
-        if self.codec is None:
-            return row[begin:end].view(self.dtype).view(self.shape(tokens)[1:])
-        return codecs.decode_layer(self.codec, layer, row[begin:end], self.shape(tokens))
+        if self.codec is not None:
+            return self.tensor_codec.decode_layer(row, layer, self.shape(tokens))
+        size = self.size_bytes(tokens) // self.layers
+        return row[layer * size : (layer + 1) * size].view(self.dtype).view(self.shape(tokens)[1:])
+
+    @property
+    def layers_together(self) -> int:
+        """Layers that are decoded at a time."""
+        return self.tensor_codec.layers_together
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether decoded keys have their channels in an order of each head's own."""
+        return self.codec is not None and self.tensor_codec.is_ordered(self.head_dim)
+
+    def scratch_shape(self, samples: int, longest: int) -> tuple[int, int]:
+        """Rows and bytes of the scratch memory for layers that are decoded together, of samples up to `longest` tokens.
+
+        What `TensorCodec.decode_batch` writes there: the layers, and behind them the orders of their key channels.
+        """
+        row = self.order_at(longest, self.layers_together)
+        return samples, row + -row % 256
+
+    def order_at(self, longest: int, index: int = 0) -> int:
+        """Byte of a row of scratch at which the order `[kv_head, channel]` of its layer `index` begins."""
+        decoded = self.layers_together * 2 * self.kv_heads * longest * self.head_dim * torch.bfloat16.itemsize
+        return decoded + index * self.kv_heads * self.head_dim

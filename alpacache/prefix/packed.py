@@ -1,7 +1,7 @@
-"""Prefixes of a batch as they are stored: one sample's bytes a row, keys and values still encoded where they were.
+"""Prefixes of a batch as they are stored: one sample's bytes a row, keys and values still encoded if they were.
 
-A row is what a store holds of a sample, so that filling one is a single copy; its first bytes count, the rest is
-whatever was there before. A batch picks rows by number: a ring of rows can be filled for the next batch while this one
+A row is what a store holds of a sample, so that filling one is a single copy; behind the sample's bytes is whatever was
+there before. A batch picks rows by number: a ring of rows can be filled for the next batch while this one
 is read, at addresses that never change, which is what a captured CUDA graph needs.
 """
 
@@ -16,7 +16,7 @@ from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures
 
 if TYPE_CHECKING:
-    from alpacache.prefix.layers_ahead import LayersAhead  # needs Triton
+    from alpacache.prefix.layers_ahead import LayersAhead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +33,16 @@ class PackedPrefixes:
     starts: Tensor
     """`[B]` int64 position of each sample's first action token."""
     longest: int
-    """No length is above it. Known on the host, so that no kernel launch waits for the device."""
+    """Upper bound of the lengths, known on the host, so that no kernel launch waits for the device."""
     dtype: torch.dtype
-    """What `layer` returns: the expert's."""
+    """Dtype of what `layer` returns: the expert's."""
     ahead: "LayersAhead | None" = None
-    """What decodes this batch's layers ahead and keeps those it has room for; None decodes a layer when it is used."""
+    """Decodes this batch's layers ahead and keeps those it has room for; None: a layer is decoded when it is used."""
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, kv_heads, longest, head_dim]` of one layer, zeros beyond each sample's length.
 
-        The reference: it waits for the device. The kernels read the rows themselves.
+        The reference, which waits for the device; the kernels read the rows themselves.
         """
         shape = (2, len(self.rows), self.layout.kv_heads, self.longest, self.layout.head_dim)
         padded = torch.zeros(shape, dtype=self.dtype, device=self.data.device)
@@ -62,7 +62,8 @@ def pack(
     lengths = [prefix.prefix_len for prefix in prefixes]
     data = torch.empty(len(prefixes), layout.row_bytes(max(lengths)), dtype=torch.uint8, device=device)
     for row, prefix in zip(data, prefixes, strict=True):
-        row[: layout.size_bytes(prefix.prefix_len)] = _row_bytes(prefix, layout).to(device)
+        encoded = _row_bytes(prefix, layout)
+        row[: len(encoded)] = encoded.to(device)
     return PackedPrefixes(
         layout=layout,
         data=data,
@@ -96,7 +97,7 @@ def _row_bytes(prefix: PrefixFeatures | EncodedPrefix, layout: PrefixLayout) -> 
     if prefix.keys.shape[0] != layout.layers or prefix.keys.shape[1::2] != (layout.kv_heads, layout.head_dim):
         raise ValueError(
             f"prefix keys are {list(prefix.keys.shape)}; expected [{layout.layers}, {layout.kv_heads}, T, "
-            f"{layout.head_dim}] as of the first prefix of the batch."
+            f"{layout.head_dim}] like the first prefix of the batch."
         )
     kv = torch.stack([prefix.keys, prefix.values], dim=1).to(layout.dtype)
     return kv.flatten().view(torch.uint8)

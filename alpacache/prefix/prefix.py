@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache.prefix import codecs
+from alpacache.prefix.codecs import tensor_codec
 from cache_store import KVCodec
 
 
@@ -98,7 +98,7 @@ class EncodedPrefix:
 
     def decode(self) -> PrefixFeatures:
         """Keys and values in bfloat16, on the device where the encoded bytes are."""
-        kv = codecs.decode(self.codec, self.data, self.shape)
+        kv = tensor_codec(self.codec).decode(self.data, self.shape)
         return PrefixFeatures(
             keys=kv[:, 0],
             values=kv[:, 1],

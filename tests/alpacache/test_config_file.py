@@ -9,8 +9,7 @@ from alpacache.errors import UsageError
 from alpacache.evaluation.config import EvalConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.training.config import TrainConfig, weighted_stores
-from cache_store import CODECS
-from cache_store.kv.codec import CodecName
+from cache_store import CODECS, CodecName
 
 TRAIN = {"stores": ("a", "b"), "model": "m", "out": 'quote"d', "epochs": 1.5, "betas": (0.9, 0.95), "causal": True}
 

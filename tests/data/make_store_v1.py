@@ -5,15 +5,14 @@ import sys
 import numpy as np
 
 from cache_store import CODECS, CacheWriter, Field
-from cache_store.kv import reference
 
 
 def values(i: int) -> dict[str, object]:
     kv = (0x3F00 + (np.arange(2 * 2 * 1 * (5 + i) * 64).reshape(2, 2, 1, 5 + i, 64) * 37 + i) % 512).astype(np.uint16)
     return {
         "kv": kv,
-        "kv_int8": reference.encode(CODECS["int8"], kv),
-        "kv_int5": reference.encode(CODECS["int5"], kv),
+        "kv_int8": CODECS["int8"].encode(kv),
+        "kv_int5": CODECS["int5"].encode(kv),
         "smooth": np.linspace(0, i, 400, dtype=np.float32),
         "n": np.array(5 + i),
         "flags": np.array([True, False, i == 1]),

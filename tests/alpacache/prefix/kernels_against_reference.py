@@ -18,12 +18,13 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from alpacache.alpamayo.prefix_attention import PrefixCall, _ExplicitAttention
-from alpacache.prefix import attention_kernels, codecs, decode_kernels
-from alpacache.prefix.decode_kernels import decode, is_ordered
-from alpacache.prefix.layers_ahead import LayersAhead, make_places
+from alpacache.prefix import attention_kernels, decode_kernels
+from alpacache.prefix.codecs import tensor_codec
+from alpacache.prefix.layers_ahead import LayersAhead, decode, make_places
 from alpacache.prefix.packed import pack
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures
-from cache_store import CODECS, KVCodec
+from cache_store import CODECS
+from cache_store.kv.affine import AffineCodec
 
 
 def widened(handle):
@@ -44,7 +45,7 @@ def prefix(codec, tokens, kv_heads, dim, layers=2):
     if codec is None:
         return PrefixFeatures(keys=kv[:, 0], values=kv[:, 1], hidden=None, **places)
     codec = CODECS.get(codec, codec)
-    return EncodedPrefix(data=codecs.encode(codec, kv), codec=codec, shape=tuple(kv.shape), **places)
+    return EncodedPrefix(data=tensor_codec(codec).encode(kv), codec=codec, shape=tuple(kv.shape), **places)
 
 
 def error(got, expected):
@@ -74,12 +75,12 @@ def check(codec, lengths, draws, causal, *, heads=4, kv_heads=2, dim=128, tokens
 
 def check_decoded(packed, dim):
     """What lies in scratch is what the reference decodes (the interpreter is off by its cut, one unit at most)."""
-    scratch, order_at = decode(packed, 1)
+    scratch, order_at = decode(packed, 1), packed.layout.order_at(packed.longest)
     heads = packed.layout.kv_heads
     for place, count in enumerate(packed.lengths.tolist()):
         expected = packed.layout.decode(packed.data[place], 1, count)
         got = scratch[place, :order_at].view(torch.bfloat16).view(2, heads, packed.longest, dim)[:, :, :count]
-        if is_ordered(packed.layout):
+        if packed.layout.is_ordered:
             order = scratch[place, order_at : order_at + heads * dim].view(heads, 1, dim).long()
             expected[0] = torch.gather(expected[0], 2, order.expand(-1, count, -1))
         if DEVICE == "cuda":
@@ -96,13 +97,11 @@ def check_ahead(codec, lengths, order, *, dim=128):
         places = make_places(packed.layout, len(lengths), packed.longest, device, layers=layers)
         several.append(LayersAhead(places, torch.cuda.Stream() if DEVICE == "cuda" else None))
     for layer, then in order:
-        expected, expected_at = decoded[layer]
         for ahead in several:
             if DEVICE == "cuda":
                 torch.cuda._sleep(2_000_000)  # what still reads the place that is to be written
-            got, order_at = ahead.layer(packed, layer, then=then)
-            assert order_at == expected_at
-            check_same(got.clone(), expected, packed, order_at, dim)
+            got = ahead.layer(packed, layer, then=then)
+            check_same(got.clone(), decoded[layer], packed, packed.layout.order_at(packed.longest), dim)
 
 
 def check_same(got, expected, packed, order_at, dim):
@@ -129,8 +128,8 @@ if __name__ == "__main__":
         check("int8", [3050, 2900, 809, 1], 1, False, **size)
         check("int8", [809], 1, False, **size)
     for odd in (
-        KVCodec(key_group=24, value_group=4, spread=False),
-        KVCodec(key_bits=(3,), value_bits=(6,), key_group=9, value_group=2),
+        AffineCodec(key_group=24, value_group=4, spread=False),
+        AffineCodec(key_bits=(3,), value_bits=(6,), key_group=9, value_group=2),
     ):
         packed = pack([prefix(odd, n, 2, 64) for n in (75, 1)], device=torch.device(DEVICE), dtype=torch.bfloat16)
         check_decoded(packed, 64)

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +45,7 @@ def launches(record_launches, codec, samples):
     """The launches of one layer, forward and backward, at the released size."""
     from alpacache.prefix import attention_kernels, decode_kernels
 
-    record_launches(decode_kernels, "decode_layer")
+    record_launches(decode_kernels, "decode_affine_layer", "decode_fp8_layer")
     names = ("prefix_forward", "merge_forward", "row_delta", "prefix_backward", "merge_backward")
     found = record_launches(attention_kernels, *names)
     layout = PrefixLayout(layers=36, kv_heads=8, head_dim=128, codec=CODECS.get(codec))
@@ -93,35 +92,3 @@ def test_kernels_compile_for_consumer_cards(codec, samples, capability, record_l
         result = compiled(kernel, arguments, options, capability)
         assert result.asm["cubin"]
         assert result.metadata.shared <= SHARED_LIMIT, kernel.__name__
-
-
-@pytest.mark.parametrize(
-    ("places", "order", "expected"),
-    [
-        # A forward, then each layer's second forward and its backward.
-        (2, (0, 1, 2, 3, 3, 3, 2, 2, 1, 1, 0, 0), [0, 1, 2, 3, 1, 0]),
-        (3, (0, 1, 2, 3, 3, 2, 1, 0), [0, 1, 2, 3, 0]),
-        (4, (0, 1, 2, 3, 3, 2, 1, 0), [0, 1, 2, 3]),
-        # Several forwards.
-        (2, (0, 1, 2, 3, 0, 1, 2, 3), [0, 1, 2, 3, 0, 1, 2, 3]),
-        (4, (0, 1, 2, 3) * 3, [0, 1, 2, 3]),
-    ],
-)
-def test_a_layer_that_is_still_there_is_not_decoded_again(monkeypatch, places, order, expected):
-    from alpacache.prefix import layers_ahead
-
-    def decode(prefixes, layer, scratch):
-        decoded.append(layer)
-        scratch.fill_(layer)
-
-    decoded = []
-    monkeypatch.setattr(layers_ahead, "decode", decode)
-    layout = PrefixLayout(layers=4, kv_heads=1, head_dim=128, codec=CODECS["int8"])
-    prefixes = SimpleNamespace(layout=layout, longest=8)
-    memory = layers_ahead.make_places(layout, 1, 8, torch.device("cpu"), layers=places)
-    ahead = layers_ahead.LayersAhead(memory, None)
-    for layer in order:
-        got, order_at = ahead.layer(prefixes, layer, then=layer + 1)
-        assert got.unique().tolist() == [layer]
-        assert order_at == 4 * 8 * 128
-    assert decoded == expected

@@ -2,16 +2,21 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache.prefix import codec_passes, codecs
-from alpacache.prefix.codecs import decode, decode_layer, encode
-from cache_store import CODECS, KVCodec
-from cache_store.kv import reference as kv_coding
+from alpacache.prefix import codec_passes, layered
+from alpacache.prefix.codecs import TENSOR_CODECS, tensor_codec
+from cache_store import CODECS
+from cache_store.kv.affine import AffineCodec
+from cache_store.kv.registry import KINDS
 
 EXTRA = {
-    "mixed": KVCodec(key_bits=(8, 3, 6), value_bits=(4, 7, 5), key_group=48, value_group=16),
-    "long groups": KVCodec(key_bits=(6,), value_bits=(5,), key_group=500, value_group=64),
-    "two bits": KVCodec(key_bits=(2,), value_bits=(2,), spread=False),
+    "mixed": AffineCodec(key_bits=(8, 3, 6), value_bits=(4, 7, 5), key_group=48, value_group=16),
+    "long groups": AffineCodec(key_bits=(6,), value_bits=(5,), key_group=500, value_group=64),
+    "two bits": AffineCodec(key_bits=(2,), value_bits=(2,), spread=False),
 }
+
+
+def test_every_kind_has_a_counterpart_in_torch() -> None:
+    assert set(TENSOR_CODECS) == set(KINDS)
 
 
 def make(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -30,28 +35,28 @@ def test_bit_equal_to_the_numpy_reference(name, shape) -> None:
     codec = {**CODECS, **EXTRA}[name]
     for seed in range(3):
         kv = make(shape, seed)
-        reference = kv_coding.encode(codec, kv.view(torch.uint16).numpy())
-        data = encode(codec, kv)
+        reference = codec.encode(kv.view(torch.uint16).numpy())
+        data = tensor_codec(codec).encode(kv)
         assert np.array_equal(data.numpy(), reference)
-        back = decode(codec, data, shape)
-        assert np.array_equal(back.view(torch.uint16).numpy(), kv_coding.decode(codec, reference, shape))
-        size = sum(codec.layer_bytes(0, shape))
-        assert torch.equal(decode_layer(codec, 0, data[:size], shape), back[0])
+        back = tensor_codec(codec).decode(data, shape)
+        assert np.array_equal(back.view(torch.uint16).numpy(), codec.decode(reference, shape))
+        more = torch.cat([data, data[:100]])  # a row has room behind a sample's bytes
+        assert all(torch.equal(tensor_codec(codec).decode_layer(more, i, shape), back[i]) for i in (0, shape[0] - 1))
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "mixed"])
 def test_how_many_layers_are_encoded_at_once_changes_no_byte(name, monkeypatch) -> None:
     codec, shape = {**CODECS, **EXTRA}[name], (6, 2, 2, 70, 64)
     if name == "mixed":
-        codec = KVCodec(key_bits=(8, 8, 3, 3, 3, 6), value_bits=(4, 4, 7, 7, 7, 5))
+        codec = AffineCodec(key_bits=(8, 8, 3, 3, 3, 6), value_bits=(4, 4, 7, 7, 7, 5))
     kv = make(shape, 0)
     kv[1::2] *= 100  # other scales in every other layer
-    reference = kv_coding.encode(codec, kv.view(torch.uint16).numpy())
+    reference = codec.encode(kv.view(torch.uint16).numpy())
     groups = []
     for values in (1, 2 * 2 * 70 * 64, 2**24):
         monkeypatch.setattr(codec_passes, "AT_ONCE", values)
-        assert np.array_equal(encode(codec, kv).numpy(), reference)
-        groups.append([count for _, count in codecs._alike(codec, shape, values)])
+        assert np.array_equal(tensor_codec(codec).encode(kv).numpy(), reference)
+        groups.append([count for _, count in layered.alike(codec, shape, values)])
     assert groups[0] == [1] * 6
     assert groups[1:] == ([[2, 2, 1, 1], [2, 3, 1]] if name == "mixed" else [[2, 2, 2], [6]])
 
@@ -59,7 +64,7 @@ def test_how_many_layers_are_encoded_at_once_changes_no_byte(name, monkeypatch) 
 def test_refusals() -> None:
     kv = make((1, 2, 1, 4, 64), 0)
     with pytest.raises(ValueError, match=r"takes .* bytes"):
-        decode(CODECS["int8"], torch.zeros(3, dtype=torch.uint8), tuple(kv.shape))
+        tensor_codec(CODECS["int8"]).decode(torch.zeros(3, dtype=torch.uint8), tuple(kv.shape))
     kv[0, 0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN, infinity"):
-        encode(CODECS["int8"], kv)
+        tensor_codec(CODECS["int8"]).encode(kv)

@@ -1,7 +1,7 @@
 """The kernels of encoding against torch operations on the CPU and against numpy, bit for bit: interpreted on the CPU,
 compiled for users' cards, run where there is a GPU.
 
-`python test_codec_kernels.py cpu|cuda` is what the tests run: Triton decides at its import whether it interprets, so
+`python test_encode_kernels.py cpu|cuda` is what the tests run: Triton decides at its import whether it interprets, so
 this is a process of its own.
 """
 
@@ -17,13 +17,10 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed; CPU-only installs do not need it")
 
-from alpacache.prefix import (  # noqa: E402
-    codec_passes,
-    codecs,
-    encode_kernels,
-)
-from cache_store import CODECS, KVCodec  # noqa: E402
-from cache_store.kv import reference as kv_coding  # noqa: E402
+from alpacache.prefix import codec_passes, encode_kernels, layered  # noqa: E402
+from alpacache.prefix.codecs import tensor_codec  # noqa: E402
+from cache_store import CODECS  # noqa: E402
+from cache_store.kv.affine import AffineCodec  # noqa: E402
 
 SHARED_LIMIT = 99 * 1024
 TYPES = {
@@ -33,10 +30,10 @@ TYPES = {
     torch.float32: "*fp32",
 }
 EXTRA = {
-    "mixed": KVCodec(key_bits=(8, 3, 6), value_bits=(4, 7, 5), key_group=48, value_group=16),
-    "long groups": KVCodec(key_bits=(6,), value_bits=(5,), key_group=150, value_group=64),
-    "two bits": KVCodec(key_bits=(2,), value_bits=(2,), spread=False),
-    "odd groups": KVCodec(key_bits=(7,), value_bits=(3,), key_group=7, value_group=12),
+    "mixed": AffineCodec(key_bits=(8, 3, 6), value_bits=(4, 7, 5), key_group=48, value_group=16),
+    "long groups": AffineCodec(key_bits=(6,), value_bits=(5,), key_group=150, value_group=64),
+    "two bits": AffineCodec(key_bits=(2,), value_bits=(2,), spread=False),
+    "odd groups": AffineCodec(key_bits=(7,), value_bits=(3,), key_group=7, value_group=12),
 }
 SHAPES = {
     "fp8": [(2, 2, 1, 3, 64)],
@@ -70,7 +67,7 @@ def test_a_gpu_is_asked_once_and_little_memory_is_needed():
     """An 850-token sample of the released size: all layers at once, one synchronisation, under 1.5 GiB."""
     kv = torch.randn(36, 2, 8, 850, 128, device="cuda").bfloat16()
     codec = CODECS["int8"]
-    codecs.encode(codec, kv)  # compiles, and fills the caches of tables
+    tensor_codec(codec).encode(kv)  # compiles, and fills the caches of tables
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -78,7 +75,7 @@ def test_a_gpu_is_asked_once_and_little_memory_is_needed():
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")  # warns of itself, once
         try:
-            codecs.encode(codec, kv)
+            tensor_codec(codec).encode(kv)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in warned if "called a synchronizing" in str(w.message)]) == 1
@@ -119,9 +116,9 @@ def test_kernels_compile_for_consumer_cards(capability, record_launches, monkeyp
     """No feature that an RTX 3090 or 4090 lacks, no spilled register, and no sum fused with a product that is rounded
     twice elsewhere."""
     found = record_launches(encode_kernels, "group_extremes", "group_energy", "fit", "pack_plane")
-    monkeypatch.setattr(codecs, "_passes", lambda device: encode_kernels)
+    monkeypatch.setattr(layered, "passes_on", lambda device: encode_kernels)
     kv = torch.zeros(2, 2, 8, 100, 128, dtype=torch.bfloat16)
-    codecs.encode(CODECS["int8"], kv)
+    tensor_codec(CODECS["int8"]).encode(kv)
     names = [kernel.__name__ for kernel, *_ in found]
     planes = ["pack_plane"]
     assert names == ["group_extremes", "group_energy", "fit", *planes * 8, "group_extremes", "fit", *planes]
@@ -175,14 +172,14 @@ def hard(shape, seed):
 
 def encode_with_kernels(codec, kv):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codecs, "_passes", lambda device: encode_kernels)
-        return codecs.encode(codec, kv)
+        patch.setattr(layered, "passes_on", lambda device: encode_kernels)
+        return tensor_codec(codec).encode(kv)
 
 
 def check(device, codec, kv, *, reference=True):
-    expected = codecs.encode(codec, kv)
+    expected = tensor_codec(codec).encode(kv)
     if reference:
-        assert np.array_equal(expected.numpy(), kv_coding.encode(codec, kv.view(torch.uint16).numpy()))
+        assert np.array_equal(expected.numpy(), codec.encode(kv.view(torch.uint16).numpy()))
     got = encode_with_kernels(codec, kv.to(device)).cpu()
     assert torch.equal(got, expected), (codec, kv.shape, (got != expected).nonzero()[:5])
 

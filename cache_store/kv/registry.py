@@ -1,0 +1,33 @@
+"""The kinds of codecs there are, and the named settings that users choose from."""
+
+from typing import Any, Literal
+
+from cache_store.errors import FormatError
+from cache_store.kv.affine import AffineCodec
+from cache_store.kv.codec import KVCodec
+from cache_store.kv.fp8 import Fp8Codec
+
+CodecName = Literal["bf16", "fp8", "int8", "int5", "int4"]
+"""What `--codec` takes: `bf16`, which stores keys and values as they are, or a key of `CODECS`."""
+
+KINDS: dict[str, type[KVCodec]] = {codec.kind: codec for codec in (AffineCodec, Fp8Codec)}
+"""Kind -> the class that reads a document of that kind."""
+
+CODECS: dict[str, KVCodec] = {
+    "int8": AffineCodec(),
+    "int5": AffineCodec(key_bits=(5,), value_bits=(5,)),
+    "int4": AffineCodec(key_bits=(4,), value_bits=(4,)),
+    "fp8": Fp8Codec(),
+}
+"""Just below 8.5, 5.5 and 4.5 bits a value, and fp8 with 8 bits and a byte a token.
+
+With keys in groups of 64 instead of 72, `order` and `base` would come on top of that.
+"""
+
+
+def codec_from_json(document: Any, where: str) -> KVCodec:
+    """The codec of an untrusted document, such as a store's identity holds; `FormatError` names `where` it stands."""
+    kind = document.get("kind") if isinstance(document, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise FormatError(f"{where}: a codec is an object with a kind among {', '.join(KINDS)}, got {kind!r}.")
+    return KINDS[kind].from_json(document, where)
