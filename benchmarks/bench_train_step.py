@@ -13,7 +13,6 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import full_size
@@ -23,9 +22,12 @@ from full_size import HEAD_DIM, KV_HEADS, PREFIX_TOKENS
 
 from alpacache import flow_matching
 from alpacache.alpamayo.expert import ActionExpert
+from alpacache.cached_samples.prefix_rows import PrefixRows
 from alpacache.cached_samples.ring import Batch
+from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World
+from alpacache.driving.sample import FUTURE_STEPS
 from alpacache.planning.memory_model import memory_plan, with_room_used
 from alpacache.planning.workload import Workload
 from alpacache.prefix.codecs import tensor_codec
@@ -84,9 +86,9 @@ QUICK = [
 ]
 
 
-def random_rows(case: Case, layout: PrefixLayout, lengths: list[int], device: torch.device) -> torch.Tensor:
+def random_rows(case: Case, layout: PrefixLayout, lengths: list[int], device: torch.device) -> PrefixRows:
     """Two batches of stored samples; layers of a sample are alike."""
-    data = torch.empty(2 * case.batch, layout.row_bytes(max(lengths)), dtype=torch.uint8, device=device)
+    rows = PrefixRows(layout, max(lengths), batch_size=case.batch, device=device)
     for place, length in enumerate(lengths):
         one = torch.randn(1, 2, KV_HEADS, length, HEAD_DIM, device=device, dtype=torch.bfloat16)
         kv = one.expand(layout.layers, -1, -1, -1, -1)
@@ -94,8 +96,8 @@ def random_rows(case: Case, layout: PrefixLayout, lengths: list[int], device: to
             row = kv.to(layout.dtype).contiguous().flatten().view(torch.uint8)
         else:
             row = tensor_codec(layout.codec).encode(kv).flatten()
-        data[place, : len(row)] = data[case.batch + place, : len(row)] = row
-    return data
+        rows.data[place, : len(row)] = rows.data[case.batch + place, : len(row)] = row
+    return rows
 
 
 def run_case(case: Case, small: bool, steps: int) -> dict[str, Any]:
@@ -144,37 +146,35 @@ def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
     plan = memory_plan(work, draws=case.draws, micro_batch=micro_batch, checkpointing=case.checkpointing)
     if cap is not None and not case.decode_twice:
         plan = with_room_used(work, plan, cap_bytes=cap)
-    data = random_rows(case, layout, lengths, device)
+    rows = random_rows(case, layout, lengths, device)
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    staged = StagedBatch(rows, expert, draws=case.draws, at_once=micro_batch, decoded_layers=plan.decoded_layers)
     step = TrainStep(
         expert,
-        parameters,
+        parameters.values(),
         optimizer,
-        SimpleNamespace(layout=layout, data=data, longest=max(lengths), damage=None),  # type: ignore[arg-type]
-        batch_size=case.batch,
+        ShardedUpdate(parameters, World(rank=0, size=1, device=device)),
+        staged,
         micro_batch=micro_batch,
-        draws=case.draws,
         clip=1.0,
         causal=False,
         capture=case.capture,
         compile_layers=case.compile,
-        decoded_layers=plan.decoded_layers,
-        shared=ShardedUpdate(parameters, World(rank=0, size=1, device=device)),
     )
     batch = Batch(
         positions=tuple(range(case.batch)),
         sample_ids=tuple(map(str, range(case.batch))),
-        action=torch.randn(case.batch, 64, 2),
+        action=torch.randn(case.batch, FUTURE_STEPS, 2),
         rows=tuple(range(case.batch)),
         lengths=tuple(lengths),
         starts=tuple(length - 50 for length in lengths),
         turns=("straight",) * case.batch,
         ready=None,
     )
-    noise, t = torch.randn(case.batch, case.draws, 64, 2), torch.rand(case.batch, case.draws)
+    noise, t = torch.randn(case.batch, case.draws, FUTURE_STEPS, 2), torch.rand(case.batch, case.draws)
     times = []
     for _ in range(steps):
         started = time.perf_counter()
@@ -191,7 +191,7 @@ def _stock(case: Case, small: bool, steps: int) -> dict[str, Any]:
     expert.expert.config._attn_implementation = "sdpa"
     prefixes = PackedPrefixes(
         layout=layout,
-        data=random_rows(case, layout, lengths, device),
+        data=random_rows(case, layout, lengths, device).data,
         rows=torch.arange(case.batch, device=device),
         lengths=torch.tensor(lengths, device=device),
         starts=torch.tensor(lengths, device=device) - 50,
@@ -199,7 +199,7 @@ def _stock(case: Case, small: bool, steps: int) -> dict[str, Any]:
         dtype=expert.dtype,
     )
     optimizer = torch.optim.AdamW(expert.parameters(), lr=1e-4, fused=device.type == "cuda")
-    action, noise = (torch.randn(case.batch, case.draws, 64, 2, device=device) for _ in range(2))
+    action, noise = (torch.randn(case.batch, case.draws, FUTURE_STEPS, 2, device=device) for _ in range(2))
     t = torch.rand(case.batch, case.draws, device=device)
     times, loss = [], 0.0
     for _ in range(steps):

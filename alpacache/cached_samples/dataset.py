@@ -39,7 +39,7 @@ _POSE_THREADS = 4
 class CachedDataset:
     """All committed samples of the given stores, in order of store and id. `load` is safe in threads."""
 
-    def __init__(self, stores: Sequence[str | Path], checkpoint: Checkpoint, *, in_memory: bool = False) -> None:
+    def __init__(self, stores: Sequence[str | Path], checkpoint: Checkpoint) -> None:
         readers = [CacheReader(store) for store in stores]
         for store, reader in zip(stores, readers, strict=True):
             check_same_model(checkpoint, reader.identity, store=str(store))
@@ -48,12 +48,9 @@ class CachedDataset:
         """Of every sample; None: bfloat16 as it is."""
         self.rollouts = min(tail_count(reader.fields) for reader in readers)
         """Reasoning rollouts that every sample has tails of."""
-        self.in_memory = in_memory
-        """Whether samples stay in RAM, as they are stored, once read."""
         self._index = [(reader, sample_id) for reader in readers for sample_id in reader.sample_ids]
         if not self._index:
             raise UsageError(f"no committed sample in {', '.join(map(str, stores))}; run `alpacache extract` first.")
-        self._kept: dict[int, CachedSample] = {}
         ends = np.cumsum([len(reader.sample_ids) for reader in readers]).tolist()
         self.store_ranges = [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         """Each store's sample indices."""
@@ -96,16 +93,11 @@ class CachedDataset:
 
         Raises `CorruptSampleError` where a stored byte is not as committed.
         """
-        if index in self._kept and not tails:
-            return self._kept[index]
         reader, sample_id = self._index[index]
         names = tuple(map(tail_name, range(tails)))
         fields = [name for name in reader.fields if name.startswith(names)] if tails else []
         arrays = reader.read(sample_id, fields=(*self.prefix_fields, *POSE_FIELDS, *fields))
-        sample = from_arrays(sample_id, arrays, codec=self.codec)
-        if self.in_memory and not tails:
-            self._kept[index] = sample
-        return sample
+        return from_arrays(sample_id, arrays, codec=self.codec)
 
     def poses(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A sample's history and future, xyz (m, ego frame at t0) and rotations each; reads no keys and values."""

@@ -1,71 +1,166 @@
-"""What the ring reads next: the samples of the batches to come, in their order."""
+"""The host's half of the ring: what is read next, from which store, and what is remembered of samples read before.
 
-from collections.abc import Mapping, Sequence
+A sample that comes again has its target, turn and lengths already, and with `in_memory` its bytes too.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS
-from alpacache.cached_samples.targets import BatchTargets
-from alpacache.errors import DataError
-from alpacache.gpu.host_memory import Bytes, Slabs
+from alpacache.cached_samples.targets import BatchTargets, solver
+from alpacache.driving.action_space import UnicycleActionSpace
+from alpacache.driving.strata import TURNS, Turn
+from alpacache.errors import DataError, UsageError
+from alpacache.gpu.host_memory import Bytes, Slabs, available_bytes, page_rounded
+from alpacache.torchrun import this_process
+from cache_store.prefetcher import PrefetchedSample
 from cache_store.sample_read import SampleRead
 
 CHUNKS = "chunks"
-"""Key of what is to be checked on the device, as `SampleRead.unchecked` has it, among the arrays of a sample."""
+"""Key, among the arrays of a sample, of what the device is to check: `SampleRead.unchecked` of the KV."""
+_REMEMBERED = 2**18
+"""Samples whose target and lengths stay in memory after their first use, half a kilobyte each."""
+_SPARE_BYTES = 2**31
+"""RAM that samples kept in memory leave to the rest of a run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class SampleRequest:
     """One place of the global order, as the prefetcher is asked for it."""
 
     position: int
     index: int
     is_new: bool
-    """Its target and lengths are not known yet, nor its bytes in memory."""
+    """Its target and lengths are not known yet, nor are its bytes in memory."""
     ends_batch: bool
     place: int
-    """In its batch."""
+    """Place in the batch."""
     targets: BatchTargets
-    """Of its batch."""
+    """Targets of the whole batch."""
 
 
 class RingSource:
-    """What the prefetcher reads from: the stores of a dataset, of each sample what is not known yet."""
+    """What the prefetcher reads from: the stores of a dataset, and of each sample what is not known yet."""
 
-    def __init__(self, dataset: CachedDataset, slabs: Slabs | None, *, unchecked: Sequence[str]) -> None:
-        self._dataset, self._slabs, self._unchecked = dataset, slabs, unchecked
+    def __init__(
+        self,
+        dataset: CachedDataset,
+        space: UnicycleActionSpace,
+        *,
+        in_memory: bool,
+        check_on_device: bool,
+        solve_ahead: bool,
+    ) -> None:
+        """`solve_ahead`: reading threads solve targets. Raises `UsageError` where `in_memory` finds too little RAM."""
+        self._dataset = dataset
+        self._unchecked = ("kv",) if check_on_device else ()
         shape = () if dataset.codec is None else (KV_SHAPE,)
         self._fields = ("kv", "prefix_len", "start_position", *shape, *POSE_FIELDS)
         self._size_bytes = lru_cache(maxsize=4096)(dataset.layout.size_bytes)
+        self._solve, self._solve_ahead = solver(dataset, space), solve_ahead
+        self.slabs = _slabs(dataset) if in_memory else None
+        """Memory of samples that stay."""
+        self._kept: dict[int, Tensor] = {}
+        self._remembered = len(dataset) if in_memory else min(len(dataset), _REMEMBERED)
+        self._actions = torch.empty(self._remembered, space.waypoints, 2)
+        self._turns = np.zeros(self._remembered, np.uint8)
+        self._counts = np.zeros((self._remembered, 2), np.int64)
 
-    def views(self, wanted: Wanted, buffer: Bytes, fields: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        reader, sample_id = self._dataset.locate(wanted.index)
-        if self._slabs is not None:
-            if not wanted.is_new:
+    def requests(self, batches: Iterator[Sequence[tuple[int, int]]], batch_size: int) -> Iterator[SampleRequest]:
+        """What to read for batches of (position, sample index), in order.
+
+        Samples come back in this order, so one that is requested again is known by then.
+        """
+        seen = np.zeros(self._remembered, bool)
+        for batch in batches:
+            if not 0 < len(batch) <= batch_size:
+                raise ValueError(f"a batch has 1 to {batch_size} samples, got {len(batch)}.")
+            is_new = []
+            for _, index in batch:
+                is_new.append(index >= self._remembered or not seen[index])
+                if index < self._remembered:
+                    seen[index] = True
+            targets = BatchTargets(sum(is_new), self._solve, ahead=self._solve_ahead)
+            for place, (position, index) in enumerate(batch):
+                yield SampleRequest(
+                    position=position,
+                    index=index,
+                    is_new=is_new[place],
+                    ends_batch=place == len(batch) - 1,
+                    place=place,
+                    targets=targets,
+                )
+
+    def views(
+        self, request: SampleRequest, buffer: Bytes, fields: Sequence[str] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Where the sample's KV is read to: its own place in memory, else the buffer."""
+        reader, sample_id = self._dataset.locate(request.index)
+        if self.slabs is not None:
+            if not request.is_new:
                 return {}
-            buffer = self._slabs.place(reader.buffer_bytes(sample_id, ["kv"]))
+            buffer = self.slabs.place(reader.buffer_bytes(sample_id, ["kv"]))
         return reader.views(sample_id, buffer, ["kv"])
 
     def plan(
-        self, wanted: Wanted, fields: Sequence[str] | None = None, *, out: Mapping[str, NDArray[Any]] | None = None
+        self,
+        request: SampleRequest,
+        fields: Sequence[str] | None = None,
+        *,
+        out: Mapping[str, NDArray[Any]] | None = None,
     ) -> SampleRead:
-        reader, sample_id = self._dataset.locate(wanted.index)
-        if not wanted.is_new:
-            if not out:
-                return SampleRead(arrays={}, tasks=[])
-            read = reader.plan(sample_id, ["kv"], out=out, unchecked=self._unchecked, by_record=True)
-            return SampleRead(arrays=_with_chunks(read), tasks=read.tasks)
-        read = reader.plan(sample_id, self._fields, out=out, unchecked=self._unchecked, by_record=True)
-        self._check(sample_id, read.arrays)
-        wanted.targets.add(wanted.place, wanted.index, [read.arrays[name] for name in POSE_FIELDS])
-        return SampleRead(arrays=_with_chunks(read), tasks=read.tasks)
+        """The reads of a sample: all that training needs of a new one, else the KV, else nothing."""
+        if not request.is_new and not out:
+            return SampleRead(arrays={}, tasks=[])
+        reader, sample_id = self._dataset.locate(request.index)
+        names = self._fields if request.is_new else ("kv",)
+        read = reader.plan(sample_id, names, out=out, unchecked=self._unchecked, by_record=True)
+        if request.is_new:
+            self._check(sample_id, read.arrays)
+            request.targets.add(request.place, request.index, [read.arrays[name] for name in POSE_FIELDS])
+        chunks = {CHUNKS: read.unchecked["kv"]} if "kv" in read.unchecked else {}
+        return SampleRead(arrays=read.arrays | chunks, tasks=read.tasks)
+
+    def content(self, sample: PrefetchedSample[SampleRequest]) -> tuple[Tensor, int, int]:
+        """A sample's bytes, its tokens and the position that follows them: as just read, or as remembered."""
+        index, arrays = sample.sample_id.index, sample.arrays
+        if not sample.sample_id.is_new:
+            tokens, start = self._counts[index].tolist()
+            return self._kept[index] if index in self._kept else _flat(arrays["kv"]), tokens, start
+        tokens, start = int(arrays["prefix_len"]), int(arrays["start_position"])
+        kv = _flat(arrays["kv"])
+        if index < self._remembered:
+            self._counts[index] = tokens, start
+        if self.slabs is not None:
+            self._kept[index] = kv
+        return kv, tokens, start
+
+    def targets(self, batch: Sequence[SampleRequest]) -> tuple[Tensor, tuple[Turn, ...]]:
+        """Actions `[B, 64, 2]` and turns of a batch: those of new samples as solved, others as remembered."""
+        action = torch.empty(len(batch), *self._actions.shape[1:])
+        turns = [0] * len(batch)
+        if any(request.is_new for request in batch):
+            places, solved, names = batch[0].targets.result()
+            action[places] = solved
+            for place, turn in zip(places, names, strict=True):
+                turns[place] = TURNS.index(turn)
+        for place, request in enumerate(batch):
+            if request.is_new and request.index < self._remembered:
+                self._actions[request.index], self._turns[request.index] = action[place], turns[place]
+            elif not request.is_new:
+                action[place], turns[place] = self._actions[request.index], int(self._turns[request.index])
+        return action, tuple(TURNS[turn] for turn in turns)
 
     def _check(self, sample_id: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """The device decodes by the layout and the number of tokens alone: they must be those of the bytes."""
+        """Compare the bytes with layout and number of tokens, which is all that the device decodes them by."""
         tokens = int(arrays["prefix_len"])
         shape = arrays["kv"].shape if self._dataset.codec is None else tuple(arrays[KV_SHAPE].tolist())
         expected = self._dataset.layout.shape(tokens)
@@ -77,5 +172,23 @@ class RingSource:
             )
 
 
-def _with_chunks(read: SampleRead) -> dict[str, NDArray[Any]]:
-    return read.arrays | ({CHUNKS: read.unchecked["kv"]} if "kv" in read.unchecked else {})
+def _slabs(dataset: CachedDataset) -> Slabs:
+    """Room for all samples. Raises `UsageError` where there is not enough.
+
+    Every process on this machine will have kept them all after some epochs, and all ask before any has begun.
+    """
+    needed, available = sum(map(page_rounded, dataset.kv_bytes.tolist())), available_bytes()
+    processes = this_process().local_world_size
+    total = processes * (needed + _SPARE_BYTES)
+    if total > available:
+        each = f", in each of {processes} processes on this machine: {total:,} together" if processes > 1 else ""
+        raise UsageError(
+            f"keeping {len(dataset)} samples in memory takes {needed:,} bytes, and {_SPARE_BYTES:,} should be left to "
+            f"the rest of the run{each}; {available:,} are available. Leave --in-memory out: samples are then read "
+            "from disk in every epoch."
+        )
+    return Slabs(needed)
+
+
+def _flat(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array.reshape(-1).view(np.uint8))

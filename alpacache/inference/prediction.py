@@ -12,6 +12,7 @@ from alpacache import randomness
 from alpacache.alpamayo import ActionExpert
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import CachedSample
+from alpacache.cached_samples.prefix_rows import PrefixRows
 from alpacache.cached_samples.ring import BatchRing
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.flow_matching import sample as sample_flow
@@ -43,7 +44,7 @@ def predict_actions(
     need K of them. The noise depends on the seed and the sample id alone, so every model sees the same and batch size
     changes nothing.
     """
-    noise = _noise(seed, [sample.sample_id for sample in samples], paths).to(expert.device)
+    noise = eval_noise(seed, [sample.sample_id for sample in samples], paths).to(expert.device)
     if any(sample.tails for sample in samples):
         pairs = zip(samples, noise, strict=True)
         return torch.stack([_after_rollouts(expert, sample, draws, flow_steps) for sample, draws in pairs])
@@ -71,23 +72,16 @@ def predict_ahead(
     batch_size = min(batch_size, len(indices))
     starts = range(0, len(indices), batch_size)
     batches = ([(index, index) for index in indices[start : start + batch_size]] for start in starts)
-    ring = BatchRing(
-        data,
-        expert.action_space,
-        batches,
-        batch_size=batch_size,
-        device=expert.device,
-        buffers=max(_LEAST_BUFFERS, batch_size),
-        check_on_device=True,
-    )
-    sampler = ActionSampler(expert, ring, batch_size=batch_size, paths=paths, flow_steps=flow_steps, capture=capture)
+    rows = PrefixRows(data.layout, data.longest, batch_size=batch_size, device=expert.device, check_on_device=True)
+    ring = BatchRing(data, expert.action_space, batches, rows, buffers=max(_LEAST_BUFFERS, batch_size))
+    sampler = ActionSampler(expert, rows, paths=paths, flow_steps=flow_steps, capture=capture)
     before: SampledActions | None = None
     with ring:
         for batch in ring:
-            underway = sampler.run(batch, _noise(seed, batch.sample_ids, paths))
+            underway = sampler.run(batch, eval_noise(seed, batch.sample_ids, paths))
             ring.done(batch)
             if before is not None:
-                ring.hand_back()
+                ring.release_finished()
                 yield _taken(before, ring)
             before = underway
         if before is not None:
@@ -108,7 +102,7 @@ def _taken(sampled: SampledActions, ring: BatchRing) -> tuple[tuple[int, ...], T
     return sampled.batch.positions, action
 
 
-def _noise(seed: int, sample_ids: Sequence[str], paths: int) -> Tensor:
+def eval_noise(seed: int, sample_ids: Sequence[str], paths: int) -> Tensor:
     """`[B, K, 64, 2]`."""
     return torch.stack([randomness.noise("eval", seed, sample_id, draws=paths) for sample_id in sample_ids])
 

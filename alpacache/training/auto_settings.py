@@ -11,6 +11,7 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.expert import action_space
 from alpacache.alpamayo.geometry import EXPERT_PARTS
 from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.prefix_rows import PrefixRows
 from alpacache.cached_samples.ring import BatchRing
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
@@ -170,10 +171,11 @@ def _delivery_seconds(
 ) -> float:
     """Of the first batches; without damaged samples, where the run is to leave them out."""
     order, space, damaged = global_order(config, data), action_space(checkpoint), set[str]()
+    rows = PrefixRows(data.layout, data.longest, batch_size=batch_size, device=device)
     while True:
         batches = batches_of(order, batch_size, first=0, end=DELIVERED_BATCHES)
         sound = ([place for place in batch if data.sample_id(place[1]) not in damaged] for batch in batches)
-        ring = BatchRing(data, space, (batch for batch in sound if batch), batch_size=batch_size, device=device)
+        ring = BatchRing(data, space, (batch for batch in sound if batch), rows)
         try:
             return delivery_seconds(ring)
         except CorruptSampleError as error:

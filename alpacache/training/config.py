@@ -70,7 +70,7 @@ class TrainConfig:
     balance: Literal["none", "curvature"] = "none"
     """`curvature`: straight, gentle and sharp futures have equal shares of every epoch."""
     in_memory: bool = False
-    """Keep samples in RAM, page-locked and as they are stored, after their first read."""
+    """Keep training samples in RAM, page-locked and as they are stored, after their first read."""
     capture: bool = True
     """On a GPU, replay each step as one CUDA graph."""
     compile: bool = True

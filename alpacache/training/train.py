@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from alpacache import randomness
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import POSE_FIELDS
 from alpacache.cached_samples.identity import check_base, check_same_vlm, model_identity
+from alpacache.cached_samples.prefix_rows import PrefixRows
 from alpacache.cached_samples.ring import Batch, BatchRing
+from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.config_file import to_toml
 from alpacache.distributed.peer_memory import peer_memory
 from alpacache.distributed.sharded_update import ShardedUpdate
@@ -111,8 +112,8 @@ def _train(
         raise UsageError("on_damage is 'skip' with several processes; mend the store with `alpacache verify` instead.")
     device, checkpoint = world.device, Checkpoint(config.model)
     paths = [path for path, _ in weighted_stores(config.stores)]
-    data = CachedDataset(paths, checkpoint, in_memory=config.in_memory)
-    val = CachedDataset([config.val], checkpoint, in_memory=config.in_memory) if config.val else None
+    data = CachedDataset(paths, checkpoint)
+    val = CachedDataset([config.val], checkpoint) if config.val else None
     if val is not None:
         check_same_vlm(data.vlm, val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
     stores = stores_record(config, data)
@@ -229,8 +230,15 @@ class _Run:
         for index, error in self.unreadable.items():
             if index not in self.damaged:
                 self._note_damage({index}, error)
-        step: TrainStep | None = None
-        rows: Tensor | None = None
+        rows = PrefixRows(
+            self.data.layout,
+            self.data.longest,
+            batch_size=self.mine,
+            device=expert.device,
+            # Damage is then known a step late, when an average would have taken in what did not happen.
+            check_on_device=config.on_damage == "stop" and config.ema is None,
+        )
+        step = self._make_step(rows)
         self.started, self.first = time.monotonic(), self.step
         with InterruptGuard() as guard, ExitStack() as closing:
             closing.enter_context(self.writer)
@@ -244,14 +252,9 @@ class _Run:
                     self.data,
                     expert.action_space,
                     (self._without_damaged(batch)[self.world.rank :: self.world.size] for batch in places),
-                    batch_size=self.mine,
-                    device=expert.device,
-                    data=rows,
-                    # Damage is then known a step late, when an average would have taken in what did not happen.
-                    check_on_device=config.on_damage == "stop" and config.ema is None,
+                    rows,
+                    in_memory=config.in_memory,
                 )
-                rows = ring.data
-                step = step or self._make_step(ring)
                 try:
                     with ring:
                         self._run_through(ring, step, guard)
@@ -261,22 +264,26 @@ class _Run:
                 gc.collect()  # it, what its threads read and their error refer to each other: all RAM of --in-memory
         return self._report(self.first, time.monotonic() - self.started)
 
-    def _make_step(self, ring: BatchRing) -> TrainStep:
+    def _make_step(self, rows: PrefixRows) -> TrainStep:
         config = self.config
+        staged = StagedBatch(
+            rows,
+            self.expert,
+            draws=self.draws,
+            at_once=self.micro_batch,
+            decoded_layers=LEAST_DECODED if self.plan is None else self.plan.decoded_layers,
+        )
         return TrainStep(
             self.expert,
-            self.parameters,
+            self.parameters.values(),
             self.optimizer,
-            ring,
-            batch_size=self.mine,
+            self.shared,
+            staged,
             micro_batch=self.micro_batch,
-            draws=self.draws,
             clip=config.clip,
             causal=config.causal,
             capture=config.capture,
             compile_layers=config.compile,
-            decoded_layers=LEAST_DECODED if self.plan is None else self.plan.decoded_layers,
-            shared=self.shared,
         )
 
     def _run_through(self, ring: BatchRing, step: TrainStep, guard: InterruptGuard) -> None:
@@ -297,7 +304,7 @@ class _Run:
                 pausing = validating or finished or self.stopping or self.step % config.save_every == 0
                 # On a GPU the last step is read when the next one is enqueued, so that the device never waits.
                 while len(underway) > (0 if pausing or self.stopping else lag):
-                    ring.hand_back()
+                    ring.release_finished()
                     self._take(*underway.popleft(), ring, validating=validating and not underway)
                 if pausing or self.stopping:
                     self._pause(validated=validating)

@@ -1,19 +1,23 @@
-"""Validation during training: loss of held-out samples on noise that never changes, by stratum, and their minADE."""
+"""Validation during training: loss of held-out samples on noise that never changes, by turn, and their minADE."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from alpacache import randomness
 from alpacache.alpamayo import ActionExpert
-from alpacache.cached_samples.dataset import CachedDataset, target
-from alpacache.cached_samples.features import CachedSample
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.prefix_rows import PrefixRows
+from alpacache.cached_samples.ring import Batch, BatchRing
+from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.distributed.world import World
-from alpacache.driving.strata import classify
-from alpacache.inference.prediction import predict
+from alpacache.flow_matching import sample as sample_flow
+from alpacache.inference.prediction import eval_noise, to_paths
 from alpacache.metrics.paths import min_ade
 from alpacache.planning.workload import VAL_BATCH
+from alpacache.prefix.packed import PackedPrefixes
 from alpacache.training.config import TrainConfig
 from alpacache.training.step import flow_loss
 
@@ -37,44 +41,51 @@ class Validation:
 
         Each process takes every n-th sample; all get the same numbers.
         """
-        found: dict[str, list[float]] = defaultdict(list)
+        values: dict[str, list[float]] = defaultdict(list)
         mine = self._indices[world.rank :: world.size]
+        batches = ([(index, index) for index in mine[at : at + VAL_BATCH]] for at in range(0, len(mine), VAL_BATCH))
+        # The memory plan has room for one batch, and for one decoded layer of it.
+        rows = PrefixRows(self._data.layout, self._data.longest, batch_size=VAL_BATCH, device=expert.device, batches=1)
+        staged = StagedBatch(rows, expert, draws=_DRAWS, decoded_layers=0)
+        ring = BatchRing(self._data, expert.action_space, batches, rows)
         expert.eval()
-        # Other shapes than those that layers were compiled for.
-        with torch.compiler.set_stance("force_eager"):
-            for start in range(0, len(mine), VAL_BATCH):
-                samples = [self._data.load(index) for index in mine[start : start + VAL_BATCH]]
-                for sample, loss in zip(samples, self._losses(expert, samples), strict=True):
-                    found["val_loss"].append(loss)
-                    found[f"val_loss/{_turn(sample)}"].append(loss)
+        # Layers were compiled for other shapes than these.
+        with torch.compiler.set_stance("force_eager"), ring:
+            for batch in ring:
+                losses, prefixes = self._losses(expert, staged, batch)
+                for turn, loss in zip(batch.turns, losses, strict=True):
+                    values["val_loss"].append(loss)
+                    values[f"val_loss/{turn}"].append(loss)
                 if self._config.best_by == "min_ade":
-                    found["val_min_ade"] += self._min_ades(expert, samples)
+                    values["val_min_ade"] += self._min_ades(expert, batch, prefixes)
+                ring.done(batch)
         expert.train()
-        return means(world.all_gather(dict(found)))
+        return means(world.all_gather(dict(values)))
 
-    def _losses(self, expert: ActionExpert, samples: list[CachedSample]) -> list[float]:
-        schedule, device = self._config.times, expert.device
-        action = torch.stack([target(sample, expert.action_space) for sample in samples])[:, None]
-        ids = [sample.sample_id for sample in samples]
-        noise = torch.stack([randomness.noise("val", name, draws=_DRAWS) for name in ids])
-        t = torch.stack([randomness.times("val", name, draws=_DRAWS, schedule=schedule) for name in ids])
-        prefixes = [sample.prefix for sample in samples]
-        losses: list[float] = flow_loss(
-            expert, action.to(device), noise.to(device), t.to(device), prefixes, causal=self._config.causal
-        ).tolist()
-        return losses
+    def _losses(self, expert: ActionExpert, staged: StagedBatch, batch: Batch) -> tuple[list[float], PackedPrefixes]:
+        """The loss of each sample, and the prefixes of the batch."""
+        noise = torch.stack([randomness.noise("val", name, draws=_DRAWS) for name in batch.sample_ids])
+        schedule, count = self._config.times, len(batch.rows)
+        t = torch.stack([randomness.times("val", name, draws=_DRAWS, schedule=schedule) for name in batch.sample_ids])
+        staged.put(batch, noise, t=t)
+        prefixes = staged.prefixes(slice(count), longest=max(batch.lengths))
+        action, noise, t = staged.action[:count], staged.noise[:count], staged.t[:count]
+        losses: list[float] = flow_loss(expert, action, noise, t, prefixes, causal=self._config.causal).tolist()
+        return losses, prefixes
 
-    def _min_ades(self, expert: ActionExpert, samples: list[CachedSample]) -> list[float]:
-        paths = predict(expert, samples, paths=_PATHS, flow_steps=_FLOW_STEPS, seed=0)
-        return [min_ade(xyz, sample.future_xyz)["min_ade"] for (xyz, _), sample in zip(paths, samples, strict=True)]
+    def _min_ades(self, expert: ActionExpert, batch: Batch, prefixes: PackedPrefixes) -> list[float]:
+        noise = eval_noise(0, batch.sample_ids, _PATHS).to(expert.device)
+        action = sample_flow(lambda x, t: expert.velocity(x, t, prefixes), noise, steps=_FLOW_STEPS).cpu()
+        return [self._min_ade(expert, index, draws) for index, draws in zip(batch.positions, action, strict=True)]
+
+    def _min_ade(self, expert: ActionExpert, index: int, draws: Tensor) -> float:
+        history_xyz, history_rot, future_xyz, _ = self._data.poses(index)
+        xyz, _ = to_paths(expert.action_space, draws, history_xyz, history_rot)
+        return min_ade(xyz, future_xyz)["min_ade"]
 
 
 def means(parts: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """Mean by name over what several processes found."""
+    """Mean by name over the values of several processes."""
     names = sorted({name for part in parts for name in part})
     every = {name: [value for part in parts for value in part.get(name, ())] for name in names}
     return {name: sum(values) / len(values) for name, values in every.items()}
-
-
-def _turn(sample: CachedSample) -> str:
-    return classify(sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot).turn

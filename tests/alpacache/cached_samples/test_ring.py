@@ -9,9 +9,10 @@ import torch
 
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
-from alpacache.cached_samples import ring as batches
+from alpacache.cached_samples import ring_source
 from alpacache.cached_samples.dataset import CachedDataset, target
 from alpacache.cached_samples.order import GlobalOrder
+from alpacache.cached_samples.prefix_rows import PrefixRows
 from alpacache.cached_samples.ring import BatchRing
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.errors import DataError, UsageError
@@ -45,7 +46,7 @@ def int8_store(tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def space(tiny_checkpoint):
-    return load_expert(Checkpoint(str(tiny_checkpoint)), dtype=torch.float32, device=CPU).action_space
+    return load_expert(Checkpoint(str(tiny_checkpoint)), dtype=torch.float32).action_space
 
 
 @pytest.fixture
@@ -58,6 +59,11 @@ def in_order(count, steps, size, first=0):
     return iter([[(p, order[p]) for p in range(s * size, (s + 1) * size)] for s in range(first, steps)])
 
 
+def make_ring(dataset, space, batches, *, batch_size, device=CPU, **settings):
+    rows = PrefixRows(dataset.layout, dataset.longest, batch_size=batch_size, device=device)
+    return BatchRing(dataset, space, batches, rows, **settings)
+
+
 def stored_bytes(dataset, index):
     """A sample's keys and values as the store has them."""
     reader, sample_id = dataset.locate(index)
@@ -65,13 +71,13 @@ def stored_bytes(dataset, index):
 
 
 def row_bytes(ring, batch, place):
-    return ring.data[batch.rows[place], : ring.layout.size_bytes(batch.lengths[place])].cpu()
+    return ring._rows.data[batch.rows[place], : ring._rows.layout.size_bytes(batch.lengths[place])].cpu()
 
 
 def packed(ring, batch):
     return PackedPrefixes(
-        layout=ring.layout,
-        data=ring.data,
+        layout=ring._rows.layout,
+        data=ring._rows.data,
         rows=torch.tensor(batch.rows),
         lengths=torch.tensor(batch.lengths),
         starts=torch.tensor(batch.starts),
@@ -83,7 +89,7 @@ def packed(ring, batch):
 def everything(dataset, space, places, **settings):
     """(positions, ids, bytes, actions, lengths, starts) of every batch."""
     found = []
-    with BatchRing(dataset, space, places, device=CPU, **settings) as ring:
+    with make_ring(dataset, space, places, **settings) as ring:
         for batch in ring:
             content = [row_bytes(ring, batch, place).tolist() for place in range(len(batch.rows))]
             found.append((batch.positions, batch.sample_ids, content, batch.action.tolist(), batch.lengths))
@@ -94,7 +100,7 @@ def everything(dataset, space, places, **settings):
 
 def test_batches_are_the_samples_loaded_one_by_one(dataset, space):
     order, seen, lengths = GlobalOrder(0, 14), 0, set()
-    with BatchRing(dataset, space, in_order(14, 8, 4), batch_size=4, device=CPU, threads=3) as ring:
+    with make_ring(dataset, space, in_order(14, 8, 4), batch_size=4, threads=3) as ring:
         for step, batch in enumerate(ring):
             samples = [dataset.load(order[position]) for position in batch.positions]
             assert batch.positions == tuple(range(step * 4, step * 4 + 4))
@@ -106,7 +112,7 @@ def test_batches_are_the_samples_loaded_one_by_one(dataset, space):
             assert batch.action.dtype == torch.float32
             assert batch.ready is None
             alone = pack([sample.prefix for sample in samples], device=CPU, dtype=torch.float32)
-            for layer in range(ring.layout.layers):
+            for layer in range(ring._rows.layout.layers):
                 got, expected = packed(ring, batch).layer(layer), alone.layer(layer)
                 assert torch.equal(got[0], expected[0])
                 assert torch.equal(got[1], expected[1])
@@ -115,20 +121,20 @@ def test_batches_are_the_samples_loaded_one_by_one(dataset, space):
             seen += 1
     assert seen == 8  # 32 places: every sample a second time, from what is remembered
     assert len(lengths) == 2
-    assert ring.longest == max(lengths)
-    assert ring.data.shape == (8, ring.data.shape[1])
-    assert ring.data.shape[1] % 256 == 0
-    assert 8 <= ring.data.shape[1] - ring.layout.size_bytes(ring.longest) < 264
+    assert ring._rows.longest == max(lengths)
+    assert ring._rows.data.shape == (8, ring._rows.data.shape[1])
+    assert ring._rows.data.shape[1] % 256 == 0
+    assert 8 <= ring._rows.data.shape[1] - ring._rows.layout.size_bytes(ring._rows.longest) < 264
 
 
 def test_a_quantised_store_comes_encoded(tiny_checkpoint, int8_store, space):
     dataset = CachedDataset([int8_store], Checkpoint(str(tiny_checkpoint)))
-    with BatchRing(dataset, space, in_order(6, 3, 3), batch_size=3, device=CPU) as ring:
-        assert ring.layout.codec == dataset.codec is not None
+    with make_ring(dataset, space, in_order(6, 3, 3), batch_size=3) as ring:
+        assert ring._rows.layout.codec == dataset.codec is not None
         for batch in ring:
             samples = [dataset.load(GlobalOrder(0, 6)[position]) for position in batch.positions]
             alone = pack([sample.prefix for sample in samples], device=CPU, dtype=torch.float32)
-            assert alone.layout == ring.layout
+            assert alone.layout == ring._rows.layout
             assert torch.equal(packed(ring, batch).layer(1)[0], alone.layer(1)[0])
             assert all(
                 torch.equal(row_bytes(ring, batch, place), sample.prefix.data) for place, sample in enumerate(samples)
@@ -136,25 +142,24 @@ def test_a_quantised_store_comes_encoded(tiny_checkpoint, int8_store, space):
             ring.done(batch)
 
 
-def test_memory_threads_buffers_and_a_late_start_change_nothing(dataset, tiny_checkpoint, stores, space, monkeypatch):
+def test_memory_threads_buffers_and_a_late_start_change_nothing(dataset, space, monkeypatch):
     whole = everything(dataset, space, in_order(14, 9, 3), batch_size=3)
     assert len(whole) == 9
-    kept = CachedDataset(stores, Checkpoint(str(tiny_checkpoint)), in_memory=True)
-    assert everything(kept, space, in_order(14, 9, 3), batch_size=3) == whole
+    assert everything(dataset, space, in_order(14, 9, 3), batch_size=3, in_memory=True) == whole
     assert everything(dataset, space, in_order(14, 9, 3), batch_size=3, threads=1, buffers=1) == whole
     resumed = everything(dataset, space, in_order(14, 9, 3, first=6), batch_size=3, threads=5, buffers=9)
     assert [item[:2] + item[3:] for item in resumed] == [item[:2] + item[3:] for item in whole[6:]]
-    monkeypatch.setattr(batches, "_REMEMBERED", 5)
+    monkeypatch.setattr(ring_source, "_REMEMBERED", 5)
     assert everything(dataset, space, in_order(14, 9, 3), batch_size=3) == whole
 
 
 def test_samples_in_memory_are_read_once(tiny_checkpoint, stores, space, tmp_path):
     """The same sample twice in flight, too: the first has arrived before the second is handed out."""
     copies = [shutil.copytree(store, tmp_path / store.name) for store in stores]
-    dataset = CachedDataset(copies, Checkpoint(str(tiny_checkpoint)), in_memory=True)
+    dataset = CachedDataset(copies, Checkpoint(str(tiny_checkpoint)))
     expected = {index: stored_bytes(dataset, index) for index in range(14)}
     places = [[(p, p // 2)] for p in range(28)] + [[(28 + p, p % 14), (29 + p, p % 14)] for p in range(0, 40, 2)]
-    with BatchRing(dataset, space, iter(places), batch_size=2, device=CPU, buffers=6, threads=4) as ring:
+    with make_ring(dataset, space, iter(places), batch_size=2, in_memory=True, buffers=6, threads=4) as ring:
         for step, batch in enumerate(ring):
             for place, (_, index) in enumerate(places[step]):
                 assert torch.equal(row_bytes(ring, batch, place), expected[index])
@@ -165,42 +170,40 @@ def test_samples_in_memory_are_read_once(tiny_checkpoint, stores, space, tmp_pat
     assert step == len(places) - 1
 
 
-def test_too_little_memory_is_refused_before_anything_is_read(tiny_checkpoint, stores, space, monkeypatch):
-    dataset = CachedDataset(stores, Checkpoint(str(tiny_checkpoint)), in_memory=True)
-    monkeypatch.setattr(batches, "available_bytes", lambda: batches._SPARE_BYTES + 10_000)
+def test_too_little_memory_is_refused_before_anything_is_read(dataset, space, monkeypatch):
+    monkeypatch.setattr(ring_source, "available_bytes", lambda: ring_source._SPARE_BYTES + 10_000)
     with pytest.raises(UsageError, match=r"14 samples in memory takes [\d,]+ bytes.* 2,147,493,648 are available") as e:
-        BatchRing(dataset, space, in_order(14, 1, 4), batch_size=4, device=CPU)
+        make_ring(dataset, space, in_order(14, 1, 4), batch_size=4, in_memory=True)
     assert "Leave --in-memory out" in str(e.value)
 
 
-def test_each_process_of_a_machine_needs_room_for_all_samples(tiny_checkpoint, stores, space, monkeypatch):
-    dataset = CachedDataset(stores, Checkpoint(str(tiny_checkpoint)), in_memory=True)
-    one = batches._SPARE_BYTES + sum(-(-size // 4096) * 4096 for size in dataset.kv_bytes.tolist())
-    monkeypatch.setattr(batches, "available_bytes", lambda: 2 * one)
+def test_each_process_of_a_machine_needs_room_for_all_samples(dataset, space, monkeypatch):
+    one = ring_source._SPARE_BYTES + sum(-(-size // 4096) * 4096 for size in dataset.kv_bytes.tolist())
+    monkeypatch.setattr(ring_source, "available_bytes", lambda: 2 * one)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    BatchRing(dataset, space, in_order(14, 1, 4), batch_size=4, device=CPU)
+    make_ring(dataset, space, in_order(14, 1, 4), batch_size=4, in_memory=True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(UsageError, match=f"each of 3 processes on this machine: {3 * one:,} together; {2 * one:,} are"):
-        BatchRing(dataset, space, in_order(14, 1, 4), batch_size=4, device=CPU)
+        make_ring(dataset, space, in_order(14, 1, 4), batch_size=4, in_memory=True)
 
 
 def test_rows_are_double_buffered_and_wait_for_done(dataset, space):
-    with BatchRing(dataset, space, in_order(14, 6, 2), batch_size=2, device=CPU) as ring:
+    with make_ring(dataset, space, in_order(14, 6, 2), batch_size=2) as ring:
         iterator = iter(ring)
         first = next(iterator)
-        before = ring.data[:2].clone()
+        before = ring._rows.data[:2].clone()
         second = next(iterator)
         assert (first.rows, second.rows) == ((0, 1), (2, 3))
-        with pytest.raises(ValueError, match="rows of the last but one; call `done`"):
+        with pytest.raises(ValueError, match="rows that are in use; call `done`"):
             next(iterator)
-        assert torch.equal(ring.data[:2], before)
-        after = ring.data[2:].clone()
+        assert torch.equal(ring._rows.data[:2], before)
+        after = ring._rows.data[2:].clone()
         ring.done(first)
-        assert torch.equal(ring.data[:2], before)
+        assert torch.equal(ring._rows.data[:2], before)
         third = next(iter(ring))
         assert (third.rows, third.positions) == ((0, 1), (4, 5))
-        assert not torch.equal(ring.data[:2], before)
-        assert torch.equal(ring.data[2:], after)
+        assert not torch.equal(ring._rows.data[:2], before)
+        assert torch.equal(ring._rows.data[2:], after)
         assert ring.waited_s > 0
 
 
@@ -217,11 +220,11 @@ def test_buffers_are_handed_back_as_copies_end_but_for_the_last(dataset, space):
         def release(self):
             happened.append(f"released {self.number}")
 
-    ring = BatchRing(dataset, space, iter([]), batch_size=2, device=torch.device("cpu"))
+    ring = make_ring(dataset, space, iter([]), batch_size=2, device=torch.device("cpu"))
     ring._copying.extend((Copy(number), Copy(number)) for number in range(3))
-    ring.hand_back()
+    ring.release_finished()
     assert happened == ["ended 0", "released 0", "ended 1", "released 1"]
-    ring.hand_back()
+    ring.release_finished()
     assert len(ring._copying) == 1
     assert len(happened) == 4
 
@@ -237,7 +240,7 @@ def test_a_damaged_sample_is_named_in_its_place(tiny_checkpoint, stores, space, 
     threads, got = threading.active_count(), []
 
     def run():
-        with BatchRing(dataset, space, in_order(10, 5, 2), batch_size=2, device=CPU, buffers=8) as ring:
+        with make_ring(dataset, space, in_order(10, 5, 2), batch_size=2, buffers=8) as ring:
             for batch in ring:
                 got.append(batch.positions)
                 ring.done(batch)
@@ -249,7 +252,7 @@ def test_a_damaged_sample_is_named_in_its_place(tiny_checkpoint, stores, space, 
 
 
 def test_a_sample_that_does_not_fit_the_layout_is_named(dataset, space, monkeypatch):
-    ring = BatchRing(dataset, space, in_order(14, 2, 2), batch_size=2, device=CPU)
+    ring = make_ring(dataset, space, in_order(14, 2, 2), batch_size=2)
     monkeypatch.setattr(ring._source, "_size_bytes", lambda tokens: 17)
     with ring, pytest.raises(DataError, match=r"has keys and values \[\d.*\] in \d+ bytes and \d+ tokens"):
         next(iter(ring))
@@ -265,7 +268,7 @@ def test_a_path_without_actions_is_named(dataset, space, monkeypatch):
         return solve(self, history_xyz, history_rot, future_xyz, future_rot)
 
     monkeypatch.setattr(UnicycleActionSpace, "to_action", to_action)
-    ring = BatchRing(dataset, space, in_order(14, 1, 4), batch_size=4, device=CPU)
+    ring = make_ring(dataset, space, in_order(14, 1, 4), batch_size=4)
     with ring, pytest.raises(DataError, match=rf"sample '{dataset.sample_id(order[2])}'.* actions; singular"):
         next(iter(ring))
 
@@ -275,7 +278,7 @@ def test_leaving_early_ends_the_threads(dataset, space, error):
     threads, torch_threads = threading.active_count(), torch.get_num_threads()
     for _ in range(5):
         try:
-            with BatchRing(dataset, space, in_order(14, 500, 3), batch_size=3, device=CPU, threads=4) as ring:
+            with make_ring(dataset, space, in_order(14, 500, 3), batch_size=3, threads=4) as ring:
                 for _ in zip(range(2), ring, strict=False):
                     pass
                 if error is not None:
@@ -290,7 +293,7 @@ def test_leaving_early_ends_the_threads(dataset, space, error):
 
 def test_batches_may_be_smaller_but_not_larger_nor_empty(dataset, space):
     places = [[(0, 3)], [(1, 4), (2, 5)], []]
-    with BatchRing(dataset, space, iter(places), batch_size=2, device=CPU) as ring:
+    with make_ring(dataset, space, iter(places), batch_size=2) as ring:
         iterator = iter(ring)
         first, second = next(iterator), next(iterator)
         assert (first.rows, second.rows) == ((0,), (2, 3))
@@ -299,7 +302,7 @@ def test_batches_may_be_smaller_but_not_larger_nor_empty(dataset, space):
             next(iterator)
     with (
         pytest.raises(ValueError, match="1 to 2 samples, got 3"),
-        BatchRing(dataset, space, iter([[(0, 0), (1, 1), (2, 2)]]), batch_size=2, device=CPU) as ring,
+        make_ring(dataset, space, iter([[(0, 0), (1, 1), (2, 2)]]), batch_size=2) as ring,
     ):
         next(iter(ring))
 
@@ -308,22 +311,23 @@ def test_batches_may_be_smaller_but_not_larger_nor_empty(dataset, space):
 @needs_gpu
 @pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("buffers", [1, 3, None])
-def test_copies_overlap_work_and_never_overwrite_what_it_reads(tiny_checkpoint, stores, space, in_memory, buffers):
+def test_copies_overlap_work_and_never_overwrite_what_it_reads(dataset, space, in_memory, buffers):
     """Work that begins late reads its rows late: they hold the stored bytes even so, and the host is ahead of it."""
     device = torch.device("cuda")
-    dataset = CachedDataset(stores, Checkpoint(str(tiny_checkpoint)), in_memory=in_memory)
     order, size, steps = GlobalOrder(0, 14), 3, 40
     stored = {index: stored_bytes(dataset, index) for index in range(14)}
     delays = torch.randint(0, 20_000_000, (steps, 2), generator=torch.Generator().manual_seed(0)).tolist()
     read, ahead = [], 0
     places = in_order(14, steps, size)
-    with BatchRing(dataset, space, places, batch_size=size, device=device, buffers=buffers) as ring:
+    with make_ring(
+        dataset, space, places, batch_size=size, device=device, buffers=buffers, in_memory=in_memory
+    ) as ring:
         for batch, (before, after) in zip(ring, delays, strict=True):
             assert batch.ready is not None
             torch.cuda._sleep(before)
             torch.cuda.current_stream().wait_event(batch.ready)
             torch.cuda._sleep(after)
-            read.append((batch, ring.data[batch.rows[0] : batch.rows[-1] + 1].clone()))
+            read.append((batch, ring._rows.data[batch.rows[0] : batch.rows[-1] + 1].clone()))
             ring.done(batch)
             ahead += not ring._last_done.query()
     torch.cuda.synchronize()
@@ -339,8 +343,8 @@ def test_targets_that_a_reading_thread_solves_are_the_same_to_the_bit(dataset, s
     """As on a GPU, where the loop must not be held up; samples that come again are remembered."""
     found, threads = [], torch.get_num_threads()
     for ahead in (False, True):
-        ring = BatchRing(dataset, space, in_order(14, 9, 3), batch_size=3, device=CPU, threads=4)
-        ring._solves_ahead = ahead
+        ring = make_ring(dataset, space, in_order(14, 9, 3), batch_size=3, threads=4)
+        ring._solve_ahead = ring._source._solve_ahead = ahead
         with ring:
             found.append([])
             for batch in ring:
@@ -355,12 +359,14 @@ def test_targets_that_a_reading_thread_solves_are_the_same_to_the_bit(dataset, s
 
 @pytest.mark.gpu
 @needs_gpu
-def test_host_memory_is_page_locked_while_the_ring_is_open(tiny_checkpoint, stores, space):
+def test_host_memory_is_page_locked_while_the_ring_is_open(dataset, space):
+    settings = {"batch_size": 2, "device": torch.device("cuda")}
     for in_memory in (False, True):
-        dataset = CachedDataset(stores, Checkpoint(str(tiny_checkpoint)), in_memory=in_memory)
-        with BatchRing(dataset, space, in_order(14, 4, 2), batch_size=2, device=torch.device("cuda")) as ring:
+        with make_ring(dataset, space, in_order(14, 4, 2), **settings, in_memory=in_memory) as ring:
             batch = next(iter(ring))
-            memory = list(ring._kept.values()) if in_memory else [torch.from_numpy(ring._prefetcher._buffers[0])]
+            memory = (
+                list(ring._source._kept.values()) if in_memory else [torch.from_numpy(ring._prefetcher._buffers[0])]
+            )
             assert all(tensor.is_pinned() for tensor in memory)
             ring.done(batch)
         assert not any(tensor.is_pinned() for tensor in memory)
@@ -373,7 +379,7 @@ def test_leaving_early_with_copies_under_way(dataset, space, error):
     threads = threading.active_count()
 
     def run():
-        with BatchRing(dataset, space, in_order(14, 50, 3), batch_size=3, device=torch.device("cuda")) as ring:
+        with make_ring(dataset, space, in_order(14, 50, 3), batch_size=3, device=torch.device("cuda")) as ring:
             for batch in ring:
                 torch.cuda._sleep(50_000_000)
                 ring.done(batch)
@@ -393,14 +399,14 @@ def test_leaving_early_with_copies_under_way(dataset, space, error):
 def test_a_graph_can_be_captured_while_the_ring_reads(dataset, space):
     """Reading threads call no CUDA, so that a capture in the loop's thread is left alone."""
     device = torch.device("cuda")
-    with BatchRing(dataset, space, in_order(14, 6, 3), batch_size=3, device=device) as ring:
+    with make_ring(dataset, space, in_order(14, 6, 3), batch_size=3, device=device) as ring:
         sums = torch.zeros((), dtype=torch.int64, device=device)
         for step, batch in enumerate(ring):
             torch.cuda.current_stream().wait_event(batch.ready)
             if step == 1:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    sums += ring.data[:, :256].sum()
+                    sums += ring._rows.data[:, :256].sum()
             if step >= 1:
                 graph.replay()
             ring.done(batch)

@@ -7,12 +7,12 @@ import torch
 
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
+from alpacache.cached_samples import prefix_rows, staged_batch
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.ring import BatchRing
 from alpacache.errors import DataError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.gpu import capture
-from alpacache.inference import action_sampler
 from alpacache.inference.action_sampler import ActionSampler
 from alpacache.inference.prediction import predict_actions, predict_ahead
 
@@ -109,9 +109,9 @@ def test_filling_up_is_rounding_and_a_graph_sees_all_that_changes(data, expert, 
 def test_damage_in_a_row_is_named_before_its_batch_is_handed_over(data, expert, monkeypatch):
     def check(ring, chunks):
         if 3 in chunks:
-            ring.damage[3] = 1
+            ring._rows.damage[3] = 1
 
-    monkeypatch.setattr("alpacache.cached_samples.ring.has_kernels", lambda device: True)
+    monkeypatch.setattr(prefix_rows, "has_kernels", lambda device: True)
     monkeypatch.setattr(BatchRing, "_check", check)
     batches = predict_ahead(expert, data, INDICES, batch_size=2, **SETTINGS)
     assert next(batches)[0] == (4, 0)
@@ -124,8 +124,8 @@ def test_layers_are_kept_where_memory_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7 * 2**30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 6 * 2**30)
     device = torch.device("cuda")
-    assert action_sampler._is_free(4 * 2**30, device)  # 5 free, 1 idle, 2 to spare
-    assert not action_sampler._is_free(4 * 2**30 + 1, device)
+    assert staged_batch._is_free(4 * 2**30, device)  # 5 free, 1 idle, 2 to spare
+    assert not staged_batch._is_free(4 * 2**30 + 1, device)
 
 
 @gpu
@@ -134,7 +134,7 @@ def test_captured_equals_uncaptured_whether_layers_are_kept_or_decoded_each_step
     expert = load(tiny_checkpoint, dtype=torch.bfloat16, device="cuda")
     captured = ahead(expert, data)
     assert torch.equal(ahead(expert, data, capture=False), captured)
-    monkeypatch.setattr(action_sampler, "_is_free", lambda size_bytes, device: False)
+    monkeypatch.setattr(staged_batch, "_is_free", lambda size_bytes, device: False)
     assert torch.equal(ahead(expert, data), captured)
     assert torch.equal(ahead(expert, data, capture=False), captured)
     exact = load(tiny_checkpoint, dtype=torch.float32)

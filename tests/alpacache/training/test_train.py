@@ -487,7 +487,7 @@ def test_a_ring_of_samples_in_memory_is_gone_before_the_next_is_made(tiny_checkp
     def make(*args, **settings):
         assert all(ring() is None for ring in rings)
         made = BatchRing(*args, **settings)
-        rings.append(weakref.ref(made._slabs))
+        rings.append(weakref.ref(made._source.slabs))
         return made
 
     monkeypatch.setattr(training, "BatchRing", make)
@@ -557,7 +557,7 @@ def checking_device(request, monkeypatch):
         for row, start, size, crc in table.chunks:
             damage[row] |= google_crc32c.value(data[row, start : start + size].numpy().tobytes()) != crc
 
-    monkeypatch.setattr("alpacache.cached_samples.ring.has_kernels", lambda device: True)
+    monkeypatch.setattr("alpacache.cached_samples.prefix_rows.has_kernels", lambda device: True)
     monkeypatch.setattr("alpacache.gpu.checksum.ChunkTable", SimpleNamespace(build=build))
     monkeypatch.setattr("alpacache.gpu.checksum.check_rows", check_rows)
     return "cpu"

@@ -1,0 +1,91 @@
+"""Validation reads through a ring and finds what samples loaded one by one have; it keeps none of them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import alpacache
+from alpacache import randomness
+from alpacache.alpamayo import Checkpoint, load_expert
+from alpacache.cached_samples.dataset import CachedDataset, target
+from alpacache.distributed.world import World
+from alpacache.driving.strata import classify
+from alpacache.extraction.config import ExtractConfig
+from alpacache.gpu.host_memory import Slabs, page_rounded
+from alpacache.inference.prediction import predict_actions, to_paths
+from alpacache.metrics.paths import min_ade
+from alpacache.training.config import TrainConfig
+from alpacache.training.step import flow_loss
+from alpacache.training.validation import Validation
+
+
+@pytest.fixture(scope="module")
+def store(tiny_checkpoint, tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("validation") / "store")
+    model = str(tiny_checkpoint)
+    alpacache.extract(ExtractConfig(source="synthetic:5", model=model, store=path, device="cpu", codec="int8"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expert(tiny_checkpoint):
+    return load_expert(str(tiny_checkpoint), dtype=torch.float32)
+
+
+@torch.no_grad()
+def expected(expert, data):
+    """The same numbers from samples that are loaded and packed two at a time."""
+    values = {}
+    for start in range(0, len(data), 2):
+        samples = [data.load(index) for index in range(start, min(start + 2, len(data)))]
+        ids = [sample.sample_id for sample in samples]
+        action = torch.stack([target(sample, expert.action_space) for sample in samples])[:, None]
+        noise = torch.stack([randomness.noise("val", name, draws=4) for name in ids])
+        t = torch.stack([randomness.times("val", name, draws=4, schedule="beta") for name in ids])
+        losses = flow_loss(expert, action, noise, t, [sample.prefix for sample in samples], causal=False).tolist()
+        draws = predict_actions(expert, samples, paths=6, flow_steps=10, seed=0)
+        for sample, loss, actions in zip(samples, losses, draws, strict=True):
+            poses = (sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
+            xyz, _ = to_paths(expert.action_space, actions, *poses[:2])
+            values.setdefault("val_loss", []).append(loss)
+            values.setdefault(f"val_loss/{classify(*poses).turn}", []).append(loss)
+            values.setdefault("val_min_ade", []).append(min_ade(xyz, sample.future_xyz)["min_ade"])
+    return {name: sum(each) / len(each) for name, each in values.items()}
+
+
+@pytest.mark.parametrize("best_by", ["loss", "min_ade"])
+def test_numbers_are_those_of_samples_loaded_one_by_one(tiny_checkpoint, store, expert, best_by):
+    data = CachedDataset([store], Checkpoint(str(tiny_checkpoint)))
+    config = TrainConfig(stores=(store,), model="m", out="o", val=store, steps=1, best_by=best_by)
+    got = Validation(data, config).run(expert, World(rank=0, size=1, device=expert.device))
+    want = expected(expert.eval(), data)
+    assert got == {name: value for name, value in want.items() if name != "val_min_ade" or best_by == "min_ade"}
+    assert expert.train().training
+
+
+def test_processes_share_the_samples(tiny_checkpoint, store, expert):
+    """One of them may have none."""
+    data = CachedDataset([store], Checkpoint(str(tiny_checkpoint)))
+    config = TrainConfig(stores=(store,), model="m", out="o", val=store, steps=1, val_samples=2)
+    parts = []
+
+    def world(rank):
+        return SimpleNamespace(rank=rank, size=3, all_gather=lambda part: parts.append(part) or parts)
+
+    for rank in range(3):
+        shared = Validation(data, config).run(expert, world(rank))
+    assert [len(part.get("val_loss", ())) for part in parts] == [1, 1, 0]
+    alone = Validation(data, config).run(expert, World(rank=0, size=1, device=expert.device))
+    assert shared["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)  # batches of one
+
+
+def test_memory_keeps_training_samples_alone(tiny_checkpoint, store, tmp_path, monkeypatch):
+    """The check of RAM counts those and no others."""
+    kept, place = [], Slabs.place
+    monkeypatch.setattr(Slabs, "place", lambda slabs, size: (kept.append(page_rounded(size)), place(slabs, size))[1])
+    settings = {"steps": 4, "batch_size": 5, "val_every": 1, "in_memory": True, "trainable": "head", "track": "none"}
+    model = str(tiny_checkpoint)
+    config = TrainConfig(stores=(store,), model=model, out=str(tmp_path / "run"), val=store, device="cpu", **settings)
+    alpacache.train(config)
+    assert sum(kept) == sum(map(page_rounded, CachedDataset([store], Checkpoint(model)).kv_bytes.tolist()))
