@@ -8,9 +8,26 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from alpacache.driving.sample import DT_S, Floats
+from alpacache.evaluation.judging import SampleResult
+from alpacache.evaluation.summary import EvalSummary
 from alpacache.metrics.bias import Quantity, Slope
 from alpacache.metrics.bootstrap import Interval
+from alpacache.pictures.birds_eye import birds_eye_png
 from alpacache.pictures.canvas import BASELINE_STYLES, DPI, GRID, INK, MODEL_COLOURS, plain_text, png_bytes, unmath
+
+
+def sample_png(
+    summary: EvalSummary, result: SampleResult, *, front_jpeg: bytes | None = None, title: str = ""
+) -> bytes:
+    """One sample from above with the paths of every model and baseline, beside its front frame where one is given."""
+    return birds_eye_png(
+        truth_xyz=result.truth_xyz,
+        history_xyz=result.history_xyz,
+        paths={label: result.models[label].pred_xyz for label in summary.models},
+        baselines={label: result.models[label].pred_xyz[0] for label in summary.baselines},
+        front_jpeg=front_jpeg,
+        title=title,
+    )
 
 
 def bias_scatter_png(

@@ -2,7 +2,7 @@
 
 The page fetches nothing (its own content security policy forbids it) and stays below 10 MB for a thousand samples:
 paths travel as whole decimetres at every fourth waypoint and are drawn in the browser, front frames shrink, and where
-that is not enough the best samples are left out, and the page says so.
+that is not enough the best samples are left out and the page says so.
 """
 
 import base64
@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from alpacache.driving.sample import Floats
+from alpacache.driving.sample import FUTURE_S, Floats
 from alpacache.driving.strata import LATE_CURVE
 from alpacache.evaluation import report_tables as tables
-from alpacache.evaluation.plots import bias_scatter_png, error_over_time_png, loss_curves_png
-from alpacache.evaluation.summary import EvalSummary, SampleResult, departures_of
+from alpacache.evaluation.judging import SampleResult
+from alpacache.evaluation.plots import bias_scatter_png, error_over_time_png, loss_curves_png, sample_png
+from alpacache.evaluation.summary import EvalSummary
 from alpacache.metrics.baselines import BASELINES
-from alpacache.metrics.bias import Departure, departures_at
-from alpacache.metrics.paths import best_sample, displacement
-from alpacache.pictures.birds_eye import birds_eye_png
+from alpacache.metrics.bias import departures_at
+from alpacache.metrics.bootstrap import LEVEL
+from alpacache.metrics.paths import BOX_M, MISS_RADIUS_M, best_sample, displacement
 
 LISTED_SAMPLES = 2000
 PATHS_BUDGET_BYTES = 5_000_000
@@ -37,7 +38,6 @@ GALLERY_EACH = 3
 GALLERY_FRONT_PX = 420
 DETAIL_FRONT_PX = 300
 WAYPOINT_STRIDE = 4
-TEMPLATE = "report.html"
 
 
 def write_report(
@@ -48,7 +48,7 @@ def write_report(
     title: str = "alpacache evaluation",
     losses: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
-    """Write the page.
+    """Write the page of an evaluation, samples ranked by the last model.
 
     Args:
         summary: of exactly these results, from `summarise`.
@@ -64,19 +64,17 @@ def write_report(
     if summary.samples != len(results):
         raise ValueError(f"the summary is of {summary.samples} samples, but {len(results)} were given.")
     judged = summary.models[-1]
-    order = np.argsort([-one.models[judged].metrics["min_ade"] for one in results], kind="stable")
-    ranked = [results[place] for place in order]
-    truth, predicted = departures_of(ranked)
+    ranked = sorted(results, key=lambda result: -result.models[judged].metrics["min_ade"])
     listed, data = _embed(summary, ranked)
     page = _fill(
-        (resources.files("alpacache") / TEMPLATE).read_text(encoding="utf-8"),
+        (resources.files("alpacache") / "report.html").read_text(encoding="utf-8"),
         {
             "title": html.escape(title),
             "subtitle": html.escape(_subtitle(summary)),
             "warnings": _warnings(summary),
             "headline": f'{tables.headline_sentence(summary)}<div class="card scroll">'
             f'{tables.headline_table(summary)}</div><p class="soft">{html.escape(_legend(summary))}</p>',
-            "bias_picture": _bias_pictures(summary, ranked, truth, predicted),
+            "bias_picture": _bias_picture(summary, ranked),
             "filters": tables.filter_buttons(summary),
             "strata_table": tables.strata_table(summary),
             "slopes_table": tables.slopes_table(summary),
@@ -88,10 +86,10 @@ def write_report(
             ),
             "gallery": _gallery(summary, ranked, judged),
             "samples_note": html.escape(_samples_note(len(listed), len(ranked), judged)),
-            "samples_table": tables.samples_table(summary, listed, truth, predicted),
+            "samples_table": tables.samples_table(summary, listed),
             "footer": html.escape(
-                "Definitions: docs/reference/metrics.md. Intervals are 95 %. Changes resample clips, not samples; so "
-                "do slopes where clips have several samples, else theirs is Student's t."
+                f"Definitions: docs/reference/metrics.md. Intervals are {100 * LEVEL:.0f} %. Changes resample clips, "
+                "not samples; so do slopes where clips have several samples, else theirs is Student's t."
             ),
             "data": data,
         },
@@ -100,7 +98,7 @@ def write_report(
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
-    """Each `{{name}}` once, in one pass, so that a value holding braces is not filled again."""
+    """Fill each `{{name}}` in one pass, so that a value holding braces is not filled again."""
     used = set(re.findall(r"\{\{(\w+)\}\}", template))
     assert used == set(values), f"template and values differ in {used ^ set(values)}"
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
@@ -113,7 +111,8 @@ def _subtitle(summary: EvalSummary) -> str:
 
 def _legend(summary: EvalSummary) -> str:
     text = f"Metres, means over all samples, {summary.paths} paths a sample; lower is better. "
-    text += "Missed: no path ends within 2 m. Corners: distance of a 4 x 3 x 2 m box's corners."
+    text += f"Missed: no path ends within {MISS_RADIUS_M:g} m. "
+    text += f"Corners: distance of a {BOX_M[0]:g} x {BOX_M[1]:g} x {BOX_M[2]:g} m box's corners."
     if len(summary.models) > 1:
         text += f" Changes are paired, sample by sample, against {summary.reference}; coloured where the interval "
         text += "excludes zero."
@@ -141,19 +140,14 @@ def _png_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _bias_pictures(
-    summary: EvalSummary,
-    results: Sequence[SampleResult],
-    truth: Sequence[Departure],
-    predicted: Mapping[str, Sequence[Departure]],
-) -> str:
-    late = [result.strata.straight_history_late_curve for result in results]
+def _bias_picture(summary: EvalSummary, results: Sequence[SampleResult]) -> str:
     bias = summary.strata["all"].bias
+    predicted = {label: [result.mean_departure(label) for result in results] for label in summary.models}
     png = bias_scatter_png(
-        departures_at(truth, "heading", 6.4),
-        {label: departures_at(predicted[label], "heading", 6.4) for label in summary.models},
-        {label: bias[label]["heading"][6.4] for label in summary.models},
-        marked=np.array(late),
+        departures_at([result.true_departure for result in results], "heading", FUTURE_S),
+        {label: departures_at(departures, "heading", FUTURE_S) for label, departures in predicted.items()},
+        {label: bias[label]["heading"][FUTURE_S] for label in summary.models},
+        marked=np.array([result.strata.straight_history_late_curve for result in results]),
         marked_label=tables.stratum_name(LATE_CURVE),
     )
     return _picture(png, "predicted against driven heading change, one panel a model")
@@ -161,12 +155,12 @@ def _bias_pictures(
 
 def _time_png(summary: EvalSummary, results: Sequence[SampleResult]) -> bytes:
     def errors(label: str, rows: Sequence[SampleResult]) -> Floats:
-        each = [displacement(one.models[label].pred_xyz, one.truth_xyz) for one in rows]
+        each = [displacement(result.models[label].pred_xyz, result.truth_xyz) for result in rows]
         return np.stack([error[best_sample(error)] for error in each])
 
     panels, dashed = {}, {}
     for name in TIME_STRATA:
-        rows = [one for one in results if name in one.strata.labels]
+        rows = [result for result in results if name in result.strata.labels]
         if rows:
             title = f"{tables.stratum_name(name)} ({len(rows)})"
             panels[title] = {label: errors(label, rows) for label in summary.models}
@@ -181,7 +175,7 @@ def _losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _gallery(summary: EvalSummary, ranked: Sequence[SampleResult], judged: str) -> str:
-    """Cards of best, median and worst; a sample appears once, however few there are. Standing ones have no path."""
+    """Cards of best, median and worst samples that move; each appears once, however few there are."""
     moving = [result for result in ranked if result.strata.speed != "stopped"] or ranked
     count = len(moving)
     middle = max(0, count // 2 - GALLERY_EACH // 2)
@@ -190,23 +184,15 @@ def _gallery(summary: EvalSummary, ranked: Sequence[SampleResult], judged: str) 
         "median": range(middle, min(count, middle + GALLERY_EACH)),
         "worst": range(min(count, GALLERY_EACH)),
     }
-    seen: set[int] = set()
-    cards = []
-    for tag, wanted in places.items():
-        for place in wanted:
-            if place not in seen:
-                seen.add(place)
-                cards.append(_card(summary, moving[place], tag, judged))
-    return "".join(cards)
+    tags: dict[int, str] = {}
+    for tag, range_ in places.items():
+        for place in range_:
+            tags.setdefault(place, tag)
+    return "".join(_card(summary, moving[place], tag, judged) for place, tag in tags.items())
 
 
 def _card(summary: EvalSummary, result: SampleResult, tag: str, judged: str) -> str:
-    view = birds_eye_png(
-        truth_xyz=result.truth_xyz,
-        history_xyz=result.history_xyz,
-        paths={label: result.models[label].pred_xyz for label in summary.models},
-        baselines={label: result.models[label].pred_xyz[0] for label in summary.baselines},
-    )
+    view = sample_png(summary, result)
     front = ""
     if result.front_jpeg is not None:
         small = _shrunk(result.front_jpeg, GALLERY_FRONT_PX)
@@ -222,7 +208,7 @@ def _card(summary: EvalSummary, result: SampleResult, tag: str, judged: str) -> 
 
 
 def _embed(summary: EvalSummary, ranked: Sequence[SampleResult]) -> tuple[list[SampleResult], str]:
-    """The samples that fit into the budgets, worst first, and the page's data as JSON safe inside a script element."""
+    """Samples that fit into the budgets, worst first, and the page's data as JSON safe inside a script element."""
     labels = (*summary.models, *summary.baselines)
     samples: list[dict[str, Any]] = []
     paths_left, fronts_left = PATHS_BUDGET_BYTES, FRONTS_BUDGET_BYTES
@@ -264,13 +250,13 @@ def _sample_data(result: SampleResult, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _decimetres(xyz: Floats) -> list[int]:
-    """x and y of `[N, 3]`, one after the other."""
+    """Flatten x and y of `[N, 3]`: x0, y0, x1, ..."""
     flat: list[int] = np.rint(10 * np.asarray(xyz, dtype=np.float64)[:, :2]).astype(np.int64).reshape(-1).tolist()
     return flat
 
 
 def _shrunk(jpeg: bytes, width_px: int) -> bytes | None:
-    """The frame at most `width_px` wide, or None where it cannot be read; the page then says so."""
+    """Scale the frame to at most `width_px`; None where it cannot be read, which the page then says."""
     from PIL import Image
 
     try:

@@ -1,13 +1,15 @@
 """The tables of the HTML report. Every text that comes from data is escaped here, labels and ids included."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 
+from alpacache.driving.sample import FUTURE_S
 from alpacache.driving.strata import LATE_CURVE
-from alpacache.evaluation.summary import EvalSummary, SampleResult, StratumSummary
-from alpacache.metrics.bias import Departure, Slope
+from alpacache.evaluation.judging import SampleResult
+from alpacache.evaluation.summary import EvalSummary, StratumSummary
+from alpacache.metrics.bias import HORIZONS_S, QUANTITIES, Slope
 from alpacache.metrics.bootstrap import Interval
 from alpacache.pictures.canvas import BASELINE_STYLES, MODEL_COLOURS
 
@@ -34,14 +36,7 @@ STRATA_METRICS = {
 }
 STRATUM_NAMES = {LATE_CURVE: "straight history, curve after t0"}
 """Strata whose name needs words."""
-SLOPE_COLUMNS = (
-    ("heading", 2.0),
-    ("heading", 4.0),
-    ("heading", 6.4),
-    ("lateral", 2.0),
-    ("lateral", 4.0),
-    ("lateral", 6.4),
-)
+SLOPE_COLUMNS = tuple((quantity, horizon_s) for quantity in QUANTITIES for horizon_s in HORIZONS_S)
 
 
 def stratum_name(stratum: str) -> str:
@@ -64,12 +59,12 @@ def headline_table(summary: EvalSummary) -> str:
     for label in (*summary.models, *summary.baselines):
         cells = [_named(summary, label)]
         cells += [_number(key, stratum.metrics[label][key]) for key in HEADLINE_METRICS]
-        cells += [_slope(_heading_slope(of, label)) for of in (stratum, late)]
+        cells += [_slope(_heading_slope(each, label)) for each in (stratum, late)]
         rows.append(_row(cells, css=_row_css(summary, label)))
         if label in stratum.differences:
             cells = [f'<td class="name soft">change against {escape(summary.reference)}</td>']
             cells += [_change(key, stratum.differences[label][key]) for key in HEADLINE_METRICS]
-            cells += [_slope_change(of, label) for of in (stratum, late)]
+            cells += [_slope_change(each, label) for each in (stratum, late)]
             rows.append(_row(cells, css="difference"))
     return _table(heads, rows, sortable=False)
 
@@ -116,10 +111,7 @@ def slopes_table(summary: EvalSummary) -> str:
     for name, stratum in summary.strata.items():
         for label, bias in stratum.bias.items():
             cells = [_text(stratum_name(name)), _named(summary, label), _count(stratum.samples)]
-            cells += [
-                _slope(bias["heading"][horizon_s] if quantity == "heading" else bias["lateral"][horizon_s])
-                for quantity, horizon_s in SLOPE_COLUMNS
-            ]
+            cells += [_slope(bias[quantity][horizon_s]) for quantity, horizon_s in SLOPE_COLUMNS]
             rows.append(_row(cells, css=_row_css(summary, label), stratum=name))
     return _table(heads, rows)
 
@@ -129,21 +121,22 @@ def corridor_table(summary: EvalSummary) -> str:
     heads = ["stratum", "model", "leave", "recall", "change", "stay", "false", "among the paths", "spread m"]
     rows = []
     for name, stratum in summary.strata.items():
-        for label, of in stratum.corridor.items():
-            cells = [_text(stratum_name(name)), _named(summary, label), _count(of.leaving)]
-            cells += [_share(of.recall, of.recall_interval), _share_change(stratum.recall_differences.get(label))]
-            cells += [_count(of.staying), _share(of.false_leaving, None)]
-            cells += [_share(of.contained_leaving, of.contained_interval), _value(of.spread_m, "{:.2f}")]
+        for label, corridor in stratum.corridor.items():
+            cells = [_text(stratum_name(name)), _named(summary, label), _count(corridor.leaving)]
+            cells += [
+                _share(corridor.recall, corridor.recall_interval),
+                _share_change(stratum.recall_differences.get(label)),
+            ]
+            cells += [_count(corridor.staying), _share(corridor.false_leaving, None)]
+            cells += [
+                _share(corridor.contained_leaving, corridor.contained_interval),
+                _value(corridor.spread_m, "{:.2f}"),
+            ]
             rows.append(_row(cells, css=_row_css(summary, label), stratum=name))
     return _table(heads, rows)
 
 
-def samples_table(
-    summary: EvalSummary,
-    results: Sequence[SampleResult],
-    truth: Sequence[Departure],
-    predicted: Mapping[str, Sequence[Departure]],
-) -> str:
+def samples_table(summary: EvalSummary, results: Sequence[SampleResult]) -> str:
     """One row a sample; the row's index is the sample's place in `results`."""
     heads = ["sample", "turn", "m/s", "driven turn °"]
     heads += [f"{label} °" for label in summary.models] + [f"{label} minADE" for label in summary.models]
@@ -151,8 +144,9 @@ def samples_table(
     for index, result in enumerate(results):
         turn = stratum_name(LATE_CURVE) if result.strata.straight_history_late_curve else result.strata.turn
         cells = [_text(result.sample_id), _text(turn), _value(result.strata.mean_speed_mps, "{:.1f}")]
-        cells.append(_value(np.rad2deg(truth[index].heading[-1]), "{:.1f}"))
-        cells += [_value(np.rad2deg(predicted[label][index].heading[-1]), "{:.1f}") for label in summary.models]
+        cells.append(_value(np.rad2deg(result.true_departure.heading[-1]), "{:.1f}"))
+        turned = [result.mean_departure(label).heading[-1] for label in summary.models]
+        cells += [_value(np.rad2deg(radians), "{:.1f}") for radians in turned]
         cells += [_value(result.models[label].metrics["min_ade"], "{:.2f}") for label in summary.models]
         strata = escape(" ".join(result.strata.labels))
         rows.append(f'<tr tabindex="0" data-index="{index}" data-strata="{strata}">{"".join(cells)}</tr>')
@@ -169,7 +163,7 @@ def filter_buttons(summary: EvalSummary) -> str:
 
 
 def _heading_slope(stratum: StratumSummary, label: str) -> Slope | None:
-    return stratum.bias[label]["heading"][6.4] if label in stratum.bias else None
+    return stratum.bias[label]["heading"][FUTURE_S] if label in stratum.bias else None
 
 
 def _table(heads: Sequence[str], rows: Sequence[str], *, sortable: bool = True) -> str:
@@ -251,7 +245,7 @@ def _slope(slope: Slope | None) -> str:
 
 
 def _slope_change(stratum: StratumSummary, label: str) -> str:
-    change = stratum.bias_differences[label]["heading"][6.4] if label in stratum.bias_differences else None
+    change = stratum.bias_differences[label]["heading"][FUTURE_S] if label in stratum.bias_differences else None
     if change is None:
         return "<td>–</td>"
     return f'<td>{change.estimate:+.2f}<br><span class="range">[{change.low:+.2f}, {change.high:+.2f}]</span></td>'

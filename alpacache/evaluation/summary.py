@@ -9,37 +9,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from alpacache.driving.sample import Floats
-from alpacache.driving.strata import LATE_CURVE, STRATA, Strata
+from alpacache.driving.strata import LATE_CURVE, STRATA
+from alpacache.evaluation.judging import METRIC_KEYS, SampleResult
 from alpacache.metrics.baselines import BASELINES
 from alpacache.metrics.bias import (
     HORIZONS_S,
     MIN_CLIPS,
-    MIN_SPREAD,
     QUANTITIES,
     Departure,
     Quantity,
     Slope,
+    bias_difference,
     bias_slope,
-    departure,
-    departures_at,
-    fit_slope,
-    mean_departure,
 )
-from alpacache.metrics.bootstrap import Interval, mean_difference, slope_difference
-from alpacache.metrics.corridor import (
-    CorridorSummary,
-    Leaving,
-    leaving,
-    recall_difference,
-    summarise_corridor,
-)
-from alpacache.metrics.paths import EXTRA_KEYS, PUBLIC_KEYS, corner_distance, extra_metrics, min_ade
+from alpacache.metrics.bootstrap import Interval, mean_difference
+from alpacache.metrics.corridor import CorridorSummary, recall_difference, summarise_corridor
 from alpacache.strict_json import plain
 
-METRIC_KEYS = (*PUBLIC_KEYS, *EXTRA_KEYS)
 ENOUGH_SAMPLES = 30
 """A stratum with fewer is named in the warnings: its means and slopes may be chance."""
 
@@ -47,41 +34,6 @@ BySlope = Mapping[Quantity, Mapping[float, Slope | None]]
 ByInterval = Mapping[Quantity, Mapping[float, Interval | None]]
 _BY_MODEL = ("metrics", "differences", "bias", "bias_differences", "corridor", "recall_differences")
 """Fields of `StratumSummary` that are mappings by model."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelResult:
-    """What one model predicted for one sample, and how far off it was."""
-
-    pred_xyz: Floats
-    """`[K, 64, 3]` metres, ego frame at t0."""
-    pred_rot: Floats
-    """`[K, 64, 3, 3]`."""
-    metrics: Mapping[str, float]
-    """`METRIC_KEYS` -> metres (`miss_rate`: 0 or 1)."""
-    leaving: Leaving
-    """Whether the paths leave the straight corridor where the driven one does."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleResult:
-    """One evaluated sample. Poses are in the ego frame at t0, metres."""
-
-    sample_id: str
-    clip_id: str
-    truth_xyz: Floats
-    """`[64, 3]` the driven path."""
-    truth_rot: Floats
-    """`[64, 3, 3]`."""
-    history_xyz: Floats
-    """`[16, 3]`, the last one at t0."""
-    history_rot: Floats
-    """`[16, 3, 3]`."""
-    front_jpeg: bytes | None
-    """The front camera's frame at t0."""
-    strata: Strata
-    models: Mapping[str, ModelResult]
-    """Label -> result. The first label that is no baseline is what the others are compared with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +58,7 @@ class StratumSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSummary:
-    """What `summarise` found."""
+    """All numbers of an evaluation."""
 
     models: tuple[str, ...]
     """Labels in the order given, baselines excluded."""
@@ -114,40 +66,17 @@ class EvalSummary:
     reference: str
     """The model that differences are taken against."""
     paths: int
-    """K, sampled paths a model and sample."""
+    """Sampled paths a model and sample, K."""
     samples: int
     clips: int
     strata: Mapping[str, StratumSummary]
-    """Every name of `STRATA`, also those without a sample."""
+    """Numbers of every name of `STRATA`, also of those without a sample."""
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries, lists, numbers, strings and None; horizons become keys such as "6.4"."""
+        """Return dictionaries, lists, numbers, strings and None; horizons become keys such as "6.4"."""
         document: dict[str, Any] = plain(self)
         return document
-
-
-def judge(pred_xyz: ArrayLike, pred_rot: ArrayLike, truth_xyz: ArrayLike, truth_rot: ArrayLike) -> ModelResult:
-    """All metrics of K paths `[K, 64, 3]`, `[K, 64, 3, 3]` against `[64, 3]`, `[64, 3, 3]`; errors as in `min_ade`."""
-    metrics = min_ade(pred_xyz, truth_xyz)
-    metrics |= corner_distance(pred_xyz, pred_rot, truth_xyz, truth_rot) | extra_metrics(pred_xyz, truth_xyz)
-    return ModelResult(
-        pred_xyz=np.asarray(pred_xyz, dtype=np.float64),
-        pred_rot=np.asarray(pred_rot, dtype=np.float64),
-        metrics={key: metrics[key] for key in METRIC_KEYS},
-        leaving=leaving(pred_xyz, truth_xyz),
-    )
-
-
-def judge_baselines(
-    history_xyz: ArrayLike, history_rot: ArrayLike, truth_xyz: ArrayLike, truth_rot: ArrayLike
-) -> dict[str, ModelResult]:
-    """The baselines as models with one path each, to be merged into `SampleResult.models`."""
-    results = {}
-    for label, baseline in BASELINES.items():
-        xyz, rot = baseline(history_xyz, history_rot)
-        results[label] = judge(xyz[None], rot[None], truth_xyz, truth_rot)
-    return results
 
 
 def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
@@ -155,7 +84,7 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
 
     Args:
         results: one a sample, all with the same models and metrics.
-        seed: of the resampling for the intervals.
+        seed: seed of the resampling for the intervals.
 
     Raises:
         ValueError: no samples, the same sample twice, models or metrics that differ between samples, or no model
@@ -163,10 +92,11 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
     """
     labels = _checked_labels(results)
     models = tuple(label for label in labels if label not in BASELINES)
-    truth, predicted = departures_of(results)
+    truth = [result.true_departure for result in results]
+    predicted = {label: [result.mean_departure(label) for result in results] for label in labels}
     strata = {}
     for name in STRATA:
-        rows = [index for index, result in enumerate(results) if name in result.strata.labels]
+        rows = [row for row, result in enumerate(results) if name in result.strata.labels]
         strata[name] = _summarise_stratum(
             [results[row] for row in rows],
             [truth[row] for row in rows],
@@ -186,18 +116,6 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
     )
 
 
-def departures_of(results: Sequence[SampleResult]) -> tuple[list[Departure], dict[str, list[Departure]]]:
-    """Departure of each driven path, and per model the mean departure of its paths, in the order of results."""
-    truth = [departure(one.truth_xyz, one.truth_rot, one.history_rot[-1]) for one in results]
-    predicted: dict[str, list[Departure]] = {}
-    for label in results[0].models:
-        predicted[label] = [
-            mean_departure(one.models[label].pred_xyz, one.models[label].pred_rot, one.history_rot[-1])
-            for one in results
-        ]
-    return truth, predicted
-
-
 def _summarise_stratum(
     results: Sequence[SampleResult],
     truth: Sequence[Departure],
@@ -206,20 +124,23 @@ def _summarise_stratum(
     models: Sequence[str],
     seed: int,
 ) -> StratumSummary:
-    clips = [result.clip_id for result in results]
+    """Numbers of one stratum; departures are in the order of `results`, by label where predicted."""
     if not results:
         empty: dict[str, Any] = {name: {} for name in _BY_MODEL}
         return StratumSummary(samples=0, clips=0, **empty)
+    clips = [result.clip_id for result in results]
     values = {
-        label: {key: np.array([one.models[label].metrics[key] for one in results]) for key in METRIC_KEYS}
+        label: {key: np.array([result.models[label].metrics[key] for result in results]) for key in METRIC_KEYS}
         for label in predicted
     }
+    leavings = {label: [result.models[label].leaving for result in results] for label in predicted}
     reference, *others = models
-    left = {label: [one.models[label].leaving for one in results] for label in predicted}
     return StratumSummary(
         samples=len(results),
         clips=len(set(clips)),
-        metrics={label: {key: float(of.mean()) for key, of in by_key.items()} for label, by_key in values.items()},
+        metrics={
+            label: {key: float(errors.mean()) for key, errors in by_key.items()} for label, by_key in values.items()
+        },
         differences={
             label: {
                 key: mean_difference(values[reference][key], values[label][key], clips, seed=seed)
@@ -238,49 +159,47 @@ def _summarise_stratum(
             for label, pred in predicted.items()
         },
         bias_differences={
-            label: _slope_differences(truth, predicted[reference], predicted[label], clips, seed=seed)
+            label: {
+                quantity: {
+                    horizon_s: bias_difference(
+                        truth,
+                        predicted[reference],
+                        predicted[label],
+                        clips,
+                        quantity=quantity,
+                        horizon_s=horizon_s,
+                        seed=seed,
+                    )
+                    for horizon_s in HORIZONS_S
+                }
+                for quantity in QUANTITIES
+            }
             for label in others
         },
-        corridor={label: summarise_corridor(of, clips, seed=seed) for label, of in left.items()},
+        corridor={label: summarise_corridor(each, clips, seed=seed) for label, each in leavings.items()},
         recall_differences={
-            label: recall_difference(left[reference], left[label], clips, seed=seed) for label in others
+            label: recall_difference(leavings[reference], leavings[label], clips, seed=seed) for label in others
         },
     )
 
 
-def _slope_differences(
-    truth: Sequence[Departure],
-    before: Sequence[Departure],
-    after: Sequence[Departure],
-    clips: Sequence[str],
-    *,
-    seed: int,
-) -> dict[Quantity, dict[float, Interval | None]]:
-    """None exactly where `bias_slope` has no slope, or with a single clip."""
-    found: dict[Quantity, dict[float, Interval | None]] = {}
-    for quantity in QUANTITIES:
-        found[quantity] = {}
-        for horizon_s in HORIZONS_S:
-            x, y, z = (departures_at(each, quantity, horizon_s) for each in (truth, before, after))
-            fits = fit_slope(x, z, min_spread=MIN_SPREAD[quantity]) is not None
-            found[quantity][horizon_s] = slope_difference(x, y, z, clips, seed=seed) if fits else None
-    return found
-
-
 def _warnings(strata: Mapping[str, StratumSummary]) -> tuple[str, ...]:
-    found = []
+    warnings = []
     for name, stratum in strata.items():
-        of = f"{stratum.samples} sample{'s' * (stratum.samples > 1)} of {stratum.clips} clip{'s' * (stratum.clips > 1)}"
+        count = f"{stratum.samples} sample{'s' * (stratum.samples > 1)} of "
+        count += f"{stratum.clips} clip{'s' * (stratum.clips > 1)}"
         if 0 < stratum.samples < ENOUGH_SAMPLES:
-            found.append(f"{name}: {of}, too few to conclude from ({ENOUGH_SAMPLES} samples or more would do).")
+            warnings.append(f"{name}: {count}, too few to conclude from ({ENOUGH_SAMPLES} samples or more would do).")
         elif 0 < stratum.clips < MIN_CLIPS:
-            found.append(
-                f"{name}: {of}; slope intervals take samples for independent and are too narrow "
+            warnings.append(
+                f"{name}: {count}; slope intervals take samples for independent and are too narrow "
                 f"({MIN_CLIPS} clips or more would do)."
             )
     if not strata[LATE_CURVE].samples:
-        found.append(f"{LATE_CURVE}: no sample; whether the image is used on curves cannot be told from these clips.")
-    return tuple(found)
+        warnings.append(
+            f"{LATE_CURVE}: no sample; whether the image is used on curves cannot be told from these clips."
+        )
+    return tuple(warnings)
 
 
 def _checked_labels(results: Sequence[SampleResult]) -> tuple[str, ...]:

@@ -12,13 +12,13 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alpacache.driving.sample import DT_S, Floats
+from alpacache.driving.sample import DT_S, FUTURE_S, Floats
 from alpacache.driving.strata import heading
-from alpacache.metrics.bootstrap import slope_interval
+from alpacache.metrics.bootstrap import LEVEL, Interval, slope_difference, slope_interval
 
 Quantity: TypeAlias = Literal["heading", "lateral"]
 
-HORIZONS_S = (2.0, 4.0, 6.4)
+HORIZONS_S = (2.0, 4.0, FUTURE_S)
 QUANTITIES: tuple[Quantity, ...] = ("heading", "lateral")
 MIN_SPREAD: dict[Quantity, float] = {"heading": float(np.deg2rad(0.1)), "lateral": 0.02}
 """Least standard deviation of the truth (rad, m) that a slope can be fitted to."""
@@ -26,7 +26,6 @@ MIN_SAMPLES = 5
 """Fewer samples give no slope: with 2 the line is exact, with 3 or 4 the interval says nothing."""
 MIN_CLIPS = 10
 """Fewer clips than this cannot be resampled; the interval is then Student's t over samples."""
-LEVEL = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +167,23 @@ def bias_slope(
         n=line.n,
         clips=interval.clips,
     )
+
+
+def bias_difference(
+    truth: Sequence[Departure],
+    before: Sequence[Departure],
+    after: Sequence[Departure],
+    clips: Sequence[str],
+    *,
+    quantity: Quantity,
+    horizon_s: float,
+    seed: int = 0,
+) -> Interval | None:
+    """Slope of `after` less slope of `before`, paired; None where `bias_slope` has no slope, or with a single clip."""
+    x, y, z = (departures_at(each, quantity, horizon_s) for each in (truth, before, after))
+    if fit_slope(x, z, min_spread=MIN_SPREAD[quantity]) is None:
+        return None
+    return slope_difference(x, y, z, clips, seed=seed)
 
 
 def departures_at(departures: Sequence[Departure], quantity: Quantity, horizon_s: float) -> Floats:

@@ -16,6 +16,7 @@ from alpacache.driving.sample import Floats
 
 DRAWS = 2000
 LEVEL = 0.95
+"""Confidence level of every interval of the project."""
 MIN_CLIPS = 2
 """With one clip every replicate is the same and the interval would be a point."""
 

@@ -70,7 +70,7 @@ class RunDirectory:
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint says beside its tensors."""
-        return _read_state(self.checkpoint(step))
+        return read_state(self.checkpoint(step))
 
     def has_average(self, step: int) -> bool:
         """Whether a checkpoint holds an average of the weights."""
@@ -149,9 +149,7 @@ def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = Fals
 
     Raises `DataError` if a byte is not what was written, `UsageError` if there is no average.
     """
-    state = _read_state(path)
-    if average and AVERAGE not in state["files"]:
-        raise UsageError(f"{path} has no average of the weights; train with --ema, or leave --ema out here.")
+    state = read_state(path, average=average)
     wanted = [MODEL, *[OPTIMIZER] * optimizer, *[AVERAGE] * average]
     for name in wanted:
         note = state["files"][name]
@@ -206,13 +204,16 @@ def _is_complete(path: Path) -> bool:
     return (path / STATE).is_file()
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path, *, average: bool = False) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors. Raises `UsageError` if it lacks an `average` that is asked for."""
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{path / STATE} cannot be read ({error}); use an earlier checkpoint of the run.") from error
     if state.get("format") != _FORMAT:
         raise DataError(f"{path}: checkpoint format {state.get('format')!r}; this version reads {_FORMAT}.")
+    if average and AVERAGE not in state["files"]:
+        raise UsageError(f"{path} has no average of the weights; train with --ema, or leave --ema out here.")
     return state
 
 

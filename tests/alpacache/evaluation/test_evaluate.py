@@ -122,8 +122,25 @@ def test_a_run_on_another_base_is_refused(trained, tiny_checkpoint, tiny_checkpo
         alpacache.evaluate(config(trained, tiny_checkpoint_15, tmp_path))
     with pytest.raises(UsageError, match="neither a run directory"):
         alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, checkpoint=str(tmp_path)))
-    with pytest.raises(UsageError, match="label 'base' is taken"):
-        alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, compare={"base": "x"}))
+
+
+@pytest.mark.parametrize("label", ["base", "trained", "constant velocity", "constant turn rate"])
+def test_a_label_that_is_taken_is_refused_before_anything_is_read(label, tmp_path):
+    with pytest.raises(UsageError, match=f"^--compare {label}=runs/x: the label '{label}' is taken; choose another"):
+        alpacache.evaluate(config(tmp_path, tmp_path / "no model", tmp_path / "out", compare={label: "runs/x"}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_run_is_opened_before_the_first_path_is_sampled(trained, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("alpacache.evaluation.evaluate.load_expert", lambda *a, **k: pytest.fail("began to sample"))
+    runs = {"good": str(trained / "run"), "gone": str(tmp_path / "gone")}
+    with pytest.raises(UsageError, match="gone is neither a run directory"):
+        alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "out", compare=runs))
+    with pytest.raises(UsageError, match="has no average of the weights"):
+        alpacache.evaluate(
+            config(trained, tiny_checkpoint, tmp_path / "out", checkpoint=str(trained / "run"), ema=True)
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_report_shows_the_losses_of_the_runs(trained, tiny_checkpoint, tmp_path):

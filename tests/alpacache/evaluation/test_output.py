@@ -1,17 +1,16 @@
 """The parquet file: a row a sample and model, with the numbers of the tables."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from alpacache.driving.strata import classify
-from alpacache.evaluation.output import write_sample_table
-from alpacache.evaluation.summary import (
-    SampleResult,
-    judge,
-    judge_baselines,
-    summarise,
-)
+from alpacache.evaluation.judging import SampleResult, judge, judge_baselines
+from alpacache.evaluation.output import write_results, write_sample_table
+from alpacache.evaluation.summary import summarise
 
 HISTORY = np.stack([np.arange(-15.0, 1.0), np.zeros(16), np.zeros(16)], axis=-1)
 ROT = np.broadcast_to(np.eye(3), (64, 3, 3))
@@ -48,3 +47,17 @@ def test_a_row_for_every_sample_and_model_and_the_means_are_those_of_the_summary
     for label in ("base", "constant velocity"):
         mine = [row["min_fde"] for row in table if row["model"] == label]
         assert np.mean(mine) == pytest.approx(every.metrics[label]["min_fde"])
+
+
+def test_what_is_not_finite_is_null_in_the_json(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    good = result(0, 3.0)
+    metrics = dict(good.models["base"].metrics, corner_distance=float("nan"))
+    results = [replace(good, models={**good.models, "base": replace(good.models["base"], metrics=metrics)})]
+    settings = {"paths": 2, "seed": 0}
+    write_results(tmp_path, summarise(results), results, settings=settings, losses={})
+    document = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
+    assert document["settings"] == settings
+    assert document["samples"][0]["metrics"]["base"]["corner_distance"] is None
+    assert document["summary"]["strata"]["all"]["metrics"]["base"]["corner_distance"] is None
+    assert document["summary"]["strata"]["all"]["metrics"]["base"]["min_fde"] == metrics["min_fde"]

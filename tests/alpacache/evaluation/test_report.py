@@ -16,13 +16,9 @@ import pytest
 from PIL import Image
 
 from alpacache.driving.strata import classify
+from alpacache.evaluation.judging import SampleResult, judge, judge_baselines
 from alpacache.evaluation.report import write_report
-from alpacache.evaluation.summary import (
-    SampleResult,
-    judge,
-    judge_baselines,
-    summarise,
-)
+from alpacache.evaluation.summary import summarise
 
 HISTORY_XYZ = np.stack([np.arange(-15.0, 1.0), np.zeros(16), np.zeros(16)], axis=-1)
 HISTORY_ROT = np.broadcast_to(np.eye(3), (16, 3, 3))

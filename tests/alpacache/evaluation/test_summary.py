@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 
 from alpacache.driving.strata import LATE_CURVE, STRATA, classify
-from alpacache.evaluation.summary import (
-    METRIC_KEYS,
-    EvalSummary,
-    SampleResult,
-    judge,
-    judge_baselines,
-    summarise,
-)
+from alpacache.evaluation.judging import METRIC_KEYS, SampleResult, judge, judge_baselines
+from alpacache.evaluation.summary import EvalSummary, summarise
 
 HISTORY_XYZ = np.stack([np.arange(-15.0, 1.0), np.zeros(16), np.zeros(16)], axis=-1)
 HISTORY_ROT = np.broadcast_to(np.eye(3), (16, 3, 3))

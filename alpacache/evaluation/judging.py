@@ -1,0 +1,80 @@
+"""One sample judged: the paths that each model and baseline predicted, and their errors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from alpacache.driving.sample import Floats
+from alpacache.driving.strata import Strata
+from alpacache.metrics.baselines import BASELINES
+from alpacache.metrics.bias import Departure, departure, mean_departure
+from alpacache.metrics.corridor import Leaving, leaving
+from alpacache.metrics.paths import EXTRA_KEYS, PUBLIC_KEYS, corner_distance, extra_metrics, min_ade
+
+METRIC_KEYS = (*PUBLIC_KEYS, *EXTRA_KEYS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelResult:
+    """The paths that one model predicted for one sample, and their errors."""
+
+    pred_xyz: Floats
+    """`[K, 64, 3]` metres, ego frame at t0."""
+    pred_rot: Floats
+    """`[K, 64, 3, 3]`."""
+    metrics: Mapping[str, float]
+    """`METRIC_KEYS` -> metres (`miss_rate`: 0 or 1)."""
+    leaving: Leaving
+    """Whether the paths leave the straight corridor where the driven one does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleResult:
+    """One evaluated sample. Poses are in the ego frame at t0, metres."""
+
+    sample_id: str
+    clip_id: str
+    truth_xyz: Floats
+    """The driven path, `[64, 3]`."""
+    truth_rot: Floats
+    """`[64, 3, 3]`."""
+    history_xyz: Floats
+    """`[16, 3]`, the last one at t0."""
+    history_rot: Floats
+    """`[16, 3, 3]`."""
+    front_jpeg: bytes | None
+    """The front camera's frame at t0."""
+    strata: Strata
+    models: Mapping[str, ModelResult]
+    """Label -> result. The first label that is no baseline is what the others are compared with."""
+
+    @property
+    def true_departure(self) -> Departure:
+        """How far the driven path leaves the straight line."""
+        return departure(self.truth_xyz, self.truth_rot, self.history_rot[-1])
+
+    def mean_departure(self, label: str) -> Departure:
+        """How far a model's paths leave the straight line on average."""
+        return mean_departure(self.models[label].pred_xyz, self.models[label].pred_rot, self.history_rot[-1])
+
+
+def judge(pred_xyz: ArrayLike, pred_rot: ArrayLike, truth_xyz: ArrayLike, truth_rot: ArrayLike) -> ModelResult:
+    """Judge K paths `[K, 64, 3]`, `[K, 64, 3, 3]` by the driven `[64, 3]`, `[64, 3, 3]`; raises as `min_ade` does."""
+    metrics = min_ade(pred_xyz, truth_xyz)
+    metrics |= corner_distance(pred_xyz, pred_rot, truth_xyz, truth_rot) | extra_metrics(pred_xyz, truth_xyz)
+    return ModelResult(
+        pred_xyz=np.asarray(pred_xyz, dtype=np.float64),
+        pred_rot=np.asarray(pred_rot, dtype=np.float64),
+        metrics={key: metrics[key] for key in METRIC_KEYS},
+        leaving=leaving(pred_xyz, truth_xyz),
+    )
+
+
+def judge_baselines(
+    history_xyz: ArrayLike, history_rot: ArrayLike, truth_xyz: ArrayLike, truth_rot: ArrayLike
+) -> dict[str, ModelResult]:
+    """Judge each baseline as a model of one path; the results go into `SampleResult.models`."""
+    paths = {label: baseline(history_xyz, history_rot) for label, baseline in BASELINES.items()}
+    return {label: judge(xyz[None], rot[None], truth_xyz, truth_rot) for label, (xyz, rot) in paths.items()}
