@@ -1,7 +1,7 @@
 """Opening a store of many samples: the index beside reading the same file raw.
 
-The store is simulated: its index names samples whose records were never written, as opening does not need them.
-`mb_held` is what the open reader keeps of Python and numpy memory; ids have 41 characters.
+The store is simulated: its index names samples whose records were never written, because opening does not need them.
+`mb_held` is the Python and numpy memory that the open reader keeps; ids have 41 characters.
 """
 
 import os
@@ -34,12 +34,12 @@ def simulate(path: Path, count: int) -> None:
 
 
 def seconds(action: Any, rounds: int = 5) -> float:
-    found = []
+    times_s = []
     for _ in range(rounds):
         started = time.perf_counter()
         action()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+        times_s.append(time.perf_counter() - started)
+    return statistics.median(times_s)
 
 
 def held_bytes(path: Path) -> int:
@@ -59,7 +59,7 @@ def main() -> None:
         try:
             store = folder / "store"
             simulate(store, count)
-            raw_s = seconds((store / index.FILE).read_bytes)
+            raw_s = seconds((store / index.INDEX).read_bytes)
             open_s = seconds(lambda store=store: CacheReader(store))
             held = held_bytes(store)
         finally:

@@ -1,7 +1,7 @@
 """Reading samples: the store beside raw `readinto`, `readinto` with CRC-32C, and other libraries.
 
-All read the same bytes in the same threads into the same ready buffers, whole samples a thread, readers taking turns
-so that whatever else the machine does meets all of them. Cold means that the pages were evicted before.
+All read the same bytes in the same threads into the same prepared buffers, whole samples per thread. Readers take
+turns, so that whatever else the machine does affects all of them. Cold means that the pages were evicted before.
 """
 
 import importlib.util
@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from benchmark_report import arguments, finish
 
-from cache_store import CacheReader, CacheWriter, Field, Prefetcher, checksum
-from cache_store.format.stored_object import BLOCK_BYTES
+from cache_store import CacheReader, CacheWriter, Field, Prefetcher
+from cache_store.checksum import crc32c
+from cache_store.storage.local_storage import BLOCK_BYTES
 
 Read = Callable[[str, np.ndarray], Any]
 FIELDS = [Field(name="kv", dtype="bfloat16", axes=("layer", "key_value", "kv_head", "token", "channel"))]
@@ -39,7 +40,7 @@ def make_store(path: Path, sample_mb: float, count: int) -> CacheReader:
 
 
 def raw_readers(reader: CacheReader) -> dict[str, Read]:
-    """What any reader of these files can at best do, without and with checking."""
+    """The best that any reader of these files can do, without and with checking."""
     chunks = {
         name: [
             reader.path / reader.record(name).folder / stored.path
@@ -57,14 +58,14 @@ def raw_readers(reader: CacheReader) -> dict[str, Read]:
             at -= 4
 
     def readinto_crc(sample_id: str, buffer: np.ndarray) -> None:
-        at, view, extend = 0, memoryview(buffer), checksum.extender(buffer)
+        at, view = 0, memoryview(buffer)
         for path in chunks[sample_id]:
             crc, size = 0, path.stat().st_size - 4
             with open(path, "rb", buffering=0) as file:
                 for start in range(at, at + size, BLOCK_BYTES):
                     end = min(at + size, start + BLOCK_BYTES)
                     file.readinto(view[start:end])
-                    crc = extend(crc, start, end)
+                    crc = crc32c(view[start:end], crc)
                 assert crc == int.from_bytes(file.read(4), "little")
             at += size
 
@@ -79,7 +80,7 @@ def store_readers(reader: CacheReader) -> dict[str, Read]:
 
 
 def other_readers(reader: CacheReader, folder: Path) -> dict[str, Read]:
-    """Other libraries on the same store, and safetensors on files of its own; those that are installed."""
+    """Other installed libraries on the same store, and safetensors on files of its own."""
     import zarr
     from zarr.core.buffer import default_buffer_prototype
 
@@ -131,7 +132,7 @@ def evict(path: Path) -> None:
 
 
 def timed(read: Read, sample_ids: Sequence[str], buffers: Sequence[np.ndarray]) -> float:
-    """Seconds for all samples, each thread taking every n-th with a buffer of its own."""
+    """Seconds for all samples; each of n threads takes every n-th with a buffer of its own."""
 
     def work(worker: int) -> None:
         for sample_id in sample_ids[worker :: len(buffers)]:
@@ -181,13 +182,13 @@ def measure(
             "sample_mb": round(size / 1e6),
             "threads": threads,
             "medium": medium,
-            "gb_s": statistics.median(found),
+            "gb_s": statistics.median(gb_s),
             "of_readinto": ratio(name, "readinto"),
             "of_readinto_crc": ratio(name, "readinto_crc"),
             "extra_memory": extra_memory(readers[name], ids[0], buffers[0]) if name in readers else None,
             "working_set_gb": size * len(ids) / 1e9,
         }
-        for name, found in rates.items()
+        for name, gb_s in rates.items()
     ]
 
 
@@ -208,7 +209,7 @@ def main() -> None:
     parser.add_argument("--media", nargs="+", choices=("warm", "cold"), default=["warm", "cold"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="cold uses the largest number alone")
     parser.add_argument("--bare", action="store_true", help="raw reading and the store alone")
-    parser.add_argument("--rounds", type=int, default=7, help="of warm reading")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of warm reading")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for sample_mb in [60] if options.quick else options.sizes:

@@ -36,7 +36,7 @@ def main() -> None:
     try:
         plain = CacheWriter(folder / "plain", fields=FIELDS, identity={})
         packed = CacheWriter(folder / "packed", fields=[replace(FIELDS[0], compression="zstd")], identity={})
-        for i in range(count):  # taking turns, so that whatever else the machine does meets all of them
+        for i in range(count):  # in turns, so that whatever else the machine does affects all of them
             for name in rates:
                 started = time.perf_counter()
                 if name == "raw":
@@ -50,10 +50,10 @@ def main() -> None:
         {
             "writer": name,
             "sample_mb": round(kv.nbytes / 1e6),
-            "gb_s": statistics.median(found),
-            "of_raw": statistics.median(one / other for one, other in zip(found, rates["raw"], strict=True)),
+            "gb_s": statistics.median(gb_s),
+            "of_raw": statistics.median(one / other for one, other in zip(gb_s, rates["raw"], strict=True)),
         }
-        for name, found in rates.items()
+        for name, gb_s in rates.items()
     ]
     finish("store_write", rows, options)
 

@@ -1,4 +1,4 @@
-"""The same small request for many things, several at a time: what object storage is slow in, it can do in parallel."""
+"""Many small requests in parallel: object storage answers each slowly, but many at once."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,9 +11,9 @@ Result = TypeVar("Result")
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """`map`, by so many threads; no more than twice as many results wait to be taken.
+    """`map` in threads; at most twice as many results as threads wait for the caller.
 
-    The first error in order is raised in its place, and nothing is begun after it.
+    The first error, in the order of the items, is raised in its place, and nothing is started after it.
     """
     if threads < 2:
         yield from map(function, items)

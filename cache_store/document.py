@@ -1,18 +1,18 @@
-"""The JSON documents of a store: written canonically, sealed with a checksum of their own, read with suspicion.
+"""The JSON documents of a store: written canonically, sealed with their own checksum, read with suspicion.
 
 The seal is the CRC-32C of the file's bytes with the seal's own eight hex digits set to zeros, so that a reader in any
-language can check every byte of the file without knowing how to write JSON canonically.
+language can check every byte of the file without knowing how to write canonical JSON.
 """
 
 import json
 import math
 from typing import Any
 
-from cache_store import checksum
+from cache_store.checksum import crc32c
 from cache_store.errors import FormatError
 
 MAX_DOCUMENT_BYTES = 16 * 2**20
-"""Larger ones are neither written nor read: a hostile store must not fill the memory."""
+"""Size limit for writing and reading: a hostile store must not fill the memory."""
 SEAL_KEY = "document_crc32c"
 _SEAL_OPENING = f'"{SEAL_KEY}":"'.encode()
 _BLANK = b"00000000"
@@ -43,9 +43,9 @@ def seal(document: dict[str, Any], what: str, *, opening: bytes = b"{") -> bytes
     """Canonical bytes with the seal inserted right after `opening`, where readers find it first."""
     data = to_bytes(document, what)
     assert data.startswith(opening)
-    sealed = opening + _SEAL_OPENING + _BLANK + b'",' + data[len(opening) :]
     at = len(opening) + len(_SEAL_OPENING)
-    return sealed[:at] + b"%08x" % checksum.value(sealed) + sealed[at + 8 :]
+    sealed = opening + _SEAL_OPENING + _BLANK + b'",' + data[len(opening) :]
+    return sealed[:at] + b"%08x" % crc32c(sealed) + sealed[at + 8 :]
 
 
 def check_seal(data: bytes, where: str) -> None:
@@ -55,7 +55,7 @@ def check_seal(data: bytes, where: str) -> None:
         raise FormatError(f"{where} carries no checksum ({SEAL_KEY}); it is damaged or was changed by another tool.")
     at += len(_SEAL_OPENING)
     stored = data[at : at + 8]
-    computed = b"%08x" % checksum.value(data[:at] + _BLANK + data[at + 8 :])
+    computed = b"%08x" % crc32c(data[:at] + _BLANK + data[at + 8 :])
     if stored != computed:
         raise FormatError(
             f"{where} does not match its own checksum (stored {stored.decode(errors='replace')}, computed "
@@ -64,7 +64,7 @@ def check_seal(data: bytes, where: str) -> None:
 
 
 def parse(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object from untrusted bytes: no duplicate keys, no NaN, bounded depth."""
+    """Parse a JSON object from untrusted bytes: no duplicate keys, no NaN, bounded depth."""
     try:
         document = json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:

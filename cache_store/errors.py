@@ -1,6 +1,6 @@
-"""The errors of the store; each also inherits the builtin that fits, so callers need not import this module.
+"""Errors of the store. Each also inherits the builtin that fits, so callers need not import this module.
 
-All of them survive pickling, because readers run inside data-loading worker processes.
+All survive pickling, because readers run inside data-loading worker processes.
 """
 
 import errno
@@ -8,23 +8,19 @@ from collections.abc import Sequence
 
 
 class CacheStoreError(Exception):
-    """Base of every error this package raises on purpose (bad arguments are plain `ValueError`)."""
+    """Base of every error that this package raises on purpose (bad arguments are plain `ValueError`)."""
 
 
 class StoreNotFoundError(CacheStoreError, FileNotFoundError):
-    """There is no store at this path."""
+    """No store at this path."""
 
 
 class IdentityMismatchError(CacheStoreError, ValueError):
-    """The store holds samples made with other settings; `differences` has one line a differing key."""
+    """The store holds samples made with other settings; `differences` has one line per differing key."""
 
     def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.message = message
         self.differences = tuple(differences)
-
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.message, self.differences)
 
 
 class FormatError(CacheStoreError, ValueError):
@@ -32,16 +28,12 @@ class FormatError(CacheStoreError, ValueError):
 
 
 class CorruptSampleError(CacheStoreError, OSError):
-    """A committed sample's bytes are not what was written: missing, truncated or changed."""
+    """Bytes of a committed sample are not what was written: missing, truncated or changed."""
 
     def __init__(self, message: str, sample_id: str = "", field: str = "") -> None:
         super().__init__(message)
-        self.message = message
         self.sample_id = sample_id
         self.field = field
-
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.message, self.sample_id, self.field)
 
 
 class SampleNotFoundError(CacheStoreError, KeyError):
@@ -63,16 +55,15 @@ class StoreFullError(CacheStoreError, OSError):
 
     def __init__(self, message: str, needed_bytes: int = 0, code: int = errno.ENOSPC) -> None:
         super().__init__(message)
-        self.message = message
         self.needed_bytes = needed_bytes
         self.errno = code
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.message, self.needed_bytes, self.errno)
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # `errno` is no entry of `__dict__`
+        return type(self), (self.args[0], self.needed_bytes, self.errno)
 
 
 class UnsupportedFileSystemError(CacheStoreError, OSError):
-    """The file system or the object storage cannot do what the commit protocol needs (hard links, conditional puts)."""
+    """The file system or object storage lacks what the commit protocol needs (hard links, conditional puts)."""
 
 
 class StoreAddressError(CacheStoreError, ValueError):
@@ -80,4 +71,4 @@ class StoreAddressError(CacheStoreError, ValueError):
 
 
 class ObjectStorageError(CacheStoreError, OSError):
-    """Object storage refused a request, or went on failing after all retries."""
+    """Object storage refused a request, or still failed after all retries."""

@@ -1,15 +1,14 @@
 """Reading ahead: samples in the caller's order into a ring of the caller's buffers, several samples and chunks at once.
 
 The buffers bound the memory and are the back-pressure: a sample is begun when a buffer is free, and a buffer is free
-when the caller has released the sample in it (after its copy to the GPU has finished, say). Plain threads are enough,
-because reading and checking let go of Python's interpreter lock.
+once the caller has released the sample in it (after its copy to the GPU has finished, say). Plain threads are enough,
+because reading and checking release Python's interpreter lock.
 """
 
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -22,9 +21,9 @@ KeyIn = TypeVar("KeyIn", contravariant=True)
 
 
 class SampleSource(Protocol[KeyIn]):
-    """What samples are read from: a `CacheReader`, or the caller's own choice among several by keys of its own.
+    """Where samples are read from: a `CacheReader`, or a caller's choice among several, with keys of its own.
 
-    Both methods are called in the prefetcher's threads; they mean what they mean in `CacheReader`.
+    Both methods do what they do in `CacheReader`; the prefetcher's threads call them.
     """
 
     def views(
@@ -37,19 +36,19 @@ class SampleSource(Protocol[KeyIn]):
 
 
 class PrefetchedSample(Generic[Key]):
-    """One sample in one of the caller's buffers, which is read over again after `release`."""
+    """One sample in one of the caller's buffers, which the next sample overwrites after `release`."""
 
     def __init__(self, sample_id: Key, buffer: int, on_release: Callable[[int], None]) -> None:
         self.sample_id = sample_id
         self.arrays: dict[str, NDArray[Any]] = {}
-        """Views of the buffer; text as arrays of its own."""
+        """Views of the buffer, by field; text has arrays of its own."""
         self._buffer = buffer
         self._on_release: Callable[[int], None] | None = on_release
-        self._tasks = 1  # of which one is the plan
+        self._tasks = 1  # the plan, which adds its own
         self._error: BaseException | None = None
 
     def release(self) -> None:
-        """Give the buffer back; the arrays must not be used any more. Further calls do nothing."""
+        """Give the buffer back; the arrays must not be used after that. Further calls do nothing."""
         if self._on_release is not None:
             self._on_release(self._buffer)
         self._on_release = None
@@ -57,9 +56,7 @@ class PrefetchedSample(Generic[Key]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
@@ -67,7 +64,7 @@ class Prefetcher(Generic[Key]):
     """Iterate inside `with`: `with Prefetcher(...) as samples: for sample in samples: with sample: use(sample.arrays)`.
 
     The first sample in order that cannot be read raises its error in its place, after all samples before it; nothing
-    is begun after an error. Leaving the `with` waits for reads in flight and ends all threads.
+    is begun after an error. Leaving the `with` waits for the reads in flight and ends all threads.
     """
 
     def __init__(
@@ -86,10 +83,9 @@ class Prefetcher(Generic[Key]):
         self._ids = iter(sample_ids)
         self._buffers = list(buffers)
         self._fields = fields
-        # Two conditions on one lock: whoever waits is woken for what it waits for, and no more of them than have work,
-        # as the caller shares the interpreter with them.
+        # Two conditions on one lock wake only threads that have work, because the caller shares the interpreter.
         self._lock = threading.Lock()
-        self._work_is_there, self._sample_is_there = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._work_ready, self._sample_ready = threading.Condition(self._lock), threading.Condition(self._lock)
         self._free = deque(range(len(buffers)))
         self._order: deque[PrefetchedSample[Key]] = deque()
         self._tasks: deque[tuple[PrefetchedSample[Key], Callable[[], None]]] = deque()
@@ -102,13 +98,11 @@ class Prefetcher(Generic[Key]):
             thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Begin nothing more, wait for the reads in flight, end the threads."""
+        """Start nothing more, wait for the reads in flight, end the threads."""
         with self._lock:
             self._closed = True
             self._tasks.clear()
@@ -140,12 +134,12 @@ class Prefetcher(Generic[Key]):
                         f"all {len(self._buffers)} buffers hold samples that were not released; release one before "
                         "asking for the next, or give more buffers."
                     )
-                self._sample_is_there.wait()
+                self._sample_ready.wait()
 
     def _release(self, buffer: int) -> None:
         with self._lock:
             self._free.append(buffer)
-            self._work_is_there.notify()
+            self._work_ready.notify()
 
     def _work(self) -> None:
         while (job := self._take()) is not None:
@@ -161,15 +155,15 @@ class Prefetcher(Generic[Key]):
                     self._failed = True
                     sample._error = sample._error or error
                     self._wake_all()
-                if sample._error is not None:  # its other chunks are of no use
+                if sample._error is not None:  # its other chunks are of no use any more
                     dropped = sum(1 for other, _ in self._tasks if other is sample)
                     self._tasks = deque(item for item in self._tasks if item[0] is not sample)
                     sample._tasks -= dropped
                 if sample._tasks == 0:
-                    self._sample_is_there.notify()
+                    self._sample_ready.notify()
 
     def _take(self) -> tuple[PrefetchedSample[Key], Callable[[], None]] | None:
-        """The next chunk to read, or the plan of the next sample; waits while there is neither."""
+        """Take the next chunk to read, or the plan of the next sample; waits while there is neither."""
         with self._lock:
             while not self._closed:
                 if self._tasks:
@@ -179,12 +173,12 @@ class Prefetcher(Generic[Key]):
                     if sample is not None:
                         return sample, partial(self._plan, sample)
                     self._wake_all()
-                self._work_is_there.wait()
+                self._work_ready.wait()
             return None
 
     def _wake_all(self) -> None:
-        self._work_is_there.notify_all()
-        self._sample_is_there.notify_all()
+        self._work_ready.notify_all()
+        self._sample_ready.notify_all()
 
     def _begin(self) -> PrefetchedSample[Key] | None:
         try:
@@ -205,4 +199,4 @@ class Prefetcher(Generic[Key]):
         with self._lock:
             sample._tasks += len(read.tasks)
             self._tasks.extend((sample, task) for task in read.tasks)
-            self._work_is_there.notify(len(read.tasks))
+            self._work_ready.notify(len(read.tasks))

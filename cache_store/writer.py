@@ -10,17 +10,16 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from cache_store.errors import CacheStoreError
-from cache_store.format import commit_record, quarantine_record, sample_group, store_root
+from cache_store.format import quarantine_record, sample_group, store_root
 from cache_store.format.commit_record import CommitRecord
 from cache_store.format.field import Field
+from cache_store.format.names import COMMITS, METADATA, QUARANTINE, commit_path, list_keys, quarantine_path, sample_key
 from cache_store.format.quarantine_record import QuarantineRecord
-from cache_store.format.sample_key import keys, sample_key
 from cache_store.format.store_root import StoreRoot
-from cache_store.storage.room import FULL, room_for
+from cache_store.storage.file_errors import FULL, writing
 from cache_store.storage.storage import Storage, open_storage
 
 _log = logging.getLogger(__name__)
@@ -28,14 +27,17 @@ _log = logging.getLogger(__name__)
 
 def committed_keys(path: str | os.PathLike[str]) -> frozenset[str]:
     """Keys (`sample_key`) of the samples that a store holds by now, by one listing; none where there is no store."""
-    storage = open_storage(path)
-    return frozenset(keys(storage, commit_record.FOLDER)) if storage.exists(store_root.DOCUMENT) else frozenset()
+    return _keys(path, COMMITS)
 
 
 def failed_keys(path: str | os.PathLike[str]) -> frozenset[str]:
-    """Keys of the samples that a store has a quarantine record of, released or not; by one listing too."""
+    """Keys of the samples that a store has a quarantine record of, released or not, by one listing."""
+    return _keys(path, QUARANTINE)
+
+
+def _keys(path: str | os.PathLike[str], folder: str) -> frozenset[str]:
     storage = open_storage(path)
-    return frozenset(keys(storage, quarantine_record.FOLDER)) if storage.exists(store_root.DOCUMENT) else frozenset()
+    return frozenset(list_keys(storage, folder) if storage.exists(METADATA) else ())
 
 
 class CacheWriter:
@@ -49,11 +51,11 @@ class CacheWriter:
         identity: Mapping[str, Any],
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raises `IdentityMismatchError` if the store exists with another identity or schema."""
+        """Open or create the store. Raises `IdentityMismatchError` if it exists with another identity or schema."""
         self._storage: Storage = open_storage(path)
         self.path: Path | str = self._storage.place
         given = StoreRoot(fields=store_root.by_name(fields), identity=identity, provenance=provenance or {})
-        with room_for(0, "the store's metadata", self.path):
+        with writing("the store's metadata", 0, self.path):
             root, warnings = store_root.open_or_create(self._storage, given)
         for line in warnings:
             _log.warning("store %s was begun with other versions or hardware: %s", self.path, line)
@@ -63,16 +65,15 @@ class CacheWriter:
 
     def is_committed(self, sample_id: str) -> bool:
         """Whether the sample is in the store, whoever wrote it."""
-        return self._storage.exists(_commit_name(sample_key(sample_id)))
+        return self._storage.exists(commit_path(sample_key(sample_id)))
 
     def write(self, sample_id: str, values: Mapping[str, sample_group.Value]) -> bool:
         """Commit one sample; `True` if this call did, `False` if it was already there or another writer won.
 
-        When this returns the sample is on the medium. Raises `ValueError` before anything is written if values do not
+        The sample is on the medium when this returns. Raises `ValueError` before anything is written if values do not
         fit the schema, `StoreFullError` if there is no room.
         """
         self._check_open()
-        key = sample_key(sample_id)
         group = sample_group.encode(sample_id, sample_group.check_values(sample_id, values, self.fields), self.fields)
         record = CommitRecord(
             sample_id=sample_id,
@@ -84,23 +85,23 @@ class CacheWriter:
         published = record.to_bytes()
         if self.is_committed(sample_id):
             return False
-        with room_for(group.size_bytes + len(published), f"sample {sample_id!r}", self.path):
+        with writing(f"sample {sample_id!r}", group.size_bytes + len(published), self.path):
             paths = (stored.path for stored in group.objects)
             self._storage.write_group(record.folder, list(zip(paths, group.contents, strict=True)))
             won = self._publish(record, published)
-        if won:
-            self._check_kept(record)
-            if self._storage.exists(_quarantine_name(key)):
-                self._storage.delete([_quarantine_name(key)])
-        else:
+        if not won:
             self._storage.delete_tree(record.folder)
-        return won
+            return False
+        self._check_kept(record)
+        failure = quarantine_path(sample_key(sample_id))
+        if self._storage.exists(failure):
+            self._storage.delete([failure])
+        return True
 
     def quarantine(self, sample_id: str, kind: str, reason: str, traceback_text: str) -> None:
-        """Note that a sample could not be made, and why; a sample that is committed after all stays readable."""
+        """Record that a sample could not be made, and why; a sample that is committed after all stays readable."""
         self._check_open()
-        key = sample_key(sample_id)
-        before = quarantine_record.read(self._storage, key)
+        before = quarantine_record.read(self._storage, sample_key(sample_id))
         record = QuarantineRecord.of_failure(
             sample_id,
             kind=kind,
@@ -108,7 +109,7 @@ class CacheWriter:
             traceback_text=traceback_text,
             attempts=1 + (before.attempts if before else 0),
         )
-        self._put_quarantine(key, record)
+        quarantine_record.write(self._storage, record)
 
     def is_quarantined(self, sample_id: str) -> bool:
         """Whether the sample failed before and was not released for another try (nor committed since)."""
@@ -122,10 +123,9 @@ class CacheWriter:
     def release(self, sample_id: str) -> None:
         """Allow another try of a quarantined sample; its count of attempts goes on. Others are left as they are."""
         self._check_open()
-        key = sample_key(sample_id)
-        record = quarantine_record.read(self._storage, key)
+        record = quarantine_record.read(self._storage, sample_key(sample_id))
         if record is not None and not record.released:
-            self._put_quarantine(key, replace(record, released=True))
+            quarantine_record.write(self._storage, replace(record, released=True))
 
     def close(self) -> None:
         """End writing; everything written is already on the medium."""
@@ -134,13 +134,11 @@ class CacheWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _publish(self, record: CommitRecord, data: bytes) -> bool:
-        name = _commit_name(sample_key(record.sample_id))
+        name = commit_path(sample_key(record.sample_id))
         try:
             return self._storage.put_if_absent(name, data)
         except OSError as error:
@@ -150,27 +148,14 @@ class CacheWriter:
 
     def _check_kept(self, record: CommitRecord) -> None:
         """Withdraw the record if a garbage collector took the attempt for a killed writer's."""
-        if not self._storage.exists(f"{record.folder}/{sample_group.METADATA}"):
-            self._storage.delete([_commit_name(sample_key(record.sample_id))])
+        if not self._storage.exists(f"{record.folder}/{METADATA}"):
+            self._storage.delete([commit_path(sample_key(record.sample_id))])
             raise CacheStoreError(
                 f"sample {record.sample_id!r} was not written: its attempt {self._storage.where(record.folder)} was "
                 "collected as garbage. Collect with an age limit above the time that any attempt takes, and write it "
                 "again."
             )
 
-    def _put_quarantine(self, key: str, record: QuarantineRecord) -> None:
-        data = record.to_bytes()
-        with room_for(len(data), f"the quarantine record of sample {record.sample_id!r}", self.path):
-            self._storage.put(_quarantine_name(key), [data])
-
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError(f"the writer of {self.path} is closed; open a new one.")
-
-
-def _commit_name(key: str) -> str:
-    return f"{commit_record.FOLDER}/{key}.json"
-
-
-def _quarantine_name(key: str) -> str:
-    return f"{quarantine_record.FOLDER}/{key}.json"

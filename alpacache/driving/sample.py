@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.errors import UsageError
-from cache_store.format.sample_key import MAX_ID_BYTES
+from cache_store.format.names import MAX_ID_BYTES
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -67,7 +67,7 @@ class SampleRef:
 
     @classmethod
     def parse(cls, sample_id: str) -> "SampleRef":
-        """From an id as a store takes it (`cache_store.format.sample_key`). Raises `UsageError` for any other."""
+        """From an id as a store takes it (`cache_store.format.names`). Raises `UsageError` for any other."""
         match, shown = _ID.fullmatch(sample_id), repr(sample_id[:_SHOWN]) + "..." * (len(sample_id) > _SHOWN)
         if match is None:
             raise UsageError(

@@ -37,8 +37,8 @@ from alpacache.training.run_directory import (
     read_trained,
 )
 from alpacache.training.trainable import changed_tensors, merge
+from cache_store.storage.file_errors import FULL
 from cache_store.storage.local_files import flush
-from cache_store.storage.room import FULL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

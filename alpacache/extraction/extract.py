@@ -62,7 +62,7 @@ from alpacache.sources.source import Source
 from alpacache.sources.views import views_identity
 from alpacache.torchrun import this_process
 from cache_store import CODECS, CacheWriter
-from cache_store.format.sample_key import sample_key
+from cache_store.format.names import sample_key
 from cache_store.writer import committed_keys, failed_keys
 
 _log = logging.getLogger(__name__)

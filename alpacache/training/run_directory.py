@@ -21,9 +21,9 @@ from torch import Tensor
 from alpacache.errors import DataError, UsageError
 from alpacache.gpu.host_copies import copied_to_host
 from alpacache.training.ema import up_to_date
-from cache_store import checksum
+from cache_store.checksum import crc32c
+from cache_store.storage.file_errors import FULL
 from cache_store.storage.local_files import flush, write_flushed
-from cache_store.storage.room import FULL
 
 MODEL, OPTIMIZER, AVERAGE, STATE = "model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"
 _FORMAT = 1
@@ -249,7 +249,7 @@ def _crc32c(path: Path) -> str:
     crc, block = 0, np.empty(2**20, np.uint8)
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):  # type: ignore[arg-type]
-            crc = checksum.extend(crc, block[:size])
+            crc = crc32c(block[:size], crc)
     return f"{crc:08x}"
 
 

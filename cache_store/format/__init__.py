@@ -1,1 +1,1 @@
-"""The format of a store, version 1 (docs/reference/cache-format.md): what its files hold and how they are checked."""
+"""What the files of a store hold, and how they are checked: docs/reference/cache-format.md as code."""

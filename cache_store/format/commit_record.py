@@ -1,4 +1,4 @@
-"""The commit record: the one small file whose appearance makes a sample visible; it names all that belongs to it."""
+"""The commit record: the one small file whose appearance makes a sample visible. It names all that belongs to it."""
 
 import math
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from typing import Any
 from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, take
 from cache_store.errors import FormatError
 from cache_store.format.field import Field
-from cache_store.format.sample_key import is_attempt, sample_key
+from cache_store.format.names import METADATA, SAMPLES, check_key, commit_path, is_attempt, sample_key
+from cache_store.format.store_root import StoreRoot
 from cache_store.format.stored_object import StoredObject
 from cache_store.storage.storage import Storage
 
-FOLDER = "commits"
 _MAX_LENGTH = 2**48
 
 
@@ -22,7 +22,7 @@ class CommitRecord:
 
     sample_id: str
     attempt: str
-    """Random name of the writer's attempt; data lie in `samples/<key>.<attempt>/`."""
+    """Random name of the writer's attempt; its data lie in `samples/<key>.<attempt>/`."""
     fingerprint: str
     """Settings fingerprint of the store's root when this was written."""
     shapes: Mapping[str, tuple[int, ...]]
@@ -33,14 +33,14 @@ class CommitRecord:
     @property
     def folder(self) -> str:
         """The sample's Zarr group, relative to the root."""
-        return f"samples/{sample_key(self.sample_id)}.{self.attempt}"
+        return f"{SAMPLES}/{sample_key(self.sample_id)}.{self.attempt}"
 
     @property
     def size_bytes(self) -> int:
         return sum(stored.size for stored in self.objects.values())
 
     def of_array(self, array: str) -> list[StoredObject]:
-        """The objects of one Zarr array of the sample."""
+        """Objects of one Zarr array of the sample."""
         return [stored for stored in self.objects.values() if stored.array == array]
 
     def to_bytes(self) -> bytes:
@@ -54,43 +54,35 @@ class CommitRecord:
         return seal(document, f"the commit record of sample {self.sample_id!r}")
 
     @classmethod
-    def from_bytes(
-        cls, data: bytes, where: str, *, key: str, fields: Mapping[str, Field], fingerprint: str
-    ) -> "CommitRecord":
+    def from_bytes(cls, data: bytes, where: str, key: str, root: StoreRoot) -> "CommitRecord":
         """From untrusted bytes: sealed, of this key, these settings and this schema, with harmless paths."""
         check_seal(data, where)
         document = parse(data, where)
         sample_id = take(document, "sample_id", str, where)
-        try:
-            right_key = sample_key(sample_id)
-        except ValueError as error:
-            raise FormatError(f"{where}: {error}") from error
-        if right_key != key:
-            raise FormatError(f"{where} is the record of sample {sample_id!r}, whose file name is {right_key}.json.")
+        check_key(sample_id, key, where)
         where = f"{where} (sample {sample_id!r})"
         attempt = take(document, "attempt", str, where)
         if not is_attempt(attempt):
             raise FormatError(f"{where}: {attempt!r} is not an attempt's name (16 hex digits).")
-        if take(document, "fingerprint", str, where) != fingerprint:
+        fingerprint = take(document, "fingerprint", str, where)
+        if fingerprint != root.fingerprint:
             raise FormatError(
-                f"{where} was written under settings {document['fingerprint'][:64]!r}, the store has {fingerprint!r}; "
+                f"{where} was written under settings {fingerprint[:64]!r}, the store has {root.fingerprint!r}; "
                 "it was copied in from another store."
             )
         listed = [StoredObject.from_json(item, where) for item in take(document, "objects", list, where)]
         objects = {stored.path: stored for stored in listed}
-        if len(objects) != len(listed) or "zarr.json" not in objects:
-            raise FormatError(f"{where} names an object twice, or not the group's zarr.json.")
-        shapes = _shapes(take(document, "fields", list, where), fields, where)
+        if len(objects) != len(listed) or METADATA not in objects:
+            raise FormatError(f"{where} names an object twice, or not the group's {METADATA}.")
+        shapes = _shapes(take(document, "fields", list, where), root.fields, where)
         return cls(sample_id=sample_id, attempt=attempt, fingerprint=fingerprint, shapes=shapes, objects=objects)
 
 
-def read(storage: Storage, key: str, *, fields: Mapping[str, Field], fingerprint: str) -> CommitRecord:
-    """The record with this key; `FileNotFoundError` when there is none."""
-    relative = f"{FOLDER}/{key}.json"
-    data = storage.read_document(relative, MAX_DOCUMENT_BYTES)
-    return CommitRecord.from_bytes(
-        data, f"commit record {storage.where(relative)}", key=key, fields=fields, fingerprint=fingerprint
-    )
+def read(storage: Storage, key: str, root: StoreRoot) -> CommitRecord:
+    """Read the record with this key; `FileNotFoundError` when there is none."""
+    name = commit_path(key)
+    data = storage.read_document(name, MAX_DOCUMENT_BYTES)
+    return CommitRecord.from_bytes(data, f"commit record {storage.where(name)}", key, root)
 
 
 def _shapes(items: list[Any], fields: Mapping[str, Field], where: str) -> dict[str, tuple[int, ...]]:

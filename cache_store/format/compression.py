@@ -1,7 +1,7 @@
-"""Optional lossless compression of chunks: blosc with zstd and a byte shuffle, in Zarr's own codec.
+"""Optional lossless compression of chunks: blosc with zstd and a byte shuffle, which is a codec of Zarr's own.
 
 The values of a KV cache compress to about two thirds; decoding costs a core more than most disks can deliver, so it
-is for remote or nearly full media. The chunk's CRC-32C comes after it and covers the compressed bytes.
+is for remote or nearly full media. The chunk's CRC-32C follows the compressed bytes and covers them.
 """
 
 from typing import Any
@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store.errors import CorruptSampleError
 from cache_store.format.field import Field
 
 Buffer = NDArray[np.uint8] | bytes
 
 MAX_OVERHEAD_BYTES = 16
-"""Blosc stores what does not compress with a header of this size."""
+"""Size of blosc's header before what does not compress."""
 _MAX_BYTES = 2**31 - 1 - MAX_OVERHEAD_BYTES
 _BLOCK_BYTES = 2**20
-"""Large, because zstd finds little in small blocks."""
+"""Block size; zstd finds little in small blocks."""
 
 
 def codecs(field: Field) -> list[dict[str, Any]]:
@@ -36,10 +35,10 @@ def codecs(field: Field) -> list[dict[str, Any]]:
 
 
 def encode(field: Field, parts: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
-    """The buffers of a chunk as they are stored."""
+    """Buffers of a chunk as they are stored."""
     if field.compression == "none":
         return parts
-    from numcodecs.blosc import SHUFFLE, Blosc  # writing uncompressed fields needs no numcodecs
+    from numcodecs.blosc import SHUFFLE, Blosc  # uncompressed fields need no numcodecs
 
     raw = np.concatenate([np.frombuffer(part, np.uint8) for part in parts])
     if len(raw) > _MAX_BYTES:
@@ -48,13 +47,21 @@ def encode(field: Field, parts: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
     return (bytes(coder.encode(raw.view(f"u{field.stored_dtype.itemsize}"))),)
 
 
-def check_header(data: NDArray[np.uint8], raw_bytes: int, sample_id: str, field: str) -> None:
-    """Raise unless a compressed chunk with its trailer claims to be whole and to decode to `raw_bytes`."""
-    claimed = np.frombuffer(data[4:16].tobytes(), "<u4").tolist()
-    if len(claimed) != 3 or claimed[0] != raw_bytes or claimed[2] != len(data) - 4:
-        raise CorruptSampleError(
-            f"sample {sample_id!r}, field {field!r}: a compressed chunk claims (raw, block, stored) sizes {claimed}, "
-            f"expected {raw_bytes} raw and {len(data) - 4} stored bytes.",
-            sample_id,
-            field,
+def decode_into(target: NDArray[np.uint8], frame: NDArray[np.uint8], raw_bytes: int) -> None:
+    """Fill `target` with the beginning of what a chunk of `raw_bytes` was compressed to.
+
+    Raises `ValueError`, before anything is decoded, unless the frame's header claims this size and to be whole, and
+    `RuntimeError` for a frame that does not decode.
+    """
+    claimed = np.frombuffer(frame[4:16].tobytes(), "<u4").tolist()
+    if len(claimed) != 3 or claimed[0] != raw_bytes or claimed[2] != len(frame):
+        raise ValueError(
+            f"a compressed chunk claims (raw, block, stored) sizes {claimed}, expected {raw_bytes} raw and "
+            f"{len(frame)} stored bytes"
         )
+    from numcodecs.blosc import Blosc
+
+    if len(target) == raw_bytes:
+        Blosc().decode(frame, target)
+    else:  # the last chunk of an array, which ends in padding
+        target[:] = np.frombuffer(Blosc().decode(frame), np.uint8)[: len(target)]

@@ -1,5 +1,6 @@
 """A field: one named array (or text) that samples of a store have, with its dtype, axes, units and layout."""
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ _STORED = {name: np.dtype(stored).newbyteorder("<") for name, stored in STORED_D
 SMALL = "small"
 """The array that holds all packed fields of a sample; no field may take its name."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,99}")
-_KEYS = {"name", "dtype", "axes", "units", "layout", "required", "chunk_mb", "compression"}
+_CHUNK_COST_BYTES = 65536
+"""Price of one more file, so that a few padding rows do not double the number of chunks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,17 +36,17 @@ class Field:
     dtype: str
     """A numpy dtype name, `bfloat16` (stored as its uint16 bits), or `str` for text."""
     axes: tuple[str, ...] = ()
-    """One name an axis, outermost first; text is one string without axes, a list of strings with one."""
+    """One name per axis, outermost first. Text has none (one string) or one (a list of strings)."""
     units: str = "1"
     layout: Layout = "array"
     """`array`: a Zarr array of its own. `packed`: with other small fields in one array. `text`: in the metadata."""
     required: bool = True
     chunk_mb: float = 16
-    """Upper bound of a chunk in 10^6 bytes (layout `array`), one index of axis 0 at least; the store's first writer
+    """Upper bound of a chunk in 10^6 bytes (layout `array`), but at least one index of axis 0; the store's first writer
     decides, later ones follow."""
     compression: Compression = "none"
-    """Lossless, of the chunks of layout `array`: `zstd` is for slow or full media, it costs the direct reading. The
-    store's first writer decides, later ones follow."""
+    """Lossless compression of the chunks of layout `array`: `zstd` suits slow or full media and costs the direct read
+    into place. The store's first writer decides, later ones follow."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", tuple(self.axes))
@@ -79,19 +81,22 @@ class Field:
         """Dtype of the bits that are stored and read, little-endian."""
         return _STORED[self.dtype]
 
+    def size_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of an array of this shape in memory, which is what its values take in the store, too."""
+        return math.prod(shape) * self.stored_dtype.itemsize
+
     def chunk_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Whole indices of axis 0, so that a chunk is one contiguous slab of the array.
 
-        A Zarr chunk at the end of an array is stored at full size, so of the chunk sizes between half and the whole of
-        `chunk_mb` it takes the one that wastes least.
+        Zarr stores the last chunk of an array at full size, so of the chunk sizes between half and the whole of
+        `chunk_mb` this takes the one that wastes least.
         """
         if not shape:
             return ()
-        rows, rest = shape[0], tuple(max(1, length) for length in shape[1:])
-        slab_bytes = math.prod(shape[1:]) * self.stored_dtype.itemsize
+        rows, slab_bytes = shape[0], self.size_bytes(shape[1:])
         most = max(1, int(self.chunk_mb * 1e6) // max(1, slab_bytes))
         if rows <= most:
-            return (max(1, rows), *rest)
+            return chunk_of_rows(max(1, rows), shape)
         least = max(1, most // 2)
         candidates = [math.ceil(rows / n) for n in range(math.ceil(rows / most), math.ceil(rows / least) + 1)]
 
@@ -99,26 +104,19 @@ class Field:
             chunks = math.ceil(rows / size)
             return (chunks * size - rows) * slab_bytes + chunks * _CHUNK_COST_BYTES
 
-        return (min(candidates, key=lambda size: (cost_bytes(size), -size)), *rest)
+        return chunk_of_rows(min(candidates, key=lambda size: (cost_bytes(size), -size)), shape)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "dtype": self.dtype,
-            "axes": list(self.axes),
-            "units": self.units,
-            "layout": self.layout,
-            "required": self.required,
-            "chunk_mb": self.chunk_mb,
-            "compression": self.compression,
-        }
+        return {**dataclasses.asdict(self), "axes": list(self.axes)}
 
     @classmethod
     def from_json(cls, document: Any, where: str) -> "Field":
-        if not isinstance(document, dict) or document.keys() != _KEYS:
-            raise FormatError(f"{where}: a field of the schema has exactly the keys {', '.join(sorted(_KEYS))}.")
-        for key, kind in (("name", str), ("dtype", str), ("axes", list), ("units", str), ("compression", str)):
-            take(document, key, kind, where)
+        keys = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(document, dict) or document.keys() != keys:
+            raise FormatError(f"{where}: a field of the schema has exactly the keys {', '.join(sorted(keys))}.")
+        for key in ("name", "dtype", "units", "compression"):
+            take(document, key, str, where)
+        take(document, "axes", list, where)
         take(document, "required", bool, where)
         try:
             return cls(**document)
@@ -126,5 +124,6 @@ class Field:
             raise FormatError(f"{where}: {error}") from error
 
 
-_CHUNK_COST_BYTES = 65536
-"""What one more file is worth, so that a few padding rows do not double the number of chunks."""
+def chunk_of_rows(rows: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a chunk of so many indices of axis 0: Zarr has no length 0."""
+    return (rows, *(max(1, length) for length in shape[1:])) if shape else ()

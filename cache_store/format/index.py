@@ -15,32 +15,34 @@ from itertools import chain
 
 import numpy as np
 
-from cache_store import checksum
+from cache_store.checksum import crc32c
 from cache_store.concurrency import in_order
 from cache_store.errors import FormatError
 from cache_store.format import commit_record, store_root
+from cache_store.format.names import COMMITS, INDEX, list_keys, sample_key
 from cache_store.format.sample_ids import SampleIds
-from cache_store.format.sample_key import keys, sample_key
-from cache_store.storage.room import room_for
+from cache_store.format.store_root import StoreRoot
+from cache_store.storage.file_errors import writing
 from cache_store.storage.storage import Storage, open_storage
 
-FILE = store_root.INDEX
 MAX_BYTES = 2**34
 _HEADER = struct.Struct("<8sIIqQQ")
 _MAGIC = b"csindex1"
+_CHECKED_FROM = 16
+"""First byte that the checksum covers."""
 _SETTLED_NS = 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Index:
-    """What the file says."""
+    """Content of the file."""
 
     ids: SampleIds
     listed_ns: int
     """Modification time of `commits/` when it was listed; 0 if it had not settled."""
 
     def is_fresh(self, storage: Storage) -> bool:
-        return self.listed_ns != 0 and self.listed_ns == storage.folder_time_ns(commit_record.FOLDER)
+        return self.listed_ns != 0 and self.listed_ns == storage.folder_time_ns(COMMITS)
 
 
 def build_index(path: str | os.PathLike[str]) -> int:
@@ -52,21 +54,21 @@ def build_index(path: str | os.PathLike[str]) -> int:
     return build(storage, store_root.read(storage))
 
 
-def build(storage: Storage, root: store_root.StoreRoot, known: Iterable[str] = ()) -> int:
-    """The same, of a store that is open already; records of known ids are not read either."""
+def build(storage: Storage, root: StoreRoot, known: Iterable[str] = ()) -> int:
+    """Do the same for a store that is open already; records of known ids are not read either."""
     listed_ns = _settled_ns(storage)
     before = read(storage)
     ids = list_ids(storage, root, SampleIds.of(chain(known, before.ids if before else ())))
     body = _HEADER.pack(_MAGIC, 0, 0, listed_ns, len(ids), len(ids.text)) + ids.ends.tobytes() + ids.text
-    crc = checksum.value(body[16:])
-    data = _MAGIC + struct.pack("<II", crc, 0) + body[16:]
-    with room_for(len(data), "the index", storage.place):
-        storage.put(FILE, [data])
+    checked = body[_CHECKED_FROM:]
+    data = _MAGIC + struct.pack("<II", crc32c(checked), 0) + checked
+    with writing("the index", len(data), storage.place):
+        storage.put(INDEX, [data])
     return len(ids)
 
 
-def list_ids(storage: Storage, root: store_root.StoreRoot, known: SampleIds) -> SampleIds:
-    """The ids of all committed samples, by listing; the records of ids that are not known are read and checked."""
+def list_ids(storage: Storage, root: StoreRoot, known: SampleIds) -> SampleIds:
+    """List the ids of all committed samples; the records of ids that are not known are read and checked."""
     by_key: dict[str, str] = {sample_key(sample_id): sample_id for sample_id in known}
 
     def id_of(key: str) -> str | None:
@@ -74,25 +76,25 @@ def list_ids(storage: Storage, root: store_root.StoreRoot, known: SampleIds) -> 
         if sample_id is not None:
             return sample_id
         try:
-            return commit_record.read(storage, key, fields=root.fields, fingerprint=root.fingerprint).sample_id
+            return commit_record.read(storage, key, root).sample_id
         except FileNotFoundError:  # removed since the folder was listed
             return None
 
-    found = in_order(id_of, keys(storage, commit_record.FOLDER), storage.threads)
-    return SampleIds.of(sample_id for sample_id in found if sample_id is not None)
+    ids = in_order(id_of, list_keys(storage, COMMITS), storage.threads)
+    return SampleIds.of(sample_id for sample_id in ids if sample_id is not None)
 
 
 def read(storage: Storage) -> Index | None:
     """The index, or nothing if it is missing or not whole."""
     try:
-        data = storage.read_document(FILE, MAX_BYTES)
+        data = storage.read_document(INDEX, MAX_BYTES)
     except (FileNotFoundError, FormatError):
         return None
     if len(data) < _HEADER.size:
         return None
     magic, crc, reserved, listed_ns, count, text_bytes = _HEADER.unpack_from(data)
     good = magic == _MAGIC and reserved == 0 and len(data) == _HEADER.size + 8 * count + text_bytes
-    if not good or crc != checksum.extend(0, np.frombuffer(data, np.uint8)[16:]):
+    if not good or crc != crc32c(memoryview(data)[_CHECKED_FROM:]):
         return None
     ends = np.frombuffer(data, "<u8", count, _HEADER.size).copy()
     text = data[_HEADER.size + 8 * count :]
@@ -104,7 +106,7 @@ def read(storage: Storage) -> Index | None:
 def _settled_ns(storage: Storage) -> int:
     """The modification time of `commits/` once it is a second old; 0 while other writers keep changing it."""
     for wait_s in (1.1, 0):
-        listed_ns = storage.folder_time_ns(commit_record.FOLDER)
+        listed_ns = storage.folder_time_ns(COMMITS)
         if listed_ns == 0 or storage.clock_ns() - listed_ns > _SETTLED_NS:
             return listed_ns
         time.sleep(wait_s)

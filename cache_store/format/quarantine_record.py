@@ -1,19 +1,19 @@
 """The quarantine record: a sample that could not be made, why, and how often it was tried.
 
-It is replaced, not put-if-absent: of two writers that fail at once one count may be lost, which does no harm. A commit
-record always outranks it.
+It is replaced rather than put if absent: when two writers fail at once, one count may be lost, which does no harm. A
+commit record always outranks it.
 """
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, take
 from cache_store.errors import FormatError
-from cache_store.format.sample_key import sample_key
+from cache_store.format.names import check_key, quarantine_path, sample_key
+from cache_store.storage.file_errors import writing
 from cache_store.storage.storage import Storage
 
-FOLDER = "quarantine"
 MAX_REASON_CHARACTERS = 2000
 MAX_TRACEBACK_CHARACTERS = 8000
 
@@ -51,51 +51,39 @@ class QuarantineRecord:
         )
 
     def to_bytes(self) -> bytes:
-        document = {name: getattr(self, name) for name in _TYPES}
-        return seal(document, f"the quarantine record of sample {self.sample_id!r}")
-
-    @classmethod
-    def from_bytes(cls, data: bytes, where: str, *, key: str) -> "QuarantineRecord":
-        check_seal(data, where)
-        document: dict[str, Any] = parse(data, where)
-        values = {name: take(document, name, kind, where) for name, kind in _TYPES.items()}
-        try:
-            right_key = sample_key(values["sample_id"])
-        except ValueError as error:
-            raise FormatError(f"{where}: {error}") from error
-        if right_key != key:
-            raise FormatError(f"{where} is the record of another sample, {values['sample_id']!r}.")
-        return cls(**values)
-
-
-_TYPES: dict[str, type] = {
-    "sample_id": str,
-    "kind": str,
-    "reason": str,
-    "traceback": str,
-    "traceback_sha256": str,
-    "attempts": int,
-    "released": bool,
-}
+        return seal(dataclasses.asdict(self), f"the quarantine record of sample {self.sample_id!r}")
 
 
 def read(storage: Storage, key: str) -> QuarantineRecord | None:
-    """The record with this key, if there is one."""
-    relative = f"{FOLDER}/{key}.json"
+    """Read the record with this key, if there is one."""
     try:
-        data = storage.read_document(relative, MAX_DOCUMENT_BYTES)
+        data = storage.read_document(quarantine_path(key), MAX_DOCUMENT_BYTES)
     except FileNotFoundError:
         return None
-    return checked(storage, key, data)
+    return from_bytes(storage, key, data)
 
 
-def checked(storage: Storage, key: str, data: bytes) -> QuarantineRecord:
+def from_bytes(storage: Storage, key: str, data: bytes) -> QuarantineRecord:
     """The record with this key from the untrusted bytes of its file."""
-    where = f"quarantine record {storage.where(f'{FOLDER}/{key}.json')}"
+    where = f"quarantine record {storage.where(quarantine_path(key))}"
     try:
-        return QuarantineRecord.from_bytes(data, where, key=key)
+        check_seal(data, where)
+        document = parse(data, where)
+        values = {
+            field.name: take(document, field.name, field.type, where)  # type: ignore[arg-type]  # plain classes here
+            for field in dataclasses.fields(QuarantineRecord)
+        }
+        check_key(values["sample_id"], key, where)
     except FormatError as error:
         raise FormatError(f"{error} It holds no data: remove the file and the sample is tried again.") from error
+    return QuarantineRecord(**values)
+
+
+def write(storage: Storage, record: QuarantineRecord) -> None:
+    """Write the record durably, over an earlier one of the same sample."""
+    data = record.to_bytes()
+    with writing(f"the quarantine record of sample {record.sample_id!r}", len(data), storage.place):
+        storage.put(quarantine_path(sample_key(record.sample_id)), [data])
 
 
 def _encodable(text: str) -> str:

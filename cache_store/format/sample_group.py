@@ -1,7 +1,7 @@
-"""The Zarr v3 group of one sample: which objects the values of its fields become.
+"""The Zarr v3 group of one sample: the objects that the values of its fields become.
 
-The objects are made here and not by zarr, so that the same arrays always give the same bytes, each file can be forced
-to the medium, and writing needs no zarr import. Any Zarr v3 reader opens the result.
+The objects are made here rather than by zarr, so that the same arrays always give the same bytes, each file can be
+forced to the medium, and no zarr import is needed. Any Zarr v3 reader opens the result.
 """
 
 import math
@@ -13,31 +13,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store import checksum
+from cache_store.checksum import crc32c
 from cache_store.document import to_bytes
 from cache_store.format import compression
 from cache_store.format.compression import Buffer
 from cache_store.format.field import SMALL, STORED_DTYPES, Field
+from cache_store.format.names import METADATA
 from cache_store.format.stored_object import TRAILER_BYTES, StoredObject
 
-METADATA = "zarr.json"
 MAX_SMALL_BYTES = 16 * 10**6
 _ALIGNMENT = 8
 _ENCODERS = 4
-"""Threads that make checksums of a sample's chunks: in one thread they take a tenth of the time of a fast disk."""
+"""Threads that checksum a sample's chunks: in one thread that takes a tenth of a fast disk's time."""
 _FILL: dict[str, Any] = {"b": False, "f": 0.0}
+SMALL_ARRAY = Field(name="packed", dtype="uint8", axes=("byte",))
+"""What the array of all packed fields looks like; its one chunk holds all of it."""
+assert SMALL_ARRAY.chunk_mb * 1e6 >= MAX_SMALL_BYTES
 
 Value = NDArray[Any] | str | list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleGroup:
-    """All objects of one sample with their bytes, ready to be written."""
+    """All objects of one sample with their bytes, ready to write."""
 
     shapes: Mapping[str, tuple[int, ...]]
     objects: tuple[StoredObject, ...]
     contents: tuple[tuple[Buffer, ...], ...]
-    """The buffers that each object consists of, in the order of `objects`; arrays are views, not copies."""
+    """Buffers of each object, in the order of `objects`; arrays are views, not copies."""
 
     @property
     def size_bytes(self) -> int:
@@ -45,7 +48,7 @@ class SampleGroup:
 
 
 def check_values(sample_id: str, values: Mapping[str, object], fields: Mapping[str, Field]) -> dict[str, Value]:
-    """The values in schema order as arrays and strings, or a `ValueError` that names sample and field."""
+    """Bring the values into schema order as arrays and strings, or raise a `ValueError` that names sample and field."""
     unknown = sorted(values.keys() - fields.keys())
     absent = [name for name, field in fields.items() if field.required and name not in values]
     if unknown or absent:
@@ -62,14 +65,15 @@ def check_values(sample_id: str, values: Mapping[str, object], fields: Mapping[s
 
 
 def encode(sample_id: str, values: Mapping[str, Value], fields: Mapping[str, Field]) -> SampleGroup:
-    """The group of a sample whose values passed `check_values`."""
+    """Make the group of a sample whose values passed `check_values`."""
     jobs: list[tuple[str, Field | None, tuple[Buffer, ...]]] = []
 
     def add_array(name: str, field: Field, array: NDArray[Any]) -> None:
-        jobs.append((f"{name}/{METADATA}", None, (to_bytes(array_metadata(field, array.shape), f"field {name!r}"),)))
+        metadata = array_metadata(field, array.shape, field.chunk_shape(array.shape))
+        jobs.append((f"{name}/{METADATA}", None, (to_bytes(metadata, f"field {name!r}"),)))
         jobs.extend((f"{name}/{key}", field, parts) for key, parts in _chunks(field, array))
 
-    shapes = {name: _shape(value) for name, value in values.items()}
+    shapes = {name: _shape_of(value) for name, value in values.items()}
     directory, small_bytes = packed_directory(shapes, fields)
     text = {name: value for name, value in values.items() if fields[name].layout == "text"}
     attributes = {"sample_id": sample_id, "small": directory, "text": text}
@@ -81,7 +85,7 @@ def encode(sample_id: str, values: Mapping[str, Value], fields: Mapping[str, Fie
         if fields[name].layout == "array":
             assert isinstance(value, np.ndarray)
             add_array(name, fields[name], value)
-    with ThreadPoolExecutor(_ENCODERS, "encode") as pool:  # checksums and compression let go of the interpreter lock
+    with ThreadPoolExecutor(_ENCODERS, "encode") as pool:  # checksums and compression release the interpreter lock
         objects, contents = zip(*pool.map(_encode_object, *zip(*jobs, strict=True)), strict=True)
     return SampleGroup(shapes=shapes, objects=objects, contents=contents)
 
@@ -89,18 +93,18 @@ def encode(sample_id: str, values: Mapping[str, Value], fields: Mapping[str, Fie
 def _encode_object(
     path: str, field: Field | None, parts: tuple[Buffer, ...]
 ) -> tuple[StoredObject, tuple[Buffer, ...]]:
-    """One object with its checksum: a document, or a chunk of a field."""
+    """Make one object with its checksum: a document, or a chunk of a field."""
     if field is not None:
         parts = compression.encode(field, parts)
     crc = 0
     for part in parts:
-        crc = checksum.extend(crc, np.frombuffer(part, np.uint8))
+        crc = crc32c(part, crc)
     if field is not None:
         parts = (*parts, crc.to_bytes(TRAILER_BYTES, "little"))
     return StoredObject(path=path, size=sum(map(len, parts)), crc32c=f"{crc:08x}"), parts
 
 
-def array_metadata(field: Field, shape: tuple[int, ...], chunk_shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+def array_metadata(field: Field, shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> dict[str, Any]:
     """The one `zarr.json` that format version 1 allows for an array of this field, shape and chunk shape."""
     dtype = field.stored_dtype
     byte_codec: dict[str, Any] = {"name": "bytes"}
@@ -108,10 +112,7 @@ def array_metadata(field: Field, shape: tuple[int, ...], chunk_shape: tuple[int,
         byte_codec["configuration"] = {"endian": "little"}
     return {
         "attributes": {"logical_dtype": field.dtype, "units": field.units},
-        "chunk_grid": {
-            "configuration": {"chunk_shape": list(chunk_shape or field.chunk_shape(shape))},
-            "name": "regular",
-        },
+        "chunk_grid": {"configuration": {"chunk_shape": list(chunk_shape)}, "name": "regular"},
         "chunk_key_encoding": {"configuration": {"separator": "."}, "name": "default"},
         "codecs": [byte_codec, *compression.codecs(field), {"name": "crc32c"}],
         "data_type": dtype.name,
@@ -123,13 +124,8 @@ def array_metadata(field: Field, shape: tuple[int, ...], chunk_shape: tuple[int,
     }
 
 
-SMALL_ARRAY = Field(name="packed", dtype="uint8", axes=("byte",))
-"""What the array of all packed fields looks like; its one chunk holds all of it."""
-assert SMALL_ARRAY.chunk_mb * 1e6 >= MAX_SMALL_BYTES
-
-
 def chunk_keys(shape: tuple[int, ...], rows: int) -> Iterator[str]:
-    """Keys of the chunks of an array that is cut along axis 0 alone."""
+    """Yield the chunk keys of an array that is cut along axis 0 alone."""
     if not shape:
         yield "c"
     elif math.prod(shape):
@@ -140,7 +136,7 @@ def chunk_keys(shape: tuple[int, ...], rows: int) -> Iterator[str]:
 def _chunks(field: Field, array: NDArray[Any]) -> Iterator[tuple[str, tuple[Buffer, ...]]]:
     chunk_shape = field.chunk_shape(array.shape)
     raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    size = math.prod(chunk_shape) * array.dtype.itemsize
+    size = field.size_bytes(chunk_shape)
     for index, key in enumerate(chunk_keys(array.shape, chunk_shape[0] if chunk_shape else 1)):
         slab = raw[index * size : (index + 1) * size]
         padding = bytes(size - len(slab))  # Zarr stores the last chunk at full size
@@ -150,7 +146,7 @@ def _chunks(field: Field, array: NDArray[Any]) -> Iterator[tuple[str, tuple[Buff
 def packed_directory(
     shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Field]
 ) -> tuple[list[dict[str, Any]], int]:
-    """Where each packed field of a sample lies in the array `small`, and the length of that array in bytes."""
+    """List where each packed field of a sample lies in the array `small`, and give that array's length in bytes."""
     directory: list[dict[str, Any]] = []
     end = 0
     for name, shape in shapes.items():
@@ -159,7 +155,7 @@ def packed_directory(
             start = end + -end % _ALIGNMENT
             dtype = STORED_DTYPES[field.dtype]  # asking numpy for its name takes longer than all the rest
             directory.append({"dtype": dtype, "name": name, "offset": start, "shape": list(shape)})
-            end = start + math.prod(shape) * field.stored_dtype.itemsize
+            end = start + field.size_bytes(shape)
     return directory, end
 
 
@@ -203,7 +199,7 @@ def _check_text(where: str, field: Field, value: object) -> Value:
     return items if field.axes else str(items[0])
 
 
-def _shape(value: Value) -> tuple[int, ...]:
+def _shape_of(value: Value) -> tuple[int, ...]:
     if isinstance(value, str):
         return ()
     return (len(value),) if isinstance(value, list) else value.shape

@@ -9,23 +9,18 @@ from typing import Any
 from cache_store.difference import differences
 from cache_store.document import MAX_DOCUMENT_BYTES, canonical_copy, canonical_json, check_seal, parse, seal, take
 from cache_store.errors import FormatError, IdentityMismatchError, StoreNotFoundError
-from cache_store.format import commit_record, quarantine_record
 from cache_store.format.field import Field
-from cache_store.storage import local_storage
-from cache_store.storage.room import place_of
+from cache_store.format.names import FOLDERS, INDEX, METADATA, SAMPLES
+from cache_store.storage.file_errors import opening
 from cache_store.storage.storage import Storage
 
 FORMAT_VERSION = 1
-DOCUMENT = "zarr.json"
-SAMPLES = "samples"
-STAGING = local_storage.STAGING
-INDEX = "index"
-FOLDERS = (SAMPLES, commit_record.FOLDER, quarantine_record.FOLDER, STAGING)
 ATTRIBUTE = "cache_store"
+PLAIN_GROUP_PATH = f"{SAMPLES}/{METADATA}"
 PLAIN_GROUP = b'{"attributes":{},"node_type":"group","zarr_format":3}'
-"""`samples/zarr.json`: Zarr v3 wants every folder above an array to be a group."""
-_OPENING = b'{"attributes":{'
-"""Attributes come first and the seal first in them, before anything that a user's identity could contain."""
+"""Content of `samples/zarr.json`: Zarr v3 wants every folder above an array to be a group."""
+OPENING = b'{"attributes":{'
+"""Beginning of the root document, before the seal: no text of a user's identity can come before that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +36,8 @@ class StoreRoot:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON of schema and identity; every commit record names it."""
-        return hashlib.sha256(
-            canonical_json({"fields": self._schema(), "identity": self.identity}).encode()
-        ).hexdigest()
+        settings = {"fields": self._schema(), "identity": self.identity}
+        return hashlib.sha256(canonical_json(settings).encode()).hexdigest()
 
     def to_bytes(self) -> bytes:
         body = {
@@ -54,7 +48,7 @@ class StoreRoot:
             "fingerprint": self.fingerprint,
         }
         document = {"attributes": {ATTRIBUTE: body}, "node_type": "group", "zarr_format": 3}
-        return seal(document, "the root metadata", opening=_OPENING)
+        return seal(document, "the root metadata", opening=OPENING)
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "StoreRoot":
@@ -69,44 +63,46 @@ class StoreRoot:
                 f"{where} has format version {version}; this library reads up to {FORMAT_VERSION}. Update it."
             )
         check_seal(data, where)
-        fields = [Field.from_json(item, where) for item in take(body, "fields", list, where)]
-        root = cls(
-            fields=by_name(fields),
-            identity=take(body, "identity", dict, where),
-            provenance=take(body, "provenance", dict, where),
-        )
+        try:
+            fields = by_name([Field.from_json(item, where) for item in take(body, "fields", list, where)])
+        except FormatError:
+            raise
+        except ValueError as error:
+            raise FormatError(f"{where}: {error}") from error
+        identity, provenance = take(body, "identity", dict, where), take(body, "provenance", dict, where)
+        root = cls(fields=fields, identity=identity, provenance=provenance)
         if version != FORMAT_VERSION or take(body, "fingerprint", str, where) != root.fingerprint:
             raise FormatError(f"{where}: format version {version} or the settings fingerprint is not a valid one.")
         return root
 
     def check(self, given: "StoreRoot", where: Path | str) -> list[str]:
-        """Raise if the given schema or identity is another one; return the differences in provenance."""
+        """Raise if schema or identity of the given root differ; return the differences in provenance."""
         lines = [f"identity.{line}" for line in differences(given.identity, self.identity)]
-        lines += [f"fields.{line}" for line in differences(given.comparable_schema(), self.comparable_schema())]
+        lines += [f"fields.{line}" for line in differences(given._comparable_schema(), self._comparable_schema())]
         if lines:
             raise mismatch(where, lines)
         return [f"provenance.{line}" for line in differences(given.provenance, self.provenance)]
 
-    def comparable_schema(self) -> dict[str, dict[str, Any]]:
+    def _schema(self) -> list[dict[str, Any]]:
+        return [field.to_json() for field in self.fields.values()]
+
+    def _comparable_schema(self) -> dict[str, dict[str, Any]]:
         """The schema by name, without what later writers take from the store: chunk size and compression."""
         schema = {name: field.to_json() for name, field in self.fields.items()}
         for field in schema.values():
             del field["chunk_mb"], field["compression"]
         return schema
 
-    def _schema(self) -> list[dict[str, Any]]:
-        return [field.to_json() for field in self.fields.values()]
-
 
 def by_name(fields: Sequence[Field]) -> dict[str, Field]:
-    """The schema as a mapping; names must differ on a file system that ignores case, too."""
+    """The schema as a mapping. Names must differ on a file system that ignores case, too."""
     if len({field.name.casefold() for field in fields}) != len(fields) or not fields:
         raise ValueError(f"a store needs fields with different names, got {[field.name for field in fields]}.")
     return {field.name: field for field in fields}
 
 
 def mismatch(where: Path | str, lines: Sequence[str]) -> IdentityMismatchError:
-    """The error that names every difference between what a caller expects and what the store holds."""
+    """Error that names every difference between what a caller expects and what the store holds."""
     listed = "\n  ".join(lines)
     return IdentityMismatchError(
         f"the store at {where} was made with other settings (expected: this run, found: the store):\n  {listed}\n"
@@ -116,57 +112,45 @@ def mismatch(where: Path | str, lines: Sequence[str]) -> IdentityMismatchError:
 
 
 def read(storage: Storage) -> StoreRoot:
-    """The root of an existing store."""
-    with place_of(storage.place):
+    """Read the root of an existing store."""
+    with opening(storage.place):
         try:
-            data = storage.read_document(DOCUMENT, MAX_DOCUMENT_BYTES)
+            data = storage.read_document(METADATA, MAX_DOCUMENT_BYTES)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreNotFoundError(
-                f"there is no store at {storage.place} (no {DOCUMENT}); check the path or write samples there first."
+                f"there is no store at {storage.place} (no {METADATA}); check the path or write samples there first."
             ) from error
-    where = f"root metadata {storage.where(DOCUMENT)}"
-    try:
-        return StoreRoot.from_bytes(data, where)
-    except FormatError:
-        raise
-    except ValueError as error:
-        raise FormatError(f"{where}: {error}") from error
+    return StoreRoot.from_bytes(data, f"root metadata {storage.where(METADATA)}")
 
 
 def open_or_create(storage: Storage, given: StoreRoot) -> tuple[StoreRoot, list[str]]:
-    """The root as the store has it (the first writer's), and the given root's differences in provenance."""
+    """The root as the store has it (the first writer's), and how the given root's provenance differs."""
     given = replace(
         given,
         identity=canonical_copy(given.identity, "identity"),
         provenance=canonical_copy(given.provenance, "provenance"),
     )
-    data = given.to_bytes()
-    if make(storage, data):
+    if make(storage, given.to_bytes()):
         return given, []
     root = read(storage)
     return root, root.check(given, storage.place)
 
 
 def make(storage: Storage, data: bytes) -> bool:
-    """A store with this root metadata, unless there is one: then `False` and nothing changes.
+    """Make a store with this root metadata, unless there is one: then `False` and nothing changes.
 
-    Raises `StoreAddressError` for a path where none can be.
+    Raises `StoreAddressError` for a path where none can be, and `FormatError` for a folder of other things.
     """
-    with place_of(storage.place):
-        if storage.exists(DOCUMENT):
+    with opening(storage.place):
+        if storage.exists(METADATA):
             return False
-        make_layout(storage)
-        return storage.put_if_absent(DOCUMENT, data)
-
-
-def make_layout(storage: Storage) -> None:
-    """All that a store consists of before its root metadata; what other writers have made already stays."""
-    strangers = sorted(set(storage.names("")) - {*FOLDERS, DOCUMENT, INDEX})
-    if strangers:
-        raise FormatError(
-            f"{storage.place} is neither empty nor a store (it contains {', '.join(strangers[:5])}); "
-            "give a path of its own to a new store."
-        )
-    storage.check_exclusive()
-    storage.make_folders(FOLDERS)
-    storage.put_if_absent(f"{SAMPLES}/{DOCUMENT}", PLAIN_GROUP)
+        strangers = sorted(set(storage.names("")) - {*FOLDERS, METADATA, INDEX})
+        if strangers:
+            raise FormatError(
+                f"{storage.place} is neither empty nor a store (it contains {', '.join(strangers[:5])}); "
+                "give a path of its own to a new store."
+            )
+        storage.check_exclusive()
+        storage.make_folders(FOLDERS)
+        storage.put_if_absent(PLAIN_GROUP_PATH, PLAIN_GROUP)
+        return storage.put_if_absent(METADATA, data)

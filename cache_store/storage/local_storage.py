@@ -1,6 +1,10 @@
-"""A store in a folder of a local or network file system: `local_files`, with the root bound."""
+"""A store in a folder of a local or network file system. Nothing here follows a symbolic link below the root."""
 
+import errno
+import os
 import secrets
+import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,10 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_store.errors import FormatError
 from cache_store.storage import local_files
+from cache_store.storage.local_files import MAX_TRANSFER_BYTES
 
 STAGING = "staging"
-"""Where files lie that have no name yet."""
+"""Folder of files that have no name yet."""
+BLOCK_BYTES = 2**20
+"""Bytes read and checked at a time: still in the second-level cache, and large enough that eight threads do not queue
+for Python's interpreter lock (blocks of 256 KiB read half as fast there)."""
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a planted FIFO must not block the open
 
 
 class LocalStorage:
@@ -28,45 +38,88 @@ class LocalStorage:
         return str(self.root / relative)
 
     def exists(self, relative: str) -> bool:
-        return local_files.exists(self.root / relative)
+        return os.path.lexists(self.root / relative)  # a dangling link takes the name, too
 
     def names(self, folder: str, *, flat: bool = False) -> Iterator[str]:
-        if folder:
-            yield from local_files.names(self.root, folder)
-        elif self.root.is_dir():
-            yield from (entry.name for entry in self.root.iterdir())
+        if not folder:
+            if self.root.is_dir():
+                yield from (entry.name for entry in self.root.iterdir())
+            return
+        try:
+            self.check_parents(f"{folder}/any")
+            with os.scandir(self.root / folder) as entries:
+                for entry in entries:
+                    yield entry.name
+        except FileNotFoundError as error:
+            raise FormatError(
+                f"{self.root / folder} is missing; the store at {self.root} is incomplete (was it copied only in "
+                "part?)."
+            ) from error
 
     def size_bytes(self, relative: str) -> int:
-        return local_files.size_bytes(self.root, relative)
+        self.check_parents(relative)
+        path = self.root / relative
+        return _regular_size(os.lstat(path), path)
 
     def read_document(self, relative: str, limit_bytes: int) -> bytes:
-        return local_files.read_document(self.root, relative, limit_bytes)
-
-    def read_exactly(self, relative: str, size: int) -> NDArray[np.uint8] | int:
-        return local_files.read_exactly(self.root, relative, size)
+        self.check_parents(relative)
+        descriptor = _open(self.root / relative)
+        try:
+            size = _regular_size(os.fstat(descriptor), self.root / relative)
+            data = bytearray()
+            # `os.read` allocates what it is asked for, so that is never the limit: the index has one of 16 GiB.
+            while size <= limit_bytes and len(data) <= size and (block := os.read(descriptor, size + 1 - len(data))):
+                data += block
+        finally:
+            os.close(descriptor)
+        if (actual := max(size, len(data))) > limit_bytes:
+            raise FormatError(
+                f"{self.root / relative} has {actual} bytes; a document of a store has at most {limit_bytes}."
+            )
+        return bytes(data)
 
     def read_into(
         self,
         relative: str,
         size: int,
-        buffers: Callable[[], Sequence[NDArray[np.uint8]]],
+        target: NDArray[np.uint8],
+        on_block: Callable[[Any], None] | None = None,
         *,
-        block_bytes: int,
-        on_block: Callable[[int, int, int], None] | None = None,
         parents_checked: bool = False,
-    ) -> int:
-        return local_files.read_into(
-            self.root,
-            relative,
-            size,
-            buffers,
-            block_bytes=block_bytes,
-            on_block=on_block,
-            parents_checked=parents_checked,
-        )
+    ) -> NDArray[np.uint8] | int:
+        if not parents_checked:
+            self.check_parents(relative)
+        path = f"{self.root}/{relative}"
+        descriptor = _open(path)
+        try:
+            actual = _regular_size(os.fstat(descriptor), path)
+            if actual != size:
+                return actual
+            rest = np.empty(size - len(target), np.uint8)
+            views = [memoryview(target), memoryview(rest)]  # type: ignore[arg-type]
+            if on_block is None and size <= MAX_TRANSFER_BYTES and os.preadv(descriptor, views, 0) == size:
+                return rest
+            step, at = BLOCK_BYTES if on_block is not None else MAX_TRANSFER_BYTES, 0
+            for view in views:
+                for start in range(0, len(view), step):
+                    block = unread = view[start : start + step]
+                    while len(unread):
+                        count = os.preadv(descriptor, [unread], at)
+                        if count == 0:  # truncated since the size was taken
+                            return at
+                        unread, at = unread[count:], at + count
+                    if on_block is not None and view is views[0]:
+                        on_block(block)
+            return rest
+        finally:
+            os.close(descriptor)
 
     def check_parents(self, relative: str) -> None:
-        local_files.check_parents(self.root, relative)
+        folder = os.fspath(self.root)
+        for part in parts_of(relative, self.root)[:-1]:
+            folder = f"{folder}/{part}"
+            if not stat.S_ISDIR(os.lstat(folder).st_mode):
+                raise FormatError(f"{folder} is not a real folder (a symbolic link?); it is refused.")
 
     def make_folders(self, folders: Iterable[str]) -> None:
         paths = [self.root / folder for folder in folders]
@@ -75,23 +128,23 @@ class LocalStorage:
         parents = dict.fromkeys(path.parent for path in paths)
         # Also names that a racing writer has made but not yet forced to the medium.
         for path in dict.fromkeys([*parents, *(path.parent for path in parents)]):
-            local_files.sync_folder(path)
+            local_files.flush(path)
 
     def check_exclusive(self) -> None:
-        pass  # whether there are hard links is found out by the first
+        pass  # the first hard link shows whether there are any
 
     def write_group(self, folder: str, files: Sequence[tuple[str, Iterable[Any]]]) -> None:
         path = self.root / folder
-        local_files.make_folder(path)
+        path.mkdir()
         try:
             arrays = dict.fromkeys((path / name).parent for name, _ in files if "/" in name)
             for array in arrays:
-                local_files.make_folder(array)
+                array.mkdir()
             local_files.write_new(*((path / name, parts) for name, parts in files))
             for made in (*arrays, path, path.parent):
-                local_files.sync_folder(made)
+                local_files.flush(made)
         except BaseException:
-            local_files.remove_tree(path)  # nothing refers to it yet; a full disk needs the room
+            self.delete_tree(folder)  # nothing refers to it yet; a full disk needs the room
             raise
 
     def put_if_absent(self, relative: str, data: bytes) -> bool:
@@ -103,12 +156,12 @@ class LocalStorage:
     def delete(self, relatives: Iterable[str]) -> None:
         paths = [self.root / relative for relative in relatives]
         for path in paths:
-            local_files.remove_file(path)
+            path.unlink(missing_ok=True)
         for folder in dict.fromkeys(path.parent for path in paths):
-            local_files.sync_folder(folder)
+            local_files.flush(folder)
 
     def delete_tree(self, folder: str) -> None:
-        local_files.remove_tree(self.root / folder)
+        shutil.rmtree(self.root / folder, ignore_errors=True)
 
     def extent(self, relative: str) -> tuple[int, float]:
         size, changed = 0, 0.0
@@ -134,12 +187,12 @@ class LocalStorage:
         return True
 
     def put_back(self, folder: str, aside: str) -> None:
-        if local_files.exists(self.root / aside):
+        if self.exists(aside):
             (self.root / aside).rename(self.root / folder)
-            local_files.sync_folder((self.root / folder).parent)
+            local_files.flush((self.root / folder).parent)
 
     def drop(self, folder: str, aside: str) -> None:
-        local_files.remove_tree(self.root / aside)
+        self.delete_tree(aside)
 
     def folder_time_ns(self, folder: str) -> int:
         return (self.root / folder).stat().st_mtime_ns
@@ -151,3 +204,26 @@ class LocalStorage:
             return probe.stat().st_mtime_ns
         finally:
             probe.unlink(missing_ok=True)
+
+
+def parts_of(relative: str, root: Path | str) -> list[str]:
+    """Components of a name, none of which can lead out of the store."""
+    parts = relative.split("/")
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise FormatError(f"path {relative!r} leaves the store at {root} or is not in normal form.")
+    return parts
+
+
+def _open(path: Path | str) -> int:
+    try:
+        return os.open(path, _READ_FLAGS)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FormatError(f"{path} is a symbolic link; a store has none, so it is refused.") from error
+        raise
+
+
+def _regular_size(status: os.stat_result, path: Path | str) -> int:
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError(f"{path} is not a regular file; a store has only files and folders, so it is refused.")
+    return status.st_size

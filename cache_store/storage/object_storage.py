@@ -1,7 +1,7 @@
-"""A store in a bucket of S3-compatible object storage, by obstore; keys are the paths of the local tree.
+"""A store in a bucket of S3-compatible object storage, through obstore; keys are the paths of the local tree.
 
-An object appears as a whole or not at all, and `If-None-Match: *` is what a hard link is on a file system. obstore
-retries a request where that is safe by itself; a conditional put is not, as a lost answer may hide a success, so its
+An object appears as a whole or not at all, and `If-None-Match: *` does what a hard link does on a file system. obstore
+repeats a request where that is safe. A conditional put is not safe, because a lost answer may hide a success, so its
 loser looks at what is there: commit records of two attempts are never equal.
 """
 
@@ -21,8 +21,7 @@ from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
 from cache_store.errors import FormatError, ObjectStorageError, UnsupportedFileSystemError
 from cache_store.storage import s3_access
-from cache_store.storage.local_files import parts_of
-from cache_store.storage.local_storage import STAGING
+from cache_store.storage.local_storage import BLOCK_BYTES, STAGING, parts_of
 from cache_store.storage.s3_access import S3Address
 from cache_store.storage.s3_errors import explained, status_of
 
@@ -31,28 +30,28 @@ if TYPE_CHECKING:
     from obstore.store import S3Store
 
 PART_BYTES = 16 * 2**20
-"""Larger objects are uploaded in parts of this size; a chunk of the default size is one request."""
+"""Size of an upload's parts; a chunk of the default size is one request."""
 RANGE_BYTES = 4 * 2**20
-"""Larger objects are read in ranges of this size, several at a time: one connection does not fill the line."""
+"""Size of a download's ranges, of which several are in flight: one connection does not fill the line."""
 _RANGES = 16
 """Requests for ranges in flight for one store."""
 _AHEAD = 8
-"""Ranges of one object in flight: what they hold in memory beyond the caller's buffer."""
+"""Ranges of one object in flight; they are in memory besides the caller's buffer."""
 _UPLOADS = 8
 """Objects of one sample, or parts of one object, in flight."""
 _TRIES = 4
-"""Of a request that was not answered to its end; obstore itself repeats only what it knows to be safe."""
+"""Tries of a request that was not answered to its end; obstore repeats only what it knows to be safe."""
 _LIST_PAGE = 1000
 _GROUP = "zarr.json"
-"""Written first and removed first: an attempt without it can never be committed."""
+"""The object of a group that is written and removed first: an attempt without it can never be committed."""
 
 Result = TypeVar("Result")
 Buffer: TypeAlias = Any
-"""Bytes of obstore's, which numpy reads in place."""
+"""obstore's own bytes, which numpy reads in place."""
 
 
 class ObjectStorage:
-    """`storage.Storage` below a prefix of a bucket. Pickled as its address alone."""
+    """`storage.Storage` below a prefix of a bucket. Pickles as its address alone."""
 
     threads = 32
 
@@ -86,9 +85,9 @@ class ObjectStorage:
         prefix = self.address.key(folder)
         start = len(prefix) + 1 if prefix else 0
         with self._explained("list", folder):
-            found = obstore.list_with_delimiter(self._store, prefix or None)
-        yield from (path[start:] for path in found["common_prefixes"])
-        yield from (item["path"][start:] for item in found["objects"])
+            listing = obstore.list_with_delimiter(self._store, prefix or None)
+        yield from (path[start:] for path in listing["common_prefixes"])
+        yield from (item["path"][start:] for item in listing["objects"])
 
     def size_bytes(self, relative: str) -> int:
         return self._head(relative)["size"]
@@ -109,52 +108,42 @@ class ObjectStorage:
         with self._explained("read", relative):
             return _repeat(read)
 
-    def read_exactly(self, relative: str, size: int) -> NDArray[np.uint8] | int:
-        data: list[NDArray[np.uint8]] = []
-
-        def buffers() -> list[NDArray[np.uint8]]:
-            data.append(np.empty(size, np.uint8))
-            return data
-
-        found = self.read_into(relative, size, buffers, block_bytes=size or 1)
-        return data[0] if found == size else found
-
     def read_into(
         self,
         relative: str,
         size: int,
-        buffers: Callable[[], Sequence[NDArray[np.uint8]]],
+        target: NDArray[np.uint8],
+        on_block: Callable[[Any], None] | None = None,
         *,
-        block_bytes: int,
-        on_block: Callable[[int, int, int], None] | None = None,
         parents_checked: bool = False,
-    ) -> int:
-        """As `local_files.read_into`; the first range says how large the object is, without a request of its own."""
+    ) -> NDArray[np.uint8] | int:
+        """As `Storage` has it; the first range says how large the object is, without a request of its own."""
         key = self._key(relative)
         with self._explained("read", relative):
             pieces = self._ranges(key, size)
-            first, found = next(pieces) if size else (b"", self.size_bytes(relative))
-            if found != size:
-                return found
-            piece = np.frombuffer(first, np.uint8)
-            for number, target in enumerate(buffers()):
-                for start in range(0, len(target), block_bytes):
-                    end, filled = min(start + block_bytes, len(target)), start
-                    while filled < end:
+            first, actual = next(pieces) if size else (b"", self.size_bytes(relative))
+            if actual != size:
+                return actual
+            piece, rest = np.frombuffer(first, np.uint8), np.empty(size - len(target), np.uint8)
+            step = BLOCK_BYTES if on_block is not None else max(size, 1)
+            for buffer in (target, rest):
+                for start in range(0, len(buffer), step):
+                    block = unread = buffer[start : start + step]
+                    while len(unread):
                         if not len(piece):
                             piece = np.frombuffer(next(pieces)[0], np.uint8)
-                        count = min(end - filled, len(piece))
-                        target[filled : filled + count] = piece[:count]
-                        piece, filled = piece[count:], filled + count
-                    if on_block is not None:
-                        on_block(number, start, end)
-        return size
+                        count = min(len(unread), len(piece))
+                        unread[:count] = piece[:count]
+                        piece, unread = piece[count:], unread[count:]
+                    if on_block is not None and buffer is target:
+                        on_block(block)
+        return rest
 
     def make_folders(self, folders: Iterable[str]) -> None:
         pass
 
     def check_exclusive(self) -> None:
-        """By two puts of one name: some servers ignore the condition, in silence."""
+        """Put one name twice: some servers silently ignore the condition."""
         probe = f"{STAGING}/{secrets.token_hex(16)}"
         with self._explained("write", probe):
             _repeat(lambda: self._create(probe, b"1"))
@@ -205,13 +194,11 @@ class ObjectStorage:
 
         key = self._key(relative)
         kept = [part for part in parts if len(part)]
-        body = kept if kept else b""
-        if sum(map(len, kept)) <= PART_BYTES:
-            with self._explained("write", relative):
-                _repeat(lambda: obstore.put(self._store, key, body, use_multipart=False))
-        else:
-            with self._explained("write", relative):
-                _repeat(lambda: obstore.put(self._store, key, body, chunk_size=PART_BYTES, max_concurrency=_UPLOADS))
+        options: dict[str, Any] = {"use_multipart": False}
+        if sum(map(len, kept)) > PART_BYTES:
+            options = {"chunk_size": PART_BYTES, "max_concurrency": _UPLOADS}
+        with self._explained("write", relative):
+            _repeat(lambda: obstore.put(self._store, key, kept or b"", **options))
 
     def delete(self, relatives: Iterable[str]) -> None:
         import obstore
@@ -231,12 +218,12 @@ class ObjectStorage:
         with suppress(FileNotFoundError):
             alone = self._head(relative)
             return alone["size"], alone["last_modified"].timestamp()
-        found = [item for _, item in self._objects(relative)]
-        changed = max((item["last_modified"].timestamp() for item in found), default=time.time())
-        return sum(item["size"] for item in found), changed
+        objects = [item for _, item in self._objects(relative)]
+        changed = max((item["last_modified"].timestamp() for item in objects), default=time.time())
+        return sum(item["size"] for item in objects), changed
 
     def set_aside(self, folder: str, aside: str) -> bool:
-        """Its `zarr.json` goes; a writer who publishes after that will miss it, and one who did before is found."""
+        """Remove its `zarr.json`: a writer that publishes later misses it, and one that has published is seen."""
         name = f"{folder}/{_GROUP}"
         try:
             data = self.read_document(name, MAX_DOCUMENT_BYTES)
@@ -286,7 +273,7 @@ class ObjectStorage:
             return _repeat(lambda: obstore.head(self._store, key))
 
     def _objects(self, folder: str) -> Iterator[tuple[str, "ObjectMeta"]]:
-        """All objects below a folder, by their names in it."""
+        """All objects below a folder, with their names in it."""
         import obstore
 
         prefix = self.address.key(folder)
@@ -295,7 +282,7 @@ class ObjectStorage:
                 yield from ((item["path"][len(prefix) + 1 :], item) for item in page)
 
     def _create(self, relative: str, data: bytes) -> bool:
-        """One conditional put: whether it made the object."""
+        """Make one conditional put; returns whether it created the object."""
         import obstore
         from obstore.exceptions import AlreadyExistsError
 
@@ -306,7 +293,7 @@ class ObjectStorage:
         return True
 
     def _ranges(self, key: str, size: int) -> Iterator[tuple["Buffer", int]]:
-        """The object's ranges in order, each with the object's size; several are in flight."""
+        """Yield the object's ranges in order, each with the object's size; several are in flight."""
         if size <= RANGE_BYTES:
             yield self._range(key, 0, size)
             return
@@ -323,7 +310,7 @@ class ObjectStorage:
                 rest.cancel()
 
     def _range(self, key: str, start: int, end: int) -> tuple["Buffer", int]:
-        """Bytes of an object, fewer only where it is shorter, and its size."""
+        """Bytes `start` to `end` of an object, fewer only where it ends before, and its size."""
         import obstore
         from obstore.exceptions import GenericError
 
@@ -343,7 +330,7 @@ class ObjectStorage:
 
 
 def _repeat(action: Callable[[], Result]) -> Result:
-    """Do what may be done twice again, if there was no whole answer to it."""
+    """Call an action that may be done twice, again while there is no whole answer to it."""
     from obstore.exceptions import GenericError
 
     for attempt in range(_TRIES - 1):

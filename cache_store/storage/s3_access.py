@@ -1,7 +1,7 @@
-"""The way to a bucket: endpoint, region and credentials from where every S3 client looks for them, and nowhere else.
+"""Access to a bucket: endpoint, region and credentials from where every S3 client looks for them, and nowhere else.
 
-Environment first, then the shared credentials file (which obstore does not know), then roles of the machine. None of
-it is kept in an attribute that is printed, pickled or written: a pickled store names its URI and looks again.
+The environment comes first, then the shared credentials file (which obstore does not read), then the machine's roles.
+Nothing is kept in an attribute that is printed, pickled or written: a pickled store names its URI and looks again.
 """
 
 import configparser
@@ -17,24 +17,24 @@ from urllib.parse import urlsplit
 from cache_store.errors import StoreAddressError
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, S3Store
+    from obstore.store import S3Store
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _PART = re.compile(r"[A-Za-z0-9._=+-]+")
 _MAX_PREFIX = 600
-"""Characters; a key has at most 1024, of which a store's own names take less than 400."""
+"""Characters; a key has at most 1024, and a store's own names take less than 400 of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class S3Address:
-    """A bucket, and the prefix of all keys of one store in it (without slashes at its ends; may be empty)."""
+    """A bucket, and the prefix of all keys of one store in it (no slash at either end; may be empty)."""
 
     bucket: str
     prefix: str
 
     @classmethod
     def parse(cls, uri: str) -> "S3Address":
-        """Raises `StoreAddressError` for anything but a bucket and a plain path."""
+        """Parse `s3://BUCKET/PREFIX`. Raises `StoreAddressError` for anything but a bucket and a plain path."""
         rest = uri.partition("://")[2]
         if "@" in rest:  # the message must not repeat what may be a secret
             raise StoreAddressError(
@@ -58,24 +58,24 @@ class S3Address:
         return f"s3://{self.bucket}/{self.prefix}" if self.prefix else f"s3://{self.bucket}"
 
     def key(self, relative: str) -> str:
-        """The key of an object of the store; of the empty name that of the store itself."""
+        """Key of an object of the store; the store's own for an empty name."""
         return "/".join(part for part in (self.prefix, relative) if part)
 
 
 REQUEST_TIMEOUT = timedelta(seconds=120)
-"""Of one request with its body: a part of 16 MiB over a line of 2 Mbit/s."""
+"""Limit of one request with its body: a part of 16 MiB over a line of 2 Mbit/s."""
 CONNECT_TIMEOUT = timedelta(seconds=10)
 MAX_RETRIES = 8
-"""Of one request after a 5xx, a 429 or a lost connection, and of one that changes nothing after a time-out."""
+"""Retries of a request after a 5xx, a 429 or a lost connection, and of a read after a time-out."""
 FIRST_WAIT, LONGEST_WAIT, RETRIES_END = timedelta(seconds=0.1), timedelta(seconds=10), timedelta(seconds=150)
 _FILE_GOOD_FOR = timedelta(minutes=10)
-"""Then the credentials file is read again: somebody may be renewing it."""
+"""Time until the credentials file is read again: somebody may be renewing it."""
 _METADATA_ADDRESS = ("169.254.169.254", 80)
 _METADATA_TIMEOUT_S = 1.0
 
 
 def connect(address: S3Address) -> "S3Store":
-    """A client of the bucket; no request is made yet.
+    """Make a client of the bucket, without a request.
 
     Raises `StoreAddressError` without obstore, without credentials, or with an endpoint that is not encrypted.
     """
@@ -94,7 +94,11 @@ def connect(address: S3Address) -> "S3Store":
     return S3Store(
         address.bucket,
         config=config,  # type: ignore[arg-type]  # keys of its TypedDict
-        client_options=_client_options(),
+        client_options={
+            "timeout": REQUEST_TIMEOUT,
+            "connect_timeout": CONNECT_TIMEOUT,
+            **({"allow_http": True} if _true("AWS_ALLOW_HTTP") else {}),
+        },
         retry_config={
             "max_retries": MAX_RETRIES,
             "retry_timeout": RETRIES_END,
@@ -106,11 +110,11 @@ def connect(address: S3Address) -> "S3Store":
 
 @dataclass(frozen=True, slots=True)
 class _Profile:
-    """A section of the shared files. Callable as obstore wants its credentials: read anew, never kept."""
+    """A section of the shared files. obstore calls it for credentials, so they are read anew and never kept."""
 
     name: str
     named: bool
-    """Whether the environment asks for it by name."""
+    """Whether the environment names it."""
 
     @classmethod
     def of_environment(cls) -> "_Profile":
@@ -133,12 +137,11 @@ class _Profile:
         }
 
     def _keys(self) -> dict[str, str]:
-        found = _section(_credentials_file(), self.name)
-        return found or _section(_config_file(), self.name, f"profile {self.name}")
+        return _section(_credentials_file(), self.name) or _section(_config_file(), self.name, f"profile {self.name}")
 
 
 def _provider(address: S3Address, profile: _Profile) -> Any:
-    """Where obstore shall ask for credentials; nothing where it finds them itself."""
+    """What obstore asks for credentials; `None` where it finds them itself."""
     if _true("AWS_SKIP_SIGNATURE") or (_set("AWS_ACCESS_KEY_ID") and _set("AWS_SECRET_ACCESS_KEY")):
         return None
     if profile.has_keys():
@@ -176,13 +179,8 @@ def _endpoint(address: S3Address) -> str | None:
     return endpoint
 
 
-def _client_options() -> "ClientConfig":
-    options: ClientConfig = {"timeout": REQUEST_TIMEOUT, "connect_timeout": CONNECT_TIMEOUT}
-    return {**options, "allow_http": True} if _true("AWS_ALLOW_HTTP") else options
-
-
 def _has_machine_role() -> bool:
-    """Whether the metadata service of a cloud machine answers; asked first, as obstore would try it for minutes."""
+    """Whether a cloud machine's metadata service answers; asked first, because obstore would try it for minutes."""
     if _true("AWS_EC2_METADATA_DISABLED"):
         return False
     if _set("AWS_METADATA_ENDPOINT"):
@@ -203,7 +201,7 @@ def _config_file() -> Path:
 
 
 def _section(path: Path, *names: str) -> dict[str, str]:
-    """The first of these sections that a file has; nothing without file or section."""
+    """The first of these sections that a file has; empty without file or section."""
     parser = configparser.RawConfigParser()
     try:
         parser.read(path)

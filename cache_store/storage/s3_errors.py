@@ -1,6 +1,6 @@
-"""What object storage answers, as errors that name the place, the reason and the next step.
+"""Answers of object storage, as errors that name the place, the reason and the next step.
 
-obstore's own messages hold whole answers of the server, which may repeat an access key's id or a signed text. Only the
+obstore's own messages quote the server's whole answer, which may repeat an access key's id or a signed text. Only the
 answer's code, its HTTP status and our own words are passed on, and no error is chained to obstore's.
 """
 
@@ -20,7 +20,7 @@ _REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocation
 
 @contextmanager
 def explained(address: S3Address, action: str, uri: str) -> Iterator[None]:
-    """Errors of obstore as `FileNotFoundError` (no such object), `StoreAddressError` or `ObjectStorageError`."""
+    """Turn obstore's errors into `FileNotFoundError` (no such object), `StoreAddressError` or `ObjectStorageError`."""
     from obstore.exceptions import BaseError
 
     try:
@@ -32,7 +32,7 @@ def explained(address: S3Address, action: str, uri: str) -> Iterator[None]:
 
 
 def explain(error: Exception, address: S3Address, action: str, uri: str) -> Exception:
-    """The error to raise in place of one of obstore's, met on this action (`read`, `write`, ...) on this URI."""
+    """Error to raise in place of obstore's, which came of this action (`read`, `write`, ...) on this URI."""
     from obstore.exceptions import InvalidPathError, PermissionDeniedError, UnauthenticatedError
 
     text = str(error)
@@ -77,5 +77,5 @@ def explain(error: Exception, address: S3Address, action: str, uri: str) -> Exce
 
 
 def status_of(error: Exception) -> str:
-    """The HTTP status of the answer that obstore gave up on; empty if there was none."""
+    """HTTP status of the answer that obstore gave up on; empty if there was none."""
     return match[1] if (match := _STATUS.search(str(error))) else ""

@@ -1,8 +1,8 @@
-"""Where a store lies: what the store needs of a file system or of object storage, and the choice between them.
+"""What the store needs of the place where it lies, and the choice between a file system and object storage.
 
-Everything is named by its path relative to the store's root, with `/`. An implementation gives three promises: what
-`write_group`, `put` and `put_if_absent` have written is durable when they return, a document or an object is there
-as a whole or not at all, and of several `put_if_absent` of one name exactly one wins.
+Everything is named by its path relative to the store's root, with `/`. An implementation makes three promises: what
+`write_group`, `put` and `put_if_absent` have written is durable when they return; a document or an object is there as
+a whole or not at all; of several `put_if_absent` of one name exactly one wins.
 """
 
 import os
@@ -29,16 +29,16 @@ class Storage(Protocol):
 
     @property
     def threads(self) -> int:
-        """How many small requests are worth having in flight; 1 where each is answered at once."""
+        """Number of small requests that are worth having in flight; 1 where each is answered at once."""
 
     def where(self, relative: str) -> str:
-        """The full name of an object, for messages."""
+        """Full name of an object, for messages."""
 
     def exists(self, relative: str) -> bool:
         """Whether the name is taken."""
 
     def names(self, folder: str, *, flat: bool = False) -> Iterator[str]:
-        """The names in a folder (`""`: the root), in no order. `flat`: it is known to hold no folders."""
+        """Names in a folder (`""`: the root), in no order. `flat`: the folder is known to hold no folders."""
 
     def size_bytes(self, relative: str) -> int:
         """Size of an object; `FileNotFoundError` when absent."""
@@ -46,32 +46,33 @@ class Storage(Protocol):
     def read_document(self, relative: str, limit_bytes: int) -> bytes:
         """A small object, refused with `FormatError` when it is larger than the limit."""
 
-    def read_exactly(self, relative: str, size: int) -> NDArray[np.uint8] | int:
-        """The bytes of an object, or its actual size when that is not `size` (nothing is allocated then)."""
-
     def read_into(
         self,
         relative: str,
         size: int,
-        buffers: Callable[[], Sequence[NDArray[np.uint8]]],
+        target: NDArray[np.uint8],
+        on_block: Callable[[Any], None] | None = None,
         *,
-        block_bytes: int,
-        on_block: Callable[[int, int, int], None] | None = None,
         parents_checked: bool = False,
-    ) -> int:
-        """Fill buffers, together of `size` bytes, with an object; `local_files.read_into` says how."""
+    ) -> NDArray[np.uint8] | int:
+        """Fill `target` with the beginning of an object of `size` bytes, and return the rest in a new array.
+
+        Returns the object's actual size instead when that is not `size`: nothing is allocated then. `on_block` gets
+        each block of the target while it is still in the CPU's cache. A caller that reads many objects of one folder
+        may have called `check_parents` for all of them.
+        """
 
     def check_parents(self, relative: str) -> None:
         """Raise `FormatError` for a name that leads out of the store."""
 
     def make_folders(self, folders: Iterable[str]) -> None:
-        """Create folders where absent, durably, if there are such things."""
+        """Create folders where absent, durably, if the storage has folders."""
 
     def check_exclusive(self) -> None:
-        """Raise `UnsupportedFileSystemError` where `put_if_absent` would let two win."""
+        """Raise `UnsupportedFileSystemError` where `put_if_absent` would let two callers win."""
 
     def write_group(self, folder: str, files: Sequence[tuple[str, Iterable[Any]]]) -> None:
-        """Write the new objects (path in the folder, buffers) of a new folder; after an error none is left."""
+        """Write the objects (path in the folder, buffers) of a new folder; after an error none is left."""
 
     def put_if_absent(self, relative: str, data: bytes) -> bool:
         """Publish a whole object under a name, unless the name is taken: then `False` and nothing changes."""
@@ -80,7 +81,7 @@ class Storage(Protocol):
         """Publish a whole object, given as buffers, under a name, replacing what was there."""
 
     def delete(self, relatives: Iterable[str]) -> None:
-        """Remove objects that are there, durably."""
+        """Remove objects where present, durably."""
 
     def delete_tree(self, folder: str) -> None:
         """Remove a folder with everything in it, as far as possible."""
@@ -89,9 +90,9 @@ class Storage(Protocol):
         """Bytes at and below a name, and when it last changed (seconds of the storage's clock)."""
 
     def set_aside(self, folder: str, aside: str) -> bool:
-        """Take a sample's attempt out of its place, so that its writer will notice; `False` if it is not there.
+        """Take a sample's attempt out of its place, so that its writer notices; `False` if it is not there.
 
-        Both a folder's name and `aside` outlive a kill at any point, so that one of the next two can follow later.
+        `folder` and `aside` stay known after a kill at any point, so `put_back` or `drop` can follow later.
         """
 
     def put_back(self, folder: str, aside: str) -> None:
@@ -101,14 +102,14 @@ class Storage(Protocol):
         """Remove for good what was set aside; `folder` is empty if `aside` is the name of none."""
 
     def folder_time_ns(self, folder: str) -> int:
-        """When a name last appeared in or vanished from a folder, by the storage's clock; 0 where it has no such."""
+        """When a name last appeared in or vanished from a folder, by the storage's clock; 0 where that is unknown."""
 
     def clock_ns(self) -> int:
-        """The time by the clock that stamps objects: a server's may differ from this machine's."""
+        """Time by the clock that stamps objects: a server's may differ from this machine's."""
 
 
 def open_storage(path: str | os.PathLike[str]) -> Storage:
-    """The storage at a path or an `s3://` URI; a path is made absolute, so that `chdir` does not matter later.
+    """Open the storage at a path or an `s3://` URI; a path is made absolute, so a later `chdir` does not matter.
 
     Raises `StoreAddressError` for other URIs and for object storage that cannot be reached from here.
     """
@@ -121,7 +122,7 @@ def open_storage(path: str | os.PathLike[str]) -> Storage:
 
 
 def is_uri(path: str | os.PathLike[str]) -> bool:
-    """Whether this names object storage. `StoreAddressError` for a URI of another kind than `s3://`."""
+    """Whether this names object storage. Raises `StoreAddressError` for a URI of another kind than `s3://`."""
     match = _SCHEME.match(os.fspath(path))
     if match is None:
         return False

@@ -1,1 +1,1 @@
-"""Operations on whole stores: verify and repair, copy, collect garbage, summarise."""
+"""Operations on whole stores: verify and repair, copy, collect garbage, count what is there."""

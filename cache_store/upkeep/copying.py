@@ -1,8 +1,8 @@
 """Copying a store, between folders and buckets in any mix, while writers and readers go on at both ends.
 
 Data first, records last: a sample appears in the copy as it appears in a store. Every byte is checked against its
-commit record on the way. A copy that was killed goes on where it was: what is committed is left alone, and of a sample
-that was begun only what is missing or not whole is copied. Names and bytes of all objects stay what they were.
+commit record on the way. A killed copy goes on where it stopped: what is committed is left alone, and of a sample that
+was begun only what is missing or not whole is copied. Names and bytes of all objects stay what they were.
 """
 
 import os
@@ -11,25 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
 from cache_store.errors import CacheStoreError, CorruptSampleError, FormatError, StoreAddressError
-from cache_store.format import commit_record, index, quarantine_record, store_root
+from cache_store.format import index, quarantine_record, store_root
 from cache_store.format.commit_record import CommitRecord
-from cache_store.format.sample_group import METADATA
-from cache_store.format.sample_key import keys
+from cache_store.format.names import COMMITS, METADATA, QUARANTINE, commit_path, list_keys
 from cache_store.format.store_root import StoreRoot
-from cache_store.format.stored_object import MEND, StoredObject
-from cache_store.storage.room import room_for
+from cache_store.format.stored_object import StoredObject
+from cache_store.format.stored_sample import StoredSample
+from cache_store.storage.file_errors import writing
 from cache_store.storage.storage import Storage, open_storage
 
 _SAMPLES = 4
-"""Copied at a time, so that one sample's last object does not keep the others waiting."""
+"""Samples copied at a time, so that one sample's last object does not keep the others waiting."""
 _OBJECTS = 8
-"""Held in memory at a time, each a chunk."""
+"""Objects held in memory at a time, each a chunk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +34,11 @@ class CopyReport:
     """What `copy` did."""
 
     samples: int
-    """In the source when it was listed."""
+    """Number of samples in the source when it was listed."""
     copied: int
     already_there: int
     size_bytes: int
-    """Of the objects that were copied."""
+    """Bytes of the objects that were copied."""
     damaged: tuple[str, ...]
     """What is wrong with the samples and records that were not copied."""
 
@@ -56,7 +53,7 @@ def copy(
     *,
     on_sample: Callable[[int, int, int], None] = lambda done, samples, size_bytes: None,
 ) -> CopyReport:
-    """Copy all samples and quarantine records of a store; `on_sample` hears how far it is.
+    """Copy all samples and quarantine records of a store; `on_sample` is told how far it is.
 
     The target may be absent, an earlier copy, or any store of the same schema and identity, which then holds both.
     Raises `StoreNotFoundError`, `IdentityMismatchError` or `FormatError` before anything is written; damaged samples
@@ -66,9 +63,9 @@ def copy(
     if start.place == end.place:
         raise StoreAddressError(f"source and target of the copy are both {start.place}; give another target.")
     root = store_root.read(start)
-    with room_for(0, "the store's metadata", end.place):
+    with writing("the store's metadata", 0, end.place):
         _make_target(start, end, root)
-    wanted, held = keys(start, commit_record.FOLDER), set(keys(end, commit_record.FOLDER))
+    wanted, held = list_keys(start, COMMITS), set(list_keys(end, COMMITS))
     missing = [key for key in wanted if key not in held]
     copied, size, damaged = [], 0, []
     with ThreadPoolExecutor(_OBJECTS, "copy") as pool:
@@ -79,14 +76,12 @@ def copy(
             except (CorruptSampleError, FormatError) as error:
                 return str(error)
 
-        done = len(wanted) - len(missing)
-        for found in in_order(copy_one, missing, _SAMPLES):
-            if isinstance(found, str):
-                damaged.append(found)
-            elif found is not None:
-                copied.append(found.sample_id)
-                size += found.size_bytes
-            done += 1
+        for done, outcome in enumerate(in_order(copy_one, missing, _SAMPLES), len(wanted) - len(missing) + 1):
+            if isinstance(outcome, str):
+                damaged.append(outcome)
+            elif outcome is not None:
+                copied.append(outcome.sample_id)
+                size += outcome.size_bytes
             on_sample(done, len(wanted), size)
     damaged += _copy_quarantine(start, end)
     if copied and end.threads > 1:  # without an index, opening it takes a request a sample
@@ -101,8 +96,8 @@ def copy(
 
 
 def _make_target(source: Storage, target: Storage, root: StoreRoot) -> None:
-    """The root of the copy, byte for byte the source's unless the target is a store already."""
-    store_root.make(target, source.read_document(store_root.DOCUMENT, MAX_DOCUMENT_BYTES))
+    """Make the root of the copy, byte for byte the source's, unless the target is a store already."""
+    store_root.make(target, source.read_document(METADATA, MAX_DOCUMENT_BYTES))
     there = store_root.read(target)
     if there.fingerprint != root.fingerprint:
         there.check(root, target.place)
@@ -115,17 +110,15 @@ def _make_target(source: Storage, target: Storage, root: StoreRoot) -> None:
 def _copy_sample(
     source: Storage, target: Storage, root: StoreRoot, key: str, pool: ThreadPoolExecutor
 ) -> CommitRecord | None:
-    """The copied sample's record; nothing if it is gone from the source, or another attempt at it won."""
-    name = f"{commit_record.FOLDER}/{key}.json"
+    """Copy one sample. Returns nothing if it is gone from the source, or another attempt at it won."""
+    name = commit_path(key)
     try:
         data = source.read_document(name, MAX_DOCUMENT_BYTES)
     except FileNotFoundError:
         return None
-    record = CommitRecord.from_bytes(
-        data, f"commit record {source.where(name)}", key=key, fields=root.fields, fingerprint=root.fingerprint
-    )
-    with room_for(record.size_bytes, f"sample {record.sample_id!r}", target.place):
-        _copy_objects(source, target, record, pool)
+    record = CommitRecord.from_bytes(data, f"commit record {source.where(name)}", key, root)
+    with writing(f"sample {record.sample_id!r}", record.size_bytes, target.place):
+        _copy_objects(StoredSample(source, record, root.fields), StoredSample(target, record, root.fields), pool)
         won = target.put_if_absent(name, data)
     if not won:
         if target.read_document(name, MAX_DOCUMENT_BYTES) != data:
@@ -140,53 +133,36 @@ def _copy_sample(
     return record
 
 
-def _copy_objects(source: Storage, target: Storage, record: CommitRecord, pool: ThreadPoolExecutor) -> None:
-    """All objects of a sample, durably; those that an earlier try has copied are checked instead."""
-    folders = dict.fromkeys(f"{record.folder}/{stored.array}".rstrip("/") for stored in record.objects.values())
-    target.make_folders(folders)
-    first = record.objects[METADATA]  # as `ObjectStorage.write_group` has it, for the sake of garbage collection
-    begun = target.exists(f"{record.folder}/{first.path}")
-    _copy_object(source, target, record, first, begun)
-    rest = [stored for stored in record.objects.values() if stored is not first]
-    for copied in [pool.submit(_copy_object, source, target, record, stored, begun) for stored in rest]:
+def _copy_objects(source: StoredSample, target: StoredSample, pool: ThreadPoolExecutor) -> None:
+    """Copy all objects of a sample durably; those that an earlier try has copied are checked instead."""
+    objects = source.record.objects
+    folders = dict.fromkeys(f"{target.folder}/{stored.array}".rstrip("/") for stored in objects.values())
+    target.storage.make_folders(folders)
+    begun = target.storage.exists(f"{target.folder}/{METADATA}")
+
+    def copy_object(stored: StoredObject) -> None:
+        if begun:
+            with suppress(CorruptSampleError):  # missing, or not whole
+                target.load(stored, stored.array)
+                return
+        target.storage.put(f"{target.folder}/{stored.path}", [source.load(stored, stored.array)])
+
+    copy_object(objects[METADATA])  # first, as in `ObjectStorage.write_group`, for the garbage collector's sake
+    for copied in [pool.submit(copy_object, stored) for path, stored in objects.items() if path != METADATA]:
         copied.result()
 
 
-def _copy_object(source: Storage, target: Storage, record: CommitRecord, stored: StoredObject, begun: bool) -> None:
-    if begun:
-        with suppress(CorruptSampleError):  # missing, or not whole
-            _load(target, record, stored)
-            return
-    target.put(f"{record.folder}/{stored.path}", [_load(source, record, stored)])
-
-
-def _load(storage: Storage, record: CommitRecord, stored: StoredObject) -> NDArray[np.uint8]:
-    """The object's bytes, all of them checked."""
-    data = stored.load(storage, record.folder, sample_id=record.sample_id, field=stored.array)
-    if not stored.matches(data):
-        raise CorruptSampleError(
-            f"sample {record.sample_id!r}, field {stored.array!r}: object {storage.where(record.folder)}/{stored.path} "
-            f"does not match its CRC-32C {stored.crc32c}. {MEND}",
-            record.sample_id,
-            stored.array,
-        )
-    return data
-
-
 def _copy_quarantine(source: Storage, target: Storage) -> list[str]:
-    """Records of failures that the target has none of; what is wrong with those that cannot be read."""
+    """Copy records of failures that the target has none of; returns what is wrong with those that cannot be read."""
     damaged = []
-    held = set(keys(target, quarantine_record.FOLDER)) | set(keys(target, commit_record.FOLDER))
-    for key in keys(source, quarantine_record.FOLDER):
-        if key in held:
-            continue
-        try:
-            record = quarantine_record.read(source, key)
-        except FormatError as error:
-            damaged.append(str(error))
-            continue
-        if record is not None:
-            data = record.to_bytes()
-            with room_for(len(data), f"the quarantine record of sample {record.sample_id!r}", target.place):
-                target.put(f"{quarantine_record.FOLDER}/{key}.json", [data])
+    held = set(list_keys(target, QUARANTINE)) | set(list_keys(target, COMMITS))
+    for key in list_keys(source, QUARANTINE):
+        if key not in held:
+            try:
+                record = quarantine_record.read(source, key)
+            except FormatError as error:
+                damaged.append(str(error))
+                continue
+            if record is not None:
+                quarantine_record.write(target, record)
     return damaged

@@ -1,6 +1,5 @@
 """What a store contains, from its root and records alone: sizes by field, counts, identity and provenance."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from cache_store.format.stored_object import TRAILER_BYTES
 from cache_store.reader import CacheReader
 
 METADATA = "(metadata)"
-"""Where the bytes are counted that belong to no numeric field: text, Zarr metadata, padding of packed fields."""
+"""Entry for the bytes that belong to no numeric field: text, Zarr metadata, padding of packed fields."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreInfo:
-    """What `info` found."""
+    """Summary of a store."""
 
     path: str
     format_version: int
@@ -30,7 +29,7 @@ class StoreInfo:
     size_by_field: Mapping[str, int]
     """Bytes by field, and under `(metadata)` the rest; the sum is `size_bytes`."""
     samples_by_field: Mapping[str, int]
-    """How many samples have each field."""
+    """Number of samples that have each field."""
     quarantined: int
     quarantined_by_kind: Mapping[str, int]
     fields: Mapping[str, Field]
@@ -48,12 +47,11 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
         for name, shape in record.shapes.items():
             field = reader.fields[name]
             counts[name] += 1
+            size = 0
             if field.layout == "array":
                 size = sum(stored.size for stored in record.of_array(name))
             elif field.layout == "packed":
-                size = math.prod(shape) * field.stored_dtype.itemsize
-            else:
-                continue
+                size = field.size_bytes(shape)
             sizes[name] += size
             rest -= size
         sizes[METADATA] += rest
@@ -76,7 +74,7 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
 def sample_size(
     sample_id: str, small: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Field]
 ) -> dict[str, int]:
-    """Bytes by field, as `info` counts them of a store of one such sample.
+    """Bytes by field, as `info` counts them, of a store of one such sample.
 
     Args:
         small: values of packed and text fields.
@@ -85,15 +83,11 @@ def sample_size(
     """
     values = {name: small[name] for name in fields if name in small}
     group = encode(sample_id, values, fields)
-    sizes = {
-        name: math.prod(group.shapes[name]) * fields[name].stored_dtype.itemsize
-        for name in values
-        if fields[name].layout == "packed"
-    }
+    sizes = {name: fields[name].size_bytes(group.shapes[name]) for name in values if fields[name].layout == "packed"}
     rest = group.size_bytes - sum(sizes.values())
     for name, shape in shapes.items():
-        chunk = fields[name].chunk_shape(shape)
-        chunk_bytes = math.prod(chunk) * fields[name].stored_dtype.itemsize + TRAILER_BYTES
-        metadata = to_bytes(array_metadata(fields[name], shape), f"field {name!r}")
-        sizes[name] = sum(chunk_bytes for _ in chunk_keys(shape, chunk[0] if chunk else 1)) + len(metadata)
+        field, chunk = fields[name], fields[name].chunk_shape(shape)
+        chunks = sum(1 for _ in chunk_keys(shape, chunk[0] if chunk else 1))
+        metadata = to_bytes(array_metadata(field, shape, chunk), f"field {name!r}")
+        sizes[name] = chunks * (field.size_bytes(chunk) + TRAILER_BYTES) + len(metadata)
     return {name: sizes[name] for name in fields if name in sizes} | {METADATA: rest}

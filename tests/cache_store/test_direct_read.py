@@ -1,15 +1,18 @@
 """Chunks straight into place: bit-equal to zarr for every dtype, layout of chunks and compression."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+import zarr
 
-from cache_store import CacheReader, CacheWriter, CorruptSampleError, Field, FormatError, checksum
+from cache_store import CacheReader, CacheWriter, CorruptSampleError, Field, FormatError
+from cache_store.checksum import crc32c, without_zeros
+from cache_store.document import seal
+from cache_store.format.compression import decode_into
 from cache_store.format.field import STORED_DTYPES
 from cache_store.sample_read import SampleRead
-from cache_store.storage.local_storage import LocalStorage
-from cache_store.zarr_objects import read_array
 
 SHAPES = {"scalar": (), "one": (1,), "line": (1001,), "even": (40, 3, 2), "padded": (37, 5), "empty": (0, 4)}
 
@@ -34,8 +37,7 @@ def test_bit_equal_to_zarr(tmp_path, dtype, compression) -> None:
     out = reader.views("a", buffer)
     got = reader.read("a", out=out, threads=2)
     for name, value in values.items():
-        through_zarr = np.empty(value.shape, stored)
-        read_array(LocalStorage(reader.path), reader.record("a"), name, name, through_zarr)
+        through_zarr = zarr.open_array(tmp_path / "s" / reader.record("a").folder / name, mode="r")[...]
         assert got[name] is out[name]
         assert got[name].tobytes() == value.tobytes() == through_zarr.tobytes()
         assert reader.read("a", [name])[name].tobytes() == value.tobytes()
@@ -93,21 +95,41 @@ def test_out_must_fit(store) -> None:
     assert np.array_equal(mask, reader.read("clip/1@5#0", ["mask"])["mask"])
 
 
-def test_a_lying_compressed_chunk_is_refused_before_it_is_decoded(tmp_path) -> None:
-    from cache_store.format.compression import check_header
+@pytest.mark.parametrize(("raw", "stored"), [(999, 20), (100, 21), (2**32 - 1, 20)])
+def test_a_lying_compressed_chunk_is_refused_before_it_is_decoded(raw, stored) -> None:
+    frame = np.array([0, raw, 0, stored, 0], "<u4").view(np.uint8)
+    with pytest.raises(ValueError, match=rf"sizes \[{raw}, 0, {stored}\], expected 100 raw and 20 stored bytes"):
+        decode_into(np.empty(100, np.uint8), frame, 100)
+    with pytest.raises(ValueError, match=rf"sizes \[{raw}\], expected"):
+        decode_into(np.empty(100, np.uint8), frame[:8], 100)
 
-    for raw, stored in ((999, 20), (100, 21), (2**32 - 1, 20)):
-        head = np.array([0, raw, 0, stored], "<u4").view(np.uint8)
-        with pytest.raises(CorruptSampleError, match="expected 100 raw and 20 stored bytes"):
-            check_header(np.concatenate([head, np.zeros(8, np.uint8)]), 100, "a", "x")
-    check_header(np.array([0, 100, 0, 20, 0, 0], "<u4").view(np.uint8), 100, "a", "x")
+
+@pytest.mark.parametrize(("at", "message"), [(4, r"claims \(raw, block, stored\) sizes"), (0, "cannot be decoded")])
+def test_a_compressed_chunk_that_was_made_wrong_is_named(tmp_path, at, message) -> None:
+    """All checksums are right: whoever wrote it meant harm, or had a faulty compressor."""
+    field = Field(name="x", dtype="uint8", axes=("i",), compression="zstd")
+    with CacheWriter(tmp_path / "s", fields=[field], identity={}) as writer:
+        writer.write("a", {"x": np.zeros(1000, np.uint8)})
+    chunk = tmp_path / "s" / CacheReader(tmp_path / "s").record("a").folder / "x" / "c.0"
+    frame = bytearray(chunk.read_bytes()[:-4])
+    frame[at] ^= 255
+    chunk.write_bytes(bytes(frame) + crc32c(bytes(frame)).to_bytes(4, "little"))
+    (path,) = (tmp_path / "s" / "commits").iterdir()
+    document = json.loads(path.read_bytes())
+    del document["document_crc32c"]
+    (item,) = (item for item in document["objects"] if item["path"] == "x/c.0")
+    item["crc32c"] = f"{crc32c(bytes(frame)):08x}"
+    path.write_bytes(seal(document, "it"))
+    with pytest.raises(CorruptSampleError, match=rf"sample 'a', field 'x': object x/c\.0 .*{message}") as caught:
+        CacheReader(tmp_path / "s").read("a")
+    assert (caught.value.sample_id, caught.value.field) == ("a", "x")
 
 
 def test_the_checksum_is_crc_32c_and_goes_on_from_what_it_covers() -> None:
     block = np.frombuffer(b"123456789", np.uint8)
-    assert checksum.extend(0, block) == 0xE3069283
-    assert checksum.extend(checksum.extend(0, block[:4]), block[4:]) == 0xE3069283
-    assert checksum.extend(7, block[:0]) == 7
+    assert crc32c(block) == 0xE3069283
+    assert crc32c(block[4:], crc32c(block[:4])) == 0xE3069283
+    assert crc32c(block[:0], 7) == 7
 
 
 def test_data_may_be_left_to_the_caller_to_check(tmp_path) -> None:
@@ -122,10 +144,10 @@ def test_data_may_be_left_to_the_caller_to_check(tmp_path) -> None:
     for task in read.tasks:
         task()
     assert np.array_equal(read.arrays["x"], x)
-    starts, sizes, crc32cs = read.unchecked["x"].T.tolist()
+    starts, sizes, crcs = read.unchecked["x"].T.tolist()
     assert (starts, sum(sizes)) == (np.cumsum([0, *sizes[:-1]]).tolist(), len(x))
-    for start, size, crc32c in zip(starts, sizes, crc32cs, strict=True):
-        assert checksum.value(x[start : start + size]) == crc32c
+    for start, size, crc in zip(starts, sizes, crcs, strict=True):
+        assert crc32c(x[start : start + size]) == crc
 
     chunks = (tmp_path / "s" / reader.record("a").folder / "x").glob("c.*")
     last = max(chunks, key=lambda path: int(path.name.removeprefix("c.")))
@@ -203,5 +225,5 @@ def run(read: SampleRead) -> np.ndarray:
 @pytest.mark.parametrize("count", [0, 1, 15])
 def test_zeros_at_the_end_are_taken_out_of_a_checksum(count) -> None:
     data = np.arange(100, dtype=np.uint8)
-    whole = checksum.value(np.concatenate([data, np.zeros(count, np.uint8)]))
-    assert checksum.without_zeros(whole, count) == checksum.value(data)
+    whole = crc32c(np.concatenate([data, np.zeros(count, np.uint8)]))
+    assert without_zeros(whole, count) == crc32c(data)

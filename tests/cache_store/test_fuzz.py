@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cache_store import CacheReader, CacheStoreError, CacheWriter, Field
 from cache_store.document import seal
-from cache_store.format.store_root import _OPENING
+from cache_store.format.store_root import OPENING
 
 LEAVES = (
     st.none()
@@ -96,7 +96,7 @@ def test_sealed_roots_with_anything_in_them(choices, value) -> None:
         document = json.loads((path / "zarr.json").read_bytes())
         del document["attributes"]["document_crc32c"]
         replace_at(document["attributes"]["cache_store"], choices, value)
-        (path / "zarr.json").write_bytes(seal(document, "root", opening=_OPENING))
+        (path / "zarr.json").write_bytes(seal(document, "root", opening=OPENING))
         read_all(path)
 
 

@@ -17,7 +17,7 @@ from cache_store import (
     verify,
 )
 from cache_store.errors import FormatError, StoreAddressError, UnsupportedFileSystemError
-from cache_store.format.sample_key import sample_key
+from cache_store.format.names import sample_key
 from cache_store.storage import local_files
 from cache_store.writer import committed_keys
 

@@ -12,7 +12,7 @@ from alpacache.driving.sample import (
     split_of,
 )
 from alpacache.errors import UsageError
-from cache_store.format.sample_key import MAX_ID_BYTES, sample_key
+from cache_store.format.names import MAX_ID_BYTES, sample_key
 
 
 def test_ids_there_and_back_even_with_awkward_clip_names():

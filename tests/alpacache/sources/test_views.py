@@ -140,7 +140,7 @@ def test_view_0_is_byte_for_byte_that_of_a_store_without_views(stores):
 
 def files_of(store, sample_id):
     """Content of a committed sample's files."""
-    from cache_store.format.sample_key import sample_key
+    from cache_store.format.names import sample_key
 
     key = sample_key(sample_id)
     (folder,) = (store / "samples").glob(f"{key}.*")

@@ -30,7 +30,7 @@ from cache_store import (
     info,
     verify,
 )
-from cache_store.format.sample_key import sample_key
+from cache_store.format.names import sample_key
 from cache_store.storage import object_storage, s3_access
 from cache_store.storage.storage import open_storage
 from cache_store.writer import CacheWriter as Writer
@@ -367,11 +367,13 @@ def test_a_writer_whose_attempt_was_collected_fails_and_leaves_no_record(s3, kit
 def test_a_record_cannot_name_what_lies_outside(s3, bucket_store) -> None:
     storage = open_storage(bucket_store)
     for name in ("../x", "samples/../../x", "/x", "samples//x", "./x", "samples/\0"):
-        for act in (storage.exists, storage.size_bytes, lambda n: storage.read_exactly(n, 3), storage.check_parents):
+        for act in (storage.exists, storage.size_bytes, storage.check_parents):
             with pytest.raises(FormatError, match="leaves the store"):
                 act(name)
         with pytest.raises(FormatError, match="leaves the store"):
             storage.put(name, [b"x"])
+        with pytest.raises(FormatError, match="leaves the store"):
+            storage.read_into(name, 3, np.empty(3, np.uint8))
 
 
 def test_a_key_that_is_no_path_is_named(s3, kit, bucket_store) -> None:

@@ -1,11 +1,10 @@
-"""What a file system refuses to take, as an error that says why, what would help and that nothing is lost."""
+"""What a file system refuses, as errors that say why, what would help, and that nothing is lost."""
 
 import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from cache_store.errors import StoreAddressError, StoreFullError
 from cache_store.storage.local_files import free_bytes
@@ -13,19 +12,19 @@ from cache_store.storage.local_files import free_bytes
 FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_FOLDER = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
-"""What is said of a path that leads through a file, or into a file system like `/proc`."""
+"""Answers for a path that leads through a file, or into a file system like `/proc`."""
 
 
 @contextmanager
-def room_for(needed_bytes: int, what: str, place: Path | str) -> Iterator[None]:
-    """Raise `StoreFullError` where writing this to a store fails for want of room; other errors pass.
-
-    But for `StoreAddressError` where the store is not to be written by this user, or at all.
-    """
+def writing(what: str, needed_bytes: int, place: Path | str) -> Iterator[None]:
+    """Explain why a write to a store failed: `StoreFullError` where there is no room, `StoreAddressError` where this
+    user may not write. Other errors pass."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FORBIDDEN and _is_below(place, error.filename):
+        # While a store is copied, what refused may be the other one.
+        is_below = bool(error.filename) and Path(place) in Path(os.fsdecode(error.filename)).parents
+        if error.errno in _FORBIDDEN and is_below:
             raise StoreAddressError(
                 f"cannot write {what} to {place}: {_reason(error)}. All committed samples are intact; see to the "
                 "permissions and how the disk is mounted, or give a store that you may write to."
@@ -42,8 +41,8 @@ def room_for(needed_bytes: int, what: str, place: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def place_of(place: Path | str) -> Iterator[None]:
-    """Raise `StoreAddressError` where a path cannot be a store's, or not yours; other errors pass."""
+def opening(place: Path | str) -> Iterator[None]:
+    """Raise `StoreAddressError` where a path cannot be a store's, or not this user's; other errors pass."""
     try:
         yield
     except OSError as error:
@@ -55,13 +54,8 @@ def place_of(place: Path | str) -> Iterator[None]:
         ) from error
 
 
-def _is_below(place: Path | str, name: Any) -> bool:
-    """Whether it is the store that refused: while one is copied it may be the other."""
-    return bool(name) and Path(place) in Path(os.fsdecode(name)).parents
-
-
 def _reason(error: OSError) -> str:
-    """With the path that was refused, which may be a folder above the store."""
+    """The system's reason, with the path that was refused: it may be a folder above the store."""
     code = errno.ENOTDIR if error.errno == errno.EEXIST else error.errno  # there is a file where a folder was to be
     reason = os.strerror(code or 0)
     return f"{reason} ({error.filename})" if error.filename else reason

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_store.format.sample_key import is_attempt, is_key, sample_key
+from cache_store.format.names import is_attempt, is_key, sample_key
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200))
