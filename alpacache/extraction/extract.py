@@ -58,7 +58,7 @@ from alpacache.planning.time_model import prefill_batch
 from alpacache.progress import OnProgress, Progress, clock, ignore
 from alpacache.sources import check_still_there, is_streamed, open_source
 from alpacache.sources.selection import Rejected, select
-from alpacache.sources.source import Source
+from alpacache.sources.source import FixedSource, Source
 from alpacache.sources.views import views_identity
 from alpacache.torchrun import this_process
 from cache_store import CODECS, CacheWriter
@@ -219,6 +219,8 @@ class _Run:
         return self._report([*wanted, *(clip_id for clip_id, _ in unusable)], there=len(refs) - len(waiting))
 
     def _extract(self, todo: Sequence[SampleRef]) -> None:
+        if isinstance(self.source, FixedSource):
+            self.source.expect(todo)
         self.total = len(todo)
         self.workers = min(self.workers, self.total)
         with keeping_threads(), reading(self.config, self.source, self.builder, self.device, self.workers) as read:
@@ -375,7 +377,7 @@ class _Run:
             f"What was committed to {self.config.store} is intact; bring the source back and run the same command "
             "again."
         )
-        check_still_there(self.config.source, cameras=self.cameras, kept=kept)
+        check_still_there(self.config.source, kept=kept)
 
     def _count(self, committed: Sequence[int]) -> None:
         if committed:

@@ -1,8 +1,8 @@
 """`pai:DIR` and `pai`: PhysicalAI-AV, read by its own devkit (`physical_ai_av`), from disk or from the hub.
 
 The devkit's classes are used as they are, so frames, poses and cameras mean what they mean to the public loader. It
-knows only the hub and the hub's cache; a local tree therefore gets a cache directory made of links (see `pai_cache`),
-and from the hub those chunks are downloaded that samples are loaded from (see `pai_chunks`).
+knows only the hub and the hub's cache: a local tree gets a cache directory made of links (see `pai_cache`), and of the
+hub only the chunks that samples are loaded from are downloaded (see `pai_chunks`).
 This module adds what a run over many clips needs: which clips are there, and a reason for each that cannot be used.
 """
 
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from alpacache.driving.poses import (
     Track,
-    check_timestamps,
     check_track,
     check_usable,
     ego_poses,
@@ -28,16 +27,16 @@ from alpacache.driving.poses import (
 )
 from alpacache.driving.sample import (
     CAMERAS,
-    FRAME_STEP_US,
     Sample,
     SampleRef,
     sort_cameras,
 )
 from alpacache.errors import BadClipError, DataError, SourceError, UsageError
-from alpacache.sources.folder import join_cameras
-from alpacache.sources.pai_cache import REPO, LinkedCache, connection_errors, explain_hub_error, said
+from alpacache.sources.pai_cache import FEATURES_FILE, REPO, LinkedCache, explain_hub_error
 from alpacache.sources.pai_chunks import ChunkCache, cache_directory, limit_bytes
-from alpacache.sources.retry import with_retry
+from alpacache.sources.recording import POSE_COLUMNS, Shot, covered_us, sample_of, track_of, wanted_frame_times_us
+from alpacache.sources.retry import connection_errors, first_line, with_retry
+from alpacache.sources.source import SourceKind
 from alpacache.sources.video import WantedFrames, check_stream
 
 EGOMOTION = "egomotion"
@@ -46,7 +45,7 @@ MAX_MEMBER_BYTES = 2 * 2**30
 
 
 def open_tree(directory: str | Path, *, cameras: Sequence[str] | None = None) -> "PhysicalAiSource":
-    """A tree with the repository's own layout, as `hf download ... --local-dir DIR` leaves it; needs no network."""
+    """Open a tree with the repository's own layout, as `hf download ... --local-dir DIR` leaves it, without network."""
     interface_class = _devkit()
     cache = LinkedCache(Path(directory))
     try:
@@ -59,9 +58,9 @@ def open_tree(directory: str | Path, *, cameras: Sequence[str] | None = None) ->
 
 
 def open_hub(*, cameras: Sequence[str] | None = None) -> "PhysicalAiSource":
-    """The dataset on the hub; of the archives only the chunks that samples are loaded from, or what is needed of each.
+    """Open the dataset on the hub. `pai_chunks` says what is downloaded of it and where that is kept.
 
-    See `pai_chunks` for where they are kept. Raises `SourceError` with the command that helps.
+    Raises `SourceError` with the command that helps.
     """
     interface_class = _devkit()
     limit, directory = limit_bytes(), cache_directory()
@@ -89,7 +88,7 @@ class PhysicalAiSource:
         cache: LinkedCache | None,
         chunks: ChunkCache | None = None,
     ) -> None:
-        """Use `open_tree` or `open_hub`. `cache` is the tree's; `chunks` the hub's; with neither, all is streamed."""
+        """For `open_tree`, which gives a `cache`, and `open_hub`, which gives `chunks` unless all is to be streamed."""
         self._interface, self._cache, self._chunks = interface, cache, chunks
         self.name, self.cameras = name, sort_cameras(cameras or CAMERAS)
         self.clip_ids: Sequence[str] = self._usable_clips()
@@ -102,19 +101,20 @@ class PhysicalAiSource:
 
     def times_us(self, clip_id: str) -> tuple[int, int]:
         """First and last instant that the poses and those of `cameras` that the clip has both cover."""
-        spans = [self._poses(clip_id)[1].span_us]
-        for camera in self.cameras:
-            if self._has(clip_id, camera):
-                stamps = self._read_stamps(clip_id, camera, fetch=False)
-                check_timestamps(stamps, what=f"{clip_id}: {camera}: frame timestamps")
-                spans.append((int(stamps[0]), int(stamps[-1])))
-        return max(first for first, _ in spans), min(last for _, last in spans)
+        _, track = self._poses(clip_id)
+        there = [camera for camera in self.cameras if self._has(clip_id, camera)]
+        stamps = {camera: self._read_stamps(clip_id, camera, fetch=False) for camera in there}
+        return covered_us(track, stamps, where=clip_id)
 
     def track(self, clip_id: str) -> Track:
         """All poses of a clip, as they stand in its archive."""
         if clip_id not in self._known:
             raise BadClipError("missing_clip", f"{clip_id}: not a clip of {self.name}.")
-        return _as_track(self._read_table(clip_id, EGOMOTION, EGOMOTION), where=clip_id)
+        table = self._read_table(clip_id, EGOMOTION, EGOMOTION)
+        absent = [name for name in POSE_COLUMNS if name not in table.columns]
+        if absent:
+            raise BadClipError("wrong_shape", f"{clip_id}: egomotion lacks the columns {', '.join(absent)}.")
+        return track_of(table)
 
     def frame_times_us(self, clip_id: str, camera: str) -> NDArray[np.int64]:
         """When each frame of a camera was recorded, as it stands in its archive."""
@@ -123,7 +123,7 @@ class PhysicalAiSource:
         return self._read_stamps(clip_id, camera, fetch=False)
 
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """`[len(times_us), 3, H, W]`: the frame at or before each time."""
+        """RGB frames `[len(times_us), 3, H, W]`: for each time the frame at or before it."""
         return self._read_camera(clip_id, camera, times_us)[0]
 
     def event_times_us(self, clip_id: str) -> Sequence[int]:
@@ -131,7 +131,7 @@ class PhysicalAiSource:
         return self._events().get(clip_id, ())
 
     def group_of(self, clip_id: str) -> str:
-        """Its chunk: a random choice of clips takes chunk after chunk."""
+        """The clip's chunk, which is downloaded as a whole."""
         return str(self._interface.get_clip_chunk(clip_id))
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
@@ -141,20 +141,13 @@ class PhysicalAiSource:
         times = sample_times_us(ref.t0_us)
         check_usable(track, times, where=clip_id)
         pose = interpolator(times).pose
-        wanted = ref.t0_us - FRAME_STEP_US * np.arange(frames - 1, -1, -1, dtype=np.int64)
-        shots = [self._read_camera(clip_id, name, wanted) for name in names]
-        lenses = self._lenses(clip_id)
-        return Sample(
-            ref=ref,
-            cameras=names,
-            frames=join_cameras([images for images, _ in shots], names, where=clip_id),
-            frame_timestamps_us=np.stack([stamps for _, stamps in shots]),
-            calibration={name: lenses[name] for name in names if name in lenses} or None,
-            **ego_poses(pose.translation, pose.rotation.as_matrix())._asdict(),
-        )
+        times_us = wanted_frame_times_us(ref.t0_us, frames)
+        shots = {name: self._read_camera(clip_id, name, times_us) for name in names}
+        poses = ego_poses(pose.translation, pose.rotation.as_matrix())
+        return sample_of(ref, poses, shots, self._lenses(clip_id))
 
     def _usable_clips(self) -> list[str]:
-        """Valid clips with poses; of a local tree those whose chunk has poses and a camera on disk."""
+        """Clips marked valid that have poses; in a local tree, those whose chunk has poses and a camera on disk."""
         index = self._interface.clip_index
         if "clip_is_valid" in index.columns:
             index = index[index["clip_is_valid"]]
@@ -186,28 +179,26 @@ class PhysicalAiSource:
         return str(interface.features.get_chunk_feature_filename(interface.get_clip_chunk(clip_id), feature))
 
     def _read_poses(self, clip_id: str) -> tuple[Any, Track]:
-        """The devkit's interpolator and what it rests on, checked first, as the devkit's errors name no row."""
+        """The devkit's interpolator and the track behind it, checked first because the devkit's errors name no row."""
         track = self.track(clip_id)
         check_track(track, where=clip_id)
         with self._reading(clip_id, EGOMOTION, missing="wrong_shape", damaged="wrong_shape"):
             return self._feature(clip_id, EGOMOTION), track
 
-    def _read_camera(
-        self, clip_id: str, camera: str, wanted: NDArray[np.int64]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """`[frames, 3, H, W]` and their recording times."""
+    def _read_camera(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> Shot:
+        """For each time the frame at or before it."""
         where = f"{clip_id}: {camera}"
         if not self._has(clip_id, camera):
             raise BadClipError("missing_camera", f"{where}: {self._where_to_get(clip_id, camera)}")
         with self._reading(clip_id, camera, missing="missing_camera", damaged="undecodable_video"):
-            frames = set(frame_indices(self._read_stamps(clip_id, camera), wanted, where=where).tolist())
+            frames = set(frame_indices(self._read_stamps(clip_id, camera), times_us, where=where).tolist())
             reader = self._feature(clip_id, camera)
             try:
                 check_stream(reader.stream, where=where)
                 reader.container = WantedFrames(
                     reader.container, reader.stream, lambda pts: round(pts / reader.pts_per_frame) in frames
                 )
-                images, taken = reader.decode_images_from_timestamps(wanted)
+                images, taken = reader.decode_images_from_timestamps(times_us)
             finally:
                 reader.close()
         return images.transpose(0, 3, 1, 2), np.asarray(taken, dtype=np.int64)
@@ -223,9 +214,9 @@ class PhysicalAiSource:
         return self._at_hand(self._file(clip_id, feature), read)
 
     def _read_table(self, clip_id: str, feature: str, member: str, *, fetch: bool = True) -> Any:
-        """One parquet member of a chunk's archive; refuses one that unpacks to gigabytes.
+        """Read one parquet member of a chunk's archive; refuses one that unpacks to gigabytes.
 
-        Without `fetch` no chunk is downloaded for it: what is needed of the archive is streamed.
+        Without `fetch` the chunk is not downloaded for it: the needed part of the archive is streamed.
         """
         import pandas as pd
 
@@ -246,7 +237,7 @@ class PhysicalAiSource:
             return self._at_hand(file, read, fetch=fetch)
 
     def _at_hand(self, file: str, read: Callable[[bool], Any], *, fetch: bool = True) -> Any:
-        """`read(whether to stream)` while the archive is on disk, or in a stream, as often as the hub makes it fail."""
+        """Call `read(stream)` while the archive is held on disk, or streaming it, and again while the hub fails."""
         if self._cache is not None:
             return read(False)
         if self._chunks is None:
@@ -256,7 +247,7 @@ class PhysicalAiSource:
 
     @contextmanager
     def _reading(self, clip_id: str, feature: str, *, missing: str, damaged: str) -> Iterator[None]:
-        """Turn what the devkit, zip, parquet and FFmpeg raise on bad data into a `BadClipError`."""
+        """Turn what the devkit, zip, parquet and FFmpeg raise for bad data into a `BadClipError`."""
         import av
         import pyarrow as pa
 
@@ -272,7 +263,9 @@ class PhysicalAiSource:
             raise BadClipError(damaged, f"{where} cannot be decoded ({error}); fetch its file again.") from error
         except connection_errors() as error:
             if self._cache is None:
-                raise DataError(f"{where}: cannot be fetched ({said(error)}); the same command goes on.") from error
+                raise DataError(
+                    f"{where}: cannot be fetched ({first_line(error)}); the same command goes on."
+                ) from error
             raise BadClipError(damaged, f"{where} cannot be read ({error}).") from error
         except (ValueError, IndexError, TypeError, ZeroDivisionError, StopIteration) as error:
             raise BadClipError(damaged, f"{where} cannot be decoded by the devkit ({error}).") from error
@@ -286,7 +279,7 @@ class PhysicalAiSource:
         return f"not in the tree; run: hf download {REPO} {file} --repo-type dataset --local-dir {self._cache.tree}"
 
     def _read_calibration(self, clip_id: str) -> dict[str, dict[str, Any]]:
-        """Per camera its f-theta model and place, where the dataset has both. Damaged ones are a bad clip."""
+        """The f-theta model and place of each camera for which the dataset has both; damaged ones are a bad clip."""
         intrinsics = self._read_lenses(clip_id, "camera_intrinsics")
         extrinsics = self._read_lenses(clip_id, "sensor_extrinsics")
         if intrinsics is None or extrinsics is None:
@@ -297,7 +290,7 @@ class PhysicalAiSource:
             return {name: _describe_lens(models[name], poses[name]) for name in both}
 
     def _read_lenses(self, clip_id: str, feature: str) -> Any | None:
-        """None where the dataset or the tree has no such file, or the file not this clip."""
+        """None if the dataset or the tree has no such file, or the file lacks this clip."""
         with self._reading(clip_id, feature, missing="wrong_shape", damaged="wrong_shape"):
             try:
                 return self._feature(clip_id, feature)
@@ -320,16 +313,6 @@ class PhysicalAiSource:
         except pa.ArrowException as error:
             raise SourceError(f"{self.name}: {EVENTS_FILE} cannot be read ({error}); fetch it again.") from error
         return {str(clip): _event_starts(events) for clip, events in table["events"].items()}
-
-
-def _as_track(table: Any, *, where: str) -> Track:
-    columns = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
-    absent = [name for name in columns if name not in table.columns]
-    if absent:
-        raise BadClipError("wrong_shape", f"{where}: egomotion lacks the columns {', '.join(absent)}.")
-    values = table[list(columns[1:])].to_numpy(dtype=np.float64)
-    stamps = table["timestamp"].to_numpy().astype(np.int64)
-    return Track(timestamps_us=stamps, xyz=values[:, :3], quaternion_xyzw=values[:, 3:])
 
 
 def _event_starts(events: Any) -> tuple[int, ...]:
@@ -360,3 +343,12 @@ def _devkit() -> Any:
             f"PhysicalAI-AV is read by its devkit, which is not installed ({error}); run: pip install 'alpacache[pai]'"
         ) from error
     return PhysicalAIAVDatasetInterface
+
+
+KIND = SourceKind(
+    prefix="pai",
+    usage=("pai", "pai:DIR"),
+    open=lambda place, cameras: open_tree(place, cameras=cameras) if place else open_hub(cameras=cameras),
+    is_streamed=lambda place: not place,
+    marker=lambda place: Path(place) / FEATURES_FILE if place else None,
+)

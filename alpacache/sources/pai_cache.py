@@ -6,16 +6,17 @@ and that partial or older trees lack, are derived from what the tree holds: the 
 index) and the table of present features (`sensor_presence` before 26.03).
 """
 
-import re
 import shutil
 import tempfile
 import weakref
 from pathlib import Path
 
 from alpacache.errors import DataError, SourceError
+from alpacache.sources.retry import first_line
 
 REPO = "nvidia/PhysicalAI-Autonomous-Vehicles"
-_NEEDED = ("features.csv", "clip_index.parquet", "metadata/data_collection.parquet")
+FEATURES_FILE = "features.csv"
+_NEEDED = (FEATURES_FILE, "clip_index.parquet", "metadata/data_collection.parquet")
 _FIRST_CHUNK = (
     f"hf download {REPO} --repo-type dataset --local-dir DIR --include features.csv --include clip_index.parquet "
     "--include 'metadata/*' --include 'splits/*' --include 'labels/egomotion/*chunk_0000*' "
@@ -26,13 +27,13 @@ _PRESENCE, _OLD_PRESENCE = Path("metadata/feature_presence.parquet"), Path("meta
 
 
 class LinkedCache:
-    """A hub cache with one snapshot that links into `tree`; its directory goes with the object."""
+    """A hub cache with one snapshot that links into `tree`; its directory is removed with the object."""
 
     revision = "0" * 40
-    """Any full commit hash: the devkit then takes a cached file without asking the hub."""
+    """Any full commit hash will do: the devkit then takes cached files without asking the hub."""
 
     def __init__(self, tree: Path) -> None:
-        """Raises `SourceError` naming the files that are missing and the command that fetches them."""
+        """Raises `SourceError`, naming missing files and the command that fetches them."""
         self.tree = tree.resolve()
         self._check()
         self.directory = tempfile.mkdtemp(prefix="alpacache-pai-")
@@ -73,24 +74,11 @@ class LinkedCache:
             labels.to_frame("split").to_parquet(snapshot / _SPLITS)
 
 
-def connection_errors() -> tuple[type[Exception], ...]:
-    """What a hub that is offline, gated or failing raises.
-
-    The hub's own errors derive from those of its HTTP client, which is another package in every other release.
-    """
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (*(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)), OSError)
-
-
-def said(error: BaseException) -> str:
-    """What an error says in its first line, without what follows the `?` of an address: signed ones let anyone in."""
-    line = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: " + re.sub(r"[?]\S+", "?...", line)
-
-
 def explain_hub_error(error: Exception) -> SourceError:
-    """Say which of offline, gated and unreachable it is, and the command that helps; also of `with_retry`'s error."""
+    """An error that tells offline, gated and unreachable apart and names the command that helps.
+
+    `error` is one of `connection_errors`, or the `DataError` of `with_retry`.
+    """
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     cause = error.__cause__ if isinstance(error, DataError) else error
@@ -106,4 +94,4 @@ def explain_hub_error(error: Exception) -> SourceError:
     else:
         help_text = f"the hub cannot be reached; try again online, {local}"
     repeated = "after repeated tries, " if cause is not error else ""
-    return SourceError(f"pai ({REPO}): {help_text} ({repeated}{said(cause or error)})")
+    return SourceError(f"pai ({REPO}): {help_text} ({repeated}{first_line(cause or error)})")

@@ -1,17 +1,13 @@
-"""Prepared samples: a Hugging Face `datasets` directory with one self-contained row a sample.
+"""`hf:REPO-OR-PATH` and prepared directories: Hugging Face datasets with one self-contained row a sample.
 
-`prepare` reads a source once, so that later runs, or other machines, need neither the recordings nor the devkit.
-Pictures are PNG, so a sample read back equals the one written bit for bit, unless they were asked for at the size of a
-model's processor. Work goes to `OUT.partial/` in small shards, each complete or absent, and becomes `OUT` in one
-rename: an interrupted run goes on where it stopped. A shard counts only once it is on the medium, and one process at
-a time works there.
-
-A directory to read may come from a stranger: its data files must lie in it, and no column but ours is looked at.
+`prepare` (see `prepared_writer`) reads a source once, so that later runs, or other machines, need neither the
+recordings nor the devkit. A dataset may come from a stranger: its data files must lie in it, no column but ours is
+looked at, and no code of it is ever run.
 """
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +21,7 @@ from alpacache.driving.sample import (
     sort_cameras,
 )
 from alpacache.errors import BadClipError, SourceError, UsageError
-from alpacache.sources.pai_cache import connection_errors
+from alpacache.sources.folder import is_plain_name
 from alpacache.sources.prepared_rows import (
     NEEDED,
     POSES,
@@ -34,8 +30,11 @@ from alpacache.sources.prepared_rows import (
     poses_of,
 )
 from alpacache.sources.prepared_stream import StreamedRows, undecoded
+from alpacache.sources.retry import connection_errors, first_line
+from alpacache.sources.source import SourceKind
 
-_SPLIT = re.compile(r"\w[\w.-]*")
+_SAVED = ("state.json", "dataset_dict.json")
+"""What `save_to_disk` writes beside the rows of one split, or of several."""
 Decoded = TypeVar("Decoded")
 
 
@@ -45,37 +44,45 @@ class Rows(Protocol):
     ids: Sequence[str]
 
     def row(self, number: int) -> dict[str, Any]:
-        """All of a row."""
+        """All columns that are read of a row."""
 
     def poses(self, number: int) -> dict[str, Any]:
-        """Its poses, without its pictures."""
+        """The poses of a row, without its pictures."""
+
+    def expect(self, numbers: Iterable[int]) -> None:
+        """Take note of the rows that will be asked for, each as often as it is named."""
 
 
 class PreparedSource:
-    """Samples that `prepare` wrote. Their moments are fixed; cameras and frames may be fewer than were prepared."""
+    """Samples that `prepare` wrote. Their moments are fixed; fewer cameras or frames than were prepared may be read."""
 
     def __init__(self, rows: Rows, *, name: str) -> None:
-        """Use `open_prepared`."""
+        """For `open_prepared`."""
         self.name, self._rows = name, rows
         self._row_of = {sample_id: number for number, sample_id in enumerate(rows.ids)}
         self.sample_refs: Sequence[SampleRef] = [SampleRef.parse(sample_id) for sample_id in rows.ids]
         self.clip_ids: Sequence[str] = list(dict.fromkeys(ref.clip_id for ref in self.sample_refs))
 
     def times_us(self, clip_id: str) -> tuple[int, int]:
-        """First and last instant of the clip's prepared samples."""
+        """First and last instant that a pose of the clip's prepared samples is from."""
         times = [ref.t0_us for ref in self.sample_refs if ref.clip_id == clip_id]
         if not times:
             raise BadClipError("missing_clip", f"{clip_id}: not in {self.name}.")
         return min(times) - (HISTORY_STEPS - 1) * STEP_US, max(times) + FUTURE_STEPS * STEP_US
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
-        """Decode one row; raises `BadClipError` for one that is absent, damaged or lacks a camera."""
+        """Decode one row; raises `BadClipError` if it is absent or damaged, or lacks a camera."""
         names = sort_cameras(cameras)
         return self._read(ref, self._rows.row, lambda row: from_row(ref, row, names, frames))
 
     def poses(self, ref: SampleRef) -> EgoPoses:
-        """History and future without the pictures; raises `BadClipError`."""
+        """History and future without the pictures; raises `BadClipError` as `load` does."""
         return self._read(ref, self._rows.poses, poses_of)
+
+    def expect(self, refs: Sequence[SampleRef]) -> None:
+        """Take note of what will be loaded, any view of it, so that a stream keeps no other rows."""
+        ids = [replace(ref, view=0).sample_id for ref in refs]
+        self._rows.expect([self._row_of[name] for name in ids if name in self._row_of])
 
     def _read(
         self, ref: SampleRef, get: Callable[[int], dict[str, Any]], decode: Callable[[dict[str, Any]], Decoded]
@@ -93,10 +100,8 @@ class PreparedSource:
 
 
 def open_prepared(place: str) -> PreparedSource:
-    """A directory that `prepare` wrote, or parquet files with its columns: a hub repository, or a directory laid out
-    like one. The latter two are streamed. No code of a dataset is ever run.
-
-    Raises `SourceError` with what to do.
+    """Open a directory that `prepare` wrote, or parquet files with the same columns: those of a hub repository or of a
+    directory laid out like one, both of which are streamed. Raises `SourceError`, saying what to do.
     """
     import datasets
 
@@ -105,18 +110,32 @@ def open_prepared(place: str) -> PreparedSource:
     unreadable = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError)
     failures = (*unreadable, datasets.exceptions.DatasetsError, *connection_errors())
     try:
-        if directory.is_dir() and _is_saved(directory):
+        if is_saved(directory):
             return PreparedSource(_SavedRows(directory, name), name=name)
         return PreparedSource(StreamedRows(place), name=name)
     except SourceError:
         raise
     except failures as error:
-        raise SourceError(f"hf:{place} cannot be read ({_first_line(error)}){_remedy(place, error)}") from error
+        raise SourceError(f"hf:{place} cannot be read ({first_line(error)}){_remedy(place, error)}") from error
 
 
-def _is_saved(directory: Path) -> bool:
-    """Whether `save_to_disk` made it, of one split or of several."""
-    return (directory / "state.json").is_file() or (directory / "dataset_dict.json").is_file()
+def is_saved(directory: Path) -> bool:
+    """Whether `save_to_disk` wrote this directory."""
+    return any((directory / name).is_file() for name in _SAVED)
+
+
+def _marker(place: str) -> Path | None:
+    """None for what is streamed: its rows say themselves that they cannot be reached."""
+    directory = Path(place)
+    names = [name for name in _SAVED if (directory / name).is_file()]
+    if not names and (directory.is_dir() or not _must_be_a_path(place)):
+        return None
+    return directory / [*names, *_SAVED][0]
+
+
+def _must_be_a_path(place: str) -> bool:
+    """Whether it cannot be the name of a hub repository, OWNER/NAME."""
+    return place.startswith((".", "/")) or place.count("/") != 1
 
 
 class _SavedRows:
@@ -135,20 +154,19 @@ class _SavedRows:
         self.ids: Sequence[str] = list(self._rows["sample_id"])
 
     def row(self, number: int) -> dict[str, Any]:
-        found: dict[str, Any] = self._rows[number]
-        return found
+        row: dict[str, Any] = self._rows[number]
+        return row
 
     def poses(self, number: int) -> dict[str, Any]:
-        found: dict[str, Any] = self._poses[number]
-        return found
+        row: dict[str, Any] = self._poses[number]
+        return row
 
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    def expect(self, numbers: Iterable[int]) -> None:
+        """Nothing to note: rows on disk are read in any order."""
 
 
 def _remedy(place: str, error: Exception) -> str:
-    """What to do, as the rest of a sentence."""
+    """The end of an error message: what to do."""
     import huggingface_hub
 
     if Path(place).is_dir():
@@ -156,7 +174,7 @@ def _remedy(place: str, error: Exception) -> str:
     fetch = f"hf download {place} --repo-type dataset --local-dir DIR"
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return f"; HF_HUB_OFFLINE is set: unset it, or fetch it where there is a network: {fetch}, then read hf:DIR."
-    if place.startswith((".", "/")) or place.count("/") != 1:
+    if _must_be_a_path(place):
         return "; there is no such directory, and a hub repository is named OWNER/NAME."
     return (
         f"; see that the name is right and the hub can be reached. If it is private or gated, accept its terms on its "
@@ -165,12 +183,21 @@ def _remedy(place: str, error: Exception) -> str:
 
 
 def _refuse_outside_files(directory: Path) -> None:
-    """Data files are named in the `state.json` of a dataset or of each split; those we read lie in its directory."""
+    """Raise `SourceError` if a `state.json`, of the dataset or of a split, names a data file outside its directory."""
     index = directory / "dataset_dict.json"
     for split in json.loads(index.read_text())["splits"] if index.is_file() else ():
-        if not isinstance(split, str) or not _SPLIT.fullmatch(split):
+        if not is_plain_name(split):
             raise SourceError(f"{index} names a split {split!r}; expected a plain name such as 'train'.")
     for state in (*directory.glob("state.json"), *directory.glob("*/state.json")):
         for entry in json.loads(state.read_text())["_data_files"]:
             if not (state.parent / entry["filename"]).resolve().is_relative_to(directory.resolve()):
                 raise SourceError(f"{state} names a file outside its directory: {entry['filename']!r}.")
+
+
+KIND = SourceKind(
+    prefix="hf",
+    usage=("hf:REPO-OR-PATH",),
+    open=lambda place, cameras: open_prepared(place),
+    is_streamed=lambda place: not Path(place).exists(),
+    marker=_marker,
+)

@@ -14,14 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.driving.poses import EgoPoses
-from alpacache.driving.sample import (
-    FUTURE_STEPS,
-    HISTORY_STEPS,
-    Sample,
-    SampleRef,
-)
+from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, Sample, SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
-from alpacache.sources.video import check_size, stack
+from alpacache.sources.video import read_image, stack
 
 POSES = {
     "history_xyz": (HISTORY_STEPS, 3),
@@ -30,12 +25,12 @@ POSES = {
     "future_rot": (FUTURE_STEPS, 3, 3),
 }
 NEEDED = ("sample_id", "cameras", "frames", "frame_timestamps_us", *POSES, "calibration")
-"""Columns that are read. The others tell where a row is from; rows of older versions lack some of them."""
+"""Columns that are read. The others say where a row is from, and may be absent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PictureFit:
-    """Limits of a model's image processor: pictures are stored at the size that it would resize them to."""
+    """Limits of a model's image processor, at whose size pictures are stored (`fit_size`)."""
 
     patch: int
     merge: int
@@ -67,7 +62,7 @@ def features() -> Any:
 
 
 def check_columns(names: Iterable[str], place: str) -> None:
-    """Raise `SourceError` where columns are missing that are read."""
+    """Raise `SourceError` if columns that are read are missing."""
     there = set(names)
     absent = [column for column in NEEDED if column not in there]
     if absent:
@@ -77,8 +72,8 @@ def check_columns(names: Iterable[str], place: str) -> None:
 def to_row(sample: Sample, *, source: str, fit: PictureFit | None) -> dict[str, Any]:
     """A sample as a row; with `fit`, its pictures at that processor's size.
 
-    `pixel_deviation` is the largest and the mean difference of the pixels that the VLM will see from those of the
-    recorded pictures, on the scale of `pixel_values`, -1 to 1: both 0 without `fit`.
+    `pixel_deviation` is the largest and the mean difference between the pixels that the VLM will see and those of the
+    recorded pictures, on their scale of -1 to 1; both are 0 without `fit`.
     """
     frames, deviation = sample.frames, (0.0, 0.0)
     if fit is not None:
@@ -151,14 +146,7 @@ def _png(image: NDArray[np.uint8]) -> bytes:
 
 
 def _read_png(data: bytes | None, where: str) -> NDArray[np.uint8]:
-    """Embedded bytes only: a row that points to a file is refused."""
-    from PIL import Image
-
+    """Decode embedded bytes; a row that points to a file is refused."""
     if not data:
         raise BadClipError("undecodable_video", f"{where}: a picture is not embedded in the row.")
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            check_size(*image.size, where=where)
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadClipError("undecodable_video", f"{where}: a picture is no readable PNG ({error}).") from error
+    return read_image(io.BytesIO(data), "PNG", where=where)

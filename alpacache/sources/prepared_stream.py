@@ -1,27 +1,29 @@
 """Rows of a prepared dataset that lies on the hub or in a hub's layout (parquet files), without downloading it first.
 
 Ids are read first, from their column alone. Rows then come through `datasets` streams, one parquet file after the
-other: going forward is cheap, going back means opening a file again, so rows that several threads ask for in nearly
-the right order are kept for a moment.
+other: going forward is cheap, going back means to read a file again from its beginning. Threads that load samples in
+order still ask for rows slightly out of order, so rows that were passed on the way wait for the thread that is late.
 """
 
 import os
 import threading
-from collections import OrderedDict
+from bisect import bisect_right
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
 from alpacache.errors import DataError, SourceError
 from alpacache.sources.prepared_rows import NEEDED, POSES, check_columns, features
+from alpacache.sources.retry import connection_errors, first_line
 
-ROWS_KEPT = 16
-"""Of the rows passed last, whole ones: at most so many times a sample's PNG bytes in RAM."""
+SPARE_ROWS = 16
+"""Rows kept beyond one a live thread."""
 
 
 class StreamedRows:
-    """Rows by number; may be called from many threads, which wait for each other."""
+    """Rows by number. May be called from many threads, of which one reads at a time."""
 
     def __init__(self, place: str) -> None:
         """Read the ids. Raises `SourceError` for other columns, and what `datasets` raises.
@@ -33,71 +35,125 @@ class StreamedRows:
         whole = _files(place, NEEDED)
         for file in whole:
             check_columns(file.column_names or (), place)
-        self._whole, self._poses = _Cursor(whole), _Cursor(_files(place, ["sample_id", *POSES]))
+        poses = _files(place, ["sample_id", *POSES])
         each = [[row["sample_id"] for row in file] for file in ids]
         self.ids: Sequence[str] = list(chain.from_iterable(each))
-        self._starts = list(accumulate(map(len, each[:-1]), initial=0))
-        """Number of the first row of each file."""
+        self._whole, self._poses = (Cursor(files, lengths=list(map(len, each))) for files in (whole, poses))
 
     def row(self, number: int) -> dict[str, Any]:
-        """What is read of a row; raises `DataError` where the stream breaks off."""
+        """The columns that are read of a row. Raises `DataError` if the stream breaks off."""
         return self._read(self._whole, number)
 
     def poses(self, number: int) -> dict[str, Any]:
         """Id and poses of a row; its pictures are not fetched."""
         return self._read(self._poses, number)
 
-    def _read(self, cursor: "_Cursor", number: int) -> dict[str, Any]:
-        from alpacache.sources.pai_cache import connection_errors, said
+    def expect(self, numbers: Iterable[int]) -> None:
+        """Take note of the rows that will be asked for, each as often as it is named: no others are kept."""
+        self._whole.expect(numbers)
 
-        file = max(place for place, start in enumerate(self._starts) if start <= number)
+    def _read(self, cursor: "Cursor", number: int) -> dict[str, Any]:
         try:
-            row = cursor.row(file, number - self._starts[file])
+            row = cursor.row(number)
         except connection_errors() as error:
             raise DataError(
-                f"hf:{self.place}: streaming {self.ids[number]} failed ({said(error)}); the same command goes on."
+                f"hf:{self.place}: streaming {self.ids[number]} failed ({first_line(error)}); the same command goes on."
             ) from error
         if row["sample_id"] != self.ids[number]:
             raise DataError(f"hf:{self.place} has changed since it was opened; run the same command again.")
         return row
 
 
-class _Cursor:
-    """A place in the files, and the rows that were passed last."""
+class Cursor:
+    """A place in a sequence of files, each of which can only be read forwards.
 
-    def __init__(self, files: Sequence[Any]) -> None:
+    Each row is read once as long as the order in which it is asked for is off by no more rows than are kept. Threads
+    that take their rows from one queue are late by one row each, so one row a live thread is kept, and `SPARE_ROWS`.
+    Nothing waits but for the one thread that reads.
+    """
+
+    def __init__(self, files: Sequence[Iterable[dict[str, Any]]], *, lengths: Sequence[int]) -> None:
+        """`lengths` is the number of rows of each file. Rows are numbered through all files."""
         self._files, self._lock = files, threading.Lock()
+        self._starts = list(accumulate(lengths[:-1], initial=0))
         self._file, self._next = -1, 0
         self._stream: Iterator[dict[str, Any]] = iter(())
-        self._kept: OrderedDict[tuple[int, int], dict[str, Any]] = OrderedDict()
+        self._passed: OrderedDict[int, dict[str, Any]] = OrderedDict()
+        """Rows read on the way to others."""
+        self._taken: OrderedDict[int, dict[str, Any]] = OrderedDict()
+        """Rows asked for last, which may be asked for again."""
+        self._expected: Counter[int] | None = None
 
-    def row(self, file: int, number: int) -> dict[str, Any]:
+    def expect(self, numbers: Iterable[int]) -> None:
+        """Keep no rows but these from now on, and each only until it was asked for as often as it is named."""
         with self._lock:
-            while (file, number) not in self._kept:
-                self._advance(file, number)
-            self._kept.move_to_end((file, number))
-            return self._kept[file, number]
+            self._expected = Counter(numbers)
 
-    def _advance(self, file: int, number: int) -> None:
+    def row(self, number: int) -> dict[str, Any]:
+        """A row by its number. Raises `DataError` if its file is shorter than that."""
+        with self._lock:
+            if number in self._passed:
+                row = self._passed.pop(number)
+            elif number in self._taken:
+                row = self._taken.pop(number)
+            else:
+                row = self._read(number)
+            if self._expected is not None:
+                self._expected[number] -= 1
+            if self._is_expected(number):
+                self._keep(self._taken, number, row)
+            return row
+
+    def _read(self, number: int) -> dict[str, Any]:
+        """Read on to a row; first, of files that are left for it, the rows that late threads will still ask for."""
+        file = self._file_of(number)
+        begun = self._file >= 0 or self._expected is not None
+        left = range(self._next, self._starts[file]) if begun else ()
+        late = list(islice(filter(self._is_expected, left), self._room() + 1))
+        for each in late if len(late) <= self._room() else ():
+            self._keep(self._passed, each, self._read_to(each))
+        return self._read_to(number)
+
+    def _read_to(self, number: int) -> dict[str, Any]:
+        file = self._file_of(number)
         if file != self._file or number < self._next:
-            self._file, self._next, self._stream = file, 0, iter(self._files[file])
-        try:
-            row = next(self._stream)
-        except StopIteration:
-            raise DataError(f"a file ended after {self._next} rows; it has changed since it was opened.") from None
-        except BaseException:
-            self._file = -1  # a stream that broke off is opened again
-            raise
-        self._kept[file, self._next] = row
-        self._next += 1
-        while len(self._kept) > ROWS_KEPT:
-            self._kept.popitem(last=False)
+            self._file, self._next, self._stream = file, self._starts[file], iter(self._files[file])
+        while True:
+            try:
+                row = next(self._stream)
+            except StopIteration:
+                count, self._file = self._next - self._starts[file], -1
+                raise DataError(f"a file ended after {count} rows; it has changed since it was opened.") from None
+            except BaseException:
+                self._file = -1  # a stream that broke off is opened again
+                raise
+            self._next += 1
+            if self._next > number:
+                return row
+            if self._is_expected(self._next - 1):
+                self._keep(self._passed, self._next - 1, row)
+
+    def _keep(self, rows: OrderedDict[int, dict[str, Any]], number: int, row: dict[str, Any]) -> None:
+        rows[number] = row
+        while len(rows) > self._room():
+            rows.popitem(last=False)
+
+    def _is_expected(self, number: int) -> bool:
+        return self._expected is None or self._expected[number] > 0
+
+    def _file_of(self, number: int) -> int:
+        return bisect_right(self._starts, number) - 1
+
+    def _room(self) -> int:
+        """How many passed rows, and how many taken ones, may be kept."""
+        rows = SPARE_ROWS + threading.active_count()
+        return rows if self._expected is None else 4 * rows  # expected ones are few: they leave when asked for
 
 
 def undecoded(rows: Any, place: str) -> Any:
-    """The same rows, pictures left as the bytes they are.
+    """The same rows with pictures left as encoded bytes.
 
-    Raises `SourceError` where another column is one of pictures or the like: `datasets` would open whatever path or
+    Raises `SourceError` if another column is one of pictures or the like: `datasets` would open whatever path or
     address a row names.
     """
     from datasets.features.features import require_decoding
@@ -112,7 +168,7 @@ def undecoded(rows: Any, place: str) -> Any:
 
 
 def _files(place: str, columns: Sequence[str]) -> list[Any]:
-    """One stream of these columns a parquet file, in a fixed order; of the others nothing is read."""
+    """A stream of these columns for each parquet file, in a fixed order; no other column is read."""
     import datasets
 
     builder = datasets.load_dataset_builder(place, columns=list(columns))

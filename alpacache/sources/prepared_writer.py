@@ -59,7 +59,7 @@ def prepare(
     partial = final.with_name(f"{final.name}.partial")
     _refuse_existing(final)
     if unusable:
-        _check_source(spec, names, partial)
+        _check_source(spec, partial)
     asked = {**(settings or {}), "cameras": list(names), "frames": frames, "fit": None if fit is None else asdict(fit)}
     parts = [refs[start : start + SHARD_SAMPLES] for start in range(0, len(refs), SHARD_SAMPLES)]
     shards = [partial / f"shard-{number:06d}" for number in range(len(parts))]
@@ -68,7 +68,7 @@ def prepare(
         try:
             sample = source.load(ref, cameras=names, frames=frames)
         except BadClipError:
-            _check_source(spec, names, partial)
+            _check_source(spec, partial)
             raise
         return to_row(sample, source=source.name, fit=fit)
 
@@ -92,13 +92,13 @@ def _refuse_existing(final: Path) -> None:
         raise UsageError(f"{final} already exists; choose another --out or remove it.")
 
 
-def _check_source(spec: str | None, cameras: Sequence[str], partial: Path) -> None:
+def _check_source(spec: str | None, partial: Path) -> None:
     if spec is not None:
         kept = (
             "No sample was left out for it; bring the source back and run the same command again: it goes on with what "
             f"is in {partial}."
         )
-        check_still_there(spec, cameras=cameras, kept=kept)
+        check_still_there(spec, kept=kept)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""How many samples of each turn a dataset is to have: straight roads outnumber curves by far in any log.
+"""How many samples of each turn a dataset is to have: in any log, straight roads outnumber curves by far.
 
-A sample's turn is known from its poses, so no picture is read for one that is left out.
+A sample's turn follows from its poses, so no picture is read for one that is left out.
 """
 
 from collections.abc import Mapping
@@ -10,18 +10,18 @@ from alpacache.driving.poses import Track, history_and_future
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import TURNS, Turn, turn_ahead
 from alpacache.errors import UsageError
-from alpacache.sources.source import PosedSource, RecordedSource, Source
+from alpacache.sources.source import FixedSource, RecordedSource, Source
 
 
 class Quota:
-    """Counts down what is still wanted of each turn; a turn that is not named is not wanted."""
+    """Counts down the samples that are still wanted of each turn; a turn that is not named is not wanted."""
 
     def __init__(self, source: Source, wanted: Mapping[Turn, int]) -> None:
         """Raises `UsageError` for unknown turns, counts below 1, and a source without poses."""
         for turn, count in wanted.items():
             if turn not in TURNS or count < 1:
                 raise UsageError(f"quota {turn}={count}: expected {', '.join(TURNS)} with at least 1 sample each.")
-        if not wanted or not isinstance(source, PosedSource | RecordedSource):
+        if not wanted or not isinstance(source, FixedSource | RecordedSource):
             raise UsageError(f"{source.name}: a quota needs at least one turn, and a source whose poses can be read.")
         self._source, self._left = source, dict(wanted)
         self._track = lru_cache(maxsize=1)(self._read_track)
@@ -31,7 +31,7 @@ class Quota:
         return not any(self._left.values())
 
     def take(self, ref: SampleRef) -> bool:
-        """Whether the sample is wanted; counts it if so. Raises `BadClipError` where its poses cannot be used."""
+        """Whether the sample is wanted, and count it if so. Raises `BadClipError` where its poses cannot be used."""
         turn = self.turn_of(ref)
         if not self._left.get(turn):
             return False
@@ -39,8 +39,8 @@ class Quota:
         return True
 
     def turn_of(self, ref: SampleRef) -> Turn:
-        """The turn of the 6.4 s from t0 on, as `eval` counts it."""
-        if isinstance(self._source, PosedSource):
+        """Turn of the 6.4 s from t0 on, as `eval` counts it."""
+        if isinstance(self._source, FixedSource):
             poses = self._source.poses(ref)
         else:
             poses = history_and_future(self._track(ref.clip_id), ref.t0_us, where=ref.clip_id)
@@ -52,7 +52,7 @@ class Quota:
 
 
 def parse_quota(text: str) -> dict[Turn, int]:
-    """`straight=200,sharp=100` as a mapping; raises `UsageError`."""
+    """Parse `straight=200,sharp=100`; raises `UsageError`."""
     wanted: dict[Turn, int] = {}
     for part in text.split(","):
         turn, _, count = (piece.strip() for piece in part.partition("="))

@@ -1,6 +1,24 @@
-"""What a data source promises: the protocols that `select`, `extract` and `check` are written against."""
+"""What a data source is: the protocols that selection, extraction and checks are written against. Start reading here.
 
-from collections.abc import Sequence
+    spec (`folder:DIR`)  --open_source-->  Source  --select-->  SampleRefs  --Source.load-->  Samples
+
+A source is any object with the members of `Source`. It has more to offer where it also fits one of the protocols
+below, which callers ask for with `isinstance`:
+
+| protocol | fits sources | such as | used by |
+| --- | --- | --- | --- |
+| `RecordedSource` | of whole recordings | folder, PhysicalAI-AV, synthetic | `check`, quotas |
+| `FixedSource` | whose samples were chosen before | prepared datasets | `select`, quotas, `extract` |
+| `EventSource` | that know moments worth a sample | PhysicalAI-AV, synthetic | `--t0 events` |
+| `GroupedSource` | that fetch many clips at once | PhysicalAI-AV | `prepare --seed` |
+
+Times are int64 microseconds on the clip's own clock. Poses, frames and rotations mean what `alpacache.driving` says.
+How to add a source: docs/how-to/add-a-source.md.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,63 +29,91 @@ from alpacache.driving.sample import Sample, SampleRef
 
 
 class Source(Protocol):
-    """A set of clips. `load` may be called from several threads; it raises `BadClipError` for a clip it cannot use."""
+    """A set of clips that samples are cut from. Every method may be called from several threads at once.
+
+    Methods that take a clip or a sample raise `BadClipError` where that one cannot be used: the run quarantines it and
+    goes on. `OSError` and `DataError` mean that the source itself failed, and end the run.
+    """
 
     @property
     def name(self) -> str:
-        """What the provenance record calls it."""
+        """How records name this source; the same data has the same name on every machine."""
 
     @property
     def clip_ids(self) -> Sequence[str]:
-        """All clips, in a fixed order."""
+        """All clips, in an order that is the same at every opening."""
 
     def times_us(self, clip_id: str) -> tuple[int, int]:
-        """First and last instant (us) that poses and the wanted cameras both cover."""
+        """First and last instant (us) that both the poses and the cameras of the run cover; `select` places t0 there.
+
+        The cameras are those that `open_source` was given. One that the clip lacks is left to `load` to refuse.
+        """
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
-        """Read one sample; `cameras` are sorted by index, `frames` is images a camera, 0.1 s apart, ending at t0."""
+        """Read one sample: its pictures as they are (`ref.view` is 0), and its poses in the ego frame at t0.
 
-
-@runtime_checkable
-class EventSource(Protocol):
-    """A source that knows moments worth a sample, for `t0="events"`."""
-
-    def event_times_us(self, clip_id: str) -> Sequence[int]:
-        """Their times, on the clip's clock."""
-
-
-@runtime_checkable
-class FixedSource(Protocol):
-    """A source whose samples were chosen before: a prepared dataset."""
-
-    sample_refs: Sequence[SampleRef]
-
-
-@runtime_checkable
-class GroupedSource(Protocol):
-    """A source that fetches clips in groups, such as the chunks of a hub: a random choice takes group after group."""
-
-    def group_of(self, clip_id: str) -> str:
-        """The group's name."""
-
-
-@runtime_checkable
-class PosedSource(Protocol):
-    """A source that gives a sample's poses without its pictures."""
-
-    def poses(self, ref: SampleRef) -> EgoPoses:
-        """History and future in the ego frame at t0."""
+        `cameras` are full names in any order, `frames` counts images of each camera, 0.1 s apart, the last one the
+        newest that is not after t0. All pictures of a sample have one size.
+        """
 
 
 @runtime_checkable
 class RecordedSource(Protocol):
-    """A source that has whole recordings, not only samples."""
+    """A source of whole recordings. `check` and quotas read them; nothing here is checked before it is returned."""
 
     def track(self, clip_id: str) -> Track:
-        """All poses of a clip, unchecked."""
+        """All poses of a clip, vehicle to world."""
 
     def frame_times_us(self, clip_id: str, camera: str) -> NDArray[np.int64]:
-        """When each frame of a camera was recorded, unchecked."""
+        """`[N]` the time (us) of each frame of a camera. `BadClipError` (`missing_camera`) if the clip lacks it."""
 
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """`[len(times_us), 3, H, W]`: the frame at or before each time."""
+        """RGB frames `[len(times_us), 3, H, W]`: for each time (us) the frame at or before it."""
+
+
+@runtime_checkable
+class FixedSource(Protocol):
+    """A source whose samples are fixed. `select` takes them in place of looking for moments of its own."""
+
+    sample_refs: Sequence[SampleRef]
+    """All samples, in the order in which they are read fastest."""
+
+    def poses(self, ref: SampleRef) -> EgoPoses:
+        """History and future of a sample without its pictures, in the ego frame at t0; quotas judge by them."""
+
+    def expect(self, refs: Sequence[SampleRef]) -> None:
+        """Take note of what will be loaded, in about this order and each entry once: a stream keeps no other rows."""
+
+
+@runtime_checkable
+class EventSource(Protocol):
+    """A source that knows moments worth a sample, for `--t0 events`."""
+
+    def event_times_us(self, clip_id: str) -> Sequence[int]:
+        """Times (us) to take as t0, in any order; those too near an end of the recording are left out by `select`."""
+
+
+@runtime_checkable
+class GroupedSource(Protocol):
+    """A source that fetches clips in groups, such as the archives of a hub; a random choice takes group by group."""
+
+    def group_of(self, clip_id: str) -> str:
+        """Name of the group."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceKind:
+    """A kind of source, as `open_source` knows it. The module of each kind ends in one."""
+
+    prefix: str
+    """What a spec of this kind begins with: `folder` in `folder:DIR`."""
+    usage: tuple[str, ...]
+    """The forms of its specs, for messages: `folder:DIR`."""
+    open: Callable[[str, Sequence[str] | None], Source]
+    """Opens what follows the colon, for these cameras (None: the source's default). Raises `UsageError` for a text
+    that makes no sense, `SourceError` for a source that cannot be read."""
+    is_streamed: Callable[[str], bool] = lambda place: False
+    """Whether samples come through the network, so that processes should share one reader."""
+    marker: Callable[[str], Path | None] = lambda place: None
+    """A file that is there as long as the source is. None if it is generated, or if its own reader tells a bad clip
+    from a source that has gone."""

@@ -16,16 +16,17 @@ from numpy.typing import NDArray
 from alpacache.driving.poses import Track, frame_indices, history_and_future
 from alpacache.driving.sample import (
     CAMERAS,
-    FRAME_STEP_US,
     FRONT_CAMERA,
     Sample,
     SampleRef,
     sort_cameras,
 )
 from alpacache.errors import BadClipError, UsageError
+from alpacache.sources.recording import sample_of, wanted_frame_times_us
 from alpacache.sources.road import CLIP_US, SHAPES, ClipKind, Drive, Shape, make_drive
 from alpacache.sources.roadside import Roadside, draw, plant
 from alpacache.sources.scene import Camera, Look, draw_look, expose, make_camera, paint_world
+from alpacache.sources.source import SourceKind
 
 DEFAULT_MIX: Mapping[str, float] = {"straight": 0.4, "early_curve": 0.2, "late_curve": 0.3, "curve_end": 0.1}
 _ID = re.compile(r"^synthetic-(?P<seed>\d+)-(?P<index>\d{6,})$")
@@ -116,16 +117,10 @@ class SyntheticSource:
         """Render one sample; `BadClipError` (`short_clip`) for a t0 without 1.5 s before or 6.4 s after it."""
         names, clip_id, track = sort_cameras(cameras), ref.clip_id, self.track(ref.clip_id)
         poses = history_and_future(track, ref.t0_us, where=clip_id)
-        wanted = ref.t0_us - FRAME_STEP_US * np.arange(frames - 1, -1, -1, dtype=np.int64)
-        stamps = track.timestamps_us[frame_indices(track.timestamps_us, wanted, where=clip_id)]
-        return Sample(
-            ref=ref,
-            cameras=names,
-            frames=np.stack([self.film(clip_id, name, stamps) for name in names]),
-            frame_timestamps_us=np.tile(stamps, (len(names), 1)),
-            calibration={name: self.calibration(clip_id, name) for name in names},
-            **poses._asdict(),
-        )
+        times_us = wanted_frame_times_us(ref.t0_us, frames)
+        stamps = track.timestamps_us[frame_indices(track.timestamps_us, times_us, where=clip_id)]
+        shots = {name: (self.film(clip_id, name, stamps), stamps) for name in names}
+        return sample_of(ref, poses, shots, {name: self.calibration(clip_id, name) for name in names})
 
     def _camera(self, name: str, world: _World) -> Camera:
         return _camera(name, self.size, world.fov_rad, world.pitch_rad, world.above_ground_m)
@@ -205,3 +200,12 @@ def _check_mix(mix: Mapping[str, float]) -> tuple[tuple[Shape, float], ...]:
     if total <= 0 or min(mix.values()) < 0:
         raise UsageError(f"mix {dict(mix)}: weights must not be negative and one must be above 0.")
     return tuple((shape, mix[shape] / total) for shape in SHAPES if mix.get(shape, 0) > 0)
+
+
+def _open(place: str, cameras: Sequence[str] | None) -> SyntheticSource:
+    if not place.isascii() or not place.isdigit():
+        raise UsageError(f"'synthetic:{place}': expected synthetic:N with a number of clips, as in synthetic:200.")
+    return SyntheticSource(int(place), cameras=cameras or (FRONT_CAMERA,))
+
+
+KIND = SourceKind(prefix="synthetic", usage=("synthetic:N",), open=_open)

@@ -1,12 +1,12 @@
-"""Chosen frames out of a folder of JPEGs or an MP4, as untrusted input.
+"""Reads chosen frames out of JPEG files or an MP4 that may come from a stranger.
 
-A frame's size is checked before its pixels are allocated, and only the JPEG decoder is offered to image files, so
+A frame's size is checked before its pixels are allocated, and a picture goes to the decoder of its own format alone:
 neither a decompression bomb nor a file of another kind under a .jpg name gets anywhere.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,23 @@ MAX_PIXELS = 50_000_000
 
 def read_jpegs(files: Sequence[Path], *, where: str) -> NDArray[np.uint8]:
     """`[len(files), 3, H, W]` RGB. Raises `BadClipError`: `undecodable_video`, `wrong_shape`."""
-    return stack([_read_jpeg(file, where=f"{where}: {file.name}") for file in files], where=where)
+    return stack([read_image(file, "JPEG", where=f"{where}: {file.name}") for file in files], where=where)
+
+
+def read_image(file: Path | BinaryIO, kind: Literal["JPEG", "PNG"], *, where: str) -> NDArray[np.uint8]:
+    """`[H, W, 3]` RGB. Raises `BadClipError`: `undecodable_video`, `wrong_shape`."""
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=(kind,)) as image:
+            check_size(*image.size, where=where)
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadClipError("undecodable_video", f"{where}: no readable {kind} image ({error}).") from error
 
 
 def read_mp4(file: Path, indices: Sequence[int], *, count: int, where: str) -> NDArray[np.uint8]:
-    """The frames number `indices`, counted in the order of presentation, of a video that must hold `count` frames.
+    """The frames with these numbers, in the order of presentation, of a video that must hold `count` frames.
 
     `[len(indices), 3, H, W]` RGB. Raises `BadClipError`: `undecodable_video`, `wrong_shape`.
     """
@@ -38,7 +50,7 @@ def read_mp4(file: Path, indices: Sequence[int], *, count: int, where: str) -> N
             packets = [packet for packet in container.demux(stream) if packet.pts is not None]
             times, keys = sorted(one.pts for one in packets), [one.pts for one in packets if one.is_keyframe]
             _check_count(len(times), count, where=f"{where}: {file.name}")
-            found = _decode(container, stream, sorted({times[index] for index in indices}), keys)
+            frames = _decode(container, stream, sorted({times[index] for index in indices}), keys)
     except BadClipError:
         raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -46,25 +58,25 @@ def read_mp4(file: Path, indices: Sequence[int], *, count: int, where: str) -> N
             "undecodable_video",
             f"{where}: {file.name} cannot be decoded ({error}); it may be truncated. Copy it again.",
         ) from error
-    missing = [index for index in indices if times[index] not in found]
+    missing = [index for index in indices if times[index] not in frames]
     if missing:
         raise BadClipError("undecodable_video", f"{where}: frame {missing[0]} of {file.name} is damaged.")
-    return stack([found[times[index]] for index in indices], where=where)
+    return stack([frames[times[index]] for index in indices], where=where)
 
 
 class WantedFrames:
-    """A container of PyAV whose `decode` leaves out frames that are neither wanted nor needed to decode others.
+    """A container of PyAV whose `decode` skips frames that are neither wanted nor needed to decode others.
 
-    Between a key frame and the frames of a sample lie a dozen or two, half of them such frames where a video has any.
-    Of other codecs than H.264 and H.265 every frame is decoded: their decoders leave out wanted ones too.
+    One or two dozen frames lie between a key frame and those of a sample; half of them can be skipped in a video with
+    B-frames. Only H.264 and H.265 are skipped through: other decoders would leave out wanted frames too.
     """
 
     def __init__(self, container: Any, stream: Any, is_wanted: Callable[[int], bool]) -> None:
-        """`is_wanted` is asked with times of presentation."""
+        """`is_wanted` takes a frame's presentation time."""
         self._container, self._stream, self._is_wanted = container, stream, is_wanted
 
     def decode(self, **only_this_stream: int) -> Iterator[Any]:
-        """Frames from where the container is, in the order of presentation."""
+        """Frames from the container's position on, in the order of presentation."""
         codec = self._stream.codec_context
         skips = codec.name in ("h264", "hevc")
         for packet in self._container.demux(self._stream):
@@ -78,7 +90,10 @@ class WantedFrames:
 
 
 def stack(frames: Sequence[NDArray[np.uint8]], *, where: str) -> NDArray[np.uint8]:
-    """`[H, W, 3]` frames of one size as `[frames, 3, H, W]`, which lie as decoded, colours last."""
+    """`[H, W, 3]` frames of one size as `[frames, 3, H, W]`, a view of an array with its colours last.
+
+    Raises `BadClipError` (`wrong_shape`) for different sizes.
+    """
     sizes = sorted({frame.shape[:2] for frame in frames})
     if len(sizes) > 1:
         raise BadClipError(
@@ -89,7 +104,7 @@ def stack(frames: Sequence[NDArray[np.uint8]], *, where: str) -> NDArray[np.uint
 
 
 def check_stream(stream: Any, *, where: str) -> None:
-    """Refuse video that this FFmpeg has no decoder for, and frames nobody's camera makes."""
+    """Refuse video that this FFmpeg has no decoder for, and frames larger than any camera's."""
     codec = stream.codec_context
     if codec is None:
         raise BadClipError(
@@ -100,32 +115,21 @@ def check_stream(stream: Any, *, where: str) -> None:
 
 
 def check_size(width: int, height: int, *, where: str) -> None:
-    """Refuse frames nobody's camera makes."""
+    """Refuse frames larger than any camera's."""
     if width * height > MAX_PIXELS:
         raise BadClipError(
             "wrong_shape", f"{where}: frames of {width} x {height} pixels; more than {MAX_PIXELS:,} is refused."
         )
 
 
-def _check_count(found: int, expected: int, *, where: str) -> None:
-    if found < expected:
+def _check_count(count: int, expected: int, *, where: str) -> None:
+    if count < expected:
         raise BadClipError(
             "undecodable_video",
-            f"{where} holds {found} frames, its timestamps name {expected}; the video is truncated. Copy it again.",
+            f"{where} holds {count} frames, its timestamps name {expected}; the video is truncated. Copy it again.",
         )
-    if found > expected:
-        raise BadClipError("wrong_shape", f"{where} holds {found} frames, its timestamps name {expected}.")
-
-
-def _read_jpeg(file: Path, *, where: str) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    try:
-        with Image.open(file, formats=("JPEG",)) as image:
-            check_size(*image.size, where=where)
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadClipError("undecodable_video", f"{where}: no readable JPEG image ({error}).") from error
+    if count > expected:
+        raise BadClipError("wrong_shape", f"{where} holds {count} frames, its timestamps name {expected}.")
 
 
 def _decode(
@@ -133,16 +137,16 @@ def _decode(
 ) -> dict[int, NDArray[np.uint8]]:
     """Frames by presentation time; seeks once, as the wanted frames of a sample lie close together.
 
-    To the last key frame that is shown before them: frames shown before a key frame may follow it in the file, and need
-    those of the key frame before.
+    Seeks to the last key frame shown before them: frames that are shown before a key frame may follow it in the file,
+    and are decoded from the key frame before it.
     """
-    found: dict[int, NDArray[np.uint8]] = {}
+    frames: dict[int, NDArray[np.uint8]] = {}
     first = max((time for time in key_frames if time <= wanted[0]), default=wanted[0])
     container.seek(first, backward=True, stream=stream)
     for frame in WantedFrames(container, stream, frozenset(wanted).__contains__).decode():
         if frame.pts in wanted and not frame.is_corrupt:
             check_size(frame.width, frame.height, where="video")
-            found[frame.pts] = frame.to_ndarray(format="rgb24")
+            frames[frame.pts] = frame.to_ndarray(format="rgb24")
         if frame.pts is not None and frame.pts >= wanted[-1]:
             break
-    return found
+    return frames

@@ -273,6 +273,16 @@ def test_a_source_that_vanishes_ends_the_run_and_quarantines_nothing(how, tiny_c
     assert report.extracted + report.already_there == 4
 
 
+def test_a_source_is_opened_once_however_many_of_its_clips_are_bad(tiny_checkpoint, tmp_path, monkeypatch):
+    clips = write_folder(tmp_path / "drives", 6)
+    for clip in clips[1:]:
+        (tmp_path / "drives" / "clips" / clip / f"{FRONT_CAMERA}.mp4").write_bytes(b"no video")
+    opened, begin = [], FolderSource.__init__
+    monkeypatch.setattr(FolderSource, "__init__", lambda self, *a, **k: opened.append(a) or begin(self, *a, **k))
+    report = alpacache.extract(config(tiny_checkpoint, tmp_path / "store", source=f"folder:{tmp_path / 'drives'}"))
+    assert (report.extracted, len(report.quarantined), len(opened)) == (1, 5, 1)
+
+
 def start(checkpoint, store, *more):
     command = [sys.executable, "-m", "cli.main", "extract", "synthetic:24", "--model", str(checkpoint)]
     command += ["--store", str(store), "--frames", "1", "--device", "cpu", *more]

@@ -10,7 +10,8 @@ from PIL import Image
 from alpacache.checks.recordings import read_recording
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, SourceError
-from alpacache.sources.folder import FolderSource, join_cameras
+from alpacache.sources.folder import FolderSource
+from alpacache.sources.recording import join_cameras
 from alpacache.sources.selection import select
 from alpacache.sources.source import RecordedSource
 
@@ -36,8 +37,10 @@ def test_frames_lie_as_decoded_and_one_cameras_are_not_copied(folder):
     for clip in ("a", "b"):
         assert load(folder, clip).frames.transpose(0, 1, 3, 4, 2).flags.c_contiguous
     images = [np.full((2, 4, 6, 3), shade, np.uint8).transpose(0, 3, 1, 2) for shade in (10, 20)]
-    assert np.shares_memory(join_cameras(images[:1], [FRONT], where=""), images[0])
-    np.testing.assert_array_equal(join_cameras(images, [FRONT, LEFT], where="")[:, 1, 2, 3, 5], [10, 20])
+    assert np.shares_memory(join_cameras({FRONT: images[0]}, where=""), images[0])
+    np.testing.assert_array_equal(
+        join_cameras(dict(zip((FRONT, LEFT), images, strict=True)), where="")[:, 1, 2, 3, 5], [10, 20]
+    )
 
 
 @pytest.mark.parametrize("t0", [2_000_000, 5_550_000])

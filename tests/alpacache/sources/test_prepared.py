@@ -101,6 +101,14 @@ def test_a_source_that_vanishes_costs_no_sample(folder, tmp_path):
     assert (report.samples, report.rejected) == (2, ())
 
 
+def test_bad_samples_do_not_open_the_source_again(folder, tmp_path, monkeypatch):
+    (folder / f"clips/a/{FRONT}/000051.jpg").write_bytes(b"x")
+    source = FolderSource(folder)
+    monkeypatch.setattr(FolderSource, "__init__", lambda *_, **__: pytest.fail("the source was opened again"))
+    report = prepare(source, refs_of(source), tmp_path / "out", cameras=[FRONT], frames=1, spec=f"folder:{folder}")
+    assert (report.samples, [name for name, _, _ in report.rejected]) == (1, ["a@5100000#0"])
+
+
 def test_clips_refused_while_the_source_vanished_are_not_noted(folder, tmp_path):
     source = FolderSource(folder)
     refs, unusable = refs_of(source), [("c", BadClipError("missing_poses", "c: no poses."))]

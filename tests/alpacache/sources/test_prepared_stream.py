@@ -1,6 +1,11 @@
 """Parquet files in the layout of a hub repository, read by the same calls as the hub's, offline."""
 
 import json
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import datasets
 import huggingface_hub
@@ -13,6 +18,7 @@ from datasets import load_from_disk
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, SourceError
 from alpacache.sources import open_source, prepared_stream
+from alpacache.sources.prepared_stream import SPARE_ROWS, Cursor
 from alpacache.sources.prepared_writer import prepare
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
@@ -69,9 +75,8 @@ def test_it_is_streamed(hub_layout, monkeypatch):
     assert {type(file) for file in source._rows._whole._files} == {datasets.IterableDataset}
 
 
-def test_going_on_reads_no_file_before_and_no_row_twice(hub_layout, monkeypatch, assert_same):
+def test_going_on_reads_no_file_before_and_no_row_twice(hub_layout, assert_same):
     """Forward through the last file only; what was passed is kept for the threads that come a little later."""
-    monkeypatch.setattr(prepared_stream, "ROWS_KEPT", 2)
     source = open_source(f"hf:{hub_layout}")
     for file in sorted((hub_layout / "data").iterdir())[:2]:
         file.write_bytes(b"not read again")
@@ -83,12 +88,119 @@ def test_going_on_reads_no_file_before_and_no_row_twice(hub_layout, monkeypatch,
     assert cursor._stream is stream
 
 
-def test_rows_that_are_gone_from_the_window_are_read_again(hub_layout, monkeypatch, assert_same):
-    monkeypatch.setattr(prepared_stream, "ROWS_KEPT", 1)
-    source = open_source(f"hf:{hub_layout}")
-    for number in (2, 0, 6, 1):
-        assert_same(load(source, REFS[number]), DRIVES.load(REFS[number], cameras=[FRONT], frames=2))
-        assert len(source._rows._whole._kept) == 1
+class CountedFile:
+    """A file of rows that says how often it was opened and its rows were read, and takes its time over each."""
+
+    def __init__(self, first, count, *, seconds=0.0):
+        self.rows, self.seconds = range(first, first + count), seconds
+        self.opened, self.reads = 0, Counter()
+
+    def __iter__(self):
+        self.opened += 1
+        for number in self.rows:
+            time.sleep(self.seconds)
+            self.reads[number] += 1
+            yield {"sample_id": str(number)}
+
+
+def counted(lengths, *, seconds=0.0):
+    starts = accumulate(lengths[:-1], initial=0)
+    files = [CountedFile(start, length, seconds=seconds) for start, length in zip(starts, lengths, strict=True)]
+    return files, Cursor(files, lengths=lengths)
+
+
+def read_times(files):
+    """Row -> how often it was read."""
+    return dict(sum((file.reads for file in files), Counter()))
+
+
+def ask(cursor, numbers, *, threads, late=lambda number: None):
+    """Have threads take numbers from one queue, in order, as `extract` does; `late` delays a thread before it asks."""
+
+    def job(number):
+        late(number)
+        assert cursor.row(number) == {"sample_id": str(number)}
+        time.sleep(0.0005 * (number % 5))  # decoding
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(job, numbers))
+
+
+THREADS = [8, 16, 24, 48]
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("announced", [False, True])
+def test_each_row_is_read_once_by_however_many_threads(threads, announced):
+    files, cursor = counted([90, 40, 3, 3, 64], seconds=0.0002)
+    if announced:
+        cursor.expect(range(200))
+    ask(cursor, range(200), threads=threads)
+    assert read_times(files) == dict.fromkeys(range(200), 1)
+    assert [file.opened for file in files] == [1] * 5
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("announced", [False, True])
+def test_threads_that_come_late_cost_no_second_read(threads, announced):
+    """All threads but one wait, each with a row of its own, until that one is 200 rows on."""
+    files, cursor = counted([30, 30, 340] if announced else [60, 340])
+    if announced:
+        cursor.expect(range(400))
+    go_on = threading.Event()
+    held = set(range(threads - 1))
+
+    def late(number):
+        if number in held:
+            assert go_on.wait(60)
+        elif number == 200 + threads:
+            go_on.set()
+
+    ask(cursor, range(400), threads=threads, late=late)
+    assert read_times(files) == dict.fromkeys(range(400), 1)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_rows_in_any_order_within_the_window_of_extract_are_read_once(threads, batch):
+    """`extract` reads `threads + 2 * batch` samples ahead, here in a random order."""
+    files, cursor = counted([150, 50, 100])
+    window, rng = threads + 2 * batch, np.random.default_rng(0)
+    order = [start + n for start in range(0, 300, window) for n in rng.permutation(min(window, 300 - start)).tolist()]
+    cursor.expect(order)
+    ask(cursor, order, threads=threads)
+    assert read_times(files) == dict.fromkeys(range(300), 1)
+    assert (len(cursor._passed), len(cursor._taken)) == (0, 0)
+
+
+def test_rows_of_other_shards_are_not_kept_and_several_views_of_one_are_read_once():
+    files, cursor = counted([100, 100])
+    wanted = [number for number in range(3, 200, 4) for _ in range(3)]
+    cursor.expect(wanted)
+    kept = 0
+    for number in wanted:
+        cursor.row(number)
+        kept = max(kept, len(cursor._passed) + len(cursor._taken))
+    assert kept == 1
+    assert set(read_times(files).values()) == {1}
+
+
+def test_files_that_hold_nothing_expected_are_skipped():
+    files, cursor = counted([50, 50, 50])
+    cursor.expect([7, 120])
+    assert [cursor.row(number)["sample_id"] for number in (7, 120)] == ["7", "120"]
+    assert [sum(file.reads.values()) for file in files] == [8, 0, 21]
+
+
+def test_memory_is_bounded_and_rows_that_are_gone_are_read_again():
+    files, cursor = counted([300, 300])
+    room = SPARE_ROWS + threading.active_count()
+    for number in (299, 599, 0, 298):
+        assert cursor.row(number)["sample_id"] == str(number)
+        assert len(cursor._passed) <= room
+        assert len(cursor._taken) <= room
+    assert files[0].opened == 3 - 1  # 298 was still there
+    assert files[1].opened == 1
 
 
 def test_threads_read_the_same(hub_layout, in_threads):

@@ -6,8 +6,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 
 from alpacache.errors import DataError
 from alpacache.sources import retry
-from alpacache.sources.pai_cache import connection_errors
-from alpacache.sources.retry import ATTEMPTS, LONGEST_WAIT_S, with_retry
+from alpacache.sources.retry import ATTEMPTS, LONGEST_WAIT_S, connection_errors, with_retry
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,64 @@
+"""From a recording's parts to a sample: what sources of whole recordings have in common."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.driving.poses import EgoPoses, Track, check_timestamps
+from alpacache.driving.sample import FRAME_STEP_US, Sample, SampleRef
+from alpacache.errors import BadClipError
+
+POSE_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
+"""Of a table of poses: us, metres, and a quaternion with its scalar last, vehicle to world."""
+
+Shot = tuple[NDArray[np.uint8], NDArray[np.int64]]
+"""One camera's frames of a sample: RGB `[frames, 3, H, W]`, and when each was recorded (us)."""
+
+
+def track_of(columns: Mapping[str, NDArray[Any]]) -> Track:
+    """The track in a table with `POSE_COLUMNS`, unchecked."""
+    values = np.stack([np.asarray(columns[name], np.float64) for name in POSE_COLUMNS[1:]], axis=1)
+    stamps = np.asarray(columns["timestamp"]).astype(np.int64)
+    return Track(timestamps_us=stamps, xyz=values[:, :3], quaternion_xyzw=values[:, 3:])
+
+
+def covered_us(track: Track, frame_times_us: Mapping[str, NDArray[np.int64]], *, where: str) -> tuple[int, int]:
+    """First and last instant (us) that the poses and every camera cover. Raises `BadClipError` (`time_order`)."""
+    spans = [track.span_us]
+    for camera, stamps in frame_times_us.items():
+        check_timestamps(stamps, what=f"{where}: {camera}: frame timestamps")
+        spans.append((int(stamps[0]), int(stamps[-1])))
+    return max(first for first, _ in spans), min(last for _, last in spans)
+
+
+def wanted_frame_times_us(t0_us: int, frames: int) -> NDArray[np.int64]:
+    """`[frames]` instants that the frames of each camera are to show, 0.1 s apart, the last one t0."""
+    return t0_us - FRAME_STEP_US * np.arange(frames - 1, -1, -1, dtype=np.int64)
+
+
+def sample_of(
+    ref: SampleRef, poses: EgoPoses, shots: Mapping[str, Shot], calibration: Mapping[str, Any] | None
+) -> Sample:
+    """A sample of these cameras, given in index order. Raises `BadClipError` (`wrong_shape`) for unequal sizes."""
+    return Sample(
+        ref=ref,
+        cameras=tuple(shots),
+        frames=join_cameras({camera: images for camera, (images, _) in shots.items()}, where=ref.clip_id),
+        frame_timestamps_us=np.stack([stamps for _, stamps in shots.values()]),
+        calibration={camera: lens for camera, lens in (calibration or {}).items() if camera in shots} or None,
+        **poses._asdict(),
+    )
+
+
+def join_cameras(images: Mapping[str, NDArray[np.uint8]], *, where: str) -> NDArray[np.uint8]:
+    """Frames `[frames, 3, H, W]` of each camera as one `[cameras, frames, 3, H, W]`; a single camera's are not copied.
+
+    Raises `BadClipError` (`wrong_shape`) for cameras of different sizes.
+    """
+    if len({array.shape for array in images.values()}) > 1:
+        sizes = ", ".join(f"{camera} {array.shape[-2:]}" for camera, array in images.items())
+        raise BadClipError("wrong_shape", f"{where}: cameras of different sizes (height, width): {sizes}.")
+    arrays = list(images.values())
+    return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]
