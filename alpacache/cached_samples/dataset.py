@@ -136,7 +136,9 @@ class CachedDataset:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest sample: with one layout it is the one of most bytes."""
+        """Tokens of the longest sample: the one of most bytes, where bytes go with tokens."""
+        if self.codec is not None and not self.codec.fixed_size:
+            return max(shape[3] for shape in in_order(self._kv_shape, range(len(self)), self._threads))
         return self._kv_shape(int(self.kv_bytes.argmax()))[3]
 
     def turns(self) -> list[Turn | CorruptSampleError]:

@@ -5,7 +5,6 @@ A sample that comes again has its target, turn and lengths already, and with `in
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,6 @@ class RingSource:
         self._unchecked = ("kv",) if check_on_device else ()
         shape = () if dataset.codec is None else (KV_SHAPE,)
         self._fields = ("kv", "prefix_len", "start_position", *shape, *POSE_FIELDS)
-        self._size_bytes = lru_cache(maxsize=4096)(dataset.layout.size_bytes)
         self._solve, self._solve_ahead = solver(dataset, space), solve_ahead
         self.slabs = _slabs(dataset) if in_memory else None
         """Memory of samples that stay."""
@@ -164,7 +162,7 @@ class RingSource:
         tokens = int(arrays["prefix_len"])
         shape = arrays["kv"].shape if self._dataset.codec is None else tuple(arrays[KV_SHAPE].tolist())
         expected = self._dataset.layout.shape(tokens)
-        if shape != expected or tokens < 1 or arrays["kv"].nbytes != self._size_bytes(tokens):
+        if shape != expected or tokens < 1 or not self._dataset.layout.can_be(arrays["kv"].nbytes, tokens):
             raise DataError(
                 f"sample {sample_id!r} has keys and values {list(shape)} in {arrays['kv'].nbytes} bytes and "
                 f"{tokens} tokens; with the first sample's layers, heads and channels {list(expected)} is expected. "

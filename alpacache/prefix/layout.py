@@ -43,6 +43,11 @@ class PrefixLayout:
             return self.layers * 2 * self.kv_heads * tokens * self.head_dim * self.dtype.itemsize
         return self.codec.encoded_bytes(self.shape(tokens))
 
+    def can_be(self, size_bytes: int, tokens: int) -> bool:
+        """Whether a sample of so many tokens can have so many bytes."""
+        varies = self.codec is not None and not self.codec.fixed_size
+        return size_bytes <= self.size_bytes(tokens) if varies else size_bytes == self.size_bytes(tokens)
+
     def row_bytes(self, tokens: int) -> int:
         """Bytes of a row that takes so many tokens: aligned, with room for kernels to read whole words at its end."""
         size = self.size_bytes(tokens) + 8

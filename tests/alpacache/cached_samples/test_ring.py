@@ -1,9 +1,13 @@
 """Batches from the ring are the samples as loaded one by one, whatever the device, the threads and the memory."""
 
+import math
 import shutil
 import threading
+import zlib
+from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,8 +21,11 @@ from alpacache.cached_samples.ring import BatchRing
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.errors import DataError, UsageError
 from alpacache.extraction.config import ExtractConfig
+from alpacache.prefix.codecs import TENSOR_CODECS
 from alpacache.prefix.packed import PackedPrefixes, pack
-from cache_store import CorruptSampleError
+from alpacache.prefix.tensor_codec import TensorCodec
+from cache_store import CODECS, CorruptSampleError, KVCodec
+from cache_store.kv.registry import KINDS
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -253,7 +260,7 @@ def test_a_damaged_sample_is_named_in_its_place(tiny_checkpoint, stores, space, 
 
 def test_a_sample_that_does_not_fit_the_layout_is_named(dataset, space, monkeypatch):
     ring = make_ring(dataset, space, in_order(14, 2, 2), batch_size=2)
-    monkeypatch.setattr(ring._source, "_size_bytes", lambda tokens: 17)
+    monkeypatch.setattr(type(dataset.layout), "size_bytes", lambda self, tokens: 17)
     with ring, pytest.raises(DataError, match=r"has keys and values \[\d.*\] in \d+ bytes and \d+ tokens"):
         next(iter(ring))
 
@@ -412,3 +419,63 @@ def test_a_graph_can_be_captured_while_the_ring_reads(dataset, space):
             ring.done(batch)
     torch.cuda.synchronize()
     assert int(sums) > 0
+
+
+@dataclass(frozen=True)
+class DeflatedCodec(KVCodec):
+    """Layers deflated one by one behind a table of their ends: a codec without a fixed size."""
+
+    kind = "deflated"
+    fixed_size = False
+
+    def to_json(self):
+        return {"kind": self.kind}
+
+    @classmethod
+    def from_json(cls, document, where):
+        return cls()
+
+    def encoded_bytes(self, shape):
+        return sum(4 + 2 * math.prod(shape[1:]) + 64 for _ in range(shape[0]))
+
+    def encode(self, bits):
+        layers = [zlib.compress(layer.tobytes()) for layer in bits]
+        ends = 4 * len(layers) + np.cumsum([len(layer) for layer in layers])
+        return np.frombuffer(ends.astype("<u4").tobytes() + b"".join(layers), np.uint8).copy()
+
+    def decode(self, data, shape):
+        begin, end = [4 * shape[0], *data[: 4 * shape[0]].view("<u4").tolist()], data[: 4 * shape[0]].view("<u4")
+        layers = [zlib.decompress(data[a:b].tobytes()) for a, b in zip(begin, end.tolist(), strict=False)]
+        return np.frombuffer(b"".join(layers), np.uint16).reshape(shape)
+
+
+class DeflatedTensorCodec(TensorCodec):
+    def encode_async(self, kv):
+        return torch.from_numpy(self._codec.encode(kv.bfloat16().view(torch.uint16).numpy())), torch.tensor(True)
+
+    def decode_layer(self, data, layer, shape):
+        kv = self._codec.decode(data.numpy(), shape)[layer]
+        return torch.from_numpy(kv.copy()).view(torch.bfloat16)
+
+    def decode_batch(self, prefixes, layer, scratch):
+        raise NotImplementedError
+
+
+def test_samples_of_a_codec_may_have_any_size(monkeypatch, tiny_checkpoint, stores, space, tmp_path):
+    """Bytes then say nothing about tokens; what is read is what was encoded."""
+    for registry, entry in ((KINDS, DeflatedCodec), (CODECS, DeflatedCodec()), (TENSOR_CODECS, DeflatedTensorCodec)):
+        monkeypatch.setitem(registry, "deflated", entry)
+    store = extract(tiny_checkpoint, tmp_path / "deflated", 10, frames=1, codec="deflated")
+    deflated, plain = (CachedDataset([path], Checkpoint(str(tiny_checkpoint))) for path in (store, stores[0]))
+    assert len(set(deflated.kv_bytes.tolist())) > 1
+    assert deflated.longest == plain.longest
+    with make_ring(deflated, space, in_order(10, 2, 5), batch_size=5) as ring:
+        for batch in ring:
+            for place, sample_id in enumerate(batch.sample_ids):
+                prefix = plain.load(plain.locate(0)[0].sample_ids.index(sample_id)).prefix
+                for layer in range(len(prefix.keys)):
+                    row = ring._rows.data[batch.rows[place]]
+                    keys, values = deflated.layout.decode(row, layer, batch.lengths[place])
+                    assert torch.equal(keys, prefix.keys[layer])
+                    assert torch.equal(values, prefix.values[layer])
+            ring.done(batch)
