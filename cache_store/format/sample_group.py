@@ -73,7 +73,7 @@ def encode(sample_id: str, values: Mapping[str, Value], fields: Mapping[str, Fie
         jobs.append((f"{name}/{METADATA}", None, (to_bytes(metadata, f"field {name!r}"),)))
         jobs.extend((f"{name}/{key}", field, parts) for key, parts in _chunks(field, array))
 
-    shapes = {name: _shape_of(value) for name, value in values.items()}
+    shapes = {name: (len(value),) if isinstance(value, list) else np.shape(value) for name, value in values.items()}
     directory, small_bytes = packed_directory(shapes, fields)
     text = {name: value for name, value in values.items() if fields[name].layout == "text"}
     attributes = {"sample_id": sample_id, "small": directory, "text": text}
@@ -197,9 +197,3 @@ def _check_text(where: str, field: Field, value: object) -> Value:
         if "\0" in item:
             raise ValueError(f"{where}: numpy strings cannot end in NUL characters, so text must not contain any.")
     return items if field.axes else str(items[0])
-
-
-def _shape_of(value: Value) -> tuple[int, ...]:
-    if isinstance(value, str):
-        return ()
-    return (len(value),) if isinstance(value, list) else value.shape

@@ -55,9 +55,6 @@ class SampleIds(Sequence[str]):
             return self.text == other.text and np.array_equal(self.ends, other.ends)
         return isinstance(other, Sequence) and not isinstance(other, str) and tuple(self) == tuple(other)
 
-    def __hash__(self) -> int:
-        return hash(self.text)
-
     def __repr__(self) -> str:
         return f"SampleIds({', '.join(map(repr, self[:3]))}{', ...' if len(self) > 3 else ''}; {len(self)})"
 

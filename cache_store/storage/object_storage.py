@@ -15,7 +15,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
+import obstore
 from numpy.typing import NDArray
+from obstore.exceptions import AlreadyExistsError, GenericError
+from obstore.store import S3Store
 
 from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
@@ -24,10 +27,10 @@ from cache_store.storage import s3_access
 from cache_store.storage.local_storage import BLOCK_BYTES, STAGING, parts_of
 from cache_store.storage.s3_access import S3Address
 from cache_store.storage.s3_errors import explained, status_of
+from cache_store.storage.storage import Storage, open_storage
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
-    from obstore.store import S3Store
 
 PART_BYTES = 16 * 2**20
 """Size of an upload's parts; a chunk of the default size is one request."""
@@ -55,13 +58,13 @@ class ObjectStorage:
 
     threads = 32
 
-    def __init__(self, address: S3Address) -> None:
+    def __init__(self, address: S3Address, store: S3Store) -> None:
         self.address = address
         self.place = str(address)
-        self._store: S3Store = s3_access.connect(address)
+        self._store = store
 
-    def __reduce__(self) -> tuple[type, tuple[S3Address]]:
-        return type(self), (self.address,)
+    def __reduce__(self) -> tuple[Callable[[str], Storage], tuple[str]]:
+        return open_storage, (self.place,)
 
     def where(self, relative: str) -> str:
         return f"{self.place}/{relative}" if relative else self.place
@@ -77,8 +80,6 @@ class ObjectStorage:
         return True
 
     def names(self, folder: str, *, flat: bool = False) -> Iterator[str]:
-        import obstore
-
         if flat:
             yield from (name for name, _ in self._objects(folder))
             return
@@ -93,8 +94,6 @@ class ObjectStorage:
         return self._head(relative)["size"]
 
     def read_document(self, relative: str, limit_bytes: int) -> bytes:
-        import obstore
-
         key = self._key(relative)
 
         def read() -> bytes:
@@ -190,8 +189,6 @@ class ObjectStorage:
         )
 
     def put(self, relative: str, parts: Sequence[Any]) -> None:
-        import obstore
-
         key = self._key(relative)
         kept = [part for part in parts if len(part)]
         options: dict[str, Any] = {"use_multipart": False}
@@ -201,8 +198,6 @@ class ObjectStorage:
             _repeat(lambda: obstore.put(self._store, key, kept or b"", **options))
 
     def delete(self, relatives: Iterable[str]) -> None:
-        import obstore
-
         keys = [self._key(relative) for relative in relatives]
         with self._explained("remove", ""):
             if keys:  # one alone without the bulk request, which not all servers have
@@ -266,16 +261,12 @@ class ObjectStorage:
         return explained(self.address, action, self.where(relative))
 
     def _head(self, relative: str) -> "ObjectMeta":
-        import obstore
-
         key = self._key(relative)
         with self._explained("look for", relative):
             return _repeat(lambda: obstore.head(self._store, key))
 
     def _objects(self, folder: str) -> Iterator[tuple[str, "ObjectMeta"]]:
         """All objects below a folder, with their names in it."""
-        import obstore
-
         prefix = self.address.key(folder)
         with self._explained("list", folder):
             for page in obstore.list(self._store, prefix, chunk_size=_LIST_PAGE):
@@ -283,9 +274,6 @@ class ObjectStorage:
 
     def _create(self, relative: str, data: bytes) -> bool:
         """Make one conditional put; returns whether it created the object."""
-        import obstore
-        from obstore.exceptions import AlreadyExistsError
-
         try:
             obstore.put(self._store, self._key(relative), data, mode="create")
         except AlreadyExistsError:
@@ -311,8 +299,6 @@ class ObjectStorage:
 
     def _range(self, key: str, start: int, end: int) -> tuple["Buffer", int]:
         """Bytes `start` to `end` of an object, fewer only where it ends before, and its size."""
-        import obstore
-        from obstore.exceptions import GenericError
 
         def read() -> tuple[Buffer, int]:
             try:
@@ -331,8 +317,6 @@ class ObjectStorage:
 
 def _repeat(action: Callable[[], Result]) -> Result:
     """Call an action that may be done twice, again while there is no whole answer to it."""
-    from obstore.exceptions import GenericError
-
     for attempt in range(_TRIES - 1):
         try:
             return action()

@@ -85,7 +85,8 @@ def connect(address: S3Address) -> "S3Store":
         raise StoreAddressError(
             f'{address} is object storage, for which obstore is not installed; pip install "alpacache[s3]".'
         ) from None
-    profile = _Profile.of_environment()
+    profile_name = _set("AWS_PROFILE") or _set("AWS_DEFAULT_PROFILE")
+    profile = _Profile(profile_name or "default", named=bool(profile_name))
     config: dict[str, Any] = {"conditional_put": "etag"}
     if endpoint := _endpoint(address):
         config["endpoint"] = endpoint
@@ -115,11 +116,6 @@ class _Profile:
     name: str
     named: bool
     """Whether the environment names it."""
-
-    @classmethod
-    def of_environment(cls) -> "_Profile":
-        name = _set("AWS_PROFILE") or _set("AWS_DEFAULT_PROFILE")
-        return cls(name or "default", bool(name))
 
     def setting(self, key: str) -> str | None:
         return _section(_config_file(), self.name, f"profile {self.name}").get(key)

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError, UnauthenticatedError
+
 from cache_store.errors import CacheStoreError, FormatError, ObjectStorageError, StoreAddressError
 from cache_store.storage.s3_access import S3Address
 
@@ -21,8 +23,6 @@ _REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocation
 @contextmanager
 def explained(address: S3Address, action: str, uri: str) -> Iterator[None]:
     """Turn obstore's errors into `FileNotFoundError` (no such object), `StoreAddressError` or `ObjectStorageError`."""
-    from obstore.exceptions import BaseError
-
     try:
         yield
     except CacheStoreError:
@@ -33,8 +33,6 @@ def explained(address: S3Address, action: str, uri: str) -> Iterator[None]:
 
 def explain(error: Exception, address: S3Address, action: str, uri: str) -> Exception:
     """Error to raise in place of obstore's, which came of this action (`read`, `write`, ...) on this URI."""
-    from obstore.exceptions import InvalidPathError, PermissionDeniedError, UnauthenticatedError
-
     text = str(error)
     code = match[1] if (match := _CODE.search(text)) else ""
     status = status_of(error)

@@ -115,10 +115,13 @@ def open_storage(path: str | os.PathLike[str]) -> Storage:
     """
     if not is_uri(path):
         return LocalStorage(Path(path).absolute())
-    from cache_store.storage.object_storage import ObjectStorage  # obstore is an extra
-    from cache_store.storage.s3_access import S3Address
+    from cache_store.storage.s3_access import S3Address, connect
 
-    return ObjectStorage(S3Address.parse(os.fspath(path)))
+    address = S3Address.parse(os.fspath(path))
+    store = connect(address)  # says so where obstore, an extra, is not installed
+    from cache_store.storage.object_storage import ObjectStorage
+
+    return ObjectStorage(address, store)
 
 
 def is_uri(path: str | os.PathLike[str]) -> bool:

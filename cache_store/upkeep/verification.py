@@ -5,7 +5,7 @@ until they are collected, so that a person may still look at them.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -86,22 +86,25 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, repair: bool = F
     """
     storage = open_storage(path)
     root = store_root.read(storage)
-    damaged = _check_plain_group(storage)
-    referenced: set[str] = set()
-    committed: set[str] = set()
+    damaged: list[Damage] = []
     broken: dict[str, bytes | str] = {}
+    referenced, committed = set[str](), set[str]()
     size, quarantined = 0, 0
+
+    def note(name: str, damage: list[Damage], content: bytes | str) -> None:
+        damaged.extend(damage)
+        if any(item.proven for item in damage):
+            broken[name] = content
 
     def check_sample(key: str) -> tuple[CommitRecord | None, list[Damage], bytes | str]:
         name = commit_path(key)
-        where = f"commit record {storage.where(name)}"
-        record, damage, content = _read_record(
-            storage, name, lambda data: CommitRecord.from_bytes(data, where, key, root)
-        )
+        parse = partial(CommitRecord.from_bytes, where=f"commit record {storage.where(name)}", key=key, root=root)
+        record, damage, content = _read_record(storage, name, parse)
         if record is not None:
             damage = _check_sample(StoredSample(storage, record, root.fields), deep)
         return record, damage, content
 
+    note(PLAIN_GROUP_PATH, _check_plain_group(storage), "")
     commit_keys = list_keys(storage, COMMITS)
     threads = min(storage.threads, _DEEP_THREADS) if deep else storage.threads
     for key, (record, damage, content) in zip(commit_keys, in_order(check_sample, commit_keys, threads), strict=True):
@@ -109,9 +112,7 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, repair: bool = F
             committed.add(key)
             referenced.add(record.folder.rpartition("/")[2])
             size += record.size_bytes
-        damaged += damage
-        if any(item.proven for item in damage):
-            broken[commit_path(key)] = content
+        note(commit_path(key), damage, content)
     for key in list_keys(storage, QUARANTINE):
         name = quarantine_path(key)
         try:
@@ -121,10 +122,8 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, repair: bool = F
             continue
         if failure is not None:
             quarantined += not failure.released and key not in committed
-        damaged += damage
-        if any(item.proven for item in damage):
-            broken[name] = content
-    repaired, refused = _repair(storage, damaged, broken) if repair else ((), ())
+        note(name, damage, content)
+    repaired, refused = _repair(storage, broken) if repair else ((), ())
     return VerifyReport(
         deep=deep,
         samples=len(commit_keys),
@@ -137,20 +136,17 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, repair: bool = F
     )
 
 
-def _repair(
-    storage: Storage, damaged: Sequence[Damage], broken: Mapping[str, bytes | str]
-) -> tuple[tuple[str, ...], tuple[Damage, ...]]:
+def _repair(storage: Storage, broken: Mapping[str, bytes | str]) -> tuple[tuple[str, ...], tuple[Damage, ...]]:
     """Remove the broken records, each only if it still is what was judged (a sample may have been written anew).
 
     Returns what was repaired, and what could not be.
     """
     repaired, refused = [], []
-    plain = [item.object for item in damaged if item.object == PLAIN_GROUP_PATH and item.proven]
-    for name in [*broken, *plain]:
+    for name, content in sorted(broken.items()):
         try:
             if name == PLAIN_GROUP_PATH:
                 storage.put(name, [PLAIN_GROUP])
-            elif _content(storage, name) == broken[name]:
+            elif _content(storage, name) == content:
                 storage.delete([name])
             else:
                 continue
