@@ -1,7 +1,7 @@
 """The model card of an exported checkpoint: which base, which data, how far, how good, under which licence.
 
-Everything comes from the run and the base themselves. What they do not say is called not known; paths, which mean
-nothing elsewhere and may be private, are left out but for the last part of a store's.
+Everything comes from the run and the base themselves; what they do not say is called not known. Of paths, which mean
+nothing elsewhere and may be private, only the last part of a store's is shown.
 """
 
 import json
@@ -27,46 +27,36 @@ _TRAINABLE = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoreFacts:
-    """What a store says of itself at the time of export."""
-
-    name: str
-    """Last part of its path."""
-    samples: int
-    codec: str
-    cameras: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
-    """What a checkpoint and the run directory around it say."""
+    """What a checkpoint and the run directory around it say of the training."""
 
     step: int
     trainable: str
     samples: int
-    """Distinct samples of training."""
-    stores: Sequence[StoreFacts]
-    """Those that still lie where the run read them."""
+    """Number of distinct samples trained on."""
+    stores: Sequence[tuple[str, str]]
+    """Last part of the path, and samples, codec and cameras, of stores that still lie where the run read them."""
     lost_stores: int
+    """Number of the others."""
     train_loss: float | None
     """Mean over the last steps up to the checkpoint, 20 at most."""
     val_loss: float | None
-    """Of the last validation up to the checkpoint."""
+    """Loss of the last validation up to the checkpoint."""
 
 
 def run_facts(checkpoint: Path, content: RunCheckpoint) -> RunFacts:
     """Gather what is known of a run.
 
     Args:
-        checkpoint: `RUN/checkpoints/step-N` or a link to it. Config and metrics are looked for in RUN.
-        content: what it holds.
+        checkpoint: `RUN/checkpoints/step-N` or a link to it; config and metrics are looked for in RUN.
+        content: the checkpoint, in memory.
     """
     run, step = checkpoint.resolve().parent.parent, int(content.state["step"])
     rows = RunDirectory(run).metrics(up_to=step)
     losses = [float(row["loss"]) for row in rows if row.get("loss") is not None][-_LAST_ROWS:]
     validations = [float(row["val_loss"]) for row in rows if "val_loss" in row]
     paths = _stores(run / "config.toml")
-    stores = [facts for facts in map(_store_facts, paths) if facts]
+    stores = [(Path(path).name, facts) for path in paths if (facts := _store_facts(path))]
     return RunFacts(
         step=step,
         trainable=str(content.state["trainable"]),
@@ -90,7 +80,7 @@ def model_card(
     """The text of `README.md`, with the front matter that the hub reads.
 
     Args:
-        name: of the exported directory.
+        name: name of the exported directory.
         base_card: the base's own README.md; what its front matter says of the licence is repeated.
         base_licence: the base's LICENSE file, named where the card says nothing.
     """
@@ -121,7 +111,7 @@ def model_card(
 
 
 def licence_lines(card: str) -> list[str]:
-    """The `license...` entries of a card's front matter, as they stand there."""
+    """Lines of the `license...` entries of a card's front matter, as they stand there."""
     front = re.match(
         r"\A---[ \t]*\n(.*?)\n---[ \t]*(\n|\Z)", card.removeprefix("\ufeff").replace("\r\n", "\n"), re.DOTALL
     )
@@ -145,10 +135,7 @@ def _table(facts: RunFacts) -> str:
         ("trained", _TRAINABLE[facts.trainable]),
         ("steps", f"{facts.step:,}"),
         ("samples", f"{facts.samples:,}"),
-        *(
-            (f"store `{store.name}`", f"{store.samples:,} samples, KV as {store.codec}, {', '.join(store.cameras)}")
-            for store in facts.stores
-        ),
+        *((f"store `{name}`", said) for name, said in facts.stores),
         ("training loss", _number(facts.train_loss, f"mean of the last steps, {_LAST_ROWS} at most")),
         ("validation loss", _number(facts.val_loss, "held-out samples")),
     ]
@@ -162,7 +149,7 @@ def _number(value: float | None, what: str) -> str:
 
 
 def _licence_text(base: Checkpoint, licence: Sequence[str], *, has_card: bool) -> str:
-    """What holds for the weights, and where it is written."""
+    """The terms that hold for the weights, and where they are written."""
     if licence:
         said = f"Weights trained from `{base.full_name}` are under its licence: `{'; '.join(licence)}`."
     else:
@@ -174,7 +161,7 @@ def _licence_text(base: Checkpoint, licence: Sequence[str], *, has_card: bool) -
 
 
 def _stores(config: Path) -> list[str]:
-    """The stores a run read; none where its config is gone."""
+    """Paths of the stores that a run read; none where its config is gone."""
     try:
         stores = tomllib.loads(config.read_text()).get("stores", [])
     except (OSError, ValueError):
@@ -182,15 +169,11 @@ def _stores(config: Path) -> list[str]:
     return [path for path, _ in weighted_stores([str(store) for store in stores])]
 
 
-def _store_facts(path: str) -> StoreFacts | None:
+def _store_facts(path: str) -> str | None:
+    """What a store says of itself at the time of export; None where it cannot be opened."""
     try:
         reader = CacheReader(path)
     except (CacheStoreError, OSError):
         return None
-    identity = reader.identity
-    return StoreFacts(
-        name=Path(path).name,
-        samples=len(reader.sample_ids),
-        codec=str(identity.get("codec")),
-        cameras=[str(camera) for camera in identity.get("cameras", ())],
-    )
+    cameras = ", ".join(map(str, reader.identity.get("cameras", ())))
+    return f"{len(reader.sample_ids):,} samples, KV as {reader.identity.get('codec')}, {cameras}"

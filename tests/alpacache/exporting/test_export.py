@@ -21,6 +21,7 @@ from alpacache.alpamayo.safetensors_header import read_header
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.errors import CheckpointError, DataError, UsageError
 from alpacache.evaluation.config import EvalConfig
+from alpacache.exporting import draft
 from alpacache.exporting import export as exporting
 from alpacache.exporting.export import ExportConfig
 from alpacache.extraction.config import ExtractConfig
@@ -328,7 +329,7 @@ def test_without_hard_links_everything_is_copied(root, tmp_path, monkeypatch):
 
 
 def test_too_little_space_is_said_beforehand(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
     size = (root / "Tiny-R1" / FIRST).stat().st_size
     with pytest.raises(DataError, match=r"needs \d+ bytes, 5 are free; nothing was written") as caught:
         export(root / "Tiny-R1", root / "all", tmp_path / "out")
@@ -341,7 +342,7 @@ def test_a_disk_that_fills_up_leaves_nothing(expert_only, root, tmp_path, monkey
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(exporting, "save_file" if expert_only else "_bytes", full)
+    monkeypatch.setattr(draft, "save_file" if expert_only else "_bytes", full)
     with pytest.raises(DataError, match=r"No space left on device\); it needs \d+ bytes there\. .* free space"):
         export(root / "Tiny-R1", root / "all", tmp_path / "out", expert_only=expert_only)
     assert left_beside(tmp_path / "out") == []
@@ -351,7 +352,7 @@ def test_ctrl_c_leaves_nothing(root, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exporting, "_bytes", interrupt)
+    monkeypatch.setattr(draft, "_bytes", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export(root / "Tiny-R1", root / "all", tmp_path / "out")
     assert left_beside(tmp_path / "out") == []
@@ -362,8 +363,8 @@ def test_kill_9_leaves_nothing_under_the_name_and_the_next_export_tidies_up(root
     code = f"""
 import os, signal, alpacache
 from alpacache import ExportConfig
-from alpacache.exporting import export as exporting
-exporting._check = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+from alpacache.exporting.draft import Draft
+Draft.check = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 alpacache.export(ExportConfig(model={str(root / "Tiny-R1")!r}, checkpoint={str(root / "all")!r}, out={str(out)!r}))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL

@@ -7,7 +7,6 @@ import pytest
 from alpacache.alpamayo import Checkpoint
 from alpacache.exporting.model_card import (
     RunFacts,
-    StoreFacts,
     licence_lines,
     model_card,
     run_facts,
@@ -78,7 +77,7 @@ def test_what_is_not_known_is_called_so(tiny_checkpoint):
     ):
         assert line in text
     assert "a copy that does not tell its revision" in text
-    store = StoreFacts(name="s", samples=5, codec="int8", cameras=("a", "b"))
+    store = ("s", "5 samples, KV as int8, a, b")
     text = card(tiny_checkpoint, stores=(store,), lost_stores=2, train_loss=0.5)
     assert "| store `s` | 5 samples, KV as int8, a, b |\n| other stores | 2 not at hand" in text
     assert "| training loss | 0.5000 (" in text

@@ -1,0 +1,173 @@
+"""The directory of a new checkpoint: it appears under its name in one rename, after all was written and checked."""
+
+import errno
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.checkpoint import SINGLE
+from alpacache.alpamayo.safetensors_header import TensorInfo, read_header
+from alpacache.errors import AlpacacheError, DataError
+from alpacache.progress import OnProgress, Progress
+from alpacache.training.trainable import changed_tensors, merge
+from cache_store.storage.file_errors import FULL
+from cache_store.storage.local_files import flush
+
+_CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
+
+
+class MergedTensors:
+    """The base's tensors with the run's in their place, read one at a time."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        infos: Mapping[str, TensorInfo],
+        trained: Mapping[str, Tensor],
+        *,
+        shapes: Mapping[str, tuple[int, ...]],
+        where: Path,
+    ) -> None:
+        """`infos` are all tensors to export, `shapes` of those that may change; `where` is what errors call the run."""
+        self.base, self.infos, self._trained = base, infos, trained
+        self.changed = changed_tensors(trained, shapes, where=where)
+        self.changed_shards = {infos[name].shard for name in self.changed}
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors in the base's dtype, changed ones merged."""
+        for name, tensor in self.base.read({name: self.infos[name].shard for name in names}):
+            yield name, merge(name, tensor, self._trained) if name in self.changed else tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class Draft:
+    """What goes into the new directory, by path inside it, and from which file of the base."""
+
+    linked: dict[str, Path] = field(default_factory=dict)
+    copied: dict[str, Path] = field(default_factory=dict)
+    patched: dict[str, Path] = field(default_factory=dict)
+    """Shards with a trained tensor: copied, then written into."""
+    texts: dict[str, str] = field(default_factory=dict)
+    new_bytes: int = 0
+    """Size of the tensors that go into a file of their own, 0 without such a file."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that it takes on disk."""
+        files = sum(file.stat().st_size for part in (self.copied, self.patched) for file in part.values())
+        return self.new_bytes + files + sum(len(text.encode()) for text in self.texts.values())
+
+    @property
+    def written_files(self) -> int:
+        """Number of files that are not links."""
+        return len(self.copied) + len(self.patched) + len(self.texts) + bool(self.new_bytes)
+
+    def write(self, directory: Path, tensors: MergedTensors, on_progress: OnProgress) -> None:
+        """Write everything, one tensor at a time where a shard is patched; what cannot be linked is copied."""
+        self._link(directory)
+        free = shutil.disk_usage(directory).free
+        if free < self.size_bytes:
+            raise DataError(
+                f"{directory.parent} needs {self.size_bytes} bytes, {free} are free; nothing was written. Free space, "
+                "or choose an --out on the base model's file system, where shards can be linked."
+            )
+        started = time.monotonic()
+        total = len(self.copied) + len(self.patched) + bool(self.new_bytes)
+        for done, _ in enumerate(self._written(directory, tensors), start=1):
+            rate = done / max(time.monotonic() - started, 1e-6)
+            on_progress(Progress(done=done, total=total, unit="files", rate=rate, notes={}))
+        for name, text in self.texts.items():
+            (directory / name).write_text(text)
+
+    def check(self, directory: Path, tensors: MergedTensors) -> None:
+        """Read the headers of what was written and compare them with the base's."""
+        written, base = Checkpoint(str(directory)), tensors.base
+        wrong = misplaced(tensors.infos, directory.glob("*.safetensors"))
+        wrong = wrong or sorted(written.names.keys() ^ tensors.infos.keys())
+        if wrong or written.config.sha256 != base.config.sha256:
+            raise DataError(
+                f"what was written to {directory} does not read as the base ({wrong[:3] or 'config.json'}); try again."
+            )
+        written.infos(written.names)  # raises where the index names the wrong shard
+
+    def _link(self, directory: Path) -> None:
+        """Link what can be linked and move the rest to `copied`."""
+        for name, file in list(self.linked.items()):
+            try:
+                os.link(file, _place(directory, name))
+            except OSError as error:
+                if error.errno not in _CANNOT_LINK:
+                    raise
+                self.copied[name] = self.linked.pop(name)
+
+    def _written(self, directory: Path, tensors: MergedTensors) -> Iterator[str]:
+        """Write all files but links and texts; yield each one's name afterwards."""
+        for name, file in self.copied.items():
+            shutil.copyfile(file, _place(directory, name))
+            yield name
+        for shard, file in self.patched.items():
+            shutil.copyfile(file, directory / shard)
+            mine = [name for name in tensors.changed if tensors.infos[name].shard == shard]
+            with (directory / shard).open("r+b") as target:
+                for name, tensor in tensors.read(mine):
+                    target.seek(tensors.infos[name].offset)
+                    target.write(_bytes(tensor))
+            yield shard
+        if self.new_bytes:
+            save_file(dict(tensors.read(tensors.infos)), directory / SINGLE, {"format": "pt"})
+            yield SINGLE
+
+
+@contextmanager
+def appearing(out: Path, draft: Draft) -> Iterator[Path]:
+    """A directory beside `out` that takes its name when the body ends well, and is removed when it does not."""
+    directory = out.with_name(f".{out.name}.writing")
+    try:
+        if directory.exists():  # left by an export that was killed
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True)
+        yield directory
+        for place in (*directory.rglob("*"), directory):
+            flush(place)
+        directory.rename(out)
+        flush(out.parent)
+    except BaseException as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        if isinstance(error, AlpacacheError) or not isinstance(error, (OSError, SafetensorError)):
+            raise
+        full = isinstance(error, SafetensorError) or error.errno in FULL
+        raise DataError(
+            f"the checkpoint could not be written to {out} ({error}); it needs {draft.size_bytes} bytes there. Nothing "
+            f"was left; {'free space' if full else 'see to the cause'} and export again."
+        ) from error
+
+
+def misplaced(infos: Mapping[str, TensorInfo], shards: Iterable[Path]) -> list[str]:
+    """Sorted names of tensors that are not exactly once in the shards with the expected dtype and shape."""
+    stored = defaultdict(list)
+    for shard in shards:
+        for name, info in read_header(shard).items():
+            stored[name].append((info.dtype, info.shape))
+    expected = {name: [(info.dtype, info.shape)] for name, info in infos.items()}
+    return sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
+
+
+def _place(directory: Path, name: str) -> Path:
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
