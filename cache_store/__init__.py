@@ -1,4 +1,14 @@
-"""Storage of ragged per-sample arrays: transactional, checksummed, readable by any Zarr v3 reader. Knows no model."""
+"""Storage of ragged per-sample arrays: transactional, checksummed, readable by any Zarr v3 reader. Knows no model.
+
+- Written and committed: `writer` has `format.sample_group` turn the arrays of a sample into objects, writes them
+  through `storage`, and publishes the `format.commit_record` that makes the sample visible last.
+- Read: `reader` takes the sample ids from the commit records (or from `format.index`), `sample_read` brings the fields
+  of one sample into arrays, and `format.stored_sample` checks every byte on the way. `prefetcher` reads ahead.
+- Verified, repaired, copied, summarised, cleaned: whole stores, in `upkeep`.
+
+`format` is docs/reference/cache-format.md as code, `storage` a file system or a bucket, `kv` the codecs for keys and
+values. Everything builds on `errors`, `document`, `checksum`, `difference` and `concurrency`.
+"""
 
 from cache_store.difference import differences
 from cache_store.errors import (
