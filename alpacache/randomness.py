@@ -6,9 +6,12 @@ neither batch composition, nor worker count, nor a resume, nor the number of GPU
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from alpacache.driving.sample import FUTURE_STEPS
+from alpacache.errors import UsageError
 from alpacache.flow_matching import TimeSchedule, times_from_uniform
 
 
@@ -18,9 +21,16 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def noise(*key: object, draws: int, waypoints: int = 64) -> Tensor:
-    """Standard normal noise `[draws, waypoints, 2]`, float32."""
-    return torch.randn(draws, waypoints, 2, generator=generator("noise", *key))
+def numpy_generator(seed: int, *entropy: int, key: tuple[int, ...] = ()) -> np.random.Generator:
+    """A numpy generator for a seed with further entropy, and a spawn key. Raises `UsageError` for a negative seed."""
+    if seed < 0:
+        raise UsageError(f"seed is {seed}; expected 0 or more.")
+    return np.random.default_rng(np.random.SeedSequence([seed, *entropy] if entropy else seed, spawn_key=key))
+
+
+def noise(*key: object, draws: int) -> Tensor:
+    """Standard normal noise `[draws, 64, 2]`, float32."""
+    return torch.randn(draws, FUTURE_STEPS, 2, generator=generator("noise", *key))
 
 
 def times(*key: object, draws: int, schedule: TimeSchedule) -> Tensor:

@@ -43,7 +43,7 @@ from alpacache.driving.sample import SampleRef
 from alpacache.extraction import extract as extraction
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.preparation import Prepared, input_builder
-from alpacache.gpu.device import one_thread_each
+from alpacache.gpu.device import limit_torch_to_one_thread
 from alpacache.planning.time_model import prefill_batch
 from alpacache.sources import open_source
 from alpacache.sources.selection import select
@@ -172,7 +172,7 @@ def begun_reading(config: ExtractConfig, device: torch.device) -> Iterator[tuple
     source, checkpoint = open_source(config.source, cameras=config.cameras), Checkpoint(config.model)
     refs, _ = select(source, t0=config.t0, samples=config.samples)
     workers = extraction.reading_workers(config)
-    begin = one_thread_each if device.type == "cuda" else None
+    begin = limit_torch_to_one_thread if device.type == "cuda" else None
     with extraction.reading(config, source, input_builder(config, checkpoint), device, workers) as read:
         with ThreadPoolExecutor(workers, initializer=begin) as pool:
             # So many that each worker is warm, and enough for any batch.

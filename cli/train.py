@@ -1,5 +1,6 @@
 """`alpacache train`: stage two."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -173,7 +174,8 @@ def train(
         rows.insert(2, ["loss", f"{report.first_loss:.4f} -> {report.last_loss:.4f}"])
     if report.val_loss is not None:
         best = "" if report.best_val_loss is None else f", best {report.best_val_loss:.4f}"
-        rows.append(["validation loss", f"{report.val_loss:.4f}{best}"])
+        last = f"{report.val_loss:.4f}" if math.isfinite(report.val_loss) else "not finite; lower --lr"
+        rows.append(["validation loss", f"{last}{best}"])
     if report.val_min_ade is not None:
         rows.append(["validation minADE", f"{report.val_min_ade:.3f} m"])
     if report.stopped_early:

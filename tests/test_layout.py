@@ -24,8 +24,9 @@ ORDER = (
     ("alpacache.cached_samples",),
     ("alpacache.alpamayo",),
     ("alpacache.distributed", "alpacache.metrics", "alpacache.pictures", "alpacache.prefix", "alpacache.sources"),
+    ("alpacache.randomness",),
     ("alpacache.driving", "alpacache.gpu"),
-    ("alpacache.config_file", "alpacache.randomness"),
+    ("alpacache.config_file",),
     (
         "alpacache",
         "alpacache.errors",

@@ -32,7 +32,7 @@ from alpacache.cached_samples.ring_source import CHUNKS, RingSource, SampleReque
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.strata import Turn
 from alpacache.errors import DataError
-from alpacache.gpu.device import keeping_threads
+from alpacache.gpu.device import restored_torch_threads
 from alpacache.gpu.host_memory import Bytes, page_aligned, page_lock, page_rounded, page_unlock
 from cache_store import CorruptSampleError, Prefetcher
 from cache_store.prefetcher import PrefetchedSample
@@ -110,7 +110,7 @@ class BatchRing:
     def __enter__(self) -> Self:
         with ExitStack() as opened:
             if self._solve_ahead:  # by threads that set PyTorch's number of threads for all
-                opened.enter_context(keeping_threads())
+                opened.enter_context(restored_torch_threads())
             buffers = self._host_buffers(opened)
             if self._stream is not None:
                 opened.callback(self._stream.synchronize)

@@ -1,13 +1,13 @@
 """The targets of a batch's new samples, solved while their prefixes are still being read.
 
-A solve is a hundred small operations, each of which lets go of the interpreter lock, and beside a dozen reading threads
-each has to wait until it comes back. So it is done for a whole batch at once and, on a GPU, by the thread that has read
-the last of its paths: the loop, which the GPU waits for, finds it done.
+A solve is a hundred small operations, each of which lets go of the interpreter lock and then, beside a dozen reading
+threads, waits to get it back. So it is done for a whole batch at once and, on a GPU, by the thread that has read the
+last of its paths: the training loop, which the GPU waits for, finds it done.
 """
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -18,53 +18,61 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.strata import Turn, turns_ahead
 from alpacache.errors import DataError
-from alpacache.gpu.device import keeping_threads, one_thread_each
+from alpacache.gpu.device import limit_torch_to_one_thread, restored_torch_threads
 
-Poses: TypeAlias = Sequence[NDArray[Any]]
-"""Of a sample, or of several stacked, as `features.POSE_FIELDS` names them."""
-Solve: TypeAlias = Callable[[Sequence[int], Poses], tuple[Tensor, list[Turn]]]
-"""From the indices of n samples and their poses: actions `[n, 64, 2]` and turn strata."""
+PoseArrays: TypeAlias = Sequence[NDArray[Any]]
+"""One array for each of `features.POSE_FIELDS`, of one sample or of several stacked."""
+Solve: TypeAlias = Callable[[Sequence[int], PoseArrays], tuple[Tensor, list[Turn]]]
+"""From the indices of n samples and their poses to actions `[n, 64, 2]` and turns."""
+
+
+class Targets(NamedTuple):
+    """Actions `[n, 64, 2]` and turns of a batch's new samples, by their places in the batch."""
+
+    places: list[int]
+    actions: Tensor
+    turns: list[Turn]
 
 
 class BatchTargets:
-    """Of the new samples of one batch, by their places in it."""
+    """Collects the paths of a batch's new samples, and solves them together once all are there."""
 
     def __init__(self, count: int, solve: Solve, *, ahead: bool) -> None:
-        """`ahead`: whoever adds the last path solves, else whoever asks for the result."""
+        """`ahead`: whoever adds the last path solves; otherwise whoever asks for the result."""
         self._count, self._solve, self._ahead = count, solve, ahead
         self._lock, self._solved = threading.Lock(), threading.Event()
-        self._added: dict[int, tuple[int, Poses]] = {}
-        self._found: tuple[list[int], Tensor, list[Turn]] | None = None
+        self._added: dict[int, tuple[int, PoseArrays]] = {}
+        self._targets: Targets | None = None
         self._error: Exception | None = None
 
-    def add(self, place: int, index: int, poses: Poses) -> None:
-        """The sample of that index has been read; may be called in any thread."""
+    def add(self, place: int, index: int, poses: PoseArrays) -> None:
+        """Note the path of the sample with that index; may be called in any thread."""
         with self._lock:
             self._added[place] = index, poses
             complete = len(self._added) == self._count
         if complete and self._ahead:
-            one_thread_each()
+            limit_torch_to_one_thread()
             self._run()
 
-    def result(self) -> tuple[list[int], Tensor, list[Turn]]:
-        """Places, actions `[n, 64, 2]` and turn strata; all must have been added. Raises what solving has raised."""
+    def result(self) -> Targets:
+        """The targets, once all paths were added. Raises what solving has raised."""
         if self._ahead:
             self._solved.wait()
         else:
-            with keeping_threads():
-                torch.set_num_threads(1)  # a team of helpers would crowd out the reading threads
+            with restored_torch_threads():
+                limit_torch_to_one_thread()  # a team of helpers would crowd out the reading threads
                 self._run()
         if self._error is not None:
             raise self._error
-        assert self._found is not None
-        return self._found
+        assert self._targets is not None
+        return self._targets
 
     def _run(self) -> None:
         try:
             places = sorted(self._added)
             indices, poses = zip(*(self._added[place] for place in places), strict=True)
-            together = [np.stack(arrays) for arrays in zip(*poses, strict=True)]
-            self._found = places, *self._solve(indices, together)
+            stacked = [np.stack(arrays) for arrays in zip(*poses, strict=True)]
+            self._targets = Targets(places, *self._solve(indices, stacked))
         except Exception as error:
             self._error = error
         finally:
@@ -72,9 +80,9 @@ class BatchTargets:
 
 
 def solver(dataset: CachedDataset, space: UnicycleActionSpace) -> Solve:
-    """What raises `DataError` that names the first sample whose path has no action."""
+    """A function that solves targets; it raises `DataError` with the first sample whose path has no action."""
 
-    def actions(indices: Sequence[int], poses: Poses) -> Tensor:
+    def actions(indices: Sequence[int], poses: PoseArrays) -> Tensor:
         try:
             return space.to_action(*map(torch.from_numpy, poses))
         except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]

@@ -48,9 +48,9 @@ from alpacache.extraction.reading_process import ReadingProcesses
 from alpacache.gpu.device import (
     device_name,
     enter,
-    keeping_threads,
-    one_thread_each,
+    limit_torch_to_one_thread,
     own_device,
+    restored_torch_threads,
 )
 from alpacache.gpu.host_copies import HostCopies
 from alpacache.interrupt import InterruptGuard
@@ -223,7 +223,10 @@ class _Run:
             self.source.expect(todo)
         self.total = len(todo)
         self.workers = min(self.workers, self.total)
-        with keeping_threads(), reading(self.config, self.source, self.builder, self.device, self.workers) as read:
+        with (
+            restored_torch_threads(),
+            reading(self.config, self.source, self.builder, self.device, self.workers) as read,
+        ):
             vlm, sampler = self._load()
             self.started = time.monotonic()
             with (
@@ -290,7 +293,7 @@ class _Run:
     ) -> Generator[Prepared]:
         """Samples ready for the VLM, in order, made ahead by threads; what cannot be used is quarantined here."""
         ahead = self.workers + 2 * self.batch_size
-        begin = one_thread_each if self.device.type == "cuda" else None
+        begin = limit_torch_to_one_thread if self.device.type == "cuda" else None
         for ref, future in read_ahead(todo, read, workers=self.workers, ahead=ahead, begin=begin):
             try:
                 yield future.result()

@@ -1,18 +1,22 @@
 """CRC-32C of many chunks in the rows of a batch on the GPU, so that reading threads need not touch the bytes.
 
+`train` on 4 cameras in int8, batch 8, from the page cache went from 91 to 123 samples a second (H100, 16 cores,
+docs/decisions/0011). The kernels check 1.86 GB in 0.86 ms, 0.56 of a copy's time
+(benchmarks/results/gpu_checksum_nvidia-h100-80gb-hbm3_2026-11-25.md).
+
 A CRC is linear over GF(2) (R. N. Williams, "A Painless Guide to CRC Error Detection Algorithms", 1993; M. Kounavis and
 F. Berry, "Novel Table Lookup-Based Algorithms for High-Performance CRC Generation", 2008): without initial value and
 final inversion it is `M(x) * x^32 mod P(x)` of the message polynomial M. Zeros before a message do not change that,
 zeros behind it multiply by a power of x, and the two constants add a value that depends on the size alone. So kernels
-compute the linear part of chunks rounded outwards to whole lines, and the host converts what they are to find.
+compute this linear part of chunks rounded outwards to whole lines, and the host converts the expected checksums.
 
-Tables or shifts for every word cost 30 instructions and more. Nothing of the kind is needed, because squaring is a
-ring homomorphism: P(x)^n = P(x^n) for every power of two n. Hence P(z), z = x^(32 S), is a multiple of P(x), and in a
-message of rows of S words a word may be divided by P(z) with its whole column as coefficients: a step is a plain xor
-of earlier words of the same column, without a shift or a table (the sparser multiples of P that software without
-carry-less multiplication uses: S. Russell, "Chorba: A novel CRC32 implementation", 2024). What is left of any message
-are as many rows as the polynomial's degree. They are a message with the same checksum, are folded once more with
-narrower rows, and end as 32 x 32 words, of which every bit is multiplied by its own power of x.
+Tables or shifts cost 30 instructions a word and more. They are not needed, because squaring is a ring homomorphism:
+P(x)^n = P(x^n) for every power of two n. Hence P(z), z = x^(32 S), is a multiple of P(x), and in a message of rows of S
+words a word may be divided by P(z) with its whole column as coefficients: a step is a plain xor of earlier words of the
+same column, without a shift or a table (the sparser multiples of P that software without carry-less multiplication
+uses: S. Russell, "Chorba: A novel CRC32 implementation", 2024). What is left of any message are as many rows as the
+polynomial has degrees. They are a message with the same checksum, are folded once more with narrower rows, and end as
+32 x 32 words, every bit of which is multiplied by its own power of x.
 """
 
 # Compile-time constants of kernels are in capitals, and Triton knows no `(*words, word)`.
@@ -35,14 +39,15 @@ from cache_store.checksum import POLYNOMIAL
 LINE_BYTES = 128
 """Chunks are rounded outwards to lines, so that a warp's loads are whole ones."""
 LAGS = (4, 5, 6, 7, 9, 10, 12, 13, 14, 18, 19, 21, 22, 23, 24, 26, 32)
-"""The polynomial P as how many rows back the words lie that are xored. A word takes 9.9 instructions for 9.0, one of
-them its load; the multiple of P with 10 terms takes 6.5 and is no faster, because memory decides."""
+"""The terms of P: how many rows back the words lie that are xored. That takes 9.9 instructions a word where the plain
+count is 9.0, one of them the load. The multiple of P with 10 terms takes 6.5 and is no faster, because memory is the
+bound."""
 _REGISTERS = 96
-"""Of a thread: as few as suffice, so that there is room beside other work; the compiler would take up to 246."""
+"""Registers of a thread: as few as suffice, to leave room for other work; the compiler would take up to 246."""
 _NARROW = 32
-"""Words of a row of the second folding."""
+"""Words in a row of the second folding."""
 _LAST = 32 * _NARROW
-"""Words that it leaves."""
+"""Words that the second folding leaves."""
 
 
 @triton.jit
@@ -52,8 +57,8 @@ def _divided(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The last `ROWS` digits of the quotient after one more tile, which begins `at` and at word `first` of its item.
 
-    `MASKED`: bytes before the first of `bounds` and from the second on count as zero, and words of nothing else are not
-    read. Bounds are loaded here, because what could be computed before the loop over tiles would fill registers.
+    `MASKED`: bytes outside of the two `bounds` count as zero, and words without a byte inside are not read. Bounds are
+    loaded here, because values computed before the loop over tiles would fill registers.
     """
     lane = tl.arange(0, LANES)
     if MASKED:
@@ -68,7 +73,7 @@ def _divided(  # type: ignore[no-untyped-def]
             begin, end = begin - LANES, end - LANES
         else:
             word = tl.load(at + row * LANES + lane, eviction_policy="evict_first")
-        for tap in tl.static_range(len(LAGS) - 1, -1, -1):  # the youngest last: it is what has to be waited for
+        for tap in tl.static_range(len(LAGS) - 1, -1, -1):  # the youngest last, because its load is still under way
             word ^= state[ROWS - LAGS[tap]]
         state = state[1:] + (word,)
     return state
@@ -76,13 +81,16 @@ def _divided(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def fold(  # type: ignore[no-untyped-def]
-    data, row_bytes, items, firsts, out,
-    LAGS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Write what each item leaves: `[ROWS, LANES]` words with the item's linear checksum.
-
-    Program p takes the items from `firsts[p]` up to `firsts[p + 1]`. An item is tiles of `[ROWS, LANES]` words.
-    """
+    data,  # uint8 [rows, row_bytes]
+    row_bytes,  # int: stride of a row
+    items,  # int64 [items, 5], as `ChunkTable.items`
+    firsts,  # int64 [programs + 1]: program p takes the items from firsts[p] up to firsts[p + 1]
+    out,  # int32 [items, ROWS, LANES]
+    LAGS: tl.constexpr,  # terms of the polynomial
+    ROWS: tl.constexpr,  # rows of a tile: the largest lag
+    LANES: tl.constexpr,  # words of a row, one for each thread
+):
+    """Fold each item, a stretch of `[ROWS, LANES]` tiles, into one tile with the same linear checksum."""
     lane = tl.arange(0, LANES)
     for item in range(tl.load(firsts + tl.program_id(0)), tl.load(firsts + tl.program_id(0) + 1)):
         fields = items + item * 5
@@ -102,7 +110,7 @@ def fold(  # type: ignore[no-untyped-def]
         target = out + item * (ROWS * LANES) + lane
         for row in tl.static_range(ROWS):
             word = state[row]  # type: ignore[var-annotated]
-            for tap in tl.static_range(len(LAGS)):  # the last rows are not divided: undo what they gave each other
+            for tap in tl.static_range(len(LAGS)):  # the last rows are not divided: undo their effect on each other
                 if LAGS[tap] <= row:
                     word = word ^ state[row - LAGS[tap]]
             tl.store(target + row * LANES, word)
@@ -119,10 +127,17 @@ def _times(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def compare(words, powers, chunks, shifts, flags, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Set the flag of a chunk's row unless its items together have the checksum that the chunk is expected to have."""
+def compare(  # type: ignore[no-untyped-def]
+    words,  # int32 [items, WORDS]: what the second folding left of each item
+    powers,  # int32 [32, WORDS]: what each bit of these words is worth
+    chunks,  # int64 [chunks, 4], as `ChunkTable.chunks`
+    shifts,  # int64 [items], as `ChunkTable.shifts`
+    flags,  # int32 [rows]
+    WORDS: tl.constexpr,
+):
+    """Set the flag of a chunk's row unless the chunk's items together have its expected checksum."""
     fields = chunks + tl.program_id(0) * 4
-    found = tl.full([], 0, tl.uint32)
+    checksum = tl.full([], 0, tl.uint32)
     for item in range(tl.load(fields + 2), tl.load(fields + 3)):
         place = tl.arange(0, WORDS)
         word = tl.load(words + item * WORDS + place)
@@ -130,18 +145,16 @@ def compare(words, powers, chunks, shifts, flags, WORDS: tl.constexpr):  # type:
         for bit in range(32):
             power = tl.load(powers + bit * WORDS + place)
             sums ^= tl.where(((word >> bit) & 1) != 0, power, 0)
-        found = _times(found, tl.load(shifts + item).to(tl.uint32)) ^ tl.xor_sum(sums, 0)
-    if found != tl.load(fields + 1).to(tl.uint32):
+        checksum = _times(checksum, tl.load(shifts + item).to(tl.uint32)) ^ tl.xor_sum(sums, 0)
+    if checksum != tl.load(fields + 1).to(tl.uint32):
         tl.atomic_or(flags + tl.load(fields), 1)
 
 
-def expected_linear(crc32c: int, size: int, end_padding: int) -> int:
-    """The linear part of a message of `size` bytes with this CRC-32C, followed by `end_padding` zero bytes."""
-    return int(_expected(np.array([crc32c]), np.array([size]), np.array([end_padding]))[0])
+def expected_linear(crcs: NDArray[Any], sizes: NDArray[Any], paddings: NDArray[Any]) -> NDArray[np.uint32]:
+    """Linear parts of messages with these CRC-32Cs and sizes in bytes, each followed by so many zero bytes.
 
-
-def _expected(crcs: NDArray[Any], sizes: NDArray[Any], paddings: NDArray[Any]) -> NDArray[np.uint32]:
-    """`expected_linear` of many. The initial value is worth as much as ones that the message shifts through."""
+    The initial value is worth as much as ones that the message shifts through.
+    """
     ones = np.full(len(sizes), 0xFFFFFFFF, np.uint32)
     return _shifted(crcs.astype(np.uint32) ^ ones ^ _shifted(ones, sizes), paddings)
 
@@ -178,8 +191,10 @@ def _times_x(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 @lru_cache(maxsize=8)
 def _powers(device: torch.device) -> Tensor:
-    """`[32, 1024]` int32: what each bit of each of the last words is worth. The first bit of a message is bit 0 of its
-    first word, and its last is worth x^32."""
+    """`[32, 1024]` int32: the power of x that each bit of the last words stands for.
+
+    The first bit of a message is bit 0 of its first word; its last bit stands for x^32.
+    """
     worth = np.empty(32 * _LAST, np.uint32)
     value = np.array([POLYNOMIAL], np.uint32)
     for place in reversed(range(len(worth))):
@@ -191,26 +206,26 @@ def _powers(device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkTable:
-    """Where the chunks of a batch lie, what they are to have, and how their tiles are divided among programs."""
+    """Where the chunks of a batch lie, their expected checksums, and how their tiles are divided among programs."""
 
     chunks: Tensor
     """`[chunks, 4]` int64: row, expected linear part, first item and end of its items."""
     items: Tensor
-    """`[chunks + programs, 5]` int64 for the first folding, each a stretch of one chunk: row, byte of the row where its
-    first tile begins (below 0 in front of the row, where nothing is read), first and end of the chunk's bytes from
-    there on, tiles. Unused ones behind have no tiles."""
+    """`[chunks + programs, 5]` int64 for the first folding, each a stretch of one chunk: row; byte of the row where its
+    first tile begins (below 0 in front of the row, where nothing is read); first byte and end of the chunk, counted
+    from there; tiles. Unused ones at the end have no tiles."""
     firsts: Tensor
-    """`[programs + 1]` int64: the first item of each program and an end."""
+    """`[programs + 1]` int64: the first item of each program, and the end."""
     shifts: Tensor
-    """`[chunks + programs]` int64: what an item multiplies the checksum of those before it by."""
+    """`[chunks + programs]` int64: the factor that an item multiplies the checksum of those before it by."""
     left_items: Tensor
-    """`[chunks + programs, 5]` int64 for the second folding: what the first one leaves of each."""
+    """`[chunks + programs, 5]` int64 for the second folding: what the first one leaves of each item."""
     left_firsts: Tensor
-    """`[chunks + programs + 1]` int64: each has its own program."""
+    """`[chunks + programs + 1]` int64: each item has its own program."""
     powers: Tensor
     lanes: int
     shape: tuple[int, int]
-    """Rows and their bytes that this reads at most."""
+    """Rows, and bytes of a row, that the kernels read at most."""
 
     @classmethod
     def build(
@@ -224,10 +239,10 @@ class ChunkTable:
         programs: int | None = None,
         lanes: int = 128,
     ) -> Self:
-        """Of each chunk its row, first byte there, bytes and CRC-32C; one copy from page-locked memory.
+        """Make the table from each chunk's row, first byte there, size and CRC-32C, by one copy to the device.
 
-        `programs` share the tiles evenly, by default one for each multiprocessor: fewer leave more of the GPU to
-        others, more of them end sooner each and make way. Each has a thread a lane, 32 to 256. Tensors have the same
+        `programs` share the tiles evenly. The default is one for each multiprocessor: fewer leave more of the GPU to
+        other work, and more end sooner each and make way. Each has one thread a lane, 32 to 256. Tensors have the same
         shapes for the same number of chunks, so that a captured graph may be given new ones with `copy_`.
         """
         if programs is None:
@@ -243,7 +258,7 @@ class ChunkTable:
         tile_bytes = 4 * lanes * max(LAGS)
         items, bounds, firsts = _stretches(row, start, end, tile_bytes, programs)
         items = np.pad(items, ((0, len(row) + programs - len(items)), (0, 0)))
-        expected = _expected(crc, size, -end % LINE_BYTES).astype(np.int64)
+        expected = expected_linear(crc, size, -end % LINE_BYTES).astype(np.int64)
         parts = {
             "chunks": np.column_stack([row, expected, bounds[:-1], bounds[1:]]),
             "items": items,
@@ -258,15 +273,17 @@ class ChunkTable:
 
     @property
     def scratch_words(self) -> int:
-        """Of 4 bytes: what `check_rows` writes in between."""
+        """Words of 4 bytes that `check_rows` writes in between."""
         return len(self.items) * (max(LAGS) * self.lanes + _LAST)
 
 
 def check_rows(data: Tensor, table: ChunkTable, flags: Tensor, scratch: Tensor | None = None) -> None:
     """Enqueue the check of a batch's chunks on the current stream: three launches, which a graph may capture.
 
-    `data` `[rows, row_bytes]` uint8, each row at a multiple of 256 bytes; `flags` `[rows]` int32, of which those of
-    damaged rows have bit 0 set afterwards and all others are as they were. `scratch`: int32 `[scratch_words]` or more.
+    Args:
+        data: `[rows, row_bytes]` uint8, each row at a multiple of 256 bytes.
+        flags: `[rows]` int32; bit 0 is set for damaged rows, and nothing else changes.
+        scratch: int32, `[scratch_words]` or more.
     """
     if data.dtype != torch.uint8 or data.stride(0) % 256 or data.stride(1) != 1 or data.data_ptr() % 16:
         raise ValueError(f"data are {data.dtype} with strides {data.stride()}; expected rows of bytes, 256-aligned.")
@@ -295,9 +312,9 @@ def check_rows(data: Tensor, table: ChunkTable, flags: Tensor, scratch: Tensor |
 def _stretches(
     row: NDArray[np.int64], start: NDArray[np.int64], end: NDArray[np.int64], tile_bytes: int, programs: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Items, the first item of each chunk and of each program (with an end): equally many tiles for each program.
+    """Items, and the first item of each chunk and of each program (with an end); programs get equally many tiles.
 
-    Tiles of a chunk are counted from the end of its last line, so that it is its first one that is not full.
+    Tiles of a chunk are counted from the end of its last line, so that its first one is the one that is not full.
     """
     stop = end + -end % LINE_BYTES
     ends = np.cumsum(-((start - stop) // tile_bytes))  # rounded up
@@ -314,7 +331,7 @@ def _stretches(
 
 
 def _left(count: int, tile_bytes: int) -> NDArray[np.int64]:
-    """Items of the second folding: what the first one leaves is one tile of its own, here several narrow ones."""
+    """Items of the second folding: each tile that the first one leaves, as several narrow ones."""
     tiles = -(-tile_bytes // (4 * _LAST))
     front = 4 * _LAST * tiles - tile_bytes
     return np.column_stack([np.arange(count), *np.tile([[-front], [front], [front + tile_bytes], [tiles]], count)])
@@ -323,7 +340,8 @@ def _left(count: int, tile_bytes: int) -> NDArray[np.int64]:
 def _on_device(parts: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
     """Copies as int64, by one transfer; each begins at a multiple of 16 bytes.
 
-    Triton compiles a kernel once more for a pointer that does not, which takes seconds in the middle of a run.
+    For a pointer that does not, Triton compiles the kernel once more, which took 22 s in the middle of a run
+    (docs/decisions/0011).
     """
     host = torch.from_numpy(
         np.concatenate([np.pad(part.ravel(), (0, part.size % 2)) for part in parts.values()]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Which device a stage runs on."""
+"""The device that a stage runs on, and settings of the process that go with it."""
 
 import ctypes
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from alpacache.errors import UsageError
 from alpacache.torchrun import this_process
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-"""glibc's `malloc.h`."""
+"""Parameters of `mallopt`, from glibc's `malloc.h`."""
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -31,33 +31,33 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def enter(device: torch.device) -> None:
-    """Make a GPU that was named by its number the current one: Triton launches on no other."""
+    """Make a GPU that was named by its number the current one, because Triton launches on no other."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 
 def device_name(device: torch.device) -> str:
-    """What the hardware calls itself."""
+    """The hardware's own name for itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels can run there; without them their references in PyTorch do."""
+    """Whether the Triton kernels can run there; elsewhere their references in PyTorch do."""
     return device.type == "cuda" and find_spec("triton") is not None
 
 
-def one_thread_each() -> None:
-    """Called in a thread that reads beside a GPU: its tensor operations take no helpers.
+def limit_torch_to_one_thread() -> None:
+    """Let tensor operations of this thread, one of a dozen that read beside a GPU, run without helper threads.
 
-    A team for each of a dozen threads would be more threads than any machine has cores. On a CPU it must not be called:
-    matrix products of the whole process would be left with one thread.
+    A team of helpers for each reading thread would outnumber the cores. Where the CPU does the computing, wrap this in
+    `restored_torch_threads`: matrix products of the whole process would be left with one thread.
     """
     torch.set_num_threads(1)
 
 
 @contextmanager
-def keeping_threads() -> Iterator[None]:
-    """PyTorch's number of threads is afterwards what it was, whatever threads that began meanwhile have set."""
+def restored_torch_threads() -> Iterator[None]:
+    """Restore PyTorch's number of threads at the end, whatever threads that began meanwhile have set."""
     before = torch.get_num_threads()
     try:
         yield
@@ -66,10 +66,10 @@ def keeping_threads() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have this process's C library keep the memory of freed pictures for the next ones; without effect where it has
-    no `mallopt`.
+    """Have the C library keep the memory of freed pictures for the next ones, where it has `mallopt`.
 
-    By default it returns large blocks to the system, which clears every page of them again for each picture.
+    By default it returns large blocks to the system, which clears every page of them again for each picture. Reading is
+    4 to 10 % faster so on two cores (docs/decisions/0012).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

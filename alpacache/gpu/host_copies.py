@@ -1,9 +1,8 @@
-"""From the GPU to RAM while the GPU goes on: page-locked buffers, a stream of its own, a bounded number at a time.
+"""Copies from the GPU to page-locked RAM while the GPU goes on: a stream of its own, a bounded number at a time.
 
-Who begins a copy waits until one of the buffers is free: that is what keeps a fast GPU from filling the RAM ahead of a
-slow disk. On the CPU nothing is copied, only counted.
-
-`copied_to_host` is for what is copied once and whole, a checkpoint say.
+Whoever begins a copy waits until a buffer is free, which keeps a fast GPU from filling the RAM ahead of a slow disk. On
+the CPU nothing is copied, only counted. `copied_to_host` is for a single copy of many tensors, such as a checkpoint.
+Neither was timed apart; `extract` as a whole is in docs/decisions/0012 and `benchmarks/results/extract_*`.
 """
 
 from collections import deque
@@ -17,21 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache.gpu.host_memory import (
-    Bytes,
-    page_aligned,
-    page_lock,
-    page_rounded,
-    page_unlock,
-)
+from alpacache.gpu.host_memory import Bytes, page_aligned, page_lock, page_rounded, page_unlock
 
 _STAGE_BYTES = 2**26
 _SLACK = 16
-"""A buffer is made a sixteenth larger than the sample that needs it: lengths vary a little."""
+"""A buffer is a sixteenth larger than the sample that needed it first, because lengths vary a little."""
 
 
 class HostCopy:
-    """One sample's values on their way; `arrays` are good once it returns and until `release`."""
+    """One sample's values on their way to the host; what `arrays` returns is valid until `release`."""
 
     def __init__(
         self, copies: "HostCopies", buffer: Bytes | None, values: Mapping[str, Any], event: torch.cuda.Event | None
@@ -39,9 +32,9 @@ class HostCopy:
         self._copies, self._buffer, self._values, self._event = copies, buffer, values, event
 
     def arrays(self) -> Mapping[str, Any]:
-        """The values, tensors as numpy arrays; waits for the copy. May be called in any thread."""
+        """Wait for the copy; the values, tensors as numpy arrays. May be called in any thread."""
         if self._event is not None:
-            with torch.cuda.device(self._event.device):  # a thread begins on the first GPU
+            with torch.cuda.device(self._event.device):  # a new thread's current GPU is the first one
                 self._event.synchronize()
         return self._values
 
@@ -52,20 +45,20 @@ class HostCopy:
 
 
 class HostCopies:
-    """At most `count` samples that have left the device and are not written yet."""
+    """Copies to the host of at most `count` samples that are not released yet."""
 
     def __init__(self, device: torch.device, count: int) -> None:
         cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         self._count = count
-        self._free: LifoQueue[Bytes | None] = LifoQueue()  # so that no more are page-locked than are in use at a time
+        self._free: LifoQueue[Bytes | None] = LifoQueue()  # last in, first out: no more are page-locked than are in use
         for _ in range(count):
             self._free.put(None)
 
     def begin(self, values: Mapping[str, Any], *, made: torch.cuda.Event | None = None) -> HostCopy:
-        """Start copying the tensors among the values, and return while that goes on; waits for a free buffer first.
+        """Wait for a free buffer, then start copying the tensors among the values and return.
 
-        `made`: after which the values are good; without it, after all that the current stream was given by now.
+        `made`: the event after which the values are valid; by default, all work on the current stream so far.
         """
         buffer = self._free.get()
         try:
@@ -87,10 +80,10 @@ class HostCopies:
                 place = buffer[end : end + tensor.nbytes]
                 flat = tensor.contiguous().view(-1).view(torch.uint8)
                 torch.from_numpy(place).copy_(flat, non_blocking=True)
-                tensor.record_stream(self._stream)  # its memory is not handed out again before it is read
+                tensor.record_stream(self._stream)  # keeps its memory until it is read
                 done[name] = _array(place, tensor)
                 end += page_rounded(tensor.nbytes)
-            # A thread that waits for it sleeps: the cores are for those that read.
+            # Blocking: a thread that waits for it sleeps and leaves the core to those that read.
             event = self._stream.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
         return HostCopy(self, buffer, done, event)
 
@@ -100,7 +93,7 @@ class HostCopies:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Unlock the buffers, once all copies were released; after an error those that were."""
+        """Unlock the buffers, once all copies are released; after an error those that are."""
         for _ in range(self._count):
             try:
                 buffer = self._free.get(block=kind is None)
@@ -111,10 +104,10 @@ class HostCopies:
 
 
 def copied_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in ordinary RAM, which nothing changes any more.
+    """Copies in ordinary RAM that share no memory with the tensors.
 
-    They pass through two page-locked buffers in turn: while one is filled, threads empty the other. The driver, asked
-    to copy into memory that was never written, does both by one thread, a page at a time.
+    They pass through two page-locked buffers in turn: while one is filled, threads empty the other. A plain copy into
+    memory that was never written is done by one thread of the driver, a page at a time.
     """
     cuda = [name for name, tensor in tensors.items() if tensor.device.type == "cuda"]
     copies = {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in cuda}
@@ -162,7 +155,7 @@ def _grown(buffer: Bytes | None, size_bytes: int) -> Bytes:
 
 
 def _array(place: Bytes, tensor: Tensor) -> NDArray[Any]:
-    """The bytes as numpy sees a tensor of that kind."""
+    """The bytes as a numpy array of the tensor's dtype and shape."""
     dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
     array: NDArray[Any] = place.view(dtype).reshape(tensor.shape)
     return array

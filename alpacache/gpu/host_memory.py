@@ -1,7 +1,8 @@
-"""Host memory that a GPU copies from: page-locked, and no larger than asked for.
+"""Page-locked host memory for copies to and from a GPU, no larger than asked for.
 
-PyTorch's own pinned allocator rounds every request up to a power of two, which would waste up to half of a cache in
-RAM. So ordinary page-aligned memory is registered with CUDA instead.
+PyTorch's pinned allocator rounds every request up to a power of two, which would waste up to half of a cache in RAM. So
+ordinary page-aligned memory is registered with CUDA instead. Samples that stay page-locked in RAM reach a GPU at
+54 GB/s, those from the page cache at 36 to 42 (H100, docs/decisions/0011).
 """
 
 import mmap
@@ -19,17 +20,18 @@ from alpacache.errors import UsageError
 Bytes = NDArray[np.uint8]
 
 _SLAB_BYTES = 2**30
-"""Page-locking stalls its caller for as long as the kernel maps the pages: about 0.1 s a slab."""
+"""Size of a slab. Page-locking one stalls the caller while the kernel maps the pages, about 0.1 s."""
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _V2 = ("memory.max", "memory.current", "inactive_file")
-"""A control group's files of its limit and use, and the line of `memory.stat` on cached files, which can be dropped."""
+"""Files of a control group that hold its limit and use, and the line of `memory.stat` on file caches, which can be
+dropped."""
 
 
 def page_aligned(size_bytes: int) -> Bytes:
-    """Zeros on pages of their own; a page takes memory when it is first written."""
+    """Zeroed bytes on pages of their own; a page takes memory when it is first written."""
     memory = mmap.mmap(-1, size_bytes)
     with suppress(OSError, AttributeError):  # only a hint: huge pages are quicker to lock
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -37,7 +39,7 @@ def page_aligned(size_bytes: int) -> Bytes:
 
 
 def page_lock(memory: Bytes) -> None:
-    """Let the GPU copy from here on its own. Raises `UsageError` where the system does not allow it."""
+    """Page-lock memory, so that the GPU can copy by itself. Raises `UsageError` where the system refuses."""
     code = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.size, 0))  # type: ignore[no-untyped-call]
     if code:
         raise UsageError(
@@ -52,14 +54,14 @@ def page_unlock(memory: Bytes) -> None:
 
 
 def page_rounded(size_bytes: int) -> int:
-    """Whole pages that hold so many bytes, in bytes."""
+    """Bytes of the whole pages that hold so many bytes."""
     return size_bytes + -size_bytes % mmap.PAGESIZE
 
 
 def available_bytes() -> int:
-    """RAM that could be filled without swapping or being killed: what the system has left, or a limit on this process.
+    """RAM that could be filled without swapping or being killed.
 
-    Such limits are a container's, a Slurm job's, a systemd unit's.
+    It is what the system has left, or less under the limit of a container, a Slurm job or a systemd unit.
     """
     return max(0, min([_listed(_MEMINFO, "MemAvailable:") * 1024, *_left_in_cgroups()]))
 
@@ -72,9 +74,10 @@ def _left_in_cgroups() -> Iterator[int]:
 
 
 def _cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """This process's control groups that may limit memory, and all around them, with the names of their files.
+    """Folders of this process's control groups that may limit memory and of their parents, with their files' names.
 
-    A container may be told the host's path, of which it sees the end as its root: what is not there limits nothing.
+    A container may be told the host's path, of which it sees the end as its root; a folder that is not there limits
+    nothing.
     """
     lines = _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.is_file() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
@@ -96,14 +99,14 @@ def _listed(path: Path, name: str) -> int:
 
 
 class Slabs:
-    """Memory for many arrays that all stay, made as it is needed, in slabs that are page-locked as wholes.
+    """Memory for many arrays that all stay, allocated as needed in slabs that are page-locked as wholes.
 
-    `place` is safe in threads. CUDA is called by `lock_new` and `unlock` alone, so that their caller chooses when: a
-    call from another thread would break a CUDA graph that is being captured.
+    `place` is safe in threads. Only `lock_new` and `unlock` call CUDA, so that their caller chooses when: a call from
+    another thread would break a CUDA graph that is being captured.
     """
 
     def __init__(self, total_bytes: int) -> None:
-        """`total_bytes`: whole pages of all that will be placed."""
+        """`total_bytes`: size in whole pages of all that will be placed."""
         self._left = total_bytes
         self._slabs: list[Bytes] = []
         self._ends: list[int] = []
@@ -111,7 +114,7 @@ class Slabs:
         self._placing = threading.Lock()
 
     def place(self, size_bytes: int) -> Bytes:
-        """Memory from the beginning of a page, for good."""
+        """Memory from the beginning of a page, never to be given back."""
         taken = page_rounded(size_bytes)
         with self._placing:
             for slab, end in enumerate(self._ends):
@@ -119,7 +122,7 @@ class Slabs:
                     break
             else:
                 slab, end = len(self._slabs), 0
-                room = taken * max(1, _SLAB_BYTES // taken)  # of arrays like this one, so that nothing is left over
+                room = taken * max(1, _SLAB_BYTES // taken)  # whole arrays like this one, so that nothing is left over
                 self._slabs.append(page_aligned(max(taken, min(self._left, room))))
                 self._ends.append(0)
             self._ends[slab] = end + taken
@@ -133,7 +136,7 @@ class Slabs:
             self._locked += 1
 
     def unlock(self) -> None:
-        """Undo all of it."""
+        """Undo all page-locking; the memory stays and can be locked again."""
         while self._locked:
             self._locked -= 1
             page_unlock(self._slabs[self._locked])

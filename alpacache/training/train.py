@@ -32,6 +32,7 @@ from alpacache.interrupt import InterruptGuard
 from alpacache.planning.workload import MemoryPlan
 from alpacache.prefix.layout import LEAST_DECODED
 from alpacache.progress import OnProgress, Progress, ignore
+from alpacache.strict_json import plain
 from alpacache.training.auto_settings import cap_memory, settle
 from alpacache.training.checkpoint_writer import CheckpointWriter
 from alpacache.training.config import TrainConfig, weighted_stores
@@ -69,6 +70,7 @@ class TrainReport:
     last_loss: float | None
     """Mean over its last steps."""
     val_loss: float | None
+    """Of the last validation; it may be NaN, which is then nowhere the best."""
     best_val_loss: float | None
     val_min_ade: float | None
     """Metres; None unless the best is chosen by it."""
@@ -331,7 +333,7 @@ class _Run:
                     self.directory.append_metrics(row)
                 raise self._damaged_validation(error) from error
             by_turn = means(self.world.all_gather(dict(self.by_turn)))
-            row |= self.validated | {f"train_loss/{turn}": loss for turn, loss in by_turn.items()}
+            row |= plain(self.validated) | {f"train_loss/{turn}": loss for turn, loss in by_turn.items()}
             self.by_turn.clear()
         if not self.world.is_first:
             return
@@ -539,7 +541,7 @@ class _Run:
         if self.damaged:
             notes["damaged"] = str(len(self.damaged))
         if "val_loss" in row:
-            notes["val"] = f"{row['val_loss']:.4f}"
+            notes["val"] = "not finite" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
         rate = row["samples_per_s"] / self.config.batch_size
         self.on_progress(Progress(done=row["step"], total=self.total, unit="steps", rate=rate, notes=notes))
 

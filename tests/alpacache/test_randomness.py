@@ -1,8 +1,11 @@
 """Random numbers as functions of their key."""
 
+import numpy as np
+import pytest
 import torch
 
 from alpacache import randomness
+from alpacache.errors import UsageError
 
 
 def test_a_key_gives_the_same_numbers_and_another_key_others():
@@ -32,3 +35,14 @@ def test_times_are_stratified_over_the_draws():
     for place in range(50):
         u = randomness.times(0, place, draws=4, schedule="uniform") / 0.999
         assert (u * 4).long().tolist() == [0, 1, 2, 3]
+
+
+def test_a_negative_seed_is_the_users_mistake():
+    with pytest.raises(UsageError, match="seed is -1; expected 0 or more"):
+        randomness.numpy_generator(-1, 3)
+
+
+def test_numpy_generators_are_those_of_numpy():
+    assert np.array_equal(randomness.numpy_generator(3, 2).permutation(9), np.random.default_rng([3, 2]).permutation(9))
+    spawned = np.random.default_rng(np.random.SeedSequence(3, spawn_key=(1, 2)))
+    assert np.array_equal(randomness.numpy_generator(3, key=(1, 2)).permutation(9), spawned.permutation(9))

@@ -10,7 +10,6 @@ from alpacache.cached_samples.order import (
     Group,
     epoch_order,
     make_groups,
-    shared_epoch,
 )
 
 TURNS = ["straight"] * 90 + ["gentle"] * 8 + ["sharp"] * 2
@@ -72,7 +71,7 @@ def test_the_balanced_order_is_a_function_of_seed_and_epoch():
     resumed = balanced(5, 100, TURNS)
     assert places(resumed, 437, 500) == whole[437:]
     assert places(resumed, 12, 40) == whole[12:40]
-    assert shared_epoch(5, 3, 100, make_groups([(range(100), 1.0)], TURNS)).tolist() == whole[300:400]
+    assert epoch_order(5, 3, 100, make_groups([(range(100), 1.0)], TURNS)).tolist() == whole[300:400]
     assert places(balanced(6, 100, TURNS), 0, 100) != whole[:100]
     assert whole[:100] != whole[100:200]
 
@@ -113,6 +112,6 @@ def test_stores_have_their_weights_of_every_epoch_and_strata_parts_of_it():
 
 def test_a_share_of_less_than_one_sample_an_epoch_comes_in_some_epochs():
     groups = [Group(members=np.arange(9), share=0.96), Group(members=np.array([9]), share=0.04)]
-    drawn = [sum(index == 9 for index in shared_epoch(0, epoch, 10, groups)) for epoch in range(50)]
-    assert all(len(shared_epoch(0, epoch, 10, groups)) == 10 for epoch in range(50))
+    drawn = [sum(index == 9 for index in epoch_order(0, epoch, 10, groups)) for epoch in range(50)]
+    assert all(len(epoch_order(0, epoch, 10, groups)) == 10 for epoch in range(50))
     assert sum(drawn) == 20

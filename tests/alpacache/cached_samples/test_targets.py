@@ -8,12 +8,12 @@ import torch
 
 from alpacache.cached_samples.targets import BatchTargets
 from alpacache.errors import DataError
-from alpacache.gpu.device import keeping_threads
+from alpacache.gpu.device import restored_torch_threads
 
 
 @pytest.fixture(autouse=True)
 def _keep_threads():
-    with keeping_threads():
+    with restored_torch_threads():
         yield
 
 

@@ -40,19 +40,23 @@ def linear(data):
     return crc(data) ^ crc(bytes(len(data)))
 
 
+def expected(crc32c, size, end_padding):
+    return int(expected_linear(np.array([crc32c]), np.array([size]), np.array([end_padding]))[0])
+
+
 @given(st.binary(max_size=300), st.integers(0, 300))
 def test_expected_linear(data, padding):
-    assert expected_linear(crc(data), len(data), padding) == linear(data + bytes(padding))
+    assert expected(crc(data), len(data), padding) == linear(data + bytes(padding))
 
 
 @given(st.binary(max_size=300), st.integers(0, 10**6), st.integers(0, 2**40))
 def test_padding_may_be_part_of_the_message(data, zeros, padding):
     longer = data + bytes(zeros)
-    assert expected_linear(crc(longer), len(longer), padding) == expected_linear(crc(data), len(data), zeros + padding)
+    assert expected(crc(longer), len(longer), padding) == expected(crc(data), len(data), zeros + padding)
 
 
 def test_check_value():
-    assert expected_linear(0xE3069283, 9, 0) == linear(b"123456789") == 1491335712
+    assert expected(0xE3069283, 9, 0) == linear(b"123456789") == 1491335712
 
 
 def test_lags_are_the_polynomial():

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from alpacache.gpu.device import enter, keeping_threads, one_thread_each
+from alpacache.gpu.device import enter, limit_torch_to_one_thread, restored_torch_threads
 
 
 def threads_of_a_new_thread():
@@ -17,8 +17,8 @@ def test_reading_threads_leave_the_number_of_threads_as_it_was():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        with keeping_threads():
-            with ThreadPoolExecutor(1, initializer=one_thread_each) as pool:
+        with restored_torch_threads():
+            with ThreadPoolExecutor(1, initializer=limit_torch_to_one_thread) as pool:
                 assert pool.submit(torch.get_num_threads).result() == 1
             assert torch.get_num_threads() == 3
         assert threads_of_a_new_thread() == torch.get_num_threads() == 3

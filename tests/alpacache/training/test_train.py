@@ -695,8 +695,19 @@ def test_a_validation_that_is_not_finite_is_never_the_best(tiny_checkpoint, stor
     losses = iter([math.nan, 0.5, math.inf, 0.4, math.nan])
     monkeypatch.setattr(training.Validation, "run", lambda *_: {"val_loss": next(losses)})
     out = tmp_path / "run"
-    report = alpacache.train(config(tiny_checkpoint, store, out, steps=5, val=str(store), val_every=1, keep=9))
+    told = []
+    settings = {"steps": 5, "val": str(store), "val_every": 1, "keep": 9}
+    report = alpacache.train(config(tiny_checkpoint, store, out, **settings), on_progress=told.append)
     assert report.best_val_loss == 0.4
+    assert [progress.notes["val"] for progress in told] == [
+        "not finite",
+        "0.5000",
+        "not finite",
+        "0.4000",
+        "not finite",
+    ]
+    assert [row["val_loss"] for row in rows(out)] == [None, 0.5, None, 0.4, None]
+    assert "NaN" not in (out / "metrics.jsonl").read_text()
     assert (out / "best").resolve().name == "step-0000004"
     assert read_checkpoint(out / "last").state["best"] == {"step": 4, "value": 0.4, "by": "loss", "since": 1}
 
