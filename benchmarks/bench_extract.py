@@ -23,12 +23,12 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 from unittest import mock
 
 import full_size
@@ -39,18 +39,21 @@ from benchmark_report import arguments, finish, hardware_name
 
 from alpacache.alpamayo import Checkpoint, FrozenVLM, PrefixFeatures
 from alpacache.alpamayo.inputs import VLMInputs
-from alpacache.driving.sample import SampleRef
 from alpacache.extraction import extract as extraction
 from alpacache.extraction.config import ExtractConfig
+<<<<<<< HEAD
 from alpacache.extraction.preparation import Prepared, input_builder
 from alpacache.gpu.device import limit_torch_to_one_thread
+=======
+from alpacache.extraction.preparation import PreparationSettings
+from alpacache.extraction.readers import Readers, open_readers, reading_workers
+>>>>>>> 4962604 (Stage one reads as its story: readers, prefiller, committer, failures and progress each do one thing)
 from alpacache.planning.time_model import prefill_batch
 from alpacache.sources import open_source
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 from cache_store import CacheReader, info
 
-Read: TypeAlias = Callable[[SampleRef], Prepared]
 PICTURES = 6
 """Distinct ones a camera and clip: drawing takes time, decoding does not care."""
 ENLARGED = 4
@@ -167,27 +170,42 @@ def make_vlm(checkpoint_dir: Path) -> FrozenVLM:
 
 
 @contextmanager
-def begun_reading(config: ExtractConfig, device: torch.device) -> Iterator[tuple[Read, list[VLMInputs], float]]:
+def begun_reading(config: ExtractConfig, device: torch.device) -> Iterator[tuple[Readers, list[VLMInputs], float]]:
     """What `extract` reads with, its workers begun; inputs of a few samples, and how many a second it reads."""
-    source, checkpoint = open_source(config.source, cameras=config.cameras), Checkpoint(config.model)
+    source = open_source(config.source, cameras=config.cameras)
     refs, _ = select(source, t0=config.t0, samples=config.samples)
+<<<<<<< HEAD
     workers = extraction.reading_workers(config)
     begin = limit_torch_to_one_thread if device.type == "cuda" else None
     with extraction.reading(config, source, input_builder(config, checkpoint), device, workers) as read:
         with ThreadPoolExecutor(workers, initializer=begin) as pool:
+=======
+    settings = PreparationSettings(
+        source=config.source,
+        model=config.model,
+        cameras=config.cameras,
+        frames=config.frames,
+        seed=config.seed,
+        camera_names=None,
+        frame_numbers=None,
+    )
+    builder, workers = settings.input_builder(Checkpoint(config.model)), reading_workers(config.workers)
+    with open_readers(settings, source, builder, device, workers=workers) as readers:
+        with ThreadPoolExecutor(workers, initializer=readers.begin) as pool:
+>>>>>>> 4962604 (Stage one reads as its story: readers, prefiller, committer, failures and progress each do one thing)
             # So many that each worker is warm, and enough for any batch.
             some = itertools.islice(itertools.cycle(refs), max(2 * workers, 8))
-            inputs = [prepared.inputs for prepared in pool.map(read, some)][:8]
+            inputs = [prepared.inputs for prepared in pool.map(readers.prepare, some)][:8]
             started = time.perf_counter()
-            for _ in pool.map(lambda ref: read(ref) and None, refs):
+            for _ in pool.map(lambda ref: readers.prepare(ref) and None, refs):
                 pass
             rate = len(refs) / (time.perf_counter() - started)
-        yield read, inputs, rate
+        yield readers, inputs, rate
 
 
 def reading_in_threads() -> AbstractContextManager[Any]:
     """Within it samples are read as they would be through the network: in threads of the process that has the VLM."""
-    return mock.patch.object(extraction, "is_streamed", return_value=True)
+    return mock.patch("alpacache.extraction.readers.is_streamed", return_value=True)
 
 
 def prefill_rate(vlm: FrozenVLM, inputs: Sequence[VLMInputs], batch: int, *, rounds: int) -> float:
@@ -265,8 +283,8 @@ def measure(
     rounds = 1 if scale.small else 5
     batch = scale.batch or prefill_batch(cameras=cameras, frames=config.frames)
     common = {"cameras": cameras, "cpu_cores": len(os.sched_getaffinity(0)), "source": spec.partition(":")[0]}
-    common |= {"workers": extraction.reading_workers(config)}
-    with begun_reading(config, vlm.device) as (read, inputs, decode):
+    common |= {"workers": reading_workers(config.workers)}
+    with begun_reading(config, vlm.device) as (readers, inputs, decode):
         common |= {"tokens": len(inputs[0].input_ids), "decode_s": decode}
         ready = [_ready(one, vlm) for one in inputs]
         alone: dict[int, float] = {}
@@ -284,35 +302,41 @@ def measure(
         for codec in codecs:
             row = {**common, "codec": codec, "batch": batch, "writers": config.writers}
             with _peak(row):
-                row |= extract_row(root, vlm, config, codec, read, alone.get(batch), decode)
+                row |= extract_row(root, vlm, config, codec, readers, alone.get(batch), decode)
             yield row
         row = {**common, "codec": codecs[0], "batch": 1, "note": "--deterministic"}
         with _peak(row):
-            row["same_bytes"] = repeats_its_bytes(vlm, config, codecs[0], read)
+            row["same_bytes"] = repeats_its_bytes(vlm, config, codecs[0], readers)
         yield row
     if threads:
         row = {**common, "codec": "int8", "batch": batch, "writers": config.writers, "note": "read in threads"}
-        with reading_in_threads(), begun_reading(config, vlm.device) as (read, _, decode), _peak(row):
-            row |= {"decode_s": decode} | extract_row(root, vlm, config, "int8", read, alone.get(batch), decode)
+        with reading_in_threads(), begun_reading(config, vlm.device) as (readers, _, decode), _peak(row):
+            row |= {"decode_s": decode} | extract_row(root, vlm, config, "int8", readers, alone.get(batch), decode)
         yield row
 
 
 @contextmanager
-def in_hand(vlm: FrozenVLM, read: Read) -> Iterator[None]:
+def in_hand(vlm: FrozenVLM, readers: Readers) -> Iterator[None]:
     """Within it `extract` takes this model and these readers."""
     with (
-        mock.patch.object(extraction, "load_vlm", return_value=vlm),
-        mock.patch.object(extraction, "reading", return_value=nullcontext(read)),
+        mock.patch("alpacache.extraction.prefill.load_vlm", return_value=vlm),
+        mock.patch.object(extraction, "open_readers", return_value=nullcontext(readers)),
     ):
         yield
 
 
 def extract_row(
-    root: Path, vlm: FrozenVLM, config: ExtractConfig, codec: str, read: Read, prefill: float | None, decode: float
+    root: Path,
+    vlm: FrozenVLM,
+    config: ExtractConfig,
+    codec: str,
+    readers: Readers,
+    prefill: float | None,
+    decode: float,
 ) -> dict[str, Any]:
     """One run of `extract`, the model in hand and its readers begun."""
     done: list[tuple[int, float]] = []
-    with in_hand(vlm, read):
+    with in_hand(vlm, readers):
         report = extraction.extract(
             dataclasses.replace(config, codec=codec),  # type: ignore[arg-type]
             on_progress=lambda progress: done.append((progress.done, time.perf_counter())),
@@ -335,13 +359,13 @@ def extract_row(
     }
 
 
-def repeats_its_bytes(vlm: FrozenVLM, config: ExtractConfig, codec: str, read: Read) -> bool:
+def repeats_its_bytes(vlm: FrozenVLM, config: ExtractConfig, codec: str, readers: Readers) -> bool:
     """Whether two runs of `extract --deterministic` store the same, field by field."""
     samples = min(REPEATED, config.samples or REPEATED)
     settings = {"codec": codec, "samples": samples, "deterministic": True, "batch_size": None, "writers": 2}
     found = []
     for _ in range(2):
-        with in_hand(vlm, read):
+        with in_hand(vlm, readers):
             extraction.extract(dataclasses.replace(config, **settings))  # type: ignore[arg-type]
         reader = CacheReader(config.store)
         arrays = [reader.read(name) for name in reader.sample_ids]

@@ -11,6 +11,8 @@ from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.cached_samples.features import sample_arrays
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, UsageError
+from alpacache.extraction.prefill import StoredFeatures
+from alpacache.extraction.preparation import PreparationSettings
 from alpacache.planning.machine import existing_folder
 from alpacache.planning.sample_size import PlannedPrompt, sample_bytes
 from alpacache.sources.source import Source
@@ -23,31 +25,27 @@ _TRIED = 8
 
 def check_room(
     store: Path | str,
-    source: Source,
     refs: Sequence[SampleRef],
+    source: Source,
     checkpoint: Checkpoint,
     builder: InputBuilder,
     *,
-    cameras: tuple[str, ...],
-    frames: int,
-    codec: str,
-    hidden_states: bool,
-    rollouts: int = 0,
+    settings: PreparationSettings,
+    stored: StoredFeatures,
 ) -> None:
     """Raise `UsageError` if the disk under the store has no room for these samples, each as large as the first.
 
-    Reasoning rollouts, whose length nobody knows beforehand, count at their longest.
-
-    Where none of the first eight can be read nothing is known, and nothing refused. Object storage has room for all.
+    Reasoning rollouts, whose length nobody knows beforehand, count at their longest. Where none of the first eight
+    samples can be read nothing is known, and nothing refused. Object storage has room for all.
     """
     if is_uri(store):
         return
     for ref in refs[:_TRIED]:
         try:
-            sample = source.load(replace(ref, view=0), cameras=cameras, frames=frames)
+            sample = source.load(replace(ref, view=0), cameras=settings.cameras, frames=settings.frames)
         except (BadClipError, OSError):  # what is wrong with it is told when it is its turn
             continue
-        one = _bytes_of(sample, checkpoint, builder, codec=codec, hidden_states=hidden_states, rollouts=rollouts)
+        one, rollouts = _bytes_of(sample, checkpoint, builder, stored), stored.rollouts
         needed, free = one * len(refs), free_bytes(existing_folder(store))
         if needed > free:
             bound = f" (at most: {rollouts} reasoning rollouts of {MAX_TOKENS} tokens)" if rollouts else ""
@@ -60,15 +58,7 @@ def check_room(
         return
 
 
-def _bytes_of(
-    sample: Sample,
-    checkpoint: Checkpoint,
-    builder: InputBuilder,
-    *,
-    codec: str,
-    hidden_states: bool,
-    rollouts: int,
-) -> int:
+def _bytes_of(sample: Sample, checkpoint: Checkpoint, builder: InputBuilder, stored: StoredFeatures) -> int:
     """What a sample takes in a store."""
     inputs = builder.build(sample)
     first, end = inputs.image_spans[0]
@@ -84,10 +74,10 @@ def _bytes_of(
     sizes = sample_bytes(
         geometry_of(checkpoint),
         prompt,
-        codec=codec,
-        hidden_states=hidden_states,
+        codec=stored.codec,
+        hidden_states=stored.hidden_states,
         clip_id=sample.ref.clip_id,
         jpeg_bytes=0 if picture is None else len(picture),
-        rollouts=rollouts,
+        rollouts=stored.rollouts,
     )
     return sum(sizes.values())

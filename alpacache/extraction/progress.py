@@ -1,12 +1,40 @@
-"""How far all workers of an extraction are together, without any of them telling the others."""
+"""How far an extraction is: this worker by its own counters, all workers together by what the store holds."""
 
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
+from alpacache.extraction.pipeline import Waits
+from alpacache.progress import OnProgress, Progress, clock
 from cache_store.writer import committed_keys
 
 _INTERVAL_S, _SHARE = 10.0, 0.02
 """The store is counted this often, or less often where counting would take more of the time than this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractReport:
+    """What a run of stage one did."""
+
+    store: str
+    selected: int
+    extracted: int
+    already_there: int
+    quarantined: dict[str, str]
+    """Sample id (clip id where no sample could be chosen) -> reason, of every selected one that the store holds in
+    quarantine."""
+    seconds: float
+    samples_per_s: float
+    bytes_written: int
+    read_wait: float
+    """Share of the time that the VLM waited for samples: more CPU cores would help, and up to them more `workers`."""
+    write_wait: float
+    """Share that it waited for samples to be committed: a faster disk or more `writers` would help."""
+    committed: int
+    """Samples of all workers together that the store holds by now."""
+    wanted: int
+    """Samples of all workers together."""
 
 
 class StoreCount:
@@ -16,7 +44,7 @@ class StoreCount:
         self._store, self._wanted = store, wanted
         self._committed, self._due, self._rate = 0, 0.0, 0.0
         self._first: tuple[float, int] | None = None
-        """When it was first counted, and what was there."""
+        """Time of the first count, and its result."""
 
     def now(self, *, at_once: bool) -> tuple[int, int, float]:
         """Committed, wanted, and all workers' samples a second; unless `at_once`, as of at most a while ago."""
@@ -30,3 +58,79 @@ class StoreCount:
             seconds = started - self._first[0]
             self._rate = (self._committed - self._first[1]) / seconds if seconds else 0.0
         return self._committed, len(self._wanted), self._rate
+
+
+class ExtractProgress:
+    """Counters of one run and what it tells its caller."""
+
+    def __init__(self, store: str, wanted: frozenset[str], *, selected: int, on_progress: OnProgress) -> None:
+        """`wanted`: keys of all workers' samples; `selected`: how many of them are this worker's."""
+        self._store, self._selected, self._on_progress = store, selected, on_progress
+        self._store_count = StoreCount(store, wanted)
+        self.waits = Waits()
+        self.extracted = self.failed = self._total = self._bytes_written = 0
+        self.batch_note = ""
+        """Shown where the batch size had to change."""
+        self.start(0)
+
+    def start(self, total: int) -> None:
+        """The clock starts: the VLM is loaded and has so many samples before it."""
+        self._total, self._started = total, time.monotonic()
+
+    @property
+    def left(self) -> int:
+        return self._total - self.extracted - self.failed
+
+    def add_committed(self, sizes_bytes: Sequence[int]) -> None:
+        """Count samples that were committed."""
+        if sizes_bytes:
+            self.extracted += len(sizes_bytes)
+            self._bytes_written += sum(sizes_bytes)
+            self._tell()
+
+    def add_failed(self) -> None:
+        """Count a sample that was quarantined."""
+        self.failed += 1
+        self._tell()
+
+    def _tell(self) -> None:
+        seconds = max(1e-9, time.monotonic() - self._started)
+        committed, wanted, store_rate = self._store_count.now(at_once=self.left == 0)
+        notes = {
+            "GB": f"{self._bytes_written / 1e9:.2f}",
+            "MB/s": f"{self._bytes_written / 1e6 / seconds:.3g}",
+            "store": f"{committed}/{wanted}",
+            "quarantined": str(self.failed),
+        }
+        if wanted > self._selected and store_rate:
+            notes["store ETA"] = clock((wanted - committed) / store_rate)
+        if self.batch_note:
+            notes["batch"] = self.batch_note
+        notes |= {f"{what} wait": f"{share:.0%}" for what, share in self.waits.shares(seconds).items()}
+        self._on_progress(
+            Progress(
+                done=self.extracted + self.failed,
+                total=self._total,
+                unit="samples",
+                rate=self.extracted / seconds,
+                notes=notes,
+            )
+        )
+
+    def report(self, *, selected: int, already_there: int, quarantined: Mapping[str, str]) -> ExtractReport:
+        """What the run did, as of now."""
+        seconds = time.monotonic() - self._started
+        committed, wanted, _ = self._store_count.now(at_once=True)
+        return ExtractReport(
+            store=self._store,
+            selected=selected,
+            extracted=self.extracted,
+            already_there=already_there,
+            quarantined=dict(quarantined),
+            seconds=seconds,
+            samples_per_s=self.extracted / seconds if seconds else 0.0,
+            bytes_written=self._bytes_written,
+            **{f"{what}_wait": share for what, share in self.waits.shares(seconds).items()},
+            committed=committed,
+            wanted=wanted,
+        )

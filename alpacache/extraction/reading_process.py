@@ -31,8 +31,7 @@ from torch import Tensor
 from alpacache import errors
 from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.driving.sample import SampleRef
-from alpacache.extraction.config import ExtractConfig
-from alpacache.extraction.preparation import VLM_DTYPE, Preparation, Prepared
+from alpacache.extraction.preparation import VLM_DTYPE, Preparation, PreparationSettings, Prepared
 from alpacache.gpu.device import keep_freed_memory
 
 _LENGTH = struct.Struct("<Q")
@@ -45,9 +44,9 @@ _END_S = 10.0
 class ReadingProcesses:
     """`Preparation` in so many processes, to be called by as many threads. They begin when this is entered."""
 
-    def __init__(self, config: ExtractConfig, count: int, *, pinned_for: torch.device | None) -> None:
+    def __init__(self, settings: PreparationSettings, count: int, *, pinned_for: torch.device | None) -> None:
         """`pinned_for`: the GPU that pixels are page-locked for."""
-        self._config, self._count, self._pinned_for = config, count, pinned_for
+        self._settings, self._count, self._pinned_for = settings, count, pinned_for
         self._processes: list[_Process] = []
         self._free: SimpleQueue[_Process] = SimpleQueue()
 
@@ -61,7 +60,7 @@ class ReadingProcesses:
 
     def __enter__(self) -> Self:
         for _ in range(self._count):
-            self._processes.append(_Process(self._config))
+            self._processes.append(_Process(self._settings))
             self._free.put(self._processes[-1])
         return self
 
@@ -77,7 +76,7 @@ class ReadingProcesses:
 class _Process:
     """One of them, from outside."""
 
-    def __init__(self, config: ExtractConfig) -> None:
+    def __init__(self, settings: PreparationSettings) -> None:
         home = str(Path(__file__).resolve().parents[2])
         paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
         # Without a GPU: a context of CUDA on it would take half a gigabyte.
@@ -96,7 +95,7 @@ class _Process:
         self.pid = self._popen.pid
         assert self._popen.stdin is not None
         self._requests = self._popen.stdin
-        self._requests.write(_line(dataclasses.asdict(config)))
+        self._requests.write(_line(dataclasses.asdict(settings)))
 
     def prepare(self, ref: SampleRef, pinned_for: torch.device | None) -> Prepared:
         try:
@@ -135,10 +134,10 @@ def main() -> None:
     requests = iter(sys.stdin.buffer)
     setup: dict[str, Any] = json.loads(next(requests))
     setup |= {name: tuple(value) for name, value in setup.items() if isinstance(value, list)}
-    config = ExtractConfig(**setup)
+    settings = PreparationSettings(**setup)
     prepare: Callable[[SampleRef], Prepared]
     try:
-        prepare = Preparation.of(config)
+        prepare = Preparation.open(settings)
     except Exception as error:
         prepare = _refusing(error)
     for request in requests:

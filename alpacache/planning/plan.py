@@ -140,8 +140,8 @@ def plan(config: PlanConfig) -> Plan:
     geometry = RELEASED.geometry if checkpoint is None else geometry_of(checkpoint)
     machine, hidden_states = _machine(config), config.hidden_states == "last"
     sizes = {
-        codec: sample_bytes(geometry, prompt, codec=codec, hidden_states=hidden_states, rollouts=config.tails)
-        for codec in get_args(CodecName)
+        name: sample_bytes(geometry, prompt, codec=CODECS.get(name), hidden_states=hidden_states, rollouts=config.tails)
+        for name in get_args(CodecName)
     }
     chosen = sizes[config.codec]
     store_bytes = config.stored * sum(chosen.values())

@@ -18,7 +18,7 @@ from alpacache.driving.sample import (
     HISTORY_STEPS,
     SampleRef,
 )
-from cache_store import CODECS
+from cache_store import KVCodec
 from cache_store.format.sample_group import Value
 from cache_store.upkeep.store_info import sample_size
 
@@ -78,7 +78,7 @@ def sample_bytes(
     geometry: Geometry,
     prompt: PlannedPrompt,
     *,
-    codec: str,
+    codec: KVCodec | None,
     hidden_states: bool,
     clip_id: str = CLIP_ID,
     jpeg_bytes: int = JPEG_BYTES,
@@ -88,7 +88,7 @@ def sample_bytes(
 
     Reasoning rollouts are as long as they can get: an upper bound.
     """
-    cameras, tokens, quantising = prompt.cameras, prompt.tokens, CODECS.get(codec)
+    cameras, tokens = prompt.cameras, prompt.tokens
     counts = ("stem_len", "prefix_len", "rope_delta", "start_position", "t0_us", "view")
     small: dict[str, Value] = {
         "input_ids": np.zeros(tokens, np.int64),
@@ -115,13 +115,11 @@ def sample_bytes(
     for name, length in lengths.items():
         kv_shape = (geometry.layers, 2, geometry.kv_heads, length, geometry.head_dim)
         shapes[f"{name}kv"] = kv_shape
-        if quantising is not None:
+        if codec is not None:
             small[f"{name}{KV_SHAPE}"] = np.zeros(len(kv_shape), np.int64)
-            shapes[f"{name}kv"] = (quantising.encoded_bytes(kv_shape),)
+            shapes[f"{name}kv"] = (codec.encoded_bytes(kv_shape),)
     if hidden_states:
         shapes["hidden"] = (tokens, geometry.vlm_hidden)
-    fields = {
-        field.name: field for field in store_fields(hidden_states=hidden_states, codec=quantising, rollouts=rollouts)
-    }
+    fields = {field.name: field for field in store_fields(hidden_states=hidden_states, codec=codec, rollouts=rollouts)}
     sample_id = SampleRef(clip_id=clip_id, t0_us=DEFAULT_T0_US).sample_id
     return sample_size(sample_id, small, shapes, fields)

@@ -19,11 +19,12 @@ import alpacache
 from alpacache.alpamayo import FrozenVLM
 from alpacache.driving.sample import FRONT_CAMERA, SampleRef
 from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, UsageError
-from alpacache.extraction import extract as extraction
 from alpacache.extraction import progress
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.pipeline import SPARE_COPIES
+from alpacache.extraction.prefill import Prefiller
 from alpacache.extraction.preparation import Preparation
+from alpacache.extraction.readers import reading_workers
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.synthetic import SyntheticSource
 from benchmarks.pai_tree import encode_h264
@@ -143,7 +144,7 @@ def test_a_request_to_stop_commits_what_is_in_flight(tiny_checkpoint, tmp_path, 
 def test_memory_is_flat_however_slow_the_disk(tiny_checkpoint, tmp_path, monkeypatch):
     """Inputs that wait for the VLM, and stored values that wait for the disk, are a fixed number."""
     good, inputs = CacheWriter.write, weakref.WeakSet()
-    prepare, features = Preparation.__call__, extraction._Run._features
+    prepare, features = Preparation.__call__, Prefiller.features
     most = {"inputs": 0, "outputs": 0}
     made, written = [], []
 
@@ -168,7 +169,7 @@ def test_memory_is_flat_however_slow_the_disk(tiny_checkpoint, tmp_path, monkeyp
 
     monkeypatch.setattr(CacheWriter, "write", write)
     monkeypatch.setattr(Preparation, "__call__", noted_prepare)
-    monkeypatch.setattr(extraction._Run, "_features", noted_features)
+    monkeypatch.setattr(Prefiller, "features", noted_features)
     settings = config(tiny_checkpoint, tmp_path / "store", source="synthetic:40", workers=2, writers=2, batch_size=2)
     assert alpacache.extract(settings).extracted == 40
     ahead, window, in_hand = 2 + 2 * 2, 2 * 2 - 1, 2
@@ -322,8 +323,7 @@ def test_a_writer_that_fails_otherwise_ends_the_run_with_its_error(tiny_checkpoi
     ("cores", "processes", "asked", "expected"),
     [(16, 1, None, 14), (2, 1, None, 2), (64, 1, None, 24), (32, 2, None, 14), (16, 8, None, 2), (16, 8, 5, 5)],
 )
-def test_readers_share_the_cores_of_a_machine(cores, processes, asked, expected, tmp_path, monkeypatch):
+def test_readers_share_the_cores_of_a_machine(cores, processes, asked, expected, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    settings = ExtractConfig(source="synthetic:1", model="model", store=str(tmp_path), workers=asked)
-    assert extraction.reading_workers(settings) == expected
+    assert reading_workers(asked) == expected

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -19,7 +19,9 @@ from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, SourceError
 from alpacache.extraction import extract as extraction
 from alpacache.extraction.config import ExtractConfig
-from alpacache.extraction.preparation import Preparation
+from alpacache.extraction.prefill import Prefiller
+from alpacache.extraction.preparation import Preparation, PreparationSettings
+from alpacache.extraction.readers import Readers
 from alpacache.extraction.reading_process import ReadingProcesses
 from cache_store import CacheReader
 
@@ -30,6 +32,19 @@ REFS = [SampleRef(clip_id=f"synthetic-0-{number:06d}", t0_us=5_100_000, view=num
 def config(tiny_checkpoint, tmp_path):
     settings = {"frames": 2, "views": 2, "workers": 2, "device": "cpu"}
     return ExtractConfig(source="synthetic:4", model=str(tiny_checkpoint), store=str(tmp_path / "store"), **settings)
+
+
+@pytest.fixture
+def settings(config):
+    return PreparationSettings(
+        source=config.source,
+        model=config.model,
+        cameras=config.cameras,
+        frames=config.frames,
+        seed=config.seed,
+        camera_names=None,
+        frame_numbers=None,
+    )
 
 
 def alive(process_id):
@@ -49,9 +64,9 @@ def gone(process_ids):
     return True
 
 
-def test_values_are_those_of_this_process(config):
-    here = Preparation.of(config)
-    with ReadingProcesses(config, 2, pinned_for=None) as read:
+def test_values_are_those_of_this_process(settings):
+    here = Preparation.open(settings)
+    with ReadingProcesses(settings, 2, pinned_for=None) as read:
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(read, REFS))
         processes = [process.pid for process in read._processes]
@@ -77,18 +92,18 @@ def test_values_are_those_of_this_process(config):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_pixels_are_page_locked_for_a_gpu(config):
-    with ReadingProcesses(config, 1, pinned_for=torch.device("cuda", 0)) as read:
+def test_pixels_are_page_locked_for_a_gpu(settings):
+    with ReadingProcesses(settings, 1, pinned_for=torch.device("cuda", 0)) as read:
         pixels = read(REFS[0]).inputs.pixel_values
     assert pixels.is_pinned()
-    assert torch.equal(pixels, Preparation.of(config)(REFS[0]).inputs.pixel_values)
+    assert torch.equal(pixels, Preparation.open(settings)(REFS[0]).inputs.pixel_values)
 
 
-def test_errors_are_those_of_this_process_with_the_traceback_as_a_note(config):
+def test_errors_are_those_of_this_process_with_the_traceback_as_a_note(settings):
     bad = SampleRef(clip_id="synthetic-0-000001", t0_us=900_000_000)
     with pytest.raises(BadClipError) as here:
-        Preparation.of(config)(bad)
-    with ReadingProcesses(config, 2, pinned_for=None) as read:
+        Preparation.open(settings)(bad)
+    with ReadingProcesses(settings, 2, pinned_for=None) as read:
         with pytest.raises(BadClipError) as there:
             read(bad)
         assert read(REFS[0]).sample_id == REFS[0].sample_id  # it goes on
@@ -96,39 +111,39 @@ def test_errors_are_those_of_this_process_with_the_traceback_as_a_note(config):
     assert "Traceback" in there.value.__notes__[0]
 
 
-def test_a_source_that_cannot_be_opened_is_refused_as_here(tiny_checkpoint, tmp_path):
-    gone_source = ExtractConfig(source=f"folder:{tmp_path / 'gone'}", model=str(tiny_checkpoint), store="store")
+def test_a_source_that_cannot_be_opened_is_refused_as_here(settings, tmp_path):
+    gone_source = dataclasses.replace(settings, source=f"folder:{tmp_path / 'gone'}")
     with ReadingProcesses(gone_source, 1, pinned_for=None) as read, pytest.raises(SourceError, match="gone"):
         read(REFS[0])
 
 
-def test_a_process_that_was_killed_is_named_with_what_helps(config):
-    with ReadingProcesses(config, 1, pinned_for=None) as read:
+def test_a_process_that_was_killed_is_named_with_what_helps(settings):
+    with ReadingProcesses(settings, 1, pinned_for=None) as read:
         read(REFS[0])
         os.kill(read._processes[0].pid, signal.SIGKILL)
         with pytest.raises(DataError, match=re.escape(REFS[1].sample_id) + r".* exit code -9\..* fewer --workers"):
             read(REFS[1])
 
 
-def test_what_is_printed_while_libraries_are_imported_is_no_answer(config, tmp_path, monkeypatch):
+def test_what_is_printed_while_libraries_are_imported_is_no_answer(settings, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("print('welcome to this cluster', flush=True)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    with ReadingProcesses(config, 1, pinned_for=None) as read:
+    with ReadingProcesses(settings, 1, pinned_for=None) as read:
         assert read(REFS[0]).sample_id == REFS[0].sample_id
 
 
-def test_a_terminal_interrupts_the_process_that_decides_alone(config):
-    with ReadingProcesses(config, 1, pinned_for=None) as read:
+def test_a_terminal_interrupts_the_process_that_decides_alone(settings):
+    with ReadingProcesses(settings, 1, pinned_for=None) as read:
         assert os.getpgid(read._processes[0].pid) != os.getpgid(0)
 
 
-def test_processes_end_with_their_parent(config):
+def test_processes_end_with_their_parent(settings):
     program = f"""
 import time
 from alpacache.driving.sample import SampleRef
-from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.preparation import PreparationSettings
 from alpacache.extraction.reading_process import ReadingProcesses
-read = ReadingProcesses({config!r}, 1, pinned_for=None).__enter__()
+read = ReadingProcesses({settings!r}, 1, pinned_for=None).__enter__()
 read({REFS[0]!r})
 print(read._processes[0].pid, flush=True)
 time.sleep(600)
@@ -155,10 +170,12 @@ def in_processes(monkeypatch):
             super().__init__(*given, **named)
             begun.append(self)
 
-    def reading(config, source, builder, device, workers):
-        return Noted(config, workers, pinned_for=None)
+    @contextmanager
+    def open_readers(settings, source, builder, device, *, workers):
+        with Noted(settings, workers, pinned_for=None) as processes:
+            yield Readers(prepare=processes, workers=workers, begin=None)
 
-    monkeypatch.setattr(extraction, "reading", reading)
+    monkeypatch.setattr(extraction, "open_readers", open_readers)
     return begun
 
 
@@ -181,7 +198,7 @@ def test_extract_writes_the_same_store(config, in_processes, tmp_path, monkeypat
 
 
 def test_extract_ends_when_a_process_was_killed_and_keeps_what_was_committed(config, in_processes, monkeypatch):
-    good = extraction._Run._features
+    good = Prefiller.features
 
     def features(self, *arguments):
         found = good(self, *arguments)
@@ -191,7 +208,7 @@ def test_extract_ends_when_a_process_was_killed_and_keeps_what_was_committed(con
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(extraction._Run, "_features", features)
+        patch.setattr(Prefiller, "features", features)
         with pytest.raises(DataError, match=r"exit code -9.*\n?.*intact"):
             alpacache.extract(config)
     there = len(CacheReader(config.store))

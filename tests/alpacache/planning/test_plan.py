@@ -13,7 +13,7 @@ from alpacache.planning.config import PlanConfig
 from alpacache.planning.machine import DiskSpeed
 from alpacache.planning.plan import plan
 from alpacache.planning.sample_size import planned_prompt, sample_bytes
-from cache_store import CacheReader, info
+from cache_store import CODECS, CacheReader, info
 
 FOUR = tuple(CAMERAS[index] for index in (0, 1, 2, 6))
 ASK = {"samples": 1000, "codec": "int8", "epochs": 10.0, "batch_size": 4, "gpu": "4090", "memory_budget": "24GB"}
@@ -62,7 +62,7 @@ def test_bytes_are_those_of_a_real_store(
     exact = sample_bytes(
         geometry_of(checkpoint),
         planned_prompt(checkpoint, sort_cameras(cameras), frames=2, picture=(128, 256)),
-        codec=codec,
+        codec=CODECS.get(codec),
         hidden_states=hidden_states == "last",
         clip_id=SampleRef.parse(sample_id).clip_id,
         jpeg_bytes=sample["front_jpeg"].nbytes,

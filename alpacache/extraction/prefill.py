@@ -1,0 +1,121 @@
+"""The device's part of stage one: groups of samples go through the VLM, and their KV through the codec."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
+from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.rollout import RolloutSampler
+from alpacache.cached_samples.features import prefix_arrays, tail_arrays
+from alpacache.errors import DeviceMemoryError
+from alpacache.extraction.preparation import VLM_DTYPE, Prepared
+from cache_store import KVCodec
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFeatures:
+    """What is stored of the VLM's run over a sample."""
+
+    codec: KVCodec | None
+    """None stores KV losslessly."""
+    hidden_states: bool
+    rollouts: int
+    """Reasoning rollouts of each sample."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Samples that went through the VLM together, perhaps still on their way through it."""
+
+    samples: list[tuple[str, dict[str, Any]]]
+    """Sample ids and their values, large ones on the device; `features.checked` must see them before they are
+    stored."""
+    made: torch.cuda.Event | None
+    """On a GPU, the event after which the values are good."""
+
+
+class Prefiller:
+    """The VLM with its rollout sampler, and what is stored of a run."""
+
+    def __init__(self, vlm: FrozenVLM, sampler: RolloutSampler | None, stored: StoredFeatures) -> None:
+        self._vlm, self._sampler, self._stored = vlm, sampler, stored
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, builder: InputBuilder, stored: StoredFeatures, device: torch.device
+    ) -> "Prefiller":
+        """Loads the checkpoint's VLM. Raises `DeviceMemoryError` where it does not fit on the device."""
+        try:
+            vlm = load_vlm(checkpoint, dtype=VLM_DTYPE, device=device)
+            return cls(vlm, RolloutSampler.load(checkpoint, vlm, builder) if stored.rollouts else None, stored)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"the VLM of {checkpoint.model} does not fit on {device}: {error}\nEnd other programs on this GPU, or "
+                "take one with more memory; `alpacache plan` says how much stage one needs."
+            ) from error
+
+    def begin(self, samples: Sequence[Prepared]) -> Group | str:
+        """Have the device make what is stored of the samples; what it said if it has no room for them."""
+        try:
+            values = self.features(samples)
+        except torch.OutOfMemoryError as error:
+            return str(error)  # the error itself would keep what was allocated
+        made = None
+        if self._vlm.device.type == "cuda":
+            made = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            made.record()
+        together = zip(samples, values, strict=True)
+        return Group(samples=[(one.sample_id, one.arrays | arrays) for one, arrays in together], made=made)
+
+    def features(self, samples: Sequence[Prepared]) -> list[dict[str, Any]]:
+        """The stored values of each sample that come from the VLM."""
+        stored, result = self._stored, []
+        for one, prefix in zip(samples, self._vlm.prefill_batch([one.inputs for one in samples]), strict=True):
+            tails = []
+            if self._sampler is not None:
+                stem_len = one.inputs.stem_len
+                tails = self._sampler.sample(prefix, stem_len, rollouts=stored.rollouts, key=one.sample_id)
+            arrays = prefix_arrays(
+                one.sample_id, one.inputs, prefix, hidden_states=stored.hidden_states, codec=stored.codec
+            )
+            result.append(arrays | tail_arrays(tails, codec=stored.codec))
+        return result
+
+
+class BatchSize:
+    """Samples that go through the VLM at a time; halved where the GPU has no room for them."""
+
+    def __init__(self, size: int, *, device: torch.device) -> None:
+        self.size, self.device = size, device
+        self.note = ""
+        """For the progress line, once the size had to change."""
+
+    def shrink(self, samples: Sequence[Prepared], refusal: str) -> None:
+        """Halve the size after a group did not fit; no later one is as large.
+
+        Raises `DeviceMemoryError` where the group was a single sample.
+        """
+        longest, before = max(len(one.inputs.input_ids) for one in samples), len(samples)
+        if before == 1:
+            peak = torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else 0.0
+            raise DeviceMemoryError(
+                f"out of GPU memory with {peak:.2f} GiB reserved at sample {samples[0].sample_id} ({longest} tokens) "
+                f"alone: {refusal}\nWhat was committed is intact. Take fewer --cameras or --frames into another store, "
+                "end other programs on this GPU, or take one with more memory."
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.size = before // 2
+        _log.warning(
+            "out of GPU memory at %d samples of up to %d tokens; going on with --batch-size %d.",
+            before,
+            longest,
+            self.size,
+        )
+        self.note = f"{self.size} (out of memory at {before})"
