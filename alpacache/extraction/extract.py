@@ -27,7 +27,7 @@ from alpacache.extraction.prefill import BatchSize, Group, Prefiller, StoredFeat
 from alpacache.extraction.preparation import VLM_DTYPE, PreparationSettings, Prepared
 from alpacache.extraction.progress import ExtractProgress, ExtractReport
 from alpacache.extraction.readers import Readers, open_readers, reading_workers
-from alpacache.gpu.device import device_name, enter, restored_torch_threads, own_device
+from alpacache.gpu.device import device_name, enter, own_device, restored_torch_threads
 from alpacache.gpu.host_copies import HostCopies
 from alpacache.interrupt import InterruptGuard
 from alpacache.planning.time_model import prefill_batch

@@ -26,9 +26,10 @@ from cache_store import (
     CODECS,
     CacheReader,
     IdentityMismatchError,
-    KVCodec,
     verify,
 )
+from cache_store.kv.affine import AffineCodec
+from cache_store.kv.registry import codec_from_json
 
 
 def config(checkpoint, store, **changes):
@@ -255,7 +256,7 @@ def quantised(tiny_checkpoint, tmp_path_factory):
 def test_quantised_kv_is_the_reference_encoding_of_the_lossless_one(codec, share, quantised, extracted):
     lossless, reader = CacheReader(extracted), CacheReader(quantised / codec)
     assert reader.identity["codec"] == codec
-    assert KVCodec.from_json(reader.identity["codec_definition"], "here") == CODECS[codec]
+    assert codec_from_json(reader.identity["codec_definition"], "here") == CODECS[codec]
     assert reader.identity["dtype"] == "bfloat16"
     assert (reader.fields["kv"].dtype, reader.fields["kv"].axes) == ("uint8", ("byte",))
     assert reader.sample_ids == lossless.sample_ids
@@ -297,7 +298,7 @@ def test_a_store_keeps_its_codec(quantised, extracted, tiny_checkpoint, monkeypa
         alpacache.extract(config(tiny_checkpoint, quantised / "int8"))
     checkpoint = Checkpoint(str(tiny_checkpoint))
     before = CachedDataset([quantised / "int8"], checkpoint).load(0).prefix.decode()
-    monkeypatch.setitem(CODECS, "int8", KVCodec(value_group=16))
+    monkeypatch.setitem(CODECS, "int8", AffineCodec(value_group=16))
     with pytest.raises(IdentityMismatchError, match=r"identity\.codec_definition\.value_group: expected 16, found 32"):
         alpacache.extract(config(tiny_checkpoint, quantised / "int8", codec="int8"))
     after = CachedDataset([quantised / "int8"], checkpoint).load(0).prefix.decode()
