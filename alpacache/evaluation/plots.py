@@ -1,4 +1,4 @@
-"""The report's plots."""
+"""Plots of the report and of probes, as PNG bytes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,13 +7,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-from alpacache.driving.sample import DT_S, Floats
+from alpacache.driving.sample import DT_S, FUTURE_S, Floats
 from alpacache.evaluation.judging import SampleResult
 from alpacache.evaluation.summary import EvalSummary
 from alpacache.metrics.bias import Quantity, Slope
 from alpacache.metrics.bootstrap import Interval
 from alpacache.pictures.birds_eye import birds_eye_png
-from alpacache.pictures.canvas import BASELINE_STYLES, DPI, GRID, INK, MODEL_COLOURS, plain_text, png_bytes, unmath
+from alpacache.pictures.canvas import BASELINE_STYLES, DPI, GRID, INK, MODEL_COLOURS, literal, png_bytes, style_axes
 
 
 def sample_png(
@@ -71,8 +71,8 @@ def bias_scatter_png(
             panel.plot(ends, scale * line.intercept + line.slope * ends, color=colour, lw=2.2, label=_slope_text(line))
         panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         panel.set_xlabel(f"driven {name} at 6.4 s ({unit.strip()})", fontsize=9, color=INK)
-        panel.set_title(unmath(label), fontsize=11, color=colour, loc="left", fontweight="bold")
-        plain_text(panel)
+        panel.set_title(literal(label), fontsize=11, color=colour, loc="left", fontweight="bold")
+        style_axes(panel)
         panel.legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
     panels[0].set_ylabel(f"predicted {name} ({unit.strip()}), mean of paths", fontsize=9, color=INK)
     return png_bytes(figure, palette=True)
@@ -95,7 +95,7 @@ def error_over_time_png(
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, errors) in zip(all_axes, panels.items(), strict=False):
         _draw_errors(axes, errors, (dashed or {}).get(title, {}))
-        axes.set_title(unmath(title), loc="left", fontsize=10, color=INK)
+        axes.set_title(literal(title), loc="left", fontsize=10, color=INK)
     for axes in all_axes[len(panels) :]:
         axes.set_axis_off()
     all_axes[0].legend(loc="upper left", fontsize=8.5, frameon=False)
@@ -110,17 +110,17 @@ def _draw_errors(axes: "Axes", errors: Mapping[str, ArrayLike], dashed: Mapping[
         times_s = DT_S * np.arange(1, error.shape[1] + 1)
         low, high = np.quantile(error, [0.25, 0.75], axis=0)
         axes.fill_between(times_s, low, high, color=colour, alpha=0.13, lw=0)
-        axes.plot(times_s, error.mean(axis=0), color=colour, lw=2.2, label=unmath(label))
+        axes.plot(times_s, error.mean(axis=0), color=colour, lw=2.2, label=literal(label))
         tops += [float(error.mean(axis=0).max()), float(high.max())]
     for index, (label, values) in enumerate(dashed.items()):
         error = np.asarray(values, dtype=np.float64)
         colour, style = BASELINE_STYLES[index % len(BASELINE_STYLES)]
         times_s = DT_S * np.arange(1, error.shape[1] + 1)
-        axes.plot(times_s, error.mean(axis=0), color=colour, ls=style, lw=1.6, label=unmath(label))
-    axes.set(xlim=(0, 6.4), ylim=(0, 1.6 * max(tops)))
+        axes.plot(times_s, error.mean(axis=0), color=colour, ls=style, lw=1.6, label=literal(label))
+    axes.set(xlim=(0, FUTURE_S), ylim=(0, 1.6 * max(tops)))
     axes.set_xlabel("seconds after t0", fontsize=9, color=INK)
     axes.set_ylabel("distance to the driven path (m)", fontsize=9, color=INK)
-    plain_text(axes)
+    style_axes(axes)
 
 
 def loss_curves_png(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
@@ -143,15 +143,15 @@ def loss_curves_png(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
         for index, name in enumerate(names):
             points = np.array([(row["step"], row[name]) for row in rows if name in row], dtype=np.float64)
             colour = MODEL_COLOURS[(index + 1) % len(MODEL_COLOURS)]
-            of = name.partition("/")[2]
+            stratum = name.partition("/")[2]
             axes.plot(
-                *points.T, color=colour, lw=2.0 if not of else 1.2, ls="-" if not of else (0, (4, 2)),
-                marker="o", ms=3, label=f"validation {of}".strip(),
+                *points.T, color=colour, lw=1.2 if stratum else 2.0, ls=(0, (4, 2)) if stratum else "-",
+                marker="o", ms=3, label=f"validation {stratum}".strip(),
             )  # fmt: skip
-        axes.set_title(unmath(label), loc="left", fontsize=10, color=INK)
+        axes.set_title(literal(label), loc="left", fontsize=10, color=INK)
         axes.set_xlabel("step", fontsize=9, color=INK)
         axes.set_ylabel("loss", fontsize=9, color=INK)
-        plain_text(axes)
+        style_axes(axes)
         if known or names:
             axes.legend(loc="upper right", fontsize=8, frameon=False)
     return png_bytes(figure, palette=True)
@@ -171,12 +171,12 @@ def explained_png(
     *,
     columns: int,
 ) -> bytes:
-    """R^2 as bars with their intervals, and below them by layer. What is below -0.3 is cut off.
+    """R^2 as bars with their intervals, and below them by layer; values below -0.3 are cut off.
 
     Args:
-        panels: title -> what a probe was given -> kind of probe -> R^2; a row of panels has `columns`.
+        panels: title -> inputs of a probe -> kind of probe -> R^2; a row of panels has `columns`.
         layers: title -> layer -> R^2; empty, or as many as columns.
-        columns: panels side by side.
+        columns: number of panels side by side.
     """
     from matplotlib.figure import Figure
 
@@ -188,20 +188,20 @@ def explained_png(
         for number, kind in enumerate(kinds):
             width = 0.8 / len(kinds)
             places = np.arange(len(bars)) + (number - (len(kinds) - 1) / 2) * width
-            found = [group.get(kind) for group in bars.values()]
-            heights = [0.0 if one is None else one.estimate for one in found]
+            intervals = [group.get(kind) for group in bars.values()]
+            heights = [0.0 if interval is None else interval.estimate for interval in intervals]
             panel.bar(places, heights, 0.9 * width, color=MODEL_COLOURS[1 - number % 2], label=kind)
-            _whiskers(panel, places, found)
-        panel.set_xticks(range(len(bars)), [unmath(label) for label in bars])
+            _whiskers(panel, places, intervals)
+        panel.set_xticks(range(len(bars)), [literal(label) for label in bars])
         _explained_axes(panel, title)
     for panel, (title, sets) in zip(axes[len(panels) :], layers.items(), strict=False):
-        found = list(sets.values())
+        intervals = list(sets.values())
         places = np.arange(len(sets), dtype=np.float64)
-        heights = [np.nan if one is None else one.estimate for one in found]
+        heights = [np.nan if interval is None else interval.estimate for interval in intervals]
         panel.plot(places, heights, marker="o", ms=4, color=MODEL_COLOURS[1])
-        _whiskers(panel, places, found)
+        _whiskers(panel, places, intervals)
         every = -(-len(sets) // 8)
-        panel.set_xticks(places[::every], [unmath(label).replace(" ", "\n") for label in sets][::every])
+        panel.set_xticks(places[::every], [literal(label).replace(" ", "\n") for label in sets][::every])
         _explained_axes(panel, title)
     for panel in axes[::columns]:
         panel.set_ylabel("R², clips not seen", fontsize=9, color=INK)
@@ -209,17 +209,17 @@ def explained_png(
     return png_bytes(figure, palette=True)
 
 
-def _whiskers(axes: "Axes", places: ArrayLike, found: Sequence[Interval | None]) -> None:
-    for place, one in zip(np.asarray(places), found, strict=True):
-        if one is not None:
-            axes.plot([place, place], [one.low, one.high], color=INK, lw=1.3)
+def _whiskers(axes: "Axes", places: ArrayLike, intervals: Sequence[Interval | None]) -> None:
+    for place, interval in zip(np.asarray(places), intervals, strict=True):
+        if interval is not None:
+            axes.plot([place, place], [interval.low, interval.high], color=INK, lw=1.3)
 
 
 def _explained_axes(axes: "Axes", title: str) -> None:
-    axes.set_title(unmath(title), loc="left", fontsize=10, color=INK)
+    axes.set_title(literal(title), loc="left", fontsize=10, color=INK)
     axes.set_ylim(-0.3, 1.05)
     axes.axhline(0, color=INK, lw=0.8)
-    plain_text(axes)
+    style_axes(axes)
 
 
 def _slope_text(line: Slope) -> str:

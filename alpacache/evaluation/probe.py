@@ -1,8 +1,8 @@
-"""Brain or hands: does the frozen VLM know about the curve, or does the expert not use what it is given?
+"""Brain or hands: does the frozen VLM not know about the curve, or does the expert not use what it is given?
 
-Probes read the future off cached features, on clips they have not seen and beyond what the ego history tells. What
+Probes predict the future from cached features, on clips they have not seen and beyond what the ego history tells. What
 they can read, an expert could learn from. They are weaker than an expert, which attends to every token: "not there" is
-said of pooled vectors, and docs/how-to/brain-or-hands.md says how to look further.
+said of pooled vectors, and docs/how-to/brain-or-hands.md tells how to look further.
 """
 
 import time
@@ -46,48 +46,48 @@ from alpacache.evaluation.probe_verdict import (
     judge_target,
 )
 from alpacache.metrics.bias import MIN_CLIPS
-from alpacache.metrics.bootstrap import Interval, explained
+from alpacache.metrics.bootstrap import Interval, r_squared
 from alpacache.progress import OnProgress, Progress, ignore
 from cache_store import CacheReader
 
 ALL = "all"
 TOGETHER = "all vectors"
-"""All sets of vectors side by side, where there are several."""
+"""Name of all sets of vectors side by side, where there are several."""
 SHUFFLED = "shuffled"
-"""The control: each sample has another's features."""
+"""Name of the control, in which each sample has another's features."""
 Scores = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Cell]]]]
 """Stratum -> target -> vectors -> probe -> numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeReport:
-    """What the probes found."""
+    """Scores of the probes, and the verdicts that follow from them."""
 
     store: str
     samples: int
     clips: int
     strata: Mapping[str, tuple[int, int]]
-    """Stratum -> samples, clips."""
+    """Stratum -> number of samples and of clips."""
     vectors: Mapping[str, int]
-    """Set of vectors -> numbers a sample."""
+    """Set of vectors -> length of a sample's vector."""
     main: str
     """The vectors that the verdicts rest on: all sets together, or the only one."""
     scores: Scores
     verdicts: Sequence[Verdict]
-    """One a target."""
+    """One verdict a target."""
     conclusion: str
     """The verdict on the heading change, and what follows from it."""
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; see docs/reference/commands.md."""
+        """Return dictionaries, lists, numbers, strings and None; see docs/reference/commands.md."""
         document: dict[str, Any] = strict_json.plain(self)
         document["strata"] = {name: {"samples": n, "clips": clips} for name, (n, clips) in self.strata.items()}
         return document
 
 
 def probe(config: ProbeConfig, *, on_progress: OnProgress = ignore) -> ProbeReport:
-    """Read, fit, judge; with `out` write `probe.json` and `probe.png` there.
+    """Read features, fit probes and judge; with `out` write `probe.json` and `probe.png` there.
 
     Raises `UsageError` for fewer than ten clips, or for features that the store does not have.
     """
@@ -104,7 +104,11 @@ def probe(config: ProbeConfig, *, on_progress: OnProgress = ignore) -> ProbeRepo
     data = read_probe_data(reader, chosen, layers=config.layers, pool=config.pool, on_progress=on_progress)
     report = probe_data(data, store=config.store, seed=config.seed, started=started, on_progress=on_progress)
     if config.out is not None:
-        write_probe(Path(config.out), config, report)
+        out = Path(config.out)
+        out.mkdir(parents=True, exist_ok=True)
+        document = {"settings": config, **report.to_json()}
+        (out / "probe.json").write_text(strict_json.dumps(document, indent=1) + "\n")
+        (out / "probe.png").write_bytes(_picture(report))
     return report
 
 
@@ -116,12 +120,12 @@ def probe_data(
     started: float | None = None,
     on_progress: OnProgress = ignore,
 ) -> ProbeReport:
-    """Fit and judge; `started` is when the clock of the report's seconds began."""
-    began = time.monotonic() if started is None else started
+    """Fit probes and judge; the report's seconds count from `started`, or from now."""
+    started = time.monotonic() if started is None else started
     predictions = _predict(data, seed, on_progress)
     main = _main_name(data)
     rows = {ALL: np.ones(len(data.clips), dtype=bool), LATE_CURVE: data.late_curve}
-    counts = {name: (int(mask.sum()), len(set(_of(data.clips, mask)))) for name, mask in rows.items()}
+    counts = {name: (int(mask.sum()), len(set(_selected(data.clips, mask)))) for name, mask in rows.items()}
     scores = {name: _score(data, mask, main, predictions, seed) for name, mask in rows.items() if mask.any()}
     enough = counts[LATE_CURVE][0] >= LEAST_SAMPLES and counts[LATE_CURVE][1] >= LEAST_CLIPS
     verdicts = []
@@ -140,20 +144,12 @@ def probe_data(
         scores=scores,
         verdicts=verdicts,
         conclusion=f"{heading.sentence} {ADVICE[heading.answer]}",
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - started,
     )
 
 
-def write_probe(out: Path, config: ProbeConfig, report: ProbeReport) -> None:
-    """`probe.json` and `probe.png`."""
-    out.mkdir(parents=True, exist_ok=True)
-    document = {"settings": config, **report.to_json()}
-    (out / "probe.json").write_text(strict_json.dumps(document, indent=1) + "\n")
-    (out / "probe.png").write_bytes(_picture(report))
-
-
 def _predict(data: ProbeData, seed: int, on_progress: OnProgress) -> dict[str, dict[Probe, Predictions]]:
-    """Vectors -> probe -> predictions out of fold. Single sets of several are read alone, by the ridge."""
+    """Vectors -> probe -> predictions out of fold; of several sets each alone is read by the ridge only."""
     folds = group_folds(data.clips, FOLDS, seed=seed)
     joined = np.concatenate(list(data.features.values()), axis=1)
     order = shuffled_within(folds, seed=seed)
@@ -164,15 +160,15 @@ def _predict(data: ProbeData, seed: int, on_progress: OnProgress) -> dict[str, d
     ]
     if main == TOGETHER:
         passes += [(name, PROBES[:1], vectors, None) for name, vectors in data.features.items()]
-    began, found = time.monotonic(), dict[str, dict[Probe, Predictions]]()
+    started, predicted = time.monotonic(), dict[str, dict[Probe, Predictions]]()
     for number, (name, probes, vectors, history) in enumerate(passes):
         parts = cross_validate(probes, vectors, history, data.targets, data.clips, folds, seed=seed)
         for fold, predictions in enumerate(parts, start=1):
             done = number * FOLDS + fold
-            rate, notes = done / (time.monotonic() - began), {"part": "fit", "vectors": name}
+            rate, notes = done / (time.monotonic() - started), {"part": "fit", "vectors": name}
             on_progress(Progress(done=done, total=len(passes) * FOLDS, unit="steps", rate=rate, notes=notes))
-            found[name] = predictions
-    return found
+            predicted[name] = predictions
+    return predicted
 
 
 def _score(
@@ -182,12 +178,15 @@ def _score(
     predictions: Mapping[str, Mapping[Probe, Predictions]],
     seed: int,
 ) -> dict[str, dict[str, dict[str, Cell]]]:
-    """Target -> vectors -> probe -> numbers on some rows."""
-    clips = _of(data.clips, rows)
+    """Target -> vectors -> probe -> R^2 on some rows.
+
+    The rival that a gain is measured against is the better probe of the history, or the mean where both are worse.
+    """
+    clips = _selected(data.clips, rows)
     result: dict[str, dict[str, dict[str, Cell]]] = {}
     for column, target in enumerate(TARGETS):
         truth = data.targets[rows, column]
-        rivals = [found.history[rows, column] for found in predictions[main].values() if found.history is not None]
+        rivals = [each.history[rows, column] for each in predictions[main].values() if each.history is not None]
         rivals += [predictions[main][PROBES[0]].mean[rows, column]]
         rival = min(rivals, key=lambda pred: float(((truth - pred) ** 2).sum()))
 
@@ -200,17 +199,17 @@ def _score(
         ) -> Interval | None:
             if pred is None:
                 return None
-            return explained(truth, pred[rows, column], mean[rows, column], clips, over=over, seed=seed)
+            return r_squared(truth, pred[rows, column], mean[rows, column], clips, over=over, seed=seed)
 
         result[target] = {
             name: {
                 kind: Cell(
-                    history=share(found.history, found.mean),
-                    features=share(found.features, found.mean),
-                    both=share(found.both, found.mean),
-                    gain=share(found.both, found.mean, rival),
+                    history=share(each.history, each.mean),
+                    features=share(each.features, each.mean),
+                    both=share(each.both, each.mean),
+                    gain=share(each.both, each.mean, rival),
                 )
-                for kind, found in kinds.items()
+                for kind, each in kinds.items()
             }
             for name, kinds in predictions.items()
         }
@@ -249,5 +248,5 @@ def _short(stratum: str) -> str:
     return "curve after t0" if stratum == LATE_CURVE else "all samples"
 
 
-def _of(clips: Sequence[str], rows: NDArray[np.bool_]) -> list[str]:
-    return [clip for clip, wanted in zip(clips, rows, strict=True) if wanted]
+def _selected(clips: Sequence[str], rows: NDArray[np.bool_]) -> list[str]:
+    return [clip for clip, selected in zip(clips, rows, strict=True) if selected]

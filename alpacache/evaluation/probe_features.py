@@ -1,12 +1,13 @@
-"""What a probe sees: one vector a sample from the cache, the ego history as its rival, targets from the true future.
+"""Inputs of a probe: one vector a sample from the cache, the ego history as its rival, targets from the true future.
 
-Keys and values are read only for layers that are asked for, and one sample at a time: what stays in RAM is pooled. No
-model is loaded. Poses decide the targets, so no model can move them.
+Keys and values are read only for layers that are asked for, one sample at a time, and pooled before the next. No model
+is loaded. Poses alone decide the targets, so no model can move them.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS, from_bf16_bits
 from alpacache.cached_samples.identity import store_codec
-from alpacache.driving.sample import DT_S, Floats, SampleRef
+from alpacache.driving.sample import DT_S, FUTURE_S, Floats, SampleRef
 from alpacache.driving.strata import MOVING_MPS, Strata, classify, heading
 from alpacache.errors import UsageError
 from alpacache.metrics.baselines import SPEED_STEPS
@@ -27,40 +28,43 @@ from cache_store import CacheReader, KVCodec
 Layers: TypeAlias = Literal["last", "all"] | tuple[int, ...]
 Pool: TypeAlias = Literal["both", "last", "mean"]
 HIDDEN = "hidden"
-"""The VLM's hidden states after its last layer and final norm."""
+"""Name of the VLM's hidden states after its last layer and final norm."""
 HEADING, CURVATURE, SPEED = "heading change", "curvature", "speed change"
 TARGETS = {HEADING: "rad", CURVATURE: "1/m", SPEED: "m/s"}
-"""Name -> unit, in the order of columns."""
-LEAST_PATH_M = MOVING_MPS * 6.4
-"""A path counts as at least this long for its curvature: the heading of a standing vehicle is noise."""
+"""Name -> unit of each target, in the order of columns."""
+LEAST_PATH_M = MOVING_MPS * FUTURE_S
+"""Least length that a path's curvature is computed with: the heading of a standing vehicle is noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeData:
-    """N samples as probes see them."""
+    """Features, history and targets of N samples."""
 
     sample_ids: Sequence[str]
     clips: Sequence[str]
     features: dict[str, NDArray[np.float32]]
-    """`hidden`, `layer 0`, ... -> `[N, D]` pooled vectors."""
+    """Pooled vectors `[N, D]` by set: `hidden`, `layer 0`, ..."""
     history: Floats
-    """`[N, 62]`, see `history_features`."""
+    """Speeds, yaw rates and positions `[N, 62]`, see `history_features`."""
     targets: Floats
-    """`[N, 3]`, columns as in `TARGETS`."""
+    """True values `[N, 3]`, columns as in `TARGETS`."""
     late_curve: NDArray[np.bool_]
-    """`[N]` straight through the history, curving afterwards: `strata.LATE_CURVE`."""
+    """Membership `[N]` of the stratum `LATE_CURVE`: straight through the history, curving afterwards."""
 
 
 def read_probe_data(
     reader: CacheReader, sample_ids: Sequence[str], *, layers: Layers, pool: Pool, on_progress: OnProgress = ignore
 ) -> ProbeData:
-    """Pool what the store has of these samples. Raises `UsageError` for what it has not, and where sizes differ."""
+    """Read and pool the features of these samples.
+
+    Raises `UsageError` for features that the store lacks, that are not finite, or that differ in size.
+    """
     started = time.monotonic()
-    pools = _pools(reader, sample_ids[0], layers, pool)
+    reads = _pooled_reads(reader, sample_ids[0], layers, pool)
     rows: dict[str, list[NDArray[np.float32]]] = {}
     history, targets, late = [], [], []
     for done, sample_id in enumerate(sample_ids, start=1):
-        for name, vector in ((name, vector) for read in pools for name, vector in read(sample_id).items()):
+        for name, vector in chain.from_iterable(read(sample_id).items() for read in reads):
             rows.setdefault(name, []).append(vector)
             if not np.isfinite(vector).all():
                 raise UsageError(
@@ -90,7 +94,7 @@ def read_probe_data(
 
 
 def choose_samples(sample_ids: Sequence[str], count: int, *, seed: int) -> list[str]:
-    """At most `count` ids, sorted: clips in an order by seed, each whole but for the last."""
+    """Choose at most `count` ids, sorted: clips in an order by seed, each whole but for the last."""
     by_clip: dict[str, list[str]] = {}
     for sample_id in sorted(sample_ids):
         by_clip.setdefault(SampleRef.parse(sample_id).clip_id, []).append(sample_id)
@@ -100,7 +104,7 @@ def choose_samples(sample_ids: Sequence[str], count: int, *, seed: int) -> list[
 
 
 def history_features(history_xyz: NDArray[Any], history_rot: NDArray[Any]) -> Floats:
-    """Speeds (m/s) and yaw rates (rad/s) of the 15 steps, then x and y (m, ego frame at t0) of the 16 poses: `[62]`."""
+    """Speeds (m/s) and yaw rates (rad/s) of 15 steps, then x and y (m, ego frame at t0) of 16 poses: `[62]`."""
     xy = np.asarray(history_xyz, dtype=np.float64)[:, :2]
     speeds_mps = np.linalg.norm(np.diff(xy, axis=0), axis=-1) / DT_S
     yaw_rates = np.diff(heading(history_rot)) / DT_S
@@ -108,10 +112,10 @@ def history_features(history_xyz: NDArray[Any], history_rot: NDArray[Any]) -> Fl
 
 
 def future_targets(history_xyz: NDArray[Any], future_xyz: NDArray[Any], strata: Strata) -> Floats:
-    """Of the true future, `[3]` as in `TARGETS`, left positive.
+    """Targets `[3]` of the true future, columns as in `TARGETS`, left positive.
 
-    Heading change at 6.4 s; mean signed curvature, which is heading change over path length (at least `LEAST_PATH_M`);
-    and speed over the last 0.3 s less speed over the 0.3 s before t0.
+    Heading change at 6.4 s; mean curvature, which is heading change over path length (at least `LEAST_PATH_M`); speed
+    over the last 0.3 s less speed over the 0.3 s before t0.
     """
     driven_m = strata.mean_speed_mps * len(future_xyz) * DT_S
     curvature = strata.heading_change_rad / max(driven_m, LEAST_PATH_M)
@@ -120,7 +124,7 @@ def future_targets(history_xyz: NDArray[Any], future_xyz: NDArray[Any], strata: 
 
 
 def pooled(vectors: Tensor, pool: Pool) -> NDArray[np.float32]:
-    """Vectors of the tokens `[T, C]` as one: `[C]`, or `[2 C]` of the last and the mean side by side."""
+    """Pool vectors of the tokens `[T, C]` to one: `[C]`, or `[2 C]` with the last and the mean side by side."""
     parts = {"last": vectors[-1].float(), "mean": vectors.float().mean(0)}
     chosen = list(parts.values()) if pool == "both" else [parts[pool]]
     result: NDArray[np.float32] = torch.cat(chosen).numpy()
@@ -133,11 +137,11 @@ def _end_speed_mps(xyz: Floats) -> float:
 
 
 Read = Callable[[str], dict[str, NDArray[np.float32]]]
-"""Sample id -> its pooled vectors by name."""
+"""Function from a sample id to its pooled vectors by name."""
 
 
-def _pools(reader: CacheReader, first: str, layers: Layers, pool: Pool) -> list[Read]:
-    """How to get a sample's vectors: hidden states where the store has them, values where layers are asked for."""
+def _pooled_reads(reader: CacheReader, first: str, layers: Layers, pool: Pool) -> list[Read]:
+    """Choose how to read a sample's vectors: hidden states where the store has them, values of the layers asked for."""
     codec = store_codec(reader.identity, store=str(reader.path))
     shape = reader.read(first, fields=[KV_SHAPE])[KV_SHAPE] if codec else reader.shape(first, "kv")
     count = int(shape[0])
@@ -165,7 +169,7 @@ def _field(reader: CacheReader, sample_id: str, name: str) -> NDArray[Any]:
 def _values(
     reader: CacheReader, sample_id: str, numbers: Sequence[int], codec: KVCodec | None, pool: Pool
 ) -> dict[str, NDArray[np.float32]]:
-    """Pooled values of layers, all heads side by side; only one layer is ever decoded."""
+    """Pool the values of layers, all heads side by side; one layer at a time is decoded."""
     if codec is None:
         kv = from_bf16_bits(_field(reader, sample_id, "kv"))
         return {f"layer {layer}": pooled(_by_token(kv[layer, 1]), pool) for layer in numbers}
@@ -176,5 +180,5 @@ def _values(
 
 
 def _by_token(values: Tensor) -> Tensor:
-    """`[kv_head, T, C]` as `[T, kv_head * C]`."""
+    """Reshape `[kv_head, T, C]` to `[T, kv_head * C]`."""
     return values.transpose(0, 1).flatten(1)

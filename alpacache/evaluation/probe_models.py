@@ -1,8 +1,8 @@
-"""Probes: how well a target can be read off vectors, by a line (ridge) and by a small MLP on top, on clips never seen.
+"""Probes: how well a ridge regression, and a small MLP on top, predict targets from vectors, on clips never seen.
 
-Vectors have thousands of numbers and samples are hundreds, so both work on the matrix of dot products between samples,
-and everything that is fitted (means, scales, penalty, mixture, when to stop) is fitted within the training folds. All
-samples of a clip lie in one fold: a probe that recognises the clip gains nothing.
+Vectors have thousands of numbers and samples are hundreds, so both work on the matrix of dot products between samples.
+Everything that is fitted (means, scales, penalty, mixture, when to stop) is fitted within the training folds. All
+samples of a clip lie in one fold, so a probe that recognises the clip gains nothing.
 Source: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, sections 3.4.1, 7.10 and 18.3.5.
 """
 
@@ -24,10 +24,11 @@ Probe: TypeAlias = Literal["ridge", "mlp"]
 PROBES: tuple[Probe, ...] = ("ridge", "mlp")
 FOLDS, INNER_FOLDS = 5, 4
 PENALTIES = np.logspace(-4, 4, 13)
-"""Of the ridge, as multiples of the mean eigenvalue."""
+"""Penalties that the ridge chooses from, as multiples of the mean eigenvalue."""
 SHARES = (0.0, 0.1, 0.3, 0.7, 1.0)
-"""Of the features in the mixture with history; 0 is history alone, so useless features can be left out."""
+"""Shares of the features in the mixture with history; 0 is history alone, so useless features can be left out."""
 COMPONENTS = 48
+"""Principal components that the MLP sees."""
 HIDDEN_UNITS = 64
 LR, WEIGHT_DECAY, BATCH = 3e-3, 1e-2, 64
 EPOCHS, PATIENCE = 80, 12
@@ -35,32 +36,34 @@ EPOCHS, PATIENCE = 80, 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predictions:
-    """Of each sample by a probe fitted without its fold, `[N, targets]` each."""
+    """Predictions `[N, targets]` for each sample by a probe fitted without its fold."""
 
     mean: Floats
-    """Of the training folds: what R^2 is measured against."""
+    """Mean of the training folds: what R^2 is measured against."""
     features: Floats
     history: Floats | None = None
     both: Floats | None = None
 
 
 def group_folds(clips: Sequence[str], count: int, *, seed: int) -> list[Rows]:
-    """Rows of each fold; clips are dealt by seed, the next always to the smallest fold.
+    """Deal clips to folds by seed, the next always to the smallest, and return the rows of each fold.
 
     Raises `ValueError` for fewer clips than folds.
     """
-    names, index = np.unique(np.asarray(clips, dtype=np.str_), return_inverse=True)
+    names, clip_of_row, clip_sizes = np.unique(
+        np.asarray(clips, dtype=np.str_), return_inverse=True, return_counts=True
+    )
     if len(names) < count:
         raise ValueError(f"{len(names)} clips cannot fill {count} folds.")
-    sizes, place = np.zeros(count, np.int64), np.empty(len(names), np.int64)
+    fold_sizes, fold_of_clip = np.zeros(count, np.int64), np.empty(len(names), np.int64)
     for clip in np.random.default_rng(seed).permutation(len(names)):
-        place[clip] = sizes.argmin()
-        sizes[place[clip]] += int((index == clip).sum())
-    return [np.flatnonzero(place[index] == fold) for fold in range(count)]
+        fold_of_clip[clip] = fold_sizes.argmin()
+        fold_sizes[fold_of_clip[clip]] += clip_sizes[clip]
+    return [np.flatnonzero(fold_of_clip[clip_of_row] == fold) for fold in range(count)]
 
 
 def shuffled_within(folds: Sequence[Rows], *, seed: int) -> Rows:
-    """A permutation of rows that leaves each in its fold: the control's features belong to other samples."""
+    """Permute rows within their folds, for a control whose features belong to other samples."""
     order = np.empty(sum(map(len, folds)), np.intp)
     rng = np.random.default_rng(seed)
     for rows in folds:
@@ -78,16 +81,16 @@ def cross_validate(
     *,
     seed: int = 0,
 ) -> Iterator[dict[Probe, Predictions]]:
-    """Yield after each fold; the last is complete.
+    """Fit and predict fold by fold; yields the same predictions after each, complete after the last.
 
     Args:
-        probes: `ridge`, and `mlp` if wanted.
+        probes: `ridge`, or `ridge` and `mlp`.
         features: `[N, D]` vectors.
         history: `[N, H]` the ego history; without it only `features` are read.
         targets: `[N, targets]`.
         clips: N clip ids.
         folds: rows of each outer fold.
-        seed: of inner folds and of the MLP's start.
+        seed: seed of the inner folds and of the MLP's start.
     """
     names = ("mean", "features") if history is None else ("mean", "features", "history", "both")
     result = {probe: Predictions(**{name: np.full(targets.shape, np.nan) for name in names}) for probe in probes}
@@ -98,14 +101,14 @@ def cross_validate(
         fold_seed = 1000 * seed + number
         inner = group_folds([clips[row] for row in train], INNER_FOLDS, seed=fold_seed)
         fits = _ridge(features, history, y, train, test, inner)
-        found = {"ridge": [fit.new for fit in fits]}
+        predicted = {"ridge": [fit.new for fit in fits]}
         if "mlp" in probes:
             inputs = [_components(_gram(x, train, test)) for x in (features, history) if x is not None]
             inputs += [np.concatenate(inputs, axis=1)] if len(inputs) > 1 else []
-            found["mlp"] = [_bent(fit, x, y, inner, seed=fold_seed) for fit, x in zip(fits, inputs, strict=True)]
+            predicted["mlp"] = [_mlp(fit, x, y, inner, seed=fold_seed) for fit, x in zip(fits, inputs, strict=True)]
         for probe, into in result.items():
             into.mean[test] = centre
-            for name, values in zip(names[1:], found[probe], strict=True):
+            for name, values in zip(names[1:], predicted[probe], strict=True):
                 getattr(into, name)[test] = centre + scale * values
         yield result
 
@@ -115,17 +118,17 @@ class _Fit:
     """A ridge's standardised predictions."""
 
     new: Floats
-    """`[test, targets]`."""
+    """For the test rows, `[test, targets]`."""
     held: Floats
-    """`[train, targets]`, of each row by a ridge of the other inner folds."""
+    """For each training row by a ridge of the other inner folds, `[train, targets]`."""
 
 
 def _ridge(
     features: NDArray[np.float32], history: Floats | None, y: Floats, train: Rows, test: Rows, inner: Sequence[Rows]
 ) -> list[_Fit]:
-    """From features, and where there is history from that and from both; what does best on the inner folds counts.
+    """Fit features, and where there is history that and both; penalty and share are the best on the inner folds.
 
-    Penalty and share are chosen for each target. y `[train, targets]` is standardised; `inner` are places in `train`.
+    They are chosen for each target. y `[train, targets]` is standardised; `inner` holds positions in `train`.
     """
     held = np.empty((1 if history is None else len(SHARES), len(PENALTIES), *y.shape))
     for rows in inner:
@@ -160,8 +163,8 @@ def _ridge_path(gram: Floats, y: Floats) -> Floats:
     middle = y.mean(0)
     seen = vectors.T @ (y - middle)
     weights = seen / (np.maximum(values, 0)[:, None] + PENALTIES[:, None, None])
-    found: Floats = middle + (gram[n:] @ vectors) @ weights
-    return found
+    predicted: Floats = middle + (gram[n:] @ vectors) @ weights
+    return predicted
 
 
 def _gram(x: NDArray[np.floating], train: Rows, test: Rows) -> Floats:
@@ -181,21 +184,21 @@ def _moments(x: NDArray[np.floating]) -> tuple[NDArray[np.floating], NDArray[np.
     return centre, np.where(scale > 1e-6 * (1e-6 + np.abs(centre)), scale, 1)
 
 
-def _bent(fit: _Fit, x: Floats, y: Floats, inner: Sequence[Rows], *, seed: int) -> Floats:
-    """Predictions `[test, targets]`: the ridge's plus what MLPs on x `[train + test, k]` make of what it leaves.
+def _mlp(fit: _Fit, x: Floats, y: Floats, inner: Sequence[Rows], *, seed: int) -> Floats:
+    """Predictions `[test, targets]`: the ridge's plus MLPs on x `[train + test, k]` fitted to its residual.
 
     The mean of as many MLPs as there are inner folds, each stopped early by one of them.
     """
-    left = y - fit.held
-    members = [_train_mlp(x, left, rows, seed=f"{seed}|{number}") for number, rows in enumerate(inner)]
-    bent: Floats = fit.new + np.mean(members, axis=0)
-    return bent
+    residual = y - fit.held
+    members = [_train_mlp(x, residual, rows, seed=f"{seed}|{number}") for number, rows in enumerate(inner)]
+    predicted: Floats = fit.new + np.mean(members, axis=0)
+    return predicted
 
 
 def _components(gram: Floats) -> Floats:
     """Principal components `[rows, k]` of `gram` `[rows, n]`, of unit variance on average over the training rows.
 
-    Halfway to whitening: as they are the first drown the others, and whitened the last are loud noise.
+    Scaled halfway to whitening: unscaled, the first drown the others; whitened, the last are loud noise.
     """
     n = gram.shape[1]
     values, vectors = np.linalg.eigh(gram[:n])
@@ -206,9 +209,9 @@ def _components(gram: Floats) -> Floats:
 
 
 def _train_mlp(x: Floats, y: Floats, held: Rows, *, seed: str) -> Floats:
-    """Predictions of the rows of x beyond y's, per target of the epoch that does best on the held rows.
+    """Predictions for the rows of x beyond y's, for each target by the epoch that does best on the held rows.
 
-    The start predicts 0 and counts as an epoch: an MLP that finds nothing says nothing.
+    The start predicts 0 and counts as an epoch, so an MLP that learns nothing changes nothing.
     """
     generator = randomness.generator("probe", seed)
     inputs, truth = torch.from_numpy(x).float(), torch.from_numpy(y).float()
@@ -224,7 +227,7 @@ def _train_mlp(x: Floats, y: Floats, held: Rows, *, seed: str) -> Floats:
     optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=WEIGHT_DECAY)
     checked, new = torch.from_numpy(held), slice(len(y), None)
     best, last_better = (truth[checked] ** 2).mean(0), 0
-    found = torch.zeros(len(x) - len(y), y.shape[1])
+    predicted = torch.zeros(len(x) - len(y), y.shape[1])
     for epoch in range(1, EPOCHS + 1):
         for rows in torch.split(fitted[torch.randperm(len(fitted), generator=generator)], BATCH):
             loss = F.mse_loss(_forward(weights, inputs[rows]), truth[rows])
@@ -235,11 +238,11 @@ def _train_mlp(x: Floats, y: Floats, held: Rows, *, seed: str) -> Floats:
             error = ((_forward(weights, inputs[checked]) - truth[checked]) ** 2).mean(0)
             better = error < best
             if better.any():
-                found[:, better] = _forward(weights, inputs[new])[:, better]
+                predicted[:, better] = _forward(weights, inputs[new])[:, better]
                 best, last_better = torch.minimum(best, error), epoch
         if epoch - last_better >= PATIENCE:
             break
-    result: Floats = found.double().numpy()
+    result: Floats = predicted.double().numpy()
     return result
 
 

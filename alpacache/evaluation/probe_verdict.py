@@ -1,7 +1,7 @@
-"""From numbers to words: is the curve in the features, is it not, or can these samples not tell?
+"""The verdict of a probe: the curve is in the features, it is not, or these samples cannot tell.
 
-What decides is the gain: how much more of the variance history and features explain together than history alone, on
-the same samples. An R^2 of features alone proves nothing, as the features hold the ego history too. The rules are on
+The gain decides: how much more of the variance history and features explain together than history alone, on the same
+samples. R^2 of features alone proves nothing, as the features hold the ego history too. The rules are on
 docs/how-to/brain-or-hands.md.
 """
 
@@ -17,9 +17,9 @@ Answer: TypeAlias = Literal["there", "not there", "too few samples"]
 WORTH = 0.1
 """Least gain in R^2 that counts as knowing: a tenth of the variance."""
 LEAST_SAMPLES, LEAST_CLIPS = 30, 20
-"""Fewer in a stratum decide nothing."""
+"""Least numbers in a stratum that decide anything."""
 CLIPS_TO_DENY = 200
-"""With fewer a probe may not find what is there: it then says too few, not that nothing is there."""
+"""Least number of clips for `not there`: fitted to fewer, a probe may miss what is there."""
 ADVICE: Mapping[Answer, str] = {
     "there": "An expert that drives straight on all the same ignores it: retrain the expert.",
     "not there": "No expert can learn from features what they do not hold: first more cameras, other frames or "
@@ -41,7 +41,7 @@ class Cell:
     features: Interval | None
     both: Interval | None
     gain: Interval | None
-    """R^2(both) less R^2 of history, paired; of history by its better probe, or 0 where both are worse than a mean."""
+    """R^2 of both less that of history, paired; the better probe of history counts, or 0 where both are below."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Verdict:
 
     target: str
     stratum: str
-    """What it rests on."""
+    """Name of the stratum that it rests on."""
     answer: Answer
     sentence: str
 
@@ -66,12 +66,12 @@ def judge_target(
     """Decide by the gain of the better probe.
 
     Args:
-        target: its name.
-        stratum: its name.
-        counts: samples and clips of the stratum.
-        fitted_clips: clips that the probes were fitted and judged on, of all strata.
-        cells: probe -> its numbers with the features as they are.
-        control: the same with features of other samples.
+        target: name of the target.
+        stratum: name of the stratum.
+        counts: number of samples and of clips of the stratum.
+        fitted_clips: number of clips that the probes were fitted and judged on, of all strata.
+        cells: probe -> its numbers.
+        control: probe -> its numbers with features of other samples.
     """
     gains = {probe: cell.gain for probe, cell in cells.items()}
     where = _where(stratum, *counts)

@@ -1,4 +1,4 @@
-"""The tables of the HTML report. Every text that comes from data is escaped here, labels and ids included."""
+"""Tables of the HTML report. Every text that comes from data is escaped here, labels and ids included."""
 
 from collections.abc import Sequence
 from html import escape
@@ -35,12 +35,12 @@ STRATA_METRICS = {
     "miss_rate": "missed",
 }
 STRATUM_NAMES = {LATE_CURVE: "straight history, curve after t0"}
-"""Strata whose name needs words."""
+"""Names of strata that need words."""
 SLOPE_COLUMNS = tuple((quantity, horizon_s) for quantity in QUANTITIES for horizon_s in HORIZONS_S)
 
 
 def stratum_name(stratum: str) -> str:
-    """How a stratum is called in tables."""
+    """Name of a stratum in tables."""
     return STRATUM_NAMES.get(stratum, stratum)
 
 
@@ -70,7 +70,7 @@ def headline_table(summary: EvalSummary) -> str:
 
 
 def headline_sentence(summary: EvalSummary) -> str:
-    """What the hardest stratum says of the bias, in words."""
+    """Say in words what the hardest stratum shows of the bias."""
     late = summary.strata[LATE_CURVE]
     slopes = [
         f"{escape(label)} {_fixed(slope.slope)} [{_fixed(slope.low)}, {_fixed(slope.high)}]"
@@ -179,7 +179,7 @@ def _row(cells: Sequence[str], *, css: str = "", stratum: str | None = None) -> 
 
 
 def _row_css(summary: EvalSummary, label: str) -> str:
-    """Baselines are pale, and the last model of a stratum is underlined."""
+    """CSS classes that make baselines pale and underline the last model of a stratum."""
     last = label == (*summary.models, *summary.baselines)[-1]
     return " ".join(["baseline"] * (label in summary.baselines) + ["last"] * last)
 
@@ -252,12 +252,12 @@ def _slope_change(stratum: StratumSummary, label: str) -> str:
 
 
 def _fixed(value: float) -> str:
-    """Two digits, and no minus before what rounds to zero."""
+    """Format with two digits and no minus before what rounds to zero."""
     return f"{round(value, 2) + 0.0:.2f}"
 
 
 def _verdict(change: Interval) -> str:
-    """Coloured only where the whole interval is on one side of zero."""
+    """CSS class of a change in an error: coloured only where the whole interval is on one side of zero."""
     if change.high < 0:
         return ' class="better"'
     return ' class="worse"' if change.low > 0 else ""

@@ -1,7 +1,7 @@
-"""Paths that need no model: go on as in the last moments before t0.
+"""Paths without a model: the vehicle goes on as in the last moments before t0.
 
-A trained expert has to beat these, and on a curve that begins after t0 neither can: that is what makes them a control
-for the straight-line bias. Both move in the plane and keep the height of t0, as the public action space does.
+A trained expert has to beat both. Neither can follow a curve that begins after t0, which makes them a control for the
+straight-line bias. They move in the plane and keep the height of t0, as the public action space does.
 """
 
 import numpy as np
@@ -11,15 +11,15 @@ from alpacache.driving.sample import DT_S, FUTURE_STEPS, Floats
 from alpacache.driving.strata import HISTORY_END_STEPS, checked_poses, heading
 
 SPEED_STEPS = 3
-"""Steps before t0 whose mean speed goes on: 0.3 s, long enough for noise, short enough for braking."""
+"""Steps before t0 that give the speed: 0.3 s, long enough against noise, short enough for braking."""
 TURN_STEPS = HISTORY_END_STEPS
-"""Steps before t0 whose mean turn rate goes on: the 0.5 s in which a straight history may turn by half a degree."""
+"""Steps before t0 that give the turn rate: the 0.5 s in which a straight history may turn by half a degree."""
 STANDSTILL_MPS = 0.1
 """Below this a vehicle stands: the noise of its poses is neither speed nor turn."""
 
 
 def constant_velocity(history_xyz: ArrayLike, history_rot: ArrayLike) -> tuple[Floats, Floats]:
-    """Straight on along the heading of t0 with the speed of the last 0.3 s.
+    """Drive straight on along the heading of t0 with the speed of the last 0.3 s.
 
     Args:
         history_xyz: `[16, 3]` driven poses up to t0, 10 Hz, metres, ego frame at t0.
@@ -36,7 +36,7 @@ def constant_velocity(history_xyz: ArrayLike, history_rot: ArrayLike) -> tuple[F
 
 
 def constant_turn_rate(history_xyz: ArrayLike, history_rot: ArrayLike) -> tuple[Floats, Floats]:
-    """A circle with the speed of the last 0.3 s and the turn rate of the last 0.5 s; a standing vehicle stays.
+    """Drive a circle with the speed of the last 0.3 s and the turn rate of the last 0.5 s; a standing vehicle stays.
 
     Arguments, results and errors are those of `constant_velocity`.
     """

@@ -1,12 +1,12 @@
 """Straight-line bias: does a model turn as much as the road does?
 
-Over many samples the mean of the predicted paths is fitted against the driven path, heading change and lateral offset
-each: a slope of 1 is unbiased, 0 always drives straight. The error of a single path says nothing of this, and a mean
+Over many samples, heading change and lateral offset of the predicted paths' mean are fitted against those of the driven
+path: a slope of 1 is unbiased, 0 always drives straight. The error of a single path does not show this, and a mean
 error is dominated by straight road, where a biased model is right.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -38,7 +38,7 @@ class Departure:
     """y in the ego frame at t0, metres."""
 
     def at(self, quantity: Quantity, horizon_s: float) -> float:
-        """One of the numbers; ValueError for a horizon that is not in `HORIZONS_S`."""
+        """One of the numbers. Raises `ValueError` for a horizon that is not in `HORIZONS_S`."""
         values = self.heading if quantity == "heading" else self.lateral
         return values[HORIZONS_S.index(horizon_s)]
 
@@ -51,11 +51,11 @@ class Slope:
     low: float
     high: float
     intercept: float
-    """Radians or metres, whatever the quantity is in."""
+    """Radians or metres, as the quantity."""
     n: int
-    """Samples."""
+    """Number of samples."""
     clips: int | None = None
-    """Clips that were resampled for the interval; None where it is Student's t over samples."""
+    """Number of clips that were resampled for the interval; None where it is Student's t over samples."""
 
 
 def departure(xyz: ArrayLike, rot: ArrayLike, start_rot: ArrayLike) -> Departure:
@@ -73,7 +73,7 @@ def departure(xyz: ArrayLike, rot: ArrayLike, start_rot: ArrayLike) -> Departure
 
 
 def mean_departure(pred_xyz: ArrayLike, pred_rot: ArrayLike, start_rot: ArrayLike) -> Departure:
-    """Mean of the departures of K sampled paths `[K, 64, 3]`, `[K, 64, 3, 3]`; errors as in `departure`."""
+    """Mean departure of K sampled paths `[K, 64, 3]`, `[K, 64, 3, 3]`; raises as `departure` does."""
     points, matrices = np.asarray(pred_xyz, dtype=np.float64), np.asarray(pred_rot, dtype=np.float64)
     if points.ndim != 3 or points.shape[2] != 3 or not len(points) or matrices.shape != (*points.shape, 3):
         raise ValueError(
@@ -132,9 +132,9 @@ def bias_slope(
     horizon_s: float,
     seed: int = 0,
 ) -> Slope | None:
-    """Bias of one model at one horizon.
+    """Slope of one model at one horizon.
 
-    The interval comes from resampling clips where clips have several samples and there are ten or more, else from
+    The interval comes from resampling clips where clips have several samples and there are ten clips or more, else from
     Student's t, which takes samples for independent and is too narrow where they are not.
 
     Args:
@@ -143,7 +143,7 @@ def bias_slope(
         clips: N clip ids.
         quantity: `heading` or `lateral`.
         horizon_s: one of `HORIZONS_S`.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Returns:
         None as for `fit_slope`.
@@ -159,14 +159,7 @@ def bias_slope(
     interval = slope_interval(x, y, clips, seed=seed)
     if interval is None:
         return line
-    return Slope(
-        slope=line.slope,
-        low=interval.low,
-        high=interval.high,
-        intercept=line.intercept,
-        n=line.n,
-        clips=interval.clips,
-    )
+    return replace(line, low=interval.low, high=interval.high, clips=interval.clips)
 
 
 def bias_difference(

@@ -1,7 +1,7 @@
-"""Intervals by resampling clips, not samples: several t0s of one clip show the same road and are no independent trials.
+"""Intervals by resampling clips, not samples: several t0s of one clip show the same road and are not independent.
 
 A replicate draws as many clips as there are, with replacement. Means and slopes depend on sums alone, so a replicate is
-one row of clip counts times per-clip sums, and before and after share that row: the comparison is paired.
+one row of clip counts times per-clip sums. Before and after share that row, so the comparison is paired.
 Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapters 6, 8 and 13 (percentile interval).
 """
 
@@ -23,14 +23,15 @@ MIN_CLIPS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A number and the range that 95 % of the replicates fall into."""
+    """An estimate and the range that `LEVEL` of the replicates fall into."""
 
     estimate: float
     low: float
     high: float
     n: int
-    """Samples."""
+    """Number of samples."""
     clips: int
+    """Number of clips."""
 
 
 def mean_difference(
@@ -42,8 +43,8 @@ def mean_difference(
         before: `[N]` one number a sample.
         after: `[N]` of the same samples in the same order.
         clips: N clip ids.
-        draws: replicates.
-        seed: of the resampling.
+        draws: number of replicates.
+        seed: seed of the resampling.
 
     Returns:
         None with fewer than two clips.
@@ -88,7 +89,7 @@ def slope_difference(
     return _interval(estimate, _slopes(replicates, 1) - _slopes(replicates, 0), n=len(clips), clips=clip_count)
 
 
-def explained(
+def r_squared(
     truth: ArrayLike,
     pred: ArrayLike,
     reference: ArrayLike,
@@ -98,16 +99,16 @@ def explained(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Interval | None:
-    """Interval of R^2, the share of the squared error of `reference` that `pred` does away with.
+    """Interval of R^2, the share of the squared error of `reference` that `pred` removes.
 
     Args:
         truth: `[N]`.
         pred: `[N]` predictions for samples that their model was not fitted to.
-        reference: `[N]` what a model without inputs says: the mean of the truth that `pred` was fitted to.
+        reference: `[N]` predictions of a model without inputs: the mean of the truth that `pred` was fitted to.
         clips: N clip ids.
         over: `[N]` other predictions; the result is then R^2(pred) - R^2(over), paired.
-        draws: replicates.
-        seed: of the resampling.
+        draws: number of replicates.
+        seed: seed of the resampling.
 
     Returns:
         None with fewer than two clips or where `reference` has no error.
@@ -129,9 +130,9 @@ def explained(
 
 
 def _slope_sums(truth: ArrayLike, preds: Sequence[ArrayLike], clips: Sequence[str]) -> tuple[Floats, Floats, int]:
-    """Per clip 1, x, x^2 and per prediction y, xy; the same over all clips `[1, columns]`; number of clips.
+    """Sums by clip of 1, x, x^2 and, for each prediction, y, xy; the same over all clips `[1, columns]`; clip count.
 
-    x and y are centred first: a slope does not mind, and sums of squares lose no digits.
+    x and y are centred first, which changes no slope and keeps the digits of the sums of squares.
     """
     x = np.asarray(truth, dtype=np.float64)
     x = x - x.mean()
@@ -171,7 +172,7 @@ def _replicates(sums: Floats, *, draws: int, seed: int) -> Floats:
 
 @lru_cache(maxsize=2)
 def _clip_counts(clip_count: int, draws: int, seed: int) -> NDArray[np.uint16]:
-    """How often each clip is drawn in each replicate `[draws, clips]`; kept, as one stratum asks for it many times."""
+    """Times that each clip is drawn in each replicate `[draws, clips]`; cached, as a stratum asks for it many times."""
     rng = np.random.default_rng(seed)
     counts = np.empty((draws, clip_count), dtype=np.uint16)
     for row in counts:

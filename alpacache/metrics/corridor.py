@@ -1,7 +1,7 @@
-"""Leaving the straight corridor: of the samples that really do, how many predictions do, and is the turn among them?
+"""Leaving the straight corridor: where the driven path does, how many predicted ones do, and is the turn among them?
 
 A slope averages over all samples and paths. Here each path counts: one that stays in its lane where the road leaves it
-has missed the turn, however small its error is, and six paths that are all alike have no turn to offer.
+has missed the turn, however small its error, and six paths that are all alike offer no turn.
 """
 
 from collections.abc import Sequence
@@ -16,42 +16,43 @@ from alpacache.metrics.bootstrap import Interval, mean_difference
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leaving:
-    """How one sample's K paths and its driven path end beside the straight line, at 6.4 s."""
+    """Where one sample's K paths and its driven path end beside the straight line, at 6.4 s."""
 
     truth: bool
-    """The driven path ends outside the corridor, 2 m to either side of straight on."""
+    """Whether the driven path ends outside the corridor, 2 m to either side of straight on."""
     share: float
-    """Of the paths: outside on the side of the driven path; if that stays inside, outside on any side."""
+    """Share of the paths that end outside on the driven path's side, or, where that stays inside, on any side."""
     contained: bool
-    """The driven path's end lies between the leftmost and the rightmost predicted one."""
+    """Whether the driven path ends between the leftmost and the rightmost predicted one."""
     spread_m: float
     """Standard deviation of the K lateral offsets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorridorSummary:
-    """The same over the samples of a stratum; an interval is None where there are fewer than two clips."""
+    """`Leaving` over the samples of a stratum; an interval is None where there are fewer than two clips."""
 
     leaving: int
-    """Samples whose driven path leaves the corridor."""
+    """Number of samples whose driven path leaves the corridor."""
     staying: int
+    """Number of the others."""
     recall: float | None
     """Mean share over samples that leave: 1 is right, 0 always stays. None without such samples."""
     recall_interval: Interval | None
     false_leaving: float | None
     """Mean share over samples that stay: 0 is right."""
     contained: float
-    """Of all samples."""
+    """Share of all samples whose driven end is contained."""
     contained_leaving: float | None
-    """Of samples that leave: does one of the paths go at least as far as the road, and one no further?"""
+    """The same share of the samples that leave: one path goes at least as far as the road, and one no further."""
     contained_interval: Interval | None
-    """Of `contained_leaving`."""
+    """Interval of `contained_leaving`."""
     spread_m: float
     """Mean over samples."""
 
 
 def leaving(pred_xyz: ArrayLike, truth_xyz: ArrayLike) -> Leaving:
-    """Of paths `[K, 64, 3]` and the driven one `[64, 3]`, metres, ego frame at t0, y left."""
+    """Compare paths `[K, 64, 3]` with the driven one `[64, 3]`, metres, ego frame at t0, y left."""
     ends, end = np.asarray(pred_xyz, dtype=np.float64)[:, -1, 1], float(np.asarray(truth_xyz)[-1, 1])
     truth = abs(end) > CORRIDOR_M
     outside = ends * np.sign(end) > CORRIDOR_M if truth else np.abs(ends) > CORRIDOR_M
@@ -64,22 +65,22 @@ def leaving(pred_xyz: ArrayLike, truth_xyz: ArrayLike) -> Leaving:
 
 
 def summarise_corridor(samples: Sequence[Leaving], clips: Sequence[str], *, seed: int = 0) -> CorridorSummary:
-    """Over the samples of a stratum, at least one; `clips` are their clip ids and `seed` that of the resampling."""
-    left = [one.truth for one in samples]
-    gone = [one for one in samples if one.truth]
-    there = [clip for clip, is_gone in zip(clips, left, strict=True) if is_gone]
-    stayed = [one.share for one in samples if not one.truth]
-    shares, within = [one.share for one in gone], [float(one.contained) for one in gone]
+    """Aggregate the samples of a stratum, at least one; `clips` are their clip ids, `seed` is for the resampling."""
+    left = [(sample, clip) for sample, clip in zip(samples, clips, strict=True) if sample.truth]
+    left_clips = [clip for _, clip in left]
+    recalled = [sample.share for sample, _ in left]
+    contained = [float(sample.contained) for sample, _ in left]
+    stayed = [sample.share for sample in samples if not sample.truth]
     return CorridorSummary(
-        leaving=len(gone),
+        leaving=len(left),
         staying=len(stayed),
-        recall=_mean(shares),
-        recall_interval=_interval(shares, there, seed=seed),
+        recall=_mean(recalled),
+        recall_interval=_interval(recalled, left_clips, seed=seed),
         false_leaving=_mean(stayed),
-        contained=float(np.mean([one.contained for one in samples])),
-        contained_leaving=_mean(within),
-        contained_interval=_interval(within, there, seed=seed),
-        spread_m=float(np.mean([one.spread_m for one in samples])),
+        contained=float(np.mean([sample.contained for sample in samples])),
+        contained_leaving=_mean(contained),
+        contained_interval=_interval(contained, left_clips, seed=seed),
+        spread_m=float(np.mean([sample.spread_m for sample in samples])),
     )
 
 
@@ -90,7 +91,7 @@ def recall_difference(
     rows = [row for row, one in enumerate(before) if one.truth]
     if not rows:
         return None
-    first, second = ([of[row].share for row in rows] for of in (before, after))
+    first, second = ([model[row].share for row in rows] for model in (before, after))
     return mean_difference(first, second, [clips[row] for row in rows], seed=seed)
 
 

@@ -1,8 +1,8 @@
 """Errors of sampled paths against the driven one, in metres, under the keys of the public evaluation.
 
 The public code picks the best sample once, over the whole 6.4 s, and reports that same sample at the shorter horizons:
-a different sample may be nearer at 0.5 s, so `min_ade/by_t=0.5` is not a minimum. Sums are float64, so the result does
-not depend on the dtype a model ran in.
+another sample may be nearer at 0.5 s, so `min_ade/by_t=0.5` is not a minimum. Sums are float64, so the result does not
+depend on the dtype that a model ran in.
 
 Source: the metrics of the public Alpamayo evaluation; `extra_metrics` follows the Argoverse and Waymo forecasting
 benchmarks.
@@ -11,10 +11,8 @@ benchmarks.
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alpacache.driving.sample import Floats
+from alpacache.driving.sample import DT_S, Floats
 
-STEPS_PER_S = 10
-"""Waypoints a second; waypoint i of a path is at t0 + (i + 1) / 10 s."""
 MIN_ADE_HORIZONS_S = (0.5, 1.0, 3.0, 5.0)
 ADE_HORIZONS_S = (3.0,)
 BOX_M = (4.0, 3.0, 2.0)
@@ -58,8 +56,8 @@ def min_ade(pred: ArrayLike, truth: ArrayLike) -> dict[str, float]:
 def corner_distance(pred: ArrayLike, pred_rot: ArrayLike, truth: ArrayLike, truth_rot: ArrayLike) -> dict[str, float]:
     """Mean distance in 3-D between the corners of a 4 x 3 x 2 m box along the predicted and the driven path.
 
-    The minimum over samples is taken at each time and corner on its own, then the mean: the samples together are
-    judged as a set, so the result may lie below the error of every single one.
+    The minimum over samples is taken at each time and corner on its own, then the mean. The samples are judged as a
+    set, so the result may lie below the error of every single one.
 
     Args:
         pred: `[K, T, 3]` predicted paths, metres, ego frame at t0.
@@ -123,7 +121,7 @@ def best_sample(error: Floats) -> int:
 
 
 def _mean_until(error: Floats, horizon_s: float) -> float:
-    steps = round(horizon_s * STEPS_PER_S)
+    steps = round(horizon_s / DT_S)  # waypoint i is at t0 + (i + 1) / 10 s
     if error.size < steps:
         raise ValueError(f"a path of {error.size} waypoints (10 Hz) has no error at {horizon_s} s; it needs {steps}.")
     return float(error[:steps].mean())

@@ -1,1 +1,1 @@
-"""Drawing: paths from above and in the front camera's picture."""
+"""Drawings of paths: from above, and in the front camera's picture."""

@@ -1,8 +1,6 @@
-"""PNG pictures of paths, of the bias and of probes, as bytes.
+"""One sample from above: metres on equal axes, forward up and left to the left, as from behind the wheel.
 
-Drawn with matplotlib's Agg canvas and no pyplot, so nothing is global and threads may draw at once. Colours are those
-of Okabe and Ito, told apart by colour-blind readers; truth and baselines differ in line style as well. A bird's-eye
-view is in metres with equal axes, forward up and left to the left, as from behind the wheel.
+Drawn without pyplot, so nothing is global and threads may draw at once.
 """
 
 import io
@@ -22,16 +20,16 @@ from alpacache.pictures.canvas import (
     MIN_LENGTH_M,
     MODEL_COLOURS,
     TRUTH_COLOUR,
-    plain_text,
+    literal,
     png_bytes,
-    unmath,
+    style_axes,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 VIEW_RATIO = 0.8
-"""Width of the road shown over its length."""
+"""Width over length of the road shown."""
 
 
 def birds_eye_png(
@@ -43,7 +41,7 @@ def birds_eye_png(
     front_jpeg: bytes | None = None,
     title: str = "",
 ) -> bytes:
-    """One sample from above, beside its front frame where there is one.
+    """Draw one sample from above, beside its front frame where there is one, as PNG bytes.
 
     Args:
         truth_xyz: `[64, 3]` driven path, metres, ego frame at t0.
@@ -66,7 +64,7 @@ def birds_eye_png(
         first, axes = figure.subplots(1, 2, width_ratios=(6.8, 4.4))
         first.imshow(front)
         first.set_axis_off()
-    first.set_title(unmath(title), loc="left", fontsize=10, color=INK)
+    first.set_title(literal(title), loc="left", fontsize=10, color=INK)
     truth, history = np.asarray(truth_xyz, dtype=np.float64), np.asarray(history_xyz, dtype=np.float64)
     sampled = {label: np.asarray(path, dtype=np.float64) for label, path in paths.items()}
     straight_on = {label: np.asarray(path, dtype=np.float64) for label, path in (baselines or {}).items()}
@@ -79,7 +77,7 @@ def birds_eye_png(
 def _draw_paths(
     axes: "Axes", truth: Floats, history: Floats, paths: Mapping[str, Floats], baselines: Mapping[str, Floats]
 ) -> None:
-    """Every path from its start at t0, so that no gap opens before the first waypoint."""
+    """Draw every path from its start at t0, so that no gap opens before the first waypoint."""
     from matplotlib.patches import Rectangle
 
     start = history[-1:]
@@ -90,12 +88,12 @@ def _draw_paths(
     for index, (label, path) in enumerate(baselines.items()):
         colour, style = BASELINE_STYLES[index % len(BASELINE_STYLES)]
         line = np.concatenate([start, path])
-        axes.plot(line[:, 1], line[:, 0], color=colour, ls=style, lw=1.5, label=unmath(label))
+        axes.plot(line[:, 1], line[:, 0], color=colour, ls=style, lw=1.5, label=literal(label))
     for index, (label, sampled) in enumerate(paths.items()):
         colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
         for number, path in enumerate(sampled):
             line = np.concatenate([start, path])
-            name = f"{unmath(label)} ({len(sampled)} paths)" if number == 0 else None
+            name = f"{literal(label)} ({len(sampled)} paths)" if number == 0 else None
             axes.plot(line[:, 1], line[:, 0], color=colour, lw=1.6, alpha=0.75, label=name)
             axes.plot(path[-1, 1], path[-1, 0], marker="o", ms=3.2, color=colour, alpha=0.9, lw=0)
     driven = np.concatenate([start, truth])
@@ -106,7 +104,7 @@ def _draw_paths(
 
 
 def _frame_road(axes: "Axes", points: Floats, *, ratio: float) -> None:
-    """Equal axes that hold all points `[N, 3]`, of one shape (width / height) whatever the path."""
+    """Set equal axes that hold all points `[N, 3]`, of one shape (width / height) whatever the path."""
     low, high = points[:, :2].min(axis=0), points[:, :2].max(axis=0)
     centre = (low + high) / 2
     centre[1] = float(np.clip(0.0, high[1] - (high[1] - low[1]) * 0.9, low[1] + (high[1] - low[1]) * 0.9))
@@ -117,7 +115,7 @@ def _frame_road(axes: "Axes", points: Floats, *, ratio: float) -> None:
     axes.set_aspect("equal")
     axes.set_xlabel("left  ←  y (m)  →  right", fontsize=9, color=INK)
     axes.set_ylabel("x, forward (m)", fontsize=9, color=INK)
-    plain_text(axes)
+    style_axes(axes)
 
 
 def _decode(jpeg: bytes) -> Any:

@@ -1,4 +1,7 @@
-"""What all pictures share: colours, sizes, a figure that knows no markup, and its PNG."""
+"""Colours and sizes that all pictures share, plain text in matplotlib, and figures as PNG bytes.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart; truth and baselines differ in line style too.
+"""
 
 import io
 
@@ -7,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 MODEL_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-"""By order of models: before is vermilion, after is blue."""
+"""Colours by order of models: before is vermilion, after is blue."""
 BASELINE_STYLES = (("#8a6d00", (0, (5, 3))), ("#7b68c8", (0, (1, 2))))
 TRUTH_COLOUR = "#1a1a1a"
 HISTORY_COLOUR = "#9a9a9a"
@@ -16,11 +19,12 @@ GRID = "#e6e6e6"
 EGO_M = (4.6, 1.9)
 """Length and width of the vehicle drawn at t0."""
 MIN_LENGTH_M = 24.0
-"""Least length of road shown, so that a standing vehicle's noise does not look like a drive."""
+"""Least length of road shown, or the noise of a standing vehicle would look like a drive."""
 DPI = 110
 
 
-def plain_text(axes: "Axes") -> None:
+def style_axes(axes: "Axes") -> None:
+    """Draw a pale grid behind the data, small labels and no frame."""
     axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, colors=INK, length=0)
@@ -28,14 +32,14 @@ def plain_text(axes: "Axes") -> None:
         spine.set_visible(False)
 
 
-def unmath(text: str) -> str:
-    """A label is text: without this matplotlib would read `$` as mathematics and hide a leading underscore."""
+def literal(text: str) -> str:
+    """Escape a label: matplotlib would read `$` as mathematics and hide a label that begins with an underscore."""
     plain = text.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
 
 
 def png_bytes(figure: "Figure", *, palette: bool) -> bytes:
-    """PNG bytes; a palette makes drawings (not photographs) a third of the size."""
+    """Encode a figure; a palette makes drawings (not photographs) a third of the size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 

@@ -16,16 +16,16 @@ from PIL import Image, ImageDraw
 from alpacache.driving.sample import Floats
 
 _NEAREST_M = 0.5
-"""Least distance before the camera of what is drawn: nearer, a pixel of error is a wild line."""
+"""Least distance from the camera: points nearer than this swing wildly with a pixel of error."""
 _WIDEST_RAD = np.deg2rad(85.0)
-"""Largest angle to the optical axis: beyond it the f-theta polynomial says nothing."""
+"""Largest angle to the optical axis: beyond it the f-theta polynomial means nothing."""
 _FAR_OUT_PX = 1e5
 _SMOOTH = 2
-"""Drawn so many times as large, then shrunk."""
+"""Factor by which lines are drawn larger and then shrunk, against jagged edges."""
 
 
 def project(points_m: ArrayLike, lens: Mapping[str, Any]) -> Floats:
-    """Pixels `[N, 2]` (x right, y down, of the full picture) of points `[N, 3]` in the vehicle's frame; NaN: unseen.
+    """Project points `[N, 3]` of the vehicle's frame to pixels `[N, 2]` (x right, y down, full picture); NaN: unseen.
 
     Args:
         lens: one camera of a sample's calibration, `model` pinhole or ftheta.
@@ -55,7 +55,7 @@ def project(points_m: ArrayLike, lens: Mapping[str, Any]) -> Floats:
 def draw_paths(
     front_jpeg: bytes, lens: Mapping[str, Any], truth_xyz: ArrayLike, paths: Mapping[str, tuple[str, ArrayLike]]
 ) -> bytes:
-    """The picture as JPEG with the driven path (black on white) and predicted ones.
+    """Draw the driven path (black on white) and predicted ones into the picture; returns JPEG bytes.
 
     Args:
         front_jpeg: the front frame at any size; the calibration is of `width` x `height`.
@@ -86,7 +86,7 @@ def draw_paths(
 
 
 def _numbers(lens: Mapping[str, Any], *names: str) -> Floats:
-    """One array of the calibration, or several numbers of it."""
+    """One array of the calibration, or several of its numbers. Raises `ValueError` for what is not finite."""
     values: Floats = np.asarray(lens[names[0]] if len(names) == 1 else [lens[name] for name in names], dtype=np.float64)
     if not np.isfinite(values).all():
         raise ValueError(f"calibration has {', '.join(names)} {values.tolist()}; expected finite numbers.")
@@ -94,7 +94,7 @@ def _numbers(lens: Mapping[str, Any], *names: str) -> Floats:
 
 
 def _line(pen: ImageDraw.ImageDraw, pixels: Floats, colour: str, width: int) -> None:
-    """Each stretch of seen points."""
+    """Draw each stretch whose two ends are seen."""
     for start, end in pairwise(pixels):
         both = np.concatenate([start, end])
         if np.isfinite(both).all() and np.abs(both).max() < _FAR_OUT_PX:

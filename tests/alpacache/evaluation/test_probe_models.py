@@ -11,7 +11,7 @@ from alpacache.evaluation.probe_models import (
     group_folds,
     shuffled_within,
 )
-from alpacache.metrics.bootstrap import explained
+from alpacache.metrics.bootstrap import r_squared
 
 N, CLIPS = 300, [f"clip-{index // 2}" for index in range(300)]
 RNG = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def planted():
 
 def r2(predictions, inputs, target, targets=TARGETS, clips=CLIPS):
     pred = getattr(predictions, inputs)[:, target]
-    return explained(targets[:, target], pred, predictions.mean[:, target], clips)
+    return r_squared(targets[:, target], pred, predictions.mean[:, target], clips)
 
 
 def test_planted_lines_are_found_by_both_probes(planted):

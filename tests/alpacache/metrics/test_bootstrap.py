@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from alpacache.metrics.bootstrap import (
-    explained,
     mean_difference,
+    r_squared,
     slope_difference,
     slope_interval,
 )
@@ -92,9 +92,9 @@ def test_explained_is_the_share_of_the_squared_error_done_away_with() -> None:
     rng = np.random.default_rng(5)
     truth, noise = rng.normal(size=2000), 0.5 * rng.normal(size=2000)
 
-    found = explained(truth, truth + noise, 0 * truth, ids(1000, 2))
-    difference = explained(truth, truth + noise, 0 * truth, ids(1000, 2), over=truth + 2 * noise)
-    perfect = explained(truth, truth, 0 * truth, ids(1000, 2))
+    found = r_squared(truth, truth + noise, 0 * truth, ids(1000, 2))
+    difference = r_squared(truth, truth + noise, 0 * truth, ids(1000, 2), over=truth + 2 * noise)
+    perfect = r_squared(truth, truth, 0 * truth, ids(1000, 2))
 
     assert found is not None
     assert difference is not None
@@ -104,5 +104,5 @@ def test_explained_is_the_share_of_the_squared_error_done_away_with() -> None:
     assert difference.estimate == pytest.approx(3 * (1 - found.estimate))
     assert (perfect.low, perfect.high) == pytest.approx((1.0, 1.0))
     assert (found.n, found.clips) == (2000, 1000)
-    assert explained(truth, truth, truth, ids(1000, 2)) is None
-    assert explained(truth, truth, 0 * truth, ["one"] * 2000) is None
+    assert r_squared(truth, truth, truth, ids(1000, 2)) is None
+    assert r_squared(truth, truth, 0 * truth, ["one"] * 2000) is None
