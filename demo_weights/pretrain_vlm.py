@@ -183,7 +183,7 @@ def heading_slope(
 ) -> float:
     """Slope of predicted against true heading change where the history is straight and the road curves later."""
     truth: list[Tensor] = []
-    found: list[Tensor] = []
+    predicted: list[Tensor] = []
     drives = batches.drives
     late = np.flatnonzero(np.abs(drives.history_xyz[:, 0, 1]) < 0.05)
     for start in range(0, len(late), 32):
@@ -191,10 +191,10 @@ def heading_slope(
         inputs, _ = batches.make(rows, flip=False)
         action = expected_action(predict(model, first_bin, inputs))
         poses = torch.from_numpy(drives.history_xyz[rows]), torch.from_numpy(drives.history_rot[rows])
-        for actions, into in ((action, found), (drives.action[rows], truth)):
+        for actions, into in ((action, predicted), (drives.action[rows], truth)):
             rot = space.to_path(actions, *poses)[1][:, -1]
             into.append(torch.atan2(rot[:, 1, 0], rot[:, 0, 0]))
-    x, y = torch.cat(truth), torch.cat(found)
+    x, y = torch.cat(truth), torch.cat(predicted)
     return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from alpacache.driving.sample import DT_S, FUTURE_S, Floats
@@ -49,8 +50,6 @@ def bias_scatter_png(
         marked: `[N]` samples to ring.
         marked_label: what the rings mean.
     """
-    from matplotlib.figure import Figure
-
     scale, unit = (180 / np.pi, "°") if quantity == "heading" else (1.0, " m")
     name = "heading change" if quantity == "heading" else "lateral offset"
     x = scale * np.asarray(truth, dtype=np.float64)
@@ -70,9 +69,8 @@ def bias_scatter_png(
             ends = np.array([-reach, reach])
             panel.plot(ends, scale * line.intercept + line.slope * ends, color=colour, lw=2.2, label=_slope_text(line))
         panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-        panel.set_xlabel(f"driven {name} at 6.4 s ({unit.strip()})", fontsize=9, color=INK)
         panel.set_title(literal(label), fontsize=11, color=colour, loc="left", fontweight="bold")
-        style_axes(panel)
+        style_axes(panel, x=f"driven {name} at {FUTURE_S:g} s ({unit.strip()})")
         panel.legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
     panels[0].set_ylabel(f"predicted {name} ({unit.strip()}), mean of paths", fontsize=9, color=INK)
     return png_bytes(figure, palette=True)
@@ -87,22 +85,20 @@ def error_over_time_png(
         panels: title, such as a stratum -> model label -> `[N, 64]` error in metres of each sample's reported path.
         dashed: title -> baseline label -> `[N, 64]`.
     """
-    from matplotlib.figure import Figure
-
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.6 * columns, 3.7 * rows), dpi=DPI, layout="constrained")
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, errors) in zip(all_axes, panels.items(), strict=False):
         _draw_errors(axes, errors, (dashed or {}).get(title, {}))
-        axes.set_title(literal(title), loc="left", fontsize=10, color=INK)
+        style_axes(axes, title=title, x="seconds after t0", y="distance to the driven path (m)")
     for axes in all_axes[len(panels) :]:
         axes.set_axis_off()
     all_axes[0].legend(loc="upper left", fontsize=8.5, frameon=False)
     return png_bytes(figure, palette=True)
 
 
-def _draw_errors(axes: "Axes", errors: Mapping[str, ArrayLike], dashed: Mapping[str, ArrayLike]) -> None:
+def _draw_errors(axes: Axes, errors: Mapping[str, ArrayLike], dashed: Mapping[str, ArrayLike]) -> None:
     tops = [1e-3]
     for index, (label, values) in enumerate(errors.items()):
         error = np.asarray(values, dtype=np.float64)
@@ -118,9 +114,6 @@ def _draw_errors(axes: "Axes", errors: Mapping[str, ArrayLike], dashed: Mapping[
         times_s = DT_S * np.arange(1, error.shape[1] + 1)
         axes.plot(times_s, error.mean(axis=0), color=colour, ls=style, lw=1.6, label=literal(label))
     axes.set(xlim=(0, FUTURE_S), ylim=(0, 1.6 * max(tops)))
-    axes.set_xlabel("seconds after t0", fontsize=9, color=INK)
-    axes.set_ylabel("distance to the driven path (m)", fontsize=9, color=INK)
-    style_axes(axes)
 
 
 def loss_curves_png(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
@@ -129,8 +122,6 @@ def loss_curves_png(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     Args:
         runs: label -> rows of `metrics.jsonl`.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(5.6 * max(1, len(runs)), 3.7), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, max(1, len(runs)), squeeze=False)[0]
     for axes, (label, rows) in zip(panels, runs.items(), strict=False):
@@ -148,10 +139,7 @@ def loss_curves_png(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
                 *points.T, color=colour, lw=1.2 if stratum else 2.0, ls=(0, (4, 2)) if stratum else "-",
                 marker="o", ms=3, label=f"validation {stratum}".strip(),
             )  # fmt: skip
-        axes.set_title(literal(label), loc="left", fontsize=10, color=INK)
-        axes.set_xlabel("step", fontsize=9, color=INK)
-        axes.set_ylabel("loss", fontsize=9, color=INK)
-        style_axes(axes)
+        style_axes(axes, title=label, x="step", y="loss")
         if known or names:
             axes.legend(loc="upper right", fontsize=8, frameon=False)
     return png_bytes(figure, palette=True)
@@ -178,8 +166,6 @@ def explained_png(
         layers: title -> layer -> R^2; empty, or as many as columns.
         columns: number of panels side by side.
     """
-    from matplotlib.figure import Figure
-
     rows = -(-len(panels) // columns) + bool(layers)
     figure = Figure(figsize=(4.3 * columns, 3.1 * rows), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
@@ -209,17 +195,16 @@ def explained_png(
     return png_bytes(figure, palette=True)
 
 
-def _whiskers(axes: "Axes", places: ArrayLike, intervals: Sequence[Interval | None]) -> None:
+def _whiskers(axes: Axes, places: ArrayLike, intervals: Sequence[Interval | None]) -> None:
     for place, interval in zip(np.asarray(places), intervals, strict=True):
         if interval is not None:
             axes.plot([place, place], [interval.low, interval.high], color=INK, lw=1.3)
 
 
-def _explained_axes(axes: "Axes", title: str) -> None:
-    axes.set_title(literal(title), loc="left", fontsize=10, color=INK)
+def _explained_axes(axes: Axes, title: str) -> None:
     axes.set_ylim(-0.3, 1.05)
     axes.axhline(0, color=INK, lw=0.8)
-    style_axes(axes)
+    style_axes(axes, title=title)
 
 
 def _slope_text(line: Slope) -> str:

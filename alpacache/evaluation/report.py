@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from alpacache.driving.sample import FUTURE_S, Floats
 from alpacache.driving.strata import LATE_CURVE
@@ -257,8 +258,6 @@ def _decimetres(xyz: Floats) -> list[int]:
 
 def _shrunk(jpeg: bytes, width_px: int) -> bytes | None:
     """Scale the frame to at most `width_px`; None where it cannot be read, which the page then says."""
-    from PIL import Image
-
     try:
         with Image.open(io.BytesIO(jpeg)) as image:
             small = image.convert("RGB")

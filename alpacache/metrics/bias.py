@@ -157,9 +157,7 @@ def bias_slope(
     if line is None or clip_count == len(clips) or clip_count < MIN_CLIPS:
         return line
     interval = slope_interval(x, y, clips, seed=seed)
-    if interval is None:
-        return line
-    return replace(line, low=interval.low, high=interval.high, clips=interval.clips)
+    return line if interval is None else replace(line, low=interval.low, high=interval.high, clips=interval.clips)
 
 
 def bias_difference(

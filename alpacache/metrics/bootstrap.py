@@ -54,10 +54,8 @@ def mean_difference(
     """
     gain = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     sums, clip_count = _sums_by_clip(np.stack([np.ones_like(gain), gain], axis=-1), clips)
-    if clip_count < MIN_CLIPS:
-        return None
-    replicate = _replicates(sums, draws=draws, seed=seed)
-    return _interval(float(gain.mean()), replicate[:, 1] / replicate[:, 0], n=gain.size, clips=clip_count)
+    replicates = _replicates(sums, draws=draws, seed=seed)
+    return _interval(float(gain.mean()), replicates[:, 1] / replicates[:, 0], n=gain.size, clips=clip_count)
 
 
 def slope_interval(
@@ -65,10 +63,8 @@ def slope_interval(
 ) -> Interval | None:
     """Interval of the least-squares slope of pred `[N]` on truth `[N]`; None with fewer than two clips."""
     sums, center, clip_count = _slope_sums(truth, [pred], clips)
-    if clip_count < MIN_CLIPS:
-        return None
-    replicate = _slopes(_replicates(sums, draws=draws, seed=seed), 0)
-    return _interval(float(_slopes(center, 0)[0]), replicate, n=len(clips), clips=clip_count)
+    slopes = _slopes(_replicates(sums, draws=draws, seed=seed), 0)
+    return _interval(float(_slopes(center, 0)[0]), slopes, n=len(clips), clips=clip_count)
 
 
 def slope_difference(
@@ -82,8 +78,6 @@ def slope_difference(
 ) -> Interval | None:
     """Interval of slope(after) - slope(before), both against the same truth `[N]`; None with fewer than two clips."""
     sums, center, clip_count = _slope_sums(truth, [before, after], clips)
-    if clip_count < MIN_CLIPS:
-        return None
     replicates = _replicates(sums, draws=draws, seed=seed)
     estimate = float((_slopes(center, 1) - _slopes(center, 0))[0])
     return _interval(estimate, _slopes(replicates, 1) - _slopes(replicates, 0), n=len(clips), clips=clip_count)
@@ -121,7 +115,7 @@ def r_squared(
     gain = (errors[0] if over is None else (y - np.asarray(over, dtype=np.float64)) ** 2) - errors[1]
     sums, clip_count = _sums_by_clip(np.stack([errors[0], gain], axis=-1), clips)
     total = sums.sum(axis=0)
-    if clip_count < MIN_CLIPS or total[0] <= 0:
+    if total[0] <= 0:
         return None
     replicates = _replicates(sums, draws=draws, seed=seed)
     shares = np.full(draws, np.nan)
@@ -147,8 +141,8 @@ def _slope_sums(truth: ArrayLike, preds: Sequence[ArrayLike], clips: Sequence[st
 
 def _slopes(sums: Floats, which: int) -> Floats:
     """Slope of prediction `which` for each row of sums; NaN where a replicate's x does not vary."""
-    n, sx, sxx = sums[:, 0], sums[:, 1], sums[:, 2]
-    sy, sxy = sums[:, 3 + 2 * which], sums[:, 4 + 2 * which]
+    n, sx, sxx = sums.T[:3]
+    sy, sxy = sums.T[3 + 2 * which : 5 + 2 * which]
     spread = sxx - sx * sx / n
     slopes = np.full(len(sums), np.nan)
     np.divide(sxy - sx * sy / n, spread, out=slopes, where=spread > 1e-12 * sxx)
@@ -182,8 +176,9 @@ def _clip_counts(clip_count: int, draws: int, seed: int) -> NDArray[np.uint16]:
 
 
 def _interval(estimate: float, replicates: Floats, *, n: int, clips: int) -> Interval | None:
+    """None with too few clips, or where most replicates have no value."""
     known = replicates[np.isfinite(replicates)]
-    if known.size < replicates.size / 2:
+    if clips < MIN_CLIPS or known.size < replicates.size / 2:
         return None
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(estimate=estimate, low=float(low), high=float(high), n=n, clips=clips)

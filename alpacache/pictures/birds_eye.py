@@ -5,10 +5,14 @@ Drawn without pyplot, so nothing is global and threads may draw at once.
 
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
+from PIL import Image
 
 from alpacache.driving.sample import Floats
 from alpacache.pictures.canvas import (
@@ -24,9 +28,6 @@ from alpacache.pictures.canvas import (
     png_bytes,
     style_axes,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 VIEW_RATIO = 0.8
 """Width over length of the road shown."""
@@ -54,8 +55,6 @@ def birds_eye_png(
     Raises:
         ValueError: front_jpeg is no image.
     """
-    from matplotlib.figure import Figure
-
     front = None if front_jpeg is None else _decode(front_jpeg)
     figure = Figure(figsize=(4.4, 5.6) if front is None else (11.2, 5.6), dpi=DPI, layout="constrained")
     if front is None:
@@ -75,11 +74,9 @@ def birds_eye_png(
 
 
 def _draw_paths(
-    axes: "Axes", truth: Floats, history: Floats, paths: Mapping[str, Floats], baselines: Mapping[str, Floats]
+    axes: Axes, truth: Floats, history: Floats, paths: Mapping[str, Floats], baselines: Mapping[str, Floats]
 ) -> None:
     """Draw every path from its start at t0, so that no gap opens before the first waypoint."""
-    from matplotlib.patches import Rectangle
-
     start = history[-1:]
     axes.add_patch(
         Rectangle((-EGO_M[1] / 2, -EGO_M[0] / 2), EGO_M[1], EGO_M[0], facecolor="#d9d9d9", edgecolor="#8a8a8a", lw=0.8)
@@ -103,7 +100,7 @@ def _draw_paths(
     axes.legend(loc="best", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
 
 
-def _frame_road(axes: "Axes", points: Floats, *, ratio: float) -> None:
+def _frame_road(axes: Axes, points: Floats, *, ratio: float) -> None:
     """Set equal axes that hold all points `[N, 3]`, of one shape (width / height) whatever the path."""
     low, high = points[:, :2].min(axis=0), points[:, :2].max(axis=0)
     centre = (low + high) / 2
@@ -113,14 +110,10 @@ def _frame_road(axes: "Axes", points: Floats, *, ratio: float) -> None:
     axes.set_ylim(centre[0] - half_length, centre[0] + half_length)
     axes.set_xlim(centre[1] + half_length * ratio, centre[1] - half_length * ratio)
     axes.set_aspect("equal")
-    axes.set_xlabel("left  ←  y (m)  →  right", fontsize=9, color=INK)
-    axes.set_ylabel("x, forward (m)", fontsize=9, color=INK)
-    style_axes(axes)
+    style_axes(axes, x="left  ←  y (m)  →  right", y="x, forward (m)")
 
 
 def _decode(jpeg: bytes) -> Any:
-    from PIL import Image
-
     try:
         with Image.open(io.BytesIO(jpeg)) as image:
             return np.asarray(image.convert("RGB"))

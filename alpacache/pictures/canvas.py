@@ -7,7 +7,9 @@ import io
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 MODEL_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Colours by order of models: before is vermilion, after is blue."""
@@ -23,8 +25,14 @@ MIN_LENGTH_M = 24.0
 DPI = 110
 
 
-def style_axes(axes: "Axes") -> None:
-    """Draw a pale grid behind the data, small labels and no frame."""
+def style_axes(axes: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
+    """Draw a pale grid behind the data, small labels, no frame, and these texts as they are."""
+    if title:
+        axes.set_title(literal(title), loc="left", fontsize=10, color=INK)
+    if x:
+        axes.set_xlabel(x, fontsize=9, color=INK)
+    if y:
+        axes.set_ylabel(y, fontsize=9, color=INK)
     axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, colors=INK, length=0)
@@ -38,11 +46,8 @@ def literal(text: str) -> str:
     return f" {plain}" if plain.startswith("_") else plain
 
 
-def png_bytes(figure: "Figure", *, palette: bool) -> bytes:
+def png_bytes(figure: Figure, *, palette: bool) -> bytes:
     """Encode a figure; a palette makes drawings (not photographs) a third of the size."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
