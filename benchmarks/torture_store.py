@@ -1,4 +1,4 @@
-"""What a store must survive: killed writers, power cuts, full disks, flipped bits, lost and cut files.
+"""Disasters that a store must survive: killed writers, power cuts, full disks, flipped bits, lost and cut files.
 
     python benchmarks/torture_store.py --kills 1000 --flips 10000 --seed 0
 
@@ -47,7 +47,7 @@ GARBAGE_AGE_S = 5.0
 
 @dataclass
 class Counts:
-    """What went wrong, and how much was tried."""
+    """Failures, and how much was tried."""
 
     lost: int = 0
     torn: int = 0
@@ -59,7 +59,7 @@ class Counts:
 
 
 def values_of(sample_id: str, writer: int) -> dict[str, Any]:
-    """What this writer stores under this id; the two make every byte."""
+    """Values that this writer stores under this id; the two determine every byte."""
     rng = np.random.default_rng([writer, zlib.crc32(sample_id.encode())])
     return {
         "kv": rng.integers(0, 2**16, (5, 12, 64)).astype(np.uint16),
@@ -96,13 +96,13 @@ def check_store(path: Path, acknowledged: set[str], counts: Counts) -> None:
 
 
 def torture_kills(folder: Path, kills: int, rng: random.Random, counts: Counts) -> None:
-    """Random SIGKILLs of 1 to 8 racing writers, beside a reader and a garbage collector that must not suffer."""
-    done, round_ = 0, 0
+    """Kill 1 to 8 racing writers at random, beside a reader and a garbage collector that must not suffer."""
+    done, number = 0, 0
     while done < kills:
-        path = folder / f"kills{round_}"
-        round_ += 1
+        path = folder / f"kills{number}"
+        number += 1
         acknowledged: set[str] = set()
-        helpers = [fork(lambda p=path: watch(p)), fork(lambda p=path: collect(p))]
+        others = [fork(lambda p=path: watch(p)), fork(lambda p=path: collect(p))]
         budget = min(kills - done, 60)
         while budget > 0:
             crowd = [start_writer(path, rng.randrange(2**31)) for _ in range(rng.randint(1, 8))]
@@ -118,7 +118,7 @@ def torture_kills(folder: Path, kills: int, rng: random.Random, counts: Counts) 
             check_store(path, acknowledged, counts)
             if len(acknowledged) == SAMPLES:
                 break
-        for pid in helpers:
+        for pid in others:
             os.kill(pid, signal.SIGTERM)
             _, status = os.waitpid(pid, 0)
             counts.torn += os.waitstatus_to_exitcode(status) != 0
@@ -176,7 +176,7 @@ def until_terminated(body: Callable[[], None]) -> None:
 
 
 def watch(path: Path) -> None:
-    """A reader that stays open while writers commit; any error or wrong byte ends it with status 1."""
+    """Read while writers commit; any error or wrong byte ends the process with status 1."""
     counts = Counts()
     readers: list[CacheReader] = []
 
@@ -202,7 +202,7 @@ def collect(path: Path) -> None:
 
 
 def torture_power(folder: Path, counts: Counts) -> None:
-    """After every fsync of two writes: all that was not forced to the medium is gone."""
+    """A power cut after every fsync of two writes: all that was not forced to the medium is gone."""
     path, acknowledged = folder / "power", set[str]()
     contents: dict[int, bytes] = {}
     names: dict[int, dict[str, tuple[bool, int]]] = {}
@@ -256,7 +256,7 @@ def torture_power(folder: Path, counts: Counts) -> None:
 
 
 def torture_full_disk(folder: Path, counts: Counts) -> None:
-    """ENOSPC, half of the bytes written, at every single write."""
+    """ENOSPC at every single write, after half of its bytes."""
     real = os.write
     for step in range(1, 10_000):
         path, left, acknowledged = folder / f"full{step}", step, set[str]()
@@ -310,7 +310,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def read_damaged(path: Path, counts: Counts) -> bool:
-    """Whether a damaged store raised; whatever it gives without an error is compared."""
+    """Read a damaged store and compare whatever comes without an error; returns whether it raised."""
     try:
         reader = CacheReader(path)
         readable = [check_sample(reader, sample_id, counts, may_fail=True) for sample_id in reader.sample_ids]
@@ -320,7 +320,7 @@ def read_damaged(path: Path, counts: Counts) -> bool:
 
 
 def torture_flips(folder: Path, flips: int, rng: random.Random, counts: Counts) -> None:
-    """Single bits, over every file in turn."""
+    """Flip single bits, over every file in turn."""
     path = folder / "flips"
     make_store(path)
     files = files_of(path)
@@ -340,7 +340,7 @@ def torture_flips(folder: Path, flips: int, rng: random.Random, counts: Counts) 
 
 
 def torture_files(folder: Path, counts: Counts) -> None:
-    """Every file cut at several lengths, or deleted; and a writer of another model."""
+    """Cut every file at several lengths, or delete it; and open a writer of another model."""
     path = folder / "files"
     make_store(path)
     for target in files_of(path):

@@ -21,7 +21,7 @@ KeyIn = TypeVar("KeyIn", contravariant=True)
 
 
 class SampleSource(Protocol[KeyIn]):
-    """Where samples are read from: a `CacheReader`, or a caller's choice among several, with keys of its own.
+    """Source of samples: a `CacheReader`, or a caller's choice among several, with keys of its own.
 
     Both methods do what they do in `CacheReader`; the prefetcher's threads call them.
     """

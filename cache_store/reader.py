@@ -3,7 +3,6 @@
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,13 +115,8 @@ class CacheReader:
         `SampleNotFoundError`, `FieldNotFoundError`, and `CorruptSampleError` if any byte is not what was committed.
         """
         read = self.plan(sample_id, fields, out=out)
-        if threads > 1 and len(read.tasks) > 1:
-            with ThreadPoolExecutor(threads, "cache-read") as pool:
-                for done in [pool.submit(task) for task in read.tasks]:
-                    done.result()
-        else:
-            for task in read.tasks:
-                task()
+        for _ in in_order(lambda task: task(), read.tasks, min(threads, len(read.tasks))):
+            pass
         return read.arrays
 
     def plan(

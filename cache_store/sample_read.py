@@ -31,7 +31,7 @@ class SampleRead:
 
     arrays: dict[str, NDArray[Any]]
     tasks: list[Callable[[], None]]
-    """In any order, in any threads; each raises `CorruptSampleError` or `FormatError` and names sample and field."""
+    """For any order and any threads; each raises `CorruptSampleError` or `FormatError` and names sample and field."""
     unchecked: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """Checks left to the caller: for a field `[chunks, 3]`, first byte in its array, number of bytes, their CRC-32C."""
 

@@ -12,8 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from cache_store.errors import CacheStoreError
-from cache_store.format import quarantine_record, sample_group, store_root
+from cache_store.format import commit_record, quarantine_record, sample_group, store_root
 from cache_store.format.commit_record import CommitRecord
 from cache_store.format.field import Field
 from cache_store.format.names import COMMITS, METADATA, QUARANTINE, commit_path, list_keys, quarantine_path, sample_key
@@ -80,19 +79,18 @@ class CacheWriter:
             attempt=secrets.token_hex(8),
             fingerprint=self._fingerprint,
             shapes=group.shapes,
-            objects={stored.path: stored for stored in group.objects},
+            objects=group.objects,
         )
         published = record.to_bytes()
         if self.is_committed(sample_id):
             return False
         with writing(f"sample {sample_id!r}", group.size_bytes + len(published), self.path):
-            paths = (stored.path for stored in group.objects)
-            self._storage.write_group(record.folder, list(zip(paths, group.contents, strict=True)))
+            self._storage.write_group(record.folder, group.files)
             won = self._publish(record, published)
         if not won:
             self._storage.delete_tree(record.folder)
             return False
-        self._check_kept(record)
+        commit_record.check_kept(self._storage, record)
         failure = quarantine_path(sample_key(sample_id))
         if self._storage.exists(failure):
             self._storage.delete([failure])
@@ -102,13 +100,8 @@ class CacheWriter:
         """Record that a sample could not be made, and why; a sample that is committed after all stays readable."""
         self._check_open()
         before = quarantine_record.read(self._storage, sample_key(sample_id))
-        record = QuarantineRecord.of_failure(
-            sample_id,
-            kind=kind,
-            reason=reason,
-            traceback_text=traceback_text,
-            attempts=1 + (before.attempts if before else 0),
-        )
+        tried = before.attempts if before else 0
+        record = QuarantineRecord.of_failure(sample_id, kind, reason, traceback_text, tried)
         quarantine_record.write(self._storage, record)
 
     def is_quarantined(self, sample_id: str) -> bool:
@@ -145,16 +138,6 @@ class CacheWriter:
             if error.errno in FULL and not self._storage.exists(name):
                 self._storage.delete_tree(record.folder)  # surely not published, and the disk needs the room
             raise
-
-    def _check_kept(self, record: CommitRecord) -> None:
-        """Withdraw the record if a garbage collector took the attempt for a killed writer's."""
-        if not self._storage.exists(f"{record.folder}/{METADATA}"):
-            self._storage.delete([commit_path(sample_key(record.sample_id))])
-            raise CacheStoreError(
-                f"sample {record.sample_id!r} was not written: its attempt {self._storage.where(record.folder)} was "
-                "collected as garbage. Collect with an age limit above the time that any attempt takes, and write it "
-                "again."
-            )
 
     def _check_open(self) -> None:
         if self._closed:

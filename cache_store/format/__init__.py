@@ -1,1 +1,1 @@
-"""What the files of a store hold, and how they are checked: docs/reference/cache-format.md as code."""
+"""Content of a store's files, and how it is checked: docs/reference/cache-format.md as code."""

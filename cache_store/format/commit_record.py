@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, take
-from cache_store.errors import FormatError
+from cache_store.errors import CacheStoreError, FormatError
 from cache_store.format.field import Field
 from cache_store.format.names import METADATA, SAMPLES, check_key, commit_path, is_attempt, sample_key
 from cache_store.format.store_root import StoreRoot
@@ -18,7 +18,7 @@ _MAX_LENGTH = 2**48
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitRecord:
-    """What one committed sample consists of."""
+    """Contents of one committed sample."""
 
     sample_id: str
     attempt: str
@@ -83,6 +83,17 @@ def read(storage: Storage, key: str, root: StoreRoot) -> CommitRecord:
     name = commit_path(key)
     data = storage.read_document(name, MAX_DOCUMENT_BYTES)
     return CommitRecord.from_bytes(data, f"commit record {storage.where(name)}", key, root)
+
+
+def check_kept(storage: Storage, record: CommitRecord) -> None:
+    """Withdraw a record that was just published, if a garbage collector took the attempt for a killed writer's."""
+    if not storage.exists(f"{record.folder}/{METADATA}"):
+        storage.delete([commit_path(sample_key(record.sample_id))])
+        raise CacheStoreError(
+            f"sample {record.sample_id!r} was not written: its attempt {storage.where(record.folder)} was collected as "
+            "garbage. Collect with an age limit above the time that any attempt or copy takes, and run the same "
+            "command again."
+        )
 
 
 def _shapes(items: list[Any], fields: Mapping[str, Field], where: str) -> dict[str, tuple[int, ...]]:

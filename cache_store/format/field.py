@@ -30,7 +30,7 @@ _CHUNK_COST_BYTES = 65536
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """What one field of every sample looks like; the lengths of its axes may differ from sample to sample."""
+    """Schema of one field; the lengths of its axes may differ from sample to sample."""
 
     name: str
     dtype: str

@@ -37,16 +37,15 @@ class QuarantineRecord:
     """Marked for another try; not quarantined now."""
 
     @classmethod
-    def of_failure(
-        cls, sample_id: str, *, kind: str, reason: str, traceback_text: str, attempts: int
-    ) -> "QuarantineRecord":
+    def of_failure(cls, sample_id: str, kind: str, reason: str, traceback_text: str, tried: int) -> "QuarantineRecord":
+        """Record of a failure after so many earlier ones."""
         return cls(
             sample_id=sample_id,
             kind=kind,
             reason=_encodable(reason)[:MAX_REASON_CHARACTERS],
             traceback=_encodable(traceback_text)[-MAX_TRACEBACK_CHARACTERS:],
             traceback_sha256=hashlib.sha256(_encodable(traceback_text).encode()).hexdigest(),
-            attempts=attempts,
+            attempts=tried + 1,
             released=False,
         )
 

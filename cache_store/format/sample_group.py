@@ -5,7 +5,7 @@ forced to the medium, and no zarr import is needed. Any Zarr v3 reader opens the
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ _ENCODERS = 4
 """Threads that checksum a sample's chunks: in one thread that takes a tenth of a fast disk's time."""
 _FILL: dict[str, Any] = {"b": False, "f": 0.0}
 SMALL_ARRAY = Field(name="packed", dtype="uint8", axes=("byte",))
-"""What the array of all packed fields looks like; its one chunk holds all of it."""
+"""Schema of the array of all packed fields, which is one chunk."""
 assert SMALL_ARRAY.chunk_mb * 1e6 >= MAX_SMALL_BYTES
 
 Value = NDArray[Any] | str | list[str]
@@ -38,13 +38,14 @@ class SampleGroup:
     """All objects of one sample with their bytes, ready to write."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    objects: tuple[StoredObject, ...]
-    contents: tuple[tuple[Buffer, ...], ...]
-    """Buffers of each object, in the order of `objects`; arrays are views, not copies."""
+    objects: Mapping[str, StoredObject]
+    """Every object by its path."""
+    files: Sequence[tuple[str, tuple[Buffer, ...]]]
+    """Path and buffers of each object; arrays are views, not copies."""
 
     @property
     def size_bytes(self) -> int:
-        return sum(stored.size for stored in self.objects)
+        return sum(stored.size for stored in self.objects.values())
 
 
 def check_values(sample_id: str, values: Mapping[str, object], fields: Mapping[str, Field]) -> dict[str, Value]:
@@ -86,8 +87,9 @@ def encode(sample_id: str, values: Mapping[str, Value], fields: Mapping[str, Fie
             assert isinstance(value, np.ndarray)
             add_array(name, fields[name], value)
     with ThreadPoolExecutor(_ENCODERS, "encode") as pool:  # checksums and compression release the interpreter lock
-        objects, contents = zip(*pool.map(_encode_object, *zip(*jobs, strict=True)), strict=True)
-    return SampleGroup(shapes=shapes, objects=objects, contents=contents)
+        encoded = list(pool.map(_encode_object, *zip(*jobs, strict=True)))
+    objects = {stored.path: stored for stored, _ in encoded}
+    return SampleGroup(shapes=shapes, objects=objects, files=[(stored.path, parts) for stored, parts in encoded])
 
 
 def _encode_object(

@@ -25,13 +25,13 @@ OPENING = b'{"attributes":{'
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreRoot:
-    """What holds for all samples of a store."""
+    """Settings that all samples of a store share."""
 
     fields: Mapping[str, Field]
     identity: Mapping[str, Any]
     """The settings that make samples comparable; different ones never share a store."""
     provenance: Mapping[str, Any]
-    """What else the first writer recorded (library versions, hardware); a difference only warns."""
+    """Anything else the first writer recorded (library versions, hardware); a difference only warns."""
 
     @property
     def fingerprint(self) -> str:

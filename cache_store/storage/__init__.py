@@ -1,1 +1,1 @@
-"""Where objects lie: a local file system or S3-compatible object storage, behind one protocol."""
+"""Places where objects lie: a local file system or S3-compatible object storage, behind one protocol."""

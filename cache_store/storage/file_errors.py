@@ -1,4 +1,4 @@
-"""What a file system refuses, as errors that say why, what would help, and that nothing is lost."""
+"""Refusals of a file system, as errors that say why, what would help, and that nothing is lost."""
 
 import errno
 import os

@@ -116,7 +116,7 @@ class ObjectStorage:
         *,
         parents_checked: bool = False,
     ) -> NDArray[np.uint8] | int:
-        """As `Storage` has it; the first range says how large the object is, without a request of its own."""
+        """Read in ranges, the first of which says how large the object is without a request of its own."""
         key = self._key(relative)
         with self._explained("read", relative):
             pieces = self._ranges(key, size)

@@ -137,7 +137,7 @@ class _Profile:
 
 
 def _provider(address: S3Address, profile: _Profile) -> Any:
-    """What obstore asks for credentials; `None` where it finds them itself."""
+    """Source of credentials for obstore; `None` where it finds them itself."""
     if _true("AWS_SKIP_SIGNATURE") or (_set("AWS_ACCESS_KEY_ID") and _set("AWS_SECRET_ACCESS_KEY")):
         return None
     if profile.has_keys():

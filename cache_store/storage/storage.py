@@ -1,4 +1,4 @@
-"""What the store needs of the place where it lies, and the choice between a file system and object storage.
+"""The interface of the place where a store lies, and the choice between a file system and object storage.
 
 Everything is named by its path relative to the store's root, with `/`. An implementation makes three promises: what
 `write_group`, `put` and `put_if_absent` have written is durable when they return; a document or an object is there as

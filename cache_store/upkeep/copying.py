@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
-from cache_store.errors import CacheStoreError, CorruptSampleError, FormatError, StoreAddressError
-from cache_store.format import index, quarantine_record, store_root
+from cache_store.errors import CorruptSampleError, FormatError, StoreAddressError
+from cache_store.format import commit_record, index, quarantine_record, store_root
 from cache_store.format.commit_record import CommitRecord
 from cache_store.format.names import COMMITS, METADATA, QUARANTINE, commit_path, list_keys
 from cache_store.format.store_root import StoreRoot
@@ -31,7 +31,7 @@ _OBJECTS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyReport:
-    """What `copy` did."""
+    """Result of `copy`."""
 
     samples: int
     """Number of samples in the source when it was listed."""
@@ -40,7 +40,7 @@ class CopyReport:
     size_bytes: int
     """Bytes of the objects that were copied."""
     damaged: tuple[str, ...]
-    """What is wrong with the samples and records that were not copied."""
+    """Errors of the samples and records that were not copied."""
 
     @property
     def ok(self) -> bool:
@@ -124,12 +124,7 @@ def _copy_sample(
         if target.read_document(name, MAX_DOCUMENT_BYTES) != data:
             target.delete_tree(record.folder)
         return None
-    if not target.exists(f"{record.folder}/{METADATA}"):
-        target.delete([name])
-        raise CacheStoreError(
-            f"sample {record.sample_id!r} was not copied: {target.where(record.folder)} was collected as garbage. "
-            "Collect with an age limit above the time that a copy takes, and run the same command again."
-        )
+    commit_record.check_kept(target, record)
     return record
 
 

@@ -21,7 +21,7 @@ _ASIDE = "garbage."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GarbageReport:
-    """What was removed, or would be."""
+    """Garbage that was removed, or would be."""
 
     attempts: tuple[str, ...]
     """Names of folders in `samples/`."""

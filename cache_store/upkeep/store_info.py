@@ -1,4 +1,4 @@
-"""What a store contains, from its root and records alone: sizes by field, counts, identity and provenance."""
+"""Summary of a store from its root and records alone: sizes by field, counts, identity and provenance."""
 
 import os
 from collections.abc import Mapping

@@ -187,7 +187,7 @@ def _content(storage: Storage, name: str) -> bytes | str:
 
 
 def _damage(error: FormatError | OSError, name: str, *, sample_id: str = "", field: str = "") -> Damage:
-    """What an error says of an object; object storage's own says nothing of it and is raised again."""
+    """Turn an error into what it says of an object; one of object storage says nothing of it and is raised again."""
     if isinstance(error, ObjectStorageError):
         raise error
     proven = isinstance(error, CacheStoreError)

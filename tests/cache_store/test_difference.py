@@ -3,8 +3,8 @@ from cache_store import differences
 
 def test_each_differing_key_has_a_line() -> None:
     expected = {"model": {"id": "a", "revision": "1"}, "frames": 4, "cameras": ("x", "y"), "only": None}
-    found = {"model": {"id": "a", "revision": "2"}, "frames": 4.0, "cameras": ["x", "y"], "extra": {"deep": 1}}
-    assert differences(expected, found) == [
+    actual = {"model": {"id": "a", "revision": "2"}, "frames": 4.0, "cameras": ["x", "y"], "extra": {"deep": 1}}
+    assert differences(expected, actual) == [
         'extra: expected nothing, found {"deep":1}',
         "frames: expected 4, found 4.0",
         'model.revision: expected "1", found "2"',

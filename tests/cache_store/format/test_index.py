@@ -55,16 +55,16 @@ def test_a_stale_index_is_noticed_and_spares_only_the_reading_of_known_records(s
 def test_an_index_made_while_commits_change_is_never_fresh(store, monkeypatch) -> None:
     monkeypatch.setattr(index.time, "sleep", lambda seconds: None)
     build_index(store)
-    found = index.read(LocalStorage(store))
-    assert found is not None
-    assert (found.listed_ns, found.is_fresh(LocalStorage(store))) == (0, False)
+    loaded = index.read(LocalStorage(store))
+    assert loaded is not None
+    assert (loaded.listed_ns, loaded.is_fresh(LocalStorage(store))) == (0, False)
     monkeypatch.undo()
     started = time.monotonic()
     build_index(store)
     assert time.monotonic() - started < 3
-    found = index.read(LocalStorage(store))
-    assert found is not None
-    assert found.is_fresh(LocalStorage(store))
+    loaded = index.read(LocalStorage(store))
+    assert loaded is not None
+    assert loaded.is_fresh(LocalStorage(store))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text", "link"])
@@ -86,10 +86,10 @@ def test_an_index_takes_the_memory_of_its_size_and_not_of_its_limit(store) -> No
     settle(store)
     build_index(store)
     tracemalloc.start()
-    found = index.read(LocalStorage(store))
+    loaded = index.read(LocalStorage(store))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert found is not None
+    assert loaded is not None
     assert peak < 2**20 < index.MAX_BYTES
 
 
@@ -102,10 +102,10 @@ def test_a_document_above_its_limit_is_refused_also_if_it_grows_while_it_is_read
     status = os.fstat
 
     def then_it_grows(descriptor):
-        found = status(descriptor)
+        before = status(descriptor)
         with (store / "index").open("ab") as file:
             file.write(b"9")
-        return found
+        return before
 
     monkeypatch.setattr(os, "fstat", then_it_grows)
     with pytest.raises(FormatError, match="has 9 bytes; a document of a store has at most 8"):

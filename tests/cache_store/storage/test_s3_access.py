@@ -56,8 +56,8 @@ def test_the_shared_file(no_keys, kit, monkeypatch, tmp_path) -> None:
         assert "filesecret" not in repr(vars(writer._storage))
     kit.assert_equal(CacheReader(no_keys.uri()).read("a"), kit.sample(1))
     monkeypatch.setenv("AWS_PROFILE", "other")
-    found = connect(WHERE).credential_provider()
-    assert (found["access_key_id"], found["token"]) == ("AKIAOTHER", "t")
+    credentials = connect(WHERE).credential_provider()
+    assert (credentials["access_key_id"], credentials["token"]) == ("AKIAOTHER", "t")
 
 
 def test_a_profile_without_keys_is_named(no_keys, monkeypatch, tmp_path) -> None:

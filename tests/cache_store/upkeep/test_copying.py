@@ -27,11 +27,11 @@ from cache_store.upkeep import copying
 def contents(place: str | Path, s3=None) -> dict[str, bytes]:
     """All objects of a store but its index, by name."""
     if isinstance(place, str):
-        found = s3.objects(place.rpartition("/")[2])
+        objects = s3.objects(place.rpartition("/")[2])
     else:
         files = (path for path in place.rglob("*") if path.is_file())
-        found = {path.relative_to(place).as_posix(): path.read_bytes() for path in files}
-    return {name: data for name, data in found.items() if name != "index"}
+        objects = {path.relative_to(place).as_posix(): path.read_bytes() for path in files}
+    return {name: data for name, data in objects.items() if name != "index"}
 
 
 @pytest.fixture
