@@ -41,13 +41,8 @@ from alpacache.alpamayo import Checkpoint, FrozenVLM, PrefixFeatures
 from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.extraction import extract as extraction
 from alpacache.extraction.config import ExtractConfig
-<<<<<<< HEAD
-from alpacache.extraction.preparation import Prepared, input_builder
-from alpacache.gpu.device import limit_torch_to_one_thread
-=======
 from alpacache.extraction.preparation import PreparationSettings
 from alpacache.extraction.readers import Readers, open_readers, reading_workers
->>>>>>> 4962604 (Stage one reads as its story: readers, prefiller, committer, failures and progress each do one thing)
 from alpacache.planning.time_model import prefill_batch
 from alpacache.sources import open_source
 from alpacache.sources.selection import select
@@ -174,12 +169,6 @@ def begun_reading(config: ExtractConfig, device: torch.device) -> Iterator[tuple
     """What `extract` reads with, its workers begun; inputs of a few samples, and how many a second it reads."""
     source = open_source(config.source, cameras=config.cameras)
     refs, _ = select(source, t0=config.t0, samples=config.samples)
-<<<<<<< HEAD
-    workers = extraction.reading_workers(config)
-    begin = limit_torch_to_one_thread if device.type == "cuda" else None
-    with extraction.reading(config, source, input_builder(config, checkpoint), device, workers) as read:
-        with ThreadPoolExecutor(workers, initializer=begin) as pool:
-=======
     settings = PreparationSettings(
         source=config.source,
         model=config.model,
@@ -192,7 +181,6 @@ def begun_reading(config: ExtractConfig, device: torch.device) -> Iterator[tuple
     builder, workers = settings.input_builder(Checkpoint(config.model)), reading_workers(config.workers)
     with open_readers(settings, source, builder, device, workers=workers) as readers:
         with ThreadPoolExecutor(workers, initializer=readers.begin) as pool:
->>>>>>> 4962604 (Stage one reads as its story: readers, prefiller, committer, failures and progress each do one thing)
             # So many that each worker is warm, and enough for any batch.
             some = itertools.islice(itertools.cycle(refs), max(2 * workers, 8))
             inputs = [prepared.inputs for prepared in pool.map(readers.prepare, some)][:8]
