@@ -1,12 +1,12 @@
 """The expert's attention: 64 action tokens over a frozen prefix and over each other.
 
 Stock attention concatenates prefix and own keys, repeats the prefix for every noise draw and every query head of a KV
-group, and computes in full a gradient that nobody wants. Here the two parts are attended apart, the prefix where it
-lies and as it is encoded, and merged by log-sum-exp, which is exact (`docs/decisions/0007-two-part-attention.md`).
+group, and computes in full a gradient that nobody uses. Here the two parts are attended separately, the prefix in place
+and as it is encoded, and merged by log-sum-exp, which is exact (`docs/decisions/0007-two-part-attention.md`).
 
-It reaches the unmodified Qwen3-VL text model as an attention implementation of transformers named `PREFIX_ATTENTION`;
-the model's forward hands `prefix_call` down to every layer. bfloat16 on a GPU takes the Triton kernels, everything else
-the reference in plain PyTorch.
+The unmodified Qwen3-VL text model uses it as an attention implementation of transformers named `PREFIX_ATTENTION`; the
+model's forward hands `prefix_call` down to every layer. bfloat16 on a GPU takes the Triton kernels, everything else the
+reference in plain PyTorch.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ PREFIX_ATTENTION = "prefix"
 
 
 class Prefix(Protocol):
-    """The prefixes of B samples, layer by layer: as they are, or decoded when asked for."""
+    """The prefixes of B samples, layer by layer: plain, or decoded when asked for."""
 
     @property
     def lengths(self) -> Tensor:
@@ -37,18 +37,18 @@ class Prefix(Protocol):
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, kv_heads, T, head_dim]` of one layer, anything finite beyond `lengths`.
 
-        Asked in forward and again in backward, and not kept in between: they may lie in scratch memory that the next
-        call overwrites.
+        Asked for in forward and again in backward, and not kept in between: they may lie in scratch memory that the
+        next call overwrites.
         """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixCall:
-    """What one forward of the expert tells all of its layers."""
+    """Arguments that one forward of the expert hands to all of its layers."""
 
     prefix: Prefix
     causal: bool
-    """Let an action token see only itself and earlier ones, beside the whole prefix."""
+    """Whether an action token sees only itself and earlier ones, beside the whole prefix."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: int, scale: float) -> Tensor:
@@ -59,7 +59,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: i
         key: `[N, kv_heads, S, D]`, like value.
         layer: which of the prefix's layers.
 
-    Raises `ValueError` where shapes or dtypes of the prefix do not fit.
+    Raises `ValueError` if shapes or dtypes of the prefix do not fit.
     """
     function = _KernelAttention if has_kernels(query, call.prefix) else _ExplicitAttention
     output: Tensor = function.apply(query, key, value, call, layer, scale)  # type: ignore[no-untyped-call]
@@ -67,7 +67,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: i
 
 
 def has_kernels(query: Tensor, prefix: Prefix) -> bool:
-    """Whether the Triton kernels take this; everything else is computed explicitly."""
+    """Whether the Triton kernels can compute this; the reference computes everything else."""
     return query.is_cuda and query.dtype == torch.bfloat16 and isinstance(prefix, PackedPrefixes)
 
 
@@ -129,7 +129,7 @@ class _ExplicitAttention(torch.autograd.Function):
         call, scale = ctx.call, ctx.scale
         keys, values = call.prefix.layer(ctx.layer)
         shape, grad = grad.shape, grad.reshape(query.shape)
-        # Both parts get the merged output and log-sum-exp; with its own, each would know nothing of the other.
+        # Both parts get the merged output and log-sum-exp: their own would know nothing of the other part.
         there_grad, there_query, there_output, there_lse = (
             _share(tensor, len(keys)) for tensor in (grad, query, output, lse)
         )
@@ -179,7 +179,7 @@ def _share(tensor: Tensor, samples: int) -> Tensor:
 
 
 def _unshare(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """The way back, to `shape`."""
+    """The inverse of `_share`, to `shape`."""
     samples, heads = tensor.shape[:2]
     return tensor.reshape(samples, heads, -1, *shape[2:]).transpose(1, 2).reshape(shape)
 
@@ -196,12 +196,12 @@ def _layer_attention(
     prefix_call: PrefixCall | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function; it hands over more keywords than are of interest here.
+    """The attention function that transformers calls, with more keywords than matter here.
 
-    Under autocast, rotary embedding leaves float32 queries and keys beside bfloat16 values, and sdpa is cast so by
-    autocast itself. A compiled layer casts in the kernel that rotates; what launches kernels of its own is left out of
-    the compilation. What passes between the two lies as `[N, S, heads, D]`: of anything that is not contiguous a
-    compiled backward may want a copy.
+    Under autocast, rotary embedding leaves float32 queries and keys beside bfloat16 values; autocast casts them for
+    sdpa, here it is done by hand. A compiled layer casts in the kernel that rotates. Code that launches kernels of its
+    own stays out of the compilation, and tensors cross that border contiguous, as `[N, S, heads, D]`: a compiled
+    backward may copy any others.
     """
     if prefix_call is None or attention_mask is not None or dropout:
         raise ValueError(f"{PREFIX_ATTENTION!r} attention needs prefix_call, and takes neither a mask nor dropout.")
@@ -214,14 +214,14 @@ def _layer_attention(
 def _attend_by_token(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, scale: float
 ) -> Tensor:
-    """`attend` of and to `[N, S, heads, D]`."""
+    """`attend` with tensors `[N, S, heads, D]`."""
     layer: int = module.layer_idx  # type: ignore[assignment]  # read in compiled code, each layer would be compiled apart
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return attend(query, key, value, call, layer, scale).transpose(1, 2)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """Lengths say what is padding; without this entry transformers would not call its mask functions at all."""
+    """No mask: lengths say what is padding. Without an entry transformers would not call its mask functions at all."""
 
 
 AttentionInterface.register(PREFIX_ATTENTION, _layer_attention)

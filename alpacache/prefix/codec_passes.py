@@ -1,8 +1,8 @@
-"""The passes over every value that encoding makes, in torch operations; `codec_kernels` has the same for GPUs.
+"""The passes of encoding that touch every value, in torch operations: what a CPU runs.
 
-They are the reference for those kernels and what a CPU runs. Keys and values are bfloat16 `[layer, head, token,
-channel]`, of layers that are encoded at once; groups are `[layer, head, token group, channel]` of keys, and `[layer,
-head, token, channel group]` of values.
+`encode_kernels` has the same functions for GPUs, tested against these. Keys and values are bfloat16 `[layer, head,
+token, channel]`, of layers that are encoded at once; groups are `[layer, head, token group, channel]` of keys and
+`[layer, head, token, channel group]` of values.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from torch import Tensor
 from cache_store.kv.affine import ERROR_STEPS, TRIED, WEIGHT_STEPS
 
 AT_ONCE = 2**24
-"""Values of a layer's keys, or of its values, times layers; temporary memory is some 80 bytes for each."""
+"""Elements of keys, or of values, encoded at once; each takes about 80 bytes of temporary memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """What the scales and zeros of groups are chosen by; float32, of the groups' shape or such that they expand to it.
+    """Bounds that decide the scales and zeros of groups; float32, of the groups' shape or broadcast to it.
 
     Zeros of keys are within 32767 of 0, those of values are codes.
     """
@@ -26,9 +26,9 @@ class Groups:
     sums: Tensor
     """Least plus greatest member."""
     needed: Tensor
-    """The scale that covers a group."""
+    """Smallest scale that covers a group."""
     least: Tensor | None
-    """Scales of keys are not below this, as far as the table goes; None for values."""
+    """Lower bound of the scales of keys, as far as the table goes; None for values."""
     levels: Tensor
     """Greatest code, `[channel]` of keys in stored order or `[1]`."""
     table: Tensor
@@ -74,9 +74,9 @@ def fit_values(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pack(codes: Tensor, first: int, count: int, done: int, plane: int, out: Tensor) -> None:
-    """A bit plane of `count` channels from `first` on into `out`, `[layer, bytes]` uint8 with any stride.
+    """Pack a bit plane of `count` channels from `first` on into `out`, `[layer, bytes]` uint8 with any stride.
 
-    `done`: bits in the planes before; `plane`: bits in this one, a divisor of 8.
+    `done`: bits of a code in the planes before; `plane`: bits in this one, a divisor of 8.
     """
     bits = (codes[..., first : first + count] >> done) & (2**plane - 1)
     parts = bits.reshape(*bits.shape[:-1], -1, 8 // plane)

@@ -1,17 +1,16 @@
-"""Triton kernels of `codec_passes`, bit-equal to it: what torch does in many passes is done in registers.
+"""The functions of `codec_passes` as Triton kernels, bit-equal to them.
 
-In torch each operation of the search for a scale reads and writes every value, which with all else moves 780 bytes for
-each, some 16 here. Keys and values are read once for extremes, once for weights (keys) and once for codes, which go
-through memory as int16, because their bit planes run along channels and groups of keys do not.
+In torch each operation of the search for a scale reads and writes every value, about 780 bytes of traffic for each in
+all; here it is about 16. Keys and values are read once for extremes, once for weights (keys) and once for codes, which
+go through memory as int16, because their bit planes run along channels and groups of keys do not. Encoding a sample of
+850 tokens in int8 takes 4.8 ms instead of 25.6, on an H100 (`benchmarks/results/encode_nvidia-h100-80gb-hbm3_*`).
 
-Results do not depend on the hardware: division is IEEE's (`/` of Triton is not), rounding is exact integer or float
+Results do not depend on the hardware: division is IEEE's (Triton's `/` is not), rounding is exact integer or float
 arithmetic, squares are summed as int64, and products are not fused with sums.
 
-A lane is a group. Lanes of keys are channels of the same tokens, so that neighbours lie next to each other in memory;
-members of a lane of values do. The last axis of a tile is the one along which memory is contiguous.
+A lane is a group. Lanes of keys are channels of the same tokens, neighbours in memory; of values, the members of a lane
+are. The last axis of a tile is the one along which memory is contiguous. Compile-time constants are in capitals.
 """
-
-# Compile-time constants of kernels are in capitals.
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,12 +24,12 @@ from alpacache.prefix.codec_passes import Groups
 from cache_store.kv.affine import ERROR_STEPS, TRIED, WEIGHT_STEPS
 
 AT_ONCE = 2**28
-"""Values of a layer's keys, or of its values, times layers; temporary memory is some 4 bytes for each."""
+"""Elements of keys, or of values, encoded at once; each takes about 4 bytes of temporary memory."""
 _KEY_LANES = 128
 _KEY_MEMBERS, _FITTED_MEMBERS = 8, 4
-"""Of a tile of keys, and where scales are tried; a program goes through a group of tokens by such steps."""
+"""Tokens of a tile of keys, and of one where scales are tried; a program steps through its groups by these."""
 _TILE = 1024
-"""Elements of a tile of values, whose lanes have all their members in it."""
+"""Elements of a tile of values, which holds its lanes whole."""
 _ENERGY_TOKENS = 64
 _PACKED = 1024
 """Codes that a program packs."""
@@ -66,8 +65,10 @@ def _search(table, needed):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _places(lane, lanes, tokens, KEYS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where in a layer the lanes' groups begin, the channel there and the head if it is a key, and their members, of
-    which lanes beyond the last have none (of keys asked by rows, or loads would not be known to be wide ones)."""
+    """Where in a layer the lanes' groups begin, for keys their channel and head, and the number of their members.
+
+    Lanes beyond the last have no members; keys find that out by rows, or the compiler could not use wide loads.
+    """
     if KEYS:
         row, channel = lane // CHANNELS, lane % CHANNELS
         groups = (tokens + GROUP - 1) // GROUP
@@ -82,7 +83,7 @@ def _places(lane, lanes, tokens, KEYS: tl.constexpr, CHANNELS: tl.constexpr, GRO
 
 @triton.jit
 def _wide(lane_at, member, KEYS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Places of a tile: `[member, lane]` of keys, `[lane, member]` of values."""
+    """Offsets of a tile: `[member, lane]` of keys, `[lane, member]` of values."""
     if KEYS:
         at = lane_at[None, :] + member[:, None] * CHANNELS
     else:
@@ -92,7 +93,7 @@ def _wide(lane_at, member, KEYS: tl.constexpr, CHANNELS: tl.constexpr):  # type:
 
 @triton.jit
 def _loaded(x, at, valid):  # type: ignore[no-untyped-def]
-    """float32 of the bits of bfloat16."""
+    """Load bits of bfloat16 as float32."""
     return (tl.load(x + at, mask=valid, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
@@ -183,10 +184,10 @@ def fit(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr,  # groups of a program
     MEMBERS: tl.constexpr,  # members of each group that are processed at a time
 ):
-    """Index of the scale of least squared error among `TRIED`, the first of several, and with it zero and codes.
+    """The scale of least squared error among `TRIED`, the first of several, and its zero and codes.
 
     Members are read again for every scale, from the cache, and codes of the best are computed once more: that is
-    cheaper than room for them. What is at places of lanes or members that do not exist is not stored.
+    cheaper than keeping them. Nothing is stored for lanes or members that do not exist.
     """
     axis: tl.constexpr = 0 if KEYS else 1
     layer = tl.program_id(1).to(tl.int64)
@@ -229,9 +230,9 @@ def fit(  # type: ignore[no-untyped-def]
             back = _as_bfloat16((_codes(value, wide_scale, wide_zero, wide_level) - wide_zero) * wide_scale)
             error = _rint(tl.div_rn(value - back, unit) * STEPS).to(tl.int64)
             total += tl.where(valid, error * error, 0)
-        found = tl.sum(total, axis)
-        better = (found < best_error) if attempt > 0 else (found == found)
-        best_error = tl.where(better, found, best_error)
+        error_sum = tl.sum(total, axis)
+        better = (error_sum < best_error) if attempt > 0 else (error_sum == error_sum)
+        best_error = tl.where(better, error_sum, best_error)
         best_index = tl.where(better, index, best_index)
         best_scale = tl.where(better, scale, best_scale)
         best_zero = tl.where(better, zero, best_zero)
@@ -275,7 +276,7 @@ def pack_plane(  # type: ignore[no-untyped-def]
 
 
 def key_extremes(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """As of `codec_passes`, like all that follow."""
+    """See `codec_passes`, like the functions that follow."""
     shape = (*x.shape[:2], triton.cdiv(x.shape[2], group), x.shape[3])
     return _extremes(x, shape, _key_tile(x, group))
 
@@ -360,12 +361,12 @@ def _grid(x: Tensor, lanes: int, tile: dict[str, Any]) -> tuple[int, int]:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The bits of bfloat16, whose conversions the interpreter does not round; layers may have any stride."""
+    """bfloat16 as bits, since the interpreter does not round its conversions; layers may have any stride."""
     if not x[0].is_contiguous():
-        raise ValueError(f"keys or values have strides {x.stride()}; expected those of contiguous layers.")
+        raise ValueError(f"keys or values have strides {x.stride()}; expected contiguous layers.")
     return x.view(torch.int16)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever its arguments lie on."""
+    """Make the device current: Triton launches there, wherever the arguments lie."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -56,7 +56,7 @@ def pack(
 ) -> PackedPrefixes:
     """Prefixes of any lengths as one batch on a device, for an expert of this dtype.
 
-    They stay encoded if all have one codec; a float32 prefix for a bfloat16 expert is rounded.
+    They stay encoded if all share a codec; a float32 prefix for a bfloat16 expert is rounded.
     """
     layout = _layout(prefixes, dtype)
     lengths = [prefix.prefix_len for prefix in prefixes]

@@ -1,6 +1,6 @@
-"""Attention over one part of the keys: its output with the log-sum-exp that merges parts, and its backward.
+"""Attention over one part of the keys: its output, the log-sum-exp by which parts are merged, and its backward.
 
-Plain PyTorch, for any device and dtype: the reference of the Triton kernels. The backward of a part takes the output
+Plain PyTorch for any device and dtype: the reference of the Triton kernels. The backward of a part takes the output
 and log-sum-exp of the *merged* attention: with them `exp(scores - lse)` is the part's share of the whole softmax, so
 the gradients of the parts simply add up.
 
@@ -43,7 +43,7 @@ def explicit_backward(
     causal: bool = False,
     frozen: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Gradients of query, keys and values from the merged `output` and `lse`; of the query alone where `frozen`."""
+    """Gradients of query, keys and values from the merged `output` and `lse`; with `frozen` of the query alone."""
     share = _scores(query, keys, scale, lengths=lengths, causal=causal).sub_(lse[..., None]).exp_()
     grad, output = grad.to(share.dtype), output.to(share.dtype)
     through = grad @ values.to(share.dtype).mT
