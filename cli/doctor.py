@@ -20,16 +20,18 @@ def doctor(
 
     Example: `alpacache doctor --store cache/train --model nvidia/Alpamayo-R1-10B`
     """
+    from alpacache.checks.check import worst
     from alpacache.checks.machine import diagnose
 
-    report = diagnose(store=store, model=model)
+    checks = diagnose(store=store, model=model)
+    is_ok = worst(checks) != "fail"
     if json:
-        output.print_json({"ok": report.ok, "checks": report.checks})
+        output.print_json({"ok": is_ok, "checks": checks})
     else:
-        rows = [[check.status, check.name, check.found] for check in report.checks]
+        rows = [[check.status, check.name, check.found] for check in checks]
         output.print_table("doctor", rows)
-        steps = [[check.name, check.remedy] for check in report.checks if check.remedy]
+        steps = [[check.name, check.remedy] for check in checks if check.remedy]
         if steps:
             output.print_table("next", steps)
-    if not report.ok:
+    if not is_ok:
         raise typer.Exit(FAILED)

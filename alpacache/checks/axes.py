@@ -1,7 +1,7 @@
-"""Whether poses mean what they should: rotations, axes and units, judged by what a road vehicle does.
+"""Checks of rotations, axes and units of poses against the way road vehicles move.
 
-It moves along its own x axis, turns about its own z axis, its course turns the way its heading does, and tyres hold
-about 9 m/s² sideways. A clip alone may be too straight or too slow to tell; the clips of a source together rarely are.
+A vehicle moves along its own x axis and turns about its own z axis, its course turns the way its heading does, and its
+tyres hold about 9 m/s² sideways. One clip may be too straight or too slow to tell; all clips together rarely are.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.checks.check import Check
+from alpacache.checks.check import Check, fail, ok, warn
 from alpacache.checks.motion import (
     TURNING_RADPS,
     Motion,
@@ -25,7 +25,7 @@ from alpacache.driving.sample import Floats
 ALIGNED_RAD = float(np.deg2rad(25.0))
 """A vehicle's reference point in front of its rear axle goes a few degrees sideways in tight turns."""
 MIN_MOVING = 15
-"""Moving steps of 0.2 s that a judgement needs."""
+"""Least number of moving steps of 0.2 s for a verdict."""
 MIN_TURNING = 10
 TURN_STEPS = 5
 MIN_TURNED_RAD = 0.08
@@ -39,20 +39,20 @@ _SCALES = ((3.6, "km/h taken for m/s, or feet"), (100.0, "centimetres"), (1000.0
 
 
 class Rotations(NamedTuple):
-    """What was found of a track's rotations."""
+    """The verdict on a track's rotations."""
 
     check: Check
     track: Track
-    """With the quaternions in the right order, where the check names another one."""
+    """The track, its quaternions put in the right order if the check says that they are not."""
     order: Literal["right", "wrong", "either"]
-    """`either`: upright both ways, and forwards only with the scalar first; the other clips tell."""
+    """`either`: upright both ways, but forwards only with the scalar first; the other clips decide."""
 
 
 def judge_rotations(track: Track, *, scalar_first: bool = False) -> Rotations:
-    """Order of quaternions and z axis; `scalar_first`: other clips have shown that order."""
+    """Order of the quaternions, and direction of the z axis; `scalar_first`: other clips have shown that order."""
     motion = motion_of(track)
     if motion is None:
-        return Rotations(Check(name="rotations", status="ok", found="not judged: too few sound poses"), track, "right")
+        return Rotations(ok("rotations", "not judged: too few sound poses"), track, "right")
     reordered = replace(track, quaternion_xyzw=track.quaternion_xyzw[:, [1, 2, 3, 0]])
     other = motion_of(reordered)
     tipped = (motion.z_axis[:, 2] > 0.7).mean() < 0.5
@@ -61,36 +61,36 @@ def judge_rotations(track: Track, *, scalar_first: bool = False) -> Rotations:
         if tipped or scalar_first:
             found = "the columns qx, qy, qz, qw hold w, x, y, z: read so, the vehicle stands upright and moves forwards"
             remedy = "Write the quaternion with its scalar last."
-            return Rotations(Check(name="rotations", status="fail", found=found, remedy=remedy), reordered, "wrong")
+            return Rotations(fail("rotations", found, remedy), reordered, "wrong")
         order = "either"
     return Rotations(_judge_up(motion), track, order)
 
 
 def _judge_up(motion: Motion) -> Check:
-    """Whether the vehicle's z axis keeps its direction, upwards."""
+    """Whether the vehicle's z axis keeps pointing up."""
     up = motion.z_axis.mean(axis=0)
     if np.linalg.norm(up) < 0.7:
         found = (
             f"the vehicle's z axis points every way (its mean has length {np.linalg.norm(up):.2f}); vehicles do not tip"
         )
         remedy = "Check the order qx, qy, qz, qw, and that rotations lead from vehicle (z up) to world."
-        return Check(name="rotations", status="fail", found=found, remedy=remedy)
+        return fail("rotations", found, remedy)
     if up[2] < -0.7:
         found = "the vehicle's z axis points down in the world"
         remedy = (
             "Right only if the world's z points down too. Axes x forward, y right, z down must become x forward, "
             "y left, z up."
         )
-        return Check(name="rotations", status="warn", found=found, remedy=remedy)
+        return warn("rotations", found, remedy)
     found = "z up" if up[2] > 0.7 else "z keeps its direction; the world's z is not up, which does no harm"
-    return Check(name="rotations", status="ok", found=found)
+    return ok("rotations", found)
 
 
 def judge_axes(motions: Sequence[Motion]) -> Check:
-    """Whether vehicles move along their own +x, and turn the way their course does."""
+    """Whether vehicles move along their own +x axis and turn the way their course does."""
     motions = [motion for motion in motions if motion.moving.any()]
     if not motions or sum(int(motion.moving.sum()) for motion in motions) < MIN_MOVING:
-        return Check(name="axes", status="ok", found="not judged: hardly any movement")
+        return ok("axes", "not judged: hardly any movement")
     course, heading = (_moving(motions, [getattr(m, name) for m in motions]) for name in ("course_rad", "heading_rad"))
     away = wrapped(course - heading)
     mirrored = _mirrored(motions, course, heading, away)
@@ -102,19 +102,15 @@ def judge_axes(motions: Sequence[Motion]) -> Check:
         axis = int(np.argmax(np.abs(direction)))
         if axis == 0 and direction[0] > length * np.cos(ALIGNED_RAD):
             degrees = np.rad2deg(np.median(np.abs(away)))
-            return Check(name="axes", status="ok", found=f"moves along its own +x, to {degrees:.1f} degrees (median)")
+            return ok("axes", f"moves along its own +x, to {degrees:.1f} degrees (median)")
         return _wrong_axis(direction / length, axis)
     forward, backward = np.abs(away) < ALIGNED_RAD, np.abs(away) > np.pi - ALIGNED_RAD
     if forward.mean() > 0.3 and (forward | backward).mean() > 0.8:
         found = f"moves along its own +x {100 * forward.mean():.0f} % of the time, else backwards"
-        return Check(name="axes", status="ok", found=found)
-    return Check(
-        name="axes",
-        status="fail",
-        found=f"course and heading have nothing to do with each other ({np.rad2deg(np.median(np.abs(away))):.0f} "
-        "degrees apart in the median)",
-        remedy="Check that rotations lead from vehicle to world, in the same world as the positions.",
-    )
+        return ok("axes", found)
+    apart = np.rad2deg(np.median(np.abs(away)))
+    found = f"course and heading have nothing to do with each other ({apart:.0f} degrees apart in the median)"
+    return fail("axes", found, "Check that rotations lead from vehicle to world, in the same world as the positions.")
 
 
 def judge_speed(motions: Sequence[Motion]) -> Check:
@@ -125,7 +121,7 @@ def judge_speed(motions: Sequence[Motion]) -> Check:
     if len(rolling) < max(1, 0.02 * len(speeds)):
         found = f"never more than {speeds.max():.2f} m/s"
         remedy = "Standing vehicles teach nothing; if they did move, positions are not in metres (kilometres?)."
-        return Check(name="speed", status="warn", found=found, remedy=remedy)
+        return warn("speed", found, remedy)
     median, sideways, turns = float(np.median(rolling)), *_sideways(motions)
     found = f"median {median:.1f} m/s, fastest {speeds.max():.1f} m/s"
     if turns >= MIN_TURNING:
@@ -135,11 +131,11 @@ def judge_speed(motions: Sequence[Motion]) -> Check:
         factor, unit = next((scale for scale in _SCALES if median / scale[0] < 35), _SCALES[-1])
         found += f"; divided by {factor:.3g} that would be {median / factor:.1f} m/s"
         remedy = f"Positions must be in metres, and they look {factor:.3g} times too large: {unit}?"
-        return Check(name="speed", status="fail", found=found, remedy=remedy)
+        return fail("speed", found, remedy)
     if slides or median > 45:
         remedy = "More than tyres hold, or faster than most roads allow; check units of positions, speed and time."
-        return Check(name="speed", status="warn", found=found, remedy=remedy)
-    return Check(name="speed", status="ok", found=found)
+        return warn("speed", found, remedy)
+    return ok("speed", found)
 
 
 def judge_standing(motion: Motion) -> Check:
@@ -147,18 +143,18 @@ def judge_standing(motion: Motion) -> Check:
     standing = float((motion.speed_mps < STANDING_MPS).mean())
     if standing > 0.9:
         remedy = "A standing vehicle teaches nothing; leave the clip out unless you want it."
-        return Check(name="standing", status="warn", found=f"stands {100 * standing:.0f} % of the time", remedy=remedy)
-    return Check(name="standing", status="ok", found=f"moves {100 * (1 - standing):.0f} % of the time")
+        return warn("standing", f"stands {100 * standing:.0f} % of the time", remedy)
+    return ok("standing", f"moves {100 * (1 - standing):.0f} % of the time")
 
 
 def _forward(motion: Motion) -> float:
-    """Share of moving steps that go forwards with the vehicle's z up."""
+    """Share of the moving steps that go forwards with the vehicle's z axis up."""
     forward = motion.direction[:, 0] > np.cos(ALIGNED_RAD)
     return float((forward & (motion.z_axis[:, 2] > 0.7))[motion.moving].mean())
 
 
 def _mirrored(motions: Sequence[Motion], course: Floats, heading: Floats, away: Floats) -> Check | None:
-    """Course and heading that turn opposite ways; which way they are flipped shows in their sum."""
+    """A failed check if course and heading turn opposite ways; their sum shows which axis is flipped."""
     turns = [_turning_pairs(motion) for motion in motions]
     turned, bent = np.concatenate([pair[0] for pair in turns]), np.concatenate([pair[1] for pair in turns])
     slope = float((turned * bent).sum() / max(1e-9, (turned**2).sum()))
@@ -174,12 +170,9 @@ def _mirrored(motions: Sequence[Motion], course: Floats, heading: Floats, away: 
         fault = "x and y of positions are swapped (north and east?)"
     else:
         fault = "one of both is mirrored"
-    return Check(
-        name="axes",
-        status="fail",
-        found=f"mirrored: the course turns one way and the heading the other; {fault}",
-        remedy="Axes are right-handed: y is left of x, and a left turn has a positive yaw rate. Flip one of both.",
-    )
+    found = f"mirrored: the course turns one way and the heading the other; {fault}"
+    remedy = "Axes are right-handed: y is left of x, and a left turn has a positive yaw rate. Flip one of both."
+    return fail("axes", found, remedy)
 
 
 def _turning_pairs(motion: Motion) -> tuple[Floats, Floats]:
@@ -205,7 +198,7 @@ def _wrong_axis(direction: Floats, axis: int) -> Check:
             "Unless it drives in reverse, turn every rotation by that angle about z, "
             "so that the vehicle's x points forward."
         )
-    return Check(name="axes", status="fail", found=found, remedy=remedy)
+    return fail("axes", found, remedy)
 
 
 def _sideways(motions: Sequence[Motion]) -> tuple[float, int]:

@@ -1,6 +1,6 @@
 """One picture of a source: front frames with the driven path in them, and the same paths from above.
 
-What no rule finds, such as a path that leaves the road in every picture, a person sees here at once.
+A person sees at once what no rule finds, such as a path that leaves the road in every picture.
 """
 
 import io
@@ -34,7 +34,7 @@ _MIN_WIDTH_M = 16.0
 
 
 def contact_sheet_png(samples: Sequence[Sample], *, title: str) -> bytes:
-    """Up to `CLIPS` samples, each as its front frame (else its first camera's) and its path from above.
+    """Up to `CLIPS` samples, each as its front frame (or its first camera's) and its path from above.
 
     Raises:
         ValueError: no samples.
@@ -75,7 +75,7 @@ def _draw_front(axes: "Axes", sample: Sample) -> None:
 
 
 def _front_picture(sample: Sample) -> tuple[NDArray[np.uint8], str]:
-    """The frame at t0, small, with the path where the calibration allows; and what is drawn in it."""
+    """The frame at t0, small, with the path if the calibration allows; and a note on what is drawn."""
     from PIL import Image
 
     camera = FRONT_CAMERA if FRONT_CAMERA in sample.cameras else sample.cameras[0]
@@ -132,5 +132,5 @@ def _short(text: str, most: int = 56) -> str:
 
 
 def _plain_text(text: Any) -> str:
-    """Without matplotlib's mathematics."""
+    """Text that matplotlib does not read as mathematics."""
     return str(text).replace("$", r"\$")

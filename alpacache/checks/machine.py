@@ -1,7 +1,7 @@
-"""What of this machine will and will not work, in seconds: one check a part, each with its next step.
+"""`doctor`: which parts of this machine will work, one check for each in a few seconds, with its next step.
 
-A check that raises is a check that failed: whoever runs this has a machine where something is broken, and wants the
-rest of the list all the same. So everything is imported inside the checks.
+A check that raises is a check that failed: a user runs this where something is broken, and needs the rest of the list
+all the same. So everything is imported inside the checks.
 """
 
 import os
@@ -13,22 +13,21 @@ import tempfile
 import threading
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from alpacache.checks.check import Check
+from alpacache.checks.check import Check, fail, ok, warn
 
 PYTHON = (3, 11)
 SHOWN = ("torch", "transformers", "zarr", "numcodecs")
 """Packages whose versions are always shown."""
 OPTIONAL = {"peft": ("lora", "train --trainable lora"), "physical_ai_av": ("pai", "the source `pai`")}
-"""Package -> extra that brings it, what needs it."""
+"""Package -> the extra that installs it, and what needs it."""
 LOW_RAM_BYTES = 16e9
 SLOW_READ_BYTES_S = 0.5e9
-"""Below it a step of four cameras waits longer for the disk than four noise draws take."""
+"""Below this a step of four cameras waits longer for the disk than four noise draws take."""
 HUB_TIMEOUT_S = 10.0
 _LOCKED_BYTES = 2**26
 _DRIVER = Path("/sys/module/nvidia/version")
@@ -36,26 +35,13 @@ _PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 _AT_LEAST = re.compile(r"([A-Za-z0-9_.-]+)>=([0-9.]+)")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """All checks, in order."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing failed; warnings are not failures."""
-        return all(check.status != "fail" for check in self.checks)
-
-
-def diagnose(*, store: str | None = None, model: str | None = None) -> Report:
-    """Run every check. Raises nothing; leaves nothing behind.
+def diagnose(*, store: str | None = None, model: str | None = None) -> tuple[Check, ...]:
+    """Run every check, in order. Raises nothing; leaves nothing behind.
 
     Args:
         store: where the store is or will be; None: the working directory.
         model: hub id or directory; None: only whether the hub could be asked.
     """
-    place = store or "."
     checks: list[tuple[str, Callable[[], Check]]] = [
         ("python", check_python),
         ("packages", check_packages),
@@ -65,16 +51,16 @@ def diagnose(*, store: str | None = None, model: str | None = None) -> Report:
         ("compiler", check_compiler),
         ("ram", check_ram),
         ("page-locking", check_page_locking),
-        *_place_checks(place),
+        *_place_checks(store or "."),
         ("hub", check_hub),
     ]
     if model is not None:
         checks.append(("model", lambda: check_model(model)))
-    return Report(checks=tuple(_guarded(name, check) for name, check in checks))
+    return tuple(_guarded(name, check) for name, check in checks)
 
 
 def _place_checks(place: str) -> list[tuple[str, Callable[[], Check]]]:
-    """Of where the store is or will be."""
+    """Checks of the place where the store is or will be."""
     from cache_store.storage.storage import is_uri
 
     if is_uri(place):
@@ -89,22 +75,21 @@ def _place_checks(place: str) -> list[tuple[str, Callable[[], Check]]]:
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
-    except Exception as error:  # whatever is broken here is what was looked for
+    except Exception as error:  # the fault that `doctor` is to find
         found = f"the check raised {type(error).__name__}: {' '.join(str(error).split())}"
-        return Check(name=name, status="fail", found=found, remedy="Mend what the message names, then run this again.")
+        return fail(name, found, "Mend what the message names, then run this again.")
 
 
 def check_python() -> Check:
     """The interpreter's version."""
     found = f"Python {platform.python_version()} on {platform.machine()}"
     if sys.version_info >= PYTHON:
-        return Check(name="python", status="ok", found=found)
-    remedy = f"Install Python {'.'.join(map(str, PYTHON))} or later."
-    return Check(name="python", status="fail", found=found, remedy=remedy)
+        return ok("python", found)
+    return fail("python", found, f"Install Python {'.'.join(map(str, PYTHON))} or later.")
 
 
 def check_packages() -> Check:
-    """Installed versions against what this package asks for."""
+    """Installed versions against the least ones that this package requires."""
     wrong = []
     versions = {name: _version(name) for name in SHOWN}
     for name, least in _requirements().items():
@@ -115,9 +100,8 @@ def check_packages() -> Check:
             wrong.append(f"{name} is {version}, expected {least} or later")
     found = ", ".join([*wrong, *(f"{name} {versions[name]}" for name in SHOWN if versions[name])])
     if wrong:
-        remedy = "pip install --upgrade alpacache (in a checkout: pip install -e .)"
-        return Check(name="packages", status="fail", found=found, remedy=remedy)
-    return Check(name="packages", status="ok", found=found)
+        return fail("packages", found, "pip install --upgrade alpacache (in a checkout: pip install -e .)")
+    return ok("packages", found)
 
 
 def check_optional() -> Check:
@@ -129,11 +113,11 @@ def check_optional() -> Check:
         for name, (extra, use) in OPTIONAL.items()
         if versions[name] is None
     ]
-    return Check(name="optional packages", status="warn" if remedies else "ok", found=found, remedy=" ".join(remedies))
+    return warn("optional packages", found, " ".join(remedies)) if remedies else ok("optional packages", found)
 
 
 def check_gpu() -> Check:
-    """PyTorch's build, the GPU, whether it computes in bfloat16."""
+    """PyTorch's build, the GPU, and whether that computes in bfloat16."""
     import torch
 
     build = f"PyTorch {torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA")
@@ -145,75 +129,74 @@ def check_gpu() -> Check:
             remedy += "Install a PyTorch with CUDA (pytorch.org), on a machine with an NVIDIA GPU."
         else:
             remedy += "Check `nvidia-smi`, the driver's age and CUDA_VISIBLE_DEVICES."
-        return Check(name="gpu", status="fail", found=f"no GPU; {build}", remedy=remedy)
+        return fail("gpu", f"no GPU; {build}", remedy)
     major, minor = torch.cuda.get_device_capability()
     found = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}; {build}"
     if major < 8:
-        remedy = "It has no bfloat16: use an Ampere GPU (compute capability 8.0) or later."
-        return Check(name="gpu", status="fail", found=found, remedy=remedy)
-    return Check(name="gpu", status="ok", found=found)
+        return fail("gpu", found, "It has no bfloat16: use an Ampere GPU (compute capability 8.0) or later.")
+    return ok("gpu", found)
 
 
 def check_gpu_memory() -> Check:
-    """Free memory against what training the released model takes at the least (one front camera, int8, batch 1)."""
+    """Free memory against the least that training the released model takes (one front camera, int8, batch 1)."""
     import torch
 
     if not torch.cuda.is_available():
-        return Check(name="gpu memory", status="warn", found="no GPU", remedy="See gpu.")
+        return warn("gpu memory", "no GPU", "See gpu.")
     from alpacache.planning.plan import least_training_bytes
 
     free, total = torch.cuda.mem_get_info()
     everything, adapters = (least_training_bytes(which) for which in ("all", "lora"))
     found = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f}"
     if free >= everything:
-        return Check(name="gpu memory", status="ok", found=found)
+        return ok("gpu memory", found)
     if free >= adapters:
         remedy = f"Training all parameters takes {everything / 2**30:.1f} GiB at the least; use --trainable lora, or "
-        return Check(name="gpu memory", status="warn", found=found, remedy=remedy + "end what else is on the GPU.")
+        return warn("gpu memory", found, remedy + "end what else is on the GPU.")
     remedy = f"Training takes {adapters / 2**30:.1f} GiB at the least (--trainable lora); end what else is on the GPU."
-    return Check(name="gpu memory", status="fail", found=found, remedy=remedy)
+    return fail("gpu memory", found, remedy)
 
 
 def check_compiler() -> Check:
-    """What kernels are made with: Triton, and the C compiler that it and torch.compile call."""
+    """The tools that make kernels: Triton, and the C compiler that it and torch.compile call."""
     import torch
 
     triton = _version("triton") if find_spec("triton") else None
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
     found = f"triton {triton or 'is missing'}, C compiler {compiler or 'is missing'}"
     if triton and compiler:
-        return Check(name="compiler", status="ok", found=found)
+        return ok("compiler", found)
     if not torch.cuda.is_available():
-        return Check(name="compiler", status="ok", found=f"{found}; a CPU needs neither")
+        return ok("compiler", f"{found}; a CPU needs neither")
     remedy = "" if triton else "pip install triton. "
     remedy += "" if compiler else "Install gcc (apt-get install gcc), or set CC."
-    return Check(name="compiler", status="fail", found=found, remedy=remedy.strip())
+    return fail("compiler", found, remedy.strip())
 
 
 def check_ram() -> Check:
-    """RAM that could be filled without being killed."""
+    """RAM that a process can fill without being killed."""
     from alpacache.gpu.host_memory import available_bytes
 
     free = available_bytes()
     found = f"{free / 1e9:.1f} GB available"
     if free >= LOW_RAM_BYTES:
-        return Check(name="ram", status="ok", found=found)
+        return ok("ram", found)
     remedy = f"The released model wants {LOW_RAM_BYTES / 1e9:.0f} GB; end other programs, raise the container's limit."
-    return Check(name="ram", status="warn", found=found, remedy=remedy)
+    return warn("ram", found, remedy)
 
 
 def check_page_locking() -> Check:
-    """Whether CUDA may lock host memory, which batches are copied from."""
+    """Whether CUDA may lock the host memory that batches are copied from."""
     import torch
 
     if not torch.cuda.is_available():
-        return Check(name="page-locking", status="ok", found="not needed without a GPU")
+        return ok("page-locking", "not needed without a GPU")
     from alpacache.gpu.host_memory import page_aligned, page_lock, page_unlock
 
     memory = page_aligned(_LOCKED_BYTES)
     page_lock(memory)
     page_unlock(memory)
-    return Check(name="page-locking", status="ok", found=f"{_LOCKED_BYTES // 2**20} MiB locked and unlocked")
+    return ok("page-locking", f"{_LOCKED_BYTES // 2**20} MiB locked and unlocked")
 
 
 def check_space(place: str) -> Check:
@@ -227,13 +210,13 @@ def check_space(place: str) -> Check:
     free, size = free_bytes(folder), plan(PlanConfig(samples=1, codec="int8")).bytes_by_codec["int8"]
     found = f"{free / 1e9:.1f} GB at {folder}: {int(free // size)} samples of one front camera in int8"
     if free >= 100 * size:
-        return Check(name="disk space", status="ok", found=found)
+        return ok("disk space", found)
     remedy = "Free some, or give --store another disk; `alpacache plan` tells what is needed."
-    return Check(name="disk space", status="warn", found=found, remedy=remedy)
+    return warn("disk space", found, remedy)
 
 
 def check_links(place: str) -> Check:
-    """Whether the file system has hard links: a store commits samples by them."""
+    """Whether the file system has hard links, by which a store commits samples."""
     from alpacache.planning.machine import existing_folder
 
     folder = existing_folder(place)
@@ -244,12 +227,12 @@ def check_links(place: str) -> Check:
             (Path(name) / "second").hardlink_to(first)
     except OSError as error:
         remedy = "Keep the store on a file system that you may write to and that has hard links (ext4, XFS, NFS)."
-        return Check(name="hard links", status="fail", found=f"refused at {folder}: {error.strerror}", remedy=remedy)
-    return Check(name="hard links", status="ok", found=f"work at {folder}")
+        return fail("hard links", f"refused at {folder}: {error.strerror}", remedy)
+    return ok("hard links", f"work at {folder}")
 
 
 def check_object_storage(place: str) -> Check:
-    """Whether a bucket can be listed, written and removed from, and knows conditional puts; by one small object."""
+    """Whether a bucket can be listed, written and removed from, and takes conditional puts; tried on a small object."""
     from cache_store import CacheStoreError
     from cache_store.storage.storage import open_storage
 
@@ -259,14 +242,14 @@ def check_object_storage(place: str) -> Check:
         storage.check_exclusive()
     except CacheStoreError as error:
         remedy = "Do what the message says; docs/how-to/object-storage.md has settings and rights."
-        return Check(name="object storage", status="fail", found=str(error), remedy=remedy)
+        return fail("object storage", str(error), remedy)
     what = "a store is there" if "zarr.json" in names else "no store there yet"
     found = f"{place} can be listed, written and removed from, conditional puts work; {what}"
-    return Check(name="object storage", status="ok", found=found)
+    return ok("object storage", found)
 
 
 def check_speed(place: str) -> Check:
-    """Durable writes and cold reads of a temporary file."""
+    """Speed of durable writes and cold reads of a temporary file."""
     from alpacache.planning.machine import disk_speed, existing_folder
 
     folder = existing_folder(place)
@@ -274,18 +257,16 @@ def check_speed(place: str) -> Check:
         speed = disk_speed(folder)
     except OSError as error:
         remedy = "Give --store a directory that you may write to, with some hundred MB free."
-        return Check(
-            name="disk speed", status="fail", found=f"cannot write at {folder}: {error.strerror}", remedy=remedy
-        )
+        return fail("disk speed", f"cannot write at {folder}: {error.strerror}", remedy)
     found = f"writes {speed.write_bytes_s / 1e9:.2f} GB/s, reads {speed.read_bytes_s / 1e9:.2f} GB/s"
     if speed.read_bytes_s >= SLOW_READ_BYTES_S:
-        return Check(name="disk speed", status="ok", found=found)
+        return ok("disk speed", found)
     remedy = "Training will wait for this disk: use --draws auto, --in-memory, or a local NVMe drive."
-    return Check(name="disk speed", status="warn", found=found, remedy=remedy)
+    return warn("disk speed", found, remedy)
 
 
 def check_hub() -> Check:
-    """Settings of hub access. The token is never shown."""
+    """Settings for access to the hub. The token is never shown."""
     from huggingface_hub import constants, get_token
 
     token = get_token() is not None
@@ -295,11 +276,11 @@ def check_hub() -> Check:
         remedies.append("HF_HUB_OFFLINE is set: only what is in the cache is found; unset it to download.")
     if not token:
         remedies.append("The released weights are gated: accept their licence on the hub, then `hf auth login`.")
-    return Check(name="hub", status="warn" if remedies else "ok", found=found, remedy=" ".join(remedies))
+    return warn("hub", found, " ".join(remedies)) if remedies else ok("hub", found)
 
 
 def check_model(model: str) -> Check:
-    """Whether the model's configs can be read; of a hub id they are fetched, no weights."""
+    """Whether the model's configs can be read; from the hub they are fetched, weights are not."""
     from alpacache.alpamayo.backbone import companion_file
     from alpacache.alpamayo.checkpoint import Checkpoint
     from alpacache.errors import CheckpointError
@@ -314,16 +295,15 @@ def check_model(model: str) -> Check:
     try:
         found = _within(HUB_TIMEOUT_S, read)
     except TimeoutError:
-        remedy = "Check the network and its proxy; or pass a local directory."
         found = f"{model}: no answer within {HUB_TIMEOUT_S:.0f} s"
-        return Check(name="model", status="fail", found=found, remedy=remedy)
+        return fail("model", found, "Check the network and its proxy; or pass a local directory.")
     except CheckpointError as error:
-        return Check(name="model", status="fail", found=str(error), remedy=_next_step(error))
-    return Check(name="model", status="ok", found=found)
+        return fail("model", str(error), _next_step(error))
+    return ok("model", found)
 
 
 def _next_step(error: Exception) -> str:
-    """By what the hub answered."""
+    """A remedy that fits the hub's answer."""
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     steps: dict[type[Exception], str] = {
@@ -338,36 +318,27 @@ def _next_step(error: Exception) -> str:
 
 
 def _within(limit_s: float, work: Callable[[], str]) -> str:
-    """The result, or `TimeoutError`; the thread is left behind then, and ends with the program."""
-    done: list[Any] = []
+    """The result of `work`, or `TimeoutError`; the thread then goes on and ends with the program."""
+    future: Future[str] = Future()
 
     def run() -> None:
         try:
-            done.append(work())
-        except Exception as error:  # raised again below, in the caller's thread
-            done.append(error)
+            future.set_result(work())
+        except Exception as error:  # raised in the caller's thread
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if not done:
-        raise TimeoutError
-    if isinstance(done[0], Exception):
-        raise done[0]
-    return str(done[0])
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(limit_s)
 
 
 def _requirements() -> dict[str, str]:
-    """Package -> least version, of what is not optional."""
+    """Package -> least version, without optional ones."""
     try:
         lines = metadata.requires("alpacache") or []
     except metadata.PackageNotFoundError:  # a checkout that is not installed
         lines = tomllib.loads(_PYPROJECT.read_text())["project"]["dependencies"]
-    found = {}
-    for line in lines:
-        if "extra ==" not in line and (match := _AT_LEAST.match(line)):
-            found[match[1]] = match[2]
-    return found
+    matches = (_AT_LEAST.match(line) for line in lines if "extra ==" not in line)
+    return {match[1]: match[2] for match in matches if match}
 
 
 def _version(name: str) -> str | None:

@@ -1,7 +1,7 @@
-"""How a vehicle moves, from its poses alone: speed, course and heading on a coarse raster of time.
+"""A vehicle's motion from its poses alone: speed, course and heading on a coarse time grid.
 
-Everything is measured against the vehicle's own axes, as any fixed world frame is allowed. The world is first turned
-so that the vehicle's mean z axis points up; course and heading are angles in that plane, left positive.
+Any fixed world frame is allowed, so everything is measured against the vehicle's own axes. The world is first turned so
+that the vehicle's mean z axis points up; course and heading are angles in that plane, left positive.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from alpacache.driving.poses import Track
 from alpacache.driving.sample import Floats
 
 RASTER_US = 200_000
-"""Long enough that centimetres of localisation noise do not turn the course."""
+"""Step of the grid: so long that centimetres of localisation noise do not turn the course."""
 MOVING_MPS = 2.0
-"""Below it the course is mostly noise."""
+"""Speed below which the course is mostly noise."""
 TURNING_RADPS = 0.05
 
 
@@ -28,13 +28,13 @@ class Motion:
     dt_s: Floats
     speed_mps: Floats
     course_rad: Floats
-    """Where the vehicle goes."""
+    """Direction of the movement."""
     heading_rad: Floats
-    """Where its x axis points, in the middle of the step."""
+    """Direction of the vehicle's x axis in the middle of the step."""
     turned_rad: Floats
     """Change of heading within the step."""
     direction: Floats
-    """`[N, 3]` unit vectors of the movement along the vehicle's own axes."""
+    """`[N, 3]` unit vectors of the movement, in the vehicle's own axes."""
     z_axis: Floats
     """`[N, 3]` the vehicle's z axis in the world as recorded."""
 
@@ -53,7 +53,7 @@ class Motion:
 
 
 def motion_of(track: Track) -> Motion | None:
-    """None where too little is left after what is not finite and does not increase is dropped."""
+    """Motion of a track; None if too few poses are finite and in order of time."""
     from scipy.spatial.transform import Rotation
 
     norms = np.linalg.norm(track.quaternion_xyzw, axis=1)
@@ -87,7 +87,7 @@ def motion_of(track: Track) -> Motion | None:
 
 
 def wrapped(angle_rad: Floats) -> Floats:
-    """Into -pi to pi."""
+    """Angles brought to between -pi and pi."""
     turned: Floats = (angle_rad + np.pi) % (2 * np.pi) - np.pi
     return turned
 
@@ -99,7 +99,7 @@ def concentration(angle_rad: Floats) -> tuple[float, float]:
 
 
 def _levelling(up: Floats) -> Floats:
-    """The rotation that leads `up` to +z; none where there is no such direction."""
+    """The rotation matrix that turns `up` to +z; the identity where `up` is hardly a direction."""
     from scipy.spatial.transform import Rotation
 
     length = float(np.linalg.norm(up))

@@ -1,4 +1,4 @@
-"""Whether pictures are there, alike, and not mirrored against the poses."""
+"""Checks of pictures: that they show something, have one size, and are not mirrored against the poses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.checks.check import Check
+from alpacache.checks.check import Check, fail, ok, warn
 from alpacache.checks.motion import Motion
 from alpacache.driving.sample import FRONT_CAMERA, Floats, Sample
 from alpacache.driving.strata import heading
@@ -16,21 +16,21 @@ from alpacache.sources.source import RecordedSource
 
 Picture: TypeAlias = NDArray[np.uint8]
 WIDTH_PX = 256
-"""Pictures are matched at about this width."""
+"""Width at which pictures are matched."""
 BLOCK_PX = 48
 REACH_PX = 36
-"""Furthest that a block is looked for."""
+"""Furthest shift of a block that is looked for."""
 ROWS = (0.25, 0.62)
-"""Rows around the horizon: the far field, above the road and the bonnet."""
+"""Share of the height around the horizon: the far field, above road and bonnet."""
 PLACES = (0.12, 0.24, 0.36)
-"""Middles of blocks from the picture's middle, as a share of its width."""
+"""Distances of the blocks' middles from the picture's middle, as a share of its width."""
 MIN_LIKENESS = 0.6
 MIN_CONTRAST = 2.0
 MIN_SHIFT_PX = 0.75
 
 
 def sideways_shift_px(earlier: Picture, later: Picture) -> float | None:
-    """Pixels, at 256 across, that the far field of `[3, H, W]` pictures moved right; None: it cannot be told."""
+    """Pixels, of 256 across, by which the far field of `[3, H, W]` pictures moved right; None if that is not clear."""
     before, after = _small(earlier), _small(later)
     shifts = []
     for top, bottom in _bands(before.shape[0]):
@@ -44,7 +44,7 @@ def sideways_shift_px(earlier: Picture, later: Picture) -> float | None:
 
 
 def agrees(shift_px: float | None, turned_rad: float) -> bool | None:
-    """Whether a picture moved as the heading's change (left positive) says; None for too little to tell."""
+    """Whether a picture moved as a change of heading (left positive) makes it move; None if it hardly moved."""
     if shift_px is None or abs(shift_px) < MIN_SHIFT_PX:
         return None
     return bool((shift_px > 0) == (turned_rad > 0))
@@ -67,13 +67,13 @@ def _small(picture: Picture) -> Floats:
 
 
 def _block_shift(before: Floats, after: Floats, top: int, bottom: int, place: float) -> float | None:
-    """Where the block around the column `place` of `before` went, by normalised correlation."""
+    """Shift of the block around the column `place` of `before`, by normalised correlation; None if it is not clear."""
     left = round(place * WIDTH_PX) - BLOCK_PX // 2
     start, end = max(0, left - REACH_PX), min(WIDTH_PX, left + BLOCK_PX + REACH_PX)
     if left < 0 or left + BLOCK_PX > WIDTH_PX:
         return None
     block = before[top:bottom, left : left + BLOCK_PX]
-    block = block - block.mean(axis=1, keepdims=True)  # rows differ from sky to road; only columns tell a shift
+    block = block - block.mean(axis=1, keepdims=True)  # rows differ from sky to road; a shift shows in columns only
     if block.std() < MIN_CONTRAST:
         return None
     views = np.lib.stride_tricks.sliding_window_view(after[top:bottom, start:end], BLOCK_PX, axis=1)
@@ -91,10 +91,10 @@ def _block_shift(before: Floats, after: Floats, top: int, bottom: int, place: fl
 
 APART_US = 200_000
 MIN_TURN_RADPS = 0.06
-"""Slower, lane changes and noise move the picture as much as the turn."""
+"""Turn rate below which lane changes and noise move the picture as much as the turn does."""
 MIN_TURNED_RAD = 0.01
 PAIRS = 96
-"""Pairs of frames looked at, all clips together."""
+"""Most pairs of frames to look at, all clips together."""
 MOST_A_CLIP = 8
 MIN_MOMENTS = 10
 OPPOSITE = 0.8
@@ -106,11 +106,11 @@ class Turn:
 
     clip_id: str
     agrees: bool
-    """With the heading's change."""
+    """Whether the picture moved as the change of heading makes it move."""
 
 
 def turns_of_clip(source: RecordedSource, clip_id: str, motion: Motion, *, clips: int) -> list[Turn]:
-    """Moments of one recording, evenly spread over its turns; fewer where the source has many clips."""
+    """Moments of one recording, evenly spread over its turns; fewer if the source has many clips."""
     rate = motion.turn_rate_radps
     turning = motion.times_us[motion.moving & (np.abs(rate) > MIN_TURN_RADPS)]
     stamps = source.frame_times_us(clip_id, FRONT_CAMERA)
@@ -118,18 +118,18 @@ def turns_of_clip(source: RecordedSource, clip_id: str, motion: Motion, *, clips
         return []
     turning = turning[(turning - APART_US > stamps[0]) & (turning + APART_US < stamps[-1])]
     count = min(len(turning), max(1, min(MOST_A_CLIP, PAIRS // max(1, clips))))
-    found: list[Turn] = []
+    turns: list[Turn] = []
     for place in np.unique(np.linspace(0, len(turning) - 1, count).round().astype(int)) if count else ():
         pair = np.searchsorted(stamps, turning[place] + np.array([-APART_US // 2, APART_US // 2]))
         try:
             earlier, later = source.film(clip_id, FRONT_CAMERA, stamps[pair])
         except BadClipError:
-            return found  # unreadable pictures are refused where a sample needs them
+            return turns  # unreadable pictures are refused where a sample needs them
         turned = np.diff(np.interp(stamps[pair], motion.times_us, motion.heading_rad))[0]
         alike = agrees(sideways_shift_px(earlier, later), float(turned))
         if alike is not None and abs(turned) >= MIN_TURNED_RAD:
-            found.append(Turn(clip_id=clip_id, agrees=alike))
-    return found
+            turns.append(Turn(clip_id=clip_id, agrees=alike))
+    return turns
 
 
 def turns_of_sample(sample: Sample) -> list[Turn]:
@@ -150,37 +150,37 @@ def turns_of_sample(sample: Sample) -> list[Turn]:
 
 
 def judge_mirrored(turns: Sequence[Turn]) -> Check:
-    """Whether pictures move against the turn, as they should, over all moments."""
+    """Whether pictures move as the poses turn, over all moments."""
     count, against = len(turns), sum(not turn.agrees for turn in turns)
     if count < MIN_MOMENTS:
         found = f"not enough turns to tell: {count} moments, {MIN_MOMENTS} are needed"
-        return Check(name="mirrored", status="ok", found=found)
+        return ok("mirrored", found)
     found = f"pictures and poses turn the same way at {count - against} of {count} moments"
     if against >= OPPOSITE * count:
         remedy = (
             "Either the pictures are mirrored (signs are unreadable) or the poses are: left turns must have a positive "
             "yaw rate (y left, z up; not y right, z down). The contact sheet tells which."
         )
-        return Check(name="mirrored", status="fail", found=found, remedy=remedy)
+        return fail("mirrored", found, remedy)
     if against > (1 - OPPOSITE) * count:
         clips = sorted({turn.clip_id for turn in turns if not turn.agrees})
         remedy = f"Look at clips such as {', '.join(clips[:3])}: mirrored, another camera, or clocks that are apart?"
-        return Check(name="mirrored", status="warn", found=found, remedy=remedy)
-    return Check(name="mirrored", status="ok", found=found)
+        return warn("mirrored", found, remedy)
+    return ok("mirrored", found)
 
 
 def judge_pictures(sizes: Mapping[tuple[int, int], Sequence[str]], blank: Sequence[str]) -> Check:
-    """Sizes (width, height) with the samples that have them, and samples with a picture of one colour."""
+    """Whether all samples have one size and none is `blank`; `sizes`: (width, height) -> samples."""
     listed = sorted(sizes, key=lambda size: -len(sizes[size]))
     found = ", ".join(f"{width} x {height}" for width, height in listed[:4])
     if blank:
         found += f"; {len(blank)} samples show one colour only, such as {blank[0]}"
         remedy = "Open such a frame: black or grey frames teach the model that the picture says nothing."
-        return Check(name="pictures", status="warn", found=found, remedy=remedy)
+        return warn("pictures", found, remedy)
     if len(listed) > 1:
         remedy = (
             f"Different cameras in one set, such as {sizes[listed[-1]][0]}? "
             "Samples differ in their number of tokens; split the set or leave them out."
         )
-        return Check(name="pictures", status="warn", found=found, remedy=remedy)
-    return Check(name="pictures", status="ok", found=found or "no usable sample")
+        return warn("pictures", found, remedy)
+    return ok("pictures", found or "no usable sample")

@@ -1,6 +1,6 @@
-"""Whether clocks, poses and frames of one recording are what they should be: units of time, rates, gaps, jumps.
+"""Checks of one clip's clocks, poses and frames: units of time, rates, gaps, jumps.
 
-A wrong unit of time is put right before anything else is judged, so that one mistake is named once.
+A wrong unit of time is corrected before anything else is judged, so that one mistake is reported once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.checks.check import Check, Status
+from alpacache.checks.check import Check, Status, fail, ok
 from alpacache.driving.poses import (
     MAX_GAP_US,
     MAX_SPEED_MPS,
@@ -21,32 +21,43 @@ from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS,
 from alpacache.errors import BadClipError
 from alpacache.sources.source import RecordedSource
 
+JUMP_M = 1.0
+"""Least step off the course of the neighbouring poses that counts as a jump; localisation noise is centimetres."""
+JUMP_MPS = 10.0
+NEIGHBOURS = 7
+STALE_US = 200_000
+"""Longest gap between frames that is not reported: a sample's frames are 0.1 s apart."""
+MAX_LOST = 0.01
+MAX_JITTER = 0.3
+MIN_OVERLAP = 0.8
+_UNITS = {"milliseconds": 1e3, "nanoseconds": 1e-3, "seconds": 1e6}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """One clip; vehicle to world."""
+    """Poses (vehicle to world) and frame times of one clip."""
 
     track: Track
     frame_times_us: Mapping[str, NDArray[np.int64]]
-    """Per camera that the clip has."""
+    """Frame times of each camera that the clip has."""
     missing: Mapping[str, str]
-    """Camera that it has not, and why."""
+    """Camera that the clip lacks -> why."""
 
 
 def read_recording(source: RecordedSource, clip_id: str, cameras: Sequence[str]) -> Recording:
-    """Raises `BadClipError` where there are no readable poses."""
-    found: dict[str, NDArray[np.int64]] = {}
+    """A clip of a source; `BadClipError` if its poses cannot be read."""
+    frame_times: dict[str, NDArray[np.int64]] = {}
     missing = {}
     for camera in cameras:
         try:
-            found[camera] = source.frame_times_us(clip_id, camera)
+            frame_times[camera] = source.frame_times_us(clip_id, camera)
         except BadClipError as error:
             missing[camera] = str(error)
-    return Recording(track=source.track(clip_id), frame_times_us=found, missing=missing)
+    return Recording(track=source.track(clip_id), frame_times_us=frame_times, missing=missing)
 
 
 def recording_of(sample: Sample) -> Recording:
-    """The 8 s that a sample holds, in its ego frame: all there is of a prepared dataset."""
+    """The 8 s that a sample holds, in its ego frame, for sources that have samples only."""
     from scipy.spatial.transform import Rotation
 
     times = sample.ref.t0_us + STEP_US * np.arange(1 - HISTORY_STEPS, FUTURE_STEPS + 1, dtype=np.int64)
@@ -60,20 +71,8 @@ def recording_of(sample: Sample) -> Recording:
     return Recording(track=track, frame_times_us=stamps, missing={})
 
 
-JUMP_M = 1.0
-"""Least step off the course of the neighbouring poses that is a jump; localisation noise is centimetres."""
-JUMP_MPS = 10.0
-NEIGHBOURS = 7
-STALE_US = 200_000
-"""Longest time without a frame that goes unnoticed: a sample's frames are 0.1 s apart."""
-MAX_LOST = 0.01
-MAX_JITTER = 0.3
-MIN_OVERLAP = 0.8
-_UNITS = {"milliseconds": 1e3, "nanoseconds": 1e-3, "seconds": 1e6}
-
-
 def time_unit(timestamps: NDArray[np.int64]) -> str:
-    """`microseconds`, or what the steps between timestamps rather look like. Recordings have 1 to 2,000 a second."""
+    """`microseconds`, or the unit that fits the steps better, given 1 to 2,000 timestamps a second."""
     if len(timestamps) < 3:
         return "microseconds"
     steps = np.abs(np.diff(timestamps))
@@ -86,7 +85,7 @@ def time_unit(timestamps: NDArray[np.int64]) -> str:
 
 
 def in_microseconds(recording: Recording) -> Recording:
-    """The same recording with times of another unit converted."""
+    """The recording with times in other units converted."""
     track = recording.track
     return replace(
         recording,
@@ -96,38 +95,33 @@ def in_microseconds(recording: Recording) -> Recording:
 
 
 def check_times(recording: Recording) -> Check:
-    """Units of time, and whether it runs forwards."""
+    """Units of time, and whether timestamps increase."""
     clocks = {"poses": recording.track.timestamps_us, **recording.frame_times_us}
     units = {what: time_unit(stamps) for what, stamps in clocks.items()}
     wrong = {what: unit for what, unit in units.items() if unit != "microseconds"}
     if wrong:
         found = ", ".join(f"timestamps of {what} are in {unit}" for what, unit in wrong.items())
         factors = " and ".join(sorted({f"{_UNITS[unit]:g}" for unit in wrong.values()}))
-        return Check(
-            name="times",
-            status="fail",
-            found=f"{found}, by their steps",
-            remedy=f"Write whole microseconds: multiply these timestamps by {factors}.",
-        )
+        remedy = f"Write whole microseconds: multiply these timestamps by {factors}."
+        return fail("times", f"{found}, by their steps", remedy)
     for what, stamps in clocks.items():
         back = np.flatnonzero(np.diff(stamps) <= 0)
         if len(back):
-            return Check(
-                name="times",
-                status="fail",
-                found=f"timestamps of {what} do not increase in {len(back)} rows, the first is row {int(back[0]) + 1}",
-                remedy="Sort the rows by timestamp and drop duplicates.",
-            )
+            found = f"timestamps of {what} do not increase in {len(back)} rows, the first is row {int(back[0]) + 1}"
+            return fail("times", found, "Sort the rows by timestamp and drop duplicates.")
     start, end = recording.track.timestamps_us[[0, -1]]
-    return Check(name="times", status="ok", found=f"microseconds, {(end - start) / 1e6:.1f} s of poses")
+    return ok("times", f"microseconds, {(end - start) / 1e6:.1f} s of poses")
 
 
 def check_poses(track: Track) -> Check:
     """Rate, gaps and jumps."""
-    track = _finite(track)
+    finite = _is_finite(track)
+    track = Track(
+        timestamps_us=track.timestamps_us[finite], xyz=track.xyz[finite], quaternion_xyzw=track.quaternion_xyzw[finite]
+    )
     gaps_us: NDArray[np.int64] = np.diff(track.timestamps_us)
     if len(gaps_us) < 2 or (gaps_us <= 0).any():
-        return Check(name="poses", status="ok", found="not judged: no poses in the order of time")
+        return ok("poses", "not judged: no poses in the order of time")
     rate = 1e6 / float(np.median(gaps_us))
     holes, leaps = np.flatnonzero(gaps_us > MAX_GAP_US), jumps(track)
     faults, remedies = [], []
@@ -145,7 +139,7 @@ def check_poses(track: Track) -> Check:
 
 
 def jumps(track: Track) -> NDArray[np.int64]:
-    """Numbers of poses from which the vehicle leaps: what quarantine refuses, and steps off the neighbours' course."""
+    """Indices of poses after which the vehicle leaps, as `extract` refuses it, or steps off its neighbours' course."""
     gaps_s = np.diff(track.timestamps_us) / 1e6
     moved = np.diff(track.xyz, axis=0)
     velocity = moved / gaps_s[:, None]
@@ -154,13 +148,13 @@ def jumps(track: Track) -> NDArray[np.int64]:
     unit = track.quaternion_xyzw / np.maximum(np.linalg.norm(track.quaternion_xyzw, axis=1, keepdims=True), 1e-9)
     turned = 2 * np.arccos(np.clip(np.abs((unit[1:] * unit[:-1]).sum(axis=1)), 0, 1))
     leaps |= turned > MAX_TURN_RATE_RADPS * gaps_s + 0.1
-    if np.median(np.linalg.norm(velocity, axis=1)) < MAX_SPEED_MPS:  # else all poses are in another unit
+    if np.median(np.linalg.norm(velocity, axis=1)) < MAX_SPEED_MPS:  # otherwise all poses are in another unit
         leaps |= np.linalg.norm(moved, axis=1) > MAX_SPEED_MPS * gaps_s + 0.5
     return np.flatnonzero(leaps)
 
 
 def check_frames(recording: Recording) -> Check:
-    """Rate, jitter, missing frames, and whether they were taken while poses were recorded."""
+    """Rate, jitter, missing frames, and whether frames were taken while poses were recorded."""
     faults = [f"no {camera}" for camera in recording.missing]
     remedies = list(dict.fromkeys(message.rpartition(": ")[2] for message in recording.missing.values()))
     status: Status = "fail" if faults else "ok"
@@ -182,7 +176,7 @@ def check_frames(recording: Recording) -> Check:
             faults.append(f"{camera}: {fault}")
             remedies.append(remedy)
     if not rates and not faults:
-        return Check(name="frames", status="ok", found="not judged: too few frame times")
+        return ok("frames", "not judged: too few frame times")
     found = "; ".join([_rates(rates), *faults] if rates else faults)
     return Check(name="frames", status=status, found=found, remedy=" ".join(dict.fromkeys(remedies)))
 
@@ -193,57 +187,38 @@ def _rates(rates_hz: list[float]) -> str:
 
 
 def _frame_faults(steps_us: NDArray[np.int64], overlap: float) -> list[tuple[str, str]]:
-    """(what, remedy) of one camera."""
+    """(fault, remedy) of one camera."""
     step = float(np.median(steps_us))
     lost = int(np.maximum(np.round(steps_us / step) - 1, 0).sum())
     regular = steps_us[steps_us < 1.5 * step]
     jitter = float(np.percentile(np.abs(regular - step), 95)) / step
     faults = []
     if lost > MAX_LOST * len(steps_us) or steps_us.max() > max(STALE_US, 1.5 * step):
-        faults.append(
-            (
-                f"{lost} frames missing, the longest gap {steps_us.max() / 1e6:.2f} s",
-                "Around a gap the model sees an old frame: look for frames dropped while recording or converting.",
-            )
-        )
+        fault = f"{lost} frames missing, the longest gap {steps_us.max() / 1e6:.2f} s"
+        remedy = "Around a gap the model sees an old frame: look for frames dropped while recording or converting."
+        faults.append((fault, remedy))
     if step > 1.05 * FRAME_STEP_US:
         faults.append(("fewer than 10 frames a second", "Frames 0.1 s apart will repeat; record at 10 Hz or more."))
     if jitter > MAX_JITTER:
-        faults.append(
-            (
-                f"intervals vary by {100 * jitter:.0f} %",
-                "Take the camera's own times of exposure, not those of arrival.",
-            )
-        )
+        remedy = "Take the camera's own times of exposure, not those of arrival."
+        faults.append((f"intervals vary by {100 * jitter:.0f} %", remedy))
     if overlap < MIN_OVERLAP:
-        faults.append(
-            (
-                f"poses cover {100 * overlap:.0f} % of the frames' time",
-                "Check that both are on one clock and cut to the same part.",
-            )
-        )
+        remedy = "Check that both are on one clock and cut to the same part."
+        faults.append((f"poses cover {100 * overlap:.0f} % of the frames' time", remedy))
     return faults
 
 
 def check_finite(track: Track) -> Check | None:
-    """What is wrong with the numbers themselves, if anything."""
-    bad = ~(np.isfinite(track.xyz).all(axis=1) & np.isfinite(track.quaternion_xyzw).all(axis=1))
-    if bad.any():
-        return Check(
-            name="rotations",
-            status="fail",
-            found=f"{int(bad.sum())} of {len(track.xyz)} poses hold NaN or infinity",
-            remedy="Drop those rows if the rest is sound.",
-        )
+    """NaN, infinity and quaternions that are not of length 1, if there are any."""
+    bad = int((~_is_finite(track)).sum())
+    if bad:
+        found = f"{bad} of {len(track.xyz)} poses hold NaN or infinity"
+        return fail("rotations", found, "Drop those rows if the rest is sound.")
     norms = np.linalg.norm(track.quaternion_xyzw, axis=1)
     worst = float(norms[np.argmax(np.abs(norms - 1))])
     if abs(worst - 1) > QUATERNION_NORM_SLACK:
-        return Check(
-            name="rotations",
-            status="fail",
-            found=f"quaternions of length {worst:.3g}, not 1",
-            remedy="Check the columns qx, qy, qz, qw, and whether they hold a quaternion at all.",
-        )
+        remedy = "Check the columns qx, qy, qz, qw, and whether they hold a quaternion at all."
+        return fail("rotations", f"quaternions of length {worst:.3g}, not 1", remedy)
     return None
 
 
@@ -252,13 +227,9 @@ def _converted(stamps: NDArray[np.int64]) -> NDArray[np.int64]:
     return stamps if unit == "microseconds" else np.round(stamps * _UNITS[unit]).astype(np.int64)
 
 
-def _finite(track: Track) -> Track:
-    sound = np.isfinite(track.xyz).all(axis=1) & np.isfinite(track.quaternion_xyzw).all(axis=1)
-    return Track(
-        timestamps_us=track.timestamps_us[sound],
-        xyz=track.xyz[sound],
-        quaternion_xyzw=track.quaternion_xyzw[sound],
-    )
+def _is_finite(track: Track) -> NDArray[np.bool_]:
+    finite: NDArray[np.bool_] = np.isfinite(np.concatenate([track.xyz, track.quaternion_xyzw], axis=1)).all(axis=1)
+    return finite
 
 
 def _running_median(values: Floats) -> Floats:

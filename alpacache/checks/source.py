@@ -1,8 +1,8 @@
-"""`check`: whether a source's recordings are what they should be, before a GPU is rented for them.
+"""`check`: looks for faults in a source's recordings before a GPU is rented for them.
 
-Stage one reads wrong axes, units or mirrored pictures without a complaint: each sample is sound in itself, and only the
-trained model is wrong. So the samples are read as `extract` reads them, which says what it would refuse, and the whole
-recordings are held against what a road vehicle and its camera do. Never is a model loaded.
+Stage one reads wrong axes, wrong units or mirrored pictures without complaint: each sample is sound in itself, and only
+the trained model is wrong. So samples are read as `extract` reads them, which shows what it would refuse, and whole
+recordings are compared with what a road vehicle and its camera do. No model is loaded.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from alpacache.checks.axes import (
     judge_speed,
     judge_standing,
 )
-from alpacache.checks.check import Check, Status
+from alpacache.checks.check import Check, Status, fail, ok, warn, worst
 from alpacache.checks.contact_sheet import CLIPS
 from alpacache.checks.motion import Motion, motion_of
 from alpacache.checks.pictures import (
@@ -65,48 +65,47 @@ MEANINGS: Mapping[str, str] = {
     "pictures": "pictures of all clips have one size and show something",
     "mirrored": "in turns, what the front camera sees moves the other way: in a left turn to the right",
 }
-"""What each check asks, in plain words, in the order of tables."""
+"""Name of each check -> what it expects, in the order of tables."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """What `extract` would quarantine."""
+    """A sample or clip that `extract` would quarantine."""
 
     where: str
-    """Sample id, or clip id where no sample can be cut."""
+    """Sample id, or clip id if no sample can be cut from the clip."""
     kind: str
     message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipReport:
-    """One clip."""
+    """The verdict on one clip."""
 
     clip_id: str
     samples: int
-    """That were selected and can be used."""
+    """Number of selected samples that can be used."""
     refused: tuple[Refusal, ...]
     checks: tuple[Check, ...]
 
     @property
     def status(self) -> Status:
         """The worst of its checks."""
-        found = {check.status for check in self.checks}
-        return "fail" if "fail" in found else "warn" if "warn" in found else "ok"
+        return worst(self.checks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceReport:
-    """All of a source that was looked at."""
+    """The verdict on a source."""
 
     source: str
     samples: int
-    """That `extract` would take."""
+    """Number of samples that `extract` would take."""
     clips: tuple[ClipReport, ...]
     checks: tuple[Check, ...]
-    """Of the source as a whole."""
+    """Checks of the source as a whole, one for each of `MEANINGS`."""
     strata: dict[str, int]
-    """Usable samples in each stratum."""
+    """Number of usable samples in each stratum."""
     speeds_mps: dict[str, float]
     """`median`, `p95` and `max` of the samples' mean speeds; empty without samples."""
     shown: tuple[Sample, ...]
@@ -115,12 +114,12 @@ class SourceReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong with the source as a whole; warnings are nothing wrong."""
-        return all(check.status != "fail" for check in self.checks)
+        """Whether no check of the source as a whole failed; warnings do not count."""
+        return worst(self.checks) != "fail"
 
     @property
     def clip_counts(self) -> dict[str, int]:
-        """Clips by the worst of their checks; a refused clip may be fine in itself."""
+        """Number of clips by the worst of their checks; a refused clip may be fine in itself."""
         return {status: sum(clip.status == status for clip in self.clips) for status in ("ok", "warn", "fail")}
 
     @property
@@ -130,7 +129,7 @@ class SourceReport:
 
 @dataclass(slots=True)
 class _Clip:
-    """What is gathered of one clip."""
+    """One clip while it is being judged."""
 
     refs: list[SampleRef]
     refused: list[Refusal]
@@ -139,12 +138,12 @@ class _Clip:
     motion: Motion | None = None
     order: str = "right"
     track: Track | None = None
-    """Kept where the order of its quaternions is not settled."""
+    """The clip's track, kept if the order of its quaternions is undecided."""
     fingerprint: str = ""
 
 
-class _Gathered:
-    """What is kept of samples: small numbers of each, the pictures of a few."""
+class _SampleStatistics:
+    """Statistics of all samples, and the samples that the contact sheet shows."""
 
     def __init__(self, chosen: frozenset[SampleRef]) -> None:
         self.chosen = chosen
@@ -178,7 +177,7 @@ def check_source(
     frames: int = 4,
     on_progress: OnProgress | None = None,
 ) -> SourceReport:
-    """Read what `extract` would select with the same arguments, and judge it.
+    """Read the samples that `extract` would select with the same arguments, and judge them and their recordings.
 
     Raises `UsageError` for arguments that make no sense, `SourceError` for a source that cannot be read.
     """
@@ -189,10 +188,10 @@ def check_source(
         clips.setdefault(ref.clip_id, _Clip([], [])).refs.append(ref)
     for clip_id, error in rejected:
         clips[clip_id] = _Clip([], [Refusal(where=clip_id, kind=error.kind, message=str(error))])
-    gathered = _Gathered(_spread([clip.refs[0] for clip in clips.values() if clip.refs]))
+    statistics = _SampleStatistics(_spread([clip.refs[0] for clip in clips.values() if clip.refs]))
     for done, (clip_id, clip) in enumerate(clips.items(), start=1):
-        first = _load_samples(source, clip, names, frames, gathered)
-        _read_recording(source, clip_id, clip, names, first, gathered, clips=len(clips))
+        first = _load_samples(source, clip, names, frames, statistics)
+        _read_recording(source, clip_id, clip, names, first, statistics, clips=len(clips))
         if on_progress is not None:
             rate = done / max(1e-9, time.monotonic() - started)
             on_progress(Progress(done=done, total=len(clips), unit="clips", rate=rate, notes={}))
@@ -205,24 +204,24 @@ def check_source(
             ClipReport(clip_id=clip_id, samples=clip.samples, refused=tuple(clip.refused), checks=clip.checks)
             for clip_id, clip in clips.items()
         ),
-        checks=_judge(source, clips, gathered),
-        strata=gathered.strata,
-        speeds_mps=_speeds(gathered.speeds_mps),
-        shown=tuple(gathered.shown),
+        checks=_judge(source, clips, statistics),
+        strata=statistics.strata,
+        speeds_mps=_speeds(statistics.speeds_mps),
+        shown=tuple(statistics.shown),
         seconds=time.monotonic() - started,
     )
 
 
 def _spread(refs: Sequence[SampleRef]) -> frozenset[SampleRef]:
-    """Up to `CLIPS` of them, evenly spread."""
+    """Up to `CLIPS` of the samples, evenly spread."""
     places = np.unique(np.linspace(0, len(refs) - 1, min(CLIPS, len(refs))).round().astype(int)) if refs else ()
     return frozenset(refs[place] for place in places)
 
 
 def _load_samples(
-    source: Source, clip: _Clip, cameras: Sequence[str], frames: int, gathered: _Gathered
+    source: Source, clip: _Clip, cameras: Sequence[str], frames: int, statistics: _SampleStatistics
 ) -> Sample | None:
-    """Load all samples of a clip, as `extract` would; the first that can be used."""
+    """Load all samples of a clip, as `extract` would; return the first that can be used."""
     first: Sample | None = None
     for ref in clip.refs:
         try:
@@ -232,9 +231,9 @@ def _load_samples(
             continue
         clip.samples += 1
         first = first or sample
-        gathered.add(sample)
+        statistics.add(sample)
         if not isinstance(source, RecordedSource):
-            gathered.turns += turns_of_sample(sample)
+            statistics.turns += turns_of_sample(sample)
     return first
 
 
@@ -244,11 +243,11 @@ def _read_recording(
     clip: _Clip,
     cameras: Sequence[str],
     first: Sample | None,
-    gathered: _Gathered,
+    statistics: _SampleStatistics,
     *,
     clips: int,
 ) -> None:
-    """Judge a clip's recording, or what its first sample holds of it."""
+    """Judge a clip's recording, or the part of it that its first sample holds."""
     if not isinstance(source, RecordedSource):
         if first is not None:
             _judge_clip(clip, recording_of(first))
@@ -256,16 +255,16 @@ def _read_recording(
     try:
         recording = read_recording(source, clip_id, cameras)
     except BadClipError:
-        return  # no readable poses: it has been refused for that
+        return  # its samples were refused for the same reason
     if len(recording.track.timestamps_us) < 2:
         return
     recording = _judge_clip(clip, recording)
     if clip.motion is not None and FRONT_CAMERA in recording.frame_times_us:
-        gathered.turns += turns_of_clip(source, clip_id, clip.motion, clips=clips)
+        statistics.turns += turns_of_clip(source, clip_id, clip.motion, clips=clips)
 
 
 def _judge_clip(clip: _Clip, recording: Recording) -> Recording:
-    """Fill in checks, motion and fingerprint. What is found wrong is put right for the checks that follow."""
+    """Fill in checks, motion and fingerprint; return the recording with faults corrected for the checks that follow."""
     times = check_times(recording)
     recording = in_microseconds(recording)
     clip.checks = (times, check_poses(recording.track), check_frames(recording))
@@ -290,7 +289,7 @@ def _judge_motion(clip: _Clip, rotations: Check, track: Track) -> None:
 
 
 def _settle_order(clips: Sequence[_Clip]) -> None:
-    """Clips that drive forwards only with the scalar first follow those whose wrong order is plain."""
+    """Decide clips that drive forwards only with the scalar first by those whose order is certainly wrong."""
     unsettled = [clip for clip in clips if clip.track is not None]
     if sum(clip.order == "wrong" for clip in clips) < max(1, len(unsettled)):
         return
@@ -300,18 +299,18 @@ def _settle_order(clips: Sequence[_Clip]) -> None:
             _judge_motion(clip, rotations.check, rotations.track)
 
 
-def _judge(source: Source, clips: Mapping[str, _Clip], gathered: _Gathered) -> tuple[Check, ...]:
+def _judge(source: Source, clips: Mapping[str, _Clip], statistics: _SampleStatistics) -> tuple[Check, ...]:
     """One check of each name over the source as a whole."""
     motions = [clip.motion for clip in clips.values() if clip.motion is not None]
     judged = {check.name: check for check in (judge_axes(motions), judge_speed(motions))} if motions else {}
     judged["clip ids"] = _judge_ids(source, clips)
-    judged["pictures"] = judge_pictures(gathered.sizes, gathered.blank)
-    judged["mirrored"] = judge_mirrored(gathered.turns)
+    judged["pictures"] = judge_pictures(statistics.sizes, statistics.blank)
+    judged["mirrored"] = judge_mirrored(statistics.turns)
     return tuple(_over_clips(name, judged.get(name), clips) for name in MEANINGS)
 
 
 def _over_clips(name: str, judged: Check | None, clips: Mapping[str, _Clip]) -> Check:
-    """All clips' checks of one name as one; what most clips fail, or all of them together, the source fails."""
+    """Merge all clips' checks of one name: the source fails if most clips fail, or all of them together do."""
     if judged is not None and judged.status == "fail":
         return judged
     each = {clip_id: check for clip_id, clip in clips.items() for check in clip.checks if check.name == name}
@@ -322,19 +321,19 @@ def _over_clips(name: str, judged: Check | None, clips: Mapping[str, _Clip]) -> 
     if not bad:
         found = f"{len(each)} clips" if each else "not judged"
         alike = {check.found for check in each.values()}
-        return Check(name=name, status="ok", found=alike.pop() if len(alike) == 1 else found)
-    worst = failed[0] if failed else next(iter(bad))
-    found = f"{len(bad)} of {len(each)} clips, such as {worst}: {bad[worst].found}"
-    status: Status = "fail" if judged is None and 2 * len(failed) > len(each) else "warn"
-    return Check(name=name, status=status, found=found, remedy=bad[worst].remedy)
+        return ok(name, alike.pop() if len(alike) == 1 else found)
+    example = failed[0] if failed else next(iter(bad))
+    found = f"{len(bad)} of {len(each)} clips, such as {example}: {bad[example].found}"
+    answer = fail if judged is None and 2 * len(failed) > len(each) else warn
+    return answer(name, found, bad[example].remedy)
 
 
 def _judge_ids(source: Source, clips: Mapping[str, _Clip]) -> Check:
-    """Ids that come twice, and clips with the same poses: one in training and one in validation is a leak."""
+    """Ids that come twice, and clips with the same poses: if one is trained on and one judged by, that is a leak."""
     twice = [clip_id for clip_id, times in Counter(source.clip_ids).items() if times > 1]
     if twice:
         found = f"{len(twice)} ids are listed more than once, such as {twice[0]}"
-        return Check(name="clip ids", status="fail", found=found, remedy="Give every clip an id of its own.")
+        return fail("clip ids", found, "Give every clip an id of its own.")
     same: dict[str, list[str]] = {}
     for clip_id, clip in clips.items():
         if clip.fingerprint:
@@ -343,8 +342,8 @@ def _judge_ids(source: Source, clips: Mapping[str, _Clip]) -> Check:
     if copies:
         found = f"{sum(map(len, copies))} clips share their poses with another, such as {' and '.join(copies[0][:2])}"
         remedy = "Leave the copies out: one may be trained on and the other judged by."
-        return Check(name="clip ids", status="warn", found=found, remedy=remedy)
-    return Check(name="clip ids", status="ok", found=f"{len(clips)} different clips")
+        return warn("clip ids", found, remedy)
+    return ok("clip ids", f"{len(clips)} different clips")
 
 
 def _speeds(speeds_mps: Sequence[float]) -> dict[str, float]:
