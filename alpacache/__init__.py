@@ -18,7 +18,9 @@ _HOMES = {
     "evaluate": "alpacache.evaluation.evaluate",
     "EvalConfig": "alpacache.evaluation.config",
     "export": "alpacache.exporting.export",
-    "ExportConfig": "alpacache.exporting.export",
+    "ExportConfig": "alpacache.exporting.config",
+    "plan": "alpacache.planning.plan",
+    "PlanConfig": "alpacache.planning.config",
     "probe": "alpacache.evaluation.probe",
     "ProbeConfig": "alpacache.evaluation.config",
 }

@@ -28,6 +28,7 @@ from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World
 from alpacache.driving.sample import FUTURE_STEPS
+from alpacache.planning.config import budget_bytes
 from alpacache.planning.memory_model import memory_plan, with_room_used
 from alpacache.planning.workload import Workload
 from alpacache.prefix.codecs import tensor_codec
@@ -121,7 +122,7 @@ def _setting(case: Case, small: bool) -> tuple[ActionExpert, PrefixLayout, list[
 
 def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
-    cap = cap_memory(BUDGET, torch.device("cuda")) if cuda else None
+    cap = cap_memory(budget_bytes(BUDGET), torch.device("cuda")) if cuda else None
     expert, layout, lengths, device = _setting(case, small)
     parameters = choose_trainable(expert, case.trainable, seed=0)
     if case.checkpointing:

@@ -1,13 +1,15 @@
 """`alpacache check`: recordings before a GPU is rented for them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from alpacache import strict_json
+from alpacache.sources.config import CheckConfig
 
-from . import options, output
+from . import output
+from .options import from_config
 
 if TYPE_CHECKING:
     from alpacache.checks.source import SourceReport
@@ -19,18 +21,8 @@ _SHOWN = 12
 """Refusals and clips named in the table; JSON has all."""
 
 
-def check(
-    source: options.Source,
-    split: options.Split = "all",
-    samples: options.Samples = None,
-    cameras: options.Cameras = None,
-    frames: options.Frames = 4,
-    t0: options.T0 = "5.1",
-    out: Annotated[
-        str | None, typer.Option(help=f"Directory for `{SHEET}` and `{REPORT}`. [default: nothing written]")
-    ] = None,
-    json: options.Json = False,
-) -> None:
+@from_config(CheckConfig)
+def check(config: CheckConfig, json: bool) -> None:
     """Look for wrong axes, units, clocks, jumps, gaps and mirrored pictures, and for what `extract` would refuse.
 
     Exit code 1: the source as a whole is wrong; 3: some samples would be quarantined; 0: neither, with or without
@@ -42,19 +34,16 @@ def check(
     from alpacache.checks.source import check_source
     from alpacache.sources import open_source
 
-    names = options.camera_names(cameras)
-    options.one_of("split", split, ("train", "val", "all"))
-    options.one_of("frames", str(frames), ("1", "2", "3", "4"))
-    opened = open_source(source, cameras=names)
-    directory = None if out is None else _make_directory(out)
+    source = open_source(config.source, cameras=config.cameras)
+    directory = None if config.out is None else _make_directory(config.out)
     with output.show_progress("check") as on_progress:
         report = check_source(
-            opened,
-            split=split,  # type: ignore[arg-type]
-            t0=t0,
-            samples=samples,
-            cameras=names,
-            frames=frames,
+            source,
+            split=config.split,
+            t0=config.t0,
+            samples=config.samples,
+            cameras=config.cameras,
+            frames=config.frames,
             on_progress=on_progress,
         )
     record = _record(report)
@@ -65,7 +54,7 @@ def check(
     if json:
         output.print_json(record)
     else:
-        _print(report, out)
+        _print(report, config.out)
     if not report.ok:
         raise typer.Exit(FAILED)
     if report.refused:

@@ -2,19 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
 
-import typer
+from alpacache.demo.config import DemoConfig
 
-from . import options, output
+from . import output
 from .evaluate import print_summary
+from .options import from_config
 
 
-def demo(
-    out: Annotated[str, typer.Option(help="Directory for everything; must be new or empty.")] = "demo",
-    seed: Annotated[int, typer.Option(help="Of training and evaluation.")] = 0,
-    json: options.Json = False,
-) -> None:
+@from_config(DemoConfig)
+def demo(config: DemoConfig, json: bool) -> None:
     """Offline, on a CPU, in minutes: a straight-biased tiny model, cached features, retraining, the bias gone.
 
     Example: `alpacache demo --out demo`
@@ -28,9 +25,9 @@ def demo(
         with output.show_progress(title) as on_progress:
             yield on_progress
 
-    report = run_demo(out, seed=seed, stage=stage)
+    report = run_demo(config.out, seed=config.seed, stage=stage)
     if json:
-        output.print_json({"out": out, "train": report.run, "summary": report.evaluation.summary.to_json()})
+        output.print_json({"out": config.out, "train": report.run, "summary": report.evaluation.summary.to_json()})
         return
     print_summary(report.evaluation.summary)
     output.print_table("", [["report", f"{report.evaluation.out}/report.html"]])

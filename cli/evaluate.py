@@ -1,10 +1,11 @@
 """`alpacache eval`: is the straight-line bias gone?"""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from alpacache.evaluation.config import EvalConfig
 
-from . import options, output
+from . import output
+from .options import from_config
 
 if TYPE_CHECKING:
     from alpacache.evaluation.summary import EvalSummary
@@ -14,51 +15,15 @@ _WARNINGS = 3
 _METRICS = {"min_ade": "minADE", "ade": "ADE", "min_fde": "minFDE", "corner_distance": "corners"}
 
 
-def evaluate(
-    store: Annotated[str, typer.Option(help="Store of the samples to judge on, best of held-out clips.")],
-    model: options.Model,
-    out: Annotated[str, typer.Option(help="Directory for JSON, pictures and the report.")],
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Run directory or checkpoint to judge beside the base model.")
-    ] = None,
-    compare: Annotated[
-        list[str] | None, typer.Option(help="LABEL=RUN: one more run in the same tables; repeatable.")
-    ] = None,
-    ema: options.Ema = False,
-    reasoning: Annotated[
-        str, typer.Option(help="`auto`: each path on a reasoning rollout where the store has them; `none`: without.")
-    ] = "auto",
-    paths: Annotated[int, typer.Option(help="Paths sampled a sample.")] = 6,
-    flow_steps: Annotated[int, typer.Option(help="Euler steps from noise to action.")] = 10,
-    samples: options.Samples = None,
-    batch_size: Annotated[int, typer.Option(help="Samples at once; changes no result.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the noise, which all models share.")] = 0,
-    capture: Annotated[bool, typer.Option(help="Replay a batch's flow steps as one CUDA graph on a GPU.")] = True,
-    device: options.Device = None,
-    json: options.Json = False,
-) -> None:
+@from_config(
+    EvalConfig,
+    panels={"Models": "checkpoint compare ema", "Machine": "batch_size capture device"},
+)
+def evaluate(config: EvalConfig, json: bool) -> None:
     """Judge the base model and trained ones on cached features: public metrics, straight-line bias, pictures.
 
     Example: `alpacache eval --store cache/val --model nvidia/Alpamayo-R1-10B --checkpoint runs/one --out eval/one`
     """
-    from alpacache.evaluation.config import EvalConfig
-
-    config = EvalConfig(
-        store=store,
-        model=model,
-        out=out,
-        checkpoint=checkpoint,
-        compare=options.labelled(compare or []),
-        ema=ema,
-        reasoning=options.one_of("reasoning", reasoning, ("auto", "none")),  # type: ignore[arg-type]
-        paths=paths,
-        flow_steps=flow_steps,
-        samples=samples,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        capture=capture,
-    )
     with output.show_progress("eval") as on_progress:
         from alpacache.evaluation.evaluate import evaluate as run
 
@@ -70,10 +35,10 @@ def evaluate(
     output.print_table(
         "",
         [
-            ["report", f"{out}/report.html"],
-            ["numbers", f"{out}/eval.json"],
-            ["every sample", f"{out}/samples.parquet"],
-            ["pictures", f"{out}/pictures/"],
+            ["report", f"{config.out}/report.html"],
+            ["numbers", f"{config.out}/eval.json"],
+            ["every sample", f"{config.out}/samples.parquet"],
+            ["pictures", f"{config.out}/pictures/"],
         ],
     )
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from . import check, copy, demo, doctor, evaluate, export, extract, output, plan, prepare, probe, store, train
+from . import check, copy, demo, doctor, evaluate, export, extract, options, output, plan, prepare, probe, store, train
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _ANYWHERE = ("--quiet", "--verbose")
@@ -25,19 +25,22 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("check")(check.check)
-app.command("prepare")(prepare.prepare)
-app.command("plan")(plan.plan)
-app.command("extract")(extract.extract)
-app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
-app.command("export")(export.export)
-app.command("probe")(probe.probe)
+for name, function in (
+    ("check", check.check),
+    ("prepare", prepare.prepare),
+    ("plan", plan.plan),
+    ("extract", extract.extract),
+    ("train", train.train),
+    ("eval", evaluate.evaluate),
+    ("export", export.export),
+    ("probe", probe.probe),
+):
+    app.command(name, cls=options.ConfigCommand)(function)
 app.command("info")(store.info)
 app.command("verify")(store.verify)
 app.command("copy")(copy.copy)
 app.command("doctor")(doctor.doctor)
-app.command("demo")(demo.demo)
+app.command("demo", cls=options.ConfigCommand)(demo.demo)
 
 
 @app.callback()
@@ -95,31 +98,39 @@ def _print_versions() -> None:
 
 def main() -> None:
     """Run the command line; every error a user can meet ends as one message and an exit code."""
-    from alpacache.errors import AlpacacheError, InterruptedRunError, LostProcessError, UsageError
-    from cache_store import CacheStoreError, FormatError, IdentityMismatchError, StoreAddressError, StoreNotFoundError
-
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app(_anywhere_first(sys.argv[1:]))
-    except LostProcessError:
-        raise SystemExit(FAILED) from None  # the one that failed has said why
-    except InterruptedRunError as error:
-        _fail(str(error), INTERRUPTED)
     except SystemExit as ended:
         if ended.code != INTERRUPTED:
             raise
         # What Typer makes of a KeyboardInterrupt.
         _fail("interrupted; everything committed so far is kept.", INTERRUPTED)
-    except (UsageError, IdentityMismatchError, StoreAddressError, StoreNotFoundError, FormatError) as error:
-        _fail(str(error), BAD_INPUT)
-    except (AlpacacheError, CacheStoreError) as error:
-        _fail(str(error), FAILED)
-    except OSError as error:
-        _fail(
-            f"{error}. What was committed is intact: see that the place is there, may be written and has room, and run "
-            "the same command again.",
-            FAILED,
-        )
+    except Exception as error:
+        _end_with(error)
+
+
+def _end_with(error: Exception) -> None:
+    """Say what went wrong and exit; raise what is not meant for users. The stores' errors are imported only now."""
+    from alpacache.errors import AlpacacheError, InterruptedRunError, LostProcessError, UsageError
+    from cache_store import CacheStoreError, FormatError, IdentityMismatchError, StoreAddressError, StoreNotFoundError
+
+    match error:
+        case LostProcessError():
+            raise SystemExit(FAILED) from None  # the one that failed has said why
+        case InterruptedRunError():
+            _fail(str(error), INTERRUPTED)
+        case UsageError() | IdentityMismatchError() | StoreAddressError() | StoreNotFoundError() | FormatError():
+            _fail(str(error), BAD_INPUT)
+        case AlpacacheError() | CacheStoreError():
+            _fail(str(error), FAILED)
+        case OSError():
+            _fail(
+                f"{error}. What was committed is intact: see that the place is there, may be written and has room, "
+                "and run the same command again.",
+                FAILED,
+            )
+    raise error
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,90 +1,157 @@
-"""Options that several commands share, and how their text becomes config values."""
+"""Options of a command, made from its config: the field's name, type, default and docstring are all there is to say.
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+A command is written as a function of a config and `json`. Its config has the defaults, over them what the file of
+`--config` says, and over that what was typed.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
+from alpacache.config import Config, expand_home, field_docs, read_toml, written_as
 from alpacache.errors import UsageError
 
+C = TypeVar("C", bound=Config)
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-Device = Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; a GPU if there is one.")]
-Ema = Annotated[bool, typer.Option("--ema", help="Use the average of the weights that the run kept.")]
-Model = Annotated[str, typer.Option(help="Hub id or directory of an Alpamayo checkpoint.")]
-Source = Annotated[
-    str,
-    typer.Argument(
-        help="`folder:DIR`, `pai`, `pai:DIR`, `hf:PATH`, `synthetic:N`, or a directory that `prepare` wrote."
-    ),
-]
-Split = Annotated[str, typer.Option(help="`train`, `val` or `all`; by md5 of the clip id, 90 to 10.")]
-Samples = Annotated[int | None, typer.Option(help="At most this many samples; 10 is the pilot run.")]
-Cameras = Annotated[
-    str | None, typer.Option(help="Comma-separated, such as `front_wide,front_tele`. Default: front_wide.")
-]
-Frames = Annotated[int, typer.Option(help="Images a camera, 0.1 s apart, ending at t0 (1 to 4).")]
-T0 = Annotated[str, typer.Option(help="Seconds into the clip (`5.1`), `every:2.0`, or `events`.")]
-
-Views = Annotated[
-    int, typer.Option(help="Times each sample is extracted: as it is, then with small seeded changes of its pictures.")
-]
+_CONFIG_FILE = typer.Option(help="TOML file with any of the settings; options given here win.")
+_ARGUMENT = "source"
+"""The one setting without `--`."""
+_SINGULAR = {"stores": "store"}
+"""Fields whose option, which is repeated, is named otherwise."""
 
 
-def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that were really given, so that config files and defaults fill the rest."""
-    return {key: value for key, value in values.items() if value is not None}
+class ConfigCommand(TyperCommand):
+    """A command with all settings of a config as options; `ctx.obj` becomes what was given of them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:  # as for shell completion
+            assert self.callback is not None
+            ctx.obj = _given(ctx, self.callback.kind, self.callback.alternatives)  # type: ignore[attr-defined]
+        return rest
 
 
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """Check a choice and name the alternatives."""
-    if value not in allowed:
-        raise UsageError(f"--{name} is {value!r}; expected {', '.join(allowed)}.")
-    return value
+def from_config(
+    kind: type[C], *, panels: Mapping[str, str] | None = None, alternatives: Sequence[str] = ()
+) -> Callable[[Callable[[C, bool], None]], Callable[..., None]]:
+    """Make a command of a function of a config and whether JSON is wanted. Register it with `cls=ConfigCommand`.
+
+    Args:
+        panels: title of a group in the help -> names of its fields, in one text.
+        alternatives: fields that exclude each other: one on the command line takes the place of all in the file.
+    """
+    panel_of = {name: title for title, names in (panels or {}).items() for name in names.split()}
+    fields = sorted(dataclasses.fields(kind), key=lambda field: not _is_required(field))  # type: ignore[arg-type]
+    assert panel_of.keys() <= {field.name for field in fields}
+
+    def decorate(body: Callable[[C, bool], None]) -> Callable[..., None]:
+        def command(ctx: typer.Context, json: bool, **_: Any) -> None:
+            body(kind(**ctx.obj), json)
+
+        hints, docs = get_type_hints(kind, include_extras=True), field_docs(kind)
+        parameters = [
+            _parameter(field, hints[field.name], docs[field.name], panel_of.get(field.name)) for field in fields
+        ]
+        parameters.append(_keyword("config", Annotated[Path | None, _CONFIG_FILE], None))
+        parameters.append(_keyword("json", Json, False))
+        parameters.insert(0, _keyword("ctx", typer.Context))
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        command.__doc__, command.__name__ = body.__doc__, body.__name__
+        command.kind, command.alternatives = kind, alternatives  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
-def camera_names(text: str | None) -> tuple[str, ...]:
-    """Full camera names from comma-separated full or short ones (`front_wide` is `camera_front_wide_120fov`)."""
-    from alpacache.driving.sample import FRONT_CAMERA, full_camera_name
-
-    return (FRONT_CAMERA,) if text is None else tuple(full_camera_name(part.strip()) for part in text.split(","))
-
-
-def height_and_width(text: str) -> tuple[int, int]:
-    """`1080x1920`."""
+def place(text: str) -> str:
+    """A path of a command without a config, with `~` for the home directory."""
     try:
-        height, width = (int(part) for part in text.split("x"))
-    except ValueError:
-        raise UsageError(f"--picture is {text!r}; expected HEIGHTxWIDTH, such as 1080x1920.") from None
-    if min(height, width) < 1:
-        raise UsageError(f"--picture is {text!r}; expected at least one pixel each way.")
-    return height, width
+        return str(expand_home(text))
+    except ValueError as error:
+        raise UsageError(f"{text!r} given; expected {error}.") from None
 
 
-def shard(text: str) -> tuple[int, int]:
-    """`I/N`, counted from 0."""
-    try:
-        worker, workers = (int(part) for part in text.split("/"))
-    except ValueError:
-        raise UsageError(f"--shard is {text!r}; expected I/N counted from 0, such as 0/8.") from None
-    return worker, workers
+def _given(ctx: Any, kind: type[Config], alternatives: Sequence[str]) -> dict[str, Any]:
+    """Settings that the command line or its config file has. Raises `UsageError` where a required one is in neither."""
+    typed = {name: value for name, value in ctx.params.items() if _is_typed(ctx, name)}
+    file = typed.pop("config", None)
+    typed.pop("json", None)
+    values = {} if file is None else read_toml(file, kind)
+    if any(name in typed for name in alternatives):
+        values = {name: value for name, value in values.items() if name not in alternatives}
+    values |= typed
+    missing = [
+        _option_name(field.name)
+        for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+        if _is_required(field) and field.name not in values
+    ]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} missing; give it as an option or in --config FILE.toml.")
+    return values
 
 
-def count_or_auto(name: str, text: str) -> int | str:
-    """A number, or `auto`."""
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"--{name} is {text!r}; expected a number or auto.") from None
+def _is_typed(ctx: Any, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
-def labelled(items: list[str]) -> dict[str, str]:
-    """`LABEL=RUN` pairs."""
-    pairs = {}
-    for item in items:
-        label, separator, run = item.partition("=")
-        if not (label and separator and run):
-            raise UsageError(f"--compare {item!r}: expected LABEL=RUN.")
-        pairs[label] = run
-    return pairs
+def _is_required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _option_name(name: str) -> str:
+    return name.upper() if name == _ARGUMENT else f"--{_SINGULAR.get(name, name).replace('_', '-')}"
+
+
+def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _parameter(field: "dataclasses.Field[Any]", hint: Any, doc: str, panel: str | None) -> inspect.Parameter:
+    """One field as a keyword of a function that Typer makes an option of."""
+    written = written_as(hint)
+    default: Any = None if _is_required(field) or field.default is dataclasses.MISSING else field.default
+    if written is None:
+        plain, metavar = _plain_type(hint)
+    else:
+        plain, metavar = (list[str] if written.repeatable else str), written.metavar
+        if isinstance(default, tuple):
+            default = written.separator.join(map(str, default))
+        elif default is not None:
+            default = str(default)
+    help_text = _help(doc, required=_is_required(field))
+    annotation = plain | None if default is None else plain
+    if field.name == _ARGUMENT:
+        return _keyword(field.name, Annotated[annotation, typer.Argument(help=help_text, show_default=False)], default)
+    name = _option_name(field.name)
+    names = (f"{name}/--no-{name[2:]}",) if plain is bool else (name,)
+    option = typer.Option(*names, help=help_text, metavar=metavar, rich_help_panel=panel)
+    return _keyword(field.name, Annotated[annotation, option], default)
+
+
+def _plain_type(hint: Any) -> tuple[Any, str | None]:
+    """What Typer reads from the command line for a field's type, and how choices are shown."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _plain_type(inner[0])
+    if origin in (Union, UnionType):
+        return _plain_type(next(part for part in inner if part is not NoneType))
+    if origin is Literal:
+        return str, "|".join(map(str, inner))
+    return (hint if hint in (bool, int, float) else str), None
+
+
+def _help(doc: str, *, required: bool) -> str:
+    """The docstring, with `Default: ...` at its end as Typer shows defaults."""
+    text, _, default = doc.partition(" Default: ")
+    if default:
+        return f"{text} [default: {default.rstrip('.')}]"
+    return f"{text} [required]" if required else text

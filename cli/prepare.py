@@ -3,11 +3,14 @@
 import itertools
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from . import options, output
+from alpacache.sources.config import PrepareConfig
+
+from . import output
+from .options import from_config
 
 if TYPE_CHECKING:
     from alpacache.driving.strata import Turn
@@ -17,29 +20,11 @@ if TYPE_CHECKING:
 QUARANTINED = 3
 
 
-def prepare(
-    source: options.Source,
-    out: Annotated[str, typer.Option(help="Directory for the Hugging Face dataset; must not exist.")],
-    split: options.Split = "all",
-    samples: options.Samples = None,
-    cameras: options.Cameras = None,
-    frames: options.Frames = 4,
-    t0: options.T0 = "5.1",
-    seed: Annotated[
-        int | None, typer.Option(help="Take clips in a random order that this settles. Default: the source's order.")
-    ] = None,
-    quota: Annotated[
-        str | None,
-        typer.Option(help="Samples of each turn in place of --samples: `straight=200,gentle=100,sharp=100`."),
-    ] = None,
-    size: Annotated[
-        str, typer.Option(help="Pictures as recorded (`original`) or as the model resizes them (`processor`).")
-    ] = "original",
-    model: Annotated[
-        str | None, typer.Option(help="Whose processor size. Default: that of the released R1 and 1.5.")
-    ] = None,
-    json: options.Json = False,
-) -> None:
+@from_config(
+    PrepareConfig,
+    panels={"Samples": "split samples cameras frames t0 seed quota", "Pictures": "size model"},
+)
+def prepare(config: PrepareConfig, json: bool) -> None:
     """Choose samples and write them, one self-contained row each, for `extract` on another machine.
 
     Example: `alpacache prepare folder:my_drives --out samples/train --split train --t0 every:2.0`
@@ -53,13 +38,11 @@ def prepare(
     from alpacache.sources.quota import parse_quota
     from alpacache.sources.selection import select
 
-    names = options.camera_names(cameras)
-    options.one_of("split", split, ("train", "val", "all"))
-    options.one_of("frames", str(frames), ("1", "2", "3", "4"))
-    wanted = None if quota is None else parse_quota(quota)
-    fit = _picture_fit(size, model)
-    opened = open_source(source, cameras=names)
-    refs, unusable = select(opened, split=split, t0=t0, samples=samples, seed=seed, quota=wanted)  # type: ignore[arg-type]
+    wanted = None if config.quota is None else parse_quota(config.quota)
+    fit = _picture_fit(config.model) if config.size == "processor" else None
+    source = open_source(config.source, cameras=config.cameras)
+    chosen = {"split": config.split, "t0": config.t0, "samples": config.samples, "seed": config.seed}
+    refs, unusable = select(source, quota=wanted, **chosen)  # type: ignore[arg-type]
     with output.show_progress("prepare") as on_progress, InterruptGuard() as guard:
         started, counter = time.monotonic(), itertools.count(1)
 
@@ -71,32 +54,26 @@ def prepare(
                 raise InterruptedRunError("stopped on request; run the same command again to go on.")
 
         written = write(
-            opened,
+            source,
             refs,
-            out,
-            cameras=names,
-            frames=frames,
+            config.out,
+            cameras=config.cameras,
+            frames=config.frames,
             fit=fit,
             unusable=unusable,
-            settings={"split": split, "t0": t0, "samples": samples, "seed": seed, "quota": quota},
-            spec=source,
+            settings={**chosen, "quota": config.quota},
+            spec=config.source,
             on_sample=on_sample,
         )
-    _report(out, written, wanted or {}, as_json=json)
+    _report(config.out, written, wanted or {}, as_json=json)
     if written.rejected:
         raise typer.Exit(QUARANTINED)
 
 
-def _picture_fit(size: str, model: str | None) -> "PictureFit | None":
+def _picture_fit(model: str | None) -> "PictureFit":
     """The limits of a processor, the model's or the released ones."""
-    from alpacache.errors import UsageError
-    from alpacache.sources.prepared_rows import PictureFit
-
-    if options.one_of("size", size, ("original", "processor")) == "original":
-        if model is not None:
-            raise UsageError(f"--model {model} is of use with --size processor only; leave one of them out.")
-        return None
     from alpacache.alpamayo.families import RELEASED
+    from alpacache.sources.prepared_rows import PictureFit
 
     if model is None:
         return PictureFit(**RELEASED.pixels)

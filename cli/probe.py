@@ -1,67 +1,33 @@
 """`alpacache probe`: does the frozen VLM know about the curve?"""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-import typer
+from alpacache.evaluation.config import ProbeConfig
 
-from alpacache.errors import UsageError
-
-from . import options, output
+from . import output
+from .options import from_config
 
 if TYPE_CHECKING:
     from alpacache.evaluation.probe import ProbeReport
     from alpacache.metrics.bootstrap import Interval
 
 
-def probe(
-    store: Annotated[str, typer.Option(help="Store to probe; its hidden states, and values where layers are named.")],
-    out: Annotated[str | None, typer.Option(help="Directory for probe.json and probe.png.")] = None,
-    layers: Annotated[
-        str, typer.Option(help="`last`: hidden states. `all` or `0,9,18`: cached values of these layers too.")
-    ] = "last",
-    pool: Annotated[
-        str, typer.Option(help="`last` prefix token, `mean` over tokens, or `both` side by side.")
-    ] = "both",
-    samples: Annotated[int, typer.Option(help="At most this many samples, whole clips by seed.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of folds, control and intervals.")] = 0,
-    json: options.Json = False,
-) -> None:
+@from_config(ProbeConfig)
+def probe(config: ProbeConfig, json: bool) -> None:
     """Brain or hands: can the road ahead be read off the cached features, beyond what the ego history tells?
 
     Example: `alpacache probe --store cache/train --out probe/one`
     """
-    from alpacache.evaluation.config import ProbeConfig
-
-    config = ProbeConfig(
-        store=store,
-        out=out,
-        layers=layer_numbers(layers),
-        pool=options.one_of("pool", pool, ("both", "last", "mean")),  # type: ignore[arg-type]
-        samples=samples,
-        seed=seed,
-    )
     with output.show_progress("probe") as on_progress:
         from alpacache.evaluation.probe import probe as run
 
         report = run(config, on_progress=on_progress)
     if json:
-        output.print_json({"out": out, **report.to_json()})
+        output.print_json({"out": config.out, **report.to_json()})
         return
     print_report(report)
-    if out is not None:
-        output.print_table("", [["numbers", f"{out}/probe.json"], ["picture", f"{out}/probe.png"]])
-
-
-def layer_numbers(text: str) -> Literal["last", "all"] | tuple[int, ...]:
-    """`last`, `all`, or numbers with commas."""
-    if text == "last":
-        return "last"
-    if text == "all":
-        return "all"
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--layers is {text!r}; expected last, all, or numbers such as 0,9,18,27,35.") from None
+    if config.out is not None:
+        output.print_table("", [["numbers", f"{config.out}/probe.json"], ["picture", f"{config.out}/probe.png"]])
 
 
 def print_report(report: "ProbeReport") -> None:

@@ -8,6 +8,7 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 MARKER = "<!-- every command and option -->"
@@ -75,15 +76,15 @@ def _rows(command: Any, function: Callable[..., Any]) -> Iterator[str]:
 
 
 def _meaning_and_default(parameter: Any) -> tuple[str, str]:
-    """Some options say their default in their help, because the config decides it."""
+    """Options of configs end their help with a default that is no plain value, or with `[required]`."""
     text = " ".join((parameter.help or "").split())
-    stated = re.search(r"\s*\[default: (.+)\]$", text)
+    stated = re.search(r"\s*\[(?:default: )?([^\[\]]+)\]$", text)
     if stated:
         return _cell(text[: stated.start()].strip()), _cell(stated.group(1))
     if parameter.required:
         return _cell(text), "required"
-    if parameter.default is None or parameter.default is False:
-        return _cell(text), ""
+    if parameter.default is None or isinstance(parameter.default, bool):
+        return _cell(text), "yes" if parameter.default else ""
     return _cell(text), f"`{parameter.default}`"
 
 
@@ -91,9 +92,8 @@ def _value(hint: Any, parameter: Any) -> str:
     kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
     if bool in kinds:
         return ""
-    value = _VALUES.get(kinds[0], "TEXT" if parameter.nargs == 1 or parameter.multiple else "")
-    name = "PATH" if getattr(kinds[0], "__name__", "") == "Path" else value
-    return f"{name}, repeatable" if getattr(parameter, "multiple", False) else name
+    value = "PATH" if kinds[0] is Path else _VALUES.get(kinds[0], "TEXT")
+    return _cell(parameter.metavar or value) + (", repeatable" if getattr(parameter, "multiple", False) else "")
 
 
 def _cell(text: str) -> str:

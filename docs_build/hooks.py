@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 COPIES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Pages of the site that lie at the top of the repository."""
-HOMES = {"README.md": "index.md", "alpacache/config_file.py": "reference/config.md"}
+HOMES = {"README.md": "index.md", "alpacache/config.py": "reference/config.md"}
 """Where the site has the same content in another form."""
 BENCHMARKS = "reference/benchmarks.md"
 _LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")

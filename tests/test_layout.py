@@ -26,7 +26,7 @@ ORDER = (
     ("alpacache.distributed", "alpacache.metrics", "alpacache.pictures", "alpacache.prefix", "alpacache.sources"),
     ("alpacache.randomness",),
     ("alpacache.driving", "alpacache.gpu"),
-    ("alpacache.config_file",),
+    ("alpacache.config",),
     (
         "alpacache",
         "alpacache.errors",

@@ -2,58 +2,92 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from alpacache.config_file import check_value
+from annotated_types import Ge
+
+from alpacache.config import Config, Count, Name, Place, Seed, Written, expand_home, expect, parts
+from alpacache.errors import UsageError
+
+BASE = "base"
+"""Label of the unmodified checkpoint; always evaluated, and what the others are compared with."""
+TRAINED = "trained"
+"""Label of the run that `checkpoint` names."""
+
+Layers = Annotated[
+    Literal["last", "all"] | tuple[Annotated[int, Ge(0)], ...],
+    parts(int, "last|all|0,9,...", words=("last", "all")),
+]
+
+
+def read_compare(written: Any) -> dict[str, str]:
+    """Label -> run, from `LABEL=RUN` texts or such a table. Raises `UsageError` for a label that is taken."""
+    from alpacache.metrics.baselines import BASELINES
+
+    texts = (written,) if isinstance(written, str) else written
+    pairs = written.items() if isinstance(written, Mapping) else [text.partition("=")[::2] for text in texts]
+    runs: dict[str, str] = {}
+    for label, run in pairs:
+        if not (label and run):
+            raise ValueError("LABEL=RUN")
+        if label in {BASE, TRAINED, *BASELINES, *runs}:
+            raise UsageError(f"--compare {label}={run}: the label {label!r} is taken; choose another.")
+        runs[label] = expand_home(run)
+    return runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Config):
     """Did it help?"""
 
-    store: str
-    model: str
-    out: str
-    checkpoint: str | None = None
-    """A run directory or one of its checkpoints; without it the unmodified model is evaluated."""
-    compare: Mapping[str, str] = field(default_factory=dict)
-    """More models in the same tables: label -> run directory or checkpoint."""
+    store: Place
+    """Store of the samples to judge on, best of held-out clips."""
+    model: Place
+    """Hub id or directory of an Alpamayo checkpoint."""
+    out: Place
+    """Directory for JSON, pictures and the report."""
+    checkpoint: Place | None = None
+    """Run directory or checkpoint to judge beside the base model. Default: the base model alone."""
+    compare: Annotated[Mapping[str, str], Written(metavar="LABEL=RUN", read=read_compare, repeatable=True)] = field(
+        default_factory=dict
+    )
+    """More runs in the same tables; repeatable."""
     ema: bool = False
-    """Take the average of the weights that runs with `--ema` kept."""
+    """Use the average of the weights that runs with `--ema` kept."""
     reasoning: Literal["auto", "none"] = "auto"
     """`auto`: each path on a reasoning rollout of its own where the store has them; `none`: on the direct prefix."""
-    paths: int = 6
-    flow_steps: int = 10
-    samples: int | None = None
-    batch_size: int = 8
-    seed: int = 0
-    device: str | None = None
+    paths: Count = 6
+    """Paths sampled a sample."""
+    flow_steps: Count = 10
+    """Euler steps from noise to action."""
+    samples: Count | None = None
+    """At most this many samples. Default: all."""
+    batch_size: Count = 8
+    """Samples at once; changes no result."""
+    seed: Seed = 0
+    """Seed of the noise, which all models share."""
+    device: Name | None = None
+    """`cuda`, `cuda:1` or `cpu`. Default: a GPU if there is one."""
     capture: bool = True
     """On a GPU, replay all flow steps of a batch as one CUDA graph; not on reasoning rollouts."""
 
-    def __post_init__(self) -> None:
-        for name in ("paths", "flow_steps", "batch_size"):
-            check_value(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        check_value(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(Config):
     """What the frozen VLM knows of the road ahead."""
 
-    store: str
-    out: str | None = None
-    """Directory for `probe.json` and `probe.png`; None writes nothing."""
-    layers: Literal["last", "all"] | tuple[int, ...] = "last"
-    """`last`: the hidden states after the last layer. Else the cached values of all or these layers, and those."""
+    store: Place
+    """Store to probe: its hidden states, and values where layers are named."""
+    out: Place | None = None
+    """Directory for `probe.json` and `probe.png`. Default: nothing written."""
+    layers: Layers = "last"
+    """`last`: the hidden states after the last layer. `all` or numbers: these layers' cached values too."""
     pool: Literal["both", "last", "mean"] = "both"
     """A sample's vector: the last prefix token's, the mean over tokens, or the two side by side."""
-    samples: int = 2000
-    """At most this many, whole clips by seed; time and memory grow faster than the number."""
-    seed: int = 0
+    samples: Count = 2000
+    """At most this many samples, whole clips by seed; time and memory grow faster than the number."""
+    seed: Seed = 0
+    """Seed of folds, control and intervals."""
 
-    def __post_init__(self) -> None:
-        check_value(self.samples >= 1, "samples", self.samples, "at least 1")
-        known = self.layers in ("last", "all") or (self.layers and all(layer >= 0 for layer in self.layers))  # type: ignore[operator]
-        check_value(bool(known), "layers", self.layers, "last, all or layer numbers counted from 0")
-        check_value(self.pool in ("both", "last", "mean"), "pool", self.pool, "both, last or mean")
+    def _check_together(self) -> None:
+        expect(self.layers != (), "layers", "empty", "last, all or layer numbers counted from 0")

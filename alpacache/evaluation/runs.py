@@ -7,15 +7,9 @@ from typing import Any
 
 from alpacache.alpamayo import ActionExpert, Checkpoint
 from alpacache.cached_samples.identity import check_base, check_same_vlm
-from alpacache.errors import UsageError
-from alpacache.metrics.baselines import BASELINES
+from alpacache.evaluation.config import BASE, TRAINED
 from alpacache.training.run_directory import RunDirectory, find_checkpoint, read_state, read_trained
 from alpacache.training.trainable import apply_checkpoint
-
-BASE = "base"
-"""Label of the unmodified model; always evaluated, and what the others are compared with."""
-TRAINED = "trained"
-"""Label of the run that `--checkpoint` names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +32,7 @@ class TrainedRun:
 
 
 def labelled_runs(checkpoint: str | None, compare: Mapping[str, str]) -> dict[str, str | None]:
-    """Map each label to a run directory or checkpoint, and `base` to None, in the order of the tables.
-
-    Raises `UsageError` for a label in `compare` that the base model, `checkpoint` or a baseline has.
-    """
-    for label, run in compare.items():
-        if label in (BASE, TRAINED, *BASELINES):
-            raise UsageError(f"--compare {label}={run}: the label {label!r} is taken; choose another.")
+    """Map each label to a run directory or checkpoint, and `base` to None, in the order of the tables."""
     trained = {} if checkpoint is None else {TRAINED: checkpoint}
     return {BASE: None, **trained, **compare}
 

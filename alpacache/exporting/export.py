@@ -17,27 +17,11 @@ from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
 from alpacache.alpamayo.safetensors_header import TensorInfo
 from alpacache.cached_samples.identity import check_base, model_identity, vlm_identity
 from alpacache.errors import CheckpointError, UsageError
+from alpacache.exporting.config import ExportConfig
 from alpacache.exporting.draft import Draft, MergedTensors, appearing, misplaced
 from alpacache.exporting.model_card import model_card, run_facts
 from alpacache.progress import OnProgress, ignore
 from alpacache.training.run_directory import MODEL, RunCheckpoint, find_checkpoint, read_trained
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportConfig:
-    """A complete checkpoint again."""
-
-    model: str
-    """Hub id or directory of the model that the run was trained from."""
-    checkpoint: str
-    """A run directory or one of its checkpoints."""
-    out: str
-    """Directory to write; must not exist or be empty."""
-    ema: bool = False
-    """Export the average of the weights that a run with `--ema` kept."""
-    expert_only: bool = False
-    """Leave out the VLM: what `train` and `eval` load, not what the public code loads."""
-
 
 TRAINED_PREFIXES = ("expert.", "action_in_proj.", "action_out_proj.", "action_space.")
 """Tensors that stage two loads, and all that `expert_only` writes."""

@@ -1,67 +1,94 @@
 """What `plan` is asked, and the sizes that people write."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from alpacache.config import Config, Count, Epochs, Place, Written, expect, parts
 from alpacache.driving.sample import FRONT_CAMERA
-from alpacache.errors import UsageError
-from alpacache.planning.machine import MEASURED
+from alpacache.planning.gpus import MEASURED
+from alpacache.sources.config import Cameras, Frames
 from cache_store import CodecName
 
 Trainable = Literal["all", "head", "lora"]
 
 
-def budget_gib(text: str) -> float:
-    """`24GB` or `24` as 24.0: cards are named by GB and have GiB. Raises `UsageError` for anything else."""
-    number = text.strip().upper().removesuffix("IB").removesuffix("GB").removesuffix("G")
+CONTEXT_BYTES = 2**29
+"""CUDA's own, outside the allocator: why a budget of 24GB is a cap of 23.5 GiB."""
+
+
+def allowed_bytes(card_gib: float) -> int:
+    """What the allocator may take of a card of this size."""
+    return int((card_gib - CONTEXT_BYTES / 2**30) * 2**30)
+
+
+def budget_bytes(text: str) -> int:
+    """What the allocator may take of a card of a written size: 23.5 GiB of `24GB`. Cards are named by GB and have GiB.
+
+    Raises `ValueError` for what is no size of a card.
+    """
+    number = float(text.strip().upper().removesuffix("IB").removesuffix("GB").removesuffix("G"))
+    if not 0.5 < number < 1e6:
+        raise ValueError(f"{text} is no card's size")
+    return allowed_bytes(number)
+
+
+def _checked_budget(written: Any) -> Any:
     try:
-        return float(number)
-    except ValueError:
-        raise UsageError(f"memory_budget is {text!r}; expected a size such as 24GB.") from None
+        budget_bytes(written)
+    except (ValueError, AttributeError):
+        raise ValueError("a size such as 24GB") from None
+    return written
+
+
+MemoryBudget = Annotated[str, Written(metavar="SIZE", read=_checked_budget)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(Config):
     """What is asked. Fields are `extract`'s and `train`'s of the same names."""
 
-    samples: int
-    views: int = 1
-    model: str | None = None
-    """None: the released sizes."""
-    cameras: tuple[str, ...] = (FRONT_CAMERA,)
-    frames: int = 4
-    picture: tuple[int, int] = (1080, 1920)
+    samples: Count
+    """How many samples: clips times t0s."""
+    views: Count = 1
+    """Times each sample is extracted: as it is, then with small seeded changes of its pictures."""
+    model: Place | None = None
+    """Hub id or directory; only configs and headers are read. Default: the released sizes."""
+    cameras: Cameras = (FRONT_CAMERA,)
+    """Cameras by full or short names, such as `front_wide,front_tele`."""
+    frames: Frames = 4
+    """Images a camera, 1 to 4."""
+    picture: Annotated[tuple[Count, Count], parts(int, "HEIGHTxWIDTH", separator="x")] = (1080, 1920)
     """Height and width of the recordings."""
     codec: CodecName = "bf16"
+    """How KV is stored."""
     hidden_states: Literal["last", "none"] = "last"
+    """Whether the hidden states after the last layer are stored."""
     reasoning: Literal["none", "rollout"] = "none"
-    rollouts: int = 6
-    batch_size: int = 8
-    draws: int = 1
-    epochs: float = 3.0
+    """Whether sampled reasoning texts are stored with their KV."""
+    rollouts: Count = 6
+    """Reasoning texts a sample, with `rollout`."""
+    batch_size: Count = 8
+    """Samples a step."""
+    draws: Count = 1
+    """Noise draws a sample and step."""
+    epochs: Epochs = 3.0
+    """Passes over the samples."""
     trainable: Trainable = "all"
-    lora_rank: int = 16
-    memory_budget: str | None = None
-    """None: all of the GPU's."""
-    store: str | None = None
-    """Where free space and, with `probe`, the disk's speed are looked up."""
+    """`all`: expert and projections; `head`: projections and final norm; `lora`: head and adapters."""
+    lora_rank: Count = 16
+    """Rank of the adapters."""
+    memory_budget: MemoryBudget | None = None
+    """Size of the card to stay within, such as `24GB`. Default: the GPU's."""
+    store: Place | None = None
+    """Where the store will be: for free space and, with `probe`, the disk's speed."""
     gpu: str = MEASURED
-    """A key of `gpus.GPUS`."""
+    """`h100`, `h200`, `a100`, `l40s`, `a6000`, `5090`, `4090` or `3090`."""
     probe: bool = False
-    """Measure the disk, and the GPU if there is one, and count CPU cores, instead of assuming."""
+    """Measure this disk, and this GPU if there is one, for up to 30 s, and count CPU cores, instead of assuming."""
 
-    def __post_init__(self) -> None:
-        for name in ("samples", "views", "rollouts", "batch_size", "draws", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        if max(self.picture) > 200 * min(self.picture):
-            raise UsageError(f"picture is {self.picture}; expected height and width of at most 1 to 200.")
-        if not 1 <= self.frames <= 4:
-            raise UsageError(f"frames is {self.frames}; expected 1 to 4.")
-        if not self.epochs > 0:
-            raise UsageError(f"epochs is {self.epochs}; expected above 0.")
-        if self.memory_budget is not None and budget_gib(self.memory_budget) <= 0.5:
-            raise UsageError(f"memory_budget is {self.memory_budget}; expected a size such as 24GB.")
+    def _check_together(self) -> None:
+        flat = max(self.picture) > 200 * min(self.picture)
+        expect(not flat, "picture", self.picture, "height and width of at most 1 to 200")
 
     @property
     def stored(self) -> int:

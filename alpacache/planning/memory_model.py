@@ -11,9 +11,9 @@ from dataclasses import replace
 from alpacache.cached_samples.ring import samples_ahead
 from alpacache.driving.sample import FUTURE_STEPS
 from alpacache.errors import UsageError
-from alpacache.planning.machine import GPUS, MEASURED
+from alpacache.planning.gpus import GPUS, MEASURED
 from alpacache.planning.time_model import compute_seconds
-from alpacache.planning.workload import BF16_BYTES, CONTEXT_BYTES, VAL_BATCH, MemoryPlan, Workload, state_bytes
+from alpacache.planning.workload import BF16_BYTES, VAL_BATCH, MemoryPlan, Workload, state_bytes
 from alpacache.prefix.layout import LEAST_DECODED
 
 _SAVED = {("all", False): (44, 8), ("all", True): (21, 6), ("lora", False): (30, 8), ("lora", True): (19, 6)}
@@ -30,11 +30,6 @@ _MARGIN = 0.03
 _ROOM, _MOST_MORE = 0.06, 1 / 7
 """Decoded layers beyond the least leave that part of the cap, and take no more than that part of everything else: they
 make a step some 3 % shorter, and a run that needs little of a card should stay so."""
-
-
-def allowed_bytes(card_gib: float) -> int:
-    """What the allocator may take of a card of this size."""
-    return int((card_gib - CONTEXT_BYTES / 2**30) * 2**30)
 
 
 def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: bool) -> MemoryPlan:

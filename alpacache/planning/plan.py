@@ -1,7 +1,7 @@
 """What both stages will take, before either is begun: tokens, bytes, hours, memory. From a model's sizes alone.
 
-Neither weights nor a GPU are needed. Bytes are those of the store's own code; the memory is `train`'s own plan; hours
-are scaled from one measured GPU (`stage_times`) and from the disk's speed, so they are estimates and say so.
+Neither weights nor a GPU are needed. Bytes come from the store's own code and memory from `train`'s own plan. Hours are
+scaled from one measured GPU (`time_model`) and from the disk's speed, so they are estimates and say so.
 """
 
 import math
@@ -19,17 +19,10 @@ from alpacache.alpamayo.geometry import Geometry
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.driving.sample import sort_cameras
 from alpacache.errors import UsageError
-from alpacache.planning.config import PlanConfig, Trainable, budget_gib
-from alpacache.planning.machine import (
-    GPUS,
-    MEASURED,
-    Gpu,
-    disk_speed,
-    existing_folder,
-    gpu_named,
-    gpu_speed,
-)
-from alpacache.planning.memory_model import allowed_bytes, fastest_plan, memory_plan
+from alpacache.planning.config import PlanConfig, Trainable, allowed_bytes, budget_bytes
+from alpacache.planning.gpus import GPUS, MEASURED, Gpu, gpu_named
+from alpacache.planning.machine import disk_speed, existing_folder, gpu_speed
+from alpacache.planning.memory_model import fastest_plan, memory_plan
 from alpacache.planning.sample_size import planned_prompt, sample_bytes
 from alpacache.planning.time_model import (
     compute_seconds,
@@ -38,21 +31,20 @@ from alpacache.planning.time_model import (
     prefill_seconds,
     reading_seconds,
 )
-from alpacache.planning.workload import MemoryPlan, Workload
+from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload
 from cache_store import CODECS, CodecName
 from cache_store.storage.local_files import free_bytes
 
 READ_BYTES_S, WRITE_BYTES_S = 1.5e9, 1.0e9
-"""Assumed of a disk that was not measured: cold reads of an NVMe drive, and writes until they are durable (measured:
-1.4 to 1.8 and 0.7 to 2.1 GB/s, `benchmarks/results/`)."""
+"""Speed assumed of a disk that was not measured: cold reads of an NVMe drive, and writes until they are durable
+(measured: 1.4 to 1.8 and 0.7 to 2.1 GB/s, `benchmarks/results/`)."""
 CORES = 16
-"""Of the CPU beside the GPU that was measured; assumed unless this machine is probed."""
-_BF16_BYTES = 2
+"""CPU cores beside the GPU that was measured; assumed unless this machine is probed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What times are for."""
+    """The machine that times are for."""
 
     gpu: Gpu
     gpu_is: Literal["measured", "scaled", "probed"]
@@ -60,9 +52,9 @@ class Machine:
     read_bytes_s: float
     write_bytes_s: float
     cores: int
-    """Of the CPU."""
+    """CPU cores."""
     disk_is: Literal["assumed", "probed"]
-    """And the number of cores."""
+    """Where the disk's speed and the number of cores come from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +62,13 @@ class ExtractPlan:
     """Stage one; its parts overlap. Loading the VLM is not counted."""
 
     weights_bytes: int
-    """Of the VLM on the GPU, beside which an activation or two must fit."""
+    """The VLM on the GPU, beside which an activation or two must fit."""
     prefill_s: float
-    """A sample."""
+    """Seconds of the VLM for a sample."""
     reading_s: float
-    """A sample, decoded and resized by the CPU's cores together."""
+    """Seconds in which the CPU's cores together decode and resize a sample."""
     write_s: float
-    """A sample, durable."""
+    """Seconds until a sample is durable."""
     hours: float
 
 
@@ -89,75 +81,95 @@ class TrainPlan:
     """Forward and backward of a step."""
     optimizer_s: float
     read_s: float
-    """In which the disk delivers a batch; a step takes what is longer."""
+    """Seconds in which the disk delivers a batch. A step takes that or the GPU's time, whichever is longer."""
     hours: float
-    """Every sample read from disk every time."""
+    """Hours if every sample is read from disk every time."""
     hours_in_memory: float
-    """Samples stay in RAM after the first epoch."""
+    """Hours if samples stay in RAM after the first epoch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What was found; sizes in bytes."""
+    """What both stages will take; sizes in bytes."""
 
     model: str
     cameras: tuple[str, ...]
     frames: int
     codec: str
     samples: int
-    """In the store: clips times t0s times views."""
+    """Samples in the store: clips times t0s times views."""
     views: int
     rollouts: int
-    """A sample; their bytes are an upper bound."""
+    """Reasoning rollouts a sample; their bytes are an upper bound."""
     tokens: int
-    """Of a prefix."""
+    """Length of a prefix."""
     tokens_an_image: int
     images: int
     bytes_by_field: Mapping[str, int]
-    """Of a sample, as `info` counts them."""
+    """Size of a sample, as `info` counts it."""
     bytes_by_codec: Mapping[str, int]
-    """Of a sample with all its fields."""
+    """Size of a sample with all its fields."""
     kv_bytes_by_codec: Mapping[str, int]
     store_bytes: int
     free_bytes: int | None
-    """At `--store`."""
+    """Room at `--store`."""
     machine: Machine
     extract: ExtractPlan
     train: TrainPlan
     memory: MemoryPlan
     memory_bytes: int
-    """That the allocator will have reserved at its peak."""
+    """What the allocator will have reserved at its peak."""
     cap_bytes: int
     notes: tuple[str, ...]
-    """What the numbers rest on, and what does not fit."""
+    """Assumptions behind the numbers, and what does not fit."""
 
 
 def plan(config: PlanConfig) -> Plan:
     """Work everything out. Raises `UsageError` for what cannot be: a bad option, or training that does not fit."""
-    cameras = sort_cameras(config.cameras)
+    cameras, rollouts, samples = sort_cameras(config.cameras), config.tails, config.stored
     checkpoint = None if config.model is None else Checkpoint(config.model)
     prompt = planned_prompt(checkpoint, cameras, frames=config.frames, picture=config.picture)
     geometry = RELEASED.geometry if checkpoint is None else geometry_of(checkpoint)
-    machine, hidden_states = _machine(config), config.hidden_states == "last"
+    machine = _machine(config.gpu, probed_folder=(config.store or ".") if config.probe else None)
+    hidden_states = config.hidden_states == "last"
     sizes = {
-        name: sample_bytes(geometry, prompt, codec=CODECS.get(name), hidden_states=hidden_states, rollouts=config.tails)
+        name: sample_bytes(geometry, prompt, codec=CODECS.get(name), hidden_states=hidden_states, rollouts=rollouts)
         for name in get_args(CodecName)
     }
     chosen = sizes[config.codec]
-    store_bytes = config.stored * sum(chosen.values())
+    sample_size_bytes = sum(chosen.values())
+    store_bytes = samples * sample_size_bytes
     free = None if config.store is None else free_bytes(existing_folder(config.store))
-    cap = _cap_bytes(config, machine.gpu)
-    work = _workload(config, geometry, prompt.tokens)
+    cap = allowed_bytes(machine.gpu.memory_gb)
+    if config.memory_budget is not None:
+        cap = min(cap, budget_bytes(config.memory_budget))
+    work = planned_workload(
+        geometry,
+        prompt.tokens,
+        codec=config.codec,
+        trainable=config.trainable,
+        lora_rank=config.lora_rank,
+        batch_size=config.batch_size,
+    )
     memory = fastest_plan(work, draws=config.draws, micro_batch=None, checkpointing=None, cap_bytes=cap)
-    extract = _extract_plan(config, geometry, machine, prompt.tokens, sum(chosen.values()))
+    at_once = prefill_batch(cameras=len(cameras), frames=config.frames)
+    extract = _extract_plan(
+        samples,
+        weights_bytes=geometry.vlm_parameters * BF16_BYTES,
+        prefill_s=prefill_seconds(geometry.vlm_parameters, at_once * prompt.tokens, machine.gpu) / at_once,
+        reading_s=reading_seconds(len(cameras), config.picture, machine.cores),
+        write_s=sample_size_bytes / machine.write_bytes_s,
+    )
+    notes = _fitting_notes(store_bytes, free, str(config.store), extract.weights_bytes, cap)
+    notes += _basis_notes(machine, released=geometry is RELEASED.geometry, rollouts=rollouts)
     return Plan(
         model=geometry.model,
         cameras=cameras,
         frames=config.frames,
         codec=config.codec,
-        samples=config.stored,
+        samples=samples,
         views=config.views,
-        rollouts=config.tails,
+        rollouts=rollouts,
         tokens=prompt.tokens,
         tokens_an_image=prompt.tokens_an_image,
         images=len(cameras) * config.frames,
@@ -168,71 +180,64 @@ def plan(config: PlanConfig) -> Plan:
         free_bytes=free,
         machine=machine,
         extract=extract,
-        train=_train_plan(config, work, memory, machine, chosen),
+        train=_train_plan(samples, config.epochs, work, memory, machine, kv_bytes=chosen["kv"]),
         memory=memory,
         memory_bytes=memory.device_bytes,
         cap_bytes=cap,
-        notes=tuple(_notes(config, geometry, machine, extract, store_bytes, free)),
+        notes=tuple(notes),
     )
 
 
 def least_training_bytes(trainable: Trainable) -> int:
     """GPU memory of the smallest useful training of the released model: one front camera, int8, one sample a step."""
-    config = PlanConfig(samples=1, codec="int8", batch_size=1, trainable=trainable)
-    prompt = planned_prompt(None, config.cameras, frames=config.frames, picture=config.picture)
-    work = _workload(config, RELEASED.geometry, prompt.tokens)
+    ask = PlanConfig(samples=1)
+    prompt = planned_prompt(None, ask.cameras, frames=ask.frames, picture=ask.picture)
+    work = planned_workload(
+        RELEASED.geometry, prompt.tokens, codec="int8", trainable=trainable, lora_rank=ask.lora_rank, batch_size=1
+    )
     return memory_plan(work, draws=1, micro_batch=1, checkpointing=True).device_bytes
 
 
-def _workload(config: PlanConfig, geometry: Geometry, tokens: int) -> Workload:
-    """As `train` plans for: compiled, with a validation store."""
+def planned_workload(
+    geometry: Geometry, tokens: int, *, codec: CodecName, trainable: Trainable, lora_rank: int, batch_size: int
+) -> Workload:
+    """Training as `train` would plan for it on a GPU: adamw8, compiled, with a validation store."""
     layout = PrefixLayout(
-        layers=geometry.layers,
-        kv_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
-        codec=CODECS.get(config.codec),
+        layers=geometry.layers, kv_heads=geometry.kv_heads, head_dim=geometry.head_dim, codec=CODECS.get(codec)
     )
     return Workload.of(
         geometry.expert_shapes,
         layout,
         tokens,
-        trainable=config.trainable,
-        lora_rank=config.lora_rank,
-        batch_size=config.batch_size,
+        trainable=trainable,
+        lora_rank=lora_rank,
+        batch_size=batch_size,
         optimizer="adamw8",
         compiled=True,
         validates=True,
     )
 
 
-def _cap_bytes(config: PlanConfig, gpu: Gpu) -> int:
-    """What `train --memory-budget` allows the allocator on this GPU."""
-    size = gpu.memory_gb if config.memory_budget is None else min(gpu.memory_gb, budget_gib(config.memory_budget))
-    return allowed_bytes(size)
-
-
-def _machine(config: PlanConfig) -> Machine:
-    named = gpu_named(config.gpu)
-    machine = Machine(
-        gpu=named,
-        gpu_is="measured" if named is GPUS[MEASURED] else "scaled",
-        read_bytes_s=READ_BYTES_S,
-        write_bytes_s=WRITE_BYTES_S,
-        cores=CORES,
-        disk_is="assumed",
-    )
-    if not config.probe:
-        return machine
+def _machine(gpu_name: str, *, probed_folder: str | None) -> Machine:
+    """A GPU of the table and assumed speeds, or with a folder this machine, measured there."""
+    named = gpu_named(gpu_name)
+    if probed_folder is None:
+        return Machine(
+            gpu=named,
+            gpu_is="measured" if named is GPUS[MEASURED] else "scaled",
+            read_bytes_s=READ_BYTES_S,
+            write_bytes_s=WRITE_BYTES_S,
+            cores=CORES,
+            disk_is="assumed",
+        )
     try:
-        disk = disk_speed(config.store or ".")
+        disk = disk_speed(probed_folder)
     except OSError as error:
-        raise UsageError(f"cannot write at {config.store or '.'} ({error}); give --store a place for it.") from error
-    gpu, gpu_is = machine.gpu, machine.gpu_is
-    if torch.cuda.is_available():
-        gpu, gpu_is = gpu_speed(), "probed"
+        raise UsageError(f"cannot write at {probed_folder} ({error}); give --store a place for it.") from error
+    here = torch.cuda.is_available()
     return Machine(
-        gpu=gpu,
-        gpu_is=gpu_is,
+        gpu=gpu_speed() if here else named,
+        gpu_is="probed" if here else "measured" if named is GPUS[MEASURED] else "scaled",
         read_bytes_s=disk.read_bytes_s,
         write_bytes_s=disk.write_bytes_s,
         cores=len(os.sched_getaffinity(0)),
@@ -241,29 +246,25 @@ def _machine(config: PlanConfig) -> Machine:
 
 
 def _extract_plan(
-    config: PlanConfig, geometry: Geometry, machine: Machine, tokens: int, size_bytes: int
+    samples: int, *, weights_bytes: int, prefill_s: float, reading_s: float, write_s: float
 ) -> ExtractPlan:
-    at_once = prefill_batch(cameras=len(config.cameras), frames=config.frames)
-    prefill_s = prefill_seconds(geometry.vlm_parameters, at_once * tokens, machine.gpu) / at_once
-    reading_s = reading_seconds(len(config.cameras), config.picture, machine.cores)
-    write_s = size_bytes / machine.write_bytes_s
     return ExtractPlan(
-        weights_bytes=geometry.vlm_parameters * _BF16_BYTES,
+        weights_bytes=weights_bytes,
         prefill_s=prefill_s,
         reading_s=reading_s,
         write_s=write_s,
-        hours=config.stored * max(prefill_s, reading_s, write_s) / 3600,
+        hours=samples * max(prefill_s, reading_s, write_s) / 3600,
     )
 
 
 def _train_plan(
-    config: PlanConfig, work: Workload, memory: MemoryPlan, machine: Machine, sizes: Mapping[str, int]
+    samples: int, epochs: float, work: Workload, memory: MemoryPlan, machine: Machine, *, kv_bytes: int
 ) -> TrainPlan:
-    steps = math.ceil(config.epochs * config.stored / config.batch_size)
-    first_epoch = min(steps, config.stored / config.batch_size)
+    steps = math.ceil(epochs * samples / work.batch_size)
+    first_epoch = min(steps, samples / work.batch_size)
     compute_s, optimizer_s = compute_seconds(work, memory, machine.gpu), optimizer_seconds(work, machine.gpu)
     busy_s = compute_s + optimizer_s
-    read_s = config.batch_size * sizes["kv"] / machine.read_bytes_s
+    read_s = work.batch_size * kv_bytes / machine.read_bytes_s
     step_s = max(busy_s, read_s)
     return TrainPlan(
         steps=steps,
@@ -275,31 +276,31 @@ def _train_plan(
     )
 
 
-def _notes(
-    config: PlanConfig,
-    geometry: Geometry,
-    machine: Machine,
-    extract: ExtractPlan,
-    store_bytes: int,
-    free: int | None,
-) -> list[str]:
-    gpu, notes = machine.gpu, []
+def _fitting_notes(store_bytes: int, free: int | None, place: str, weights_bytes: int, cap_bytes: int) -> list[str]:
+    """What does not fit on the disk or the GPU, and what to do."""
+    notes = []
     if free is not None and store_bytes > free:
         notes.append(
-            f"The store does not fit: {store_bytes / 1e9:.1f} GB against {free / 1e9:.1f} free at {config.store}. "
+            f"The store does not fit: {store_bytes / 1e9:.1f} GB against {free / 1e9:.1f} free at {place}. "
             "Take a smaller --codec, --hidden-states none, fewer --samples, or another disk."
         )
-    if extract.weights_bytes > _cap_bytes(config, gpu):
+    if weights_bytes > cap_bytes:
         notes.append(
-            f"Stage one does not fit: the VLM's weights alone take {extract.weights_bytes / 2**30:.1f} GiB. Extract on "
+            f"Stage one does not fit: the VLM's weights alone take {weights_bytes / 2**30:.1f} GiB. Extract on "
             "a larger GPU and copy the store."
         )
+    return notes
+
+
+def _basis_notes(machine: Machine, *, released: bool, rollouts: int) -> list[str]:
+    """What the numbers rest on."""
+    notes = []
     if machine.gpu_is == "measured":
         notes.append("Times follow from steps and prefills that were measured on one H100 80GB.")
     else:
         scaled = "a probe" if machine.gpu_is == "probed" else "the rates of data sheets"
-        notes.append(f"Times are estimates: measured on one H100 80GB only, scaled to {gpu.name} by {scaled}.")
-    if geometry is not RELEASED.geometry:
+        notes.append(f"Times are estimates: measured on one H100 80GB only, scaled to {machine.gpu.name} by {scaled}.")
+    if not released:
         notes.append("Times were measured with the released sizes; for this model they are scaled by its parameters.")
     if machine.disk_is == "assumed":
         notes.append(
@@ -307,7 +308,7 @@ def _notes(
             "--probe measures it."
         )
         notes.append(f"Recordings are taken to be H.264, decoded by {CORES} CPU cores; --probe counts this machine's.")
-    if config.tails:
+    if rollouts:
         notes.append(
             f"Reasoning rollouts are counted at their longest, {MAX_TOKENS} tokens of text each: their bytes are an "
             "upper bound. The time to generate them, a step of the VLM a token, is not counted."

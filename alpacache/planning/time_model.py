@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from alpacache.driving.sample import FUTURE_STEPS
-from alpacache.planning.machine import GPUS, MEASURED, Gpu
+from alpacache.planning.gpus import GPUS, MEASURED, Gpu
 
 if TYPE_CHECKING:
     from alpacache.planning.workload import MemoryPlan, Workload

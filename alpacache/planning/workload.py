@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alpacache.alpamayo.geometry import EXPERT_LINEARS, HEAD_TENSORS
+from alpacache.planning.config import CONTEXT_BYTES
 from alpacache.prefix.layout import PrefixLayout
 
 _BYTES = {"adamw": 4.0, "adamw8": 3.0 + 3 * 2 / 128}
@@ -32,8 +33,6 @@ VAL_BATCH = 2
 """Samples of a validation batch: enough to keep a GPU busy, few enough not to be what decides on the memory."""
 MAX_DRAWS = 8
 """More draws of one sample tell next to nothing new."""
-CONTEXT_BYTES = 2**29
-"""CUDA's own, outside the allocator: why a budget of 24GB is a cap of 23.5 GiB."""
 _GATE = ".mlp.gate_proj.weight"
 """Of every layer one: `[intermediate, hidden]`."""
 BF16_BYTES = 2

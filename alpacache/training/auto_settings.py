@@ -15,9 +15,9 @@ from alpacache.cached_samples.prefix_rows import PrefixRows
 from alpacache.cached_samples.ring import BatchRing
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
-from alpacache.planning.config import budget_gib
-from alpacache.planning.machine import Gpu, gpu_speed
-from alpacache.planning.memory_model import allowed_bytes, fastest_plan
+from alpacache.planning.gpus import Gpu
+from alpacache.planning.machine import gpu_speed
+from alpacache.planning.memory_model import fastest_plan
 from alpacache.planning.time_model import compute_seconds, optimizer_seconds
 from alpacache.planning.workload import MAX_DRAWS, MemoryPlan, Workload
 from alpacache.training.config import TrainConfig
@@ -94,9 +94,9 @@ def settle(
     optimizer = resolve(config.optimizer, device)
     if device.type != "cuda":
         draws = 1 if config.draws == "auto" else config.draws
-        micro_batch = config.micro_batch or batch_size
+        micro_batch = min(config.micro_batch or batch_size, batch_size)
         return replace(config, draws=draws, micro_batch=micro_batch, checkpointing=bool(config.checkpointing)), None
-    cap = cap_memory(config.memory_budget, device)
+    cap = cap_memory(config.budget_bytes, device)
     work = Workload.of(
         checkpoint.shapes(*EXPERT_PARTS),
         data.layout,
@@ -184,19 +184,18 @@ def _delivery_seconds(
             damaged.add(error.sample_id)
 
 
-def cap_memory(budget: str | None, device: torch.device, *, beside_bytes: int = 0) -> int:
-    """Bytes that the allocator may take: half a GiB less than a card of this size has, and no more than is free.
+def cap_memory(budget_bytes: int | None, device: torch.device, *, beside_bytes: int = 0) -> int:
+    """Hold the allocator to a budget and return what it may take: no more than is free, all of it without a budget.
 
-    `24GB` is 23.5 GiB, others likewise; without a budget it is what is free. The allocator is held to it.
-    `beside_bytes`: of the budget, taken already and not by the allocator.
+    `beside_bytes`: part of the budget that is taken already, and not by the allocator.
     """
     if not any(os.environ.get(name) for name in _ALLOCATOR_SETTINGS):
         # Pages that any tensor may use next: 1 GiB less is reserved at full size (measured).
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device)
-    if budget is None:
+    if budget_bytes is None:
         return free
-    cap = allowed_bytes(budget_gib(budget)) - beside_bytes
+    cap = budget_bytes - beside_bytes
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device.index or 0)
     return min(cap, free)

@@ -6,7 +6,7 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.order import GlobalOrder, make_groups
 from alpacache.driving.strata import TURNS, Turn
 from alpacache.errors import UsageError
-from alpacache.training.config import TrainConfig, weighted_stores
+from alpacache.training.config import TrainConfig
 from cache_store import CorruptSampleError
 
 
@@ -18,7 +18,8 @@ def global_order(config: TrainConfig, data: CachedDataset) -> GlobalOrder:
 def order_and_damage(config: TrainConfig, data: CachedDataset) -> tuple[GlobalOrder, dict[int, CorruptSampleError]]:
     """The order, and which samples were found damaged by it; these are at places of their own until left out."""
     weighted: list[tuple[range, float]] = []
-    for indices, (store, weight) in zip(data.store_ranges, weighted_stores(config.stores), strict=True):
+    stores = zip(data.store_ranges, config.store_paths, config.store_weights, strict=True)
+    for indices, store, weight in stores:
         if weight is not None and not indices:
             raise UsageError(f"store {store} has no committed sample for its share; leave it out.")
         if weight is not None:

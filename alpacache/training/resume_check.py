@@ -17,7 +17,7 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import model_identity
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
-from alpacache.training.config import TrainConfig, weighted_stores
+from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import MODEL, RunDirectory
 from cache_store import differences
 
@@ -59,8 +59,7 @@ def total_steps(config: TrainConfig, samples: int) -> int:
 
 def stores_record(config: TrainConfig, data: CachedDataset) -> list[dict[str, Any]]:
     """Of each store, in order: its path, its samples, and what their features are; plain JSON."""
-    paths = [path for path, _ in weighted_stores(config.stores)]
-    return [_record(path, data, indices) for path, indices in zip(paths, data.store_ranges, strict=True)]
+    return [_record(path, data, indices) for path, indices in zip(config.store_paths, data.store_ranges, strict=True)]
 
 
 def _record(path: str, data: CachedDataset, indices: range) -> dict[str, Any]:
@@ -148,7 +147,7 @@ def settings_record(config: TrainConfig, stores: Sequence[Mapping[str, Any]], *,
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE_TO_CHANGE}
     settings["betas"] = list(config.betas)
     settings["lr"] = config.peak_lr
-    settings["store_weights"] = [weight for _, weight in weighted_stores(config.stores)]
+    settings["store_weights"] = config.store_weights
     if config.trainable != "lora":
         del settings["lora_rank"], settings["lora_alpha"]
     samples = sum(store["samples"] for store in stores)

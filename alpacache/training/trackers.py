@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from alpacache.config_file import to_toml
+from alpacache.config import to_toml
 from alpacache.errors import UsageError
 from alpacache.training.config import TrainConfig
 

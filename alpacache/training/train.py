@@ -23,7 +23,7 @@ from alpacache.cached_samples.identity import check_base, check_same_vlm, model_
 from alpacache.cached_samples.prefix_rows import PrefixRows
 from alpacache.cached_samples.ring import Batch, BatchRing
 from alpacache.cached_samples.staged_batch import StagedBatch
-from alpacache.config_file import to_toml
+from alpacache.config import to_toml
 from alpacache.distributed.peer_memory import peer_memory
 from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World, join_world
@@ -35,7 +35,7 @@ from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.strict_json import plain
 from alpacache.training.auto_settings import cap_memory, settle
 from alpacache.training.checkpoint_writer import CheckpointWriter
-from alpacache.training.config import TrainConfig, weighted_stores
+from alpacache.training.config import TrainConfig
 from alpacache.training.data_order import batches_of, order_and_damage
 from alpacache.training.ema import WeightAverage
 from alpacache.training.optimizers import make_optimizer
@@ -113,8 +113,7 @@ def _train(
     if world.size > 1 and config.on_damage == "skip":
         raise UsageError("on_damage is 'skip' with several processes; mend the store with `alpacache verify` instead.")
     device, checkpoint = world.device, Checkpoint(config.model)
-    paths = [path for path, _ in weighted_stores(config.stores)]
-    data = CachedDataset(paths, checkpoint)
+    data = CachedDataset(config.store_paths, checkpoint)
     val = CachedDataset([config.val], checkpoint) if config.val else None
     if val is not None:
         check_same_vlm(data.vlm, val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
@@ -167,7 +166,7 @@ class _Run:
         assert config.micro_batch is not None
         self.world, self.mine = world, world.local_batch_size(config.batch_size)
         """Samples of a batch that this process takes: the rank-th, and every n-th from there."""
-        self.draws, self.micro_batch, self.plan = config.draws, min(config.micro_batch, self.mine), plan
+        self.draws, self.micro_batch, self.plan = config.draws, config.micro_batch, plan
         self.config, self.directory, self.checkpoint = config, directory, checkpoint
         self.data, self.expert, self.on_progress = data, expert, on_progress
         self.validation = None if val is None else Validation(val, config)
@@ -186,7 +185,7 @@ class _Run:
         self.memory = peer_memory(world)
         self.shared = ShardedUpdate(self.parameters, world, self.memory)
         if self.memory is not None:
-            cap_memory(config.memory_budget, expert.device, beside_bytes=self.memory.beside_bytes)
+            cap_memory(config.budget_bytes, expert.device, beside_bytes=self.memory.beside_bytes)
         self.optimizer = make_optimizer(
             config.optimizer,
             self.parameters,

@@ -17,7 +17,6 @@ from alpacache.alpamayo.prompt import CAMERA_TITLES
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.driving.sample import CAMERAS, SampleRef
 from alpacache.errors import BadClipError, UsageError
-from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.extract import share
 from alpacache.gpu.device import own_device
 from alpacache.sources import open_source
@@ -266,13 +265,3 @@ def test_torchrun_extracts_with_one_process_a_share(model, tmp_path):
     assert (report["selected"], report["extracted"], report["wanted"]) == (3, 3, 5)
     found = verify(store, deep=True)
     assert (found.ok, found.samples) == (True, 5)
-
-
-def test_options_are_fields_of_the_config():
-    """What a config can say the command can too, but for what torchrun and tests set."""
-    import inspect
-
-    from cli.extract import extract as command
-
-    fields = set(ExtractConfig.__dataclass_fields__)
-    assert set(inspect.signature(command).parameters) - {"json"} == fields

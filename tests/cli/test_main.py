@@ -93,7 +93,7 @@ def test_probe(model, tmp_path, run_here):
     assert "R^2 on clips not seen, 10 samples of 10 clips" in text
     assert "R^2 of single layers, ridge, features alone" in text
     assert "heading change: too few samples to conclude." in text
-    assert "--layers is 'first'" in run_here(*probe, "--layers", "first", code=2).stderr
+    assert "layers is 'first'; expected last|all|0,9,..." in run_here(*probe, "--layers", "first", code=2).stderr
     refused = run_here(*probe, "--samples", 5, "--json", code=2)
     assert "come from 5 clips" in refused.stderr
     assert refused.stdout == ""
@@ -139,7 +139,7 @@ def test_quarantine_is_exit_3(model, tmp_path, run_here):
         (("extract", "synthetic:3", "--model", "./nowhere", "--store", "x"), "neither a directory nor a hub id"),
         (
             ("extract", "synthetic:3", "--model", "MODEL", "--store", "x", "--codec", "int3"),
-            "--codec is 'int3'; expected bf16",
+            "codec is 'int3'; expected 'bf16'",
         ),
         (("extract", "synthetic:3", "--model", "MODEL", "--store", "x", "--cameras", "roof"), "unknown camera 'roof'"),
         (

@@ -20,7 +20,7 @@ from markdown_pages import ROOT, blocks, pages, prose
 
 import alpacache
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.config_file import make, read_toml
+from alpacache.config import read_toml
 from alpacache.evaluation.config import EvalConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.prefix.codecs import TENSOR_CODECS
@@ -130,7 +130,7 @@ def test_configs_are_accepted(tmp_path):
     for block in found:
         assert tomllib.loads(block.code)
         (tmp_path / "train.toml").write_text(block.code)
-        make(TrainConfig, read_toml(tmp_path / "train.toml", TrainConfig))
+        TrainConfig(**read_toml(tmp_path / "train.toml", TrainConfig))
 
 
 def test_json_is_json():

@@ -14,7 +14,7 @@ import pytest
 from markdown_pages import ROOT, anchors, blocks, headings, links, pages
 
 from alpacache.evaluation.config import EvalConfig, ProbeConfig
-from alpacache.exporting.export import ExportConfig
+from alpacache.exporting.config import ExportConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.training.config import TrainConfig
 

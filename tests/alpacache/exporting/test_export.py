@@ -23,7 +23,7 @@ from alpacache.errors import CheckpointError, DataError, UsageError
 from alpacache.evaluation.config import EvalConfig
 from alpacache.exporting import draft
 from alpacache.exporting import export as exporting
-from alpacache.exporting.export import ExportConfig
+from alpacache.exporting.config import ExportConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.training import trainable
 from alpacache.training.config import TrainConfig

@@ -12,7 +12,7 @@ from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.errors import CheckpointError, UsageError
 from alpacache.evaluation.config import EvalConfig
-from alpacache.exporting.export import ExportConfig
+from alpacache.exporting.config import ExportConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.training.config import TrainConfig
 from cache_store import CacheReader, IdentityMismatchError

@@ -12,7 +12,7 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
-from alpacache.planning.machine import GPUS
+from alpacache.planning.gpus import GPUS
 from alpacache.planning.memory_model import fastest_plan, memory_plan
 from alpacache.planning.workload import Workload
 from alpacache.prefix.layout import PrefixLayout

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from alpacache.errors import UsageError
-from alpacache.planning.machine import GPUS, gpu_named
+from alpacache.planning.gpus import GPUS, gpu_named
 from alpacache.planning.memory_model import memory_plan
 from alpacache.planning.time_model import (
     compute_seconds,

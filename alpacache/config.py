@@ -1,0 +1,217 @@
+"""What all configs have in common: every value is checked when a config is made, wherever it comes from, and TOML.
+
+A config is a frozen dataclass whose annotations hold each value's range and how people write it. The command line makes
+its options of them, so a setting is stated once. pydantic does the checking; it is loaded with the first config that is
+made, as `alpacache --help` only looks at the fields.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+from alpacache.errors import UsageError
+
+C = TypeVar("C", bound="Config")
+
+_MOST = 2**31 - 1
+"""No count comes near; products of those beyond it would leave 64 bits."""
+Count = Annotated[int, Ge(1), Le(_MOST)]
+Seed = Annotated[int, Ge(0), Lt(2**63)]
+Epochs = Annotated[float, Gt(0), Le(1e6)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """How people write a value that is not a plain number, word or switch, in TOML and on the command line."""
+
+    metavar: str
+    read: Callable[[Any], Any]
+    """From a text, a tuple of texts or a table of texts to the value; returns what it cannot read, to be refused.
+
+    Raises `UsageError`, or `ValueError` with what was expected.
+    """
+    separator: str = ","
+    """Between the parts of a value in one text."""
+    repeatable: bool = False
+    """Each part is an option of its own on the command line."""
+
+
+def parts(item: Callable[[str], Any], metavar: str, *, separator: str = ",", words: Sequence[str] = ()) -> Written:
+    """Values in one text with a separator, but for words that mean something as a whole."""
+
+    def read(written: Any) -> Any:
+        if written in words:
+            return written
+        texts = written.split(separator) if isinstance(written, str) else written
+        try:
+            return tuple(item(text.strip()) for text in texts)
+        except UsageError:
+            raise
+        except ValueError:
+            raise ValueError(metavar) from None
+
+    return Written(metavar=metavar, read=read, separator=separator)
+
+
+def expand_home(written: Any) -> Any:
+    """Paths with `~` for the home directory, also behind a source's kind (`folder:~/drives`), and tuples of them."""
+    if not isinstance(written, str):
+        return tuple(map(expand_home, written))
+    if not written or "\0" in written or (not written.isascii() and re.search("[\ud800-\udfff]", written)):
+        raise ValueError("a path or name in valid Unicode")
+    kind, colon, path = written.partition(":")
+    if kind.isalpha() and path.startswith("~"):
+        return kind + colon + os.path.expanduser(path)  # noqa: PTH111  # what is no path stays as it is
+    return os.path.expanduser(written)  # noqa: PTH111
+
+
+Place = Annotated[str, Written(metavar="PATH", read=expand_home)]
+"""A directory, an s3:// address or a hub id."""
+Name = Annotated[str, MinLen(1)]
+
+
+class Config:
+    """Base of the configs. Subclasses are frozen dataclasses; a value out of its range is a `UsageError`."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for name, (written, check) in _checks(type(self)).items():  # type: ignore[arg-type]
+            given = value = getattr(self, name)
+            if isinstance(value, list):
+                value = tuple(value)
+            elif isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            try:
+                if written is not None and _is_written(value):
+                    value = written.read(value)
+                value = check(value)
+            except UsageError:
+                raise
+            except ValueError as error:
+                raise UsageError(_sentence(name, given, error)) from None
+            object.__setattr__(self, name, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise `UsageError` for values that do not go with each other."""
+
+
+def expect(good: bool, name: str, value: object, expected: str) -> None:
+    """Raise `UsageError` in the words of all configs unless `good`."""
+    if not good:
+        raise UsageError(f"{name} is {value}; expected {expected}.")
+
+
+def written_as(hint: Any) -> Written | None:
+    """How values of a field's type are written, if that is not as a plain number, word or switch."""
+    return next((part for part in _annotations(hint) if isinstance(part, Written)), None)
+
+
+def field_docs(kind: type[Config]) -> Mapping[str, str]:
+    """The docstring under each field of a config, base classes' included, as one line."""
+    docs: dict[str, str] = {}
+    for part in reversed(kind.__mro__[:-1]):
+        body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
+        for field, after in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(field.target, ast.Name):
+                docs[field.target.id] = " ".join(ast.literal_eval(after.value).split())
+    return docs
+
+
+def read_toml(path: Path, kind: type[Config]) -> dict[str, Any]:
+    """Values of a config file by field, not yet checked; `-` and `_` are the same. Raises `UsageError`."""
+    try:
+        raw = tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise UsageError(f"config file {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UsageError(f"config file {path} is not valid TOML: {error}.") from error
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    values = {}
+    for key, value in raw.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}."
+            raise UsageError(f"{path}: unknown key {key!r}{hint}")
+        values[name] = value
+    return values
+
+
+def to_toml(config: Config) -> str:
+    """A config as TOML that `read_toml` reads back; None is left out."""
+    import tomli_w
+
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    return tomli_w.dumps({name: value for name, value in values.items() if value is not None})
+
+
+@cache
+def _checks(kind: type) -> Mapping[str, tuple[Written | None, Callable[[Any], Any]]]:
+    """Of each field: how it is written, and what returns a value or raises pydantic's error."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    rules = ConfigDict(strict=True, allow_inf_nan=False)
+    hints = get_type_hints(kind, include_extras=True)
+    names = [field.name for field in dataclasses.fields(kind)]
+    return {name: (written_as(hints[name]), TypeAdapter(hints[name], config=rules).validate_python) for name in names}
+
+
+def _annotations(hint: Any) -> Iterator[Any]:
+    """What `Annotated` says of a type or of the parts of a union."""
+    for part in get_args(hint):
+        if get_origin(hint) is not tuple:
+            yield part
+            yield from _annotations(part)
+
+
+def _is_written(value: Any) -> bool:
+    """Whether it is what TOML and the command line have for a value of several parts: text, texts, a table of texts."""
+    texts = value if isinstance(value, tuple) else value.values() if isinstance(value, Mapping) else (value,)
+    return all(isinstance(text, str) for text in texts)
+
+
+_WORDS = {
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "above {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "below {lt}",
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "dict_type": "a table",
+    "tuple_type": "a list",
+    "missing": "more of them",
+    "too_short": "at least {min_length} of them",
+    "too_long": "{max_length} of them",
+    "string_too_short": "text",
+    "literal_error": "{expected}",
+}
+
+
+def _sentence(name: str, value: Any, error: ValueError) -> str:
+    """`NAME is VALUE; expected ...`, from pydantic's error or one that says in its text what was expected."""
+    from pydantic import ValidationError
+
+    expected = [str(error)]
+    if isinstance(error, ValidationError):
+        expected = []
+        for problem in error.errors(include_url=False):
+            words = _WORDS.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
+            part = problem["type"] != "missing" and any(isinstance(step, int) for step in problem["loc"])
+            expected.append(f"each {words}" if part else words)
+    return f"{name} is {value!r}; expected {' or '.join(dict.fromkeys(expected))}."

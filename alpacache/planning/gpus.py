@@ -1,0 +1,41 @@
+"""GPUs by name, with the rates that the times of both stages scale with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from alpacache.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """What times of both stages scale with."""
+
+    name: str
+    tflops: float
+    """10^12 bfloat16 operations a second, dense."""
+    memory_gb_s: float
+    """10^9 bytes a second."""
+    memory_gb: float
+    """As the card is called; about so many GiB."""
+
+
+MEASURED = "h100"
+"""All seconds in `stage_times` were measured on this one."""
+GPUS: Mapping[str, Gpu] = {
+    "h100": Gpu(name="H100 SXM 80GB", tflops=989, memory_gb_s=3350, memory_gb=80),
+    "h200": Gpu(name="H200 SXM 141GB", tflops=989, memory_gb_s=4800, memory_gb=141),
+    "a100": Gpu(name="A100 SXM 80GB", tflops=312, memory_gb_s=2039, memory_gb=80),
+    "l40s": Gpu(name="L40S", tflops=362, memory_gb_s=864, memory_gb=48),
+    "a6000": Gpu(name="RTX A6000", tflops=154.8, memory_gb_s=768, memory_gb=48),
+    "5090": Gpu(name="GeForce RTX 5090", tflops=209.5, memory_gb_s=1792, memory_gb=32),
+    "4090": Gpu(name="GeForce RTX 4090", tflops=165.2, memory_gb_s=1008, memory_gb=24),
+    "3090": Gpu(name="GeForce RTX 3090", tflops=71, memory_gb_s=936, memory_gb=24),
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """A GPU of the table. Raises `UsageError` for any other."""
+    gpu = GPUS.get(name.lower().removeprefix("rtx").strip())
+    if gpu is None:
+        raise UsageError(f"--gpu is {name!r}; known: {', '.join(GPUS)}. On the machine itself --probe measures.")
+    return gpu

@@ -1,0 +1,59 @@
+"""What `prepare` and `check` are told, and the choice of samples that `extract` is told too."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le, MinLen
+
+from alpacache.config import Config, Count, Place, Seed, parts
+from alpacache.driving.sample import FRONT_CAMERA, full_camera_name
+from alpacache.errors import UsageError
+
+Cameras = Annotated[tuple[str, ...], MinLen(1), parts(full_camera_name, "NAME,...")]
+Frames = Annotated[int, Ge(1), Le(4)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplesConfig(Config):
+    """Which samples of a source."""
+
+    source: Place
+    """`folder:DIR`, `pai`, `pai:DIR`, `hf:PATH`, `synthetic:N`, or a directory that `prepare` wrote."""
+    split: Literal["train", "val", "all"] = "all"
+    """Clips of one split, by the md5 of the clip id, 90 to 10."""
+    samples: Count | None = None
+    """At most this many samples; 10 is the pilot run."""
+    cameras: Cameras = (FRONT_CAMERA,)
+    """Cameras by full or short names, such as `front_wide,front_tele`."""
+    frames: Frames = 4
+    """Images a camera, 0.1 s apart, the last at t0; 1 to 4."""
+    t0: str = "5.1"
+    """Seconds into the clip, `every:S`, or `events`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareConfig(SamplesConfig):
+    """Samples as a self-contained dataset."""
+
+    out: Place
+    """Directory for the Hugging Face dataset; must not exist."""
+    seed: Seed | None = None
+    """Take clips in a random order that this seed settles. Default: the source's order."""
+    quota: str | None = None
+    """Samples of each turn in place of `samples`: `straight=200,gentle=100,sharp=100`."""
+    size: Literal["original", "processor"] = "original"
+    """Pictures as recorded (`original`) or as the model resizes them (`processor`)."""
+    model: Place | None = None
+    """Hub id or directory whose processor sets the size. Default: that of the released R1 and 1.5."""
+
+    def _check_together(self) -> None:
+        if self.model is not None and self.size == "original":
+            raise UsageError(f"model {self.model} is of use with --size processor only; leave one of them out.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckConfig(SamplesConfig):
+    """Recordings before a GPU is rented for them."""
+
+    out: Place | None = None
+    """Directory for `contact_sheet.png` and `check.json`. Default: nothing written."""

@@ -1,0 +1,171 @@
+"""Options are made from configs: each setting has one, what is typed wins over the file, the file over the default."""
+
+import dataclasses
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from alpacache import EvalConfig, ExportConfig, ExtractConfig, PlanConfig, ProbeConfig, TrainConfig
+from alpacache.demo.config import DemoConfig
+from alpacache.sources.config import CheckConfig, PrepareConfig
+from cli.main import app
+from cli.options import ConfigCommand, from_config
+
+KINDS = {
+    "check": CheckConfig,
+    "prepare": PrepareConfig,
+    "plan": PlanConfig,
+    "extract": ExtractConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "export": ExportConfig,
+    "probe": ProbeConfig,
+    "demo": DemoConfig,
+}
+REQUIRED = {
+    "check": ["synthetic:2"],
+    "prepare": ["synthetic:2", "--out", "o"],
+    "extract": ["synthetic:2", "--model", "m", "--store", "s"],
+    "train": ["--store", "s", "--model", "m", "--out", "o", "--steps", "2"],
+    "eval": ["--store", "s", "--model", "m", "--out", "o"],
+    "probe": ["--store", "s"],
+    "plan": ["--samples", "2"],
+    "demo": [],
+}
+"""The least that must be typed."""
+COMMANDS = typer.main.get_command(app).commands
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_setting_has_an_option_and_a_key(name):
+    params = {parameter.name: parameter for parameter in COMMANDS[name].params}
+    fields = {field.name for field in dataclasses.fields(KINDS[name])}
+    assert params.keys() == fields | {"config", "json"}
+    for field in fields - {"source", "stores"}:
+        assert f"--{field.replace('_', '-')}" in params[field].opts
+
+
+def parsed(kind, *arguments, **rest):
+    """The config that a command of this kind gets."""
+    seen = []
+    program = typer.Typer()
+    program.command(cls=ConfigCommand)(from_config(kind, **rest)(lambda config, json: seen.append((config, json))))
+    done = CliRunner().invoke(program, [str(argument) for argument in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    ((config, wants_json),) = seen
+    return config, wants_json
+
+
+TRAIN = ("--store", "a", "--store", "b=2", "--model", "m", "--out", "o")
+
+
+def test_what_is_typed_reaches_the_config():
+    more = ("--steps", 3, "--betas", "0.5,0.75", "--draws", "auto", "--lora-alpha", 4, "--no-capture", "--resume")
+    config, wants_json = parsed(TrainConfig, *TRAIN, *more, "--memory-budget", "24GB", "--min-lr", 0, "--json")
+    assert config == TrainConfig(
+        **{"stores": ("a", "b=2"), "model": "m", "out": "o", "steps": 3, "betas": (0.5, 0.75), "draws": "auto"},
+        **{"lora_alpha": 4.0, "capture": False, "resume": True, "memory_budget": "24GB", "min_lr": 0.0},
+    )
+    assert wants_json
+    extract = ("synthetic:3", "--model", "m", "--store", "s", "--cameras", "front_wide,rear_tele", "--shard", "1/4")
+    config, wants_json = parsed(ExtractConfig, *extract, "--no-camera-names")
+    assert (config.source, config.shard, config.camera_names, config.frame_numbers) == (
+        "synthetic:3",
+        (1, 4),
+        False,
+        None,
+    )
+    assert config.cameras == ("camera_front_wide_120fov", "camera_rear_tele_30fov")
+    assert not wants_json
+    judged, _ = parsed(EvalConfig, "--store", "s", "--model", "m", "--out", "o", "--compare", "a=x", "--compare", "b=y")
+    assert judged.compare == {"a": "x", "b": "y"}
+
+
+@pytest.mark.parametrize("name", sorted(KINDS.keys() - {"export"}))
+def test_without_options_a_config_has_its_defaults(name):
+    config, _ = parsed(KINDS[name], *REQUIRED[name])
+    for field in dataclasses.fields(config):
+        if field.default is not dataclasses.MISSING and (name, field.name) != ("train", "steps"):
+            assert getattr(config, field.name) == field.default, field.name
+
+
+def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = tmp_path / "train.toml"
+    file.write_text(
+        'stores = ["a"]\nmodel = "m"\nout = "o"\nepochs = 2\nbatch-size = 3\n'
+        "seed = 4\nresume = true\nbetas = [0.5, 0.5]\n"
+    )
+    alternatives = {"alternatives": ("steps", "epochs")}
+    config, _ = parsed(TrainConfig, "--config", file, **alternatives)
+    assert (config.stores, config.epochs, config.batch_size, config.keep) == (("a",), 2.0, 3, 2)
+    typed = ("--steps", 7, "--seed", 0, "--no-resume", "--store", "b")
+    config, _ = parsed(TrainConfig, "--config", file, *typed, **alternatives)
+    assert (config.steps, config.epochs, config.seed, config.resume) == (7, None, 0, False)
+    assert (config.stores, config.betas) == (("b",), (0.5, 0.5))
+
+
+@pytest.mark.parametrize("name", ["extract", "plan", "prepare", "eval", "probe", "export"])
+def test_every_config_can_come_from_a_file(name, tmp_path, run_here):
+    file = tmp_path / "settings.toml"
+    file.write_text("nonsense = 1\n")
+    assert "unknown key 'nonsense'" in run_here(name, "--config", file, code=2).stderr
+    file.write_text("")
+    assert "missing; give it as an option or in --config FILE.toml" in run_here(name, "--config", file, code=2).stderr
+
+
+def test_a_plan_from_a_file(tmp_path, run_here):
+    file = tmp_path / "plan.toml"
+    file.write_text('samples = 10\ncodec = "int8"\ncameras = ["front_wide"]\npicture = "720x1280"\n')
+    planned = json.loads(run_here("plan", "--config", file, "--samples", 20, "--json").stdout)
+    assert (planned["samples"], planned["codec"], planned["tokens"]) == (20, "int8", 809)
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "message"),
+    [
+        *(
+            (name, ["--seed", "-1"], "seed is -1; expected at least 0.")
+            for name in REQUIRED
+            if name not in ("check", "plan")
+        ),
+        ("train", ["--micro-batch", "0"], "micro_batch is 0; expected at least 1."),
+        ("train", ["--patience", "0"], "patience is 0; expected at least 1."),
+        ("train", ["--betas", "1,2"], "betas is '1,2'; expected each below 1.0."),
+        ("train", ["--weight-decay", "-1"], "weight_decay is -1.0; expected at least 0.0."),
+        ("train", ["--epochs", "inf"], "epochs is inf; expected a finite number."),
+        ("train", ["--memory-budget", "inf"], "memory_budget is 'inf'; expected a size such as 24GB."),
+        ("train", ["--out", ""], "out is ''; expected a path or name"),
+        ("plan", ["--epochs", "inf"], "epochs is inf; expected a finite number."),
+        ("eval", ["--compare", "constant velocity=run"], "the label 'constant velocity' is taken; choose another."),
+        ("eval", ["--compare", "a=one", "--compare", "a=two"], "compare a=two: the label 'a' is taken"),
+        ("eval", ["--compare", "run"], "expected LABEL=RUN"),
+        ("check", ["--frames", "0"], "frames is 0; expected at least 1."),
+    ],
+)
+def test_what_cannot_be_is_exit_2_and_touches_nothing(name, typed, message, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    refused = run_here(name, *REQUIRED[name], *typed, code=2)
+    assert message in refused.stderr
+    assert refused.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_groups_defaults_and_what_is_required(run_here, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = run_here("train", "--help").stdout
+    for title in ("Data", "What is trained", "Optimizer", "Validation", "Run directory", "Memory and speed"):
+        assert f"─ {title} ─" in text
+    assert "[default: 8]" in text
+    assert "[default: 0.9,0.999]" in text
+    assert "[default: as many as fit]" in text
+    assert "Directory of the run. [required]" in text
+    assert "all|head|lora" in text
+
+
+def test_a_panel_of_no_field_is_refused():
+    with pytest.raises(AssertionError):
+        from_config(DemoConfig, panels={"Other": "sed"})
