@@ -28,13 +28,14 @@ _SINGULAR = {"stores": "store"}
 
 
 class ConfigCommand(TyperCommand):
-    """A command with all settings of a config as options; `ctx.obj` becomes what was given of them."""
+    """A command with all settings of a config as options; `ctx.obj` becomes those that were typed."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
-        if not ctx.resilient_parsing:  # as for shell completion
+        ctx.obj = {name: value for name, value in ctx.params.items() if _is_typed(ctx, name)}
+        if "config" not in ctx.obj and not ctx.resilient_parsing:  # as for shell completion
             assert self.callback is not None
-            ctx.obj = _given(ctx, self.callback.kind, self.callback.alternatives)  # type: ignore[attr-defined]
+            _refuse_missing(self.callback.kind, ctx.obj)  # type: ignore[attr-defined]
         return rest
 
 
@@ -52,8 +53,8 @@ def from_config(
     assert panel_of.keys() <= {field.name for field in fields}
 
     def decorate(body: Callable[[C, bool], None]) -> Callable[..., None]:
-        def command(ctx: typer.Context, json: bool, **_: Any) -> None:
-            body(kind(**ctx.obj), json)
+        def command(ctx: typer.Context, config: Path | None, json: bool, **_: Any) -> None:
+            body(kind(**_settings(kind, config, ctx.obj, alternatives)), json)
 
         hints, docs = get_type_hints(kind, include_extras=True), field_docs(kind)
         parameters = [
@@ -65,7 +66,7 @@ def from_config(
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         command.__doc__, command.__name__ = body.__doc__, body.__name__
-        command.kind, command.alternatives = kind, alternatives  # type: ignore[attr-defined]
+        command.kind = kind  # type: ignore[attr-defined]
         return command
 
     return decorate
@@ -79,23 +80,24 @@ def place(text: str) -> str:
         raise UsageError(f"{text!r} given; expected {error}.") from None
 
 
-def _given(ctx: Any, kind: type[Config], alternatives: Sequence[str]) -> dict[str, Any]:
-    """Settings that the command line or its config file has. Raises `UsageError` where a required one is in neither."""
-    typed = {name: value for name, value in ctx.params.items() if _is_typed(ctx, name)}
-    file = typed.pop("config", None)
-    typed.pop("json", None)
+def _settings(
+    kind: type[Config], file: Path | None, typed: Mapping[str, Any], alternatives: Sequence[str]
+) -> dict[str, Any]:
+    """What the file and, over it, the command line say."""
     values = {} if file is None else read_toml(file, kind)
     if any(name in typed for name in alternatives):
         values = {name: value for name, value in values.items() if name not in alternatives}
-    values |= typed
-    missing = [
-        _option_name(field.name)
-        for field in dataclasses.fields(kind)  # type: ignore[arg-type]
-        if _is_required(field) and field.name not in values
-    ]
+    values |= {name: value for name, value in typed.items() if name not in ("config", "json")}
+    _refuse_missing(kind, values)
+    return values
+
+
+def _refuse_missing(kind: type[Config], values: Mapping[str, Any]) -> None:
+    """Raise `UsageError` where a setting without a default is not there."""
+    required = [field.name for field in dataclasses.fields(kind) if _is_required(field)]  # type: ignore[arg-type]
+    missing = [_option_name(name) for name in required if name not in values]
     if missing:
         raise UsageError(f"{', '.join(missing)} missing; give it as an option or in --config FILE.toml.")
-    return values
 
 
 def _is_typed(ctx: Any, name: str) -> bool:

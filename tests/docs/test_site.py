@@ -16,6 +16,8 @@ from markdown_pages import ROOT, anchors, blocks, headings, links, pages
 from alpacache.evaluation.config import EvalConfig, ProbeConfig
 from alpacache.exporting.config import ExportConfig
 from alpacache.extraction.config import ExtractConfig
+from alpacache.planning.config import PlanConfig
+from alpacache.sources.config import CheckConfig, PrepareConfig
 from alpacache.training.config import TrainConfig
 
 pytest.importorskip("mkdocs", reason="the extra `docs` is not installed; `make docs` builds the site")
@@ -63,9 +65,10 @@ def test_the_site_has_every_option_every_key_and_the_newest_results(site):
         assert f"alpacache {name}" in text
         assert [option for option in cli_reference.option_names(command) - {"-h", "--help"} if option not in text] == []
     text = re.sub(r"<[^>]+>", "", (site / "reference/config.html").read_text())
-    for config in (ExtractConfig, TrainConfig, EvalConfig, ExportConfig, ProbeConfig):
+    settings = (CheckConfig, PrepareConfig, PlanConfig)
+    for config in (*settings, ExtractConfig, TrainConfig, EvalConfig, ExportConfig, ProbeConfig):
         assert [field.name for field in dataclasses.fields(config) if f"\n{field.name}\n" not in text] == []
-    assert "Peak; None means 1e-4 for all parameters" in text
+    assert "Peak learning rate. Default: 1e-4 for all parameters" in text
     results = (site / "reference/benchmarks.html").read_text()
     for result in benchmarks_page.read():
         assert f'id="{result.anchor}"' in results
