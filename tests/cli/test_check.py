@@ -83,9 +83,9 @@ def test_a_wrong_source_is_exit_1_and_the_table_says_what_to_do(folder):
     [
         (["nowhere"], "is no data source"),
         (["folder:nowhere"], "dataset.json"),
-        (["synthetic:3", "--split", "test"], "expected train, val, all"),
-        (["synthetic:3", "--frames", "0"], "--frames is '0'; expected 1, 2, 3, 4."),
-        (["synthetic:3", "--frames", "5"], "--frames is '5'; expected 1, 2, 3, 4."),
+        (["synthetic:3", "--split", "test"], "split is 'test'; expected 'train', 'val' or 'all'"),
+        (["synthetic:3", "--frames", "0"], "frames is 0; expected at least 1."),
+        (["synthetic:3", "--frames", "5"], "frames is 5; expected at most 4."),
         (["synthetic:3", "--t0", "soon"], "t0 'soon'"),
         (["synthetic:3", "--cameras", "top"], "unknown camera 'top'"),
         (["synthetic:3", "--out", "/dev/null/x"], "cannot be made"),
