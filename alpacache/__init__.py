@@ -28,7 +28,7 @@ __all__ = ["__version__", *_HOMES]
 
 
 def on_first_use(package: str, name: str, homes: Mapping[str, str]) -> Any:
-    """What a package's `__getattr__` returns, given the modules that its names live in. Raises `AttributeError`."""
+    """Import a package's name from the module that `homes` gives for it; for `__getattr__`. Raises `AttributeError`."""
     if name in homes:
         return getattr(import_module(homes[name]), name)
     raise AttributeError(f"module {package!r} has no attribute {name!r}")

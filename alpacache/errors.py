@@ -13,7 +13,7 @@ class UsageError(AlpacacheError, ValueError):
 
 
 class CheckpointError(UsageError):
-    """A model checkpoint that is absent, incomplete or of another shape than its config says."""
+    """A model checkpoint that is absent, incomplete, or of other shapes than its config says."""
 
 
 class SourceError(UsageError):
@@ -34,15 +34,15 @@ class BadClipError(AlpacacheError, ValueError):
 
 
 class DataError(AlpacacheError, OSError):
-    """Stored data that should be readable is not (damaged, truncated, gone)."""
+    """Stored data cannot be read (damaged, truncated, gone)."""
 
 
 class NonFiniteError(AlpacacheError, ArithmeticError):
-    """Training met non-finite losses several times in a row."""
+    """Training met losses that are not finite several times in a row."""
 
 
 class DeviceMemoryError(AlpacacheError, MemoryError):
-    """The GPU's memory did not suffice after all."""
+    """The GPU ran out of memory although the plan fitted."""
 
 
 class LostProcessError(AlpacacheError):
@@ -50,8 +50,8 @@ class LostProcessError(AlpacacheError):
 
 
 class ProcessGroupError(AlpacacheError, RuntimeError):
-    """The processes of a run could not talk to each other, and it is not known that one of them has ended."""
+    """The processes of a run could not communicate, and none of them is known to have ended."""
 
 
 class InterruptedRunError(AlpacacheError):
-    """SIGINT or SIGTERM; everything committed so far is kept and the same command goes on."""
+    """A run stopped on SIGINT or SIGTERM; everything committed is kept and the same command goes on."""

@@ -1,7 +1,7 @@
-"""Stopping on request: SIGINT and SIGTERM let the sample or step in hand finish, then the stage saves and leaves.
+"""Stopping on request: after SIGINT or SIGTERM a stage finishes the sample or step in hand, saves and leaves.
 
-A scheduler, torchrun and the terminal may each send a signal for one and the same request. So only another Ctrl-C, a
-while after the first, is taken as impatience.
+A scheduler, torchrun and the terminal may each send a signal for the same request. So only another Ctrl-C, a while
+after the first, stops at once.
 """
 
 import signal
@@ -14,7 +14,7 @@ _SAME_REQUEST_S = 1.0
 
 
 class InterruptGuard:
-    """While it is entered (in the main thread), signals set `requested` instead of raising. A later Ctrl-C raises."""
+    """While entered (in the main thread), signals set `requested` instead of raising; a later Ctrl-C raises."""
 
     def __init__(self) -> None:
         self._requested_at: float | None = None
@@ -22,7 +22,7 @@ class InterruptGuard:
 
     @property
     def requested(self) -> bool:
-        """Whether to stop."""
+        """Whether a signal has asked to stop."""
         return self._requested_at is not None
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""How the library tells a caller how far it is; only the command line draws."""
+"""Progress reports of long runs to a listener of the caller's; only the command line draws."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ class Progress:
     unit: str
     """`samples`, `steps` or `files`."""
     rate: float
-    """Units a second, of this run."""
+    """Units a second in this run."""
     notes: Mapping[str, str]
-    """What else is worth a place on the line: loss, GiB, quarantined."""
+    """Further items for the progress line, such as loss, GiB, quarantined samples."""
 
 
 def clock(seconds: float) -> str:
-    """`1:02:03`."""
+    """Seconds as `1:02:03`."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
@@ -28,4 +28,4 @@ OnProgress = Callable[[Progress], None]
 
 
 def ignore(progress: Progress) -> None:
-    """The default listener."""
+    """The default listener: does nothing."""

@@ -1,1 +1,1 @@
-"""The cached samples as a data set: what a sample holds, whose it is, its place in an epoch, and the ring."""
+"""Cached samples: their fields, which model they belong to, their order, and their way to the device."""

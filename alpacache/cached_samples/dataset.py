@@ -1,4 +1,4 @@
-"""Cached samples for stage two: one or several stores as one indexed set, read ahead by threads."""
+"""Cached samples for stage two: one or several stores as one indexed set."""
 
 import json
 import math
@@ -23,7 +23,6 @@ from alpacache.cached_samples.features import (
     tail_name,
 )
 from alpacache.cached_samples.identity import check_same_model, store_codec
-from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.sample import FRONT_CAMERA, SampleRef
 from alpacache.driving.strata import Turn, classify
 from alpacache.errors import UsageError
@@ -45,9 +44,9 @@ class CachedDataset:
             check_same_model(checkpoint, reader.identity, store=str(store))
         _check_mixable(list(stores), readers)
         self.codec: KVCodec | None = store_codec(readers[0].identity, store=str(stores[0]))
-        """Of every sample; None: bfloat16 as it is."""
+        """Codec of every sample; None for plain bfloat16."""
         self.rollouts = min(tail_count(reader.fields) for reader in readers)
-        """Reasoning rollouts that every sample has tails of."""
+        """Number of reasoning rollouts that every sample has tails of."""
         self._index = [(reader, sample_id) for reader in readers for sample_id in reader.sample_ids]
         if not self._index:
             raise UsageError(f"no committed sample in {', '.join(map(str, stores))}; run `alpacache extract` first.")
@@ -63,21 +62,21 @@ class CachedDataset:
 
     @property
     def vlm(self) -> dict[str, str] | None:
-        """The VLM that features are of, where `extract --vlm` put it in the place of the model's own."""
+        """The VLM that the features come from, if `extract --vlm` put it in place of the model's own."""
         model = self._index[0][0].identity["model"]
         return {"id": model["vlm"], "weights_sha256": model["vlm_weights_sha256"]} if "vlm" in model else None
 
     @property
     def plain(self) -> list[int]:
-        """Indices of view 0, the pictures as they are: what models are judged on.
+        """Indices of the samples of view 0, the unchanged pictures, which models are judged on.
 
-        Raises `UsageError` where there is none.
+        Raises `UsageError` if there are none.
         """
-        found = [index for index, (_, sample_id) in enumerate(self._index) if SampleRef.parse(sample_id).view == 0]
-        if not found:
+        plain = [index for index, (_, sample_id) in enumerate(self._index) if SampleRef.parse(sample_id).view == 0]
+        if not plain:
             stores = ", ".join(dict.fromkeys(str(reader.path) for reader, _ in self._index))
             raise UsageError(f"no sample of view 0 in {stores}; models are judged on it, extract it too.")
-        return found
+        return plain
 
     def locate(self, index: int) -> tuple[CacheReader, str]:
         """The store that has a sample, and the sample's id there."""
@@ -85,11 +84,11 @@ class CachedDataset:
 
     @property
     def prefix_fields(self) -> tuple[str, ...]:
-        """The fields that make a prefix."""
+        """Fields that make a prefix."""
         return PREFIX_FIELDS if self.codec is None else (*PREFIX_FIELDS, KV_SHAPE)
 
     def load(self, index: int, *, tails: int = 0) -> CachedSample:
-        """Read one sample's prefix and poses, and the tails of its first so many reasoning rollouts.
+        """Read one sample's prefix and poses, and the tails of its first `tails` reasoning rollouts.
 
         Raises `CorruptSampleError` where a stored byte is not as committed.
         """
@@ -108,7 +107,7 @@ class CachedDataset:
 
     @cached_property
     def layout(self) -> PrefixLayout:
-        """What the bytes of any sample's keys and values mean. Stores of another shape are refused here."""
+        """Layout of any sample's KV bytes. Raises `UsageError` if the stores do not share one."""
         first = {reader: index for index, (reader, _) in reversed(list(enumerate(self._index)))}
         shapes = {reader.path: self._kv_shape(index) for reader, index in first.items()}
         geometries = {path: (shape[0], shape[2], shape[4]) for path, shape in shapes.items()}
@@ -120,7 +119,7 @@ class CachedDataset:
 
     @cached_property
     def kv_bytes(self) -> NDArray[np.int64]:
-        """Bytes of each sample's keys and values. Reads every commit record once, about 0.1 ms each."""
+        """Bytes of each sample's keys and values; reads every commit record once, about 0.1 ms each."""
 
         def length(place: tuple[CacheReader, str]) -> int:
             reader, sample_id = place
@@ -131,23 +130,19 @@ class CachedDataset:
 
     @property
     def _threads(self) -> int:
-        """Small reads worth having in flight."""
+        """Number of small reads worth having in flight."""
         return max(self._index[places.start][0].threads for places in self.store_ranges if places)
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest sample: the one of most bytes, where bytes go with tokens."""
+        """Tokens of the longest sample, which is the one of most bytes where bytes go with tokens."""
         if self.codec is not None and not self.codec.fixed_size:
             return max(shape[3] for shape in in_order(self._kv_shape, range(len(self)), self._threads))
         return self._kv_shape(int(self.kv_bytes.argmax()))[3]
 
-    def turns(self) -> list[Turn | CorruptSampleError]:
-        """Each sample's turn stratum, by its recorded path, or why that cannot be read; reads no keys and values, and
-        the poses once."""
-        return self._turns
-
     @cached_property
-    def _turns(self) -> list[Turn | CorruptSampleError]:
+    def turns(self) -> list[Turn | CorruptSampleError]:
+        """Turn stratum of each sample's recorded path, or why it cannot be read; reads the poses alone."""
 
         def turn(place: tuple[CacheReader, str]) -> Turn | CorruptSampleError:
             reader, sample_id = place
@@ -159,7 +154,7 @@ class CachedDataset:
         return list(in_order(turn, self._index, max(_POSE_THREADS, self._threads)))
 
     def front_jpeg(self, index: int) -> bytes | None:
-        """The front camera's small picture, where the sample has one."""
+        """The front camera's small picture, if the sample has one."""
         reader, sample_id = self._index[index]
         if "front_jpeg" not in reader.fields_of(sample_id):
             return None
@@ -167,12 +162,12 @@ class CachedDataset:
         return picture
 
     def front_lens(self, index: int) -> dict[str, Any] | None:
-        """The front camera's calibration, where the sample has one."""
+        """The front camera's calibration, if the sample has one."""
         reader, sample_id = self._index[index]
         if "calibration" not in reader.fields_of(sample_id):
             return None
-        found = json.loads(str(reader.read(sample_id, fields=["calibration"])["calibration"]))
-        lens = found.get(FRONT_CAMERA) if isinstance(found, dict) else None
+        cameras = json.loads(str(reader.read(sample_id, fields=["calibration"])["calibration"]))
+        lens = cameras.get(FRONT_CAMERA) if isinstance(cameras, dict) else None
         return lens if isinstance(lens, dict) else None
 
     def _kv_shape(self, index: int) -> tuple[int, ...]:
@@ -184,7 +179,7 @@ class CachedDataset:
 
 
 def _check_mixable(stores: Sequence[str | Path], readers: Sequence[CacheReader]) -> None:
-    """Stores trained together may differ in cameras and frames, not in the VLM, its prompt, or how KV is stored."""
+    """Refuse stores that differ in the VLM, its prompt, or how KV is stored; cameras and frames may differ."""
 
     def shared(reader: CacheReader) -> dict[str, Any]:
         return {key: reader.identity.get(key) for key in _SHARED}
@@ -196,8 +191,3 @@ def _check_mixable(stores: Sequence[str | Path], readers: Sequence[CacheReader])
                 + "\n  ".join(lines)
                 + "\nTrain on one of them, or extract the other again with the same settings."
             )
-
-
-def target(sample: CachedSample, space: UnicycleActionSpace) -> Tensor:
-    """The action `[64, 2]` to learn; in no batch a bit of it is another."""
-    return space.to_action(sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)

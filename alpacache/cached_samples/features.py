@@ -1,14 +1,14 @@
-"""What one cached sample holds, and how model tensors become stored arrays and back.
+"""The fields of a cached sample, and how model tensors become stored arrays and back.
 
 A sample's KV is one *stem* (system text, images, ego history) followed by *tails*. The array `kv` holds the stem and
 the direct tail back to back, so that the usual prefix is one contiguous read; `stem_len` says where the tail begins.
-Tails of reasoning rollouts are further fields, `tail.0.kv` and so on, attached to the same stem; training does not read
-them, evaluation does.
-
-With a quantising codec `kv` is the codec's flat bytes and `kv_shape` tells the lengths; the codec is in the identity.
+Tails of reasoning rollouts are further fields, `tail.0.kv` and so on, which attach to the same stem; only evaluation
+reads them. With a quantising codec, which the store's identity names, `kv` is the codec's flat bytes and `kv_shape`
+tells the lengths.
 """
 
 import io
+import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -29,17 +29,17 @@ from cache_store.kv.layered import NOT_FINITE
 
 KV_AXES = ("layer", "key_value", "kv_head", "token", "channel")
 PREFIX_FIELDS = ("kv", "stem_len", "prefix_len", "rope_delta", "start_position")
-"""What the expert needs; of a store with a quantising codec `KV_SHAPE` too."""
+"""Fields that make a prefix; with a quantising codec, `KV_SHAPE` as well."""
 KV_SHAPE = "kv_shape"
 _ENCODABLE = "encodable"
-"""Whether the KV beside it could be encoded; asked by `checked`, never stored."""
+"""Name, never stored, of the flag that the KV beside it could be encoded; see `checked`."""
 POSE_FIELDS = ("history_xyz", "history_rot", "future_xyz", "future_rot")
 _JPEG_HEIGHT = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedSample:
-    """A sample as stage two sees it: the prefix, and the poses that make the loss and the metrics."""
+    """A sample as stage two sees it: the prefix, and the poses that loss and metrics are computed from."""
 
     sample_id: str
     prefix: PrefixFeatures | EncodedPrefix
@@ -52,10 +52,15 @@ class CachedSample:
     stem_len: int
     """Tokens of the prefix that tails attach to."""
     tails: tuple[Tail, ...] = ()
-    """Of reasoning rollouts, as many as were read, decoded."""
+    """Decoded tails of as many reasoning rollouts as were read."""
+
+    @property
+    def poses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """History and future, xyz and rotations each, as an action space takes them."""
+        return self.history_xyz, self.history_rot, self.future_xyz, self.future_rot
 
     def rollout_prefixes(self, device: torch.device | str = "cpu") -> list[PrefixFeatures]:
-        """What the expert attends to after each rollout: the stem, decoded, and a tail."""
+        """The prefix after each rollout: the decoded stem and a tail."""
         prefix = self.prefix.to(device)
         whole = prefix.decode() if isinstance(prefix, EncodedPrefix) else prefix
         return [whole.with_tail(self.stem_len, tail) for tail in self.tails]
@@ -70,12 +75,8 @@ def store_fields(*, hidden_states: bool, codec: KVCodec | None, rollouts: int = 
     ]
     counts = [
         Field(name=name, dtype="int64", axes=(), units=units, layout="packed")
-        for name, units in (
-            ("stem_len", "tokens"),
-            ("prefix_len", "tokens"),
-            ("rope_delta", "positions"),
-            ("start_position", "positions"),
-        )
+        for units, names in (("tokens", ("stem_len", "prefix_len")), ("positions", ("rope_delta", "start_position")))
+        for name in names
     ]
     kv, *kv_shape = _kv_fields("", codec)
     counts += kv_shape
@@ -95,23 +96,15 @@ def store_fields(*, hidden_states: bool, codec: KVCodec | None, rollouts: int = 
         Field(name="calibration", dtype="str", axes=(), units="JSON", layout="text", required=False),
     ]
     if hidden_states:
-        fields.insert(
-            1,
-            Field(
-                name="hidden",
-                dtype="bfloat16",
-                axes=("token", "channel"),
-                units="1, after the final norm",
-                layout="array",
-            ),
-        )
+        axes, units = ("token", "channel"), "1, after the final norm"
+        fields.insert(1, Field(name="hidden", dtype="bfloat16", axes=axes, units=units, layout="array"))
     if views:
         fields.append(Field(name="jitter", dtype="str", axes=(), units="JSON", layout="text", required=False))
     return fields + [field for number in range(rollouts) for field in _tail_fields(number, codec)]
 
 
 def _kv_fields(prefix: str, codec: KVCodec | None) -> list[Field]:
-    """Keys and values under a name's prefix; of encoded ones the shape too."""
+    """Fields of keys and values, and of their shape if encoded, with `prefix` before their names."""
     name, shape, units = f"{prefix}kv", f"{prefix}{KV_SHAPE}", "1, keys after rotary embedding"
     if codec is None:
         return [Field(name=name, dtype="bfloat16", axes=KV_AXES, units=units, layout="array")]
@@ -132,39 +125,17 @@ def _tail_fields(number: int, codec: KVCodec | None) -> list[Field]:
 
 
 def tail_name(number: int) -> str:
-    """What the names of a rollout's fields begin with."""
+    """Beginning of the names of a rollout's fields."""
     return f"tail.{number}."
 
 
 def tail_count(fields: Container[str]) -> int:
-    """How many rollouts have fields in a store, or among the arrays of a sample."""
+    """Number of rollouts that have fields in a store, or arrays in a sample."""
     return next(number for number in count() if f"{tail_name(number)}kv" not in fields)
 
 
-def to_arrays(
-    sample: Sample,
-    inputs: VLMInputs,
-    prefix: PrefixFeatures,
-    *,
-    hidden_states: bool,
-    codec: KVCodec | None,
-    tails: Sequence[Tail] = (),
-) -> dict[str, Any]:
-    """One sample's stored values. KV and hidden states as bfloat16 bits; lossless if the VLM ran in bfloat16.
-
-    With a codec KV is encoded where it lies. Raises `BadClipError` for KV that cannot be quantised.
-    """
-    name = sample.ref.sample_id
-    large = prefix_arrays(name, inputs, prefix, hidden_states=hidden_states, codec=codec)
-    large |= tail_arrays(tails, codec=codec)
-    on_cpu = {name: value.cpu().numpy() if isinstance(value, Tensor) else value for name, value in large.items()}
-    return sample_arrays(sample, inputs) | checked(name, on_cpu)
-
-
 def sample_arrays(sample: Sample, inputs: VLMInputs) -> dict[str, Any]:
-    """Of the stored values those that are known before the VLM runs; they keep no frame alive."""
-    import json
-
+    """Stored values that are known before the VLM runs; they keep no frame alive."""
     arrays: dict[str, Any] = {
         "image_spans": inputs.image_spans,
         "stem_len": np.asarray(inputs.stem_len),
@@ -188,9 +159,10 @@ def sample_arrays(sample: Sample, inputs: VLMInputs) -> dict[str, Any]:
 def prefix_arrays(
     sample_id: str, inputs: VLMInputs, prefix: PrefixFeatures, *, hidden_states: bool, codec: KVCodec | None
 ) -> dict[str, Any]:
-    """The other ones, to be `checked`; large ones are tensors of the stored bits, on the device where the prefix is.
+    """Stored values that come from the prefix; large ones are tensors of the stored bits on the prefix's device.
 
-    Nothing waits for that device.
+    KV and hidden states are bfloat16 bits, lossless if the VLM ran in bfloat16; with a codec, KV is encoded. Nothing
+    waits for the device: pass the values to `checked` once it is done.
     """
     kv = torch.stack([prefix.keys, prefix.values], dim=1)
     arrays: dict[str, Any] = {
@@ -208,22 +180,19 @@ def prefix_arrays(
 
 
 def tail_arrays(tails: Sequence[Tail], *, codec: KVCodec | None) -> dict[str, Any]:
-    """The stored values of reasoning rollouts, as from `prefix_arrays`."""
+    """Stored values of reasoning rollouts; like those of `prefix_arrays`, they go through `checked`."""
     arrays: dict[str, Any] = {}
     for number, tail in enumerate(tails):
         kv, name = torch.stack([tail.keys, tail.values], dim=1), tail_name(number)
         stored = {"kv": _as_bf16(kv)} if codec is None else _encoded(kv, codec)
-        stored |= {
-            "input_ids": tail.token_ids,
-            "start_position": np.asarray(tail.start_position),
-            "text": tail.text,
-        }
+        start = np.asarray(tail.start_position)
+        stored |= {"input_ids": tail.token_ids, "start_position": start, "text": tail.text}
         arrays |= {f"{name}{part}": value for part, value in stored.items()}
     return arrays
 
 
 def from_arrays(sample_id: str, arrays: Mapping[str, NDArray[Any]], *, codec: KVCodec | None = None) -> CachedSample:
-    """The sample that `to_arrays` stored with this codec, still encoded; tensors share memory with the arrays."""
+    """The sample of these stored arrays, its prefix still encoded; tensors share memory with the arrays."""
     return CachedSample(
         sample_id=sample_id,
         prefix=_prefix(arrays, codec),
@@ -262,12 +231,12 @@ def _tails(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> Iterato
 
 def _encoded(kv: Tensor, codec: KVCodec) -> dict[str, Any]:
     data, encodable = tensor_codec(codec).encode_async(kv)
-    # So that who asks for it need not wait for what the device was given meanwhile.
+    # The flag is copied now, so that reading it does not wait for work enqueued after it.
     return {"kv": data, KV_SHAPE: np.array(kv.shape, np.int64), _ENCODABLE: encodable.to("cpu", non_blocking=True)}
 
 
 def checked(sample_id: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """What is stored of the values that were made of a prefix or of tails; the device must be through with them.
+    """The values to store out of those of `prefix_arrays` and `tail_arrays`, once the device has computed them.
 
     Raises `BadClipError` for KV that could not be quantised.
     """
@@ -278,7 +247,7 @@ def checked(sample_id: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bf16_bits(tensor: Tensor) -> NDArray[np.uint16]:
-    """bfloat16 bits of a tensor (rounded to nearest even if it is wider), on the CPU."""
+    """Bits of a tensor as bfloat16 (rounded to nearest even), on the CPU."""
     bits: NDArray[np.uint16] = _as_bf16(tensor).cpu().numpy()
     return bits
 
@@ -288,7 +257,7 @@ def _as_bf16(tensor: Tensor) -> Tensor:
 
 
 def from_bf16_bits(bits: NDArray[np.uint16]) -> Tensor:
-    """The bfloat16 tensor of its bits, without a copy."""
+    """A bfloat16 tensor that shares memory with its bits."""
     return torch.from_numpy(bits).view(torch.bfloat16)
 
 
@@ -298,9 +267,8 @@ def _jpeg(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
     image = Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0)))
     if image.height > _JPEG_HEIGHT:
-        image = image.resize(
-            (round(image.width * _JPEG_HEIGHT / image.height), _JPEG_HEIGHT), Image.Resampling.BILINEAR
-        )
+        width = round(image.width * _JPEG_HEIGHT / image.height)
+        image = image.resize((width, _JPEG_HEIGHT), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return np.frombuffer(buffer.getvalue(), np.uint8)

@@ -1,4 +1,4 @@
-"""What makes two caches interchangeable (identity), and what is merely worth knowing about one (provenance)."""
+"""What makes two caches interchangeable (identity), and what is only worth recording about one (provenance)."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ _LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers
 
 
 def model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `train` can check without reading a byte of the VLM. Of an exported checkpoint also what was trained."""
+    """What `train` can check without reading the VLM; for an exported checkpoint, what was trained as well."""
     identity = {"id": checkpoint.model_id, "revision": checkpoint.revision, "config_sha256": checkpoint.config.sha256}
     return identity if checkpoint.origin is None else identity | {"trained": checkpoint.origin["trained"]}
 
 
 def vlm_identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The model that features count as: an exported checkpoint's are its base's, for its VLM is untouched."""
+    """The model that features count as; those of an exported checkpoint are its base's, whose VLM it shares."""
     origin = checkpoint.origin
     if origin is None:
         return model_identity(checkpoint)
@@ -45,9 +45,9 @@ def store_identity(
 ) -> dict[str, Any]:
     """Everything that must match for two samples to belong to one store.
 
-    A quantising codec is there by name and by definition: should the name ever mean something else, old stores are
-    still decoded as they were written, and nothing new goes into them. How tails are sampled and views made is there if
-    there are any, and what other VLM the weights were taken from.
+    A quantising codec is recorded by name and by definition: should the name ever mean something else, old stores are
+    still decoded as they were written, and nothing new goes into them. How tails are sampled and views made, and which
+    other VLM the weights were taken from, is recorded if there are any.
     """
     definition = {} if codec == BF16 else {"codec_definition": CODECS[codec].to_json()}
     return {
@@ -73,14 +73,14 @@ def _other_vlm(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def store_codec(identity: Mapping[str, Any], *, store: str) -> KVCodec | None:
-    """The quantising codec of a store by the store's own definition; None for bfloat16."""
+    """A store's quantising codec, by the store's own definition; None for bfloat16."""
     if identity.get("codec") == BF16:
         return None
     return codec_from_json(identity.get("codec_definition", {}), f"codec_definition in the identity of {store}")
 
 
 def provenance(*, source: str, device: str) -> dict[str, Any]:
-    """Versions and hardware; recorded, compared with a warning only. Holds no paths, host names or credentials."""
+    """Versions and hardware: recorded, and a difference only warns. Holds no paths, host names or credentials."""
     return {
         "source": source,
         "device": device,
@@ -93,17 +93,13 @@ def provenance(*, source: str, device: str) -> dict[str, Any]:
 def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, store: str, weights: bool = False) -> None:
     """Refuse to train or evaluate on features of another model.
 
-    A revision is compared only where both sides know one: a plain directory has none. `weights` compares the VLM weight
+    A revision is compared only if both sides know one; a plain directory has none. `weights` compares the VLM weight
     fingerprint too, which reads a few hundred kilobytes of the VLM's shards.
     """
-    expected = vlm_identity(checkpoint)
-    found = {key: identity["model"].get(key) for key in expected}
-    _forget_unknown_revision(expected, found)
+    expected, stored = vlm_identity(checkpoint), identity["model"]
     if weights:
         expected["vlm_weights_sha256"] = checkpoint.vlm_fingerprint()
-        found["vlm_weights_sha256"] = identity["model"].get("vlm_weights_sha256")
-    lines = differences(expected, found)
-    if lines:
+    if lines := _model_differences(expected, {key: stored.get(key) for key in expected}):
         raise UsageError(
             f"store {store} was extracted with another model than {checkpoint.model}:\n  "
             + "\n  ".join(lines)
@@ -112,16 +108,16 @@ def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, sto
 
 
 def check_same_vlm(
-    trained: Mapping[str, str] | None, found: Mapping[str, str] | None, *, run: object, what: str
+    trained: Mapping[str, str] | None, other: Mapping[str, str] | None, *, run: object, what: str
 ) -> None:
     """Refuse to use what a run trained with another VLM than the run's stores were extracted with.
 
     Args:
-        trained, found: as `CachedDataset.vlm`; None is the model's own.
-        run: what an error calls the run's checkpoint.
-        what: what it calls the other side.
+        trained, other: as `CachedDataset.vlm`; None is the model's own.
+        run: name of the run's checkpoint in the error.
+        what: name of the other side in the error.
     """
-    if lines := differences({"vlm": trained}, {"vlm": found}):
+    if lines := differences({"vlm": trained}, {"vlm": other}):
         raise UsageError(
             f"{run} was trained on features of another VLM than {what}:\n  "
             + "\n  ".join(lines)
@@ -134,11 +130,9 @@ def check_base(checkpoint: Checkpoint, base: Mapping[str, Any], *, run: object) 
 
     Args:
         base: the run's note of its base, as `model_identity` gave it.
-        run: what an error calls the run's checkpoint.
+        run: name of the run's checkpoint in the error.
     """
-    expected, found = dict(base), model_identity(checkpoint)
-    _forget_unknown_revision(expected, found)
-    if lines := differences(expected, found):
+    if lines := _model_differences(dict(base), model_identity(checkpoint)):
         raise UsageError(
             f"{run} was trained on another base model than {checkpoint.model}:\n  "
             + "\n  ".join(lines)
@@ -146,7 +140,8 @@ def check_base(checkpoint: Checkpoint, base: Mapping[str, Any], *, run: object) 
         )
 
 
-def _forget_unknown_revision(*identities: dict[str, Any]) -> None:
-    if any(identity["revision"] is None for identity in identities):
-        for identity in identities:
-            del identity["revision"]
+def _model_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Lines of differences; a revision that one side does not know is none."""
+    if one["revision"] is None or other["revision"] is None:
+        del one["revision"], other["revision"]
+    return differences(one, other)

@@ -1,1 +1,1 @@
-"""The device and the memory beside it: choosing, copying, checking, capturing."""
+"""The device and the host memory beside it: choosing, copying, checking, capturing."""

@@ -1,1 +1,1 @@
-"""Paths from cached features: flow steps of the expert, as predictions and as one CUDA graph."""
+"""Paths from cached prefixes: the expert's flow steps, on a GPU as one CUDA graph."""

@@ -19,19 +19,9 @@ from alpacache.flow_matching import sample as sample_flow
 from alpacache.inference.action_sampler import ActionSampler, SampledActions
 
 Paths: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""xyz `[K, 64, 3]` (m, ego frame at t0) and rotations `[K, 64, 3, 3]` of one sample."""
 _LEAST_BUFFERS = 4
-"""Samples between disk and device; more than that, one batch: a batch takes longer to compute on than to copy."""
-
-
-def predict(
-    expert: ActionExpert, samples: Sequence[CachedSample], *, paths: int, flow_steps: int, seed: int
-) -> list[Paths]:
-    """Sampled paths of each sample, as `to_paths` has them."""
-    action = predict_actions(expert, samples, paths=paths, flow_steps=flow_steps, seed=seed)
-    return [
-        to_paths(expert.action_space, draws, sample.history_xyz, sample.history_rot)
-        for draws, sample in zip(action, samples, strict=True)
-    ]
+"""Samples between disk and device at the least. A batch is enough: computing on it takes longer than copying it."""
 
 
 @torch.no_grad()
@@ -40,8 +30,8 @@ def predict_actions(
 ) -> Tensor:
     """Sampled actions `[B, K, 64, 2]`, on the CPU.
 
-    Where samples come with tails of reasoning rollouts, path k is that of rollout k, as the public sampler has it; they
-    need K of them. The noise depends on the seed and the sample id alone, so every model sees the same and batch size
+    If samples come with tails of reasoning rollouts, there must be K of them: path k is that of rollout k, as in the
+    public sampler. The noise depends on the seed and the sample id alone, so every model sees the same and batch size
     changes nothing.
     """
     noise = eval_noise(seed, [sample.sample_id for sample in samples], paths).to(expert.device)
@@ -63,11 +53,11 @@ def predict_ahead(
     batch_size: int,
     capture: bool = True,
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Batch by batch the indices and what `predict_actions` gives for them on their direct prefixes.
+    """Batch by batch, the indices and their actions on the direct prefixes, as from `predict_actions`.
 
-    Samples are read and copied while the batches before are computed, and stay as they are stored. On a GPU an
-    integration is one CUDA graph with `capture`, the same kernels without; a batch is handed over when the next one is
-    enqueued. Close the iterator where it is not read to its end. Raises what `BatchRing` does.
+    Samples are read and copied while earlier batches are computed, and stay as they are stored. On a GPU an integration
+    is one CUDA graph with `capture`, and the same kernels without; a batch is yielded when the next one is enqueued.
+    Close the iterator if it is not read to its end. Raises what `BatchRing` does.
     """
     batch_size = min(batch_size, len(indices))
     starts = range(0, len(indices), batch_size)
@@ -89,13 +79,13 @@ def predict_ahead(
 
 
 def to_paths(space: UnicycleActionSpace, action: Tensor, history_xyz: Tensor, history_rot: Tensor) -> Paths:
-    """Paths of one sample's actions `[K, 64, 2]`: xyz `[K, 64, 3]` (m, ego frame at t0), rotations `[K, 64, 3, 3]`."""
+    """Paths of one sample's actions `[K, 64, 2]`."""
     xyz, rot = space.to_path(action, history_xyz, history_rot)
     return xyz.numpy(), rot.numpy()
 
 
 def _taken(sampled: SampledActions, ring: BatchRing) -> tuple[tuple[int, ...], Tensor]:
-    """A batch's actions, once they are there; its rows are not yet filled again, so damage is still to be named."""
+    """Wait for a batch's actions. Its rows are not yet filled again, so a damaged sample can still be named."""
     action, damaged = sampled.values()
     if damaged:
         raise ring.damage_error()
@@ -103,12 +93,12 @@ def _taken(sampled: SampledActions, ring: BatchRing) -> tuple[tuple[int, ...], T
 
 
 def eval_noise(seed: int, sample_ids: Sequence[str], paths: int) -> Tensor:
-    """`[B, K, 64, 2]`."""
+    """The noise `[B, K, 64, 2]` that every model is judged on."""
     return torch.stack([randomness.noise("eval", seed, sample_id, draws=paths) for sample_id in sample_ids])
 
 
 def _after_rollouts(expert: ActionExpert, sample: CachedSample, noise: Tensor, flow_steps: int) -> Tensor:
-    """Actions `[K, 64, 2]` from noise `[K, 64, 2]`, each on its own rollout. One sample at a time: K whole prefixes."""
+    """Actions `[K, 64, 2]` from noise `[K, 64, 2]`, each on its own rollout: K whole prefixes."""
     if len(sample.tails) != len(noise):
         raise ValueError(f"{sample.sample_id}: {len(sample.tails)} tails for {len(noise)} paths; expected one a path.")
     batch = expert.batch(sample.rollout_prefixes(expert.device))

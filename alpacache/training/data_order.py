@@ -34,7 +34,7 @@ def order_and_damage(config: TrainConfig, data: CachedDataset) -> tuple[GlobalOr
 
 def _turns(config: TrainConfig, data: CachedDataset) -> tuple[list[Turn], dict[int, CorruptSampleError]]:
     """Each sample's stratum; a damaged one that the run is to leave out counts as of the first."""
-    found = data.turns()
+    found = data.turns
     damaged = {index: turn for index, turn in enumerate(found) if isinstance(turn, CorruptSampleError)}
     if damaged and (config.on_damage == "stop" or len(damaged) * 2 > len(data)):
         raise next(iter(damaged.values()))

@@ -12,7 +12,7 @@ from alpacache.alpamayo import Checkpoint, load_expert, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.cached_samples.features import store_fields, to_arrays
+from alpacache.cached_samples.features import checked, prefix_arrays, sample_arrays, store_fields, tail_arrays
 from alpacache.cached_samples.identity import store_identity
 from alpacache.driving.sample import SampleRef
 from alpacache.planning.workload import Workload
@@ -121,8 +121,14 @@ def rollout_stores(rollout_samples, tiny_checkpoint, tmp_path_factory):
         fields = store_fields(hidden_states=False, codec=codec, rollouts=3)
         with CacheWriter(store, fields=fields, identity=identity) as writer:
             for sample, inputs, prefix, tails in rollout_samples:
-                arrays = to_arrays(sample, inputs, prefix, hidden_states=False, codec=codec, tails=tails)
-                assert writer.write(sample.ref.sample_id, arrays)
+                name = sample.ref.sample_id
+                values = prefix_arrays(name, inputs, prefix, hidden_states=False, codec=codec)
+                values |= tail_arrays(tails, codec=codec)
+                stored = checked(
+                    name,
+                    {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in values.items()},
+                )
+                assert writer.write(name, sample_arrays(sample, inputs) | stored)
         stores[name] = store
     return stores
 

@@ -14,7 +14,7 @@ import torch
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_samples import ring_source
-from alpacache.cached_samples.dataset import CachedDataset, target
+from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.order import GlobalOrder
 from alpacache.cached_samples.prefix_rows import PrefixRows
 from alpacache.cached_samples.ring import BatchRing
@@ -115,7 +115,7 @@ def test_batches_are_the_samples_loaded_one_by_one(dataset, space):
             assert batch.rows == tuple(range(step % 2 * 4, step % 2 * 4 + 4))
             assert batch.lengths == tuple(sample.prefix.prefix_len for sample in samples)
             assert batch.starts == tuple(sample.prefix.start_position for sample in samples)
-            assert torch.equal(batch.action, torch.stack([target(sample, space) for sample in samples]))
+            assert torch.equal(batch.action, torch.stack([space.to_action(*sample.poses) for sample in samples]))
             assert batch.action.dtype == torch.float32
             assert batch.ready is None
             alone = pack([sample.prefix for sample in samples], device=CPU, dtype=torch.float32)

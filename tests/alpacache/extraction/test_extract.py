@@ -17,7 +17,7 @@ from alpacache import flow_matching, randomness
 from alpacache.alpamayo import Checkpoint, EncodedPrefix, load_expert, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
-from alpacache.cached_samples.dataset import CachedDataset, target
+from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, UsageError
 from alpacache.extraction.config import ExtractConfig
@@ -63,7 +63,7 @@ def test_cached_equals_live(dtype, extracted, tiny_checkpoint):
     data = CachedDataset([extracted], Checkpoint(str(tiny_checkpoint)))
     cached = [data.load(index) for index in range(len(data))]
     live = [prefix for _, prefix in live_prefixes(tiny_checkpoint)]
-    action = torch.stack([target(sample, expert.action_space) for sample in cached])[:, None]
+    action = torch.stack([expert.action_space.to_action(*sample.poses) for sample in cached])[:, None]
     noise = torch.stack([randomness.noise(sample.sample_id, draws=2) for sample in cached])
     t = torch.stack([randomness.times(sample.sample_id, draws=2, schedule="beta") for sample in cached])
     noisy = flow_matching.interpolate(action, noise, t)

@@ -7,7 +7,7 @@ import torch
 from alpacache import flow_matching, randomness
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.inference.prediction import predict
+from alpacache.inference.prediction import predict_actions, to_paths
 
 SETTINGS = {"paths": 3, "flow_steps": 4, "seed": 0}
 
@@ -21,6 +21,12 @@ def expert(tiny_checkpoint):
 def data(rollout_stores, tiny_checkpoint):
     checkpoint = Checkpoint(str(tiny_checkpoint))
     return {codec: CachedDataset([store], checkpoint) for codec, store in rollout_stores.items()}
+
+
+def predict(expert, samples, **settings):
+    """Sampled paths of each sample."""
+    actions = predict_actions(expert, samples, **settings)
+    return [to_paths(expert.action_space, a, *sample.poses[:2]) for a, sample in zip(actions, samples, strict=True)]
 
 
 def load(data, tails):

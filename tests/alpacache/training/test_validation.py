@@ -8,7 +8,7 @@ import torch
 import alpacache
 from alpacache import randomness
 from alpacache.alpamayo import Checkpoint, load_expert
-from alpacache.cached_samples.dataset import CachedDataset, target
+from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.distributed.world import World
 from alpacache.driving.strata import classify
 from alpacache.extraction.config import ExtractConfig
@@ -40,7 +40,7 @@ def expected(expert, data):
     for start in range(0, len(data), 2):
         samples = [data.load(index) for index in range(start, min(start + 2, len(data)))]
         ids = [sample.sample_id for sample in samples]
-        action = torch.stack([target(sample, expert.action_space) for sample in samples])[:, None]
+        action = torch.stack([expert.action_space.to_action(*sample.poses) for sample in samples])[:, None]
         noise = torch.stack([randomness.noise("val", name, draws=4) for name in ids])
         t = torch.stack([randomness.times("val", name, draws=4, schedule="beta") for name in ids])
         losses = flow_loss(expert, action, noise, t, [sample.prefix for sample in samples], causal=False).tolist()
