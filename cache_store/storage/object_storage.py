@@ -159,10 +159,9 @@ class ObjectStorage:
             self.put(f"{folder}/{file[0]}", list(file[1]))
 
         try:
-            for file in files:
-                if file[0] == _GROUP:
-                    write(file)
-            deque(in_order(write, (file for file in files if file[0] != _GROUP), _UPLOADS), maxlen=0)
+            first, *rest = sorted(files, key=lambda file: file[0] != _GROUP)
+            write(first)
+            deque(in_order(write, rest, _UPLOADS), maxlen=0)
         except BaseException:
             self.delete_tree(folder)  # nothing refers to it yet
             raise
