@@ -132,7 +132,7 @@ def loss_curves_png(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
             axes.plot(steps, _smoothed(losses), color=INK, lw=1.8, label="training")
         names = dict.fromkeys(name for row in rows for name in row if name.startswith("val_loss"))
         for index, name in enumerate(names):
-            points = np.array([(row["step"], row[name]) for row in rows if name in row], dtype=np.float64)
+            points = np.array([(row["step"], row[name]) for row in rows if name in row], dtype=np.float64)  # null: NaN
             colour = MODEL_COLOURS[(index + 1) % len(MODEL_COLOURS)]
             stratum = name.partition("/")[2]
             axes.plot(

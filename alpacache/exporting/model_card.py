@@ -41,7 +41,7 @@ class RunFacts:
     train_loss: float | None
     """Mean over the last steps up to the checkpoint, 20 at most."""
     val_loss: float | None
-    """Loss of the last validation up to the checkpoint."""
+    """Loss of the last validation up to the checkpoint; None without one, or where it was not finite."""
 
 
 def run_facts(checkpoint: Path, content: RunCheckpoint) -> RunFacts:
@@ -54,7 +54,7 @@ def run_facts(checkpoint: Path, content: RunCheckpoint) -> RunFacts:
     run, step = checkpoint.resolve().parent.parent, int(content.state["step"])
     rows = RunDirectory(run).metrics(up_to=step)
     losses = [float(row["loss"]) for row in rows if row.get("loss") is not None][-_LAST_ROWS:]
-    validations = [float(row["val_loss"]) for row in rows if "val_loss" in row]
+    validations = [row["val_loss"] for row in rows if "val_loss" in row]
     paths = _stores(run / "config.toml")
     stores = [(Path(path).name, facts) for path in paths if (facts := _store_facts(path))]
     return RunFacts(

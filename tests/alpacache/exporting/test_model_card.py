@@ -98,6 +98,8 @@ def test_facts_are_those_up_to_the_checkpoint(tmp_path):
     last = [step for step in range(1, 31) if step != 25][-20:]
     assert facts.train_loss == sum(last) / 20
     assert (facts.val_loss, facts.samples, facts.step, facts.stores, facts.lost_stores) == (2.0, 7, 30, [], 1)
+    (tmp_path / "run/metrics.jsonl").write_text(lines.replace('"val_loss": 2.0', '"val_loss": null'))
+    assert run_facts(checkpoint, content).val_loss is None
     for name in ("metrics.jsonl", "config.toml"):
         (tmp_path / "run" / name).unlink()
     facts = run_facts(checkpoint, content)
