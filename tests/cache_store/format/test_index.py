@@ -93,25 +93,6 @@ def test_an_index_takes_the_memory_of_its_size_and_not_of_its_limit(store) -> No
     assert peak < 2**20 < index.MAX_BYTES
 
 
-def test_a_document_above_its_limit_is_refused_also_if_it_grows_while_it_is_read(store, monkeypatch) -> None:
-    (store / "index").write_bytes(b"12345678")
-    storage = LocalStorage(store)
-    assert storage.read_document("index", 8) == b"12345678"
-    with pytest.raises(FormatError, match="has 8 bytes; a document of a store has at most 7"):
-        storage.read_document("index", 7)
-    status = os.fstat
-
-    def then_it_grows(descriptor):
-        before = status(descriptor)
-        with (store / "index").open("ab") as file:
-            file.write(b"9")
-        return before
-
-    monkeypatch.setattr(os, "fstat", then_it_grows)
-    with pytest.raises(FormatError, match="has 9 bytes; a document of a store has at most 8"):
-        storage.read_document("index", 8)
-
-
 def test_a_full_disk_is_named(store, monkeypatch) -> None:
     settle(store)
 
