@@ -121,14 +121,11 @@ def rollout_stores(rollout_samples, tiny_checkpoint, tmp_path_factory):
         fields = store_fields(hidden_states=False, codec=codec, rollouts=3)
         with CacheWriter(store, fields=fields, identity=identity) as writer:
             for sample, inputs, prefix, tails in rollout_samples:
-                name = sample.ref.sample_id
-                values = prefix_arrays(name, inputs, prefix, hidden_states=False, codec=codec)
+                sample_id = sample.ref.sample_id
+                values = prefix_arrays(sample_id, inputs, prefix, hidden_states=False, codec=codec)
                 values |= tail_arrays(tails, codec=codec)
-                stored = checked(
-                    name,
-                    {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in values.items()},
-                )
-                assert writer.write(name, sample_arrays(sample, inputs) | stored)
+                arrays = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in values.items()}
+                assert writer.write(sample_id, sample_arrays(sample, inputs) | checked(sample_id, arrays))
         stores[name] = store
     return stores
 
