@@ -1,7 +1,7 @@
-"""Writes a small PhysicalAI-AV tree out of generated drives, for tests and benchmarks.
+"""Writes a small PhysicalAI-AV tree out of generated drives, for tests and benchmarks: the dataset is gated and large.
 
-Same files, names and columns as the dataset itself: chunked zip archives with H.264 video and timestamps, egomotion,
-calibration and the metadata tables. The dataset is gated and large, so this is what the reader is tried on.
+Files, names and columns are those of the dataset: chunked zip archives with H.264 video and timestamps, egomotion,
+calibration and the metadata tables.
 """
 
 import io
@@ -24,7 +24,7 @@ LEAD_US = 100_000
 """The tree's clock starts this long after the drive's, so that poses exist before its zero, as in the dataset."""
 _EVENT_US = (3_000_000, 7_500_000, 19_500_000)
 _FILMS_AT_ONCE = 4
-"""In memory."""
+"""Bounds memory."""
 
 
 def write_tree(
@@ -37,9 +37,7 @@ def write_tree(
     crf: int = 12,
     clips_per_chunk: int = 2,
 ) -> list[str]:
-    """Write all clips of `source` below `directory` and return their ids.
-
-    `crf` is x264's: the larger, the smaller the video.
+    """Write all clips of `source` below `directory` and return their ids. `crf` is x264's: larger means smaller video.
 
     Video starts at 0 us with a few microseconds of jitter, as recorded clocks have; poses start `LEAD_US` earlier.
     """
@@ -64,7 +62,7 @@ def write_tree(
 
 
 def encode_h264(images: NDArray[np.uint8], fps: int, crf: int = 12) -> bytes:
-    """`[N, 3, H, W]` RGB as an MP4."""
+    """Encode RGB frames `[N, 3, H, W]` as an MP4."""
     import av
 
     buffer = io.BytesIO()
@@ -92,7 +90,7 @@ def _film(source: SyntheticSource, clip: str, camera: str, seconds: float, fps: 
 
 
 def _egomotion(track: Track, seconds: float) -> Any:
-    """The track with the dataset's columns; velocities and accelerations in the vehicle's frame are left at zero."""
+    """The track as a table with the dataset's columns; velocities, accelerations and curvature are left at zero."""
     import pandas as pd
 
     kept = track.timestamps_us <= round((seconds + 0.2) * 1e6)
@@ -106,7 +104,7 @@ def _egomotion(track: Track, seconds: float) -> Any:
 def _write_calibration(
     root: Path, source: SyntheticSource, clips: Sequence[str], cameras: Sequence[str], chunk: int
 ) -> None:
-    """Intrinsics as an f-theta polynomial (r = f theta, close to the pinhole's centre) and extrinsics."""
+    """Write intrinsics as an f-theta polynomial (r = f theta, right near the pinhole's centre), and extrinsics."""
     import pandas as pd
     from scipy.spatial.transform import Rotation
 
@@ -156,7 +154,7 @@ def _write_metadata(
 
 
 def _features(cameras: Sequence[str]) -> Any:
-    """The table that tells the devkit where each feature lies."""
+    """The table from which the devkit learns where each feature lies."""
     import pandas as pd
 
     rows: dict[str, dict[str, Any]] = {}

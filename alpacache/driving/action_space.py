@@ -1,10 +1,10 @@
 """The unicycle action space: paths as acceleration and curvature, and back.
 
-The expert never sees metres: a 6.4 s path is 64 pairs (acceleration, curvature), normalised. Getting them from a
-recorded path is four small regularised least-squares problems, which smooth the recording noise; getting a path back
-is plain integration. Solves run in float32 on purpose: the public code does, and a float64 solve differs by 4e-5.
+The expert never sees metres: a 6.4 s path is 64 normalised pairs of acceleration and curvature. To find them for a
+recorded path, four small regularised least-squares problems are solved, which smooth the recording noise; the way back
+is plain integration. Solves run in float32 on purpose: the public code's do, and a float64 solve differs by 4e-5.
 
-Source: `UnicycleAccelCurvatureActionSpace` of the public Alpamayo code (behaviour only; the golden actions pin it).
+Source: `UnicycleAccelCurvatureActionSpace` of the public Alpamayo code (its behaviour, pinned by golden actions).
 """
 
 import math
@@ -19,7 +19,7 @@ from alpacache.driving.sample import DT_S, FUTURE_STEPS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnicycleActionSpace:
-    """Constants of the space; means and standard deviations are the checkpoint's *after* rounding to its dtype."""
+    """The space's constants; means and standard deviations are the checkpoint's *after* rounding to its dtype."""
 
     accel_mean: float
     accel_std: float
@@ -38,13 +38,13 @@ class UnicycleActionSpace:
 
     @torch.no_grad()
     def to_action(self, history_xyz: Tensor, history_rot: Tensor, future_xyz: Tensor, future_rot: Tensor) -> Tensor:
-        """Recorded path to normalised actions.
+        """Turn a recorded path into normalised actions.
 
         Args are `[..., 16, 3]`, `[..., 16, 3, 3]`, `[..., 64, 3]`, `[..., 64, 3, 3]`, metres, ego frame at t0.
-        Returns `[..., 64, 2]` float32: acceleration, then curvature; of a path the same, to the bit, whatever other
-        paths come with it.
+        Returns `[..., 64, 2]` float32: acceleration, then curvature. A path gives the same bits whatever other paths
+        are in the batch.
         """
-        if math.prod(future_xyz.shape[:-2]) == 1:  # alone it would go through another kind of matrix product
+        if math.prod(future_xyz.shape[:-2]) == 1:  # alone it would go through a matrix product that rounds differently
             lead = future_xyz.ndim - 2
             poses = (history_xyz, history_rot, future_xyz, future_rot)
             two = (torch.stack([pose.reshape(pose.shape[lead:])] * 2) for pose in poses)
@@ -63,7 +63,7 @@ class UnicycleActionSpace:
             return torch.stack([accel, curvature], dim=-1)
 
     def to_path(self, action: Tensor, history_xyz: Tensor, history_rot: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised actions `[..., 64, 2]` to positions `[..., 64, 3]` (m) and rotations `[..., 64, 3, 3]` (yaw only).
+        """Turn actions `[..., 64, 2]` into positions `[..., 64, 3]` (m) and rotations `[..., 64, 3, 3]` (yaw only).
 
         The history gives the speed at t0 and the height, which stays constant; its leading axes broadcast against
         those of `action`.
@@ -84,11 +84,11 @@ class UnicycleActionSpace:
             return torch.stack([x, y, z], dim=-1), yaw_rotation(theta[..., 1:])
 
     def initial_speed(self, history_xyz: Tensor, history_rot: Tensor) -> Tensor:
-        """Speed at t0 (m/s), `[...]`: the speed problem over the history with its recorded yaw, nothing held fixed."""
+        """Speed at t0 `[...]` (m/s), solved over the history with its recorded yaw and no value held fixed."""
         return self._speed(history_xyz[..., :2], unwrap(yaw_of(history_rot)), first=None)[..., -1]
 
     def _smooth_heading(self, history_rot: Tensor, future_rot: Tensor) -> Tensor:
-        """Heading `[..., 65]` (rad) from t0 on, smoothed; its first value is held at 0."""
+        """Smoothed heading `[..., 65]` (rad) from t0 on; its first value is held at 0."""
         yaw = unwrap(torch.cat([yaw_of(history_rot[..., -1:, :, :]), yaw_of(future_rot)], dim=-1))
         yaw = yaw - yaw[..., :1]
         n = yaw.shape[-1]
@@ -143,7 +143,7 @@ def yaw_rotation(yaw: Tensor) -> Tensor:
 
 
 def unwrap(angle: Tensor) -> Tensor:
-    """Angles along the last axis without jumps of 2 pi."""
+    """Remove jumps of 2 pi from angles along the last axis."""
     step = angle[..., 1:] - angle[..., :-1]
     wrapped = torch.remainder(step + math.pi, 2 * math.pi) - math.pi
     return torch.cat([angle[..., :1], angle[..., :1] + torch.cumsum(wrapped, dim=-1)], dim=-1)
@@ -151,23 +151,23 @@ def unwrap(angle: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _penalty(n: int, order: int, weight: float, ridge: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`weight * D^T D + ridge * I` for the difference operator D of that order, `[n, n]`; do not change it."""
+    """`weight * D^T D + ridge * I` `[n, n]` for the difference operator D of this order. Shared: never write to it."""
     eye = _identity(n, dtype, device)
     operator = eye
     for _ in range(order):
         operator = operator[1:] - operator[:-1]
-    with torch.autocast(device.type, enabled=False):  # it outlives the caller's autocast
+    with torch.autocast(device.type, enabled=False):  # the cached result outlives the caller's autocast
         return weight * (operator.T @ operator) + ridge * eye
 
 
 @lru_cache(maxsize=64)
 def _identity(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`[n, n]`; do not change it."""
+    """`[n, n]`. Shared: never write to it."""
     return torch.eye(n, dtype=dtype, device=device)
 
 
 def _solve(normal: Tensor, right: Tensor, *, first: Tensor | None) -> Tensor:
-    """Solve the normal equations by Cholesky, `[..., n, n]` and `[..., n]`; a given first value moves to the right."""
+    """Solve normal equations `[..., n, n]`, `[..., n]` by Cholesky; a `first` value is held fixed."""
     if first is None:
         return torch.cholesky_solve(right[..., None], torch.linalg.cholesky(normal))[..., 0]
     right = right[..., 1:] - normal[..., 1:, 0] * first[..., None]
@@ -176,7 +176,7 @@ def _solve(normal: Tensor, right: Tensor, *, first: Tensor | None) -> Tensor:
 
 
 def _solve_retrying(normal: Tensor, right: Tensor, *, ridge: float) -> Tensor:
-    """Cholesky with a ridge that grows tenfold while a matrix is not positive definite (a standstill, say)."""
+    """Solve by Cholesky; a matrix that is not positive definite (a standstill, say) gets a ridge that grows tenfold."""
     eye = _identity(normal.shape[-1], normal.dtype, normal.device)
     ridges = normal.new_full((*normal.shape[:-2], 1, 1), ridge)
     for _ in range(8):

@@ -18,7 +18,7 @@ from alpacache.errors import BadClipError
 MAX_SPEED_MPS = 80.0
 MAX_TURN_RATE_RADPS = 3.0
 MAX_GAP_US = 1_000_000
-"""Longest hole between two poses that is still interpolated."""
+"""Longest time between two poses that is still interpolated."""
 JUMP_SLACK_M = 0.5
 """Localisation noise allowed on top of `MAX_SPEED_MPS`."""
 JUMP_SLACK_RAD = 0.1
@@ -34,7 +34,7 @@ class Track:
     xyz: NDArray[np.float64]
     """`[N, 3]` metres."""
     quaternion_xyzw: NDArray[np.float64]
-    """`[N, 4]`, scalar last, unit length."""
+    """`[N, 4]`, scalar last, length 1."""
 
     @property
     def span_us(self) -> tuple[int, int]:
@@ -62,12 +62,12 @@ def history_and_future(track: Track, t0_us: int, *, where: str = "poses") -> Ego
 
 
 def sample_times_us(t0_us: int) -> NDArray[np.int64]:
-    """The 80 instants of a sample's poses; number 15 is t0."""
+    """`[80]` the instants (us) of a sample's poses; number 15 is t0."""
     return t0_us + STEP_US * np.arange(1 - HISTORY_STEPS, FUTURE_STEPS + 1, dtype=np.int64)
 
 
 def check_usable(track: Track, times_us: NDArray[np.int64], *, where: str) -> None:
-    """Raise the `BadClipError` that `history_and_future` documents, if there is one."""
+    """Raise the errors of `history_and_future` for this track and these instants."""
     check_track(track, where=where)
     check_covered(track.timestamps_us, times_us, what=f"{where}: poses")
     check_motion(track, int(times_us[0]), int(times_us[-1]), where=where)
@@ -95,7 +95,7 @@ def interpolate(track: Track, times_us: NDArray[np.int64]) -> tuple[NDArray[np.f
 def to_ego_frame(
     xyz: NDArray[np.float64], rot: NDArray[np.float64], *, origin: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """World poses `[M, 3]`, `[M, 3, 3]` seen from pose number `origin`: `R_t0^-1 (p - p_t0)`, `R_t0^-1 R`."""
+    """World poses `[M, 3]`, `[M, 3, 3]` as seen from pose number `origin`: `R_t0^-1 (p - p_t0)`, `R_t0^-1 R`."""
     to_ego = rot[origin].T
     return (xyz - xyz[origin]) @ to_ego.T, to_ego @ rot
 
@@ -103,14 +103,16 @@ def to_ego_frame(
 def frame_indices(
     timestamps_us: NDArray[np.int64], times_us: NDArray[np.int64], *, where: str = "video"
 ) -> NDArray[np.int64]:
-    """For each requested time the frame at or before it; a time outside the video is a `short_clip` error."""
+    """Index of the frame at or before each requested time. Raises `BadClipError` (`short_clip`) outside the video."""
     check_timestamps(timestamps_us, what=f"{where}: frame timestamps")
     check_covered(timestamps_us, times_us, what=f"{where}: frames")
     return np.searchsorted(timestamps_us, times_us, side="right").astype(np.int64) - 1
 
 
 def check_track(track: Track, *, where: str) -> None:
-    """Shapes, finiteness, time order and unit quaternions of the whole recording (one bad pose bends a spline)."""
+    """Raise `BadClipError` for wrong shapes, values that are not finite, times out of order or quaternions that are no
+    rotation, anywhere in the recording: one bad pose bends a whole spline.
+    """
     count = len(track.timestamps_us)
     check_timestamps(track.timestamps_us, what=f"{where}: pose timestamps")
     if track.xyz.shape != (count, 3) or track.quaternion_xyzw.shape != (count, 4):
@@ -138,7 +140,7 @@ def check_track(track: Track, *, where: str) -> None:
 
 
 def check_motion(track: Track, first_us: int, last_us: int, *, where: str) -> None:
-    """No hole, teleport or sudden rotation in the poses that [first, last] is interpolated from."""
+    """Raise `BadClipError` for a hole, a jump or a sudden turn in the poses that [first, last] is interpolated from."""
     begin = max(int(np.searchsorted(track.timestamps_us, first_us, side="right")) - 2, 0)
     end = int(np.searchsorted(track.timestamps_us, last_us, side="left")) + 2
     times = track.timestamps_us[begin:end]
@@ -148,7 +150,7 @@ def check_motion(track: Track, first_us: int, last_us: int, *, where: str) -> No
 
 
 def check_timestamps(timestamps_us: NDArray[np.int64], *, what: str) -> None:
-    """One-dimensional, at least two, strictly increasing."""
+    """Raise `BadClipError` unless timestamps are one column of at least two that increase strictly."""
     if timestamps_us.ndim != 1:
         raise BadClipError("wrong_shape", f"{what} have shape {_shape(timestamps_us)}; expected one column.")
     if len(timestamps_us) < 2:
@@ -164,7 +166,7 @@ def check_timestamps(timestamps_us: NDArray[np.int64], *, what: str) -> None:
 
 
 def check_covered(timestamps_us: NDArray[np.int64], times_us: NDArray[np.int64], *, what: str) -> None:
-    """Every requested time lies within the recording."""
+    """Raise `BadClipError` unless every requested time lies within the recording."""
     first, last = int(timestamps_us[0]), int(timestamps_us[-1])
     wanted_first, wanted_last = int(times_us.min()), int(times_us.max())
     if wanted_first < first or wanted_last > last:

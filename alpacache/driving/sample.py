@@ -1,7 +1,6 @@
 """A sample: one recording at one t0, with one camera set and one view, in the ego frame at t0.
 
-Everything downstream (the VLM, the store, training, evaluation) sees samples only through these records, so a new data
-source is one class that makes them.
+Everything downstream (the VLM, the store, training, evaluation) sees recordings only through these records.
 """
 
 import hashlib
@@ -45,16 +44,16 @@ FRONT_CAMERA = CAMERAS[1]
 
 Split = Literal["train", "val"]
 _ID = re.compile(r"(?P<clip>[^\0\n\ud800-\udfff]+)@(?P<t0>[0-9]+)#(?P<view>[0-9]+)")
-"""Clips a store can hold: text fields take no NUL, ids are valid Unicode."""
+"""Clip ids that a store can hold: its text fields take no NUL, its ids are valid Unicode."""
 _T0_LIMIT_US, _VIEW_LIMIT = 2**62, 2**31
-"""Below int64, which also has to hold the instants around t0."""
+"""Well below int64, which must also hold the instants around t0."""
 _SHOWN = 120
-"""Characters of an id in a message."""
+"""Most characters of an id that a message shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRef:
-    """Which sample to load, before any byte of it is read."""
+    """Names a sample before any byte of it is read."""
 
     clip_id: str
     t0_us: int
@@ -96,10 +95,10 @@ class Sample:
     frames: NDArray[np.uint8]
     """`[cameras, frames, 3, H, W]` RGB; the last frame of each camera is the one at or before t0.
 
-    In memory they may lie as decoded, colours last.
+    May be a view of an array as it was decoded, colours last.
     """
     frame_timestamps_us: NDArray[np.int64]
-    """`[cameras, frames]` recording time of each frame."""
+    """`[cameras, frames]` when each frame was recorded (us)."""
     history_xyz: NDArray[np.float32]
     """`[16, 3]`, 10 Hz, the last one at t0."""
     history_rot: NDArray[np.float32]
@@ -109,18 +108,18 @@ class Sample:
     future_rot: NDArray[np.float32]
     """`[64, 3, 3]`."""
     calibration: dict[str, Any] | None = field(default=None)
-    """Per camera whatever the source knows of its projection; JSON-serialisable."""
+    """For each camera what the source knows of its projection; JSON-serialisable."""
     jitter: dict[str, float] | None = field(default=None)
-    """What was done to the pictures of a view above 0 (`views.Jitter`)."""
+    """Augmentation of the pictures of a view above 0 (`views.Jitter`)."""
 
 
 def split_of(clip_id: str) -> Split:
-    """By md5 of the clip id: 90 % train, 10 % val, so that all t0s of a clip fall on one side."""
+    """Split by md5 of the clip id, 90 % train and 10 % val, so that all t0s of a clip fall on one side."""
     return "train" if int(hashlib.md5(clip_id.encode(), usedforsecurity=False).hexdigest(), 16) % 100 < 90 else "val"
 
 
 def sort_cameras(names: Sequence[str]) -> tuple[str, ...]:
-    """Known camera names in index order, without duplicates."""
+    """Camera names in index order, without duplicates. Raises `UsageError` for unknown ones or none."""
     unknown = [name for name in names if name not in CAMERAS]
     if unknown or not names:
         raise UsageError(f"unknown camera {', '.join(unknown) or '(none given)'}; known: {', '.join(CAMERAS)}.")
@@ -128,7 +127,7 @@ def sort_cameras(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def full_camera_name(name: str) -> str:
-    """`front_wide` to `camera_front_wide_120fov`; full names stay as they are."""
+    """Expand `front_wide` to `camera_front_wide_120fov`; full names stay as they are. Raises `UsageError`."""
     matches = [camera for camera in CAMERAS if camera == name or camera.startswith(f"camera_{name}_")]
     if len(matches) != 1:
         raise UsageError(f"unknown camera {name!r}; known: {', '.join(CAMERAS)}, or short names such as front_wide.")

@@ -1,4 +1,4 @@
-"""What kind of sample it is, judged by the driven path alone, so that no model can move a sample between strata.
+"""Strata: kinds of samples, judged by the driven path alone, so that no model can move a sample between them.
 
 About 4 % of samples at the default t0 are turns: an average over all of them hides a model that always drives straight.
 `straight_history_late_curve` is the sharpest of the strata: nothing in the ego history announces the curve, so a model
@@ -24,16 +24,16 @@ CORRIDOR_M = 2.0
 """Half the width of the straight corridor: a lane's width less a car's, so leaving it is leaving the lane."""
 SHARP_HEADING_RAD = np.deg2rad(30.0)
 HISTORY_HEADING_RAD = np.deg2rad(1.5)
-"""Most that heading may vary over the 1.5 s of a straight history."""
+"""Largest range of headings over the 1.5 s of a straight history."""
 HISTORY_END_HEADING_RAD = np.deg2rad(0.5)
-"""Most that heading may vary over its last 0.5 s: a curve that has just begun is announced."""
+"""Largest range over its last 0.5 s: a curve that has just begun is announced."""
 HISTORY_END_STEPS = 5
 LATE_CURVE_HEADING_RAD = np.deg2rad(10.0)
-"""Least final heading change of a late curve: above what the history's tolerance extrapolates to (6.4 degrees)."""
+"""Smallest final heading change of a late curve: above what the history's tolerance extrapolates to (6.4 degrees)."""
 MOVING_MPS = 1.0
 """Slower than this at t0, a straight history says nothing: the sample is no late curve."""
 SPEED_BANDS_MPS: tuple[tuple[float, SpeedBand], ...] = ((0.5, "stopped"), (5.0, "slow"), (15.0, "medium"))
-"""Upper ends of the bands of mean speed; above the last one is `fast`."""
+"""Upper ends of the bands of mean speed; beyond the last one is `fast`."""
 
 LATE_CURVE = "straight_history_late_curve"
 STRATA = ("all", "straight", "gentle", "sharp", "left", "right", LATE_CURVE, "stopped", "slow", "medium", "fast")
@@ -42,7 +42,7 @@ STRATA = ("all", "straight", "gentle", "sharp", "left", "right", LATE_CURVE, "st
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strata:
-    """Where one sample belongs, and the numbers that decided it."""
+    """The strata of one sample, and the numbers that decided them."""
 
     turn: Turn
     direction: Direction
@@ -67,7 +67,7 @@ class Strata:
 
 
 def classify(history_xyz: ArrayLike, history_rot: ArrayLike, future_xyz: ArrayLike, future_rot: ArrayLike) -> Strata:
-    """Strata of one sample.
+    """Find the strata of one sample.
 
     Args:
         history_xyz: `[16, 3]` driven poses up to t0, 10 Hz, metres, ego frame at t0.
@@ -119,12 +119,12 @@ def turn_of(heading_change_rad: float, lateral_offset_m: float) -> Turn:
 
 
 def turn_ahead(history_rot: ArrayLike, future_xyz: ArrayLike, future_rot: ArrayLike) -> Turn:
-    """The turn alone, as in `classify` and from the same arrays, which are not checked."""
+    """The turn that `classify` finds, from the same arrays, which are not checked."""
     return turns_ahead(*(np.asarray(array)[None] for array in (history_rot, future_xyz, future_rot)))[0]
 
 
 def turns_ahead(history_rot: NDArray[Any], future_xyz: NDArray[Any], future_rot: NDArray[Any]) -> list[Turn]:
-    """Of each of B samples, `[B, ...]`, what `turn_ahead` says."""
+    """`turn_ahead` of each of B samples, given `[B, ...]`."""
     headings = heading(np.concatenate([history_rot[:, -1:], future_rot], axis=1))
     changes = headings[:, -1] - headings[:, 0]
     return [
@@ -134,7 +134,7 @@ def turns_ahead(history_rot: NDArray[Any], future_xyz: NDArray[Any], future_rot:
 
 
 def direction_of(heading_change_rad: float, lateral_offset_m: float) -> Direction:
-    """By heading where it changes, else by the side on which the corridor is left."""
+    """Side by the heading if it changes, else by where the path leaves the corridor."""
     if turn_of(heading_change_rad, lateral_offset_m) == "straight":
         return "none"
     leading = heading_change_rad if abs(heading_change_rad) >= STRAIGHT_HEADING_RAD else lateral_offset_m
@@ -142,7 +142,7 @@ def direction_of(heading_change_rad: float, lateral_offset_m: float) -> Directio
 
 
 def speed_band(mean_speed_mps: float) -> SpeedBand:
-    """Band of a mean speed in m/s."""
+    """Name of the band that a mean speed falls into."""
     for upper_mps, name in SPEED_BANDS_MPS:
         if mean_speed_mps < upper_mps:
             return name
@@ -156,7 +156,7 @@ def is_straight_history(history_heading_rad: Floats) -> bool:
 
 
 def checked_poses(xyz: ArrayLike, rot: ArrayLike, name: str) -> tuple[Floats, Floats]:
-    """Poses `[T, 3]` and `[T, 3, 3]` in float64; ValueError, naming them, where they are none or not finite."""
+    """Poses `[T, 3]` and `[T, 3, 3]` as float64. Raises ValueError, with their name, for other shapes or NaN."""
     points, matrices = np.asarray(xyz, dtype=np.float64), np.asarray(rot, dtype=np.float64)
     if points.ndim != 2 or points.shape[1] != 3 or len(points) < 2 or matrices.shape != (*points.shape, 3):
         raise ValueError(

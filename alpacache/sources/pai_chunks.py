@@ -1,8 +1,9 @@
 """Chunks of PhysicalAI-AV on disk: downloaded when a sample needs them, removed when others need the room.
 
-A chunk is one archive of many clips, so reading a clip in order makes the next ones free. Threads and processes may
-share the directory: whoever reads a chunk holds a shared lock on its entry, and only entries without one are removed.
-An entry is a small file whose time of change is the chunk's last use. The kernel drops locks of killed processes.
+A chunk is one archive of many clips, so clips that are read in order share downloads. Threads and processes may share
+the directory: whoever reads a chunk holds a shared lock on its entry, and only chunks whose entry is not locked are
+removed. An entry is a small file whose modification time is the chunk's last use. The kernel drops the locks of killed
+processes.
 """
 
 import fcntl
@@ -19,7 +20,7 @@ from alpacache.errors import UsageError
 from alpacache.sources.retry import with_retry
 
 DIRECTORY, LIMIT = "ALPACACHE_PAI_CACHE", "ALPACACHE_PAI_CACHE_SIZE"
-"""Environment variables: where chunks are kept, and how many bytes of them."""
+"""Environment variables: the directory that chunks are kept in, and how many bytes of them."""
 DEFAULT_LIMIT = "64GB"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _POLL_S = 0.2
@@ -32,7 +33,7 @@ def cache_directory() -> Path:
 
 
 def limit_bytes() -> int:
-    """`ALPACACHE_PAI_CACHE_SIZE` in bytes, such as of `64GB`; 0 means that no chunk is kept."""
+    """`ALPACACHE_PAI_CACHE_SIZE`, such as `64GB`, in bytes; 0 means that no chunk is kept."""
     text = os.environ.get(LIMIT) or DEFAULT_LIMIT
     number = text.upper().rstrip("BKMGT ").strip()
     unit = text.upper()[len(number) :].strip()
@@ -49,17 +50,18 @@ class ChunkCache:
     """Chunks that a devkit interface downloads into its cache directory, at most `limit` bytes of them."""
 
     def __init__(self, interface: Any, directory: Path, limit: int) -> None:
-        """`directory` is the interface's own; entries and locks go to `directory/chunks`."""
+        """`directory` is the interface's cache directory; entries and locks go to `directory/chunks`."""
         self._interface, self.limit = interface, limit
         self._entries = directory / "chunks"
         self._entries.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def hold(self, file: str, *, fetch: bool) -> Iterator[None]:
-        """Keep a chunk, by its path in the repository, from being removed. With `fetch` it is there, downloaded if need
-        be, which waits while all others are in use; else only if it is there already.
+        """Keep a chunk, named by its path in the repository, from being removed.
 
-        Raises `UsageError` where it alone is larger than the limit, `DataError` where the hub keeps failing.
+        With `fetch` it is downloaded if need be, waiting for room while all others are in use; without, it is held only
+        if it is there already. Raises `UsageError` if it alone is larger than the limit, `DataError` if the hub keeps
+        failing.
         """
         entry = self._entry(file)
         if not fetch and not entry.exists():
@@ -75,14 +77,14 @@ class ChunkCache:
         return self._entries / f"{hashlib.sha256(f'{self._interface.revision}/{file}'.encode()).hexdigest()[:32]}.json"
 
     def _path(self, file: str, revision: str) -> Path | None:
-        """Where the chunk lies in the hub's layout, if it is there."""
+        """The chunk's place in the hub's cache, if it is there."""
         from huggingface_hub import try_to_load_from_cache
 
         interface = self._interface
-        found = try_to_load_from_cache(
+        path = try_to_load_from_cache(
             interface.repo_id, file, cache_dir=interface.cache_dir, revision=revision, repo_type=interface.repo_type
         )
-        return Path(found) if isinstance(found, str) else None
+        return Path(path) if isinstance(path, str) else None
 
     def _fetch(self, file: str, entry: Path) -> None:
         """Download a chunk, unless another thread or process has just done so."""
@@ -101,15 +103,15 @@ class ChunkCache:
             with_retry(lambda: self._interface.download_file(file), what=file)
 
     def _size_on_hub(self, file: str) -> int:
-        found = self._interface.api.get_paths_info(paths=[file], **self._interface.repo_snapshot_info)
-        if not found:
+        infos = self._interface.api.get_paths_info(paths=[file], **self._interface.repo_snapshot_info)
+        if not infos:
             raise FileNotFoundError(f"{self._interface.repo_id} has no file {file}")
-        return int(found[0].size)
+        return int(infos[0].size)
 
     def _grant(self, file: str, entry: Path, size: int) -> bool:
-        """Remove the chunks longest unused until `size` fits, and note that it is taken; False if too many are in use.
+        """Remove the chunks longest unused until `size` fits, and take that room; False if too many are in use.
 
-        Granted downloads count with their full size before they are there.
+        A granted download counts with its full size from then on.
         """
         with _locked(self._entries / "room.lock", fcntl.LOCK_EX), ExitStack() as locks:
             used, idle = size, []
@@ -135,7 +137,7 @@ class ChunkCache:
 
 
 def _remove(entry: Path, path: Path) -> None:
-    """The chunk, which in the hub's layout is a link to a blob; its entry stays, empty."""
+    """Remove a chunk, which in the hub's layout is a link to a blob; its entry stays, empty."""
     blob = path.resolve()
     path.unlink()
     blob.unlink(missing_ok=True)
@@ -143,10 +145,10 @@ def _remove(entry: Path, path: Path) -> None:
 
 
 def _read(entry: Path) -> dict[str, Any] | None:
-    """What an entry says, None if it is empty."""
+    """Chunk and size that an entry names; None if it is empty."""
     text = entry.read_text()
-    found: dict[str, Any] | None = json.loads(text) if text else None
-    return found
+    noted: dict[str, Any] | None = json.loads(text) if text else None
+    return noted
 
 
 @contextmanager
@@ -157,7 +159,7 @@ def _locked(file: Path, kind: int) -> Iterator[None]:
 
 
 def _try_lock(file: Path, stack: ExitStack) -> bool:
-    """Whether nobody else has it; then nobody will until `stack` is closed."""
+    """Lock a file until `stack` is closed, unless somebody else has locked it; whether that worked."""
     handle = stack.enter_context(file.open("a"))
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,23 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from alpacache.driving.poses import EgoPoses
-from alpacache.driving.sample import (
-    FUTURE_STEPS,
-    HISTORY_STEPS,
-    STEP_US,
-    Sample,
-    SampleRef,
-    sort_cameras,
-)
+from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef, sort_cameras
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.sources.folder import is_plain_name
-from alpacache.sources.prepared_rows import (
-    NEEDED,
-    POSES,
-    check_columns,
-    from_row,
-    poses_of,
-)
+from alpacache.sources.prepared_rows import NEEDED, POSES, check_columns, from_row, poses_of
 from alpacache.sources.prepared_stream import StreamedRows, undecoded
 from alpacache.sources.retry import connection_errors, first_line
 from alpacache.sources.source import SourceKind

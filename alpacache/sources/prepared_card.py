@@ -1,7 +1,7 @@
 """What a prepared dataset says about itself: a record for programs, and the same as a card for people.
 
-Both follow from the rows and the settings alone (no dates, hosts or paths), so a resumed run writes what an undisturbed
-one would.
+Both follow from the rows and the settings alone (no dates, hosts or paths), so that a resumed run writes the same files
+as an undisturbed one.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ import numpy as np
 
 from alpacache import __version__
 from alpacache.driving.poses import EgoPoses
-from alpacache.driving.sample import split_of
+from alpacache.driving.sample import FUTURE_S, split_of
 from alpacache.driving.strata import STRATA, Strata, classify
 from alpacache.sources.prepared_rows import poses_of
 
@@ -21,19 +21,19 @@ PROVENANCE = "provenance.json"
 CURVATURE_EDGES_PER_M = (0.001, 0.003, 0.01, 0.03, 0.1)
 """Bounds of the histogram's bands of mean curvature: radii of 1000, 333, 100, 33 and 10 m."""
 LEAST_DRIVEN_M = 5.0
-"""Driven less than this in 6.4 s, a path has no curvature worth the name."""
+"""A path that is shorter than this in 6.4 s counts as standing: its curvature means nothing."""
 _BAR = 40
 _LIBRARIES = ("datasets", "numpy", "pillow", "torch")
 
 
 def mean_curvature(strata: Strata) -> float | None:
-    """Heading change over driven length of the 6.4 s from t0 on (1/m, left positive); None where it stands."""
-    driven_m = strata.mean_speed_mps * 6.4
+    """Heading change over driven length of the 6.4 s from t0 on (1/m, left positive); None if it stands."""
+    driven_m = strata.mean_speed_mps * FUTURE_S
     return strata.heading_change_rad / driven_m if driven_m >= LEAST_DRIVEN_M else None
 
 
 def histogram(curvatures_per_m: Iterable[float | None]) -> dict[str, Any]:
-    """Counts in each band of |mean curvature|, by side: `left` and `right` have one more entry than `edges_per_m`."""
+    """Count samples in each band of |mean curvature|, by side; there is one more band than `edges_per_m`."""
     values = list(curvatures_per_m)
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     bands, count = np.digitize(np.abs(known), CURVATURE_EDGES_PER_M), len(CURVATURE_EDGES_PER_M) + 1
@@ -48,7 +48,7 @@ def histogram(curvatures_per_m: Iterable[float | None]) -> dict[str, Any]:
 def provenance(
     rows: Any, *, source: str, settings: Mapping[str, Any], rejected: Sequence[tuple[str, str, str]]
 ) -> dict[str, Any]:
-    """The record of a dataset, from its rows (a `datasets.Dataset`); pictures are not looked at."""
+    """Make the record of a dataset from its rows (a `datasets.Dataset`), without looking at pictures."""
     strata_counts, curvatures = dict.fromkeys(STRATA, 0), []
     clips: Counter[str] = Counter()
     sizes: set[tuple[int, int]] = set()
@@ -86,7 +86,7 @@ def provenance(
 
 
 def render_card(record: Mapping[str, Any]) -> str:
-    """The record as Markdown, in the form that the hub shows."""
+    """Render the record as Markdown, in the form that the hub shows."""
     settings, splits, off = record["settings"], record["splits"], record["pixel_deviation"]
     sizes = ", ".join(f"{width} x {height}" for height, width in record["recorded_sizes"])
     asked = {key: value for key, value in settings.items() if value is not None}

@@ -1,4 +1,9 @@
-"""`prepare`: samples as a Hugging Face dataset, one row each, written shard by shard."""
+"""`prepare`: writes samples as a Hugging Face dataset, one row each.
+
+Pictures are PNG, so a sample read back equals the one written bit for bit, unless they were asked for at the size of a
+model's processor. Work goes to `OUT.partial/` in small shards and becomes `OUT` in one rename, so that an interrupted
+run goes on where it stopped. A shard counts once it is complete and on the medium; one process at a time works there.
+"""
 
 import fcntl
 import hashlib
@@ -24,13 +29,13 @@ SHARD_SAMPLES = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What `prepare` did."""
+    """The outcome of `prepare`."""
 
     samples: int
     rejected: tuple[tuple[str, str, str], ...]
-    """Id, kind and message of each clip or sample that could not be used."""
+    """Id, kind of error and message for each clip or sample that could not be used."""
     provenance: dict[str, Any]
-    """What is in `provenance.json`: settings, versions, counts, strata, curvature."""
+    """Content of `provenance.json`: settings, versions, counts, strata, curvature."""
 
 
 def prepare(
@@ -48,12 +53,17 @@ def prepare(
 ) -> Prepared:
     """Write the samples `refs` of `source` to the directory `out`, which `datasets.load_from_disk` reads.
 
-    Pictures are stored as they were recorded or, with `fit`, at the size of that image processor. `unusable` and
-    `settings` say what `select` refused and what it was asked for; they go into the dataset's record and card.
-    `on_sample` is called after each sample; what it raises stops the run, and the same call goes on later. Samples
-    with a `BadClipError` are left out and reported; where `spec` says what `open_source` opened, only while that is
-    still there. Raises `UsageError` where `out` exists, a partial run had other settings or is at work, `SourceError`
-    where no sample could be used, `DataError` where the source has gone.
+    Samples with a `BadClipError` are left out and reported.
+
+    Args:
+        fit: store pictures at the size of this image processor instead of as they were recorded.
+        unusable: what `select` refused; part of the dataset's record and card, like `settings`.
+        settings: what `select` was asked for.
+        spec: what `open_source` opened, to tell a bad clip from a source that has gone.
+        on_sample: called after each sample; what it raises stops the run, and the same call goes on later.
+
+    Raises `UsageError` if `out` exists, or a partial run has other settings or is at work; `SourceError` if no sample
+    can be used; `DataError` if the source has gone.
     """
     final, names = Path(out), sort_cameras(cameras)
     partial = final.with_name(f"{final.name}.partial")
@@ -74,7 +84,7 @@ def prepare(
 
     partial.mkdir(parents=True, exist_ok=True)
     with _alone(partial):
-        _refuse_existing(final)  # by one that has just finished
+        _refuse_existing(final)  # another run may have just finished
         _settle_plan(partial, source, refs, asked)
         reports = [_write_shard(base, to_rows, part, on_sample) for base, part in zip(shards, parts, strict=True)]
         rejected = [(name, error.kind, str(error)) for name, error in unusable]
@@ -83,7 +93,7 @@ def prepare(
             reason = f" The first reason: {rejected[0][2]}" if rejected else ""
             raise SourceError(f"{source.name}: none of {len(refs)} samples can be used.{reason}")
         record = _finish(shards, final, source.name, asked, rejected)
-    shutil.rmtree(partial)  # its lock is no longer open: NFS keeps the names of open files
+    shutil.rmtree(partial)  # only now that its lock is closed: NFS keeps the names of open files
     return Prepared(samples=record["samples"], rejected=tuple(rejected), provenance=record)
 
 
@@ -103,7 +113,7 @@ def _check_source(spec: str | None, partial: Path) -> None:
 
 @contextmanager
 def _alone(partial: Path) -> Iterator[None]:
-    """Keep other processes out of the working directory; the kernel drops the lock of a killed one."""
+    """Keep other processes out of the working directory; the kernel drops the lock of a killed process."""
     with (partial / "lock").open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,7 +129,7 @@ def _alone(partial: Path) -> Iterator[None]:
 
 
 def _settle_plan(partial: Path, source: Source, refs: Sequence[SampleRef], asked: Mapping[str, Any]) -> None:
-    """Note what the working directory is for, or see that an earlier run there had the same settings."""
+    """Write down what the working directory is for, or check that an earlier run there had the same settings."""
     ids = hashlib.sha256("\n".join(ref.sample_id for ref in refs).encode()).hexdigest()
     plan = json.dumps({"source": source.name, "samples": ids, **asked})
     file = partial / "plan.json"
@@ -135,9 +145,9 @@ def _write_shard(
     refs: Sequence[SampleRef],
     on_sample: Callable[[SampleRef], None] | None,
 ) -> list[list[str]]:
-    """Write `base.arrow`, then `base.json` with its count of rows and the rejected samples, which are returned.
+    """Write `base.arrow`, then `base.json` with its count of rows and the rejected samples; returns the latter.
 
-    A shard that is there already, whole, is left as it is.
+    A shard that is already there and complete is left as it is.
     """
     import pyarrow as pa
 
@@ -161,19 +171,17 @@ def _write_shard(
 
 
 def _read_report(report: Path, arrow: Path, samples: int) -> list[list[str]] | None:
-    """The rejected samples of a shard; None unless its report and as many rows as that says are there."""
+    """The rejected samples of a complete shard, else None."""
     import pyarrow as pa
 
     try:
-        found = json.loads(report.read_text())
+        written: dict[str, Any] = json.loads(report.read_text())
         with pa.memory_map(str(arrow)) as file, pa.ipc.open_stream(file) as stream:
             rows = sum(batch.num_rows for batch in stream)
     except (OSError, ValueError, pa.ArrowException):
         return None
-    if not isinstance(found, dict) or found.get("rows") != rows:  # a list, of an earlier version
-        return None
-    rejected: list[list[str]] = found["rejected"]
-    return rejected if rows + len(rejected) == samples else None
+    rejected: list[list[str]] = written["rejected"]
+    return rejected if written["rows"] == rows and rows + len(rejected) == samples else None
 
 
 def _finish(
@@ -183,7 +191,7 @@ def _finish(
     asked: Mapping[str, Any],
     rejected: Sequence[tuple[str, str, str]],
 ) -> dict[str, Any]:
-    """Join the shards, add record and card, and give the directory its name once all is on the medium. The record."""
+    """Join the shards, add record and card, rename the directory once all is on the medium; returns the record."""
     from datasets import Dataset, concatenate_datasets
 
     parts = [Dataset.from_file(str(shard.with_suffix(".arrow"))) for shard in shards]

@@ -1,9 +1,11 @@
 """Generated drives: a road of known curvature and a car that follows it.
 
-What a drive does is fixed relative to t0 = 5.1 s, the default: a `late_curve` is exactly straight up to t0, so its
-history says nothing and only the picture can tell which way, and how far, the path will bend. Curves are driven at
-speeds that keep the lateral acceleration below what passengers accept, as on real roads, so speed alone says a little
-about how sharp a curve can be and nothing about its side.
+    make_drive:  _bend_times, speed  ->  bends  ->  _integrate: the road  ->  _drive_along: the car's poses
+
+What a drive does is fixed relative to the default t0 of 5.1 s: a `late_curve` is exactly straight up to t0, so its
+history says nothing and only the picture can tell which way, and how far, the path will bend. As on real roads, speeds
+keep the lateral acceleration below what passengers accept: speed alone hints at how sharp a curve can be, not at its
+side.
 """
 
 from collections.abc import Callable
@@ -14,27 +16,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.driving.poses import Track
-from alpacache.driving.sample import DEFAULT_T0_US, FUTURE_S
+from alpacache.driving.sample import DEFAULT_T0_US, FUTURE_S, Floats
 
 Shape = Literal["straight", "early_curve", "late_curve", "curve_end"]
 SHAPES: tuple[Shape, ...] = ("straight", "early_curve", "late_curve", "curve_end")
-"""Always straight; curving since before t0; beginning after t0; ending around t0."""
+"""Straight throughout; curving since before t0; beginning to curve after t0; straight again from around t0."""
 
 CLIP_US = 20_000_000
 POSE_STEP_US = 50_000
-GENTLE_RAD = 0.5
-"""Heading change from which a curve counts as sharp."""
+SHARP_RAD = 0.5
+"""Heading change from which `ClipKind` calls a curve sharp."""
 _T0_S = DEFAULT_T0_US / 1e6
 _RAMP_S = 0.6
+"""How long a bend takes to reach its full curvature."""
 _LATERAL_MPS2 = 3.5
 _SPEED_MPS = (5.0, 20.0)
 _HEADING_RAD = (0.2, 1.2)
 _EXTRA_AFTER_S = 15.0
-"""From here on every drive may bend; far enough that t0 = 5.1 s sees little of it."""
+"""From here on every drive may bend once more: late enough that a sample at t0 = 5.1 s sees little of it."""
 _FINE_M = 0.05
-Arc = Callable[[Any], NDArray[np.float64]]
-"""Driving time (s) to arc length (m)."""
+"""Step of the integration along the road."""
 _COARSE = 4
+"""Fine steps between two rows of `Road.points`."""
+_BEHIND_M, _AHEAD_M = 80.0, 180.0
+"""How far the road goes on before the start and after the end of a drive."""
+Arc = Callable[[Any], Floats]
+"""Driving time (s) to arc length (m)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +51,9 @@ class ClipKind:
     shape: Shape
     side: Literal["left", "right", "none"]
     strength: Literal["straight", "gentle", "sharp"]
-    """`sharp` from a heading change of 0.5 rad at t0 + 6.4 s."""
+    """`sharp` if heading changes by `SHARP_RAD` or more until t0 + 6.4 s."""
     onset_s: float | None
-    """Where the curve begins, in seconds after t0; None on a straight road."""
+    """When the curve begins, in seconds after t0; None on a straight road."""
     heading_change_rad: float
     """From t0 to t0 + 6.4 s, left positive."""
 
@@ -58,31 +65,34 @@ class Road:
     start_m: float
     spacing_m: float
     points: NDArray[np.float32]
-    """`[M, 7]`: x, y, cosine and sine of heading, curvature, heading, arc length minus `start_m`; one row a lookup."""
+    """`[M, 7]`: x, y, cosine and sine of heading, curvature, heading, arc length minus `start_m`. One array, so that a
+    lookup reads one row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drive:
-    """One clip's motion; `arc_m[i]` is where on the road the car is at `track.timestamps_us[i]`."""
+    """One clip's road and motion."""
 
     kind: ClipKind
     road: Road
     track: Track
-    arc_m: NDArray[np.float64]
+    arc_m: Floats
+    """`[N]` how far along the road the car is at each pose of `track`."""
     curve_starts_us: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Bend:
-    """A stretch of curvature in driving time, with smooth ends."""
+    """A stretch of constant curvature with smooth ends, placed by driving time."""
 
     start_s: float
     end_s: float
     curvature: float
+    """1/m, left positive."""
 
 
 def make_drive(rng: np.random.Generator, shape: Shape) -> Drive:
-    """Draw a 20 s drive of the given shape."""
+    """Draw a 20 s drive of the given shape; the order of draws is part of what a seed means."""
     start_s, end_s = _bend_times(rng, shape)
     target = rng.uniform(*_HEADING_RAD) * rng.choice((-1.0, 1.0))
     inside_s = min(end_s, _T0_S + FUTURE_S) - max(start_s, _T0_S)
@@ -90,7 +100,7 @@ def make_drive(rng: np.random.Generator, shape: Shape) -> Drive:
     speed = rng.uniform(_SPEED_MPS[0], np.clip(_LATERAL_MPS2 * inside_s / abs(target), 6.0, _SPEED_MPS[1]))
     swing, rate, phase = rng.uniform(0.0, 0.06), rng.uniform(0.2, 0.5), rng.uniform(0.0, 2 * np.pi)
 
-    def arc(time_s: Any) -> NDArray[np.float64]:
+    def arc(time_s: Any) -> Floats:
         wave = np.cos(rate * np.asarray(time_s) + phase) - np.cos(phase)
         return np.asarray(speed * (np.asarray(time_s) - swing / rate * wave), dtype=np.float64)
 
@@ -121,59 +131,49 @@ def _bend_times(rng: np.random.Generator, shape: Shape) -> tuple[float, float]:
 
 
 def _extra_bends(rng: np.random.Generator, limit: float) -> list[_Bend]:
-    """Maybe one more bend towards the end of the clip, for samples at a later t0."""
+    """In six of ten drives one more bend near the end of the clip, for samples at a later t0."""
     start, length, strength = rng.uniform(_EXTRA_AFTER_S, 17.0), rng.uniform(2.0, 4.0), rng.uniform(-0.8, 0.8)
     if rng.uniform() < 0.4:
         return []
     return [_Bend(start_s=start, end_s=start + length, curvature=float(strength * min(limit, 0.05)))]
 
 
-def _integrate(
-    bends: list[_Bend], arc: Arc
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Arc length, heading, positions and curvature of the road every 5 cm, heading along x at arc length 0."""
-    end = float(arc(CLIP_US / 1e6)) + 180.0
-    arcs: NDArray[np.float64] = np.arange(round(-80.0 / _FINE_M), int(end / _FINE_M) + 1) * np.float64(_FINE_M)
+def _integrate(bends: list[_Bend], arc: Arc) -> tuple[Floats, Floats, Floats, Floats]:
+    """Arc length, heading, position and curvature of the road every 5 cm; at arc length 0 it heads along x."""
+    end = float(arc(CLIP_US / 1e6)) + _AHEAD_M
+    origin = round(_BEHIND_M / _FINE_M)
+    arcs: Floats = np.arange(-origin, int(end / _FINE_M) + 1) * np.float64(_FINE_M)
     curvature = np.zeros(len(arcs))
     for bend in bends:
         start, stop = float(arc(bend.start_s)), float(arc(bend.end_s))
         ramp = float(arc(bend.start_s + _RAMP_S)) - start
         curvature = curvature + bend.curvature * _smooth((arcs - start) / ramp) * _smooth((stop - arcs) / ramp)
-    origin = round(80.0 / _FINE_M)
     heading = _cumulate(curvature, origin)
     xy = np.stack([_cumulate(np.cos(heading), origin), _cumulate(np.sin(heading), origin)], axis=1)
     return arcs, heading, xy, curvature
 
 
-def _tabulate(
-    arcs: NDArray[np.float64], xy: NDArray[np.float64], heading: NDArray[np.float64], curvature: NDArray[np.float64]
-) -> Road:
+def _tabulate(arcs: Floats, xy: Floats, heading: Floats, curvature: Floats) -> Road:
     columns = (xy[:, 0], xy[:, 1], np.cos(heading), np.sin(heading), curvature, heading, arcs - arcs[0])
     points = np.stack([column[::_COARSE] for column in columns], axis=1).astype(np.float32)
     return Road(start_m=float(arcs[0]), spacing_m=_FINE_M * _COARSE, points=points)
 
 
-def _cumulate(values: NDArray[np.float64], origin: int) -> NDArray[np.float64]:
+def _cumulate(values: Floats, origin: int) -> Floats:
     """Trapezoid integral over arc length, zero at index `origin`."""
     steps = np.concatenate([[0.0], (values[1:] + values[:-1]) * (_FINE_M / 2)])
     total = np.cumsum(steps)
     return np.asarray(total - total[origin])
 
 
-def _smooth(x: NDArray[np.float64]) -> NDArray[np.float64]:
+def _smooth(x: Floats) -> Floats:
+    """0 below 0, 1 above 1, a cubic between them that begins and ends level."""
     ramp = np.clip(x, 0.0, 1.0)
     return np.asarray(ramp * ramp * (3.0 - 2.0 * ramp))
 
 
-def _drive_along(
-    fine_arc: NDArray[np.float64],
-    xy: NDArray[np.float64],
-    heading: NDArray[np.float64],
-    arc: Arc,
-    *,
-    offset_m: float,
-) -> tuple[Track, NDArray[np.float64]]:
-    """Poses every 50 ms, `offset_m` to the left of the lane's centre and parallel to it."""
+def _drive_along(fine_arc: Floats, xy: Floats, heading: Floats, arc: Arc, *, offset_m: float) -> tuple[Track, Floats]:
+    """Poses every 50 ms, `offset_m` to the left of the lane's centre and parallel to it, and their arc lengths."""
     stamps = np.arange(0, CLIP_US + 1, POSE_STEP_US, dtype=np.int64)
     arcs = arc(stamps / 1e6)
     yaw = np.interp(arcs, fine_arc, heading)
@@ -194,7 +194,7 @@ def _describe(shape: Shape, start_s: float, curvature: float, change: float) -> 
     return ClipKind(
         shape=shape,
         side="left" if curvature > 0 else "right",
-        strength="sharp" if abs(change) >= GENTLE_RAD else "gentle",
+        strength="sharp" if abs(change) >= SHARP_RAD else "gentle",
         onset_s=start_s - _T0_S,
         heading_change_rad=change,
     )

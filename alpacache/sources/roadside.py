@@ -1,34 +1,36 @@
-"""Trees and marker posts beside generated roads: upright, so that a bend shows above the ground plane too."""
+"""Trees and marker posts beside generated roads. They stand upright, so that a bend shows above the ground too."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.driving.sample import Floats
 from alpacache.sources.road import Road
-from alpacache.sources.scene import LANE_M, Camera, Floats, Look
+from alpacache.sources.scene import LANE_M, Camera, Floats32, Look
 
 NEAR_M, FAR_M = 2.0, 150.0
+"""Depths between which things are drawn."""
 _POST_EVERY_M = 12.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roadside:
-    """Upright things in world coordinates, one row each."""
+    """Trees and posts in world coordinates, one row each."""
 
-    xy: NDArray[np.float64]
+    xy: Floats
     """`[N, 2]` metres."""
-    height_m: Floats
-    width_m: Floats
-    shade: Floats
-    """Brightness of each against its kind's."""
+    height_m: Floats32
+    width_m: Floats32
+    shade: Floats32
+    """Factor of the usual brightness."""
     tree: NDArray[np.bool_]
-    """Else a white post with a dark band."""
+    """Whether it is a tree; otherwise it is a white post with a dark band."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Spot:
-    """One thing as the camera sees it: pixels, except where it says otherwise."""
+    """One thing as the camera sees it, in pixels unless a name says otherwise."""
 
     column: float
     base: float
@@ -62,10 +64,8 @@ def plant(rng: np.random.Generator, road: Road, look: Look, *, trees_per_km: flo
     )
 
 
-def draw(
-    picture: Floats, camera: Camera, look: Look, things: Roadside, *, position: NDArray[np.float64], yaw_rad: float
-) -> None:
-    """Draw `things` into `picture` `[H, W, 3]`, far ones first."""
+def draw(picture: Floats32, camera: Camera, look: Look, things: Roadside, *, position: Floats, yaw_rad: float) -> None:
+    """Draw `things` into `picture` `[H, W, 3]`, in place, far ones first."""
     cos, sin = np.cos(yaw_rad), np.sin(yaw_rad)
     apart = things.xy - position
     ahead, left = apart[:, 0] * cos + apart[:, 1] * sin, apart[:, 1] * cos - apart[:, 0] * sin
@@ -91,12 +91,12 @@ def draw(
         (_draw_tree if things.tree[item] else _draw_post)(picture, look, spot)
 
 
-def _edge(look: Look, side: NDArray[np.float64]) -> NDArray[np.float64]:
+def _edge(look: Look, side: Floats) -> Floats:
     """Distance from the ego lane's centre to the outer marking on that side (left is positive)."""
     return np.where(side > 0, look.lanes[0] + 0.5, look.lanes[1] + 0.5) * LANE_M
 
 
-def _draw_tree(picture: Floats, look: Look, spot: _Spot) -> None:
+def _draw_tree(picture: Floats32, look: Look, spot: _Spot) -> None:
     """A trunk and an oval crown, lighter towards its top."""
     high, wide = spot.height_m * spot.scale, spot.width_m * spot.scale
     trunk = 0.04 * high
@@ -114,7 +114,7 @@ def _draw_tree(picture: Floats, look: Look, spot: _Spot) -> None:
         patch += (crown - patch) * inside
 
 
-def _draw_post(picture: Floats, look: Look, spot: _Spot) -> None:
+def _draw_post(picture: Floats32, look: Look, spot: _Spot) -> None:
     """A white post with a dark band near its top."""
     high, half = spot.height_m * spot.scale, 0.5 * spot.width_m * spot.scale
     sides = (spot.column - half, spot.column + half)
@@ -123,12 +123,13 @@ def _draw_post(picture: Floats, look: Look, spot: _Spot) -> None:
     _fill(picture, sides, band, _tint(look.asphalt * 0.4, look, spot))
 
 
-def _tint(colour: Floats, look: Look, spot: _Spot) -> Floats:
+def _tint(colour: Floats32, look: Look, spot: _Spot) -> Floats32:
+    """The colour as lit, and faded by haze."""
     lit = colour * np.float32(spot.light)
     return np.asarray(lit + (look.sky_low - lit) * np.float32(spot.haze), dtype=np.float32)
 
 
-def _fill(picture: Floats, columns: tuple[float, float], rows: tuple[float, float], colour: Floats) -> None:
+def _fill(picture: Floats32, columns: tuple[float, float], rows: tuple[float, float], colour: Floats32) -> None:
     """Blend an upright rectangle in, by the share of each pixel it covers."""
     high, wide = _span(*rows, picture.shape[0]), _span(*columns, picture.shape[1])
     patch = picture[high, wide]

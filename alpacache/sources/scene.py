@@ -1,34 +1,41 @@
 """Renders generated roads: ground plane, lane markings, verge, hills and sky, in numpy.
 
-A pixel's ray hits the flat ground at a point that is fixed in the vehicle's frame, so it is computed once a clip; a
-frame moves those points into the world, finds where on the road they lie (a few Newton steps towards the nearest point
-of the centre line) and colours them. What lies ahead therefore looks the way it will be driven. Markings are drawn by
-the share of a pixel they cover, else they would flicker with distance.
+    make_camera, draw_look: once a clip      paint_world: once a frame, then roadside.draw and expose
+
+A pixel's ray meets the flat ground at a point that is fixed in the vehicle's frame and computed once a clip. Each frame
+moves these points into the world, finds where along and across the road they lie (a few Newton steps towards the
+nearest point of the centre line) and colours them, so that what lies ahead looks the way it will be driven. Markings
+are blended by the share of a pixel they cover; otherwise they would flicker with distance.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.driving.sample import Floats
 from alpacache.sources.road import Road
 
-_DUSK_SHARE = 0.3
-_LANES = ((1, 0), (1, 0), (1, 1), (0, 0), (2, 0), (0, 1))
+Floats32: TypeAlias = NDArray[np.float32]
 
-
-Floats = NDArray[np.float32]
-FAR_M = 220.0
+GROUND_REACH_M = 220.0
+"""How far the ground is drawn; beyond it is sky."""
 LANE_M = 3.5
 MAST_M = 0.8
-"""Cameras stand this far ahead of the vehicle's origin, all in one place."""
+"""How far ahead of the vehicle's origin the cameras stand, all in one place."""
 HORIZON = 0.4
-"""Share of the picture above the horizon of a level camera: the sensor is cropped, as cars crop away sky."""
+"""Share of the picture above the horizon of a level camera: sky is cropped away, as cars do."""
 SKYLINE = 1440
+"""Directions around the vehicle for which the height of the hills is given."""
 _TILE = 256
+"""Width and height of the tile of noise that all textures repeat."""
 _CLOUDS = np.float32(3 * _TILE / (2 * np.pi))
-"""Tile steps a radian: whole tiles around, so that the sky has no seam."""
+"""Steps of the tile a radian. A full circle is three whole tiles, so that the sky has no seam."""
+_DUSK_SHARE = 0.3
+_LANES = ((1, 0), (1, 0), (1, 1), (0, 0), (2, 0), (0, 1))
+"""Lanes to the left and right of the ego lane, drawn evenly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,52 +47,58 @@ class Camera:
     focal_px: float
     centre_px: tuple[float, float]
     position_m: tuple[float, float, float]
-    rotation: NDArray[np.float64]
+    rotation: Floats
     """`[3, 3]` camera (x right, y down, z forward) to vehicle (x forward, y left, z up)."""
     ground: NDArray[np.intp]
-    """Flat indices of the pixels whose ray meets the ground within `FAR_M`."""
-    ground_xy: Floats
+    """Flat indices of the pixels whose ray meets the ground within `GROUND_REACH_M`."""
+    ground_xy: Floats32
     """`[ground, 2]` metres, vehicle frame."""
-    distance: Floats
-    """`[ground]` along the ground, metres."""
+    distance: Floats32
+    """`[ground]` metres along the ground from the camera."""
     sky: NDArray[np.intp]
     """Flat indices of all other pixels."""
-    azimuth: Floats
-    """`[sky]` of each ray in the vehicle frame, left positive."""
-    elevation: Floats
-    """`[sky]`, up positive."""
+    azimuth: Floats32
+    """`[sky]` radians in the vehicle frame, left positive."""
+    elevation: Floats32
+    """`[sky]` radians, up positive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
     """How one clip's world looks; colours are RGB 0 to 255."""
 
-    sky_low: Floats
-    sky_high: Floats
-    grass: Floats
-    dirt: Floats
-    asphalt: Floats
-    leaf: Floats
-    hill: Floats
-    paint: Floats
+    sky_low: Floats32
+    sky_high: Floats32
+    grass: Floats32
+    dirt: Floats32
+    asphalt: Floats32
+    leaf: Floats32
+    hill: Floats32
+    paint: Floats32
     haze_m: float
+    """Distance after which 1 / e of a colour is left."""
     headlights: float
+    """Share of the light that comes from the car, 0 by day."""
     gain: float
     noise: float
+    """Standard deviation of the sensor's noise, in colour values."""
     lanes: tuple[int, int]
     """Lanes to the left and right of the ego lane."""
     dashed: tuple[bool, bool]
+    """Whether the ego lane's left and right markings are dashed, where there is a lane beyond."""
     dash_m: float
     period_m: float
-    hills: Floats
+    """Length of a dash and its gap."""
+    hills: Floats32
     """`[SKYLINE]` elevation of the skyline by azimuth, radians."""
     tile_shift: tuple[int, int]
+    """Where in the tile of noise this clip's textures begin."""
 
 
 def make_camera(
     *, width: int, height: int, fov_rad: float, yaw_rad: float, pitch_rad: float, above_ground_m: float
 ) -> Camera:
-    """A camera that looks along the ground; pitch is positive downwards, yaw to the left."""
+    """A camera `above_ground_m` high; yaw is positive to the left, pitch downwards, and 0 looks straight ahead."""
     focal = width / 2 / np.tan(fov_rad / 2)
     centre = ((width - 1) / 2, height * HORIZON)
     cos_p, sin_p, cos_y, sin_y = np.cos(pitch_rad), np.sin(pitch_rad), np.cos(yaw_rad), np.sin(yaw_rad)
@@ -97,7 +110,7 @@ def make_camera(
     rays = rays.reshape(-1, 3) @ rotation.T
     level = np.hypot(rays[:, 0], rays[:, 1])
     reach = above_ground_m / np.maximum(-rays[:, 2], 1e-9)
-    hit = (rays[:, 2] < 0) & (reach * level < FAR_M)
+    hit = (rays[:, 2] < 0) & (reach * level < GROUND_REACH_M)
     ground, sky = np.flatnonzero(hit), np.flatnonzero(~hit)
     position = (MAST_M, 0.0, above_ground_m)
     return Camera(
@@ -116,24 +129,22 @@ def make_camera(
     )
 
 
-def paint_world(
-    camera: Camera, look: Look, road: Road, *, position: NDArray[np.float64], yaw_rad: float, arc_m: float
-) -> Floats:
-    """Sky and ground, `[H, W, 3]` RGB, from a vehicle at `position` (`[2]`, world), `arc_m` along the road."""
+def paint_world(camera: Camera, look: Look, road: Road, *, position: Floats, yaw_rad: float, arc_m: float) -> Floats32:
+    """Sky and ground `[H, W, 3]`, RGB, seen from a vehicle at `position` (`[2]`, world), `arc_m` along the road."""
     canvas = np.empty((camera.height * camera.width, 3), dtype=np.float32)
     canvas[camera.sky] = _sky(camera, look, yaw_rad)
     canvas[camera.ground] = _ground(camera, look, road, position=position, yaw_rad=yaw_rad, arc_m=arc_m)
     return canvas.reshape(camera.height, camera.width, 3)
 
 
-def expose(picture: Floats, look: Look, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Gain and sensor noise; `[H, W, 3]` to `[3, H, W]` uint8."""
+def expose(picture: Floats32, look: Look, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Apply gain and sensor noise: `[H, W, 3]` to `[3, H, W]` uint8."""
     noise = rng.standard_normal(picture.shape, dtype=np.float32) * np.float32(look.noise)
     return np.ascontiguousarray(np.clip(picture * look.gain + noise, 0, 255).astype(np.uint8).transpose(2, 0, 1))
 
 
-def _sky(camera: Camera, look: Look, yaw_rad: float) -> Floats:
-    """Gradient, clouds and a skyline that turn with the car; `[sky, 3]`."""
+def _sky(camera: Camera, look: Look, yaw_rad: float) -> Floats32:
+    """Colours `[sky, 3]`: a gradient, clouds and a skyline that turn with the car."""
     up = np.clip(camera.elevation / 0.35, 0.0, 1.0)[:, None]
     azimuth = camera.azimuth + np.float32(yaw_rad)
     clouds = _texture(azimuth * _CLOUDS + look.tile_shift[0], camera.elevation * 400 + look.tile_shift[1], soft=True)
@@ -145,9 +156,7 @@ def _sky(camera: Camera, look: Look, yaw_rad: float) -> Floats:
     return np.asarray(colour, dtype=np.float32)
 
 
-def _ground(
-    camera: Camera, look: Look, road: Road, *, position: NDArray[np.float64], yaw_rad: float, arc_m: float
-) -> Floats:
+def _ground(camera: Camera, look: Look, road: Road, *, position: Floats, yaw_rad: float, arc_m: float) -> Floats32:
     """Colours `[ground, 3]` of the ground pixels."""
     cos, sin = np.float32(np.cos(yaw_rad)), np.float32(np.sin(yaw_rad))
     x, y = camera.ground_xy[:, 0], camera.ground_xy[:, 1]
@@ -172,8 +181,8 @@ def _ground(
     return np.asarray(colour + (look.sky_low - colour) * haze, dtype=np.float32)
 
 
-def _locate(road: Road, x: Floats, y: Floats, guess_m: Floats) -> tuple[Floats, Floats, Floats]:
-    """Arc length, distance to the left of the centre line and road heading of the nearest road point to each point."""
+def _locate(road: Road, x: Floats32, y: Floats32, guess_m: Floats32) -> tuple[Floats32, Floats32, Floats32]:
+    """For each point: arc length of the nearest point of the centre line, distance to its left, and its heading."""
     along, last = guess_m, len(road.points) - 1
     for _ in range(3):
         place = ((along - np.float32(road.start_m)) * np.float32(1 / road.spacing_m)).astype(np.intp)
@@ -188,9 +197,9 @@ def _locate(road: Road, x: Floats, y: Floats, guess_m: Floats) -> tuple[Floats, 
 
 
 def _pavement(
-    camera: Camera, look: Look, along: Floats, across: Floats, view: Floats, distance: Floats, clear: Floats
-) -> Floats:
-    """Asphalt with its markings; `view` is the angle between line of sight and road."""
+    camera: Camera, look: Look, along: Floats32, across: Floats32, view: Floats32, distance: Floats32, clear: Floats32
+) -> Floats32:
+    """Colours of asphalt with its markings; `view` is the angle between line of sight and road."""
     wide = distance / np.float32(camera.focal_px)
     deep = wide * distance / np.float32(camera.position_m[2])
     cos, sin = np.abs(np.cos(view)), np.abs(np.sin(view))
@@ -208,15 +217,15 @@ def _pavement(
 
 
 def _markings(look: Look) -> list[tuple[float, bool]]:
-    """Offset and kind of every painted line; the outermost are solid."""
+    """Offset (m, left positive) of every painted line, and whether it is dashed; the outermost are solid."""
     left, right = look.lanes
     lines = [((lane - 0.5) * LANE_M, -right < lane < left + 1) for lane in range(-right, left + 2)]
     inner = {0.5 * LANE_M: look.dashed[0], -0.5 * LANE_M: look.dashed[1]}
     return [(place, inside and inner.get(place, True)) for place, inside in lines]
 
 
-def _cover(across: Floats, place: float, width: float, footprint: Floats) -> Floats:
-    """Share of a pixel's footprint that a line of `width` at `place` covers."""
+def _cover(across: Floats32, place: float, width: float, footprint: Floats32) -> Floats32:
+    """Share of each pixel's footprint (m) that a line of `width` at `place` covers."""
     off = np.abs(across - np.float32(place))
     overlap = np.minimum(np.float32(width / 2), off + footprint / 2) - np.maximum(
         -np.float32(width / 2), off - footprint / 2
@@ -224,15 +233,15 @@ def _cover(across: Floats, place: float, width: float, footprint: Floats) -> Flo
     return np.asarray(np.clip(overlap / footprint, 0.0, 1.0), dtype=np.float32)
 
 
-def _texture(u: Floats, v: Floats, *, soft: bool = False) -> Floats:
-    """Noise of unit deviation, repeating every 256 steps; `soft` has little fine detail."""
+def _texture(u: Floats32, v: Floats32, *, soft: bool = False) -> Floats32:
+    """Noise of mean 0 and deviation 1 that repeats every 256 steps; `soft` has little fine detail."""
     rows, columns = u.astype(np.int32) & (_TILE - 1), v.astype(np.int32) & (_TILE - 1)
     return np.asarray(_tile(1.9 if soft else 0.9)[rows * _TILE + columns])
 
 
 @lru_cache(maxsize=2)
-def _tile(falloff: float) -> Floats:
-    """One fixed tile of noise whose amplitude falls with frequency to the power of `falloff`."""
+def _tile(falloff: float) -> Floats32:
+    """The tile of noise, always the same; its amplitude falls with frequency to the power of `falloff`."""
     spectrum = np.fft.fft2(np.random.default_rng(7).standard_normal((_TILE, _TILE)))
     radius = np.hypot(*np.meshgrid(np.fft.fftfreq(_TILE), np.fft.fftfreq(_TILE)))
     tile = np.fft.ifft2(spectrum / (radius + 0.02) ** falloff).real
@@ -241,7 +250,7 @@ def _tile(falloff: float) -> Floats:
 
 
 def draw_look(rng: np.random.Generator) -> Look:
-    """Draw a look; three in ten clips are at dusk, with headlights."""
+    """Draw how a clip looks; three in ten are at dusk, with headlights."""
     dusk = bool(rng.uniform() < _DUSK_SHARE)
     colours = _dusk(rng) if dusk else _day(rng)
     grass, dirt, asphalt, leaf, hill, paint = (_vary(rng, colour) for colour in colours[2:])
@@ -267,8 +276,8 @@ def draw_look(rng: np.random.Generator) -> Look:
     )
 
 
-def _day(rng: np.random.Generator) -> list[NDArray[np.float64]]:
-    """Horizon, zenith, grass, dirt, asphalt, leaf, hill, paint."""
+def _day(rng: np.random.Generator) -> list[Floats]:
+    """Colours of horizon, zenith, grass, dirt, asphalt, leaf, hill and paint."""
     dry = rng.uniform()
     grass = (1 - dry) * np.array([84, 122, 58]) + dry * np.array([150, 138, 88])
     sky = (190, 208, 226), (96, 146, 212)
@@ -276,19 +285,20 @@ def _day(rng: np.random.Generator) -> list[NDArray[np.float64]]:
     return [np.array(colour, dtype=np.float64) for colour in (*sky, grass, *rest)]
 
 
-def _dusk(rng: np.random.Generator) -> list[NDArray[np.float64]]:
+def _dusk(rng: np.random.Generator) -> list[Floats]:
+    """The same colours at dusk."""
     warm = rng.uniform()
     low = (1 - warm) * np.array([150, 128, 150]) + warm * np.array([218, 142, 92])
     rest = (48, 52, 92), (70, 80, 56), (98, 86, 76), (78, 76, 84), (40, 52, 42), (62, 60, 80), (214, 210, 196)
     return [np.array(colour, dtype=np.float64) for colour in (low, *rest)]
 
 
-def _vary(rng: np.random.Generator, colour: NDArray[np.float64]) -> Floats:
+def _vary(rng: np.random.Generator, colour: Floats) -> Floats32:
     return (colour * rng.uniform(0.9, 1.1) + rng.uniform(-6, 6, 3)).astype(np.float32)
 
 
-def _skyline(rng: np.random.Generator) -> Floats:
-    """`[SKYLINE]` elevation of distant hills by azimuth, radians; a sum of whole waves, so it closes."""
+def _skyline(rng: np.random.Generator) -> Floats32:
+    """`[SKYLINE]` elevation of distant hills by azimuth, radians: a sum of whole waves, so that it closes."""
     turn = np.linspace(0, 2 * np.pi, SKYLINE, endpoint=False)
     height = sum(
         rng.uniform(-1, 1) / wave**0.7 * np.sin(wave * turn + rng.uniform(0, 2 * np.pi)) for wave in range(2, 20)

@@ -1,8 +1,8 @@
-"""Which samples a run takes from a source: split, moments, number.
+"""Chooses which samples a run takes from a source: split, moments, number.
 
-The choice depends on nothing but the source and the arguments, so that a resumed or sharded run makes the same one.
-Clips are looked at only until enough samples are found: a source may be a hub with hundreds of thousands of them.
-`prepare`, `extract` and `check` all choose here.
+`prepare`, `extract` and `check` all choose here. The choice depends on the source and the arguments alone, so that a
+resumed or sharded run makes the same one. Clips are looked at only until there are enough samples: a source may be a
+hub with hundreds of thousands of clips.
 """
 
 import hashlib
@@ -11,26 +11,22 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-from alpacache.driving.sample import (
-    FUTURE_STEPS,
-    HISTORY_STEPS,
-    STEP_US,
-    SampleRef,
-    split_of,
-)
+from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, SampleRef, split_of
 from alpacache.driving.strata import Turn
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sources.quota import Quota
 from alpacache.sources.source import EventSource, FixedSource, GroupedSource, Source
 
 HISTORY_US = HISTORY_STEPS * STEP_US
-"""t0 must lie more than this after the start of the recording."""
+"""t0 lies more than this after the start of the recording."""
 FUTURE_US = FUTURE_STEPS * STEP_US
+"""And at least this before its end."""
 CLOCK_SLACK_US = 1_000_000
+"""A recording that begins this near the zero of its clock counts its seconds from there."""
 DEFAULT_T0 = "5.1"
 
 Rejected = tuple[str, BadClipError]
-"""A clip (or, with a quota, a sample) that was wanted and cannot be used, with the reason."""
+"""Id of a clip (or, with a quota, of a sample) that was wanted and cannot be used, and the reason."""
 
 
 def select(
@@ -43,14 +39,16 @@ def select(
     seed: int | None = None,
     quota: Mapping[Turn, int] | None = None,
 ) -> tuple[list[SampleRef], list[Rejected]]:
-    """The samples to load, in the order in which clips are taken, and the clips that cannot give one.
+    """Choose samples to load, clip after clip; also returns the clips that cannot give one.
 
-    `t0` is `"5.1"` (seconds from the start of the clip), `"every:2.0"` (all that fit on that raster) or `"events"`
-    (the source's own moments, as far as they fit). A sample needs more than 1.6 s before t0 and 6.4 s after it.
-    Clips come in the source's order or, with `seed`, in a random one that it settles.
-    With `samples`, the first that many; with `quota`, the first that many of each turn (by the poses, and instead of
-    `samples`); clips beyond are not looked at. Of a prepared dataset all samples are taken.
-    With `views`, each of them that many times, one after the other: more views never mean other moments.
+    Args:
+        t0: `"5.1"` (seconds from the start of the clip), `"every:2.0"` (all that fit on that raster) or `"events"`
+            (the source's own moments, as far as they fit). A sample needs more than 1.6 s before t0 and 6.4 s after.
+            A `FixedSource` gives all its samples and takes only the default.
+        samples: take the first that many; clips beyond are not looked at.
+        views: take each sample that many times in a row: more views never mean other moments.
+        seed: take clips in a random order that this settles, in place of the source's.
+        quota: take the first that many of each turn, by the poses; in place of `samples`.
 
     Raises `UsageError` for arguments that make no sense and for a split that holds no clip.
     """
@@ -58,20 +56,20 @@ def select(
     kept = None if quota is None else Quota(source, quota)
     refs: list[SampleRef] = []
     rejected: list[Rejected] = []
-    for clip_id, find in _clips(source, split, t0, seed):
+    for clip_id, samples_of_clip in _clips(source, split, t0, seed):
         if kept.is_full if kept is not None else samples is not None and len(refs) >= samples:
             break
         try:
-            found = find()
+            fitting = samples_of_clip()
         except BadClipError as error:
             rejected.append((clip_id, error))
             continue
-        refs += found if kept is None else _within(kept, found, rejected)
+        refs += fitting if kept is None else _within(kept, fitting, rejected)
     return _with_views(refs[:samples], views), rejected
 
 
 def shuffled(source: Source, clip_ids: Iterable[str], seed: int) -> list[str]:
-    """Clips in a random order, group by group; it follows from seed and names, so more clips change no pair's order."""
+    """Clips in a random order, group by group, by seed and names: more clips do not change the order of others."""
 
     def place(name: str) -> bytes:
         return hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -84,7 +82,7 @@ def shuffled(source: Source, clip_ids: Iterable[str], seed: int) -> list[str]:
 def _clips(
     source: Source, split: str, t0: str, seed: int | None
 ) -> Iterator[tuple[str, Callable[[], list[SampleRef]]]]:
-    """Clips of the split in the order to take them, each with what finds its samples."""
+    """Clips of the split in the order to take them, each with a function that gives its samples."""
     if isinstance(source, FixedSource):
         fixed: dict[str, list[SampleRef]] = {}
         for ref in _select_fixed(source, source.sample_refs, split, t0):
@@ -100,7 +98,7 @@ def _clips(
 
 
 def _within(quota: Quota, refs: Iterable[SampleRef], rejected: list[Rejected]) -> list[SampleRef]:
-    """Those that the quota takes; what cannot be judged is appended to `rejected` under its sample id."""
+    """The samples that the quota takes; those whose poses cannot be used are appended to `rejected`."""
     taken = []
     for ref in refs:
         try:
@@ -185,8 +183,8 @@ class _Moments:
 def clip_start_us(first_us: int, last_us: int) -> int:
     """Where a clip's seconds are counted from.
 
-    The zero of its own clock where the recording begins within a second of it or runs across it (as in PhysicalAI-AV,
-    so that 5.1 s is the public loader's t0), else its first instant (as with absolute times).
+    This is the zero of its own clock if the recording begins within a second of it or runs across it (PhysicalAI-AV:
+    5.1 s is the public loader's t0), else the recording's first instant (clocks that count from 1970).
     """
     return 0 if first_us <= CLOCK_SLACK_US and last_us > 0 else first_us
 

@@ -1,7 +1,9 @@
 """`synthetic:N`: generated drives, for demos, tests and pre-training where no recording may be shipped.
 
-Everything of a clip follows from (seed, index): what the road does, how the car drives, how the world looks, and the
-noise of each frame. Clip ids carry the seed but not the mix or the picture size: give every mix a seed of its own.
+    road: what the road does and how the car drives    scene, roadside: how it looks    here: clips and samples
+
+All of a clip follows from (seed, index), down to the noise of each frame. Clip ids carry the seed but not the mix or
+the picture size, so give every mix a seed of its own.
 """
 
 import re
@@ -14,13 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.driving.poses import Track, frame_indices, history_and_future
-from alpacache.driving.sample import (
-    CAMERAS,
-    FRONT_CAMERA,
-    Sample,
-    SampleRef,
-    sort_cameras,
-)
+from alpacache.driving.sample import CAMERAS, FRONT_CAMERA, Sample, SampleRef, sort_cameras
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sources.recording import sample_of, wanted_frame_times_us
 from alpacache.sources.road import CLIP_US, SHAPES, ClipKind, Drive, Shape, make_drive
@@ -31,7 +27,8 @@ from alpacache.sources.source import SourceKind
 DEFAULT_MIX: Mapping[str, float] = {"straight": 0.4, "early_curve": 0.2, "late_curve": 0.3, "curve_end": 0.1}
 _ID = re.compile(r"^synthetic-(?P<seed>\d+)-(?P<index>\d{6,})$")
 _FRONT_FOV_DEG = (55.0, 68.0)
-"""Narrower than the real front-wide camera, so that a small picture still shows the road 60 m ahead."""
+"""Range of the front camera's field of view: narrower than the real one, so that a small picture shows the road 60 m
+ahead."""
 _VIEWS: Mapping[str, tuple[float, float]] = {
     CAMERAS[0]: (55.0, 1.0),
     CAMERAS[1]: (0.0, 1.0),
@@ -41,12 +38,12 @@ _VIEWS: Mapping[str, tuple[float, float]] = {
     CAMERAS[5]: (-145.0, 1.0),
     CAMERAS[6]: (0.0, 0.5),
 }
-"""Per camera: yaw in degrees, left positive, and field of view against the front camera's."""
+"""Yaw of each camera in degrees, left positive, and its field of view relative to the front camera's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _World:
-    """All of one clip that does not change from frame to frame."""
+    """What does not change from frame to frame of a clip."""
 
     drive: Drive
     look: Look
@@ -67,9 +64,9 @@ class SyntheticSource:
         cameras: Sequence[str] = (FRONT_CAMERA,),
         size: tuple[int, int] = (256, 128),
     ) -> None:
-        """`mix` weighs what roads do (`SHAPES`), `size` is a picture's width and height in pixels.
+        """`mix` gives weights to what roads do (`SHAPES`); `size` is a picture's width and height in pixels.
 
-        Raises `UsageError` for a count below 1, an unknown shape or weights that do not add up to something.
+        Raises `UsageError` for a count below 1, an unknown shape, or weights that are negative or all 0.
         """
         if count < 1 or seed < 0:
             raise UsageError(f"synthetic:{count} (seed {seed}): at least one clip and a seed of 0 or more are needed.")
@@ -81,12 +78,12 @@ class SyntheticSource:
         self._count, self._mix = count, _check_mix(DEFAULT_MIX if mix is None else mix)
 
     def times_us(self, clip_id: str) -> tuple[int, int]:
-        """All clips last 20 s."""
+        """0 to 20 s, for every clip."""
         self._index(clip_id)
         return 0, CLIP_US
 
     def event_times_us(self, clip_id: str) -> tuple[int, ...]:
-        """Where curves begin, for `--t0 events`."""
+        """When curves begin, for `--t0 events`."""
         return self._world(clip_id).drive.curve_starts_us
 
     def clip_kind(self, clip_id: str) -> ClipKind:
@@ -94,15 +91,15 @@ class SyntheticSource:
         return self._world(clip_id).drive.kind
 
     def track(self, clip_id: str) -> Track:
-        """The recorded poses, every 50 ms."""
+        """The poses, every 50 ms."""
         return self._world(clip_id).drive.track
 
     def frame_times_us(self, clip_id: str, camera: str) -> NDArray[np.int64]:
-        """Every camera takes a picture at every pose."""
+        """The times of the poses: every camera takes a picture at each."""
         return self.track(clip_id).timestamps_us
 
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """`[len(times_us), 3, H, W]`: the picture at or before each time."""
+        """RGB frames `[len(times_us), 3, H, W]`: for each time the frame at or before it."""
         world = self._world(clip_id)
         view = self._camera(camera, world)
         key = [self.seed, self._index(clip_id), 2, CAMERAS.index(camera)]
@@ -137,7 +134,7 @@ class SyntheticSource:
 
 @lru_cache(maxsize=32)
 def _make_world(seed: int, index: int, mix: tuple[tuple[Shape, float], ...]) -> _World:
-    """Draw a clip. Kind, drive and look have streams of their own, so that none shifts when another changes."""
+    """Draw a clip. Shape, drive and look have separate streams, so that a change of one leaves the others alone."""
     shapes, weights = zip(*mix, strict=True)
     shape = shapes[int(np.random.default_rng([seed, index, 0]).choice(len(shapes), p=np.array(weights)))]
     drive = make_drive(np.random.default_rng([seed, index, 1]), shape)
@@ -167,7 +164,7 @@ def _camera(name: str, size: tuple[int, int], fov_rad: float, pitch_rad: float, 
 
 
 def _photograph(world: _World, camera: Camera, frame: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """`[3, H, W]` at pose number `frame`."""
+    """The picture `[3, H, W]` at pose number `frame`."""
     drive = world.drive
     quaternion = drive.track.quaternion_xyzw[frame]
     position, yaw = drive.track.xyz[frame, :2], float(2 * np.arctan2(quaternion[2], quaternion[3]))

@@ -1,8 +1,9 @@
-"""Views: the same moment with other pictures, because an expert that sees one fixed prefix a clip learns it by heart.
+"""Views: seeded augmentations of a sample's pictures. An expert that sees one fixed prefix a clip learns it by heart.
 
 View 0 is the pictures as they are. A higher one is a small crop, enlarged to the full size again, and a small change of
-brightness, contrast, saturation and gamma: the same for every camera and frame of a sample, so that what moves still
-moves as it did. What is done follows from seed, clip, t0 and view number alone, and is stored with the sample.
+brightness, contrast, saturation and gamma: the same for every camera and frame of a sample, so that what moves between
+frames still moves as it did. The numbers follow from seed, clip, t0 and view number alone, and are stored with the
+sample.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from alpacache.driving.sample import Sample, SampleRef
 from alpacache.sources.source import Source
 
 METHOD = "crop-colour-v1"
-"""Name of what `apply` computes, in a store's identity."""
+"""Names what `apply` computes, in a store's identity."""
 RANGES: Mapping[str, tuple[float, float]] = {
     "brightness": (0.85, 1.15),
     "contrast": (0.85, 1.15),
@@ -28,33 +29,33 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "gamma": (0.85, 1.15),
     "keep": (0.95, 1.0),
 }
-"""What is drawn, uniformly; the place of the crop is uniform over where it fits."""
+"""Ranges of uniform draws; the place of the crop is uniform over where it fits."""
 _DIGITS = 4
 _LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jitter:
-    """What is done to all pictures of one sample. With 1, 1, 1, 1, 1, 0, 0 nothing."""
+    """What is done to all pictures of one sample; 1, 1, 1, 1, 1, 0, 0 changes nothing."""
 
     brightness: float
     """Factor of every colour value, which runs from 0 to 1."""
     contrast: float
-    """Factor of its distance from 0.5."""
+    """Factor of a value's distance from 0.5."""
     saturation: float
-    """Factor of its distance from the pixel's grey."""
+    """Factor of a value's distance from the pixel's grey."""
     gamma: float
-    """Exponent of it."""
+    """Exponent of a value."""
     keep: float
-    """Share of height and of width that the crop keeps."""
+    """Share of the height, and of the width, that the crop keeps."""
     top: float
-    """Where the crop begins, as a share of the height."""
+    """Top edge of the crop, as a share of the height."""
     left: float
-    """And of the width."""
+    """Left edge of the crop, as a share of the width."""
 
 
 def draw(ref: SampleRef, *, seed: int) -> Jitter:
-    """The jitter of a view above 0."""
+    """Draw the jitter of a view above 0."""
     generator = randomness.generator("view", seed, ref.clip_id, ref.t0_us, ref.view)
     uniform = torch.rand(len(RANGES) + 2, generator=generator, dtype=torch.float64).tolist()
     drawn = {
@@ -66,12 +67,12 @@ def draw(ref: SampleRef, *, seed: int) -> Jitter:
 
 
 def apply(frames: NDArray[np.uint8], jitter: Jitter) -> NDArray[np.uint8]:
-    """Jittered pictures `[..., 3, H, W]` of the same shape, RGB. One after the other: a float copy of all is large."""
+    """Jitter RGB pictures `[..., 3, H, W]`, one at a time, since a float copy of all is large."""
     height, width = frames.shape[-2:]
     rows, columns = _crop(height, jitter.keep, jitter.top), _crop(width, jitter.keep, jitter.left)
     table = _table(jitter)
     pictures = frames.reshape(-1, *frames.shape[-3:])
-    found = np.empty(pictures.shape, np.uint8)
+    jittered = np.empty(pictures.shape, np.uint8)
     for number, picture in enumerate(pictures):
         values = torch.from_numpy(table[picture[:, rows, columns]])
         grey = sum(weight * channel for weight, channel in zip(_LUMA, values, strict=True))
@@ -80,32 +81,27 @@ def apply(frames: NDArray[np.uint8], jitter: Jitter) -> NDArray[np.uint8]:
             values = F.interpolate(
                 values[None], size=(height, width), mode="bicubic", antialias=True, align_corners=False
             )[0]
-        found[number] = (values * 255).round_().clamp_(0, 255).to(torch.uint8).numpy()
-    return found.reshape(frames.shape)
+        jittered[number] = (values * 255).round_().clamp_(0, 255).to(torch.uint8).numpy()
+    return jittered.reshape(frames.shape)
 
 
 def load(source: Source, ref: SampleRef, *, cameras: Sequence[str], frames: int, seed: int) -> Sample:
-    """One view of a sample; sources know the pictures as they are only. Raises `BadClipError` as they do.
+    """Load one view of a sample; sources know view 0 alone. Raises `BadClipError` as they do.
 
-    A jittered sample has no calibration: that of the camera is not the crop's.
+    A jittered sample has no calibration: the camera's does not fit the crop.
     """
     sample = source.load(replace(ref, view=0), cameras=cameras, frames=frames)
     if ref.view == 0:
         return sample
     jitter = draw(ref, seed=seed)
-    return replace(
-        sample,
-        ref=ref,
-        frames=apply(sample.frames, jitter),
-        calibration=None,
-        jitter=dataclasses.asdict(jitter),
-    )
+    frames_seen = apply(sample.frames, jitter)
+    return replace(sample, ref=ref, frames=frames_seen, calibration=None, jitter=dataclasses.asdict(jitter))
 
 
 def views_identity(views: int, *, seed: int) -> dict[str, Any] | None:
-    """The part of a store's identity that says how its views are made, not how many: more may be added later.
+    """The part of a store's identity that says how its views are made, but not how many: more may be added later.
 
-    None without views, so that such stores stay what they were.
+    None without views, so that a store without them has the same identity as before views existed.
     """
     if views == 1:
         return None
@@ -113,14 +109,14 @@ def views_identity(views: int, *, seed: int) -> dict[str, Any] | None:
 
 
 def _crop(length: int, keep: float, start: float) -> slice:
-    """The pixels along one axis that a crop keeps: whole ones, inside the picture."""
+    """The whole pixels along one axis that a crop keeps."""
     kept = max(1, round(keep * length))
     first = min(round(start * length), length - kept)
     return slice(first, first + kept)
 
 
 def _table(jitter: Jitter) -> NDArray[np.float32]:
-    """`[256]` what brightness, contrast and gamma make of each value of a uint8, 0 to 1."""
+    """`[256]` what brightness, contrast and gamma make of each uint8 value, from 0 to 1."""
     values = np.arange(256) / 255 * jitter.brightness
     values = np.clip((values - 0.5) * jitter.contrast + 0.5, 0, 1) ** jitter.gamma
     return values.astype(np.float32)
