@@ -66,7 +66,7 @@ class SampleRef:
 
     @classmethod
     def parse(cls, sample_id: str) -> "SampleRef":
-        """From an id as a store takes it (`cache_store.format.names`). Raises `UsageError` for any other."""
+        """Parse a sample id that a store can hold (`cache_store.format.names`). Raises `UsageError` for other text."""
         match, shown = _ID.fullmatch(sample_id), repr(sample_id[:_SHOWN]) + "..." * (len(sample_id) > _SHOWN)
         if match is None:
             raise UsageError(

@@ -175,13 +175,14 @@ def _read_report(report: Path, arrow: Path, samples: int) -> list[list[str]] | N
     import pyarrow as pa
 
     try:
-        written: dict[str, Any] = json.loads(report.read_text())
+        written = json.loads(report.read_text())
+        rejected: list[list[str]] = written["rejected"]
+        written_rows = written["rows"]
         with pa.memory_map(str(arrow)) as file, pa.ipc.open_stream(file) as stream:
             rows = sum(batch.num_rows for batch in stream)
-    except (OSError, ValueError, pa.ArrowException):
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
-    rejected: list[list[str]] = written["rejected"]
-    return rejected if written["rows"] == rows and rows + len(rejected) == samples else None
+    return rejected if written_rows == rows and rows + len(rejected) == samples else None
 
 
 def _finish(

@@ -53,19 +53,27 @@ def select(
     Raises `UsageError` for arguments that make no sense and for a split that holds no clip.
     """
     _check_arguments(split, samples, views, quota)
-    kept = None if quota is None else Quota(source, quota)
+    wanted = None if quota is None else Quota(source, quota)
+    samples_of: Callable[[str], Sequence[SampleRef]]
+    if isinstance(source, FixedSource):
+        samples_of = _fixed_samples(source.sample_refs, source.name, t0)
+    else:
+        samples_of = partial(_Moments.parse(t0, source).of, source)
+    clips = [clip for clip in source.clip_ids if split == "all" or split_of(clip) == split]
+    if not clips:
+        raise UsageError(f"{source.name}: none of its {len(source.clip_ids)} clips falls into the {split} split.")
     refs: list[SampleRef] = []
     rejected: list[Rejected] = []
-    for clip_id, samples_of_clip in _clips(source, split, t0, seed):
-        if kept.is_full if kept is not None else samples is not None and len(refs) >= samples:
+    for clip_id in clips if seed is None else shuffled(source, clips, seed):
+        if wanted.is_full if wanted is not None else samples is not None and len(refs) >= samples:
             break
         try:
-            fitting = samples_of_clip()
+            fitting = samples_of(clip_id)
         except BadClipError as error:
             rejected.append((clip_id, error))
             continue
-        refs += fitting if kept is None else _within(kept, fitting, rejected)
-    return _with_views(refs[:samples], views), rejected
+        refs += fitting if wanted is None else _within(wanted, fitting, rejected)
+    return [replace(ref, view=view) for ref in refs[:samples] for view in range(views)], rejected
 
 
 def shuffled(source: Source, clip_ids: Iterable[str], seed: int) -> list[str]:
@@ -77,24 +85,6 @@ def shuffled(source: Source, clip_ids: Iterable[str], seed: int) -> list[str]:
     if not isinstance(source, GroupedSource):
         return sorted(clip_ids, key=place)
     return sorted(clip_ids, key=lambda clip_id: (place(f"group {source.group_of(clip_id)}"), place(clip_id)))
-
-
-def _clips(
-    source: Source, split: str, t0: str, seed: int | None
-) -> Iterator[tuple[str, Callable[[], list[SampleRef]]]]:
-    """Clips of the split in the order to take them, each with a function that gives its samples."""
-    if isinstance(source, FixedSource):
-        fixed: dict[str, list[SampleRef]] = {}
-        for ref in _select_fixed(source, source.sample_refs, split, t0):
-            fixed.setdefault(ref.clip_id, []).append(ref)
-        for clip_id in fixed if seed is None else shuffled(source, fixed, seed):
-            yield clip_id, partial(list, fixed[clip_id])
-        return
-    moments = _Moments.parse(t0, source)
-    clips = [clip for clip in source.clip_ids if split == "all" or split_of(clip) == split]
-    _check_any(source, clips, split)
-    for clip_id in clips if seed is None else shuffled(source, clips, seed):
-        yield clip_id, partial(moments.of, source, clip_id)
 
 
 def _within(quota: Quota, refs: Iterable[SampleRef], rejected: list[Rejected]) -> list[SampleRef]:
@@ -109,23 +99,16 @@ def _within(quota: Quota, refs: Iterable[SampleRef], rejected: list[Rejected]) -
     return taken
 
 
-def _select_fixed(source: Source, refs: Sequence[SampleRef], split: str, t0: str) -> list[SampleRef]:
+def _fixed_samples(refs: Sequence[SampleRef], name: str, t0: str) -> Callable[[str], Sequence[SampleRef]]:
+    """A function that gives the samples of a clip, all of which are taken."""
     if t0 != DEFAULT_T0:
-        raise UsageError(f"{source.name}: t0 {t0!r} cannot be chosen, its moments were fixed when it was prepared.")
+        raise UsageError(f"{name}: t0 {t0!r} cannot be chosen, its moments were fixed when it was prepared.")
     if any(ref.view for ref in refs):
-        raise UsageError(f"{source.name}: holds views above 0; views are made by extract, prepare the pictures as is.")
-    kept = [ref for ref in refs if split == "all" or split_of(ref.clip_id) == split]
-    _check_any(source, kept, split)
-    return kept
-
-
-def _with_views(refs: Sequence[SampleRef], views: int) -> list[SampleRef]:
-    return [replace(ref, view=view) for ref in refs for view in range(views)]
-
-
-def _check_any(source: Source, kept: Sequence[object], split: str) -> None:
-    if not kept:
-        raise UsageError(f"{source.name}: none of its {len(source.clip_ids)} clips falls into the {split} split.")
+        raise UsageError(f"{name}: holds views above 0; views are made by extract, prepare the pictures as is.")
+    by_clip: dict[str, list[SampleRef]] = {}
+    for ref in refs:
+        by_clip.setdefault(ref.clip_id, []).append(ref)
+    return by_clip.__getitem__
 
 
 class _Moments:
