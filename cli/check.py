@@ -1,4 +1,4 @@
-"""`alpacache check`: recordings before a GPU is rented for them."""
+"""`alpacache check`: faults of recordings, found before a GPU is rented for them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ FAILED, QUARANTINED = 1, 3
 SHEET, REPORT = "contact_sheet.png", "check.json"
 _TITLE = "frames at t0, and the path driven until t0 + 6.4 s; dots are seconds, arrows the heading at the end"
 _SHOWN = 12
-"""Refusals and clips named in the table; JSON has all."""
+"""Most refusals and clips named in the table; JSON has all."""
 
 
 @from_config(CheckConfig)
@@ -80,7 +80,7 @@ def _record(report: "SourceReport") -> dict[str, Any]:
 
 
 def _make_directory(out: str) -> Path:
-    """Before anything is read: what cannot be written is said at once."""
+    """Make the output directory before anything is read. Raises `UsageError` where it cannot be made."""
     from alpacache.errors import UsageError
 
     try:

@@ -1,4 +1,4 @@
-"""`alpacache copy`: a store to another place."""
+"""`alpacache copy`: copies a store to another place."""
 
 import time
 from typing import Annotated
@@ -11,8 +11,12 @@ DAMAGED = 1
 
 
 def copy(
-    source: Annotated[str, typer.Argument(help="Directory of the store, or s3://BUCKET/PREFIX.")],
-    target: Annotated[str, typer.Argument(help="Where the copy goes: a directory or s3://BUCKET/PREFIX.")],
+    source: Annotated[
+        str, typer.Argument(help="Directory of the store, or s3://BUCKET/PREFIX.", callback=options.place)
+    ],
+    target: Annotated[
+        str, typer.Argument(help="Where the copy goes: a directory or s3://BUCKET/PREFIX.", callback=options.place)
+    ],
     json: options.Json = False,
 ) -> None:
     """Copy a store between directories and object storage, every byte checked. Run again to go on where it stopped.

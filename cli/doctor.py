@@ -1,4 +1,4 @@
-"""`alpacache doctor`: what of this machine will and will not work."""
+"""`alpacache doctor`: which commands will work on this machine."""
 
 from typing import Annotated
 
@@ -11,9 +11,12 @@ FAILED = 1
 
 def doctor(
     store: Annotated[
-        str | None, typer.Option(help="Where the store is or will be. [default: the working directory]")
+        str | None,
+        typer.Option(help="Where the store is or will be. [default: the working directory]", callback=options.place),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id or directory whose configs should be readable.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or directory whose configs should be readable.", callback=options.place)
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Check Python, packages, GPU, memory, disk and hub access in seconds. Exit code 1 if anything failed.

@@ -1,4 +1,4 @@
-"""`alpacache eval`: is the straight-line bias gone?"""
+"""`alpacache eval`: whether the straight-line bias is gone."""
 
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,7 @@ def evaluate(config: EvalConfig, json: bool) -> None:
 
 
 def print_summary(summary: "EvalSummary") -> None:
-    """Metrics in metres, and the slope of predicted against driven heading change: 1 is unbiased, 0 drives straight."""
+    """Show metrics in metres, and the slope of predicted against driven heading change: 1 without bias, 0 straight."""
     from alpacache.driving.strata import LATE_CURVE
 
     heads = ["stratum", "samples", "model", *_METRICS.values(), "recall", "heading slope at 6.4 s"]

@@ -1,4 +1,4 @@
-"""The `alpacache` command: one module a group of commands, errors turned into exit codes here.
+"""The `alpacache` command. Each command is a module; errors become exit codes here.
 
 Exit codes: 0 done; 1 failed; 2 bad usage or input, nothing touched; 3 done but samples were quarantined;
 130 interrupted.
@@ -75,12 +75,12 @@ def alpacache(
 
 
 def _anywhere_first(arguments: Sequence[str]) -> list[str]:
-    """Options of the program may stand behind the command, where people look for them."""
+    """Move options of the program to the front: they may stand behind the command, where people put them."""
     return sorted(arguments, key=lambda word: word not in _ANYWHERE)
 
 
 def _print_versions() -> None:
-    """Ours first, then what a report of a problem should say; no library is imported for it."""
+    """Print our version, then what a bug report should say. No library is imported for it."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -138,7 +138,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    """Say it once, however many processes torchrun has started; a failure that only one of them met is always said."""
+    """Print a message and exit. Of torchrun's processes the first says an interruption, each says its own failure."""
     from alpacache.torchrun import this_process
 
     if code == INTERRUPTED and this_process().rank > 0:

@@ -72,12 +72,12 @@ def from_config(
     return decorate
 
 
-def place(text: str) -> str:
-    """A path of a command without a config, with `~` for the home directory."""
+def place(text: str | None) -> str | None:
+    """Callback of a path of a command without a config: expands `~`. Raises `UsageError` for an empty one."""
     try:
-        return str(expand_home(text))
+        return None if text is None else expand_home(text)
     except ValueError as error:
-        raise UsageError(f"{text!r} given; expected {error}.") from None
+        raise UsageError(f"got {text!r}; expected {error}.") from None
 
 
 def _settings(

@@ -1,4 +1,4 @@
-"""What commands have in common on the screen: progress on stderr, one JSON object or a table on stdout."""
+"""What commands show: progress and notes on stderr, one JSON object or tables on stdout."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ _verbosity: Verbosity = "normal"
 
 
 def set_verbosity(verbosity: Verbosity) -> None:
-    """For the whole process: how much stderr says. Results on stdout are the same.
+    """Set how much stderr says, for the whole process. Results on stdout are the same.
 
     Libraries that come with bars of their own look at the environment when they are imported, which is later.
     """
@@ -36,17 +36,17 @@ def set_verbosity(verbosity: Verbosity) -> None:
 
 
 def is_verbose() -> bool:
-    """Whether errors come with their traceback."""
+    """Whether errors are shown with their traceback."""
     return _verbosity == "verbose"
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
+    """Print one JSON object on stdout."""
     sys.stdout.write(strict_json.dumps(value, indent=1) + "\n")
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[str] = ()) -> None:
-    """A table on stdout; without heads the first column is a label. Data is never read as markup."""
+    """Print a table on stdout; without heads the first column is a label. Data is never read as markup."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -68,9 +68,9 @@ def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[st
 
 @contextmanager
 def show_progress(title: str, *, quiet: bool = False) -> Iterator[OnProgress]:
-    """A bar with rate and ETA on stderr; without a terminal, a plain line every ten seconds and at the end.
+    """Show a bar with rate and ETA on stderr; without a terminal, a plain line every ten seconds and at the end.
 
-    With `quiet` warnings only: another process shows how far all are.
+    Shows nothing with `quiet`, as where another process shows the progress of all.
     """
     if quiet or _verbosity == "quiet":
         yield ignore
@@ -110,7 +110,7 @@ def show_progress(title: str, *, quiet: bool = False) -> Iterator[OnProgress]:
 
 
 class _PlainLines:
-    """Progress for logs."""
+    """Progress as plain lines, for logs."""
 
     def __init__(self, title: str) -> None:
         self._title, self._last = title, time.monotonic()
@@ -140,6 +140,6 @@ def _notes(progress: Progress) -> str:
 
 
 def note(text: str) -> None:
-    """One line for a person, on stderr; none with --quiet."""
+    """Print one line for a person on stderr, unless --quiet."""
     if _verbosity != "quiet":
         sys.stderr.write(f"note: {text}\n")

@@ -1,4 +1,4 @@
-"""`alpacache plan`: what both stages will take, before they are begun."""
+"""`alpacache plan`: what both stages will take, worked out beforehand."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""`alpacache prepare`: samples into a self-contained dataset."""
+"""`alpacache prepare`: writes samples as a self-contained dataset."""
 
 import itertools
 import time
@@ -71,7 +71,7 @@ def prepare(config: PrepareConfig, json: bool) -> None:
 
 
 def _picture_fit(model: str | None) -> "PictureFit":
-    """The limits of a processor, the model's or the released ones."""
+    """Pixel limits of the model's image processor, or of the released one."""
     from alpacache.alpamayo.families import RELEASED
     from alpacache.sources.prepared_rows import PictureFit
 
@@ -85,7 +85,7 @@ def _picture_fit(model: str | None) -> "PictureFit":
 
 
 def _report(out: str, written: "Prepared", wanted: "Mapping[Turn, int]", *, as_json: bool) -> None:
-    """What was written; a quota that the source could not fill is said on stderr as well."""
+    """Show what was written. A quota that the source could not fill is said on stderr as well."""
     counts = {turn: written.provenance["strata"][turn] for turn in wanted}
     for turn, count in wanted.items():
         if counts[turn] < count:

@@ -1,4 +1,4 @@
-"""`alpacache probe`: does the frozen VLM know about the curve?"""
+"""`alpacache probe`: whether the frozen VLM knows about the curve."""
 
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ def probe(config: ProbeConfig, json: bool) -> None:
 
 
 def print_report(report: "ProbeReport") -> None:
-    """R^2 on clips not seen, of the vectors that the verdicts rest on; then by layer; then the verdicts."""
+    """Show R^2 on unseen clips, of the vectors that the verdicts rest on; then by layer; then the verdicts."""
     from alpacache.driving.strata import LATE_CURVE
     from alpacache.evaluation.probe import SHUFFLED, TOGETHER
 

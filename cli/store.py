@@ -1,4 +1,4 @@
-"""`alpacache info` and `alpacache verify`: what a store holds, and whether it is sound."""
+"""`alpacache info` and `alpacache verify`: contents of a store, and whether they are sound."""
 
 from typing import Annotated
 
@@ -7,11 +7,11 @@ import typer
 from . import options, output
 
 DAMAGED = 1
-Store = Annotated[str, typer.Argument(help="Directory of the store, or s3://BUCKET/PREFIX.")]
+Store = Annotated[str, typer.Argument(help="Directory of the store, or s3://BUCKET/PREFIX.", callback=options.place)]
 
 
 def info(store: Store, json: options.Json = False) -> None:
-    """What a store holds: samples, sizes by field, the model and settings it was made with."""
+    """Show what a store holds: samples, sizes by field, the model and settings it was made with."""
     from cache_store import CacheReader
     from cache_store import info as read
 

@@ -68,7 +68,7 @@ def train(config: TrainConfig, json: bool) -> None:
 
 
 def _show_plan(plan: "MemoryPlan") -> None:
-    """The memory plan, on stderr."""
+    """Print the memory plan on stderr."""
     how = f"micro-batches of {plan.micro_batch}, {'' if plan.checkpointing else 'no '}checkpointing, {plan.draws} draws"
     output.note(f"GPU memory, planned for {how}:")
     for name, size in plan.table():

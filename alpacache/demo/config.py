@@ -1,4 +1,4 @@
-"""What `demo` is told."""
+"""Settings of `demo`."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from alpacache.config import Config, Place, Seed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig(Config):
-    """The whole story on a CPU."""
+    """Settings of `demo`."""
 
     out: Place = "demo"
     """Directory for everything; must be new or empty."""

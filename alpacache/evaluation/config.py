@@ -1,4 +1,4 @@
-"""What `eval` and `probe` are told."""
+"""Settings of `eval` and `probe`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ def read_compare(written: Any) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig(Config):
-    """Did it help?"""
+    """Settings of `eval`."""
 
     store: Place
     """Store of the samples to judge on, best of held-out clips."""
@@ -74,7 +74,7 @@ class EvalConfig(Config):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeConfig(Config):
-    """What the frozen VLM knows of the road ahead."""
+    """Settings of `probe`."""
 
     store: Place
     """Store to probe: its hidden states, and values where layers are named."""

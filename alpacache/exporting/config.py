@@ -1,4 +1,4 @@
-"""What `export` is told."""
+"""Settings of `export`."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from alpacache.config import Config, Place
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportConfig(Config):
-    """A complete checkpoint again."""
+    """Settings of `export`."""
 
     model: Place
     """Hub id or directory of the model that the run was trained from."""

@@ -1,4 +1,4 @@
-"""What stage one is told."""
+"""Settings of stage one."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -10,7 +10,7 @@ from cache_store import CodecName
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractConfig(SamplesConfig):
-    """Stage one."""
+    """Settings of `extract`."""
 
     model: Place
     """Hub id or directory of an Alpamayo checkpoint."""

@@ -1,4 +1,4 @@
-"""What `plan` is asked, and the sizes that people write."""
+"""Settings of `plan`, and the sizes of cards that people write."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -45,7 +45,7 @@ MemoryBudget = Annotated[str, Written(metavar="SIZE", read=_checked_budget)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanConfig(Config):
-    """What is asked. Fields are `extract`'s and `train`'s of the same names."""
+    """Settings of `plan`; fields are those of `extract` and `train` of the same names."""
 
     samples: Count
     """How many samples: clips times t0s."""
@@ -92,10 +92,10 @@ class PlanConfig(Config):
 
     @property
     def stored(self) -> int:
-        """Samples in the store, each view one."""
+        """Samples in the store; each view is one."""
         return self.samples * self.views
 
     @property
     def tails(self) -> int:
-        """Reasoning rollouts that each is stored with."""
+        """Reasoning rollouts that each sample is stored with."""
         return self.rollouts if self.reasoning == "rollout" else 0

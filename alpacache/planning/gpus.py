@@ -8,19 +8,19 @@ from alpacache.errors import UsageError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """What times of both stages scale with."""
+    """Rates of a card, which the times of both stages scale with."""
 
     name: str
     tflops: float
-    """10^12 bfloat16 operations a second, dense."""
+    """Dense bfloat16 operations a second, in 10^12."""
     memory_gb_s: float
-    """10^9 bytes a second."""
+    """Memory bandwidth, in 10^9 bytes a second."""
     memory_gb: float
-    """As the card is called; about so many GiB."""
+    """Size that the card is named by; about as many GiB."""
 
 
 MEASURED = "h100"
-"""All seconds in `stage_times` were measured on this one."""
+"""The GPU that all seconds in `time_model` were measured on."""
 GPUS: Mapping[str, Gpu] = {
     "h100": Gpu(name="H100 SXM 80GB", tflops=989, memory_gb_s=3350, memory_gb=80),
     "h200": Gpu(name="H200 SXM 141GB", tflops=989, memory_gb_s=4800, memory_gb=141),
@@ -34,8 +34,8 @@ GPUS: Mapping[str, Gpu] = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """A GPU of the table. Raises `UsageError` for any other."""
+    """Look up a GPU by a name such as `4090` or `RTX 4090`. Raises `UsageError` for one that is not in the table."""
     gpu = GPUS.get(name.lower().removeprefix("rtx").strip())
     if gpu is None:
-        raise UsageError(f"--gpu is {name!r}; known: {', '.join(GPUS)}. On the machine itself --probe measures.")
+        raise UsageError(f"gpu is {name!r}; known: {', '.join(GPUS)}. On the machine itself --probe measures.")
     return gpu

@@ -1,4 +1,4 @@
-"""A few seconds of measuring the machine at hand: the disk under a store, and the GPU."""
+"""Short measurements of this machine: the disk under a store, and the GPU."""
 
 import errno
 import os
@@ -16,33 +16,33 @@ from cache_store.storage.local_files import free_bytes, write_new
 from cache_store.storage.storage import is_uri
 
 _FILE_BYTES = 2**24
-"""About a chunk of a store."""
+"""Size of a probe file: about a chunk of a store."""
 _PROBE_BYTES, _LEAST_BYTES = 2**29, 2**20
 _AT_ONCE = 4
-"""Files that are written at a time, as those of a sample are."""
+"""Files that are written at a time, as a sample's are."""
 _READERS = 8
 _LIMIT_S = 8.0
-"""Of writing, and again of reading: a slow medium is measured with fewer files."""
+"""Longest time spent writing, and again reading: a slow medium is measured with fewer files."""
 _MATRIX = 8192
 _MATMUL_SHARE = 0.8
 _COPY_SHARE = 0.9
-"""What a large product and a large copy are assumed to reach of the data sheet: rates are given as a data sheet would,
-because that is what times are scaled by."""
+"""Parts of a data sheet's rates that a large product and a large copy are assumed to reach. Measured rates are divided
+by them, because times are scaled by data sheets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSpeed:
-    """Bytes a second of files as a store has them, several at a time."""
+    """Throughput of files as large as a store's, several at a time."""
 
     write_bytes_s: float
-    """Until they are on the medium."""
+    """Bytes a second, until they are on the medium."""
     read_bytes_s: float
-    """After the page cache was told to forget them; a file system without a medium reads from RAM all the same."""
+    """Bytes a second, after the page cache was told to drop them. A file system without a medium reads from RAM."""
     probe_bytes: int
 
 
 def existing_folder(path: Path | str) -> Path:
-    """The folder itself, or the nearest one above it that is there. Raises `UsageError` for object storage."""
+    """Return the folder, or the nearest existing one above it. Raises `UsageError` for object storage."""
     if is_uri(path):
         raise UsageError(f"{path} is object storage, whose room and speed are not known here; leave --store out.")
     folder = Path(path).expanduser().absolute()
@@ -52,9 +52,9 @@ def existing_folder(path: Path | str) -> Path:
 
 
 def disk_speed(path: Path | str) -> DiskSpeed:
-    """Write files at the path as a store's are written, force them to the medium, read them back and remove them.
+    """Write files as a store does, force them to the medium, read them back and remove them.
 
-    Together they have 512 MB, or a tenth of what is free. Raises `OSError` where nothing can be written.
+    They take 512 MB together, or a tenth of the free space. Raises `OSError` where nothing can be written.
     """
     folder = existing_folder(path)
     size = min(_PROBE_BYTES, free_bytes(folder) // 10)
@@ -87,14 +87,14 @@ def disk_speed(path: Path | str) -> DiskSpeed:
 
 
 def _forget(file: Path) -> None:
-    """Ask the system to drop the file from the page cache."""
+    """Ask the system to drop a file from the page cache."""
     if hasattr(os, "posix_fadvise"):
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def gpu_speed(number: int = 0) -> Gpu:
-    """Rates of products of bfloat16 matrices and of copies in memory. Needs CUDA."""
+    """Measure products of bfloat16 matrices and copies in memory, and return the rates that a data sheet would give."""
     import torch
 
     device = torch.device("cuda", number)
@@ -113,10 +113,10 @@ def gpu_speed(number: int = 0) -> Gpu:
             times.append(begin.elapsed_time(end) / 8e3)
         return min(times)
 
-    found = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     return Gpu(
-        name=found.name,
+        name=properties.name,
         tflops=2 * _MATRIX**3 / best_seconds("product") / 1e12 / _MATMUL_SHARE,
         memory_gb_s=2 * left.nbytes / best_seconds("copy") / 1e9 / _COPY_SHARE,
-        memory_gb=found.total_memory / 2**30,
+        memory_gb=properties.total_memory / 2**30,
     )

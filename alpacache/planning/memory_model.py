@@ -1,8 +1,8 @@
-"""What a run of stage two takes of a GPU, worked out before its first step, and the settings that make it fit.
+"""GPU memory that a training run takes, worked out before its first step, and the settings that make it fit.
 
-The peak is at the end of the backward, or at the end of the last forward: gradients come as activations go, so the two
-share their memory, unless gradients of an earlier micro-batch are there already. What an activation takes was measured
-on an H100 (`benchmarks/results/`); everything else is counted.
+The peak is at the end of the backward or of the last forward. Gradients appear as activations go, so the two share
+memory, unless an earlier micro-batch has left gradients already. The size of activations was measured on an H100
+(`benchmarks/results/`); everything else is counted.
 """
 
 from collections.abc import Iterable
@@ -17,23 +17,23 @@ from alpacache.planning.workload import BF16_BYTES, VAL_BATCH, MemoryPlan, Workl
 from alpacache.prefix.layout import LEAST_DECODED
 
 _SAVED = {("all", False): (44, 8), ("all", True): (21, 6), ("lora", False): (30, 8), ("lora", True): (19, 6)}
-"""What is trained, whether layers are compiled -> bytes that a token keeps in a layer for the backward, in parts of the
-hidden and of the intermediate size (measured; `head` is like `all`)."""
+"""(what is trained, whether layers are compiled) -> bytes that a layer keeps of a token for the backward, as multiples
+of the hidden and the intermediate size (measured; `head` is like `all`)."""
 _WORKSPACE_BYTES = 112 * 2**20
-"""Of cuBLAS for three streams, and small tensors (measured)."""
+"""cuBLAS workspaces of three streams, and small tensors (measured)."""
 _GAPS = 0.02
-"""Pages that nothing fills, as a part of what a step allocates (measured)."""
+"""Share of what a step allocates that is lost to pages nothing fills (measured)."""
 _HOLES = 0.25
-"""Part of the activations that lies too scattered for gradients to take over (measured: a tenth to a half)."""
+"""Share of the activations that lies too scattered for gradients to reuse (measured: a tenth to a half)."""
 _MARGIN = 0.03
-"""Of the cap, left where a slower choice does not need it: as exact as a plan is."""
+"""Share of the cap that is left free where a slower choice does not need it: a plan is no more exact."""
 _ROOM, _MOST_MORE = 0.06, 1 / 7
-"""Decoded layers beyond the least leave that part of the cap, and take no more than that part of everything else: they
-make a step some 3 % shorter, and a run that needs little of a card should stay so."""
+"""Layers kept decoded beyond the least leave `_ROOM` of the cap free and take at most `_MOST_MORE` of everything else.
+They make a step some 3 % shorter, and a run that needs little of a card should stay so."""
 
 
 def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: bool) -> MemoryPlan:
-    """What these settings take."""
+    """Work out what these settings take."""
     row = work.layout.row_bytes(work.longest)
     tokens = micro_batch * draws * FUTURE_STEPS
     gradients = work.trained * BF16_BYTES
@@ -71,11 +71,11 @@ def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: 
 def fastest_plan(
     work: Workload, *, draws: int, micro_batch: int | None, checkpointing: bool | None, cap_bytes: int
 ) -> MemoryPlan:
-    """Of the settings that fit, those that should be fastest; what is not None stays.
+    """Choose the fastest of the settings that fit; what is not None stays.
 
-    Raises `UsageError` where nothing fits: with what the least takes, and what to change.
+    Raises `UsageError` where nothing fits, with what the smallest settings take and what to change.
     """
-    sizes = list(_halves(work.batch_size)) if micro_batch is None else [min(micro_batch, work.batch_size)]
+    sizes = list(_halvings(work.batch_size)) if micro_batch is None else [min(micro_batch, work.batch_size)]
     choices = [False, True] if checkpointing is None else [checkpointing]
     plans = [
         memory_plan(work, draws=draws, micro_batch=size, checkpointing=choice) for size in sizes for choice in choices
@@ -94,7 +94,7 @@ def fastest_plan(
 
 
 def with_room_used(work: Workload, plan: MemoryPlan, *, cap_bytes: int) -> MemoryPlan:
-    """The plan with as many layers kept decoded as there is room for."""
+    """Keep as many layers decoded as there is room for."""
     each = _decoded_bytes(work, plan.micro_batch)
     if each == 0:
         return plan
@@ -112,12 +112,12 @@ def _activations(work: Workload, tokens: int, *, checkpointing: bool) -> int:
 
 
 def _decoded_bytes(work: Workload, samples: int) -> int:
-    """One decoded layer; bfloat16 is read where it lies."""
+    """Size of one decoded layer; zero for bfloat16, which is read where it lies."""
     layout = work.layout
     return 0 if layout.codec is None else samples * work.longest * 2 * layout.kv_heads * layout.head_dim * BF16_BYTES
 
 
-def _halves(size: int) -> Iterable[int]:
+def _halvings(size: int) -> Iterable[int]:
     while size > 1:
         yield size
         size = -(-size // 2)
@@ -125,6 +125,7 @@ def _halves(size: int) -> Iterable[int]:
 
 
 def _remedy(work: Workload, least: MemoryPlan, cap_bytes: int) -> str:
+    """What to change so that the smallest settings would fit."""
     row_pair = 2 * work.layout.row_bytes(work.longest)
     spare = cap_bytes - (least.device_bytes - least.prefixes)
     if (batch := min(work.batch_size - 1, spare // row_pair)) >= 1:

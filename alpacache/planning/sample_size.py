@@ -1,4 +1,4 @@
-"""A sample that does not exist yet: its prompt and the bytes that it will take in a store."""
+"""Prompt and size of a sample before it exists, counted from one that has every length but no content."""
 
 from dataclasses import dataclass
 
@@ -23,31 +23,31 @@ from cache_store.format.sample_group import Value
 from cache_store.upkeep.store_info import sample_size
 
 JPEG_BYTES = 25_000
-"""Assumed of the small front picture."""
+"""Size assumed for the small front picture."""
 _TEXT_BYTES = 8
-"""Assumed of a generated token's text."""
+"""Bytes of text assumed for a generated token."""
 CLIP_ID = "0" * 36
-"""As long as PhysicalAI-AV's."""
+"""A clip id as long as PhysicalAI-AV's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedPrompt:
-    """What the VLM will read of a sample."""
+    """The prompt that the VLM will read for a sample."""
 
     cameras: tuple[str, ...]
     frames: int
     text: str
     tokens: int
-    """Of the whole prefix."""
+    """Length of the whole prefix."""
     tokens_an_image: int
     question_tokens: int
-    """Between the stem and a reasoning rollout's text."""
+    """Tokens between the stem and a reasoning rollout's text."""
 
 
 def planned_prompt(
     checkpoint: Checkpoint | None, cameras: tuple[str, ...], *, frames: int, picture: tuple[int, int]
 ) -> PlannedPrompt:
-    """The direct prompt, counted with the checkpoint's tokenizer; without one as counted for the released R1.
+    """Count the direct prompt with the checkpoint's tokenizer, or without one as for the released R1.
 
     Args:
         cameras: names, sorted by index.
@@ -84,9 +84,9 @@ def sample_bytes(
     jpeg_bytes: int = JPEG_BYTES,
     rollouts: int = 0,
 ) -> dict[str, int]:
-    """Bytes of one sample by field, as `info` counts them, from a sample that has every length but no content.
+    """Count the bytes of one sample by field, as `info` does.
 
-    Reasoning rollouts are as long as they can get: an upper bound.
+    Reasoning rollouts are taken to be as long as they can get, so their bytes are an upper bound.
     """
     cameras, tokens = prompt.cameras, prompt.tokens
     counts = ("stem_len", "prefix_len", "rope_delta", "start_position", "t0_us", "view")

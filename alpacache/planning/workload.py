@@ -1,22 +1,21 @@
-"""What a training step is to hold, and the table of what it takes."""
+"""What a training step holds, as far as memory and time depend on it, and the plan of the memory it takes."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from alpacache.alpamayo.geometry import EXPERT_LINEARS, HEAD_TENSORS
 from alpacache.planning.config import CONTEXT_BYTES
 from alpacache.prefix.layout import PrefixLayout
 
 _BYTES = {"adamw": 4.0, "adamw8": 3.0 + 3 * 2 / 128}
-"""State of a bf16 parameter: two bf16 moments; residual, two codes and three bf16 scales a group of 128."""
+"""Optimizer state of a bf16 parameter: two bf16 moments; or a residual, two codes and three scales for each 128."""
 
 
 def trained_counts(shapes: Mapping[str, tuple[int, ...]], which: str, lora_rank: int) -> tuple[int, int]:
-    """Parameters of the expert, and how many of them (or of adapters and head) `choose_trainable` would return.
+    """Count the expert's parameters, and those that `choose_trainable` would return.
 
-    `shapes`: of the expert's tensors by their names in the checkpoint.
+    `shapes`: the expert's tensors by their names in the checkpoint.
     """
     counts = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(".freqs")}
     head = sum(count for name, count in counts.items() if name.startswith(HEAD_TENSORS))
@@ -30,28 +29,28 @@ def trained_counts(shapes: Mapping[str, tuple[int, ...]], which: str, lora_rank:
 
 
 VAL_BATCH = 2
-"""Samples of a validation batch: enough to keep a GPU busy, few enough not to be what decides on the memory."""
+"""Samples of a validation batch: enough to keep a GPU busy, too few to decide on the memory."""
 MAX_DRAWS = 8
-"""More draws of one sample tell next to nothing new."""
+"""Most draws a sample: more tell next to nothing new."""
 _GATE = ".mlp.gate_proj.weight"
-"""Of every layer one: `[intermediate, hidden]`."""
+"""A tensor that each layer has once: `[intermediate, hidden]`."""
 BF16_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is trained, on what, as far as memory depends on it."""
+    """What is trained and on what, as far as memory and time depend on it; `plan` and `train` both plan for one."""
 
     parameters: int
-    """Of expert and projections."""
+    """Parameters of expert and projections."""
     trained: int
-    """Of them, or of the adapters and the head."""
+    """Trained parameters: of those, or of adapters and head."""
     layers: int
     hidden: int
     intermediate: int
     layout: PrefixLayout
     longest: int
-    """Tokens of the longest prefix."""
+    """Length of the longest prefix in tokens."""
     batch_size: int
     trainable: str
     optimizer: str
@@ -59,7 +58,7 @@ class Workload:
     compiled: bool
     validates: bool
     pinned_bytes: int | None = None
-    """Of samples kept in host memory; None: only the ring's."""
+    """Size of samples kept in host memory; None: only the ring's."""
 
     @classmethod
     def of(
@@ -70,9 +69,13 @@ class Workload:
         *,
         trainable: str,
         lora_rank: int,
-        **rest: Any,
+        batch_size: int,
+        optimizer: str,
+        compiled: bool,
+        validates: bool,
+        pinned_bytes: int | None = None,
     ) -> "Workload":
-        """`shapes`: of the tensors of expert and projections, by name in the checkpoint."""
+        """Measure a model by the `shapes` of its expert and projections, by name in the checkpoint."""
         parameters, trained = trained_counts(shapes, trainable, lora_rank)
         gates = [shape for name, shape in shapes.items() if name.endswith(_GATE)]
         intermediate, hidden = gates[0]
@@ -84,20 +87,24 @@ class Workload:
             intermediate=intermediate,
             layout=layout,
             longest=longest,
+            batch_size=batch_size,
             trainable=trainable,
-            **rest,
+            optimizer=optimizer,
+            compiled=compiled,
+            validates=validates,
+            pinned_bytes=pinned_bytes,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes, and the settings they are for."""
+    """GPU memory in bytes, and the settings it is for."""
 
     micro_batch: int
     checkpointing: bool
     draws: int
     decoded_layers: int
-    """Of a micro-batch, kept decoded: what there is room for need not be decoded again for the backward."""
+    """Layers of a micro-batch that stay decoded, so that the backward need not decode them again."""
     weights: int
     gradients: int
     moments: int
@@ -107,7 +114,7 @@ class MemoryPlan:
     """The decoded layers."""
     activations: int
     shared: int
-    """Of gradients and activations, what is first the one and then the other."""
+    """Memory of activations that gradients use again."""
     validation: int
     workspace: int
     pinned: int
@@ -115,12 +122,12 @@ class MemoryPlan:
 
     @property
     def device_bytes(self) -> int:
-        """Peak of what the allocator will have reserved."""
+        """Peak of what the allocator reserves."""
         parts = self.weights + self.gradients + self.moments + self.prefixes + self.decoding
         return parts + self.activations - self.shared + self.validation + self.workspace
 
     def device_table(self) -> list[tuple[str, int]]:
-        """What `device_bytes` is made of, and it: what, bytes."""
+        """Lines that make up `device_bytes`, and the sum: (what, bytes)."""
         return [
             ("weights", self.weights),
             ("gradients", self.gradients),
@@ -135,11 +142,11 @@ class MemoryPlan:
         ]
 
     def table(self) -> list[tuple[str, int]]:
-        """Lines of the table: what, bytes."""
+        """Lines of the table with what lies beside the allocator: (what, bytes)."""
         beside = [("CUDA context, beside it", CONTEXT_BYTES), ("pinned host memory", self.pinned)]
         return [*self.device_table(), *beside]
 
 
 def state_bytes(name: str, parameter_count: int) -> int:
-    """About what the state of bf16 parameters takes; `name`: `adamw8` or `adamw`."""
+    """Size of the optimizer state of bf16 parameters, about; `name`: `adamw8` or `adamw`."""
     return round(_BYTES[name] * parameter_count)

@@ -1,4 +1,4 @@
-"""What `prepare` and `check` are told, and the choice of samples that `extract` is told too."""
+"""Settings of `prepare` and `check`, and the choice of samples that `extract` has too."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -15,7 +15,7 @@ Frames = Annotated[int, Ge(1), Le(4)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplesConfig(Config):
-    """Which samples of a source."""
+    """Choice of samples of a source."""
 
     source: Place
     """`folder:DIR`, `pai`, `pai:DIR`, `hf:PATH`, `synthetic:N`, or a directory that `prepare` wrote."""
@@ -33,7 +33,7 @@ class SamplesConfig(Config):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareConfig(SamplesConfig):
-    """Samples as a self-contained dataset."""
+    """Settings of `prepare`."""
 
     out: Place
     """Directory for the Hugging Face dataset; must not exist."""
@@ -53,7 +53,7 @@ class PrepareConfig(SamplesConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckConfig(SamplesConfig):
-    """Recordings before a GPU is rented for them."""
+    """Settings of `check`."""
 
     out: Place | None = None
     """Directory for `contact_sheet.png` and `check.json`. Default: nothing written."""

@@ -1,4 +1,4 @@
-"""What stage two is told."""
+"""Settings of stage two."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def _count_or_auto(written: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig(Config):
-    """Stage two."""
+    """Settings of `train`."""
 
     stores: Annotated[tuple[str, ...], MinLen(1), Written(metavar="PATH[=WEIGHT]", read=expand_home, repeatable=True)]
     """Store to train from (also s3://), `PATH` or `PATH=WEIGHT`; repeatable. Without weights every sample comes once an

@@ -169,3 +169,15 @@ def test_help_shows_groups_defaults_and_what_is_required(run_here, monkeypatch):
 def test_a_panel_of_no_field_is_refused():
     with pytest.raises(AssertionError):
         from_config(DemoConfig, panels={"Other": "sed"})
+
+
+@pytest.mark.parametrize("arguments", [["info", ""], ["verify", ""], ["copy", "a", ""], ["doctor", "--store", ""]])
+def test_an_empty_path_is_refused(arguments, run_here):
+    assert "got ''; expected a path or name" in run_here(*arguments, code=2).stderr
+
+
+def test_the_home_directory_is_found_without_a_shell(tmp_path, monkeypatch, run_here):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{tmp_path}/nowhere" in run_here("info", "~/nowhere", code=2).stderr
+    assert f"{tmp_path}/nowhere" in run_here("check", "folder:~/nowhere", code=2).stderr
+    assert list(tmp_path.iterdir()) == []
