@@ -8,14 +8,13 @@ import torch
 from pydantic import BeforeValidator, Field, field_validator
 
 from alpacache.alpamayo.family import AlpamayoConfig, Family
-from alpacache.alpamayo.foreign_json import Count, Fraction, Number, Schema, Width, conform
+from alpacache.alpamayo.foreign_json import Count, Fraction, Number, Pixels, Schema, Width, conform
 from alpacache.alpamayo.geometry import Geometry, Released, expert_shapes
 from alpacache.alpamayo.history_tokens import HistoryTokens
 from alpacache.alpamayo.prompt import PromptFormat
 from alpacache.driving.action_space import UnicycleActionSpace
 
 _Id = Annotated[int, Field(ge=0, lt=2**20)]
-_Pixels = Annotated[int, Field(ge=1, le=2**26)]
 _XYZ = Annotated[tuple[Number, Number, Number], Field(strict=False)]
 _Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -104,8 +103,8 @@ class _Config(Schema):
     traj_tokenizer_cfg: _FutureTokenizer | None = None
     dtype: Annotated[Literal["bfloat16", "float32"] | None, BeforeValidator(_without_package)] = None
     torch_dtype: Annotated[Literal["bfloat16", "float32"] | None, BeforeValidator(_without_package)] = None
-    min_pixels: _Pixels | None = None
-    max_pixels: _Pixels | None = None
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
 
 
 def read_flat_config(family: Family, raw: Mapping[str, Any], path: Path) -> AlpamayoConfig:

@@ -23,6 +23,8 @@ Count = Annotated[int, Field(ge=1, le=1024)]
 """Layers, heads and other things that are made one by one."""
 Width = Annotated[int, Field(ge=1, le=2**20)]
 """Channels, tokens of a vocabulary, positions."""
+Pixels = Annotated[int, Field(ge=1, le=2**26)]
+"""Area of an image."""
 Fraction = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 

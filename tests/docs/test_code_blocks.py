@@ -19,6 +19,7 @@ import pytest
 from markdown_pages import ROOT, blocks, pages, prose
 
 import alpacache
+from alpacache.alpamayo.families import FAMILIES
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.config import read_toml
 from alpacache.evaluation.config import EvalConfig
@@ -30,7 +31,7 @@ from cache_store.kv.registry import KINDS
 
 SHELL = [block for page in pages() for block in blocks(page, "sh", "bash", "shell")]
 PYTHON_PAGES = [page for page in pages() if blocks(page, "python")]
-ONE_PROGRAM = {"add-a-codec.md"}
+ONE_PROGRAM = {"add-a-codec.md", "add-a-model.md"}
 """Pages whose Python blocks go on from each other."""
 FOREIGN = {
     *("--repo-type", "--local-dir", "--include"),  # hf download
@@ -183,7 +184,7 @@ def run_python(code):
 def registries():
     """What pages register is forgotten afterwards."""
     with contextlib.ExitStack() as stack:
-        for registry in (KINDS, CODECS, TENSOR_CODECS):
+        for registry in (KINDS, CODECS, TENSOR_CODECS, FAMILIES):
             stack.enter_context(patch.dict(registry))
         yield
 
