@@ -24,7 +24,8 @@ from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.extract import extract
 from alpacache.progress import OnProgress
 from alpacache.training.config import TrainConfig
-from alpacache.training.train import TrainReport, train
+from alpacache.training.run_log import TrainReport
+from alpacache.training.train import train
 
 WEIGHTS = "demo_model.safetensors"
 MODEL_NAME = "Demo-R1"

@@ -1,10 +1,11 @@
-"""Writing checkpoints while training goes on: a copy in host memory, a thread that brings it to the medium.
+"""Writes checkpoints while training goes on: from a copy in host memory, by a thread.
 
 At full size a checkpoint is 11 GB: two hundred steps of an H100 pass while a disk takes it.
 """
 
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -13,18 +14,18 @@ from alpacache.training.run_directory import RunCheckpoint, RunDirectory
 
 _log = logging.getLogger(__name__)
 _SPARE_BYTES = 4 * 2**30
-"""RAM that a copy leaves to the rest of a run."""
+"""RAM that a copy must leave to the rest of the run."""
 
 
 class CheckpointWriter:
-    """One checkpoint at a time. An error of a write is met by the next `save`, or raised when the writer is left."""
+    """Writes one checkpoint at a time. The error of a write is met by the next `save`, or raised on leaving."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._written: Future[None] | None = None
+        self._written: Future[Path] | None = None
         self._step = 0
-        """Of the last one that was begun."""
+        """Step of the last checkpoint that was begun."""
 
     def __enter__(self) -> Self:
         return self
@@ -32,7 +33,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Let the last write end."""
+        """Wait for the last write."""
         try:
             self.wait()
         finally:
@@ -41,22 +42,17 @@ class CheckpointWriter:
     def save(self, step: int, content: RunCheckpoint, *, keep: int, best: int | None = None) -> None:
         """Begin to write a checkpoint, once the one before is written.
 
-        If that one failed, or without room for a copy in RAM, it is written before this returns. Raises `DataError` as
-        `RunDirectory.save`.
+        If that one failed, or where RAM has no room for a copy, the checkpoint is written before this returns. Raises
+        `DataError` as `RunDirectory.save` does.
         """
-        failed = self._has_failed(step)
-
-        def write() -> None:
+        if self._last_failed(step) or not _has_room(content.size_bytes):
             self._directory.save(step, content, keep=keep, best=best)
-
-        if failed or not _has_room(content.size_bytes):
-            write()
             return
-        content = content.on_host()
-        self._written, self._step = self._pool.submit(write), step
+        self._step = step
+        self._written = self._pool.submit(self._directory.save, step, content.on_host(), keep=keep, best=best)
 
-    def _has_failed(self, step: int) -> bool:
-        """Whether the write before did. It is no reason to lose what has been learnt since: there may be room now."""
+    def _last_failed(self, step: int) -> bool:
+        """Whether the last write failed. What has been learnt since need not be lost: there may be room now."""
         try:
             self.wait()
         except OSError as error:
@@ -72,7 +68,7 @@ class CheckpointWriter:
         return False
 
     def wait(self) -> None:
-        """All that was begun is on the medium."""
+        """Wait until all that was begun is on the medium; raises the error of a failed write."""
         written, self._written = self._written, None
         if written is not None:
             written.result()
@@ -81,5 +77,5 @@ class CheckpointWriter:
 def _has_room(size_bytes: int) -> bool:
     try:
         return size_bytes + _SPARE_BYTES <= available_bytes()
-    except OSError:  # no system that tells
+    except OSError:  # the system does not tell
         return False

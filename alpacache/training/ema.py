@@ -1,10 +1,10 @@
 """An exponential moving average of the trained weights, float32 in host memory.
 
-It takes nothing of the GPU, but each update copies all trained weights to the host; so it is made every so many steps,
-with the decay of all of them together.
+It takes no GPU memory, but each update copies all trained weights to the host. So it is updated only every so many
+steps, with the decay of all of them together.
 
-A checkpoint in between has the average of the last update and how many steps it is behind. So a resumed run updates it
-as if nothing had happened, and `up_to_date` makes it whole of the checkpoint's own weights for whoever uses it.
+A checkpoint in between holds the average of the last update and how many steps it is behind. A resumed run then updates
+it as if nothing had happened, and whoever uses it brings it up to the checkpoint's own weights with `up_to_date`.
 """
 
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ from torch import Tensor
 
 
 class WeightAverage:
-    """Average over a run of what `choose_trainable` returned."""
+    """Moving average of the parameters that `choose_trainable` returned."""
 
     def __init__(self, parameters: Mapping[str, Tensor], *, decay: float, every: int) -> None:
-        """`decay` is that of one step; the average begins at the weights as they are."""
+        """`decay` is that of one step; the average begins at the current weights."""
         self._parameters, self._decay, self._every = dict(parameters), decay, every
-        self._behind: int | None = 0
+        self._behind = 0
         self._average = {
             name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in parameters.items()
         }
 
     @torch.no_grad()
     def after(self, step: int) -> None:
-        """To be called after every step; does something after every so many."""
-        self._behind = 1 + ((step - 1) % self._every if self._behind is None else self._behind)
+        """Count a step, and update when it is time; to be called after every step."""
+        self._behind += 1
         if step % self._every == 0:
             share = 1.0 - self._decay**self._behind
             for name, average in self._average.items():
@@ -36,26 +36,26 @@ class WeightAverage:
             self._behind = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """The average of the last update by parameter name."""
+        """The average as last updated, by parameter name."""
         return dict(self._average)
 
     @property
     def state(self) -> dict[str, Any]:
-        """What `load` and `up_to_date` need beside the tensors: `decay` of a step, steps `behind`."""
-        return {"decay": self._decay, "behind": self._behind or 0}
+        """What `load` and `up_to_date` need besides the tensors: `decay` of a step, steps `behind`."""
+        return {"decay": self._decay, "behind": self._behind}
 
-    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
-        """Go on from a saved average; without `state`, which old checkpoints lack, by the number of the next step."""
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Go on from a saved average."""
         for name, average in self._average.items():
             average.copy_(tensors[name])
-        self._behind = None if state is None else state["behind"]
+        self._behind = state["behind"]
 
 
 @torch.no_grad()
 def up_to_date(
     average: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, decay: float, behind: int
 ) -> dict[str, Tensor]:
-    """An average with the steps that it is behind: `weights`, as they are after them, count for all of them."""
+    """Average brought up to date: `weights`, as they are now, count for all steps that it is behind."""
     share = 1.0 - decay**behind
     return {name: tensor.lerp(_on_host(weights[name]), share) for name, tensor in average.items()}
 

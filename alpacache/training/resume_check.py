@@ -1,15 +1,12 @@
-"""What a run is of: its samples and settings, compared among its processes and with who goes on with it.
+"""The samples and settings of a run, compared among its processes and with those of a later call that resumes it.
 
-A run is exact only for the samples that it began with, in their order, because which one comes when depends on all of
-them.
+A run can go on exactly only with the samples that it began with, in their order: all of them decide which one comes
+when.
 """
 
-import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from alpacache.alpamayo import Checkpoint
@@ -17,7 +14,6 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import model_identity
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
-from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import MODEL, RunDirectory
 from cache_store import differences
 
@@ -44,25 +40,20 @@ _FREE_TO_CHANGE = {
     "track",
     "micro_batch",
 }
-"""Config keys that do not change what a step computes; `stores` and `model` may move, their identity is checked.
+"""Settings that do not change what a step computes; `stores` and `model` may move, their identity is checked.
 
-`micro_batch` changes how sums are rounded: unless another is given, a run keeps its own.
+`micro_batch` changes how sums are rounded: a run keeps its own unless another is given.
 """
-_OF_A_MACHINE = {"resume", "out", "device", "model", "stores", "val", "in_memory", "memory_budget", "track", "keep"}
-"""Config keys that may differ among the processes of a run; what the paths lead to may not."""
+_MACHINE_SETTINGS = {"resume", "out", "device", "model", "stores", "val", "in_memory", "memory_budget", "track", "keep"}
+"""Settings that may differ among the processes of a run; what their paths lead to may not."""
 
 
-def total_steps(config: TrainConfig, samples: int) -> int:
-    """Steps of the whole run."""
-    return config.steps or math.ceil((config.epochs or 0) * samples / config.batch_size)
+def stores_record(paths: Sequence[str], data: CachedDataset) -> list[dict[str, Any]]:
+    """Path, samples and identity of each store that a dataset was opened from; plain JSON."""
+    return [_store_record(path, data, indices) for path, indices in zip(paths, data.store_ranges, strict=True)]
 
 
-def stores_record(config: TrainConfig, data: CachedDataset) -> list[dict[str, Any]]:
-    """Of each store, in order: its path, its samples, and what their features are; plain JSON."""
-    return [_record(path, data, indices) for path, indices in zip(config.store_paths, data.store_ranges, strict=True)]
-
-
-def _record(path: str, data: CachedDataset, indices: range) -> dict[str, Any]:
+def _store_record(path: str, data: CachedDataset, indices: range) -> dict[str, Any]:
     ids = hashlib.sha256()
     for index in indices:
         ids.update(f"{data.sample_id(index)}\n".encode())
@@ -73,21 +64,32 @@ def _record(path: str, data: CachedDataset, indices: range) -> dict[str, Any]:
 
 
 def _without_revision(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain directory knows none; the VLM is known by its weights."""
+    """A model's identity without its revision: a plain directory knows none, and the VLM is known by its weights."""
     return {key: value for key, value in model.items() if key != "revision"}
 
 
-def check_alike(
-    config: TrainConfig,
+def check_processes_agree(
+    world: World,
+    settings: Mapping[str, Any],
+    *,
     directory: RunDirectory,
     checkpoint: Checkpoint,
     stores: Sequence[Mapping[str, Any]],
     val: CachedDataset | None,
-    world: World,
+    total: int,
 ) -> None:
-    """Refuse to begin where the processes see different things: they would train apart, or wait for each other.
+    """Refuse to begin where processes see different things: they would train apart, or wait for each other.
 
-    `stores`: their `stores_record`. Raises `UsageError` in all processes, with what each sees.
+    Raises `UsageError` in all processes, with what each sees.
+
+    Args:
+        world: the processes.
+        settings: fields of the config.
+        directory: of the run.
+        checkpoint: the base model.
+        stores: their `stores_record`.
+        val: held-out samples.
+        total: steps of the whole run.
     """
     if world.size == 1:
         return
@@ -95,19 +97,20 @@ def check_alike(
     seen = {
         "checkpoint to go on from": _newest(directory),
         "model": f"{model['id']} ({_digest(model)[:8]})",
-        "samples of --store": _in_short(stores),
-        "samples of --val": "none" if val is None else _in_short([_record("", val, range(len(val)))]),
-        "steps in all": total_steps(config, sum(store["samples"] for store in stores)),
+        "samples of --store": _samples_text(stores),
+        "samples of --val": "none" if val is None else _samples_text([_store_record("", val, range(len(val)))]),
+        "steps in all": total,
     }
-    settings = dataclasses.asdict(config)
-    seen |= {key: value for key, value in settings.items() if key not in _OF_A_MACHINE}
-    every = world.all_gather(seen)
+    seen |= {key: value for key, value in settings.items() if key not in _MACHINE_SETTINGS}
+    views = world.all_gather(seen)
     lines = [
-        f"{key}: {_by_process([one[key] for one in every])}" for key in seen if len({repr(o[key]) for o in every}) > 1
+        f"{key}: {_by_process([view[key] for view in views])}"
+        for key in seen
+        if len({repr(view[key]) for view in views}) > 1
     ]
     if lines:
         raise UsageError(
-            f"the {world.size} processes of {config.out} do not see the same:\n  "
+            f"the {world.size} processes of {settings['out']} do not see the same:\n  "
             + "\n  ".join(lines)
             + "\nNothing was changed. Put run directory and stores where every machine sees them, wait until nothing "
             "writes to the stores any more (`alpacache extract`), and start all processes with the same options."
@@ -121,12 +124,12 @@ def _newest(directory: RunDirectory) -> str:
     return f"step {steps[-1]} (crc32c {directory.state(steps[-1])['files'][MODEL]['crc32c']})"
 
 
-def _in_short(stores: Sequence[Mapping[str, Any]]) -> str:
+def _samples_text(stores: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{store['samples']} of digest {_fingerprint(store)[:8]}" for store in stores)
 
 
 def _fingerprint(store: Mapping[str, Any]) -> str:
-    """Of a store's samples and features, wherever it lies."""
+    """Digest of a store's samples and identity, wherever it lies."""
     return _digest([store["ids_sha256"], store["identity"]])
 
 
@@ -135,31 +138,36 @@ def _digest(content: object) -> str:
 
 
 def _by_process(values: Sequence[object]) -> str:
-    """`4 in process 0; none in process 1, 2`."""
+    """Text such as `4 in process 0; none in process 1, 2`."""
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(str(value), []).append(rank)
-    return "; ".join(f"{value} in process {', '.join(map(str, found))}" for value, found in ranks.items())
+    return "; ".join(f"{value} in process {', '.join(map(str, those))}" for value, those in ranks.items())
 
 
-def settings_record(config: TrainConfig, stores: Sequence[Mapping[str, Any]], *, processes: int) -> dict[str, Any]:
-    """What a run saves of its settings: what must not change over a resume, and what is kept unless it is given."""
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE_TO_CHANGE}
-    settings["betas"] = list(config.betas)
-    settings["lr"] = config.peak_lr
-    settings["store_weights"] = config.store_weights
-    if config.trainable != "lora":
-        del settings["lora_rank"], settings["lora_alpha"]
+def settings_record(
+    settings: Mapping[str, Any], stores: Sequence[Mapping[str, Any]], *, processes: int
+) -> dict[str, Any]:
+    """The settings that a checkpoint records: those that must not change over a resume, and those that are restored.
+
+    Args:
+        settings: fields of the settled config, with `lr` as it is used and `store_weights`.
+        stores: their `stores_record`.
+        processes: number of the run's processes.
+    """
+    record = {key: value for key, value in settings.items() if key not in _FREE_TO_CHANGE}
+    record["betas"] = list(settings["betas"])
+    if settings["trainable"] != "lora":
+        del record["lora_rank"], record["lora_alpha"]
     samples = sum(store["samples"] for store in stores)
-    kept = {"micro_batch": config.micro_batch, "processes": processes}
-    return {**settings, **kept, "dataset_samples": samples, "stores": [dict(store) for store in stores]}
+    restored = {"micro_batch": settings["micro_batch"], "processes": processes}
+    return {**record, **restored, "dataset_samples": samples, "stores": [dict(store) for store in stores]}
 
 
-def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, run: str) -> None:
-    """Refuse to go on with other samples or settings than a run began with, both as `settings_record` gave them."""
-    if before["dataset_samples"] != now["dataset_samples"] or "stores" in before:  # in none of an older version
-        _check_stores(before, now, run=run)
-    apart = _FREE_TO_CHANGE | {"dataset_samples", "processes"}
+def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: str) -> None:
+    """Refuse to go on with other samples or settings than a run began with; both are a `settings_record`."""
+    _check_stores(before, now, run=run)
+    apart = _FREE_TO_CHANGE | {"dataset_samples", "processes", "stores"}
     changed = [
         f"{key}: the run has {before[key]!r}, now {now[key]!r}"
         for key in now
@@ -174,16 +182,15 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, run: st
 
 
 def _check_stores(before: Mapping[str, Any], now: Mapping[str, Any], *, run: str) -> None:
-    old, new = before.get("stores", []), now["stores"]
+    old, new = before["stores"], now["stores"]
     first, second = [_fingerprint(store) for store in old], [_fingerprint(store) for store in new]
     if first == second:
         return
     names = [", ".join(store["path"] for store in stores) for stores in (old, new)]
     if len(old) != len(new):
-        of = f" of {len(old)} stores ({names[0]})" if old else ""
         lines = [
             f"{now['dataset_samples']} samples of {len(new)} stores ({names[1]})",
-            f"the run has {before['dataset_samples']}{of}",
+            f"the run has {before['dataset_samples']} of {len(old)} stores ({names[0]})",
         ]
     elif sorted(first) == sorted(second):
         lines = [f"the order of the stores: the run has {names[0]}", f"now {names[1]}"]
@@ -199,7 +206,7 @@ def _check_stores(before: Mapping[str, Any], now: Mapping[str, Any], *, run: str
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What is another about a store."""
+    """What differs between a store when the run began and the one given now."""
     path, count, was = new["path"], new["samples"], old["samples"]
     lines = []
     if count > was:
@@ -211,19 +218,6 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     elif old["ids_sha256"] != new["ids_sha256"]:
         lines.append(f"store {path} has other samples than {old['path']} had when the run began")
     if old["identity"] and new["identity"]:
-        found = differences(old["identity"], new["identity"])
-        lines += [f"store {path} has other features than {old['path']} had: {line}" for line in found]
+        apart = differences(old["identity"], new["identity"])
+        lines += [f"store {path} has other features than {old['path']} had: {line}" for line in apart]
     return lines
-
-
-def as_begun(config: TrainConfig, directory: RunDirectory, world: World) -> TrainConfig:
-    """What was left to the plan when the run began, and changes what a step computes, stays as it was planned then.
-
-    A micro-batch stays on as many processes as it was planned for.
-    """
-    if not directory.steps:
-        return config
-    before = directory.state(directory.steps[-1])["settings"]
-    names = ["draws", "micro_batch"] if before.get("processes") == world.size else ["draws"]
-    open_ones = {name: before[name] for name in names if getattr(config, name) in (None, "auto") and name in before}
-    return replace(config, **open_ones)

@@ -1,8 +1,8 @@
 """The directory of one training run: its config, its metrics, its checkpoints.
 
 A checkpoint is written beside the others under a temporary name, flushed to the medium and only then renamed, so a kill
-or a full disk never costs an earlier one; links move before what they led to is dropped. All tensors are safetensors,
-all state is JSON; nothing is pickled.
+or a full disk never costs an earlier one; links move before the checkpoint that they pointed at is dropped. Tensors are
+safetensors, all else is JSON or TOML; nothing is pickled.
 """
 
 import json
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alpacache import strict_json
 from alpacache.errors import DataError, UsageError
 from alpacache.gpu.host_copies import copied_to_host
 from alpacache.training.ema import up_to_date
@@ -31,7 +32,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunCheckpoint:
-    """What a checkpoint holds, in memory."""
+    """The content of a checkpoint, in memory."""
 
     model: dict[str, Tensor]
     """Trained tensors under the public state-dict names."""
@@ -39,15 +40,15 @@ class RunCheckpoint:
     state: dict[str, Any]
     """Step, base model, settings."""
     average: dict[str, Tensor] = field(default_factory=dict)
-    """Of the trained tensors, float32, as last updated; empty where the run keeps none."""
+    """Moving average of the trained tensors, float32, as last updated; empty where the run keeps none."""
 
     @property
     def size_bytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for part in (self.model, self.optimizer, self.average) for tensor in part.values())
 
     def on_host(self) -> "RunCheckpoint":
-        """A copy that nothing changes any more."""
+        """A copy that training no longer changes."""
         model, optimizer, average = map(copied_to_host, (self.model, self.optimizer, self.average))
         return replace(self, model=model, optimizer=optimizer, average=average)
 
@@ -62,14 +63,14 @@ class RunDirectory:
     @property
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        found = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*") if _is_complete(path))
-        return sorted(int(name) for name in found if name.isdigit())
+        numbers = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*") if _is_complete(path))
+        return sorted(int(number) for number in numbers if number.isdigit())
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:07d}"
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint says beside its tensors."""
+        """A checkpoint's state: all of it but the tensors."""
         return read_state(self.checkpoint(step))
 
     def has_average(self, step: int) -> bool:
@@ -77,8 +78,8 @@ class RunDirectory:
         return AVERAGE in self.state(step)["files"]
 
     def write_memory(self, record: Mapping[str, Any]) -> None:
-        """The memory plan in bytes, and the measured peak."""
-        _write_document(self.path / "memory.json", (json.dumps(record, indent=1) + "\n").encode())
+        """Write the memory plan and the measured peak, in bytes."""
+        _write_document(self.path / "memory.json", (strict_json.dumps(record, indent=1) + "\n").encode())
 
     def write_config(self, text: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ class RunDirectory:
     def save(self, step: int, content: RunCheckpoint, *, keep: int, best: int | None = None) -> Path:
         """Write a checkpoint, move the links, and drop all but the newest `keep` and the best.
 
-        `best`: the step that `best` is to point at, this one or an earlier one.
+        `best`: step that the link `best` should point at, this one or an earlier one.
         """
         with _room_for(f"checkpoint at step {step}", self.checkpoints, content.size_bytes):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -112,13 +113,13 @@ class RunDirectory:
         return final
 
     def point_links(self, step: int, *, best: int | None) -> None:
-        """Point `last` and `best` at these checkpoints; `best` stays where it is if that one was never written."""
+        """Point `last` and `best` at these checkpoints; `best` stays if its checkpoint was never written."""
         self.point("last", step)
         if best is not None and _is_complete(self.checkpoint(best)):
             self.point("best", best)
 
     def point(self, name: str, step: int) -> None:
-        """Make `last` or `best` a link to a checkpoint, atomically."""
+        """Point the link `last` or `best` at a checkpoint, atomically."""
         draft = self.path / f".{name}.new"
         draft.unlink(missing_ok=True)
         draft.symlink_to(self.checkpoint(step).relative_to(self.path))
@@ -126,75 +127,77 @@ class RunDirectory:
         flush(self.path)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        path, line = self.path / "metrics.jsonl", json.dumps(row) + "\n"
+        """Add a row to `metrics.jsonl`; what is not finite becomes null."""
+        path, line = self.path / "metrics.jsonl", strict_json.dumps(row) + "\n"
         with _room_for("metrics", path, len(line)), path.open("a") as file:
             file.write(line)
 
     def metrics(self, *, up_to: int) -> list[dict[str, Any]]:
-        """Rows up to a step; a torn last line is left out, and without a file there are none."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if _step_of(line) <= up_to]
+        """Rows of `metrics.jsonl` up to a step, without a torn last line; none if there is no file."""
+        return [json.loads(line) for line in self._metrics_lines(up_to)]
 
     def rewind_metrics(self, step: int) -> None:
         """Drop rows after a step (and a torn last line), so that a resumed run does not report steps twice."""
         path = self.path / "metrics.jsonl"
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            _write_document(path, "".join(line + "\n" for line in kept).encode())
+            _write_document(path, "".join(line + "\n" for line in self._metrics_lines(step)).encode())
+
+    def _metrics_lines(self, up_to: int) -> list[str]:
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [line for line in lines if _step_of(line) <= up_to]
 
 
 def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = False) -> RunCheckpoint:
-    """Read and check one checkpoint directory, of the optimizer's state and the average what is asked for.
+    """Read and check a checkpoint directory; optimizer state and average only if asked for.
 
-    Raises `DataError` if a byte is not what was written, `UsageError` if there is no average.
+    Raises `DataError` if a byte is not as it was written, `UsageError` if there is no average.
     """
     state = read_state(path, average=average)
-    wanted = [MODEL, *[OPTIMIZER] * optimizer, *[AVERAGE] * average]
-    for name in wanted:
-        note = state["files"][name]
-        file = path / name
-        if not file.is_file() or file.stat().st_size != note["bytes"] or _crc32c(file) != note["crc32c"]:
+
+    def tensors(name: str) -> dict[str, Tensor]:
+        file, written = path / name, state["files"][name]
+        if not file.is_file() or file.stat().st_size != written["bytes"] or _crc32c(file) != written["crc32c"]:
             raise DataError(
                 f"{file} is damaged (size or checksum differ from {STATE}); use an earlier checkpoint of the run."
             )
+        return load_file(file)
+
     return RunCheckpoint(
-        model=load_file(path / MODEL),
-        optimizer=load_file(path / OPTIMIZER) if optimizer else {},
-        average=load_file(path / AVERAGE) if average else {},
+        model=tensors(MODEL),
+        optimizer=tensors(OPTIMIZER) if optimizer else {},
+        average=tensors(AVERAGE) if average else {},
         state=state,
     )
 
 
 def read_trained(path: Path, *, average: bool) -> RunCheckpoint:
-    """A checkpoint to be used, not gone on with: its weights, or their average, brought up to its step, in their place.
-
-    Of a checkpoint that does not say how far its average is behind, it is taken as it is.
-    """
+    """Read a checkpoint for use: its weights or, in their place, their average, brought up to the checkpoint's step."""
     content = read_checkpoint(path, average=average)
-    note = content.state.get("average")
-    averaged = up_to_date(content.average, content.model, **note) if note else content.average
+    if not average:
+        return content
+    averaged = up_to_date(content.average, content.model, **content.state["average"])
     return replace(content, model=content.model | averaged, average={})
 
 
 def _write(draft: Path, step: int, content: RunCheckpoint) -> None:
-    """All files of a checkpoint, on the medium."""
-    parts = {MODEL: content.model, OPTIMIZER: content.optimizer}
+    """Write all files of a checkpoint and flush them to the medium."""
+    tensors = {MODEL: content.model, OPTIMIZER: content.optimizer}
     if content.average:
-        parts[AVERAGE] = content.average
+        tensors[AVERAGE] = content.average
     draft.mkdir()
-    for name, tensors in parts.items():
-        save_file(tensors, draft / name, {"format": "pt"})
-    files = {name: {"bytes": (draft / name).stat().st_size, "crc32c": _crc32c(draft / name)} for name in parts}
+    for name, named in tensors.items():
+        save_file(named, draft / name, {"format": "pt"})
+    files = {name: {"bytes": (draft / name).stat().st_size, "crc32c": _crc32c(draft / name)} for name in tensors}
     state = {"format": _FORMAT, "step": step, **content.state, "files": files}
-    (draft / STATE).write_text(json.dumps(state, indent=1) + "\n")
-    for name in (*parts, STATE):
+    (draft / STATE).write_text(strict_json.dumps(state, indent=1) + "\n")
+    for name in (*tensors, STATE):
         flush(draft / name)
     flush(draft)
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename a checkpoint, so that a kill while it is deleted leaves none that looks whole; return where it is now."""
+    """Rename a checkpoint, so that a kill during its deletion leaves none that looks whole; return its new path."""
     aside = path.with_name(f".dropped-{path.name}")
     path.rename(aside)
     return aside
@@ -205,7 +208,7 @@ def _is_complete(path: Path) -> bool:
 
 
 def read_state(path: Path, *, average: bool = False) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors. Raises `UsageError` if it lacks an `average` that is asked for."""
+    """A checkpoint's state, without its tensors. Raises `UsageError` if it lacks an `average` that is asked for."""
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text())
     except (OSError, ValueError) as error:
@@ -220,7 +223,7 @@ def read_state(path: Path, *, average: bool = False) -> dict[str, Any]:
 def find_checkpoint(path: str | Path) -> Path:
     """A run directory's `best` or else `last` checkpoint, or the checkpoint directory itself.
 
-    Raises `UsageError` where there is none, `DataError` where a link leads to none.
+    Raises `UsageError` where there is none, `DataError` where a link points at none.
     """
     path = Path(path)
     if _is_complete(path):
@@ -230,7 +233,7 @@ def find_checkpoint(path: str | Path) -> Path:
             return link
         if link.is_symlink():
             raise DataError(
-                f"{link} leads to {link.readlink()}, which is no checkpoint (any more); give the directory of one in "
+                f"{link} points at {link.readlink()}, which is no checkpoint (any more); give the directory of one in "
                 f"{path / 'checkpoints'} instead."
             )
     raise UsageError(
@@ -260,7 +263,7 @@ def _write_document(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _room_for(what: str, place: Path, size_bytes: int) -> Iterator[None]:
-    """Raise `DataError` where writing fails for want of room; other errors pass."""
+    """Turn an error of writing for want of room into `DataError`; other errors pass."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -4,31 +4,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from alpacache.config import to_toml
 from alpacache.errors import UsageError
-from alpacache.training.config import TrainConfig
 
 
 class Tracker(Protocol):
-    """One place that takes scalars."""
+    """A service that takes the scalars of each step."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
 
 
-def make_trackers(config: TrainConfig, run: Path, *, first_step: int) -> list[Tracker]:
-    """Trackers of a run that goes on after `first_step`. Raises `UsageError` where one is not installed."""
-    if config.track == "none":
+def make_trackers(track: str, run: Path, *, first_step: int, config_toml: str) -> list[Tracker]:
+    """Trackers for a run that goes on after `first_step`. Raises `UsageError` where one is not installed.
+
+    `track`: `none`, `tensorboard`, or `wandb` for both.
+    """
+    if track == "none":
         return []
     trackers: list[Tracker] = [_TensorBoard(run / "tensorboard", first_step)]
-    if config.track == "wandb":
-        trackers.append(_WeightsAndBiases(config, run))
+    if track == "wandb":
+        trackers.append(_WeightsAndBiases(run, config_toml))
     return trackers
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row of `metrics.jsonl`, without its step."""
+    """Numbers of a row of `metrics.jsonl`, without its step."""
     return {
         name: float(value)
         for name, value in row.items()
@@ -44,7 +45,7 @@ class _TensorBoard:
             raise UsageError(
                 f"TensorBoard events need tensorboard ({error}); install it, or pass --track none."
             ) from error
-        # What a killed run wrote after its last checkpoint is hidden by the reader.
+        # Makes readers hide what a killed run wrote after its last checkpoint.
         self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -56,9 +57,9 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """One run there for one run directory: its id is kept in it, so that a resumed run goes on."""
+    """One W&B run for a run directory, which keeps its id, so that a resumed run goes on there."""
 
-    def __init__(self, config: TrainConfig, run: Path) -> None:
+    def __init__(self, run: Path, config_toml: str) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -72,7 +73,7 @@ class _WeightsAndBiases:
             id=run_id,
             resume="allow",
             dir=str(run),
-            config={"toml": to_toml(config)},
+            config={"toml": config_toml},
         )
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:

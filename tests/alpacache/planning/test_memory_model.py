@@ -3,22 +3,16 @@
 import dataclasses
 
 import pytest
-import torch
 
-import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.alpamayo.geometry import EXPERT_PARTS
-from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.distributed.world import World
 from alpacache.errors import UsageError
-from alpacache.extraction.config import ExtractConfig
 from alpacache.planning.gpus import GPUS
 from alpacache.planning.memory_model import fastest_plan, memory_plan
+from alpacache.planning.time_model import compute_seconds, optimizer_seconds
 from alpacache.planning.workload import Workload
 from alpacache.prefix.layout import PrefixLayout
-from alpacache.training import auto_settings
 from alpacache.training.auto_settings import choose_draws
-from alpacache.training.config import TrainConfig
 from alpacache.training.trainable import choose_trainable
 
 GIB = 2**30
@@ -139,49 +133,16 @@ def test_draws_fill_the_time_that_the_disk_takes(released):
     def plan_for(draws):
         return choose(work, 23.5, draws=draws)
 
+    def step_s(draws):
+        return compute_seconds(work, plan_for(draws), gpu) + optimizer_seconds(work, gpu)
+
+    def plan_for_two(draws):
+        return choose(work, 23.5 if draws < 3 else 1, draws=draws)
+
     gpu = GPUS["h100"]
-    assert choose_draws(plan_for, work, batch_s=0.0, gpu=gpu).draws == 1
-    assert choose_draws(plan_for, work, batch_s=1.0, gpu=gpu).draws == 8
+    assert choose_draws(plan_for, work, batch_s=0.0, gpu=gpu) == 1
+    assert choose_draws(plan_for, work, batch_s=1.0, gpu=gpu) == 8
     between = choose_draws(plan_for, work, batch_s=0.06, gpu=gpu)
-    assert 1 < between.draws < 8
-    assert between.step_s >= 0.06
-    halved = choose_draws(lambda draws: plan_for(draws) if draws < 3 else None, work, batch_s=1.0, gpu=gpu)
-    assert halved.draws == 2
-
-
-@pytest.fixture(scope="module")
-def store(tiny_checkpoint, tmp_path_factory):
-    path = tmp_path_factory.mktemp("plan") / "store"
-    config = ExtractConfig(source="synthetic:2", model=str(tiny_checkpoint), store=str(path), frames=1, device="cpu")
-    alpacache.extract(config)
-    return path
-
-
-@pytest.fixture
-def gpu_settings(monkeypatch):
-    """`settle` as on a GPU whose cap is known, and where nothing is measured."""
-    monkeypatch.setattr(auto_settings, "cap_memory", lambda budget, device: int(23.5 * GIB))
-    monkeypatch.setattr(auto_settings, "_auto_draws", lambda *_: 4)
-    return World(rank=0, size=1, device=torch.device("cuda"))
-
-
-def test_open_settings_get_values_on_a_gpu(tiny_checkpoint, store, gpu_settings):
-    checkpoint = Checkpoint(str(tiny_checkpoint))
-    data = CachedDataset([store], checkpoint)
-    config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out="run", steps=3, draws="auto")
-    settled, plan = auto_settings.settle(config, checkpoint, data, gpu_settings)
-    assert (settled.draws, settled.micro_batch, settled.checkpointing) == (4, 8, False)
-    assert plan.draws == 4
-    given = dataclasses.replace(config, draws=2, micro_batch=3, checkpointing=True)
-    settled, plan = auto_settings.settle(given, checkpoint, data, gpu_settings)
-    assert (settled.draws, settled.micro_batch, settled.checkpointing) == (2, 3, True)
-    assert (plan.draws, plan.micro_batch, plan.checkpointing) == (2, 3, True)
-
-
-def test_on_a_cpu_nothing_is_planned(tiny_checkpoint, store):
-    checkpoint = Checkpoint(str(tiny_checkpoint))
-    data = CachedDataset([store], checkpoint)
-    config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out="run", steps=3, draws="auto")
-    settled, plan = auto_settings.settle(config, checkpoint, data, World(rank=0, size=1, device=torch.device("cpu")))
-    assert plan is None
-    assert (settled.draws, settled.micro_batch, settled.checkpointing) == (1, 8, False)
+    assert 1 < between < 8
+    assert step_s(between // 2) < 0.06 <= step_s(between)
+    assert choose_draws(plan_for_two, work, batch_s=1.0, gpu=gpu) == 2

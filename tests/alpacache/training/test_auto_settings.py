@@ -1,7 +1,7 @@
 """What a run settles before its first step: alike in all processes, and as it was begun."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +9,27 @@ import torch
 
 import alpacache
 from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.expert import action_space
+from alpacache.alpamayo.geometry import EXPERT_PARTS
 from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.order import GlobalOrder
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
+from alpacache.planning.gpus import GPUS
 from alpacache.planning.memory_model import memory_plan
+from alpacache.planning.workload import MAX_DRAWS, Workload
 from alpacache.training import auto_settings, resume_check
+from alpacache.training.auto_settings import (
+    SettledStep,
+    StepSettings,
+    batch_seconds,
+    restore_auto_settings,
+    settle_on_cpu,
+    settle_on_gpu,
+)
 from alpacache.training.config import TrainConfig
-from alpacache.training.run_directory import RunDirectory
+from alpacache.training.run_directory import RunCheckpoint, RunDirectory
 from cache_store import CacheReader, CorruptSampleError
 
 CPU = torch.device("cpu")
@@ -67,8 +80,8 @@ ONE, FOUR = (["a", "b"], identity(["front"])), (["a", "b"], identity(["front", "
 
 def record(*stores, paths=None, **changes):
     paths = paths or tuple(f"cache/{number}" for number in range(len(stores)))
-    config = TrainConfig(stores=paths, model="tiny", out="run", steps=3, micro_batch=2, **changes)
-    return resume_check.settings_record(config, resume_check.stores_record(config, Stores(*stores)), processes=1)
+    settings = asdict(TrainConfig(stores=paths, model="tiny", out="run", steps=3, micro_batch=2, **changes))
+    return resume_check.settings_record(settings, resume_check.stores_record(paths, Stores(*stores)), processes=1)
 
 
 @pytest.mark.parametrize(
@@ -84,23 +97,14 @@ def record(*stores, paths=None, **changes):
 )
 def test_a_run_goes_on_with_its_own_samples_alone(now, message):
     with pytest.raises(UsageError, match=f"^run was begun with other samples:\n  {message}(.|\n)*another --out"):
-        resume_check.check_settings(record(ONE, FOUR), record(*now), run="run")
+        resume_check.check_unchanged(record(ONE, FOUR), record(*now), run="run")
 
 
 def test_stores_may_move_and_a_revision_may_be_forgotten():
     moved = record((ONE[0], identity(["front"], None)), FOUR, paths=("elsewhere/0", "elsewhere/1"), keep=7)
-    resume_check.check_settings(record(ONE, FOUR), moved, run="run")
+    resume_check.check_unchanged(record(ONE, FOUR), moved, run="run")
     with pytest.raises(UsageError, match=r"seed: the run has 0, now 1\nRepeat them"):
-        resume_check.check_settings(record(ONE), record(ONE, seed=1), run="run")
-
-
-def test_of_a_run_of_an_older_version_the_number_of_samples_is_known():
-    older = {
-        key: value for key, value in record(ONE, FOUR).items() if key not in ("stores", "micro_batch", "processes")
-    }
-    resume_check.check_settings(older, record(FOUR, ONE), run="run")
-    with pytest.raises(UsageError, match=r"2 samples of 1 stores .*\n  the run has 4\n"):
-        resume_check.check_settings(older, record(ONE), run="run")
+        resume_check.check_unchanged(record(ONE), record(ONE, seed=1), run="run")
 
 
 @pytest.mark.parametrize(
@@ -115,56 +119,81 @@ def test_of_a_run_of_an_older_version_the_number_of_samples_is_known():
 def test_processes_that_see_different_things_refuse(tiny_checkpoint, store, tmp_path, theirs, message):
     checkpoint = Checkpoint(str(tiny_checkpoint))
     config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out="run", steps=3)
-    stores = resume_check.stores_record(config, CachedDataset([store], checkpoint))
-    seen = (config, RunDirectory(tmp_path), checkpoint, stores, None)
-    resume_check.check_alike(*seen, Beside(rank=0, size=2, device=CPU))
+    seen = {"directory": RunDirectory(tmp_path), "checkpoint": checkpoint, "val": None, "total": 3}
+    seen["stores"] = resume_check.stores_record([str(store)], CachedDataset([store], checkpoint))
+    world = Beside(rank=0, size=2, device=CPU)
+    resume_check.check_processes_agree(world, asdict(config), **seen)
     with pytest.raises(UsageError, match=f"2 processes of run do not see the same:\n  {message}\nNothing was changed"):
-        resume_check.check_alike(*seen, Beside(rank=0, size=2, device=CPU, theirs=theirs))
+        resume_check.check_processes_agree(replace(world, theirs=theirs), asdict(config), **seen)
 
 
-@pytest.fixture
-def settle(tiny_checkpoint, store, monkeypatch):
-    """`settle` as on a GPU with `allow[0]` bytes; the memory that settings take there."""
+GPU = torch.device("cuda")
+OPEN = StepSettings(draws=1, micro_batch=None, checkpointing=None)
+
+
+@pytest.fixture(scope="module")
+def work(tiny_checkpoint, store):
+    """Eight samples a step."""
     checkpoint = Checkpoint(str(tiny_checkpoint))
-    data, allow, works = CachedDataset([store], checkpoint), [2**40], []
-    monkeypatch.setattr(auto_settings, "cap_memory", lambda budget, device: allow[0])
-    of = auto_settings.Workload.of
-    monkeypatch.setattr(
-        auto_settings, "Workload", SimpleNamespace(of=lambda *a, **k: works.append(of(*a, **k)) or works[-1])
+    data = CachedDataset([store], checkpoint)
+    settings = {"trainable": "all", "lora_rank": 16, "batch_size": 8, "optimizer": "adamw8"}
+    settings |= {"compiled": True, "validates": False}
+    return Workload.of(checkpoint.shapes(*EXPERT_PARTS), data.layout, data.longest, **settings)
+
+
+def settle(work, asked=OPEN, world=None, *, cap=2**40, run=None, batch_s=0.0):
+    world = world or World(rank=0, size=1, device=GPU)
+    return settle_on_gpu(asked, work, world, cap_bytes=cap, batch_seconds=lambda: batch_s, resumed_run=run)
+
+
+def test_open_settings_get_values_on_a_gpu(work, monkeypatch):
+    monkeypatch.setattr(auto_settings, "gpu_speed", lambda number: GPUS["h100"])
+    open_draws = replace(OPEN, draws="auto")
+    settled = settle(work, open_draws, batch_s=1e9)
+    assert (settled.draws, settled.micro_batch, settled.checkpointing) == (MAX_DRAWS, 8, False)
+    assert settled.plan.draws == MAX_DRAWS
+    assert settle(work, open_draws).draws == 1
+    settled = settle(work, StepSettings(draws=2, micro_batch=3, checkpointing=True))
+    assert (settled.draws, settled.micro_batch, settled.checkpointing) == (2, 3, True)
+    assert (settled.plan.draws, settled.plan.micro_batch, settled.plan.checkpointing) == (2, 3, True)
+
+
+def test_on_a_cpu_nothing_is_planned():
+    assert settle_on_cpu(replace(OPEN, draws="auto"), 8) == SettledStep(
+        draws=1, micro_batch=8, checkpointing=False, plan=None
     )
-
-    def run(world=None, *, cap=2**40, resumed=False, **changes):
-        allow[0] = cap
-        config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out="run", steps=3, **changes)
-        world = world or World(rank=0, size=1, device=torch.device("cuda"))
-        return auto_settings.settle(config, checkpoint, data, world, resumed=resumed)
-
-    def taken(micro_batch, checkpointing=False):
-        return memory_plan(works[-1], draws=1, micro_batch=micro_batch, checkpointing=checkpointing).device_bytes
-
-    return run, taken
+    assert settle_on_cpu(replace(OPEN, micro_batch=99), 8).micro_batch == 8
 
 
-def test_processes_take_what_the_one_with_the_least_room_planned(settle):
-    run, _ = settle
-    world = Beside(rank=0, size=2, device=torch.device("cuda"), theirs={"plan": (1, True)})
-    settled, plan = run(world)
+def test_what_was_left_open_is_restored_where_the_run_has_as_many_processes(tmp_path):
+    directory, alone = RunDirectory(tmp_path), World(rank=0, size=1, device=CPU)
+    asked = replace(OPEN, draws="auto")
+    assert restore_auto_settings(asked, directory, alone) == asked
+    settings = {"draws": 4, "micro_batch": 2, "processes": 1}
+    directory.save(1, RunCheckpoint(model={}, optimizer={}, state={"settings": settings}), keep=1)
+    restored = restore_auto_settings(asked, directory, alone)
+    assert restored == StepSettings(draws=4, micro_batch=2, checkpointing=None)
+    assert restore_auto_settings(asked, directory, replace(alone, size=2)).micro_batch is None
+    given = StepSettings(draws=3, micro_batch=1, checkpointing=True)
+    assert restore_auto_settings(given, directory, alone) == given
+
+
+def test_processes_take_what_the_one_with_the_least_room_planned(work):
+    settled = settle(work, world=Beside(rank=0, size=2, device=GPU, theirs={"plan": (1, True)}))
     assert (settled.micro_batch, settled.checkpointing) == (1, True)
-    assert (plan.micro_batch, plan.checkpointing) == (1, True)
-    assert run(Beside(rank=0, size=2, device=torch.device("cuda")))[0].micro_batch == 4
+    assert (settled.plan.micro_batch, settled.plan.checkpointing) == (1, True)
+    assert settle(work, world=Beside(rank=0, size=2, device=GPU)).micro_batch == 8
 
 
-def test_a_run_that_no_longer_fits_is_told_what_may_still_change(settle):
-    run, taken = settle
-    run()
-    cap = taken(1)
-    assert cap < taken(8, checkpointing=True)
-    given = {"micro_batch": 8, "checkpointing": True}
+def test_a_run_that_no_longer_fits_is_told_what_may_still_change(work):
+    cap = memory_plan(work, draws=1, micro_batch=1, checkpointing=False).device_bytes
+    assert cap < memory_plan(work, draws=1, micro_batch=8, checkpointing=True).device_bytes
+    given = StepSettings(draws=1, micro_batch=8, checkpointing=True)
     with pytest.raises(UsageError, match=r"(?s)^run does not fit as it was begun: .*\nPass --micro-batch \d") as caught:
-        run(cap=cap, resumed=True, **given)
+        settle(work, given, cap=cap, run="run")
     assert "--batch-size" not in str(caught.value)
     with pytest.raises(UsageError, match=r"must stay: free GPU memory, raise --memory-budget") as caught:
-        run(cap=1000, resumed=True, **given)
+        settle(work, given, cap=1000, run="run")
     assert "--batch-size" not in str(caught.value)
 
 
@@ -174,11 +203,9 @@ def test_damage_in_the_first_batches_is_left_out_of_their_timing(tiny_checkpoint
     chunk = sorted((broken / reader.record(reader.sample_ids[0]).folder / "kv").glob("c.*"))[0]
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
     checkpoint = Checkpoint(str(tiny_checkpoint))
-    data, given = CachedDataset([broken], checkpoint), {"model": str(tiny_checkpoint), "out": "run", "steps": 3}
-    for on_damage in ("skip", "stop"):
-        config = TrainConfig(stores=(str(broken),), on_damage=on_damage, **given)
-        if on_damage == "skip":
-            assert auto_settings._delivery_seconds(config, data, checkpoint, CPU, 2) > 0
-        else:
-            with pytest.raises(CorruptSampleError):
-                auto_settings._delivery_seconds(config, data, checkpoint, CPU, 2)
+    data = CachedDataset([broken], checkpoint)
+    given = {"batch_size": 2, "device": CPU}
+    order, space = GlobalOrder(0, len(data)), action_space(checkpoint)
+    assert batch_seconds(data, space, order, **given, skip_damaged=True) > 0
+    with pytest.raises(CorruptSampleError):
+        batch_seconds(data, space, order, **given, skip_damaged=False)

@@ -106,7 +106,7 @@ def test_a_link_that_leads_nowhere_is_named_and_no_other_taken_for_it(tmp_path):
     (tmp_path / "latest").symlink_to("run")
     assert find_checkpoint(tmp_path / "latest") == tmp_path / "latest/last"
     directory.point("best", 7)
-    with pytest.raises(DataError, match=r"run/best leads to checkpoints/step-0000007, which is no checkpoint"):
+    with pytest.raises(DataError, match=r"run/best points at checkpoints/step-0000007, which is no checkpoint"):
         find_checkpoint(tmp_path / "run")
     assert find_checkpoint(directory.checkpoint(1)) == directory.checkpoint(1)
     with pytest.raises(UsageError, match="neither a run directory"):

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 
 from alpacache.errors import UsageError
-from alpacache.training.config import TrainConfig
 from alpacache.training.trackers import make_trackers, scalars
 
 
@@ -28,19 +27,16 @@ class Wandb:
         self.finished += 1
 
 
-def config(out, track):
-    return TrainConfig(stores=("s",), model="m", out=str(out), steps=3, track=track)
-
-
 def test_a_resumed_run_goes_on_under_its_id(tmp_path, monkeypatch):
     library = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", library)
     for first_step in (0, 2):
-        trackers = make_trackers(config(tmp_path, "wandb"), tmp_path, first_step=first_step)
+        trackers = make_trackers("wandb", tmp_path, first_step=first_step, config_toml="steps = 3\n")
         for tracker in trackers:
             tracker.log(first_step + 1, {"loss": 1.0})
             tracker.close()
     assert [settings["id"] for settings in library.begun] == ["id0", "id0"]
+    assert library.begun[0]["config"] == {"toml": "steps = 3\n"}
     assert {settings["resume"] for settings in library.begun} == {"allow"}
     assert library.logged == [(1, {"loss": 1.0}), (3, {"loss": 1.0})]
     assert library.finished == 2
@@ -49,7 +45,7 @@ def test_a_resumed_run_goes_on_under_its_id(tmp_path, monkeypatch):
 def test_an_absent_library_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UsageError, match=r"alpacache\[wandb\]"):
-        make_trackers(config(tmp_path, "wandb"), tmp_path, first_step=0)
+        make_trackers("wandb", tmp_path, first_step=0, config_toml="")
 
 
 def test_scalars_are_numbers_alone():

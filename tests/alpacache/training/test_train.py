@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -73,8 +74,12 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
 def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line, parse_constant=refuse) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_loss_falls(tiny_checkpoint, store, tmp_path):
@@ -267,16 +272,19 @@ class _Two(World):
         return found
 
 
-def test_processes_that_would_begin_at_other_steps_all_refuse(tiny_checkpoint, store, tmp_path):
+def test_processes_that_would_begin_at_other_steps_all_refuse(tiny_checkpoint, store, tmp_path, monkeypatch):
     """As where one machine does not see the run directory: it would begin anew while the first goes on."""
     seen, unseen = tmp_path / "run", tmp_path / "unseen"
     alpacache.train(config(tiny_checkpoint, store, seen, steps=1, warmup=0))
 
     def begin(rank):
-        world = _Two(rank=rank, size=2, device=torch.device("cpu"))
-        chosen = config(tiny_checkpoint, store, (seen, unseen)[rank], steps=1, warmup=0, resume=True)
-        return training._train(chosen, world, lambda progress: None, lambda plan: None)
+        settings = {"steps": 1, "warmup": 0, "resume": True, "device": str(rank)}
+        return training.train(config(tiny_checkpoint, store, (seen, unseen)[rank], **settings))
 
+    def join(device):
+        return nullcontext(_Two(rank=int(device), size=2, device=torch.device("cpu")))
+
+    monkeypatch.setattr(training, "join_world", join)
     with ThreadPoolExecutor(2) as pool:
         found = [future.exception(timeout=60) for future in [pool.submit(begin, rank) for rank in range(2)]]
     for error in found:
@@ -628,7 +636,9 @@ def test_weights_of_stores_decide_what_is_seen(tiny_checkpoint, store, tmp_path)
     from alpacache.training.data_order import global_order
 
     chosen = config(tiny_checkpoint, store, tmp_path / "run", **settings)
-    order = global_order(chosen, CachedDataset([store, tmp_path / "other"], Checkpoint(str(tiny_checkpoint))))
+    data = CachedDataset([store, tmp_path / "other"], Checkpoint(str(tiny_checkpoint)))
+    weighted = [(str(store), 3.0), (mixed[1], 1.0)]
+    order, _ = global_order(data, weighted, seed=0, by_curvature=False, skip_damaged=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches.BatchRing, "_next", noting)
         alpacache.train(chosen)
@@ -691,7 +701,9 @@ def test_training_stops_when_validation_stops_getting_better(tiny_checkpoint, st
     assert (more.steps, more.stopped_early) == (5, True)
 
 
-def test_a_validation_that_is_not_finite_is_never_the_best(tiny_checkpoint, store, tmp_path, monkeypatch):
+def test_a_validation_that_is_not_finite_is_null_warns_and_is_never_the_best(
+    tiny_checkpoint, store, tmp_path, monkeypatch, caplog
+):
     losses = iter([math.nan, 0.5, math.inf, 0.4, math.nan])
     monkeypatch.setattr(training.Validation, "run", lambda *_: {"val_loss": next(losses)})
     out = tmp_path / "run"
@@ -706,10 +718,36 @@ def test_a_validation_that_is_not_finite_is_never_the_best(tiny_checkpoint, stor
         "0.4000",
         "not finite",
     ]
-    assert [row["val_loss"] for row in rows(out)] == [None, 0.5, None, 0.4, None]
-    assert "NaN" not in (out / "metrics.jsonl").read_text()
     assert (out / "best").resolve().name == "step-0000004"
     assert read_checkpoint(out / "last").state["best"] == {"step": 4, "value": 0.4, "by": "loss", "since": 1}
+    assert [row["val_loss"] for row in rows(out)] == [None, 0.5, None, 0.4, None]
+    assert math.isnan(report.val_loss)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 3
+    assert warned[0].startswith("validation at step 1 is not finite (val_loss): the weights are broken")
+
+
+def test_a_run_that_breaks_its_model_fails_with_strict_json(tiny_checkpoint, store, tmp_path):
+    """Its steps end before enough were skipped in a row to end it."""
+    out = tmp_path / "run"
+    settings = {"lr": 1e30, "warmup": 0, "steps": 3, "val": str(store), "val_every": 1}
+    with pytest.raises(NonFiniteError, match=r"not finite in 2 of 3 steps; these were not applied.*a lower --lr"):
+        alpacache.train(config(tiny_checkpoint, store, out, **settings))
+    written = rows(out)
+    assert [row["loss"] is None for row in written] == [False, True, True]
+    assert [row["val_loss"] for row in written] == [None] * 3
+    state = json.loads((out / "last/state.json").read_text(), parse_constant=refuse)
+    assert state["best"] == {"step": None, "value": None, "by": "loss", "since": 3}
+    assert not (out / "best").exists()
+
+
+def test_a_run_whose_steps_were_all_skipped_fails(tiny_checkpoint, store, tmp_path, monkeypatch):
+    from alpacache import flow_matching
+
+    monkeypatch.setattr(flow_matching, "loss", lambda velocity, *rest: velocity.mean((2, 3)) * float("nan"))
+    with pytest.raises(NonFiniteError, match="not finite in 2 of 2 steps"):
+        alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", steps=2, warmup=0))
+    assert RunDirectory(tmp_path / "run").steps == [2]
 
 
 def test_the_best_may_be_chosen_by_min_ade_and_strata_are_told_apart(tiny_checkpoint, store, tmp_path):
