@@ -689,7 +689,7 @@ def test_average_is_up_to_date_resumable_and_does_not_depend_on_saving(tiny_chec
 
 def test_training_stops_when_validation_stops_getting_better(tiny_checkpoint, store, tmp_path):
     out = tmp_path / "run"
-    settings = {"val": str(store), "val_every": 1, "patience": 2, "lr": 0.0, "min_lr": 0.0, "steps": 20}
+    settings = {"val": str(store), "val_every": 1, "patience": 2, "lr": 1e-30, "min_lr": 0.0, "steps": 20}
     report = alpacache.train(config(tiny_checkpoint, store, out, **settings))
     assert report.stopped_early
     assert report.steps == 3
