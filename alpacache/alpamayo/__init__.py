@@ -1,8 +1,8 @@
-"""The Alpamayo model family: everything that imports model classes of transformers.
+"""The Alpamayo model families: everything that imports model classes of transformers.
 
 Two small interfaces face the rest of the project: a frozen VLM that turns samples into `PrefixFeatures`, and an action
 expert that turns `(noisy action, t, prefix)` into a velocity. Both are imported on first use: the processes that read
-samples need neither, and begin twice as fast.
+samples need neither and start twice as fast.
 """
 
 from typing import TYPE_CHECKING, Any

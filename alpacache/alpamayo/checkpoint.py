@@ -43,8 +43,8 @@ class _Index(Schema):
 class Checkpoint:
     """One checkpoint. `model` is a directory or a hub id such as `nvidia/Alpamayo-R1-10B`.
 
-    With `vlm`, the VLM's weights are those of that directory or hub id instead: an Alpamayo checkpoint (`vlm.*`) or a
-    Qwen3-VL one as transformers saves it (`model.*`, `lm_head.*`). All else stays the model's.
+    With `vlm`, the VLM's weights are taken from that directory or hub id instead: an Alpamayo checkpoint (`vlm.*`) or a
+    Qwen3-VL one as transformers saves it (`model.*`, `lm_head.*`). Everything else stays the model's.
     """
 
     def __init__(self, model: str, *, revision: str | None = None, vlm: str | None = None) -> None:
@@ -92,13 +92,13 @@ class Checkpoint:
         return hub_file(self.model, name, revision=self._wanted_revision)
 
     def files(self, *patterns: str) -> dict[str, Path]:
-        """Every file of the checkpoint: its path inside, such as `vlm/config.json`, and where its bytes really lie.
+        """Files of the checkpoint: path inside it, such as `vlm/config.json`, to the real path of its bytes.
 
         Args:
             patterns: only paths that match one of them, such as `*.json`; of a hub id only those are fetched.
 
-        Links of the hub's cache are followed. What download tools leave behind (`.cache`, `.git`) is left out. Raises
-        `CheckpointError` for any other link that leads out of the checkpoint, and for what is no file.
+        Links within the hub's cache are followed; what download tools leave behind (`.cache`, `.git`) is left out.
+        Raises `CheckpointError` for any other link that leads out of the checkpoint, and for special files.
         """
         directory = self.directory
         if directory is None:
@@ -135,7 +135,7 @@ class Checkpoint:
 
     @property
     def index_metadata(self) -> dict[str, Any]:
-        """What the index says beside where the tensors are."""
+        """The index's metadata; empty without an index."""
         return dict((self._index and self._index.metadata) or {})
 
     @property
@@ -168,7 +168,7 @@ class Checkpoint:
         return infos
 
     def shapes(self, *prefixes: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors under the prefixes, from headers alone: no shard is fetched for them."""
+        """Shapes of the tensors under the prefixes, from headers alone: no shard is downloaded."""
         names = self.with_prefix(*prefixes)
         if self.directory is not None:
             return {name: info.shape for name, info in self.infos(names).items()}
@@ -182,7 +182,7 @@ class Checkpoint:
         return {name: shard for name, shard in self.names.items() if name.startswith(prefixes)}
 
     def read(self, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors one at a time, shard by shard, on the CPU; nothing else of a shard is read."""
+        """Yields tensors one at a time, shard by shard, on the CPU; nothing else of a shard is read."""
         from safetensors import SafetensorError, safe_open
 
         for shard in sorted(set(names.values())):
@@ -197,23 +197,23 @@ class Checkpoint:
 
     @cached_property
     def vlm_home(self) -> tuple["Checkpoint", str]:
-        """The checkpoint that the VLM's weights are read from, and what their names begin with there."""
+        """The checkpoint that holds the VLM's weights, and the prefix of their names there."""
         if self._other_vlm is None:
             return self, "vlm."
         other = Checkpoint(self._other_vlm)
         return other, "vlm." if other.with_prefix("vlm.") else ""
 
     def vlm_fingerprint(self) -> str:
-        """`fingerprint` of the VLM's weights; the same for the same weights in either layout."""
+        """`fingerprint` of the VLM's weights, equal for equal weights in either layout."""
         home, prefix = self.vlm_home
         return home.fingerprint("vlm.") if prefix else home.fingerprint("model.", "lm_head.", under="vlm.")
 
     def fingerprint(self, *prefixes: str, under: str = "") -> str:
         """sha256 over names, dtypes, shapes and sampled bytes of the tensors under the prefixes.
 
-        Reads 4 KiB from the start and middle of at most 64 tensors, spread over the list: any other training run shows,
-        without reading 16 GB. Shard boundaries do not matter. `under` is put before each name. Raises
-        `CheckpointError` where there is no such tensor.
+        Reads 4 KiB from the start and middle of at most 64 tensors, spread over the list: enough to tell training runs
+        apart without reading 16 GB. Shard boundaries do not matter. `under` is put before each name. Raises
+        `CheckpointError` if there is no such tensor.
         """
         infos = self.infos(self.with_prefix(*prefixes))
         if not infos:

@@ -1,7 +1,7 @@
 """Stage two's model: the action expert, its two projections and its action space.
 
-The expert is transformers' Qwen3-VL text model as it is; what is ours is the order of things around it: prefix KV
-first, then the 64 action tokens, which see all of the prefix and (by default) each other in both directions.
+The expert is transformers' Qwen3-VL text model, unmodified. The prefix KV comes first, then the 64 action tokens, which
+see all of the prefix and (by default) each other in both directions.
 """
 
 import math
@@ -52,7 +52,7 @@ class ActionExpert(nn.Module):
         return self.action_out_proj.weight.device
 
     def batch(self, prefixes: Sequence[PrefixFeatures | EncodedPrefix]) -> PackedPrefixes:
-        """Prefixes as one batch on the expert's device; reuse it for several velocities of the same samples."""
+        """Pack prefixes on the expert's device; reuse the result for several velocities of the same samples."""
         return pack(prefixes, device=self.device, dtype=self.dtype)
 
     def velocity(
@@ -67,7 +67,7 @@ class ActionExpert(nn.Module):
         Args:
             noisy_action: `[B, K, 64, 2]`, K noise draws of each of B samples, normalised actions.
             t: `[B, K]`; 0 is noise, 1 is data.
-            prefixes: B prefixes of any lengths, or what `batch` made of them, or another `Prefix`.
+            prefixes: B prefixes of any lengths, or the result of `batch`, or another `Prefix`.
             causal: let an action token see only itself and earlier ones; for parity with the public training step
                 run with sdpa. Inference and the default here are not causal.
 
@@ -94,7 +94,7 @@ class ActionExpert(nn.Module):
         return velocity.view(samples, draws, tokens, 2)
 
     def _attended(self, batch: Prefix, draws: int, tokens: int, *, causal: bool, dtype: torch.dtype) -> dict[str, Any]:
-        """How the text model is told of the prefix: our attention's argument, or stock attention's cache and mask."""
+        """Arguments that tell the text model of the prefix: our attention's, or stock attention's cache and mask."""
         if self.expert.config._attn_implementation == PREFIX_ATTENTION:
             return {"prefix_call": PrefixCall(prefix=batch, causal=causal), "use_cache": False}
         return {

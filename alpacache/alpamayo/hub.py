@@ -1,4 +1,4 @@
-"""Files of a checkpoint on the hub: those that are at hand, and what to do about the others."""
+"""Files of a checkpoint on the hub, from the local cache or downloaded, and errors that say what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from alpacache.errors import CheckpointError
 
 
 class MissingFileError(CheckpointError):
-    """The checkpoint is there, but has no such file."""
+    """A file that an existing checkpoint does not have."""
 
 
 def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
@@ -21,7 +21,7 @@ def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
 
 
 def hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes of one safetensors file of a hub repository: of its cached copy, else of its first bytes."""
+    """Tensor shapes of a safetensors file on the hub, from its cached copy or else from its first bytes."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -43,7 +43,7 @@ def hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tupl
 
 
 def hub_snapshot(repo: str, *, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    """The snapshot's directory with all files that match, fetched as far as they are not there."""
+    """The snapshot's directory with all files that match; missing ones are downloaded."""
     from huggingface_hub import snapshot_download
 
     with _hub_errors(repo, "the snapshot", revision):

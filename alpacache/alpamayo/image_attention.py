@@ -1,7 +1,8 @@
 """Attention inside images, all images of a forward at once.
 
-transformers' plain path calls the kernel once for each image and layer, and asks the device for the images' sizes
-before each layer, so that a GPU waits for Python. Images of one size, the usual case, are a batch just as well.
+transformers' plain path calls the kernel once for each image and layer and asks the device for the images' sizes
+before each layer, so a GPU waits for Python. Images of one size, the usual case, can be a batch instead. In a prototype
+on an H200 (no rotary embedding) a vision block over 32 images of 720 patches took 1.65 ms rather than 3.64.
 """
 
 from typing import Any
@@ -24,7 +25,7 @@ def image_attention(
     images: int = 1,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
-    """Each of `images` equal parts of the tokens attends to itself.
+    """Attention of each of `images` equal parts of the tokens to itself.
 
     Args:
         query, key, value: `[1, heads, images * patches, head_dim]`.
@@ -41,14 +42,14 @@ AttentionInterface.register(IMAGE_ATTENTION, image_attention)
 
 
 def attend_to_images_at_once(model: Qwen3VLModel) -> None:
-    """Have a vision tower that uses sdpa use `image_attention`."""
+    """Replace sdpa by `image_attention` in the model's vision tower; other implementations stay."""
     if model.visual.config._attn_implementation == "sdpa":
         model.visual.config._attn_implementation = IMAGE_ATTENTION
         model.visual.register_forward_pre_hook(_join_equal_images, with_kwargs=True)
 
 
 def _join_equal_images(tower: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Tell the tower, on the CPU, where sequences end: where each image does, or at the very end if all are equal."""
+    """Compute on the CPU where the tower's sequences end: after each image, or only at the end if all are equal."""
     grid: Tensor = named["grid_thw"].cpu()
     sizes = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0])
     equal = bool((sizes == sizes[0]).all())

@@ -21,7 +21,7 @@ from alpacache.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VLMInputs:
-    """One sample as the VLM reads it."""
+    """Inputs of the VLM for one sample."""
 
     text: str
     """The rendered prompt, history placeholders still in it."""
@@ -32,13 +32,13 @@ class VLMInputs:
     image_grid_thw: Tensor
     """`[images, 3]`."""
     image_spans: NDArray[np.int64]
-    """`[images, 2]` first and one-past-last prompt position of each image's tokens."""
+    """`[images, 2]`: first and one-past-last prompt position of each image's tokens."""
     stem_len: int
     """Tokens up to and including `<|traj_history_end|>`: what the direct and the reasoning prompt share."""
 
 
 class InputBuilder:
-    """Everything about a checkpoint that turns a `Sample` into `VLMInputs`."""
+    """Turns a `Sample` into `VLMInputs`, as a checkpoint's family, tokenizer and image processor ask for."""
 
     def __init__(
         self,
@@ -73,13 +73,13 @@ class InputBuilder:
         return text, self.tokenizer.encode(text), tokens
 
     def tail_ids(self, reasoning: Reasoning) -> NDArray[np.int64]:
-        """What follows the stem in a prompt of this kind, the first answer token included."""
+        """Token ids that follow the stem in a prompt of this kind, up to and including the first answer token."""
         text = self.format.render([[1]], cameras=[CAMERAS[1]], reasoning=reasoning)
         ids = self.tokenizer.encode(text)
         return ids[int(np.flatnonzero(ids == self.config.traj_token_ids["history_end"])[0]) + 1 :]
 
     def build(self, sample: Sample) -> VLMInputs:
-        """Patches, prompt and fused ids of one sample."""
+        """Inputs of the VLM for one sample. CPU work only."""
         cameras, frames, _, height, width = sample.frames.shape
         pixel_values, grid = to_patches(
             sample.frames.reshape(cameras * frames, 3, height, width),
@@ -100,7 +100,7 @@ class InputBuilder:
         )
 
     def identity(self) -> dict[str, Any]:
-        """The prompt's and processor's part of a store's identity."""
+        """The part of a store's identity that prompt and image processor make up."""
         return {
             "prompt": self.format.identity(self.reasoning),
             "processor": {"images": PROCESSOR, **self._geometry, "temporal": self._temporal, **self._limits},
@@ -108,7 +108,7 @@ class InputBuilder:
 
 
 class _Processor(Schema):
-    """`preprocessor_config.json`, as far as it decides about pixels; what is absent is as this project computes it."""
+    """Keys of `preprocessor_config.json` that decide about pixels; an absent one is taken as computed here."""
 
     image_mean: list[float] | None = None
     image_std: list[float] | None = None

@@ -1,4 +1,4 @@
-"""Actions into the expert: Fourier features of each waypoint and of t, then a small MLP.
+"""The projection of actions into the expert: Fourier features of each waypoint and of t, then a small MLP.
 
 Source: `PerWaypointActionInProjV2` of the public Alpamayo code (behaviour and state-dict names).
 """
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
 
 
 class ActionInProjection(nn.Module):
-    """Noisy actions `[..., 64, 2]` and times `[...]` to expert inputs `[..., 64, expert_hidden]` (float32)."""
+    """Maps noisy actions `[..., 64, 2]` and times `[...]` to expert inputs `[..., 64, expert_hidden]` (float32)."""
 
     def __init__(
         self,

@@ -6,9 +6,9 @@ public code lets each row run for one token more, because only then the KV of th
 computed and the rollout is done.
 
 To the model all rollouts of a sample are *one* sequence: stem, question, then the tokens of all rollouts as they come,
-with a mask that shows each of them the common part and its own. So stem and question are computed and held once however
-many rollouts there are, and one that is done costs nothing more. Each has its own random numbers, by key, so that
-neither their number nor what else is extracted changes a draw.
+with a mask that shows each rollout the common part and its own tokens. So stem and question are computed and held once
+however many rollouts there are, and a finished one costs nothing more. Each rollout draws its random numbers by key, so
+neither the number of rollouts nor what else is extracted changes a draw.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,13 +32,13 @@ from alpacache.prefix.prefix import PrefixFeatures, Tail
 TOP_P = 0.98
 TEMPERATURE = 0.6
 MAX_TOKENS = 256
-"""Of a rollout's text."""
+"""Longest text of a rollout."""
 _HEAD = "lm_head.weight"
 _UNITS = 2**40
-"""A probability as an integer: sums are exact, whatever order a device adds in."""
+"""Steps in which probabilities are summed as integers, so that sums are exact whatever order a device adds in."""
 
 Choose = Callable[[int, Sequence[int], Tensor], Tensor]
-"""(step, numbers of the rollouts that go on, their last hidden states `[rows, C]`) -> their next tokens `[rows]`."""
+"""(step, numbers of the running rollouts, their last hidden states `[rows, C]`) -> their next tokens `[rows]`."""
 
 
 class RolloutSampler:
@@ -65,7 +65,7 @@ class RolloutSampler:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, vlm: FrozenVLM, builder: InputBuilder) -> "RolloutSampler":
-        """With the checkpoint's vocabulary head (1.3 GB in the released models), beside a VLM that is there already."""
+        """Loads the checkpoint's vocabulary head (1.3 GB in the released models) beside a loaded VLM."""
         config = checkpoint.config
         return cls(
             vlm,
@@ -95,7 +95,7 @@ class RolloutSampler:
         return self._generate(prefix, stem_len, choose, rollouts=rollouts, limit=MAX_TOKENS)
 
     def replay(self, prefix: PrefixFeatures, stem_len: int, texts: ArrayLike | Tensor) -> list[Tail]:
-        """Tails of recorded rollouts `[R, N]`: their text as the sampler gave it, whatever follows the end included."""
+        """Tails of recorded rollouts `[R, N]`: texts as the sampler gave them, including whatever follows their end."""
         recorded = torch.as_tensor(np.asarray(texts)).to(self.vlm.device)
 
         def choose(step: int, running: Sequence[int], hidden: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class RolloutSampler:
         return cache
 
     def _forward(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Last hidden states `[n, C]` of `n` more tokens, whose KV goes into the cache."""
+        """Run `n` more tokens, whose KV goes into the cache; their last hidden states `[n, C]`."""
         text: Any = self.vlm.model.language_model
         output = text(
             inputs_embeds=text.get_input_embeddings()(tokens)[None],
@@ -175,7 +175,7 @@ class RolloutSampler:
 
 
 def pick(logits: Tensor, uniform: Tensor, *, masked: range) -> Tensor:
-    """Sampled tokens `[rows]`: trajectory tokens masked, then temperature, then the nucleus of probability `TOP_P`.
+    """Sample tokens `[rows]`: trajectory tokens masked, then temperature, then the nucleus of probability `TOP_P`.
 
     The most probable token always stays. Inverse distribution function over tokens from least to most probable.
 
@@ -196,7 +196,7 @@ def pick(logits: Tensor, uniform: Tensor, *, masked: range) -> Tensor:
 
 
 def rollout_identity(builder: InputBuilder, rollouts: int) -> dict[str, Any]:
-    """The part of a store's identity that says where its tails come from."""
+    """The part of a store's identity that says how its tails were sampled."""
     return {
         "rollouts": rollouts,
         "question": builder.tokenizer.decode(builder.tail_ids("rollout")),
@@ -207,9 +207,9 @@ def rollout_identity(builder: InputBuilder, rollouts: int) -> dict[str, Any]:
 
 
 def load_head(checkpoint: Checkpoint, vlm: FrozenVLM) -> Tensor:
-    """`[vocabulary, C]` the vocabulary head, in the VLM's dtype and on its device; its embeddings where they are tied.
+    """The vocabulary head `[vocabulary, C]` in the VLM's dtype and on its device; the embeddings where they are tied.
 
-    Raises `CheckpointError` where it is absent or of another shape.
+    Raises `CheckpointError` if it is absent or of another shape.
     """
     embeddings: Tensor = vlm.model.get_input_embeddings().weight
     home, prefix = checkpoint.vlm_home
@@ -231,7 +231,7 @@ def load_head(checkpoint: Checkpoint, vlm: FrozenVLM) -> Tensor:
 
 
 def _mask(owner: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask `[1, 1, rows, columns]`: a rollout sees what has no owner, and its own."""
+    """Additive mask `[1, 1, rows, columns]`: a rollout sees the tokens that have no owner and its own."""
     allowed = (owner == -1) | (owner == rows[:, None])
     mask = torch.zeros(allowed.shape, dtype=dtype, device=owner.device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min)[None, None]

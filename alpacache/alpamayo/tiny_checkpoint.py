@@ -1,7 +1,7 @@
 """A complete Alpamayo checkpoint of a few megabytes, in the public layout, with random weights.
 
-It exists so that every command runs offline and on a CPU exactly as it would on the 10 B model: config, sharded weights
-with an index, the VLM's own config, tokenizer and image processor. `python -m alpacache.alpamayo.tiny_checkpoint DIR`.
+With it every command runs offline and on a CPU exactly as on the 10 B model: config, sharded weights with an index, the
+VLM's own config, tokenizer and image processor. `python -m alpacache.alpamayo.tiny_checkpoint DIR`.
 """
 
 import json
@@ -59,7 +59,7 @@ def make_tiny_checkpoint(
 
 
 def _tokenizer() -> Tokenizer:
-    """A byte-level BPE like the real one, with merges learnt from the prompt alone."""
+    """A byte-level BPE like the real one, its merges learnt from the prompt."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,6 +1,6 @@
 """Text to token ids, with the trajectory tokens that Alpamayo adds to the VLM's tokenizer.
 
-The extension goes by position, not by name: 1.5 renames nine special tokens at unchanged ids.
+Tokens are added by position, not by name: 1.5 renames nine special tokens at unchanged ids.
 """
 
 import numpy as np

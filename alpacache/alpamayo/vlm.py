@@ -21,7 +21,7 @@ from alpacache.prefix.prefix import PrefixFeatures
 
 
 class FrozenVLM:
-    """The VLM of one checkpoint, ready to turn prompts into `PrefixFeatures`. Holds no state between calls."""
+    """A checkpoint's VLM, which turns prompts into `PrefixFeatures`. Holds no state between calls."""
 
     def __init__(self, model: Qwen3VLModel, *, future_start_id: int) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -49,10 +49,10 @@ class FrozenVLM:
         return self._prefill([torch.as_tensor(np.asarray(input_ids))], [pixel_values], [image_grid_thw])[0]
 
     def prefill_batch(self, inputs: Sequence[VLMInputs]) -> list[PrefixFeatures]:
-        """Run the VLM over several prompts at once; the nearer their lengths, the less is computed in vain.
+        """Run the VLM over several prompts at once; the closer their lengths, the less computation is wasted.
 
-        Shorter ones are padded at the end. Attention is causal, so no token sees padding behind it, and without a mask
-        the kernels for plain causal attention serve. Each result ends where its own prompt does.
+        Shorter prompts are padded at the end. Attention is causal, so no token sees the padding behind it, and without
+        a mask the kernels for plain causal attention can be used. Each result ends where its own prompt does.
         """
         return self._prefill(
             [torch.as_tensor(one.input_ids) for one in inputs],
@@ -90,7 +90,7 @@ class FrozenVLM:
         ]
 
     def _positions(self, ids: Tensor, grid: Tensor) -> tuple[Tensor, int]:
-        """M-RoPE positions `[3, T]` of one prompt and its rope delta, on the CPU: they are a loop over its images."""
+        """M-RoPE positions `[3, T]` of one prompt and its rope delta. On the CPU: it is a loop over the images."""
         image = ids == self.model.config.image_token_id
         merged = int((grid.prod(-1) // self.model.config.vision_config.spatial_merge_size**2).sum())
         if int(image.sum()) != merged:
@@ -104,7 +104,7 @@ class FrozenVLM:
 
     @torch.inference_mode()
     def extend(self, stem: PrefixFeatures, token_ids: ArrayLike | Tensor) -> PrefixFeatures:
-        """The prefix of stem + text, computing only the text's tokens `[N]`."""
+        """The prefix of stem and text; only the text's tokens `[N]` are computed."""
         ids = torch.as_tensor(np.asarray(token_ids))[None].to(self.device)
         if ids.shape[1] == 0:
             return stem
@@ -167,7 +167,7 @@ def load_vlm(
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
 ) -> FrozenVLM:
-    """Load only `vlm.model.*` of a checkpoint (or of what it names in its place), one tensor at a time.
+    """Load `vlm.model.*` of a checkpoint (or of the VLM given in its place), one tensor at a time.
 
     Args:
         model: directory or hub id in the public layout.
@@ -191,7 +191,7 @@ def load_vlm(
 
 
 def _features(cache: DynamicCache, hidden: Tensor, *, rope_delta: int, start: int, row: int = 0) -> PrefixFeatures:
-    """One row of a cache, as many tokens of it as there are of hidden states `[T, C]`."""
+    """One row of a cache, cut to the length of its hidden states `[T, C]`."""
     keys = torch.stack([layer.keys[row, :, : len(hidden)] for layer in cache.layers])
     values = torch.stack([layer.values[row, :, : len(hidden)] for layer in cache.layers])
     return PrefixFeatures(

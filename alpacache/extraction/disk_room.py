@@ -1,4 +1,4 @@
-"""Whether the samples that are still missing fit on the disk, asked before the first is made."""
+"""A look, before the first sample is extracted, whether all that are missing fit on the disk."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ from cache_store.storage.local_files import free_bytes
 from cache_store.storage.storage import is_uri
 
 _TRIED = 8
-"""Samples that are looked at for one that can be read."""
+"""Samples that are tried until one can be read."""
 
 
 def check_room(
@@ -59,7 +59,7 @@ def check_room(
 
 
 def _bytes_of(sample: Sample, checkpoint: Checkpoint, builder: InputBuilder, stored: StoredFeatures) -> int:
-    """What a sample takes in a store."""
+    """Bytes of a sample in a store."""
     inputs = builder.build(sample)
     first, end = inputs.image_spans[0]
     prompt = PlannedPrompt(

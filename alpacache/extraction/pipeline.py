@@ -20,9 +20,9 @@ from alpacache.gpu.host_copies import HostCopies, HostCopy
 from cache_store import CacheWriter
 
 NEAR = 16
-"""Samples go through the VLM together if their lengths differ by at most a sixteenth of the first one's."""
+"""Lengths of samples that go through the VLM together differ by at most a sixteenth of the first one's."""
 SPARE_COPIES = 2
-"""Buffers beyond one a writer, at least: one that is being filled and one that is ready."""
+"""Least number of buffers beyond one for each writer: one that is being filled and one that is ready."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -36,7 +36,7 @@ def read_ahead(
     ahead: int,
     begin: Callable[[], None] | None = None,
 ) -> Iterator[tuple[Item, Future[Made]]]:
-    """Each item with what `make` gives for it (or its error), in order; threads work on at most `ahead` of them.
+    """Yields items in order, each with the future of `make(item)`; threads work on at most `ahead` of them.
 
     `begin` is called once in each thread.
     """
@@ -74,14 +74,14 @@ def groups(items: Iterable[Item], *, length: Callable[[Item], int], size: Callab
 
 
 class Waits:
-    """Seconds that the thread which feeds the VLM has waited."""
+    """Time that the thread feeding the VLM has spent waiting, by what it waited for."""
 
     def __init__(self) -> None:
         self._seconds = {"read": 0.0, "write": 0.0}
 
     @contextmanager
     def of(self, what: str) -> Iterator[None]:
-        """Count what is done in it as waiting for that."""
+        """Context whose duration counts as waiting for `what`."""
         started = time.monotonic()
         try:
             yield
@@ -89,7 +89,7 @@ class Waits:
             self._seconds[what] += time.monotonic() - started
 
     def timed(self, what: str, items: Iterator[Item]) -> Iterator[Item]:
-        """The same items; until each is there, time is counted."""
+        """Yields the same items and counts the time until each is there."""
         while True:
             with self.of(what):
                 item = next(items, None)
@@ -98,7 +98,7 @@ class Waits:
             yield item
 
     def shares(self, seconds: float) -> dict[str, float]:
-        """By what was waited for, of so many seconds."""
+        """Share of the given seconds by what was waited for."""
         return {what: waited / max(seconds, 1e-9) for what, waited in self._seconds.items()}
 
 
@@ -143,5 +143,5 @@ class Writers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Whatever ended the run: what is on its way is committed."""
+        """Commit what is on its way, whatever ended the run."""
         self._pool.shutdown()

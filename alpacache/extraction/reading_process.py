@@ -36,16 +36,16 @@ from alpacache.gpu.device import keep_freed_memory
 
 _LENGTH = struct.Struct("<Q")
 _NICENESS = 10
-"""Of the processes: the threads around the VLM come first, one of which may hold the interpreter lock."""
+"""Niceness of the processes: the threads around the VLM come first, one of which may hold the interpreter lock."""
 _END_S = 10.0
-"""For a process to end on its own."""
+"""Time that a process is given to end on its own."""
 
 
 class ReadingProcesses:
-    """`Preparation` in so many processes, to be called by as many threads. They begin when this is entered."""
+    """`Preparation` in `count` processes, called by as many threads. They start when this is entered."""
 
     def __init__(self, settings: PreparationSettings, count: int, *, pinned_for: torch.device | None) -> None:
-        """`pinned_for`: the GPU that pixels are page-locked for."""
+        """`pinned_for`: the GPU for which pixels are page-locked."""
         self._settings, self._count, self._pinned_for = settings, count, pinned_for
         self._processes: list[_Process] = []
         self._free: SimpleQueue[_Process] = SimpleQueue()
@@ -74,7 +74,7 @@ class ReadingProcesses:
 
 
 class _Process:
-    """One of them, from outside."""
+    """A reading process as its parent sees it."""
 
     def __init__(self, settings: PreparationSettings) -> None:
         home = str(Path(__file__).resolve().parents[2])
@@ -124,7 +124,7 @@ class _Process:
 
 
 def main() -> None:
-    """The process: its configuration is the first line of its input, then each line is a sample to prepare."""
+    """Entry point of the process: its input's first line are the settings, each further line is a sample."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group: who started this one decides
     os.nice(_NICENESS)
@@ -144,7 +144,7 @@ def main() -> None:
         try:
             head, arrays = _packed(prepare(SampleRef(**json.loads(request))))
         except Exception as error:
-            head, arrays = _of_error(error), []
+            head, arrays = _described(error), []
         try:
             _send(answers, head, arrays)
         except BrokenPipeError:
@@ -163,7 +163,7 @@ def _line(value: dict[str, Any]) -> bytes:
 
 
 def _send(answers: BinaryIO, head: dict[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
-    """Length of the header, header, arrays."""
+    """Write the length of the header, the header, the arrays."""
     described = {**head, "arrays": [[array.dtype.str, array.shape] for array in arrays]}
     text = json.dumps(described).encode()
     answers.write(_LENGTH.pack(len(text)) + text)
@@ -175,7 +175,7 @@ def _send(answers: BinaryIO, head: dict[str, Any], arrays: Sequence[NDArray[Any]
 def _receive(
     answers: socket.socket, pinned_for: torch.device | None
 ) -> tuple[dict[str, Any], list[NDArray[Any]], Tensor]:
-    """Header, arrays but the first, and that as an int16 tensor, page-locked. Raises `EOFError`."""
+    """Read header and arrays; the first array as a page-locked int16 tensor. Raises `EOFError`."""
     size = bytearray(_LENGTH.size)
     _fill(answers, size)
     text = bytearray(*_LENGTH.unpack(size))
@@ -200,7 +200,7 @@ def _bytes(array: NDArray[Any]) -> memoryview:
 
 
 def _fill(answers: socket.socket, place: bytearray | memoryview) -> None:
-    """In one call of the system: after each of several, the thread would have to wait for the interpreter lock."""
+    """Receive in one system call: after each of several the thread would have to wait for the interpreter lock."""
     rest = memoryview(place)
     while len(rest):
         received = answers.recv_into(rest, 0, socket.MSG_WAITALL)
@@ -210,7 +210,7 @@ def _fill(answers: socket.socket, place: bytearray | memoryview) -> None:
 
 
 def _packed(prepared: Prepared) -> tuple[dict[str, Any], list[NDArray[Any]]]:
-    """As header and arrays, the pixels first."""
+    """Header and arrays of a sample, the pixels first."""
     inputs, stored = prepared.inputs, prepared.arrays
     names = [name for name, value in stored.items() if isinstance(value, np.ndarray)]
     head = {
@@ -239,7 +239,7 @@ def _unpacked(head: dict[str, Any], arrays: Sequence[NDArray[Any]], pixels: Tens
     return Prepared(sample_id=head["sample_id"], inputs=inputs, arrays=values)
 
 
-def _of_error(error: Exception) -> dict[str, Any]:
+def _described(error: Exception) -> dict[str, Any]:
     foreign = isinstance(error, OSError) and not isinstance(error, errors.AlpacacheError)
     return {
         "error": OSError.__name__ if foreign else type(error).__name__,
@@ -250,18 +250,18 @@ def _of_error(error: Exception) -> dict[str, Any]:
 
 
 def _as_error(head: dict[str, Any]) -> Exception:
-    """The error that the process met, its traceback as a note."""
-    found: Exception
+    """The error that the process met, with its traceback as a note."""
+    error: Exception
     if head["error"] == errors.BadClipError.__name__:
-        found = errors.BadClipError(head["kind"], head["message"])
+        error = errors.BadClipError(head["kind"], head["message"])
     elif head["error"] == OSError.__name__:
-        found = OSError(head["message"])
+        error = OSError(head["message"])
     elif issubclass(known := getattr(errors, head["error"], RuntimeError), errors.AlpacacheError):
-        found = known(head["message"])
+        error = known(head["message"])
     else:
-        found = RuntimeError(f"{head['error']}: {head['message']}")
-    found.add_note(head["traceback"])
-    return found
+        error = RuntimeError(f"{head['error']}: {head['message']}")
+    error.add_note(head["traceback"])
+    return error
 
 
 if __name__ == "__main__":
