@@ -1,1 +1,1 @@
-"""What is driven: samples, poses, the action space, and the strata that results are told apart by."""
+"""Samples, poses, the action space, and the strata by which results are told apart."""

@@ -1,4 +1,4 @@
-"""From a recorded trajectory to the ego history and future of one sample.
+"""Turns a recorded trajectory into the ego history and future of one sample.
 
 Numbers have to agree with the public loader, so the interpolation is fixed: a not-a-knot cubic spline for translation
 and slerp for rotation, on times relative to the first pose (large absolute times would cost precision), and never

@@ -1,4 +1,4 @@
-"""Where samples come from: folders, PhysicalAI-AV, prepared datasets, generated drives.
+"""Data sources: folders, PhysicalAI-AV, prepared datasets, generated drives.
 
 `open_source` turns what a user writes on the command line into a `Source`; `source` says what one promises.
 """

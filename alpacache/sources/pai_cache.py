@@ -1,4 +1,4 @@
-"""Where the PhysicalAI-AV devkit looks for files: the hub, or a local tree dressed up as the hub's cache.
+"""Lets the PhysicalAI-AV devkit read a local tree, dressed up as the hub's cache.
 
 The devkit takes a cache directory and a revision and reads cached files without asking the hub. So a tree becomes a
 temporary cache whose one snapshot consists of links to it. Two files that the devkit would otherwise ask the hub for,

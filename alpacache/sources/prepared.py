@@ -21,7 +21,7 @@ from alpacache.sources.retry import connection_errors, first_line
 from alpacache.sources.source import SourceKind
 
 _SAVED = ("state.json", "dataset_dict.json")
-"""What `save_to_disk` writes beside the rows of one split, or of several."""
+"""Files that `save_to_disk` writes beside the rows of one split, or of several."""
 Decoded = TypeVar("Decoded")
 
 

@@ -1,4 +1,4 @@
-"""What a prepared dataset says about itself: a record for programs, and the same as a card for people.
+"""Provenance of a prepared dataset: a record for programs, and the same as a card for people.
 
 Both follow from the rows and the settings alone (no dates, hosts or paths), so that a resumed run writes the same files
 as an undisturbed one.

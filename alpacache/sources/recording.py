@@ -1,4 +1,4 @@
-"""From a recording's parts to a sample: what sources of whole recordings have in common."""
+"""Makes samples of a recording's parts; shared by the sources of whole recordings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from alpacache.driving.sample import FRAME_STEP_US, Sample, SampleRef
 from alpacache.errors import BadClipError
 
 POSE_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
-"""Of a table of poses: us, metres, and a quaternion with its scalar last, vehicle to world."""
+"""Columns of a table of poses: us, metres, and a quaternion with its scalar last, vehicle to world."""
 
 Shot = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """One camera's frames of a sample: RGB `[frames, 3, H, W]`, and when each was recorded (us)."""

@@ -33,7 +33,7 @@ _LATERAL_MPS2 = 3.5
 _SPEED_MPS = (5.0, 20.0)
 _HEADING_RAD = (0.2, 1.2)
 _EXTRA_AFTER_S = 15.0
-"""From here on every drive may bend once more: late enough that a sample at t0 = 5.1 s sees little of it."""
+"""Every drive may bend once more after this: late enough that a sample at t0 = 5.1 s sees little of it."""
 _FINE_M = 0.05
 """Step of the integration along the road."""
 _COARSE = 4
@@ -46,7 +46,7 @@ Arc = Callable[[Any], Floats]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipKind:
-    """What the road does around t0 = 5.1 s."""
+    """Course of the road around t0 = 5.1 s."""
 
     shape: Shape
     side: Literal["left", "right", "none"]
@@ -55,7 +55,7 @@ class ClipKind:
     onset_s: float | None
     """When the curve begins, in seconds after t0; None on a straight road."""
     heading_change_rad: float
-    """From t0 to t0 + 6.4 s, left positive."""
+    """Heading at t0 + 6.4 s less heading at t0, left positive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,7 +92,7 @@ class Look:
     hills: Floats32
     """`[SKYLINE]` elevation of the skyline by azimuth, radians."""
     tile_shift: tuple[int, int]
-    """Where in the tile of noise this clip's textures begin."""
+    """Row and column of the tile of noise at which this clip's textures begin."""
 
 
 def make_camera(

@@ -20,7 +20,7 @@ from alpacache.sources.source import EventSource, FixedSource, GroupedSource, So
 HISTORY_US = HISTORY_STEPS * STEP_US
 """t0 lies more than this after the start of the recording."""
 FUTURE_US = FUTURE_STEPS * STEP_US
-"""And at least this before its end."""
+"""t0 lies at least this before the end of the recording."""
 CLOCK_SLACK_US = 1_000_000
 """A recording that begins this near the zero of its clock counts its seconds from there."""
 DEFAULT_T0 = "5.1"
@@ -164,9 +164,9 @@ class _Moments:
 
 
 def clip_start_us(first_us: int, last_us: int) -> int:
-    """Where a clip's seconds are counted from.
+    """Instant that a clip's seconds are counted from.
 
-    This is the zero of its own clock if the recording begins within a second of it or runs across it (PhysicalAI-AV:
+    The zero of its own clock if the recording begins within a second of it or runs across it (PhysicalAI-AV:
     5.1 s is the public loader's t0), else the recording's first instant (clocks that count from 1970).
     """
     return 0 if first_us <= CLOCK_SLACK_US and last_us > 0 else first_us

@@ -1,4 +1,4 @@
-"""What a data source is: the protocols that selection, extraction and checks are written against. Start reading here.
+"""Protocols of a data source, which selection, extraction and checks are written against. Start reading here.
 
     spec (`folder:DIR`)  --open_source-->  Source  --select-->  SampleRefs  --Source.load-->  Samples
 
@@ -106,7 +106,7 @@ class SourceKind:
     """A kind of source, as `open_source` knows it. The module of each kind ends in one."""
 
     prefix: str
-    """What a spec of this kind begins with: `folder` in `folder:DIR`."""
+    """Text before the colon of a spec: `folder` in `folder:DIR`."""
     usage: tuple[str, ...]
     """The forms of its specs, for messages: `folder:DIR`."""
     open: Callable[[str, Sequence[str] | None], Source]

@@ -43,7 +43,7 @@ _VIEWS: Mapping[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _World:
-    """What does not change from frame to frame of a clip."""
+    """Everything of a clip that does not change from frame to frame."""
 
     drive: Drive
     look: Look
@@ -87,7 +87,7 @@ class SyntheticSource:
         return self._world(clip_id).drive.curve_starts_us
 
     def clip_kind(self, clip_id: str) -> ClipKind:
-        """What the road does around t0 = 5.1 s."""
+        """Course of the road around t0 = 5.1 s."""
         return self._world(clip_id).drive.kind
 
     def track(self, clip_id: str) -> Track:

@@ -36,7 +36,7 @@ _LUMA = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jitter:
-    """What is done to all pictures of one sample; 1, 1, 1, 1, 1, 0, 0 changes nothing."""
+    """Changes to all pictures of one sample; 1, 1, 1, 1, 1, 0, 0 changes nothing."""
 
     brightness: float
     """Factor of every colour value, which runs from 0 to 1."""
