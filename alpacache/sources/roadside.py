@@ -1,6 +1,7 @@
 """Trees and marker posts beside generated roads. They stand upright, so that a bend shows above the ground too."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +29,7 @@ class Roadside:
     """Whether it is a tree; otherwise it is a white post with a dark band."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Spot:
+class _Spot(NamedTuple):
     """One thing as the camera sees it, in pixels unless a name says otherwise."""
 
     column: float
@@ -77,17 +77,9 @@ def draw(picture: Floats32, camera: Camera, look: Look, things: Roadside, *, pos
     visible = (depth > NEAR_M) & (depth < FAR_M) & (column > -reach) & (column < camera.width + reach)
     haze = 1.0 - np.exp(-depth / look.haze_m)
     light = (look.headlights * np.exp(-depth / 30.0) + (1 - look.headlights)) * things.shade
-    items = np.flatnonzero(visible)
+    items, sizes = np.flatnonzero(visible), (things.height_m, things.width_m)
     for item in items[np.argsort(-depth[items], kind="stable")]:
-        spot = _Spot(
-            column=float(column[item]),
-            base=float(base[item]),
-            scale=float(scale[item]),
-            height_m=float(things.height_m[item]),
-            width_m=float(things.width_m[item]),
-            light=float(light[item]),
-            haze=float(haze[item]),
-        )
+        spot = _Spot(*(float(values[item]) for values in (column, base, scale, *sizes, light, haze)))
         (_draw_tree if things.tree[item] else _draw_post)(picture, look, spot)
 
 
