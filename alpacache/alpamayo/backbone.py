@@ -188,12 +188,12 @@ def empty_weights(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
 
 
 def cache_argument(model: "PreTrainedModel") -> str:
-    """What this transformers calls the KV cache in a forward: `cache` from 5.24 on, `past_key_values` before."""
+    """Name of a forward's KV cache argument in this transformers: `cache` from 5.24 on, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _is_directory(path: Path) -> bool:
-    """As `Path.is_dir`, which raises for a name with a null byte or one that is too long."""
+    """`Path.is_dir`, but False for a name that is too long or has a null byte, for which that raises."""
     try:
         return path.is_dir()
     except (OSError, ValueError):

@@ -140,7 +140,7 @@ class Checkpoint:
 
     @property
     def origin(self) -> dict[str, Any] | None:
-        """What `alpacache export` noted in a checkpoint it wrote (`vlm`, `base`, `trained`); None in any other."""
+        """The note of `alpacache export` in a checkpoint it wrote (`vlm`, `base`, `trained`); None in any other."""
         note = self.index_metadata.get(ORIGIN)
         if note is None:
             return None

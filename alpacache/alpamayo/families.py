@@ -16,7 +16,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (ALPAMAYO_1_5, 
 its classes, stands before that."""
 
 DEFAULT_FAMILY, RELEASED = R1, R1_RELEASED
-"""What plans are made for where no model is named."""
+"""The model that plans are made for where none is named."""
 
 
 def read_config(path: Path) -> AlpamayoConfig:
@@ -37,11 +37,11 @@ def recognise(raw: Mapping[str, Any], path: Path) -> Family:
         for family in FAMILIES.values():
             if family.package in named:
                 return family
-    found = ", ".join(sorted(name[:80] for name in packages)) or "no class of a model"
+    named_packages = ", ".join(sorted(name[:80] for name in packages)) or "no class of a model"
     known = ", ".join(f"{family.package} ({name})" for name, family in FAMILIES.items())
     raise CheckpointError(
         f"{path} is not of a model family that alpacache knows: model_type is {reprlib.repr(model_type)}, its _target_ "
-        f"entries name {found}; supported: {known}."
+        f"entries name {named_packages}; supported: {known}."
     )
 
 

@@ -1,4 +1,4 @@
-"""What one family of Alpamayo models is to the rest of the project, and what is read of a checkpoint's `config.json`.
+"""A family of Alpamayo models as the rest of the project sees it, and the settings of one checkpoint.
 
 A family is one `Family` in a module of its own, listed in `families.FAMILIES`. Nothing outside those modules asks which
 family a checkpoint belongs to: it asks the family's description.
@@ -34,7 +34,7 @@ SPECIAL_TOKENS = tuple(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlpamayoConfig:
-    """What the project needs of a checkpoint's `config.json`, the same for every family."""
+    """Settings from a checkpoint's `config.json`, in the same form for every family."""
 
     raw: Mapping[str, Any]
     """The file as it is."""
@@ -55,11 +55,11 @@ class AlpamayoConfig:
     max_pixels: int
     history: HistoryTokens
     action_space: UnicycleActionSpace
-    """With the constants of the config, not rounded."""
+    """Action space with the constants of the config, not rounded."""
     action_in_proj: Mapping[str, Any]
     """Sizes of the action projection, arguments of `ActionInProjection`."""
     expert_overrides: Mapping[str, Any]
-    """What the expert's text model has other than the VLM's."""
+    """Settings of the expert's text model that differ from the VLM's."""
 
     @property
     def sha256(self) -> str:
@@ -72,7 +72,7 @@ class Family:
     """Everything in which one family of models differs from the others."""
 
     name: str
-    """As people call it: `r1`, `1.5`."""
+    """Common name: `r1`, `1.5`."""
     package: str
     """First part of the `_target_` names in `config.json`, by which a checkpoint is recognised; also its
     `model_type`."""
@@ -81,7 +81,7 @@ class Family:
     read_config: Callable[["Family", Mapping[str, Any], Path], AlpamayoConfig]
     """Checks a parsed `config.json` of this family against its schema; the path is for errors."""
     prompt: PromptFormat
-    """As the models of this family were trained."""
+    """Prompt that the models of this family were trained with."""
     special_tokens: tuple[str, ...] = SPECIAL_TOKENS
     """Added behind the trajectory tokens, in the order of their ids."""
     stores_constants: bool

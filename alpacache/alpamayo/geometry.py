@@ -16,7 +16,7 @@ EXPERT_PARTS = ("expert.", "action_in_proj.", "action_out_proj.")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
-    """What a model's cache and its training depend on."""
+    """Sizes that a model's cache and its training depend on."""
 
     model: str
     layers: int

@@ -23,7 +23,7 @@ CAMERA_TITLES = (
     "Rear right camera",
     "Front telephoto camera",
 )
-"""What a prompt calls each camera, by camera index."""
+"""Names of the cameras in a prompt, by camera index."""
 _HISTORY = "<|traj_history|>"
 
 

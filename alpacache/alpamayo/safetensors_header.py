@@ -25,7 +25,7 @@ _Size = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """Where a tensor lives, from its shard's header."""
+    """A tensor's entry in its shard's header."""
 
     shard: str
     """Name of the file."""

@@ -1,4 +1,4 @@
-"""What becomes of samples that cannot be extracted: quarantine, unless it is the source that has gone."""
+"""Samples that cannot be extracted: they go into quarantine, unless it is the source that has gone."""
 
 import traceback
 from collections.abc import Sequence

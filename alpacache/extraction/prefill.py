@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFeatures:
-    """What is stored of the VLM's run over a sample."""
+    """Parts of the VLM's run over a sample that are stored."""
 
     codec: KVCodec | None
     """None stores KV losslessly."""
@@ -94,7 +94,7 @@ class BatchSize:
     def __init__(self, size: int, *, device: torch.device) -> None:
         self.size, self.device = size, device
         self.note = ""
-        """For the progress line, once the size had to change."""
+        """Text for the progress line once the size had to change."""
 
     def shrink(self, samples: Sequence[Prepared], refusal: str) -> None:
         """Halve the size after a group did not fit; no later one is as large.

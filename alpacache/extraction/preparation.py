@@ -1,4 +1,4 @@
-"""What stage one makes of a sample before the VLM runs: its inputs, and what is stored of it and known by then."""
+"""Reading and preprocessing of a sample before the VLM runs: its inputs, and the stored values known by then."""
 
 from dataclasses import dataclass, replace
 from typing import Any

@@ -15,7 +15,7 @@ _INTERVAL_S, _SHARE = 10.0, 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractReport:
-    """What a run of stage one did."""
+    """Result of a run of stage one."""
 
     store: str
     selected: int
@@ -118,7 +118,7 @@ class ExtractProgress:
         )
 
     def report(self, *, selected: int, already_there: int, quarantined: Mapping[str, str]) -> ExtractReport:
-        """What the run did, as of now."""
+        """Result of the run, as of now."""
         seconds = time.monotonic() - self._started
         committed, wanted, _ = self._store_count.now(at_once=True)
         return ExtractReport(
