@@ -155,20 +155,20 @@ class CachedDataset:
 
     def front_jpeg(self, index: int) -> bytes | None:
         """The front camera's small picture, if the sample has one."""
-        reader, sample_id = self._index[index]
-        if "front_jpeg" not in reader.fields_of(sample_id):
-            return None
-        picture: bytes = reader.read(sample_id, fields=["front_jpeg"])["front_jpeg"].tobytes()
-        return picture
+        jpeg = self._optional(index, "front_jpeg")
+        return None if jpeg is None else jpeg.tobytes()
 
     def front_lens(self, index: int) -> dict[str, Any] | None:
         """The front camera's calibration, if the sample has one."""
-        reader, sample_id = self._index[index]
-        if "calibration" not in reader.fields_of(sample_id):
-            return None
-        cameras = json.loads(str(reader.read(sample_id, fields=["calibration"])["calibration"]))
+        calibration = self._optional(index, "calibration")
+        cameras = None if calibration is None else json.loads(str(calibration))
         lens = cameras.get(FRONT_CAMERA) if isinstance(cameras, dict) else None
         return lens if isinstance(lens, dict) else None
+
+    def _optional(self, index: int, field: str) -> NDArray[Any] | None:
+        """A field that not every sample has."""
+        reader, sample_id = self._index[index]
+        return reader.read(sample_id, fields=[field])[field] if field in reader.fields_of(sample_id) else None
 
     def _kv_shape(self, index: int) -> tuple[int, ...]:
         """`[layer, 2, kv_head, token, channel]` of a sample."""

@@ -7,6 +7,7 @@ last of its paths: the training loop, which the GPU waits for, finds it done.
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -40,10 +41,8 @@ class BatchTargets:
     def __init__(self, count: int, solve: Solve, *, ahead: bool) -> None:
         """`ahead`: whoever adds the last path solves; otherwise whoever asks for the result."""
         self._count, self._solve, self._ahead = count, solve, ahead
-        self._lock, self._solved = threading.Lock(), threading.Event()
+        self._lock, self._solved = threading.Lock(), Future[Targets]()
         self._added: dict[int, tuple[int, PoseArrays]] = {}
-        self._targets: Targets | None = None
-        self._error: Exception | None = None
 
     def add(self, place: int, index: int, poses: PoseArrays) -> None:
         """Note the path of the sample with that index; may be called in any thread."""
@@ -56,27 +55,20 @@ class BatchTargets:
 
     def result(self) -> Targets:
         """The targets, once all paths were added. Raises what solving has raised."""
-        if self._ahead:
-            self._solved.wait()
-        else:
+        if not self._ahead:
             with restored_torch_threads():
                 limit_torch_to_one_thread()  # a team of helpers would crowd out the reading threads
                 self._run()
-        if self._error is not None:
-            raise self._error
-        assert self._targets is not None
-        return self._targets
+        return self._solved.result()
 
     def _run(self) -> None:
         try:
             places = sorted(self._added)
             indices, poses = zip(*(self._added[place] for place in places), strict=True)
             stacked = [np.stack(arrays) for arrays in zip(*poses, strict=True)]
-            self._targets = Targets(places, *self._solve(indices, stacked))
+            self._solved.set_result(Targets(places, *self._solve(indices, stacked)))
         except Exception as error:
-            self._error = error
-        finally:
-            self._solved.set()
+            self._solved.set_exception(error)
 
 
 def solver(dataset: CachedDataset, space: UnicycleActionSpace) -> Solve:
