@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from alpacache.driving.sample import DT_S, FUTURE_S, Floats
 from alpacache.evaluation.judging import SampleResult
 from alpacache.evaluation.summary import EvalSummary
-from alpacache.metrics.bias import Quantity, Slope
+from alpacache.metrics.bias import Slope
 from alpacache.metrics.bootstrap import Interval
 from alpacache.pictures.birds_eye import birds_eye_png
 from alpacache.pictures.canvas import BASELINE_STYLES, DPI, GRID, INK, MODEL_COLOURS, literal, png_bytes, style_axes
@@ -36,24 +36,20 @@ def bias_scatter_png(
     predicted: Mapping[str, ArrayLike],
     slopes: Mapping[str, Slope | None],
     *,
-    quantity: Quantity = "heading",
     marked: ArrayLike | None = None,
     marked_label: str = "straight history, curve after t0",
 ) -> bytes:
-    """Predicted against true departure at 6.4 s, one panel a model with common axes.
+    """Predicted against true heading change at 6.4 s in degrees, one panel a model with common axes.
 
     Args:
-        truth: `[N]` radians or metres.
+        truth: `[N]` radians.
         predicted: label -> `[N]`.
         slopes: label -> fitted line, drawn where there is one.
-        quantity: `heading` (drawn in degrees) or `lateral` (metres).
         marked: `[N]` samples to ring.
         marked_label: what the rings mean.
     """
-    scale, unit = (180 / np.pi, "°") if quantity == "heading" else (1.0, " m")
-    name = "heading change" if quantity == "heading" else "lateral offset"
-    x = scale * np.asarray(truth, dtype=np.float64)
-    ys = {label: scale * np.asarray(values, dtype=np.float64) for label, values in predicted.items()}
+    x = np.rad2deg(np.asarray(truth, dtype=np.float64))
+    ys = {label: np.rad2deg(np.asarray(values, dtype=np.float64)) for label, values in predicted.items()}
     ring = np.zeros(x.shape, dtype=bool) if marked is None else np.asarray(marked, dtype=bool)
     figure = Figure(figsize=(4.3 * max(1, len(ys)), 4.5), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, max(1, len(ys)), squeeze=False, sharex=True, sharey=True)[0]
@@ -67,12 +63,14 @@ def bias_scatter_png(
         line = slopes.get(label)
         if line is not None:
             ends = np.array([-reach, reach])
-            panel.plot(ends, scale * line.intercept + line.slope * ends, color=colour, lw=2.2, label=_slope_text(line))
+            panel.plot(
+                ends, np.rad2deg(line.intercept) + line.slope * ends, color=colour, lw=2.2, label=_slope_text(line)
+            )
         panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         panel.set_title(literal(label), fontsize=11, color=colour, loc="left", fontweight="bold")
-        style_axes(panel, x=f"driven {name} at {FUTURE_S:g} s ({unit.strip()})")
+        style_axes(panel, x=f"driven heading change at {FUTURE_S:g} s (°)")
         panel.legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
-    panels[0].set_ylabel(f"predicted {name} ({unit.strip()}), mean of paths", fontsize=9, color=INK)
+    panels[0].set_ylabel("predicted heading change (°), mean of paths", fontsize=9, color=INK)
     return png_bytes(figure, palette=True)
 
 

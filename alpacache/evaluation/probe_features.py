@@ -40,8 +40,8 @@ LEAST_PATH_M = MOVING_MPS * FUTURE_S
 class ProbeData:
     """Features, history and targets of N samples."""
 
-    sample_ids: Sequence[str]
     clips: Sequence[str]
+    """Clip id of each sample."""
     features: dict[str, NDArray[np.float32]]
     """Pooled vectors `[N, D]` by set: `hidden`, `layer 0`, ..."""
     history: Floats
@@ -84,7 +84,6 @@ def read_probe_data(
         rate = done / (time.monotonic() - started)
         on_progress(Progress(done=done, total=len(sample_ids), unit="samples", rate=rate, notes={"part": "read"}))
     return ProbeData(
-        sample_ids=sample_ids,
         clips=[SampleRef.parse(sample_id).clip_id for sample_id in sample_ids],
         features={name: np.stack(vectors) for name, vectors in rows.items()},
         history=np.stack(history),

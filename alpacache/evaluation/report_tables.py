@@ -37,6 +37,7 @@ STRATA_METRICS = {
 STRATUM_NAMES = {LATE_CURVE: "straight history, curve after t0"}
 """Names of strata that need words."""
 SLOPE_COLUMNS = tuple((quantity, horizon_s) for quantity in QUANTITIES for horizon_s in HORIZONS_S)
+_NOTHING = '<td data-value="">–</td>'
 
 
 def stratum_name(stratum: str) -> str:
@@ -203,51 +204,41 @@ def _value(value: float, form: str) -> str:
 
 def _number(key: str, value: float, change: Interval | None = None) -> str:
     text = f"{100 * value:.1f} %" if key == "miss_rate" else f"{value:.2f}"
-    css = "" if change is None else _verdict(change)
     title = "" if change is None else f' title="change {change.estimate:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"'
-    return f'<td{css}{title} data-value="{value:.6g}">{text}</td>'
+    return f'<td{_verdict(change)}{title} data-value="{value:.6g}">{text}</td>'
 
 
 def _change(key: str, change: Interval | None) -> str:
     if change is None:
-        return "<td>–</td>"
-    scale, unit = (100, " %") if key == "miss_rate" else (1, "")
-    low, middle, high = (scale * value for value in (change.low, change.estimate, change.high))
-    digits = 1 if unit else 2
-    return (
-        f"<td{_verdict(change)}>{middle:+.{digits}f}{unit}<br>"
-        f'<span class="range">[{low:+.{digits}f}, {high:+.{digits}f}]</span></td>'
-    )
+        return _NOTHING
+    scale, unit, digits = (100, " %", 1) if key == "miss_rate" else (1, "", 2)
+    low, middle, high = (f"{scale * value:+.{digits}f}" for value in (change.low, change.estimate, change.high))
+    return f'<td{_verdict(change)}>{middle}{unit}<br><span class="range">[{low}, {high}]</span></td>'
 
 
-def _share(value: float | None, interval: Interval | None) -> str:
+def _share(value: float | None, interval: Interval | Slope | None) -> str:
     if value is None:
-        return '<td data-value="">–</td>'
+        return _NOTHING
     text = "" if interval is None else f' <span class="range">[{_fixed(interval.low)}, {_fixed(interval.high)}]</span>'
     return f'<td data-value="{value:.6g}">{_fixed(value)}{text}</td>'
 
 
 def _share_change(change: Interval | None) -> str:
     if change is None:
-        return '<td data-value="">–</td>'
-    css = ' class="better"' if change.low > 0 else ' class="worse"' if change.high < 0 else ""
+        return _NOTHING
     span = f'<span class="range">[{change.low:+.2f}, {change.high:+.2f}]</span>'
+    css = _verdict(change, more_is_better=True)
     return f'<td{css} data-value="{change.estimate:.6g}">{change.estimate:+.2f} {span}</td>'
 
 
 def _slope(slope: Slope | None) -> str:
-    if slope is None:
-        return '<td data-value="">–</td>'
-    return (
-        f'<td data-value="{slope.slope:.6g}">{_fixed(slope.slope)} '
-        f'<span class="range">[{_fixed(slope.low)}, {_fixed(slope.high)}]</span></td>'
-    )
+    return _share(None if slope is None else slope.slope, slope)
 
 
 def _slope_change(stratum: StratumSummary, label: str) -> str:
     change = stratum.bias_differences[label]["heading"][FUTURE_S] if label in stratum.bias_differences else None
     if change is None:
-        return "<td>–</td>"
+        return _NOTHING
     return f'<td>{change.estimate:+.2f}<br><span class="range">[{change.low:+.2f}, {change.high:+.2f}]</span></td>'
 
 
@@ -256,8 +247,8 @@ def _fixed(value: float) -> str:
     return f"{round(value, 2) + 0.0:.2f}"
 
 
-def _verdict(change: Interval) -> str:
-    """CSS class of a change in an error: coloured only where the whole interval is on one side of zero."""
-    if change.high < 0:
-        return ' class="better"'
-    return ' class="worse"' if change.low > 0 else ""
+def _verdict(change: Interval | None, *, more_is_better: bool = False) -> str:
+    """CSS class of a change: coloured only where the whole interval is on one side of zero."""
+    if change is None or change.low <= 0 <= change.high:
+        return ""
+    return ' class="better"' if (change.low > 0) == more_is_better else ' class="worse"'

@@ -4,9 +4,9 @@ Models are compared sample by sample on the same strata, and clips, not samples,
 number carries its count, and strata too small to conclude from are named rather than left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from alpacache.strict_json import plain
 ENOUGH_SAMPLES = 30
 """A stratum with fewer is named in the warnings: its means and slopes may be chance."""
 
+T = TypeVar("T")
 BySlope = Mapping[Quantity, Mapping[float, Slope | None]]
 ByInterval = Mapping[Quantity, Mapping[float, Interval | None]]
 _BY_MODEL = ("metrics", "differences", "bias", "bias_differences", "corridor", "recall_differences")
@@ -148,32 +149,9 @@ def _summarise_stratum(
             }
             for label in others
         },
-        bias={
-            label: {
-                quantity: {
-                    horizon_s: bias_slope(truth, pred, clips, quantity=quantity, horizon_s=horizon_s, seed=seed)
-                    for horizon_s in HORIZONS_S
-                }
-                for quantity in QUANTITIES
-            }
-            for label, pred in predicted.items()
-        },
+        bias={label: _by_horizon(bias_slope, truth, pred, clips, seed=seed) for label, pred in predicted.items()},
         bias_differences={
-            label: {
-                quantity: {
-                    horizon_s: bias_difference(
-                        truth,
-                        predicted[reference],
-                        predicted[label],
-                        clips,
-                        quantity=quantity,
-                        horizon_s=horizon_s,
-                        seed=seed,
-                    )
-                    for horizon_s in HORIZONS_S
-                }
-                for quantity in QUANTITIES
-            }
+            label: _by_horizon(bias_difference, truth, predicted[reference], predicted[label], clips, seed=seed)
             for label in others
         },
         corridor={label: summarise_corridor(each, clips, seed=seed) for label, each in leavings.items()},
@@ -181,6 +159,16 @@ def _summarise_stratum(
             label: recall_difference(leavings[reference], leavings[label], clips, seed=seed) for label in others
         },
     )
+
+
+def _by_horizon(measure: Callable[..., T], *data: Sequence[Any], seed: int) -> dict[Quantity, dict[float, T]]:
+    """Take a measure of departures at each quantity and horizon."""
+    return {
+        quantity: {
+            horizon_s: measure(*data, quantity=quantity, horizon_s=horizon_s, seed=seed) for horizon_s in HORIZONS_S
+        }
+        for quantity in QUANTITIES
+    }
 
 
 def _warnings(strata: Mapping[str, StratumSummary]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from alpacache.driving.sample import Floats
 
 DRAWS = 2000
+"""Replicates of each interval."""
 LEVEL = 0.95
 """Confidence level of every interval of the project."""
 MIN_CLIPS = 2
@@ -34,16 +35,13 @@ class Interval:
     """Number of clips."""
 
 
-def mean_difference(
-    before: ArrayLike, after: ArrayLike, clips: Sequence[str], *, draws: int = DRAWS, seed: int = 0
-) -> Interval | None:
+def mean_difference(before: ArrayLike, after: ArrayLike, clips: Sequence[str], *, seed: int = 0) -> Interval | None:
     """Interval of mean(after) - mean(before) over samples that both models were run on.
 
     Args:
         before: `[N]` one number a sample.
         after: `[N]` of the same samples in the same order.
         clips: N clip ids.
-        draws: number of replicates.
         seed: seed of the resampling.
 
     Returns:
@@ -54,16 +52,14 @@ def mean_difference(
     """
     gain = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     sums, clip_count = _sums_by_clip(np.stack([np.ones_like(gain), gain], axis=-1), clips)
-    replicates = _replicates(sums, draws=draws, seed=seed)
+    replicates = _replicates(sums, seed=seed)
     return _interval(float(gain.mean()), replicates[:, 1] / replicates[:, 0], n=gain.size, clips=clip_count)
 
 
-def slope_interval(
-    truth: ArrayLike, pred: ArrayLike, clips: Sequence[str], *, draws: int = DRAWS, seed: int = 0
-) -> Interval | None:
+def slope_interval(truth: ArrayLike, pred: ArrayLike, clips: Sequence[str], *, seed: int = 0) -> Interval | None:
     """Interval of the least-squares slope of pred `[N]` on truth `[N]`; None with fewer than two clips."""
     sums, center, clip_count = _slope_sums(truth, [pred], clips)
-    slopes = _slopes(_replicates(sums, draws=draws, seed=seed), 0)
+    slopes = _slopes(_replicates(sums, seed=seed), 0)
     return _interval(float(_slopes(center, 0)[0]), slopes, n=len(clips), clips=clip_count)
 
 
@@ -73,12 +69,11 @@ def slope_difference(
     after: ArrayLike,
     clips: Sequence[str],
     *,
-    draws: int = DRAWS,
     seed: int = 0,
 ) -> Interval | None:
     """Interval of slope(after) - slope(before), both against the same truth `[N]`; None with fewer than two clips."""
     sums, center, clip_count = _slope_sums(truth, [before, after], clips)
-    replicates = _replicates(sums, draws=draws, seed=seed)
+    replicates = _replicates(sums, seed=seed)
     estimate = float((_slopes(center, 1) - _slopes(center, 0))[0])
     return _interval(estimate, _slopes(replicates, 1) - _slopes(replicates, 0), n=len(clips), clips=clip_count)
 
@@ -90,7 +85,6 @@ def r_squared(
     clips: Sequence[str],
     *,
     over: ArrayLike | None = None,
-    draws: int = DRAWS,
     seed: int = 0,
 ) -> Interval | None:
     """Interval of R^2, the share of the squared error of `reference` that `pred` removes.
@@ -101,7 +95,6 @@ def r_squared(
         reference: `[N]` predictions of a model without inputs: the mean of the truth that `pred` was fitted to.
         clips: N clip ids.
         over: `[N]` other predictions; the result is then R^2(pred) - R^2(over), paired.
-        draws: number of replicates.
         seed: seed of the resampling.
 
     Returns:
@@ -117,8 +110,8 @@ def r_squared(
     total = sums.sum(axis=0)
     if total[0] <= 0:
         return None
-    replicates = _replicates(sums, draws=draws, seed=seed)
-    shares = np.full(draws, np.nan)
+    replicates = _replicates(sums, seed=seed)
+    shares = np.full(DRAWS, np.nan)
     np.divide(replicates[:, 1], replicates[:, 0], out=shares, where=replicates[:, 0] > 0)
     return _interval(float(total[1] / total[0]), shares, n=y.size, clips=clip_count)
 
@@ -159,16 +152,16 @@ def _sums_by_clip(columns: Floats, clips: Sequence[str]) -> tuple[Floats, int]:
     return sums, len(names)
 
 
-def _replicates(sums: Floats, *, draws: int, seed: int) -> Floats:
-    """Sums `[draws, columns]` over clips drawn with replacement."""
-    return np.concatenate([block @ sums for block in np.array_split(_clip_counts(len(sums), draws, seed), 10)])
+def _replicates(sums: Floats, *, seed: int) -> Floats:
+    """Sums `[DRAWS, columns]` over clips drawn with replacement."""
+    return np.concatenate([block @ sums for block in np.array_split(_clip_counts(len(sums), seed), 10)])
 
 
 @lru_cache(maxsize=2)
-def _clip_counts(clip_count: int, draws: int, seed: int) -> NDArray[np.uint16]:
-    """Times that each clip is drawn in each replicate `[draws, clips]`; cached, as a stratum asks for it many times."""
+def _clip_counts(clip_count: int, seed: int) -> NDArray[np.uint16]:
+    """Times that each clip is drawn in each replicate `[DRAWS, clips]`; cached, as a stratum asks for it many times."""
     rng = np.random.default_rng(seed)
-    counts = np.empty((draws, clip_count), dtype=np.uint16)
+    counts = np.empty((DRAWS, clip_count), dtype=np.uint16)
     for row in counts:
         row[:] = np.bincount(rng.integers(clip_count, size=clip_count), minlength=clip_count)
     counts.flags.writeable = False

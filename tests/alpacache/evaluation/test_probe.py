@@ -50,7 +50,6 @@ def planted(seed=0):
     targets = np.stack([hidden[:, 0] + history[:, 0], hidden[:, 0] * hidden[:, 1], rng.normal(size=N)], axis=-1)
     clips = [f"clip-{index // 2}" for index in range(N)]
     return ProbeData(
-        sample_ids=[f"{clip}@{5_100_000 + index}#0" for index, clip in enumerate(clips)],
         clips=clips,
         features={"hidden": features.astype(np.float32)},
         history=history,
@@ -105,7 +104,6 @@ def test_few_clips_do_not_deny():
     data = planted()
     few = slice(0, 120)
     data = ProbeData(
-        sample_ids=data.sample_ids[few],
         clips=data.clips[few],
         features={"hidden": np.random.default_rng(0).normal(size=(120, 50)).astype(np.float32)},
         history=data.history[few],

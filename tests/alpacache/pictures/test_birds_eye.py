@@ -105,7 +105,7 @@ def test_scatter_has_a_panel_a_model_and_marks() -> None:
 
 
 def test_scatter_of_nothing_is_an_empty_frame() -> None:
-    assert pixels(bias_scatter_png(np.zeros(0), {"after": np.zeros(0)}, {"after": None}, quantity="lateral")).size
+    assert pixels(bias_scatter_png(np.zeros(0), {"after": np.zeros(0)}, {"after": None})).size
 
 
 def test_larger_error_is_drawn_higher() -> None:
