@@ -15,7 +15,7 @@ from .options import from_config
 if TYPE_CHECKING:
     from alpacache.driving.strata import Turn
     from alpacache.sources.prepared_rows import PictureFit
-    from alpacache.sources.prepared_writer import Prepared
+    from alpacache.sources.prepared_writer import PrepareReport
 
 QUARANTINED = 3
 
@@ -84,7 +84,7 @@ def _picture_fit(model: str | None) -> "PictureFit":
     return PictureFit(**{name: processor[name] for name in RELEASED.pixels})
 
 
-def _report(out: str, written: "Prepared", wanted: "Mapping[Turn, int]", *, as_json: bool) -> None:
+def _report(out: str, written: "PrepareReport", wanted: "Mapping[Turn, int]", *, as_json: bool) -> None:
     """Show what was written. A quota that the source could not fill is said on stderr as well."""
     counts = {turn: written.provenance["strata"][turn] for turn in wanted}
     for turn, count in wanted.items():

@@ -119,6 +119,16 @@ def test_modules_do_not_import_each_other_in_circles():
         visit(name)
 
 
+def test_class_names_are_unique():
+    """A name that a reader has met means the same in every room."""
+    homes = {}
+    for path in [path for package in PACKAGES for path in modules(package)]:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
 def test_the_wheel_has_every_package_and_none_that_is_called_cli():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent for package in ("alpacache", "cache_store") for path in modules(package)}

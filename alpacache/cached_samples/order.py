@@ -28,7 +28,7 @@ _BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class WeightedGroup:
     """Samples that together have a share of every epoch."""
 
     members: Order
@@ -40,7 +40,7 @@ class Group:
 class GlobalOrder:
     """Maps a position in the run to a sample index; keeps one epoch. Safe in threads."""
 
-    def __init__(self, seed: int, count: int, *, groups: Sequence[Group] | None = None) -> None:
+    def __init__(self, seed: int, count: int, *, groups: Sequence[WeightedGroup] | None = None) -> None:
         """`groups` have their shares of every epoch; without them every sample comes once an epoch."""
         self._seed, self._count, self._groups = seed, count, groups
         self._kept = (-1, np.empty(0, np.int64))
@@ -53,14 +53,14 @@ class GlobalOrder:
         return int(kept[1][place])
 
 
-def epoch_order(seed: int, epoch: int, count: int, groups: Sequence[Group] | None = None) -> Order:
+def epoch_order(seed: int, epoch: int, count: int, groups: Sequence[WeightedGroup] | None = None) -> Order:
     """The sample indices of one epoch, from (seed, epoch) and the groups alone."""
     if groups is None:
         return numpy_generator(seed, epoch).permutation(count)
     return _shared_epoch(seed, epoch, count, groups)
 
 
-def make_groups(weights: Sequence[tuple[range, float]], turns: Sequence[Turn] | None) -> list[Group]:
+def make_groups(weights: Sequence[tuple[range, float]], turns: Sequence[Turn] | None) -> list[WeightedGroup]:
     """One group for each store, given as its sample indices and weight, or for each turn in it.
 
     `turns`: each sample's; the turns of a store have equal parts of its share.
@@ -74,11 +74,11 @@ def make_groups(weights: Sequence[tuple[range, float]], turns: Sequence[Turn] | 
         else:
             mine = np.array([turns[index] for index in indices])
             parts = [everyone[mine == turn] for turn in TURNS if (mine == turn).any()]
-        groups += [Group(members=part, share=weight / total / len(parts)) for part in parts if len(part)]
+        groups += [WeightedGroup(members=part, share=weight / total / len(parts)) for part in parts if len(part)]
     return groups
 
 
-def _shared_epoch(seed: int, epoch: int, count: int, groups: Sequence[Group]) -> Order:
+def _shared_epoch(seed: int, epoch: int, count: int, groups: Sequence[WeightedGroup]) -> Order:
     """One epoch in which each group has its share, spread evenly."""
     picks, places = [], []
     ends = np.cumsum([group.share for group in groups])

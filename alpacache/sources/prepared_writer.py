@@ -28,7 +28,7 @@ SHARD_SAMPLES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class PrepareReport:
     """The outcome of `prepare`."""
 
     samples: int
@@ -50,7 +50,7 @@ def prepare(
     settings: Mapping[str, Any] | None = None,
     spec: str | None = None,
     on_sample: Callable[[SampleRef], None] | None = None,
-) -> Prepared:
+) -> PrepareReport:
     """Write the samples `refs` of `source` to the directory `out`, which `datasets.load_from_disk` reads.
 
     Samples with a `BadClipError` are left out and reported.
@@ -94,7 +94,7 @@ def prepare(
             raise SourceError(f"{source.name}: none of {len(refs)} samples can be used.{reason}")
         record = _finish(shards, final, source.name, asked, rejected)
     shutil.rmtree(partial)  # only now that its lock is closed: NFS keeps the names of open files
-    return Prepared(samples=record["samples"], rejected=tuple(rejected), provenance=record)
+    return PrepareReport(samples=record["samples"], rejected=tuple(rejected), provenance=record)
 
 
 def _refuse_existing(final: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from alpacache.cached_samples.order import (
     GlobalOrder,
-    Group,
+    WeightedGroup,
     epoch_order,
     make_groups,
 )
@@ -111,7 +111,7 @@ def test_stores_have_their_weights_of_every_epoch_and_strata_parts_of_it():
 
 
 def test_a_share_of_less_than_one_sample_an_epoch_comes_in_some_epochs():
-    groups = [Group(members=np.arange(9), share=0.96), Group(members=np.array([9]), share=0.04)]
+    groups = [WeightedGroup(members=np.arange(9), share=0.96), WeightedGroup(members=np.array([9]), share=0.04)]
     drawn = [sum(index == 9 for index in epoch_order(0, epoch, 10, groups)) for epoch in range(50)]
     assert all(len(epoch_order(0, epoch, 10, groups)) == 10 for epoch in range(50))
     assert sum(drawn) == 20
