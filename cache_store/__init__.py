@@ -28,7 +28,7 @@ from cache_store.format.field import Field
 from cache_store.format.index import build_index
 from cache_store.format.quarantine_record import QuarantineRecord
 from cache_store.kv.codec import KVCodec
-from cache_store.kv.registry import CODECS, CodecName, codec_from_json
+from cache_store.kv.registry import CODECS, codec_from_json
 from cache_store.prefetcher import PrefetchedSample, Prefetcher
 from cache_store.reader import CacheReader
 from cache_store.upkeep.copying import CopyReport, copy
@@ -42,7 +42,6 @@ __all__ = [
     "CacheReader",
     "CacheStoreError",
     "CacheWriter",
-    "CodecName",
     "CopyReport",
     "CorruptSampleError",
     "Damage",

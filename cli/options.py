@@ -147,7 +147,7 @@ def _plain_type(hint: Any) -> tuple[Any, str | None]:
     if origin in (Union, UnionType):
         return _plain_type(next(part for part in inner if part is not NoneType))
     if origin is Literal:
-        return str, "|".join(map(str, inner))
+        return type(inner[0]), "|".join(map(str, inner))
     return (hint if hint in (bool, int, float) else str), None
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from alpacache.config import Count, Name, Place, Seed, expect, parts
+from alpacache.planning.config import Codec
 from alpacache.sources.config import SamplesConfig
-from cache_store import CodecName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class ExtractConfig(SamplesConfig):
     """Name cameras in the prompt. Default: as the model was trained (1.5 yes, R1 no)."""
     frame_numbers: bool | None = None
     """Number each camera's frames in the prompt. Default: as the model was trained."""
-    codec: CodecName = "bf16"
+    codec: Codec = "bf16"
     """How KV is stored: lossless (`bf16`) or quantised; `int8` takes half the size."""
     hidden_states: Literal["last", "none"] = "last"
     """`last` stores the hidden states after the last layer, `none` does not."""

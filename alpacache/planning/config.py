@@ -7,9 +7,23 @@ from alpacache.config import Config, Count, Epochs, Place, Written, expect, part
 from alpacache.driving.sample import FRONT_CAMERA
 from alpacache.planning.gpus import MEASURED
 from alpacache.sources.config import Cameras, Frames
-from cache_store import CodecName
+from cache_store import CODECS
 
 Trainable = Literal["all", "head", "lora"]
+
+
+def codec_names() -> list[str]:
+    """How keys and values may be stored: as they are, or by a codec."""
+    return ["bf16", *CODECS]
+
+
+def _known_codec(written: Any) -> Any:
+    if written not in codec_names():
+        raise ValueError(" or ".join(codec_names()))
+    return written
+
+
+Codec = Annotated[str, Written(metavar="|".join(codec_names()), read=_known_codec)]
 
 
 CONTEXT_BYTES = 2**29
@@ -56,10 +70,10 @@ class PlanConfig(Config):
     cameras: Cameras = (FRONT_CAMERA,)
     """Cameras by full or short names, such as `front_wide,front_tele`."""
     frames: Frames = 4
-    """Images a camera, 1 to 4."""
+    """Images a camera, 0.1 s apart."""
     picture: Annotated[tuple[Count, Count], parts(int, "HEIGHTxWIDTH", separator="x")] = (1080, 1920)
     """Height and width of the recordings."""
-    codec: CodecName = "bf16"
+    codec: Codec = "bf16"
     """How KV is stored."""
     hidden_states: Literal["last", "none"] = "last"
     """Whether the hidden states after the last layer are stored."""

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from alpacache.alpamayo.geometry import Geometry
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.driving.sample import sort_cameras
 from alpacache.errors import UsageError
-from alpacache.planning.config import PlanConfig, Trainable, allowed_bytes, budget_bytes
+from alpacache.planning.config import PlanConfig, Trainable, allowed_bytes, budget_bytes, codec_names
 from alpacache.planning.gpus import GPUS, MEASURED, Gpu, gpu_named
 from alpacache.planning.machine import disk_speed, existing_folder, gpu_speed
 from alpacache.planning.memory_model import fastest_plan, memory_plan
@@ -32,7 +32,7 @@ from alpacache.planning.time_model import (
     reading_seconds,
 )
 from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload
-from cache_store import CODECS, CodecName
+from cache_store import CODECS
 from cache_store.storage.local_files import free_bytes
 
 READ_BYTES_S, WRITE_BYTES_S = 1.5e9, 1.0e9
@@ -134,7 +134,7 @@ def plan(config: PlanConfig) -> Plan:
     hidden_states = config.hidden_states == "last"
     sizes = {
         name: sample_bytes(geometry, prompt, codec=CODECS.get(name), hidden_states=hidden_states, rollouts=rollouts)
-        for name in get_args(CodecName)
+        for name in codec_names()
     }
     chosen = sizes[config.codec]
     sample_size_bytes = sum(chosen.values())
@@ -199,7 +199,7 @@ def least_training_bytes(trainable: Trainable) -> int:
 
 
 def planned_workload(
-    geometry: Geometry, tokens: int, *, codec: CodecName, trainable: Trainable, lora_rank: int, batch_size: int
+    geometry: Geometry, tokens: int, *, codec: str, trainable: Trainable, lora_rank: int, batch_size: int
 ) -> Workload:
     """Training as `train` would plan for it on a GPU: adamw8, compiled, with a validation store."""
     layout = PrefixLayout(

@@ -53,7 +53,7 @@ class TrainConfig(Config):
     """Adapters are scaled by alpha / rank. Default: twice the rank."""
     optimizer: Literal["auto", "adamw8", "adamw"] = "auto"
     """`adamw8`: 8-bit moments and 24-bit master weights; `adamw`: as the public recipe. `auto` is adamw8 on a GPU."""
-    lr: Annotated[float, Gt(0)] | None = None
+    lr: Annotated[float, Ge(0)] | None = None
     """Peak learning rate. Default: 1e-4 for all parameters (the public recipe's), 5e-4 for adapters, 1e-3 for the head
     alone."""
     min_lr: Annotated[float, Ge(0)] = 1e-6

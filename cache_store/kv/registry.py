@@ -1,25 +1,24 @@
 """The kinds of codecs there are, and the named settings that users choose from."""
 
-from typing import Any, Literal
+from typing import Any
 
 from cache_store.errors import FormatError
 from cache_store.kv.affine import AffineCodec
 from cache_store.kv.codec import KVCodec
 from cache_store.kv.fp8 import Fp8Codec
 
-CodecName = Literal["bf16", "fp8", "int8", "int5", "int4"]
-"""What `--codec` takes: `bf16`, which stores keys and values as they are, or a key of `CODECS`."""
-
 KINDS: dict[str, type[KVCodec]] = {codec.kind: codec for codec in (AffineCodec, Fp8Codec)}
 """Kind -> the class that reads a document of that kind."""
 
 CODECS: dict[str, KVCodec] = {
+    "fp8": Fp8Codec(),
     "int8": AffineCodec(),
     "int5": AffineCodec(key_bits=(5,), value_bits=(5,)),
     "int4": AffineCodec(key_bits=(4,), value_bits=(4,)),
-    "fp8": Fp8Codec(),
 }
-"""Just below 8.5, 5.5 and 4.5 bits a value, and fp8 with 8 bits and a byte a token.
+"""What `--codec` takes beside `bf16`, which stores keys and values as they are.
+
+Just below 8.5, 5.5 and 4.5 bits a value, and fp8 with 8 bits and a byte a token.
 
 With keys in groups of 64 instead of 72, `order` and `base` would come on top of that.
 """

@@ -84,7 +84,7 @@ def test_every_subset_of_cameras_and_number_of_frames_has_its_prompt(model, mode
 
 @pytest.mark.parametrize("frames", [0, 5])
 def test_other_numbers_of_frames_are_refused(frames, model, tmp_path):
-    with pytest.raises(UsageError, match=f"frames is {frames}; expected 1 to 4"):
+    with pytest.raises(UsageError, match=f"frames is {frames}; expected 1, 2, 3 or 4"):
         extract(model, tmp_path / "store", "--frames", frames)
 
 

@@ -49,7 +49,7 @@ def test_the_page_shows_what_is_printed(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--samples", "1", "--codec", "int3"), "codec is 'int3'; expected 'bf16'"),
+        (("--samples", "1", "--codec", "int3"), "codec is 'int3'; expected bf16"),
         (("--samples", "1", "--picture", "full"), "picture is 'full'; expected HEIGHTxWIDTH"),
         (("--samples", "1", "--memory-budget", "12GB"), "Use --trainable lora"),
     ],

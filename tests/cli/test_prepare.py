@@ -92,8 +92,8 @@ def test_quota_seed_and_processor_size(model, tmp_path, run):
         (["--size", "small"], "size is 'small'; expected 'original' or 'processor'"),
         (["--model", "x"], "--size processor only"),
         (["--split", "test"], "split is 'test'; expected 'train', 'val' or 'all'"),
-        (["--frames", "0"], "frames is 0; expected at least 1."),
-        (["--frames", "5"], "frames is 5; expected at most 4."),
+        (["--frames", "0"], "frames is 0; expected 1, 2, 3 or 4."),
+        (["--frames", "5"], "frames is 5; expected 1, 2, 3 or 4."),
     ],
 )
 def test_bad_usage_is_exit_2_and_nothing_is_written(arguments, said, tmp_path, run):
