@@ -18,7 +18,7 @@ from alpacache.cached_samples.prefix_rows import PrefixRows
 from alpacache.cached_samples.ring import BatchRing
 from alpacache.distributed.world import World
 from alpacache.driving.action_space import UnicycleActionSpace
-from alpacache.errors import UsageError
+from alpacache.errors import DeviceMemoryError, UsageError
 from alpacache.planning.gpus import Gpu
 from alpacache.planning.machine import gpu_speed
 from alpacache.planning.memory_model import fastest_plan
@@ -142,6 +142,20 @@ def _no_longer_fits(run: str, error: UsageError, plan_what_fits: Callable[[], Me
         remedy = f"Its batch size, draws and trainable part must stay: {room}."
     table = str(error).rpartition("\n")[0]  # without the remedy for a run that has not begun
     return UsageError(f"{run} does not fit as it was begun: {table}\n{remedy}")
+
+
+def out_of_memory(
+    error: torch.OutOfMemoryError, settled: SettledStep, peak_bytes: int, *, resumable: bool
+) -> DeviceMemoryError:
+    """The error for a GPU whose memory did not suffice after all, with what to turn down."""
+    planned = "" if settled.plan is None else f" ({settled.plan.device_bytes / 2**30:.2f} GiB were planned)"
+    less = f"--micro-batch {max(1, settled.micro_batch // 2)} --checkpointing"
+    again = f"Checkpoints are intact: go on with --resume {less}"
+    anew = f"Try {less}, a smaller --batch-size or --draws, or --trainable lora"
+    return DeviceMemoryError(
+        f"out of GPU memory with {peak_bytes / 2**30:.2f} GiB reserved{planned}: {error}\n"
+        f"{again if resumable else anew}; other programs on this GPU take from it too."
+    )
 
 
 def choose_draws(plan_for: Callable[[int], MemoryPlan], work: Workload, *, batch_s: float, gpu: Gpu) -> int:

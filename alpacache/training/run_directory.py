@@ -77,6 +77,13 @@ class RunDirectory:
         """Whether a checkpoint holds an average of the weights."""
         return AVERAGE in self.state(step)["files"]
 
+    def refuse_existing(self, *, resume: bool) -> None:
+        """Raise `UsageError` where the directory holds a run that is not to be resumed."""
+        if (steps := self.steps) and not resume:
+            raise UsageError(
+                f"{self.path} already holds a run (step {steps[-1]}); pass --resume to go on, or choose another --out."
+            )
+
     def write_memory(self, record: Mapping[str, Any]) -> None:
         """Write the memory plan and the measured peak, in bytes."""
         _write_document(self.path / "memory.json", (strict_json.dumps(record, indent=1) + "\n").encode())

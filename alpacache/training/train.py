@@ -6,7 +6,6 @@ the global order, so a run that was killed and resumed ends with the same bits a
 
 import dataclasses
 import gc
-import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -29,7 +28,7 @@ from alpacache.config import to_toml
 from alpacache.distributed.peer_memory import peer_memory
 from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World, join_world
-from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, UsageError
+from alpacache.errors import DataError, InterruptedRunError, UsageError
 from alpacache.interrupt import InterruptGuard
 from alpacache.planning.workload import MemoryPlan, Workload
 from alpacache.prefix.layout import LEAST_DECODED
@@ -40,6 +39,7 @@ from alpacache.training.auto_settings import (
     StepSettings,
     batch_seconds,
     cap_memory,
+    out_of_memory,
     restore_auto_settings,
     settle_on_cpu,
     settle_on_gpu,
@@ -50,6 +50,7 @@ from alpacache.training.config import TrainConfig
 from alpacache.training.damage import DamagedSamples
 from alpacache.training.data_order import batches_of, global_order, total_steps
 from alpacache.training.learner import Learner
+from alpacache.training.learning_rate import LearningRate
 from alpacache.training.non_finite import SkippedSteps
 from alpacache.training.optimizers import make_optimizer, resolve
 from alpacache.training.resume_check import check_processes_agree, check_unchanged, settings_record, stores_record
@@ -72,7 +73,11 @@ def train(
     """
     with join_world(config.device) as world:
         directory = RunDirectory(config.out)
-        _check_free(config, directory, world)
+        directory.refuse_existing(resume=config.resume)
+        if world.size > 1 and config.on_damage == "skip":
+            raise UsageError(
+                "on_damage is 'skip' with several processes; mend the store with `alpacache verify` instead."
+            )
         inputs = _open_inputs(config, directory, world)
         step = _settle(config, directory, inputs, world)
         if step.plan is not None and world.is_first:
@@ -83,7 +88,7 @@ def train(
         try:
             return run.loop()
         except torch.OutOfMemoryError as error:
-            raise _out_of_memory(error, run, step, resumable=bool(directory.steps)) from error
+            raise out_of_memory(error, step, run.learner.peak_bytes(), resumable=bool(directory.steps)) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,17 +105,6 @@ class _Inputs:
     """Samples that the order found damaged."""
     total: int
     """Steps of the whole run."""
-
-
-def _check_free(config: TrainConfig, directory: RunDirectory, world: World) -> None:
-    """Refuse a directory that holds a run which is not to be resumed, and options that exclude each other."""
-    if directory.steps and not config.resume:
-        raise UsageError(
-            f"{config.out} already holds a run (step {directory.steps[-1]}); pass --resume to go on, or choose "
-            "another --out."
-        )
-    if world.size > 1 and config.on_damage == "skip":
-        raise UsageError("on_damage is 'skip' with several processes; mend the store with `alpacache verify` instead.")
 
 
 def _open_inputs(config: TrainConfig, directory: RunDirectory, world: World) -> _Inputs:
@@ -213,7 +207,7 @@ class _Run:
     ) -> None:
         """Begin a run, or go on from its newest checkpoint."""
         self.config, self.world, self.directory, self.inputs, self.settled = config, world, directory, inputs, settled
-        self.warmup = _warmup(config.warmup, inputs.total)
+        self.rate = LearningRate.of(peak=config.peak_lr, final=config.min_lr, warmup=config.warmup, total=inputs.total)
         self.learner = _make_learner(config, inputs.checkpoint, world)
         self.validation = None if inputs.val is None else Validation(inputs.val, config)
         self.damaged = DamagedSamples(inputs.data, config.on_damage)
@@ -370,14 +364,7 @@ class _Run:
         t = torch.stack(
             [randomness.times(seed, position, draws=draws, schedule=schedule) for position in batch.positions]
         )
-        return step.run(batch, noise, t, self._lr(self.step), stop=stop)
-
-    def _lr(self, step: int) -> float:
-        """Learning rate of the step after this one."""
-        config = self.config
-        return learning_rate(
-            step, total=self.inputs.total, warmup=self.warmup, peak=config.peak_lr, final=config.min_lr
-        )
+        return step.run(batch, noise, t, self.rate(self.step), stop=stop)
 
     def _read(self, number: int, result: StepResult, ring: BatchRing, *, validating: bool) -> None:
         """Read what came of a step, validate if it is time, and write its row."""
@@ -386,7 +373,7 @@ class _Run:
             self.step = number - 1
             raise ring.damage_error()
         self.stopping |= values.stop
-        row = self.log.row(number, result, values, lr=self._lr(number - 1), waited_s=ring.waited_s)
+        row = self.log.row(number, result, values, lr=self.rate(number - 1), waited_s=ring.waited_s)
         if self.skipped.count(values.loss, values.norm):
             row |= {"loss": None, "grad_norm": None, "skipped": self._sample_ids(number)}
             self.skipped.check_streak(number, row["skipped"])
@@ -510,33 +497,3 @@ class _Run:
             peak_gib=self.learner.peak_bytes() / 2**30 if cuda else None,
             draws=self.settled.draws,
         )
-
-
-def _out_of_memory(
-    error: torch.OutOfMemoryError, run: _Run, settled: SettledStep, *, resumable: bool
-) -> DeviceMemoryError:
-    """The error for a GPU whose memory did not suffice after all, with what to turn down."""
-    planned = "" if settled.plan is None else f" ({settled.plan.device_bytes / 2**30:.2f} GiB were planned)"
-    less = f"--micro-batch {max(1, settled.micro_batch // 2)} --checkpointing"
-    again = f"Checkpoints are intact: go on with --resume {less}"
-    anew = f"Try {less}, a smaller --batch-size or --draws, or --trainable lora"
-    return DeviceMemoryError(
-        f"out of GPU memory with {run.learner.peak_bytes() / 2**30:.2f} GiB reserved{planned}: {error}\n"
-        f"{again if resumable else anew}; other programs on this GPU take from it too."
-    )
-
-
-def _warmup(warmup: int | None, total: int) -> int:
-    """Steps of warm-up. Raises `UsageError` where the run is too short to ever reach the learning rate."""
-    warmup = min(100, total // 10) if warmup is None else warmup
-    if warmup >= total:
-        raise UsageError(f"warmup is {warmup} of {total} steps; expected fewer, so that lr is ever reached.")
-    return warmup
-
-
-def learning_rate(step: int, *, total: int, warmup: int, peak: float, final: float) -> float:
-    """Linear warm-up from `peak / warmup`, then a cosine that reaches `final` at the last step."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    share = (step - warmup) / max(1, total - 1 - warmup)
-    return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))

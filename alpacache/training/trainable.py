@@ -1,10 +1,10 @@
-"""What is trained, under which names, and how a checkpoint of it is put back into the base model.
+"""Which parameters are trained, their names in checkpoints, and how a checkpoint is put back into the base model.
 
 Three choices: `all` (expert and projections), `head` (the two projections and the expert's final norm) and `lora`:
-low-rank adapters on every linear layer of the expert, and the head in full, because it has under 2 M parameters and is
-all that knows of actions and t. Adapters are peft's, injected in place. peft's names stay in here: a checkpoint calls
-them `expert.layers.0.self_attn.q_proj.lora_A`, beside the public state-dict keys, and carries their scale as the tensor
-`lora_scale`, so that its tensors alone are enough to merge them.
+low-rank adapters on every linear layer of the expert, and the head in full, because it has under 2 M parameters and
+nothing else knows of actions and t. Adapters are peft's, injected in place. peft's names stay in this module: a
+checkpoint calls them `expert.layers.0.self_attn.q_proj.lora_A`, beside the public state-dict keys, and holds their
+scale as the tensor `lora_scale`, so that its tensors alone are enough to merge them.
 """
 
 import math
@@ -19,23 +19,23 @@ from alpacache.alpamayo.geometry import EXPERT_LINEARS, HEAD_TENSORS
 from alpacache.errors import UsageError
 
 LORA_SCALE = "lora_scale"
-"""Scalar tensor alpha / rank, by which B A is multiplied."""
+"""Name of the scalar tensor alpha / rank, by which B A is multiplied."""
 _ADAPTER = "default"
 
 
 def choose_trainable(
     expert: ActionExpert, which: str, *, lora_rank: int = 16, lora_alpha: float | None = None, seed: int
 ) -> dict[str, nn.Parameter]:
-    """Parameters to train, by the name that checkpoints use; all others stop needing gradients.
+    """Choose the parameters to train, by their names in checkpoints; all others stop requiring gradients.
 
     Args:
-        expert: freshly loaded; `lora` puts adapters into it, whose first output is the base's, bit for bit.
+        expert: freshly loaded; `lora` injects adapters, with which its output is at first the base's, bit for bit.
         which: `all`, `head` or `lora`.
-        lora_rank: columns of B, rows of A. Adapters are in the dtype and on the device of the weight they adapt.
-        lora_alpha: B A counts alpha / rank times; None means 2 x rank.
-        seed: of the adapters' A; B begins at zero.
+        lora_rank: columns of B, rows of A. Adapters have the dtype and device of the weight they adapt.
+        lora_alpha: B A is scaled by alpha / rank; None means 2 x rank.
+        seed: seed of the adapters' A; B begins at zero.
 
-    Raises `UsageError` for a rank or alpha that cannot be, or where `lora` is asked for without peft.
+    Raises `UsageError` for an impossible rank or alpha, or where `lora` is asked for without peft.
     """
     if which not in ("all", "head", "lora"):
         raise ValueError(f"which is {which!r}; expected 'all', 'head' or 'lora'.")
@@ -52,11 +52,11 @@ def choose_trainable(
 
 
 def checkpoint_tensors(expert: ActionExpert, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: the trained tensors and, where there are adapters, their scale.
+    """Tensors that a checkpoint holds: the trained ones and, where there are adapters, their scale.
 
     Args:
-        expert: what `choose_trainable` was given.
-        parameters: what it returned, or other tensors under the same names.
+        expert: the expert that `choose_trainable` was given.
+        parameters: its result, or other tensors under the same names.
     """
     tensors = {name: parameter.detach() for name, parameter in parameters.items()}
     return tensors | {name: buffer for name, buffer in expert.named_buffers(recurse=False) if name == LORA_SCALE}
@@ -68,11 +68,11 @@ def apply_checkpoint(expert: ActionExpert, tensors: Mapping[str, Tensor], *, whe
 
     A merged weight is W + lora_scale B A in float32, rounded once to the weight's dtype. In bfloat16 that keeps 99 % of
     an update of 0.5 % of the weight's norm, but 71 % of one of 0.15 % (measured): a run of very few steps shows less
-    than it learnt. Merging adds, so applying the same adapters twice counts them twice.
+    than it has learnt. Merging adds, so applying the same adapters twice counts them twice.
 
     Args:
-        tensors: what `checkpoint_tensors` gave; on any device, in any floating dtype.
-        where: what an error calls the checkpoint.
+        tensors: from `checkpoint_tensors`; on any device, in any floating dtype.
+        where: name of the checkpoint in errors.
 
     Raises `UsageError` naming every tensor that is missing, unexpected or misshapen, before anything is changed.
     """
@@ -87,9 +87,9 @@ def changed_tensors(
     """Sorted names of the base's tensors that a checkpoint changes.
 
     Args:
-        tensors: what `checkpoint_tensors` gave.
-        shapes: of the base's tensors that may change, by name.
-        where: what an error calls the checkpoint.
+        tensors: from `checkpoint_tensors`.
+        shapes: shapes of the base's tensors that may change, by name.
+        where: name of the checkpoint in errors.
 
     Raises `UsageError` naming every tensor that is missing, unexpected or misshapen.
     """
@@ -114,12 +114,12 @@ def changed_tensors(
 
 
 def merge(name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """One tensor after training, in the base's dtype and on its device; formula and rounding as in `apply_checkpoint`.
+    """One tensor after training, in the base's dtype and on its device, by `apply_checkpoint`'s formula and rounding.
 
     Args:
-        name: one that `changed_tensors` gave.
+        name: from `changed_tensors`.
         base: the base model's tensor of that name.
-        tensors: what `checkpoint_tensors` gave.
+        tensors: from `checkpoint_tensors`.
     """
     if name in tensors:
         return tensors[name].to(base)
@@ -129,20 +129,20 @@ def merge(name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def enable_checkpointing(expert: ActionExpert) -> None:
-    """Keep only each layer's input for backward and compute the rest again; in training mode, results unchanged.
+    """Keep only each layer's input for the backward and compute the rest again; results do not change.
 
-    Backward then asks the prefix for a layer twice: for the second forward and for the gradient. No random state is
-    put away: the expert has no dropout, and a CUDA graph could not hold it.
+    The backward then asks the prefix for a layer twice: for the second forward and for the gradient. Random state is
+    not saved: the expert has no dropout, and a CUDA graph could not hold it.
     """
     model = expert.expert
-    model.main_input_name = "inputs_embeds"  # else transformers looks for embeddings, and warns that there are none
+    model.main_input_name = "inputs_embeds"  # else transformers warns that there are no embeddings
     # transformers 5.24 renames the method and warns of the old name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def _inject(expert: ActionExpert, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
-    """Adapters in all decoder layers, by the names of checkpoints."""
+    """Inject adapters into all decoder layers; return them by their names in checkpoints."""
     if rank < 1 or not (math.isfinite(alpha) and alpha > 0):
         raise UsageError(f"LoRA rank is {rank} and alpha {alpha}; expected a rank of at least 1 and an alpha above 0.")
     try:
@@ -150,7 +150,7 @@ def _inject(expert: ActionExpert, rank: int, alpha: float, seed: int) -> dict[st
     except ImportError as error:
         raise UsageError(f"training adapters needs peft ({error}): pip install 'alpacache[lora]'.") from error
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(EXPERT_LINEARS), lora_dropout=0.0, bias="none")
-    # On the meta device: the values are ours, and peft's would come from the global random state.
+    # On the meta device: peft would take its initial values from the global random state.
     inject_adapter_in_model(config, expert, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
     expert.register_buffer(LORA_SCALE, torch.tensor(alpha / rank), persistent=False)
     adapters = {}
@@ -164,14 +164,14 @@ def _inject(expert: ActionExpert, rank: int, alpha: float, seed: int) -> dict[st
 
 
 def _initial(rank: int, weight: Tensor, *key: object) -> tuple[Tensor, Tensor]:
-    """A uniform within 1 / sqrt(inputs), as in peft and in the paper's code, and B zero, like `weight`."""
+    """Initial adapters like `weight`: A uniform within 1 / sqrt(inputs), as peft and the paper have it, and B zero."""
     outputs, inputs = weight.shape
     uniform = torch.rand(rank, inputs, generator=randomness.generator(*key))
     return ((2 * uniform - 1) / math.sqrt(inputs)).to(weight), torch.zeros(outputs, rank).to(weight)
 
 
 def _product_shape(a: Tensor, b: Tensor) -> tuple[int, ...]:
-    """Shape of B A; that of both one after the other, which fits nothing, where they cannot be multiplied."""
+    """Shape of B A; where they cannot be multiplied, both shapes one after the other, which fit nothing."""
     inner = a.shape[:1] == b.shape[1:]
     return (*b.shape[:1], *a.shape[1:]) if inner else (*b.shape, *a.shape)
 
@@ -184,6 +184,6 @@ def _misfit(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
 
 
 def _some(names: Iterable[str]) -> str:
-    """At most eight, sorted, and how many more."""
+    """The first eight names, sorted, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")

@@ -14,7 +14,6 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -33,7 +32,6 @@ from alpacache.gpu import checksum
 from alpacache.training import train as training
 from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import RunDirectory, read_checkpoint, read_trained
-from alpacache.training.train import learning_rate
 from cache_store import CacheReader, CorruptSampleError
 
 
@@ -374,14 +372,6 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(tiny_checkpoint, stor
 
 def test_epochs_count_samples(tiny_checkpoint, store, tmp_path):
     assert alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", steps=None, epochs=1)).steps == 3
-
-
-def test_learning_rate_warms_up_and_ends_at_its_floor():
-    rates = [learning_rate(step, total=300, warmup=100, peak=1e-4, final=1e-6) for step in range(300)]
-    assert rates[0] == pytest.approx(1e-6)
-    assert rates[99] == rates[100] == pytest.approx(1e-4)
-    assert rates[-1] == pytest.approx(1e-6)
-    assert all(later < earlier for earlier, later in pairwise(rates[100:]))
 
 
 def test_best_is_the_step_that_was_validated(tiny_checkpoint, store, tmp_path):
