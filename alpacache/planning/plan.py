@@ -153,12 +153,15 @@ def plan(config: PlanConfig) -> Plan:
     )
     memory = fastest_plan(work, draws=config.draws, micro_batch=None, checkpointing=None, cap_bytes=cap)
     at_once = prefill_batch(cameras=len(cameras), frames=config.frames)
-    extract = _extract_plan(
-        samples,
+    prefill_s = prefill_seconds(geometry.vlm_parameters, at_once * prompt.tokens, machine.gpu) / at_once
+    reading_s = reading_seconds(len(cameras), config.picture, machine.cores)
+    write_s = sample_size_bytes / machine.write_bytes_s
+    extract = ExtractPlan(
         weights_bytes=geometry.vlm_parameters * BF16_BYTES,
-        prefill_s=prefill_seconds(geometry.vlm_parameters, at_once * prompt.tokens, machine.gpu) / at_once,
-        reading_s=reading_seconds(len(cameras), config.picture, machine.cores),
-        write_s=sample_size_bytes / machine.write_bytes_s,
+        prefill_s=prefill_s,
+        reading_s=reading_s,
+        write_s=write_s,
+        hours=samples * max(prefill_s, reading_s, write_s) / 3600,
     )
     notes = _fitting_notes(store_bytes, free, str(config.store), extract.weights_bytes, cap)
     notes += _basis_notes(machine, released=geometry is RELEASED.geometry, rollouts=rollouts)
@@ -242,18 +245,6 @@ def _machine(gpu_name: str, *, probed_folder: str | None) -> Machine:
         write_bytes_s=disk.write_bytes_s,
         cores=len(os.sched_getaffinity(0)),
         disk_is="probed",
-    )
-
-
-def _extract_plan(
-    samples: int, *, weights_bytes: int, prefill_s: float, reading_s: float, write_s: float
-) -> ExtractPlan:
-    return ExtractPlan(
-        weights_bytes=weights_bytes,
-        prefill_s=prefill_s,
-        reading_s=reading_s,
-        write_s=write_s,
-        hours=samples * max(prefill_s, reading_s, write_s) / 3600,
     )
 
 
