@@ -129,6 +129,12 @@ def test_class_names_are_unique():
     assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
 
 
+def test_code_stands_in_the_folders_that_contributing_names():
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split()}
+    folders = {path.name for path in ROOT.glob("[!.]*/") if any(path.rglob("*.py"))} - ignored
+    assert folders == {*PACKAGES, "benchmarks", "docs", "docs_build", "tests"}
+
+
 def test_the_wheel_has_every_package_and_none_that_is_called_cli():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent for package in ("alpacache", "cache_store") for path in modules(package)}

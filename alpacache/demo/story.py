@@ -2,7 +2,7 @@
 
 Every file format and every stage is the real one; only the model is tiny. Its VLM was trained on generated drives, its
 expert on straight drives alone, so that it drives straight on, as the released one does with one camera. The weights of
-both are shipped; `demo_weights/` in the repository makes them.
+both are shipped; `benchmarks/demo_weights/` in the repository makes them.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,6 @@
-"""Make the weights that the demo ships: `python demo_weights/make_weights.py OUT`, about half an hour on two cores.
+"""Make the weights that the demo ships, in about half an hour on two cores.
+
+`python benchmarks/demo_weights/make_weights.py OUT`
 
 First the VLM (`pretrain_vlm`), then, with that frozen, an expert on straight drives alone. Its bias is honest: it comes
 from what it was shown, not from a weight that somebody set to zero. `OUT/demo_model.safetensors` and
@@ -65,7 +67,7 @@ def main() -> None:
     expert = train_biased_expert(options.out)
     note = {
         "what": "weights of the demo: vlm.* from generated drives, expert and projections from straight ones",
-        "command": "python demo_weights/make_weights.py OUT",
+        "command": "python benchmarks/demo_weights/make_weights.py OUT",
         "vlm": vlm,
         "expert": {"mix": STRAIGHT_HEAVY, "seed": SEED + 2, **expert},
     }
