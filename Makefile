@@ -11,7 +11,7 @@ PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.1
 VENV312 ?= .venv-3.12
 STAMP312 := $(VENV312)/.installed
 
-.PHONY: help setup demo quick test test-kernels test-store-3.12 test-slow lint format docs dist-check clean
+.PHONY: help setup demo quick test test-ci test-store-3.12 test-slow lint format docs dist-check clean
 help:  ## Show this list
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -28,13 +28,13 @@ demo: $(STAMP)  ## The whole story offline on the CPU: biased tiny model, cache,
 	$(BIN)/alpacache demo --out demo
 
 quick: $(STAMP)  ## What to run while working: no whole ways, no kernels (3 minutes on 2 cores)
-	$(call PYTEST,$(VENV)) -m "not slow and not kernels and not system"
+	$(call PYTEST,$(VENV)) -m "not slow and not ci and not system"
 
 test: $(STAMP)  ## The test suite (8 minutes on 2 cores)
-	$(call PYTEST,$(VENV)) -m "not slow and not kernels"
+	$(call PYTEST,$(VENV)) -m "not slow and not ci"
 
-test-kernels: $(STAMP)  ## Triton kernels, interpreted and compiled for users' cards, on a CPU
-	$(call PYTEST,$(VENV)) --dist load -m "kernels and not slow"
+test-ci: $(STAMP)  ## What `make test` leaves to CI: kernels interpreted and compiled on the CPU, the demo shortened
+	$(call PYTEST,$(VENV)) --dist load -m "ci"
 
 $(STAMP312): constraints.txt
 	$(PYTHON312) -m venv $(VENV312)

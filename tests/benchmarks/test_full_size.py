@@ -130,6 +130,7 @@ def test_the_quick_benchmark(quick):
     assert all((row["of_raw_read"] is None) == (row["medium"] in ("pinned", "recipe")) for row in rows)
 
 
+@pytest.mark.system
 def test_the_quick_step_benchmark(quick, tmp_path):
     rows = {row["name"]: row for row in quick("bench_train_step.py", cwd=tmp_path)}
     assert list(rows) == ["stock", "c1", "c1-two-micro"]

@@ -78,6 +78,7 @@ def test_a_wrong_source_is_exit_1_and_the_table_says_what_to_do(folder):
     assert "3.6 times too large" in text
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

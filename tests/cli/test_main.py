@@ -15,6 +15,7 @@ def model(tmp_path_factory):
     return make_tiny_checkpoint(tmp_path_factory.mktemp("cli") / "Tiny-R1")
 
 
+@pytest.mark.system
 def test_the_whole_way_with_json(model, tmp_path, run, run_here):
     common = ("--model", model, "--device", "cpu", "--json")
     prepared = json.loads(run("prepare", "synthetic:4", "--out", tmp_path / "samples", "--frames", 1, "--json").stdout)
@@ -67,6 +68,7 @@ def test_the_whole_way_with_json(model, tmp_path, run, run_here):
     assert refused.stdout == ""
 
 
+@pytest.mark.system
 def test_reasoning_rollouts(model, tmp_path, run_here):
     store, common = tmp_path / "store", ("--model", model, "--device", "cpu", "--json")
     extract = ("extract", "synthetic:1", "--store", store, "--frames", 1, "--reasoning", "rollout", "--rollouts", 2)
@@ -80,6 +82,7 @@ def test_reasoning_rollouts(model, tmp_path, run_here):
         assert json.loads((tmp_path / "eval/eval.json").read_text())["settings"]["reasoning"] == reasoning
 
 
+@pytest.mark.system
 def test_probe(model, tmp_path, run_here):
     store = tmp_path / "store"
     run_here("extract", "synthetic:10", "--model", model, "--store", store, "--frames", 1, "--device", "cpu")

@@ -49,6 +49,7 @@ def site(tmp_path_factory):
     return out
 
 
+@pytest.mark.system
 def test_every_page_is_there_and_nothing_is_fetched(site):
     for page in (ROOT / "docs").rglob("*.md"):
         assert (site / page.relative_to(ROOT / "docs").with_suffix(".html")).is_file(), page

@@ -88,6 +88,7 @@ def refused(call, *arguments):
     return None
 
 
+@pytest.mark.system
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from(FILES), value=VALUES | st.just(...))
 def test_any_value_anywhere_in_the_json_files(model, data, name, value):

@@ -149,6 +149,7 @@ def cut(prefix, stem_len):
     )
 
 
+@pytest.mark.system
 def test_a_rollout_depends_on_its_key_and_number_alone(tiny):
     sampler, prefix, stem_len = tiny
     six = sampler.sample(prefix, stem_len, rollouts=6, key="clip@1#0")

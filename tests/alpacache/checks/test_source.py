@@ -104,6 +104,7 @@ def test_generated_drives_are_fine():
     assert agreeing >= 0.95 * moments
 
 
+@pytest.mark.system
 def test_a_sound_folder_is_fine(recorded):
     report, bad = checked(recorded, t0="every:3.0")
     assert not bad
@@ -364,6 +365,7 @@ def test_blank_pictures_are_named(recorded):
     assert "1 samples show one colour only" in bad["pictures"].found
 
 
+@pytest.mark.system
 def test_a_prepared_dataset_is_judged_by_its_samples(tmp_path):
     source = SyntheticSource(8, mix={"early_curve": 1.0})
     refs, _ = select(source, t0="every:1.5")

@@ -75,6 +75,7 @@ def shuffled_slope(out):
     return slope(summary, "trained")
 
 
+@pytest.mark.ci
 def test_the_story_shortened(tmp_path):
     report = run_demo(tmp_path / "demo", size=SHORT, stage=silent)
     judge(report.evaluation.summary, least=12)

@@ -63,6 +63,7 @@ def found():
     return probe_data(planted())
 
 
+@pytest.mark.system
 def test_planted_information_is_there(found):
     heading, curvature, speed = found.verdicts
     assert (heading.answer, heading.stratum) == ("there", LATE_CURVE)
@@ -82,6 +83,7 @@ def test_planted_information_is_there(found):
     )
 
 
+@pytest.mark.system
 def test_shuffled_features_hold_nothing():
     data = planted()
     order = np.random.default_rng(5).permutation(N)
@@ -100,6 +102,7 @@ def test_the_control_finds_nothing(found):
             assert cell.gain.estimate < 0.05
 
 
+@pytest.mark.system
 def test_few_clips_do_not_deny():
     data = planted()
     few = slice(0, 120)
@@ -115,6 +118,7 @@ def test_few_clips_do_not_deny():
     assert "Extract more clips" in report.conclusion
 
 
+@pytest.mark.system
 def test_single_layers_are_scored_beside_all_together():
     data = planted()
     noise = np.random.default_rng(1).normal(size=(N, 64)).astype(np.float32)
@@ -249,6 +253,7 @@ def test_hidden_states_are_read_without_keys_and_values(stores, monkeypatch):
     assert set(asked) == {"hidden", "history_xyz", "history_rot", "future_xyz", "future_rot"}
 
 
+@pytest.mark.system
 def test_the_whole_way(stores, tmp_path):
     seen = []
     config = ProbeConfig(store=str(stores / "bf16"), out=str(tmp_path / "out"), layers=(0, 3))

@@ -40,6 +40,7 @@ def r2(predictions, inputs, target, targets=TARGETS, clips=CLIPS):
     return r_squared(targets[:, target], pred, predictions.mean[:, target], clips)
 
 
+@pytest.mark.system
 def test_planted_lines_are_found_by_both_probes(planted):
     for probe in PROBES:
         assert r2(planted[probe], "features", LINE).low > 0.35
@@ -70,6 +71,7 @@ def test_features_of_other_samples_explain_nothing_and_take_nothing_from_history
         assert history == pytest.approx(r2(planted[probe], "history", LINE).estimate)
 
 
+@pytest.mark.system
 def test_recognising_the_clip_gains_nothing():
     """Features and targets are constant within clips of four: a probe that has seen a clip knows it by heart."""
     rng = np.random.default_rng(1)
@@ -106,6 +108,7 @@ def test_the_control_stays_within_its_fold():
     assert (order != np.arange(N)).mean() > 0.9
 
 
+@pytest.mark.system
 def test_same_seed_same_predictions_whatever_the_test_rows_hold(planted):
     assert not np.array_equal(run(FEATURES, seed=1)["mlp"].both, planted["mlp"].both)
     # What a fold's samples hold must not reach the probe that is judged on them.

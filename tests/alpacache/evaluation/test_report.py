@@ -173,6 +173,7 @@ def test_summary_of_other_samples_is_refused(results: list[SampleResult], tmp_pa
         write_report(summarise(results), results[1:], tmp_path / "report.html")
 
 
+@pytest.mark.system
 def test_a_thousand_samples_stay_below_ten_megabytes(results: list[SampleResult], tmp_path: Path) -> None:
     six = [result(i, float(rate), paths=6) for i, rate in enumerate(np.linspace(-8.0, 8.0, 10))]
     thousand = [

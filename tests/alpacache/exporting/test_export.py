@@ -110,6 +110,7 @@ def left_beside(out):
     return sorted(path.name for path in out.parent.iterdir())
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("which", ["all", "head", "lora"])
 def test_trained_tensors_are_the_runs_and_all_others_the_bases(which, root, tmp_path):
     model, out = root / "Tiny-R1", tmp_path / "out"
@@ -190,6 +191,7 @@ def test_a_single_file_stays_a_single_file(tmp_path, root):
     assert set(Checkpoint(str(tmp_path / "out")).names.values()) == {SINGLE}
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("expert_only", [False, True])
 @pytest.mark.parametrize("which", ["all", "lora"])
 def test_it_is_judged_exactly_as_the_run(which, expert_only, root, tmp_path):
@@ -221,6 +223,7 @@ def test_expert_only_holds_what_stage_two_loads_and_no_more(root, tmp_path):
     assert "**The VLM is missing.**" in (tmp_path / "again/README.md").read_text()
 
 
+@pytest.mark.system
 def test_training_goes_on_from_an_export_whose_run_does_not_fit_the_base(root, tmp_path):
     model, first, second = root / "Tiny-R1", tmp_path / "first", tmp_path / "second"
     export(model, root / "all", first)
@@ -358,6 +361,7 @@ def test_ctrl_c_leaves_nothing(root, tmp_path, monkeypatch):
     assert left_beside(tmp_path / "out") == []
 
 
+@pytest.mark.system
 def test_kill_9_leaves_nothing_under_the_name_and_the_next_export_tidies_up(root, tmp_path):
     out = tmp_path / "out"
     code = f"""

@@ -181,6 +181,7 @@ def test_an_empty_selection_is_an_error(tiny_checkpoint, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_leaves_whole_samples_and_the_next_finishes(kill, tiny_checkpoint, tmp_path, extracted):
     store = tmp_path / "store"
@@ -325,6 +326,7 @@ def test_kv_that_cannot_be_quantised_quarantines_its_sample(tiny_checkpoint, tmp
     assert CacheReader(tmp_path / "store").quarantined["synthetic-0-000001@5100000#0"].kind == "not_finite"
 
 
+@pytest.mark.system
 def test_rollouts_lie_beside_the_direct_prefix_and_depend_on_the_sample_alone(extracted, tiny_checkpoint, tmp_path):
     """Other shards, other order, another number of rollouts before them: the same tails, byte for byte."""
     settings = {"reasoning": "rollout", "rollouts": 2}

@@ -141,6 +141,7 @@ def test_a_request_to_stop_commits_what_is_in_flight(tiny_checkpoint, tmp_path, 
     assert alpacache.extract(config(tiny_checkpoint, tmp_path / "store")).extracted == 4
 
 
+@pytest.mark.system
 def test_memory_is_flat_however_slow_the_disk(tiny_checkpoint, tmp_path, monkeypatch):
     """Inputs that wait for the VLM, and stored values that wait for the disk, are a fixed number."""
     good, inputs = CacheWriter.write, weakref.WeakSet()
@@ -290,6 +291,7 @@ def start(checkpoint, store, *more):
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.system
 def test_workers_die_come_back_and_overlap(tiny_checkpoint, tmp_path, one_by_one):
     """Two workers; one is killed in mid-write and replaced by one that takes all, while the other is still at work."""
     store = tmp_path / "store"

@@ -64,6 +64,7 @@ def gone(process_ids):
     return True
 
 
+@pytest.mark.system
 def test_values_are_those_of_this_process(settings):
     here = Preparation.open(settings)
     with ReadingProcesses(settings, 2, pinned_for=None) as read:
@@ -99,6 +100,7 @@ def test_pixels_are_page_locked_for_a_gpu(settings):
     assert torch.equal(pixels, Preparation.open(settings)(REFS[0]).inputs.pixel_values)
 
 
+@pytest.mark.system
 def test_errors_are_those_of_this_process_with_the_traceback_as_a_note(settings):
     bad = SampleRef(clip_id="synthetic-0-000001", t0_us=900_000_000)
     with pytest.raises(BadClipError) as here:
@@ -125,6 +127,7 @@ def test_a_process_that_was_killed_is_named_with_what_helps(settings):
             read(REFS[1])
 
 
+@pytest.mark.system
 def test_what_is_printed_while_libraries_are_imported_is_no_answer(settings, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("print('welcome to this cluster', flush=True)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
@@ -132,6 +135,7 @@ def test_what_is_printed_while_libraries_are_imported_is_no_answer(settings, tmp
         assert read(REFS[0]).sample_id == REFS[0].sample_id
 
 
+@pytest.mark.system
 def test_a_terminal_interrupts_the_process_that_decides_alone(settings):
     with ReadingProcesses(settings, 1, pinned_for=None) as read:
         assert os.getpgid(read._processes[0].pid) != os.getpgid(0)
@@ -179,6 +183,7 @@ def in_processes(monkeypatch):
     return begun
 
 
+@pytest.mark.system
 def test_extract_writes_the_same_store(config, in_processes, tmp_path, monkeypatch):
     report = alpacache.extract(config)
     assert report.extracted == report.selected > 4
@@ -197,6 +202,7 @@ def test_extract_writes_the_same_store(config, in_processes, tmp_path, monkeypat
             np.testing.assert_array_equal(first[name], second[name])
 
 
+@pytest.mark.system
 def test_extract_ends_when_a_process_was_killed_and_keeps_what_was_committed(config, in_processes, monkeypatch):
     good = Prefiller.features
 

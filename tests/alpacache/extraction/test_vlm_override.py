@@ -57,6 +57,7 @@ def stores(tiny_checkpoint, other, plain_layout, tmp_path_factory):
     return root
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("layout", ["alpamayo", "plain"])
 def test_features_are_the_other_vlms_and_prompts_the_models(layout, stores):
     own, found, other = (CacheReader(stores / name) for name in ("own", layout, "other"))
@@ -85,6 +86,7 @@ def test_the_identity_names_it(stores, tiny_checkpoint, other, plain_layout):
         alpacache.extract(config(tiny_checkpoint, stores / "plain", **settings))
 
 
+@pytest.mark.system
 def test_stores_of_two_vlms_do_not_mix_and_an_expert_stays_with_its_own(stores, tiny_checkpoint, tmp_path):
     model = str(tiny_checkpoint)
     with pytest.raises(UsageError, match=r"cannot be mixed with(.|\n)*model\.vlm"):

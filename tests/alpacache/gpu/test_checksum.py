@@ -94,6 +94,7 @@ def test_every_byte_is_in_one_item(programs):
     assert sum(shares) == table.items[:, 4].sum()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_every_table_begins_where_triton_compiles_for(count):
     """At a multiple of 16 bytes; elsewhere another kernel would be compiled in the middle of a run."""
@@ -128,6 +129,7 @@ def run(device):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the kernels on")
 def test_interpreted_kernels_find_what_google_crc32c_finds():
     run("cpu")
@@ -154,6 +156,7 @@ def compiled(kernel, arguments, options, capability):
     return triton.compile(source, target=target, options=settings)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("capability", [86, 89])
 def test_kernels_compile_for_consumer_cards(capability, record_launches, tmp_path):
     """No feature that an RTX 3090 or 4090 lacks, no spilled register, and room beside other work."""

@@ -59,6 +59,7 @@ def one_by_one(expert, data):
     return torch.cat([predict_actions(expert, [data.load(index)], **SETTINGS) for index in INDICES])
 
 
+@pytest.mark.system
 def test_rows_read_ahead_give_the_numbers_of_samples_that_were_loaded(data, expert):
     for batch_size in (1, 2, 8):
         starts = range(0, len(INDICES), batch_size)
@@ -67,6 +68,7 @@ def test_rows_read_ahead_give_the_numbers_of_samples_that_were_loaded(data, expe
         assert torch.equal(ahead(expert, data, batch_size=batch_size), expected)
 
 
+@pytest.mark.system
 def test_batch_size_is_rounding_in_float32(data, expert):
     expected = one_by_one(expert, data)
     for batch_size in (2, 3, 5):

@@ -94,6 +94,7 @@ def test_rollouts_are_counted_at_their_longest():
     assert not any("upper bound" in text for text in plain.notes)
 
 
+@pytest.mark.system
 def test_the_bound_of_rollouts_holds_for_a_real_store(tiny_checkpoint, tmp_path):
     settings = {"model": str(tiny_checkpoint), "frames": 1, "codec": "int8", "reasoning": "rollout", "rollouts": 2}
     store = tmp_path / "store"

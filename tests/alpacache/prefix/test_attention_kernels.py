@@ -30,6 +30,7 @@ def run(device):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the kernels on")
 def test_interpreted_kernels_equal_the_reference():
     run("cpu")
@@ -82,6 +83,7 @@ def compiled(kernel, arguments, options, capability):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=settings)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("capability", [86, 89])
 @pytest.mark.parametrize(("codec", "samples"), [("bf16", 2), ("int8", 1), ("fp8", 2)])
 def test_kernels_compile_for_consumer_cards(codec, samples, capability, record_launches):

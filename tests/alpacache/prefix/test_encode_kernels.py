@@ -50,6 +50,7 @@ def run(device):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the kernels on")
 def test_interpreted_kernels_give_the_bytes_of_the_reference():
     run("cpu")
@@ -111,6 +112,7 @@ def compiled(kernel, arguments, options, capability):
     return triton.compile(source, target=target, options=settings)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("capability", [86, 89])
 def test_kernels_compile_for_consumer_cards(capability, record_launches, monkeypatch, tmp_path):
     """No feature that an RTX 3090 or 4090 lacks, no spilled register, and no sum fused with a product that is rounded

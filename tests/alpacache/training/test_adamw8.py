@@ -275,6 +275,7 @@ def test_refuses_parameters_it_cannot_hold():
         Moments.empty("w", torch.zeros(3, 4).T)
 
 
+@pytest.mark.ci
 @needs_triton
 def test_kernel_agrees_with_the_reference_in_tritons_interpreter():
     done = subprocess.run(
@@ -286,6 +287,7 @@ def test_kernel_agrees_with_the_reference_in_tritons_interpreter():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.ci
 @needs_triton
 @pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter does not compile")
 @pytest.mark.parametrize("capability", [86, 89, 90])

@@ -80,6 +80,7 @@ def rows(out):
     return [json.loads(line, parse_constant=refuse) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.system
 def test_the_loss_falls(tiny_checkpoint, store, tmp_path):
     settings = {"steps": 80, "draws": 4, "lr": 1e-2, "warmup": 10, "in_memory": True}
     report = alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", **settings, val=str(store), val_every=40))
@@ -96,6 +97,7 @@ def test_ten_samples_can_be_learnt_by_heart(tiny_checkpoint, store, tmp_path):
     assert report.last_loss < 0.4 * report.first_loss
 
 
+@pytest.mark.system
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_checkpoint, store, tmp_path):
     for name, changes in (("a", {}), ("b", {"in_memory": True}), ("c", {"seed": 1})):
         alpacache.train(config(tiny_checkpoint, store, tmp_path / name, **changes))
@@ -119,6 +121,7 @@ def test_resumed_equals_uninterrupted(tiny_checkpoint, store, tmp_path):
     assert same(first, second)
 
 
+@pytest.mark.system
 def test_kill_9_at_a_random_step_and_resume_ends_with_the_same_bits(tiny_checkpoint, store, tmp_path):
     settings = {"steps": 40, "save_every": 5, "draws": 1}
     alpacache.train(config(tiny_checkpoint, store, tmp_path / "whole", **settings))
@@ -165,6 +168,7 @@ def test_kill_9_at_a_random_step_and_resume_ends_with_the_same_bits(tiny_checkpo
     assert [row["loss"] for row in rows(out)] == [row["loss"] for row in rows(tmp_path / "whole")]
 
 
+@pytest.mark.system
 def test_sigterm_saves_and_exits_130(tiny_checkpoint, store, tmp_path):
     out = tmp_path / "run"
     command = [
@@ -427,6 +431,7 @@ def test_stores_of_other_prompts_do_not_mix_and_of_other_frames_do(tiny_checkpoi
             alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", stores=mixed))
 
 
+@pytest.mark.system
 def test_a_quantised_store_trains_and_resumes_to_the_same_bits(tiny_checkpoint, int8_store, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = {"val": str(int8_store), "val_every": 3}
@@ -561,6 +566,7 @@ def checking_device(request, monkeypatch):
     return "cpu"
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_damage_that_the_device_finds_stops_the_run_before_its_step(
     tiny_checkpoint, store, tmp_path, checking_device, in_memory, monkeypatch
@@ -658,6 +664,7 @@ def test_the_average_is_kept_and_resumed_to_the_same_bits(tiny_checkpoint, store
         read_trained(tmp_path / "none/last", average=True)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("cut", [1, 3, 5])
 def test_average_is_up_to_date_resumable_and_does_not_depend_on_saving(tiny_checkpoint, store, tmp_path, cut):
     settings = {"ema": 0.9, "ema_every": 4, "keep": 9, "steps": 7}

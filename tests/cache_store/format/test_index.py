@@ -148,6 +148,7 @@ def simulate_large_store(path: Path, count: int) -> None:
         build_index(path)
 
 
+@pytest.mark.system
 def test_a_million_samples_take_a_hundred_bytes_each(tmp_path) -> None:
     simulate_large_store(tmp_path / "s", 1_000_000)
     tracemalloc.start()
