@@ -94,7 +94,6 @@ def test_every_byte_is_in_one_item(programs):
     assert sum(shares) == table.items[:, 4].sum()
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_every_table_begins_where_triton_compiles_for(count):
     """At a multiple of 16 bytes; elsewhere another kernel would be compiled in the middle of a run."""
