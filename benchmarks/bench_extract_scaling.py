@@ -34,7 +34,7 @@ from alpacache.extraction.readers import default_workers
 from alpacache.planning.time_model import prefill_batch
 from alpacache.sources import open_source
 from alpacache.sources.selection import select
-from cache_store.format.names import commit_path, sample_key
+from cache_store.format.names import COMMITS, record_path, sample_key
 
 KEYS = (
     *("gpus", "processes", "samples", "samples_s", "efficiency", "decode_s", "of_decoding", "workers", "cpu_cores"),
@@ -50,7 +50,7 @@ DECODED = 100
 def commit_moments(store: Path, source: str, t0: str, *, processes: int, samples: int) -> list[list[float]]:
     """Of each process the sorted moments at which its samples were committed: it has every n-th, as `extract` deals."""
     refs, _ = select(open_source(source, cameras=full_size.camera_names(1)), t0=t0, samples=samples)
-    records = [store / commit_path(sample_key(ref.sample_id)) for ref in refs]
+    records = [store / record_path(COMMITS, sample_key(ref.sample_id)) for ref in refs]
     return [sorted(record.stat().st_mtime for record in records[number::processes]) for number in range(processes)]
 
 

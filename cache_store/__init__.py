@@ -10,63 +10,34 @@
 values. Everything builds on `errors`, `document`, `checksum`, `difference` and `concurrency`.
 """
 
-from cache_store.difference import differences
-from cache_store.errors import (
-    CacheStoreError,
-    CorruptSampleError,
-    FieldNotFoundError,
-    FormatError,
-    IdentityMismatchError,
-    ObjectStorageError,
-    SampleNotFoundError,
-    StoreAddressError,
-    StoreFullError,
-    StoreNotFoundError,
-    UnsupportedFileSystemError,
-)
-from cache_store.format.field import Field
-from cache_store.format.index import build_index
-from cache_store.format.quarantine_record import QuarantineRecord
-from cache_store.kv.codec import KVCodec
-from cache_store.kv.registry import CODECS, codec_from_json
-from cache_store.prefetcher import PrefetchedSample, Prefetcher
-from cache_store.reader import CacheReader
-from cache_store.upkeep.copying import CopyReport, copy
-from cache_store.upkeep.garbage import GarbageReport, collect_garbage
-from cache_store.upkeep.store_info import StoreInfo, info
-from cache_store.upkeep.verification import Damage, VerifyReport, verify
-from cache_store.writer import CacheWriter
-
-__all__ = [
-    "CODECS",
-    "CacheReader",
-    "CacheStoreError",
-    "CacheWriter",
-    "CopyReport",
-    "CorruptSampleError",
-    "Damage",
-    "Field",
-    "FieldNotFoundError",
-    "FormatError",
-    "GarbageReport",
-    "IdentityMismatchError",
-    "KVCodec",
-    "ObjectStorageError",
-    "PrefetchedSample",
-    "Prefetcher",
-    "QuarantineRecord",
-    "SampleNotFoundError",
-    "StoreAddressError",
-    "StoreFullError",
-    "StoreInfo",
-    "StoreNotFoundError",
-    "UnsupportedFileSystemError",
-    "VerifyReport",
-    "build_index",
-    "codec_from_json",
-    "collect_garbage",
-    "copy",
-    "differences",
-    "info",
-    "verify",
-]
+from cache_store.difference import differences as differences
+from cache_store.errors import CacheStoreError as CacheStoreError
+from cache_store.errors import CorruptSampleError as CorruptSampleError
+from cache_store.errors import FieldNotFoundError as FieldNotFoundError
+from cache_store.errors import FormatError as FormatError
+from cache_store.errors import IdentityMismatchError as IdentityMismatchError
+from cache_store.errors import ObjectStorageError as ObjectStorageError
+from cache_store.errors import SampleNotFoundError as SampleNotFoundError
+from cache_store.errors import StoreAddressError as StoreAddressError
+from cache_store.errors import StoreFullError as StoreFullError
+from cache_store.errors import StoreNotFoundError as StoreNotFoundError
+from cache_store.errors import UnsupportedFileSystemError as UnsupportedFileSystemError
+from cache_store.format.field import Field as Field
+from cache_store.format.index import build_index as build_index
+from cache_store.format.quarantine_record import QuarantineRecord as QuarantineRecord
+from cache_store.kv.codec import KVCodec as KVCodec
+from cache_store.kv.registry import CODECS as CODECS
+from cache_store.kv.registry import codec_from_json as codec_from_json
+from cache_store.prefetcher import PrefetchedSample as PrefetchedSample
+from cache_store.prefetcher import Prefetcher as Prefetcher
+from cache_store.reader import CacheReader as CacheReader
+from cache_store.upkeep.copying import CopyReport as CopyReport
+from cache_store.upkeep.copying import copy as copy
+from cache_store.upkeep.garbage import GarbageReport as GarbageReport
+from cache_store.upkeep.garbage import collect_garbage as collect_garbage
+from cache_store.upkeep.store_info import StoreInfo as StoreInfo
+from cache_store.upkeep.store_info import info as info
+from cache_store.upkeep.verification import Damage as Damage
+from cache_store.upkeep.verification import VerifyReport as VerifyReport
+from cache_store.upkeep.verification import verify as verify
+from cache_store.writer import CacheWriter as CacheWriter

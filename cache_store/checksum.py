@@ -4,9 +4,6 @@ google_crc32c, which Zarr uses, computes under the lock and reads what has left 
 the speed; awscrt does neither (docs/decisions/0002-dependencies.md).
 """
 
-from collections.abc import Callable
-from functools import cache
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,14 +13,9 @@ POLYNOMIAL = 0x82F63B78
 
 def crc32c(data: bytes | memoryview | NDArray[np.uint8], crc: int = 0) -> int:
     """Checksum of contiguous bytes, or of what `crc` covers followed by them."""
-    return _awscrt()(memoryview(data), crc)  # type: ignore[arg-type]
+    from awscrt import checksums  # its shared library takes as long to load as the rest of this package
 
-
-@cache
-def _awscrt() -> Callable[[memoryview, int], int]:
-    from awscrt.checksums import crc32c  # its shared library takes as long to load as the rest of this package
-
-    return crc32c  # type: ignore[no-any-return]
+    return checksums.crc32c(memoryview(data), crc)  # type: ignore[no-any-return,arg-type]
 
 
 def without_zeros(crc: int, count: int) -> int:

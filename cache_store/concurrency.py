@@ -18,12 +18,20 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads:
     if threads < 2:
         yield from map(function, items)
         return
-    rest = iter(items)
     with ThreadPoolExecutor(threads, "store") as pool:
-        pending: deque[Future[Result]] = deque(pool.submit(function, item) for item in islice(rest, 2 * threads))
-        try:
-            while pending:
-                yield pending.popleft().result()
-                pending.extend(pool.submit(function, item) for item in islice(rest, 1))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield from in_order_by(pool, function, items, 2 * threads)
+
+
+def in_order_by(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """Do the same in a caller's pool, where at most `ahead` results are computed or wait."""
+    rest = iter(items)
+    pending: deque[Future[Result]] = deque(pool.submit(function, item) for item in islice(rest, ahead))
+    try:
+        while pending:
+            yield pending.popleft().result()
+            pending.extend(pool.submit(function, item) for item in islice(rest, 1))
+    finally:
+        for waiting in pending:
+            waiting.cancel()

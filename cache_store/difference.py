@@ -15,14 +15,9 @@ def differences(expected: Mapping[str, object], actual: Mapping[str, object], pr
         wanted, got = expected.get(key), actual.get(key)
         if isinstance(wanted, Mapping) and isinstance(got, Mapping):
             lines += differences(wanted, got, f"{prefix}{key}.")
-        elif (shown_wanted := _show(expected, key)) != (shown_got := _show(actual, key)):
-            lines.append(f"{prefix}{key}: expected {_short(shown_wanted)}, found {_short(shown_got)}")
+            continue
+        texts = [canonical_json(mapping[key]) if key in mapping else "nothing" for mapping in (expected, actual)]
+        if texts[0] != texts[1]:
+            shown = [text if len(text) <= 400 else f"{text[:400]}... ({len(text)} characters)" for text in texts]
+            lines.append(f"{prefix}{key}: expected {shown[0]}, found {shown[1]}")
     return lines
-
-
-def _show(mapping: Mapping[str, object], key: str) -> str:
-    return canonical_json(mapping[key]) if key in mapping else "nothing"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 400 else f"{text[:400]}... ({len(text)} characters)"

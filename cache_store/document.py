@@ -43,17 +43,15 @@ def seal(document: dict[str, Any], what: str, *, opening: bytes = b"{") -> bytes
     """Canonical bytes with the seal inserted right after `opening`, where readers find it first."""
     data = to_bytes(document, what)
     assert data.startswith(opening)
-    at = len(opening) + len(_SEAL_OPENING)
-    sealed = opening + _SEAL_OPENING + _BLANK + b'",' + data[len(opening) :]
-    return sealed[:at] + b"%08x" % crc32c(sealed) + sealed[at + 8 :]
+    before, after = opening + _SEAL_OPENING, b'",' + data[len(opening) :]
+    return before + b"%08x" % crc32c(before + _BLANK + after) + after
 
 
 def check_seal(data: bytes, where: str) -> None:
     """Raise `FormatError` unless the bytes are those that were sealed."""
-    at = data.find(_SEAL_OPENING)
-    if at < 0:
+    if _SEAL_OPENING not in data:
         raise FormatError(f"{where} carries no checksum ({SEAL_KEY}); it is damaged or was changed by another tool.")
-    at += len(_SEAL_OPENING)
+    at = data.index(_SEAL_OPENING) + len(_SEAL_OPENING)
     stored = data[at : at + 8]
     computed = b"%08x" % crc32c(data[:at] + _BLANK + data[at + 8 :])
     if stored != computed:
@@ -66,7 +64,7 @@ def check_seal(data: bytes, where: str) -> None:
 def parse(data: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object from untrusted bytes: no duplicate keys, no NaN, bounded depth."""
     try:
-        document = json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+        document = json.loads(data, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is not a valid JSON document: {str(error)[:200]}.") from error
     if not isinstance(document, dict):
@@ -92,10 +90,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _finite(text: str) -> float:
     value = float(text)
-    if math.isinf(value):  # such as 1e999, which could not be written again
+    if not math.isfinite(value):  # NaN, Infinity, or such as 1e999: none could be written again
         raise ValueError(f"{text[:20]} is beyond the range of numbers")
     return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")

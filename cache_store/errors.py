@@ -39,15 +39,13 @@ class CorruptSampleError(CacheStoreError, OSError):
 class SampleNotFoundError(CacheStoreError, KeyError):
     """No committed sample has this id."""
 
-    def __str__(self) -> str:  # KeyError would show the repr of the message
-        return str(self.args[0])
+    __str__ = Exception.__str__  # KeyError would show the repr of the message
 
 
 class FieldNotFoundError(CacheStoreError, KeyError):
     """The store has no such field, or this sample was written without this optional one."""
 
-    def __str__(self) -> str:
-        return str(self.args[0])
+    __str__ = Exception.__str__
 
 
 class StoreFullError(CacheStoreError, OSError):

@@ -99,10 +99,6 @@ class Prefetcher(Generic[Key]):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Start nothing more, wait for the reads in flight, end the threads."""
         with self._lock:
             self._closed = True
             self._tasks.clear()
@@ -169,8 +165,7 @@ class Prefetcher(Generic[Key]):
                 if self._tasks:
                     return self._tasks.popleft()
                 if self._free and not self._exhausted and not self._failed:
-                    sample = self._begin()
-                    if sample is not None:
+                    if (sample := self._begin()) is not None:
                         return sample, partial(self._plan, sample)
                     self._wake_all()
                 self._work_ready.wait()

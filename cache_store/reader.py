@@ -1,6 +1,5 @@
 """Reading committed samples: every byte is checked on its way; reading one field never touches another's objects."""
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from cache_store.format.quarantine_record import QuarantineRecord
 from cache_store.format.sample_ids import SampleIds
 from cache_store.format.stored_sample import StoredSample
 from cache_store.sample_read import SampleRead
-from cache_store.storage.storage import Storage, open_storage
+from cache_store.storage.storage import Storage, StorePath, open_storage
 
 _RECORDS_LOCK = threading.Lock()
 """One lock for all readers, so that a reader can be pickled: any thread may keep and drop records."""
@@ -33,7 +32,7 @@ _MAX_RECORDS = 4096
 class CacheReader:
     """The samples that were committed when it was opened (or last refreshed). Holds no open file; can be pickled."""
 
-    def __init__(self, path: str | os.PathLike[str], *, expect_identity: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: StorePath, *, expect_identity: Mapping[str, Any] | None = None) -> None:
         """Open the store at a path or `s3://` URI.
 
         Raises `StoreNotFoundError`, `IdentityMismatchError` (if an identity is expected) or `FormatError`.
@@ -148,8 +147,7 @@ class CacheReader:
 
     def record(self, sample_id: str) -> CommitRecord:
         """The commit record of a sample, read and checked when it is first asked for."""
-        record = self._records.get(sample_id)
-        if record is not None:
+        if record := self._records.get(sample_id):
             return record
         if sample_id not in self._sample_ids:
             raise SampleNotFoundError(

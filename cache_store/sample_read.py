@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from cache_store.checksum import without_zeros
 from cache_store.errors import FormatError
+from cache_store.format.commit_record import TRAILER_BYTES, StoredObject
 from cache_store.format.field import SMALL, Field
 from cache_store.format.sample_group import chunk_keys, packed_directory
-from cache_store.format.stored_object import TRAILER_BYTES, StoredObject
 from cache_store.format.stored_sample import StoredSample
 
 _ALIGNMENT = 64
@@ -57,10 +57,9 @@ def plan(
     read = SampleRead(arrays={}, tasks=[])
     for name in wanted:
         if name in small:
-            read.arrays[name] = small[name]
             if name in out:
                 out[name][...] = small[name]
-                read.arrays[name] = out[name]
+            read.arrays[name] = out.get(name, small[name])
             continue
         direct = fields[name].compression == "none"
         rows = sample.rows_by_record(name) if by_record and direct else sample.check_array(name, name)
@@ -122,14 +121,12 @@ def _tasks(
     raw = array.reshape(-1).view(np.uint8)
     size = rows * math.prod(array.shape[1:]) * array.itemsize
     slabs = [raw[index * size : (index + 1) * size] for index in range(len(chunks))]
-    if sample.fields[name].compression != "none":
-        return [partial(sample.decode_into, slab, chunk, name, size) for slab, chunk in zip(slabs, chunks, strict=True)]
-    if chunks:
-        sample.storage.check_parents(f"{sample.folder}/{chunks[0].path}")
-    return [
-        partial(sample.load_into, slab, chunk, name, parents_checked=True, check_data=check_data)
-        for slab, chunk in zip(slabs, chunks, strict=True)
-    ]
+    load = partial(sample.decode_into, chunk_bytes=size)
+    if sample.fields[name].compression == "none":
+        load = partial(sample.load_into, parents_checked=True, check_data=check_data)
+        for chunk in chunks[:1]:
+            sample.storage.check_parents(f"{sample.record.folder}/{chunk.path}")
+    return [partial(load, slab, chunk, name) for slab, chunk in zip(slabs, chunks, strict=True)]
 
 
 def _check_table(chunks: Sequence[StoredObject], array: NDArray[Any]) -> NDArray[np.int64] | None:
@@ -163,7 +160,7 @@ def _read_group(sample: StoredSample, wanted: Sequence[str], *, by_record: bool)
     if size:
         chunk = record.objects.get(f"{SMALL}/c.0")
         if chunk is None or chunk.size != size + TRAILER_BYTES:
-            place = sample.storage.where(f"{sample.folder}/{SMALL}")
+            place = sample.storage.where(f"{sample.record.folder}/{SMALL}")
             raise FormatError(
                 f"sample {record.sample_id!r}, field {names!r}: {place}: the packed fields take one chunk of "
                 f"{size + TRAILER_BYTES} bytes; the record names another."

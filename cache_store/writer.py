@@ -5,7 +5,6 @@ appears by a hard link or a conditional put, which exactly one of several racing
 """
 
 import logging
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,26 +14,26 @@ from typing import Any, Self
 from cache_store.format import commit_record, quarantine_record, sample_group, store_root
 from cache_store.format.commit_record import CommitRecord
 from cache_store.format.field import Field
-from cache_store.format.names import COMMITS, METADATA, QUARANTINE, commit_path, list_keys, quarantine_path, sample_key
+from cache_store.format.names import COMMITS, METADATA, QUARANTINE, list_keys, record_path, sample_key
 from cache_store.format.quarantine_record import QuarantineRecord
 from cache_store.format.store_root import StoreRoot
 from cache_store.storage.file_errors import FULL, writing
-from cache_store.storage.storage import Storage, open_storage
+from cache_store.storage.storage import Storage, StorePath, open_storage
 
 _log = logging.getLogger(__name__)
 
 
-def committed_keys(path: str | os.PathLike[str]) -> frozenset[str]:
+def committed_keys(path: StorePath) -> frozenset[str]:
     """Keys (`sample_key`) of the samples that a store holds by now, by one listing; none where there is no store."""
     return _keys(path, COMMITS)
 
 
-def failed_keys(path: str | os.PathLike[str]) -> frozenset[str]:
+def failed_keys(path: StorePath) -> frozenset[str]:
     """Keys of the samples that a store has a quarantine record of, released or not, by one listing."""
     return _keys(path, QUARANTINE)
 
 
-def _keys(path: str | os.PathLike[str], folder: str) -> frozenset[str]:
+def _keys(path: StorePath, folder: str) -> frozenset[str]:
     storage = open_storage(path)
     return frozenset(list_keys(storage, folder) if storage.exists(METADATA) else ())
 
@@ -44,7 +43,7 @@ class CacheWriter:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: StorePath,
         *,
         fields: Sequence[Field],
         identity: Mapping[str, Any],
@@ -64,7 +63,7 @@ class CacheWriter:
 
     def is_committed(self, sample_id: str) -> bool:
         """Whether the sample is in the store, whoever wrote it."""
-        return self._storage.exists(commit_path(sample_key(sample_id)))
+        return self._storage.exists(record_path(COMMITS, sample_key(sample_id)))
 
     def write(self, sample_id: str, values: Mapping[str, sample_group.Value]) -> bool:
         """Commit one sample; `True` if this call did, `False` if it was already there or another writer won.
@@ -84,14 +83,14 @@ class CacheWriter:
         published = record.to_bytes()
         if self.is_committed(sample_id):
             return False
-        with writing(f"sample {sample_id!r}", group.size_bytes + len(published), self.path):
+        with writing(f"sample {sample_id!r}", record.size_bytes + len(published), self.path):
             self._storage.write_group(record.folder, group.files)
             won = self._publish(record, published)
         if not won:
             self._storage.delete_tree(record.folder)
             return False
         commit_record.check_kept(self._storage, record)
-        failure = quarantine_path(sample_key(sample_id))
+        failure = record_path(QUARANTINE, sample_key(sample_id))
         if self._storage.exists(failure):
             self._storage.delete([failure])
         return True
@@ -101,8 +100,8 @@ class CacheWriter:
         self._check_open()
         before = quarantine_record.read(self._storage, sample_key(sample_id))
         tried = before.attempts if before else 0
-        record = QuarantineRecord.of_failure(sample_id, kind, reason, traceback_text, tried)
-        quarantine_record.write(self._storage, record)
+        failure = QuarantineRecord.of_failure(sample_id, kind, reason, traceback_text, tried)
+        quarantine_record.write(self._storage, failure)
 
     def is_quarantined(self, sample_id: str) -> bool:
         """Whether the sample failed before and was not released for another try (nor committed since)."""
@@ -131,7 +130,7 @@ class CacheWriter:
         self.close()
 
     def _publish(self, record: CommitRecord, data: bytes) -> bool:
-        name = commit_path(sample_key(record.sample_id))
+        name = record_path(COMMITS, sample_key(record.sample_id))
         try:
             return self._storage.put_if_absent(name, data)
         except OSError as error:

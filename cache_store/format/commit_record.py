@@ -1,22 +1,64 @@
-"""The commit record: the one small file whose appearance makes a sample visible. It names all that belongs to it."""
+"""The commit record: the one small file whose appearance makes a sample visible. It names all that belongs to it.
+
+The record's checksum of a chunk leaves out the chunk's own four-byte trailer: the CRC-32C of data plus its CRC is the
+same constant for all data, so it could not tell one valid chunk from another. This way it *is* the trailer, and a
+chunk that was swapped for another valid one is noticed.
+"""
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, take
 from cache_store.errors import CacheStoreError, FormatError
 from cache_store.format.field import Field
-from cache_store.format.names import METADATA, SAMPLES, check_key, commit_path, is_attempt, sample_key
+from cache_store.format.names import COMMITS, METADATA, SAMPLES, check_key, is_attempt, record_path, sample_key
 from cache_store.format.store_root import StoreRoot
-from cache_store.format.stored_object import StoredObject
 from cache_store.storage.storage import Storage
 
+TRAILER_BYTES = 4
 _MAX_LENGTH = 2**48
+_PATH = re.compile(r"(?:(?P<array>[A-Za-z][A-Za-z0-9_.-]{0,99})/)?(?:zarr\.json|(?P<chunk>c(?:\.\d{1,9}){0,32}))")
+_CRC = re.compile(r"[0-9a-f]{8}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """Relative path in the sample's group, size in bytes and CRC-32C (of a chunk: without its trailer)."""
+
+    path: str
+    size: int
+    crc32c: str
+
+    @property
+    def array(self) -> str:
+        """Name of the Zarr array it belongs to; empty for the group's own metadata."""
+        return self.path.rpartition("/")[0]
+
+    @property
+    def is_chunk(self) -> bool:
+        return not self.path.endswith(METADATA)
+
+    @classmethod
+    def from_json(cls, document: Any, where: str) -> "StoredObject":
+        """From an untrusted record; a path can only be a document or a chunk of one of the group's own arrays."""
+        if not isinstance(document, dict) or document.keys() != {"path", "size", "crc32c"}:
+            raise FormatError(f"{where}: an object has exactly the keys path, size and crc32c.")
+        path, size, crc32c = document["path"], document["size"], document["crc32c"]
+        match = _PATH.fullmatch(path) if isinstance(path, str) else None
+        if match is None or (match["chunk"] and not match["array"]):
+            raise FormatError(f"{where}: {path!r} is not the path of an object of a sample; it is refused.")
+        if type(size) is not int or size < (TRAILER_BYTES if match["chunk"] else 2):
+            raise FormatError(f"{where}: {size!r} is not a size of object {path}.")
+        if not isinstance(crc32c, str) or not _CRC.fullmatch(crc32c):
+            raise FormatError(f"{where}: {crc32c!r} is not the CRC-32C of object {path}, eight lower-case hex digits.")
+        return cls(path=path, size=size, crc32c=crc32c)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CommitRecord:
     """Contents of one committed sample."""
 
@@ -30,7 +72,7 @@ class CommitRecord:
     objects: Mapping[str, StoredObject]
     """Every object of the sample, by its path."""
 
-    @property
+    @cached_property
     def folder(self) -> str:
         """The sample's Zarr group, relative to the root."""
         return f"{SAMPLES}/{sample_key(self.sample_id)}.{self.attempt}"
@@ -49,7 +91,7 @@ class CommitRecord:
             "attempt": self.attempt,
             "fingerprint": self.fingerprint,
             "fields": [{"name": name, "shape": list(shape)} for name, shape in self.shapes.items()],
-            "objects": [stored.to_json() for stored in self.objects.values()],
+            "objects": [asdict(stored) for stored in self.objects.values()],
         }
         return seal(document, f"the commit record of sample {self.sample_id!r}")
 
@@ -80,7 +122,7 @@ class CommitRecord:
 
 def read(storage: Storage, key: str, root: StoreRoot) -> CommitRecord:
     """Read the record with this key; `FileNotFoundError` when there is none."""
-    name = commit_path(key)
+    name = record_path(COMMITS, key)
     data = storage.read_document(name, MAX_DOCUMENT_BYTES)
     return CommitRecord.from_bytes(data, f"commit record {storage.where(name)}", key, root)
 
@@ -88,7 +130,7 @@ def read(storage: Storage, key: str, root: StoreRoot) -> CommitRecord:
 def check_kept(storage: Storage, record: CommitRecord) -> None:
     """Withdraw a record that was just published, if a garbage collector took the attempt for a killed writer's."""
     if not storage.exists(f"{record.folder}/{METADATA}"):
-        storage.delete([commit_path(sample_key(record.sample_id))])
+        storage.delete([record_path(COMMITS, sample_key(record.sample_id))])
         raise CacheStoreError(
             f"sample {record.sample_id!r} was not written: its attempt {storage.where(record.folder)} was collected as "
             "garbage. Collect with an age limit above the time that any attempt or copy takes, and run the same "

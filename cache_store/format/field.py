@@ -69,10 +69,9 @@ class Field:
             raise ValueError(f"{where}: dtype {self.dtype!r} is none of {', '.join(known)} (layout {self.layout!r}).")
         if not all(isinstance(axis, str) and axis for axis in self.axes) or not isinstance(self.units, str):
             raise ValueError(f"{where}: axes and units are non-empty strings, got {self.axes!r} and {self.units!r}.")
-        if self.layout == "text" and len(self.axes) > 1:
-            raise ValueError(f"{where}: text has no axis (one string) or one (a list), got {self.axes!r}.")
-        if len(self.axes) > 32:
-            raise ValueError(f"{where}: at most 32 axes, got {len(self.axes)}.")
+        most_axes = 1 if self.layout == "text" else 32
+        if len(self.axes) > most_axes:
+            raise ValueError(f"{where}: at most {most_axes} axes in layout {self.layout!r}, got {self.axes!r}.")
         if not 0 < self.chunk_mb <= 1000:
             raise ValueError(f"{where}: chunk_mb is above 0 and at most 1000, got {self.chunk_mb}.")
 
@@ -114,13 +113,11 @@ class Field:
         keys = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(document, dict) or document.keys() != keys:
             raise FormatError(f"{where}: a field of the schema has exactly the keys {', '.join(sorted(keys))}.")
-        for key in ("name", "dtype", "units", "compression"):
-            take(document, key, str, where)
         take(document, "axes", list, where)
         take(document, "required", bool, where)
         try:
             return cls(**document)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise FormatError(f"{where}: {error}") from error
 
 

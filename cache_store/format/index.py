@@ -6,7 +6,6 @@ a second past by then (file systems stamp coarsely). Even a fresh one only says 
 sample is read and checked before the sample is.
 """
 
-import os
 import struct
 import time
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from cache_store.format.names import COMMITS, INDEX, list_keys, sample_key
 from cache_store.format.sample_ids import SampleIds
 from cache_store.format.store_root import StoreRoot
 from cache_store.storage.file_errors import writing
-from cache_store.storage.storage import Storage, open_storage
+from cache_store.storage.storage import Storage, StorePath, open_storage
 
 MAX_BYTES = 2**34
 _HEADER = struct.Struct("<8sIIqQQ")
@@ -45,7 +44,7 @@ class Index:
         return self.listed_ns != 0 and self.listed_ns == storage.folder_time_ns(COMMITS)
 
 
-def build_index(path: str | os.PathLike[str]) -> int:
+def build_index(path: StorePath) -> int:
     """Write the index of a store anew and return its number of samples; records that an old one has are not read.
 
     Waits up to a second for the folder's modification time to settle. A damaged record raises `FormatError`.
@@ -72,16 +71,13 @@ def list_ids(storage: Storage, root: StoreRoot, known: SampleIds) -> SampleIds:
     by_key: dict[str, str] = {sample_key(sample_id): sample_id for sample_id in known}
 
     def id_of(key: str) -> str | None:
-        sample_id = by_key.get(key)
-        if sample_id is not None:
-            return sample_id
         try:
-            return commit_record.read(storage, key, root).sample_id
+            return by_key.get(key) or commit_record.read(storage, key, root).sample_id
         except FileNotFoundError:  # removed since the folder was listed
             return None
 
     ids = in_order(id_of, list_keys(storage, COMMITS), storage.threads)
-    return SampleIds.of(sample_id for sample_id in ids if sample_id is not None)
+    return SampleIds.of(filter(None, ids))
 
 
 def read(storage: Storage) -> Index | None:

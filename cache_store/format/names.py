@@ -50,12 +50,9 @@ def check_key(sample_id: str, key: str, where: str) -> None:
         raise FormatError(f"{where} is the record of sample {sample_id!r}, whose file name is {right_key}.json.")
 
 
-def commit_path(key: str) -> str:
-    return f"{COMMITS}/{key}.json"
-
-
-def quarantine_path(key: str) -> str:
-    return f"{QUARANTINE}/{key}.json"
+def record_path(folder: str, key: str) -> str:
+    """Path of a sample's record in `COMMITS` or `QUARANTINE`."""
+    return f"{folder}/{key}.json"
 
 
 def is_key(name: str) -> bool:

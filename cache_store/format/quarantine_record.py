@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, take
 from cache_store.errors import FormatError
-from cache_store.format.names import check_key, quarantine_path, sample_key
+from cache_store.format.names import QUARANTINE, check_key, record_path, sample_key
 from cache_store.storage.file_errors import writing
 from cache_store.storage.storage import Storage
 
@@ -39,24 +39,22 @@ class QuarantineRecord:
     @classmethod
     def of_failure(cls, sample_id: str, kind: str, reason: str, traceback_text: str, tried: int) -> "QuarantineRecord":
         """Record of a failure after so many earlier ones."""
+        encodable = traceback_text.encode(errors="backslashreplace")
         return cls(
             sample_id=sample_id,
             kind=kind,
-            reason=_encodable(reason)[:MAX_REASON_CHARACTERS],
-            traceback=_encodable(traceback_text)[-MAX_TRACEBACK_CHARACTERS:],
-            traceback_sha256=hashlib.sha256(_encodable(traceback_text).encode()).hexdigest(),
+            reason=reason.encode(errors="backslashreplace").decode()[:MAX_REASON_CHARACTERS],
+            traceback=encodable.decode()[-MAX_TRACEBACK_CHARACTERS:],
+            traceback_sha256=hashlib.sha256(encodable).hexdigest(),
             attempts=tried + 1,
             released=False,
         )
-
-    def to_bytes(self) -> bytes:
-        return seal(dataclasses.asdict(self), f"the quarantine record of sample {self.sample_id!r}")
 
 
 def read(storage: Storage, key: str) -> QuarantineRecord | None:
     """Read the record with this key, if there is one."""
     try:
-        data = storage.read_document(quarantine_path(key), MAX_DOCUMENT_BYTES)
+        data = storage.read_document(record_path(QUARANTINE, key), MAX_DOCUMENT_BYTES)
     except FileNotFoundError:
         return None
     return from_bytes(storage, key, data)
@@ -64,7 +62,7 @@ def read(storage: Storage, key: str) -> QuarantineRecord | None:
 
 def from_bytes(storage: Storage, key: str, data: bytes) -> QuarantineRecord:
     """The record with this key from the untrusted bytes of its file."""
-    where = f"quarantine record {storage.where(quarantine_path(key))}"
+    where = f"quarantine record {storage.where(record_path(QUARANTINE, key))}"
     try:
         check_seal(data, where)
         document = parse(data, where)
@@ -80,10 +78,7 @@ def from_bytes(storage: Storage, key: str, data: bytes) -> QuarantineRecord:
 
 def write(storage: Storage, record: QuarantineRecord) -> None:
     """Write the record durably, over an earlier one of the same sample."""
-    data = record.to_bytes()
-    with writing(f"the quarantine record of sample {record.sample_id!r}", len(data), storage.place):
-        storage.put(quarantine_path(sample_key(record.sample_id)), [data])
-
-
-def _encodable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+    what = f"the quarantine record of sample {record.sample_id!r}"
+    data = seal(dataclasses.asdict(record), what)
+    with writing(what, len(data), storage.place):
+        storage.put(record_path(QUARANTINE, sample_key(record.sample_id)), [data])

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from cache_store.checksum import crc32c
 from cache_store.document import to_bytes
 from cache_store.format import compression
+from cache_store.format.commit_record import TRAILER_BYTES, StoredObject
 from cache_store.format.compression import Buffer
 from cache_store.format.field import SMALL, STORED_DTYPES, Field
 from cache_store.format.names import METADATA
-from cache_store.format.stored_object import TRAILER_BYTES, StoredObject
 
 MAX_SMALL_BYTES = 16 * 10**6
 _ALIGNMENT = 8
@@ -42,10 +42,6 @@ class SampleGroup:
     """Every object by its path."""
     files: Sequence[tuple[str, tuple[Buffer, ...]]]
     """Path and buffers of each object; arrays are views, not copies."""
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(stored.size for stored in self.objects.values())
 
 
 def check_values(sample_id: str, values: Mapping[str, object], fields: Mapping[str, Field]) -> dict[str, Value]:
@@ -77,8 +73,7 @@ def encode(sample_id: str, values: Mapping[str, Value], fields: Mapping[str, Fie
     shapes = {name: (len(value),) if isinstance(value, list) else np.shape(value) for name, value in values.items()}
     directory, small_bytes = packed_directory(shapes, fields)
     text = {name: value for name, value in values.items() if fields[name].layout == "text"}
-    attributes = {"sample_id": sample_id, "small": directory, "text": text}
-    document = {"attributes": attributes, "node_type": "group", "zarr_format": 3}
+    document = group_metadata(sample_id, directory, text)
     jobs.append((METADATA, None, (to_bytes(document, f"the text of sample {sample_id!r}"),)))
     if directory:
         add_array(SMALL, SMALL_ARRAY, _pack(values, directory, small_bytes))
@@ -106,17 +101,21 @@ def _encode_object(
     return StoredObject(path=path, size=sum(map(len, parts)), crc32c=f"{crc:08x}"), parts
 
 
+def group_metadata(sample_id: str, directory: list[dict[str, Any]], text: object) -> dict[str, Any]:
+    """The one `zarr.json` that format version 1 allows for the group of a sample with this text."""
+    attributes = {"sample_id": sample_id, "small": directory, "text": text}
+    return {"attributes": attributes, "node_type": "group", "zarr_format": 3}
+
+
 def array_metadata(field: Field, shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> dict[str, Any]:
     """The one `zarr.json` that format version 1 allows for an array of this field, shape and chunk shape."""
     dtype = field.stored_dtype
-    byte_codec: dict[str, Any] = {"name": "bytes"}
-    if dtype.itemsize > 1:
-        byte_codec["configuration"] = {"endian": "little"}
+    endian = {"configuration": {"endian": "little"}} if dtype.itemsize > 1 else {}
     return {
         "attributes": {"logical_dtype": field.dtype, "units": field.units},
         "chunk_grid": {"configuration": {"chunk_shape": list(chunk_shape)}, "name": "regular"},
         "chunk_key_encoding": {"configuration": {"separator": "."}, "name": "default"},
-        "codecs": [byte_codec, *compression.codecs(field), {"name": "crc32c"}],
+        "codecs": [{"name": "bytes", **endian}, *compression.codecs(field), {"name": "crc32c"}],
         "data_type": dtype.name,
         "dimension_names": list(field.axes),
         "fill_value": _FILL.get(dtype.kind, 0),

@@ -63,10 +63,9 @@ class StoreRoot:
                 f"{where} has format version {version}; this library reads up to {FORMAT_VERSION}. Update it."
             )
         check_seal(data, where)
+        schema = [Field.from_json(item, where) for item in take(body, "fields", list, where)]
         try:
-            fields = by_name([Field.from_json(item, where) for item in take(body, "fields", list, where)])
-        except FormatError:
-            raise
+            fields = by_name(schema)
         except ValueError as error:
             raise FormatError(f"{where}: {error}") from error
         identity, provenance = take(body, "identity", dict, where), take(body, "provenance", dict, where)
@@ -88,10 +87,11 @@ class StoreRoot:
 
     def _comparable_schema(self) -> dict[str, dict[str, Any]]:
         """The schema by name, without what later writers take from the store: chunk size and compression."""
-        schema = {name: field.to_json() for name, field in self.fields.items()}
-        for field in schema.values():
-            del field["chunk_mb"], field["compression"]
-        return schema
+        left_out = {"chunk_mb", "compression"}
+        return {
+            field.name: {key: value for key, value in field.to_json().items() if key not in left_out}
+            for field in self.fields.values()
+        }
 
 
 def by_name(fields: Sequence[Field]) -> dict[str, Field]:

@@ -7,25 +7,21 @@ that a hostile or foreign document is refused rather than interpreted.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import islice
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cache_store.checksum import crc32c
 from cache_store.document import canonical_json, parse
 from cache_store.errors import CorruptSampleError, FormatError
 from cache_store.format import compression
-from cache_store.format.commit_record import CommitRecord
+from cache_store.format.commit_record import TRAILER_BYTES, CommitRecord, StoredObject
 from cache_store.format.field import SMALL, Field, chunk_of_rows
 from cache_store.format.names import METADATA
-from cache_store.format.sample_group import SMALL_ARRAY, array_metadata, chunk_keys, packed_directory
-from cache_store.format.stored_object import TRAILER_BYTES, StoredObject
+from cache_store.format.sample_group import SMALL_ARRAY, array_metadata, chunk_keys, group_metadata, packed_directory
+from cache_store.storage.local_storage import ByteArray, OnBlock
 from cache_store.storage.storage import Storage
-
-_NOTHING = np.empty(0, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -36,23 +32,16 @@ class StoredSample:
     record: CommitRecord
     fields: Mapping[str, Field]
 
-    @cached_property
-    def folder(self) -> str:
-        return self.record.folder
-
-    def load(self, stored: StoredObject, field: str) -> NDArray[np.uint8]:
+    def load(self, stored: StoredObject, field: str) -> ByteArray:
         """Read all bytes of an object, and check presence, size and every byte."""
-        data = self._read(stored, field, _NOTHING)
-        if stored.is_chunk:
-            self._compare(stored, field, _trailer(data), crc32c(data[:-TRAILER_BYTES]))
-        else:
-            crc = crc32c(data)
-            self._compare(stored, field, crc, crc)
+        data = self._read(stored, field, np.empty(0, np.uint8), None, False)
+        crc = crc32c(data[:-TRAILER_BYTES] if stored.is_chunk else data)
+        self._compare(stored, field, _trailer(data) if stored.is_chunk else crc, crc)
         return data
 
     def load_into(
         self,
-        target: NDArray[np.uint8],
+        target: ByteArray,
         stored: StoredObject,
         field: str,
         *,
@@ -67,7 +56,7 @@ class StoredSample:
         """
         crc = 0
 
-        def check(block: memoryview | NDArray[np.uint8]) -> None:
+        def check(block: memoryview | ByteArray) -> None:
             nonlocal crc
             crc = crc32c(block, crc)
 
@@ -77,7 +66,7 @@ class StoredSample:
         if not check_data and padding.any():  # the caller does not get it
             raise self.damaged(stored, field, " ends in padding that is not zeros.")
 
-    def decode_into(self, target: NDArray[np.uint8], stored: StoredObject, field: str, chunk_bytes: int) -> None:
+    def decode_into(self, target: ByteArray, stored: StoredObject, field: str, chunk_bytes: int) -> None:
         """Fill `target` with the beginning of a compressed chunk, whose bytes are checked before they are decoded."""
         data = self.load(stored, field)
         try:
@@ -87,16 +76,12 @@ class StoredSample:
 
     def check_group(self, field: str) -> dict[str, str | list[str]]:
         """Check the group's `zarr.json` and return the text fields in it."""
-        where = f"sample {self.record.sample_id!r}: {self.storage.where(f'{self.folder}/{METADATA}')}"
+        where = f"sample {self.record.sample_id!r}: {self.storage.where(f'{self.record.folder}/{METADATA}')}"
         document = parse(self.load(self.record.objects[METADATA], field).tobytes(), where)
         directory, _ = packed_directory(self.record.shapes, self.fields)
         attributes = document.get("attributes")
         text = attributes.get("text") if isinstance(attributes, dict) else None
-        expected = {
-            "attributes": {"sample_id": self.record.sample_id, "small": directory, "text": text},
-            "node_type": "group",
-            "zarr_format": 3,
-        }
+        expected = group_metadata(self.record.sample_id, directory, text)
         shapes = {name: shape for name, shape in self.record.shapes.items() if self.fields[name].layout == "text"}
         same = canonical_json(document) == canonical_json(expected)
         if not same or not isinstance(text, dict) or text.keys() != shapes.keys():
@@ -112,30 +97,27 @@ class StoredSample:
 
     def check_array(self, array: str, field: str) -> int:
         """Rows per chunk by the array's `zarr.json`, which must be the one expected, as must the recorded chunks."""
-        place = self.storage.where(f"{self.folder}/{array}/{METADATA}")
+        place = self.storage.where(f"{self.record.folder}/{array}/{METADATA}")
         where = f"sample {self.record.sample_id!r}, field {field!r}: {place}"
         stored = self.record.objects.get(f"{array}/{METADATA}")
         if stored is None:
             raise FormatError(f"{where} is not named by the commit record.")
-        shape: tuple[int, ...]
-        if array == SMALL:
-            schema, shape = SMALL_ARRAY, (packed_directory(self.record.shapes, self.fields)[1],)
-        else:
-            schema, shape = self.fields[array], self.record.shapes[array]
+        shapes, fields = self.record.shapes, self.fields
+        schema = SMALL_ARRAY if array == SMALL else fields[array]
+        shape = (packed_directory(shapes, fields)[1],) if array == SMALL else shapes[array]
         try:
             rows = _rows_by_metadata(self.load(stored, field).tobytes(), schema, shape)
         except FormatError as error:
             raise FormatError(f"{where}: {error}") from error
         if rows < 1:
-            raise FormatError(
-                f"{where} is not the metadata of a {schema.dtype} array of shape {list(shape)} in format 1."
-            )
+            what = f"{schema.dtype} array of shape {list(shape)}"
+            raise FormatError(f"{where} is not the metadata of a {what} in format 1.")
         self._check_chunks(array, schema, shape, rows, where)
         return rows
 
     def rows_by_record(self, array: str) -> int:
         """Rows per chunk of an uncompressed field by the recorded sizes, which must fit its shape."""
-        place = self.storage.where(f"{self.folder}/{array}")
+        place = self.storage.where(f"{self.record.folder}/{array}")
         where = f"sample {self.record.sample_id!r}, field {array!r}: {place}"
         field, shape = self.fields[array], self.record.shapes[array]
         first = next((stored.size for stored in self.record.of_array(array) if stored.is_chunk), TRAILER_BYTES)
@@ -147,7 +129,7 @@ class StoredSample:
         """Error about an object; `what` goes on after its name."""
         sample_id = self.record.sample_id
         return CorruptSampleError(
-            f"sample {sample_id!r}, field {field!r}: object {stored.path} of {self.storage.where(self.folder)}"
+            f"sample {sample_id!r}, field {field!r}: object {stored.path} of {self.storage.where(self.record.folder)}"
             f"{what} Run `verify` on the store for the whole extent; a sample without its commit record can be written "
             "again.",
             sample_id,
@@ -155,14 +137,9 @@ class StoredSample:
         )
 
     def _read(
-        self,
-        stored: StoredObject,
-        field: str,
-        target: NDArray[np.uint8],
-        on_block: Any = None,
-        parents_checked: bool = False,
-    ) -> NDArray[np.uint8]:
-        path = f"{self.folder}/{stored.path}"
+        self, stored: StoredObject, field: str, target: ByteArray, on_block: OnBlock, parents_checked: bool
+    ) -> ByteArray:
+        path = f"{self.record.folder}/{stored.path}"
         try:
             rest = self.storage.read_into(path, stored.size, target, on_block, parents_checked=parents_checked)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -186,16 +163,16 @@ class StoredSample:
         chunks = {stored.path.rpartition("/")[2]: stored.size for stored in objects}
         good = chunks.keys() == set(islice(chunk_keys(shape, rows), len(chunks) + 1))
         if field.compression == "none":
-            good &= all(actual == size for actual in chunks.values())
+            good &= set(chunks.values()) <= {size}
         else:
-            good &= all(actual <= size + compression.MAX_OVERHEAD_BYTES for actual in chunks.values())
+            good &= max(chunks.values(), default=0) <= size + compression.MAX_OVERHEAD_BYTES
         if len(chunks) != count or not good:
             raise FormatError(
                 f"{where}: shape {list(shape)} takes {count} chunks of {size} bytes; the record names others."
             )
 
 
-def _trailer(data: NDArray[np.uint8]) -> int:
+def _trailer(data: ByteArray) -> int:
     return int.from_bytes(data[-TRAILER_BYTES:].tobytes(), "little")
 
 

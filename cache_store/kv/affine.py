@@ -5,8 +5,8 @@ magnitude, where queries are large too. So keys are quantised by channel, with m
 most, and values by token.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Self
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,25 +64,19 @@ class AffineCodec(LayeredCodec):
             raise ValueError(f"groups have a member or more, got {self.key_group} and {self.value_group}.")
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "key_bits": list(self.key_bits),
-            "value_bits": list(self.value_bits),
-            "key_group": self.key_group,
-            "value_group": self.value_group,
-            "spread": self.spread,
-        }
+        bits = {"key_bits": list(self.key_bits), "value_bits": list(self.value_bits)}
+        return {"kind": self.kind, **asdict(self), **bits}
 
     @classmethod
     def from_json(cls, document: dict[str, Any], where: str) -> Self:
-        names = {field.name for field in fields(cls)}
-        if document.keys() != {"kind", *names}:
-            raise FormatError(f"{where}: an affine codec has exactly the keys {', '.join(sorted({'kind', *names}))}.")
+        keys = cls().to_json().keys()
+        if document.keys() != keys:
+            raise FormatError(f"{where}: an affine codec has exactly the keys {', '.join(sorted(keys))}.")
         for key in ("key_group", "value_group"):
             take(document, key, int, where)
         take(document, "spread", bool, where)
         try:
-            return cls(**{name: document[name] for name in names})
+            return cls(**{key: document[key] for key in keys - {"kind"}})
         except (TypeError, ValueError) as error:
             raise FormatError(f"{where}: {error}") from error
 
@@ -115,27 +109,17 @@ class AffineCodec(LayeredCodec):
     def segments(self, part: Part, layer: int, shape: tuple[int, ...]) -> list[Segment]:
         heads, tokens, channels = shape
         key_bits, value_bits = self.bits_of(layer)
-        order: list[tuple[str, str, tuple[int, ...]]] = []
-        groups: tuple[int, ...]
         if part == "key":
-            classes, groups, zero = (
-                self.key_classes(key_bits, channels),
-                (-(-tokens // self.key_group), channels),
-                "int16",
-            )
-            if len(classes) > 1:
-                order = [("order", "uint8", (heads, channels))]
+            classes, zero = self.key_classes(key_bits, channels), "int16"
+            groups = (heads, -(-tokens // self.key_group), channels)
         else:
-            classes, groups, zero = (
-                [(channels, value_bits)],
-                (tokens, channels // self.value_group_of(channels)),
-                "uint8",
-            )
+            classes, zero = [(channels, value_bits)], "uint8"
+            groups = (heads, tokens, channels // self.value_group_of(channels))
         return place_segments(
             ("base", "int8", (1,)),
-            *order,
-            ("scale", "uint8", (heads, *groups)),
-            ("zero", zero, (heads, *groups)),
+            *([("order", "uint8", (heads, channels))] if len(classes) > 1 else []),
+            ("scale", "uint8", groups),
+            ("zero", zero, groups),
             *(
                 (f"codes.{index}.{plane}", "uint8", (heads, tokens, count * plane // 8))
                 for index, (count, width) in enumerate(classes)
@@ -162,8 +146,8 @@ class AffineCodec(LayeredCodec):
         padding = -x.shape[1] % self.key_group
         padded = np.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(x.shape[0], -1, self.key_group, x.shape[2])
         members = (np.arange(x.shape[1] + padding) < x.shape[1]).reshape(-1, self.key_group, 1)
-        limits = _Limits(least=largest / np.float32(MAX_ZERO), zeros=(-32767, 32767))
-        codes = _fit(out, padded, 2, (low, high), levels, limits, members)
+        least = largest / np.float32(MAX_ZERO)
+        codes = _fit(out, padded, 2, (low, high), levels, members, least, zeros=(-32767, 32767))
         _put_codes(out, classes, codes.reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]])
 
     def _encode_values(self, bits: int, x: Floats, out: SegmentedBytes) -> None:
@@ -171,8 +155,7 @@ class AffineCodec(LayeredCodec):
         grouped = x.reshape(*x.shape[:2], -1, self.value_group_of(x.shape[2]))
         low = np.minimum(grouped.min(-1), np.float32(0))
         high = np.maximum(grouped.max(-1), np.float32(0))
-        limits = _Limits(least=np.float32(0), zeros=(0.0, float(levels)))
-        codes = _fit(out, grouped, 3, (low, high), levels, limits, np.True_)
+        codes = _fit(out, grouped, 3, (low, high), levels, np.True_, np.float32(0), zeros=(0.0, float(levels)))
         _put_codes(out, [(x.shape[2], bits)], codes.reshape(x.shape))
 
     def _decode_part(self, part: Part, layer: int, data: SegmentedBytes, shape: tuple[int, ...]) -> Floats:
@@ -217,37 +200,30 @@ def _energy(x: Floats) -> NDArray[np.int64]:
     return energy
 
 
-class _Limits(NamedTuple):
-    """Bounds within which scales and zeros of groups are chosen."""
-
-    least: Floats | np.float32
-    """Smallest scale."""
-    zeros: tuple[float, float]
-    """Smallest and largest zero."""
-
-
 def _fit(
     out: SegmentedBytes,
     x: Floats,
     axis: int,
     extremes: tuple[Floats, Floats],
     levels: Floats | np.float32,
-    limits: _Limits,
     members: NDArray[np.bool_] | np.bool_,
+    least: Floats | np.float32,
+    zeros: tuple[float, float],
 ) -> Floats:
     """Store base, scales of least squared error and zeros of all groups; return the codes.
 
-    Groups lie along `axis` of `x`, as far as `members` holds; codes go up to `levels`.
+    Groups lie along `axis` of `x`, as far as `members` holds. Codes go up to `levels`; `least` is the smallest scale,
+    `zeros` are the smallest and the largest zero.
     """
     low, high = extremes
-    table, first = out.put_base(np.maximum((high - low) / levels, limits.least))
-    lowest = np.minimum(np.searchsorted(table, limits.least, side="left"), 255)
+    table, first = out.put_base(np.maximum((high - low) / levels, least))
+    lowest = np.minimum(np.searchsorted(table, least, side="left"), 255)
     unit = np.expand_dims(table[first], axis)
     best: list[NDArray[Any]] = []
     for step in TRIED:
         index = np.clip(first + step, lowest, 255)
         scale = table[index]
-        zero = np.clip(np.rint((levels - (low + high) / scale) / np.float32(2)), *limits.zeros)
+        zero = np.clip(np.rint((levels - (low + high) / scale) / np.float32(2)), *zeros)
         wide_scale, wide_zero = np.expand_dims(scale, axis), np.expand_dims(zero, axis)
         codes = np.clip(np.rint(x / wide_scale) + wide_zero, 0, levels)
         back = from_bfloat16(to_bfloat16((codes - wide_zero) * wide_scale))

@@ -62,6 +62,5 @@ def fp8_values() -> Floats:
     """The 127 non-negative finite values of OCP FP8 E4M3, by code: 0, 2^-9, ... 448."""
     code = np.arange(127)
     exponent, fraction = code >> 3, code & 7
-    return np.where(
-        exponent == 0, fraction * 2.0**-9, (1 + fraction / 8) * 2.0 ** (exponent.astype(np.float64) - 7)
-    ).astype(np.float32)
+    values: Floats = np.ldexp(np.where(exponent == 0, fraction, 8 + fraction), np.maximum(exponent, 1) - 10)
+    return values.astype(np.float32)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cache_store.kv.codec import KVCodec
 
 Part = Literal["key", "value"]
+PARTS: tuple[Part, Part] = ("key", "value")
 Floats = NDArray[np.float32]
 
 NOT_FINITE = "keys or values have NaN, infinity or a magnitude of 2^125, which cannot be quantised."
@@ -74,23 +75,22 @@ class LayeredCodec(KVCodec):
                 f"keys and values are [layer, 2, head, token, channel] with a token and a multiple of 8 and of "
                 f"{self.channel_group} channels up to 256, got {list(shape)}."
             )
-        last = [self.segments(part, layer, shape[2:])[-1] for part in ("key", "value")]
-        return last[0].offset + last[0].size_bytes, last[1].offset + last[1].size_bytes
+        keys, values = (self.segments(part, layer, shape[2:])[-1] for part in PARTS)
+        return keys.offset + keys.size_bytes, values.offset + values.size_bytes
 
+    @lru_cache(maxsize=4096)  # noqa: B019  # codecs are small values that compare by their settings
     def layer_starts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Where each layer's bytes begin in a sample of this shape, and where the last one's end."""
-        return _layer_starts(self, shape)
+        return (0, *accumulate(sum(self.layer_bytes(layer, shape)) for layer in range(shape[0])))
 
     def encoded_bytes(self, shape: tuple[int, ...]) -> int:
         return self.layer_starts(shape)[-1]
 
     def parts(self, layer: int, shape: tuple[int, ...]) -> list[tuple[Part, slice, list[Segment]]]:
         """A layer's keys and its values: which of the layer's bytes they are, and what lies in these."""
-        keys, values = self.layer_bytes(layer, shape)
-        return [
-            ("key", slice(0, keys), self.segments("key", layer, shape[2:])),
-            ("value", slice(keys, keys + values), self.segments("value", layer, shape[2:])),
-        ]
+        keys, values = (self.segments(part, layer, shape[2:]) for part in PARTS)
+        middle, end = accumulate(self.layer_bytes(layer, shape))
+        return [("key", slice(0, middle), keys), ("value", slice(middle, end), values)]
 
     def encode(self, bits: NDArray[np.uint16]) -> NDArray[np.uint8]:
         """Encoded bytes of bfloat16 bits; `ValueError` unless all are finite and below 2^125."""
@@ -111,11 +111,6 @@ class LayeredCodec(KVCodec):
                 segmented = SegmentedBytes(segments, data[begin:][where])
                 values[layer, index] = self._decode_part(part, layer, segmented, shape[2:])
         return to_bfloat16(values)
-
-
-@lru_cache(maxsize=4096)
-def _layer_starts(codec: LayeredCodec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (0, *accumulate(sum(codec.layer_bytes(layer, shape)) for layer in range(shape[0])))
 
 
 class SegmentedBytes:

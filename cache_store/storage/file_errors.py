@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cache_store.errors import StoreAddressError, StoreFullError
@@ -32,8 +32,11 @@ def writing(what: str, needed_bytes: int, place: Path | str) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         reason = "the disk is full" if error.errno == errno.ENOSPC else "the quota is used up"
+        free = "free space unknown"
+        with suppress(OSError):
+            free = f"{free_bytes(Path(place)):,} bytes free"
         raise StoreFullError(
-            f"cannot write {what} to {place}: {reason} ({_free(place)}); it needs {needed_bytes:,} bytes. "
+            f"cannot write {what} to {place}: {reason} ({free}); it needs {needed_bytes:,} bytes. "
             "All committed samples are intact; make room and run the same command again, it goes on from here.",
             needed_bytes,
             error.errno,
@@ -59,10 +62,3 @@ def _reason(error: OSError) -> str:
     code = errno.ENOTDIR if error.errno == errno.EEXIST else error.errno  # there is a file where a folder was to be
     reason = os.strerror(code or 0)
     return f"{reason} ({error.filename})" if error.filename else reason
-
-
-def _free(place: Path | str) -> str:
-    try:
-        return f"{free_bytes(Path(place)):,} bytes free"
-    except OSError:
-        return "free space unknown"

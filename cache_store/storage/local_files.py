@@ -10,6 +10,7 @@ import mmap
 import os
 import secrets
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_store.concurrency import in_order_by
 from cache_store.errors import UnsupportedFileSystemError
 
 MAX_TRANSFER_BYTES = 2**30
@@ -45,12 +47,7 @@ def write_new(*files: tuple[Path, Iterable[Any]]) -> None:
         _write_file(*files[0])
         return
     with ThreadPoolExecutor(_WRITERS, "write") as pool:
-        try:
-            for written in [pool.submit(_write_file, *file) for file in files]:
-                written.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        deque(in_order_by(pool, lambda file: _write_file(*file), files, len(files)), maxlen=0)
 
 
 def _write_file(path: Path, parts: Iterable[Any]) -> None:
@@ -98,15 +95,14 @@ def _write_all(descriptor: int, view: NDArray[np.uint8]) -> None:
 def _set_direct(descriptor: int, wanted: bool) -> bool:
     """Write around the page cache, or through it, from now on; returns whether that is a change."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    if bool(flags & _DIRECT) == wanted:
-        return False
     try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags ^ _DIRECT)
+        if changes := bool(flags & _DIRECT) != wanted:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags ^ _DIRECT)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
         return False
-    return True
+    return changes
 
 
 def flush(path: Path) -> None:

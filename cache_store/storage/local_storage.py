@@ -8,7 +8,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ BLOCK_BYTES = 2**20
 for Python's interpreter lock (blocks of 256 KiB read half as fast there)."""
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a planted FIFO must not block the open
 
+ByteArray: TypeAlias = NDArray[np.uint8]
+OnBlock: TypeAlias = Callable[[Any], None] | None
+
 
 class LocalStorage:
     """`storage.Storage` below a folder. Holds nothing open; can be pickled."""
@@ -32,7 +35,7 @@ class LocalStorage:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.place = root
+        self.place: Path | str = root
 
     def where(self, relative: str) -> str:
         return str(self.root / relative)
@@ -48,8 +51,7 @@ class LocalStorage:
         try:
             self.check_parents(f"{folder}/any")
             with os.scandir(self.root / folder) as entries:
-                for entry in entries:
-                    yield entry.name
+                yield from (entry.name for entry in entries)
         except FileNotFoundError as error:
             raise FormatError(
                 f"{self.root / folder} is missing; the store at {self.root} is incomplete (was it copied only in "
@@ -79,14 +81,8 @@ class LocalStorage:
         return bytes(data)
 
     def read_into(
-        self,
-        relative: str,
-        size: int,
-        target: NDArray[np.uint8],
-        on_block: Callable[[Any], None] | None = None,
-        *,
-        parents_checked: bool = False,
-    ) -> NDArray[np.uint8] | int:
+        self, relative: str, size: int, target: ByteArray, on_block: OnBlock = None, parents_checked: bool = False
+    ) -> ByteArray | int:
         if not parents_checked:
             self.check_parents(relative)
         path = f"{self.root}/{relative}"

@@ -9,22 +9,22 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import obstore
-from numpy.typing import NDArray
 from obstore.exceptions import AlreadyExistsError, GenericError
 from obstore.store import S3Store
 
-from cache_store.concurrency import in_order
+from cache_store.concurrency import in_order, in_order_by
 from cache_store.document import MAX_DOCUMENT_BYTES
 from cache_store.errors import FormatError, ObjectStorageError, UnsupportedFileSystemError
 from cache_store.storage import s3_access
-from cache_store.storage.local_storage import BLOCK_BYTES, STAGING, parts_of
+from cache_store.storage.local_storage import BLOCK_BYTES, STAGING, ByteArray, OnBlock, parts_of
 from cache_store.storage.s3_access import S3Address
 from cache_store.storage.s3_errors import explained, status_of
 from cache_store.storage.storage import Storage, open_storage
@@ -60,14 +60,14 @@ class ObjectStorage:
 
     def __init__(self, address: S3Address, store: S3Store) -> None:
         self.address = address
-        self.place = str(address)
+        self.place: Path | str = str(address)
         self._store = store
 
     def __reduce__(self) -> tuple[Callable[[str], Storage], tuple[str]]:
-        return open_storage, (self.place,)
+        return open_storage, (str(self.address),)
 
     def where(self, relative: str) -> str:
-        return f"{self.place}/{relative}" if relative else self.place
+        return f"{self.address}/{relative}" if relative else str(self.address)
 
     def check_parents(self, relative: str) -> None:
         parts_of(relative, self.place)
@@ -108,14 +108,8 @@ class ObjectStorage:
             return _repeat(read)
 
     def read_into(
-        self,
-        relative: str,
-        size: int,
-        target: NDArray[np.uint8],
-        on_block: Callable[[Any], None] | None = None,
-        *,
-        parents_checked: bool = False,
-    ) -> NDArray[np.uint8] | int:
+        self, relative: str, size: int, target: ByteArray, on_block: OnBlock = None, parents_checked: bool = False
+    ) -> ByteArray | int:
         """Read in ranges, the first of which says how large the object is without a request of its own."""
         key = self._key(relative)
         with self._explained("read", relative):
@@ -190,9 +184,8 @@ class ObjectStorage:
     def put(self, relative: str, parts: Sequence[Any]) -> None:
         key = self._key(relative)
         kept = [part for part in parts if len(part)]
-        options: dict[str, Any] = {"use_multipart": False}
-        if sum(map(len, kept)) > PART_BYTES:
-            options = {"chunk_size": PART_BYTES, "max_concurrency": _UPLOADS}
+        in_parts = sum(map(len, kept)) > PART_BYTES
+        options = {"chunk_size": PART_BYTES, "max_concurrency": _UPLOADS} if in_parts else {"use_multipart": False}
         with self._explained("write", relative):
             _repeat(lambda: obstore.put(self._store, key, kept or b"", **options))
 
@@ -279,25 +272,15 @@ class ObjectStorage:
             return False
         return True
 
-    def _ranges(self, key: str, size: int) -> Iterator[tuple["Buffer", int]]:
-        """Yield the object's ranges in order, each with the object's size; several are in flight."""
-        if size <= RANGE_BYTES:
-            yield self._range(key, 0, size)
-            return
-        pending: deque[Future[tuple[Buffer, int]]] = deque()
-        try:
-            for start in range(0, size, RANGE_BYTES):
-                pending.append(self._pool.submit(self._range, key, start, min(start + RANGE_BYTES, size)))
-                if len(pending) == _AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for rest in pending:
-                rest.cancel()
+    def _ranges(self, key: str, size: int) -> Iterator[tuple[Buffer, int]]:
+        """The object's ranges in order, each with the object's size; several are in flight."""
+        read = partial(self._range, key, size)
+        starts = range(0, size, RANGE_BYTES)
+        return map(read, starts) if len(starts) == 1 else in_order_by(self._pool, read, starts, _AHEAD)
 
-    def _range(self, key: str, start: int, end: int) -> tuple["Buffer", int]:
-        """Bytes `start` to `end` of an object, fewer only where it ends before, and its size."""
+    def _range(self, key: str, expected: int, start: int) -> tuple[Buffer, int]:
+        """The range of an object from `start` on, shorter only where the object is, and the object's size."""
+        end = min(start + RANGE_BYTES, expected)
 
         def read() -> tuple[Buffer, int]:
             try:

@@ -10,6 +10,7 @@ import re
 import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -85,12 +86,11 @@ def connect(address: S3Address) -> "S3Store":
         raise StoreAddressError(
             f'{address} is object storage, for which obstore is not installed; pip install "alpacache[s3]".'
         ) from None
-    profile_name = _set("AWS_PROFILE") or _set("AWS_DEFAULT_PROFILE")
-    profile = _Profile(profile_name or "default", named=bool(profile_name))
+    profile = _set("AWS_PROFILE") or _set("AWS_DEFAULT_PROFILE") or "default"
     config: dict[str, Any] = {"conditional_put": "etag"}
     if endpoint := _endpoint(address):
         config["endpoint"] = endpoint
-    if not (_set("AWS_REGION") or _set("AWS_DEFAULT_REGION")) and (region := profile.setting("region")):
+    if not (_set("AWS_REGION") or _set("AWS_DEFAULT_REGION")) and (region := _in_config(profile).get("region")):
         config["region"] = region
     return S3Store(
         address.bucket,
@@ -98,7 +98,7 @@ def connect(address: S3Address) -> "S3Store":
         client_options={
             "timeout": REQUEST_TIMEOUT,
             "connect_timeout": CONNECT_TIMEOUT,
-            **({"allow_http": True} if _true("AWS_ALLOW_HTTP") else {}),
+            "allow_http": _true("AWS_ALLOW_HTTP"),
         },
         retry_config={
             "max_retries": MAX_RETRIES,
@@ -109,44 +109,17 @@ def connect(address: S3Address) -> "S3Store":
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Profile:
-    """A section of the shared files. obstore calls it for credentials, so they are read anew and never kept."""
-
-    name: str
-    named: bool
-    """Whether the environment names it."""
-
-    def setting(self, key: str) -> str | None:
-        return _section(_config_file(), self.name, f"profile {self.name}").get(key)
-
-    def has_keys(self) -> bool:
-        return {"aws_access_key_id", "aws_secret_access_key"} <= self._keys().keys()
-
-    def __call__(self) -> Any:
-        keys = self._keys()
-        return {
-            "access_key_id": keys["aws_access_key_id"],
-            "secret_access_key": keys["aws_secret_access_key"],
-            "token": keys.get("aws_session_token"),
-            "expires_at": datetime.now(UTC) + _FILE_GOOD_FOR,
-        }
-
-    def _keys(self) -> dict[str, str]:
-        return _section(_credentials_file(), self.name) or _section(_config_file(), self.name, f"profile {self.name}")
-
-
-def _provider(address: S3Address, profile: _Profile) -> Any:
+def _provider(address: S3Address, profile: str) -> Any:
     """Source of credentials for obstore; `None` where it finds them itself."""
     if _true("AWS_SKIP_SIGNATURE") or (_set("AWS_ACCESS_KEY_ID") and _set("AWS_SECRET_ACCESS_KEY")):
         return None
-    if profile.has_keys():
-        return profile
-    if profile.named:
+    if {"aws_access_key_id", "aws_secret_access_key"} <= _keys(profile).keys():
+        return partial(_credentials, profile)
+    if _set("AWS_PROFILE") or _set("AWS_DEFAULT_PROFILE"):
         raise StoreAddressError(
-            f"{address}: the profile {profile.name!r} has no access key in {_credentials_file()} or {_config_file()}. "
+            f"{address}: the profile {profile!r} has no access key in {_credentials_file()} or {_config_file()}. "
             "If it is one of single sign-on or of a role, put its credentials into the environment: "
-            f'eval "$(aws configure export-credentials --profile {profile.name} --format env)".'
+            f'eval "$(aws configure export-credentials --profile {profile} --format env)".'
         )
     if any(map(_set, ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"))):
         return None
@@ -186,6 +159,25 @@ def _has_machine_role() -> bool:
     except OSError:
         return False
     return True
+
+
+def _credentials(profile: str) -> dict[str, Any]:
+    """A profile's credentials as obstore wants them, read anew whenever it asks and never kept."""
+    keys = _keys(profile)
+    return {
+        "access_key_id": keys["aws_access_key_id"],
+        "secret_access_key": keys["aws_secret_access_key"],
+        "token": keys.get("aws_session_token"),
+        "expires_at": datetime.now(UTC) + _FILE_GOOD_FOR,
+    }
+
+
+def _keys(profile: str) -> dict[str, str]:
+    return _section(_credentials_file(), profile) or _in_config(profile)
+
+
+def _in_config(profile: str) -> dict[str, str]:
+    return _section(_config_file(), profile, f"profile {profile}")
 
 
 def _credentials_file() -> Path:

@@ -7,29 +7,27 @@ a whole or not at all; of several `put_if_absent` of one name exactly one wins.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Protocol, TypeAlias
 
 from cache_store.errors import StoreAddressError
-from cache_store.storage.local_storage import LocalStorage
+from cache_store.storage.local_storage import ByteArray, LocalStorage, OnBlock
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+StorePath: TypeAlias = str | os.PathLike[str]
+"""A folder, or an `s3://` URI."""
 
 
 class Storage(Protocol):
     """The objects below one root."""
 
-    @property
-    def place(self) -> Path | str:
-        """The root: an absolute folder, or a URI."""
-
-    @property
-    def threads(self) -> int:
-        """Number of small requests that are worth having in flight; 1 where each is answered at once."""
+    place: Path | str
+    """The root: an absolute folder, or a URI."""
+    threads: int
+    """Number of small requests that are worth having in flight; 1 where each is answered at once."""
 
     def where(self, relative: str) -> str:
         """Full name of an object, for messages."""
@@ -47,14 +45,8 @@ class Storage(Protocol):
         """A small object, refused with `FormatError` when it is larger than the limit."""
 
     def read_into(
-        self,
-        relative: str,
-        size: int,
-        target: NDArray[np.uint8],
-        on_block: Callable[[Any], None] | None = None,
-        *,
-        parents_checked: bool = False,
-    ) -> NDArray[np.uint8] | int:
+        self, relative: str, size: int, target: ByteArray, on_block: OnBlock = None, parents_checked: bool = False
+    ) -> ByteArray | int:
         """Fill `target` with the beginning of an object of `size` bytes, and return the rest in a new array.
 
         Returns the object's actual size instead when that is not `size`: nothing is allocated then. `on_block` gets
@@ -108,7 +100,7 @@ class Storage(Protocol):
         """Time by the clock that stamps objects: a server's may differ from this machine's."""
 
 
-def open_storage(path: str | os.PathLike[str]) -> Storage:
+def open_storage(path: StorePath) -> Storage:
     """Open the storage at a path or an `s3://` URI; a path is made absolute, so a later `chdir` does not matter.
 
     Raises `StoreAddressError` for other URIs and for object storage that cannot be reached from here.
@@ -124,7 +116,7 @@ def open_storage(path: str | os.PathLike[str]) -> Storage:
     return ObjectStorage(address, store)
 
 
-def is_uri(path: str | os.PathLike[str]) -> bool:
+def is_uri(path: StorePath) -> bool:
     """Whether this names object storage. Raises `StoreAddressError` for a URI of another kind than `s3://`."""
     match = _SCHEME.match(os.fspath(path))
     if match is None:

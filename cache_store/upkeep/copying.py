@@ -5,7 +5,6 @@ commit record on the way. A killed copy goes on where it stopped: what is commit
 was begun only what is missing or not whole is copied. Names and bytes of all objects stay what they were.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,13 +14,12 @@ from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
 from cache_store.errors import CorruptSampleError, FormatError, StoreAddressError
 from cache_store.format import commit_record, index, quarantine_record, store_root
-from cache_store.format.commit_record import CommitRecord
-from cache_store.format.names import COMMITS, METADATA, QUARANTINE, commit_path, list_keys
+from cache_store.format.commit_record import CommitRecord, StoredObject
+from cache_store.format.names import COMMITS, METADATA, QUARANTINE, list_keys, record_path
 from cache_store.format.store_root import StoreRoot
-from cache_store.format.stored_object import StoredObject
 from cache_store.format.stored_sample import StoredSample
 from cache_store.storage.file_errors import writing
-from cache_store.storage.storage import Storage, open_storage
+from cache_store.storage.storage import Storage, StorePath, open_storage
 
 _SAMPLES = 4
 """Samples copied at a time, so that one sample's last object does not keep the others waiting."""
@@ -48,8 +46,8 @@ class CopyReport:
 
 
 def copy(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: StorePath,
+    target: StorePath,
     *,
     on_sample: Callable[[int, int, int], None] = lambda done, samples, size_bytes: None,
 ) -> CopyReport:
@@ -64,7 +62,14 @@ def copy(
         raise StoreAddressError(f"source and target of the copy are both {start.place}; give another target.")
     root = store_root.read(start)
     with writing("the store's metadata", 0, end.place):
-        _make_target(start, end, root)
+        store_root.make(end, start.read_document(METADATA, MAX_DOCUMENT_BYTES))  # byte for byte the source's
+        there = store_root.read(end)
+    if there.fingerprint != root.fingerprint:
+        there.check(root, end.place)
+        raise FormatError(
+            f"the store at {end.place} has other chunk sizes or compression than {start.place}, and its commit "
+            "records would not be valid there; copy into a store of its own."
+        )
     wanted, held = list_keys(start, COMMITS), set(list_keys(end, COMMITS))
     missing = [key for key in wanted if key not in held]
     copied, size, damaged = [], 0, []
@@ -95,23 +100,11 @@ def copy(
     )
 
 
-def _make_target(source: Storage, target: Storage, root: StoreRoot) -> None:
-    """Make the root of the copy, byte for byte the source's, unless the target is a store already."""
-    store_root.make(target, source.read_document(METADATA, MAX_DOCUMENT_BYTES))
-    there = store_root.read(target)
-    if there.fingerprint != root.fingerprint:
-        there.check(root, target.place)
-        raise FormatError(
-            f"the store at {target.place} has other chunk sizes or compression than {source.place}, and its commit "
-            "records would not be valid there; copy into a store of its own."
-        )
-
-
 def _copy_sample(
     source: Storage, target: Storage, root: StoreRoot, key: str, pool: ThreadPoolExecutor
 ) -> CommitRecord | None:
     """Copy one sample. Returns nothing if it is gone from the source, or another attempt at it won."""
-    name = commit_path(key)
+    name = record_path(COMMITS, key)
     try:
         data = source.read_document(name, MAX_DOCUMENT_BYTES)
     except FileNotFoundError:
@@ -131,16 +124,16 @@ def _copy_sample(
 def _copy_objects(source: StoredSample, target: StoredSample, pool: ThreadPoolExecutor) -> None:
     """Copy all objects of a sample durably; those that an earlier try has copied are checked instead."""
     objects = source.record.objects
-    folders = dict.fromkeys(f"{target.folder}/{stored.array}".rstrip("/") for stored in objects.values())
+    folders = dict.fromkeys(f"{target.record.folder}/{stored.array}".rstrip("/") for stored in objects.values())
     target.storage.make_folders(folders)
-    begun = target.storage.exists(f"{target.folder}/{METADATA}")
+    begun = target.storage.exists(f"{target.record.folder}/{METADATA}")
 
     def copy_object(stored: StoredObject) -> None:
         if begun:
             with suppress(CorruptSampleError):  # missing, or not whole
                 target.load(stored, stored.array)
                 return
-        target.storage.put(f"{target.folder}/{stored.path}", [source.load(stored, stored.array)])
+        target.storage.put(f"{target.record.folder}/{stored.path}", [source.load(stored, stored.array)])
 
     copy_object(objects[METADATA])  # first, as in `ObjectStorage.write_group`, for the garbage collector's sake
     for copied in [pool.submit(copy_object, stored) for path, stored in objects.items() if path != METADATA]:

@@ -5,17 +5,14 @@ the limit was too short, nothing acknowledged is lost: an attempt is first moved
 appeared meanwhile; a writer that finds its attempt gone withdraws its record and fails.
 """
 
-import os
 from dataclasses import dataclass
 
 from cache_store.format import commit_record, store_root
 from cache_store.format.names import SAMPLES, key_of_attempt
 from cache_store.format.store_root import StoreRoot
 from cache_store.storage.local_storage import STAGING
-from cache_store.storage.storage import Storage, open_storage
+from cache_store.storage.storage import Storage, StorePath, open_storage
 
-DEFAULT_MIN_AGE_S = 24 * 3600.0
-"""Far longer than any attempt at a sample takes."""
 _ASIDE = "garbage."
 
 
@@ -32,10 +29,8 @@ class GarbageReport:
     """Number of attempts and temporaries without a record that have not reached the age."""
 
 
-def collect_garbage(
-    path: str | os.PathLike[str], *, min_age_s: float = DEFAULT_MIN_AGE_S, dry_run: bool = False
-) -> GarbageReport:
-    """Remove what no record names and nothing has touched for `min_age_s` seconds.
+def collect_garbage(path: StorePath, *, min_age_s: float = 24 * 3600.0, dry_run: bool = False) -> GarbageReport:
+    """Remove what no record names and nothing has touched for `min_age_s`: by default far longer than an attempt takes.
 
     Raises `FormatError` if any commit record is damaged: its attempt could not be told from garbage; run `verify` with
     `repair` first. Safe beside readers and writers, and beside other collectors.
@@ -51,13 +46,15 @@ def collect_garbage(
         attempt_bytes, changed = storage.extent(f"{SAMPLES}/{name}")
         if now - changed < min_age_s:
             young += 1
-        elif dry_run or _remove_attempt(storage, root, name):
+        elif dry_run or (  # it cannot be set aside where its writer gave up, or another collector was first
+            storage.set_aside(f"{SAMPLES}/{name}", f"{STAGING}/{_ASIDE}{name}") and _finish(storage, root, name)
+        ):
             removed.append(name)
             size += attempt_bytes
     for name in sorted(storage.names(STAGING, flat=True)):
         if name.startswith(_ASIDE):
             if not dry_run:
-                _finish(storage, root, name)
+                _finish(storage, root, name.removeprefix(_ASIDE))
             continue
         temporary_bytes, changed = storage.extent(f"{STAGING}/{name}")
         if now - changed < min_age_s:
@@ -78,19 +75,11 @@ def _is_committed(storage: Storage, root: StoreRoot, name: str) -> bool:
     return record.folder == f"{SAMPLES}/{name}"
 
 
-def _remove_attempt(storage: Storage, root: StoreRoot, name: str) -> bool:
-    aside = f"{_ASIDE}{name}"
-    if not storage.set_aside(f"{SAMPLES}/{name}", f"{STAGING}/{aside}"):
-        return False  # its writer gave up, or another collector was first
-    return _finish(storage, root, aside)
-
-
-def _finish(storage: Storage, root: StoreRoot, aside: str) -> bool:
+def _finish(storage: Storage, root: StoreRoot, name: str) -> bool:
     """Remove what was moved aside (by a killed collector, too), unless it was committed at the last moment."""
-    name = aside.removeprefix(_ASIDE)
-    folder = f"{SAMPLES}/{name}" if key_of_attempt(name) else ""
+    folder, aside = f"{SAMPLES}/{name}" if key_of_attempt(name) else "", f"{STAGING}/{_ASIDE}{name}"
     if folder and _is_committed(storage, root, name):
-        storage.put_back(folder, f"{STAGING}/{aside}")
+        storage.put_back(folder, aside)
         return False
-    storage.drop(folder, f"{STAGING}/{aside}")
+    storage.drop(folder, aside)
     return True

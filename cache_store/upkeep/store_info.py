@@ -1,6 +1,5 @@
 """Summary of a store from its root and records alone: sizes by field, counts, identity and provenance."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +7,11 @@ from typing import Any
 from cache_store.concurrency import in_order
 from cache_store.document import to_bytes
 from cache_store.format import store_root
+from cache_store.format.commit_record import TRAILER_BYTES
 from cache_store.format.field import Field
 from cache_store.format.sample_group import Value, array_metadata, chunk_keys, encode
-from cache_store.format.stored_object import TRAILER_BYTES
 from cache_store.reader import CacheReader
+from cache_store.storage.storage import StorePath
 
 METADATA = "(metadata)"
 """Entry for the bytes that belong to no numeric field: text, Zarr metadata, padding of packed fields."""
@@ -37,7 +37,7 @@ class StoreInfo:
     provenance: Mapping[str, Any]
 
 
-def info(path: str | os.PathLike[str]) -> StoreInfo:
+def info(path: StorePath) -> StoreInfo:
     """Read the records of a store and add up."""
     reader = CacheReader(path)
     sizes = dict.fromkeys([*reader.fields, METADATA], 0)
@@ -45,13 +45,12 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
     for record in in_order(reader.record, reader.sample_ids, reader.threads):
         rest = record.size_bytes
         for name, shape in record.shapes.items():
-            field = reader.fields[name]
-            counts[name] += 1
-            size = 0
+            field, size = reader.fields[name], 0
             if field.layout == "array":
                 size = sum(stored.size for stored in record.of_array(name))
             elif field.layout == "packed":
                 size = field.size_bytes(shape)
+            counts[name] += 1
             sizes[name] += size
             rest -= size
         sizes[METADATA] += rest
@@ -84,7 +83,7 @@ def sample_size(
     values = {name: small[name] for name in fields if name in small}
     group = encode(sample_id, values, fields)
     sizes = {name: fields[name].size_bytes(group.shapes[name]) for name in values if fields[name].layout == "packed"}
-    rest = group.size_bytes - sum(sizes.values())
+    rest = sum(stored.size for stored in group.objects.values()) - sum(sizes.values())
     for name, shape in shapes.items():
         field, chunk = fields[name], fields[name].chunk_shape(shape)
         chunks = sum(1 for _ in chunk_keys(shape, chunk[0] if chunk else 1))

@@ -4,7 +4,6 @@ Repair drops what is damaged and nothing else; no byte is ever guessed. The data
 until they are collected, so that a person may still look at them.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,22 +13,13 @@ from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
 from cache_store.errors import CacheStoreError, FormatError, ObjectStorageError
 from cache_store.format import quarantine_record, store_root
-from cache_store.format.commit_record import CommitRecord
+from cache_store.format.commit_record import CommitRecord, StoredObject
 from cache_store.format.field import SMALL
-from cache_store.format.names import (
-    COMMITS,
-    METADATA,
-    QUARANTINE,
-    SAMPLES,
-    commit_path,
-    list_keys,
-    quarantine_path,
-)
+from cache_store.format.names import COMMITS, METADATA, QUARANTINE, SAMPLES, list_keys, record_path
 from cache_store.format.store_root import PLAIN_GROUP, PLAIN_GROUP_PATH
-from cache_store.format.stored_object import StoredObject
 from cache_store.format.stored_sample import StoredSample
 from cache_store.storage.local_storage import STAGING
-from cache_store.storage.storage import Storage, open_storage
+from cache_store.storage.storage import Storage, StorePath, open_storage
 
 _DEEP_THREADS = 8
 """Objects in memory at a time, where reading several at once is worth it."""
@@ -77,7 +67,7 @@ class VerifyReport:
         return not self.damaged
 
 
-def verify(path: str | os.PathLike[str], *, deep: bool = False, repair: bool = False) -> VerifyReport:
+def verify(path: StorePath, *, deep: bool = False, repair: bool = False) -> VerifyReport:
     """Check all records and the presence and size of all objects; with `deep` also every byte against its checksum.
 
     With `repair` the commit records of damaged samples and all damaged records are removed, so that the samples are
@@ -97,7 +87,7 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, repair: bool = F
             broken[name] = content
 
     def check_sample(key: str) -> tuple[CommitRecord | None, list[Damage], bytes | str]:
-        name = commit_path(key)
+        name = record_path(COMMITS, key)
         parse = partial(CommitRecord.from_bytes, where=f"commit record {storage.where(name)}", key=key, root=root)
         record, damage, content = _read_record(storage, name, parse)
         if record is not None:
@@ -112,9 +102,9 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, repair: bool = F
             committed.add(key)
             referenced.add(record.folder.rpartition("/")[2])
             size += record.size_bytes
-        note(commit_path(key), damage, content)
+        note(record_path(COMMITS, key), damage, content)
     for key in list_keys(storage, QUARANTINE):
-        name = quarantine_path(key)
+        name = record_path(QUARANTINE, key)
         try:
             parse = partial(quarantine_record.from_bytes, storage, key)
             failure, damage, content = _read_record(storage, name, parse, may_vanish=True)
@@ -232,7 +222,7 @@ def _check_sample(sample: StoredSample, deep: bool) -> list[Damage]:
 
 
 def _check_object(sample: StoredSample, stored: StoredObject, deep: bool) -> list[Damage]:
-    name = f"{sample.folder}/{stored.path}"
+    name = f"{sample.record.folder}/{stored.path}"
     field = "" if stored.array in ("", SMALL) else stored.array
     what = ""
     try:
