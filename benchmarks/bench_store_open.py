@@ -17,7 +17,7 @@ from benchmark_report import arguments, finish
 
 from cache_store import CacheReader, CacheWriter, Field, build_index
 from cache_store.format import index
-from cache_store.format.sample_ids import SampleIds
+from cache_store.format.index import SampleIds
 
 
 def simulate(path: Path, count: int) -> None:

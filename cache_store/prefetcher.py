@@ -7,14 +7,14 @@ because reading and checking release Python's interpreter lock.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
-from cache_store.sample_read import SampleRead
+from cache_store.sample_read import Arrays, SampleRead
+from cache_store.storage.local_storage import ByteArray
 
 Key = TypeVar("Key")
 KeyIn = TypeVar("KeyIn", contravariant=True)
@@ -26,12 +26,9 @@ class SampleSource(Protocol[KeyIn]):
     Both methods do what they do in `CacheReader`; the prefetcher's threads call them.
     """
 
-    def views(
-        self, sample_id: KeyIn, buffer: NDArray[np.uint8], fields: Sequence[str] | None = None
-    ) -> dict[str, NDArray[Any]]: ...
-
+    def views(self, sample_id: KeyIn, buffer: ByteArray, fields: Sequence[str] | None = ...) -> Arrays: ...
     def plan(
-        self, sample_id: KeyIn, fields: Sequence[str] | None = None, *, out: Mapping[str, NDArray[Any]] | None = None
+        self, sample_id: KeyIn, fields: Sequence[str] | None = None, *, out: Arrays | None = None
     ) -> SampleRead: ...
 
 
@@ -71,7 +68,7 @@ class Prefetcher(Generic[Key]):
         self,
         reader: SampleSource[Key],
         sample_ids: Iterable[Key],
-        buffers: Sequence[NDArray[np.uint8]],
+        buffers: Sequence[ByteArray],
         *,
         fields: Sequence[str] | None = None,
         threads: int = 4,
@@ -89,7 +86,7 @@ class Prefetcher(Generic[Key]):
         self._free = deque(range(len(buffers)))
         self._order: deque[PrefetchedSample[Key]] = deque()
         self._tasks: deque[tuple[PrefetchedSample[Key], Callable[[], None]]] = deque()
-        self._exhausted = self._failed = self._closed = False
+        self._ended = self._closed = False  # ended: no sample is begun any more
         self._ids_error: BaseException | None = None
         self._threads = [threading.Thread(target=self._work, name=f"prefetch-{i}", daemon=True) for i in range(threads)]
 
@@ -121,7 +118,7 @@ class Prefetcher(Generic[Key]):
                     if sample._error is not None:
                         raise sample._error
                     return sample
-                if not self._order and (self._exhausted or self._failed):
+                if not self._order and self._ended:
                     if self._ids_error is not None:
                         raise self._ids_error
                     return None
@@ -148,7 +145,7 @@ class Prefetcher(Generic[Key]):
             with self._lock:
                 sample._tasks -= 1
                 if error is not None:
-                    self._failed = True
+                    self._ended = True
                     sample._error = sample._error or error
                     self._wake_all()
                 if sample._error is not None:  # its other chunks are of no use any more
@@ -164,7 +161,7 @@ class Prefetcher(Generic[Key]):
             while not self._closed:
                 if self._tasks:
                     return self._tasks.popleft()
-                if self._free and not self._exhausted and not self._failed:
+                if self._free and not self._ended:
                     if (sample := self._begin()) is not None:
                         return sample, partial(self._plan, sample)
                     self._wake_all()
@@ -181,7 +178,7 @@ class Prefetcher(Generic[Key]):
         except Exception as error:
             sample_id, self._ids_error = None, error
         if sample_id is None:
-            self._exhausted = True
+            self._ended = True
             return None
         sample = PrefetchedSample(sample_id, self._free.popleft(), self._release)
         self._order.append(sample)

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from cache_store import sample_read
@@ -16,11 +15,12 @@ from cache_store.errors import FieldNotFoundError, SampleNotFoundError
 from cache_store.format import commit_record, index, quarantine_record, store_root
 from cache_store.format.commit_record import CommitRecord
 from cache_store.format.field import Field
+from cache_store.format.index import SampleIds
 from cache_store.format.names import QUARANTINE, list_keys, sample_key
 from cache_store.format.quarantine_record import QuarantineRecord
-from cache_store.format.sample_ids import SampleIds
 from cache_store.format.stored_sample import StoredSample
-from cache_store.sample_read import SampleRead
+from cache_store.sample_read import Arrays, SampleRead
+from cache_store.storage.local_storage import ByteArray
 from cache_store.storage.storage import Storage, StorePath, open_storage
 
 _RECORDS_LOCK = threading.Lock()
@@ -100,12 +100,7 @@ class CacheReader:
         return sample.record.shapes[name]
 
     def read(
-        self,
-        sample_id: str,
-        fields: Sequence[str] | None = None,
-        *,
-        out: Mapping[str, NDArray[Any]] | None = None,
-        threads: int = 1,
+        self, sample_id: str, fields: Sequence[str] | None = None, *, out: Arrays | None = None, threads: int = 1
     ) -> dict[str, NDArray[Any]]:
         """Read the wanted fields (by default all that the sample has) into the arrays of `out` or new ones.
 
@@ -123,7 +118,7 @@ class CacheReader:
         sample_id: str,
         fields: Sequence[str] | None = None,
         *,
-        out: Mapping[str, NDArray[Any]] | None = None,
+        out: Arrays | None = None,
         unchecked: Sequence[str] = (),
         by_record: bool = False,
     ) -> SampleRead:
@@ -139,9 +134,7 @@ class CacheReader:
         """Bytes of a flat buffer that `views` can hold these fields in; text takes none."""
         return sample_read.buffer_bytes(*self._select(sample_id, fields))
 
-    def views(
-        self, sample_id: str, buffer: NDArray[np.uint8], fields: Sequence[str] | None = None
-    ) -> dict[str, NDArray[Any]]:
+    def views(self, sample_id: str, buffer: ByteArray, fields: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Arrays for these fields in a caller's flat uint8 buffer, to be given to `read` as `out`."""
         return sample_read.carve(*self._select(sample_id, fields), buffer)
 
@@ -157,9 +150,8 @@ class CacheReader:
         try:
             record = commit_record.read(self._storage, sample_key(sample_id), self._root)
         except FileNotFoundError:
-            raise SampleNotFoundError(
-                f"sample {sample_id!r} was removed from {self.path} since it was opened; `refresh` forgets it."
-            ) from None
+            where = f"{self.path} since it was opened"
+            raise SampleNotFoundError(f"sample {sample_id!r} was removed from {where}; `refresh` forgets it.") from None
         with _RECORDS_LOCK:
             while len(self._records) >= _MAX_RECORDS:
                 del self._records[next(iter(self._records))]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,9 @@ from cache_store.format.commit_record import TRAILER_BYTES, StoredObject
 from cache_store.format.field import SMALL, Field
 from cache_store.format.sample_group import chunk_keys, packed_directory
 from cache_store.format.stored_sample import StoredSample
+from cache_store.storage.local_storage import ByteArray
 
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 _ALIGNMENT = 64
 """Alignment of an array in a caller's buffer: a cache line."""
 _MOST_PADDING_BYTES = 64
@@ -37,18 +39,11 @@ class SampleRead:
 
 
 def plan(
-    sample: StoredSample,
-    wanted: Sequence[str],
-    out: Mapping[str, NDArray[Any]],
-    unchecked: Sequence[str] = (),
-    *,
-    by_record: bool = False,
+    sample: StoredSample, wanted: Sequence[str], out: Arrays, unchecked: Sequence[str], *, by_record: bool
 ) -> SampleRead:
-    """Check the metadata of the wanted fields; text and packed fields are read at once.
+    """Check the metadata of the wanted fields; text and packed fields are read at once. See `CacheReader.plan`.
 
-    Data of the `unchecked` fields are left to the caller to check where they are stored as they are: uncompressed.
-    With `by_record` the commit record says where values lie, which it can for all but text and compressed fields; the
-    `zarr.json` documents, which repeat it for other readers, are left to `verify`.
+    Only uncompressed data can be left `unchecked`; `by_record` goes for all but text and compressed fields.
     """
     fields = sample.fields
     check_out(sample, wanted, out)
@@ -72,7 +67,7 @@ def plan(
     return read
 
 
-def check_out(sample: StoredSample, wanted: Sequence[str], out: Mapping[str, NDArray[Any]]) -> None:
+def check_out(sample: StoredSample, wanted: Sequence[str], out: Arrays) -> None:
     """Raise `ValueError` unless each given array can take its field as it is stored."""
     for name, array in out.items():
         if name not in wanted or sample.fields[name].layout == "text":
@@ -91,14 +86,12 @@ def buffer_bytes(sample: StoredSample, wanted: Sequence[str]) -> int:
     return sum(size + -size % _ALIGNMENT for size in sizes)
 
 
-def carve(sample: StoredSample, wanted: Sequence[str], buffer: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+def carve(sample: StoredSample, wanted: Sequence[str], buffer: ByteArray) -> dict[str, NDArray[Any]]:
     """Place arrays for the wanted fields (text has none) one after the other in a caller's flat uint8 buffer."""
     needed = buffer_bytes(sample, wanted)
     if buffer.dtype != np.uint8 or buffer.ndim != 1 or buffer.size < needed:
-        raise ValueError(
-            f"sample {sample.record.sample_id!r} needs a flat uint8 buffer of {needed} bytes, got "
-            f"{buffer.dtype.name}{list(buffer.shape)}."
-        )
+        got = f"{buffer.dtype.name}{list(buffer.shape)}"
+        raise ValueError(f"sample {sample.record.sample_id!r} needs a flat uint8 buffer of {needed} bytes, got {got}.")
     arrays, start = {}, 0
     for name, shape in _numeric(sample, wanted):
         arrays[name] = _view(buffer, start, sample.fields[name], shape)
@@ -110,7 +103,7 @@ def _numeric(sample: StoredSample, wanted: Sequence[str]) -> list[tuple[str, tup
     return [(name, sample.record.shapes[name]) for name in wanted if sample.fields[name].layout != "text"]
 
 
-def _view(buffer: NDArray[np.uint8], start: int, field: Field, shape: tuple[int, ...]) -> NDArray[Any]:
+def _view(buffer: ByteArray, start: int, field: Field, shape: tuple[int, ...]) -> NDArray[Any]:
     return buffer[start : start + field.size_bytes(shape)].view(field.stored_dtype).reshape(shape)
 
 
@@ -165,7 +158,7 @@ def _read_group(sample: StoredSample, wanted: Sequence[str], *, by_record: bool)
                 f"sample {record.sample_id!r}, field {names!r}: {place}: the packed fields take one chunk of "
                 f"{size + TRAILER_BYTES} bytes; the record names another."
             )
-        sample.load_into(data, chunk, names)
+        sample.load_into(data, chunk, names, parents_checked=False, check_data=True)
     offsets = {entry["name"]: entry["offset"] for entry in directory}
     for name in packed:
         values[name] = _view(data, offsets[name], fields[name], record.shapes[name]).copy()

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from cache_store.document import canonical_copy
 from cache_store.format import commit_record, quarantine_record, sample_group, store_root
 from cache_store.format.commit_record import CommitRecord
 from cache_store.format.field import Field
@@ -25,17 +26,8 @@ _log = logging.getLogger(__name__)
 
 def committed_keys(path: StorePath) -> frozenset[str]:
     """Keys (`sample_key`) of the samples that a store holds by now, by one listing; none where there is no store."""
-    return _keys(path, COMMITS)
-
-
-def failed_keys(path: StorePath) -> frozenset[str]:
-    """Keys of the samples that a store has a quarantine record of, released or not, by one listing."""
-    return _keys(path, QUARANTINE)
-
-
-def _keys(path: StorePath, folder: str) -> frozenset[str]:
     storage = open_storage(path)
-    return frozenset(list_keys(storage, folder) if storage.exists(METADATA) else ())
+    return frozenset(list_keys(storage, COMMITS) if storage.exists(METADATA) else ())
 
 
 class CacheWriter:
@@ -52,10 +44,15 @@ class CacheWriter:
         """Open or create the store. Raises `IdentityMismatchError` if it exists with another identity or schema."""
         self._storage: Storage = open_storage(path)
         self.path: Path | str = self._storage.place
-        given = StoreRoot(fields=store_root.by_name(fields), identity=identity, provenance=provenance or {})
+        given = StoreRoot(
+            fields=store_root.by_name(fields),
+            identity=canonical_copy(identity, "identity"),
+            provenance=canonical_copy(provenance or {}, "provenance"),
+        )
         with writing("the store's metadata", 0, self.path):
-            root, warnings = store_root.open_or_create(self._storage, given)
-        for line in warnings:
+            is_new = store_root.make(self._storage, given.to_bytes())
+            root = given if is_new else store_root.read(self._storage)
+        for line in root.check(given, self.path):
             _log.warning("store %s was begun with other versions or hardware: %s", self.path, line)
         self.fields: Mapping[str, Field] = root.fields
         self._fingerprint = root.fingerprint
@@ -95,6 +92,10 @@ class CacheWriter:
             self._storage.delete([failure])
         return True
 
+    def failed_keys(self) -> frozenset[str]:
+        """Keys of the samples with a quarantine record, released or not, by one listing."""
+        return frozenset(list_keys(self._storage, QUARANTINE))
+
     def quarantine(self, sample_id: str, kind: str, reason: str, traceback_text: str) -> None:
         """Record that a sample could not be made, and why; a sample that is committed after all stays readable."""
         self._check_open()
@@ -103,12 +104,8 @@ class CacheWriter:
         failure = QuarantineRecord.of_failure(sample_id, kind, reason, traceback_text, tried)
         quarantine_record.write(self._storage, failure)
 
-    def is_quarantined(self, sample_id: str) -> bool:
-        """Whether the sample failed before and was not released for another try (nor committed since)."""
-        return self.quarantine_of(sample_id) is not None
-
     def quarantine_of(self, sample_id: str) -> QuarantineRecord | None:
-        """Why the sample failed, if it is quarantined."""
+        """Why the sample failed, if it did and was not released for another try (nor committed since)."""
         record = quarantine_record.read(self._storage, sample_key(sample_id))
         return None if record is None or record.released or self.is_committed(sample_id) else record
 

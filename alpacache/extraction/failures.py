@@ -10,7 +10,6 @@ from alpacache.sources import check_still_there
 from alpacache.sources.selection import Rejected
 from cache_store import CacheWriter
 from cache_store.format.names import sample_key
-from cache_store.writer import failed_keys
 
 
 class Failures:
@@ -36,7 +35,7 @@ class Failures:
         """
         if unusable:
             self.check_source()
-        failed = failed_keys(self._writer.path)
+        failed = self._writer.failed_keys()
         again = [ref.sample_id for ref in refs] if retry else []
         usable_clips = dict.fromkeys(ref.clip_id for ref in refs)  # they may have given no sample before
         for name in (*again, *usable_clips):
@@ -49,7 +48,7 @@ class Failures:
         return [
             ref
             for ref in missing
-            if sample_key(ref.sample_id) not in failed or not self._writer.is_quarantined(ref.sample_id)
+            if sample_key(ref.sample_id) not in failed or self._writer.quarantine_of(ref.sample_id) is None
         ]
 
     def check_source(self) -> None:
@@ -72,7 +71,7 @@ class Failures:
 
     def reasons(self, names: Sequence[str]) -> dict[str, str]:
         """Why those of the named samples and clips that are in quarantine are there."""
-        failed = failed_keys(self._writer.path)
+        failed = self._writer.failed_keys()
         records = {name: self._writer.quarantine_of(name) for name in names if sample_key(name) in failed}
         return {name: record.reason for name, record in records.items() if record is not None}
 

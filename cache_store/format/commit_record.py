@@ -95,36 +95,35 @@ class CommitRecord:
         }
         return seal(document, f"the commit record of sample {self.sample_id!r}")
 
-    @classmethod
-    def from_bytes(cls, data: bytes, where: str, key: str, root: StoreRoot) -> "CommitRecord":
-        """From untrusted bytes: sealed, of this key, these settings and this schema, with harmless paths."""
-        check_seal(data, where)
-        document = parse(data, where)
-        sample_id = take(document, "sample_id", str, where)
-        check_key(sample_id, key, where)
-        where = f"{where} (sample {sample_id!r})"
-        attempt = take(document, "attempt", str, where)
-        if not is_attempt(attempt):
-            raise FormatError(f"{where}: {attempt!r} is not an attempt's name (16 hex digits).")
-        fingerprint = take(document, "fingerprint", str, where)
-        if fingerprint != root.fingerprint:
-            raise FormatError(
-                f"{where} was written under settings {fingerprint[:64]!r}, the store has {root.fingerprint!r}; "
-                "it was copied in from another store."
-            )
-        listed = [StoredObject.from_json(item, where) for item in take(document, "objects", list, where)]
-        objects = {stored.path: stored for stored in listed}
-        if len(objects) != len(listed) or METADATA not in objects:
-            raise FormatError(f"{where} names an object twice, or not the group's {METADATA}.")
-        shapes = _shapes(take(document, "fields", list, where), root.fields, where)
-        return cls(sample_id=sample_id, attempt=attempt, fingerprint=fingerprint, shapes=shapes, objects=objects)
-
 
 def read(storage: Storage, key: str, root: StoreRoot) -> CommitRecord:
     """Read the record with this key; `FileNotFoundError` when there is none."""
-    name = record_path(COMMITS, key)
-    data = storage.read_document(name, MAX_DOCUMENT_BYTES)
-    return CommitRecord.from_bytes(data, f"commit record {storage.where(name)}", key, root)
+    return from_bytes(storage, root, key, storage.read_document(record_path(COMMITS, key), MAX_DOCUMENT_BYTES))
+
+
+def from_bytes(storage: Storage, root: StoreRoot, key: str, data: bytes) -> CommitRecord:
+    """The record from untrusted bytes: sealed, of this key, these settings and this schema, with harmless paths."""
+    where = f"commit record {storage.where(record_path(COMMITS, key))}"
+    check_seal(data, where)
+    document = parse(data, where)
+    sample_id = take(document, "sample_id", str, where)
+    check_key(sample_id, key, where)
+    where = f"{where} (sample {sample_id!r})"
+    attempt = take(document, "attempt", str, where)
+    if not is_attempt(attempt):
+        raise FormatError(f"{where}: {attempt!r} is not an attempt's name (16 hex digits).")
+    fingerprint = take(document, "fingerprint", str, where)
+    if fingerprint != root.fingerprint:
+        raise FormatError(
+            f"{where} was written under settings {fingerprint[:64]!r}, the store has {root.fingerprint!r}; "
+            "it was copied in from another store."
+        )
+    listed = [StoredObject.from_json(item, where) for item in take(document, "objects", list, where)]
+    objects = {stored.path: stored for stored in listed}
+    if len(objects) != len(listed) or METADATA not in objects:
+        raise FormatError(f"{where} names an object twice, or not the group's {METADATA}.")
+    shapes = _shapes(take(document, "fields", list, where), root.fields, where)
+    return CommitRecord(sample_id=sample_id, attempt=attempt, fingerprint=fingerprint, shapes=shapes, objects=objects)
 
 
 def check_kept(storage: Storage, record: CommitRecord) -> None:

@@ -16,21 +16,15 @@ Buffer = NDArray[np.uint8] | bytes
 MAX_OVERHEAD_BYTES = 16
 """Size of blosc's header before what does not compress."""
 _MAX_BYTES = 2**31 - 1 - MAX_OVERHEAD_BYTES
-_BLOCK_BYTES = 2**20
-"""Block size; zstd finds little in small blocks."""
+_BLOSC: dict[str, Any] = {"blocksize": 2**20, "clevel": 1, "cname": "zstd"}
+"""Settings of the compressor; zstd finds little in smaller blocks."""
 
 
 def codecs(field: Field) -> list[dict[str, Any]]:
     """The compressor as Zarr v3 metadata: nothing, or one codec between `bytes` and `crc32c`."""
     if field.compression == "none":
         return []
-    configuration = {
-        "blocksize": _BLOCK_BYTES,
-        "clevel": 1,
-        "cname": "zstd",
-        "shuffle": "shuffle",
-        "typesize": field.stored_dtype.itemsize,
-    }
+    configuration = {**_BLOSC, "shuffle": "shuffle", "typesize": field.stored_dtype.itemsize}
     return [{"configuration": configuration, "name": "blosc"}]
 
 
@@ -43,8 +37,7 @@ def encode(field: Field, parts: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
     raw = np.concatenate([np.frombuffer(part, np.uint8) for part in parts])
     if len(raw) > _MAX_BYTES:
         raise ValueError(f"field {field.name!r}: a compressed chunk has at most {_MAX_BYTES} bytes, got {len(raw)}.")
-    coder = Blosc(cname="zstd", clevel=1, shuffle=SHUFFLE, blocksize=_BLOCK_BYTES)
-    return (bytes(coder.encode(raw.view(f"u{field.stored_dtype.itemsize}"))),)
+    return (bytes(Blosc(**_BLOSC, shuffle=SHUFFLE).encode(raw.view(f"u{field.stored_dtype.itemsize}"))),)
 
 
 def decode_into(target: NDArray[np.uint8], frame: NDArray[np.uint8], raw_bytes: int) -> None:
@@ -55,10 +48,8 @@ def decode_into(target: NDArray[np.uint8], frame: NDArray[np.uint8], raw_bytes: 
     """
     claimed = np.frombuffer(frame[4:16].tobytes(), "<u4").tolist()
     if len(claimed) != 3 or claimed[0] != raw_bytes or claimed[2] != len(frame):
-        raise ValueError(
-            f"a compressed chunk claims (raw, block, stored) sizes {claimed}, expected {raw_bytes} raw and "
-            f"{len(frame)} stored bytes"
-        )
+        expected = f"{raw_bytes} raw and {len(frame)} stored bytes"
+        raise ValueError(f"a compressed chunk claims (raw, block, stored) sizes {claimed}, expected {expected}")
     from numcodecs.blosc import Blosc
 
     if len(target) == raw_bytes:

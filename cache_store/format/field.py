@@ -30,7 +30,10 @@ _CHUNK_COST_BYTES = 65536
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """Schema of one field; the lengths of its axes may differ from sample to sample."""
+    """Schema of one field; the lengths of its axes may differ from sample to sample.
+
+    The store's first writer decides `chunk_mb` and `compression`; later ones follow.
+    """
 
     name: str
     dtype: str
@@ -42,28 +45,21 @@ class Field:
     """`array`: a Zarr array of its own. `packed`: with other small fields in one array. `text`: in the metadata."""
     required: bool = True
     chunk_mb: float = 16
-    """Upper bound of a chunk in 10^6 bytes (layout `array`), but at least one index of axis 0; the store's first writer
-    decides, later ones follow."""
+    """Upper bound of a chunk in 10^6 bytes (layout `array`), but at least one index of axis 0."""
     compression: Compression = "none"
-    """Lossless compression of the chunks of layout `array`: `zstd` suits slow or full media and costs the direct read
-    into place. The store's first writer decides, later ones follow."""
+    """Lossless, of layout `array`: `zstd` suits slow or full media and costs the direct read into place."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", tuple(self.axes))
         object.__setattr__(self, "chunk_mb", float(self.chunk_mb))
         where = f"field {self.name!r}"
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name) or self.name.lower() == SMALL:
-            raise ValueError(
-                f"{where}: a name starts with a letter, has at most 100 letters, digits, '_', '.', '-', "
-                f"and is not {SMALL!r}."
-            )
+            raise ValueError(f"{where}: a name is a letter and at most 99 letters, digits or '_.-', and not {SMALL!r}.")
         if self.layout not in get_args(Layout):
             raise ValueError(f"{where}: layout {self.layout!r} is none of {', '.join(get_args(Layout))}.")
         if self.compression not in get_args(Compression) or (self.compression != "none" and self.layout != "array"):
-            raise ValueError(
-                f"{where}: compression is none of {', '.join(get_args(Compression))} or not for layout "
-                f"{self.layout!r}, got {self.compression!r}."
-            )
+            choices = " or ".join(get_args(Compression))
+            raise ValueError(f"{where}: compression is {choices}, and none but for array, got {self.compression!r}.")
         known = ("str",) if self.layout == "text" else tuple(STORED_DTYPES)
         if self.dtype not in known:
             raise ValueError(f"{where}: dtype {self.dtype!r} is none of {', '.join(known)} (layout {self.layout!r}).")

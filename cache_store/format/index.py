@@ -8,18 +8,20 @@ sample is read and checked before the sample is.
 
 import struct
 import time
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
+from typing import overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache_store.checksum import crc32c
 from cache_store.concurrency import in_order
 from cache_store.errors import FormatError
 from cache_store.format import commit_record, store_root
 from cache_store.format.names import COMMITS, INDEX, list_keys, sample_key
-from cache_store.format.sample_ids import SampleIds
 from cache_store.format.store_root import StoreRoot
 from cache_store.storage.file_errors import writing
 from cache_store.storage.storage import Storage, StorePath, open_storage
@@ -30,6 +32,63 @@ _MAGIC = b"csindex1"
 _CHECKED_FROM = 16
 """First byte that the checksum covers."""
 _SETTLED_NS = 10**9
+
+
+class SampleIds(Sequence[str]):
+    """An immutable sorted sequence of distinct ids, kept as one run of UTF-8 (whose order is that of code points).
+
+    A million Python strings would take more memory than some models.
+    """
+
+    __slots__ = ("ends", "text")
+
+    def __init__(self, text: bytes, ends: NDArray[np.uint64]) -> None:
+        """`text`: all ids, sorted, one after the other; `ends`: where each ends."""
+        self.text = text
+        self.ends = ends
+
+    @classmethod
+    def of(cls, ids: Iterable[str]) -> "SampleIds":
+        encoded = sorted({sample_id.encode() for sample_id in ids})
+        return cls(b"".join(encoded), np.cumsum([len(item) for item in encoded], dtype=np.uint64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        return self._bytes(range(len(self))[index]).decode()
+
+    def __contains__(self, sample_id: object) -> bool:
+        if not isinstance(sample_id, str):
+            return False
+        try:
+            wanted = sample_id.encode()
+        except UnicodeEncodeError:
+            return False
+        place = bisect_left(range(len(self)), wanted, key=self._bytes)
+        return place < len(self) and self._bytes(place) == wanted
+
+    def __iter__(self) -> Iterator[str]:
+        for start, end in pairwise([0, *self.ends.tolist()]):
+            yield self.text[start:end].decode()
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, SampleIds):
+            return self.text == other.text and np.array_equal(self.ends, other.ends)
+        return isinstance(other, Sequence) and not isinstance(other, str) and tuple(self) == tuple(other)
+
+    def __repr__(self) -> str:
+        return f"SampleIds({', '.join(map(repr, self[:3]))}{', ...' if len(self) > 3 else ''}; {len(self)})"
+
+    def _bytes(self, place: int) -> bytes:
+        start = int(self.ends[place - 1]) if place else 0
+        return self.text[start : int(self.ends[place])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

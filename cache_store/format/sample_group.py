@@ -49,16 +49,13 @@ def check_values(sample_id: str, values: Mapping[str, object], fields: Mapping[s
     unknown = sorted(values.keys() - fields.keys())
     absent = [name for name, field in fields.items() if field.required and name not in values]
     if unknown or absent:
-        raise ValueError(
-            f"sample {sample_id!r}: unknown fields {unknown}, missing required fields {absent}; "
-            f"the store has {', '.join(fields)}."
-        )
-    checked: dict[str, Value] = {}
-    for name, field in fields.items():
-        if name in values:
-            check = _check_text if field.layout == "text" else _check_array
-            checked[name] = check(f"sample {sample_id!r}, field {name!r}", field, values[name])
-    return checked
+        problem = f"unknown fields {unknown}, missing required fields {absent}"
+        raise ValueError(f"sample {sample_id!r}: {problem}; the store has {', '.join(fields)}.")
+    return {
+        name: _check_value(f"sample {sample_id!r}, field {name!r}", field, values[name])
+        for name, field in fields.items()
+        if name in values
+    }
 
 
 def encode(sample_id: str, values: Mapping[str, Value], fields: Mapping[str, Field]) -> SampleGroup:
@@ -66,9 +63,14 @@ def encode(sample_id: str, values: Mapping[str, Value], fields: Mapping[str, Fie
     jobs: list[tuple[str, Field | None, tuple[Buffer, ...]]] = []
 
     def add_array(name: str, field: Field, array: NDArray[Any]) -> None:
-        metadata = array_metadata(field, array.shape, field.chunk_shape(array.shape))
+        chunk_shape = field.chunk_shape(array.shape)
+        metadata = array_metadata(field, array.shape, chunk_shape)
         jobs.append((f"{name}/{METADATA}", None, (to_bytes(metadata, f"field {name!r}"),)))
-        jobs.extend((f"{name}/{key}", field, parts) for key, parts in _chunks(field, array))
+        raw, size = np.ascontiguousarray(array).reshape(-1).view(np.uint8), field.size_bytes(chunk_shape)
+        for index, key in enumerate(chunk_keys(array.shape, chunk_shape[0] if chunk_shape else 1)):
+            slab = raw[index * size : (index + 1) * size]
+            padding = bytes(size - len(slab))  # Zarr stores the last chunk at full size
+            jobs.append((f"{name}/{key}", field, (slab, padding) if padding else (slab,)))
 
     shapes = {name: (len(value),) if isinstance(value, list) else np.shape(value) for name, value in values.items()}
     directory, small_bytes = packed_directory(shapes, fields)
@@ -134,16 +136,6 @@ def chunk_keys(shape: tuple[int, ...], rows: int) -> Iterator[str]:
             yield ".".join(["c", str(index), *("0" for _ in shape[1:])])
 
 
-def _chunks(field: Field, array: NDArray[Any]) -> Iterator[tuple[str, tuple[Buffer, ...]]]:
-    chunk_shape = field.chunk_shape(array.shape)
-    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    size = field.size_bytes(chunk_shape)
-    for index, key in enumerate(chunk_keys(array.shape, chunk_shape[0] if chunk_shape else 1)):
-        slab = raw[index * size : (index + 1) * size]
-        padding = bytes(size - len(slab))  # Zarr stores the last chunk at full size
-        yield key, (slab, padding) if padding else (slab,)
-
-
 def packed_directory(
     shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Field]
 ) -> tuple[list[dict[str, Any]], int]:
@@ -170,21 +162,21 @@ def _pack(values: Mapping[str, Value], directory: list[dict[str, Any]], size: in
     return data
 
 
-def _check_array(where: str, field: Field, value: object) -> Value:
+def _check_value(where: str, field: Field, value: object) -> Value:
+    if field.layout == "text":
+        return _check_text(where, field, value)
     if not isinstance(value, np.ndarray | np.generic):
         raise ValueError(f"{where} should be a numpy array of {field.stored_dtype.name}, got {type(value).__name__}.")
     array = np.asarray(value)
     if array.dtype != field.stored_dtype or array.ndim != len(field.axes):
-        raise ValueError(
-            f"{where} should be {field.stored_dtype.name}{list(field.axes)}, got {array.dtype.name} with shape "
-            f"{list(array.shape)}."
-        )
+        expected = f"{field.stored_dtype.name}{list(field.axes)}"
+        raise ValueError(f"{where} should be {expected}, got {array.dtype.name} with shape {list(array.shape)}.")
     return array
 
 
 def _check_text(where: str, field: Field, value: object) -> Value:
     plain = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-    items = [plain] if not field.axes else plain
+    items = plain if field.axes else [plain]
     if isinstance(items, tuple):
         items = list(items)
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):

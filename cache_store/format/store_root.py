@@ -2,12 +2,12 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cache_store.difference import differences
-from cache_store.document import MAX_DOCUMENT_BYTES, canonical_copy, canonical_json, check_seal, parse, seal, take
+from cache_store.document import MAX_DOCUMENT_BYTES, canonical_json, check_seal, parse, seal, take
 from cache_store.errors import FormatError, IdentityMismatchError, StoreNotFoundError
 from cache_store.format.field import Field
 from cache_store.format.names import FOLDERS, INDEX, METADATA, SAMPLES
@@ -59,9 +59,8 @@ class StoreRoot:
             raise FormatError(f"{where} is not the root of a store: its attributes have no {ATTRIBUTE!r}.")
         version = take(body, "format_version", int, where)
         if version > FORMAT_VERSION:
-            raise FormatError(
-                f"{where} has format version {version}; this library reads up to {FORMAT_VERSION}. Update it."
-            )
+            known = FORMAT_VERSION
+            raise FormatError(f"{where} has format version {version}; this library reads up to {known}. Update it.")
         check_seal(data, where)
         schema = [Field.from_json(item, where) for item in take(body, "fields", list, where)]
         try:
@@ -121,19 +120,6 @@ def read(storage: Storage) -> StoreRoot:
                 f"there is no store at {storage.place} (no {METADATA}); check the path or write samples there first."
             ) from error
     return StoreRoot.from_bytes(data, f"root metadata {storage.where(METADATA)}")
-
-
-def open_or_create(storage: Storage, given: StoreRoot) -> tuple[StoreRoot, list[str]]:
-    """The root as the store has it (the first writer's), and how the given root's provenance differs."""
-    given = replace(
-        given,
-        identity=canonical_copy(given.identity, "identity"),
-        provenance=canonical_copy(given.provenance, "provenance"),
-    )
-    if make(storage, given.to_bytes()):
-        return given, []
-    root = read(storage)
-    return root, root.check(given, storage.place)
 
 
 def make(storage: Storage, data: bytes) -> bool:

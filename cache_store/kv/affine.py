@@ -85,10 +85,8 @@ class AffineCodec(LayeredCodec):
         return self.value_group
 
     def bits_of(self, layer: int) -> tuple[int, int]:
-        return (
-            self.key_bits[layer if len(self.key_bits) > 1 else 0],
-            self.value_bits[layer if len(self.value_bits) > 1 else 0],
-        )
+        key, value = (bits[layer if len(bits) > 1 else 0] for bits in (self.key_bits, self.value_bits))
+        return key, value
 
     def layer_bytes(self, layer: int, shape: tuple[int, ...]) -> tuple[int, int]:
         for bits in (self.key_bits, self.value_bits):

@@ -1,14 +1,9 @@
-"""Files that are on the medium when a call returns, in one piece or not at all.
-
-Durability is the point: a file's bytes are on the medium when `write_new` returns, its name when `flush` of its folder
-has returned.
-"""
+"""Durable files: bytes are on the medium when `write_new` returns, a name when `flush` of its folder has returned."""
 
 import errno
 import fcntl
 import mmap
 import os
-import secrets
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -125,19 +120,8 @@ def make_folders(path: Path) -> None:
         flush(folder.parent)
 
 
-def put_if_absent(staging: Path, target: Path, data: bytes) -> bool:
-    """Publish a whole durable file under a name, unless the name is taken: then `False` and nothing changes."""
-    temporary = staging / secrets.token_hex(16)
-    try:
-        write_new((temporary, [data]))
-        won = _link(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    flush(target.parent)  # the loser's too: it is about to tell its caller that the sample is there
-    return won
-
-
-def _link(temporary: Path, target: Path) -> bool:
+def link(temporary: Path, target: Path) -> bool:
+    """Give a file a second name, unless that is taken: then `False`."""
     try:
         os.link(temporary, target)
     except FileExistsError:
@@ -151,18 +135,6 @@ def _link(temporary: Path, target: Path) -> bool:
             ) from error
         raise
     return True
-
-
-def replace(staging: Path, target: Path, parts: Iterable[Any]) -> None:
-    """Publish a whole durable file of these buffers under a name, replacing what was there."""
-    temporary = staging / secrets.token_hex(16)
-    try:
-        write_new((temporary, parts))
-        temporary.replace(target)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    flush(target.parent)
 
 
 def write_flushed(path: Path, data: bytes) -> None:

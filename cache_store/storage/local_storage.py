@@ -53,10 +53,8 @@ class LocalStorage:
             with os.scandir(self.root / folder) as entries:
                 yield from (entry.name for entry in entries)
         except FileNotFoundError as error:
-            raise FormatError(
-                f"{self.root / folder} is missing; the store at {self.root} is incomplete (was it copied only in "
-                "part?)."
-            ) from error
+            incomplete = f"the store at {self.root} is incomplete (was it copied only in part?)"
+            raise FormatError(f"{self.root / folder} is missing; {incomplete}.") from error
 
     def size_bytes(self, relative: str) -> int:
         self.check_parents(relative)
@@ -75,9 +73,7 @@ class LocalStorage:
         finally:
             os.close(descriptor)
         if (actual := max(size, len(data))) > limit_bytes:
-            raise FormatError(
-                f"{self.root / relative} has {actual} bytes; a document of a store has at most {limit_bytes}."
-            )
+            raise too_large(self.where(relative), actual, limit_bytes)
         return bytes(data)
 
     def read_into(
@@ -144,10 +140,24 @@ class LocalStorage:
             raise
 
     def put_if_absent(self, relative: str, data: bytes) -> bool:
-        return local_files.put_if_absent(self.root / STAGING, self.root / relative, data)
+        temporary, target = self.root / STAGING / secrets.token_hex(16), self.root / relative
+        try:
+            local_files.write_new((temporary, [data]))
+            won = local_files.link(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        local_files.flush(target.parent)  # the loser's too: it is about to tell its caller that the sample is there
+        return won
 
     def put(self, relative: str, parts: Sequence[Any]) -> None:
-        local_files.replace(self.root / STAGING, self.root / relative, parts)
+        temporary, target = self.root / STAGING / secrets.token_hex(16), self.root / relative
+        try:
+            local_files.write_new((temporary, parts))
+            temporary.replace(target)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        local_files.flush(target.parent)
 
     def delete(self, relatives: Iterable[str]) -> None:
         paths = [self.root / relative for relative in relatives]
@@ -208,6 +218,10 @@ def parts_of(relative: str, root: Path | str) -> list[str]:
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
         raise FormatError(f"path {relative!r} leaves the store at {root} or is not in normal form.")
     return parts
+
+
+def too_large(where: str, size: int, limit_bytes: int) -> FormatError:
+    return FormatError(f"{where} has {size} bytes; a document of a store has at most {limit_bytes}.")
 
 
 def _open(path: Path | str) -> int:

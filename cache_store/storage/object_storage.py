@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -24,7 +24,7 @@ from cache_store.concurrency import in_order, in_order_by
 from cache_store.document import MAX_DOCUMENT_BYTES
 from cache_store.errors import FormatError, ObjectStorageError, UnsupportedFileSystemError
 from cache_store.storage import s3_access
-from cache_store.storage.local_storage import BLOCK_BYTES, STAGING, ByteArray, OnBlock, parts_of
+from cache_store.storage.local_storage import BLOCK_BYTES, STAGING, ByteArray, OnBlock, parts_of, too_large
 from cache_store.storage.s3_access import S3Address
 from cache_store.storage.s3_errors import explained, status_of
 from cache_store.storage.storage import Storage, open_storage
@@ -44,7 +44,6 @@ _UPLOADS = 8
 """Objects of one sample, or parts of one object, in flight."""
 _TRIES = 4
 """Tries of a request that was not answered to its end; obstore repeats only what it knows to be safe."""
-_LIST_PAGE = 1000
 _GROUP = "zarr.json"
 """The object of a group that is written and removed first: an attempt without it can never be committed."""
 
@@ -62,6 +61,7 @@ class ObjectStorage:
         self.address = address
         self.place: Path | str = str(address)
         self._store = store
+        self._pool = ThreadPoolExecutor(_RANGES, "ranges")  # begins no thread before its first use
 
     def __reduce__(self) -> tuple[Callable[[str], Storage], tuple[str]]:
         return open_storage, (str(self.address),)
@@ -99,9 +99,7 @@ class ObjectStorage:
         def read() -> bytes:
             result = obstore.get(self._store, key)
             if (size := result.meta["size"]) > limit_bytes:
-                raise FormatError(
-                    f"{self.where(relative)} has {size} bytes; a document of a store has at most {limit_bytes}."
-                )
+                raise too_large(self.where(relative), size, limit_bytes)
             return bytes(result.bytes())
 
         with self._explained("read", relative):
@@ -241,10 +239,6 @@ class ObjectStorage:
         finally:
             self.delete([probe])
 
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_RANGES, "ranges")
-
     def _key(self, relative: str) -> str:
         self.check_parents(relative)
         return self.address.key(relative)
@@ -261,7 +255,7 @@ class ObjectStorage:
         """All objects below a folder, with their names in it."""
         prefix = self.address.key(folder)
         with self._explained("list", folder):
-            for page in obstore.list(self._store, prefix, chunk_size=_LIST_PAGE):
+            for page in obstore.list(self._store, prefix, chunk_size=1000):
                 yield from ((item["path"][len(prefix) + 1 :], item) for item in page)
 
     def _create(self, relative: str, data: bytes) -> bool:

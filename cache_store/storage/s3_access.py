@@ -83,9 +83,8 @@ def connect(address: S3Address) -> "S3Store":
     try:
         from obstore.store import S3Store
     except ImportError:
-        raise StoreAddressError(
-            f'{address} is object storage, for which obstore is not installed; pip install "alpacache[s3]".'
-        ) from None
+        missing = 'obstore is not installed; pip install "alpacache[s3]"'
+        raise StoreAddressError(f"{address} is object storage, for which {missing}.") from None
     profile = _set("AWS_PROFILE") or _set("AWS_DEFAULT_PROFILE") or "default"
     config: dict[str, Any] = {"conditional_put": "etag"}
     if endpoint := _endpoint(address):
@@ -141,10 +140,8 @@ def _endpoint(address: S3Address) -> str | None:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
         raise StoreAddressError(f"{address}: {name} is not a plain http(s)://HOST[:PORT] address; correct it.")
     if parts.scheme == "http" and not _true("AWS_ALLOW_HTTP"):
-        raise StoreAddressError(
-            f"{address}: {name} is {endpoint}, which is not encrypted. Use https, or set AWS_ALLOW_HTTP=true for a "
-            "server of your own."
-        )
+        remedy = "Use https, or set AWS_ALLOW_HTTP=true for a server of your own."
+        raise StoreAddressError(f"{address}: {name} is {endpoint}, which is not encrypted. {remedy}")
     return endpoint
 
 

@@ -39,33 +39,24 @@ def explain(error: Exception, address: S3Address, action: str, uri: str) -> Exce
     reason = " ".join(filter(None, (f"HTTP {status}" if status else "", code))) or type(error).__name__
     failed = f"cannot {action} {uri}"
     if code == "NoSuchBucket":
-        return StoreAddressError(
-            f"{failed}: there is no bucket {address.bucket!r} there. Create it, or correct the URI, AWS_ENDPOINT_URL "
-            "or the account."
-        )
+        remedy = "Create it, or correct the URI, AWS_ENDPOINT_URL or the account."
+        return StoreAddressError(f"{failed}: there is no bucket {address.bucket!r} there. {remedy}")
     if isinstance(error, InvalidPathError):
         return FormatError(f"{failed}: below it lies an object whose key is no path; remove it.")
     if code in _KEYS or isinstance(error, UnauthenticatedError):
-        return ObjectStorageError(
-            f"{failed}: the credentials are not valid, or not any more ({reason}). Renew them and run the same "
-            "command again."
-        )
+        invalid = f"the credentials are not valid, or not any more ({reason})"
+        return ObjectStorageError(f"{failed}: {invalid}. Renew them and run the same command again.")
     if code in _REGION or status == "301" or "Received redirect" in text:
-        return ObjectStorageError(
-            f"{failed}: the bucket {address.bucket!r} lies in another region. Set AWS_REGION to its region."
-        )
+        where = f"the bucket {address.bucket!r} lies in another region"
+        return ObjectStorageError(f"{failed}: {where}. Set AWS_REGION to its region.")
     if status == "403" or isinstance(error, PermissionDeniedError | PermissionError):
-        return ObjectStorageError(
-            f"{failed}: access denied ({reason}). The credentials need s3:ListBucket and s3:GetObject to read, "
-            "s3:PutObject and s3:DeleteObject besides to write."
-        )
+        needed = "s3:ListBucket and s3:GetObject to read, s3:PutObject and s3:DeleteObject besides to write"
+        return ObjectStorageError(f"{failed}: access denied ({reason}). The credentials need {needed}.")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{uri} is not there.")
     if status == "501" or code == "NotImplemented":
-        return ObjectStorageError(
-            f"{failed}: the server does not know this request ({reason}). The store needs conditional puts "
-            "(If-None-Match) and multi-part uploads; take a server that has them."
-        )
+        remedy = "Take a server that has conditional puts (If-None-Match) and multi-part uploads."
+        return ObjectStorageError(f"{failed}: the server does not know this request ({reason}). {remedy}")
     tries = f" after {int(match[1]) + 1} tries" if (match := _TRIES.search(text)) else ""
     detail = f"the server answers {reason}" if status else "the server does not answer, or not to the end"
     return ObjectStorageError(

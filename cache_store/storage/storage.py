@@ -122,7 +122,6 @@ def is_uri(path: StorePath) -> bool:
     if match is None:
         return False
     if match[1] != "s3":
-        raise StoreAddressError(
-            f"a store cannot lie at a URI with the scheme {match[1]}://; give a folder or s3://BUCKET/PREFIX."
-        )
+        where = f"a URI with the scheme {match[1]}://"
+        raise StoreAddressError(f"a store cannot lie at {where}; give a folder or s3://BUCKET/PREFIX.")
     return True

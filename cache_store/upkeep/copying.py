@@ -109,7 +109,7 @@ def _copy_sample(
         data = source.read_document(name, MAX_DOCUMENT_BYTES)
     except FileNotFoundError:
         return None
-    record = CommitRecord.from_bytes(data, f"commit record {source.where(name)}", key, root)
+    record = commit_record.from_bytes(source, root, key, data)
     with writing(f"sample {record.sample_id!r}", record.size_bytes, target.place):
         _copy_objects(StoredSample(source, record, root.fields), StoredSample(target, record, root.fields), pool)
         won = target.put_if_absent(name, data)

@@ -12,7 +12,7 @@ from typing import TypeVar
 from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
 from cache_store.errors import CacheStoreError, FormatError, ObjectStorageError
-from cache_store.format import quarantine_record, store_root
+from cache_store.format import commit_record, quarantine_record, store_root
 from cache_store.format.commit_record import CommitRecord, StoredObject
 from cache_store.format.field import SMALL
 from cache_store.format.names import COMMITS, METADATA, QUARANTINE, SAMPLES, list_keys, record_path
@@ -87,9 +87,8 @@ def verify(path: StorePath, *, deep: bool = False, repair: bool = False) -> Veri
             broken[name] = content
 
     def check_sample(key: str) -> tuple[CommitRecord | None, list[Damage], bytes | str]:
-        name = record_path(COMMITS, key)
-        parse = partial(CommitRecord.from_bytes, where=f"commit record {storage.where(name)}", key=key, root=root)
-        record, damage, content = _read_record(storage, name, parse)
+        parse = partial(commit_record.from_bytes, storage, root, key)
+        record, damage, content = _read_record(storage, record_path(COMMITS, key), parse)
         if record is not None:
             damage = _check_sample(StoredSample(storage, record, root.fields), deep)
         return record, damage, content

@@ -17,7 +17,7 @@ from cache_store import (
 )
 from cache_store.errors import FormatError, StoreAddressError, UnsupportedFileSystemError
 from cache_store.format.names import sample_key
-from cache_store.storage import local_files
+from cache_store.storage.local_storage import LocalStorage
 from cache_store.writer import committed_keys
 
 
@@ -144,23 +144,23 @@ def test_quarantine_release_and_count(store, kit) -> None:
     reader = CacheReader(store)
     with kit.writer(store) as writer:
         writer.quarantine("bad/1", "short_clip", "too short: 3 s", "Traceback ...\nValueError")
-        assert writer.is_quarantined("bad/1")
-        assert not writer.is_quarantined("clip/1@5#0")
+        assert writer.quarantine_of("bad/1")
+        assert writer.quarantine_of("clip/1@5#0") is None
         record = reader.quarantined["bad/1"]
         assert (record.kind, record.reason, record.attempts) == ("short_clip", "too short: 3 s", 1)
         assert record.traceback.endswith("ValueError")
         writer.release("bad/1")
         writer.release("never seen")
-        assert not writer.is_quarantined("bad/1")
+        assert writer.quarantine_of("bad/1") is None
         assert reader.quarantined == {}
         writer.quarantine("bad/1", "undecodable_video", "x\ud800" * 5000, "")
         assert reader.quarantined["bad/1"].attempts == 2
         assert len(reader.quarantined["bad/1"].reason) == 2000
         writer.release("bad/1")
         assert writer.write("bad/1", kit.sample(5))
-        assert not writer.is_quarantined("bad/1")
+        assert writer.quarantine_of("bad/1") is None
         writer.quarantine("bad/1", "late", "a slower writer failed", "")
-        assert not writer.is_quarantined("bad/1")
+        assert writer.quarantine_of("bad/1") is None
     reader.refresh()
     assert reader.quarantined == {}
     assert "bad/1" in reader
@@ -169,15 +169,15 @@ def test_quarantine_release_and_count(store, kit) -> None:
 
 def test_the_loser_of_a_race_notices_and_cleans_up(store, kit, monkeypatch) -> None:
     first, second = kit.writer(store), kit.writer(store)
-    publish = local_files.put_if_absent
+    publish = LocalStorage.put_if_absent
     results = []
 
-    def overtaken(staging: Path, target: Path, data: bytes) -> bool:
-        monkeypatch.setattr(local_files, "put_if_absent", publish)
+    def overtaken(storage: LocalStorage, relative: str, data: bytes) -> bool:
+        monkeypatch.setattr(LocalStorage, "put_if_absent", publish)
         results.append(second.write("new", kit.sample(20)))
-        return publish(staging, target, data)
+        return publish(storage, relative, data)
 
-    monkeypatch.setattr(local_files, "put_if_absent", overtaken)
+    monkeypatch.setattr(LocalStorage, "put_if_absent", overtaken)
     results.append(first.write("new", kit.sample(10)))
     assert results == [True, False]
     kit.assert_equal(CacheReader(store).read("new"), kit.sample(20))

@@ -17,7 +17,7 @@ from cache_store import (
     build_index,
 )
 from cache_store.format import index
-from cache_store.format.sample_ids import SampleIds
+from cache_store.format.index import SampleIds
 from cache_store.storage.local_storage import LocalStorage
 
 
