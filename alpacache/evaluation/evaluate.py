@@ -3,25 +3,24 @@
 import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.driving.sample import Floats, SampleRef
+from alpacache.cached_samples.identity import check_base, check_same_vlm
+from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import classify
 from alpacache.errors import InterruptedRunError, UsageError
-from alpacache.evaluation.config import EvalConfig
+from alpacache.evaluation.config import BASE, TRAINED, EvalConfig
 from alpacache.evaluation.judging import SampleResult, judge, judge_baselines
 from alpacache.evaluation.output import write_results
-from alpacache.evaluation.runs import labelled_runs, open_run
 from alpacache.evaluation.summary import EvalSummary, summarise
 from alpacache.gpu.device import enter, resolve_device
 from alpacache.inference.prediction import Paths, predict_actions, predict_ahead, to_paths
@@ -29,6 +28,8 @@ from alpacache.interrupt import InterruptGuard
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.front_view import draw_paths
 from alpacache.progress import OnProgress, Progress, ignore
+from alpacache.training.run_directory import RunDirectory, find_checkpoint, read_state, read_trained
+from alpacache.training.trainable import apply_checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,6 @@ class EvalReport:
 def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalReport:
     """Sample paths for every cached sample and model, judge them, and write JSON, pictures and a report to `out`."""
     started = time.monotonic()
-    runs = labelled_runs(config.checkpoint, config.compare)
     base = Checkpoint(config.model)
     data = CachedDataset([config.store], base)
     indices = data.plain[: config.samples]
@@ -54,41 +54,38 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
             f"{config.store} has {data.rollouts} reasoning rollouts a sample, {config.paths} paths need one each; pass "
             f"--paths {data.rollouts}, or --reasoning none for paths without reasoning."
         )
-    models = {
-        label: None if run is None else open_run(run, base, vlm=data.vlm, average=config.ema)
-        for label, run in runs.items()
+    trained = {} if config.checkpoint is None else {TRAINED: config.checkpoint}
+    runs = {
+        label: _find_run(run, base, vlm=data.vlm, average=config.ema)
+        for label, run in (trained | dict(config.compare)).items()
     }
     device = resolve_device(config.device)
     _check_writable(Path(config.out))
 
     enter(device)
     poses = cache(data.poses)  # read while the device computes
-    predicted: dict[str, list[Paths]] = {label: [] for label in models}
+    predicted: dict[str, list[Paths]] = {label: [] for label in (BASE, *runs)}
+    sampling = {"paths": config.paths, "flow_steps": config.flow_steps, "seed": config.seed}
     with InterruptGuard() as guard:
-        for label, run in models.items():
+        for label, into in predicted.items():
             expert = load_expert(base, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
-            if run is not None:
-                run.put_into(expert)
-            batches = _sampled_actions(
-                expert.eval(),
-                data,
-                indices,
-                on_rollouts=on_rollouts,
-                paths=config.paths,
-                flow_steps=config.flow_steps,
-                seed=config.seed,
-                batch_size=config.batch_size,
-                capture=config.capture,
-            )
+            if label in runs:
+                path, _ = runs[label]
+                apply_checkpoint(expert, read_trained(path, average=config.ema).model, where=str(path))
+            size, capture = config.batch_size, config.capture
+            if on_rollouts:
+                batches = _predict_on_rollouts(expert.eval(), data, indices, batch_size=size, **sampling)
+            else:
+                batches = predict_ahead(expert.eval(), data, indices, batch_size=size, capture=capture, **sampling)
             with closing(batches):
                 for rows, actions in batches:
                     if guard.requested:
                         raise InterruptedRunError("stopped on request; an evaluation keeps nothing, run it again.")
-                    predicted[label] += [
+                    into += [
                         to_paths(expert.action_space, draws, *poses(index)[:2])
                         for index, draws in zip(rows, actions, strict=True)
                     ]
-                    done, total = sum(map(len, predicted.values())), len(models) * len(indices)
+                    done, total = sum(map(len, predicted.values())), len(predicted) * len(indices)
                     rate = done / (time.monotonic() - started)
                     on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
             del expert, batches  # before the next expert is loaded
@@ -98,16 +95,23 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         for place, index in enumerate(indices)
     ]
     summary = summarise(results, seed=config.seed)
-    settings = {
-        "paths": config.paths,
-        "flow_steps": config.flow_steps,
-        "seed": config.seed,
-        "reasoning": "rollout" if on_rollouts else "none",
-        "view": 0,
-    }
-    losses = {label: run.metrics() for label, run in models.items() if run is not None}
+    settings = {**sampling, "reasoning": "rollout" if on_rollouts else "none", "view": 0}
+    losses = {label: RunDirectory(path.parent.parent).metrics(up_to=step) for label, (path, step) in runs.items()}
     write_results(Path(config.out), summary, results, settings=settings, losses=losses)
     return EvalReport(summary=summary, results=results, out=config.out, seconds=time.monotonic() - started)
+
+
+def _find_run(run: str, base: Checkpoint, *, vlm: Mapping[str, str] | None, average: bool) -> tuple[Path, int]:
+    """Path and step of a run's checkpoint, checked to be one that can be judged here; reads no tensor.
+
+    Raises `UsageError` where the run was trained from another model than `base`, on features of another VLM than `vlm`
+    (as in `CachedDataset.vlm`), or has no average where one is wanted.
+    """
+    path = find_checkpoint(run).resolve()  # `best` may move on while a run is still training
+    state = read_state(path, average=average)
+    check_base(base, state["base"], run=path)
+    check_same_vlm(state.get("vlm"), vlm, run=path, what="the store that it is to be judged on")
+    return path, int(state["step"])
 
 
 def _check_writable(out: Path) -> None:
@@ -120,31 +124,17 @@ def _check_writable(out: Path) -> None:
         raise UsageError(f"--out {out}: nothing can be written there ({error}); name another directory.") from error
 
 
-def _sampled_actions(
+def _predict_on_rollouts(
     expert: ActionExpert,
     data: CachedDataset,
     indices: Sequence[int],
     *,
-    on_rollouts: bool,
+    batch_size: int,
     paths: int,
     flow_steps: int,
     seed: int,
-    batch_size: int,
-    capture: bool,
 ) -> Generator[tuple[Sequence[int], Tensor]]:
-    """Yield batch by batch the indices of its samples and their sampled actions `[B, paths, 64, 2]`."""
-    if not on_rollouts:
-        yield from predict_ahead(
-            expert,
-            data,
-            indices,
-            paths=paths,
-            flow_steps=flow_steps,
-            seed=seed,
-            batch_size=batch_size,
-            capture=capture,
-        )
-        return
+    """Batch by batch, the indices and their actions `[B, paths, 64, 2]`, each path on a rollout of its own."""
     for start in range(0, len(indices), batch_size):
         rows = indices[start : start + batch_size]
         samples = [data.load(index, tails=paths) for index in rows]
@@ -155,8 +145,14 @@ def _judge_sample(
     data: CachedDataset, index: int, poses: tuple[Tensor, Tensor, Tensor, Tensor], paths: Mapping[str, Paths]
 ) -> SampleResult:
     history_xyz, history_rot, truth_xyz, truth_rot = drive = tuple(tensor.double().numpy() for tensor in poses)
+    sample_id, jpeg, lens = data.sample_id(index), data.front_jpeg(index), data.front_lens(index)
+    if jpeg is not None and lens is not None:
+        colours = dict(zip(paths, cycle(MODEL_COLOURS), strict=False))
+        with suppress(ValueError, OSError):  # a picture without lines is better than none
+            jpeg = draw_paths(
+                jpeg, lens, truth_xyz, {label: (colours[label], xyz) for label, (xyz, _) in paths.items()}
+            )
     judged = {label: judge(xyz, rot, truth_xyz, truth_rot) for label, (xyz, rot) in paths.items()}
-    sample_id = data.sample_id(index)
     return SampleResult(
         sample_id=sample_id,
         clip_id=SampleRef.parse(sample_id).clip_id,
@@ -164,23 +160,7 @@ def _judge_sample(
         truth_rot=truth_rot,
         history_xyz=history_xyz,
         history_rot=history_rot,
-        front_jpeg=_front_picture(data, index, truth_xyz, {label: xyz for label, (xyz, _) in paths.items()}),
+        front_jpeg=jpeg,
         strata=classify(*drive),
         models=judged | judge_baselines(*drive),
     )
-
-
-def _front_picture(
-    data: CachedDataset, index: int, truth_xyz: Floats, paths: Mapping[str, NDArray[np.float32]]
-) -> bytes | None:
-    """The front camera's picture, with the paths drawn into it where its calibration is known."""
-    jpeg, lens = data.front_jpeg(index), data.front_lens(index)
-    if jpeg is None or lens is None:
-        return jpeg
-    coloured = {
-        label: (MODEL_COLOURS[number % len(MODEL_COLOURS)], xyz) for number, (label, xyz) in enumerate(paths.items())
-    }
-    try:
-        return draw_paths(jpeg, lens, truth_xyz, coloured)
-    except (ValueError, OSError):  # a picture without lines is better than none
-        return jpeg

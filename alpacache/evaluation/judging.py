@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from alpacache.driving.sample import Floats
 from alpacache.driving.strata import Strata
 from alpacache.metrics.baselines import BASELINES
-from alpacache.metrics.bias import Departure, departure, mean_departure
+from alpacache.metrics.bias import Departure, mean_departure
 from alpacache.metrics.corridor import Leaving, leaving
 from alpacache.metrics.paths import EXTRA_KEYS, PUBLIC_KEYS, corner_distance, extra_metrics, min_ade
 
@@ -53,7 +53,7 @@ class SampleResult:
     @property
     def true_departure(self) -> Departure:
         """How far the driven path leaves the straight line."""
-        return departure(self.truth_xyz, self.truth_rot, self.history_rot[-1])
+        return mean_departure(self.truth_xyz[None], self.truth_rot[None], self.history_rot[-1])
 
     def mean_departure(self, label: str) -> Departure:
         """How far a model's paths leave the straight line on average."""

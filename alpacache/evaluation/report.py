@@ -39,6 +39,8 @@ GALLERY_EACH = 3
 GALLERY_FRONT_PX = 420
 DETAIL_FRONT_PX = 300
 WAYPOINT_STRIDE = 4
+_NO_FRONT = '<p class="soft">The stored front frame cannot be read.</p>'
+_NO_LOSSES = '<p class="soft">No run beside the checkpoints, so no curves.</p>'
 
 
 def write_report(
@@ -46,8 +48,7 @@ def write_report(
     results: Sequence[SampleResult],
     path: Path,
     *,
-    title: str = "alpacache evaluation",
-    losses: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    losses: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
     """Write the page of an evaluation, samples ranked by the last model.
 
@@ -55,43 +56,39 @@ def write_report(
         summary: of exactly these results, from `summarise`.
         results: the samples.
         path: the file to write; one that is there is replaced.
-        title: heading of the page.
         losses: label of a trained model -> rows of its run's `metrics.jsonl`.
-
-    Raises:
-        ValueError: the summary is of other samples.
-        OSError: the file cannot be written.
     """
-    if summary.samples != len(results):
-        raise ValueError(f"the summary is of {summary.samples} samples, but {len(results)} were given.")
     judged = summary.models[-1]
     ranked = sorted(results, key=lambda result: -result.models[judged].metrics["min_ade"])
     listed, data = _embed(summary, ranked)
+    shown = "All samples" if len(listed) == len(ranked) else f"The worst {len(listed):,} of {len(ranked):,} samples"
+    runs = {label: rows for label, rows in losses.items() if rows}
     page = _fill(
         (resources.files("alpacache") / "report.html").read_text(encoding="utf-8"),
         {
-            "title": html.escape(title),
             "subtitle": html.escape(_subtitle(summary)),
             "warnings": _warnings(summary),
-            "headline": f'{tables.headline_sentence(summary)}<div class="card scroll">'
-            f'{tables.headline_table(summary)}</div><p class="soft">{html.escape(_legend(summary))}</p>',
-            "bias_picture": _bias_picture(summary, ranked),
+            "headline_sentence": tables.headline_sentence(summary),
+            "headline_table": tables.headline_table(summary),
+            "paths": str(summary.paths),
+            "miss_radius": f"{MISS_RADIUS_M:g}",
+            "box": " x ".join(f"{side_m:g}" for side_m in BOX_M),
+            "reference": html.escape(summary.reference),
+            "one_model": "hidden" if len(summary.models) == 1 else "",
+            "bias_picture": _picture(
+                _bias_png(summary, ranked), "predicted against driven heading change, one panel a model"
+            ),
             "filters": tables.filter_buttons(summary),
             "strata_table": tables.strata_table(summary),
             "slopes_table": tables.slopes_table(summary),
             "corridor_table": tables.corridor_table(summary),
             "time_picture": _picture(_time_png(summary, ranked), "error over time"),
-            "loss_picture": _losses(losses or {}),
-            "gallery_note": html.escape(
-                f"Ranked by minADE of {judged} among samples that move; white dots on the driven path are seconds."
-            ),
+            "loss_picture": _picture(loss_curves_png(runs), "loss over steps") if runs else _NO_LOSSES,
+            "judged": html.escape(judged),
             "gallery": _gallery(summary, ranked, judged),
-            "samples_note": html.escape(_samples_note(len(listed), len(ranked), judged)),
+            "shown": shown,
             "samples_table": tables.samples_table(summary, listed),
-            "footer": html.escape(
-                f"Definitions: docs/reference/metrics.md. Intervals are {100 * LEVEL:.0f} %. Changes resample clips, "
-                "not samples; so do slopes where clips have several samples, else theirs is Student's t."
-            ),
+            "level": f"{100 * LEVEL:.0f}",
             "data": data,
         },
     )
@@ -110,21 +107,6 @@ def _subtitle(summary: EvalSummary) -> str:
     return f"{models} · {summary.samples:,} samples of {summary.clips:,} clips · {summary.paths} paths a sample"
 
 
-def _legend(summary: EvalSummary) -> str:
-    text = f"Metres, means over all samples, {summary.paths} paths a sample; lower is better. "
-    text += f"Missed: no path ends within {MISS_RADIUS_M:g} m. "
-    text += f"Corners: distance of a {BOX_M[0]:g} x {BOX_M[1]:g} x {BOX_M[2]:g} m box's corners."
-    if len(summary.models) > 1:
-        text += f" Changes are paired, sample by sample, against {summary.reference}; coloured where the interval "
-        text += "excludes zero."
-    return text
-
-
-def _samples_note(listed: int, every: int, judged: str) -> str:
-    shown = "All samples" if listed == every else f"The worst {listed:,} of {every:,} samples"
-    return f"{shown}, worst minADE of {judged} first. Click a row to see its paths."
-
-
 def _warnings(summary: EvalSummary) -> str:
     if not summary.warnings:
         return ""
@@ -134,24 +116,23 @@ def _warnings(summary: EvalSummary) -> str:
 
 
 def _picture(png: bytes, alt: str) -> str:
-    return f'<div class="picture"><img alt="{html.escape(alt)}" src="{_png_uri(png)}"></div>'
+    return f'<div class="picture">{_image(png, alt, "png")}</div>'
 
 
-def _png_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _image(encoded: bytes, alt: str, kind: str) -> str:
+    return f'<img alt="{alt}" src="data:image/{kind};base64,{base64.b64encode(encoded).decode()}">'
 
 
-def _bias_picture(summary: EvalSummary, results: Sequence[SampleResult]) -> str:
+def _bias_png(summary: EvalSummary, results: Sequence[SampleResult]) -> bytes:
     bias = summary.strata["all"].bias
     predicted = {label: [result.mean_departure(label) for result in results] for label in summary.models}
-    png = bias_scatter_png(
+    return bias_scatter_png(
         departures_at([result.true_departure for result in results], "heading", FUTURE_S),
         {label: departures_at(departures, "heading", FUTURE_S) for label, departures in predicted.items()},
         {label: bias[label]["heading"][FUTURE_S] for label in summary.models},
         marked=np.array([result.strata.straight_history_late_curve for result in results]),
         marked_label=tables.stratum_name(LATE_CURVE),
     )
-    return _picture(png, "predicted against driven heading change, one panel a model")
 
 
 def _time_png(summary: EvalSummary, results: Sequence[SampleResult]) -> bytes:
@@ -169,42 +150,28 @@ def _time_png(summary: EvalSummary, results: Sequence[SampleResult]) -> bytes:
     return error_over_time_png(panels, dashed=dashed)
 
 
-def _losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    if not any(runs.values()):
-        return '<p class="soft">No run beside the checkpoints, so no curves.</p>'
-    return _picture(loss_curves_png({label: rows for label, rows in runs.items() if rows}), "loss over steps")
-
-
 def _gallery(summary: EvalSummary, ranked: Sequence[SampleResult], judged: str) -> str:
     """Cards of best, median and worst samples that move; each appears once, however few there are."""
     moving = [result for result in ranked if result.strata.speed != "stopped"] or ranked
-    count = len(moving)
-    middle = max(0, count // 2 - GALLERY_EACH // 2)
-    places = {
-        "best": range(count - 1, max(-1, count - 1 - GALLERY_EACH), -1),
-        "median": range(middle, min(count, middle + GALLERY_EACH)),
-        "worst": range(min(count, GALLERY_EACH)),
-    }
-    tags: dict[int, str] = {}
-    for tag, range_ in places.items():
-        for place in range_:
-            tags.setdefault(place, tag)
-    return "".join(_card(summary, moving[place], tag, judged) for place, tag in tags.items())
+    middle = max(0, len(moving) // 2 - GALLERY_EACH // 2)
+    cards: dict[str, str] = {}
+    for tag, results in (("best", moving[::-1]), ("median", moving[middle:]), ("worst", moving)):
+        for result in results[:GALLERY_EACH]:
+            if result.sample_id not in cards:
+                cards[result.sample_id] = _card(summary, result, tag, judged)
+    return "".join(cards.values())
 
 
 def _card(summary: EvalSummary, result: SampleResult, tag: str, judged: str) -> str:
-    view = sample_png(summary, result)
     front = ""
     if result.front_jpeg is not None:
         small = _shrunk(result.front_jpeg, GALLERY_FRONT_PX)
-        front = '<p class="soft">The stored front frame cannot be read.</p>'
-        if small is not None:
-            front = f'<img alt="front camera at t0" src="data:image/jpeg;base64,{base64.b64encode(small).decode()}">'
+        front = _image(small, "front camera at t0", "jpeg") if small else _NO_FRONT
+    above = _picture(sample_png(summary, result), "paths from above")
     error = result.models[judged].metrics["min_ade"]
     return (
         f'<div class="card"><div class="tag">{tag} · minADE {error:.2f} m</div>'
-        f"<h3>{html.escape(result.sample_id)}</h3>{front}"
-        f'<div class="picture"><img alt="paths from above" src="{_png_uri(view)}"></div></div>'
+        f"<h3>{html.escape(result.sample_id)}</h3>{front}{above}</div>"
     )
 
 
@@ -218,11 +185,10 @@ def _embed(summary: EvalSummary, ranked: Sequence[SampleResult]) -> tuple[list[S
         paths_left -= len(json.dumps(sample, separators=(",", ":")))
         if paths_left < 0 and samples:
             break
-        if result.front_jpeg is not None and fronts_left > 0:
-            small = _shrunk(result.front_jpeg, DETAIL_FRONT_PX)
-            if small is not None:
-                sample["front"] = base64.b64encode(small).decode()
-                fronts_left -= len(sample["front"])
+        jpeg = result.front_jpeg if fronts_left > 0 else None
+        if jpeg is not None and (small := _shrunk(jpeg, DETAIL_FRONT_PX)):
+            sample["front"] = base64.b64encode(small).decode()
+            fronts_left -= len(sample["front"])
         samples.append(sample)
     models = [
         {"label": label, "colour": tables.model_colour(summary, label), "baseline": label in BASELINES}
@@ -252,8 +218,7 @@ def _sample_data(result: SampleResult, labels: Sequence[str]) -> dict[str, Any]:
 
 def _decimetres(xyz: Floats) -> list[int]:
     """Flatten x and y of `[N, 3]`: x0, y0, x1, ..."""
-    flat: list[int] = np.rint(10 * np.asarray(xyz, dtype=np.float64)[:, :2]).astype(np.int64).reshape(-1).tolist()
-    return flat
+    return [round(10 * float(value)) for value in np.asarray(xyz)[:, :2].ravel()]
 
 
 def _shrunk(jpeg: bytes, width_px: int) -> bytes | None:

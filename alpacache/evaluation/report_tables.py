@@ -1,6 +1,6 @@
 """Tables of the HTML report. Every text that comes from data is escaped here, labels and ids included."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 import numpy as np
@@ -34,15 +34,13 @@ STRATA_METRICS = {
     "fde": "FDE",
     "miss_rate": "missed",
 }
-STRATUM_NAMES = {LATE_CURVE: "straight history, curve after t0"}
-"""Names of strata that need words."""
 SLOPE_COLUMNS = tuple((quantity, horizon_s) for quantity in QUANTITIES for horizon_s in HORIZONS_S)
 _NOTHING = '<td data-value="">–</td>'
 
 
 def stratum_name(stratum: str) -> str:
     """Name of a stratum in tables."""
-    return STRATUM_NAMES.get(stratum, stratum)
+    return "straight history, curve after t0" if stratum == LATE_CURVE else stratum
 
 
 def model_colour(summary: EvalSummary, label: str) -> str:
@@ -58,15 +56,18 @@ def headline_table(summary: EvalSummary) -> str:
     heads = ["", *HEADLINE_METRICS.values(), "heading slope, all", f"heading slope, {stratum_name(LATE_CURVE)}"]
     rows = []
     for label in (*summary.models, *summary.baselines):
-        cells = [_named(summary, label)]
-        cells += [_number(key, stratum.metrics[label][key]) for key in HEADLINE_METRICS]
+        cells = [_number(key, stratum.metrics[label][key]) for key in HEADLINE_METRICS]
         cells += [_slope(_heading_slope(each, label)) for each in (stratum, late)]
-        rows.append(_row(cells, css=_row_css(summary, label)))
+        rows.append(_model_row(summary, label, cells))
         if label in stratum.differences:
             cells = [f'<td class="name soft">change against {escape(summary.reference)}</td>']
-            cells += [_change(key, stratum.differences[label][key]) for key in HEADLINE_METRICS]
-            cells += [_slope_change(each, label) for each in (stratum, late)]
-            rows.append(_row(cells, css="difference"))
+            for key in HEADLINE_METRICS:
+                change = stratum.differences[label][key]
+                cells.append(_change(change, css=_verdict(change), percent=key == "miss_rate"))
+            for each in (stratum, late):
+                slopes = each.bias_differences.get(label)
+                cells.append(_change(slopes["heading"][FUTURE_S] if slopes else None))
+            rows.append(f'<tr class="difference">{"".join(cells)}</tr>')
     return _table(heads, rows, sortable=False)
 
 
@@ -74,67 +75,62 @@ def headline_sentence(summary: EvalSummary) -> str:
     """Say in words what the hardest stratum shows of the bias."""
     late = summary.strata[LATE_CURVE]
     slopes = [
-        f"{escape(label)} {_fixed(slope.slope)} [{_fixed(slope.low)}, {_fixed(slope.high)}]"
+        f"{escape(label)} {slope.slope:z.2f} [{slope.low:z.2f}, {slope.high:z.2f}]"
         for label in (*summary.models, *summary.baselines)
         if (slope := _heading_slope(late, label)) is not None
     ]
     if not slopes:
         return (
-            f"<p>Too few samples are straight in history and curve after t0 ({late.samples}) to say whether the image "
-            "is used on curves.</p>"
+            f"Too few samples are straight in history and curve after t0 ({late.samples}) to say whether the image "
+            "is used on curves."
         )
     return (
-        f"<p>On the {late.samples} samples that are straight throughout their history and curve after t0, where only "
+        f"On the {late.samples} samples that are straight throughout their history and curve after t0, where only "
         f"the image knows, predicted against driven heading change has the slope: {'; '.join(slopes)}. "
-        "1 is unbiased, 0 always drives straight.</p>"
+        "1 is unbiased, 0 always drives straight."
     )
 
 
 def strata_table(summary: EvalSummary) -> str:
     """Every metric by stratum and model, with counts and paired changes."""
-    heads = ["stratum", "model", "samples", "clips", *STRATA_METRICS.values()]
-    rows = []
-    for name, stratum in summary.strata.items():
-        for label in stratum.metrics:
-            cells = [_text(stratum_name(name)), _named(summary, label), _count(stratum.samples), _count(stratum.clips)]
-            cells += [
-                _number(key, stratum.metrics[label][key], stratum.differences.get(label, {}).get(key))
-                for key in STRATA_METRICS
-            ]
-            rows.append(_row(cells, css=_row_css(summary, label), stratum=name))
-    return _table(heads, rows)
+
+    def cells(stratum: StratumSummary, label: str) -> list[str]:
+        errors, changes = stratum.metrics[label], stratum.differences.get(label, {})
+        numbers = [_number(key, errors[key], changes.get(key)) for key in STRATA_METRICS]
+        return [_count(stratum.samples), _count(stratum.clips), *numbers]
+
+    return _stratum_table(summary, ["samples", "clips", *STRATA_METRICS.values()], cells)
 
 
 def slopes_table(summary: EvalSummary) -> str:
     """Bias slopes by stratum, model, quantity and horizon."""
-    heads = ["stratum", "model", "samples", *(f"{quantity} {horizon_s:g} s" for quantity, horizon_s in SLOPE_COLUMNS)]
-    rows = []
-    for name, stratum in summary.strata.items():
-        for label, bias in stratum.bias.items():
-            cells = [_text(stratum_name(name)), _named(summary, label), _count(stratum.samples)]
-            cells += [_slope(bias[quantity][horizon_s]) for quantity, horizon_s in SLOPE_COLUMNS]
-            rows.append(_row(cells, css=_row_css(summary, label), stratum=name))
-    return _table(heads, rows)
+
+    def cells(stratum: StratumSummary, label: str) -> list[str]:
+        slopes = [stratum.bias[label][quantity][horizon_s] for quantity, horizon_s in SLOPE_COLUMNS]
+        return [_count(stratum.samples), *map(_slope, slopes)]
+
+    return _stratum_table(
+        summary, ["samples", *(f"{name} {horizon_s:g} s" for name, horizon_s in SLOPE_COLUMNS)], cells
+    )
 
 
 def corridor_table(summary: EvalSummary) -> str:
     """Lateral recall and spread by stratum and model, with counts, intervals and paired changes."""
-    heads = ["stratum", "model", "leave", "recall", "change", "stay", "false", "among the paths", "spread m"]
-    rows = []
-    for name, stratum in summary.strata.items():
-        for label, corridor in stratum.corridor.items():
-            cells = [_text(stratum_name(name)), _named(summary, label), _count(corridor.leaving)]
-            cells += [
-                _share(corridor.recall, corridor.recall_interval),
-                _share_change(stratum.recall_differences.get(label)),
-            ]
-            cells += [_count(corridor.staying), _share(corridor.false_leaving, None)]
-            cells += [
-                _share(corridor.contained_leaving, corridor.contained_interval),
-                _value(corridor.spread_m, "{:.2f}"),
-            ]
-            rows.append(_row(cells, css=_row_css(summary, label), stratum=name))
-    return _table(heads, rows)
+
+    def cells(stratum: StratumSummary, label: str) -> list[str]:
+        corridor, change = stratum.corridor[label], stratum.recall_differences.get(label)
+        return [
+            _count(corridor.leaving),
+            _share(corridor.recall, corridor.recall_interval),
+            _change(change, css=_verdict(change, more_is_better=True), gap=" "),
+            _count(corridor.staying),
+            _share(corridor.false_leaving, None),
+            _share(corridor.contained_leaving, corridor.contained_interval),
+            _value(corridor.spread_m, "{:.2f}"),
+        ]
+
+    heads = ["leave", "recall", "change", "stay", "false", "among the paths", "spread m"]
+    return _stratum_table(summary, heads, cells)
 
 
 def samples_table(summary: EvalSummary, results: Sequence[SampleResult]) -> str:
@@ -145,9 +141,8 @@ def samples_table(summary: EvalSummary, results: Sequence[SampleResult]) -> str:
     for index, result in enumerate(results):
         turn = stratum_name(LATE_CURVE) if result.strata.straight_history_late_curve else result.strata.turn
         cells = [_text(result.sample_id), _text(turn), _value(result.strata.mean_speed_mps, "{:.1f}")]
-        cells.append(_value(np.rad2deg(result.true_departure.heading[-1]), "{:.1f}"))
-        turned = [result.mean_departure(label).heading[-1] for label in summary.models]
-        cells += [_value(np.rad2deg(radians), "{:.1f}") for radians in turned]
+        departures = [result.true_departure, *map(result.mean_departure, summary.models)]
+        cells += [_value(np.rad2deg(departure.heading[-1]), "{:.1f}") for departure in departures]
         cells += [_value(result.models[label].metrics["min_ade"], "{:.2f}") for label in summary.models]
         strata = escape(" ".join(result.strata.labels))
         rows.append(f'<tr tabindex="0" data-index="{index}" data-strata="{strata}">{"".join(cells)}</tr>')
@@ -167,6 +162,18 @@ def _heading_slope(stratum: StratumSummary, label: str) -> Slope | None:
     return stratum.bias[label]["heading"][FUTURE_S] if label in stratum.bias else None
 
 
+def _stratum_table(
+    summary: EvalSummary, heads: Sequence[str], cells: Callable[[StratumSummary, str], Sequence[str]]
+) -> str:
+    """A row for each stratum and model, which the buttons filter; `cells` are those behind the two names."""
+    rows = [
+        _model_row(summary, label, cells(stratum, label), stratum=name)
+        for name, stratum in summary.strata.items()
+        for label in stratum.metrics
+    ]
+    return _table(["stratum", "model", *heads], rows)
+
+
 def _table(heads: Sequence[str], rows: Sequence[str], *, sortable: bool = True) -> str:
     cells = [f"<button type='button'>{escape(head)}</button>" if sortable else escape(head) for head in heads]
     head = "".join(f'<th scope="col"{" class=name" if i < 2 else ""}>{cell}</th>' for i, cell in enumerate(cells))
@@ -174,24 +181,18 @@ def _table(heads: Sequence[str], rows: Sequence[str], *, sortable: bool = True) 
     return f"<table{css}><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _row(cells: Sequence[str], *, css: str = "", stratum: str | None = None) -> str:
-    marks = (f' class="{css}"' if css else "") + (f' data-stratum="{escape(stratum)}"' if stratum else "")
-    return f"<tr{marks}>{''.join(cells)}</tr>"
-
-
-def _row_css(summary: EvalSummary, label: str) -> str:
-    """CSS classes that make baselines pale and underline the last model of a stratum."""
+def _model_row(summary: EvalSummary, label: str, cells: Iterable[str], *, stratum: str | None = None) -> str:
+    """A row that begins with the model's name: pale for a baseline, underlined for the last of a stratum."""
     last = label == (*summary.models, *summary.baselines)[-1]
-    return " ".join(["baseline"] * (label in summary.baselines) + ["last"] * last)
+    css = " ".join(["baseline"] * (label in summary.baselines) + ["last"] * last)
+    marks = (f' class="{css}"' if css else "") + (f' data-stratum="{escape(stratum)}"' if stratum else "")
+    dot = f'<span class="dot" style="background:{model_colour(summary, label)}"></span>'
+    names = (_text(stratum_name(stratum)) if stratum else "") + f'<td class="name">{dot}{escape(label)}</td>'
+    return f"<tr{marks}>{names}{''.join(cells)}</tr>"
 
 
 def _text(text: str) -> str:
     return f'<td class="name">{escape(text)}</td>'
-
-
-def _named(summary: EvalSummary, label: str) -> str:
-    colour = model_colour(summary, label)
-    return f'<td class="name"><span class="dot" style="background:{colour}"></span>{escape(label)}</td>'
 
 
 def _count(number: int) -> str:
@@ -208,43 +209,24 @@ def _number(key: str, value: float, change: Interval | None = None) -> str:
     return f'<td{_verdict(change)}{title} data-value="{value:.6g}">{text}</td>'
 
 
-def _change(key: str, change: Interval | None) -> str:
+def _change(change: Interval | None, *, css: str = "", percent: bool = False, gap: str = "<br>") -> str:
     if change is None:
         return _NOTHING
-    scale, unit, digits = (100, " %", 1) if key == "miss_rate" else (1, "", 2)
+    scale, unit, digits = (100, " %", 1) if percent else (1, "", 2)
     low, middle, high = (f"{scale * value:+.{digits}f}" for value in (change.low, change.estimate, change.high))
-    return f'<td{_verdict(change)}>{middle}{unit}<br><span class="range">[{low}, {high}]</span></td>'
+    span = f'<span class="range">[{low}, {high}]</span>'
+    return f'<td{css} data-value="{change.estimate:.6g}">{middle}{unit}{gap}{span}</td>'
 
 
 def _share(value: float | None, interval: Interval | Slope | None) -> str:
     if value is None:
         return _NOTHING
-    text = "" if interval is None else f' <span class="range">[{_fixed(interval.low)}, {_fixed(interval.high)}]</span>'
-    return f'<td data-value="{value:.6g}">{_fixed(value)}{text}</td>'
-
-
-def _share_change(change: Interval | None) -> str:
-    if change is None:
-        return _NOTHING
-    span = f'<span class="range">[{change.low:+.2f}, {change.high:+.2f}]</span>'
-    css = _verdict(change, more_is_better=True)
-    return f'<td{css} data-value="{change.estimate:.6g}">{change.estimate:+.2f} {span}</td>'
+    text = "" if interval is None else f' <span class="range">[{interval.low:z.2f}, {interval.high:z.2f}]</span>'
+    return f'<td data-value="{value:.6g}">{value:z.2f}{text}</td>'
 
 
 def _slope(slope: Slope | None) -> str:
     return _share(None if slope is None else slope.slope, slope)
-
-
-def _slope_change(stratum: StratumSummary, label: str) -> str:
-    change = stratum.bias_differences[label]["heading"][FUTURE_S] if label in stratum.bias_differences else None
-    if change is None:
-        return _NOTHING
-    return f'<td>{change.estimate:+.2f}<br><span class="range">[{change.low:+.2f}, {change.high:+.2f}]</span></td>'
-
-
-def _fixed(value: float) -> str:
-    """Format with two digits and no minus before what rounds to zero."""
-    return f"{round(value, 2) + 0.0:.2f}"
 
 
 def _verdict(change: Interval | None, *, more_is_better: bool = False) -> str:

@@ -5,7 +5,7 @@ number carries its count, and strata too small to conclude from are named rather
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,29 +31,24 @@ ENOUGH_SAMPLES = 30
 """A stratum with fewer is named in the warnings: its means and slopes may be chance."""
 
 T = TypeVar("T")
-BySlope = Mapping[Quantity, Mapping[float, Slope | None]]
-ByInterval = Mapping[Quantity, Mapping[float, Interval | None]]
-_BY_MODEL = ("metrics", "differences", "bias", "bias_differences", "corridor", "recall_differences")
-"""Fields of `StratumSummary` that are mappings by model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StratumSummary:
-    """All numbers of one stratum; mappings are by model label."""
+    """All numbers of one stratum; mappings are by model label, and empty without a sample."""
 
     samples: int
     clips: int
-    metrics: Mapping[str, Mapping[str, float]]
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Means over samples."""
-    differences: Mapping[str, Mapping[str, Interval | None]]
+    differences: Mapping[str, Mapping[str, Interval | None]] = field(default_factory=dict)
     """Mean less the reference's mean, per model that is neither reference nor baseline; negative is better."""
-    bias: Mapping[str, BySlope]
+    bias: Mapping[str, Mapping[Quantity, Mapping[float, Slope | None]]] = field(default_factory=dict)
     """Slope by quantity and horizon; None where there is none to fit."""
-    bias_differences: Mapping[str, ByInterval]
+    bias_differences: Mapping[str, Mapping[Quantity, Mapping[float, Interval | None]]] = field(default_factory=dict)
     """Slope less the reference's slope."""
-    corridor: Mapping[str, CorridorSummary]
-    """Lateral recall and spread."""
-    recall_differences: Mapping[str, Interval | None]
+    corridor: Mapping[str, CorridorSummary] = field(default_factory=dict)
+    recall_differences: Mapping[str, Interval | None] = field(default_factory=dict)
     """Recall less the reference's."""
 
 
@@ -81,17 +76,11 @@ class EvalSummary:
 
 
 def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
-    """Aggregate samples into tables.
+    """Aggregate samples, at least one, into tables; `seed` is that of the resampling for the intervals.
 
-    Args:
-        results: one a sample, all with the same models and metrics.
-        seed: seed of the resampling for the intervals.
-
-    Raises:
-        ValueError: no samples, the same sample twice, models or metrics that differ between samples, or no model
-            beside the baselines.
+    All have the same models, at least one beside the baselines.
     """
-    labels = _checked_labels(results)
+    labels = tuple(results[0].models)
     models = tuple(label for label in labels if label not in BASELINES)
     truth = [result.true_departure for result in results]
     predicted = {label: [result.mean_departure(label) for result in results] for label in labels}
@@ -127,8 +116,7 @@ def _summarise_stratum(
 ) -> StratumSummary:
     """Numbers of one stratum; departures are in the order of `results`, by label where predicted."""
     if not results:
-        empty: dict[str, Any] = {name: {} for name in _BY_MODEL}
-        return StratumSummary(samples=0, clips=0, **empty)
+        return StratumSummary(samples=0, clips=0)
     clips = [result.clip_id for result in results]
     values = {
         label: {key: np.array([result.models[label].metrics[key] for result in results]) for key in METRIC_KEYS}
@@ -174,11 +162,11 @@ def _by_horizon(measure: Callable[..., T], *data: Sequence[Any], seed: int) -> d
 def _warnings(strata: Mapping[str, StratumSummary]) -> tuple[str, ...]:
     warnings = []
     for name, stratum in strata.items():
-        count = f"{stratum.samples} sample{'s' * (stratum.samples > 1)} of "
-        count += f"{stratum.clips} clip{'s' * (stratum.clips > 1)}"
-        if 0 < stratum.samples < ENOUGH_SAMPLES:
+        samples, clips = stratum.samples, stratum.clips
+        count = f"{samples} sample{'s' * (samples > 1)} of {clips} clip{'s' * (clips > 1)}"
+        if 0 < samples < ENOUGH_SAMPLES:
             warnings.append(f"{name}: {count}, too few to conclude from ({ENOUGH_SAMPLES} samples or more would do).")
-        elif 0 < stratum.clips < MIN_CLIPS:
+        elif 0 < clips < MIN_CLIPS:
             warnings.append(
                 f"{name}: {count}; slope intervals take samples for independent and are too narrow "
                 f"({MIN_CLIPS} clips or more would do)."
@@ -188,28 +176,3 @@ def _warnings(strata: Mapping[str, StratumSummary]) -> tuple[str, ...]:
             f"{LATE_CURVE}: no sample; whether the image is used on curves cannot be told from these clips."
         )
     return tuple(warnings)
-
-
-def _checked_labels(results: Sequence[SampleResult]) -> tuple[str, ...]:
-    if not results:
-        raise ValueError("there is no sample to summarise.")
-    labels = tuple(results[0].models)
-    if not set(labels) - set(BASELINES):
-        raise ValueError(
-            f"{results[0].sample_id} has no model beside the baselines; got {', '.join(labels) or 'none'}."
-        )
-    seen = set()
-    for result in results:
-        if result.sample_id in seen:
-            raise ValueError(f"sample {result.sample_id} is there twice.")
-        seen.add(result.sample_id)
-        if set(result.models) != set(labels):
-            raise ValueError(
-                f"sample {result.sample_id} has models {sorted(result.models)}, expected {sorted(labels)} as in the "
-                f"first one."
-            )
-        for label, model in result.models.items():
-            missing = [key for key in METRIC_KEYS if key not in model.metrics]
-            if missing:
-                raise ValueError(f"sample {result.sample_id}, model {label}: no metric {', '.join(missing)}.")
-    return labels

@@ -1,6 +1,6 @@
 """Paths from cached prefixes, on noise that every model shares."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -52,12 +52,12 @@ def predict_ahead(
     seed: int,
     batch_size: int,
     capture: bool = True,
-) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+) -> Generator[tuple[Sequence[int], Tensor]]:
     """Batch by batch, the indices and their actions on the direct prefixes, as from `predict_actions`.
 
     Samples are read and copied while earlier batches are computed, and stay as they are stored. On a GPU an integration
     is one CUDA graph with `capture`, and the same kernels without; a batch is yielded when the next one is enqueued.
-    Close the iterator if it is not read to its end. Raises what `BatchRing` does.
+    Close the generator if it is not read to its end. Raises what `BatchRing` does.
     """
     batch_size = min(batch_size, len(indices))
     starts = range(0, len(indices), batch_size)

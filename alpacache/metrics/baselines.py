@@ -31,8 +31,7 @@ def constant_velocity(history_xyz: ArrayLike, history_rot: ArrayLike) -> tuple[F
     Raises:
         ValueError: shapes that do not fit or values that are not finite.
     """
-    start, start_heading, speed_mps, _ = _state_at_t0(history_xyz, history_rot)
-    return _arc(start, start_heading, speed_mps, turn_rate_radps=0.0)
+    return _arc(*_state_at_t0(history_xyz, history_rot)[:3], turn_rate_radps=0.0)
 
 
 def constant_turn_rate(history_xyz: ArrayLike, history_rot: ArrayLike) -> tuple[Floats, Floats]:
@@ -71,14 +70,10 @@ def _arc(start: Floats, start_heading: float, speed_mps: float, turn_rate_radps:
     chord = speed_mps * times_s * np.sinc(turned / (2 * np.pi))
     along = start_heading + turned / 2
     offset = np.stack([chord * np.cos(along), chord * np.sin(along), np.zeros_like(chord)], axis=-1)
-    return start + offset, _yaw_rotations(start_heading + turned)
-
-
-def _yaw_rotations(yaw: Floats) -> Floats:
-    """Rotations `[..., 3, 3]` about z by yaw `[...]`."""
-    rot = np.zeros((*yaw.shape, 3, 3))
-    rot[..., 0, 0] = rot[..., 1, 1] = np.cos(yaw)
-    rot[..., 1, 0] = np.sin(yaw)
-    rot[..., 0, 1] = -rot[..., 1, 0]
-    rot[..., 2, 2] = 1.0
-    return rot
+    yaw = start_heading + turned
+    rot = np.zeros((FUTURE_STEPS, 3, 3))
+    rot[:, 0, 0] = rot[:, 1, 1] = np.cos(yaw)
+    rot[:, 1, 0] = np.sin(yaw)
+    rot[:, 0, 1] = -rot[:, 1, 0]
+    rot[:, 2, 2] = 1.0
+    return start + offset, rot

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from alpacache.driving.sample import DT_S, FUTURE_S, Floats
 from alpacache.driving.strata import heading
-from alpacache.metrics.bootstrap import LEVEL, Interval, slope_difference, slope_interval
+from alpacache.metrics.bootstrap import LEVEL, Interval, slope_interval
 
 Quantity: TypeAlias = Literal["heading", "lateral"]
 
@@ -39,8 +39,7 @@ class Departure:
 
     def at(self, quantity: Quantity, horizon_s: float) -> float:
         """One of the numbers. Raises `ValueError` for a horizon that is not in `HORIZONS_S`."""
-        values = self.heading if quantity == "heading" else self.lateral
-        return values[HORIZONS_S.index(horizon_s)]
+        return (self.heading if quantity == "heading" else self.lateral)[HORIZONS_S.index(horizon_s)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,22 +57,17 @@ class Slope:
     """Number of clips that were resampled for the interval; None where it is Student's t over samples."""
 
 
-def departure(xyz: ArrayLike, rot: ArrayLike, start_rot: ArrayLike) -> Departure:
-    """Departure of one path of 64 waypoints at 10 Hz.
+def mean_departure(pred_xyz: ArrayLike, pred_rot: ArrayLike, start_rot: ArrayLike) -> Departure:
+    """Mean departure of K paths of 64 waypoints at 10 Hz.
 
     Args:
-        xyz: `[64, 3]` metres, ego frame at t0.
-        rot: `[64, 3, 3]` vehicle-to-ego-frame rotations.
+        pred_xyz: `[K, 64, 3]` metres, ego frame at t0.
+        pred_rot: `[K, 64, 3, 3]` vehicle-to-ego-frame rotations.
         start_rot: `[3, 3]` rotation at t0, the identity but for rounding.
 
     Raises:
-        ValueError: shapes that do not fit, values that are not finite, or a path shorter than 6.4 s.
+        ValueError: shapes that do not fit, values that are not finite, or paths shorter than 6.4 s.
     """
-    return mean_departure(np.asarray(xyz)[None], np.asarray(rot)[None], start_rot)
-
-
-def mean_departure(pred_xyz: ArrayLike, pred_rot: ArrayLike, start_rot: ArrayLike) -> Departure:
-    """Mean departure of K sampled paths `[K, 64, 3]`, `[K, 64, 3, 3]`; raises as `departure` does."""
     points, matrices = np.asarray(pred_xyz, dtype=np.float64), np.asarray(pred_rot, dtype=np.float64)
     if points.ndim != 3 or points.shape[2] != 3 or not len(points) or matrices.shape != (*points.shape, 3):
         raise ValueError(
@@ -88,10 +82,7 @@ def mean_departure(pred_xyz: ArrayLike, pred_rot: ArrayLike, start_rot: ArrayLik
     headings = heading(np.concatenate([start, matrices], axis=1))
     turned = headings[:, steps] - headings[:, :1]
     beside = points[:, [step - 1 for step in steps], 1]
-    return Departure(
-        heading=tuple(float(value) for value in turned.mean(axis=0)),
-        lateral=tuple(float(value) for value in beside.mean(axis=0)),
-    )
+    return Departure(heading=tuple(turned.mean(axis=0).tolist()), lateral=tuple(beside.mean(axis=0).tolist()))
 
 
 def fit_slope(truth: ArrayLike, pred: ArrayLike, *, min_spread: float = 0.0) -> Slope | None:
@@ -108,7 +99,11 @@ def fit_slope(truth: ArrayLike, pred: ArrayLike, *, min_spread: float = 0.0) -> 
     Raises:
         ValueError: lengths that differ or values that are not finite.
     """
-    x, y = _paired(truth, pred)
+    x, y = np.asarray(truth, dtype=np.float64), np.asarray(pred, dtype=np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"truth and pred have shapes {x.shape} and {y.shape}, expected two of [N].")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("truth or pred holds values that are not finite.")
     if x.size < MIN_SAMPLES or float(x.std()) <= max(min_spread, 1e-12):
         return None
     from scipy import stats
@@ -141,20 +136,14 @@ def bias_slope(
         truth: departures of N driven paths.
         pred: mean departures of the predicted ones.
         clips: N clip ids.
-        quantity: `heading` or `lateral`.
         horizon_s: one of `HORIZONS_S`.
-        seed: seed of the resampling.
 
     Returns:
         None as for `fit_slope`.
-
-    Raises:
-        ValueError: lengths that differ, or an unknown horizon.
     """
     x, y = departures_at(truth, quantity, horizon_s), departures_at(pred, quantity, horizon_s)
     line = fit_slope(x, y, min_spread=MIN_SPREAD[quantity])
-    clip_count = len(set(clips))
-    if line is None or clip_count == len(clips) or clip_count < MIN_CLIPS:
+    if line is None or not MIN_CLIPS <= len(set(clips)) < len(clips):
         return line
     interval = slope_interval(x, y, clips, seed=seed)
     return line if interval is None else replace(line, low=interval.low, high=interval.high, clips=interval.clips)
@@ -174,18 +163,9 @@ def bias_difference(
     x, y, z = (departures_at(each, quantity, horizon_s) for each in (truth, before, after))
     if fit_slope(x, z, min_spread=MIN_SPREAD[quantity]) is None:
         return None
-    return slope_difference(x, y, z, clips, seed=seed)
+    return slope_interval(x, z, clips, over=y, seed=seed)
 
 
 def departures_at(departures: Sequence[Departure], quantity: Quantity, horizon_s: float) -> Floats:
     """One number of each departure, `[N]` in radians or metres."""
     return np.array([one.at(quantity, horizon_s) for one in departures], dtype=np.float64)
-
-
-def _paired(truth: ArrayLike, pred: ArrayLike) -> tuple[Floats, Floats]:
-    x, y = np.asarray(truth, dtype=np.float64), np.asarray(pred, dtype=np.float64)
-    if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(f"truth and pred have shapes {x.shape} and {y.shape}, expected two of [N].")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("truth or pred holds values that are not finite.")
-    return x, y

@@ -51,31 +51,24 @@ def mean_difference(before: ArrayLike, after: ArrayLike, clips: Sequence[str], *
         ValueError: lengths that differ.
     """
     gain = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    sums, clip_count = _sums_by_clip(np.stack([np.ones_like(gain), gain], axis=-1), clips)
+    sums = _sums_by_clip([np.ones_like(gain), gain], clips)
     replicates = _replicates(sums, seed=seed)
-    return _interval(float(gain.mean()), replicates[:, 1] / replicates[:, 0], n=gain.size, clips=clip_count)
+    return _interval(float(gain.mean()), replicates[:, 1] / replicates[:, 0], n=gain.size, clips=len(sums))
 
 
-def slope_interval(truth: ArrayLike, pred: ArrayLike, clips: Sequence[str], *, seed: int = 0) -> Interval | None:
-    """Interval of the least-squares slope of pred `[N]` on truth `[N]`; None with fewer than two clips."""
-    sums, center, clip_count = _slope_sums(truth, [pred], clips)
-    slopes = _slopes(_replicates(sums, seed=seed), 0)
-    return _interval(float(_slopes(center, 0)[0]), slopes, n=len(clips), clips=clip_count)
-
-
-def slope_difference(
-    truth: ArrayLike,
-    before: ArrayLike,
-    after: ArrayLike,
-    clips: Sequence[str],
-    *,
-    seed: int = 0,
+def slope_interval(
+    truth: ArrayLike, pred: ArrayLike, clips: Sequence[str], *, over: ArrayLike | None = None, seed: int = 0
 ) -> Interval | None:
-    """Interval of slope(after) - slope(before), both against the same truth `[N]`; None with fewer than two clips."""
-    sums, center, clip_count = _slope_sums(truth, [before, after], clips)
-    replicates = _replicates(sums, seed=seed)
-    estimate = float((_slopes(center, 1) - _slopes(center, 0))[0])
-    return _interval(estimate, _slopes(replicates, 1) - _slopes(replicates, 0), n=len(clips), clips=clip_count)
+    """Interval of the least-squares slope of pred `[N]` on truth `[N]`; None with fewer than two clips.
+
+    With other predictions `over` `[N]`, the interval of slope(pred) - slope(over), paired.
+    """
+    arrays = np.asarray([truth, pred] if over is None else [truth, over, pred], dtype=np.float64)
+    # Centring changes no slope and keeps the digits of the sums of squares.
+    x, *ys = (values - values.mean() for values in arrays)
+    sums = _sums_by_clip([np.ones_like(x), x, x * x, *(column for y in ys for column in (y, x * y))], clips)
+    estimate = float(_slope(sums.sum(axis=0, keepdims=True))[0])
+    return _interval(estimate, _slope(_replicates(sums, seed=seed)), n=len(clips), clips=len(sums))
 
 
 def r_squared(
@@ -106,50 +99,39 @@ def r_squared(
     y = np.asarray(truth, dtype=np.float64)
     errors = [(y - np.asarray(values, dtype=np.float64)) ** 2 for values in (reference, pred)]
     gain = (errors[0] if over is None else (y - np.asarray(over, dtype=np.float64)) ** 2) - errors[1]
-    sums, clip_count = _sums_by_clip(np.stack([errors[0], gain], axis=-1), clips)
+    sums = _sums_by_clip([errors[0], gain], clips)
     total = sums.sum(axis=0)
     if total[0] <= 0:
         return None
     replicates = _replicates(sums, seed=seed)
-    shares = np.full(DRAWS, np.nan)
-    np.divide(replicates[:, 1], replicates[:, 0], out=shares, where=replicates[:, 0] > 0)
-    return _interval(float(total[1] / total[0]), shares, n=y.size, clips=clip_count)
+    error, gained = replicates.T
+    shares = np.divide(gained, error, out=np.full(DRAWS, np.nan), where=error > 0)
+    return _interval(float(total[1] / total[0]), shares, n=y.size, clips=len(sums))
 
 
-def _slope_sums(truth: ArrayLike, preds: Sequence[ArrayLike], clips: Sequence[str]) -> tuple[Floats, Floats, int]:
-    """Sums by clip of 1, x, x^2 and, for each prediction, y, xy; the same over all clips `[1, columns]`; clip count.
+def _slope(sums: Floats) -> Floats:
+    """Slope of each row of sums (of 1, x, x^2, y, xy), NaN where x does not vary.
 
-    x and y are centred first, which changes no slope and keeps the digits of the sums of squares.
+    With a further y and xy, the slope of the second prediction less that of the first.
     """
-    x = np.asarray(truth, dtype=np.float64)
-    x = x - x.mean()
-    columns = [np.ones_like(x), x, x * x]
-    for pred in preds:
-        y = np.asarray(pred, dtype=np.float64)
-        y = y - y.mean()
-        columns += [y, x * y]
-    sums, clip_count = _sums_by_clip(np.stack(columns, axis=-1), clips)
-    return sums, sums.sum(axis=0, keepdims=True), clip_count
-
-
-def _slopes(sums: Floats, which: int) -> Floats:
-    """Slope of prediction `which` for each row of sums; NaN where a replicate's x does not vary."""
-    n, sx, sxx = sums.T[:3]
-    sy, sxy = sums.T[3 + 2 * which : 5 + 2 * which]
+    n, sx, sxx, *by_prediction = sums.T
     spread = sxx - sx * sx / n
-    slopes = np.full(len(sums), np.nan)
-    np.divide(sxy - sx * sy / n, spread, out=slopes, where=spread > 1e-12 * sxx)
-    return slopes
+    slopes: list[Floats] = [
+        np.divide(sxy - sx * sy / n, spread, out=np.full(len(sums), np.nan), where=spread > 1e-12 * sxx)
+        for sy, sxy in zip(by_prediction[::2], by_prediction[1::2], strict=True)
+    ]
+    return slopes[0] if len(slopes) == 1 else slopes[1] - slopes[0]
 
 
-def _sums_by_clip(columns: Floats, clips: Sequence[str]) -> tuple[Floats, int]:
-    """Column sums `[clips, columns]` of rows `[N, columns]`."""
-    if len(clips) != len(columns):
-        raise ValueError(f"{len(clips)} clip ids for {len(columns)} samples; one is needed for each.")
+def _sums_by_clip(columns: Sequence[Floats], clips: Sequence[str]) -> Floats:
+    """Sums `[clips, columns]` of columns `[N]`."""
+    rows = np.stack(columns, axis=-1)
+    if len(clips) != len(rows):
+        raise ValueError(f"{len(clips)} clip ids for {len(rows)} samples; one is needed for each.")
     names, index = np.unique(np.asarray(clips, dtype=np.str_), return_inverse=True)
-    sums = np.zeros((len(names), columns.shape[1]))
-    np.add.at(sums, index, columns)
-    return sums, len(names)
+    sums = np.zeros((len(names), len(columns)))
+    np.add.at(sums, index, rows)
+    return sums
 
 
 def _replicates(sums: Floats, *, seed: int) -> Floats:

@@ -66,10 +66,9 @@ def leaving(pred_xyz: ArrayLike, truth_xyz: ArrayLike) -> Leaving:
 
 def summarise_corridor(samples: Sequence[Leaving], clips: Sequence[str], *, seed: int = 0) -> CorridorSummary:
     """Aggregate the samples of a stratum, at least one; `clips` are their clip ids, `seed` is for the resampling."""
-    left = [(sample, clip) for sample, clip in zip(samples, clips, strict=True) if sample.truth]
-    left_clips = [clip for _, clip in left]
-    recalled = [sample.share for sample, _ in left]
-    contained = [float(sample.contained) for sample, _ in left]
+    left = [sample for sample in samples if sample.truth]
+    left_clips = [clip for sample, clip in zip(samples, clips, strict=True) if sample.truth]
+    recalled, contained = [sample.share for sample in left], [float(sample.contained) for sample in left]
     stayed = [sample.share for sample in samples if not sample.truth]
     return CorridorSummary(
         leaving=len(left),
@@ -88,11 +87,11 @@ def recall_difference(
     before: Sequence[Leaving], after: Sequence[Leaving], clips: Sequence[str], *, seed: int = 0
 ) -> Interval | None:
     """Recall of one model less that of another on the same samples; None where fewer than two clips leave."""
-    rows = [row for row, one in enumerate(before) if one.truth]
-    if not rows:
+    left = [(old.share, new.share, clip) for old, new, clip in zip(before, after, clips, strict=True) if old.truth]
+    if not left:
         return None
-    first, second = ([model[row].share for row in rows] for model in (before, after))
-    return mean_difference(first, second, [clips[row] for row in rows], seed=seed)
+    first, second, left_clips = zip(*left, strict=True)
+    return mean_difference(first, second, left_clips, seed=seed)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -44,13 +44,9 @@ def min_ade(pred: ArrayLike, truth: ArrayLike) -> dict[str, float]:
     """
     error = displacement(pred, truth)
     best = error[best_sample(error)]
-    result = {"min_ade": float(best.mean())}
-    for horizon_s in MIN_ADE_HORIZONS_S:
-        result[f"min_ade/by_t={horizon_s}"] = _mean_until(best, horizon_s)
-    result["ade"] = float(error[0].mean())
-    for horizon_s in ADE_HORIZONS_S:
-        result[f"ade/by_t={horizon_s}"] = _mean_until(error[0], horizon_s)
-    return result
+    by_horizon = {f"min_ade/by_t={horizon_s}": _mean_until(best, horizon_s) for horizon_s in MIN_ADE_HORIZONS_S}
+    by_horizon |= {f"ade/by_t={horizon_s}": _mean_until(error[0], horizon_s) for horizon_s in ADE_HORIZONS_S}
+    return {"min_ade": float(best.mean()), "ade": float(error[0].mean()), **by_horizon}
 
 
 def corner_distance(pred: ArrayLike, pred_rot: ArrayLike, truth: ArrayLike, truth_rot: ArrayLike) -> dict[str, float]:
@@ -98,18 +94,7 @@ def extra_metrics(pred: ArrayLike, truth: ArrayLike) -> dict[str, float]:
 
 
 def displacement(pred: ArrayLike, truth: ArrayLike) -> Floats:
-    """Distance in xy at each waypoint.
-
-    Args:
-        pred: `[K, T, 3]` metres.
-        truth: `[T, 3]` metres.
-
-    Returns:
-        `[K, T]` metres.
-
-    Raises:
-        ValueError: shapes that do not fit or values that are not finite.
-    """
+    """Distances in xy `[K, T]` (m) of paths `[K, T, 3]` and the driven `[T, 3]`; raises as `extra_metrics` does."""
     pred_xyz, truth_xyz = _paths(pred, truth)
     distance: Floats = np.linalg.norm(pred_xyz[..., :2] - truth_xyz[..., :2], axis=-1)
     return distance

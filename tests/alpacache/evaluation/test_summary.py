@@ -147,18 +147,3 @@ def test_json_is_plain_and_holds_the_numbers(summary: EvalSummary) -> None:
 def test_one_model_has_no_differences() -> None:
     found = summarise([result(i, float(rate), {"only": 1.0}) for i, rate in enumerate(RATES_DEGPS[::4])])
     assert found.strata["all"].differences == found.strata["all"].bias_differences == {}
-
-
-def test_results_that_do_not_fit_together_are_refused(results: list[SampleResult]) -> None:
-    with pytest.raises(ValueError, match="no sample to summarise"):
-        summarise([])
-    with pytest.raises(ValueError, match="clip-0@5100000#0 is there twice"):
-        summarise([results[0], results[0]])
-    only_baselines = {label: model for label, model in results[0].models.items() if label.startswith("constant")}
-    with pytest.raises(ValueError, match="no model beside the baselines"):
-        summarise([replace(results[0], models=only_baselines)])
-    with pytest.raises(ValueError, match=r"expected .*'after'"):
-        summarise([results[0], replace(results[1], models=only_baselines)])
-    incomplete = {label: replace(model, metrics={"ade": 1.0}) for label, model in results[0].models.items()}
-    with pytest.raises(ValueError, match="model before: no metric min_ade"):
-        summarise([replace(results[0], models=incomplete)])

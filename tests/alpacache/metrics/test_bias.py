@@ -8,7 +8,6 @@ from alpacache.metrics.bias import (
     HORIZONS_S,
     Departure,
     bias_slope,
-    departure,
     fit_slope,
     mean_departure,
 )
@@ -29,7 +28,7 @@ def departures(heading: np.ndarray) -> list[Departure]:
 
 
 def test_departure_is_unwrapped_at_every_horizon() -> None:
-    result = departure(*arc(40.0), np.eye(3))
+    result = mean_departure(*(part[None] for part in arc(40.0)), np.eye(3))
 
     assert np.rad2deg(result.heading) == pytest.approx([80.0, 160.0, 256.0])
     assert result.lateral == tuple(arc(40.0)[0][[19, 39, 63], 1])
@@ -128,7 +127,7 @@ def test_lateral_and_heading_are_fitted_apart() -> None:
 
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"ends before 6\.4 s"):
-        departure(arc(1.0)[0][:60], arc(1.0)[1][:60], np.eye(3))
+        mean_departure(*(part[None, :60] for part in arc(1.0)), np.eye(3))
     with pytest.raises(ValueError, match="expected two of \\[N\\]"):
         fit_slope(np.zeros(5), np.zeros(6))
     with pytest.raises(ValueError, match="not finite"):

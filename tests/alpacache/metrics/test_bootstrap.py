@@ -6,7 +6,6 @@ import pytest
 from alpacache.metrics.bootstrap import (
     mean_difference,
     r_squared,
-    slope_difference,
     slope_interval,
 )
 
@@ -60,7 +59,7 @@ def test_slope_difference_is_paired() -> None:
     noise = rng.normal(0.0, 2.0, 200)
     before, after = 0.1 * truth + noise, 0.9 * truth + noise
 
-    difference = slope_difference(truth, before, after, ids(200))
+    difference = slope_interval(truth, after, ids(200), over=before)
     alone = slope_interval(truth, after, ids(200))
 
     assert difference is not None
@@ -76,7 +75,7 @@ def test_one_clip_gives_no_interval() -> None:
     values = np.arange(9.0)
     assert mean_difference(values, values, ids(1, 9)) is None
     assert slope_interval(values, values, ids(1, 9)) is None
-    assert slope_difference(values, values, values, ids(1, 9)) is None
+    assert slope_interval(values, values, ids(1, 9), over=values) is None
 
 
 def test_no_slope_where_truth_does_not_vary() -> None:
