@@ -185,6 +185,4 @@ def _solve_retrying(normal: Tensor, right: Tensor, *, ridge: float) -> Tensor:
             return torch.cholesky_solve(right[..., None], factor)[..., 0]
         ridge *= 10.0
         ridges = ridges.where((info == 0)[..., None, None], ridge)
-    raise ArithmeticError(
-        f"the least-squares problem stays singular even with a ridge of {ridge:g}; is the path finite?"
-    )
+    raise ArithmeticError(f"the least-squares problem stays singular with a ridge of {ridge:g}; is the path finite?")

@@ -16,9 +16,8 @@ def fit_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixel
         return fitted
     limit, rounding = (max_pixels, math.floor) if area > max_pixels else (min_pixels, math.ceil)
     scale = math.sqrt(limit / (height * width))
-    return max(factor, rounding(height * scale / factor) * factor), max(
-        factor, rounding(width * scale / factor) * factor
-    )
+    height, width = (max(factor, rounding(side * scale / factor) * factor) for side in (height, width))
+    return height, width
 
 
 def image_tokens(height: int, width: int, *, patch: int, merge: int, min_pixels: int, max_pixels: int) -> int:

@@ -69,14 +69,15 @@ def sample_times_us(t0_us: int) -> NDArray[np.int64]:
 def check_usable(track: Track, times_us: NDArray[np.int64], *, where: str) -> None:
     """Raise the errors of `history_and_future` for this track and these instants."""
     check_track(track, where=where)
-    check_covered(track.timestamps_us, times_us, what=f"{where}: poses")
-    check_motion(track, int(times_us[0]), int(times_us[-1]), where=where)
+    _check_covered(track.timestamps_us, times_us, what=f"{where}: poses")
+    _check_motion(track, times_us, where=where)
 
 
 def ego_poses(xyz: NDArray[np.float64], rot: NDArray[np.float64]) -> EgoPoses:
     """World poses at `sample_times_us` (`[80, 3]`, `[80, 3, 3]`) as history and future in the ego frame at t0."""
-    seen_xyz, seen_rot = to_ego_frame(xyz, rot, origin=HISTORY_STEPS - 1)
-    near, turned = seen_xyz.astype(np.float32), seen_rot.astype(np.float32)
+    now = HISTORY_STEPS - 1
+    to_ego = rot[now].T  # R_t0^-1 (p - p_t0) and R_t0^-1 R
+    near, turned = ((xyz - xyz[now]) @ to_ego.T).astype(np.float32), (to_ego @ rot).astype(np.float32)
     return EgoPoses(near[:HISTORY_STEPS], turned[:HISTORY_STEPS], near[HISTORY_STEPS:], turned[HISTORY_STEPS:])
 
 
@@ -92,20 +93,12 @@ def interpolate(track: Track, times_us: NDArray[np.int64]) -> tuple[NDArray[np.f
     return xyz, rot
 
 
-def to_ego_frame(
-    xyz: NDArray[np.float64], rot: NDArray[np.float64], *, origin: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """World poses `[M, 3]`, `[M, 3, 3]` as seen from pose number `origin`: `R_t0^-1 (p - p_t0)`, `R_t0^-1 R`."""
-    to_ego = rot[origin].T
-    return (xyz - xyz[origin]) @ to_ego.T, to_ego @ rot
-
-
 def frame_indices(
     timestamps_us: NDArray[np.int64], times_us: NDArray[np.int64], *, where: str = "video"
 ) -> NDArray[np.int64]:
     """Index of the frame at or before each requested time. Raises `BadClipError` (`short_clip`) outside the video."""
     check_timestamps(timestamps_us, what=f"{where}: frame timestamps")
-    check_covered(timestamps_us, times_us, what=f"{where}: frames")
+    _check_covered(timestamps_us, times_us, what=f"{where}: frames")
     return np.searchsorted(timestamps_us, times_us, side="right").astype(np.int64) - 1
 
 
@@ -118,8 +111,8 @@ def check_track(track: Track, *, where: str) -> None:
     if track.xyz.shape != (count, 3) or track.quaternion_xyzw.shape != (count, 4):
         raise BadClipError(
             "wrong_shape",
-            f"{where}: {count} pose timestamps, but positions {_shape(track.xyz)} and quaternions "
-            f"{_shape(track.quaternion_xyzw)}; expected ({count}, 3) and ({count}, 4).",
+            f"{where}: {count} pose timestamps, but positions {track.xyz.shape} and quaternions "
+            f"{track.quaternion_xyzw.shape}; expected ({count}, 3) and ({count}, 4).",
         )
     bad = ~(np.isfinite(track.xyz).all(axis=1) & np.isfinite(track.quaternion_xyzw).all(axis=1))
     if bad.any():
@@ -139,56 +132,21 @@ def check_track(track: Track, *, where: str) -> None:
         )
 
 
-def check_motion(track: Track, first_us: int, last_us: int, *, where: str) -> None:
-    """Raise `BadClipError` for a hole, a jump or a sudden turn in the poses that [first, last] is interpolated from."""
-    begin = max(int(np.searchsorted(track.timestamps_us, first_us, side="right")) - 2, 0)
-    end = int(np.searchsorted(track.timestamps_us, last_us, side="left")) + 2
+def _check_motion(track: Track, times_us: NDArray[np.int64], *, where: str) -> None:
+    """Raise `BadClipError` for a hole, a jump or a sudden turn in the poses that these times are interpolated from."""
+    begin = max(int(np.searchsorted(track.timestamps_us, times_us[0], side="right")) - 2, 0)
+    end = int(np.searchsorted(track.timestamps_us, times_us[-1], side="left")) + 2
     times = track.timestamps_us[begin:end]
-    gaps_us = np.diff(times)
-    _refuse_gap(times, gaps_us, where)
-    _refuse_jump(times, gaps_us / 1e6, track.xyz[begin:end], track.quaternion_xyzw[begin:end], where)
-
-
-def check_timestamps(timestamps_us: NDArray[np.int64], *, what: str) -> None:
-    """Raise `BadClipError` unless timestamps are one column of at least two that increase strictly."""
-    if timestamps_us.ndim != 1:
-        raise BadClipError("wrong_shape", f"{what} have shape {_shape(timestamps_us)}; expected one column.")
-    if len(timestamps_us) < 2:
-        raise BadClipError("short_clip", f"{what}: {len(timestamps_us)} in the whole recording; at least 2 are needed.")
-    steps = np.diff(timestamps_us)
-    if (steps <= 0).any():
-        at = int(np.argmax(steps <= 0))
+    gaps_s = np.diff(times) / 1e6
+    at = int(np.argmax(gaps_s))
+    if gaps_s[at] > MAX_GAP_US / 1e6:
         raise BadClipError(
             "time_order",
-            f"{what} go from {int(timestamps_us[at])} to {int(timestamps_us[at + 1])} us in row {at + 1}; they must "
-            "increase strictly. Sort the rows and drop duplicates.",
+            f"{where}: no poses for {gaps_s[at]:.2f} s after {_seconds(times[at])}; a path is not interpolated over "
+            f"more than {MAX_GAP_US / 1e6:g} s.",
         )
-
-
-def check_covered(timestamps_us: NDArray[np.int64], times_us: NDArray[np.int64], *, what: str) -> None:
-    """Raise `BadClipError` unless every requested time lies within the recording."""
-    first, last = int(timestamps_us[0]), int(timestamps_us[-1])
-    wanted_first, wanted_last = int(times_us.min()), int(times_us.max())
-    if wanted_first < first or wanted_last > last:
-        raise BadClipError(
-            "short_clip",
-            f"{what} cover {_seconds(first)} to {_seconds(last)}, but {_seconds(wanted_first)} to "
-            f"{_seconds(wanted_last)} is needed; choose another t0 or a longer recording.",
-        )
-
-
-def _refuse_gap(times: NDArray[np.int64], gaps_us: NDArray[np.int64], where: str) -> None:
-    at = int(np.argmax(gaps_us))
-    if gaps_us[at] > MAX_GAP_US:
-        raise BadClipError(
-            "time_order",
-            f"{where}: no poses for {gaps_us[at] / 1e6:.2f} s after {_seconds(times[at])}; a path is not interpolated "
-            f"over more than {MAX_GAP_US / 1e6:g} s.",
-        )
-
-
-def _refuse_jump(times: Any, gaps_s: Any, xyz: Any, quaternions: Any, where: str) -> None:
-    moved = np.linalg.norm(np.diff(xyz, axis=0), axis=1)
+    quaternions = track.quaternion_xyzw[begin:end]
+    moved = np.linalg.norm(np.diff(track.xyz[begin:end], axis=0), axis=1)
     cosines = np.abs((quaternions[1:] * quaternions[:-1]).sum(axis=1))
     turned = 2.0 * np.arccos(np.clip(cosines, 0.0, 1.0))
     for what, amount, limit in (
@@ -204,9 +162,33 @@ def _refuse_jump(times: Any, gaps_s: Any, xyz: Any, quaternions: Any, where: str
             )
 
 
+def check_timestamps(timestamps_us: NDArray[np.int64], *, what: str) -> None:
+    """Raise `BadClipError` unless timestamps are one column of at least two that increase strictly."""
+    if timestamps_us.ndim != 1:
+        raise BadClipError("wrong_shape", f"{what} have shape {timestamps_us.shape}; expected one column.")
+    if len(timestamps_us) < 2:
+        raise BadClipError("short_clip", f"{what}: {len(timestamps_us)} in the whole recording; at least 2 are needed.")
+    steps = np.diff(timestamps_us)
+    if (steps <= 0).any():
+        at = int(np.argmax(steps <= 0))
+        raise BadClipError(
+            "time_order",
+            f"{what} go from {int(timestamps_us[at])} to {int(timestamps_us[at + 1])} us in row {at + 1}; they must "
+            "increase strictly. Sort the rows and drop duplicates.",
+        )
+
+
+def _check_covered(timestamps_us: NDArray[np.int64], times_us: NDArray[np.int64], *, what: str) -> None:
+    """Raise `BadClipError` unless every requested time lies within the recording."""
+    first, last = int(timestamps_us[0]), int(timestamps_us[-1])
+    wanted_first, wanted_last = int(times_us.min()), int(times_us.max())
+    if wanted_first < first or wanted_last > last:
+        raise BadClipError(
+            "short_clip",
+            f"{what} cover {_seconds(first)} to {_seconds(last)}, but {_seconds(wanted_first)} to "
+            f"{_seconds(wanted_last)} is needed; choose another t0 or a longer recording.",
+        )
+
+
 def _seconds(time_us: Any) -> str:
     return f"{int(time_us) / 1e6:.3f} s"
-
-
-def _shape(array: Any) -> str:
-    return str(tuple(array.shape))

@@ -43,13 +43,8 @@ def resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
     Antialiased bicubic, neither clamped nor rounded, so a resized picture may overshoot. One channel at a time: a
     picture that lies as decoded, colours last, then needs no copy but the one to float.
     """
-    channels = torch.from_numpy(np.require(picture, requirements="W"))
-    return torch.cat([_resized_channel(channel, size) for channel in channels])
-
-
-def _resized_channel(channel: Tensor, size: tuple[int, int]) -> Tensor:
-    """`[H, W]` uint8 to `[1, h, w]`."""
-    pixels = channel.float().div_(255.0)[None, None]
-    if channel.shape != size:
-        pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
-    return pixels[0]
+    planes = torch.from_numpy(np.require(picture, requirements="W"))
+    channels = (plane.float().div_(255.0)[None, None] for plane in planes)
+    if picture.shape[1:] != size:
+        channels = (F.interpolate(each, size, mode="bicubic", antialias=True, align_corners=False) for each in channels)
+    return torch.cat(list(channels), dim=1)[0]

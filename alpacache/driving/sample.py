@@ -6,7 +6,7 @@ Everything downstream (the VLM, the store, training, evaluation) sees recordings
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -42,13 +42,10 @@ CAMERAS = (
 """PhysicalAI-AV camera names; the position is the camera index of the public code."""
 FRONT_CAMERA = CAMERAS[1]
 
-Split = Literal["train", "val"]
 _ID = re.compile(r"(?P<clip>[^\0\n\ud800-\udfff]+)@(?P<t0>[0-9]+)#(?P<view>[0-9]+)")
 """Clip ids that a store can hold: its text fields take no NUL, its ids are valid Unicode."""
 _T0_LIMIT_US, _VIEW_LIMIT = 2**62, 2**31
 """Well below int64, which must also hold the instants around t0."""
-_SHOWN = 120
-"""Most characters of an id that a message shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,16 +64,11 @@ class SampleRef:
     @classmethod
     def parse(cls, sample_id: str) -> "SampleRef":
         """Parse a sample id that a store can hold (`cache_store.format.names`). Raises `UsageError` for other text."""
-        match, shown = _ID.fullmatch(sample_id), repr(sample_id[:_SHOWN]) + "..." * (len(sample_id) > _SHOWN)
+        match, shown = _ID.fullmatch(sample_id), repr(sample_id[:120]) + "..." * (len(sample_id) > 120)
         if match is None:
-            raise UsageError(
-                f"{shown} is not a sample id; expected CLIP@T0_US#VIEW in one line, as in 'clip-7@5100000#0'."
-            )
-        size_bytes = len(sample_id.encode())
-        if size_bytes > MAX_ID_BYTES:
-            raise UsageError(
-                f"sample id {shown} takes {size_bytes} bytes; the limit is {MAX_ID_BYTES}. Rename its clip."
-            )
+            raise UsageError(f"{shown} is not a sample id; expected CLIP@T0_US#VIEW in one line: 'clip-7@5100000#0'.")
+        if (size := len(sample_id.encode())) > MAX_ID_BYTES:
+            raise UsageError(f"sample id {shown} takes {size} bytes; the limit is {MAX_ID_BYTES}. Rename its clip.")
         ref = cls(clip_id=match["clip"], t0_us=int(match["t0"]), view=int(match["view"]))
         if ref.t0_us >= _T0_LIMIT_US or ref.view >= _VIEW_LIMIT:
             raise UsageError(
@@ -93,10 +85,7 @@ class Sample:
     cameras: tuple[str, ...]
     """Camera names, sorted by camera index."""
     frames: NDArray[np.uint8]
-    """`[cameras, frames, 3, H, W]` RGB; the last frame of each camera is the one at or before t0.
-
-    May be a view of an array as it was decoded, colours last.
-    """
+    """`[cameras, frames, 3, H, W]` RGB, the last at or before t0; may be a view of an array with its colours last."""
     frame_timestamps_us: NDArray[np.int64]
     """`[cameras, frames]` when each frame was recorded (us)."""
     history_xyz: NDArray[np.float32]
@@ -107,13 +96,13 @@ class Sample:
     """`[64, 3]`, 10 Hz, t0 + 0.1 s to t0 + 6.4 s."""
     future_rot: NDArray[np.float32]
     """`[64, 3, 3]`."""
-    calibration: dict[str, Any] | None = field(default=None)
+    calibration: dict[str, Any] | None = None
     """For each camera what the source knows of its projection; JSON-serialisable."""
-    jitter: dict[str, float] | None = field(default=None)
+    jitter: dict[str, float] | None = None
     """Augmentation of the pictures of a view above 0 (`views.Jitter`)."""
 
 
-def split_of(clip_id: str) -> Split:
+def split_of(clip_id: str) -> Literal["train", "val"]:
     """Split by md5 of the clip id, 90 % train and 10 % val, so that all t0s of a clip fall on one side."""
     return "train" if int(hashlib.md5(clip_id.encode(), usedforsecurity=False).hexdigest(), 16) % 100 < 90 else "val"
 

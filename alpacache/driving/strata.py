@@ -60,39 +60,30 @@ class Strata:
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the strata this sample counts in, in the order of `STRATA`."""
-        mine = {"all", self.turn, self.direction, self.speed}
-        if self.straight_history_late_curve:
-            mine.add(LATE_CURVE)
-        return tuple(name for name in STRATA if name in mine)
+        late_curve = LATE_CURVE if self.straight_history_late_curve else None
+        return tuple(name for name in STRATA if name in ("all", self.turn, self.direction, self.speed, late_curve))
 
 
 def classify(history_xyz: ArrayLike, history_rot: ArrayLike, future_xyz: ArrayLike, future_rot: ArrayLike) -> Strata:
-    """Find the strata of one sample.
+    """Find the strata of one sample from its driven poses: `[16, 3]`, `[16, 3, 3]`, `[64, 3]`, `[64, 3, 3]`.
 
-    Args:
-        history_xyz: `[16, 3]` driven poses up to t0, 10 Hz, metres, ego frame at t0.
-        history_rot: `[16, 3, 3]` vehicle-to-ego-frame rotations.
-        future_xyz: `[64, 3]` driven poses from t0 + 0.1 s.
-        future_rot: `[64, 3, 3]`.
-
-    Raises:
-        ValueError: shapes that do not fit or values that are not finite.
+    They are 10 Hz, in metres in the ego frame at t0, and vehicle-to-ego-frame rotations. Raises `ValueError` for shapes
+    that do not fit or values that are not finite.
     """
     past, past_rot = checked_poses(history_xyz, history_rot, "history")
-    future, future_turned = checked_poses(future_xyz, future_rot, "future")
-    headings = heading(np.concatenate([past_rot, future_turned]))
-    now = len(past) - 1
-    change = float(headings[-1] - headings[now])
-    lateral = float(future[-1, 1])
+    future, turned = checked_poses(future_xyz, future_rot, "future")
+    headings = heading(np.concatenate([past_rot, turned]))
+    before, end = headings[: len(past)], headings[len(past) - 1 - HISTORY_END_STEPS : len(past)]
+    change, lateral = float(headings[-1] - before[-1]), float(future[-1, 1])
     driven = np.concatenate([past[-1:], future])
     mean_speed = float(np.linalg.norm(np.diff(driven, axis=0), axis=-1).sum() / (len(future) * DT_S))
-    turn = turn_of(change, lateral)
     return Strata(
-        turn=turn,
+        turn=turn_of(change, lateral),
         direction=direction_of(change, lateral),
-        straight_history_late_curve=(
-            is_straight_history(headings[: now + 1])
-            and float(np.linalg.norm(past[-1] - past[-2])) / DT_S >= MOVING_MPS
+        straight_history_late_curve=bool(
+            np.ptp(before) <= HISTORY_HEADING_RAD
+            and np.ptp(end) <= HISTORY_END_HEADING_RAD
+            and np.linalg.norm(past[-1] - past[-2]) / DT_S >= MOVING_MPS
             and abs(change) >= LATE_CURVE_HEADING_RAD
         ),
         speed=speed_band(mean_speed),
@@ -118,19 +109,11 @@ def turn_of(heading_change_rad: float, lateral_offset_m: float) -> Turn:
     return "straight"
 
 
-def turn_ahead(history_rot: ArrayLike, future_xyz: ArrayLike, future_rot: ArrayLike) -> Turn:
-    """The turn that `classify` finds, from the same arrays, which are not checked."""
-    return turns_ahead(*(np.asarray(array)[None] for array in (history_rot, future_xyz, future_rot)))[0]
-
-
 def turns_ahead(history_rot: NDArray[Any], future_xyz: NDArray[Any], future_rot: NDArray[Any]) -> list[Turn]:
-    """`turn_ahead` of each of B samples, given `[B, ...]`."""
+    """The turns that `classify` finds for B samples, from the same arrays `[B, ...]`, which are not checked."""
     headings = heading(np.concatenate([history_rot[:, -1:], future_rot], axis=1))
-    changes = headings[:, -1] - headings[:, 0]
-    return [
-        turn_of(change, lateral)
-        for change, lateral in zip(changes.tolist(), future_xyz[:, -1, 1].tolist(), strict=True)
-    ]
+    changes, laterals = headings[:, -1] - headings[:, 0], future_xyz[:, -1, 1]
+    return [turn_of(change, lateral) for change, lateral in zip(changes.tolist(), laterals.tolist(), strict=True)]
 
 
 def direction_of(heading_change_rad: float, lateral_offset_m: float) -> Direction:
@@ -143,16 +126,7 @@ def direction_of(heading_change_rad: float, lateral_offset_m: float) -> Directio
 
 def speed_band(mean_speed_mps: float) -> SpeedBand:
     """Name of the band that a mean speed falls into."""
-    for upper_mps, name in SPEED_BANDS_MPS:
-        if mean_speed_mps < upper_mps:
-            return name
-    return "fast"
-
-
-def is_straight_history(history_heading_rad: Floats) -> bool:
-    """Whether heading `[16]` varies little over the whole history and less still at its end."""
-    end = history_heading_rad[-1 - HISTORY_END_STEPS :]
-    return bool(np.ptp(history_heading_rad) <= HISTORY_HEADING_RAD and np.ptp(end) <= HISTORY_END_HEADING_RAD)
+    return next((name for upper_mps, name in SPEED_BANDS_MPS if mean_speed_mps < upper_mps), "fast")
 
 
 def checked_poses(xyz: ArrayLike, rot: ArrayLike, name: str) -> tuple[Floats, Floats]:

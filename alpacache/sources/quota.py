@@ -6,9 +6,9 @@ A sample's turn follows from its poses, so no picture is read for one that is le
 from collections.abc import Mapping
 from functools import lru_cache
 
-from alpacache.driving.poses import Track, history_and_future
+from alpacache.driving.poses import history_and_future
 from alpacache.driving.sample import SampleRef
-from alpacache.driving.strata import TURNS, Turn, turn_ahead
+from alpacache.driving.strata import TURNS, Turn, turns_ahead
 from alpacache.errors import UsageError
 from alpacache.sources.source import FixedSource, RecordedSource, Source
 
@@ -17,14 +17,14 @@ class Quota:
     """Counts down the samples that are still wanted of each turn; a turn that is not named is not wanted."""
 
     def __init__(self, source: Source, wanted: Mapping[Turn, int]) -> None:
-        """Raises `UsageError` for unknown turns, counts below 1, and a source without poses."""
         for turn, count in wanted.items():
             if turn not in TURNS or count < 1:
                 raise UsageError(f"quota {turn}={count}: expected {', '.join(TURNS)} with at least 1 sample each.")
         if not wanted or not isinstance(source, FixedSource | RecordedSource):
             raise UsageError(f"{source.name}: a quota needs at least one turn, and a source whose poses can be read.")
         self._source, self._left = source, dict(wanted)
-        self._track = lru_cache(maxsize=1)(self._read_track)
+        if isinstance(source, RecordedSource):
+            self._track = lru_cache(maxsize=1)(source.track)
 
     @property
     def is_full(self) -> bool:
@@ -32,23 +32,15 @@ class Quota:
 
     def take(self, ref: SampleRef) -> bool:
         """Whether the sample is wanted, and count it if so. Raises `BadClipError` where its poses cannot be used."""
-        turn = self.turn_of(ref)
-        if not self._left.get(turn):
-            return False
-        self._left[turn] -= 1
-        return True
-
-    def turn_of(self, ref: SampleRef) -> Turn:
-        """Turn of the 6.4 s from t0 on, as `eval` counts it."""
         if isinstance(self._source, FixedSource):
             poses = self._source.poses(ref)
         else:
             poses = history_and_future(self._track(ref.clip_id), ref.t0_us, where=ref.clip_id)
-        return turn_ahead(poses.history_rot, poses.future_xyz, poses.future_rot)
-
-    def _read_track(self, clip_id: str) -> Track:
-        assert isinstance(self._source, RecordedSource)
-        return self._source.track(clip_id)
+        (turn,) = turns_ahead(poses.history_rot[None], poses.future_xyz[None], poses.future_rot[None])
+        wanted = self._left.get(turn, 0) > 0
+        if wanted:
+            self._left[turn] -= 1
+        return wanted
 
 
 def parse_quota(text: str) -> dict[Turn, int]:

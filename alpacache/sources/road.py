@@ -10,7 +10,7 @@ side.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from alpacache.driving.poses import Track
 from alpacache.driving.sample import DEFAULT_T0_US, FUTURE_S, Floats
 
 Shape = Literal["straight", "early_curve", "late_curve", "curve_end"]
-SHAPES: tuple[Shape, ...] = ("straight", "early_curve", "late_curve", "curve_end")
+SHAPES: tuple[Shape, ...] = get_args(Shape)
 """Straight throughout; curving since before t0; beginning to curve after t0; straight again from around t0."""
 
 CLIP_US = 20_000_000
@@ -32,8 +32,6 @@ _RAMP_S = 0.6
 _LATERAL_MPS2 = 3.5
 _SPEED_MPS = (5.0, 20.0)
 _HEADING_RAD = (0.2, 1.2)
-_EXTRA_AFTER_S = 15.0
-"""Every drive may bend once more after this: late enough that a sample at t0 = 5.1 s sees little of it."""
 _FINE_M = 0.05
 """Step of the integration along the road."""
 _COARSE = 4
@@ -81,14 +79,12 @@ class Drive:
     curve_starts_us: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Bend:
-    """A stretch of constant curvature with smooth ends, placed by driving time."""
+class _Bend(NamedTuple):
+    """A stretch of constant curvature (1/m, left positive) with smooth ends, placed by driving time."""
 
     start_s: float
     end_s: float
     curvature: float
-    """1/m, left positive."""
 
 
 def make_drive(rng: np.random.Generator, shape: Shape) -> Drive:
@@ -108,12 +104,20 @@ def make_drive(rng: np.random.Generator, shape: Shape) -> Drive:
     curvature = float(np.clip(target / (speed * inside_s), -limit, limit))
     if shape == "straight":
         curvature = rng.uniform(-0.02, 0.02) / (speed * FUTURE_S)
-    bends = [_Bend(start_s=start_s, end_s=end_s, curvature=curvature), *_extra_bends(rng, limit)]
+    bends = [_Bend(start_s, end_s, curvature), *_extra_bends(rng, limit)]
     fine_arc, heading, xy, bent = _integrate(bends, arc)
     track, arcs = _drive_along(fine_arc, xy, heading, arc, offset_m=rng.uniform(-0.35, 0.35))
-    road = _tabulate(fine_arc, xy, heading, bent)
+    columns = (xy[:, 0], xy[:, 1], np.cos(heading), np.sin(heading), bent, heading, fine_arc - fine_arc[0])
+    points = np.stack([column[::_COARSE] for column in columns], axis=1).astype(np.float32)
+    road = Road(start_m=float(fine_arc[0]), spacing_m=_FINE_M * _COARSE, points=points)
     change = float(np.diff(np.interp(arc(np.array([_T0_S, _T0_S + FUTURE_S])), fine_arc, heading))[0])
-    kind = _describe(shape, start_s, curvature, change)
+    kind = ClipKind(
+        shape=shape,
+        side="none" if shape == "straight" else "left" if curvature > 0 else "right",
+        strength="straight" if shape == "straight" else "sharp" if abs(change) >= SHARP_RAD else "gentle",
+        onset_s=None if shape == "straight" else start_s - _T0_S,
+        heading_change_rad=change,
+    )
     starts = tuple(round(bend.start_s * 1e6) for bend in bends if shape != "straight" or bend is not bends[0])
     return Drive(kind=kind, road=road, track=track, arc_m=arcs, curve_starts_us=starts)
 
@@ -131,11 +135,11 @@ def _bend_times(rng: np.random.Generator, shape: Shape) -> tuple[float, float]:
 
 
 def _extra_bends(rng: np.random.Generator, limit: float) -> list[_Bend]:
-    """In six of ten drives one more bend near the end of the clip, for samples at a later t0."""
-    start, length, strength = rng.uniform(_EXTRA_AFTER_S, 17.0), rng.uniform(2.0, 4.0), rng.uniform(-0.8, 0.8)
+    """In six of ten drives one more bend, for samples at a later t0: one at 5.1 s sees little of it."""
+    start, length, strength = rng.uniform(15.0, 17.0), rng.uniform(2.0, 4.0), rng.uniform(-0.8, 0.8)
     if rng.uniform() < 0.4:
         return []
-    return [_Bend(start_s=start, end_s=start + length, curvature=float(strength * min(limit, 0.05)))]
+    return [_Bend(start, start + length, float(strength * min(limit, 0.05)))]
 
 
 def _integrate(bends: list[_Bend], arc: Arc) -> tuple[Floats, Floats, Floats, Floats]:
@@ -153,16 +157,9 @@ def _integrate(bends: list[_Bend], arc: Arc) -> tuple[Floats, Floats, Floats, Fl
     return arcs, heading, xy, curvature
 
 
-def _tabulate(arcs: Floats, xy: Floats, heading: Floats, curvature: Floats) -> Road:
-    columns = (xy[:, 0], xy[:, 1], np.cos(heading), np.sin(heading), curvature, heading, arcs - arcs[0])
-    points = np.stack([column[::_COARSE] for column in columns], axis=1).astype(np.float32)
-    return Road(start_m=float(arcs[0]), spacing_m=_FINE_M * _COARSE, points=points)
-
-
 def _cumulate(values: Floats, origin: int) -> Floats:
     """Trapezoid integral over arc length, zero at index `origin`."""
-    steps = np.concatenate([[0.0], (values[1:] + values[:-1]) * (_FINE_M / 2)])
-    total = np.cumsum(steps)
+    total = np.cumsum(np.concatenate([[0.0], (values[1:] + values[:-1]) * (_FINE_M / 2)]))
     return np.asarray(total - total[origin])
 
 
@@ -186,15 +183,3 @@ def _drive_along(fine_arc: Floats, xy: Floats, heading: Floats, arc: Arc, *, off
         quaternion_xyzw=np.stack([zeros, zeros, np.sin(yaw / 2), np.cos(yaw / 2)], axis=1),
     )
     return track, arcs
-
-
-def _describe(shape: Shape, start_s: float, curvature: float, change: float) -> ClipKind:
-    if shape == "straight":
-        return ClipKind(shape=shape, side="none", strength="straight", onset_s=None, heading_change_rad=change)
-    return ClipKind(
-        shape=shape,
-        side="left" if curvature > 0 else "right",
-        strength="sharp" if abs(change) >= SHARP_RAD else "gentle",
-        onset_s=start_s - _T0_S,
-        heading_change_rad=change,
-    )

@@ -33,7 +33,6 @@ _TILE = 256
 """Width and height of the tile of noise that all textures repeat."""
 _CLOUDS = np.float32(3 * _TILE / (2 * np.pi))
 """Steps of the tile a radian. A full circle is three whole tiles, so that the sky has no seam."""
-_DUSK_SHARE = 0.3
 _LANES = ((1, 0), (1, 0), (1, 1), (0, 0), (2, 0), (0, 1))
 """Lanes to the left and right of the ego lane, drawn evenly."""
 
@@ -67,14 +66,14 @@ class Camera:
 class Look:
     """How one clip's world looks; colours are RGB 0 to 255."""
 
-    sky_low: Floats32
-    sky_high: Floats32
     grass: Floats32
     dirt: Floats32
     asphalt: Floats32
     leaf: Floats32
     hill: Floats32
     paint: Floats32
+    sky_low: Floats32
+    sky_high: Floats32
     haze_m: float
     """Distance after which 1 / e of a colour is left."""
     headlights: float
@@ -95,6 +94,7 @@ class Look:
     """Row and column of the tile of noise at which this clip's textures begin."""
 
 
+@lru_cache(maxsize=32)
 def make_camera(
     *, width: int, height: int, fov_rad: float, yaw_rad: float, pitch_rad: float, above_ground_m: float
 ) -> Camera:
@@ -151,8 +151,7 @@ def _sky(camera: Camera, look: Look, yaw_rad: float) -> Floats32:
     colour = look.sky_low + (look.sky_high - look.sky_low) * up
     colour += (np.maximum(clouds, 0.0) * 45)[:, None] * np.sqrt(up)
     place = (azimuth * np.float32(SKYLINE / (2 * np.pi))).astype(np.intp) % SKYLINE
-    behind_hills = camera.elevation < look.hills[place]
-    colour[behind_hills] = look.hill
+    colour[camera.elevation < look.hills[place]] = look.hill
     return np.asarray(colour, dtype=np.float32)
 
 
@@ -175,8 +174,7 @@ def _ground(camera: Camera, look: Look, road: Road, *, position: Floats, yaw_rad
     paved = np.flatnonzero(edge < 0.35)
     view = np.arctan2(y[paved], x[paved]) + np.float32(yaw_rad) - heading[paved]
     colour[paved] = _pavement(camera, look, along[paved], across[paved], view, camera.distance[paved], clear[paved])
-    glow = look.headlights * np.exp(-camera.distance / 22.0) + (1 - look.headlights)
-    colour *= glow[:, None]
+    colour *= (look.headlights * np.exp(-camera.distance / 22.0) + (1 - look.headlights))[:, None]
     haze = (1.0 - np.exp(-camera.distance / look.haze_m))[:, None]
     return np.asarray(colour + (look.sky_low - colour) * haze, dtype=np.float32)
 
@@ -191,8 +189,7 @@ def _locate(road: Road, x: Floats32, y: Floats32, guess_m: Floats32) -> tuple[Fl
         ahead = dx * here[:, 2] + dy * here[:, 3]
         across = dy * here[:, 2] - dx * here[:, 3]
         along = here[:, 6] + np.float32(road.start_m) + ahead / np.maximum(1.0 - here[:, 4] * across, 0.3)
-    lost = np.abs(ahead) > 2.0
-    across[lost] = 1e3
+    across[np.abs(ahead) > 2.0] = 1e3  # these points found no nearest one
     return along, across, here[:, 5]
 
 
@@ -226,10 +223,8 @@ def _markings(look: Look) -> list[tuple[float, bool]]:
 
 def _cover(across: Floats32, place: float, width: float, footprint: Floats32) -> Floats32:
     """Share of each pixel's footprint (m) that a line of `width` at `place` covers."""
-    off = np.abs(across - np.float32(place))
-    overlap = np.minimum(np.float32(width / 2), off + footprint / 2) - np.maximum(
-        -np.float32(width / 2), off - footprint / 2
-    )
+    off, half = np.abs(across - np.float32(place)), np.float32(width / 2)
+    overlap = np.minimum(half, off + footprint / 2) - np.maximum(-half, off - footprint / 2)
     return np.asarray(np.clip(overlap / footprint, 0.0, 1.0), dtype=np.float32)
 
 
@@ -251,18 +246,16 @@ def _tile(falloff: float) -> Floats32:
 
 def draw_look(rng: np.random.Generator) -> Look:
     """Draw how a clip looks; three in ten are at dusk, with headlights."""
-    dusk = bool(rng.uniform() < _DUSK_SHARE)
-    colours = _dusk(rng) if dusk else _day(rng)
-    grass, dirt, asphalt, leaf, hill, paint = (_vary(rng, colour) for colour in colours[2:])
+    dusk, mix = bool(rng.uniform() < 0.3), rng.uniform()
+    warm_sky = (1 - mix) * np.array([150, 128, 150]) + mix * np.array([218, 142, 92])
+    dry_grass = (1 - mix) * np.array([84, 122, 58]) + mix * np.array([150, 138, 88])
+    ground = ((70, 80, 56), (98, 86, 76), (78, 76, 84)) if dusk else (dry_grass, (140, 124, 100), (98, 98, 102))
+    above = ((40, 52, 42), (62, 60, 80), (214, 210, 196)) if dusk else ((58, 92, 46), (118, 138, 138), (232, 232, 226))
+    sky = (warm_sky, (48, 52, 92)) if dusk else ((190, 208, 226), (96, 146, 212))
+    varied = [np.asarray(each) * rng.uniform(0.9, 1.1) + rng.uniform(-6, 6, 3) for each in (*ground, *above, *sky)]
+    names = ("grass", "dirt", "asphalt", "leaf", "hill", "paint", "sky_low", "sky_high")
     return Look(
-        sky_low=_vary(rng, colours[0]),
-        sky_high=_vary(rng, colours[1]),
-        grass=grass,
-        dirt=dirt,
-        asphalt=asphalt,
-        leaf=leaf,
-        hill=hill,
-        paint=paint,
+        **{name: colour.astype(np.float32) for name, colour in zip(names, varied, strict=True)},
         haze_m=float(rng.uniform(180, 500)),
         headlights=0.55 if dusk else 0.0,
         gain=float(rng.uniform(0.85, 1.12)),
@@ -276,31 +269,9 @@ def draw_look(rng: np.random.Generator) -> Look:
     )
 
 
-def _day(rng: np.random.Generator) -> list[Floats]:
-    """Colours of horizon, zenith, grass, dirt, asphalt, leaf, hill and paint."""
-    dry = rng.uniform()
-    grass = (1 - dry) * np.array([84, 122, 58]) + dry * np.array([150, 138, 88])
-    sky = (190, 208, 226), (96, 146, 212)
-    rest = (140, 124, 100), (98, 98, 102), (58, 92, 46), (118, 138, 138), (232, 232, 226)
-    return [np.array(colour, dtype=np.float64) for colour in (*sky, grass, *rest)]
-
-
-def _dusk(rng: np.random.Generator) -> list[Floats]:
-    """The same colours at dusk."""
-    warm = rng.uniform()
-    low = (1 - warm) * np.array([150, 128, 150]) + warm * np.array([218, 142, 92])
-    rest = (48, 52, 92), (70, 80, 56), (98, 86, 76), (78, 76, 84), (40, 52, 42), (62, 60, 80), (214, 210, 196)
-    return [np.array(colour, dtype=np.float64) for colour in (low, *rest)]
-
-
-def _vary(rng: np.random.Generator, colour: Floats) -> Floats32:
-    return (colour * rng.uniform(0.9, 1.1) + rng.uniform(-6, 6, 3)).astype(np.float32)
-
-
 def _skyline(rng: np.random.Generator) -> Floats32:
-    """`[SKYLINE]` elevation of distant hills by azimuth, radians: a sum of whole waves, so that it closes."""
+    """`Look.hills`: a sum of whole waves, so that the circle closes."""
     turn = np.linspace(0, 2 * np.pi, SKYLINE, endpoint=False)
-    height = sum(
-        rng.uniform(-1, 1) / wave**0.7 * np.sin(wave * turn + rng.uniform(0, 2 * np.pi)) for wave in range(2, 20)
-    )
-    return (rng.uniform(0.0, 0.05) + 0.02 * np.asarray(height)).astype(np.float32)
+    waves = (rng.uniform(-1, 1) / n**0.7 * np.sin(n * turn + rng.uniform(0, 2 * np.pi)) for n in range(2, 20))
+    height = np.asarray(sum(waves))
+    return (rng.uniform(0.0, 0.05) + 0.02 * height).astype(np.float32)

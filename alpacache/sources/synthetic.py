@@ -6,7 +6,6 @@ All of a clip follows from (seed, index), down to the noise of each frame. Clip 
 the picture size, so give every mix a seed of its own.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,25 +24,15 @@ from alpacache.sources.scene import Camera, Look, draw_look, expose, make_camera
 from alpacache.sources.source import SourceKind
 
 DEFAULT_MIX: Mapping[str, float] = {"straight": 0.4, "early_curve": 0.2, "late_curve": 0.3, "curve_end": 0.1}
-_ID = re.compile(r"^synthetic-(?P<seed>\d+)-(?P<index>\d{6,})$")
 _FRONT_FOV_DEG = (55.0, 68.0)
-"""Range of the front camera's field of view: narrower than the real one, so that a small picture shows the road 60 m
-ahead."""
-_VIEWS: Mapping[str, tuple[float, float]] = {
-    CAMERAS[0]: (55.0, 1.0),
-    CAMERAS[1]: (0.0, 1.0),
-    CAMERAS[2]: (-55.0, 1.0),
-    CAMERAS[3]: (145.0, 1.0),
-    CAMERAS[4]: (180.0, 0.5),
-    CAMERAS[5]: (-145.0, 1.0),
-    CAMERAS[6]: (0.0, 0.5),
-}
-"""Yaw of each camera in degrees, left positive, and its field of view relative to the front camera's."""
+"""Range of the front camera's field of view: narrower than the real one, to show 60 m of road in a small picture."""
+_VIEWS = ((55.0, 1.0), (0.0, 1.0), (-55.0, 1.0), (145.0, 1.0), (180.0, 0.5), (-145.0, 1.0), (0.0, 0.5))
+"""Yaw of each of `CAMERAS` in degrees, left positive, and its field of view relative to the front camera's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _World:
-    """Everything of a clip that does not change from frame to frame."""
+    """What of a clip does not change from frame to frame."""
 
     drive: Drive
     look: Look
@@ -75,7 +64,15 @@ class SyntheticSource:
         self.name = f"synthetic:{count}" + (f"-seed{seed}" if seed else "")
         self.seed, self.size, self.cameras = seed, size, sort_cameras(cameras)
         self.clip_ids: Sequence[str] = [f"synthetic-{seed}-{index:06d}" for index in range(count)]
-        self._count, self._mix = count, _check_mix(DEFAULT_MIX if mix is None else mix)
+        self._known = {clip_id: index for index, clip_id in enumerate(self.clip_ids)}
+        mix = DEFAULT_MIX if mix is None else mix
+        unknown = [name for name in mix if name not in SHAPES]
+        if unknown:
+            raise UsageError(f"unknown kind of road {', '.join(unknown)}; known: {', '.join(SHAPES)}.")
+        total = sum(mix.values())
+        if total <= 0 or min(mix.values()) < 0:
+            raise UsageError(f"mix {dict(mix)}: weights must not be negative and one must be above 0.")
+        self._mix = tuple((shape, mix[shape] / total) for shape in SHAPES if mix.get(shape, 0) > 0)
 
     def times_us(self, clip_id: str) -> tuple[int, int]:
         """0 to 20 s, for every clip."""
@@ -108,7 +105,18 @@ class SyntheticSource:
 
     def calibration(self, clip_id: str, camera: str) -> dict[str, Any]:
         """The camera's pinhole projection and its place on the vehicle."""
-        return _calibration(self._camera(camera, self._world(clip_id)))
+        view = self._camera(camera, self._world(clip_id))
+        return {
+            "model": "pinhole",
+            "width": view.width,
+            "height": view.height,
+            "fx": view.focal_px,
+            "fy": view.focal_px,
+            "cx": view.centre_px[0],
+            "cy": view.centre_px[1],
+            "position_m": list(view.position_m),
+            "rotation": view.rotation.tolist(),
+        }
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
         """Render one sample; `BadClipError` (`short_clip`) for a t0 without 1.5 s before or 6.4 s after it."""
@@ -120,13 +128,20 @@ class SyntheticSource:
         return sample_of(ref, poses, shots, {name: self.calibration(clip_id, name) for name in names})
 
     def _camera(self, name: str, world: _World) -> Camera:
-        return _camera(name, self.size, world.fov_rad, world.pitch_rad, world.above_ground_m)
+        (width, height), (yaw_deg, zoom) = self.size, _VIEWS[CAMERAS.index(name)]
+        return make_camera(
+            width=width,
+            height=height,
+            fov_rad=world.fov_rad * zoom,
+            yaw_rad=float(np.radians(yaw_deg)),
+            pitch_rad=world.pitch_rad,
+            above_ground_m=world.above_ground_m,
+        )
 
     def _index(self, clip_id: str) -> int:
-        match = _ID.match(clip_id)
-        if match is None or int(match["seed"]) != self.seed or int(match["index"]) >= self._count:
-            raise BadClipError("missing_clip", f"{clip_id}: not one of the {self._count} clips of {self.name}.")
-        return int(match["index"])
+        if clip_id not in self._known:
+            raise BadClipError("missing_clip", f"{clip_id}: not one of the {len(self._known)} clips of {self.name}.")
+        return self._known[clip_id]
 
     def _world(self, clip_id: str) -> _World:
         return _make_world(self.seed, self._index(clip_id), self._mix)
@@ -150,53 +165,14 @@ def _make_world(seed: int, index: int, mix: tuple[tuple[Shape, float], ...]) -> 
     )
 
 
-@lru_cache(maxsize=32)
-def _camera(name: str, size: tuple[int, int], fov_rad: float, pitch_rad: float, above_ground_m: float) -> Camera:
-    yaw_deg, zoom = _VIEWS[name]
-    return make_camera(
-        width=size[0],
-        height=size[1],
-        fov_rad=fov_rad * zoom,
-        yaw_rad=float(np.radians(yaw_deg)),
-        pitch_rad=pitch_rad,
-        above_ground_m=above_ground_m,
-    )
-
-
 def _photograph(world: _World, camera: Camera, frame: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     """The picture `[3, H, W]` at pose number `frame`."""
     drive = world.drive
-    quaternion = drive.track.quaternion_xyzw[frame]
-    position, yaw = drive.track.xyz[frame, :2], float(2 * np.arctan2(quaternion[2], quaternion[3]))
-    arc = float(drive.arc_m[frame])
+    position, (_, _, z, w) = drive.track.xyz[frame, :2], drive.track.quaternion_xyzw[frame]
+    yaw, arc = float(2 * np.arctan2(z, w)), float(drive.arc_m[frame])
     picture = paint_world(camera, world.look, drive.road, position=position, yaw_rad=yaw, arc_m=arc)
     draw(picture, camera, world.look, world.roadside, position=position, yaw_rad=yaw)
     return expose(picture, world.look, rng)
-
-
-def _calibration(camera: Camera) -> dict[str, Any]:
-    return {
-        "model": "pinhole",
-        "width": camera.width,
-        "height": camera.height,
-        "fx": camera.focal_px,
-        "fy": camera.focal_px,
-        "cx": camera.centre_px[0],
-        "cy": camera.centre_px[1],
-        "position_m": list(camera.position_m),
-        "rotation": camera.rotation.tolist(),
-    }
-
-
-def _check_mix(mix: Mapping[str, float]) -> tuple[tuple[Shape, float], ...]:
-    """Weights that add up to 1, in a fixed order."""
-    unknown = [name for name in mix if name not in SHAPES]
-    if unknown:
-        raise UsageError(f"unknown kind of road {', '.join(unknown)}; known: {', '.join(SHAPES)}.")
-    total = sum(mix.values())
-    if total <= 0 or min(mix.values()) < 0:
-        raise UsageError(f"mix {dict(mix)}: weights must not be negative and one must be above 0.")
-    return tuple((shape, mix[shape] / total) for shape in SHAPES if mix.get(shape, 0) > 0)
 
 
 def _open(place: str, cameras: Sequence[str] | None) -> SyntheticSource:
