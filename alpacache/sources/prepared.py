@@ -6,10 +6,10 @@ looked at, and no code of it is ever run.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from alpacache.driving.poses import EgoPoses
 from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef, sort_cameras
@@ -25,26 +25,10 @@ _SAVED = ("state.json", "dataset_dict.json")
 Decoded = TypeVar("Decoded")
 
 
-class Rows(Protocol):
-    """Rows of a prepared dataset, in memory, on disk or streamed."""
-
-    ids: Sequence[str]
-
-    def row(self, number: int) -> dict[str, Any]:
-        """All columns that are read of a row."""
-
-    def poses(self, number: int) -> dict[str, Any]:
-        """The poses of a row, without its pictures."""
-
-    def expect(self, numbers: Iterable[int]) -> None:
-        """Take note of the rows that will be asked for, each as often as it is named."""
-
-
 class PreparedSource:
     """Samples that `prepare` wrote. Their moments are fixed; fewer cameras or frames than were prepared may be read."""
 
-    def __init__(self, rows: Rows, *, name: str) -> None:
-        """For `open_prepared`."""
+    def __init__(self, rows: "_SavedRows | StreamedRows", *, name: str) -> None:
         self.name, self._rows = name, rows
         self._row_of = {sample_id: number for number, sample_id in enumerate(rows.ids)}
         self.sample_refs: Sequence[SampleRef] = [SampleRef.parse(sample_id) for sample_id in rows.ids]
@@ -68,8 +52,9 @@ class PreparedSource:
 
     def expect(self, refs: Sequence[SampleRef]) -> None:
         """Take note of what will be loaded, any view of it, so that a stream keeps no other rows."""
-        ids = [replace(ref, view=0).sample_id for ref in refs]
-        self._rows.expect([self._row_of[name] for name in ids if name in self._row_of])
+        if isinstance(self._rows, StreamedRows):
+            ids = [replace(ref, view=0).sample_id for ref in refs]
+            self._rows.expect([self._row_of[name] for name in ids if name in self._row_of])
 
     def _read(
         self, ref: SampleRef, get: Callable[[int], dict[str, Any]], decode: Callable[[dict[str, Any]], Decoded]
@@ -87,23 +72,21 @@ class PreparedSource:
 
 
 def open_prepared(place: str) -> PreparedSource:
-    """Open a directory that `prepare` wrote, or parquet files with the same columns: those of a hub repository or of a
-    directory laid out like one, both of which are streamed. Raises `SourceError`, saying what to do.
+    """Open a directory that `prepare` wrote, or stream parquet files with the same columns from a hub repository or a
+    directory laid out like one. Raises `SourceError`, saying what to do.
     """
     import datasets
 
     directory = Path(place)
     name = f"hf:{directory.resolve().name if directory.is_dir() else place}"
     unreadable = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError)
-    failures = (*unreadable, datasets.exceptions.DatasetsError, *connection_errors())
     try:
-        if is_saved(directory):
-            return PreparedSource(_SavedRows(directory, name), name=name)
-        return PreparedSource(StreamedRows(place), name=name)
+        rows = _SavedRows(directory, name) if is_saved(directory) else StreamedRows(place)
+        return PreparedSource(rows, name=name)
     except SourceError:
         raise
-    except failures as error:
-        raise SourceError(f"hf:{place} cannot be read ({first_line(error)}){_remedy(place, error)}") from error
+    except (*unreadable, datasets.exceptions.DatasetsError, *connection_errors()) as error:
+        raise SourceError(f"hf:{place} cannot be read ({first_line(error)}){_remedy(place)}") from error
 
 
 def is_saved(directory: Path) -> bool:
@@ -114,10 +97,9 @@ def is_saved(directory: Path) -> bool:
 def _marker(place: str) -> Path | None:
     """None for what is streamed: its rows say themselves that they cannot be reached."""
     directory = Path(place)
-    names = [name for name in _SAVED if (directory / name).is_file()]
-    if not names and (directory.is_dir() or not _must_be_a_path(place)):
+    if not is_saved(directory) and (directory.is_dir() or not _must_be_a_path(place)):
         return None
-    return directory / [*names, *_SAVED][0]
+    return next((directory / name for name in _SAVED if (directory / name).is_file()), directory / _SAVED[0])
 
 
 def _must_be_a_path(place: str) -> bool:
@@ -126,7 +108,7 @@ def _must_be_a_path(place: str) -> bool:
 
 
 class _SavedRows:
-    """Rows of a directory that `prepare` or `save_to_disk` wrote; they stay on disk."""
+    """Rows of a directory that `prepare` or `save_to_disk` wrote; they stay on disk, and are read in any order."""
 
     def __init__(self, directory: Path, name: str) -> None:
         import datasets
@@ -136,23 +118,14 @@ class _SavedRows:
         if isinstance(dataset, dict):
             dataset = datasets.concatenate_datasets(list(dataset.values()))
         check_columns(dataset.column_names, name)
-        self._rows = undecoded(dataset.with_format(None).select_columns(list(NEEDED)), name)
-        self._poses = self._rows.select_columns(list(POSES))
-        self.ids: Sequence[str] = list(self._rows["sample_id"])
+        rows = undecoded(dataset.with_format(None).select_columns(list(NEEDED)), name)
+        self.ids: Sequence[str] = list(rows["sample_id"])
 
-    def row(self, number: int) -> dict[str, Any]:
-        row: dict[str, Any] = self._rows[number]
-        return row
-
-    def poses(self, number: int) -> dict[str, Any]:
-        row: dict[str, Any] = self._poses[number]
-        return row
-
-    def expect(self, numbers: Iterable[int]) -> None:
-        """Nothing to note: rows on disk are read in any order."""
+        self.row: Callable[[int], dict[str, Any]] = rows.__getitem__
+        self.poses: Callable[[int], dict[str, Any]] = rows.select_columns(list(POSES)).__getitem__
 
 
-def _remedy(place: str, error: Exception) -> str:
+def _remedy(place: str) -> str:
     """The end of an error message: what to do."""
     import huggingface_hub
 

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from alpacache import __version__
-from alpacache.driving.poses import EgoPoses
 from alpacache.driving.sample import FUTURE_S, split_of
 from alpacache.driving.strata import STRATA, Strata, classify
-from alpacache.sources.prepared_rows import poses_of
+from alpacache.sources.prepared_rows import POSES, poses_of
 
 PROVENANCE = "provenance.json"
 CURVATURE_EDGES_PER_M = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -49,37 +48,21 @@ def provenance(
     rows: Any, *, source: str, settings: Mapping[str, Any], rejected: Sequence[tuple[str, str, str]]
 ) -> dict[str, Any]:
     """Make the record of a dataset from its rows (a `datasets.Dataset`), without looking at pictures."""
-    strata_counts, curvatures = dict.fromkeys(STRATA, 0), []
-    clips: Counter[str] = Counter()
-    sizes: set[tuple[int, int]] = set()
-    deviations = []
-    for row in rows.remove_columns(["frames"]):
-        poses: EgoPoses = poses_of(row)
-        strata = classify(*poses)
-        curvatures.append(mean_curvature(strata))
-        clips[row["clip_id"]] += 1
-        sizes.add((row["recorded_size"][0], row["recorded_size"][1]))
-        deviations.append(row["pixel_deviation"])
-        for label in strata.labels:
-            strata_counts[label] += 1
-    largest, mean = np.array(deviations).T
-    sides = Counter(split_of(clip_id) for clip_id in clips)
+    strata = [classify(*poses_of(row)) for row in rows.select_columns(list(POSES))]
+    labels = Counter(label for one in strata for label in one.labels)
+    clips = Counter(rows["clip_id"])
+    splits = {split: [n for clip_id, n in clips.items() if split_of(clip_id) == split] for split in ("train", "val")}
+    largest, mean = np.array(list(rows["pixel_deviation"])).T
     return {
         "source": source,
         "settings": dict(settings),
         "samples": len(rows),
         "clips": len(clips),
-        "splits": {
-            split: {
-                "clips": sides[split],
-                "samples": sum(n for clip_id, n in clips.items() if split_of(clip_id) == split),
-            }
-            for split in ("train", "val")
-        },
+        "splits": {split: {"clips": len(counts), "samples": sum(counts)} for split, counts in splits.items()},
         "left_out": dict(Counter(kind for _, kind, _ in rejected)),
-        "strata": strata_counts,
-        "curvature": histogram(curvatures),
-        "recorded_sizes": [list(size) for size in sorted(sizes)],
+        "strata": {name: labels[name] for name in STRATA},
+        "curvature": histogram(map(mean_curvature, strata)),
+        "recorded_sizes": [list(size) for size in sorted(set(map(tuple, rows["recorded_size"])))],
         "pixel_deviation": {"max": float(largest.max()), "mean": float(mean.mean())},
         "libraries": {"alpacache": __version__} | {name: version(name) for name in _LIBRARIES},
     }
@@ -89,7 +72,9 @@ def render_card(record: Mapping[str, Any]) -> str:
     """Render the record as Markdown, in the form that the hub shows."""
     settings, splits, off = record["settings"], record["splits"], record["pixel_deviation"]
     sizes = ", ".join(f"{width} x {height}" for height, width in record["recorded_sizes"])
-    asked = {key: value for key, value in settings.items() if value is not None}
+    stored = "as they were recorded"
+    if settings.get("fit") is not None:
+        stored = "as 8-bit pictures at the size of the model's image processor"
     lines = [
         "---",
         f"pretty_name: {record['samples']} driving samples for Alpamayo models",
@@ -108,7 +93,7 @@ def render_card(record: Mapping[str, Any]) -> str:
         "",
         "## Pictures",
         "",
-        f"Recorded at {sizes} pixels (width x height). {_picture_words(settings)} Pixels that the VLM sees differ from",
+        f"Recorded at {sizes} pixels (width x height). Stored {stored}. Pixels that the VLM sees differ from",
         f"those of the recording by at most {off['max']:.4f}, {off['mean']:.5f} on average, on their scale of -1 to 1.",
         "",
         "## Paths",
@@ -125,17 +110,11 @@ def render_card(record: Mapping[str, Any]) -> str:
         "",
         "## How it was made",
         "",
-        *(f"- {key}: `{value}`" for key, value in asked.items()),
+        *(f"- {key}: `{value}`" for key, value in settings.items() if value is not None),
         *(f"- left out, {kind}: {count}" for kind, count in record["left_out"].items()),
         *(f"- {name} {number}" for name, number in record["libraries"].items()),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _picture_words(settings: Mapping[str, Any]) -> str:
-    if settings.get("fit") is None:
-        return "Stored as they were recorded."
-    return "Stored as 8-bit pictures at the size of the model's image processor."
 
 
 def _histogram_lines(curvature: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ allocated.
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ def features() -> Any:
     """Columns of a prepared dataset."""
     from datasets import Features, Image, List, Value
 
-    leaf = Value("float32")
+    vectors = List(List(Value("float32")))
     return Features(
         {
             "sample_id": Value("string"),
@@ -52,7 +52,7 @@ def features() -> Any:
             "cameras": List(Value("string")),
             "frames": List(List(Image(decode=False))),
             "frame_timestamps_us": List(List(Value("int64"))),
-            **{name: _nested(List, leaf, len(shape)) for name, shape in POSES.items()},
+            **{name: vectors if len(shape) == 2 else List(vectors) for name, shape in POSES.items()},
             "calibration": Value("string"),
             "source": Value("string"),
             "recorded_size": List(Value("int32")),
@@ -61,11 +61,9 @@ def features() -> Any:
     )
 
 
-def check_columns(names: Iterable[str], place: str) -> None:
+def check_columns(names: Sequence[str], place: str) -> None:
     """Raise `SourceError` if columns that are read are missing."""
-    there = set(names)
-    absent = [column for column in NEEDED if column not in there]
-    if absent:
+    if absent := [column for column in NEEDED if column not in names]:
         raise SourceError(f"{place} lacks the columns {', '.join(absent)}; was it written by `alpacache prepare`?")
 
 
@@ -75,11 +73,16 @@ def to_row(sample: Sample, *, source: str, fit: PictureFit | None) -> dict[str, 
     `pixel_deviation` is the largest and the mean difference between the pixels that the VLM will see and those of the
     recorded pictures, on their scale of -1 to 1; both are 0 without `fit`.
     """
-    frames, deviation = sample.frames, (0.0, 0.0)
+    frames, deviation, where = sample.frames, (0.0, 0.0), sample.ref.sample_id
     if fit is not None:
-        frames, deviation = _fitted(sample, fit)
+        from alpacache.driving.resizing import to_processor_size
+
+        try:
+            frames, deviation = to_processor_size(frames, **asdict(fit))
+        except ValueError as error:
+            raise BadClipError("wrong_shape", f"{where}: {error} Prepare it at its original size.") from error
     return {
-        "sample_id": sample.ref.sample_id,
+        "sample_id": where,
         "clip_id": sample.ref.clip_id,
         "t0_us": sample.ref.t0_us,
         "view": sample.ref.view,
@@ -103,15 +106,16 @@ def from_row(ref: SampleRef, row: dict[str, Any], cameras: Sequence[str], frames
     if frames > len(row["frames"][0]):
         raise UsageError(f"{where}: prepared with {len(row['frames'][0])} frames a camera, {frames} are asked for.")
     chosen = [row["cameras"].index(camera) for camera in cameras]
-    shots = [[_read_png(image["bytes"], where) for image in row["frames"][place][-frames:]] for place in chosen]
+    encoded = [image["bytes"] for place in chosen for image in row["frames"][place][-frames:]]
+    if not all(encoded):  # a row that points to files is refused
+        raise BadClipError("undecodable_video", f"{where}: a picture is not embedded in the row.")
+    images = stack([read_image(io.BytesIO(data), "PNG", where=where) for data in encoded], where=where)
     stamps = np.array([row["frame_timestamps_us"][place][-frames:] for place in chosen], dtype=np.int64)
-    height, width = shots[0][0].shape[:2]
-    images = stack([image for shot in shots for image in shot], where=where)
     lenses = None if row["calibration"] is None else json.loads(row["calibration"])
     return Sample(
         ref=ref,
         cameras=tuple(cameras),
-        frames=images.reshape(len(cameras), frames, 3, height, width),
+        frames=images.reshape(len(cameras), frames, *images.shape[1:]),
         frame_timestamps_us=stamps.reshape(len(cameras), frames),
         calibration=lenses and ({camera: lenses[camera] for camera in cameras if camera in lenses} or None),
         **poses_of(row)._asdict(),
@@ -123,30 +127,9 @@ def poses_of(row: dict[str, Any]) -> EgoPoses:
     return EgoPoses(**{name: np.array(row[name], dtype=np.float32).reshape(shape) for name, shape in POSES.items()})
 
 
-def _fitted(sample: Sample, fit: PictureFit) -> tuple[NDArray[np.uint8], tuple[float, float]]:
-    from alpacache.driving.resizing import to_processor_size
-
-    try:
-        return to_processor_size(sample.frames, **asdict(fit))
-    except ValueError as error:
-        where = sample.ref.sample_id
-        raise BadClipError("wrong_shape", f"{where}: {error} Prepare it at its original size.") from error
-
-
-def _nested(list_type: Any, leaf: Any, depth: int) -> Any:
-    return leaf if depth == 0 else list_type(_nested(list_type, leaf, depth - 1))
-
-
 def _png(image: NDArray[np.uint8]) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, format="PNG", compress_level=3)
     return buffer.getvalue()
-
-
-def _read_png(data: bytes | None, where: str) -> NDArray[np.uint8]:
-    """Decode embedded bytes; a row that points to a file is refused."""
-    if not data:
-        raise BadClipError("undecodable_video", f"{where}: a picture is not embedded in the row.")
-    return read_image(io.BytesIO(data), "PNG", where=where)

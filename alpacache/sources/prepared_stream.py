@@ -39,6 +39,7 @@ class StreamedRows:
         each = [[row["sample_id"] for row in file] for file in ids]
         self.ids: Sequence[str] = list(chain.from_iterable(each))
         self._whole, self._poses = (Cursor(files, lengths=list(map(len, each))) for files in (whole, poses))
+        self.expect = self._whole.expect
 
     def row(self, number: int) -> dict[str, Any]:
         """The columns that are read of a row. Raises `DataError` if the stream breaks off."""
@@ -47,10 +48,6 @@ class StreamedRows:
     def poses(self, number: int) -> dict[str, Any]:
         """Id and poses of a row; its pictures are not fetched."""
         return self._read(self._poses, number)
-
-    def expect(self, numbers: Iterable[int]) -> None:
-        """Take note of the rows that will be asked for, each as often as it is named: no others are kept."""
-        self._whole.expect(numbers)
 
     def _read(self, cursor: "Cursor", number: int) -> dict[str, Any]:
         try:
@@ -78,10 +75,8 @@ class Cursor:
         self._starts = list(accumulate(lengths[:-1], initial=0))
         self._file, self._next = -1, 0
         self._stream: Iterator[dict[str, Any]] = iter(())
-        self._passed: OrderedDict[int, dict[str, Any]] = OrderedDict()
-        """Rows read on the way to others."""
-        self._taken: OrderedDict[int, dict[str, Any]] = OrderedDict()
-        """Rows asked for last, which may be asked for again."""
+        self._passed: OrderedDict[int, dict[str, Any]] = OrderedDict()  # rows read on the way to others
+        self._taken: OrderedDict[int, dict[str, Any]] = OrderedDict()  # rows that may be asked for again
         self._expected: Counter[int] | None = None
 
     def expect(self, numbers: Iterable[int]) -> None:
@@ -92,12 +87,7 @@ class Cursor:
     def row(self, number: int) -> dict[str, Any]:
         """A row by its number. Raises `DataError` if its file is shorter than that."""
         with self._lock:
-            if number in self._passed:
-                row = self._passed.pop(number)
-            elif number in self._taken:
-                row = self._taken.pop(number)
-            else:
-                row = self._read(number)
+            row = self._passed.pop(number, None) or self._taken.pop(number, None) or self._read(number)
             if self._expected is not None:
                 self._expected[number] -= 1
             if self._is_expected(number):
@@ -106,9 +96,8 @@ class Cursor:
 
     def _read(self, number: int) -> dict[str, Any]:
         """Read on to a row; first, of files that are left for it, the rows that late threads will still ask for."""
-        file = self._file_of(number)
         begun = self._file >= 0 or self._expected is not None
-        left = range(self._next, self._starts[file]) if begun else ()
+        left = range(self._next, self._starts[self._file_of(number)]) if begun else ()
         late = list(islice(filter(self._is_expected, left), self._room() + 1))
         for each in late if len(late) <= self._room() else ():
             self._keep(self._passed, each, self._read_to(each))
@@ -151,10 +140,8 @@ class Cursor:
 
 
 def undecoded(rows: Any, place: str) -> Any:
-    """The same rows with pictures left as encoded bytes.
-
-    Raises `SourceError` if another column is one of pictures or the like: `datasets` would open whatever path or
-    address a row names.
+    """The same rows with pictures left as encoded bytes. Raises `SourceError` if another column is one of pictures or
+    the like: `datasets` would open whatever path or address a row names.
     """
     from datasets.features.features import require_decoding
 
@@ -174,8 +161,7 @@ def _files(place: str, columns: Sequence[str]) -> list[Any]:
     builder = datasets.load_dataset_builder(place, columns=list(columns))
     _refuse_outside_files([file for files in builder.config.data_files.values() for file in files], place)
     loaded = builder.as_streaming_dataset()
-    splits = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
-    splits = [undecoded(split, place) for split in splits]
+    splits = [undecoded(split, place) for split in (loaded.values() if isinstance(loaded, dict) else [loaded])]
     return [split.shard(num_shards=split.num_shards, index=n) for split in splits for n in range(split.num_shards)]
 
 

@@ -104,11 +104,8 @@ def _refuse_existing(final: Path) -> None:
 
 def _check_source(spec: str | None, partial: Path) -> None:
     if spec is not None:
-        kept = (
-            "No sample was left out for it; bring the source back and run the same command again: it goes on with what "
-            f"is in {partial}."
-        )
-        check_still_there(spec, kept=kept)
+        again = f"bring the source back and run the same command again: it goes on with what is in {partial}."
+        check_still_there(spec, kept=f"No sample was left out for it; {again}")
 
 
 @contextmanager
@@ -118,9 +115,8 @@ def _alone(partial: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(
-                f"another prepare is at work in {partial}; wait until it is done or choose another --out."
-            ) from None
+            busy = f"another prepare is at work in {partial}; wait until it is done or choose another --out."
+            raise UsageError(busy) from None
         except OSError as error:
             raise UsageError(
                 f"{partial} cannot be locked ({error}); choose an --out on another file system."
@@ -152,8 +148,7 @@ def _write_shard(
     import pyarrow as pa
 
     report, arrow = base.with_suffix(".json"), base.with_suffix(".arrow")
-    done = _read_report(report, arrow, len(refs))
-    if done is not None:
+    if (done := _read_report(report, arrow, len(refs))) is not None:
         return done
     report.unlink(missing_ok=True)
     schema, rejected = features().arrow_schema, []
@@ -177,12 +172,11 @@ def _read_report(report: Path, arrow: Path, samples: int) -> list[list[str]] | N
     try:
         written = json.loads(report.read_text())
         rejected: list[list[str]] = written["rejected"]
-        written_rows = written["rows"]
         with pa.memory_map(str(arrow)) as file, pa.ipc.open_stream(file) as stream:
             rows = sum(batch.num_rows for batch in stream)
+        return rejected if written["rows"] == rows and rows + len(rejected) == samples else None
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
-    return rejected if written_rows == rows and rows + len(rejected) == samples else None
 
 
 def _finish(
