@@ -35,8 +35,7 @@ def prepare(config: PrepareConfig, json: bool) -> None:
     from alpacache.progress import Progress
     from alpacache.sources import open_source
     from alpacache.sources.prepared_writer import prepare as write
-    from alpacache.sources.quota import parse_quota
-    from alpacache.sources.selection import select
+    from alpacache.sources.selection import parse_quota, select
 
     wanted = None if config.quota is None else parse_quota(config.quota)
     fit = _picture_fit(config.model) if config.size == "processor" else None

@@ -99,13 +99,12 @@ class UnicycleActionSpace:
     def _speed(self, xy: Tensor, theta: Tensor, *, first: Tensor | None) -> Tensor:
         """Speed at every pose `[..., N]` from N positions and headings; `v_k u_k + v_k+1 u_k+1 = 2 dp / dt`."""
         n = theta.shape[-1]
-        u = torch.stack([torch.cos(theta), torch.sin(theta)], dim=-1)
+        u = torch.stack([torch.cos(theta), torch.sin(theta)], dim=-2)
         step = 2.0 * (xy[..., 1:, :] - xy[..., :-1, :]) / self.dt_s
         design = theta.new_zeros(*theta.shape[:-1], 2, n - 1, n)
-        design.diagonal(0, -2, -1).copy_(u[..., :-1, :].transpose(-1, -2))
-        design.diagonal(1, -2, -1).copy_(u[..., 1:, :].transpose(-1, -2))
-        design = design.flatten(-3, -2)
-        data = step.transpose(-1, -2).flatten(-2)
+        design.diagonal(0, -2, -1).copy_(u[..., :-1])
+        design.diagonal(1, -2, -1).copy_(u[..., 1:])
+        design, data = design.flatten(-3, -2), step.transpose(-1, -2).flatten(-2)
         normal = design.transpose(-1, -2) @ design
         normal = normal + self._penalty(n, order=3, weight=self.v_lambda, ridge=self.v_ridge, like=theta)
         return _solve(normal, (design.transpose(-1, -2) @ data[..., None])[..., 0], first=first)

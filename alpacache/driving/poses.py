@@ -36,10 +36,6 @@ class Track:
     quaternion_xyzw: NDArray[np.float64]
     """`[N, 4]`, scalar last, length 1."""
 
-    @property
-    def span_us(self) -> tuple[int, int]:
-        return int(self.timestamps_us[0]), int(self.timestamps_us[-1])
-
 
 class EgoPoses(NamedTuple):
     """History and future of one sample: metres in the ego frame at t0 (x forward, y left), float32."""
@@ -109,27 +105,19 @@ def check_track(track: Track, *, where: str) -> None:
     count = len(track.timestamps_us)
     check_timestamps(track.timestamps_us, what=f"{where}: pose timestamps")
     if track.xyz.shape != (count, 3) or track.quaternion_xyzw.shape != (count, 4):
-        raise BadClipError(
-            "wrong_shape",
-            f"{where}: {count} pose timestamps, but positions {track.xyz.shape} and quaternions "
-            f"{track.quaternion_xyzw.shape}; expected ({count}, 3) and ({count}, 4).",
-        )
+        shapes = f"positions {track.xyz.shape} and quaternions {track.quaternion_xyzw.shape}"
+        expected = f"expected ({count}, 3) and ({count}, 4)"
+        raise BadClipError("wrong_shape", f"{where}: {count} pose timestamps, but {shapes}; {expected}.")
     bad = ~(np.isfinite(track.xyz).all(axis=1) & np.isfinite(track.quaternion_xyzw).all(axis=1))
     if bad.any():
-        at = int(np.argmax(bad))
-        raise BadClipError(
-            "not_finite",
-            f"{where}: {int(bad.sum())} of {count} poses hold NaN or infinity, the first at "
-            f"{_seconds(track.timestamps_us[at])}; drop those rows if the rest is sound.",
-        )
+        first = _seconds(track.timestamps_us[np.argmax(bad)])
+        reason = f"{bad.sum()} of {count} poses hold NaN or infinity, the first at {first}"
+        raise BadClipError("not_finite", f"{where}: {reason}; drop those rows if the rest is sound.")
     norms = np.linalg.norm(track.quaternion_xyzw, axis=1)
     at = int(np.argmax(np.abs(norms - 1.0)))
     if abs(norms[at] - 1.0) > QUATERNION_NORM_SLACK:
-        raise BadClipError(
-            "pose_jump",
-            f"{where}: the quaternion at {_seconds(track.timestamps_us[at])} has length {norms[at]:.3g}, not 1, so it "
-            "is no rotation; check the order of columns (qx, qy, qz, qw).",
-        )
+        reason = f"the quaternion at {_seconds(track.timestamps_us[at])} has length {norms[at]:.3g}, not 1, so it is no"
+        raise BadClipError("pose_jump", f"{where}: {reason} rotation; check the order of columns (qx, qy, qz, qw).")
 
 
 def _check_motion(track: Track, times_us: NDArray[np.int64], *, where: str) -> None:
@@ -140,11 +128,9 @@ def _check_motion(track: Track, times_us: NDArray[np.int64], *, where: str) -> N
     gaps_s = np.diff(times) / 1e6
     at = int(np.argmax(gaps_s))
     if gaps_s[at] > MAX_GAP_US / 1e6:
-        raise BadClipError(
-            "time_order",
-            f"{where}: no poses for {gaps_s[at]:.2f} s after {_seconds(times[at])}; a path is not interpolated over "
-            f"more than {MAX_GAP_US / 1e6:g} s.",
-        )
+        hole = f"no poses for {gaps_s[at]:.2f} s after {_seconds(times[at])}"
+        limit_s = f"{MAX_GAP_US / 1e6:g} s"
+        raise BadClipError("time_order", f"{where}: {hole}; a path is not interpolated over more than {limit_s}.")
     quaternions = track.quaternion_xyzw[begin:end]
     moved = np.linalg.norm(np.diff(track.xyz[begin:end], axis=0), axis=1)
     cosines = np.abs((quaternions[1:] * quaternions[:-1]).sum(axis=1))
@@ -155,11 +141,9 @@ def _check_motion(track: Track, times_us: NDArray[np.int64], *, where: str) -> N
     ):
         if (amount > limit).any():
             at = int(np.argmax(amount > limit))
-            raise BadClipError(
-                "pose_jump",
-                f"{where}: the vehicle {what.format(amount[at])} within {gaps_s[at]:.3f} s at {_seconds(times[at])}; "
-                "no car does. Localisation may have been reset there; choose a t0 away from it.",
-            )
+            jump = f"{what.format(amount[at])} within {gaps_s[at]:.3f} s at {_seconds(times[at])}"
+            remedy = "Localisation may have been reset there; choose a t0 away from it."
+            raise BadClipError("pose_jump", f"{where}: the vehicle {jump}; no car does. {remedy}")
 
 
 def check_timestamps(timestamps_us: NDArray[np.int64], *, what: str) -> None:
@@ -171,11 +155,9 @@ def check_timestamps(timestamps_us: NDArray[np.int64], *, what: str) -> None:
     steps = np.diff(timestamps_us)
     if (steps <= 0).any():
         at = int(np.argmax(steps <= 0))
-        raise BadClipError(
-            "time_order",
-            f"{what} go from {int(timestamps_us[at])} to {int(timestamps_us[at + 1])} us in row {at + 1}; they must "
-            "increase strictly. Sort the rows and drop duplicates.",
-        )
+        step = f"go from {timestamps_us[at]} to {timestamps_us[at + 1]} us in row {at + 1}"
+        remedy = "they must increase strictly. Sort the rows and drop duplicates."
+        raise BadClipError("time_order", f"{what} {step}; {remedy}")
 
 
 def _check_covered(timestamps_us: NDArray[np.int64], times_us: NDArray[np.int64], *, what: str) -> None:
@@ -183,11 +165,9 @@ def _check_covered(timestamps_us: NDArray[np.int64], times_us: NDArray[np.int64]
     first, last = int(timestamps_us[0]), int(timestamps_us[-1])
     wanted_first, wanted_last = int(times_us.min()), int(times_us.max())
     if wanted_first < first or wanted_last > last:
-        raise BadClipError(
-            "short_clip",
-            f"{what} cover {_seconds(first)} to {_seconds(last)}, but {_seconds(wanted_first)} to "
-            f"{_seconds(wanted_last)} is needed; choose another t0 or a longer recording.",
-        )
+        needed = f"{_seconds(wanted_first)} to {_seconds(wanted_last)} is needed"
+        reason = f"{what} cover {_seconds(first)} to {_seconds(last)}, but {needed}"
+        raise BadClipError("short_clip", f"{reason}; choose another t0 or a longer recording.")
 
 
 def _seconds(time_us: Any) -> str:

@@ -133,9 +133,8 @@ def checked_poses(xyz: ArrayLike, rot: ArrayLike, name: str) -> tuple[Floats, Fl
     """Poses `[T, 3]` and `[T, 3, 3]` as float64. Raises ValueError, with their name, for other shapes or NaN."""
     points, matrices = np.asarray(xyz, dtype=np.float64), np.asarray(rot, dtype=np.float64)
     if points.ndim != 2 or points.shape[1] != 3 or len(points) < 2 or matrices.shape != (*points.shape, 3):
-        raise ValueError(
-            f"{name} has shapes {points.shape} and {matrices.shape}, expected [T, 3] and [T, 3, 3] with T >= 2."
-        )
+        shapes = f"{points.shape} and {matrices.shape}"
+        raise ValueError(f"{name} has shapes {shapes}, expected [T, 3] and [T, 3, 3] with T >= 2.")
     if not (np.isfinite(points).all() and np.isfinite(matrices).all()):
         raise ValueError(f"{name} holds values that are not finite.")
     return points, matrices

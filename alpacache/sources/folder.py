@@ -23,12 +23,12 @@ from alpacache.driving.sample import CAMERAS, Sample, SampleRef, sort_cameras
 from alpacache.errors import BadClipError, SourceError
 from alpacache.sources.recording import POSE_COLUMNS, Shot, covered_us, sample_of, track_of, wanted_frame_times_us
 from alpacache.sources.source import SourceKind
-from alpacache.sources.video import read_jpegs, read_mp4
+from alpacache.sources.video import read_image, read_mp4, stack
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_TABLE_BYTES = 2**30
 MAX_TABLE_ROWS = 20_000_000
-_INDEX = "dataset.json"
+_INDEX, _STAMPS = "dataset.json", ".timestamps.parquet"
 
 
 class FolderSource:
@@ -50,27 +50,23 @@ class FolderSource:
         """First and last instant that the poses and those of `cameras` that the clip has both cover."""
         clip, track = self._clip(clip_id), self.track(clip_id)
         check_track(track, where=clip_id)
-        there = [camera for camera in self.cameras if _timestamps_file(clip, camera).exists()]
+        there = [camera for camera in self.cameras if (clip / f"{camera}{_STAMPS}").exists()]
         return covered_us(track, {camera: self.frame_times_us(clip_id, camera) for camera in there}, where=clip_id)
 
     def track(self, clip_id: str) -> Track:
-        """All poses of a clip, as they stand in its file."""
         file = self._clip(clip_id) / "egomotion.parquet"
         if not file.is_file():
             raise BadClipError("missing_poses", f"{clip_id}: {file} does not exist.")
         return track_of(_read_columns(file, self._root, POSE_COLUMNS, where=clip_id))
 
     def frame_times_us(self, clip_id: str, camera: str) -> NDArray[np.int64]:
-        """When each frame of a camera was recorded, as it stands in its file."""
-        file = _timestamps_file(self._clip(clip_id), camera)
+        file = self._clip(clip_id) / f"{camera}{_STAMPS}"
         if not file.is_file():
-            raise BadClipError(
-                "missing_camera", f"{clip_id}: no {camera} ({file.name} does not exist); leave it out with --cameras."
-            )
+            reason = f"no {camera} ({file.name} does not exist); leave it out with --cameras."
+            raise BadClipError("missing_camera", f"{clip_id}: {reason}")
         return _read_columns(file, self._root, ("timestamp",), where=clip_id)["timestamp"]
 
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """RGB frames `[len(times_us), 3, H, W]`: for each time the frame at or before it."""
         return self._read_camera(clip_id, camera, times_us)[0]
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
@@ -87,18 +83,21 @@ class FolderSource:
         return _inside(self._root / "clips" / clip_id, self._root, where=clip_id)
 
     def _read_camera(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> Shot:
-        """For each time the frame at or before it."""
         clip, where = self._clip(clip_id), f"{clip_id}: {camera}"
         stamps = self.frame_times_us(clip_id, camera)
         chosen = frame_indices(stamps, times_us, where=where)
         movie, pictures = clip / f"{camera}.mp4", clip / camera
         if movie.exists():
-            file = _inside(movie, self._root, where=where)
-            images = read_mp4(file, chosen.tolist(), count=len(stamps), where=where)
+            _inside(movie, self._root, where=where)
+            images = read_mp4(movie, chosen.tolist(), count=len(stamps), where=where)
         else:
-            _check_image_count(_inside(pictures, self._root, where=where), len(stamps), where=where)
+            if not _inside(pictures, self._root, where=where).is_dir():
+                raise BadClipError("missing_camera", f"{where}: neither {movie.name} nor a folder {camera}/ exists.")
+            count = sum(1 for entry in pictures.iterdir() if entry.suffix == ".jpg")
+            if count != len(stamps):
+                raise BadClipError("wrong_shape", f"{where}: {count} images, but {len(stamps)} timestamps.")
             files = [_inside(pictures / f"{index:06d}.jpg", self._root, where=where) for index in chosen]
-            images = read_jpegs(files, where=where)
+            images = stack([read_image(file, "JPEG", where=f"{where}: {file.name}") for file in files], where=where)
         return images, stamps[chosen]
 
     def _read_calibration(self, clip_id: str) -> dict[str, Any] | None:
@@ -107,7 +106,7 @@ class FolderSource:
             return None
         try:
             lenses = _load_json(_inside(file, self._root, where=clip_id))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadClipError("wrong_shape", f"{clip_id}: calibration.json is not readable JSON ({error}).") from error
         if not isinstance(lenses, dict):
             raise BadClipError("wrong_shape", f"{clip_id}: calibration.json must hold an object, one entry a camera.")
@@ -126,16 +125,14 @@ def _read_index(file: Path) -> dict[str, Any]:
     try:
         index = _load_json(file)
         name, cameras, clips = index["name"], index["cameras"], index["clips"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(f"{file} is not a dataset index with name, cameras and clips ({error}).") from error
     if not all(isinstance(entries, list) and entries for entries in (cameras, clips)):
         raise SourceError(f"{file}: cameras and clips must be lists with at least one name each.")
-    for camera in cameras:
-        if camera not in CAMERAS:
-            raise SourceError(f"{file}: unknown camera {camera!r}; known: {', '.join(CAMERAS)}.")
-    for clip in clips:
-        if not is_plain_name(clip):
-            raise SourceError(f"{file}: {clip!r} cannot be a clip's name; it must be one path component.")
+    if unknown := [camera for camera in cameras if camera not in CAMERAS]:
+        raise SourceError(f"{file}: unknown camera {unknown[0]!r}; known: {', '.join(CAMERAS)}.")
+    if odd := [clip for clip in clips if not is_plain_name(clip)]:
+        raise SourceError(f"{file}: {odd[0]!r} cannot be a clip's name; it must be one path component.")
     if len(set(clips)) != len(clips):
         raise SourceError(f"{file}: clips are listed twice.")
     return {"name": str(name), "cameras": cameras, "clips": clips}
@@ -151,14 +148,7 @@ def _inside(path: Path, root: Path, *, where: str) -> Path:
 def _load_json(file: Path) -> Any:
     if file.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
-    try:
-        return json.loads(file.read_bytes())
-    except RecursionError as error:
-        raise ValueError(f"{file.name} is nested too deeply") from error
-
-
-def _timestamps_file(clip: Path, camera: str) -> Path:
-    return clip / f"{camera}.timestamps.parquet"
+    return json.loads(file.read_bytes())
 
 
 def _read_columns(file: Path, root: Path, names: Sequence[str], *, where: str) -> dict[str, NDArray[Any]]:
@@ -190,14 +180,6 @@ def _numeric(column: Any, name: str, *, where: str) -> NDArray[Any]:
         raise BadClipError("not_finite", f"{where}: {column.null_count} rows have no timestamp.")
     array: NDArray[Any] = column.to_numpy()
     return array.astype(np.int64) if name == "timestamp" else array
-
-
-def _check_image_count(folder: Path, count: int, *, where: str) -> None:
-    if not folder.is_dir():
-        raise BadClipError("missing_camera", f"{where}: neither {folder.name}.mp4 nor a folder {folder.name}/ exists.")
-    images = sum(1 for entry in folder.iterdir() if entry.suffix == ".jpg")
-    if images != count:
-        raise BadClipError("wrong_shape", f"{where}: {images} images, but {count} timestamps.")
 
 
 KIND = SourceKind(

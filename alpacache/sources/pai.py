@@ -10,7 +10,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,12 @@ def open_tree(directory: str | Path, *, cameras: Sequence[str] | None = None) ->
     """Open a tree with the repository's own layout, as `hf download ... --local-dir DIR` leaves it, without network."""
     interface_class = _devkit()
     cache = LinkedCache(Path(directory))
+    options = {"revision": cache.revision, "cache_dir": cache.directory, "token": False}
     try:
-        interface = interface_class(
-            revision=cache.revision, cache_dir=cache.directory, token=False, confirm_download_threshold_gb=float("inf")
-        )
+        interface = interface_class(**options, confirm_download_threshold_gb=float("inf"))
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(f"pai:{directory}: the devkit cannot read its metadata ({error}).") from error
-    return PhysicalAiSource(interface, name=f"pai:{Path(directory).resolve().name}", cameras=cameras, cache=cache)
+    return PhysicalAiSource(interface, name=f"pai:{Path(directory).resolve().name}", cameras=cameras, files=cache)
 
 
 def open_hub(*, cameras: Sequence[str] | None = None) -> "PhysicalAiSource":
@@ -50,34 +49,27 @@ def open_hub(*, cameras: Sequence[str] | None = None) -> "PhysicalAiSource":
 
     Raises `SourceError` with the command that helps.
     """
-    interface_class = _devkit()
     limit, directory = limit_bytes(), cache_directory()
-    cache_dir = str(directory) if limit else None
+    options = {"cache_dir": str(directory) if limit else None, "confirm_download_threshold_gb": float("inf")}
+    interface_class = _devkit()
     try:
-        interface = with_retry(
-            lambda: interface_class(cache_dir=cache_dir, confirm_download_threshold_gb=float("inf")),
-            what=f"opening {REPO}",
-        )
+        interface = with_retry(lambda: interface_class(**options), what=f"opening {REPO}")
     except connection_errors() as error:
         raise explain_hub_error(error) from error
     chunks = ChunkCache(interface, directory, limit) if limit else None
-    return PhysicalAiSource(interface, name=f"pai@{interface.revision}", cameras=cameras, cache=None, chunks=chunks)
+    return PhysicalAiSource(interface, name=f"pai@{interface.revision}", cameras=cameras, files=chunks)
 
 
 class PhysicalAiSource:
     """Clips behind one devkit interface, in the order of their chunks; every read opens its own files."""
 
     def __init__(
-        self,
-        interface: Any,
-        *,
-        name: str,
-        cameras: Sequence[str] | None,
-        cache: LinkedCache | None,
-        chunks: ChunkCache | None = None,
+        self, interface: Any, *, name: str, cameras: Sequence[str] | None, files: LinkedCache | ChunkCache | None
     ) -> None:
-        """For `open_tree`, which gives a `cache`, and `open_hub`, which gives `chunks` unless all is to be streamed."""
-        self._interface, self._cache, self._chunks = interface, cache, chunks
+        """For `open_tree` and `open_hub`; without `files` all is streamed."""
+        self._interface = interface
+        self._cache = files if isinstance(files, LinkedCache) else None
+        self._chunks = files if isinstance(files, ChunkCache) else None
         self.name, self.cameras = name, sort_cameras(cameras or CAMERAS)
         self.clip_ids: Sequence[str] = self._usable_clips()
         self._known = frozenset(self.clip_ids)
@@ -91,31 +83,23 @@ class PhysicalAiSource:
         """First and last instant that the poses and those of `cameras` that the clip has both cover."""
         _, track = self._poses(clip_id)
         there = [camera for camera in self.cameras if self._has(clip_id, camera)]
-        stamps = {camera: self._read_stamps(clip_id, camera, fetch=False) for camera in there}
-        return covered_us(track, stamps, where=clip_id)
+        return covered_us(track, {name: self.frame_times_us(clip_id, name) for name in there}, where=clip_id)
 
     def track(self, clip_id: str) -> Track:
-        """All poses of a clip, as they stand in its archive."""
         if clip_id not in self._known:
             raise BadClipError("missing_clip", f"{clip_id}: not a clip of {self.name}.")
         table = self._read_table(clip_id, EGOMOTION, EGOMOTION)
-        absent = [name for name in POSE_COLUMNS if name not in table.columns]
-        if absent:
+        if absent := [name for name in POSE_COLUMNS if name not in table.columns]:
             raise BadClipError("wrong_shape", f"{clip_id}: egomotion lacks the columns {', '.join(absent)}.")
         return track_of(table)
 
     def frame_times_us(self, clip_id: str, camera: str) -> NDArray[np.int64]:
-        """When each frame of a camera was recorded, as it stands in its archive."""
-        if not self._has(clip_id, camera):
-            raise BadClipError("missing_camera", f"{clip_id}: {camera}: {self._where_to_get(clip_id, camera)}")
         return self._read_stamps(clip_id, camera, fetch=False)
 
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """RGB frames `[len(times_us), 3, H, W]`: for each time the frame at or before it."""
         return self._read_camera(clip_id, camera, times_us)[0]
 
     def event_times_us(self, clip_id: str) -> Sequence[int]:
-        """Starts of the annotated events, for `--t0 events`."""
         return self._events().get(clip_id, ())
 
     def group_of(self, clip_id: str) -> str:
@@ -149,11 +133,8 @@ class PhysicalAiSource:
 
     def _chunk_is_here(self, chunk: int) -> bool:
         features = self._interface.features
-        has = [
-            self._interface.is_file_cached(features.get_chunk_feature_filename(chunk, feature))
-            for feature in (EGOMOTION, *CAMERAS)
-            if feature in features.ALL
-        ]
+        names = [name for name in (EGOMOTION, *CAMERAS) if name in features.ALL]
+        has = [self._interface.is_file_cached(features.get_chunk_feature_filename(chunk, name)) for name in names]
         return has[0] and any(has[1:])
 
     def _has(self, clip_id: str, camera: str) -> bool:
@@ -170,14 +151,11 @@ class PhysicalAiSource:
         """The devkit's interpolator and the track behind it, checked first because the devkit's errors name no row."""
         track = self.track(clip_id)
         check_track(track, where=clip_id)
-        with self._reading(clip_id, EGOMOTION, missing="wrong_shape", damaged="wrong_shape"):
+        with self._reading(clip_id, EGOMOTION):
             return self._feature(clip_id, EGOMOTION), track
 
     def _read_camera(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> Shot:
-        """For each time the frame at or before it."""
         where = f"{clip_id}: {camera}"
-        if not self._has(clip_id, camera):
-            raise BadClipError("missing_camera", f"{where}: {self._where_to_get(clip_id, camera)}")
         with self._reading(clip_id, camera, missing="missing_camera", damaged="undecodable_video"):
             frames = set(frame_indices(self._read_stamps(clip_id, camera), times_us, where=where).tolist())
             reader = self._feature(clip_id, camera)
@@ -192,14 +170,14 @@ class PhysicalAiSource:
         return images.transpose(0, 3, 1, 2), np.asarray(taken, dtype=np.int64)
 
     def _read_stamps(self, clip_id: str, camera: str, *, fetch: bool = True) -> NDArray[np.int64]:
+        if not self._has(clip_id, camera):
+            raise BadClipError("missing_camera", f"{clip_id}: {camera}: {self._where_to_get(clip_id, camera)}")
         column = self._read_table(clip_id, camera, "frame_timestamps", fetch=fetch)["timestamp"]
         return np.asarray(column.to_numpy().astype(np.int64))
 
     def _feature(self, clip_id: str, feature: str) -> Any:
-        def read(stream: bool) -> Any:
-            return self._interface.get_clip_feature(clip_id, feature, maybe_stream=stream)
-
-        return self._at_hand(self._file(clip_id, feature), read)
+        read = partial(self._interface.get_clip_feature, clip_id, feature)
+        return self._at_hand(self._file(clip_id, feature), lambda stream: read(maybe_stream=stream))
 
     def _read_table(self, clip_id: str, feature: str, member: str, *, fetch: bool = True) -> Any:
         """Read one parquet member of a chunk's archive; refuses one that unpacks to gigabytes.
@@ -214,14 +192,13 @@ class PhysicalAiSource:
             with self._interface.open_file(file, maybe_stream=stream) as opened, zipfile.ZipFile(opened) as archive:
                 for name in names.values():
                     if name in archive.namelist() and archive.getinfo(name).file_size > MAX_MEMBER_BYTES:
-                        raise BadClipError(
-                            "unsafe_size", f"{clip_id}: {name} unpacks to more than {MAX_MEMBER_BYTES:,} B."
-                        )
+                        reason = f"{name} unpacks to more than {MAX_MEMBER_BYTES:,} B."
+                        raise BadClipError("unsafe_size", f"{clip_id}: {reason}")
                 with archive.open(names[member]) as table:
                     return pd.read_parquet(table)
 
         missing = "missing_poses" if feature == EGOMOTION else "missing_camera"
-        with self._reading(clip_id, feature, missing=missing, damaged="wrong_shape"):
+        with self._reading(clip_id, feature, missing=missing):
             return self._at_hand(file, read, fetch=fetch)
 
     def _at_hand(self, file: str, read: Callable[[bool], Any], *, fetch: bool = True) -> Any:
@@ -234,7 +211,9 @@ class PhysicalAiSource:
             return with_retry(lambda: read(not fetch), what=file)
 
     @contextmanager
-    def _reading(self, clip_id: str, feature: str, *, missing: str, damaged: str) -> Iterator[None]:
+    def _reading(
+        self, clip_id: str, feature: str, *, missing: str = "wrong_shape", damaged: str = "wrong_shape"
+    ) -> Iterator[None]:
         """Turn what the devkit, zip, parquet and FFmpeg raise for bad data into a `BadClipError`."""
         import av
         import pyarrow as pa
@@ -251,9 +230,8 @@ class PhysicalAiSource:
             raise BadClipError(damaged, f"{where} cannot be decoded ({error}); fetch its file again.") from error
         except connection_errors() as error:
             if self._cache is None:
-                raise DataError(
-                    f"{where}: cannot be fetched ({first_line(error)}); the same command goes on."
-                ) from error
+                text = f"{where}: cannot be fetched ({first_line(error)}); the same command goes on."
+                raise DataError(text) from error
             raise BadClipError(damaged, f"{where} cannot be read ({error}).") from error
         except (ValueError, IndexError, TypeError, ZeroDivisionError, StopIteration) as error:
             raise BadClipError(damaged, f"{where} cannot be decoded by the devkit ({error}).") from error
@@ -268,59 +246,46 @@ class PhysicalAiSource:
 
     def _read_calibration(self, clip_id: str) -> dict[str, dict[str, Any]]:
         """The f-theta model and place of each camera for which the dataset has both; damaged ones are a bad clip."""
-        intrinsics = self._read_lenses(clip_id, "camera_intrinsics")
-        extrinsics = self._read_lenses(clip_id, "sensor_extrinsics")
-        if intrinsics is None or extrinsics is None:
-            return {}
-        models, poses = intrinsics.camera_models, extrinsics.sensor_poses
-        both = [name for name in CAMERAS if name in models and name in poses]
-        with self._reading(clip_id, "camera_intrinsics", missing="wrong_shape", damaged="wrong_shape"):
-            return {name: _describe_lens(models[name], poses[name]) for name in both}
+        read = []
+        for feature in ("camera_intrinsics", "sensor_extrinsics"):
+            with self._reading(clip_id, feature):
+                try:
+                    read.append(self._feature(clip_id, feature))
+                except (KeyError, FileNotFoundError):  # no such file here, or none of this clip in it
+                    return {}
+        models, poses = read[0].camera_models, read[1].sensor_poses
+        with self._reading(clip_id, "camera_intrinsics"):
+            return {
+                name: {
+                    "model": "ftheta",
+                    "width": int(models[name].width),
+                    "height": int(models[name].height),
+                    "cx": float(models[name].principal_point[0]),
+                    "cy": float(models[name].principal_point[1]),
+                    "fw_poly": [float(value) for value in models[name].th2r.coef],
+                    "bw_poly": [float(value) for value in models[name].r2th.coef],
+                    "position_m": [float(value) for value in poses[name].translation],
+                    "rotation": poses[name].rotation.as_matrix().tolist(),
+                }
+                for name in CAMERAS
+                if name in models and name in poses
+            }
 
-    def _read_lenses(self, clip_id: str, feature: str) -> Any | None:
-        """None if the dataset or the tree has no such file, or the file lacks this clip."""
-        with self._reading(clip_id, feature, missing="wrong_shape", damaged="wrong_shape"):
-            try:
-                return self._feature(clip_id, feature)
-            except (KeyError, FileNotFoundError):
-                return None
-
-    def _read_events(self) -> dict[str, tuple[int, ...]]:
+    def _read_events(self) -> dict[str, list[int]]:
         import pandas as pd
         import pyarrow as pa
 
         if self._cache is not None and not self._interface.is_file_cached(EVENTS_FILE):
-            raise UsageError(
-                f"{self.name}: t0 events needs {EVENTS_FILE}; run: hf download {REPO} {EVENTS_FILE} "
-                f"--repo-type dataset --local-dir {self._cache.tree}"
-            )
+            fetch = f"hf download {REPO} {EVENTS_FILE} --repo-type dataset --local-dir {self._cache.tree}"
+            raise UsageError(f"{self.name}: t0 events needs {EVENTS_FILE}; run: {fetch}")
         try:
             table = pd.read_parquet(with_retry(lambda: self._interface.download_file(EVENTS_FILE), what=EVENTS_FILE))
         except connection_errors() as error:
             raise explain_hub_error(error) from error
         except pa.ArrowException as error:
             raise SourceError(f"{self.name}: {EVENTS_FILE} cannot be read ({error}); fetch it again.") from error
-        return {str(clip): _event_starts(events) for clip, events in table["events"].items()}
-
-
-def _event_starts(events: Any) -> tuple[int, ...]:
-    """`event_start_timestamp` (us) of each event of a JSON list."""
-    listed = json.loads(events) if isinstance(events, str) else []
-    return tuple(sorted(int(event["event_start_timestamp"]) for event in listed or ()))
-
-
-def _describe_lens(model: Any, pose: Any) -> dict[str, Any]:
-    return {
-        "model": "ftheta",
-        "width": int(model.width),
-        "height": int(model.height),
-        "cx": float(model.principal_point[0]),
-        "cy": float(model.principal_point[1]),
-        "fw_poly": [float(value) for value in model.th2r.coef],
-        "bw_poly": [float(value) for value in model.r2th.coef],
-        "position_m": [float(value) for value in pose.translation],
-        "rotation": pose.rotation.as_matrix().tolist(),
-    }
+        listed = {str(clip): json.loads(text) or () for clip, text in table["events"].items() if isinstance(text, str)}
+        return {clip: sorted(int(one["event_start_timestamp"]) for one in events) for clip, events in listed.items()}
 
 
 def _devkit() -> Any:

@@ -34,36 +34,25 @@ class LinkedCache:
 
     def __init__(self, tree: Path) -> None:
         """Raises `SourceError`, naming missing files and the command that fetches them."""
-        self.tree = tree.resolve()
-        self._check()
-        self.directory = tempfile.mkdtemp(prefix="alpacache-pai-")
-        self.close = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
-        snapshot = Path(self.directory) / f"datasets--{REPO.replace('/', '--')}" / "snapshots" / self.revision
-        snapshot.mkdir(parents=True)
-        for entry in self.tree.iterdir():
-            if entry.name not in ("metadata", "splits"):
-                (snapshot / entry.name).symlink_to(entry)
-        for name in ("metadata", "splits"):
-            (snapshot / name).mkdir()
-            for entry in (self.tree / name).iterdir() if (self.tree / name).is_dir() else ():
-                (snapshot / name / entry.name).symlink_to(entry)
-        self._complete(snapshot)
+        import pandas as pd
 
-    def _check(self) -> None:
+        self.tree = tree.resolve()
         if not self.tree.is_dir():
             raise SourceError(f"pai:{self.tree}: no such directory.")
         missing = [name for name in _NEEDED if not (self.tree / name).is_file()]
         if not any((self.tree / name).is_file() for name in (_PRESENCE, _OLD_PRESENCE)):
             missing.append(str(_PRESENCE))
         if missing:
-            files = " ".join(missing)
-            raise SourceError(
-                f"pai:{self.tree} lacks {', '.join(missing)}; run: hf download {REPO} {files} --repo-type dataset "
-                f"--local-dir {self.tree}"
-            )
-
-    def _complete(self, snapshot: Path) -> None:
-        import pandas as pd
+            fetch = f"hf download {REPO} {' '.join(missing)} --repo-type dataset --local-dir {self.tree}"
+            raise SourceError(f"pai:{self.tree} lacks {', '.join(missing)}; run: {fetch}")
+        self.directory = tempfile.mkdtemp(prefix="alpacache-pai-")
+        self.close = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+        snapshot = Path(self.directory) / f"datasets--{REPO.replace('/', '--')}" / "snapshots" / self.revision
+        for folder in (".", "metadata", "splits"):
+            (snapshot / folder).mkdir(parents=True, exist_ok=True)
+            for entry in (self.tree / folder).glob("*"):
+                if entry.name not in ("metadata", "splits"):
+                    (snapshot / folder / entry.name).symlink_to(entry)
 
         if not (snapshot / _PRESENCE).exists():
             table = pd.read_parquet(snapshot / _OLD_PRESENCE)
@@ -75,22 +64,21 @@ class LinkedCache:
 
 
 def explain_hub_error(error: Exception) -> SourceError:
-    """An error that tells offline, gated and unreachable apart and names the command that helps.
+    """Tell offline, gated and unreachable apart, and name the command that helps.
 
     `error` is one of `connection_errors`, or the `DataError` of `with_retry`.
     """
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     cause = error.__cause__ if isinstance(error, DataError) else error
     status = getattr(getattr(cause, "response", None), "status_code", None)
-    refused = isinstance(cause, GatedRepoError | RepositoryNotFoundError) or status in (401, 403)
+    refused = isinstance(cause, RepositoryNotFoundError) or status in (401, 403)  # gated ones are "not found" too
     local = f"or read a local tree with pai:DIR; its first chunk is fetched by: {_FIRST_CHUNK}"
     if isinstance(cause, OfflineModeIsEnabled):
         help_text = f"HF_HUB_OFFLINE is set; unset it, {local}"
     elif isinstance(cause, HfHubHTTPError) and refused:
-        help_text = (
-            f"the dataset is gated; accept its terms at https://huggingface.co/datasets/{REPO}, then run: hf auth login"
-        )
+        page = f"https://huggingface.co/datasets/{REPO}"
+        help_text = f"the dataset is gated; accept its terms at {page}, then run: hf auth login"
     else:
         help_text = f"the hub cannot be reached; try again online, {local}"
     repeated = "after repeated tries, " if cause is not error else ""

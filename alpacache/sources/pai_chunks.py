@@ -36,9 +36,8 @@ def limit_bytes() -> int:
     """`ALPACACHE_PAI_CACHE_SIZE`, such as `64GB`, in bytes; 0 means that no chunk is kept."""
     text = os.environ.get(LIMIT) or DEFAULT_LIMIT
     number = text.upper().rstrip("BKMGT ").strip()
-    unit = text.upper()[len(number) :].strip()
     try:
-        size = float(number) * _UNITS[unit]
+        size = float(number) * _UNITS[text.upper()[len(number) :].strip()]
     except (ValueError, KeyError):
         size = -1.0
     if not 0 <= size < float("inf"):
@@ -92,21 +91,17 @@ class ChunkCache:
             if self._path(file, self._interface.revision) is not None:
                 return
             entry.write_text("")  # nothing is granted yet
-            size = with_retry(lambda: self._size_on_hub(file), what=file)
+            hub, snapshot = self._interface.api, self._interface.repo_snapshot_info
+            infos = with_retry(lambda: hub.get_paths_info(paths=[file], **snapshot), what=file)
+            if not infos:
+                raise FileNotFoundError(f"{self._interface.repo_id} has no file {file}")
+            size = int(infos[0].size)
             if size > self.limit:
-                raise UsageError(
-                    f"{file} has {size:,} bytes, more than the {self.limit:,} that chunks may take; set {LIMIT} "
-                    "higher, or to 0 to stream what is needed of each."
-                )
+                most = f"{size:,} bytes, more than the {self.limit:,} that chunks may take"
+                raise UsageError(f"{file} has {most}; set {LIMIT} higher, or to 0 to stream what is needed of each.")
             while not self._grant(file, entry, size):
                 time.sleep(_POLL_S)
             with_retry(lambda: self._interface.download_file(file), what=file)
-
-    def _size_on_hub(self, file: str) -> int:
-        infos = self._interface.api.get_paths_info(paths=[file], **self._interface.repo_snapshot_info)
-        if not infos:
-            raise FileNotFoundError(f"{self._interface.repo_id} has no file {file}")
-        return int(infos[0].size)
 
     def _grant(self, file: str, entry: Path, size: int) -> bool:
         """Remove the chunks longest unused until `size` fits, and take that room; False if too many are in use.
@@ -116,39 +111,31 @@ class ChunkCache:
         with _locked(self._entries / "room.lock", fcntl.LOCK_EX), ExitStack() as locks:
             used, idle = size, []
             for other in sorted(self._entries.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
-                noted = _read(other) if other != entry else None
-                if noted is None:
+                text = other.read_text() if other != entry else ""
+                if not text:
                     continue
+                noted = json.loads(text)
                 path = self._path(**noted["chunk"])
-                if _try_lock(other, locks):
-                    if path is None:
-                        continue  # a download that failed
+                try:
+                    locks.enter_context(_locked(other, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                except BlockingIOError:  # in use
+                    used += noted["size"]
+                    continue
+                if path is not None:  # else a download that failed
                     idle.append((other, path))
-                used += noted["size"]
+                    used += noted["size"]
             if used - sum(path.stat().st_size for _, path in idle) > self.limit:
                 return False
             for other, path in idle:
                 if used <= self.limit:
                     break
-                used -= path.stat().st_size
-                _remove(other, path)
+                blob = path.resolve()  # in the hub's layout a chunk is a link to a blob
+                used -= blob.stat().st_size
+                path.unlink()
+                blob.unlink(missing_ok=True)
+                other.write_text("")
             entry.write_text(json.dumps({"chunk": {"file": file, "revision": self._interface.revision}, "size": size}))
             return True
-
-
-def _remove(entry: Path, path: Path) -> None:
-    """Remove a chunk, which in the hub's layout is a link to a blob; its entry stays, empty."""
-    blob = path.resolve()
-    path.unlink()
-    blob.unlink(missing_ok=True)
-    entry.write_text("")
-
-
-def _read(entry: Path) -> dict[str, Any] | None:
-    """Chunk and size that an entry names; None if it is empty."""
-    text = entry.read_text()
-    noted: dict[str, Any] | None = json.loads(text) if text else None
-    return noted
 
 
 @contextmanager
@@ -156,13 +143,3 @@ def _locked(file: Path, kind: int) -> Iterator[None]:
     with file.open("a") as handle:
         fcntl.flock(handle, kind)
         yield
-
-
-def _try_lock(file: Path, stack: ExitStack) -> bool:
-    """Lock a file until `stack` is closed, unless somebody else has locked it; whether that worked."""
-    handle = stack.enter_context(file.open("a"))
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -5,7 +5,7 @@ as an undisturbed one.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -19,10 +19,10 @@ from alpacache.sources.prepared_rows import POSES, poses_of
 PROVENANCE = "provenance.json"
 CURVATURE_EDGES_PER_M = (0.001, 0.003, 0.01, 0.03, 0.1)
 """Bounds of the histogram's bands of mean curvature: radii of 1000, 333, 100, 33 and 10 m."""
+_LIBRARIES = ("datasets", "numpy", "pillow", "torch")
 LEAST_DRIVEN_M = 5.0
 """A path that is shorter than this in 6.4 s counts as standing: its curvature means nothing."""
 _BAR = 40
-_LIBRARIES = ("datasets", "numpy", "pillow", "torch")
 
 
 def mean_curvature(strata: Strata) -> float | None:
@@ -31,16 +31,15 @@ def mean_curvature(strata: Strata) -> float | None:
     return strata.heading_change_rad / driven_m if driven_m >= LEAST_DRIVEN_M else None
 
 
-def histogram(curvatures_per_m: Iterable[float | None]) -> dict[str, Any]:
+def histogram(curvatures_per_m: Sequence[float | None]) -> dict[str, Any]:
     """Count samples in each band of |mean curvature|, by side; there is one more band than `edges_per_m`."""
-    values = list(curvatures_per_m)
-    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    known = np.array([value for value in curvatures_per_m if value is not None], dtype=np.float64)
     bands, count = np.digitize(np.abs(known), CURVATURE_EDGES_PER_M), len(CURVATURE_EDGES_PER_M) + 1
     return {
         "edges_per_m": list(CURVATURE_EDGES_PER_M),
         "left": np.bincount(bands[known > 0], minlength=count).tolist(),
         "right": np.bincount(bands[known <= 0], minlength=count).tolist(),
-        "standing": len(values) - len(known),
+        "standing": len(curvatures_per_m) - len(known),
     }
 
 
@@ -61,7 +60,7 @@ def provenance(
         "splits": {split: {"clips": len(counts), "samples": sum(counts)} for split, counts in splits.items()},
         "left_out": dict(Counter(kind for _, kind, _ in rejected)),
         "strata": {name: labels[name] for name in STRATA},
-        "curvature": histogram(map(mean_curvature, strata)),
+        "curvature": histogram([mean_curvature(one) for one in strata]),
         "recorded_sizes": [list(size) for size in sorted(set(map(tuple, rows["recorded_size"])))],
         "pixel_deviation": {"max": float(largest.max()), "mean": float(mean.mean())},
         "libraries": {"alpacache": __version__} | {name: version(name) for name in _LIBRARIES},

@@ -10,6 +10,7 @@ import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
@@ -40,22 +41,15 @@ class StreamedRows:
         self.ids: Sequence[str] = list(chain.from_iterable(each))
         self._whole, self._poses = (Cursor(files, lengths=list(map(len, each))) for files in (whole, poses))
         self.expect = self._whole.expect
-
-    def row(self, number: int) -> dict[str, Any]:
-        """The columns that are read of a row. Raises `DataError` if the stream breaks off."""
-        return self._read(self._whole, number)
-
-    def poses(self, number: int) -> dict[str, Any]:
-        """Id and poses of a row; its pictures are not fetched."""
-        return self._read(self._poses, number)
+        self.row, self.poses = partial(self._read, self._whole), partial(self._read, self._poses)  # poses: no pictures
 
     def _read(self, cursor: "Cursor", number: int) -> dict[str, Any]:
+        """A row of one of the streams. Raises `DataError` if it breaks off."""
         try:
             row = cursor.row(number)
         except connection_errors() as error:
-            raise DataError(
-                f"hf:{self.place}: streaming {self.ids[number]} failed ({first_line(error)}); the same command goes on."
-            ) from error
+            text = f"streaming {self.ids[number]} failed ({first_line(error)}); the same command goes on."
+            raise DataError(f"hf:{self.place}: {text}") from error
         if row["sample_id"] != self.ids[number]:
             raise DataError(f"hf:{self.place} has changed since it was opened; run the same command again.")
         return row

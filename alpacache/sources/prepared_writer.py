@@ -74,7 +74,7 @@ def prepare(
     parts = [refs[start : start + SHARD_SAMPLES] for start in range(0, len(refs), SHARD_SAMPLES)]
     shards = [partial / f"shard-{number:06d}" for number in range(len(parts))]
 
-    def to_rows(ref: SampleRef) -> dict[str, Any]:
+    def to_row_of(ref: SampleRef) -> dict[str, Any]:
         try:
             sample = source.load(ref, cameras=names, frames=frames)
         except BadClipError:
@@ -86,10 +86,10 @@ def prepare(
     with _alone(partial):
         _refuse_existing(final)  # another run may have just finished
         _settle_plan(partial, source, refs, asked)
-        reports = [_write_shard(base, to_rows, part, on_sample) for base, part in zip(shards, parts, strict=True)]
         rejected = [(name, error.kind, str(error)) for name, error in unusable]
-        rejected += [(name, kind, message) for report in reports for name, kind, message in report]
-        if all(len(report) == len(part) for report, part in zip(reports, parts, strict=True)):
+        for base, part in zip(shards, parts, strict=True):
+            rejected += [(name, kind, text) for name, kind, text in _write_shard(base, to_row_of, part, on_sample)]
+        if len(rejected) - len(unusable) == len(refs):
             reason = f" The first reason: {rejected[0][2]}" if rejected else ""
             raise SourceError(f"{source.name}: none of {len(refs)} samples can be used.{reason}")
         record = _finish(shards, final, source.name, asked, rejected)
@@ -118,17 +118,14 @@ def _alone(partial: Path) -> Iterator[None]:
             busy = f"another prepare is at work in {partial}; wait until it is done or choose another --out."
             raise UsageError(busy) from None
         except OSError as error:
-            raise UsageError(
-                f"{partial} cannot be locked ({error}); choose an --out on another file system."
-            ) from error
+            raise UsageError(f"{partial} cannot be locked ({error}); choose --out on another file system.") from error
         yield
 
 
 def _settle_plan(partial: Path, source: Source, refs: Sequence[SampleRef], asked: Mapping[str, Any]) -> None:
     """Write down what the working directory is for, or check that an earlier run there had the same settings."""
     ids = hashlib.sha256("\n".join(ref.sample_id for ref in refs).encode()).hexdigest()
-    plan = json.dumps({"source": source.name, "samples": ids, **asked})
-    file = partial / "plan.json"
+    file, plan = partial / "plan.json", json.dumps({"source": source.name, "samples": ids, **asked})
     if not file.exists():
         write_flushed(file, plan.encode())
     elif file.read_text() != plan:

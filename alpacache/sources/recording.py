@@ -26,11 +26,10 @@ def track_of(columns: Mapping[str, NDArray[Any]]) -> Track:
 
 def covered_us(track: Track, frame_times_us: Mapping[str, NDArray[np.int64]], *, where: str) -> tuple[int, int]:
     """First and last instant (us) that the poses and every camera cover. Raises `BadClipError` (`time_order`)."""
-    spans = [track.span_us]
     for camera, stamps in frame_times_us.items():
         check_timestamps(stamps, what=f"{where}: {camera}: frame timestamps")
-        spans.append((int(stamps[0]), int(stamps[-1])))
-    return max(first for first, _ in spans), min(last for _, last in spans)
+    clocks = (track.timestamps_us, *frame_times_us.values())
+    return max(int(stamps[0]) for stamps in clocks), min(int(stamps[-1]) for stamps in clocks)
 
 
 def wanted_frame_times_us(t0_us: int, frames: int) -> NDArray[np.int64]:
@@ -41,24 +40,19 @@ def wanted_frame_times_us(t0_us: int, frames: int) -> NDArray[np.int64]:
 def sample_of(
     ref: SampleRef, poses: EgoPoses, shots: Mapping[str, Shot], calibration: Mapping[str, Any] | None
 ) -> Sample:
-    """A sample of these cameras, given in index order. Raises `BadClipError` (`wrong_shape`) for unequal sizes."""
+    """A sample of these cameras, given in index order; the frames of a single one are not copied.
+
+    Raises `BadClipError` (`wrong_shape`) for cameras of different sizes.
+    """
+    images = [frames for frames, _ in shots.values()]
+    if len({frames.shape for frames in images}) > 1:
+        sizes = ", ".join(f"{camera} {frames.shape[-2:]}" for camera, (frames, _) in shots.items())
+        raise BadClipError("wrong_shape", f"{ref.clip_id}: cameras of different sizes (height, width): {sizes}.")
     return Sample(
         ref=ref,
         cameras=tuple(shots),
-        frames=join_cameras({camera: images for camera, (images, _) in shots.items()}, where=ref.clip_id),
+        frames=np.stack(images) if len(images) > 1 else images[0][None],
         frame_timestamps_us=np.stack([stamps for _, stamps in shots.values()]),
         calibration={camera: lens for camera, lens in (calibration or {}).items() if camera in shots} or None,
         **poses._asdict(),
     )
-
-
-def join_cameras(images: Mapping[str, NDArray[np.uint8]], *, where: str) -> NDArray[np.uint8]:
-    """Frames `[frames, 3, H, W]` of each camera as one `[cameras, frames, 3, H, W]`; a single camera's are not copied.
-
-    Raises `BadClipError` (`wrong_shape`) for cameras of different sizes.
-    """
-    if len({array.shape for array in images.values()}) > 1:
-        sizes = ", ".join(f"{camera} {array.shape[-2:]}" for camera, array in images.items())
-        raise BadClipError("wrong_shape", f"{where}: cameras of different sizes (height, width): {sizes}.")
-    arrays = list(images.values())
-    return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]

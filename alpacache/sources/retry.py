@@ -13,8 +13,7 @@ ATTEMPTS = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
 """Waits double from the first to the longest. Each is cut by up to half at random, so that workers do not retry in
 step."""
-_BUSY = (408, 425, 429)
-
+_sleep = time.sleep
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
@@ -69,13 +68,9 @@ def may_pass(error: BaseException) -> bool:
         return error.__cause__ is None or may_pass(error.__cause__)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, HfHubHTTPError) or status is not None:
-        return status is None or status >= 500 or status in _BUSY
+        return status is None or status >= 500 or status in (408, 425, 429)
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     if isinstance(error, OSError):  # the disk sets errno; a download that ended early does not
         return type(error) is OSError and error.errno is None
     return isinstance(error, connection_errors())
-
-
-def _sleep(seconds: float) -> None:
-    time.sleep(seconds)

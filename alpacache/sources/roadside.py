@@ -17,10 +17,9 @@ _POST_EVERY_M = 12.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roadside:
-    """Trees and posts in world coordinates, one row each."""
+    """Trees and posts, one row each; `xy` is `[N, 2]` metres in the world."""
 
     xy: Floats
-    """`[N, 2]` metres."""
     height_m: Floats32
     width_m: Floats32
     shade: Floats32
@@ -30,12 +29,11 @@ class Roadside:
 
 
 class _Spot(NamedTuple):
-    """One thing as the camera sees it, in pixels unless a name says otherwise."""
+    """One thing as the camera sees it, in pixels unless a name says otherwise; `scale` is pixels a metre."""
 
     column: float
     base: float
     scale: float
-    """Pixels a metre at its distance."""
     height_m: float
     width_m: float
     light: float
@@ -91,9 +89,7 @@ def _edge(look: Look, side: Floats) -> Floats:
 def _draw_tree(picture: Floats32, look: Look, spot: _Spot) -> None:
     """A trunk and an oval crown, lighter towards its top."""
     high, wide = spot.height_m * spot.scale, spot.width_m * spot.scale
-    trunk = 0.04 * high
-    sides = (spot.column - trunk, spot.column + trunk)
-    _fill(picture, sides, (spot.base - 0.5 * high, spot.base), _tint(look.dirt * 0.45, look, spot))
+    _fill(picture, spot, 0.04 * high, (0.0, 0.5), _tint(look.dirt * 0.45, look, spot))
     middle, half_high, half_wide = spot.base - 0.62 * high, max(0.38 * high, 0.5), max(0.5 * wide, 0.5)
     rows = _span(middle - half_high, middle + half_high, picture.shape[0])
     columns = _span(spot.column - half_wide, spot.column + half_wide, picture.shape[1])
@@ -108,11 +104,9 @@ def _draw_tree(picture: Floats32, look: Look, spot: _Spot) -> None:
 
 def _draw_post(picture: Floats32, look: Look, spot: _Spot) -> None:
     """A white post with a dark band near its top."""
-    high, half = spot.height_m * spot.scale, 0.5 * spot.width_m * spot.scale
-    sides = (spot.column - half, spot.column + half)
-    _fill(picture, sides, (spot.base - high, spot.base), _tint(look.paint, look, spot))
-    band = (spot.base - 0.85 * high, spot.base - 0.6 * high)
-    _fill(picture, sides, band, _tint(look.asphalt * 0.4, look, spot))
+    half = 0.5 * spot.width_m * spot.scale
+    _fill(picture, spot, half, (0.0, 1.0), _tint(look.paint, look, spot))
+    _fill(picture, spot, half, (0.6, 0.85), _tint(look.asphalt * 0.4, look, spot))
 
 
 def _tint(colour: Floats32, look: Look, spot: _Spot) -> Floats32:
@@ -121,8 +115,10 @@ def _tint(colour: Floats32, look: Look, spot: _Spot) -> Floats32:
     return np.asarray(lit + (look.sky_low - lit) * np.float32(spot.haze), dtype=np.float32)
 
 
-def _fill(picture: Floats32, columns: tuple[float, float], rows: tuple[float, float], colour: Floats32) -> None:
-    """Blend an upright rectangle in, by the share of each pixel it covers."""
+def _fill(picture: Floats32, spot: _Spot, half: float, heights: tuple[float, float], colour: Floats32) -> None:
+    """Blend an upright rectangle in, by the share of each pixel it covers; `heights` are shares of the thing's."""
+    bottom, top = (spot.base - share * (spot.height_m * spot.scale) for share in heights)
+    rows, columns = (top, bottom), (spot.column - half, spot.column + half)
     high, wide = _span(*rows, picture.shape[0]), _span(*columns, picture.shape[1])
     patch = picture[high, wide]
     if patch.size:

@@ -158,7 +158,7 @@ def _sky(camera: Camera, look: Look, yaw_rad: float) -> Floats32:
 def _ground(camera: Camera, look: Look, road: Road, *, position: Floats, yaw_rad: float, arc_m: float) -> Floats32:
     """Colours `[ground, 3]` of the ground pixels."""
     cos, sin = np.float32(np.cos(yaw_rad)), np.float32(np.sin(yaw_rad))
-    x, y = camera.ground_xy[:, 0], camera.ground_xy[:, 1]
+    x, y = camera.ground_xy.T
     world_x = x * cos - y * sin + np.float32(position[0])
     world_y = x * sin + y * cos + np.float32(position[1])
     along, across, heading = _locate(road, world_x, world_y, x + np.float32(arc_m))
@@ -207,8 +207,11 @@ def _pavement(
     dash = np.clip((look.dash_m / 2 - phase) / print_along + 0.5, 0.0, 1.0)
     dash = np.where(print_along > look.period_m, np.float32(look.dash_m / look.period_m), dash)
     paint = np.zeros_like(along)
+    half = np.float32(0.16 / 2)  # of the width of a line, in metres
     for place, dashed in _markings(look):
-        cover = _cover(across, place, 0.16, print_across)
+        off = np.abs(across - np.float32(place))
+        overlap = np.minimum(half, off + print_across / 2) - np.maximum(-half, off - print_across / 2)
+        cover = np.clip(overlap / print_across, 0.0, 1.0)  # share of each pixel's footprint
         paint = np.maximum(paint, cover * dash if dashed else cover)
     return np.asarray(colour + (look.paint - colour) * paint[:, None] * 0.9, dtype=np.float32)
 
@@ -219,13 +222,6 @@ def _markings(look: Look) -> list[tuple[float, bool]]:
     lines = [((lane - 0.5) * LANE_M, -right < lane < left + 1) for lane in range(-right, left + 2)]
     inner = {0.5 * LANE_M: look.dashed[0], -0.5 * LANE_M: look.dashed[1]}
     return [(place, inside and inner.get(place, True)) for place, inside in lines]
-
-
-def _cover(across: Floats32, place: float, width: float, footprint: Floats32) -> Floats32:
-    """Share of each pixel's footprint (m) that a line of `width` at `place` covers."""
-    off, half = np.abs(across - np.float32(place)), np.float32(width / 2)
-    overlap = np.minimum(half, off + footprint / 2) - np.maximum(-half, off - footprint / 2)
-    return np.asarray(np.clip(overlap / footprint, 0.0, 1.0), dtype=np.float32)
 
 
 def _texture(u: Floats32, v: Floats32, *, soft: bool = False) -> Floats32:
@@ -272,6 +268,5 @@ def draw_look(rng: np.random.Generator) -> Look:
 def _skyline(rng: np.random.Generator) -> Floats32:
     """`Look.hills`: a sum of whole waves, so that the circle closes."""
     turn = np.linspace(0, 2 * np.pi, SKYLINE, endpoint=False)
-    waves = (rng.uniform(-1, 1) / n**0.7 * np.sin(n * turn + rng.uniform(0, 2 * np.pi)) for n in range(2, 20))
-    height = np.asarray(sum(waves))
-    return (rng.uniform(0.0, 0.05) + 0.02 * height).astype(np.float32)
+    waves = [rng.uniform(-1, 1) / n**0.7 * np.sin(n * turn + rng.uniform(0, 2 * np.pi)) for n in range(2, 20)]
+    return np.asarray(rng.uniform(0.0, 0.05) + 0.02 * sum(waves), dtype=np.float32)

@@ -6,16 +6,17 @@ hub with hundreds of thousands of clips.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache
 from typing import Literal
 
+from alpacache.driving.poses import history_and_future
 from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, SampleRef, split_of
-from alpacache.driving.strata import Turn
+from alpacache.driving.strata import TURNS, Turn, turns_ahead
 from alpacache.errors import BadClipError, UsageError
-from alpacache.sources.quota import Quota
-from alpacache.sources.source import EventSource, FixedSource, GroupedSource, Source
+from alpacache.sources.source import EventSource, FixedSource, GroupedSource, RecordedSource, Source
 
 HISTORY_US = HISTORY_STEPS * STEP_US
 """t0 lies more than this after the start of the recording."""
@@ -52,13 +53,20 @@ def select(
 
     Raises `UsageError` for arguments that make no sense and for a split that holds no clip.
     """
-    _check_arguments(split, samples, views, quota)
+    if split not in ("train", "val", "all"):
+        raise UsageError(f"split {split!r} is none of train, val, all.")
+    if samples is not None and samples < 1:
+        raise UsageError(f"samples is {samples}; at least 1 is needed.")
+    if views < 1:
+        raise UsageError(f"views is {views}; at least 1 is needed, the pictures as they are.")
+    if samples is not None and quota is not None:
+        raise UsageError(f"samples is {samples} and there is a quota; the quota says how many, leave samples out.")
     wanted = None if quota is None else Quota(source, quota)
     samples_of: Callable[[str], Sequence[SampleRef]]
     if isinstance(source, FixedSource):
         samples_of = _fixed_samples(source.sample_refs, source.name, t0)
     else:
-        samples_of = partial(_Moments.parse(t0, source).of, source)
+        samples_of = _moments(source, t0)
     clips = [clip for clip in source.clip_ids if split == "all" or split_of(clip) == split]
     if not clips:
         raise UsageError(f"{source.name}: none of its {len(source.clip_ids)} clips falls into the {split} split.")
@@ -72,7 +80,7 @@ def select(
         except BadClipError as error:
             rejected.append((clip_id, error))
             continue
-        refs += fitting if wanted is None else _within(wanted, fitting, rejected)
+        refs += fitting if wanted is None else wanted.take(fitting, rejected)
     return [replace(ref, view=view) for ref in refs[:samples] for view in range(views)], rejected
 
 
@@ -87,18 +95,6 @@ def shuffled(source: Source, clip_ids: Iterable[str], seed: int) -> list[str]:
     return sorted(clip_ids, key=lambda clip_id: (place(f"group {source.group_of(clip_id)}"), place(clip_id)))
 
 
-def _within(quota: Quota, refs: Iterable[SampleRef], rejected: list[Rejected]) -> list[SampleRef]:
-    """The samples that the quota takes; those whose poses cannot be used are appended to `rejected`."""
-    taken = []
-    for ref in refs:
-        try:
-            if quota.take(ref):
-                taken.append(ref)
-        except BadClipError as error:
-            rejected.append((ref.sample_id, error))
-    return taken
-
-
 def _fixed_samples(refs: Sequence[SampleRef], name: str, t0: str) -> Callable[[str], Sequence[SampleRef]]:
     """A function that gives the samples of a clip, all of which are taken."""
     if t0 != DEFAULT_T0:
@@ -111,56 +107,38 @@ def _fixed_samples(refs: Sequence[SampleRef], name: str, t0: str) -> Callable[[s
     return by_clip.__getitem__
 
 
-class _Moments:
-    """A parsed `t0`: one time, a raster, or the source's events."""
+def _moments(source: Source, t0: str) -> Callable[[str], Sequence[SampleRef]]:
+    """A function that gives the samples of a clip whose t0 leaves room for history and future, ascending."""
+    events, every, step_us = None, t0.startswith("every:"), 0
+    if t0 == "events":
+        if not isinstance(source, EventSource):
+            raise UsageError(f"{source.name} knows no events; give t0 in seconds, or every:SECONDS.")
+        events = source.event_times_us
+    else:
+        with suppress(ValueError, OverflowError):
+            step_us = round(float(t0.removeprefix("every:")) * 1e6)
+        if step_us <= 0:
+            raise UsageError(f"t0 {t0!r} is none of 5.1 (seconds), every:2.0 (seconds apart) or events.")
 
-    def __init__(self, mode: Literal["at", "every", "events"], value_us: int) -> None:
-        self._mode, self._value_us = mode, value_us
-
-    @classmethod
-    def parse(cls, text: str, source: Source) -> "_Moments":
-        if text == "events":
-            if not isinstance(source, EventSource):
-                raise UsageError(f"{source.name} knows no events; give t0 in seconds, or every:SECONDS.")
-            return cls("events", 0)
-        mode: Literal["at", "every"] = "every" if text.startswith("every:") else "at"
-        try:
-            value_us = round(float(text.removeprefix("every:")) * 1e6)
-        except (ValueError, OverflowError):
-            value_us = 0
-        if value_us <= 0:
-            raise UsageError(f"t0 {text!r} is none of 5.1 (seconds), every:2.0 (seconds apart) or events.")
-        return cls(mode, value_us)
-
-    def of(self, source: Source, clip_id: str) -> list[SampleRef]:
-        """The samples of one clip whose t0 leaves room for history and future, ascending."""
-        if self._mode == "events" and isinstance(source, EventSource) and not source.event_times_us(clip_id):
+    def samples_of(clip_id: str) -> Sequence[SampleRef]:
+        times: Iterable[int] = sorted(set(events(clip_id))) if events else ()
+        if events and not times:
             return []
         first, last = source.times_us(clip_id)
         start = clip_start_us(first, last)
         low, high = max(start + HISTORY_US + 1, first + HISTORY_US - STEP_US), last - FUTURE_US
-        fitting = [time for time in self._candidates(source, clip_id, start, high) if low <= time <= high]
-        if not fitting and self._mode != "events":
-            raise BadClipError("short_clip", self._too_short(clip_id, start, first, last))
-        return [SampleRef(clip_id=clip_id, t0_us=time) for time in fitting]
+        if events is None:
+            times = range(start + step_us, high + 1, step_us) if every else [start + step_us]
+        fitting = [SampleRef(clip_id=clip_id, t0_us=time) for time in times if low <= time <= high]
+        if not fitting and events is None:
+            wanted = f"any t0 every {step_us / 1e6:g} s" if every else f"t0 at {step_us / 1e6:g} s"
+            covered = f"{(first - start) / 1e6:.2f} s to {(last - start) / 1e6:.2f} s of the clip"
+            needed = f"more than {HISTORY_US / 1e6:g} s before it and {FUTURE_US / 1e6:g} s after it are needed"
+            reason = f"poses and pictures cover {covered}, too short for {wanted}: {needed}."
+            raise BadClipError("short_clip", f"{clip_id}: {reason}")
+        return fitting
 
-    def _candidates(self, source: Source, clip_id: str, start: int, high: int) -> Iterator[int]:
-        if self._mode == "at":
-            yield start + self._value_us
-        elif self._mode == "every":
-            yield from range(start + self._value_us, high + 1, self._value_us)
-        elif isinstance(source, EventSource):
-            yield from sorted(set(source.event_times_us(clip_id)))
-
-    def _too_short(self, clip_id: str, start: int, first: int, last: int) -> str:
-        wanted = (
-            f"t0 at {self._value_us / 1e6:g} s" if self._mode == "at" else f"any t0 every {self._value_us / 1e6:g} s"
-        )
-        return (
-            f"{clip_id}: poses and pictures cover {(first - start) / 1e6:.2f} s to {(last - start) / 1e6:.2f} s of the "
-            f"clip, too short for {wanted}: more than {HISTORY_US / 1e6:g} s before it and {FUTURE_US / 1e6:g} s after "
-            "it are needed."
-        )
+    return samples_of
 
 
 def clip_start_us(first_us: int, last_us: int) -> int:
@@ -172,12 +150,52 @@ def clip_start_us(first_us: int, last_us: int) -> int:
     return 0 if first_us <= CLOCK_SLACK_US and last_us > 0 else first_us
 
 
-def _check_arguments(split: str, samples: int | None, views: int, quota: Mapping[Turn, int] | None) -> None:
-    if split not in ("train", "val", "all"):
-        raise UsageError(f"split {split!r} is none of train, val, all.")
-    if samples is not None and samples < 1:
-        raise UsageError(f"samples is {samples}; at least 1 is needed.")
-    if views < 1:
-        raise UsageError(f"views is {views}; at least 1 is needed, the pictures as they are.")
-    if samples is not None and quota is not None:
-        raise UsageError(f"samples is {samples} and there is a quota; the quota says how many, leave samples out.")
+class Quota:
+    """Counts down the samples that are still wanted of each turn: in any log, straight roads outnumber curves by far.
+
+    A turn that is not named is not wanted. It follows from the poses: no picture is read for a sample that is left out.
+    """
+
+    def __init__(self, source: Source, wanted: Mapping[Turn, int]) -> None:
+        for turn, count in wanted.items():
+            if turn not in TURNS or count < 1:
+                raise UsageError(f"quota {turn}={count}: expected {', '.join(TURNS)} with at least 1 sample each.")
+        if not wanted or not isinstance(source, FixedSource | RecordedSource):
+            raise UsageError(f"{source.name}: a quota needs at least one turn, and a source whose poses can be read.")
+        self._source, self._left = source, dict(wanted)
+        if isinstance(source, RecordedSource):
+            self._track = lru_cache(maxsize=1)(source.track)
+
+    @property
+    def is_full(self) -> bool:
+        return not any(self._left.values())
+
+    def take(self, refs: Iterable[SampleRef], rejected: list[Rejected]) -> list[SampleRef]:
+        """The samples that are wanted; those whose poses cannot be used are appended to `rejected`."""
+        taken = []
+        for ref in refs:
+            try:
+                if isinstance(self._source, FixedSource):
+                    poses = self._source.poses(ref)
+                else:
+                    poses = history_and_future(self._track(ref.clip_id), ref.t0_us, where=ref.clip_id)
+            except BadClipError as error:
+                rejected.append((ref.sample_id, error))
+                continue
+            (turn,) = turns_ahead(poses.history_rot[None], poses.future_xyz[None], poses.future_rot[None])
+            if self._left.get(turn):
+                self._left[turn] -= 1
+                taken.append(ref)
+        return taken
+
+
+def parse_quota(text: str) -> dict[Turn, int]:
+    """Parse `straight=200,sharp=100`; raises `UsageError`."""
+    wanted: dict[Turn, int] = {}
+    for part in text.split(","):
+        turn, _, count = (piece.strip() for piece in part.partition("="))
+        if turn not in TURNS or turn in wanted or not (count.isascii() and count.isdigit() and int(count)):
+            form, example = f"TURN=SAMPLES with one of {', '.join(TURNS)}", "straight=200,gentle=100,sharp=100"
+            raise UsageError(f"quota {text!r}: {part.strip()!r} is not {form}, each once; expected such as {example}.")
+        wanted[turn] = int(count)
+    return wanted

@@ -2,15 +2,8 @@
 
     spec (`folder:DIR`)  --open_source-->  Source  --select-->  SampleRefs  --Source.load-->  Samples
 
-A source is any object with the members of `Source`. It has more to offer where it also fits one of the protocols
-below, which callers ask for with `isinstance`:
-
-| protocol | fits sources | such as | used by |
-| --- | --- | --- | --- |
-| `RecordedSource` | of whole recordings | folder, PhysicalAI-AV, synthetic | `check`, quotas |
-| `FixedSource` | whose samples were chosen before | prepared datasets | `select`, quotas, `extract` |
-| `EventSource` | that know moments worth a sample | PhysicalAI-AV, synthetic | `--t0 events` |
-| `GroupedSource` | that fetch many clips at once | PhysicalAI-AV | `prepare --seed` |
+A source is any object with the members of `Source`. It has more to offer where it also fits one of the other protocols
+below, which callers ask for with `isinstance`.
 
 Times are int64 microseconds on the clip's own clock. Poses, frames and rotations mean what `alpacache.driving` says.
 How to add a source: docs/how-to/add-a-source.md.
@@ -59,7 +52,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class RecordedSource(Protocol):
-    """A source of whole recordings. `check` and quotas read them; nothing here is checked before it is returned."""
+    """A source of whole recordings, for `check` and quotas; nothing here is checked before it is returned."""
 
     def track(self, clip_id: str) -> Track:
         """All poses of a clip, vehicle to world."""
@@ -73,7 +66,7 @@ class RecordedSource(Protocol):
 
 @runtime_checkable
 class FixedSource(Protocol):
-    """A source whose samples are fixed. `select` takes them in place of looking for moments of its own."""
+    """A source whose samples are fixed, such as a prepared dataset; `select` looks for no moments of its own."""
 
     sample_refs: Sequence[SampleRef]
     """All samples, in the order in which they are read fastest."""

@@ -80,7 +80,7 @@ class SyntheticSource:
         return 0, CLIP_US
 
     def event_times_us(self, clip_id: str) -> tuple[int, ...]:
-        """When curves begin, for `--t0 events`."""
+        """When curves begin."""
         return self._world(clip_id).drive.curve_starts_us
 
     def clip_kind(self, clip_id: str) -> ClipKind:
@@ -88,7 +88,6 @@ class SyntheticSource:
         return self._world(clip_id).drive.kind
 
     def track(self, clip_id: str) -> Track:
-        """The poses, every 50 ms."""
         return self._world(clip_id).drive.track
 
     def frame_times_us(self, clip_id: str, camera: str) -> NDArray[np.int64]:
@@ -96,12 +95,16 @@ class SyntheticSource:
         return self.track(clip_id).timestamps_us
 
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """RGB frames `[len(times_us), 3, H, W]`: for each time the frame at or before it."""
-        world = self._world(clip_id)
-        view = self._camera(camera, world)
-        key = [self.seed, self._index(clip_id), 2, CAMERAS.index(camera)]
-        chosen = frame_indices(world.drive.track.timestamps_us, times_us, where=clip_id)
-        return np.stack([_photograph(world, view, frame, np.random.default_rng([*key, frame])) for frame in chosen])
+        world, key = self._world(clip_id), [self.seed, self._index(clip_id), 2, CAMERAS.index(camera)]
+        view, look, drive = self._camera(camera, world), world.look, world.drive
+        pictures = []
+        for frame in frame_indices(drive.track.timestamps_us, times_us, where=clip_id):
+            position, (_, _, z, w) = drive.track.xyz[frame, :2], drive.track.quaternion_xyzw[frame]
+            yaw, arc = float(2 * np.arctan2(z, w)), float(drive.arc_m[frame])
+            picture = paint_world(view, look, drive.road, position=position, yaw_rad=yaw, arc_m=arc)
+            draw(picture, view, look, world.roadside, position=position, yaw_rad=yaw)
+            pictures.append(expose(picture, look, np.random.default_rng([*key, frame])))
+        return np.stack(pictures)
 
     def calibration(self, clip_id: str, camera: str) -> dict[str, Any]:
         """The camera's pinhole projection and its place on the vehicle."""
@@ -163,16 +166,6 @@ def _make_world(seed: int, index: int, mix: tuple[tuple[Shape, float], ...]) -> 
         pitch_rad=float(rng.uniform(-0.02, 0.06)),
         fov_rad=float(np.radians(rng.uniform(*_FRONT_FOV_DEG))),
     )
-
-
-def _photograph(world: _World, camera: Camera, frame: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The picture `[3, H, W]` at pose number `frame`."""
-    drive = world.drive
-    position, (_, _, z, w) = drive.track.xyz[frame, :2], drive.track.quaternion_xyzw[frame]
-    yaw, arc = float(2 * np.arctan2(z, w)), float(drive.arc_m[frame])
-    picture = paint_world(camera, world.look, drive.road, position=position, yaw_rad=yaw, arc_m=arc)
-    draw(picture, camera, world.look, world.roadside, position=position, yaw_rad=yaw)
-    return expose(picture, world.look, rng)
 
 
 def _open(place: str, cameras: Sequence[str] | None) -> SyntheticSource:

@@ -17,11 +17,6 @@ MAX_PIXELS = 50_000_000
 """Pixels of one frame; 8K video has 33 million."""
 
 
-def read_jpegs(files: Sequence[Path], *, where: str) -> NDArray[np.uint8]:
-    """`[len(files), 3, H, W]` RGB. Raises `BadClipError`: `undecodable_video`, `wrong_shape`."""
-    return stack([read_image(file, "JPEG", where=f"{where}: {file.name}") for file in files], where=where)
-
-
 def read_image(file: Path | BinaryIO, kind: Literal["JPEG", "PNG"], *, where: str) -> NDArray[np.uint8]:
     """`[H, W, 3]` RGB. Raises `BadClipError`: `undecodable_video`, `wrong_shape`."""
     from PIL import Image
@@ -49,15 +44,17 @@ def read_mp4(file: Path, indices: Sequence[int], *, count: int, where: str) -> N
             check_stream(stream, where=f"{where}: {file.name}")
             packets = [packet for packet in container.demux(stream) if packet.pts is not None]
             times, keys = sorted(one.pts for one in packets), [one.pts for one in packets if one.is_keyframe]
-            _check_count(len(times), count, where=f"{where}: {file.name}")
+            if len(times) != count:
+                kind = "undecodable_video" if len(times) < count else "wrong_shape"
+                remedy = "; the video is truncated. Copy it again" if len(times) < count else ""
+                text = f"{where}: {file.name} holds {len(times)} frames, its timestamps name {count}{remedy}."
+                raise BadClipError(kind, text)
             frames = _decode(container, stream, sorted({times[index] for index in indices}), keys)
     except BadClipError:
         raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BadClipError(
-            "undecodable_video",
-            f"{where}: {file.name} cannot be decoded ({error}); it may be truncated. Copy it again.",
-        ) from error
+        text = f"{where}: {file.name} cannot be decoded ({error}); it may be truncated. Copy it again."
+        raise BadClipError("undecodable_video", text) from error
     missing = [index for index in indices if times[index] not in frames]
     if missing:
         raise BadClipError("undecodable_video", f"{where}: frame {missing[0]} of {file.name} is damaged.")
@@ -78,9 +75,8 @@ class WantedFrames:
     def decode(self, **only_this_stream: int) -> Iterator[Any]:
         """Frames from the container's position on, in the order of presentation."""
         codec = self._stream.codec_context
-        skips = codec.name in ("h264", "hevc")
         for packet in self._container.demux(self._stream):
-            if skips:
+            if codec.name in ("h264", "hevc"):
                 wanted = packet.pts is None or self._is_wanted(packet.pts)
                 codec.skip_frame = "DEFAULT" if wanted else "NONREF"
             yield from packet.decode()
@@ -96,10 +92,8 @@ def stack(frames: Sequence[NDArray[np.uint8]], *, where: str) -> NDArray[np.uint
     """
     sizes = sorted({frame.shape[:2] for frame in frames})
     if len(sizes) > 1:
-        raise BadClipError(
-            "wrong_shape",
-            f"{where}: frames of different sizes (height, width): {', '.join(map(str, sizes))}; one size a sample.",
-        )
+        shown = ", ".join(map(str, sizes))
+        raise BadClipError("wrong_shape", f"{where}: frames of different sizes (height, width): {shown}; expected one.")
     return np.stack(frames).transpose(0, 3, 1, 2)
 
 
@@ -107,41 +101,25 @@ def check_stream(stream: Any, *, where: str) -> None:
     """Refuse video that this FFmpeg has no decoder for, and frames larger than any camera's."""
     codec = stream.codec_context
     if codec is None:
-        raise BadClipError(
-            "undecodable_video",
-            f"{where}: its codec is unknown to FFmpeg; encode it again as H.264, or copy it again if it is damaged.",
-        )
+        reason = "its codec is unknown to FFmpeg; encode it again as H.264, or copy it again if it is damaged."
+        raise BadClipError("undecodable_video", f"{where}: {reason}")
     check_size(codec.width, codec.height, where=where)
 
 
 def check_size(width: int, height: int, *, where: str) -> None:
     """Refuse frames larger than any camera's."""
     if width * height > MAX_PIXELS:
-        raise BadClipError(
-            "wrong_shape", f"{where}: frames of {width} x {height} pixels; more than {MAX_PIXELS:,} is refused."
-        )
+        raise BadClipError("wrong_shape", f"{where}: frames of {width} x {height} pixels; at most {MAX_PIXELS:,}.")
 
 
-def _check_count(count: int, expected: int, *, where: str) -> None:
-    if count < expected:
-        raise BadClipError(
-            "undecodable_video",
-            f"{where} holds {count} frames, its timestamps name {expected}; the video is truncated. Copy it again.",
-        )
-    if count > expected:
-        raise BadClipError("wrong_shape", f"{where} holds {count} frames, its timestamps name {expected}.")
-
-
-def _decode(
-    container: Any, stream: Any, wanted: Sequence[int], key_frames: Sequence[int]
-) -> dict[int, NDArray[np.uint8]]:
+def _decode(container: Any, stream: Any, wanted: Sequence[int], keys: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
     """Frames by presentation time; seeks once, as the wanted frames of a sample lie close together.
 
     Seeks to the last key frame shown before them: frames that are shown before a key frame may follow it in the file,
     and are decoded from the key frame before it.
     """
     frames: dict[int, NDArray[np.uint8]] = {}
-    first = max((time for time in key_frames if time <= wanted[0]), default=wanted[0])
+    first = max((time for time in keys if time <= wanted[0]), default=wanted[0])
     container.seek(first, backward=True, stream=stream)
     for frame in WantedFrames(container, stream, frozenset(wanted).__contains__).decode():
         if frame.pts in wanted and not frame.is_corrupt:

@@ -6,9 +6,8 @@ frames still moves as it did. The numbers follow from seed, clip, t0 and view nu
 sample.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,32 +35,28 @@ _LUMA = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jitter:
-    """Changes to all pictures of one sample; 1, 1, 1, 1, 1, 0, 0 changes nothing."""
+    """Changes to all pictures of one sample; 1, 1, 1, 1, 1, 0, 0 changes nothing.
+
+    Colour values run from 0 to 1. Brightness is a factor of each, contrast one of its distance from 0.5, saturation one
+    of its distance from the pixel's grey, and gamma its exponent. The crop keeps the share `keep` of height and width;
+    its top and left edges are shares of them too.
+    """
 
     brightness: float
-    """Factor of every colour value, which runs from 0 to 1."""
     contrast: float
-    """Factor of a value's distance from 0.5."""
     saturation: float
-    """Factor of a value's distance from the pixel's grey."""
     gamma: float
-    """Exponent of a value."""
     keep: float
-    """Share of the height, and of the width, that the crop keeps."""
     top: float
-    """Top edge of the crop, as a share of the height."""
     left: float
-    """Left edge of the crop, as a share of the width."""
 
 
 def draw(ref: SampleRef, *, seed: int) -> Jitter:
     """Draw the jitter of a view above 0."""
     generator = randomness.generator("view", seed, ref.clip_id, ref.t0_us, ref.view)
     uniform = torch.rand(len(RANGES) + 2, generator=generator, dtype=torch.float64).tolist()
-    drawn = {
-        name: round(low + (high - low) * u, _DIGITS)
-        for (name, (low, high)), u in zip(RANGES.items(), uniform, strict=False)
-    }
+    ranges = zip(RANGES.items(), uniform, strict=False)
+    drawn = {name: round(low + (high - low) * u, _DIGITS) for (name, (low, high)), u in ranges}
     top, left = (round((1 - drawn["keep"]) * u, _DIGITS) for u in uniform[len(RANGES) :])
     return Jitter(**drawn, top=top, left=left)
 
@@ -70,18 +65,18 @@ def apply(frames: NDArray[np.uint8], jitter: Jitter) -> NDArray[np.uint8]:
     """Jitter RGB pictures `[..., 3, H, W]`, one at a time, since a float copy of all is large."""
     height, width = frames.shape[-2:]
     rows, columns = _crop(height, jitter.keep, jitter.top), _crop(width, jitter.keep, jitter.left)
-    table = _table(jitter)
+    values = np.arange(256) / 255 * jitter.brightness
+    values = np.clip((values - 0.5) * jitter.contrast + 0.5, 0, 1) ** jitter.gamma
+    table = values.astype(np.float32)  # what these make of each uint8 value
     pictures = frames.reshape(-1, *frames.shape[-3:])
     jittered = np.empty(pictures.shape, np.uint8)
     for number, picture in enumerate(pictures):
-        values = torch.from_numpy(table[picture[:, rows, columns]])
-        grey = sum(weight * channel for weight, channel in zip(_LUMA, values, strict=True))
-        values = (grey + jitter.saturation * (values - grey)).clamp_(0, 1)
-        if values.shape[1:] != (height, width):
-            values = F.interpolate(
-                values[None], size=(height, width), mode="bicubic", antialias=True, align_corners=False
-            )[0]
-        jittered[number] = (values * 255).round_().clamp_(0, 255).to(torch.uint8).numpy()
+        pixels = torch.from_numpy(table[picture[:, rows, columns]])
+        grey = sum(weight * channel for weight, channel in zip(_LUMA, pixels, strict=True))
+        pixels = (grey + jitter.saturation * (pixels - grey)).clamp_(0, 1)[None]
+        if pixels.shape[2:] != (height, width):
+            pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True, align_corners=False)
+        jittered[number] = (pixels[0] * 255).round_().clamp_(0, 255).to(torch.uint8).numpy()
     return jittered.reshape(frames.shape)
 
 
@@ -94,8 +89,8 @@ def load(source: Source, ref: SampleRef, *, cameras: Sequence[str], frames: int,
     if ref.view == 0:
         return sample
     jitter = draw(ref, seed=seed)
-    frames_seen = apply(sample.frames, jitter)
-    return replace(sample, ref=ref, frames=frames_seen, calibration=None, jitter=dataclasses.asdict(jitter))
+    seen = apply(sample.frames, jitter)
+    return replace(sample, ref=ref, frames=seen, calibration=None, jitter=asdict(jitter))
 
 
 def views_identity(views: int, *, seed: int) -> dict[str, Any] | None:
@@ -113,10 +108,3 @@ def _crop(length: int, keep: float, start: float) -> slice:
     kept = max(1, round(keep * length))
     first = min(round(start * length), length - kept)
     return slice(first, first + kept)
-
-
-def _table(jitter: Jitter) -> NDArray[np.float32]:
-    """`[256]` what brightness, contrast and gamma make of each uint8 value, from 0 to 1."""
-    values = np.arange(256) / 255 * jitter.brightness
-    values = np.clip((values - 0.5) * jitter.contrast + 0.5, 0, 1) ** jitter.gamma
-    return values.astype(np.float32)

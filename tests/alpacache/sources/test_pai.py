@@ -132,7 +132,7 @@ def test_streaming_takes_the_same_path(pristine_tree):
     devkit = physical_ai_av.PhysicalAIAVDatasetInterface(
         revision=cache.revision, cache_dir=cache.directory, token=False
     )
-    streamed = load(PhysicalAiSource(devkit, name="pai", cameras=[FRONT], cache=None))
+    streamed = load(PhysicalAiSource(devkit, name="pai", cameras=[FRONT], files=None))
     np.testing.assert_array_equal(streamed.frames, load(open_tree(pristine_tree)).frames)
 
 

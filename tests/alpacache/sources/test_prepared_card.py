@@ -47,7 +47,7 @@ def test_numbers_of_a_dataset_are_those_of_its_samples(tmp_path):
     strata = [classify(s.history_xyz, s.history_rot, s.future_xyz, s.future_rot) for s in loaded]
     assert record["strata"] == {name: sum(name in each.labels for each in strata) for name in STRATA}
     assert record["strata"]["sharp"] > 0
-    assert record["curvature"] == histogram(map(mean_curvature, strata))
+    assert record["curvature"] == histogram([mean_curvature(one) for one in strata])
     assert record["splits"]["train"]["samples"] + record["splits"]["val"]["samples"] == record["samples"] == 60
     val = sum(split_of(clip_id) == "val" for clip_id in source.clip_ids)
     assert record["splits"]["val"] == {"clips": val, "samples": 2 * val}

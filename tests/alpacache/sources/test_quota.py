@@ -8,8 +8,7 @@ from alpacache.driving.strata import classify
 from alpacache.errors import UsageError
 from alpacache.sources.prepared import open_prepared
 from alpacache.sources.prepared_writer import prepare
-from alpacache.sources.quota import Quota, parse_quota
-from alpacache.sources.selection import select
+from alpacache.sources.selection import Quota, parse_quota, select
 from alpacache.sources.synthetic import SyntheticSource
 
 DRIVES = SyntheticSource(40, seed=2, size=(64, 32))
