@@ -71,7 +71,7 @@ class SampleRef:
             raise UsageError(f"sample id {shown} takes {size} bytes; the limit is {MAX_ID_BYTES}. Rename its clip.")
         ref = cls(clip_id=match["clip"], t0_us=int(match["t0"]), view=int(match["view"]))
         if ref.t0_us >= _T0_LIMIT_US or ref.view >= _VIEW_LIMIT:
-            raise UsageError(f"sample id {shown}: expected a t0 (in microseconds) below 2**62 and a view below 2**31.")
+            raise UsageError(f"sample id {shown}: expected a t0 below 2**62 (in microseconds) and a view below 2**31.")
         return ref
 
 

@@ -62,11 +62,8 @@ def select(
     if samples is not None and quota is not None:
         raise UsageError(f"samples is {samples} and there is a quota; the quota says how many, leave samples out.")
     wanted = None if quota is None else Quota(source, quota)
-    samples_of: Callable[[str], Sequence[SampleRef]]
-    if isinstance(source, FixedSource):
-        samples_of = _fixed_samples(source.sample_refs, source.name, t0)
-    else:
-        samples_of = _moments(source, t0)
+    fixed = source.sample_refs if isinstance(source, FixedSource) else None
+    samples_of = _moments(source, t0) if fixed is None else _fixed_samples(fixed, source.name, t0)
     clips = [clip for clip in source.clip_ids if split == "all" or split_of(clip) == split]
     if not clips:
         raise UsageError(f"{source.name}: none of its {len(source.clip_ids)} clips falls into the {split} split.")
