@@ -9,16 +9,9 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from alpacache.checks.check import Check, fail, ok, warn
-from alpacache.checks.motion import (
-    TURNING_RADPS,
-    Motion,
-    concentration,
-    motion_of,
-    wrapped,
-)
+from alpacache.checks.check import Check, verdict
+from alpacache.checks.motion import Motion, concentration, motion_of, wrapped
 from alpacache.driving.poses import Track
 from alpacache.driving.sample import Floats
 
@@ -27,6 +20,7 @@ ALIGNED_RAD = float(np.deg2rad(25.0))
 MIN_MOVING = 15
 """Least number of moving steps of 0.2 s for a verdict."""
 MIN_TURNING = 10
+TURNING_RADPS = 0.05
 TURN_STEPS = 5
 MIN_TURNED_RAD = 0.08
 """Least turn within `TURN_STEPS`: above the noise of a poor compass."""
@@ -52,90 +46,84 @@ def judge_rotations(track: Track, *, scalar_first: bool = False) -> Rotations:
     """Order of the quaternions, and direction of the z axis; `scalar_first`: other clips have shown that order."""
     motion = motion_of(track)
     if motion is None:
-        return Rotations(ok("rotations", "not judged: too few sound poses"), track, "right")
+        return Rotations(verdict("rotations", "not judged: too few sound poses"), track, "right")
     reordered = replace(track, quaternion_xyzw=track.quaternion_xyzw[:, [1, 2, 3, 0]])
     other = motion_of(reordered)
-    tipped = (motion.z_axis[:, 2] > 0.7).mean() < 0.5
-    order: Literal["right", "either"] = "right"
-    if other is not None and motion.moving.sum() >= MIN_MOVING and _forward(motion) < 0.5 and _forward(other) > 0.9:
-        if tipped or scalar_first:
-            found = "the columns qx, qy, qz, qw hold w, x, y, z: read so, the vehicle stands upright and moves forwards"
-            remedy = "Write the quaternion with its scalar last."
-            return Rotations(fail("rotations", found, remedy), reordered, "wrong")
-        order = "either"
-    return Rotations(_judge_up(motion), track, order)
-
-
-def _judge_up(motion: Motion) -> Check:
-    """Whether the vehicle's z axis keeps pointing up."""
+    fits = other is not None and motion.moving.sum() >= MIN_MOVING and _forward(motion) < 0.5 and _forward(other) > 0.9
+    if fits and (scalar_first or (motion.z_axis[:, 2] > 0.7).mean() < 0.5):
+        found = "the columns qx, qy, qz, qw hold w, x, y, z: read so, the vehicle stands upright and moves forwards"
+        check = verdict("rotations", found, fail="Write the quaternion with its scalar last.")
+        return Rotations(check, reordered, "wrong")
     up = motion.z_axis.mean(axis=0)
-    if np.linalg.norm(up) < 0.7:
-        found = (
-            f"the vehicle's z axis points every way (its mean has length {np.linalg.norm(up):.2f}); vehicles do not tip"
-        )
+    length = np.linalg.norm(up)
+    if length < 0.7:
+        found = f"the vehicle's z axis points every way (its mean has length {length:.2f}); vehicles do not tip"
         remedy = "Check the order qx, qy, qz, qw, and that rotations lead from vehicle (z up) to world."
-        return fail("rotations", found, remedy)
-    if up[2] < -0.7:
-        found = "the vehicle's z axis points down in the world"
+        check = verdict("rotations", found, fail=remedy)
+    elif up[2] < -0.7:
         remedy = (
             "Right only if the world's z points down too. Axes x forward, y right, z down must become x forward, "
             "y left, z up."
         )
-        return warn("rotations", found, remedy)
-    found = "z up" if up[2] > 0.7 else "z keeps its direction; the world's z is not up, which does no harm"
-    return ok("rotations", found)
+        check = verdict("rotations", "the vehicle's z axis points down in the world", warn=remedy)
+    else:
+        kept = "z keeps its direction; the world's z is not up, which does no harm"
+        check = verdict("rotations", "z up" if up[2] > 0.7 else kept)
+    return Rotations(check, track, "either" if fits else "right")
 
 
 def judge_axes(motions: Sequence[Motion]) -> Check:
     """Whether vehicles move along their own +x axis and turn the way their course does."""
-    motions = [motion for motion in motions if motion.moving.any()]
-    if not motions or sum(int(motion.moving.sum()) for motion in motions) < MIN_MOVING:
-        return ok("axes", "not judged: hardly any movement")
-    course, heading = (_moving(motions, [getattr(m, name) for m in motions]) for name in ("course_rad", "heading_rad"))
+    moving = [motion.moving for motion in motions]
+    if sum(int(steps.sum()) for steps in moving) < MIN_MOVING:
+        return verdict("axes", "not judged: hardly any movement")
+    course, heading, directions = (
+        np.concatenate([getattr(motion, name)[steps] for motion, steps in zip(motions, moving, strict=True)])
+        for name in ("course_rad", "heading_rad", "direction")
+    )
     away = wrapped(course - heading)
     mirrored = _mirrored(motions, course, heading, away)
     if mirrored is not None:
         return mirrored
-    direction = np.concatenate([motion.direction[motion.moving] for motion in motions]).mean(axis=0)
+    apart = np.rad2deg(np.median(np.abs(away)))
+    direction = directions.mean(axis=0)
     length = float(np.linalg.norm(direction))
     if length > 0.85:
         axis = int(np.argmax(np.abs(direction)))
         if axis == 0 and direction[0] > length * np.cos(ALIGNED_RAD):
-            degrees = np.rad2deg(np.median(np.abs(away)))
-            return ok("axes", f"moves along its own +x, to {degrees:.1f} degrees (median)")
+            return verdict("axes", f"moves along its own +x, to {apart:.1f} degrees (median)")
         return _wrong_axis(direction / length, axis)
     forward, backward = np.abs(away) < ALIGNED_RAD, np.abs(away) > np.pi - ALIGNED_RAD
     if forward.mean() > 0.3 and (forward | backward).mean() > 0.8:
-        found = f"moves along its own +x {100 * forward.mean():.0f} % of the time, else backwards"
-        return ok("axes", found)
-    apart = np.rad2deg(np.median(np.abs(away)))
+        return verdict("axes", f"moves along its own +x {100 * forward.mean():.0f} % of the time, else backwards")
     found = f"course and heading have nothing to do with each other ({apart:.0f} degrees apart in the median)"
-    return fail("axes", found, "Check that rotations lead from vehicle to world, in the same world as the positions.")
+    remedy = "Check that rotations lead from vehicle to world, in the same world as the positions."
+    return verdict("axes", found, fail=remedy)
 
 
 def judge_speed(motions: Sequence[Motion]) -> Check:
     """Whether speeds and sideways accelerations are those of road vehicles."""
-    motions = [motion for motion in motions if len(motion.speed_mps)]
-    speeds = np.concatenate([motion.speed_mps for motion in motions]) if motions else np.zeros(1)
+    speeds = np.concatenate([np.zeros(0), *(motion.speed_mps for motion in motions)])
     rolling = speeds[speeds > STANDING_MPS]
     if len(rolling) < max(1, 0.02 * len(speeds)):
-        found = f"never more than {speeds.max():.2f} m/s"
         remedy = "Standing vehicles teach nothing; if they did move, positions are not in metres (kilometres?)."
-        return warn("speed", found, remedy)
-    median, sideways, turns = float(np.median(rolling)), *_sideways(motions)
+        return verdict("speed", f"never more than {speeds.max(initial=0):.2f} m/s", warn=remedy)
+    turning = np.concatenate(
+        [motion.sideways_mps2[motion.moving & (np.abs(motion.turn_rate_radps) > TURNING_RADPS)] for motion in motions]
+    )
+    median, sideways = float(np.median(rolling)), 0.0
     found = f"median {median:.1f} m/s, fastest {speeds.max():.1f} m/s"
-    if turns >= MIN_TURNING:
+    if len(turning) >= MIN_TURNING:
+        sideways = float(np.percentile(turning, 90))
         found += f", up to {sideways:.1f} m/s² sideways in turns"
-    slides = turns >= MIN_TURNING and sideways > GRIP_MPS2
+    slides = sideways > GRIP_MPS2
     if median > FAST_MPS or (median > BRISK_MPS and slides):
         factor, unit = next((scale for scale in _SCALES if median / scale[0] < 35), _SCALES[-1])
         found += f"; divided by {factor:.3g} that would be {median / factor:.1f} m/s"
         remedy = f"Positions must be in metres, and they look {factor:.3g} times too large: {unit}?"
-        return fail("speed", found, remedy)
-    if slides or median > 45:
-        remedy = "More than tyres hold, or faster than most roads allow; check units of positions, speed and time."
-        return warn("speed", found, remedy)
-    return ok("speed", found)
+        return verdict("speed", found, fail=remedy)
+    remedy = "More than tyres hold, or faster than most roads allow; check units of positions, speed and time."
+    return verdict("speed", found, warn=remedy if slides or median > 45 else "")
 
 
 def judge_standing(motion: Motion) -> Check:
@@ -143,8 +131,8 @@ def judge_standing(motion: Motion) -> Check:
     standing = float((motion.speed_mps < STANDING_MPS).mean())
     if standing > 0.9:
         remedy = "A standing vehicle teaches nothing; leave the clip out unless you want it."
-        return warn("standing", f"stands {100 * standing:.0f} % of the time", remedy)
-    return ok("standing", f"moves {100 * (1 - standing):.0f} % of the time")
+        return verdict("standing", f"stands {100 * standing:.0f} % of the time", warn=remedy)
+    return verdict("standing", f"moves {100 * (1 - standing):.0f} % of the time")
 
 
 def _forward(motion: Motion) -> float:
@@ -155,8 +143,7 @@ def _forward(motion: Motion) -> float:
 
 def _mirrored(motions: Sequence[Motion], course: Floats, heading: Floats, away: Floats) -> Check | None:
     """A failed check if course and heading turn opposite ways; their sum shows which axis is flipped."""
-    turns = [_turning_pairs(motion) for motion in motions]
-    turned, bent = np.concatenate([pair[0] for pair in turns]), np.concatenate([pair[1] for pair in turns])
+    turned, bent = np.concatenate([_turning_pairs(motion) for motion in motions], axis=1)
     slope = float((turned * bent).sum() / max(1e-9, (turned**2).sum()))
     alike, at = concentration(course + heading)
     opposite = len(turned) >= MIN_TURNING and slope < -0.5 and np.mean(turned * bent < 0) > 0.8
@@ -172,43 +159,25 @@ def _mirrored(motions: Sequence[Motion], course: Floats, heading: Floats, away: 
         fault = "one of both is mirrored"
     found = f"mirrored: the course turns one way and the heading the other; {fault}"
     remedy = "Axes are right-handed: y is left of x, and a left turn has a positive yaw rate. Flip one of both."
-    return fail("axes", found, remedy)
+    return verdict("axes", found, fail=remedy)
 
 
-def _turning_pairs(motion: Motion) -> tuple[Floats, Floats]:
-    """Change of heading and change of course over about 1 s, where the vehicle moves and clearly turns."""
+def _turning_pairs(motion: Motion) -> Floats:
+    """`[2, N]` changes of heading and of course over about 1 s, where the vehicle moves and clearly turns."""
     turned = motion.heading_rad[TURN_STEPS:] - motion.heading_rad[:-TURN_STEPS]
     bent = wrapped(motion.course_rad[TURN_STEPS:] - motion.course_rad[:-TURN_STEPS])
     kept = motion.moving[TURN_STEPS:] & motion.moving[:-TURN_STEPS] & (np.abs(turned) > MIN_TURNED_RAD)
-    return turned[kept], bent[kept]
+    return np.stack([turned, bent])[:, kept]
 
 
 def _wrong_axis(direction: Floats, axis: int) -> Check:
-    sign = "+" if direction[axis] > 0 else "-"
-    found = f"moves along its own {sign}{_AXES[axis]}, not +x"
-    if axis == 2:
-        remedy = (
-            "These look like a camera's axes (z forward); rotations must lead from the vehicle (x forward, y left)."
-        )
-    else:
+    found = f"moves along its own {'+' if direction[axis] > 0 else '-'}{_AXES[axis]}, not +x"
+    remedy = "These look like a camera's axes (z forward); rotations must lead from the vehicle (x forward, y left)."
+    if axis != 2:
         degrees = float(np.rad2deg(np.arctan2(direction[1], direction[0])))
-        degrees = abs(degrees) if abs(degrees) > 179 else degrees
-        found += f": {degrees:.0f} degrees from its heading"
+        found += f": {abs(degrees) if abs(degrees) > 179 else degrees:.0f} degrees from its heading"
         remedy = (
             "Unless it drives in reverse, turn every rotation by that angle about z, "
             "so that the vehicle's x points forward."
         )
-    return fail("axes", found, remedy)
-
-
-def _sideways(motions: Sequence[Motion]) -> tuple[float, int]:
-    """High sideways acceleration in turns (90th percentile), and the number of turning steps."""
-    turning: list[NDArray[np.float64]] = [
-        motion.sideways_mps2[motion.moving & (np.abs(motion.turn_rate_radps) > TURNING_RADPS)] for motion in motions
-    ]
-    values = np.concatenate(turning)
-    return (float(np.percentile(values, 90)) if len(values) else 0.0), len(values)
-
-
-def _moving(motions: Sequence[Motion], values: Sequence[Floats]) -> Floats:
-    return np.concatenate([value[motion.moving] for motion, value in zip(motions, values, strict=True)])
+    return verdict("axes", found, fail=remedy)

@@ -18,19 +18,9 @@ class Check:
     """The next step, unless all is well."""
 
 
-def ok(name: str, found: str) -> Check:
-    """Nothing is wrong."""
-    return Check(name=name, status="ok", found=found)
-
-
-def warn(name: str, found: str, remedy: str) -> Check:
-    """Something may be wrong, or will be slow."""
-    return Check(name=name, status="warn", found=found, remedy=remedy)
-
-
-def fail(name: str, found: str, remedy: str) -> Check:
-    """Something is wrong."""
-    return Check(name=name, status="fail", found=found, remedy=remedy)
+def verdict(name: str, found: str, *, warn: str = "", fail: str = "") -> Check:
+    """A check that failed if `fail` has a remedy, warns if `warn` has one, and is ok without."""
+    return Check(name=name, status="fail" if fail else "warn" if warn else "ok", found=found, remedy=fail or warn)
 
 
 def worst(checks: tuple[Check, ...]) -> Status:

@@ -5,26 +5,28 @@ A person sees at once what no rule finds, such as a path that leaves the road in
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
+from PIL import Image
 
 from alpacache.driving.sample import FRONT_CAMERA, Sample
 from alpacache.driving.strata import classify
 from alpacache.pictures.canvas import (
     DPI,
     EGO_M,
-    GRID,
     HISTORY_COLOUR,
     INK,
     MIN_LENGTH_M,
     TRUTH_COLOUR,
+    literal,
+    png_bytes,
+    style_axes,
 )
 from alpacache.pictures.front_view import draw_paths
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 CLIPS = 12
 COLUMNS = 3
@@ -39,45 +41,34 @@ def contact_sheet_png(samples: Sequence[Sample], *, title: str) -> bytes:
     Raises:
         ValueError: no samples.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not samples:
         raise ValueError("a contact sheet needs at least one sample.")
     shown = samples[:CLIPS]
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(6.2 * columns, 2.9 * rows + 0.4), dpi=DPI, layout="constrained")
-    figure.suptitle(_plain_text(title), x=0.01, ha="left", fontsize=11, color=INK)
-    panels = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=(4.0, 1.9) * columns)
-    for number in range(rows * columns):
-        row, column = divmod(number, columns)
-        front, above = panels[row, 2 * column], panels[row, 2 * column + 1]
-        if number < len(shown):
-            _draw_front(front, shown[number])
-            _draw_above(above, shown[number])
-        else:
-            front.set_axis_off()
-            above.set_axis_off()
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    figure.suptitle(literal(title), x=0.01, ha="left", fontsize=11, color=INK)
+    panels = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=(4.0, 1.9) * columns).reshape(-1, 2)
+    for sample, (front, above) in zip(shown, panels, strict=False):
+        _draw_front(front, sample)
+        _draw_above(above, sample)
+    for unused in panels[len(shown) :].flat:
+        unused.set_axis_off()
+    return png_bytes(figure, palette=False)
 
 
-def _draw_front(axes: "Axes", sample: Sample) -> None:
+def _draw_front(axes: Axes, sample: Sample) -> None:
     strata = classify(sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
     picture, note = _front_picture(sample)
     axes.imshow(picture)
     axes.set_axis_off()
     title = f"{sample.ref.clip_id}, t0 {sample.ref.t0_us / 1e6:.1f} s"
     about = f"{strata.turn} {strata.direction}".removesuffix(" none") + f", {strata.mean_speed_mps:.1f} m/s; {note}"
-    axes.set_title(_plain_text(f"{_short(title)}\n{about}"), loc="left", fontsize=8, color=INK)
+    axes.set_title(literal(f"{_short(title)}\n{about}"), loc="left", fontsize=8, color=INK)
 
 
 def _front_picture(sample: Sample) -> tuple[NDArray[np.uint8], str]:
     """The frame at t0, small, with the path if the calibration allows; and a note on what is drawn."""
-    from PIL import Image
-
     camera = FRONT_CAMERA if FRONT_CAMERA in sample.cameras else sample.cameras[0]
     frame = sample.frames[sample.cameras.index(camera), -1].transpose(1, 2, 0)
     image = Image.fromarray(np.ascontiguousarray(frame))
@@ -95,10 +86,8 @@ def _front_picture(sample: Sample) -> tuple[NDArray[np.uint8], str]:
         return np.asarray(with_path.convert("RGB")), "path drawn"
 
 
-def _draw_above(axes: "Axes", sample: Sample) -> None:
+def _draw_above(axes: Axes, sample: Sample) -> None:
     """Forward up, left to the left; a dot a second; the arrow is where the vehicle's x axis points at the end."""
-    from matplotlib.patches import Rectangle
-
     past, future = sample.history_xyz.astype(np.float64), sample.future_xyz.astype(np.float64)
     driven = np.concatenate([past[-1:], future])
     axes.add_patch(Rectangle((-EGO_M[1] / 2, -EGO_M[0] / 2), EGO_M[1], EGO_M[0], facecolor="#d9d9d9", edgecolor="none"))
@@ -120,17 +109,9 @@ def _draw_above(axes: "Axes", sample: Sample) -> None:
     axes.set(
         xlim=(middle[1] + half_width, middle[1] - half_width), ylim=(middle[0] - half, middle[0] + half), aspect="equal"
     )
-    axes.grid(color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=6, colors=INK, length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    style_axes(axes)
+    axes.tick_params(labelsize=6)
 
 
 def _short(text: str, most: int = 56) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def _plain_text(text: Any) -> str:
-    """Text that matplotlib does not read as mathematics."""
-    return str(text).replace("$", r"\$")

@@ -18,7 +18,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from alpacache.checks.check import Check, fail, ok, warn
+from alpacache.checks.check import Check, verdict
 
 PYTHON = (3, 11)
 SHOWN = ("torch", "transformers", "zarr", "numcodecs")
@@ -42,78 +42,70 @@ def diagnose(*, store: str | None = None, model: str | None = None) -> tuple[Che
         store: where the store is or will be; None: the working directory.
         model: hub id or directory; None: only whether the hub could be asked.
     """
-    checks: list[tuple[str, Callable[[], Check]]] = [
-        ("python", check_python),
-        ("packages", check_packages),
-        ("optional packages", check_optional),
-        ("gpu", check_gpu),
-        ("gpu memory", check_gpu_memory),
-        ("compiler", check_compiler),
-        ("ram", check_ram),
-        ("page-locking", check_page_locking),
-        *_place_checks(store or "."),
-        ("hub", check_hub),
-    ]
-    if model is not None:
-        checks.append(("model", lambda: check_model(model)))
-    return tuple(_guarded(name, check) for name, check in checks)
-
-
-def _place_checks(place: str) -> list[tuple[str, Callable[[], Check]]]:
-    """Checks of the place where the store is or will be."""
     from cache_store.storage.storage import is_uri
 
+    place = store or "."
+    checks: dict[str, Callable[[], Check]] = {
+        "python": check_python,
+        "packages": check_packages,
+        "optional packages": check_optional,
+        "gpu": check_gpu,
+        "gpu memory": check_gpu_memory,
+        "compiler": check_compiler,
+        "ram": check_ram,
+        "page-locking": check_page_locking,
+    }
     if is_uri(place):
-        return [("object storage", lambda: check_object_storage(place))]
-    return [
-        ("disk space", lambda: check_space(place)),
-        ("hard links", lambda: check_links(place)),
-        ("disk speed", lambda: check_speed(place)),
-    ]
-
-
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
-    try:
-        return check()
-    except Exception as error:  # the fault that `doctor` is to find
-        found = f"the check raised {type(error).__name__}: {' '.join(str(error).split())}"
-        return fail(name, found, "Mend what the message names, then run this again.")
+        checks["object storage"] = lambda: check_object_storage(place)
+    else:
+        checks["disk space"] = lambda: check_space(place)
+        checks["hard links"] = lambda: check_links(place)
+        checks["disk speed"] = lambda: check_speed(place)
+    checks["hub"] = check_hub
+    if model is not None:
+        checks["model"] = lambda: check_model(model)
+    answers = []
+    for name, check in checks.items():
+        try:
+            answers.append(check())
+        except Exception as error:  # the fault that `doctor` is to find
+            found = f"the check raised {type(error).__name__}: {' '.join(str(error).split())}"
+            answers.append(verdict(name, found, fail="Mend what the message names, then run this again."))
+    return tuple(answers)
 
 
 def check_python() -> Check:
     """The interpreter's version."""
-    found = f"Python {platform.python_version()} on {platform.machine()}"
-    if sys.version_info >= PYTHON:
-        return ok("python", found)
-    return fail("python", found, f"Install Python {'.'.join(map(str, PYTHON))} or later.")
+    remedy = "" if sys.version_info >= PYTHON else f"Install Python {'.'.join(map(str, PYTHON))} or later."
+    return verdict("python", f"Python {platform.python_version()} on {platform.machine()}", fail=remedy)
 
 
 def check_packages() -> Check:
     """Installed versions against the least ones that this package requires."""
+    required = _requirements()
+    versions = {name: _version(name) for name in (*SHOWN, *required)}
     wrong = []
-    versions = {name: _version(name) for name in SHOWN}
-    for name, least in _requirements().items():
-        version = versions.setdefault(name, _version(name))
+    for name, least in required.items():
+        version = versions[name]
         if version is None:
             wrong.append(f"{name} is missing")
         elif _numbers(version) < _numbers(least):
             wrong.append(f"{name} is {version}, expected {least} or later")
     found = ", ".join([*wrong, *(f"{name} {versions[name]}" for name in SHOWN if versions[name])])
-    if wrong:
-        return fail("packages", found, "pip install --upgrade alpacache (in a checkout: pip install -e .)")
-    return ok("packages", found)
+    remedy = "pip install --upgrade alpacache (in a checkout: pip install -e .)"
+    return verdict("packages", found, fail=remedy if wrong else "")
 
 
 def check_optional() -> Check:
     """Packages that only some commands need."""
     versions = {name: _version(name) for name in OPTIONAL}
-    found = ", ".join(f"{name} {version or 'is not installed'}" for name, version in versions.items())
     remedies = [
         f"{use} needs {name}: pip install 'alpacache[{extra}]'."
         for name, (extra, use) in OPTIONAL.items()
         if versions[name] is None
     ]
-    return warn("optional packages", found, " ".join(remedies)) if remedies else ok("optional packages", found)
+    found = ", ".join(f"{name} {version or 'is not installed'}" for name, version in versions.items())
+    return verdict("optional packages", found, warn=" ".join(remedies))
 
 
 def check_gpu() -> Check:
@@ -124,17 +116,15 @@ def check_gpu() -> Check:
     if _DRIVER.is_file():
         build += f", driver {_DRIVER.read_text().strip()}"
     if not torch.cuda.is_available():
-        remedy = "The released model needs a GPU; only tiny ones run on a CPU. "
+        remedy = "Check `nvidia-smi`, the driver's age and CUDA_VISIBLE_DEVICES."
         if torch.version.cuda is None:
-            remedy += "Install a PyTorch with CUDA (pytorch.org), on a machine with an NVIDIA GPU."
-        else:
-            remedy += "Check `nvidia-smi`, the driver's age and CUDA_VISIBLE_DEVICES."
-        return fail("gpu", f"no GPU; {build}", remedy)
+            remedy = "Install a PyTorch with CUDA (pytorch.org), on a machine with an NVIDIA GPU."
+        remedy = f"The released model needs a GPU; only tiny ones run on a CPU. {remedy}"
+        return verdict("gpu", f"no GPU; {build}", fail=remedy)
     major, minor = torch.cuda.get_device_capability()
     found = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}; {build}"
-    if major < 8:
-        return fail("gpu", found, "It has no bfloat16: use an Ampere GPU (compute capability 8.0) or later.")
-    return ok("gpu", found)
+    remedy = "It has no bfloat16: use an Ampere GPU (compute capability 8.0) or later."
+    return verdict("gpu", found, fail=remedy if major < 8 else "")
 
 
 def check_gpu_memory() -> Check:
@@ -142,19 +132,19 @@ def check_gpu_memory() -> Check:
     import torch
 
     if not torch.cuda.is_available():
-        return warn("gpu memory", "no GPU", "See gpu.")
+        return verdict("gpu memory", "no GPU", warn="See gpu.")
     from alpacache.planning.plan import least_training_bytes
 
     free, total = torch.cuda.mem_get_info()
     everything, adapters = (least_training_bytes(which) for which in ("all", "lora"))
-    found = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f}"
-    if free >= everything:
-        return ok("gpu memory", found)
-    if free >= adapters:
-        remedy = f"Training all parameters takes {everything / 2**30:.1f} GiB at the least; use --trainable lora, or "
-        return warn("gpu memory", found, remedy + "end what else is on the GPU.")
-    remedy = f"Training takes {adapters / 2**30:.1f} GiB at the least (--trainable lora); end what else is on the GPU."
-    return fail("gpu memory", found, remedy)
+    found, remedy = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f}", "end what else is on the GPU."
+    if free < adapters:
+        remedy = f"Training takes {adapters / 2**30:.1f} GiB at the least (--trainable lora); {remedy}"
+        return verdict("gpu memory", found, fail=remedy)
+    remedy = (
+        f"Training all parameters takes {everything / 2**30:.1f} GiB at the least; use --trainable lora, or {remedy}"
+    )
+    return verdict("gpu memory", found, warn=remedy if free < everything else "")
 
 
 def check_compiler() -> Check:
@@ -164,13 +154,11 @@ def check_compiler() -> Check:
     triton = _version("triton") if find_spec("triton") else None
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
     found = f"triton {triton or 'is missing'}, C compiler {compiler or 'is missing'}"
-    if triton and compiler:
-        return ok("compiler", found)
-    if not torch.cuda.is_available():
-        return ok("compiler", f"{found}; a CPU needs neither")
-    remedy = "" if triton else "pip install triton. "
-    remedy += "" if compiler else "Install gcc (apt-get install gcc), or set CC."
-    return fail("compiler", found, remedy.strip())
+    remedies = [] if triton else ["pip install triton."]
+    remedies += [] if compiler else ["Install gcc (apt-get install gcc), or set CC."]
+    if remedies and not torch.cuda.is_available():
+        return verdict("compiler", f"{found}; a CPU needs neither")
+    return verdict("compiler", found, fail=" ".join(remedies))
 
 
 def check_ram() -> Check:
@@ -178,11 +166,8 @@ def check_ram() -> Check:
     from alpacache.gpu.host_memory import available_bytes
 
     free = available_bytes()
-    found = f"{free / 1e9:.1f} GB available"
-    if free >= LOW_RAM_BYTES:
-        return ok("ram", found)
     remedy = f"The released model wants {LOW_RAM_BYTES / 1e9:.0f} GB; end other programs, raise the container's limit."
-    return warn("ram", found, remedy)
+    return verdict("ram", f"{free / 1e9:.1f} GB available", warn=remedy if free < LOW_RAM_BYTES else "")
 
 
 def check_page_locking() -> Check:
@@ -190,13 +175,13 @@ def check_page_locking() -> Check:
     import torch
 
     if not torch.cuda.is_available():
-        return ok("page-locking", "not needed without a GPU")
+        return verdict("page-locking", "not needed without a GPU")
     from alpacache.gpu.host_memory import page_aligned, page_lock, page_unlock
 
     memory = page_aligned(_LOCKED_BYTES)
     page_lock(memory)
     page_unlock(memory)
-    return ok("page-locking", f"{_LOCKED_BYTES // 2**20} MiB locked and unlocked")
+    return verdict("page-locking", f"{_LOCKED_BYTES // 2**20} MiB locked and unlocked")
 
 
 def check_space(place: str) -> Check:
@@ -209,10 +194,8 @@ def check_space(place: str) -> Check:
     folder = existing_folder(place)
     free, size = free_bytes(folder), plan(PlanConfig(samples=1, codec="int8")).bytes_by_codec["int8"]
     found = f"{free / 1e9:.1f} GB at {folder}: {int(free // size)} samples of one front camera in int8"
-    if free >= 100 * size:
-        return ok("disk space", found)
     remedy = "Free some, or give --store another disk; `alpacache plan` tells what is needed."
-    return warn("disk space", found, remedy)
+    return verdict("disk space", found, warn=remedy if free < 100 * size else "")
 
 
 def check_links(place: str) -> Check:
@@ -227,8 +210,8 @@ def check_links(place: str) -> Check:
             (Path(name) / "second").hardlink_to(first)
     except OSError as error:
         remedy = "Keep the store on a file system that you may write to and that has hard links (ext4, XFS, NFS)."
-        return fail("hard links", f"refused at {folder}: {error.strerror}", remedy)
-    return ok("hard links", f"work at {folder}")
+        return verdict("hard links", f"refused at {folder}: {error.strerror}", fail=remedy)
+    return verdict("hard links", f"work at {folder}")
 
 
 def check_object_storage(place: str) -> Check:
@@ -238,14 +221,13 @@ def check_object_storage(place: str) -> Check:
 
     try:
         storage = open_storage(place)
-        names = list(storage.names(""))
+        what = "a store is there" if "zarr.json" in list(storage.names("")) else "no store there yet"
         storage.check_exclusive()
     except CacheStoreError as error:
         remedy = "Do what the message says; docs/how-to/object-storage.md has settings and rights."
-        return fail("object storage", str(error), remedy)
-    what = "a store is there" if "zarr.json" in names else "no store there yet"
+        return verdict("object storage", str(error), fail=remedy)
     found = f"{place} can be listed, written and removed from, conditional puts work; {what}"
-    return ok("object storage", found)
+    return verdict("object storage", found)
 
 
 def check_speed(place: str) -> Check:
@@ -257,78 +239,63 @@ def check_speed(place: str) -> Check:
         speed = disk_speed(folder)
     except OSError as error:
         remedy = "Give --store a directory that you may write to, with some hundred MB free."
-        return fail("disk speed", f"cannot write at {folder}: {error.strerror}", remedy)
+        return verdict("disk speed", f"cannot write at {folder}: {error.strerror}", fail=remedy)
     found = f"writes {speed.write_bytes_s / 1e9:.2f} GB/s, reads {speed.read_bytes_s / 1e9:.2f} GB/s"
-    if speed.read_bytes_s >= SLOW_READ_BYTES_S:
-        return ok("disk speed", found)
     remedy = "Training will wait for this disk: use --draws auto, --in-memory, or a local NVMe drive."
-    return warn("disk speed", found, remedy)
+    return verdict("disk speed", found, warn=remedy if speed.read_bytes_s < SLOW_READ_BYTES_S else "")
 
 
 def check_hub() -> Check:
     """Settings for access to the hub. The token is never shown."""
     from huggingface_hub import constants, get_token
 
-    token = get_token() is not None
-    found = f"{'a token' if token else 'no token'}, {'offline' if constants.HF_HUB_OFFLINE else 'online'}"
+    token, offline = get_token() is not None, constants.HF_HUB_OFFLINE
     remedies = []
-    if constants.HF_HUB_OFFLINE:
+    if offline:
         remedies.append("HF_HUB_OFFLINE is set: only what is in the cache is found; unset it to download.")
     if not token:
         remedies.append("The released weights are gated: accept their licence on the hub, then `hf auth login`.")
-    return warn("hub", found, " ".join(remedies)) if remedies else ok("hub", found)
+    found = f"{'a token' if token else 'no token'}, {'offline' if offline else 'online'}"
+    return verdict("hub", found, warn=" ".join(remedies))
 
 
 def check_model(model: str) -> Check:
     """Whether the model's configs can be read; from the hub they are fetched, weights are not."""
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
     from alpacache.alpamayo.backbone import companion_file
     from alpacache.alpamayo.checkpoint import Checkpoint
     from alpacache.errors import CheckpointError
 
-    def read() -> str:
-        checkpoint = Checkpoint(model)
-        family = checkpoint.config.family.name
-        companion_file(checkpoint, "config.json")
-        where = checkpoint.directory or "the hub"
-        return f"{checkpoint.full_name} ({family}) from {where}, VLM of {checkpoint.config.vlm_name_or_path}"
+    answer: Future[str] = Future()
 
+    def read() -> None:
+        try:
+            checkpoint = Checkpoint(model)
+            config, where = checkpoint.config, checkpoint.directory or "the hub"
+            companion_file(checkpoint, "config.json")
+            found = f"{checkpoint.full_name} ({config.family.name}) from {where}, VLM of {config.vlm_name_or_path}"
+            answer.set_result(found)
+        except Exception as error:  # raised in the caller's thread
+            answer.set_exception(error)
+
+    threading.Thread(target=read, daemon=True).start()  # if it hangs, it ends with the program
     try:
-        found = _within(HUB_TIMEOUT_S, read)
+        return verdict("model", answer.result(HUB_TIMEOUT_S))
     except TimeoutError:
         found = f"{model}: no answer within {HUB_TIMEOUT_S:.0f} s"
-        return fail("model", found, "Check the network and its proxy; or pass a local directory.")
+        return verdict("model", found, fail="Check the network and its proxy; or pass a local directory.")
     except CheckpointError as error:
-        return fail("model", str(error), _next_step(error))
-    return ok("model", found)
-
-
-def _next_step(error: Exception) -> str:
-    """A remedy that fits the hub's answer."""
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    steps: dict[type[Exception], str] = {
-        GatedRepoError: "Accept the licence on the model's page, then `hf auth login`.",
-        RepositoryNotFoundError: "Check the name; a private model needs `hf auth login`.",
-        LocalEntryNotFoundError: "Unset HF_HUB_OFFLINE or mend the network; or pass a local directory.",
-    }
-    for kind, step in steps.items():
-        if isinstance(error.__cause__, kind):
-            return step
-    return "Pass a hub id or a directory with a complete checkpoint."
-
-
-def _within(limit_s: float, work: Callable[[], str]) -> str:
-    """The result of `work`, or `TimeoutError`; the thread then goes on and ends with the program."""
-    future: Future[str] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except Exception as error:  # raised in the caller's thread
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future.result(limit_s)
+        remedy = "Pass a hub id or a directory with a complete checkpoint."
+        for kind, step in (
+            (GatedRepoError, "Accept the licence on the model's page, then `hf auth login`."),
+            (RepositoryNotFoundError, "Check the name; a private model needs `hf auth login`."),
+            (LocalEntryNotFoundError, "Unset HF_HUB_OFFLINE or mend the network; or pass a local directory."),
+        ):
+            if isinstance(error.__cause__, kind):
+                remedy = step
+                break
+        return verdict("model", str(error), fail=remedy)
 
 
 def _requirements() -> dict[str, str]:

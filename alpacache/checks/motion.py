@@ -16,7 +16,6 @@ RASTER_US = 200_000
 """Step of the grid: so long that centimetres of localisation noise do not turn the course."""
 MOVING_MPS = 2.0
 """Speed below which the course is mostly noise."""
-TURNING_RADPS = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,23 +60,20 @@ def motion_of(track: Track) -> Motion | None:
     times, first = np.unique(track.timestamps_us[sound], return_index=True)
     if len(times) < 3:
         return None
-    raster = np.arange(times[0], times[-1] + 1, RASTER_US)
-    chosen = np.unique(np.searchsorted(times, raster))
+    chosen = np.unique(np.searchsorted(times, np.arange(times[0], times[-1] + 1, RASTER_US)))
     if len(chosen) < 3:
         return None
     times, xyz = times[chosen], track.xyz[sound][first[chosen]]
     rot = Rotation.from_quat(track.quaternion_xyzw[sound][first[chosen]]).as_matrix()
     dt_s, moved = np.diff(times) / 1e6, np.diff(xyz, axis=0)
-    distance = np.linalg.norm(moved, axis=1)
     level = _levelling(rot[:, :, 2].mean(axis=0))
     forward, flat = (rot[:, :, 0] @ level.T), moved @ level.T
     yaw = np.unwrap(np.arctan2(forward[:, 1], forward[:, 0]))
-    middle = rot[:-1] + rot[1:]
-    direction = np.einsum("nij,ni->nj", middle, moved)
+    direction = np.einsum("nij,ni->nj", rot[:-1] + rot[1:], moved)
     return Motion(
         times_us=(times[:-1] + times[1:]) // 2,
         dt_s=dt_s,
-        speed_mps=distance / dt_s,
+        speed_mps=np.linalg.norm(moved, axis=1) / dt_s,
         course_rad=np.arctan2(flat[:, 1], flat[:, 0]),
         heading_rad=(yaw[:-1] + yaw[1:]) / 2,
         turned_rad=np.diff(yaw),

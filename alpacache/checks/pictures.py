@@ -1,13 +1,12 @@
 """Checks of pictures: that they show something, have one size, and are not mirrored against the poses."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.checks.check import Check, fail, ok, warn
+from alpacache.checks.check import Check, verdict
 from alpacache.checks.motion import Motion
 from alpacache.driving.sample import FRONT_CAMERA, Floats, Sample
 from alpacache.driving.strata import heading
@@ -32,28 +31,14 @@ MIN_SHIFT_PX = 0.75
 def sideways_shift_px(earlier: Picture, later: Picture) -> float | None:
     """Pixels, of 256 across, by which the far field of `[3, H, W]` pictures moved right; None if that is not clear."""
     before, after = _small(earlier), _small(later)
-    shifts = []
-    for top, bottom in _bands(before.shape[0]):
+    low, high = (int(share * len(before)) for share in ROWS)
+    middle, shifts = (low + high) // 2, []
+    for rows in (slice(low, middle), slice(middle, high), slice(low, high)):
         for place in PLACES:
-            pair = [_block_shift(before, after, top, bottom, 0.5 + side * place) for side in (-1, 1)]
-            if pair[0] is not None and pair[1] is not None:
-                shifts.append((pair[0] + pair[1]) / 2)
-    if len(shifts) < 2:
-        return None
-    return float(np.median(shifts))
-
-
-def agrees(shift_px: float | None, turned_rad: float) -> bool | None:
-    """Whether a picture moved as a change of heading (left positive) makes it move; None if it hardly moved."""
-    if shift_px is None or abs(shift_px) < MIN_SHIFT_PX:
-        return None
-    return bool((shift_px > 0) == (turned_rad > 0))
-
-
-def _bands(height: int) -> list[tuple[int, int]]:
-    low, high = int(ROWS[0] * height), int(ROWS[1] * height)
-    middle = (low + high) // 2
-    return [(low, middle), (middle, high), (low, high)]
+            left, right = (_block_shift(before[rows], after[rows], 0.5 + side * place) for side in (-1, 1))
+            if left is not None and right is not None:
+                shifts.append((left + right) / 2)
+    return float(np.median(shifts)) if len(shifts) >= 2 else None
 
 
 def _small(picture: Picture) -> Floats:
@@ -66,21 +51,18 @@ def _small(picture: Picture) -> Floats:
     return np.asarray(small, dtype=np.float64)
 
 
-def _block_shift(before: Floats, after: Floats, top: int, bottom: int, place: float) -> float | None:
+def _block_shift(before: Floats, after: Floats, place: float) -> float | None:
     """Shift of the block around the column `place` of `before`, by normalised correlation; None if it is not clear."""
     left = round(place * WIDTH_PX) - BLOCK_PX // 2
     start, end = max(0, left - REACH_PX), min(WIDTH_PX, left + BLOCK_PX + REACH_PX)
-    if left < 0 or left + BLOCK_PX > WIDTH_PX:
-        return None
-    block = before[top:bottom, left : left + BLOCK_PX]
+    block = before[:, left : left + BLOCK_PX]
     block = block - block.mean(axis=1, keepdims=True)  # rows differ from sky to road; a shift shows in columns only
     if block.std() < MIN_CONTRAST:
         return None
-    views = np.lib.stride_tricks.sliding_window_view(after[top:bottom, start:end], BLOCK_PX, axis=1)
+    views = np.lib.stride_tricks.sliding_window_view(after[:, start:end], BLOCK_PX, axis=1)
     views = views - views.mean(axis=2, keepdims=True)
-    likeness = np.einsum("rc,rsc->s", block, views) / np.maximum(
-        1e-9, np.linalg.norm(block) * np.sqrt((views**2).sum(axis=(0, 2)))
-    )
+    norms = np.linalg.norm(block) * np.sqrt((views**2).sum(axis=(0, 2)))
+    likeness = np.einsum("rc,rsc->s", block, views) / np.maximum(1e-9, norms)
     best = int(np.argmax(likeness))
     if likeness[best] < MIN_LIKENESS or best in (0, len(likeness) - 1):
         return None
@@ -100,8 +82,7 @@ MIN_MOMENTS = 10
 OPPOSITE = 0.8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+class Turn(NamedTuple):
     """One moment of turning at which the picture clearly moved sideways."""
 
     clip_id: str
@@ -119,16 +100,15 @@ def turns_of_clip(source: RecordedSource, clip_id: str, motion: Motion, *, clips
     turning = turning[(turning - APART_US > stamps[0]) & (turning + APART_US < stamps[-1])]
     count = min(len(turning), max(1, min(MOST_A_CLIP, PAIRS // max(1, clips))))
     turns: list[Turn] = []
-    for place in np.unique(np.linspace(0, len(turning) - 1, count).round().astype(int)) if count else ():
+    for place in np.unique(np.linspace(0, len(turning) - 1, count).round().astype(int)):
         pair = np.searchsorted(stamps, turning[place] + np.array([-APART_US // 2, APART_US // 2]))
         try:
             earlier, later = source.film(clip_id, FRONT_CAMERA, stamps[pair])
         except BadClipError:
             return turns  # unreadable pictures are refused where a sample needs them
         turned = np.diff(np.interp(stamps[pair], motion.times_us, motion.heading_rad))[0]
-        alike = agrees(sideways_shift_px(earlier, later), float(turned))
-        if alike is not None and abs(turned) >= MIN_TURNED_RAD:
-            turns.append(Turn(clip_id=clip_id, agrees=alike))
+        if abs(turned) >= MIN_TURNED_RAD:
+            turns += _turn(clip_id, earlier, later, turned)
     return turns
 
 
@@ -145,28 +125,32 @@ def turns_of_sample(sample: Sample) -> list[Turn]:
     turned = float(headings[-1] - headings[max(0, len(headings) - 1 - steps)])
     if abs(turned) < max(MIN_TURNED_RAD, MIN_TURN_RADPS * steps / 10):
         return []
-    alike = agrees(sideways_shift_px(frames[0], frames[-1]), turned)
-    return [] if alike is None else [Turn(clip_id=sample.ref.clip_id, agrees=alike)]
+    return _turn(sample.ref.clip_id, frames[0], frames[-1], turned)
+
+
+def _turn(clip_id: str, earlier: Picture, later: Picture, turned_rad: float) -> list[Turn]:
+    """This moment, unless it is not clear whether the picture moved; `turned_rad`: change of heading, left positive."""
+    shift_px = sideways_shift_px(earlier, later)
+    if shift_px is None or abs(shift_px) < MIN_SHIFT_PX:
+        return []
+    return [Turn(clip_id, bool((shift_px > 0) == (turned_rad > 0)))]
 
 
 def judge_mirrored(turns: Sequence[Turn]) -> Check:
     """Whether pictures move as the poses turn, over all moments."""
     count, against = len(turns), sum(not turn.agrees for turn in turns)
     if count < MIN_MOMENTS:
-        found = f"not enough turns to tell: {count} moments, {MIN_MOMENTS} are needed"
-        return ok("mirrored", found)
+        return verdict("mirrored", f"not enough turns to tell: {count} moments, {MIN_MOMENTS} are needed")
     found = f"pictures and poses turn the same way at {count - against} of {count} moments"
     if against >= OPPOSITE * count:
         remedy = (
             "Either the pictures are mirrored (signs are unreadable) or the poses are: left turns must have a positive "
             "yaw rate (y left, z up; not y right, z down). The contact sheet tells which."
         )
-        return fail("mirrored", found, remedy)
-    if against > (1 - OPPOSITE) * count:
-        clips = sorted({turn.clip_id for turn in turns if not turn.agrees})
-        remedy = f"Look at clips such as {', '.join(clips[:3])}: mirrored, another camera, or clocks that are apart?"
-        return warn("mirrored", found, remedy)
-    return ok("mirrored", found)
+        return verdict("mirrored", found, fail=remedy)
+    clips = sorted({turn.clip_id for turn in turns if not turn.agrees})
+    remedy = f"Look at clips such as {', '.join(clips[:3])}: mirrored, another camera, or clocks that are apart?"
+    return verdict("mirrored", found, warn=remedy if against > (1 - OPPOSITE) * count else "")
 
 
 def judge_pictures(sizes: Mapping[tuple[int, int], Sequence[str]], blank: Sequence[str]) -> Check:
@@ -176,11 +160,11 @@ def judge_pictures(sizes: Mapping[tuple[int, int], Sequence[str]], blank: Sequen
     if blank:
         found += f"; {len(blank)} samples show one colour only, such as {blank[0]}"
         remedy = "Open such a frame: black or grey frames teach the model that the picture says nothing."
-        return warn("pictures", found, remedy)
+        return verdict("pictures", found, warn=remedy)
     if len(listed) > 1:
         remedy = (
             f"Different cameras in one set, such as {sizes[listed[-1]][0]}? "
             "Samples differ in their number of tokens; split the set or leave them out."
         )
-        return warn("pictures", found, remedy)
-    return ok("pictures", found or "no usable sample")
+        return verdict("pictures", found, warn=remedy)
+    return verdict("pictures", found or "no usable sample")

@@ -9,15 +9,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.checks.check import Check, Status, fail, ok
+from alpacache.checks.check import Check, verdict
 from alpacache.driving.poses import (
+    JUMP_SLACK_M,
+    JUMP_SLACK_RAD,
     MAX_GAP_US,
     MAX_SPEED_MPS,
     MAX_TURN_RATE_RADPS,
     QUATERNION_NORM_SLACK,
     Track,
+    sample_times_us,
 )
-from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS, STEP_US, Floats, Sample
+from alpacache.driving.sample import FRAME_STEP_US, Sample
 from alpacache.errors import BadClipError
 from alpacache.sources.source import RecordedSource
 
@@ -60,10 +63,9 @@ def recording_of(sample: Sample) -> Recording:
     """The 8 s that a sample holds, in its ego frame, for sources that have samples only."""
     from scipy.spatial.transform import Rotation
 
-    times = sample.ref.t0_us + STEP_US * np.arange(1 - HISTORY_STEPS, FUTURE_STEPS + 1, dtype=np.int64)
     rot = np.concatenate([sample.history_rot, sample.future_rot]).astype(np.float64)
     track = Track(
-        timestamps_us=times,
+        timestamps_us=sample_times_us(sample.ref.t0_us),
         xyz=np.concatenate([sample.history_xyz, sample.future_xyz]).astype(np.float64),
         quaternion_xyzw=Rotation.from_matrix(rot).as_quat(),
     )
@@ -103,14 +105,13 @@ def check_times(recording: Recording) -> Check:
         found = ", ".join(f"timestamps of {what} are in {unit}" for what, unit in wrong.items())
         factors = " and ".join(sorted({f"{_UNITS[unit]:g}" for unit in wrong.values()}))
         remedy = f"Write whole microseconds: multiply these timestamps by {factors}."
-        return fail("times", f"{found}, by their steps", remedy)
+        return verdict("times", f"{found}, by their steps", fail=remedy)
     for what, stamps in clocks.items():
         back = np.flatnonzero(np.diff(stamps) <= 0)
         if len(back):
             found = f"timestamps of {what} do not increase in {len(back)} rows, the first is row {int(back[0]) + 1}"
-            return fail("times", found, "Sort the rows by timestamp and drop duplicates.")
-    start, end = recording.track.timestamps_us[[0, -1]]
-    return ok("times", f"microseconds, {(end - start) / 1e6:.1f} s of poses")
+            return verdict("times", found, fail="Sort the rows by timestamp and drop duplicates.")
+    return verdict("times", f"microseconds, {np.ptp(recording.track.timestamps_us) / 1e6:.1f} s of poses")
 
 
 def check_poses(track: Track) -> Check:
@@ -121,90 +122,82 @@ def check_poses(track: Track) -> Check:
     )
     gaps_us: NDArray[np.int64] = np.diff(track.timestamps_us)
     if len(gaps_us) < 2 or (gaps_us <= 0).any():
-        return ok("poses", "not judged: no poses in the order of time")
+        return verdict("poses", "not judged: no poses in the order of time")
     rate = 1e6 / float(np.median(gaps_us))
     holes, leaps = np.flatnonzero(gaps_us > MAX_GAP_US), jumps(track)
-    faults, remedies = [], []
+    faults = {}
     if len(leaps):
-        faults.append(f"{len(leaps)} jumps, the first at {track.timestamps_us[leaps[0]] / 1e6:.2f} s")
-        remedies.append("Localisation was reset there: cut the clip in two, or keep t0 away from it.")
+        fault = f"{len(leaps)} jumps, the first at {track.timestamps_us[leaps[0]] / 1e6:.2f} s"
+        faults[fault] = "Localisation was reset there: cut the clip in two, or keep t0 away from it."
     if len(holes):
-        faults.append(f"{len(holes)} gaps above 1 s, the longest {gaps_us.max() / 1e6:.2f} s")
-        remedies.append("Samples across a gap are refused; cut the clip there.")
+        fault = f"{len(holes)} gaps above 1 s, the longest {gaps_us.max() / 1e6:.2f} s"
+        faults[fault] = "Samples across a gap are refused; cut the clip there."
     if rate < 9.5:
-        faults.append("fewer than 10 poses a second")
-        remedies.append("Export poses at 10 Hz or more: between them a curve is only interpolated.")
+        remedy = "Export poses at 10 Hz or more: between them a curve is only interpolated."
+        faults["fewer than 10 poses a second"] = remedy
     found = "; ".join([f"{rate:.4g} Hz, longest gap {gaps_us.max() / 1e6:.2f} s", *faults])
-    return Check(name="poses", status="warn" if faults else "ok", found=found, remedy=" ".join(remedies))
+    return verdict("poses", found, warn=" ".join(faults.values()))
 
 
 def jumps(track: Track) -> NDArray[np.int64]:
     """Indices of poses after which the vehicle leaps, as `extract` refuses it, or steps off its neighbours' course."""
+    from scipy.ndimage import median_filter
+
     gaps_s = np.diff(track.timestamps_us) / 1e6
     moved = np.diff(track.xyz, axis=0)
     velocity = moved / gaps_s[:, None]
-    off_mps = np.linalg.norm(velocity - _running_median(velocity), axis=1)
+    off_mps = np.linalg.norm(velocity - median_filter(velocity, size=(NEIGHBOURS, 1), mode="nearest"), axis=1)
     leaps = (off_mps > JUMP_MPS) & (off_mps * gaps_s > JUMP_M)
     unit = track.quaternion_xyzw / np.maximum(np.linalg.norm(track.quaternion_xyzw, axis=1, keepdims=True), 1e-9)
     turned = 2 * np.arccos(np.clip(np.abs((unit[1:] * unit[:-1]).sum(axis=1)), 0, 1))
-    leaps |= turned > MAX_TURN_RATE_RADPS * gaps_s + 0.1
+    leaps |= turned > MAX_TURN_RATE_RADPS * gaps_s + JUMP_SLACK_RAD
     if np.median(np.linalg.norm(velocity, axis=1)) < MAX_SPEED_MPS:  # otherwise all poses are in another unit
-        leaps |= np.linalg.norm(moved, axis=1) > MAX_SPEED_MPS * gaps_s + 0.5
+        leaps |= np.linalg.norm(moved, axis=1) > MAX_SPEED_MPS * gaps_s + JUMP_SLACK_M
     return np.flatnonzero(leaps)
 
 
 def check_frames(recording: Recording) -> Check:
     """Rate, jitter, missing frames, and whether frames were taken while poses were recorded."""
-    faults = [f"no {camera}" for camera in recording.missing]
-    remedies = list(dict.fromkeys(message.rpartition(": ")[2] for message in recording.missing.values()))
-    status: Status = "fail" if faults else "ok"
-    rates = []
+    faults = {f"no {camera}": message.rpartition(": ")[2] for camera, message in recording.missing.items()}
+    status, rates, span = "fail" if faults else "warn", [], recording.track.timestamps_us[[0, -1]]
     for camera, stamps in recording.frame_times_us.items():
         steps: NDArray[np.int64] = np.diff(stamps)
         if len(steps) < 9 or (steps <= 0).any():
             continue
         rates.append(1e6 / float(np.median(steps)))
-        span = recording.track.timestamps_us[[0, -1]]
         overlap = (min(stamps[-1], span[1]) - max(stamps[0], span[0])) / (stamps[-1] - stamps[0])
         if overlap <= 0:
             status = "fail"
-            faults.append(f"{camera}: frames from {_span(stamps)}, but poses from {_span(span)}")
-            remedies.append("Put poses and frames on one clock.")
-            continue
-        for fault, remedy in _frame_faults(steps, overlap):
-            status = "warn" if status == "ok" else status
-            faults.append(f"{camera}: {fault}")
-            remedies.append(remedy)
+            film, poses = (f"{begin / 1e6:.1f} s to {end / 1e6:.1f} s" for begin, end in (stamps[[0, -1]], span))
+            faults[f"{camera}: frames from {film}, but poses from {poses}"] = "Put poses and frames on one clock."
+        else:
+            faults |= {f"{camera}: {fault}": remedy for fault, remedy in _frame_faults(steps, overlap).items()}
     if not rates and not faults:
-        return ok("frames", "not judged: too few frame times")
-    found = "; ".join([_rates(rates), *faults] if rates else faults)
-    return Check(name="frames", status=status, found=found, remedy=" ".join(dict.fromkeys(remedies)))
+        return verdict("frames", "not judged: too few frame times")
+    low, high = min(rates, default=0.0), max(rates, default=0.0)
+    rate = f"{low:.4g} Hz" if high < 1.02 * low else f"{low:.4g} to {high:.4g} Hz"
+    found = "; ".join([rate, *faults] if rates else faults)
+    return verdict("frames", found, **{status: " ".join(dict.fromkeys(faults.values()))})
 
 
-def _rates(rates_hz: list[float]) -> str:
-    low, high = min(rates_hz), max(rates_hz)
-    return f"{low:.4g} Hz" if high < 1.02 * low else f"{low:.4g} to {high:.4g} Hz"
-
-
-def _frame_faults(steps_us: NDArray[np.int64], overlap: float) -> list[tuple[str, str]]:
-    """(fault, remedy) of one camera."""
+def _frame_faults(steps_us: NDArray[np.int64], overlap: float) -> dict[str, str]:
+    """Fault -> remedy of one camera."""
     step = float(np.median(steps_us))
     lost = int(np.maximum(np.round(steps_us / step) - 1, 0).sum())
     regular = steps_us[steps_us < 1.5 * step]
     jitter = float(np.percentile(np.abs(regular - step), 95)) / step
-    faults = []
+    faults = {}
     if lost > MAX_LOST * len(steps_us) or steps_us.max() > max(STALE_US, 1.5 * step):
-        fault = f"{lost} frames missing, the longest gap {steps_us.max() / 1e6:.2f} s"
         remedy = "Around a gap the model sees an old frame: look for frames dropped while recording or converting."
-        faults.append((fault, remedy))
+        faults[f"{lost} frames missing, the longest gap {steps_us.max() / 1e6:.2f} s"] = remedy
     if step > 1.05 * FRAME_STEP_US:
-        faults.append(("fewer than 10 frames a second", "Frames 0.1 s apart will repeat; record at 10 Hz or more."))
+        faults["fewer than 10 frames a second"] = "Frames 0.1 s apart will repeat; record at 10 Hz or more."
     if jitter > MAX_JITTER:
         remedy = "Take the camera's own times of exposure, not those of arrival."
-        faults.append((f"intervals vary by {100 * jitter:.0f} %", remedy))
+        faults[f"intervals vary by {100 * jitter:.0f} %"] = remedy
     if overlap < MIN_OVERLAP:
         remedy = "Check that both are on one clock and cut to the same part."
-        faults.append((f"poses cover {100 * overlap:.0f} % of the frames' time", remedy))
+        faults[f"poses cover {100 * overlap:.0f} % of the frames' time"] = remedy
     return faults
 
 
@@ -213,12 +206,12 @@ def check_finite(track: Track) -> Check | None:
     bad = int((~_is_finite(track)).sum())
     if bad:
         found = f"{bad} of {len(track.xyz)} poses hold NaN or infinity"
-        return fail("rotations", found, "Drop those rows if the rest is sound.")
+        return verdict("rotations", found, fail="Drop those rows if the rest is sound.")
     norms = np.linalg.norm(track.quaternion_xyzw, axis=1)
     worst = float(norms[np.argmax(np.abs(norms - 1))])
     if abs(worst - 1) > QUATERNION_NORM_SLACK:
         remedy = "Check the columns qx, qy, qz, qw, and whether they hold a quaternion at all."
-        return fail("rotations", f"quaternions of length {worst:.3g}, not 1", remedy)
+        return verdict("rotations", f"quaternions of length {worst:.3g}, not 1", fail=remedy)
     return None
 
 
@@ -230,15 +223,3 @@ def _converted(stamps: NDArray[np.int64]) -> NDArray[np.int64]:
 def _is_finite(track: Track) -> NDArray[np.bool_]:
     finite: NDArray[np.bool_] = np.isfinite(np.concatenate([track.xyz, track.quaternion_xyzw], axis=1)).all(axis=1)
     return finite
-
-
-def _running_median(values: Floats) -> Floats:
-    half = NEIGHBOURS // 2
-    padded = np.pad(values, ((half, half), (0, 0)), mode="edge")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, NEIGHBOURS, axis=0)
-    median: Floats = np.median(windows, axis=-1)
-    return median
-
-
-def _span(stamps: NDArray[np.int64]) -> str:
-    return f"{stamps[0] / 1e6:.1f} s to {stamps[-1] / 1e6:.1f} s"

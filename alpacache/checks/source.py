@@ -7,29 +7,18 @@ recordings are compared with what a road vehicle and its camera do. No model is 
 
 import hashlib
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from alpacache.checks.axes import (
-    judge_axes,
-    judge_rotations,
-    judge_speed,
-    judge_standing,
-)
-from alpacache.checks.check import Check, Status, fail, ok, warn, worst
+from alpacache.checks.axes import judge_axes, judge_rotations, judge_speed, judge_standing
+from alpacache.checks.check import Check, Status, verdict, worst
 from alpacache.checks.contact_sheet import CLIPS
 from alpacache.checks.motion import Motion, motion_of
-from alpacache.checks.pictures import (
-    Turn,
-    judge_mirrored,
-    judge_pictures,
-    turns_of_clip,
-    turns_of_sample,
-)
+from alpacache.checks.pictures import Turn, judge_mirrored, judge_pictures, turns_of_clip, turns_of_sample
 from alpacache.checks.recordings import (
     Recording,
     check_finite,
@@ -41,12 +30,7 @@ from alpacache.checks.recordings import (
     recording_of,
 )
 from alpacache.driving.poses import Track
-from alpacache.driving.sample import (
-    FRONT_CAMERA,
-    Sample,
-    SampleRef,
-    sort_cameras,
-)
+from alpacache.driving.sample import FRONT_CAMERA, Sample, SampleRef, sort_cameras
 from alpacache.driving.strata import STRATA, classify
 from alpacache.errors import BadClipError
 from alpacache.progress import OnProgress, Progress
@@ -127,46 +111,6 @@ class SourceReport:
         return tuple(refusal for clip in self.clips for refusal in clip.refused)
 
 
-@dataclass(slots=True)
-class _Clip:
-    """One clip while it is being judged."""
-
-    refs: list[SampleRef]
-    refused: list[Refusal]
-    samples: int = 0
-    checks: tuple[Check, ...] = ()
-    motion: Motion | None = None
-    order: str = "right"
-    track: Track | None = None
-    """The clip's track, kept if the order of its quaternions is undecided."""
-    fingerprint: str = ""
-
-
-class _SampleStatistics:
-    """Statistics of all samples, and the samples that the contact sheet shows."""
-
-    def __init__(self, chosen: frozenset[SampleRef]) -> None:
-        self.chosen = chosen
-        self.shown: list[Sample] = []
-        self.speeds_mps: list[float] = []
-        self.strata = dict.fromkeys(STRATA, 0)
-        self.sizes: dict[tuple[int, int], list[str]] = {}
-        self.blank: list[str] = []
-        self.turns: list[Turn] = []
-
-    def add(self, sample: Sample) -> None:
-        strata = classify(sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
-        self.speeds_mps.append(strata.mean_speed_mps)
-        for label in strata.labels:
-            self.strata[label] += 1
-        height, width = sample.frames.shape[-2:]
-        self.sizes.setdefault((width, height), []).append(sample.ref.sample_id)
-        if min(float(camera[-1].std()) for camera in sample.frames) < 1.0:
-            self.blank.append(sample.ref.sample_id)
-        if sample.ref in self.chosen:
-            self.shown.append(sample)
-
-
 def check_source(
     source: Source,
     *,
@@ -183,175 +127,162 @@ def check_source(
     """
     started, names = time.monotonic(), sort_cameras(cameras)
     refs, rejected = select(source, split=split, t0=t0, samples=samples)
-    clips: dict[str, _Clip] = {}
+    clips: dict[str, list[SampleRef]] = {}
     for ref in refs:
-        clips.setdefault(ref.clip_id, _Clip([], [])).refs.append(ref)
+        clips.setdefault(ref.clip_id, []).append(ref)
+    refused: dict[str, list[Refusal]] = defaultdict(list)
     for clip_id, error in rejected:
-        clips[clip_id] = _Clip([], [Refusal(where=clip_id, kind=error.kind, message=str(error))])
-    statistics = _SampleStatistics(_spread([clip.refs[0] for clip in clips.values() if clip.refs]))
-    for done, (clip_id, clip) in enumerate(clips.items(), start=1):
-        first = _load_samples(source, clip, names, frames, statistics)
-        _read_recording(source, clip_id, clip, names, first, statistics, clips=len(clips))
+        clips[clip_id], refused[clip_id] = [], [Refusal(where=clip_id, kind=error.kind, message=str(error))]
+    survey = _Survey(source, names, frames, clips)
+    for done, (clip_id, wanted) in enumerate(clips.items(), start=1):
+        survey.read(clip_id, wanted, refused[clip_id])
         if on_progress is not None:
             rate = done / max(1e-9, time.monotonic() - started)
             on_progress(Progress(done=done, total=len(clips), unit="clips", rate=rate, notes={}))
-    _settle_order(list(clips.values()))
-    usable = sum(clip.samples for clip in clips.values())
+    survey.settle_order()
+    speeds, speeds_mps = survey.speeds_mps, {}
+    if speeds:
+        speeds_mps = {"median": float(np.median(speeds)), "p95": float(np.percentile(speeds, 95)), "max": max(speeds)}
     return SourceReport(
         source=source.name,
-        samples=usable,
-        clips=tuple(
-            ClipReport(clip_id=clip_id, samples=clip.samples, refused=tuple(clip.refused), checks=clip.checks)
-            for clip_id, clip in clips.items()
-        ),
-        checks=_judge(source, clips, statistics),
-        strata=statistics.strata,
-        speeds_mps=_speeds(statistics.speeds_mps),
-        shown=tuple(statistics.shown),
+        samples=sum(clip.samples for clip in survey.clips.values()),
+        clips=tuple(survey.clips.values()),
+        checks=survey.checks(),
+        strata=survey.strata,
+        speeds_mps=speeds_mps,
+        shown=tuple(survey.shown),
         seconds=time.monotonic() - started,
     )
 
 
-def _spread(refs: Sequence[SampleRef]) -> frozenset[SampleRef]:
-    """Up to `CLIPS` of the samples, evenly spread."""
-    places = np.unique(np.linspace(0, len(refs) - 1, min(CLIPS, len(refs))).round().astype(int)) if refs else ()
-    return frozenset(refs[place] for place in places)
+class _Survey:
+    """What has been seen of a source's clips, one after the other."""
 
+    def __init__(
+        self, source: Source, cameras: Sequence[str], frames: int, clips: Mapping[str, Sequence[SampleRef]]
+    ) -> None:
+        self._source, self._cameras, self._frames, self._count = source, cameras, frames, len(clips)
+        firsts = [refs[0] for refs in clips.values() if refs]
+        places = np.linspace(0, len(firsts) - 1, min(CLIPS, len(firsts))).round().astype(int)
+        self._to_show = {firsts[place] for place in places}
+        self.clips: dict[str, ClipReport] = {}
+        self.shown: list[Sample] = []
+        self.speeds_mps: list[float] = []
+        self.strata = dict.fromkeys(STRATA, 0)
+        self._motions: dict[str, Motion] = {}
+        self._turns: list[Turn] = []
+        self._sizes: dict[tuple[int, int], list[str]] = defaultdict(list)
+        self._blank: list[str] = []
+        self._clips_of_path: dict[bytes, list[str]] = defaultdict(list)
+        self._misordered = 0
+        self._undecided: dict[str, Track] = {}
+        """Tracks of clips whose quaternions may have their scalar first."""
 
-def _load_samples(
-    source: Source, clip: _Clip, cameras: Sequence[str], frames: int, statistics: _SampleStatistics
-) -> Sample | None:
-    """Load all samples of a clip, as `extract` would; return the first that can be used."""
-    first: Sample | None = None
-    for ref in clip.refs:
-        try:
-            sample = source.load(ref, cameras=cameras, frames=frames)
-        except BadClipError as error:
-            clip.refused.append(Refusal(where=ref.sample_id, kind=error.kind, message=str(error)))
-            continue
-        clip.samples += 1
-        first = first or sample
-        statistics.add(sample)
+    def read(self, clip_id: str, refs: Sequence[SampleRef], refused: list[Refusal]) -> None:
+        """Load all samples of a clip, as `extract` would, and judge its recording.
+
+        A source without recordings is judged by the part of one that the clip's first sample holds.
+        """
+        source, first, usable = self._source, None, 0
+        for ref in refs:
+            try:
+                sample = source.load(ref, cameras=self._cameras, frames=self._frames)
+            except BadClipError as error:
+                refused.append(Refusal(where=ref.sample_id, kind=error.kind, message=str(error)))
+                continue
+            usable += 1
+            first = first or sample
+            self._add_sample(sample)
+        self.clips[clip_id] = ClipReport(clip_id=clip_id, samples=usable, refused=tuple(refused), checks=())
         if not isinstance(source, RecordedSource):
-            statistics.turns += turns_of_sample(sample)
-    return first
+            if first is not None:
+                self._judge_recording(clip_id, recording_of(first))
+            return
+        try:
+            recording = read_recording(source, clip_id, self._cameras)
+        except BadClipError:
+            return  # its samples were refused for the same reason
+        if len(recording.track.timestamps_us) >= 2:
+            self._judge_recording(clip_id, recording)
+            if clip_id in self._motions and FRONT_CAMERA in recording.frame_times_us:
+                self._turns += turns_of_clip(source, clip_id, self._motions[clip_id], clips=self._count)
 
+    def _add_sample(self, sample: Sample) -> None:
+        strata = classify(sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
+        self.speeds_mps.append(strata.mean_speed_mps)
+        for label in strata.labels:
+            self.strata[label] += 1
+        height, width = sample.frames.shape[-2:]
+        self._sizes[width, height].append(sample.ref.sample_id)
+        if min(float(camera[-1].std()) for camera in sample.frames) < 1.0:
+            self._blank.append(sample.ref.sample_id)
+        if sample.ref in self._to_show:
+            self.shown.append(sample)
+        if not isinstance(self._source, RecordedSource):
+            self._turns += turns_of_sample(sample)
 
-def _read_recording(
-    source: Source,
-    clip_id: str,
-    clip: _Clip,
-    cameras: Sequence[str],
-    first: Sample | None,
-    statistics: _SampleStatistics,
-    *,
-    clips: int,
-) -> None:
-    """Judge a clip's recording, or the part of it that its first sample holds."""
-    if not isinstance(source, RecordedSource):
-        if first is not None:
-            _judge_clip(clip, recording_of(first))
-        return
-    try:
-        recording = read_recording(source, clip_id, cameras)
-    except BadClipError:
-        return  # its samples were refused for the same reason
-    if len(recording.track.timestamps_us) < 2:
-        return
-    recording = _judge_clip(clip, recording)
-    if clip.motion is not None and FRONT_CAMERA in recording.frame_times_us:
-        statistics.turns += turns_of_clip(source, clip_id, clip.motion, clips=clips)
+    def _judge_recording(self, clip_id: str, recording: Recording) -> None:
+        times = check_times(recording)
+        recording = in_microseconds(recording)
+        track, rotations = recording.track, judge_rotations(recording.track)
+        checks = (times, check_poses(track), check_frames(recording), check_finite(track) or rotations.check)
+        self._judge_motion(clip_id, checks, rotations.track)
+        self._misordered += rotations.order == "wrong"
+        if rotations.order == "either":
+            self._undecided[clip_id] = track
+        if clip_id in self._motions and self._motions[clip_id].moving.any():
+            path = hashlib.sha256(np.ascontiguousarray(track.xyz).tobytes()).digest()
+            self._clips_of_path[path].append(clip_id)
 
+    def _judge_motion(self, clip_id: str, checks: Iterable[Check], track: Track) -> None:
+        """Complete the checks of a clip by those of its motion."""
+        motion = motion_of(track)
+        if motion is not None:
+            self._motions[clip_id] = motion
+            checks = (*checks, judge_axes([motion]), judge_speed([motion]), judge_standing(motion))
+        self.clips[clip_id] = replace(self.clips[clip_id], checks=tuple(checks))
 
-def _judge_clip(clip: _Clip, recording: Recording) -> Recording:
-    """Fill in checks, motion and fingerprint; return the recording with faults corrected for the checks that follow."""
-    times = check_times(recording)
-    recording = in_microseconds(recording)
-    clip.checks = (times, check_poses(recording.track), check_frames(recording))
-    rotations = judge_rotations(recording.track)
-    broken = check_finite(recording.track)
-    clip.order = rotations.order
-    if rotations.order == "either":
-        clip.track = recording.track
-    _judge_motion(clip, broken or rotations.check, rotations.track)
-    if clip.motion is not None and clip.motion.moving.any():
-        clip.fingerprint = hashlib.sha256(np.ascontiguousarray(recording.track.xyz).tobytes()).hexdigest()
-    return recording
+    def settle_order(self) -> None:
+        """Decide clips that drive forwards only with the scalar first by those whose order is certainly wrong."""
+        if self._misordered >= len(self._undecided):
+            for clip_id, track in self._undecided.items():
+                rotations = judge_rotations(track, scalar_first=True)
+                self._judge_motion(clip_id, (*self.clips[clip_id].checks[:3], rotations.check), rotations.track)
 
+    def checks(self) -> tuple[Check, ...]:
+        """One check of each name over the source as a whole."""
+        whole = [self._judge_ids(), judge_pictures(self._sizes, self._blank), judge_mirrored(self._turns)]
+        if self._motions:
+            motions = tuple(self._motions.values())
+            whole += [judge_axes(motions), judge_speed(motions)]
+        judged = {check.name: check for check in whole}
+        return tuple(self._over_clips(name, judged.get(name)) for name in MEANINGS)
 
-def _judge_motion(clip: _Clip, rotations: Check, track: Track) -> None:
-    """The checks from rotations on."""
-    checks = [*clip.checks[:3], rotations]
-    clip.motion = motion_of(track)
-    if clip.motion is not None:
-        checks += [judge_axes([clip.motion]), judge_speed([clip.motion]), judge_standing(clip.motion)]
-    clip.checks = tuple(checks)
+    def _over_clips(self, name: str, judged: Check | None) -> Check:
+        """Merge all clips' checks of one name: the source fails if most clips fail, or all of them together do."""
+        each = {clip_id: check for clip_id, clip in self.clips.items() for check in clip.checks if check.name == name}
+        bad = {clip_id: check for clip_id, check in each.items() if check.status != "ok"}
+        failed = [clip_id for clip_id, check in bad.items() if check.status == "fail"]
+        if judged is not None and (judged.status != "ok" or not failed):
+            return judged
+        if not bad:
+            alike = {check.found for check in each.values()}
+            return verdict(name, alike.pop() if len(alike) == 1 else f"{len(each)} clips" if each else "not judged")
+        example = failed[0] if failed else next(iter(bad))
+        found = f"{len(bad)} of {len(each)} clips, such as {example}: {bad[example].found}"
+        status = "fail" if judged is None and 2 * len(failed) > len(each) else "warn"
+        return verdict(name, found, **{status: bad[example].remedy})
 
-
-def _settle_order(clips: Sequence[_Clip]) -> None:
-    """Decide clips that drive forwards only with the scalar first by those whose order is certainly wrong."""
-    unsettled = [clip for clip in clips if clip.track is not None]
-    if sum(clip.order == "wrong" for clip in clips) < max(1, len(unsettled)):
-        return
-    for clip in unsettled:
-        if clip.track is not None:
-            rotations = judge_rotations(clip.track, scalar_first=True)
-            _judge_motion(clip, rotations.check, rotations.track)
-
-
-def _judge(source: Source, clips: Mapping[str, _Clip], statistics: _SampleStatistics) -> tuple[Check, ...]:
-    """One check of each name over the source as a whole."""
-    motions = [clip.motion for clip in clips.values() if clip.motion is not None]
-    judged = {check.name: check for check in (judge_axes(motions), judge_speed(motions))} if motions else {}
-    judged["clip ids"] = _judge_ids(source, clips)
-    judged["pictures"] = judge_pictures(statistics.sizes, statistics.blank)
-    judged["mirrored"] = judge_mirrored(statistics.turns)
-    return tuple(_over_clips(name, judged.get(name), clips) for name in MEANINGS)
-
-
-def _over_clips(name: str, judged: Check | None, clips: Mapping[str, _Clip]) -> Check:
-    """Merge all clips' checks of one name: the source fails if most clips fail, or all of them together do."""
-    if judged is not None and judged.status == "fail":
-        return judged
-    each = {clip_id: check for clip_id, clip in clips.items() for check in clip.checks if check.name == name}
-    bad = {clip_id: check for clip_id, check in each.items() if check.status != "ok"}
-    failed = [clip_id for clip_id, check in bad.items() if check.status == "fail"]
-    if judged is not None and (judged.status == "warn" or not failed):
-        return judged
-    if not bad:
-        found = f"{len(each)} clips" if each else "not judged"
-        alike = {check.found for check in each.values()}
-        return ok(name, alike.pop() if len(alike) == 1 else found)
-    example = failed[0] if failed else next(iter(bad))
-    found = f"{len(bad)} of {len(each)} clips, such as {example}: {bad[example].found}"
-    answer = fail if judged is None and 2 * len(failed) > len(each) else warn
-    return answer(name, found, bad[example].remedy)
-
-
-def _judge_ids(source: Source, clips: Mapping[str, _Clip]) -> Check:
-    """Ids that come twice, and clips with the same poses: if one is trained on and one judged by, that is a leak."""
-    twice = [clip_id for clip_id, times in Counter(source.clip_ids).items() if times > 1]
-    if twice:
-        found = f"{len(twice)} ids are listed more than once, such as {twice[0]}"
-        return fail("clip ids", found, "Give every clip an id of its own.")
-    same: dict[str, list[str]] = {}
-    for clip_id, clip in clips.items():
-        if clip.fingerprint:
-            same.setdefault(clip.fingerprint, []).append(clip_id)
-    copies = [ids for ids in same.values() if len(ids) > 1]
-    if copies:
-        found = f"{sum(map(len, copies))} clips share their poses with another, such as {' and '.join(copies[0][:2])}"
-        remedy = "Leave the copies out: one may be trained on and the other judged by."
-        return warn("clip ids", found, remedy)
-    return ok("clip ids", f"{len(clips)} different clips")
-
-
-def _speeds(speeds_mps: Sequence[float]) -> dict[str, float]:
-    if not speeds_mps:
-        return {}
-    values = np.array(speeds_mps)
-    return {
-        "median": float(np.median(values)),
-        "p95": float(np.percentile(values, 95)),
-        "max": float(values.max()),
-    }
+    def _judge_ids(self) -> Check:
+        """Ids that come twice, and clips with the same poses: one trained on and another judged by is a leak."""
+        twice = [clip_id for clip_id, times in Counter(self._source.clip_ids).items() if times > 1]
+        if twice:
+            found = f"{len(twice)} ids are listed more than once, such as {twice[0]}"
+            return verdict("clip ids", found, fail="Give every clip an id of its own.")
+        copies = [ids for ids in self._clips_of_path.values() if len(ids) > 1]
+        if copies:
+            example = " and ".join(copies[0][:2])
+            found = f"{sum(map(len, copies))} clips share their poses with another, such as {example}"
+            remedy = "Leave the copies out: one may be trained on and the other judged by."
+            return verdict("clip ids", found, warn=remedy)
+        return verdict("clip ids", f"{len(self.clips)} different clips")
