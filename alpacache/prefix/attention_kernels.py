@@ -12,9 +12,8 @@ Only features of compute capability 8.0 are used, and at most 99 KB of shared me
 RTX 3090, a 4090 and an H100.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +24,12 @@ from alpacache.prefix.layers_ahead import decode
 from alpacache.prefix.packed import PackedPrefixes
 
 _LOG2_E = 1.4426950408889634
+_BLOCK_M, _BLOCK_N, _WARPS, _STAGES = 64, 32, 4, 4
+"""Queries and tokens of a tile of the kernels over the prefix, on which results depend in rounding only.
+
+Of 48 settings these were the best or next to it for 4 cameras and for 1 (forward and backward of 36 layers, 8 and 16
+samples, on an H100: 4.3 and 3.5 ms, against 6.2 and 4.4 with tiles of 64 tokens in two stages).
+"""
 # An argument of 1 would become a constant without `.to`, so counts are not specialised.
 
 
@@ -401,24 +406,6 @@ def merge_backward(  # type: ignore[no-untyped-def]
     tl.store(value_grad + where, v_grad.to(value_grad.dtype.element_ty), mask=exists[:, None])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tiling:
-    """Tile sizes of the kernels over the prefix; the result depends on them in rounding only.
-
-    Of 48 settings these were the best or next to it for 4 cameras and for 1 (forward and backward of 36 layers, 8 and
-    16 samples, on an H100: 4.3 and 3.5 ms, against 6.2 and 4.4 with tiles of 64 tokens in two stages).
-    """
-
-    block_m: int = 64
-    block_n: int = 32
-    warps: int = 4
-    stages: int = 4
-    programs_per_sm: int = 1
-
-
-TILING = Tiling()
-
-
 def forward(
     query: Tensor, key: Tensor, value: Tensor, prefixes: PackedPrefixes, layer: int, scale: float, *, causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -430,21 +417,19 @@ def forward(
 
     Returns output `[B K, heads, S, D]`, in memory `[B K, S, heads, D]`, and log-sum-exp in base 2 `[B K, heads, S]`.
     """
-    call = _Call.of(query, key, prefixes, layer, then=layer + 1)
-    rows, heads, tokens, dim = query.shape
-    partial = query.new_empty((call.splits, rows, heads, tokens, dim), dtype=torch.float32)
-    partial_lse = query.new_empty((call.splits, rows, heads, tokens), dtype=torch.float32)
+    call = _prepare(query, key, prefixes, layer, then=layer + 1)
+    (rows, heads, tokens, dim), splits = query.shape, call.counts[2]
+    partial = query.new_empty((splits, rows, heads, tokens, dim), dtype=torch.float32)
+    partial_lse = query.new_empty((splits, rows, heads, tokens), dtype=torch.float32)
     prefix_forward[call.grid](
-        query, partial, partial_lse, *call.source, *query.stride()[:3],
-        call.samples, call.draws, call.splits, scale * _LOG2_E,
-        **call.options,
-    )  # fmt: skip
+        query, partial, partial_lse, *call.source, *query.stride()[:3], *call.counts, scale * _LOG2_E, **call.options
+    )
     output = query.new_empty((rows, tokens, heads, dim)).transpose(1, 2)
     lse = query.new_empty((rows, heads, tokens), dtype=torch.float32)
     merge_forward[(rows, heads)](
         query, key, value, partial, partial_lse, output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], rows, scale * _LOG2_E,
-        CAUSAL=causal, SPLITS=call.splits, **call.own_options,
+        CAUSAL=causal, SPLITS=splits, **call.own_options,
     )  # fmt: skip
     return output, lse
 
@@ -463,80 +448,66 @@ def backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; `output` and `lse` are those of the merged attention."""
-    call = _Call.of(query, key, prefixes, layer, then=layer - 1)
-    rows, heads, tokens, dim = query.shape
+    call = _prepare(query, key, prefixes, layer, then=layer - 1)
+    (rows, heads, tokens, dim), splits = query.shape, call.counts[2]
     delta = torch.empty_like(lse)
     row_delta[(rows, heads)](
         grad, output, delta, *grad.stride()[:3], *output.stride()[:3],
         DIM=dim, TOKENS=tokens, BLOCK=call.own_options["BLOCK"],
     )  # fmt: skip
-    partial = query.new_empty((call.splits, rows, heads, tokens, dim), dtype=torch.float32)
+    partial = query.new_empty((splits, rows, heads, tokens, dim), dtype=torch.float32)
     prefix_backward[call.grid](
         query, grad, delta, lse, partial, *call.source, *query.stride()[:3], *grad.stride()[:3],
-        call.samples, call.draws, call.splits, scale * _LOG2_E, **call.options,
+        *call.counts, scale * _LOG2_E, **call.options,
     )  # fmt: skip
     query_grad = query.new_empty((rows, tokens, heads, dim)).transpose(1, 2)
     key_grad, value_grad = (query.new_empty((rows, tokens, key.shape[1], dim)).transpose(1, 2) for _ in range(2))
     merge_backward[(rows, key.shape[1])](
         query, key, value, grad, delta, lse, partial, query_grad, key_grad, value_grad,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
-        rows, scale * _LOG2_E, scale, CAUSAL=causal, SPLITS=call.splits, **call.own_options,
+        rows, scale * _LOG2_E, scale, CAUSAL=causal, SPLITS=splits, **call.own_options,
     )  # fmt: skip
     return query_grad, key_grad, value_grad
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
+class _Call(NamedTuple):
     """How the kernels are launched for one layer of one batch."""
 
-    samples: int
-    draws: int
-    splits: int
     grid: tuple[int, int, int]
+    counts: tuple[int, int, int]
+    """Samples, draws, and programs that share a sample's prefix."""
     source: tuple[Any, ...]
     """Arguments that say where the prefix lies, `data` to `order_at`."""
     options: dict[str, Any]
     own_options: dict[str, Any]
+    """Options of the kernels that attend to the action tokens."""
 
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, prefixes: PackedPrefixes, layer: int, *, then: int) -> "_Call":
-        layout, samples = prefixes.layout, len(prefixes.rows)
-        rows, heads, tokens, dim = query.shape
-        draws, group = rows // samples, heads // key.shape[1]
-        how = TILING
-        tiles = triton.cdiv(draws * group * tokens, how.block_m)
-        wanted = triton.cdiv(how.programs_per_sm * _multiprocessors(query.device), samples * layout.kv_heads * tiles)
-        splits = max(1, min(wanted, triton.cdiv(prefixes.longest, 4 * how.block_n), 16))
-        shape = {"DIM": dim, "TOKENS": tokens, "HEAD_GROUP": group}
-        return cls(
-            samples=samples,
-            draws=draws,
-            splits=splits,
-            grid=(tiles, layout.kv_heads, samples * splits),
-            source=_source(prefixes, layer, then),
-            options={
-                **shape,
-                "HEADS": layout.kv_heads,
-                "ORDERED": layout.is_ordered,
-                "BLOCK_M": how.block_m,
-                "BLOCK_N": how.block_n,
-                "num_warps": how.warps,
-                "num_stages": how.stages,
-            },
-            own_options={**shape, "BLOCK": max(16, triton.next_power_of_2(tokens)), "num_warps": 8, "num_stages": 1},
-        )
+
+def _prepare(query: Tensor, key: Tensor, prefixes: PackedPrefixes, layer: int, *, then: int) -> _Call:
+    layout, samples = prefixes.layout, len(prefixes.rows)
+    rows, heads, tokens, dim = query.shape
+    draws, group = rows // samples, heads // key.shape[1]
+    tiles = triton.cdiv(draws * group * tokens, _BLOCK_M)
+    wanted = triton.cdiv(_multiprocessors(query.device), samples * layout.kv_heads * tiles)
+    splits = max(1, min(wanted, triton.cdiv(prefixes.longest, 4 * _BLOCK_N), 16))
+    shape = {"DIM": dim, "TOKENS": tokens, "HEAD_GROUP": group}
+    tile = {"BLOCK_M": _BLOCK_M, "BLOCK_N": _BLOCK_N, "num_warps": _WARPS, "num_stages": _STAGES}
+    return _Call(
+        grid=(tiles, layout.kv_heads, samples * splits),
+        counts=(samples, draws, splits),
+        source=_source(prefixes, layer, then),
+        options={**shape, "HEADS": layout.kv_heads, "ORDERED": layout.is_ordered, **tile},
+        own_options={**shape, "BLOCK": max(16, triton.next_power_of_2(tokens)), "num_warps": 8, "num_stages": 1},
+    )
 
 
 def _source(prefixes: PackedPrefixes, layer: int, then: int) -> tuple[Any, ...]:
     """`data` to `order_at` of the kernels: where a layer lies in the rows themselves, or decoded in scratch."""
-    layout = prefixes.layout
+    layout, ahead = prefixes.layout, prefixes.ahead
     if layout.codec is None:
         return prefixes.data, prefixes.rows, prefixes.lengths, prefixes.data.stride(0), 0, 2 * layer, 0
-    if prefixes.ahead is None:
-        scratch = decode(prefixes, layer)
-    else:
-        scratch = prefixes.ahead.layer(prefixes, layer, then=then)
-    index = layer % layout.layers_together
+    scratch = decode(prefixes, layer) if ahead is None else ahead.layer(prefixes, layer, then=then)
+    index = layer % layout.tensor_codec.layers_together
     places, order_at = _places(len(prefixes.rows), scratch.device), layout.order_at(prefixes.longest, index)
     return scratch, places, prefixes.lengths, scratch.stride(0), prefixes.longest, 2 * index, order_at
 

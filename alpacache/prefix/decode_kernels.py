@@ -328,53 +328,43 @@ def decode_fp8_layer(  # type: ignore[no-untyped-def]
 
 def decode_affine(codec: AffineCodec, prefixes: PackedPrefixes, layer: int, scratch: Tensor) -> None:
     """`TensorCodec.decode_batch` of affine codecs."""
-    layout = prefixes.layout
+    channels = prefixes.layout.head_dim
     key_bits, value_bits = codec.bits_of(layer)
     classes, first, before = [], 0, 0
-    for count, width in codec.key_classes(key_bits, layout.head_dim):
+    for count, width in codec.key_classes(key_bits, channels):
         classes.append((first, before, count, width))
         first, before = first + count, before + count * width
-    begin, keys = _linear_places(codec, layout, codec.key_group)[layer]
-    grid = (triton.cdiv(prefixes.longest, codec.key_group), layout.kv_heads, len(prefixes.rows))
-    decode_affine_layer[grid](
-        *_common(prefixes, scratch),
-        *begin,
-        *keys,
-        prefixes.longest,
-        DIM=layout.head_dim,
-        HEADS=layout.kv_heads,
-        KEY_GROUP=codec.key_group,
-        KEY_CLASSES=tuple(classes),
-        VALUE_GROUP=codec.value_group_of(layout.head_dim),
-        VALUE_BITS=value_bits,
-        OCTETS=_OCTETS,
-        num_warps=_WARPS,
-        num_stages=1,
-    )
+    begin, keys = _linear_places(codec, prefixes.layout, codec.key_group)[layer]
+    constants = {
+        "KEY_GROUP": codec.key_group,
+        "KEY_CLASSES": tuple(classes),
+        "VALUE_GROUP": codec.value_group_of(channels),
+        "VALUE_BITS": value_bits,
+    }
+    _launch(decode_affine_layer, codec.key_group, prefixes, scratch, (*begin, *keys), constants)
 
 
 def decode_fp8(codec: Fp8Codec, prefixes: PackedPrefixes, layer: int, scratch: Tensor) -> None:
     """`TensorCodec.decode_batch` of fp8."""
-    layout = prefixes.layout
-    begin, keys = _linear_places(codec, layout, 1)[layer]
-    decode_fp8_layer[(triton.cdiv(prefixes.longest, _FP8_BLOCK), layout.kv_heads, len(prefixes.rows))](
-        *_common(prefixes, scratch),
-        *begin[:2],
-        *keys[:2],
-        prefixes.longest,
-        DIM=layout.head_dim,
-        HEADS=layout.kv_heads,
-        BLOCK=_FP8_BLOCK,
-        OCTETS=_OCTETS,
-        num_warps=_WARPS,
-        num_stages=1,
-    )
+    begin, keys = _linear_places(codec, prefixes.layout, 1)[layer]
+    _launch(decode_fp8_layer, _FP8_BLOCK, prefixes, scratch, (*begin[:2], *keys[:2]), {"BLOCK": _FP8_BLOCK})
 
 
-def _common(prefixes: PackedPrefixes, scratch: Tensor) -> tuple[Any, ...]:
-    """Arguments that both kernels begin with."""
-    data, scales = prefixes.data, scales_on(scratch.device, 0)
-    return scratch, scratch.stride(0), data, prefixes.rows, prefixes.lengths, scales, data.stride(0)
+def _launch(
+    kernel: Any,
+    block: int,
+    prefixes: PackedPrefixes,
+    scratch: Tensor,
+    places: tuple[int, ...],
+    constants: dict[str, Any],
+) -> None:
+    """Decode by programs of `block` tokens of a head; `places` says where layer and keys lie, as `_linear_places`."""
+    layout, data, scales = prefixes.layout, prefixes.data, scales_on(scratch.device, 0)
+    kernel[triton.cdiv(prefixes.longest, block), layout.kv_heads, len(prefixes.rows)](
+        scratch, scratch.stride(0), data, prefixes.rows, prefixes.lengths, scales, data.stride(0),
+        *places, prefixes.longest,
+        DIM=layout.head_dim, HEADS=layout.kv_heads, OCTETS=_OCTETS, num_warps=_WARPS, num_stages=1, **constants,
+    )  # fmt: skip
 
 
 Linear = tuple[int, int, int]

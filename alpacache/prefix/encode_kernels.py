@@ -290,17 +290,12 @@ def energy(x: Tensor, largest: Tensor) -> Tensor:
     del tile["KEYS"]
     shape = (*x.shape[:2], triton.cdiv(x.shape[2], _ENERGY_TOKENS), x.shape[3])
     sums = torch.empty(shape, dtype=torch.int64, device=x.device)
-    lanes = sums[0].numel()
-    with _on(x.device):
-        group_energy[_grid(x, lanes, tile)](
-            _bits(x), largest, sums, x.stride(0), x.shape[2], lanes,
-            STEPS=WEIGHT_STEPS, enable_fp_fusion=False, **tile,
-        )  # fmt: skip
+    _launch(group_energy, x, (largest, sums), sums, tile | {"STEPS": WEIGHT_STEPS, "enable_fp_fusion": False})
     return sums.sum(2)
 
 
 def fit_keys(x: Tensor, order: Tensor | None, groups: Groups, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _fit(x, order, groups, torch.int16, {**_key_tile(x, group), "MEMBERS": _FITTED_MEMBERS})
+    return _fit(x, order, groups, torch.int16, _key_tile(x, group) | {"MEMBERS": _FITTED_MEMBERS})
 
 
 def fit_values(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,53 +313,45 @@ def pack(codes: Tensor, first: int, count: int, done: int, plane: int, out: Tens
 
 def _extremes(x: Tensor, shape: tuple[int, ...], tile: dict[str, Any]) -> tuple[Tensor, Tensor]:
     low, high = (torch.empty(shape, device=x.device) for _ in range(2))
-    lanes = low[0].numel()
-    with _on(x.device):
-        group_extremes[_grid(x, lanes, tile)](_bits(x), low, high, x.stride(0), x.shape[2], lanes, **tile)
+    _launch(group_extremes, x, (low, high), low, tile)
     return low, high
 
 
 def _fit(
     x: Tensor, order: Tensor | None, groups: Groups, zero: torch.dtype, tile: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = groups.needed.shape
-    indices, zeros = (torch.empty(shape, dtype=dtype, device=x.device) for dtype in (torch.uint8, zero))
-    codes = torch.empty(x.shape, dtype=torch.int16, device=x.device)
-    lanes = indices[0].numel()
-    with _on(x.device):
-        fit[_grid(x, lanes, tile)](
-            _bits(x), order, groups.sums, groups.needed, groups.least, groups.levels, groups.table,
-            indices, zeros, codes, x.stride(0), x.shape[2], lanes,
-            ORDERED=order is not None, LEVELS=len(groups.levels), TRIED=TRIED, STEPS=ERROR_STEPS,
-            enable_fp_fusion=False, **tile,
-        )  # fmt: skip
+    shape, device = groups.needed.shape, x.device
+    indices, zeros = (torch.empty(shape, dtype=dtype, device=device) for dtype in (torch.uint8, zero))
+    codes = torch.empty(x.shape, dtype=torch.int16, device=device)
+    tensors = (order, groups.sums, groups.needed, groups.least, groups.levels, groups.table, indices, zeros, codes)
+    settings = {"ORDERED": order is not None, "LEVELS": len(groups.levels), "TRIED": TRIED, "STEPS": ERROR_STEPS}
+    _launch(fit, x, tensors, indices, tile | settings | {"enable_fp_fusion": False})
     return indices, zeros, codes
 
 
 def _key_tile(x: Tensor, group: int) -> dict[str, Any]:
-    return {
-        "KEYS": True, "CHANNELS": x.shape[3], "GROUP": group, "LANES": _KEY_LANES, "MEMBERS": _KEY_MEMBERS,
-        "num_warps": 4,
-    }  # fmt: skip
+    lanes = {"LANES": _KEY_LANES, "MEMBERS": _KEY_MEMBERS, "num_warps": 4}
+    return {"KEYS": True, "CHANNELS": x.shape[3], "GROUP": group, **lanes}
 
 
 def _value_tile(x: Tensor, group: int) -> dict[str, Any]:
     members = triton.next_power_of_2(group)
-    return {
-        "KEYS": False, "CHANNELS": x.shape[3], "GROUP": group, "LANES": _TILE // members, "MEMBERS": members,
-        "num_warps": 4,
-    }  # fmt: skip
+    lanes = {"LANES": _TILE // members, "MEMBERS": members, "num_warps": 4}
+    return {"KEYS": False, "CHANNELS": x.shape[3], "GROUP": group, **lanes}
 
 
-def _grid(x: Tensor, lanes: int, tile: dict[str, Any]) -> tuple[int, int]:
-    return triton.cdiv(lanes, tile["LANES"]), len(x)
+def _launch(kernel: Any, x: Tensor, tensors: tuple[Any, ...], each: Tensor, options: dict[str, Any]) -> None:
+    """Launch over the lanes of `each`, which has one number a group of `x`; `x` is bits of bfloat16 to kernels.
 
-
-def _bits(x: Tensor) -> Tensor:
-    """bfloat16 as bits, since the interpreter does not round its conversions; layers may have any stride."""
+    The interpreter does not round conversions to bfloat16. Layers may have any stride.
+    """
     if not x[0].is_contiguous():
         raise ValueError(f"keys or values have strides {x.stride()}; expected contiguous layers.")
-    return x.view(torch.int16)
+    lanes = each[0].numel()
+    with _on(x.device):
+        kernel[triton.cdiv(lanes, options["LANES"]), len(x)](
+            x.view(torch.int16), *tensors, x.stride(0), x.shape[2], lanes, **options
+        )
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -9,7 +9,7 @@ from alpacache.prefix.packed import PackedPrefixes
 
 def make_places(layout: PrefixLayout, samples: int, longest: int, device: torch.device, *, layers: int) -> Tensor:
     """Memory of `LayersAhead` for so many decoded layers of batches of at most so many samples."""
-    places = max(LEAST_DECODED, -(-layers // layout.layers_together))
+    places = max(LEAST_DECODED, -(-layers // layout.tensor_codec.layers_together))
     return torch.empty(places, *layout.scratch_shape(samples, longest), dtype=torch.uint8, device=device)
 
 
@@ -46,10 +46,10 @@ class LayersAhead:
         return self._places[place]
 
     def _place(self, prefixes: PackedPrefixes, layer: int) -> int:
-        return layer // prefixes.layout.layers_together % len(self._places)
+        return layer // prefixes.layout.tensor_codec.layers_together % len(self._places)
 
     def _fill(self, prefixes: PackedPrefixes, layer: int, stream: torch.cuda.Stream | None) -> None:
-        place, group = self._place(prefixes, layer), layer // prefixes.layout.layers_together
+        place, group = self._place(prefixes, layer), layer // prefixes.layout.tensor_codec.layers_together
         if self._held[place] == group:
             return
         self._held[place] = group

@@ -1,5 +1,6 @@
 """What the bytes of one packed prefix mean, and where its decoded layers lie."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,7 +41,7 @@ class PrefixLayout:
     def size_bytes(self, tokens: int) -> int:
         """Bytes of a sample of so many tokens; the most, where the codec has no fixed size."""
         if self.codec is None:
-            return self.layers * 2 * self.kv_heads * tokens * self.head_dim * self.dtype.itemsize
+            return math.prod(self.shape(tokens)) * self.dtype.itemsize
         return self.codec.encoded_bytes(self.shape(tokens))
 
     def can_be(self, size_bytes: int, tokens: int) -> bool:
@@ -61,11 +62,6 @@ class PrefixLayout:
         return row[layer * size : (layer + 1) * size].view(self.dtype).view(self.shape(tokens)[1:])
 
     @property
-    def layers_together(self) -> int:
-        """Layers that are decoded at a time."""
-        return self.tensor_codec.layers_together
-
-    @property
     def is_ordered(self) -> bool:
         """Whether decoded keys have their channels in an order of each head's own."""
         return self.codec is not None and self.tensor_codec.is_ordered(self.head_dim)
@@ -75,10 +71,10 @@ class PrefixLayout:
 
         What `TensorCodec.decode_batch` writes there: the layers, and behind them the orders of their key channels.
         """
-        row = self.order_at(longest, self.layers_together)
+        row = self.order_at(longest, self.tensor_codec.layers_together)
         return samples, row + -row % 256
 
     def order_at(self, longest: int, index: int = 0) -> int:
         """Byte of a row of scratch at which the order `[kv_head, channel]` of its layer `index` begins."""
-        decoded = self.layers_together * 2 * self.kv_heads * longest * self.head_dim * torch.bfloat16.itemsize
+        decoded = self.tensor_codec.layers_together * math.prod(self.shape(longest)[1:]) * torch.bfloat16.itemsize
         return decoded + index * self.kv_heads * self.head_dim

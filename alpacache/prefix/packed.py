@@ -77,13 +77,9 @@ def pack(
 
 def _layout(prefixes: Sequence[PrefixFeatures | EncodedPrefix], dtype: torch.dtype) -> PrefixLayout:
     first = prefixes[0]
-    codec = None
-    if isinstance(first, EncodedPrefix):
-        layers, _, kv_heads, _, head_dim = first.shape
-        if all(isinstance(prefix, EncodedPrefix) and prefix.codec == first.codec for prefix in prefixes):
-            codec = first.codec
-    else:
-        layers, kv_heads, _, head_dim = first.keys.shape
+    layers, _, kv_heads, _, head_dim = first.shape if isinstance(first, EncodedPrefix) else first.keys[:, None].shape
+    codecs = {prefix.codec if isinstance(prefix, EncodedPrefix) else None for prefix in prefixes}
+    codec = codecs.pop() if len(codecs) == 1 else None
     lossless = all(isinstance(p, EncodedPrefix) or p.keys.dtype == torch.bfloat16 for p in prefixes)
     plain = torch.bfloat16 if lossless else dtype
     return PrefixLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, codec=codec, dtype=plain)

@@ -38,14 +38,8 @@ class PrefixFeatures:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PrefixFeatures":
         """This prefix on another device, keys, values and hidden in another dtype."""
-        return PrefixFeatures(
-            keys=self.keys.to(device, dtype),
-            values=self.values.to(device, dtype),
-            hidden=None if self.hidden is None else self.hidden.to(device, dtype),
-            rope_delta=self.rope_delta,
-            prefix_len=self.prefix_len,
-            start_position=self.start_position,
-        )
+        hidden = None if self.hidden is None else self.hidden.to(device, dtype)
+        return replace(self, keys=self.keys.to(device, dtype), values=self.values.to(device, dtype), hidden=hidden)
 
     def with_tail(self, stem_len: int, tail: "Tail") -> "PrefixFeatures":
         """The first `stem_len` tokens of this prefix, followed by another tail; without hidden states."""
@@ -53,13 +47,8 @@ class PrefixFeatures:
             torch.cat([mine[:, :, :stem_len], theirs.to(mine)], dim=2)
             for mine, theirs in ((self.keys, tail.keys), (self.values, tail.values))
         )
-        return PrefixFeatures(
-            keys=keys,
-            values=values,
-            hidden=None,
-            rope_delta=self.rope_delta,
-            prefix_len=keys.shape[2],
-            start_position=tail.start_position,
+        return replace(
+            self, keys=keys, values=values, hidden=None, prefix_len=keys.shape[2], start_position=tail.start_position
         )
 
 
