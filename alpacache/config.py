@@ -12,7 +12,7 @@ import inspect
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -116,7 +116,10 @@ def expect(good: bool, name: str, value: object, expected: str) -> None:
 
 def written_as(hint: Any) -> Written | None:
     """How values of a field's type are written, if that is not as a plain number, word or switch."""
-    return next((part for part in _annotations(hint) if isinstance(part, Written)), None)
+    if isinstance(hint, Written):
+        return hint
+    inner = () if get_origin(hint) is tuple else get_args(hint)
+    return next((written for part in inner if (written := written_as(part))), None)
 
 
 def field_docs(kind: type[Config]) -> Mapping[str, str]:
@@ -160,21 +163,13 @@ def to_toml(config: Config) -> str:
 
 @cache
 def _checks(kind: type) -> Mapping[str, tuple[Written | None, Callable[[Any], Any]]]:
-    """Of each field: how it is written, and what returns a value or raises pydantic's error."""
+    """For each field: how it is written, and what returns a value or raises pydantic's error."""
     from pydantic import ConfigDict, TypeAdapter
 
     rules = ConfigDict(strict=True, allow_inf_nan=False)
     hints = get_type_hints(kind, include_extras=True)
     names = [field.name for field in dataclasses.fields(kind)]
     return {name: (written_as(hints[name]), TypeAdapter(hints[name], config=rules).validate_python) for name in names}
-
-
-def _annotations(hint: Any) -> Iterator[Any]:
-    """What `Annotated` says of a type or of the parts of a union."""
-    for part in get_args(hint):
-        if get_origin(hint) is not tuple:
-            yield part
-            yield from _annotations(part)
 
 
 def _is_written(value: Any) -> bool:

@@ -7,7 +7,7 @@ after the first, stops at once.
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 _SAME_REQUEST_S = 1.0
@@ -17,13 +17,10 @@ class InterruptGuard:
     """While entered (in the main thread), signals set `requested` instead of raising; a later Ctrl-C raises."""
 
     def __init__(self) -> None:
-        self._requested_at: float | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    @property
-    def requested(self) -> bool:
+        self.requested = False
         """Whether a signal has asked to stop."""
-        return self._requested_at is not None
+        self._requested_at = 0.0
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -31,15 +28,13 @@ class InterruptGuard:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._requested_at is None:
-            self._requested_at = now
+        if not self.requested:
+            self.requested, self._requested_at = True, now
         elif number == signal.SIGINT and now > self._requested_at + _SAME_REQUEST_S:
             raise KeyboardInterrupt

@@ -130,13 +130,13 @@ def velocities(model: Path, store: Path, codec: KVCodec | None) -> Tensor:
     from dataclasses import replace
 
     from alpacache.alpamayo import load_expert
-    from alpacache.cached_samples.features import POSE_FIELDS, PREFIX_FIELDS, from_arrays
+    from alpacache.cached_samples.features import PREFIX_FIELDS, from_arrays
     from cache_store import CacheReader
 
     expert, reader = load_expert(str(model), dtype=torch.float32), CacheReader(store)
     generator, found = torch.Generator().manual_seed(0), []
     for sample_id in reader.sample_ids[:8]:
-        prefix = from_arrays(sample_id, reader.read(sample_id, (*PREFIX_FIELDS, *POSE_FIELDS))).prefix
+        prefix = from_arrays(sample_id, reader.read(sample_id, PREFIX_FIELDS)).prefix
         kv = torch.stack([prefix.keys, prefix.values], 1)
         if codec is not None:
             kv = tensor_codec(codec).decode(tensor_codec(codec).encode(kv), tuple(kv.shape))

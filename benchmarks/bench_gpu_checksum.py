@@ -49,7 +49,8 @@ class Rows:
     def table(self, **options: Any) -> "ChunkTable":
         from alpacache.gpu.checksum import ChunkTable
 
-        return ChunkTable.build(self.row, self.start, self.size, self.crc32c, device=self.data.device, **options)
+        chunks = list(zip(self.row, self.start, self.size, self.crc32c, strict=True))
+        return ChunkTable.build(chunks, device=self.data.device, **options)
 
 
 def make_rows(count: int, row_bytes: int, chunks: int, device: torch.device) -> Rows:

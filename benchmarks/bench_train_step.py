@@ -22,8 +22,7 @@ from full_size import HEAD_DIM, KV_HEADS, PREFIX_TOKENS
 
 from alpacache import flow_matching
 from alpacache.alpamayo.expert import ActionExpert
-from alpacache.cached_samples.prefix_rows import PrefixRows
-from alpacache.cached_samples.ring import Batch
+from alpacache.cached_samples.ring import Batch, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World

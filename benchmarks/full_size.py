@@ -30,7 +30,7 @@ from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.alpamayo.tiny_checkpoint import ACTION_CONSTANTS
-from alpacache.cached_samples.features import KV_SHAPE, bf16_bits, store_fields
+from alpacache.cached_samples.features import KV_SHAPE, store_fields
 from alpacache.cached_samples.identity import store_identity
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.sample import (
@@ -306,7 +306,7 @@ def _random_layers(checkpoint: Checkpoint, lengths: list[int], codec: str) -> It
             data = tensor_codec(CODECS[codec]).encode(kv).cpu().numpy()
             yield data.reshape(layers, -1)  # a named codec has the same bits in every layer
         else:
-            yield bf16_bits(kv)
+            yield kv.bfloat16().view(torch.uint16).cpu().numpy()
     if where.type == "cuda":
         torch.cuda.empty_cache()
 

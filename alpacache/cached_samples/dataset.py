@@ -22,7 +22,7 @@ from alpacache.cached_samples.features import (
     tail_count,
     tail_name,
 )
-from alpacache.cached_samples.identity import check_same_model, store_codec
+from alpacache.cached_samples.identity import check_same_model, refuse_differences, store_codec
 from alpacache.driving.sample import FRONT_CAMERA, SampleRef
 from alpacache.driving.strata import Turn, classify
 from alpacache.errors import UsageError
@@ -45,6 +45,7 @@ class CachedDataset:
         _check_mixable(list(stores), readers)
         self.codec: KVCodec | None = store_codec(readers[0].identity, store=str(stores[0]))
         """Codec of every sample; None for plain bfloat16."""
+        self.prefix_fields = PREFIX_FIELDS if self.codec is None else (*PREFIX_FIELDS, KV_SHAPE)
         self.rollouts = min(tail_count(reader.fields) for reader in readers)
         """Number of reasoning rollouts that every sample has tails of."""
         self._index = [(reader, sample_id) for reader in readers for sample_id in reader.sample_ids]
@@ -53,6 +54,8 @@ class CachedDataset:
         ends = np.cumsum([len(reader.sample_ids) for reader in readers]).tolist()
         self.store_ranges = [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         """Each store's sample indices."""
+        self._threads = max(reader.threads for reader in readers)
+        """Number of small reads worth having in flight."""
 
     def __len__(self) -> int:
         return len(self._index)
@@ -82,21 +85,15 @@ class CachedDataset:
         """The store that has a sample, and the sample's id there."""
         return self._index[index]
 
-    @property
-    def prefix_fields(self) -> tuple[str, ...]:
-        """Fields that make a prefix."""
-        return PREFIX_FIELDS if self.codec is None else (*PREFIX_FIELDS, KV_SHAPE)
-
     def load(self, index: int, *, tails: int = 0) -> CachedSample:
-        """Read one sample's prefix and poses, and the tails of its first `tails` reasoning rollouts.
+        """Read one sample's prefix, and the tails of its first `tails` reasoning rollouts.
 
         Raises `CorruptSampleError` where a stored byte is not as committed.
         """
         reader, sample_id = self._index[index]
         names = tuple(map(tail_name, range(tails)))
-        fields = [name for name in reader.fields if name.startswith(names)] if tails else []
-        arrays = reader.read(sample_id, fields=(*self.prefix_fields, *POSE_FIELDS, *fields))
-        return from_arrays(sample_id, arrays, codec=self.codec)
+        fields = [name for name in reader.fields if name.startswith(names)]
+        return from_arrays(sample_id, reader.read(sample_id, (*self.prefix_fields, *fields)), codec=self.codec)
 
     def poses(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A sample's history and future, xyz (m, ego frame at t0) and rotations each; reads no keys and values."""
@@ -108,9 +105,8 @@ class CachedDataset:
     @cached_property
     def layout(self) -> PrefixLayout:
         """Layout of any sample's KV bytes. Raises `UsageError` if the stores do not share one."""
-        first = {reader: index for index, (reader, _) in reversed(list(enumerate(self._index)))}
-        shapes = {reader.path: self._kv_shape(index) for reader, index in first.items()}
-        geometries = {path: (shape[0], shape[2], shape[4]) for path, shape in shapes.items()}
+        firsts = [places.start for places in self.store_ranges if places]
+        geometries = {self._index[first][0].path: self._kv_shape(first)[::2] for first in firsts}
         if len(set(geometries.values())) > 1:
             lines = [f"{path}: {shape}" for path, shape in geometries.items()]
             raise UsageError("stores of different layers, heads or channels cannot be mixed:\n  " + "\n  ".join(lines))
@@ -120,18 +116,8 @@ class CachedDataset:
     @cached_property
     def kv_bytes(self) -> NDArray[np.int64]:
         """Bytes of each sample's keys and values; reads every commit record once, about 0.1 ms each."""
-
-        def length(place: tuple[CacheReader, str]) -> int:
-            reader, sample_id = place
-            return math.prod(reader.shape(sample_id, "kv"))
-
-        lengths = np.fromiter(in_order(length, self._index, self._threads), np.int64, len(self))
-        return lengths * (_BF16_BYTES if self.codec is None else 1)
-
-    @property
-    def _threads(self) -> int:
-        """Number of small reads worth having in flight."""
-        return max(self._index[places.start][0].threads for places in self.store_ranges if places)
+        shapes = in_order(lambda place: place[0].shape(place[1], "kv"), self._index, self._threads)
+        return np.fromiter(map(math.prod, shapes), np.int64, len(self)) * (_BF16_BYTES if self.codec is None else 1)
 
     @cached_property
     def longest(self) -> int:
@@ -153,22 +139,15 @@ class CachedDataset:
 
         return list(in_order(turn, self._index, max(_POSE_THREADS, self._threads)))
 
-    def front_jpeg(self, index: int) -> bytes | None:
-        """The front camera's small picture, if the sample has one."""
-        jpeg = self._optional(index, "front_jpeg")
-        return None if jpeg is None else jpeg.tobytes()
-
-    def front_lens(self, index: int) -> dict[str, Any] | None:
-        """The front camera's calibration, if the sample has one."""
-        calibration = self._optional(index, "calibration")
-        cameras = None if calibration is None else json.loads(str(calibration))
-        lens = cameras.get(FRONT_CAMERA) if isinstance(cameras, dict) else None
-        return lens if isinstance(lens, dict) else None
-
-    def _optional(self, index: int, field: str) -> NDArray[Any] | None:
-        """A field that not every sample has."""
+    def front_picture(self, index: int) -> tuple[bytes | None, dict[str, Any] | None]:
+        """The front camera's small JPEG and its calibration, each None if the sample has none."""
         reader, sample_id = self._index[index]
-        return reader.read(sample_id, fields=[field])[field] if field in reader.fields_of(sample_id) else None
+        there = {"front_jpeg", "calibration"}.intersection(reader.fields_of(sample_id))
+        arrays = reader.read(sample_id, fields=sorted(there))
+        cameras = json.loads(str(arrays["calibration"])) if "calibration" in there else None
+        lens = cameras.get(FRONT_CAMERA) if isinstance(cameras, dict) else None
+        jpeg = arrays["front_jpeg"].tobytes() if "front_jpeg" in there else None
+        return jpeg, lens if isinstance(lens, dict) else None
 
     def _kv_shape(self, index: int) -> tuple[int, ...]:
         """`[layer, 2, kv_head, token, channel]` of a sample."""
@@ -181,13 +160,8 @@ class CachedDataset:
 def _check_mixable(stores: Sequence[str | Path], readers: Sequence[CacheReader]) -> None:
     """Refuse stores that differ in the VLM, its prompt, or how KV is stored; cameras and frames may differ."""
 
-    def shared(reader: CacheReader) -> dict[str, Any]:
-        return {key: reader.identity.get(key) for key in _SHARED}
-
-    for store, reader in zip(stores, readers, strict=True):
-        if lines := differences(shared(readers[0]), shared(reader)):
-            raise UsageError(
-                f"store {store} cannot be mixed with {stores[0]}:\n  "
-                + "\n  ".join(lines)
-                + "\nTrain on one of them, or extract the other again with the same settings."
-            )
+    shared = [{key: reader.identity.get(key) for key in _SHARED} for reader in readers]
+    for store, identity in zip(stores, shared, strict=True):
+        what = f"store {store} cannot be mixed with {stores[0]}"
+        remedy = "Train on one of them, or extract the other again with the same settings."
+        refuse_differences(differences(shared[0], identity), what, remedy)

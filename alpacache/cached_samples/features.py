@@ -39,25 +39,14 @@ _JPEG_HEIGHT = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedSample:
-    """A sample as stage two sees it: the prefix, and the poses that loss and metrics are computed from."""
+    """What the expert attends to of a sample: its prefix, and what follows the stem in reasoning rollouts."""
 
     sample_id: str
     prefix: PrefixFeatures | EncodedPrefix
-    history_xyz: Tensor
-    """`[16, 3]` float32 metres, ego frame at t0."""
-    history_rot: Tensor
-    future_xyz: Tensor
-    """`[64, 3]`."""
-    future_rot: Tensor
     stem_len: int
     """Tokens of the prefix that tails attach to."""
     tails: tuple[Tail, ...] = ()
     """Decoded tails of as many reasoning rollouts as were read."""
-
-    @property
-    def poses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """History and future, xyz and rotations each, as an action space takes them."""
-        return self.history_xyz, self.history_rot, self.future_xyz, self.future_rot
 
     def rollout_prefixes(self, device: torch.device | str = "cpu") -> list[PrefixFeatures]:
         """The prefix after each rollout: the decoded stem and a tail."""
@@ -73,18 +62,16 @@ def store_fields(*, hidden_states: bool, codec: KVCodec | None, rollouts: int = 
         for when in ("history", "future")
         for what, axes, units in (("xyz", ("xyz",), "m, ego frame at t0"), ("rot", ("row", "column"), "1"))
     ]
-    counts = [
-        Field(name=name, dtype="int64", axes=(), units=units, layout="packed")
-        for units, names in (("tokens", ("stem_len", "prefix_len")), ("positions", ("rope_delta", "start_position")))
-        for name in names
-    ]
     kv, *kv_shape = _kv_fields("", codec)
-    counts += kv_shape
     fields = [
         kv,
         Field(name="input_ids", dtype="int64", axes=("token",), units="token id", layout="packed"),
         Field(name="image_spans", dtype="int64", axes=("image", "first_end"), units="token position", layout="packed"),
-        *counts,
+        Field(name="stem_len", dtype="int64", axes=(), units="tokens", layout="packed"),
+        Field(name="prefix_len", dtype="int64", axes=(), units="tokens", layout="packed"),
+        Field(name="rope_delta", dtype="int64", axes=(), units="positions", layout="packed"),
+        Field(name="start_position", dtype="int64", axes=(), units="positions", layout="packed"),
+        *kv_shape,
         *poses,
         Field(name="t0_us", dtype="int64", axes=(), units="us", layout="packed"),
         Field(name="view", dtype="int64", axes=(), units="1", layout="packed"),
@@ -100,7 +87,14 @@ def store_fields(*, hidden_states: bool, codec: KVCodec | None, rollouts: int = 
         fields.insert(1, Field(name="hidden", dtype="bfloat16", axes=axes, units=units, layout="array"))
     if views:
         fields.append(Field(name="jitter", dtype="str", axes=(), units="JSON", layout="text", required=False))
-    return fields + [field for number in range(rollouts) for field in _tail_fields(number, codec)]
+    for name in map(tail_name, range(rollouts)):
+        fields += [
+            *_kv_fields(name, codec),
+            Field(name=f"{name}input_ids", dtype="int64", axes=("token",), units="token id", layout="packed"),
+            Field(name=f"{name}start_position", dtype="int64", axes=(), units="positions", layout="packed"),
+            Field(name=f"{name}text", dtype="str", axes=(), units="", layout="text"),
+        ]
+    return fields
 
 
 def _kv_fields(prefix: str, codec: KVCodec | None) -> list[Field]:
@@ -111,16 +105,6 @@ def _kv_fields(prefix: str, codec: KVCodec | None) -> list[Field]:
     return [
         Field(name=name, dtype="uint8", axes=("byte",), units=f"{units}, encoded", layout="array"),
         Field(name=shape, dtype="int64", axes=("kv_axis",), units=", ".join(KV_AXES), layout="packed"),
-    ]
-
-
-def _tail_fields(number: int, codec: KVCodec | None) -> list[Field]:
-    name = tail_name(number)
-    return [
-        *_kv_fields(name, codec),
-        Field(name=f"{name}input_ids", dtype="int64", axes=("token",), units="token id", layout="packed"),
-        Field(name=f"{name}start_position", dtype="int64", axes=(), units="positions", layout="packed"),
-        Field(name=f"{name}text", dtype="str", axes=(), units="", layout="text"),
     ]
 
 
@@ -164,9 +148,8 @@ def prefix_arrays(
     KV and hidden states are bfloat16 bits, lossless if the VLM ran in bfloat16; with a codec, KV is encoded. Nothing
     waits for the device: pass the values to `checked` once it is done.
     """
-    kv = torch.stack([prefix.keys, prefix.values], dim=1)
     arrays: dict[str, Any] = {
-        **({"kv": _as_bf16(kv)} if codec is None else _encoded(kv, codec)),
+        **_kv_arrays(prefix, codec),
         "input_ids": inputs.input_ids[: prefix.prefix_len],
         "prefix_len": np.asarray(prefix.prefix_len),
         "rope_delta": np.asarray(prefix.rope_delta),
@@ -183,23 +166,25 @@ def tail_arrays(tails: Sequence[Tail], *, codec: KVCodec | None) -> dict[str, An
     """Stored values of reasoning rollouts; like those of `prefix_arrays`, they go through `checked`."""
     arrays: dict[str, Any] = {}
     for number, tail in enumerate(tails):
-        kv, name = torch.stack([tail.keys, tail.values], dim=1), tail_name(number)
-        stored = {"kv": _as_bf16(kv)} if codec is None else _encoded(kv, codec)
         start = np.asarray(tail.start_position)
-        stored |= {"input_ids": tail.token_ids, "start_position": start, "text": tail.text}
-        arrays |= {f"{name}{part}": value for part, value in stored.items()}
+        stored = _kv_arrays(tail, codec) | {"input_ids": tail.token_ids, "start_position": start, "text": tail.text}
+        arrays |= {f"{tail_name(number)}{part}": value for part, value in stored.items()}
     return arrays
+
+
+def _kv_arrays(part: PrefixFeatures | Tail, codec: KVCodec | None) -> dict[str, Any]:
+    kv = torch.stack([part.keys, part.values], dim=1)
+    if codec is None:
+        return {"kv": _as_bf16(kv)}
+    data, encodable = tensor_codec(codec).encode_async(kv)
+    # The flag is copied now, so that reading it does not wait for work enqueued after it.
+    return {"kv": data, KV_SHAPE: np.array(kv.shape, np.int64), _ENCODABLE: encodable.to("cpu", non_blocking=True)}
 
 
 def from_arrays(sample_id: str, arrays: Mapping[str, NDArray[Any]], *, codec: KVCodec | None = None) -> CachedSample:
     """The sample of these stored arrays, its prefix still encoded; tensors share memory with the arrays."""
-    return CachedSample(
-        sample_id=sample_id,
-        prefix=_prefix(arrays, codec),
-        stem_len=int(arrays["stem_len"]),
-        tails=tuple(_tails(arrays, codec)),
-        **{name: torch.from_numpy(arrays[name]) for name in POSE_FIELDS},
-    )
+    stem_len, tails = int(arrays["stem_len"]), tuple(_tails(arrays, codec))
+    return CachedSample(sample_id=sample_id, prefix=_prefix(arrays, codec), stem_len=stem_len, tails=tails)
 
 
 def _prefix(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> PrefixFeatures | EncodedPrefix:
@@ -214,12 +199,11 @@ def _prefix(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> Prefix
 
 def _tails(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> Iterator[Tail]:
     for name in map(tail_name, range(tail_count(arrays))):
-        stored = arrays[f"{name}kv"]
         if codec is None:
-            kv = from_bf16_bits(stored)
+            kv = from_bf16_bits(arrays[f"{name}kv"])
         else:
             shape = tuple(arrays[f"{name}{KV_SHAPE}"].tolist())
-            kv = tensor_codec(codec).decode(torch.from_numpy(stored), shape)
+            kv = tensor_codec(codec).decode(torch.from_numpy(arrays[f"{name}kv"]), shape)
         yield Tail(
             keys=kv[:, 0],
             values=kv[:, 1],
@@ -229,30 +213,18 @@ def _tails(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> Iterato
         )
 
 
-def _encoded(kv: Tensor, codec: KVCodec) -> dict[str, Any]:
-    data, encodable = tensor_codec(codec).encode_async(kv)
-    # The flag is copied now, so that reading it does not wait for work enqueued after it.
-    return {"kv": data, KV_SHAPE: np.array(kv.shape, np.int64), _ENCODABLE: encodable.to("cpu", non_blocking=True)}
-
-
 def checked(sample_id: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """The values to store out of those of `prefix_arrays` and `tail_arrays`, once the device has computed them.
 
     Raises `BadClipError` for KV that could not be quantised.
     """
     if not all(value for name, value in arrays.items() if name.endswith(_ENCODABLE)):
-        reason = f"{sample_id}: {NOT_FINITE} Check the VLM's weights and the clip's pictures."
-        raise BadClipError("not_finite", reason)
+        raise BadClipError("not_finite", f"{sample_id}: {NOT_FINITE} Check the VLM's weights and the clip's pictures.")
     return {name: value for name, value in arrays.items() if not name.endswith(_ENCODABLE)}
 
 
-def bf16_bits(tensor: Tensor) -> NDArray[np.uint16]:
-    """Bits of a tensor as bfloat16 (rounded to nearest even), on the CPU."""
-    bits: NDArray[np.uint16] = _as_bf16(tensor).cpu().numpy()
-    return bits
-
-
 def _as_bf16(tensor: Tensor) -> Tensor:
+    """Bits of a tensor as bfloat16, rounded to nearest even."""
     return tensor.detach().to(torch.bfloat16).contiguous().view(torch.uint16)
 
 

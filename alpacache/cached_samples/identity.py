@@ -49,27 +49,19 @@ def store_identity(
     still decoded as they were written, and nothing new goes into them. How tails are sampled and views made, and which
     other VLM the weights were taken from, is recorded if there are any.
     """
-    definition = {} if codec == BF16 else {"codec_definition": CODECS[codec].to_json()}
+    home, _ = checkpoint.vlm_home
+    other_vlm = {} if home is checkpoint else {"vlm": home.model_id}
     return {
-        "model": {
-            **vlm_identity(checkpoint),
-            **_other_vlm(checkpoint),
-            "vlm_weights_sha256": checkpoint.vlm_fingerprint(),
-        },
+        "model": {**vlm_identity(checkpoint), **other_vlm, "vlm_weights_sha256": checkpoint.vlm_fingerprint()},
         **builder.identity(),
         "cameras": list(cameras),
         "frames": frames,
         "codec": codec,
-        **definition,
+        **({} if codec == BF16 else {"codec_definition": CODECS[codec].to_json()}),
         "dtype": dtype,
         **({"reasoning": rollout_identity(builder, rollouts)} if rollouts else {}),
         **({"views": dict(views)} if views else {}),
     }
-
-
-def _other_vlm(checkpoint: Checkpoint) -> dict[str, str]:
-    home, _ = checkpoint.vlm_home
-    return {} if home is checkpoint else {"vlm": home.model_id}
 
 
 def store_codec(identity: Mapping[str, Any], *, store: str) -> KVCodec | None:
@@ -99,12 +91,11 @@ def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, sto
     expected, stored = vlm_identity(checkpoint), identity["model"]
     if weights:
         expected["vlm_weights_sha256"] = checkpoint.vlm_fingerprint()
-    if lines := _model_differences(expected, {key: stored.get(key) for key in expected}):
-        raise UsageError(
-            f"store {store} was extracted with another model than {checkpoint.model}:\n  "
-            + "\n  ".join(lines)
-            + "\nPass the model that the store was made with, or extract again into a new store."
-        )
+    refuse_differences(
+        _model_differences(expected, {key: stored.get(key) for key in expected}),
+        f"store {store} was extracted with another model than {checkpoint.model}",
+        "Pass the model that the store was made with, or extract again into a new store.",
+    )
 
 
 def check_same_vlm(
@@ -112,32 +103,28 @@ def check_same_vlm(
 ) -> None:
     """Refuse to use what a run trained with another VLM than the run's stores were extracted with.
 
-    Args:
-        trained, other: as `CachedDataset.vlm`; None is the model's own.
-        run: name of the run's checkpoint in the error.
-        what: name of the other side in the error.
+    `trained` and `other` are as `CachedDataset.vlm`; `run` and `what` name the two sides in the error.
     """
-    if lines := differences({"vlm": trained}, {"vlm": other}):
-        raise UsageError(
-            f"{run} was trained on features of another VLM than {what}:\n  "
-            + "\n  ".join(lines)
-            + "\nnull is the model's own; `alpacache extract --vlm` takes another. Use one VLM for both."
-        )
+    refuse_differences(
+        differences({"vlm": trained}, {"vlm": other}),
+        f"{run} was trained on features of another VLM than {what}",
+        "null is the model's own; `alpacache extract --vlm` takes another. Use one VLM for both.",
+    )
 
 
 def check_base(checkpoint: Checkpoint, base: Mapping[str, Any], *, run: object) -> None:
-    """Refuse to put what a run trained into another model than it was trained from.
+    """Refuse to put what a run trained into another model than its `base`, as `model_identity` gave it to the run."""
+    refuse_differences(
+        _model_differences(dict(base), model_identity(checkpoint)),
+        f"{run} was trained on another base model than {checkpoint.model}",
+        "Pass the model that the run was trained from.",
+    )
 
-    Args:
-        base: the run's note of its base, as `model_identity` gave it.
-        run: name of the run's checkpoint in the error.
-    """
-    if lines := _model_differences(dict(base), model_identity(checkpoint)):
-        raise UsageError(
-            f"{run} was trained on another base model than {checkpoint.model}:\n  "
-            + "\n  ".join(lines)
-            + "\nPass the model that the run was trained from."
-        )
+
+def refuse_differences(lines: Sequence[str], what: str, remedy: str) -> None:
+    """Raise `UsageError` with the lines of differences if there are any."""
+    if lines:
+        raise UsageError("\n  ".join([f"{what}:", *lines]) + f"\n{remedy}")
 
 
 def _model_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -54,10 +54,25 @@ class GlobalOrder:
 
 
 def epoch_order(seed: int, epoch: int, count: int, groups: Sequence[WeightedGroup] | None = None) -> Order:
-    """The sample indices of one epoch, from (seed, epoch) and the groups alone."""
+    """The sample indices of one epoch, from (seed, epoch) and the groups alone, whose shares are spread evenly."""
     if groups is None:
         return numpy_generator(seed, epoch).permutation(count)
-    return _shared_epoch(seed, epoch, count, groups)
+    picks, places = [], []
+    ends = np.cumsum([group.share for group in groups])
+    ends[-1] = 1.0
+    for number, group in enumerate(groups):
+        before = float(ends[number - 1]) if number else 0.0
+        # The places of all epochs so far, of this group and those before it: no group gets ahead by more than one.
+        first, end = (
+            math.floor(done * count * float(ends[number]) + _ROUNDING) - math.floor(done * count * before + _ROUNDING)
+            for done in (epoch, epoch + 1)
+        )
+        end = max(first, end)
+        picks.append(group.members[_walk(seed, number, len(group.members), first, end)])
+        jitter = numpy_generator(seed, key=(0, number, epoch)).random(end - first)
+        places.append((np.arange(end - first) + jitter) / max(1, end - first))
+    by_place = np.argsort(np.concatenate(places), kind="stable")
+    return np.concatenate(picks)[by_place][:count]
 
 
 def make_groups(weights: Sequence[tuple[range, float]], turns: Sequence[Turn] | None) -> list[WeightedGroup]:
@@ -76,26 +91,6 @@ def make_groups(weights: Sequence[tuple[range, float]], turns: Sequence[Turn] | 
             parts = [everyone[mine == turn] for turn in TURNS if (mine == turn).any()]
         groups += [WeightedGroup(members=part, share=weight / total / len(parts)) for part in parts if len(part)]
     return groups
-
-
-def _shared_epoch(seed: int, epoch: int, count: int, groups: Sequence[WeightedGroup]) -> Order:
-    """One epoch in which each group has its share, spread evenly."""
-    picks, places = [], []
-    ends = np.cumsum([group.share for group in groups])
-    ends[-1] = 1.0
-    for number, group in enumerate(groups):
-        before = float(ends[number - 1]) if number else 0.0
-        # The places of all epochs so far, of this group and those before it: no group gets ahead by more than one.
-        first, end = (
-            math.floor(done * count * float(ends[number]) + _ROUNDING) - math.floor(done * count * before + _ROUNDING)
-            for done in (epoch, epoch + 1)
-        )
-        end = max(first, end)
-        picks.append(group.members[_walk(seed, number, len(group.members), first, end)])
-        jitter = numpy_generator(seed, key=(0, number, epoch)).random(end - first)
-        places.append((np.arange(end - first) + jitter) / max(1, end - first))
-    by_place = np.argsort(np.concatenate(places), kind="stable")
-    return np.concatenate(picks)[by_place][:count]
 
 
 def _walk(seed: int, group: int, size: int, first: int, end: int) -> Order:

@@ -7,9 +7,8 @@ enqueues from running more than a few steps ahead. A loop that waits for results
 the loop's own thread calls CUDA, because a call from another would break a CUDA graph that is being captured. On the
 CPU all is the same, without streams and events.
 
-Checksums are the larger part of what reading from RAM costs a CPU, and a GPU checks the rows in a fiftieth of a step:
-`train` on 4 cameras from the page cache does 123 samples a second instead of 91 on an H100 (docs/decisions/0011).
-Whoever computes on such rows looks at their `damage` before anything is kept.
+Where the device checks the rows (`alpacache.gpu.checksum` says what that gains), whoever computes on them looks at
+their `damage` before anything is kept.
 """
 
 import os
@@ -18,7 +17,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -27,15 +25,46 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.prefix_rows import PrefixRows
 from alpacache.cached_samples.ring_source import CHUNKS, RingSource, SampleRequest
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.strata import Turn
 from alpacache.errors import DataError
-from alpacache.gpu.device import restored_torch_threads
+from alpacache.gpu.device import has_kernels, restored_torch_threads
 from alpacache.gpu.host_memory import Bytes, page_aligned, page_lock, page_rounded, page_unlock
+from alpacache.prefix.layout import PrefixLayout
 from cache_store import CorruptSampleError, Prefetcher
 from cache_store.prefetcher import PrefetchedSample
+
+
+class PrefixRows:
+    """Device memory for the prefixes of a ring's batches, one row of bytes a sample, which may serve ring after ring.
+
+    Two batches by default: one is filled while the other is computed on.
+    """
+
+    def __init__(
+        self,
+        layout: PrefixLayout,
+        longest: int,
+        *,
+        batch_size: int,
+        device: torch.device,
+        batches: int = 2,
+        check_on_device: bool = False,
+    ) -> None:
+        """Make room for `batches` of up to `batch_size` samples of up to `longest` tokens.
+
+        `check_on_device`: where there is a GPU with Triton, stored bytes are checked in the rows, and damage is told by
+        `damage` instead of an error of the threads that read.
+        """
+        self.layout, self.longest, self.batch_size, self.batches = layout, longest, batch_size, batches
+        rows = batches * batch_size
+        self.data = torch.empty(rows, layout.row_bytes(longest), dtype=torch.uint8, device=device)
+        """`[batches * batch_size, row_bytes]`: batch s takes the s-th of `batches` parts, counted in a circle."""
+        self.device = self.data.device
+        self.checked = check_on_device and has_kernels(device)
+        self.damage = torch.zeros(rows, dtype=torch.int32, device=device)
+        """`[rows]`: not zero from when damaged bytes have come into a row; stays zero unless rows are `checked`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +111,9 @@ class BatchRing:
         be between disk and device; the default is two batches. `in_memory` keeps samples in RAM, page-locked and as
         they are stored. Raises `UsageError` where there is not enough of it.
         """
-        device = rows.device
+        self._rows, self._dataset, self._device = rows, dataset, rows.device
         # On a CPU the loop's results would depend on what the reading threads do to PyTorch's number of threads.
-        self._solve_ahead = device.type == "cuda"
-        self._rows, self._dataset, self._device = rows, dataset, device
+        self._solve_ahead = self._device.type == "cuda"
         self._source = RingSource(
             dataset, space, in_memory=in_memory, check_on_device=rows.checked, solve_ahead=self._solve_ahead
         )
@@ -97,7 +125,8 @@ class BatchRing:
         self._scratch: Tensor | None = None
         self._prefetcher: Prefetcher[SampleRequest] | None = None
         self._closing = ExitStack()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        cuda = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
         self._last_done: torch.cuda.Event | None = None
         self._part = 0
         """Which part of the rows the next batch takes."""
@@ -119,9 +148,7 @@ class BatchRing:
             self._closing = opened.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """End the threads, let the copies end, give the memory back."""
         self._prefetcher = None
         self._closing.close()
@@ -140,13 +167,16 @@ class BatchRing:
         self._in_use[part] = False
         self._release_ended()
 
-    def release_finished(self) -> None:
-        """Before the host waits for the device: release buffers as their copies end, all but the last one's.
+    def release_finished(self, *, left: int = 1) -> None:
+        """Before the host waits for the device: release buffers as their copies end, all but so many last ones.
 
-        Otherwise reading would stop for the length of the wait, once the free ones are full. The last is left, so that
-        the next copies are enqueued before it has ended.
+        Otherwise reading would stop for the length of the wait, once the free ones are full. One is left, so that the
+        next copies are enqueued before it has ended.
         """
-        self._wait_for_copies(1)
+        while len(self._copying) > left:
+            sample, copied = self._copying.popleft()
+            copied.synchronize()
+            sample.release()
 
     def damage_error(self) -> CorruptSampleError | DataError:
         """What to raise when `PrefixRows.damage` was seen to be set; reads the sample again to say what is wrong."""
@@ -170,43 +200,39 @@ class BatchRing:
             raise ValueError("the next batch takes rows that are in use; call `done` with the oldest batch first.")
         if (free := self._free[part]) is not None and self._stream is not None:
             self._stream.wait_event(free)
-        requests: list[SampleRequest] = []
-        lengths: list[int] = []
-        starts: list[int] = []
+        row = first = part * self._rows.batch_size
+        taken: list[tuple[SampleRequest, int, int]] = []
         chunks: dict[int, NDArray[np.int64]] = {}
         ready = None
-        while not requests or not requests[-1].ends_batch:
-            sample = self._take(samples)
-            if sample is None:
+        while not taken or not taken[-1][0].ends_batch:
+            if (sample := self._take(samples)) is None:
                 return None
             kv, tokens, start = self._source.content(sample)
-            row = part * self._rows.batch_size + len(requests)
             self._indices[row] = sample.sample_id.index
             if CHUNKS in sample.arrays:
                 chunks[row] = sample.arrays[CHUNKS]
             ready = self._copy(sample, kv, row)
-            requests.append(sample.sample_id)
-            lengths.append(tokens)
-            starts.append(start)
+            taken.append((sample.sample_id, tokens, start))
+            row += 1
         if chunks:
             ready = self._check(chunks)
+        requests, lengths, starts = zip(*taken, strict=True)
         action, turns = self._source.targets(requests)
         self._part, self._in_use[part] = (part + 1) % self._rows.batches, True
-        first = part * self._rows.batch_size
         return Batch(
             positions=tuple(request.position for request in requests),
             sample_ids=tuple(self._dataset.sample_id(request.index) for request in requests),
             action=action,
-            rows=tuple(range(first, first + len(requests))),
-            lengths=tuple(lengths),
-            starts=tuple(starts),
+            rows=tuple(range(first, row)),
+            lengths=lengths,
+            starts=starts,
             turns=turns,
             ready=ready,
         )
 
     def _take(self, samples: Iterator[PrefetchedSample[SampleRequest]]) -> PrefetchedSample[SampleRequest] | None:
         """The next sample in order, once it is in RAM."""
-        self._wait_for_copies(self._buffers - 1)
+        self.release_finished(left=self._buffers - 1)
         self._release_ended()
         started = time.monotonic()
         sample = next(samples, None)
@@ -234,10 +260,9 @@ class BatchRing:
         """Compare the copied rows with the checksums of their chunks, behind the copies."""
         from alpacache.gpu import checksum
 
-        rows = np.repeat(list(chunks), [len(table) for table in chunks.values()])
-        starts, sizes, crc32cs = np.concatenate(list(chunks.values())).T
+        of_rows = np.concatenate([np.insert(of_row, 0, row, axis=1) for row, of_row in chunks.items()])
         with torch.cuda.stream(self._stream):
-            table = checksum.ChunkTable.build(rows, starts, sizes, crc32cs, device=self._device)
+            table = checksum.ChunkTable.build(of_rows, device=self._device)
         if self._scratch is None or len(self._scratch) < table.scratch_words:
             # From the current stream's memory: the copying stream's own would take whole pages for it.
             self._scratch = self._rows.damage.new_empty(table.scratch_words)
@@ -251,13 +276,6 @@ class BatchRing:
         """Release the buffers whose copies have ended, without waiting for any."""
         while self._copying and self._copying[0][1].query():  # type: ignore[no-untyped-call]
             self._copying.popleft()[0].release()
-
-    def _wait_for_copies(self, left: int) -> None:
-        """Release buffers as their copies end, until no more than so many are under way."""
-        while len(self._copying) > left:
-            sample, copied = self._copying.popleft()
-            copied.synchronize()
-            sample.release()
 
     def _event(self) -> torch.cuda.Event | None:
         """An event after all that was enqueued on the current stream."""

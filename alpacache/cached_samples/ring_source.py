@@ -43,7 +43,6 @@ class SampleRequest:
     place: int
     """Place in the batch."""
     targets: BatchTargets
-    """Targets of the whole batch."""
 
 
 class RingSource:
@@ -77,15 +76,14 @@ class RingSource:
 
         Samples come back in this order, so one that is requested again is known by then.
         """
-        seen = np.zeros(self._remembered, bool)
+        seen = np.zeros(len(self._dataset), bool)
         for batch in batches:
             if not 0 < len(batch) <= batch_size:
                 raise ValueError(f"a batch has 1 to {batch_size} samples, got {len(batch)}.")
             is_new = []
             for _, index in batch:
                 is_new.append(index >= self._remembered or not seen[index])
-                if index < self._remembered:
-                    seen[index] = True
+                seen[index] = True
             targets = BatchTargets(sum(is_new), self._solve, ahead=self._solve_ahead)
             for place, (position, index) in enumerate(batch):
                 yield SampleRequest(
@@ -130,11 +128,11 @@ class RingSource:
     def content(self, sample: PrefetchedSample[SampleRequest]) -> tuple[Tensor, int, int]:
         """A sample's bytes, its tokens and the position that follows them: as just read, or as remembered."""
         index, arrays = sample.sample_id.index, sample.arrays
+        kv = self._kept[index] if index in self._kept else torch.from_numpy(arrays["kv"].reshape(-1).view(np.uint8))
         if not sample.sample_id.is_new:
             tokens, start = self._counts[index].tolist()
-            return self._kept[index] if index in self._kept else _flat(arrays["kv"]), tokens, start
+            return kv, tokens, start
         tokens, start = int(arrays["prefix_len"]), int(arrays["start_position"])
-        kv = _flat(arrays["kv"])
         if index < self._remembered:
             self._counts[index] = tokens, start
         if self.slabs is not None:
@@ -143,18 +141,15 @@ class RingSource:
 
     def targets(self, batch: Sequence[SampleRequest]) -> tuple[Tensor, tuple[Turn, ...]]:
         """Actions `[B, 64, 2]` and turns of a batch: those of new samples as solved, others as remembered."""
-        action = torch.empty(len(batch), *self._actions.shape[1:])
-        turns = [0] * len(batch)
-        if any(request.is_new for request in batch):
-            places, solved, names = batch[0].targets.result()
-            action[places] = solved
-            for place, turn in zip(places, names, strict=True):
-                turns[place] = TURNS.index(turn)
+        action, turns = torch.empty(len(batch), *self._actions.shape[1:]), np.zeros(len(batch), np.uint8)
+        if new := [place for place, request in enumerate(batch) if request.is_new]:
+            action[new], names = batch[0].targets.result()
+            turns[new] = [*map(TURNS.index, names)]
         for place, request in enumerate(batch):
-            if request.is_new and request.index < self._remembered:
+            if not request.is_new:
+                action[place], turns[place] = self._actions[request.index], self._turns[request.index]
+            elif request.index < self._remembered:
                 self._actions[request.index], self._turns[request.index] = action[place], turns[place]
-            elif not request.is_new:
-                action[place], turns[place] = self._actions[request.index], int(self._turns[request.index])
         return action, tuple(TURNS[turn] for turn in turns)
 
     def _check(self, sample_id: str, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -171,11 +166,9 @@ class RingSource:
 
 
 def _slabs(dataset: CachedDataset) -> Slabs:
-    """Room for all samples. Raises `UsageError` where there is not enough.
-
-    Every process on this machine will have kept them all after some epochs, and all ask before any has begun.
-    """
+    """Room for all samples. Raises `UsageError` where there is not enough."""
     needed, available = sum(map(page_rounded, dataset.kv_bytes.tolist())), available_bytes()
+    # Each will have kept all samples after some epochs, and all ask before any has begun.
     processes = this_process().local_world_size
     total = processes * (needed + _SPARE_BYTES)
     if total > available:
@@ -186,7 +179,3 @@ def _slabs(dataset: CachedDataset) -> Slabs:
             "from disk in every epoch."
         )
     return Slabs(needed)
-
-
-def _flat(array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(array.reshape(-1).view(np.uint8))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from alpacache.alpamayo import ActionExpert
-from alpacache.cached_samples.prefix_rows import PrefixRows
-from alpacache.cached_samples.ring import Batch
+from alpacache.cached_samples.ring import Batch, PrefixRows
 from alpacache.prefix.layout import LEAST_DECODED
 from alpacache.prefix.packed import PackedPrefixes
 
@@ -60,8 +59,8 @@ class StagedBatch:
             (real, ()),
             (torch.float32, ()),
         ]
-        size_bytes = sum(_aligned(torch.Size(shape).numel() * dtype.itemsize) for dtype, shape in self._parts)
-        self._flat = torch.zeros(size_bytes, dtype=torch.uint8, device=rows.device)
+        self._sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in self._parts]
+        self._flat = torch.zeros(sum(map(_aligned, self._sizes)), dtype=torch.uint8, device=rows.device)
         self._places, self.action, self.noise, self.t, self.lr, self.stop = self._views(self._flat)
         """int64 `[3, B]`: row, tokens and first position of each prefix; `[B, 1, 64, 2]`; `[B, K, 64, 2]`; `[B, K]`;
         learning rate; requests to stop."""
@@ -95,10 +94,7 @@ class StagedBatch:
         values = (places[:, filled], *flow, torch.tensor(lr, dtype=torch.float64), torch.tensor(float(stop)))
         for view, value in zip(self._views(host), values, strict=True):
             view.copy_(value)
-        if self._cuda:
-            self._send(host)
-        else:
-            self._flat.copy_(host)
+        self._send(host)
         if batch.ready is not None:
             torch.cuda.current_stream().wait_event(batch.ready)
 
@@ -122,6 +118,9 @@ class StagedBatch:
         )
 
     def _send(self, host: Tensor) -> None:
+        if not self._cuda:
+            self._flat.copy_(host)
+            return
         ahead, taken = self._ahead[self._next], self._taken[self._next]
         with torch.cuda.stream(self._copying):
             if taken is not None:
@@ -134,12 +133,9 @@ class StagedBatch:
         self._next = 1 - self._next
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        views, start = [], 0
-        for dtype, shape in self._parts:
-            size = torch.Size(shape).numel() * dtype.itemsize
-            views.append(flat[start : start + size].view(dtype).view(shape))
-            start += _aligned(size)
-        return views
+        pieces = flat.split([*map(_aligned, self._sizes)])  # type: ignore[no-untyped-call]
+        layout = zip(pieces, self._sizes, self._parts, strict=True)
+        return [piece[:size].view(dtype).view(shape) for piece, size, (dtype, shape) in layout]
 
 
 def _decoded_places(rows: PrefixRows, samples: int, layers: int | None) -> Tensor:

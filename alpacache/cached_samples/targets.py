@@ -8,7 +8,7 @@ last of its paths: the training loop, which the GPU waits for, finds it done.
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,21 +27,13 @@ Solve: TypeAlias = Callable[[Sequence[int], PoseArrays], tuple[Tensor, list[Turn
 """From the indices of n samples and their poses to actions `[n, 64, 2]` and turns."""
 
 
-class Targets(NamedTuple):
-    """Actions `[n, 64, 2]` and turns of a batch's new samples, by their places in the batch."""
-
-    places: list[int]
-    actions: Tensor
-    turns: list[Turn]
-
-
 class BatchTargets:
     """Collects the paths of a batch's new samples, and solves them together once all are there."""
 
     def __init__(self, count: int, solve: Solve, *, ahead: bool) -> None:
         """`ahead`: whoever adds the last path solves; otherwise whoever asks for the result."""
         self._count, self._solve, self._ahead = count, solve, ahead
-        self._lock, self._solved = threading.Lock(), Future[Targets]()
+        self._lock, self._solved = threading.Lock(), Future[tuple[Tensor, list[Turn]]]()
         self._added: dict[int, tuple[int, PoseArrays]] = {}
 
     def add(self, place: int, index: int, poses: PoseArrays) -> None:
@@ -53,8 +45,8 @@ class BatchTargets:
             limit_torch_to_one_thread()
             self._run()
 
-    def result(self) -> Targets:
-        """The targets, once all paths were added. Raises what solving has raised."""
+    def result(self) -> tuple[Tensor, list[Turn]]:
+        """Actions `[n, 64, 2]` and turns in the order of places, once all are added. Raises what solving has raised."""
         if not self._ahead:
             with restored_torch_threads():
                 limit_torch_to_one_thread()  # a team of helpers would crowd out the reading threads
@@ -63,10 +55,8 @@ class BatchTargets:
 
     def _run(self) -> None:
         try:
-            places = sorted(self._added)
-            indices, poses = zip(*(self._added[place] for place in places), strict=True)
-            stacked = [np.stack(arrays) for arrays in zip(*poses, strict=True)]
-            self._solved.set_result(Targets(places, *self._solve(indices, stacked)))
+            indices, poses = zip(*(self._added[place] for place in sorted(self._added)), strict=True)
+            self._solved.set_result(self._solve(indices, [np.stack(arrays) for arrays in zip(*poses, strict=True)]))
         except Exception as error:
             self._solved.set_exception(error)
 

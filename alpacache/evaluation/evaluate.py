@@ -145,7 +145,7 @@ def _judge_sample(
     data: CachedDataset, index: int, poses: tuple[Tensor, Tensor, Tensor, Tensor], paths: Mapping[str, Paths]
 ) -> SampleResult:
     history_xyz, history_rot, truth_xyz, truth_rot = drive = tuple(tensor.double().numpy() for tensor in poses)
-    sample_id, jpeg, lens = data.sample_id(index), data.front_jpeg(index), data.front_lens(index)
+    sample_id, (jpeg, lens) = data.sample_id(index), data.front_picture(index)
     if jpeg is not None and lens is not None:
         colours = dict(zip(paths, cycle(MODEL_COLOURS), strict=False))
         with suppress(ValueError, OSError):  # a picture without lines is better than none

@@ -27,7 +27,7 @@ from alpacache.extraction.prefill import BatchSize, Group, Prefiller, StoredFeat
 from alpacache.extraction.preparation import VLM_DTYPE, PreparationSettings, Prepared
 from alpacache.extraction.progress import ExtractProgress, ExtractReport
 from alpacache.extraction.readers import Readers, open_readers, reading_workers
-from alpacache.gpu.device import device_name, enter, own_device, restored_torch_threads
+from alpacache.gpu.device import enter, own_device, restored_torch_threads
 from alpacache.gpu.host_copies import HostCopies
 from alpacache.interrupt import InterruptGuard
 from alpacache.planning.time_model import prefill_batch
@@ -88,7 +88,8 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
     fields = store_fields(
         hidden_states=stored.hidden_states, codec=stored.codec, rollouts=stored.rollouts, views=config.views > 1
     )
-    origin = provenance(source=source.name, device=device_name(device))
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    origin = provenance(source=source.name, device=hardware)
     with CacheWriter(config.store, fields=fields, identity=identity, provenance=origin) as writer:
         progress = ExtractProgress(config.store, wanted, selected=len(refs), on_progress=on_progress)
         failures = Failures(writer, progress, source=config.source)

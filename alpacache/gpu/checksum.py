@@ -22,7 +22,7 @@ polynomial has degrees. They are a message with the same checksum, are folded on
 # Compile-time constants of kernels are in capitals, and Triton knows no `(*words, word)`.
 # ruff: noqa: N803, RUF005
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from cache_store.checksum import POLYNOMIAL
@@ -162,23 +162,21 @@ def expected_linear(crcs: NDArray[Any], sizes: NDArray[Any], paddings: NDArray[A
 def _shifted(values: NDArray[np.uint32], sizes: NDArray[Any]) -> NDArray[np.uint32]:
     """Values times x^(8 size) modulo P, by the binary digits of the size."""
     for digit in range(int(sizes.max(initial=0)).bit_length()):
-        table = _shift_tables(digit)
-        moved = np.bitwise_xor.reduce([table[byte][values >> (8 * byte) & 255] for byte in range(4)])
-        values = np.where(sizes >> digit & 1, moved, values)
+        values = np.where(sizes >> digit & 1, _times_table(values, _shift_tables(digit)), values)
     return values
+
+
+def _times_table(values: NDArray[np.uint32], table: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    moved: NDArray[np.uint32] = np.bitwise_xor.reduce([table[byte][values >> (8 * byte) & 255] for byte in range(4)])
+    return moved
 
 
 @lru_cache(maxsize=64)
 def _shift_tables(digit: int) -> NDArray[np.uint32]:
     """`[4, 256]`: for each byte of a value its product with x^(8 * 2^digit)."""
     bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    if digit == 0:
-        for _ in range(8):
-            bits = _times_x(bits)
-    else:
-        for _ in range(2):
-            before = _shift_tables(digit - 1)
-            bits = np.bitwise_xor.reduce([before[byte][bits >> (8 * byte) & 255] for byte in range(4)])
+    for _ in range(2 if digit else 8):
+        bits = _times_table(bits, _shift_tables(digit - 1)) if digit else _times_x(bits)
     tables = np.zeros((4, 256), np.uint32)
     for bit in range(8):
         tables[:, np.arange(256) >> bit & 1 == 1] ^= bits[bit::8, None]
@@ -195,13 +193,10 @@ def _powers(device: torch.device) -> Tensor:
 
     The first bit of a message is bit 0 of its first word; its last bit stands for x^32.
     """
-    worth = np.empty(32 * _LAST, np.uint32)
-    value = np.array([POLYNOMIAL], np.uint32)
-    for place in reversed(range(len(worth))):
-        worth[place] = value[0]
-        value = _times_x(value)
-    table = np.ascontiguousarray(worth.reshape(_LAST, 32).T).view(np.int32)
-    return torch.from_numpy(table).to(device)
+    worth = np.full(32 * _LAST, POLYNOMIAL, np.uint32)
+    for place in reversed(range(len(worth) - 1)):
+        worth[place] = _times_x(worth[place + 1])
+    return torch.from_numpy(np.ascontiguousarray(worth.reshape(_LAST, 32).T).view(np.int32)).to(device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,17 +223,7 @@ class ChunkTable:
     """Rows, and bytes of a row, that the kernels read at most."""
 
     @classmethod
-    def build(
-        cls,
-        rows: Sequence[int] | NDArray[np.int64],
-        starts: Sequence[int] | NDArray[np.int64],
-        sizes: Sequence[int] | NDArray[np.int64],
-        crc32cs: Sequence[int] | NDArray[np.int64],
-        *,
-        device: torch.device,
-        programs: int | None = None,
-        lanes: int = 128,
-    ) -> Self:
+    def build(cls, chunks: ArrayLike, *, device: torch.device, programs: int | None = None, lanes: int = 128) -> Self:
         """Make the table from each chunk's row, first byte there, size and CRC-32C, by one copy to the device.
 
         `programs` share the tiles evenly. The default is one for each multiprocessor: fewer leave more of the GPU to
@@ -249,27 +234,28 @@ class ChunkTable:
             programs = torch.cuda.get_device_properties(device).multi_processor_count
         if lanes not in (32, 64, 128, 256) or programs < 1:
             raise ValueError(f"got {lanes} lanes, {programs} programs; expected 32, 64, 128 or 256, and 1 or more.")
-        row, start, size, crc = (np.asarray(values, np.int64) for values in (rows, starts, sizes, crc32cs))
-        if len({len(row), len(start), len(size), len(crc)}) != 1:
-            raise ValueError(f"rows, starts, sizes and CRCs have lengths {[*map(len, (row, start, size, crc))]}.")
-        if len(row) and (min(row.min(), start.min(), size.min()) < 0 or size.max() > 2**31 - 2**20):
+        row, start, size, crc = np.asarray(chunks, np.int64).T
+        if min(row.min(), start.min(), size.min()) < 0 or size.max() > 2**31 - 2**20:
             raise ValueError("rows, starts and sizes are not negative, and a chunk has less than 2 GiB - 1 MiB.")
         end = start + size
         tile_bytes = 4 * lanes * max(LAGS)
         items, bounds, firsts = _stretches(row, start, end, tile_bytes, programs)
         items = np.pad(items, ((0, len(row) + programs - len(items)), (0, 0)))
+        # The second folding takes each tile that the first one leaves as several narrow ones.
+        tiles = -(-tile_bytes // (4 * _LAST))
+        front = 4 * _LAST * tiles - tile_bytes
+        left = np.tile([[-front], [front], [front + tile_bytes], [tiles]], len(items))
         expected = expected_linear(crc, size, -end % LINE_BYTES).astype(np.int64)
         parts = {
             "chunks": np.column_stack([row, expected, bounds[:-1], bounds[1:]]),
             "items": items,
             "firsts": firsts,
             "shifts": _shifted(np.full(len(items), 1 << 31, np.uint32), items[:, 4] * tile_bytes).astype(np.int64),
-            "left_items": _left(len(items), tile_bytes),
+            "left_items": np.column_stack([np.arange(len(items)), *left]),
             "left_firsts": np.minimum(np.arange(len(items) + 1), firsts[-1]),
         }
         tensors, powers = _on_device(parts, device), _powers(device)
-        shape = int(row.max(initial=-1)) + 1, int(end.max(initial=0))
-        return cls(**tensors, powers=powers, lanes=lanes, shape=shape)
+        return cls(**tensors, powers=powers, lanes=lanes, shape=(int(row.max()) + 1, int(end.max())))
 
     @property
     def scratch_words(self) -> int:
@@ -303,10 +289,9 @@ def check_rows(data: Tensor, table: ChunkTable, flags: Tensor, scratch: Tensor |
         left.view(torch.uint8), 4 * rows * table.lanes, table.left_items, table.left_firsts, last,
         LAGS=LAGS, ROWS=rows, LANES=_NARROW, num_warps=1, num_stages=1, maxnreg=_REGISTERS,
     )  # fmt: skip
-    if len(table.chunks):
-        compare[(len(table.chunks),)](
-            last, table.powers, table.chunks, table.shifts, flags, WORDS=_LAST, num_warps=4, num_stages=1
-        )
+    compare[(len(table.chunks),)](
+        last, table.powers, table.chunks, table.shifts, flags, WORDS=_LAST, num_warps=4, num_stages=1
+    )
 
 
 def _stretches(
@@ -330,24 +315,15 @@ def _stretches(
     return items, np.searchsorted(cuts[:-1], starts), np.searchsorted(cuts[:-1], shares)
 
 
-def _left(count: int, tile_bytes: int) -> NDArray[np.int64]:
-    """Items of the second folding: each tile that the first one leaves, as several narrow ones."""
-    tiles = -(-tile_bytes // (4 * _LAST))
-    front = 4 * _LAST * tiles - tile_bytes
-    return np.column_stack([np.arange(count), *np.tile([[-front], [front], [front + tile_bytes], [tiles]], count)])
-
-
 def _on_device(parts: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
     """Copies as int64, by one transfer; each begins at a multiple of 16 bytes.
 
     For a pointer that does not, Triton compiles the kernel once more, which took 22 s in the middle of a run
     (docs/decisions/0011).
     """
-    host = torch.from_numpy(
-        np.concatenate([np.pad(part.ravel(), (0, part.size % 2)) for part in parts.values()]).astype(np.int64)
-    )
+    padded = [np.pad(part.ravel(), (0, part.size % 2)) for part in parts.values()]
+    host = torch.from_numpy(np.concatenate(padded).astype(np.int64))
     whole = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
-    pieces = whole.split([part.size + part.size % 2 for part in parts.values()])  # type: ignore[no-untyped-call]
-    return {
-        name: piece[: part.size].view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)
-    }
+    pieces = whole.split([*map(len, padded)])  # type: ignore[no-untyped-call]
+    named = zip(parts.items(), pieces, strict=True)
+    return {name: piece[: part.size].view(part.shape) for (name, part), piece in named}

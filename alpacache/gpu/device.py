@@ -36,11 +36,6 @@ def enter(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def device_name(device: torch.device) -> str:
-    """The hardware's own name for itself."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
 def has_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels can run there; elsewhere their references in PyTorch do."""
     return device.type == "cuda" and find_spec("triton") is not None

@@ -8,12 +8,9 @@ Neither was timed apart; `extract` as a whole is in docs/decisions/0012 and `ben
 from collections import deque
 from collections.abc import Mapping
 from queue import Empty, LifoQueue
-from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.gpu.host_memory import Bytes, page_aligned, page_lock, page_rounded, page_unlock
@@ -81,7 +78,7 @@ class HostCopies:
                 flat = tensor.contiguous().view(-1).view(torch.uint8)
                 torch.from_numpy(place).copy_(flat, non_blocking=True)
                 tensor.record_stream(self._stream)  # keeps its memory until it is read
-                done[name] = _array(place, tensor)
+                done[name] = place.view(str(tensor.dtype).removeprefix("torch.")).reshape(tensor.shape)
                 end += page_rounded(tensor.nbytes)
             # Blocking: a thread that waits for it sleeps and leaves the core to those that read.
             event = self._stream.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
@@ -90,9 +87,7 @@ class HostCopies:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Unlock the buffers, once all copies are released; after an error those that are."""
         for _ in range(self._count):
             try:
@@ -152,10 +147,3 @@ def _grown(buffer: Bytes | None, size_bytes: int) -> Bytes:
     larger = page_aligned(page_rounded(size_bytes + size_bytes // _SLACK))
     page_lock(larger)
     return larger
-
-
-def _array(place: Bytes, tensor: Tensor) -> NDArray[Any]:
-    """The bytes as a numpy array of the tensor's dtype and shape."""
-    dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
-    array: NDArray[Any] = place.view(dtype).reshape(tensor.shape)
-    return array

@@ -59,22 +59,12 @@ def page_rounded(size_bytes: int) -> int:
 
 
 def available_bytes() -> int:
-    """RAM that could be filled without swapping or being killed.
-
-    It is what the system has left, or less under the limit of a container, a Slurm job or a systemd unit.
-    """
+    """RAM that the system, or the limit of a container, Slurm job or systemd unit, leaves without swapping or kills."""
     return max(0, min([_listed(_MEMINFO, "MemAvailable:") * 1024, *_left_in_cgroups()]))
 
 
 def _left_in_cgroups() -> Iterator[int]:
-    for folder, (limit, used, cached) in _cgroups():
-        with suppress(OSError, ValueError):  # no such file, or "max": no limit
-            left = int((folder / limit).read_text()) - int((folder / used).read_text())
-            yield left + _listed(folder / "memory.stat", cached)
-
-
-def _cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """Folders of this process's control groups that may limit memory and of their parents, with their files' names.
+    """Bytes that each memory limit of this process's control groups and of their parents leaves.
 
     A container may be told the host's path, of which it sees the end as its root; a folder that is not there limits
     nothing.
@@ -83,19 +73,18 @@ def _cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers and "memory" not in controllers.split(","):
             continue
-        root, names = (_CGROUP / "memory", _V1) if controllers else (_CGROUP, _V2)
+        root, (limit, used, cached) = (_CGROUP / "memory", _V1) if controllers else (_CGROUP, _V2)
         own = root / path.lstrip("/")
         for folder in (own, *own.parents):
-            yield folder, names
+            with suppress(OSError, ValueError, KeyError):  # no such file, or "max": no limit
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                yield left + _listed(folder / "memory.stat", cached)
             if folder == root:
                 break
 
 
 def _listed(path: Path, name: str) -> int:
-    for line in path.read_text().splitlines():
-        if line.split()[0] == name:
-            return int(line.split()[1])
-    raise ValueError(f"{path} has no line {name!r}.")
+    return int(dict(line.split()[:2] for line in path.read_text().splitlines())[name])
 
 
 class Slabs:

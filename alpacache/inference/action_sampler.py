@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from alpacache.alpamayo import ActionExpert
-from alpacache.cached_samples.prefix_rows import PrefixRows
-from alpacache.cached_samples.ring import Batch
+from alpacache.cached_samples.ring import Batch, BatchRing, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.flow_matching import sample
 from alpacache.gpu.capture import captured
@@ -24,40 +23,33 @@ from alpacache.gpu.capture import captured
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledActions:
-    """Actions of a batch that were enqueued; `values` waits for them."""
+    """Actions `[B, K, 64, 2]` (float32) and number of damaged rows `[]`, on the way to the host; `values` waits."""
 
     batch: Batch
     action: Tensor
-    """`[B, K, 64, 2]` float32 on the host."""
     damage: Tensor
-    """`[]` on the host: number of damaged rows in the ring."""
     ended: torch.cuda.Event | None
 
-    def values(self) -> tuple[Tensor, bool]:
-        """The actions of the batch's samples, and whether damaged bytes had come into the ring."""
+    def values(self, ring: BatchRing) -> Tensor:
+        """The actions of the batch's samples. Raises the ring's error if damaged bytes had come into its rows.
+
+        The rows must not be filled again yet, so that the damaged sample can still be named.
+        """
         if self.ended is not None:
             self.ended.synchronize()
-        return self.action[: len(self.batch.rows)], bool(self.damage)
+        if self.damage:
+            raise ring.damage_error()
+        return self.action[: len(self.batch.rows)]
 
 
 class ActionSampler:
     """Integrates the expert's velocity from noise to actions, for batches whose prefixes lie in `rows`."""
 
-    def __init__(
-        self,
-        expert: ActionExpert,
-        rows: PrefixRows,
-        *,
-        paths: int,
-        flow_steps: int,
-        capture: bool,
-        fixed: bool | None = None,
-    ) -> None:
-        """`fixed`: compute on the rows' batch size and the longest of all prefixes, however few and short the batch's
-        are, as a graph has to. The default is True on a GPU, captured or not, so that both give the same numbers."""
+    def __init__(self, expert: ActionExpert, rows: PrefixRows, *, paths: int, flow_steps: int, capture: bool) -> None:
         self._expert, self._flow_steps = expert, flow_steps
-        self._cuda = expert.device.type == "cuda"
-        self._fixed = self._cuda if fixed is None else fixed
+        self._cuda = self._fixed = expert.device.type == "cuda"
+        """Fixed: computed on the rows' batch size and the longest of all prefixes, however few and short the batch's
+        are, as a graph has to; without a graph as well, so that both give the same numbers."""
         self._capture = capture and self._cuda
         self._graph: torch.cuda.CUDAGraph | None = None
         self._staged = StagedBatch(rows, expert, draws=paths)
@@ -69,12 +61,15 @@ class ActionSampler:
         staged.put(batch, noise)
         shape = (staged.size, staged.rows.longest) if self._fixed else (len(batch.rows), max(batch.lengths))
         if self._capture and self._graph is None:
-            self._graph = self._captured(*shape)
+            self._graph = captured(partial(self._compute, *shape))
         if self._graph is not None:
             self._graph.replay()
         else:
             self._compute(*shape)
-        return self._result(batch)
+        damage = torch.count_nonzero(staged.rows.damage).to("cpu", non_blocking=True)
+        action = self._action.to("cpu", non_blocking=True, copy=True)  # from a GPU to page-locked memory
+        ended = torch.cuda.current_stream().record_event() if self._cuda else None
+        return SampledActions(batch=batch, action=action, damage=damage, ended=ended)
 
     def _compute(self, count: int, longest: int) -> None:
         """Actions of the first `count` samples, whose prefixes have at most `longest` tokens."""
@@ -82,18 +77,3 @@ class ActionSampler:
         noise = self._staged.noise[:count]
         action = sample(lambda x, t: self._expert.velocity(x, t, prefixes), noise, steps=self._flow_steps)
         self._action[:count].copy_(action)
-
-    def _captured(self, count: int, longest: int) -> torch.cuda.CUDAGraph:
-        return captured(partial(self._compute, count, longest))
-
-    def _result(self, batch: Batch) -> SampledActions:
-        damage = torch.count_nonzero(self._staged.rows.damage)
-        if not self._cuda:
-            return SampledActions(batch=batch, action=self._action.clone(), damage=damage, ended=None)
-        action = torch.empty(self._action.shape, pin_memory=True)
-        action.copy_(self._action, non_blocking=True)
-        damaged_rows = torch.empty((), dtype=torch.int64, pin_memory=True)
-        damaged_rows.copy_(damage, non_blocking=True)
-        ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        ended.record()
-        return SampledActions(batch=batch, action=action, damage=damaged_rows, ended=ended)

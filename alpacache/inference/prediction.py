@@ -12,8 +12,7 @@ from alpacache import randomness
 from alpacache.alpamayo import ActionExpert
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import CachedSample
-from alpacache.cached_samples.prefix_rows import PrefixRows
-from alpacache.cached_samples.ring import BatchRing
+from alpacache.cached_samples.ring import BatchRing, PrefixRows
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.flow_matching import sample as sample_flow
 from alpacache.inference.action_sampler import ActionSampler, SampledActions
@@ -72,24 +71,16 @@ def predict_ahead(
             ring.done(batch)
             if before is not None:
                 ring.release_finished()
-                yield _taken(before, ring)
+                yield before.batch.positions, before.values(ring)
             before = underway
         if before is not None:
-            yield _taken(before, ring)
+            yield before.batch.positions, before.values(ring)
 
 
 def to_paths(space: UnicycleActionSpace, action: Tensor, history_xyz: Tensor, history_rot: Tensor) -> Paths:
     """Paths of one sample's actions `[K, 64, 2]`."""
     xyz, rot = space.to_path(action, history_xyz, history_rot)
     return xyz.numpy(), rot.numpy()
-
-
-def _taken(sampled: SampledActions, ring: BatchRing) -> tuple[tuple[int, ...], Tensor]:
-    """Wait for a batch's actions. Its rows are not yet filled again, so a damaged sample can still be named."""
-    action, damaged = sampled.values()
-    if damaged:
-        raise ring.damage_error()
-    return sampled.batch.positions, action
 
 
 def eval_noise(seed: int, sample_ids: Sequence[str], paths: int) -> Tensor:

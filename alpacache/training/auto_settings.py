@@ -14,8 +14,7 @@ import torch
 
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.order import GlobalOrder
-from alpacache.cached_samples.prefix_rows import PrefixRows
-from alpacache.cached_samples.ring import BatchRing
+from alpacache.cached_samples.ring import BatchRing, PrefixRows
 from alpacache.distributed.world import World
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.errors import DeviceMemoryError, UsageError

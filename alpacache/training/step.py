@@ -77,15 +77,14 @@ class TrainStep:
         self._shared, self._staged = shared, staged
         self._micro_batch, self._clip, self._causal = micro_batch, clip, causal
         self._graph: torch.cuda.CUDAGraph | None = None
-        device = expert.device
-        self._cuda = device.type == "cuda"
+        self._cuda = expert.device.type == "cuda"
         self._capture = capture and self._cuda
         if compile_layers and self._cuda:
             for layer in expert.expert.layers:
                 layer.compile()
-        self._dry = torch.zeros((), dtype=torch.bool, device=device)
+        self._dry = torch.zeros((), dtype=torch.bool, device=expert.device)
         """Set while the graph warms up: the optimizer then changes nothing."""
-        self._numbers = torch.zeros(4 + staged.size, device=device)
+        self._numbers = torch.zeros(4 + staged.size, device=expert.device)
 
     def run(self, batch: Batch, noise: Tensor, t: Tensor, lr: float, *, stop: bool = False) -> StepResult:
         """Enqueue one step; `noise [B, K, 64, 2]` and `t [B, K]` on the CPU.
@@ -97,15 +96,14 @@ class TrainStep:
         self._staged.put(batch, noise, t=t, lr=lr, stop=stop)
         began = self._event()
         if self._capture and self._graph is None:
-            self._graph = self._captured()
+            self._dry.fill_(True)
+            self._graph = captured(self._compute, after_warm_up=self._forget_gradients)
+            self._dry.fill_(False)
         if self._graph is not None:
             self._graph.replay()
         else:
             self._compute()
-        if not self._cuda:
-            return StepResult(batch=batch, numbers=self._numbers.clone(), began=None, ended=None)
-        numbers = torch.empty(len(self._numbers), pin_memory=True)
-        numbers.copy_(self._numbers, non_blocking=True)
+        numbers = self._numbers.to("cpu", non_blocking=True, copy=True)  # from a GPU to page-locked memory
         return StepResult(batch=batch, numbers=numbers, began=began, ended=self._event())
 
     def _event(self) -> torch.cuda.Event | None:
@@ -123,14 +121,8 @@ class TrainStep:
         for start in range(0, staged.size, self._micro_batch):
             self._shared.is_last_backward = start + self._micro_batch >= staged.size
             part = slice(start, start + self._micro_batch)
-            loss = flow_loss(
-                self._expert,
-                staged.action[part],
-                staged.noise[part],
-                staged.t[part],
-                staged.prefixes(part),
-                causal=self._causal,
-            )
+            flow = staged.action[part], staged.noise[part], staged.t[part]
+            loss = flow_loss(self._expert, *flow, staged.prefixes(part), causal=self._causal)
             (loss.sum() / all_samples).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         each = torch.cat(losses)
@@ -146,13 +138,6 @@ class TrainStep:
         self._optimizer.step(lr=staged.lr, scale=scale, skip=bad | self._dry, updated=self._shared.gather_updated)
         self._shared.finish_update()
         self._numbers.copy_(torch.cat([torch.stack([total, norm, stop, damaged]), each]))
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        """The step as a graph; warming up changes nothing."""
-        self._dry.fill_(True)
-        graph = captured(self._compute, after_warm_up=self._forget_gradients)
-        self._dry.fill_(False)
-        return graph
 
     def _forget_gradients(self) -> None:
         for parameter in self._parameters:

@@ -21,8 +21,7 @@ from alpacache.alpamayo.geometry import EXPERT_PARTS
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import check_base, check_same_vlm, model_identity
 from alpacache.cached_samples.order import GlobalOrder
-from alpacache.cached_samples.prefix_rows import PrefixRows
-from alpacache.cached_samples.ring import Batch, BatchRing
+from alpacache.cached_samples.ring import Batch, BatchRing, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.config import to_toml
 from alpacache.distributed.peer_memory import peer_memory

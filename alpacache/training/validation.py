@@ -4,13 +4,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from alpacache import randomness
 from alpacache.alpamayo import ActionExpert
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.prefix_rows import PrefixRows
-from alpacache.cached_samples.ring import Batch, BatchRing
+from alpacache.cached_samples.ring import Batch, BatchRing, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.distributed.world import World
 from alpacache.flow_matching import sample as sample_flow
@@ -69,19 +67,18 @@ class Validation:
         t = torch.stack([randomness.times("val", name, draws=_DRAWS, schedule=schedule) for name in batch.sample_ids])
         staged.put(batch, noise, t=t)
         prefixes = staged.prefixes(slice(count), longest=max(batch.lengths))
-        action, noise, t = staged.action[:count], staged.noise[:count], staged.t[:count]
-        losses: list[float] = flow_loss(expert, action, noise, t, prefixes, causal=self._config.causal).tolist()
-        return losses, prefixes
+        flow = staged.action[:count], staged.noise[:count], staged.t[:count]
+        return flow_loss(expert, *flow, prefixes, causal=self._config.causal).tolist(), prefixes
 
     def _min_ades(self, expert: ActionExpert, batch: Batch, prefixes: PackedPrefixes) -> list[float]:
         noise = eval_noise(0, batch.sample_ids, _PATHS).to(expert.device)
         action = sample_flow(lambda x, t: expert.velocity(x, t, prefixes), noise, steps=_FLOW_STEPS).cpu()
-        return [self._min_ade(expert, index, draws) for index, draws in zip(batch.positions, action, strict=True)]
-
-    def _min_ade(self, expert: ActionExpert, index: int, draws: Tensor) -> float:
-        history_xyz, history_rot, future_xyz, _ = self._data.poses(index)
-        xyz, _ = to_paths(expert.action_space, draws, history_xyz, history_rot)
-        return min_ade(xyz, future_xyz)["min_ade"]
+        values = []
+        for index, draws in zip(batch.positions, action, strict=True):
+            *history, future_xyz, _ = self._data.poses(index)
+            xyz, _ = to_paths(expert.action_space, draws, *history)
+            values.append(min_ade(xyz, future_xyz)["min_ade"])
+        return values
 
 
 def means(parts: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:

@@ -16,8 +16,7 @@ from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_samples import ring_source
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.order import GlobalOrder
-from alpacache.cached_samples.prefix_rows import PrefixRows
-from alpacache.cached_samples.ring import BatchRing
+from alpacache.cached_samples.ring import BatchRing, PrefixRows
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.errors import DataError, UsageError
 from alpacache.extraction.config import ExtractConfig
@@ -116,7 +115,8 @@ def test_batches_are_the_samples_loaded_one_by_one(dataset, space):
             assert batch.rows == tuple(range(step % 2 * 4, step % 2 * 4 + 4))
             assert batch.lengths == tuple(sample.prefix.prefix_len for sample in samples)
             assert batch.starts == tuple(sample.prefix.start_position for sample in samples)
-            assert torch.equal(batch.action, torch.stack([space.to_action(*sample.poses) for sample in samples]))
+            poses = [dataset.poses(order[position]) for position in batch.positions]
+            assert torch.equal(batch.action, torch.stack([space.to_action(*of_one) for of_one in poses]))
             assert batch.action.dtype == torch.float32
             assert batch.ready is None
             alone = pack([sample.prefix for sample in samples], device=CPU, dtype=torch.float32)
@@ -268,7 +268,7 @@ def test_a_sample_that_does_not_fit_the_layout_is_named(dataset, space, monkeypa
 
 def test_a_path_without_actions_is_named(dataset, space, monkeypatch):
     order, solve = GlobalOrder(0, 14), UnicycleActionSpace.to_action
-    bad = dataset.load(order[2]).future_xyz
+    bad = dataset.poses(order[2])[2]
 
     def to_action(self, history_xyz, history_rot, future_xyz, future_rot):
         if any(torch.equal(path, bad) for path in future_xyz):

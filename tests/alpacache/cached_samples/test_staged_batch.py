@@ -6,8 +6,7 @@ import torch
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.prefix_rows import PrefixRows
-from alpacache.cached_samples.ring import BatchRing
+from alpacache.cached_samples.ring import BatchRing, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.extraction.config import ExtractConfig
 from alpacache.prefix.packed import pack

@@ -63,7 +63,7 @@ def test_cached_equals_live(dtype, extracted, tiny_checkpoint):
     data = CachedDataset([extracted], Checkpoint(str(tiny_checkpoint)))
     cached = [data.load(index) for index in range(len(data))]
     live = [prefix for _, prefix in live_prefixes(tiny_checkpoint)]
-    action = torch.stack([expert.action_space.to_action(*sample.poses) for sample in cached])[:, None]
+    action = torch.stack([expert.action_space.to_action(*data.poses(index)) for index in range(len(data))])[:, None]
     noise = torch.stack([randomness.noise(sample.sample_id, draws=2) for sample in cached])
     t = torch.stack([randomness.times(sample.sample_id, draws=2, schedule="beta") for sample in cached])
     noisy = flow_matching.interpolate(action, noise, t)

@@ -74,9 +74,8 @@ def test_every_byte_is_in_one_item(programs):
     rng = np.random.default_rng(programs)
     sizes = [0, 1, 70_001, *rng.integers(1, 50_000, 20).tolist()]
     starts = np.concatenate([[3], 3 + np.cumsum(np.array(sizes[:-1]) + 1)]).tolist()
-    table = ChunkTable.build(
-        [0] * len(sizes), starts, sizes, [0] * len(sizes), device=torch.device("cpu"), programs=programs, lanes=32
-    )
+    chunks = [(0, start, size, 0) for start, size in zip(starts, sizes, strict=True)]
+    table = ChunkTable.build(chunks, device=torch.device("cpu"), programs=programs, lanes=32)
     assert table.items.shape == (len(sizes) + programs, 5)
     tile_bytes = 4 * 32 * max(LAGS)
     for start, size, (_, _, first, end) in zip(starts, sizes, table.chunks.tolist(), strict=True):
@@ -97,9 +96,7 @@ def test_every_byte_is_in_one_item(programs):
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_every_table_begins_where_triton_compiles_for(count):
     """At a multiple of 16 bytes; elsewhere another kernel would be compiled in the middle of a run."""
-    table = ChunkTable.build(
-        [0] * count, [5] * count, [100] * count, [0] * count, device=torch.device("cpu"), programs=4
-    )
+    table = ChunkTable.build([(0, 5, 100, 0)] * count, device=torch.device("cpu"), programs=4)
     for tensor in (table.chunks, table.items, table.firsts, table.shifts, table.left_items, table.left_firsts):
         assert tensor.data_ptr() % 16 == 0
         assert tensor.is_contiguous()
@@ -110,10 +107,10 @@ def test_every_table_begins_where_triton_compiles_for(count):
 def test_what_does_not_fit_is_refused():
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="48 lanes"):
-        ChunkTable.build([0], [0], [1], [0], device=cpu, programs=1, lanes=48)
-    with pytest.raises(ValueError, match=r"lengths \[1, 1, 2, 1\]"):
-        ChunkTable.build([0], [0], [1, 1], [0], device=cpu, programs=1)
-    table = ChunkTable.build([1], [200], [57], [0], device=cpu, programs=1)
+        ChunkTable.build([(0, 0, 1, 0)], device=cpu, programs=1, lanes=48)
+    with pytest.raises(ValueError, match="are not negative"):
+        ChunkTable.build([(0, -1, 1, 0)], device=cpu, programs=1)
+    table = ChunkTable.build([(1, 200, 57, 0)], device=cpu, programs=1)
     with pytest.raises(ValueError, match=r"shape \[2, 256\]; the table's chunks lie in \[2, 257\]"):
         check_rows(torch.zeros(2, 256, dtype=torch.uint8), table, torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match="256-aligned"):
@@ -160,7 +157,7 @@ def compiled(kernel, arguments, options, capability):
 def test_kernels_compile_for_consumer_cards(capability, record_launches, tmp_path):
     """No feature that an RTX 3090 or 4090 lacks, no spilled register, and room beside other work."""
     found = record_launches(gpu_checksum, "fold", "compare")
-    table = ChunkTable.build([0, 1], [5, 7], [1000] * 2, [0] * 2, device=torch.device("cpu"), programs=3, lanes=256)
+    table = ChunkTable.build([(0, 5, 1000, 0), (1, 7, 1000, 0)], device=torch.device("cpu"), programs=3, lanes=256)
     check_rows(torch.zeros(2, 1024, dtype=torch.uint8), table, torch.zeros(2, dtype=torch.int32))
     assert [kernel.__name__ for kernel, *_ in found] == ["fold", "fold", "compare"]
     for kernel, arguments, options in found:
@@ -192,7 +189,7 @@ def flags_of(device, content, chunks, **options):
     data = memory[:, :length]
     data.copy_(torch.from_numpy(content))
     flags = torch.full((len(content),), 4, dtype=torch.int32, device=device)
-    check_rows(data, ChunkTable.build(*zip(*chunks, strict=True), device=torch.device(device), **options), flags)
+    check_rows(data, ChunkTable.build(chunks, device=torch.device(device), **options), flags)
     return [flag ^ 4 for flag in flags.tolist()]
 
 

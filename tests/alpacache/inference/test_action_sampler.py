@@ -7,7 +7,8 @@ import torch
 
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
-from alpacache.cached_samples import prefix_rows, staged_batch
+from alpacache.cached_samples import ring as ring_module
+from alpacache.cached_samples import staged_batch
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.ring import BatchRing
 from alpacache.errors import DataError
@@ -84,20 +85,14 @@ def test_filling_up_is_rounding_and_a_graph_sees_all_that_changes(data, expert, 
 
     class Fixed(ActionSampler):
         def __init__(self, *given, **settings):
-            super().__init__(*given, **settings, fixed=True)
-            self._capture = settings["capture"]
+            super().__init__(*given, **settings)
+            self._fixed, self._capture = True, settings["capture"]
 
-        def _captured(self, count, longest):
-            captured.append((count, longest))
-            frozen = ActionSampler._compute
+    def capture_work(work):
+        captured.append(work.args)
+        return SimpleNamespace(replay=lambda: (replayed.append(1), work()))
 
-            def replay():
-                replayed.append(1)
-                frozen(self, count, longest)
-
-            self._compute = None
-            return SimpleNamespace(replay=replay)
-
+    monkeypatch.setattr("alpacache.inference.action_sampler.captured", capture_work)
     expected = one_by_one(expert, data)
     monkeypatch.setattr("alpacache.inference.prediction.ActionSampler", Fixed)
     plain = ahead(expert, data, capture=False)
@@ -113,7 +108,7 @@ def test_damage_in_a_row_is_named_before_its_batch_is_handed_over(data, expert, 
         if 3 in chunks:
             ring._rows.damage[3] = 1
 
-    monkeypatch.setattr(prefix_rows, "has_kernels", lambda device: True)
+    monkeypatch.setattr(ring_module, "has_kernels", lambda device: True)
     monkeypatch.setattr(BatchRing, "_check", check)
     batches = predict_ahead(expert, data, INDICES, batch_size=2, **SETTINGS)
     assert next(batches)[0] == (4, 0)

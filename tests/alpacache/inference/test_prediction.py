@@ -23,14 +23,15 @@ def data(rollout_stores, tiny_checkpoint):
     return {codec: CachedDataset([store], checkpoint) for codec, store in rollout_stores.items()}
 
 
-def predict(expert, samples, **settings):
+def predict(expert, loaded, **settings):
     """Sampled paths of each sample."""
-    actions = predict_actions(expert, samples, **settings)
-    return [to_paths(expert.action_space, a, *sample.poses[:2]) for a, sample in zip(actions, samples, strict=True)]
+    actions = predict_actions(expert, [sample for sample, _ in loaded], **settings)
+    return [to_paths(expert.action_space, a, *poses[:2]) for a, (_, poses) in zip(actions, loaded, strict=True)]
 
 
 def load(data, tails):
-    return [data.load(index, tails=tails) for index in range(len(data))]
+    """Each sample, and its poses."""
+    return [(data.load(index, tails=tails), data.poses(index)) for index in range(len(data))]
 
 
 def test_path_k_is_that_of_rollout_k_as_the_vlm_left_it(data, expert, rollout_samples):

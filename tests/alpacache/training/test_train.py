@@ -560,7 +560,7 @@ def checking_device(request, monkeypatch):
         for row, start, size, crc in table.chunks:
             damage[row] |= google_crc32c.value(data[row, start : start + size].numpy().tobytes()) != crc
 
-    monkeypatch.setattr("alpacache.cached_samples.prefix_rows.has_kernels", lambda device: True)
+    monkeypatch.setattr("alpacache.cached_samples.ring.has_kernels", lambda device: True)
     monkeypatch.setattr("alpacache.gpu.checksum.ChunkTable", SimpleNamespace(build=build))
     monkeypatch.setattr("alpacache.gpu.checksum.check_rows", check_rows)
     return "cpu"

@@ -38,19 +38,19 @@ def expected(expert, data):
     """The same numbers from samples that are loaded and packed two at a time."""
     values = {}
     for start in range(0, len(data), 2):
-        samples = [data.load(index) for index in range(start, min(start + 2, len(data)))]
+        indices = range(start, min(start + 2, len(data)))
+        samples, drives = [data.load(index) for index in indices], [data.poses(index) for index in indices]
         ids = [sample.sample_id for sample in samples]
-        action = torch.stack([expert.action_space.to_action(*sample.poses) for sample in samples])[:, None]
+        action = torch.stack([expert.action_space.to_action(*poses) for poses in drives])[:, None]
         noise = torch.stack([randomness.noise("val", name, draws=4) for name in ids])
         t = torch.stack([randomness.times("val", name, draws=4, schedule="beta") for name in ids])
         losses = flow_loss(expert, action, noise, t, [sample.prefix for sample in samples], causal=False).tolist()
         draws = predict_actions(expert, samples, paths=6, flow_steps=10, seed=0)
-        for sample, loss, actions in zip(samples, losses, draws, strict=True):
-            poses = (sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
+        for poses, loss, actions in zip(drives, losses, draws, strict=True):
             xyz, _ = to_paths(expert.action_space, actions, *poses[:2])
             values.setdefault("val_loss", []).append(loss)
             values.setdefault(f"val_loss/{classify(*poses).turn}", []).append(loss)
-            values.setdefault("val_min_ade", []).append(min_ade(xyz, sample.future_xyz)["min_ade"])
+            values.setdefault("val_min_ade", []).append(min_ade(xyz, poses[2])["min_ade"])
     return {name: sum(each) / len(each) for name, each in values.items()}
 
 
