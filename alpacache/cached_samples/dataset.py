@@ -42,7 +42,12 @@ class CachedDataset:
         readers = [CacheReader(store) for store in stores]
         for store, reader in zip(stores, readers, strict=True):
             check_same_model(checkpoint, reader.identity, store=str(store))
-        _check_mixable(list(stores), readers)
+        # The VLM, its prompt and how KV is stored must be the same; cameras and frames may differ.
+        shared = [{key: reader.identity.get(key) for key in _SHARED} for reader in readers]
+        for store, identity in zip(stores, shared, strict=True):
+            what = f"store {store} cannot be mixed with {stores[0]}"
+            remedy = "Train on one of them, or extract the other again with the same settings."
+            refuse_differences(differences(shared[0], identity), what, remedy)
         self.codec: KVCodec | None = store_codec(readers[0].identity, store=str(stores[0]))
         """Codec of every sample; None for plain bfloat16."""
         self.prefix_fields = PREFIX_FIELDS if self.codec is None else (*PREFIX_FIELDS, KV_SHAPE)
@@ -155,13 +160,3 @@ class CachedDataset:
         if self.codec is None:
             return reader.shape(sample_id, "kv")
         return tuple(reader.read(sample_id, fields=[KV_SHAPE])[KV_SHAPE].tolist())
-
-
-def _check_mixable(stores: Sequence[str | Path], readers: Sequence[CacheReader]) -> None:
-    """Refuse stores that differ in the VLM, its prompt, or how KV is stored; cameras and frames may differ."""
-
-    shared = [{key: reader.identity.get(key) for key in _SHARED} for reader in readers]
-    for store, identity in zip(stores, shared, strict=True):
-        what = f"store {store} cannot be mixed with {stores[0]}"
-        remedy = "Train on one of them, or extract the other again with the same settings."
-        refuse_differences(differences(shared[0], identity), what, remedy)

@@ -46,8 +46,7 @@ def store_identity(
     """Everything that must match for two samples to belong to one store.
 
     A quantising codec is recorded by name and by definition: should the name ever mean something else, old stores are
-    still decoded as they were written, and nothing new goes into them. How tails are sampled and views made, and which
-    other VLM the weights were taken from, is recorded if there are any.
+    still decoded as they were written, and nothing new goes into them.
     """
     home, _ = checkpoint.vlm_home
     other_vlm = {} if home is checkpoint else {"vlm": home.model_id}
@@ -82,15 +81,12 @@ def provenance(*, source: str, device: str) -> dict[str, Any]:
     }
 
 
-def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, store: str, weights: bool = False) -> None:
+def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, store: str) -> None:
     """Refuse to train or evaluate on features of another model.
 
-    A revision is compared only if both sides know one; a plain directory has none. `weights` compares the VLM weight
-    fingerprint too, which reads a few hundred kilobytes of the VLM's shards.
+    A revision is compared only if both sides know one; a plain directory has none.
     """
     expected, stored = vlm_identity(checkpoint), identity["model"]
-    if weights:
-        expected["vlm_weights_sha256"] = checkpoint.vlm_fingerprint()
     refuse_differences(
         _model_differences(expected, {key: stored.get(key) for key in expected}),
         f"store {store} was extracted with another model than {checkpoint.model}",

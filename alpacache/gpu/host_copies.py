@@ -69,7 +69,12 @@ class HostCopies:
         if self._stream is None:
             arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
             return HostCopy(self, None, {**values, **arrays}, None)
-        buffer = _grown(buffer, sum(page_rounded(tensor.nbytes) for tensor in tensors.values()))
+        needed = sum(page_rounded(tensor.nbytes) for tensor in tensors.values())
+        if buffer is None or buffer.size < needed:
+            if buffer is not None:
+                page_unlock(buffer)
+            buffer = page_aligned(page_rounded(needed + needed // _SLACK))
+            page_lock(buffer)
         self._stream.wait_event(made or torch.cuda.current_stream(self._stream.device).record_event())
         done, end = dict(values), 0
         with torch.cuda.stream(self._stream):
@@ -137,13 +142,3 @@ def copied_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             finish()
         page_unlock(stages)
     return {name: copies[name] for name in tensors}
-
-
-def _grown(buffer: Bytes | None, size_bytes: int) -> Bytes:
-    if buffer is not None:
-        if buffer.size >= size_bytes:
-            return buffer
-        page_unlock(buffer)
-    larger = page_aligned(page_rounded(size_bytes + size_bytes // _SLACK))
-    page_lock(larger)
-    return larger

@@ -22,12 +22,11 @@ from alpacache.training.step_optimizer import StepOptimizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Loss and gradient norm of a step that was enqueued; `values` waits for them."""
+    """A step that was enqueued; `values` waits for its numbers."""
 
     batch: Batch
     numbers: Tensor
-    """`[4 + B]` float32 on the host: loss, gradient norm, requests to stop, damaged rows, and the losses of this
-    process's samples."""
+    """`[4 + B]` float32 on the host: loss, norm, requests to stop, damaged rows, losses of this process's samples."""
     began: torch.cuda.Event | None
     """Recorded when the batch's samples had arrived and the step before had ended."""
     ended: torch.cuda.Event | None
