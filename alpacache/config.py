@@ -93,8 +93,10 @@ class Config:
                 value = tuple(value)
             elif isinstance(value, os.PathLike):
                 value = os.fspath(value)
+            # TOML and the command line have text, or a list or a table of texts, for a value of several parts.
+            texts = value if isinstance(value, tuple) else value.values() if isinstance(value, Mapping) else (value,)
             try:
-                if written is not None and _is_written(value):
+                if written is not None and all(isinstance(text, str) for text in texts):
                     value = written.read(value)
                 value = check(value)
             except UsageError:
@@ -170,12 +172,6 @@ def _checks(kind: type) -> Mapping[str, tuple[Written | None, Callable[[Any], An
     hints = get_type_hints(kind, include_extras=True)
     names = [field.name for field in dataclasses.fields(kind)]
     return {name: (written_as(hints[name]), TypeAdapter(hints[name], config=rules).validate_python) for name in names}
-
-
-def _is_written(value: Any) -> bool:
-    """Whether it is what TOML and the command line have for a value of several parts: text, texts, a table of texts."""
-    texts = value if isinstance(value, tuple) else value.values() if isinstance(value, Mapping) else (value,)
-    return all(isinstance(text, str) for text in texts)
 
 
 _WORDS = {

@@ -31,7 +31,6 @@ from cache_store import CacheReader, CorruptSampleError, KVCodec, differences
 from cache_store.concurrency import in_order
 
 _SHARED = ("model", "prompt", "processor", "dtype", "codec", "codec_definition")
-_BF16_BYTES = 2
 _POSE_THREADS = 4
 
 
@@ -122,7 +121,8 @@ class CachedDataset:
     def kv_bytes(self) -> NDArray[np.int64]:
         """Bytes of each sample's keys and values; reads every commit record once, about 0.1 ms each."""
         shapes = in_order(lambda place: place[0].shape(place[1], "kv"), self._index, self._threads)
-        return np.fromiter(map(math.prod, shapes), np.int64, len(self)) * (_BF16_BYTES if self.codec is None else 1)
+        itemsize = torch.bfloat16.itemsize if self.codec is None else 1
+        return np.fromiter(map(math.prod, shapes), np.int64, len(self)) * itemsize
 
     @cached_property
     def longest(self) -> int:

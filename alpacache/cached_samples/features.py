@@ -133,15 +133,14 @@ def sample_arrays(sample: Sample, inputs: VLMInputs) -> dict[str, Any]:
     }
     if FRONT_CAMERA in sample.cameras:
         arrays["front_jpeg"] = _jpeg(sample.frames[sample.cameras.index(FRONT_CAMERA), -1])
-    if sample.calibration is not None:
-        arrays["calibration"] = json.dumps(sample.calibration, sort_keys=True)
-    if sample.jitter is not None:
-        arrays["jitter"] = json.dumps(sample.jitter, sort_keys=True)
+    for name in ("calibration", "jitter"):
+        if (value := getattr(sample, name)) is not None:
+            arrays[name] = json.dumps(value, sort_keys=True)
     return arrays
 
 
 def prefix_arrays(
-    sample_id: str, inputs: VLMInputs, prefix: PrefixFeatures, *, hidden_states: bool, codec: KVCodec | None
+    inputs: VLMInputs, prefix: PrefixFeatures, *, hidden_states: bool, codec: KVCodec | None
 ) -> dict[str, Any]:
     """Stored values that come from the prefix; large ones are tensors of the stored bits on the prefix's device.
 
@@ -156,8 +155,7 @@ def prefix_arrays(
         "start_position": np.asarray(prefix.start_position),
     }
     if hidden_states:
-        if prefix.hidden is None:
-            raise ValueError(f"{sample_id}: the prefix has no hidden states; they were asked for.")
+        assert prefix.hidden is not None
         arrays["hidden"] = _as_bf16(prefix.hidden)
     return arrays
 
@@ -183,18 +181,16 @@ def _kv_arrays(part: PrefixFeatures | Tail, codec: KVCodec | None) -> dict[str, 
 
 def from_arrays(sample_id: str, arrays: Mapping[str, NDArray[Any]], *, codec: KVCodec | None = None) -> CachedSample:
     """The sample of these stored arrays, its prefix still encoded; tensors share memory with the arrays."""
-    stem_len, tails = int(arrays["stem_len"]), tuple(_tails(arrays, codec))
-    return CachedSample(sample_id=sample_id, prefix=_prefix(arrays, codec), stem_len=stem_len, tails=tails)
-
-
-def _prefix(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> PrefixFeatures | EncodedPrefix:
     counters = {name: int(arrays[name]) for name in ("rope_delta", "prefix_len", "start_position")}
-    if codec is not None:
+    prefix: PrefixFeatures | EncodedPrefix
+    if codec is None:
+        kv = from_bf16_bits(arrays["kv"])
+        prefix = PrefixFeatures(keys=kv[:, 0], values=kv[:, 1], hidden=None, **counters)
+    else:
         shape = tuple(arrays[KV_SHAPE].tolist())
-        return EncodedPrefix(data=torch.from_numpy(arrays["kv"]), codec=codec, shape=shape, **counters)
-    kv = from_bf16_bits(arrays["kv"])
-    hidden = from_bf16_bits(arrays["hidden"]) if "hidden" in arrays else None
-    return PrefixFeatures(keys=kv[:, 0], values=kv[:, 1], hidden=hidden, **counters)
+        prefix = EncodedPrefix(data=torch.from_numpy(arrays["kv"]), codec=codec, shape=shape, **counters)
+    stem_len, tails = int(arrays["stem_len"]), tuple(_tails(arrays, codec))
+    return CachedSample(sample_id=sample_id, prefix=prefix, stem_len=stem_len, tails=tails)
 
 
 def _tails(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> Iterator[Tail]:

@@ -115,7 +115,7 @@ class BatchRing:
         # On a CPU the loop's results would depend on what the reading threads do to PyTorch's number of threads.
         self._solve_ahead = self._device.type == "cuda"
         self._source = RingSource(
-            dataset, space, in_memory=in_memory, check_on_device=rows.checked, solve_ahead=self._solve_ahead
+            dataset, space, in_memory=in_memory, check_on_device=rows.checked, ahead=self._solve_ahead
         )
         self._requests = self._source.requests(batches, rows.batch_size)
         self._threads = threads or min(14, max(4, len(os.sched_getaffinity(0)) - 2))

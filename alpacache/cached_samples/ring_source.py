@@ -3,9 +3,11 @@
 A sample that comes again has its target, turn and lengths already, and with `in_memory` its bytes too.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,10 +16,10 @@ from torch import Tensor
 
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS
-from alpacache.cached_samples.targets import BatchTargets, solver
 from alpacache.driving.action_space import UnicycleActionSpace
-from alpacache.driving.strata import TURNS, Turn
+from alpacache.driving.strata import TURNS, Turn, turns_ahead
 from alpacache.errors import DataError, UsageError
+from alpacache.gpu.device import limit_torch_to_one_thread, restored_torch_threads
 from alpacache.gpu.host_memory import Bytes, Slabs, available_bytes, page_rounded
 from alpacache.torchrun import this_process
 from cache_store.prefetcher import PrefetchedSample
@@ -29,9 +31,52 @@ _REMEMBERED = 2**18
 """Samples whose target and lengths stay in memory after their first use, half a kilobyte each."""
 _SPARE_BYTES = 2**31
 """RAM that samples kept in memory leave to the rest of a run."""
+PoseArrays: TypeAlias = Sequence[NDArray[Any]]
+"""One array for each of `features.POSE_FIELDS`, of one sample or of several stacked."""
+Solve: TypeAlias = Callable[[Sequence[int], PoseArrays], tuple[Tensor, list[Turn]]]
+"""From the indices of n samples and their poses to actions `[n, 64, 2]` and turns."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchTargets:
+    """Targets of a batch's new samples, solved together while their prefixes are still being read.
+
+    A solve is a hundred small operations, each of which lets go of the interpreter lock and then, beside a dozen
+    reading threads, waits to get it back. So it is done for a whole batch at once and, on a GPU, by the thread that has
+    read the last of its paths: the training loop, which the GPU waits for, finds it done.
+    """
+
+    def __init__(self, count: int, solve: Solve, *, ahead: bool) -> None:
+        """`ahead`: whoever adds the last path solves; otherwise whoever asks for the result."""
+        self._count, self._solve, self._ahead = count, solve, ahead
+        self._lock, self._solved = threading.Lock(), Future[tuple[Tensor, list[Turn]]]()
+        self._added: dict[int, tuple[int, PoseArrays]] = {}
+
+    def add(self, place: int, index: int, poses: PoseArrays) -> None:
+        """Note the path of the sample with that index; may be called in any thread."""
+        with self._lock:
+            self._added[place] = index, poses
+            complete = len(self._added) == self._count
+        if complete and self._ahead:
+            limit_torch_to_one_thread()
+            self._run()
+
+    def result(self) -> tuple[Tensor, list[Turn]]:
+        """Actions `[n, 64, 2]` and turns in the order of places, once all are added. Raises what solving has raised."""
+        if not self._ahead:
+            with restored_torch_threads():
+                limit_torch_to_one_thread()  # a team of helpers would crowd out the reading threads
+                self._run()
+        return self._solved.result()
+
+    def _run(self) -> None:
+        try:
+            indices, poses = zip(*(self._added[place] for place in sorted(self._added)), strict=True)
+            self._solved.set_result(self._solve(indices, [np.stack(arrays) for arrays in zip(*poses, strict=True)]))
+        except Exception as error:
+            self._solved.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
 class SampleRequest:
     """One place of the global order, as the prefetcher is asked for it."""
 
@@ -49,20 +94,13 @@ class RingSource:
     """What the prefetcher reads from: the stores of a dataset, and of each sample what is not known yet."""
 
     def __init__(
-        self,
-        dataset: CachedDataset,
-        space: UnicycleActionSpace,
-        *,
-        in_memory: bool,
-        check_on_device: bool,
-        solve_ahead: bool,
+        self, dataset: CachedDataset, space: UnicycleActionSpace, *, in_memory: bool, check_on_device: bool, ahead: bool
     ) -> None:
-        """`solve_ahead`: reading threads solve targets. Raises `UsageError` where `in_memory` finds too little RAM."""
-        self._dataset = dataset
+        """`ahead`: reading threads solve targets. Raises `UsageError` where `in_memory` finds too little RAM."""
+        self._dataset, self._space, self._solve_ahead = dataset, space, ahead
         self._unchecked = ("kv",) if check_on_device else ()
         shape = () if dataset.codec is None else (KV_SHAPE,)
         self._fields = ("kv", "prefix_len", "start_position", *shape, *POSE_FIELDS)
-        self._solve, self._solve_ahead = solver(dataset, space), solve_ahead
         self.slabs = _slabs(dataset) if in_memory else None
         """Memory of samples that stay."""
         self._kept: dict[int, Tensor] = {}
@@ -85,15 +123,10 @@ class RingSource:
                 is_new.append(index >= self._remembered or not seen[index])
                 seen[index] = True
             targets = BatchTargets(sum(is_new), self._solve, ahead=self._solve_ahead)
+            last = len(batch) - 1
             for place, (position, index) in enumerate(batch):
-                yield SampleRequest(
-                    position=position,
-                    index=index,
-                    is_new=is_new[place],
-                    ends_batch=place == len(batch) - 1,
-                    place=place,
-                    targets=targets,
-                )
+                new = is_new[place]
+                yield SampleRequest(position, index, new, ends_batch=place == last, place=place, targets=targets)
 
     def views(
         self, request: SampleRequest, buffer: Bytes, fields: Sequence[str] | None = None
@@ -151,6 +184,18 @@ class RingSource:
             elif request.index < self._remembered:
                 self._actions[request.index], self._turns[request.index] = action[place], turns[place]
         return action, tuple(TURNS[turn] for turn in turns)
+
+    def _solve(self, indices: Sequence[int], poses: PoseArrays) -> tuple[Tensor, list[Turn]]:
+        """Solve targets. Raises `DataError` with the first sample whose path has no action."""
+        try:
+            action = self._space.to_action(*map(torch.from_numpy, poses))
+        except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            if len(indices) == 1:
+                sample_id = self._dataset.sample_id(indices[0])
+                raise DataError(f"sample {sample_id!r}: its path cannot be turned into actions; {error}") from error
+            alone = ([array[i : i + 1] for array in poses] for i in range(len(indices)))
+            action = torch.cat([self._solve([index], of_one)[0] for index, of_one in zip(indices, alone, strict=True)])
+        return action, turns_ahead(*poses[1:])
 
     def _check(self, sample_id: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Compare the bytes with layout and number of tokens, which is all that the device decodes them by."""

@@ -60,7 +60,8 @@ class StagedBatch:
             (torch.float32, ()),
         ]
         self._sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in self._parts]
-        self._flat = torch.zeros(sum(map(_aligned, self._sizes)), dtype=torch.uint8, device=rows.device)
+        self._padded = [size + -size % _ALIGNMENT for size in self._sizes]
+        self._flat = torch.zeros(sum(self._padded), dtype=torch.uint8, device=rows.device)
         self._places, self.action, self.noise, self.t, self.lr, self.stop = self._views(self._flat)
         """int64 `[3, B]`: row, tokens and first position of each prefix; `[B, 1, 64, 2]`; `[B, K, 64, 2]`; `[B, K]`;
         learning rate; requests to stop."""
@@ -72,7 +73,13 @@ class StagedBatch:
             self._next = 0
         self._decoded: Tensor | None = None
         if self._cuda and rows.layout.codec is not None and self._dtype == torch.bfloat16 and decoded_layers != 0:
-            self._decoded = _decoded_places(rows, min(at_once or self.size, self.size), decoded_layers)
+            from alpacache.prefix import layers_ahead  # needs Triton
+
+            layout, samples = rows.layout, min(at_once or self.size, self.size)
+            if decoded_layers is None:
+                all_bytes = layout.layers * math.prod(layout.scratch_shape(samples, rows.longest))
+                decoded_layers = layout.layers if _is_free(all_bytes, rows.device) else LEAST_DECODED
+            self._decoded = layers_ahead.make_places(layout, samples, rows.longest, rows.device, layers=decoded_layers)
             self._decoding = torch.cuda.Stream(rows.device)  # type: ignore[no-untyped-call]
 
     def put(self, batch: Batch, noise: Tensor, *, t: Tensor | None = None, lr: float = 0.0, stop: bool = False) -> None:
@@ -133,27 +140,12 @@ class StagedBatch:
         self._next = 1 - self._next
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        pieces = flat.split([*map(_aligned, self._sizes)])  # type: ignore[no-untyped-call]
+        pieces = flat.split(self._padded)  # type: ignore[no-untyped-call]
         layout = zip(pieces, self._sizes, self._parts, strict=True)
         return [piece[:size].view(dtype).view(shape) for piece, size, (dtype, shape) in layout]
-
-
-def _decoded_places(rows: PrefixRows, samples: int, layers: int | None) -> Tensor:
-    """Memory of the decoded layers of so many samples; without a number all layers or the least."""
-    from alpacache.prefix import layers_ahead  # needs Triton
-
-    layout, longest, device = rows.layout, rows.longest, rows.device
-    if layers is None:
-        layer_bytes = math.prod(layout.scratch_shape(samples, longest))
-        layers = layout.layers if _is_free(layout.layers * layer_bytes, device) else LEAST_DECODED
-    return layers_ahead.make_places(layout, samples, longest, device, layers=layers)
 
 
 def _is_free(size_bytes: int, device: torch.device) -> bool:
     """Whether so much GPU memory can be had and enough is left."""
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return size_bytes + _SPARE_BYTES <= torch.cuda.mem_get_info(device)[0] + idle
-
-
-def _aligned(size_bytes: int) -> int:
-    return size_bytes + -size_bytes % _ALIGNMENT

@@ -81,9 +81,7 @@ class Prefiller:
             if self._sampler is not None:
                 stem_len = one.inputs.stem_len
                 tails = self._sampler.sample(prefix, stem_len, rollouts=stored.rollouts, key=one.sample_id)
-            arrays = prefix_arrays(
-                one.sample_id, one.inputs, prefix, hidden_states=stored.hidden_states, codec=stored.codec
-            )
+            arrays = prefix_arrays(one.inputs, prefix, hidden_states=stored.hidden_states, codec=stored.codec)
             result.append(arrays | tail_arrays(tails, codec=stored.codec))
         return result
 

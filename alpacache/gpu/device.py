@@ -77,8 +77,6 @@ def own_device(device: str | None) -> torch.device:
 
     Raises `UsageError` where there are fewer GPUs than processes.
     """
-    mine = resolve_device(device)
-    process = this_process()
-    if mine.type == "cpu" or process.world_size == 1:
-        return mine
-    return resolve_device(f"cuda:{process.local_rank}")
+    mine, process = resolve_device(device), this_process()
+    alone = mine.type == "cpu" or process.world_size == 1
+    return mine if alone else resolve_device(f"cuda:{process.local_rank}")

@@ -122,7 +122,7 @@ def rollout_stores(rollout_samples, tiny_checkpoint, tmp_path_factory):
         with CacheWriter(store, fields=fields, identity=identity) as writer:
             for sample, inputs, prefix, tails in rollout_samples:
                 sample_id = sample.ref.sample_id
-                values = prefix_arrays(sample_id, inputs, prefix, hidden_states=False, codec=codec)
+                values = prefix_arrays(inputs, prefix, hidden_states=False, codec=codec)
                 values |= tail_arrays(tails, codec=codec)
                 arrays = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in values.items()}
                 assert writer.write(sample_id, sample_arrays(sample, inputs) | checked(sample_id, arrays))

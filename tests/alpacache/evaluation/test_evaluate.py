@@ -162,13 +162,13 @@ def test_the_report_shows_the_losses_of_the_runs(trained, tiny_checkpoint, tmp_p
 def test_paths_are_drawn_into_the_front_picture_where_the_camera_is_known(
     trained, tiny_checkpoint, tmp_path, monkeypatch
 ):
-    stored = CachedDataset([trained / "store"], Checkpoint(str(tiny_checkpoint))).front_jpeg(0)
+    stored = CachedDataset([trained / "store"], Checkpoint(str(tiny_checkpoint))).front_picture(0)[0]
     drawn = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "a", samples=1))
     assert drawn.results[0].front_jpeg not in (None, stored)
-    monkeypatch.setattr(CachedDataset, "front_lens", lambda data, index: {"model": "unheard of"})
+    monkeypatch.setattr(CachedDataset, "front_picture", lambda data, index: (stored, {"model": "unheard of"}))
     plain = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "b", samples=1))
     assert plain.results[0].front_jpeg == stored
-    monkeypatch.setattr(CachedDataset, "front_lens", lambda data, index: None)
+    monkeypatch.setattr(CachedDataset, "front_picture", lambda data, index: (stored, None))
     unknown = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "c", samples=1))
     assert unknown.results[0].front_jpeg == stored
 

@@ -551,9 +551,8 @@ def checking_device(request, monkeypatch):
             pytest.skip("no CUDA device")
         return "cuda"
 
-    def build(*columns, device):
-        chunks = list(zip(*(column.tolist() for column in columns), strict=True))
-        return SimpleNamespace(chunks=chunks, scratch_words=len(chunks))
+    def build(chunks, device):
+        return SimpleNamespace(chunks=chunks.tolist(), scratch_words=len(chunks))
 
     def check_rows(data, table, damage, scratch):
         assert len(scratch) >= table.scratch_words

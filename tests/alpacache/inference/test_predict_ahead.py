@@ -14,8 +14,7 @@ from alpacache.cached_samples.ring import BatchRing
 from alpacache.errors import DataError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.gpu import capture
-from alpacache.inference.action_sampler import ActionSampler
-from alpacache.inference.prediction import predict_actions, predict_ahead
+from alpacache.inference.prediction import ActionSampler, predict_actions, predict_ahead
 
 SETTINGS = {"paths": 3, "flow_steps": 10, "seed": 0}
 INDICES = [4, 0, 3, 1, 2]
@@ -92,7 +91,7 @@ def test_filling_up_is_rounding_and_a_graph_sees_all_that_changes(data, expert, 
         captured.append(work.args)
         return SimpleNamespace(replay=lambda: (replayed.append(1), work()))
 
-    monkeypatch.setattr("alpacache.inference.action_sampler.captured", capture_work)
+    monkeypatch.setattr("alpacache.inference.prediction.captured", capture_work)
     expected = one_by_one(expert, data)
     monkeypatch.setattr("alpacache.inference.prediction.ActionSampler", Fixed)
     plain = ahead(expert, data, capture=False)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache.cached_samples.targets import BatchTargets
+from alpacache.cached_samples.ring_source import BatchTargets
 from alpacache.errors import DataError
 from alpacache.gpu.device import restored_torch_threads
 
