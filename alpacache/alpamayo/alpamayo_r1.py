@@ -7,10 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import BeforeValidator, Field, field_validator
 
-from alpacache.alpamayo.family import AlpamayoConfig, Family
-from alpacache.alpamayo.foreign_json import Count, Fraction, Number, Pixels, Schema, Width, conform
-from alpacache.alpamayo.geometry import Geometry, Released, expert_shapes
-from alpacache.alpamayo.history_tokens import HistoryTokens
+from alpacache.alpamayo.family import AlpamayoConfig, Family, Geometry, HistoryTokens, Released
+from alpacache.alpamayo.foreign_files import Count, Fraction, Number, Pixels, Schema, Width, conform
 from alpacache.alpamayo.prompt import PromptFormat
 from alpacache.driving.action_space import UnicycleActionSpace
 
@@ -122,8 +120,8 @@ def read_flat_config(family: Family, raw: Mapping[str, Any], path: Path) -> Alpa
         traj_vocab_size=config.traj_vocab_size,
         traj_token_start=config.traj_token_start_idx,
         traj_token_ids=config.traj_token_ids.model_dump(),
-        min_pixels=config.min_pixels or R1_RELEASED.min_pixels,
-        max_pixels=config.max_pixels or R1_RELEASED.max_pixels,
+        min_pixels=config.min_pixels or R1_RELEASED.pixels["min_pixels"],
+        max_pixels=config.max_pixels or R1_RELEASED.pixels["max_pixels"],
         history=HistoryTokens(
             first_id=config.traj_token_start_idx + future.num_bins,  # the future's bins come first
             bins=history.num_bins,
@@ -138,6 +136,37 @@ def read_flat_config(family: Family, raw: Mapping[str, Any], path: Path) -> Alpa
     )
 
 
+def _expert_shapes() -> dict[str, tuple[int, ...]]:
+    """Shapes of the released expert and its projections, without its model class; a test compares the two."""
+    hidden, head_dim, intermediate, projection = 2048, 128, 8256, 512
+    queries, keys = 16 * head_dim, 8 * head_dim
+    layer = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "self_attn.q_norm": (head_dim,),
+        "self_attn.k_norm": (head_dim,),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    trunk = {
+        **{"0.weight": (projection, 60), "0.bias": (projection,), "2.weight": (projection,)},
+        **{"3.weight": (projection, projection), "3.bias": (projection,), "5.weight": (projection,)},
+        **{"6.weight": (hidden, projection), "6.bias": (hidden,)},
+    }
+    return {
+        **{f"expert.layers.{n}.{name}.weight": shape for n in range(36) for name, shape in layer.items()},
+        **{f"action_in_proj.encoder.trunk.{name}": shape for name, shape in trunk.items()},
+        **dict.fromkeys(("expert.norm.weight", "action_in_proj.norm.weight", "action_in_proj.norm.bias"), (hidden,)),
+        "action_out_proj.weight": (2, hidden),
+        "action_out_proj.bias": (2,),
+    }
+
+
 R1_RELEASED = Released(
     geometry=Geometry(
         model="released geometry (Alpamayo-R1-10B)",
@@ -146,16 +175,11 @@ R1_RELEASED = Released(
         head_dim=128,
         vlm_hidden=4096,
         vlm_parameters=8_800_000_000,  # the public card's 8.2 and 0.6 billion
-        expert_shapes=expert_shapes(
-            layers=36, hidden=2048, intermediate=8256, heads=16, kv_heads=8, head_dim=128, projection=512
-        ),
+        expert_shapes=_expert_shapes(),
     ),
     text_tokens=81,  # counted with its tokenizer: 809 tokens with one camera's four images of 182
     question_tokens=24,  # 13 more than the direct prompt has there: 822 tokens against 809
-    patch=16,
-    merge=2,
-    min_pixels=163_840,
-    max_pixels=196_608,
+    pixels={"patch": 16, "merge": 2, "min_pixels": 163_840, "max_pixels": 196_608},
 )
 R1 = Family(
     name="r1",

@@ -17,8 +17,8 @@ from pydantic import ConfigDict, Field
 from torch import nn
 
 from alpacache.alpamayo.checkpoint import Checkpoint
-from alpacache.alpamayo.foreign_json import Count, Schema, Width, conform, read_json
-from alpacache.alpamayo.geometry import EXPERT_PARTS, Geometry
+from alpacache.alpamayo.family import EXPERT_PARTS, Geometry
+from alpacache.alpamayo.foreign_files import Count, Schema, Width, conform, read_json
 from alpacache.alpamayo.hub import hub_file
 from alpacache.errors import AlpacacheError, CheckpointError
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from alpacache.alpamayo.families import read_config
 from alpacache.alpamayo.family import AlpamayoConfig
-from alpacache.alpamayo.foreign_json import Schema, conform, read_json
+from alpacache.alpamayo.foreign_files import Schema, TensorInfo, conform, read_header, read_json
 from alpacache.alpamayo.hub import MissingFileError, hub_file, hub_shapes, hub_snapshot, is_snapshot
-from alpacache.alpamayo.safetensors_header import TensorInfo, read_header
 from alpacache.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

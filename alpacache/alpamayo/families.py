@@ -1,15 +1,27 @@
 """The registry of model families, and which of them a checkpoint belongs to."""
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alpacache.alpamayo.alpamayo_1_5 import ALPAMAYO_1_5
 from alpacache.alpamayo.alpamayo_r1 import R1, R1_RELEASED
 from alpacache.alpamayo.family import AlpamayoConfig, Family
-from alpacache.alpamayo.foreign_json import read_json
+from alpacache.alpamayo.foreign_files import read_json
+from alpacache.alpamayo.prompt import PromptFormat
 from alpacache.errors import CheckpointError
+
+ALPAMAYO_1_5 = replace(
+    R1,
+    name="1.5",
+    package="alpamayo1_5",
+    architecture="Alpamayo1_5",
+    prompt=PromptFormat(camera_names=True, frame_numbers=True),
+    stores_constants=False,
+    released=None,
+)
+"""`nvidia/Alpamayo-1.5-10B`: R1 with cameras named and frames numbered, and no constants in the weights."""
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (ALPAMAYO_1_5, R1)}
 """By name. The first whose package a config names is taken: one that was derived from an older family, and still names
@@ -31,7 +43,8 @@ def recognise(raw: Mapping[str, Any], path: Path) -> Family:
 
     The packages come first because the public SFT recipe of 1.5 rewrites them to R1's and prompts as R1 does.
     """
-    packages = {target.split(".", 1)[0] for target in _targets(raw)} - {"torch"}
+    targets = [block.get("_target_") for block in raw.values() if isinstance(block, Mapping)]
+    packages = {target.split(".", 1)[0] for target in targets if isinstance(target, str)} - {"torch"}
     model_type = raw.get("model_type")
     for named in (packages, {model_type} if isinstance(model_type, str) else set()):
         for family in FAMILIES.values():
@@ -43,9 +56,3 @@ def recognise(raw: Mapping[str, Any], path: Path) -> Family:
         f"{path} is not of a model family that alpacache knows: model_type is {reprlib.repr(model_type)}, its _target_ "
         f"entries name {named_packages}; supported: {known}."
     )
-
-
-def _targets(raw: Mapping[str, Any]) -> Iterator[str]:
-    for block in raw.values():
-        if isinstance(block, Mapping) and isinstance(block.get("_target_"), str):
-            yield block["_target_"]

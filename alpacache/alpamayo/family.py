@@ -1,4 +1,4 @@
-"""A family of Alpamayo models as the rest of the project sees it, and the settings of one checkpoint.
+"""A family of Alpamayo models as the rest of the project sees it, and the settings and sizes of one checkpoint.
 
 A family is one `Family` in a module of its own, listed in `families.FAMILIES`. Nothing outside those modules asks which
 family a checkpoint belongs to: it asks the family's description.
@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from alpacache.alpamayo.geometry import Released
-from alpacache.alpamayo.history_tokens import HistoryTokens
 from alpacache.alpamayo.prompt import PromptFormat
 from alpacache.driving.action_space import UnicycleActionSpace
 
+HEAD_TENSORS = ("action_in_proj.", "action_out_proj.", "expert.norm.")
+"""Names under which `--trainable head` trains."""
+EXPERT_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Last parts of the names of the expert's linear layers, which adapters go on."""
+EXPERT_PARTS = ("expert.", "action_in_proj.", "action_out_proj.")
+"""Names under which the weights of expert and projections lie."""
 SPECIAL_TOKENS = tuple(
     f"<|{name}|>"
     for name in (
@@ -30,6 +36,58 @@ SPECIAL_TOKENS = tuple(
     )
 )
 """R1's names, in the order in which their ids follow the trajectory tokens. 1.5 renames nine at unchanged ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryTokens:
+    """The ego history as tokens of the prompt: the bins that the displacements between poses fall into."""
+
+    first_id: int
+    """Token id of the first bin."""
+    bins: int
+    low: tuple[float, ...]
+    """Lower edge (m) of x, y and z; what lies below is clamped."""
+    high: tuple[float, ...]
+
+    def encode(self, history_xyz: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Ids `[48]` of the 16 displacements of the history `[16, 3]` (m, ego frame at t0), x, y, z for each step.
+
+        The first displacement is from zero. Bins are rounded half to even.
+        """
+        steps = np.diff(history_xyz.astype(np.float32), axis=0, prepend=np.zeros((1, 3), np.float32))
+        low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
+        bins = np.round((steps - low) / (high - low) * np.float32(self.bins - 1))
+        ids: NDArray[np.int64] = np.clip(bins, 0, self.bins - 1).astype(np.int64).reshape(-1)
+        return ids + self.first_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """Sizes that a model's cache and its training depend on."""
+
+    model: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    """Channels of a key or value."""
+    vlm_hidden: int
+    """Channels of the VLM's hidden states."""
+    vlm_parameters: int
+    expert_shapes: Mapping[str, tuple[int, ...]]
+    """Shapes of the tensors of expert and projections, by name in the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """Sizes of a family's public checkpoint, for plans by those who have no access to the gated weights yet."""
+
+    geometry: Geometry
+    text_tokens: int
+    """Tokens of the direct prompt, all but the images and their two markers each."""
+    question_tokens: int
+    """Tokens of the reasoning prompt behind the history."""
+    pixels: Mapping[str, int]
+    """Arguments of `image_tokens`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +115,7 @@ class AlpamayoConfig:
     action_space: UnicycleActionSpace
     """Action space with the constants of the config, not rounded."""
     action_in_proj: Mapping[str, Any]
-    """Sizes of the action projection, arguments of `ActionInProjection`."""
+    """Arguments of `ActionInProjection`."""
     expert_overrides: Mapping[str, Any]
     """Settings of the expert's text model that differ from the VLM's."""
 
@@ -81,10 +139,9 @@ class Family:
     read_config: Callable[["Family", Mapping[str, Any], Path], AlpamayoConfig]
     """Checks a parsed `config.json` of this family against its schema; the path is for errors."""
     prompt: PromptFormat
-    """Prompt that the models of this family were trained with."""
     special_tokens: tuple[str, ...] = SPECIAL_TOKENS
     """Added behind the trajectory tokens, in the order of their ids."""
     stores_constants: bool
     """Whether a checkpoint's weights hold the projection's frequencies and the action space's constants."""
     released: Released | None = None
-    """Sizes of the public checkpoint, for plans made before it can be downloaded."""
+    """None where no plan is made without a checkpoint."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from alpacache.alpamayo.safetensors_header import check_header, read_header
+from alpacache.alpamayo.foreign_files import check_header, read_header
 from alpacache.errors import CheckpointError
 
 

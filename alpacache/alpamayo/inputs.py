@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from alpacache.alpamayo.backbone import companion_file, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
-from alpacache.alpamayo.foreign_json import Schema, conform, read_json
+from alpacache.alpamayo.foreign_files import Schema, conform, read_json
 from alpacache.alpamayo.images import PROCESSOR, to_patches
 from alpacache.alpamayo.prompt import Reasoning
-from alpacache.alpamayo.tokenizer import PromptTokenizer
 from alpacache.driving.picture_size import image_tokens
 from alpacache.driving.sample import CAMERAS, Sample
 from alpacache.errors import CheckpointError
@@ -35,6 +35,60 @@ class VLMInputs:
     """`[images, 2]`: first and one-past-last prompt position of each image's tokens."""
     stem_len: int
     """Tokens up to and including `<|traj_history_end|>`: what the direct and the reasoning prompt share."""
+
+
+class PromptTokenizer:
+    """The VLM's tokenizer with the trajectory tokens, checked against the checkpoint's config.
+
+    Tokens are added by position, not by name: 1.5 renames nine special tokens at unchanged ids.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        config = checkpoint.config
+        path = companion_file(checkpoint, "tokenizer.json")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} is not a tokenizer file: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.add_tokens([AddedToken(f"<i{i}>", normalized=False) for i in range(config.traj_vocab_size)])
+        self._tokenizer.add_special_tokens(
+            [AddedToken(name, normalized=False, special=True) for name in config.family.special_tokens]
+        )
+        self._config = config
+        expected = {"<i0>": config.traj_token_start}
+        expected |= {f"<|traj_{name}|>": token for name, token in config.traj_token_ids.items()}
+        told = ((name, self.id_of(name), token) for name, token in expected.items())
+        if wrong := [f"{name} is {ours}, config.json says {token}" for name, ours, token in told if ours != token]:
+            raise CheckpointError(
+                f"the tokenizer of {config.vlm_name_or_path} does not fit {checkpoint.model}: {'; '.join(wrong)}."
+            )
+
+    def id_of(self, token: str) -> int:
+        """Id of one token, by its R1 name."""
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise CheckpointError(f"the tokenizer has no token {token!r}; it is not one that Alpamayo extends.")
+        return int(token_id)
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Token ids `[T]` of a rendered prompt; nothing is added at either end."""
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def decode(self, ids: NDArray[np.int64]) -> str:
+        """Text of token ids, special tokens included."""
+        return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+
+    def fuse_history(self, ids: NDArray[np.int64], history_xyz: NDArray[np.float32]) -> NDArray[np.int64]:
+        """The prompt's ids with its placeholders replaced by the tokens of the ego history `[16, 3]`."""
+        places = np.flatnonzero(ids == self._config.traj_token_ids["history"])
+        tokens = self._config.history.encode(history_xyz)
+        if len(places) != len(tokens):
+            raise ValueError(f"the prompt has {len(places)} history placeholders; expected {len(tokens)}.")
+        fused = ids.copy()
+        fused[places] = tokens
+        return fused
 
 
 class InputBuilder:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
@@ -92,21 +92,13 @@ class RolloutSampler:
         def choose(step: int, running: Sequence[int], hidden: Tensor) -> Tensor:
             return pick(F.linear(hidden, self.head), draws[list(running), step], masked=self.masked)
 
-        return self._generate(prefix, stem_len, choose, rollouts=rollouts, limit=MAX_TOKENS)
-
-    def replay(self, prefix: PrefixFeatures, stem_len: int, texts: ArrayLike | Tensor) -> list[Tail]:
-        """Tails of recorded rollouts `[R, N]`: texts as the sampler gave them, including whatever follows their end."""
-        recorded = torch.as_tensor(np.asarray(texts)).to(self.vlm.device)
-
-        def choose(step: int, running: Sequence[int], hidden: Tensor) -> Tensor:
-            return recorded[list(running), step]
-
-        return self._generate(prefix, stem_len, choose, rollouts=len(recorded), limit=recorded.shape[1])
+        return self.generate(prefix, stem_len, choose, rollouts=rollouts, limit=MAX_TOKENS)
 
     @torch.inference_mode()
-    def _generate(
+    def generate(
         self, prefix: PrefixFeatures, stem_len: int, choose: Choose, *, rollouts: int, limit: int
     ) -> list[Tail]:
+        """Tails of rollouts of at most `limit` tokens, each token as `choose` says."""
         cache = self._stem_cache(prefix, stem_len)
         first = stem_len + prefix.rope_delta
         common = stem_len + len(self.question)

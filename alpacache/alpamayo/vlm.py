@@ -5,19 +5,21 @@ nothing here predicts tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from transformers import DynamicCache, Qwen3VLModel
+from torch.nn import functional as F
+from transformers import AttentionInterface, DynamicCache, Qwen3VLModel
 
 from alpacache.alpamayo.backbone import cache_argument, load_module, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
-from alpacache.alpamayo.image_attention import attend_to_images_at_once
 from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.prefix.prefix import PrefixFeatures
+
+IMAGE_ATTENTION = "images"
 
 
 class FrozenVLM:
@@ -25,7 +27,9 @@ class FrozenVLM:
 
     def __init__(self, model: Qwen3VLModel, *, future_start_id: int) -> None:
         self.model = model.eval().requires_grad_(False)
-        attend_to_images_at_once(self.model)
+        if self.model.visual.config._attn_implementation == "sdpa":  # other implementations stay
+            self.model.visual.config._attn_implementation = IMAGE_ATTENTION
+            self.model.visual.register_forward_pre_hook(_join_equal_images, with_kwargs=True)
         self.future_start_id = future_start_id
 
     @property
@@ -46,7 +50,7 @@ class FrozenVLM:
             pixel_values: `[patches, patch_values]` of all images, in prompt order.
             image_grid_thw: `[images, 3]` patches in time, height and width of each image.
         """
-        return self._prefill([torch.as_tensor(np.asarray(input_ids))], [pixel_values], [image_grid_thw])[0]
+        return self._prefill([(torch.as_tensor(np.asarray(input_ids)), pixel_values, image_grid_thw)])[0]
 
     def prefill_batch(self, inputs: Sequence[VLMInputs]) -> list[PrefixFeatures]:
         """Run the VLM over several prompts at once; the closer their lengths, the less computation is wasted.
@@ -54,17 +58,13 @@ class FrozenVLM:
         Shorter prompts are padded at the end. Attention is causal, so no token sees the padding behind it, and without
         a mask the kernels for plain causal attention can be used. Each result ends where its own prompt does.
         """
-        return self._prefill(
-            [torch.as_tensor(one.input_ids) for one in inputs],
-            [one.pixel_values for one in inputs],
-            [one.image_grid_thw for one in inputs],
-        )
+        return self._prefill([(torch.as_tensor(one.input_ids), one.pixel_values, one.image_grid_thw) for one in inputs])
 
     @torch.inference_mode()
-    def _prefill(
-        self, prompts: Sequence[Tensor], pixel_values: Sequence[Tensor], grids: Sequence[Tensor]
-    ) -> list[PrefixFeatures]:
-        rows = [self._cut(prompt) for prompt in prompts]
+    def _prefill(self, prompts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[PrefixFeatures]:
+        """Run the VLM over ids, pixels and grids."""
+        ids_of_all, pixel_values, grids = zip(*prompts, strict=True)
+        rows = [self._cut(ids) for ids in ids_of_all]
         lengths = [len(row) for row in rows]
         ids = torch.full((len(rows), max(lengths)), self.future_start_id)  # padding that is no image token
         positions = torch.zeros(3, *ids.shape, dtype=torch.long)
@@ -77,15 +77,21 @@ class FrozenVLM:
         output = self.model(
             input_ids=ids.to(self.device),
             pixel_values=torch.cat([one.to(self.device, self.dtype, non_blocking=True) for one in pixel_values]),
-            image_grid_thw=torch.cat(list(grids)).to(self.device),
+            image_grid_thw=torch.cat(grids).to(self.device),
             position_ids=positions.to(self.device),
             mm_token_type_ids=(ids == self.model.config.image_token_id).int().to(self.device),
             use_cache=True,
             **{cache_argument(self.model): cache},
         )
-        hidden = output.last_hidden_state
         return [
-            _features(cache, hidden[number, :length], row=number, rope_delta=delta, start=delta + length)
+            PrefixFeatures(
+                keys=torch.stack([layer.keys[number, :, :length] for layer in cache.layers]),
+                values=torch.stack([layer.values[number, :, :length] for layer in cache.layers]),
+                hidden=output.last_hidden_state[number, :length],
+                rope_delta=delta,
+                prefix_len=length,
+                start_position=delta + length,
+            )
             for number, (length, delta) in enumerate(zip(lengths, deltas, strict=True))
         ]
 
@@ -101,57 +107,6 @@ class FrozenVLM:
             ids[None], mm_token_type_ids=image.int()[None], image_grid_thw=grid
         )
         return positions[:, 0], int(deltas[0, 0])
-
-    @torch.inference_mode()
-    def extend(self, stem: PrefixFeatures, token_ids: ArrayLike | Tensor) -> PrefixFeatures:
-        """The prefix of stem and text; only the text's tokens `[N]` are computed."""
-        ids = torch.as_tensor(np.asarray(token_ids))[None].to(self.device)
-        if ids.shape[1] == 0:
-            return stem
-        cache = DynamicCache(config=self.model.config.text_config)
-        for layer, (key, value) in enumerate(zip(stem.keys, stem.values, strict=True)):
-            cache.update(key[None].to(self.device), value[None].to(self.device), layer)
-        first = stem.prefix_len + stem.rope_delta
-        positions = torch.arange(first, first + ids.shape[1], device=self.device).expand(3, 1, -1)
-        output = self.model.language_model(
-            inputs_embeds=self.model.get_input_embeddings()(ids),
-            position_ids=positions,
-            use_cache=True,
-            **{cache_argument(self.model.language_model): cache},
-        )
-        hidden = output.last_hidden_state[0]
-        if stem.hidden is not None:
-            hidden = torch.cat([stem.hidden.to(hidden), hidden])
-        start = stem.rope_delta + stem.prefix_len + ids.shape[1]
-        return _features(cache, hidden, rope_delta=stem.rope_delta, start=start)
-
-    def rollout(
-        self,
-        input_ids: ArrayLike | Tensor,
-        pixel_values: Tensor,
-        image_grid_thw: Tensor,
-        sequences: Sequence[ArrayLike] | Tensor,
-    ) -> list[PrefixFeatures]:
-        """Prefixes of recorded reasoning rollouts, as the public sampler leaves them in its cache.
-
-        Args:
-            input_ids: `[P]` fused ids of the common prompt.
-            sequences: each `[P + N]`, the prompt's positions followed by that rollout's text.
-
-        A row ends after its first `<|traj_future_start|>`. A row that never emits it (or only as its very last token)
-        has KV for all tokens but the last, while its start position counts them all.
-        """
-        stem = self.prefill(input_ids, pixel_values, image_grid_thw)
-        prompt_len = len(np.asarray(input_ids))
-        result = []
-        for row in sequences:
-            tokens = np.asarray(row)
-            emitted = np.flatnonzero(tokens[prompt_len:-1] == self.future_start_id)
-            end = prompt_len + int(emitted[0]) + 1 if emitted.size else len(tokens) - 1
-            prefix = self.extend(stem, tokens[prompt_len:end])
-            start = stem.rope_delta + (end if emitted.size else len(tokens))
-            result.append(replace(prefix, start_position=start))
-        return result
 
     def _cut(self, ids: Tensor) -> Tensor:
         if ids.ndim != 1:
@@ -190,10 +145,43 @@ def load_vlm(
     return FrozenVLM(body, future_start_id=checkpoint.config.traj_token_ids["future_start"])
 
 
-def _features(cache: DynamicCache, hidden: Tensor, *, rope_delta: int, start: int, row: int = 0) -> PrefixFeatures:
-    """One row of a cache, cut to the length of its hidden states `[T, C]`."""
-    keys = torch.stack([layer.keys[row, :, : len(hidden)] for layer in cache.layers])
-    values = torch.stack([layer.values[row, :, : len(hidden)] for layer in cache.layers])
-    return PrefixFeatures(
-        keys=keys, values=values, hidden=hidden, rope_delta=rope_delta, prefix_len=keys.shape[2], start_position=start
-    )
+def image_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    images: int = 1,
+    **ignored: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each of `images` equal parts of the tokens to itself: all images of a forward at once.
+
+    transformers' plain path calls the kernel once for each image and layer and asks the device for the images' sizes
+    before each layer, so a GPU waits for Python. Images of one size, the usual case, can be a batch instead: in a
+    prototype on an H200 (no rotary embedding) a vision block over 32 images of 720 patches took 1.65 ms, not 3.64.
+
+    Args:
+        query, key, value: `[1, heads, images * patches, head_dim]`.
+
+    Returns `[1, images * patches, heads, head_dim]`, as transformers expects of a registered attention.
+    """
+    apart = (query.shape[1], images, -1, query.shape[3])
+    query, key, value = (tensor[0].reshape(apart).transpose(0, 1) for tensor in (query, key, value))
+    attended = F.scaled_dot_product_attention(query, key, value, scale=scaling)
+    return attended.transpose(1, 2).flatten(0, 1)[None], None
+
+
+AttentionInterface.register(IMAGE_ATTENTION, image_attention)
+
+
+def _join_equal_images(tower: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Compute on the CPU where the tower's sequences end: after each image, or only at the end if all are equal."""
+    grid: Tensor = named["grid_thw"].cpu()
+    sizes = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0])
+    equal = bool((sizes == sizes[0]).all())
+    lengths = sizes.sum()[None] if equal else sizes
+    ends = lengths.new_zeros(len(lengths) + 1)
+    ends[1:] = lengths.cumsum(0)
+    return positional, {**named, "cu_seqlens": ends, "images": len(sizes) if equal else 1}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.checkpoint import SINGLE
-from alpacache.alpamayo.safetensors_header import TensorInfo, read_header
+from alpacache.alpamayo.foreign_files import TensorInfo, read_header
 from alpacache.errors import AlpacacheError, DataError
 from alpacache.progress import OnProgress, Progress
 from alpacache.training.trainable import changed_tensors, merge

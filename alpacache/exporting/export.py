@@ -14,7 +14,7 @@ from pathlib import Path
 from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
-from alpacache.alpamayo.safetensors_header import TensorInfo
+from alpacache.alpamayo.foreign_files import TensorInfo
 from alpacache.cached_samples.identity import check_base, model_identity, vlm_identity
 from alpacache.errors import CheckpointError, UsageError
 from alpacache.exporting.config import ExportConfig

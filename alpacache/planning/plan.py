@@ -15,7 +15,7 @@ import torch
 from alpacache.alpamayo import Checkpoint, PrefixLayout
 from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.families import RELEASED
-from alpacache.alpamayo.geometry import Geometry
+from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.driving.sample import sort_cameras
 from alpacache.errors import UsageError

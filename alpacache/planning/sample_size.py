@@ -6,7 +6,7 @@ import numpy as np
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.families import DEFAULT_FAMILY, RELEASED
-from alpacache.alpamayo.geometry import Geometry
+from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.cached_samples.features import KV_SHAPE, store_fields, tail_name

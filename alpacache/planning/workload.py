@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from alpacache.alpamayo.geometry import EXPERT_LINEARS, HEAD_TENSORS
+from alpacache.alpamayo.family import EXPERT_LINEARS, HEAD_TENSORS
 from alpacache.planning.config import CONTEXT_BYTES
 from alpacache.prefix.layout import PrefixLayout
 

@@ -17,7 +17,7 @@ import torch
 from alpacache import randomness
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.alpamayo.expert import action_space
-from alpacache.alpamayo.geometry import EXPERT_PARTS
+from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import check_base, check_same_vlm, model_identity
 from alpacache.cached_samples.order import GlobalOrder

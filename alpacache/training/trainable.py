@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from alpacache import randomness
 from alpacache.alpamayo import ActionExpert
-from alpacache.alpamayo.geometry import EXPERT_LINEARS, HEAD_TENSORS
+from alpacache.alpamayo.family import EXPERT_LINEARS, HEAD_TENSORS
 from alpacache.errors import UsageError
 
 LORA_SCALE = "lora_scale"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from plain_rollouts import rollouts
 
 from alpacache import flow_matching
 from alpacache.alpamayo import load_expert
@@ -46,7 +47,7 @@ def test_sampled_actions_and_paths_equal_golden(clip, golden, golden_expert, gol
 @pytest.mark.parametrize("case", ["rollout_mixed", "rollout_early"])
 def test_reasoning_rollouts_equal_golden(case, golden, golden_vlm, golden_expert, relative_error):
     names = ("input_ids_fused", "pixel_values", "image_grid_thw", "sequences")
-    prefixes = golden_vlm.rollout(*(golden[f"{case}.{name}"] for name in names))
+    prefixes = rollouts(golden_vlm, *(golden[f"{case}.{name}"] for name in names))
     noise = golden[f"{case}.initial_noise"]
     batch = golden_expert.batch(prefixes)
 

@@ -11,8 +11,8 @@ from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.families import RELEASED
+from alpacache.alpamayo.foreign_files import read_header
 from alpacache.alpamayo.projection import ActionInProjection
-from alpacache.alpamayo.safetensors_header import read_header
 from alpacache.errors import CheckpointError
 from alpacache.planning.workload import trained_counts
 

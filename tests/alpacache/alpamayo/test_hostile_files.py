@@ -15,8 +15,8 @@ from safetensors import safe_open
 from alpacache.alpamayo import Checkpoint, load_expert, load_vlm
 from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.checkpoint import INDEX
+from alpacache.alpamayo.foreign_files import read_header
 from alpacache.alpamayo.inputs import InputBuilder
-from alpacache.alpamayo.safetensors_header import read_header
 from alpacache.errors import CheckpointError
 
 FILES = ("config.json", "vlm/config.json", "vlm/preprocessor_config.json", INDEX)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from alpacache.alpamayo import load_vlm
-from alpacache.alpamayo.image_attention import IMAGE_ATTENTION, image_attention
+from alpacache.alpamayo.vlm import IMAGE_ATTENTION, image_attention
 
 
 def test_parts_attend_to_themselves_alone():

@@ -6,7 +6,7 @@ import pytest
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.families import FAMILIES
 from alpacache.alpamayo.family import SPECIAL_TOKENS
-from alpacache.alpamayo.tokenizer import PromptTokenizer
+from alpacache.alpamayo.inputs import PromptTokenizer
 from alpacache.driving.sample import CAMERAS
 from alpacache.errors import CheckpointError
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from plain_rollouts import extend, replay, rollouts
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from alpacache import flow_matching, randomness
@@ -68,7 +69,7 @@ def test_replayed_rollouts_equal_golden(case, golden, golden_sampler, golden_ste
     """Expert input put together from one stem and the tails: velocity, actions and paths of the public code."""
     prefix, stem_len = golden_stems[case]
     texts = golden[f"{case}.sequences"][:, prefix.prefix_len :]
-    tails = golden_sampler.replay(prefix, stem_len, texts)
+    tails = replay(golden_sampler, prefix, stem_len, texts)
     batch = golden_expert.batch([prefix.with_tail(stem_len, tail) for tail in tails])
 
     def velocity(x, t):
@@ -90,8 +91,8 @@ def test_rollouts_together_equal_each_row_alone(case, golden, golden_vlm, golden
     """The mask keeps rollouts apart: each tail is what the VLM leaves after that row's tokens and no others."""
     prefix, stem_len = golden_stems[case]
     names = ("input_ids_fused", "pixel_values", "image_grid_thw", "sequences")
-    alone = golden_vlm.rollout(*(golden[f"{case}.{name}"] for name in names))
-    tails = golden_sampler.replay(prefix, stem_len, golden[f"{case}.sequences"][:, prefix.prefix_len :])
+    alone = rollouts(golden_vlm, *(golden[f"{case}.{name}"] for name in names))
+    tails = replay(golden_sampler, prefix, stem_len, golden[f"{case}.sequences"][:, prefix.prefix_len :])
     for row, tail in zip(alone, tails, strict=True):
         joined = prefix.with_tail(stem_len, tail)
         assert (joined.prefix_len, joined.start_position) == (row.prefix_len, row.start_position)
@@ -108,7 +109,7 @@ def test_a_rollout_ends_with_its_first_end_and_one_that_never_ends_counts_a_toke
     texts[1, [1, 3]] = end
     texts[2, 4] = end  # only as the very last token
     texts[3, 0] = end
-    tails = golden_sampler.replay(prefix, stem_len, texts)
+    tails = replay(golden_sampler, prefix, stem_len, texts)
     assert [len(tail.token_ids) - question for tail in tails] == [5, 2, 5, 1]
     assert [tail.keys.shape[2] - question for tail in tails] == [4, 2, 4, 1]
     start = prefix.rope_delta + stem_len + question
@@ -127,11 +128,11 @@ def test_sampling_equals_a_plain_loop_over_the_whole_text(tiny, monkeypatch):
     monkeypatch.setattr("alpacache.alpamayo.rollout.MAX_TOKENS", 24)
     sampler, prefix, stem_len = tiny
     tails = sampler.sample(prefix, stem_len, rollouts=3, key="plain")
-    asked = sampler.vlm.extend(cut(prefix, stem_len), sampler.question)
+    asked = extend(sampler.vlm, cut(prefix, stem_len), sampler.question)
     for number, tail in enumerate(tails):
         tokens = []
         for draw in torch.rand(24, generator=randomness.generator("rollout", "plain", number)):
-            hidden = sampler.vlm.extend(asked, tokens).hidden[-1:]
+            hidden = extend(sampler.vlm, asked, tokens).hidden[-1:]
             tokens.append(int(pick(hidden @ sampler.head.T, draw[None], masked=sampler.masked)))
             if tokens[-1] == sampler.vlm.future_start_id:
                 break
@@ -261,4 +262,4 @@ def test_text_has_no_nul(golden_sampler, golden_stems):
         masked=golden_sampler.masked,
         decode=lambda ids: "a\0b",
     )
-    assert [tail.text for tail in sampler.replay(prefix, stem_len, [[7, 8]])] == ["a\ufffdb"]
+    assert [tail.text for tail in replay(sampler, prefix, stem_len, [[7, 8]])] == ["a\ufffdb"]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from plain_rollouts import extend, rollouts
 
 from alpacache.alpamayo import Checkpoint, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
@@ -36,7 +37,7 @@ def test_prefill_equals_golden(clip, golden, golden_cases, golden_prefixes, rela
 def test_stem_extended_by_its_tail_equals_the_whole_prompt(golden, golden_vlm, golden_prefixes, relative_error):
     ids, whole = golden["clip0.input_ids_fused"], golden_prefixes[0]
     stem = golden_vlm.prefill(ids[:-6], golden["clip0.pixel_values"], golden["clip0.image_grid_thw"])
-    extended = golden_vlm.extend(stem, ids[-6:])
+    extended = extend(golden_vlm, stem, ids[-6:])
     assert extended.prefix_len == whole.prefix_len
     assert extended.start_position == whole.start_position
     assert relative_error(extended.keys, whole.keys) <= 1e-5
@@ -51,7 +52,7 @@ def test_rollout_rows_end_where_the_public_sampler_ends_them(golden, golden_vlm)
         prompt = len(golden[f"{case}.input_ids_fused"])
         names = ("input_ids_fused", "pixel_values", "image_grid_thw", "sequences")
         for row, prefix in zip(
-            sequences, golden_vlm.rollout(*(golden[f"{case}.{name}"] for name in names)), strict=True
+            sequences, rollouts(golden_vlm, *(golden[f"{case}.{name}"] for name in names)), strict=True
         ):
             emitted = np.flatnonzero(row[prompt:-1].numpy() == future_start)
             counted = prompt + emitted[0] + 1 if emitted.size else len(row)

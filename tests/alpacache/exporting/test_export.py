@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.alpamayo.checkpoint import INDEX, SINGLE
-from alpacache.alpamayo.safetensors_header import read_header
+from alpacache.alpamayo.foreign_files import read_header
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.errors import CheckpointError, DataError, UsageError
 from alpacache.evaluation.config import EvalConfig

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from alpacache.alpamayo import Checkpoint, load_expert
-from alpacache.alpamayo.geometry import EXPERT_PARTS
+from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.errors import UsageError
 from alpacache.planning.gpus import GPUS
 from alpacache.planning.memory_model import fastest_plan, memory_plan

@@ -10,7 +10,7 @@ import torch
 import alpacache
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.expert import action_space
-from alpacache.alpamayo.geometry import EXPERT_PARTS
+from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.order import GlobalOrder
 from alpacache.distributed.world import World

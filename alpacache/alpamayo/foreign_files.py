@@ -1,0 +1,167 @@
+"""Files written by others: read within bounds and checked against a declared schema before any value is used.
+
+A checkpoint is a download. Whatever stands in its JSON files and in the headers of its safetensors files ends in a
+`CheckpointError` of one line that names file and key, or in values of the declared types and ranges.
+"""
+
+import json
+import math
+import re
+import reprlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from alpacache.errors import CheckpointError
+
+JSON_LIMIT_BYTES = 64 * 2**20
+_HEADER_LIMIT_BYTES = 100 * 2**20
+_SHOWN = 3
+"""Wrong keys that one error spells out."""
+_METADATA = "__metadata__"
+_BITS = {
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8},
+    **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16},
+    **{"I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64},
+}
+"""Bits of one element, by safetensors' name of the dtype."""
+
+Count = Annotated[int, Field(ge=1, le=1024)]
+"""Layers, heads and other things that are made one by one."""
+Width = Annotated[int, Field(ge=1, le=2**20)]
+"""Channels, tokens of a vocabulary, positions."""
+Pixels = Annotated[int, Field(ge=1, le=2**26)]
+"""Area of an image."""
+Fraction = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+_Size = Annotated[int, Field(ge=0, lt=2**63)]
+
+Value = TypeVar("Value")
+
+
+class Schema(BaseModel):
+    """Keys that this project reads of a JSON object; others may be there. Types are not converted."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class _Entry(Schema):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: Annotated[list[_Size], Field(max_length=64)]
+    data_offsets: Annotated[list[_Size], Field(min_length=2, max_length=2)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """A tensor of a checkpoint, read from its shard's header."""
+
+    shard: str
+    """Name of the file."""
+    dtype: str
+    """The format's name, such as `BF16`."""
+    shape: tuple[int, ...]
+    offset: int
+    """First byte in the shard file."""
+    nbytes: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most 64 MiB."""
+    size = path.stat().st_size
+    if size > JSON_LIMIT_BYTES:
+        raise CheckpointError(f"{path} is {size} bytes; refusing to parse more than 64 MiB of JSON.")
+    return _parsed(path.read_bytes(), path)
+
+
+def _parsed(text: bytes, where: object) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} holds a {type(value).__name__}; expected a JSON object.")
+    return value
+
+
+def conform(schema: type[Value], value: object, where: object) -> Value:
+    """`value` as the schema declares it. Raises one `CheckpointError` that names `where` and every key that is off."""
+    try:
+        return TypeAdapter(schema).validate_python(value)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        told = "; ".join(map(_told, problems[:_SHOWN]))
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError(f"{where}: {told}{more}.") from None
+
+
+def _told(problem: ErrorDetails) -> str:
+    """`text_config.hidden_size: Input should be a valid integer, not 'abc'`; what is foreign is cut to one line."""
+    key = ".".join(repr(part)[1:-1] if isinstance(part, str) else str(part) for part in problem["loc"])[:120]
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    message = re.sub(" or instance of _\\w+$", "", problem["msg"].removeprefix("Value error, "))
+    shown = "" if problem["type"] == "value_error" else f", not {reprlib.repr(problem['input'])}"
+    return f"{key or 'the file'}: {message}{shown}"
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, by name; none of their data is read.
+
+    Raises `CheckpointError` unless every entry fits its shape and dtype, and all of them fill the file's data without
+    overlap or gap, as the format demands.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(_HEADER_LIMIT_BYTES, size - 8):
+            raise CheckpointError(f"{path} is not a safetensors file, or it is truncated; fetch it again.")
+        header = _parsed(file.read(length), f"the header of {path}")
+    return check_header(header, path, data_start=8 + length, data_bytes=size - 8 - length)
+
+
+def check_header(
+    header: Mapping[str, object], where: Path | str, *, data_start: int = 0, data_bytes: int | None = None
+) -> dict[str, TensorInfo]:
+    """The tensors that a parsed header declares.
+
+    Args:
+        where: the file, as errors name it; its last part is the shard's name.
+        data_start: first byte of the data in the file.
+        data_bytes: what follows the header; None where the file is not at hand.
+    """
+    conform(dict[str, str], header.get(_METADATA, {}), f"{where}: {_METADATA}")
+    entries = conform(dict[str, _Entry], {name: header[name] for name in header.keys() - {_METADATA}}, where)
+    tensors, end, damage = {}, 0, ""
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        end_before, (begin, end) = end, entry.data_offsets
+        if entry.dtype not in _BITS:
+            raise CheckpointError(
+                f"{where}: {name!r} has the unknown dtype {entry.dtype!r}; expected {', '.join(_BITS)}."
+            )
+        if begin != end_before or math.prod(entry.shape) * _BITS[entry.dtype] != 8 * (end - begin):
+            damage = f"has a damaged header: {name!r} is {entry.dtype} {entry.shape} at bytes {begin} to {end}, "
+            damage += f"after a tensor that ends at {end_before}"
+        elif data_bytes is not None and end > data_bytes:
+            damage = f"is truncated: {name!r} ends at byte {data_start + end} of {data_start + data_bytes}"
+        if damage:
+            break
+        tensors[name] = TensorInfo(
+            shard=Path(where).name,
+            dtype=entry.dtype,
+            shape=tuple(entry.shape),
+            offset=data_start + begin,
+            nbytes=end - begin,
+        )
+    if not damage and data_bytes is not None and end < data_bytes:
+        damage = f"has a damaged header: its tensors end at byte {data_start + end} of {data_start + data_bytes}"
+    if damage:
+        raise CheckpointError(f"{where} {damage}; fetch it again.")
+    return tensors
