@@ -7,6 +7,7 @@ backbone needs another module with these functions.
 import copy
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.family import EXPERT_PARTS, Geometry
@@ -29,13 +30,10 @@ Module = TypeVar("Module", bound=nn.Module)
 _Side = Annotated[int, Field(ge=1, le=256)]
 
 
-class _Sizes(Schema):
-    model_config = ConfigDict(from_attributes=True)
-
-
-class _TextSizes(_Sizes):
+class _TextSizes(Schema):
     """Bounds for sizes before a module is built from them, even one without memory."""
 
+    model_config = ConfigDict(from_attributes=True)
     hidden_size: Width
     intermediate_size: Width
     num_hidden_layers: Count
@@ -44,7 +42,8 @@ class _TextSizes(_Sizes):
     head_dim: Count
 
 
-class _VisionSizes(_Sizes):
+class _VisionSizes(Schema):
+    model_config = ConfigDict(from_attributes=True)
     hidden_size: Width
     intermediate_size: Width
     out_hidden_size: Width
@@ -68,19 +67,18 @@ class _VLMFile(Schema):
 def companion_file(checkpoint: Checkpoint, name: str) -> Path:
     """A file of the VLM the checkpoint was built on (`vlm_name_or_path`: a path beside it, a path, or a hub id)."""
     where = checkpoint.config.vlm_name_or_path
-    if checkpoint.directory is not None and _is_directory(checkpoint.directory / where):
-        directory = checkpoint.directory / where
-    elif _is_directory(Path(where)):
-        directory = Path(where)
-    elif where.count("/") == 1 and not where.startswith((".", "/")):
+    for directory in ((checkpoint.directory or Path()) / where, Path(where)):
+        if os.path.isdir(directory):  # noqa: PTH112  # `Path.is_dir` raises for too long a name
+            if not (directory / name).is_file():
+                raise CheckpointError(
+                    f"{directory / name} does not exist; vlm_name_or_path must hold the VLM's {name}."
+                )
+            return directory / name
+    if where.count("/") == 1 and not where.startswith((".", "/")):
         return hub_file(where, name)
-    else:
-        raise CheckpointError(
-            f"{checkpoint.model}: vlm_name_or_path is {where!r}, neither a directory beside it nor a hub id."
-        )
-    if not (directory / name).is_file():
-        raise CheckpointError(f"{directory / name} does not exist; vlm_name_or_path must hold the VLM's {name}.")
-    return directory / name
+    raise CheckpointError(
+        f"{checkpoint.model}: vlm_name_or_path is {where!r}, neither a directory beside it nor a hub id."
+    )
 
 
 def vlm_config(checkpoint: Checkpoint) -> "Qwen3VLConfig":
@@ -130,7 +128,7 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
     """
     text = vlm_config(checkpoint).text_config
     home, prefix = checkpoint.vlm_home
-    vlm = home.shapes(prefix) if prefix else home.shapes("model.", "lm_head.")
+    vlm = home.shapes(*([prefix] if prefix else ["model.", "lm_head."]))
     if not vlm:
         raise CheckpointError(f"{home.model} has no tensor of a VLM; pass a complete checkpoint.")
     return Geometry(
@@ -157,7 +155,9 @@ def load_module(
     checkpoint.check_shapes(shapes, prefix)
     with empty_weights(dtype, device):
         module = make()
-    checkpoint.fill(module, prefix)
+    state = module.state_dict()
+    for name, tensor in checkpoint.read(checkpoint.with_prefix(prefix)):
+        state[name.removeprefix(prefix)].copy_(tensor)
     return module
 
 
@@ -187,14 +187,11 @@ def empty_weights(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where attention is allowed, the least number elsewhere."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
 def cache_argument(model: "PreTrainedModel") -> str:
     """Name of a forward's KV cache argument in this transformers: `cache` from 5.24 on, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def _is_directory(path: Path) -> bool:
-    """`Path.is_dir`, but False for a name that is too long or has a null byte, for which that raises."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False

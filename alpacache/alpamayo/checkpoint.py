@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from alpacache.alpamayo.families import read_config
 from alpacache.alpamayo.family import AlpamayoConfig
@@ -47,8 +47,7 @@ class Checkpoint:
     """
 
     def __init__(self, model: str, *, revision: str | None = None, vlm: str | None = None) -> None:
-        self.model, self._other_vlm = model, vlm
-        self._wanted_revision = revision
+        self.model, self._other_vlm, self._wanted_revision = model, vlm, revision
         self.directory = Path(model).expanduser() if Path(model).expanduser().is_dir() else None
         if self.directory is None and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
             raise CheckpointError(f"{model!r} is neither a directory nor a hub id (OWNER/NAME); check the path.")
@@ -65,7 +64,7 @@ class Checkpoint:
 
     @property
     def model_id(self) -> str:
-        """The model's name without owner or parent directory, the same wherever the checkpoint lies."""
+        """`full_name` without the owner, the same wherever the checkpoint lies."""
         return self.full_name.rsplit("/", 1)[-1] or self.model
 
     @cached_property
@@ -84,10 +83,9 @@ class Checkpoint:
     def file(self, name: str) -> Path:
         """Local path of one file of the checkpoint, fetched from the hub if need be."""
         if self.directory is not None:
-            path = self.directory / name
-            if not path.is_file():
-                raise MissingFileError(f"{path} does not exist; expected a complete checkpoint in the public layout.")
-            return path
+            if (path := self.directory / name).is_file():
+                return path
+            raise MissingFileError(f"{path} does not exist; expected a complete checkpoint in the public layout.")
         return hub_file(self.model, name, revision=self._wanted_revision)
 
     def files(self, *patterns: str) -> dict[str, Path]:
@@ -124,8 +122,6 @@ class Checkpoint:
     @cached_property
     def _index(self) -> _Index | None:
         """The index; None for a checkpoint of a single file."""
-        if self.directory is not None and not (self.directory / INDEX).is_file():
-            return None
         try:
             path = self.file(INDEX)
         except MissingFileError:
@@ -159,9 +155,12 @@ class Checkpoint:
 
     def infos(self, names: Mapping[str, str]) -> dict[str, TensorInfo]:
         """Header entries of the given tensors; reads only the shards they lie in."""
-        infos: dict[str, TensorInfo] = {}
-        for shard in sorted(set(names.values())):
-            infos |= {name: info for name, info in read_header(self.file(shard)).items() if names.get(name) == shard}
+        infos = {
+            name: info
+            for shard in sorted(set(names.values()))
+            for name, info in read_header(self.file(shard)).items()
+            if names.get(name) == shard
+        }
         if lost := sorted(names.keys() - infos.keys()):
             raise CheckpointError(f"{self.model}: the index names tensors that no shard holds: {_some(lost)}.")
         return infos
@@ -171,10 +170,8 @@ class Checkpoint:
         names = self.with_prefix(*prefixes)
         if self.directory is not None:
             return {name: info.shape for name, info in self.infos(names).items()}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for shard in sorted(set(names.values())):
-            shapes |= hub_shapes(self.model, shard, revision=self.revision)
-        return {name: shapes[name] for name in names if name in shapes}
+        shards = (hub_shapes(self.model, shard, revision=self.revision) for shard in sorted(set(names.values())))
+        return {name: shape for shapes in shards for name, shape in shapes.items() if name in names}
 
     def with_prefix(self, *prefixes: str) -> dict[str, str]:
         """Names (and shards) of the tensors under the given prefixes."""
@@ -241,10 +238,9 @@ class Checkpoint:
         names, wanted = self.with_prefix(prefix), {prefix + name: shape for name, shape in expected.items()}
         problems = [f"missing {name}" for name in sorted(wanted.keys() - names.keys())]
         problems += [f"unexpected {name}" for name in sorted(names.keys() - wanted.keys())]
-        common = {name: shard for name, shard in names.items() if name in wanted}
         problems += [
             f"misshapen {name}: {list(info.shape)}, expected {list(wanted[name])}"
-            for name, info in sorted(self.infos(common).items())
+            for name, info in sorted(self.infos({name: names[name] for name in names.keys() & wanted.keys()}).items())
             if info.shape != wanted[name]
         ]
         if problems:
@@ -252,15 +248,6 @@ class Checkpoint:
                 f"{self.model} does not fit the model's config.json ({len(problems)} tensors):\n  "
                 + "\n  ".join(problems)
             )
-
-    def fill(self, module: nn.Module, prefix: str) -> None:
-        """Copy the tensors under `prefix` into the module's parameters and buffers, in place, one at a time.
-
-        `check_shapes` has seen that they fit.
-        """
-        state = module.state_dict()
-        for name, tensor in self.read(self.with_prefix(prefix)):
-            state[name.removeprefix(prefix)].copy_(tensor)
 
 
 def _some(names: list[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3VLTextModel
 
-from alpacache.alpamayo.backbone import cache_argument, expert_config, load_module
+from alpacache.alpamayo.backbone import additive_mask, cache_argument, expert_config, load_module
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION, Prefix, PrefixCall
 from alpacache.alpamayo.projection import ActionInProjection
@@ -39,8 +39,7 @@ class ActionExpert(nn.Module):
     ) -> None:
         super().__init__()
         self.expert = expert
-        self.action_in_proj = action_in_proj
-        self.action_out_proj = action_out_proj
+        self.action_in_proj, self.action_out_proj = action_in_proj, action_out_proj
         self.action_space = action_space
 
     @property
@@ -85,11 +84,8 @@ class ActionExpert(nn.Module):
             embeds = self.action_in_proj(noisy_action.to(device).flatten(0, 1), t.to(device).flatten())
             starts = batch.starts.repeat_interleave(draws)
             positions = (torch.arange(tokens, device=device) + starts[:, None]).expand(3, -1, -1)
-            output = self.expert(
-                inputs_embeds=embeds,
-                position_ids=positions,
-                **self._attended(batch, draws, tokens, causal=causal, dtype=embeds.dtype),
-            )
+            attended = self._attended(batch, draws, tokens, causal=causal, dtype=embeds.dtype)
+            output = self.expert(inputs_embeds=embeds, position_ids=positions, **attended)
             velocity: Tensor = self.action_out_proj(output.last_hidden_state)
         return velocity.view(samples, draws, tokens, 2)
 
@@ -97,11 +93,16 @@ class ActionExpert(nn.Module):
         """Arguments that tell the text model of the prefix: our attention's, or stock attention's cache and mask."""
         if self.expert.config._attn_implementation == PREFIX_ATTENTION:
             return {"prefix_call": PrefixCall(prefix=batch, causal=causal), "use_cache": False}
-        return {
-            "attention_mask": _mask(batch, draws, tokens, causal=causal, dtype=dtype),
-            cache_argument(self.expert): _cache(batch, len(self.expert.layers), draws),
-            "use_cache": True,
-        }
+        cache = DynamicCache()  # each sample's prefix, once per draw
+        for layer in range(len(self.expert.layers)):
+            keys, values = batch.layer(layer)
+            cache.update(keys.repeat_interleave(draws, 0), values.repeat_interleave(draws, 0), layer)
+        valid = torch.arange(keys.shape[2], device=self.device) < batch.lengths[:, None]
+        valid = valid.repeat_interleave(draws, 0)[:, None, None].expand(-1, 1, tokens, -1)
+        own = torch.ones(tokens, tokens, dtype=torch.bool, device=self.device)
+        own = (own.tril() if causal else own).expand(*valid.shape[:2], -1, -1)
+        mask = additive_mask(torch.cat([valid, own], dim=-1), dtype)
+        return {"attention_mask": mask, cache_argument(self.expert): cache, "use_cache": True}
 
 
 def load_expert(
@@ -156,6 +157,7 @@ def action_space(checkpoint: Checkpoint) -> UnicycleActionSpace:
     Constants come from the weights, which override the config; where they are absent, from the config, rounded.
     """
     config, names = checkpoint.config, checkpoint.with_prefix("action_space.")
+    space = config.action_space
     constants: dict[str, Any]
     if names:
         if lost := [name for name in _CONSTANTS if f"action_space.{name}" not in names]:
@@ -165,26 +167,5 @@ def action_space(checkpoint: Checkpoint) -> UnicycleActionSpace:
         stored = dict(checkpoint.read(names))
         constants = {name: float(stored[f"action_space.{name}"]) for name in _CONSTANTS}
     else:
-        space = config.action_space
         constants = {name: float(torch.tensor(getattr(space, name)).to(config.dtype)) for name in _CONSTANTS}
-    return replace(config.action_space, **constants)
-
-
-def _cache(batch: Prefix, layers: int, draws: int) -> DynamicCache:
-    """Each sample's prefix, once per draw, as the cache the text model appends to."""
-    cache = DynamicCache()
-    for layer in range(layers):
-        keys, values = batch.layer(layer)
-        cache.update(keys.repeat_interleave(draws, 0), values.repeat_interleave(draws, 0), layer)
-    return cache
-
-
-def _mask(batch: Prefix, draws: int, tokens: int, *, causal: bool, dtype: torch.dtype) -> Tensor:
-    """Additive mask `[B K, 1, tokens, T + tokens]`: 0 where attention is allowed."""
-    longest = batch.layer(0)[0].shape[2]
-    valid = torch.arange(longest, device=batch.lengths.device) < batch.lengths[:, None]
-    valid = valid.repeat_interleave(draws, 0)[:, None, None].expand(-1, 1, tokens, -1)
-    own = torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device)
-    own = own.tril() if causal else own
-    allowed = torch.cat([valid, own.expand(*valid.shape[:2], -1, -1)], dim=-1)
-    return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill(~allowed, torch.finfo(dtype).min)
+    return replace(space, **constants)

@@ -22,8 +22,7 @@ def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
 
 def hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tuple[int, ...]]:
     """Tensor shapes of a safetensors file on the hub, from its cached copy or else from its first bytes."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
     cached = try_to_load_from_cache(repo, shard, revision=revision)
     if isinstance(cached, str):
@@ -31,7 +30,7 @@ def hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tupl
     with _hub_errors(repo, f"the header of {shard}", revision):
         try:
             remote = HfApi().parse_safetensors_file_metadata(repo, shard, revision=revision)
-        except HfHubHTTPError:
+        except errors.HfHubHTTPError:
             raise
         except Exception as error:  # of whichever HTTP library this version of the hub's client uses
             raise OSError(str(error)) from error
@@ -57,36 +56,26 @@ def is_snapshot(directory: Path) -> bool:
 
 @contextmanager
 def _hub_errors(repo: str, name: str, revision: str | None) -> Iterator[None]:
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors
 
     fetch = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
     try:
         yield
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then "
-            f"`hf auth login`, then `{fetch}`."
+            f"{repo} is gated: accept its licence on https://huggingface.co/{repo}, then `hf auth login` and `{fetch}`."
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"the hub has no {repo} that you may see: check the name, or `hf auth login`; it is no local "
-            "directory either."
+            f"the hub has no {repo} that you may see, and it is no local directory: check the name, or `hf auth login`."
         ) from error
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{name} of {repo} is not in the local hub cache and the hub cannot be reached. On a machine with network: "
             f"`{fetch}`; then copy the cache (HF_HOME) here, or pass the directory of the checkpoint instead of the id."
         ) from error
-    except EntryNotFoundError as error:
-        raise MissingFileError(
-            f"{repo} on the hub has no file {name}; is it a checkpoint in the public layout?"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except errors.EntryNotFoundError as error:
+        message = f"{repo} on the hub has no file {name}; is it a checkpoint in the public layout?"
+        raise MissingFileError(message) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise CheckpointError(f"fetching {name} of {repo} failed ({error}); try `{fetch}`.") from error

@@ -104,19 +104,16 @@ class InputBuilder:
     ) -> None:
         """`camera_names`, `frame_numbers`: whether the prompt has them; None: as the model was trained."""
         self.config = checkpoint.config
-        trained = self.config.family.prompt
-        self.format = replace(
-            trained,
-            camera_names=trained.camera_names if camera_names is None else camera_names,
-            frame_numbers=trained.frame_numbers if frame_numbers is None else frame_numbers,
-        )
+        asked = {"camera_names": camera_names, "frame_numbers": frame_numbers}
+        changes: dict[str, Any] = {name: wanted for name, wanted in asked.items() if wanted is not None}
+        self.format = replace(self.config.family.prompt, **changes)
         self.tokenizer = PromptTokenizer(checkpoint)
         self.reasoning = reasoning
         vision = vlm_config(checkpoint).vision_config
         self._geometry = {"patch": vision.patch_size, "merge": vision.spatial_merge_size}
         self._temporal = vision.temporal_patch_size
         self._limits = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
-        _check_processor(checkpoint, temporal=self._temporal, **self._geometry)
+        _check_processor(checkpoint, vision.patch_size, vision.spatial_merge_size, self._temporal)
 
     def prompt(
         self, cameras: Sequence[str], *, frames: int, height: int, width: int
@@ -130,27 +127,26 @@ class InputBuilder:
         """Token ids that follow the stem in a prompt of this kind, up to and including the first answer token."""
         text = self.format.render([[1]], cameras=[CAMERAS[1]], reasoning=reasoning)
         ids = self.tokenizer.encode(text)
-        return ids[int(np.flatnonzero(ids == self.config.traj_token_ids["history_end"])[0]) + 1 :]
+        return ids[self._stem_len(ids) :]
+
+    def _stem_len(self, ids: NDArray[np.int64]) -> int:
+        return int(np.flatnonzero(ids == self.config.traj_token_ids["history_end"])[0]) + 1
 
     def build(self, sample: Sample) -> VLMInputs:
-        """Inputs of the VLM for one sample. CPU work only."""
-        cameras, frames, _, height, width = sample.frames.shape
+        """Inputs of the VLM for one sample."""
+        frames, _, height, width = sample.frames.shape[1:]
         pixel_values, grid = to_patches(
-            sample.frames.reshape(cameras * frames, 3, height, width),
-            temporal=self._temporal,
-            **self._geometry,
-            **self._limits,
+            sample.frames.reshape(-1, 3, height, width), temporal=self._temporal, **self._geometry, **self._limits
         )
         text, ids, tokens = self.prompt(sample.cameras, frames=frames, height=height, width=width)
         starts = np.flatnonzero(ids == self.tokenizer.id_of("<|vision_start|>")) + 1
-        history_end = np.flatnonzero(ids == self.config.traj_token_ids["history_end"])
         return VLMInputs(
             text=text,
             input_ids=self.tokenizer.fuse_history(ids, sample.history_xyz),
             pixel_values=pixel_values,
             image_grid_thw=grid,
             image_spans=np.stack([starts, starts + tokens], axis=1),
-            stem_len=int(history_end[0]) + 1,
+            stem_len=self._stem_len(ids),
         )
 
     def identity(self) -> dict[str, Any]:
@@ -171,17 +167,11 @@ class _Processor(Schema):
     temporal_patch_size: int | None = None
 
 
-def _check_processor(checkpoint: Checkpoint, *, patch: int, merge: int, temporal: int) -> None:
+def _check_processor(checkpoint: Checkpoint, patch: int, merge: int, temporal: int) -> None:
     """Refuse a checkpoint whose image processor is not the one this project computes."""
     path = companion_file(checkpoint, "preprocessor_config.json")
     stated = conform(_Processor, read_json(path), path).model_dump(exclude_unset=True)
-    expected = {
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "patch_size": patch,
-        "merge_size": merge,
-        "temporal_patch_size": temporal,
-    }
+    expected = dict(zip(_Processor.model_fields, ([0.5] * 3, [0.5] * 3, patch, merge, temporal), strict=True))
     wrong = [f"{key} is {value}, expected {expected[key]}" for key, value in stated.items() if value != expected[key]]
     if wrong:
         raise CheckpointError(f"{path}: {'; '.join(wrong)}; alpacache computes the public recipe's image path only.")

@@ -61,14 +61,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: i
 
     Raises `ValueError` if shapes or dtypes of the prefix do not fit.
     """
-    function = _KernelAttention if has_kernels(query, call.prefix) else _ExplicitAttention
+    kernels = query.is_cuda and query.dtype == torch.bfloat16 and isinstance(call.prefix, PackedPrefixes)
+    function = _KernelAttention if kernels else _ExplicitAttention
     output: Tensor = function.apply(query, key, value, call, layer, scale)  # type: ignore[no-untyped-call]
     return output
-
-
-def has_kernels(query: Tensor, prefix: Prefix) -> bool:
-    """Whether the Triton kernels can compute this; the reference computes everything else."""
-    return query.is_cuda and query.dtype == torch.bfloat16 and isinstance(prefix, PackedPrefixes)
 
 
 class _KernelAttention(torch.autograd.Function):
@@ -220,9 +216,6 @@ def _attend_by_token(
     return attend(query, key, value, call, layer, scale).transpose(1, 2)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """No mask: lengths say what is padding. Without an entry transformers would not call its mask functions at all."""
-
-
 AttentionInterface.register(PREFIX_ATTENTION, _layer_attention)
-AttentionMaskInterface.register(PREFIX_ATTENTION, _no_mask)
+# No mask: lengths say what is padding. Without an entry transformers would not call its mask functions at all.
+AttentionMaskInterface.register(PREFIX_ATTENTION, lambda *_, **__: None)

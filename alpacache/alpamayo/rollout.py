@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from alpacache import randomness
-from alpacache.alpamayo.backbone import cache_argument, vlm_config
+from alpacache.alpamayo.backbone import additive_mask, cache_argument, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.vlm import FrozenVLM
@@ -82,12 +82,8 @@ class RolloutSampler:
             prefix: any prefix of the sample; only its first `stem_len` tokens are used.
             key: what the random numbers are for: the sample's id.
         """
-        draws = torch.stack(
-            [
-                torch.rand(MAX_TOKENS, generator=randomness.generator("rollout", key, number))
-                for number in range(rollouts)
-            ]
-        ).to(self.vlm.device)
+        generators = (randomness.generator("rollout", key, number) for number in range(rollouts))
+        draws = torch.stack([torch.rand(MAX_TOKENS, generator=one) for one in generators]).to(self.vlm.device)
 
         def choose(step: int, running: Sequence[int], hidden: Tensor) -> Tensor:
             return pick(F.linear(hidden, self.head), draws[list(running), step], masked=self.masked)
@@ -99,12 +95,15 @@ class RolloutSampler:
         self, prefix: PrefixFeatures, stem_len: int, choose: Choose, *, rollouts: int, limit: int
     ) -> list[Tail]:
         """Tails of rollouts of at most `limit` tokens, each token as `choose` says."""
-        cache = self._stem_cache(prefix, stem_len)
+        device = self.vlm.device
+        cache = DynamicCache(config=self.vlm.model.config.text_config)
+        for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            cache.update(keys[None, :, :stem_len].to(device), values[None, :, :stem_len].to(device), layer)
         first = stem_len + prefix.rope_delta
         common = stem_len + len(self.question)
-        question = torch.from_numpy(self.question).to(self.vlm.device)
+        question = torch.from_numpy(self.question).to(device)
         hidden = self._forward(cache, question, torch.arange(first, first + len(question)))[-1:].expand(rollouts, -1)
-        owner = torch.full((common + rollouts * limit,), -1, device=self.vlm.device)
+        owner = torch.full((common + rollouts * limit,), -1, device=device)
         running = list(range(rollouts))
         texts: list[list[int]] = [[] for _ in running]
         columns: list[list[int]] = [list(range(stem_len, common)) for _ in running]
@@ -112,16 +111,17 @@ class RolloutSampler:
         for step in range(limit):
             tokens = choose(step, running, hidden)
             chosen = tokens.tolist()
-            for place, row in enumerate(running):
-                texts[row].append(chosen[place])
+            for row, token in zip(running, chosen, strict=True):
+                texts[row].append(token)
             if step == limit - 1:
                 break  # as in the public sampler the last token has no KV
-            rows = torch.tensor(running, device=self.vlm.device)
+            rows = torch.tensor(running, device=device)
             owner[end : end + len(running)] = rows
             for place, row in enumerate(running):
                 columns[row].append(end + place)
             end += len(running)
-            mask = _mask(owner[:end], rows, hidden.dtype)
+            seen = (owner[:end] == -1) | (owner[:end] == rows[:, None])  # what has no owner, and its own
+            mask = additive_mask(seen, hidden.dtype)[None, None]
             position = first + len(question) + step
             hidden = self._forward(cache, tokens, torch.full((len(running),), position), mask)
             going_on = [place for place, token in enumerate(chosen) if token != self.vlm.future_start_id]
@@ -133,25 +133,16 @@ class RolloutSampler:
             for row in range(rollouts)
         ]
 
-    def _stem_cache(self, prefix: PrefixFeatures, stem_len: int) -> DynamicCache:
-        cache = DynamicCache(config=self.vlm.model.config.text_config)
-        for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            cache.update(
-                key[None, :, :stem_len].to(self.vlm.device), value[None, :, :stem_len].to(self.vlm.device), layer
-            )
-        return cache
-
     def _forward(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run `n` more tokens, whose KV goes into the cache; their last hidden states `[n, C]`."""
         text: Any = self.vlm.model.language_model
-        output = text(
+        hidden: Tensor = text(
             inputs_embeds=text.get_input_embeddings()(tokens)[None],
             position_ids=positions.to(tokens.device).expand(3, 1, -1),
             attention_mask=mask,
             use_cache=True,
             **{cache_argument(text): cache},
-        )
-        hidden: Tensor = output.last_hidden_state[0]
+        ).last_hidden_state[0]
         return hidden
 
     def _tail(self, cache: DynamicCache, columns: list[int], text: list[int], *, start: int) -> Tail:
@@ -220,10 +211,3 @@ def load_head(checkpoint: Checkpoint, vlm: FrozenVLM) -> Tensor:
             f"{home.model}: {name} is {list(head.shape)}; expected {list(embeddings.shape)} as the embeddings."
         )
     return head.to(vlm.device, vlm.dtype)
-
-
-def _mask(owner: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask `[1, 1, rows, columns]`: a rollout sees the tokens that have no owner and its own."""
-    allowed = (owner == -1) | (owner == rows[:, None])
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=owner.device)
-    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[None, None]

@@ -52,7 +52,12 @@ def make_tiny_checkpoint(
     tokenizer.save(str(directory / "vlm/tokenizer.json"))
     first = tokenizer.get_vocab_size()
     _write_json(directory / "vlm/config.json", _vlm_config(tokenizer))
-    _write_json(directory / "vlm/preprocessor_config.json", _processor_config())
+    processor = {
+        **{"image_processor_type": "Qwen2VLImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        **{"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2},
+        "size": {"shortest_edge": 128 * 256, "longest_edge": 128 * 256},
+    }
+    _write_json(directory / "vlm/preprocessor_config.json", processor)
     _write_json(directory / "config.json", _config(first, dtype=dtype, family=FAMILIES[family]))
     _write_weights(directory, _random_weights(Checkpoint(str(directory)), seed=seed), dtype=dtype, shards=shards)
     return directory
@@ -74,8 +79,6 @@ def _tokenizer() -> Tokenizer:
 
 
 def _vlm_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    rope = {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True}
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
@@ -87,43 +90,18 @@ def _vlm_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "text_config": {
             "model_type": "qwen3_vl_text",
             "vocab_size": tokenizer.get_vocab_size(),
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 4,
-            **heads,
-            "rms_norm_eps": 1e-6,
-            "initializer_range": INITIALIZER_RANGE,
-            "max_position_embeddings": 8192,
+            **{"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+            **{"rms_norm_eps": 1e-6, "initializer_range": INITIALIZER_RANGE, "max_position_embeddings": 8192},
             "rope_theta": 100.0,  # prompts of hundreds of tokens and images of 8 columns want fast-turning angles
-            "rope_scaling": rope,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True},
         },
         "vision_config": {
             "model_type": "qwen3_vl",
-            "depth": 4,
-            "hidden_size": 96,
-            "intermediate_size": 192,
-            "num_heads": 4,
-            "out_hidden_size": 128,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "deepstack_visual_indexes": [1],
-            "num_position_embeddings": 256,
-            "in_channels": 3,
-            "initializer_range": INITIALIZER_RANGE,
+            **{"depth": 4, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128},
+            **{"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "deepstack_visual_indexes": [1]},
+            **{"num_position_embeddings": 256, "in_channels": 3, "initializer_range": INITIALIZER_RANGE},
         },
-    }
-
-
-def _processor_config() -> dict[str, Any]:
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "patch_size": 16,
-        "merge_size": 2,
-        "temporal_patch_size": 2,
-        "size": {"shortest_edge": 128 * 256, "longest_edge": 128 * 256},
     }
 
 
@@ -154,32 +132,22 @@ def _config(first: int, *, dtype: str, family: Family) -> dict[str, Any]:
             name: ids[f"<|traj_{name}|>"]
             for name in ("history", "future", "history_start", "future_start", "history_end", "future_end")
         },
-        "tokens_per_history_traj": 48,
-        "tokens_per_future_traj": 128,
-        "add_special_tokens": True,
-        "expert_non_causal_attention": True,
-        "keep_same_dtype": True,
+        **{"tokens_per_history_traj": 48, "tokens_per_future_traj": 128, "add_special_tokens": True},
+        **{"expert_non_causal_attention": True, "keep_same_dtype": True},
         "traj_tokenizer_cfg": {
             "_target_": f"{package}.action_space.discrete_action_space.DiscreteTrajectoryTokenizer",
             "action_space_cfg": action_space,
-            "dims_min": [-4.0, -4.0],
-            "dims_max": [4.0, 4.0],
-            "num_bins": FUTURE_BINS,
+            **{"dims_min": [-4.0, -4.0], "dims_max": [4.0, 4.0], "num_bins": FUTURE_BINS},
         },
         "hist_traj_tokenizer_cfg": {
             "_target_": f"{package}.models.delta_tokenizer.DeltaTrajectoryTokenizer",
-            "num_bins": HISTORY_BINS,
-            "ego_xyz_min": [-4, -4, -10],
-            "ego_xyz_max": [4, 4, 10],
+            **{"num_bins": HISTORY_BINS, "ego_xyz_min": [-4, -4, -10], "ego_xyz_max": [4, 4, 10]},
         },
         "diffusion_cfg": {"_target_": f"{package}.diffusion.flow_matching.FlowMatching", "int_method": "euler"},
         "action_space_cfg": action_space,
         "action_in_proj_cfg": {
             "_target_": f"{package}.models.action_in_proj.PerWaypointActionInProjV2",
-            "hidden_size": 64,
-            "max_freq": 100.0,
-            "num_enc_layers": 2,
-            "num_fourier_feats": 20,
+            **{"hidden_size": 64, "max_freq": 100.0, "num_enc_layers": 2, "num_fourier_feats": 20},
         },
         "action_out_proj_cfg": {"_target_": "torch.nn.Linear"},
         "expert_cfg": {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "head_dim": 32},
@@ -211,19 +179,15 @@ def _random_weights(checkpoint: Checkpoint, *, seed: int) -> dict[str, Tensor]:
 
 def _write_weights(directory: Path, state: Mapping[str, Tensor], *, dtype: str, shards: int) -> None:
     """Safetensors shards of whole tensors, and the index."""
-    names = sorted(state)
-    per_shard = -(-len(names) // shards)
+    tensors = {name: state[name].detach().to(getattr(torch, dtype)).contiguous() for name in sorted(state)}
+    names, per_shard = list(tensors), -(-len(tensors) // shards)
     weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = names[shard * per_shard : (shard + 1) * per_shard]
-        save_file(
-            {name: state[name].detach().to(getattr(torch, dtype)).contiguous() for name in part},
-            directory / file,
-            {"format": "pt"},
-        )
+        save_file({name: tensors[name] for name in part}, directory / file, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    total = sum(state[name].numel() for name in names) * getattr(torch, dtype).itemsize
+    total = sum(tensor.nbytes for tensor in tensors.values())
     _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
