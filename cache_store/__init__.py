@@ -7,10 +7,10 @@
 - Verified, repaired, copied, summarised, cleaned: whole stores, in `upkeep`.
 
 `format` is docs/reference/cache-format.md as code, `storage` a file system or a bucket, `kv` the codecs for keys and
-values. Everything builds on `errors`, `document`, `checksum`, `difference` and `concurrency`.
+values. Everything builds on `errors`, `document`, `checksum` and `concurrency`.
 """
 
-from cache_store.difference import differences as differences
+from cache_store.document import differences as differences
 from cache_store.errors import CacheStoreError as CacheStoreError
 from cache_store.errors import CorruptSampleError as CorruptSampleError
 from cache_store.errors import FieldNotFoundError as FieldNotFoundError

@@ -6,6 +6,7 @@ language can check every byte of the file without knowing how to write canonical
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from cache_store.checksum import crc32c
@@ -55,10 +56,8 @@ def check_seal(data: bytes, where: str) -> None:
     stored = data[at : at + 8]
     computed = b"%08x" % crc32c(data[:at] + _BLANK + data[at + 8 :])
     if stored != computed:
-        raise FormatError(
-            f"{where} does not match its own checksum (stored {stored.decode(errors='replace')}, computed "
-            f"{computed.decode()}); it is damaged or was changed by another tool."
-        )
+        both = f"(stored {stored.decode(errors='replace')}, computed {computed.decode()})"
+        raise FormatError(f"{where} does not match its own checksum {both}: damaged, or changed by another tool.")
 
 
 def parse(data: bytes, where: str) -> dict[str, Any]:
@@ -79,6 +78,24 @@ def take(document: dict[str, Any], key: str, kind: type, where: str) -> Any:
     if type(document[key]) is not kind:
         raise FormatError(f"{where}: {key!r} should be {kind.__name__}, got {type(document[key]).__name__}.")
     return document[key]
+
+
+def differences(expected: Mapping[str, object], actual: Mapping[str, object], prefix: str = "") -> list[str]:
+    """List the differing keys, dotted and sorted: `model.revision: expected "a", found "b"`.
+
+    Values are compared as JSON, so a tuple equals a list; but `1`, `1.0` and `true` are three different values.
+    """
+    lines: list[str] = []
+    for key in sorted(expected.keys() | actual.keys()):
+        wanted, got = expected.get(key), actual.get(key)
+        if isinstance(wanted, Mapping) and isinstance(got, Mapping):
+            lines += differences(wanted, got, f"{prefix}{key}.")
+            continue
+        texts = [canonical_json(mapping[key]) if key in mapping else "nothing" for mapping in (expected, actual)]
+        if texts[0] != texts[1]:
+            shown = [text if len(text) <= 400 else f"{text[:400]}... ({len(text)} characters)" for text in texts]
+            lines.append(f"{prefix}{key}: expected {shown[0]}, found {shown[1]}")
+    return lines
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

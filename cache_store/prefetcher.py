@@ -21,10 +21,7 @@ KeyIn = TypeVar("KeyIn", contravariant=True)
 
 
 class SampleSource(Protocol[KeyIn]):
-    """Source of samples: a `CacheReader`, or a caller's choice among several, with keys of its own.
-
-    Both methods do what they do in `CacheReader`; the prefetcher's threads call them.
-    """
+    """A `CacheReader`, or a caller's choice among several, with keys of its own; the prefetcher's threads call it."""
 
     def views(self, sample_id: KeyIn, buffer: ByteArray, fields: Sequence[str] | None = ...) -> Arrays: ...
     def plan(
@@ -105,8 +102,7 @@ class Prefetcher(Generic[Key]):
                 thread.join()
 
     def __iter__(self) -> Iterator[PrefetchedSample[Key]]:
-        while (sample := self._next()) is not None:
-            yield sample
+        return iter(self._next, None)
 
     def _next(self) -> PrefetchedSample[Key] | None:
         with self._lock:
@@ -123,10 +119,8 @@ class Prefetcher(Generic[Key]):
                         raise self._ids_error
                     return None
                 if not self._order and not self._free:
-                    raise ValueError(
-                        f"all {len(self._buffers)} buffers hold samples that were not released; release one before "
-                        "asking for the next, or give more buffers."
-                    )
+                    held = f"all {len(self._buffers)} buffers hold samples that were not released"
+                    raise ValueError(f"{held}; release one before asking for the next, or give more buffers.")
                 self._sample_ready.wait()
 
     def _release(self, buffer: int) -> None:

@@ -3,14 +3,13 @@
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from cache_store import sample_read
 from cache_store.concurrency import in_order
-from cache_store.difference import differences
+from cache_store.document import differences
 from cache_store.errors import FieldNotFoundError, SampleNotFoundError
 from cache_store.format import commit_record, index, quarantine_record, store_root
 from cache_store.format.commit_record import CommitRecord
@@ -38,7 +37,9 @@ class CacheReader:
         Raises `StoreNotFoundError`, `IdentityMismatchError` (if an identity is expected) or `FormatError`.
         """
         self._storage: Storage = open_storage(path)
-        self.path: Path | str = self._storage.place
+        self.path = self._storage.place
+        self.threads = self._storage.threads
+        """Number of samples worth reading at once for small fields: 1 on a disk, more over a network."""
         self._root = store_root.read(self._storage)
         self.identity: Mapping[str, Any] = self._root.identity
         self.provenance: Mapping[str, Any] = self._root.provenance
@@ -63,11 +64,6 @@ class CacheReader:
             known = self._sample_ids if len(self._sample_ids) or stored is None else stored.ids
             self._sample_ids = index.list_ids(self._storage, self._root, known)
         self._records = {key: record for key, record in self._records.items() if key in self._sample_ids}
-
-    @property
-    def threads(self) -> int:
-        """Number of samples worth reading at once for small fields: 1 on a disk, more over a network."""
-        return self._storage.threads
 
     @property
     def quarantined(self) -> dict[str, QuarantineRecord]:
@@ -125,8 +121,7 @@ class CacheReader:
         """Do what `read` does, but leave the tasks to a caller with threads of its own.
 
         A caller that can check data faster than a CPU may ask for the data of some fields `unchecked`; the result
-        says what is left to check. With `by_record` the sample's `zarr.json` documents, which repeat the commit record
-        for other readers, are not read.
+        says what is left to check. `by_record` skips the `zarr.json` documents, which repeat the commit record.
         """
         return sample_read.plan(*self._select(sample_id, fields), out or {}, unchecked, by_record=by_record)
 
@@ -143,10 +138,9 @@ class CacheReader:
         if record := self._records.get(sample_id):
             return record
         if sample_id not in self._sample_ids:
-            raise SampleNotFoundError(
-                f"sample {sample_id!r} is not among the {len(self)} committed samples of {self.path}; "
-                "see `sample_ids`, and `refresh` if it was written after opening."
-            )
+            where = f"the {len(self)} committed samples of {self.path}"
+            remedy = "see `sample_ids`, and `refresh` if it was written after opening"
+            raise SampleNotFoundError(f"sample {sample_id!r} is not among {where}; {remedy}.")
         try:
             record = commit_record.read(self._storage, sample_key(sample_id), self._root)
         except FileNotFoundError:

@@ -74,10 +74,9 @@ def check_out(sample: StoredSample, wanted: Sequence[str], out: Arrays) -> None:
             raise ValueError(f"out has field {name!r}, which is not read or is text; read: {', '.join(wanted)}.")
         dtype, shape = sample.fields[name].stored_dtype, sample.record.shapes[name]
         if not (array.dtype == dtype and array.shape == shape and array.flags.c_contiguous and array.flags.writeable):
-            raise ValueError(
-                f"out of field {name!r} of sample {sample.record.sample_id!r} must be a writable C-contiguous "
-                f"{dtype.name}{list(shape)}, got {array.dtype.name}{list(array.shape)}."
-            )
+            where = f"out of field {name!r} of sample {sample.record.sample_id!r}"
+            expected, got = f"{dtype.name}{list(shape)}", f"{array.dtype.name}{list(array.shape)}"
+            raise ValueError(f"{where} must be a writable C-contiguous {expected}, got {got}.")
 
 
 def buffer_bytes(sample: StoredSample, wanted: Sequence[str]) -> int:
@@ -153,11 +152,9 @@ def _read_group(sample: StoredSample, wanted: Sequence[str], *, by_record: bool)
     if size:
         chunk = record.objects.get(f"{SMALL}/c.0")
         if chunk is None or chunk.size != size + TRAILER_BYTES:
-            place = sample.storage.where(f"{sample.record.folder}/{SMALL}")
-            raise FormatError(
-                f"sample {record.sample_id!r}, field {names!r}: {place}: the packed fields take one chunk of "
-                f"{size + TRAILER_BYTES} bytes; the record names another."
-            )
+            where = f"sample {record.sample_id!r}, field {names!r}: {sample.storage.where(f'{record.folder}/{SMALL}')}"
+            expected = f"the packed fields take one chunk of {size + TRAILER_BYTES} bytes"
+            raise FormatError(f"{where}: {expected}; the record names another.")
         sample.load_into(data, chunk, names, parents_checked=False, check_data=True)
     offsets = {entry["name"]: entry["offset"] for entry in directory}
     for name in packed:

@@ -8,7 +8,6 @@ import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Self
 
 from cache_store.document import canonical_copy
@@ -18,7 +17,7 @@ from cache_store.format.field import Field
 from cache_store.format.names import COMMITS, METADATA, QUARANTINE, list_keys, record_path, sample_key
 from cache_store.format.quarantine_record import QuarantineRecord
 from cache_store.format.store_root import StoreRoot
-from cache_store.storage.file_errors import FULL, writing
+from cache_store.storage.local_files import FULL, writing
 from cache_store.storage.storage import Storage, StorePath, open_storage
 
 _log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class CacheWriter:
     ) -> None:
         """Open or create the store. Raises `IdentityMismatchError` if it exists with another identity or schema."""
         self._storage: Storage = open_storage(path)
-        self.path: Path | str = self._storage.place
+        self.path = self._storage.place
         given = StoreRoot(
             fields=store_root.by_name(fields),
             identity=canonical_copy(identity, "identity"),
@@ -99,10 +98,7 @@ class CacheWriter:
     def quarantine(self, sample_id: str, kind: str, reason: str, traceback_text: str) -> None:
         """Record that a sample could not be made, and why; a sample that is committed after all stays readable."""
         self._check_open()
-        before = quarantine_record.read(self._storage, sample_key(sample_id))
-        tried = before.attempts if before else 0
-        failure = QuarantineRecord.of_failure(sample_id, kind, reason, traceback_text, tried)
-        quarantine_record.write(self._storage, failure)
+        quarantine_record.write_failure(self._storage, sample_id, kind, reason, traceback_text)
 
     def quarantine_of(self, sample_id: str) -> QuarantineRecord | None:
         """Why the sample failed, if it did and was not released for another try (nor committed since)."""

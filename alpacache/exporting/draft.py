@@ -21,8 +21,7 @@ from alpacache.alpamayo.foreign_files import TensorInfo, read_header
 from alpacache.errors import AlpacacheError, DataError
 from alpacache.progress import OnProgress, Progress
 from alpacache.training.trainable import changed_tensors, merge
-from cache_store.storage.file_errors import FULL
-from cache_store.storage.local_files import flush
+from cache_store.storage.local_files import FULL, flush
 
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
 

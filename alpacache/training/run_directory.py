@@ -23,8 +23,7 @@ from alpacache.errors import DataError, UsageError
 from alpacache.gpu.host_copies import copied_to_host
 from alpacache.training.ema import up_to_date
 from cache_store.checksum import crc32c
-from cache_store.storage.file_errors import FULL
-from cache_store.storage.local_files import flush, write_flushed
+from cache_store.storage.local_files import FULL, flush, write_flushed
 
 MODEL, OPTIMIZER, AVERAGE, STATE = "model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"
 _FORMAT = 1

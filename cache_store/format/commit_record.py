@@ -114,10 +114,8 @@ def from_bytes(storage: Storage, root: StoreRoot, key: str, data: bytes) -> Comm
         raise FormatError(f"{where}: {attempt!r} is not an attempt's name (16 hex digits).")
     fingerprint = take(document, "fingerprint", str, where)
     if fingerprint != root.fingerprint:
-        raise FormatError(
-            f"{where} was written under settings {fingerprint[:64]!r}, the store has {root.fingerprint!r}; "
-            "it was copied in from another store."
-        )
+        other = f"settings {fingerprint[:64]!r}, the store has {root.fingerprint!r}"
+        raise FormatError(f"{where} was written under {other}; it was copied in from another store.")
     listed = [StoredObject.from_json(item, where) for item in take(document, "objects", list, where)]
     objects = {stored.path: stored for stored in listed}
     if len(objects) != len(listed) or METADATA not in objects:
@@ -130,11 +128,11 @@ def check_kept(storage: Storage, record: CommitRecord) -> None:
     """Withdraw a record that was just published, if a garbage collector took the attempt for a killed writer's."""
     if not storage.exists(f"{record.folder}/{METADATA}"):
         storage.delete([record_path(COMMITS, sample_key(record.sample_id))])
-        raise CacheStoreError(
-            f"sample {record.sample_id!r} was not written: its attempt {storage.where(record.folder)} was collected as "
-            "garbage. Collect with an age limit above the time that any attempt or copy takes, and run the same "
-            "command again."
+        problem = f"its attempt {storage.where(record.folder)} was collected as garbage"
+        remedy = (
+            "Collect with an age limit above the time that any attempt or copy takes, and run the same command again."
         )
+        raise CacheStoreError(f"sample {record.sample_id!r} was not written: {problem}. {remedy}")
 
 
 def _shapes(items: list[Any], fields: Mapping[str, Field], where: str) -> dict[str, tuple[int, ...]]:

@@ -30,10 +30,7 @@ _CHUNK_COST_BYTES = 65536
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """Schema of one field; the lengths of its axes may differ from sample to sample.
-
-    The store's first writer decides `chunk_mb` and `compression`; later ones follow.
-    """
+    """Schema of one field; the lengths of its axes may differ from sample to sample."""
 
     name: str
     dtype: str
@@ -45,9 +42,9 @@ class Field:
     """`array`: a Zarr array of its own. `packed`: with other small fields in one array. `text`: in the metadata."""
     required: bool = True
     chunk_mb: float = 16
-    """Upper bound of a chunk in 10^6 bytes (layout `array`), but at least one index of axis 0."""
+    """Limit of a chunk in 10^6 bytes, but at least one index of axis 0; the store's first writer decides."""
     compression: Compression = "none"
-    """Lossless, of layout `array`: `zstd` suits slow or full media and costs the direct read into place."""
+    """Of layout `array`: `zstd` suits slow or full media, costs the direct read; the store's first writer decides."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", tuple(self.axes))
@@ -59,7 +56,7 @@ class Field:
             raise ValueError(f"{where}: layout {self.layout!r} is none of {', '.join(get_args(Layout))}.")
         if self.compression not in get_args(Compression) or (self.compression != "none" and self.layout != "array"):
             choices = " or ".join(get_args(Compression))
-            raise ValueError(f"{where}: compression is {choices}, and none but for array, got {self.compression!r}.")
+            raise ValueError(f"{where}: compression is {choices} (none where not array), got {self.compression!r}.")
         known = ("str",) if self.layout == "text" else tuple(STORED_DTYPES)
         if self.dtype not in known:
             raise ValueError(f"{where}: dtype {self.dtype!r} is none of {', '.join(known)} (layout {self.layout!r}).")

@@ -23,7 +23,7 @@ from cache_store.errors import FormatError
 from cache_store.format import commit_record, store_root
 from cache_store.format.names import COMMITS, INDEX, list_keys, sample_key
 from cache_store.format.store_root import StoreRoot
-from cache_store.storage.file_errors import writing
+from cache_store.storage.local_files import writing
 from cache_store.storage.storage import Storage, StorePath, open_storage
 
 MAX_BYTES = 2**34
@@ -35,10 +35,7 @@ _SETTLED_NS = 10**9
 
 
 class SampleIds(Sequence[str]):
-    """An immutable sorted sequence of distinct ids, kept as one run of UTF-8 (whose order is that of code points).
-
-    A million Python strings would take more memory than some models.
-    """
+    """Immutable sorted ids as one run of UTF-8, ordered as code points are: a million strings would take too much."""
 
     __slots__ = ("ends", "text")
 

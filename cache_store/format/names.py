@@ -1,5 +1,4 @@
-"""Names in a store: its folders, and the file name of a sample, a short safe ASCII name for any id ('/', '..', any
-script, any length).
+"""Names in a store: its folders, and a short safe ASCII file name for any sample id ('/', '..', any script or length).
 
 Samples lie flat in one folder. Readers list only `commits/`, which has to be listed whole with or without fan-out, and
 today's file systems index their folders, so 256 subfolders would add operations to each write and save none.

@@ -1,7 +1,6 @@
 """The quarantine record: a sample that could not be made, why, and how often it was tried.
 
-It is replaced rather than put if absent: when two writers fail at once, one count may be lost, which does no harm. A
-commit record always outranks it.
+It is replaced rather than put if absent: of two failures at once one count may be lost. A commit record outranks it.
 """
 
 import dataclasses
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, take
 from cache_store.errors import FormatError
 from cache_store.format.names import QUARANTINE, check_key, record_path, sample_key
-from cache_store.storage.file_errors import writing
+from cache_store.storage.local_files import writing
 from cache_store.storage.storage import Storage
 
 MAX_REASON_CHARACTERS = 2000
@@ -35,20 +34,6 @@ class QuarantineRecord:
     """How often it failed, over all runs."""
     released: bool
     """Marked for another try; not quarantined now."""
-
-    @classmethod
-    def of_failure(cls, sample_id: str, kind: str, reason: str, traceback_text: str, tried: int) -> "QuarantineRecord":
-        """Record of a failure after so many earlier ones."""
-        encodable = traceback_text.encode(errors="backslashreplace")
-        return cls(
-            sample_id=sample_id,
-            kind=kind,
-            reason=reason.encode(errors="backslashreplace").decode()[:MAX_REASON_CHARACTERS],
-            traceback=encodable.decode()[-MAX_TRACEBACK_CHARACTERS:],
-            traceback_sha256=hashlib.sha256(encodable).hexdigest(),
-            attempts=tried + 1,
-            released=False,
-        )
 
 
 def read(storage: Storage, key: str) -> QuarantineRecord | None:
@@ -82,3 +67,19 @@ def write(storage: Storage, record: QuarantineRecord) -> None:
     data = seal(dataclasses.asdict(record), what)
     with writing(what, len(data), storage.place):
         storage.put(record_path(QUARANTINE, sample_key(record.sample_id)), [data])
+
+
+def write_failure(storage: Storage, sample_id: str, kind: str, reason: str, traceback_text: str) -> None:
+    """Record that a sample failed, once more if it has failed before."""
+    before = read(storage, sample_key(sample_id))
+    encodable = traceback_text.encode(errors="backslashreplace")
+    record = QuarantineRecord(
+        sample_id=sample_id,
+        kind=kind,
+        reason=reason.encode(errors="backslashreplace").decode()[:MAX_REASON_CHARACTERS],
+        traceback=encodable.decode()[-MAX_TRACEBACK_CHARACTERS:],
+        traceback_sha256=hashlib.sha256(encodable).hexdigest(),
+        attempts=before.attempts + 1 if before else 1,
+        released=False,
+    )
+    write(storage, record)

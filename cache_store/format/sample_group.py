@@ -75,8 +75,8 @@ def encode(sample_id: str, values: Mapping[str, Value], fields: Mapping[str, Fie
     shapes = {name: (len(value),) if isinstance(value, list) else np.shape(value) for name, value in values.items()}
     directory, small_bytes = packed_directory(shapes, fields)
     text = {name: value for name, value in values.items() if fields[name].layout == "text"}
-    document = group_metadata(sample_id, directory, text)
-    jobs.append((METADATA, None, (to_bytes(document, f"the text of sample {sample_id!r}"),)))
+    metadata = to_bytes(group_metadata(sample_id, directory, text), f"the text of sample {sample_id!r}")
+    jobs.append((METADATA, None, (metadata,)))
     if directory:
         add_array(SMALL, SMALL_ARRAY, _pack(values, directory, small_bytes))
     for name, value in values.items():

@@ -2,16 +2,15 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache_store.difference import differences
-from cache_store.document import MAX_DOCUMENT_BYTES, canonical_json, check_seal, parse, seal, take
+from cache_store.document import MAX_DOCUMENT_BYTES, canonical_json, check_seal, differences, parse, seal, take
 from cache_store.errors import FormatError, IdentityMismatchError, StoreNotFoundError
 from cache_store.format.field import Field
 from cache_store.format.names import FOLDERS, INDEX, METADATA, SAMPLES
-from cache_store.storage.file_errors import opening
+from cache_store.storage.local_files import opening
 from cache_store.storage.storage import Storage
 
 FORMAT_VERSION = 1
@@ -85,12 +84,8 @@ class StoreRoot:
         return [field.to_json() for field in self.fields.values()]
 
     def _comparable_schema(self) -> dict[str, dict[str, Any]]:
-        """The schema by name, without what later writers take from the store: chunk size and compression."""
-        left_out = {"chunk_mb", "compression"}
-        return {
-            field.name: {key: value for key, value in field.to_json().items() if key not in left_out}
-            for field in self.fields.values()
-        }
+        """The schema by name, with one value for what later writers take from the store: chunk size and compression."""
+        return {name: replace(field, chunk_mb=1, compression="none").to_json() for name, field in self.fields.items()}
 
 
 def by_name(fields: Sequence[Field]) -> dict[str, Field]:
@@ -116,9 +111,8 @@ def read(storage: Storage) -> StoreRoot:
         try:
             data = storage.read_document(METADATA, MAX_DOCUMENT_BYTES)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise StoreNotFoundError(
-                f"there is no store at {storage.place} (no {METADATA}); check the path or write samples there first."
-            ) from error
+            remedy = "check the path or write samples there first"
+            raise StoreNotFoundError(f"there is no store at {storage.place} (no {METADATA}); {remedy}.") from error
     return StoreRoot.from_bytes(data, f"root metadata {storage.where(METADATA)}")
 
 
@@ -132,10 +126,8 @@ def make(storage: Storage, data: bytes) -> bool:
             return False
         strangers = sorted(set(storage.names("")) - {*FOLDERS, METADATA, INDEX})
         if strangers:
-            raise FormatError(
-                f"{storage.place} is neither empty nor a store (it contains {', '.join(strangers[:5])}); "
-                "give a path of its own to a new store."
-            )
+            problem = f"is neither empty nor a store (it contains {', '.join(strangers[:5])})"
+            raise FormatError(f"{storage.place} {problem}; give a path of its own to a new store.")
         storage.check_exclusive()
         storage.make_folders(FOLDERS)
         storage.put_if_absent(PLAIN_GROUP_PATH, PLAIN_GROUP)

@@ -45,8 +45,7 @@ class StoredSample:
         """Fill `target` with the beginning of an uncompressed chunk, checking every byte of it while it is in cache.
 
         What lies beyond the target is padding, which is read and checked too. After an error the target holds anything.
-        Without `check_data` the caller compares the bytes with the record's checksum; size, trailer and padding, which
-        is zeros, are still checked.
+        Without `check_data` the caller compares the data with the record's checksum; all else is checked here.
         """
         crc = 0
 
@@ -169,10 +168,7 @@ def _trailer(data: ByteArray) -> int:
 
 @lru_cache(maxsize=1024)
 def _rows_by_metadata(data: bytes, field: Field, shape: tuple[int, ...]) -> int:
-    """Rows per chunk from an array's metadata; 0 unless it is the one document that field and shape allow.
-
-    Samples of one shape share one document, so most are known already.
-    """
+    """Rows per chunk by a `zarr.json`, which samples of one shape share; 0 unless it is what field and shape allow."""
     document = parse(data, METADATA)
     try:
         rows = document["chunk_grid"]["configuration"]["chunk_shape"][0] if shape else 1

@@ -1,8 +1,7 @@
 """The affine codecs `int8`, `int5` and `int4`: integer codes with a scale and an offset for each group.
 
 Attention passes on errors of keys about twice as large as those of values, most of them through the channels of largest
-magnitude, where queries are large too. So keys are quantised by channel, with more bits for the channels that count
-most, and values by token.
+magnitude, where queries are large too. So keys are quantised by channel, with more bits for those, and values by token.
 """
 
 from dataclasses import asdict, dataclass
@@ -56,10 +55,9 @@ class AffineCodec(LayeredCodec):
     def __post_init__(self) -> None:
         object.__setattr__(self, "key_bits", tuple(self.key_bits))
         object.__setattr__(self, "value_bits", tuple(self.value_bits))
-        if not (self.key_bits and self.value_bits):
-            raise ValueError(f"an affine codec has bits for keys and values, got {self}.")
-        if not all(type(bits) is int and 2 <= bits <= 8 for bits in (*self.key_bits, *self.value_bits)):
-            raise ValueError(f"a code has 2 to 8 bits, got {(*self.key_bits, *self.value_bits)}.")
+        for bits in (self.key_bits, self.value_bits):
+            if not bits or not all(type(each) is int and 2 <= each <= 8 for each in bits):
+                raise ValueError(f"a code has 2 to 8 bits, got {bits}.")
         if self.key_group < 1 or self.value_group < 1:
             raise ValueError(f"groups have a member or more, got {self.key_group} and {self.value_group}.")
 

@@ -71,10 +71,8 @@ class LayeredCodec(KVCodec):
         """Bytes of a layer's keys and of its values, in a sample of this shape."""
         two, _, tokens, channels = shape[1:]
         if two != 2 or channels % 8 or channels > 256 or channels % min(self.channel_group, channels) or not tokens:
-            raise ValueError(
-                f"keys and values are [layer, 2, head, token, channel] with a token and a multiple of 8 and of "
-                f"{self.channel_group} channels up to 256, got {list(shape)}."
-            )
+            wanted = f"a token and a multiple of 8 and of {self.channel_group} channels up to 256"
+            raise ValueError(f"keys and values are [layer, 2, head, token, channel] with {wanted}, got {list(shape)}.")
         keys, values = (self.segments(part, layer, shape[2:])[-1] for part in PARTS)
         return keys.offset + keys.size_bytes, values.offset + values.size_bytes
 

@@ -1,4 +1,7 @@
-"""Durable files: bytes are on the medium when `write_new` returns, a name when `flush` of its folder has returned."""
+"""Durable files: bytes are on the medium when `write_new` returns, a name when `flush` of its folder has returned.
+
+Refusals of the file system become errors that say why, what would help, and that nothing is lost.
+"""
 
 import errno
 import fcntl
@@ -8,6 +11,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_store.concurrency import in_order_by
-from cache_store.errors import UnsupportedFileSystemError
+from cache_store.errors import StoreAddressError, StoreFullError, UnsupportedFileSystemError
 
 MAX_TRANSFER_BYTES = 2**30
 """Limit of one system call; Linux transfers at most 2 GiB."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_FOLDER = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+"""Answers for a path that leads through a file, or into a file system like `/proc`."""
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _WRITERS = 4
 """Threads that write the files of one sample."""
@@ -35,8 +43,7 @@ _STAGE_BYTES = 2**20
 def write_new(*files: tuple[Path, Iterable[Any]]) -> None:
     """Create files from buffers (bytes or uint8 arrays) and force them to the medium. None must exist yet.
 
-    Several are written in threads: one alone cannot keep a fast disk busy. No thread writes any more when this ends,
-    be it by an error.
+    Several are written in threads, as one cannot keep a fast disk busy; none writes after this, be it by an error.
     """
     if len(files) == 1:
         _write_file(*files[0])
@@ -129,10 +136,9 @@ def link(temporary: Path, target: Path) -> bool:
         return temporary.stat().st_nlink > 1
     except OSError as error:
         if error.errno in _NO_LINKS:
-            raise UnsupportedFileSystemError(
-                f"cannot hard-link {temporary} to {target} ({error.strerror}); the store commits samples by hard "
-                "links, so keep it on a file system that has them (ext4, XFS, NFS, ...)."
-            ) from error
+            failed = f"cannot hard-link {temporary} to {target} ({error.strerror})"
+            remedy = "commits samples by hard links, so keep it on a file system that has them (ext4, XFS, NFS, ...)"
+            raise UnsupportedFileSystemError(f"{failed}; the store {remedy}.") from error
         raise
     return True
 
@@ -149,3 +155,48 @@ def write_flushed(path: Path, data: bytes) -> None:
 def free_bytes(path: Path) -> int:
     """Room that an ordinary user has left on the file system (quotas not counted)."""
     return shutil.disk_usage(path).free
+
+
+@contextmanager
+def writing(what: str, needed_bytes: int, place: Path | str) -> Iterator[None]:
+    """Raise `StoreFullError` where there is no room and `StoreAddressError` where this user may not write."""
+    try:
+        yield
+    except OSError as error:
+        # While a store is copied, what refused may be the other one.
+        is_below = bool(error.filename) and Path(place) in Path(os.fsdecode(error.filename)).parents
+        if error.errno in _FORBIDDEN and is_below:
+            failed = f"cannot write {what} to {place}: {_reason(error)}. All committed samples are intact"
+            remedy = "see to the permissions and how the disk is mounted, or give a store that you may write to"
+            raise StoreAddressError(f"{failed}; {remedy}.") from error
+        if error.errno not in FULL:
+            raise
+        reason = "the disk is full" if error.errno == errno.ENOSPC else "the quota is used up"
+        free = "free space unknown"
+        with suppress(OSError):
+            free = f"{free_bytes(Path(place)):,} bytes free"
+        raise StoreFullError(
+            f"cannot write {what} to {place}: {reason} ({free}); it needs {needed_bytes:,} bytes. "
+            "All committed samples are intact; make room and run the same command again, it goes on from here.",
+            needed_bytes,
+            error.errno,
+        ) from error
+
+
+@contextmanager
+def opening(place: Path | str) -> Iterator[None]:
+    """Raise `StoreAddressError` where a path cannot be a store's, or not this user's; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FORBIDDEN | _NO_FOLDER:
+            raise
+        remedy = "Correct the path, or see to the permissions and how the disk is mounted."
+        raise StoreAddressError(f"cannot open or make a store at {place}: {_reason(error)}. {remedy}") from error
+
+
+def _reason(error: OSError) -> str:
+    """The system's reason, with the path that was refused: it may be a folder above the store."""
+    code = errno.ENOTDIR if error.errno == errno.EEXIST else error.errno  # there is a file where a folder was to be
+    reason = os.strerror(code or 0)
+    return f"{reason} ({error.filename})" if error.filename else reason

@@ -73,11 +73,10 @@ class ObjectStorage:
         parts_of(relative, self.place)
 
     def exists(self, relative: str) -> bool:
-        try:
+        with suppress(FileNotFoundError):
             self._head(relative)
-        except FileNotFoundError:
-            return False
-        return True
+            return True
+        return False
 
     def names(self, folder: str, *, flat: bool = False) -> Iterator[str]:
         if flat:
@@ -174,10 +173,9 @@ class ObjectStorage:
                 if (won := _repeat(publish)) is not None:
                     return won
                 _wait(attempt)
-        raise ObjectStorageError(
-            f"cannot write {self.where(relative)}: the server says that it is there, and that it is not. Nothing was "
-            "committed; run the same command again."
-        )
+        answer = "the server says that it is there, and that it is not"
+        remedy = "Nothing was committed; run the same command again."
+        raise ObjectStorageError(f"cannot write {self.where(relative)}: {answer}. {remedy}")
 
     def put(self, relative: str, parts: Sequence[Any]) -> None:
         key = self._key(relative)

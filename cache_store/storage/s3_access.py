@@ -46,8 +46,7 @@ class S3Address:
         prefix = path.removesuffix("/")
         if not _BUCKET.fullmatch(bucket):
             raise StoreAddressError(f"{uri!r}: {bucket!r} is not the name of a bucket; expected s3://BUCKET/PREFIX.")
-        parts = prefix.split("/") if prefix else []
-        for part in parts:
+        for part in prefix.split("/") if prefix else ():
             if not _PART.fullmatch(part) or set(part) == {"."} or len(prefix) > _MAX_PREFIX:
                 raise StoreAddressError(
                     f"{uri[:200]!r}: {part[:80]!r} cannot be part of a store's prefix, which has letters, digits and "
@@ -72,7 +71,6 @@ FIRST_WAIT, LONGEST_WAIT, RETRIES_END = timedelta(seconds=0.1), timedelta(second
 _FILE_GOOD_FOR = timedelta(minutes=10)
 """Time until the credentials file is read again: somebody may be renewing it."""
 _METADATA_ADDRESS = ("169.254.169.254", 80)
-_METADATA_TIMEOUT_S = 1.0
 
 
 def connect(address: S3Address) -> "S3Store":
@@ -91,14 +89,11 @@ def connect(address: S3Address) -> "S3Store":
         config["endpoint"] = endpoint
     if not (_set("AWS_REGION") or _set("AWS_DEFAULT_REGION")) and (region := _in_config(profile).get("region")):
         config["region"] = region
+    allow_http = _true("AWS_ALLOW_HTTP")
     return S3Store(
         address.bucket,
         config=config,  # type: ignore[arg-type]  # keys of its TypedDict
-        client_options={
-            "timeout": REQUEST_TIMEOUT,
-            "connect_timeout": CONNECT_TIMEOUT,
-            "allow_http": _true("AWS_ALLOW_HTTP"),
-        },
+        client_options={"timeout": REQUEST_TIMEOUT, "connect_timeout": CONNECT_TIMEOUT, "allow_http": allow_http},
         retry_config={
             "max_retries": MAX_RETRIES,
             "retry_timeout": RETRIES_END,
@@ -152,7 +147,7 @@ def _has_machine_role() -> bool:
     if _set("AWS_METADATA_ENDPOINT"):
         return True
     try:
-        socket.create_connection(_METADATA_ADDRESS, _METADATA_TIMEOUT_S).close()
+        socket.create_connection(_METADATA_ADDRESS, timeout=1.0).close()
     except OSError:
         return False
     return True

@@ -59,10 +59,8 @@ def explain(error: Exception, address: S3Address, action: str, uri: str) -> Exce
         return ObjectStorageError(f"{failed}: the server does not know this request ({reason}). {remedy}")
     tries = f" after {int(match[1]) + 1} tries" if (match := _TRIES.search(text)) else ""
     detail = f"the server answers {reason}" if status else "the server does not answer, or not to the end"
-    return ObjectStorageError(
-        f"{failed}: {detail}{tries}. All committed samples are intact; see to the network, AWS_ENDPOINT_URL and the "
-        "server, and run the same command again."
-    )
+    remedy = "see to the network, AWS_ENDPOINT_URL and the server, and run the same command again"
+    return ObjectStorageError(f"{failed}: {detail}{tries}. All committed samples are intact; {remedy}.")
 
 
 def status_of(error: Exception) -> str:

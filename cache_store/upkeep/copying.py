@@ -18,7 +18,7 @@ from cache_store.format.commit_record import CommitRecord, StoredObject
 from cache_store.format.names import COMMITS, METADATA, QUARANTINE, list_keys, record_path
 from cache_store.format.store_root import StoreRoot
 from cache_store.format.stored_sample import StoredSample
-from cache_store.storage.file_errors import writing
+from cache_store.storage.local_files import writing
 from cache_store.storage.storage import Storage, StorePath, open_storage
 
 _SAMPLES = 4
@@ -54,8 +54,7 @@ def copy(
     """Copy all samples and quarantine records of a store; `on_sample` is told how far it is.
 
     The target may be absent, an earlier copy, or any store of the same schema and identity, which then holds both.
-    Raises `StoreNotFoundError`, `IdentityMismatchError` or `FormatError` before anything is written; damaged samples
-    are left out and named in the report.
+    Raises `StoreNotFoundError`, `IdentityMismatchError` or `FormatError` first; the report names damaged samples.
     """
     start, end = open_storage(source), open_storage(target)
     if start.place == end.place:
@@ -66,10 +65,8 @@ def copy(
         there = store_root.read(end)
     if there.fingerprint != root.fingerprint:
         there.check(root, end.place)
-        raise FormatError(
-            f"the store at {end.place} has other chunk sizes or compression than {start.place}, and its commit "
-            "records would not be valid there; copy into a store of its own."
-        )
+        reason = f"has other chunk sizes or compression than {start.place}, and its commit records would not be valid"
+        raise FormatError(f"the store at {end.place} {reason} there; copy into a store of its own.")
     wanted, held = list_keys(start, COMMITS), set(list_keys(end, COMMITS))
     missing = [key for key in wanted if key not in held]
     copied, size, damaged = [], 0, []
@@ -145,12 +142,9 @@ def _copy_quarantine(source: Storage, target: Storage) -> list[str]:
     damaged = []
     held = set(list_keys(target, QUARANTINE)) | set(list_keys(target, COMMITS))
     for key in list_keys(source, QUARANTINE):
-        if key not in held:
-            try:
-                record = quarantine_record.read(source, key)
-            except FormatError as error:
-                damaged.append(str(error))
-                continue
-            if record is not None:
+        try:
+            if key not in held and (record := quarantine_record.read(source, key)):
                 quarantine_record.write(target, record)
+        except FormatError as error:
+            damaged.append(str(error))
     return damaged

@@ -38,9 +38,9 @@ def collect_garbage(path: StorePath, *, min_age_s: float = 24 * 3600.0, dry_run:
     storage = open_storage(path)
     root = store_root.read(storage)
     now = storage.clock_ns() / 1e9
-    attempts = sorted(filter(key_of_attempt, storage.names(SAMPLES)))
     removed, temporaries, size, young = [], 0, 0, 0
-    for name in attempts:  # listed before any record is read: a record that appears meanwhile is seen
+    # All are listed before any record is read: a record that appears meanwhile is seen.
+    for name in sorted(filter(key_of_attempt, storage.names(SAMPLES))):
         if _is_committed(storage, root, name):
             continue
         attempt_bytes, changed = storage.extent(f"{SAMPLES}/{name}")

@@ -73,13 +73,7 @@ def info(path: StorePath) -> StoreInfo:
 def sample_size(
     sample_id: str, small: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Field]
 ) -> dict[str, int]:
-    """Bytes by field, as `info` counts them, of a store of one such sample.
-
-    Args:
-        small: values of packed and text fields.
-        shapes: of the fields of layout `array`, uncompressed.
-        fields: the store's schema, in its order.
-    """
+    """Bytes by field, as `info` counts them, of one sample with these packed and text values and plain arrays."""
     values = {name: small[name] for name in fields if name in small}
     group = encode(sample_id, values, fields)
     sizes = {name: fields[name].size_bytes(group.shapes[name]) for name in values if fields[name].layout == "packed"}

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from cache_store import FormatError
+from cache_store import FormatError, differences
 from cache_store.document import MAX_DOCUMENT_BYTES, canonical_copy, check_seal, parse, seal, to_bytes
 
 
@@ -47,3 +47,19 @@ def test_numbers_beyond_the_range_are_refused() -> None:
     with pytest.raises(FormatError, match="beyond the range"):
         parse(b'{"a":1e999}', "here")
     assert parse(b'{"a":1e300}', "here") == {"a": 1e300}
+
+
+def test_each_differing_key_has_a_line() -> None:
+    expected = {"model": {"id": "a", "revision": "1"}, "frames": 4, "cameras": ("x", "y"), "only": None}
+    actual = {"model": {"id": "a", "revision": "2"}, "frames": 4.0, "cameras": ["x", "y"], "extra": {"deep": 1}}
+    assert differences(expected, actual) == [
+        'extra: expected nothing, found {"deep":1}',
+        "frames: expected 4, found 4.0",
+        'model.revision: expected "1", found "2"',
+        "only: expected null, found nothing",
+    ]
+    assert differences(expected, expected) == []
+
+
+def test_a_value_against_a_mapping() -> None:
+    assert differences({"a": {"b": 1}}, {"a": True}) == ['a: expected {"b":1}, found true']
