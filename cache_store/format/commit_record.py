@@ -129,9 +129,7 @@ def check_kept(storage: Storage, record: CommitRecord) -> None:
     if not storage.exists(f"{record.folder}/{METADATA}"):
         storage.delete([record_path(COMMITS, sample_key(record.sample_id))])
         problem = f"its attempt {storage.where(record.folder)} was collected as garbage"
-        remedy = (
-            "Collect with an age limit above the time that any attempt or copy takes, and run the same command again."
-        )
+        remedy = "Collect with an age limit above what any attempt or copy takes, and run the same command again."
         raise CacheStoreError(f"sample {record.sample_id!r} was not written: {problem}. {remedy}")
 
 
