@@ -142,7 +142,7 @@ class CacheReader:
             remedy = "see `sample_ids`, and `refresh` if it was written after opening"
             raise SampleNotFoundError(f"sample {sample_id!r} is not among {where}; {remedy}.")
         try:
-            record = commit_record.read(self._storage, sample_key(sample_id), self._root)
+            record = commit_record.read(self._storage, self._root, sample_key(sample_id))
         except FileNotFoundError:
             where = f"{self.path} since it was opened"
             raise SampleNotFoundError(f"sample {sample_id!r} was removed from {where}; `refresh` forgets it.") from None

@@ -96,7 +96,7 @@ class CommitRecord:
         return seal(document, f"the commit record of sample {self.sample_id!r}")
 
 
-def read(storage: Storage, key: str, root: StoreRoot) -> CommitRecord:
+def read(storage: Storage, root: StoreRoot, key: str) -> CommitRecord:
     """Read the record with this key; `FileNotFoundError` when there is none."""
     return from_bytes(storage, root, key, storage.read_document(record_path(COMMITS, key), MAX_DOCUMENT_BYTES))
 

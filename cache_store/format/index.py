@@ -128,7 +128,7 @@ def list_ids(storage: Storage, root: StoreRoot, known: SampleIds) -> SampleIds:
 
     def id_of(key: str) -> str | None:
         try:
-            return by_key.get(key) or commit_record.read(storage, key, root).sample_id
+            return by_key.get(key) or commit_record.read(storage, root, key).sample_id
         except FileNotFoundError:  # removed since the folder was listed
             return None
 

@@ -69,7 +69,7 @@ def collect_garbage(path: StorePath, *, min_age_s: float = 24 * 3600.0, dry_run:
 
 def _is_committed(storage: Storage, root: StoreRoot, name: str) -> bool:
     try:
-        record = commit_record.read(storage, key_of_attempt(name), root)
+        record = commit_record.read(storage, root, key_of_attempt(name))
     except FileNotFoundError:
         return False
     return record.folder == f"{SAMPLES}/{name}"

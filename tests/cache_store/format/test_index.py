@@ -44,7 +44,7 @@ def test_a_stale_index_is_noticed_and_spares_only_the_reading_of_known_records(s
     read = []
     real = index.commit_record.read
     monkeypatch.setattr(
-        index.commit_record, "read", lambda storage, key, root: read.append(key[:3]) or real(storage, key, root)
+        index.commit_record, "read", lambda storage, root, key: read.append(key[:3]) or real(storage, root, key)
     )
     reader = CacheReader(store)
     assert reader.sample_ids == ("clip/1@5#0", "new")
