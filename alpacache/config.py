@@ -35,7 +35,8 @@ Epochs = Annotated[float, Gt(0), Le(1e6)]
 class Written:
     """How people write a value that is not a plain number, word or switch, in TOML and on the command line."""
 
-    metavar: str
+    metavar: str | Callable[[], str]
+    """A function where it takes imports to know."""
     read: Callable[[Any], Any]
     """From a text, a tuple of texts or a table of texts to the value; returns what it cannot read, to be refused.
 

@@ -44,7 +44,7 @@ from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.preparation import PreparationSettings
 from alpacache.extraction.readers import Readers, open_readers, reading_workers
 from alpacache.planning.time_model import prefill_batch
-from alpacache.sources import open_source
+from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 from cache_store import CacheReader, info

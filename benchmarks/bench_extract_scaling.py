@@ -32,7 +32,7 @@ from drills import call
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.readers import default_workers
 from alpacache.planning.time_model import prefill_batch
-from alpacache.sources import open_source
+from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
 from cache_store.format.names import COMMITS, record_path, sample_key
 

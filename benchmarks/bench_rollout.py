@@ -26,8 +26,9 @@ from alpacache.alpamayo.backbone import cache_argument, empty_weights, vlm_confi
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.alpamayo.rollout import TEMPERATURE, TOP_P, RolloutSampler, pick
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.driving.sample import CAMERAS, SampleRef
-from alpacache.sources import open_source
+from alpacache.driving.cameras import CAMERAS
+from alpacache.driving.sample import SampleRef
+from alpacache.sources.registry import open_source
 
 ROLLOUTS = 6
 LOOPS = ["shared stem", "repeated stem", "one by one", "generate"]

@@ -33,12 +33,8 @@ from alpacache.alpamayo.tiny_checkpoint import ACTION_CONSTANTS
 from alpacache.cached_samples.features import KV_SHAPE, store_fields
 from alpacache.cached_samples.identity import store_identity
 from alpacache.driving.action_space import UnicycleActionSpace
-from alpacache.driving.sample import (
-    CAMERAS,
-    FUTURE_STEPS,
-    HISTORY_STEPS,
-    SampleRef,
-)
+from alpacache.driving.cameras import CAMERAS
+from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, SampleRef
 from alpacache.prefix.codecs import tensor_codec
 from cache_store import CODECS, CacheReader, CacheWriter
 

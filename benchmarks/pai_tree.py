@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.driving.cameras import CAMERAS
 from alpacache.driving.poses import Track
-from alpacache.driving.sample import CAMERAS
 from alpacache.sources.synthetic import SyntheticSource
 
 LEAD_US = 100_000

@@ -32,7 +32,7 @@ def check(config: CheckConfig, json: bool) -> None:
     """
     from alpacache.checks.contact_sheet import contact_sheet_png
     from alpacache.checks.source import check_source
-    from alpacache.sources import open_source
+    from alpacache.sources.registry import open_source
 
     source = open_source(config.source, cameras=config.cameras)
     directory = None if config.out is None else _make_directory(config.out)

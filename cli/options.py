@@ -30,9 +30,19 @@ _SINGULAR = {"stores": "store"}
 class ConfigCommand(TyperCommand):
     """A command with all settings of a config as options; `ctx.obj` becomes those that were typed."""
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)
+        for option in params:
+            if callable(option.metavar):
+                option.metavar = option.metavar()
+        return params
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
-        ctx.obj = {name: value for name, value in ctx.params.items() if _is_typed(ctx, name)}
+        sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+        ctx.obj = {
+            name: ctx.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"
+        }
         if "config" not in ctx.obj and not ctx.resilient_parsing:  # as for shell completion
             assert self.callback is not None
             _refuse_missing(self.callback.kind, ctx.obj)  # type: ignore[attr-defined]
@@ -54,15 +64,19 @@ def from_config(
 
     def decorate(body: Callable[[C, bool], None]) -> Callable[..., None]:
         def command(ctx: typer.Context, config: Path | None, json: bool, **_: Any) -> None:
-            body(kind(**_settings(kind, config, ctx.obj, alternatives)), json)
+            values = {} if config is None else read_toml(config, kind)
+            if any(name in ctx.obj for name in alternatives):
+                values = {name: value for name, value in values.items() if name not in alternatives}
+            values |= {name: value for name, value in ctx.obj.items() if name not in ("config", "json")}
+            _refuse_missing(kind, values)
+            body(kind(**values), json)
 
         hints, docs = get_type_hints(kind, include_extras=True), field_docs(kind)
-        parameters = [
+        settings = [
             _parameter(field, hints[field.name], docs[field.name], panel_of.get(field.name)) for field in fields
         ]
-        parameters.append(_keyword("config", Annotated[Path | None, _CONFIG_FILE], None))
-        parameters.append(_keyword("json", Json, False))
-        parameters.insert(0, _keyword("ctx", typer.Context))
+        rest = (_keyword("config", Annotated[Path | None, _CONFIG_FILE], None), _keyword("json", Json, False))
+        parameters = [_keyword("ctx", typer.Context), *settings, *rest]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         command.__doc__, command.__name__ = body.__doc__, body.__name__
@@ -80,29 +94,11 @@ def place(text: str | None) -> str | None:
         raise UsageError(f"got {text!r}; expected {error}.") from None
 
 
-def _settings(
-    kind: type[Config], file: Path | None, typed: Mapping[str, Any], alternatives: Sequence[str]
-) -> dict[str, Any]:
-    """What the file and, over it, the command line say."""
-    values = {} if file is None else read_toml(file, kind)
-    if any(name in typed for name in alternatives):
-        values = {name: value for name, value in values.items() if name not in alternatives}
-    values |= {name: value for name, value in typed.items() if name not in ("config", "json")}
-    _refuse_missing(kind, values)
-    return values
-
-
 def _refuse_missing(kind: type[Config], values: Mapping[str, Any]) -> None:
     """Raise `UsageError` where a setting without a default is not there."""
-    required = [field.name for field in dataclasses.fields(kind) if _is_required(field)]  # type: ignore[arg-type]
-    missing = [_option_name(name) for name in required if name not in values]
-    if missing:
+    names = [field.name for field in dataclasses.fields(kind) if _is_required(field)]  # type: ignore[arg-type]
+    if missing := [_option_name(name) for name in names if name not in values]:
         raise UsageError(f"{', '.join(missing)} missing; give it as an option or in --config FILE.toml.")
-
-
-def _is_typed(ctx: Any, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _is_required(field: "dataclasses.Field[Any]") -> bool:
@@ -119,27 +115,24 @@ def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty)
 
 def _parameter(field: "dataclasses.Field[Any]", hint: Any, doc: str, panel: str | None) -> inspect.Parameter:
     """One field as a keyword of a function that Typer makes an option of."""
-    written = written_as(hint)
-    default: Any = None if _is_required(field) or field.default is dataclasses.MISSING else field.default
-    if written is None:
-        plain, metavar = _plain_type(hint)
-    else:
+    written, default = written_as(hint), None if field.default is dataclasses.MISSING else field.default
+    plain, metavar = _plain_type(hint)
+    if written is not None:
         plain, metavar = (list[str] if written.repeatable else str), written.metavar
-        if isinstance(default, tuple):
-            default = written.separator.join(map(str, default))
-        elif default is not None:
-            default = str(default)
-    help_text = _help(doc, required=_is_required(field))
+        if default is not None:
+            default = written.separator.join(map(str, default)) if isinstance(default, tuple) else str(default)
     annotation = plain | None if default is None else plain
+    text, _, stated = doc.partition(" Default: ")  # shown at the end, as Typer shows defaults
+    end = f" [default: {stated.rstrip('.')}]" if stated else " [required]" if _is_required(field) else ""
     if field.name == _ARGUMENT:
-        return _keyword(field.name, Annotated[annotation, typer.Argument(help=help_text, show_default=False)], default)
+        return _keyword(field.name, Annotated[annotation, typer.Argument(help=text + end, show_default=False)], default)
     name = _option_name(field.name)
     names = (f"{name}/--no-{name[2:]}",) if plain is bool else (name,)
-    option = typer.Option(*names, help=help_text, metavar=metavar, rich_help_panel=panel)
+    option = typer.Option(*names, help=text + end, metavar=metavar, rich_help_panel=panel)  # type: ignore[arg-type]
     return _keyword(field.name, Annotated[annotation, option], default)
 
 
-def _plain_type(hint: Any) -> tuple[Any, str | None]:
+def _plain_type(hint: Any) -> tuple[Any, str | Callable[[], str] | None]:
     """What Typer reads from the command line for a field's type, and how choices are shown."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -149,11 +142,3 @@ def _plain_type(hint: Any) -> tuple[Any, str | None]:
     if origin is Literal:
         return type(inner[0]), "|".join(map(str, inner))
     return (hint if hint in (bool, int, float) else str), None
-
-
-def _help(doc: str, *, required: bool) -> str:
-    """The docstring, with `Default: ...` at its end as Typer shows defaults."""
-    text, _, default = doc.partition(" Default: ")
-    if default:
-        return f"{text} [default: {default.rstrip('.')}]"
-    return f"{text} [required]" if required else text

@@ -33,8 +33,8 @@ def prepare(config: PrepareConfig, json: bool) -> None:
     from alpacache.errors import InterruptedRunError
     from alpacache.interrupt import InterruptGuard
     from alpacache.progress import Progress
-    from alpacache.sources import open_source
     from alpacache.sources.prepared_writer import prepare as write
+    from alpacache.sources.registry import open_source
     from alpacache.sources.selection import parse_quota, select
 
     wanted = None if config.quota is None else parse_quota(config.quota)

@@ -93,7 +93,8 @@ def _value(hint: Any, parameter: Any) -> str:
     if bool in kinds:
         return ""
     value = "PATH" if kinds[0] is Path else _VALUES.get(kinds[0], "TEXT")
-    return _cell(parameter.metavar or value) + (", repeatable" if getattr(parameter, "multiple", False) else "")
+    metavar = parameter.metavar() if callable(parameter.metavar) else parameter.metavar
+    return _cell(metavar or value) + (", repeatable" if getattr(parameter, "multiple", False) else "")
 
 
 def _cell(text: str) -> str:

@@ -192,7 +192,7 @@ def test_help_loads_nothing_heavy():
     code = "import sys; from cli.main import app\ntry: app(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
     found = loaded_by(code)
     assert "cli.main" in found
-    assert not {"torch", "transformers", "zarr", "datasets", "matplotlib", "scipy"} & found
+    assert not {"torch", "transformers", "zarr", "datasets", "matplotlib", "scipy", "numpy", "cache_store"} & found
 
 
 def cpu_seconds(*arguments):

@@ -14,8 +14,9 @@ from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.foreign_files import Schema, conform, read_json
 from alpacache.alpamayo.images import PROCESSOR, to_patches
 from alpacache.alpamayo.prompt import Reasoning
+from alpacache.driving.cameras import CAMERAS
 from alpacache.driving.picture_size import image_tokens
-from alpacache.driving.sample import CAMERAS, Sample
+from alpacache.driving.sample import Sample
 from alpacache.errors import CheckpointError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from alpacache.driving.sample import CAMERAS
+from alpacache.driving.cameras import CAMERAS
 
 Reasoning = Literal["none", "rollout"]
 

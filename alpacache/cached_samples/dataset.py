@@ -23,7 +23,8 @@ from alpacache.cached_samples.features import (
     tail_name,
 )
 from alpacache.cached_samples.identity import check_same_model, refuse_differences, store_codec
-from alpacache.driving.sample import FRONT_CAMERA, SampleRef
+from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import Turn, classify
 from alpacache.errors import UsageError
 from alpacache.prefix.layout import PrefixLayout

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.alpamayo.inputs import VLMInputs
-from alpacache.driving.sample import FRONT_CAMERA, Sample
+from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.sample import Sample
 from alpacache.errors import BadClipError
 from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures, Tail

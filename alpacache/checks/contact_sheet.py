@@ -13,7 +13,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 
-from alpacache.driving.sample import FRONT_CAMERA, Sample
+from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.sample import Sample
 from alpacache.driving.strata import classify
 from alpacache.pictures.canvas import (
     DPI,

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from alpacache.checks.check import Check, verdict
 from alpacache.checks.motion import Motion
-from alpacache.driving.sample import FRONT_CAMERA, Floats, Sample
+from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.sample import Floats, Sample
 from alpacache.driving.strata import heading
 from alpacache.errors import BadClipError
 from alpacache.sources.source import RecordedSource

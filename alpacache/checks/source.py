@@ -29,8 +29,9 @@ from alpacache.checks.recordings import (
     read_recording,
     recording_of,
 )
+from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
 from alpacache.driving.poses import Track
-from alpacache.driving.sample import FRONT_CAMERA, Sample, SampleRef, sort_cameras
+from alpacache.driving.sample import Sample, SampleRef
 from alpacache.driving.strata import STRATA, classify
 from alpacache.errors import BadClipError
 from alpacache.progress import OnProgress, Progress

@@ -5,7 +5,6 @@ Everything downstream (the VLM, the store, training, evaluation) sees recordings
 
 import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -30,17 +29,6 @@ FUTURE_S = FUTURE_STEPS * DT_S
 """6.4 s: how far a path reaches."""
 DEFAULT_T0_US = 5_100_000
 """t0 of the public loader, on the clip's clock."""
-CAMERAS = (
-    "camera_cross_left_120fov",
-    "camera_front_wide_120fov",
-    "camera_cross_right_120fov",
-    "camera_rear_left_70fov",
-    "camera_rear_tele_30fov",
-    "camera_rear_right_70fov",
-    "camera_front_tele_30fov",
-)
-"""PhysicalAI-AV camera names; the position is the camera index of the public code."""
-FRONT_CAMERA = CAMERAS[1]
 
 _ID = re.compile(r"(?P<clip>[^\0\n\ud800-\udfff]+)@(?P<t0>[0-9]+)#(?P<view>[0-9]+)")
 """Clip ids that a store can hold: its text fields take no NUL, its ids are valid Unicode."""
@@ -103,19 +91,3 @@ class Sample:
 def split_of(clip_id: str) -> Literal["train", "val"]:
     """Split by md5 of the clip id, 90 % train and 10 % val, so that all t0s of a clip fall on one side."""
     return "train" if int(hashlib.md5(clip_id.encode(), usedforsecurity=False).hexdigest(), 16) % 100 < 90 else "val"
-
-
-def sort_cameras(names: Sequence[str]) -> tuple[str, ...]:
-    """Camera names in index order, without duplicates. Raises `UsageError` for unknown ones or none."""
-    unknown = [name for name in names if name not in CAMERAS]
-    if unknown or not names:
-        raise UsageError(f"unknown camera {', '.join(unknown) or '(none given)'}; known: {', '.join(CAMERAS)}.")
-    return tuple(sorted(set(names), key=CAMERAS.index))
-
-
-def full_camera_name(name: str) -> str:
-    """Expand `front_wide` to `camera_front_wide_120fov`; full names stay as they are. Raises `UsageError`."""
-    matches = [camera for camera in CAMERAS if camera == name or camera.startswith(f"camera_{name}_")]
-    if len(matches) != 1:
-        raise UsageError(f"unknown camera {name!r}; known: {', '.join(CAMERAS)}, or short names such as front_wide.")
-    return matches[0]

@@ -16,7 +16,8 @@ import torch
 from alpacache.alpamayo import Checkpoint
 from alpacache.cached_samples.features import store_fields
 from alpacache.cached_samples.identity import provenance, store_identity
-from alpacache.driving.sample import SampleRef, sort_cameras
+from alpacache.driving.cameras import sort_cameras
+from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, InterruptedRunError, UsageError
 from alpacache.extraction.committer import Committer
 from alpacache.extraction.config import ExtractConfig
@@ -32,7 +33,7 @@ from alpacache.gpu.host_copies import HostCopies
 from alpacache.interrupt import InterruptGuard
 from alpacache.planning.time_model import prefill_batch
 from alpacache.progress import OnProgress, ignore
-from alpacache.sources import open_source
+from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
 from alpacache.sources.source import FixedSource
 from alpacache.sources.views import views_identity

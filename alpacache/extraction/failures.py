@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError
 from alpacache.extraction.progress import ExtractProgress
-from alpacache.sources import check_still_there
+from alpacache.sources.registry import check_still_there
 from alpacache.sources.selection import Rejected
 from cache_store import CacheWriter
 from cache_store.format.names import sample_key

@@ -9,7 +9,7 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.cached_samples.features import sample_arrays
 from alpacache.driving.sample import SampleRef
-from alpacache.sources import open_source
+from alpacache.sources.registry import open_source
 from alpacache.sources.source import Source
 from alpacache.sources.views import load
 

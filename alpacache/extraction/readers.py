@@ -14,7 +14,7 @@ from alpacache.extraction.pipeline import read_ahead
 from alpacache.extraction.preparation import Preparation, PreparationSettings, Prepared
 from alpacache.extraction.reading_process import ReadingProcesses
 from alpacache.gpu.device import limit_torch_to_one_thread
-from alpacache.sources import is_streamed
+from alpacache.sources.registry import is_streamed
 from alpacache.sources.source import Source
 from alpacache.torchrun import this_process
 

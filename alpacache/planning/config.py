@@ -4,16 +4,17 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from alpacache.config import Config, Count, Epochs, Place, Written, expect, parts
-from alpacache.driving.sample import FRONT_CAMERA
+from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.planning.gpus import MEASURED
 from alpacache.sources.config import Cameras, Frames
-from cache_store import CODECS
 
 Trainable = Literal["all", "head", "lora"]
 
 
 def codec_names() -> list[str]:
     """How keys and values may be stored: as they are, or by a codec."""
+    from cache_store import CODECS  # `alpacache --help` makes all options without it
+
     return ["bf16", *CODECS]
 
 
@@ -23,7 +24,7 @@ def _known_codec(written: Any) -> Any:
     return written
 
 
-Codec = Annotated[str, Written(metavar="|".join(codec_names()), read=_known_codec)]
+Codec = Annotated[str, Written(metavar=lambda: "|".join(codec_names()), read=_known_codec)]
 
 
 CONTEXT_BYTES = 2**29

@@ -17,7 +17,7 @@ from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.families import RELEASED
 from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.rollout import MAX_TOKENS
-from alpacache.driving.sample import sort_cameras
+from alpacache.driving.cameras import sort_cameras
 from alpacache.errors import UsageError
 from alpacache.planning.config import PlanConfig, Trainable, allowed_bytes, budget_bytes, codec_names
 from alpacache.planning.gpus import GPUS, MEASURED, Gpu, gpu_named

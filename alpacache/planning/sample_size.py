@@ -10,14 +10,9 @@ from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.cached_samples.features import KV_SHAPE, store_fields, tail_name
+from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.picture_size import image_tokens
-from alpacache.driving.sample import (
-    DEFAULT_T0_US,
-    FRONT_CAMERA,
-    FUTURE_STEPS,
-    HISTORY_STEPS,
-    SampleRef,
-)
+from alpacache.driving.sample import DEFAULT_T0_US, FUTURE_STEPS, HISTORY_STEPS, SampleRef
 from cache_store import KVCodec
 from cache_store.format.sample_group import Value
 from cache_store.upkeep.store_info import sample_size

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import MinLen
 
 from alpacache.config import Config, Count, Place, Seed, parts
-from alpacache.driving.sample import FRONT_CAMERA, full_camera_name
+from alpacache.driving.cameras import FRONT_CAMERA, full_camera_name
 from alpacache.errors import UsageError
 
 Cameras = Annotated[tuple[str, ...], MinLen(1), parts(full_camera_name, "NAME,...")]

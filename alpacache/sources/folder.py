@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.driving.cameras import CAMERAS, sort_cameras
 from alpacache.driving.poses import Track, check_track, frame_indices, history_and_future
-from alpacache.driving.sample import CAMERAS, Sample, SampleRef, sort_cameras
+from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, SourceError
 from alpacache.sources.recording import POSE_COLUMNS, Shot, covered_us, sample_of, track_of, wanted_frame_times_us
 from alpacache.sources.source import SourceKind

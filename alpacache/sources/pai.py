@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.driving.cameras import CAMERAS, sort_cameras
 from alpacache.driving.poses import Track, check_track, check_usable, ego_poses, frame_indices, sample_times_us
-from alpacache.driving.sample import CAMERAS, Sample, SampleRef, sort_cameras
+from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, DataError, SourceError, UsageError
 from alpacache.sources.pai_cache import FEATURES_FILE, REPO, LinkedCache, explain_hub_error
 from alpacache.sources.pai_chunks import ChunkCache, cache_directory, limit_bytes

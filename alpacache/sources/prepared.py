@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from alpacache.driving.cameras import sort_cameras
 from alpacache.driving.poses import EgoPoses
-from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef, sort_cameras
+from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.sources.folder import is_plain_name
 from alpacache.sources.prepared_rows import NEEDED, POSES, check_columns, from_row, poses_of

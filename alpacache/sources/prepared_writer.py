@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alpacache.driving.sample import SampleRef, sort_cameras
+from alpacache.driving.cameras import sort_cameras
+from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
-from alpacache.sources import check_still_there
 from alpacache.sources.prepared_card import PROVENANCE, provenance, render_card
 from alpacache.sources.prepared_rows import PictureFit, features, to_row
+from alpacache.sources.registry import check_still_there
 from alpacache.sources.selection import Rejected
 from alpacache.sources.source import Source
 from cache_store.storage.local_files import flush, write_flushed

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.driving.cameras import CAMERAS, FRONT_CAMERA, sort_cameras
 from alpacache.driving.poses import Track, frame_indices, history_and_future
-from alpacache.driving.sample import CAMERAS, FRONT_CAMERA, Sample, SampleRef, sort_cameras
+from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sources.recording import sample_of, wanted_frame_times_us
 from alpacache.sources.road import CLIP_US, SHAPES, ClipKind, Drive, Shape, make_drive

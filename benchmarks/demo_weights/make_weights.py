@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.demo.story import WEIGHTS, extract_config, overlay
-from alpacache.driving.sample import FRONT_CAMERA
+from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.extraction.extract import extract
 from alpacache.sources.prepared_writer import prepare
 from alpacache.sources.selection import select

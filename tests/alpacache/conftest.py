@@ -17,7 +17,7 @@ from alpacache.cached_samples.identity import store_identity
 from alpacache.driving.sample import SampleRef
 from alpacache.planning.workload import Workload
 from alpacache.prefix.layout import PrefixLayout
-from alpacache.sources import open_source
+from alpacache.sources.registry import open_source
 from cache_store import CODECS, CacheWriter
 
 ROOT = Path(__file__).parents[2]

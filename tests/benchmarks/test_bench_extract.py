@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache.driving.sample import CAMERAS
+from alpacache.driving.cameras import CAMERAS
 from alpacache.extraction.config import ExtractConfig
-from alpacache.sources import open_source
+from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

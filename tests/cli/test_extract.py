@@ -15,11 +15,12 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.prompt import CAMERA_TITLES
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.driving.sample import CAMERAS, SampleRef
+from alpacache.driving.cameras import CAMERAS
+from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, UsageError
 from alpacache.extraction.extract import share
 from alpacache.gpu.device import own_device
-from alpacache.sources import open_source
+from alpacache.sources.registry import open_source
 from alpacache.sources.synthetic import SyntheticSource
 from alpacache.sources.views import draw
 from benchmarks.pai_tree import write_tree

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from markdown_pages import ROOT, blocks
 
-from alpacache import sources
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
-from alpacache.driving.sample import FRONT_CAMERA, SampleRef
+from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, UsageError
+from alpacache.sources import registry
 from alpacache.sources.source import EventSource, FixedSource, RecordedSource
 from alpacache.sources.synthetic import SyntheticSource
 from cache_store import CacheReader
@@ -27,18 +28,18 @@ def npz(tmp_path, monkeypatch, capsys):
     (tmp_path / "npz.py").write_text(blocks(PAGE, "python")[0].code)
     module = runpy.run_path("npz.py", run_name="__main__")
     assert capsys.readouterr().out.startswith("12 [] synthetic-0-000000@2000000#0 ")
-    monkeypatch.setitem(sources.KINDS, "npz", module["KIND"])
+    monkeypatch.setitem(registry.KINDS, "npz", module["KIND"])
     return module
 
 
 def test_the_line_to_change_is_there():
-    registry = (ROOT / "alpacache/sources/__init__.py").read_text().splitlines()
+    module = (ROOT / "alpacache/sources/registry.py").read_text().splitlines()
     diff = blocks(PAGE, "diff")[0].code.splitlines()
-    assert [line[1:] for line in diff if line.startswith("-") and line[1:] not in registry] == []
+    assert [line[1:] for line in diff if line.startswith("-") and line[1:] not in module] == []
 
 
 def test_samples_are_those_that_were_written(npz):
-    source = sources.open_source("npz:drives")
+    source = registry.open_source("npz:drives")
     assert isinstance(source, RecordedSource)
     assert not isinstance(source, EventSource | FixedSource)
     drives = SyntheticSource(2)
@@ -46,20 +47,20 @@ def test_samples_are_those_that_were_written(npz):
     np.testing.assert_array_equal(ours.future_xyz, theirs.future_xyz)
     np.testing.assert_array_equal(ours.frames, theirs.frames)
     with pytest.raises(UsageError, match="npz:DIR"):
-        sources.open_source("npz:")
+        registry.open_source("npz:")
 
 
 def test_bad_clips_and_a_source_that_has_gone_are_told_apart(npz, tmp_path):
-    source = sources.open_source("npz:drives")
+    source = registry.open_source("npz:drives")
     (tmp_path / "drives" / f"{REF.clip_id}.npz").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(BadClipError, match="cannot be read"):
         source.load(REF, cameras=[FRONT_CAMERA], frames=4)
     with pytest.raises(BadClipError, match="leave it out with --cameras"):
         source.frame_times_us("synthetic-0-000000", "camera_front_tele_30fov")
-    sources.check_still_there("npz:drives", kept="")
+    registry.check_still_there("npz:drives", kept="")
     (tmp_path / "drives").rename(tmp_path / "away")
     with pytest.raises(DataError, match="is not any more"):
-        sources.check_still_there("npz:drives", kept="")
+        registry.check_still_there("npz:drives", kept="")
 
 
 def test_the_commands_take_it(npz, tmp_path, capsys):

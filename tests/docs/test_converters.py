@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from alpacache.checks.source import check_source
-from alpacache.driving.sample import FRONT_CAMERA
+from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.synthetic import SyntheticSource
 

@@ -7,7 +7,7 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.families import FAMILIES
 from alpacache.alpamayo.family import SPECIAL_TOKENS
 from alpacache.alpamayo.inputs import PromptTokenizer
-from alpacache.driving.sample import CAMERAS
+from alpacache.driving.cameras import CAMERAS
 from alpacache.errors import CheckpointError
 
 R1, ALPAMAYO_1_5 = FAMILIES["r1"].prompt, FAMILIES["1.5"].prompt

@@ -14,7 +14,7 @@ from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import MAX_TOKENS, TEMPERATURE, TOP_P, RolloutSampler, load_head, pick
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import CheckpointError
-from alpacache.sources import open_source
+from alpacache.sources.registry import open_source
 
 PARITY = 1e-4
 CASES = ["rollout_mixed", "rollout_early"]

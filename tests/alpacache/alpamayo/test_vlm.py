@@ -9,8 +9,9 @@ from plain_rollouts import extend, rollouts
 
 from alpacache.alpamayo import Checkpoint, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
-from alpacache.driving.sample import CAMERAS, SampleRef
-from alpacache.sources import open_source
+from alpacache.driving.cameras import CAMERAS
+from alpacache.driving.sample import SampleRef
+from alpacache.sources.registry import open_source
 
 PARITY = 1e-4
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from alpacache.checks.contact_sheet import contact_sheet_png
-from alpacache.driving.sample import FRONT_CAMERA, SampleRef
+from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.sample import SampleRef
 from alpacache.sources.synthetic import SyntheticSource
 
 

@@ -16,12 +16,12 @@ from alpacache.checks.axes import judge_axes, judge_rotations, judge_speed
 from alpacache.checks.motion import motion_of
 from alpacache.checks.recordings import check_poses
 from alpacache.checks.source import MEANINGS, check_source
+from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
-from alpacache.driving.sample import FRONT_CAMERA
 from alpacache.errors import SourceError, UsageError
-from alpacache.sources import open_source
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.prepared_writer import prepare
+from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 

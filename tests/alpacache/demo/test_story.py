@@ -17,7 +17,8 @@ from alpacache.demo.story import (
     run_demo,
     train_config,
 )
-from alpacache.driving.sample import CAMERAS, SampleRef
+from alpacache.driving.cameras import CAMERAS
+from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import LATE_CURVE
 from alpacache.evaluation.evaluate import evaluate
 from alpacache.extraction.extract import extract

@@ -4,13 +4,8 @@ import hashlib
 
 import pytest
 
-from alpacache.driving.sample import (
-    CAMERAS,
-    SampleRef,
-    full_camera_name,
-    sort_cameras,
-    split_of,
-)
+from alpacache.driving.cameras import CAMERAS, full_camera_name, sort_cameras
+from alpacache.driving.sample import SampleRef, split_of
 from alpacache.errors import UsageError
 from cache_store.format.names import MAX_ID_BYTES, sample_key
 

@@ -8,8 +8,8 @@ import alpacache
 from alpacache.errors import BadClipError, UsageError
 from alpacache.extraction import disk_room
 from alpacache.extraction.config import ExtractConfig
-from alpacache.sources import open_source
 from alpacache.sources.prepared_writer import prepare
+from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 from cache_store import CacheReader, info

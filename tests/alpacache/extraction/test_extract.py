@@ -21,7 +21,7 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, UsageError
 from alpacache.extraction.config import ExtractConfig
-from alpacache.sources import open_source
+from alpacache.sources.registry import open_source
 from cache_store import (
     CODECS,
     CacheReader,
@@ -165,7 +165,7 @@ def test_hidden_states_can_be_left_out(tiny_checkpoint, tmp_path):
     ("cameras", "frames"), [(("camera_front_tele_30fov", "camera_cross_left_120fov"), 1), (None, 4)]
 )
 def test_several_cameras_and_frames(cameras, frames, tiny_checkpoint_15, tmp_path):
-    from alpacache.driving.sample import CAMERAS
+    from alpacache.driving.cameras import CAMERAS
 
     cameras = cameras or CAMERAS
     alpacache.extract(config(tiny_checkpoint_15, tmp_path / "store", samples=1, cameras=cameras, frames=frames))

@@ -17,7 +17,8 @@ import torch
 
 import alpacache
 from alpacache.alpamayo import FrozenVLM
-from alpacache.driving.sample import FRONT_CAMERA, SampleRef
+from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.sample import SampleRef
 from alpacache.errors import DataError, DeviceMemoryError, InterruptedRunError, UsageError
 from alpacache.extraction import progress
 from alpacache.extraction.config import ExtractConfig

@@ -5,7 +5,8 @@ import pytest
 import alpacache
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import geometry_of
-from alpacache.driving.sample import CAMERAS, SampleRef, sort_cameras
+from alpacache.driving.cameras import CAMERAS, sort_cameras
+from alpacache.driving.sample import SampleRef
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.planning import plan as planning

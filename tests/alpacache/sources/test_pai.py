@@ -13,9 +13,9 @@ import pytest
 from alpacache.checks.recordings import read_recording
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
-from alpacache.sources import open_source
 from alpacache.sources.pai import PhysicalAiSource, open_tree
 from alpacache.sources.pai_cache import LinkedCache, explain_hub_error
+from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 from benchmarks.pai_tree import write_tree

@@ -14,10 +14,11 @@ import pytest
 
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, SourceError, UsageError
-from alpacache.sources import open_source, pai_chunks, retry
+from alpacache.sources import pai_chunks, retry
 from alpacache.sources.pai import open_tree
 from alpacache.sources.pai_cache import REPO
 from alpacache.sources.pai_chunks import ChunkCache, cache_directory, limit_bytes
+from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 from benchmarks.pai_tree import write_tree

@@ -10,10 +10,10 @@ from PIL import Image as Picture
 
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, InterruptedRunError, SourceError, UsageError
-from alpacache.sources import open_source
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.prepared_rows import PictureFit
 from alpacache.sources.prepared_writer import prepare
+from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 from cache_store.storage import local_files

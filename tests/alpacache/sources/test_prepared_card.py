@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 
-from alpacache.driving.sample import FRONT_CAMERA, split_of
+from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.sample import split_of
 from alpacache.driving.strata import STRATA, classify
 from alpacache.sources.prepared_card import histogram, mean_curvature, render_card
 from alpacache.sources.prepared_writer import prepare

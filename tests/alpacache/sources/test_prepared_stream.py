@@ -17,9 +17,10 @@ from datasets import load_from_disk
 
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, SourceError
-from alpacache.sources import open_source, prepared_stream
+from alpacache.sources import prepared_stream
 from alpacache.sources.prepared_stream import SPARE_ROWS, Cursor
 from alpacache.sources.prepared_writer import prepare
+from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from alpacache.driving.sample import FRONT_CAMERA
+from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.strata import classify
 from alpacache.errors import UsageError
 from alpacache.sources.prepared import open_prepared

@@ -4,9 +4,10 @@ import sys
 import numpy as np
 import pytest
 
-from alpacache.driving.sample import CAMERAS, FRONT_CAMERA, SampleRef
+from alpacache.driving.cameras import CAMERAS, FRONT_CAMERA
+from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, UsageError
-from alpacache.sources import open_source
+from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 

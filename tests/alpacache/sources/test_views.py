@@ -18,8 +18,9 @@ from alpacache.driving.sample import SampleRef, split_of
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.evaluation.config import EvalConfig
 from alpacache.extraction.config import ExtractConfig
-from alpacache.sources import open_source, views
+from alpacache.sources import views
 from alpacache.sources.prepared_writer import prepare
+from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
 from alpacache.sources.views import RANGES, Jitter
 from alpacache.training.config import TrainConfig

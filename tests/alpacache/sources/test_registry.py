@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from alpacache import sources
 from alpacache.errors import DataError, UsageError
-from alpacache.sources import KINDS, check_still_there, is_streamed, open_source
+from alpacache.sources import registry
+from alpacache.sources.registry import KINDS, check_still_there, is_streamed, open_source
 from alpacache.sources.source import EventSource, FixedSource, GroupedSource, RecordedSource
 from alpacache.sources.synthetic import SyntheticSource
 
@@ -43,7 +43,7 @@ def test_a_new_kind_is_one_entry(monkeypatch):
         open=lambda place, cameras: opened.append((place, cameras)) or SyntheticSource(1),
         is_streamed=lambda place: place == "far",
     )
-    monkeypatch.setitem(sources.KINDS, "toy", kind)
+    monkeypatch.setitem(registry.KINDS, "toy", kind)
     assert open_source("toy:red", cameras=["camera_front_wide_120fov"]).clip_ids == ["synthetic-0-000000"]
     assert opened == [("red", ["camera_front_wide_120fov"])]
     assert [is_streamed(spec) for spec in ("toy:far", "toy:red")] == [True, False]
@@ -98,7 +98,7 @@ def test_looking_whether_a_source_is_there_opens_none_of_them(places, monkeypatc
         raise AssertionError("the source was opened again")
 
     for prefix, kind in KINDS.items():
-        monkeypatch.setitem(sources.KINDS, prefix, dataclasses.replace(kind, open=refuse))
+        monkeypatch.setitem(registry.KINDS, prefix, dataclasses.replace(kind, open=refuse))
     started = time.process_time()
     for spec in places:
         for _ in range(200):
