@@ -1,20 +1,22 @@
-"""`alpacache check`: faults of recordings, found before a GPU is rented for them."""
+"""`alpacache check` and `alpacache doctor`: faults of recordings and of the machine, found before a GPU is rented."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from alpacache import strict_json
+from alpacache.errors import UsageError
 from alpacache.sources.config import CheckConfig
 
 from . import output
-from .options import from_config
+from .options import Json, from_config, place
 
 if TYPE_CHECKING:
+    from alpacache.checks.check import Check
     from alpacache.checks.source import SourceReport
 
-FAILED, QUARANTINED = 1, 3
 SHEET, REPORT = "contact_sheet.png", "check.json"
 _TITLE = "frames at t0, and the path driven until t0 + 6.4 s; dots are seconds, arrows the heading at the end"
 _SHOWN = 12
@@ -35,7 +37,11 @@ def check(config: CheckConfig, json: bool) -> None:
     from alpacache.sources.registry import open_source
 
     source = open_source(config.source, cameras=config.cameras)
-    directory = None if config.out is None else _make_directory(config.out)
+    if config.out is not None:  # before anything is read
+        try:
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {config.out} cannot be made ({error}); choose another directory.") from error
     with output.show_progress("check") as on_progress:
         report = check_source(
             source,
@@ -47,7 +53,8 @@ def check(config: CheckConfig, json: bool) -> None:
             on_progress=on_progress,
         )
     record = _record(report)
-    if directory is not None:
+    if config.out is not None:
+        directory = Path(config.out)
         (directory / REPORT).write_text(strict_json.dumps(record, indent=1) + "\n")
         if report.shown:
             (directory / SHEET).write_bytes(contact_sheet_png(report.shown, title=f"{report.source}: {_TITLE}"))
@@ -56,68 +63,75 @@ def check(config: CheckConfig, json: bool) -> None:
     else:
         _print(report, config.out)
     if not report.ok:
-        raise typer.Exit(FAILED)
+        raise typer.Exit(output.FAILED)
     if report.refused:
-        raise typer.Exit(QUARANTINED)
+        raise typer.Exit(output.QUARANTINED)
+
+
+def doctor(
+    store: Annotated[
+        str | None, typer.Option(help="Where the store is or will be. [default: the working directory]", callback=place)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or directory whose configs should be readable.", callback=place)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check Python, packages, GPU, memory, disk and hub access in seconds. Exit code 1 if anything failed.
+
+    Example: `alpacache doctor --store cache/train --model nvidia/Alpamayo-R1-10B`
+    """
+    from alpacache.checks.check import worst
+    from alpacache.checks.machine import diagnose
+
+    checks = diagnose(store=store, model=model)
+    is_ok = worst(checks) != "fail"
+    if json:
+        output.print_json({"ok": is_ok, "checks": checks})
+    else:
+        _print_checks("doctor", checks)
+        output.print_table("next", [[check.name, check.remedy] for check in checks if check.remedy])
+    if not is_ok:
+        raise typer.Exit(output.FAILED)
 
 
 def _record(report: "SourceReport") -> dict[str, Any]:
     from alpacache.checks.source import MEANINGS
 
-    return {
-        "ok": report.ok,
-        "source": report.source,
-        "samples": report.samples,
-        "refused": len(report.refused),
-        "clip_counts": report.clip_counts,
-        "checks": report.checks,
-        "meanings": MEANINGS,
-        "strata": report.strata,
-        "speeds_mps": report.speeds_mps,
-        "clips": report.clips,
-        "seconds": report.seconds,
-    }
-
-
-def _make_directory(out: str) -> Path:
-    """Make the output directory before anything is read. Raises `UsageError` where it cannot be made."""
-    from alpacache.errors import UsageError
-
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be made ({error}); choose another directory.") from error
-    return Path(out)
+    names = ("ok", "source", "samples", "clip_counts", "checks", "strata", "speeds_mps", "clips", "seconds")
+    record = {name: getattr(report, name) for name in names}
+    return record | {"refused": len(report.refused), "meanings": MEANINGS}
 
 
 def _print(report: "SourceReport", out: str | None) -> None:
     from alpacache.checks.source import MEANINGS
 
-    output.print_table("check", [[check.status, check.name, check.found] for check in report.checks])
-    steps = [
-        [check.name, f"Expected: {MEANINGS[check.name]}. {check.remedy}"] for check in report.checks if check.remedy
-    ]
-    if steps:
-        output.print_table("next", steps)
+    _print_checks("check", report.checks)
+    steps = [check for check in report.checks if check.remedy]
+    output.print_table("next", [[check.name, f"Expected: {MEANINGS[check.name]}. {check.remedy}"] for check in steps])
     clips = [
         [clip.clip_id, check.status, check.name, check.found]
         for clip in report.clips
         for check in clip.checks
         if check.status != "ok"
     ]
-    if clips:
-        output.print_table("clips", clips[:_SHOWN] + _more(clips))
-    rows = [["samples", f"{report.samples} of {len(report.clips)} clips"]]
-    rows.append(["clips", ", ".join(f"{count} {status}" for status, count in report.clip_counts.items() if count)])
-    rows.append(["strata", ", ".join(f"{name} {count}" for name, count in report.strata.items() if count)])
-    rows.append(["speeds", ", ".join(f"{name} {value:.1f} m/s" for name, value in report.speeds_mps.items())])
-    rows.append(["refused", str(len(report.refused))])
-    refused = [["", f"{refusal.kind}: {refusal.message}"] for refusal in report.refused]
-    rows += refused[:_SHOWN] + _more(refused)
+    output.print_table("clips", clips[:_SHOWN] + [["", more] for more in _more(clips)])
+    refused = [f"{refusal.kind}: {refusal.message}" for refusal in report.refused]
+    lines: dict[str, str | list[str]] = {
+        "samples": f"{report.samples} of {len(report.clips)} clips",
+        "clips": ", ".join(f"{count} {status}" for status, count in report.clip_counts.items() if count),
+        "strata": ", ".join(f"{name} {count}" for name, count in report.strata.items() if count),
+        "speeds": ", ".join(f"{name} {value:.1f} m/s" for name, value in report.speeds_mps.items()),
+        "refused": [str(len(refused)), *refused[:_SHOWN], *_more(refused)],
+    }
     if out is not None:
-        rows.append(["written", f"{out}: {REPORT}" + (f", {SHEET}" if report.shown else "")])
-    output.print_table("samples", rows)
+        lines["written"] = f"{out}: {REPORT}" + (f", {SHEET}" if report.shown else "")
+    output.print_lines("samples", lines)
 
 
-def _more(rows: list[list[str]]) -> list[list[str]]:
-    return [["", f"and {len(rows) - _SHOWN} more; --json has all"]] if len(rows) > _SHOWN else []
+def _print_checks(title: str, checks: "Sequence[Check]") -> None:
+    output.print_table(title, [[check.status, check.name, check.found] for check in checks])
+
+
+def _more(rows: Sequence[object]) -> list[str]:
+    return [f"and {len(rows) - _SHOWN} more; --json has all"] if len(rows) > _SHOWN else []

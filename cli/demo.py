@@ -30,4 +30,4 @@ def demo(config: DemoConfig, json: bool) -> None:
         output.print_json({"out": config.out, "train": report.run, "summary": report.evaluation.summary.to_json()})
         return
     print_summary(report.evaluation.summary)
-    output.print_table("", [["report", f"{report.evaluation.out}/report.html"]])
+    output.print_lines("", {"report": f"{report.evaluation.out}/report.html"})

@@ -15,10 +15,7 @@ _WARNINGS = 3
 _METRICS = {"min_ade": "minADE", "ade": "ADE", "min_fde": "minFDE", "corner_distance": "corners"}
 
 
-@from_config(
-    EvalConfig,
-    panels={"Models": "checkpoint compare ema", "Machine": "batch_size capture device"},
-)
+@from_config(EvalConfig, panels={"Models": "checkpoint compare ema", "Machine": "batch_size capture device"})
 def evaluate(config: EvalConfig, json: bool) -> None:
     """Judge the base model and trained ones on cached features: public metrics, straight-line bias, pictures.
 
@@ -32,15 +29,13 @@ def evaluate(config: EvalConfig, json: bool) -> None:
         output.print_json({"out": report.out, "seconds": report.seconds, "summary": report.summary.to_json()})
         return
     print_summary(report.summary)
-    output.print_table(
-        "",
-        [
-            ["report", f"{config.out}/report.html"],
-            ["numbers", f"{config.out}/eval.json"],
-            ["every sample", f"{config.out}/samples.parquet"],
-            ["pictures", f"{config.out}/pictures/"],
-        ],
-    )
+    files = {
+        "report": "report.html",
+        "numbers": "eval.json",
+        "every sample": "samples.parquet",
+        "pictures": "pictures/",
+    }
+    output.print_lines("", {what: f"{config.out}/{name}" for what, name in files.items()})
 
 
 def print_summary(summary: "EvalSummary") -> None:
@@ -61,7 +56,5 @@ def print_summary(summary: "EvalSummary") -> None:
     output.print_table(f"{summary.samples} samples, {summary.paths} paths each, metres", rows, heads=heads)
     for warning in summary.warnings[:_WARNINGS]:
         output.note(warning)
-    if len(summary.warnings) > _WARNINGS:
-        output.note(
-            f"{len(summary.warnings) - _WARNINGS} more strata are too small to conclude from; eval.json names them."
-        )
+    if (more := len(summary.warnings) - _WARNINGS) > 0:
+        output.note(f"{more} more strata are too small to conclude from; eval.json names them.")

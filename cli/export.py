@@ -16,19 +16,13 @@ def export(config: ExportConfig, json: bool) -> None:
         from alpacache.exporting.export import export as run
 
         report = run(config, on_progress=on_progress)
-    if json:
-        output.print_json(report)
-        return
-    revision = f" at {report.base_revision}" if report.base_revision else ""
-    rows = [
-        ["checkpoint", f"{report.checkpoint}, step {report.step} ({report.trainable})"],
-        ["base", report.base + revision],
-        ["tensors", f"{report.tensors}, of which {report.changed_tensors} trained"],
-        [
-            "files",
-            f"{report.linked_files} linked, {report.written_files} written ({report.written_bytes / 1e9:.2f} GB)",
-        ],
-        ["holds", "the expert alone; the VLM is missing" if report.expert_only else "the complete model"],
-        ["next", f"alpacache eval --store STORE --model {config.out} --out EVAL"],
-    ]
-    output.print_table(config.out, rows)
+    written = f"{report.written_files} written ({report.written_bytes / 1e9:.2f} GB)"
+    lines = {
+        "checkpoint": f"{report.checkpoint}, step {report.step} ({report.trainable})",
+        "base": report.base + (f" at {report.base_revision}" if report.base_revision else ""),
+        "tensors": f"{report.tensors}, of which {report.changed_tensors} trained",
+        "files": f"{report.linked_files} linked, {written}",
+        "holds": "the expert alone; the VLM is missing" if report.expert_only else "the complete model",
+        "next": f"alpacache eval --store STORE --model {config.out} --out EVAL",
+    }
+    output.print_result(report, config.out, lines, as_json=json)

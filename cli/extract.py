@@ -8,8 +8,6 @@ from alpacache.torchrun import this_process
 from . import output
 from .options import from_config
 
-QUARANTINED = 3
-
 
 @from_config(
     ExtractConfig,
@@ -32,29 +30,18 @@ def extract(config: ExtractConfig, json: bool) -> None:
         from alpacache.extraction.extract import extract as run
 
         report = run(config, on_progress=on_progress)
-    if process.rank > 0:
-        pass  # the first process reports, for all of torchrun's
-    elif json:
-        output.print_json(report)
-    else:
-        rows = [
-            ["store", report.store],
-            [
-                "extracted",
-                f"{report.extracted} of {report.selected} samples, {report.already_there} were there already",
-            ],
-            [
-                "speed",
-                f"{report.samples_per_s:.2f} samples/s, {report.bytes_written / 1e9:.3f} GB in {report.seconds:.1f} s",
-            ],
-            ["the VLM waited", f"{report.read_wait:.0%} of the time for samples, {report.write_wait:.0%} for the disk"],
-            ["all workers", f"{report.committed} of {report.wanted} samples are in the store"],
-            ["quarantined", str(len(report.quarantined))],
-        ]
-        rows += [["", f"{sample_id}: {reason}"] for sample_id, reason in report.quarantined.items()]
-        output.print_table("extract", rows)
+    lines = {
+        "store": report.store,
+        "extracted": f"{report.extracted} of {report.selected} samples, {report.already_there} were there already",
+        "speed": f"{report.samples_per_s:.2f} samples/s, {report.bytes_written / 1e9:.3f} GB in {report.seconds:.1f} s",
+        "the VLM waited": f"{report.read_wait:.0%} of the time for samples, {report.write_wait:.0%} for the disk",
+        "all workers": f"{report.committed} of {report.wanted} samples are in the store",
+        "quarantined": [str(len(report.quarantined)), *map(": ".join, report.quarantined.items())],
+    }
+    if process.rank == 0:  # for all of torchrun's
+        output.print_result(report, "extract", lines, as_json=json)
     if report.quarantined and process.world_size == 1:
-        raise typer.Exit(QUARANTINED)
+        raise typer.Exit(output.QUARANTINED)
     if report.quarantined:  # torchrun ends all processes when one does not exit with 0
         output.note(
             f"process {process.rank} refused {len(report.quarantined)} samples; "

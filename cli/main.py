@@ -7,16 +7,12 @@ Exit codes: 0 done; 1 failed; 2 bad usage or input, nothing touched; 3 done but 
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from types import FrameType
 from typing import Annotated
 
 import typer
 
-from . import check, copy, demo, doctor, evaluate, export, extract, options, output, plan, prepare, probe, store, train
-
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-_ANYWHERE = ("--quiet", "--verbose")
+from . import check, demo, evaluate, export, extract, options, output, plan, prepare, probe, store, train
+from .output import BAD_INPUT, FAILED, INTERRUPTED
 
 app = typer.Typer(
     name="alpacache",
@@ -38,8 +34,8 @@ for name, function in (
     app.command(name, cls=options.ConfigCommand)(function)
 app.command("info")(store.info)
 app.command("verify")(store.verify)
-app.command("copy")(copy.copy)
-app.command("doctor")(doctor.doctor)
+app.command("copy")(store.copy)
+app.command("doctor")(check.doctor)
 app.command("demo", cls=options.ConfigCommand)(demo.demo)
 
 
@@ -51,7 +47,7 @@ def alpacache(
             "--version",
             help="Print the versions of alpacache and its libraries.",
             is_eager=True,
-            callback=lambda wanted: _print_versions() if wanted else None,
+            callback=lambda wanted: wanted and _print_versions(),
         ),
     ] = False,
     quiet: Annotated[
@@ -74,11 +70,6 @@ def alpacache(
     output.set_verbosity("quiet" if quiet else "verbose" if verbose else "normal")
 
 
-def _anywhere_first(arguments: Sequence[str]) -> list[str]:
-    """Move options of the program to the front: they may stand behind the command, where people put them."""
-    return sorted(arguments, key=lambda word: word not in _ANYWHERE)
-
-
 def _print_versions() -> None:
     """Print our version, then what a bug report should say. No library is imported for it."""
     import platform
@@ -86,26 +77,25 @@ def _print_versions() -> None:
 
     from alpacache import __version__
 
-    lines = [f"alpacache {__version__}", f"python {platform.python_version()}"]
+    typer.echo(f"alpacache {__version__}\npython {platform.python_version()}")
     for name in ("torch", "transformers", "zarr", "numcodecs", "safetensors", "numpy"):
         try:
-            lines.append(f"{name} {version(name)}")
+            typer.echo(f"{name} {version(name)}")
         except PackageNotFoundError:
-            lines.append(f"{name} not installed")
-    typer.echo("\n".join(lines))
+            typer.echo(f"{name} not installed")
     raise typer.Exit
 
 
 def main() -> None:
     """Run the command line; every error a user can meet ends as one message and an exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(_anywhere_first(sys.argv[1:]))
+        # The program's options may stand behind the command, where people put them.
+        app(sorted(sys.argv[1:], key=lambda word: word not in ("--quiet", "--verbose")))
     except SystemExit as ended:
         if ended.code != INTERRUPTED:
             raise
-        # What Typer makes of a KeyboardInterrupt.
-        _fail("interrupted; everything committed so far is kept.", INTERRUPTED)
+        _fail("interrupted; everything committed so far is kept.", INTERRUPTED)  # Typer's KeyboardInterrupt
     except Exception as error:
         _end_with(error)
 
@@ -125,16 +115,9 @@ def _end_with(error: Exception) -> None:
         case AlpacacheError() | CacheStoreError():
             _fail(str(error), FAILED)
         case OSError():
-            _fail(
-                f"{error}. What was committed is intact: see that the place is there, may be written and has room, "
-                "and run the same command again.",
-                FAILED,
-            )
+            kept = "What was committed is intact: see that the place is there, may be written and has room"
+            _fail(f"{error}. {kept}, and run the same command again.", FAILED)
     raise error
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> None:

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -12,10 +12,12 @@ from alpacache import strict_json
 from alpacache.progress import OnProgress, Progress, clock, ignore
 
 Verbosity = Literal["quiet", "normal", "verbose"]
+FAILED, BAD_INPUT, QUARANTINED, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes, beside 0: done."""
+Lines = Mapping[str, str | Sequence[str] | None]
+"""Label -> its text, several below each other, or None: not shown."""
 _PLAIN_INTERVAL_S = 10.0
 _FILE_WIDTH = 120
-
-
 _verbosity: Verbosity = "normal"
 
 
@@ -45,23 +47,34 @@ def print_json(value: Any) -> None:
     sys.stdout.write(strict_json.dumps(value, indent=1) + "\n")
 
 
+def print_result(value: Any, title: str, lines: Lines, *, as_json: bool) -> None:
+    """Print what a command returns: as one JSON object, or as a table of lines."""
+    if as_json:
+        print_json(value)
+    else:
+        print_lines(title, lines)
+
+
+def print_lines(title: str, lines: Lines) -> None:
+    """Print labels and what they say on stdout."""
+    texts = {label: [text] if isinstance(text, str) else text or () for label, text in lines.items()}
+    print_table(title, [["" if number else label, text] for label in texts for number, text in enumerate(texts[label])])
+
+
 def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[str] = ()) -> None:
-    """Print a table on stdout; without heads the first column is a label. Data is never read as markup."""
+    """Print a table on stdout, if it has rows; without heads the first column is a label. Data is never markup."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    if not rows:
+        return
     table = Table(title=Text(title), title_justify="left", show_header=bool(heads), box=None, pad_edge=False)
-    for column in range(max((len(row) for row in rows), default=len(heads))):
-        label = column == 0
-        table.add_column(
-            heads[column] if heads else "",
-            justify="left" if label or not heads else "right",
-            style="dim" if label and not heads else None,
-            overflow="fold",
-        )
+    for column, head in enumerate(heads or [""] * max(map(len, rows))):
+        right, dim = column > 0 and heads, column == 0 and not heads
+        table.add_column(head, justify="right" if right else "left", style="dim" if dim else None, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*map(Text, row))
     console = Console()
     Console(width=console.width if console.is_terminal else max(console.width, _FILE_WIDTH)).print(table)
 
@@ -76,67 +89,40 @@ def show_progress(title: str, *, quiet: bool = False) -> Iterator[OnProgress]:
         yield ignore
         return
     if not sys.stderr.isatty():
-        yield _PlainLines(title)
+        last = time.monotonic()
+
+        def write_line(progress: Progress) -> None:
+            nonlocal last
+            if progress.done == progress.total or time.monotonic() - last >= _PLAIN_INTERVAL_S:
+                last = time.monotonic()
+                sys.stderr.write(f"{title}: {', '.join(filter(None, _texts(progress)))}\n")
+
+        yield write_line
         return
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA {task.fields[eta]}"),
-        TextColumn("{task.fields[notes]}", style="cyan"),
+    done, rate, eta, notes = (TextColumn(f"{{task.fields[texts][{number}]}}") for number in range(4))
+    notes.style = "cyan"
+    columns = (TextColumn("{task.description}"), BarColumn(), done, rate, TimeElapsedColumn(), eta, notes)
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, visible=False, texts=[""] * 4)
+        yield lambda progress: bar.update(
+            task, visible=True, total=progress.total, completed=progress.done, texts=_texts(progress)
+        )
+
+
+def _texts(progress: Progress) -> tuple[str, str, str, str]:
+    """What is done, how fast, when the rest will be, and notes."""
+    left = clock((progress.total - progress.done) / progress.rate) if progress.rate > 0 else "-"
+    done, notes = f"{progress.done}/{progress.total} {progress.unit}", progress.notes.items()
+    return (
+        done,
+        f"{progress.rate:.3g} {progress.unit}/s",
+        f"ETA {left}",
+        " ".join(f"{key} {text}" for key, text in notes),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=False) as bar:
-        task = bar.add_task(title, total=None, visible=False, unit="", rate="", eta="-", notes="")
-
-        def update(progress: Progress) -> None:
-            bar.update(
-                task,
-                visible=True,
-                total=progress.total,
-                completed=progress.done,
-                unit=progress.unit,
-                rate=_rate(progress),
-                eta=_eta(progress),
-                notes=_notes(progress),
-            )
-
-        yield update
-
-
-class _PlainLines:
-    """Progress as plain lines, for logs."""
-
-    def __init__(self, title: str) -> None:
-        self._title, self._last = title, time.monotonic()
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self._last >= _PLAIN_INTERVAL_S or progress.done == progress.total:
-            self._last = now
-            place = f"{progress.done}/{progress.total} {progress.unit}"
-            parts = [place, _rate(progress), f"ETA {_eta(progress)}", _notes(progress)]
-            sys.stderr.write(f"{self._title}: {', '.join(filter(None, parts))}\n")
-            sys.stderr.flush()
-
-
-def _rate(progress: Progress) -> str:
-    return f"{progress.rate:.3g} {progress.unit}/s"
-
-
-def _eta(progress: Progress) -> str:
-    if progress.rate <= 0:
-        return "-"
-    return clock((progress.total - progress.done) / progress.rate)
-
-
-def _notes(progress: Progress) -> str:
-    return " ".join(f"{key} {value}" for key, value in progress.notes.items())
 
 
 def note(text: str) -> None:

@@ -17,13 +17,8 @@ if TYPE_CHECKING:
     from alpacache.sources.prepared_rows import PictureFit
     from alpacache.sources.prepared_writer import PrepareReport
 
-QUARANTINED = 3
 
-
-@from_config(
-    PrepareConfig,
-    panels={"Samples": "split samples cameras frames t0 seed quota", "Pictures": "size model"},
-)
+@from_config(PrepareConfig, panels={"Samples": "split samples cameras frames t0 seed quota", "Pictures": "size model"})
 def prepare(config: PrepareConfig, json: bool) -> None:
     """Choose samples and write them, one self-contained row each, for `extract` on another machine.
 
@@ -66,7 +61,7 @@ def prepare(config: PrepareConfig, json: bool) -> None:
         )
     _report(config.out, written, wanted or {}, as_json=json)
     if written.rejected:
-        raise typer.Exit(QUARANTINED)
+        raise typer.Exit(output.QUARANTINED)
 
 
 def _picture_fit(model: str | None) -> "PictureFit":
@@ -85,7 +80,7 @@ def _picture_fit(model: str | None) -> "PictureFit":
 
 def _report(out: str, written: "PrepareReport", wanted: "Mapping[Turn, int]", *, as_json: bool) -> None:
     """Show what was written. A quota that the source could not fill is said on stderr as well."""
-    counts = {turn: written.provenance["strata"][turn] for turn in wanted}
+    counts = written.provenance["strata"]
     for turn, count in wanted.items():
         if counts[turn] < count:
             output.note(f"{counts[turn]} of {count} {turn} samples: the source has no more that can be used.")
@@ -94,6 +89,10 @@ def _report(out: str, written: "PrepareReport", wanted: "Mapping[Turn, int]", *,
         record = {"out": out, "samples": written.samples, "rejected": rejected, "provenance": written.provenance}
         output.print_json(record)
         return
-    strata = ", ".join(f"{name} {count}" for name, count in written.provenance["strata"].items() if count)
-    rows = [["dataset", out], ["samples", str(written.samples)], ["strata", strata], ["left out", str(len(rejected))]]
-    output.print_table("prepare", rows + [["", f"{name}: {reason}"] for name, reason in rejected.items()])
+    lines = {
+        "dataset": out,
+        "samples": str(written.samples),
+        "strata": ", ".join(f"{name} {count}" for name, count in counts.items() if count),
+        "left out": [str(len(rejected)), *map(": ".join, rejected.items())],
+    }
+    output.print_lines("prepare", lines)

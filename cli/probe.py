@@ -27,7 +27,7 @@ def probe(config: ProbeConfig, json: bool) -> None:
         return
     print_report(report)
     if config.out is not None:
-        output.print_table("", [["numbers", f"{config.out}/probe.json"], ["picture", f"{config.out}/probe.png"]])
+        output.print_lines("", {"numbers": f"{config.out}/probe.json", "picture": f"{config.out}/probe.png"})
 
 
 def print_report(report: "ProbeReport") -> None:
@@ -53,8 +53,7 @@ def print_report(report: "ProbeReport") -> None:
             [name, *(_text(vectors[name]["ridge"].features) for vectors in targets.values())] for name in report.vectors
         ]
         output.print_table("R^2 of single layers, ridge, features alone", by_layer, heads=["vectors", *targets])
-    others = [[verdict.sentence] for verdict in report.verdicts[1:]]
-    output.print_table("", [[report.conclusion], *others])
+    output.print_table("", [[report.conclusion], *([verdict.sentence] for verdict in report.verdicts[1:])])
 
 
 def _short(value: "Interval | None") -> str:

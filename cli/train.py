@@ -39,32 +39,24 @@ def train(config: TrainConfig, json: bool) -> None:
         report = run(config, on_progress=on_progress, on_plan=_show_plan)
     if this_process().rank > 0:
         return
-    if json:
-        output.print_json(report)
-        return
-    rows = [
-        ["run", report.run],
-        ["steps", f"{report.steps} over {report.samples} samples"],
-        [
-            "speed",
-            f"{report.samples_per_s:.2f} samples/s in {report.seconds:.1f} s, {report.data_wait:.1%} waiting for data",
-        ],
-    ]
+    lines = {"run": report.run, "steps": f"{report.steps} over {report.samples} samples"}
     if report.first_loss is not None:
-        rows.insert(2, ["loss", f"{report.first_loss:.4f} -> {report.last_loss:.4f}"])
+        lines["loss"] = f"{report.first_loss:.4f} -> {report.last_loss:.4f}"
+    speed = f"{report.samples_per_s:.2f} samples/s in {report.seconds:.1f} s"
+    lines["speed"] = f"{speed}, {report.data_wait:.1%} waiting for data"
     if report.val_loss is not None:
         best = "" if report.best_val_loss is None else f", best {report.best_val_loss:.4f}"
         last = f"{report.val_loss:.4f}" if math.isfinite(report.val_loss) else "not finite; lower --lr"
-        rows.append(["validation loss", f"{last}{best}"])
+        lines["validation loss"] = last + best
     if report.val_min_ade is not None:
-        rows.append(["validation minADE", f"{report.val_min_ade:.3f} m"])
+        lines["validation minADE"] = f"{report.val_min_ade:.3f} m"
     if report.stopped_early:
-        rows.append(["stopped early", "validation had stopped getting better; a larger --patience goes on"])
+        lines["stopped early"] = "validation had stopped getting better; a larger --patience goes on"
     if report.damaged:
-        rows.append(["damaged", f"{report.damaged} samples left out; `alpacache verify` names them"])
+        lines["damaged"] = f"{report.damaged} samples left out; `alpacache verify` names them"
     if report.peak_gib is not None:
-        rows.append(["GPU memory", f"{report.peak_gib:.2f} GiB reserved at peak, {report.planned_gib:.2f} planned"])
-    output.print_table("train", rows)
+        lines["GPU memory"] = f"{report.peak_gib:.2f} GiB reserved at peak, {report.planned_gib:.2f} planned"
+    output.print_result(report, "train", lines, as_json=json)
 
 
 def _show_plan(plan: "MemoryPlan") -> None:
