@@ -67,9 +67,8 @@ def _sample_lines(plan: "Plan") -> output.Lines:
 def _time_lines(plan: "Plan") -> output.Lines:
     one, two, machine = plan.extract, plan.train, plan.machine
     bound = "the GPU decides" if two.compute_s + two.optimizer_s >= two.read_s else "the disk decides"
-    writes, reads = (
-        f"{machine.disk_is} {rate / 1e9:.2f} GB/s" for rate in (machine.write_bytes_s, machine.read_bytes_s)
-    )
+    rates = (machine.write_bytes_s, machine.read_bytes_s)
+    writes, reads = (f"{machine.disk_is} {rate / 1e9:.2f} GB/s" for rate in rates)
     return {
         "extract": _duration(one.hours),
         "  a sample": [

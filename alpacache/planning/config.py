@@ -1,5 +1,6 @@
 """Settings of `plan`, and the sizes of cards that people write."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -25,8 +26,6 @@ def _known_codec(written: Any) -> Any:
 
 
 Codec = Annotated[str, Written(metavar=lambda: "|".join(codec_names()), read=_known_codec)]
-
-
 CONTEXT_BYTES = 2**29
 """CUDA's own, outside the allocator: why a budget of 24GB is a cap of 23.5 GiB."""
 
@@ -36,22 +35,19 @@ def allowed_bytes(card_gib: float) -> int:
     return int((card_gib - CONTEXT_BYTES / 2**30) * 2**30)
 
 
-def budget_bytes(text: str) -> int:
+def budget_bytes(text: Any) -> int:
     """What the allocator may take of a card of a written size: 23.5 GiB of `24GB`. Cards are named by GB and have GiB.
 
-    Raises `ValueError` for what is no size of a card.
+    Raises `ValueError` with what was expected of anything else.
     """
-    number = float(text.strip().upper().removesuffix("IB").removesuffix("GB").removesuffix("G"))
-    if not 0.5 < number < 1e6:
-        raise ValueError(f"{text} is no card's size")
-    return allowed_bytes(number)
+    size = re.fullmatch(r"\s*(\d*\.?\d+)\s*(GI?B?)?\s*", text, re.IGNORECASE) if isinstance(text, str) else None
+    if size is None or not 0.5 < float(size[1]) < 1e6:
+        raise ValueError("a size such as 24GB")
+    return allowed_bytes(float(size[1]))
 
 
 def _checked_budget(written: Any) -> Any:
-    try:
-        budget_bytes(written)
-    except (ValueError, AttributeError):
-        raise ValueError("a size such as 24GB") from None
+    budget_bytes(written)
     return written
 
 

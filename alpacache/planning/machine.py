@@ -69,8 +69,10 @@ def disk_speed(path: Path | str) -> DiskSpeed:
             write_new(*((file, [data]) for file in more))
             files += more
         write_s = time.perf_counter() - started
-        for file in files:
-            _forget(file)
+        if hasattr(os, "posix_fadvise"):  # out of the page cache, so that the medium is read
+            for file in files:
+                with file.open("rb") as opened:
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         started = time.perf_counter()
 
         def read(file: Path) -> int:
@@ -84,13 +86,6 @@ def disk_speed(path: Path | str) -> DiskSpeed:
         read_s = time.perf_counter() - started
     written = len(files) * len(data)
     return DiskSpeed(write_bytes_s=written / write_s, read_bytes_s=read_bytes / max(read_s, 1e-9), probe_bytes=written)
-
-
-def _forget(file: Path) -> None:
-    """Ask the system to drop a file from the page cache."""
-    if hasattr(os, "posix_fadvise"):
-        with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def gpu_speed(number: int = 0) -> Gpu:

@@ -5,7 +5,6 @@ memory, unless an earlier micro-batch has left gradients already. The size of ac
 (`benchmarks/results/`); everything else is counted.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from alpacache.cached_samples.ring import samples_ahead
@@ -34,37 +33,29 @@ They make a step some 3 % shorter, and a run that needs little of a card should 
 
 def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: bool) -> MemoryPlan:
     """Work out what these settings take."""
-    row = work.layout.row_bytes(work.longest)
-    tokens = micro_batch * draws * FUTURE_STEPS
-    gradients = work.trained * BF16_BYTES
-    activations = _activations(work, tokens, checkpointing=checkpointing)
-    alone = micro_batch >= work.batch_size
-    adapters = work.trained if work.trainable == "lora" else 0
-    parts = {
-        "weights": (work.parameters + adapters) * BF16_BYTES,
-        "gradients": gradients,
-        "moments": state_bytes(work.optimizer, work.trained),
-        "prefixes": 2 * work.batch_size * row,
-        "decoding": LEAST_DECODED * _decoded_bytes(work, micro_batch),
-        "activations": activations,
-        "validation": VAL_BATCH * row + _decoded_bytes(work, VAL_BATCH) if work.validates else 0,
-    }
+    row, tokens = work.layout.row_bytes(work.longest), micro_batch * draws * FUTURE_STEPS
+    gradients, activations = work.trained * BF16_BYTES, _activations(work, tokens, checkpointing=checkpointing)
     both = gradients + activations
-    peak = max(activations, gradients + round(_HOLES * activations)) if alone else both
+    peak = max(activations, gradients + round(_HOLES * activations)) if micro_batch >= work.batch_size else both
     peak = min(peak, both)
     # The widest moment of a layer's backward: gradients of gate, up and their product, and of the residual stream.
     widest = tokens * (3 * BF16_BYTES * work.intermediate + 8 * work.hidden)
-    workspace = _WORKSPACE_BYTES + widest + round(_GAPS * peak)
-    pinned = work.pinned_bytes if work.pinned_bytes is not None else samples_ahead(work.batch_size) * row
+    adapters = work.trained if work.trainable == "lora" else 0
     return MemoryPlan(
         micro_batch=micro_batch,
         checkpointing=checkpointing,
         draws=draws,
         decoded_layers=LEAST_DECODED,
+        weights=(work.parameters + adapters) * BF16_BYTES,
+        gradients=gradients,
+        moments=state_bytes(work.optimizer, work.trained),
+        prefixes=2 * work.batch_size * row,
+        decoding=LEAST_DECODED * _decoded_bytes(work, micro_batch),
+        activations=activations,
         shared=both - peak,
-        workspace=workspace,
-        pinned=pinned,
-        **parts,
+        validation=VAL_BATCH * row + _decoded_bytes(work, VAL_BATCH) if work.validates else 0,
+        workspace=_WORKSPACE_BYTES + widest + round(_GAPS * peak),
+        pinned=samples_ahead(work.batch_size) * row if work.pinned_bytes is None else work.pinned_bytes,
     )
 
 
@@ -75,7 +66,9 @@ def fastest_plan(
 
     Raises `UsageError` where nothing fits, with what the smallest settings take and what to change.
     """
-    sizes = list(_halvings(work.batch_size)) if micro_batch is None else [min(micro_batch, work.batch_size)]
+    sizes = [work.batch_size if micro_batch is None else min(micro_batch, work.batch_size)]
+    while micro_batch is None and sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
     choices = [False, True] if checkpointing is None else [checkpointing]
     plans = [
         memory_plan(work, draws=draws, micro_batch=size, checkpointing=choice) for size in sizes for choice in choices
@@ -115,13 +108,6 @@ def _decoded_bytes(work: Workload, samples: int) -> int:
     """Size of one decoded layer; zero for bfloat16, which is read where it lies."""
     layout = work.layout
     return 0 if layout.codec is None else samples * work.longest * 2 * layout.kv_heads * layout.head_dim * BF16_BYTES
-
-
-def _halvings(size: int) -> Iterable[int]:
-    while size > 1:
-        yield size
-        size = -(-size // 2)
-    yield 1
 
 
 def _remedy(work: Workload, least: MemoryPlan, cap_bytes: int) -> str:

@@ -31,7 +31,7 @@ from alpacache.planning.time_model import (
     prefill_seconds,
     reading_seconds,
 )
-from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload
+from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload, expert_sizes
 from cache_store import CODECS
 from cache_store.storage.local_files import free_bytes
 
@@ -136,26 +136,18 @@ def plan(config: PlanConfig) -> Plan:
         name: sample_bytes(geometry, prompt, codec=CODECS.get(name), hidden_states=hidden_states, rollouts=rollouts)
         for name in codec_names()
     }
-    chosen = sizes[config.codec]
-    sample_size_bytes = sum(chosen.values())
-    store_bytes = samples * sample_size_bytes
+    chosen, one_bytes = sizes[config.codec], sum(sizes[config.codec].values())
+    store_bytes = samples * one_bytes
     free = None if config.store is None else free_bytes(existing_folder(config.store))
     cap = allowed_bytes(machine.gpu.memory_gb)
     if config.memory_budget is not None:
         cap = min(cap, budget_bytes(config.memory_budget))
-    work = planned_workload(
-        geometry,
-        prompt.tokens,
-        codec=config.codec,
-        trainable=config.trainable,
-        lora_rank=config.lora_rank,
-        batch_size=config.batch_size,
-    )
+    work = _workload(config, geometry, prompt.tokens)
     memory = fastest_plan(work, draws=config.draws, micro_batch=None, checkpointing=None, cap_bytes=cap)
     at_once = prefill_batch(cameras=len(cameras), frames=config.frames)
     prefill_s = prefill_seconds(geometry.vlm_parameters, at_once * prompt.tokens, machine.gpu) / at_once
     reading_s = reading_seconds(len(cameras), config.picture, machine.cores)
-    write_s = sample_size_bytes / machine.write_bytes_s
+    write_s = one_bytes / machine.write_bytes_s
     extract = ExtractPlan(
         weights_bytes=geometry.vlm_parameters * BF16_BYTES,
         prefill_s=prefill_s,
@@ -193,28 +185,21 @@ def plan(config: PlanConfig) -> Plan:
 
 def least_training_bytes(trainable: Trainable) -> int:
     """GPU memory of the smallest useful training of the released model: one front camera, int8, one sample a step."""
-    ask = PlanConfig(samples=1)
+    ask = PlanConfig(samples=1, codec="int8", trainable=trainable, batch_size=1)
     prompt = planned_prompt(None, ask.cameras, frames=ask.frames, picture=ask.picture)
-    work = planned_workload(
-        RELEASED.geometry, prompt.tokens, codec="int8", trainable=trainable, lora_rank=ask.lora_rank, batch_size=1
-    )
+    work = _workload(ask, RELEASED.geometry, prompt.tokens)
     return memory_plan(work, draws=1, micro_batch=1, checkpointing=True).device_bytes
 
 
-def planned_workload(
-    geometry: Geometry, tokens: int, *, codec: str, trainable: Trainable, lora_rank: int, batch_size: int
-) -> Workload:
+def _workload(config: PlanConfig, geometry: Geometry, tokens: int) -> Workload:
     """Training as `train` would plan for it on a GPU: adamw8, compiled, with a validation store."""
-    layout = PrefixLayout(
-        layers=geometry.layers, kv_heads=geometry.kv_heads, head_dim=geometry.head_dim, codec=CODECS.get(codec)
-    )
-    return Workload.of(
-        geometry.expert_shapes,
-        layout,
-        tokens,
-        trainable=trainable,
-        lora_rank=lora_rank,
-        batch_size=batch_size,
+    layers, heads, codec = geometry.layers, geometry.kv_heads, CODECS.get(config.codec)
+    return Workload(
+        **expert_sizes(geometry.expert_shapes, config.trainable, config.lora_rank),
+        layout=PrefixLayout(layers=layers, kv_heads=heads, head_dim=geometry.head_dim, codec=codec),
+        longest=tokens,
+        batch_size=config.batch_size,
+        trainable=config.trainable,
         optimizer="adamw8",
         compiled=True,
         validates=True,
@@ -223,29 +208,19 @@ def planned_workload(
 
 def _machine(gpu_name: str, *, probed_folder: str | None) -> Machine:
     """A GPU of the table and assumed speeds, or with a folder this machine, measured there."""
-    named = gpu_named(gpu_name)
+    gpu = gpu_named(gpu_name)
+    gpu_is: Literal["measured", "scaled", "probed"] = "measured" if gpu is GPUS[MEASURED] else "scaled"
     if probed_folder is None:
-        return Machine(
-            gpu=named,
-            gpu_is="measured" if named is GPUS[MEASURED] else "scaled",
-            read_bytes_s=READ_BYTES_S,
-            write_bytes_s=WRITE_BYTES_S,
-            cores=CORES,
-            disk_is="assumed",
-        )
+        speeds = {"read_bytes_s": READ_BYTES_S, "write_bytes_s": WRITE_BYTES_S}
+        return Machine(gpu=gpu, gpu_is=gpu_is, **speeds, cores=CORES, disk_is="assumed")
     try:
         disk = disk_speed(probed_folder)
     except OSError as error:
         raise UsageError(f"cannot write at {probed_folder} ({error}); give --store a place for it.") from error
-    here = torch.cuda.is_available()
-    return Machine(
-        gpu=gpu_speed() if here else named,
-        gpu_is="probed" if here else "measured" if named is GPUS[MEASURED] else "scaled",
-        read_bytes_s=disk.read_bytes_s,
-        write_bytes_s=disk.write_bytes_s,
-        cores=len(os.sched_getaffinity(0)),
-        disk_is="probed",
-    )
+    if torch.cuda.is_available():
+        gpu, gpu_is = gpu_speed(), "probed"
+    speeds = {"read_bytes_s": disk.read_bytes_s, "write_bytes_s": disk.write_bytes_s}
+    return Machine(gpu=gpu, gpu_is=gpu_is, **speeds, cores=len(os.sched_getaffinity(0)), disk_is="probed")
 
 
 def _train_plan(
@@ -254,8 +229,7 @@ def _train_plan(
     steps = math.ceil(epochs * samples / work.batch_size)
     first_epoch = min(steps, samples / work.batch_size)
     compute_s, optimizer_s = compute_seconds(work, memory, machine.gpu), optimizer_seconds(work, machine.gpu)
-    busy_s = compute_s + optimizer_s
-    read_s = work.batch_size * kv_bytes / machine.read_bytes_s
+    busy_s, read_s = compute_s + optimizer_s, work.batch_size * kv_bytes / machine.read_bytes_s
     step_s = max(busy_s, read_s)
     return TrainPlan(
         steps=steps,

@@ -59,14 +59,8 @@ def planned_prompt(
         text = DEFAULT_FAMILY.prompt.render([[tokens] * frames] * len(cameras), cameras=cameras)
         length = RELEASED.text_tokens + len(cameras) * frames * (tokens + 2)
         question = RELEASED.question_tokens
-    return PlannedPrompt(
-        cameras=cameras,
-        frames=frames,
-        text=text,
-        tokens=length,
-        tokens_an_image=tokens,
-        question_tokens=question,
-    )
+    sizes = {"tokens": length, "tokens_an_image": tokens, "question_tokens": question}
+    return PlannedPrompt(cameras=cameras, frames=frames, text=text, **sizes)
 
 
 def sample_bytes(

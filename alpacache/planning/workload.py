@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypedDict
 
 from alpacache.alpamayo.family import EXPERT_LINEARS, HEAD_TENSORS
 from alpacache.planning.config import CONTEXT_BYTES
@@ -10,22 +11,6 @@ from alpacache.prefix.layout import PrefixLayout
 
 _BYTES = {"adamw": 4.0, "adamw8": 3.0 + 3 * 2 / 128}
 """Optimizer state of a bf16 parameter: two bf16 moments; or a residual, two codes and three scales for each 128."""
-
-
-def trained_counts(shapes: Mapping[str, tuple[int, ...]], which: str, lora_rank: int) -> tuple[int, int]:
-    """Count the expert's parameters, and those that `choose_trainable` would return.
-
-    `shapes`: the expert's tensors by their names in the checkpoint.
-    """
-    counts = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(".freqs")}
-    head = sum(count for name, count in counts.items() if name.startswith(HEAD_TENSORS))
-    linears = [
-        shape
-        for name, shape in shapes.items()
-        if name.startswith("expert.layers.") and name.split(".")[-2] in EXPERT_LINEARS and name.endswith(".weight")
-    ]
-    adapters = sum(lora_rank * (outputs + inputs) for outputs, inputs in linears)
-    return sum(counts.values()), {"all": sum(counts.values()), "head": head, "lora": head + adapters}[which]
 
 
 VAL_BATCH = 2
@@ -60,40 +45,40 @@ class Workload:
     pinned_bytes: int | None = None
     """Size of samples kept in host memory; None: only the ring's."""
 
-    @classmethod
-    def of(
-        cls,
-        shapes: Mapping[str, tuple[int, ...]],
-        layout: PrefixLayout,
-        longest: int,
-        *,
-        trainable: str,
-        lora_rank: int,
-        batch_size: int,
-        optimizer: str,
-        compiled: bool,
-        validates: bool,
-        pinned_bytes: int | None = None,
-    ) -> "Workload":
-        """Measure a model by the `shapes` of its expert and projections, by name in the checkpoint."""
-        parameters, trained = trained_counts(shapes, trainable, lora_rank)
-        gates = [shape for name, shape in shapes.items() if name.endswith(_GATE)]
-        intermediate, hidden = gates[0]
-        return cls(
-            parameters=parameters,
-            trained=trained,
-            layers=len(gates),
-            hidden=hidden,
-            intermediate=intermediate,
-            layout=layout,
-            longest=longest,
-            batch_size=batch_size,
-            trainable=trainable,
-            optimizer=optimizer,
-            compiled=compiled,
-            validates=validates,
-            pinned_bytes=pinned_bytes,
-        )
+
+class ExpertSizes(TypedDict):
+    """Fields of a `Workload` that follow from the expert's tensors."""
+
+    parameters: int
+    trained: int
+    layers: int
+    hidden: int
+    intermediate: int
+
+
+def expert_sizes(shapes: Mapping[str, tuple[int, ...]], trainable: str, lora_rank: int) -> ExpertSizes:
+    """Measure expert and projections by the `shapes` of their tensors, by name in the checkpoint.
+
+    Trained are the parameters that `choose_trainable` would return.
+    """
+    counts = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(".freqs")}
+    head = sum(count for name, count in counts.items() if name.startswith(HEAD_TENSORS))
+    linears = [
+        shape
+        for name, shape in shapes.items()
+        if name.startswith("expert.layers.") and name.split(".")[-2] in EXPERT_LINEARS and name.endswith(".weight")
+    ]
+    adapters = sum(lora_rank * (outputs + inputs) for outputs, inputs in linears)
+    everything = sum(counts.values())
+    gates = [shape for name, shape in shapes.items() if name.endswith(_GATE)]
+    intermediate, hidden = gates[0]
+    return {
+        "parameters": everything,
+        "trained": {"all": everything, "head": head, "lora": head + adapters}[trainable],
+        "layers": len(gates),
+        "hidden": hidden,
+        "intermediate": intermediate,
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,12 +108,11 @@ class MemoryPlan:
     @property
     def device_bytes(self) -> int:
         """Peak of what the allocator reserves."""
-        parts = self.weights + self.gradients + self.moments + self.prefixes + self.decoding
-        return parts + self.activations - self.shared + self.validation + self.workspace
+        return self.device_table()[-1][1]
 
     def device_table(self) -> list[tuple[str, int]]:
         """Lines that make up `device_bytes`, and the sum: (what, bytes)."""
-        return [
+        parts = [
             ("weights", self.weights),
             ("gradients", self.gradients),
             ("moments", self.moments),
@@ -138,8 +122,8 @@ class MemoryPlan:
             ("activations' memory that gradients use again", -self.shared),
             ("validation", self.validation),
             ("workspace", self.workspace),
-            ("sum, to be reserved", self.device_bytes),
         ]
+        return [*parts, ("sum, to be reserved", sum(size for _, size in parts))]
 
     def table(self) -> list[tuple[str, int]]:
         """Lines of the table with what lies beside the allocator: (what, bytes)."""

@@ -29,7 +29,7 @@ from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World, join_world
 from alpacache.errors import DataError, InterruptedRunError, UsageError
 from alpacache.interrupt import InterruptGuard
-from alpacache.planning.workload import MemoryPlan, Workload
+from alpacache.planning.workload import MemoryPlan, Workload, expert_sizes
 from alpacache.prefix.layout import LEAST_DECODED
 from alpacache.progress import OnProgress, ignore
 from alpacache.strict_json import plain
@@ -144,12 +144,11 @@ def _settle(config: TrainConfig, directory: RunDirectory, inputs: _Inputs, world
     asked = restore_auto_settings(asked, directory, world)
     if device.type != "cuda":
         return settle_on_cpu(asked, batch_size)
-    work = Workload.of(
-        inputs.checkpoint.shapes(*EXPERT_PARTS),
-        data.layout,
-        data.longest,
+    work = Workload(
+        **expert_sizes(inputs.checkpoint.shapes(*EXPERT_PARTS), config.trainable, config.lora_rank),
+        layout=data.layout,
+        longest=data.longest,
         trainable=config.trainable,
-        lora_rank=config.lora_rank,
         batch_size=batch_size,
         optimizer=optimizer,
         compiled=config.compile,

@@ -14,7 +14,7 @@ from alpacache.alpamayo.families import RELEASED
 from alpacache.alpamayo.foreign_files import read_header
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.errors import CheckpointError
-from alpacache.planning.workload import trained_counts
+from alpacache.planning.workload import expert_sizes
 
 
 def test_of_a_checkpoint(tiny_checkpoint):
@@ -45,8 +45,8 @@ def test_the_released_expert_is_the_model_class_of_that_size():
         f"{part}.{name}": tuple(p.shape) for part, module in parts.items() for name, p in module.named_parameters()
     }
     assert shapes == RELEASED.geometry.expert_shapes
-    parameters, adapters = trained_counts(shapes, "lora", 16)
-    assert (round(parameters / 1e9, 2), round(adapters / 1e6, 2)) == (2.28, 27.42)
+    sizes = expert_sizes(shapes, "lora", 16)
+    assert (round(sizes["parameters"] / 1e9, 2), round(sizes["trained"] / 1e6, 2)) == (2.28, 27.42)
 
 
 def test_of_a_hub_id_fetches_no_weights(tiny_checkpoint, monkeypatch):

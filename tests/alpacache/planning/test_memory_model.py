@@ -10,8 +10,7 @@ from alpacache.errors import UsageError
 from alpacache.planning.gpus import GPUS
 from alpacache.planning.memory_model import fastest_plan, memory_plan
 from alpacache.planning.time_model import compute_seconds, optimizer_seconds
-from alpacache.planning.workload import Workload
-from alpacache.prefix.layout import PrefixLayout
+from alpacache.planning.workload import expert_sizes
 from alpacache.training.auto_settings import choose_draws
 from alpacache.training.trainable import choose_trainable
 
@@ -52,14 +51,12 @@ def test_the_table_adds_up(released):
 @pytest.mark.parametrize("which", ["all", "head", "lora"])
 def test_counts_are_those_of_the_real_parameters(tiny_checkpoint, which):
     checkpoint = Checkpoint(str(tiny_checkpoint))
-    layout = PrefixLayout(layers=2, kv_heads=2, head_dim=16, codec=None)
-    rest = {"batch_size": 2, "optimizer": "adamw8", "compiled": True, "validates": False}
-    work = Workload.of(checkpoint.shapes(*EXPERT_PARTS), layout, 100, trainable=which, lora_rank=4, **rest)
-    assert (work.layers, work.hidden, work.intermediate) == (4, 96, 192)
+    sizes = expert_sizes(checkpoint.shapes(*EXPERT_PARTS), which, 4)
+    assert (sizes["layers"], sizes["hidden"], sizes["intermediate"]) == (4, 96, 192)
     expert = load_expert(checkpoint)
-    assert work.parameters == sum(parameter.numel() for parameter in expert.parameters())
+    assert sizes["parameters"] == sum(parameter.numel() for parameter in expert.parameters())
     trained = choose_trainable(expert, which, lora_rank=4, seed=0)
-    assert work.trained == sum(parameter.numel() for parameter in trained.values())
+    assert sizes["trained"] == sum(parameter.numel() for parameter in trained.values())
 
 
 def choose(work, cap_gib, **fixed):

@@ -18,7 +18,7 @@ from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.planning.gpus import GPUS
 from alpacache.planning.memory_model import memory_plan
-from alpacache.planning.workload import MAX_DRAWS, Workload
+from alpacache.planning.workload import MAX_DRAWS, Workload, expert_sizes
 from alpacache.training import auto_settings, resume_check
 from alpacache.training.auto_settings import (
     SettledStep,
@@ -136,9 +136,9 @@ def work(tiny_checkpoint, store):
     """Eight samples a step."""
     checkpoint = Checkpoint(str(tiny_checkpoint))
     data = CachedDataset([store], checkpoint)
-    settings = {"trainable": "all", "lora_rank": 16, "batch_size": 8, "optimizer": "adamw8"}
-    settings |= {"compiled": True, "validates": False}
-    return Workload.of(checkpoint.shapes(*EXPERT_PARTS), data.layout, data.longest, **settings)
+    sizes = expert_sizes(checkpoint.shapes(*EXPERT_PARTS), "all", 16)
+    settings = {"trainable": "all", "batch_size": 8, "optimizer": "adamw8", "compiled": True, "validates": False}
+    return Workload(**sizes, layout=data.layout, longest=data.longest, **settings)
 
 
 def settle(work, asked=OPEN, world=None, *, cap=2**40, run=None, batch_s=0.0):
