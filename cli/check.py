@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,7 +33,7 @@ def check(config: CheckConfig, json: bool) -> None:
     Example: `alpacache check folder:my_drives --out check`
     """
     from alpacache.checks.contact_sheet import contact_sheet_png
-    from alpacache.checks.source import check_source
+    from alpacache.checks.source import MEANINGS, check_source
     from alpacache.sources.registry import open_source
 
     source = open_source(config.source, cameras=config.cameras)
@@ -52,7 +52,8 @@ def check(config: CheckConfig, json: bool) -> None:
             frames=config.frames,
             on_progress=on_progress,
         )
-    record = _record(report)
+    names = ("ok", "source", "samples", "clip_counts", "checks", "strata", "speeds_mps", "clips", "seconds")
+    record = {name: getattr(report, name) for name in names} | {"refused": len(report.refused), "meanings": MEANINGS}
     if config.out is not None:
         directory = Path(config.out)
         (directory / REPORT).write_text(strict_json.dumps(record, indent=1) + "\n")
@@ -93,14 +94,6 @@ def doctor(
         output.print_table("next", [[check.name, check.remedy] for check in checks if check.remedy])
     if not is_ok:
         raise typer.Exit(output.FAILED)
-
-
-def _record(report: "SourceReport") -> dict[str, Any]:
-    from alpacache.checks.source import MEANINGS
-
-    names = ("ok", "source", "samples", "clip_counts", "checks", "strata", "speeds_mps", "clips", "seconds")
-    record = {name: getattr(report, name) for name in names}
-    return record | {"refused": len(report.refused), "meanings": MEANINGS}
 
 
 def _print(report: "SourceReport", out: str | None) -> None:

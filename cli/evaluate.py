@@ -1,7 +1,10 @@
-"""`alpacache eval`: whether the straight-line bias is gone."""
+"""`alpacache eval`, whether the straight-line bias is gone, and `demo`, the whole story on a CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from alpacache.demo.config import DemoConfig
 from alpacache.evaluation.config import EvalConfig
 
 from . import output
@@ -10,7 +13,6 @@ from .options import from_config
 if TYPE_CHECKING:
     from alpacache.evaluation.summary import EvalSummary
 
-_NAMES = {"straight_history_late_curve": "curve after t0"}
 _WARNINGS = 3
 _METRICS = {"min_ade": "minADE", "ade": "ADE", "min_fde": "minFDE", "corner_distance": "corners"}
 
@@ -28,17 +30,36 @@ def evaluate(config: EvalConfig, json: bool) -> None:
     if json:
         output.print_json({"out": report.out, "seconds": report.seconds, "summary": report.summary.to_json()})
         return
-    print_summary(report.summary)
-    files = {
-        "report": "report.html",
-        "numbers": "eval.json",
-        "every sample": "samples.parquet",
-        "pictures": "pictures/",
-    }
-    output.print_lines("", {what: f"{config.out}/{name}" for what, name in files.items()})
+    _print_summary(report.summary)
+    labels = ("report", "numbers", "every sample", "pictures")
+    names = ("report.html", "eval.json", "samples.parquet", "pictures/")
+    output.print_lines("", {label: f"{config.out}/{name}" for label, name in zip(labels, names, strict=True)})
 
 
-def print_summary(summary: "EvalSummary") -> None:
+@from_config(DemoConfig)
+def demo(config: DemoConfig, json: bool) -> None:
+    """Offline, on a CPU, in minutes: a straight-biased tiny model, cached features, retraining, the bias gone.
+
+    Example: `alpacache demo --out demo`
+    """
+    from alpacache.demo.story import run_demo
+    from alpacache.progress import OnProgress
+
+    @contextmanager
+    def stage(title: str, command: str) -> Iterator[OnProgress]:
+        output.note(command)
+        with output.show_progress(title) as on_progress:
+            yield on_progress
+
+    report = run_demo(config.out, seed=config.seed, stage=stage)
+    if json:
+        output.print_json({"out": config.out, "train": report.run, "summary": report.evaluation.summary.to_json()})
+        return
+    _print_summary(report.evaluation.summary)
+    output.print_lines("", {"report": f"{report.evaluation.out}/report.html"})
+
+
+def _print_summary(summary: "EvalSummary") -> None:
     """Show metrics in metres, and the slope of predicted against driven heading change: 1 without bias, 0 straight."""
     from alpacache.driving.strata import LATE_CURVE
 
@@ -49,7 +70,8 @@ def print_summary(summary: "EvalSummary") -> None:
         for number, label in enumerate(labels if stratum.samples else ()):
             slope = stratum.bias[label]["heading"][6.4]
             text = "-" if slope is None else f"{slope.slope:.2f} [{slope.low:.2f}, {slope.high:.2f}]"
-            first = [_NAMES.get(name, name), str(stratum.samples)] if number == 0 else ["", ""]
+            shown = "curve after t0" if name == LATE_CURVE else name
+            first = [shown, str(stratum.samples)] if number == 0 else ["", ""]
             recall = stratum.corridor[label].recall
             numbers = [f"{stratum.metrics[label][key]:.3f}" for key in _METRICS]
             rows.append([*first, label, *numbers, "-" if recall is None else f"{recall:.2f}", text])

@@ -43,7 +43,5 @@ def extract(config: ExtractConfig, json: bool) -> None:
     if report.quarantined and process.world_size == 1:
         raise typer.Exit(output.QUARANTINED)
     if report.quarantined:  # torchrun ends all processes when one does not exit with 0
-        output.note(
-            f"process {process.rank} refused {len(report.quarantined)} samples; "
-            f"`alpacache info {config.store}` lists them."
-        )
+        refused = f"process {process.rank} refused {len(report.quarantined)} samples"
+        output.note(f"{refused}; `alpacache info {config.store}` lists them.")

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import check, demo, evaluate, export, extract, options, output, plan, prepare, probe, store, train
+from . import check, evaluate, export, extract, options, output, plan, prepare, probe, store, train
 from .output import BAD_INPUT, FAILED, INTERRUPTED
 
 app = typer.Typer(
@@ -36,7 +36,25 @@ app.command("info")(store.info)
 app.command("verify")(store.verify)
 app.command("copy")(store.copy)
 app.command("doctor")(check.doctor)
-app.command("demo", cls=options.ConfigCommand)(demo.demo)
+app.command("demo", cls=options.ConfigCommand)(evaluate.demo)
+
+
+def _print_versions(wanted: bool) -> None:
+    """Print our version, then what a bug report should say. No library is imported for it."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from alpacache import __version__
+
+    if not wanted:
+        return
+    typer.echo(f"alpacache {__version__}\npython {platform.python_version()}")
+    for name in ("torch", "transformers", "zarr", "numcodecs", "safetensors", "numpy"):
+        try:
+            typer.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            typer.echo(f"{name} not installed")
+    raise typer.Exit
 
 
 @app.callback()
@@ -44,10 +62,7 @@ def alpacache(
     version: Annotated[
         bool,
         typer.Option(
-            "--version",
-            help="Print the versions of alpacache and its libraries.",
-            is_eager=True,
-            callback=lambda wanted: wanted and _print_versions(),
+            "--version", help="Print versions of alpacache and its libraries.", is_eager=True, callback=_print_versions
         ),
     ] = False,
     quiet: Annotated[
@@ -68,22 +83,6 @@ def alpacache(
     if quiet and verbose:
         raise typer.BadParameter("--quiet and --verbose exclude each other.")
     output.set_verbosity("quiet" if quiet else "verbose" if verbose else "normal")
-
-
-def _print_versions() -> None:
-    """Print our version, then what a bug report should say. No library is imported for it."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    from alpacache import __version__
-
-    typer.echo(f"alpacache {__version__}\npython {platform.python_version()}")
-    for name in ("torch", "transformers", "zarr", "numcodecs", "safetensors", "numpy"):
-        try:
-            typer.echo(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            typer.echo(f"{name} not installed")
-    raise typer.Exit
 
 
 def main() -> None:

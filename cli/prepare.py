@@ -2,7 +2,6 @@
 
 import itertools
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import typer
@@ -13,9 +12,7 @@ from . import output
 from .options import from_config
 
 if TYPE_CHECKING:
-    from alpacache.driving.strata import Turn
     from alpacache.sources.prepared_rows import PictureFit
-    from alpacache.sources.prepared_writer import PrepareReport
 
 
 @from_config(PrepareConfig, panels={"Samples": "split samples cameras frames t0 seed quota", "Pictures": "size model"})
@@ -59,7 +56,18 @@ def prepare(config: PrepareConfig, json: bool) -> None:
             spec=config.source,
             on_sample=on_sample,
         )
-    _report(config.out, written, wanted or {}, as_json=json)
+    counts, rejected = written.provenance["strata"], {name: message for name, _, message in written.rejected}
+    for turn, count in (wanted or {}).items():
+        if counts[turn] < count:
+            output.note(f"{counts[turn]} of {count} {turn} samples: the source has no more that can be used.")
+    record = {"out": config.out, "samples": written.samples, "rejected": rejected, "provenance": written.provenance}
+    lines = {
+        "dataset": config.out,
+        "samples": str(written.samples),
+        "strata": ", ".join(f"{name} {count}" for name, count in counts.items() if count),
+        "left out": [str(len(rejected)), *map(": ".join, rejected.items())],
+    }
+    output.print_result(record, "prepare", lines, as_json=json)
     if written.rejected:
         raise typer.Exit(output.QUARANTINED)
 
@@ -76,23 +84,3 @@ def _picture_fit(model: str | None) -> "PictureFit":
 
     processor = InputBuilder(Checkpoint(model)).identity()["processor"]
     return PictureFit(**{name: processor[name] for name in RELEASED.pixels})
-
-
-def _report(out: str, written: "PrepareReport", wanted: "Mapping[Turn, int]", *, as_json: bool) -> None:
-    """Show what was written. A quota that the source could not fill is said on stderr as well."""
-    counts = written.provenance["strata"]
-    for turn, count in wanted.items():
-        if counts[turn] < count:
-            output.note(f"{counts[turn]} of {count} {turn} samples: the source has no more that can be used.")
-    rejected = {name: message for name, _, message in written.rejected}
-    if as_json:
-        record = {"out": out, "samples": written.samples, "rejected": rejected, "provenance": written.provenance}
-        output.print_json(record)
-        return
-    lines = {
-        "dataset": out,
-        "samples": str(written.samples),
-        "strata": ", ".join(f"{name} {count}" for name, count in counts.items() if count),
-        "left out": [str(len(rejected)), *map(": ".join, rejected.items())],
-    }
-    output.print_lines("prepare", lines)

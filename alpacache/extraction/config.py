@@ -1,39 +1,29 @@
 """Settings of stage one."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from alpacache.config import Count, Name, Place, Seed, expect, parts
-from alpacache.planning.config import Codec
+from alpacache.planning.config import StoredConfig
 from alpacache.sources.config import SamplesConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExtractConfig(SamplesConfig):
+class ExtractConfig(StoredConfig, SamplesConfig):
     """Settings of `extract`."""
 
     model: Place
     """Hub id or directory of an Alpamayo checkpoint."""
     store: Place
     """Directory or s3://BUCKET/PREFIX of the store; created if absent."""
-    views: Count = 1
-    """Times each sample is extracted: as it is, then with small seeded changes of its pictures."""
     seed: Seed = 0
-    """Seed of these changes."""
+    """Seed of the changes that views make."""
     vlm: Place | None = None
     """Directory or hub id whose VLM weights take the place of the model's own."""
     camera_names: bool | None = None
     """Name cameras in the prompt. Default: as the model was trained (1.5 yes, R1 no)."""
     frame_numbers: bool | None = None
     """Number each camera's frames in the prompt. Default: as the model was trained."""
-    codec: Codec = "bf16"
-    """How KV is stored: lossless (`bf16`) or quantised; `int8` takes half the size."""
-    hidden_states: Literal["last", "none"] = "last"
-    """`last` stores the hidden states after the last layer, `none` does not."""
-    reasoning: Literal["none", "rollout"] = "none"
-    """`rollout` stores, beside the direct prompt's KV, that of sampled reasoning texts, for `eval`."""
-    rollouts: Count = 6
-    """Reasoning texts a sample, with `rollout`."""
     shard: Annotated[tuple[int, int], parts(int, "I/N", separator="/")] = (0, 1)
     """This worker's number, from 0, and how many there are. Under torchrun its processes divide this share again."""
     deterministic: bool = False
@@ -59,8 +49,3 @@ class ExtractConfig(SamplesConfig):
         expect(0 <= worker < workers, "shard", f"{worker}/{workers}", "I/N with 0 <= I < N")
         alone = self.batch_size in (None, 1) or not self.deterministic
         expect(alone, "batch_size", self.batch_size, "1, as the run is to be deterministic")
-
-    @property
-    def tails(self) -> int:
-        """Reasoning rollouts that each sample is stored with."""
-        return self.rollouts if self.reasoning == "rollout" else 0

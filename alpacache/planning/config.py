@@ -54,14 +54,33 @@ def _checked_budget(written: Any) -> Any:
 MemoryBudget = Annotated[str, Written(metavar="SIZE", read=_checked_budget)]
 
 
+@dataclass(frozen=True, kw_only=True)  # a second base of `ExtractConfig`, so without slots
+class StoredConfig(Config):
+    """What a store has of each sample; settings of `plan` and `extract`."""
+
+    views: Count = 1
+    """Times each sample is extracted: as it is, then with small seeded changes of its pictures."""
+    codec: Codec = "bf16"
+    """How KV is stored: lossless (`bf16`) or quantised; `int8` takes half the size."""
+    hidden_states: Literal["last", "none"] = "last"
+    """`last` stores the hidden states after the last layer, `none` does not."""
+    reasoning: Literal["none", "rollout"] = "none"
+    """`rollout` stores, beside the direct prompt's KV, that of sampled reasoning texts, for `eval`."""
+    rollouts: Count = 6
+    """Reasoning texts a sample, with `rollout`."""
+
+    @property
+    def tails(self) -> int:
+        """Reasoning rollouts that each sample is stored with."""
+        return self.rollouts if self.reasoning == "rollout" else 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanConfig(Config):
+class PlanConfig(StoredConfig):
     """Settings of `plan`; fields are those of `extract` and `train` of the same names."""
 
     samples: Count
     """How many samples: clips times t0s."""
-    views: Count = 1
-    """Times each sample is extracted: as it is, then with small seeded changes of its pictures."""
     model: Place | None = None
     """Hub id or directory; only configs and headers are read. Default: the released sizes."""
     cameras: Cameras = (FRONT_CAMERA,)
@@ -70,14 +89,6 @@ class PlanConfig(Config):
     """Images a camera, 0.1 s apart."""
     picture: Annotated[tuple[Count, Count], parts(int, "HEIGHTxWIDTH", separator="x")] = (1080, 1920)
     """Height and width of the recordings."""
-    codec: Codec = "bf16"
-    """How KV is stored."""
-    hidden_states: Literal["last", "none"] = "last"
-    """Whether the hidden states after the last layer are stored."""
-    reasoning: Literal["none", "rollout"] = "none"
-    """Whether sampled reasoning texts are stored with their KV."""
-    rollouts: Count = 6
-    """Reasoning texts a sample, with `rollout`."""
     batch_size: Count = 8
     """Samples a step."""
     draws: Count = 1
@@ -100,13 +111,3 @@ class PlanConfig(Config):
     def _check_together(self) -> None:
         flat = max(self.picture) > 200 * min(self.picture)
         expect(not flat, "picture", self.picture, "height and width of at most 1 to 200")
-
-    @property
-    def stored(self) -> int:
-        """Samples in the store; each view is one."""
-        return self.samples * self.views
-
-    @property
-    def tails(self) -> int:
-        """Reasoning rollouts that each sample is stored with."""
-        return self.rollouts if self.reasoning == "rollout" else 0

@@ -34,7 +34,11 @@ They make a step some 3 % shorter, and a run that needs little of a card should 
 def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: bool) -> MemoryPlan:
     """Work out what these settings take."""
     row, tokens = work.layout.row_bytes(work.longest), micro_batch * draws * FUTURE_STEPS
-    gradients, activations = work.trained * BF16_BYTES, _activations(work, tokens, checkpointing=checkpointing)
+    wide, inner = _SAVED["lora" if work.trainable == "lora" else "all", work.compiled]
+    layer = tokens * (wide * work.hidden + inner * work.intermediate)
+    # With checkpointing every layer's input in float32, and one layer in full.
+    activations = 4 * tokens * work.hidden * work.layers + layer if checkpointing else layer * work.layers
+    gradients = work.trained * BF16_BYTES
     both = gradients + activations
     peak = max(activations, gradients + round(_HOLES * activations)) if micro_batch >= work.batch_size else both
     peak = min(peak, both)
@@ -94,14 +98,6 @@ def with_room_used(work: Workload, plan: MemoryPlan, *, cap_bytes: int) -> Memor
     room = min((1 - _ROOM) * cap_bytes - plan.device_bytes, _MOST_MORE * plan.device_bytes)
     layers = min(work.layers, plan.decoded_layers + int(max(0.0, room) // each))
     return replace(plan, decoded_layers=layers, decoding=layers * each)
-
-
-def _activations(work: Workload, tokens: int, *, checkpointing: bool) -> int:
-    wide, inner = _SAVED["lora" if work.trainable == "lora" else "all", work.compiled]
-    layer = wide * work.hidden + inner * work.intermediate
-    if checkpointing:  # every layer's input in float32, and one layer in full
-        return tokens * (4 * work.hidden * work.layers + layer)
-    return tokens * layer * work.layers
 
 
 def _decoded_bytes(work: Workload, samples: int) -> int:

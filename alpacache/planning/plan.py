@@ -19,18 +19,12 @@ from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.driving.cameras import sort_cameras
 from alpacache.errors import UsageError
+from alpacache.planning import time_model
 from alpacache.planning.config import PlanConfig, Trainable, allowed_bytes, budget_bytes, codec_names
 from alpacache.planning.gpus import GPUS, MEASURED, Gpu, gpu_named
 from alpacache.planning.machine import disk_speed, existing_folder, gpu_speed
 from alpacache.planning.memory_model import fastest_plan, memory_plan
 from alpacache.planning.sample_size import planned_prompt, sample_bytes
-from alpacache.planning.time_model import (
-    compute_seconds,
-    optimizer_seconds,
-    prefill_batch,
-    prefill_seconds,
-    reading_seconds,
-)
 from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload, expert_sizes
 from cache_store import CODECS
 from cache_store.storage.local_files import free_bytes
@@ -52,7 +46,6 @@ class Machine:
     read_bytes_s: float
     write_bytes_s: float
     cores: int
-    """CPU cores."""
     disk_is: Literal["assumed", "probed"]
     """Where the disk's speed and the number of cores come from."""
 
@@ -126,7 +119,7 @@ class Plan:
 
 def plan(config: PlanConfig) -> Plan:
     """Work everything out. Raises `UsageError` for what cannot be: a bad option, or training that does not fit."""
-    cameras, rollouts, samples = sort_cameras(config.cameras), config.tails, config.stored
+    cameras, rollouts, samples = sort_cameras(config.cameras), config.tails, config.samples * config.views
     checkpoint = None if config.model is None else Checkpoint(config.model)
     prompt = planned_prompt(checkpoint, cameras, frames=config.frames, picture=config.picture)
     geometry = RELEASED.geometry if checkpoint is None else geometry_of(checkpoint)
@@ -144,19 +137,13 @@ def plan(config: PlanConfig) -> Plan:
         cap = min(cap, budget_bytes(config.memory_budget))
     work = _workload(config, geometry, prompt.tokens)
     memory = fastest_plan(work, draws=config.draws, micro_batch=None, checkpointing=None, cap_bytes=cap)
-    at_once = prefill_batch(cameras=len(cameras), frames=config.frames)
-    prefill_s = prefill_seconds(geometry.vlm_parameters, at_once * prompt.tokens, machine.gpu) / at_once
-    reading_s = reading_seconds(len(cameras), config.picture, machine.cores)
+    at_once = time_model.prefill_batch(cameras=len(cameras), frames=config.frames)
+    prefill_s = time_model.prefill_seconds(geometry.vlm_parameters, at_once * prompt.tokens, machine.gpu) / at_once
+    reading_s = time_model.reading_seconds(len(cameras), config.picture, machine.cores)
     write_s = one_bytes / machine.write_bytes_s
-    extract = ExtractPlan(
-        weights_bytes=geometry.vlm_parameters * BF16_BYTES,
-        prefill_s=prefill_s,
-        reading_s=reading_s,
-        write_s=write_s,
-        hours=samples * max(prefill_s, reading_s, write_s) / 3600,
-    )
-    notes = _fitting_notes(store_bytes, free, str(config.store), extract.weights_bytes, cap)
-    notes += _basis_notes(machine, released=geometry is RELEASED.geometry, rollouts=rollouts)
+    seconds = {"prefill_s": prefill_s, "reading_s": reading_s, "write_s": write_s}
+    hours, weights_bytes = samples * max(seconds.values()) / 3600, geometry.vlm_parameters * BF16_BYTES
+    extract = ExtractPlan(weights_bytes=weights_bytes, **seconds, hours=hours)
     return Plan(
         model=geometry.model,
         cameras=cameras,
@@ -179,7 +166,7 @@ def plan(config: PlanConfig) -> Plan:
         memory=memory,
         memory_bytes=memory.device_bytes,
         cap_bytes=cap,
-        notes=tuple(notes),
+        notes=tuple(_notes(config, machine, store_bytes, free, weights_bytes, cap)),
     )
 
 
@@ -228,25 +215,23 @@ def _train_plan(
 ) -> TrainPlan:
     steps = math.ceil(epochs * samples / work.batch_size)
     first_epoch = min(steps, samples / work.batch_size)
-    compute_s, optimizer_s = compute_seconds(work, memory, machine.gpu), optimizer_seconds(work, machine.gpu)
+    compute_s = time_model.compute_seconds(work, memory, machine.gpu)
+    optimizer_s = time_model.optimizer_seconds(work, machine.gpu)
     busy_s, read_s = compute_s + optimizer_s, work.batch_size * kv_bytes / machine.read_bytes_s
     step_s = max(busy_s, read_s)
-    return TrainPlan(
-        steps=steps,
-        compute_s=compute_s,
-        optimizer_s=optimizer_s,
-        read_s=read_s,
-        hours=steps * step_s / 3600,
-        hours_in_memory=(first_epoch * step_s + (steps - first_epoch) * busy_s) / 3600,
-    )
+    hours, later_s = steps * step_s / 3600, (steps - first_epoch) * busy_s
+    seconds = {"compute_s": compute_s, "optimizer_s": optimizer_s, "read_s": read_s}
+    return TrainPlan(steps=steps, **seconds, hours=hours, hours_in_memory=(first_epoch * step_s + later_s) / 3600)
 
 
-def _fitting_notes(store_bytes: int, free: int | None, place: str, weights_bytes: int, cap_bytes: int) -> list[str]:
-    """What does not fit on the disk or the GPU, and what to do."""
+def _notes(
+    config: PlanConfig, machine: Machine, store_bytes: int, free: int | None, weights_bytes: int, cap_bytes: int
+) -> list[str]:
+    """What does not fit on the disk or the GPU and what to do, then what the numbers rest on."""
     notes = []
     if free is not None and store_bytes > free:
         notes.append(
-            f"The store does not fit: {store_bytes / 1e9:.1f} GB against {free / 1e9:.1f} free at {place}. "
+            f"The store does not fit: {store_bytes / 1e9:.1f} GB against {free / 1e9:.1f} free at {config.store}. "
             "Take a smaller --codec, --hidden-states none, fewer --samples, or another disk."
         )
     if weights_bytes > cap_bytes:
@@ -254,18 +239,12 @@ def _fitting_notes(store_bytes: int, free: int | None, place: str, weights_bytes
             f"Stage one does not fit: the VLM's weights alone take {weights_bytes / 2**30:.1f} GiB. Extract on "
             "a larger GPU and copy the store."
         )
-    return notes
-
-
-def _basis_notes(machine: Machine, *, released: bool, rollouts: int) -> list[str]:
-    """What the numbers rest on."""
-    notes = []
     if machine.gpu_is == "measured":
         notes.append("Times follow from steps and prefills that were measured on one H100 80GB.")
     else:
         scaled = "a probe" if machine.gpu_is == "probed" else "the rates of data sheets"
         notes.append(f"Times are estimates: measured on one H100 80GB only, scaled to {machine.gpu.name} by {scaled}.")
-    if not released:
+    if config.model is not None:
         notes.append("Times were measured with the released sizes; for this model they are scaled by its parameters.")
     if machine.disk_is == "assumed":
         notes.append(
@@ -273,7 +252,7 @@ def _basis_notes(machine: Machine, *, released: bool, rollouts: int) -> list[str
             "--probe measures it."
         )
         notes.append(f"Recordings are taken to be H.264, decoded by {CORES} CPU cores; --probe counts this machine's.")
-    if rollouts:
+    if config.tails:
         notes.append(
             f"Reasoning rollouts are counted at their longest, {MAX_TOKENS} tokens of text each: their bytes are an "
             "upper bound. The time to generate them, a step of the VLM a token, is not counted."

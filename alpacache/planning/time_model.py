@@ -7,14 +7,10 @@ released model on an H100 is an estimate.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 from alpacache.driving.sample import FUTURE_STEPS
 from alpacache.planning.gpus import GPUS, MEASURED, Gpu
-
-if TYPE_CHECKING:
-    from alpacache.planning.workload import MemoryPlan, Workload
-
+from alpacache.planning.workload import MemoryPlan, Workload
 
 _IMAGES_AT_ONCE = 32
 """Images that `extract` sends through the VLM at once on a GPU: about 6,000 tokens. With fewer, kernels take longer to
@@ -73,7 +69,7 @@ def reading_seconds(cameras: int, picture: tuple[int, int], cores: int) -> float
     return cameras * _CAMERA_CORE_S * math.prod(picture) / math.prod(_PICTURE) / cores
 
 
-def compute_seconds(work: "Workload", plan: "MemoryPlan", gpu: Gpu) -> float:
+def compute_seconds(work: Workload, plan: MemoryPlan, gpu: Gpu) -> float:
     """Seconds of a step's forward and backward. Adapters are assumed to cost as much as training everything."""
     model = work.parameters / RELEASED_EXPERT
     tokens = work.batch_size * plan.draws * FUTURE_STEPS
@@ -85,7 +81,7 @@ def compute_seconds(work: "Workload", plan: "MemoryPlan", gpu: Gpu) -> float:
     return (arithmetic + parts * _PART_S + traffic) * model * (_RECOMPUTED if plan.checkpointing else 1.0)
 
 
-def optimizer_seconds(work: "Workload", gpu: Gpu) -> float:
+def optimizer_seconds(work: Workload, gpu: Gpu) -> float:
     """Seconds of a step's gradient norm and update."""
     return _OPTIMIZER_S * work.trained / RELEASED_EXPERT * _traffic(gpu)
 

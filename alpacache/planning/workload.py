@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypedDict
 
 from alpacache.alpamayo.family import EXPERT_LINEARS, HEAD_TENSORS
 from alpacache.planning.config import CONTEXT_BYTES
@@ -46,20 +45,10 @@ class Workload:
     """Size of samples kept in host memory; None: only the ring's."""
 
 
-class ExpertSizes(TypedDict):
-    """Fields of a `Workload` that follow from the expert's tensors."""
+def expert_sizes(shapes: Mapping[str, tuple[int, ...]], trainable: str, lora_rank: int) -> dict[str, int]:
+    """Fields of a `Workload` that follow from the `shapes` of the tensors of expert and projections.
 
-    parameters: int
-    trained: int
-    layers: int
-    hidden: int
-    intermediate: int
-
-
-def expert_sizes(shapes: Mapping[str, tuple[int, ...]], trainable: str, lora_rank: int) -> ExpertSizes:
-    """Measure expert and projections by the `shapes` of their tensors, by name in the checkpoint.
-
-    Trained are the parameters that `choose_trainable` would return.
+    Keys of `shapes` are names in the checkpoint. Trained are the parameters that `choose_trainable` would return.
     """
     counts = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(".freqs")}
     head = sum(count for name, count in counts.items() if name.startswith(HEAD_TENSORS))
