@@ -128,7 +128,7 @@ def written_as(hint: Any) -> Written | None:
 def field_docs(kind: type[Config]) -> Mapping[str, str]:
     """The docstring under each field of a config, base classes' included, as one line."""
     docs: dict[str, str] = {}
-    for part in reversed(kind.__mro__[:-1]):
+    for part in reversed(kind.__mro__[: kind.__mro__.index(Config)]):
         body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
         for field, after in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(field.target, ast.Name):
