@@ -116,13 +116,8 @@ def show_progress(title: str, *, quiet: bool = False) -> Iterator[OnProgress]:
 def _texts(progress: Progress) -> tuple[str, str, str, str]:
     """What is done, how fast, when the rest will be, and notes."""
     left = clock((progress.total - progress.done) / progress.rate) if progress.rate > 0 else "-"
-    done, notes = f"{progress.done}/{progress.total} {progress.unit}", progress.notes.items()
-    return (
-        done,
-        f"{progress.rate:.3g} {progress.unit}/s",
-        f"ETA {left}",
-        " ".join(f"{key} {text}" for key, text in notes),
-    )
+    unit, notes = progress.unit, " ".join(f"{key} {text}" for key, text in progress.notes.items())
+    return f"{progress.done}/{progress.total} {unit}", f"{progress.rate:.3g} {unit}/s", f"ETA {left}", notes
 
 
 def note(text: str) -> None:
