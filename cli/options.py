@@ -32,9 +32,11 @@ class ConfigCommand(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         params: list[Any] = super().get_params(ctx)
+        hints = get_type_hints(self.callback.kind, include_extras=True)  # type: ignore[union-attr]
         for option in params:
-            if callable(option.metavar):
-                option.metavar = option.metavar()
+            written = written_as(hints.get(option.name))
+            if written is not None and callable(written.metavar):
+                option.metavar = written.metavar()
         return params
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -128,7 +130,8 @@ def _parameter(field: "dataclasses.Field[Any]", hint: Any, doc: str, panel: str 
         return _keyword(field.name, Annotated[annotation, typer.Argument(help=text + end, show_default=False)], default)
     name = _option_name(field.name)
     names = (f"{name}/--no-{name[2:]}",) if plain is bool else (name,)
-    option = typer.Option(*names, help=text + end, metavar=metavar, rich_help_panel=panel)  # type: ignore[arg-type]
+    shown = None if callable(metavar) else metavar  # else `get_params` asks for it
+    option = typer.Option(*names, help=text + end, metavar=shown, rich_help_panel=panel)
     return _keyword(field.name, Annotated[annotation, option], default)
 
 

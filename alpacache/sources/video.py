@@ -36,8 +36,10 @@ def read_mp4(file: Path, indices: Sequence[int], *, count: int, where: str) -> N
     """
     import av
 
+    # A dashcam's names are in any encoding. From 19 on PyAV has no such argument.
+    lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
-        with av.open(str(file), metadata_errors="replace") as container:  # a dashcam's names are in any encoding
+        with av.open(str(file), **lenient) as container:
             if not container.streams.video:
                 raise BadClipError("undecodable_video", f"{where}: {file.name} holds no video stream.")
             stream = container.streams.video[0]
