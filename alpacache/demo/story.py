@@ -28,7 +28,6 @@ from alpacache.training.run_log import TrainReport
 from alpacache.training.train import train
 
 WEIGHTS = "demo_model.safetensors"
-MODEL_NAME = "Demo-R1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +61,7 @@ def run_demo(out: Path | str, *, seed: int = 0, size: DemoSize | None = None, st
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; choose another --out or remove it.")
     out.mkdir(parents=True, exist_ok=True)
-    model = str(make_demo_checkpoint(out / MODEL_NAME))
+    model = str(make_demo_checkpoint(out / "Demo-R1"))
     clips = max(round(1.3 * size.train_samples), 13 * size.val_samples)  # a tenth of them is validation
     splits: dict[Literal["train", "val"], int] = {"train": size.train_samples, "val": size.val_samples}
     for split, samples in splits.items():

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge
 
@@ -14,9 +14,9 @@ BASE = "base"
 TRAINED = "trained"
 """Label of the run that `checkpoint` names."""
 
+Pool: TypeAlias = Literal["both", "last", "mean"]
 Layers = Annotated[
-    Literal["last", "all"] | tuple[Annotated[int, Ge(0)], ...],
-    parts(int, "last|all|0,9,...", words=("last", "all")),
+    Literal["last", "all"] | tuple[Annotated[int, Ge(0)], ...], parts(int, "last|all|0,9,...", words=("last", "all"))
 ]
 
 
@@ -82,7 +82,7 @@ class ProbeConfig(Config):
     """Directory for `probe.json` and `probe.png`. Default: nothing written."""
     layers: Layers = "last"
     """`last`: the hidden states after the last layer. `all` or numbers: these layers' cached values too."""
-    pool: Literal["both", "last", "mean"] = "both"
+    pool: Pool = "both"
     """A sample's vector: the last prefix token's, the mean over tokens, or the two side by side."""
     samples: Count = 2000
     """At most this many samples, whole clips by seed; time and memory grow faster than the number."""

@@ -118,8 +118,7 @@ def _check_writable(out: Path) -> None:
     """Make the output directory. Raises `UsageError` if nothing can be written there."""
     try:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise UsageError(f"--out {out}: nothing can be written there ({error}); name another directory.") from error
 

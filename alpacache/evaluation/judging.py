@@ -27,7 +27,6 @@ class ModelResult:
     metrics: Mapping[str, float]
     """`METRIC_KEYS` -> metres (`miss_rate`: 0 or 1)."""
     leaving: Leaving
-    """Whether the paths leave the straight corridor where the driven one does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

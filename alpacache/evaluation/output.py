@@ -29,12 +29,8 @@ def write_results(
 ) -> None:
     """Write `eval.json`, `samples.parquet`, `report.html` and `pictures/`, whose ranking is that of the last model.
 
-    Args:
-        out: a directory with a folder `pictures`.
-        summary: of exactly these results, from `summarise`.
-        results: the samples.
-        settings: what the paths depend on, for `eval.json`.
-        losses: label of a trained model -> rows of its run's `metrics.jsonl`.
+    `out` has a folder `pictures`. `settings` is what the paths depend on; `losses` maps the label of a trained model to
+    the rows of its run's `metrics.jsonl`.
     """
     per_sample = [
         {
@@ -76,8 +72,7 @@ def write_sample_table(path: Path, results: Sequence[SampleResult]) -> None:
             for kind, departure in (("truth", result.true_departure), ("pred", result.mean_departure(label))):
                 for horizon_s, heading, lateral in zip(HORIZONS_S, departure.heading, departure.lateral, strict=True):
                     row |= {f"{kind}/heading_rad@{horizon_s}": heading, f"{kind}/lateral_m@{horizon_s}": lateral}
-            leaving = model.leaving
-            row |= {"leaves": leaving.truth, "leaving_share": leaving.share}
-            row |= {"contained": leaving.contained, "spread_m": leaving.spread_m}
+            row |= {"leaves": model.leaving.truth, "leaving_share": model.leaving.share}
+            row |= {"contained": model.leaving.contained, "spread_m": model.leaving.spread_m}
             rows.append(row)
     pq.write_table(pa.Table.from_pylist(rows), path)

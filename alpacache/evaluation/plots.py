@@ -1,6 +1,6 @@
 """Plots of the report and of probes, as PNG bytes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from alpacache.driving.sample import DT_S, FUTURE_S, Floats
+from alpacache.driving.sample import DT_S, FUTURE_S, FUTURE_STEPS, Floats
 from alpacache.evaluation.judging import SampleResult
 from alpacache.evaluation.summary import EvalSummary
 from alpacache.metrics.bias import Slope
@@ -37,7 +37,6 @@ def bias_scatter_png(
     slopes: Mapping[str, Slope | None],
     *,
     marked: ArrayLike | None = None,
-    marked_label: str = "straight history, curve after t0",
 ) -> bytes:
     """Predicted against true heading change at 6.4 s in degrees, one panel a model with common axes.
 
@@ -45,8 +44,7 @@ def bias_scatter_png(
         truth: `[N]` radians.
         predicted: label -> `[N]`.
         slopes: label -> fitted line, drawn where there is one.
-        marked: `[N]` samples to ring.
-        marked_label: what the rings mean.
+        marked: `[N]` samples to ring: straight history, curve after t0.
     """
     x = np.rad2deg(np.asarray(truth, dtype=np.float64))
     ys = {label: np.rad2deg(np.asarray(values, dtype=np.float64)) for label, values in predicted.items()}
@@ -59,13 +57,19 @@ def bias_scatter_png(
         panel.plot([-reach, reach], [-reach, reach], color="#777777", lw=1.1, ls=(0, (5, 3)), label="unbiased")
         panel.scatter(x, y, s=16, color=colour, alpha=0.5, lw=0)
         if ring.any():
-            panel.scatter(x[ring], y[ring], s=34, facecolor="none", edgecolor=INK, lw=0.9, label=marked_label)
-        line = slopes.get(label)
-        if line is not None:
-            ends = np.array([-reach, reach])
-            panel.plot(
-                ends, np.rad2deg(line.intercept) + line.slope * ends, color=colour, lw=2.2, label=_slope_text(line)
+            panel.scatter(
+                x[ring],
+                y[ring],
+                s=34,
+                facecolor="none",
+                edgecolor=INK,
+                lw=0.9,
+                label="straight history, curve after t0",
             )
+        if (line := slopes.get(label)) is not None:
+            text = f"slope {line.slope:.2f} [{line.low:.2f}, {line.high:.2f}], n = {line.n}"
+            ends = np.array([-reach, reach])
+            panel.plot(ends, np.rad2deg(line.intercept) + line.slope * ends, color=colour, lw=2.2, label=text)
         panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         panel.set_title(literal(label), fontsize=11, color=colour, loc="left", fontweight="bold")
         style_axes(panel, x=f"driven heading change at {FUTURE_S:g} s (°)")
@@ -87,8 +91,21 @@ def error_over_time_png(
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.6 * columns, 3.7 * rows), dpi=DPI, layout="constrained")
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    times_s = DT_S * np.arange(1, FUTURE_STEPS + 1)
     for axes, (title, errors) in zip(all_axes, panels.items(), strict=False):
-        _draw_errors(axes, errors, (dashed or {}).get(title, {}))
+        tops = [1e-3]
+        for index, (label, values) in enumerate(errors.items()):
+            error = np.asarray(values, dtype=np.float64)
+            colour, mean = MODEL_COLOURS[index % len(MODEL_COLOURS)], error.mean(axis=0)
+            low, high = np.quantile(error, [0.25, 0.75], axis=0)
+            axes.fill_between(times_s, low, high, color=colour, alpha=0.13, lw=0)
+            axes.plot(times_s, mean, color=colour, lw=2.2, label=literal(label))
+            tops += [float(mean.max()), float(high.max())]
+        for index, (label, values) in enumerate((dashed or {}).get(title, {}).items()):
+            mean = np.asarray(values, dtype=np.float64).mean(axis=0)
+            colour, style = BASELINE_STYLES[index % len(BASELINE_STYLES)]
+            axes.plot(times_s, mean, color=colour, ls=style, lw=1.6, label=literal(label))
+        axes.set(xlim=(0, FUTURE_S), ylim=(0, 1.6 * max(tops)))
         style_axes(axes, title=title, x="seconds after t0", y="distance to the driven path (m)")
     for axes in all_axes[len(panels) :]:
         axes.set_axis_off()
@@ -96,29 +113,10 @@ def error_over_time_png(
     return png_bytes(figure, palette=True)
 
 
-def _draw_errors(axes: Axes, errors: Mapping[str, ArrayLike], dashed: Mapping[str, ArrayLike]) -> None:
-    tops = [1e-3]
-    for index, (label, values) in enumerate(errors.items()):
-        error = np.asarray(values, dtype=np.float64)
-        colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
-        times_s = DT_S * np.arange(1, error.shape[1] + 1)
-        low, high = np.quantile(error, [0.25, 0.75], axis=0)
-        axes.fill_between(times_s, low, high, color=colour, alpha=0.13, lw=0)
-        axes.plot(times_s, error.mean(axis=0), color=colour, lw=2.2, label=literal(label))
-        tops += [float(error.mean(axis=0).max()), float(high.max())]
-    for index, (label, values) in enumerate(dashed.items()):
-        error = np.asarray(values, dtype=np.float64)
-        colour, style = BASELINE_STYLES[index % len(BASELINE_STYLES)]
-        times_s = DT_S * np.arange(1, error.shape[1] + 1)
-        axes.plot(times_s, error.mean(axis=0), color=colour, ls=style, lw=1.6, label=literal(label))
-    axes.set(xlim=(0, FUTURE_S), ylim=(0, 1.6 * max(tops)))
-
-
 def loss_curves_png(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """Training and validation loss against steps, one panel a run; by turn stratum where a run tells them apart.
+    """Training and validation loss against steps; by turn stratum where a run tells them apart.
 
-    Args:
-        runs: label -> rows of `metrics.jsonl`.
+    A panel for each run: label -> rows of its `metrics.jsonl`.
     """
     figure = Figure(figsize=(5.6 * max(1, len(runs)), 3.7), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, max(1, len(runs)), squeeze=False)[0]
@@ -147,8 +145,7 @@ def _smoothed(values: Floats) -> Floats:
     """Mean over a fiftieth of the run around each value."""
     width = max(1, len(values) // 50)
     padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
-    mean: Floats = np.convolve(padded, np.full(width, 1 / width), mode="valid")
-    return mean
+    return np.convolve(padded, np.full(width, 1 / width), mode="valid")
 
 
 def explained_png(
@@ -167,43 +164,34 @@ def explained_png(
     rows = -(-len(panels) // columns) + bool(layers)
     figure = Figure(figsize=(4.3 * columns, 3.1 * rows), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for panel, (title, bars) in zip(axes, panels.items(), strict=False):
+    for panel, bars in zip(axes, panels.values(), strict=False):
         kinds = list(dict.fromkeys(kind for group in bars.values() for kind in group))
+        width = 0.8 / len(kinds)
         for number, kind in enumerate(kinds):
-            width = 0.8 / len(kinds)
             places = np.arange(len(bars)) + (number - (len(kinds) - 1) / 2) * width
             intervals = [group.get(kind) for group in bars.values()]
             heights = [0.0 if interval is None else interval.estimate for interval in intervals]
             panel.bar(places, heights, 0.9 * width, color=MODEL_COLOURS[1 - number % 2], label=kind)
-            _whiskers(panel, places, intervals)
+            _draw_whiskers(panel, places, intervals)
         panel.set_xticks(range(len(bars)), [literal(label) for label in bars])
-        _explained_axes(panel, title)
-    for panel, (title, sets) in zip(axes[len(panels) :], layers.items(), strict=False):
-        intervals = list(sets.values())
+    for panel, sets in zip(axes[len(panels) :], layers.values(), strict=False):
         places = np.arange(len(sets), dtype=np.float64)
-        heights = [np.nan if interval is None else interval.estimate for interval in intervals]
+        heights = [np.nan if interval is None else interval.estimate for interval in sets.values()]
         panel.plot(places, heights, marker="o", ms=4, color=MODEL_COLOURS[1])
-        _whiskers(panel, places, intervals)
+        _draw_whiskers(panel, places, sets.values())
         every = -(-len(sets) // 8)
         panel.set_xticks(places[::every], [literal(label).replace(" ", "\n") for label in sets][::every])
-        _explained_axes(panel, title)
+    for panel, title in zip(axes, (*panels, *layers), strict=False):
+        panel.set_ylim(-0.3, 1.05)
+        panel.axhline(0, color=INK, lw=0.8)
+        style_axes(panel, title=title)
     for panel in axes[::columns]:
         panel.set_ylabel("R², clips not seen", fontsize=9, color=INK)
     axes[0].legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
     return png_bytes(figure, palette=True)
 
 
-def _whiskers(axes: Axes, places: ArrayLike, intervals: Sequence[Interval | None]) -> None:
-    for place, interval in zip(np.asarray(places), intervals, strict=True):
+def _draw_whiskers(axes: Axes, places: Iterable[float], intervals: Iterable[Interval | None]) -> None:
+    for place, interval in zip(places, intervals, strict=True):
         if interval is not None:
             axes.plot([place, place], [interval.low, interval.high], color=INK, lw=1.3)
-
-
-def _explained_axes(axes: Axes, title: str) -> None:
-    axes.set_ylim(-0.3, 1.05)
-    axes.axhline(0, color=INK, lw=0.8)
-    style_axes(axes, title=title)
-
-
-def _slope_text(line: Slope) -> str:
-    return f"slope {line.slope:.2f} [{line.low:.2f}, {line.high:.2f}], n = {line.n}"

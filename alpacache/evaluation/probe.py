@@ -8,6 +8,7 @@ said of pooled vectors, and docs/how-to/brain-or-hands.md tells how to look furt
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,7 @@ from alpacache.driving.strata import LATE_CURVE
 from alpacache.errors import UsageError
 from alpacache.evaluation.config import ProbeConfig
 from alpacache.evaluation.plots import explained_png
-from alpacache.evaluation.probe_features import (
-    CURVATURE,
-    HEADING,
-    TARGETS,
-    ProbeData,
-    choose_samples,
-    read_probe_data,
-)
+from alpacache.evaluation.probe_features import CURVATURE, HEADING, TARGETS, ProbeData, choose_samples, read_probe_data
 from alpacache.evaluation.probe_models import (
     FOLDS,
     PROBES,
@@ -37,14 +31,7 @@ from alpacache.evaluation.probe_models import (
     group_folds,
     shuffled_within,
 )
-from alpacache.evaluation.probe_verdict import (
-    ADVICE,
-    LEAST_CLIPS,
-    LEAST_SAMPLES,
-    Cell,
-    Verdict,
-    judge_target,
-)
+from alpacache.evaluation.probe_verdict import ADVICE, LEAST_CLIPS, LEAST_SAMPLES, Cell, Verdict, judge_target
 from alpacache.metrics.bias import MIN_CLIPS
 from alpacache.metrics.bootstrap import Interval, r_squared
 from alpacache.progress import OnProgress, Progress, ignore
@@ -113,19 +100,14 @@ def probe(config: ProbeConfig, *, on_progress: OnProgress = ignore) -> ProbeRepo
 
 
 def probe_data(
-    data: ProbeData,
-    *,
-    store: str = "",
-    seed: int = 0,
-    started: float | None = None,
-    on_progress: OnProgress = ignore,
+    data: ProbeData, *, store: str = "", seed: int = 0, started: float | None = None, on_progress: OnProgress = ignore
 ) -> ProbeReport:
     """Fit probes and judge; the report's seconds count from `started`, or from now."""
     started = time.monotonic() if started is None else started
-    predictions = _predict(data, seed, on_progress)
-    main = _main_name(data)
+    main = TOGETHER if len(data.features) > 1 else next(iter(data.features))
+    predictions = _predict(data, main, seed, on_progress)
     rows = {ALL: np.ones(len(data.clips), dtype=bool), LATE_CURVE: data.late_curve}
-    counts = {name: (int(mask.sum()), len(set(_selected(data.clips, mask)))) for name, mask in rows.items()}
+    counts = {name: (int(mask.sum()), len(set(compress(data.clips, mask)))) for name, mask in rows.items()}
     scores = {name: _score(data, mask, main, predictions, seed) for name, mask in rows.items() if mask.any()}
     enough = counts[LATE_CURVE][0] >= LEAST_SAMPLES and counts[LATE_CURVE][1] >= LEAST_CLIPS
     verdicts = []
@@ -148,12 +130,11 @@ def probe_data(
     )
 
 
-def _predict(data: ProbeData, seed: int, on_progress: OnProgress) -> dict[str, dict[Probe, Predictions]]:
+def _predict(data: ProbeData, main: str, seed: int, on_progress: OnProgress) -> dict[str, dict[Probe, Predictions]]:
     """Vectors -> probe -> predictions out of fold; of several sets each alone is read by the ridge only."""
     folds = group_folds(data.clips, FOLDS, seed=seed)
     joined = np.concatenate(list(data.features.values()), axis=1)
     order = shuffled_within(folds, seed=seed)
-    main = _main_name(data)
     passes: list[tuple[str, Sequence[Probe], NDArray[np.float32], Floats | None]] = [
         (main, PROBES, joined, data.history),
         (SHUFFLED, PROBES, joined[order], data.history),
@@ -164,8 +145,8 @@ def _predict(data: ProbeData, seed: int, on_progress: OnProgress) -> dict[str, d
     for number, (name, probes, vectors, history) in enumerate(passes):
         parts = cross_validate(probes, vectors, history, data.targets, data.clips, folds, seed=seed)
         for fold, predictions in enumerate(parts, start=1):
-            done = number * FOLDS + fold
-            rate, notes = done / (time.monotonic() - started), {"part": "fit", "vectors": name}
+            done, notes = number * FOLDS + fold, {"part": "fit", "vectors": name}
+            rate = done / (time.monotonic() - started)
             on_progress(Progress(done=done, total=len(passes) * FOLDS, unit="steps", rate=rate, notes=notes))
             predicted[name] = predictions
     return predicted
@@ -182,71 +163,56 @@ def _score(
 
     The rival that a gain is measured against is the better probe of the history, or the mean where both are worse.
     """
-    clips = _selected(data.clips, rows)
+    clips = list(compress(data.clips, rows))
     result: dict[str, dict[str, dict[str, Cell]]] = {}
     for column, target in enumerate(TARGETS):
-        truth = data.targets[rows, column]
-        rivals = [each.history[rows, column] for each in predictions[main].values() if each.history is not None]
-        rivals += [predictions[main][PROBES[0]].mean[rows, column]]
+        at, truth = (rows, column), data.targets[rows, column]
+        rivals = [each.history[at] for each in predictions[main].values() if each.history is not None]
+        rivals += [predictions[main][PROBES[0]].mean[at]]
         rival = min(rivals, key=lambda pred: float(((truth - pred) ** 2).sum()))
-
-        def share(
-            pred: Floats | None,
-            mean: Floats,
-            over: Floats | None = None,
-            truth: Floats = truth,
-            column: int = column,
-        ) -> Interval | None:
-            if pred is None:
-                return None
-            return r_squared(truth, pred[rows, column], mean[rows, column], clips, over=over, seed=seed)
-
         result[target] = {
-            name: {
-                kind: Cell(
-                    history=share(each.history, each.mean),
-                    features=share(each.features, each.mean),
-                    both=share(each.both, each.mean),
-                    gain=share(each.both, each.mean, rival),
-                )
-                for kind, each in kinds.items()
-            }
+            name: {kind: _cell(each, truth, at, rival, clips, seed) for kind, each in kinds.items()}
             for name, kinds in predictions.items()
         }
     return result
 
 
+def _cell(
+    predictions: Predictions,
+    truth: Floats,
+    at: tuple[NDArray[np.bool_], int],
+    rival: Floats,
+    clips: Sequence[str],
+    seed: int,
+) -> Cell:
+    def share(pred: Floats | None, over: Floats | None = None) -> Interval | None:
+        return None if pred is None else r_squared(truth, pred[at], predictions.mean[at], clips, over=over, seed=seed)
+
+    history, features, both = predictions.history, predictions.features, predictions.both
+    return Cell(history=share(history), features=share(features), both=share(both), gain=share(both, rival))
+
+
 def _picture(report: ProbeReport) -> bytes:
     panels: dict[str, dict[str, dict[str, Interval | None]]] = {}
     for stratum, targets in report.scores.items():
-        samples = report.strata[stratum][0]
         for target, vectors in targets.items():
-            cells, control = vectors[report.main], vectors[SHUFFLED]
-            panels[f"{target}, {_short(stratum)}, n = {samples}"] = {
+            cells = vectors[report.main]
+            panels[f"{target}, {_short(stratum)}, n = {report.strata[stratum][0]}"] = {
                 "history": {kind: cell.history for kind, cell in cells.items()},
                 "features": {kind: cell.features for kind, cell in cells.items()},
                 "both": {kind: cell.both for kind, cell in cells.items()},
-                SHUFFLED: {kind: cell.features for kind, cell in control.items()},
+                SHUFFLED: {kind: cell.features for kind, cell in vectors[SHUFFLED].items()},
             }
-    layers = {}
-    if report.main == TOGETHER:
-        stratum = report.verdicts[0].stratum
-        layers = {
-            f"{target}, {_short(stratum)}, features alone": {
-                name: vectors[name]["ridge"].features for name in report.vectors
-            }
-            for target, vectors in report.scores[stratum].items()
+    stratum = report.verdicts[0].stratum
+    layers = {
+        f"{target}, {_short(stratum)}, features alone": {
+            name: vectors[name]["ridge"].features for name in report.vectors
         }
+        for target, vectors in report.scores[stratum].items()
+        if report.main == TOGETHER
+    }
     return explained_png(panels, layers, columns=len(TARGETS))
-
-
-def _main_name(data: ProbeData) -> str:
-    return TOGETHER if len(data.features) > 1 else next(iter(data.features))
 
 
 def _short(stratum: str) -> str:
     return "curve after t0" if stratum == LATE_CURVE else "all samples"
-
-
-def _selected(clips: Sequence[str], rows: NDArray[np.bool_]) -> list[str]:
-    return [clip for clip, selected in zip(clips, rows, strict=True) if selected]

@@ -5,10 +5,9 @@ is loaded. Poses alone decide the targets, so no model can move them.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +19,12 @@ from alpacache.cached_samples.identity import store_codec
 from alpacache.driving.sample import DT_S, FUTURE_S, Floats, SampleRef
 from alpacache.driving.strata import MOVING_MPS, Strata, classify, heading
 from alpacache.errors import UsageError
+from alpacache.evaluation.config import Layers, Pool
 from alpacache.metrics.baselines import SPEED_STEPS
 from alpacache.prefix.codecs import tensor_codec
 from alpacache.progress import OnProgress, Progress, ignore
 from cache_store import CacheReader, KVCodec
 
-Layers: TypeAlias = Literal["last", "all"] | tuple[int, ...]
-Pool: TypeAlias = Literal["both", "last", "mean"]
 HIDDEN = "hidden"
 """Name of the VLM's hidden states after its last layer and final norm."""
 HEADING, CURVATURE, SPEED = "heading change", "curvature", "speed change"
@@ -60,11 +58,13 @@ def read_probe_data(
     Raises `UsageError` for features that the store lacks, that are not finite, or that differ in size.
     """
     started = time.monotonic()
-    reads = _pooled_reads(reader, sample_ids[0], layers, pool)
+    codec = store_codec(reader.identity, store=str(reader.path))
+    numbers = _layer_numbers(reader, sample_ids[0], layers, codec)
     rows: dict[str, list[NDArray[np.float32]]] = {}
     history, targets, late = [], [], []
     for done, sample_id in enumerate(sample_ids, start=1):
-        for name, vector in chain.from_iterable(read(sample_id).items() for read in reads):
+        for name, by_token in _by_token(reader, sample_id, numbers, codec):
+            vector = pooled(by_token, pool)
             rows.setdefault(name, []).append(vector)
             if not np.isfinite(vector).all():
                 raise UsageError(
@@ -118,66 +118,50 @@ def future_targets(history_xyz: NDArray[Any], future_xyz: NDArray[Any], strata: 
     """
     driven_m = strata.mean_speed_mps * len(future_xyz) * DT_S
     curvature = strata.heading_change_rad / max(driven_m, LEAST_PATH_M)
-    before, after = (_end_speed_mps(np.asarray(xyz, dtype=np.float64)) for xyz in (history_xyz, future_xyz))
-    return np.array([strata.heading_change_rad, curvature, after - before])
+    ends = [np.asarray(xyz, dtype=np.float64)[-1 - SPEED_STEPS :, :2] for xyz in (history_xyz, future_xyz)]
+    before_mps, after_mps = (float(np.linalg.norm(np.diff(xy, axis=0), axis=-1).mean() / DT_S) for xy in ends)
+    return np.array([strata.heading_change_rad, curvature, after_mps - before_mps])
 
 
 def pooled(vectors: Tensor, pool: Pool) -> NDArray[np.float32]:
     """Pool vectors of the tokens `[T, C]` to one: `[C]`, or `[2 C]` with the last and the mean side by side."""
     parts = {"last": vectors[-1].float(), "mean": vectors.float().mean(0)}
     chosen = list(parts.values()) if pool == "both" else [parts[pool]]
-    result: NDArray[np.float32] = torch.cat(chosen).numpy()
-    return result
+    return torch.cat(chosen).numpy()
 
 
-def _end_speed_mps(xyz: Floats) -> float:
-    steps = np.linalg.norm(np.diff(xyz[-1 - SPEED_STEPS :, :2], axis=0), axis=-1)
-    return float(steps.mean() / DT_S)
-
-
-Read = Callable[[str], dict[str, NDArray[np.float32]]]
-"""Function from a sample id to its pooled vectors by name."""
-
-
-def _pooled_reads(reader: CacheReader, first: str, layers: Layers, pool: Pool) -> list[Read]:
-    """Choose how to read a sample's vectors: hidden states where the store has them, values of the layers asked for."""
-    codec = store_codec(reader.identity, store=str(reader.path))
+def _layer_numbers(reader: CacheReader, first: str, layers: Layers, codec: KVCodec | None) -> list[int]:
+    """Layers whose values are asked for. Raises `UsageError` for one that is not there, or where nothing is to read."""
     shape = reader.read(first, fields=[KV_SHAPE])[KV_SHAPE] if codec else reader.shape(first, "kv")
     count = int(shape[0])
-    numbers = tuple(range(count)) if layers == "all" else () if layers == "last" else tuple(sorted(set(layers)))
+    numbers = list(range(count)) if layers == "all" else [] if layers == "last" else sorted(set(layers))
     if numbers and numbers[-1] >= count:
         raise UsageError(f"--layers has {numbers[-1]}, but {reader.path} has {count} layers, 0 to {count - 1}.")
-    reads: list[Read] = []
-    if HIDDEN in reader.fields:
-        reads.append(lambda sample_id: {HIDDEN: pooled(from_bf16_bits(_field(reader, sample_id, HIDDEN)), pool)})
-    elif not numbers:
+    if not numbers and HIDDEN not in reader.fields:
         raise UsageError(
             f"store {reader.path} has no hidden states (it was extracted with --hidden-states none). Pass "
             f"--layers {count - 1} to probe the cached values of the last layer, or extract into a new store with "
             "--hidden-states last."
         )
-    if numbers:
-        reads.append(lambda sample_id: _values(reader, sample_id, numbers, codec, pool))
-    return reads
+    return numbers
 
 
-def _field(reader: CacheReader, sample_id: str, name: str) -> NDArray[Any]:
-    return reader.read(sample_id, fields=[name])[name]
+def _by_token(
+    reader: CacheReader, sample_id: str, numbers: Sequence[int], codec: KVCodec | None
+) -> Iterator[tuple[str, Tensor]]:
+    """By name, vectors `[T, C]`: hidden states where there are any, and layers' values, all heads side by side.
 
-
-def _values(
-    reader: CacheReader, sample_id: str, numbers: Sequence[int], codec: KVCodec | None, pool: Pool
-) -> dict[str, NDArray[np.float32]]:
-    """Pool the values of layers, all heads side by side; one layer at a time is decoded."""
-    if codec is None:
-        kv = from_bf16_bits(_field(reader, sample_id, "kv"))
-        return {f"layer {layer}": pooled(_by_token(kv[layer, 1]), pool) for layer in numbers}
-    arrays = reader.read(sample_id, fields=["kv", KV_SHAPE])
-    data, shape = torch.from_numpy(arrays["kv"]), tuple(arrays[KV_SHAPE].tolist())
-    decode_layer = tensor_codec(codec).decode_layer
-    return {f"layer {layer}": pooled(_by_token(decode_layer(data, layer, shape)[1]), pool) for layer in numbers}
-
-
-def _by_token(values: Tensor) -> Tensor:
-    """Reshape `[kv_head, T, C]` to `[T, kv_head * C]`."""
-    return values.transpose(0, 1).flatten(1)
+    One layer at a time is decoded.
+    """
+    if HIDDEN in reader.fields:
+        yield HIDDEN, from_bf16_bits(reader.read(sample_id, fields=[HIDDEN])[HIDDEN])
+    if not numbers:
+        return
+    arrays = reader.read(sample_id, fields=["kv", *([KV_SHAPE] if codec else [])])
+    for layer in numbers:
+        if codec is None:
+            values = from_bf16_bits(arrays["kv"][layer, 1])
+        else:
+            shape = tuple(arrays[KV_SHAPE].tolist())
+            values = tensor_codec(codec).decode_layer(torch.from_numpy(arrays["kv"]), layer, shape)[1]
+        yield f"layer {layer}", values.transpose(0, 1).flatten(1)

@@ -101,7 +101,7 @@ def cross_validate(
         fold_seed = 1000 * seed + number
         inner = group_folds([clips[row] for row in train], INNER_FOLDS, seed=fold_seed)
         fits = _ridge(features, history, y, train, test, inner)
-        predicted = {"ridge": [fit.new for fit in fits]}
+        predicted = {"ridge": [new for new, _ in fits]}
         if "mlp" in probes:
             inputs = [_components(_gram(x, train, test)) for x in (features, history) if x is not None]
             inputs += [np.concatenate(inputs, axis=1)] if len(inputs) > 1 else []
@@ -113,14 +113,9 @@ def cross_validate(
         yield result
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Fit:
-    """A ridge's standardised predictions."""
-
-    new: Floats
-    """For the test rows, `[test, targets]`."""
-    held: Floats
-    """For each training row by a ridge of the other inner folds, `[train, targets]`."""
+_Fit: TypeAlias = tuple[Floats, Floats]
+"""A ridge's standardised predictions: for the test rows `[test, targets]`, and, by ridges of the other inner folds, for
+the training rows `[train, targets]`."""
 
 
 def _ridge(
@@ -139,11 +134,11 @@ def _ridge(
     fits = []
     for allowed in [slice(-1, None)] if history is None else [slice(-1, None), slice(0, 1), slice(None)]:
         best = errors[allowed].reshape(-1, y.shape[1]).argmin(0)
-        chosen = [
+        new_best, held_best = (
             np.stack([path[allowed].reshape(-1, *path.shape[2:])[place, :, k] for k, place in enumerate(best)], axis=-1)
             for path in (new, held)
-        ]
-        fits.append(_Fit(new=chosen[0], held=chosen[1]))
+        )
+        fits.append((new_best, held_best))
     return fits
 
 
@@ -189,9 +184,10 @@ def _mlp(fit: _Fit, x: Floats, y: Floats, inner: Sequence[Rows], *, seed: int) -
 
     The mean of as many MLPs as there are inner folds, each stopped early by one of them.
     """
-    residual = y - fit.held
+    new, held = fit
+    residual = y - held
     members = [_train_mlp(x, residual, rows, seed=f"{seed}|{number}") for number, rows in enumerate(inner)]
-    predicted: Floats = fit.new + np.mean(members, axis=0)
+    predicted: Floats = new + np.mean(members, axis=0)
     return predicted
 
 
@@ -242,8 +238,7 @@ def _train_mlp(x: Floats, y: Floats, held: Rows, *, seed: str) -> Floats:
                 best, last_better = torch.minimum(best, error), epoch
         if epoch - last_better >= PATIENCE:
             break
-    result: Floats = predicted.double().numpy()
-    return result
+    return predicted.double().numpy()
 
 
 def _forward(weights: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -26,11 +26,6 @@ ADVICE: Mapping[Answer, str] = {
     "fine-tuning of the VLM.",
     "too few samples": "Extract more clips, above all with curves that begin after t0, and probe again.",
 }
-_WORDS: Mapping[Answer, str] = {
-    "there": "the information is there",
-    "not there": "the information is not there",
-    "too few samples": "too few samples to conclude",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,48 +61,33 @@ def judge_target(
     """Decide by the gain of the better probe.
 
     Args:
-        target: name of the target.
-        stratum: name of the stratum.
         counts: number of samples and of clips of the stratum.
         fitted_clips: number of clips that the probes were fitted and judged on, of all strata.
         cells: probe -> its numbers.
         control: probe -> its numbers with features of other samples.
     """
-    gains = {probe: cell.gain for probe, cell in cells.items()}
-    where = _where(stratum, *counts)
-    if counts[0] < LEAST_SAMPLES or counts[1] < LEAST_CLIPS or None in gains.values():
-        reason = f"{where}, where {LEAST_SAMPLES} of {LEAST_CLIPS} clips and a target that varies are needed"
-        return _verdict(target, stratum, "too few samples", reason)
-    known = {probe: gain for probe, gain in gains.items() if gain is not None}
-    best = max(known, key=lambda probe: known[probe].estimate)
+    samples, clips = counts
+    where = f"{samples} samples of {clips} clips"
+    if stratum == LATE_CURVE:
+        where += " that go straight until t0 and curve afterwards"
+    gains = {probe: cell.gain for probe, cell in cells.items() if cell.gain is not None}
     by_chance = {probe: 0.0 if cell.gain is None else cell.gain.estimate for probe, cell in control.items()}
+    proven = [probe for probe, gain in gains.items() if gain.estimate >= WORTH and gain.low > max(0, by_chance[probe])]
     answer: Answer = "too few samples"
-    proven = [
-        probe for probe, gain in known.items() if gain.estimate >= WORTH and gain.low > max(0.0, by_chance[probe])
-    ]
-    if proven:
-        answer, best = "there", max(proven, key=lambda probe: known[probe].estimate)
-    elif fitted_clips >= CLIPS_TO_DENY and all(gain.high < WORTH for gain in known.values()):
-        answer = "not there"
-    cell, gain = cells[best], known[best]
-    assert cell.both is not None
-    evidence = (
-        f"{where}: history explains {cell.both.estimate - gain.estimate:z.2f} of the variance, history and features "
-        f"{cell.both.estimate:z.2f}, a gain of {gain.estimate:z.2f} [{gain.low:z.2f}, {gain.high:z.2f}] ({best}); "
-        f"{by_chance[best]:z.2f} with features of other samples"
-    )
-    return _verdict(target, stratum, answer, evidence)
-
-
-def _verdict(target: str, stratum: str, answer: Answer, evidence: str) -> Verdict:
-    return Verdict(
-        target=target,
-        stratum=stratum,
-        answer=answer,
-        sentence=f"{target}: {_WORDS[answer]}. {evidence[:1].upper()}{evidence[1:]}.",
-    )
-
-
-def _where(stratum: str, samples: int, clips: int) -> str:
-    kind = " that go straight until t0 and curve afterwards" if stratum == LATE_CURVE else ""
-    return f"{samples} samples of {clips} clips{kind}"
+    if samples < LEAST_SAMPLES or clips < LEAST_CLIPS or len(gains) < len(cells):
+        evidence = f"{where}, where {LEAST_SAMPLES} of {LEAST_CLIPS} clips and a target that varies are needed"
+    else:
+        if proven:
+            answer = "there"
+        elif fitted_clips >= CLIPS_TO_DENY and all(gain.high < WORTH for gain in gains.values()):
+            answer = "not there"
+        best = max(proven or gains, key=lambda probe: gains[probe].estimate)
+        both, gain = cells[best].both, gains[best]
+        assert both is not None
+        evidence = (
+            f"{where}: history explains {both.estimate - gain.estimate:z.2f} of the variance, history and features "
+            f"{both.estimate:z.2f}, a gain of {gain.estimate:z.2f} [{gain.low:z.2f}, {gain.high:z.2f}] ({best}); "
+            f"{by_chance[best]:z.2f} with features of other samples"
+        )
+    words = "too few samples to conclude" if answer == "too few samples" else f"the information is {answer}"
+    return Verdict(target=target, stratum=stratum, answer=answer, sentence=f"{target}: {words}. {evidence}.")

@@ -24,10 +24,9 @@ from alpacache.evaluation import report_tables as tables
 from alpacache.evaluation.judging import SampleResult
 from alpacache.evaluation.plots import bias_scatter_png, error_over_time_png, loss_curves_png, sample_png
 from alpacache.evaluation.summary import EvalSummary
-from alpacache.metrics.baselines import BASELINES
 from alpacache.metrics.bias import departures_at
 from alpacache.metrics.bootstrap import LEVEL
-from alpacache.metrics.paths import BOX_M, MISS_RADIUS_M, best_sample, displacement
+from alpacache.metrics.paths import BOX_M, MISS_RADIUS_M, displacement
 
 LISTED_SAMPLES = 2000
 PATHS_BUDGET_BYTES = 5_000_000
@@ -52,11 +51,8 @@ def write_report(
 ) -> None:
     """Write the page of an evaluation, samples ranked by the last model.
 
-    Args:
-        summary: of exactly these results, from `summarise`.
-        results: the samples.
-        path: the file to write; one that is there is replaced.
-        losses: label of a trained model -> rows of its run's `metrics.jsonl`.
+    The summary is of exactly these results; `losses` maps the label of a trained model to the rows of its run's
+    `metrics.jsonl`.
     """
     judged = summary.models[-1]
     ranked = sorted(results, key=lambda result: -result.models[judged].metrics["min_ade"])
@@ -75,9 +71,7 @@ def write_report(
             "box": " x ".join(f"{side_m:g}" for side_m in BOX_M),
             "reference": html.escape(summary.reference),
             "one_model": "hidden" if len(summary.models) == 1 else "",
-            "bias_picture": _picture(
-                _bias_png(summary, ranked), "predicted against driven heading change, one panel a model"
-            ),
+            "bias_picture": _picture(_bias_png(summary, ranked), "predicted against driven heading change by model"),
             "filters": tables.filter_buttons(summary),
             "strata_table": tables.strata_table(summary),
             "slopes_table": tables.slopes_table(summary),
@@ -131,14 +125,13 @@ def _bias_png(summary: EvalSummary, results: Sequence[SampleResult]) -> bytes:
         {label: departures_at(departures, "heading", FUTURE_S) for label, departures in predicted.items()},
         {label: bias[label]["heading"][FUTURE_S] for label in summary.models},
         marked=np.array([result.strata.straight_history_late_curve for result in results]),
-        marked_label=tables.stratum_name(LATE_CURVE),
     )
 
 
 def _time_png(summary: EvalSummary, results: Sequence[SampleResult]) -> bytes:
     def errors(label: str, rows: Sequence[SampleResult]) -> Floats:
         each = [displacement(result.models[label].pred_xyz, result.truth_xyz) for result in rows]
-        return np.stack([error[best_sample(error)] for error in each])
+        return np.stack([error[error.mean(axis=1).argmin()] for error in each])
 
     panels, dashed = {}, {}
     for name in TIME_STRATA:
@@ -191,7 +184,7 @@ def _embed(summary: EvalSummary, ranked: Sequence[SampleResult]) -> tuple[list[S
             fronts_left -= len(sample["front"])
         samples.append(sample)
     models = [
-        {"label": label, "colour": tables.model_colour(summary, label), "baseline": label in BASELINES}
+        {"label": label, "colour": tables.model_colour(summary, label), "baseline": label in summary.baselines}
         for label in labels
     ]
     text = json.dumps({"models": models, "samples": samples}, separators=(",", ":"), allow_nan=False)

@@ -23,6 +23,8 @@ from alpacache.progress import OnProgress, Progress
 from alpacache.training.trainable import changed_tensors, merge
 from cache_store.storage.local_files import FULL, flush
 
+TRAINED_PREFIXES = ("expert.", "action_in_proj.", "action_out_proj.", "action_space.")
+"""Tensors that stage two loads, and all that `expert_only` writes."""
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
 
 
@@ -30,17 +32,12 @@ class MergedTensors:
     """The base's tensors with the run's in their place, read one at a time."""
 
     def __init__(
-        self,
-        base: Checkpoint,
-        infos: Mapping[str, TensorInfo],
-        trained: Mapping[str, Tensor],
-        *,
-        shapes: Mapping[str, tuple[int, ...]],
-        where: Path,
+        self, base: Checkpoint, infos: Mapping[str, TensorInfo], trained: Mapping[str, Tensor], *, where: Path
     ) -> None:
-        """`infos` are all tensors to export, `shapes` of those that may change; `where` is what errors call the run."""
+        """`infos` are all tensors to export; `where` is what errors call the run."""
         self.base, self.infos, self._trained = base, infos, trained
-        self.changed = changed_tensors(trained, shapes, where=where)
+        trainable = {name: info.shape for name, info in infos.items() if name.startswith(TRAINED_PREFIXES)}
+        self.changed = changed_tensors(trained, trainable, where=where)
         self.changed_shards = {infos[name].shard for name in self.changed}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -74,15 +71,22 @@ class Draft:
 
     def write(self, directory: Path, tensors: MergedTensors, on_progress: OnProgress) -> None:
         """Write everything, one tensor at a time where a shard is patched; what cannot be linked is copied."""
-        self._link(directory)
+        for name in (*self.linked, *self.copied):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        for name, file in list(self.linked.items()):
+            try:
+                os.link(file, directory / name)
+            except OSError as error:
+                if error.errno not in _CANNOT_LINK:
+                    raise
+                self.copied[name] = self.linked.pop(name)
         free = shutil.disk_usage(directory).free
         if free < self.size_bytes:
             raise DataError(
                 f"{directory.parent} needs {self.size_bytes} bytes, {free} are free; nothing was written. Free space, "
                 "or choose an --out on the base model's file system, where shards can be linked."
             )
-        started = time.monotonic()
-        total = len(self.copied) + len(self.patched) + bool(self.new_bytes)
+        started, total = time.monotonic(), self.written_files - len(self.texts)
         for done, _ in enumerate(self._written(directory, tensors), start=1):
             rate = done / max(time.monotonic() - started, 1e-6)
             on_progress(Progress(done=done, total=total, unit="files", rate=rate, notes={}))
@@ -100,20 +104,10 @@ class Draft:
             )
         written.infos(written.names)  # raises where the index names the wrong shard
 
-    def _link(self, directory: Path) -> None:
-        """Link what can be linked and move the rest to `copied`."""
-        for name, file in list(self.linked.items()):
-            try:
-                os.link(file, _place(directory, name))
-            except OSError as error:
-                if error.errno not in _CANNOT_LINK:
-                    raise
-                self.copied[name] = self.linked.pop(name)
-
     def _written(self, directory: Path, tensors: MergedTensors) -> Iterator[str]:
         """Write all files but links and texts; yield each one's name afterwards."""
         for name, file in self.copied.items():
-            shutil.copyfile(file, _place(directory, name))
+            shutil.copyfile(file, directory / name)
             yield name
         for shard, file in self.patched.items():
             shutil.copyfile(file, directory / shard)
@@ -121,7 +115,7 @@ class Draft:
             with (directory / shard).open("r+b") as target:
                 for name, tensor in tensors.read(mine):
                     target.seek(tensors.infos[name].offset)
-                    target.write(_bytes(tensor))
+                    target.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             yield shard
         if self.new_bytes:
             save_file(dict(tensors.read(tensors.infos)), directory / SINGLE, {"format": "pt"})
@@ -133,8 +127,7 @@ def appearing(out: Path, draft: Draft) -> Iterator[Path]:
     """A directory beside `out` that takes its name when the body ends well, and is removed when it does not."""
     directory = out.with_name(f".{out.name}.writing")
     try:
-        if directory.exists():  # left by an export that was killed
-            shutil.rmtree(directory)
+        shutil.rmtree(directory, ignore_errors=True)  # left by an export that was killed
         directory.mkdir(parents=True)
         yield directory
         for place in (*directory.rglob("*"), directory):
@@ -160,13 +153,3 @@ def misplaced(infos: Mapping[str, TensorInfo], shards: Iterable[Path]) -> list[s
             stored[name].append((info.dtype, info.shape))
     expected = {name: [(info.dtype, info.shape)] for name, info in infos.items()}
     return sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
-
-
-def _place(directory: Path, name: str) -> Path:
-    path = directory / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

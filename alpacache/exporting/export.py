@@ -18,13 +18,11 @@ from alpacache.alpamayo.foreign_files import TensorInfo
 from alpacache.cached_samples.identity import check_base, model_identity, vlm_identity
 from alpacache.errors import CheckpointError, UsageError
 from alpacache.exporting.config import ExportConfig
-from alpacache.exporting.draft import Draft, MergedTensors, appearing, misplaced
+from alpacache.exporting.draft import TRAINED_PREFIXES, Draft, MergedTensors, appearing, misplaced
 from alpacache.exporting.model_card import model_card, run_facts
 from alpacache.progress import OnProgress, ignore
 from alpacache.training.run_directory import MODEL, RunCheckpoint, find_checkpoint, read_trained
 
-TRAINED_PREFIXES = ("expert.", "action_in_proj.", "action_out_proj.", "action_space.")
-"""Tensors that stage two loads, and all that `expert_only` writes."""
 _CARD, _LICENCE = "README.md", "LICENSE"
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*")
 """Files that go along with `expert_only`: configs, tokenizer, card, licence; no weights of any kind."""
@@ -44,11 +42,10 @@ class ExportReport:
     expert_only: bool
     """Whether it lacks the VLM, as asked for or because the base does."""
     tensors: int
-    """Number of tensors in the exported checkpoint."""
     changed_tensors: int
     """Number of those that the run trained."""
     linked_files: int
-    """Number of hard links to the base's files."""
+    """Hard links to the base's files."""
     written_files: int
     written_bytes: int
     seconds: float
@@ -75,10 +72,13 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
             "does not hold: a complete checkpoint would pair the expert with another VLM. Pass --expert-only."
         )
     infos = base.infos(base.with_prefix(*TRAINED_PREFIXES) if config.expert_only else base.names)
-    trainable = {name: info.shape for name, info in infos.items() if name.startswith(TRAINED_PREFIXES)}
-    tensors = MergedTensors(base, infos, run.model, shapes=trainable, where=path)
+    tensors = MergedTensors(base, infos, run.model, where=path)
     lean = not any(name.startswith("vlm.") for name in infos)
-    draft = _expert_draft(base, tensors) if config.expert_only else _full_draft(base, tensors)
+    if config.expert_only:  # small files of the base, and the expert's tensors in one new file
+        small = {_new_name(name): file for name, file in base.files(*_SMALL_FILES).items() if not name.endswith(INDEX)}
+        draft = Draft(copied=small, new_bytes=sum(info.nbytes for info in infos.values()))
+    else:
+        draft = _full_draft(base, tensors)
     draft.texts[INDEX] = _index(base, infos, run, single=config.expert_only)
     base_texts = {name: file.read_text(errors="replace") for name, file in base.files(_CARD, _LICENCE).items()}
     draft.texts[_CARD] = model_card(
@@ -125,15 +125,6 @@ def _full_draft(base: Checkpoint, tensors: MergedTensors) -> Draft:
         elif name != INDEX:
             (draft.linked if name.endswith(".safetensors") else draft.copied)[_new_name(name)] = file
     return draft
-
-
-def _expert_draft(base: Checkpoint, tensors: MergedTensors) -> Draft:
-    """The small files of the base, and the expert's tensors in one new file."""
-    files = base.files(*_SMALL_FILES)
-    return Draft(
-        copied={_new_name(name): file for name, file in files.items() if not name.endswith(INDEX)},
-        new_bytes=sum(info.nbytes for info in tensors.infos.values()),
-    )
 
 
 def _new_name(name: str) -> str:

@@ -69,13 +69,7 @@ def run_facts(checkpoint: Path, content: RunCheckpoint) -> RunFacts:
 
 
 def model_card(
-    name: str,
-    base: Checkpoint,
-    facts: RunFacts,
-    *,
-    base_card: str | None,
-    base_licence: str | None,
-    expert_only: bool,
+    name: str, base: Checkpoint, facts: RunFacts, *, base_card: str | None, base_licence: str | None, expert_only: bool
 ) -> str:
     """The text of `README.md`, with the front matter that the hub reads.
 
@@ -88,16 +82,17 @@ def model_card(
     if base_licence is not None and not licence:
         title = next((line.strip() for line in base_licence.splitlines() if line.strip()), "LICENSE")
         licence = ["license: other", f"license_name: {json.dumps(title)}", "license_link: LICENSE"]
-    front = [
-        f"base_model: {json.dumps(base.full_name)}",
-        "base_model_relation: finetune",
-        *(licence or ["license: other"]),
-        "tags:",
-        *(f"- {tag}" for tag in _TAGS),
-    ]
+    tags = "\n".join(f"- {tag}" for tag in _TAGS)
+    about = "\n".join(licence or ["license: other"])
     revision = f"revision `{base.revision}`" if base.revision else "a copy that does not tell its revision"
+    if licence:
+        terms = f"Weights trained from `{base.full_name}` are under its licence: `{'; '.join(licence)}`."
+    else:
+        terms = f"`{base.full_name}` came without a licence; what holds for it holds for these weights."
+    if base_card is not None:
+        terms += " Its card is kept as `BASE_README.md`."
     parts = [
-        "---\n" + "\n".join(front) + "\n---",
+        f"---\nbase_model: {json.dumps(base.full_name)}\nbase_model_relation: finetune\n{about}\ntags:\n{tags}\n---",
         f"# {name}",
         f"The action expert of `{base.full_name}` ({revision}), trained further on cached features of its frozen "
         f"vision-language model (VLM) and put back into the base's layout by alpacache {__version__}.",
@@ -105,16 +100,16 @@ def model_card(
         f"## Training\n\n{_table(facts)}",
         "Losses are mean squared errors of the flow's velocity over normalised actions, not distances in metres; "
         "`alpacache eval` gives those.",
-        f"## Licence\n\n{_licence_text(base, licence, has_card=base_card is not None)}",
+        f"## Licence\n\n{terms} The released Alpamayo weights are for non-commercial use only, and so is all trained "
+        "from them.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def licence_lines(card: str) -> list[str]:
     """Lines of the `license...` entries of a card's front matter, as they stand there."""
-    front = re.match(
-        r"\A---[ \t]*\n(.*?)\n---[ \t]*(\n|\Z)", card.removeprefix("\ufeff").replace("\r\n", "\n"), re.DOTALL
-    )
+    text = card.removeprefix("\ufeff").replace("\r\n", "\n")
+    front = re.match(r"\A---[ \t]*\n(.*?)\n---[ \t]*(\n|\Z)", text, re.DOTALL)
     lines, taken = [], False
     for line in front[1].split("\n") if front else ():
         taken = line.startswith("license") if line[:1] not in ("", " ", "\t", "-") else taken
@@ -146,18 +141,6 @@ def _table(facts: RunFacts) -> str:
 
 def _number(value: float | None, what: str) -> str:
     return "not known" if value is None else f"{value:.4f} ({what})"
-
-
-def _licence_text(base: Checkpoint, licence: Sequence[str], *, has_card: bool) -> str:
-    """The terms that hold for the weights, and where they are written."""
-    if licence:
-        said = f"Weights trained from `{base.full_name}` are under its licence: `{'; '.join(licence)}`."
-    else:
-        said = f"`{base.full_name}` came without a licence; what holds for it holds for these weights."
-    kept = " Its card is kept as `BASE_README.md`." if has_card else ""
-    return (
-        f"{said}{kept} The released Alpamayo weights are for non-commercial use only, and so is all trained from them."
-    )
 
 
 def _stores(config: Path) -> list[str]:

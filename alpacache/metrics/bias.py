@@ -37,10 +37,6 @@ class Departure:
     lateral: tuple[float, ...]
     """y in the ego frame at t0, metres."""
 
-    def at(self, quantity: Quantity, horizon_s: float) -> float:
-        """One of the numbers. Raises `ValueError` for a horizon that is not in `HORIZONS_S`."""
-        return (self.heading if quantity == "heading" else self.lateral)[HORIZONS_S.index(horizon_s)]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slope:
@@ -86,18 +82,10 @@ def mean_departure(pred_xyz: ArrayLike, pred_rot: ArrayLike, start_rot: ArrayLik
 
 
 def fit_slope(truth: ArrayLike, pred: ArrayLike, *, min_spread: float = 0.0) -> Slope | None:
-    """Least-squares line with intercept; the interval is Student's t with n - 2 degrees of freedom.
+    """Least-squares line with intercept of pred on truth, departures `[N]`; the interval is Student's t, freedom n - 2.
 
-    Args:
-        truth: `[N]` true departures.
-        pred: `[N]` predicted ones.
-        min_spread: least standard deviation of truth, see `MIN_SPREAD`.
-
-    Returns:
-        None with fewer than five samples or where truth does not vary: there is no slope to speak of.
-
-    Raises:
-        ValueError: lengths that differ or values that are not finite.
+    None with fewer than five samples or where the standard deviation of truth is not above `min_spread`: there is no
+    slope to speak of. Raises `ValueError` for lengths that differ or values that are not finite.
     """
     x, y = np.asarray(truth, dtype=np.float64), np.asarray(pred, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape:
@@ -127,19 +115,10 @@ def bias_slope(
     horizon_s: float,
     seed: int = 0,
 ) -> Slope | None:
-    """Slope of one model at one horizon.
+    """Slope of one model, from the mean departures of its paths and the true ones; None where `fit_slope` gives none.
 
     The interval comes from resampling clips where clips have several samples and there are ten clips or more, else from
     Student's t, which takes samples for independent and is too narrow where they are not.
-
-    Args:
-        truth: departures of N driven paths.
-        pred: mean departures of the predicted ones.
-        clips: N clip ids.
-        horizon_s: one of `HORIZONS_S`.
-
-    Returns:
-        None as for `fit_slope`.
     """
     x, y = departures_at(truth, quantity, horizon_s), departures_at(pred, quantity, horizon_s)
     line = fit_slope(x, y, min_spread=MIN_SPREAD[quantity])
@@ -167,5 +146,6 @@ def bias_difference(
 
 
 def departures_at(departures: Sequence[Departure], quantity: Quantity, horizon_s: float) -> Floats:
-    """One number of each departure, `[N]` in radians or metres."""
-    return np.array([one.at(quantity, horizon_s) for one in departures], dtype=np.float64)
+    """One number of each departure, `[N]` in radians or metres. Raises `ValueError` for an unknown horizon."""
+    place = HORIZONS_S.index(horizon_s)
+    return np.array([getattr(one, quantity)[place] for one in departures], dtype=np.float64)

@@ -32,23 +32,12 @@ class Interval:
     n: int
     """Number of samples."""
     clips: int
-    """Number of clips."""
 
 
 def mean_difference(before: ArrayLike, after: ArrayLike, clips: Sequence[str], *, seed: int = 0) -> Interval | None:
-    """Interval of mean(after) - mean(before) over samples that both models were run on.
+    """Interval of mean(after) - mean(before), `[N]` each, over samples that both models were run on.
 
-    Args:
-        before: `[N]` one number a sample.
-        after: `[N]` of the same samples in the same order.
-        clips: N clip ids.
-        seed: seed of the resampling.
-
-    Returns:
-        None with fewer than two clips.
-
-    Raises:
-        ValueError: lengths that differ.
+    None with fewer than two clips. Raises `ValueError` for lengths that differ.
     """
     gain = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     sums = _sums_by_clip([np.ones_like(gain), gain], clips)

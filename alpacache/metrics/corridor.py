@@ -46,7 +46,6 @@ class CorridorSummary:
     contained_leaving: float | None
     """The same share of the samples that leave: one path goes at least as far as the road, and one no further."""
     contained_interval: Interval | None
-    """Interval of `contained_leaving`."""
     spread_m: float
     """Mean over samples."""
 

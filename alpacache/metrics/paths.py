@@ -43,7 +43,7 @@ def min_ade(pred: ArrayLike, truth: ArrayLike) -> dict[str, float]:
         ValueError: shapes that do not fit, paths shorter than 5 s, or values that are not finite.
     """
     error = displacement(pred, truth)
-    best = error[best_sample(error)]
+    best = error[error.mean(axis=1).argmin()]
     by_horizon = {f"min_ade/by_t={horizon_s}": _mean_until(best, horizon_s) for horizon_s in MIN_ADE_HORIZONS_S}
     by_horizon |= {f"ade/by_t={horizon_s}": _mean_until(error[0], horizon_s) for horizon_s in ADE_HORIZONS_S}
     return {"min_ade": float(best.mean()), "ade": float(error[0].mean()), **by_horizon}
@@ -98,11 +98,6 @@ def displacement(pred: ArrayLike, truth: ArrayLike) -> Floats:
     pred_xyz, truth_xyz = _paths(pred, truth)
     distance: Floats = np.linalg.norm(pred_xyz[..., :2] - truth_xyz[..., :2], axis=-1)
     return distance
-
-
-def best_sample(error: Floats) -> int:
-    """Index of the sample of displacement `[K, T]` with the smallest mean; the first of equals."""
-    return int(error.mean(axis=1).argmin())
 
 
 def _mean_until(error: Floats, horizon_s: float) -> float:

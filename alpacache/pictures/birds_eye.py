@@ -5,7 +5,6 @@ Drawn without pyplot, so nothing is global and threads may draw at once.
 
 import io
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -55,13 +54,18 @@ def birds_eye_png(
     Raises:
         ValueError: front_jpeg is no image.
     """
-    front = None if front_jpeg is None else _decode(front_jpeg)
-    figure = Figure(figsize=(4.4, 5.6) if front is None else (11.2, 5.6), dpi=DPI, layout="constrained")
-    if front is None:
+    figure = Figure(figsize=(4.4, 5.6) if front_jpeg is None else (11.2, 5.6), dpi=DPI, layout="constrained")
+    if front_jpeg is None:
         axes = first = figure.add_subplot()
     else:
         first, axes = figure.subplots(1, 2, width_ratios=(6.8, 4.4))
-        first.imshow(front)
+        try:
+            with Image.open(io.BytesIO(front_jpeg)) as image:
+                first.imshow(np.asarray(image.convert("RGB")))
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"the front frame of {len(front_jpeg)} bytes is no image that can be read: {error}"
+            ) from error
         first.set_axis_off()
     first.set_title(literal(title), loc="left", fontsize=10, color=INK)
     truth, history = np.asarray(truth_xyz, dtype=np.float64), np.asarray(history_xyz, dtype=np.float64)
@@ -69,8 +73,8 @@ def birds_eye_png(
     straight_on = {label: np.asarray(path, dtype=np.float64) for label, path in (baselines or {}).items()}
     _draw_paths(axes, truth, history, sampled, straight_on)
     shown = [truth, history, *(path.reshape(-1, path.shape[-1]) for path in sampled.values())]
-    _frame_road(axes, np.concatenate(shown), ratio=VIEW_RATIO)
-    return png_bytes(figure, palette=front is None)
+    _frame_road(axes, np.concatenate(shown))
+    return png_bytes(figure, palette=front_jpeg is None)
 
 
 def _draw_paths(
@@ -100,22 +104,14 @@ def _draw_paths(
     axes.legend(loc="best", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
 
 
-def _frame_road(axes: Axes, points: Floats, *, ratio: float) -> None:
+def _frame_road(axes: Axes, points: Floats) -> None:
     """Set equal axes that hold all points `[N, 3]`, of one shape (width / height) whatever the path."""
     low, high = points[:, :2].min(axis=0), points[:, :2].max(axis=0)
     centre = (low + high) / 2
     centre[1] = float(np.clip(0.0, high[1] - (high[1] - low[1]) * 0.9, low[1] + (high[1] - low[1]) * 0.9))
     half_width = 1.12 * max(float(high[1] - centre[1]), float(centre[1] - low[1]))
-    half_length = max(0.54 * float(high[0] - low[0]), MIN_LENGTH_M / 2, half_width / ratio)
+    half_length = max(0.54 * float(high[0] - low[0]), MIN_LENGTH_M / 2, half_width / VIEW_RATIO)
     axes.set_ylim(centre[0] - half_length, centre[0] + half_length)
-    axes.set_xlim(centre[1] + half_length * ratio, centre[1] - half_length * ratio)
+    axes.set_xlim(centre[1] + half_length * VIEW_RATIO, centre[1] - half_length * VIEW_RATIO)
     axes.set_aspect("equal")
     style_axes(axes, x="left  ←  y (m)  →  right", y="x, forward (m)")
-
-
-def _decode(jpeg: bytes) -> Any:
-    try:
-        with Image.open(io.BytesIO(jpeg)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the front frame of {len(jpeg)} bytes is no image that can be read: {error}") from error

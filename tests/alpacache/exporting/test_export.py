@@ -345,7 +345,7 @@ def test_a_disk_that_fills_up_leaves_nothing(expert_only, root, tmp_path, monkey
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(draft, "save_file" if expert_only else "_bytes", full)
+    monkeypatch.setattr(draft, "save_file" if expert_only else "merge", full)
     with pytest.raises(DataError, match=r"No space left on device\); it needs \d+ bytes there\. .* free space"):
         export(root / "Tiny-R1", root / "all", tmp_path / "out", expert_only=expert_only)
     assert left_beside(tmp_path / "out") == []
@@ -355,7 +355,7 @@ def test_ctrl_c_leaves_nothing(root, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(draft, "_bytes", interrupt)
+    monkeypatch.setattr(draft, "merge", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export(root / "Tiny-R1", root / "all", tmp_path / "out")
     assert left_beside(tmp_path / "out") == []

@@ -8,6 +8,7 @@ from alpacache.metrics.bias import (
     HORIZONS_S,
     Departure,
     bias_slope,
+    departures_at,
     fit_slope,
     mean_departure,
 )
@@ -32,7 +33,7 @@ def test_departure_is_unwrapped_at_every_horizon() -> None:
 
     assert np.rad2deg(result.heading) == pytest.approx([80.0, 160.0, 256.0])
     assert result.lateral == tuple(arc(40.0)[0][[19, 39, 63], 1])
-    assert result.at("heading", 4.0) == pytest.approx(np.deg2rad(160.0))
+    assert departures_at([result], "heading", 4.0) == pytest.approx([np.deg2rad(160.0)])
 
 
 def test_mean_departure_of_two_opposite_paths_is_straight() -> None:
@@ -133,5 +134,5 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="not finite"):
         fit_slope(np.arange(6.0), np.full(6, np.inf))
     with pytest.raises(ValueError, match="not in tuple"):
-        departures(np.zeros(1))[0].at("heading", 3.0)
+        departures_at(departures(np.zeros(1)), "heading", 3.0)
     assert HORIZONS_S == (2.0, 4.0, 6.4)
