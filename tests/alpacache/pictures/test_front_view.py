@@ -48,13 +48,16 @@ def test_points_behind_or_far_beside_the_camera_are_unseen():
 
 def test_the_road_of_a_generated_drive_is_where_it_was_painted():
     """The generated camera knows the ground place of each of its pixels; projecting it back gives the pixel."""
-    from alpacache.sources.scene import make_camera
-    from alpacache.sources.synthetic import _calibration
+    from alpacache.sources.synthetic import SyntheticSource
 
-    camera = make_camera(width=256, height=128, fov_rad=2.0, yaw_rad=0.1, pitch_rad=0.05, above_ground_m=1.5)
+    name = "camera_cross_left_120fov"
+    source = SyntheticSource(1, cameras=[name])
+    clip = source.clip_ids[0]
+    camera, lens = source._camera(name, source._world(clip)), source.calibration(clip, name)
+    assert (lens["width"], lens["height"]) == (256, 128)
     some = np.arange(0, len(camera.ground), 97)
     ground = np.column_stack([camera.ground_xy[some], np.zeros(len(some))])
-    pixels = project(ground, _calibration(camera))
+    pixels = project(ground, lens)
     expected = np.column_stack([camera.ground[some] % 256, camera.ground[some] // 256])
     seen = np.isfinite(pixels).all(axis=1)
     assert seen.mean() > 0.5
