@@ -42,7 +42,7 @@ from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.extraction import extract as extraction
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.preparation import PreparationSettings
-from alpacache.extraction.readers import Readers, open_readers, reading_workers
+from alpacache.extraction.reading_process import Readers, open_readers, reading_workers
 from alpacache.planning.time_model import prefill_batch
 from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
@@ -193,7 +193,7 @@ def begun_reading(config: ExtractConfig, device: torch.device) -> Iterator[tuple
 
 def reading_in_threads() -> AbstractContextManager[Any]:
     """Within it samples are read as they would be through the network: in threads of the process that has the VLM."""
-    return mock.patch("alpacache.extraction.readers.is_streamed", return_value=True)
+    return mock.patch("alpacache.extraction.reading_process.is_streamed", return_value=True)
 
 
 def prefill_rate(vlm: FrozenVLM, inputs: Sequence[VLMInputs], batch: int, *, rounds: int) -> float:

@@ -30,7 +30,7 @@ from benchmark_report import arguments, finish, hardware_name
 from drills import call
 
 from alpacache.extraction.config import ExtractConfig
-from alpacache.extraction.readers import default_workers
+from alpacache.extraction.reading_process import default_workers
 from alpacache.planning.time_model import prefill_batch
 from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select

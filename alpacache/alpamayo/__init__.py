@@ -30,12 +30,8 @@ __all__ = [
     "load_vlm",
 ]
 
-_HOMES = {
-    "ActionExpert": "alpacache.alpamayo.expert",
-    "load_expert": "alpacache.alpamayo.expert",
-    "FrozenVLM": "alpacache.alpamayo.vlm",
-    "load_vlm": "alpacache.alpamayo.vlm",
-}
+_HOMES = dict.fromkeys(("ActionExpert", "load_expert"), "alpacache.alpamayo.expert")
+_HOMES |= dict.fromkeys(("FrozenVLM", "load_vlm"), "alpacache.alpamayo.vlm")
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
 from alpacache.alpamayo.family import AlpamayoConfig, Family, Geometry, HistoryTokens, Released
 from alpacache.alpamayo.foreign_files import Count, Fraction, Number, Pixels, Schema, Width, conform
@@ -15,10 +15,7 @@ from alpacache.driving.action_space import UnicycleActionSpace
 _Id = Annotated[int, Field(ge=0, lt=2**20)]
 _XYZ = Annotated[tuple[Number, Number, Number], Field(strict=False)]
 _Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-def _without_package(dtype: object) -> object:
-    return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+_Dtype = Literal["bfloat16", "float32", "torch.bfloat16", "torch.float32"]
 
 
 class _Block(Schema):
@@ -99,8 +96,8 @@ class _Config(Schema):
     action_out_proj_cfg: _ActionOutProjection
     hist_traj_tokenizer_cfg: _HistoryTokenizer | None = None
     traj_tokenizer_cfg: _FutureTokenizer | None = None
-    dtype: Annotated[Literal["bfloat16", "float32"] | None, BeforeValidator(_without_package)] = None
-    torch_dtype: Annotated[Literal["bfloat16", "float32"] | None, BeforeValidator(_without_package)] = None
+    dtype: _Dtype | None = None
+    torch_dtype: _Dtype | None = None
     min_pixels: Pixels | None = None
     max_pixels: Pixels | None = None
 
@@ -114,7 +111,7 @@ def read_flat_config(family: Family, raw: Mapping[str, Any], path: Path) -> Alpa
     return AlpamayoConfig(
         raw=raw,
         family=family,
-        dtype=getattr(torch, config.dtype or config.torch_dtype or "bfloat16"),
+        dtype=getattr(torch, (config.dtype or config.torch_dtype or "bfloat16").removeprefix("torch.")),
         vlm_name_or_path=config.vlm_name_or_path,
         vocab_size=config.vocab_size,
         traj_vocab_size=config.traj_vocab_size,

@@ -4,7 +4,6 @@ Released Alpamayo checkpoints are Qwen3-VL (Cosmos-Reason2), whatever older writ
 backbone needs another module with these functions.
 """
 
-import copy
 import inspect
 import math
 import os
@@ -17,10 +16,9 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from alpacache.alpamayo.checkpoint import Checkpoint
+from alpacache.alpamayo.checkpoint import Checkpoint, hub_file
 from alpacache.alpamayo.family import EXPERT_PARTS, Geometry
 from alpacache.alpamayo.foreign_files import Count, Schema, Width, conform, read_json
-from alpacache.alpamayo.hub import hub_file
 from alpacache.errors import AlpacacheError, CheckpointError
 
 if TYPE_CHECKING:
@@ -92,8 +90,7 @@ def vlm_config(checkpoint: Checkpoint) -> "Qwen3VLConfig":
             f"{checkpoint.config.vlm_name_or_path}: model_type is {raw.get('model_type')!r}; alpacache knows "
             "'qwen3_vl'. Another backbone is one new module beside alpacache/alpamayo/backbone.py."
         )
-    file = conform(_VLMFile, raw, path)
-    raw |= {"text_config": dict(file.text_config), "vision_config": dict(file.vision_config)}
+    raw |= conform(_VLMFile, raw, path).model_dump()
     for section in (raw, raw["text_config"], raw["vision_config"]):
         for key in ("dtype", "torch_dtype", "_attn_implementation", "transformers_version"):
             section.pop(key, None)
@@ -108,7 +105,7 @@ def vlm_config(checkpoint: Checkpoint) -> "Qwen3VLConfig":
 
 def expert_config(checkpoint: Checkpoint) -> "Qwen3VLTextConfig":
     """The expert's configuration: the VLM's text model with the checkpoint's overrides."""
-    text = copy.deepcopy(vlm_config(checkpoint).text_config)
+    text = vlm_config(checkpoint).text_config
     known, where = text.to_dict(), f"{checkpoint.model}: expert_cfg"
     with refusing(where):
         for key, value in checkpoint.config.expert_overrides.items():

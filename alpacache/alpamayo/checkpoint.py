@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,7 @@ from torch import Tensor
 
 from alpacache.alpamayo.families import read_config
 from alpacache.alpamayo.family import AlpamayoConfig
-from alpacache.alpamayo.foreign_files import Schema, TensorInfo, conform, read_header, read_json
-from alpacache.alpamayo.hub import MissingFileError, hub_file, hub_shapes, hub_snapshot, is_snapshot
+from alpacache.alpamayo.foreign_files import Schema, TensorInfo, check_header, conform, read_header, read_json
 from alpacache.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -30,6 +30,10 @@ _NOT_CHECKPOINT = {".cache", ".git"}
 _FINGERPRINT_TENSORS = 64
 _FINGERPRINT_BYTES = 4096
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
+
+
+class MissingFileError(CheckpointError):
+    """A file that an existing checkpoint does not have."""
 
 
 class _Index(Schema):
@@ -58,7 +62,7 @@ class Checkpoint:
         if self.directory is None:
             return self.model
         directory = self.directory.resolve()
-        if is_snapshot(directory):
+        if _is_snapshot(directory):
             return directory.parent.parent.name.removeprefix("models--").replace("--", "/")
         return directory.name or self.model
 
@@ -99,9 +103,13 @@ class Checkpoint:
         """
         directory = self.directory
         if directory is None:
-            directory = hub_snapshot(self.model, revision=self.revision, patterns=patterns)
+            from huggingface_hub import snapshot_download
+
+            with _hub_errors(self.model, "the snapshot", self.revision):
+                wanted = list(patterns) or None
+                directory = Path(snapshot_download(self.model, revision=self.revision, allow_patterns=wanted))
         root = directory.resolve()
-        homes = (root, root.parent.parent / "blobs") if is_snapshot(root) else (root,)
+        homes = (root, root.parent.parent / "blobs") if _is_snapshot(root) else (root,)
         files = {}
         for folder, below, names in os.walk(root):
             links = [name for name in below if (Path(folder) / name).is_symlink()]
@@ -170,7 +178,7 @@ class Checkpoint:
         names = self.with_prefix(*prefixes)
         if self.directory is not None:
             return {name: info.shape for name, info in self.infos(names).items()}
-        shards = (hub_shapes(self.model, shard, revision=self.revision) for shard in sorted(set(names.values())))
+        shards = (_hub_shapes(self.model, shard, revision=self.revision) for shard in sorted(set(names.values())))
         return {name: shape for shapes in shards for name, shape in shapes.items() if name in names}
 
     def with_prefix(self, *prefixes: str) -> dict[str, str]:
@@ -252,3 +260,64 @@ class Checkpoint:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _is_snapshot(directory: Path) -> bool:
+    """Whether this is `models--OWNER--NAME/snapshots/REVISION` of the hub's cache, whose files are links to `blobs`."""
+    return directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--")
+
+
+def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
+    """A file of a hub repository, from the local cache or downloaded; errors say which command fetches it."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(repo, name, revision):
+        return Path(hf_hub_download(repo, name, revision=revision))
+
+
+def _hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes of a safetensors file on the hub, from its cached copy or else from its first bytes."""
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo, shard, revision=revision)
+    if isinstance(cached, str):
+        return {name: info.shape for name, info in read_header(Path(cached)).items()}
+    with _hub_errors(repo, f"the header of {shard}", revision):
+        try:
+            remote = HfApi().parse_safetensors_file_metadata(repo, shard, revision=revision)
+        except errors.HfHubHTTPError:
+            raise
+        except Exception as error:  # of whichever HTTP library this version of the hub's client uses
+            raise OSError(str(error)) from error
+    entries = {
+        name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+        for name, info in remote.tensors.items()
+    }
+    return {name: info.shape for name, info in check_header(entries, f"{shard} of {repo}").items()}
+
+
+@contextmanager
+def _hub_errors(repo: str, name: str, revision: str | None) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    fetch = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo} is gated: accept its licence on https://huggingface.co/{repo}, then `hf auth login` and `{fetch}`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the hub has no {repo} that you may see, and it is no local directory: check the name, or `hf auth login`."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{name} of {repo} is not in the local hub cache and the hub cannot be reached. On a machine with network: "
+            f"`{fetch}`; then copy the cache (HF_HOME) here, or pass the directory of the checkpoint instead of the id."
+        ) from error
+    except errors.EntryNotFoundError as error:
+        message = f"{repo} on the hub has no file {name}; is it a checkpoint in the public layout?"
+        raise MissingFileError(message) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise CheckpointError(f"fetching {name} of {repo} failed ({error}); try `{fetch}`.") from error

@@ -136,12 +136,8 @@ def load_expert(
         return model
 
     def in_projection() -> ActionInProjection:
-        return ActionInProjection(
-            config.hidden_size,
-            **checkpoint.config.action_in_proj,
-            rounded_to=rounded_to,
-            persistent_constants="action_in_proj.sinus.0.freqs" in checkpoint.names,
-        )
+        settings, stored = checkpoint.config.action_in_proj, "action_in_proj.sinus.0.freqs" in checkpoint.names
+        return ActionInProjection(config.hidden_size, **settings, rounded_to=rounded_to, persistent_constants=stored)
 
     return ActionExpert(
         load("expert.", text_model),

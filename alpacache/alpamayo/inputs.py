@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
@@ -12,12 +13,15 @@ from torch import Tensor
 from alpacache.alpamayo.backbone import companion_file, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.foreign_files import Schema, conform, read_json
-from alpacache.alpamayo.images import PROCESSOR, to_patches
 from alpacache.alpamayo.prompt import Reasoning
 from alpacache.driving.cameras import CAMERAS
-from alpacache.driving.picture_size import image_tokens
+from alpacache.driving.picture_size import fit_size, image_tokens
+from alpacache.driving.resizing import resized
 from alpacache.driving.sample import Sample
 from alpacache.errors import CheckpointError
+
+PROCESSOR = "recipe-float-bicubic-antialias-v1"
+"""Name of the way of `to_patches` in a store's identity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +160,33 @@ class InputBuilder:
             "prompt": self.format.identity(self.reasoning),
             "processor": {"images": PROCESSOR, **self._geometry, "temporal": self._temporal, **self._limits},
         }
+
+
+def to_patches(
+    frames: NDArray[np.uint8], *, patch: int, merge: int, temporal: int, min_pixels: int, max_pixels: int
+) -> tuple[Tensor, Tensor]:
+    """Frames `[N, 3, H, W]` RGB to `pixel_values [patches, 3 * temporal * patch^2]` and `image_grid_thw [N, 3]`.
+
+    uint8 / 255 in float32, antialiased bicubic resize, then to -1 .. 1; each frame stands for `temporal` equal ones.
+    This is the training recipe's way: resized in float, neither clamped nor rounded. The public sampler resizes uint8
+    images instead; the two differ by up to 0.14, so the way is part of a store's identity.
+    """
+    if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != np.uint8:
+        raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [N, 3, H, W].")
+    count, channels, height, width = frames.shape
+    fitted = fit_size(height, width, factor=patch * merge, min_pixels=min_pixels, max_pixels=max_pixels)
+    pixels = torch.empty(count, channels, *fitted)
+    for number, frame in enumerate(frames):
+        # One at a time: memory for the float copies of all would be mapped and cleared anew for every sample.
+        pixels[number] = resized(frame, fitted)
+    pixels.sub_(0.5).div_(0.5)
+    rows, columns = fitted[0] // patch, fitted[1] // patch
+    blocks = pixels.reshape(count, channels, rows // merge, merge, patch, columns // merge, merge, patch)
+    # tokens by merged block, then the block's patches; within a patch channel, time, row, column
+    blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
+    blocks = blocks.expand(*blocks.shape[:6], temporal, *blocks.shape[7:])
+    grid = torch.tensor([[1, rows, columns]]).repeat(count, 1)
+    return blocks.reshape(count * rows * columns, channels * temporal * patch * patch), grid
 
 
 class _Processor(Schema):

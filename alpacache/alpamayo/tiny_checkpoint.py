@@ -81,8 +81,7 @@ def _tokenizer() -> Tokenizer:
 def _vlm_config(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"],
-        "model_type": "qwen3_vl",
-        "tie_word_embeddings": False,
+        **{"model_type": "qwen3_vl", "tie_word_embeddings": False},
         "image_token_id": tokenizer.token_to_id("<|image_pad|>"),
         "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
         "vision_start_token_id": tokenizer.token_to_id("<|vision_start|>"),
@@ -120,11 +119,8 @@ def _config(first: int, *, dtype: str, family: Family) -> dict[str, Any]:
     return {
         "model_type": package,
         "architectures": [family.architecture],
-        "vlm_backend": "qwenvl3",
-        "vlm_name_or_path": "vlm",
-        "dtype": dtype,
-        "min_pixels": 128 * 256,
-        "max_pixels": 128 * 256,
+        **{"vlm_backend": "qwenvl3", "vlm_name_or_path": "vlm", "dtype": dtype},
+        **{"min_pixels": 128 * 256, "max_pixels": 128 * 256},
         "vocab_size": first + traj + len(special_tokens),
         "traj_vocab_size": traj,
         "traj_token_start_idx": first,

@@ -31,16 +31,8 @@ class FrozenVLM:
             self.model.visual.config._attn_implementation = IMAGE_ATTENTION
             self.model.visual.register_forward_pre_hook(_join_equal_images, with_kwargs=True)
         self.future_start_id = future_start_id
-
-    @property
-    def dtype(self) -> torch.dtype:
         weight: Tensor = self.model.language_model.norm.weight
-        return weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        weight: Tensor = self.model.language_model.norm.weight
-        return weight.device
+        self.dtype, self.device = weight.dtype, weight.device
 
     def prefill(self, input_ids: ArrayLike | Tensor, pixel_values: Tensor, image_grid_thw: Tensor) -> PrefixFeatures:
         """Run the VLM over one prompt.
@@ -62,7 +54,6 @@ class FrozenVLM:
 
     @torch.inference_mode()
     def _prefill(self, prompts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[PrefixFeatures]:
-        """Run the VLM over ids, pixels and grids."""
         ids_of_all, pixel_values, grids = zip(*prompts, strict=True)
         rows = [self._cut(ids) for ids in ids_of_all]
         lengths = [len(row) for row in rows]
@@ -135,13 +126,8 @@ def load_vlm(
     config = vlm_config(checkpoint)
     config._attn_implementation = attention
     home, prefix = checkpoint.vlm_home
-    body = load_module(
-        home,
-        f"{prefix}model.",
-        lambda: Qwen3VLModel(config),
-        dtype=dtype or checkpoint.config.dtype,
-        device=torch.device(device),
-    )
+    dtype = dtype or checkpoint.config.dtype
+    body = load_module(home, f"{prefix}model.", lambda: Qwen3VLModel(config), dtype=dtype, device=torch.device(device))
     return FrozenVLM(body, future_start_id=checkpoint.config.traj_token_ids["future_start"])
 
 

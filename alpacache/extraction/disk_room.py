@@ -9,12 +9,12 @@ from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.cached_samples.features import sample_arrays
-from alpacache.driving.sample import Sample, SampleRef
+from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, UsageError
 from alpacache.extraction.prefill import StoredFeatures
 from alpacache.extraction.preparation import PreparationSettings
 from alpacache.planning.machine import existing_folder
-from alpacache.planning.sample_size import PlannedPrompt, sample_bytes
+from alpacache.planning.sample_size import planned_prompt, sample_bytes
 from alpacache.sources.source import Source
 from cache_store.storage.local_files import free_bytes
 from cache_store.storage.storage import is_uri
@@ -45,8 +45,19 @@ def check_room(
             sample = source.load(replace(ref, view=0), cameras=settings.cameras, frames=settings.frames)
         except (BadClipError, OSError):  # what is wrong with it is told when it is its turn
             continue
-        one, rollouts = _bytes_of(sample, checkpoint, builder, stored), stored.rollouts
-        needed, free = one * len(refs), free_bytes(existing_folder(store))
+        inputs, rollouts = builder.build(sample), stored.rollouts
+        frames, _, *picture = sample.frames.shape[1:]
+        sizes = sample_bytes(
+            geometry_of(checkpoint),
+            planned_prompt(builder, sample.cameras, frames=frames, picture=picture),
+            codec=stored.codec,
+            hidden_states=stored.hidden_states,
+            clip_id=ref.clip_id,
+            jpeg_bytes=len(sample_arrays(sample, inputs).get("front_jpeg", b"")),
+            rollouts=rollouts,
+        )
+        one, free = sum(sizes.values()), free_bytes(existing_folder(store))
+        needed = one * len(refs)
         if needed > free:
             bound = f" (at most: {rollouts} reasoning rollouts of {MAX_TOKENS} tokens)" if rollouts else ""
             fewer = ", fewer --rollouts" if rollouts else ""
@@ -56,28 +67,3 @@ def check_room(
                 "none, or begin all the same with --force: what fits is kept."
             )
         return
-
-
-def _bytes_of(sample: Sample, checkpoint: Checkpoint, builder: InputBuilder, stored: StoredFeatures) -> int:
-    """Bytes of a sample in a store."""
-    inputs = builder.build(sample)
-    first, end = inputs.image_spans[0]
-    prompt = PlannedPrompt(
-        cameras=sample.cameras,
-        frames=sample.frames.shape[1],
-        text=inputs.text,
-        tokens=len(inputs.input_ids),
-        tokens_an_image=int(end - first),
-        question_tokens=len(builder.tail_ids("rollout")),
-    )
-    picture = sample_arrays(sample, inputs).get("front_jpeg")
-    sizes = sample_bytes(
-        geometry_of(checkpoint),
-        prompt,
-        codec=stored.codec,
-        hidden_states=stored.hidden_states,
-        clip_id=sample.ref.clip_id,
-        jpeg_bytes=0 if picture is None else len(picture),
-        rollouts=stored.rollouts,
-    )
-    return sum(sizes.values())

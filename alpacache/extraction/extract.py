@@ -1,6 +1,6 @@
 """Stage one: the frozen VLM runs once over each sample, and what it leaves behind goes to a store.
 
-    readers  -->  samples  -->  VLM and codec on the device  -->  committer  -->  store
+    readers  -->  samples  -->  VLM and codec on the device  -->  writers  -->  store
 
 The main thread feeds the device; threads read ahead of it and commit behind it (`pipeline`). What is committed is never
 done again; what fails is quarantined and the run goes on.
@@ -10,24 +10,24 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.cached_samples.features import store_fields
+from alpacache.cached_samples.features import checked, store_fields
 from alpacache.cached_samples.identity import provenance, store_identity
 from alpacache.driving.cameras import sort_cameras
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, InterruptedRunError, UsageError
-from alpacache.extraction.committer import Committer
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.disk_room import check_room
 from alpacache.extraction.failures import Failures
-from alpacache.extraction.pipeline import SPARE_COPIES, Writers, groups
+from alpacache.extraction.pipeline import SPARE_COPIES, Writers, groups, read_ahead
 from alpacache.extraction.prefill import BatchSize, Group, Prefiller, StoredFeatures
 from alpacache.extraction.preparation import VLM_DTYPE, PreparationSettings, Prepared
 from alpacache.extraction.progress import ExtractProgress, ExtractReport
-from alpacache.extraction.readers import Readers, open_readers, reading_workers
+from alpacache.extraction.reading_process import Readers, open_readers, reading_workers
 from alpacache.gpu.device import enter, own_device, restored_torch_threads
 from alpacache.gpu.host_copies import HostCopies
 from alpacache.interrupt import InterruptGuard
@@ -108,9 +108,20 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
                 restored_torch_threads(),
                 open_readers(settings, source, builder, device, workers=workers) as readers,
             ):
-                prefiller = Prefiller.load(checkpoint, builder, stored, device)
+                prefiller = Prefiller(checkpoint, builder, stored, device)
                 progress.start(len(todo))
-                _run(todo, readers, prefiller, batch, writer, config.writers, progress, failures)
+                with (
+                    InterruptGuard() as guard,
+                    # A group leaves the device at once: it must not have to wait while the writers keep up.
+                    HostCopies(device, config.writers + max(SPARE_COPIES, batch.size)) as copies,
+                    Writers(writer, copies, threads=config.writers) as writers,
+                ):
+                    _Run(readers, prefiller, batch, writers, progress, failures, guard).over(todo)
+            if guard.requested and progress.left:
+                raise InterruptedRunError(
+                    f"stopped on request: {progress.extracted} samples of this run are committed to {writer.path}, "
+                    f"{progress.left} are left; run the same command again to go on."
+                )
         names = [*(ref.sample_id for ref in refs), *(clip_id for clip_id, _ in unusable)]
         return progress.report(
             selected=len(names), already_there=len(refs) - len(missing), quarantined=failures.reasons(names)
@@ -122,73 +133,80 @@ def _uncommitted(store: str, refs: Sequence[SampleRef]) -> list[SampleRef]:
     return [ref for ref in refs if sample_key(ref.sample_id) not in committed]
 
 
-def _run(
-    todo: Sequence[SampleRef],
-    readers: Readers,
-    prefiller: Prefiller,
-    batch: BatchSize,
-    writer: CacheWriter,
-    threads: int,
-    progress: ExtractProgress,
-    failures: Failures,
-) -> None:
-    """Extract the samples; `threads` commit them. Raises `InterruptedRunError` where a signal left some undone."""
-    with (
-        InterruptGuard() as guard,
-        # A group leaves the device at once: it must not have to wait while the writers keep up.
-        HostCopies(batch.device, threads + max(SPARE_COPIES, batch.size)) as copies,
-        Writers(writer, copies, threads=threads) as writers,
-        closing(_prepared(todo, readers, batch, failures, guard)) as samples,
-    ):
-        committer = Committer(writers, progress, failures)
-        try:
-            _prefill(progress.waits.timed("read", samples), prefiller, batch, committer, guard)
-        finally:
-            committer.hand_over()
-        committer.finish()
-    if guard.requested and progress.left:
-        raise InterruptedRunError(
-            f"stopped on request: {progress.extracted} samples of this run are committed to {writer.path}, "
-            f"{progress.left} are left; run the same command again to go on."
-        )
+@dataclass(slots=True)
+class _Run:
+    """What the main thread works with, which feeds the device one group ahead of what is committed."""
 
+    readers: Readers
+    prefiller: Prefiller
+    batch: BatchSize
+    writers: Writers
+    progress: ExtractProgress
+    failures: Failures
+    guard: InterruptGuard
+    pending: Group | None = None
+    """The last group, handed to the writers when the device has the next."""
 
-def _prepared(
-    todo: Sequence[SampleRef], readers: Readers, batch: BatchSize, failures: Failures, guard: InterruptGuard
-) -> Generator[Prepared]:
-    """Samples ready for the VLM, in order, made ahead by threads; what cannot be used is quarantined here."""
-    for ref, future in readers.read_ahead(todo, spare=2 * batch.size):
-        try:
-            yield future.result()
-        except BadClipError as error:
-            failures.check_source()
-            failures.refuse(ref.sample_id, error)
-        except OSError as error:
-            raise failures.unreadable(ref.sample_id, error) from error
-        if guard.requested:
-            return
+    def over(self, todo: Sequence[SampleRef]) -> None:
+        """Extract and commit these samples, or those that are begun when a stop is requested."""
+        with closing(self._prepared(todo)) as samples:
+            try:
+                self._prefill(self.progress.waits.timed("read", samples))
+            finally:
+                self._hand_over()
+            with self.progress.waits.of("write"):
+                committed = self.writers.collect(everything=True)
+            self.progress.add_committed(committed)
 
+    def _prepared(self, todo: Sequence[SampleRef]) -> Generator[Prepared]:
+        """Samples ready for the VLM, in order, made ahead by threads; what cannot be used is quarantined here."""
+        readers, ahead = self.readers, self.readers.workers + 2 * self.batch.size
+        for ref, future in read_ahead(todo, readers.prepare, workers=readers.workers, ahead=ahead, begin=readers.begin):
+            try:
+                yield future.result()
+            except BadClipError as error:
+                self.failures.check_source()
+                self.failures.refuse(ref.sample_id, error)
+            except OSError as error:
+                raise self.failures.unreadable(ref.sample_id, error) from error
+            if self.guard.requested:
+                return
 
-def _prefill(
-    samples: Iterator[Prepared], prefiller: Prefiller, batch: BatchSize, committer: Committer, guard: InterruptGuard
-) -> None:
-    """Feed the device, one group ahead of what is committed; a group that does not fit is halved."""
-    for group in groups(samples, length=lambda one: len(one.inputs.input_ids), size=lambda: batch.size):
-        if guard.requested:
-            return
-        parts = deque([group])
-        while parts:
-            part = parts.popleft()
-            begun = prefiller.begin(part)
-            handed_over = committer.hand_over()  # while the device is busy with the next
-            if isinstance(begun, Group):
-                committer.pending = begun
-            elif handed_over:
-                parts.appendleft(part)  # there is room now
-            else:
-                batch.shrink(part, begun)
-                committer.progress.batch_note = batch.note
-                parts.extendleft((part[batch.size :], part[: batch.size]))
+    def _prefill(self, samples: Iterator[Prepared]) -> None:
+        """Feed the device; a group that does not fit is halved."""
+        for group in groups(samples, length=lambda one: len(one.inputs.input_ids), size=lambda: self.batch.size):
+            if self.guard.requested:
+                return
+            parts = deque([group])
+            while parts:
+                part = parts.popleft()
+                begun = self.prefiller.begin(part)
+                handed_over = self._hand_over()  # while the device is busy with the next
+                if isinstance(begun, Group):
+                    self.pending = begun
+                elif handed_over:
+                    parts.appendleft(part)  # there is room now
+                else:
+                    self.progress.batch_note = self.batch.shrink(part, begun)
+                    parts.extendleft((part[self.batch.size :], part[: self.batch.size]))
+
+    def _hand_over(self) -> bool:
+        """Have the pending group committed once the device is through with it; whether there was one."""
+        group, self.pending = self.pending, None
+        if group is None:
+            return False
+        if group.made is not None:
+            group.made.synchronize()
+        for sample_id, values in group.samples:
+            try:
+                stored = checked(sample_id, values)
+            except BadClipError as error:
+                self.failures.refuse(sample_id, error)
+                continue
+            with self.progress.waits.of("write"):
+                self.writers.put(sample_id, stored, made=group.made)
+            self.progress.add_committed(self.writers.collect())
+        return True
 
 
 def share(shard: tuple[int, int]) -> tuple[int, int]:

@@ -19,12 +19,7 @@ class Failures:
         self._writer, self._progress, self._source = writer, progress, source
 
     def settle(
-        self,
-        refs: Sequence[SampleRef],
-        unusable: Sequence[Rejected],
-        missing: Sequence[SampleRef],
-        *,
-        retry: bool,
+        self, refs: Sequence[SampleRef], unusable: Sequence[Rejected], missing: Sequence[SampleRef], *, retry: bool
     ) -> list[SampleRef]:
         """Bring the quarantine up to date with a selection; which of its samples are to be extracted.
 
@@ -37,8 +32,8 @@ class Failures:
             self.check_source()
         failed = self._writer.failed_keys()
         again = [ref.sample_id for ref in refs] if retry else []
-        usable_clips = dict.fromkeys(ref.clip_id for ref in refs)  # they may have given no sample before
-        for name in (*again, *usable_clips):
+        again += dict.fromkeys(ref.clip_id for ref in refs)  # clips that may have given no sample before
+        for name in again:
             if sample_key(name) in failed:
                 self._writer.release(name)
         for clip_id, error in unusable:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm
+from alpacache.alpamayo import Checkpoint, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.cached_samples.features import prefix_arrays, tail_arrays
@@ -43,17 +43,14 @@ class Group:
 class Prefiller:
     """The VLM with its rollout sampler, and what is stored of a run."""
 
-    def __init__(self, vlm: FrozenVLM, sampler: RolloutSampler | None, stored: StoredFeatures) -> None:
-        self._vlm, self._sampler, self._stored = vlm, sampler, stored
-
-    @classmethod
-    def load(
-        cls, checkpoint: Checkpoint, builder: InputBuilder, stored: StoredFeatures, device: torch.device
-    ) -> "Prefiller":
-        """Loads the checkpoint's VLM. Raises `DeviceMemoryError` where it does not fit on the device."""
+    def __init__(
+        self, checkpoint: Checkpoint, builder: InputBuilder, stored: StoredFeatures, device: torch.device
+    ) -> None:
+        """Load the checkpoint's VLM. Raises `DeviceMemoryError` where it does not fit on the device."""
+        self._stored = stored
         try:
-            vlm = load_vlm(checkpoint, dtype=VLM_DTYPE, device=device)
-            return cls(vlm, RolloutSampler.load(checkpoint, vlm, builder) if stored.rollouts else None, stored)
+            self._vlm = load_vlm(checkpoint, dtype=VLM_DTYPE, device=device)
+            self._sampler = RolloutSampler.load(checkpoint, self._vlm, builder) if stored.rollouts else None
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(
                 f"the VLM of {checkpoint.model} does not fit on {device}: {error}\nEnd other programs on this GPU, or "
@@ -79,8 +76,7 @@ class Prefiller:
         for one, prefix in zip(samples, self._vlm.prefill_batch([one.inputs for one in samples]), strict=True):
             tails = []
             if self._sampler is not None:
-                stem_len = one.inputs.stem_len
-                tails = self._sampler.sample(prefix, stem_len, rollouts=stored.rollouts, key=one.sample_id)
+                tails = self._sampler.sample(prefix, one.inputs.stem_len, rollouts=stored.rollouts, key=one.sample_id)
             arrays = prefix_arrays(one.inputs, prefix, hidden_states=stored.hidden_states, codec=stored.codec)
             result.append(arrays | tail_arrays(tails, codec=stored.codec))
         return result
@@ -91,11 +87,9 @@ class BatchSize:
 
     def __init__(self, size: int, *, device: torch.device) -> None:
         self.size, self.device = size, device
-        self.note = ""
-        """Text for the progress line once the size had to change."""
 
-    def shrink(self, samples: Sequence[Prepared], refusal: str) -> None:
-        """Halve the size after a group did not fit; no later one is as large.
+    def shrink(self, samples: Sequence[Prepared], refusal: str) -> str:
+        """Halve the size after a group did not fit; no later one is as large. Returns a note for the progress line.
 
         Raises `DeviceMemoryError` where the group was a single sample.
         """
@@ -110,10 +104,6 @@ class BatchSize:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.size = before // 2
-        _log.warning(
-            "out of GPU memory at %d samples of up to %d tokens; going on with --batch-size %d.",
-            before,
-            longest,
-            self.size,
-        )
-        self.note = f"{self.size} (out of memory at {before})"
+        message = "out of GPU memory at %d samples of up to %d tokens; going on with --batch-size %d."
+        _log.warning(message, before, longest, self.size)
+        return f"{self.size} (out of memory at {before})"

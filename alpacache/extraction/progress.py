@@ -1,7 +1,7 @@
 """How far an extraction is: this worker by its own counters, all workers together by what the store holds."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -82,14 +82,12 @@ class ExtractProgress:
         return self._total - self.extracted - self.failed
 
     def add_committed(self, sizes_bytes: Sequence[int]) -> None:
-        """Count samples that were committed."""
         if sizes_bytes:
             self.extracted += len(sizes_bytes)
             self._bytes_written += sum(sizes_bytes)
             self._tell()
 
     def add_failed(self) -> None:
-        """Count a sample that was quarantined."""
         self.failed += 1
         self._tell()
 
@@ -107,18 +105,10 @@ class ExtractProgress:
         if self.batch_note:
             notes["batch"] = self.batch_note
         notes |= {f"{what} wait": f"{share:.0%}" for what, share in self.waits.shares(seconds).items()}
-        self._on_progress(
-            Progress(
-                done=self.extracted + self.failed,
-                total=self._total,
-                unit="samples",
-                rate=self.extracted / seconds,
-                notes=notes,
-            )
-        )
+        done, rate = self.extracted + self.failed, self.extracted / seconds
+        self._on_progress(Progress(done=done, total=self._total, unit="samples", rate=rate, notes=notes))
 
-    def report(self, *, selected: int, already_there: int, quarantined: Mapping[str, str]) -> ExtractReport:
-        """Result of the run, as of now."""
+    def report(self, *, selected: int, already_there: int, quarantined: dict[str, str]) -> ExtractReport:
         seconds = time.monotonic() - self._started
         committed, wanted, _ = self._store_count.now(at_once=True)
         return ExtractReport(
@@ -126,7 +116,7 @@ class ExtractProgress:
             selected=selected,
             extracted=self.extracted,
             already_there=already_there,
-            quarantined=dict(quarantined),
+            quarantined=quarantined,
             seconds=seconds,
             samples_per_s=self.extracted / seconds if seconds else 0.0,
             bytes_written=self._bytes_written,

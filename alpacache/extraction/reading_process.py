@@ -16,11 +16,11 @@ import struct
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -29,16 +29,56 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache import errors
-from alpacache.alpamayo.inputs import VLMInputs
+from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.driving.sample import SampleRef
 from alpacache.extraction.preparation import VLM_DTYPE, Preparation, PreparationSettings, Prepared
-from alpacache.gpu.device import keep_freed_memory
+from alpacache.gpu.device import keep_freed_memory, limit_torch_to_one_thread
+from alpacache.sources.registry import is_streamed
+from alpacache.sources.source import Source
+from alpacache.torchrun import this_process
 
 _LENGTH = struct.Struct("<Q")
 _NICENESS = 10
 """Niceness of the processes: the threads around the VLM come first, one of which may hold the interpreter lock."""
 _END_S = 10.0
 """Time that a process is given to end on its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readers:
+    """How samples are read and preprocessed ahead of the VLM, in threads that may have processes do it."""
+
+    prepare: Callable[[SampleRef], Prepared]
+    workers: int
+    """Threads that may call `prepare` at a time."""
+    begin: Callable[[], None] | None
+    """Called once in each of them."""
+
+
+@contextmanager
+def open_readers(
+    settings: PreparationSettings, source: Source, builder: InputBuilder, device: torch.device, *, workers: int
+) -> Iterator[Readers]:
+    """Readers for a VLM on this device: beside a GPU each has a process.
+
+    Not for what comes through the network: the processes would not know what the others have fetched.
+    """
+    begin = limit_torch_to_one_thread if device.type == "cuda" else None
+    if device.type == "cuda" and not is_streamed(settings.source):
+        with ReadingProcesses(settings, workers, pinned_for=device) as processes:
+            yield Readers(prepare=processes, workers=workers, begin=begin)
+    else:
+        yield Readers(prepare=Preparation(settings, source, builder), workers=workers, begin=begin)
+
+
+def reading_workers(wanted: int | None) -> int:
+    """How many samples are read at a time: as many as wanted, else this process's share of the machine's cores."""
+    return wanted or default_workers(len(os.sched_getaffinity(0)) // this_process().local_world_size)
+
+
+def default_workers(cores: int) -> int:
+    """Workers for a process that has so many CPU cores: decoding and resizing keep one each."""
+    return min(max(cores - 2, 2), 24)
 
 
 class ReadingProcesses:
@@ -64,11 +104,9 @@ class ReadingProcesses:
             self._free.put(self._processes[-1])
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for process in self._processes:
-            process.ask_to_end()
+            process.requests.close()
         for process in self._processes:
             process.end()
 
@@ -94,12 +132,13 @@ class _Process:
             )
         self.pid = self._popen.pid
         assert self._popen.stdin is not None
-        self._requests = self._popen.stdin
-        self._requests.write(_line(dataclasses.asdict(settings)))
+        self.requests = self._popen.stdin
+        """Closed, it asks the process to end."""
+        self.requests.write(_line(dataclasses.asdict(settings)))
 
     def prepare(self, ref: SampleRef, pinned_for: torch.device | None) -> Prepared:
         try:
-            self._requests.write(_line(dataclasses.asdict(ref)))
+            self.requests.write(_line(dataclasses.asdict(ref)))
             head, arrays, pixels = _receive(self._answers, pinned_for)
         except (ConnectionError, EOFError):
             code = self._popen.wait(_END_S)
@@ -110,9 +149,6 @@ class _Process:
         if "error" in head:
             raise _as_error(head)
         return _unpacked(head, arrays, pixels)
-
-    def ask_to_end(self) -> None:
-        self._requests.close()
 
     def end(self) -> None:
         try:
@@ -135,13 +171,15 @@ def main() -> None:
     setup: dict[str, Any] = json.loads(next(requests))
     setup |= {name: tuple(value) for name, value in setup.items() if isinstance(value, list)}
     settings = PreparationSettings(**setup)
-    prepare: Callable[[SampleRef], Prepared]
+    prepare: Preparation | Exception
     try:
         prepare = Preparation.open(settings)
     except Exception as error:
-        prepare = _refusing(error)
+        prepare = error
     for request in requests:
         try:
+            if isinstance(prepare, Exception):
+                raise prepare
             head, arrays = _packed(prepare(SampleRef(**json.loads(request))))
         except Exception as error:
             head, arrays = _described(error), []
@@ -151,21 +189,13 @@ def main() -> None:
             os._exit(1)  # nobody is there any more
 
 
-def _refusing(error: Exception) -> Callable[[SampleRef], Prepared]:
-    def refuse(ref: SampleRef) -> Prepared:
-        raise error
-
-    return refuse
-
-
 def _line(value: dict[str, Any]) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
 def _send(answers: BinaryIO, head: dict[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
     """Write the length of the header, the header, the arrays."""
-    described = {**head, "arrays": [[array.dtype.str, array.shape] for array in arrays]}
-    text = json.dumps(described).encode()
+    text = json.dumps({**head, "arrays": [[array.dtype.str, array.shape] for array in arrays]}).encode()
     answers.write(_LENGTH.pack(len(text)) + text)
     for array in arrays:
         answers.write(_bytes(np.ascontiguousarray(array)))
@@ -189,9 +219,8 @@ def _receive(
     _fill(answers, rest)
     arrays, end = [], 0
     for dtype, shape in others:
-        array = np.frombuffer(rest, dtype, math.prod(shape), end).reshape(shape).copy()
-        arrays.append(array)
-        end += array.nbytes
+        arrays.append(np.frombuffer(rest, dtype, math.prod(shape), end).reshape(shape).copy())
+        end += arrays[-1].nbytes
     return head, arrays, pixels
 
 
@@ -240,9 +269,9 @@ def _unpacked(head: dict[str, Any], arrays: Sequence[NDArray[Any]], pixels: Tens
 
 
 def _described(error: Exception) -> dict[str, Any]:
-    foreign = isinstance(error, OSError) and not isinstance(error, errors.AlpacacheError)
+    known = isinstance(error, errors.AlpacacheError)
     return {
-        "error": OSError.__name__ if foreign else type(error).__name__,
+        "error": "OSError" if isinstance(error, OSError) and not known else type(error).__name__,
         "kind": getattr(error, "kind", None),
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),
@@ -251,15 +280,16 @@ def _described(error: Exception) -> dict[str, Any]:
 
 def _as_error(head: dict[str, Any]) -> Exception:
     """The error that the process met, with its traceback as a note."""
+    name, message = head["error"], head["message"]
     error: Exception
-    if head["error"] == errors.BadClipError.__name__:
-        error = errors.BadClipError(head["kind"], head["message"])
-    elif head["error"] == OSError.__name__:
-        error = OSError(head["message"])
-    elif issubclass(known := getattr(errors, head["error"], RuntimeError), errors.AlpacacheError):
-        error = known(head["message"])
+    if name == "BadClipError":
+        error = errors.BadClipError(head["kind"], message)
+    elif name == "OSError":
+        error = OSError(message)
+    elif issubclass(known := getattr(errors, name, RuntimeError), errors.AlpacacheError):
+        error = known(message)
     else:
-        error = RuntimeError(f"{head['error']}: {head['message']}")
+        error = RuntimeError(f"{name}: {message}")
     error.add_note(head["traceback"])
     return error
 

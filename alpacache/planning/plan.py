@@ -16,6 +16,7 @@ from alpacache.alpamayo import Checkpoint, PrefixLayout
 from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.families import RELEASED
 from alpacache.alpamayo.family import Geometry
+from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.driving.cameras import sort_cameras
 from alpacache.errors import UsageError
@@ -121,7 +122,8 @@ def plan(config: PlanConfig) -> Plan:
     """Work everything out. Raises `UsageError` for what cannot be: a bad option, or training that does not fit."""
     cameras, rollouts, samples = sort_cameras(config.cameras), config.tails, config.samples * config.views
     checkpoint = None if config.model is None else Checkpoint(config.model)
-    prompt = planned_prompt(checkpoint, cameras, frames=config.frames, picture=config.picture)
+    builder = None if checkpoint is None else InputBuilder(checkpoint)
+    prompt = planned_prompt(builder, cameras, frames=config.frames, picture=config.picture)
     geometry = RELEASED.geometry if checkpoint is None else geometry_of(checkpoint)
     machine = _machine(config.gpu, probed_folder=(config.store or ".") if config.probe else None)
     hidden_states = config.hidden_states == "last"

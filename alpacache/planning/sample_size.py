@@ -1,10 +1,10 @@
 """Prompt and size of a sample before it exists, counted from one that has every length but no content."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.families import DEFAULT_FAMILY, RELEASED
 from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
@@ -40,9 +40,9 @@ class PlannedPrompt:
 
 
 def planned_prompt(
-    checkpoint: Checkpoint | None, cameras: tuple[str, ...], *, frames: int, picture: tuple[int, int]
+    builder: InputBuilder | None, cameras: tuple[str, ...], *, frames: int, picture: Sequence[int]
 ) -> PlannedPrompt:
-    """Count the direct prompt with the checkpoint's tokenizer, or without one as for the released R1.
+    """Count the direct prompt as the builder makes it, or without one as for the released R1.
 
     Args:
         cameras: names, sorted by index.
@@ -50,8 +50,7 @@ def planned_prompt(
         picture: height and width of the recordings.
     """
     height, width = picture
-    if checkpoint is not None:
-        builder = InputBuilder(checkpoint)
+    if builder is not None:
         text, ids, tokens = builder.prompt(cameras, frames=frames, height=height, width=width)
         length, question = len(ids), len(builder.tail_ids("rollout"))
     else:

@@ -27,8 +27,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import vlm_config
-from alpacache.alpamayo.images import to_patches
-from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.inputs import InputBuilder, to_patches
 from alpacache.alpamayo.tiny_checkpoint import ACTION_CONSTANTS, FUTURE_BINS, make_tiny_checkpoint
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.sample import SampleRef

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from alpacache.alpamayo.images import to_patches
+from alpacache.alpamayo.inputs import to_patches
 from alpacache.driving.picture_size import fit_size, image_tokens
 
 GOLDEN = Path(__file__).parents[2] / "data" / "preprocess"
@@ -68,7 +68,7 @@ WITHOUT_TORCHVISION = """
 import sys
 sys.modules["torchvision"] = None
 import numpy as np
-from alpacache.alpamayo.images import to_patches
+from alpacache.alpamayo.inputs import to_patches
 frames = np.zeros((1, 3, 64, 96), np.uint8)
 print(to_patches(frames, patch=16, merge=2, temporal=2, min_pixels=1, max_pixels=10**6)[1].tolist())
 """

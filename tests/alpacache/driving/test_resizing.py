@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from alpacache.alpamayo.images import to_patches
+from alpacache.alpamayo.inputs import to_patches
 from alpacache.driving.picture_size import fit_size
 from alpacache.driving.resizing import to_processor_size
 

@@ -25,7 +25,7 @@ from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.pipeline import SPARE_COPIES
 from alpacache.extraction.prefill import Prefiller
 from alpacache.extraction.preparation import Preparation
-from alpacache.extraction.readers import reading_workers
+from alpacache.extraction.reading_process import reading_workers
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.synthetic import SyntheticSource
 from benchmarks.pai_tree import encode_h264

@@ -21,8 +21,7 @@ from alpacache.extraction import extract as extraction
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.prefill import Prefiller
 from alpacache.extraction.preparation import Preparation, PreparationSettings
-from alpacache.extraction.readers import Readers
-from alpacache.extraction.reading_process import ReadingProcesses
+from alpacache.extraction.reading_process import Readers, ReadingProcesses
 from cache_store import CacheReader
 
 REFS = [SampleRef(clip_id=f"synthetic-0-{number:06d}", t0_us=5_100_000, view=number % 2) for number in range(4)]

@@ -5,6 +5,7 @@ import pytest
 import alpacache
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import geometry_of
+from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.driving.cameras import CAMERAS, sort_cameras
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import UsageError
@@ -62,7 +63,7 @@ def test_bytes_are_those_of_a_real_store(
     checkpoint = Checkpoint(model)
     exact = sample_bytes(
         geometry_of(checkpoint),
-        planned_prompt(checkpoint, sort_cameras(cameras), frames=2, picture=(128, 256)),
+        planned_prompt(InputBuilder(checkpoint), sort_cameras(cameras), frames=2, picture=(128, 256)),
         codec=CODECS.get(codec),
         hidden_states=hidden_states == "last",
         clip_id=SampleRef.parse(sample_id).clip_id,

@@ -435,7 +435,7 @@ def test_pictures_at_original_size_give_the_vlm_exactly_the_same_pixels(builder,
 
 def test_pictures_at_processor_size_deviate_by_what_is_recorded(tmp_path):
     """Limits of 144 x 256 or so from 320 x 576, by a builder with the same limits."""
-    from alpacache.alpamayo.images import to_patches
+    from alpacache.alpamayo.inputs import to_patches
     from alpacache.driving.picture_size import fit_size
 
     limits = {"patch": 16, "merge": 2, "min_pixels": 30_000, "max_pixels": 50_000}
