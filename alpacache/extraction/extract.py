@@ -116,7 +116,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
                     HostCopies(device, config.writers + max(SPARE_COPIES, batch.size)) as copies,
                     Writers(writer, copies, threads=config.writers) as writers,
                 ):
-                    _Run(readers, prefiller, batch, writers, progress, failures, guard).over(todo)
+                    _Extraction(readers, prefiller, batch, writers, progress, failures, guard).over(todo)
             if guard.requested and progress.left:
                 raise InterruptedRunError(
                     f"stopped on request: {progress.extracted} samples of this run are committed to {writer.path}, "
@@ -134,8 +134,8 @@ def _uncommitted(store: str, refs: Sequence[SampleRef]) -> list[SampleRef]:
 
 
 @dataclass(slots=True)
-class _Run:
-    """What the main thread works with, which feeds the device one group ahead of what is committed."""
+class _Extraction:
+    """One run over samples: the main thread feeds the device one group ahead of what is committed."""
 
     readers: Readers
     prefiller: Prefiller
