@@ -7,7 +7,7 @@ collectives.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,62 +26,45 @@ _SLOTS = 2
 """Receive slots for each sender: while the gradients in one are added, the next arrive in the other."""
 
 
-class Exchange(Protocol):
-    """All tensors of one call have the same dtype, and all processes make the same calls in the same order."""
-
-    sharded_fraction: float
-    """Largest fraction of all elements that should be sharded."""
-    least_sharded: int
-    """Elements of the smallest parameter worth sharding."""
-    gather_bucket_bytes: int
-    """Bytes of weights that are best gathered together."""
-
-    def reduce_scatter(self, parameters: Sequence[Tensor]) -> None:
-        """Begin to sum gradients; each process gets its shard of every sum."""
-        ...
-
-    def all_reduce(self, parameters: Sequence[Tensor]) -> None:
-        """Begin to sum gradients; each process gets all of every sum."""
-        ...
-
-    def all_gather(self, parameters: Sequence[Tensor]) -> None:
-        """Begin to send this process's shards of the weights, whose update is enqueued, and to receive the others'."""
-        ...
-
-    def finish(self) -> None:
-        """Make the current stream wait for all that was begun."""
-        ...
-
-
 class CollectiveExchange:
     """Operations of torch.distributed, on any number of machines.
 
-    A third of the elements stays unsharded: gathering everything would take longer than the update it hides behind.
+    All tensors of one call have the same dtype, and all processes make the same calls in the same order.
     """
 
-    sharded_fraction, least_sharded, gather_bucket_bytes = 2 / 3, 0, BUCKET_BYTES
+    sharded_fraction = 2 / 3
+    """Largest fraction of all elements that should be sharded: gathering all would take longer than the update it hides
+    behind."""
+    least_sharded = 0
+    """Elements of the smallest parameter worth sharding."""
+    gather_bucket_bytes = BUCKET_BYTES
+    """Bytes of weights that are best gathered together."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._underway: list[Any] = []
 
     def reduce_scatter(self, parameters: Sequence[Tensor]) -> None:
+        """Begin to sum gradients; each process gets its shard of every sum."""
         with self._coalesced():
             for parameter in parameters:
                 flat = _flat_gradient(parameter)
                 _reduce_scatter(flat[shard_slice(len(flat), self._world)], flat)
 
     def all_reduce(self, parameters: Sequence[Tensor]) -> None:
+        """Begin to sum gradients; each process gets all of every sum."""
         with self._coalesced():
             for parameter in parameters:
                 dist.all_reduce(_flat_gradient(parameter))
 
     def all_gather(self, parameters: Sequence[Tensor]) -> None:
+        """Begin to send this process's shards of the weights, whose update is enqueued, and to receive the others'."""
         with self._coalesced():
             for parameter in parameters:
                 gather_shards(parameter.detach().view(-1), self._world)
 
     def finish(self) -> None:
+        """Make the current stream wait for all that was begun."""
         for work in self._underway:
             work.wait()
         self._underway = []
@@ -93,7 +76,7 @@ class CollectiveExchange:
         self._underway.append(work)
 
 
-class CopyExchange:
+class CopyExchange(CollectiveExchange):
     """Each process writes into the others' memory: shards of gradients into receive slots, updated weights in place.
 
     The update needs no barrier but the one at its end: it begins when the norm of all gradients is known, and by then
@@ -104,8 +87,8 @@ class CopyExchange:
 
     def __init__(self, parameters: Sequence[Tensor], memory: PeerMemory, world: World) -> None:
         """`parameters`: the sharded ones. They keep their values and move to memory that other processes can write."""
-        self._memory, self._world = memory, world
-        self._collectives = CollectiveExchange(world)
+        super().__init__(world)
+        self._memory = memory
         self._others = [(world.rank + distance) % world.size for distance in range(1, world.size)]
         self._weights = _move_to_peer_memory(parameters, memory, world)
         largest = max((parameter.nbytes for parameter in parameters), default=0)
@@ -141,9 +124,6 @@ class CopyExchange:
             for sender in range(self._world.size - 1):
                 torch._foreach_add_(own, _views_like(own, self._slots[self._world.rank][slot, sender]))
 
-    def all_reduce(self, parameters: Sequence[Tensor]) -> None:
-        self._collectives.all_reduce(parameters)
-
     def all_gather(self, parameters: Sequence[Tensor]) -> None:
         self._follow_current_stream()
         with torch.cuda.stream(self._copying):
@@ -154,7 +134,7 @@ class CopyExchange:
                     weights[rank][shard].copy_(weights[self._world.rank][shard])
 
     def finish(self) -> None:
-        self._collectives.finish()
+        super().finish()
         self._follow_current_stream()
         _follow(self._copying, self._adding)
         with torch.cuda.stream(self._copying):
@@ -211,13 +191,11 @@ def _move_to_peer_memory(
     copies = {}
     for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
         same = [parameter for parameter in parameters if parameter.dtype == dtype]
-        buffers = memory.empty(sum(parameter.numel() for parameter in same), dtype)
-        end = 0
-        for parameter in same:
-            start, end = end, end + parameter.numel()
-            copies[parameter] = [buffer[start:end] for buffer in buffers]
-            mine = copies[parameter][world.rank].view(parameter.shape)
-            parameter.data = mine.copy_(parameter)
+        sizes = [parameter.numel() for parameter in same]
+        by_rank = [torch.split(buffer, sizes) for buffer in memory.empty(sum(sizes), dtype)]
+        for parameter, *flat in zip(same, *by_rank, strict=True):
+            copies[parameter] = flat
+            parameter.data = flat[world.rank].view(parameter.shape).copy_(parameter)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # the blocks they leave have sizes that nothing else asks for
     return copies
@@ -225,11 +203,9 @@ def _move_to_peer_memory(
 
 def _views_like(tensors: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
     """Views of a byte buffer with these tensors' dtypes and sizes, one after the other."""
-    views, end = [], 0
-    for tensor in tensors:
-        start, end = end, end + tensor.nbytes
-        views.append(buffer[start:end].view(tensor.dtype))
-    return views
+    sizes = [tensor.nbytes for tensor in tensors]
+    parts = torch.split(buffer[: sum(sizes)], sizes)
+    return [part.view(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _follow(stream: torch.cuda.Stream | None, before: torch.cuda.Stream | None) -> None:

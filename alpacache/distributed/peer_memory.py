@@ -5,8 +5,9 @@ multiprocessors.
 """
 
 import os
+from contextlib import suppress
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,22 +16,36 @@ from torch import Tensor
 from alpacache.distributed.world import World
 from alpacache.torchrun import this_process
 
-_MODULE = "torch.distributed._symmetric_memory"
 
-
-class PeerMemory(Protocol):
+class PeerMemory:
     """Buffers on all GPUs; all processes make the same calls in the same order."""
 
-    beside_bytes: int
-    """Bytes of this process's allocations here that torch's allocator does not count."""
+    def __init__(self, world: World) -> None:
+        # Copies need no multicast, and where it cannot be set up, allocation would fail.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        self._module: Any = import_module("torch.distributed._symmetric_memory")
+        self._world = world
+        self._handle: Any = None
+        self.beside_bytes = 0
+        """Bytes of this process's allocations here that torch's allocator does not count."""
+        self.empty(1, torch.uint8)
 
     def empty(self, count: int, dtype: torch.dtype) -> list[Tensor]:
         """A `[count]` buffer on each process's device, by rank; this process may read and write all of them."""
-        ...
+        device = self._world.device
+        before = torch.cuda.memory_reserved(device)
+        mine = self._module.empty(count, dtype=dtype, device=device)
+        self.beside_bytes += max(0, mine.nbytes - (torch.cuda.memory_reserved(device) - before))
+        handle = self._module.rendezvous(mine, dist.group.WORLD)
+        self._handle = self._handle or handle
+        return [
+            mine if rank == self._world.rank else handle.get_buffer(rank, (count,), dtype)
+            for rank in range(self._world.size)
+        ]
 
     def barrier(self) -> None:
         """Make the current stream wait until all processes' streams have come here; may be captured."""
-        ...
+        self._handle.barrier(channel=0)
 
 
 def peer_memory(world: World) -> PeerMemory | None:
@@ -49,34 +64,7 @@ def peer_memory(world: World) -> PeerMemory | None:
     )
     if not all(world.all_gather(possible)):
         return None
-    try:
-        memory = _SymmetricMemory(world)
-    except (ImportError, AttributeError, RuntimeError):  # torch lacks it, or the driver does not share memory
-        memory = None
+    memory = None
+    with suppress(ImportError, AttributeError, RuntimeError):  # torch lacks it, or the driver does not share memory
+        memory = PeerMemory(world)
     return memory if all(world.all_gather(memory is not None)) else None
-
-
-class _SymmetricMemory:
-    def __init__(self, world: World) -> None:
-        # Copies need no multicast, and where it cannot be set up, allocation would fail.
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        self._module: Any = import_module(_MODULE)
-        self._world = world
-        self._handle: Any = None
-        self.beside_bytes = 0
-        self.empty(1, torch.uint8)
-
-    def empty(self, count: int, dtype: torch.dtype) -> list[Tensor]:
-        device = self._world.device
-        before = torch.cuda.memory_reserved(device)
-        mine = self._module.empty(count, dtype=dtype, device=device)
-        self.beside_bytes += max(0, mine.nbytes - (torch.cuda.memory_reserved(device) - before))
-        handle = self._module.rendezvous(mine, dist.group.WORLD)
-        self._handle = self._handle or handle
-        return [
-            mine if rank == self._world.rank else handle.get_buffer(rank, (count,), dtype)
-            for rank in range(self._world.size)
-        ]
-
-    def barrier(self) -> None:
-        self._handle.barrier(channel=0)

@@ -16,7 +16,6 @@ from alpacache.distributed.exchange import (
     Bucket,
     CollectiveExchange,
     CopyExchange,
-    Exchange,
     gather_shards,
     shard_slice,
 )
@@ -43,9 +42,9 @@ class ShardedUpdate:
         """Whether the next backward is the step's last; until then gradients only accumulate."""
         self._parameters = dict(parameters)
         self._shard_of: dict[Tensor, slice] = {parameters[name]: shard for name, shard in self.shards.items()}
-        self._exchange: Exchange = (
-            CollectiveExchange(world) if memory is None else CopyExchange(list(self._shard_of), memory, world)
-        )
+        self._exchange = CollectiveExchange(world)
+        if memory is not None:
+            self._exchange = CopyExchange(list(self._shard_of), memory, world)
         self._sharded_grads = Bucket(self._exchange.reduce_scatter, BUCKET_BYTES)
         self._whole_grads = Bucket(self._exchange.all_reduce, BUCKET_BYTES)
         self._updated = Bucket(self._exchange.all_gather, self._exchange.gather_bucket_bytes)
@@ -56,22 +55,15 @@ class ShardedUpdate:
 
     def finish_sum(self) -> None:
         """Make the current stream wait for all sums of gradients."""
-        if self.world.size > 1:
-            self._sharded_grads.flush()
-            self._whole_grads.flush()
-            self._exchange.finish()
+        self._sharded_grads.flush()
+        self._whole_grads.flush()
+        self._exchange.finish()
 
     def squared_norm(self) -> Tensor:
         """This process's share of the gradient's squared norm, float32; the shares of all processes add up to it."""
-        whole: list[Tensor] = []
-        shards: list[Tensor] = []
-        for parameter in self._parameters.values():
-            if parameter.grad is None:
-                continue
-            if (shard := self._shard_of.get(parameter)) is None:
-                whole.append(parameter.grad)
-            else:
-                shards.append(parameter.grad.view(-1)[shard])
+        grads = {parameter: parameter.grad for parameter in self._parameters.values() if parameter.grad is not None}
+        whole = [grad for parameter, grad in grads.items() if parameter not in self._shard_of]
+        shards = [grad.view(-1)[self._shard_of[p]] for p, grad in grads.items() if p in self._shard_of]
         shares = [self._squares(grads) / count for grads, count in ((whole, self.world.size), (shards, 1)) if grads]
         return torch.stack(shares).sum()
 
@@ -91,9 +83,8 @@ class ShardedUpdate:
 
     def finish_update(self) -> None:
         """Make the current stream wait for all weights."""
-        if self.world.size > 1:
-            self._updated.flush()
-            self._exchange.finish()
+        self._updated.flush()
+        self._exchange.finish()
 
     def complete(self, state: Mapping[str, Tensor]) -> None:
         """Gather an optimizer's state, `<key>.<parameter name>`, of which each process keeps its shard up to date.
@@ -114,7 +105,7 @@ class ShardedUpdate:
 
 
 def _choose_shards(
-    parameters: Mapping[str, nn.Parameter], world: World, exchange: type[CollectiveExchange | CopyExchange]
+    parameters: Mapping[str, nn.Parameter], world: World, exchange: type[CollectiveExchange]
 ) -> dict[str, slice]:
     shards: dict[str, slice] = {}
     seen = sharded = 0

@@ -4,6 +4,7 @@ Every process computes its share of each global batch. Gradients, losses and req
 processes decide alike. Only the first one writes.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,15 +21,8 @@ from alpacache.torchrun import this_process
 
 _TIMEOUT = timedelta(minutes=30)
 """Limit of a collective: the other processes wait while the first one writes a checkpoint."""
-_OTHER_ENDED = (
-    "connection closed",
-    "connection was likely closed",
-    "connection reset",
-    "broken pipe",
-    "a remote process exiting prematurely",
-    "remote process exited",
-)
-"""What gloo, NCCL and torch's store say where the process at the other end is gone, in lower case."""
+_OTHER_ENDED = re.compile("connection (was likely )?(closed|reset)|broken pipe|remote process exit", re.IGNORECASE)
+"""What gloo, NCCL and torch's store say where the process at the other end is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +51,6 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def broadcast(self, value: Any) -> Any:
-        """The first process's value (plain data), in all processes."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
     def all_gather(self, value: Any) -> list[Any]:
         """The values of all processes (plain data), by rank."""
         if self.size == 1:
@@ -86,16 +72,20 @@ def join_world(device: str | None) -> Iterator[World]:
     Raises `UsageError` where there are fewer GPUs than processes, `LostProcessError` where another process has died,
     `ProcessGroupError` where they cannot talk to each other for another reason.
     """
-    process = this_process()
-    rank, size = process.rank, process.world_size
-    mine = own_device(device)
+    rank, size, mine = this_process().rank, this_process().world_size, own_device(device)
     enter(mine)
+    world = World(rank=rank, size=size, device=mine)
     if size == 1:
-        yield World(rank=0, size=1, device=mine)
+        yield world
         return
     try:
-        dist.init_process_group(timeout=_TIMEOUT, **_backend(mine))
-        yield World(rank=rank, size=size, device=mine)
+        if mine.type == "cpu":
+            dist.init_process_group("gloo", timeout=_TIMEOUT)
+        else:
+            options = dist.ProcessGroupNCCL.Options()
+            options.is_high_priority_stream = True  # else sums would wait for the end of the step, which fills the GPU
+            dist.init_process_group("nccl", timeout=_TIMEOUT, device_id=mine, pg_options=options)
+        yield world
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(word in str(error) for word in ("gloo", "NCCL")):
             raise
@@ -106,7 +96,7 @@ def join_world(device: str | None) -> Iterator[World]:
 def _explained(error: RuntimeError, process: str) -> AlpacacheError:
     """The error that tells what a failure of the backend means."""
     cause = str(error).partition("\nException raised from")[0].strip()
-    if any(words in cause.lower() for words in _OTHER_ENDED):
+    if _OTHER_ENDED.search(cause):
         return LostProcessError(f"{process}: another process of the run has ended ({cause}).")
     if "out of memory" in cause.lower():
         remedy = (
@@ -121,12 +111,3 @@ def _explained(error: RuntimeError, process: str) -> AlpacacheError:
         f"{process}: talking to the other processes failed: {cause}\n{remedy} Checkpoints are intact; run again with "
         "--resume."
     )
-
-
-def _backend(device: torch.device) -> dict[str, Any]:
-    """Arguments of `init_process_group` for a device."""
-    if device.type == "cpu":
-        return {"backend": "gloo"}
-    options = dist.ProcessGroupNCCL.Options()
-    options.is_high_priority_stream = True  # else sums would wait for the end of the step, which fills the GPU
-    return {"backend": "nccl", "device_id": device, "pg_options": options}

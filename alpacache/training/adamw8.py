@@ -23,22 +23,14 @@ bits are a hash of (parameter name, step, element), so a resumed run draws the s
 """
 
 from collections.abc import Mapping
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from alpacache.errors import UsageError
 from alpacache.gpu.capture import TwoStreams
-from alpacache.training.adamw8_update import (
-    HAS_TRITON,
-    Hyperparameters,
-    Moments,
-    Scalars,
-    update_reference,
-    update_triton,
-)
-from alpacache.training.step_optimizer import NO_SHARDS, Updated, copy_into, ignore_name
+from alpacache.training.adamw8_update import Hyperparameters, Moments, Scalars, update_reference, update_triton
+from alpacache.training.optimizers import NO_SHARDS, Updated, copy_into, ignore_name
 
 
 class AdamW8:
@@ -49,8 +41,6 @@ class AdamW8:
     ) -> None:
         """`shards` as in `make_optimizer`."""
         device = next(iter(parameters.values())).device
-        if device.type == "cuda" and not HAS_TRITON:
-            raise UsageError("adamw8 needs triton on a GPU; install triton, or choose the optimizer adamw.")
         self._device, self._hyper = device, hyper
         self._parameters, self._shards = dict(parameters), shards
         self._moments = {name: Moments.empty(name, parameter) for name, parameter in parameters.items()}
@@ -69,11 +59,19 @@ class AdamW8:
         torch.pow(self._betas, self._step, out=self._bias)
         self._bias.neg_().add_(1)
         scalars = Scalars(lr=lr, scale=scale, skip=skip, step=self._step, bias=self._bias)
-        if self._device.type != "cuda":
-            self._apply(update_reference, scalars, updated)
-            return
-        with torch.cuda.device(self._device):
-            self._apply(update_triton, scalars, updated)
+        cuda = self._device.type == "cuda"
+        update = update_triton if cuda else update_reference
+        with torch.cuda.device(self._device) if cuda else nullcontext(), self._streams():
+            for place, name in enumerate(self._order):
+                parameter, state = self._parameters[name], self._moments[name]
+                weight, grad = parameter.detach(), parameter.grad
+                if grad is None:
+                    continue
+                if (shard := self._shards.get(name)) is not None:
+                    weight, grad, state = weight.view(-1)[shard], grad.view(-1)[shard], state.shard(shard)
+                with self._streams.turn(place):
+                    update(weight, grad, state, scalars, self._hyper)
+                updated(name)
 
     def tensors(self) -> dict[str, Tensor]:
         """The live state; `<key>.<parameter name>` and `step`."""
@@ -82,18 +80,4 @@ class AdamW8:
         return {**tensors, "step": self._step}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a saved state into the live one. Raises `DataError` before anything changes if it does not fit."""
         copy_into(self.tensors(), tensors)
-
-    def _apply(self, update: Any, scalars: Scalars, updated: Updated) -> None:
-        with self._streams():
-            for place, name in enumerate(self._order):
-                weight, state = self._parameters[name].detach(), self._moments[name]
-                grad = self._parameters[name].grad
-                if grad is None:
-                    continue
-                if (shard := self._shards.get(name)) is not None:
-                    weight, grad, state = weight.view(-1)[shard], grad.view(-1)[shard], state.shard(shard)
-                with self._streams.turn(place):
-                    update(weight, grad, state, scalars, self._hyper)
-                updated(name)

@@ -15,7 +15,6 @@ try:
 except ImportError:  # a CPU-only install
     triton = None
 
-HAS_TRITON = triton is not None
 GROUP = 128
 _ROWS, _WARPS = 4, 1
 """Groups and warps a program: 512 elements, 16 a thread, and no other warp to wait for. The best of seven shapes: on an
@@ -74,6 +73,8 @@ class Moments:
     @classmethod
     def empty(cls, name: str, parameter: Tensor) -> "Moments":
         """State before the first step."""
+        if parameter.is_cuda and triton is None:
+            raise UsageError("adamw8 needs triton on a GPU; install triton, or choose the optimizer adamw.")
         if parameter.dtype not in (torch.bfloat16, torch.float32) or not parameter.is_contiguous():
             raise UsageError(
                 f"adamw8 cannot train {name} ({parameter.dtype}, strides {parameter.stride()}); expected contiguous "

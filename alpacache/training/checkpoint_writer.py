@@ -5,9 +5,8 @@ At full size a checkpoint is 11 GB: two hundred steps of an H100 pass while a di
 
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from alpacache.gpu.host_memory import available_bytes
 from alpacache.training.run_directory import RunCheckpoint, RunDirectory
@@ -18,7 +17,7 @@ _SPARE_BYTES = 4 * 2**30
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time. The error of a write is met by the next `save`, or raised on leaving."""
+    """Writes one checkpoint at a time. The error of a write is met by the next `save`, or raised on closing."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
@@ -27,12 +26,7 @@ class CheckpointWriter:
         self._step = 0
         """Step of the last checkpoint that was begun."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         """Wait for the last write."""
         try:
             self.wait()
@@ -42,20 +36,15 @@ class CheckpointWriter:
     def save(self, step: int, content: RunCheckpoint, *, keep: int, best: int | None = None) -> None:
         """Begin to write a checkpoint, once the one before is written.
 
-        If that one failed, or where RAM has no room for a copy, the checkpoint is written before this returns. Raises
-        `DataError` as `RunDirectory.save` does.
+        If that one failed, or where RAM has no room for a copy, the checkpoint is written before this returns: what has
+        been learnt since the failed one need not be lost, there may be room now. Raises `DataError` as
+        `RunDirectory.save` does.
         """
-        if self._last_failed(step) or not _has_room(content.size_bytes):
-            self._directory.save(step, content, keep=keep, best=best)
-            return
-        self._step = step
-        self._written = self._pool.submit(self._directory.save, step, content.on_host(), keep=keep, best=best)
-
-    def _last_failed(self, step: int) -> bool:
-        """Whether the last write failed. What has been learnt since need not be lost: there may be room now."""
+        failed = False
         try:
             self.wait()
         except OSError as error:
+            failed = True
             _log.warning(
                 "checkpoint at step %d could not be written to %s (%s); step %d is written in its place. Free space "
                 "there, or see to the disk, before the next.",
@@ -64,18 +53,17 @@ class CheckpointWriter:
                 error.__cause__ or error,
                 step,
             )
-            return True
-        return False
+        has_room = False
+        with suppress(OSError):  # the system may not tell
+            has_room = content.size_bytes + _SPARE_BYTES <= available_bytes()
+        if failed or not has_room:
+            self._directory.save(step, content, keep=keep, best=best)
+            return
+        self._step = step
+        self._written = self._pool.submit(self._directory.save, step, content.on_host(), keep=keep, best=best)
 
     def wait(self) -> None:
         """Wait until all that was begun is on the medium; raises the error of a failed write."""
         written, self._written = self._written, None
         if written is not None:
             written.result()
-
-
-def _has_room(size_bytes: int) -> bool:
-    try:
-        return size_bytes + _SPARE_BYTES <= available_bytes()
-    except OSError:  # the system does not tell
-        return False

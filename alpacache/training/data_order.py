@@ -1,18 +1,14 @@
-"""Which samples a step takes: one global order for all processes."""
+"""Which samples a step takes: one global order for all processes, and what stands in for damaged samples."""
 
-import math
 from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.features import POSE_FIELDS
 from alpacache.cached_samples.order import GlobalOrder, make_groups
 from alpacache.driving.strata import TURNS, Turn
 from alpacache.errors import UsageError
 from cache_store import CorruptSampleError
-
-
-def total_steps(steps: int | None, epochs: float | None, *, samples: int, batch_size: int) -> int:
-    """Steps of a whole run, of which either steps or epochs are given."""
-    return steps or math.ceil((epochs or 0) * samples / batch_size)
 
 
 def global_order(
@@ -23,15 +19,10 @@ def global_order(
     by_curvature: bool,
     skip_damaged: bool,
 ) -> tuple[GlobalOrder, dict[int, CorruptSampleError]]:
-    """The order of all samples of a run, and the samples whose curvature could not be read.
+    """The order of all samples of a run, and the samples whose curvature could not be read, which keep their places.
 
-    Those keep their places in the order until they are left out.
-
-    Args:
-        data: samples of one or several stores.
-        stores: path of each store and its share of every epoch; all shares None to take every sample once.
-        by_curvature: straight, gentle and sharp futures get equal shares.
-        skip_damaged: whether damaged samples are left out; otherwise the first one's error is raised.
+    `stores` has the path of each store and its share of every epoch, all None to take every sample once. `by_curvature`
+    gives straight, gentle and sharp futures equal shares. Raises the first damaged one's error unless `skip_damaged`.
     """
     weighted: list[tuple[range, float]] = []
     for indices, (path, weight) in zip(data.store_ranges, stores, strict=True):
@@ -60,3 +51,48 @@ def batches_of(order: GlobalOrder, batch_size: int, *, first: int, end: int) -> 
     """(position, sample index) of each sample of the batches of steps `first` to `end`."""
     for step in range(first, end):
         yield [(position, order[position]) for position in range(step * batch_size, (step + 1) * batch_size)]
+
+
+class DamagedSamples:
+    """The samples that a run leaves out because their stored bytes are damaged, and what takes their places."""
+
+    def __init__(self, data: CachedDataset, on_damage: Literal["stop", "skip"]) -> None:
+        self._data, self._skips = data, on_damage == "skip"
+        self.indices: set[int] = set()
+
+    def leave_out(self, error: CorruptSampleError) -> None:
+        """Leave the sample of an error out. Raises the error where damage stops the run, or is half of all samples.
+
+        Of several samples of this id, in several stores, it leaves out those that are damaged.
+        """
+        if not self._skips:
+            raise error
+        same_id = {index for index in range(len(self._data)) if self._data.sample_id(index) == error.sample_id}
+        new = same_id - self.indices
+        if len(same_id) > 1:
+            new = set(filter(self._is_damaged, new))
+        if not new or len(self.indices | new) * 2 > len(self._data):
+            raise error
+        self.indices |= new
+
+    def _is_damaged(self, index: int) -> bool:
+        reader, sample_id = self._data.locate(index)
+        try:
+            reader.read(sample_id, (*self._data.prefix_fields, *POSE_FIELDS))
+        except CorruptSampleError:
+            return True
+        return False
+
+    def replace(self, batch: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """A batch of (position, sample index) with the next sound sample in place of each that is left out."""
+        return [(position, self._next_sound(index)) for position, index in batch]
+
+    def _next_sound(self, index: int) -> int:
+        while index in self.indices:
+            index = (index + 1) % len(self._data)
+        return index
+
+    def state(self) -> dict[str, list[Any]]:
+        """What a checkpoint records: the indices, and the ids for people."""
+        ids = sorted(self._data.sample_id(index) for index in self.indices)
+        return {"damaged": ids, "damaged_indices": sorted(self.indices)}

@@ -41,14 +41,14 @@ class WeightAverage:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What `load` and `up_to_date` need besides the tensors: `decay` of a step, steps `behind`."""
+        """What `up_to_date` needs besides the tensors: `decay` of a step, steps `behind`."""
         return {"decay": self._decay, "behind": self._behind}
 
-    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], behind: int) -> None:
         """Go on from a saved average."""
         for name, average in self._average.items():
             average.copy_(tensors[name])
-        self._behind = state["behind"]
+        self._behind = behind
 
 
 @torch.no_grad()

@@ -4,25 +4,72 @@ Forward, backward and optimizer are captured as one CUDA graph: it would freeze 
 decide whether to skip a step would stop the stream.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from alpacache.errors import UsageError
-from alpacache.training.step_optimizer import NO_SHARDS, StepOptimizer, Updated, copy_into, ignore_name
+from alpacache.errors import DataError, UsageError
 
-OPTIMIZERS = ("auto", "adamw8", "adamw")
+Updated: TypeAlias = Callable[[str], None]
+NO_SHARDS: Mapping[str, slice] = MappingProxyType({})
+
+
+def ignore_name(name: str) -> None:
+    """Do nothing."""
+
+
+class StepOptimizer(Protocol):
+    """An optimizer that can be captured in a CUDA graph: state is allocated at construction and changed in place."""
+
+    def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor, updated: Updated = ignore_name) -> None:
+        """Apply one step from each parameter's gradient times `scale`; where `skip` is True nothing changes.
+
+        The three are 0-dim tensors on the parameters' device: float32, float32, bool. Parameters without a gradient are
+        left alone. Gradients may be scaled in place. On a GPU the host does not wait for the device. `updated` is
+        called with a parameter's name when its update is enqueued.
+        """
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live state by `<key>.<parameter name>`: all that an exact resume needs besides the weights."""
+        ...
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a saved state into the live one. Raises `DataError`, with nothing changed, if it does not fit."""
+        ...
+
+
+def copy_into(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into live ones of the same names, whose addresses a captured graph may hold.
+
+    Floating-point types may differ, as they do when a run goes on with another device. Raises `DataError` before
+    anything is changed.
+    """
+    for name, live in state.items():
+        saved = tensors.get(name)
+        if saved is None:
+            raise DataError(f"optimizer state has no tensor {name!r}; was it saved by another optimizer?")
+        same_kind = saved.dtype == live.dtype or (saved.is_floating_point() and live.is_floating_point())
+        if saved.shape != live.shape or not same_kind:
+            raise DataError(
+                f"optimizer state {name!r} is {saved.dtype} {list(saved.shape)}, expected {live.dtype} "
+                f"{list(live.shape)}; was it saved by another optimizer or for another model?"
+            )
+    for name, live in state.items():
+        live.copy_(tensors[name])
 
 
 def resolve(name: str, device: torch.device) -> str:
     """Name of the optimizer to use; `auto` is adamw8 on a GPU. Raises `UsageError` if it is unknown or cannot run."""
-    if name not in OPTIMIZERS:
-        raise UsageError(f"optimizer {name!r} is unknown; expected one of {', '.join(OPTIMIZERS)}.")
+    cuda = device.type == "cuda"
+    if name not in ("auto", "adamw8", "adamw"):
+        raise UsageError(f"optimizer {name!r} is unknown; expected one of auto, adamw8, adamw.")
     if name == "auto":
-        return "adamw8" if device.type == "cuda" else "adamw"
-    if name == "adamw8" and device.type != "cuda":
+        return "adamw8" if cuda else "adamw"
+    if name == "adamw8" and not cuda:
         raise UsageError(f"optimizer adamw8 needs a GPU, the device is {device}; choose adamw or auto.")
     return name
 
@@ -47,14 +94,15 @@ def make_optimizer(
         from alpacache.training.adamw8_update import Hyperparameters
 
         return AdamW8(parameters, Hyperparameters(betas=betas, weight_decay=weight_decay, eps=eps), shards)
-    kind = _FusedAdamW if device.type == "cuda" else _PlainAdamW
-    return kind(parameters, betas=betas, weight_decay=weight_decay, eps=eps, shards=shards)
+    return _AdamW(parameters, betas=betas, weight_decay=weight_decay, eps=eps, shards=shards)
 
 
 class _AdamW:
-    """torch's AdamW with its state allocated beforehand."""
+    """torch's AdamW with its state allocated beforehand.
 
-    fused: bool
+    On a GPU the fused kernel takes scale and skip as a gradient scaler's `grad_scale` and `found_inf`. On the CPU
+    scalars are simply read; a float64 `lr` keeps all bits of a Python number.
+    """
 
     def __init__(
         self,
@@ -65,82 +113,46 @@ class _AdamW:
         eps: float,
         shards: Mapping[str, slice],
     ) -> None:
-        self.parameters, self.shards = dict(parameters), shards
-        self.moments = {
-            f"{key}.{name}": torch.zeros_like(parameter)
-            for name, parameter in parameters.items()
-            for key in ("exp_avg", "exp_avg_sq")
-        }
-        self.own = {
+        device = next(iter(parameters.values())).device
+        self._parameters, self._shards, self._fused = dict(parameters), shards, device.type == "cuda"
+        self._moments: dict[str, Tensor] = {}
+        self._own = {
             name: nn.Parameter(parameter.detach().view(-1)[shards[name]]) if name in shards else parameter
             for name, parameter in parameters.items()
         }
         """Parameters that torch's AdamW updates: whole ones, and views of shards."""
-        self.optimizer = torch.optim.AdamW(
-            self.own.values(),
-            lr=0.0,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            fused=self.fused,
-            capturable=self.fused,
+        self._optimizer = torch.optim.AdamW(
+            self._own.values(), 0.0, betas, eps, weight_decay, fused=self._fused, capturable=self._fused
         )
-        for name, parameter in self.own.items():
-            moments = {key: self.moments[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}
-            if name in shards:
-                moments = {key: moment.view(-1)[shards[name]] for key, moment in moments.items()}
-            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            self.optimizer.state[parameter] = {"step": step, **moments}
+        self._divisor, self._found_inf = (torch.zeros((), device=device) for _ in range(2))
+        if self._fused:
+            vars(self._optimizer).update(grad_scale=self._divisor, found_inf=self._found_inf)
+        for name, own in self._own.items():
+            state = self._optimizer.state[own] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment = self._moments[f"{key}.{name}"] = torch.zeros_like(parameters[name])
+                state[key] = moment.view(-1)[shards[name]] if name in shards else moment
 
     def tensors(self) -> dict[str, Tensor]:
-        steps = {f"step.{name}": self.optimizer.state[own]["step"] for name, own in self.own.items()}
-        return {**steps, **self.moments}
+        steps = {f"step.{name}": self._optimizer.state[own]["step"] for name, own in self._own.items()}
+        return {**steps, **self._moments}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         copy_into(self.tensors(), tensors)
 
-    def _apply(self, lr: float | Tensor, updated: Updated) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        for name in self.own:
-            updated(name)
-
-    def _take_gradients(self) -> None:
-        for name, shard in self.shards.items():
-            grad = self.parameters[name].grad
-            self.own[name].grad = None if grad is None else grad.view(-1)[shard]
-
-
-class _PlainAdamW(_AdamW):
-    """On the CPU, where scalars are simply read. A float64 `lr` keeps all bits of a Python number."""
-
-    fused = False
-
     @torch.no_grad()
     def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor, updated: Updated = ignore_name) -> None:
-        if skip:
+        if not self._fused and skip:
             return
-        self._take_gradients()
-        if scale != 1:
-            torch._foreach_mul_([own.grad for own in self.own.values() if own.grad is not None], scale)
-        self._apply(float(lr), updated)
-
-
-class _FusedAdamW(_AdamW):
-    """On a GPU, where the fused kernel takes scale and skip as a gradient scaler's `grad_scale` and `found_inf`."""
-
-    fused = True
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], **options: Any) -> None:
-        super().__init__(parameters, **options)
-        device = next(iter(self.parameters.values())).device
-        self._divisor, self._found_inf = (torch.zeros((), device=device) for _ in range(2))
-        vars(self.optimizer).update(grad_scale=self._divisor, found_inf=self._found_inf)
-
-    @torch.no_grad()
-    def step(self, *, lr: Tensor, scale: Tensor, skip: Tensor, updated: Updated = ignore_name) -> None:
-        self._take_gradients()
-        torch.reciprocal(scale, out=self._divisor)
-        self._found_inf.copy_(skip)
-        self._apply(lr, updated)
+        for name, shard in self._shards.items():
+            grad = self._parameters[name].grad
+            self._own[name].grad = None if grad is None else grad.view(-1)[shard]
+        if self._fused:
+            torch.reciprocal(scale, out=self._divisor)
+            self._found_inf.copy_(skip)
+        elif scale != 1:
+            torch._foreach_mul_([own.grad for own in self._own.values() if own.grad is not None], scale)
+        self._optimizer.param_groups[0]["lr"] = lr if self._fused else float(lr)
+        self._optimizer.step()
+        for name in self._own:
+            updated(name)

@@ -8,17 +8,19 @@ safetensors, all else is JSON or TOML; nothing is pickled.
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alpacache import strict_json
+from alpacache.alpamayo.foreign_files import Schema, conform, read_json
 from alpacache.errors import DataError, UsageError
 from alpacache.gpu.host_copies import copied_to_host
 from alpacache.training.ema import up_to_date
@@ -26,7 +28,67 @@ from cache_store.checksum import crc32c
 from cache_store.storage.local_files import FULL, flush, write_flushed
 
 MODEL, OPTIMIZER, AVERAGE, STATE = "model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"
-_FORMAT = 1
+
+
+class _File(Schema):
+    bytes: int
+    crc32c: str
+
+
+class _Files(Schema):
+    model: _File = Field(alias="model.safetensors")
+    optimizer: _File = Field(alias="optimizer.safetensors")
+    average: _File | None = Field(None, alias="average.safetensors")
+
+
+class _Base(Schema):
+    revision: str | None
+
+
+class _VLM(Schema):
+    id: str
+
+
+class _Store(Schema):
+    path: str
+    samples: int
+    ids_sha256: str
+    identity: dict[str, Any]
+
+
+class _Settings(Schema):
+    draws: int
+    micro_batch: int
+    processes: int
+    dataset_samples: int
+    stores: list[_Store]
+
+
+class _Best(Schema, extra="forbid"):
+    step: int | None
+    value: float | None
+    by: str
+    since: int
+
+
+class _Average(Schema, extra="forbid"):
+    decay: float
+    behind: int
+
+
+class _State(Schema):
+    """What this version reads of a checkpoint's `state.json`; docs/reference/run-directory.md says what it means."""
+
+    format: Literal[1]
+    step: int
+    settings: _Settings
+    base: _Base
+    vlm: _VLM | None
+    best: _Best
+    average: _Average | None
+    trainable: Literal["all", "head", "lora"]
+    damaged_indices: list[int]
+    files: _Files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,24 +134,11 @@ class RunDirectory:
         """A checkpoint's state: all of it but the tensors."""
         return read_state(self.checkpoint(step))
 
-    def has_average(self, step: int) -> bool:
-        """Whether a checkpoint holds an average of the weights."""
-        return AVERAGE in self.state(step)["files"]
-
-    def refuse_existing(self, *, resume: bool) -> None:
-        """Raise `UsageError` where the directory holds a run that is not to be resumed."""
-        if (steps := self.steps) and not resume:
-            raise UsageError(
-                f"{self.path} already holds a run (step {steps[-1]}); pass --resume to go on, or choose another --out."
-            )
-
-    def write_memory(self, record: Mapping[str, Any]) -> None:
-        """Write the memory plan and the measured peak, in bytes."""
-        _write_document(self.path / "memory.json", (strict_json.dumps(record, indent=1) + "\n").encode())
-
-    def write_config(self, text: str) -> None:
+    def write(self, name: str, text: str) -> None:
+        """Write a small file to the medium, in place of one of its name."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_document(self.path / "config.toml", text.encode())
+        with _room_for(name, self.path, len(text)):
+            write_flushed(self.path / name, text.encode())
 
     def save(self, step: int, content: RunCheckpoint, *, keep: int, best: int | None = None) -> Path:
         """Write a checkpoint, move the links, and drop all but the newest `keep` and the best.
@@ -140,18 +189,18 @@ class RunDirectory:
 
     def metrics(self, *, up_to: int) -> list[dict[str, Any]]:
         """Rows of `metrics.jsonl` up to a step, without a torn last line; none if there is no file."""
-        return [json.loads(line) for line in self._metrics_lines(up_to)]
+        path, rows = self.path / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            with suppress(ValueError, KeyError, TypeError):
+                if (row := json.loads(line))["step"] <= up_to:
+                    rows.append(row)
+        return rows
 
     def rewind_metrics(self, step: int) -> None:
         """Drop rows after a step (and a torn last line), so that a resumed run does not report steps twice."""
-        path = self.path / "metrics.jsonl"
-        if path.is_file():
-            _write_document(path, "".join(line + "\n" for line in self._metrics_lines(step)).encode())
-
-    def _metrics_lines(self, up_to: int) -> list[str]:
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return [line for line in lines if _step_of(line) <= up_to]
+        if (self.path / "metrics.jsonl").is_file():
+            lines = (strict_json.dumps(row) + "\n" for row in self.metrics(up_to=step))
+            self.write("metrics.jsonl", "".join(lines))
 
 
 def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = False) -> RunCheckpoint:
@@ -162,8 +211,8 @@ def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = Fals
     state = read_state(path, average=average)
 
     def tensors(name: str) -> dict[str, Tensor]:
-        file, written = path / name, state["files"][name]
-        if not file.is_file() or file.stat().st_size != written["bytes"] or _crc32c(file) != written["crc32c"]:
+        file, written = path / name, state["files"].get(name)
+        if not file.is_file() or written != _size_and_checksum(file):
             raise DataError(
                 f"{file} is damaged (size or checksum differ from {STATE}); use an earlier checkpoint of the run."
             )
@@ -194,8 +243,8 @@ def _write(draft: Path, step: int, content: RunCheckpoint) -> None:
     draft.mkdir()
     for name, named in tensors.items():
         save_file(named, draft / name, {"format": "pt"})
-    files = {name: {"bytes": (draft / name).stat().st_size, "crc32c": _crc32c(draft / name)} for name in tensors}
-    state = {"format": _FORMAT, "step": step, **content.state, "files": files}
+    files = {name: _size_and_checksum(draft / name) for name in tensors}
+    state = {"format": 1, "step": step, **content.state, "files": files}
     (draft / STATE).write_text(strict_json.dumps(state, indent=1) + "\n")
     for name in (*tensors, STATE):
         flush(draft / name)
@@ -214,14 +263,19 @@ def _is_complete(path: Path) -> bool:
 
 
 def read_state(path: Path, *, average: bool = False) -> dict[str, Any]:
-    """A checkpoint's state, without its tensors. Raises `UsageError` if it lacks an `average` that is asked for."""
+    """A checkpoint's state, without its tensors.
+
+    Raises `DataError` naming the keys that are not of the known form, `UsageError` if it lacks an `average` that is
+    asked for.
+    """
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text())
+        state = read_json(path / STATE)
+        conform(_State, state, STATE)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path / STATE} cannot be read ({error}); use an earlier checkpoint of the run.") from error
-    if state.get("format") != _FORMAT:
-        raise DataError(f"{path}: checkpoint format {state.get('format')!r}; this version reads {_FORMAT}.")
-    if average and AVERAGE not in state["files"]:
+        raise DataError(
+            f"{path / STATE} cannot be read ({error}); use an earlier checkpoint, or the alpacache that wrote it."
+        ) from error
+    if average and state["average"] is None:
         raise UsageError(f"{path} has no average of the weights; train with --ema, or leave --ema out here.")
     return state
 
@@ -247,24 +301,12 @@ def find_checkpoint(path: str | Path) -> Path:
     )
 
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-def _crc32c(path: Path) -> str:
-    crc, block = 0, np.empty(2**20, np.uint8)
+def _size_and_checksum(path: Path) -> dict[str, Any]:
+    size, crc, block = 0, 0, np.empty(2**20, np.uint8)
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):  # type: ignore[arg-type]
-            crc = crc32c(block[:size], crc)
-    return f"{crc:08x}"
-
-
-def _write_document(path: Path, data: bytes) -> None:
-    with _room_for(path.name, path.parent, len(data)):
-        write_flushed(path, data)
+        while count := file.readinto(block):  # type: ignore[arg-type]
+            size, crc = size + count, crc32c(block[:count], crc)
+    return {"bytes": size, "crc32c": f"{crc:08x}"}
 
 
 @contextmanager

@@ -1,21 +1,23 @@
-"""What a run tells: a row of `metrics.jsonl` and the trackers' scalars for each step, progress, and the report."""
+"""What a run tells: progress, the report, and for each step a row of `metrics.jsonl` and the trackers' scalars.
+
+Trackers are TensorBoard events by default, Weights & Biases if asked for.
+"""
 
 import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 
+from alpacache.errors import UsageError
 from alpacache.progress import OnProgress, Progress
 from alpacache.training.run_directory import RunDirectory
 from alpacache.training.step import StepResult, StepValues
-from alpacache.training.trackers import Tracker, scalars
 from cache_store import CorruptSampleError
 
 _log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ class TrainReport:
     val_min_ade: float | None
     """The last validation's minADE, metres; None unless the best is chosen by it."""
     stopped_early: bool
-    """Whether the run ended before its last step, because validation had stopped getting better."""
+    """Whether the run ended because validation had stopped getting better."""
     damaged: int
     """Number of samples that were left out because their stored bytes are damaged."""
     seconds: float
@@ -56,14 +58,85 @@ class TrainReport:
     draws: int
 
 
-class StepClock:
-    """Measures how long steps take, and how much of that is waiting for data.
+class _TensorBoard:
+    def __init__(self, directory: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UsageError(f"TensorBoard needs tensorboard ({error}); install it, or pass --track none.") from error
+        # Makes readers hide what a killed run wrote after its last checkpoint.
+        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
 
-    On a GPU the wait is the time that the device idled before a step: from the end of the step before until this one's
-    samples were there. On a CPU it is the time that the loop waited.
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """One W&B run for a run directory, which keeps its id, so that a resumed run goes on there."""
+
+    def __init__(self, run: Path, config_toml: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UsageError(f"--track wandb needs wandb ({error}): pip install 'alpacache[wandb]'.") from error
+        note = run / "wandb-id"
+        run_id = note.read_text().strip() if note.is_file() else wandb.util.generate_id()
+        note.write_text(run_id + "\n")
+        options = {"name": run.name, "id": run_id, "resume": "allow", "dir": str(run), "config": {"toml": config_toml}}
+        self._run = wandb.init(project="alpacache", **options)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+Tracker: TypeAlias = _TensorBoard | _WeightsAndBiases
+"""A service that takes the scalars of each step."""
+
+
+def make_trackers(track: str, run: Path, *, first_step: int, config_toml: str) -> list[Tracker]:
+    """Trackers for a run that goes on after `first_step`. Raises `UsageError` where one is not installed.
+
+    `track`: `none`, `tensorboard`, or `wandb` for both.
+    """
+    if track == "none":
+        return []
+    board = _TensorBoard(run / "tensorboard", first_step)
+    return [board, _WeightsAndBiases(run, config_toml)] if track == "wandb" else [board]
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of a row of `metrics.jsonl`, without its step."""
+    return {
+        name: float(value)
+        for name, value in row.items()
+        if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+class RunLog:
+    """Rows, trackers, progress and timing of one call of `train`; only the first process writes.
+
+    `data_wait` is the share of the time spent waiting for data. On a GPU that is the time that the device idled before
+    a step: from the end of the step before until this one's samples were there. On a CPU it is what the loop waited.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, directory: RunDirectory, *, first: int, total: int, batch_size: int, on_progress: OnProgress, writes: bool
+    ) -> None:
+        """`first`: the step that the run goes on after; `writes`: whether this is the first process."""
+        self._directory, self._on_progress, self._writes = directory, on_progress, writes
+        self._first, self._total, self._batch_size = first, total, batch_size
+        self.trackers: list[Tracker] = []
+        """They get every later row, too."""
+        self._losses: list[float] = []
+        self._by_turn: dict[str, list[float]] = defaultdict(list)
         self._started = time.monotonic()
         self._ended: torch.cuda.Event | None = None
         """End of the last step that was read, on the device; None after a pause."""
@@ -90,65 +163,27 @@ class StepClock:
         """What passes from here to the next step is not waiting for data."""
         self._ended = None
 
-    def measure(self, result: StepResult, *, ring_waited_s: float) -> dict[str, float]:
-        """`step_ms` and `data_wait` of a step that was read, where they are known."""
-        seconds = self.seconds
-        if result.ended is None or result.began is None:
-            step_s, wait_s = seconds - self._read_s, ring_waited_s - self._read_waited_s
-            self._read_s, self._read_waited_s = seconds, ring_waited_s
-        elif self._ended is None:
-            self._ended = result.ended
-            return {}
-        else:
-            step_s, wait_s = (self._ended.elapsed_time(event) / 1e3 for event in (result.ended, result.began))
-            self._ended = result.ended
-        self._timed_s += step_s
-        self._waited_s += wait_s
-        return {"step_ms": step_s * 1e3, "data_wait": wait_s / step_s if step_s else 0.0}
-
-
-class RunLog:
-    """Rows, trackers and progress of one call of `train`; only the first process writes.
-
-    Use it inside `with`, which closes the trackers.
-    """
-
-    def __init__(
-        self, directory: RunDirectory, *, first: int, total: int, batch_size: int, on_progress: OnProgress, writes: bool
-    ) -> None:
-        """`first`: the step that the run goes on after; `writes`: whether this is the first process."""
-        self._directory, self._on_progress, self._writes = directory, on_progress, writes
-        self._first, self._total, self._batch_size = first, total, batch_size
-        self._trackers: list[Tracker] = []
-        self._closing = ExitStack()
-        self._losses: list[float] = []
-        self._by_turn: dict[str, list[float]] = defaultdict(list)
-        self.clock = StepClock()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._closing.close()
-
-    def add_tracker(self, tracker: Tracker) -> None:
-        """Send every later row to a tracker, too."""
-        self._trackers.append(tracker)
-        self._closing.callback(tracker.close)
-
     def take_by_turn(self) -> dict[str, list[float]]:
         """Losses of this process's samples by turn stratum, since the last time this was asked."""
         by_turn, self._by_turn = self._by_turn, defaultdict(list)
         return dict(by_turn)
 
     def row(self, number: int, result: StepResult, values: StepValues, *, lr: float, waited_s: float) -> dict[str, Any]:
-        """The row of a step."""
-        timing = self.clock.measure(result, ring_waited_s=waited_s)
-        rate = (number - self._first) / self.clock.seconds
-        row = {"step": number, "loss": values.loss, "lr": lr, "grad_norm": values.norm}
-        return row | {"samples_per_s": rate * self._batch_size, **timing}
+        """The row of a step that was read; `waited_s`: seconds that its ring has waited so far."""
+        seconds = self.seconds
+        rate = (number - self._first) / seconds * self._batch_size
+        row = {"step": number, "loss": values.loss, "lr": lr, "grad_norm": values.norm, "samples_per_s": rate}
+        before, self._ended = self._ended, result.ended
+        if result.ended is None or result.began is None:
+            step_s, wait_s = seconds - self._read_s, waited_s - self._read_waited_s
+            self._read_s, self._read_waited_s = seconds, waited_s
+        elif before is None:
+            return row
+        else:
+            step_s, wait_s = (before.elapsed_time(event) / 1e3 for event in (result.ended, result.began))
+        self._timed_s += step_s
+        self._waited_s += wait_s
+        return row | {"step_ms": step_s * 1e3, "data_wait": wait_s / step_s if step_s else 0.0}
 
     def count_losses(self, result: StepResult, values: StepValues) -> None:
         """Take the losses of a step that was applied into the report and the means by turn."""
@@ -161,11 +196,17 @@ class RunLog:
         if not self._writes:
             return
         self._directory.append_metrics(row)
-        for tracker in self._trackers:
+        for tracker in self.trackers:
             tracker.log(row["step"], scalars(row))
+        told = {"loss": "skipped" if row["loss"] is None else f"{row['loss']:.4f}"}
+        if self.data_wait is not None:
+            told["wait"] = f"{self.data_wait:.0%}"
+        told["samples/s"] = f"{row['samples_per_s']:.3g}"
+        if "val_loss" in row:
+            told["val"] = "not finite" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
         rate = row["samples_per_s"] / self._batch_size
-        told = {**self._notes(row), **notes}
-        self._on_progress(Progress(done=row["step"], total=self._total, unit="steps", rate=rate, notes=told))
+        progress = Progress(done=row["step"], total=self._total, unit="steps", rate=rate, notes={**told, **notes})
+        self._on_progress(progress)
 
     def write_damage(self, step: int, error: CorruptSampleError) -> None:
         """Write which sample is left out from a step on."""
@@ -181,24 +222,11 @@ class RunLog:
                 ", ".join(broken),
             )
 
-    def _notes(self, row: Mapping[str, Any]) -> dict[str, str]:
-        notes = {"loss": "skipped" if row["loss"] is None else f"{row['loss']:.4f}"}
-        if self.clock.data_wait is not None:
-            notes["wait"] = f"{self.clock.data_wait:.0%}"
-        notes["samples/s"] = f"{row['samples_per_s']:.3g}"
-        if "val_loss" in row:
-            notes["val"] = "not finite" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
-        return notes
-
-    def mean_losses(self) -> tuple[float | None, float | None]:
-        """Mean loss over the first steps, and over the last."""
+    def totals(self, step: int) -> dict[str, Any]:
+        """What `TrainReport` tells of losses and time, after the last step."""
         window = max(1, min(_REPORTED_STEPS, len(self._losses) // 2))
-        return _mean(self._losses[:window]), _mean(self._losses[-window:])
-
-    def samples_per_s(self, step: int) -> float:
-        """Mean rate from the first step to this one."""
-        return (step - self._first) * self._batch_size / self.clock.seconds
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+        ends = self._losses[:window], self._losses[-window:]
+        first, last = (sum(losses) / window if losses else None for losses in ends)
+        rate = (step - self._first) * self._batch_size / self.seconds
+        times = {"seconds": self.seconds, "samples_per_s": rate, "data_wait": self.data_wait or 0.0}
+        return {"first_loss": first, "last_loss": last, **times}

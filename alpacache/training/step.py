@@ -17,7 +17,7 @@ from alpacache.cached_samples.ring import Batch
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.gpu.capture import captured
-from alpacache.training.step_optimizer import StepOptimizer
+from alpacache.training.optimizers import StepOptimizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

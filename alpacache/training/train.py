@@ -4,60 +4,38 @@ One plain loop. Its state is (weights, optimizer, step) and every random number 
 the global order, so a run that was killed and resumed ends with the same bits as one that was not.
 """
 
-import dataclasses
 import gc
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from alpacache import randomness
-from alpacache.alpamayo import Checkpoint, load_expert
+from alpacache import randomness, strict_json
 from alpacache.alpamayo.expert import action_space
 from alpacache.alpamayo.family import EXPERT_PARTS
-from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import check_base, check_same_vlm, model_identity
-from alpacache.cached_samples.order import GlobalOrder
 from alpacache.cached_samples.ring import Batch, BatchRing, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.config import to_toml
-from alpacache.distributed.peer_memory import peer_memory
-from alpacache.distributed.sharded_update import ShardedUpdate
-from alpacache.distributed.world import World, join_world
+from alpacache.distributed.world import join_world
 from alpacache.errors import DataError, InterruptedRunError, UsageError
 from alpacache.interrupt import InterruptGuard
 from alpacache.planning.workload import MemoryPlan, Workload, expert_sizes
-from alpacache.prefix.layout import LEAST_DECODED
 from alpacache.progress import OnProgress, ignore
-from alpacache.strict_json import plain
-from alpacache.training.auto_settings import (
-    SettledStep,
-    StepSettings,
-    batch_seconds,
-    cap_memory,
-    out_of_memory,
-    restore_auto_settings,
-    settle_on_cpu,
-    settle_on_gpu,
-)
-from alpacache.training.best import BestValidation
+from alpacache.training import auto_settings
 from alpacache.training.checkpoint_writer import CheckpointWriter
 from alpacache.training.config import TrainConfig
-from alpacache.training.damage import DamagedSamples
-from alpacache.training.data_order import batches_of, global_order, total_steps
+from alpacache.training.data_order import DamagedSamples, batches_of
 from alpacache.training.learner import Learner
-from alpacache.training.learning_rate import LearningRate
-from alpacache.training.non_finite import SkippedSteps
-from alpacache.training.optimizers import make_optimizer, resolve
-from alpacache.training.resume_check import check_processes_agree, check_unchanged, settings_record, stores_record
-from alpacache.training.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
-from alpacache.training.run_log import RunLog, TrainReport
+from alpacache.training.optimizers import resolve
+from alpacache.training.run_directory import RunCheckpoint, read_checkpoint
+from alpacache.training.run_inputs import RunInputs, check_unchanged, settings_record
+from alpacache.training.run_log import RunLog, TrainReport, make_trackers
+from alpacache.training.schedule import BestValidation, LearningRate, SkippedSteps
 from alpacache.training.step import StepResult, TrainStep
-from alpacache.training.trackers import make_trackers
-from alpacache.training.trainable import choose_trainable, enable_checkpointing
 from alpacache.training.validation import Validation, means
 from cache_store import CorruptSampleError
 
@@ -71,144 +49,77 @@ def train(
     calls this with the same config; the first one writes.
     """
     with join_world(config.device) as world:
-        directory = RunDirectory(config.out)
-        directory.refuse_existing(resume=config.resume)
         if world.size > 1 and config.on_damage == "skip":
             raise UsageError(
                 "on_damage is 'skip' with several processes; mend the store with `alpacache verify` instead."
             )
-        inputs = _open_inputs(config, directory, world)
-        step = _settle(config, directory, inputs, world)
-        if step.plan is not None and world.is_first:
-            on_plan(step.plan)
-        config = replace(config, draws=step.draws, micro_batch=step.micro_batch, checkpointing=step.checkpointing)
-        run = _Run(config, world, directory, inputs, step, on_progress)
+        inputs = RunInputs(config, world)
+        plan = _plan(config, inputs)
+        if world.is_first and world.device.type == "cuda":
+            on_plan(plan)
+        config = replace(config, draws=plan.draws, micro_batch=plan.micro_batch, checkpointing=plan.checkpointing)
+        run = _Run(config, inputs, plan, on_progress)
         world.barrier()
         try:
             return run.loop()
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(error, step, run.learner.peak_bytes(), resumable=bool(directory.steps)) from error
+            peak, resumable = run.learner.peak_bytes(), bool(inputs.directory.steps)
+            raise auto_settings.out_of_memory(error, plan, peak, resumable=resumable) from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Inputs:
-    """What a run learns from, opened and checked."""
-
-    checkpoint: Checkpoint
-    data: CachedDataset
-    val: CachedDataset | None
-    stores: list[dict[str, Any]]
-    """The `stores_record` of `data`."""
-    order: GlobalOrder
-    unreadable: dict[int, CorruptSampleError]
-    """Samples that the order found damaged."""
-    total: int
-    """Steps of the whole run."""
-
-
-def _open_inputs(config: TrainConfig, directory: RunDirectory, world: World) -> _Inputs:
-    """Open model and stores, and check that all processes see the same ones and can go on from the same step."""
-    checkpoint = Checkpoint(config.model)
-    data = CachedDataset(config.store_paths, checkpoint)
-    val = CachedDataset([config.val], checkpoint) if config.val else None
-    if val is not None:
-        check_same_vlm(data.vlm, val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
-    stores = stores_record(config.store_paths, data)
-    total = total_steps(config.steps, config.epochs, samples=len(data), batch_size=config.batch_size)
-    check_processes_agree(
-        world,
-        dataclasses.asdict(config),
-        directory=directory,
-        checkpoint=checkpoint,
-        stores=stores,
-        val=val,
-        total=total,
-    )
-    order, unreadable = global_order(
-        data,
-        list(zip(config.store_paths, config.store_weights, strict=True)),
-        seed=config.seed,
-        by_curvature=config.balance == "curvature",
-        skip_damaged=config.on_damage == "skip",
-    )
-    return _Inputs(
-        checkpoint=checkpoint, data=data, val=val, stores=stores, order=order, unreadable=unreadable, total=total
-    )
-
-
-def _settle(config: TrainConfig, directory: RunDirectory, inputs: _Inputs, world: World) -> SettledStep:
+def _plan(config: TrainConfig, inputs: RunInputs) -> MemoryPlan:
     """Settle what the config left open, and hold the allocator to the memory budget."""
-    device, batch_size, data = world.device, world.local_batch_size(config.batch_size), inputs.data
-    optimizer = resolve(config.optimizer, device)
-    asked = StepSettings(draws=config.draws, micro_batch=config.micro_batch, checkpointing=config.checkpointing)
-    asked = restore_auto_settings(asked, directory, world)
-    if device.type != "cuda":
-        return settle_on_cpu(asked, batch_size)
+    world, data = inputs.world, inputs.data
+    device, batch_size = world.device, world.local_batch_size(config.batch_size)
+
+    def batch_seconds() -> float:
+        if config.in_memory:  # nothing to wait for after the first epoch
+            return 0.0
+        space, damaged = action_space(inputs.checkpoint), DamagedSamples(data, config.on_damage)
+        return auto_settings.batch_seconds(data, space, inputs.order, damaged, batch_size=batch_size, device=device)
+
     work = Workload(
         **expert_sizes(inputs.checkpoint.shapes(*EXPERT_PARTS), config.trainable, config.lora_rank),
         layout=data.layout,
         longest=data.longest,
         trainable=config.trainable,
         batch_size=batch_size,
-        optimizer=optimizer,
+        optimizer=resolve(config.optimizer, device),
         compiled=config.compile,
         validates=config.val is not None,
         pinned_bytes=int(data.kv_bytes.sum()) if config.in_memory else None,
     )
-
-    def measure() -> float:
-        if config.in_memory:  # nothing to wait for after the first epoch
-            return 0.0
-        space, skip = action_space(inputs.checkpoint), config.on_damage == "skip"
-        return batch_seconds(data, space, inputs.order, batch_size=batch_size, device=device, skip_damaged=skip)
-
-    return settle_on_gpu(
-        asked,
+    return auto_settings.settle(
         work,
         world,
-        cap_bytes=cap_memory(config.budget_bytes, device),
-        batch_seconds=measure,
-        resumed_run=config.out if directory.steps else None,
+        inputs.directory,
+        draws=config.draws,
+        micro_batch=config.micro_batch,
+        checkpointing=config.checkpointing,
+        budget_bytes=config.budget_bytes,
+        batch_seconds=batch_seconds,
     )
-
-
-def _make_learner(config: TrainConfig, checkpoint: Checkpoint, world: World) -> Learner:
-    """Load the expert, choose what is trained, and make its optimizer."""
-    device = world.device
-    expert = load_expert(checkpoint, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
-    parameters = choose_trainable(
-        expert, config.trainable, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, seed=config.seed
-    )
-    if config.checkpointing:
-        enable_checkpointing(expert)
-    memory = peer_memory(world)
-    update = ShardedUpdate(parameters, world, memory)
-    if memory is not None:
-        cap_memory(config.budget_bytes, device, beside_bytes=memory.beside_bytes)
-    optimizer = make_optimizer(
-        config.optimizer, parameters, betas=config.betas, weight_decay=config.weight_decay, shards=update.shards
-    )
-    return Learner(expert, parameters, optimizer, update, memory)
 
 
 class _Run:
     """A run under way: its learner, the step that it has come to, and what it has seen."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        world: World,
-        directory: RunDirectory,
-        inputs: _Inputs,
-        settled: SettledStep,
-        on_progress: OnProgress,
-    ) -> None:
+    def __init__(self, config: TrainConfig, inputs: RunInputs, plan: MemoryPlan, on_progress: OnProgress) -> None:
         """Begin a run, or go on from its newest checkpoint."""
-        self.config, self.world, self.directory, self.inputs, self.settled = config, world, directory, inputs, settled
-        self.rate = LearningRate.of(peak=config.peak_lr, final=config.min_lr, warmup=config.warmup, total=inputs.total)
-        self.learner = _make_learner(config, inputs.checkpoint, world)
-        self.validation = None if inputs.val is None else Validation(inputs.val, config)
-        self.damaged = DamagedSamples(inputs.data, config.on_damage)
+        self.config, self.inputs, self.plan = config, inputs, plan
+        self.world, self.directory, self.data, self.total = inputs.world, inputs.directory, inputs.data, inputs.total
+        world, directory = self.world, self.directory
+        used = {"lr": config.peak_lr, "store_weights": config.store_weights}
+        self.settings = settings_record(asdict(config) | used, inputs.stores, processes=world.size)
+        self.rate = LearningRate(peak=config.peak_lr, final=config.min_lr, warmup=config.warmup, total=self.total)
+        self.learner = Learner(inputs.checkpoint, config, world)
+        self.validation: Validation | None = None
+        if inputs.val is not None:
+            by_min_ade, times = config.best_by == "min_ade", config.times
+            self.validation = Validation(
+                inputs.val, config.val_samples, times=times, causal=config.causal, with_min_ade=by_min_ade
+            )
+        self.damaged = DamagedSamples(self.data, config.on_damage)
         self.writer = CheckpointWriter(directory)
         self.skipped = SkippedSteps()
         self.best = BestValidation(by=config.best_by)
@@ -220,34 +131,29 @@ class _Run:
         if directory.steps:
             saved = self._restore(directory.steps[-1])
         elif world.is_first:
-            directory.write_config(to_toml(config))
+            directory.write("config.toml", to_toml(config))
             directory.rewind_metrics(0)
         if config.ema is not None and world.is_first:
             self.learner.start_average(config.ema, config.ema_every, saved)
         self.first = self.step
         """Step that this call goes on after."""
-        self.log = RunLog(
-            directory,
-            first=self.first,
-            total=inputs.total,
-            batch_size=config.batch_size,
-            on_progress=on_progress,
-            writes=world.is_first,
-        )
+        steps = {"first": self.first, "total": self.total, "batch_size": config.batch_size}
+        self.log = RunLog(directory, **steps, on_progress=on_progress, writes=world.is_first)
 
     def _restore(self, step: int) -> RunCheckpoint:
         """Take over a checkpoint; refuses a changed setting that would change the result."""
         config, path = self.config, self.directory.checkpoint(step)
-        average = config.ema is not None and self.world.is_first and self.directory.has_average(step)
-        content = read_checkpoint(path, optimizer=True, average=average)
+        averages = config.ema is not None and self.world.is_first
+        averages &= self.directory.state(step)["average"] is not None
+        content = read_checkpoint(path, optimizer=True, average=averages)
         check_base(self.inputs.checkpoint, content.state["base"], run=path)
-        check_same_vlm(content.state["vlm"], self.inputs.data.vlm, run=path, what="the stores that are given now")
-        check_unchanged(content.state["settings"], self._settings(), run=config.out)
+        check_same_vlm(content.state["vlm"], self.data.vlm, run=path, what="the stores that are given now")
+        check_unchanged(content.state["settings"], self.settings, run=config.out)
         self.learner.load(content)
         self.step = step
         self.best = BestValidation(**content.state["best"])
         self.stopped_early = self.best.by == config.best_by and self._has_lost_patience()
-        self.damaged.load(content.state)
+        self.damaged.indices = set(content.state["damaged_indices"])
         if self.world.is_first:
             self.directory.point_links(step, best=self.best.step)
             self.directory.rewind_metrics(step)
@@ -255,32 +161,34 @@ class _Run:
 
     def loop(self) -> TrainReport:
         """Train to the last step, or until validation stops getting better."""
-        config, expert = self.config, self.learner.expert
+        config, world, expert = self.config, self.world, self.learner.expert
         if expert.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(expert.device)
         expert.train()
         for index, error in self.inputs.unreadable.items():
-            if index not in self.damaged:
-                self.damaged.add(index)
+            if index not in self.damaged.indices:
+                self.damaged.indices.add(index)
                 self.log.write_damage(self.step, error)
         rows = PrefixRows(
-            self.inputs.data.layout,
-            self.inputs.data.longest,
-            batch_size=self.world.local_batch_size(config.batch_size),
+            self.data.layout,
+            self.data.longest,
+            batch_size=world.local_batch_size(config.batch_size),
             device=expert.device,
             # The device tells of damage a step late, when an average would have taken in what did not happen.
             check_on_device=config.on_damage == "stop" and config.ema is None,
         )
         step = self._make_step(rows)
-        with InterruptGuard() as guard, ExitStack() as closing:
-            closing.enter_context(self.writer)
-            closing.enter_context(self.log)
-            if self.world.is_first:
+        with InterruptGuard() as guard, ExitStack() as stack:
+            stack.enter_context(closing(self.writer))
+            if world.is_first:
                 toml, run = to_toml(config), self.directory.path
-                for tracker in make_trackers(config.track, run, first_step=self.step, config_toml=toml):
-                    self.log.add_tracker(tracker)
-            while self.step < self.inputs.total and not self.stopped_early:
-                ring = self._make_ring(rows)
+                self.log.trackers = make_trackers(config.track, run, first_step=self.step, config_toml=toml)
+                for tracker in self.log.trackers:
+                    stack.callback(tracker.close)
+            while self.step < self.total and not self.stopped_early:
+                batches = batches_of(self.inputs.order, config.batch_size, first=self.step, end=self.total)
+                mine = (self.damaged.replace(batch)[world.rank :: world.size] for batch in batches)
+                ring = BatchRing(self.data, expert.action_space, mine, rows, in_memory=config.in_memory)
                 try:
                     with ring:
                         self._train_on(ring, step, guard)
@@ -291,25 +199,10 @@ class _Run:
         self.skipped.check_learned(config.out)
         return self._report()
 
-    def _make_ring(self, rows: PrefixRows) -> BatchRing:
-        config, world = self.config, self.world
-        batches = batches_of(self.inputs.order, config.batch_size, first=self.step, end=self.inputs.total)
-        return BatchRing(
-            self.inputs.data,
-            self.learner.expert.action_space,
-            (self.damaged.replace(batch)[world.rank :: world.size] for batch in batches),
-            rows,
-            in_memory=config.in_memory,
-        )
-
     def _make_step(self, rows: PrefixRows) -> TrainStep:
-        config, learner, settled = self.config, self.learner, self.settled
+        config, learner, plan = self.config, self.learner, self.plan
         staged = StagedBatch(
-            rows,
-            learner.expert,
-            draws=settled.draws,
-            at_once=settled.micro_batch,
-            decoded_layers=LEAST_DECODED if settled.plan is None else settled.plan.decoded_layers,
+            rows, learner.expert, draws=plan.draws, at_once=plan.micro_batch, decoded_layers=plan.decoded_layers
         )
         return TrainStep(
             learner.expert,
@@ -317,7 +210,7 @@ class _Run:
             learner.optimizer,
             learner.update,
             staged,
-            micro_batch=settled.micro_batch,
+            micro_batch=plan.micro_batch,
             clip=config.clip,
             causal=config.causal,
             capture=config.capture,
@@ -329,7 +222,7 @@ class _Run:
         # On a GPU a step is read when the next one is enqueued, so that the device never waits.
         lag = 0 if self.world.device.type == "cpu" else 1
         underway: deque[tuple[int, StepResult]] = deque()
-        self.log.clock.begin_ring()
+        self.log.begin_ring()
         try:
             for batch in ring:
                 underway.append((self.step + 1, self._enqueue(step, batch, stop=guard.requested)))
@@ -354,14 +247,12 @@ class _Run:
 
     def _is_due(self, every: int) -> bool:
         """Whether it is time for what is done every so many steps and after the last one."""
-        return self.step == self.inputs.total or self.step % every == 0
+        return self.step == self.total or self.step % every == 0
 
     def _enqueue(self, step: TrainStep, batch: Batch, *, stop: bool) -> StepResult:
-        seed, draws, schedule = self.config.seed, self.settled.draws, self.config.times
-        noise = torch.stack([randomness.noise(seed, position, draws=draws) for position in batch.positions])
-        t = torch.stack(
-            [randomness.times(seed, position, draws=draws, schedule=schedule) for position in batch.positions]
-        )
+        seed, draws, schedule = self.config.seed, self.plan.draws, self.config.times
+        noise = torch.stack([randomness.noise(seed, place, draws=draws) for place in batch.positions])
+        t = torch.stack([randomness.times(seed, place, draws=draws, schedule=schedule) for place in batch.positions])
         return step.run(batch, noise, t, self.rate(self.step), stop=stop)
 
     def _read(self, number: int, result: StepResult, ring: BatchRing, *, validating: bool) -> None:
@@ -373,7 +264,9 @@ class _Run:
         self.stopping |= values.stop
         row = self.log.row(number, result, values, lr=self.rate(number - 1), waited_s=ring.waited_s)
         if self.skipped.count(values.loss, values.norm):
-            row |= {"loss": None, "grad_norm": None, "skipped": self._sample_ids(number)}
+            (batch,) = batches_of(self.inputs.order, self.config.batch_size, first=number - 1, end=number)
+            ids = [self.data.sample_id(index) for _, index in self.damaged.replace(batch)]  # in all processes
+            row |= {"loss": None, "grad_norm": None, "skipped": ids}
             self.skipped.check_streak(number, row["skipped"])
         else:
             self.log.count_losses(result, values)
@@ -381,46 +274,34 @@ class _Run:
             row |= self._validate(row)
         self.log.write(row, self._notes())
 
-    def _sample_ids(self, number: int) -> list[str]:
-        """Ids of a step's samples in all processes."""
-        (batch,) = batches_of(self.inputs.order, self.config.batch_size, first=number - 1, end=number)
-        return [self.inputs.data.sample_id(index) for _, index in self.damaged.replace(batch)]
-
     def _validate(self, row: dict[str, Any]) -> dict[str, Any]:
         """The part of a step's row that a validation adds: its numbers, and the training losses by turn."""
         assert self.validation is not None
         try:
             self.validated = self.validation.run(self.learner.expert, self.world)
-        except CorruptSampleError as error:
+        except CorruptSampleError as error:  # nothing stands in for it: all validations must be of the same samples
             self.log.write(row, self._notes())
-            raise self._damaged_validation(error) from error
+            state = "Checkpoints are intact"
+            if self.world.size == 1:  # several could not agree on it
+                self._save(and_wait=True)
+                state = f"Saved at step {self.step}"
+            raise DataError(
+                f"validation on {self.config.val} failed: {error}\n{state}. Mend it with `alpacache verify --deep "
+                "--repair` and `alpacache extract`, or give another --val; then go on with --resume."
+            ) from error
         self.log.warn_of_validation(row["step"], self.validated)
         by_turn = means(self.world.all_gather(self.log.take_by_turn()))
-        return {**plain(self.validated), **{f"train_loss/{turn}": loss for turn, loss in by_turn.items()}}
-
-    def _damaged_validation(self, error: CorruptSampleError) -> DataError:
-        """Nothing stands in for a sample of --val: all validations of a run must be of the same samples."""
-        saved = self.world.size == 1  # several could not agree on it
-        if saved:
-            self._save(and_wait=True)
-        state = f"Saved at step {self.step}" if saved else "Checkpoints are intact"
-        return DataError(
-            f"validation on {self.config.val} failed: {error}\n{state}. Mend it with `alpacache verify --deep "
-            "--repair` and `alpacache extract`, or give another --val; then go on with --resume."
-        )
+        return {**strict_json.plain(self.validated), **{f"train_loss/{turn}": loss for turn, loss in by_turn.items()}}
 
     def _notes(self) -> dict[str, str]:
         """What progress tells besides the numbers of the step."""
-        notes = {}
-        if self.world.device.type == "cuda":
-            notes["GiB"] = f"{self.learner.peak_bytes() / 2**30:.1f}"
-        if len(self.damaged):
-            notes["damaged"] = str(len(self.damaged))
-        return notes
+        cuda, damaged = self.world.device.type == "cuda", len(self.damaged.indices)
+        notes = {"GiB": f"{self.learner.peak_bytes() / 2**30:.1f}"} if cuda else {}
+        return notes | ({"damaged": str(damaged)} if damaged else {})
 
     def _pause(self, *, validated: bool) -> None:
         """After a step that was read: keep the best, save when it is time, stop if asked to."""
-        finished, improved = self.step == self.inputs.total, False
+        finished, improved = self.step == self.total, False
         if validated:
             by = self.config.best_by
             improved = self.best.update(self.step, self.validated["val_loss" if by == "loss" else "val_min_ade"], by)
@@ -428,15 +309,13 @@ class _Run:
         ending = finished or self.stopping or self.stopped_early
         if improved or ending or self.step % self.config.save_every == 0:
             self._save(and_wait=ending)
-        self.log.clock.pause()
+        self.log.pause()
         if self.stopping and not finished:
-            raise InterruptedRunError(
-                f"stopped on request at step {self.step}; saved. Run again with --resume to go on."
-            )
+            raise InterruptedRunError(f"stopped on request at step {self.step}; saved. Run again with --resume.")
 
     def _has_lost_patience(self) -> bool:
         patience = self.config.patience
-        return patience is not None and self.best.since >= patience and self.step < self.inputs.total
+        return patience is not None and self.best.since >= patience and self.step < self.total
 
     def _meet_damage(self, error: CorruptSampleError) -> None:
         """Leave a damaged sample out, or save and raise the error."""
@@ -449,49 +328,35 @@ class _Run:
         """Write a checkpoint. `and_wait`: until it is on the medium, and the other processes know."""
         self.learner.update.complete(self.learner.optimizer.tensors())
         if self.world.is_first:
-            plan = self.settled.plan
-            if plan is not None:
-                peak = self.learner.peak_bytes()
-                self.directory.write_memory({"planned": dict(plan.table()), "measured_peak": peak})
-            content = self.learner.checkpoint(self._state())
-            self.writer.save(self.step, content, keep=self.config.keep, best=self.best.step)
+            if self.world.device.type == "cuda":
+                record = {"planned": dict(self.plan.table()), "measured_peak": self.learner.peak_bytes()}
+                self.directory.write("memory.json", strict_json.dumps(record, indent=1) + "\n")
+            state = {
+                "settings": self.settings,
+                "base": model_identity(self.inputs.checkpoint),
+                "vlm": self.data.vlm,
+                "best": asdict(self.best),
+                "trainable": self.config.trainable,
+                **self.damaged.state(),
+            }
+            self.writer.save(self.step, self.learner.checkpoint(state), keep=self.config.keep, best=self.best.step)
         if and_wait:
             self.writer.wait()
             self.world.barrier()
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "settings": self._settings(),
-            "base": model_identity(self.inputs.checkpoint),
-            "vlm": self.inputs.data.vlm,
-            "best": dataclasses.asdict(self.best),
-            "trainable": self.config.trainable,
-            **self.damaged.state(),
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        used = {"lr": self.config.peak_lr, "store_weights": self.config.store_weights}
-        settings = dataclasses.asdict(self.config) | used
-        return settings_record(settings, self.inputs.stores, processes=self.world.size)
-
     def _report(self) -> TrainReport:
-        plan, cuda = self.settled.plan, self.world.device.type == "cuda"
-        first_loss, last_loss = self.log.mean_losses()
+        cuda = self.world.device.type == "cuda"
         return TrainReport(
             run=self.config.out,
             steps=self.step,
-            samples=len(self.inputs.data),
-            first_loss=first_loss,
-            last_loss=last_loss,
+            samples=len(self.data),
             val_loss=self.validated.get("val_loss"),
             best_val_loss=self.best.value if self.best.by == "loss" else None,
             val_min_ade=self.validated.get("val_min_ade"),
             stopped_early=self.stopped_early,
-            damaged=len(self.damaged),
-            seconds=self.log.clock.seconds,
-            samples_per_s=self.log.samples_per_s(self.step),
-            data_wait=self.log.clock.data_wait or 0.0,
-            planned_gib=None if plan is None else plan.device_bytes / 2**30,
+            damaged=len(self.damaged.indices),
+            **self.log.totals(self.step),
+            planned_gib=self.plan.device_bytes / 2**30 if cuda else None,
             peak_gib=self.learner.peak_bytes() / 2**30 if cuda else None,
-            draws=self.settled.draws,
+            draws=self.plan.draws,
         )

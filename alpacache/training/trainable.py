@@ -28,36 +28,25 @@ def choose_trainable(
 ) -> dict[str, nn.Parameter]:
     """Choose the parameters to train, by their names in checkpoints; all others stop requiring gradients.
 
-    Args:
-        expert: freshly loaded; `lora` injects adapters, with which its output is at first the base's, bit for bit.
-        which: `all`, `head` or `lora`.
-        lora_rank: columns of B, rows of A. Adapters have the dtype and device of the weight they adapt.
-        lora_alpha: B A is scaled by alpha / rank; None means 2 x rank.
-        seed: seed of the adapters' A; B begins at zero.
-
-    Raises `UsageError` for an impossible rank or alpha, or where `lora` is asked for without peft.
+    `lora` injects adapters, of the dtype and device of the weights they adapt, into the freshly loaded expert: B A
+    scaled by alpha / rank, alpha by default 2 x rank. A is drawn from `seed` and B is zero, so its output is at first
+    the base's, bit for bit. Raises `UsageError` for an impossible rank or alpha, or for `lora` without peft.
     """
     if which not in ("all", "head", "lora"):
         raise ValueError(f"which is {which!r}; expected 'all', 'head' or 'lora'.")
     adapters: dict[str, nn.Parameter] = {}
     if which == "lora":
         adapters = _inject(expert, lora_rank, 2.0 * lora_rank if lora_alpha is None else lora_alpha, seed)
+    prefixes = "" if which == "all" else HEAD_TENSORS
     expert.requires_grad_(False)
-    chosen = {
-        name: p for name, p in expert.named_parameters() if which == "all" or name.startswith(HEAD_TENSORS)
-    } | adapters
+    chosen = {name: p for name, p in expert.named_parameters() if name.startswith(prefixes)} | adapters
     for parameter in chosen.values():
         parameter.requires_grad_(True)
     return chosen
 
 
 def checkpoint_tensors(expert: ActionExpert, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that a checkpoint holds: the trained ones and, where there are adapters, their scale.
-
-    Args:
-        expert: the expert that `choose_trainable` was given.
-        parameters: its result, or other tensors under the same names.
-    """
+    """Tensors that a checkpoint holds: those of `choose_trainable` and, where there are adapters, their scale."""
     tensors = {name: parameter.detach() for name, parameter in parameters.items()}
     return tensors | {name: buffer for name, buffer in expert.named_buffers(recurse=False) if name == LORA_SCALE}
 
@@ -70,11 +59,8 @@ def apply_checkpoint(expert: ActionExpert, tensors: Mapping[str, Tensor], *, whe
     an update of 0.5 % of the weight's norm, but 71 % of one of 0.15 % (measured): a run of very few steps shows less
     than it has learnt. Merging adds, so applying the same adapters twice counts them twice.
 
-    Args:
-        tensors: from `checkpoint_tensors`; on any device, in any floating dtype.
-        where: name of the checkpoint in errors.
-
-    Raises `UsageError` naming every tensor that is missing, unexpected or misshapen, before anything is changed.
+    `tensors` are from `checkpoint_tensors`, on any device, in any floating dtype; `where` names them in errors. Raises
+    `UsageError` naming every tensor that is missing, unexpected or misshapen, before anything is changed.
     """
     state = expert.state_dict()
     for name in changed_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in state.items()}, where=where):
@@ -84,12 +70,7 @@ def apply_checkpoint(expert: ActionExpert, tensors: Mapping[str, Tensor], *, whe
 def changed_tensors(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, where: object = "the checkpoint"
 ) -> list[str]:
-    """Sorted names of the base's tensors that a checkpoint changes.
-
-    Args:
-        tensors: from `checkpoint_tensors`.
-        shapes: shapes of the base's tensors that may change, by name.
-        where: name of the checkpoint in errors.
+    """Sorted names of the base's tensors that a checkpoint changes, of those with `shapes`.
 
     Raises `UsageError` naming every tensor that is missing, unexpected or misshapen.
     """
@@ -114,12 +95,9 @@ def changed_tensors(
 
 
 def merge(name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """One tensor after training, in the base's dtype and on its device, by `apply_checkpoint`'s formula and rounding.
+    """One of the `changed_tensors` after training, in the dtype and on the device of the base model's.
 
-    Args:
-        name: from `changed_tensors`.
-        base: the base model's tensor of that name.
-        tensors: from `checkpoint_tensors`.
+    By `apply_checkpoint`'s formula and rounding.
     """
     if name in tensors:
         return tensors[name].to(base)
@@ -157,17 +135,13 @@ def _inject(expert: ActionExpert, rank: int, alpha: float, seed: int) -> dict[st
     for name, module in expert.named_modules():
         if hasattr(module, "lora_A"):
             weight = module.base_layer.weight
-            a, b = _initial(rank, weight, "lora", seed, name)
+            outputs, inputs = weight.shape
+            # A is uniform within 1 / sqrt(inputs), as peft and the paper have it.
+            uniform = torch.rand(rank, inputs, generator=randomness.generator("lora", seed, name))
+            a, b = ((2 * uniform - 1) / math.sqrt(inputs)).to(weight), torch.zeros(outputs, rank).to(weight)
             adapters[f"{name}.lora_A"] = module.lora_A[_ADAPTER].weight = nn.Parameter(a)
             adapters[f"{name}.lora_B"] = module.lora_B[_ADAPTER].weight = nn.Parameter(b)
     return adapters
-
-
-def _initial(rank: int, weight: Tensor, *key: object) -> tuple[Tensor, Tensor]:
-    """Initial adapters like `weight`: A uniform within 1 / sqrt(inputs), as peft and the paper have it, and B zero."""
-    outputs, inputs = weight.shape
-    uniform = torch.rand(rank, inputs, generator=randomness.generator(*key))
-    return ((2 * uniform - 1) / math.sqrt(inputs)).to(weight), torch.zeros(outputs, rank).to(weight)
 
 
 def _product_shape(a: Tensor, b: Tensor) -> tuple[int, ...]:

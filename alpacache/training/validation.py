@@ -11,12 +11,12 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.ring import Batch, BatchRing, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.distributed.world import World
+from alpacache.flow_matching import TimeSchedule
 from alpacache.flow_matching import sample as sample_flow
 from alpacache.inference.prediction import eval_noise, to_paths
 from alpacache.metrics.paths import min_ade
 from alpacache.planning.workload import VAL_BATCH
 from alpacache.prefix.packed import PackedPrefixes
-from alpacache.training.config import TrainConfig
 from alpacache.training.step import flow_loss
 
 _DRAWS = 4
@@ -27,15 +27,17 @@ _PATHS, _FLOW_STEPS = 6, 10
 class Validation:
     """At most `val_samples` samples of a store, evenly spread over it; of several views the pictures as they are."""
 
-    def __init__(self, data: CachedDataset, config: TrainConfig) -> None:
-        self._data, self._config = data, config
+    def __init__(
+        self, data: CachedDataset, val_samples: int, *, times: TimeSchedule, causal: bool, with_min_ade: bool
+    ) -> None:
+        self._data, self._times, self._causal, self._with_min_ade = data, times, causal, with_min_ade
         plain = data.plain
-        count = min(len(plain), config.val_samples)
+        count = min(len(plain), val_samples)
         self._indices = [plain[place * len(plain) // count] for place in range(count)]
 
     @torch.no_grad()
     def run(self, expert: ActionExpert, world: World) -> dict[str, float]:
-        """`val_loss`, `val_loss/straight` and so on by turn, and `val_min_ade` (m) where the best is chosen by it.
+        """`val_loss`, `val_loss/straight` and so on by turn, and `val_min_ade` (m) `with_min_ade`.
 
         Each process takes every n-th sample; all get the same numbers.
         """
@@ -54,7 +56,7 @@ class Validation:
                 for turn, loss in zip(batch.turns, losses, strict=True):
                     values["val_loss"].append(loss)
                     values[f"val_loss/{turn}"].append(loss)
-                if self._config.best_by == "min_ade":
+                if self._with_min_ade:
                     values["val_min_ade"] += self._min_ades(expert, batch, prefixes)
                 ring.done(batch)
         expert.train()
@@ -63,12 +65,12 @@ class Validation:
     def _losses(self, expert: ActionExpert, staged: StagedBatch, batch: Batch) -> tuple[list[float], PackedPrefixes]:
         """The loss of each sample, and the prefixes of the batch."""
         noise = torch.stack([randomness.noise("val", name, draws=_DRAWS) for name in batch.sample_ids])
-        schedule, count = self._config.times, len(batch.rows)
+        schedule, count = self._times, len(batch.rows)
         t = torch.stack([randomness.times("val", name, draws=_DRAWS, schedule=schedule) for name in batch.sample_ids])
         staged.put(batch, noise, t=t)
         prefixes = staged.prefixes(slice(count), longest=max(batch.lengths))
         flow = staged.action[:count], staged.noise[:count], staged.t[:count]
-        return flow_loss(expert, *flow, prefixes, causal=self._config.causal).tolist(), prefixes
+        return flow_loss(expert, *flow, prefixes, causal=self._causal).tolist(), prefixes
 
     def _min_ades(self, expert: ActionExpert, batch: Batch, prefixes: PackedPrefixes) -> list[float]:
         noise = eval_noise(0, batch.sample_ids, _PATHS).to(expert.device)

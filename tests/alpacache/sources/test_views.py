@@ -248,10 +248,7 @@ def test_models_are_judged_on_view_0_and_trained_on_all(stores, tiny_checkpoint,
     data = CachedDataset([stores / "views"], Checkpoint(str(tiny_checkpoint)))
     assert len(data) == 9
     assert [data.sample_id(index) for index in data.plain] == CacheReader(stores / "plain").sample_ids
-    settings = TrainConfig(
-        stores=(str(stores / "views"),), model=str(tiny_checkpoint), out=str(tmp_path / "run"), steps=1
-    )
-    assert Validation(data, settings)._indices == data.plain
+    assert Validation(data, 64, times="beta", causal=False, with_min_ade=False)._indices == data.plain
     reports = [
         alpacache.evaluate(
             EvalConfig(
@@ -268,7 +265,8 @@ def test_models_are_judged_on_view_0_and_trained_on_all(stores, tiny_checkpoint,
     assert [[result.sample_id for result in report.results] for report in reports] == [data_ids(stores)] * 2
     assert reports[0].summary.to_json() == reports[1].summary.to_json()
     assert json.loads((tmp_path / "views/eval.json").read_text())["settings"]["view"] == 0
-    report = alpacache.train(replace(settings, batch_size=9, device="cpu", steps=None, epochs=1.0))
+    settings = {"out": str(tmp_path / "run"), "batch_size": 9, "device": "cpu", "epochs": 1.0}
+    report = alpacache.train(TrainConfig(stores=(str(stores / "views"),), model=str(tiny_checkpoint), **settings))
     assert (report.samples, report.steps) == (9, 1)
 
 

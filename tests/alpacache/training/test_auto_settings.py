@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,16 +20,10 @@ from alpacache.extraction.config import ExtractConfig
 from alpacache.planning.gpus import GPUS
 from alpacache.planning.memory_model import memory_plan
 from alpacache.planning.workload import MAX_DRAWS, Workload, expert_sizes
-from alpacache.training import auto_settings, resume_check
-from alpacache.training.auto_settings import (
-    SettledStep,
-    StepSettings,
-    batch_seconds,
-    restore_auto_settings,
-    settle_on_cpu,
-    settle_on_gpu,
-)
+from alpacache.training import auto_settings, run_inputs
+from alpacache.training.auto_settings import batch_seconds
 from alpacache.training.config import TrainConfig
+from alpacache.training.data_order import DamagedSamples
 from alpacache.training.run_directory import RunCheckpoint, RunDirectory
 from cache_store import CacheReader, CorruptSampleError
 
@@ -81,7 +76,7 @@ ONE, FOUR = (["a", "b"], identity(["front"])), (["a", "b"], identity(["front", "
 def record(*stores, paths=None, **changes):
     paths = paths or tuple(f"cache/{number}" for number in range(len(stores)))
     settings = asdict(TrainConfig(stores=paths, model="tiny", out="run", steps=3, micro_batch=2, **changes))
-    return resume_check.settings_record(settings, resume_check.stores_record(paths, Stores(*stores)), processes=1)
+    return run_inputs.settings_record(settings, run_inputs.stores_record(paths, Stores(*stores)), processes=1)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +92,14 @@ def record(*stores, paths=None, **changes):
 )
 def test_a_run_goes_on_with_its_own_samples_alone(now, message):
     with pytest.raises(UsageError, match=f"^run was begun with other samples:\n  {message}(.|\n)*another --out"):
-        resume_check.check_unchanged(record(ONE, FOUR), record(*now), run="run")
+        run_inputs.check_unchanged(record(ONE, FOUR), record(*now), run="run")
 
 
 def test_stores_may_move_and_a_revision_may_be_forgotten():
     moved = record((ONE[0], identity(["front"], None)), FOUR, paths=("elsewhere/0", "elsewhere/1"), keep=7)
-    resume_check.check_unchanged(record(ONE, FOUR), moved, run="run")
+    run_inputs.check_unchanged(record(ONE, FOUR), moved, run="run")
     with pytest.raises(UsageError, match=r"seed: the run has 0, now 1\nRepeat them"):
-        resume_check.check_unchanged(record(ONE), record(ONE, seed=1), run="run")
+        run_inputs.check_unchanged(record(ONE), record(ONE, seed=1), run="run")
 
 
 @pytest.mark.parametrize(
@@ -117,18 +112,16 @@ def test_stores_may_move_and_a_revision_may_be_forgotten():
     ],
 )
 def test_processes_that_see_different_things_refuse(tiny_checkpoint, store, tmp_path, theirs, message):
-    checkpoint = Checkpoint(str(tiny_checkpoint))
-    config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out="run", steps=3)
-    seen = {"directory": RunDirectory(tmp_path), "checkpoint": checkpoint, "val": None, "total": 3}
-    seen["stores"] = resume_check.stores_record([str(store)], CachedDataset([store], checkpoint))
+    out = tmp_path / "run"
+    config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out=str(out), steps=3)
     world = Beside(rank=0, size=2, device=CPU)
-    resume_check.check_processes_agree(world, asdict(config), **seen)
-    with pytest.raises(UsageError, match=f"2 processes of run do not see the same:\n  {message}\nNothing was changed"):
-        resume_check.check_processes_agree(replace(world, theirs=theirs), asdict(config), **seen)
+    assert run_inputs.RunInputs(config, world).total == 3
+    with pytest.raises(UsageError, match=f"2 processes of .* do not see the same:\n  {message}\nNothing was changed"):
+        run_inputs.RunInputs(config, replace(world, theirs=theirs))
 
 
 GPU = torch.device("cuda")
-OPEN = StepSettings(draws=1, micro_batch=None, checkpointing=None)
+OPEN = {"draws": 1, "micro_batch": None, "checkpointing": None}
 
 
 @pytest.fixture(scope="module")
@@ -141,59 +134,63 @@ def work(tiny_checkpoint, store):
     return Workload(**sizes, layout=data.layout, longest=data.longest, **settings)
 
 
-def settle(work, asked=OPEN, world=None, *, cap=2**40, run=None, batch_s=0.0):
-    world = world or World(rank=0, size=1, device=GPU)
-    return settle_on_gpu(asked, work, world, cap_bytes=cap, batch_seconds=lambda: batch_s, resumed_run=run)
+def settle(work, asked=OPEN, world=None, *, cap=2**40, run="none", batch_s=0.0):
+    """The plan where a GPU has `cap` bytes of room."""
+    world, given = world or World(rank=0, size=1, device=GPU), {"budget_bytes": None, "batch_seconds": lambda: batch_s}
+    with mock.patch.object(auto_settings, "cap_memory", return_value=cap):
+        return auto_settings.settle(work, world, RunDirectory(run), **asked, **given)
+
+
+def settled(plan):
+    return plan.draws, plan.micro_batch, plan.checkpointing
 
 
 def test_open_settings_get_values_on_a_gpu(work, monkeypatch):
     monkeypatch.setattr(auto_settings, "gpu_speed", lambda number: GPUS["h100"])
-    open_draws = replace(OPEN, draws="auto")
-    settled = settle(work, open_draws, batch_s=1e9)
-    assert (settled.draws, settled.micro_batch, settled.checkpointing) == (MAX_DRAWS, 8, False)
-    assert settled.plan.draws == MAX_DRAWS
+    open_draws = OPEN | {"draws": "auto"}
+    assert settled(settle(work, open_draws, batch_s=1e9)) == (MAX_DRAWS, 8, False)
     assert settle(work, open_draws).draws == 1
-    settled = settle(work, StepSettings(draws=2, micro_batch=3, checkpointing=True))
-    assert (settled.draws, settled.micro_batch, settled.checkpointing) == (2, 3, True)
-    assert (settled.plan.draws, settled.plan.micro_batch, settled.plan.checkpointing) == (2, 3, True)
+    assert settled(settle(work, {"draws": 2, "micro_batch": 3, "checkpointing": True})) == (2, 3, True)
 
 
-def test_on_a_cpu_nothing_is_planned():
-    assert settle_on_cpu(replace(OPEN, draws="auto"), 8) == SettledStep(
-        draws=1, micro_batch=8, checkpointing=False, plan=None
-    )
-    assert settle_on_cpu(replace(OPEN, micro_batch=99), 8).micro_batch == 8
+def test_a_cpu_has_room_for_everything(work):
+    alone = World(rank=0, size=1, device=CPU)
+    assert settled(settle(work, OPEN | {"draws": "auto"}, alone, cap=0)) == (1, 8, False)
+    assert settled(settle(work, {"draws": 3, "micro_batch": 99, "checkpointing": True}, alone, cap=0)) == (3, 8, True)
 
 
-def test_what_was_left_open_is_restored_where_the_run_has_as_many_processes(tmp_path):
-    directory, alone = RunDirectory(tmp_path), World(rank=0, size=1, device=CPU)
-    asked = replace(OPEN, draws="auto")
-    assert restore_auto_settings(asked, directory, alone) == asked
-    settings = {"draws": 4, "micro_batch": 2, "processes": 1}
-    directory.save(1, RunCheckpoint(model={}, optimizer={}, state={"settings": settings}), keep=1)
-    restored = restore_auto_settings(asked, directory, alone)
-    assert restored == StepSettings(draws=4, micro_batch=2, checkpointing=None)
-    assert restore_auto_settings(asked, directory, replace(alone, size=2)).micro_batch is None
-    given = StepSettings(draws=3, micro_batch=1, checkpointing=True)
-    assert restore_auto_settings(given, directory, alone) == given
+@pytest.fixture
+def begun(tmp_path, run_state):
+    """A run of one process that was begun with 4 draws and micro-batches of 2."""
+    state = run_state()
+    state["settings"] |= {"draws": 4, "micro_batch": 2, "processes": 1}
+    RunDirectory(tmp_path / "begun").save(1, RunCheckpoint(model={}, optimizer={}, state=state), keep=1)
+    return tmp_path / "begun"
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_what_was_left_open_is_restored_where_the_run_has_as_many_processes(work, begun, device):
+    open_draws, alone = OPEN | {"draws": "auto"}, World(rank=0, size=1, device=device)
+    assert settled(settle(work, open_draws, alone, run=begun)) == (4, 2, False)
+    assert settled(settle(work, open_draws, Beside(rank=0, size=2, device=device), run=begun)) == (4, 8, False)
+    given = {"draws": 3, "micro_batch": 1, "checkpointing": True}
+    assert settled(settle(work, given, alone, run=begun)) == (3, 1, True)
 
 
 def test_processes_take_what_the_one_with_the_least_room_planned(work):
-    settled = settle(work, world=Beside(rank=0, size=2, device=GPU, theirs={"plan": (1, True)}))
-    assert (settled.micro_batch, settled.checkpointing) == (1, True)
-    assert (settled.plan.micro_batch, settled.plan.checkpointing) == (1, True)
+    assert settled(settle(work, world=Beside(rank=0, size=2, device=GPU, theirs={"plan": (1, True)}))) == (1, 1, True)
     assert settle(work, world=Beside(rank=0, size=2, device=GPU)).micro_batch == 8
 
 
-def test_a_run_that_no_longer_fits_is_told_what_may_still_change(work):
+def test_a_run_that_no_longer_fits_is_told_what_may_still_change(work, begun):
     cap = memory_plan(work, draws=1, micro_batch=1, checkpointing=False).device_bytes
     assert cap < memory_plan(work, draws=1, micro_batch=8, checkpointing=True).device_bytes
-    given = StepSettings(draws=1, micro_batch=8, checkpointing=True)
-    with pytest.raises(UsageError, match=r"(?s)^run does not fit as it was begun: .*\nPass --micro-batch \d") as caught:
-        settle(work, given, cap=cap, run="run")
+    given = {"draws": 1, "micro_batch": 8, "checkpointing": True}
+    with pytest.raises(UsageError, match=r"(?s)does not fit as it was begun: .*\nPass --micro-batch \d") as caught:
+        settle(work, given, cap=cap, run=begun)
     assert "--batch-size" not in str(caught.value)
     with pytest.raises(UsageError, match=r"must stay: free GPU memory, raise --memory-budget") as caught:
-        settle(work, given, cap=1000, run="run")
+        settle(work, given, cap=1000, run=begun)
     assert "--batch-size" not in str(caught.value)
 
 
@@ -204,8 +201,9 @@ def test_damage_in_the_first_batches_is_left_out_of_their_timing(tiny_checkpoint
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
     checkpoint = Checkpoint(str(tiny_checkpoint))
     data = CachedDataset([broken], checkpoint)
-    given = {"batch_size": 2, "device": CPU}
     order, space = GlobalOrder(0, len(data)), action_space(checkpoint)
-    assert batch_seconds(data, space, order, **given, skip_damaged=True) > 0
+    damaged, stopping = DamagedSamples(data, "skip"), DamagedSamples(data, "stop")
+    assert batch_seconds(data, space, order, damaged, batch_size=2, device=CPU) > 0
+    assert len(damaged.indices) == 1
     with pytest.raises(CorruptSampleError):
-        batch_seconds(data, space, order, **given, skip_damaged=False)
+        batch_seconds(data, space, order, stopping, batch_size=2, device=CPU)

@@ -53,7 +53,7 @@ def test_it_goes_on_from_any_step_to_the_same_bits(end):
     average, resumed = (WeightAverage({"w": tensor}, decay=0.9, every=4) for tensor in (weight, copy))
     trained(weight, average, 1, end)
     copy.copy_(weight)
-    resumed.load(average.tensors(), average.state)
+    resumed.load(average.tensors(), average.state["behind"])
     for tensor, each in ((weight, average), (copy, resumed)):
         trained(tensor, each, end + 1, 11)
     assert torch.equal(average.tensors()["w"], resumed.tensors()["w"])
@@ -67,11 +67,11 @@ def test_an_average_that_begins_between_updates_counts_the_steps_since():
     assert average.tensors()["w"].item() == 0.5 * 4
 
 
-def test_a_checkpoint_in_between_is_read_with_the_average_of_its_own_step(tmp_path):
+def test_a_checkpoint_in_between_is_read_with_the_average_of_its_own_step(tmp_path, run_state):
     weight = torch.zeros(1)
     average = WeightAverage({"w": weight}, decay=0.999, every=100)
     trained(weight, average, 1, 50)
-    state = {"average": average.state}
+    state = run_state(average=average.state)
     content = RunCheckpoint(model={"w": weight}, optimizer={}, average=average.tensors(), state=state)
     path = RunDirectory(tmp_path).save(50, content, keep=9)
     assert read_trained(path, average=False).model == {"w": weight}

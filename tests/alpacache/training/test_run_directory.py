@@ -1,6 +1,7 @@
 """The run directory: a kill or a full disk at any moment leaves checkpoints and links that can be read."""
 
 import errno
+import json
 import os
 import shutil
 from contextlib import suppress
@@ -20,8 +21,9 @@ from alpacache.training.run_directory import (
 from cache_store.storage import local_files
 
 
-def content(step):
-    return RunCheckpoint(model={"w": torch.full((3,), float(step))}, optimizer={}, state={"best": None})
+@pytest.fixture
+def content(run_state):
+    return lambda step: RunCheckpoint(model={"w": torch.full((3,), float(step))}, optimizer={}, state=run_state())
 
 
 def linked(path, name):
@@ -54,7 +56,7 @@ def kill_at(monkeypatch, call):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_kill_at_any_moment_leaves_links_that_lead_to_whole_checkpoints(tmp_path, again):
+def test_a_kill_at_any_moment_leaves_links_that_lead_to_whole_checkpoints(tmp_path, again, content):
     """With a new best, which is what drops the old one; `again`: the same step is written a second time."""
     for call in range(1, 30):
         path = tmp_path / str(call)
@@ -81,7 +83,7 @@ def test_a_kill_at_any_moment_leaves_links_that_lead_to_whole_checkpoints(tmp_pa
     assert 5 < call < 20
 
 
-def test_a_best_that_was_never_written_costs_no_earlier_one(tmp_path):
+def test_a_best_that_was_never_written_costs_no_earlier_one(tmp_path, content):
     directory = RunDirectory(tmp_path)
     for step, best in ((1, 1), (3, 2), (4, 2), (5, 2)):
         directory.save(step, content(step), keep=2, best=best)
@@ -91,7 +93,7 @@ def test_a_best_that_was_never_written_costs_no_earlier_one(tmp_path):
     assert directory.steps == [5, 6]
 
 
-def test_links_are_mended_where_a_run_goes_on(tmp_path):
+def test_links_are_mended_where_a_run_goes_on(tmp_path, content):
     directory = RunDirectory(tmp_path)
     for step in (1, 2):
         directory.save(step, content(step), keep=2, best=1)
@@ -99,7 +101,7 @@ def test_links_are_mended_where_a_run_goes_on(tmp_path):
     assert (linked(tmp_path, "last"), linked(tmp_path, "best")) == (2, 2)
 
 
-def test_a_link_that_leads_nowhere_is_named_and_no_other_taken_for_it(tmp_path):
+def test_a_link_that_leads_nowhere_is_named_and_no_other_taken_for_it(tmp_path, content):
     directory = RunDirectory(tmp_path / "run")
     directory.save(1, content(1), keep=2)
     assert find_checkpoint(tmp_path / "run") == tmp_path / "run/last"
@@ -114,7 +116,7 @@ def test_a_link_that_leads_nowhere_is_named_and_no_other_taken_for_it(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_full_disk_is_told_with_what_would_help_wherever_it_is_met(tmp_path, monkeypatch, code):
+def test_a_full_disk_is_told_with_what_would_help_wherever_it_is_met(tmp_path, monkeypatch, code, content):
     directory = RunDirectory(tmp_path)
     directory.save(1, content(1), keep=2)
     directory.append_metrics({"step": 1})
@@ -130,8 +132,8 @@ def test_a_full_disk_is_told_with_what_would_help_wherever_it_is_met(tmp_path, m
     calls = {
         "metrics could": lambda: directory.append_metrics({"step": 2}),
         "metrics.jsonl could": lambda: directory.rewind_metrics(1),
-        "memory.json could": lambda: directory.write_memory({}),
-        "config.toml could": lambda: directory.write_config(""),
+        "memory.json could": lambda: directory.write("memory.json", "{}"),
+        "config.toml could": lambda: directory.write("config.toml", ""),
         "checkpoint at step 2 could": lambda: directory.save(2, content(2), keep=2),
     }
     for what, call in calls.items():
@@ -149,3 +151,39 @@ def test_a_full_disk_is_told_with_what_would_help_wherever_it_is_met(tmp_path, m
             assert "free space and run again with --resume" in str(caught.value)
     assert directory.metrics(up_to=9) == [{"step": 1}]
     assert linked(tmp_path, "last") == 1
+
+
+@pytest.mark.parametrize(
+    "key", ["stores", "draws", "damaged_indices", "vlm", "average", "best", "base", "files", "step"]
+)
+def test_a_state_of_another_form_is_refused_with_file_and_key(tmp_path, content, key):
+    path = RunDirectory(tmp_path).save(1, content(1), keep=2)
+    state = json.loads((path / "state.json").read_text())
+    where = state["settings"] if key in state["settings"] else state
+    del where[key]
+    (path / "state.json").write_text(json.dumps(state))
+    name = f"settings.{key}" if where is not state else key
+    with pytest.raises(
+        DataError, match=rf"step-0000001/state\.json cannot be read \(state\.json: {name} is missing\.\)"
+    ):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format: Input should be 1, not 2"),
+        ({"damaged_indices": ["a"]}, r"damaged_indices\.0: Input should be a valid integer, not 'a'"),
+        ({"average": {"decay": 0.9, "behind": 0, "kind": "two"}}, r"average\.kind: Extra inputs are not permitted"),
+        ({"files": {}}, r"files\.model\.safetensors is missing; files\.optimizer\.safetensors is missing"),
+    ],
+)
+def test_a_value_of_another_form_is_named(tmp_path, content, change, message):
+    path = RunDirectory(tmp_path).save(1, content(1), keep=2)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | change))
+    with pytest.raises(DataError, match=message):
+        read_checkpoint(path)
+    (path / "state.json").write_text("[1]")
+    with pytest.raises(DataError, match="holds a list; expected a JSON object"):
+        RunDirectory(tmp_path).state(1)

@@ -57,8 +57,8 @@ def expected(expert, data):
 @pytest.mark.parametrize("best_by", ["loss", "min_ade"])
 def test_numbers_are_those_of_samples_loaded_one_by_one(tiny_checkpoint, store, expert, best_by):
     data = CachedDataset([store], Checkpoint(str(tiny_checkpoint)))
-    config = TrainConfig(stores=(store,), model="m", out="o", val=store, steps=1, best_by=best_by)
-    got = Validation(data, config).run(expert, World(rank=0, size=1, device=expert.device))
+    validation = Validation(data, 64, times="beta", causal=False, with_min_ade=best_by == "min_ade")
+    got = validation.run(expert, World(rank=0, size=1, device=expert.device))
     want = expected(expert.eval(), data)
     assert got == {name: value for name, value in want.items() if name != "val_min_ade" or best_by == "min_ade"}
     assert expert.train().training
@@ -67,16 +67,16 @@ def test_numbers_are_those_of_samples_loaded_one_by_one(tiny_checkpoint, store, 
 def test_processes_share_the_samples(tiny_checkpoint, store, expert):
     """One of them may have none."""
     data = CachedDataset([store], Checkpoint(str(tiny_checkpoint)))
-    config = TrainConfig(stores=(store,), model="m", out="o", val=store, steps=1, val_samples=2)
+    validation = Validation(data, 2, times="beta", causal=False, with_min_ade=False)
     parts = []
 
     def world(rank):
         return SimpleNamespace(rank=rank, size=3, all_gather=lambda part: parts.append(part) or parts)
 
     for rank in range(3):
-        shared = Validation(data, config).run(expert, world(rank))
+        shared = validation.run(expert, world(rank))
     assert [len(part.get("val_loss", ())) for part in parts] == [1, 1, 0]
-    alone = Validation(data, config).run(expert, World(rank=0, size=1, device=expert.device))
+    alone = validation.run(expert, World(rank=0, size=1, device=expert.device))
     assert shared["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)  # batches of one
 
 

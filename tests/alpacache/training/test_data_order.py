@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from alpacache.training.damage import DamagedSamples
+from alpacache.training.data_order import DamagedSamples
 from cache_store import CorruptSampleError
 
 
@@ -40,11 +40,11 @@ def test_the_next_sound_sample_takes_the_place():
     for name in "fa":
         damaged.leave_out(error_of(name))
     assert damaged.replace([(7, 5), (8, 0), (9, 3)]) == [(7, 1), (8, 1), (9, 3)]
-    assert len(damaged) == 2
-    assert 5 in damaged
+    assert len(damaged.indices) == 2
+    assert 5 in damaged.indices
     assert damaged.state() == {"damaged": ["a", "f"], "damaged_indices": [0, 5]}
     again = DamagedSamples(Data("abcdef"), "skip")
-    again.load(damaged.state())
+    again.indices = set(damaged.state()["damaged_indices"])
     assert again.replace([(7, 5)]) == [(7, 1)]
 
 

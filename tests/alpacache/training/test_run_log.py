@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from alpacache.errors import UsageError
-from alpacache.training.trackers import make_trackers, scalars
+from alpacache.training.run_log import make_trackers, scalars
 
 
 class Wandb:

@@ -1,0 +1,192 @@
+"""What a run begins with, compared among its processes and with what a later call resumes it with.
+
+A run can go on exactly only with the samples that it began with, in their order: all of them decide which one comes
+when.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from alpacache.alpamayo import Checkpoint
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.identity import check_same_vlm, model_identity
+from alpacache.distributed.world import World
+from alpacache.errors import UsageError
+from alpacache.training.config import TrainConfig, weighted_stores
+from alpacache.training.data_order import global_order
+from alpacache.training.run_directory import MODEL, RunDirectory
+from cache_store import differences
+
+_MACHINE_SETTINGS = {"resume", "out", "device", "model", "stores", "val", "in_memory", "memory_budget", "track", "keep"}
+"""Settings that may differ among the processes of a run; what their paths lead to may not."""
+_FREE_TO_CHANGE = _MACHINE_SETTINGS | {"save_every", "val_every", "val_samples", "best_by", "patience", "on_damage"}
+_FREE_TO_CHANGE |= {"ema", "ema_every", "capture", "checkpointing", "micro_batch"}
+"""Settings that do not change what a step computes; `stores` and `model` may move, their identity is checked.
+
+`micro_batch` changes how sums are rounded: a run keeps its own unless another is given.
+"""
+
+
+class RunInputs:
+    """What a run begins with: its processes, its directory, what it learns from."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        """Open model and stores, and check that all processes see the same ones and can go on from the same step."""
+        self.world, self.directory = world, RunDirectory(config.out)
+        if (steps := self.directory.steps) and not config.resume:
+            raise UsageError(
+                f"{config.out} already holds a run (step {steps[-1]}); pass --resume to go on, or choose another --out."
+            )
+        self.checkpoint = Checkpoint(config.model)
+        self.data = CachedDataset(config.store_paths, self.checkpoint)
+        self.val = CachedDataset([config.val], self.checkpoint) if config.val else None
+        if self.val is not None:
+            check_same_vlm(self.data.vlm, self.val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
+        self.stores = stores_record(config.store_paths, self.data)
+        self.total = config.steps or math.ceil((config.epochs or 0) * len(self.data) / config.batch_size)
+        """Steps of the whole run."""
+        if world.size > 1:
+            self._check_processes_agree(asdict(config))
+        self.order, self.unreadable = global_order(
+            self.data,
+            weighted_stores(config.stores),
+            seed=config.seed,
+            by_curvature=config.balance == "curvature",
+            skip_damaged=config.on_damage == "skip",
+        )
+
+    def _check_processes_agree(self, settings: Mapping[str, Any]) -> None:
+        """Refuse to begin where processes see different things: they would train apart, or wait for each other.
+
+        Raises `UsageError` in all processes, with what each sees.
+        """
+        model, steps = _without_revision(model_identity(self.checkpoint)), self.directory.steps
+        newest = "none"
+        if steps:
+            newest = f"step {steps[-1]} (crc32c {self.directory.state(steps[-1])['files'][MODEL]['crc32c']})"
+        val = "none"
+        if self.val is not None:
+            val = _samples_text([_store_record("", self.val, range(len(self.val)))])
+        seen = {
+            "checkpoint to go on from": newest,
+            "model": f"{model['id']} ({_digest(model)[:8]})",
+            "samples of --store": _samples_text(self.stores),
+            "samples of --val": val,
+            "steps in all": self.total,
+        }
+        seen |= {key: value for key, value in settings.items() if key not in _MACHINE_SETTINGS}
+        views = self.world.all_gather(seen)
+        lines = []
+        for key in seen:
+            ranks: dict[str, list[str]] = {}
+            for rank, view in enumerate(views):
+                ranks.setdefault(str(view[key]), []).append(str(rank))
+            seen_by = "; ".join(f"{value} in process {', '.join(those)}" for value, those in ranks.items())
+            if len(ranks) > 1:
+                lines.append(f"{key}: {seen_by}")
+        if lines:
+            listed = "\n  ".join(lines)
+            raise UsageError(
+                f"the {self.world.size} processes of {settings['out']} do not see the same:\n  {listed}\nNothing was "
+                "changed. Put run directory and stores where every machine sees them, wait until nothing writes to the "
+                "stores any more (`alpacache extract`), and start all processes with the same options."
+            )
+
+
+def stores_record(paths: Sequence[str], data: CachedDataset) -> list[dict[str, Any]]:
+    """Path, samples and identity of each store that a dataset was opened from; plain JSON."""
+    return [_store_record(path, data, indices) for path, indices in zip(paths, data.store_ranges, strict=True)]
+
+
+def _store_record(path: str, data: CachedDataset, indices: range) -> dict[str, Any]:
+    ids = hashlib.sha256()
+    for index in indices:
+        ids.update(f"{data.sample_id(index)}\n".encode())
+    identity = dict(data.locate(indices.start)[0].identity) if indices else {}
+    if indices:
+        identity["model"] = _without_revision(identity["model"])
+    return {"path": path, "samples": len(indices), "ids_sha256": ids.hexdigest(), "identity": identity}
+
+
+def _without_revision(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's identity without its revision: a plain directory knows none, and the VLM is known by its weights."""
+    return {key: value for key, value in model.items() if key != "revision"}
+
+
+def _samples_text(stores: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{store['samples']} of digest {_fingerprint(store)[:8]}" for store in stores)
+
+
+def _fingerprint(store: Mapping[str, Any]) -> str:
+    """Digest of a store's samples and identity, wherever it lies."""
+    return _digest([store["ids_sha256"], store["identity"]])
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def settings_record(
+    settings: Mapping[str, Any], stores: Sequence[Mapping[str, Any]], *, processes: int
+) -> dict[str, Any]:
+    """The settings that a checkpoint records: those that must not change over a resume, and those that are restored.
+
+    `settings` are the fields of the settled config, with `lr` as it is used and `store_weights`.
+    """
+    record = {key: value for key, value in settings.items() if key not in _FREE_TO_CHANGE}
+    record["betas"] = list(settings["betas"])
+    if settings["trainable"] != "lora":
+        del record["lora_rank"], record["lora_alpha"]
+    samples = sum(store["samples"] for store in stores)
+    restored = {"micro_batch": settings["micro_batch"], "processes": processes}
+    return {**record, **restored, "dataset_samples": samples, "stores": [dict(store) for store in stores]}
+
+
+def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: str) -> None:
+    """Refuse to go on with other samples or settings than a run began with; both are a `settings_record`."""
+    old, new = before["stores"], now["stores"]
+    first, second = [_fingerprint(store) for store in old], [_fingerprint(store) for store in new]
+    if first != second:
+        names = [", ".join(store["path"] for store in stores) for stores in (old, new)]
+        if len(old) != len(new):
+            given = f"{now['dataset_samples']} samples of {len(new)} stores ({names[1]})"
+            lines = [given, f"the run has {before['dataset_samples']} of {len(old)} stores ({names[0]})"]
+        elif sorted(first) == sorted(second):
+            lines = [f"the order of the stores: the run has {names[0]}", f"now {names[1]}"]
+        else:
+            lines = [line for pair in zip(old, new, strict=True) for line in _changes(*pair)]
+        listed = "\n  ".join(lines)
+        raise UsageError(
+            f"{run} was begun with other samples:\n  {listed}\nWhich sample comes when depends on all of them. Give "
+            "the run's stores as they were, in their order (they may lie elsewhere); or train on these with another "
+            "--out, from the run's weights if you like: `alpacache export` it and pass that as --model."
+        )
+    apart = {"micro_batch", "processes", "dataset_samples", "stores"}
+    changed = [
+        f"{key}: the run has {before[key]!r}, now {value!r}"
+        for key, value in now.items()
+        if key not in apart and before.get(key, value) != value
+    ]
+    if changed:
+        listed = "\n  ".join(changed)
+        raise UsageError(f"{run} was begun with other settings:\n  {listed}\nRepeat them, or choose another --out.")
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between a store when the run began and the one given now."""
+    store, count, was = f"store {new['path']}", new["samples"], old["samples"]
+    lines = []
+    if count > was:
+        lines.append(f"{store} has grown: {count} samples, {was} when the run began")
+    elif count < was:
+        lines.append(
+            f"{store} has lost samples: {count}, {was} when the run began; `alpacache extract` makes them again"
+        )
+    elif old["ids_sha256"] != new["ids_sha256"]:
+        lines.append(f"{store} has other samples than {old['path']} had when the run began")
+    apart = differences(old["identity"], new["identity"]) if old["identity"] and new["identity"] else ()
+    return lines + [f"{store} has other features than {old['path']} had: {line}" for line in apart]

@@ -1,0 +1,83 @@
+"""The learning rate of each step, and what ends a run early: validations without a new best, steps without a result."""
+
+import math
+from dataclasses import dataclass
+
+from alpacache.errors import NonFiniteError, UsageError
+
+_LIMIT = 3
+"""Skipped steps in a row that end a run."""
+
+
+class LearningRate:
+    """Rises linearly from `peak / warmup` to `peak`, then falls along a cosine to `final` at the last step."""
+
+    def __init__(self, *, peak: float, final: float, warmup: int | None, total: int) -> None:
+        """`warmup` None: 100 steps, or a tenth of the run. Raises `UsageError` where `peak` would never be reached."""
+        self.peak, self.final, self.total = peak, final, total
+        self.warmup = min(100, total // 10) if warmup is None else warmup
+        if self.warmup >= total:
+            raise UsageError(f"warmup is {self.warmup} of {total} steps; expected fewer, so that lr is ever reached.")
+
+    def __call__(self, step: int) -> float:
+        """The rate after `step` steps."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        share = (step - self.warmup) / max(1, self.total - 1 - self.warmup)
+        return self.final + (self.peak - self.final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+
+
+@dataclass(slots=True, kw_only=True)
+class BestValidation:
+    """The best validation so far, as checkpoints record it; none at first."""
+
+    step: int | None = None
+    value: float | None = None
+    """Finite."""
+    by: str
+    """What `value` is: `loss` or `min_ade`."""
+    since: int = 0
+    """Validations after it."""
+
+    def update(self, step: int, value: float, by: str) -> bool:
+        """Count a validation, and return whether it is the best. One that is not finite never is."""
+        comparable = self.value is not None and self.by == by
+        improved = math.isfinite(value) and (self.value is None or not comparable or value < self.value)
+        if improved:
+            self.step, self.value, self.by, self.since = step, value, by, 0
+        else:
+            self.since += 1
+        return improved
+
+
+class SkippedSteps:
+    """Counts the steps of one call of `train` and those of them that were not applied."""
+
+    _steps = _skipped = _in_a_row = 0
+
+    def count(self, loss: float, norm: float) -> bool:
+        """Count a step, and return whether it was skipped."""
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        self._steps += 1
+        self._skipped += skipped
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        return skipped
+
+    def check_streak(self, number: int, sample_ids: list[str]) -> None:
+        """Raise `NonFiniteError` after a few skipped steps in a row, the last of which had these samples."""
+        if self._in_a_row >= _LIMIT:
+            raise NonFiniteError(
+                f"loss or gradient was not finite in {self._in_a_row} steps in a row, last at step {number} "
+                f"with {', '.join(sample_ids)}; none was applied. Lower --lr, or check those samples with "
+                "`alpacache verify --deep`."
+            )
+
+    def check_learned(self, run: str) -> None:
+        """Raise `NonFiniteError` where most steps were skipped, too few in a row for `check_streak`."""
+        if self._skipped * 2 > self._steps:
+            raise NonFiniteError(
+                f"loss or gradient was not finite in {self._skipped} of {self._steps} steps; these were not applied. "
+                f"What {run} holds has learnt next to nothing or is broken; its metrics.jsonl names the samples of "
+                "those steps. Check them with `alpacache verify --deep`, or train with another --out and a lower --lr "
+                "or a longer --warmup."
+            )
