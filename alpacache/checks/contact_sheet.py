@@ -37,11 +37,7 @@ _MIN_WIDTH_M = 16.0
 
 
 def contact_sheet_png(samples: Sequence[Sample], *, title: str) -> bytes:
-    """Up to `CLIPS` samples, each as its front frame (or its first camera's) and its path from above.
-
-    Raises:
-        ValueError: no samples.
-    """
+    """1 to `CLIPS` samples, each as its front frame (or its first camera's) and its path from above."""
     if not samples:
         raise ValueError("a contact sheet needs at least one sample.")
     shown = samples[:CLIPS]

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 import tempfile
 import threading
 import tomllib
@@ -20,7 +19,6 @@ from pathlib import Path
 
 from alpacache.checks.check import Check, verdict
 
-PYTHON = (3, 11)
 SHOWN = ("torch", "transformers", "zarr", "numcodecs")
 """Packages whose versions are always shown."""
 OPTIONAL = {"peft": ("lora", "train --trainable lora"), "physical_ai_av": ("pai", "the source `pai`")}
@@ -38,9 +36,7 @@ _AT_LEAST = re.compile(r"([A-Za-z0-9_.-]+)>=([0-9.]+)")
 def diagnose(*, store: str | None = None, model: str | None = None) -> tuple[Check, ...]:
     """Run every check, in order. Raises nothing; leaves nothing behind.
 
-    Args:
-        store: where the store is or will be; None: the working directory.
-        model: hub id or directory; None: only whether the hub could be asked.
+    `store`: where the store is or will be (None: the working directory); `model`: a hub id or directory.
     """
     from cache_store.storage.storage import is_uri
 
@@ -75,9 +71,8 @@ def diagnose(*, store: str | None = None, model: str | None = None) -> tuple[Che
 
 
 def check_python() -> Check:
-    """The interpreter's version."""
-    remedy = "" if sys.version_info >= PYTHON else f"Install Python {'.'.join(map(str, PYTHON))} or later."
-    return verdict("python", f"Python {platform.python_version()} on {platform.machine()}", fail=remedy)
+    """The interpreter's version; with one that is too old, nothing here could be imported."""
+    return verdict("python", f"Python {platform.python_version()} on {platform.machine()}")
 
 
 def check_packages() -> Check:
@@ -286,15 +281,13 @@ def check_model(model: str) -> Check:
         found = f"{model}: no answer within {HUB_TIMEOUT_S:.0f} s"
         return verdict("model", found, fail="Check the network and its proxy; or pass a local directory.")
     except CheckpointError as error:
-        remedy = "Pass a hub id or a directory with a complete checkpoint."
-        for kind, step in (
-            (GatedRepoError, "Accept the licence on the model's page, then `hf auth login`."),
-            (RepositoryNotFoundError, "Check the name; a private model needs `hf auth login`."),
-            (LocalEntryNotFoundError, "Unset HF_HUB_OFFLINE or mend the network; or pass a local directory."),
-        ):
-            if isinstance(error.__cause__, kind):
-                remedy = step
-                break
+        steps: dict[type[Exception], str] = {
+            GatedRepoError: "Accept the licence on the model's page, then `hf auth login`.",
+            RepositoryNotFoundError: "Check the name; a private model needs `hf auth login`.",
+            LocalEntryNotFoundError: "Unset HF_HUB_OFFLINE or mend the network; or pass a local directory.",
+        }
+        fitting = (step for kind, step in steps.items() if isinstance(error.__cause__, kind))
+        remedy = next(fitting, "Pass a hub id or a directory with a complete checkpoint.")
         return verdict("model", str(error), fail=remedy)
 
 

@@ -1,14 +1,21 @@
-"""A vehicle's motion from its poses alone: speed, course and heading on a coarse time grid.
+"""Checks of rotations, axes and units of poses against the way road vehicles move.
 
-Any fixed world frame is allowed, so everything is measured against the vehicle's own axes. The world is first turned so
-that the vehicle's mean z axis points up; course and heading are angles in that plane, left positive.
+A vehicle moves along its own x axis and turns about its own z axis, its course turns the way its heading does, and its
+tyres hold about 9 m/s² sideways. One clip may be too straight or too slow to tell; all clips together rarely are.
+
+Any fixed world frame is allowed, so everything is measured against the vehicle's own axes, on a coarse time grid. The
+world is first turned so that the vehicle's mean z axis points up; course and heading are angles in that plane, left
+positive.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.checks.check import Check, verdict
 from alpacache.driving.poses import Track
 from alpacache.driving.sample import Floats
 
@@ -16,6 +23,21 @@ RASTER_US = 200_000
 """Step of the grid: so long that centimetres of localisation noise do not turn the course."""
 MOVING_MPS = 2.0
 """Speed below which the course is mostly noise."""
+ALIGNED_RAD = float(np.deg2rad(25.0))
+"""A vehicle's reference point in front of its rear axle goes a few degrees sideways in tight turns."""
+MIN_MOVING = 15
+"""Least number of moving steps of 0.2 s for a verdict."""
+MIN_TURNING = 10
+TURNING_RADPS = 0.05
+TURN_STEPS = 5
+MIN_TURNED_RAD = 0.08
+"""Least turn within `TURN_STEPS`: above the noise of a poor compass."""
+FAST_MPS = 60.0
+BRISK_MPS = 25.0
+GRIP_MPS2 = 9.0
+STANDING_MPS = 0.5
+_AXES = ("x", "y", "z")
+_SCALES = ((3.6, "km/h taken for m/s, or feet"), (100.0, "centimetres"), (1000.0, "millimetres"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,14 +46,12 @@ class Motion:
 
     times_us: NDArray[np.int64]
     """Middle of each step."""
-    dt_s: Floats
     speed_mps: Floats
     course_rad: Floats
     """Direction of the movement."""
     heading_rad: Floats
     """Direction of the vehicle's x axis in the middle of the step."""
-    turned_rad: Floats
-    """Change of heading within the step."""
+    turn_rate_radps: Floats
     direction: Floats
     """`[N, 3]` unit vectors of the movement, in the vehicle's own axes."""
     z_axis: Floats
@@ -40,15 +60,6 @@ class Motion:
     @property
     def moving(self) -> NDArray[np.bool_]:
         return self.speed_mps > MOVING_MPS
-
-    @property
-    def turn_rate_radps(self) -> Floats:
-        return self.turned_rad / self.dt_s
-
-    @property
-    def sideways_mps2(self) -> Floats:
-        """Lateral acceleration."""
-        return np.abs(self.speed_mps * self.turn_rate_radps)
 
 
 def motion_of(track: Track) -> Motion | None:
@@ -72,11 +83,10 @@ def motion_of(track: Track) -> Motion | None:
     direction = np.einsum("nij,ni->nj", rot[:-1] + rot[1:], moved)
     return Motion(
         times_us=(times[:-1] + times[1:]) // 2,
-        dt_s=dt_s,
         speed_mps=np.linalg.norm(moved, axis=1) / dt_s,
         course_rad=np.arctan2(flat[:, 1], flat[:, 0]),
         heading_rad=(yaw[:-1] + yaw[1:]) / 2,
-        turned_rad=np.diff(yaw),
+        turn_rate_radps=np.diff(yaw) / dt_s,
         direction=direction / np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1e-9),
         z_axis=rot[:-1, :, 2],
     )
@@ -86,12 +96,6 @@ def wrapped(angle_rad: Floats) -> Floats:
     """Angles brought to between -pi and pi."""
     turned: Floats = (angle_rad + np.pi) % (2 * np.pi) - np.pi
     return turned
-
-
-def concentration(angle_rad: Floats) -> tuple[float, float]:
-    """How alike angles are, 0 to 1, and their mean in radians."""
-    mean = complex(np.exp(1j * angle_rad).mean())
-    return abs(mean), float(np.angle(mean))
 
 
 def _levelling(up: Floats) -> Floats:
@@ -107,3 +111,154 @@ def _levelling(up: Floats) -> Floats:
         return np.diag([1.0, 1.0, 1.0] if cosine > 0 else [1.0, -1.0, -1.0])
     matrix: Floats = Rotation.from_rotvec(axis / sine * np.arctan2(sine, cosine)).as_matrix()
     return matrix
+
+
+class Rotations(NamedTuple):
+    """The verdict on a track's rotations."""
+
+    check: Check
+    track: Track
+    """The track, its quaternions put in the right order if the check says that they are not."""
+    order: Literal["right", "wrong", "either"]
+    """`either`: upright both ways, but forwards only with the scalar first; the other clips decide."""
+
+
+def judge_rotations(track: Track, *, scalar_first: bool = False) -> Rotations:
+    """Order of the quaternions, and direction of the z axis; `scalar_first`: other clips have shown that order."""
+    motion = motion_of(track)
+    if motion is None:
+        return Rotations(verdict("rotations", "not judged: too few sound poses"), track, "right")
+    reordered = replace(track, quaternion_xyzw=track.quaternion_xyzw[:, [1, 2, 3, 0]])
+    other = motion_of(reordered)
+    fits = other is not None and motion.moving.sum() >= MIN_MOVING and _forward(motion) < 0.5 and _forward(other) > 0.9
+    if fits and (scalar_first or (motion.z_axis[:, 2] > 0.7).mean() < 0.5):
+        found = "the columns qx, qy, qz, qw hold w, x, y, z: read so, the vehicle stands upright and moves forwards"
+        check = verdict("rotations", found, fail="Write the quaternion with its scalar last.")
+        return Rotations(check, reordered, "wrong")
+    up = motion.z_axis.mean(axis=0)
+    length = np.linalg.norm(up)
+    if length < 0.7:
+        found = f"the vehicle's z axis points every way (its mean has length {length:.2f}); vehicles do not tip"
+        remedy = "Check the order qx, qy, qz, qw, and that rotations lead from vehicle (z up) to world."
+        check = verdict("rotations", found, fail=remedy)
+    elif up[2] < -0.7:
+        remedy = (
+            "Right only if the world's z points down too. Axes x forward, y right, z down must become x forward, "
+            "y left, z up."
+        )
+        check = verdict("rotations", "the vehicle's z axis points down in the world", warn=remedy)
+    else:
+        kept = "z keeps its direction; the world's z is not up, which does no harm"
+        check = verdict("rotations", "z up" if up[2] > 0.7 else kept)
+    return Rotations(check, track, "either" if fits else "right")
+
+
+def judge_axes(motions: Sequence[Motion]) -> Check:
+    """Whether vehicles move along their own +x axis and turn the way their course does."""
+    moving = [motion.moving for motion in motions]
+    if sum(int(steps.sum()) for steps in moving) < MIN_MOVING:
+        return verdict("axes", "not judged: hardly any movement")
+    course, heading, directions = (
+        np.concatenate([getattr(motion, name)[steps] for motion, steps in zip(motions, moving, strict=True)])
+        for name in ("course_rad", "heading_rad", "direction")
+    )
+    away = wrapped(course - heading)
+    mirrored = _mirrored(motions, course, heading, away)
+    if mirrored is not None:
+        return mirrored
+    apart = np.rad2deg(np.median(np.abs(away)))
+    direction = directions.mean(axis=0)
+    length = float(np.linalg.norm(direction))
+    if length > 0.85:
+        axis = int(np.argmax(np.abs(direction)))
+        if axis == 0 and direction[0] > length * np.cos(ALIGNED_RAD):
+            return verdict("axes", f"moves along its own +x, to {apart:.1f} degrees (median)")
+        return _wrong_axis(direction / length, axis)
+    forward, backward = np.abs(away) < ALIGNED_RAD, np.abs(away) > np.pi - ALIGNED_RAD
+    if forward.mean() > 0.3 and (forward | backward).mean() > 0.8:
+        return verdict("axes", f"moves along its own +x {100 * forward.mean():.0f} % of the time, else backwards")
+    found = f"course and heading have nothing to do with each other ({apart:.0f} degrees apart in the median)"
+    remedy = "Check that rotations lead from vehicle to world, in the same world as the positions."
+    return verdict("axes", found, fail=remedy)
+
+
+def judge_speed(motions: Sequence[Motion]) -> Check:
+    """Whether speeds and sideways accelerations are those of road vehicles."""
+    speeds = np.concatenate([np.zeros(0), *(motion.speed_mps for motion in motions)])
+    rolling = speeds[speeds > STANDING_MPS]
+    if len(rolling) < max(1, 0.02 * len(speeds)):
+        remedy = "Standing vehicles teach nothing; if they did move, positions are not in metres (kilometres?)."
+        return verdict("speed", f"never more than {speeds.max(initial=0):.2f} m/s", warn=remedy)
+    rates = np.abs(np.concatenate([motion.turn_rate_radps for motion in motions]))
+    turning = (speeds > MOVING_MPS) & (rates > TURNING_RADPS)
+    median, sideways = float(np.median(rolling)), 0.0
+    found = f"median {median:.1f} m/s, fastest {speeds.max():.1f} m/s"
+    if turning.sum() >= MIN_TURNING:
+        sideways = float(np.percentile((speeds * rates)[turning], 90))
+        found += f", up to {sideways:.1f} m/s² sideways in turns"
+    slides = sideways > GRIP_MPS2
+    if median > FAST_MPS or (median > BRISK_MPS and slides):
+        factor, unit = next((scale for scale in _SCALES if median / scale[0] < 35), _SCALES[-1])
+        found += f"; divided by {factor:.3g} that would be {median / factor:.1f} m/s"
+        remedy = f"Positions must be in metres, and they look {factor:.3g} times too large: {unit}?"
+        return verdict("speed", found, fail=remedy)
+    remedy = "More than tyres hold, or faster than most roads allow; check units of positions, speed and time."
+    return verdict("speed", found, warn=remedy if slides or median > 45 else "")
+
+
+def judge_standing(motion: Motion) -> Check:
+    """Whether the vehicle moves at all."""
+    standing = float((motion.speed_mps < STANDING_MPS).mean())
+    if standing > 0.9:
+        remedy = "A standing vehicle teaches nothing; leave the clip out unless you want it."
+        return verdict("standing", f"stands {100 * standing:.0f} % of the time", warn=remedy)
+    return verdict("standing", f"moves {100 * (1 - standing):.0f} % of the time")
+
+
+def _forward(motion: Motion) -> float:
+    """Share of the moving steps that go forwards with the vehicle's z axis up."""
+    forward = motion.direction[:, 0] > np.cos(ALIGNED_RAD)
+    return float((forward & (motion.z_axis[:, 2] > 0.7))[motion.moving].mean())
+
+
+def _mirrored(motions: Sequence[Motion], course: Floats, heading: Floats, away: Floats) -> Check | None:
+    """A failed check if course and heading turn opposite ways; their sum shows which axis is flipped."""
+    turned, bent = np.concatenate([_turning_pairs(motion) for motion in motions], axis=1)
+    slope = float((turned * bent).sum() / max(1e-9, (turned**2).sum()))
+    mean_sum, mean_away = (complex(np.exp(1j * angles).mean()) for angles in (course + heading, away))
+    alike, at = abs(mean_sum), float(np.angle(mean_sum))
+    opposite = len(turned) >= MIN_TURNING and slope < -0.5 and np.mean(turned * bent < 0) > 0.8
+    if not opposite and not (alike > 0.95 and abs(mean_away) < 0.7):
+        return None
+    if alike > 0.9 and abs(at) < 0.3:
+        fault = "the y axis of positions is flipped, or rotations lead from world to vehicle"
+    elif alike > 0.9 and abs(at) > np.pi - 0.3:
+        fault = "the x axis of positions is flipped"
+    elif alike > 0.9 and abs(at - np.pi / 2) < 0.3:
+        fault = "x and y of positions are swapped (north and east?)"
+    else:
+        fault = "one of both is mirrored"
+    found = f"mirrored: the course turns one way and the heading the other; {fault}"
+    remedy = "Axes are right-handed: y is left of x, and a left turn has a positive yaw rate. Flip one of both."
+    return verdict("axes", found, fail=remedy)
+
+
+def _turning_pairs(motion: Motion) -> Floats:
+    """`[2, N]` changes of heading and of course over about 1 s, where the vehicle moves and clearly turns."""
+    turned = motion.heading_rad[TURN_STEPS:] - motion.heading_rad[:-TURN_STEPS]
+    bent = wrapped(motion.course_rad[TURN_STEPS:] - motion.course_rad[:-TURN_STEPS])
+    kept = motion.moving[TURN_STEPS:] & motion.moving[:-TURN_STEPS] & (np.abs(turned) > MIN_TURNED_RAD)
+    return np.stack([turned, bent])[:, kept]
+
+
+def _wrong_axis(direction: Floats, axis: int) -> Check:
+    found = f"moves along its own {'+' if direction[axis] > 0 else '-'}{_AXES[axis]}, not +x"
+    remedy = "These look like a camera's axes (z forward); rotations must lead from the vehicle (x forward, y left)."
+    if axis != 2:
+        degrees = float(np.rad2deg(np.arctan2(direction[1], direction[0])))
+        found += f": {abs(degrees) if abs(degrees) > 179 else degrees:.0f} degrees from its heading"
+        remedy = (
+            "Unless it drives in reverse, turn every rotation by that angle about z, "
+            "so that the vehicle's x points forward."
+        )
+    return verdict("axes", found, fail=remedy)

@@ -93,8 +93,7 @@ class Turn(NamedTuple):
 
 def turns_of_clip(source: RecordedSource, clip_id: str, motion: Motion, *, clips: int) -> list[Turn]:
     """Moments of one recording, evenly spread over its turns; fewer if the source has many clips."""
-    rate = motion.turn_rate_radps
-    turning = motion.times_us[motion.moving & (np.abs(rate) > MIN_TURN_RADPS)]
+    turning = motion.times_us[motion.moving & (np.abs(motion.turn_rate_radps) > MIN_TURN_RADPS)]
     stamps = source.frame_times_us(clip_id, FRONT_CAMERA)
     if len(stamps) < 2 or (np.diff(stamps) <= 0).any():
         return []
@@ -119,8 +118,6 @@ def turns_of_sample(sample: Sample) -> list[Turn]:
         return []
     place = sample.cameras.index(FRONT_CAMERA)
     frames, stamps = sample.frames[place], sample.frame_timestamps_us[place]
-    if len(frames) < 2:
-        return []
     steps = round((stamps[-1] - stamps[0]) / 1e5)
     headings = heading(sample.history_rot)
     turned = float(headings[-1] - headings[max(0, len(headings) - 1 - steps)])
@@ -158,14 +155,13 @@ def judge_pictures(sizes: Mapping[tuple[int, int], Sequence[str]], blank: Sequen
     """Whether all samples have one size and none is `blank`; `sizes`: (width, height) -> samples."""
     listed = sorted(sizes, key=lambda size: -len(sizes[size]))
     found = ", ".join(f"{width} x {height}" for width, height in listed[:4])
+    remedy = ""
     if blank:
         found += f"; {len(blank)} samples show one colour only, such as {blank[0]}"
         remedy = "Open such a frame: black or grey frames teach the model that the picture says nothing."
-        return verdict("pictures", found, warn=remedy)
-    if len(listed) > 1:
+    elif len(listed) > 1:
         remedy = (
             f"Different cameras in one set, such as {sizes[listed[-1]][0]}? "
             "Samples differ in their number of tokens; split the set or leave them out."
         )
-        return verdict("pictures", found, warn=remedy)
-    return verdict("pictures", found or "no usable sample")
+    return verdict("pictures", found or "no usable sample", warn=remedy)

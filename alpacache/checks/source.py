@@ -14,10 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from alpacache.checks.axes import judge_axes, judge_rotations, judge_speed, judge_standing
-from alpacache.checks.check import Check, Status, verdict, worst
+from alpacache.checks.check import Check, verdict, worst
 from alpacache.checks.contact_sheet import CLIPS
-from alpacache.checks.motion import Motion, motion_of
+from alpacache.checks.motion import Motion, judge_axes, judge_rotations, judge_speed, judge_standing, motion_of
 from alpacache.checks.pictures import Turn, judge_mirrored, judge_pictures, turns_of_clip, turns_of_sample
 from alpacache.checks.recordings import (
     Recording,
@@ -73,11 +72,6 @@ class ClipReport:
     refused: tuple[Refusal, ...]
     checks: tuple[Check, ...]
 
-    @property
-    def status(self) -> Status:
-        """The worst of its checks."""
-        return worst(self.checks)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceReport:
@@ -105,7 +99,8 @@ class SourceReport:
     @property
     def clip_counts(self) -> dict[str, int]:
         """Number of clips by the worst of their checks; a refused clip may be fine in itself."""
-        return {status: sum(clip.status == status for clip in self.clips) for status in ("ok", "warn", "fail")}
+        statuses = [worst(clip.checks) for clip in self.clips]
+        return {status: statuses.count(status) for status in ("ok", "warn", "fail")}
 
     @property
     def refused(self) -> tuple[Refusal, ...]:
@@ -159,9 +154,7 @@ def check_source(
 class _Survey:
     """What has been seen of a source's clips, one after the other."""
 
-    def __init__(
-        self, source: Source, cameras: Sequence[str], frames: int, clips: Mapping[str, Sequence[SampleRef]]
-    ) -> None:
+    def __init__(self, source: Source, cameras: Sequence[str], frames: int, clips: dict[str, list[SampleRef]]) -> None:
         self._source, self._cameras, self._frames, self._count = source, cameras, frames, len(clips)
         firsts = [refs[0] for refs in clips.values() if refs]
         places = np.linspace(0, len(firsts) - 1, min(CLIPS, len(firsts))).round().astype(int)

@@ -10,6 +10,7 @@ times the instructions, and barriers; both measured).
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -335,28 +336,19 @@ def decode_affine(codec: AffineCodec, prefixes: PackedPrefixes, layer: int, scra
         classes.append((first, before, count, width))
         first, before = first + count, before + count * width
     begin, keys = _linear_places(codec, prefixes.layout, codec.key_group)[layer]
-    constants = {
-        "KEY_GROUP": codec.key_group,
-        "KEY_CLASSES": tuple(classes),
-        "VALUE_GROUP": codec.value_group_of(channels),
-        "VALUE_BITS": value_bits,
-    }
-    _launch(decode_affine_layer, codec.key_group, prefixes, scratch, (*begin, *keys), constants)
+    constants: dict[str, Any] = {"KEY_GROUP": codec.key_group, "KEY_CLASSES": tuple(classes)}
+    constants |= {"VALUE_GROUP": codec.value_group_of(channels), "VALUE_BITS": value_bits}
+    _launch(decode_affine_layer, codec.key_group, prefixes, scratch, begin + keys, constants)
 
 
 def decode_fp8(codec: Fp8Codec, prefixes: PackedPrefixes, layer: int, scratch: Tensor) -> None:
     """`TensorCodec.decode_batch` of fp8."""
     begin, keys = _linear_places(codec, prefixes.layout, 1)[layer]
-    _launch(decode_fp8_layer, _FP8_BLOCK, prefixes, scratch, (*begin[:2], *keys[:2]), {"BLOCK": _FP8_BLOCK})
+    _launch(decode_fp8_layer, _FP8_BLOCK, prefixes, scratch, begin[:2] + keys[:2], {"BLOCK": _FP8_BLOCK})
 
 
 def _launch(
-    kernel: Any,
-    block: int,
-    prefixes: PackedPrefixes,
-    scratch: Tensor,
-    places: tuple[int, ...],
-    constants: dict[str, Any],
+    kernel: Any, block: int, prefixes: PackedPrefixes, scratch: Tensor, places: list[int], constants: dict[str, Any]
 ) -> None:
     """Decode by programs of `block` tokens of a head; `places` says where layer and keys lie, as `_linear_places`."""
     layout, data, scales = prefixes.layout, prefixes.data, scales_on(scratch.device, 0)
@@ -367,27 +359,18 @@ def _launch(
     )  # fmt: skip
 
 
-Linear = tuple[int, int, int]
-"""(a, b, c) of a number of bytes `a + b * tokens + c * key groups`."""
-
-
 @lru_cache(maxsize=16)
-def _linear_places(codec: LayeredCodec, layout: PrefixLayout, group: int) -> list[tuple[Linear, Linear]]:
+def _linear_places(codec: LayeredCodec, layout: PrefixLayout, group: int) -> list[list[list[int]]]:
     """Where each layer begins and how long its keys are, in a form that a kernel evaluates for each sample.
 
-    `group`: tokens of a key group; 1 for a codec without.
+    `[layer, 2, 3]`: a, b and c of `a + b * tokens + c * key groups` bytes, found from three points of that plane, 1 and
+    2 tokens in a group and `group + 1` tokens in two groups. `group`: tokens of a key group; 1 for a codec without.
     """
     shapes = [layout.shape(tokens) for tokens in (1, 2, group + 1)]
-    starts = [codec.layer_starts(shape) for shape in shapes]
-    places = []
-    for layer in range(layout.layers):
-        begin, keys = [start[layer] for start in starts], [codec.layer_bytes(layer, shape)[0] for shape in shapes]
-        places.append((_linear(group, *begin), _linear(group, *keys)))
-    return places
-
-
-def _linear(group: int, one: int, two: int, more: int) -> Linear:
-    """From sizes at three points of the plane: 1 and 2 tokens in a group, and `group + 1` tokens in two groups."""
+    starts = [codec.layer_starts(shape)[: layout.layers] for shape in shapes]
+    keys = [[codec.layer_bytes(layer, shape)[0] for layer in range(layout.layers)] for shape in shapes]
+    one, two, more = np.stack([starts, keys], axis=-1)
     per_token = two - one
     per_group = more - one - group * per_token
-    return one - per_token - per_group, per_token, per_group
+    places: list[list[list[int]]] = np.stack([one - per_token - per_group, per_token, per_group], axis=-1).tolist()
+    return places

@@ -12,7 +12,6 @@ A lane is a group. Lanes of keys are channels of the same tokens, neighbours in 
 are. The last axis of a tile is the one along which memory is contiguous. Compile-time constants are in capitals.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -304,7 +303,7 @@ def fit_values(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
 
 def pack(codes: Tensor, first: int, count: int, done: int, plane: int, out: Tensor) -> None:
     layers, size = out.shape
-    with _on(codes.device):
+    with torch.cuda.device_of(codes):  # type: ignore[no-untyped-call]
         pack_plane[triton.cdiv(size, _PACKED * plane // 8), layers](
             codes, out, out.stride(0), size, count * plane // 8, first, done,
             CHANNELS=codes.shape[3], PLANE=plane, PARTS=8 // plane, BYTES=_PACKED * plane // 8, num_warps=4,
@@ -341,19 +340,15 @@ def _value_tile(x: Tensor, group: int) -> dict[str, Any]:
 
 
 def _launch(kernel: Any, x: Tensor, tensors: tuple[Any, ...], each: Tensor, options: dict[str, Any]) -> None:
-    """Launch over the lanes of `each`, which has one number a group of `x`; `x` is bits of bfloat16 to kernels.
+    """Launch over the lanes of `each`, which has one number a group of `x`; layers may have any stride.
 
-    The interpreter does not round conversions to bfloat16. Layers may have any stride.
+    Kernels get bfloat16 as bits, since the interpreter does not round its conversions. Triton launches on the current
+    device, wherever the arguments lie.
     """
     if not x[0].is_contiguous():
         raise ValueError(f"keys or values have strides {x.stride()}; expected contiguous layers.")
     lanes = each[0].numel()
-    with _on(x.device):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         kernel[triton.cdiv(lanes, options["LANES"]), len(x)](
             x.view(torch.int16), *tensors, x.stride(0), x.shape[2], lanes, **options
         )
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Make the device current: Triton launches there, wherever the arguments lie."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -108,8 +108,7 @@ def alike(codec: LayeredCodec, shape: tuple[int, ...], at_once: int) -> Iterator
     most = max(1, at_once // max(1, math.prod(shape[2:])))
     first = 0
     for layer in range(1, shape[0] + 1):
-        end = layer == shape[0]
-        if end or layer - first == most or codec.bits_of(layer) != codec.bits_of(first):
+        if layer == shape[0] or layer - first == most or codec.bits_of(layer) != codec.bits_of(first):
             yield first, layer - first
             first = layer
 

@@ -38,31 +38,28 @@ class LayersAhead:
 
     def layer(self, prefixes: PackedPrefixes, layer: int, *, then: int) -> Tensor:
         """What `decode` returns, for the current stream; `then`: the layer that will be asked for next, if any."""
-        self._fill(prefixes, layer, None)
-        place = self._place(prefixes, layer)
+        place = self._fill(prefixes, layer, None)
         self._await(place)
         if self._stream is not None and 0 <= then < prefixes.layout.layers:
             self._fill(prefixes, then, self._stream)
         return self._places[place]
 
-    def _place(self, prefixes: PackedPrefixes, layer: int) -> int:
-        return layer // prefixes.layout.tensor_codec.layers_together % len(self._places)
-
-    def _fill(self, prefixes: PackedPrefixes, layer: int, stream: torch.cuda.Stream | None) -> None:
-        place, group = self._place(prefixes, layer), layer // prefixes.layout.tensor_codec.layers_together
+    def _fill(self, prefixes: PackedPrefixes, layer: int, stream: torch.cuda.Stream | None) -> int:
+        """The place where a layer is, or is being, decoded."""
+        group = layer // prefixes.layout.tensor_codec.layers_together
+        place = group % len(self._places)
         if self._held[place] == group:
-            return
+            return place
         self._held[place] = group
         self._await(place)
         if stream is None:
             decode(prefixes, layer, self._places[place])
-            return
+            return place
         stream.wait_stream(torch.cuda.current_stream())  # readers of what the place holds now are enqueued there
         with torch.cuda.stream(stream):
             decode(prefixes, layer, self._places[place])
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record(stream)
-        self._ready[place] = ready
+        self._ready[place] = stream.record_event()
+        return place
 
     def _await(self, place: int) -> None:
         if (ready := self._ready[place]) is not None:

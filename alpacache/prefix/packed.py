@@ -58,7 +58,13 @@ def pack(
 
     They stay encoded if all share a codec; a float32 prefix for a bfloat16 expert is rounded.
     """
-    layout = _layout(prefixes, dtype)
+    first = prefixes[0]
+    layers, _, kv_heads, _, head_dim = first.shape if isinstance(first, EncodedPrefix) else first.keys[:, None].shape
+    codecs = {prefix.codec if isinstance(prefix, EncodedPrefix) else None for prefix in prefixes}
+    codec = codecs.pop() if len(codecs) == 1 else None
+    lossless = all(isinstance(p, EncodedPrefix) or p.keys.dtype == torch.bfloat16 for p in prefixes)
+    plain = torch.bfloat16 if lossless else dtype
+    layout = PrefixLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, codec=codec, dtype=plain)
     lengths = [prefix.prefix_len for prefix in prefixes]
     data = torch.empty(len(prefixes), layout.row_bytes(max(lengths)), dtype=torch.uint8, device=device)
     for row, prefix in zip(data, prefixes, strict=True):
@@ -73,16 +79,6 @@ def pack(
         longest=max(lengths),
         dtype=dtype,
     )
-
-
-def _layout(prefixes: Sequence[PrefixFeatures | EncodedPrefix], dtype: torch.dtype) -> PrefixLayout:
-    first = prefixes[0]
-    layers, _, kv_heads, _, head_dim = first.shape if isinstance(first, EncodedPrefix) else first.keys[:, None].shape
-    codecs = {prefix.codec if isinstance(prefix, EncodedPrefix) else None for prefix in prefixes}
-    codec = codecs.pop() if len(codecs) == 1 else None
-    lossless = all(isinstance(p, EncodedPrefix) or p.keys.dtype == torch.bfloat16 for p in prefixes)
-    plain = torch.bfloat16 if lossless else dtype
-    return PrefixLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, codec=codec, dtype=plain)
 
 
 def _row_bytes(prefix: PrefixFeatures | EncodedPrefix, layout: PrefixLayout) -> Tensor:

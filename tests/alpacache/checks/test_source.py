@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from alpacache.checks.axes import judge_axes, judge_rotations, judge_speed
-from alpacache.checks.motion import motion_of
+from alpacache.checks.motion import judge_axes, judge_rotations, judge_speed, motion_of
 from alpacache.checks.recordings import check_poses
 from alpacache.checks.source import MEANINGS, check_source
 from alpacache.driving.cameras import FRONT_CAMERA
