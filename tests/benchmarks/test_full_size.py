@@ -75,7 +75,7 @@ def test_drives_are_arcs_of_different_curvature(dataset, checkpoint):
     space = load_expert(str(checkpoint)).action_space
     curvatures = []
     for index in range(len(dataset)):
-        action = space.to_action(*dataset.load(index).poses)
+        action = space.to_action(*dataset.poses(index))
         accel = action[:, 0] * space.accel_std + space.accel_mean
         curvature = action[:, 1] * space.curvature_std + space.curvature_mean
         assert float(accel.abs().max()) < 0.02

@@ -168,7 +168,7 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 @pytest.fixture
 def joined(monkeypatch):
     """The world of a process that torchrun has started, without the others."""
-    monkeypatch.setattr(dist, "init_process_group", lambda **settings: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *backend, **settings: None)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     return join_world("cpu")

@@ -45,7 +45,7 @@ def test_a_sample_has_the_contract_shapes():
 def test_clips_are_deterministic_also_in_another_process():
     code = (
         "from alpacache.sources.synthetic import SyntheticSource as S; import hashlib;"
-        "from alpacache.driving.sample import *;"
+        "from alpacache.driving.cameras import FRONT_CAMERA; from alpacache.driving.sample import SampleRef;"
         "s = S(3, seed=4); ref = SampleRef(clip_id=s.clip_ids[2], t0_us=5100000);"
         "x = s.load(ref, cameras=[FRONT_CAMERA], frames=2);"
         "print(hashlib.sha256(x.frames.tobytes() + x.future_xyz.tobytes()).hexdigest())"
