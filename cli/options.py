@@ -32,11 +32,10 @@ class ConfigCommand(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         params: list[Any] = super().get_params(ctx)
-        hints = get_type_hints(self.callback.kind, include_extras=True)  # type: ignore[union-attr]
+        metavars: Mapping[str, Callable[[], str]] = self.callback.metavars  # type: ignore[union-attr]
         for option in params:
-            written = written_as(hints.get(option.name))
-            if written is not None and callable(written.metavar):
-                option.metavar = written.metavar()
+            if option.name in metavars:
+                option.metavar = metavars[option.name]()
         return params
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -83,6 +82,8 @@ def from_config(
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         command.__doc__, command.__name__ = body.__doc__, body.__name__
         command.kind = kind  # type: ignore[attr-defined]
+        ways = {name: written.metavar for name, hint in hints.items() if (written := written_as(hint))}
+        command.metavars = {name: metavar for name, metavar in ways.items() if callable(metavar)}  # type: ignore[attr-defined]
         return command
 
     return decorate

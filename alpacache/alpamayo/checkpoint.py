@@ -7,7 +7,7 @@ and only the shards that hold wanted names are opened (or fetched).
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -157,8 +157,8 @@ class Checkpoint:
         if self._index is None:
             return dict.fromkeys(read_header(self.file(SINGLE)), SINGLE)
         weight_map = self._index.weight_map
-        if foreign := sorted(shard for shard in set(weight_map.values()) if not _SHARD.fullmatch(shard)):
-            raise CheckpointError(f"{INDEX} of {self.model} names a file outside the checkpoint: {_some(foreign)}.")
+        if foreign := {shard for shard in weight_map.values() if not _SHARD.fullmatch(shard)}:
+            raise CheckpointError(f"{INDEX} of {self.model} names a file outside the checkpoint: {listed(foreign)}.")
         return dict(weight_map)
 
     def infos(self, names: Mapping[str, str]) -> dict[str, TensorInfo]:
@@ -169,8 +169,8 @@ class Checkpoint:
             for name, info in read_header(self.file(shard)).items()
             if names.get(name) == shard
         }
-        if lost := sorted(names.keys() - infos.keys()):
-            raise CheckpointError(f"{self.model}: the index names tensors that no shard holds: {_some(lost)}.")
+        if lost := names.keys() - infos.keys():
+            raise CheckpointError(f"{self.model}: the index names tensors that no shard holds: {listed(lost)}.")
         return infos
 
     def shapes(self, *prefixes: str) -> dict[str, tuple[int, ...]]:
@@ -258,8 +258,10 @@ class Checkpoint:
             )
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+def listed(names: Iterable[str]) -> str:
+    """The first eight names, sorted, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
 
 
 def _is_snapshot(directory: Path) -> bool:

@@ -8,13 +8,14 @@ scale as the tensor `lora_scale`, so that its tensors alone are enough to merge 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from alpacache import randomness
 from alpacache.alpamayo import ActionExpert
+from alpacache.alpamayo.checkpoint import listed
 from alpacache.alpamayo.family import EXPERT_LINEARS, HEAD_TENSORS
 from alpacache.errors import UsageError
 
@@ -79,7 +80,7 @@ def changed_tensors(
     parts |= {LORA_SCALE} if adapted else set()
     if missing := parts - tensors.keys():
         raise UsageError(
-            f"{where} lacks {_some(missing)}; adapters are lora_A, lora_B and {LORA_SCALE} together. Use a checkpoint "
+            f"{where} lacks {listed(missing)}; adapters are lora_A, lora_B and {LORA_SCALE} together. Use a checkpoint "
             "that `alpacache train` wrote, unchanged."
         )
     plain = {name: tensor for name, tensor in tensors.items() if name not in parts}
@@ -88,8 +89,8 @@ def changed_tensors(
     wrong += [_misfit(name, _product_shape(a, b), shapes) for name, (a, b) in pairs.items()]
     if any(wrong):
         raise UsageError(
-            f"{where} holds tensors that the expert does not have: {_some(filter(None, wrong))}. Apply it once, to the "
-            "base model that it was trained from."
+            f"{where} holds tensors that the expert does not have: {listed(filter(None, wrong))}. Apply it once, to "
+            "the base model that it was trained from."
         )
     return sorted(plain.keys() | pairs.keys())
 
@@ -155,9 +156,3 @@ def _misfit(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
         return name
     expected = shapes[name]
     return None if shape == expected else f"{name} {list(shape)} (expected {list(expected)})"
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first eight names, sorted, and how many more there are."""
-    names = sorted(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
