@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 ACCESS_KEY, SECRET_KEY = "AKIATESTTESTTESTTEST", "secret/of+the/tests"
+
+# No test is timed: the first example may import a library, and the machine may be busy.
+settings.register_profile("untimed", settings(), deadline=None)
+settings.load_profile("untimed")
 
 REAPER: pytest.StashKey[subprocess.Popen[bytes]] = pytest.StashKey()
 
