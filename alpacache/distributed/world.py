@@ -78,6 +78,10 @@ def join_world(device: str | None) -> Iterator[World]:
     if size == 1:
         yield world
         return
+    # Its functions have the default group as a default argument. Imported later, as torch._dynamo does, they would keep
+    # the group, and with it gloo's threads, beyond its end; now and then these abort the interpreter's exit.
+    import torch.distributed.nn.functional  # noqa: F401
+
     try:
         if mine.type == "cpu":
             dist.init_process_group("gloo", timeout=_TIMEOUT)
