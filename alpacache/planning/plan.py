@@ -137,7 +137,7 @@ def plan(config: PlanConfig) -> Plan:
     cap = allowed_bytes(machine.gpu.memory_gb)
     if config.memory_budget is not None:
         cap = min(cap, budget_bytes(config.memory_budget))
-    work = _workload(config, geometry, prompt.tokens)
+    work = _workload(geometry, prompt.tokens, config.trainable, config.lora_rank, config.codec, config.batch_size)
     memory = fastest_plan(work, draws=config.draws, micro_batch=None, checkpointing=None, cap_bytes=cap)
     at_once = time_model.prefill_batch(cameras=len(cameras), frames=config.frames)
     prefill_s = time_model.prefill_seconds(geometry.vlm_parameters, at_once * prompt.tokens, machine.gpu) / at_once
@@ -174,21 +174,23 @@ def plan(config: PlanConfig) -> Plan:
 
 def least_training_bytes(trainable: Trainable) -> int:
     """GPU memory of the smallest useful training of the released model: one front camera, int8, one sample a step."""
-    ask = PlanConfig(samples=1, codec="int8", trainable=trainable, batch_size=1)
+    ask = PlanConfig(samples=1)
     prompt = planned_prompt(None, ask.cameras, frames=ask.frames, picture=ask.picture)
-    work = _workload(ask, RELEASED.geometry, prompt.tokens)
+    work = _workload(RELEASED.geometry, prompt.tokens, trainable, ask.lora_rank, "int8", batch_size=1)
     return memory_plan(work, draws=1, micro_batch=1, checkpointing=True).device_bytes
 
 
-def _workload(config: PlanConfig, geometry: Geometry, tokens: int) -> Workload:
+def _workload(
+    geometry: Geometry, tokens: int, trainable: Trainable, lora_rank: int, codec: str, batch_size: int
+) -> Workload:
     """Training as `train` would plan for it on a GPU: adamw8, compiled, with a validation store."""
-    layers, heads, codec = geometry.layers, geometry.kv_heads, CODECS.get(config.codec)
+    layers, heads, head_dim = geometry.layers, geometry.kv_heads, geometry.head_dim
     return Workload(
-        **expert_sizes(geometry.expert_shapes, config.trainable, config.lora_rank),
-        layout=PrefixLayout(layers=layers, kv_heads=heads, head_dim=geometry.head_dim, codec=codec),
+        **expert_sizes(geometry.expert_shapes, trainable, lora_rank),
+        layout=PrefixLayout(layers=layers, kv_heads=heads, head_dim=head_dim, codec=CODECS.get(codec)),
         longest=tokens,
-        batch_size=config.batch_size,
-        trainable=config.trainable,
+        batch_size=batch_size,
+        trainable=trainable,
         optimizer="adamw8",
         compiled=True,
         validates=True,

@@ -1,43 +1,43 @@
 """The expert and all that a training step changes: weights, optimizer state, and the average of the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
+from torch import nn
 
-from alpacache.alpamayo import Checkpoint, load_expert
+from alpacache.alpamayo.expert import ActionExpert
 from alpacache.distributed.peer_memory import peer_memory
 from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World
 from alpacache.training.auto_settings import cap_memory
-from alpacache.training.config import TrainConfig
 from alpacache.training.ema import WeightAverage
-from alpacache.training.optimizers import make_optimizer
+from alpacache.training.optimizers import StepOptimizer
 from alpacache.training.run_directory import RunCheckpoint
-from alpacache.training.trainable import checkpoint_tensors, choose_trainable, enable_checkpointing
+from alpacache.training.trainable import checkpoint_tensors
 
 
 class Learner:
     """What a step changes; a checkpoint holds all of it."""
 
-    def __init__(self, checkpoint: Checkpoint, config: TrainConfig, world: World) -> None:
-        """Load the expert, choose what is trained, and make its optimizer."""
-        device = world.device
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self.expert = load_expert(checkpoint, dtype=dtype, device=device)
-        self.parameters = choose_trainable(
-            self.expert, config.trainable, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, seed=config.seed
-        )
-        """The trained ones, by their names in checkpoints."""
-        if config.checkpointing:
-            enable_checkpointing(self.expert)
+    def __init__(
+        self,
+        expert: ActionExpert,
+        parameters: Mapping[str, nn.Parameter],
+        world: World,
+        make_optimizer: Callable[[Mapping[str, slice]], StepOptimizer],
+        *,
+        budget_bytes: int | None,
+    ) -> None:
+        """Share the trained parameters, by their names in checkpoints, with the other processes of the run.
+
+        `make_optimizer` gets this process's shards of them; see `ShardedUpdate.shards`.
+        """
+        self.expert, self.parameters = expert, parameters
         self._memory = peer_memory(world)
-        self.update = ShardedUpdate(self.parameters, world, self._memory)
+        self.update = ShardedUpdate(parameters, world, self._memory)
         if self._memory is not None:
-            cap_memory(config.budget_bytes, device, beside_bytes=self._memory.beside_bytes)
-        betas, decay, shards = config.betas, config.weight_decay, self.update.shards
-        self.optimizer = make_optimizer(
-            config.optimizer, self.parameters, betas=betas, weight_decay=decay, shards=shards
-        )
+            cap_memory(budget_bytes, world.device, beside_bytes=self._memory.beside_bytes)
+        self.optimizer = make_optimizer(self.update.shards)
         self.average: WeightAverage | None = None
         """Kept by the first process alone."""
 

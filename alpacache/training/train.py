@@ -6,7 +6,7 @@ the global order, so a run that was killed and resumed ends with the same bits a
 
 import gc
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from alpacache import randomness, strict_json
+from alpacache.alpamayo import load_expert
 from alpacache.alpamayo.expert import action_space
 from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.cached_samples.identity import check_base, check_same_vlm, model_identity
@@ -30,12 +31,13 @@ from alpacache.training.checkpoint_writer import CheckpointWriter
 from alpacache.training.config import TrainConfig
 from alpacache.training.data_order import DamagedSamples, batches_of
 from alpacache.training.learner import Learner
-from alpacache.training.optimizers import resolve
+from alpacache.training.optimizers import StepOptimizer, make_optimizer, resolve
 from alpacache.training.run_directory import RunCheckpoint, read_checkpoint
 from alpacache.training.run_inputs import RunInputs, check_unchanged, settings_record
 from alpacache.training.run_log import RunLog, TrainReport, make_trackers
 from alpacache.training.schedule import BestValidation, LearningRate, SkippedSteps
 from alpacache.training.step import StepResult, TrainStep
+from alpacache.training.trainable import choose_trainable, enable_checkpointing
 from alpacache.training.validation import Validation, means
 from cache_store import CorruptSampleError
 
@@ -54,7 +56,36 @@ def train(
                 "on_damage is 'skip' with several processes; mend the store with `alpacache verify` instead."
             )
         inputs = RunInputs(config, world)
-        plan = _plan(config, inputs)
+        data, batch_size = inputs.data, world.local_batch_size(config.batch_size)
+
+        def batch_seconds() -> float:
+            if config.in_memory:  # nothing to wait for after the first epoch
+                return 0.0
+            space, damaged = action_space(inputs.checkpoint), DamagedSamples(data, config.on_damage)
+            size, device = batch_size, world.device
+            return auto_settings.batch_seconds(data, space, inputs.order, damaged, batch_size=size, device=device)
+
+        work = Workload(
+            **expert_sizes(inputs.checkpoint.shapes(*EXPERT_PARTS), config.trainable, config.lora_rank),
+            layout=data.layout,
+            longest=data.longest,
+            trainable=config.trainable,
+            batch_size=batch_size,
+            optimizer=resolve(config.optimizer, world.device),
+            compiled=config.compile,
+            validates=config.val is not None,
+            pinned_bytes=int(data.kv_bytes.sum()) if config.in_memory else None,
+        )
+        plan = auto_settings.settle(
+            work,
+            world,
+            inputs.directory,
+            draws=config.draws,
+            micro_batch=config.micro_batch,
+            checkpointing=config.checkpointing,
+            budget_bytes=config.budget_bytes,
+            batch_seconds=batch_seconds,
+        )
         if world.is_first and world.device.type == "cuda":
             on_plan(plan)
         config = replace(config, draws=plan.draws, micro_batch=plan.micro_batch, checkpointing=plan.checkpointing)
@@ -65,40 +96,6 @@ def train(
         except torch.OutOfMemoryError as error:
             peak, resumable = run.learner.peak_bytes(), bool(inputs.directory.steps)
             raise auto_settings.out_of_memory(error, plan, peak, resumable=resumable) from error
-
-
-def _plan(config: TrainConfig, inputs: RunInputs) -> MemoryPlan:
-    """Settle what the config left open, and hold the allocator to the memory budget."""
-    world, data = inputs.world, inputs.data
-    device, batch_size = world.device, world.local_batch_size(config.batch_size)
-
-    def batch_seconds() -> float:
-        if config.in_memory:  # nothing to wait for after the first epoch
-            return 0.0
-        space, damaged = action_space(inputs.checkpoint), DamagedSamples(data, config.on_damage)
-        return auto_settings.batch_seconds(data, space, inputs.order, damaged, batch_size=batch_size, device=device)
-
-    work = Workload(
-        **expert_sizes(inputs.checkpoint.shapes(*EXPERT_PARTS), config.trainable, config.lora_rank),
-        layout=data.layout,
-        longest=data.longest,
-        trainable=config.trainable,
-        batch_size=batch_size,
-        optimizer=resolve(config.optimizer, device),
-        compiled=config.compile,
-        validates=config.val is not None,
-        pinned_bytes=int(data.kv_bytes.sum()) if config.in_memory else None,
-    )
-    return auto_settings.settle(
-        work,
-        world,
-        inputs.directory,
-        draws=config.draws,
-        micro_batch=config.micro_batch,
-        checkpointing=config.checkpointing,
-        budget_bytes=config.budget_bytes,
-        batch_seconds=batch_seconds,
-    )
 
 
 class _Run:
@@ -112,7 +109,7 @@ class _Run:
         used = {"lr": config.peak_lr, "store_weights": config.store_weights}
         self.settings = settings_record(asdict(config) | used, inputs.stores, processes=world.size)
         self.rate = LearningRate(peak=config.peak_lr, final=config.min_lr, warmup=config.warmup, total=self.total)
-        self.learner = Learner(inputs.checkpoint, config, world)
+        self.learner = self._make_learner()
         self.validation: Validation | None = None
         if inputs.val is not None:
             by_min_ade, times = config.best_by == "min_ade", config.times
@@ -139,6 +136,22 @@ class _Run:
         """Step that this call goes on after."""
         steps = {"first": self.first, "total": self.total, "batch_size": config.batch_size}
         self.log = RunLog(directory, **steps, on_progress=on_progress, writes=world.is_first)
+
+    def _make_learner(self) -> Learner:
+        """Load the expert, choose what is trained, and make its optimizer."""
+        config, world = self.config, self.world
+        dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
+        expert = load_expert(self.inputs.checkpoint, dtype=dtype, device=world.device)
+        rank, alpha, seed = config.lora_rank, config.lora_alpha, config.seed
+        parameters = choose_trainable(expert, config.trainable, lora_rank=rank, lora_alpha=alpha, seed=seed)
+        if config.checkpointing:
+            enable_checkpointing(expert)
+
+        def optimizer(shards: Mapping[str, slice]) -> StepOptimizer:
+            betas, decay = config.betas, config.weight_decay
+            return make_optimizer(config.optimizer, parameters, betas=betas, weight_decay=decay, shards=shards)
+
+        return Learner(expert, parameters, world, optimizer, budget_bytes=config.budget_bytes)
 
     def _restore(self, step: int) -> RunCheckpoint:
         """Take over a checkpoint; refuses a changed setting that would change the result."""
