@@ -34,6 +34,8 @@ from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import RunDirectory, read_checkpoint, read_trained
 from cache_store import CacheReader, CorruptSampleError
 
+pytestmark = pytest.mark.system  # whole runs of a tiny model
+
 
 @pytest.fixture(scope="module")
 def store(tiny_checkpoint, tmp_path_factory):

@@ -36,6 +36,8 @@ from cache_store.storage.storage import open_storage
 from cache_store.writer import CacheWriter as Writer
 from cache_store.writer import committed_keys
 
+pytestmark = pytest.mark.system  # a server of its own, and waits for its faults
+
 
 @pytest.fixture
 def bucket_store(s3, kit) -> str:
