@@ -1,4 +1,4 @@
-"""JSON that every reader accepts: Python's own writer puts `NaN` and `Infinity` where JSON has only `null`."""
+"""JSON that every reader accepts: Python's own writes and reads `NaN` and `Infinity` where JSON has only `null`."""
 
 import dataclasses
 import json
@@ -10,6 +10,27 @@ from typing import Any
 def dumps(value: Any, *, indent: int | None = None) -> str:
     """Like `json.dumps`, for whatever `plain` takes; without `indent` on one line."""
     return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
+def loads(text: bytes | str) -> Any:
+    """Like `json.loads`; raises `ValueError` for NaN, infinities and numbers beyond a double, and for deep nesting."""
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON")
+
+    def number(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"{digits[:20]} is beyond the range of numbers")
+        return value
+
+    def whole(digits: str) -> int:
+        number(digits)
+        return int(digits)
+
+    try:
+        return json.loads(text, parse_constant=refuse, parse_float=number, parse_int=whole)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def plain(value: Any) -> Any:

@@ -33,6 +33,7 @@ ORDER = (
         "alpacache.flow_matching",
         "alpacache.interrupt",
         "alpacache.progress",
+        "alpacache.regular_file",
         "alpacache.strict_json",
         "alpacache.torchrun",
     ),

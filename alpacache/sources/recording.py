@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache import strict_json
 from alpacache.driving.poses import EgoPoses, Track, check_timestamps
 from alpacache.driving.sample import FRAME_STEP_US, Sample, SampleRef
 from alpacache.errors import BadClipError
@@ -35,6 +36,17 @@ def covered_us(track: Track, frame_times_us: Mapping[str, NDArray[np.int64]], *,
 def wanted_frame_times_us(t0_us: int, frames: int) -> NDArray[np.int64]:
     """`[frames]` instants that the frames of each camera are to show, 0.1 s apart, the last one t0."""
     return t0_us - FRAME_STEP_US * np.arange(frames - 1, -1, -1, dtype=np.int64)
+
+
+def read_lenses(text: bytes | str, *, where: str) -> dict[str, Any]:
+    """The calibration in a JSON text: an object for each camera. Raises `BadClipError`, which begins with `where`."""
+    try:
+        lenses = strict_json.loads(text)
+    except ValueError as error:
+        raise BadClipError("wrong_shape", f"{where} is not readable JSON ({error}).") from error
+    if not isinstance(lenses, dict) or not all(isinstance(lens, dict) for lens in lenses.values()):
+        raise BadClipError("wrong_shape", f"{where} must hold an object, and in it one for each camera.")
+    return lenses
 
 
 def sample_of(

@@ -27,3 +27,16 @@ def test_what_is_not_finite_is_null_however_deep():
 def test_what_json_does_not_know_is_refused():
     with pytest.raises(TypeError, match="not JSON serializable"):
         strict_json.dumps({"path": object()})
+
+
+@pytest.mark.parametrize(
+    "text", ["[NaN]", "[-Infinity]", "[1e999]", "[1" + 400 * "0" + "]", 10_000 * "[", "[1", b"\xff"]
+)
+def test_what_is_no_json_is_not_read(text):
+    with pytest.raises(ValueError):
+        strict_json.loads(text)
+
+
+def test_values_are_read_as_json_reads_them():
+    text = '{"a": [1, -2.5e3, null, true, "\\u00e9"], "b": 9007199254740993}'
+    assert strict_json.loads(text) == strict_json.loads(text.encode()) == json.loads(text)

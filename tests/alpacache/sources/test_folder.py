@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 
@@ -194,12 +195,21 @@ def test_a_video_of_fewer_frames_than_timestamps_is_refused(folder):
     assert error.value.kind == "wrong_shape"
 
 
-@pytest.mark.parametrize("name", ["../a", "/etc", "a/b", "..", ".", "", "a\\b", "a\n", 7, "c:evil"])
+@pytest.mark.parametrize("name", ["../a", "/etc", "a/b", "..", ".", "", "a\\b", "a\n", 7, "a" * 256])
 def test_clip_names_cannot_leave_the_folder(folder, name):
     index = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps(index | {"clips": [name]}))
     with pytest.raises(SourceError, match="one path component"):
         FolderSource(folder)
+
+
+def test_a_clip_may_be_named_by_its_time(folder):
+    name = "2018-08-02T10:00:00"
+    (folder / "clips/a").rename(folder / "clips" / name)
+    index = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(index | {"clips": [name]}))
+    assert [ref.sample_id for ref in select(FolderSource(folder))[0]] == [f"{name}@{T0}#0"]
+    assert load(folder, name).ref.clip_id == name
 
 
 @pytest.mark.parametrize(
@@ -243,6 +253,45 @@ def test_decompression_bombs_are_refused(folder):
     with pytest.raises(BadClipError, match="16000 x 4000 pixels") as error:
         load(folder)
     assert error.value.kind == "wrong_shape"
+
+
+@pytest.mark.parametrize(
+    "file", [f"b/{FRONT}.mp4", f"a/{FRONT}/000051.jpg", "a/egomotion.parquet", f"a/{FRONT}.timestamps.parquet"]
+)
+def test_a_fifo_in_place_of_a_file_is_refused_and_not_waited_for(folder, file):
+    (folder / "clips" / file).unlink()
+    os.mkfifo(folder / "clips" / file)
+    with pytest.raises(BadClipError, match=f"{file.rpartition('/')[2]} cannot be read: it is a FIFO") as error:
+        load(folder, file[0])
+    assert error.value.kind == "unsafe_path"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "says"),
+    [
+        (f'{{"{FRONT}": {{"fx": NaN}}}}', "wrong_shape", "calibration.json is not readable JSON .NaN is no JSON"),
+        (f'{{"{FRONT}": {{"fx": 1e999}}}}', "wrong_shape", "1e999 is beyond the range"),
+        (f'{{"{FRONT}": {{"fx": 1{"0" * 400}}}}}', "wrong_shape", "beyond the range"),
+        (f'{{"{FRONT}": [1, 2]}}', "wrong_shape", "one for each camera"),
+        ("[" * 100_000, "wrong_shape", "nested too deeply"),
+        ('{"a": {"b": "' + "a" * 2**20 + '"}}', "unsafe_path", "at most 1,048,576 are read"),
+    ],
+    ids=["NaN", "infinite", "long", "no object", "deep", "large"],
+)
+def test_a_calibration_that_no_reader_should_meet_is_refused(folder, text, kind, says):
+    (folder / "clips/a/calibration.json").write_text(text)
+    with pytest.raises(BadClipError, match=f"^a: calibration.json .*{says}" if "most" in says else says) as error:
+        load(folder)
+    assert error.value.kind == kind
+    load(folder, "b")
+
+
+@pytest.mark.parametrize("content", ["fifo", "[" * 100_000, '{"name": NaN}'])
+def test_an_index_that_cannot_be_read(folder, content):
+    (folder / "dataset.json").unlink()
+    os.mkfifo(folder / "dataset.json") if content == "fifo" else (folder / "dataset.json").write_text(content)
+    with pytest.raises(SourceError, match="it is a FIFO" if content == "fifo" else "not a dataset index"):
+        FolderSource(folder)
 
 
 def test_unknown_clip(folder):

@@ -1,0 +1,36 @@
+"""Files that others wrote, opened only if they are regular files of a bounded size.
+
+Under a file's name may lie a FIFO, which blocks whoever opens it for ever, or a device that never ends.
+"""
+
+import stat
+from pathlib import Path
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def regular_size(file: Path, *, limit_bytes: int | None = None) -> int:
+    """Bytes of a regular file, or of the one that a link leads to.
+
+    Raises `OSError` (in words, without the path) if it is anything else or larger than `limit_bytes`;
+    `FileNotFoundError` if nothing is there.
+    """
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}; expected a regular file")
+    if limit_bytes is not None and found.st_size > limit_bytes:
+        raise OSError(f"it has {found.st_size:,} bytes; at most {limit_bytes:,} are read")
+    return found.st_size
+
+
+def read_regular(file: Path, *, limit_bytes: int) -> bytes:
+    """Content of a regular file of at most `limit_bytes`. Raises `OSError` as `regular_size` does."""
+    regular_size(file, limit_bytes=limit_bytes)
+    with file.open("rb") as opened:
+        return opened.read(limit_bytes)

@@ -1,0 +1,154 @@
+"""Parquet tables that others wrote, decoded within a budget that footer and schema are held against first.
+
+Some hundred kilobytes of parquet can unfold to gigabytes: a page of zeros, or rows that all repeat one long text of a
+dictionary. So nothing is decoded before what it would take is known.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.errors import BadClipError
+from alpacache.regular_file import regular_size
+
+MAX_FILE_BYTES = 2**30
+MAX_ROWS = 4_000_000
+"""More than an hour of poses at 1 kHz."""
+MAX_DECODED_BYTES = 2**30
+MAX_RATE_HZ = 2_000
+"""Most rows a second of a recording of more than `FEW_ROWS`; localisation gives 10 to 200."""
+FEW_ROWS = 100_000
+"""Up to so many rows no rate is too much work: where times are in another unit, `check` says so."""
+_READ_AT_ONCE = 65_536
+
+
+def read_columns(file: Path | BinaryIO, names: Sequence[str], *, where: str) -> dict[str, NDArray[Any]]:
+    """Columns of numbers of a recording's table, one of them `timestamp`: int64, whole microseconds.
+
+    Raises `BadClipError`, which begins with `where` (`wrong_shape`, `not_finite` for a row without a timestamp,
+    `unsafe_path` for what is no regular file, `unsafe_size` for what is beyond the limits of this module).
+    """
+    with _opened(file, where=where) as parquet:
+        kinds = parquet.schema_arrow
+        for name in names:
+            count = kinds.names.count(name)
+            if count > 1:
+                raise BadClipError("wrong_shape", f"{where} has {count} columns {name}; keep the one that is right.")
+        absent = [name for name in names if name not in kinds.names]
+        if absent or not parquet.metadata.num_rows:
+            reason = f"lacks the columns {', '.join(absent)}" if absent else "has no rows"
+            raise BadClipError("wrong_shape", f"{where} {reason}; expected {', '.join(names)}.")
+        for name in names:
+            _check_number(name, kinds.field(name).type, where=where)
+        _check_budget(parquet.metadata, names, where=where)
+        table = parquet.read(columns=list(names))
+    stamps = table.column("timestamp")
+    if stamps.null_count:
+        raise BadClipError("not_finite", f"{where}: {stamps.null_count} rows have no timestamp.")
+    _check_rate(stamps.to_numpy(), where=where)
+    arrays = {name: table.column(name).to_numpy() for name in names}
+    return arrays | {"timestamp": arrays["timestamp"].astype(np.int64)}
+
+
+def check_table(file: Path | BinaryIO, *, where: str) -> None:
+    """Raise `BadClipError` (as `read_columns`) unless a table, texts included, can be decoded as a whole.
+
+    For tables that other code reads, such as the devkit of PhysicalAI-AV.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    with _opened(file, where=where) as parquet:
+        kinds = parquet.schema_arrow
+        _check_budget(parquet.metadata, None, where=where)
+    texts = [field.name for field in kinds if _is_text(field.type)]
+    if not texts:
+        return
+    size = 0
+    with _refused(where):
+        # As a dictionary, no value is unfolded for each row that repeats it.
+        for batch in pq.ParquetFile(file, read_dictionary=texts).iter_batches(_READ_AT_ONCE, columns=texts):
+            for column in batch.columns:
+                if pa.types.is_dictionary(column.type):
+                    size += pc.sum(pc.take(pc.binary_length(column.dictionary), column.indices)).as_py() or 0
+                else:
+                    size += column.nbytes
+            if size > MAX_DECODED_BYTES:
+                raise BadClipError("unsafe_size", f"{where} unfolds to more than {MAX_DECODED_BYTES:,} bytes of text.")
+
+
+@contextmanager
+def _opened(file: Path | BinaryIO, *, where: str) -> Iterator[Any]:
+    """The table, opened; what is no regular file or no table is a `BadClipError`."""
+    import pyarrow.parquet as pq
+
+    if isinstance(file, Path):
+        try:
+            regular_size(file, limit_bytes=MAX_FILE_BYTES)
+        except OSError as error:
+            raise BadClipError("unsafe_path", f"{where} cannot be read: {error}.") from error
+    with _refused(where), pq.ParquetFile(file) as parquet:
+        yield parquet
+
+
+@contextmanager
+def _refused(where: str) -> Iterator[None]:
+    """What Arrow raises for a damaged table, as a `BadClipError`."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except BadClipError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise BadClipError("wrong_shape", f"{where} is not a readable parquet file ({reason}).") from error
+
+
+def _check_number(name: str, kind: Any, *, where: str) -> None:
+    import pyarrow as pa
+
+    if not (pa.types.is_integer(kind) or (name != "timestamp" and pa.types.is_floating(kind))):
+        reason = f"column {name} is {str(kind)[:60]}"
+        raise BadClipError("wrong_shape", f"{where}: {reason}; expected numbers (timestamp: int64, us).")
+
+
+def _check_budget(metadata: Any, names: Sequence[str] | None, *, where: str) -> None:
+    """Hold rows, values and unpacked pages of these columns (None: of all) against the limits, by the footer alone."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
+    if rows > MAX_ROWS:
+        raise BadClipError("unsafe_size", f"{where} has {rows:,} rows; one recording has at most {MAX_ROWS:,}.")
+    size = 0
+    for group in groups:
+        for place in range(group.num_columns):
+            column = group.column(place)
+            if names is not None and column.path_in_schema not in names:
+                continue
+            width = max(8, metadata.schema.column(place).length)
+            size += max(column.total_uncompressed_size, width * column.num_values)
+            if column.physical_type == "BYTE_ARRAY" and "." in column.path_in_schema:
+                size += column.num_values * column.total_uncompressed_size  # each may be as long as all pages
+    if size > MAX_DECODED_BYTES:
+        most = f"one recording takes at most {MAX_DECODED_BYTES:,}"
+        raise BadClipError("unsafe_size", f"{where} unfolds to {size:,} bytes or more; {most}.")
+
+
+def _check_rate(stamps: NDArray[Any], *, where: str) -> None:
+    span_s = max(float(stamps.max()) - float(stamps.min()), 1.0) / 1e6
+    if len(stamps) > FEW_ROWS and len(stamps) - 1 > MAX_RATE_HZ * span_s:
+        reason = f"{len(stamps):,} rows within {span_s:.3g} s by their timestamps, more than {MAX_RATE_HZ:,} a second"
+        remedy = "If timestamps are not in microseconds, convert them; else write every tenth or hundredth row."
+        raise BadClipError("unsafe_size", f"{where} has {reason}. {remedy}")
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    tests = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
+    return any(test(kind) for test in tests) or (pa.types.is_dictionary(kind) and _is_text(kind.value_type))
