@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from adamw8_reference import ReferenceAdamW8, join
 from benchmark_report import arguments, finish, hardware_name
 from torch import Tensor, nn
 
 from alpacache.training.adamw8 import AdamW8
-from alpacache.training.adamw8_update import Hyperparameters, join
+from alpacache.training.adamw8_update import Hyperparameters
 from alpacache.training.optimizers import make_optimizer
 
 LAYER = {
@@ -54,7 +55,7 @@ class Candidate:
 
             self.optimizer: Any = FlashAdamW(parameters.values(), lr=lr, **options)
         elif name == "adamw8":
-            self.optimizer = AdamW8(parameters, HYPER)
+            self.optimizer = (AdamW8 if device.type == "cuda" else ReferenceAdamW8)(parameters, HYPER)
         else:
             self.optimizer = make_optimizer(name, parameters, **options)
 

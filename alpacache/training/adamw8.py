@@ -23,18 +23,19 @@ bits are a hash of (parameter name, step, element), so a resumed run draws the s
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from alpacache.gpu.capture import TwoStreams
-from alpacache.training.adamw8_update import Hyperparameters, Moments, Scalars, update_reference, update_triton
+from alpacache.training.adamw8_update import Hyperparameters, Moments, Scalars, update_triton
 from alpacache.training.optimizers import NO_SHARDS, Updated, copy_into, ignore_name
 
 
 class AdamW8:
-    """The optimizer. On a CPU it runs the reference, which is for tests: it synchronises and allocates."""
+    """The optimizer, for parameters on a GPU."""
+
+    update = staticmethod(update_triton)
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], hyper: Hyperparameters, shards: Mapping[str, slice] = NO_SHARDS
@@ -59,9 +60,7 @@ class AdamW8:
         torch.pow(self._betas, self._step, out=self._bias)
         self._bias.neg_().add_(1)
         scalars = Scalars(lr=lr, scale=scale, skip=skip, step=self._step, bias=self._bias)
-        cuda = self._device.type == "cuda"
-        update = update_triton if cuda else update_reference
-        with torch.cuda.device(self._device) if cuda else nullcontext(), self._streams():
+        with torch.cuda.device(self._device if self._device.type == "cuda" else -1), self._streams():
             for place, name in enumerate(self._order):
                 parameter, state = self._parameters[name], self._moments[name]
                 weight, grad = parameter.detach(), parameter.grad
@@ -70,7 +69,7 @@ class AdamW8:
                 if (shard := self._shards.get(name)) is not None:
                     weight, grad, state = weight.view(-1)[shard], grad.view(-1)[shard], state.shard(shard)
                 with self._streams.turn(place):
-                    update(weight, grad, state, scalars, self._hyper)
+                    self.update(weight, grad, state, scalars, self._hyper)
                 updated(name)
 
     def tensors(self) -> dict[str, Tensor]:

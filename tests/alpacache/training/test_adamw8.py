@@ -4,24 +4,22 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import adamw8_reference
 import pytest
 import torch
+from adamw8_reference import ReferenceAdamW8, join, random_bits, split
 from torch import nn
 
 from alpacache.errors import DataError, UsageError
 from alpacache.training import adamw8_update
 from alpacache.training.adamw8 import AdamW8
-from alpacache.training.adamw8_update import (
-    GROUP,
-    Hyperparameters,
-    Moments,
-    join,
-    random_bits,
-    split,
-)
+from alpacache.training.adamw8_update import GROUP, Hyperparameters, Moments
 
 HYPER = Hyperparameters(betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
+REFERENCE = Path(adamw8_reference.__file__).parent
+WITH_REFERENCE = {"PYTHONPATH": f"{REFERENCE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 # Every step begins from the reference's state. A GPU fuses multiply-adds and does not round division and root as IEEE
 # has it, so the kernel's float32 is off by a few of its last bits. Near a boundary what is stored is then rounded the
@@ -31,8 +29,8 @@ AGREEMENT = """
 import sys, torch
 from collections import Counter
 from dataclasses import replace
-from alpacache.training.adamw8_update import GROUP, Hyperparameters, Moments, Scalars
-from alpacache.training.adamw8_update import join, update_reference, update_triton
+from adamw8_reference import join, update_reference
+from alpacache.training.adamw8_update import GROUP, Hyperparameters, Moments, Scalars, update_triton
 
 hyper = Hyperparameters(betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
 device, share, lr = sys.argv[1], float(sys.argv[2]), 1e-3
@@ -111,7 +109,8 @@ for dtype in (torch.bfloat16, torch.float32):
 
 def optimizer(values, hyper=HYPER):
     parameters = {name: nn.Parameter(value.clone()) for name, value in values.items()}
-    return parameters, AdamW8(parameters, hyper)
+    on_gpu = any(value.is_cuda for value in values.values())
+    return parameters, (AdamW8 if on_gpu else ReferenceAdamW8)(parameters, hyper)
 
 
 def take_step(parameters, optimizer, gradients, lr=1e-3, scale=1.0, skip=False):
@@ -280,7 +279,7 @@ def test_refuses_parameters_it_cannot_hold():
 def test_kernel_agrees_with_the_reference_in_tritons_interpreter():
     done = subprocess.run(
         [sys.executable, "-c", AGREEMENT, "cpu", "0.0005"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | WITH_REFERENCE | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
@@ -319,7 +318,8 @@ def test_kernel_compiles(capability, dtype, even, tmp_path, monkeypatch):
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernel_agrees_with_the_reference_on_a_gpu():
-    done = subprocess.run([sys.executable, "-c", AGREEMENT, "cuda", "0.01"], capture_output=True, text=True)
+    command = [sys.executable, "-c", AGREEMENT, "cuda", "0.01"]
+    done = subprocess.run(command, env=os.environ | WITH_REFERENCE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
