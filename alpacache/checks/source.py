@@ -6,36 +6,33 @@ recordings are compared with what a road vehicle and its camera do. No model is 
 """
 
 import hashlib
+import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from alpacache.checks.check import Check, verdict, worst
+from alpacache.checks.clip import ClipFindings, Refusal, examine, judge_again
 from alpacache.checks.contact_sheet import CLIPS
-from alpacache.checks.motion import Motion, judge_axes, judge_rotations, judge_speed, judge_standing, motion_of
-from alpacache.checks.pictures import Turn, judge_mirrored, judge_pictures, turns_of_clip, turns_of_sample
-from alpacache.checks.recordings import (
-    Recording,
-    check_finite,
-    check_frames,
-    check_poses,
-    check_times,
-    in_microseconds,
-    read_recording,
-    recording_of,
-)
+from alpacache.checks.motion import judge_axes, judge_speed
+from alpacache.checks.pictures import Turn, judge_mirrored, judge_pictures
 from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
-from alpacache.driving.poses import Track
 from alpacache.driving.sample import Sample, SampleRef
-from alpacache.driving.strata import STRATA, classify
-from alpacache.errors import BadClipError
+from alpacache.driving.strata import STRATA
 from alpacache.progress import OnProgress, Progress
 from alpacache.sources.selection import select
-from alpacache.sources.source import RecordedSource, Source
+from alpacache.sources.source import Source
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+MAX_THREADS = 16
+"""Each holds the pictures of one sample."""
 
 MEANINGS: Mapping[str, str] = {
     "times": "timestamps are whole microseconds that increase",
@@ -50,16 +47,6 @@ MEANINGS: Mapping[str, str] = {
     "mirrored": "in turns, what the front camera sees moves the other way: in a left turn to the right",
 }
 """Name of each check -> what it expects, in the order of tables."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """A sample or clip that `extract` would quarantine."""
-
-    where: str
-    """Sample id, or clip id if no sample can be cut from the clip."""
-    kind: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,14 +116,16 @@ def check_source(
     refused: dict[str, list[Refusal]] = defaultdict(list)
     for clip_id, error in rejected:
         clips[clip_id], refused[clip_id] = [], [Refusal(where=clip_id, kind=error.kind, message=str(error))]
-    survey = _Survey(source, names, frames, clips)
-    for done, (clip_id, wanted) in enumerate(clips.items(), start=1):
-        survey.read(clip_id, wanted, refused[clip_id])
-        if on_progress is not None:
-            rate = done / max(1e-9, time.monotonic() - started)
-            on_progress(Progress(done=done, total=len(clips), unit="clips", rate=rate, notes={}))
-    survey.settle_order()
-    speeds, speeds_mps = survey.speeds_mps, {}
+    survey, read = _Survey(source), _examine(source, clips, refused, cameras=names, frames=frames)
+    with closing(_in_order(read, clips)) as findings:
+        for done, found in enumerate(findings, start=1):
+            survey.add(found)
+            if on_progress is not None:
+                rate = done / max(1e-9, time.monotonic() - started)
+                on_progress(Progress(done=done, total=len(clips), unit="clips", rate=rate, notes={}))
+    survey.settle()
+    speeds = [speed for found in survey.found.values() for speed in found.speeds_mps]
+    speeds_mps = {}
     if speeds:
         speeds_mps = {"median": float(np.median(speeds)), "p95": float(np.percentile(speeds, 95)), "max": max(speeds)}
     return SourceReport(
@@ -146,108 +135,97 @@ def check_source(
         checks=survey.checks(),
         strata=survey.strata,
         speeds_mps=speeds_mps,
-        shown=tuple(survey.shown),
+        shown=tuple(sample for found in survey.found.values() for sample in found.shown),
         seconds=time.monotonic() - started,
     )
+
+
+def _examine(
+    source: Source,
+    clips: Mapping[str, Sequence[SampleRef]],
+    refused: Mapping[str, Sequence[Refusal]],
+    *,
+    cameras: Sequence[str],
+    frames: int,
+) -> Callable[[str], ClipFindings]:
+    """A function that examines one of these clips."""
+    firsts = [refs[0] for refs in clips.values() if refs]
+    places = np.linspace(0, len(firsts) - 1, min(CLIPS, len(firsts))).round().astype(int)
+    to_show = {firsts[place] for place in places}
+
+    def examined(clip_id: str) -> ClipFindings:
+        return examine(
+            source,
+            clip_id,
+            clips[clip_id],
+            refused.get(clip_id, ()),
+            cameras=cameras,
+            frames=frames,
+            to_show=to_show,
+            clips=len(clips),
+        )
+
+    return examined
+
+
+def _in_order(work: Callable[[_T], _R], items: Iterable[_T]) -> Generator[_R, None, None]:
+    """Results of `work` in the order of `items`, made on all cores; decoding pictures leaves the interpreter free.
+
+    Closed early, it waits for the work in hand only.
+    """
+    pool = ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0))), thread_name_prefix="check")
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class _Survey:
     """What has been seen of a source's clips, one after the other."""
 
-    def __init__(self, source: Source, cameras: Sequence[str], frames: int, clips: dict[str, list[SampleRef]]) -> None:
-        self._source, self._cameras, self._frames, self._count = source, cameras, frames, len(clips)
-        firsts = [refs[0] for refs in clips.values() if refs]
-        places = np.linspace(0, len(firsts) - 1, min(CLIPS, len(firsts))).round().astype(int)
-        self._to_show = {firsts[place] for place in places}
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.found: dict[str, ClipFindings] = {}
         self.clips: dict[str, ClipReport] = {}
-        self.shown: list[Sample] = []
-        self.speeds_mps: list[float] = []
         self.strata = dict.fromkeys(STRATA, 0)
-        self._motions: dict[str, Motion] = {}
         self._turns: list[Turn] = []
         self._sizes: dict[tuple[int, int], list[str]] = defaultdict(list)
         self._blank: list[str] = []
         self._clips_of_path: dict[bytes, list[str]] = defaultdict(list)
-        self._misordered = 0
-        self._undecided: dict[str, Track] = {}
-        """Tracks of clips whose quaternions may have their scalar first."""
 
-    def read(self, clip_id: str, refs: Sequence[SampleRef], refused: list[Refusal]) -> None:
-        """Load all samples of a clip, as `extract` would, and judge its recording.
-
-        A source without recordings is judged by the part of one that the clip's first sample holds.
-        """
-        source, first, usable = self._source, None, 0
-        for ref in refs:
-            try:
-                sample = source.load(ref, cameras=self._cameras, frames=self._frames)
-            except BadClipError as error:
-                refused.append(Refusal(where=ref.sample_id, kind=error.kind, message=str(error)))
-                continue
-            usable += 1
-            first = first or sample
-            self._add_sample(sample)
-        self.clips[clip_id] = ClipReport(clip_id=clip_id, samples=usable, refused=tuple(refused), checks=())
-        if not isinstance(source, RecordedSource):
-            if first is not None:
-                self._judge_recording(clip_id, recording_of(first))
-            return
-        try:
-            recording = read_recording(source, clip_id, self._cameras)
-        except BadClipError:
-            return  # its samples were refused for the same reason
-        if len(recording.track.timestamps_us) >= 2:
-            self._judge_recording(clip_id, recording)
-            if clip_id in self._motions and FRONT_CAMERA in recording.frame_times_us:
-                self._turns += turns_of_clip(source, clip_id, self._motions[clip_id], clips=self._count)
-
-    def _add_sample(self, sample: Sample) -> None:
-        strata = classify(sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
-        self.speeds_mps.append(strata.mean_speed_mps)
-        for label in strata.labels:
+    def add(self, found: ClipFindings) -> None:
+        """Take note of one more clip."""
+        self.found[found.clip_id] = found
+        for label in found.strata:
             self.strata[label] += 1
-        height, width = sample.frames.shape[-2:]
-        self._sizes[width, height].append(sample.ref.sample_id)
-        if min(float(camera[-1].std()) for camera in sample.frames) < 1.0:
-            self._blank.append(sample.ref.sample_id)
-        if sample.ref in self._to_show:
-            self.shown.append(sample)
-        if not isinstance(self._source, RecordedSource):
-            self._turns += turns_of_sample(sample)
+        for width, height, sample_id in found.sizes:
+            self._sizes[width, height].append(sample_id)
+        self._turns += found.turns
+        self._blank += found.blank
+        if found.track is not None and found.motion is not None and found.motion.moving.any():
+            path = hashlib.sha256(found.track.xyz.tobytes()).digest()
+            self._clips_of_path[path].append(found.clip_id)
+        if found.order != "either":  # a track is kept only until the order of its quaternions is known
+            found.track = None
 
-    def _judge_recording(self, clip_id: str, recording: Recording) -> None:
-        times = check_times(recording)
-        recording = in_microseconds(recording)
-        track, rotations = recording.track, judge_rotations(recording.track)
-        checks = (times, check_poses(track), check_frames(recording), check_finite(track) or rotations.check)
-        self._judge_motion(clip_id, checks, rotations.track)
-        self._misordered += rotations.order == "wrong"
-        if rotations.order == "either":
-            self._undecided[clip_id] = track
-        if clip_id in self._motions and self._motions[clip_id].moving.any():
-            path = hashlib.sha256(np.ascontiguousarray(track.xyz).tobytes()).digest()
-            self._clips_of_path[path].append(clip_id)
-
-    def _judge_motion(self, clip_id: str, checks: Iterable[Check], track: Track) -> None:
-        """Complete the checks of a clip by those of its motion."""
-        motion = motion_of(track)
-        if motion is not None:
-            self._motions[clip_id] = motion
-            checks = (*checks, judge_axes([motion]), judge_speed([motion]), judge_standing(motion))
-        self.clips[clip_id] = replace(self.clips[clip_id], checks=tuple(checks))
-
-    def settle_order(self) -> None:
+    def settle(self) -> None:
         """Decide clips that drive forwards only with the scalar first by those whose order is certainly wrong."""
-        if self._misordered >= len(self._undecided):
-            for clip_id, track in self._undecided.items():
-                rotations = judge_rotations(track, scalar_first=True)
-                self._judge_motion(clip_id, (*self.clips[clip_id].checks[:3], rotations.check), rotations.track)
+        undecided = [found for found in self.found.values() if found.order == "either"]
+        if sum(found.order == "wrong" for found in self.found.values()) >= len(undecided):
+            for found in undecided:
+                judge_again(found)
+        self.clips = {
+            clip_id: ClipReport(
+                clip_id=clip_id, samples=found.usable, refused=tuple(found.refused), checks=found.checks
+            )
+            for clip_id, found in self.found.items()
+        }
 
     def checks(self) -> tuple[Check, ...]:
         """One check of each name over the source as a whole."""
         whole = [self._judge_ids(), judge_pictures(self._sizes, self._blank), judge_mirrored(self._turns)]
-        if self._motions:
-            motions = tuple(self._motions.values())
+        motions = [found.motion for found in self.found.values() if found.motion is not None]
+        if motions:
             whole += [judge_axes(motions), judge_speed(motions)]
         judged = {check.name: check for check in whole}
         return tuple(self._over_clips(name, judged.get(name)) for name in MEANINGS)

@@ -1,0 +1,142 @@
+"""What `check` sees of one clip: its samples as `extract` reads them, and the recording that they are cut from.
+
+Nothing here depends on another clip, so that clips can be read side by side, on all cores.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from alpacache.checks.check import Check
+from alpacache.checks.motion import Motion, judge_axes, judge_rotations, judge_speed, judge_standing, motion_of
+from alpacache.checks.pictures import Turn, turns_of_clip, turns_of_sample
+from alpacache.checks.recordings import (
+    Recording,
+    check_finite,
+    check_frames,
+    check_poses,
+    check_times,
+    in_microseconds,
+    read_recording,
+    recording_of,
+)
+from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.poses import Track
+from alpacache.driving.sample import Sample, SampleRef
+from alpacache.driving.strata import classify
+from alpacache.errors import BadClipError
+from alpacache.sources.source import RecordedSource, Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A sample or clip that `extract` would quarantine."""
+
+    where: str
+    """Sample id, or clip id if no sample can be cut from the clip."""
+    kind: str
+    message: str
+
+
+@dataclass(slots=True, kw_only=True)
+class ClipFindings:
+    """All that the checks of a source keep of one clip."""
+
+    clip_id: str
+    refused: list[Refusal]
+    usable: int = 0
+    """Number of samples that can be used."""
+    checks: tuple[Check, ...] = ()
+    motion: Motion | None = None
+    turns: list[Turn] = field(default_factory=list)
+    speeds_mps: list[float] = field(default_factory=list)
+    """Mean speed of each usable sample."""
+    strata: list[str] = field(default_factory=list)
+    sizes: list[tuple[int, int, str]] = field(default_factory=list)
+    """Width, height and sample id."""
+    blank: list[str] = field(default_factory=list)
+    shown: list[Sample] = field(default_factory=list)
+    track: Track | None = None
+    """The recorded poses, in microseconds."""
+    order: str = "right"
+    """Order of its quaternions, see `motion.Rotations`."""
+
+
+def examine(
+    source: Source,
+    clip_id: str,
+    refs: Sequence[SampleRef],
+    refused: Iterable[Refusal],
+    *,
+    cameras: Sequence[str],
+    frames: int,
+    to_show: Collection[SampleRef],
+    clips: int,
+) -> ClipFindings:
+    """Load all samples of a clip, as `extract` would, and judge its recording.
+
+    A source without recordings is judged by the part of one that the clip's first sample holds. `clips` is how many
+    the source has: the more there are, the fewer turns of each are looked at.
+    """
+    found, first = ClipFindings(clip_id=clip_id, refused=list(refused)), None
+    for ref in refs:
+        try:
+            sample = source.load(ref, cameras=cameras, frames=frames)
+        except BadClipError as error:
+            found.refused.append(Refusal(where=ref.sample_id, kind=error.kind, message=str(error)))
+            continue
+        first = first or sample
+        _add_sample(found, sample)
+        if ref in to_show:
+            found.shown.append(sample)
+        if not isinstance(source, RecordedSource):
+            found.turns += turns_of_sample(sample)
+    if not isinstance(source, RecordedSource):
+        if first is not None:
+            _judge_recording(found, recording_of(first))
+        return found
+    try:
+        recording = read_recording(source, clip_id, cameras)
+    except BadClipError:
+        return found  # its samples were refused for the same reason
+    if len(recording.track.timestamps_us) >= 2:
+        _judge_recording(found, recording)
+        if found.motion is not None and FRONT_CAMERA in recording.frame_times_us:
+            found.turns += turns_of_clip(source, clip_id, found.motion, clips=clips)
+    return found
+
+
+def judge_again(found: ClipFindings) -> None:
+    """Take it that the clip's quaternions have their scalar first, as other clips have shown."""
+    if found.track is not None:
+        rotations = judge_rotations(found.track, scalar_first=True)
+        _judge_motion(found, (*found.checks[:3], rotations.check), rotations.track)
+
+
+def _add_sample(found: ClipFindings, sample: Sample) -> None:
+    strata = classify(sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
+    found.usable += 1
+    found.speeds_mps.append(strata.mean_speed_mps)
+    found.strata += strata.labels
+    height, width = sample.frames.shape[-2:]
+    found.sizes.append((width, height, sample.ref.sample_id))
+    if min(float(camera[-1].std()) for camera in sample.frames) < 1.0:
+        found.blank.append(sample.ref.sample_id)
+
+
+def _judge_recording(found: ClipFindings, recording: Recording) -> None:
+    times = check_times(recording)
+    recording = in_microseconds(recording)
+    track, rotations = recording.track, judge_rotations(recording.track)
+    checks = (times, check_poses(track), check_frames(recording), check_finite(track) or rotations.check)
+    found.track, found.order = replace(track, xyz=np.ascontiguousarray(track.xyz)), rotations.order
+    _judge_motion(found, checks, rotations.track)
+
+
+def _judge_motion(found: ClipFindings, checks: tuple[Check, ...], track: Track) -> None:
+    """Complete the checks of a clip by those of its motion."""
+    found.checks, motion = checks, motion_of(track)
+    if motion is not None:
+        found.motion = motion
+        found.checks = (*checks, judge_axes([motion]), judge_speed([motion]), judge_standing(motion))
