@@ -38,7 +38,7 @@ class DataError(AlpacacheError, OSError):
 
 
 class NonFiniteError(AlpacacheError, ArithmeticError):
-    """Training met losses that are not finite several times in a row."""
+    """Numbers of a model that are not finite: losses of several steps in a row, weights, predicted paths."""
 
 
 class DeviceMemoryError(AlpacacheError, MemoryError):

@@ -1,7 +1,7 @@
-"""Stopping on request: after SIGINT or SIGTERM a stage finishes the sample or step in hand, saves and leaves.
+"""Stopping on request: after a signal a stage finishes the sample or step in hand, saves and leaves.
 
-A scheduler, torchrun and the terminal may each send a signal for the same request. So only another Ctrl-C, a while
-after the first, stops at once.
+A scheduler, torchrun and the terminal may each send a signal for the same request. So only another one, a while after
+the first, stops at once.
 """
 
 import signal
@@ -10,11 +10,18 @@ import time
 from types import FrameType
 from typing import Any, Self
 
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that ask to stop: Ctrl-C, a scheduler's end, a terminal that has gone, SLURM's `--signal=USR1@SECONDS`."""
 _SAME_REQUEST_S = 1.0
 
 
+def heard_requests() -> list[signal.Signals]:
+    """The signals that ask this process to stop: `nohup` has SIGHUP ignored, and so it stays."""
+    return [number for number in REQUESTS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
 class InterruptGuard:
-    """While entered (in the main thread), signals set `requested` instead of raising; a later Ctrl-C raises."""
+    """While entered (in the main thread), signals set `requested` instead of raising; a later one raises."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -24,7 +31,7 @@ class InterruptGuard:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in heard_requests():
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -36,5 +43,5 @@ class InterruptGuard:
         now = time.monotonic()
         if not self.requested:
             self.requested, self._requested_at = True, now
-        elif number == signal.SIGINT and now > self._requested_at + _SAME_REQUEST_S:
+        elif now > self._requested_at + _SAME_REQUEST_S:
             raise KeyboardInterrupt

@@ -54,6 +54,8 @@ def train(config: TrainConfig, json: bool) -> None:
         lines["stopped early"] = "validation had stopped getting better; a larger --patience goes on"
     if report.damaged:
         lines["damaged"] = f"{report.damaged} samples left out; `alpacache verify` names them"
+    if report.skipped:
+        lines["skipped"] = f"{report.skipped} steps not applied, loss or gradient not finite; metrics.jsonl names them"
     if report.peak_gib is not None:
         lines["GPU memory"] = f"{report.peak_gib:.2f} GiB reserved at peak, {report.planned_gib:.2f} planned"
     output.print_result(report, "train", lines, as_json=json)

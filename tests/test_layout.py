@@ -30,6 +30,7 @@ ORDER = (
     (
         "alpacache",
         "alpacache.errors",
+        "alpacache.finite",
         "alpacache.flow_matching",
         "alpacache.interrupt",
         "alpacache.progress",

@@ -7,7 +7,7 @@ backbone needs another module with these functions.
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -16,10 +16,11 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from alpacache.alpamayo.checkpoint import Checkpoint, hub_file
+from alpacache.alpamayo.checkpoint import Checkpoint, hub_file, listed
 from alpacache.alpamayo.family import EXPERT_PARTS, Geometry
 from alpacache.alpamayo.foreign_files import Count, Schema, Width, conform, read_json
 from alpacache.errors import AlpacacheError, CheckpointError
+from alpacache.finite import is_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Qwen3VLConfig, Qwen3VLTextConfig
@@ -152,10 +153,20 @@ def load_module(
     checkpoint.check_shapes(shapes, prefix)
     with empty_weights(dtype, device):
         module = make()
-    state = module.state_dict()
+    state, finite = module.state_dict(), {}
     for name, tensor in checkpoint.read(checkpoint.with_prefix(prefix)):
-        state[name.removeprefix(prefix)].copy_(tensor)
+        finite[name] = is_finite(state[name.removeprefix(prefix)].copy_(tensor))  # asked last, so that no copy waits
+    check_finite(checkpoint, finite)
     return module
+
+
+def check_finite(checkpoint: Checkpoint, finite: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` naming the tensors, of those with a flag of `is_finite`, that are not finite."""
+    if bad := [name for name, flag in finite.items() if not flag]:
+        raise CheckpointError(
+            f"{checkpoint.model} has weights that are not finite (NaN or infinity): {listed(bad)}. Fetch the "
+            "checkpoint again; if it is one of your own, make it again from weights that are."
+        )
 
 
 @contextmanager

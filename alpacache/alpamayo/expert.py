@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3VLTextModel
 
-from alpacache.alpamayo.backbone import additive_mask, cache_argument, expert_config, load_module
+from alpacache.alpamayo.backbone import additive_mask, cache_argument, check_finite, expert_config, load_module
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION, Prefix, PrefixCall
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.errors import CheckpointError
+from alpacache.finite import is_finite
 from alpacache.prefix.packed import PackedPrefixes, pack
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures
 
@@ -161,6 +162,7 @@ def action_space(checkpoint: Checkpoint) -> UnicycleActionSpace:
         if wrong := [name for name, info in checkpoint.infos(names).items() if math.prod(info.shape) != 1]:
             raise CheckpointError(f"{checkpoint.model}: {', '.join(wrong)} must be single numbers.")
         stored = dict(checkpoint.read(names))
+        check_finite(checkpoint, {name: is_finite(tensor) for name, tensor in stored.items()})
         constants = {name: float(stored[f"action_space.{name}"]) for name in _CONSTANTS}
     else:
         constants = {name: float(torch.tensor(getattr(space, name)).to(config.dtype)) for name in _CONSTANTS}

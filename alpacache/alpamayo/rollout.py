@@ -22,11 +22,12 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from alpacache import randomness
-from alpacache.alpamayo.backbone import additive_mask, cache_argument, vlm_config
+from alpacache.alpamayo.backbone import additive_mask, cache_argument, check_finite, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.vlm import FrozenVLM
 from alpacache.errors import CheckpointError
+from alpacache.finite import is_finite
 from alpacache.prefix.prefix import PrefixFeatures, Tail
 
 TOP_P = 0.98
@@ -210,4 +211,6 @@ def load_head(checkpoint: Checkpoint, vlm: FrozenVLM) -> Tensor:
         raise CheckpointError(
             f"{home.model}: {name} is {list(head.shape)}; expected {list(embeddings.shape)} as the embeddings."
         )
-    return head.to(vlm.device, vlm.dtype)
+    head = head.to(vlm.device, vlm.dtype)
+    check_finite(home, {name: is_finite(head)})
+    return head

@@ -23,8 +23,10 @@ from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import Sample
 from alpacache.errors import BadClipError
+from alpacache.finite import is_finite
 from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures, Tail
+from alpacache.strict_json import plain
 from cache_store import Field, KVCodec
 from cache_store.kv.layered import NOT_FINITE
 
@@ -32,8 +34,8 @@ KV_AXES = ("layer", "key_value", "kv_head", "token", "channel")
 PREFIX_FIELDS = ("kv", "stem_len", "prefix_len", "rope_delta", "start_position")
 """Fields that make a prefix; with a quantising codec, `KV_SHAPE` as well."""
 KV_SHAPE = "kv_shape"
-_ENCODABLE = "encodable"
-"""Name, never stored, of the flag that the KV beside it could be encoded; see `checked`."""
+_FINITE = " is finite"
+"""End of the names, never stored, of the flags that what they are named after may be stored; see `checked`."""
 POSE_FIELDS = ("history_xyz", "history_rot", "future_xyz", "future_rot")
 _JPEG_HEIGHT = 256
 
@@ -136,7 +138,7 @@ def sample_arrays(sample: Sample, inputs: VLMInputs) -> dict[str, Any]:
         arrays["front_jpeg"] = _jpeg(sample.frames[sample.cameras.index(FRONT_CAMERA), -1])
     for name in ("calibration", "jitter"):
         if (value := getattr(sample, name)) is not None:
-            arrays[name] = json.dumps(value, sort_keys=True)
+            arrays[name] = json.dumps(plain(value), sort_keys=True, allow_nan=False)
     return arrays
 
 
@@ -157,7 +159,7 @@ def prefix_arrays(
     }
     if hidden_states:
         assert prefix.hidden is not None
-        arrays["hidden"] = _as_bf16(prefix.hidden)
+        arrays |= _bf16_arrays("hidden", prefix.hidden)
     return arrays
 
 
@@ -174,10 +176,20 @@ def tail_arrays(tails: Sequence[Tail], *, codec: KVCodec | None) -> dict[str, An
 def _kv_arrays(part: PrefixFeatures | Tail, codec: KVCodec | None) -> dict[str, Any]:
     kv = torch.stack([part.keys, part.values], dim=1)
     if codec is None:
-        return {"kv": _as_bf16(kv)}
+        return _bf16_arrays("kv", kv)
     data, encodable = tensor_codec(codec).encode_async(kv)
-    # The flag is copied now, so that reading it does not wait for work enqueued after it.
-    return {"kv": data, KV_SHAPE: np.array(kv.shape, np.int64), _ENCODABLE: encodable.to("cpu", non_blocking=True)}
+    return {"kv": data, KV_SHAPE: np.array(kv.shape, np.int64), f"kv{_FINITE}": _flag(encodable)}
+
+
+def _bf16_arrays(name: str, tensor: Tensor) -> dict[str, Any]:
+    """A tensor's bits as bfloat16, rounded to nearest even, and whether they are finite."""
+    rounded = tensor.detach().to(torch.bfloat16).contiguous()
+    return {name: rounded.view(torch.uint16), f"{name}{_FINITE}": _flag(is_finite(rounded))}
+
+
+def _flag(value: Tensor) -> Tensor:
+    """A flag on its way to the host now, so that reading it does not wait for work enqueued after it."""
+    return value.to("cpu", non_blocking=True)
 
 
 def from_arrays(sample_id: str, arrays: Mapping[str, NDArray[Any]], *, codec: KVCodec | None = None) -> CachedSample:
@@ -213,16 +225,12 @@ def _tails(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> Iterato
 def checked(sample_id: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """The values to store out of those of `prefix_arrays` and `tail_arrays`, once the device has computed them.
 
-    Raises `BadClipError` for KV that could not be quantised.
+    Raises `BadClipError` for values that are not finite, or KV that could not be quantised.
     """
-    if not all(value for name, value in arrays.items() if name.endswith(_ENCODABLE)):
-        raise BadClipError("not_finite", f"{sample_id}: {NOT_FINITE} Check the VLM's weights and the clip's pictures.")
-    return {name: value for name, value in arrays.items() if not name.endswith(_ENCODABLE)}
-
-
-def _as_bf16(tensor: Tensor) -> Tensor:
-    """Bits of a tensor as bfloat16, rounded to nearest even."""
-    return tensor.detach().to(torch.bfloat16).contiguous().view(torch.uint16)
+    for name in (key.removesuffix(_FINITE) for key, good in arrays.items() if key.endswith(_FINITE) and not good):
+        problem = NOT_FINITE if KV_SHAPE in arrays and name != "hidden" else f"{name} has NaN or infinity."
+        raise BadClipError("not_finite", f"{sample_id}: {problem} Check the VLM's weights and the clip's pictures.")
+    return {name: value for name, value in arrays.items() if not name.endswith(_FINITE)}
 
 
 def from_bf16_bits(bits: NDArray[np.uint16]) -> Tensor:

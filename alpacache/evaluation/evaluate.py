@@ -9,6 +9,7 @@ from functools import cache
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import check_base, check_same_vlm
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import classify
-from alpacache.errors import InterruptedRunError, UsageError
+from alpacache.errors import InterruptedRunError, NonFiniteError, UsageError
 from alpacache.evaluation.config import BASE, TRAINED, EvalConfig
 from alpacache.evaluation.judging import SampleResult, judge, judge_baselines
 from alpacache.evaluation.output import write_results
@@ -81,10 +82,15 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
                 for rows, actions in batches:
                     if guard.requested:
                         raise InterruptedRunError("stopped on request; an evaluation keeps nothing, run it again.")
-                    into += [
-                        to_paths(expert.action_space, draws, *poses(index)[:2])
-                        for index, draws in zip(rows, actions, strict=True)
-                    ]
+                    for index, draws in zip(rows, actions, strict=True):
+                        xyz, rot = to_paths(expert.action_space, draws, *poses(index)[:2])
+                        if not (np.isfinite(xyz).all() and np.isfinite(rot).all()):
+                            raise NonFiniteError(
+                                f"the model {label!r} predicts paths for {data.sample_id(index)} that are not finite: "
+                                "its weights or the sample's prefix are broken. Take an earlier checkpoint, or extract "
+                                "the sample again."
+                            )
+                        into.append((xyz, rot))
                     done, total = sum(map(len, predicted.values())), len(predicted) * len(indices)
                     rate = done / (time.monotonic() - started)
                     on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))

@@ -19,6 +19,7 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.checkpoint import SINGLE
 from alpacache.alpamayo.foreign_files import TensorInfo, read_header
 from alpacache.errors import AlpacacheError, DataError
+from alpacache.finite import not_finite
 from alpacache.progress import OnProgress, Progress
 from alpacache.training.trainable import changed_tensors, merge
 from cache_store.storage.local_files import FULL, flush
@@ -41,9 +42,15 @@ class MergedTensors:
         self.changed_shards = {infos[name].shard for name in self.changed}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors in the base's dtype, changed ones merged."""
+        """Yield tensors in the base's dtype, changed ones merged. Raises `DataError` where that is not finite."""
         for name, tensor in self.base.read({name: self.infos[name].shard for name in names}):
-            yield name, merge(name, tensor, self._trained) if name in self.changed else tensor
+            merged = merge(name, tensor, self._trained) if name in self.changed else tensor
+            if not_finite({name: merged}):
+                raise DataError(
+                    f"{name} of the exported model would not be finite (NaN or infinity in {merged.dtype}); export an "
+                    "earlier checkpoint of the run."
+                )
+            yield name, merged
 
 
 @dataclass(slots=True, kw_only=True)

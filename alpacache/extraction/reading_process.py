@@ -33,6 +33,7 @@ from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.driving.sample import SampleRef
 from alpacache.extraction.preparation import VLM_DTYPE, Preparation, PreparationSettings, Prepared
 from alpacache.gpu.device import keep_freed_memory, limit_torch_to_one_thread
+from alpacache.interrupt import REQUESTS
 from alpacache.sources.registry import is_streamed
 from alpacache.sources.source import Source
 from alpacache.torchrun import this_process
@@ -161,7 +162,7 @@ class _Process:
 
 def main() -> None:
     """Entry point of the process: its input's first line are the settings, each further line is a sample."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group: who started this one decides
     os.nice(_NICENESS)
     keep_freed_memory()

@@ -7,6 +7,7 @@ import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 from alpacache.gpu.host_memory import available_bytes
 from alpacache.training.run_directory import RunCheckpoint, RunDirectory
@@ -26,8 +27,14 @@ class CheckpointWriter:
         self._step = 0
         """Step of the last checkpoint that was begun."""
 
-    def close(self) -> None:
-        """Wait for the last write."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Wait for the last write, unless somebody wants to leave at once: what is half written is never taken up."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._pool.shutdown(wait=False)
+            return
         try:
             self.wait()
         finally:

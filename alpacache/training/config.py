@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from alpacache.config import Config, Count, Epochs, Name, Place, Seed, Written, expand_home, expect, parts
 from alpacache.planning.config import MemoryBudget, Trainable, budget_bytes
@@ -53,18 +53,18 @@ class TrainConfig(Config):
     """Adapters are scaled by alpha / rank. Default: twice the rank."""
     optimizer: Literal["auto", "adamw8", "adamw"] = "auto"
     """`adamw8`: 8-bit moments and 24-bit master weights; `adamw`: as the public recipe. `auto` is adamw8 on a GPU."""
-    lr: Annotated[float, Ge(0)] | None = None
+    lr: Annotated[float, Ge(0), Le(1)] | None = None
     """Peak learning rate. Default: 1e-4 for all parameters (the public recipe's), 5e-4 for adapters, 1e-3 for the head
     alone."""
-    min_lr: Annotated[float, Ge(0)] = 1e-6
+    min_lr: Annotated[float, Ge(0), Le(1)] = 1e-6
     """Learning rate at the end of the cosine."""
     warmup: Annotated[int, Ge(0)] | None = None
     """Steps of linear warm-up before the cosine. Default: 100, or a tenth of the run if that is less."""
     betas: Annotated[tuple[_Beta, _Beta], parts(float, "NUMBER,NUMBER")] = (0.9, 0.999)
     """Decay of AdamW's first and second moment."""
-    weight_decay: Annotated[float, Ge(0)] = 0.0
+    weight_decay: Annotated[float, Ge(0), Le(1)] = 0.0
     """Decoupled weight decay of AdamW."""
-    clip: Annotated[float, Gt(0)] = 1.0
+    clip: Annotated[float, Gt(0), Le(1e9)] = 1.0
     """Largest gradient norm."""
     times: Literal["beta", "uniform"] = "beta"
     """Distribution of the flow times that are trained."""

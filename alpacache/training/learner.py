@@ -9,6 +9,7 @@ from alpacache.alpamayo.expert import ActionExpert
 from alpacache.distributed.peer_memory import peer_memory
 from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World
+from alpacache.finite import not_finite
 from alpacache.training.auto_settings import cap_memory
 from alpacache.training.ema import WeightAverage
 from alpacache.training.optimizers import StepOptimizer
@@ -62,6 +63,11 @@ class Learner:
             average={} if self.average is None else self.average.tensors(),
             state={**state, "average": None if self.average is None else self.average.state},
         )
+
+    def not_finite(self) -> list[str]:
+        """Names of the tensors of a checkpoint that are not finite. Reads all of them once, where they lie."""
+        live = {**self.parameters, **self.optimizer.tensors()}
+        return not_finite(live) + not_finite({} if self.average is None else self.average.tensors())
 
     def peak_bytes(self) -> int:
         """Peak of the GPU memory that the run has taken so far, without CUDA's own."""

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alpacache import strict_json
+from alpacache.alpamayo.checkpoint import listed
 from alpacache.alpamayo.foreign_files import Schema, conform, read_json
 from alpacache.errors import DataError, UsageError
+from alpacache.finite import not_finite
 from alpacache.gpu.host_copies import copied_to_host
 from alpacache.training.ema import up_to_date
 from cache_store.checksum import crc32c
@@ -76,6 +78,11 @@ class _Average(Schema, extra="forbid"):
     behind: int
 
 
+class _Skipped(Schema, extra="forbid"):
+    total: int
+    in_a_row: int
+
+
 class _State(Schema):
     """What this version reads of a checkpoint's `state.json`; docs/reference/run-directory.md says what it means."""
 
@@ -88,6 +95,7 @@ class _State(Schema):
     average: _Average | None
     trainable: Literal["all", "head", "lora"]
     damaged_indices: list[int]
+    skipped: _Skipped | None = None
     files: _Files
 
 
@@ -206,7 +214,7 @@ class RunDirectory:
 def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = False) -> RunCheckpoint:
     """Read and check a checkpoint directory; optimizer state and average only if asked for.
 
-    Raises `DataError` if a byte is not as it was written, `UsageError` if there is no average.
+    Raises `DataError` if a byte is not as it was written or a number not finite, `UsageError` if there is no average.
     """
     state = read_state(path, average=average)
 
@@ -216,7 +224,13 @@ def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = Fals
             raise DataError(
                 f"{file} is damaged (size or checksum differ from {STATE}); use an earlier checkpoint of the run."
             )
-        return load_file(file)
+        loaded = load_file(file)
+        if bad := not_finite(loaded):
+            raise DataError(
+                f"{file} has tensors that are not finite (NaN or infinity): {listed(bad)}; use an earlier checkpoint "
+                "of the run, or train again with a lower --lr."
+            )
+        return loaded
 
     return RunCheckpoint(
         model=tensors(MODEL),

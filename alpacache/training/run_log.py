@@ -47,6 +47,8 @@ class TrainReport:
     """Whether the run ended because validation had stopped getting better."""
     damaged: int
     """Number of samples that were left out because their stored bytes are damaged."""
+    skipped: int
+    """Steps of the run that were not applied, because loss or gradient was not finite."""
     seconds: float
     samples_per_s: float
     data_wait: float
@@ -207,6 +209,13 @@ class RunLog:
         rate = row["samples_per_s"] / self._batch_size
         progress = Progress(done=row["step"], total=self._total, unit="steps", rate=rate, notes={**told, **notes})
         self._on_progress(progress)
+
+    def write_more(self, row: Mapping[str, Any]) -> None:
+        """Write further numbers of a step whose row is written."""
+        if self._writes:
+            self._directory.append_metrics(row)
+            for tracker in self.trackers:
+                tracker.log(row["step"], scalars(row))
 
     def write_damage(self, step: int, error: CorruptSampleError) -> None:
         """Write which sample is left out from a step on."""

@@ -50,34 +50,35 @@ class BestValidation:
         return improved
 
 
+@dataclass(slots=True)
 class SkippedSteps:
-    """Counts the steps of one call of `train` and those of them that were not applied."""
+    """The steps of a run that were not applied, as checkpoints record them."""
 
-    _steps = _skipped = _in_a_row = 0
+    total: int = 0
+    in_a_row: int = 0
+    """Those at the end of what was done so far."""
 
     def count(self, loss: float, norm: float) -> bool:
         """Count a step, and return whether it was skipped."""
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        self._steps += 1
-        self._skipped += skipped
-        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        self.total += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
         return skipped
 
     def check_streak(self, number: int, sample_ids: list[str]) -> None:
         """Raise `NonFiniteError` after a few skipped steps in a row, the last of which had these samples."""
-        if self._in_a_row >= _LIMIT:
+        if self.in_a_row >= _LIMIT:
             raise NonFiniteError(
-                f"loss or gradient was not finite in {self._in_a_row} steps in a row, last at step {number} "
-                f"with {', '.join(sample_ids)}; none was applied. Lower --lr, or check those samples with "
-                "`alpacache verify --deep`."
+                f"loss or gradient was not finite in {self.in_a_row} steps in a row, last at step {number} "
+                f"with {', '.join(sample_ids)}; none was applied. Lower --lr, or extract those samples again."
             )
 
-    def check_learned(self, run: str) -> None:
-        """Raise `NonFiniteError` where most steps were skipped, too few in a row for `check_streak`."""
-        if self._skipped * 2 > self._steps:
+    def check_learned(self, run: str, steps: int) -> None:
+        """Raise `NonFiniteError` where most of a run's steps were skipped, or its last ones, as after a bad update."""
+        if self.total * 2 > steps or self.in_a_row > 1:
+            last = f", the last {self.in_a_row} of them" if self.in_a_row > 1 else ""
             raise NonFiniteError(
-                f"loss or gradient was not finite in {self._skipped} of {self._steps} steps; these were not applied. "
+                f"loss or gradient was not finite in {self.total} of {steps} steps{last}; these were not applied. "
                 f"What {run} holds has learnt next to nothing or is broken; its metrics.jsonl names the samples of "
-                "those steps. Check them with `alpacache verify --deep`, or train with another --out and a lower --lr "
-                "or a longer --warmup."
+                "those steps. Extract them again, or train with another --out and a lower --lr or a longer --warmup."
             )

@@ -3,6 +3,10 @@
 Launching the kernels one by one takes longer than running them, so the step is captured and reads a `StagedBatch`. The
 host reads loss and norm of a step when it has already enqueued the next one. So it is the device that skips a step
 whose loss or gradient is not finite, and every step from the first one on whose rows have a wrong checksum.
+
+What is not skipped cannot make finite weights infinite, so nothing is checked behind the update: the gradient's norm is
+at most `clip` (1e9), AdamW's update at most lr / eps times that, with lr and weight decay of at most 1 (`TrainConfig`).
+Weights that are not finite all the same, as by a fault of memory, make the next loss not finite and are never saved.
 """
 
 from collections.abc import Iterable, Sequence

@@ -5,9 +5,11 @@ the global order, so a run that was killed and resumed ends with the same bits a
 """
 
 import gc
+import math
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 
 from alpacache import randomness, strict_json
 from alpacache.alpamayo import load_expert
+from alpacache.alpamayo.checkpoint import listed
 from alpacache.alpamayo.expert import action_space
 from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.cached_samples.identity import check_base, check_same_vlm, model_identity
@@ -22,7 +25,7 @@ from alpacache.cached_samples.ring import Batch, BatchRing, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.config import to_toml
 from alpacache.distributed.world import join_world
-from alpacache.errors import DataError, InterruptedRunError, UsageError
+from alpacache.errors import DataError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.interrupt import InterruptGuard
 from alpacache.planning.workload import MemoryPlan, Workload, expert_sizes
 from alpacache.progress import OnProgress, ignore
@@ -122,7 +125,10 @@ class _Run:
         self.best = BestValidation(by=config.best_by)
         self.validated: dict[str, float] = {}
         """Numbers of the last validation."""
+        self.cut_short = False
+        """Whether a request to stop ended the last validation."""
         self.step = 0
+        self.guard = InterruptGuard()
         self.stopped_early = self.stopping = False
         saved: RunCheckpoint | None = None
         if directory.steps:
@@ -166,6 +172,7 @@ class _Run:
         self.step = step
         self.best = BestValidation(**content.state["best"])
         self.stopped_early = self.best.by == config.best_by and self._has_lost_patience()
+        self.skipped = SkippedSteps(**(content.state.get("skipped") or {}))
         self.damaged.indices = set(content.state["damaged_indices"])
         if self.world.is_first:
             self.directory.point_links(step, best=self.best.step)
@@ -191,25 +198,26 @@ class _Run:
             check_on_device=config.on_damage == "stop" and config.ema is None,
         )
         step = self._make_step(rows)
-        with InterruptGuard() as guard, ExitStack() as stack:
-            stack.enter_context(closing(self.writer))
+        with self.guard, ExitStack() as stack:
+            stack.enter_context(self.writer)
             if world.is_first:
                 toml, run = to_toml(config), self.directory.path
                 self.log.trackers = make_trackers(config.track, run, first_step=self.step, config_toml=toml)
                 for tracker in self.log.trackers:
                     stack.callback(tracker.close)
+            self._make_up_for_validation()
             while self.step < self.total and not self.stopped_early:
                 batches = batches_of(self.inputs.order, config.batch_size, first=self.step, end=self.total)
                 mine = (self.damaged.replace(batch)[world.rank :: world.size] for batch in batches)
                 ring = BatchRing(self.data, expert.action_space, mine, rows, in_memory=config.in_memory)
                 try:
                     with ring:
-                        self._train_on(ring, step, guard)
+                        self._train_on(ring, step)
                 except CorruptSampleError as error:
                     self._meet_damage(error)
                 del ring
                 gc.collect()  # it, what its threads read and their error refer to each other: all RAM of --in-memory
-        self.skipped.check_learned(config.out)
+        self.skipped.check_learned(config.out, self.step)
         return self._report()
 
     def _make_step(self, rows: PrefixRows) -> TrainStep:
@@ -230,7 +238,7 @@ class _Run:
             compile_layers=config.compile,
         )
 
-    def _train_on(self, ring: BatchRing, step: TrainStep, guard: InterruptGuard) -> None:
+    def _train_on(self, ring: BatchRing, step: TrainStep) -> None:
         """Train on the ring's batches, to the last or until it is time to stop."""
         # On a GPU a step is read when the next one is enqueued, so that the device never waits.
         lag = 0 if self.world.device.type == "cpu" else 1
@@ -238,19 +246,20 @@ class _Run:
         self.log.begin_ring()
         try:
             for batch in ring:
-                underway.append((self.step + 1, self._enqueue(step, batch, stop=guard.requested)))
+                underway.append((self.step + 1, self._enqueue(step, batch, stop=self.guard.requested)))
                 ring.done(batch)
                 self.step += 1
                 if self.learner.average is not None:
                     self.learner.average.after(self.step)
-                self.stopping |= guard.requested and self.world.size == 1  # several must all learn of it, by the step
+                # Several processes must all learn of a request to stop, by the step.
+                self.stopping |= self.guard.requested and self.world.size == 1
                 validating = self.validation is not None and self._is_due(self.config.val_every)
                 pausing = validating or self._is_due(self.config.save_every)
                 while len(underway) > (0 if pausing or self.stopping else lag):
                     ring.release_finished()
                     self._read(*underway.popleft(), ring, validating=validating and not underway)
                 if pausing or self.stopping:
-                    self._pause(validated=validating)
+                    self._pause(validating=validating)
                 if self.stopped_early:
                     return
         except CorruptSampleError:
@@ -279,6 +288,9 @@ class _Run:
         if self.skipped.count(values.loss, values.norm):
             (batch,) = batches_of(self.inputs.order, self.config.batch_size, first=number - 1, end=number)
             ids = [self.data.sample_id(index) for _, index in self.damaged.replace(batch)]  # in all processes
+            if self.world.size == 1:  # those of bad losses, if it was not the gradient
+                pairs = zip(ids, values.losses, strict=True)
+                ids = [sample_id for sample_id, loss in pairs if not math.isfinite(loss)] or ids
             row |= {"loss": None, "grad_norm": None, "skipped": ids}
             self.skipped.check_streak(number, row["skipped"])
         else:
@@ -288,12 +300,16 @@ class _Run:
         self.log.write(row, self._notes())
 
     def _validate(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The part of a step's row that a validation adds: its numbers, and the training losses by turn."""
+        """The part of a step's row that a validation adds: its numbers, and the training losses by turn.
+
+        Empty where a request to stop cuts it short: whoever resumes the run makes up for it.
+        """
         assert self.validation is not None
         try:
-            self.validated = self.validation.run(self.learner.expert, self.world)
+            validated = self.validation.run(self.learner.expert, self.world, lambda: self.guard.requested)
         except CorruptSampleError as error:  # nothing stands in for it: all validations must be of the same samples
-            self.log.write(row, self._notes())
+            if "lr" in row:  # else it is written already
+                self.log.write(row, self._notes())
             state = "Checkpoints are intact"
             if self.world.size == 1:  # several could not agree on it
                 self._save(and_wait=True)
@@ -302,6 +318,11 @@ class _Run:
                 f"validation on {self.config.val} failed: {error}\n{state}. Mend it with `alpacache verify --deep "
                 "--repair` and `alpacache extract`, or give another --val; then go on with --resume."
             ) from error
+        self.cut_short = validated is None
+        self.stopping |= self.cut_short
+        if validated is None:
+            return {}
+        self.validated = validated
         self.log.warn_of_validation(row["step"], self.validated)
         by_turn = means(self.world.all_gather(self.log.take_by_turn()))
         return {**strict_json.plain(self.validated), **{f"train_loss/{turn}": loss for turn, loss in by_turn.items()}}
@@ -312,10 +333,20 @@ class _Run:
         notes = {"GiB": f"{self.learner.peak_bytes() / 2**30:.1f}"} if cuda else {}
         return notes | ({"damaged": str(damaged)} if damaged else {})
 
-    def _pause(self, *, validated: bool) -> None:
+    def _make_up_for_validation(self) -> None:
+        """Validate the step that the run goes on from, if a request to stop had cut that short."""
+        told = [row for row in self.directory.metrics(up_to=self.step) if row["step"] == self.step]
+        cut_short = any("lr" in row for row in told) and not any("val_loss" in row for row in told)
+        due = self.validation is not None and self._is_due(self.config.val_every) and cut_short
+        if self.world.all_gather(due)[0]:
+            if numbers := self._validate({"step": self.step}):
+                self.log.write_more({"step": self.step, **numbers})
+            self._pause(validating=True)
+
+    def _pause(self, *, validating: bool) -> None:
         """After a step that was read: keep the best, save when it is time, stop if asked to."""
-        finished, improved = self.step == self.total, False
-        if validated:
+        finished, improved = self.step == self.total and not self.cut_short, False
+        if validating and not self.cut_short:
             by = self.config.best_by
             improved = self.best.update(self.step, self.validated["val_loss" if by == "loss" else "val_min_ade"], by)
             self.stopped_early = self._has_lost_patience()
@@ -338,8 +369,18 @@ class _Run:
         self.log.write_damage(self.step, error)
 
     def _save(self, *, and_wait: bool) -> None:
-        """Write a checkpoint. `and_wait`: until it is on the medium, and the other processes know."""
+        """Write a checkpoint. `and_wait`: until it is on the medium, and the other processes know.
+
+        One that follows a skipped step pushes no other out: what it holds may be what broke the step. Raises
+        `NonFiniteError` for weights or moments that are not finite, before anything is written.
+        """
         self.learner.update.complete(self.learner.optimizer.tensors())
+        if bad := self.learner.not_finite():
+            raise NonFiniteError(
+                f"after step {self.step} of {self.config.out} these are not finite (NaN or infinity): {listed(bad)}. "
+                "They are not saved, and checkpoints saved before are intact: go on with --resume. If it happens "
+                "again, see to the GPU, or train with another --out and a lower --lr."
+            )
         if self.world.is_first:
             if self.world.device.type == "cuda":
                 record = {"planned": dict(self.plan.table()), "measured_peak": self.learner.peak_bytes()}
@@ -350,9 +391,11 @@ class _Run:
                 "vlm": self.data.vlm,
                 "best": asdict(self.best),
                 "trainable": self.config.trainable,
+                "skipped": asdict(self.skipped),
                 **self.damaged.state(),
             }
-            self.writer.save(self.step, self.learner.checkpoint(state), keep=self.config.keep, best=self.best.step)
+            keep = sys.maxsize if self.skipped.in_a_row else self.config.keep
+            self.writer.save(self.step, self.learner.checkpoint(state), keep=keep, best=self.best.step)
         if and_wait:
             self.writer.wait()
             self.world.barrier()
@@ -368,6 +411,7 @@ class _Run:
             val_min_ade=self.validated.get("val_min_ade"),
             stopped_early=self.stopped_early,
             damaged=len(self.damaged.indices),
+            skipped=self.skipped.total,
             **self.log.totals(self.step),
             planned_gib=self.plan.device_bytes / 2**30 if cuda else None,
             peak_gib=self.learner.peak_bytes() / 2**30 if cuda else None,

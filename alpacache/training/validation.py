@@ -1,8 +1,10 @@
 """Validation during training: loss of held-out samples on noise that never changes, by turn, and their minADE."""
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from alpacache import randomness
@@ -36,10 +38,13 @@ class Validation:
         self._indices = [plain[place * len(plain) // count] for place in range(count)]
 
     @torch.no_grad()
-    def run(self, expert: ActionExpert, world: World) -> dict[str, float]:
+    def run(
+        self, expert: ActionExpert, world: World, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         """`val_loss`, `val_loss/straight` and so on by turn, and `val_min_ade` (m) `with_min_ade`.
 
-        Each process takes every n-th sample; all get the same numbers.
+        Each process takes every n-th sample; all get the same numbers. `stop` is asked before each batch: if that of
+        any process says so, all of them end here, with None.
         """
         values: dict[str, list[float]] = defaultdict(list)
         mine = self._indices[world.rank :: world.size]
@@ -48,18 +53,26 @@ class Validation:
         rows = PrefixRows(self._data.layout, self._data.longest, batch_size=VAL_BATCH, device=expert.device, batches=1)
         staged = StagedBatch(rows, expert, draws=_DRAWS, decoded_layers=0)
         ring = BatchRing(self._data, expert.action_space, batches, rows)
+        rounds = math.ceil(len(self._indices) / world.size / VAL_BATCH)  # the same in all processes
         expert.eval()
-        # Layers were compiled for other shapes than these.
-        with torch.compiler.set_stance("force_eager"), ring:
-            for batch in ring:
-                losses, prefixes = self._losses(expert, staged, batch)
-                for turn, loss in zip(batch.turns, losses, strict=True):
-                    values["val_loss"].append(loss)
-                    values[f"val_loss/{turn}"].append(loss)
-                if self._with_min_ade:
-                    values["val_min_ade"] += self._min_ades(expert, batch, prefixes)
-                ring.done(batch)
-        expert.train()
+        try:
+            # Layers were compiled for other shapes than these.
+            with torch.compiler.set_stance("force_eager"), ring:
+                left = iter(ring)
+                for _ in range(rounds):
+                    if any(world.all_gather(stop())):
+                        return None
+                    if (batch := next(left, None)) is None:
+                        continue
+                    losses, prefixes = self._losses(expert, staged, batch)
+                    for turn, loss in zip(batch.turns, losses, strict=True):
+                        values["val_loss"].append(loss)
+                        values[f"val_loss/{turn}"].append(loss)
+                    if self._with_min_ade:
+                        values["val_min_ade"] += self._min_ades(expert, batch, prefixes)
+                    ring.done(batch)
+        finally:
+            expert.train()
         return means(world.all_gather(dict(values)))
 
     def _losses(self, expert: ActionExpert, staged: StagedBatch, batch: Batch) -> tuple[list[float], PackedPrefixes]:
@@ -79,7 +92,8 @@ class Validation:
         for index, draws in zip(batch.positions, action, strict=True):
             *history, future_xyz, _ = self._data.poses(index)
             xyz, _ = to_paths(expert.action_space, draws, *history)
-            values.append(min_ade(xyz, future_xyz)["min_ade"])
+            # Of a path that is not finite there is no error to take.
+            values.append(min_ade(xyz, future_xyz)["min_ade"] if np.isfinite(xyz).all() else math.nan)
         return values
 
 

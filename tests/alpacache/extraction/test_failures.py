@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import alpacache
 from alpacache.alpamayo import FrozenVLM
@@ -320,6 +321,42 @@ def test_a_writer_that_fails_otherwise_ends_the_run_with_its_error(tiny_checkpoi
     monkeypatch.setattr(CacheWriter, "write", write)
     with pytest.raises(PermissionError):
         alpacache.extract(config(tiny_checkpoint, tmp_path / "store"))
+
+
+@pytest.mark.parametrize("part", ["keys", "hidden"])
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_a_sample_whose_prefix_is_not_finite_is_never_committed(tiny_checkpoint, tmp_path, monkeypatch, part, codec):
+    good, seen = FrozenVLM.prefill_batch, []
+
+    def prefill_batch(self, inputs):
+        prefixes = good(self, inputs)
+        seen.extend(inputs)
+        if len(seen) == 2:
+            getattr(prefixes[0], part)[-1, ..., 3] = float("inf")
+        return prefixes
+
+    monkeypatch.setattr(FrozenVLM, "prefill_batch", prefill_batch)
+    settings = config(tiny_checkpoint, tmp_path / "store", source="synthetic:3", batch_size=1, codec=codec, workers=1)
+    report = alpacache.extract(settings)
+    sample_id = "synthetic-0-000001@5100000#0"
+    assert (report.extracted, list(report.quarantined)) == (2, [sample_id])
+    assert CacheReader(tmp_path / "store").quarantined[sample_id].kind == "not_finite"
+    name = {
+        "keys": {"bf16": "kv has NaN or infinity", "int8": "keys or values have NaN"}[codec],
+        "hidden": "hidden has",
+    }
+    assert f"{sample_id}: {name[part]}" in report.quarantined[sample_id]
+
+
+def test_a_vlm_that_is_not_finite_is_refused(tiny_checkpoint, tmp_path):
+    sick = shutil.copytree(tiny_checkpoint, tmp_path / tiny_checkpoint.name)
+    name = "vlm.model.language_model.layers.0.mlp.up_proj.weight"
+    shard = next(path for path in sick.glob("*.safetensors") if name in load_file(path))
+    tensors = load_file(shard)
+    tensors[name][2, 5] = float("nan")
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(UsageError, match=rf"weights that are not finite \(NaN or infinity\): {name}"):
+        alpacache.extract(config(sick, tmp_path / "store"))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import errno
 import logging
 import threading
-from contextlib import closing
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ def content(weight):
 
 def test_what_changes_after_the_call_is_not_written(tmp_path):
     directory, weight = Gated(tmp_path), torch.ones(3)
-    with closing(CheckpointWriter(directory)) as writer:
+    with CheckpointWriter(directory) as writer:
         writer.save(1, content(weight), keep=2, best=1)
         assert directory.begun.wait(30)
         weight += 5
@@ -50,7 +49,7 @@ def test_what_changes_after_the_call_is_not_written(tmp_path):
 def test_leaving_waits_for_the_last_write_and_the_next_for_the_one_before(tmp_path):
     directory = Gated(tmp_path)
     directory.gate.set()
-    with closing(CheckpointWriter(directory)) as writer:
+    with CheckpointWriter(directory) as writer:
         for step in range(1, 6):
             writer.save(step, content(torch.full((2,), float(step))), keep=2, best=2)
     assert directory.steps == [2, 4, 5]
@@ -72,14 +71,14 @@ def test_an_error_of_the_thread_is_raised_where_the_next_write_fails_too_and_at_
         writer.save(3, content(torch.ones(2)), keep=2)
     assert "step 2 could not be written" in caplog.text
     writer.save(4, content(torch.ones(2)), keep=2)
-    with pytest.raises(DataError, match="step 4"), closing(writer):
+    with pytest.raises(DataError, match="step 4"), writer:
         pass
     assert RunDirectory(tmp_path).steps == [1]
 
 
 def test_after_a_failed_write_the_next_state_is_written_and_the_failure_told(tmp_path, monkeypatch, caplog):
     directory = RunDirectory(tmp_path)
-    with closing(CheckpointWriter(directory)) as writer, monkeypatch.context() as patched:
+    with CheckpointWriter(directory) as writer, monkeypatch.context() as patched:
         patched.setattr("alpacache.training.run_directory.save_file", full)
         writer.save(200, content(torch.ones(2)), keep=2, best=200)
         writer._pool.submit(int).result()  # the disk is freed once that has failed
@@ -104,6 +103,6 @@ def test_without_room_for_a_copy_it_is_written_at_once(tmp_path, monkeypatch, ro
 
     monkeypatch.setattr(checkpoint_writer, "available_bytes", available)
     monkeypatch.setattr(RunCheckpoint, "on_host", lambda content: pytest.fail("copied"))
-    with closing(CheckpointWriter(RunDirectory(tmp_path))) as writer:
+    with CheckpointWriter(RunDirectory(tmp_path)) as writer:
         writer.save(1, content(torch.ones(2)), keep=2)
         assert RunDirectory(tmp_path).steps == [1]

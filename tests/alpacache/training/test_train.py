@@ -26,7 +26,7 @@ import alpacache
 from alpacache.cached_samples.order import GlobalOrder
 from alpacache.cached_samples.ring import BatchRing
 from alpacache.distributed.world import World
-from alpacache.errors import DataError, NonFiniteError, UsageError
+from alpacache.errors import DataError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.gpu import checksum
 from alpacache.training import train as training
@@ -725,27 +725,119 @@ def test_a_validation_that_is_not_finite_is_null_warns_and_is_never_the_best(
     assert warned[0].startswith("validation at step 1 is not finite (val_loss): the weights are broken")
 
 
-def test_a_run_that_breaks_its_model_fails_with_strict_json(tiny_checkpoint, store, tmp_path):
-    """Its steps end before enough were skipped in a row to end it."""
+def broken_from(step, monkeypatch):
+    """Losses of training that are NaN from the `step`-th on; validation is of other draws."""
+    from alpacache import flow_matching
+
+    good, seen = flow_matching.loss, []
+
+    def loss(velocity, *rest):
+        if velocity.requires_grad:
+            seen.append(1)
+        return good(velocity, *rest) * (float("nan") if velocity.requires_grad and len(seen) >= step else 1.0)
+
+    monkeypatch.setattr(flow_matching, "loss", loss)
+
+
+def test_a_run_that_breaks_its_model_fails_with_strict_json(tiny_checkpoint, store, tmp_path, monkeypatch):
+    """Its steps end before enough were skipped in a row to end it; whoever resumes it hears the same."""
+    broken_from(2, monkeypatch)
+    monkeypatch.setattr(training.Validation, "run", lambda *_: {"val_loss": math.nan})
     out = tmp_path / "run"
-    settings = {"lr": 1e30, "warmup": 0, "steps": 3, "val": str(store), "val_every": 1}
-    with pytest.raises(NonFiniteError, match=r"not finite in 2 of 3 steps; these were not applied.*a lower --lr"):
+    settings = {"warmup": 0, "steps": 3, "val": str(store), "val_every": 1}
+    with pytest.raises(NonFiniteError, match=r"not finite in 2 of 3 steps, the last 2 of them; these were not"):
         alpacache.train(config(tiny_checkpoint, store, out, **settings))
     written = rows(out)
     assert [row["loss"] is None for row in written] == [False, True, True]
     assert [row["val_loss"] for row in written] == [None] * 3
     state = json.loads((out / "last/state.json").read_text(), parse_constant=refuse)
     assert state["best"] == {"step": None, "value": None, "by": "loss", "since": 3}
+    assert state["skipped"] == {"total": 2, "in_a_row": 2}
     assert not (out / "best").exists()
+    with pytest.raises(NonFiniteError, match=r"not finite in 2 of 3 steps"):
+        alpacache.train(config(tiny_checkpoint, store, out, resume=True, **settings))
 
 
 def test_a_run_whose_steps_were_all_skipped_fails(tiny_checkpoint, store, tmp_path, monkeypatch):
-    from alpacache import flow_matching
-
-    monkeypatch.setattr(flow_matching, "loss", lambda velocity, *rest: velocity.mean((2, 3)) * float("nan"))
+    broken_from(1, monkeypatch)
     with pytest.raises(NonFiniteError, match="not finite in 2 of 2 steps"):
         alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", steps=2, warmup=0))
     assert RunDirectory(tmp_path / "run").steps == [2]
+
+
+def test_a_checkpoint_that_follows_a_skipped_step_pushes_no_other_out(tiny_checkpoint, store, tmp_path, monkeypatch):
+    out, settings = tmp_path / "run", {"save_every": 1, "keep": 2}
+    with monkeypatch.context() as patch:
+        broken_from(4, patch)
+        with pytest.raises(NonFiniteError, match="3 steps in a row, last at step 6"):
+            alpacache.train(config(tiny_checkpoint, store, out, steps=8, **settings))
+    assert RunDirectory(out).steps == [2, 3, 4, 5]
+    report = alpacache.train(config(tiny_checkpoint, store, out, steps=8, resume=True, **settings))
+    assert (report.steps, report.skipped) == (8, 2)
+    assert RunDirectory(out).steps == [7, 8]
+
+
+def test_what_is_not_finite_is_neither_saved_nor_taken_up(tiny_checkpoint, store, tmp_path, monkeypatch):
+    """As after a fault of memory: no setting that is allowed writes it."""
+    from alpacache.training.learner import Learner
+
+    name, run = "action_out_proj.weight", tmp_path / "run"
+    good = Learner.not_finite
+
+    def hit(learner):
+        with torch.no_grad():
+            learner.parameters[name][0, 3] = math.inf
+        return good(learner)
+
+    alpacache.train(config(tiny_checkpoint, store, run, steps=2, save_every=2, warmup=0))
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "not_finite", hit)
+        with pytest.raises(NonFiniteError, match=rf"after step 1 .* infinity\): {name}\. They are not saved"):
+            alpacache.train(config(tiny_checkpoint, store, tmp_path / "hit", steps=1, warmup=0))
+        assert not RunDirectory(tmp_path / "hit").steps
+        patch.setattr(Learner, "not_finite", lambda learner: hit(learner) and [])
+        alpacache.train(config(tiny_checkpoint, store, tmp_path / "old", steps=1, warmup=0))
+    with pytest.raises(DataError, match=rf"model.safetensors has tensors that are not finite .*: {name}; use an earli"):
+        read_trained(tmp_path / "old/last", average=False)
+
+
+def test_a_base_model_that_is_not_finite_is_refused(tiny_checkpoint, store, tmp_path):
+    from safetensors.torch import save_file
+
+    sick = shutil.copytree(tiny_checkpoint, tmp_path / tiny_checkpoint.name)
+    name = "expert.layers.1.mlp.up_proj.weight"
+    shard = next(path for path in sick.glob("*.safetensors") if name in load_file(path))
+    tensors = load_file(shard)
+    tensors[name][2, 5] = math.nan
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(UsageError, match=rf"weights that are not finite \(NaN or infinity\): {name}\. Fetch"):
+        alpacache.train(config(sick, store, tmp_path / "run"))
+    assert not RunDirectory(tmp_path / "run").steps
+
+
+def test_a_validation_can_be_interrupted_and_is_made_up_for(tiny_checkpoint, store, tmp_path, monkeypatch):
+    from alpacache.training.validation import Validation
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = {"steps": 4, "val": str(store), "val_every": 2}
+    alpacache.train(config(tiny_checkpoint, store, whole, **settings))
+    good = Validation._losses
+
+    def losses(*given):
+        signal.raise_signal(signal.SIGHUP)
+        return good(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "_losses", losses)
+        for resume in (False, True):  # also where it is made up for
+            with pytest.raises(InterruptedRunError, match="stopped on request at step 2; saved"):
+                alpacache.train(config(tiny_checkpoint, store, parts, resume=resume, **settings))
+    assert [row["step"] for row in rows(parts)] == [1, 2]
+    alpacache.train(config(tiny_checkpoint, store, parts, resume=True, **settings))
+    found = [{(row["step"], row["val_loss"]) for row in rows(out) if "val_loss" in row} for out in (whole, parts)]
+    assert found[0] == found[1]
+    assert same(weights(whole), weights(parts))
+    assert read_checkpoint(parts / "last").state["best"] == read_checkpoint(whole / "last").state["best"]
 
 
 def test_the_best_may_be_chosen_by_min_ade_and_strata_are_told_apart(tiny_checkpoint, store, tmp_path):

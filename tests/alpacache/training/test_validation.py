@@ -70,14 +70,28 @@ def test_processes_share_the_samples(tiny_checkpoint, store, expert):
     validation = Validation(data, 2, times="beta", causal=False, with_min_ade=False)
     parts = []
 
+    def all_gather(part):
+        if isinstance(part, bool):  # whether it is to end
+            return [part]
+        parts.append(part)
+        return parts
+
     def world(rank):
-        return SimpleNamespace(rank=rank, size=3, all_gather=lambda part: parts.append(part) or parts)
+        return SimpleNamespace(rank=rank, size=3, all_gather=all_gather)
 
     for rank in range(3):
         shared = validation.run(expert, world(rank))
     assert [len(part.get("val_loss", ())) for part in parts] == [1, 1, 0]
     alone = validation.run(expert, World(rank=0, size=1, device=expert.device))
     assert shared["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)  # batches of one
+
+
+def test_all_processes_end_where_one_is_to_stop(tiny_checkpoint, store, expert):
+    data = CachedDataset([store], Checkpoint(str(tiny_checkpoint)))
+    validation = Validation(data, 2, times="beta", causal=False, with_min_ade=False)
+    world = SimpleNamespace(rank=0, size=2, all_gather=lambda stop: [stop, True])
+    assert validation.run(expert, world) is None
+    assert expert.training
 
 
 def test_memory_keeps_training_samples_alone(tiny_checkpoint, store, tmp_path, monkeypatch):
