@@ -228,7 +228,7 @@ def checked(sample_id: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
     Raises `BadClipError` for values that are not finite, or KV that could not be quantised.
     """
     for name in (key.removesuffix(_FINITE) for key, good in arrays.items() if key.endswith(_FINITE) and not good):
-        problem = NOT_FINITE if KV_SHAPE in arrays and name != "hidden" else f"{name} has NaN or infinity."
+        problem = NOT_FINITE if f"{name.removesuffix('kv')}{KV_SHAPE}" in arrays else f"{name} has NaN or infinity."
         raise BadClipError("not_finite", f"{sample_id}: {problem} Check the VLM's weights and the clip's pictures.")
     return {name: value for name, value in arrays.items() if not name.endswith(_FINITE)}
 

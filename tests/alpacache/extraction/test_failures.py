@@ -332,7 +332,8 @@ def test_a_sample_whose_prefix_is_not_finite_is_never_committed(tiny_checkpoint,
         prefixes = good(self, inputs)
         seen.extend(inputs)
         if len(seen) == 2:
-            getattr(prefixes[0], part)[-1, ..., 3] = float("inf")
+            with torch.inference_mode():
+                getattr(prefixes[0], part)[-1, ..., 3] = float("inf")
         return prefixes
 
     monkeypatch.setattr(FrozenVLM, "prefill_batch", prefill_batch)
