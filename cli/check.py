@@ -123,7 +123,7 @@ def _print(report: "SourceReport", out: str | None) -> None:
 
 
 def _print_checks(title: str, checks: "Sequence[Check]") -> None:
-    output.print_table(title, [[check.status, check.name, check.found] for check in checks])
+    output.print_table(title, [[check.status if check.is_judged else "-", check.name, check.found] for check in checks])
 
 
 def _more(rows: Sequence[object]) -> list[str]:

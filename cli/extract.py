@@ -36,7 +36,9 @@ def extract(config: ExtractConfig, json: bool) -> None:
         "speed": f"{report.samples_per_s:.2f} samples/s, {report.bytes_written / 1e9:.3f} GB in {report.seconds:.1f} s",
         "the VLM waited": f"{report.read_wait:.0%} of the time for samples, {report.write_wait:.0%} for the disk",
         "all workers": f"{report.committed} of {report.wanted} samples are in the store",
-        "quarantined": [str(len(report.quarantined)), *map(": ".join, report.quarantined.items())],
+        "quarantined": output.reason_lines(
+            (name, report.kinds[name], reason) for name, reason in report.quarantined.items()
+        ),
     }
     if process.rank == 0:  # for all of torchrun's
         output.print_result(report, "extract", lines, as_json=json)

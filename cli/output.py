@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -59,6 +59,18 @@ def print_lines(title: str, lines: Lines) -> None:
     """Print labels and what they say on stdout."""
     texts = {label: [text] if isinstance(text, str) else text or () for label, text in lines.items()}
     print_table(title, [["" if number else label, text] for label in texts for number, text in enumerate(texts[label])])
+
+
+def reason_lines(refused: Iterable[tuple[str, str, str]]) -> list[str]:
+    """How many were refused, and for each kind of reason their number and the first one; from (id, kind, message)."""
+    of_kind: dict[str, list[str]] = {}
+    for name, kind, message in refused:
+        of_kind.setdefault(kind, []).append(f"{name}: {message}")
+    listed = sorted(of_kind.items(), key=lambda item: -len(item[1]))
+    return [
+        str(sum(map(len, of_kind.values()))),
+        *(f"{len(reasons)} {kind}, the first: {reasons[0]}" for kind, reasons in listed),
+    ]
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[str] = ()) -> None:

@@ -65,7 +65,7 @@ def prepare(config: PrepareConfig, json: bool) -> None:
         "dataset": config.out,
         "samples": str(written.samples),
         "strata": ", ".join(f"{name} {count}" for name, count in counts.items() if count),
-        "left out": [str(len(rejected)), *map(": ".join, rejected.items())],
+        "left out": output.reason_lines(written.rejected),
     }
     output.print_result(record, "prepare", lines, as_json=json)
     if written.rejected:

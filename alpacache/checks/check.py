@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Status = Literal["ok", "warn", "fail"]
+_NOT_JUDGED = "not judged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,10 +18,20 @@ class Check:
     remedy: str = ""
     """The next step, unless all is well."""
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether the question could be answered; one that could not be is no fault, so `ok`."""
+        return not self.found.startswith(_NOT_JUDGED)
+
 
 def verdict(name: str, found: str, *, warn: str = "", fail: str = "") -> Check:
     """A check that failed if `fail` has a remedy, warns if `warn` has one, and is ok without."""
     return Check(name=name, status="fail" if fail else "warn" if warn else "ok", found=found, remedy=fail or warn)
+
+
+def not_judged(name: str, why: str) -> Check:
+    """A check that could not be made."""
+    return Check(name=name, status="ok", found=f"{_NOT_JUDGED}: {why}")
 
 
 def worst(checks: tuple[Check, ...]) -> Status:

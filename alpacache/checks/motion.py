@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.checks.check import Check, verdict
+from alpacache.checks.check import Check, not_judged, verdict
 from alpacache.driving.poses import Track
 from alpacache.driving.sample import Floats
 
@@ -127,7 +127,7 @@ def judge_rotations(track: Track, *, scalar_first: bool = False) -> Rotations:
     """Order of the quaternions, and direction of the z axis; `scalar_first`: other clips have shown that order."""
     motion = motion_of(track)
     if motion is None:
-        return Rotations(verdict("rotations", "not judged: too few sound poses"), track, "right")
+        return Rotations(not_judged("rotations", "too few sound poses"), track, "right")
     reordered = replace(track, quaternion_xyzw=track.quaternion_xyzw[:, [1, 2, 3, 0]])
     other = motion_of(reordered)
     fits = other is not None and motion.moving.sum() >= MIN_MOVING and _forward(motion) < 0.5 and _forward(other) > 0.9
@@ -157,7 +157,7 @@ def judge_axes(motions: Sequence[Motion]) -> Check:
     """Whether vehicles move along their own +x axis and turn the way their course does."""
     moving = [motion.moving for motion in motions]
     if sum(int(steps.sum()) for steps in moving) < MIN_MOVING:
-        return verdict("axes", "not judged: hardly any movement")
+        return not_judged("axes", "hardly any movement")
     course, heading, directions = (
         np.concatenate([getattr(motion, name)[steps] for motion, steps in zip(motions, moving, strict=True)])
         for name in ("course_rad", "heading_rad", "direction")

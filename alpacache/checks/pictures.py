@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.checks.check import Check, verdict
+from alpacache.checks.check import Check, not_judged, verdict
 from alpacache.checks.motion import Motion
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import Floats, Sample
@@ -138,7 +138,7 @@ def judge_mirrored(turns: Sequence[Turn]) -> Check:
     """Whether pictures move as the poses turn, over all moments."""
     count, against = len(turns), sum(not turn.agrees for turn in turns)
     if count < MIN_MOMENTS:
-        return verdict("mirrored", f"not enough turns to tell: {count} moments, {MIN_MOMENTS} are needed")
+        return not_judged("mirrored", f"not enough turns to tell: {count} moments, {MIN_MOMENTS} are needed")
     found = f"pictures and poses turn the same way at {count - against} of {count} moments"
     if against >= OPPOSITE * count:
         remedy = (
@@ -153,6 +153,8 @@ def judge_mirrored(turns: Sequence[Turn]) -> Check:
 
 def judge_pictures(sizes: Mapping[tuple[int, int], Sequence[str]], blank: Sequence[str]) -> Check:
     """Whether all samples have one size and none is `blank`; `sizes`: (width, height) -> samples."""
+    if not sizes:
+        return not_judged("pictures", "no usable sample")
     listed = sorted(sizes, key=lambda size: -len(sizes[size]))
     found = ", ".join(f"{width} x {height}" for width, height in listed[:4])
     remedy = ""
@@ -164,4 +166,4 @@ def judge_pictures(sizes: Mapping[tuple[int, int], Sequence[str]], blank: Sequen
             f"Different cameras in one set, such as {sizes[listed[-1]][0]}? "
             "Samples differ in their number of tokens; split the set or leave them out."
         )
-    return verdict("pictures", found or "no usable sample", warn=remedy)
+    return verdict("pictures", found, warn=remedy)

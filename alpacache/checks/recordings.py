@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.checks.check import Check, verdict
+from alpacache.checks.check import Check, not_judged, verdict
 from alpacache.driving.poses import (
     JUMP_SLACK_M,
     JUMP_SLACK_RAD,
@@ -122,7 +122,7 @@ def check_poses(track: Track) -> Check:
     )
     gaps_us: NDArray[np.int64] = np.diff(track.timestamps_us)
     if len(gaps_us) < 2 or (gaps_us <= 0).any():
-        return verdict("poses", "not judged: no poses in the order of time")
+        return not_judged("poses", "no poses in the order of time")
     rate = 1e6 / float(np.median(gaps_us))
     holes, leaps = np.flatnonzero(gaps_us > MAX_GAP_US), jumps(track)
     faults = {}
@@ -173,7 +173,7 @@ def check_frames(recording: Recording) -> Check:
         else:
             faults |= {f"{camera}: {fault}": remedy for fault, remedy in _frame_faults(steps, overlap).items()}
     if not rates and not faults:
-        return verdict("frames", "not judged: too few frame times")
+        return not_judged("frames", "too few frame times")
     low, high = min(rates, default=0.0), max(rates, default=0.0)
     rate = f"{low:.4g} Hz" if high < 1.02 * low else f"{low:.4g} to {high:.4g} Hz"
     found = "; ".join([rate, *faults] if rates else faults)

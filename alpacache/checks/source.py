@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from alpacache.checks.check import Check, verdict, worst
+from alpacache.checks.check import Check, not_judged, verdict, worst
 from alpacache.checks.clip import ClipFindings, Refusal, examine, judge_again
 from alpacache.checks.contact_sheet import CLIPS
 from alpacache.checks.motion import judge_axes, judge_speed
@@ -35,6 +35,7 @@ MAX_THREADS = 16
 """Each holds the pictures of one sample."""
 
 MEANINGS: Mapping[str, str] = {
+    "samples": "samples can be cut from the clips and read",
     "times": "timestamps are whole microseconds that increase",
     "poses": "poses come at 10 Hz or more, without gaps and without leaps that no car makes",
     "frames": "every camera is there, with 10 frames a second or more, evenly, while poses were recorded",
@@ -85,8 +86,8 @@ class SourceReport:
 
     @property
     def clip_counts(self) -> dict[str, int]:
-        """Number of clips by the worst of their checks; a refused clip may be fine in itself."""
-        statuses = [worst(clip.checks) for clip in self.clips]
+        """Number of clips that could be judged by the worst of their checks; one that is refused may be fine so far."""
+        statuses = [worst(clip.checks) for clip in self.clips if any(check.is_judged for check in clip.checks)]
         return {status: statuses.count(status) for status in ("ok", "warn", "fail")}
 
     @property
@@ -223,7 +224,15 @@ class _Survey:
 
     def checks(self) -> tuple[Check, ...]:
         """One check of each name over the source as a whole."""
-        whole = [self._judge_ids(), judge_pictures(self._sizes, self._blank), judge_mirrored(self._turns)]
+        whole = [
+            self._judge_samples(),
+            self._judge_ids(),
+            judge_pictures(self._sizes, self._blank),
+            judge_mirrored(self._turns),
+        ]
+        if self.strata["all"] and self.strata["stopped"] == self.strata["all"]:
+            remedy = "Standing vehicles teach nothing; if they did move, positions are not in metres (kilometres?)."
+            whole.append(verdict("standing", f"the vehicle stands in all {self.strata['all']} samples", fail=remedy))
         motions = [found.motion for found in self.found.values() if found.motion is not None]
         if motions:
             whole += [judge_axes(motions), judge_speed(motions)]
@@ -232,18 +241,33 @@ class _Survey:
 
     def _over_clips(self, name: str, judged: Check | None) -> Check:
         """Merge all clips' checks of one name: the source fails if most clips fail, or all of them together do."""
-        each = {clip_id: check for clip_id, clip in self.clips.items() for check in clip.checks if check.name == name}
+        listed = [(clip_id, check) for clip_id, clip in self.clips.items() for check in clip.checks]
+        each = {clip_id: check for clip_id, check in listed if check.name == name and check.is_judged}
         bad = {clip_id: check for clip_id, check in each.items() if check.status != "ok"}
         failed = [clip_id for clip_id, check in bad.items() if check.status == "fail"]
-        if judged is not None and (judged.status != "ok" or not failed):
+        if judged is not None and (judged.status in ("warn", "fail") or not failed):
             return judged
+        if not each:
+            return next((check for _, check in listed if check.name == name), not_judged(name, "no clip to judge by"))
         if not bad:
             alike = {check.found for check in each.values()}
-            return verdict(name, alike.pop() if len(alike) == 1 else f"{len(each)} clips" if each else "not judged")
+            return verdict(name, alike.pop() if len(alike) == 1 else f"{len(each)} clips")
         example = failed[0] if failed else next(iter(bad))
         found = f"{len(bad)} of {len(each)} clips, such as {example}: {bad[example].found}"
         status = "fail" if judged is None and 2 * len(failed) > len(each) else "warn"
         return verdict(name, found, **{status: bad[example].remedy})
+
+    def _judge_samples(self) -> Check:
+        """Whether there is anything to extract, and what is refused, by kind."""
+        usable = sum(clip.samples for clip in self.clips.values())
+        refused = [refusal for clip in self.clips.values() for refusal in clip.refused]
+        kinds = Counter(refusal.kind for refusal in refused)
+        found = f"{usable} usable" + "".join(f", {count} refused ({kind})" for kind, count in kinds.most_common())
+        if not usable and not refused:
+            return verdict("samples", "none was selected", fail="Choose another --split or --t0.")
+        if not usable:
+            return verdict("samples", found, fail=f"The first reason: {refused[0].message}")
+        return verdict("samples", found, warn=f"The first reason: {refused[0].message}" if refused else "")
 
     def _judge_ids(self) -> Check:
         """Ids that come twice, and clips with the same poses: one trained on and another judged by is a leak."""

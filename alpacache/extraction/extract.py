@@ -124,7 +124,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
                 )
         names = [*(ref.sample_id for ref in refs), *(clip_id for clip_id, _ in unusable)]
         return progress.report(
-            selected=len(names), already_there=len(refs) - len(missing), quarantined=failures.reasons(names)
+            selected=len(names), already_there=len(refs) - len(missing), quarantined=failures.records(names)
         )
 
 

@@ -10,6 +10,7 @@ from alpacache.sources.registry import check_still_there
 from alpacache.sources.selection import Rejected
 from cache_store import CacheWriter
 from cache_store.format.names import sample_key
+from cache_store.format.quarantine_record import QuarantineRecord
 
 
 class Failures:
@@ -64,11 +65,11 @@ class Failures:
             "is intact; see that the source is there and run the same command again."
         )
 
-    def reasons(self, names: Sequence[str]) -> dict[str, str]:
+    def records(self, names: Sequence[str]) -> dict[str, QuarantineRecord]:
         """Why those of the named samples and clips that are in quarantine are there."""
         failed = self._writer.failed_keys()
         records = {name: self._writer.quarantine_of(name) for name in names if sample_key(name) in failed}
-        return {name: record.reason for name, record in records.items() if record is not None}
+        return {name: record for name, record in records.items() if record is not None}
 
     def _quarantine(self, name: str, error: BadClipError) -> None:
         self._writer.quarantine(name, error.kind, str(error), "".join(traceback.format_exception(error)))

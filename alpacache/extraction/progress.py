@@ -1,12 +1,13 @@
 """How far an extraction is: this worker by its own counters, all workers together by what the store holds."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from alpacache.extraction.pipeline import Waits
 from alpacache.progress import OnProgress, Progress, clock
+from cache_store.format.quarantine_record import QuarantineRecord
 from cache_store.writer import committed_keys
 
 _INTERVAL_S, _SHARE = 10.0, 0.02
@@ -24,6 +25,8 @@ class ExtractReport:
     quarantined: dict[str, str]
     """Sample id (clip id where no sample could be chosen) -> reason, of every selected one that the store holds in
     quarantine."""
+    kinds: dict[str, str]
+    """The same ids -> kind of the reason, a word for counting."""
     seconds: float
     samples_per_s: float
     bytes_written: int
@@ -108,7 +111,9 @@ class ExtractProgress:
         done, rate = self.extracted + self.failed, self.extracted / seconds
         self._on_progress(Progress(done=done, total=self._total, unit="samples", rate=rate, notes=notes))
 
-    def report(self, *, selected: int, already_there: int, quarantined: dict[str, str]) -> ExtractReport:
+    def report(
+        self, *, selected: int, already_there: int, quarantined: Mapping[str, QuarantineRecord]
+    ) -> ExtractReport:
         seconds = time.monotonic() - self._started
         committed, wanted, _ = self._store_count.now(at_once=True)
         return ExtractReport(
@@ -116,7 +121,8 @@ class ExtractProgress:
             selected=selected,
             extracted=self.extracted,
             already_there=already_there,
-            quarantined=quarantined,
+            quarantined={name: record.reason for name, record in quarantined.items()},
+            kinds={name: record.kind for name, record in quarantined.items()},
             seconds=seconds,
             samples_per_s=self.extracted / seconds if seconds else 0.0,
             bytes_written=self._bytes_written,

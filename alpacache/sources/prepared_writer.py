@@ -92,7 +92,7 @@ def prepare(
             rejected += [(name, kind, text) for name, kind, text in _write_shard(base, to_row_of, part, on_sample)]
         if len(rejected) - len(unusable) == len(refs):
             reason = f" The first reason: {rejected[0][2]}" if rejected else ""
-            raise SourceError(f"{source.name}: none of {len(refs)} samples can be used.{reason}")
+            raise SourceError(f"{source.name}: none of {len(rejected)} samples can be used.{reason}")
         record = _finish(shards, final, source.name, asked, rejected)
     shutil.rmtree(partial)  # only now that its lock is closed: NFS keeps the names of open files
     return PrepareReport(samples=record["samples"], rejected=tuple(rejected), provenance=record)

@@ -78,6 +78,15 @@ def test_a_wrong_source_is_exit_1_and_the_table_says_what_to_do(folder):
     assert "3.6 times too large" in text
 
 
+def test_a_source_of_refused_clips_is_exit_1_and_no_check_is_called_ok_unjudged(folder):
+    done = run(folder(seconds=(6.0, 7.0)))
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 1, done.stderr
+    assert "fail samples 0 usable, 2 refused (short_clip)" in text
+    assert "- times not judged" not in text  # its clocks were read
+    assert "- pictures not judged: no usable sample" in text
+
+
 @pytest.mark.system
 @pytest.mark.parametrize(
     ("arguments", "said"),

@@ -71,6 +71,16 @@ def test_quiet_keeps_errors_and_drops_notes(monkeypatch, capsys):
     assert capsys.readouterr().err == "note: keep me\n"
 
 
+def test_refused_samples_are_counted_by_kind_with_the_first_reason_of_each():
+    refused = [("a", "short_clip", "too short"), ("b", "no_sun", "dark"), ("c", "short_clip", "4 s")]
+    assert output.reason_lines(refused) == [
+        "3",
+        "2 short_clip, the first: a: too short",
+        "1 no_sun, the first: b: dark",
+    ]
+    assert output.reason_lines([]) == ["0"]
+
+
 def test_verbose_shows_where_an_error_comes_from():
     assert "Traceback" not in run("info", "nowhere", code=2).stderr
     stderr = run("info", "nowhere", "--verbose", code=2).stderr

@@ -83,10 +83,12 @@ def change_pictures(root, change):
 
 
 def checked(root, **arguments):
-    """The report, and name -> check for what is not ok."""
+    """The report, and name -> check for what is not ok, apart from samples being refused for it."""
     report = check_source(FolderSource(root), **arguments)
     assert [check.name for check in report.checks] == list(MEANINGS)
-    return report, {check.name: check for check in report.checks if check.status != "ok"}
+    bad = {check.name: check for check in report.checks if check.status != "ok"}
+    assert bad.pop("samples", None) is None or report.refused
+    return report, bad
 
 
 def test_generated_drives_are_fine():
@@ -332,6 +334,53 @@ def test_a_gap_a_slow_rate_and_nan_are_named(recorded):
     assert "fewer than 10 poses a second" in thinned["poses"].found
     assert "1 of 401 poses hold NaN" in broken["rotations"].found
     assert [refusal.kind for refusal in report.refused] == ["not_finite"]
+
+
+def test_a_source_of_which_nothing_can_be_used_fails_and_nothing_is_said_to_be_ok(recorded):
+    change_poses(recorded, lambda columns: columns.update(timestamp=columns["timestamp"] / 1e6))
+    report = check_source(FolderSource(recorded))
+    first, *others = report.checks
+    assert (first.name, first.status, first.found) == ("samples", "fail", f"0 usable, {CLIPS} refused (wrong_shape)")
+    assert "column timestamp is double" in first.remedy
+    assert not report.ok
+    assert [check.name for check in others if check.is_judged] == ["clip ids"]
+    assert report.clip_counts == {"ok": 0, "warn": 0, "fail": 0}
+
+
+def test_a_source_that_gives_no_moment_fails(recorded):
+    source = FolderSource(recorded)
+    source.event_times_us = lambda clip_id: ()
+    report = check_source(source, t0="events")
+    assert (report.checks[0].status, report.checks[0].found) == ("fail", "none was selected")
+    assert not report.ok
+
+
+def test_some_refusals_are_a_warning_by_kind(recorded):
+    for clip in clips_of(recorded)[:2]:
+        (clip / "egomotion.parquet").unlink()
+    clip = clips_of(recorded)[2]
+    (clip / f"{FRONT_CAMERA}.timestamps.parquet").unlink()
+    report = check_source(FolderSource(recorded))
+    samples = report.checks[0]
+    assert samples.status == "warn"
+    assert samples.found == f"{CLIPS - 3} usable, 2 refused (missing_poses), 1 refused (missing_camera)"
+    assert report.ok
+
+
+def test_a_source_whose_vehicle_never_moves_fails(recorded):
+    def stand(columns):
+        for name in POSES:
+            columns[name][:] = columns[name][0]
+
+    change_poses(recorded, stand, slice(CLIPS - 1))
+    report, bad = checked(recorded)
+    assert bad["standing"].status == "warn"  # one clip moves
+    assert report.ok
+    change_poses(recorded, stand)
+    report, bad = checked(recorded)
+    assert bad["standing"].status == "fail"
+    assert f"stands in all {CLIPS} samples" in bad["standing"].found
+    assert not report.ok
 
 
 def test_a_missing_camera_is_named(recorded):

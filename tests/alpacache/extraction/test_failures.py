@@ -244,6 +244,7 @@ def test_a_corrupt_video_costs_its_own_samples_only(tiny_checkpoint, tmp_path):
     settings = config(tiny_checkpoint, tmp_path / "store", source=f"folder:{tmp_path / 'drives'}", batch_size=2)
     report = alpacache.extract(settings)
     assert (report.extracted, list(report.quarantined)) == (2, [f"{clips[1]}@5100000#0"])
+    assert report.kinds == {f"{clips[1]}@5100000#0": "undecodable_video"}
     assert CacheReader(tmp_path / "store").quarantined[f"{clips[1]}@5100000#0"].kind == "undecodable_video"
 
 
