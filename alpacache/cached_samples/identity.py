@@ -10,11 +10,12 @@ from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import rollout_identity
 from alpacache.errors import UsageError
+from alpacache.sources.video import ffmpeg_versions
 from cache_store import CODECS, KVCodec, codec_from_json, differences
 
 BF16 = "bf16"
 """Name of the lossless codec: KV as the VLM computed it."""
-_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers")
+_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers", "av", "pillow")
 
 
 def model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def provenance(*, source: str, device: str) -> dict[str, Any]:
         "device": device,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "libraries": {"alpacache": __version__} | {name: version(name) for name in _LIBRARIES},
+        "libraries": {"alpacache": __version__} | {name: version(name) for name in _LIBRARIES} | ffmpeg_versions(),
     }
 
 
