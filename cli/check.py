@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from alpacache.checks.check import Check
     from alpacache.checks.source import SourceReport
 
-SHEET, REPORT = "contact_sheet.png", "check.json"
+SHEET, LAGS, REPORT = "contact_sheet.png", "lag_curve.png", "check.json"
 _TITLE = "frames at t0, and the path driven until t0 + 6.4 s; dots are seconds, arrows the heading at the end"
 _SHOWN = 12
 """Most refusals and clips named in the table; JSON has all."""
@@ -33,6 +33,7 @@ def check(config: CheckConfig, json: bool) -> None:
     Example: `alpacache check folder:my_drives --out check`
     """
     from alpacache.checks.contact_sheet import contact_sheet_png
+    from alpacache.checks.lag_picture import lag_curve_png
     from alpacache.checks.source import MEANINGS, check_source
     from alpacache.sources.registry import open_source
 
@@ -53,12 +54,16 @@ def check(config: CheckConfig, json: bool) -> None:
             on_progress=on_progress,
         )
     names = ("ok", "source", "samples", "clip_counts", "checks", "strata", "speeds_mps", "clips", "seconds")
-    record = {name: getattr(report, name) for name in names} | {"refused": len(report.refused), "meanings": MEANINGS}
+    record = {name: getattr(report, name) for name in names}
+    record |= {"lag_curve": report.lag_curve, "refused": len(report.refused), "meanings": MEANINGS}
     if config.out is not None:
         directory = Path(config.out)
         (directory / REPORT).write_text(strict_json.dumps(record, indent=1) + "\n")
         if report.shown:
             (directory / SHEET).write_bytes(contact_sheet_png(report.shown, title=f"{report.source}: {_TITLE}"))
+        if report.lag_curve is not None:
+            title = f"{report.source}: how the picture moves sideways against how the vehicle turns"
+            (directory / LAGS).write_bytes(lag_curve_png(report.lag_curve, title=title))
     if json:
         output.print_json(record)
     else:
@@ -118,7 +123,8 @@ def _print(report: "SourceReport", out: str | None) -> None:
         "refused": [str(len(refused)), *refused[:_SHOWN], *_more(refused)],
     }
     if out is not None:
-        lines["written"] = f"{out}: {REPORT}" + (f", {SHEET}" if report.shown else "")
+        pictures = ((SHEET, report.shown), (LAGS, report.lag_curve))
+        lines["written"] = f"{out}: {', '.join([REPORT, *(name for name, shown in pictures if shown)])}"
     output.print_lines("samples", lines)
 
 

@@ -21,6 +21,7 @@ from alpacache.checks.recordings import (
     read_recording,
     recording_of,
 )
+from alpacache.checks.targets import Paths, Targets, judge_targets, paths_of, targets_of
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
 from alpacache.driving.sample import Sample, SampleRef
@@ -49,6 +50,9 @@ class ClipFindings:
     """Number of samples that can be used."""
     checks: tuple[Check, ...] = ()
     motion: Motion | None = None
+    paths: Paths | None = None
+    """Until `finish` makes targets of them."""
+    targets: Targets | None = None
     turns: list[Turn] = field(default_factory=list)
     speeds_mps: list[float] = field(default_factory=list)
     """Mean speed of each usable sample."""
@@ -107,11 +111,20 @@ def examine(
     return found
 
 
+def finish(found: ClipFindings) -> None:
+    """Judge the targets. Apart from `examine`, so that clips are read while torch is imported."""
+    if found.paths is not None:
+        found.targets, found.paths = targets_of(found.paths), None
+        if found.targets is not None:
+            found.checks = (*found.checks, judge_targets([found.targets]))
+
+
 def judge_again(found: ClipFindings) -> None:
     """Take it that the clip's quaternions have their scalar first, as other clips have shown."""
     if found.track is not None:
         rotations = judge_rotations(found.track, scalar_first=True)
         _judge_motion(found, (*found.checks[:3], rotations.check), rotations.track)
+        finish(found)
 
 
 def _add_sample(found: ClipFindings, sample: Sample) -> None:
@@ -138,5 +151,5 @@ def _judge_motion(found: ClipFindings, checks: tuple[Check, ...], track: Track) 
     """Complete the checks of a clip by those of its motion."""
     found.checks, motion = checks, motion_of(track)
     if motion is not None:
-        found.motion = motion
+        found.motion, found.paths = motion, paths_of(track)
         found.checks = (*checks, judge_axes([motion]), judge_speed([motion]), judge_standing(motion))

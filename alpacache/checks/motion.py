@@ -25,6 +25,15 @@ MOVING_MPS = 2.0
 """Speed below which the course is mostly noise."""
 ALIGNED_RAD = float(np.deg2rad(25.0))
 """A vehicle's reference point in front of its rear axle goes a few degrees sideways in tight turns."""
+OFFSET_DEG = (2.0, 10.0)
+"""Headings this far off the course are a warning, a failure. Mounts and compasses of real cars are within 1 degree."""
+OFFSET_MPS = 4.0
+"""Speed above which the course is known to a degree or so."""
+LEVER_M = (-1.0, 4.0)
+"""How far in front of the rear axle the reference point may lie: there it goes sideways in turns."""
+STRAIGHT_PM = 0.004
+"""Curvature below which such a point moves along the vehicle's axis, to a degree."""
+METRES_A_DEGREE = 111_320.0
 MIN_MOVING = 15
 """Least number of moving steps of 0.2 s for a verdict."""
 MIN_TURNING = 10
@@ -54,6 +63,8 @@ class Motion:
     turn_rate_radps: Floats
     direction: Floats
     """`[N, 3]` unit vectors of the movement, in the vehicle's own axes."""
+    ground: NDArray[np.complex128]
+    """`[N]` change of x and y as recorded, in their units a second: complex, x + iy."""
     z_axis: Floats
     """`[N, 3]` the vehicle's z axis in the world as recorded."""
 
@@ -63,19 +74,18 @@ class Motion:
 
 
 def motion_of(track: Track) -> Motion | None:
-    """Motion of a track; None if too few poses are finite and in order of time."""
+    """Motion of a track; None if too few poses are finite."""
     from scipy.spatial.transform import Rotation
 
-    norms = np.linalg.norm(track.quaternion_xyzw, axis=1)
-    sound = np.isfinite(track.xyz).all(axis=1) & np.isfinite(norms) & (norms > 1e-6)
-    times, first = np.unique(track.timestamps_us[sound], return_index=True)
-    if len(times) < 3:
+    track = sound_poses(track)
+    if len(track.timestamps_us) < 3:
         return None
-    chosen = np.unique(np.searchsorted(times, np.arange(times[0], times[-1] + 1, RASTER_US)))
+    since_us = track.timestamps_us - track.timestamps_us[0]
+    chosen = np.flatnonzero(np.diff(since_us // RASTER_US, prepend=-1))  # the first pose of each 0.2 s
     if len(chosen) < 3:
         return None
-    times, xyz = times[chosen], track.xyz[sound][first[chosen]]
-    rot = Rotation.from_quat(track.quaternion_xyzw[sound][first[chosen]]).as_matrix()
+    times, xyz = track.timestamps_us[chosen], track.xyz[chosen]
+    rot = Rotation.from_quat(track.quaternion_xyzw[chosen]).as_matrix()
     dt_s, moved = np.diff(times) / 1e6, np.diff(xyz, axis=0)
     level = _levelling(rot[:, :, 2].mean(axis=0))
     forward, flat = (rot[:, :, 0] @ level.T), moved @ level.T
@@ -88,8 +98,18 @@ def motion_of(track: Track) -> Motion | None:
         heading_rad=(yaw[:-1] + yaw[1:]) / 2,
         turn_rate_radps=np.diff(yaw) / dt_s,
         direction=direction / np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1e-9),
+        ground=np.asarray((moved[:, 0] + 1j * moved[:, 1]) / dt_s, dtype=np.complex128),
         z_axis=rot[:-1, :, 2],
     )
+
+
+def sound_poses(track: Track) -> Track:
+    """The poses that are finite, in the order of time, each time once."""
+    norms = np.linalg.norm(track.quaternion_xyzw, axis=1)
+    sound = np.isfinite(track.xyz).all(axis=1) & np.isfinite(norms) & (norms > 1e-6)
+    times, first = np.unique(track.timestamps_us[sound], return_index=True)
+    xyz, quaternion = track.xyz[sound][first], track.quaternion_xyzw[sound][first]
+    return Track(timestamps_us=times, xyz=xyz, quaternion_xyzw=quaternion)
 
 
 def wrapped(angle_rad: Floats) -> Floats:
@@ -172,7 +192,7 @@ def judge_axes(motions: Sequence[Motion]) -> Check:
     if length > 0.85:
         axis = int(np.argmax(np.abs(direction)))
         if axis == 0 and direction[0] > length * np.cos(ALIGNED_RAD):
-            return verdict("axes", f"moves along its own +x, to {apart:.1f} degrees (median)")
+            return _off_course(motions, apart)
         return _wrong_axis(direction / length, axis)
     forward, backward = np.abs(away) < ALIGNED_RAD, np.abs(away) > np.pi - ALIGNED_RAD
     if forward.mean() > 0.3 and (forward | backward).mean() > 0.8:
@@ -182,10 +202,44 @@ def judge_axes(motions: Sequence[Motion]) -> Check:
     return verdict("axes", found, fail=remedy)
 
 
+def _off_course(motions: Sequence[Motion], apart_deg: float) -> Check:
+    """Whether headings lie to one side of the course, beyond what a reference point off the rear axle explains."""
+    straight: list[Floats] = []
+    everywhere: list[Floats] = []
+    for motion in motions:
+        away = wrapped(motion.course_rad - motion.heading_rad)
+        known = (motion.speed_mps > OFFSET_MPS) & (np.abs(away) < 2 * ALIGNED_RAD)  # forwards
+        away, curvature = away[known], (motion.turn_rate_radps / np.maximum(motion.speed_mps, OFFSET_MPS))[known]
+        slips = np.sort(np.outer(curvature, LEVER_M), axis=1)
+        straight.append(away[np.abs(curvature) < STRAIGHT_PM])
+        everywhere.append(away - np.clip(away, slips[:, 0], slips[:, 1]))
+    offset = np.concatenate(straight)
+    offset = np.concatenate(everywhere) if len(offset) < MIN_MOVING else offset
+    found = f"moves along its own +x, to {apart_deg:.1f} degrees (median)"
+    if len(offset) < MIN_MOVING:
+        return verdict("axes", found)
+    low, degrees, high = np.rad2deg(np.percentile(offset, [25, 50, 75]))
+    error = 0.93 * (high - low) / np.sqrt(len(offset))  # of a median, if offsets are normal
+    if abs(degrees) - error < OFFSET_DEG[0]:
+        return verdict("axes", found)
+    side = "right" if degrees > 0 else "left"
+    found = f"headings point {abs(degrees):.1f} degrees to the {side} of where the vehicle goes (median)"
+    remedy = (
+        "Turn every rotation by that angle about z: a camera's or an IMU's own axes, a compass without declination, or "
+        "a grid's north?"
+    )
+    return verdict("axes", found, **{"fail" if abs(degrees) >= OFFSET_DEG[1] else "warn": remedy})
+
+
 def judge_speed(motions: Sequence[Motion]) -> Check:
     """Whether speeds and sideways accelerations are those of road vehicles."""
     speeds = np.concatenate([np.zeros(0), *(motion.speed_mps for motion in motions)])
     rolling = speeds[speeds > STANDING_MPS]
+    if (fastest := _degrees_a_second(motions)) is not None:
+        found = f"x and y change by at most {fastest:.2g} a second, yet on a steady course that turns"
+        found += f"; as degrees that would be {METRES_A_DEGREE * fastest:.1f} m/s"
+        remedy = "Latitude and longitude must become metres, such as east and north of a point on the drive."
+        return verdict("speed", found, fail=remedy)
     if len(rolling) < max(1, 0.02 * len(speeds)):
         remedy = "Standing vehicles teach nothing; if they did move, positions are not in metres (kilometres?)."
         return verdict("speed", f"never more than {speeds.max(initial=0):.2f} m/s", warn=remedy)
@@ -204,6 +258,23 @@ def judge_speed(motions: Sequence[Motion]) -> Check:
         return verdict("speed", found, fail=remedy)
     remedy = "More than tyres hold, or faster than most roads allow; check units of positions, speed and time."
     return verdict("speed", found, warn=remedy if slides or median > 45 else "")
+
+
+def _degrees_a_second(motions: Sequence[Motion]) -> float | None:
+    """Greatest speed over ground in the positions' own unit, if that looks like degrees: hardly any change, but that of
+    a drive, never back and forth while the vehicle turns."""
+    speeds = [np.abs(motion.ground) for motion in motions]
+    fastest = float(np.percentile(np.concatenate(speeds), 98)) if speeds else 0.0
+    if not 1.0 < fastest * METRES_A_DEGREE < FAST_MPS:
+        return None
+    moved, steady, turned_rad = 0, 0, 0.0
+    for motion, speed in zip(motions, speeds, strict=True):
+        both = np.minimum(speed[1:], speed[:-1]) > 0.2 * fastest
+        bent = np.abs(np.angle(motion.ground[1:] * motion.ground[:-1].conj()))[both]
+        moved, steady = moved + len(bent), steady + int((bent < 2 * ALIGNED_RAD).sum())
+        turned_rad = max(turned_rad, float(np.ptp(motion.heading_rad)))
+    is_drive = moved >= 2 * MIN_MOVING and steady >= 0.95 * moved and turned_rad > MIN_TURNED_RAD
+    return fastest if is_drive else None
 
 
 def judge_standing(motion: Motion) -> Check:

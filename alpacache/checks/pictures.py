@@ -31,15 +31,25 @@ MIN_SHIFT_PX = 0.75
 
 def sideways_shift_px(earlier: Picture, later: Picture) -> float | None:
     """Pixels, of 256 across, by which the far field of `[3, H, W]` pictures moved right; None if that is not clear."""
-    before, after = _small(earlier), _small(later)
-    low, high = (int(share * len(before)) for share in ROWS)
-    middle, shifts = (low + high) // 2, []
-    for rows in (slice(low, middle), slice(middle, high), slice(low, high)):
+    return shift_px(far_field(earlier), far_field(later))
+
+
+def shift_px(before: Floats, after: Floats, *, quick: bool = False) -> float | None:
+    """Pixels by which a far field moved right; None if that is not clear. `quick`: one band of rows, not three."""
+    middle, shifts = len(before) // 2, []
+    for rows in (slice(None),) if quick else (slice(middle), slice(middle, None), slice(None)):
         for place in PLACES:
             left, right = (_block_shift(before[rows], after[rows], 0.5 + side * place) for side in (-1, 1))
             if left is not None and right is not None:
                 shifts.append((left + right) / 2)
     return float(np.median(shifts)) if len(shifts) >= 2 else None
+
+
+def far_field(picture: Picture) -> Floats:
+    """Rows around the horizon of a `[3, H, W]` picture: grey, 256 across, a little blurred."""
+    small = _small(picture)
+    low, high = (int(share * len(small)) for share in ROWS)
+    return small[low:high]
 
 
 def _small(picture: Picture) -> Floats:
@@ -61,9 +71,12 @@ def _block_shift(before: Floats, after: Floats, place: float) -> float | None:
     if block.std() < MIN_CONTRAST:
         return None
     views = np.lib.stride_tricks.sliding_window_view(after[:, start:end], BLOCK_PX, axis=1)
-    views = views - views.mean(axis=2, keepdims=True)
-    norms = np.linalg.norm(block) * np.sqrt((views**2).sum(axis=(0, 2)))
-    likeness = np.einsum("rc,rsc->s", block, views) / np.maximum(1e-9, norms)
+    sums, squares = (np.cumsum(np.pad(part, ((0, 0), (1, 0))), axis=1) for part in (after, after**2))
+    sums, squares = (
+        part[:, start + BLOCK_PX : end + 1] - part[:, start : end + 1 - BLOCK_PX] for part in (sums, squares)
+    )
+    norms = np.linalg.norm(block) * np.sqrt(np.maximum(0.0, (squares - sums**2 / BLOCK_PX).sum(axis=0)))
+    likeness = np.einsum("rc,rsc->s", block, views) / np.maximum(1e-9, norms)  # the block's rows have mean 0
     best = int(np.argmax(likeness))
     if likeness[best] < MIN_LIKENESS or best in (0, len(likeness) - 1):
         return None
@@ -78,7 +91,7 @@ MIN_TURN_RADPS = 0.06
 MIN_TURNED_RAD = 0.01
 PAIRS = 96
 """Most pairs of frames to look at, all clips together."""
-MOST_A_CLIP = 8
+MOST_A_CLIP = 32
 MIN_MOMENTS = 10
 OPPOSITE = 0.8
 

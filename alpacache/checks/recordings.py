@@ -30,6 +30,7 @@ JUMP_MPS = 10.0
 NEIGHBOURS = 7
 STALE_US = 200_000
 """Longest gap between frames that is not reported: a sample's frames are 0.1 s apart."""
+DAY_US = 86_400_000_000
 MAX_LOST = 0.01
 MAX_JITTER = 0.3
 MIN_OVERLAP = 0.8
@@ -74,12 +75,12 @@ def recording_of(sample: Sample) -> Recording:
 
 
 def time_unit(timestamps: NDArray[np.int64]) -> str:
-    """`microseconds`, or the unit that fits the steps better, given 1 to 2,000 timestamps a second."""
+    """`microseconds`, or the unit that fits the steps better, given 1 to 2,000 timestamps a second in any order."""
     if len(timestamps) < 3:
         return "microseconds"
-    steps = np.abs(np.diff(timestamps))
-    if (steps == 0).mean() > 0.5 and np.ptp(timestamps) > 0:
-        return "seconds"
+    steps = np.diff(np.sort(timestamps))
+    if (steps == 0).mean() > 0.5 and steps.any():
+        return "microseconds" if steps[steps > 0].min() >= 1_000 else "seconds"
     step = float(np.median(steps))
     if step > 1.5e6 or np.abs(timestamps).max() > 1e17:
         return "nanoseconds"
@@ -107,11 +108,20 @@ def check_times(recording: Recording) -> Check:
         remedy = f"Write whole microseconds: multiply these timestamps by {factors}."
         return verdict("times", f"{found}, by their steps", fail=remedy)
     for what, stamps in clocks.items():
-        back = np.flatnonzero(np.diff(stamps) <= 0)
+        steps = np.diff(stamps)
+        back = np.flatnonzero(steps <= 0)
         if len(back):
             found = f"timestamps of {what} do not increase in {len(back)} rows, the first is row {int(back[0]) + 1}"
-            return verdict("times", found, fail="Sort the rows by timestamp and drop duplicates.")
+            if (steps == 0).mean() <= 0.5:
+                return verdict("times", found, fail="Sort the rows by timestamp and drop duplicates.")
+            finest = f"{steps[steps > 0].min() / 1e6:g} s" if (steps > 0).any() else "no step at all"
+            found += f"; most repeat the time before, the clock's finest step is {finest}"
+            return verdict("times", found, fail="Export times with their fractions, such as those of GPS sentences.")
     return verdict("times", f"microseconds, {np.ptp(recording.track.timestamps_us) / 1e6:.1f} s of poses")
+
+
+def _duration(time_us: int) -> str:
+    return f"{time_us / 1e6:.2f} s" if time_us < DAY_US else f"{time_us / DAY_US:.0f} days"
 
 
 def check_poses(track: Track) -> Check:
@@ -130,12 +140,14 @@ def check_poses(track: Track) -> Check:
         fault = f"{len(leaps)} jumps, the first at {track.timestamps_us[leaps[0]] / 1e6:.2f} s"
         faults[fault] = "Localisation was reset there: cut the clip in two, or keep t0 away from it."
     if len(holes):
-        fault = f"{len(holes)} gaps above 1 s, the longest {gaps_us.max() / 1e6:.2f} s"
+        fault = f"{len(holes)} gaps above 1 s, the longest {_duration(int(gaps_us.max()))}"
         faults[fault] = "Samples across a gap are refused; cut the clip there."
+        if gaps_us.max() > DAY_US:
+            faults[fault] = "A clock was set while it ran: drop the poses before that."
     if rate < 9.5:
         remedy = "Export poses at 10 Hz or more: between them a curve is only interpolated."
         faults["fewer than 10 poses a second"] = remedy
-    found = "; ".join([f"{rate:.4g} Hz, longest gap {gaps_us.max() / 1e6:.2f} s", *faults])
+    found = "; ".join([f"{rate:.4g} Hz, longest gap {_duration(int(gaps_us.max()))}", *faults])
     return verdict("poses", found, warn=" ".join(faults.values()))
 
 
@@ -159,7 +171,7 @@ def jumps(track: Track) -> NDArray[np.int64]:
 def check_frames(recording: Recording) -> Check:
     """Rate, jitter, missing frames, and whether frames were taken while poses were recorded."""
     faults = {f"no {camera}": message.rpartition(": ")[2] for camera, message in recording.missing.items()}
-    status, rates, span = "fail" if faults else "warn", [], recording.track.timestamps_us[[0, -1]]
+    status, rates, span = "fail" if faults else "warn", [], _span(recording.track.timestamps_us)
     for camera, stamps in recording.frame_times_us.items():
         steps: NDArray[np.int64] = np.diff(stamps)
         if len(steps) < 9 or (steps <= 0).any():
@@ -178,6 +190,10 @@ def check_frames(recording: Recording) -> Check:
     rate = f"{low:.4g} Hz" if high < 1.02 * low else f"{low:.4g} to {high:.4g} Hz"
     found = "; ".join([rate, *faults] if rates else faults)
     return verdict("frames", found, **{status: " ".join(dict.fromkeys(faults.values()))})
+
+
+def _span(stamps: NDArray[np.int64]) -> tuple[int, int]:
+    return int(stamps.min()), int(stamps.max())
 
 
 def _frame_faults(steps_us: NDArray[np.int64], overlap: float) -> dict[str, str]:

@@ -18,16 +18,18 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from alpacache.checks.check import Check, not_judged, verdict, worst
-from alpacache.checks.clip import ClipFindings, Refusal, examine, judge_again
+from alpacache.checks.clip import ClipFindings, Refusal, examine, finish, judge_again
+from alpacache.checks.clocks import LagCurve, Sideways, choose, judge_clocks, lag_curve, sideways_of
 from alpacache.checks.contact_sheet import CLIPS
 from alpacache.checks.motion import judge_axes, judge_speed
 from alpacache.checks.pictures import Turn, judge_mirrored, judge_pictures
+from alpacache.checks.targets import judge_targets
 from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.driving.strata import STRATA
 from alpacache.progress import OnProgress, Progress
 from alpacache.sources.selection import select
-from alpacache.sources.source import Source
+from alpacache.sources.source import RecordedSource, Source
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -43,11 +45,17 @@ MEANINGS: Mapping[str, str] = {
     "axes": "vehicles move along their own +x axis and turn the way their course does",
     "speed": "speeds and sideways accelerations are those of road vehicles, so positions are in metres",
     "standing": "the vehicle moves",
+    "targets": "accelerations and curvatures, which the expert is trained on, are those of a car",
     "clip ids": "each clip is there once, under one id",
     "pictures": "pictures of all clips have one size and show something",
     "mirrored": "in turns, what the front camera sees moves the other way: in a left turn to the right",
+    "clocks": "pictures turn when the poses do",
 }
 """Name of each check -> what it expects, in the order of tables."""
+
+
+TOLD_BY_ONE = ("axes", "targets", "clocks")
+"""Checks whose warning of a single clip is one of the source: they warn only of what that clip shows for certain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +83,8 @@ class SourceReport:
     """Number of usable samples in each stratum."""
     speeds_mps: dict[str, float]
     """`median`, `p95` and `max` of the samples' mean speeds; empty without samples."""
+    lag_curve: LagCurve | None
+    """How well the front camera's pictures fit the poses at each lag; None if that cannot be told."""
     shown: tuple[Sample, ...]
     """Usable samples of up to `CLIPS` clips, for `contact_sheet`."""
     seconds: float
@@ -125,17 +135,19 @@ def check_source(
                 rate = done / max(1e-9, time.monotonic() - started)
                 on_progress(Progress(done=done, total=len(clips), unit="clips", rate=rate, notes={}))
     survey.settle()
+    survey.compare_clocks()
     speeds = [speed for found in survey.found.values() for speed in found.speeds_mps]
     speeds_mps = {}
     if speeds:
         speeds_mps = {"median": float(np.median(speeds)), "p95": float(np.percentile(speeds, 95)), "max": max(speeds)}
     return SourceReport(
         source=source.name,
-        samples=sum(clip.samples for clip in survey.clips.values()),
-        clips=tuple(survey.clips.values()),
+        samples=sum(found.usable for found in survey.found.values()),
+        clips=survey.reports(),
         checks=survey.checks(),
         strata=survey.strata,
         speeds_mps=speeds_mps,
+        lag_curve=survey.lag_curve,
         shown=tuple(sample for found in survey.found.values() for sample in found.shown),
         seconds=time.monotonic() - started,
     )
@@ -187,15 +199,16 @@ class _Survey:
     def __init__(self, source: Source) -> None:
         self._source = source
         self.found: dict[str, ClipFindings] = {}
-        self.clips: dict[str, ClipReport] = {}
         self.strata = dict.fromkeys(STRATA, 0)
         self._turns: list[Turn] = []
         self._sizes: dict[tuple[int, int], list[str]] = defaultdict(list)
         self._blank: list[str] = []
         self._clips_of_path: dict[bytes, list[str]] = defaultdict(list)
+        self.lag_curve: LagCurve | None = None
 
     def add(self, found: ClipFindings) -> None:
         """Take note of one more clip."""
+        finish(found)
         self.found[found.clip_id] = found
         for label in found.strata:
             self.strata[label] += 1
@@ -215,12 +228,29 @@ class _Survey:
         if sum(found.order == "wrong" for found in self.found.values()) >= len(undecided):
             for found in undecided:
                 judge_again(found)
-        self.clips = {
-            clip_id: ClipReport(
-                clip_id=clip_id, samples=found.usable, refused=tuple(found.refused), checks=found.checks
-            )
+
+    def compare_clocks(self) -> None:
+        """Look at the film of the clips that turn most, and judge their clocks one by one and together."""
+        source = self._source
+        if not isinstance(source, RecordedSource):
+            return
+        motions = {clip_id: found.motion for clip_id, found in self.found.items() if found.motion is not None}
+        chosen = choose(motions)
+
+        def seen(clip_id: str) -> Sideways | None:
+            return sideways_of(source, clip_id, motions[clip_id], *chosen[clip_id])
+
+        parts = [part for part in _in_order(seen, chosen) if part is not None]
+        for part in parts:
+            self.found[part.clip_id].checks += (judge_clocks(lag_curve([part])),)
+        self.lag_curve = lag_curve(parts) if parts else None
+
+    def reports(self) -> tuple[ClipReport, ...]:
+        """The verdict on each clip, in order."""
+        return tuple(
+            ClipReport(clip_id=clip_id, samples=found.usable, refused=tuple(found.refused), checks=found.checks)
             for clip_id, found in self.found.items()
-        }
+        )
 
     def checks(self) -> tuple[Check, ...]:
         """One check of each name over the source as a whole."""
@@ -236,16 +266,18 @@ class _Survey:
         motions = [found.motion for found in self.found.values() if found.motion is not None]
         if motions:
             whole += [judge_axes(motions), judge_speed(motions)]
+        targets = [found.targets for found in self.found.values() if found.targets is not None]
+        whole += [judge_targets(targets), judge_clocks(self.lag_curve)]
         judged = {check.name: check for check in whole}
         return tuple(self._over_clips(name, judged.get(name)) for name in MEANINGS)
 
     def _over_clips(self, name: str, judged: Check | None) -> Check:
         """Merge all clips' checks of one name: the source fails if most clips fail, or all of them together do."""
-        listed = [(clip_id, check) for clip_id, clip in self.clips.items() for check in clip.checks]
+        listed = [(clip_id, check) for clip_id, clip in self.found.items() for check in clip.checks]
         each = {clip_id: check for clip_id, check in listed if check.name == name and check.is_judged}
         bad = {clip_id: check for clip_id, check in each.items() if check.status != "ok"}
         failed = [clip_id for clip_id, check in bad.items() if check.status == "fail"]
-        if judged is not None and (judged.status in ("warn", "fail") or not failed):
+        if judged is not None and (judged.status != "ok" or not (bad if name in TOLD_BY_ONE else failed)):
             return judged
         if not each:
             return next((check for _, check in listed if check.name == name), not_judged(name, "no clip to judge by"))
@@ -259,8 +291,8 @@ class _Survey:
 
     def _judge_samples(self) -> Check:
         """Whether there is anything to extract, and what is refused, by kind."""
-        usable = sum(clip.samples for clip in self.clips.values())
-        refused = [refusal for clip in self.clips.values() for refusal in clip.refused]
+        usable = sum(found.usable for found in self.found.values())
+        refused = [refusal for clip in self.found.values() for refusal in clip.refused]
         kinds = Counter(refusal.kind for refusal in refused)
         found = f"{usable} usable" + "".join(f", {count} refused ({kind})" for kind, count in kinds.most_common())
         if not usable and not refused:
@@ -281,4 +313,4 @@ class _Survey:
             found = f"{sum(map(len, copies))} clips share their poses with another, such as {example}"
             remedy = "Leave the copies out: one may be trained on and the other judged by."
             return verdict("clip ids", found, warn=remedy)
-        return verdict("clip ids", f"{len(self.clips)} different clips")
+        return verdict("clip ids", f"{len(self.found)} different clips")

@@ -1,0 +1,236 @@
+"""Checks of what the expert is trained on: acceleration and curvature of the path, and the speed at t0.
+
+A path may be within centimetres of the truth and still teach nothing: at 10 Hz, 5 cm of noise in the positions are
+accelerations that change by 1 m/s² from step to step, more than a driver's own. So the targets that `train` would see
+are computed all along the recording, and judged by what a car can do.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from alpacache.checks.check import Check, not_judged, verdict
+from alpacache.checks.motion import MOVING_MPS, sound_poses
+from alpacache.driving.poses import EgoPoses, Track, history_and_future
+from alpacache.driving.sample import DT_S, FUTURE_STEPS, HISTORY_STEPS, STEP_US, Floats
+from alpacache.errors import BadClipError
+
+WINDOW_US = 1_600_000
+"""Time between two paths: each step of 0.1 s is part of four."""
+MOST_WINDOWS = 64
+"""Most paths of one recording, evenly spread."""
+MARGIN_US = 2_000_000
+"""Poses beyond a path that its spline still depends on."""
+ROUGH_MPS2 = (0.85, 3.0)
+"""Change of acceleration beside its neighbours' mean, root mean square, from which targets are noise (warn, fail)."""
+ROUGH_SHARE = 0.25
+"""Least roughness as a share of the accelerations: positions in a wrong unit make both larger alike."""
+ROUGHNESS_A_METRE = 23.0
+"""Roughness (m/s²) that a metre of white noise in positions gives, measured."""
+GRID_M = (0.1, 0.25)
+"""Grids of positions that are named (warn, fail)."""
+LATE_SHARE = 0.05
+"""Spread of pose intervals from which their times may be those of arrival."""
+FAST_MPS = 15.0
+HARD_MPS2 = (5.0, 7.0)
+"""Acceleration that one in twenty moments above `FAST_MPS` exceeds: cars on roads keep below 4 there (warn, fail)."""
+TIGHT_M = 3.3
+"""Radius that no car's rear axle turns on."""
+TIGHT_SHARE = 0.02
+WALKING_MPS = 5.0
+WALKING_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paths:
+    """N paths cut from one recording, as samples hold them, and what its poses say of their noise. Needs no torch."""
+
+    poses: EgoPoses
+    """Stacked: `[N, 16, 3]` and so on."""
+    grid_m: float
+    """Step of the grid that positions lie on; 0 if they lie on none."""
+    is_float32: bool
+    """Whether that grid is the one of float32 at positions this large."""
+    late_share: float
+    """Spread of pose intervals, where speeds contradict them as they do if poses carry times of arrival; else 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """Targets of N paths cut from one recording."""
+
+    accel_mps2: Floats
+    """`[N, 64]`."""
+    curvature_pm: Floats
+    """`[N, 64]` in 1/m, left positive."""
+    speed_mps: Floats
+    """`[N, 64]` at the beginning of each step; the first is the speed at t0."""
+    grid_m: float
+    is_float32: bool
+    late_share: float
+
+    @property
+    def rough_mps2(self) -> Floats:
+        """`[N]` how much the acceleration changes beside its neighbours' mean, root mean square of each path."""
+        rough: Floats = np.sqrt((np.diff(self.accel_mps2, n=2, axis=1) ** 2).mean(axis=1))
+        return rough
+
+
+def paths_of(track: Track) -> Paths | None:
+    """Paths all along a recording with times in microseconds; None if it has none of 8 s without gaps."""
+    track = sound_poses(track)
+    paths = list(_cut(track))
+    if not paths:
+        return None
+    grid_m, is_float32 = _grid(track.xyz)
+    return Paths(
+        poses=EgoPoses(*(np.stack(part) for part in zip(*paths, strict=True))),
+        grid_m=grid_m,
+        is_float32=is_float32,
+        late_share=_late_share(track),
+    )
+
+
+def targets_of(paths: Paths) -> Targets | None:
+    """Targets of these paths; None if they are none of a vehicle's."""
+    import torch
+
+    from alpacache.driving.action_space import UnicycleActionSpace
+    from alpacache.gpu.device import limit_torch_to_one_thread, restored_torch_threads
+
+    space = UnicycleActionSpace(accel_mean=0.0, accel_std=1.0, curvature_mean=0.0, curvature_std=1.0)
+    poses = [torch.from_numpy(part) for part in paths.poses]
+    with restored_torch_threads():
+        limit_torch_to_one_thread()
+        try:
+            action = space.to_action(*poses).double().numpy()
+        except ArithmeticError:
+            return None
+        first = space.initial_speed(poses[0], poses[1]).double().numpy()[:, None]
+    accel = action[..., 0]
+    gained = np.cumsum(accel * DT_S, axis=1)
+    return Targets(
+        accel_mps2=accel,
+        curvature_pm=action[..., 1],
+        speed_mps=first + np.concatenate([np.zeros_like(first), gained[:, :-1]], axis=1),
+        grid_m=paths.grid_m,
+        is_float32=paths.is_float32,
+        late_share=paths.late_share,
+    )
+
+
+def judge_targets(targets: Sequence[Targets]) -> Check:
+    """Whether accelerations and curvatures are those of a car, and what made them if not."""
+    if not targets:
+        return not_judged("targets", "no path of 8 s without gaps")
+    gridded = [each for each in targets if each.grid_m >= GRID_M[0]]
+    if 2 * len(gridded) > len(targets):
+        return _judge_grid(gridded)
+    rough = float(np.median(np.concatenate([each.rough_mps2 for each in targets])))
+    accel, curvature, speed = (
+        np.concatenate([getattr(each, name).ravel() for each in targets])
+        for name in ("accel_mps2", "curvature_pm", "speed_mps")
+    )
+    if rough > ROUGH_MPS2[0] and rough > ROUGH_SHARE * float(np.percentile(np.abs(accel), 95)):
+        return _judge_noise(targets, rough)
+    return _judge_scale(accel, curvature, speed, rough)
+
+
+def _judge_grid(gridded: Sequence[Targets]) -> Check:
+    grid = float(np.median([each.grid_m for each in gridded]))
+    found = f"positions lie on a grid of {grid:.2g} m"
+    remedy = "Export positions with centimetres: between such steps speeds and accelerations are made up."
+    if all(each.is_float32 for each in gridded):
+        found += ", float32's at coordinates this large"
+        remedy = "Keep UTM or ECEF coordinates in float64, and subtract an origin before anything is made float32."
+    return verdict("targets", found, **{"fail" if grid >= GRID_M[1] else "warn": remedy})
+
+
+def _judge_noise(targets: Sequence[Targets], rough: float) -> Check:
+    late = [each.late_share for each in targets if each.late_share > 0]
+    found = f"accelerations change by {rough:.1f} m/s² from step to step"
+    if 2 * len(late) > len(targets):
+        found += f", and pose intervals vary by {100 * np.median(late):.0f} % while the distances between do not"
+        remedy = "Poses seem to carry times of arrival: take the times at which they were measured."
+    else:
+        found += f", as from {100 * rough / ROUGHNESS_A_METRE:.0f} cm of noise in the positions"
+        remedy = "Smooth the localisation (fuse it with speed and yaw rate): the expert would be trained on its noise."
+    return verdict("targets", found, **{"fail" if rough > ROUGH_MPS2[1] else "warn": remedy})
+
+
+def _judge_scale(accel: Floats, curvature: Floats, speed: Floats, rough: float) -> Check:
+    sideways, rolling, fast = curvature * speed**2, speed > 1.0, speed > FAST_MPS
+    tight = rolling & (np.abs(curvature) * TIGHT_M > 1)
+    if fast.sum() >= FUTURE_STEPS:
+        hard = float(np.percentile(np.hypot(accel, sideways)[fast], 95))
+        if hard > HARD_MPS2[0]:
+            found = f"above {FAST_MPS:g} m/s, one moment in twenty accelerates or turns with more than {hard:.1f} m/s²"
+            remedy = "Positions look too large: km/h taken for m/s (3.6 times), or feet (3.3 times)?"
+            return verdict("targets", found, **{"fail" if hard > HARD_MPS2[1] else "warn": remedy})
+    if tight.sum() >= max(10, TIGHT_SHARE * rolling.sum()):
+        radius = 1 / float(np.median(np.abs(curvature[tight])))
+        found = f"turns on a radius of {radius:.1f} m, which no car does"
+        remedy = "Positions look too small, such as 3.6 times (m/s taken for km/h); or the vehicle slides or is no car."
+        return verdict("targets", found, fail=remedy)
+    fastest, moving_s = float(np.percentile(speed, 99.5)), rolling.sum() * WINDOW_US / 1e6 / FUTURE_STEPS
+    if fastest < WALKING_MPS and moving_s > WALKING_S:
+        found = f"never faster than {fastest:.1f} m/s in {moving_s:.0f} s of movement"
+        remedy = "If it drove on roads, positions are too small, such as 3.6 times (m/s taken for km/h)."
+        return verdict("targets", found, warn=remedy)
+    bound = float(np.percentile(np.hypot(accel, sideways), 95))
+    found = f"accelerations up to {bound:.1f} m/s² (95 %), changing by {rough:.2f} m/s² from step to step"
+    return verdict("targets", found)
+
+
+def _cut(track: Track) -> Iterator[EgoPoses]:
+    """Paths every 1.6 s, as samples hold them, where the poses allow."""
+    times = track.timestamps_us
+    if len(times) < 4:
+        return
+    first, last = int(times[0]) + (HISTORY_STEPS - 1) * STEP_US, int(times[-1]) - FUTURE_STEPS * STEP_US
+    count = min(MOST_WINDOWS, (last - first) // WINDOW_US + 1) if last >= first else 0
+    for t0_us in first + (last - first) * np.arange(count) // max(1, count - 1):
+        begin, end = np.searchsorted(times, (t0_us - HISTORY_STEPS * STEP_US - MARGIN_US, t0_us + 8_400_000))
+        part = Track(
+            timestamps_us=times[begin:end], xyz=track.xyz[begin:end], quaternion_xyzw=track.quaternion_xyzw[begin:end]
+        )
+        try:
+            yield history_and_future(part, int(t0_us))
+        except BadClipError:
+            continue
+
+
+def _grid(xyz: Floats) -> tuple[float, bool]:
+    """Step of the coarser grid that x or y lie on, and whether it is float32's; 0 if neither lies on one."""
+    found = (0.0, False)
+    for column in (xyz[:, 0], xyz[:, 1]):
+        gaps = np.diff(np.unique(np.round(column, 6)))
+        if len(gaps) < 8:
+            continue
+        step = float(gaps.min())
+        near = gaps[gaps < 20 * step] / step
+        moves = np.round(np.diff(column) / step)
+        # a car that keeps its speed is on a grid by chance: its steps are all alike
+        varied = len(moves) > 1 and (np.diff(moves) != 0).mean() > 0.1
+        if np.abs(near - np.round(near)).max() < 0.05 and varied and step > found[0]:
+            ulp = float(np.spacing(np.float32(np.abs(column).max())))
+            found = (step, bool(0.4 < step / ulp < 1.1))
+    return found
+
+
+def _late_share(track: Track) -> float:
+    """Spread of pose intervals, if the speeds between poses are the higher the shorter the interval; else 0."""
+    from scipy.ndimage import median_filter
+
+    steps_s, moved_m = np.diff(track.timestamps_us) / 1e6, np.linalg.norm(np.diff(track.xyz, axis=0), axis=1)
+    speed = moved_m / steps_s
+    sound = (speed > MOVING_MPS) & (steps_s < 1.0)
+    if sound.sum() < 30:
+        return 0.0
+    interval, pace = (np.log(values / median_filter(values, 9))[sound] for values in (steps_s, np.maximum(speed, 1e-3)))
+    spread = float(interval.std())
+    if spread < LATE_SHARE or pace.std() < 1e-6:
+        return 0.0
+    likeness = float(np.corrcoef(interval, pace)[0, 1])
+    return spread if likeness < -0.8 else 0.0
