@@ -28,10 +28,11 @@ ROUGH_SHARE = 0.25
 """Least roughness as a share of the accelerations: positions in a wrong unit make both larger alike."""
 ROUGHNESS_A_METRE = 23.0
 """Roughness (m/s²) that a metre of white noise in positions gives, measured."""
-GRID_M = (0.1, 0.25)
+GRID_M = (0.09, 0.25)
 """Grids of positions that are named (warn, fail)."""
 LATE_SHARE = 0.05
 """Spread of pose intervals from which their times may be those of arrival."""
+ROLLING_MPS = 0.8
 FAST_MPS = 15.0
 HARD_MPS2 = (5.0, 7.0)
 """Acceleration that one in twenty moments above `FAST_MPS` exceeds: cars on roads keep below 4 there (warn, fail)."""
@@ -160,7 +161,7 @@ def _judge_noise(targets: Sequence[Targets], rough: float) -> Check:
 
 
 def _judge_scale(accel: Floats, curvature: Floats, speed: Floats, rough: float) -> Check:
-    sideways, rolling, fast = curvature * speed**2, speed > 1.0, speed > FAST_MPS
+    sideways, rolling, fast = curvature * speed**2, speed > ROLLING_MPS, speed > FAST_MPS
     tight = rolling & (np.abs(curvature) * TIGHT_M > 1)
     if fast.sum() >= FUTURE_STEPS:
         hard = float(np.percentile(np.hypot(accel, sideways)[fast], 95))

@@ -1,0 +1,87 @@
+"""The lag between pictures and poses is measured where turns allow, and not judged where they do not."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from alpacache.checks.clocks import PAIRS, STEP_US, choose, judge_clocks
+from alpacache.checks.lag_picture import lag_curve_png
+from alpacache.checks.motion import motion_of
+from alpacache.checks.source import check_source
+
+
+def checks_of(source, **arguments):
+    report = check_source(source, t0="every:20", **arguments)
+    return report, {check.name: check for check in report.checks}
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.1, 0.3, -0.5, 1.4])
+def test_the_lag_is_measured(drive, panorama, late_s):
+    report, checks = checks_of(panorama({"town": drive()}, late_s=late_s))
+    assert report.lag_curve.best_s == pytest.approx(late_s, abs=0.05)
+    assert report.lag_curve.error_s < 0.05
+    assert checks["clocks"].status == ("ok" if abs(late_s) < 0.2 else "warn")
+    if abs(late_s) > 0.2:
+        found = f"pictures are stamped {abs(late_s):.1f} s {'late' if late_s > 0 else 'early'}"
+        assert found in checks["clocks"].found
+    assert {name for name, check in checks.items() if check.status != "ok"} <= {"clocks", "mirrored"}
+
+
+def test_a_drive_as_it_is_has_no_warning(drive, panorama):
+    report, checks = checks_of(panorama({"town": drive()}))
+    assert [name for name, check in checks.items() if check.status != "ok"] == []
+    assert checks["clocks"].found == "pictures and poses agree to 0.1 s"
+    curve = report.lag_curve
+    assert curve.likeness[curve.lags_s.index(0.0)] > 0.95
+    assert curve.clips == ("town",)
+
+
+def test_one_long_left_handed_drive_is_judged(drive, panorama):
+    track = drive()
+    mirrored = replace(track, xyz=track.xyz * [1, -1, 1], quaternion_xyzw=track.quaternion_xyzw * [-1, 1, -1, 1])
+    source = panorama({"town": track})
+    source.track = lambda clip_id: mirrored
+    source.film = panorama({"town": track}).film
+    _, checks = checks_of(source)
+    assert checks["mirrored"].status == "fail"
+    assert checks["clocks"].status == "ok"
+    assert checks["clocks"].is_judged
+    _, checks = checks_of(panorama({"town": track}, mirrored=True, late_s=0.6))
+    assert "0.6 s late" in checks["clocks"].found
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2], ids=["straight", "circle"])
+def test_without_changes_of_course_nothing_is_judged(drive, panorama, rate):
+    track = drive()
+    seconds = (track.timestamps_us - track.timestamps_us[0]) / 1e6
+    yaw = rate * seconds
+    ahead = 8.0 * seconds if rate == 0 else 8.0 / rate * np.sin(yaw)
+    aside = 0.0 * seconds if rate == 0 else 8.0 / rate * (1 - np.cos(yaw))
+    quaternion = Rotation.from_euler("z", yaw[:, None]).as_quat()
+    track = replace(track, xyz=np.stack([ahead, aside, 0 * yaw], axis=1), quaternion_xyzw=quaternion)
+    _, checks = checks_of(panorama({"clip": track}, late_s=0.7))
+    assert checks["clocks"].status == "ok"
+    assert not checks["clocks"].is_judged
+
+
+def test_of_many_clips_those_that_turn_most_are_looked_at(drive):
+    town = motion_of(drive())
+    straight = replace(town, heading_rad=0 * town.heading_rad)
+    chosen = choose({f"{number}": town if number in (7, 11) else straight for number in range(20)})
+    assert list(chosen) == ["7", "11"]
+    begin_us, end_us = chosen["7"]
+    assert 9.0e6 < end_us - begin_us <= 10.2e6
+    chosen = choose({f"{number}": town for number in range(20)})
+    assert sum(end - begin for begin, end in chosen.values()) <= PAIRS * STEP_US * 1.05
+
+
+def test_the_curve_is_drawn(drive, panorama):
+    report, _ = checks_of(panorama({"town": drive()}, late_s=0.5))
+    with Image.open(io.BytesIO(lag_curve_png(report.lag_curve, title="town"))) as image:
+        assert image.size == (704, 352)
+        assert np.asarray(image.convert("L")).std() > 10
+    assert not judge_clocks(None).is_judged
