@@ -26,7 +26,7 @@ def simulate(path: Path, count: int) -> None:
     ids = SampleIds.of(f"{i * 0x9E3779B97F4A7C15 % 2**64:016x}-1e2f-4a5b@{5_100_000 + i}#0" for i in range(count))
     then = time.time() - 10
     os.utime(path / "commits", (then, then))
-    listed, index.list_ids = index.list_ids, lambda *_: ids
+    listed, index.list_ids = index.list_ids, lambda *_: (ids, ())
     try:
         build_index(path)
     finally:

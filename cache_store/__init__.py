@@ -7,7 +7,7 @@
 - Verified, repaired, copied, summarised, cleaned: whole stores, in `upkeep`.
 
 `format` is docs/reference/cache-format.md as code, `storage` a file system or a bucket, `kv` the codecs for keys and
-values. Everything builds on `errors`, `document`, `checksum` and `concurrency`.
+values. Everything builds on `errors`, `document`, `checksum`, `concurrency` and `rereading`.
 """
 
 from cache_store.document import differences as differences
@@ -18,9 +18,12 @@ from cache_store.errors import FormatError as FormatError
 from cache_store.errors import IdentityMismatchError as IdentityMismatchError
 from cache_store.errors import ObjectStorageError as ObjectStorageError
 from cache_store.errors import SampleNotFoundError as SampleNotFoundError
+from cache_store.errors import SampleReadError as SampleReadError
 from cache_store.errors import StoreAddressError as StoreAddressError
 from cache_store.errors import StoreFullError as StoreFullError
 from cache_store.errors import StoreNotFoundError as StoreNotFoundError
+from cache_store.errors import UnreachableStoreError as UnreachableStoreError
+from cache_store.errors import UnreadableSampleError as UnreadableSampleError
 from cache_store.errors import UnsupportedFileSystemError as UnsupportedFileSystemError
 from cache_store.format.field import Field as Field
 from cache_store.format.index import build_index as build_index
@@ -35,9 +38,9 @@ from cache_store.upkeep.copying import CopyReport as CopyReport
 from cache_store.upkeep.copying import copy as copy
 from cache_store.upkeep.garbage import GarbageReport as GarbageReport
 from cache_store.upkeep.garbage import collect_garbage as collect_garbage
+from cache_store.upkeep.inspection import Damage as Damage
 from cache_store.upkeep.store_info import StoreInfo as StoreInfo
 from cache_store.upkeep.store_info import info as info
-from cache_store.upkeep.verification import Damage as Damage
 from cache_store.upkeep.verification import VerifyReport as VerifyReport
 from cache_store.upkeep.verification import verify as verify
 from cache_store.writer import CacheWriter as CacheWriter

@@ -27,13 +27,21 @@ class FormatError(CacheStoreError, ValueError):
     """Metadata or a record of the store is malformed, damaged, hostile or of a newer format version."""
 
 
-class CorruptSampleError(CacheStoreError, OSError):
-    """Bytes of a committed sample are not what was written: missing, truncated or changed."""
+class SampleReadError(CacheStoreError, OSError):
+    """A committed sample cannot be read, and could not be when tried again: damaged, or something is in the way."""
 
     def __init__(self, message: str, sample_id: str = "", field: str = "") -> None:
         super().__init__(message)
         self.sample_id = sample_id
         self.field = field
+
+
+class CorruptSampleError(SampleReadError):
+    """Bytes of a committed sample are not what was written: missing, truncated or changed."""
+
+
+class UnreadableSampleError(SampleReadError):
+    """A committed sample is not given out (I/O error, no permission, gone since); that says nothing of its bytes."""
 
 
 class SampleNotFoundError(CacheStoreError, KeyError):
@@ -68,5 +76,9 @@ class StoreAddressError(CacheStoreError, ValueError):
     """A URI that names no store, or object storage that is not set up: no library, credentials or bucket."""
 
 
-class ObjectStorageError(CacheStoreError, OSError):
+class UnreachableStoreError(CacheStoreError, OSError):
+    """The place of a store does not answer (unmounted, network away); that says nothing of what the store holds."""
+
+
+class ObjectStorageError(UnreachableStoreError):
     """Object storage refused a request, or still failed after all retries."""

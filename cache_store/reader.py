@@ -10,15 +10,23 @@ from numpy.typing import NDArray
 from cache_store import sample_read
 from cache_store.concurrency import in_order
 from cache_store.document import differences
-from cache_store.errors import FieldNotFoundError, SampleNotFoundError
+from cache_store.errors import (
+    FieldNotFoundError,
+    FormatError,
+    SampleNotFoundError,
+    SampleReadError,
+    UnreachableStoreError,
+    UnreadableSampleError,
+)
 from cache_store.format import commit_record, index, quarantine_record, store_root
 from cache_store.format.commit_record import CommitRecord
 from cache_store.format.field import Field
 from cache_store.format.index import SampleIds
-from cache_store.format.names import QUARANTINE, list_keys, sample_key
+from cache_store.format.names import METADATA, QUARANTINE, list_keys, sample_key
 from cache_store.format.quarantine_record import QuarantineRecord
 from cache_store.format.stored_sample import StoredSample
 from cache_store.sample_read import Arrays, SampleRead
+from cache_store.storage.local_files import unreachable
 from cache_store.storage.local_storage import ByteArray
 from cache_store.storage.storage import Storage, StorePath, open_storage
 
@@ -34,7 +42,8 @@ class CacheReader:
     def __init__(self, path: StorePath, *, expect_identity: Mapping[str, Any] | None = None) -> None:
         """Open the store at a path or `s3://` URI.
 
-        Raises `StoreNotFoundError`, `IdentityMismatchError` (if an identity is expected) or `FormatError`.
+        Raises `StoreNotFoundError`, `UnreachableStoreError`, `IdentityMismatchError` (if an identity is expected) or
+        `FormatError`. Damaged records cost their samples alone: see `unreadable`.
         """
         self._storage: Storage = open_storage(path)
         self.path = self._storage.place
@@ -46,6 +55,10 @@ class CacheReader:
         self.fields: Mapping[str, Field] = self._root.fields
         if expect_identity is not None and (lines := differences(expect_identity, self.identity)):
             raise store_root.mismatch(self.path, [f"identity.{line}" for line in lines])
+        self.unreadable: tuple[SampleReadError, ...] = ()
+        """What is wrong with commit records that could not be read at opening or the last `refresh`, `sample_id` empty
+        where it is not known. Other samples are none the worse; one whose id is known is listed, and raises this error
+        when it is read."""
         self._records: dict[str, CommitRecord] = {}
         self._sample_ids = SampleIds.of([])
         self.refresh()
@@ -59,17 +72,20 @@ class CacheReader:
         """See what was committed since, and forget what was removed. Records already known are not read again."""
         stored = index.read(self._storage)
         if stored is not None and stored.is_fresh(self._storage):
-            self._sample_ids = stored.ids
+            self._sample_ids, self.unreadable = stored.ids, ()
         else:
             known = self._sample_ids if len(self._sample_ids) or stored is None else stored.ids
-            self._sample_ids = index.list_ids(self._storage, self._root, known)
+            self._sample_ids, self.unreadable = index.list_ids(self._storage, self._root, known)
         self._records = {key: record for key, record in self._records.items() if key in self._sample_ids}
 
     @property
     def quarantined(self) -> dict[str, QuarantineRecord]:
-        """Samples that failed and are neither released for another try nor committed, by id; read anew each time."""
+        """Samples that failed and are neither released for another try nor committed, by id; read anew each time.
+
+        Records that cannot be read are left out, with a warning.
+        """
         keys = list_keys(self._storage, QUARANTINE)
-        records = in_order(partial(quarantine_record.read, self._storage), keys, self.threads)
+        records = in_order(partial(quarantine_record.read_if_sound, self._storage), keys, self.threads)
         return {
             record.sample_id: record
             for record in sorted(filter(None, records), key=lambda record: record.sample_id)
@@ -102,7 +118,9 @@ class CacheReader:
 
         bfloat16 comes as its uint16 bits, text as numpy strings. Arrays in `out` (of exactly the stored dtype and
         shape, such as views of pinned memory) are filled in place; after an error they hold anything. Raises
-        `SampleNotFoundError`, `FieldNotFoundError`, and `CorruptSampleError` if any byte is not what was committed.
+        `SampleNotFoundError` or `FieldNotFoundError`. What cannot be read is tried again, freshly; then it raises
+        `CorruptSampleError` where a byte is not what was committed, `UnreadableSampleError` where it is not given out,
+        or `UnreachableStoreError`.
         """
         read = self.plan(sample_id, fields, out=out)
         for _ in in_order(lambda task: task(), read.tasks, min(threads, len(read.tasks))):
@@ -141,11 +159,19 @@ class CacheReader:
             where = f"the {len(self)} committed samples of {self.path}"
             remedy = "see `sample_ids`, and `refresh` if it was written after opening"
             raise SampleNotFoundError(f"sample {sample_id!r} is not among {where}; {remedy}.")
+        key = sample_key(sample_id)
+        known_bad = any(error.sample_id == sample_id for error in self.unreadable)
         try:
-            record = commit_record.read(self._storage, self._root, sample_key(sample_id))
-        except FileNotFoundError:
-            where = f"{self.path} since it was opened"
-            raise SampleNotFoundError(f"sample {sample_id!r} was removed from {where}; `refresh` forgets it.") from None
+            record = commit_record.read(self._storage, self._root, key, waits_s=() if known_bad else None)
+        except UnreachableStoreError:
+            raise
+        except FileNotFoundError as error:
+            if not self._storage.exists(METADATA):
+                raise unreachable(self.path, error) from error
+            gone = f"sample {sample_id!r} was removed from {self.path} since it was opened; `refresh` forgets it."
+            raise UnreadableSampleError(gone, sample_id) from None
+        except (FormatError, OSError) as error:
+            raise commit_record.unreadable(self._storage, key, error, sample_id) from error
         with _RECORDS_LOCK:
             while len(self._records) >= _MAX_RECORDS:
                 del self._records[next(iter(self._records))]

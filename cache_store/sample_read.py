@@ -117,7 +117,7 @@ def _tasks(
     if sample.fields[name].compression == "none":
         load = partial(sample.load_into, parents_checked=True, check_data=check_data)
         for chunk in chunks[:1]:
-            sample.storage.check_parents(f"{sample.record.folder}/{chunk.path}")
+            sample.check_parents(chunk, name)
     return [partial(load, slab, chunk, name) for slab, chunk in zip(slabs, chunks, strict=True)]
 
 

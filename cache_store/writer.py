@@ -101,14 +101,17 @@ class CacheWriter:
         quarantine_record.write_failure(self._storage, sample_id, kind, reason, traceback_text)
 
     def quarantine_of(self, sample_id: str) -> QuarantineRecord | None:
-        """Why the sample failed, if it did and was not released for another try (nor committed since)."""
-        record = quarantine_record.read(self._storage, sample_key(sample_id))
+        """Why the sample failed, if it did and was not released for another try (nor committed since).
+
+        A record that cannot be read is as none, with a warning: the sample is tried again.
+        """
+        record = quarantine_record.read_if_sound(self._storage, sample_key(sample_id))
         return None if record is None or record.released or self.is_committed(sample_id) else record
 
     def release(self, sample_id: str) -> None:
         """Allow another try of a quarantined sample; its count of attempts goes on. Others are left as they are."""
         self._check_open()
-        record = quarantine_record.read(self._storage, sample_key(sample_id))
+        record = quarantine_record.read_if_sound(self._storage, sample_key(sample_id))
         if record is not None and not record.released:
             quarantine_record.write(self._storage, replace(record, released=True))
 

@@ -28,9 +28,12 @@ def evaluate(config: EvalConfig, json: bool) -> None:
 
         report = run(config, on_progress=on_progress)
     if json:
-        output.print_json({"out": report.out, "seconds": report.seconds, "summary": report.summary.to_json()})
+        told = {"out": report.out, "seconds": report.seconds, "left_out": report.left_out}
+        output.print_json(told | {"summary": report.summary.to_json()})
         return
     _print_summary(report.summary)
+    rows = [[sample.sample_id, sample.reason] for sample in report.left_out]
+    output.print_table("left out, as they cannot be read", rows, heads=["sample", "reason"])
     labels = ("report", "numbers", "every sample", "pictures")
     names = ("report.html", "eval.json", "samples.parquet", "pictures/")
     output.print_lines("", {label: f"{config.out}/{name}" for label, name in zip(labels, names, strict=True)})

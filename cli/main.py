@@ -34,6 +34,7 @@ for name, function in (
     app.command(name, cls=options.ConfigCommand)(function)
 app.command("info")(store.info)
 app.command("verify")(store.verify)
+app.command("clean")(store.clean)
 app.command("copy")(store.copy)
 app.command("doctor")(check.doctor)
 app.command("demo", cls=options.ConfigCommand)(evaluate.demo)

@@ -1,4 +1,4 @@
-"""`alpacache info`, `verify` and `copy`: contents of a store, whether they are sound, and the same elsewhere."""
+"""`alpacache info`, `verify`, `clean` and `copy`: what a store holds, whether it is sound, and the same elsewhere."""
 
 import time
 from typing import Annotated
@@ -29,8 +29,11 @@ def info(store: Store, json: options.Json = False) -> None:
         "codec": f"{found.identity.get('codec')} from {found.identity.get('dtype')}",
         "format": f"version {found.format_version}",
     }
+    if found.unreadable:
+        lines["unreadable"] = f"{len(found.unreadable)} more samples, whose commit records cannot be read"
     lines |= {f"  {name}": f"{size / 1e6:.3f} MB" for name, size in found.size_by_field.items() if size}
     output.print_lines(f"store {store}", lines)
+    output.print_table("unreadable", [[text] for text in found.unreadable])
     if found.quarantined:
         failed = CacheReader(store).quarantined.values()
         output.print_table("quarantined", [[item.sample_id, item.kind, item.reason] for item in failed])
@@ -40,32 +43,76 @@ def verify(
     store: Store,
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare it with its checksum.")] = False,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Drop damaged samples, so that `extract` makes them again.")
+        bool, typer.Option("--repair", help="Set damaged samples aside, so that `extract` makes them again.")
     ] = False,
+    restore: Annotated[bool, typer.Option("--restore", help="First put back what was set aside and is whole.")] = False,
     json: options.Json = False,
 ) -> None:
     """Check records, presence and sizes of every object; with --deep every byte. Exit code 1 if anything is damaged.
 
     Example: `alpacache verify cache/train --deep --repair`, then run `extract` again.
+
+    What is not whole is read again, several times over some seconds, before it counts as damaged or is set aside.
     """
     from cache_store import verify as check
 
-    report = check(store, deep=deep, repair=repair)
+    report = check(store, deep=deep, repair=repair, restore=restore)
     lines = {
         "samples": f"{report.samples}, {report.size_bytes / 1e9:.3f} GB; {'every byte' if deep else 'sizes'} checked",
         "damaged": str(len(report.damaged)),
-        "unfinished attempts": f"{len(report.orphans)} (never visible to readers)",
+        "not readable": str(len(report.unreadable)) if report.unreadable else None,
+        "passing faults": f"{report.passing} objects were whole when read again" if report.passing else None,
+        "unfinished attempts": f"{len(report.orphans)}, and {report.stale_temporaries} temporary files",
+        "set aside": str(report.set_aside) if report.set_aside else None,
+        "put back": str(len(report.restored)) if restore else None,
         "quarantined": str(report.quarantined),
     }
     output.print_result(report, f"verify {store}", lines, as_json=json)
     if not json:
-        damage = [[item.sample_id, item.field, item.object, item.what] for item in report.damaged]
-        output.print_table("damage", damage, heads=["sample", "field", "object", "what"])
+        for title, items in (("damage", report.damaged), ("not readable, which proves no damage", report.unreadable)):
+            rows = [[item.sample_id, item.field, item.object, item.what] for item in items]
+            output.print_table(title, rows, heads=["sample", "field", "object", "what"])
+        if report.passing:
+            output.note("some readings were wrong and later ones right: see to the line, the memory and the disk.")
         if report.repaired:
-            dropped = f"dropped {len(report.repaired)} damaged records"
-            output.note(f"{dropped}; run `alpacache extract` again to make them anew.")
+            output.note(
+                f"set {len(report.repaired)} damaged records aside; run `alpacache extract` again to make their "
+                "samples anew. --restore puts back what proves whole after all, `alpacache clean --set-aside` drops it."
+            )
+        if report.orphans or report.stale_temporaries:
+            output.note("`alpacache clean` removes what killed writers left, once it is a day old.")
     if not report.ok:
         raise typer.Exit(output.FAILED)
+
+
+def clean(
+    store: Store,
+    min_age: Annotated[
+        float, typer.Option("--min-age", min=0, metavar="HOURS", help="Leave what was written to since then.")
+    ] = 24.0,
+    set_aside: Annotated[
+        bool, typer.Option("--set-aside", help="Drop for good what `verify --repair` has set aside, too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be removed.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Remove what killed writers have left in a store: attempts that no record names, and temporary files.
+
+    Example: `alpacache clean cache/train --dry-run`
+
+    Committed samples are never touched. The age must be above what any attempt or copy that still runs can take.
+    """
+    from cache_store import collect_garbage
+
+    report = collect_garbage(store, min_age_s=min_age * 3600, dry_run=dry_run, drop_set_aside=set_aside)
+    removed = f"{len(report.attempts)} attempts and {report.temporaries} temporary files"
+    lines = {
+        "would remove" if dry_run else "removed": f"{removed}, {report.size_bytes / 1e9:.3f} GB",
+        "kept": f"{report.kept_young} that are younger than {min_age:g} h",
+        "unclear": f"{report.kept_unclear} kept: their records cannot be read" if report.kept_unclear else None,
+        "set aside": f"{report.set_aside} {'dropped' if set_aside else 'kept'}" if report.set_aside else None,
+    }
+    output.print_result(report, f"clean {store}", lines, as_json=json)
 
 
 def copy(
@@ -79,7 +126,7 @@ def copy(
 
     Example: `alpacache copy cache/train s3://my-bucket/cache/train`
 
-    Exit code 1 if samples are damaged; they are left out and named.
+    Exit code 1 if samples are damaged or cannot be read; they are left out and named.
     """
     from alpacache.progress import Progress
     from cache_store import copy as run
@@ -98,6 +145,7 @@ def copy(
         "copied": f"{report.copied} of {report.samples} samples, {report.already_there} were there already",
         "size": f"{report.size_bytes / 1e9:.3f} GB in {time.monotonic() - started:.1f} s",
         "damaged": [str(len(report.damaged)), *report.damaged],
+        "not readable": [str(len(report.unreadable)), *report.unreadable] if report.unreadable else None,
     }
     output.print_result(report, f"copy {source}", lines, as_json=json)
     if not report.ok:

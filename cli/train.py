@@ -56,6 +56,8 @@ def train(config: TrainConfig, json: bool) -> None:
         lines["damaged"] = f"{report.damaged} samples left out; `alpacache verify` names them"
     if report.skipped:
         lines["skipped"] = f"{report.skipped} steps not applied, loss or gradient not finite; metrics.jsonl names them"
+    if report.missed:
+        lines["passing faults"] = f"{report.missed} samples could not be read once; metrics.jsonl names them"
     if report.peak_gib is not None:
         lines["GPU memory"] = f"{report.peak_gib:.2f} GiB reserved at peak, {report.planned_gib:.2f} planned"
     output.print_result(report, "train", lines, as_json=json)

@@ -26,6 +26,7 @@ settings.load_profile("untimed")
 REAPER: pytest.StashKey[subprocess.Popen[bytes]] = pytest.StashKey()
 
 _REFUSALS = {"500": "500 Internal Server Error", "503": "503 Slow Down", "429": "429 Too Many Requests"}
+_REFUSALS["404"] = "404 Not Found"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,12 +45,24 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         reaper.communicate()
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read is read again as often as ever, but at once."""
+    from cache_store import rereading
+    from cache_store.upkeep import verification
+
+    monkeypatch.setattr(rereading, "WAITS_S", (0.0,) * len(rereading.WAITS_S))
+    for name in ("ROUNDS_S", "REPAIR_ROUNDS_S"):
+        monkeypatch.setattr(verification, name, (0.0,) * len(getattr(verification, name)))
+
+
 @dataclass
 class Fault:
     """What happens to the next `times` requests of a method on a path that contains `part`.
 
-    `500`, `503`, `429`: refused, nothing is done. `lost`: done, but answered with 500. `late`: done, but answered after
-    the client has given up. `hang`: not done, and answered as late. `cut`: the answer's body ends in the middle.
+    `500`, `503`, `429`, `404`: refused, nothing is done. `lost`: done, but answered with 500. `late`: done, but
+    answered after the client has given up. `hang`: not done, and answered as late. `cut`: the answer's body ends in
+    the middle.
     """
 
     kind: str

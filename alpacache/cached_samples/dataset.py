@@ -2,6 +2,7 @@
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,11 +29,15 @@ from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import Turn, classify
 from alpacache.errors import UsageError
 from alpacache.prefix.layout import PrefixLayout
-from cache_store import CacheReader, CorruptSampleError, KVCodec, differences
+from cache_store import CacheReader, KVCodec, SampleReadError, differences
 from cache_store.concurrency import in_order
 
 _SHARED = ("model", "prompt", "processor", "dtype", "codec", "codec_definition")
 _POSE_THREADS = 4
+_MOST_TOKENS = 2**24
+"""More than any prefix has."""
+_TRIED = 16
+"""Samples that are looked at for one that can be read."""
 
 
 class CachedDataset:
@@ -53,6 +58,8 @@ class CachedDataset:
         self.prefix_fields = PREFIX_FIELDS if self.codec is None else (*PREFIX_FIELDS, KV_SHAPE)
         self.rollouts = min(tail_count(reader.fields) for reader in readers)
         """Number of reasoning rollouts that every sample has tails of."""
+        self.nameless = [error for reader in readers for error in reader.unreadable if not error.sample_id]
+        """Errors of commit records so damaged that not even the sample's id can be told: those samples are absent."""
         self._index = [(reader, sample_id) for reader in readers for sample_id in reader.sample_ids]
         if not self._index:
             raise UsageError(f"no committed sample in {', '.join(map(str, stores))}; run `alpacache extract` first.")
@@ -93,7 +100,7 @@ class CachedDataset:
     def load(self, index: int, *, tails: int = 0) -> CachedSample:
         """Read one sample's prefix, and the tails of its first `tails` reasoning rollouts.
 
-        Raises `CorruptSampleError` where a stored byte is not as committed.
+        Raises `SampleReadError` where a stored byte is not as committed or cannot be read.
         """
         reader, sample_id = self._index[index]
         names = tuple(map(tail_name, range(tails)))
@@ -110,40 +117,87 @@ class CachedDataset:
     @cached_property
     def layout(self) -> PrefixLayout:
         """Layout of any sample's KV bytes. Raises `UsageError` if the stores do not share one."""
-        firsts = [places.start for places in self.store_ranges if places]
-        geometries = {self._index[first][0].path: self._kv_shape(first)[::2] for first in firsts}
+        geometries = {}
+        for places in filter(None, self.store_ranges):
+            path = self._index[places.start][0].path
+            geometries[path] = self._any_kv_shape([index for index in places if index not in self.unreadable])[::2]
         if len(set(geometries.values())) > 1:
             lines = [f"{path}: {shape}" for path, shape in geometries.items()]
             raise UsageError("stores of different layers, heads or channels cannot be mixed:\n  " + "\n  ".join(lines))
-        layers, kv_heads, head_dim = geometries[self._index[0][0].path]
+        layers, kv_heads, head_dim = next(iter(geometries.values()))
         return PrefixLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, codec=self.codec)
 
-    @cached_property
+    @property
+    def unreadable(self) -> dict[int, SampleReadError]:
+        """Samples whose commit record cannot be read, and why; reads every record once, about 0.1 ms each."""
+        return self._sizes[1]
+
+    @property
     def kv_bytes(self) -> NDArray[np.int64]:
-        """Bytes of each sample's keys and values; reads every commit record once, about 0.1 ms each."""
-        shapes = in_order(lambda place: place[0].shape(place[1], "kv"), self._index, self._threads)
+        """Bytes of each sample's keys and values, of an `unreadable` one as many as the largest has."""
+        return self._sizes[0]
+
+    @cached_property
+    def _sizes(self) -> tuple[NDArray[np.int64], dict[int, SampleReadError]]:
+        def size(place: tuple[CacheReader, str]) -> int | SampleReadError:
+            reader, sample_id = place
+            try:
+                return math.prod(reader.shape(sample_id, "kv"))
+            except SampleReadError as error:
+                return error
+
+        found = list(in_order(size, self._index, self._threads))
+        errors = {index: value for index, value in enumerate(found) if isinstance(value, SampleReadError)}
+        largest = max((value for value in found if isinstance(value, int)), default=0)
+        if not largest:
+            raise next(iter(errors.values()))
         itemsize = torch.bfloat16.itemsize if self.codec is None else 1
-        return np.fromiter(map(math.prod, shapes), np.int64, len(self)) * itemsize
+        sizes = [largest if isinstance(value, SampleReadError) else value for value in found]
+        return np.array(sizes, np.int64) * itemsize, errors
 
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest sample, which is the one of most bytes where bytes go with tokens."""
-        if self.codec is not None and not self.codec.fixed_size:
-            return max(shape[3] for shape in in_order(self._kv_shape, range(len(self)), self._threads))
-        return self._kv_shape(int(self.kv_bytes.argmax()))[3]
+        readable = [index for index in range(len(self)) if index not in self.unreadable]
+        if self.codec is None:
+            return self._kv_shape(max(readable, key=self.kv_bytes.__getitem__))[3]
+        if self.codec.fixed_size:
+            return bisect_left(range(_MOST_TOKENS), int(self.kv_bytes.max()), key=self.layout.size_bytes)
+
+        def tokens(index: int) -> int:
+            try:
+                return self._kv_shape(index)[3]
+            except SampleReadError:  # its turn will tell; the others are none the worse
+                return 0
+
+        return max(in_order(tokens, readable, self._threads))
 
     @cached_property
-    def turns(self) -> list[Turn | CorruptSampleError]:
+    def turns(self) -> list[Turn | SampleReadError]:
         """Turn stratum of each sample's recorded path, or why it cannot be read; reads the poses alone."""
 
-        def turn(place: tuple[CacheReader, str]) -> Turn | CorruptSampleError:
+        def turn(place: tuple[CacheReader, str]) -> Turn | SampleReadError:
             reader, sample_id = place
             try:
                 return classify(**reader.read(sample_id, fields=POSE_FIELDS)).turn
-            except CorruptSampleError as error:
+            except SampleReadError as error:
                 return error
 
         return list(in_order(turn, self._index, max(_POSE_THREADS, self._threads)))
+
+    def error_of(self, index: int) -> SampleReadError | None:
+        """Read all that models need of a sample, and return what is wrong with it, if anything is."""
+        reader, sample_id = self._index[index]
+        try:
+            reader.read(sample_id, (*self.prefix_fields, *POSE_FIELDS))
+        except SampleReadError as error:
+            return error
+        return None
+
+    def refuse_unreadable(self) -> None:
+        """Raise the first error of a commit record that cannot be read, if there is one."""
+        for error in (*self.nameless, *self.unreadable.values()):
+            raise error
 
     def front_picture(self, index: int) -> tuple[bytes | None, dict[str, Any] | None]:
         """The front camera's small JPEG and its calibration, each None if the sample has none."""
@@ -154,6 +208,16 @@ class CachedDataset:
         lens = cameras.get(FRONT_CAMERA) if isinstance(cameras, dict) else None
         jpeg = arrays["front_jpeg"].tobytes() if "front_jpeg" in there else None
         return jpeg, lens if isinstance(lens, dict) else None
+
+    def _any_kv_shape(self, indices: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the first of these samples that can be read. Raises the error of one if none of several can."""
+        error: SampleReadError | None = None
+        for index in indices[:_TRIED]:
+            try:
+                return self._kv_shape(index)
+            except SampleReadError as failed:
+                error = failed
+        raise error or next(iter(self.unreadable.values()))
 
     def _kv_shape(self, index: int) -> tuple[int, ...]:
         """`[layer, 2, kv_head, token, channel]` of a sample."""

@@ -32,7 +32,7 @@ from alpacache.errors import DataError
 from alpacache.gpu.device import has_kernels, restored_torch_threads
 from alpacache.gpu.host_memory import Bytes, page_aligned, page_lock, page_rounded, page_unlock
 from alpacache.prefix.layout import PrefixLayout
-from cache_store import CorruptSampleError, Prefetcher
+from cache_store import Prefetcher, SampleReadError
 from cache_store.prefetcher import PrefetchedSample
 
 
@@ -91,7 +91,7 @@ class BatchRing:
     """Iterate inside `with`; call `done(batch)` as soon as the work on a batch is enqueued.
 
     The next batch that takes the same rows is only there after that. The first sample in order that cannot be read
-    raises its error (`CorruptSampleError`) in place of its batch.
+    raises its error (`SampleReadError`) in place of its batch.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class BatchRing:
             copied.synchronize()
             sample.release()
 
-    def damage_error(self) -> CorruptSampleError | DataError:
+    def damage_error(self) -> SampleReadError | DataError:
         """What to raise when `PrefixRows.damage` was seen to be set; reads the sample again to say what is wrong."""
         rows = self._rows.damage.nonzero().flatten().tolist()
         if not rows:
@@ -186,7 +186,7 @@ class BatchRing:
         reader, sample_id = self._dataset.locate(self._indices[rows[0]])
         try:
             reader.read(sample_id, ["kv"])
-        except CorruptSampleError as error:
+        except SampleReadError as error:
             return error
         return DataError(
             f"sample {sample_id!r} reached the GPU damaged, and {reader.path} holds it undamaged: memory of the "

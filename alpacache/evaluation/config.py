@@ -62,6 +62,8 @@ class EvalConfig(Config):
     """Euler steps from noise to action."""
     samples: Count | None = None
     """At most this many samples. Default: all."""
+    on_damage: Literal["stop", "skip"] = "stop"
+    """What a sample that cannot be read does: end the evaluation, or be left out of it for all models and named."""
     batch_size: Count = 8
     """Samples at once; changes no result."""
     seed: Seed = 0

@@ -2,8 +2,8 @@
 
 import tempfile
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
@@ -20,7 +20,7 @@ from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import classify
 from alpacache.errors import InterruptedRunError, NonFiniteError, UsageError
 from alpacache.evaluation.config import BASE, TRAINED, EvalConfig
-from alpacache.evaluation.judging import SampleResult, judge, judge_baselines
+from alpacache.evaluation.judging import LeftOut, SampleResult, judge, judge_baselines
 from alpacache.evaluation.output import write_results
 from alpacache.evaluation.summary import EvalSummary, summarise
 from alpacache.gpu.device import enter, resolve_device
@@ -31,6 +31,7 @@ from alpacache.pictures.front_view import draw_paths
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.training.run_directory import RunDirectory, find_checkpoint, read_state, read_trained
 from alpacache.training.trainable import apply_checkpoint
+from cache_store import SampleReadError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +40,22 @@ class EvalReport:
 
     summary: EvalSummary
     results: Sequence[SampleResult]
+    left_out: Sequence[LeftOut]
+    """Samples that could not be read; no model is judged on them."""
     out: str
     seconds: float
 
 
 def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalReport:
-    """Sample paths for every cached sample and model, judge them, and write JSON, pictures and a report to `out`."""
+    """Sample paths for every cached sample and model, judge them, and write JSON, pictures and a report to `out`.
+
+    Raises `SampleReadError` where a sample cannot be read and is not to be left out, or half of all cannot.
+    """
     started = time.monotonic()
     base = Checkpoint(config.model)
     data = CachedDataset([config.store], base)
-    indices = data.plain[: config.samples]
+    unread = _Unread(data, skips=config.on_damage == "skip")
+    indices = [index for index in data.plain if index not in unread.errors][: config.samples]
     on_rollouts = config.reasoning == "auto" and data.rollouts > 0
     if on_rollouts and config.paths > data.rollouts:
         raise UsageError(
@@ -65,7 +72,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
 
     enter(device)
     poses = cache(data.poses)  # read while the device computes
-    predicted: dict[str, list[Paths]] = {label: [] for label in (BASE, *runs)}
+    predicted: dict[str, dict[int, Paths]] = {label: {} for label in (BASE, *runs)}
     sampling = {"paths": config.paths, "flow_steps": config.flow_steps, "seed": config.seed}
     with InterruptGuard() as guard:
         for label, into in predicted.items():
@@ -74,37 +81,71 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
                 path, _ = runs[label]
                 apply_checkpoint(expert, read_trained(path, average=config.ema).model, where=str(path))
             size, capture = config.batch_size, config.capture
-            if on_rollouts:
-                batches = _predict_on_rollouts(expert.eval(), data, indices, batch_size=size, **sampling)
-            else:
-                batches = predict_ahead(expert.eval(), data, indices, batch_size=size, capture=capture, **sampling)
-            with closing(batches):
-                for rows, actions in batches:
-                    if guard.requested:
-                        raise InterruptedRunError("stopped on request; an evaluation keeps nothing, run it again.")
-                    for index, draws in zip(rows, actions, strict=True):
-                        xyz, rot = to_paths(expert.action_space, draws, *poses(index)[:2])
-                        if not (np.isfinite(xyz).all() and np.isfinite(rot).all()):
-                            raise NonFiniteError(
-                                f"the model {label!r} predicts paths for {data.sample_id(index)} that are not finite: "
-                                "its weights or the sample's prefix are broken. Take an earlier checkpoint, or extract "
-                                "the sample again."
-                            )
-                        into.append((xyz, rot))
-                    done, total = sum(map(len, predicted.values())), len(predicted) * len(indices)
-                    rate = done / (time.monotonic() - started)
-                    on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
-            del expert, batches  # before the next expert is loaded
+            while todo := [index for index in indices if index not in into and index not in unread.errors]:
+                if on_rollouts:
+                    batches = _predict_on_rollouts(expert.eval(), data, todo, batch_size=size, **sampling)
+                else:
+                    batches = predict_ahead(expert.eval(), data, todo, batch_size=size, capture=capture, **sampling)
+                with unread.caught(), closing(batches):
+                    for rows, actions in batches:
+                        if guard.requested:
+                            raise InterruptedRunError("stopped on request; an evaluation keeps nothing, run it again.")
+                        for index, draws in zip(rows, actions, strict=True):
+                            xyz, rot = to_paths(expert.action_space, draws, *poses(index)[:2])
+                            if not (np.isfinite(xyz).all() and np.isfinite(rot).all()):
+                                raise NonFiniteError(
+                                    f"the model {label!r} predicts paths for {data.sample_id(index)} that are not "
+                                    "finite: its weights or the sample's prefix are broken. Take an earlier "
+                                    "checkpoint, or extract the sample again."
+                                )
+                            into[index] = (xyz, rot)
+                        done = sum(map(len, predicted.values()))
+                        total, rate = len(predicted) * len(indices), done / (time.monotonic() - started)
+                        on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
+                del batches  # before the next expert is loaded
+            del expert
 
-    results = [
-        _judge_sample(data, index, poses(index), {label: paths[place] for label, paths in predicted.items()})
-        for place, index in enumerate(indices)
-    ]
+    results = []
+    for index in indices:
+        if index not in unread.errors:
+            with unread.caught():
+                paths = {label: by_index[index] for label, by_index in predicted.items()}
+                results.append(_judge_sample(data, index, poses(index), paths))
     summary = summarise(results, seed=config.seed)
     settings = {**sampling, "reasoning": "rollout" if on_rollouts else "none", "view": 0}
     losses = {label: RunDirectory(path.parent.parent).metrics(up_to=step) for label, (path, step) in runs.items()}
-    write_results(Path(config.out), summary, results, settings=settings, losses=losses)
-    return EvalReport(summary=summary, results=results, out=config.out, seconds=time.monotonic() - started)
+    left_out = unread.left_out()
+    write_results(Path(config.out), summary, results, left_out=left_out, settings=settings, losses=losses)
+    seconds = time.monotonic() - started
+    return EvalReport(summary=summary, results=results, left_out=left_out, out=config.out, seconds=seconds)
+
+
+class _Unread:
+    """The samples of a dataset that cannot be read, and are left out if that is asked for."""
+
+    def __init__(self, data: CachedDataset, *, skips: bool) -> None:
+        """Take those whose commit record cannot be read; without `skips` raises the first one's error."""
+        if not skips:
+            data.refuse_unreadable()
+        self._data, self._skips = data, skips
+        self.errors = dict(data.unreadable)
+        """By index."""
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Leave the sample of an error out. Raises the error where that is not wanted, or half of all are gone."""
+        try:
+            yield
+        except SampleReadError as error:
+            found = [index for index in range(len(self._data)) if self._data.sample_id(index) == error.sample_id]
+            if not self._skips or not found or (len(self.errors) + 1) * 2 > len(self._data):
+                raise
+            self.errors[found[0]] = error
+
+    def left_out(self) -> list[LeftOut]:
+        """The samples, in order, and those whose id nothing tells."""
+        known = [LeftOut(self._data.sample_id(index), str(error)) for index, error in sorted(self.errors.items())]
+        return [*known, *(LeftOut("", str(error)) for error in self._data.nameless)]
 
 
 def _find_run(run: str, base: Checkpoint, *, vlm: Mapping[str, str] | None, average: bool) -> tuple[Path, int]:

@@ -59,6 +59,14 @@ class SampleResult:
         return mean_departure(self.models[label].pred_xyz, self.models[label].pred_rot, self.history_rot[-1])
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A sample that no model is judged on, as it cannot be read; the id is empty where nothing tells it."""
+
+    sample_id: str
+    reason: str
+
+
 def judge(pred_xyz: ArrayLike, pred_rot: ArrayLike, truth_xyz: ArrayLike, truth_rot: ArrayLike) -> ModelResult:
     """Judge K paths `[K, 64, 3]`, `[K, 64, 3, 3]` by the driven `[64, 3]`, `[64, 3, 3]`; raises as `min_ade` does."""
     metrics = min_ade(pred_xyz, truth_xyz)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from alpacache import strict_json
 from alpacache.driving.strata import STRATA
-from alpacache.evaluation.judging import METRIC_KEYS, SampleResult
+from alpacache.evaluation.judging import METRIC_KEYS, LeftOut, SampleResult
 from alpacache.evaluation.plots import sample_png
 from alpacache.evaluation.report import write_report
 from alpacache.evaluation.summary import EvalSummary
@@ -24,6 +24,7 @@ def write_results(
     summary: EvalSummary,
     results: Sequence[SampleResult],
     *,
+    left_out: Sequence[LeftOut] = (),
     settings: Mapping[str, Any],
     losses: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
@@ -40,7 +41,7 @@ def write_results(
         }
         for result in results
     ]
-    document = {"settings": settings, "summary": summary, "samples": per_sample}
+    document = {"settings": settings, "summary": summary, "samples": per_sample, "left_out": left_out}
     (out / "eval.json").write_text(strict_json.dumps(document, indent=1) + "\n")
     write_sample_table(out / "samples.parquet", results)
     last = summary.models[-1]
@@ -52,7 +53,7 @@ def write_results(
     for name, (title, result) in pictures.items():
         png = sample_png(summary, result, front_jpeg=result.front_jpeg, title=title)
         (out / "pictures" / f"{name}.png").write_bytes(png)
-    write_report(summary, results, out / "report.html", losses=losses)
+    write_report(summary, results, out / "report.html", left_out=left_out, losses=losses)
 
 
 def write_sample_table(path: Path, results: Sequence[SampleResult]) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from alpacache.driving.sample import FUTURE_S, Floats
 from alpacache.driving.strata import LATE_CURVE
 from alpacache.evaluation import report_tables as tables
-from alpacache.evaluation.judging import SampleResult
+from alpacache.evaluation.judging import LeftOut, SampleResult
 from alpacache.evaluation.plots import bias_scatter_png, error_over_time_png, loss_curves_png, sample_png
 from alpacache.evaluation.summary import EvalSummary
 from alpacache.metrics.bias import departures_at
@@ -47,6 +47,7 @@ def write_report(
     results: Sequence[SampleResult],
     path: Path,
     *,
+    left_out: Sequence[LeftOut] = (),
     losses: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
     """Write the page of an evaluation, samples ranked by the last model.
@@ -63,7 +64,7 @@ def write_report(
         (resources.files("alpacache") / "report.html").read_text(encoding="utf-8"),
         {
             "subtitle": html.escape(_subtitle(summary)),
-            "warnings": _warnings(summary),
+            "warnings": _left_out(left_out) + _warnings(summary),
             "headline_sentence": tables.headline_sentence(summary),
             "headline_table": tables.headline_table(summary),
             "paths": str(summary.paths),
@@ -99,6 +100,14 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
 def _subtitle(summary: EvalSummary) -> str:
     models = " against ".join(reversed(summary.models)) if len(summary.models) == 2 else ", ".join(summary.models)
     return f"{models} · {summary.samples:,} samples of {summary.clips:,} clips · {summary.paths} paths a sample"
+
+
+def _left_out(samples: Sequence[LeftOut]) -> str:
+    if not samples:
+        return ""
+    items = "".join(f"<li>{html.escape(f'{sample.sample_id}: {sample.reason}')}</li>" for sample in samples)
+    head = f"Left out, as they cannot be read: {len(samples)} samples"
+    return f'<details class="warnings"><summary>{head}</summary><ul>{items}</ul></details>'
 
 
 def _warnings(summary: EvalSummary) -> str:

@@ -26,7 +26,7 @@ from alpacache.planning.time_model import compute_seconds, optimizer_seconds
 from alpacache.planning.workload import MAX_DRAWS, MemoryPlan, Workload
 from alpacache.training.data_order import DamagedSamples, batches_of
 from alpacache.training.run_directory import RunDirectory
-from cache_store import CorruptSampleError
+from cache_store import SampleReadError
 
 _TIMED_BATCHES = 5
 """Batches read to learn how fast they come; the first does not count."""
@@ -148,7 +148,7 @@ def batch_seconds(
                     if ends[-1] - ends[0] > _TIME_LIMIT_S:
                         break
             return (ends[-1] - ends[0]) / max(1, len(ends) - 1)
-        except CorruptSampleError as error:
+        except SampleReadError as error:
             damaged.leave_out(error)
 
 

@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.features import POSE_FIELDS
 from alpacache.cached_samples.order import GlobalOrder, make_groups
 from alpacache.driving.strata import TURNS, Turn
 from alpacache.errors import UsageError
-from cache_store import CorruptSampleError
+from cache_store import SampleReadError
 
 
 def global_order(
@@ -18,7 +17,7 @@ def global_order(
     seed: int,
     by_curvature: bool,
     skip_damaged: bool,
-) -> tuple[GlobalOrder, dict[int, CorruptSampleError]]:
+) -> tuple[GlobalOrder, dict[int, SampleReadError]]:
     """The order of all samples of a run, and the samples whose curvature could not be read, which keep their places.
 
     `stores` has the path of each store and its share of every epoch, all None to take every sample once. `by_curvature`
@@ -38,13 +37,13 @@ def global_order(
     return GlobalOrder(seed, len(data), groups=groups), damaged
 
 
-def _turns(data: CachedDataset, skip_damaged: bool) -> tuple[list[Turn], dict[int, CorruptSampleError]]:
-    """Each sample's stratum, and the errors of those that are damaged, which count as of the first stratum."""
+def _turns(data: CachedDataset, skip_damaged: bool) -> tuple[list[Turn], dict[int, SampleReadError]]:
+    """Each sample's stratum, and the errors of those that cannot be read, which count as of the first stratum."""
     turns = data.turns
-    damaged = {index: turn for index, turn in enumerate(turns) if isinstance(turn, CorruptSampleError)}
+    damaged = {index: turn for index, turn in enumerate(turns) if isinstance(turn, SampleReadError)}
     if damaged and (not skip_damaged or len(damaged) * 2 > len(data)):
         raise next(iter(damaged.values()))
-    return [TURNS[0] if isinstance(turn, CorruptSampleError) else turn for turn in turns], damaged
+    return [TURNS[0] if isinstance(turn, SampleReadError) else turn for turn in turns], damaged
 
 
 def batches_of(order: GlobalOrder, batch_size: int, *, first: int, end: int) -> Iterator[list[tuple[int, int]]]:
@@ -54,41 +53,80 @@ def batches_of(order: GlobalOrder, batch_size: int, *, first: int, end: int) -> 
 
 
 class DamagedSamples:
-    """The samples that a run leaves out because their stored bytes are damaged, and what takes their places."""
+    """The samples that a run leaves out because they cannot be read, and what takes their places.
+
+    A fault may pass: a sample that cannot be read is left out once, and tried again when it comes next. If that fails,
+    too, it counts as damaged and is left out for good.
+    """
 
     def __init__(self, data: CachedDataset, on_damage: Literal["stop", "skip"]) -> None:
         self._data, self._skips = data, on_damage == "skip"
         self.indices: set[int] = set()
+        """Samples that are left out for good."""
+        self.passing: set[int] = set()
+        """Samples that could not be read once and could be later."""
+        self._missed: dict[int, int] = {}
+        """Samples that are to be tried again, and from which position on."""
+        self._excused = ("", -1)
+        """The last sample that failed and could be read at once, and until where it would have been left out."""
 
-    def leave_out(self, error: CorruptSampleError) -> None:
-        """Leave the sample of an error out. Raises the error where damage stops the run, or is half of all samples.
+    def leave_out(self, error: SampleReadError, *, until: int = 0) -> bool | None:
+        """Leave the sample of an error out at the positions before `until`, or for good if it was before.
 
-        Of several samples of this id, in several stores, it leaves out those that are damaged.
+        Returns whether it is for good; None where it is not left out at all, because it can be read now: it may have
+        been read ahead long before its turn. Raises the error where damage stops the run, or is half of all samples.
+        Of several samples of this id, in several stores, it leaves out those that cannot be read.
         """
-        if not self._skips:
-            raise error
         same_id = {index for index in range(len(self._data)) if self._data.sample_id(index) == error.sample_id}
         new = same_id - self.indices
-        if len(same_id) > 1:
-            new = set(filter(self._is_damaged, new))
-        if not new or len(self.indices | new) * 2 > len(self._data):
+        failing = set(filter(self._data.error_of, new))
+        if new and not failing and self._excused != (error.sample_id, until):
+            self._excused = (error.sample_id, until)
+            self.passing |= new
+            self._missed = {index: end for index, end in self._missed.items() if index not in new}
+            return None
+        new = failing or new
+        if not self._skips or not new or len(self.indices | self._missed.keys() | new) * 2 > len(self._data):
             raise error
-        self.indices |= new
+        again = new & self._missed.keys()
+        for index in again:
+            self.give_up(index)
+        self._missed |= dict.fromkeys(new - again, until)
+        return bool(again)
 
-    def _is_damaged(self, index: int) -> bool:
-        reader, sample_id = self._data.locate(index)
-        try:
-            reader.read(sample_id, (*self._data.prefix_fields, *POSE_FIELDS))
-        except CorruptSampleError:
-            return True
-        return False
+    @property
+    def awaits(self) -> bool:
+        """Whether a sample is to be tried again."""
+        return bool(self._missed)
+
+    def delivered(self, batch: list[tuple[int, int]]) -> None:
+        """Note that the samples in the places of a batch were read, those that were missed before among them."""
+        for _, index in self.replace(batch):
+            if self._missed.pop(index, None) is not None:
+                self.passing.add(index)
+
+    def settle(self) -> list[SampleReadError]:
+        """Try what has not come again once more, and return the errors of those that are left out for good by it."""
+        errors = {index: self._data.error_of(index) for index in self._missed}
+        for index, error in errors.items():
+            if error is not None:
+                self.give_up(index)
+        self.passing |= self._missed.keys()
+        self._missed = {}
+        return [error for error in errors.values() if error is not None]
+
+    def give_up(self, index: int) -> None:
+        """Leave a sample out for good."""
+        self.indices.add(index)
+        self.passing.discard(index)
+        self._missed.pop(index, None)
 
     def replace(self, batch: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """A batch of (position, sample index) with the next sound sample in place of each that is left out."""
-        return [(position, self._next_sound(index)) for position, index in batch]
+        return [(position, self._next_sound(index, position)) for position, index in batch]
 
-    def _next_sound(self, index: int) -> int:
-        while index in self.indices:
+    def _next_sound(self, index: int, position: int) -> int:
+        while index in self.indices or position < self._missed.get(index, 0):
             index = (index + 1) % len(self._data)
         return index
 

@@ -43,6 +43,8 @@ class RunInputs:
             )
         self.checkpoint = Checkpoint(config.model)
         self.data = CachedDataset(config.store_paths, self.checkpoint)
+        if config.on_damage == "stop":
+            self.data.refuse_unreadable()
         self.val = CachedDataset([config.val], self.checkpoint) if config.val else None
         if self.val is not None:
             check_same_vlm(self.data.vlm, self.val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")

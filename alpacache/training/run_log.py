@@ -18,7 +18,7 @@ from alpacache.errors import UsageError
 from alpacache.progress import OnProgress, Progress
 from alpacache.training.run_directory import RunDirectory
 from alpacache.training.step import StepResult, StepValues
-from cache_store import CorruptSampleError
+from cache_store import SampleReadError
 
 _log = logging.getLogger(__name__)
 _REPORTED_STEPS = 20
@@ -46,7 +46,9 @@ class TrainReport:
     stopped_early: bool
     """Whether the run ended because validation had stopped getting better."""
     damaged: int
-    """Number of samples that were left out because their stored bytes are damaged."""
+    """Number of samples that are left out for good, as they could not be read twice in the run or at its end."""
+    missed: int
+    """Number of samples that could not be read once and could be later."""
     skipped: int
     """Steps of the run that were not applied, because loss or gradient was not finite."""
     seconds: float
@@ -217,9 +219,11 @@ class RunLog:
             for tracker in self.trackers:
                 tracker.log(row["step"], scalars(row))
 
-    def write_damage(self, step: int, error: CorruptSampleError) -> None:
-        """Write which sample is left out from a step on."""
-        self._directory.append_metrics({"step": step, "damaged": error.sample_id, "message": str(error)})
+    def write_damage(self, step: int, error: SampleReadError, *, for_good: bool = True) -> None:
+        """Write which sample is left out, from a step on or at its next turn alone."""
+        key, when = ("damaged", f"from step {step + 1} on") if for_good else ("missed", "until it comes next")
+        _log.warning("left out %s: %s", when, str(error))  # the error itself would keep what it refers to
+        self._directory.append_metrics({"step": step, key: error.sample_id, "message": str(error)})
 
     def warn_of_validation(self, step: int, validated: Mapping[str, float]) -> None:
         """Warn where a validation is not finite."""

@@ -42,7 +42,7 @@ from alpacache.training.schedule import BestValidation, LearningRate, SkippedSte
 from alpacache.training.step import StepResult, TrainStep
 from alpacache.training.trainable import choose_trainable, enable_checkpointing
 from alpacache.training.validation import Validation, means
-from cache_store import CorruptSampleError
+from cache_store import SampleReadError, UnreachableStoreError
 
 
 def train(
@@ -185,10 +185,7 @@ class _Run:
         if expert.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(expert.device)
         expert.train()
-        for index, error in self.inputs.unreadable.items():
-            if index not in self.damaged.indices:
-                self.damaged.indices.add(index)
-                self.log.write_damage(self.step, error)
+        self._leave_out_unreadable()
         rows = PrefixRows(
             self.data.layout,
             self.data.longest,
@@ -213,7 +210,7 @@ class _Run:
                 try:
                     with ring:
                         self._train_on(ring, step)
-                except CorruptSampleError as error:
+                except (SampleReadError, UnreachableStoreError) as error:
                     self._meet_damage(error)
                 del ring
                 gc.collect()  # it, what its threads read and their error refer to each other: all RAM of --in-memory
@@ -248,6 +245,8 @@ class _Run:
             for batch in ring:
                 underway.append((self.step + 1, self._enqueue(step, batch, stop=self.guard.requested)))
                 ring.done(batch)
+                if self.damaged.awaits:
+                    self.damaged.delivered(self._batch(self.step))
                 self.step += 1
                 if self.learner.average is not None:
                     self.learner.average.after(self.step)
@@ -262,10 +261,15 @@ class _Run:
                     self._pause(validating=validating)
                 if self.stopped_early:
                     return
-        except CorruptSampleError:
+        except (SampleReadError, UnreachableStoreError):
             while underway and underway[0][0] <= self.step:
                 self._read(*underway.popleft(), ring, validating=False)
             raise
+
+    def _batch(self, number: int) -> list[tuple[int, int]]:
+        """(position, sample index) of each sample of the step after so many."""
+        (batch,) = batches_of(self.inputs.order, self.config.batch_size, first=number, end=number + 1)
+        return batch
 
     def _is_due(self, every: int) -> bool:
         """Whether it is time for what is done every so many steps and after the last one."""
@@ -286,8 +290,8 @@ class _Run:
         self.stopping |= values.stop
         row = self.log.row(number, result, values, lr=self.rate(number - 1), waited_s=ring.waited_s)
         if self.skipped.count(values.loss, values.norm):
-            (batch,) = batches_of(self.inputs.order, self.config.batch_size, first=number - 1, end=number)
-            ids = [self.data.sample_id(index) for _, index in self.damaged.replace(batch)]  # in all processes
+            batch = self.damaged.replace(self._batch(number - 1))
+            ids = [self.data.sample_id(index) for _, index in batch]  # in all processes
             if self.world.size == 1:  # those of bad losses, if it was not the gradient
                 pairs = zip(ids, values.losses, strict=True)
                 ids = [sample_id for sample_id, loss in pairs if not math.isfinite(loss)] or ids
@@ -307,7 +311,8 @@ class _Run:
         assert self.validation is not None
         try:
             validated = self.validation.run(self.learner.expert, self.world, lambda: self.guard.requested)
-        except CorruptSampleError as error:  # nothing stands in for it: all validations must be of the same samples
+        except (SampleReadError, UnreachableStoreError) as error:
+            # Nothing stands in for it: all validations must be of the same samples.
             if "lr" in row:  # else it is written already
                 self.log.write(row, self._notes())
             state = "Checkpoints are intact"
@@ -351,6 +356,9 @@ class _Run:
             improved = self.best.update(self.step, self.validated["val_loss" if by == "loss" else "val_min_ade"], by)
             self.stopped_early = self._has_lost_patience()
         ending = finished or self.stopping or self.stopped_early
+        if finished or self.stopped_early:
+            for error in self.damaged.settle():
+                self.log.write_damage(self.step, error)
         if improved or ending or self.step % self.config.save_every == 0:
             self._save(and_wait=ending)
         self.log.pause()
@@ -361,12 +369,36 @@ class _Run:
         patience = self.config.patience
         return patience is not None and self.best.since >= patience and self.step < self.total
 
-    def _meet_damage(self, error: CorruptSampleError) -> None:
-        """Leave a damaged sample out, or save and raise the error."""
-        if self.config.on_damage == "stop" and self.step > self.first and self.world.size == 1:
-            self._save(and_wait=True)  # several processes could not agree on it
-        self.damaged.leave_out(error)
-        self.log.write_damage(self.step, error)
+    def _leave_out_unreadable(self) -> None:
+        """Leave out, or try again later, what could not be read when the run began; `on_damage` is `skip` if any."""
+        for error in self.data.nameless:
+            self.log.write_damage(self.step, error)
+        for index, error in self.data.unreadable.items():  # how large it is is not known either
+            if index not in self.damaged.indices:
+                self.damaged.give_up(index)
+                self.log.write_damage(self.step, error)
+            if len(self.damaged.indices) * 2 > len(self.data):
+                raise error
+        for index, error in self.inputs.unreadable.items():
+            if index not in self.damaged.indices:
+                self._note(error, for_good=self.damaged.leave_out(error))
+
+    def _meet_damage(self, error: SampleReadError | UnreachableStoreError) -> None:
+        """Leave a sample out that cannot be read, or save and raise the error."""
+        try:
+            if isinstance(error, UnreachableStoreError):
+                raise error
+            for_good = self.damaged.leave_out(error, until=(self.step + 1) * self.config.batch_size)
+        except (SampleReadError, UnreachableStoreError):
+            if self.step > self.first and self.world.size == 1:
+                self._save(and_wait=True)  # several processes could not agree on it
+            raise
+        self._note(error, for_good=for_good)
+
+    def _note(self, error: SampleReadError, *, for_good: bool | None) -> None:
+        """Write what `DamagedSamples.leave_out` made of an error."""
+        if for_good is not None:
+            self.log.write_damage(self.step, error, for_good=for_good)
 
     def _save(self, *, and_wait: bool) -> None:
         """Write a checkpoint. `and_wait`: until it is on the medium, and the other processes know.
@@ -410,7 +442,8 @@ class _Run:
             best_val_loss=self.best.value if self.best.by == "loss" else None,
             val_min_ade=self.validated.get("val_min_ade"),
             stopped_early=self.stopped_early,
-            damaged=len(self.damaged.indices),
+            damaged=len(self.damaged.indices) + len(self.data.nameless),
+            missed=len(self.damaged.passing),
             skipped=self.skipped.total,
             **self.log.totals(self.step),
             planned_gib=self.plan.device_bytes / 2**30 if cuda else None,

@@ -5,23 +5,42 @@ same constant for all data, so it could not tell one valid chunk from another. T
 chunk that was swapped for another valid one is noticed.
 """
 
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, take
-from cache_store.errors import CacheStoreError, FormatError
+from cache_store.errors import (
+    CacheStoreError,
+    CorruptSampleError,
+    FormatError,
+    SampleReadError,
+    UnreachableStoreError,
+    UnreadableSampleError,
+)
 from cache_store.format.field import Field
-from cache_store.format.names import COMMITS, METADATA, SAMPLES, check_key, is_attempt, record_path, sample_key
+from cache_store.format.names import (
+    COMMITS,
+    METADATA,
+    SAMPLES,
+    check_key,
+    is_attempt,
+    key_of_attempt,
+    record_path,
+    sample_key,
+)
 from cache_store.format.store_root import StoreRoot
+from cache_store.rereading import reread
 from cache_store.storage.storage import Storage
 
 TRAILER_BYTES = 4
 _MAX_LENGTH = 2**48
 _PATH = re.compile(r"(?:(?P<array>[A-Za-z][A-Za-z0-9_.-]{0,99})/)?(?:zarr\.json|(?P<chunk>c(?:\.\d{1,9}){0,32}))")
+_ID = re.compile(rb'"sample_id":("(?:[^"\\]|\\.)*")')
 _CRC = re.compile(r"[0-9a-f]{8}")
 
 
@@ -96,9 +115,48 @@ class CommitRecord:
         return seal(document, f"the commit record of sample {self.sample_id!r}")
 
 
-def read(storage: Storage, root: StoreRoot, key: str) -> CommitRecord:
-    """Read the record with this key; `FileNotFoundError` when there is none."""
-    return from_bytes(storage, root, key, storage.read_document(record_path(COMMITS, key), MAX_DOCUMENT_BYTES))
+def read(storage: Storage, root: StoreRoot, key: str, *, waits_s: Sequence[float] | None = None) -> CommitRecord:
+    """Read the record with this key, again after each pause while that fails (see `reread`).
+
+    Raises `FileNotFoundError` when there is none, `FormatError` or another `OSError`.
+    """
+    name = record_path(COMMITS, key)
+
+    def read_record() -> CommitRecord:
+        return from_bytes(storage, root, key, storage.read_document(name, MAX_DOCUMENT_BYTES))
+
+    return reread(read_record, partial(storage.forget, name), waits_s)
+
+
+def unreadable(storage: Storage, key: str, error: Exception, sample_id: str) -> SampleReadError:
+    """What the error of a record says of its sample, whose id may be unknown: then it is empty in the result."""
+    which = f"sample {sample_id!r}" if sample_id else "a sample whose id is not known"
+    if isinstance(error, FormatError):
+        remedy = "Run `verify` on the store; a sample without its commit record can be written again"
+        return CorruptSampleError(f"{which}: {error} {remedy}.", sample_id)
+    where = storage.where(record_path(COMMITS, key))
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    remedy = "See to the permissions and the disk"
+    return UnreadableSampleError(f"{which}: commit record {where} cannot be read ({reason}). {remedy}.", sample_id)
+
+
+def find_id(storage: Storage, key: str, attempts: Iterable[str]) -> str:
+    """The id of a sample whose record cannot be read, or an empty text.
+
+    Looks in what is left of the record, and in the attempts at the sample (`attempts` are names in `samples/`). What it
+    finds is certain, as the key holds a hash of the id.
+    """
+    groups = [f"{SAMPLES}/{name}/{METADATA}" for name in attempts if key_of_attempt(name) == key]
+    for name in (record_path(COMMITS, key), *groups):
+        try:
+            for match in _ID.finditer(storage.read_document(name, MAX_DOCUMENT_BYTES)):
+                if sample_key(found := json.loads(match[1])) == key:
+                    return str(found)
+        except UnreachableStoreError:
+            raise
+        except (OSError, ValueError):  # a `FormatError` is a `ValueError`
+            continue
+    return ""
 
 
 def from_bytes(storage: Storage, root: StoreRoot, key: str, data: bytes) -> CommitRecord:

@@ -17,11 +17,12 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_store import rereading
 from cache_store.checksum import crc32c
 from cache_store.concurrency import in_order
-from cache_store.errors import FormatError
+from cache_store.errors import FormatError, SampleReadError, UnreachableStoreError
 from cache_store.format import commit_record, store_root
-from cache_store.format.names import COMMITS, INDEX, list_keys, sample_key
+from cache_store.format.names import COMMITS, INDEX, SAMPLES, list_keys, record_path, sample_key
 from cache_store.format.store_root import StoreRoot
 from cache_store.storage.local_files import writing
 from cache_store.storage.storage import Storage, StorePath, open_storage
@@ -103,7 +104,7 @@ class Index:
 def build_index(path: StorePath) -> int:
     """Write the index of a store anew and return its number of samples; records that an old one has are not read.
 
-    Waits up to a second for the folder's modification time to settle. A damaged record raises `FormatError`.
+    Waits up to a second for the folder's modification time to settle.
     """
     storage = open_storage(path)
     return build(storage, store_root.read(storage))
@@ -113,7 +114,9 @@ def build(storage: Storage, root: StoreRoot, known: Iterable[str] = ()) -> int:
     """Do the same for a store that is open already; records of known ids are not read either."""
     listed_ns = _settled_ns(storage)
     before = read(storage)
-    ids = list_ids(storage, root, SampleIds.of(chain(known, before.ids if before else ())))
+    ids, unreadable = list_ids(storage, root, SampleIds.of(chain(known, before.ids if before else ())))
+    if any(not error.sample_id for error in unreadable):
+        listed_ns = 0  # never fresh: readers have to see that a record is not among the ids
     body = _HEADER.pack(_MAGIC, 0, 0, listed_ns, len(ids), len(ids.text)) + ids.ends.tobytes() + ids.text
     checked = body[_CHECKED_FROM:]
     data = _MAGIC + struct.pack("<II", crc32c(checked), 0) + checked
@@ -122,18 +125,45 @@ def build(storage: Storage, root: StoreRoot, known: Iterable[str] = ()) -> int:
     return len(ids)
 
 
-def list_ids(storage: Storage, root: StoreRoot, known: SampleIds) -> SampleIds:
-    """List the ids of all committed samples; the records of ids that are not known are read and checked."""
+def list_ids(storage: Storage, root: StoreRoot, known: SampleIds) -> tuple[SampleIds, tuple[SampleReadError, ...]]:
+    """List the ids of all committed samples; the records of ids that are not known are read and checked.
+
+    Returns, too, what is wrong with the records that cannot be read, however often. Their samples are listed all the
+    same, so that one bad record changes nothing for the others, unless not even the id can be told.
+    """
     by_key: dict[str, str] = {sample_key(sample_id): sample_id for sample_id in known}
 
-    def id_of(key: str) -> str | None:
+    def id_of(key: str) -> str | Exception:
         try:
-            return by_key.get(key) or commit_record.read(storage, root, key).sample_id
-        except FileNotFoundError:  # removed since the folder was listed
-            return None
+            return by_key.get(key) or commit_record.read(storage, root, key, waits_s=()).sample_id
+        except UnreachableStoreError:
+            raise
+        except (FormatError, OSError) as error:
+            return error
 
-    ids = in_order(id_of, list_keys(storage, COMMITS), storage.threads)
-    return SampleIds.of(filter(None, ids))
+    ids: list[str] = []
+    failed: dict[str, Exception] = {}
+    wanted = list_keys(storage, COMMITS)
+    for wait_s in (*rereading.WAITS_S, None):  # many that fail wait together
+        failed = {}
+        for key, outcome in zip(wanted, in_order(id_of, wanted, storage.threads), strict=True):
+            if isinstance(outcome, str):
+                ids.append(outcome)
+            else:
+                failed[key] = outcome
+        if not failed or wait_s is None:
+            break
+        time.sleep(wait_s)
+        wanted = list(failed)
+        for key in wanted:
+            storage.forget(record_path(COMMITS, key))
+    if not failed:
+        return SampleIds.of(ids), ()
+    there, attempts = set(list_keys(storage, COMMITS)), list(storage.names(SAMPLES))
+    failed = {key: error for key, error in failed.items() if key in there}  # the others were removed meanwhile
+    found = {key: by_key.get(key) or commit_record.find_id(storage, key, attempts) for key in failed}
+    errors = [commit_record.unreadable(storage, key, error, found[key]) for key, error in failed.items()]
+    return SampleIds.of([*ids, *filter(None, found.values())]), tuple(errors)
 
 
 def read(storage: Storage) -> Index | None:

@@ -6,18 +6,21 @@ today's file systems index their folders, so 256 subfolders would add operations
 
 import hashlib
 import re
+import secrets
 
 from cache_store.errors import FormatError
-from cache_store.storage.local_storage import STAGING
+from cache_store.storage.local_storage import ROOT_DOCUMENT, STAGING
 from cache_store.storage.storage import Storage
 
-METADATA = "zarr.json"
+METADATA = ROOT_DOCUMENT
 """Metadata of every group and array, that of the store itself included."""
 SAMPLES = "samples"
 COMMITS = "commits"
 QUARANTINE = "quarantine"
 FOLDERS = (SAMPLES, COMMITS, QUARANTINE, STAGING)
 INDEX = "index"
+ASIDE = "aside"
+"""Folder of the records that a repair has taken out of their places; made by the first repair that finds any."""
 
 MAX_ID_BYTES = 4096
 _READABLE_CHARACTERS = 32
@@ -74,3 +77,18 @@ def list_keys(storage: Storage, folder: str) -> list[str]:
     """Sorted keys that have a record in this folder of a store; files of other names are no records."""
     stems = (name.removesuffix(".json") for name in storage.names(folder, flat=True) if name.endswith(".json"))
     return sorted(filter(is_key, stems))
+
+
+def aside_path(record: str) -> str:
+    """A new place in `ASIDE` for the record with this path."""
+    folder, _, name = record.partition("/")
+    return f"{ASIDE}/{folder}.{name.removesuffix('.json')}.{secrets.token_hex(8)}.json"
+
+
+def list_aside(storage: Storage) -> dict[str, str]:
+    """The commit records that were set aside: path -> key of the sample."""
+    if ASIDE not in storage.names(""):
+        return {}
+    names = storage.names(ASIDE, flat=True)
+    places = {f"{ASIDE}/{name}": name.removeprefix(f"{COMMITS}.").removesuffix(".json") for name in sorted(names)}
+    return {path: key for path, attempt in places.items() if (key := key_of_attempt(attempt))}

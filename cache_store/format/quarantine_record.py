@@ -5,14 +5,18 @@ It is replaced rather than put if absent: of two failures at once one count may 
 
 import dataclasses
 import hashlib
+import logging
 from dataclasses import dataclass
+from functools import partial
 
 from cache_store.document import MAX_DOCUMENT_BYTES, check_seal, parse, seal, take
-from cache_store.errors import FormatError
+from cache_store.errors import FormatError, UnreachableStoreError
 from cache_store.format.names import QUARANTINE, check_key, record_path, sample_key
+from cache_store.rereading import reread
 from cache_store.storage.local_files import writing
 from cache_store.storage.storage import Storage
 
+_log = logging.getLogger(__name__)
 MAX_REASON_CHARACTERS = 2000
 MAX_TRACEBACK_CHARACTERS = 8000
 
@@ -37,12 +41,28 @@ class QuarantineRecord:
 
 
 def read(storage: Storage, key: str) -> QuarantineRecord | None:
-    """Read the record with this key, if there is one."""
+    """Read the record with this key, if there is one; again if that fails. Raises `FormatError` or `OSError`."""
+    name = record_path(QUARANTINE, key)
+
+    def read_record() -> QuarantineRecord | None:
+        try:
+            data = storage.read_document(name, MAX_DOCUMENT_BYTES)
+        except FileNotFoundError:
+            return None
+        return from_bytes(storage, key, data)
+
+    return reread(read_record, partial(storage.forget, name))
+
+
+def read_if_sound(storage: Storage, key: str) -> QuarantineRecord | None:
+    """Do the same, but take a record that cannot be read for none, with a warning: it holds no data."""
     try:
-        data = storage.read_document(record_path(QUARANTINE, key), MAX_DOCUMENT_BYTES)
-    except FileNotFoundError:
+        return read(storage, key)
+    except UnreachableStoreError:
+        raise
+    except (FormatError, OSError) as error:
+        _log.warning("%s", error)
         return None
-    return from_bytes(storage, key, data)
 
 
 def from_bytes(storage: Storage, key: str, data: bytes) -> QuarantineRecord:
@@ -71,7 +91,7 @@ def write(storage: Storage, record: QuarantineRecord) -> None:
 
 def write_failure(storage: Storage, sample_id: str, kind: str, reason: str, traceback_text: str) -> None:
     """Record that a sample failed, once more if it has failed before."""
-    before = read(storage, sample_key(sample_id))
+    before = read_if_sound(storage, sample_key(sample_id))
     encodable = traceback_text.encode(errors="backslashreplace")
     record = QuarantineRecord(
         sample_id=sample_id,

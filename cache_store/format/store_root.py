@@ -3,13 +3,15 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cache_store.document import MAX_DOCUMENT_BYTES, canonical_json, check_seal, differences, parse, seal, take
 from cache_store.errors import FormatError, IdentityMismatchError, StoreNotFoundError
 from cache_store.format.field import Field
-from cache_store.format.names import FOLDERS, INDEX, METADATA, SAMPLES
+from cache_store.format.names import ASIDE, FOLDERS, INDEX, METADATA, SAMPLES
+from cache_store.rereading import reread
 from cache_store.storage.local_files import opening
 from cache_store.storage.storage import Storage
 
@@ -107,13 +109,17 @@ def mismatch(where: Path | str, lines: Sequence[str]) -> IdentityMismatchError:
 
 def read(storage: Storage) -> StoreRoot:
     """Read the root of an existing store."""
+
+    def read_root() -> StoreRoot:
+        data = storage.read_document(METADATA, MAX_DOCUMENT_BYTES)
+        return StoreRoot.from_bytes(data, f"root metadata {storage.where(METADATA)}")
+
     with opening(storage.place):
         try:
-            data = storage.read_document(METADATA, MAX_DOCUMENT_BYTES)
+            return reread(read_root, partial(storage.forget, METADATA))
         except (FileNotFoundError, NotADirectoryError) as error:
-            remedy = "check the path or write samples there first"
+            remedy = "check the path, see that its disk or share is mounted, or write samples there first"
             raise StoreNotFoundError(f"there is no store at {storage.place} (no {METADATA}); {remedy}.") from error
-    return StoreRoot.from_bytes(data, f"root metadata {storage.where(METADATA)}")
 
 
 def make(storage: Storage, data: bytes) -> bool:
@@ -124,7 +130,7 @@ def make(storage: Storage, data: bytes) -> bool:
     with opening(storage.place):
         if storage.exists(METADATA):
             return False
-        strangers = sorted(set(storage.names("")) - {*FOLDERS, METADATA, INDEX})
+        strangers = sorted(set(storage.names("")) - {*FOLDERS, METADATA, INDEX, ASIDE})
         if strangers:
             problem = f"is neither empty nor a store (it contains {', '.join(strangers[:5])})"
             raise FormatError(f"{storage.place} {problem}; give a path of its own to a new store.")

@@ -5,23 +5,28 @@ that a hostile or foreign document is refused rather than interpreted.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
 from cache_store.checksum import crc32c
 from cache_store.document import canonical_json, parse
-from cache_store.errors import CorruptSampleError, FormatError
+from cache_store.errors import CorruptSampleError, FormatError, UnreachableStoreError, UnreadableSampleError
 from cache_store.format import compression
 from cache_store.format.commit_record import TRAILER_BYTES, CommitRecord, StoredObject
 from cache_store.format.field import SMALL, Field, chunk_of_rows
 from cache_store.format.names import METADATA
 from cache_store.format.sample_group import SMALL_ARRAY, array_metadata, chunk_keys, group_metadata, packed_directory
+from cache_store.rereading import reread
+from cache_store.storage.local_files import unreachable
 from cache_store.storage.local_storage import ByteArray, OnBlock
 from cache_store.storage.storage import Storage
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,19 @@ class StoredSample:
     storage: Storage
     record: CommitRecord
     fields: Mapping[str, Field]
+    waits_s: tuple[float, ...] | None = None
+    """Pauses before further tries of what cannot be read; None: those of `rereading`."""
 
     def load(self, stored: StoredObject, field: str) -> ByteArray:
         """Read all bytes of an object, and check presence, size and every byte."""
-        data = self._read(stored, field, np.empty(0, np.uint8), None, False)
-        crc = crc32c(data[:-TRAILER_BYTES] if stored.is_chunk else data)
-        self._compare(stored, field, _trailer(data) if stored.is_chunk else crc, crc)
-        return data
+
+        def read() -> ByteArray:
+            data = self._read(stored, field, np.empty(0, np.uint8), None, False)
+            crc = crc32c(data[:-TRAILER_BYTES] if stored.is_chunk else data)
+            self._compare(stored, field, _trailer(data) if stored.is_chunk else crc, crc)
+            return data
+
+        return self._reread(stored, field, read)
 
     def load_into(
         self, target: ByteArray, stored: StoredObject, field: str, *, parents_checked: bool, check_data: bool
@@ -47,17 +58,32 @@ class StoredSample:
         What lies beyond the target is padding, which is read and checked too. After an error the target holds anything.
         Without `check_data` the caller compares the data with the record's checksum; all else is checked here.
         """
-        crc = 0
 
-        def check(block: memoryview | ByteArray) -> None:
-            nonlocal crc
-            crc = crc32c(block, crc)
+        def fill() -> None:
+            crc = 0
 
-        rest = self._read(stored, field, target, check if check_data else None, parents_checked)
-        padding, trailer = rest[:-TRAILER_BYTES], _trailer(rest)
-        self._compare(stored, field, trailer, crc32c(padding, crc) if check_data else trailer)
-        if not check_data and padding.any():  # the caller does not get it
-            raise self.damaged(stored, field, " ends in padding that is not zeros.")
+            def check(block: memoryview | ByteArray) -> None:
+                nonlocal crc
+                crc = crc32c(block, crc)
+
+            rest = self._read(stored, field, target, check if check_data else None, parents_checked)
+            padding, trailer = rest[:-TRAILER_BYTES], _trailer(rest)
+            self._compare(stored, field, trailer, crc32c(padding, crc) if check_data else trailer)
+            if not check_data and padding.any():  # the caller does not get it
+                raise self.damaged(stored, field, " ends in padding that is not zeros.")
+
+        self._reread(stored, field, fill)
+
+    def check_parents(self, stored: StoredObject, field: str) -> None:
+        """Raise unless the folders above an object are there and real, for reads with `parents_checked`."""
+
+        def check() -> None:
+            try:
+                self.storage.check_parents(f"{self.record.folder}/{stored.path}")
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise self.damaged(stored, field, " is missing.") from error
+
+        self._reread(stored, field, check)
 
     def decode_into(self, target: ByteArray, stored: StoredObject, field: str, chunk_bytes: int) -> None:
         """Fill `target` with the beginning of a compressed chunk, whose bytes are checked before they are decoded."""
@@ -126,6 +152,23 @@ class StoredSample:
             sample_id,
             field,
         )
+
+    def _reread(self, stored: StoredObject, field: str, read: Callable[[], Result]) -> Result:
+        """Read an object, again and freshly if that fails. Raises what the last failure says of the sample."""
+        name, storage = f"{self.record.folder}/{stored.path}", self.storage
+        try:
+            return reread(read, partial(storage.forget, name), self.waits_s)
+        except UnreachableStoreError:
+            raise
+        except OSError as error:
+            if not storage.exists(METADATA):
+                gone = isinstance(error, CorruptSampleError)
+                raise unreachable(storage.place, FileNotFoundError() if gone else error) from error
+            if isinstance(error, CorruptSampleError):
+                raise
+            sample_id, reason = self.record.sample_id, error.strerror or str(error)
+            what = f"sample {sample_id!r}, field {field!r}: {storage.where(name)} cannot be read ({reason})"
+            raise UnreadableSampleError(f"{what}. See to the permissions and the disk.", sample_id, field) from error
 
     def _read(
         self, stored: StoredObject, field: str, target: ByteArray, on_block: OnBlock, parents_checked: bool

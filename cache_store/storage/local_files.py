@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_store.concurrency import in_order_by
-from cache_store.errors import StoreAddressError, StoreFullError, UnsupportedFileSystemError
+from cache_store.errors import StoreAddressError, StoreFullError, UnreachableStoreError, UnsupportedFileSystemError
 
 MAX_TRANSFER_BYTES = 2**30
 """Limit of one system call; Linux transfers at most 2 GiB."""
@@ -27,6 +27,9 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_FOLDER = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 """Answers for a path that leads through a file, or into a file system like `/proc`."""
+_AWAY = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO}
+_AWAY |= {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+"""Answers of a disk that fails, and of a share whose server is away."""
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _WRITERS = 4
 """Threads that write the files of one sample."""
@@ -185,14 +188,27 @@ def writing(what: str, needed_bytes: int, place: Path | str) -> Iterator[None]:
 
 @contextmanager
 def opening(place: Path | str) -> Iterator[None]:
-    """Raise `StoreAddressError` where a path cannot be a store's, or not this user's; other errors pass."""
+    """Raise `StoreAddressError` where a path cannot be a store's, or not this user's; other errors pass.
+
+    `UnreachableStoreError` where disk or share do not answer.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno in _AWAY:
+            raise unreachable(place, error) from error
         if error.errno not in _FORBIDDEN | _NO_FOLDER:
             raise
         remedy = "Correct the path, or see to the permissions and how the disk is mounted."
         raise StoreAddressError(f"cannot open or make a store at {place}: {_reason(error)}. {remedy}") from error
+
+
+def unreachable(place: Path | str, error: OSError) -> UnreachableStoreError:
+    """Error for a place that does not answer, or holds no store any more."""
+    reason = "the store is not there any more" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+    known = "That says nothing of what the store holds, and nothing was changed"
+    remedy = "see that the disk or share is mounted and may be read, and run the same command again"
+    return UnreachableStoreError(f"{place} cannot be reached: {reason}. {known}; {remedy}.")
 
 
 def _reason(error: OSError) -> str:

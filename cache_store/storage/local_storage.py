@@ -7,6 +7,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +18,8 @@ from cache_store.errors import FormatError
 from cache_store.storage import local_files
 from cache_store.storage.local_files import MAX_TRANSFER_BYTES
 
+ROOT_DOCUMENT = "zarr.json"
+"""The object that every store has."""
 STAGING = "staging"
 """Folder of files that have no name yet."""
 BLOCK_BYTES = 2**20
@@ -53,8 +56,12 @@ class LocalStorage:
             with os.scandir(self.root / folder) as entries:
                 yield from (entry.name for entry in entries)
         except FileNotFoundError as error:
+            if not self.exists(ROOT_DOCUMENT):
+                raise local_files.unreachable(self.root, error) from error
             incomplete = f"the store at {self.root} is incomplete (was it copied only in part?)"
             raise FormatError(f"{self.root / folder} is missing; {incomplete}.") from error
+        except OSError as error:
+            raise local_files.unreachable(self.root, error) from error
 
     def size_bytes(self, relative: str) -> int:
         self.check_parents(relative)
@@ -105,6 +112,16 @@ class LocalStorage:
             return rest
         finally:
             os.close(descriptor)
+
+    def forget(self, relative: str) -> None:
+        path = self.root / relative
+        with suppress(OSError):
+            os.close(os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC))  # a network file system asks the server anew
+            descriptor = os.open(path, _READ_FLAGS)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
 
     def check_parents(self, relative: str) -> None:
         folder = os.fspath(self.root)
@@ -158,6 +175,13 @@ class LocalStorage:
             temporary.unlink(missing_ok=True)
             raise
         local_files.flush(target.parent)
+
+    def move(self, relative: str, target: str) -> None:
+        self.check_parents(relative)
+        local_files.make_folders((self.root / target).parent)
+        (self.root / relative).rename(self.root / target)
+        for name in (target, relative):
+            local_files.flush((self.root / name).parent)
 
     def delete(self, relatives: Iterable[str]) -> None:
         paths = [self.root / relative for relative in relatives]

@@ -69,6 +69,9 @@ class ObjectStorage:
     def where(self, relative: str) -> str:
         return f"{self.address}/{relative}" if relative else str(self.address)
 
+    def forget(self, relative: str) -> None:
+        pass  # every reading is a request of its own
+
     def check_parents(self, relative: str) -> None:
         parts_of(relative, self.place)
 
@@ -184,6 +187,12 @@ class ObjectStorage:
         options = {"chunk_size": PART_BYTES, "max_concurrency": _UPLOADS} if in_parts else {"use_multipart": False}
         with self._explained("write", relative):
             _repeat(lambda: obstore.put(self._store, key, kept or b"", **options))
+
+    def move(self, relative: str, target: str) -> None:
+        source, end = self._key(relative), self._key(target)
+        with self._explained("move", relative):
+            _repeat(lambda: obstore.copy(self._store, source, end))
+        self.delete([relative])
 
     def delete(self, relatives: Iterable[str]) -> None:
         keys = [self._key(relative) for relative in relatives]

@@ -36,7 +36,10 @@ class Storage(Protocol):
         """Whether the name is taken."""
 
     def names(self, folder: str, *, flat: bool = False) -> Iterator[str]:
-        """Names in a folder (`""`: the root), in no order. `flat`: the folder is known to hold no folders."""
+        """Names in a folder (`""`: the root), in no order. `flat`: the folder is known to hold no folders.
+
+        Raises `FormatError` where the store lacks the folder, `UnreachableStoreError` where the place does not answer.
+        """
 
     def size_bytes(self, relative: str) -> int:
         """Size of an object; `FileNotFoundError` when absent."""
@@ -53,6 +56,9 @@ class Storage(Protocol):
         each block of the target while it is still in the CPU's cache. A caller that reads many objects of one folder
         may have called `check_parents` for all of them.
         """
+
+    def forget(self, relative: str) -> None:
+        """Drop what this machine remembers of an object, so that it is read anew from the medium or the server."""
 
     def check_parents(self, relative: str) -> None:
         """Raise `FormatError` for a name that leads out of the store."""
@@ -71,6 +77,9 @@ class Storage(Protocol):
 
     def put(self, relative: str, parts: Sequence[Any]) -> None:
         """Publish a whole object, given as buffers, under a name, replacing what was there."""
+
+    def move(self, relative: str, target: str) -> None:
+        """Give an object another name, durably; `FileNotFoundError` when absent."""
 
     def delete(self, relatives: Iterable[str]) -> None:
         """Remove objects where present, durably."""

@@ -9,15 +9,23 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from cache_store.concurrency import in_order
 from cache_store.document import MAX_DOCUMENT_BYTES
-from cache_store.errors import CorruptSampleError, FormatError, StoreAddressError
+from cache_store.errors import (
+    FormatError,
+    SampleReadError,
+    StoreAddressError,
+    UnreachableStoreError,
+    UnreadableSampleError,
+)
 from cache_store.format import commit_record, index, quarantine_record, store_root
 from cache_store.format.commit_record import CommitRecord, StoredObject
-from cache_store.format.names import COMMITS, METADATA, QUARANTINE, list_keys, record_path
+from cache_store.format.names import COMMITS, METADATA, QUARANTINE, SAMPLES, list_keys, record_path
 from cache_store.format.store_root import StoreRoot
 from cache_store.format.stored_sample import StoredSample
+from cache_store.rereading import reread
 from cache_store.storage.local_files import writing
 from cache_store.storage.storage import Storage, StorePath, open_storage
 
@@ -38,11 +46,13 @@ class CopyReport:
     size_bytes: int
     """Bytes of the objects that were copied."""
     damaged: tuple[str, ...]
-    """Errors of the samples and records that were not copied."""
+    """Errors of the samples and records that were not copied, as they are damaged."""
+    unreadable: tuple[str, ...]
+    """The same of samples that the source does not give out, which may be whole."""
 
     @property
     def ok(self) -> bool:
-        return not self.damaged
+        return not self.damaged and not self.unreadable
 
 
 def copy(
@@ -69,18 +79,20 @@ def copy(
         raise FormatError(f"the store at {end.place} {reason} there; copy into a store of its own.")
     wanted, held = list_keys(start, COMMITS), set(list_keys(end, COMMITS))
     missing = [key for key in wanted if key not in held]
-    copied, size, damaged = [], 0, []
+    copied, size = [], 0
+    damaged: list[str] = []
+    unreadable: list[str] = []
     with ThreadPoolExecutor(_OBJECTS, "copy") as pool:
 
-        def copy_one(key: str) -> CommitRecord | str | None:
+        def copy_one(key: str) -> CommitRecord | SampleReadError | FormatError | None:
             try:
                 return _copy_sample(start, end, root, key, pool)
-            except (CorruptSampleError, FormatError) as error:
-                return str(error)
+            except (SampleReadError, FormatError) as error:
+                return error
 
         for done, outcome in enumerate(in_order(copy_one, missing, _SAMPLES), len(wanted) - len(missing) + 1):
-            if isinstance(outcome, str):
-                damaged.append(outcome)
+            if isinstance(outcome, Exception):
+                (unreadable if isinstance(outcome, UnreadableSampleError) else damaged).append(str(outcome))
             elif outcome is not None:
                 copied.append(outcome.sample_id)
                 size += outcome.size_bytes
@@ -94,6 +106,7 @@ def copy(
         already_there=len(wanted) - len(missing),
         size_bytes=size,
         damaged=tuple(damaged),
+        unreadable=tuple(unreadable),
     )
 
 
@@ -102,13 +115,24 @@ def _copy_sample(
 ) -> CommitRecord | None:
     """Copy one sample. Returns nothing if it is gone from the source, or another attempt at it won."""
     name = record_path(COMMITS, key)
-    try:
+
+    def read() -> tuple[bytes, CommitRecord]:
         data = source.read_document(name, MAX_DOCUMENT_BYTES)
-    except FileNotFoundError:
-        return None
-    record = commit_record.from_bytes(source, root, key, data)
+        return data, commit_record.from_bytes(source, root, key, data)
+
+    try:
+        data, record = reread(read, partial(source.forget, name))
+    except UnreachableStoreError:
+        raise
+    except (FormatError, OSError) as error:
+        if isinstance(error, FileNotFoundError) and key not in list_keys(source, COMMITS):
+            return None
+        attempts = source.names(SAMPLES)
+        raise commit_record.unreadable(source, key, error, commit_record.find_id(source, key, attempts)) from error
     with writing(f"sample {record.sample_id!r}", record.size_bytes, target.place):
-        _copy_objects(StoredSample(source, record, root.fields), StoredSample(target, record, root.fields), pool)
+        _copy_objects(
+            StoredSample(source, record, root.fields), StoredSample(target, record, root.fields, waits_s=()), pool
+        )
         won = target.put_if_absent(name, data)
     if not won:
         if target.read_document(name, MAX_DOCUMENT_BYTES) != data:
@@ -127,7 +151,7 @@ def _copy_objects(source: StoredSample, target: StoredSample, pool: ThreadPoolEx
 
     def copy_object(stored: StoredObject) -> None:
         if begun:
-            with suppress(CorruptSampleError):  # missing, or not whole
+            with suppress(SampleReadError):  # missing, or not whole
                 target.load(stored, stored.array)
                 return
         target.storage.put(f"{target.record.folder}/{stored.path}", [source.load(stored, stored.array)])
@@ -142,9 +166,15 @@ def _copy_quarantine(source: Storage, target: Storage) -> list[str]:
     damaged = []
     held = set(list_keys(target, QUARANTINE)) | set(list_keys(target, COMMITS))
     for key in list_keys(source, QUARANTINE):
+        if key in held:
+            continue
         try:
-            if key not in held and (record := quarantine_record.read(source, key)):
-                quarantine_record.write(target, record)
-        except FormatError as error:
+            record = quarantine_record.read(source, key)
+        except UnreachableStoreError:
+            raise
+        except (FormatError, OSError) as error:
             damaged.append(str(error))
+            continue
+        if record is not None:
+            quarantine_record.write(target, record)
     return damaged

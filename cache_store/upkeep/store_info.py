@@ -6,8 +6,9 @@ from typing import Any
 
 from cache_store.concurrency import in_order
 from cache_store.document import to_bytes
+from cache_store.errors import SampleReadError
 from cache_store.format import store_root
-from cache_store.format.commit_record import TRAILER_BYTES
+from cache_store.format.commit_record import TRAILER_BYTES, CommitRecord
 from cache_store.format.field import Field
 from cache_store.format.sample_group import Value, array_metadata, chunk_keys, encode
 from cache_store.reader import CacheReader
@@ -24,6 +25,7 @@ class StoreInfo:
     path: str
     format_version: int
     samples: int
+    """Number of committed samples whose record can be read."""
     size_bytes: int
     """Bytes of all objects of committed samples."""
     size_by_field: Mapping[str, int]
@@ -32,6 +34,8 @@ class StoreInfo:
     """Number of samples that have each field."""
     quarantined: int
     quarantined_by_kind: Mapping[str, int]
+    unreadable: tuple[str, ...]
+    """What is wrong with each commit record that cannot be read; other samples are none the worse."""
     fields: Mapping[str, Field]
     identity: Mapping[str, Any]
     provenance: Mapping[str, Any]
@@ -42,7 +46,20 @@ def info(path: StorePath) -> StoreInfo:
     reader = CacheReader(path)
     sizes = dict.fromkeys([*reader.fields, METADATA], 0)
     counts = dict.fromkeys(reader.fields, 0)
-    for record in in_order(reader.record, reader.sample_ids, reader.threads):
+    unreadable = [error for error in reader.unreadable if not error.sample_id]
+    samples = 0
+
+    def read(sample_id: str) -> CommitRecord | SampleReadError:
+        try:
+            return reader.record(sample_id)
+        except SampleReadError as error:
+            return error
+
+    for record in in_order(read, reader.sample_ids, reader.threads):
+        if isinstance(record, SampleReadError):
+            unreadable.append(record)
+            continue
+        samples += 1
         rest = record.size_bytes
         for name, shape in record.shapes.items():
             field, size = reader.fields[name], 0
@@ -58,11 +75,12 @@ def info(path: StorePath) -> StoreInfo:
     return StoreInfo(
         path=str(reader.path),
         format_version=store_root.FORMAT_VERSION,
-        samples=len(reader),
+        samples=samples,
         size_bytes=sum(sizes.values()),
         size_by_field=sizes,
         samples_by_field=counts,
         quarantined=len(kinds),
+        unreadable=tuple(map(str, unreadable)),
         quarantined_by_kind={kind: kinds.count(kind) for kind in sorted(set(kinds))},
         fields=reader.fields,
         identity=reader.identity,

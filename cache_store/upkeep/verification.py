@@ -1,45 +1,45 @@
-"""Verification of a store: what is damaged, what is left over.
+"""Verification of a store: what is damaged, what cannot be read, what is left over.
 
-Repair drops what is damaged and nothing else; no byte is ever guessed. The data of a dropped sample stay as garbage
-until they are collected, so that a person may still look at them.
+Repair sets aside what is damaged and nothing else; no byte is ever guessed. It moves records only: the objects stay
+where they are, and no collector takes them until it is told to, so that a person may look at them, or put them back.
 """
 
-from collections.abc import Callable, Mapping
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 from cache_store.concurrency import in_order
-from cache_store.document import MAX_DOCUMENT_BYTES
-from cache_store.errors import CacheStoreError, FormatError, ObjectStorageError
-from cache_store.format import commit_record, quarantine_record, store_root
-from cache_store.format.commit_record import CommitRecord, StoredObject
-from cache_store.format.field import SMALL
-from cache_store.format.names import COMMITS, METADATA, QUARANTINE, SAMPLES, list_keys, record_path
-from cache_store.format.store_root import PLAIN_GROUP, PLAIN_GROUP_PATH
-from cache_store.format.stored_sample import StoredSample
+from cache_store.errors import FormatError, UnreachableStoreError
+from cache_store.format import quarantine_record, store_root
+from cache_store.format.commit_record import CommitRecord
+from cache_store.format.names import (
+    COMMITS,
+    QUARANTINE,
+    SAMPLES,
+    aside_path,
+    key_of_attempt,
+    list_aside,
+    list_keys,
+    record_path,
+    sample_key,
+)
+from cache_store.format.quarantine_record import QuarantineRecord
+from cache_store.format.store_root import PLAIN_GROUP, PLAIN_GROUP_PATH, StoreRoot
+from cache_store.storage.local_files import unreachable
 from cache_store.storage.local_storage import STAGING
 from cache_store.storage.storage import Storage, StorePath, open_storage
+from cache_store.upkeep.inspection import Damage, Inspection, SampleInspection, content_of
 
+ROUNDS_S = (0.0, 0.1, 0.3, 0.6, 1.0)
+"""Pauses before all that was not whole is read again."""
+REPAIR_ROUNDS_S = (*ROUNDS_S, 1.0, 2.0, 3.0)
+"""The same before anything is set aside: nine readings over eight seconds or more. On a line where one answer in twenty
+is wrong, one whole object in 5e11 would fail them all, and two of them would have to agree besides."""
+_NO_GROUP = f"is not {PLAIN_GROUP.decode()}; only other Zarr readers use it."
 _DEEP_THREADS = 8
 """Objects in memory at a time, where reading several at once is worth it."""
-Record = TypeVar("Record")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Damage:
-    """One thing that is not as it was written."""
-
-    sample_id: str
-    """Empty where it concerns the store as a whole, or a record too damaged to tell."""
-    object: str
-    """Path of the file, relative to the root."""
-    field: str
-    """Field that cannot be read; empty where it is all of them."""
-    what: str
-    """For a person: got, expected."""
-    proven: bool = True
-    """Whether repair may act on it. A disk that does not answer proves nothing about what is on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,185 +52,166 @@ class VerifyReport:
     size_bytes: int
     """Bytes of the objects that the readable records name."""
     damaged: tuple[Damage, ...]
+    """What no reading found whole."""
+    unreadable: tuple[Damage, ...]
+    """What could not be read, or not twice alike, which proves no damage; and what could not be repaired."""
+    passing: int
+    """Number of objects that were not read rightly at first and were whole when read again."""
     orphans: tuple[str, ...]
-    """Folders in `samples/` that no readable record names: running writers, killed ones, or a damaged record's data."""
+    """Folders in `samples/` of running writers or killed ones: no record names them, nor is kept for them."""
     stale_temporaries: int
     """Number of files in `staging/`, of running or of killed writers."""
     quarantined: int
+    set_aside: int
+    """Number of commit records that repairs have set aside, this one included."""
     repaired: tuple[str, ...] = ()
-    """Damaged files that were dropped or made anew, relative to the root: commit records (their samples can be
-    extracted again), quarantine records, `samples/zarr.json`. What could not be dropped is in `damaged` once more."""
+    """Damaged files that were set aside or made anew, relative to the root: commit records (their samples can be
+    extracted again), quarantine records, `samples/zarr.json`."""
+    restored: tuple[str, ...] = ()
+    """Commit records that were put back, as their samples are whole."""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was damaged; after a repair verify again."""
-        return not self.damaged
+        """Whether nothing was damaged or could not be read; after a repair verify again."""
+        return not self.damaged and not self.unreadable
 
 
-def verify(path: StorePath, *, deep: bool = False, repair: bool = False) -> VerifyReport:
+def verify(path: StorePath, *, deep: bool = False, repair: bool = False, restore: bool = False) -> VerifyReport:
     """Check all records and the presence and size of all objects; with `deep` also every byte against its checksum.
 
-    With `repair` the commit records of damaged samples and all damaged records are removed, so that the samples are
-    absent and can be written again; not to be run beside another repair. What a disk did not return is left alone.
-    Raises `StoreNotFoundError` or `FormatError` if the root itself cannot be read; all other damage is in the report.
+    What is not whole is read again, several times over some seconds, before it counts as damaged. With `repair` the
+    commit records of damaged samples and all damaged records are set aside, so that the samples are absent and can be
+    written again; not to be run beside another repair. What was not given out is left alone. With `restore` the samples
+    that were set aside are first read whole, and put back where they are sound and were not written again.
+    Raises `StoreNotFoundError`, `UnreachableStoreError` where the store stops answering, or `FormatError` if the root
+    itself cannot be read; all other damage is in the report.
     """
     storage = open_storage(path)
     root = store_root.read(storage)
-    damaged: list[Damage] = []
-    broken: dict[str, bytes | str] = {}
-    referenced, committed = set[str](), set[str]()
-    size, quarantined = 0, 0
-
-    def note(name: str, damage: list[Damage], content: bytes | str) -> None:
-        damaged.extend(damage)
-        if any(item.proven for item in damage):
-            broken[name] = content
-
-    def check_sample(key: str) -> tuple[CommitRecord | None, list[Damage], bytes | str]:
-        parse = partial(commit_record.from_bytes, storage, root, key)
-        record, damage, content = _read_record(storage, record_path(COMMITS, key), parse)
-        if record is not None:
-            damage = _check_sample(StoredSample(storage, record, root.fields), deep)
-        return record, damage, content
-
-    note(PLAIN_GROUP_PATH, _check_plain_group(storage), "")
+    restored = _restore(storage, root) if restore else ()
     commit_keys = list_keys(storage, COMMITS)
+    _check_mounted(storage, commit_keys)
     threads = min(storage.threads, _DEEP_THREADS) if deep else storage.threads
-    for key, (record, damage, content) in zip(commit_keys, in_order(check_sample, commit_keys, threads), strict=True):
-        if record is not None:
-            committed.add(key)
-            referenced.add(record.folder.rpartition("/")[2])
-            size += record.size_bytes
-        note(record_path(COMMITS, key), damage, content)
-    for key in list_keys(storage, QUARANTINE):
-        name = record_path(QUARANTINE, key)
-        try:
-            parse = partial(quarantine_record.from_bytes, storage, key)
-            failure, damage, content = _read_record(storage, name, parse, may_vanish=True)
-        except FileNotFoundError:  # released or committed since the folder was listed
-            continue
-        if failure is not None:
-            quarantined += not failure.released and key not in committed
-        note(name, damage, content)
-    repaired, refused = _repair(storage, broken) if repair else ((), ())
+    tally = _Tally()
+    group = Inspection(storage, PLAIN_GROUP_PATH, _plain_group, missing=FormatError(_NO_GROUP)).look()
+    samples = (SampleInspection(storage, root, key, deep=deep) for key in commit_keys)
+    bad = [sample for sample in in_order(Inspection.look, samples, threads) if not tally.take(sample)]
+    failures = [
+        Inspection(storage, record_path(QUARANTINE, key), partial(quarantine_record.from_bytes, storage, key)).look()
+        for key in list_keys(storage, QUARANTINE)
+    ]
+    rounds_s = REPAIR_ROUNDS_S if repair else ROUNDS_S
+    _look_again(storage, root, [group, *bad, *failures], rounds_s, threads)
+    deque(map(tally.take, bad), maxlen=0)
+    failures = [item for item in failures if not item.gone]  # released, or committed since the folder was listed
+    suspects = [group, *bad, *failures]
+    judged = [(item, *item.judge()) for item in suspects]
+    repaired, refused = _repair(storage, [item for item, damaged, _ in judged if damaged]) if repair else ((), ())
+    aside = list_aside(storage)
+    kept = {*aside.values(), *(set(commit_keys) - tally.committed)}
+    attempts = sorted(filter(key_of_attempt, storage.names(SAMPLES)))
+    records: list[QuarantineRecord] = [item.value for item in failures if item.value is not None]
     return VerifyReport(
         deep=deep,
         samples=len(commit_keys),
-        size_bytes=size,
-        damaged=(*damaged, *refused),
-        orphans=tuple(sorted(set(storage.names(SAMPLES)) - {METADATA} - referenced)),
+        size_bytes=tally.size_bytes,
+        damaged=tuple(damage for _, damaged, _ in judged for damage in damaged),
+        unreadable=(*(damage for _, _, unreadable in judged for damage in unreadable), *refused),
+        passing=sum(item.passed for item in suspects),
+        orphans=tuple(name for name in attempts if name not in tally.folders and key_of_attempt(name) not in kept),
         stale_temporaries=sum(1 for _ in storage.names(STAGING, flat=True)),
-        quarantined=quarantined,
+        quarantined=sum(not item.released and sample_key(item.sample_id) not in tally.committed for item in records),
+        set_aside=len(aside),
         repaired=repaired,
+        restored=restored,
     )
 
 
-def _repair(storage: Storage, broken: Mapping[str, bytes | str]) -> tuple[tuple[str, ...], tuple[Damage, ...]]:
-    """Remove the broken records, each only if it still is what was judged (a sample may have been written anew).
+class _Tally:
+    """What the readable commit records add up to."""
+
+    def __init__(self) -> None:
+        self.committed: set[str] = set()
+        """Keys."""
+        self.folders: set[str] = set()
+        """Their attempts in `samples/`."""
+        self.size_bytes = 0
+
+    def take(self, sample: Inspection) -> bool:
+        """Count a sample whose record was read, once; returns whether it is whole."""
+        record = sample.value
+        if isinstance(record, CommitRecord) and (key := sample_key(record.sample_id)) not in self.committed:
+            self.committed.add(key)
+            self.folders.add(record.folder.rpartition("/")[2])
+            self.size_bytes += record.size_bytes
+        return sample.whole
+
+
+def _look_again(
+    storage: Storage, root: StoreRoot, suspects: Iterable[Inspection], rounds_s: Sequence[float], threads: int
+) -> None:
+    """Read what is not whole again after each pause. Raises `UnreachableStoreError` if it is the store that is gone."""
+    for wait_s in rounds_s:
+        if not (failing := [item for item in suspects if not item.whole]):
+            return
+        time.sleep(wait_s)
+        deque(in_order(Inspection.look, failing, threads), maxlen=0)
+    try:
+        same = store_root.read(storage) == root
+    except (OSError, FormatError) as error:
+        raise unreachable(storage.place, FileNotFoundError()) from error
+    if not same:
+        raise unreachable(storage.place, FileNotFoundError())
+
+
+def _check_mounted(storage: Storage, commit_keys: Sequence[str]) -> None:
+    """Raise `UnreachableStoreError` where there are records and no data at all: a disk of its own, not mounted."""
+    if commit_keys and not any(map(key_of_attempt, storage.names(SAMPLES))):
+        what = f"{storage.where(SAMPLES)} is empty, and there are the records of {len(commit_keys)} samples"
+        remedy = "If it lies on a disk of its own, mount that; if the data are gone, remove the store and extract again"
+        raise UnreachableStoreError(f"{what}. {remedy}. Nothing was changed.")
+
+
+def _restore(storage: Storage, root: StoreRoot) -> tuple[str, ...]:
+    """Put back the records that were set aside, each if every byte of its sample is right and it has no other."""
+    restored = []
+    for path, key in list_aside(storage).items():
+        name = record_path(COMMITS, key)
+        sample = SampleInspection(storage, root, key, deep=True, name=path)
+        _look_again(storage, root, [sample.look()], ROUNDS_S, 1)
+        if sample.whole and isinstance(sample.content, bytes) and storage.put_if_absent(name, sample.content):
+            storage.delete([path])
+            restored.append(name)
+    return tuple(restored)
+
+
+def _repair(storage: Storage, broken: Iterable[Inspection]) -> tuple[tuple[str, ...], tuple[Damage, ...]]:
+    """Set the broken records aside, each only if it still is what was judged (a sample may have been written anew).
 
     Returns what was repaired, and what could not be.
     """
     repaired, refused = [], []
-    for name, content in sorted(broken.items()):
+    for item in sorted(broken, key=lambda item: item.name):
         try:
-            if name == PLAIN_GROUP_PATH:
-                storage.put(name, [PLAIN_GROUP])
-            elif _content(storage, name) == content:
-                storage.delete([name])
+            if item.name == PLAIN_GROUP_PATH:
+                storage.put(item.name, [PLAIN_GROUP])
+            elif content_of(storage, item.name) == item.content:
+                storage.move(item.name, aside_path(item.name))
             else:
                 continue
         except FileNotFoundError:
             continue
-        except ObjectStorageError:
+        except UnreachableStoreError:
             raise
         except OSError as error:
             what = f"could not be repaired ({error.strerror or error}); see to the permissions and the disk."
-            refused.append(Damage(sample_id="", object=name, field="", what=what, proven=False))
+            refused.append(Damage(sample_id="", object=item.name, field="", what=what))
             continue
-        repaired.append(name)
+        repaired.append(item.name)
     return tuple(repaired), tuple(refused)
 
 
-def _read_record(
-    storage: Storage, name: str, parse: Callable[[bytes], Record], *, may_vanish: bool = False
-) -> tuple[Record | None, list[Damage], bytes | str]:
-    """A record if it is a valid one, or else its damage; and what its file held, as `_content` has it."""
-    content: bytes | str = b""
-    try:
-        content = _content(storage, name)
-        if isinstance(content, str):
-            raise FormatError(content)
-        return parse(content), [], content
-    except (FormatError, OSError) as error:
-        if may_vanish and isinstance(error, FileNotFoundError):
-            raise
-        return None, [_damage(error, name)], content
-
-
-def _content(storage: Storage, name: str) -> bytes | str:
-    """Bytes of a record; the refusal where it is refused unread (too large, a link)."""
-    try:
-        return storage.read_document(name, MAX_DOCUMENT_BYTES)
-    except FormatError as error:
-        return str(error)
-
-
-def _damage(error: FormatError | OSError, name: str, *, sample_id: str = "", field: str = "") -> Damage:
-    """Turn an error into what it says of an object; one of object storage says nothing of it and is raised again."""
-    if isinstance(error, ObjectStorageError):
-        raise error
-    proven = isinstance(error, CacheStoreError)
-    if isinstance(error, FileNotFoundError):
-        what = "is gone since its folder was listed; verify again."
-    elif isinstance(error, OSError) and not proven:
-        what = f"cannot be read ({error.strerror or error}); repair leaves it. See to the permissions and the disk."
-    else:
-        what = str(error)
-    return Damage(sample_id=sample_id, object=name, field=field, what=what, proven=proven)
-
-
-def _check_plain_group(storage: Storage) -> list[Damage]:
-    try:
-        if storage.read_document(PLAIN_GROUP_PATH, 2 * len(PLAIN_GROUP)) == PLAIN_GROUP:
-            return []
-    except (FileNotFoundError, FormatError):
-        pass
-    except OSError as error:
-        return [_damage(error, PLAIN_GROUP_PATH)]
-    what = f"is not {PLAIN_GROUP.decode()}; only other Zarr readers use it."
-    return [Damage(sample_id="", object=PLAIN_GROUP_PATH, field="", what=what)]
-
-
-def _check_sample(sample: StoredSample, deep: bool) -> list[Damage]:
-    record, fields = sample.record, sample.fields
-    damage = [item for stored in record.objects.values() for item in _check_object(sample, stored, deep)]
-    if damage or not deep:
-        return damage
-    arrays = [name for name in record.shapes if fields[name].layout == "array"]
-    if any(fields[name].layout == "packed" for name in record.shapes):
-        arrays.append(SMALL)
-    try:
-        sample.check_group("")
-        for array in arrays:
-            sample.check_array(array, array)
-        if {stored.array for stored in record.objects.values()} != {"", *arrays}:
-            raise FormatError(f"the record names objects of other arrays than {arrays}.")
-    except (FormatError, OSError) as error:
-        return [_damage(error, record.folder, sample_id=record.sample_id)]
-    return []
-
-
-def _check_object(sample: StoredSample, stored: StoredObject, deep: bool) -> list[Damage]:
-    name = f"{sample.record.folder}/{stored.path}"
-    field = "" if stored.array in ("", SMALL) else stored.array
-    what = ""
-    try:
-        if deep:
-            sample.load(stored, field)
-        elif (size := sample.storage.size_bytes(name)) != stored.size:
-            what = f"has {size} bytes, expected {stored.size}."
-    except (FileNotFoundError, NotADirectoryError):
-        what = "is missing."
-    except (FormatError, OSError) as error:
-        return [_damage(error, name, sample_id=sample.record.sample_id, field=field)]
-    return [Damage(sample_id=sample.record.sample_id, object=name, field=field, what=what)] if what else []
+def _plain_group(data: bytes) -> bytes:
+    if data != PLAIN_GROUP:
+        raise FormatError(_NO_GROUP)
+    return data

@@ -1,5 +1,6 @@
 """Flipped bits in every kind of object, and stores that mean harm."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_store import CacheReader, CorruptSampleError, FormatError, verify
+from cache_store import (
+    CacheReader,
+    CorruptSampleError,
+    FormatError,
+    UnreadableSampleError,
+    build_index,
+    info,
+    verify,
+)
 from cache_store.document import MAX_DOCUMENT_BYTES, seal
 
 SAMPLE = "clip/1@5#0"
@@ -55,20 +64,73 @@ def test_a_flipped_bit_in_any_object_of_a_sample_is_named(store) -> None:
     assert verify(store, deep=True).ok
 
 
-@pytest.mark.parametrize("name", ["zarr.json", "record"])
-def test_a_flipped_bit_in_root_or_record_is_refused_at_opening(store, name) -> None:
-    path = record_path(store) if name == "record" else store / name
-    data = path.read_bytes()
+def test_a_flipped_bit_in_the_root_is_refused_at_opening(store) -> None:
+    data = (store / "zarr.json").read_bytes()
     for bit in range(0, len(data) * 8, 5):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(changed)
-        with pytest.raises(FormatError, match=path.name):
+        (store / "zarr.json").write_bytes(changed)
+        with pytest.raises(FormatError, match=r"zarr.json"):
             CacheReader(store)
-    if name == "record":
-        (damage,) = verify(store).damaged
-        assert damage.object == str(path.relative_to(store))
-        assert len(verify(store).orphans) == 1
+
+
+def assert_one_is_lost(store: Path, kit: Any, match: str) -> None:
+    """The sample with the bad record is named and raises; the other is none the worse."""
+    reader = CacheReader(store)
+    (error,) = reader.unreadable
+    assert isinstance(error, CorruptSampleError)
+    assert error.sample_id == SAMPLE
+    assert reader.sample_ids == (SAMPLE, "clip/2@5#0")  # so the order of the others stays what it was
+    with pytest.raises(CorruptSampleError, match=match) as caught:
+        reader.read(SAMPLE)
+    assert caught.value.sample_id == SAMPLE
+    assert reader.read("clip/2@5#0", ["length"])["length"] == 11
+
+
+def test_a_flipped_bit_in_a_record_costs_its_sample_only(store, kit) -> None:
+    path = record_path(store)
+    data = path.read_bytes()
+    for bit in range(0, len(data) * 8, 31):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        assert_one_is_lost(store, kit, path.name)
+    report = verify(store)
+    assert [damage.object for damage in report.damaged] == [str(path.relative_to(store))]
+    assert report.orphans == ()  # whose data there are cannot be told
+
+
+@pytest.mark.parametrize("content", [b"", bytes(4096), b"[]"])
+def test_the_id_of_a_record_that_is_gone_to_the_last_byte_is_found_in_the_sample(store, kit, content) -> None:
+    path = record_path(store)
+    path.write_bytes(content)
+    assert_one_is_lost(store, kit, path.name)
+    assert build_index(store) == 2
+    assert len(CacheReader(store)) == 2
+    (next((store / "samples").glob("clip_1*")) / "zarr.json").unlink()
+    (store / "index").unlink()
+    reader = CacheReader(store)  # now nothing tells it
+    assert reader.sample_ids == ("clip/2@5#0",)
+    assert [(error.sample_id, path.name in str(error)) for error in reader.unreadable] == [("", True)]
+    assert build_index(store) == 1
+    assert len(CacheReader(store).unreadable) == 1  # such an index is never fresh
+
+
+def test_a_record_of_a_bad_sector_costs_its_sample_only(store, kit, monkeypatch) -> None:
+    real = os.open
+
+    def failing(path, *args, **kwargs):
+        if "commits/clip_1" in os.fspath(path):
+            raise OSError(errno.EIO, "Input/output error", os.fspath(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", failing)
+    reader = CacheReader(store)
+    assert [(type(error), error.sample_id) for error in reader.unreadable] == [(UnreadableSampleError, SAMPLE)]
+    with pytest.raises(UnreadableSampleError, match=r"cannot be read \(Input/output error\)"):
+        reader.read(SAMPLE)
+    assert info(store).samples == 1
+    assert SAMPLE in info(store).unreadable[0]
 
 
 def test_a_newer_format_version_is_refused(store) -> None:
@@ -102,10 +164,9 @@ def test_a_root_changed_by_another_tool_is_refused(store) -> None:
         "kv/c.0\n",
     ],
 )
-def test_escaping_object_paths_are_refused(store, path) -> None:
+def test_escaping_object_paths_are_refused(store, kit, path) -> None:
     rewrite(record_path(store), lambda document: document["objects"][1].update(path=path))
-    with pytest.raises(FormatError, match="is not the path of an object"):
-        CacheReader(store)
+    assert_one_is_lost(store, kit, "is not the path of an object")
 
 
 @pytest.mark.parametrize(
@@ -128,10 +189,9 @@ def test_escaping_object_paths_are_refused(store, path) -> None:
         ({"fields": 3}, "'fields' should be list"),
     ],
 )
-def test_hostile_records_are_refused(store, change, message) -> None:
+def test_hostile_records_are_refused(store, kit, change, message) -> None:
     rewrite(record_path(store), lambda document: document.update(change))
-    with pytest.raises(FormatError, match=message):
-        CacheReader(store)
+    assert_one_is_lost(store, kit, message)
     assert len(verify(store).damaged) == 1
 
 
@@ -181,11 +241,10 @@ def test_links_and_special_files_are_refused(store, tmp_path) -> None:
         CacheReader(store)
 
 
-def test_a_huge_record_is_refused_unread(store) -> None:
+def test_a_huge_record_is_refused_unread(store, kit) -> None:
     with record_path(store).open("r+b") as file:
         file.truncate(MAX_DOCUMENT_BYTES * 1000)
-    with pytest.raises(FormatError, match="at most"):
-        CacheReader(store)
+    assert_one_is_lost(store, kit, "at most")
 
 
 def test_a_store_copied_in_part_is_named(store) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "cache_store"
-BASICS = {"errors", "document", "checksum", "concurrency"}
+BASICS = {"errors", "document", "checksum", "concurrency", "rereading"}
 MAY_IMPORT = {
     "basics": set(),
     "kv": set(),

@@ -16,7 +16,7 @@ from alpacache.extraction.config import ExtractConfig
 from alpacache.inference.prediction import predict_actions, to_paths
 from alpacache.metrics.paths import min_ade
 from alpacache.training.config import TrainConfig
-from cache_store import CacheReader
+from cache_store import CacheReader, SampleReadError
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +191,29 @@ def test_a_store_with_rollouts_is_judged_on_them_unless_declined(rollout_stores,
     assert all(np.allclose(one[:2], other, atol=2e-2) for one, other in zip(paths, fewer, strict=True))
     with pytest.raises(UsageError, match="has 3 reasoning rollouts a sample, 4 paths need one each; pass --paths 3"):
         run("more", paths=4)
+
+
+@pytest.mark.parametrize("fault", ["record", "kv", "calibration"])
+@pytest.mark.system
+def test_a_sample_that_cannot_be_read_is_left_out_if_asked_for_and_named(trained, tiny_checkpoint, tmp_path, fault):
+    store = shutil.copytree(trained / "store", tmp_path / "store")
+    reader = CacheReader(store)
+    sample_id = reader.sample_ids[2]
+    group = store / reader.record(sample_id).folder
+    record = next(store.glob(f"commits/{group.name.partition('.')[0]}.json"))
+    file = {"record": record, "kv": next(group.glob("kv/c.*")), "calibration": group / "zarr.json"}[fault]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    settings = {"store": str(store), "batch_size": 4, "checkpoint": str(trained / "run")}
+    with pytest.raises(SampleReadError, match=sample_id):
+        alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "stop", **settings))
+    out = tmp_path / "skip"
+    report = alpacache.evaluate(config(trained, tiny_checkpoint, out, **settings, on_damage="skip"))
+    assert [sample.sample_id for sample in report.left_out] == [sample_id]
+    assert [result.sample_id for result in report.results] == [name for name in reader.sample_ids if name != sample_id]
+    assert json.loads((out / "eval.json").read_text())["left_out"][0]["sample_id"] == sample_id
+    assert f"<li>{sample_id}: " in (out / "report.html").read_text()
+    whole = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "whole", batch_size=4, samples=2))
+    for one, other in zip(whole.results, report.results[:2], strict=True):
+        assert np.allclose(one.models["base"].pred_xyz, other.models["base"].pred_xyz, atol=1e-3)

@@ -10,10 +10,10 @@ import pytest
 from cache_store import (
     CacheReader,
     CacheWriter,
+    CorruptSampleError,
     Field,
-    FormatError,
-    SampleNotFoundError,
     StoreFullError,
+    UnreadableSampleError,
     build_index,
 )
 from cache_store.format import index
@@ -44,7 +44,9 @@ def test_a_stale_index_is_noticed_and_spares_only_the_reading_of_known_records(s
     read = []
     real = index.commit_record.read
     monkeypatch.setattr(
-        index.commit_record, "read", lambda storage, root, key: read.append(key[:3]) or real(storage, root, key)
+        index.commit_record,
+        "read",
+        lambda storage, root, key, **how: read.append(key[:3]) or real(storage, root, key, **how),
     )
     reader = CacheReader(store)
     assert reader.sample_ids == ("clip/1@5#0", "new")
@@ -110,10 +112,10 @@ def test_the_record_is_the_truth(store) -> None:
     record = next((store / "commits").glob("clip_1*"))
     record.write_bytes(record.read_bytes().replace(b"clip/1", b"clip/7"))
     reader = CacheReader(store)
-    with pytest.raises(FormatError, match="does not match its own checksum"):
+    with pytest.raises(CorruptSampleError, match="does not match its own checksum"):
         reader.read("clip/1@5#0")
     record.unlink()
-    with pytest.raises(SampleNotFoundError, match="was removed"):
+    with pytest.raises(UnreadableSampleError, match="was removed"):
         reader.read("clip/1@5#0")
 
 
@@ -144,7 +146,7 @@ def simulate_large_store(path: Path, count: int) -> None:
     ids = SampleIds.of(f"{i * 0x9E3779B97F4A7C15 % 2**64:016x}-1e2f-4a5b@{5_100_000 + i}#0" for i in range(count))
     settle(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index, "list_ids", lambda *_: ids)
+        patch.setattr(index, "list_ids", lambda *_: (ids, ()))
         build_index(path)
 
 

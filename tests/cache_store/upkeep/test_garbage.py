@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from cache_store import CacheReader, CacheStoreError, CacheWriter, FormatError, collect_garbage, verify
+from cache_store import CacheReader, CacheStoreError, CacheWriter, collect_garbage, verify
 from cache_store.storage.local_storage import LocalStorage
 from cache_store.writer import CacheWriter as Writer
 
@@ -72,12 +72,44 @@ def test_a_writer_whose_attempt_was_collected_fails_and_leaves_no_record(store, 
         assert writer.write("new", kit.sample(3))
 
 
-def test_a_damaged_record_stops_the_collector(store) -> None:
-    record = next((store / "commits").iterdir())
+def test_attempts_at_a_sample_whose_record_is_damaged_are_kept(store) -> None:
+    record = next((store / "commits").glob("clip_1*"))
     record.write_bytes(b"{" + record.read_bytes())
-    with pytest.raises(FormatError):
-        collect_garbage(store, min_age_s=-1)
+    old = next((store / "samples").glob("clip_2*"))
+    shutil.copytree(old, old.with_name(f"{old.stem}.{'a' * 16}"))
+    report = collect_garbage(store, min_age_s=-1)
+    assert (report.attempts, report.kept_unclear) == ((f"{old.stem}.{'a' * 16}",), 1)
     assert len(list((store / "samples").iterdir())) == 3
+
+
+def test_a_record_that_is_not_there_for_a_moment_loses_no_sample(store, monkeypatch) -> None:
+    real = LocalStorage.read_document
+
+    def absent(self, relative, limit_bytes):
+        if relative.startswith("commits/"):
+            raise FileNotFoundError(relative)
+        return real(self, relative, limit_bytes)
+
+    monkeypatch.setattr(LocalStorage, "read_document", absent)
+    report = collect_garbage(store, min_age_s=-1)
+    assert (report.attempts, report.kept_unclear) == ((), 2)
+    monkeypatch.undo()
+    assert verify(store, deep=True).ok
+
+
+def test_what_repair_has_set_aside_is_kept_until_told_to_drop_it(store, kit) -> None:
+    folder = store / CacheReader(store).record("clip/1@5#0").folder
+    (folder / "hidden" / "c.0.0").write_bytes(b"")
+    assert len(verify(store, repair=True).repaired) == 1
+    report = collect_garbage(store, min_age_s=-1)
+    assert (report.attempts, report.set_aside) == ((), 1)
+    assert folder.exists()
+    assert collect_garbage(store, min_age_s=-1, drop_set_aside=True, dry_run=True).attempts == (folder.name,)
+    assert folder.exists()
+    report = collect_garbage(store, min_age_s=-1, drop_set_aside=True)
+    assert (report.attempts, report.set_aside) == ((folder.name,), 1)
+    assert (folder.exists(), verify(store).set_aside) == (False, 0)
+    assert verify(store, deep=True).samples == 1
 
 
 def test_repair_drops_what_is_damaged_and_nothing_else(store, kit) -> None:
@@ -101,7 +133,7 @@ def test_repair_drops_what_is_damaged_and_nothing_else(store, kit) -> None:
         "samples/zarr.json",
     }
     after = verify(store, deep=True)
-    assert (after.ok, after.samples, len(after.orphans)) == (True, 1, 2)
+    assert (after.ok, after.samples, after.orphans, after.set_aside) == (True, 1, (), 2)
     kit.assert_equal(CacheReader(store).read("clip/2@5#0", ["kv"]), {"kv": reader.read("clip/2@5#0", ["kv"])["kv"]})
     with kit.writer(store) as writer:
         assert writer.write("clip/1@5#0", kit.sample(1))
