@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 from cache_store.document import canonical_copy
+from cache_store.errors import StoreNotFoundError
 from cache_store.format import commit_record, quarantine_record, sample_group, store_root
 from cache_store.format.commit_record import CommitRecord
 from cache_store.format.field import Field
@@ -21,6 +22,14 @@ from cache_store.storage.local_files import FULL, writing
 from cache_store.storage.storage import Storage, StorePath, open_storage
 
 _log = logging.getLogger(__name__)
+
+
+def stored_identity(path: StorePath) -> Mapping[str, Any] | None:
+    """Identity of the store at a path, from its root alone; None where there is no store. Raises `FormatError`."""
+    try:
+        return store_root.read(open_storage(path)).identity
+    except StoreNotFoundError:
+        return None
 
 
 def committed_keys(path: StorePath) -> frozenset[str]:

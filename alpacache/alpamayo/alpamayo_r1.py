@@ -11,6 +11,7 @@ from alpacache.alpamayo.family import AlpamayoConfig, Family, Geometry, HistoryT
 from alpacache.alpamayo.foreign_files import Count, Fraction, Number, Pixels, Schema, Width, conform
 from alpacache.alpamayo.prompt import PromptFormat
 from alpacache.driving.action_space import UnicycleActionSpace
+from alpacache.errors import CheckpointError
 
 _Id = Annotated[int, Field(ge=0, lt=2**20)]
 _XYZ = Annotated[tuple[Number, Number, Number], Field(strict=False)]
@@ -85,7 +86,7 @@ class _TokenIds(Schema):
 class _Config(Schema):
     """The file. Null stands for the default wherever there is one."""
 
-    vlm_name_or_path: str
+    vlm_name_or_path: Annotated[str, Field(min_length=1, max_length=4096)]
     vocab_size: Width
     traj_vocab_size: Width
     traj_token_start_idx: _Id
@@ -108,6 +109,7 @@ def read_flat_config(family: Family, raw: Mapping[str, Any], path: Path) -> Alpa
     space = config.action_space_cfg.model_dump(exclude={"target", "dt", "n_waypoints"})
     history = config.hist_traj_tokenizer_cfg or _HistoryTokenizer()
     future = config.traj_tokenizer_cfg or _FutureTokenizer()
+    _check_together(config, family, history, future, path)
     return AlpamayoConfig(
         raw=raw,
         family=family,
@@ -131,6 +133,33 @@ def read_flat_config(family: Family, raw: Mapping[str, Any], path: Path) -> Alpa
         action_in_proj=config.action_in_proj_cfg.model_dump(exclude={"target"}),
         expert_overrides=config.expert_cfg,
     )
+
+
+def _check_together(
+    config: _Config, family: Family, history: _HistoryTokenizer, future: _FutureTokenizer, path: Path
+) -> None:
+    """Refuse ids that are not where the vocabulary has them, and bins without a width."""
+    first_special = config.traj_token_start_idx + config.traj_vocab_size
+    for name, token in config.traj_token_ids.model_dump().items():
+        expected = first_special + family.special_tokens.index(f"<|traj_{name}|>")
+        if token != expected:
+            raise CheckpointError(
+                f"{path}: traj_token_ids.{name} is {token}; traj_token_start_idx {config.traj_token_start_idx} and "
+                f"traj_vocab_size {config.traj_vocab_size} put it at {expected}."
+            )
+    last = first_special + len(family.special_tokens)
+    if config.vocab_size < last:
+        raise CheckpointError(f"{path}: vocab_size is {config.vocab_size}; its own tokens take {last}.")
+    if future.num_bins + history.num_bins > config.traj_vocab_size:
+        raise CheckpointError(
+            f"{path}: traj_vocab_size is {config.traj_vocab_size}; traj_tokenizer_cfg and hist_traj_tokenizer_cfg have "
+            f"num_bins {future.num_bins} and {history.num_bins}."
+        )
+    if any(low >= high for low, high in zip(history.ego_xyz_min, history.ego_xyz_max, strict=True)):
+        raise CheckpointError(
+            f"{path}: hist_traj_tokenizer_cfg has ego_xyz_min {list(history.ego_xyz_min)} and ego_xyz_max "
+            f"{list(history.ego_xyz_max)}; expected each below its partner."
+        )
 
 
 def _expert_shapes() -> dict[str, tuple[int, ...]]:

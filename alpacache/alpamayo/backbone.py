@@ -7,13 +7,14 @@ backbone needs another module with these functions.
 import inspect
 import math
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from alpacache.alpamayo.checkpoint import Checkpoint, hub_file, listed
@@ -21,16 +22,29 @@ from alpacache.alpamayo.family import EXPERT_PARTS, Geometry
 from alpacache.alpamayo.foreign_files import Count, Schema, Width, conform, read_json
 from alpacache.errors import AlpacacheError, CheckpointError
 from alpacache.finite import is_finite
+from alpacache.strict_json import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Qwen3VLConfig, Qwen3VLTextConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 _Side = Annotated[int, Field(ge=1, le=256)]
+_Token = Annotated[int, Field(ge=0, lt=2**20)]
+_Place = Annotated[int, Field(ge=0, lt=1024)]
+_Epsilon = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-class _TextSizes(Schema):
-    """Bounds for sizes before a module is built from them, even one without memory."""
+class _Rope(Schema):
+    """Rotary angles of the text model."""
+
+    rope_type: Literal["default"]
+    rope_theta: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+    mrope_section: Annotated[tuple[Count, Count, Count], Field(strict=False)]
+    mrope_interleaved: bool = True
+
+
+class _Text(Schema):
+    """What decides the text model's numbers, within bounds: modules are built of it, if only without memory."""
 
     model_config = ConfigDict(from_attributes=True)
     hidden_size: Width
@@ -39,28 +53,77 @@ class _TextSizes(Schema):
     num_attention_heads: Count
     num_key_value_heads: Count
     head_dim: Count
+    hidden_act: str
+    rms_norm_eps: _Epsilon
+    attention_bias: bool
+    rope_parameters: _Rope
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            heads, of_keys = self.num_attention_heads, self.num_key_value_heads
+            raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {of_keys}")
+        if 2 * sum(self.rope_parameters.mrope_section) != self.head_dim:
+            section = list(self.rope_parameters.mrope_section)
+            raise ValueError(f"mrope_section {section} does not add up to half of head_dim {self.head_dim}")
+        return self
 
 
-class _VisionSizes(Schema):
+class _Vision(Schema):
+    """The same of the vision tower."""
+
     model_config = ConfigDict(from_attributes=True)
     hidden_size: Width
     intermediate_size: Width
     out_hidden_size: Width
     depth: Count
     num_heads: Count
+    hidden_act: str
     patch_size: _Side
     spatial_merge_size: _Side
     temporal_patch_size: _Side
     in_channels: _Side
     num_position_embeddings: Width
-    deepstack_visual_indexes: Annotated[list[int], Field(max_length=1024)]
+    deepstack_visual_indexes: Annotated[list[_Place], Field(max_length=1024, strict=False)]
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.hidden_size % (
+            4 * self.num_heads
+        ):  # a quarter of each head's channels turns with rows, one with columns
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of 4 num_heads, {4 * self.num_heads}")
+        return self
+
+
+class _Numbers(Schema):
+    """What decides the VLM's numbers."""
+
+    model_config = ConfigDict(from_attributes=True)
+    text_config: _Text
+    vision_config: _Vision
+    image_token_id: _Token
+
+
+class _TextFile(Schema):
+    """Keys of `text_config` that transformers is given, where it has a form of its own for them."""
+
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rope_theta: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
 
 
 class _VLMFile(Schema):
     """The VLM's `config.json`, as far as it is read before transformers reads it."""
 
-    text_config: dict[str, object]
+    text_config: _TextFile
     vision_config: dict[str, object]
+    image_token_id: _Token | None = None
+    video_token_id: _Token | None = None
+
+
+_TEXT_KEYS = {*_Text.model_fields, *_TextFile.model_fields, "max_position_embeddings", "initializer_range"}
+_VISION_KEYS = {*_Vision.model_fields, "initializer_range"}
+_KEYS = ("model_type", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def companion_file(checkpoint: Checkpoint, name: str) -> Path:
@@ -81,39 +144,68 @@ def companion_file(checkpoint: Checkpoint, name: str) -> Path:
 
 
 def vlm_config(checkpoint: Checkpoint) -> "Qwen3VLConfig":
-    """The VLM's configuration with its vocabulary extended to the checkpoint's."""
+    """The VLM's configuration with its vocabulary extended to the checkpoint's.
+
+    transformers is given what decides the model alone: any other key would become an attribute of its config, and some
+    change what a forward returns.
+    """
     from transformers import Qwen3VLConfig
 
     path = companion_file(checkpoint, "config.json")
     raw = read_json(path)
     if raw.get("model_type") != "qwen3_vl":
         raise CheckpointError(
-            f"{checkpoint.config.vlm_name_or_path}: model_type is {raw.get('model_type')!r}; alpacache knows "
-            "'qwen3_vl'. Another backbone is one new module beside alpacache/alpamayo/backbone.py."
+            f"{path}: model_type is {reprlib.repr(raw.get('model_type'))}; alpacache knows 'qwen3_vl'. Another "
+            "backbone is one new module beside alpacache/alpamayo/backbone.py."
         )
-    raw |= conform(_VLMFile, raw, path).model_dump()
-    for section in (raw, raw["text_config"], raw["vision_config"]):
-        for key in ("dtype", "torch_dtype", "_attn_implementation", "transformers_version"):
-            section.pop(key, None)
-    raw["vision_config"].pop("model_type", None)
-    raw["text_config"]["vocab_size"] = checkpoint.config.vocab_size
+    conform(_VLMFile, raw, path)
+    text = {key: value for key, value in raw["text_config"].items() if key in _TEXT_KEYS}
+    vision = {key: value for key, value in raw["vision_config"].items() if key in _VISION_KEYS}
+    given = {key: raw[key] for key in (*_KEYS, "tie_word_embeddings") if key in raw}
     with refusing(path):
-        config = Qwen3VLConfig.from_dict(raw)
-    conform(_TextSizes, config.text_config, f"{path}: text_config")
-    conform(_VisionSizes, config.vision_config, f"{path}: vision_config")
+        config = Qwen3VLConfig.from_dict(
+            {**given, "text_config": {**text, "vocab_size": checkpoint.config.vocab_size}, "vision_config": vision}
+        )
+    conform(_Numbers, config, path)
     return config
+
+
+def prefix_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint's configs say that decides a prefix, defaults spelled out, whoever wrote the files."""
+    config = checkpoint.config
+    tokens = ("vocab_size", "traj_vocab_size", "traj_token_start", "min_pixels", "max_pixels")
+    path = companion_file(checkpoint, "config.json")
+    return {
+        "family": config.family.name,
+        **{name: getattr(config, name) for name in tokens},
+        "traj_token_ids": dict(config.traj_token_ids),
+        "history": plain(config.history),
+        "vlm": conform(_Numbers, vlm_config(checkpoint), path).model_dump(mode="json"),
+    }
+
+
+def expert_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint's `config.json` says that decides the expert's numbers, beside the shapes of its weights."""
+    config = checkpoint.config
+    return {
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "action_space": plain(config.action_space),
+        "action_in_proj": plain(config.action_in_proj),
+        "expert": plain({key: value for key, value in config.expert_overrides.items() if key in _TEXT_KEYS}),
+    }
 
 
 def expert_config(checkpoint: Checkpoint) -> "Qwen3VLTextConfig":
     """The expert's configuration: the VLM's text model with the checkpoint's overrides."""
     text = vlm_config(checkpoint).text_config
-    known, where = text.to_dict(), f"{checkpoint.model}: expert_cfg"
+    known, where = text.to_dict(), f"config.json of {checkpoint.model}: expert_cfg"
     with refusing(where):
         for key, value in checkpoint.config.expert_overrides.items():
             if key not in known:
                 raise CheckpointError(f"{where} has the unknown key {key!r}.")
-            setattr(text, key, value)
-    conform(_TextSizes, text, where)
+            if key in _TEXT_KEYS:  # the others decide nothing here
+                setattr(text, key, value)
+    conform(_Text, text, where)
     text.vocab_size = 1  # the expert has no embeddings; a table of 155,697 rows would be allocated only to be dropped
     text.pad_token_id = None
     return text
@@ -140,17 +232,28 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
     )
 
 
+def described_by(checkpoint: Checkpoint) -> str:
+    """The files that say which tensors a checkpoint has, for errors."""
+    return f"{checkpoint.file('config.json')} and {companion_file(checkpoint, 'config.json')}"
+
+
 def load_module(
-    checkpoint: Checkpoint, prefix: str, make: Callable[[], Module], *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    prefix: str,
+    make: Callable[[], Module],
+    *,
+    described_by: str,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Module:
-    """The module that `make` builds, with the weights that the checkpoint has under `prefix`.
+    """The module that `make` builds of the files `described_by`, with the checkpoint's weights under `prefix`.
 
     It is built without memory first and compared with the weights' headers, so that no config, however damaged, makes
     this allocate more than the weights need.
     """
-    with refusing(f"{checkpoint.model}: config.json"), empty_weights(dtype, torch.device("meta")):
+    with refusing(described_by), empty_weights(dtype, torch.device("meta")):
         shapes = {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
-    checkpoint.check_shapes(shapes, prefix)
+    checkpoint.check_shapes(shapes, prefix, described_by=described_by)
     with empty_weights(dtype, device):
         module = make()
     state, finite = module.state_dict(), {}

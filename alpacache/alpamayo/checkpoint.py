@@ -4,6 +4,7 @@ Stage two must not pay for the VLM, neither in memory nor in download: tensors a
 and only the shards that hold wanted names are opened (or fetched).
 """
 
+import difflib
 import hashlib
 import os
 import re
@@ -14,12 +15,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from alpacache.alpamayo.families import read_config
 from alpacache.alpamayo.family import AlpamayoConfig
-from alpacache.alpamayo.foreign_files import Schema, TensorInfo, check_header, conform, read_header, read_json
+from alpacache.alpamayo.foreign_files import (
+    Schema,
+    TensorInfo,
+    check_header,
+    conform,
+    opened,
+    read_header,
+    read_json,
+)
 from alpacache.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -27,6 +36,9 @@ SINGLE = "model.safetensors"
 ORIGIN = "alpacache"
 """Key in the index's metadata under which `alpacache export` says what a checkpoint was made from."""
 _NOT_CHECKPOINT = {".cache", ".git"}
+_FLOATS = ("BF16", "F16", "F32", "F64")
+"""Types of weights that a module can take as they are; others have scales beside them."""
+_SHOWN = 20
 _FINGERPRINT_TENSORS = 64
 _FINGERPRINT_BYTES = 4096
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
@@ -43,6 +55,20 @@ class _Index(Schema):
     metadata: dict[str, Any] | None = None
 
 
+class _Model(Schema):
+    """A model by its name; how else it is known is compared key by key."""
+
+    model_config = ConfigDict(extra="allow")
+    id: str
+    revision: str | None = None
+
+
+class _Origin(Schema):
+    vlm: _Model
+    base: _Model
+    trained: dict[str, Any]
+
+
 class Checkpoint:
     """One checkpoint. `model` is a directory or a hub id such as `nvidia/Alpamayo-R1-10B`.
 
@@ -52,9 +78,10 @@ class Checkpoint:
 
     def __init__(self, model: str, *, revision: str | None = None, vlm: str | None = None) -> None:
         self.model, self._other_vlm, self._wanted_revision = model, vlm, revision
-        self.directory = Path(model).expanduser() if Path(model).expanduser().is_dir() else None
-        if self.directory is None and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
-            raise CheckpointError(f"{model!r} is neither a directory nor a hub id (OWNER/NAME); check the path.")
+        path = Path(os.path.expanduser(model))  # noqa: PTH111  # `~` of an unknown user stays as it is
+        self.directory = path if model and os.path.isdir(path) else None  # noqa: PTH112  # `Path.is_dir` raises for too long a name
+        if self.directory is None and (why := _no_hub_id(model)):
+            raise CheckpointError(f"{model!r} is neither a directory nor a hub id (OWNER/NAME): {why}.")
 
     @property
     def full_name(self) -> str:
@@ -78,17 +105,25 @@ class Checkpoint:
     @cached_property
     def revision(self) -> str | None:
         """Commit of the hub repository the files came from; None for a directory that does not say."""
-        config = self.file("config.json")
-        if "snapshots" in config.parts:
-            return config.parts[config.parts.index("snapshots") + 1]
-        note = config.parent / ".cache/huggingface/download/config.json.metadata"
-        return note.read_text().split("\n", 1)[0].strip() if note.is_file() else None
+        directory = (self.directory or self.file("config.json").parent).resolve()
+        if _is_snapshot(directory):
+            return directory.name
+        note = directory / ".cache/huggingface/download/config.json.metadata"
+        if not note.is_file():
+            return None
+        with opened(note) as (file, _):
+            commit = re.fullmatch(rb"([0-9a-f]{40})\s*", file.readline(64))
+        return commit[1].decode() if commit else None
 
     def file(self, name: str) -> Path:
         """Local path of one file of the checkpoint, fetched from the hub if need be."""
         if self.directory is not None:
             if (path := self.directory / name).is_file():
                 return path
+            if os.path.lexists(path):
+                raise CheckpointError(
+                    f"{path} is no regular file; expected a complete checkpoint in the public layout."
+                )
             raise MissingFileError(f"{path} does not exist; expected a complete checkpoint in the public layout.")
         return hub_file(self.model, name, revision=self._wanted_revision)
 
@@ -145,11 +180,7 @@ class Checkpoint:
     def origin(self) -> dict[str, Any] | None:
         """The note of `alpacache export` in a checkpoint it wrote (`vlm`, `base`, `trained`); None in any other."""
         note = self.index_metadata.get(ORIGIN)
-        if note is None:
-            return None
-        if not isinstance(note, dict) or not all(isinstance(note.get(key), dict) for key in ("vlm", "base", "trained")):
-            raise CheckpointError(f"{INDEX} of {self.model} has a damaged {ORIGIN!r} in its metadata; export it again.")
-        return note
+        return None if note is None else conform(_Origin, note, f"{INDEX} of {self.model}: {ORIGIN}").model_dump()
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -212,6 +243,24 @@ class Checkpoint:
         home, prefix = self.vlm_home
         return home.fingerprint("vlm.") if prefix else home.fingerprint("model.", "lm_head.", under="vlm.")
 
+    @cached_property
+    def vlm_fingerprint_here(self) -> str | None:
+        """`vlm_fingerprint` where all of the VLM's files are on this machine as they should be, else None."""
+        home, prefix = self.vlm_home
+        try:
+            shards = set(home.with_prefix(prefix or "").values())
+            return self.vlm_fingerprint() if all(map(home._is_here, shards)) else None
+        except CheckpointError:  # stage two needs none of these files
+            return None
+
+    def _is_here(self, name: str) -> bool:
+        """Whether a file need not be fetched."""
+        if self.directory is not None:
+            return (self.directory / name).is_file()
+        from huggingface_hub import try_to_load_from_cache
+
+        return isinstance(try_to_load_from_cache(self.model, name, revision=self._wanted_revision), str)
+
     def fingerprint(self, *prefixes: str, under: str = "") -> str:
         """sha256 over names, dtypes, shapes and sampled bytes of the tensors under the prefixes.
 
@@ -237,24 +286,32 @@ class Checkpoint:
                     digest.update(file.read(min(_FINGERPRINT_BYTES, info.nbytes - start)))
         return digest.hexdigest()
 
-    def check_shapes(self, expected: Mapping[str, tuple[int, ...]], prefix: str) -> None:
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]], prefix: str, *, described_by: str) -> None:
         """Refuse tensors under `prefix` that are not those expected; all that is off is listed in one error.
 
         Args:
             expected: shapes by the names behind the prefix.
+            described_by: the files that they come from.
         """
         names, wanted = self.with_prefix(prefix), {prefix + name: shape for name, shape in expected.items()}
         problems = [f"missing {name}" for name in sorted(wanted.keys() - names.keys())]
         problems += [f"unexpected {name}" for name in sorted(names.keys() - wanted.keys())]
+        infos = sorted(self.infos({name: names[name] for name in names.keys() & wanted.keys()}).items())
         problems += [
             f"misshapen {name}: {list(info.shape)}, expected {list(wanted[name])}"
-            for name, info in sorted(self.infos({name: names[name] for name in names.keys() & wanted.keys()}).items())
+            for name, info in infos
             if info.shape != wanted[name]
         ]
+        problems += [
+            f"quantised {name}: {info.dtype}, expected {' or '.join(_FLOATS)}"
+            for name, info in infos
+            if info.dtype not in _FLOATS
+        ]
         if problems:
+            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise CheckpointError(
-                f"{self.model} does not fit the model's config.json ({len(problems)} tensors):\n  "
-                + "\n  ".join(problems)
+                f"{self.model} does not fit {described_by} ({len(problems)} tensors):\n  "
+                + "\n  ".join([*problems[:_SHOWN], *more])
             )
 
 
@@ -267,6 +324,22 @@ def listed(names: Iterable[str]) -> str:
 def _is_snapshot(directory: Path) -> bool:
     """Whether this is `models--OWNER--NAME/snapshots/REVISION` of the hub's cache, whose files are links to `blobs`."""
     return directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--")
+
+
+def _no_hub_id(model: str) -> str:
+    """Why this cannot be the id of a repository on the hub, or is likelier a mistyped path; empty if it may be one."""
+    if not re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", model, re.ASCII):
+        return "check the path"
+    owner, name = model.split("/")
+    if not Path(owner).is_dir():
+        return ""
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return ""
+    near = difflib.get_close_matches(name, [path.name for path in Path(owner).iterdir()], n=1)
+    hint = f"did you mean {owner}/{near[0]}" if near else "check the path"
+    return f"{owner} is a directory here, without {name}; {hint}, or `hf download {model}` first if you mean the hub's"
 
 
 def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3VLTextModel
 
-from alpacache.alpamayo.backbone import additive_mask, cache_argument, check_finite, expert_config, load_module
+from alpacache.alpamayo.backbone import (
+    additive_mask,
+    cache_argument,
+    check_finite,
+    described_by,
+    expert_config,
+    load_module,
+)
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION, Prefix, PrefixCall
 from alpacache.alpamayo.projection import ActionInProjection
@@ -129,7 +136,8 @@ def load_expert(
     config = expert_config(checkpoint)
     config._attn_implementation = attention
     rounded_to = checkpoint.config.dtype
-    load = partial(load_module, checkpoint, dtype=dtype or rounded_to, device=torch.device(device))
+    files = described_by(checkpoint)
+    load = partial(load_module, checkpoint, described_by=files, dtype=dtype or rounded_to, device=torch.device(device))
 
     def text_model() -> Qwen3VLTextModel:
         model = Qwen3VLTextModel(config)

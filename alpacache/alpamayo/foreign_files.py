@@ -6,21 +6,27 @@ A checkpoint is a download. Whatever stands in its JSON files and in the headers
 
 import json
 import math
+import os
 import re
 import reprlib
+import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from alpacache.errors import CheckpointError
 
-JSON_LIMIT_BYTES = 64 * 2**20
-_HEADER_LIMIT_BYTES = 100 * 2**20
+JSON_LIMIT_BYTES = 16 * 2**20
+"""Of a file or header that is parsed here: objects may take twenty times as much. Real ones have at most 1 MB."""
+_MOST_KEYS = 100_000
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _SHOWN = 3
 """Wrong keys that one error spells out."""
 _METADATA = "__metadata__"
@@ -58,6 +64,12 @@ class _Entry(Schema):
     data_offsets: Annotated[list[_Size], Field(min_length=2, max_length=2)]
 
 
+class _Metadata(Schema):
+    """The one key of a header that is no tensor."""
+
+    metadata: Annotated[dict[str, str], Field(alias=_METADATA)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
     """A tensor of a checkpoint, read from its shard's header."""
@@ -72,33 +84,67 @@ class TensorInfo:
     nbytes: int
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A foreign file, opened, and its size in bytes.
+
+    Raises `CheckpointError` for what cannot be read, is no regular file, or is the pointer that git-lfs leaves for one.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
+            raise CheckpointError(f"{path} is no regular file; expected a file of a checkpoint.")
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise CheckpointError(
+                    f"{path} is a git-lfs pointer in place of the file; run `git lfs pull` in its repository, or fetch "
+                    "the checkpoint with `hf download`."
+                )
+            file.seek(0)
+            yield file, os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 64 MiB."""
-    size = path.stat().st_size
-    if size > JSON_LIMIT_BYTES:
-        raise CheckpointError(f"{path} is {size} bytes; refusing to parse more than 64 MiB of JSON.")
-    return _parsed(path.read_bytes(), path)
+    """A JSON object from a file of at most 16 MiB."""
+    with opened(path) as (file, size):
+        if size > JSON_LIMIT_BYTES:
+            raise CheckpointError(f"{path} is {size} bytes; refusing to parse more than 16 MiB of JSON.")
+        return _parsed(file.read(size), path)
 
 
 def _parsed(text: bytes, where: object) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_small_object)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON ({error}); fetch it again.") from error
+        told = " ".join(str(error).split())[:100]
+        raise CheckpointError(f"{where} is not valid JSON ({told}); fetch it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} holds a {type(value).__name__}; expected a JSON object.")
     return value
 
 
+def _small_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MOST_KEYS:  # each could be an error to tell, of a kilobyte
+        raise ValueError(f"an object of {len(pairs)} keys, expected at most {_MOST_KEYS}")
+    return dict(pairs)
+
+
 def conform(schema: type[Value], value: object, where: object) -> Value:
     """`value` as the schema declares it. Raises one `CheckpointError` that names `where` and every key that is off."""
     try:
-        return TypeAdapter(schema).validate_python(value)
+        checked: Value = _adapter(schema).validate_python(value)  # type: ignore[arg-type]
     except ValidationError as error:
         problems = error.errors(include_url=False)
         told = "; ".join(map(_told, problems[:_SHOWN]))
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(f"{where}: {told}{more}.") from None
+    return checked
+
+
+@cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
 
 
 def _told(problem: ErrorDetails) -> str:
@@ -117,12 +163,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises `CheckpointError` unless every entry fits its shape and dtype, and all of them fill the file's data without
     overlap or gap, as the format demands.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with opened(path) as (file, size):
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_HEADER_LIMIT_BYTES, size - 8):
+        if not 2 <= length <= size - 8:
             raise CheckpointError(f"{path} is not a safetensors file, or it is truncated; fetch it again.")
+        if length > JSON_LIMIT_BYTES:
+            raise CheckpointError(
+                f"the header of {path} is {length} bytes; refusing to parse more than 16 MiB of JSON."
+            )
         header = _parsed(file.read(length), f"the header of {path}")
     return check_header(header, path, data_start=8 + length, data_bytes=size - 8 - length)
 
@@ -137,8 +186,11 @@ def check_header(
         data_start: first byte of the data in the file.
         data_bytes: what follows the header; None where the file is not at hand.
     """
-    conform(dict[str, str], header.get(_METADATA, {}), f"{where}: {_METADATA}")
-    entries = conform(dict[str, _Entry], {name: header[name] for name in header.keys() - {_METADATA}}, where)
+    conform(_Metadata, {_METADATA: header.get(_METADATA, {})}, where)
+    entries: dict[str, _Entry] = {}
+    for name in header:  # one by one: the first that is off ends it, not a million errors
+        if name != _METADATA:
+            entries |= conform(dict[str, _Entry], {name: header[name]}, where)
     tensors, end, damage = {}, 0, ""
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         end_before, (begin, end) = end, entry.data_offsets

@@ -1,18 +1,25 @@
 """Samples to VLM inputs: image patches, prompt, history tokens. Pure CPU work, safe to run in threads."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
 
 from alpacache.alpamayo.backbone import companion_file, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
-from alpacache.alpamayo.foreign_files import Schema, conform, read_json
+from alpacache.alpamayo.foreign_files import Schema, conform, opened, read_json
 from alpacache.alpamayo.prompt import Reasoning
 from alpacache.driving.cameras import CAMERAS
 from alpacache.driving.picture_size import fit_size, image_tokens
@@ -22,6 +29,25 @@ from alpacache.errors import CheckpointError
 
 PROCESSOR = "recipe-float-bicubic-antialias-v1"
 """Name of the way of `to_patches` in a store's identity."""
+_TOKENIZER_LIMIT_BYTES = 64 * 2**20
+_ORDINARY_PARTS = {"BPE", "ByteLevel", "NFC", "Sequence", "Split"}
+_CONTRACTIONS, _SPACES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_PATTERNS = (
+    {"Regex": rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"},
+    {
+        "Regex": rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+        rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
+    },
+)
+"""How Qwen's tokenizers split text into words."""
+_TRIAL_SECONDS = 6
+_TRIAL = """
+import resource, sys
+from tokenizers import Tokenizer
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+Tokenizer.from_file(sys.argv[1]).encode(sys.stdin.read(), add_special_tokens=False)
+"""
+_Channels = Annotated[list[float], Field(max_length=16)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +77,7 @@ class PromptTokenizer:
     def __init__(self, checkpoint: Checkpoint) -> None:
         config = checkpoint.config
         path = companion_file(checkpoint, "tokenizer.json")
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} is not a tokenizer file: {error}") from error
+        self._tokenizer = _read_tokenizer(path, config.family.prompt.render([[1]], cameras=[CAMERAS[1]]))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.add_tokens([AddedToken(f"<i{i}>", normalized=False) for i in range(config.traj_vocab_size)])
@@ -96,6 +119,54 @@ class PromptTokenizer:
         return fused
 
 
+def _read_tokenizer(path: Path, prompt: str) -> Tokenizer:
+    """A tokenizer from a foreign file. Parts of other kinds than a byte-level BPE has are tried on a prompt first."""
+    with opened(path) as (_, size):
+        if size > _TOKENIZER_LIMIT_BYTES:
+            raise CheckpointError(f"{path} is {size} bytes; expected at most 64 MiB.")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare `Exception`, and a panic of its own is not even one
+        told = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is not a tokenizer file ({told}); fetch it again.") from error
+    parts = [_state(part) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.model)]
+    if not all(_is_ordinary(part) for part in parts if part is not None):
+        _try_apart(path, prompt)
+    return tokenizer
+
+
+def _state(part: Any) -> Any:
+    """What the file says of one part of a tokenizer; of a model its kind."""
+    if part is None:
+        return None
+    return {"type": "BPE"} if isinstance(part, BPE) else json.loads(part.__getstate__())
+
+
+def _is_ordinary(part: Any) -> bool:
+    """Whether this part of a tokenizer costs a few microseconds a word, whatever the word."""
+    if not isinstance(part, Mapping) or part.get("type") not in _ORDINARY_PARTS:
+        return False
+    return part.get("pattern") in (None, *_PATTERNS) and all(map(_is_ordinary, part.get("pretokenizers", ())))
+
+
+def _try_apart(path: Path, prompt: str) -> None:
+    """Tokenize the prompt in a process of its own, with limits.
+
+    A pattern from the file can take ages or gigabytes over a few words, or end in a panic: nothing could stop it here.
+    """
+    program = [sys.executable, "-c", _TRIAL, str(path)]
+    try:
+        tried = subprocess.run(program, input=prompt.encode(), capture_output=True, timeout=_TRIAL_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(
+            f"{path}: its normalizer or pre_tokenizer is not done with a prompt in {_TRIAL_SECONDS} s; fetch it again."
+        ) from None
+    if tried.returncode:
+        raise CheckpointError(f"{path}: its normalizer, pre_tokenizer or model fails over a prompt; fetch it again.")
+
+
 class InputBuilder:
     """Turns a `Sample` into `VLMInputs`, as a checkpoint's family, tokenizer and image processor ask for."""
 
@@ -114,7 +185,13 @@ class InputBuilder:
         self.format = replace(self.config.family.prompt, **changes)
         self.tokenizer = PromptTokenizer(checkpoint)
         self.reasoning = reasoning
-        vision = vlm_config(checkpoint).vision_config
+        vlm = vlm_config(checkpoint)
+        vision = vlm.vision_config
+        if (image := self.tokenizer.id_of("<|image_pad|>")) != vlm.image_token_id:
+            raise CheckpointError(
+                f"{companion_file(checkpoint, 'config.json')}: image_token_id is {vlm.image_token_id}; the tokenizer's "
+                f"<|image_pad|> is {image}."
+            )
         self._geometry = {"patch": vision.patch_size, "merge": vision.spatial_merge_size}
         self._temporal = vision.temporal_patch_size
         self._limits = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
@@ -154,6 +231,11 @@ class InputBuilder:
             stem_len=self._stem_len(ids),
         )
 
+    def tokens_sha256(self) -> str:
+        """Hash of a prompt's ids with all cameras and four frames each: equal for tokenizers that tokenize it alike."""
+        text = self.format.render([[1] * 4] * len(CAMERAS), cameras=CAMERAS, reasoning=self.reasoning)
+        return hashlib.sha256(self.tokenizer.encode(text).astype("<i8").tobytes()).hexdigest()
+
     def identity(self) -> dict[str, Any]:
         """The part of a store's identity that prompt and image processor make up."""
         return {
@@ -192,8 +274,8 @@ def to_patches(
 class _Processor(Schema):
     """Keys of `preprocessor_config.json` that decide about pixels; an absent one is taken as computed here."""
 
-    image_mean: list[float] | None = None
-    image_std: list[float] | None = None
+    image_mean: _Channels | None = None
+    image_std: _Channels | None = None
     patch_size: int | None = None
     merge_size: int | None = None
     temporal_patch_size: int | None = None

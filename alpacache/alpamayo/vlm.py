@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, DynamicCache, Qwen3VLModel
 
-from alpacache.alpamayo.backbone import cache_argument, load_module, vlm_config
+from alpacache.alpamayo.backbone import cache_argument, described_by, load_module, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.prefix.prefix import PrefixFeatures
@@ -127,7 +127,14 @@ def load_vlm(
     config._attn_implementation = attention
     home, prefix = checkpoint.vlm_home
     dtype = dtype or checkpoint.config.dtype
-    body = load_module(home, f"{prefix}model.", lambda: Qwen3VLModel(config), dtype=dtype, device=torch.device(device))
+    body = load_module(
+        home,
+        f"{prefix}model.",
+        lambda: Qwen3VLModel(config),
+        described_by=described_by(checkpoint),
+        dtype=dtype,
+        device=torch.device(device),
+    )
     return FrozenVLM(body, future_start_id=checkpoint.config.traj_token_ids["future_start"])
 
 

@@ -23,7 +23,7 @@ from alpacache.cached_samples.features import (
     tail_count,
     tail_name,
 )
-from alpacache.cached_samples.identity import check_same_model, refuse_differences, store_codec
+from alpacache.cached_samples.identity import check_same_model, model_differences, refuse_differences, store_codec
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import Turn, classify
@@ -32,7 +32,7 @@ from alpacache.prefix.layout import PrefixLayout
 from cache_store import CacheReader, KVCodec, SampleReadError, differences
 from cache_store.concurrency import in_order
 
-_SHARED = ("model", "prompt", "processor", "dtype", "codec", "codec_definition")
+_SHARED = ("prompt", "processor", "dtype", "codec", "codec_definition")
 _POSE_THREADS = 4
 _MOST_TOKENS = 2**24
 """More than any prefix has."""
@@ -48,11 +48,13 @@ class CachedDataset:
         for store, reader in zip(stores, readers, strict=True):
             check_same_model(checkpoint, reader.identity, store=str(store))
         # The VLM, its prompt and how KV is stored must be the same; cameras and frames may differ.
+        models = [reader.identity["model"] for reader in readers]
         shared = [{key: reader.identity.get(key) for key in _SHARED} for reader in readers]
-        for store, identity in zip(stores, shared, strict=True):
+        for store, model, identity in zip(stores, models, shared, strict=True):
             what = f"store {store} cannot be mixed with {stores[0]}"
             remedy = "Train on one of them, or extract the other again with the same settings."
-            refuse_differences(differences(shared[0], identity), what, remedy)
+            lines = [f"model.{line}" for line in model_differences(models[0], model)]
+            refuse_differences(lines + differences(shared[0], identity), what, remedy)
         self.codec: KVCodec | None = store_codec(readers[0].identity, store=str(stores[0]))
         """Codec of every sample; None for plain bfloat16."""
         self.prefix_fields = PREFIX_FIELDS if self.codec is None else (*PREFIX_FIELDS, KV_SHAPE)

@@ -6,31 +6,53 @@ from importlib.metadata import version
 from typing import Any
 
 from alpacache import __version__
+from alpacache.alpamayo.backbone import expert_settings, prefix_settings
 from alpacache.alpamayo.checkpoint import Checkpoint
+from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import rollout_identity
 from alpacache.errors import UsageError
-from alpacache.sources.video import ffmpeg_versions
 from cache_store import CODECS, KVCodec, codec_from_json, differences
 
 BF16 = "bf16"
 """Name of the lossless codec: KV as the VLM computed it."""
-_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers", "av", "pillow")
+_LATER = ("settings", "tokens_sha256")
+"""Of the model's part; stores of earlier versions lack them."""
+_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers")
 
 
 def model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `train` can check without reading the VLM; for an exported checkpoint, what was trained as well."""
-    identity = {"id": checkpoint.model_id, "revision": checkpoint.revision, "config_sha256": checkpoint.config.sha256}
+    """What a run is trained from. For an exported checkpoint, what was trained as well."""
+    identity = {
+        **_named(checkpoint),
+        "settings": expert_settings(checkpoint),
+        "expert_sha256": checkpoint.fingerprint(*EXPERT_PARTS),
+    }
     return identity if checkpoint.origin is None else identity | {"trained": checkpoint.origin["trained"]}
 
 
 def vlm_identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """The model that features count as; those of an exported checkpoint are its base's, whose VLM it shares."""
-    origin = checkpoint.origin
-    if origin is None:
-        return model_identity(checkpoint)
-    vlm = {key: origin["vlm"].get(key) for key in ("id", "revision")}
-    return vlm | {"config_sha256": checkpoint.config.sha256}
+    return vlm_name(checkpoint) | {"settings": prefix_settings(checkpoint)}
+
+
+def vlm_name(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`vlm_identity` without the settings, which lie in the VLM's own files.
+
+    Without the weights' fingerprint where the VLM's files are not on this machine.
+    """
+    base = {} if checkpoint.origin is None else checkpoint.origin["vlm"]
+    weights = checkpoint.vlm_fingerprint_here or base.get("vlm_weights_sha256")
+    return {
+        **_named(checkpoint),
+        **{key: base[key] for key in ("id", "revision") if key in base},
+        **({"vlm_weights_sha256": weights} if weights else {}),
+    }
+
+
+def _named(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How people know a model. The hash is of the whole file: all that records of earlier versions had to compare."""
+    return {"id": checkpoint.model_id, "revision": checkpoint.revision, "config_sha256": checkpoint.config.sha256}
 
 
 def store_identity(
@@ -52,7 +74,12 @@ def store_identity(
     home, _ = checkpoint.vlm_home
     other_vlm = {} if home is checkpoint else {"vlm": home.model_id}
     return {
-        "model": {**vlm_identity(checkpoint), **other_vlm, "vlm_weights_sha256": checkpoint.vlm_fingerprint()},
+        "model": {
+            **vlm_identity(checkpoint),
+            **other_vlm,
+            "vlm_weights_sha256": checkpoint.vlm_fingerprint(),
+            "tokens_sha256": builder.tokens_sha256(),
+        },
         **builder.identity(),
         "cameras": list(cameras),
         "frames": frames,
@@ -78,18 +105,33 @@ def provenance(*, source: str, device: str) -> dict[str, Any]:
         "device": device,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "libraries": {"alpacache": __version__} | {name: version(name) for name in _LIBRARIES} | ffmpeg_versions(),
+        "libraries": {"alpacache": __version__} | {name: version(name) for name in _LIBRARIES},
     }
 
 
-def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, store: str) -> None:
-    """Refuse to train or evaluate on features of another model.
+def as_stored(identity: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """`identity` in the words of a store that is there: the same model under another name is the store's model.
 
-    A revision is compared only if both sides know one; a plain directory has none.
+    What does not decide a prefix is taken from the store, and what a store of an earlier version does not say is left
+    out, so that comparing the two as they are finds what decides.
     """
-    expected, stored = vlm_identity(checkpoint), identity["model"]
+    model, theirs = identity["model"], stored.get("model")
+    if not isinstance(theirs, Mapping):
+        return identity
+    names = ("id", "revision", "vlm", *(["config_sha256"] if "settings" in theirs else []))
+    model = {key: value for key, value in model.items() if key in theirs or key not in _LATER}
+    return identity | {"model": model | {key: theirs[key] for key in names if key in theirs and key in model}}
+
+
+def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, store: str) -> None:
+    """Refuse to train or evaluate on features of another model, which is known by what decides its prefixes."""
+    expected, stored = vlm_identity(checkpoint), identity.get("model")
+    if not isinstance(stored, Mapping):
+        raise UsageError(f"store {store} does not say which model its features are of; expected one by `extract`.")
+    if "vlm" in stored:  # another's weights, which only the runs on this store have to agree in
+        expected["vlm_weights_sha256"] = stored.get("vlm_weights_sha256")
     refuse_differences(
-        _model_differences(expected, {key: stored.get(key) for key in expected}),
+        model_differences(expected, stored),
         f"store {store} was extracted with another model than {checkpoint.model}",
         "Pass the model that the store was made with, or extract again into a new store.",
     )
@@ -102,6 +144,8 @@ def check_same_vlm(
 
     `trained` and `other` are as `CachedDataset.vlm`; `run` and `what` name the two sides in the error.
     """
+    if trained and other and trained.get("weights_sha256") == other["weights_sha256"]:
+        return
     refuse_differences(
         differences({"vlm": trained}, {"vlm": other}),
         f"{run} was trained on features of another VLM than {what}",
@@ -112,20 +156,29 @@ def check_same_vlm(
 def check_base(checkpoint: Checkpoint, base: Mapping[str, Any], *, run: object) -> None:
     """Refuse to put what a run trained into another model than its `base`, as `model_identity` gave it to the run."""
     refuse_differences(
-        _model_differences(dict(base), model_identity(checkpoint)),
+        model_differences(base, model_identity(checkpoint)),
         f"{run} was trained on another base model than {checkpoint.model}",
         "Pass the model that the run was trained from.",
     )
+
+
+def model_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What tells two models apart: settings and weights, or names and file hashes where one side lacks the former.
+
+    Both are from `model_identity`, or `vlm_identity` and a store's `model`. A revision that one side does not know is
+    no difference.
+    """
+    by_settings = "settings" in one and "settings" in other
+    by_weights = any(key in one and key in other for key in ("expert_sha256", "vlm_weights_sha256"))
+    keys = {"settings" if by_settings else "config_sha256", "trained"}
+    keys |= {key for key in ("expert_sha256", "vlm_weights_sha256", "tokens_sha256") if key in one and key in other}
+    if not by_weights:
+        keys |= {"id"} if None in (one.get("revision"), other.get("revision")) else {"id", "revision"}
+    apart, same = [{key: model[key] for key in keys if key in model} for model in (one, other)]
+    return differences(apart, same)
 
 
 def refuse_differences(lines: Sequence[str], what: str, remedy: str) -> None:
     """Raise `UsageError` with the lines of differences if there are any."""
     if lines:
         raise UsageError("\n  ".join([f"{what}:", *lines]) + f"\n{remedy}")
-
-
-def _model_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Lines of differences; a revision that one side does not know is none."""
-    if one["revision"] is None or other["revision"] is None:
-        del one["revision"], other["revision"]
-    return differences(one, other)

@@ -15,7 +15,7 @@ from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
 from alpacache.alpamayo.foreign_files import TensorInfo
-from alpacache.cached_samples.identity import check_base, model_identity, vlm_identity
+from alpacache.cached_samples.identity import check_base, model_identity, vlm_name
 from alpacache.errors import CheckpointError, UsageError
 from alpacache.exporting.config import ExportConfig
 from alpacache.exporting.draft import TRAINED_PREFIXES, Draft, MergedTensors, appearing, misplaced
@@ -137,7 +137,7 @@ def _index(base: Checkpoint, infos: Mapping[str, TensorInfo], run: RunCheckpoint
     note = {
         "version": __version__,
         "base": model_identity(base),
-        "vlm": vlm_identity(base),
+        "vlm": vlm_name(base),
         "trained": {"step": run.state["step"], "crc32c": run.state["files"][MODEL]["crc32c"]},
     }
     total = sum(info.nbytes for info in infos.values())

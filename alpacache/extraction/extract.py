@@ -16,7 +16,7 @@ import torch
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.cached_samples.features import checked, store_fields
-from alpacache.cached_samples.identity import provenance, store_identity
+from alpacache.cached_samples.identity import as_stored, provenance, store_identity
 from alpacache.driving.cameras import sort_cameras
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, InterruptedRunError, UsageError
@@ -40,7 +40,7 @@ from alpacache.sources.views import views_identity
 from alpacache.torchrun import this_process
 from cache_store import CODECS, CacheWriter
 from cache_store.format.names import sample_key
-from cache_store.writer import committed_keys
+from cache_store.writer import committed_keys, stored_identity
 
 
 def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> ExtractReport:
@@ -83,6 +83,8 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
         rollouts=config.tails,
         views=views_identity(config.views, seed=config.seed),
     )
+    if (stored_before := stored_identity(config.store)) is not None:
+        identity = as_stored(identity, stored_before)
     if not config.force:
         missing = _uncommitted(config.store, refs)
         check_room(config.store, missing, source, checkpoint, builder, settings=settings, stored=stored)

@@ -66,7 +66,7 @@ class RunInputs:
 
         Raises `UsageError` in all processes, with what each sees.
         """
-        model, steps = _without_revision(model_identity(self.checkpoint)), self.directory.steps
+        model, steps = model_identity(self.checkpoint), self.directory.steps
         newest = "none"
         if steps:
             newest = f"step {steps[-1]} (crc32c {self.directory.state(steps[-1])['files'][MODEL]['crc32c']})"
@@ -75,7 +75,7 @@ class RunInputs:
             val = _samples_text([_store_record("", self.val, range(len(self.val)))])
         seen = {
             "checkpoint to go on from": newest,
-            "model": f"{model['id']} ({_digest(model)[:8]})",
+            "model": f"of digest {_digest([model['settings'], model['expert_sha256'], model.get('trained')])[:8]}",
             "samples of --store": _samples_text(self.stores),
             "samples of --val": val,
             "steps in all": self.total,

@@ -128,8 +128,43 @@ def test_neither_directory_nor_hub_id():
 def test_revision_of_a_hub_download_is_known(copy):
     note = copy / ".cache/huggingface/download/config.json.metadata"
     note.parent.mkdir(parents=True)
-    note.write_text("0123abc\netag\n1.0\n")
-    assert Checkpoint(str(copy)).revision == "0123abc"
+    for first, expected in (("0123abcd" * 5, "0123abcd" * 5), ("0123abc", None), ("\0" * 100_000, None)):
+        note.write_text(f"{first}\netag\n1.0\n")
+        assert Checkpoint(str(copy)).revision == expected
+
+
+def test_snapshots_in_a_path_means_nothing_by_itself(copy, tmp_path):
+    commit = "0123abcd" * 5
+    plain = shutil.copytree(copy, tmp_path / "snapshots/2026-11-01/Tiny-R1")
+    cached = shutil.copytree(copy, tmp_path / f"models--owner--Tiny-R1/snapshots/{commit}")
+    (tmp_path / "link").symlink_to(cached)
+    assert (Checkpoint(str(plain)).revision, Checkpoint(str(plain)).full_name) == (None, "Tiny-R1")
+    for model in (cached, tmp_path / "link"):
+        assert (Checkpoint(str(model)).revision, Checkpoint(str(model)).full_name) == (commit, "owner/Tiny-R1")
+
+
+@pytest.mark.parametrize(
+    "path", ["Tiny-R1", "./a", "../a/b", "/a/b", "~/a", "~nobody-here/a", "a/b/c", "a b/c", "a\\b", ""]
+)
+def test_what_looks_like_a_path_is_no_hub_id(path):
+    with pytest.raises(CheckpointError, match="is neither a directory nor a hub id"):
+        Checkpoint(path)
+
+
+def test_a_mistyped_path_below_a_directory_is_no_hub_id(copy, monkeypatch):
+    monkeypatch.chdir(copy.parent.parent)
+    mistyped = f"{copy.parent.name}/copi"
+    with pytest.raises(
+        CheckpointError, match=f"is a directory here, without copi; did you mean {copy.parent.name}/copy"
+    ):
+        Checkpoint(mistyped)
+    assert Checkpoint("nvidia/Alpamayo-R1-10B").directory is None
+
+
+def test_quantised_weights_are_refused(copy):
+    rewrite(copy, lambda state: state.update({"expert.norm.weight": state["expert.norm.weight"].to(torch.int8)}))
+    with pytest.raises(CheckpointError, match=r"quantised expert\.norm\.weight: I8, expected BF16 or"):
+        load_expert(str(copy))
 
 
 def test_a_hub_repository_with_one_file_needs_no_index(monkeypatch, copy):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import struct
 import tracemalloc
@@ -112,12 +113,41 @@ def test_any_value_anywhere_in_the_json_files(model, data, name, value):
         ("config.json", ("expert_cfg", "hidden_size"), "x", "expert_cfg .*hidden_size"),
         ("config.json", ("expert_cfg", "num_hidden_layers"), 10**9, "expert_cfg: num_hidden_layers: .* 1024"),
         ("config.json", ("expert_cfg", "hidden_size"), 2**20, "tensors"),
+        ("config.json", ("traj_token_ids", "future"), 5, r"config.json: traj_token_ids\.future is 5; .* put it at \d+"),
+        ("config.json", ("traj_vocab_size",), 2**20, r"traj_vocab_size 1048576 put it at"),
+        ("config.json", ("vocab_size",), 100, r"config.json: vocab_size is 100; its own tokens take \d+"),
+        (
+            "config.json",
+            ("hist_traj_tokenizer_cfg", "num_bins"),
+            2**20,
+            r"hist_traj_tokenizer_cfg have num_bins 128 ",
+        ),
+        (
+            "config.json",
+            ("hist_traj_tokenizer_cfg", "ego_xyz_min"),
+            [4, 4, 4],
+            "hist_traj_tokenizer_cfg has ego_xyz_min",
+        ),
+        ("config.json", ("vlm_name_or_path",), "", r"config.json: vlm_name_or_path: .* 1 character"),
         ("config.json", (), [], "config.json holds a list; expected a JSON object"),
         ("vlm/config.json", ("text_config",), 3, "vlm/config.json: text_config: .*, not 3"),
         ("vlm/config.json", ("text_config", "hidden_size"), None, "vlm/config.json .*hidden_size"),
         ("vlm/config.json", ("text_config", "hidden_act"), "nope", "KeyError: 'nope'"),
         ("vlm/config.json", ("text_config", "intermediate_size"), 2**20, r"misshapen .*mlp\.down_proj"),
-        ("vlm/config.json", ("vision_config", "patch_size"), 10**9, "vision_config: patch_size: .* 256"),
+        ("vlm/config.json", ("model_type",), ["x" * 5000] * 500, "vlm/config.json: model_type is "),
+        ("vlm/config.json", ("image_token_id",), 5, r"vlm/config.json: image_token_id is 5; the tokenizer's .* is \d+"),
+        ("vlm/config.json", ("image_token_id",), 10**400, r"vlm/config.json: image_token_id: .* less than"),
+        ("vlm/config.json", ("text_config", "rope_scaling"), "x", r"text_config\.rope_scaling: .*, not 'x'"),
+        ("vlm/config.json", ("text_config", "rope_scaling", "mrope_section"), [1, 2], r"mrope_section"),
+        ("vlm/config.json", ("text_config", "rope_scaling", "rope_type"), "x", "vlm/config.json"),
+        (
+            "vlm/config.json",
+            ("text_config", "num_key_value_heads"),
+            3,
+            "text_config: num_attention_heads 4 is no multiple",
+        ),
+        ("vlm/config.json", ("vision_config", "num_heads"), 5, "vision_config: hidden_size 96 is no multiple"),
+        ("vlm/config.json", ("vision_config", "patch_size"), 10**9, r"vision_config\.patch_size: .* 256"),
         ("vlm/preprocessor_config.json", ("patch_size",), "16", "preprocessor_config.json: patch_size: .* '16'"),
         (INDEX, (), [], "holds a list"),
         (INDEX, ("weight_map",), {}, "weight_map: .*at least 1"),
@@ -134,6 +164,66 @@ def test_file_and_key_are_named(name, path, value, expected, model):
             use(model)
     finally:
         (model / name).write_text(original)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "expected"),
+    [
+        ("pre_tokenizer", {"Regex": r"(a+)+(.*)*$b|(.+)+\z@"}, "pre_tokenizer or model fails over a prompt"),
+        ("pre_tokenizer", {"Regex": r"\p{N}{1,3}"}, None),
+        ("model", {"type": "WordLevel", "vocab": {}, "unk_token": "x"}, "pre_tokenizer or model fails over a prompt"),
+        ("model", {"type": "BPE", "vocab": {}, "merges": [["q", "z"]]}, "is not a tokenizer file"),
+        (
+            "normalizer",
+            {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 2_000_000},
+            "is not done with",
+        ),
+    ],
+)
+def test_a_tokenizer_that_costs_too_much_or_fails_is_refused(part, value, expected, model, monkeypatch):
+    monkeypatch.setattr("alpacache.alpamayo.inputs._TRIAL_SECONDS", 2)
+    file = model / "vlm/tokenizer.json"
+    original = file.read_text()
+    if part == "pre_tokenizer":
+        value = {"type": "Split", "pattern": value, "behavior": "Isolated", "invert": False}
+    try:
+        file.write_text(json.dumps({**json.loads(original), part: value}))
+        found = refused(InputBuilder, Checkpoint(str(model)))
+        assert found is None if expected is None else f"{file}" in found and expected in found
+    finally:
+        file.write_text(original)
+
+
+@pytest.mark.parametrize("name", ["config.json", "vlm/config.json", "vlm/tokenizer.json", INDEX, "shard"])
+@pytest.mark.parametrize("content", ["pointer", "FIFO", "empty", "directory"])
+def test_what_lies_in_a_files_place_is_named(content, name, model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "copy")
+    file = next(copy.glob("*.safetensors")) if name == "shard" else copy / name
+    file.unlink()
+    match content:
+        case "pointer":
+            file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4011576\n")
+        case "FIFO":
+            os.mkfifo(file)
+        case "directory":
+            file.mkdir()
+        case "empty":
+            file.touch()
+    found = refused(use, copy)
+    assert str(file) in found or file.name in found
+    if content == "pointer":
+        assert f"{file} is a git-lfs pointer in place of the file; run `git lfs pull`" in found
+
+
+def test_a_million_entries_are_not_a_million_errors(tmp_path):
+    entries = b",".join(b'"%x":{}' % number for number in range(200_000))
+    file = shard(tmp_path / "x.safetensors", b"{" + entries + b"}")
+    tracemalloc.start()
+    try:
+        assert "an object of 200000 keys, expected at most 100000" in refused(read_header, file)
+        assert tracemalloc.get_traced_memory()[1] < 40 * file.stat().st_size
+    finally:
+        tracemalloc.stop()
 
 
 def test_deeply_nested_json_is_no_traceback(model):
@@ -172,7 +262,7 @@ def entry(dtype="F32", shape=(4,), data_offsets=(0, 16)):
         ({"x": entry(), "y": entry(data_offsets=[8, 24])}, "'y' is F32 .* at bytes 8 to 24, after .* ends at 16"),
         ({"x": entry(), "y": entry(data_offsets=[20, 36])}, "'y' is F32 .* at bytes 20 to 36, after .* ends at 16"),
         ({"x": entry(shape=[100], data_offsets=[0, 400])}, "is truncated: 'x' ends at byte"),
-        ({"__metadata__": {"format": 3}, "x": entry()}, "__metadata__: format: .* string, not 3"),
+        ({"__metadata__": {"format": 3}, "x": entry()}, r"__metadata__\.format: .* string, not 3"),
         ({"x": entry()}, r"damaged header: its tensors end at byte \d+ of"),
         ({"x": entry(dtype="F99")}, "unknown dtype 'F99'"),
     ],
@@ -223,7 +313,7 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(model, monkeypatc
     document = changed(document, ("text_config", "intermediate_size"), 2**20)
     try:
         (model / "vlm/config.json").write_text(json.dumps(document))
-        assert "does not fit the model's config.json" in refused(load_vlm, Checkpoint(str(model)))
+        assert f"does not fit {model / 'config.json'} and {model / 'vlm/config.json'}" in refused(load_vlm, str(model))
         assert devices == [torch.device("meta")]
     finally:
         (model / "vlm/config.json").write_text(original)

@@ -98,6 +98,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, broken)
     config = json.loads((broken / "config.json").read_text())
     config["traj_token_start_idx"] += 1
+    config["traj_token_ids"] = {name: token + 1 for name, token in config["traj_token_ids"].items()}
+    config["vocab_size"] += 1
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"<i0> is \d+, config.json says \d+"):
         PromptTokenizer(Checkpoint(str(broken)))

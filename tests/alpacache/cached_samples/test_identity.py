@@ -1,20 +1,25 @@
 """What makes two stores interchangeable."""
 
 import json
+import re
 import shutil
 
 import pytest
 
 from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.checkpoint import INDEX
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.cached_samples.identity import (
+    as_stored,
     check_same_model,
+    model_differences,
     provenance,
     store_codec,
     store_identity,
 )
 from alpacache.errors import UsageError
-from cache_store import CODECS, FormatError
+from cache_store import CODECS, FormatError, differences
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +50,112 @@ def test_the_codec_is_there_by_name_and_definition(tiny_checkpoint, identity):
         store_codec({**identity, "codec": "int8"}, store="s")
 
 
-def test_the_same_model_elsewhere_is_the_same_model(identity, tiny_checkpoint, tmp_path):
-    moved = shutil.copytree(tiny_checkpoint, tmp_path / "other-disk" / tiny_checkpoint.name)
-    check_same_model(Checkpoint(str(moved)), identity, store="s")
-    assert Checkpoint(str(moved)).vlm_fingerprint() == identity["model"]["vlm_weights_sha256"]
+def edited(directory, file, change):
+    document = json.loads((directory / file).read_text())
+    change(document)
+    (directory / file).write_text(json.dumps(document))
 
 
-def test_a_revision_counts_only_where_both_know_it(identity, tiny_checkpoint, tmp_path):
-    known = {**identity, "model": {**identity["model"], "revision": "abc"}}
-    check_same_model(Checkpoint(str(tiny_checkpoint)), known, store="s")
+def same(directory, identity):
+    """Both stages' check: whether `directory` is the model of a store of this identity, and what `extract` compares."""
+    checkpoint = Checkpoint(str(directory))
+    check_same_model(checkpoint, identity, store="s")
+    settings = {key: identity[key] for key in ("cameras", "frames", "codec", "dtype")}
+    mine = as_stored(store_identity(checkpoint, InputBuilder(checkpoint), **settings), identity)
+    return differences(mine, identity) == []
+
+
+def of_an_earlier_version(identity):
+    """As stores before 0.2 have it."""
+    kept = ("id", "revision", "config_sha256", "vlm_weights_sha256")
+    return identity | {"model": {key: identity["model"][key] for key in kept}}
+
+
+@pytest.mark.parametrize("stored", [dict, of_an_earlier_version])
+def test_a_model_moved_renamed_or_linked_is_the_same_model(stored, identity, tiny_checkpoint, tmp_path):
+    identity = stored(identity)
+    assert same(shutil.copytree(tiny_checkpoint, tmp_path / "other-disk" / tiny_checkpoint.name), identity)
+    renamed = shutil.copytree(tiny_checkpoint, tmp_path / "snapshots/2026-11-01/weights")
+    assert Checkpoint(str(renamed)).revision is None
+    assert same(renamed, identity)
+    (tmp_path / "link").symlink_to(renamed)
+    assert same(tmp_path / "link", identity)
+
+
+def test_a_model_saved_again_by_transformers_is_the_same_model(identity, tiny_checkpoint, tmp_path):
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "saved again")
+
+    def save_again(config):
+        items = sorted({**config, "torch_dtype": config.pop("dtype"), "transformers_version": "5.99.0"}.items())
+        config.clear()
+        config.update(items[::-1], new_key=1)
+
+    edited(copy, "config.json", save_again)
+    edited(copy, "vlm/config.json", lambda config: config.update(transformers_version="5.99.0", use_cache=False))
+    assert Checkpoint(str(copy)).config.sha256 != identity["model"]["config_sha256"]
+    assert same(copy, identity)
+    with pytest.raises(UsageError, match="config_sha256: expected"):
+        same(copy, of_an_earlier_version(identity))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        ("vlm/config.json", lambda j: j["text_config"].update(rms_norm_eps=1e-5), "vlm.text_config.rms_norm_eps"),
+        (
+            "vlm/config.json",
+            lambda j: j["text_config"].update(rope_theta=5e6),
+            "text_config.rope_parameters.rope_theta",
+        ),
+        ("config.json", lambda j: j["hist_traj_tokenizer_cfg"].update(num_bins=63), "history.bins"),
+        ("config.json", lambda j: j.update(max_pixels=2**17), "max_pixels: expected 131072, found 32768"),
+    ],
+)
+def test_the_value_that_makes_it_another_model_is_named(file, change, named, identity, tiny_checkpoint, tmp_path):
     copy = shutil.copytree(tiny_checkpoint, tmp_path / tiny_checkpoint.name)
-    note = copy / ".cache/huggingface/download/config.json.metadata"
-    note.parent.mkdir(parents=True)
-    note.write_text("def\n")
-    with pytest.raises(UsageError, match='revision: expected "def", found "abc"'):
-        check_same_model(Checkpoint(str(copy)), known, store="s")
+    edited(copy, file, change)
+    with pytest.raises(UsageError, match=rf"another model than .*:\n  settings\.\S*{re.escape(named)}\S* ?.*\nPass"):
+        same(copy, identity)
 
 
-def test_a_changed_config_is_named_and_weights_are_not_compared(identity, tiny_checkpoint, tmp_path):
-    copy = shutil.copytree(tiny_checkpoint, tmp_path / tiny_checkpoint.name)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"new_key": 1}))
-    with pytest.raises(UsageError, match="config_sha256"):
-        check_same_model(Checkpoint(str(copy)), identity, store="s")
-    other = {**identity, "model": {**identity["model"], "vlm_weights_sha256": "0"}}
-    check_same_model(Checkpoint(str(tiny_checkpoint)), other, store="s")
+def test_other_weights_under_the_same_name_are_another_model(identity, tiny_checkpoint, tmp_path):
+    other = make_tiny_checkpoint(tmp_path / tiny_checkpoint.name, seed=1)
+    for stored in (identity, of_an_earlier_version(identity)):
+        with pytest.raises(UsageError, match=r"another model than .*:\n  vlm_weights_sha256: expected .*\nPass"):
+            same(other, stored)
+
+
+def test_names_decide_where_the_weights_of_the_vlm_are_elsewhere(identity, tiny_checkpoint, tmp_path):
+    def without_vlm(name):
+        """What stage two fetches of a hub's checkpoint."""
+        copy = shutil.copytree(tiny_checkpoint, tmp_path / name)
+        index = json.loads((copy / INDEX).read_text())["weight_map"]
+        only = {index[name] for name in index if name.startswith("vlm.")} - {index["expert.norm.weight"]}
+        for shard in only:
+            (copy / shard).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        assert only
+        return copy
+
+    check_same_model(Checkpoint(str(without_vlm(tiny_checkpoint.name))), identity, store="s")
+    with pytest.raises(UsageError, match=f'id: expected "other", found "{tiny_checkpoint.name}"'):
+        check_same_model(Checkpoint(str(without_vlm("other"))), identity, store="s")
+
+
+def test_a_revision_counts_where_both_know_it_and_nothing_else_tells(identity, tiny_checkpoint):
+    one, other = ({"id": "M", "revision": hex, "config_sha256": "0"} for hex in ("a" * 40, "b" * 40))
+    assert model_differences(one, other) == [f'revision: expected "{"a" * 40}", found "{"b" * 40}"']
+    assert model_differences(one, other | {"revision": None}) == []
+
+
+def test_another_tokenizer_is_another_model(identity):
+    found = as_stored(identity, {**identity, "model": {**identity["model"], "id": "X", "tokens_sha256": "0"}})
+    assert found["model"]["id"] == "X"
+    assert found["model"]["tokens_sha256"] == identity["model"]["tokens_sha256"]
+
+
+def test_a_store_of_something_else_is_refused(tiny_checkpoint):
+    with pytest.raises(UsageError, match="store s does not say which model its features are of"):
+        check_same_model(Checkpoint(str(tiny_checkpoint)), {"model": "my-encoder@1.2"}, store="s")
 
 
 def test_provenance_tells_versions_and_nothing_private():

@@ -278,14 +278,22 @@ def test_the_card_names_base_data_steps_losses_and_licence(root, tmp_path):
 
 
 def test_another_base_is_refused(root, tiny_checkpoint_15, tmp_path):
-    with pytest.raises(UsageError, match=r'another base model than .*\n  config_sha256.*\n  id: expected "Tiny-R1"'):
+    with pytest.raises(UsageError, match=r"another base model than .*\n  expert_sha256: .*\n  settings\."):
         export(tiny_checkpoint_15, root / "all", tmp_path / "out")
-    copy = shutil.copytree(root / "Tiny-R1", tmp_path / "Tiny-R1")
+    copy = shutil.copytree(root / "Tiny-R1", tmp_path / "weights")
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"new_key": 1}))
-    with pytest.raises(UsageError, match="config_sha256: expected"):
+    space = config["action_space_cfg"] | {"accel_mean": 0.5}
+    (copy / "config.json").write_text(json.dumps(config | {"action_space_cfg": space}))
+    with pytest.raises(UsageError, match=r":\n  settings\.action_space\.accel_mean: expected .*, found 0\.5\nPass"):
         export(copy, root / "all", tmp_path / "out")
-    assert left_beside(tmp_path / "out") == ["Tiny-R1"]
+    assert left_beside(tmp_path / "out") == ["weights"]
+
+
+def test_the_base_under_another_name_saved_again_is_the_base(root, tmp_path):
+    copy = shutil.copytree(root / "Tiny-R1", tmp_path / "weights")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "5.99.0"}))
+    assert export(copy, root / "all", tmp_path / "out").base == "weights"
 
 
 def test_an_existing_out_is_refused_and_an_empty_one_used(root, tmp_path):
@@ -445,9 +453,9 @@ def test_what_download_tools_left_is_not_copied(root, tmp_path):
     model = shutil.copytree(root / "Tiny-R1", tmp_path / "base/Tiny-R1")
     note = model / ".cache/huggingface/download/config.json.metadata"
     note.parent.mkdir(parents=True)
-    note.write_text("0123abc\netag\n1.0\n")
+    note.write_text("0123abcd" * 5 + "\netag\n1.0\n")
     report = export(model, root / "all", tmp_path / "out")
-    assert report.base_revision == "0123abc"
+    assert report.base_revision == "0123abcd" * 5
     assert not (tmp_path / "out/.cache").exists()
     assert Checkpoint(str(tmp_path / "out")).revision is None
 

@@ -126,9 +126,16 @@ def test_another_model_or_setting_is_refused_with_the_differences(extracted, tin
         alpacache.extract(config(tiny_checkpoint, extracted, frames=4))
     with pytest.raises(IdentityMismatchError) as caught:
         alpacache.extract(config(tiny_checkpoint_15, extracted))
-    for key in ("model.id", "model.config_sha256", "model.vlm_weights_sha256", "prompt.camera_names"):
+    for key in ("model.settings.family", "model.vlm_weights_sha256", "prompt.camera_names"):
         assert f"identity.{key}" in str(caught.value)
+    assert "identity.model.id" not in str(caught.value)  # a name is not what makes it another model
     assert len(CacheReader(extracted)) == 3
+
+
+def test_the_same_model_under_another_name_goes_on(extracted, tiny_checkpoint, tmp_path):
+    copy = shutil.copytree(extracted, tmp_path / "store")
+    renamed = shutil.copytree(tiny_checkpoint, tmp_path / "weights")
+    assert alpacache.extract(config(renamed, copy)).already_there == 3
 
 
 def test_a_bad_clip_is_quarantined_and_the_run_goes_on(tiny_checkpoint, tmp_path, monkeypatch):

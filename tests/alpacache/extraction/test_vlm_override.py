@@ -130,7 +130,8 @@ def test_weights_that_do_not_fit_are_named(tiny_checkpoint, plain_layout, tmp_pa
     checkpoint = Checkpoint(str(tiny_checkpoint), vlm=str(tmp_path))
     with pytest.raises(CheckpointError) as caught:
         load_vlm(checkpoint, dtype=torch.bfloat16)
-    assert f"{tmp_path} does not fit the model's config.json (2 tensors)" in str(caught.value)
+    assert f"{tmp_path} does not fit " in str(caught.value)
+    assert "vlm/config.json (2 tensors)" in str(caught.value)
     assert "missing model.language_model.norm.weight" in str(caught.value)
     assert "misshapen model.language_model.embed_tokens.weight" in str(caught.value)
 
