@@ -24,9 +24,16 @@ from alpacache.errors import UsageError
 
 C = TypeVar("C", bound="Config")
 
-_MOST = 2**31 - 1
+MOST = 2**31 - 1
 """No count comes near; products of those beyond it would leave 64 bits."""
-Count = Annotated[int, Ge(1), Le(_MOST)]
+Count = Annotated[int, Ge(1), Le(MOST)]
+"""Of what costs nothing by being a large number: steps, samples, intervals."""
+BatchSize = Annotated[int, Ge(1), Le(65_536)]
+Repeats = Annotated[int, Ge(1), Le(1024)]
+"""Views, rollouts, paths, noise draws: each multiplies what a sample costs."""
+Rank = Annotated[int, Ge(1), Le(4096)]
+"""Rank of adapters; wider than the expert's layers they would be of no use."""
+Threads = Annotated[int, Ge(1), Le(256)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 Epochs = Annotated[float, Gt(0), Le(1e6)]
 
@@ -42,13 +49,17 @@ class Written:
 
     Raises `UsageError`, or `ValueError` with what was expected.
     """
+    expected: str = ""
+    """What to say to a value of other parts or of another number of them."""
     separator: str = ","
     """Between the parts of a value in one text."""
     repeatable: bool = False
     """Each part is an option of its own on the command line."""
 
 
-def parts(item: Callable[[str], Any], metavar: str, *, separator: str = ",", words: Sequence[str] = ()) -> Written:
+def parts(
+    item: Callable[[str], Any], metavar: str, *, expected: str, separator: str = ",", words: Sequence[str] = ()
+) -> Written:
     """Values in one text with a separator, but for words that mean something as a whole."""
 
     def read(written: Any) -> Any:
@@ -60,16 +71,16 @@ def parts(item: Callable[[str], Any], metavar: str, *, separator: str = ",", wor
         except UsageError:
             raise
         except ValueError:
-            raise ValueError(metavar) from None
+            raise ValueError(expected) from None
 
-    return Written(metavar=metavar, read=read, separator=separator)
+    return Written(metavar=metavar, read=read, expected=expected, separator=separator)
 
 
 def expand_home(written: Any) -> Any:
     """Paths with `~` for the home directory, also behind a source's kind (`folder:~/drives`), and tuples of them."""
     if not isinstance(written, str):
         return tuple(map(expand_home, written))
-    if not written or "\0" in written or (not written.isascii() and re.search("[\ud800-\udfff]", written)):
+    if not written or "\0" in written or not is_unicode(written):
         raise ValueError("a path or name in valid Unicode")
     kind, colon, path = written.partition(":")
     if kind.isalpha() and path.startswith("~"):
@@ -77,9 +88,14 @@ def expand_home(written: Any) -> Any:
     return os.path.expanduser(written)  # noqa: PTH111
 
 
+def is_unicode(text: str) -> bool:
+    """Tell whether a text can be written as UTF-8: bytes of an argument that are not UTF-8 become lone surrogates."""
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
+
+
 Place = Annotated[str, Written(metavar="PATH", read=expand_home)]
 """A directory, an s3:// address or a hub id."""
-Name = Annotated[str, MinLen(1)]
+Name = Annotated[str, MinLen(1)]  # with a bound, pydantic refuses what is no valid Unicode
 
 
 class Config:
@@ -103,7 +119,7 @@ class Config:
             except UsageError:
                 raise
             except ValueError as error:
-                raise UsageError(_sentence(name, given, error)) from None
+                raise UsageError(_sentence(name, given, error, written.expected if written else "")) from None
             object.__setattr__(self, name, value)
         self._check_together()
 
@@ -175,6 +191,8 @@ def _checks(kind: type) -> Mapping[str, tuple[Written | None, Callable[[Any], An
     return {name: (written_as(hints[name]), TypeAdapter(hints[name], config=rules).validate_python) for name in names}
 
 
+_SHOWN = 200
+"""Characters of a refused value that are shown."""
 _WORDS = {
     "greater_than_equal": "at least {ge}",
     "greater_than": "above {gt}",
@@ -187,6 +205,7 @@ _WORDS = {
     "string_type": "text",
     "dict_type": "a table",
     "tuple_type": "a list",
+    "string_unicode": "text in valid Unicode",
     "missing": "more of them",
     "too_short": "at least {min_length} of them",
     "too_long": "{max_length} of them",
@@ -195,15 +214,29 @@ _WORDS = {
 }
 
 
-def _sentence(name: str, value: Any, error: ValueError) -> str:
-    """`NAME is VALUE; expected ...`, from pydantic's error or one that says in its text what was expected."""
+def _sentence(name: str, value: Any, error: ValueError, of_parts: str) -> str:
+    """`NAME is VALUE; expected ...`, from pydantic's error or one that says in its text what was expected.
+
+    `of_parts` is said to a value of too few or too many parts.
+    """
     from pydantic import ValidationError
 
     expected = [str(error)]
     if isinstance(error, ValidationError):
         expected = []
         for problem in error.errors(include_url=False):
-            words = _WORDS.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
+            words = _WORDS.get(problem["type"], problem["msg"]).format(**_plain(problem.get("ctx", {})))
+            if problem["type"] in ("missing", "too_long") and of_parts:
+                words = of_parts
             part = problem["type"] != "missing" and any(isinstance(step, int) for step in problem["loc"])
             expected.append(f"each {words}" if part else words)
-    return f"{name} is {value!r}; expected {' or '.join(dict.fromkeys(expected))}."
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}... ({len(shown)} characters)"
+    return f"{name} is {shown}; expected {' or '.join(dict.fromkeys(expected))}."
+
+
+def _plain(bounds: Mapping[str, Any]) -> dict[str, Any]:
+    """Bounds of a range without the `.0` of whole numbers."""
+    return {
+        key: int(value) if isinstance(value, float) and value == int(value) else value for key, value in bounds.items()
+    }

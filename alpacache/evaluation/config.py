@@ -1,12 +1,13 @@
 """Settings of `eval` and `probe`."""
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
-from alpacache.config import Config, Count, Name, Place, Seed, Written, expand_home, expect, parts
+from alpacache.config import BatchSize, Config, Count, Name, Place, Repeats, Seed, Written, expand_home, expect, parts
 from alpacache.errors import UsageError
 
 BASE = "base"
@@ -16,24 +17,38 @@ TRAINED = "trained"
 
 Pool: TypeAlias = Literal["both", "last", "mean"]
 Layers = Annotated[
-    Literal["last", "all"] | tuple[Annotated[int, Ge(0)], ...], parts(int, "last|all|0,9,...", words=("last", "all"))
+    Literal["last", "all"] | tuple[Annotated[int, Ge(0), Le(1024)], ...],
+    parts(int, "last|all|0,9,...", expected="last, all or layer numbers as in 0,9", words=("last", "all")),
 ]
 
 
 def read_compare(written: Any) -> dict[str, str]:
-    """Label -> run, from `LABEL=RUN` texts or such a table. Raises `UsageError` for a label that is taken."""
+    """Label -> run, from `LABEL=RUN` texts or such a table.
+
+    Raises `UsageError` for a label that is taken, also where it differs from another in case or space alone: readers of
+    a table could not tell them apart.
+    """
     from alpacache.metrics.baselines import BASELINES
 
     texts = (written,) if isinstance(written, str) else written
     pairs = written.items() if isinstance(written, Mapping) else [text.partition("=")[::2] for text in texts]
     runs: dict[str, str] = {}
-    for label, run in pairs:
-        if not (label and run):
-            raise ValueError("LABEL=RUN")
-        if label in {BASE, TRAINED, *BASELINES, *runs}:
-            raise UsageError(f"--compare {label}={run}: the label {label!r} is taken; choose another.")
+    taken = {_spelling(label): label for label in (BASE, TRAINED, *BASELINES)}
+    for written_label, run in pairs:
+        label = written_label.strip()
+        if not (label and run and label.isprintable()):
+            raise ValueError("LABEL=RUN with a label of letters, digits, signs and spaces")
+        if other := taken.get(_spelling(label)):
+            like = "" if other == label else f" by {other!r}"
+            raise UsageError(f"--compare {label}={run}: the label {label!r} is taken{like}; choose another.")
+        taken[_spelling(label)] = label
         runs[label] = expand_home(run)
     return runs
+
+
+def _spelling(label: str) -> str:
+    """A label without what readers overlook."""
+    return "".join(unicodedata.normalize("NFKC", label).casefold().split())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,15 +71,15 @@ class EvalConfig(Config):
     """Use the average of the weights that runs with `--ema` kept."""
     reasoning: Literal["auto", "none"] = "auto"
     """`auto`: each path on a reasoning rollout of its own where the store has them; `none`: on the direct prefix."""
-    paths: Count = 6
+    paths: Repeats = 6
     """Paths sampled a sample."""
-    flow_steps: Count = 10
+    flow_steps: Repeats = 10
     """Euler steps from noise to action."""
     samples: Count | None = None
     """At most this many samples. Default: all."""
     on_damage: Literal["stop", "skip"] = "stop"
     """What a sample that cannot be read does: end the evaluation, or be left out of it for all models and named."""
-    batch_size: Count = 8
+    batch_size: BatchSize = 8
     """Samples at once; changes no result."""
     seed: Seed = 0
     """Seed of the noise, which all models share."""

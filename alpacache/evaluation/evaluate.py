@@ -94,9 +94,10 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
                             xyz, rot = to_paths(expert.action_space, draws, *poses(index)[:2])
                             if not (np.isfinite(xyz).all() and np.isfinite(rot).all()):
                                 raise NonFiniteError(
-                                    f"the model {label!r} predicts paths for {data.sample_id(index)} that are not "
-                                    "finite: its weights or the sample's prefix are broken. Take an earlier "
-                                    "checkpoint, or extract the sample again."
+                                    f"the model {label!r} ({runs[label][0] if label in runs else config.model}) "
+                                    f"predicts paths for {data.sample_id(index)} that are not finite: its weights or "
+                                    "the sample's prefix are broken. Take an earlier checkpoint, or extract the "
+                                    "sample again."
                                 )
                             into[index] = (xyz, rot)
                         done = sum(map(len, predicted.values()))

@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from alpacache.config import Count, Name, Place, Seed, expect, parts
+from annotated_types import Ge, Le
+
+from alpacache.config import MOST, BatchSize, Name, Place, Seed, Threads, expect, parts
 from alpacache.planning.config import StoredConfig
 from alpacache.sources.config import SamplesConfig
+
+_Share = Annotated[int, Ge(0), Le(MOST)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +28,7 @@ class ExtractConfig(StoredConfig, SamplesConfig):
     """Name cameras in the prompt. Default: as the model was trained (1.5 yes, R1 no)."""
     frame_numbers: bool | None = None
     """Number each camera's frames in the prompt. Default: as the model was trained."""
-    shard: Annotated[tuple[int, int], parts(int, "I/N", separator="/")] = (0, 1)
+    shard: Annotated[tuple[_Share, _Share], parts(int, "I/N", expected="I/N, as in 0/4", separator="/")] = (0, 1)
     """This worker's number, from 0, and how many there are. Under torchrun its processes divide this share again."""
     deterministic: bool = False
     """Same bytes on every run on one GPU model, a little slower."""
@@ -32,13 +36,13 @@ class ExtractConfig(StoredConfig, SamplesConfig):
     """Try samples again that failed before."""
     force: bool = False
     """Begin even if the disk has no room for all of it."""
-    batch_size: Count | None = None
+    batch_size: BatchSize | None = None
     """Samples that go through the VLM at a time. Default: on a GPU what has 32 images; 1 on a CPU and where runs are
     deterministic."""
-    workers: Count | None = None
+    workers: Threads | None = None
     """Samples that are read and preprocessed at a time ahead of the VLM, by processes beside a GPU and by threads
     elsewhere. Default: CPU cores less two, 2 to 24, shared by torchrun's processes."""
-    writers: Count = 6
+    writers: Threads = 6
     """Threads that commit samples behind the VLM. Each holds a sample in host memory, beside those that go through the
     VLM at a time, or two at least."""
     device: Name | None = None
@@ -46,6 +50,6 @@ class ExtractConfig(StoredConfig, SamplesConfig):
 
     def _check_together(self) -> None:
         worker, workers = self.shard
-        expect(0 <= worker < workers, "shard", f"{worker}/{workers}", "I/N with 0 <= I < N")
+        expect(0 <= worker < workers, "shard", f"{worker}/{workers}", "I/N with 0 <= I < N, as in 0/4")
         alone = self.batch_size in (None, 1) or not self.deterministic
         expect(alone, "batch_size", self.batch_size, "1, as the run is to be deterministic")

@@ -4,12 +4,15 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from alpacache.config import Config, Count, Epochs, Place, Written, expect, parts
+from annotated_types import Ge, Le
+
+from alpacache.config import BatchSize, Config, Count, Epochs, Name, Place, Rank, Repeats, Written, expect, parts
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.planning.gpus import MEASURED
 from alpacache.sources.config import Cameras, Frames
 
 Trainable = Literal["all", "head", "lora"]
+_Side = Annotated[int, Ge(1), Le(16_384)]
 
 
 def codec_names() -> list[str]:
@@ -58,7 +61,7 @@ MemoryBudget = Annotated[str, Written(metavar="SIZE", read=_checked_budget)]
 class StoredConfig(Config):
     """What a store has of each sample; settings of `plan` and `extract`."""
 
-    views: Count = 1
+    views: Repeats = 1
     """Times each sample is extracted: as it is, then with small seeded changes of its pictures."""
     codec: Codec = "bf16"
     """How KV is stored: lossless (`bf16`) or quantised; `int8` takes half the size."""
@@ -66,7 +69,7 @@ class StoredConfig(Config):
     """`last` stores the hidden states after the last layer, `none` does not."""
     reasoning: Literal["none", "rollout"] = "none"
     """`rollout` stores, beside the direct prompt's KV, that of sampled reasoning texts, for `eval`."""
-    rollouts: Count = 6
+    rollouts: Repeats = 6
     """Reasoning texts a sample, with `rollout`."""
 
     @property
@@ -87,23 +90,25 @@ class PlanConfig(StoredConfig):
     """Cameras by full or short names, such as `front_wide,front_tele`."""
     frames: Frames = 4
     """Images a camera, 0.1 s apart."""
-    picture: Annotated[tuple[Count, Count], parts(int, "HEIGHTxWIDTH", separator="x")] = (1080, 1920)
+    picture: Annotated[
+        tuple[_Side, _Side], parts(int, "HEIGHTxWIDTH", expected="HEIGHTxWIDTH, as in 1080x1920", separator="x")
+    ] = (1080, 1920)
     """Height and width of the recordings."""
-    batch_size: Count = 8
+    batch_size: BatchSize = 8
     """Samples a step."""
-    draws: Count = 1
+    draws: Repeats = 1
     """Noise draws a sample and step."""
     epochs: Epochs = 3.0
     """Passes over the samples."""
     trainable: Trainable = "all"
     """`all`: expert and projections; `head`: projections and final norm; `lora`: head and adapters."""
-    lora_rank: Count = 16
+    lora_rank: Rank = 16
     """Rank of the adapters."""
     memory_budget: MemoryBudget | None = None
     """Size of the card to stay within, such as `24GB`. Default: the GPU's."""
     store: Place | None = None
     """Where the store will be: for free space and, with `probe`, the disk's speed."""
-    gpu: str = MEASURED
+    gpu: Name = MEASURED
     """`h100`, `h200`, `a100`, `l40s`, `a6000`, `5090`, `4090` or `3090`."""
     probe: bool = False
     """Measure this disk, and this GPU if there is one, for up to 30 s, and count CPU cores, instead of assuming."""

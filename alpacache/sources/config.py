@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 from annotated_types import MinLen
 
-from alpacache.config import Config, Count, Place, Seed, parts
+from alpacache.config import Config, Count, Name, Place, Seed, parts
 from alpacache.driving.cameras import FRONT_CAMERA, full_camera_name
 from alpacache.errors import UsageError
 
-Cameras = Annotated[tuple[str, ...], MinLen(1), parts(full_camera_name, "NAME,...")]
+Cameras = Annotated[tuple[str, ...], MinLen(1), parts(full_camera_name, "NAME,...", expected="names of cameras")]
 Frames = Literal[1, 2, 3, 4]
 
 
@@ -27,7 +27,7 @@ class SamplesConfig(Config):
     """Cameras by full or short names, such as `front_wide,front_tele`."""
     frames: Frames = 4
     """Images a camera, 0.1 s apart, the last at t0."""
-    t0: str = "5.1"
+    t0: Name = "5.1"
     """Seconds into the clip, `every:S`, or `events`."""
 
 
@@ -39,7 +39,7 @@ class PrepareConfig(SamplesConfig):
     """Directory for the Hugging Face dataset; must not exist."""
     seed: Seed | None = None
     """Take clips in a random order that this seed settles. Default: the source's order."""
-    quota: str | None = None
+    quota: Name | None = None
     """Samples of each turn in place of `samples`: `straight=200,gentle=100,sharp=100`."""
     size: Literal["original", "processor"] = "original"
     """Pictures as recorded (`original`) or as the model resizes them (`processor`)."""

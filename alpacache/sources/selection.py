@@ -6,6 +6,7 @@ hub with hundreds of thousands of clips.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -191,8 +192,8 @@ def parse_quota(text: str) -> dict[Turn, int]:
     wanted: dict[Turn, int] = {}
     for part in text.split(","):
         turn, _, count = (piece.strip() for piece in part.partition("="))
-        if turn not in TURNS or turn in wanted or not (count.isascii() and count.isdigit() and int(count)):
+        if turn not in TURNS or turn in wanted or not re.fullmatch("0*[1-9][0-9]{0,8}", count):
             form, example = f"TURN=SAMPLES with one of {', '.join(TURNS)}", "straight=200,gentle=100,sharp=100"
-            raise UsageError(f"quota {text!r}: {part.strip()!r} is not {form}, each once; expected such as {example}.")
+            raise UsageError(f"quota: {part.strip()[:80]!r} is not {form}, each once; expected such as {example}.")
         wanted[turn] = int(count)
     return wanted

@@ -6,6 +6,7 @@ All of a clip follows from (seed, index), down to the noise of each frame. Clip 
 the picture size, so give every mix a seed of its own.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +26,8 @@ from alpacache.sources.scene import Camera, Look, draw_look, expose, make_camera
 from alpacache.sources.source import SourceKind
 
 DEFAULT_MIX: Mapping[str, float] = {"straight": 0.4, "early_curve": 0.2, "late_curve": 0.3, "curve_end": 0.1}
+_MOST_CLIPS = 1_000_000
+"""All their ids are kept in memory."""
 _FRONT_FOV_DEG = (55.0, 68.0)
 """Range of the front camera's field of view: narrower than the real one, to show 60 m of road in a small picture."""
 _VIEWS = ((55.0, 1.0), (0.0, 1.0), (-55.0, 1.0), (145.0, 1.0), (180.0, 0.5), (-145.0, 1.0), (0.0, 0.5))
@@ -33,7 +36,7 @@ _VIEWS = ((55.0, 1.0), (0.0, 1.0), (-55.0, 1.0), (145.0, 1.0), (180.0, 0.5), (-1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _World:
-    """What of a clip does not change from frame to frame."""
+    """The parts of a clip that stay the same in every frame."""
 
     drive: Drive
     look: Look
@@ -56,10 +59,13 @@ class SyntheticSource:
     ) -> None:
         """`mix` gives weights to what roads do (`SHAPES`); `size` is a picture's width and height in pixels.
 
-        Raises `UsageError` for a count below 1, an unknown shape, or weights that are negative or all 0.
+        Raises `UsageError` for a count below 1 or above a million, an unknown shape, and weights that are negative or
+        all 0.
         """
-        if count < 1 or seed < 0:
-            raise UsageError(f"synthetic:{count} (seed {seed}): at least one clip and a seed of 0 or more are needed.")
+        if not 1 <= count <= _MOST_CLIPS or seed < 0:
+            raise UsageError(
+                f"synthetic:{count} (seed {seed}): expected 1 to {_MOST_CLIPS:,} clips, a seed of 0 or more."
+            )
         if min(size) < 16 or max(size) > 4096:
             raise UsageError(f"size {size} is out of range; width and height lie between 16 and 4096 pixels.")
         self.name = f"synthetic:{count}" + (f"-seed{seed}" if seed else "")
@@ -170,8 +176,8 @@ def _make_world(seed: int, index: int, mix: tuple[tuple[Shape, float], ...]) -> 
 
 
 def _open(place: str, cameras: Sequence[str] | None) -> SyntheticSource:
-    if not place.isascii() or not place.isdigit():
-        raise UsageError(f"'synthetic:{place}': expected synthetic:N with a number of clips, as in synthetic:200.")
+    if not re.fullmatch("[0-9]{1,20}", place):
+        raise UsageError(f"'synthetic:{place[:40]}': expected synthetic:N with a number of clips, as in synthetic:200.")
     return SyntheticSource(int(place), cameras=cameras or (FRONT_CAMERA,))
 
 

@@ -8,7 +8,23 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from alpacache.config import Config, Count, Epochs, Name, Place, Seed, Written, expand_home, expect, parts
+from alpacache.config import (
+    MOST,
+    BatchSize,
+    Config,
+    Count,
+    Epochs,
+    Name,
+    Place,
+    Rank,
+    Repeats,
+    Seed,
+    Written,
+    expand_home,
+    expect,
+    parts,
+)
+from alpacache.errors import UsageError
 from alpacache.planning.config import MemoryBudget, Trainable, budget_bytes
 
 _LR = {"all": 1e-4, "lora": 5e-4, "head": 1e-3}
@@ -16,7 +32,10 @@ _Beta = Annotated[float, Ge(0), Lt(1)]
 
 
 def _count_or_auto(written: Any) -> Any:
-    return int(written) if isinstance(written, str) and written.isdecimal() else written
+    try:
+        return int(written)
+    except (TypeError, ValueError):
+        return written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +55,9 @@ class TrainConfig(Config):
     """Optimizer steps; exactly one of steps and epochs."""
     epochs: Epochs | None = None
     """Passes over the samples, instead of steps."""
-    batch_size: Count = 8
+    batch_size: BatchSize = 8
     """Samples a step."""
-    draws: Annotated[Count | Literal["auto"], Written(metavar="INTEGER|auto", read=_count_or_auto)] = 1
+    draws: Annotated[Repeats | Literal["auto"], Written(metavar="INTEGER|auto", read=_count_or_auto)] = 1
     """Noise draws a sample and step; they share the sample's prefix. `auto`: as many as a GPU is through with while the
     stores deliver the next batch, measured when a run begins."""
     balance: Literal["none", "curvature"] = "none"
@@ -47,9 +66,9 @@ class TrainConfig(Config):
     """What a damaged sample does: stop the run, or be left out and counted, another one in its place."""
     trainable: Trainable = "all"
     """`all`: expert and projections; `head`: projections and final norm; `lora`: head and adapters."""
-    lora_rank: Count = 16
+    lora_rank: Rank = 16
     """Rank of the adapters."""
-    lora_alpha: Annotated[float, Gt(0)] | None = None
+    lora_alpha: Annotated[float, Gt(0), Le(1e6)] | None = None
     """Adapters are scaled by alpha / rank. Default: twice the rank."""
     optimizer: Literal["auto", "adamw8", "adamw"] = "auto"
     """`adamw8`: 8-bit moments and 24-bit master weights; `adamw`: as the public recipe. `auto` is adamw8 on a GPU."""
@@ -58,9 +77,12 @@ class TrainConfig(Config):
     alone."""
     min_lr: Annotated[float, Ge(0), Le(1)] = 1e-6
     """Learning rate at the end of the cosine."""
-    warmup: Annotated[int, Ge(0)] | None = None
+    warmup: Annotated[int, Ge(0), Le(MOST)] | None = None
     """Steps of linear warm-up before the cosine. Default: 100, or a tenth of the run if that is less."""
-    betas: Annotated[tuple[_Beta, _Beta], parts(float, "NUMBER,NUMBER")] = (0.9, 0.999)
+    betas: Annotated[tuple[_Beta, _Beta], parts(float, "NUMBER,NUMBER", expected="two numbers, as in 0.9,0.999")] = (
+        0.9,
+        0.999,
+    )
     """Decay of AdamW's first and second moment."""
     weight_decay: Annotated[float, Ge(0), Le(1)] = 0.0
     """Decoupled weight decay of AdamW."""
@@ -93,7 +115,7 @@ class TrainConfig(Config):
     """Checkpoints to keep, besides the best."""
     track: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """TensorBoard events in the run directory; `wandb`: Weights & Biases as well."""
-    micro_batch: Count | None = None
+    micro_batch: BatchSize | None = None
     """Samples that go through the expert at a time; fewer take less memory. Default: as many as fit."""
     checkpointing: bool | None = None
     """Compute activations again in the backward instead of keeping them: less memory. Default: if needed."""
@@ -109,8 +131,9 @@ class TrainConfig(Config):
     """`cuda`, `cuda:1` or `cpu`. Default: a GPU if there is one."""
 
     def _check_together(self) -> None:
-        both = (self.steps, self.epochs)
-        expect((self.steps is None) != (self.epochs is None), "steps/epochs", both, "exactly one of the two")
+        if (self.steps is None) == (self.epochs is None):
+            given = "neither is" if self.steps is None else "both are"
+            raise UsageError(f"steps or epochs says how long to train, and {given} given; expected one of the two.")
         expect(self.min_lr <= self.peak_lr, "min_lr", self.min_lr, f"0 to lr ({self.peak_lr})")
         expect(self.patience is None or self.val is not None, "patience", self.patience, "a --val store with it")
         expect(self.best_by == "loss" or self.val is not None, "best_by", self.best_by, "a --val store with it")

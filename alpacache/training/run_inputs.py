@@ -53,6 +53,8 @@ class RunInputs:
         """Steps of the whole run."""
         if world.size > 1:
             self._check_processes_agree(asdict(config))
+        if not steps:  # a run that was begun goes on
+            self._check_enough(config.batch_size, config.epochs)
         self.order, self.unreadable = global_order(
             self.data,
             weighted_stores(config.stores),
@@ -60,6 +62,20 @@ class RunInputs:
             by_curvature=config.balance == "curvature",
             skip_damaged=config.on_damage == "skip",
         )
+
+    def _check_enough(self, batch_size: int, epochs: float | None) -> None:
+        """Raise `UsageError` where a batch is larger than the data, or `epochs` smaller than a batch."""
+        samples = len(self.data)
+        if batch_size > samples:
+            raise UsageError(
+                f"batch_size is {batch_size}; expected at most {samples}, as many as the stores have samples. Pass "
+                "--batch-size, or extract more."
+            )
+        least = math.ceil(1000 * batch_size / samples) / 1000
+        if epochs is not None and epochs < least:
+            raise UsageError(
+                f"epochs is {epochs:g}; expected at least {least:g}, one batch of {batch_size} of {samples} samples."
+            )
 
     def _check_processes_agree(self, settings: Mapping[str, Any]) -> None:
         """Refuse to begin where processes see different things: they would train apart, or wait for each other.

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from alpacache import EvalConfig, ExportConfig, ExtractConfig, PlanConfig, ProbeConfig, TrainConfig
@@ -48,6 +49,7 @@ def test_toml_there_and_back(kind, tmp_path):
 PATHS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(
     lambda text: "=" not in text and expand_home(text) == text
 )
+LABELS = st.text().filter(str.isprintable)
 NUMBERS = st.floats(1e-300, 1e6)
 
 
@@ -61,16 +63,16 @@ NUMBERS = st.floats(1e-300, 1e6)
     draws=st.just("auto") | st.integers(1, 100),
     betas=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
 )
-@example("r_😀", "\x7f", ["a\x7f\t\n\"'\\"], 1.0, 1e16, 0, 1, (0.0, 5e-324))
+@example("r_😀", "\x7f", ["a\x7f\t\n\"'\\"], 1e16, 1.0, 0, 1, (0.0, 5e-324))
 def test_any_training_is_read_back(tmp_path_factory, out, val, stores, weight, clip, seed, draws, betas):
     settings = {"val": val, "clip": clip, "seed": seed, "draws": draws, "betas": betas}
     config = TrainConfig(stores=(*stores, f"x={weight}"), model="m", out=out, epochs=1, **settings)
     assert read_back(config, tmp_path_factory.getbasetemp() / "any.toml") == config
 
 
-@given(compare=st.dictionaries(PATHS, PATHS), layers=st.lists(st.integers(0, 99), min_size=1))
-def test_any_table_and_list_is_read_back(tmp_path_factory, compare, layers):
-    assume(not compare.keys() & {"base", "trained"})
+@given(runs=st.lists(st.tuples(LABELS, PATHS)), layers=st.lists(st.integers(0, 99), min_size=1))
+def test_any_table_and_list_is_read_back(tmp_path_factory, runs, layers):
+    compare = {f"{number}.{label}": run for number, (label, run) in enumerate(runs)}
     for config in (EvalConfig(**EVAL, compare=compare), ProbeConfig(store="s", layers=layers)):
         assert read_back(config, tmp_path_factory.getbasetemp() / "table.toml") == config
 
@@ -113,23 +115,35 @@ def test_dashes_are_underscores_and_unknown_keys_are_errors(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (TrainConfig, {"steps": 3}, "exactly one of the two"),
+        (
+            TrainConfig,
+            {"steps": 3},
+            "steps or epochs says how long to train, and both are given; expected one of the two.",
+        ),
         (TrainConfig, {"batch_size": 0}, "batch_size is 0; expected at least 1."),
-        (TrainConfig, {"batch_size": 2**31}, "batch_size is 2147483648; expected at most 2147483647."),
+        (TrainConfig, {"batch_size": 2**31}, "batch_size is 2147483648; expected at most 65536."),
+        (TrainConfig, {"epochs": None}, "how long to train, and neither is given; expected one of the two."),
+        (TrainConfig, {"draws": "1" * 5000}, "(5002 characters); expected a whole number or 'auto'."),
+        (TrainConfig, {"draws": 2000}, "draws is 2000; expected at most 1024 or 'auto'."),
+        (ExtractConfig, {"writers": 2**31 - 1}, "writers is 2147483647; expected at most 256."),
+        (ExtractConfig, {"workers": 2**31 - 1}, "workers is 2147483647; expected at most 256."),
+        (PlanConfig, {"views": 2**31 - 1}, "views is 2147483647; expected at most 1024."),
+        (PlanConfig, {"rollouts": 2**31 - 1}, "rollouts is 2147483647; expected at most 1024."),
+        (PlanConfig, {"picture": "1080"}, "picture is '1080'; expected HEIGHTxWIDTH, as in 1080x1920."),
         (TrainConfig, {"micro_batch": 0}, "micro_batch is 0; expected at least 1."),
         (TrainConfig, {"patience": 0}, "patience is 0; expected at least 1."),
-        (TrainConfig, {"betas": (1.0, 2.0)}, "betas is (1.0, 2.0); expected each below 1.0."),
-        (TrainConfig, {"betas": (-0.1, 0.9)}, "betas is (-0.1, 0.9); expected each at least 0.0."),
-        (TrainConfig, {"betas": (0.9,)}, "betas is (0.9,); expected more of them."),
-        (TrainConfig, {"betas": (0.9, 0.9, 0.9)}, "betas is (0.9, 0.9, 0.9); expected 2 of them."),
-        (TrainConfig, {"weight_decay": -1.0}, "weight_decay is -1.0; expected at least 0.0."),
+        (TrainConfig, {"betas": (1.0, 2.0)}, "betas is (1.0, 2.0); expected each below 1."),
+        (TrainConfig, {"betas": (-0.1, 0.9)}, "betas is (-0.1, 0.9); expected each at least 0."),
+        (TrainConfig, {"betas": (0.9,)}, "betas is (0.9,); expected two numbers, as in 0.9,0.999."),
+        (TrainConfig, {"betas": (0.9, 0.9, 0.9)}, "betas is (0.9, 0.9, 0.9); expected two numbers, as in 0.9,0.999."),
+        (TrainConfig, {"weight_decay": -1.0}, "weight_decay is -1.0; expected at least 0."),
         (TrainConfig, {"epochs": math.inf}, "epochs is inf; expected a finite number."),
-        (TrainConfig, {"epochs": 1e300}, "epochs is 1e+300; expected at most 1000000.0."),
+        (TrainConfig, {"epochs": 1e300}, "epochs is 1e+300; expected at most 1000000."),
         (TrainConfig, {"lr": math.nan}, "lr is nan; expected a finite number."),
         (TrainConfig, {"lr": True}, "lr is True; expected a number."),
-        (TrainConfig, {"lr": -1.0}, "lr is -1.0; expected at least 0.0."),
+        (TrainConfig, {"lr": -1.0}, "lr is -1.0; expected at least 0."),
         (TrainConfig, {"min_lr": 1.0}, "min_lr is 1.0; expected 0 to lr (0.0001)."),
-        (TrainConfig, {"ema": 1.0}, "ema is 1.0; expected below 1.0."),
+        (TrainConfig, {"ema": 1.0}, "ema is 1.0; expected below 1."),
         (TrainConfig, {"seed": -1}, "seed is -1; expected at least 0."),
         (TrainConfig, {"memory_budget": "inf"}, "memory_budget is 'inf'; expected a size such as 24GB."),
         (TrainConfig, {"memory_budget": "nan"}, "memory_budget is 'nan'; expected a size such as 24GB."),
@@ -152,9 +166,9 @@ def test_dashes_are_underscores_and_unknown_keys_are_errors(tmp_path):
         (TrainConfig, {"device": ""}, "device is ''; expected text."),
         (TrainConfig, {"val": None, "patience": 3}, "patience is 3; expected a --val store with it."),
         (ExtractConfig, {"frames": 5}, "frames is 5; expected 1, 2, 3 or 4."),
-        (ExtractConfig, {"shard": (2, 2)}, "shard is 2/2; expected I/N with 0 <= I < N."),
-        (ExtractConfig, {"shard": "2"}, "shard is '2'; expected more of them."),
-        (ExtractConfig, {"shard": "a/b"}, "shard is 'a/b'; expected I/N."),
+        (ExtractConfig, {"shard": (2, 2)}, "shard is 2/2; expected I/N with 0 <= I < N, as in 0/4."),
+        (ExtractConfig, {"shard": "2"}, "shard is '2'; expected I/N, as in 0/4."),
+        (ExtractConfig, {"shard": "a/b"}, "shard is 'a/b'; expected I/N, as in 0/4."),
         (ExtractConfig, {"codec": "int3"}, "codec is 'int3'; expected bf16 or fp8 or int8 or int5 or int4."),
         (ExtractConfig, {"seed": -1}, "seed is -1; expected at least 0."),
         (ExtractConfig, {"cameras": ()}, "cameras is (); expected at least 1 of them."),
@@ -163,10 +177,14 @@ def test_dashes_are_underscores_and_unknown_keys_are_errors(tmp_path):
         (EvalConfig, {"paths": 0}, "paths is 0; expected at least 1."),
         (EvalConfig, {"seed": -1}, "seed is -1; expected at least 0."),
         (EvalConfig, {"compare": {"a": 1}}, "compare is {'a': 1}; expected text."),
-        (EvalConfig, {"compare": "a"}, "compare is 'a'; expected LABEL=RUN."),
-        (EvalConfig, {"compare": {"a": ""}}, "compare is {'a': ''}; expected LABEL=RUN."),
+        (
+            EvalConfig,
+            {"compare": "a"},
+            "compare is 'a'; expected LABEL=RUN with a label of letters, digits, signs and spaces.",
+        ),
+        (EvalConfig, {"compare": {"a": ""}}, "compare is {'a': ''}; expected LABEL=RUN with"),
         (ProbeConfig, {"layers": ()}, "layers is empty; expected last, all or layer numbers counted from 0."),
-        (ProbeConfig, {"layers": "first"}, "layers is 'first'; expected last|all|0,9,...."),
+        (ProbeConfig, {"layers": "first"}, "layers is 'first'; expected last, all or layer numbers as in 0,9."),
         (ProbeConfig, {"layers": "0,-1"}, "layers is '0,-1'; expected 'last' or 'all' or each at least 0."),
         (PlanConfig, {"epochs": math.inf}, "epochs is inf; expected a finite number."),
         (PlanConfig, {"picture": (0, 10)}, "picture is (0, 10); expected each at least 1."),
@@ -195,19 +213,29 @@ def numbers_of(hint):
 
 
 @pytest.mark.parametrize("kind", LEAST, ids=lambda kind: kind.__name__)
-def test_every_number_has_a_lower_bound_which_holds(kind):
+def test_every_number_has_bounds_which_hold(kind):
     numbers = 0
     for name, hint in get_type_hints(kind, include_extras=True).items():
         for number, bounds in numbers_of(hint):
-            if name == "shard":
-                continue  # its bound is I < N
             numbers += 1
             assert any(isinstance(bound, Ge | Gt) for bound in bounds), f"{kind.__name__}.{name} has no least value"
+            assert any(isinstance(bound, Le | Lt) for bound in bounds), f"{kind.__name__}.{name} has no greatest value"
             if get_origin(hint) is not Union and len(list(numbers_of(hint))) == 1:
                 for bad in (-1, math.nan, math.inf, True) if number is float else (-1, 1.5, 10**400, True):
                     with pytest.raises(UsageError, match=f"^{name} is "):
                         kind(**LEAST[kind] | {name: bad})
     assert numbers or kind in (ExportConfig,)
+
+
+@pytest.mark.parametrize("kind", LEAST, ids=lambda kind: kind.__name__)
+def test_no_text_but_valid_unicode_reaches_a_file(kind):
+    """Arguments that are no UTF-8 become lone surrogates, which no TOML and no JSON can hold."""
+    for field in dataclasses.fields(kind):
+        with pytest.raises(UsageError) as refused:
+            kind(**LEAST[kind] | {field.name: "\ud800"})
+        assert not re.search("parse|Input|sys\\.|pydantic", str(refused.value)), field.name
+    with pytest.raises(UsageError, match="LABEL=RUN"):
+        EvalConfig(**EVAL, compare={"\ud800": "run"})
 
 
 def test_what_people_write_is_read_as_values(monkeypatch):
@@ -234,6 +262,25 @@ def test_labels_of_tables_are_taken(label):
 def test_a_label_is_given_once():
     with pytest.raises(UsageError, match="compare a=two: the label 'a' is taken"):
         EvalConfig(**EVAL, compare=("a=one", "a=two"))
+
+
+@pytest.mark.parametrize(
+    ("label", "other"),
+    [("base ", "base"), ("Base", "base"), ("con  stant velocity", "constant velocity"), ("MY run", "My Run")],
+)
+def test_labels_that_look_alike_are_refused(label, other):
+    with pytest.raises(UsageError, match=f"is taken.*{other}|{other}.*is taken"):
+        EvalConfig(**EVAL, compare={"My Run": "one", label: "two"})
+
+
+@pytest.mark.parametrize("label", [" ", "a\nb", "\x1b[2Jbase", "a\u202eb", "a\u200bb"])
+def test_labels_that_do_not_show_are_refused(label):
+    with pytest.raises(UsageError, match="expected LABEL=RUN with a label of letters"):
+        EvalConfig(**EVAL, compare={label: "run"})
+
+
+def test_labels_have_no_space_around_them():
+    assert EvalConfig(**EVAL, compare={" mine ": "run"}).compare == {"mine": "run"}
 
 
 def test_configs_cannot_change_and_take_no_other_names():

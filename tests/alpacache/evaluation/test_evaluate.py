@@ -10,7 +10,7 @@ import torch
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.errors import UsageError
+from alpacache.errors import NonFiniteError, UsageError
 from alpacache.evaluation.config import EvalConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.inference.prediction import predict_actions, to_paths
@@ -136,6 +136,16 @@ def test_a_label_that_is_taken_is_refused_before_anything_is_read(label, tmp_pat
     with pytest.raises(UsageError, match=f"^--compare {label}=runs/x: the label '{label}' is taken; choose another"):
         alpacache.evaluate(config(tmp_path, tmp_path / "no model", tmp_path / "out", compare={label: "runs/x"}))
     assert not (tmp_path / "out").exists()
+
+
+def test_paths_that_are_not_finite_name_the_run(trained, tiny_checkpoint, tmp_path, monkeypatch):
+    def diverged(expert, state, *, where):
+        with torch.no_grad():
+            expert.action_out_proj.weight.fill_(1e38)
+
+    monkeypatch.setattr("alpacache.evaluation.evaluate.apply_checkpoint", diverged)
+    with pytest.raises(NonFiniteError, match=rf"'trained' \({trained}/run/checkpoints/step-\d+\) predicts paths"):
+        alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, checkpoint=str(trained / "run"), samples=1))
 
 
 def test_every_run_is_opened_before_the_first_path_is_sampled(trained, tiny_checkpoint, tmp_path, monkeypatch):

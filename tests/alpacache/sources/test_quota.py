@@ -82,7 +82,8 @@ def test_a_moment_that_cannot_be_judged_is_left_out_with_its_reason(monkeypatch)
 
 def test_text_and_its_mistakes():
     assert parse_quota("straight=200, sharp=10") == {"straight": 200, "sharp": 10}
-    for text in ("", "sharp", "sharp=0", "sharp=-1", "sharp=x", "left=3", "sharp=1,sharp=2", "sharp=1,"):
+    counts = ("", "=0", "=-1", "=x", "=²", f"={10**20}", "=1,sharp=2", "=1,")
+    for text in ("", "left=3", *(f"sharp{count}" for count in counts)):
         with pytest.raises(UsageError, match="expected such as straight=200,gentle=100,sharp=100"):
             parse_quota(text)
 

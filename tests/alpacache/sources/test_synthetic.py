@@ -165,12 +165,16 @@ def test_events_are_curve_starts():
 def test_bad_arguments():
     for arguments in (
         {"count": 0},
+        {"count": 1_000_001},
         {"count": 1, "seed": -1},
         {"count": 1, "mix": {"hill": 1}},
         {"count": 1, "mix": {}},
     ):
         with pytest.raises(UsageError):
             SyntheticSource(**arguments)
+    for number in ("99999999999999999999", "9" * 5000, "²", "-1", "1.5", ""):
+        with pytest.raises(UsageError, match=r"^'?synthetic:.{0,300}expected"):
+            open_source(f"synthetic:{number}")
     with pytest.raises(UsageError, match="16 and 4096"):
         SyntheticSource(1, size=(1_000_000, 1_000_000))
     with pytest.raises(BadClipError, match="not one of the 1 clips"):

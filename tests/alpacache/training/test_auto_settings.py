@@ -38,6 +38,15 @@ def store(tiny_checkpoint, tmp_path_factory):
     return path
 
 
+def test_a_batch_beyond_the_data_is_refused_before_anything_is_made(tiny_checkpoint, store, tmp_path):
+    common = {"stores": (str(store),), "model": str(tiny_checkpoint), "out": str(tmp_path / "run"), "device": "cpu"}
+    with pytest.raises(UsageError, match="batch_size is 65536; expected at most 4, as many as the stores have samples"):
+        alpacache.train(TrainConfig(**common, steps=1, batch_size=65536))
+    with pytest.raises(UsageError, match=r"epochs is 1e-09; expected at least 0\.75, one batch of 3 of 4 samples"):
+        alpacache.train(TrainConfig(**common, epochs=1e-9, batch_size=3))
+    assert not list(tmp_path.iterdir())
+
+
 class Stores:
     """A dataset of ids and identities alone."""
 
@@ -113,7 +122,7 @@ def test_stores_may_move_and_a_revision_may_be_forgotten():
 )
 def test_processes_that_see_different_things_refuse(tiny_checkpoint, store, tmp_path, theirs, message):
     out = tmp_path / "run"
-    config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out=str(out), steps=3)
+    config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out=str(out), steps=3, batch_size=4)
     world = Beside(rank=0, size=2, device=CPU)
     assert run_inputs.RunInputs(config, world).total == 3
     with pytest.raises(UsageError, match=f"2 processes of .* do not see the same:\n  {message}\nNothing was changed"):

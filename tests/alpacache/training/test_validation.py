@@ -1,5 +1,6 @@
 """Validation reads through a ring and finds what samples loaded one by one have; it keeps none of them."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +85,16 @@ def test_processes_share_the_samples(tiny_checkpoint, store, expert):
     assert [len(part.get("val_loss", ())) for part in parts] == [1, 1, 0]
     alone = validation.run(expert, World(rank=0, size=1, device=expert.device))
     assert shared["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)  # batches of one
+
+
+def test_a_path_that_is_not_finite_has_no_min_ade(tiny_checkpoint, store):
+    """The loss of diverged weights may still be finite: `--best-by min_ade` then has no new best, and no error."""
+    diverged = load_expert(str(tiny_checkpoint), dtype=torch.float32)
+    with torch.no_grad():
+        diverged.action_out_proj.weight.fill_(1e38)
+    data = CachedDataset([store], Checkpoint(str(tiny_checkpoint)))
+    validation = Validation(data, 2, times="beta", causal=False, with_min_ade=True)
+    assert math.isnan(validation.run(diverged, World(rank=0, size=1, device=diverged.device))["val_min_ade"])
 
 
 def test_all_processes_end_where_one_is_to_stop(tiny_checkpoint, store, expert):
