@@ -12,13 +12,14 @@ from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import rollout_identity
 from alpacache.errors import UsageError
+from alpacache.sources.video import ffmpeg_versions
 from cache_store import CODECS, KVCodec, codec_from_json, differences
 
 BF16 = "bf16"
 """Name of the lossless codec: KV as the VLM computed it."""
 _LATER = ("settings", "tokens_sha256")
 """Of the model's part; stores of earlier versions lack them."""
-_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers")
+_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers", "av", "pillow")
 
 
 def model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def provenance(*, source: str, device: str) -> dict[str, Any]:
         "device": device,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "libraries": {"alpacache": __version__} | {name: version(name) for name in _LIBRARIES},
+        "libraries": {"alpacache": __version__} | {name: version(name) for name in _LIBRARIES} | ffmpeg_versions(),
     }
 
 

@@ -3,7 +3,7 @@
     DIR/dataset.json                        {"name": ..., "cameras": [...], "clips": [...]}
     DIR/clips/CLIP/egomotion.parquet        timestamp (us), x y z qx qy qz qw: vehicle to world
     DIR/clips/CLIP/CAMERA.timestamps.parquet  timestamp (us), one row a frame
-    DIR/clips/CLIP/CAMERA.mp4  or  CAMERA/000000.jpg, 000001.jpg, ...
+    DIR/clips/CLIP/CAMERA.mp4  or  CAMERA/000000.jpg, 000001.jpg, ...   (see `camera_files`)
     DIR/clips/CLIP/calibration.json         optional, {CAMERA: {...}}
 
 The folder may come from a stranger: names are single path components, links must stay inside, sizes are bounded before
@@ -23,6 +23,8 @@ from alpacache.driving.poses import Track, check_track, frame_indices, history_a
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, SourceError
 from alpacache.regular_file import read_regular, regular_size
+from alpacache.sources.camera_files import find_film, find_pictures, picture_format
+from alpacache.sources.image import read_image, stack
 from alpacache.sources.recording import (
     POSE_COLUMNS,
     Shot,
@@ -34,7 +36,7 @@ from alpacache.sources.recording import (
 )
 from alpacache.sources.source import SourceKind
 from alpacache.sources.table import read_columns
-from alpacache.sources.video import read_image, read_mp4, stack
+from alpacache.sources.video import read_film
 
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_CALIBRATION_BYTES = 2**20
@@ -97,21 +99,19 @@ class FolderSource:
         clip, where = self._clip(clip_id), f"{clip_id}: {camera}"
         stamps = self.frame_times_us(clip_id, camera)
         chosen = frame_indices(stamps, times_us, where=where)
-        movie, pictures = clip / f"{camera}.mp4", clip / camera
-        if movie.exists():
-            _regular(movie, self._root, where=where)
-            images = read_mp4(movie, chosen.tolist(), count=len(stamps), where=where)
+        folder = _inside(clip / camera, self._root, where=where)
+        film = find_film(clip, camera, where=where)
+        if film is not None:
+            _regular(film, self._root, where=where)
+            images = read_film(film, chosen.tolist(), stamps, name=film.name, where=where)
         else:
-            if not _inside(pictures, self._root, where=where).is_dir():
-                raise BadClipError("missing_camera", f"{where}: neither {movie.name} nor a folder {camera}/ exists.")
-            count = sum(1 for entry in pictures.iterdir() if entry.suffix == ".jpg")
-            if count != len(stamps):
-                raise BadClipError("wrong_shape", f"{where}: {count} images, but {len(stamps)} timestamps.")
+            pictures = find_pictures(folder, len(stamps), where=where)
             files = [
-                _regular(pictures / f"{index:06d}.jpg", self._root, where=where, limit_bytes=MAX_PICTURE_BYTES)
-                for index in chosen
+                _regular(pictures[index], self._root, where=where, limit_bytes=MAX_PICTURE_BYTES)
+                for index in chosen.tolist()
             ]
-            images = stack([read_image(file, "JPEG", where=f"{where}: {file.name}") for file in files], where=where)
+            read = [read_image(file, picture_format(file), where=f"{where}: {file.name}") for file in files]
+            images = stack(read, where=where)
         return images, stamps[chosen]
 
     def _read_columns(self, file: Path, names: Sequence[str], *, where: str) -> dict[str, NDArray[Any]]:

@@ -1,8 +1,10 @@
 """`pai:DIR` and `pai`: PhysicalAI-AV, read by its own devkit (`physical_ai_av`), from disk or from the hub.
 
-The devkit's classes are used as they are, so frames, poses and cameras mean what they mean to the public loader. It
-knows only the hub and the hub's cache: a local tree gets a cache directory made of links (see `pai_cache`), and of the
-hub only the chunks that samples are loaded from are downloaded (see `pai_chunks`).
+The devkit's classes are used as they are, so poses and cameras mean what they mean to the public loader. It knows only
+the hub and the hub's cache: a local tree gets a cache directory made of links (see `pai_cache`), and of the hub only
+the chunks that samples are loaded from are downloaded (see `pai_chunks`). Films alone are read as every source's are
+(see `video`): the devkit's reader takes their rate for constant and counts no frames, so a lost one would move all
+later ones. Of films that it reads rightly the frames are the same.
 This module adds what a run over many clips needs: which clips are there, and a reason for each that cannot be used.
 """
 
@@ -11,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from alpacache.sources.pai_chunks import ChunkCache, cache_directory, limit_byte
 from alpacache.sources.recording import POSE_COLUMNS, Shot, covered_us, sample_of, track_of, wanted_frame_times_us
 from alpacache.sources.retry import connection_errors, first_line, with_retry
 from alpacache.sources.source import SourceKind
-from alpacache.sources.video import WantedFrames, check_stream
+from alpacache.sources.video import read_film
 
 EGOMOTION = "egomotion"
 EVENTS_FILE = "reasoning/ood_reasoning.parquet"
@@ -158,17 +161,10 @@ class PhysicalAiSource:
     def _read_camera(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> Shot:
         where = f"{clip_id}: {camera}"
         with self._reading(clip_id, camera, missing="missing_camera", damaged="undecodable_video"):
-            frames = set(frame_indices(self._read_stamps(clip_id, camera), times_us, where=where).tolist())
-            reader = self._feature(clip_id, camera)
-            try:
-                check_stream(reader.stream, where=where)
-                reader.container = WantedFrames(
-                    reader.container, reader.stream, lambda pts: round(pts / reader.pts_per_frame) in frames
-                )
-                images, taken = reader.decode_images_from_timestamps(times_us)
-            finally:
-                reader.close()
-        return images.transpose(0, 3, 1, 2), np.asarray(taken, dtype=np.int64)
+            stamps = self._read_stamps(clip_id, camera)
+            chosen = frame_indices(stamps, times_us, where=where)
+            film = self._read_member(clip_id, camera, "video", lambda opened: BytesIO(opened.read()))
+            return read_film(film, chosen.tolist(), stamps, name="the film", where=where), stamps[chosen]
 
     def _read_stamps(self, clip_id: str, camera: str, *, fetch: bool = True) -> NDArray[np.int64]:
         if not self._has(clip_id, camera):
@@ -181,12 +177,20 @@ class PhysicalAiSource:
         return self._at_hand(self._file(clip_id, feature), lambda stream: read(maybe_stream=stream))
 
     def _read_table(self, clip_id: str, feature: str, member: str, *, fetch: bool = True) -> Any:
-        """Read one parquet member of a chunk's archive; refuses one that unpacks to gigabytes.
+        """Read one parquet member of a chunk's archive."""
+        import pandas as pd
+
+        missing = "missing_poses" if feature == EGOMOTION else "missing_camera"
+        with self._reading(clip_id, feature, missing=missing):
+            return self._read_member(clip_id, feature, member, pd.read_parquet, fetch=fetch)
+
+    def _read_member(
+        self, clip_id: str, feature: str, member: str, parse: Callable[[Any], Any], *, fetch: bool = True
+    ) -> Any:
+        """What `parse` makes of one opened member of a chunk's archive; refuses one that unpacks to gigabytes.
 
         Without `fetch` the chunk is not downloaded for it: the needed part of the archive is streamed.
         """
-        import pandas as pd
-
         file, names = self._file(clip_id, feature), self._interface.features.get_clip_files_in_zip(clip_id, feature)
 
         def read(stream: bool) -> Any:
@@ -195,12 +199,10 @@ class PhysicalAiSource:
                     if name in archive.namelist() and archive.getinfo(name).file_size > MAX_MEMBER_BYTES:
                         reason = f"{name} unpacks to more than {MAX_MEMBER_BYTES:,} B."
                         raise BadClipError("unsafe_size", f"{clip_id}: {reason}")
-                with archive.open(names[member]) as table:
-                    return pd.read_parquet(table)
+                with archive.open(names[member]) as entry:
+                    return parse(entry)
 
-        missing = "missing_poses" if feature == EGOMOTION else "missing_camera"
-        with self._reading(clip_id, feature, missing=missing):
-            return self._at_hand(file, read, fetch=fetch)
+        return self._at_hand(file, read, fetch=fetch)
 
     def _at_hand(self, file: str, read: Callable[[bool], Any], *, fetch: bool = True) -> Any:
         """Call `read(stream)` while the archive is held on disk, or streaming it, and again while the hub fails."""

@@ -15,11 +15,12 @@ from alpacache import __version__
 from alpacache.driving.sample import FUTURE_S, split_of
 from alpacache.driving.strata import STRATA, Strata, classify
 from alpacache.sources.prepared_rows import POSES, poses_of
+from alpacache.sources.video import ffmpeg_versions
 
 PROVENANCE = "provenance.json"
 CURVATURE_EDGES_PER_M = (0.001, 0.003, 0.01, 0.03, 0.1)
 """Bounds of the histogram's bands of mean curvature: radii of 1000, 333, 100, 33 and 10 m."""
-_LIBRARIES = ("datasets", "numpy", "pillow", "torch")
+_LIBRARIES = ("av", "datasets", "numpy", "pillow", "torch")
 LEAST_DRIVEN_M = 5.0
 """A path that is shorter than this in 6.4 s counts as standing: its curvature means nothing."""
 _BAR = 40
@@ -63,7 +64,7 @@ def provenance(
         "curvature": histogram([mean_curvature(one) for one in strata]),
         "recorded_sizes": [list(size) for size in sorted(set(map(tuple, rows["recorded_size"])))],
         "pixel_deviation": {"max": float(largest.max()), "mean": float(mean.mean())},
-        "libraries": {"alpacache": __version__} | {name: version(name) for name in _LIBRARIES},
+        "libraries": {"alpacache": __version__} | {name: version(name) for name in _LIBRARIES} | ffmpeg_versions(),
     }
 
 

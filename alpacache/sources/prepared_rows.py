@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from alpacache.driving.poses import EgoPoses
 from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, Sample, SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
-from alpacache.sources.video import read_image, stack
+from alpacache.sources.image import read_image, stack
 
 POSES = {
     "history_xyz": (HISTORY_STEPS, 3),

@@ -20,6 +20,7 @@ from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 from benchmarks.pai_tree import write_tree
 
+av = pytest.importorskip("av")
 physical_ai_av = pytest.importorskip("physical_ai_av")
 
 FRONT, LEFT = "camera_front_wide_120fov", "camera_cross_left_120fov"
@@ -72,6 +73,59 @@ def test_values_are_those_of_the_devkit(pristine_tree, t0):
         np.testing.assert_allclose(rot, (undo * pose.rotation).as_matrix(), atol=1e-6)
         assert xyz.dtype == rot.dtype == np.float32
     cache.close()
+
+
+def remuxed(film, *, lost=False, timescale=None):
+    """The film with another unit of time, or without the frame before the second key frame: no other needs it."""
+    out, options = io.BytesIO(), {"video_track_timescale": str(timescale)} if timescale else {}
+    with av.open(io.BytesIO(film)) as source, av.open(out, "w", format="mp4", options=options) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        if lost:
+            del packets[next(number for number, packet in enumerate(packets) if number and packet.is_keyframe) - 1]
+        for packet in packets:
+            packet.stream = stream
+            target.mux(packet)
+    return out.getvalue()
+
+
+def rewrite_film(tree, change):
+    archive = tree / f"camera/{FRONT}/{FRONT}.chunk_0000.zip"
+    rewrite(archive, lambda name, data: change(data) if name == f"{CLIPS[0]}.{FRONT}.mp4" else data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda film: remuxed(film, timescale=1000),
+        lambda film: remuxed(film, timescale=90_000),
+        lambda film: film.replace(b"VideoHandler", b"\xff\xfeVideoHandl"[:12]),
+    ],
+    ids=["milliseconds", "90 kHz", "names in another encoding"],
+)
+def test_frames_are_the_same_however_the_film_was_muxed(pristine_tree, tree, change):
+    """The devkit's own reader is off by a frame where the interval of frames is not a whole number of units."""
+    rewrite_film(tree, change)
+    for t0 in (2_000_000, T0):
+        np.testing.assert_array_equal(load(open_tree(tree), t0=t0).frames, load(open_tree(pristine_tree), t0=t0).frames)
+
+
+def test_a_frame_that_film_and_times_both_lack_moves_no_other(pristine_tree, tree):
+    with zipfile.ZipFile(tree / f"camera/{FRONT}/{FRONT}.chunk_0000.zip") as archive:
+        film = archive.read(f"{CLIPS[0]}.{FRONT}.mp4")
+    with av.open(io.BytesIO(film)) as before, av.open(io.BytesIO(remuxed(film, lost=True))) as after:
+        old, new = ([packet.pts for packet in opened.demux(video=0) if packet.size] for opened in (before, after))
+    lost = sorted(old).index((set(old) - set(new)).pop())
+
+    def change(name, data):
+        if not name.startswith(CLIPS[0]):
+            return data
+        return (
+            remuxed(data, lost=True) if name.endswith("mp4") else edit_table(data, lambda table: table.drop(index=lost))
+        )
+
+    rewrite(tree / f"camera/{FRONT}/{FRONT}.chunk_0000.zip", change)
+    np.testing.assert_array_equal(load(open_tree(tree)).frames, load(open_tree(pristine_tree)).frames)
 
 
 def test_the_tree_shows_the_drives_it_was_made_of(pristine_tree):
@@ -255,8 +309,8 @@ def break_tree(tree, how):
             return None if how == "no member" else data
         if how == "codec":
             return b"zzzz".join(data.rsplit(b"avc1", 1))
-        if how == "handler":
-            return data.replace(b"VideoHandler", b"\xff\xfeVideoHand")
+        if how == "lost frame":
+            return remuxed(data, lost=True)
         return {"truncated": data[: len(data) // 2], "garbage": b"garbage" * 99, "empty": b""}[how]
 
     if how in tables:
@@ -285,7 +339,7 @@ def break_tree(tree, how):
         ("garbage", "undecodable_video", "cannot be decoded"),
         ("empty", "undecodable_video", "cannot be decoded"),
         ("codec", "undecodable_video", "its codec is unknown to FFmpeg"),
-        ("handler", "undecodable_video", "cannot be decoded by the devkit .*utf-8"),
+        ("lost frame", "undecodable_video", "holds 119 frames, its timestamps name 120"),
         ("nan", "not_finite", "1 of 245 poses hold NaN"),
         ("pose order", "time_order", "in row 50"),
         ("frame order", "time_order", "in row 20"),

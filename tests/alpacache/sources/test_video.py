@@ -1,10 +1,12 @@
-"""Chosen frames of a video are those of decoding all of it, whatever lies between them."""
+"""Chosen frames of a video are those of decoding all of it, whatever lies between them and however it was muxed."""
+
+import io
 
 import numpy as np
 import pytest
 
 from alpacache.errors import BadClipError
-from alpacache.sources.video import WantedFrames, read_mp4
+from alpacache.sources.video import needed_frames, read_film
 
 av = pytest.importorskip("av")
 
@@ -30,40 +32,90 @@ def pictures() -> np.ndarray:
     return images.astype(np.uint8)
 
 
+def film(
+    codec="libx264", options=None, *, muxer="mp4", mux_options=None, pts=None, images=None, streams=1, **stream_options
+):
+    """An encoded film; `pts` are the times of its frames in thirtieths of a second."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=muxer, options=mux_options or {}) as container:
+        added = [container.add_stream(codec, rate=30, options=options or {"g": "20"}) for _ in range(streams)]
+        for stream in added:
+            stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+            for name, value in stream_options.items():
+                setattr(stream.codec_context, name, value)
+        for number, image in enumerate(pictures() if images is None else images):
+            frame = image if isinstance(image, av.VideoFrame) else av.VideoFrame.from_ndarray(image)
+            frame.pts = number if pts is None else pts[number]
+            for stream in added:
+                container.mux(stream.encode(frame))
+        for stream in added:
+            container.mux(stream.encode())
+    return file.getvalue()
+
+
+def whole(data):
+    """All frames `[N, 3, H, W]`, decoded from the start."""
+    with av.open(io.BytesIO(data)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames).transpose(0, 3, 1, 2)
+
+
 @pytest.fixture(scope="module", params=CODECS)
 def video(request, tmp_path_factory):
     """A file and all of its frames."""
-    codec, options = CODECS[request.param]
     file = tmp_path_factory.mktemp("video") / "film.mp4"
     try:
-        with av.open(str(file), "w") as container:
-            stream = container.add_stream(codec, rate=30, options=options)
-            stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
-            for image in pictures():
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
-            container.mux(stream.encode())
+        file.write_bytes(film(*CODECS[request.param]))
     except (av.error.FFmpegError, ValueError) as error:
         pytest.skip(f"this FFmpeg cannot encode it: {error}")
-    with av.open(str(file)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    frames = whole(file.read_bytes())
     assert len(frames) == COUNT
-    return file, np.stack(frames).transpose(0, 3, 1, 2)
+    return file, frames
+
+
+STAMPS = np.arange(COUNT) * 100_000
+
+
+def read(file, indices, stamps=STAMPS):
+    """From a path, or from the bytes of a film."""
+    path = file if not isinstance(file, bytes) else io.BytesIO(file)
+    return read_film(path, indices, stamps, name=getattr(path, "name", "film.mp4"), where="here")
+
+
+def assert_frames(data, wanted, stamps=STAMPS):
+    """All frames of a film, read four at a time, are the wanted ones."""
+    for first in range(0, len(wanted) - 3, 3):
+        chosen = list(range(first, first + 4))
+        assert np.array_equal(read(data, chosen, stamps), wanted[chosen]), first
+
+
+def refusal(data, indices=(3,), stamps=STAMPS):
+    with pytest.raises(BadClipError) as error:
+        read(data, list(indices), stamps)
+    return error.value.kind, str(error.value)
 
 
 def test_chosen_frames_are_those_of_the_whole(video):
     file, frames = video
     for first in range(COUNT - 9):
         chosen = [first, first + 3, first + 6, first + 9]
-        assert np.array_equal(read_mp4(file, chosen, count=COUNT, where="here"), frames[chosen]), first
+        assert np.array_equal(read(file, chosen), frames[chosen]), first
 
 
 @pytest.mark.parametrize("video", ["frames that no other needs", "H.265"], indirect=True)
 def test_frames_that_nobody_needs_are_not_decoded(video):
     file, _ = video
     with av.open(str(file)) as container:
-        stream = container.streams.video[0]
-        decoded = list(WantedFrames(container, stream, lambda time: False).decode())
+        decoded = list(needed_frames(container, container.streams.video[0], frozenset()))
     assert 0 < len(decoded) < 0.8 * COUNT
+
+
+def test_a_sound_film_is_decoded_once(video, monkeypatch):
+    """More passes would be right as well, but slow."""
+    passes = []
+    monkeypatch.setattr("alpacache.sources.video.needed_frames", lambda *args: passes.append(1) or needed_frames(*args))
+    read(video[0], [40, 43])
+    assert passes == [1]
 
 
 h264 = pytest.mark.parametrize("video", ["no such frames"], indirect=True)
@@ -81,30 +133,268 @@ def edited(file, out, old, new):
 def test_names_in_another_encoding_do_not_matter(video, tmp_path):
     file, frames = video
     dashcam = edited(file, tmp_path / "dashcam.mp4", b"VideoHandler", b"\x83r\x83f\x83I\xff\xfe\xe9dle")
-    assert np.array_equal(read_mp4(dashcam, [3, 6], count=COUNT, where="here"), frames[[3, 6]])
+    assert np.array_equal(read(dashcam, [3, 6]), frames[[3, 6]])
 
 
 @h264
 def test_an_unknown_codec_is_a_bad_clip(video, tmp_path):
     odd = edited(video[0], tmp_path / "odd.mp4", b"avc1", b"zzzz")
     with pytest.raises(BadClipError, match=r"here: odd\.mp4: its codec is unknown to FFmpeg; encode it again") as error:
-        read_mp4(odd, [3], count=COUNT, where="here")
+        read(odd, [3])
     assert error.value.kind == "undecodable_video"
 
 
 @h264
 def test_values_that_pyav_refuses_are_a_bad_clip(video, monkeypatch):
-    def refuse(self):
+    def refuse(*args):
         raise ValueError("conversion to numpy array with format `odd` is not yet supported")
 
-    monkeypatch.setattr(WantedFrames, "decode", refuse)
+    monkeypatch.setattr("alpacache.sources.video.needed_frames", refuse)
     with pytest.raises(BadClipError, match=r"film\.mp4 cannot be decoded \(conversion to numpy") as error:
-        read_mp4(video[0], [3], count=COUNT, where="here")
+        read(video[0], [3])
     assert error.value.kind == "undecodable_video"
 
 
 @h264
 def test_a_wrong_count_keeps_its_own_reason(video):
     with pytest.raises(BadClipError, match=f"holds {COUNT} frames, its timestamps name {COUNT - 1}") as error:
-        read_mp4(video[0], [3], count=COUNT - 1, where="here")
+        read(video[0], [3], STAMPS[:-1])
     assert error.value.kind == "wrong_shape"
+
+
+@pytest.mark.parametrize(
+    ("muxer", "mux_options"),
+    [
+        ("mp4", {"movflags": "frag_keyframe+empty_moov"}),
+        ("mov", {}),
+        ("matroska", {}),
+        ("mp4", {"video_track_timescale": "1000"}),
+    ],
+)
+def test_containers_that_say_when_frames_are_shown(muxer, mux_options):
+    data = film(muxer=muxer, mux_options=mux_options)
+    assert_frames(data, whole(data))
+
+
+@pytest.mark.parametrize(
+    ("codec", "muxer", "named"),
+    [
+        ("libx264", "mpegts", "MPEG-TS"),
+        ("libx264", "avi", "AVI"),
+        ("mpeg4", "avi", "AVI"),
+        ("mpeg2video", "mpeg", "MPEG-PS"),
+        ("libx264", "h264", "a raw stream without container"),
+        ("libx264", "flv", "FLV"),
+    ],
+)
+def test_other_containers_are_named(codec, muxer, named):
+    kind, said = refusal(film(codec, muxer=muxer))
+    assert kind == "undecodable_video"
+    assert said.startswith(f"here: film.mp4 is {named}; MP4, MOV and Matroska are read. Write it anew, such as: ffmpeg")
+
+
+def test_a_playlist_names_no_other_file(tmp_path):
+    """FFmpeg would follow it to any file that the user may read."""
+    (tmp_path / "secret.mp4").write_bytes(film())
+    for text in ("#EXTM3U\n#EXTINF:1,\nsecret.mp4\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile secret.mp4\n"):
+        (tmp_path / "film.mp4").write_text(text)
+        kind, said = refusal(tmp_path / "film.mp4")
+        assert kind == "undecodable_video"
+        assert "is a playlist; MP4, MOV" in said
+
+
+def test_frames_that_an_edit_list_hides_do_not_count():
+    """As `ffmpeg -ss 1.05 -c copy` leaves it: the frames from the last key frame on are there, but not shown."""
+    data, file, hidden = film(), io.BytesIO(), 7
+    options = {"avoid_negative_ts": "disabled"}
+    with av.open(io.BytesIO(data)) as source, av.open(file, "w", format="mp4", options=options) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.pts, packet.dts = (
+                    round(time - hidden / 30 / packet.time_base) for time in (packet.pts, packet.dts)
+                )
+                packet.stream = stream
+                target.mux(packet)
+    trimmed, shown = file.getvalue(), whole(data)[hidden:]
+    assert len(whole(trimmed)) == COUNT - hidden
+    assert_frames(trimmed, shown, STAMPS[hidden:])
+    kind, said = refusal(trimmed)
+    assert kind == "undecodable_video"
+    assert "holds 43 frames (its edit list hides 7 more), its timestamps name 50" in said
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4"])
+def test_a_film_without_a_table_of_key_frames(codec):
+    """Then every frame is said to be a key frame."""
+    options = {"x265-params": "keyint=20:log-level=error"} if codec == "libx265" else {"g": "20"}
+    data = film(codec, options).replace(b"stss", b"free")
+    assert_frames(data, whole(data))
+
+
+def test_intra_refresh():
+    """Pictures are whole only some frames after a point from which a decoder may begin."""
+    data = film(options={"x264-params": "intra-refresh=1:keyint=15:bframes=0"})
+    assert_frames(data, whole(data))
+
+
+def test_times_of_a_film_need_not_be_even_nor_begin_at_zero():
+    pts = np.cumsum(np.random.default_rng(0).choice([1, 2, 3], COUNT)) + 100
+    pts[-1] += 90  # a long last frame
+    data = film(pts=pts.tolist())
+    stamps = pts * 33_333
+    assert_frames(data, whole(data), stamps)
+    jitter = np.random.default_rng(1).integers(-15_000, 15_000, COUNT)
+    assert_frames(data, whole(data), stamps + jitter)
+
+
+@pytest.mark.parametrize("lost_by", ["film", "timestamps"])
+def test_a_frame_that_only_one_clock_has_lost_is_named(lost_by):
+    """As many frames as timestamps, since the film also has one more at its end."""
+    pts = np.arange(COUNT) + (np.arange(COUNT) >= 20)
+    even = np.arange(COUNT)
+    film_pts, stamps = (pts, even) if lost_by == "film" else (np.where(even == 40, even + 0.4, even), pts)
+    data = film(pts=(film_pts * 10).round().astype(int).tolist())
+    kind, said = refusal(data, stamps=stamps * 100_000)
+    assert kind == "wrong_shape"
+    times = "0.667 s in the film, 0.100 s" if lost_by == "film" else "0.333 s in the film, 0.200 s"
+    assert f"from frame 19 to 20 it takes {times} in its timestamps; they are not of one recording" in said
+
+
+def test_two_frames_at_one_time_are_refused():
+    file = io.BytesIO()
+    with av.open(io.BytesIO(film(options={"bf": "0"}))) as source, av.open(file, "w", format="matroska") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.time_base /= 50  # two thirds of Matroska's milliseconds a frame
+                packet.stream = stream
+                target.mux(packet)
+    kind, said = refusal(file.getvalue())
+    assert kind == "wrong_shape"
+    assert "shows frames 1 and 2 at one time; encode it again." in said
+
+
+def test_films_of_two_cameras_in_one_file_are_refused():
+    assert refusal(film(streams=2)) == ("wrong_shape", "here: film.mp4 holds 2 video streams; keep one.")
+
+
+MATRICES = {
+    (1, 0, 0, 1),
+    (-1, 0, 0, -1),
+    (0, 1, -1, 0),
+    (0, -1, 1, 0),
+    (-1, 0, 0, 1),
+    (1, 0, 0, -1),
+    (0, 1, 1, 0),
+    (0, -1, -1, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return film()
+
+
+def with_matrix(data, a, b, c, d):
+    """The film, with this upper left part of the display matrix in its track header."""
+    one = [1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30]
+    matrix = [round(65536 * number) for number in (a, b, 0, c, d, 0)] + one[6:]
+    before, _, after = data.rpartition(np.array(one, ">i4").tobytes())
+    return before + np.array(matrix, ">i4").tobytes() + after
+
+
+@pytest.mark.parametrize("matrix", sorted(MATRICES))
+def test_the_display_matrix_is_applied(plain, matrix):
+    """Turned by quarters, mirrored, and both: each pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    a, b, c, d = matrix
+    stored = whole(plain)[12]
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    to_x, to_y = a * x + c * y, b * x + d * y
+    to_x, to_y = to_x - to_x.min(), to_y - to_y.min()
+    shown = np.zeros((3, to_y.max() + 1, to_x.max() + 1), np.uint8)
+    shown[:, to_y, to_x] = stored
+    np.testing.assert_array_equal(read(with_matrix(plain, *matrix), [12])[0], shown)
+
+
+def test_a_film_shown_askew_is_refused(plain):
+    kind, said = refusal(with_matrix(plain, 0.8, 0.6, -0.6, 0.8))
+    assert kind == "wrong_shape"
+    assert "film.mp4 is to be shown turned by -36 degrees or scaled; encode it as it is to be seen." in said
+
+
+def damaged(data, frame):
+    """The film with zeros in most of the packet at this place in the file."""
+    with av.open(io.BytesIO(data)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][frame]
+        first, after = packet.pos + packet.size // 10, packet.pos + packet.size
+    return data[:first] + bytes(after - first) + data[after:]
+
+
+def scenery():
+    """Pictures that take many bytes, moving, so that later ones are predicted from earlier ones."""
+    wide = np.random.default_rng(0).integers(0, 256, (HEIGHT // 4, WIDTH, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    return [np.ascontiguousarray(wide[:, 3 * number : 3 * number + WIDTH]) for number in range(COUNT)]
+
+
+@pytest.mark.parametrize("key", [20, 26])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_damage_reaches_all_frames_that_depend_on_it_and_no_others(codec, key):
+    data = film(
+        codec,
+        {"g": "20", "bf": "0", "x264-params": "scenecut=0"} if codec == "libx264" else {"g": "20"},
+        images=scenery(),
+    )
+    broken, sound = damaged(data, key), whole(data)
+    for first in (0, 16, 40, 46):
+        assert np.array_equal(read(broken, [first, first + 3]), sound[[first, first + 3]])
+    if key == 26:
+        assert np.array_equal(read(broken, [21, 24]), sound[[21, 24]])
+    for chosen in ([key], [key + 1, key + 4], [39], [18, 30]):
+        kind, said = refusal(broken, chosen)
+        assert kind == "undecodable_video"
+        assert said == (
+            f"here: film.mp4: frame {chosen[0]} or one that it is predicted from is damaged. Copy the film again, or "
+            "leave this part out."
+        )
+
+
+def test_damage_in_a_later_frame_reaches_those_predicted_from_it():
+    """Frames between others are predicted from the one after them too, which is decoded first and shown later."""
+    data = film(options={"g": "20", "x264-params": "bframes=3:b-adapt=0:scenecut=0:weightp=0"}, images=scenery())
+    with av.open(io.BytesIO(data)) as container:
+        order = [packet.pts for packet in container.demux(video=0) if packet.size]
+    later = order.index(sorted(order)[24])  # predicted from 20, as 21 to 23 are from both
+    broken, sound = damaged(data, later), whole(data)
+    assert np.array_equal(read(broken, [19, 20]), sound[[19, 20]])
+    for frame in (21, 22, 23, 24, 25):
+        assert refusal(broken, [frame])[0] == "undecodable_video", frame
+
+
+LUMA = {"ITU601": (0.299, 0.114), "ITU709": (0.2126, 0.0722)}
+"""Shares of red and blue in the luma of each standard."""
+
+
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize("standard", LUMA)
+def test_colours_are_converted_as_the_film_says(standard, full_range):
+    red, blue = LUMA[standard]
+    scale, offset = (255.0, 0.0) if full_range else (219.0, 16.0)
+    wanted = np.array([[200, 60, 40], [30, 140, 60], [50, 90, 220], [128, 128, 128], [240, 235, 90]])
+    for rgb in wanted:
+        r, g, b = rgb / 255
+        luma = red * r + (1 - red - blue) * g + blue * b
+        chroma = ((b - luma) / (2 - 2 * blue), (r - luma) / (2 - 2 * red))
+        planes = [luma * scale + offset, *(value * (255.0 if full_range else 224.0) + 128 for value in chroma)]
+        rows = [
+            np.full((HEIGHT // 2 ** (n > 0), WIDTH // 2 ** (n > 0)), round(value), np.uint8)
+            for n, value in enumerate(planes)
+        ]
+        frame = av.VideoFrame.from_ndarray(
+            np.concatenate([plane.ravel() for plane in rows]).reshape(-1, WIDTH), format="yuv420p"
+        )
+        matrix = {"colorspace": 1 if standard == "ITU709" else 6, "color_range": 2 if full_range else 1}
+        frame.colorspace, frame.color_range = matrix.values()
+        data = film(options={"qp": "0"}, images=[frame] * 3, **matrix)
+        shown = read(data, [1], STAMPS[:3])[0]
+        assert np.abs(shown.transpose(1, 2, 0) - rgb).max() <= 3, (rgb, shown[:, 0, 0])

@@ -1,0 +1,80 @@
+"""Finds the film or the pictures of one camera in a clip's folder.
+
+Pictures are frames by their numbers: 000000 is the first, and none is missing. An order of names alone would take a
+folder that begins at 1, or that was cut out of a longer one, for a recording that begins there, and every picture would
+be shown at another one's time. Hidden files, such as those that macOS puts beside each file, are left alone.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from alpacache.errors import BadClipError
+
+FILMS = (".mp4", ".m4v", ".mov", ".mkv")
+"""Endings of films, in small letters."""
+PICTURES: Mapping[str, Literal["JPEG", "PNG"]] = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+"""Ending of a picture, in small letters -> its format."""
+_READ = "films as .mp4, .m4v, .mov or .mkv, pictures as .jpg, .jpeg or .png"
+
+
+def find_film(clip: Path, camera: str, *, where: str) -> Path | None:
+    """The camera's film in the folder `clip`; None if its pictures lie in a folder.
+
+    Raises `BadClipError`: `missing_camera` if there is neither, `wrong_shape` if it is not clear which to take.
+    """
+    beside = sorted(entry.name for entry in clip.iterdir() if entry.stem == camera and not entry.is_dir())
+    films = [name for name in beside if _ending(name) in FILMS]
+    folder = clip / camera
+    pictures = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+    if len(films) > 1 or (films and pictures):
+        found = " and ".join([*films, *([f"a folder {camera}/"] if pictures else [])])
+        raise BadClipError("wrong_shape", f"{where}: {found} are both there. Which is it? Remove the other.")
+    if films:
+        return clip / films[0]
+    if folder.is_dir():
+        return None
+    others = f"; {', '.join(beside)} is there, but {_READ} are read" if beside else ""
+    raise BadClipError("missing_camera", f"{where}: neither {camera}.mp4 nor a folder {camera}/ exists{others}.")
+
+
+def find_pictures(folder: Path, count: int, *, where: str) -> dict[int, Path]:
+    """Frame number -> file of the `count` pictures in a camera's folder.
+
+    Raises `BadClipError` (`wrong_shape`) unless they are numbered from 0 on without a gap.
+    """
+    pictures: dict[int, Path] = {}
+    others: Counter[str] = Counter()
+    for entry in folder.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if _ending(entry.name) not in PICTURES:
+            others[_ending(entry.name) or "no ending"] += 1
+            continue
+        if not (entry.stem.isascii() and entry.stem.isdigit() and len(entry.stem) <= 18):
+            reason = f"{folder.name}/{entry.name} is not a frame's number. Name pictures 000000.jpg, 000001.jpg, ..."
+            raise BadClipError("wrong_shape", f"{where}: {reason}")
+        if (twin := pictures.setdefault(int(entry.stem), entry)) is not entry:
+            reason = f"{' and '.join(sorted((twin.name, entry.name)))} are both there. Which is it? Remove the other."
+            raise BadClipError("wrong_shape", f"{where}: {reason}")
+    if len(pictures) != count:
+        found = f"{len(pictures)} images" if pictures else "no image that can be read"
+        beside = ", ".join(f"{number} files with {ending}" for ending, number in others.most_common(3))
+        beside = f" beside {beside}; {_READ} are read" if others else ""
+        raise BadClipError("wrong_shape", f"{where}: {found}, but {count} timestamps{beside}.")
+    missing = next((number for number in range(count) if number not in pictures), None)
+    if missing is not None:
+        rule = "number the pictures from 000000 on without a gap, in the order of the timestamps"
+        example = pictures[min(pictures)].name
+        reason = f"{missing:06d}{Path(example).suffix} is missing (the first is {example}); {rule}."
+        raise BadClipError("wrong_shape", f"{where}: {reason}")
+    return pictures
+
+
+def picture_format(file: Path) -> Literal["JPEG", "PNG"]:
+    return PICTURES[_ending(file.name)]
+
+
+def _ending(name: str) -> str:
+    return Path(name).suffix.lower()

@@ -1,0 +1,73 @@
+"""Reads pictures that may come from a stranger.
+
+A picture's size is checked before its pixels are allocated, and it goes to the decoder of its own format alone: neither
+a decompression bomb nor a file of another kind under a .jpg name gets anywhere.
+"""
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache.errors import BadClipError
+
+MAX_PIXELS = 50_000_000
+"""Pixels of one frame; 8K video has 33 million."""
+_ORIENTATION = 0x0112
+"""EXIF tag."""
+
+
+def read_image(file: Path | BinaryIO, kind: Literal["JPEG", "PNG"], *, where: str) -> NDArray[np.uint8]:
+    """`[H, W, 3]` RGB, upright as EXIF says. Raises `BadClipError`: `undecodable_video`, `wrong_shape`."""
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=(kind,)) as image:
+            check_size(*image.size, where=where)
+            if image.mode.startswith(("I", "F")):
+                reason = "a grey image of 16 bits; write 8 bits a colour."
+                raise BadClipError("wrong_shape", f"{where}: {reason}")
+            turn = _exif_turn(image)
+            return np.asarray((image if turn is None else image.transpose(turn)).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadClipError("undecodable_video", f"{where}: no readable {kind} image ({error}).") from error
+
+
+def stack(frames: Sequence[NDArray[np.uint8]], *, where: str) -> NDArray[np.uint8]:
+    """`[H, W, 3]` frames of one size as `[frames, 3, H, W]`, a view of an array with its colours last.
+
+    Raises `BadClipError` (`wrong_shape`) for different sizes.
+    """
+    sizes = sorted({frame.shape[:2] for frame in frames})
+    if len(sizes) > 1:
+        shown = ", ".join(map(str, sizes))
+        raise BadClipError("wrong_shape", f"{where}: frames of different sizes (height, width): {shown}; expected one.")
+    return np.stack(frames).transpose(0, 3, 1, 2)
+
+
+def check_size(width: int, height: int, *, where: str) -> None:
+    """Refuse frames larger than any camera's."""
+    if width * height > MAX_PIXELS:
+        raise BadClipError("wrong_shape", f"{where}: frames of {width} x {height} pixels; at most {MAX_PIXELS:,}.")
+
+
+def _exif_turn(image: Any) -> Any:
+    """Pillow's transposition that shows the image upright; None if it is, or if its EXIF cannot be read."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    try:
+        return turns.get(image.getexif().get(_ORIENTATION))
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, ArithmeticError, struct.error):
+        return None

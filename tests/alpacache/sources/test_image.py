@@ -1,0 +1,74 @@
+"""Pictures are shown upright, and what is no picture of this kind goes nowhere."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alpacache.errors import BadClipError
+from alpacache.sources.image import read_image
+
+PIXELS = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
+SEEN = {
+    1: lambda shown: shown,
+    2: lambda shown: shown[:, ::-1],
+    3: lambda shown: shown[::-1, ::-1],
+    4: lambda shown: shown[::-1],
+    5: lambda shown: shown.transpose(1, 0, 2),
+    6: lambda shown: np.rot90(shown),
+    7: lambda shown: shown[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda shown: np.rot90(shown, -1),
+}
+"""EXIF orientation -> what its camera stored of a scene."""
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("orientation", SEEN)
+def test_exif_orientation_is_applied(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(SEEN[orientation](PIXELS)))
+    file = encoded(stored, "PNG", exif=exif)
+    np.testing.assert_array_equal(read_image(file, "PNG", where="here"), PIXELS)
+    shown = read_image(
+        encoded(stored.resize((60, 40)[:: 1 if orientation < 5 else -1], 0), "JPEG", exif=exif, quality=95),
+        "JPEG",
+        where="here",
+    )
+    assert np.abs(shown.astype(int) - PIXELS.repeat(10, 0).repeat(10, 1)).mean() < 4
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0\0\0\0\0"]
+)
+def test_exif_that_says_nothing_turns_nothing(exif):
+    shown = read_image(encoded(Image.fromarray(PIXELS), "PNG", exif=exif), "PNG", where="here")
+    np.testing.assert_array_equal(shown, PIXELS)
+
+
+def test_colours_are_those_of_the_picture_in_each_mode():
+    for mode in ("RGBA", "P", "L"):
+        image = Image.fromarray(PIXELS // 85 * 85).convert(mode)
+        np.testing.assert_array_equal(
+            read_image(encoded(image, "PNG"), "PNG", where="here"), np.asarray(image.convert("RGB"))
+        )
+
+
+def test_16_bit_grey_is_refused():
+    image = Image.fromarray(np.full((4, 6), 40_000, np.uint16))
+    with pytest.raises(BadClipError, match="here: a grey image of 16 bits; write 8 bits") as error:
+        read_image(encoded(image, "PNG"), "PNG", where="here")
+    assert error.value.kind == "wrong_shape"
+
+
+def test_each_kind_has_its_own_decoder():
+    with pytest.raises(BadClipError, match="here: no readable JPEG image") as error:
+        read_image(encoded(Image.fromarray(PIXELS), "PNG"), "JPEG", where="here")
+    assert error.value.kind == "undecodable_video"
