@@ -112,11 +112,16 @@ def examine(
 
 
 def finish(found: ClipFindings) -> None:
-    """Judge the targets. Apart from `examine`, so that clips are read while torch is imported."""
-    if found.paths is not None:
-        found.targets, found.paths = targets_of(found.paths), None
-        if found.targets is not None:
-            found.checks = (*found.checks, judge_targets([found.targets]))
+    """Judge the targets, unless headings are wrong: speeds are solved along them.
+
+    Apart from `examine`, so that clips are read while torch is imported.
+    """
+    paths, found.paths = found.paths, None
+    if paths is None or any(check.name == "axes" and check.status == "fail" for check in found.checks):
+        return
+    found.targets = targets_of(paths)
+    if found.targets is not None:
+        found.checks = (*found.checks, judge_targets([found.targets]))
 
 
 def judge_again(found: ClipFindings) -> None:
@@ -151,5 +156,5 @@ def _judge_motion(found: ClipFindings, checks: tuple[Check, ...], track: Track) 
     """Complete the checks of a clip by those of its motion."""
     found.checks, motion = checks, motion_of(track)
     if motion is not None:
-        found.motion, found.paths = motion, paths_of(track)
+        found.motion, found.paths, found.targets = motion, paths_of(track), None
         found.checks = (*checks, judge_axes([motion]), judge_speed([motion]), judge_standing(motion))

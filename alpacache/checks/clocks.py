@@ -36,7 +36,7 @@ APART_S = 0.25
 """Lag from which clocks count as apart; localisation filters lag by a tenth."""
 SURE_S = 0.1
 """Lag that must lie below the best by two standard errors."""
-MIN_LIKENESS = 0.6
+MIN_LIKENESS = 0.5
 MIN_PROMINENCE = 0.05
 """How much worse lags must fit that are 1 s or more from the best."""
 MAX_ERROR_S = 0.1

@@ -26,6 +26,8 @@ ROUGH_MPS2 = (0.85, 3.0)
 """Change of acceleration beside its neighbours' mean, root mean square, from which targets are noise (warn, fail)."""
 ROUGH_SHARE = 0.25
 """Least roughness as a share of the accelerations: positions in a wrong unit make both larger alike."""
+EVEN = 0.25
+"""Least share of the roughness in the median step: noise is in all steps, a hard pedal in few."""
 ROUGHNESS_A_METRE = 23.0
 """Roughness (m/s²) that a metre of white noise in positions gives, measured."""
 GRID_M = (0.09, 0.25)
@@ -72,10 +74,9 @@ class Targets:
     late_share: float
 
     @property
-    def rough_mps2(self) -> Floats:
-        """`[N]` how much the acceleration changes beside its neighbours' mean, root mean square of each path."""
-        rough: Floats = np.sqrt((np.diff(self.accel_mps2, n=2, axis=1) ** 2).mean(axis=1))
-        return rough
+    def changes_mps2(self) -> Floats:
+        """`[N, 62]` how much the acceleration lies beside its neighbours' mean, twice."""
+        return np.diff(self.accel_mps2, n=2, axis=1)
 
 
 def paths_of(track: Track) -> Paths | None:
@@ -124,16 +125,19 @@ def targets_of(paths: Paths) -> Targets | None:
 def judge_targets(targets: Sequence[Targets]) -> Check:
     """Whether accelerations and curvatures are those of a car, and what made them if not."""
     if not targets:
-        return not_judged("targets", "no path of 8 s without gaps")
+        return not_judged("targets", "no path of 8 s without gaps and with headings along it")
     gridded = [each for each in targets if each.grid_m >= GRID_M[0]]
     if 2 * len(gridded) > len(targets):
         return _judge_grid(gridded)
-    rough = float(np.median(np.concatenate([each.rough_mps2 for each in targets])))
+    changes = np.concatenate([each.changes_mps2 for each in targets])
+    rough = float(np.median(np.sqrt((changes**2).mean(axis=1))))  # of the typical path: standstill has no noise to see
+    usual = 1.48 * float(np.median(np.abs(changes)))  # equal for normal noise
     accel, curvature, speed = (
         np.concatenate([getattr(each, name).ravel() for each in targets])
         for name in ("accel_mps2", "curvature_pm", "speed_mps")
     )
-    if rough > ROUGH_MPS2[0] and rough > ROUGH_SHARE * float(np.percentile(np.abs(accel), 95)):
+    is_noise = rough > ROUGH_SHARE * float(np.percentile(np.abs(accel), 95)) and usual > EVEN * rough
+    if rough > ROUGH_MPS2[0] and is_noise:
         return _judge_noise(targets, rough)
     return _judge_scale(accel, curvature, speed, rough)
 

@@ -25,6 +25,8 @@ FUTURE_US = FUTURE_STEPS * STEP_US
 """t0 lies at least this before the end of the recording."""
 CLOCK_SLACK_US = 1_000_000
 """A recording that begins this near the zero of its clock counts its seconds from there."""
+LONGEST_US = 86_400_000_000
+"""A recording of more than a day is one whose clock was set while it ran, say from 1970."""
 DEFAULT_T0 = "5.1"
 
 Rejected = tuple[str, BadClipError]
@@ -123,6 +125,10 @@ def _moments(source: Source, t0: str) -> Callable[[str], Sequence[SampleRef]]:
         if events and not times:
             return []
         first, last = source.times_us(clip_id)
+        if last - first > LONGEST_US:
+            covered = f"poses and pictures cover {(last - first) / LONGEST_US:.0f} days"
+            remedy = "a clock was set while they were recorded; drop what came before that."
+            raise BadClipError("time_order", f"{clip_id}: {covered}: {remedy}")
         start = clip_start_us(first, last)
         low, high = max(start + HISTORY_US + 1, first + HISTORY_US - STEP_US), last - FUTURE_US
         if events is None:

@@ -53,6 +53,7 @@ def test_sound_recordings_are_exit_0_with_a_report_and_a_picture(folder, tmp_pat
     assert [check["name"] for check in report["checks"]] == list(report["meanings"])
     assert set(report["checks"][0]) == {"name", "status", "found", "remedy"}
     assert report["strata"]["straight"] == 2
+    assert report["lag_curve"] is None  # straight on
     assert report["speeds_mps"]["median"] == pytest.approx(10.5, abs=0.01)
     assert set(report["clips"][0]) == {"clip_id", "samples", "refused", "checks"}
     assert json.loads((tmp_path / "out/check.json").read_text()) == report

@@ -90,6 +90,19 @@ def test_wrong_units_are_named(drive, factor, said):
     assert said in check.remedy
 
 
+def test_hard_pedals_are_no_noise(drive):
+    """A simulator's driver: full throttle and full brake in turn, positions exact."""
+    track = drive()
+    seconds = (track.timestamps_us - track.timestamps_us[0]) / 1e6
+    accel = np.where(seconds // 1.5 % 2 == 0, 7.0, -7.0)
+    ahead = np.zeros_like(track.xyz)
+    ahead[:, 0] = np.cumsum(3.0 + np.cumsum(accel) * 0.1) * 0.1
+    track = replace(track, xyz=ahead, quaternion_xyzw=np.broadcast_to([0.0, 0.0, 0.0, 1.0], (len(ahead), 4)))
+    targets = targets_of(paths_of(track))
+    assert np.sqrt((targets.changes_mps2**2).mean()) > 0.85
+    assert judge_targets([targets]).status == "ok"
+
+
 def test_a_walking_pace_is_named(drive):
     track = drive()
     straight = np.zeros_like(track.xyz)

@@ -62,6 +62,13 @@ def test_raster_takes_all_that_fit():
     assert select(Clips(a=(0, 8.0)), t0="every:0.85")[1][0][1].kind == "short_clip"
 
 
+def test_a_clip_of_years_is_rejected_before_its_moments_are_listed():
+    refs, rejected = select(Clips(late=(0, 1_700_000_010), good=(0, 20)), t0="every:2.0")
+    assert {ref.clip_id for ref in refs} == {"good"}
+    assert [(clip, error.kind) for clip, error in rejected] == [("late", "time_order")]
+    assert "cover 19676 days: a clock was set" in str(rejected[0][1])
+
+
 def test_history_needs_more_than_1_6_s():
     assert select(Clips(a=(0, 20)), t0="1.6")[0] == []
     assert seconds(select(Clips(a=(0, 20)), t0="1.600001")[0]) == [1.600001]
