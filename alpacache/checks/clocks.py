@@ -23,8 +23,10 @@ from alpacache.sources.source import RecordedSource
 STEP_US = 200_000
 """Time between two frames that are compared."""
 LAGS_S: Floats = np.arange(-30, 31) * np.float64(0.1)
-PAIRS = 200
+PAIRS = 300
 """Most pairs of frames to look at, all clips together."""
+FEW = 10
+"""Clips from which on half as many pairs are enough: more of them turn, and their samples take longer to read."""
 PAIRS_A_CLIP = 50
 """Least pairs of a clip that is looked at; with many clips only those that turn most are."""
 MIN_TURNED_RAD = 0.3
@@ -72,10 +74,11 @@ class LagCurve:
 
 def choose(motions: Mapping[str, Motion]) -> dict[str, tuple[int, int]]:
     """Clip -> first and last instant (us) to look at: the clips that turn most, in their stretches that do."""
-    pairs = max(PAIRS_A_CLIP, PAIRS // max(1, len(motions)))
+    most_pairs = PAIRS if len(motions) < FEW else PAIRS // 2
+    pairs = max(PAIRS_A_CLIP, most_pairs // max(1, len(motions)))
     stretches = {clip_id: _stretch(motion, pairs * STEP_US) for clip_id, motion in motions.items()}
     turned = {clip_id: stretch[2] for clip_id, stretch in stretches.items() if stretch[2] > MIN_TURNED_RAD}
-    most = sorted(turned, key=lambda clip_id: -turned[clip_id])[: PAIRS // pairs]
+    most = sorted(turned, key=lambda clip_id: -turned[clip_id])[: most_pairs // pairs]
     return {clip_id: stretches[clip_id][:2] for clip_id in motions if clip_id in most}
 
 
