@@ -1,6 +1,6 @@
 """Fine-tune the action expert of Alpamayo driving models from a cache of the frozen VLM's features.
 
-Stage one, `extract`: the VLM runs once a sample and its KV cache goes to a store. Stage two, `train`: the expert
+Stage one, `extract`: the VLM runs once per sample and its KV cache goes to a store. Stage two, `train`: the expert
 learns from that store alone. `evaluate`: did it help? `export`: a complete checkpoint again. `probe`: do the features
 hold the curve? All are imported on first use, so that `import alpacache` is cheap.
 """

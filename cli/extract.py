@@ -19,7 +19,7 @@ from .options import from_config
     },
 )
 def extract(config: ExtractConfig, json: bool) -> None:
-    """Stage one: run the frozen VLM once a sample and cache its KV. Run again to go on; committed samples are skipped.
+    """Stage one: run the frozen VLM once per sample and cache its KV. Run again to go on; it skips committed samples.
 
     Example: `alpacache extract folder:my_drives --model nvidia/Alpamayo-R1-10B --store cache/train --split train`
 

@@ -75,7 +75,7 @@ def alpacache(
 ) -> None:
     """Fine-tune the action expert of Alpamayo driving models on one 24 GB GPU.
 
-    Stage one, **extract**, runs the frozen vision-language model once a sample (big GPU) and caches its KV.
+    Stage one, **extract**, runs the frozen vision-language model once per sample (big GPU) and caches its KV.
     Stage two, **train**, trains expert and flow-matching head from that cache alone (small GPU).
     **eval** tells whether the straight-line bias is gone; **export** makes a complete checkpoint of the result.
 

@@ -4,6 +4,7 @@ A command is written as a function of a config and `json`. Its config has the de
 `--config` says, and over that what was typed.
 """
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,9 @@ from alpacache.config import Config, expand_home, field_docs, read_toml, written
 from alpacache.errors import UsageError
 
 C = TypeVar("C", bound=Config)
+
+_WIDEST_METAVAR = 18
+"""Characters; wider ones would leave the help of a group less than half of 80 columns."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 _CONFIG_FILE = typer.Option(help="TOML file with any of the settings; options given here win.")
@@ -34,9 +38,17 @@ class ConfigCommand(TyperCommand):
         params: list[Any] = super().get_params(ctx)
         metavars: Mapping[str, Callable[[], str]] = self.callback.metavars  # type: ignore[union-attr]
         for option in params:
-            if option.name in metavars:
+            if option.metavar is None and option.name in metavars:
                 option.metavar = metavars[option.name]()
         return params
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Show the options in columns that leave their texts room on 80 columns."""
+        self.get_params(ctx)
+        options = self.params
+        self.params = [_narrow(option) for option in options]
+        super().format_help(ctx, formatter)
+        self.params = options
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
@@ -87,6 +99,20 @@ def from_config(
         return command
 
     return decorate
+
+
+def _narrow(option: Any) -> Any:
+    """Show a switch as `--x` where it is off by default, else as `--[no-]x`; and many choices before the text."""
+    shown = copy.copy(option)
+    if option.secondary_opts:
+        shown.secondary_opts, shown.show_default = [], False
+        if option.default is not False:
+            shown.opts = [option.opts[0].replace("--", "--[no-]")]
+        if option.default:
+            shown.help = f"{option.help} [default: on]"
+    elif len(option.metavar or "") > _WIDEST_METAVAR:
+        shown.help, shown.metavar = f"{option.metavar.replace('|', ', ')}. {option.help}", option.name.upper()
+    return shown
 
 
 def place(text: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Stage one's model: the frozen VLM, run once a sample.
+"""Stage one's model: the frozen VLM, run once per sample.
 
 Only the transformer body is built and read from the checkpoint: the vocabulary head (1.3 GB) is not needed, because
 nothing here predicts tokens.

@@ -72,7 +72,7 @@ class EvalConfig(Config):
     reasoning: Literal["auto", "none"] = "auto"
     """`auto`: each path on a reasoning rollout of its own where the store has them; `none`: on the direct prefix."""
     paths: Repeats = 6
-    """Paths sampled a sample."""
+    """Paths per sample."""
     flow_steps: Repeats = 10
     """Euler steps from noise to action."""
     samples: Count | None = None

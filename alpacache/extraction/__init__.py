@@ -1,1 +1,1 @@
-"""Stage one: the frozen VLM runs once a sample, and what it leaves behind goes to a store."""
+"""Stage one: the frozen VLM runs once per sample, and what it leaves behind goes to a store."""

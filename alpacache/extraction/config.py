@@ -37,11 +37,11 @@ class ExtractConfig(StoredConfig, SamplesConfig):
     force: bool = False
     """Begin even if the disk has no room for all of it."""
     batch_size: BatchSize | None = None
-    """Samples that go through the VLM at a time. Default: on a GPU what has 32 images; 1 on a CPU and where runs are
-    deterministic."""
+    """Samples that go through the VLM at a time. Default: as many as have 32 images together on a GPU; 1 on a CPU
+    and where runs are deterministic."""
     workers: Threads | None = None
     """Samples that are read and preprocessed at a time ahead of the VLM, by processes beside a GPU and by threads
-    elsewhere. Default: CPU cores less two, 2 to 24, shared by torchrun's processes."""
+    elsewhere. Default: two fewer than there are CPU cores, 2 to 24, shared by torchrun's processes."""
     writers: Threads = 6
     """Threads that commit samples behind the VLM. Each holds a sample in host memory, beside those that go through the
     VLM at a time, or two at least."""

@@ -70,7 +70,7 @@ class StoredConfig(Config):
     reasoning: Literal["none", "rollout"] = "none"
     """`rollout` stores, beside the direct prompt's KV, that of sampled reasoning texts, for `eval`."""
     rollouts: Repeats = 6
-    """Reasoning texts a sample, with `rollout`."""
+    """Reasoning texts per sample, with `rollout`."""
 
     @property
     def tails(self) -> int:
@@ -89,15 +89,15 @@ class PlanConfig(StoredConfig):
     cameras: Cameras = (FRONT_CAMERA,)
     """Cameras by full or short names, such as `front_wide,front_tele`."""
     frames: Frames = 4
-    """Images a camera, 0.1 s apart."""
+    """Images per camera, 0.1 s apart."""
     picture: Annotated[
         tuple[_Side, _Side], parts(int, "HEIGHTxWIDTH", expected="HEIGHTxWIDTH, as in 1080x1920", separator="x")
     ] = (1080, 1920)
     """Height and width of the recordings."""
     batch_size: BatchSize = 8
-    """Samples a step."""
+    """Samples per step."""
     draws: Repeats = 1
-    """Noise draws a sample and step."""
+    """Noise draws per sample and step."""
     epochs: Epochs = 3.0
     """Passes over the samples."""
     trainable: Trainable = "all"

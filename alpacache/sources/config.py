@@ -26,7 +26,7 @@ class SamplesConfig(Config):
     cameras: Cameras = (FRONT_CAMERA,)
     """Cameras by full or short names, such as `front_wide,front_tele`."""
     frames: Frames = 4
-    """Images a camera, 0.1 s apart, the last at t0."""
+    """Images per camera, 0.1 s apart, the last at t0."""
     t0: Name = "5.1"
     """Seconds into the clip, `every:S`, or `events`."""
 

@@ -56,10 +56,10 @@ class TrainConfig(Config):
     epochs: Epochs | None = None
     """Passes over the samples, instead of steps."""
     batch_size: BatchSize = 8
-    """Samples a step."""
+    """Samples per step."""
     draws: Annotated[Repeats | Literal["auto"], Written(metavar="INTEGER|auto", read=_count_or_auto)] = 1
-    """Noise draws a sample and step; they share the sample's prefix. `auto`: as many as a GPU is through with while the
-    stores deliver the next batch, measured when a run begins."""
+    """Noise draws per sample and step; they share the sample's prefix. `auto`: as many as the GPU can process
+    while the next batch is read, measured when a run begins."""
     balance: Literal["none", "curvature"] = "none"
     """`curvature`: straight, gentle and sharp futures have equal shares of every epoch."""
     on_damage: Literal["stop", "skip"] = "stop"
@@ -95,7 +95,7 @@ class TrainConfig(Config):
     seed: Seed = 0
     """Seed of order, noise and times."""
     ema: Annotated[float, Gt(0), Lt(1)] | None = None
-    """Decay a step, such as 0.999, of an average of the weights, kept in host memory and saved with every checkpoint.
+    """Decay per step, such as 0.999, of an average of the weights, kept in host memory and saved with every checkpoint.
     Default: no average."""
     ema_every: Count = 100
     """Steps between updates of that average."""

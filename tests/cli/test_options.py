@@ -166,6 +166,25 @@ def test_help_shows_groups_defaults_and_what_is_required(run_here, monkeypatch):
     assert "all|head|lora" in text
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_can_be_read_at_80_columns(name, run_here, monkeypatch):
+    """Nothing is cut, and no option leaves the texts of its group less than 30 characters."""
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run_here(name, "--help").stdout
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    indents = [len(line) - len(line[1:].lstrip()) for line in text.splitlines() if line.startswith("│      ")]
+    assert max(indents, default=0) <= 48  # of lines that go on
+
+
+def test_switches_are_told_by_what_they_change(run_here):
+    text = run_here("train", "--help").stdout
+    assert "--resume" in text
+    assert "--no-resume" not in text
+    assert "--[no-]capture" in text
+    assert parsed(TrainConfig, *TRAIN, "--steps", 3, "--no-resume", "--no-checkpointing")[0].checkpointing is False
+
+
 def test_a_panel_of_no_field_is_refused():
     with pytest.raises(AssertionError):
         from_config(DemoConfig, panels={"Other": "sed"})
