@@ -1,6 +1,10 @@
-"""Disasters that a store must survive: killed writers, power cuts, full disks, flipped bits, lost and cut files.
+"""Disasters that a store must survive: kills, power cuts, full disks, flipped bits, lost and cut files, faulty lines.
 
     python benchmarks/torture_store.py --kills 1000 --flips 10000 --seed 0
+
+Writers are killed at random, `copy` and `verify --repair` before each operation on the file system (each 15th below 300
+kills). Over a line that flips one answer in twenty, or says as often that nothing is there, repair must condemn nothing
+that is whole.
 
 The last line counts acknowledged samples lost, torn samples visible, and wrong bytes read without an error; the exit
 status is 1 unless all are zero. Linux only (it forks).
@@ -32,8 +36,15 @@ from cache_store import (
     StoreFullError,
     build_index,
     collect_garbage,
+    copy,
+    rereading,
     verify,
 )
+from cache_store.upkeep import verification
+
+rereading.WAITS_S = (0.0,) * len(rereading.WAITS_S)  # as many readings as ever, at once
+verification.REPAIR_ROUNDS_S = (0.0,) * len(verification.REPAIR_ROUNDS_S)
+verification.ROUNDS_S = (0.0,) * len(verification.ROUNDS_S)
 
 FIELDS = [
     Field(name="kv", dtype="bfloat16", axes=("layer", "token", "channel"), chunk_mb=0.004),
@@ -309,20 +320,20 @@ def files_of(path: Path) -> list[Path]:
     return sorted(item for item in path.rglob("*") if item.is_file())
 
 
-def read_damaged(path: Path, counts: Counts) -> bool:
-    """Read a damaged store and compare whatever comes without an error; returns whether it raised."""
+def read_damaged(path: Path, counts: Counts) -> set[str] | None:
+    """Read a damaged store and compare whatever comes without an error; the ids of that, None if it does not open."""
     try:
         reader = CacheReader(path)
-        readable = [check_sample(reader, sample_id, counts, may_fail=True) for sample_id in reader.sample_ids]
     except CacheStoreError:
-        return True
-    return not all(readable)
+        return None
+    return {sample_id for sample_id in reader.sample_ids if check_sample(reader, sample_id, counts, may_fail=True)}
 
 
 def torture_flips(folder: Path, flips: int, rng: random.Random, counts: Counts) -> None:
     """Flip single bits, over every file in turn."""
     path = folder / "flips"
     make_store(path)
+    whole = {f"s{i}" for i in range(4)}
     files = files_of(path)
     for number in range(flips):
         target = files[number % len(files)]
@@ -331,11 +342,126 @@ def torture_flips(folder: Path, flips: int, rng: random.Random, counts: Counts) 
         flipped = bytearray(data)
         flipped[at // 8] ^= 1 << at % 8
         target.write_bytes(flipped)
-        noticed = read_damaged(path, counts)
+        readable = read_damaged(path, counts)
         target.write_bytes(data)
-        counts.add("flips noticed", noticed)
+        counts.add("flips noticed", readable != whole)
+        if target != path / "zarr.json":  # anything but the root costs one sample at most
+            counts.lost += readable is None or len(whole - readable) > 1
     counts.torn += not verify(path, deep=True).ok
     counts.add("flips", flips)
+    shutil.rmtree(path)
+
+
+def kill_at_steps(
+    body: Callable[[], None], prepare: Callable[[], None], check: Callable[[], None], *, every: int
+) -> int:
+    """Kill `body` before its first operation on the file system, then `every` so many later; returns how often."""
+    for number, step in enumerate(range(1, 10_000, every)):
+        prepare()
+        pid = os.fork()
+        if not pid:
+            left = step
+
+            def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+                def act(*args: Any, **kwargs: Any) -> Any:
+                    nonlocal left
+                    left -= 1
+                    if left == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return real(*args, **kwargs)
+
+                return act
+
+            for name in ("mkdir", "open", "write", "fsync", "link", "unlink", "rename", "replace"):
+                setattr(os, name, counted(getattr(os, name)))
+            try:
+                body()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        check()
+        if not os.WIFSIGNALED(status):
+            assert status == 0, status
+            return number
+    raise AssertionError("it never ends")
+
+
+def torture_copies(folder: Path, counts: Counts, *, every: int) -> None:
+    """Kill a copy at its steps: what it has shown is whole, and the next call finishes it."""
+    source, target = folder / "source", folder / "copy"
+    make_store(source)
+
+    def prepare() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+
+    def check() -> None:
+        if (target / "zarr.json").exists():
+            check_store(target, set(), counts)
+        copy(source, target)
+        check_store(target, {f"s{i}" for i in range(4)}, counts)
+
+    counts.add("kills of a copy", kill_at_steps(lambda: void(copy(source, target)), prepare, check, every=every))
+    shutil.rmtree(source)
+
+
+def torture_repairs(folder: Path, counts: Counts, *, every: int) -> None:
+    """Kill a repair at its steps: whole samples stay, the damaged one is in its place or aside and can be had back."""
+    made, path = folder / "made", folder / "repair"
+    make_store(made)
+    damaged = next((made / "samples").glob("s1*/kv/c.0*"))
+    data = damaged.read_bytes()
+    damaged.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+
+    def prepare() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(made, path)
+
+    def check() -> None:
+        counts.lost += len({"s0", "s2", "s3"} - (read_damaged(path, counts) or set()))
+        verify(path, deep=True, repair=True)
+        counts.lost += len(CacheReader(path)) != 3
+        (path / damaged.relative_to(made)).write_bytes(data)
+        verify(path, restore=True)
+        check_store(path, {f"s{i}" for i in range(4)}, counts)
+
+    repair = lambda: void(verify(path, deep=True, repair=True))  # noqa: E731
+    counts.add("kills of a repair", kill_at_steps(repair, prepare, check, every=every))
+    shutil.rmtree(made)
+
+
+def void(_: object) -> None:
+    pass
+
+
+def torture_line(folder: Path, rounds: int, rng: random.Random, counts: Counts) -> None:
+    """Repair over a line that flips a bit in one answer in twenty, or says as often that nothing is there."""
+    path = folder / "line"
+    make_store(path)
+    preadv, opened = os.preadv, os.open
+
+    def flipping(descriptor: int, buffers: Any, offset: int) -> int:
+        count = preadv(descriptor, buffers, offset)
+        if count and rng.random() < 0.05:
+            counts.add("wrong answers")
+            buffer = next(buffer for buffer in buffers if len(buffer))
+            buffer[rng.randrange(len(buffer))] ^= 1 << rng.randrange(8)
+        return count
+
+    def absent(name: Any, *args: Any, **kwargs: Any) -> int:
+        if "/samples/" in os.fspath(name) and rng.random() < 0.05:
+            counts.add("wrong answers")
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", os.fspath(name))
+        return opened(name, *args, **kwargs)
+
+    for _ in range(rounds):
+        os.preadv, os.open = flipping, absent
+        try:
+            report = verify(path, deep=True, repair=True)
+        finally:
+            os.preadv, os.open = preadv, opened
+        counts.lost += len(report.repaired) + len(report.damaged)
+    check_store(path, {f"s{i}" for i in range(4)}, counts)
     shutil.rmtree(path)
 
 
@@ -367,6 +493,10 @@ def torture(folder: Path, *, kills: int, flips: int, seed: int) -> Counts:
     torture_power(folder, counts)
     torture_full_disk(folder, counts)
     torture_files(folder, counts)
+    every = 1 if kills >= 300 else 15
+    torture_copies(folder, counts, every=every)
+    torture_repairs(folder, counts, every=every)
+    torture_line(folder, max(1, flips // 50), rng, counts)
     torture_flips(folder, flips, rng, counts)
     torture_kills(folder, kills, rng, counts)
     return counts

@@ -24,6 +24,8 @@ def test_kills_power_cuts_full_disks_and_damage() -> None:
     assert tried["kills"] >= 20
     assert (tried["flips"], tried["flips noticed"] > 75) == (150, True)
     assert min(tried["power cuts"], tried["full disks"], tried["cut or deleted files"]) > 30
+    assert min(tried["kills of a copy"], tried["wrong answers"]) > 10
+    assert tried["kills of a repair"] > 3
 
 
 @pytest.mark.slow

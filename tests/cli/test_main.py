@@ -173,7 +173,7 @@ def test_an_unknown_config_key_names_the_nearest(tmp_path, run_here):
 
 
 @pytest.mark.parametrize(
-    "command", ["prepare", "plan", "extract", "train", "eval", "export", "info", "verify", "doctor", "demo"]
+    "command", ["prepare", "plan", "extract", "train", "eval", "export", "info", "verify", "clean", "doctor", "demo"]
 )
 def test_every_command_has_help_with_an_example(command, run_here):
     text = run_here(command, "--help").stdout
