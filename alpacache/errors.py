@@ -24,8 +24,8 @@ class BadClipError(AlpacacheError, ValueError):
     """One clip or sample cannot be used; the run quarantines it and goes on.
 
     `kind` is a short stable word for counting (`missing_camera`, `missing_clip`, `missing_poses`, `short_clip`,
-    `undecodable_video`, `not_finite`, `pose_jump`, `time_order`, `wrong_shape`, `unsafe_path`, `unsafe_size`); the
-    message tells a person what is wrong, where, and what would help.
+    `undecodable_video`, `not_finite`, `pose_jump`, `time_order`, `wrong_frame`, `wrong_shape`, `unsafe_path`,
+    `unsafe_size`); the message tells a person what is wrong, where, and what would help.
     """
 
     def __init__(self, kind: str, message: str) -> None:

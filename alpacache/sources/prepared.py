@@ -6,6 +6,8 @@ looked at, and no code of it is ever run.
 """
 
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +17,9 @@ from alpacache.driving.cameras import sort_cameras
 from alpacache.driving.poses import EgoPoses
 from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
+from alpacache.regular_file import regular_size
 from alpacache.sources.folder import is_plain_name
-from alpacache.sources.prepared_rows import NEEDED, POSES, check_columns, from_row, poses_of
+from alpacache.sources.prepared_rows import NEEDED, POSES, check_columns, from_row, sound_poses
 from alpacache.sources.prepared_stream import StreamedRows, undecoded
 from alpacache.sources.retry import connection_errors, first_line
 from alpacache.sources.source import SourceKind
@@ -32,7 +35,8 @@ class PreparedSource:
     def __init__(self, rows: "_SavedRows | StreamedRows", *, name: str) -> None:
         self.name, self._rows = name, rows
         self._row_of = {sample_id: number for number, sample_id in enumerate(rows.ids)}
-        self.sample_refs: Sequence[SampleRef] = [SampleRef.parse(sample_id) for sample_id in rows.ids]
+        self._doubled = {sample_id for sample_id, count in Counter(rows.ids).items() if count > 1}
+        self.sample_refs: Sequence[SampleRef] = [_ref(sample_id, name) for sample_id in self._row_of]
         self.clip_ids: Sequence[str] = list(dict.fromkeys(ref.clip_id for ref in self.sample_refs))
 
     def times_us(self, clip_id: str) -> tuple[int, int]:
@@ -49,7 +53,7 @@ class PreparedSource:
 
     def poses(self, ref: SampleRef) -> EgoPoses:
         """History and future without the pictures; raises `BadClipError` as `load` does."""
-        return self._read(ref, self._rows.poses, poses_of)
+        return self._read(ref, self._rows.poses, lambda row: sound_poses(ref, row))
 
     def expect(self, refs: Sequence[SampleRef]) -> None:
         """Take note of what will be loaded, any view of it, so that a stream keeps no other rows."""
@@ -63,6 +67,8 @@ class PreparedSource:
         where = ref.sample_id
         if where not in self._row_of:
             raise BadClipError("missing_clip", f"{where}: not in {self.name}; a prepared dataset has fixed moments.")
+        if where in self._doubled:
+            raise BadClipError("wrong_shape", f"{where}: several rows of {self.name} have this id; keep one of them.")
         row = get(self._row_of[where])
         try:
             return decode(row)
@@ -81,6 +87,7 @@ def open_prepared(place: str) -> PreparedSource:
     directory = Path(place)
     name = f"hf:{directory.resolve().name if directory.is_dir() else place}"
     unreadable = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError)
+    _refuse_irregular_files(directory)
     try:
         rows = _SavedRows(directory, name) if is_saved(directory) else StreamedRows(place)
         return PreparedSource(rows, name=name)
@@ -106,6 +113,13 @@ def _marker(place: str) -> Path | None:
 def _must_be_a_path(place: str) -> bool:
     """Whether it cannot be the name of a hub repository, OWNER/NAME."""
     return place.startswith((".", "/")) or place.count("/") != 1
+
+
+def _ref(sample_id: Any, name: str) -> SampleRef:
+    try:
+        return SampleRef.parse(str(sample_id))
+    except UsageError as error:
+        raise SourceError(f"{name}: {error}") from error
 
 
 class _SavedRows:
@@ -143,11 +157,23 @@ def _remedy(place: str) -> str:
     )
 
 
+def _refuse_irregular_files(directory: Path) -> None:
+    """Raise `SourceError` for a FIFO or a device anywhere in a directory, whoever would open it."""
+    for folder, _, names in os.walk(directory):
+        for file in (Path(folder, name) for name in names):
+            try:
+                regular_size(file)
+            except FileNotFoundError:  # a link to nothing blocks nobody
+                continue
+            except OSError as error:
+                raise SourceError(f"{file} cannot be read: {error}.") from error
+
+
 def _refuse_outside_files(directory: Path) -> None:
     """Raise `SourceError` if a `state.json`, of the dataset or of a split, names a data file outside its directory."""
     index = directory / "dataset_dict.json"
     for split in json.loads(index.read_text())["splits"] if index.is_file() else ():
-        if not is_plain_name(split):
+        if not is_plain_name(split) or ":" in split:  # two of them chain file systems
             raise SourceError(f"{index} names a split {split!r}; expected a plain name such as 'train'.")
     for state in (*directory.glob("state.json"), *directory.glob("*/state.json")):
         for entry in json.loads(state.read_text())["_data_files"]:

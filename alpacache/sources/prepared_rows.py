@@ -1,7 +1,8 @@
 """A sample as one row of a Hugging Face dataset, and back: bit for bit, unless pictures were resized on purpose.
 
 Rows may come from a stranger: pictures are embedded PNG bytes, never paths, and sizes are checked before pixels are
-allocated.
+allocated. What a row says is held against what the protocol of a source promises: a stranger's row is read by the same
+code as one of `prepare`, and its mistakes show nowhere else.
 """
 
 import io
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.driving.poses import EgoPoses
-from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, Sample, SampleRef
+from alpacache.driving.poses import MAX_GAP_US, EgoPoses, Track, check_usable, sample_times_us
+from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS, Sample, SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.sources.image import read_image, stack
+from alpacache.sources.recording import read_lenses, wanted_frame_times_us
 
 POSES = {
     "history_xyz": (HISTORY_STEPS, 3),
@@ -26,6 +28,8 @@ POSES = {
 }
 NEEDED = ("sample_id", "cameras", "frames", "frame_timestamps_us", *POSES, "calibration")
 """Columns that are read. The others say where a row is from, and may be absent."""
+ORIGIN_SLACK_M = ROTATION_SLACK = 0.01
+"""Rows of 16-bit numbers are still right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,17 +113,71 @@ def from_row(ref: SampleRef, row: dict[str, Any], cameras: Sequence[str], frames
     encoded = [image["bytes"] for place in chosen for image in row["frames"][place][-frames:]]
     if not all(encoded):  # a row that points to files is refused
         raise BadClipError("undecodable_video", f"{where}: a picture is not embedded in the row.")
+    _check_lengths(row, where=where)
     images = stack([read_image(io.BytesIO(data), "PNG", where=where) for data in encoded], where=where)
     stamps = np.array([row["frame_timestamps_us"][place][-frames:] for place in chosen], dtype=np.int64)
-    lenses = None if row["calibration"] is None else json.loads(row["calibration"])
+    _check_times(stamps, ref.t0_us, where=where)
+    lenses = None if row["calibration"] is None else read_lenses(row["calibration"], where=f"{where}: calibration")
     return Sample(
         ref=ref,
         cameras=tuple(cameras),
         frames=images.reshape(len(cameras), frames, *images.shape[1:]),
         frame_timestamps_us=stamps.reshape(len(cameras), frames),
         calibration=lenses and ({camera: lenses[camera] for camera in cameras if camera in lenses} or None),
-        **poses_of(row)._asdict(),
+        **sound_poses(ref, row)._asdict(),
     )
+
+
+def sound_poses(ref: SampleRef, row: dict[str, Any]) -> EgoPoses:
+    """History and future in a row, held against what a recording's must be.
+
+    Raises `BadClipError`: `wrong_shape`, `not_finite`, `pose_jump`, or `wrong_frame` for poses that are not seen from
+    the vehicle at t0.
+    """
+    from scipy.spatial.transform import Rotation
+
+    where = ref.sample_id
+    for name, shape in POSES.items():
+        if (found := np.shape(row[name])) != shape:
+            raise BadClipError("wrong_shape", f"{where}: {name} has shape {found}; expected {shape}.")
+    poses = poses_of(row)
+    xyz = np.concatenate([poses.history_xyz, poses.future_xyz]).astype(np.float64)
+    rot = np.concatenate([poses.history_rot, poses.future_rot]).astype(np.float64)
+    if not (np.isfinite(xyz).all() and np.isfinite(rot).all()):
+        bad = [name for name, values in poses._asdict().items() if not np.isfinite(values).all()]
+        raise BadClipError("not_finite", f"{where}: {', '.join(bad)} hold NaN or infinity.")
+    off = np.abs(rot @ rot.transpose(0, 2, 1) - np.eye(3)).max()
+    if off > ROTATION_SLACK or np.linalg.det(rot).min() < 0:
+        raise BadClipError("pose_jump", f"{where}: history_rot or future_rot holds matrices that are no rotations.")
+    away_m, turned = float(np.linalg.norm(poses.history_xyz[-1])), np.abs(poses.history_rot[-1] - np.eye(3)).max()
+    if away_m > ORIGIN_SLACK_M or turned > ROTATION_SLACK:
+        end = ", ".join(f"{value:.3g}" for value in poses.history_xyz[-1])
+        reason = f"history ends at ({end}) m" + (", turned" if turned > ROTATION_SLACK else "")
+        remedy = "Poses must be those seen from the vehicle at t0: history ends at its origin, unturned."
+        raise BadClipError("wrong_frame", f"{where}: {reason}. {remedy}")
+    times = sample_times_us(ref.t0_us)
+    track = Track(timestamps_us=times, xyz=xyz, quaternion_xyzw=Rotation.from_matrix(rot).as_quat())
+    check_usable(track, times, where=where)
+    return poses
+
+
+def _check_lengths(row: dict[str, Any], *, where: str) -> None:
+    """Raise `BadClipError` unless a row has one list of pictures and one of times for each camera, all equally long."""
+    names, counts = row["cameras"], [len(images) for images in row["frames"]]
+    times = [len(stamps) for stamps in row["frame_timestamps_us"]]
+    if len(set(names)) != len(names) or counts != times or len(counts) != len(names) or len(set(counts)) != 1:
+        found = f"{len(names)} cameras ({len(set(names))} different), {counts} pictures and {times} frame times"
+        raise BadClipError("wrong_shape", f"{where}: {found}; expected as many pictures as times for each camera.")
+
+
+def _check_times(stamps: NDArray[np.int64], t0_us: int, *, where: str) -> None:
+    """Raise `BadClipError` unless `[cameras, frames]` frame times are the wanted ones or shortly before them."""
+    age_us = wanted_frame_times_us(t0_us, stamps.shape[1]) - stamps
+    if (np.diff(stamps, axis=1) < 0).any() or age_us[:, -1].min() < 0 or np.abs(age_us).max() > MAX_GAP_US:
+        last = ", ".join(f"{value / 1e6:.3f}" for value in (stamps[:, -1] - t0_us).tolist())
+        reason = f"pictures end {last} s from t0, first to last over {np.ptp(stamps) / 1e6:.3f} s"
+        remedy = f"They are to lie {FRAME_STEP_US / 1e6:g} s apart in order, the last at t0 or shortly before it."
+        raise BadClipError("time_order", f"{where}: {reason}. {remedy}")
 
 
 def poses_of(row: dict[str, Any]) -> EgoPoses:

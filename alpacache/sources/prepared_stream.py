@@ -15,9 +15,10 @@ from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
-from alpacache.errors import DataError, SourceError
+from alpacache.errors import BadClipError, DataError, SourceError
 from alpacache.sources.prepared_rows import NEEDED, POSES, check_columns, features
 from alpacache.sources.retry import connection_errors, first_line
+from alpacache.sources.table import check_groups
 
 SPARE_ROWS = 16
 """Rows kept beyond one a live thread."""
@@ -45,10 +46,14 @@ class StreamedRows:
 
     def _read(self, cursor: "Cursor", number: int) -> dict[str, Any]:
         """A row of one of the streams. Raises `DataError` if it breaks off."""
+        import pyarrow as pa
+
         try:
             row = cursor.row(number)
-        except connection_errors() as error:
+        except (pa.ArrowException, ValueError, *connection_errors()) as error:
             text = f"streaming {self.ids[number]} failed ({first_line(error)}); the same command goes on."
+            if isinstance(error, pa.ArrowException | ValueError) or Path(self.place).is_dir():
+                text = f"the file that holds {self.ids[number]} cannot be read ({first_line(error)}); fetch it again."
             raise DataError(f"hf:{self.place}: {text}") from error
         if row["sample_id"] != self.ids[number]:
             raise DataError(f"hf:{self.place} has changed since it was opened; run the same command again.")
@@ -153,10 +158,20 @@ def _files(place: str, columns: Sequence[str]) -> list[Any]:
     import datasets
 
     builder = datasets.load_dataset_builder(place, columns=list(columns))
-    _refuse_outside_files([file for files in builder.config.data_files.values() for file in files], place)
+    files = [file for files in builder.config.data_files.values() for file in files]
+    _refuse_outside_files(files, place)
+    for file in files if Path(place).is_dir() else ():
+        _check_unfolding(Path(file), columns)
     loaded = builder.as_streaming_dataset()
     splits = [undecoded(split, place) for split in (loaded.values() if isinstance(loaded, dict) else [loaded])]
     return [split.shard(num_shards=split.num_shards, index=n) for split in splits for n in range(split.num_shards)]
+
+
+def _check_unfolding(file: Path, columns: Sequence[str]) -> None:
+    try:
+        check_groups(file, columns, where=str(file))
+    except BadClipError as error:
+        raise SourceError(str(error)) from error
 
 
 def _refuse_outside_files(files: Iterable[str], place: str) -> None:

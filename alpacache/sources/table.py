@@ -24,6 +24,10 @@ MAX_RATE_HZ = 2_000
 FEW_ROWS = 100_000
 """Up to so many rows no rate is too much work: where times are in another unit, `check` says so."""
 _READ_AT_ONCE = 65_536
+_MAX_RATIO = 100
+"""Pictures, which make up the bytes of samples, do not shrink."""
+_INDEX_BYTES = 16
+"""Compressed bytes that an index into a dictionary takes at most, a value that is written out at least."""
 
 
 def read_columns(file: Path | BinaryIO, names: Sequence[str], *, where: str) -> dict[str, NDArray[Any]]:
@@ -59,20 +63,45 @@ def check_table(file: Path | BinaryIO, *, where: str) -> None:
 
     For tables that other code reads, such as the devkit of PhysicalAI-AV.
     """
+    with _opened(file, where=where) as parquet:
+        kinds = parquet.schema_arrow
+        _check_budget(parquet.metadata, None, where=where)
+    _check_texts(file, [field.name for field in kinds if _is_text(field.type)], where=where)
+
+
+def check_groups(file: Path, names: Sequence[str], *, where: str) -> None:
+    """Raise `BadClipError` (as `read_columns`) unless these columns can be decoded one row group after the other.
+
+    For tables of samples, which may be larger than memory as a whole. The first of `names` is read as a whole.
+    """
+    with _opened(file, where=where, limit_bytes=None) as parquet:
+        metadata = parquet.metadata
+        texts = [field.name for field in parquet.schema_arrow if field.name == names[0] and _is_text(field.type)]
+        _check_rows(metadata, where=where)
+        for column in _columns(metadata, names):
+            packed, size = column.total_compressed_size, column.total_uncompressed_size
+            unfolded = max(size, 8 * column.num_values)
+            if column.has_dictionary_page and column.physical_type == "BYTE_ARRAY":
+                pages = packed - max(0, column.data_page_offset - column.dictionary_page_offset)
+                if pages < _INDEX_BYTES * column.num_values:  # all values are those of the dictionary
+                    unfolded = max(unfolded, size * column.num_values)
+            if unfolded > MAX_DECODED_BYTES and (unfolded > size or size > _MAX_RATIO * packed):
+                reason = f"{column.path_in_schema} unfolds from {packed:,} to up to {unfolded:,} bytes in a row group"
+                raise BadClipError("unsafe_size", f"{where}: {reason}; at most {MAX_DECODED_BYTES:,} are read.")
+    _check_texts(file, texts, where=where)
+
+
+def _check_texts(file: Path | BinaryIO, texts: Sequence[str], *, where: str) -> None:
+    """Hold the size of all texts in these columns, each as often as it stands there, against the limit."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    with _opened(file, where=where) as parquet:
-        kinds = parquet.schema_arrow
-        _check_budget(parquet.metadata, None, where=where)
-    texts = [field.name for field in kinds if _is_text(field.type)]
-    if not texts:
-        return
     size = 0
     with _refused(where):
         # As a dictionary, no value is unfolded for each row that repeats it.
-        for batch in pq.ParquetFile(file, read_dictionary=texts).iter_batches(_READ_AT_ONCE, columns=texts):
+        table = pq.ParquetFile(file, read_dictionary=texts) if texts else None
+        for batch in table.iter_batches(_READ_AT_ONCE, columns=texts) if table else ():
             for column in batch.columns:
                 if pa.types.is_dictionary(column.type):
                     size += pc.sum(pc.take(pc.binary_length(column.dictionary), column.indices)).as_py() or 0
@@ -83,13 +112,13 @@ def check_table(file: Path | BinaryIO, *, where: str) -> None:
 
 
 @contextmanager
-def _opened(file: Path | BinaryIO, *, where: str) -> Iterator[Any]:
+def _opened(file: Path | BinaryIO, *, where: str, limit_bytes: int | None = MAX_FILE_BYTES) -> Iterator[Any]:
     """The table, opened; what is no regular file or no table is a `BadClipError`."""
     import pyarrow.parquet as pq
 
     if isinstance(file, Path):
         try:
-            regular_size(file, limit_bytes=MAX_FILE_BYTES)
+            regular_size(file, limit_bytes=limit_bytes)
         except OSError as error:
             raise BadClipError("unsafe_path", f"{where} cannot be read: {error}.") from error
     with _refused(where), pq.ParquetFile(file) as parquet:
@@ -118,24 +147,32 @@ def _check_number(name: str, kind: Any, *, where: str) -> None:
         raise BadClipError("wrong_shape", f"{where}: {reason}; expected numbers (timestamp: int64, us).")
 
 
+def _check_rows(metadata: Any, *, where: str) -> None:
+    rows = max(metadata.num_rows, sum(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)))
+    if rows > MAX_ROWS:
+        raise BadClipError("unsafe_size", f"{where} has {rows:,} rows; at most {MAX_ROWS:,} are read.")
+
+
+def _columns(metadata: Any, names: Sequence[str] | None) -> Iterator[Any]:
+    """What the footer says of these columns (None: of all), of nested ones of each leaf, in each row group."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for column in map(group.column, range(group.num_columns)):
+            if names is None or column.path_in_schema.partition(".")[0] in names:
+                yield column
+
+
 def _check_budget(metadata: Any, names: Sequence[str] | None, *, where: str) -> None:
     """Hold rows, values and unpacked pages of these columns (None: of all) against the limits, by the footer alone."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
-    if rows > MAX_ROWS:
-        raise BadClipError("unsafe_size", f"{where} has {rows:,} rows; one recording has at most {MAX_ROWS:,}.")
+    _check_rows(metadata, where=where)
+    lengths = {leaf.path: leaf.length for leaf in map(metadata.schema.column, range(metadata.num_columns))}
     size = 0
-    for group in groups:
-        for place in range(group.num_columns):
-            column = group.column(place)
-            if names is not None and column.path_in_schema not in names:
-                continue
-            width = max(8, metadata.schema.column(place).length)
-            size += max(column.total_uncompressed_size, width * column.num_values)
-            if column.physical_type == "BYTE_ARRAY" and "." in column.path_in_schema:
-                size += column.num_values * column.total_uncompressed_size  # each may be as long as all pages
+    for column in _columns(metadata, names):
+        size += max(column.total_uncompressed_size, max(8, lengths[column.path_in_schema]) * column.num_values)
+        if column.physical_type == "BYTE_ARRAY" and "." in column.path_in_schema:
+            size += column.num_values * column.total_uncompressed_size  # each may be as long as all pages
     if size > MAX_DECODED_BYTES:
-        most = f"one recording takes at most {MAX_DECODED_BYTES:,}"
+        most = f"at most {MAX_DECODED_BYTES:,} are read"
         raise BadClipError("unsafe_size", f"{where} unfolds to {size:,} bytes or more; {most}.")
 
 

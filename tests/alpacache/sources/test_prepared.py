@@ -258,6 +258,94 @@ def jpeg():
     return buffer.getvalue()
 
 
+def moved(name, change):
+    """Change one of a row's lists as an array."""
+
+    def apply(row):
+        values = np.array(row[name])
+        change(values)
+        row[name] = values.tolist()
+
+    return apply
+
+
+def in_the_world(row):
+    for name in ("history_xyz", "future_xyz"):
+        moved(name, lambda xyz: np.add(xyz, [1000.0, 20.0, 0.0], out=xyz))(row)
+
+
+def turned_by_a_quarter(row):
+    quarter = np.array([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    for name in ("history_rot", "future_rot"):
+        moved(name, lambda rot: np.copyto(rot, quarter @ rot))(row)
+
+
+def shifted(us, camera=slice(None), frame=slice(None)):
+    return moved("frame_timestamps_us", lambda stamps: np.add.at(stamps, (camera, frame), us))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "says"),
+    [
+        (moved("future_xyz", lambda xyz: xyz.__setitem__((3, 1), np.nan)), "not_finite", "future_xyz hold NaN"),
+        (moved("history_rot", lambda rot: rot.__setitem__((0, 0, 0), np.inf)), "not_finite", "history_rot hold"),
+        (in_the_world, "wrong_frame", r"history ends at \(1e\+03, 20, 0\) m"),
+        (turned_by_a_quarter, "wrong_frame", "turned"),
+        (moved("future_rot", lambda rot: np.multiply(rot, 2, out=rot)), "pose_jump", "no rotations"),
+        (moved("future_rot", lambda rot: np.negative(rot[5], out=rot[5])), "pose_jump", "no rotations"),
+        (moved("future_xyz", lambda xyz: np.add(xyz[30:], 40, out=xyz[30:])), "pose_jump", "the vehicle moves"),
+        (lambda row: row.update(history_xyz=np.transpose(row["history_xyz"]).tolist()), "wrong_shape", "shape"),
+        (lambda row: row.update(history_xyz=[list(np.ravel(row["history_xyz"]))]), "wrong_shape", "shape"),
+        (lambda row: row.update(future_xyz=row["future_xyz"][:60]), "wrong_shape", r"\(60, 3\); expected \(64, 3\)"),
+        (shifted(-5_000_000), "time_order", "pictures end -5.000 s from t0"),
+        (shifted(200_000), "time_order", "pictures end 0.200"),
+        (shifted(150_000, camera=1, frame=0), "time_order", "in order"),
+        (lambda row: row.update(frame_timestamps_us=[[0, 0], [0, 0]]), "time_order", "pictures end"),
+        (lambda row: row["frame_timestamps_us"][1].pop(), "wrong_shape", r"\[2, 2\] pictures and \[2, 1\] frame times"),
+        (lambda row: row["frames"].pop(), "wrong_shape", "is damaged"),
+        (lambda row: row["frames"].pop(0), "wrong_shape", "is damaged"),
+        (lambda row: row.update(cameras=[FRONT, FRONT]), "wrong_shape", "1 different"),
+        (lambda row: row.update(calibration='{"a": {"fx": NaN}}'), "wrong_shape", "NaN is no JSON"),
+        (lambda row: row.update(calibration="[]"), "wrong_shape", "must hold an object"),
+    ],
+)
+def test_rows_of_others_are_checked_as_recordings_are(prepared, tmp_path, change, kind, says):
+    source = broken_copy(prepared, tmp_path / "broken", change)
+    (ref,) = source.sample_refs
+    with pytest.raises(BadClipError, match=f"^{ref.sample_id}: .*{says}") as error:
+        source.load(ref, cameras=[FRONT], frames=2)
+    assert error.value.kind == kind
+
+
+def test_rows_of_half_precision_and_of_frames_that_repeat_are_sound(prepared, tmp_path):
+    def rounded(row):
+        for name in ("history_xyz", "future_xyz", "history_rot", "future_rot"):
+            row[name] = np.array(row[name]).astype(np.float16).tolist()
+        row["frame_timestamps_us"] = [[stamps[-1] - 100_000] * len(stamps) for stamps in row["frame_timestamps_us"]]
+
+    source = broken_copy(prepared, tmp_path / "rounded", rounded)
+    assert source.load(source.sample_refs[0], cameras=[FRONT], frames=2).frames.shape[1] == 2
+    assert source.poses(source.sample_refs[0]).future_xyz.shape == (64, 3)
+
+
+def test_an_id_that_stands_twice_is_refused_and_the_others_are_read(prepared, tmp_path):
+    rows = load_from_disk(str(prepared))
+    rows.select([0, 1, 0, 2]).save_to_disk(str(tmp_path / "doubled"))
+    source = open_source(str(tmp_path / "doubled"))
+    first, *others = source.sample_refs
+    assert [ref.sample_id for ref in source.sample_refs] == rows["sample_id"][:3]
+    for read in (source.poses, lambda ref: source.load(ref, cameras=[FRONT], frames=1)):
+        with pytest.raises(BadClipError, match=f"^{first.sample_id}: several rows"):
+            read(first)
+        assert [read(ref) is not None for ref in others] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["clip", None, "a@-1#0", "a\n@1#0"])
+def test_an_id_that_is_none_is_named(prepared, tmp_path, name):
+    with pytest.raises(SourceError, match=f"hf:broken: {str(name)[:1]!r}?.* is not a sample id" if name else "'None'"):
+        broken_copy(prepared, tmp_path / "broken", lambda row: row.update(sample_id=name))
+
+
 @pytest.mark.parametrize(
     ("change", "kind"),
     [

@@ -1,6 +1,7 @@
 """Parquet files in the layout of a hub repository, read by the same calls as the hub's, offline."""
 
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from datasets import load_from_disk
 
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, SourceError
-from alpacache.sources import prepared_stream
+from alpacache.sources import prepared_stream, table
 from alpacache.sources.prepared_stream import SPARE_ROWS, Cursor
 from alpacache.sources.prepared_writer import prepare
 from alpacache.sources.registry import open_source
@@ -244,6 +245,61 @@ def test_pictures_that_would_be_decoded_stay_bytes(saved, tmp_path, assert_same)
     datasets.Dataset.from_list([row], features=rows.features).to_parquet(str(tmp_path / "a.parquet"))
     with pytest.raises(BadClipError, match="not embedded"):
         load(open_source(f"hf:{tmp_path}"), REFS[0])
+
+
+def unfolding(saved, file, **columns):
+    """Rows of a stranger in which `columns` repeat one long text of a dictionary."""
+    load_from_disk(str(saved)).to_parquet(str(file))
+    table = pq.read_table(file)
+    for column, size in columns.items():
+        text = pa.array(["A" * size])
+        texts = pa.DictionaryArray.from_arrays(pa.array([0] * len(table), pa.int32()), text)
+        table = table.set_column(table.column_names.index(column), column, texts)
+    pq.write_table(table.replace_schema_metadata(None), file, compression="zstd", store_schema=False)
+
+
+@pytest.mark.parametrize("column", ["sample_id", "calibration"])
+def test_a_file_that_unfolds_beyond_the_limit_is_refused_by_its_footer(saved, tmp_path, monkeypatch, column):
+    file = tmp_path / "a.parquet"
+    unfolding(saved, file, **{column: 100_000})
+    monkeypatch.setattr(table, "MAX_DECODED_BYTES", 500_000)  # more than one row, less than all
+    assert file.stat().st_size < 100_000
+    with pytest.raises(SourceError, match=r"a\.parquet: " + column + " unfolds from .* row group"):
+        open_source(f"hf:{tmp_path}")
+
+
+def test_pictures_may_be_more_than_the_limit_and_pages_of_zeros_may_not(saved, tmp_path, monkeypatch):
+    load_from_disk(str(saved)).to_parquet(str(tmp_path / "a.parquet"))
+    group = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0)
+    sizes = {group.column(n).path_in_schema: group.column(n).total_uncompressed_size for n in range(group.num_columns)}
+    largest = max(sizes, key=sizes.get)
+    assert largest.startswith("frames")
+    monkeypatch.setattr(table, "MAX_DECODED_BYTES", sizes[largest] - 1)
+    assert load(open_source(f"hf:{tmp_path}"), REFS[0]).ref == REFS[0]
+    monkeypatch.setattr(table, "_MAX_RATIO", 0.5)
+    with pytest.raises(SourceError, match=r"frames.*unfolds"):
+        open_source(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["README.md", "data/train-00001-of-00003.parquet", "data/more.parquet"])
+def test_a_fifo_in_a_directory_is_refused_and_not_waited_for(hub_layout, name):
+    (hub_layout / name).unlink(missing_ok=True)
+    os.mkfifo(hub_layout / name)
+    with pytest.raises(SourceError, match=f"{name} cannot be read: it is a FIFO"):
+        open_source(f"hf:{hub_layout}")
+
+
+def test_a_damaged_file_is_named(hub_layout):
+    file = hub_layout / "data/train-00002-of-00003.parquet"
+    data, first = bytearray(file.read_bytes()), pq.ParquetFile(file).metadata.row_group(0)
+    (frames,) = (first.column(n) for n in range(first.num_columns) if first.column(n).path_in_schema.endswith("bytes"))
+    start = frames.dictionary_page_offset or frames.data_page_offset
+    data[start : start + 60] = bytes(60)
+    file.write_bytes(data)
+    source = open_source(f"hf:{hub_layout}")
+    assert load(source, REFS[0]).ref == REFS[0]
+    with pytest.raises(DataError, match=f"the file that holds {REFS[-1].sample_id} cannot be read .*; fetch it again"):
+        load(source, REFS[-1])
 
 
 def write_pointing(saved, root, **columns):
