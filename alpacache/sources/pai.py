@@ -20,20 +20,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache import strict_json
 from alpacache.driving.cameras import CAMERAS, sort_cameras
 from alpacache.driving.poses import Track, check_track, check_usable, ego_poses, frame_indices, sample_times_us
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, DataError, SourceError, UsageError
 from alpacache.sources.pai_cache import FEATURES_FILE, REPO, LinkedCache, explain_hub_error
 from alpacache.sources.pai_chunks import ChunkCache, cache_directory, limit_bytes
+from alpacache.sources.pai_metadata import Faults, read_by_clip
 from alpacache.sources.recording import POSE_COLUMNS, Shot, covered_us, sample_of, track_of, wanted_frame_times_us
 from alpacache.sources.retry import connection_errors, first_line, with_retry
 from alpacache.sources.source import SourceKind
+from alpacache.sources.table import check_table, read_columns
 from alpacache.sources.video import read_film
 
 EGOMOTION = "egomotion"
 EVENTS_FILE = "reasoning/ood_reasoning.parquet"
-MAX_MEMBER_BYTES = 2 * 2**30
+MAX_MEMBER_BYTES = 2**29
+MAX_TIME_US = 2**53
 
 
 def open_tree(directory: str | Path, *, cameras: Sequence[str] | None = None) -> "PhysicalAiSource":
@@ -43,8 +47,8 @@ def open_tree(directory: str | Path, *, cameras: Sequence[str] | None = None) ->
     options = {"revision": cache.revision, "cache_dir": cache.directory, "token": False}
     try:
         interface = interface_class(**options, confirm_download_threshold_gb=float("inf"))
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"pai:{directory}: the devkit cannot read its metadata ({error}).") from error
+    except Exception as error:  # the devkit checks nothing: whatever it and pandas make of odd tables
+        raise SourceError(f"pai:{directory}: the devkit cannot read its metadata ({first_line(error)}).") from error
     return PhysicalAiSource(interface, name=f"pai:{Path(directory).resolve().name}", cameras=cameras, files=cache)
 
 
@@ -75,8 +79,10 @@ class PhysicalAiSource:
         self._cache = files if isinstance(files, LinkedCache) else None
         self._chunks = files if isinstance(files, ChunkCache) else None
         self.name, self.cameras = name, sort_cameras(cameras or CAMERAS)
-        self.clip_ids: Sequence[str] = self._usable_clips()
-        self._known = frozenset(self.clip_ids)
+        self._unusable = self._unusable_clips()
+        usable = [clip_id for clip_id in self._usable_clips() if clip_id not in self._unusable]
+        self._known = frozenset(usable)
+        self.clip_ids: Sequence[str] = [*usable, *sorted(self._unusable)]
         if not self.clip_ids:
             raise SourceError(f"{name}: no clip with poses and a camera is here; fetch a chunk of each, see the docs.")
         self._poses = lru_cache(maxsize=64)(self._read_poses)
@@ -90,25 +96,28 @@ class PhysicalAiSource:
         return covered_us(track, {name: self.frame_times_us(clip_id, name) for name in there}, where=clip_id)
 
     def track(self, clip_id: str) -> Track:
-        if clip_id not in self._known:
-            raise BadClipError("missing_clip", f"{clip_id}: not a clip of {self.name}.")
-        table = self._read_table(clip_id, EGOMOTION, EGOMOTION)
-        if absent := [name for name in POSE_COLUMNS if name not in table.columns]:
-            raise BadClipError("wrong_shape", f"{clip_id}: egomotion lacks the columns {', '.join(absent)}.")
-        return track_of(table)
+        self._check_known(clip_id)
+        return track_of(self._read_columns(clip_id, EGOMOTION, EGOMOTION, POSE_COLUMNS))
 
     def frame_times_us(self, clip_id: str, camera: str) -> NDArray[np.int64]:
+        self._check_known(clip_id)
         return self._read_stamps(clip_id, camera, fetch=False)
 
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
         return self._read_camera(clip_id, camera, times_us)[0]
 
     def event_times_us(self, clip_id: str) -> Sequence[int]:
-        return self._events().get(clip_id, ())
+        return event_times_us(self._events().get(clip_id, ()), where=f"{clip_id}: {EVENTS_FILE}")
 
     def group_of(self, clip_id: str) -> str:
         """The clip's chunk, which is downloaded as a whole."""
-        return str(self._interface.get_clip_chunk(clip_id))
+        return str(self._interface.get_clip_chunk(clip_id)) if clip_id in self._known else ""
+
+    def _check_known(self, clip_id: str) -> None:
+        if clip_id in self._unusable:
+            raise BadClipError("missing_clip", f"{clip_id}: {self._unusable[clip_id]}")
+        if clip_id not in self._known:
+            raise BadClipError("missing_clip", f"{clip_id}: not a clip of {self.name}.")
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
         """Read one sample; raises `BadClipError` for a recording that cannot be used at this t0."""
@@ -134,6 +143,14 @@ class PhysicalAiSource:
             here = {chunk for chunk in set(index["chunk"]) if self._chunk_is_here(chunk)}
             index = index[index["chunk"].isin(here)]
         return [str(clip) for _, clip in sorted(zip(index["chunk"], index.index, strict=True))]
+
+    def _unusable_clips(self) -> Faults:
+        """Clips of a local tree that its metadata is wrong about, unless their chunk is known not to be here."""
+        if self._cache is None:
+            return {}
+        chunks, faults = self._interface.clip_index["chunk"], self._cache.unusable
+        here = {chunk: self._chunk_is_here(chunk) for chunk in {chunks[clip] for clip in faults if clip in chunks}}
+        return {clip: why for clip, why in faults.items() if clip not in chunks or here[chunks[clip]]}
 
     def _chunk_is_here(self, chunk: int) -> bool:
         features = self._interface.features
@@ -169,25 +186,32 @@ class PhysicalAiSource:
     def _read_stamps(self, clip_id: str, camera: str, *, fetch: bool = True) -> NDArray[np.int64]:
         if not self._has(clip_id, camera):
             raise BadClipError("missing_camera", f"{clip_id}: {camera}: {self._where_to_get(clip_id, camera)}")
-        column = self._read_table(clip_id, camera, "frame_timestamps", fetch=fetch)["timestamp"]
-        return np.asarray(column.to_numpy().astype(np.int64))
+        return self._read_columns(clip_id, camera, "frame_timestamps", ("timestamp",), fetch=fetch)["timestamp"]
 
     def _feature(self, clip_id: str, feature: str) -> Any:
         read = partial(self._interface.get_clip_feature, clip_id, feature)
         return self._at_hand(self._file(clip_id, feature), lambda stream: read(maybe_stream=stream))
 
-    def _read_table(self, clip_id: str, feature: str, member: str, *, fetch: bool = True) -> Any:
-        """Read one parquet member of a chunk's archive."""
-        import pandas as pd
+    def _read_columns(
+        self, clip_id: str, feature: str, member: str, names: Sequence[str], *, fetch: bool = True
+    ) -> dict[str, NDArray[Any]]:
+        """Read columns of one parquet member of a chunk's archive, once the devkit can read all of it too."""
+        where = f"{clip_id}: {feature}"
+
+        def columns(opened: Any) -> dict[str, NDArray[Any]]:
+            table = BytesIO(opened.read())
+            check_table(table, where=where)
+            return read_columns(table, names, where=where)
 
         missing = "missing_poses" if feature == EGOMOTION else "missing_camera"
         with self._reading(clip_id, feature, missing=missing):
-            return self._read_member(clip_id, feature, member, pd.read_parquet, fetch=fetch)
+            found: dict[str, NDArray[Any]] = self._read_member(clip_id, feature, member, columns, fetch=fetch)
+            return found
 
     def _read_member(
         self, clip_id: str, feature: str, member: str, parse: Callable[[Any], Any], *, fetch: bool = True
     ) -> Any:
-        """What `parse` makes of one opened member of a chunk's archive; refuses one that unpacks to gigabytes.
+        """What `parse` makes of one opened member of a chunk's archive; refuses what no film unpacks to.
 
         Without `fetch` the chunk is not downloaded for it: the needed part of the archive is streamed.
         """
@@ -236,7 +260,7 @@ class PhysicalAiSource:
                 text = f"{where}: cannot be fetched ({first_line(error)}); the same command goes on."
                 raise DataError(text) from error
             raise BadClipError(damaged, f"{where} cannot be read ({error}).") from error
-        except (ValueError, IndexError, TypeError, ZeroDivisionError, StopIteration) as error:
+        except Exception as error:  # the devkit checks nothing: whatever it and pandas make of damaged data
             raise BadClipError(damaged, f"{where} cannot be decoded by the devkit ({error}).") from error
 
     def _where_to_get(self, clip_id: str, feature: str) -> str:
@@ -252,13 +276,14 @@ class PhysicalAiSource:
         read = []
         for feature in ("camera_intrinsics", "sensor_extrinsics"):
             with self._reading(clip_id, feature):
+                self._check_calibration(clip_id, feature)
                 try:
                     read.append(self._feature(clip_id, feature))
                 except (KeyError, FileNotFoundError):  # no such file here, or none of this clip in it
                     return {}
         models, poses = read[0].camera_models, read[1].sensor_poses
         with self._reading(clip_id, "camera_intrinsics"):
-            return {
+            lenses = {
                 name: {
                     "model": "ftheta",
                     "width": int(models[name].width),
@@ -273,22 +298,49 @@ class PhysicalAiSource:
                 for name in CAMERAS
                 if name in models and name in poses
             }
+            json.dumps(lenses, allow_nan=False)  # raises ValueError
+            return lenses
 
-    def _read_events(self) -> dict[str, list[int]]:
-        import pandas as pd
-        import pyarrow as pa
+    def _check_calibration(self, clip_id: str, feature: str) -> None:
+        """Hold a chunk's table of calibrations against the limits before the devkit reads it."""
+        if self._cache is not None and feature in self._interface.features.ALL:
+            file = self._cache.tree / self._file(clip_id, feature)
+            if file.exists():
+                check_table(file, where=f"{clip_id}: {file.name}")
 
+    def _read_events(self) -> dict[str, list[str]]:
+        """The texts in which events are listed, by clip."""
         if self._cache is not None and not self._interface.is_file_cached(EVENTS_FILE):
             fetch = f"hf download {REPO} {EVENTS_FILE} --repo-type dataset --local-dir {self._cache.tree}"
             raise UsageError(f"{self.name}: t0 events needs {EVENTS_FILE}; run: {fetch}")
         try:
-            table = pd.read_parquet(with_retry(lambda: self._interface.download_file(EVENTS_FILE), what=EVENTS_FILE))
+            file = Path(with_retry(lambda: self._interface.download_file(EVENTS_FILE), what=EVENTS_FILE))
         except connection_errors() as error:
             raise explain_hub_error(error) from error
-        except pa.ArrowException as error:
-            raise SourceError(f"{self.name}: {EVENTS_FILE} cannot be read ({error}); fetch it again.") from error
-        listed = {str(clip): json.loads(text) or () for clip, text in table["events"].items() if isinstance(text, str)}
-        return {clip: sorted(int(one["event_start_timestamp"]) for one in events) for clip, events in listed.items()}
+        listed: dict[str, list[str]] = {}
+        table, _ = read_by_clip(file, ("events",), name=f"{self.name}: {EVENTS_FILE}")
+        for clip, text in table["events"].items():
+            if isinstance(text, str):
+                listed.setdefault(str(clip), []).append(text)
+        return listed
+
+
+def event_times_us(texts: Sequence[str], *, where: str) -> list[int]:
+    """Times (us) of the events in JSON texts; one without a time is left out.
+
+    Raises `BadClipError` (`wrong_shape`) for other texts, and for events none of which has a time.
+    """
+    events: list[Any] = []
+    for text in texts:
+        try:
+            events += strict_json.loads(text) or ()
+        except (ValueError, TypeError) as error:
+            raise BadClipError("wrong_shape", f"{where} is no list of events for this clip ({error}).") from error
+    times = [event.get("event_start_timestamp") for event in events if isinstance(event, dict)]
+    whole = [int(time) for time in times if isinstance(time, int | float) and abs(time) < MAX_TIME_US]
+    if events and not whole:
+        raise BadClipError("wrong_shape", f"{where}: none of its {len(events)} events has an event_start_timestamp.")
+    return sorted(whole)
 
 
 def _devkit() -> Any:

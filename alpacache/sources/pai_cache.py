@@ -12,11 +12,15 @@ import weakref
 from pathlib import Path
 
 from alpacache.errors import DataError, SourceError
+from alpacache.regular_file import regular_size
+from alpacache.sources.pai_metadata import Faults, read_by_clip, sound_index, sound_presence, sound_splits
 from alpacache.sources.retry import first_line
 
 REPO = "nvidia/PhysicalAI-Autonomous-Vehicles"
 FEATURES_FILE = "features.csv"
-_NEEDED = (FEATURES_FILE, "clip_index.parquet", "metadata/data_collection.parquet")
+MAX_FEATURES_BYTES = 2**24
+_INDEX, _COLLECTION = "clip_index.parquet", "metadata/data_collection.parquet"
+_NEEDED = (FEATURES_FILE, _INDEX, _COLLECTION)
 _FIRST_CHUNK = (
     f"hf download {REPO} --repo-type dataset --local-dir DIR --include features.csv --include clip_index.parquet "
     "--include 'metadata/*' --include 'splits/*' --include 'labels/egomotion/*chunk_0000*' "
@@ -34,8 +38,6 @@ class LinkedCache:
 
     def __init__(self, tree: Path) -> None:
         """Raises `SourceError`, naming missing files and the command that fetches them."""
-        import pandas as pd
-
         self.tree = tree.resolve()
         if not self.tree.is_dir():
             raise SourceError(f"pai:{self.tree}: no such directory.")
@@ -53,14 +55,44 @@ class LinkedCache:
             for entry in (self.tree / folder).glob("*"):
                 if entry.name not in ("metadata", "splits"):
                     (snapshot / folder / entry.name).symlink_to(entry)
+        self.unusable = self._put_in_order(snapshot)
+        """Clips that the metadata is wrong about -> how."""
 
-        if not (snapshot / _PRESENCE).exists():
-            table = pd.read_parquet(snapshot / _OLD_PRESENCE)
-            table.select_dtypes(include=bool).to_parquet(snapshot / _PRESENCE)
-        if not (snapshot / _SPLITS).exists():
-            index = pd.read_parquet(snapshot / "clip_index.parquet")
-            labels = index["split"] if "split" in index.columns else pd.Series("train", index=index.index)
-            labels.to_frame("split").to_parquet(snapshot / _SPLITS)
+    def _put_in_order(self, snapshot: Path) -> Faults:
+        """Replace the tables that the devkit joins by what it can join; what is wrong with the clips left out."""
+        index, index_is_so = read_by_clip(self.tree / _INDEX, ("chunk",))
+        presence_file = self.tree / (_PRESENCE if (self.tree / _PRESENCE).is_file() else _OLD_PRESENCE)
+        presence, presence_is_so = read_by_clip(presence_file)
+        if (self.tree / _SPLITS).is_file():
+            splits, splits_are_so = read_by_clip(self.tree / _SPLITS, ("split",))
+        else:
+            splits = (index if "split" in index.columns else index.assign(split="train"))[["split"]]
+            splits_are_so = False
+        for file in (FEATURES_FILE, _COLLECTION):
+            _check_regular(self.tree / file)
+        read_by_clip(self.tree / _COLLECTION)
+        sound, faults = sound_index(index, _INDEX)
+        known, unknown = sound_presence(presence, sound, str(presence_file.relative_to(self.tree)))
+        for name, table, changed in (
+            (_INDEX, sound, not index_is_so or not sound.equals(index)),
+            (
+                _PRESENCE,
+                known,
+                presence_file.name != _PRESENCE.name or not presence_is_so or not known.equals(presence),
+            ),
+            (_SPLITS, kept := sound_splits(splits, sound), not splits_are_so or not kept.equals(splits)),
+        ):
+            if changed:
+                (snapshot / name).unlink(missing_ok=True)
+                table.to_parquet(snapshot / name)
+        return unknown | faults
+
+
+def _check_regular(file: Path) -> None:
+    try:
+        regular_size(file, limit_bytes=MAX_FEATURES_BYTES if file.name == FEATURES_FILE else None)
+    except OSError as error:
+        raise SourceError(f"{file} cannot be read: {error}.") from error
 
 
 def explain_hub_error(error: Exception) -> SourceError:

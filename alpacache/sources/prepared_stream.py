@@ -52,7 +52,7 @@ class StreamedRows:
             row = cursor.row(number)
         except (pa.ArrowException, ValueError, *connection_errors()) as error:
             text = f"streaming {self.ids[number]} failed ({first_line(error)}); the same command goes on."
-            if isinstance(error, pa.ArrowException | ValueError) or Path(self.place).is_dir():
+            if not isinstance(error, ConnectionError) and (isinstance(error, ValueError) or Path(self.place).is_dir()):
                 text = f"the file that holds {self.ids[number]} cannot be read ({first_line(error)}); fetch it again."
             raise DataError(f"hf:{self.place}: {text}") from error
         if row["sample_id"] != self.ids[number]:

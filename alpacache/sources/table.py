@@ -136,7 +136,9 @@ def _refused(where: str) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0][:200]
-        raise BadClipError("wrong_shape", f"{where} is not a readable parquet file ({reason}).") from error
+        raise BadClipError(
+            "wrong_shape", f"{where} is not a readable parquet file ({reason}); copy it again."
+        ) from error
 
 
 def _check_number(name: str, kind: Any, *, where: str) -> None:

@@ -10,6 +10,9 @@ The pose is the camera's: forward, left, up of the camera stand for those of the
 
 import argparse
 import json
+import shutil
+import sys
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -45,6 +48,17 @@ def poses(segment: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     times_s, ecef, scalar_first = (
         np.load(folder / name) for name in ("frame_times", "frame_positions", "frame_orientations")
     )
+    if (
+        not len(times_s) == len(ecef) == len(scalar_first) > 1
+        or ecef.shape[1:] != (3,)
+        or scalar_first.shape[1:] != (4,)
+    ):
+        raise ValueError(f"global_pose/ holds arrays of {times_s.shape}, {ecef.shape} and {scalar_first.shape}")
+    bad = ~np.isfinite(np.column_stack([times_s, ecef, scalar_first])).all(axis=1)
+    if bad.any():
+        raise ValueError(f"{bad.sum()} poses are not finite, the first is number {np.argmax(bad)}")
+    if (np.diff(times_s) <= 0).any():
+        raise ValueError(f"frame_times do not increase at number {np.argmax(np.diff(times_s) <= 0) + 1}")
     to_enu = enu_from_ecef(ecef[0])
     ecef_from_camera = Rotation.from_quat(scalar_first[:, [1, 2, 3, 0]])
     forward_left_up = Rotation.from_euler("x", 180, degrees=True)  # the camera's axes are forward, right, down
@@ -58,7 +72,7 @@ def write_mp4(raw: Path, movie: Path) -> int:
     with av.open(str(raw)) as source, av.open(str(movie), "w") as target:
         stream = source.streams.video[0]
         if stream.codec_context.has_b_frames:
-            raise SystemExit(f"{raw}: frames are not stored in the order of presentation; encode it without B-frames.")
+            raise ValueError("video.hevc holds frames out of the order of presentation; encode it without B-frames")
         copy = target.add_stream_from_template(stream)
         for packet in source.demux(stream):
             if not packet.size:  # the end of the stream
@@ -76,7 +90,7 @@ def write_clip(segment: Path, clip: Path) -> None:
     stamps, xyz, quaternion = poses(segment)
     frames = write_mp4(segment / "video.hevc", clip / f"{CAMERA}.mp4")
     if frames != len(stamps):
-        raise SystemExit(f"{segment}: {frames} frames in video.hevc, {len(stamps)} in frame_times; leave it out.")
+        raise ValueError(f"{frames} frames in video.hevc, {len(stamps)} in frame_times; leave it out")
     columns = dict(
         zip(("x", "y", "z", "qx", "qy", "qz", "qw"), np.concatenate([xyz, quaternion], axis=1).T, strict=True)
     )
@@ -85,13 +99,33 @@ def write_clip(segment: Path, clip: Path) -> None:
 
 
 def convert(segments: list[Path], out: Path) -> list[str]:
-    """Write all segments; returns the clips' ids, `ROUTE--NUMBER`."""
+    """Write all segments; returns the clips' ids, `ROUTE--NUMBER`. `out` is there once all of them are.
+
+    A segment that cannot be used is skipped and named on stderr.
+    """
+    if out.exists():
+        raise SystemExit(f"{out} exists already; choose another folder, or remove it.")
     names = []
-    for segment in segments:
-        segment = segment.resolve()
-        names.append(f"{segment.parent.name.replace('|', '_')}--{segment.name}")
-        write_clip(segment, out / "clips" / names[-1])
-    (out / "dataset.json").write_text(json.dumps({"name": "comma2k19", "cameras": [CAMERA], "clips": names}, indent=1))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as working:
+        new = Path(working) / "new"
+        for segment in map(Path.resolve, segments):
+            name = f"{segment.parent.name.replace('|', '_')}--{segment.name}"
+            try:
+                if name in names:
+                    raise ValueError("named twice")
+                write_clip(segment, new / "clips" / name)
+            except (OSError, ValueError, av.error.FFmpegError) as error:
+                print(f"skipped {segment}: {error}", file=sys.stderr)
+                if name not in names:
+                    shutil.rmtree(new / "clips" / name, ignore_errors=True)
+                continue
+            names.append(name)
+        if not names:
+            raise SystemExit("no segment could be used.")
+        index = {"name": "comma2k19", "cameras": [CAMERA], "clips": names}
+        (new / "dataset.json").write_text(json.dumps(index, indent=1))
+        new.rename(out)
     return names
 
 

@@ -3,18 +3,21 @@
     python udacity_to_folder.py RECORDING OUT
 
 RECORDING/driving_log.csv: center, left, right, steering, throttle, brake, speed (miles an hour), with or without a
-heading line. RECORDING/IMG/center_2016_12_01_13_30_48_287.jpg: the name holds the time.
+heading line, with decimal points. RECORDING/IMG/center_2016_12_01_13_30_48_287.jpg: the name holds the time.
 
 **The log has no poses.** They are integrated from speed and steering with a kinematic bicycle model, whose wheelbase
-and full lock are assumptions. The path has the right shape over seconds and drifts over minutes. Try things out with
-it; do not report metres on it.
+and full lock are assumptions. The path has the right shape over seconds and drifts over minutes. Rows in which the
+vehicle reverses are left out. Try things out with it; do not report metres on it.
 """
 
 import argparse
 import csv
 import json
+import math
 import re
 import shutil
+import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +32,9 @@ MAX_GAP_S = 0.5
 """A longer hole between two rows was a pause: a new clip begins."""
 MIN_CLIP_S = 8.1
 """A sample needs more than 1.6 s before t0 and 6.4 s after it."""
+FULL_LOCK_DEG = 23.5
+"""The simulator's wheels turn by 25 degrees, but its tyres slip: with 25 the paths of its recordings turn too far."""
+BRAKE_REVERSES_MPS, STANDING_MPS = 5 * MPS_A_MPH, 0.3
 _NAME = re.compile(r"center_(\d{4}_\d{2}_\d{2}_\d{2}_\d{2}_\d{2})_(\d{1,3})\.jpg")
 
 
@@ -39,25 +45,66 @@ class Row(NamedTuple):
     picture: Path
     steering: float
     """-1 is full lock left, 1 full lock right."""
+    throttle: float
+    brake: float
     speed_mps: float
 
 
 def read_log(recording: Path) -> list[Row]:
-    """Rows by time; of rows with one time the first."""
-    rows: dict[int, Row] = {}
-    with open(recording / "driving_log.csv", newline="") as file:
-        for number, line in enumerate(csv.reader(file), start=1):
-            if number == 1 and line[0].strip() == "center":
+    """Rows by time; of rows with one time the first. What is skipped is named on stderr."""
+    log, rows, skipped = recording / "driving_log.csv", {}, {}
+    if not log.is_file():
+        raise SystemExit(f"{log} is not there; RECORDING is the folder that the simulator wrote.")
+    with open(log, newline="", encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(csv.reader(part.replace("\0", "") for part in file), start=1):
+            if not any(field.strip() for field in line) or (number == 1 and line[0].strip() == "center"):
                 continue
-            name = re.split(r"[\\/]", line[0].strip())[-1]  # paths are those of the machine that recorded
-            found = _NAME.fullmatch(name)
-            if found is None or len(line) < 7:
-                raise SystemExit(f"driving_log.csv, line {number}: {line} is not a row of the simulator's log.")
-            second = datetime.strptime(found[1], "%Y_%m_%d_%H_%M_%S").replace(tzinfo=UTC)
-            time_us = int(second.timestamp()) * 1_000_000 + int(found[2]) * 1_000
-            row = Row(time_us, recording / "IMG" / name, float(line[3]), float(line[6]) * MPS_A_MPH)
-            rows.setdefault(time_us, row)
+            row = _row(recording, line, number)
+            if not all(map(math.isfinite, (row.steering, row.throttle, row.brake, row.speed_mps))):
+                skipped.setdefault("rows with a number that is not finite", []).append(f"line {number}")
+            elif not row.picture.is_file():
+                skipped.setdefault("rows whose picture is not there", []).append(f"line {number}: {row.picture.name}")
+            else:
+                rows.setdefault(row.time_us, row)
+    for what, lines in skipped.items():
+        print(f"skipped {len(lines)} {what}, the first in {lines[0]}", file=sys.stderr)
     return [rows[time_us] for time_us in sorted(rows)]
+
+
+def _row(recording: Path, line: list[str], number: int) -> Row:
+    where = f"driving_log.csv, line {number}"
+    name = re.split(r"[\\/]", line[0].strip())[-1]  # paths are those of the machine that recorded
+    found = _NAME.fullmatch(name)
+    if found is None or len(line) < 7:
+        raise SystemExit(f"{where}: {line} is not a row of the simulator's log.")
+    if len(line) > 7 or any("," in field for field in line[3:7]):
+        raise SystemExit(f"{where}: {len(line)} fields in place of 7; write numbers with decimal points, not commas.")
+    try:
+        second = datetime.strptime(found[1], "%Y_%m_%d_%H_%M_%S").replace(tzinfo=UTC)
+        steering, throttle, brake, speed = map(float, line[3:7])
+    except ValueError as error:
+        raise SystemExit(f"{where}: {error}.") from error
+    time_us = int(second.timestamp()) * 1_000_000 + int(found[2]) * 1_000
+    return Row(time_us, recording / "IMG" / name, steering, throttle, brake, speed * MPS_A_MPH)
+
+
+def without_reversing(rows: list[Row]) -> list[Row]:
+    """Rows in which the vehicle drives forwards: the log's speed has no sign.
+
+    The simulator's brake becomes the reverse gear once the vehicle is slow. So a speed that grows while it is pressed
+    is one backwards, until the vehicle stands again. A log whose speed has a sign is left as it is.
+    """
+    kept, reverses = [], False
+    for before, row in zip([None, *rows], rows, strict=False):
+        if row.brake > 0 and row.throttle <= 0 and before and before.speed_mps < BRAKE_REVERSES_MPS:
+            reverses = reverses or 0 <= before.speed_mps < row.speed_mps
+        elif abs(row.speed_mps) < STANDING_MPS:
+            reverses = False
+        if not reverses:
+            kept.append(row)
+    if len(kept) < len(rows):
+        print(f"skipped {len(rows) - len(kept)} rows in which the vehicle reverses", file=sys.stderr)
+    return kept
 
 
 def clips_of(rows: list[Row]) -> list[list[Row]]:
@@ -100,18 +147,24 @@ def write_clip(folder: Path, clip: list[Row], xyz: np.ndarray, quaternion_xyzw: 
         shutil.copyfile(row.picture, folder / CAMERA / f"{number:06d}.jpg")
 
 
-def convert(recording: Path, out: Path, *, wheelbase_m: float = 2.5, full_lock_deg: float = 25.0) -> list[str]:
-    """Write all clips of a recording; returns their ids."""
-    clips = clips_of(read_log(recording))
+def convert(recording: Path, out: Path, *, wheelbase_m: float = 2.5, full_lock_deg: float = FULL_LOCK_DEG) -> list[str]:
+    """Write all clips of a recording; returns their ids. `out` is there once all of them are."""
+    if out.exists():
+        raise SystemExit(f"{out} exists already; choose another folder, or remove it.")
+    clips = clips_of(without_reversing(read_log(recording)))
     if not clips:
         raise SystemExit(f"{recording}: no stretch of {MIN_CLIP_S} s without a pause.")
     names = []
-    for clip in clips:
-        names.append(f"udacity-{datetime.fromtimestamp(clip[0].time_us / 1e6, UTC):%Y%m%d-%H%M%S-%f}")
-        xyz, quaternion = drive(clip, wheelbase_m=wheelbase_m, full_lock_rad=np.deg2rad(full_lock_deg))
-        write_clip(out / "clips" / names[-1], clip, xyz, quaternion)
-    index = {"name": "Udacity simulator", "cameras": [CAMERA], "clips": names}
-    (out / "dataset.json").write_text(json.dumps(index, indent=1))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as working:
+        new = Path(working) / "new"
+        for clip in clips:
+            names.append(f"udacity-{datetime.fromtimestamp(clip[0].time_us / 1e6, UTC):%Y%m%d-%H%M%S-%f}")
+            xyz, quaternion = drive(clip, wheelbase_m=wheelbase_m, full_lock_rad=np.deg2rad(full_lock_deg))
+            write_clip(new / "clips" / names[-1], clip, xyz, quaternion)
+        index = {"name": "Udacity simulator", "cameras": [CAMERA], "clips": names}
+        (new / "dataset.json").write_text(json.dumps(index, indent=1))
+        new.rename(out)
     return names
 
 
@@ -120,7 +173,9 @@ if __name__ == "__main__":
     parser.add_argument("recording", type=Path)
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--wheelbase-m", type=float, default=2.5, help="an assumption (default: %(default)s)")
-    parser.add_argument("--full-lock-deg", type=float, default=25.0, help="an assumption (default: %(default)s)")
+    parser.add_argument(
+        "--full-lock-deg", type=float, default=FULL_LOCK_DEG, help="an assumption (default: %(default)s)"
+    )
     given = parser.parse_args()
     written = convert(given.recording, given.out, wheelbase_m=given.wheelbase_m, full_lock_deg=given.full_lock_deg)
     print(f"{len(written)} clips in {given.out}; poses are integrated from speed and steering, not recorded.")

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -70,7 +71,7 @@ def recording(tmp_path, drive):
     time_s = track.timestamps_us / 1e6
     yaw = np.unwrap(2 * np.arctan2(track.quaternion_xyzw[:, 2], track.quaternion_xyzw[:, 3]))
     speed = np.linalg.norm(np.gradient(track.xyz[:, :2], time_s, axis=0), axis=1)
-    steering = -np.rad2deg(np.arctan(2.5 * np.gradient(yaw, time_s) / speed)) / 25.0
+    steering = -np.rad2deg(np.arctan(2.5 * np.gradient(yaw, time_s) / speed)) / 23.5
     began = datetime(2016, 12, 1, 13, 30, 48, 287_000, tzinfo=UTC)
     rows = []
     for number in (*range(240), *range(300, 360)):
@@ -169,6 +170,109 @@ def test_a_segment_with_a_missing_frame_is_refused(segment, tmp_path):
     assert len(np.load(times)) == 400
     refused = run("comma2k19_to_folder", segment, tmp_path / "folder", code=1)
     assert "401 frames in video.hevc, 400 in frame_times" in refused.stderr
+
+
+def lines_of(recording):
+    return (recording / "driving_log.csv").read_text().splitlines()
+
+
+def rewrite(recording, lines):
+    (recording / "driving_log.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_blank_lines_missing_pictures_and_nan_are_skipped_and_named(recording, tmp_path, capsys):
+    convert, lines = example("udacity_to_folder").read_log, lines_of(recording)
+    whole = convert(recording)
+    assert capsys.readouterr().err == ""
+    whole[100].picture.unlink()
+    fields = lines[40].split(",")
+    lines[40] = ",".join([*fields[:3], "nan", *fields[4:]])
+    rewrite(recording, [*lines[:7], "", " , ", *lines[7:], "", ""])
+    assert convert(recording) == [row for number, row in enumerate(whole) if number not in (40, 100)]
+    err = capsys.readouterr().err
+    assert "skipped 1 rows with a number that is not finite, the first in line 43" in err
+    assert f"skipped 1 rows whose picture is not there, the first in line 103: {whole[100].picture.name}" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda fields: [*fields[:3], "0,05", *fields[4:]], "decimal points, not commas"),
+        (lambda fields: [*fields[:3], '"0,05"', *fields[4:]], "decimal points, not commas"),
+        (lambda fields: [*fields[:3], "left", *fields[4:]], "could not convert string to float: 'left'"),
+        (lambda fields: fields[:6], "is not a row of the simulator's log"),
+        (lambda fields: [fields[0].replace("2016_12", "2016_13"), *fields[1:]], "2016_13"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(recording, change, says):
+    lines = lines_of(recording)
+    lines[5] = ",".join(change(lines[5].split(",")))
+    rewrite(recording, lines)
+    with pytest.raises(SystemExit, match=r"driving_log\.csv, line 6: .*" + says):
+        example("udacity_to_folder").read_log(recording)
+
+
+def test_nothing_is_written_over_and_nothing_half_is_left(recording, tmp_path, monkeypatch):
+    module, out = example("udacity_to_folder"), tmp_path / "folder"
+    before = sorted(tmp_path.iterdir())
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "write_clip", fail)
+    with pytest.raises(OSError, match="disk full"):
+        module.convert(recording, out)
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.undo()
+    names = module.convert(recording, out)
+    with pytest.raises(SystemExit, match="exists already"):
+        module.convert(recording, out)
+    assert list(FolderSource(out).clip_ids) == names
+
+
+def test_reversing_is_left_out():
+    """Forwards at 5 m/s, braked to a stand, back under the brake, braked by the throttle, forwards again."""
+    module = example("udacity_to_folder")
+    legs = [(1, 0, [5] * 9), (0, 1, [3, 1.5, 0, 0]), (0, 1, [0.5, 1, 2, 3]), (1, 0, [2, 1, 0.1]), (1, 0, [0.5, 2, 4])]
+    rows = [
+        module.Row(0, Path("p"), 0.1, throttle, brake, speed) for throttle, brake, speeds in legs for speed in speeds
+    ]
+    kept = module.without_reversing(rows)
+    assert [row.speed_mps for row in kept] == [5] * 9 + [3, 1.5, 0, 0] + [0.1, 0.5, 2, 4]
+    signed = [row._replace(speed_mps=-1.0, throttle=0, brake=1) for row in rows]
+    assert module.without_reversing(signed) == signed
+
+
+def test_a_signed_speed_drives_backwards():
+    module = example("udacity_to_folder")
+    clip = [module.Row(number * 100_000, Path("p"), 0.5, 0, 0, -2.0) for number in range(20)]
+    xyz, quaternion = module.drive(clip, wheelbase_m=2.5, full_lock_rad=0.4)
+    assert xyz[-1, 0] < -3
+    assert quaternion[-1, 2] > 0  # wheels to the right, backwards: the nose turns left
+
+
+def test_segments_that_cannot_be_used_are_skipped_and_named(segment, tmp_path, capsys):
+    module = example("comma2k19_to_folder")
+    other = shutil.copytree(segment, segment.with_name("41"))
+    positions = np.load(other / "global_pose/frame_positions")
+    positions[3:5] = np.nan
+    with open(other / "global_pose/frame_positions", "wb") as file:
+        np.save(file, positions)
+    (names, out) = ([f"{segment.parent.name.replace('|', '_')}--40"], tmp_path / "folder")
+    assert module.convert([other, segment, tmp_path / "nothing", segment], out) == names
+    assert list(FolderSource(out).clip_ids) == names
+    assert [path.name for path in (out / "clips").iterdir()] == names
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert said[0].startswith("skipped ")
+    assert "2 poses are not finite, the first is number 3" in said[0]
+    assert "No such file" in said[1]
+    assert "named twice" in said[2]
+    with pytest.raises(SystemExit, match="exists already"):
+        module.convert([segment], out)
+    with pytest.raises(SystemExit, match="no segment could be used"):
+        module.convert([other], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_index_names_what_was_written(recording, tmp_path):

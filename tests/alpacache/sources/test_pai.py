@@ -2,12 +2,16 @@
 
 import builtins
 import io
+import json
+import os
 import shutil
 import types
 import zipfile
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from alpacache.checks.recordings import read_recording
@@ -169,7 +173,7 @@ def test_times_clips_and_events(pristine_tree):
 def test_truncated_events_name_the_file(tree):
     events = tree / "reasoning/ood_reasoning.parquet"
     events.write_bytes(events.read_bytes()[:-20])
-    with pytest.raises(SourceError, match=r"ood_reasoning\.parquet cannot be read .* fetch it again"):
+    with pytest.raises(SourceError, match=r"ood_reasoning\.parquet is not a readable parquet file .* copy it again"):
         select(open_source(f"pai:{tree}", cameras=[FRONT]), t0="events")
 
 
@@ -216,7 +220,9 @@ def test_damaged_calibration_is_a_bad_clip_of_its_chunk(tree, feature):
     file = tree / f"calibration/{feature}/{feature}.chunk_0000.parquet"
     file.write_bytes(file.read_bytes()[:-100])
     source = open_tree(tree)
-    with pytest.raises(BadClipError, match=f"^{CLIPS[0]}: {feature} cannot be decoded .*; fetch its file") as error:
+    with pytest.raises(
+        BadClipError, match=f"^{CLIPS[0]}: {feature}.chunk_0000.parquet is not a readable .*; copy it"
+    ) as error:
         load(source)
     assert error.value.kind == "wrong_shape"
     assert load(source, CLIPS[2]).calibration is not None
@@ -235,6 +241,157 @@ def test_invalid_clips_are_left_out(tree):
     index.loc[CLIPS[1], "clip_is_valid"] = False
     index.to_parquet(tree / "clip_index.parquet")
     assert list(open_tree(tree).clip_ids) == [CLIPS[0], CLIPS[2]]
+
+
+def change_table(tree, name, change):
+    file = tree / f"{name}.parquet"
+    change(pd.read_parquet(file)).to_parquet(file)
+
+
+def put(column, value, clip=1):
+    """A change that gives one clip another value in a column of any type."""
+
+    def change(table):
+        values = table[column].astype(object)
+        values.iloc[clip] = value
+        return table.assign(**{column: pd.array(values, dtype="Float64" if column == "chunk" else object)})
+
+    return change
+
+
+def doubled(table):
+    return pd.concat([table, table.iloc[[1]]])
+
+
+INDEX, PRESENCE, SPLITS = "clip_index", "metadata/feature_presence", "splits/default"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        (INDEX, doubled, "clip_index.parquet lists it 2 times"),
+        (INDEX, put("chunk", None), "gives no chunk for it"),
+        (INDEX, put("chunk", 0.5), "gives no chunk for it"),
+        (INDEX, put("clip_is_valid", None), "does not say whether it is valid"),
+        (PRESENCE, put("egomotion", None), "does not say whether it has egomotion"),
+        (PRESENCE, lambda table: table.drop(index=CLIPS[1]), "feature_presence.parquet has no row for it"),
+        (PRESENCE, lambda table: doubled(table).assign(egomotion=[True, True, True, False]), "not alike"),
+    ],
+    ids=["doubled", "no chunk", "half a chunk", "validity", "presence", "no presence", "two presences"],
+)
+def test_a_clip_that_the_metadata_is_wrong_about_is_named_and_the_others_are_read(tree, name, change, says):
+    change_table(tree, name, change)
+    source = open_tree(tree, cameras=[FRONT])
+    refs, rejected = select(source)
+    assert [ref.clip_id for ref in refs] == [CLIPS[0], CLIPS[2]]
+    ((clip, error),) = rejected
+    assert (clip, error.kind) == (CLIPS[1], "missing_clip")
+    assert str(error).startswith(f"{CLIPS[1]}: ")
+    assert says in str(error)
+    assert load(source).frames.shape[1] == 4
+    assert sorted(select(source, seed=1)[0], key=lambda ref: ref.clip_id) == refs
+    with pytest.raises(BadClipError, match=says):
+        read_recording(source, CLIPS[1], [FRONT])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (PRESENCE, doubled),
+        (PRESENCE, put("camera_intrinsics", None)),
+        (SPLITS, doubled),
+        (SPLITS, lambda table: pd.concat([table, pd.DataFrame({"split": ["val"]}, index=["another"])])),
+        (SPLITS, lambda table: table.iloc[:1]),
+        (INDEX, lambda table: pd.concat([table, pd.DataFrame({"chunk": [0]}, index=[None])])),
+        (INDEX, lambda table: table.reset_index()),
+        (INDEX, lambda table: table.assign(chunk=table["chunk"].astype(float))),
+        ("metadata/data_collection", doubled),
+    ],
+)
+def test_metadata_that_can_be_put_in_order_costs_no_clip(tree, name, change):
+    change_table(tree, name, change)
+    source = open_tree(tree, cameras=[FRONT])
+    assert [ref.clip_id for ref in select(source)[0]] == list(CLIPS)
+    np.testing.assert_array_equal(load(source, CLIPS[1]).future_xyz[0, 2], 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        (INDEX, lambda table: table.rename(columns={"chunk": "part"}), "lacks the column chunk; it has part, split"),
+        (INDEX, lambda table: table.reset_index().rename(columns={"clip_id": "uuid"}), "lacks the column clip_id"),
+        (SPLITS, lambda table: table.rename(columns={"split": "set"}), "default.parquet lacks the column split"),
+        ("metadata/data_collection", None, "not a readable parquet file"),
+    ],
+)
+def test_tables_that_are_no_metadata_are_named(tree, name, change, says):
+    if change is None:
+        (tree / f"{name}.parquet").write_bytes(b"PAR1")
+    else:
+        change_table(tree, name, change)
+    with pytest.raises(SourceError, match=says):
+        open_tree(tree)
+
+
+@pytest.mark.parametrize("text", ["", "feature\n", "feature,directory,chunk_path\na,b,\n", "\0"])
+def test_a_list_of_features_that_is_none_is_one_line(tree, text):
+    (tree / "features.csv").write_text(text)
+    with pytest.raises(SourceError, match=r"^pai:") as error:
+        open_tree(tree)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["features.csv", "metadata/data_collection.parquet", "clip_index.parquet"])
+def test_a_fifo_among_the_metadata_is_not_waited_for(tree, name):
+    (tree / name).unlink()
+    os.mkfifo(tree / name)
+    with pytest.raises(SourceError, match=f"{name}"):
+        open_tree(tree)
+
+
+def test_events_without_a_time_are_left_out_and_a_clip_that_has_no_other_is_named(tree):
+    events = [
+        [{"event_start_timestamp": None}, {"event_start_timestamp": 4_000_000.0}, {"coc": "x"}, 7],
+        [{"event_start_timestamp": None, "coc": "x"}],
+        [],
+    ]
+    change_table(tree, "reasoning/ood_reasoning", lambda table: table.assign(events=list(map(json.dumps, events))))
+    refs, rejected = select(open_tree(tree, cameras=[FRONT]), t0="events")
+    assert [ref.sample_id for ref in refs] == [f"{CLIPS[0]}@4000000#0"]
+    ((clip, error),) = rejected
+    assert (clip, error.kind) == (CLIPS[1], "wrong_shape")
+    assert "none of its 1 events has an event_start_timestamp" in str(error)
+
+
+def test_events_that_are_no_json_are_their_clips_fault(tree):
+    change_table(tree, "reasoning/ood_reasoning", put("events", "[{"))
+    refs, ((clip, error),) = select(open_tree(tree, cameras=[FRONT]), t0="events")
+    assert [ref.clip_id for ref in refs] == [CLIPS[0], CLIPS[2]]
+    assert clip == CLIPS[1]
+    assert "is no list of events" in str(error)
+    change_table(tree, "reasoning/ood_reasoning", lambda table: table.rename(columns={"events": "moments"}))
+    with pytest.raises(SourceError, match="lacks the column events; it has split, moments"):
+        select(open_tree(tree, cameras=[FRONT]), t0="events")
+
+
+def test_a_table_in_an_archive_that_unfolds_to_gigabytes_is_its_clips_fault(tree, monkeypatch):
+    def repeat(name, data):
+        if not name.startswith(CLIPS[0]):
+            return data
+        table = pq.read_table(io.BytesIO(data))
+        text = pa.DictionaryArray.from_arrays(pa.array([0] * len(table), pa.int32()), pa.array(["A" * 100_000]))
+        buffer = io.BytesIO()
+        pq.write_table(table.append_column("note", text), buffer, compression="zstd", store_schema=False)
+        assert len(buffer.getvalue()) < 100_000
+        return buffer.getvalue()
+
+    rewrite(tree / "labels/egomotion/egomotion.chunk_0000.zip", repeat)
+    monkeypatch.setattr("alpacache.sources.table.MAX_DECODED_BYTES", 2**20)
+    source = open_tree(tree, cameras=[FRONT])
+    with pytest.raises(BadClipError, match=f"^{CLIPS[0]}: egomotion unfolds to more than") as error:
+        load(source)
+    assert error.value.kind == "unsafe_size"
+    load(source, CLIPS[1])
 
 
 @pytest.mark.parametrize("name", ["features.csv", "clip_index.parquet", "metadata/feature_presence.parquet"])

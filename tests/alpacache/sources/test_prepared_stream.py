@@ -261,8 +261,8 @@ def unfolding(saved, file, **columns):
 @pytest.mark.parametrize("column", ["sample_id", "calibration"])
 def test_a_file_that_unfolds_beyond_the_limit_is_refused_by_its_footer(saved, tmp_path, monkeypatch, column):
     file = tmp_path / "a.parquet"
-    unfolding(saved, file, **{column: 100_000})
-    monkeypatch.setattr(table, "MAX_DECODED_BYTES", 500_000)  # more than one row, less than all
+    unfolding(saved, file, **{column: 2**20})
+    monkeypatch.setattr(table, "MAX_DECODED_BYTES", 3 * 2**20)  # more than one row, less than all
     assert file.stat().st_size < 100_000
     with pytest.raises(SourceError, match=r"a\.parquet: " + column + " unfolds from .* row group"):
         open_source(f"hf:{tmp_path}")
