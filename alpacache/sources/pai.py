@@ -64,6 +64,8 @@ def open_hub(*, cameras: Sequence[str] | None = None) -> "PhysicalAiSource":
         interface = with_retry(lambda: interface_class(**options), what=f"opening {REPO}")
     except connection_errors() as error:
         raise explain_hub_error(error) from error
+    except Exception as error:  # the devkit checks nothing: whatever it and pandas make of odd tables
+        raise SourceError(f"pai ({REPO}): the devkit cannot read its metadata ({first_line(error)}).") from error
     chunks = ChunkCache(interface, directory, limit) if limit else None
     return PhysicalAiSource(interface, name=f"pai@{interface.revision}", cameras=cameras, files=chunks)
 

@@ -81,7 +81,8 @@ def check_groups(file: Path, names: Sequence[str], *, where: str) -> None:
         for column in _columns(metadata, names):
             packed, size = column.total_compressed_size, column.total_uncompressed_size
             unfolded = max(size, 8 * column.num_values)
-            if column.has_dictionary_page and column.physical_type == "BYTE_ARRAY":
+            is_text = column.has_dictionary_page and column.physical_type == "BYTE_ARRAY"
+            if is_text and column.path_in_schema not in texts:
                 pages = packed - max(0, column.data_page_offset - column.dictionary_page_offset)
                 if pages < _INDEX_BYTES * column.num_values:  # all values are those of the dictionary
                     unfolded = max(unfolded, size * column.num_values)
