@@ -236,6 +236,13 @@ def test_a_lens_without_numbers_is_a_bad_clip(tree):
         load(open_tree(tree))
 
 
+def test_a_camera_in_a_place_that_is_no_number_is_a_bad_clip(tree):
+    file = tree / "calibration/sensor_extrinsics/sensor_extrinsics.chunk_0000.parquet"
+    pd.read_parquet(file).assign(x=np.nan).to_parquet(file)
+    with pytest.raises(BadClipError, match=f"^{CLIPS[0]}: camera_intrinsics .*not JSON compliant"):
+        load(open_tree(tree))
+
+
 def test_invalid_clips_are_left_out(tree):
     index = pd.read_parquet(tree / "clip_index.parquet")
     index.loc[CLIPS[1], "clip_is_valid"] = False

@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import shutil
 import struct
 import zlib
 
@@ -364,6 +366,15 @@ def test_damaged_rows_are_bad_clips(prepared, tmp_path, change, kind):
     with pytest.raises(BadClipError) as error:
         source.load(source.sample_refs[0], cameras=[FRONT, LEFT], frames=2)
     assert error.value.kind == kind
+
+
+@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
+def test_a_fifo_in_a_prepared_directory_is_refused_and_not_waited_for(prepared, tmp_path, name):
+    place = shutil.copytree(prepared, tmp_path / "copy")
+    (place / name).unlink()
+    os.mkfifo(place / name)
+    with pytest.raises(SourceError, match=f"{name} cannot be read: it is a FIFO"):
+        open_source(f"hf:{place}")
 
 
 def test_other_datasets_and_outside_files_are_refused(prepared, tmp_path):
