@@ -26,6 +26,7 @@ def npz(tmp_path, monkeypatch, capsys):
     """The page's module, run where it may write its drives, and registered."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "npz.py").write_text(blocks(PAGE, "python")[0].code)
+    (tmp_path / "drives").mkdir()  # as when a reader runs it again
     module = runpy.run_path("npz.py", run_name="__main__")
     assert capsys.readouterr().out.startswith("12 [] synthetic-0-000000@2000000#0 ")
     monkeypatch.setitem(registry.KINDS, "npz", module["KIND"])
