@@ -1,4 +1,4 @@
-"""What all configs have in common: every value is checked when a config is made, wherever it comes from, and TOML.
+"""Base of all configs: every value is checked when a config is made, wherever it comes from; and TOML.
 
 A config is a frozen dataclass whose annotations hold each value's range and how people write it. The command line makes
 its options of them, so a setting is stated once. pydantic does the checking; it is loaded with the first config that is
@@ -27,7 +27,7 @@ C = TypeVar("C", bound="Config")
 MOST = 2**31 - 1
 """No count comes near; products of those beyond it would leave 64 bits."""
 Count = Annotated[int, Ge(1), Le(MOST)]
-"""Of what costs nothing by being a large number: steps, samples, intervals."""
+"""Number that costs nothing by being large: steps, samples, intervals."""
 BatchSize = Annotated[int, Ge(1), Le(65_536)]
 Repeats = Annotated[int, Ge(1), Le(1024)]
 """Views, rollouts, paths, noise draws: each multiplies what a sample costs."""
@@ -50,7 +50,7 @@ class Written:
     Raises `UsageError`, or `ValueError` with what was expected.
     """
     expected: str = ""
-    """What to say to a value of other parts or of another number of them."""
+    """Words for a value of other parts or of another number of them."""
     separator: str = ","
     """Between the parts of a value in one text."""
     repeatable: bool = False

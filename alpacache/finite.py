@@ -1,4 +1,4 @@
-"""Whether numbers are finite, asked where they arise: one NaN spreads to all that it is multiplied with."""
+"""Tests for numbers that are not finite, made where they arise: one NaN spreads to all that it is multiplied with."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def is_finite(tensor: Tensor) -> Tensor:
-    """Whether all elements are finite: a bool `[]` on the tensor's device, for which nothing waits.
+    """Tell whether all elements are finite: a bool `[]` on the tensor's device, for which nothing waits.
 
     One pass without a copy, at the speed of memory; NaN is its own minimum and maximum.
     """

@@ -25,7 +25,7 @@ class InterruptGuard:
 
     def __init__(self) -> None:
         self.requested = False
-        """Whether a signal has asked to stop."""
+        """True once a signal has asked to stop."""
         self._requested_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 

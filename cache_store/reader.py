@@ -56,7 +56,7 @@ class CacheReader:
         if expect_identity is not None and (lines := differences(expect_identity, self.identity)):
             raise store_root.mismatch(self.path, [f"identity.{line}" for line in lines])
         self.unreadable: tuple[SampleReadError, ...] = ()
-        """What is wrong with commit records that could not be read at opening or the last `refresh`, `sample_id` empty
+        """Faults of commit records that could not be read at opening or the last `refresh`, `sample_id` empty
         where it is not known. Other samples are none the worse; one whose id is known is listed, and raises this error
         when it is read."""
         self._records: dict[str, CommitRecord] = {}

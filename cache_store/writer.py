@@ -67,7 +67,7 @@ class CacheWriter:
         self._closed = False
 
     def is_committed(self, sample_id: str) -> bool:
-        """Whether the sample is in the store, whoever wrote it."""
+        """Tell whether the sample is in the store, whoever wrote it."""
         return self._storage.exists(record_path(COMMITS, sample_key(sample_id)))
 
     def write(self, sample_id: str, values: Mapping[str, sample_group.Value]) -> bool:

@@ -1,4 +1,4 @@
-"""What commands show: progress and notes on stderr, one JSON object or tables on stdout."""
+"""Output of commands: progress and notes on stderr, one JSON object or tables on stdout."""
 
 import logging
 import os
@@ -38,7 +38,7 @@ def set_verbosity(verbosity: Verbosity) -> None:
 
 
 def is_verbose() -> bool:
-    """Whether errors are shown with their traceback."""
+    """Tell whether errors are shown with their traceback."""
     return _verbosity == "verbose"
 
 
@@ -126,7 +126,7 @@ def show_progress(title: str, *, quiet: bool = False) -> Iterator[OnProgress]:
 
 
 def _texts(progress: Progress) -> tuple[str, str, str, str]:
-    """What is done, how fast, when the rest will be, and notes."""
+    """Format progress: what is done, how fast, when the rest will be, and notes."""
     left = clock((progress.total - progress.done) / progress.rate) if progress.rate > 0 else "-"
     unit, notes = progress.unit, " ".join(f"{key} {text}" for key, text in progress.notes.items())
     return f"{progress.done}/{progress.total} {unit}", f"{progress.rate:.3g} {unit}/s", f"ETA {left}", notes

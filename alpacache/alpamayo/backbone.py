@@ -44,7 +44,7 @@ class _Rope(Schema):
 
 
 class _Text(Schema):
-    """What decides the text model's numbers, within bounds: modules are built of it, if only without memory."""
+    """Settings that decide the text model's numbers, within bounds: modules are built of it, if only without memory."""
 
     model_config = ConfigDict(from_attributes=True)
     hidden_size: Width
@@ -96,7 +96,7 @@ class _Vision(Schema):
 
 
 class _Numbers(Schema):
-    """What decides the VLM's numbers."""
+    """Settings that decide the VLM's numbers."""
 
     model_config = ConfigDict(from_attributes=True)
     text_config: _Text
@@ -171,7 +171,7 @@ def vlm_config(checkpoint: Checkpoint) -> "Qwen3VLConfig":
 
 
 def prefix_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint's configs say that decides a prefix, defaults spelled out, whoever wrote the files."""
+    """Collect the settings that decide a prefix, defaults spelled out, whoever wrote the files."""
     config = checkpoint.config
     tokens = ("vocab_size", "traj_vocab_size", "traj_token_start", "min_pixels", "max_pixels")
     path = companion_file(checkpoint, "config.json")
@@ -185,7 +185,7 @@ def prefix_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def expert_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint's `config.json` says that decides the expert's numbers, beside the shapes of its weights."""
+    """Collect the settings in `config.json` that decide the expert's numbers, beside the shapes of its weights."""
     config = checkpoint.config
     return {
         "dtype": str(config.dtype).removeprefix("torch."),

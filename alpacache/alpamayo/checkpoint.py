@@ -254,7 +254,7 @@ class Checkpoint:
             return None
 
     def _is_here(self, name: str) -> bool:
-        """Whether a file need not be fetched."""
+        """Tell whether a file need not be fetched."""
         if self.directory is not None:
             return (self.directory / name).is_file()
         from huggingface_hub import try_to_load_from_cache
@@ -322,7 +322,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _is_snapshot(directory: Path) -> bool:
-    """Whether this is `models--OWNER--NAME/snapshots/REVISION` of the hub's cache, whose files are links to `blobs`."""
+    """Recognise `models--OWNER--NAME/snapshots/REVISION` of the hub's cache, whose files are links to `blobs`."""
     return directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--")
 
 

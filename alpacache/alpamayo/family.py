@@ -142,6 +142,6 @@ class Family:
     special_tokens: tuple[str, ...] = SPECIAL_TOKENS
     """Added behind the trajectory tokens, in the order of their ids."""
     stores_constants: bool
-    """Whether a checkpoint's weights hold the projection's frequencies and the action space's constants."""
+    """True if a checkpoint's weights hold the projection's frequencies and the action space's constants."""
     released: Released | None = None
     """None where no plan is made without a checkpoint."""

@@ -24,7 +24,7 @@ from pydantic_core import ErrorDetails
 from alpacache.errors import CheckpointError
 
 JSON_LIMIT_BYTES = 16 * 2**20
-"""Of a file or header that is parsed here: objects may take twenty times as much. Real ones have at most 1 MB."""
+"""Largest file or header that is parsed here: objects may take twenty times as much. Real ones have at most 1 MB."""
 _MOST_KEYS = 100_000
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _SHOWN = 3

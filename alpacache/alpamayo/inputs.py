@@ -138,14 +138,14 @@ def _read_tokenizer(path: Path, prompt: str) -> Tokenizer:
 
 
 def _state(part: Any) -> Any:
-    """What the file says of one part of a tokenizer; of a model its kind."""
+    """Description of one part of a tokenizer in its file; for a model, its kind."""
     if part is None:
         return None
     return {"type": "BPE"} if isinstance(part, BPE) else json.loads(part.__getstate__())
 
 
 def _is_ordinary(part: Any) -> bool:
-    """Whether this part of a tokenizer costs a few microseconds a word, whatever the word."""
+    """Tell whether this part of a tokenizer costs a few microseconds a word, whatever the word."""
     if not isinstance(part, Mapping) or part.get("type") not in _ORDINARY_PARTS:
         return False
     return part.get("pattern") in (None, *_PATTERNS) and all(map(_is_ordinary, part.get("pretokenizers", ())))

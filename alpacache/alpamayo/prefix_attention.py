@@ -48,7 +48,7 @@ class PrefixCall:
 
     prefix: Prefix
     causal: bool
-    """Whether an action token sees only itself and earlier ones, beside the whole prefix."""
+    """True if an action token sees only itself and earlier ones, beside the whole prefix."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: int, scale: float) -> Tensor:

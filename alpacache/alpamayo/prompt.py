@@ -32,9 +32,9 @@ class PromptFormat:
     """How a model family's prompt is written."""
 
     camera_names: bool
-    """Whether each camera's title stands before its images."""
+    """True if each camera's title stands before its images."""
     frame_numbers: bool
-    """Whether each image has its number before it, counted from 0 for each camera."""
+    """True if each image has its number before it, counted from 0 for each camera."""
     history_tokens: int = 48
     """Placeholders of the ego history: 16 displacements of x, y and z."""
     direct: tuple[str, str] = (DIRECT, "<|traj_future_start|>")

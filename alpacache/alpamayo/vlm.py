@@ -170,7 +170,7 @@ AttentionInterface.register(IMAGE_ATTENTION, image_attention)
 
 
 def _join_equal_images(tower: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Compute on the CPU where the tower's sequences end: after each image, or only at the end if all are equal."""
+    """Compute the vision tower's sequence ends, on the CPU: after each image, or only at the end if all are equal."""
     grid: Tensor = named["grid_thw"].cpu()
     sizes = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0])
     equal = bool((sizes == sizes[0]).all())

@@ -35,14 +35,14 @@ PREFIX_FIELDS = ("kv", "stem_len", "prefix_len", "rope_delta", "start_position")
 """Fields that make a prefix; with a quantising codec, `KV_SHAPE` as well."""
 KV_SHAPE = "kv_shape"
 _FINITE = " is finite"
-"""End of the names, never stored, of the flags that what they are named after may be stored; see `checked`."""
+"""Suffix of the flags, never stored, that say the array of that name is finite and may be stored; see `checked`."""
 POSE_FIELDS = ("history_xyz", "history_rot", "future_xyz", "future_rot")
 _JPEG_HEIGHT = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedSample:
-    """What the expert attends to of a sample: its prefix, and what follows the stem in reasoning rollouts."""
+    """One sample's KV for the expert: its prefix, and the tails that follow the stem in reasoning rollouts."""
 
     sample_id: str
     prefix: PrefixFeatures | EncodedPrefix

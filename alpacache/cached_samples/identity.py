@@ -1,4 +1,4 @@
-"""What makes two caches interchangeable (identity), and what is only worth recording about one (provenance)."""
+"""Identity, which makes two caches interchangeable, and provenance, which is only recorded."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ from cache_store import CODECS, KVCodec, codec_from_json, differences
 BF16 = "bf16"
 """Name of the lossless codec: KV as the VLM computed it."""
 _LATER = ("settings", "tokens_sha256")
-"""Of the model's part; stores of earlier versions lack them."""
+"""Keys of the model's part that stores of earlier versions lack."""
 _LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers", "av", "pillow")
 
 
 def model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a run is trained from. For an exported checkpoint, what was trained as well."""
+    """Describe the model that a run is trained from; of an exported checkpoint also what was trained."""
     identity = {
         **_named(checkpoint),
         "settings": expert_settings(checkpoint),
@@ -164,7 +164,7 @@ def check_base(checkpoint: Checkpoint, base: Mapping[str, Any], *, run: object) 
 
 
 def model_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What tells two models apart: settings and weights, or names and file hashes where one side lacks the former.
+    """List what differs between two models: settings and weights, or names and file hashes where one side lacks those.
 
     Both are from `model_identity`, or `vlm_identity` and a store's `model`. A revision that one side does not know is
     no difference.

@@ -60,7 +60,7 @@ class PrefixRows:
         self.layout, self.longest, self.batch_size, self.batches = layout, longest, batch_size, batches
         rows = batches * batch_size
         self.data = torch.empty(rows, layout.row_bytes(longest), dtype=torch.uint8, device=device)
-        """`[batches * batch_size, row_bytes]`: batch s takes the s-th of `batches` parts, counted in a circle."""
+        """`[batches * batch_size, row_bytes]`: batch s uses slot s % batches, `batch_size` rows."""
         self.device = self.data.device
         self.checked = check_on_device and has_kernels(device)
         self.damage = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -168,7 +168,7 @@ class BatchRing:
         self._release_ended()
 
     def release_finished(self, *, left: int = 1) -> None:
-        """Before the host waits for the device: release buffers as their copies end, all but so many last ones.
+        """Before the host waits for the device: release finished copies' buffers, keeping the last `left`.
 
         Otherwise reading would stop for the length of the wait, once the free ones are full. One is left, so that the
         next copies are enqueued before it has ended.
@@ -179,7 +179,7 @@ class BatchRing:
             sample.release()
 
     def damage_error(self) -> SampleReadError | DataError:
-        """What to raise when `PrefixRows.damage` was seen to be set; reads the sample again to say what is wrong."""
+        """Return the error to raise for damage in `PrefixRows`; reads the sample again to say what is wrong."""
         rows = self._rows.damage.nonzero().flatten().tolist()
         if not rows:
             return DataError("a sample of another process is damaged; the message of that process names it.")
@@ -286,7 +286,7 @@ class BatchRing:
         return event
 
     def _host_buffers(self, opened: ExitStack) -> list[Bytes]:
-        """Where samples are read to. Those that stay in memory have places of their own, and take only a turn here."""
+        """Host buffers to read samples into; those that stay in memory have places of their own."""
         if self._source.slabs is not None:
             opened.callback(self._source.slabs.unlock)
             return [np.empty(0, np.uint8)] * self._buffers

@@ -91,7 +91,7 @@ class SampleRequest:
 
 
 class RingSource:
-    """What the prefetcher reads from: the stores of a dataset, and of each sample what is not known yet."""
+    """Source of the prefetcher: the stores of a dataset, and of each sample what is not known yet."""
 
     def __init__(
         self, dataset: CachedDataset, space: UnicycleActionSpace, *, in_memory: bool, check_on_device: bool, ahead: bool
@@ -110,7 +110,7 @@ class RingSource:
         self._counts = np.zeros((self._remembered, 2), np.int64)
 
     def requests(self, batches: Iterator[Sequence[tuple[int, int]]], batch_size: int) -> Iterator[SampleRequest]:
-        """What to read for batches of (position, sample index), in order.
+        """Plan the reads for batches of (position, sample index), in order.
 
         Samples come back in this order, so one that is requested again is known by then.
         """
@@ -131,7 +131,7 @@ class RingSource:
     def views(
         self, request: SampleRequest, buffer: Bytes, fields: Sequence[str] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Where the sample's KV is read to: its own place in memory, else the buffer."""
+        """Destination of the sample's KV: its own place in memory, else the buffer."""
         reader, sample_id = self._dataset.locate(request.index)
         if self.slabs is not None:
             if not request.is_new:

@@ -146,6 +146,6 @@ class StagedBatch:
 
 
 def _is_free(size_bytes: int, device: torch.device) -> bool:
-    """Whether so much GPU memory can be had and enough is left."""
+    """Tell whether so much GPU memory can be had with enough left."""
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return size_bytes + _SPARE_BYTES <= torch.cuda.mem_get_info(device)[0] + idle

@@ -1,1 +1,1 @@
-"""What can be wrong before anything is spent: with a source of drives (`check`), with this machine (`doctor`)."""
+"""Checks before anything is spent: of a source of drives (`check`), of this machine (`doctor`)."""

@@ -20,7 +20,7 @@ class Check:
 
     @property
     def is_judged(self) -> bool:
-        """Whether the question could be answered; one that could not be is no fault, so `ok`."""
+        """True if the question could be answered; one that could not be is no fault, so `ok`."""
         return not self.found.startswith(_NOT_JUDGED)
 
 

@@ -1,4 +1,4 @@
-"""What `check` sees of one clip: its samples as `extract` reads them, and the recording that they are cut from.
+"""Findings of `check` on one clip: its samples as `extract` reads them, and the recording that they are cut from.
 
 Nothing here depends on another clip, so that clips can be read side by side, on all cores.
 """

@@ -1,4 +1,4 @@
-"""Whether the clocks of pictures and poses agree: how the picture moves sideways against how the vehicle turns.
+"""Agreement of the clocks of pictures and poses: how the picture moves sideways against how the vehicle turns.
 
 Half a second between both is no fault of either: all samples are sound, and what the model sees is not what the vehicle
 does. So the sideways movement of the far field is compared with the turning of the poses at lags of up to 3 s. Whether
@@ -140,7 +140,7 @@ def lag_curve(parts: Sequence[Sideways]) -> LagCurve | None:
 
 
 def judge_clocks(curve: LagCurve | None) -> Check:
-    """Whether the lag that fits best is small."""
+    """Judge whether the lag that fits best is small."""
     if curve is None:
         return not_judged("clocks", "hardly any turn with pictures that move")
     if curve.best_s is None:

@@ -166,7 +166,7 @@ def check_ram() -> Check:
 
 
 def check_page_locking() -> Check:
-    """Whether CUDA may lock the host memory that batches are copied from."""
+    """Check that CUDA may lock the host memory that batches are copied from."""
     import torch
 
     if not torch.cuda.is_available():
@@ -194,7 +194,7 @@ def check_space(place: str) -> Check:
 
 
 def check_links(place: str) -> Check:
-    """Whether the file system has hard links, by which a store commits samples."""
+    """Check that the file system has hard links, by which a store commits samples."""
     from alpacache.planning.machine import existing_folder
 
     folder = existing_folder(place)
@@ -210,7 +210,7 @@ def check_links(place: str) -> Check:
 
 
 def check_object_storage(place: str) -> Check:
-    """Whether a bucket can be listed, written and removed from, and takes conditional puts; tried on a small object."""
+    """Check with a small object that a bucket can be listed, written, removed from, and takes conditional puts."""
     from cache_store import CacheStoreError
     from cache_store.storage.storage import open_storage
 
@@ -255,7 +255,7 @@ def check_hub() -> Check:
 
 
 def check_model(model: str) -> Check:
-    """Whether the model's configs can be read; from the hub they are fetched, weights are not."""
+    """Check that the model's configs can be read; from the hub they are fetched, weights are not."""
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     from alpacache.alpamayo.backbone import companion_file

@@ -140,7 +140,7 @@ class Rotations(NamedTuple):
     track: Track
     """The track, its quaternions put in the right order if the check says that they are not."""
     order: Literal["right", "wrong", "either"]
-    """`either`: upright both ways, but forwards only with the scalar first; the other clips decide."""
+    """`either`: both orders look upright; only scalar-first drives forward, so other clips decide."""
 
 
 def judge_rotations(track: Track, *, scalar_first: bool = False) -> Rotations:
@@ -174,7 +174,7 @@ def judge_rotations(track: Track, *, scalar_first: bool = False) -> Rotations:
 
 
 def judge_axes(motions: Sequence[Motion]) -> Check:
-    """Whether vehicles move along their own +x axis and turn the way their course does."""
+    """Check that vehicles move along their own +x axis and turn the way their course does."""
     moving = [motion.moving for motion in motions]
     if sum(int(steps.sum()) for steps in moving) < MIN_MOVING:
         return not_judged("axes", "hardly any movement")
@@ -203,7 +203,7 @@ def judge_axes(motions: Sequence[Motion]) -> Check:
 
 
 def _off_course(motions: Sequence[Motion], apart_deg: float) -> Check:
-    """Whether headings lie to one side of the course, beyond what a reference point off the rear axle explains."""
+    """Check that headings do not lie to one side of the course beyond what a point off the rear axle explains."""
     straight: list[Floats] = []
     everywhere: list[Floats] = []
     for motion in motions:
@@ -232,7 +232,7 @@ def _off_course(motions: Sequence[Motion], apart_deg: float) -> Check:
 
 
 def judge_speed(motions: Sequence[Motion]) -> Check:
-    """Whether speeds and sideways accelerations are those of road vehicles."""
+    """Check that speeds and sideways accelerations are those of road vehicles."""
     speeds = np.concatenate([np.zeros(0), *(motion.speed_mps for motion in motions)])
     rolling = speeds[speeds > STANDING_MPS]
     if (fastest := _degrees_a_second(motions)) is not None:
@@ -278,7 +278,7 @@ def _degrees_a_second(motions: Sequence[Motion]) -> float | None:
 
 
 def judge_standing(motion: Motion) -> Check:
-    """Whether the vehicle moves at all."""
+    """Check that the vehicle moves at all."""
     standing = float((motion.speed_mps < STANDING_MPS).mean())
     if standing > 0.9:
         remedy = "A standing vehicle teaches nothing; leave the clip out unless you want it."

@@ -101,7 +101,7 @@ class Turn(NamedTuple):
 
     clip_id: str
     agrees: bool
-    """Whether the picture moved as the change of heading makes it move."""
+    """Tell whether the picture moved as the change of heading makes it move."""
 
 
 def turns_of_clip(source: RecordedSource, clip_id: str, motion: Motion, *, clips: int) -> list[Turn]:
@@ -148,7 +148,7 @@ def _turn(clip_id: str, earlier: Picture, later: Picture, turned_rad: float) -> 
 
 
 def judge_mirrored(turns: Sequence[Turn]) -> Check:
-    """Whether pictures move as the poses turn, over all moments."""
+    """Check that pictures move as the poses turn, over all moments."""
     count, against = len(turns), sum(not turn.agrees for turn in turns)
     if count < MIN_MOMENTS:
         return not_judged("mirrored", f"not enough turns to tell: {count} moments, {MIN_MOMENTS} are needed")
@@ -165,7 +165,7 @@ def judge_mirrored(turns: Sequence[Turn]) -> Check:
 
 
 def judge_pictures(sizes: Mapping[tuple[int, int], Sequence[str]], blank: Sequence[str]) -> Check:
-    """Whether all samples have one size and none is `blank`; `sizes`: (width, height) -> samples."""
+    """Check that all samples have one size and none is `blank`; `sizes`: (width, height) -> samples."""
     if not sizes:
         return not_judged("pictures", "no usable sample")
     listed = sorted(sizes, key=lambda size: -len(sizes[size]))

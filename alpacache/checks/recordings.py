@@ -152,7 +152,7 @@ def check_poses(track: Track) -> Check:
 
 
 def jumps(track: Track) -> NDArray[np.int64]:
-    """Indices of poses after which the vehicle leaps, as `extract` refuses it, or steps off its neighbours' course."""
+    """Indices of poses after which the vehicle leaps, which `extract` refuses, or leaves its neighbours' course."""
     from scipy.ndimage import median_filter
 
     gaps_s = np.diff(track.timestamps_us) / 1e6

@@ -91,7 +91,7 @@ class SourceReport:
 
     @property
     def ok(self) -> bool:
-        """Whether no check of the source as a whole failed; warnings do not count."""
+        """True if no check of the source as a whole failed; warnings do not count."""
         return worst(self.checks) != "fail"
 
     @property
@@ -194,7 +194,7 @@ def _in_order(work: Callable[[_T], _R], items: Iterable[_T]) -> Generator[_R, No
 
 
 class _Survey:
-    """What has been seen of a source's clips, one after the other."""
+    """Findings on a source's clips, gathered one after the other."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -290,7 +290,7 @@ class _Survey:
         return verdict(name, found, **{status: bad[example].remedy})
 
     def _judge_samples(self) -> Check:
-        """Whether there is anything to extract, and what is refused, by kind."""
+        """Check that there is anything to extract; count what is refused, by kind."""
         usable = sum(found.usable for found in self.found.values())
         refused = [refusal for clip in self.found.values() for refusal in clip.refused]
         kinds = Counter(refusal.kind for refusal in refused)

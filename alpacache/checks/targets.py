@@ -54,7 +54,7 @@ class Paths:
     grid_m: float
     """Step of the grid that positions lie on; 0 if they lie on none."""
     is_float32: bool
-    """Whether that grid is the one of float32 at positions this large."""
+    """True if that grid is the one of float32 at positions this large."""
     late_share: float
     """Spread of pose intervals, where speeds contradict them as they do if poses carry times of arrival; else 0."""
 
@@ -123,7 +123,7 @@ def targets_of(paths: Paths) -> Targets | None:
 
 
 def judge_targets(targets: Sequence[Targets]) -> Check:
-    """Whether accelerations and curvatures are those of a car, and what made them if not."""
+    """Judge whether accelerations and curvatures are those of a car, and say what made them if not."""
     if not targets:
         return not_judged("targets", "no path of 8 s without gaps and with headings along it")
     gridded = [each for each in targets if each.grid_m >= GRID_M[0]]

@@ -197,7 +197,7 @@ def _move_to_peer_memory(
             copies[parameter] = flat
             parameter.data = flat[world.rank].view(parameter.shape).copy_(parameter)
     if world.device.type == "cuda":
-        torch.cuda.empty_cache()  # the blocks they leave have sizes that nothing else asks for
+        torch.cuda.empty_cache()  # return the freed blocks: no later allocation has their sizes
     return copies
 
 

@@ -39,7 +39,7 @@ class ShardedUpdate:
         self.shards = _choose_shards(parameters, world, CollectiveExchange if memory is None else CopyExchange)
         """Elements (flattened) that this process updates, by parameter name; names without an entry: all of them."""
         self.is_last_backward = True
-        """Whether the next backward is the step's last; until then gradients only accumulate."""
+        """True if the next backward is the step's last; until then gradients only accumulate."""
         self._parameters = dict(parameters)
         self._shard_of: dict[Tensor, slice] = {parameters[name]: shard for name, shard in self.shards.items()}
         self._exchange = CollectiveExchange(world)

@@ -22,7 +22,7 @@ from alpacache.torchrun import this_process
 _TIMEOUT = timedelta(minutes=30)
 """Limit of a collective: the other processes wait while the first one writes a checkpoint."""
 _OTHER_ENDED = re.compile("connection (was likely )?(closed|reset)|broken pipe|remote process exit", re.IGNORECASE)
-"""What gloo, NCCL and torch's store say where the process at the other end is gone."""
+"""Texts of gloo, NCCL and torch's store where the process at the other end is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes."""
+        """True in the process that writes."""
         return self.rank == 0
 
     def local_batch_size(self, batch_size: int) -> int:

@@ -21,7 +21,7 @@ SpeedBand: TypeAlias = Literal["stopped", "slow", "medium", "fast"]
 STRAIGHT_HEADING_RAD = np.deg2rad(5.0)
 """Below this final heading change, and inside the corridor, a path is straight."""
 CORRIDOR_M = 2.0
-"""Half the width of the straight corridor: a lane's width less a car's, so leaving it is leaving the lane."""
+"""Half the width of the straight corridor: lane width minus car width. Outside it the car has left the lane."""
 SHARP_HEADING_RAD = np.deg2rad(30.0)
 HISTORY_HEADING_RAD = np.deg2rad(1.5)
 """Largest range of headings over the 1.5 s of a straight history."""

@@ -78,7 +78,7 @@ class EvalConfig(Config):
     samples: Count | None = None
     """At most this many samples. Default: all."""
     on_damage: Literal["stop", "skip"] = "stop"
-    """What a sample that cannot be read does: end the evaluation, or be left out of it for all models and named."""
+    """Reaction to a sample that cannot be read: end the evaluation, or leave it out for all models and name it."""
     batch_size: BatchSize = 8
     """Samples at once; changes no result."""
     seed: Seed = 0

@@ -121,7 +121,7 @@ the training rows `[train, targets]`."""
 def _ridge(
     features: NDArray[np.float32], history: Floats | None, y: Floats, train: Rows, test: Rows, inner: Sequence[Rows]
 ) -> list[_Fit]:
-    """Fit features, and where there is history that and both; penalty and share are the best on the inner folds.
+    """Fit features alone, or with history also history and both; penalty and share are the best on the inner folds.
 
     They are chosen for each target. y `[train, targets]` is standardised; `inner` holds positions in `train`.
     """
@@ -152,7 +152,7 @@ def _ridge_paths(features: NDArray[np.float32], history: Floats | None, y: Float
 
 
 def _ridge_path(gram: Floats, y: Floats) -> Floats:
-    """Predictions `[penalties, rows - n, targets]` of rows n and on of `gram` `[rows, n]`, fitted to those before."""
+    """Predictions `[penalties, rows - n, targets]` of rows n onwards of `gram` `[rows, n]`, fitted to those before."""
     n = gram.shape[1]
     values, vectors = np.linalg.eigh(gram[:n])
     middle = y.mean(0)

@@ -40,7 +40,7 @@ class ExportReport:
     base_revision: str | None
     trainable: str
     expert_only: bool
-    """Whether it lacks the VLM, as asked for or because the base does."""
+    """True if it lacks the VLM, as asked for or because the base does."""
     tensors: int
     changed_tensors: int
     """Number of those that the run trained."""

@@ -201,7 +201,7 @@ def _powers(device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkTable:
-    """Where the chunks of a batch lie, their expected checksums, and how their tiles are divided among programs."""
+    """Places of a batch's chunks, their expected checksums, and how their tiles are divided among programs."""
 
     chunks: Tensor
     """`[chunks, 4]` int64: row, expected linear part, first item and end of its items."""

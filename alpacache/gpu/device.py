@@ -37,7 +37,7 @@ def enter(device: torch.device) -> None:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels can run there; elsewhere their references in PyTorch do."""
+    """Tell whether the Triton kernels can run there; elsewhere their references in PyTorch do."""
     return device.type == "cuda" and find_spec("triton") is not None
 
 

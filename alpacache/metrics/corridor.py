@@ -16,14 +16,14 @@ from alpacache.metrics.bootstrap import Interval, mean_difference
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leaving:
-    """Where one sample's K paths and its driven path end beside the straight line, at 6.4 s."""
+    """Ends of one sample's K paths and its driven path beside the straight line, at 6.4 s."""
 
     truth: bool
-    """Whether the driven path ends outside the corridor, 2 m to either side of straight on."""
+    """True if the driven path ends outside the corridor, 2 m to either side of straight on."""
     share: float
     """Share of the paths that end outside on the driven path's side, or, where that stays inside, on any side."""
     contained: bool
-    """Whether the driven path ends between the leftmost and the rightmost predicted one."""
+    """True if the driven path ends between the leftmost and the rightmost predicted one."""
     spread_m: float
     """Standard deviation of the K lateral offsets."""
 

@@ -34,12 +34,12 @@ CONTEXT_BYTES = 2**29
 
 
 def allowed_bytes(card_gib: float) -> int:
-    """What the allocator may take of a card of this size."""
+    """Return the bytes that the allocator may take of a card of this size."""
     return int((card_gib - CONTEXT_BYTES / 2**30) * 2**30)
 
 
 def budget_bytes(text: Any) -> int:
-    """What the allocator may take of a card of a written size: 23.5 GiB of `24GB`. Cards are named by GB and have GiB.
+    """Parse a card's size into the allocator's bytes: 23.5 GiB of `24GB`. Cards are named by GB and have GiB.
 
     Raises `ValueError` with what was expected of anything else.
     """
@@ -59,7 +59,7 @@ MemoryBudget = Annotated[str, Written(metavar="SIZE", read=_checked_budget)]
 
 @dataclass(frozen=True, kw_only=True)  # a second base of `ExtractConfig`, so without slots
 class StoredConfig(Config):
-    """What a store has of each sample; settings of `plan` and `extract`."""
+    """Contents of a store for each sample; settings of `plan` and `extract`."""
 
     views: Repeats = 1
     """Times each sample is extracted: as it is, then with small seeded changes of its pictures."""
@@ -107,7 +107,7 @@ class PlanConfig(StoredConfig):
     memory_budget: MemoryBudget | None = None
     """Size of the card to stay within, such as `24GB`. Default: the GPU's."""
     store: Place | None = None
-    """Where the store will be: for free space and, with `probe`, the disk's speed."""
+    """Place of the store to be: for free space and, with `probe`, the disk's speed."""
     gpu: Name = MEASURED
     """`h100`, `h200`, `a100`, `l40s`, `a6000`, `5090`, `4090` or `3090`."""
     probe: bool = False

@@ -25,14 +25,14 @@ _GAPS = 0.02
 _HOLES = 0.25
 """Share of the activations that lies too scattered for gradients to reuse (measured: a tenth to a half)."""
 _MARGIN = 0.03
-"""Share of the cap that is left free where a slower choice does not need it: a plan is no more exact."""
+"""Share of the cap that is left free where a slower choice does not need it: the plan is no more accurate than this."""
 _ROOM, _MOST_MORE = 0.06, 1 / 7
 """Layers kept decoded beyond the least leave `_ROOM` of the cap free and take at most `_MOST_MORE` of everything else.
 They make a step some 3 % shorter, and a run that needs little of a card should stay so."""
 
 
 def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: bool) -> MemoryPlan:
-    """Work out what these settings take."""
+    """Compute the memory these settings need."""
     row, tokens = work.layout.row_bytes(work.longest), micro_batch * draws * FUTURE_STEPS
     wide, inner = _SAVED["lora" if work.trainable == "lora" else "all", work.compiled]
     layer = tokens * (wide * work.hidden + inner * work.intermediate)
@@ -107,7 +107,7 @@ def _decoded_bytes(work: Workload, samples: int) -> int:
 
 
 def _remedy(work: Workload, least: MemoryPlan, cap_bytes: int) -> str:
-    """What to change so that the smallest settings would fit."""
+    """Say what to change so that the smallest settings would fit."""
     row_pair = 2 * work.layout.row_bytes(work.longest)
     spare = cap_bytes - (least.device_bytes - least.prefixes)
     if (batch := min(work.batch_size - 1, spare // row_pair)) >= 1:

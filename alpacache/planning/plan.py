@@ -1,4 +1,4 @@
-"""What both stages will take, before either is begun: tokens, bytes, hours, memory. From a model's sizes alone.
+"""Cost of both stages before either is begun: tokens, bytes, hours, memory. From a model's sizes alone.
 
 Neither weights nor a GPU are needed. Bytes come from the store's own code and memory from `train`'s own plan. Hours are
 scaled from one measured GPU (`time_model`) and from the disk's speed, so they are estimates and say so.
@@ -43,12 +43,12 @@ class Machine:
 
     gpu: Gpu
     gpu_is: Literal["measured", "scaled", "probed"]
-    """Where times come from: this very GPU, its data sheet, or a short probe."""
+    """Source of the times: this very GPU, its data sheet, or a short probe."""
     read_bytes_s: float
     write_bytes_s: float
     cores: int
     disk_is: Literal["assumed", "probed"]
-    """Where the disk's speed and the number of cores come from."""
+    """Source of the disk's speed and the number of cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ class TrainPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What both stages will take; sizes in bytes."""
+    """Cost of both stages; sizes in bytes."""
 
     model: str
     cameras: tuple[str, ...]
@@ -112,7 +112,7 @@ class Plan:
     train: TrainPlan
     memory: MemoryPlan
     memory_bytes: int
-    """What the allocator will have reserved at its peak."""
+    """Bytes that the allocator will have reserved at its peak."""
     cap_bytes: int
     notes: tuple[str, ...]
     """Assumptions behind the numbers, and what does not fit."""
@@ -231,7 +231,7 @@ def _train_plan(
 def _notes(
     config: PlanConfig, machine: Machine, store_bytes: int, free: int | None, weights_bytes: int, cap_bytes: int
 ) -> list[str]:
-    """What does not fit on the disk or the GPU and what to do, then what the numbers rest on."""
+    """List what does not fit on the disk or the GPU and what to do, then what the numbers rest on."""
     notes = []
     if free is not None and store_bytes > free:
         notes.append(

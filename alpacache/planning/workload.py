@@ -1,4 +1,4 @@
-"""What a training step holds, as far as memory and time depend on it, and the plan of the memory it takes."""
+"""Workload of a training step, as far as memory and time depend on it, and the plan of the memory it takes."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ BF16_BYTES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is trained and on what, as far as memory and time depend on it; `plan` and `train` both plan for one."""
+    """Model, data and settings of a training, as far as memory and time depend on them; for `plan` and `train`."""
 
     parameters: int
     """Parameters of expert and projections."""

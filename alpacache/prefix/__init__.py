@@ -1,1 +1,1 @@
-"""What the frozen VLM leaves behind: its KV cache as a value, packed, encoded, and attended to."""
+"""The frozen VLM's KV cache as a value: packed, encoded, and attended to."""

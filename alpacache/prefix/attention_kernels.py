@@ -51,7 +51,7 @@ def _prefix_part(  # type: ignore[no-untyped-def]
     ORDERED: tl.constexpr,  # whether keys have their channels in an order of their own
     BLOCK_N: tl.constexpr,  # prefix tokens of a tile
 ):
-    """Where a head's keys and values of a layer lie, the channel at each place of a key, and a split's tokens."""
+    """Offsets of a head's keys and values in a layer, the channel at each place of a key, and a split's tokens."""
     tokens = tl.load(lengths + sample).to(tl.int32)
     wide = tl.where(capacity > 0, capacity, tokens)
     at = data + tl.load(rows + sample) * row_bytes
@@ -78,7 +78,7 @@ def _query_rows(  # type: ignore[no-untyped-def]
     HEAD_GROUP: tl.constexpr,  # query heads of a KV head
     BLOCK_M: tl.constexpr,  # queries of a tile
 ):
-    """Where the queries of a tile lie, which of them exist, and their places in `[B K, kv_head, group, S]`."""
+    """Offsets of a tile's queries, which of them exist, and their places in `[B K, kv_head, group, S]`."""
     index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     per_draw: tl.constexpr = TOKENS * HEAD_GROUP
     draw, rest = index // per_draw, index % per_draw

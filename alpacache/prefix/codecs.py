@@ -14,5 +14,5 @@ TENSOR_CODECS: dict[str, type[TensorCodec[Any]]] = {"affine": AffineTensorCodec,
 
 @lru_cache(maxsize=64)
 def tensor_codec(codec: KVCodec) -> TensorCodec[Any]:
-    """What encodes and decodes with this codec in torch."""
+    """Return the torch side of this codec."""
     return TENSOR_CODECS[codec.kind](codec)

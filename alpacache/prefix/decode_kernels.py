@@ -361,7 +361,7 @@ def _launch(
 
 @lru_cache(maxsize=16)
 def _linear_places(codec: LayeredCodec, layout: PrefixLayout, group: int) -> list[list[list[int]]]:
-    """Where each layer begins and how long its keys are, in a form that a kernel evaluates for each sample.
+    """Start of each layer and length of its keys, in a form that a kernel evaluates for each sample.
 
     `[layer, 2, 3]`: a, b and c of `a + b * tokens + c * key groups` bytes, found from three points of that plane, 1 and
     2 tokens in a group and `group + 1` tokens in two groups. `group`: tokens of a key group; 1 for a codec without.

@@ -64,7 +64,7 @@ def _search(table, needed):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _places(lane, lanes, tokens, KEYS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where in a layer the lanes' groups begin, for keys their channel and head, and the number of their members.
+    """Offsets in a layer of the lanes' groups, for keys their channel and head, and the number of their members.
 
     Lanes beyond the last have no members; keys find that out by rows, or the compiler could not use wide loads.
     """

@@ -27,7 +27,7 @@ class SegmentedRows:
         self._segments, self._data = {segment.name: segment for segment in segments}, data
 
     def bytes_of(self, name: str) -> Tensor:
-        """Where a segment lies in each layer's row, `[layers, bytes]`."""
+        """Place of a segment in each layer's row, `[layers, bytes]`."""
         segment = self._segments[name]
         return self._data[:, segment.offset : segment.offset + segment.size_bytes]
 

@@ -14,7 +14,7 @@ def make_places(layout: PrefixLayout, samples: int, longest: int, device: torch.
 
 
 def decode(prefixes: PackedPrefixes, layer: int, scratch: Tensor | None = None) -> Tensor:
-    """Rows of `PrefixLayout.scratch_shape` with a layer of every sample decoded; None allocates them."""
+    """Rows of `PrefixLayout.scratch_shape` with a layer of every sample decoded; allocated if None."""
     if scratch is None:
         scratch = prefixes.data.new_empty(prefixes.layout.scratch_shape(len(prefixes.rows), prefixes.longest))
     prefixes.layout.tensor_codec.decode_batch(prefixes, layer, scratch)
@@ -37,7 +37,7 @@ class LayersAhead:
         self._ready: list[torch.cuda.Event | None] = [None] * len(places)
 
     def layer(self, prefixes: PackedPrefixes, layer: int, *, then: int) -> Tensor:
-        """What `decode` returns, for the current stream; `then`: the layer that will be asked for next, if any."""
+        """Return `decode`'s rows, for the current stream; `then`: the layer that will be asked for next, if any."""
         place = self._fill(prefixes, layer, None)
         self._await(place)
         if self._stream is not None and 0 <= then < prefixes.layout.layers:

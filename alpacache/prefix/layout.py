@@ -1,4 +1,4 @@
-"""What the bytes of one packed prefix mean, and where its decoded layers lie."""
+"""Meaning of the bytes of one packed prefix, and places of its decoded layers."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ LEAST_DECODED = 2
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixLayout:
-    """What one row of bytes means, given its number of tokens."""
+    """Layout of one row of bytes, given its number of tokens."""
 
     layers: int
     kv_heads: int
@@ -45,7 +45,7 @@ class PrefixLayout:
         return self.codec.encoded_bytes(self.shape(tokens))
 
     def can_be(self, size_bytes: int, tokens: int) -> bool:
-        """Whether a sample of so many tokens can have so many bytes."""
+        """Tell whether a sample of so many tokens can have so many bytes."""
         varies = self.codec is not None and not self.codec.fixed_size
         return size_bytes <= self.size_bytes(tokens) if varies else size_bytes == self.size_bytes(tokens)
 
@@ -63,7 +63,7 @@ class PrefixLayout:
 
     @property
     def is_ordered(self) -> bool:
-        """Whether decoded keys have their channels in an order of each head's own."""
+        """True if decoded keys have their channels in an order of each head's own."""
         return self.codec is not None and self.tensor_codec.is_ordered(self.head_dim)
 
     def scratch_shape(self, samples: int, longest: int) -> tuple[int, int]:

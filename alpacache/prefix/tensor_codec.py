@@ -68,5 +68,5 @@ class TensorCodec(ABC, Generic[Definition]):
         """
 
     def is_ordered(self, channels: int) -> bool:
-        """Whether `decode_batch` leaves key channels in an order of each head's own, which queries then follow."""
+        """True if `decode_batch` leaves key channels in an order of each head's own, which queries then follow."""
         return False

@@ -126,7 +126,7 @@ class FolderSource:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether a name from a stranger is one path component and nothing else."""
+    """Tell whether a name from a stranger is one path component and nothing else."""
     plain = isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) <= 255 and name not in (".", "..")
     return plain and not any(mark in name for mark in "/\\")
 

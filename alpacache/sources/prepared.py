@@ -98,7 +98,7 @@ def open_prepared(place: str) -> PreparedSource:
 
 
 def is_saved(directory: Path) -> bool:
-    """Whether `save_to_disk` wrote this directory."""
+    """Tell whether `save_to_disk` wrote this directory."""
     return any((directory / name).is_file() for name in _SAVED)
 
 
@@ -111,7 +111,7 @@ def _marker(place: str) -> Path | None:
 
 
 def _must_be_a_path(place: str) -> bool:
-    """Whether it cannot be the name of a hub repository, OWNER/NAME."""
+    """Tell whether it cannot be the name of a hub repository, OWNER/NAME."""
     return place.startswith((".", "/")) or place.count("/") != 1
 
 

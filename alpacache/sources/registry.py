@@ -22,7 +22,7 @@ def open_source(spec: str, *, cameras: Sequence[str] | None = None) -> Source:
 
 
 def is_streamed(spec: str) -> bool:
-    """Whether the samples of this source come through the network."""
+    """Tell whether the samples of this source come through the network."""
     kind, place = _parse(spec)
     return kind.is_streamed(place)
 

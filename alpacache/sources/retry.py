@@ -59,7 +59,7 @@ def with_retry(call: Callable[[], Result], *, what: str) -> Result:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error is worth another try: a time-out, a broken connection, a server that is busy or failing."""
+    """Tell whether an error is worth another try: a time-out, a broken connection, a server that is busy or failing."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled | DataError):

@@ -25,7 +25,7 @@ class Roadside:
     shade: Floats32
     """Factor of the usual brightness."""
     tree: NDArray[np.bool_]
-    """Whether it is a tree; otherwise it is a white post with a dark band."""
+    """True if it is a tree; otherwise it is a white post with a dark band."""
 
 
 class _Spot(NamedTuple):

@@ -84,7 +84,7 @@ class Look:
     lanes: tuple[int, int]
     """Lanes to the left and right of the ego lane."""
     dashed: tuple[bool, bool]
-    """Whether the ego lane's left and right markings are dashed, where there is a lane beyond."""
+    """True if the ego lane's left and right markings are dashed, where there is a lane beyond."""
     dash_m: float
     period_m: float
     """Length of a dash and its gap."""

@@ -106,7 +106,7 @@ class SourceKind:
     """Opens what follows the colon, for these cameras (None: the source's default). Raises `UsageError` for a text
     that makes no sense, `SourceError` for a source that cannot be read."""
     is_streamed: Callable[[str], bool] = lambda place: False
-    """Whether samples come through the network, so that processes should share one reader."""
+    """True if samples come through the network, so that processes should share one reader."""
     marker: Callable[[str], Path | None] = lambda place: None
     """A file that is there as long as the source is. None if it is generated, or if its own reader tells a bad clip
     from a source that has gone."""

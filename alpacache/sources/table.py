@@ -128,7 +128,7 @@ def _opened(file: Path | BinaryIO, *, where: str, limit_bytes: int | None = MAX_
 
 @contextmanager
 def _refused(where: str) -> Iterator[None]:
-    """What Arrow raises for a damaged table, as a `BadClipError`."""
+    """Turn what Arrow raises for a damaged table into a `BadClipError`."""
     import pyarrow as pa
 
     try:

@@ -76,7 +76,7 @@ def ffmpeg_versions() -> dict[str, str]:
 
 
 class _Shown(NamedTuple):
-    """What a film's packets say of its frames, in the film's own units of time."""
+    """Frames of a film by its packets, in the film's own units of time."""
 
     times: list[int]
     """When each frame is shown, increasing."""

@@ -44,7 +44,7 @@ class Scalars:
     scale: Tensor
     """Factor applied to the gradients, float32."""
     skip: Tensor
-    """Whether to change nothing; bool."""
+    """True: change nothing; bool."""
     step: Tensor
     """Number of applied steps, this one included; int64."""
     bias: Tensor

@@ -44,7 +44,7 @@ def settle(
     budget_bytes: int | None,
     batch_seconds: Callable[[], float],
 ) -> MemoryPlan:
-    """Plan a process's steps: as asked, as a run was begun, and what is still open as fits the GPU with the least room.
+    """Settle draws, micro-batch and checkpointing: as asked, else as a resumed run began, else as fits the least room.
 
     Open are draws `auto`, a `micro_batch` of None (as many samples as fit) and `checkpointing` of None (where only that
     fits). Draws and micro-batch change the result, so they are as the run in `directory` was begun with them; the
@@ -83,7 +83,7 @@ def settle(
 
 
 def _no_longer_fits(run: Path, error: UsageError, plan_for: Callable[..., MemoryPlan]) -> UsageError:
-    """The error for a run whose own settings do not fit: most of those that the plan would lower must stay."""
+    """The error for a run whose own settings do not fit: a resumed run cannot lower most of these settings."""
     room = "free GPU memory, raise --memory-budget, or go on with a larger GPU"
     try:
         plan = plan_for(micro_batch=None, checkpointing=None)

@@ -63,7 +63,7 @@ class TrainConfig(Config):
     balance: Literal["none", "curvature"] = "none"
     """`curvature`: straight, gentle and sharp futures have equal shares of every epoch."""
     on_damage: Literal["stop", "skip"] = "stop"
-    """What a damaged sample does: stop the run, or be left out and counted, another one in its place."""
+    """Reaction to a damaged sample: stop the run, or leave it out, counted, with another one in its place."""
     trainable: Trainable = "all"
     """`all`: expert and projections; `head`: projections and final norm; `lora`: head and adapters."""
     lora_rank: Rank = 16
@@ -106,7 +106,7 @@ class TrainConfig(Config):
     val_samples: Count = 64
     """Validation samples at most, spread evenly over the store."""
     best_by: Literal["loss", "min_ade"] = "loss"
-    """What decides on the best checkpoint: the validation loss, or minADE of 6 paths, which takes longer to find."""
+    """Measure of the best checkpoint: the validation loss, or minADE of 6 paths, which takes longer to compute."""
     patience: Count | None = None
     """Stop after so many validations without a new best. Default: never."""
     save_every: Count = 200

@@ -96,7 +96,7 @@ class DamagedSamples:
 
     @property
     def awaits(self) -> bool:
-        """Whether a sample is to be tried again."""
+        """True if a sample is to be tried again."""
         return bool(self._missed)
 
     def delivered(self, batch: list[tuple[int, int]]) -> None:
@@ -131,6 +131,6 @@ class DamagedSamples:
         return index
 
     def state(self) -> dict[str, list[Any]]:
-        """What a checkpoint records: the indices, and the ids for people."""
+        """Return what a checkpoint records: indices, and readable sample ids."""
         ids = sorted(self._data.sample_id(index) for index in self.indices)
         return {"damaged": ids, "damaged_indices": sorted(self.indices)}

@@ -41,7 +41,7 @@ class WeightAverage:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What `up_to_date` needs besides the tensors: `decay` of a step, steps `behind`."""
+        """Return what `up_to_date` needs besides the tensors: `decay` per step, steps `behind`."""
         return {"decay": self._decay, "behind": self._behind}
 
     def load(self, tensors: Mapping[str, Tensor], behind: int) -> None:

@@ -18,7 +18,7 @@ from alpacache.training.trainable import checkpoint_tensors
 
 
 class Learner:
-    """What a step changes; a checkpoint holds all of it."""
+    """State that a step changes; a checkpoint holds all of it."""
 
     def __init__(
         self,

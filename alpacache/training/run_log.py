@@ -1,4 +1,4 @@
-"""What a run tells: progress, the report, and for each step a row of `metrics.jsonl` and the trackers' scalars.
+"""Messages of a run: progress, the report, and for each step a row of `metrics.jsonl` and the trackers' scalars.
 
 Trackers are TensorBoard events by default, Weights & Biases if asked for.
 """
@@ -44,7 +44,7 @@ class TrainReport:
     val_min_ade: float | None
     """The last validation's minADE, metres; None unless the best is chosen by it."""
     stopped_early: bool
-    """Whether the run ended because validation had stopped getting better."""
+    """True if the run ended because validation had stopped getting better."""
     damaged: int
     """Number of samples that are left out for good, as they could not be read twice in the run or at its end."""
     missed: int
@@ -164,7 +164,7 @@ class RunLog:
         self._read_waited_s = 0.0
 
     def pause(self) -> None:
-        """What passes from here to the next step is not waiting for data."""
+        """Begin anew: what passes from here to the next step is not waiting for data."""
         self._ended = None
 
     def take_by_turn(self) -> dict[str, list[float]]:
@@ -236,7 +236,7 @@ class RunLog:
             )
 
     def totals(self, step: int) -> dict[str, Any]:
-        """What `TrainReport` tells of losses and time, after the last step."""
+        """Fields of `TrainReport` on losses and time, after the last step."""
         window = max(1, min(_REPORTED_STEPS, len(self._losses) // 2))
         ends = self._losses[:window], self._losses[-window:]
         first, last = (sum(losses) / window if losses else None for losses in ends)

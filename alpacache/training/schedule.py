@@ -35,7 +35,7 @@ class BestValidation:
     value: float | None = None
     """Finite."""
     by: str
-    """What `value` is: `loss` or `min_ade`."""
+    """Kind of `value`: `loss` or `min_ade`."""
     since: int = 0
     """Validations after it."""
 

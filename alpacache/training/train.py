@@ -126,7 +126,7 @@ class _Run:
         self.validated: dict[str, float] = {}
         """Numbers of the last validation."""
         self.cut_short = False
-        """Whether a request to stop ended the last validation."""
+        """True if a request to stop ended the last validation."""
         self.step = 0
         self.guard = InterruptGuard()
         self.stopped_early = self.stopping = False
@@ -272,7 +272,7 @@ class _Run:
         return batch
 
     def _is_due(self, every: int) -> bool:
-        """Whether it is time for what is done every so many steps and after the last one."""
+        """Tell whether it is time for what is done every so many steps and after the last one."""
         return self.step == self.total or self.step % every == 0
 
     def _enqueue(self, step: TrainStep, batch: Batch, *, stop: bool) -> StepResult:
@@ -333,7 +333,7 @@ class _Run:
         return {**strict_json.plain(self.validated), **{f"train_loss/{turn}": loss for turn, loss in by_turn.items()}}
 
     def _notes(self) -> dict[str, str]:
-        """What progress tells besides the numbers of the step."""
+        """Notes for the progress line, besides the numbers of the step."""
         cuda, damaged = self.world.device.type == "cuda", len(self.damaged.indices)
         notes = {"GiB": f"{self.learner.peak_bytes() / 2**30:.1f}"} if cuda else {}
         return notes | ({"damaged": str(damaged)} if damaged else {})

@@ -23,7 +23,7 @@ from alpacache.training.step import flow_loss
 
 _DRAWS = 4
 _PATHS, _FLOW_STEPS = 6, 10
-"""As the public evaluation samples."""
+"""Paths per sample and flow steps, as in the public evaluation."""
 
 
 class Validation:

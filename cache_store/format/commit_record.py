@@ -129,7 +129,7 @@ def read(storage: Storage, root: StoreRoot, key: str, *, waits_s: Sequence[float
 
 
 def unreadable(storage: Storage, key: str, error: Exception, sample_id: str) -> SampleReadError:
-    """What the error of a record says of its sample, whose id may be unknown: then it is empty in the result."""
+    """Describe a damaged record's sample; where its id is unknown, it is empty in the result."""
     which = f"sample {sample_id!r}" if sample_id else "a sample whose id is not known"
     if isinstance(error, FormatError):
         remedy = "Run `verify` on the store; a sample without its commit record can be written again"

@@ -44,7 +44,7 @@ class Field:
     chunk_mb: float = 16
     """Limit of a chunk in 10^6 bytes, but at least one index of axis 0; the store's first writer decides."""
     compression: Compression = "none"
-    """Of layout `array`: `zstd` suits slow or full media, costs the direct read; the store's first writer decides."""
+    """Compression of an `array` field. zstd saves space but rules out direct reads. The first writer decides."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", tuple(self.axes))

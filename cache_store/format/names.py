@@ -58,12 +58,12 @@ def record_path(folder: str, key: str) -> str:
 
 
 def is_key(name: str) -> bool:
-    """Whether a file stem can be a sample's key."""
+    """Tell whether a file stem can be a sample's key."""
     return _KEY.fullmatch(name) is not None
 
 
 def is_attempt(name: str) -> bool:
-    """Whether a name from a record can be an attempt."""
+    """Tell whether a name from a record can be an attempt."""
     return _ATTEMPT.fullmatch(name) is not None
 
 

@@ -18,9 +18,9 @@ class KVCodec(ABC):
     """
 
     kind: ClassVar[str]
-    """What `kind` says in the codec's document."""
+    """Value of `kind` in the codec's document."""
     fixed_size: ClassVar[bool] = True
-    """Whether the shape alone gives the size of an encoded sample; if not, `encoded_bytes` is an upper bound."""
+    """True if the shape alone gives the size of an encoded sample; if not, `encoded_bytes` is an upper bound."""
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class LayeredCodec(KVCodec):
 
     @abstractmethod
     def segments(self, part: Part, layer: int, shape: tuple[int, ...]) -> list[Segment]:
-        """Where everything lies in a layer's keys or values, for heads, tokens and channels `shape`."""
+        """Lay out a layer's keys or values, for heads, tokens and channels `shape`."""
 
     @abstractmethod
     def _encode_part(self, part: Part, layer: int, x: Floats, out: "SegmentedBytes") -> None:
@@ -78,7 +78,7 @@ class LayeredCodec(KVCodec):
 
     @lru_cache(maxsize=4096)  # noqa: B019  # codecs are small values that compare by their settings
     def layer_starts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Where each layer's bytes begin in a sample of this shape, and where the last one's end."""
+        """Start of each layer's bytes in a sample of this shape, then the end of the last one's."""
         return (0, *accumulate(sum(self.layer_bytes(layer, shape)) for layer in range(shape[0])))
 
     def encoded_bytes(self, shape: tuple[int, ...]) -> int:

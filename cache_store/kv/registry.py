@@ -16,7 +16,7 @@ CODECS: dict[str, KVCodec] = {
     "int5": AffineCodec(key_bits=(5,), value_bits=(5,)),
     "int4": AffineCodec(key_bits=(4,), value_bits=(4,)),
 }
-"""What `--codec` takes beside `bf16`, which stores keys and values as they are. The affine ones take just below
+"""Codecs that `--codec` takes beside `bf16`, which stores keys and values as they are. The affine ones take just below
 8.5, 5.5 and 4.5 bits a value: with key groups of 64 instead of 72, `order` and `base` would come on top of that."""
 
 

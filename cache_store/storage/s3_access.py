@@ -141,7 +141,7 @@ def _endpoint(address: S3Address) -> str | None:
 
 
 def _has_machine_role() -> bool:
-    """Whether a cloud machine's metadata service answers; asked first, because obstore would try it for minutes."""
+    """Tell whether a cloud machine's metadata service answers: asked first, as obstore would try for minutes."""
     if _true("AWS_EC2_METADATA_DISABLED"):
         return False
     if _set("AWS_METADATA_ENDPOINT"):

@@ -33,7 +33,7 @@ class Storage(Protocol):
         """Full name of an object, for messages."""
 
     def exists(self, relative: str) -> bool:
-        """Whether the name is taken."""
+        """Tell whether the name is taken."""
 
     def names(self, folder: str, *, flat: bool = False) -> Iterator[str]:
         """Names in a folder (`""`: the root), in no order. `flat`: the folder is known to hold no folders.
@@ -126,7 +126,7 @@ def open_storage(path: StorePath) -> Storage:
 
 
 def is_uri(path: StorePath) -> bool:
-    """Whether this names object storage. Raises `StoreAddressError` for a URI of another kind than `s3://`."""
+    """Tell whether this names object storage. Raises `StoreAddressError` for a URI of another kind than `s3://`."""
     match = _SCHEME.match(os.fspath(path))
     if match is None:
         return False

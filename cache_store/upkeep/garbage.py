@@ -97,7 +97,7 @@ def collect_garbage(
 
 
 def _is_committed(storage: Storage, root: StoreRoot, name: str, *, listed: bool) -> bool | None:
-    """Whether the attempt's sample has a record that names this attempt; None where that cannot be told.
+    """Tell whether the attempt's sample has a record that names this attempt; None where that cannot be told.
 
     `listed`: whether a listing shows the record, so that its absence would be a passing fault.
     """

@@ -48,21 +48,21 @@ class Inspection:
         """`parse` raises `FormatError` for bytes that are not right; `missing`: what absence means, if it is damage."""
         self.storage, self.name = storage, name
         self.content: bytes | str = b""
-        """What was judged, as `content_of` has it."""
+        """Content that was judged, as `content_of` has it."""
         self.value: Any = None
         """The parsed document, once it was read rightly."""
         self.failed: set[str] = set()
         """Objects that were not whole when first read."""
         self.gone = False
-        """Whether it was not there when last read."""
+        """True if it was not there when last read."""
         self._parse, self._missing = parse, missing
         self._findings: list[tuple[Damage, bool]] = []
-        """What the last look found, and whether it is about the bytes and not about the way to them."""
+        """Finding of the last look, and whether it is about the bytes and not about the way to them."""
         self._said: Counter[Damage] = Counter()
 
     @property
     def whole(self) -> bool:
-        """Whether the last look left nothing to be desired."""
+        """True if the last look left nothing to be desired."""
         return not self._findings
 
     @property
@@ -91,7 +91,7 @@ class Inspection:
         return self
 
     def judge(self) -> tuple[list[Damage], list[Damage]]:
-        """What is damaged, and what only could not be read."""
+        """Objects that are damaged, and those that only could not be read."""
         damaged, unreadable = [], []
         for damage, of_bytes in self._findings:
             if of_bytes and self._said[damage] > 1:

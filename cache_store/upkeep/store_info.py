@@ -35,7 +35,7 @@ class StoreInfo:
     quarantined: int
     quarantined_by_kind: Mapping[str, int]
     unreadable: tuple[str, ...]
-    """What is wrong with each commit record that cannot be read; other samples are none the worse."""
+    """Faults of commit records that cannot be read; other samples are none the worse."""
     fields: Mapping[str, Field]
     identity: Mapping[str, Any]
     provenance: Mapping[str, Any]

@@ -52,9 +52,9 @@ class VerifyReport:
     size_bytes: int
     """Bytes of the objects that the readable records name."""
     damaged: tuple[Damage, ...]
-    """What no reading found whole."""
+    """Objects that no reading found whole."""
     unreadable: tuple[Damage, ...]
-    """What could not be read, or not twice alike, which proves no damage; and what could not be repaired."""
+    """Objects that could not be read, or not twice alike, which proves no damage, or could not be repaired."""
     passing: int
     """Number of objects that were not read rightly at first and were whole when read again."""
     orphans: tuple[str, ...]
@@ -72,7 +72,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was damaged or could not be read; after a repair verify again."""
+        """True if nothing was damaged or unreadable; after a repair verify again."""
         return not self.damaged and not self.unreadable
 
 
@@ -128,7 +128,7 @@ def verify(path: StorePath, *, deep: bool = False, repair: bool = False, restore
 
 
 class _Tally:
-    """What the readable commit records add up to."""
+    """Totals of the readable commit records."""
 
     def __init__(self) -> None:
         self.committed: set[str] = set()
