@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from alpacache.checks.check import Check, not_judged, verdict
 from alpacache.checks.motion import Motion
-from alpacache.checks.pictures import far_field, shift_px
+from alpacache.checks.pictures import MIN_SHIFT_PX, MIN_TURN_RADPS, Turn, far_field, shift_px
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import Floats
 from alpacache.errors import BadClipError
@@ -137,6 +137,14 @@ def lag_curve(parts: Sequence[Sideways]) -> LagCurve | None:
         seconds=round(len(shift) * STEP_US / 1e6, 1),
         clips=tuple(part.clip_id for part in parts),
     )
+
+
+def turns_seen(part: Sideways, lag_s: float) -> list[Turn]:
+    """Moments at which the vehicle turned and the picture clearly moved, with clocks that are this far apart."""
+    turned = part.turned_rad[:, int(np.argmin(np.abs(LAGS_S - lag_s)))]
+    with np.errstate(invalid="ignore"):
+        clear = (np.abs(part.shift_px) >= MIN_SHIFT_PX) & (np.abs(turned) >= MIN_TURN_RADPS * STEP_US / 1e6)
+    return [Turn(part.clip_id, bool(agrees)) for agrees in (part.shift_px[clear] > 0) == (turned[clear] > 0)]
 
 
 def judge_clocks(curve: LagCurve | None) -> Check:

@@ -91,7 +91,7 @@ MIN_TURN_RADPS = 0.06
 MIN_TURNED_RAD = 0.01
 PAIRS = 96
 """Most pairs of frames to look at, all clips together."""
-MOST_A_CLIP = 32
+MOST_A_CLIP = 8
 MIN_MOMENTS = 10
 OPPOSITE = 0.8
 

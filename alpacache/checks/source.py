@@ -19,7 +19,7 @@ import numpy as np
 
 from alpacache.checks.check import Check, not_judged, verdict, worst
 from alpacache.checks.clip import ClipFindings, Refusal, examine, finish, judge_again
-from alpacache.checks.clocks import LagCurve, Sideways, choose, judge_clocks, lag_curve, sideways_of
+from alpacache.checks.clocks import LagCurve, Sideways, choose, judge_clocks, lag_curve, sideways_of, turns_seen
 from alpacache.checks.contact_sheet import CLIPS
 from alpacache.checks.motion import judge_axes, judge_speed
 from alpacache.checks.pictures import Turn, judge_mirrored, judge_pictures
@@ -230,7 +230,10 @@ class _Survey:
                 judge_again(found)
 
     def compare_clocks(self) -> None:
-        """Look at the film of the clips that turn most, and judge their clocks one by one and together."""
+        """Look at the film of the clips that turn most, and judge their clocks one by one and together.
+
+        What moves in it also tells mirrored pictures, at the lag that fits best.
+        """
         source = self._source
         if not isinstance(source, RecordedSource):
             return
@@ -244,6 +247,8 @@ class _Survey:
         for part in parts:
             self.found[part.clip_id].checks += (judge_clocks(lag_curve([part])),)
         self.lag_curve = lag_curve(parts) if parts else None
+        lag_s = self.lag_curve.best_s if self.lag_curve is not None else None
+        self._turns += [turn for part in parts for turn in turns_seen(part, lag_s or 0.0)]
 
     def reports(self) -> tuple[ClipReport, ...]:
         """The verdict on each clip, in order."""
