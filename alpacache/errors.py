@@ -3,9 +3,14 @@
 The command line maps them to exit codes: `UsageError` and its children to 2 (nothing touched), all others to 1.
 """
 
+from alpacache.masking import masked
+
 
 class AlpacacheError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose; secrets in its texts are masked."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(masked(part) if isinstance(part, str) else part for part in args))
 
 
 class UsageError(AlpacacheError, ValueError):

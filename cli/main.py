@@ -4,18 +4,37 @@ Exit codes: 0 done; 1 failed; 2 bad usage or input, nothing touched; 3 done but 
 130 interrupted.
 """
 
+import os
 import signal
 import sys
+import threading
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+from alpacache.interrupt import heard_requests
 
 from . import check, evaluate, export, extract, options, output, plan, prepare, probe, store, train
 from .output import BAD_INPUT, FAILED, INTERRUPTED
 
+
+class _Commands(TyperGroup):
+    """The commands; a refused option is masked before it is folded to the terminal's width, which splits tokens."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if isinstance(message := getattr(error, "message", None), str):  # click's own errors
+                error.message = output.shown(message)  # type: ignore[attr-defined]
+            raise
+
+
 app = typer.Typer(
     name="alpacache",
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -88,14 +107,16 @@ def alpacache(
 
 def main() -> None:
     """Run the command line; every error a user can meet ends as one message and an exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    output.guard_streams()
+    for number in heard_requests():
+        signal.signal(number, signal.default_int_handler)
     try:
         # The program's options may stand behind the command, where people put them.
         app(sorted(sys.argv[1:], key=lambda word: word not in ("--quiet", "--verbose")))
     except SystemExit as ended:
         if ended.code != INTERRUPTED:
             raise
-        _fail("interrupted; everything committed so far is kept.", INTERRUPTED)  # Typer's KeyboardInterrupt
+        _leave_at_once("interrupted; everything committed so far is kept.")  # Typer's KeyboardInterrupt
     except Exception as error:
         _end_with(error)
 
@@ -117,7 +138,19 @@ def _end_with(error: Exception) -> None:
         case OSError():
             kept = "What was committed is intact: see that the place is there, may be written and has room"
             _fail(f"{error}. {kept}, and run the same command again.", FAILED)
-    raise error
+    output.say(traceback.format_exc().rstrip())  # a fault of the program
+    raise SystemExit(FAILED) from error
+
+
+def _leave_at_once(message: str) -> None:
+    """Say it, and end as an interruption does, without waiting for threads that may be writing for minutes yet."""
+    try:
+        _fail(message, INTERRUPTED)
+    finally:
+        if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> None:
@@ -127,8 +160,8 @@ def _fail(message: str, code: int) -> None:
     if code == INTERRUPTED and this_process().rank > 0:
         raise SystemExit(code)
     if output.is_verbose():
-        traceback.print_exc()
-    sys.stderr.write(f"alpacache: {message}\n")
+        output.say(traceback.format_exc().rstrip())
+    output.say(f"alpacache: {message}")
     raise SystemExit(code)
 
 

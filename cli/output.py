@@ -5,12 +5,14 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, TextIO, cast
 
 from alpacache import strict_json
+from alpacache.masking import masked
 from alpacache.progress import OnProgress, Progress, clock, ignore
 
+_FORMAT = "%(levelname)s: %(message)s"
 Verbosity = Literal["quiet", "normal", "verbose"]
 FAILED, BAD_INPUT, QUARANTINED, INTERRUPTED = 1, 2, 3, 130
 """Exit codes, beside 0: done."""
@@ -18,7 +20,66 @@ Lines = Mapping[str, str | Sequence[str] | None]
 """Label -> its text, several below each other, or None: not shown."""
 _PLAIN_INTERVAL_S = 10.0
 _FILE_WIDTH = 120
+_SHORT = 24
+"""Characters of a cell that is not folded."""
+_GAP = 2
 _verbosity: Verbosity = "normal"
+
+
+class UnfailingStream:
+    """stderr whose reader may go, whose disk may be full: what cannot be written is lost, and nothing ends for it.
+
+    Secrets in what libraries and Python itself write there are masked too.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            self._stream.write(masked(text))
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def guard_streams() -> None:
+    """Make the standard streams safe to write to, whether or not somebody has closed them.
+
+    A descriptor that is closed would be given to the next file that is opened, and what is meant for people, by
+    libraries in C too, would be written into that.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+    if not isinstance(sys.stderr, UnfailingStream):
+        sys.stderr = cast(TextIO, UnfailingStream(sys.stderr))
+
+
+def shown(text: str) -> str:
+    """A text as a terminal may have it, wherever it comes from: secrets masked, what is not printable escaped.
+
+    Names in a store or a recording from elsewhere may hold sequences that move the cursor, set the title or turn the
+    direction of writing. Newlines and tabs stay.
+    """
+    if not text.isprintable():
+        text = "".join(
+            char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
+        )
+    return masked(text)
+
+
+class _ShownFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 def set_verbosity(verbosity: Verbosity) -> None:
@@ -31,7 +92,9 @@ def set_verbosity(verbosity: Verbosity) -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # ours tells the same
     if verbosity == "quiet":
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_ShownFormatter(_FORMAT))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     if verbosity == "verbose":
         for package in ("alpacache", "cache_store"):
             logging.getLogger(package).setLevel(logging.DEBUG)
@@ -44,7 +107,7 @@ def is_verbose() -> bool:
 
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout."""
-    sys.stdout.write(strict_json.dumps(value, indent=1) + "\n")
+    sys.stdout.write(masked(strict_json.dumps(value, indent=1)) + "\n")
 
 
 def print_result(value: Any, title: str, lines: Lines, *, as_json: bool) -> None:
@@ -74,21 +137,32 @@ def reason_lines(refused: Iterable[tuple[str, str, str]]) -> list[str]:
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[str] = ()) -> None:
-    """Print a table on stdout, if it has rows; without heads the first column is a label. Data is never markup."""
+    """Print a table on stdout, if it has rows; without heads the first column is a label. Data is never markup.
+
+    Short cells of a table with heads, as numbers are, stay whole however narrow the terminal is.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     if not rows:
         return
-    table = Table(title=Text(title), title_justify="left", show_header=bool(heads), box=None, pad_edge=False)
+    cells = [[shown(cell).replace("\n", "\\n") for cell in row] for row in rows]
+    table = Table(title=Text(shown(title)), title_justify="left", show_header=bool(heads), box=None, pad_edge=False)
+    needed = 0
     for column, head in enumerate(heads or [""] * max(map(len, rows))):
         right, dim = column > 0 and heads, column == 0 and not heads
-        table.add_column(head, justify="right" if right else "left", style="dim" if dim else None, overflow="fold")
-    for row in rows:
+        longest = max(len(part) for part in (*(row[column] for row in cells if column < len(row)), *head.split()))
+        width = longest if heads and longest <= _SHORT else None
+        needed += (width or _SHORT) + _GAP
+        table.add_column(
+            head, justify="right" if right else "left", style="dim" if dim else None, overflow="fold", width=width
+        )
+    for row in cells:
         table.add_row(*map(Text, row))
     console = Console()
-    Console(width=console.width if console.is_terminal else max(console.width, _FILE_WIDTH)).print(table)
+    least = (needed if heads else 0) if console.is_terminal else _FILE_WIDTH
+    Console(width=max(console.width, least)).print(table)
 
 
 @contextmanager
@@ -107,7 +181,7 @@ def show_progress(title: str, *, quiet: bool = False) -> Iterator[OnProgress]:
             nonlocal last
             if progress.done == progress.total or time.monotonic() - last >= _PLAIN_INTERVAL_S:
                 last = time.monotonic()
-                sys.stderr.write(f"{title}: {', '.join(filter(None, _texts(progress)))}\n")
+                say(f"{title}: {', '.join(filter(None, _texts(progress)))}")
 
         yield write_line
         return
@@ -115,9 +189,9 @@ def show_progress(title: str, *, quiet: bool = False) -> Iterator[OnProgress]:
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    done, rate, eta, notes = (TextColumn(f"{{task.fields[texts][{number}]}}") for number in range(4))
+    done, rate, eta, notes = (TextColumn(f"{{task.fields[texts][{number}]}}", markup=False) for number in range(4))
     notes.style = "cyan"
-    columns = (TextColumn("{task.description}"), BarColumn(), done, rate, TimeElapsedColumn(), eta, notes)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), done, rate, TimeElapsedColumn(), eta, notes)
     with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=None, visible=False, texts=[""] * 4)
         yield lambda progress: bar.update(
@@ -128,11 +202,16 @@ def show_progress(title: str, *, quiet: bool = False) -> Iterator[OnProgress]:
 def _texts(progress: Progress) -> tuple[str, str, str, str]:
     """Format progress: what is done, how fast, when the rest will be, and notes."""
     left = clock((progress.total - progress.done) / progress.rate) if progress.rate > 0 else "-"
-    unit, notes = progress.unit, " ".join(f"{key} {text}" for key, text in progress.notes.items())
+    unit, notes = progress.unit, shown(" ".join(f"{key} {text}" for key, text in progress.notes.items()))
     return f"{progress.done}/{progress.total} {unit}", f"{progress.rate:.3g} {unit}/s", f"ETA {left}", notes
 
 
 def note(text: str) -> None:
     """Print one line for a person on stderr, unless --quiet."""
     if _verbosity != "quiet":
-        sys.stderr.write(f"note: {text}\n")
+        sys.stderr.write(f"note: {shown(text)}\n")
+
+
+def say(text: str) -> None:
+    """Print a text for a person on stderr."""
+    sys.stderr.write(shown(text) + "\n")

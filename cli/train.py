@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     TrainConfig,
     alternatives=("steps", "epochs"),
     panels={
-        "Data": "epochs steps batch_size draws balance on_damage seed",
+        "Data": "epochs steps batch_size draws balance allow_overlap on_damage seed",
         "What is trained": "trainable lora_rank lora_alpha causal times ema ema_every",
         "Optimizer": "optimizer lr min_lr warmup betas weight_decay clip",
         "Validation": "val val_every val_samples best_by patience",
@@ -53,7 +53,7 @@ def train(config: TrainConfig, json: bool) -> None:
     if report.stopped_early:
         lines["stopped early"] = "validation had stopped getting better; a larger --patience goes on"
     if report.damaged:
-        lines["damaged"] = f"{report.damaged} samples left out; `alpacache verify` names them"
+        lines["damaged"] = f"{report.damaged} samples left out; `alpacache verify --deep` names them"
     if report.skipped:
         lines["skipped"] = f"{report.skipped} steps not applied, loss or gradient not finite; metrics.jsonl names them"
     if report.missed:

@@ -38,7 +38,7 @@ ORDER = (
         "alpacache.strict_json",
         "alpacache.torchrun",
     ),
-    ("cache_store",),
+    ("alpacache.masking", "cache_store"),
 )
 LEVEL = {room: level for level, rooms in enumerate(reversed(ORDER)) for room in rooms}
 

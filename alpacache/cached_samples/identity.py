@@ -12,6 +12,7 @@ from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import rollout_identity
 from alpacache.errors import UsageError
+from alpacache.masking import masked
 from alpacache.sources.video import ffmpeg_versions
 from cache_store import CODECS, KVCodec, codec_from_json, differences
 
@@ -102,7 +103,7 @@ def store_codec(identity: Mapping[str, Any], *, store: str) -> KVCodec | None:
 def provenance(*, source: str, device: str) -> dict[str, Any]:
     """Versions and hardware: recorded, and a difference only warns. Holds no paths, host names or credentials."""
     return {
-        "source": source,
+        "source": masked(source),
         "device": device,
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError
 from alpacache.extraction.progress import ExtractProgress
+from alpacache.masking import masked
 from alpacache.sources.registry import check_still_there
 from alpacache.sources.selection import Rejected
 from cache_store import CacheWriter
@@ -72,4 +73,5 @@ class Failures:
         return {name: record for name, record in records.items() if record is not None}
 
     def _quarantine(self, name: str, error: BadClipError) -> None:
-        self._writer.quarantine(name, error.kind, str(error), "".join(traceback.format_exception(error)))
+        told = masked("".join(traceback.format_exception(error)))
+        self._writer.quarantine(name, error.kind, str(error), told)

@@ -14,6 +14,7 @@ import numpy as np
 from alpacache import __version__
 from alpacache.driving.sample import FUTURE_S, split_of
 from alpacache.driving.strata import STRATA, Strata, classify
+from alpacache.masking import masked
 from alpacache.sources.prepared_rows import POSES, poses_of
 from alpacache.sources.video import ffmpeg_versions
 
@@ -54,7 +55,7 @@ def provenance(
     splits = {split: [n for clip_id, n in clips.items() if split_of(clip_id) == split] for split in ("train", "val")}
     largest, mean = np.array(list(rows["pixel_deviation"])).T
     return {
-        "source": source,
+        "source": masked(source),
         "settings": dict(settings),
         "samples": len(rows),
         "clips": len(clips),

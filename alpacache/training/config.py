@@ -62,6 +62,8 @@ class TrainConfig(Config):
     while the next batch is read, measured when a run begins."""
     balance: Literal["none", "curvature"] = "none"
     """`curvature`: straight, gentle and sharp futures have equal shares of every epoch."""
+    allow_overlap: bool = False
+    """Train also where stores share samples, which then count several times, or clips with `val`."""
     on_damage: Literal["stop", "skip"] = "stop"
     """Reaction to a damaged sample: stop the run, or leave it out, counted, with another one in its place."""
     trainable: Trainable = "all"
@@ -168,7 +170,7 @@ def weighted_stores(stores: Sequence[str]) -> list[tuple[str, float | None]]:
     pairs: list[tuple[str, float | None]] = []
     for entry in stores:
         path, separator, text = entry.rpartition("=")
-        if not separator or "/" in text or Path(entry).exists():
+        if not separator or "/" in text or "?" in path or Path(entry).exists():  # of a query no store says the weight
             pairs.append((entry, None))
             continue
         try:

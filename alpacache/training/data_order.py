@@ -1,13 +1,57 @@
 """Which samples a step takes: one global order for all processes, and what stands in for damaged samples."""
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.order import GlobalOrder, make_groups
+from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import TURNS, Turn
 from alpacache.errors import UsageError
 from cache_store import SampleReadError
+
+_log = logging.getLogger(__name__)
+
+
+def check_overlap(
+    data: CachedDataset, stores: Sequence[str], val: CachedDataset | None, *, val_store: str | None, allowed: bool
+) -> None:
+    """Raise `UsageError` where stores hold the same samples, or training and validation the same clips.
+
+    A sample is the same whatever its cameras, frames or features. `allowed`: only a warning, with the same counts.
+    """
+    owner: dict[str, int] = {}
+    again: Counter[tuple[int, int]] = Counter()
+    for place, indices in enumerate(data.store_ranges):
+        for sample_id in map(data.sample_id, indices):
+            if (first := owner.setdefault(sample_id, place)) != place:
+                again[first, place] += 1
+    lines = [
+        f"{count} of {len(data.store_ranges[place])} samples of --store {stores[place]} are in {stores[first]} too: "
+        "they would count twice"
+        for (first, place), count in again.items()
+    ]
+    if val is not None:
+        trained, validated = _clips(data), _clips(val)
+        if count := len(trained & validated):
+            lines.append(
+                f"{count} of {len(validated)} clips of --val {val_store} are trained on: the validation loss would "
+                "not tell what is learnt from what is learnt by heart"
+            )
+    if lines and not allowed:
+        listed = "\n  ".join(lines)
+        raise UsageError(
+            f"the stores overlap:\n  {listed}\nGive stores of other samples (`extract --split train` and `--split val` "
+            "never share a clip), or pass --allow-overlap if that is what you want."
+        )
+    for line in lines:
+        _log.warning("%s (--allow-overlap).", line)
+
+
+def _clips(data: CachedDataset) -> set[str]:
+    return {SampleRef.parse(data.sample_id(index)).clip_id for index in range(len(data))}
 
 
 def global_order(

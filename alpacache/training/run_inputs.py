@@ -17,14 +17,14 @@ from alpacache.cached_samples.identity import check_same_vlm, model_identity
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.training.config import TrainConfig, weighted_stores
-from alpacache.training.data_order import global_order
+from alpacache.training.data_order import check_overlap, global_order
 from alpacache.training.run_directory import MODEL, RunDirectory
 from cache_store import differences
 
 _MACHINE_SETTINGS = {"resume", "out", "device", "model", "stores", "val", "in_memory", "memory_budget", "track", "keep"}
 """Settings that may differ among the processes of a run; what their paths lead to may not."""
 _FREE_TO_CHANGE = _MACHINE_SETTINGS | {"save_every", "val_every", "val_samples", "best_by", "patience", "on_damage"}
-_FREE_TO_CHANGE |= {"ema", "ema_every", "capture", "checkpointing", "micro_batch"}
+_FREE_TO_CHANGE |= {"allow_overlap", "ema", "ema_every", "capture", "checkpointing", "micro_batch"}
 """Settings that do not change what a step computes; `stores` and `model` may move, their identity is checked.
 
 `micro_batch` changes how sums are rounded: a run keeps its own unless another is given.
@@ -48,6 +48,8 @@ class RunInputs:
         self.val = CachedDataset([config.val], self.checkpoint) if config.val else None
         if self.val is not None:
             check_same_vlm(self.data.vlm, self.val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
+        if world.is_first or not config.allow_overlap:  # all refuse, one warns
+            check_overlap(self.data, config.store_paths, self.val, val_store=config.val, allowed=config.allow_overlap)
         self.stores = stores_record(config.store_paths, self.data)
         self.total = config.steps or math.ceil((config.epochs or 0) * len(self.data) / config.batch_size)
         """Steps of the whole run."""

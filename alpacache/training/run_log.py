@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+from uuid import uuid4
 
 import torch
 
@@ -63,6 +64,8 @@ class TrainReport:
 
 
 class _TensorBoard:
+    name = "TensorBoard"
+
     def __init__(self, directory: Path, first_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -82,16 +85,24 @@ class _TensorBoard:
 class _WeightsAndBiases:
     """One W&B run for a run directory, which keeps its id, so that a resumed run goes on there."""
 
+    name = "Weights & Biases"
+
     def __init__(self, run: Path, config_toml: str) -> None:
         try:
             import wandb
         except ImportError as error:
             raise UsageError(f"--track wandb needs wandb ({error}): pip install 'alpacache[wandb]'.") from error
         note = run / "wandb-id"
-        run_id = note.read_text().strip() if note.is_file() else wandb.util.generate_id()
-        note.write_text(run_id + "\n")
+        run_id = note.read_text().strip() if note.is_file() else uuid4().hex[:8]
         options = {"name": run.name, "id": run_id, "resume": "allow", "dir": str(run), "config": {"toml": config_toml}}
-        self._run = wandb.init(project="alpacache", **options)
+        try:
+            self._run = wandb.init(project="alpacache", **options)
+        except wandb.Error as error:  # no key, no network
+            raise UsageError(
+                f"Weights & Biases cannot track this run ({' '.join(str(error).split())}). Run `wandb login` (or set "
+                "WANDB_API_KEY), set WANDB_MODE=offline to keep its files here, or pass --track tensorboard."
+            ) from error
+        note.write_text(run_id + "\n")
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
@@ -200,8 +211,7 @@ class RunLog:
         if not self._writes:
             return
         self._directory.append_metrics(row)
-        for tracker in self.trackers:
-            tracker.log(row["step"], scalars(row))
+        self._track(row)
         told = {"loss": "skipped" if row["loss"] is None else f"{row['loss']:.4f}"}
         if self.data_wait is not None:
             told["wait"] = f"{self.data_wait:.0%}"
@@ -216,8 +226,24 @@ class RunLog:
         """Write further numbers of a step whose row is written."""
         if self._writes:
             self._directory.append_metrics(row)
-            for tracker in self.trackers:
+            self._track(row)
+
+    def close(self) -> None:
+        """Close the trackers."""
+        for tracker in self.trackers:
+            try:
+                tracker.close()
+            except Exception as error:
+                _log.warning("%s could not be closed (%s); the run itself is saved.", tracker.name, error)
+
+    def _track(self, row: Mapping[str, Any]) -> None:
+        """Give a row's numbers to the trackers; whatever happens to one of them, training goes on."""
+        for tracker in list(self.trackers):
+            try:
                 tracker.log(row["step"], scalars(row))
+            except Exception as error:
+                _log.warning("%s takes no more numbers (%s); training goes on without it.", tracker.name, error)
+                self.trackers.remove(tracker)
 
     def write_damage(self, step: int, error: SampleReadError, *, for_good: bool = True) -> None:
         """Write which sample is left out, from a step on or at its next turn alone."""

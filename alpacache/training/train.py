@@ -27,6 +27,7 @@ from alpacache.config import to_toml
 from alpacache.distributed.world import join_world
 from alpacache.errors import DataError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.interrupt import InterruptGuard
+from alpacache.masking import masked
 from alpacache.planning.workload import MemoryPlan, Workload, expert_sizes
 from alpacache.progress import OnProgress, ignore
 from alpacache.training import auto_settings
@@ -134,7 +135,7 @@ class _Run:
         if directory.steps:
             saved = self._restore(directory.steps[-1])
         elif world.is_first:
-            directory.write("config.toml", to_toml(config))
+            directory.write("config.toml", masked(to_toml(config)))
             directory.rewind_metrics(0)
         if config.ema is not None and world.is_first:
             self.learner.start_average(config.ema, config.ema_every, saved)
@@ -198,10 +199,9 @@ class _Run:
         with self.guard, ExitStack() as stack:
             stack.enter_context(self.writer)
             if world.is_first:
-                toml, run = to_toml(config), self.directory.path
+                toml, run = masked(to_toml(config)), self.directory.path
                 self.log.trackers = make_trackers(config.track, run, first_step=self.step, config_toml=toml)
-                for tracker in self.log.trackers:
-                    stack.callback(tracker.close)
+                stack.callback(self.log.close)
             self._make_up_for_validation()
             while self.step < self.total and not self.stopped_early:
                 batches = batches_of(self.inputs.order, config.batch_size, first=self.step, end=self.total)
@@ -437,7 +437,7 @@ class _Run:
         return TrainReport(
             run=self.config.out,
             steps=self.step,
-            samples=len(self.data),
+            samples=len({self.data.sample_id(index) for index in range(len(self.data))}),
             val_loss=self.validated.get("val_loss"),
             best_val_loss=self.best.value if self.best.by == "loss" else None,
             val_min_ade=self.validated.get("val_min_ade"),

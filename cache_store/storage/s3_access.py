@@ -37,10 +37,10 @@ class S3Address:
     def parse(cls, uri: str) -> "S3Address":
         """Parse `s3://BUCKET/PREFIX`. Raises `StoreAddressError` for anything but a bucket and a plain path."""
         rest = uri.partition("://")[2]
-        if "@" in rest:  # the message must not repeat what may be a secret
+        if mark := next((mark for mark in "@?" if mark in rest), None):  # not repeated: it may be a secret
             raise StoreAddressError(
-                "an s3:// URI with '@' in it is refused: credentials in a URI end up in logs and configs. Set "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile, instead."
+                f"an s3:// URI with '{mark}' in it is refused: credentials and signatures in a URI end up in logs and "
+                "configs. Give s3://BUCKET/PREFIX alone; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile."
             )
         bucket, _, path = rest.partition("/")
         prefix = path.removesuffix("/")

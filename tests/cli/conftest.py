@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from alpacache.interrupt import REQUESTS
 from cli import main
 
 
@@ -29,14 +30,15 @@ def run_here(capsys, monkeypatch):
 
     def call(*arguments, code=0):
         monkeypatch.setattr(sys, "argv", ["alpacache", *map(str, arguments)])
-        handler = signal.getsignal(signal.SIGTERM)
+        handlers = {number: signal.getsignal(number) for number in REQUESTS}
         found = 0
         try:
             main.main()
         except SystemExit as ended:
             found = ended.code or 0
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         printed = capsys.readouterr()
         assert found == code, printed.err
         return SimpleNamespace(stdout=printed.out, stderr=printed.err)

@@ -22,7 +22,20 @@ def test_the_whole_way_in_a_bucket(model, tmp_path, run_here, s3):
     found = json.loads(run_here("info", s3.uri(), "--json").stdout)
     assert (found["path"], found["samples"]) == (s3.uri(), 4)
     assert json.loads(run_here("verify", s3.uri(), "--deep", "--json").stdout)["damaged"] == []
-    train = ("train", "--val", s3.uri(), "--val-every", 1, "--steps", 2, "--batch-size", 2, "--balance", "curvature")
+    train = (
+        "train",
+        "--val",
+        s3.uri(),
+        "--allow-overlap",
+        "--val-every",
+        1,
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--balance",
+        "curvature",
+    )
     remote = json.loads(run_here(*train, "--store", s3.uri(), "--out", tmp_path / "run", *common).stdout)
     copied = json.loads(run_here("copy", s3.uri(), tmp_path / "local", "--json").stdout)
     assert (copied["copied"], copied["damaged"]) == (4, [])

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from alpacache.errors import UsageError
 from alpacache.progress import Progress
-from cli import output
+from cli import main, output
 
 COLOUR = re.compile(rb"\x1b\[(?:[\d;]*;)?(?:3[0-8]|9[0-7])[\d;]*m")
 
@@ -109,3 +110,59 @@ def test_nearest_names(arguments, hint):
     stderr = " ".join(run(*arguments, code=2).stderr.split())
     assert re.search(r"Did you mean|Possible options", stderr), stderr
     assert hint in stderr
+
+
+TITLE, CLEAR, CSI, TURNED = "\x1b]0;owned\x07", "\x1b[2J", "\x9b31m", "\u202egnp.exe"
+
+
+def test_what_is_not_printable_is_shown_escaped(monkeypatch, capsys):
+    evil = f"a{TITLE}{CLEAR}{CSI}{TURNED}"
+    told = r"a\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe"
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    output.guard_streams()
+    output.note(evil)
+    output.print_lines(evil, {evil: [evil, f"two\n{evil}"]})
+    output.print_table("", [[evil]], heads=[""])
+    output.print_json({evil: evil})
+    with output.show_progress(evil) as on_progress:
+        on_progress(Progress(done=1, total=1, unit="samples", rate=1.0, notes={"model": evil}))
+    with pytest.raises(SystemExit):
+        main._end_with(UsageError(f"sample {evil}\nsecond line"))
+    found = capsys.readouterr()
+    assert not {char for char in found.out + found.err if not char.isprintable()} - {"\n"}
+    assert found.err.splitlines()[0] == f"note: {told}"
+    assert found.err.splitlines()[-2:] == [f"alpacache: sample {told}", "second line"]
+    assert f"two\\n{told}" in found.out
+
+
+def test_log_messages_are_escaped_and_masked(tmp_path):
+    code = "import logging; from cli import output; output.guard_streams(); output.set_verbosity('normal');"
+    code += r"logging.getLogger('alpacache').warning('%s \x1b[2J %s', 's3://k:v@b', 'hf_abcdefghijklmnop')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "WARNING: s3://***@b \\x1b[2J ***\n"
+
+
+@pytest.mark.parametrize("broken", ["2>/dev/full", "2>&-", "2>&1 >/dev/null | true"])
+def test_a_stderr_that_takes_nothing_ends_nothing(broken, tmp_path):
+    command = f"{sys.executable} -m cli.main prepare synthetic:2 --frames 1 --out {tmp_path / 'samples'}"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {broken}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples/provenance.json").is_file()
+
+
+def test_a_closed_descriptor_is_not_given_to_the_next_file(tmp_path):
+    code = "import os, sys; from cli import output; output.guard_streams(); print(1); print(2, file=sys.stderr);"
+    code += f"os._exit(os.open({str(tmp_path / 'file')!r}, os.O_WRONLY | os.O_CREAT) < 3)"
+    done = subprocess.run(["bash", "-c", f'{sys.executable} -c "$0" <&- >&- 2>&-', code])
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_numbers_stay_whole_in_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    numbers = [f"{number}.{number}{number}{number}" for number in range(1, 9)]
+    output.print_table("t", [["all", "1234", "constant turn rate", *numbers]], heads=["stratum", *"abcdefghij"])
+    printed = capsys.readouterr().out
+    assert all(number in printed.split() for number in numbers)
+    assert len(printed.splitlines()) < 12

@@ -62,7 +62,9 @@ def root(tmp_path_factory):
     (model / "README.md").write_text(CARD)
     extracted(root, model)
     for which in ("all", "head", "lora"):
-        train(root, model, which, trainable=which, lora_rank=4, val=str(root / "store"), val_every=2)
+        train(
+            root, model, which, trainable=which, lora_rank=4, val=str(root / "store"), allow_overlap=True, val_every=2
+        )
     return root
 
 

@@ -109,7 +109,15 @@ def test_memory_keeps_training_samples_alone(tiny_checkpoint, store, tmp_path, m
     """The check of RAM counts those and no others."""
     kept, place = [], Slabs.place
     monkeypatch.setattr(Slabs, "place", lambda slabs, size: (kept.append(page_rounded(size)), place(slabs, size))[1])
-    settings = {"steps": 4, "batch_size": 5, "val_every": 1, "in_memory": True, "trainable": "head", "track": "none"}
+    settings = {
+        "steps": 4,
+        "batch_size": 5,
+        "val_every": 1,
+        "in_memory": True,
+        "allow_overlap": True,
+        "trainable": "head",
+        "track": "none",
+    }
     model = str(tiny_checkpoint)
     config = TrainConfig(stores=(store,), model=model, out=str(tmp_path / "run"), val=store, device="cpu", **settings)
     alpacache.train(config)
