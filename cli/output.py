@@ -148,21 +148,27 @@ def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[st
     if not rows:
         return
     cells = [[shown(cell).replace("\n", "\\n") for cell in row] for row in rows]
+    names = heads or [""] * max(map(len, rows))
+    columns = [[row[place] for row in cells if place < len(row)] for place in range(len(names))]
+    console = Console()
+    width = console.width if console.is_terminal else max(console.width, _FILE_WIDTH)
+    fixed: list[int | None] = [None] * len(names)
+    if (
+        heads
+        and sum(max(map(len, (head, *column))) + _GAP for head, column in zip(names, columns, strict=True))
+        > width + _GAP
+    ):
+        least = [max(map(len, (*head.split(), *column))) for head, column in zip(names, columns, strict=True)]
+        fixed = [length if length <= _SHORT else None for length in least]
+        width = max(width, sum((length or _SHORT) + _GAP for length in fixed))
     table = Table(title=Text(shown(title)), title_justify="left", show_header=bool(heads), box=None, pad_edge=False)
-    needed = 0
-    for column, head in enumerate(heads or [""] * max(map(len, rows))):
-        right, dim = column > 0 and heads, column == 0 and not heads
-        longest = max(len(part) for part in (*(row[column] for row in cells if column < len(row)), *head.split()))
-        width = longest if heads and longest <= _SHORT else None
-        needed += (width or _SHORT) + _GAP
-        table.add_column(
-            head, justify="right" if right else "left", style="dim" if dim else None, overflow="fold", width=width
-        )
+    for place, head in enumerate(names):
+        right, dim = place > 0 and heads, place == 0 and not heads
+        justify: Literal["right", "left"] = "right" if right else "left"
+        table.add_column(head, justify=justify, style="dim" if dim else None, overflow="fold", width=fixed[place])
     for row in cells:
         table.add_row(*map(Text, row))
-    console = Console()
-    least = (needed if heads else 0) if console.is_terminal else _FILE_WIDTH
-    Console(width=max(console.width, least)).print(table)
+    Console(width=width).print(table)
 
 
 @contextmanager

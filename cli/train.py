@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     TrainConfig,
     alternatives=("steps", "epochs"),
     panels={
-        "Data": "epochs steps batch_size draws balance allow_overlap on_damage seed",
+        "Data": "epochs steps batch_size draws balance on_overlap on_damage seed",
         "What is trained": "trainable lora_rank lora_alpha causal times ema ema_every",
         "Optimizer": "optimizer lr min_lr warmup betas weight_decay clip",
         "Validation": "val val_every val_samples best_by patience",

@@ -62,8 +62,8 @@ class TrainConfig(Config):
     while the next batch is read, measured when a run begins."""
     balance: Literal["none", "curvature"] = "none"
     """`curvature`: straight, gentle and sharp futures have equal shares of every epoch."""
-    allow_overlap: bool = False
-    """Train also where stores share samples, which then count several times, or clips with `val`."""
+    on_overlap: Literal["stop", "allow"] = "stop"
+    """What stores that share samples, or clips with `val`, do: refuse the run, or count as often as they are there."""
     on_damage: Literal["stop", "skip"] = "stop"
     """Reaction to a damaged sample: stop the run, or leave it out, counted, with another one in its place."""
     trainable: Trainable = "all"
@@ -88,7 +88,7 @@ class TrainConfig(Config):
     """Decay of AdamW's first and second moment."""
     weight_decay: Annotated[float, Ge(0), Le(1)] = 0.0
     """Decoupled weight decay of AdamW."""
-    clip: Annotated[float, Gt(0), Le(1e9)] = 1.0
+    clip: Annotated[float, Gt(0), Le(1e18)] = 1.0
     """Largest gradient norm."""
     times: Literal["beta", "uniform"] = "beta"
     """Distribution of the flow times that are trained."""

@@ -44,10 +44,10 @@ def check_overlap(
         listed = "\n  ".join(lines)
         raise UsageError(
             f"the stores overlap:\n  {listed}\nGive stores of other samples (`extract --split train` and `--split val` "
-            "never share a clip), or pass --allow-overlap if that is what you want."
+            "never share a clip), or pass --on-overlap allow if that is what you want."
         )
     for line in lines:
-        _log.warning("%s (--allow-overlap).", line)
+        _log.warning("%s (--on-overlap allow).", line)
 
 
 def _clips(data: CachedDataset) -> set[str]:

@@ -24,7 +24,7 @@ from cache_store import differences
 _MACHINE_SETTINGS = {"resume", "out", "device", "model", "stores", "val", "in_memory", "memory_budget", "track", "keep"}
 """Settings that may differ among the processes of a run; what their paths lead to may not."""
 _FREE_TO_CHANGE = _MACHINE_SETTINGS | {"save_every", "val_every", "val_samples", "best_by", "patience", "on_damage"}
-_FREE_TO_CHANGE |= {"allow_overlap", "ema", "ema_every", "capture", "checkpointing", "micro_batch"}
+_FREE_TO_CHANGE |= {"on_overlap", "ema", "ema_every", "capture", "checkpointing", "micro_batch"}
 """Settings that do not change what a step computes; `stores` and `model` may move, their identity is checked.
 
 `micro_batch` changes how sums are rounded: a run keeps its own unless another is given.
@@ -48,8 +48,9 @@ class RunInputs:
         self.val = CachedDataset([config.val], self.checkpoint) if config.val else None
         if self.val is not None:
             check_same_vlm(self.data.vlm, self.val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
-        if world.is_first or not config.allow_overlap:  # all refuse, one warns
-            check_overlap(self.data, config.store_paths, self.val, val_store=config.val, allowed=config.allow_overlap)
+        if world.is_first or config.on_overlap == "stop":  # all refuse, one warns
+            allowed = config.on_overlap == "allow"
+            check_overlap(self.data, config.store_paths, self.val, val_store=config.val, allowed=allowed)
         self.stores = stores_record(config.store_paths, self.data)
         self.total = config.steps or math.ceil((config.epochs or 0) * len(self.data) / config.batch_size)
         """Steps of the whole run."""

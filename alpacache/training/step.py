@@ -5,7 +5,7 @@ host reads loss and norm of a step when it has already enqueued the next one. So
 whose loss or gradient is not finite, and every step from the first one on whose rows have a wrong checksum.
 
 What is not skipped cannot make finite weights infinite, so nothing is checked behind the update: the gradient's norm is
-at most `clip` (1e9), AdamW's update at most lr / eps times that, with lr and weight decay of at most 1 (`TrainConfig`).
+at most `clip` (1e18), AdamW's update lr / eps times that, with lr and weight decay of at most 1 (`TrainConfig`).
 Weights that are not finite all the same, as by a fault of memory, make the next loss not finite and are never saved.
 """
 

@@ -39,8 +39,8 @@ class S3Address:
         rest = uri.partition("://")[2]
         if mark := next((mark for mark in "@?" if mark in rest), None):  # not repeated: it may be a secret
             raise StoreAddressError(
-                f"an s3:// URI with '{mark}' in it is refused: credentials and signatures in a URI end up in logs and "
-                "configs. Give s3://BUCKET/PREFIX alone; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile."
+                f"an s3:// URI with '{mark}' in it is refused: credentials in a URI end up in logs and configs. Give "
+                "s3://BUCKET/PREFIX, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile, instead."
             )
         bucket, _, path = rest.partition("/")
         prefix = path.removesuffix("/")

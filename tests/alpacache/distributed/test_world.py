@@ -43,7 +43,7 @@ def alone(tiny_checkpoint, store, tmp_path_factory):
             model=str(tiny_checkpoint),
             out=str(out),
             val=str(store),
-            allow_overlap=True,
+            on_overlap="allow",
             device="cpu",
             **settings,
         )
@@ -86,7 +86,7 @@ def parallel(tiny_checkpoint, store, tmp_path_factory):
     def run(processes):
         if processes not in made:
             out = tmp_path_factory.mktemp("parallel") / "run"
-            options = ("--val", str(store), "--allow-overlap", "--val-every", "3", "--save-every", "3", "--json")
+            options = ("--val", str(store), "--on-overlap", "allow", "--val-every", "3", "--save-every", "3", "--json")
             code, printed, errors = finished(launch(processes, store, tiny_checkpoint, out, *options))
             assert code == 0, errors[-3000:]
             assert json.loads(printed)["steps"] == STEPS  # one report, of the first process

@@ -63,7 +63,7 @@ def root(tmp_path_factory):
     extracted(root, model)
     for which in ("all", "head", "lora"):
         train(
-            root, model, which, trainable=which, lora_rank=4, val=str(root / "store"), allow_overlap=True, val_every=2
+            root, model, which, trainable=which, lora_rank=4, val=str(root / "store"), on_overlap="allow", val_every=2
         )
     return root
 

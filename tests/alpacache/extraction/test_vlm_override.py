@@ -99,7 +99,7 @@ def test_stores_of_two_vlms_do_not_mix_and_an_expert_stays_with_its_own(stores, 
     run = tmp_path / "run"
     report = alpacache.train(
         TrainConfig(
-            stores=(str(stores / "plain"),), val=str(stores / "plain"), allow_overlap=True, out=str(run), **settings
+            stores=(str(stores / "plain"),), val=str(stores / "plain"), on_overlap="allow", out=str(run), **settings
         )
     )
     assert report.steps == 1

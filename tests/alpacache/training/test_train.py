@@ -64,7 +64,7 @@ def config(checkpoint, store, out, **changes):
         "batch_size": 4,
         "draws": 2,
     }
-    values |= {"lr": 1e-3, "warmup": 2, "save_every": 100, "device": "cpu", "allow_overlap": True}
+    values |= {"lr": 1e-3, "warmup": 2, "save_every": 100, "device": "cpu", "on_overlap": "allow"}
     return TrainConfig(**values | changes)
 
 
@@ -385,14 +385,14 @@ def test_stores_that_overlap_are_refused_with_counts(tiny_checkpoint, store, tmp
     alpacache.extract(three)
     stores, val = (str(store), three.store), str(store)
     with pytest.raises(UsageError, match="the stores overlap") as caught:
-        alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", stores=stores, val=val, allow_overlap=False))
+        alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", stores=stores, val=val, on_overlap="stop"))
     assert f"3 of 3 samples of --store {three.store} are in {store} too: they would count twice" in str(caught.value)
     assert f"10 of 10 clips of --val {store} are trained on" in str(caught.value)
     assert not (tmp_path / "run").exists()
     report = alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", stores=stores, val=val, steps=3))
     assert report.samples == 10
     assert [record.getMessage()[:15] for record in caplog.records] == ["3 of 3 samples ", "10 of 10 clips "]
-    again = {"stores": (str(store), str(store)), "allow_overlap": False}
+    again = {"stores": (str(store), str(store)), "on_overlap": "stop"}
     with pytest.raises(UsageError, match=r"10 of 10 samples of --store .* are in .* too"):
         alpacache.train(config(tiny_checkpoint, store, tmp_path / "twice", **again))
 

@@ -114,7 +114,7 @@ def test_memory_keeps_training_samples_alone(tiny_checkpoint, store, tmp_path, m
         "batch_size": 5,
         "val_every": 1,
         "in_memory": True,
-        "allow_overlap": True,
+        "on_overlap": "allow",
         "trainable": "head",
         "track": "none",
     }
