@@ -808,7 +808,7 @@ def test_a_validation_that_is_not_finite_is_null_warns_and_is_never_the_best(
     assert read_checkpoint(out / "last").state["best"] == {"step": 4, "value": 0.4, "by": "loss", "since": 1}
     assert [row["val_loss"] for row in rows(out)] == [None, 0.5, None, 0.4, None]
     assert math.isnan(report.val_loss)
-    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    warned = [record.getMessage() for record in caplog.records if "the weights" in record.getMessage()]
     assert len(warned) == 3
     assert warned[0].startswith("validation at step 1 is not finite (val_loss): the weights are broken")
 
