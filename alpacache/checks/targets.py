@@ -35,13 +35,16 @@ GRID_M = (0.09, 0.25)
 LATE_SHARE = 0.05
 """Spread of pose intervals from which their times may be those of arrival."""
 ROLLING_MPS = 0.8
+"""Speed above which curvature is known."""
 FAST_MPS = 15.0
 HARD_MPS2 = (5.0, 7.0)
 """Acceleration that one in twenty moments above `FAST_MPS` exceeds: cars on roads keep below 4 there (warn, fail)."""
 TIGHT_M = 3.3
 """Radius that no car's rear axle turns on."""
 TIGHT_SHARE = 0.02
+"""Share of the moments at which a car turns too tightly, from which it is no slip of the localisation."""
 WALKING_MPS = 5.0
+"""A drive of `WALKING_S` that never gets faster than this may be in a wrong unit."""
 WALKING_S = 20.0
 
 
@@ -196,7 +199,8 @@ def _cut(track: Track) -> Iterator[EgoPoses]:
     first, last = int(times[0]) + (HISTORY_STEPS - 1) * STEP_US, int(times[-1]) - FUTURE_STEPS * STEP_US
     count = min(MOST_WINDOWS, (last - first) // WINDOW_US + 1) if last >= first else 0
     for t0_us in first + (last - first) * np.arange(count) // max(1, count - 1):
-        begin, end = np.searchsorted(times, (t0_us - HISTORY_STEPS * STEP_US - MARGIN_US, t0_us + 8_400_000))
+        span = (t0_us - HISTORY_STEPS * STEP_US - MARGIN_US, t0_us + FUTURE_STEPS * STEP_US + MARGIN_US)
+        begin, end = np.searchsorted(times, span)
         part = Track(
             timestamps_us=times[begin:end], xyz=track.xyz[begin:end], quaternion_xyzw=track.quaternion_xyzw[begin:end]
         )
