@@ -32,7 +32,7 @@ from alpacache.errors import DataError
 from alpacache.gpu.device import has_kernels, restored_torch_threads
 from alpacache.gpu.host_memory import Bytes, page_aligned, page_lock, page_rounded, page_unlock
 from alpacache.prefix.layout import PrefixLayout
-from cache_store import Prefetcher, SampleReadError
+from cache_store import Prefetcher, SampleReadError, UnreadableSampleError
 from cache_store.prefetcher import PrefetchedSample
 
 
@@ -188,10 +188,11 @@ class BatchRing:
             reader.read(sample_id, ["kv"])
         except SampleReadError as error:
             return error
-        return DataError(
-            f"sample {sample_id!r} reached the GPU damaged, and {reader.path} holds it undamaged: memory of the "
-            "host or the GPU, or the way between them, is at fault. Nothing was changed by it; run again (a "
-            "training with --resume), and test the memory if it happens again."
+        return UnreadableSampleError(
+            f"sample {sample_id!r} reached the GPU damaged, and {reader.path} holds it undamaged: memory of the host "
+            "or the GPU, or the way between them and the store, is at fault. Nothing was changed by it; run again (a "
+            "training with --resume), and test the memory if it happens again.",
+            sample_id,
         )
 
     def _next(self, samples: Iterator[PrefetchedSample[SampleRequest]]) -> Batch | None:

@@ -106,12 +106,13 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
                 del batches  # before the next expert is loaded
             del expert
 
-    results = []
+    judged: dict[int, SampleResult] = {}
     for index in indices:
-        if index not in unread.errors:
+        while index not in judged and index not in unread.errors:
             with unread.caught():
                 paths = {label: by_index[index] for label, by_index in predicted.items()}
-                results.append(_judge_sample(data, index, poses(index), paths))
+                judged[index] = _judge_sample(data, index, poses(index), paths)
+    results = list(judged.values())
     summary = summarise(results, seed=config.seed)
     settings = {**sampling, "reasoning": "rollout" if on_rollouts else "none", "view": 0}
     losses = {label: RunDirectory(path.parent.parent).metrics(up_to=step) for label, (path, step) in runs.items()}
@@ -131,6 +132,8 @@ class _Unread:
         self._data, self._skips = data, skips
         self.errors = dict(data.unreadable)
         """By index."""
+        self._again: set[int] = set()
+        """Samples that failed once and could be read at once."""
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -139,6 +142,9 @@ class _Unread:
             yield
         except SampleReadError as error:
             found = [index for index in range(len(self._data)) if self._data.sample_id(index) == error.sample_id]
+            if found and found[0] not in self._again and self._data.error_of(found[0]) is None:
+                self._again.add(found[0])  # it can be read now
+                return
             if not self._skips or not found or (len(self.errors) + 1) * 2 > len(self._data):
                 raise
             self.errors[found[0]] = error

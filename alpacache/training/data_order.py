@@ -96,6 +96,10 @@ def batches_of(order: GlobalOrder, batch_size: int, *, first: int, end: int) -> 
         yield [(position, order[position]) for position in range(step * batch_size, (step + 1) * batch_size)]
 
 
+_EXCUSED = 3
+"""Faults at one turn that may pass without a consequence."""
+
+
 class DamagedSamples:
     """The samples that a run leaves out because they cannot be read, and what takes their places.
 
@@ -111,8 +115,8 @@ class DamagedSamples:
         """Samples that could not be read once and could be later."""
         self._missed: dict[int, int] = {}
         """Samples that are to be tried again, and from which position on."""
-        self._excused = ("", -1)
-        """The last sample that failed and could be read at once, and until where it would have been left out."""
+        self._excused = (-1, 0)
+        """Until where the last sample would have been left out that could be read at once, and how many were there."""
 
     def leave_out(self, error: SampleReadError, *, until: int = 0) -> bool | None:
         """Leave the sample of an error out at the positions before `until`, or for good if it was before.
@@ -124,8 +128,9 @@ class DamagedSamples:
         same_id = {index for index in range(len(self._data)) if self._data.sample_id(index) == error.sample_id}
         new = same_id - self.indices
         failing = set(filter(self._data.error_of, new))
-        if new and not failing and self._excused != (error.sample_id, until):
-            self._excused = (error.sample_id, until)
+        excused = self._excused[1] if self._excused[0] == until else 0
+        if new and not failing and excused < _EXCUSED:
+            self._excused = (until, excused + 1)
             self.passing |= new
             self._missed = {index: end for index, end in self._missed.items() if index not in new}
             return None

@@ -206,6 +206,7 @@ class _Run:
             while self.step < self.total and not self.stopped_early:
                 batches = batches_of(self.inputs.order, config.batch_size, first=self.step, end=self.total)
                 mine = (self.damaged.replace(batch)[world.rank :: world.size] for batch in batches)
+                rows.damage.zero_()
                 ring = BatchRing(self.data, expert.action_space, mine, rows, in_memory=config.in_memory)
                 try:
                     with ring:
@@ -286,7 +287,10 @@ class _Run:
         values = result.values()
         if values.damaged:
             self.step = number - 1
-            raise ring.damage_error()
+            error = ring.damage_error()
+            if self.world.size > 1:  # all see it, and could not agree on whether it has passed
+                raise DataError(str(error)) from error
+            raise error
         self.stopping |= values.stop
         row = self.log.row(number, result, values, lr=self.rate(number - 1), waited_s=ring.waited_s)
         if self.skipped.count(values.loss, values.norm):

@@ -11,10 +11,10 @@ from alpacache.cached_samples import ring as ring_module
 from alpacache.cached_samples import staged_batch
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.ring import BatchRing
-from alpacache.errors import DataError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.gpu import capture
 from alpacache.inference.prediction import ActionSampler, predict_actions, predict_ahead
+from cache_store import UnreadableSampleError
 
 SETTINGS = {"paths": 3, "flow_steps": 10, "seed": 0}
 INDICES = [4, 0, 3, 1, 2]
@@ -111,7 +111,7 @@ def test_damage_in_a_row_is_named_before_its_batch_is_handed_over(data, expert, 
     monkeypatch.setattr(BatchRing, "_check", check)
     batches = predict_ahead(expert, data, INDICES, batch_size=2, **SETTINGS)
     assert next(batches)[0] == (4, 0)
-    with pytest.raises(DataError, match=f"sample {data.sample_id(1)!r} reached the GPU damaged"):
+    with pytest.raises(UnreadableSampleError, match=f"sample {data.sample_id(1)!r} reached the GPU damaged"):
         next(batches)
 
 

@@ -64,7 +64,8 @@ def test_a_sample_that_is_missed_once_comes_at_its_next_turn():
 @pytest.mark.parametrize("on_damage", ["stop", "skip"])
 def test_a_sample_that_can_be_read_by_its_turn_is_not_left_out(on_damage):
     damaged = DamagedSamples(Data("abcdef"), on_damage)
-    assert damaged.leave_out(error_of("c"), until=4) is None
+    for _ in range(3):
+        assert damaged.leave_out(error_of("c"), until=4) is None
     assert damaged.replace([(3, 2)]) == [(3, 2)]
     assert damaged.passing == {2}
     if on_damage == "skip":

@@ -33,7 +33,7 @@ from alpacache.gpu import checksum
 from alpacache.training import train as training
 from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import RunDirectory, read_checkpoint, read_trained
-from cache_store import CacheReader, CorruptSampleError, UnreachableStoreError
+from cache_store import CacheReader, CorruptSampleError, UnreachableStoreError, UnreadableSampleError
 from cache_store.format.names import sample_key
 
 pytestmark = pytest.mark.system  # whole runs of a tiny model
@@ -691,9 +691,30 @@ def test_damage_of_the_way_to_the_device_is_no_damage_of_the_store(
         check_rows(data, *rest)
 
     monkeypatch.setattr("alpacache.gpu.checksum.check_rows", bent)
-    with pytest.raises(DataError, match=r"reached the GPU damaged, and .* holds it undamaged"):
+    with pytest.raises(UnreadableSampleError, match=r"reached the GPU damaged, and .* holds it undamaged"):
         alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", device=checking_device, compile=False))
     assert not RunDirectory(tmp_path / "run").steps
+
+
+def test_a_fault_of_the_way_to_the_device_that_passes_costs_nothing(
+    tiny_checkpoint, store, tmp_path, checking_device, monkeypatch
+):
+    check_rows, calls = checksum.check_rows, []
+
+    def bent_now_and_then(data, *rest):
+        calls.append(1)
+        if len(calls) in (2, 5):
+            data[:, 5] ^= 1
+        check_rows(data, *rest)
+
+    monkeypatch.setattr("alpacache.gpu.checksum.check_rows", bent_now_and_then)
+    settings = {"device": checking_device, "compile": False, "steps": 6}
+    report = alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", **settings))
+    assert (report.steps, report.damaged, report.missed > 0) == (6, 0, True)
+    monkeypatch.setattr("alpacache.gpu.checksum.check_rows", check_rows)
+    alpacache.train(config(tiny_checkpoint, store, tmp_path / "clean", **settings))
+    if checking_device == "cpu":
+        assert same(weights(tmp_path / "run"), weights(tmp_path / "clean"))
 
 
 def test_too_many_damaged_samples_stop_the_run(tiny_checkpoint, store, tmp_path):
