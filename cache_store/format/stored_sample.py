@@ -5,6 +5,7 @@ that a hostile or foreign document is refused rather than interpreted.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from cache_store import rereading
 from cache_store.checksum import crc32c
 from cache_store.document import canonical_json, parse
 from cache_store.errors import CorruptSampleError, FormatError, UnreachableStoreError, UnreadableSampleError
@@ -21,7 +23,6 @@ from cache_store.format.commit_record import TRAILER_BYTES, CommitRecord, Stored
 from cache_store.format.field import SMALL, Field, chunk_of_rows
 from cache_store.format.names import METADATA
 from cache_store.format.sample_group import SMALL_ARRAY, array_metadata, chunk_keys, group_metadata, packed_directory
-from cache_store.rereading import reread
 from cache_store.storage.local_files import unreachable
 from cache_store.storage.local_storage import ByteArray, OnBlock
 from cache_store.storage.storage import Storage
@@ -155,9 +156,21 @@ class StoredSample:
 
     def _reread(self, stored: StoredObject, field: str, read: Callable[[], Result]) -> Result:
         """Read an object, again and freshly if that fails. Raises what the last failure says of the sample."""
-        name, storage = f"{self.record.folder}/{stored.path}", self.storage
         try:
-            return reread(read, partial(storage.forget, name), self.waits_s)
+            return read()
+        except (FormatError, UnreachableStoreError):
+            raise
+        except OSError as error:
+            failed = error
+        name, storage = f"{self.record.folder}/{stored.path}", self.storage
+        forget = partial(storage.forget, name)
+        waits_s = rereading.WAITS_S if self.waits_s is None else self.waits_s
+        try:
+            if not waits_s:
+                raise failed
+            time.sleep(waits_s[0])
+            forget()
+            return rereading.reread(read, forget, waits_s[1:])
         except UnreachableStoreError:
             raise
         except OSError as error:
