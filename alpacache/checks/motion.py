@@ -27,6 +27,8 @@ ALIGNED_RAD = float(np.deg2rad(25.0))
 """A vehicle's reference point in front of its rear axle goes a few degrees sideways in tight turns."""
 OFFSET_DEG = (2.0, 10.0)
 """Headings this far off the course are a warning, a failure. Mounts and compasses of real cars are within 1 degree."""
+TILT_DEG = 5.0
+"""Cameras behind a windscreen look down by up to 4 degrees."""
 OFFSET_MPS = 4.0
 """Speed above which the course is known to a degree or so."""
 LEVER_M = (-1.0, 4.0)
@@ -192,7 +194,8 @@ def judge_axes(motions: Sequence[Motion]) -> Check:
     if length > 0.85:
         axis = int(np.argmax(np.abs(direction)))
         if axis == 0 and direction[0] > length * np.cos(ALIGNED_RAD):
-            return _off_course(motions, apart)
+            check = _off_course(motions, apart)
+            return check if check.status != "ok" else _tilted(check, direction_z=directions[:, 2])
         return _wrong_axis(direction / length, axis)
     forward, backward = np.abs(away) < ALIGNED_RAD, np.abs(away) > np.pi - ALIGNED_RAD
     if forward.mean() > 0.3 and (forward | backward).mean() > 0.8:
@@ -229,6 +232,17 @@ def _off_course(motions: Sequence[Motion], apart_deg: float) -> Check:
         "a grid's north?"
     )
     return verdict("axes", found, **{"fail" if abs(degrees) >= OFFSET_DEG[1] else "warn": remedy})
+
+
+def _tilted(check: Check, *, direction_z: Floats) -> Check:
+    """`check`, or a warning if the vehicle's x axis points up or down from its path."""
+    degrees = float(np.rad2deg(np.median(np.arcsin(np.clip(direction_z, -1.0, 1.0)))))
+    if abs(degrees) < TILT_DEG:
+        return check
+    side = "below" if degrees > 0 else "above"
+    found = f"the vehicle's x axis points {abs(degrees):.1f} degrees {side} its path (median)"
+    remedy = "Turn every rotation by that angle about y: those of a camera that looks at the road, or of a tilted IMU?"
+    return verdict("axes", found, warn=remedy)
 
 
 def judge_speed(motions: Sequence[Motion]) -> Check:

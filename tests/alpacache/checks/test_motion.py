@@ -32,6 +32,19 @@ def test_headings_off_the_course_are_measured(drive, degrees, status, said, leve
     assert said in check.found
 
 
+@pytest.mark.parametrize(
+    ("degrees", "status", "said"),
+    [(3.8, "ok", ""), (15, "warn", "15.0 degrees below"), (-8, "warn", "8.0 degrees above")],
+)
+def test_axes_that_point_at_the_road_are_named(drive, degrees, status, said):
+    """Rotated about y by a positive angle, x points down."""
+    track = drive()
+    rot = Rotation.from_quat(track.quaternion_xyzw) * Rotation.from_euler("y", degrees, degrees=True)
+    check = judge_axes([motion_of(replace(track, quaternion_xyzw=rot.as_quat()))])
+    assert check.status == status, check
+    assert said in check.found
+
+
 @pytest.mark.parametrize("columns", [[0, 1], [1, 0]], ids=["longitude first", "latitude first"])
 def test_positions_in_degrees_are_named(drive, columns):
     track = drive()
