@@ -9,21 +9,17 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 TimeSchedule = Literal["beta", "uniform"]
 _MAX_T = 0.999
 
 
-def draw_times(
-    shape: tuple[int, ...], *, schedule: TimeSchedule = "beta", generator: Generator | None = None
-) -> Tensor:
-    """Training times in `[0, 0.999]`, float32 on the CPU: `0.999 (1 - Beta(1.5, 1))`, or uniform."""
-    return times_from_uniform(torch.rand(shape, generator=generator), schedule=schedule)
-
-
 def times_from_uniform(u: Tensor, *, schedule: TimeSchedule = "beta") -> Tensor:
-    """The schedule's inverse CDF at `u` in [0, 1): stratified or quasi-random u give stratified times for free."""
+    """Training times in `[0, 0.999]`: `0.999 (1 - Beta(1.5, 1))`, or uniform.
+
+    The schedule's inverse CDF at `u` in [0, 1): stratified or quasi-random u give stratified times for free.
+    """
     if schedule == "uniform":
         return _MAX_T * u
     return _MAX_T * (1.0 - u ** (2.0 / 3.0))

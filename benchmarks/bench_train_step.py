@@ -24,7 +24,6 @@ from alpacache import flow_matching
 from alpacache.alpamayo.expert import ActionExpert
 from alpacache.cached_samples.ring import Batch, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
-from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World
 from alpacache.driving.sample import FUTURE_STEPS
 from alpacache.planning.config import budget_bytes
@@ -34,6 +33,7 @@ from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.packed import PackedPrefixes
 from alpacache.training.auto_settings import cap_memory
+from alpacache.training.learner import Learner
 from alpacache.training.optimizers import make_optimizer, resolve
 from alpacache.training.step import TrainStep
 from alpacache.training.trainable import choose_trainable, enable_checkpointing
@@ -153,10 +153,7 @@ def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     staged = StagedBatch(rows, expert, draws=case.draws, at_once=micro_batch, decoded_layers=plan.decoded_layers)
     step = TrainStep(
-        expert,
-        parameters.values(),
-        optimizer,
-        ShardedUpdate(parameters, World(rank=0, size=1, device=device)),
+        Learner(expert, parameters, World(rank=0, size=1, device=device), lambda shards: optimizer, budget_bytes=None),
         staged,
         micro_batch=micro_batch,
         clip=1.0,

@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 failed; 2 bad usage or input, nothing touched; 3 done but 
 130 interrupted.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -121,6 +122,16 @@ def main() -> None:
         _end_with(error)
 
 
+_OS_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room there"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "See that you may read and write there"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "See that the place is there, and mounted"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (`ulimit -n`)"),
+    errno.EROFS: "Mount it writable",
+    errno.EIO: "See to the disk",
+}
+
+
 def _end_with(error: Exception) -> None:
     """Say what went wrong and exit; raise what is not meant for users. The stores' errors are imported only now."""
     from alpacache.errors import AlpacacheError, InterruptedRunError, LostProcessError, UsageError
@@ -136,8 +147,9 @@ def _end_with(error: Exception) -> None:
         case AlpacacheError() | CacheStoreError():
             _fail(str(error), FAILED)
         case OSError():
-            kept = "What was committed is intact: see that the place is there, may be written and has room"
-            _fail(f"{error}. {kept}, and run the same command again.", FAILED)
+            what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            remedy = _OS_REMEDIES.get(error.errno or 0, "Mend what it names")
+            _fail(f"{what}. {remedy}, and run the same command again; what was committed is intact.", FAILED)
     output.say(traceback.format_exc().rstrip())  # a fault of the program
     raise SystemExit(FAILED) from error
 

@@ -16,7 +16,6 @@ from alpacache.masking import masked
 from alpacache.sources.video import ffmpeg_versions
 from cache_store import CODECS, KVCodec, codec_from_json, differences
 
-BF16 = "bf16"
 """Name of the lossless codec: KV as the VLM computed it."""
 _LATER = ("settings", "tokens_sha256")
 """Keys of the model's part that stores of earlier versions lack."""
@@ -86,7 +85,7 @@ def store_identity(
         "cameras": list(cameras),
         "frames": frames,
         "codec": codec,
-        **({} if codec == BF16 else {"codec_definition": CODECS[codec].to_json()}),
+        **({"codec_definition": CODECS[codec].to_json()} if codec in CODECS else {}),
         "dtype": dtype,
         **({"reasoning": rollout_identity(builder, rollouts)} if rollouts else {}),
         **({"views": dict(views)} if views else {}),
@@ -95,7 +94,7 @@ def store_identity(
 
 def store_codec(identity: Mapping[str, Any], *, store: str) -> KVCodec | None:
     """A store's quantising codec, by the store's own definition; None for bfloat16."""
-    if identity.get("codec") == BF16:
+    if identity.get("codec") == "bf16":  # in every store the name of values as they are
         return None
     return codec_from_json(identity.get("codec_definition", {}), f"codec_definition in the identity of {store}")
 

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -59,8 +59,8 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     on_rollouts = config.reasoning == "auto" and data.rollouts > 0
     if on_rollouts and config.paths > data.rollouts:
         raise UsageError(
-            f"{config.store} has {data.rollouts} reasoning rollouts a sample, {config.paths} paths need one each; pass "
-            f"--paths {data.rollouts}, or --reasoning none for paths without reasoning."
+            f"{config.store} has {data.rollouts} reasoning rollouts per sample, {config.paths} paths need one each; "
+            f"pass --paths {data.rollouts}, or --reasoning none for paths without reasoning."
         )
     trained = {} if config.checkpoint is None else {TRAINED: config.checkpoint}
     runs = {
@@ -72,39 +72,25 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
 
     enter(device)
     poses = cache(data.poses)  # read while the device computes
-    predicted: dict[str, dict[int, Paths]] = {label: {} for label in (BASE, *runs)}
     sampling = {"paths": config.paths, "flow_steps": config.flow_steps, "seed": config.seed}
+
+    def batches_of(expert: ActionExpert, todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
+        if on_rollouts:
+            return _predict_on_rollouts(expert, data, todo, batch_size=config.batch_size, **sampling)
+        return predict_ahead(expert, data, todo, batch_size=config.batch_size, capture=config.capture, **sampling)
+
+    predicted: dict[str, dict[int, Paths]] = {label: {} for label in (BASE, *runs)}
     with InterruptGuard() as guard:
         for label, into in predicted.items():
-            expert = load_expert(base, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
-            if label in runs:
-                path, _ = runs[label]
-                apply_checkpoint(expert, read_trained(path, average=config.ema).model, where=str(path))
-            size, capture = config.batch_size, config.capture
-            while todo := [index for index in indices if index not in into and index not in unread.errors]:
-                if on_rollouts:
-                    batches = _predict_on_rollouts(expert.eval(), data, todo, batch_size=size, **sampling)
-                else:
-                    batches = predict_ahead(expert.eval(), data, todo, batch_size=size, capture=capture, **sampling)
-                with unread.caught(), closing(batches):
-                    for rows, actions in batches:
-                        if guard.requested:
-                            raise InterruptedRunError("stopped on request; an evaluation keeps nothing, run it again.")
-                        for index, draws in zip(rows, actions, strict=True):
-                            xyz, rot = to_paths(expert.action_space, draws, *poses(index)[:2])
-                            if not (np.isfinite(xyz).all() and np.isfinite(rot).all()):
-                                raise NonFiniteError(
-                                    f"the model {label!r} ({runs[label][0] if label in runs else config.model}) "
-                                    f"predicts paths for {data.sample_id(index)} that are not finite: its weights or "
-                                    "the sample's prefix are broken. Take an earlier checkpoint, or extract the "
-                                    "sample again."
-                                )
-                            into[index] = (xyz, rot)
-                        done = sum(map(len, predicted.values()))
-                        total, rate = len(predicted) * len(indices), done / (time.monotonic() - started)
-                        on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
-                del batches  # before the next expert is loaded
-            del expert
+            run = runs[label][0] if label in runs else None
+            expert = _load_judged(base, run, device, average=config.ema)
+            for batch in _paths_of(expert, batches_of, indices, poses, unread, guard):
+                _check_finite(batch, data, model=f"{label!r} ({run or config.model})")
+                into |= batch
+                done, total = sum(map(len, predicted.values())), len(predicted) * len(indices)
+                rate = done / (time.monotonic() - started)
+                on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
+            del expert  # before the next one is loaded
 
     judged: dict[int, SampleResult] = {}
     for index in indices:
@@ -120,6 +106,45 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     write_results(Path(config.out), summary, results, left_out=left_out, settings=settings, losses=losses)
     seconds = time.monotonic() - started
     return EvalReport(summary=summary, results=results, left_out=left_out, out=config.out, seconds=seconds)
+
+
+def _load_judged(base: Checkpoint, run: Path | None, device: torch.device, *, average: bool) -> ActionExpert:
+    """Load the base's expert, with a run's tensors in it if one is given."""
+    expert = load_expert(base, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
+    if run is not None:
+        apply_checkpoint(expert, read_trained(run, average=average).model, where=str(run))
+    return expert.eval()
+
+
+def _paths_of(
+    expert: ActionExpert,
+    batches_of: Callable[[ActionExpert, Sequence[int]], Generator[tuple[Sequence[int], Tensor]]],
+    indices: Sequence[int],
+    poses: Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]],
+    unread: "_Unread",
+    guard: InterruptGuard,
+) -> Iterator[dict[int, Paths]]:
+    """Sample paths batch by batch, by index, of all samples that can be read; goes on behind one that cannot."""
+    done: set[int] = set()
+    while todo := [index for index in indices if index not in done and index not in unread.errors]:
+        with unread.caught(), closing(batches_of(expert, todo)) as batches:
+            for rows, actions in batches:
+                if guard.requested:
+                    raise InterruptedRunError("stopped on request; an evaluation keeps nothing, run it again.")
+                drawn = zip(rows, actions, strict=True)
+                paths = {index: to_paths(expert.action_space, draws, *poses(index)[:2]) for index, draws in drawn}
+                done |= paths.keys()
+                yield paths
+
+
+def _check_finite(paths: Mapping[int, Paths], data: CachedDataset, *, model: str) -> None:
+    """Raise `NonFiniteError` for a path that is not finite."""
+    for index, parts in paths.items():
+        if not all(np.isfinite(part).all() for part in parts):
+            raise NonFiniteError(
+                f"the model {model} predicts paths for {data.sample_id(index)} that are not finite: its weights or the "
+                "sample's prefix are broken. Take an earlier checkpoint, or extract the sample again."
+            )
 
 
 class _Unread:
@@ -141,13 +166,13 @@ class _Unread:
         try:
             yield
         except SampleReadError as error:
-            found = [index for index in range(len(self._data)) if self._data.sample_id(index) == error.sample_id]
-            if found and found[0] not in self._again and self._data.error_of(found[0]) is None:
-                self._again.add(found[0])  # it can be read now
+            same_id = [index for index in range(len(self._data)) if self._data.sample_id(index) == error.sample_id]
+            if same_id and same_id[0] not in self._again and self._data.error_of(same_id[0]) is None:
+                self._again.add(same_id[0])  # it can be read now
                 return
-            if not self._skips or not found or (len(self.errors) + 1) * 2 > len(self._data):
+            if not self._skips or not same_id or (len(self.errors) + 1) * 2 > len(self._data):
                 raise
-            self.errors[found[0]] = error
+            self.errors[same_id[0]] = error
 
     def left_out(self) -> list[LeftOut]:
         """The samples, in order, and those whose id nothing tells."""

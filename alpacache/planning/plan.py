@@ -6,7 +6,7 @@ scaled from one measured GPU (`time_model`) and from the disk's speed, so they a
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,7 +94,7 @@ class Plan:
     """Samples in the store: clips times t0s times views."""
     views: int
     rollouts: int
-    """Reasoning rollouts a sample; their bytes are an upper bound."""
+    """Reasoning rollouts per sample; their bytes are an upper bound."""
     tokens: int
     """Length of a prefix."""
     tokens_an_image: int
@@ -168,7 +168,10 @@ def plan(config: PlanConfig) -> Plan:
         memory=memory,
         memory_bytes=memory.device_bytes,
         cap_bytes=cap,
-        notes=tuple(_notes(config, machine, store_bytes, free, weights_bytes, cap)),
+        notes=(
+            *_misfits(store_bytes, free, weights_bytes, cap, store=config.store),
+            *_basis(machine, own_model=config.model is not None, rollouts=config.tails),
+        ),
     )
 
 
@@ -228,38 +231,40 @@ def _train_plan(
     return TrainPlan(steps=steps, **seconds, hours=hours, hours_in_memory=(first_epoch * step_s + later_s) / 3600)
 
 
-def _notes(
-    config: PlanConfig, machine: Machine, store_bytes: int, free: int | None, weights_bytes: int, cap_bytes: int
-) -> list[str]:
-    """List what does not fit on the disk or the GPU and what to do, then what the numbers rest on."""
-    notes = []
+def _misfits(
+    store_bytes: int, free: int | None, weights_bytes: int, cap_bytes: int, *, store: str | None
+) -> Iterator[str]:
+    """Say what does not fit on the disk or the GPU, and what to do."""
     if free is not None and store_bytes > free:
-        notes.append(
-            f"The store does not fit: {store_bytes / 1e9:.1f} GB against {free / 1e9:.1f} free at {config.store}. "
+        yield (
+            f"The store does not fit: {store_bytes / 1e9:.1f} GB against {free / 1e9:.1f} free at {store}. "
             "Take a smaller --codec, --hidden-states none, fewer --samples, or another disk."
         )
     if weights_bytes > cap_bytes:
-        notes.append(
+        yield (
             f"Stage one does not fit: the VLM's weights alone take {weights_bytes / 2**30:.1f} GiB. Extract on "
             "a larger GPU and copy the store."
         )
+
+
+def _basis(machine: Machine, *, own_model: bool, rollouts: int) -> Iterator[str]:
+    """Say what the numbers rest on."""
     if machine.gpu_is == "measured":
-        notes.append("Times follow from steps and prefills that were measured on one H100 80GB.")
+        yield ("Times follow from steps and prefills that were measured on one H100 80GB.")
     else:
         scaled = "a probe" if machine.gpu_is == "probed" else "the rates of data sheets"
-        notes.append(f"Times are estimates: measured on one H100 80GB only, scaled to {machine.gpu.name} by {scaled}.")
-    if config.model is not None:
-        notes.append("Times were measured with the released sizes; for this model they are scaled by its parameters.")
+        yield (f"Times are estimates: measured on one H100 80GB only, scaled to {machine.gpu.name} by {scaled}.")
+    if own_model:
+        yield ("Times were measured with the released sizes; for this model they are scaled by its parameters.")
     if machine.disk_is == "assumed":
-        notes.append(
+        yield (
             f"The disk is assumed: reads {READ_BYTES_S / 1e9:.1f} GB/s, durable writes {WRITE_BYTES_S / 1e9:.1f} GB/s. "
             "--probe measures it."
         )
-        notes.append(f"Recordings are taken to be H.264, decoded by {CORES} CPU cores; --probe counts this machine's.")
-    if config.tails:
-        notes.append(
+        yield (f"Recordings are taken to be H.264, decoded by {CORES} CPU cores; --probe counts this machine's.")
+    if rollouts:
+        yield (
             f"Reasoning rollouts are counted at their longest, {MAX_TOKENS} tokens of text each: their bytes are an "
             "upper bound. The time to generate them, a step of the VLM a token, is not counted."
         )
-    notes.append("Not counted: loading and compiling, encoding KV, validation, checkpoints.")
-    return notes
+    yield ("Not counted: loading and compiling, encoding KV, validation, checkpoints.")

@@ -9,19 +9,18 @@ at most `clip` (1e18), AdamW's update lr / eps times that, with lr and weight de
 Weights that are not finite all the same, as by a fault of memory, make the next loss not finite and are never saved.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, PrefixFeatures
 from alpacache.cached_samples.ring import Batch
 from alpacache.cached_samples.staged_batch import StagedBatch
-from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.gpu.capture import captured
-from alpacache.training.optimizers import StepOptimizer
+from alpacache.training.learner import Learner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +62,7 @@ class TrainStep:
 
     def __init__(
         self,
-        expert: ActionExpert,
-        parameters: Iterable[nn.Parameter],
-        optimizer: StepOptimizer,
-        shared: ShardedUpdate,
+        learner: Learner,
         staged: StagedBatch,
         *,
         micro_batch: int,
@@ -76,8 +72,9 @@ class TrainStep:
         compile_layers: bool = False,
     ) -> None:
         """`staged`: the batches of this process; `micro_batch` of their samples go through the expert at a time."""
-        self._expert, self._parameters, self._optimizer = expert, list(parameters), optimizer
-        self._shared, self._staged = shared, staged
+        expert = self._expert = learner.expert
+        self._parameters, self._optimizer = list(learner.parameters.values()), learner.optimizer
+        self._shared, self._staged = learner.update, staged
         self._micro_batch, self._clip, self._causal = micro_batch, clip, causal
         self._graph: torch.cuda.CUDAGraph | None = None
         self._cuda = expert.device.type == "cuda"

@@ -224,10 +224,7 @@ class _Run:
             rows, learner.expert, draws=plan.draws, at_once=plan.micro_batch, decoded_layers=plan.decoded_layers
         )
         return TrainStep(
-            learner.expert,
-            learner.parameters.values(),
-            learner.optimizer,
-            learner.update,
+            learner,
             staged,
             micro_batch=plan.micro_batch,
             clip=config.clip,

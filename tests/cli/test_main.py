@@ -76,7 +76,7 @@ def test_reasoning_rollouts(model, tmp_path, run_here):
     assert json.loads(run_here("info", store, "--json").stdout)["identity"]["reasoning"]["rollouts"] == 2
     evaluate = ("eval", "--store", store, "--out", tmp_path / "eval", "--flow-steps", 2, *common)
     refused = run_here(*evaluate, code=2)
-    assert "has 2 reasoning rollouts a sample, 6 paths need one each" in " ".join(refused.stderr.split())
+    assert "has 2 reasoning rollouts per sample, 6 paths need one each" in " ".join(refused.stderr.split())
     for options, reasoning in ((("--paths", 2), "rollout"), (("--reasoning", "none"), "none")):
         run_here(*evaluate, *options)
         assert json.loads((tmp_path / "eval/eval.json").read_text())["settings"]["reasoning"] == reasoning
@@ -151,7 +151,7 @@ def test_quarantine_is_exit_3(model, tmp_path, run_here):
         ),
         (("train", "--steps", "3"), "--store, --model, --out missing"),
         (("train", "--store", "nowhere", "--model", "MODEL", "--out", "r", "--steps", "1"), "nowhere"),
-        (("train", "--store", "s", "--model", "MODEL", "--out", "r"), "exactly one of the two"),
+        (("train", "--store", "s", "--model", "MODEL", "--out", "r"), "neither is given; expected one of the two"),
         (("eval", "--store", "nowhere", "--model", "MODEL", "--out", "e"), "nowhere"),
         (("export", "--model", "MODEL", "--checkpoint", "nowhere", "--out", "e"), "nowhere is neither a run directory"),
         (("info", "nowhere"), "nowhere"),
@@ -192,7 +192,14 @@ def test_versions_of_what_matters_are_printed(run):
     ("error", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted; everything committed so far is kept."),
-        (PermissionError(13, "Permission denied", "/there"), 1, "'/there'. What was committed is intact: see that"),
+        (PermissionError(13, "Permission denied", "/there"), 1, "/there: Permission denied. See that you may read and"),
+        (
+            OSError(28, "No space left on device", "/full"),
+            1,
+            "/full: No space left on device. Make room there, and run",
+        ),
+        (FileNotFoundError(2, "No such file", "/gone"), 1, "/gone: No such file. See that the place is there, and"),
+        (OSError("pipe of a reader"), 1, "pipe of a reader. Mend what it names, and run the same command again; what"),
     ],
 )
 def test_what_ends_a_command_from_outside_is_said(error, code, message, monkeypatch, capsys):

@@ -199,7 +199,7 @@ def test_a_store_with_rollouts_is_judged_on_them_unless_declined(rollout_stores,
     assert all(np.allclose(one, other, atol=2e-2) for one, other in zip(paths, together, strict=True))
     _, fewer = run("fewer", paths=2)
     assert all(np.allclose(one[:2], other, atol=2e-2) for one, other in zip(paths, fewer, strict=True))
-    with pytest.raises(UsageError, match="has 3 reasoning rollouts a sample, 4 paths need one each; pass --paths 3"):
+    with pytest.raises(UsageError, match="has 3 reasoning rollouts per sample, 4 paths need one each; pass --paths 3"):
         run("more", paths=4)
 
 

@@ -14,6 +14,11 @@ from alpacache.sources.synthetic import SyntheticSource
 T0 = 5_100_000
 
 
+def kind_of(source, clip):
+    """Course of the road around t0 = 5.1 s."""
+    return source._world(clip).drive.kind
+
+
 def load(source, clip, *, t0=T0, cameras=(FRONT_CAMERA,), frames=1):
     return source.load(SampleRef(clip_id=clip, t0_us=t0), cameras=cameras, frames=frames)
 
@@ -63,7 +68,7 @@ def test_late_curves_have_a_straight_history_and_the_heading_they_claim():
     source = SyntheticSource(60, seed=1, mix={"late_curve": 1})
     changes = []
     for clip in source.clip_ids:
-        kind = source.clip_kind(clip)
+        kind = kind_of(source, clip)
         poses = source._world(clip).drive.track
         sample = load(source, clip)
         assert kind.shape == "late_curve"
@@ -78,14 +83,14 @@ def test_late_curves_have_a_straight_history_and_the_heading_they_claim():
     changes = np.abs(changes)
     assert 0.15 < changes.min() < 0.35
     assert 1.0 < changes.max() < 1.4
-    assert {source.clip_kind(clip).strength for clip in source.clip_ids} == {"gentle", "sharp"}
+    assert {kind_of(source, clip).strength for clip in source.clip_ids} == {"gentle", "sharp"}
 
 
 def test_each_shape_is_what_it_says():
     for shape in ("straight", "early_curve", "curve_end"):
         source = SyntheticSource(20, seed=2, mix={shape: 1})
         for clip in source.clip_ids:
-            sample, kind = load(source, clip), source.clip_kind(clip)
+            sample, kind = load(source, clip), kind_of(source, clip)
             turned_before, turned_after = abs(yaw(sample.history_rot[0])), abs(yaw(sample.future_rot[-1]))
             if shape == "straight":
                 assert turned_before + turned_after < 0.03
@@ -100,7 +105,7 @@ def test_each_shape_is_what_it_says():
 
 def test_mix_weighs_shapes():
     source = SyntheticSource(400, mix={"straight": 0.9, "late_curve": 0.1})
-    shapes = [source.clip_kind(clip).shape for clip in source.clip_ids]
+    shapes = [kind_of(source, clip).shape for clip in source.clip_ids]
     assert shapes.count("straight") == pytest.approx(360, abs=20)
     assert set(shapes) == {"straight", "late_curve"}
 
@@ -159,7 +164,7 @@ def test_other_sizes_and_times():
 def test_events_are_curve_starts():
     source = SyntheticSource(5, mix={"late_curve": 1})
     for clip in source.clip_ids:
-        assert source.event_times_us(clip)[0] == pytest.approx(T0 + source.clip_kind(clip).onset_s * 1e6, abs=1)
+        assert source.event_times_us(clip)[0] == pytest.approx(T0 + kind_of(source, clip).onset_s * 1e6, abs=1)
 
 
 def test_bad_arguments():
