@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from alpacache.checks.check import Check
+from alpacache.checks.colours import looks_swapped
 from alpacache.checks.motion import Motion, judge_axes, judge_rotations, judge_speed, judge_standing, motion_of
 from alpacache.checks.pictures import Turn, turns_of_clip, turns_of_sample
 from alpacache.checks.recordings import (
@@ -21,6 +22,7 @@ from alpacache.checks.recordings import (
     read_recording,
     recording_of,
 )
+from alpacache.checks.repeats import Moment, repeats_of_clip, repeats_of_sample
 from alpacache.checks.targets import Paths, Targets, judge_targets, paths_of, targets_of
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
@@ -54,6 +56,10 @@ class ClipFindings:
     """Until `finish` makes targets of them."""
     targets: Targets | None = None
     turns: list[Turn] = field(default_factory=list)
+    moments: list[Moment] = field(default_factory=list)
+    """Successive pictures while the vehicle drives."""
+    swapped: list[bool] = field(default_factory=list)
+    """Whether red and blue look swapped in each picture that tells."""
     speeds_mps: list[float] = field(default_factory=list)
     """Mean speed of each usable sample."""
     strata: list[str] = field(default_factory=list)
@@ -108,6 +114,7 @@ def examine(
         _judge_recording(found, recording)
         if found.motion is not None and FRONT_CAMERA in recording.frame_times_us:
             found.turns += turns_of_clip(source, clip_id, found.motion, clips=clips)
+            found.moments += repeats_of_clip(source, clip_id, found.motion, clips=clips)
     return found
 
 
@@ -141,6 +148,10 @@ def _add_sample(found: ClipFindings, sample: Sample) -> None:
     found.sizes.append((width, height, sample.ref.sample_id))
     if min(float(camera[-1].std()) for camera in sample.frames) < 1.0:
         found.blank.append(sample.ref.sample_id)
+    found.moments += repeats_of_sample(sample)
+    front = sample.cameras.index(FRONT_CAMERA) if FRONT_CAMERA in sample.cameras else 0
+    looks = looks_swapped(sample.frames[front, -1])
+    found.swapped += [] if looks is None else [looks]
 
 
 def _judge_recording(found: ClipFindings, recording: Recording) -> None:

@@ -20,9 +20,11 @@ import numpy as np
 from alpacache.checks.check import Check, not_judged, verdict, worst
 from alpacache.checks.clip import ClipFindings, Refusal, examine, finish, judge_again
 from alpacache.checks.clocks import LagCurve, Sideways, choose, judge_clocks, lag_curve, sideways_of, turns_seen
+from alpacache.checks.colours import judge_colours
 from alpacache.checks.contact_sheet import CLIPS
 from alpacache.checks.motion import judge_axes, judge_speed
 from alpacache.checks.pictures import Turn, judge_mirrored, judge_pictures
+from alpacache.checks.repeats import judge_repeats
 from alpacache.checks.targets import judge_targets
 from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
 from alpacache.driving.sample import Sample, SampleRef
@@ -48,6 +50,8 @@ MEANINGS: Mapping[str, str] = {
     "targets": "accelerations and curvatures, which the expert is trained on, are those of a car",
     "clip ids": "each clip is there once, under one id",
     "pictures": "pictures of all clips have one size and show something",
+    "repeats": "while the vehicle drives, each picture differs from the one before",
+    "colours": "green is yellower than the road and the sky bluer: red and blue are not swapped",
     "mirrored": "in turns, what the front camera sees moves the other way: in a left turn to the right",
     "clocks": "pictures turn when the poses do",
 }
@@ -264,6 +268,8 @@ class _Survey:
             self._judge_ids(),
             judge_pictures(self._sizes, self._blank),
             judge_mirrored(self._turns),
+            judge_repeats([moment for found in self.found.values() for moment in found.moments]),
+            judge_colours([looks for found in self.found.values() for looks in found.swapped]),
         ]
         if self.strata["all"] and self.strata["stopped"] == self.strata["all"]:
             remedy = "Standing vehicles teach nothing; if they did move, positions are not in metres (kilometres?)."

@@ -31,7 +31,8 @@ def drive_through_town(*, seconds=60, hz=10, begin_us=1_700_000_000_000_000, lev
 
 
 class Panorama:
-    """A recorded source whose camera stands in the middle of a painted cylinder: turning is all that it sees."""
+    """A recorded source whose camera stands in the middle of a painted cylinder: turning is all that it sees above the
+    road, which flows by."""
 
     def __init__(self, tracks, *, late_s=0.0, mirrored=False):
         self.name, self.clip_ids, self._tracks = "panorama", list(tracks), tracks
@@ -56,9 +57,11 @@ class Panorama:
         track = self.track(clip_id)
         yaw = np.unwrap(Rotation.from_quat(track.quaternion_xyzw).as_euler("ZYX")[:, 0])
         pictures = []
-        for angle in np.interp(times_us - self._late_us, track.timestamps_us, yaw):
+        for time_us in times_us - self._late_us:
+            angle = np.interp(time_us, track.timestamps_us, yaw)
             columns = (np.arange(128) - round(angle / (2 * np.pi) * 1536)) % 1536
-            picture = self._cylinder[:, columns[:: -1 if self._mirrored else 1]]
+            picture = self._cylinder[:, columns[:: -1 if self._mirrored else 1]].copy()
+            picture[36:] = 128 + 60 * np.sin(np.arange(12)[:, None] / 3 + time_us % 60_000_000 / 7e4)
             pictures.append(np.repeat(np.clip(picture, 0, 255).astype(np.uint8)[None], 3, axis=0))
         return np.stack(pictures)
 

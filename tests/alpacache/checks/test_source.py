@@ -415,6 +415,29 @@ def test_blank_pictures_are_named(recorded):
 
 
 @pytest.mark.system
+def test_frozen_and_doubled_pictures_are_named(recorded):
+    for clip in clips_of(recorded):
+        files = sorted((clip / FRONT_CAMERA).glob("*.jpg"))
+        for number, file in enumerate(files):
+            shown = files[number - number % 2] if clip in clips_of(recorded)[:3] else files[min(number, 20)]
+            if shown != file:
+                file.unlink()
+                os.link(shown, file)
+    report, bad = checked(recorded)
+    assert list(bad) == ["repeats"]
+    share = re.match(r"(\d+) of (\d+) pictures \(\d+ %\) repeat the one before; at", bad["repeats"].found)
+    assert 0.7 < int(share[1]) / int(share[2]) < 0.8  # half of one half, and all of the other
+    assert "The camera stood still while the vehicle drove" in bad["repeats"].remedy
+    assert report.ok
+
+
+def test_swapped_colours_are_named(recorded):
+    change_pictures(recorded, lambda image: Image.merge("RGB", image.split()[::-1]))
+    _, bad = checked(recorded, t0="every:3.0")
+    assert list(bad) == ["colours"]
+    assert re.match(r"red and blue look swapped in \d+ of 2[0-4] pictures", bad["colours"].found)
+
+
 def test_a_prepared_dataset_is_judged_by_its_samples(tmp_path):
     source = SyntheticSource(8, mix={"early_curve": 1.0})
     refs, _ = select(source, t0="every:1.5")

@@ -1,0 +1,94 @@
+"""Pictures that stand still while the vehicle drives are found, also after lossy coding; what moves is not accused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from alpacache.checks.motion import motion_of
+from alpacache.checks.repeats import Moment, judge_repeats, repeats_of_clip, repeats_of_sample
+from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.sample import SampleRef
+from alpacache.sources.synthetic import SyntheticSource
+from benchmarks.pai_tree import encode_h264
+
+SOURCE = SyntheticSource(3, seed=2)
+CLIP = SOURCE.clip_ids[0]
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return SOURCE.load(SampleRef(clip_id=CLIP, t0_us=5_100_000), cameras=[FRONT_CAMERA], frames=4)
+
+
+def shows(sample, order):
+    """The sample with its pictures in this order."""
+    return dataclasses.replace(sample, frames=sample.frames[:, order])
+
+
+def coded(frames, crf):
+    """Frames `[N, 3, H, W]` through H.264."""
+    import io
+
+    import av
+
+    with av.open(io.BytesIO(encode_h264(frames, 10, crf))) as film:
+        return np.stack([frame.to_ndarray(format="rgb24").transpose(2, 0, 1) for frame in film.decode(video=0)])
+
+
+@pytest.mark.parametrize(
+    ("order", "repeats"), [((0, 1, 2, 3), 0), ((0, 0, 1, 1), 2), ((0, 1, 1, 2), 1), ((2, 2, 2, 2), 3)]
+)
+def test_pairs_of_a_sample(sample, order, repeats):
+    assert repeats_of_sample(shows(sample, order)) == [Moment(CLIP, 3, repeats)]
+
+
+@pytest.mark.parametrize("crf", [12, 23, 28])
+def test_repeats_are_found_after_lossy_coding(sample, crf):
+    twice = coded(sample.frames[0].repeat(2, axis=0), crf)
+    for first, repeats in ((0, 2), (1, 1)):
+        seen = dataclasses.replace(sample, frames=twice[None, first : first + 4])
+        assert repeats_of_sample(seen) == [Moment(CLIP, 3, repeats)]
+    assert repeats_of_sample(dataclasses.replace(sample, frames=coded(sample.frames[0], crf)[None])) == [
+        Moment(CLIP, 3, 0)
+    ]
+
+
+def test_what_may_stand_still_is_no_pair(sample):
+    frozen = shows(sample, (0, 0, 0, 0))
+    standing = dataclasses.replace(frozen, history_xyz=sample.history_xyz * 0.1)
+    assert repeats_of_sample(standing) == []
+    slow_camera = sample.frame_timestamps_us.copy()
+    slow_camera[:, 1] = slow_camera[:, 0]  # the camera had no newer frame
+    assert repeats_of_sample(dataclasses.replace(frozen, frame_timestamps_us=slow_camera)) == [Moment(CLIP, 2, 2)]
+    assert repeats_of_sample(dataclasses.replace(sample, frames=np.full_like(sample.frames, 40))) == []
+
+
+def test_a_film_is_looked_at_frame_by_frame():
+    """Of frames that come twice, samples every 0.1 s see nothing."""
+
+    class Doubled:
+        def frame_times_us(self, clip_id, camera):
+            return SOURCE.frame_times_us(clip_id, camera)
+
+        def film(self, clip_id, camera, times_us):
+            return SOURCE.film(clip_id, camera, times_us // 100_000 * 100_000)
+
+    motion = motion_of(SOURCE.track(CLIP))
+    assert [moment.repeats for moment in repeats_of_clip(Doubled(), CLIP, motion, clips=1)] == [1] * 8
+    assert [moment.repeats for moment in repeats_of_clip(SOURCE, CLIP, motion, clips=1)] == [0] * 8
+    assert len(repeats_of_clip(SOURCE, CLIP, motion, clips=24)) == 2
+    assert repeats_of_clip(SOURCE, CLIP, motion, clips=49) == []
+
+
+def test_verdicts():
+    assert judge_repeats([]).found == "not judged: no two pictures between which the vehicle moved 0.3 m"
+    accident = judge_repeats([Moment("a", 3, 0)] * 30 + [Moment("b", 3, 1)])
+    assert (accident.status, accident.found) == ("ok", "1 of 93 pictures (1 %) repeat the one before")
+    frozen = judge_repeats([Moment("a", 3, 0)] * 3 + [Moment("b", 3, 3)])
+    assert frozen.status == "warn"
+    assert frozen.found == "3 of 12 pictures (25 %) repeat the one before; at 1 of 4 moments (25 %) all do"
+    assert frozen.remedy == "The camera stood still while the vehicle drove, such as in b: cut these parts out."
+    doubled = judge_repeats([Moment("a", 3, 1), Moment("c", 3, 2)])
+    assert (doubled.status, doubled.found) == ("warn", "3 of 6 pictures (50 %) repeat the one before")
+    assert doubled.remedy.startswith("Frames are there twice, such as in a: keep one of each")
