@@ -76,7 +76,8 @@ def sound_presence(table: Any, index: Any, name: str) -> tuple[Any, Faults]:
     ]
     table = table[columns][table.index.notna()]
     if _POSES in columns:
-        for clip in index.index.difference(table.index):
+        listed = index[index[_VALID]] if _VALID in index.columns else index
+        for clip in listed.index.difference(table.index):
             faults[str(clip)] = f"{name} has no row for it. Fetch the table again."
         for clip in table.index[table[_POSES].isna()]:
             faults[str(clip)] = f"{name} does not say whether it has {_POSES}. Fetch the table again."

@@ -236,9 +236,9 @@ def test_a_lens_without_numbers_is_a_bad_clip(tree):
         load(open_tree(tree))
 
 
-def test_a_camera_in_a_place_that_is_no_number_is_a_bad_clip(tree):
-    file = tree / "calibration/sensor_extrinsics/sensor_extrinsics.chunk_0000.parquet"
-    pd.read_parquet(file).assign(x=np.nan).to_parquet(file)
+def test_a_lens_whose_centre_is_no_number_is_a_bad_clip(tree):
+    file = tree / "calibration/camera_intrinsics/camera_intrinsics.chunk_0000.parquet"
+    pd.read_parquet(file).assign(cx=np.nan).to_parquet(file)
     with pytest.raises(BadClipError, match=f"^{CLIPS[0]}: camera_intrinsics .*not JSON compliant"):
         load(open_tree(tree))
 
@@ -346,6 +346,19 @@ def test_a_list_of_features_that_is_none_is_one_line(tree, text):
     with pytest.raises(SourceError, match=r"^pai:") as error:
         open_tree(tree)
     assert "\n" not in str(error.value)
+
+
+def test_a_feature_without_a_place_is_one_line(tree):
+    features = pd.read_csv(tree / "features.csv", index_col="feature")
+    features.assign(chunk_path=None).to_csv(tree / "features.csv")
+    with pytest.raises(SourceError, match=r"^pai:.*the devkit cannot read its metadata"):
+        open_tree(tree)
+
+
+def test_an_invalid_clip_may_lack_the_rest(tree):
+    change_table(tree, INDEX, lambda table: table.assign(clip_is_valid=[True, False, True]))
+    change_table(tree, PRESENCE, lambda table: table.drop(index=CLIPS[1]))
+    assert list(open_tree(tree).clip_ids) == [CLIPS[0], CLIPS[2]]
 
 
 @pytest.mark.parametrize("name", ["features.csv", "metadata/data_collection.parquet", "clip_index.parquet"])
