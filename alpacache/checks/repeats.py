@@ -20,7 +20,7 @@ from alpacache.sources.source import RecordedSource
 Picture: TypeAlias = NDArray[np.uint8]
 MOVED_M = 0.3
 """Least way between two pictures that must differ: 3 m/s at 10 Hz."""
-SAME = 0.01
+SAME = 0.008
 """Share of changed pixels below which two pictures are one. Repeats that went through H.264 once more have up to 0.005
 at usual rates, an empty motorway 0.05 from one metre to the next."""
 MIN_SHARE = 0.02
