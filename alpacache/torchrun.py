@@ -1,6 +1,6 @@
-"""Where this process stands among those that torchrun has started.
+"""Where this process stands among those that torchrun has started, or another launcher without it.
 
-The only place that reads torchrun's variables. It imports no torch, so that the command line can ask it.
+The only place that reads launchers' variables. It imports no torch, so that the command line can ask it.
 """
 
 import os
@@ -27,3 +27,25 @@ def this_process() -> LaunchedProcess:
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
+
+
+_LAUNCHERS = {
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "mpiexec": ("PMI_RANK", "PMI_SIZE"),
+}
+"""Variables with a task's number and the number of tasks, for each launcher."""
+
+
+def lone_task() -> tuple[str, str] | None:
+    """Launcher and variable of a task that is one of several, but not of torchrun's: they know nothing of each other.
+
+    A batch script has a SLURM_PROCID, too, but is no step of several tasks.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return None
+    for launcher, (number, count) in _LAUNCHERS.items():
+        mine, tasks = os.environ.get(number, ""), os.environ.get(count, "")
+        if mine.isdigit() and (int(mine) > 0 or (tasks.isdigit() and int(tasks) > 1)):
+            return launcher, number
+    return None

@@ -42,7 +42,11 @@ def to_bytes(document: dict[str, Any], what: str) -> bytes:
 
 def seal(document: dict[str, Any], what: str, *, opening: bytes = b"{") -> bytes:
     """Canonical bytes with the seal inserted right after `opening`, where readers find it first."""
-    data = to_bytes(document, what)
+    return seal_bytes(to_bytes(document, what), opening=opening)
+
+
+def seal_bytes(data: bytes, *, opening: bytes = b"{") -> bytes:
+    """JSON of any layout with the seal inserted right after `opening`, which it begins with."""
     assert data.startswith(opening)
     before, after = opening + _SEAL_OPENING, b'",' + data[len(opening) :]
     return before + b"%08x" % crc32c(before + _BLANK + after) + after

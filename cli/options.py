@@ -63,13 +63,18 @@ class ConfigCommand(TyperCommand):
 
 
 def from_config(
-    kind: type[C], *, panels: Mapping[str, str] | None = None, alternatives: Sequence[str] = ()
+    kind: type[C],
+    *,
+    panels: Mapping[str, str] | None = None,
+    alternatives: Sequence[str] = (),
+    read_file: Callable[[Path, Mapping[str, Any]], dict[str, Any]] | None = None,
 ) -> Callable[[Callable[[C, bool], None]], Callable[..., None]]:
     """Make a command of a function of a config and whether JSON is wanted. Register it with `cls=ConfigCommand`.
 
     Args:
         panels: title of a group in the help -> names of its fields, in one text.
         alternatives: fields that exclude each other: one on the command line takes the place of all in the file.
+        read_file: the file's values by field, where they depend on what was typed. Default: as they stand there.
     """
     panel_of = {name: title for title, names in (panels or {}).items() for name in names.split()}
     fields = sorted(dataclasses.fields(kind), key=lambda field: not _is_required(field))  # type: ignore[arg-type]
@@ -77,7 +82,7 @@ def from_config(
 
     def decorate(body: Callable[[C, bool], None]) -> Callable[..., None]:
         def command(ctx: typer.Context, config: Path | None, json: bool, **_: Any) -> None:
-            values = {} if config is None else read_toml(config, kind)
+            values = {} if config is None else read_file(config, ctx.obj) if read_file else read_toml(config, kind)
             if any(name in ctx.obj for name in alternatives):
                 values = {name: value for name, value in values.items() if name not in alternatives}
             values |= {name: value for name, value in ctx.obj.items() if name not in ("config", "json")}

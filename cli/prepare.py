@@ -56,6 +56,8 @@ def prepare(config: PrepareConfig, json: bool) -> None:
             spec=config.source,
             on_sample=on_sample,
         )
+    if written.existed:
+        output.note(f"{config.out} was prepared from the same samples with the same settings; nothing was written.")
     counts, rejected = written.provenance["strata"], {name: message for name, _, message in written.rejected}
     for turn, count in (wanted or {}).items():
         if counts[turn] < count:

@@ -1,8 +1,11 @@
 """`alpacache train`: stage two."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from alpacache.config import read_toml
 from alpacache.torchrun import this_process
 from alpacache.training.config import TrainConfig
 
@@ -13,15 +16,27 @@ if TYPE_CHECKING:
     from alpacache.planning.workload import MemoryPlan
 
 
+def _read_file(file: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a config file; to resume with a run's own means that run, wherever it lies now."""
+    values = read_toml(file, TrainConfig)
+    if "out" not in typed and typed.get("resume", values.get("resume")):
+        from alpacache.training.run_directory import run_of
+
+        if (run := run_of(file)) is not None:
+            values["out"] = str(run)
+    return values
+
+
 @from_config(
     TrainConfig,
     alternatives=("steps", "epochs"),
+    read_file=_read_file,
     panels={
         "Data": "epochs steps batch_size draws balance on_overlap on_damage seed",
         "What is trained": "trainable lora_rank lora_alpha causal times ema ema_every",
         "Optimizer": "optimizer lr min_lr warmup betas weight_decay clip",
         "Validation": "val val_every val_samples best_by patience",
-        "Run directory": "save_every keep track",
+        "Run directory": "save_every keep track take_over",
         "Memory and speed": "micro_batch checkpointing memory_budget in_memory capture compile device",
     },
 )
@@ -36,7 +51,7 @@ def train(config: TrainConfig, json: bool) -> None:
     with output.show_progress("train") as on_progress:
         from alpacache.training.train import train as run
 
-        report = run(config, on_progress=on_progress, on_plan=_show_plan)
+        report = run(config, on_progress=on_progress, on_plan=_show_plan, on_note=output.note)
     if this_process().rank > 0:
         return
     lines = {"run": report.run, "steps": f"{report.steps} over {report.samples} samples"}

@@ -26,7 +26,8 @@ ORDER = (
     ("alpacache.distributed", "alpacache.metrics", "alpacache.pictures", "alpacache.prefix", "alpacache.sources"),
     ("alpacache.randomness",),
     ("alpacache.driving", "alpacache.gpu"),
-    ("alpacache.config",),
+    ("alpacache.config", "alpacache.durable"),
+    ("alpacache.directory_lock",),
     (
         "alpacache",
         "alpacache.errors",

@@ -1,6 +1,5 @@
 """Did it help? The base model and trained ones predict paths for the same cached samples from the same noise."""
 
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -21,7 +20,7 @@ from alpacache.driving.strata import classify
 from alpacache.errors import InterruptedRunError, NonFiniteError, UsageError
 from alpacache.evaluation.config import BASE, TRAINED, EvalConfig
 from alpacache.evaluation.judging import LeftOut, SampleResult, judge, judge_baselines
-from alpacache.evaluation.output import write_results
+from alpacache.evaluation.output import check_evaluation_out, write_results
 from alpacache.evaluation.summary import EvalSummary, summarise
 from alpacache.gpu.device import enter, resolve_device
 from alpacache.inference.prediction import Paths, predict_actions, predict_ahead, to_paths
@@ -29,7 +28,8 @@ from alpacache.interrupt import InterruptGuard
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.front_view import draw_paths
 from alpacache.progress import OnProgress, Progress, ignore
-from alpacache.training.run_directory import RunDirectory, find_checkpoint, read_state, read_trained
+from alpacache.training.run_directory import RunDirectory, find_checkpoint, read_trained
+from alpacache.training.run_state import read_state
 from alpacache.training.trainable import apply_checkpoint
 from cache_store import SampleReadError
 
@@ -68,7 +68,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         for label, run in (trained | dict(config.compare)).items()
     }
     device = resolve_device(config.device)
-    _check_writable(Path(config.out))
+    check_evaluation_out(Path(config.out))
 
     enter(device)
     poses = cache(data.poses)  # read while the device computes
@@ -101,7 +101,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     results = list(judged.values())
     summary = summarise(results, seed=config.seed)
     settings = {**sampling, "reasoning": "rollout" if on_rollouts else "none", "view": 0}
-    losses = {label: RunDirectory(path.parent.parent).metrics(up_to=step) for label, (path, step) in runs.items()}
+    losses = {label: RunDirectory(path.parent.parent).metrics.rows(up_to=step) for label, (path, step) in runs.items()}
     left_out = unread.left_out()
     write_results(Path(config.out), summary, results, left_out=left_out, settings=settings, losses=losses)
     seconds = time.monotonic() - started
@@ -191,15 +191,6 @@ def _find_run(run: str, base: Checkpoint, *, vlm: Mapping[str, str] | None, aver
     check_base(base, state["base"], run=path)
     check_same_vlm(state.get("vlm"), vlm, run=path, what="the store that it is to be judged on")
     return path, int(state["step"])
-
-
-def _check_writable(out: Path) -> None:
-    """Make the output directory. Raises `UsageError` if nothing can be written there."""
-    try:
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise UsageError(f"--out {out}: nothing can be written there ({error}); name another directory.") from error
 
 
 def _predict_on_rollouts(

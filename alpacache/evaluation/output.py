@@ -1,5 +1,7 @@
 """The files of an evaluation: JSON, a table of every sample for pandas and the like, pictures, and the report."""
 
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,17 @@ import pyarrow.parquet as pq
 
 from alpacache import strict_json
 from alpacache.driving.strata import STRATA
+from alpacache.durable import appearing, check_out, names_in, take_back
+from alpacache.errors import UsageError
 from alpacache.evaluation.judging import METRIC_KEYS, LeftOut, SampleResult
 from alpacache.evaluation.plots import sample_png
 from alpacache.evaluation.report import write_report
 from alpacache.evaluation.summary import EvalSummary
 from alpacache.metrics.bias import HORIZONS_S
 
+_MAIN = ("report.html", "eval.json")
+"""What one looks at: gone first and there last, so that it is never of another evaluation than the rest."""
+_REST = ("samples.parquet", "pictures")
 FIRST_PICTURES = 3
 """Samples drawn whatever their error, so that evaluations can be compared picture by picture."""
 
@@ -30,9 +37,48 @@ def write_results(
 ) -> None:
     """Write `eval.json`, `samples.parquet`, `report.html` and `pictures/`, whose ranking is that of the last model.
 
-    `out` has a folder `pictures`. `settings` is what the paths depend on; `losses` maps the label of a trained model to
-    the rows of its run's `metrics.jsonl`.
+    They take the place of an earlier evaluation's together. `settings` is what the paths depend on; `losses` maps the
+    label of a trained model to the rows of its run's `metrics.jsonl`.
     """
+    with appearing(out, replaces=_REST, last=_MAIN) as directory:
+        _write(directory, summary, results, left_out, settings, losses)
+
+
+def check_evaluation_out(out: Path) -> None:
+    """Refuse a directory that cannot be written to, or where other files have the names of an evaluation's.
+
+    Takes back what a killed evaluation had begun to put there. Raises `UsageError`.
+    """
+    check_out(out)
+    take_back(out)
+    if (taken := [name for name in (*_MAIN, *_REST) if name in names_in(out)]) and not _is_evaluation(out):
+        raise UsageError(
+            f"--out {out} holds {', '.join(taken)}, but no whole evaluation; nothing is written over. Name another "
+            "directory, or remove what is there."
+        )
+    place = next(place for place in (out, *out.absolute().parents) if place.is_dir())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UsageError(f"--out {out}: nothing can be written there ({error}); name another directory.") from error
+
+
+def _is_evaluation(out: Path) -> bool:
+    try:
+        document = json.loads((out / "eval.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.keys() >= {"settings", "summary", "samples"}
+
+
+def _write(
+    out: Path,
+    summary: EvalSummary,
+    results: Sequence[SampleResult],
+    left_out: Sequence[LeftOut],
+    settings: Mapping[str, Any],
+    losses: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> None:
     per_sample = [
         {
             "sample_id": result.sample_id,
@@ -50,6 +96,7 @@ def write_results(
     pictures = {name: (f"{name}: {result.sample_id}", result) for name, result in drawn.items()}
     for number, result in enumerate(results[:FIRST_PICTURES]):
         pictures[f"sample-{number:03d}"] = (result.sample_id, result)
+    (out / "pictures").mkdir()
     for name, (title, result) in pictures.items():
         png = sample_png(summary, result, front_jpeg=result.front_jpeg, title=title)
         (out / "pictures" / f"{name}.png").write_bytes(png)

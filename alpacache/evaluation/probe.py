@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from alpacache import strict_json
 from alpacache.driving.sample import Floats, SampleRef
 from alpacache.driving.strata import LATE_CURVE
+from alpacache.durable import appearing
 from alpacache.errors import UsageError
 from alpacache.evaluation.config import ProbeConfig
 from alpacache.evaluation.plots import explained_png
@@ -91,11 +92,10 @@ def probe(config: ProbeConfig, *, on_progress: OnProgress = ignore) -> ProbeRepo
     data = read_probe_data(reader, chosen, layers=config.layers, pool=config.pool, on_progress=on_progress)
     report = probe_data(data, store=config.store, seed=config.seed, started=started, on_progress=on_progress)
     if config.out is not None:
-        out = Path(config.out)
-        out.mkdir(parents=True, exist_ok=True)
         document = {"settings": config, **report.to_json()}
-        (out / "probe.json").write_text(strict_json.dumps(document, indent=1) + "\n")
-        (out / "probe.png").write_bytes(_picture(report))
+        with appearing(Path(config.out), last=("probe.png", "probe.json")) as directory:
+            (directory / "probe.json").write_text(strict_json.dumps(document, indent=1) + "\n")
+            (directory / "probe.png").write_bytes(_picture(report))
     return report
 
 

@@ -14,7 +14,7 @@ class ExportConfig(Config):
     checkpoint: Place
     """Run directory (its best checkpoint, else its last) or one of its checkpoints."""
     out: Place
-    """Directory to write; must not exist or be empty."""
+    """Directory to write; must not exist, be empty (a mount point will do) or hold just this export already."""
     ema: bool = False
     """Export the average of the weights that a run with `--ema` kept."""
     expert_only: bool = False

@@ -1,12 +1,13 @@
-"""The directory of a new checkpoint: it appears under its name in one rename, after all was written and checked."""
+"""The directory of a new checkpoint: it appears under its name after all was written and checked."""
 
 import errno
+import json
 import os
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,13 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.checkpoint import SINGLE
+from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
 from alpacache.alpamayo.foreign_files import TensorInfo, read_header
+from alpacache.durable import appearing
 from alpacache.errors import AlpacacheError, DataError
 from alpacache.finite import not_finite
 from alpacache.progress import OnProgress, Progress
 from alpacache.training.trainable import changed_tensors, merge
-from cache_store.storage.local_files import FULL, flush
+from cache_store.storage.local_files import FULL
 
 TRAINED_PREFIXES = ("expert.", "action_in_proj.", "action_out_proj.", "action_space.")
 """Tensors that stage two loads, and all that `expert_only` writes."""
@@ -90,8 +92,8 @@ class Draft:
         free = shutil.disk_usage(directory).free
         if free < self.size_bytes:
             raise DataError(
-                f"{directory.parent} needs {self.size_bytes} bytes, {free} are free; nothing was written. Free space, "
-                "or choose an --out on the base model's file system, where shards can be linked."
+                f"{directory.parent.parent} needs {self.size_bytes} bytes, {free} are free; nothing was written. Free "
+                "space, or choose an --out on the base model's file system, where shards can be linked."
             )
         started, total = time.monotonic(), self.written_files - len(self.texts)
         for done, _ in enumerate(self._written(directory, tensors), start=1):
@@ -99,6 +101,29 @@ class Draft:
             on_progress(Progress(done=done, total=total, unit="files", rate=rate, notes={}))
         for name, text in self.texts.items():
             (directory / name).write_text(text)
+        if self.new_bytes:
+            with suppress(PermissionError):  # a file system without modes
+                (directory / SINGLE).chmod((directory / INDEX).stat().st_mode)  # safetensors knows no umask
+
+    def is_in(self, directory: Path, tensors: MergedTensors) -> bool:
+        """Whether all of it lies in a directory already: the same index but for the version, files and tensors."""
+        try:
+            index, note = json.loads((directory / INDEX).read_bytes()), json.loads(self.texts[INDEX])
+            for document in (index, note):
+                del document["metadata"][ORIGIN]["version"]
+            files = {**self.linked, **self.copied, **self.patched}
+            sizes = [(directory / name).stat().st_size == file.stat().st_size for name, file in files.items()]
+            if index != note or not all(sizes):
+                return False
+            self.check(directory, tensors)
+            written = Checkpoint(str(directory))
+            homes = {name: written.names[name] for name in tensors.changed}
+            return all(
+                torch.equal(tensor, dict(written.read({name: homes[name]}))[name])
+                for name, tensor in tensors.read(tensors.changed)
+            )
+        except (AlpacacheError, OSError, ValueError, LookupError, TypeError):
+            return False
 
     def check(self, directory: Path, tensors: MergedTensors) -> None:
         """Read the headers of what was written and compare them with the base's."""
@@ -130,20 +155,16 @@ class Draft:
 
 
 @contextmanager
-def appearing(out: Path, draft: Draft) -> Iterator[Path]:
-    """A directory beside `out` that takes its name when the body ends well, and is removed when it does not."""
-    directory = out.with_name(f".{out.name}.writing")
+def writing(out: Path, draft: Draft) -> Iterator[Path]:
+    """A directory whose files appear in `out` together when the body ends well; errors of writing become `DataError`.
+
+    Where they are moved one by one, the config comes last: without it the rest is no checkpoint.
+    """
     try:
-        shutil.rmtree(directory, ignore_errors=True)  # left by an export that was killed
-        directory.mkdir(parents=True)
-        yield directory
-        for place in (*directory.rglob("*"), directory):
-            flush(place)
-        directory.rename(out)
-        flush(out.parent)
-    except BaseException as error:
-        shutil.rmtree(directory, ignore_errors=True)
-        if isinstance(error, AlpacacheError) or not isinstance(error, (OSError, SafetensorError)):
+        with appearing(out, last=("config.json",)) as directory:
+            yield directory
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, AlpacacheError):
             raise
         full = isinstance(error, SafetensorError) or error.errno in FULL
         raise DataError(

@@ -16,12 +16,13 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
 from alpacache.alpamayo.foreign_files import TensorInfo
 from alpacache.cached_samples.identity import check_base, model_identity, vlm_name
+from alpacache.durable import check_out, names_in, take_back
 from alpacache.errors import CheckpointError, UsageError
 from alpacache.exporting.config import ExportConfig
-from alpacache.exporting.draft import TRAINED_PREFIXES, Draft, MergedTensors, appearing, misplaced
+from alpacache.exporting.draft import TRAINED_PREFIXES, Draft, MergedTensors, misplaced, writing
 from alpacache.exporting.model_card import model_card, run_facts
 from alpacache.progress import OnProgress, ignore
-from alpacache.training.run_directory import MODEL, RunCheckpoint, find_checkpoint, read_trained
+from alpacache.training.run_directory import AVERAGE, MODEL, RunCheckpoint, find_checkpoint, read_trained
 
 _CARD, _LICENCE = "README.md", "LICENSE"
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*")
@@ -48,6 +49,12 @@ class ExportReport:
     """Hard links to the base's files."""
     written_files: int
     written_bytes: int
+    average: float | None
+    """Decay of the average of the weights that was taken; None where the weights themselves were."""
+    had_average: bool
+    """Whether the run keeps an average, taken or not."""
+    existed: bool
+    """Whether all of this lay there already, from an earlier export: nothing was written."""
     seconds: float
 
 
@@ -55,14 +62,18 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
     """Write a checkpoint directory in the public layout with a run's tensors in it.
 
     Adapters are merged as in `trainable.apply_checkpoint`; every tensor keeps the base's dtype. Takes about as much
-    memory as the trained tensors. Nothing lies under `out` until all is written and checked.
+    memory as the trained tensors. Nothing lies under `out` until all is written and checked. Where just this export
+    lies there already, nothing is written.
 
-    Raises `UsageError` where `out` is not empty, the run was trained from another model or the base is incomplete, and
-    `DataError` where the run's checkpoint is damaged or the disk is full.
+    Raises `UsageError` where `out` holds anything else, the run was trained from another model or the base is
+    incomplete, and `DataError` where the run's checkpoint is damaged or the disk is full.
     """
     started, out = time.monotonic(), Path(config.out).resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"--out {config.out} exists and is not an empty directory; choose another, or remove it.")
+    check_out(out)
+    take_back(out)
+    occupied = bool(names_in(out))
+    if occupied and not (out / INDEX).is_file():
+        raise _occupied(config.out)
     base, path = Checkpoint(config.model), find_checkpoint(config.checkpoint)
     run = read_trained(path, average=config.ema)
     check_base(base, run.state["base"], run=path)
@@ -79,19 +90,23 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
         draft = Draft(copied=small, new_bytes=sum(info.nbytes for info in infos.values()))
     else:
         draft = _full_draft(base, tensors)
-    draft.texts[INDEX] = _index(base, infos, run, single=config.expert_only)
+    draft.texts[INDEX] = _index(base, infos, run, single=config.expert_only, average=config.ema)
     base_texts = {name: file.read_text(errors="replace") for name, file in base.files(_CARD, _LICENCE).items()}
     draft.texts[_CARD] = model_card(
         out.name,
         base,
-        run_facts(path, run),
+        run_facts(path, run, average=config.ema),
         base_card=base_texts.get(_CARD),
         base_licence=base_texts.get(_LICENCE),
         expert_only=lean,
     )
-    with appearing(out, draft) as directory:
-        draft.write(directory, tensors, on_progress)
-        draft.check(directory, tensors)
+    if occupied and not draft.is_in(out, tensors):
+        raise _occupied(config.out)
+    if not occupied:
+        with writing(out, draft) as directory:
+            draft.write(directory, tensors, on_progress)
+            draft.check(directory, tensors)
+    average = run.state["average"]
     return ExportReport(
         out=config.out,
         checkpoint=str(path),
@@ -102,10 +117,20 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
         expert_only=lean,
         tensors=len(infos),
         changed_tensors=len(tensors.changed),
-        linked_files=len(draft.linked),
-        written_files=draft.written_files,
-        written_bytes=draft.size_bytes,
+        linked_files=0 if occupied else len(draft.linked),
+        written_files=0 if occupied else draft.written_files,
+        written_bytes=0 if occupied else draft.size_bytes,
+        average=average["decay"] if config.ema else None,
+        had_average=average is not None,
+        existed=occupied,
         seconds=time.monotonic() - started,
+    )
+
+
+def _occupied(out: str) -> UsageError:
+    return UsageError(
+        f"--out {out} exists and is not an empty directory, and does not hold just this export; choose another, or "
+        "remove it."
     )
 
 
@@ -132,13 +157,19 @@ def _new_name(name: str) -> str:
     return f"BASE_{name}" if re.fullmatch(rf"(BASE_)*{re.escape(_CARD)}", name) else name
 
 
-def _index(base: Checkpoint, infos: Mapping[str, TensorInfo], run: RunCheckpoint, *, single: bool) -> str:
+def _index(
+    base: Checkpoint, infos: Mapping[str, TensorInfo], run: RunCheckpoint, *, single: bool, average: bool
+) -> str:
     """Text of the index, with a note of what the checkpoint was made from: `identity` reads it."""
+    trained = {"step": run.state["step"], "crc32c": run.state["files"][MODEL]["crc32c"]}
+    if average:
+        kept = {"decay": run.state["average"]["decay"], "crc32c": run.state["files"][AVERAGE]["crc32c"]}
+        trained["average"] = kept
     note = {
         "version": __version__,
         "base": model_identity(base),
         "vlm": vlm_name(base),
-        "trained": {"step": run.state["step"], "crc32c": run.state["files"][MODEL]["crc32c"]},
+        "trained": trained,
     }
     total = sum(info.nbytes for info in infos.values())
     metadata = base.index_metadata | {"total_size": total, ORIGIN: note}

@@ -31,6 +31,8 @@ class RunFacts:
     """What a checkpoint and the run directory around it say of the training."""
 
     step: int
+    average: float | None
+    """Decay of the average of the weights that was taken; None where the weights themselves were."""
     trainable: str
     samples: int
     """Number of distinct samples trained on."""
@@ -44,21 +46,23 @@ class RunFacts:
     """Loss of the last validation up to the checkpoint; None without one, or where it was not finite."""
 
 
-def run_facts(checkpoint: Path, content: RunCheckpoint) -> RunFacts:
+def run_facts(checkpoint: Path, content: RunCheckpoint, *, average: bool = False) -> RunFacts:
     """Gather what is known of a run.
 
     Args:
         checkpoint: `RUN/checkpoints/step-N` or a link to it; config and metrics are looked for in RUN.
         content: the checkpoint, in memory.
+        average: whether its average was taken.
     """
     run, step = checkpoint.resolve().parent.parent, int(content.state["step"])
-    rows = RunDirectory(run).metrics(up_to=step)
+    rows = RunDirectory(run).metrics.rows(up_to=step)
     losses = [float(row["loss"]) for row in rows if row.get("loss") is not None][-_LAST_ROWS:]
     validations = [row["val_loss"] for row in rows if "val_loss" in row]
     paths = _stores(run / "config.toml")
     stores = [(Path(path).name, facts) for path in paths if (facts := _store_facts(path))]
     return RunFacts(
         step=step,
+        average=content.state["average"]["decay"] if average else None,
         trainable=str(content.state["trainable"]),
         samples=int(content.state["settings"]["dataset_samples"]),
         stores=stores,
@@ -129,6 +133,7 @@ def _table(facts: RunFacts) -> str:
     rows = [
         ("trained", _TRAINABLE[facts.trainable]),
         ("steps", f"{facts.step:,}"),
+        ("weights", _WEIGHTS if facts.average is None else f"moving average over the steps, decay {facts.average:g}"),
         ("samples", f"{facts.samples:,}"),
         *((f"store `{name}`", said) for name, said in facts.stores),
         ("training loss", _number(facts.train_loss, f"mean of the last steps, {_LAST_ROWS} at most")),
@@ -137,6 +142,9 @@ def _table(facts: RunFacts) -> str:
     if facts.lost_stores or not facts.stores:
         rows.insert(-2, ("other stores", f"{facts.lost_stores or ''} not at hand: codec and cameras not known".strip()))
     return "| | |\n| --- | --- |\n" + "\n".join(f"| {label} | {text} |" for label, text in rows)
+
+
+_WEIGHTS = "of the last of these steps"
 
 
 def _number(value: float | None, what: str) -> str:

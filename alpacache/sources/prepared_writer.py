@@ -17,6 +17,7 @@ from typing import Any
 
 from alpacache.driving.cameras import sort_cameras
 from alpacache.driving.sample import SampleRef
+from alpacache.durable import check_out
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.sources.prepared_card import PROVENANCE, provenance, render_card
 from alpacache.sources.prepared_rows import PictureFit, features, to_row
@@ -26,6 +27,8 @@ from alpacache.sources.source import Source
 from cache_store.storage.local_files import flush, write_flushed
 
 SHARD_SAMPLES = 32
+_PLAN = "plan_sha256"
+"""Key of the record by which the same command, run again, knows its own finished output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,8 @@ class PrepareReport:
     """Id, kind of error and message for each clip or sample that could not be used."""
     provenance: dict[str, Any]
     """Content of `provenance.json`: settings, versions, counts, strata, curvature."""
+    existed: bool = False
+    """Whether all of this lay there already, from an earlier call: nothing was written."""
 
 
 def prepare(
@@ -63,15 +68,24 @@ def prepare(
         spec: what `open_source` opened, to tell a bad clip from a source that has gone.
         on_sample: called after each sample; what it raises stops the run, and the same call goes on later.
 
-    Raises `UsageError` if `out` exists, or a partial run has other settings or is at work; `SourceError` if no sample
+    Where `out` is what an earlier call with the same arguments wrote, nothing is written. Raises `UsageError` if it is
+    anything else, or a partial run has other settings or is at work; `SourceError` if no sample
     can be used; `DataError` if the source has gone.
     """
     final, names = Path(out), sort_cameras(cameras)
     partial = final.with_name(f"{final.name}.partial")
-    _refuse_existing(final)
+    check_out(final)
+    asked = {**(settings or {}), "cameras": list(names), "frames": frames, "fit": None if fit is None else asdict(fit)}
+    ids = hashlib.sha256("\n".join(ref.sample_id for ref in refs).encode()).hexdigest()
+    plan = json.dumps({"source": source.name, "samples": ids, **asked})
+    if (earlier := _earlier(final, plan, refs, unusable)) is not None:
+        if partial.is_dir():  # it was killed before it had removed that
+            with _alone(partial):
+                pass
+            shutil.rmtree(partial)
+        return earlier
     if unusable:
         _check_source(spec, partial)
-    asked = {**(settings or {}), "cameras": list(names), "frames": frames, "fit": None if fit is None else asdict(fit)}
     parts = [refs[start : start + SHARD_SAMPLES] for start in range(0, len(refs), SHARD_SAMPLES)]
     shards = [partial / f"shard-{number:06d}" for number in range(len(parts))]
 
@@ -86,16 +100,46 @@ def prepare(
     partial.mkdir(parents=True, exist_ok=True)
     with _alone(partial):
         _refuse_existing(final)  # another run may have just finished
-        _settle_plan(partial, source, refs, asked)
+        _settle_plan(partial, plan)
         rejected = [(name, error.kind, str(error)) for name, error in unusable]
         for base, part in zip(shards, parts, strict=True):
             rejected += [(name, kind, text) for name, kind, text in _write_shard(base, to_row_of, part, on_sample)]
         if len(rejected) - len(unusable) == len(refs):
             reason = f" The first reason: {rejected[0][2]}" if rejected else ""
             raise SourceError(f"{source.name}: none of {len(rejected)} samples can be used.{reason}")
-        record = _finish(shards, final, source.name, asked, rejected)
+        record = _finish(shards, final, source.name, asked, rejected, plan)
     shutil.rmtree(partial)  # only now that its lock is closed: NFS keeps the names of open files
     return PrepareReport(samples=record["samples"], rejected=tuple(rejected), provenance=record)
+
+
+def _earlier(final: Path, plan: str, refs: Sequence[SampleRef], unusable: Sequence[Rejected]) -> PrepareReport | None:
+    """The outcome of an earlier call of the same plan that has finished; None if nothing is there.
+
+    Raises `UsageError` for whatever else is there.
+    """
+    from datasets import load_from_disk
+
+    if not final.exists():
+        return None
+    try:
+        record = json.loads((final / PROVENANCE).read_bytes())
+        if record[_PLAN] != _digest(plan):
+            _refuse_existing(final)
+        written = set(load_from_disk(final)["sample_id"])
+        if len(written) != record["samples"]:
+            _refuse_existing(final)
+    except UsageError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError):
+        _refuse_existing(final)
+    rejected = [(name, error.kind, str(error)) for name, error in unusable]
+    left_out = [ref.sample_id for ref in refs if ref.sample_id not in written]
+    rejected += [(name, "left_out", "left out when this was prepared.") for name in left_out]
+    return PrepareReport(samples=record["samples"], rejected=tuple(rejected), provenance=record, existed=True)
+
+
+def _digest(plan: str) -> str:
+    return hashlib.sha256(plan.encode()).hexdigest()
 
 
 def _refuse_existing(final: Path) -> None:
@@ -123,10 +167,9 @@ def _alone(partial: Path) -> Iterator[None]:
         yield
 
 
-def _settle_plan(partial: Path, source: Source, refs: Sequence[SampleRef], asked: Mapping[str, Any]) -> None:
+def _settle_plan(partial: Path, plan: str) -> None:
     """Write down what the working directory is for, or check that an earlier run there had the same settings."""
-    ids = hashlib.sha256("\n".join(ref.sample_id for ref in refs).encode()).hexdigest()
-    file, plan = partial / "plan.json", json.dumps({"source": source.name, "samples": ids, **asked})
+    file = partial / "plan.json"
     if not file.exists():
         write_flushed(file, plan.encode())
     elif file.read_text() != plan:
@@ -183,13 +226,14 @@ def _finish(
     source_name: str,
     asked: Mapping[str, Any],
     rejected: Sequence[tuple[str, str, str]],
+    plan: str,
 ) -> dict[str, Any]:
     """Join the shards, add record and card, rename the directory once all is on the medium; returns the record."""
     from datasets import Dataset, concatenate_datasets
 
     parts = [Dataset.from_file(str(shard.with_suffix(".arrow"))) for shard in shards]
     rows = concatenate_datasets([part for part in parts if len(part)])
-    record = provenance(rows, source=source_name, settings=asked, rejected=rejected)
+    record = provenance(rows, source=source_name, settings=asked, rejected=rejected) | {_PLAN: _digest(plan)}
     rows.info.description = f"{len(rows)} driving samples from {source_name}, written by alpacache prepare."
     done = shards[0].with_name("done")
     shutil.rmtree(done, ignore_errors=True)

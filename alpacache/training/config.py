@@ -50,16 +50,20 @@ class TrainConfig(Config):
     out: Place
     """Directory of the run."""
     resume: bool = False
-    """Go on from the run's newest checkpoint, if it has one."""
+    """Go on from the run's newest checkpoint, if it has one. With the `config.toml` of a run as the config file and no
+    other directory, that is the run where the file lies."""
+    take_over: bool = False
+    """Write to the run even if another process seems to: for a lock that a vanished machine has left. A process that is
+    still there ends at its next row."""
     steps: Count | None = None
     """Optimizer steps; exactly one of steps and epochs."""
     epochs: Epochs | None = None
     """Passes over the samples, instead of steps."""
     batch_size: BatchSize = 8
     """Samples per step."""
-    draws: Annotated[Repeats | Literal["auto"], Written(metavar="INTEGER|auto", read=_count_or_auto)] = 1
+    draws: Annotated[Repeats | Literal["auto"] | None, Written(metavar="INTEGER|auto", read=_count_or_auto)] = None
     """Noise draws per sample and step; they share the sample's prefix. `auto`: as many as the GPU can process
-    while the next batch is read, measured when a run begins."""
+    while the next batch is read, measured when a run begins. Default: 1, or a resumed run's."""
     balance: Literal["none", "curvature"] = "none"
     """`curvature`: straight, gentle and sharp futures have equal shares of every epoch."""
     on_overlap: Literal["stop", "allow"] = "stop"
@@ -94,13 +98,13 @@ class TrainConfig(Config):
     """Distribution of the flow times that are trained."""
     causal: bool = False
     """Causal attention among action tokens."""
-    seed: Seed = 0
-    """Seed of order, noise and times."""
+    seed: Seed | None = None
+    """Seed of order, noise and times. Default: 0, or a resumed run's."""
     ema: Annotated[float, Gt(0), Lt(1)] | None = None
     """Decay per step, such as 0.999, of an average of the weights, kept in host memory and saved with every checkpoint.
-    Default: no average."""
-    ema_every: Count = 100
-    """Steps between updates of that average."""
+    Default: no average, or a resumed run's."""
+    ema_every: Count | None = None
+    """Steps between updates of that average. Default: 100, or a resumed run's."""
     val: Place | None = None
     """Store of held-out samples for the validation loss. Default: no validation."""
     val_every: Count = 100

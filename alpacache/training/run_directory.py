@@ -1,102 +1,50 @@
 """The directory of one training run: its config, its metrics, its checkpoints.
 
 A checkpoint is written beside the others under a temporary name, flushed to the medium and only then renamed, so a kill
-or a full disk never costs an earlier one; links move before the checkpoint that they pointed at is dropped. Tensors are
-safetensors, all else is JSON or TOML; nothing is pickled.
+or a full disk never costs an earlier one. Which is the last and which the best stands in `run.json`, which moves on
+before the checkpoint that it named is dropped, and which also tells a run from any other directory; the links `last`
+and `best` are for people, and a copy or a file system may lack them. Tensors are safetensors, all else is JSON or TOML;
+nothing is pickled.
 """
 
-import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alpacache import strict_json
 from alpacache.alpamayo.checkpoint import listed
-from alpacache.alpamayo.foreign_files import Schema, conform, read_json
+from alpacache.directory_lock import DirectoryLock
+from alpacache.durable import check_out, names_in
 from alpacache.errors import DataError, UsageError
 from alpacache.finite import not_finite
 from alpacache.gpu.host_copies import copied_to_host
 from alpacache.training.ema import up_to_date
-from cache_store.checksum import crc32c
+from alpacache.training.metrics_file import MetricsFile
+from alpacache.training.run_state import (
+    RUN,
+    STATE,
+    STATE_FORMAT,
+    has_marks,
+    is_complete,
+    read_marks,
+    read_state,
+    sealed,
+    size_and_checksum,
+    write_marks,
+)
 from cache_store.storage.local_files import FULL, flush, write_flushed
 
-MODEL, OPTIMIZER, AVERAGE, STATE = "model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"
-
-
-class _File(Schema):
-    bytes: int
-    crc32c: str
-
-
-class _Files(Schema):
-    model: _File = Field(alias="model.safetensors")
-    optimizer: _File = Field(alias="optimizer.safetensors")
-    average: _File | None = Field(None, alias="average.safetensors")
-
-
-class _Base(Schema):
-    revision: str | None
-
-
-class _VLM(Schema):
-    id: str
-
-
-class _Store(Schema):
-    path: str
-    samples: int
-    ids_sha256: str
-    identity: dict[str, Any]
-
-
-class _Settings(Schema):
-    draws: int
-    micro_batch: int
-    processes: int
-    dataset_samples: int
-    stores: list[_Store]
-
-
-class _Best(Schema, extra="forbid"):
-    step: int | None
-    value: float | None
-    by: str
-    since: int
-
-
-class _Average(Schema, extra="forbid"):
-    decay: float
-    behind: int
-
-
-class _Skipped(Schema, extra="forbid"):
-    total: int
-    in_a_row: int
-
-
-class _State(Schema):
-    """What this version reads of a checkpoint's `state.json`; docs/reference/run-directory.md says what it means."""
-
-    format: Literal[1]
-    step: int
-    settings: _Settings
-    base: _Base
-    vlm: _VLM | None
-    best: _Best
-    average: _Average | None
-    trainable: Literal["all", "head", "lora"]
-    damaged_indices: list[int]
-    skipped: _Skipped | None = None
-    files: _Files
+_log = logging.getLogger(__name__)
+MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "average.safetensors"
+CONFIG = "config.toml"
+_HEADER = "# All settings of the run in this directory, written by alpacache. `train --config` reads them.\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,12 +76,52 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self.metrics = MetricsFile(self.path / "metrics.jsonl")
+        self._lock: DirectoryLock | None = None
 
     @property
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        numbers = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*") if _is_complete(path))
+        numbers = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*") if is_complete(path))
         return sorted(int(number) for number in numbers if number.isdigit())
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run is or was here, with a checkpoint or not."""
+        return has_marks(self.path) or bool(self.steps)
+
+    def check_usable(self) -> None:
+        """Refuse a place that holds anything but a run: nothing of it may be written over.
+
+        Raises `UsageError`, or `DataError` where the checkpoints of a run are gone.
+        """
+        check_out(self.path)
+        names = [name for name in names_in(self.path) if name != f".{RUN}.new"]  # a run killed as it began
+        if names and not self.is_run:
+            raise UsageError(
+                f"--out {self.path} is no run but holds {', '.join(names[:3])}; nothing of it is written over. Choose "
+                "another directory, or an empty one."
+            )
+        if not self.steps and (last := self._marks()[0]) is not None:
+            raise DataError(
+                f"{self.path} has been trained to step {last}, but no whole checkpoint is in {self.checkpoints}; bring "
+                "them back, or choose another --out to begin anew."
+            )
+
+    @contextmanager
+    def owned(self, *, take_over: bool = False) -> Iterator[None]:
+        """Keep other processes from writing to the run. Raises `UsageError` where one does, but to `take_over`."""
+        remedy = "Two trainings must not write to one run: wait for that one, stop it, or choose another --out."
+        if not take_over:
+            remedy += " If it has ended for certain, pass --take-over."
+        with DirectoryLock(self.path, remedy=remedy, take_over=take_over) as self._lock:
+            yield
+
+    def begin(self, config_toml: str) -> None:
+        """Make the directory a run's, at step 0, in place of one that has no checkpoint."""
+        self._mark(None, None)
+        self.write(CONFIG, _HEADER + config_toml)
+        self.rewind_metrics(0)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:07d}"
@@ -149,66 +137,145 @@ class RunDirectory:
             write_flushed(self.path / name, text.encode())
 
     def save(self, step: int, content: RunCheckpoint, *, keep: int, best: int | None = None) -> Path:
-        """Write a checkpoint, move the links, and drop all but the newest `keep` and the best.
+        """Write a checkpoint, mark it as the last, and drop all but the newest `keep` and the best.
 
-        `best`: step that the link `best` should point at, this one or an earlier one.
+        `best`: step of the best checkpoint, this one or an earlier one.
         """
         with _room_for(f"checkpoint at step {step}", self.checkpoints, content.size_bytes):
+            self._check_owner()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for leftover in (*self.checkpoints.glob(".writing-*"), *self.checkpoints.glob(".dropped-*")):
-                shutil.rmtree(leftover, ignore_errors=True)
+            self._remove_leftovers()
             final, draft = self.checkpoint(step), self.checkpoints / f".writing-{step:07d}"
             try:
                 _write(draft, step, content)
+                if self.metrics.path.is_file():
+                    flush(self.metrics.path)
             except (OSError, SafetensorError):
                 shutil.rmtree(draft, ignore_errors=True)
                 raise
+            self._check_owner()
             replaced = _set_aside(final) if final.exists() else None
             draft.rename(final)
             flush(self.checkpoints)
-            self.point_links(step, best=best)
+            self.mark(step, best=best)
         if replaced is not None:
             shutil.rmtree(replaced)
-        linked = (self.path / "best").resolve()
-        for old in map(self.checkpoint, self.steps[:-keep]):
-            if old.resolve() != linked:
-                shutil.rmtree(_set_aside(old))
+        self.prune(keep)
         return final
 
-    def point_links(self, step: int, *, best: int | None) -> None:
-        """Point `last` and `best` at these checkpoints; `best` stays if its checkpoint was never written."""
-        self.point("last", step)
-        if best is not None and _is_complete(self.checkpoint(best)):
-            self.point("best", best)
+    def mark(self, last: int, *, best: int | None) -> None:
+        """Mark checkpoints as the last and the best; the best stays if its checkpoint was never written."""
+        if best is None or not is_complete(self.checkpoint(best)):
+            with suppress(DataError):  # a damaged file is written anew
+                best = self._marks()[1]
+        self._mark(last, best if best is not None and is_complete(self.checkpoint(best)) else None)
 
-    def point(self, name: str, step: int) -> None:
-        """Point the link `last` or `best` at a checkpoint, atomically."""
-        draft = self.path / f".{name}.new"
-        draft.unlink(missing_ok=True)
-        draft.symlink_to(self.checkpoint(step).relative_to(self.path))
-        draft.replace(self.path / name)
-        flush(self.path)
+    def prune(self, keep: int) -> None:
+        """Drop all checkpoints but the newest `keep` and the best, and what a kill has left half written or deleted."""
+        self._remove_leftovers()
+        _, best = self._marks()
+        for step in self.steps[:-keep]:
+            if step != best:
+                shutil.rmtree(_set_aside(self.checkpoint(step)))
+
+    def find_checkpoint(self) -> Path | None:
+        """The best checkpoint or else the last; None where there is none. Raises `DataError` where it is gone."""
+        last, best = self._marks()
+        step = last if best is None else best
+        if step is None:
+            return None
+        if not is_complete(self.checkpoint(step)):
+            raise DataError(
+                f"{self.path} names step {step} as its {'last' if best is None else 'best'} checkpoint, which is not "
+                f"there (any more); give the directory of one in {self.checkpoints} instead."
+            )
+        return self.checkpoint(step)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add a row to `metrics.jsonl`; what is not finite becomes null."""
-        path, line = self.path / "metrics.jsonl", strict_json.dumps(row) + "\n"
-        with _room_for("metrics", path, len(line)), path.open("a") as file:
-            file.write(line)
+        self._check_owner()
+        with _room_for("metrics", self.metrics.path, 1000):
+            self.metrics.append(row)
 
-    def metrics(self, *, up_to: int) -> list[dict[str, Any]]:
-        """Rows of `metrics.jsonl` up to a step, without a torn last line; none if there is no file."""
-        path, rows = self.path / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            with suppress(ValueError, KeyError, TypeError):
-                if (row := json.loads(line))["step"] <= up_to:
-                    rows.append(row)
-        return rows
+    def rewind_metrics(self, step: int, seal: Mapping[str, Any] | None = None) -> None:
+        """Drop rows of `metrics.jsonl` after a step; `MetricsFile.rewind` says more."""
+        with _room_for(self.metrics.path.name, self.path, 0):
+            self.metrics.rewind(step, seal)
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop rows after a step (and a torn last line), so that a resumed run does not report steps twice."""
-        if (self.path / "metrics.jsonl").is_file():
-            lines = (strict_json.dumps(row) + "\n" for row in self.metrics(up_to=step))
-            self.write("metrics.jsonl", "".join(lines))
+    def _marks(self) -> tuple[int | None, int | None]:
+        """Steps of last and best: as `run.json` says, or of a run without one its links, or its newest checkpoint."""
+        if has_marks(self.path):
+            return read_marks(self.path)
+        last, best = self._linked("last"), self._linked("best")
+        steps = self.steps
+        if last is None and best is None and steps:
+            last, best = steps[-1], self.state(steps[-1])["best"]["step"]
+            best = best if best in steps else None
+        return last, best
+
+    def _linked(self, name: str) -> int | None:
+        """Step of the checkpoint that a link points at, there or not, or of the copy that is in its place."""
+        link = self.path / name
+        if link.is_symlink():
+            number = link.readlink().name.removeprefix("step-")
+            return int(number) if number.isdigit() else None
+        return int(read_state(link)["step"]) if is_complete(link) else None
+
+    def _mark(self, last: int | None, best: int | None) -> None:
+        """Write `run.json`, then the links, where the file system has them."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _room_for(RUN, self.path, 100):
+            write_marks(self.path, last, best)
+        for name, step in (("last", last), ("best", best)):
+            self._link(name, step)
+        flush(self.path)
+
+    def _link(self, name: str, step: int | None) -> None:
+        """Let a link point at a checkpoint; none is better than one that points at another."""
+        link, draft = self.path / name, self.path / f".{name}.new"
+        if link.is_dir() and not link.is_symlink():  # a copy of the run that followed links
+            copied = None
+            with suppress(DataError):
+                copied = self._linked(name)
+            if copied is None or not is_complete(self.checkpoint(copied)):
+                _log.warning("%s is a directory of its own and stays; %s says which checkpoint is meant.", link, RUN)
+                return
+            shutil.rmtree(link)
+        try:
+            draft.unlink(missing_ok=True)
+            if step is not None:
+                draft.symlink_to(self.checkpoint(step).relative_to(self.path))
+                draft.replace(link)
+        except OSError:
+            step = None
+        if step is None:
+            with suppress(OSError):
+                link.unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a kill has left of a checkpoint."""
+        for leftover in (*self.checkpoints.glob(".writing-*"), *self.checkpoints.glob(".dropped-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _check_owner(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
+
+
+def run_of(config_file: Path) -> Path | None:
+    """The run whose settings a file holds; None if it is not a run's `config.toml`.
+
+    Raises `UsageError` if it is one, but the run is not there.
+    """
+    run = config_file.parent
+    if config_file.name == CONFIG and RunDirectory(run).is_run:
+        return run
+    if not config_file.is_file() or not config_file.read_bytes().startswith(_HEADER.encode()):
+        return None
+    raise UsageError(
+        f"{config_file} holds the settings of a run that is not there; bring its checkpoints back beside it, name the "
+        "run with --out, or leave --resume out to begin one."
+    )
 
 
 def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = False) -> RunCheckpoint:
@@ -220,7 +287,7 @@ def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = Fals
 
     def tensors(name: str) -> dict[str, Tensor]:
         file, written = path / name, state["files"].get(name)
-        if not file.is_file() or written != _size_and_checksum(file):
+        if not file.is_file() or written != size_and_checksum(file):
             raise DataError(
                 f"{file} is damaged (size or checksum differ from {STATE}); use an earlier checkpoint of the run."
             )
@@ -257,9 +324,12 @@ def _write(draft: Path, step: int, content: RunCheckpoint) -> None:
     draft.mkdir()
     for name, named in tensors.items():
         save_file(named, draft / name, {"format": "pt"})
-    files = {name: _size_and_checksum(draft / name) for name in tensors}
-    state = {"format": 1, "step": step, **content.state, "files": files}
-    (draft / STATE).write_text(strict_json.dumps(state, indent=1) + "\n")
+    files = {name: size_and_checksum(draft / name) for name in tensors}
+    (draft / STATE).write_bytes(sealed({"format": STATE_FORMAT, "step": step, **content.state, "files": files}))
+    mode = (draft / STATE).stat().st_mode
+    for name in tensors:
+        with suppress(PermissionError):  # a file system without modes
+            (draft / name).chmod(mode)  # safetensors writes for its user alone, whatever the umask says
     for name in (*tensors, STATE):
         flush(draft / name)
     flush(draft)
@@ -272,55 +342,20 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _is_complete(path: Path) -> bool:
-    return (path / STATE).is_file()
-
-
-def read_state(path: Path, *, average: bool = False) -> dict[str, Any]:
-    """A checkpoint's state, without its tensors.
-
-    Raises `DataError` naming the keys that are not of the known form, `UsageError` if it lacks an `average` that is
-    asked for.
-    """
-    try:
-        state = read_json(path / STATE)
-        conform(_State, state, STATE)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path / STATE} cannot be read ({error}); use an earlier checkpoint, or the alpacache that wrote it."
-        ) from error
-    if average and state["average"] is None:
-        raise UsageError(f"{path} has no average of the weights; train with --ema, or leave --ema out here.")
-    return state
-
-
 def find_checkpoint(path: str | Path) -> Path:
-    """A run directory's `best` or else `last` checkpoint, or the checkpoint directory itself.
+    """A run directory's best or else last checkpoint, or the checkpoint directory itself.
 
-    Raises `UsageError` where there is none, `DataError` where a link points at none.
+    Raises `UsageError` where there is none, `DataError` where the one that the run names is gone.
     """
     path = Path(path)
-    if _is_complete(path):
+    if is_complete(path):
         return path
-    for link in (path / "best", path / "last"):
-        if _is_complete(link):
-            return link
-        if link.is_symlink():
-            raise DataError(
-                f"{link} points at {link.readlink()}, which is no checkpoint (any more); give the directory of one in "
-                f"{path / 'checkpoints'} instead."
-            )
+    directory = RunDirectory(path)
+    if directory.is_run and (found := directory.find_checkpoint()) is not None:
+        return found
     raise UsageError(
         f"{path} is neither a run directory with a checkpoint nor a checkpoint; expected what `alpacache train` wrote."
     )
-
-
-def _size_and_checksum(path: Path) -> dict[str, Any]:
-    size, crc, block = 0, 0, np.empty(2**20, np.uint8)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):  # type: ignore[arg-type]
-            size, crc = size + count, crc32c(block[:count], crc)
-    return {"bytes": size, "crc32c": f"{crc:08x}"}
 
 
 @contextmanager

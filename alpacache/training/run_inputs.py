@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from alpacache.alpamayo import Checkpoint
@@ -16,12 +16,26 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import check_same_vlm, model_identity
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
+from alpacache.masking import masked
 from alpacache.training.config import TrainConfig, weighted_stores
 from alpacache.training.data_order import check_overlap, global_order
 from alpacache.training.run_directory import MODEL, RunDirectory
+from alpacache.training.schedule import default_warmup
 from cache_store import differences
 
-_MACHINE_SETTINGS = {"resume", "out", "device", "model", "stores", "val", "in_memory", "memory_budget", "track", "keep"}
+_MACHINE_SETTINGS = {
+    "resume",
+    "take_over",
+    "out",
+    "device",
+    "model",
+    "stores",
+    "val",
+    "in_memory",
+    "memory_budget",
+    "track",
+    "keep",
+}
 """Settings that may differ among the processes of a run; what their paths lead to may not."""
 _FREE_TO_CHANGE = _MACHINE_SETTINGS | {"save_every", "val_every", "val_samples", "best_by", "patience", "on_damage"}
 _FREE_TO_CHANGE |= {"on_overlap", "ema", "ema_every", "capture", "checkpointing", "micro_batch"}
@@ -37,10 +51,8 @@ class RunInputs:
     def __init__(self, config: TrainConfig, world: World) -> None:
         """Open model and stores, and check that all processes see the same ones and can go on from the same step."""
         self.world, self.directory = world, RunDirectory(config.out)
-        if (steps := self.directory.steps) and not config.resume:
-            raise UsageError(
-                f"{config.out} already holds a run (step {steps[-1]}); pass --resume to go on, or choose another --out."
-            )
+        self.directory.check_usable()
+        check_begun(self.directory, resume=config.resume)
         self.checkpoint = Checkpoint(config.model)
         self.data = CachedDataset(config.store_paths, self.checkpoint)
         if config.on_damage == "stop":
@@ -52,16 +64,16 @@ class RunInputs:
             allowed = config.on_overlap == "allow"
             check_overlap(self.data, config.store_paths, self.val, val_store=config.val, allowed=allowed)
         self.stores = stores_record(config.store_paths, self.data)
-        self.total = config.steps or math.ceil((config.epochs or 0) * len(self.data) / config.batch_size)
+        self.total = config.steps or steps_of(config.epochs or 0, len(self.data), config.batch_size)
         """Steps of the whole run."""
         if world.size > 1:
             self._check_processes_agree(asdict(config))
-        if not steps:  # a run that was begun goes on
+        if not self.directory.steps:  # a run that was begun goes on
             self._check_enough(config.batch_size, config.epochs)
         self.order, self.unreadable = global_order(
             self.data,
             weighted_stores(config.stores),
-            seed=config.seed,
+            seed=config.seed or 0,
             by_curvature=config.balance == "curvature",
             skip_damaged=config.on_damage == "skip",
         )
@@ -118,6 +130,11 @@ class RunInputs:
             )
 
 
+def steps_of(epochs: float, samples: int, batch_size: int) -> int:
+    """Steps in which every sample comes so many times."""
+    return math.ceil(epochs * samples / batch_size)
+
+
 def stores_record(paths: Sequence[str], data: CachedDataset) -> list[dict[str, Any]]:
     """Path, samples and identity of each store that a dataset was opened from; plain JSON."""
     return [_store_record(path, data, indices) for path, indices in zip(paths, data.store_ranges, strict=True)]
@@ -167,6 +184,28 @@ def settings_record(
     return {**record, **restored, "dataset_samples": samples, "stores": [dict(store) for store in stores]}
 
 
+def check_begun(directory: RunDirectory, *, resume: bool) -> None:
+    """Raise `UsageError` where a run would begin in the place of another."""
+    if (steps := directory.steps) and not resume:
+        raise UsageError(
+            f"{directory.path} already holds a run (step {steps[-1]}); pass --resume to go on, or choose another --out."
+        )
+
+
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """The config with the seed, draws and average that it leaves open: those of the run to resume, or the defaults."""
+    settings: Mapping[str, Any] = {}
+    average: Mapping[str, Any] = {}
+    free: Mapping[str, Any] = {}
+    directory = RunDirectory(config.out)
+    if config.resume and (steps := directory.steps):
+        state = directory.state(steps[-1])
+        settings, average, free = state["settings"], state["average"] or {}, state.get("free_settings", {})
+    found = {"seed": settings.get("seed", 0), "draws": settings.get("draws", 1)}
+    found |= {"ema": average.get("decay"), "ema_every": free.get("ema_every") or 100}
+    return replace(config, **{key: value for key, value in found.items() if getattr(config, key) is None})
+
+
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: str) -> None:
     """Refuse to go on with other samples or settings than a run began with; both are a `settings_record`."""
     old, new = before["stores"], now["stores"]
@@ -186,15 +225,50 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: s
             "the run's stores as they were, in their order (they may lie elsewhere); or train on these with another "
             "--out, from the run's weights if you like: `alpacache export` it and pass that as --model."
         )
-    apart = {"micro_batch", "processes", "dataset_samples", "stores"}
+    was, wanted = _meant(before), _meant(now)
     changed = [
-        f"{key}: the run has {before[key]!r}, now {value!r}"
-        for key, value in now.items()
-        if key not in apart and before.get(key, value) != value
+        f"{key}: the run has {was[key]!r}, now {value!r}"
+        for key, value in wanted.items()
+        if was.get(key, value) != value
     ]
     if changed:
         listed = "\n  ".join(changed)
         raise UsageError(f"{run} was begun with other settings:\n  {listed}\nRepeat them, or choose another --out.")
+
+
+def _meant(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What must not change of a `settings_record`, in one form: epochs as steps, defaults spelled out."""
+    apart = {"micro_batch", "processes", "dataset_samples", "stores", "epochs", "steps", "warmup"}
+    meant = {key: value for key, value in record.items() if key not in apart}
+    if record.get("steps") or record.get("epochs"):
+        meant["steps"] = steps = record.get("steps") or steps_of(
+            record["epochs"], record["dataset_samples"], record["batch_size"]
+        )
+        meant["warmup"] = default_warmup(steps) if record.get("warmup") is None else record["warmup"]
+    if meant.get("lora_alpha", 0) is None:
+        meant["lora_alpha"] = 2.0 * meant["lora_rank"]
+    if meant.get("optimizer") == "auto":  # as older versions recorded it: which one it was is not known
+        del meant["optimizer"]
+    return meant
+
+
+def free_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a call that may differ in the next one, for a checkpoint to record; plain JSON, secrets masked."""
+    free: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in _FREE_TO_CHANGE - {"resume", "take_over"}:
+            texts = isinstance(value, (list, tuple))
+            free[key] = list(map(masked, value)) if texts else masked(value) if isinstance(value, str) else value
+    return free
+
+
+def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a resumed run does otherwise than the call that wrote its checkpoint, where that recorded it."""
+    return [
+        f"{key} {json.dumps(before[key])} -> {json.dumps(value)}"
+        for key, value in now.items()
+        if key in before and before[key] != value
+    ]
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -9,13 +9,18 @@ _LIMIT = 3
 """Skipped steps in a row that end a run."""
 
 
+def default_warmup(total: int) -> int:
+    """100 steps, or a tenth of the run if that is less."""
+    return min(100, total // 10)
+
+
 class LearningRate:
     """Rises linearly from `peak / warmup` to `peak`, then falls along a cosine to `final` at the last step."""
 
     def __init__(self, *, peak: float, final: float, warmup: int | None, total: int) -> None:
-        """`warmup` None: 100 steps, or a tenth of the run. Raises `UsageError` where `peak` would never be reached."""
+        """`warmup` None: `default_warmup`. Raises `UsageError` where `peak` would never be reached."""
         self.peak, self.final, self.total = peak, final, total
-        self.warmup = min(100, total // 10) if warmup is None else warmup
+        self.warmup = default_warmup(total) if warmup is None else warmup
         if self.warmup >= total:
             raise UsageError(f"warmup is {self.warmup} of {total} steps; expected fewer, so that lr is ever reached.")
 

@@ -9,7 +9,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from alpacache.interrupt import InterruptGuard
 from alpacache.masking import masked
 from alpacache.planning.workload import MemoryPlan, Workload, expert_sizes
 from alpacache.progress import OnProgress, ignore
+from alpacache.torchrun import lone_task
 from alpacache.training import auto_settings
 from alpacache.training.checkpoint_writer import CheckpointWriter
 from alpacache.training.config import TrainConfig
@@ -37,7 +38,15 @@ from alpacache.training.data_order import DamagedSamples, batches_of
 from alpacache.training.learner import Learner
 from alpacache.training.optimizers import StepOptimizer, make_optimizer, resolve
 from alpacache.training.run_directory import RunCheckpoint, read_checkpoint
-from alpacache.training.run_inputs import RunInputs, check_unchanged, settings_record
+from alpacache.training.run_inputs import (
+    RunInputs,
+    as_begun,
+    check_begun,
+    check_unchanged,
+    differing_settings,
+    free_settings,
+    settings_record,
+)
 from alpacache.training.run_log import RunLog, TrainReport, make_trackers
 from alpacache.training.schedule import BestValidation, LearningRate, SkippedSteps
 from alpacache.training.step import StepResult, TrainStep
@@ -47,70 +56,105 @@ from cache_store import SampleReadError, UnreachableStoreError
 
 
 def train(
-    config: TrainConfig, *, on_progress: OnProgress = ignore, on_plan: Callable[[MemoryPlan], None] = lambda plan: None
+    config: TrainConfig,
+    *,
+    on_progress: OnProgress = ignore,
+    on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> TrainReport:
     """Train until the configured step; saves on the way, at the end, and when a signal asks to stop.
 
-    On a GPU `on_plan` is told what memory the run will take, before any of it is taken. Under torchrun every process
-    calls this with the same config; the first one writes.
+    On a GPU `on_plan` is told what memory the run will take, before any of it is taken; `on_note` gets a line on what a
+    resumed run goes on from. Under torchrun every process calls this with the same config; the first one writes.
     """
+    if (task := lone_task()) is not None:
+        launcher, variable = task
+        raise UsageError(
+            f"this is one of several tasks that {launcher} has started ({variable} is set), and they do not know of "
+            "each other. Start one task a machine, and torchrun in it (docs/how-to/several-machines.md); for runs of "
+            f"their own, each with another --out, unset {variable}."
+        )
     with join_world(config.device) as world:
         if world.size > 1 and config.on_damage == "skip":
             raise UsageError(
                 "on_damage is 'skip' with several processes; mend the store with `alpacache verify` instead."
             )
+        config = as_begun(config)
         inputs = RunInputs(config, world)
-        data, batch_size = inputs.data, world.local_batch_size(config.batch_size)
+        with inputs.directory.owned(take_over=config.take_over) if world.is_first else nullcontext():
+            check_begun(inputs.directory, resume=config.resume)  # another process may just have begun it
+            return _train(config, inputs, on_progress, on_plan, on_note)
 
-        def batch_seconds() -> float:
-            if config.in_memory:  # nothing to wait for after the first epoch
-                return 0.0
-            space, damaged = action_space(inputs.checkpoint), DamagedSamples(data, config.on_damage)
-            size, device = batch_size, world.device
-            return auto_settings.batch_seconds(data, space, inputs.order, damaged, batch_size=size, device=device)
 
-        work = Workload(
-            **expert_sizes(inputs.checkpoint.shapes(*EXPERT_PARTS), config.trainable, config.lora_rank),
-            layout=data.layout,
-            longest=data.longest,
-            trainable=config.trainable,
-            batch_size=batch_size,
-            optimizer=resolve(config.optimizer, world.device),
-            compiled=config.compile,
-            validates=config.val is not None,
-            pinned_bytes=int(data.kv_bytes.sum()) if config.in_memory else None,
-        )
-        plan = auto_settings.settle(
-            work,
-            world,
-            inputs.directory,
-            draws=config.draws,
-            micro_batch=config.micro_batch,
-            checkpointing=config.checkpointing,
-            budget_bytes=config.budget_bytes,
-            batch_seconds=batch_seconds,
-        )
-        if world.is_first and world.device.type == "cuda":
-            on_plan(plan)
-        config = replace(config, draws=plan.draws, micro_batch=plan.micro_batch, checkpointing=plan.checkpointing)
-        run = _Run(config, inputs, plan, on_progress)
-        world.barrier()
-        try:
-            return run.loop()
-        except torch.OutOfMemoryError as error:
-            peak, resumable = run.learner.peak_bytes(), bool(inputs.directory.steps)
-            raise auto_settings.out_of_memory(error, plan, peak, resumable=resumable) from error
+def _train(
+    config: TrainConfig,
+    inputs: RunInputs,
+    on_progress: OnProgress,
+    on_plan: Callable[[MemoryPlan], None],
+    on_note: Callable[[str], None],
+) -> TrainReport:
+    """Settle what the config left open, and train."""
+    world, data, batch_size = inputs.world, inputs.data, inputs.world.local_batch_size(config.batch_size)
+
+    def batch_seconds() -> float:
+        if config.in_memory:  # nothing to wait for after the first epoch
+            return 0.0
+        space, damaged = action_space(inputs.checkpoint), DamagedSamples(data, config.on_damage)
+        size, device = batch_size, world.device
+        return auto_settings.batch_seconds(data, space, inputs.order, damaged, batch_size=size, device=device)
+
+    work = Workload(
+        **expert_sizes(inputs.checkpoint.shapes(*EXPERT_PARTS), config.trainable, config.lora_rank),
+        layout=data.layout,
+        longest=data.longest,
+        trainable=config.trainable,
+        batch_size=batch_size,
+        optimizer=resolve(config.optimizer, world.device),
+        compiled=config.compile,
+        validates=config.val is not None,
+        pinned_bytes=int(data.kv_bytes.sum()) if config.in_memory else None,
+    )
+    assert config.draws is not None
+    plan = auto_settings.settle(
+        work,
+        world,
+        inputs.directory,
+        draws=config.draws,
+        micro_batch=config.micro_batch,
+        checkpointing=config.checkpointing,
+        budget_bytes=config.budget_bytes,
+        batch_seconds=batch_seconds,
+    )
+    if world.is_first and world.device.type == "cuda":
+        on_plan(plan)
+    config = replace(config, draws=plan.draws, micro_batch=plan.micro_batch, checkpointing=plan.checkpointing)
+    run = _Run(config, inputs, plan, on_progress, on_note)
+    world.barrier()
+    try:
+        return run.loop()
+    except torch.OutOfMemoryError as error:
+        peak, resumable = run.learner.peak_bytes(), bool(inputs.directory.steps)
+        raise auto_settings.out_of_memory(error, plan, peak, resumable=resumable) from error
 
 
 class _Run:
     """A run under way: its learner, the step that it has come to, and what it has seen."""
 
-    def __init__(self, config: TrainConfig, inputs: RunInputs, plan: MemoryPlan, on_progress: OnProgress) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        inputs: RunInputs,
+        plan: MemoryPlan,
+        on_progress: OnProgress,
+        on_note: Callable[[str], None],
+    ) -> None:
         """Begin a run, or go on from its newest checkpoint."""
-        self.config, self.inputs, self.plan = config, inputs, plan
+        assert config.seed is not None
+        self.config, self.inputs, self.plan, self.seed, self._on_note = config, inputs, plan, config.seed, on_note
         self.world, self.directory, self.data, self.total = inputs.world, inputs.directory, inputs.data, inputs.total
         world, directory = self.world, self.directory
         used = {"lr": config.peak_lr, "store_weights": config.store_weights}
+        used["optimizer"] = resolve(config.optimizer, world.device)
         self.settings = settings_record(asdict(config) | used, inputs.stores, processes=world.size)
         self.rate = LearningRate(peak=config.peak_lr, final=config.min_lr, warmup=config.warmup, total=self.total)
         self.learner = self._make_learner()
@@ -135,9 +179,11 @@ class _Run:
         if directory.steps:
             saved = self._restore(directory.steps[-1])
         elif world.is_first:
-            directory.write("config.toml", masked(to_toml(config)))
-            directory.rewind_metrics(0)
+            if config.resume:
+                on_note(f"{config.out} has no checkpoint to go on from; the run begins at step 0.")
+            directory.begin(masked(to_toml(replace(config, resume=False, take_over=False))))
         if config.ema is not None and world.is_first:
+            assert config.ema_every is not None
             self.learner.start_average(config.ema, config.ema_every, saved)
         self.first = self.step
         """Step that this call goes on after."""
@@ -149,8 +195,8 @@ class _Run:
         config, world = self.config, self.world
         dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
         expert = load_expert(self.inputs.checkpoint, dtype=dtype, device=world.device)
-        rank, alpha, seed = config.lora_rank, config.lora_alpha, config.seed
-        parameters = choose_trainable(expert, config.trainable, lora_rank=rank, lora_alpha=alpha, seed=seed)
+        rank, alpha = config.lora_rank, config.lora_alpha
+        parameters = choose_trainable(expert, config.trainable, lora_rank=rank, lora_alpha=alpha, seed=self.seed)
         if config.checkpointing:
             enable_checkpointing(expert)
 
@@ -176,9 +222,26 @@ class _Run:
         self.skipped = SkippedSteps(**(content.state.get("skipped") or {}))
         self.damaged.indices = set(content.state["damaged_indices"])
         if self.world.is_first:
-            self.directory.point_links(step, best=self.best.step)
-            self.directory.rewind_metrics(step)
+            self._on_note(self._what_goes_on(content.state))
+            self.directory.mark(step, best=self.best.step)
+            self.directory.prune(self._kept)
+            self.directory.rewind_metrics(step, content.state.get("metrics"))
         return content
+
+    def _what_goes_on(self, state: Mapping[str, Any]) -> str:
+        """A line on what a resumed run goes on from and does otherwise than before."""
+        out, reached = self.config.out, f"step {self.step} of {self.total}"
+        if self.step == self.total:
+            return f"{out} is finished ({reached}); nothing is left to train."
+        if self.stopped_early:
+            return f"{out} has stopped early at {reached}; a larger --patience goes on."
+        before = {**state.get("free_settings", {}), "processes": state["settings"]["processes"]}
+        before["micro_batch"] = state["settings"]["micro_batch"]
+        differs = differing_settings(before, free_settings(asdict(self.config)) | {"processes": self.world.size})
+        if self.config.ema is not None and state["average"] is None:
+            differs.append("an average of the weights begins here")
+        how = f"other than before: {', '.join(differs)}" if differs else "with the settings that it had"
+        return f"{out} goes on from {reached}, {how}."
 
     def loop(self) -> TrainReport:
         """Train to the last step, or until validation stops getting better."""
@@ -274,7 +337,7 @@ class _Run:
         return self.step == self.total or self.step % every == 0
 
     def _enqueue(self, step: TrainStep, batch: Batch, *, stop: bool) -> StepResult:
-        seed, draws, schedule = self.config.seed, self.plan.draws, self.config.times
+        seed, draws, schedule = self.seed, self.plan.draws, self.config.times
         noise = torch.stack([randomness.noise(seed, place, draws=draws) for place in batch.positions])
         t = torch.stack([randomness.times(seed, place, draws=draws, schedule=schedule) for place in batch.positions])
         return step.run(batch, noise, t, self.rate(self.step), stop=stop)
@@ -341,7 +404,7 @@ class _Run:
 
     def _make_up_for_validation(self) -> None:
         """Validate the step that the run goes on from, if a request to stop had cut that short."""
-        told = [row for row in self.directory.metrics(up_to=self.step) if row["step"] == self.step]
+        told = [row for row in self.directory.metrics.rows(up_to=self.step) if row["step"] == self.step]
         cut_short = any("lr" in row for row in told) and not any("val_loss" in row for row in told)
         due = self.validation is not None and self._is_due(self.config.val_every) and cut_short
         if self.world.all_gather(due)[0]:
@@ -401,11 +464,15 @@ class _Run:
         if for_good is not None:
             self.log.write_damage(self.step, error, for_good=for_good)
 
+    @property
+    def _kept(self) -> int:
+        """Checkpoints to keep. One that follows a skipped step pushes no other out: it may hold what broke the step."""
+        return sys.maxsize if self.skipped.in_a_row else self.config.keep
+
     def _save(self, *, and_wait: bool) -> None:
         """Write a checkpoint. `and_wait`: until it is on the medium, and the other processes know.
 
-        One that follows a skipped step pushes no other out: what it holds may be what broke the step. Raises
-        `NonFiniteError` for weights or moments that are not finite, before anything is written.
+        Raises `NonFiniteError` for weights or moments that are not finite, before anything is written.
         """
         self.learner.update.complete(self.learner.optimizer.tensors())
         if bad := self.learner.not_finite():
@@ -420,6 +487,8 @@ class _Run:
                 self.directory.write("memory.json", strict_json.dumps(record, indent=1) + "\n")
             state = {
                 "settings": self.settings,
+                "free_settings": free_settings(asdict(self.config)),
+                "metrics": self.directory.metrics.seal,
                 "base": model_identity(self.inputs.checkpoint),
                 "vlm": self.data.vlm,
                 "best": asdict(self.best),
@@ -427,8 +496,7 @@ class _Run:
                 "skipped": asdict(self.skipped),
                 **self.damaged.state(),
             }
-            keep = sys.maxsize if self.skipped.in_a_row else self.config.keep
-            self.writer.save(self.step, self.learner.checkpoint(state), keep=keep, best=self.best.step)
+            self.writer.save(self.step, self.learner.checkpoint(state), keep=self._kept, best=self.best.step)
         if and_wait:
             self.writer.wait()
             self.world.barrier()

@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alpacache.torchrun import LaunchedProcess, this_process
+import pytest
+
+from alpacache.torchrun import LaunchedProcess, lone_task, this_process
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -17,6 +19,27 @@ def test_a_process_knows_its_place(monkeypatch):
     for name, value in zip(NAMES, ("9", "16", "1", "8"), strict=True):
         monkeypatch.setenv(name, value)
     assert this_process() == LaunchedProcess(rank=9, world_size=16, local_rank=1, local_world_size=8)
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, None),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # a batch script
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, ("srun", "SLURM_PROCID")),
+        ({"SLURM_PROCID": "1"}, ("srun", "SLURM_PROCID")),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16", "RANK": "9"}, None),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, ("mpirun", "OMPI_COMM_WORLD_RANK")),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, None),
+    ],
+)
+def test_a_task_of_another_launcher_is_told_apart(monkeypatch, variables, found):
+    for name in ("WORLD_SIZE", "RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert lone_task() == found
 
 
 def test_nothing_else_reads_them():

@@ -60,8 +60,11 @@ def test_the_whole_way_with_json(model, tmp_path, run, run_here):
     alone += ("--device", "cpu", "--json", "--model")
     for name in ("full", "lean"):
         assert json.loads(run_here(*alone, tmp_path / name).stdout)["summary"]["models"] == ["base"]
-    refused = run_here(*export, tmp_path / "full", "--json", code=2)
-    assert "exists and is not an empty directory" in refused.stderr
+    again = run_here(*export, tmp_path / "full", "--json")
+    assert "holds this export already, whole; nothing was written" in again.stderr
+    assert json.loads(again.stdout)["existed"] is True
+    refused = run_here(*export, tmp_path / "store", "--json", code=2)
+    assert "is a store" in refused.stderr
     assert refused.stdout == ""
     refused = run_here(*train, code=2)
     assert "pass --resume to go on" in refused.stderr

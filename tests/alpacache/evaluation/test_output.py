@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from alpacache.driving.strata import classify
+from alpacache.errors import UsageError
 from alpacache.evaluation.judging import SampleResult, judge, judge_baselines
-from alpacache.evaluation.output import write_results, write_sample_table
+from alpacache.evaluation.output import check_evaluation_out, write_results, write_sample_table
 from alpacache.evaluation.summary import summarise
 
 HISTORY = np.stack([np.arange(-15.0, 1.0), np.zeros(16), np.zeros(16)], axis=-1)
@@ -50,14 +51,41 @@ def test_a_row_for_every_sample_and_model_and_the_means_are_those_of_the_summary
 
 
 def test_what_is_not_finite_is_null_in_the_json(tmp_path):
-    (tmp_path / "pictures").mkdir()
     good = result(0, 3.0)
     metrics = dict(good.models["base"].metrics, corner_distance=float("nan"))
     results = [replace(good, models={**good.models, "base": replace(good.models["base"], metrics=metrics)})]
     settings = {"paths": 2, "seed": 0}
-    write_results(tmp_path, summarise(results), results, settings=settings, losses={})
-    document = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
+    check_evaluation_out(tmp_path / "out")
+    write_results(tmp_path / "out", summarise(results), results, settings=settings, losses={})
+    document = json.loads((tmp_path / "out/eval.json").read_text(), parse_constant=pytest.fail)
     assert document["settings"] == settings
     assert document["samples"][0]["metrics"]["base"]["corner_distance"] is None
     assert document["summary"]["strata"]["all"]["metrics"]["base"]["corner_distance"] is None
     assert document["summary"]["strata"]["all"]["metrics"]["base"]["min_fde"] == metrics["min_fde"]
+
+
+def test_a_second_evaluation_takes_the_place_of_all_of_the_first(tmp_path):
+    results, out = [result(0, 3.0), result(1, -5.0)], tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for seed, used in ((0, results), (1, results[:1])):
+        check_evaluation_out(out)
+        write_results(out, summarise(used), used, settings={"seed": seed}, losses={})
+    assert json.loads((out / "eval.json").read_text())["settings"] == {"seed": 1}
+    assert sorted(path.name for path in (out / "pictures").iterdir()) == [
+        "best.png",
+        "median.png",
+        "sample-000.png",
+        "worst.png",
+    ]
+    names = ["eval.json", "notes.txt", "pictures", "report.html", "samples.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["eval.json", "report.html", "samples.parquet", "pictures"])
+def test_what_has_an_evaluations_name_and_is_of_another_kind_stays(tmp_path, name):
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(UsageError, match=f"holds {name}, but no whole evaluation; nothing is written over"):
+        check_evaluation_out(tmp_path)
+    assert (tmp_path / name).read_text() == '{"mine": 1}'

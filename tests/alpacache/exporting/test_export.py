@@ -248,7 +248,7 @@ def test_training_goes_on_from_an_export_whose_run_does_not_fit_the_base(root, t
 
 def test_a_run_means_its_best_and_a_checkpoint_itself(root, tmp_path):
     best = export(root / "Tiny-R1", root / "all", tmp_path / "best")
-    assert best.checkpoint == str(root / "all/best")
+    assert best.checkpoint == str((root / "all/best").resolve())
     step = RunDirectory(root / "all").checkpoint(3)
     assert export(root / "Tiny-R1", step, tmp_path / "step").step == 3
     with pytest.raises(UsageError, match="neither a run directory"):
@@ -304,11 +304,59 @@ def test_an_existing_out_is_refused_and_an_empty_one_used(root, tmp_path):
     export(root / "Tiny-R1", root / "head", out)
     before = sorted(out.rglob("*"))
     with pytest.raises(UsageError, match="exists and is not an empty directory"):
-        export(root / "Tiny-R1", root / "head", out)
+        export(root / "Tiny-R1", root / "lora", out)
     assert sorted(out.rglob("*")) == before
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UsageError, match="exists and is not an empty directory"):
+    with pytest.raises(UsageError, match="is a file"):
         export(root / "Tiny-R1", root / "head", tmp_path / "file")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists and is not an empty directory"):
+        export(root / "Tiny-R1", root / "head", tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("expert_only", [False, True])
+def test_the_same_export_again_finds_it_finished_unless_a_byte_is_another(expert_only, root, tmp_path):
+    model, out = root / "Tiny-R1", tmp_path / "out"
+    first = export(model, root / "all", out, expert_only=expert_only)
+    assert not first.existed
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = export(model, root / "all", out, expert_only=expert_only)
+    assert (again.existed, again.written_files, again.linked_files, again.step) == (True, 0, 0, first.step)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == stamps
+    with pytest.raises(UsageError, match="exists and is not an empty directory"):
+        export(model, root / "all", out, expert_only=not expert_only)
+    shard = out / (SINGLE if expert_only else FIRST)
+    info = read_header(shard)["expert.norm.weight"]
+    data = bytearray(shard.read_bytes())
+    data[info.offset] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UsageError, match="does not hold just this export"):
+        export(model, root / "all", out, expert_only=expert_only)
+
+
+def test_an_average_is_recorded_where_it_was_taken(root, tmp_path):
+    model = root / "Tiny-R1"
+    run = train(tmp_path, model, "run", stores=(str(root / "store"),), ema=0.5, ema_every=2)
+    plain, taken = (export(model, run, tmp_path / str(ema), ema=ema) for ema in (False, True))
+    assert (plain.average, plain.had_average) == (None, True)
+    assert (taken.average, taken.had_average) == (0.5, True)
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("False", "True")]
+    assert "| weights | of the last of these steps |" in cards[0]
+    assert "| weights | moving average over the steps, decay 0.5 |" in cards[1]
+    notes = [Checkpoint(str(tmp_path / name)).origin["trained"] for name in ("False", "True")]
+    assert "average" not in notes[0]
+    assert notes[1] == notes[0] | {"average": {"decay": 0.5, "crc32c": notes[1]["average"]["crc32c"]}}
+
+
+def test_files_have_the_modes_that_the_umask_leaves(root, tmp_path):
+    before = os.umask(0o027)
+    try:
+        export(root / "Tiny-R1", root / "head", tmp_path / "out", expert_only=True)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").rglob("*") if path.is_file()} == {"0o640"}
 
 
 def test_a_base_that_holds_a_tensor_twice_is_refused(root, tmp_path):

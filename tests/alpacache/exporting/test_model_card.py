@@ -17,7 +17,7 @@ FACTS = {"step": 1200, "trainable": "head", "samples": 34567, "stores": (), "los
 
 
 def card(tiny_checkpoint, *, base_card=None, base_licence=None, **changes):
-    facts = RunFacts(**{**FACTS, "train_loss": None, "val_loss": None, **changes})
+    facts = RunFacts(**{**FACTS, "average": None, "train_loss": None, "val_loss": None, **changes})
     base = Checkpoint(str(tiny_checkpoint))
     return model_card("mine", base, facts, base_card=base_card, base_licence=base_licence, expert_only=False)
 

@@ -146,7 +146,22 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, assert_same):
     for ref in refs:
         assert_same(source.load(ref, cameras=[FRONT], frames=1), DRIVES.load(ref, cameras=[FRONT], frames=1))
     with pytest.raises(UsageError, match="already exists"):
-        prepare(DRIVES, refs, out, cameras=[FRONT], frames=1)
+        prepare(DRIVES, refs, out, cameras=[FRONT], frames=2)
+
+
+def test_the_same_call_again_finds_its_finished_output_and_removes_what_a_kill_left(tmp_path):
+    refs, out = refs_of(DRIVES), tmp_path / "out"
+    first = prepare(DRIVES, refs, out, cameras=[FRONT], frames=1)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / "out.partial/done").mkdir(parents=True)
+    again = prepare(DRIVES, refs, out, cameras=[FRONT], frames=1)
+    assert (first.existed, again.existed, again.samples) == (False, True, 5)
+    assert (again.rejected, again.provenance) == (first.rejected, first.provenance)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for changed in ({"refs": refs[1:]}, {"frames": 2}, {"settings": {"seed": 1}}):
+        with pytest.raises(UsageError, match="already exists"):
+            prepare(DRIVES, out=out, **{"refs": refs, "cameras": [FRONT], "frames": 1} | changed)
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -84,7 +84,8 @@ ONE, FOUR = (["a", "b"], identity(["front"])), (["a", "b"], identity(["front", "
 
 def record(*stores, paths=None, **changes):
     paths = paths or tuple(f"cache/{number}" for number in range(len(stores)))
-    settings = asdict(TrainConfig(stores=paths, model="tiny", out="run", steps=3, micro_batch=2, **changes))
+    values = {"steps": 3, "micro_batch": 2} | changes
+    settings = asdict(run_inputs.as_begun(TrainConfig(stores=paths, model="tiny", out="run", **values)))
     return run_inputs.settings_record(settings, run_inputs.stores_record(paths, Stores(*stores)), processes=1)
 
 
@@ -112,6 +113,57 @@ def test_stores_may_move_and_a_revision_may_be_forgotten():
 
 
 @pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"steps": None, "epochs": 3}, {"steps": 3, "epochs": None}),
+        ({"steps": 40}, {"steps": 40, "warmup": 4}),
+        ({"steps": None, "epochs": 40.0, "warmup": 4}, {"steps": 40}),
+        ({"trainable": "lora"}, {"trainable": "lora", "lora_alpha": 32.0}),
+        ({"trainable": "head", "lora_rank": 4}, {"trainable": "head"}),
+        ({"seed": 0, "draws": 1, "betas": [0.9, 0.999]}, {"keep": 9, "save_every": 1, "ema": 0.9}),
+    ],
+)
+def test_equal_settings_in_another_form_are_equal(one, other):
+    """Two samples in batches of 8: an epoch is 0.25 steps."""
+    for first, second in ((one, other), (other, one)):
+        if first.get("epochs"):
+            first = first | {"epochs": first["epochs"] * 4}
+        if second.get("epochs"):
+            second = second | {"epochs": second["epochs"] * 4}
+        run_inputs.check_unchanged(record(ONE, **first), record(ONE, **second), run="run")
+
+
+def test_what_an_older_version_left_open_is_not_compared_and_a_real_change_named():
+    before = record(ONE) | {"optimizer": "auto"}
+    run_inputs.check_unchanged(before, record(ONE) | {"optimizer": "adamw"}, run="run")
+    with pytest.raises(UsageError, match=r"optimizer: the run has 'adamw', now 'adamw8'"):
+        run_inputs.check_unchanged(before | {"optimizer": "adamw"}, record(ONE) | {"optimizer": "adamw8"}, run="run")
+    with pytest.raises(UsageError, match=r"steps: the run has 3, now 4\nRepeat"):
+        run_inputs.check_unchanged(record(ONE), record(ONE, steps=None, epochs=16.0), run="run")
+
+
+def test_what_a_run_was_begun_with_need_not_be_repeated(tmp_path, run_state):
+    state = run_state(average={"decay": 0.9, "behind": 1}, free_settings={"ema_every": 4})
+    state["settings"] |= {"draws": 4, "seed": 7}
+    RunDirectory(tmp_path).save(1, RunCheckpoint(model={}, optimizer={}, state=state), keep=1)
+    config = TrainConfig(stores=("s",), model="m", out=str(tmp_path), steps=3, resume=True)
+
+    def found(config):
+        return [getattr(run_inputs.as_begun(config), name) for name in ("seed", "draws", "ema", "ema_every")]
+
+    assert found(config) == [7, 4, 0.9, 4]
+    assert found(replace(config, seed=0, ema=0.5)) == [0, 4, 0.5, 4]
+    assert found(replace(config, resume=False)) == [0, 1, None, 100]
+
+
+def test_settings_that_differ_from_the_last_call_are_told():
+    before = run_inputs.free_settings({"keep": 2, "stores": ("a",), "ema": None, "seed": 1, "resume": False})
+    assert before == {"keep": 2, "stores": ["a"], "ema": None}
+    now = run_inputs.free_settings({"keep": 1, "stores": ("a",), "ema": 0.9, "patience": 3})
+    assert run_inputs.differing_settings(before, now) == ["keep 2 -> 1", "ema null -> 0.9"]
+
+
+@pytest.mark.parametrize(
     ("theirs", "message"),
     [
         ({"samples of --store": "5 of"}, r"samples of --store: 4 of digest \w{8} in process 0; 5 of in process 1"),
@@ -122,7 +174,7 @@ def test_stores_may_move_and_a_revision_may_be_forgotten():
 )
 def test_processes_that_see_different_things_refuse(tiny_checkpoint, store, tmp_path, theirs, message):
     out = tmp_path / "run"
-    config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out=str(out), steps=3, batch_size=4)
+    config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out=str(out), steps=3, batch_size=4, seed=0)
     world = Beside(rank=0, size=2, device=CPU)
     assert run_inputs.RunInputs(config, world).total == 3
     with pytest.raises(UsageError, match=f"2 processes of .* do not see the same:\n  {message}\nNothing was changed"):

@@ -33,6 +33,7 @@ from alpacache.gpu import checksum
 from alpacache.training import train as training
 from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import RunDirectory, read_checkpoint, read_trained
+from alpacache.training.run_state import sealed
 from cache_store import CacheReader, CorruptSampleError, UnreachableStoreError, UnreadableSampleError
 from cache_store.format.names import sample_key
 
@@ -260,8 +261,43 @@ def test_a_run_goes_on_with_its_stores_in_their_order_wherever_they_lie(tiny_che
     for base in (state["base"], state["settings"].get("base")):  # of a snapshot of the hub that is a directory now
         if base is not None:
             base["revision"] = "abc"
-    (out / "last/state.json").write_text(json.dumps(state))
+    del state["document_crc32c"]
+    (out / "last/state.json").write_bytes(sealed(state))
     assert resume(*both).steps == 2
+
+
+def test_a_resumed_run_keeps_seed_draws_and_average_and_says_what_it_goes_on_from(tiny_checkpoint, store, tmp_path):
+    whole, parts, notes = tmp_path / "whole", tmp_path / "parts", []
+    values = {"seed": 7, "draws": 2, "ema": 0.9, "ema_every": 4, "save_every": 3, "keep": 9}
+    alpacache.train(config(tiny_checkpoint, store, whole, **values))
+    shutil.copytree(whole / "checkpoints/step-0000003", parts / "checkpoints/step-0000003")
+    less = config(tiny_checkpoint, store, parts, draws=None, steps=None, epochs=2.4, keep=1, resume=True)
+    alpacache.train(less, on_note=notes.append)
+    alpacache.train(replace(less, epochs=None, steps=6), on_note=notes.append)
+    for name in ("model", "average"):
+        first, second = (load_file(out / f"last/{name}.safetensors") for out in (whole, parts))
+        assert same(first, second)
+    assert len(notes) == 2
+    assert notes[0].startswith(f"{parts} goes on from step 3 of 6, other than before: ")
+    for text in (f'out "{whole}" -> "{parts}"', "save_every 3 -> 100", "keep 9 -> 1"):
+        assert text in notes[0]
+    assert "ema" not in notes[0]
+    assert notes[1] == f"{parts} is finished (step 6 of 6); nothing is left to train."
+    assert RunDirectory(parts).steps == [6]
+
+
+def test_two_trainings_do_not_write_to_one_run(tiny_checkpoint, store, tmp_path):
+    with RunDirectory(tmp_path / "run").owned(), pytest.raises(UsageError, match=r"is being written by .*--take-over"):
+        alpacache.train(config(tiny_checkpoint, store, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_of_several_tasks_without_torchrun_is_refused(tiny_checkpoint, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UsageError, match=r"several tasks that srun has started .*unset SLURM_PROCID"):
+        alpacache.train(config(tiny_checkpoint, store, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 class _Two(World):

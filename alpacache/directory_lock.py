@@ -1,0 +1,162 @@
+"""A directory's one owner: of all processes that would write there, on one machine or on several, one may.
+
+The kernel's lock on the file `lock` ends with its process, however that ends. Some network disks keep such locks to one
+machine or do not have them. So the file also says who holds it, and its holder writes it anew every few seconds: an
+owner on another machine lives as long as the file changes, one on this machine as long as its process does.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+from alpacache.errors import DataError, UsageError
+
+_log = logging.getLogger(__name__)
+LOCK = "lock"
+"""Name of the file."""
+_BEAT_S = 3.0
+_WATCH_S = 10.0
+"""How long an owner on another machine may be silent; more than a beat and what a network disk keeps in mind."""
+
+
+class DirectoryLock:
+    """Held while entered; a directory that is not there is made, and removed again if nothing was put there.
+
+    Raises `UsageError` on entering where another process holds it.
+    """
+
+    def __init__(self, directory: Path, *, remedy: str, take_over: bool = False) -> None:
+        """`remedy`: what a user can do about another owner. `take_over`: do not mind one."""
+        self._directory, self._path = directory, directory / LOCK
+        self._remedy, self._takes_over = remedy, take_over
+        self._file = -1
+        self._made = [path for path in (directory, *directory.parents) if not path.exists()]
+        self._left, self._beat = threading.Event(), threading.Thread(target=self._write_beats, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        if self._takes_over:
+            self._path.unlink(missing_ok=True)  # whoever holds it finds that out with `check`
+        self._file, locked = self._open()
+        try:
+            owner = _read(self._file)
+            if locked is False or (owner and self._is_alive(owner, locked=locked)):
+                raise UsageError(f"{self._directory} is being written by {_named(owner)}. {self._remedy}")
+            self._write(0)
+            self._beat.start()
+        except BaseException:
+            os.close(self._file)
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._left.set()
+        self._beat.join()
+        with suppress(OSError):
+            if self._is_ours():
+                self._path.unlink()
+            for path in self._made:
+                path.rmdir()
+        os.close(self._file)
+        self._file = -1
+
+    def check(self) -> None:
+        """Raise `DataError` if another process has taken over; nothing may be written then."""
+        if not self._is_ours():
+            raise DataError(
+                f"{self._directory} is no longer this process's: another one has taken over, or {self._path.name} was "
+                "removed. This process ends without writing there."
+            )
+
+    def _open(self) -> tuple[int, bool | None]:
+        """The file and whether it could be locked; None where the file system has no locks."""
+        while True:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            locked: bool | None = True
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                locked = False
+            except OSError:
+                locked = None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), self._path.stat()):
+                    return file, locked
+            os.close(file)  # its owner has just left and removed it
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file), self._path.stat())
+        except OSError:
+            return False
+
+    def _is_alive(self, owner: Mapping[str, Any], *, locked: bool | None) -> bool:
+        """Whether the process that a lock's file names still runs, as far as can be told from here."""
+        if owner.get("place") == _place():
+            return locked is None and owner.get("started") == _started(owner.get("pid"))
+        _log.warning(
+            "%s was left by %s; waiting %.0f s whether that still writes there.",
+            self._directory,
+            _named(owner),
+            _WATCH_S,
+        )
+        end = time.monotonic() + _WATCH_S
+        while time.monotonic() < end:
+            time.sleep(_WATCH_S / 10)
+            file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)  # opened anew, a network disk looks at its server
+            try:
+                if _read(file) != owner:
+                    return True
+            finally:
+                os.close(file)
+        return False
+
+    def _write(self, beat: int) -> None:
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "place": _place()}
+        text = json.dumps(mine | {"beat": beat}).encode()
+        os.pwrite(self._file, text, 0)
+        os.ftruncate(self._file, len(text))
+        os.fsync(self._file)
+
+    def _write_beats(self) -> None:
+        beat = 0
+        while not self._left.wait(_BEAT_S):
+            beat += 1
+            with suppress(OSError):  # a full disk is met by who writes what counts
+                self._write(beat)
+
+
+def _read(file: int) -> dict[str, Any]:
+    """What a lock's file says of its owner; nothing where none is named, or one is just being written."""
+    with suppress(ValueError):
+        owner = json.loads(os.pread(file, 4096, 0))
+        return owner if isinstance(owner, dict) else {}
+    return {}
+
+
+def _named(owner: Mapping[str, Any]) -> str:
+    return f"process {owner['pid']} on {owner['host']}" if owner.keys() >= {"pid", "host"} else "another process"
+
+
+def _place() -> str:
+    """Where this process's number means something: the host, since it was started, and the container."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return " ".join(parts)
+
+
+def _started(pid: object) -> str | None:
+    """When a process began, in the kernel's ticks, as numbers of processes come again; None if there is none."""
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return None

@@ -1,0 +1,160 @@
+"""A directory of results is there as a whole, or visibly not; a kill mixes no two."""
+
+import errno
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from alpacache.directory_lock import LOCK
+from alpacache.durable import appearing, check_out, names_in, take_back
+from alpacache.errors import UsageError
+
+MAIN, REST = ("report", "numbers"), ("table", "pictures")
+
+
+class Kill(BaseException):
+    """What no handler may swallow."""
+
+
+def write(out, text):
+    with appearing(out, replaces=REST, last=MAIN) as directory:
+        for name in ("report", "numbers", "table"):
+            (directory / name).write_text(text)
+        (directory / "pictures").mkdir()
+        (directory / "pictures" / text).write_text(text)
+
+
+def texts(out):
+    return {
+        path.relative_to(out).as_posix(): path.read_text()
+        for path in out.rglob("*")
+        if path.is_file() and names_in(out) and path.relative_to(out).parts[0] in names_in(out)
+    }
+
+
+def expected(text):
+    return {"report": text, "numbers": text, "table": text, f"pictures/{text}": text}
+
+
+def die_at(monkeypatch, call):
+    """Die before the call-th change of a name."""
+    left = [call]
+
+    def dying(function):
+        def wrapped(*given, **named):
+            if Path(given[0]).name != LOCK:  # the kernel frees that of a killed process
+                left[0] -= 1
+                if left[0] <= 0:
+                    raise Kill
+            return function(*given, **named)
+
+        return wrapped
+
+    for owner, name in ((Path, "rename"), (Path, "unlink"), (shutil, "rmtree"), (Path, "mkdir")):
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+    return left
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_kill_at_any_moment_leaves_the_old_ones_the_new_ones_or_visibly_none(tmp_path, inside):
+    for call in range(1, 40):
+        out = tmp_path / str(call) / "out"
+        out.parent.mkdir()
+        write(out, "old")
+        (out / "notes").write_text("mine")
+        with pytest.MonkeyPatch.context() as patched:
+            if inside:
+                patched.setattr("alpacache.durable._work_place", lambda out: out / ".writing")
+            left = die_at(patched, call)
+            with suppress(Kill):
+                write(out, "new")
+        found = texts(out)
+        assert found.pop("notes") == "mine"
+        assert not ({"old", "new"} <= set(found.values()))
+        if found not in (expected("old"), expected("new")):
+            assert "numbers" not in found
+        write(out, "next")
+        assert texts(out) == expected("next") | {"notes": "mine"}
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+        if left[0] > 0:
+            break
+    assert 8 < call < 39
+
+
+def test_a_new_directory_appears_in_one_rename(tmp_path):
+    with appearing(tmp_path / "a/out") as directory:
+        (directory / "file").write_text("")
+        assert not (tmp_path / "a/out").exists()
+    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["out", "file"]
+
+
+@pytest.mark.parametrize("parent_refuses", [False, True])
+def test_an_empty_directory_that_cannot_be_replaced_is_filled_and_stays_what_it_is(
+    tmp_path, monkeypatch, parent_refuses
+):
+    """A mount point, or a directory in one of another user's."""
+    out = tmp_path / "out"
+    (out / "lost+found").mkdir(parents=True)
+    number = out.stat().st_ino
+    rename, mkdir = Path.rename, Path.mkdir
+
+    def refuse_rename(path, target):
+        if (out in Path(target).parents and out not in path.parents) or Path(target) == out:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(path, target)
+
+    def refuse_mkdir(path, *given, **named):
+        if path.parent == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return mkdir(path, *given, **named)
+
+    monkeypatch.setattr(Path, "rename", refuse_rename)
+    if parent_refuses:
+        monkeypatch.setattr(Path, "mkdir", refuse_mkdir)
+    write(out, "new")
+    assert texts(out) == expected("new")
+    assert out.stat().st_ino == number
+    assert sorted(path.name for path in out.iterdir()) == ["lost+found", "numbers", "pictures", "report", "table"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    write(tmp_path / "out", "old")
+    with pytest.raises(FileNotFoundError), appearing(tmp_path / "out", last=MAIN) as directory:
+        shutil.copy(tmp_path / "absent", directory / "report")
+    assert texts(tmp_path / "out") == expected("old")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_one_process_at_a_time(tmp_path):
+    with appearing(tmp_path / "out") as directory:
+        (directory / "file").write_text("first")
+        with pytest.raises(UsageError, match=r"is being written by .*choose another --out"):
+            write(tmp_path / "out", "second")
+    assert texts(tmp_path / "out") == {"file": "first"}
+
+
+def test_files_have_the_modes_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "out", "new")
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out", *(tmp_path / "out").iterdir())}
+    assert modes == {**dict.fromkeys(("out", "pictures"), "0o750"), **dict.fromkeys((*MAIN, "table"), "0o640")}
+
+
+def test_a_place_for_results_is_a_directory_on_a_disk_outside_of_stores(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/zarr.json").write_text('{"attributes":{"cache_store":{}}}')
+    for out, message in (("file", "is a file"), ("store", "is a store"), ("store/new", "is a store")):
+        with pytest.raises(UsageError, match=message):
+            check_out(tmp_path / out)
+    with pytest.raises(UsageError, match="is no path"):
+        check_out(Path("s3://bucket/out"))
+    check_out(tmp_path / "new")
+    take_back(tmp_path / "new")
