@@ -107,10 +107,10 @@ class FolderSource:
         else:
             pictures = find_pictures(folder, len(stamps), where=where)
             files = [
-                _regular(pictures[index], self._root, where=where, limit_bytes=MAX_PICTURE_BYTES)
+                _regular(folder / pictures[index], self._root, where=where, limit_bytes=MAX_PICTURE_BYTES)
                 for index in chosen.tolist()
             ]
-            read = [read_image(file, picture_format(file), where=f"{where}: {file.name}") for file in files]
+            read = [read_image(file, picture_format(file.name), where=f"{where}: {file.name}") for file in files]
             images = stack(read, where=where)
         return images, stamps[chosen]
 

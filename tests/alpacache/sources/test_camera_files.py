@@ -49,14 +49,14 @@ def test_films(clip, ending):
 )
 def test_pictures(clip, names, kind):
     files = found(clip, *names)
-    assert [files[number].name for number in range(3)] == names
+    assert [files[number] for number in range(3)] == names
     assert {picture_format(file) for file in files.values()} == {kind}
 
 
 def test_pictures_are_numbers_not_an_order_of_names(clip):
     """As names, 10 comes before 2."""
     files = find_pictures(pictures(clip, *(f"{number}.jpg" for number in range(12))), 12, where="a: front")
-    assert [files[number].name for number in (0, 2, 10)] == ["0.jpg", "2.jpg", "10.jpg"]
+    assert [files[number] for number in (0, 2, 10)] == ["0.jpg", "2.jpg", "10.jpg"]
 
 
 @pytest.mark.parametrize(
