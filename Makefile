@@ -11,7 +11,11 @@ PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.1
 VENV312 ?= .venv-3.12
 STAMP312 := $(VENV312)/.installed
 
-.PHONY: help setup demo quick test test-ci test-store-3.12 test-slow lint format docs dist-check clean
+# Both ends of the declared range: each dependency at its lower bound, and the newest there is. torch is one for both.
+VENV_LOWEST ?= .venv-lowest
+VENV_NEWEST ?= .venv-newest
+
+.PHONY: help setup demo quick quick-lowest quick-newest test test-ci test-store-3.12 test-slow lint format docs dist-check clean
 help:  ## Show this list
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -29,6 +33,27 @@ demo: $(STAMP)  ## The whole story offline on the CPU: biased tiny model, cache,
 
 quick: $(STAMP)  ## What to run while working: no whole ways, no kernels (3 minutes on 2 cores)
 	$(call PYTEST,$(VENV)) -m "not slow and not ci and not system"
+
+$(VENV_LOWEST)/.installed: pyproject.toml constraints.txt .ci/lower-bounds
+	$(PYTHON) -m venv $(VENV_LOWEST)
+	.ci/lower-bounds > $(VENV_LOWEST)/constraints.txt
+	$(VENV_LOWEST)/bin/python -m pip install -q -c $(VENV_LOWEST)/constraints.txt torch
+	$(VENV_LOWEST)/bin/python -m pip install -q -c $(VENV_LOWEST)/constraints.txt -e '.[dev,pai,lora,s3,wandb]'
+	touch $@
+
+# Old releases use what newer ones of their own dependencies deprecate.
+quick-lowest: $(VENV_LOWEST)/.installed  ## `quick` with every dependency at its lower bound
+	$(call PYTEST,$(VENV_LOWEST)) -W ignore::DeprecationWarning -m "not slow and not ci and not system"
+
+$(VENV_NEWEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_NEWEST)
+	grep '^torch==' constraints.txt > $(VENV_NEWEST)/constraints.txt
+	$(VENV_NEWEST)/bin/python -m pip install -q -c $(VENV_NEWEST)/constraints.txt torch
+	$(VENV_NEWEST)/bin/python -m pip install -q -U -c $(VENV_NEWEST)/constraints.txt -e '.[dev,pai,lora,s3,wandb]'
+	touch $@
+
+quick-newest: $(VENV_NEWEST)/.installed  ## `quick` with the newest of every dependency
+	$(call PYTEST,$(VENV_NEWEST)) -m "not slow and not ci and not system"
 
 test: $(STAMP)  ## The test suite (8 minutes on 2 cores)
 	$(call PYTEST,$(VENV)) -m "not slow and not ci"
@@ -64,4 +89,4 @@ dist-check: $(STAMP)  ## Build sdist and wheel, run the wheel in a bare environm
 	.ci/dist-check $(BIN)/python
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) $(VENV312) .pytest_cache .mypy_cache .ruff_cache build site *.egg-info
+	rm -rf $(VENV) $(VENV312) $(VENV_LOWEST) $(VENV_NEWEST) .pytest_cache .mypy_cache .ruff_cache build site *.egg-info

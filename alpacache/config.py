@@ -13,6 +13,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -230,7 +231,7 @@ def _sentence(name: str, value: Any, error: ValueError, of_parts: str) -> str:
                 words = of_parts
             part = problem["type"] != "missing" and any(isinstance(step, int) for step in problem["loc"])
             expected.append(f"each {words}" if part else words)
-    shown = repr(value)
+    shown = str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, date) else repr(value)
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}... ({len(shown)} characters)"
     return f"{name} is {shown}; expected {' or '.join(dict.fromkeys(expected))}."
 

@@ -27,6 +27,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 _CONFIG_FILE = typer.Option(help="TOML file with any of the settings; options given here win.")
 _ARGUMENT = "source"
 """The one setting without `--`."""
+_NUMBERS = {int: "INTEGER", float: "FLOAT"}
 _SINGULAR = {"stores": "store"}
 """Fields whose option, which is repeated, is named otherwise."""
 
@@ -156,6 +157,9 @@ def _parameter(field: "dataclasses.Field[Any]", hint: Any, doc: str, panel: str 
         if default is not None:
             default = written.separator.join(map(str, default)) if isinstance(default, tuple) else str(default)
     annotation = plain | None if default is None else plain
+    reading: dict[str, Any] = {}
+    if plain in _NUMBERS:
+        reading, metavar = {"parser": _number(plain)}, metavar or _NUMBERS[plain]
     text, _, stated = doc.partition(" Default: ")  # shown at the end, as Typer shows defaults
     end = f" [default: {stated.rstrip('.')}]" if stated else " [required]" if _is_required(field) else ""
     if field.name == _ARGUMENT:
@@ -163,8 +167,20 @@ def _parameter(field: "dataclasses.Field[Any]", hint: Any, doc: str, panel: str 
     name = _option_name(field.name)
     names = (f"{name}/--no-{name[2:]}",) if plain is bool else (name,)
     shown = None if callable(metavar) else metavar  # else `get_params` asks for it
-    option = typer.Option(*names, help=text + end, metavar=shown, rich_help_panel=panel)
+    option = typer.Option(*names, help=text + end, metavar=shown, rich_help_panel=panel, **reading)
     return _keyword(field.name, Annotated[annotation, option], default)
+
+
+def _number(kind: type[int] | type[float]) -> Callable[[Any], Any]:
+    """Reads a number; what is none stays text, which the config refuses in the same words as in a file."""
+
+    def read(text: Any) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+
+    return read
 
 
 def _plain_type(hint: Any) -> tuple[Any, str | Callable[[], str] | None]:

@@ -139,7 +139,8 @@ def companion_file(checkpoint: Checkpoint, name: str) -> Path:
     if where.count("/") == 1 and not where.startswith((".", "/")):
         return hub_file(where, name)
     raise CheckpointError(
-        f"{checkpoint.model}: vlm_name_or_path is {where!r}, neither a directory beside it nor a hub id."
+        f"config.json of {checkpoint.model}: vlm_name_or_path is {reprlib.repr(where)}, neither a directory beside it "
+        "nor a hub id."
     )
 
 

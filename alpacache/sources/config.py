@@ -1,13 +1,35 @@
 """Settings of `prepare` and `check`, and the choice of samples that `extract` has too."""
 
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import MinLen
 
-from alpacache.config import Config, Count, Name, Place, Seed, parts
+from alpacache.config import Config, Count, Name, Place, Seed, Written, parts
 from alpacache.driving.cameras import FRONT_CAMERA, full_camera_name
 from alpacache.errors import UsageError
+
+_LONGEST_S = 1e6
+
+
+def t0_us(written: Any) -> int | None:
+    """Microseconds of `5.1` (into the clip) or `every:2.0` (apart); None for `events`.
+
+    Raises `ValueError` with what was expected of anything else.
+    """
+    if written == "events":
+        return None
+    with suppress(ValueError):
+        if 1e-3 <= (seconds := float(written.removeprefix("every:"))) <= _LONGEST_S:
+            return round(seconds * 1e6)
+    raise ValueError("5.1 (seconds), every:2.0 (seconds apart) or events")
+
+
+def _checked_t0(written: Any) -> Any:
+    t0_us(written)
+    return written
+
 
 Cameras = Annotated[tuple[str, ...], MinLen(1), parts(full_camera_name, "NAME,...", expected="names of cameras")]
 Frames = Literal[1, 2, 3, 4]
@@ -27,7 +49,7 @@ class SamplesConfig(Config):
     """Cameras by full or short names, such as `front_wide,front_tele`."""
     frames: Frames = 4
     """Images per camera, 0.1 s apart, the last at t0."""
-    t0: Name = "5.1"
+    t0: Annotated[str, Written(metavar="TEXT", read=_checked_t0)] = "5.1"
     """Seconds into the clip, `every:S`, or `events`."""
 
 

@@ -8,7 +8,6 @@ hub with hundreds of thousands of clips.
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
@@ -17,6 +16,7 @@ from alpacache.driving.poses import history_and_future
 from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, SampleRef, split_of
 from alpacache.driving.strata import TURNS, Turn, turns_ahead
 from alpacache.errors import BadClipError, UsageError
+from alpacache.sources.config import t0_us
 from alpacache.sources.source import EventSource, FixedSource, GroupedSource, RecordedSource, Source
 
 HISTORY_US = HISTORY_STEPS * STEP_US
@@ -109,16 +109,16 @@ def _fixed_samples(refs: Sequence[SampleRef], name: str, t0: str) -> Callable[[s
 
 def _moments(source: Source, t0: str) -> Callable[[str], Sequence[SampleRef]]:
     """A function that gives the samples of a clip whose t0 leaves room for history and future, ascending."""
-    events, every, step_us = None, t0.startswith("every:"), 0
-    if t0 == "events":
+    events, every = None, t0.startswith("every:")
+    try:
+        given_us = t0_us(t0)
+    except ValueError as error:
+        raise UsageError(f"t0 is {t0!r}; expected {error}.") from None
+    step_us = given_us or 0
+    if given_us is None:
         if not isinstance(source, EventSource):
             raise UsageError(f"{source.name} knows no events; give t0 in seconds, or every:SECONDS.")
         events = source.event_times_us
-    else:
-        with suppress(ValueError, OverflowError):
-            step_us = round(float(t0.removeprefix("every:")) * 1e6)
-        if step_us <= 0:
-            raise UsageError(f"t0 {t0!r} is none of 5.1 (seconds), every:2.0 (seconds apart) or events.")
 
     def samples_of(clip_id: str) -> Sequence[SampleRef]:
         times: Iterable[int] = sorted(set(events(clip_id))) if events else ()

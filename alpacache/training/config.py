@@ -28,6 +28,7 @@ from alpacache.errors import UsageError
 from alpacache.planning.config import MemoryBudget, Trainable, budget_bytes
 
 _LR = {"all": 1e-4, "lora": 5e-4, "head": 1e-3}
+_MIN_LR = 1e-6
 _Beta = Annotated[float, Ge(0), Lt(1)]
 
 
@@ -81,8 +82,8 @@ class TrainConfig(Config):
     lr: Annotated[float, Ge(0), Le(1)] | None = None
     """Peak learning rate. Default: 1e-4 for all parameters (the public recipe's), 5e-4 for adapters, 1e-3 for the head
     alone."""
-    min_lr: Annotated[float, Ge(0), Le(1)] = 1e-6
-    """Learning rate at the end of the cosine."""
+    min_lr: Annotated[float, Ge(0), Le(1)] | None = None
+    """Learning rate at the end of the cosine. Default: 1e-6, or lr if that is less."""
     warmup: Annotated[int, Ge(0), Le(MOST)] | None = None
     """Steps of linear warm-up before the cosine. Default: 100, or a tenth of the run if that is less."""
     betas: Annotated[tuple[_Beta, _Beta], parts(float, "NUMBER,NUMBER", expected="two numbers, as in 0.9,0.999")] = (
@@ -140,7 +141,7 @@ class TrainConfig(Config):
         if (self.steps is None) == (self.epochs is None):
             given = "neither is" if self.steps is None else "both are"
             raise UsageError(f"steps or epochs says how long to train, and {given} given; expected one of the two.")
-        expect(self.min_lr <= self.peak_lr, "min_lr", self.min_lr, f"0 to lr ({self.peak_lr})")
+        expect((self.min_lr or 0.0) <= self.peak_lr, "min_lr", self.min_lr, f"0 to lr ({self.peak_lr})")
         expect(self.patience is None or self.val is not None, "patience", self.patience, "a --val store with it")
         expect(self.best_by == "loss" or self.val is not None, "best_by", self.best_by, "a --val store with it")
         weighted_stores(self.stores)
@@ -149,6 +150,11 @@ class TrainConfig(Config):
     def peak_lr(self) -> float:
         """The learning rate after the warm-up."""
         return _LR[self.trainable] if self.lr is None else self.lr
+
+    @property
+    def final_lr(self) -> float:
+        """The learning rate at the end."""
+        return min(_MIN_LR, self.peak_lr) if self.min_lr is None else self.min_lr
 
     @property
     def budget_bytes(self) -> int | None:

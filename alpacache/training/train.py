@@ -153,10 +153,10 @@ class _Run:
         self.config, self.inputs, self.plan, self.seed, self._on_note = config, inputs, plan, config.seed, on_note
         self.world, self.directory, self.data, self.total = inputs.world, inputs.directory, inputs.data, inputs.total
         world, directory = self.world, self.directory
-        used = {"lr": config.peak_lr, "store_weights": config.store_weights}
+        used = {"lr": config.peak_lr, "min_lr": config.final_lr, "store_weights": config.store_weights}
         used["optimizer"] = resolve(config.optimizer, world.device)
         self.settings = settings_record(asdict(config) | used, inputs.stores, processes=world.size)
-        self.rate = LearningRate(peak=config.peak_lr, final=config.min_lr, warmup=config.warmup, total=self.total)
+        self.rate = LearningRate(peak=config.peak_lr, final=config.final_lr, warmup=config.warmup, total=self.total)
         self.learner = self._make_learner()
         self.validation: Validation | None = None
         if inputs.val is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,7 @@ from alpacache.errors import UsageError
 from alpacache.sources.config import CheckConfig, PrepareConfig
 from alpacache.training.config import weighted_stores
 
+T0S = ("nan", "inf", "0", "-1", "1e300", "every:0", "every:inf", "every:1e-9", "every:", "soon")
 TRAIN = {"stores": ("a", "b"), "model": "m", "out": 'quote"d', "epochs": 1.5, "betas": (0.9, 0.95), "causal": True}
 EXTRACT = {"source": "s", "model": "m", "store": "c"}
 EVAL = {"store": "s", "model": "m", "out": "o"}
@@ -75,6 +77,12 @@ def test_any_table_and_list_is_read_back(tmp_path_factory, runs, layers):
     compare = {f"{number}.{label}": run for number, (label, run) in enumerate(runs)}
     for config in (EvalConfig(**EVAL, compare=compare), ProbeConfig(store="s", layers=layers)):
         assert read_back(config, tmp_path_factory.getbasetemp() / "table.toml") == config
+
+
+def test_the_lowest_rate_is_the_end_of_a_low_one():
+    config = TrainConfig(**TRAIN, lr=1e-7)
+    assert (config.peak_lr, config.final_lr) == (1e-7, 1e-7)
+    assert (TrainConfig(**TRAIN, lr=0.0).final_lr, TrainConfig(**TRAIN).final_lr) == (0.0, 1e-6)
 
 
 def test_the_config_of_an_older_run_is_read(tmp_path):
@@ -139,8 +147,10 @@ def test_dashes_are_underscores_and_unknown_keys_are_errors(tmp_path):
         (TrainConfig, {"weight_decay": -1.0}, "weight_decay is -1.0; expected at least 0."),
         (TrainConfig, {"epochs": math.inf}, "epochs is inf; expected a finite number."),
         (TrainConfig, {"epochs": 1e300}, "epochs is 1e+300; expected at most 1000000."),
+        (TrainConfig, {"steps": date(2026, 1, 1)}, "steps is 2026-01-01; expected a whole number."),
+        *((ExtractConfig, {"t0": t0}, f"t0 is {t0!r}; expected 5.1 (seconds), every:2.0") for t0 in T0S),
         (TrainConfig, {"lr": math.nan}, "lr is nan; expected a finite number."),
-        (TrainConfig, {"lr": True}, "lr is True; expected a number."),
+        (TrainConfig, {"lr": True}, "lr is true; expected a number."),
         (TrainConfig, {"lr": -1.0}, "lr is -1.0; expected at least 0."),
         (TrainConfig, {"min_lr": 1.0}, "min_lr is 1.0; expected 0 to lr (0.0001)."),
         (TrainConfig, {"ema": 1.0}, "ema is 1.0; expected below 1."),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import typer
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from alpacache import EvalConfig, ExportConfig, ExtractConfig, PlanConfig, ProbeConfig, TrainConfig
 from alpacache.demo.config import DemoConfig
+from alpacache.errors import UsageError
 from alpacache.sources.config import CheckConfig, PrepareConfig
 from cli.main import app
 from cli.options import ConfigCommand, from_config
@@ -199,3 +201,22 @@ def test_the_home_directory_is_found_without_a_shell(tmp_path, monkeypatch, run_
     monkeypatch.setenv("HOME", str(tmp_path))
     assert f"{tmp_path}/nowhere" in run_here("info", "~/nowhere", code=2).stderr
     assert f"{tmp_path}/nowhere" in run_here("check", "folder:~/nowhere", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "expected"),
+    [
+        ("--lr", "abc", "lr is 'abc'; expected a number."),
+        ("--lr", "inf", "lr is inf; expected a finite number."),
+        ("--steps", "1.5", "steps is '1.5'; expected a whole number."),
+        ("--patience", "", "patience is ''; expected a whole number."),
+    ],
+)
+def test_a_number_is_refused_in_the_words_of_a_file(option, text, expected, tmp_path):
+    least = REQUIRED["train"][: None if option != "--steps" else -2]
+    with pytest.raises(UsageError, match=f"^{re.escape(expected)}$"):
+        parsed(TrainConfig, *least, option, text)
+    value = text if option == "--lr" and text == "inf" else json.dumps(text)
+    (tmp_path / "c.toml").write_text(f"{option[2:]} = {value}\n")
+    with pytest.raises(UsageError, match=f"^{re.escape(expected)}$"):
+        parsed(TrainConfig, *least, "--config", tmp_path / "c.toml")
