@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
+from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import check_base, check_same_vlm
 from alpacache.driving.sample import SampleRef
@@ -30,7 +31,7 @@ from alpacache.pictures.front_view import draw_paths
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.training.run_directory import RunDirectory, find_checkpoint, read_trained
 from alpacache.training.run_state import read_state
-from alpacache.training.trainable import apply_checkpoint
+from alpacache.training.trainable import apply_checkpoint, changed_tensors
 from cache_store import SampleReadError
 
 
@@ -181,15 +182,18 @@ class _Unread:
 
 
 def _find_run(run: str, base: Checkpoint, *, vlm: Mapping[str, str] | None, average: bool) -> tuple[Path, int]:
-    """Path and step of a run's checkpoint, checked to be one that can be judged here; reads no tensor.
+    """Path and step of a run's checkpoint, checked to be one that can be judged here.
+
+    Its tensors are read and let go again: a damaged one must not end an evaluation after the others' hours.
 
     Raises `UsageError` where the run was trained from another model than `base`, on features of another VLM than `vlm`
-    (as in `CachedDataset.vlm`), or has no average where one is wanted.
+    (as in `CachedDataset.vlm`), or has no average where one is wanted, `DataError` where it is damaged.
     """
     path = find_checkpoint(run).resolve()  # `best` may move on while a run is still training
     state = read_state(path, average=average)
     check_base(base, state["base"], run=path)
     check_same_vlm(state.get("vlm"), vlm, run=path, what="the store that it is to be judged on")
+    changed_tensors(read_trained(path, average=average).model, base.shapes(*EXPERT_PARTS), where=path)
     return path, int(state["step"])
 
 

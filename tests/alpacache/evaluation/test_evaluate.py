@@ -10,7 +10,7 @@ import torch
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.errors import NonFiniteError, UsageError
+from alpacache.errors import DataError, NonFiniteError, UsageError
 from alpacache.evaluation.config import EvalConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.inference.prediction import predict_actions, to_paths
@@ -157,6 +157,13 @@ def test_every_run_is_opened_before_the_first_path_is_sampled(trained, tiny_chec
         alpacache.evaluate(
             config(trained, tiny_checkpoint, tmp_path / "out", checkpoint=str(trained / "run"), ema=True)
         )
+    broken = shutil.copytree(trained / "run", tmp_path / "broken", symlinks=True)
+    file = next(broken.glob("checkpoints/*/model.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"model\.safetensors is damaged"):
+        alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "out", compare=runs | {"gone": str(broken)}))
     assert not (tmp_path / "out").exists()
 
 
