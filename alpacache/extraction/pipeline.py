@@ -139,7 +139,6 @@ class Writers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Commit what is on its way, whatever ended the run, unless somebody wants to leave at once."""
-        at_once = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self._pool.shutdown(wait=not at_once, cancel_futures=at_once)
+    def __exit__(self, *_: object) -> None:
+        """Commit what is on its way, whatever ended the run."""
+        self._pool.shutdown()
