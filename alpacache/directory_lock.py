@@ -99,7 +99,7 @@ class DirectoryLock:
             return False
 
     def _is_alive(self, owner: Mapping[str, Any], *, locked: bool | None) -> bool:
-        """Whether the process that a lock's file names still runs, as far as can be told from here."""
+        """Tell whether the process that a lock's file names still runs, as far as can be told from here."""
         if owner.get("place") == _place():
             return locked is None and owner.get("started") == _started(owner.get("pid"))
         _log.warning(
@@ -135,7 +135,7 @@ class DirectoryLock:
 
 
 def _read(file: int) -> dict[str, Any]:
-    """What a lock's file says of its owner; nothing where none is named, or one is just being written."""
+    """Read the owner from a lock's file; nothing where none is named, or one is just being written."""
     with suppress(ValueError):
         owner = json.loads(os.pread(file, 4096, 0))
         return owner if isinstance(owner, dict) else {}
@@ -147,7 +147,7 @@ def _named(owner: Mapping[str, Any]) -> str:
 
 
 def _place() -> str:
-    """Where this process's number means something: the host, since it was started, and the container."""
+    """Scope of this process's number: the host, since it was started, and the container."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

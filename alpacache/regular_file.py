@@ -21,12 +21,12 @@ def regular_size(file: Path, *, limit_bytes: int | None = None) -> int:
     Raises `OSError` (in words, without the path) if it is anything else or larger than `limit_bytes`;
     `FileNotFoundError` if nothing is there.
     """
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}; expected a regular file")
-    if limit_bytes is not None and found.st_size > limit_bytes:
-        raise OSError(f"it has {found.st_size:,} bytes; at most {limit_bytes:,} are read")
-    return found.st_size
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"it is {_KINDS.get(stat.S_IFMT(status.st_mode), 'no file')}; expected a regular file")
+    if limit_bytes is not None and status.st_size > limit_bytes:
+        raise OSError(f"it has {status.st_size:,} bytes; at most {limit_bytes:,} are read")
+    return status.st_size
 
 
 def read_regular(file: Path, *, limit_bytes: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Where this process stands among those that torchrun has started, or another launcher without it.
+"""Place of this process among those that torchrun has started, or another launcher without it.
 
 The only place that reads launchers' variables. It imports no torch, so that the command line can ask it.
 """

@@ -184,7 +184,7 @@ def _number(kind: type[int] | type[float]) -> Callable[[Any], Any]:
 
 
 def _plain_type(hint: Any) -> tuple[Any, str | Callable[[], str] | None]:
-    """What Typer reads from the command line for a field's type, and how choices are shown."""
+    """Return the type that Typer reads from the command line for a field's type, and how choices are shown."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _plain_type(inner[0])

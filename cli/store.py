@@ -15,26 +15,26 @@ def info(store: Store, json: options.Json = False) -> None:
     from cache_store import CacheReader
     from cache_store import info as read
 
-    found = read(store)
+    about = read(store)
     if json:
-        output.print_json(found)
+        output.print_json(about)
         return
-    model, each_bytes = found.identity.get("model", {}), found.size_bytes / max(1, found.samples)
+    model, each_bytes = about.identity.get("model", {}), about.size_bytes / max(1, about.samples)
     lines = {
-        "samples": f"{found.samples} ({found.size_bytes / 1e9:.3f} GB, {each_bytes / 1e6:.2f} MB each)",
-        "quarantined": str(found.quarantined),
+        "samples": f"{about.samples} ({about.size_bytes / 1e9:.3f} GB, {each_bytes / 1e6:.2f} MB each)",
+        "quarantined": str(about.quarantined),
         "model": f"{model.get('id')} (revision {model.get('revision') or 'of a local directory'})",
         "VLM weights": str(model.get("vlm_weights_sha256"))[:16],
-        "cameras": f"{', '.join(found.identity.get('cameras', []))}; {found.identity.get('frames')} frames each",
-        "codec": f"{found.identity.get('codec')} from {found.identity.get('dtype')}",
-        "format": f"version {found.format_version}",
+        "cameras": f"{', '.join(about.identity.get('cameras', []))}; {about.identity.get('frames')} frames each",
+        "codec": f"{about.identity.get('codec')} from {about.identity.get('dtype')}",
+        "format": f"version {about.format_version}",
     }
-    if found.unreadable:
-        lines["unreadable"] = f"{len(found.unreadable)} more samples, whose commit records cannot be read"
-    lines |= {f"  {name}": f"{size / 1e6:.3f} MB" for name, size in found.size_by_field.items() if size}
+    if about.unreadable:
+        lines["unreadable"] = f"{len(about.unreadable)} more samples, whose commit records cannot be read"
+    lines |= {f"  {name}": f"{size / 1e6:.3f} MB" for name, size in about.size_by_field.items() if size}
     output.print_lines(f"store {store}", lines)
-    output.print_table("unreadable", [[text] for text in found.unreadable])
-    if found.quarantined:
+    output.print_table("unreadable", [[text] for text in about.unreadable])
+    if about.quarantined:
         failed = CacheReader(store).quarantined.values()
         output.print_table("quarantined", [[item.sample_id, item.kind, item.reason] for item in failed])
 

@@ -148,11 +148,12 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
 
 
 def _told(problem: ErrorDetails) -> str:
-    """`text_config.hidden_size: Input should be a valid integer, not 'abc'`; what is foreign is cut to one line."""
+    """`text_config.hidden_size: expected a valid integer, not 'abc'`; what is foreign is cut to one line."""
     key = ".".join(repr(part)[1:-1] if isinstance(part, str) else str(part) for part in problem["loc"])[:120]
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = re.sub(" or instance of _\\w+$", "", problem["msg"].removeprefix("Value error, "))
+    message = message.replace("Input should be", "expected").replace("dictionary", "JSON object")
     shown = "" if problem["type"] == "value_error" else f", not {reprlib.repr(problem['input'])}"
     return f"{key or 'the file'}: {message}{shown}"
 

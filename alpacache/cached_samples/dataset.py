@@ -148,13 +148,13 @@ class CachedDataset:
             except SampleReadError as error:
                 return error
 
-        found = list(in_order(size, self._index, self._threads))
-        errors = {index: value for index, value in enumerate(found) if isinstance(value, SampleReadError)}
-        largest = max((value for value in found if isinstance(value, int)), default=0)
+        answers = list(in_order(size, self._index, self._threads))
+        errors = {index: value for index, value in enumerate(answers) if isinstance(value, SampleReadError)}
+        largest = max((value for value in answers if isinstance(value, int)), default=0)
         if not largest:
             raise next(iter(errors.values()))
         itemsize = torch.bfloat16.itemsize if self.codec is None else 1
-        sizes = [largest if isinstance(value, SampleReadError) else value for value in found]
+        sizes = [largest if isinstance(value, SampleReadError) else value for value in answers]
         return np.array(sizes, np.int64) * itemsize, errors
 
     @cached_property

@@ -59,7 +59,7 @@ class ClipFindings:
     moments: list[Moment] = field(default_factory=list)
     """Successive pictures while the vehicle drives."""
     swapped: list[bool] = field(default_factory=list)
-    """Whether red and blue look swapped in each picture that tells."""
+    """For each picture that tells: True if red and blue look swapped."""
     speeds_mps: list[float] = field(default_factory=list)
     """Mean speed of each usable sample."""
     strata: list[str] = field(default_factory=list)
@@ -89,83 +89,83 @@ def examine(
     A source without recordings is judged by the part of one that the clip's first sample holds. `clips` is how many
     the source has: the more there are, the fewer turns of each are looked at.
     """
-    found, first = ClipFindings(clip_id=clip_id, refused=list(refused)), None
+    clip, first = ClipFindings(clip_id=clip_id, refused=list(refused)), None
     for ref in refs:
         try:
             sample = source.load(ref, cameras=cameras, frames=frames)
         except BadClipError as error:
-            found.refused.append(Refusal(where=ref.sample_id, kind=error.kind, message=str(error)))
+            clip.refused.append(Refusal(where=ref.sample_id, kind=error.kind, message=str(error)))
             continue
         first = first or sample
-        _add_sample(found, sample)
+        _add_sample(clip, sample)
         if ref in to_show:
-            found.shown.append(sample)
+            clip.shown.append(sample)
         if not isinstance(source, RecordedSource):
-            found.turns += turns_of_sample(sample)
+            clip.turns += turns_of_sample(sample)
     if not isinstance(source, RecordedSource):
         if first is not None:
-            _judge_recording(found, recording_of(first))
-        return found
+            _judge_recording(clip, recording_of(first))
+        return clip
     try:
         recording = read_recording(source, clip_id, cameras)
     except BadClipError:
-        return found  # its samples were refused for the same reason
+        return clip  # its samples were refused for the same reason
     if len(recording.track.timestamps_us) >= 2:
-        _judge_recording(found, recording)
-        if found.motion is not None and FRONT_CAMERA in recording.frame_times_us:
-            found.turns += turns_of_clip(source, clip_id, found.motion, clips=clips)
-            found.moments += repeats_of_clip(source, clip_id, found.motion, clips=clips)
-    return found
+        _judge_recording(clip, recording)
+        if clip.motion is not None and FRONT_CAMERA in recording.frame_times_us:
+            clip.turns += turns_of_clip(source, clip_id, clip.motion, clips=clips)
+            clip.moments += repeats_of_clip(source, clip_id, clip.motion, clips=clips)
+    return clip
 
 
-def finish(found: ClipFindings) -> None:
+def finish(clip: ClipFindings) -> None:
     """Judge the targets, unless headings are wrong: speeds are solved along them.
 
     Apart from `examine`, so that clips are read while torch is imported.
     """
-    paths, found.paths = found.paths, None
-    if paths is None or any(check.name == "axes" and check.status == "fail" for check in found.checks):
+    paths, clip.paths = clip.paths, None
+    if paths is None or any(check.name == "axes" and check.status == "fail" for check in clip.checks):
         return
-    found.targets = targets_of(paths)
-    if found.targets is not None:
-        found.checks = (*found.checks, judge_targets([found.targets]))
+    clip.targets = targets_of(paths)
+    if clip.targets is not None:
+        clip.checks = (*clip.checks, judge_targets([clip.targets]))
 
 
-def judge_again(found: ClipFindings) -> None:
+def judge_again(clip: ClipFindings) -> None:
     """Take it that the clip's quaternions have their scalar first, as other clips have shown."""
-    if found.track is not None:
-        rotations = judge_rotations(found.track, scalar_first=True)
-        _judge_motion(found, (*found.checks[:3], rotations.check), rotations.track)
-        finish(found)
+    if clip.track is not None:
+        rotations = judge_rotations(clip.track, scalar_first=True)
+        _judge_motion(clip, (*clip.checks[:3], rotations.check), rotations.track)
+        finish(clip)
 
 
-def _add_sample(found: ClipFindings, sample: Sample) -> None:
+def _add_sample(clip: ClipFindings, sample: Sample) -> None:
     strata = classify(sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
-    found.usable += 1
-    found.speeds_mps.append(strata.mean_speed_mps)
-    found.strata += strata.labels
+    clip.usable += 1
+    clip.speeds_mps.append(strata.mean_speed_mps)
+    clip.strata += strata.labels
     height, width = sample.frames.shape[-2:]
-    found.sizes.append((width, height, sample.ref.sample_id))
+    clip.sizes.append((width, height, sample.ref.sample_id))
     if min(float(camera[-1].std()) for camera in sample.frames) < 1.0:
-        found.blank.append(sample.ref.sample_id)
-    found.moments += repeats_of_sample(sample)
+        clip.blank.append(sample.ref.sample_id)
+    clip.moments += repeats_of_sample(sample)
     front = sample.cameras.index(FRONT_CAMERA) if FRONT_CAMERA in sample.cameras else 0
     looks = looks_swapped(sample.frames[front, -1])
-    found.swapped += [] if looks is None else [looks]
+    clip.swapped += [] if looks is None else [looks]
 
 
-def _judge_recording(found: ClipFindings, recording: Recording) -> None:
+def _judge_recording(clip: ClipFindings, recording: Recording) -> None:
     times = check_times(recording)
     recording = in_microseconds(recording)
     track, rotations = recording.track, judge_rotations(recording.track)
     checks = (times, check_poses(track), check_frames(recording), check_finite(track) or rotations.check)
-    found.track, found.order = replace(track, xyz=np.ascontiguousarray(track.xyz)), rotations.order
-    _judge_motion(found, checks, rotations.track)
+    clip.track, clip.order = replace(track, xyz=np.ascontiguousarray(track.xyz)), rotations.order
+    _judge_motion(clip, checks, rotations.track)
 
 
-def _judge_motion(found: ClipFindings, checks: tuple[Check, ...], track: Track) -> None:
+def _judge_motion(clip: ClipFindings, checks: tuple[Check, ...], track: Track) -> None:
     """Complete the checks of a clip by those of its motion."""
-    found.checks, motion = checks, motion_of(track)
+    clip.checks, motion = checks, motion_of(track)
     if motion is not None:
-        found.motion, found.paths, found.targets = motion, paths_of(track), None
-        found.checks = (*checks, judge_axes([motion]), judge_speed([motion]), judge_standing(motion))
+        clip.motion, clip.paths, clip.targets = motion, paths_of(track), None
+        clip.checks = (*checks, judge_axes([motion]), judge_speed([motion]), judge_standing(motion))

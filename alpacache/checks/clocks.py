@@ -159,11 +159,11 @@ def judge_clocks(curve: LagCurve | None) -> Check:
         f"{abs(curve.best_s):.1f} s",
         ("late", "early") if curve.best_s > 0 else ("early", "late"),
     )
-    found = f"the lag that fits best is {amount}: pictures are stamped {amount} {pictures}, or poses {amount} {poses}"
+    finding = f"the lag that fits best is {amount}: pictures are stamped {amount} {pictures}, or poses {amount} {poses}"
     remedy = (
         f"Find out which clock is wrong (times of arrival in place of exposure?), and shift its timestamps by {amount}."
     )
-    return verdict("clocks", found, warn=remedy)
+    return verdict("clocks", finding, warn=remedy)
 
 
 def _likeness(shift: Floats, turned: Floats) -> Floats:

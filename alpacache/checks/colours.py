@@ -33,7 +33,7 @@ red and blue swapped two thirds and more did, though under an overcast sky few."
 
 
 def looks_swapped(picture: Picture) -> bool | None:
-    """Whether red and blue of `[3, H, W]` look swapped; None if the picture has no green or no road."""
+    """Tell whether red and blue of `[3, H, W]` look swapped; None if the picture has no green or no road."""
     from PIL import Image
 
     image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
@@ -61,13 +61,13 @@ def _is_off(pixels: Floats, lit: NDArray[np.bool_]) -> bool | None:
 
 
 def judge_colours(looks: Sequence[bool]) -> Check:
-    """Whether red and blue look swapped, over all pictures that could be judged."""
+    """Judge whether red and blue look swapped, over all pictures that could be judged."""
     if not looks:
         return not_judged("colours", "no picture with enough green in it")
     swapped = sum(looks)
-    found = f"red and blue look swapped in {swapped} of {len(looks)} pictures ({100 * swapped / len(looks):.0f} %)"
+    finding = f"red and blue look swapped in {swapped} of {len(looks)} pictures ({100 * swapped / len(looks):.0f} %)"
     remedy = (
         "Is grass bluish and the sky reddish on the contact sheet? OpenCV's pictures are BGR: turn them round with "
         "cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) before they are written as RGB."
     )
-    return verdict("colours", found, warn=remedy if swapped >= MIN_SHARE * len(looks) else "")
+    return verdict("colours", finding, warn=remedy if swapped >= MIN_SHARE * len(looks) else "")

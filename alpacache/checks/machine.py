@@ -65,8 +65,8 @@ def diagnose(*, store: str | None = None, model: str | None = None) -> tuple[Che
         try:
             answers.append(check())
         except Exception as error:  # the fault that `doctor` is to find
-            found = f"the check raised {type(error).__name__}: {' '.join(str(error).split())}"
-            answers.append(verdict(name, found, fail="Mend what the message names, then run this again."))
+            finding = f"the check raised {type(error).__name__}: {' '.join(str(error).split())}"
+            answers.append(verdict(name, finding, fail="Mend what the message names, then run this again."))
     return tuple(answers)
 
 
@@ -86,9 +86,9 @@ def check_packages() -> Check:
             wrong.append(f"{name} is missing")
         elif _numbers(version) < _numbers(least):
             wrong.append(f"{name} is {version}, expected {least} or later")
-    found = ", ".join([*wrong, *(f"{name} {versions[name]}" for name in SHOWN if versions[name])])
+    finding = ", ".join([*wrong, *(f"{name} {versions[name]}" for name in SHOWN if versions[name])])
     remedy = "pip install --upgrade alpacache (in a checkout: pip install -e .)"
-    return verdict("packages", found, fail=remedy if wrong else "")
+    return verdict("packages", finding, fail=remedy if wrong else "")
 
 
 def check_optional() -> Check:
@@ -99,8 +99,8 @@ def check_optional() -> Check:
         for name, (extra, use) in OPTIONAL.items()
         if versions[name] is None
     ]
-    found = ", ".join(f"{name} {version or 'is not installed'}" for name, version in versions.items())
-    return verdict("optional packages", found, warn=" ".join(remedies))
+    finding = ", ".join(f"{name} {version or 'is not installed'}" for name, version in versions.items())
+    return verdict("optional packages", finding, warn=" ".join(remedies))
 
 
 def check_gpu() -> Check:
@@ -117,9 +117,9 @@ def check_gpu() -> Check:
         remedy = f"The released model needs a GPU; only tiny ones run on a CPU. {remedy}"
         return verdict("gpu", f"no GPU; {build}", fail=remedy)
     major, minor = torch.cuda.get_device_capability()
-    found = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}; {build}"
+    finding = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}; {build}"
     remedy = "It has no bfloat16: use an Ampere GPU (compute capability 8.0) or later."
-    return verdict("gpu", found, fail=remedy if major < 8 else "")
+    return verdict("gpu", finding, fail=remedy if major < 8 else "")
 
 
 def check_gpu_memory() -> Check:
@@ -132,14 +132,14 @@ def check_gpu_memory() -> Check:
 
     free, total = torch.cuda.mem_get_info()
     everything, adapters = (least_training_bytes(which) for which in ("all", "lora"))
-    found, remedy = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f}", "end what else is on the GPU."
+    finding, remedy = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f}", "end what else is on the GPU."
     if free < adapters:
         remedy = f"Training takes {adapters / 2**30:.1f} GiB at the least (--trainable lora); {remedy}"
-        return verdict("gpu memory", found, fail=remedy)
+        return verdict("gpu memory", finding, fail=remedy)
     remedy = (
         f"Training all parameters takes {everything / 2**30:.1f} GiB at the least; use --trainable lora, or {remedy}"
     )
-    return verdict("gpu memory", found, warn=remedy if free < everything else "")
+    return verdict("gpu memory", finding, warn=remedy if free < everything else "")
 
 
 def check_compiler() -> Check:
@@ -148,12 +148,12 @@ def check_compiler() -> Check:
 
     triton = _version("triton") if find_spec("triton") else None
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
-    found = f"triton {triton or 'is missing'}, C compiler {compiler or 'is missing'}"
+    finding = f"triton {triton or 'is missing'}, C compiler {compiler or 'is missing'}"
     remedies = [] if triton else ["pip install triton."]
     remedies += [] if compiler else ["Install gcc (apt-get install gcc), or set CC."]
     if remedies and not torch.cuda.is_available():
-        return verdict("compiler", f"{found}; a CPU needs neither")
-    return verdict("compiler", found, fail=" ".join(remedies))
+        return verdict("compiler", f"{finding}; a CPU needs neither")
+    return verdict("compiler", finding, fail=" ".join(remedies))
 
 
 def check_ram() -> Check:
@@ -188,9 +188,9 @@ def check_space(place: str) -> Check:
 
     folder = existing_folder(place)
     free, size = free_bytes(folder), plan(PlanConfig(samples=1, codec="int8")).bytes_by_codec["int8"]
-    found = f"{free / 1e9:.1f} GB at {folder}: {int(free // size)} samples of one front camera in int8"
+    finding = f"{free / 1e9:.1f} GB at {folder}: {int(free // size)} samples of one front camera in int8"
     remedy = "Free some, or give --store another disk; `alpacache plan` tells what is needed."
-    return verdict("disk space", found, warn=remedy if free < 100 * size else "")
+    return verdict("disk space", finding, warn=remedy if free < 100 * size else "")
 
 
 def check_links(place: str) -> Check:
@@ -221,8 +221,8 @@ def check_object_storage(place: str) -> Check:
     except CacheStoreError as error:
         remedy = "Do what the message says; docs/how-to/object-storage.md has settings and rights."
         return verdict("object storage", str(error), fail=remedy)
-    found = f"{place} can be listed, written and removed from, conditional puts work; {what}"
-    return verdict("object storage", found)
+    finding = f"{place} can be listed, written and removed from, conditional puts work; {what}"
+    return verdict("object storage", finding)
 
 
 def check_speed(place: str) -> Check:
@@ -235,9 +235,9 @@ def check_speed(place: str) -> Check:
     except OSError as error:
         remedy = "Give --store a directory that you may write to, with some hundred MB free."
         return verdict("disk speed", f"cannot write at {folder}: {error.strerror}", fail=remedy)
-    found = f"writes {speed.write_bytes_s / 1e9:.2f} GB/s, reads {speed.read_bytes_s / 1e9:.2f} GB/s"
+    finding = f"writes {speed.write_bytes_s / 1e9:.2f} GB/s, reads {speed.read_bytes_s / 1e9:.2f} GB/s"
     remedy = "Training will wait for this disk: use --draws auto, --in-memory, or a local NVMe drive."
-    return verdict("disk speed", found, warn=remedy if speed.read_bytes_s < SLOW_READ_BYTES_S else "")
+    return verdict("disk speed", finding, warn=remedy if speed.read_bytes_s < SLOW_READ_BYTES_S else "")
 
 
 def check_hub() -> Check:
@@ -250,8 +250,8 @@ def check_hub() -> Check:
         remedies.append("HF_HUB_OFFLINE is set: only what is in the cache is found; unset it to download.")
     if not token:
         remedies.append("The released weights are gated: accept their licence on the hub, then `hf auth login`.")
-    found = f"{'a token' if token else 'no token'}, {'offline' if offline else 'online'}"
-    return verdict("hub", found, warn=" ".join(remedies))
+    finding = f"{'a token' if token else 'no token'}, {'offline' if offline else 'online'}"
+    return verdict("hub", finding, warn=" ".join(remedies))
 
 
 def check_model(model: str) -> Check:
@@ -269,8 +269,8 @@ def check_model(model: str) -> Check:
             checkpoint = Checkpoint(model)
             config, where = checkpoint.config, checkpoint.directory or "the hub"
             companion_file(checkpoint, "config.json")
-            found = f"{checkpoint.full_name} ({config.family.name}) from {where}, VLM of {config.vlm_name_or_path}"
-            answer.set_result(found)
+            finding = f"{checkpoint.full_name} ({config.family.name}) from {where}, VLM of {config.vlm_name_or_path}"
+            answer.set_result(finding)
         except Exception as error:  # raised in the caller's thread
             answer.set_exception(error)
 
@@ -278,8 +278,8 @@ def check_model(model: str) -> Check:
     try:
         return verdict("model", answer.result(HUB_TIMEOUT_S))
     except TimeoutError:
-        found = f"{model}: no answer within {HUB_TIMEOUT_S:.0f} s"
-        return verdict("model", found, fail="Check the network and its proxy; or pass a local directory.")
+        finding = f"{model}: no answer within {HUB_TIMEOUT_S:.0f} s"
+        return verdict("model", finding, fail="Check the network and its proxy; or pass a local directory.")
     except CheckpointError as error:
         steps: dict[type[Exception], str] = {
             GatedRepoError: "Accept the licence on the model's page, then `hf auth login`.",

@@ -154,15 +154,15 @@ def judge_rotations(track: Track, *, scalar_first: bool = False) -> Rotations:
     other = motion_of(reordered)
     fits = other is not None and motion.moving.sum() >= MIN_MOVING and _forward(motion) < 0.5 and _forward(other) > 0.9
     if fits and (scalar_first or (motion.z_axis[:, 2] > 0.7).mean() < 0.5):
-        found = "the columns qx, qy, qz, qw hold w, x, y, z: read so, the vehicle stands upright and moves forwards"
-        check = verdict("rotations", found, fail="Write the quaternion with its scalar last.")
+        finding = "the columns qx, qy, qz, qw hold w, x, y, z: read so, the vehicle stands upright and moves forwards"
+        check = verdict("rotations", finding, fail="Write the quaternion with its scalar last.")
         return Rotations(check, reordered, "wrong")
     up = motion.z_axis.mean(axis=0)
     length = np.linalg.norm(up)
     if length < 0.7:
-        found = f"the vehicle's z axis points every way (its mean has length {length:.2f}); vehicles do not tip"
+        finding = f"the vehicle's z axis points every way (its mean has length {length:.2f}); vehicles do not tip"
         remedy = "Check the order qx, qy, qz, qw, and that rotations lead from vehicle (z up) to world."
-        check = verdict("rotations", found, fail=remedy)
+        check = verdict("rotations", finding, fail=remedy)
     elif up[2] < -0.7:
         remedy = (
             "Right only if the world's z points down too. Axes x forward, y right, z down must become x forward, "
@@ -200,9 +200,9 @@ def judge_axes(motions: Sequence[Motion]) -> Check:
     forward, backward = np.abs(away) < ALIGNED_RAD, np.abs(away) > np.pi - ALIGNED_RAD
     if forward.mean() > 0.3 and (forward | backward).mean() > 0.8:
         return verdict("axes", f"moves along its own +x {100 * forward.mean():.0f} % of the time, else backwards")
-    found = f"course and heading have nothing to do with each other ({apart:.0f} degrees apart in the median)"
+    finding = f"course and heading have nothing to do with each other ({apart:.0f} degrees apart in the median)"
     remedy = "Check that rotations lead from vehicle to world, in the same world as the positions."
-    return verdict("axes", found, fail=remedy)
+    return verdict("axes", finding, fail=remedy)
 
 
 def _off_course(motions: Sequence[Motion], apart_deg: float) -> Check:
@@ -218,20 +218,20 @@ def _off_course(motions: Sequence[Motion], apart_deg: float) -> Check:
         everywhere.append(away - np.clip(away, slips[:, 0], slips[:, 1]))
     offset = np.concatenate(straight)
     offset = np.concatenate(everywhere) if len(offset) < MIN_MOVING else offset
-    found = f"moves along its own +x, to {apart_deg:.1f} degrees (median)"
+    finding = f"moves along its own +x, to {apart_deg:.1f} degrees (median)"
     if len(offset) < MIN_MOVING:
-        return verdict("axes", found)
+        return verdict("axes", finding)
     low, degrees, high = np.rad2deg(np.percentile(offset, [25, 50, 75]))
     error = 0.93 * (high - low) / np.sqrt(len(offset))  # of a median, if offsets are normal
     if abs(degrees) - error < OFFSET_DEG[0]:
-        return verdict("axes", found)
+        return verdict("axes", finding)
     side = "right" if degrees > 0 else "left"
-    found = f"headings point {abs(degrees):.1f} degrees to the {side} of where the vehicle goes (median)"
+    finding = f"headings point {abs(degrees):.1f} degrees to the {side} of where the vehicle goes (median)"
     remedy = (
         "Turn every rotation by that angle about z: a camera's or an IMU's own axes, a compass without declination, or "
         "a grid's north?"
     )
-    return verdict("axes", found, **{"fail" if abs(degrees) >= OFFSET_DEG[1] else "warn": remedy})
+    return verdict("axes", finding, **{"fail" if abs(degrees) >= OFFSET_DEG[1] else "warn": remedy})
 
 
 def _tilted(check: Check, *, direction_z: Floats) -> Check:
@@ -240,9 +240,9 @@ def _tilted(check: Check, *, direction_z: Floats) -> Check:
     if abs(degrees) < TILT_DEG:
         return check
     side = "below" if degrees > 0 else "above"
-    found = f"the vehicle's x axis points {abs(degrees):.1f} degrees {side} its path (median)"
+    finding = f"the vehicle's x axis points {abs(degrees):.1f} degrees {side} its path (median)"
     remedy = "Turn every rotation by that angle about y: those of a camera that looks at the road, or of a tilted IMU?"
-    return verdict("axes", found, warn=remedy)
+    return verdict("axes", finding, warn=remedy)
 
 
 def judge_speed(motions: Sequence[Motion]) -> Check:
@@ -250,28 +250,28 @@ def judge_speed(motions: Sequence[Motion]) -> Check:
     speeds = np.concatenate([np.zeros(0), *(motion.speed_mps for motion in motions)])
     rolling = speeds[speeds > STANDING_MPS]
     if (fastest := _degrees_a_second(motions)) is not None:
-        found = f"x and y change by at most {fastest:.2g} a second, yet on a steady course that turns"
-        found += f"; as degrees that would be {METRES_A_DEGREE * fastest:.1f} m/s"
+        finding = f"x and y change by at most {fastest:.2g} a second, yet on a steady course that turns"
+        finding += f"; as degrees that would be {METRES_A_DEGREE * fastest:.1f} m/s"
         remedy = "Latitude and longitude must become metres, such as east and north of a point on the drive."
-        return verdict("speed", found, fail=remedy)
+        return verdict("speed", finding, fail=remedy)
     if len(rolling) < max(1, 0.02 * len(speeds)):
         remedy = "Standing vehicles teach nothing; if they did move, positions are not in metres (kilometres?)."
         return verdict("speed", f"never more than {speeds.max(initial=0):.2f} m/s", warn=remedy)
     rates = np.abs(np.concatenate([motion.turn_rate_radps for motion in motions]))
     turning = (speeds > MOVING_MPS) & (rates > TURNING_RADPS)
     median, sideways = float(np.median(rolling)), 0.0
-    found = f"median {median:.1f} m/s, fastest {speeds.max():.1f} m/s"
+    finding = f"median {median:.1f} m/s, fastest {speeds.max():.1f} m/s"
     if turning.sum() >= MIN_TURNING:
         sideways = float(np.percentile((speeds * rates)[turning], 90))
-        found += f", up to {sideways:.1f} m/s² sideways in turns"
+        finding += f", up to {sideways:.1f} m/s² sideways in turns"
     slides = sideways > GRIP_MPS2
     if median > FAST_MPS or (median > BRISK_MPS and slides):
         factor, unit = next((scale for scale in _SCALES if median / scale[0] < 35), _SCALES[-1])
-        found += f"; divided by {factor:.3g} that would be {median / factor:.1f} m/s"
+        finding += f"; divided by {factor:.3g} that would be {median / factor:.1f} m/s"
         remedy = f"Positions must be in metres, and they look {factor:.3g} times too large: {unit}?"
-        return verdict("speed", found, fail=remedy)
+        return verdict("speed", finding, fail=remedy)
     remedy = "More than tyres hold, or faster than most roads allow; check units of positions, speed and time."
-    return verdict("speed", found, warn=remedy if slides or median > 45 else "")
+    return verdict("speed", finding, warn=remedy if slides or median > 45 else "")
 
 
 def _degrees_a_second(motions: Sequence[Motion]) -> float | None:
@@ -323,9 +323,9 @@ def _mirrored(motions: Sequence[Motion], course: Floats, heading: Floats, away: 
         fault = "x and y of positions are swapped (north and east?)"
     else:
         fault = "one of both is mirrored"
-    found = f"mirrored: the course turns one way and the heading the other; {fault}"
+    finding = f"mirrored: the course turns one way and the heading the other; {fault}"
     remedy = "Axes are right-handed: y is left of x, and a left turn has a positive yaw rate. Flip one of both."
-    return verdict("axes", found, fail=remedy)
+    return verdict("axes", finding, fail=remedy)
 
 
 def _turning_pairs(motion: Motion) -> Floats:
@@ -337,13 +337,13 @@ def _turning_pairs(motion: Motion) -> Floats:
 
 
 def _wrong_axis(direction: Floats, axis: int) -> Check:
-    found = f"moves along its own {'+' if direction[axis] > 0 else '-'}{_AXES[axis]}, not +x"
+    finding = f"moves along its own {'+' if direction[axis] > 0 else '-'}{_AXES[axis]}, not +x"
     remedy = "These look like a camera's axes (z forward); rotations must lead from the vehicle (x forward, y left)."
     if axis != 2:
         degrees = float(np.rad2deg(np.arctan2(direction[1], direction[0])))
-        found += f": {abs(degrees) if abs(degrees) > 179 else degrees:.0f} degrees from its heading"
+        finding += f": {abs(degrees) if abs(degrees) > 179 else degrees:.0f} degrees from its heading"
         remedy = (
             "Unless it drives in reverse, turn every rotation by that angle about z, "
             "so that the vehicle's x points forward."
         )
-    return verdict("axes", found, fail=remedy)
+    return verdict("axes", finding, fail=remedy)

@@ -152,16 +152,16 @@ def judge_mirrored(turns: Sequence[Turn]) -> Check:
     count, against = len(turns), sum(not turn.agrees for turn in turns)
     if count < MIN_MOMENTS:
         return not_judged("mirrored", f"not enough turns to tell: {count} moments, {MIN_MOMENTS} are needed")
-    found = f"pictures and poses turn the same way at {count - against} of {count} moments"
+    finding = f"pictures and poses turn the same way at {count - against} of {count} moments"
     if against >= OPPOSITE * count:
         remedy = (
             "Either the pictures are mirrored (signs are unreadable) or the poses are: left turns must have a positive "
             "yaw rate (y left, z up; not y right, z down). The contact sheet tells which."
         )
-        return verdict("mirrored", found, fail=remedy)
+        return verdict("mirrored", finding, fail=remedy)
     clips = sorted({turn.clip_id for turn in turns if not turn.agrees})
     remedy = f"Look at clips such as {', '.join(clips[:3])}: mirrored, another camera, or clocks that are apart?"
-    return verdict("mirrored", found, warn=remedy if against > (1 - OPPOSITE) * count else "")
+    return verdict("mirrored", finding, warn=remedy if against > (1 - OPPOSITE) * count else "")
 
 
 def judge_pictures(sizes: Mapping[tuple[int, int], Sequence[str]], blank: Sequence[str]) -> Check:
@@ -169,14 +169,14 @@ def judge_pictures(sizes: Mapping[tuple[int, int], Sequence[str]], blank: Sequen
     if not sizes:
         return not_judged("pictures", "no usable sample")
     listed = sorted(sizes, key=lambda size: -len(sizes[size]))
-    found = ", ".join(f"{width} x {height}" for width, height in listed[:4])
+    finding = ", ".join(f"{width} x {height}" for width, height in listed[:4])
     remedy = ""
     if blank:
-        found += f"; {len(blank)} samples show one colour only, such as {blank[0]}"
+        finding += f"; {len(blank)} samples show one colour only, such as {blank[0]}"
         remedy = "Open such a frame: black or grey frames teach the model that the picture says nothing."
     elif len(listed) > 1:
         remedy = (
             f"Different cameras in one set, such as {sizes[listed[-1]][0]}? "
             "Samples differ in their number of tokens; split the set or leave them out."
         )
-    return verdict("pictures", found, warn=remedy)
+    return verdict("pictures", finding, warn=remedy)

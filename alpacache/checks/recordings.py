@@ -103,20 +103,20 @@ def check_times(recording: Recording) -> Check:
     units = {what: time_unit(stamps) for what, stamps in clocks.items()}
     wrong = {what: unit for what, unit in units.items() if unit != "microseconds"}
     if wrong:
-        found = ", ".join(f"timestamps of {what} are in {unit}" for what, unit in wrong.items())
+        finding = ", ".join(f"timestamps of {what} are in {unit}" for what, unit in wrong.items())
         factors = " and ".join(sorted({f"{_UNITS[unit]:g}" for unit in wrong.values()}))
         remedy = f"Write whole microseconds: multiply these timestamps by {factors}."
-        return verdict("times", f"{found}, by their steps", fail=remedy)
+        return verdict("times", f"{finding}, by their steps", fail=remedy)
     for what, stamps in clocks.items():
         steps = np.diff(stamps)
         back = np.flatnonzero(steps <= 0)
         if len(back):
-            found = f"timestamps of {what} do not increase in {len(back)} rows, the first is row {int(back[0]) + 1}"
+            finding = f"timestamps of {what} do not increase in {len(back)} rows, the first is row {int(back[0]) + 1}"
             if (steps == 0).mean() <= 0.5:
-                return verdict("times", found, fail="Sort the rows by timestamp and drop duplicates.")
+                return verdict("times", finding, fail="Sort the rows by timestamp and drop duplicates.")
             finest = f"{steps[steps > 0].min() / 1e6:g} s" if (steps > 0).any() else "no step at all"
-            found += f"; most repeat the time before, the clock's finest step is {finest}"
-            return verdict("times", found, fail="Export times with their fractions, such as those of GPS sentences.")
+            finding += f"; most repeat the time before, the clock's finest step is {finest}"
+            return verdict("times", finding, fail="Export times with their fractions, such as those of GPS sentences.")
     return verdict("times", f"microseconds, {np.ptp(recording.track.timestamps_us) / 1e6:.1f} s of poses")
 
 
@@ -147,8 +147,8 @@ def check_poses(track: Track) -> Check:
     if rate < 9.5:
         remedy = "Export poses at 10 Hz or more: between them a curve is only interpolated."
         faults["fewer than 10 poses a second"] = remedy
-    found = "; ".join([f"{rate:.4g} Hz, longest gap {_duration(int(gaps_us.max()))}", *faults])
-    return verdict("poses", found, warn=" ".join(faults.values()))
+    finding = "; ".join([f"{rate:.4g} Hz, longest gap {_duration(int(gaps_us.max()))}", *faults])
+    return verdict("poses", finding, warn=" ".join(faults.values()))
 
 
 def jumps(track: Track) -> NDArray[np.int64]:
@@ -188,8 +188,8 @@ def check_frames(recording: Recording) -> Check:
         return not_judged("frames", "too few frame times")
     low, high = min(rates, default=0.0), max(rates, default=0.0)
     rate = f"{low:.4g} Hz" if high < 1.02 * low else f"{low:.4g} to {high:.4g} Hz"
-    found = "; ".join([rate, *faults] if rates else faults)
-    return verdict("frames", found, **{status: " ".join(dict.fromkeys(faults.values()))})
+    finding = "; ".join([rate, *faults] if rates else faults)
+    return verdict("frames", finding, **{status: " ".join(dict.fromkeys(faults.values()))})
 
 
 def _span(stamps: NDArray[np.int64]) -> tuple[int, int]:
@@ -221,8 +221,8 @@ def check_finite(track: Track) -> Check | None:
     """NaN, infinity and quaternions that are not of length 1, if there are any."""
     bad = int((~_is_finite(track)).sum())
     if bad:
-        found = f"{bad} of {len(track.xyz)} poses hold NaN or infinity"
-        return verdict("rotations", found, fail="Drop those rows if the rest is sound.")
+        finding = f"{bad} of {len(track.xyz)} poses hold NaN or infinity"
+        return verdict("rotations", finding, fail="Drop those rows if the rest is sound.")
     norms = np.linalg.norm(track.quaternion_xyzw, axis=1)
     worst = float(norms[np.argmax(np.abs(norms - 1))])
     if abs(worst - 1) > QUATERNION_NORM_SLACK:

@@ -73,27 +73,27 @@ def repeats_of_clip(source: RecordedSource, clip_id: str, motion: Motion, *, cli
 
 
 def judge_repeats(moments: Sequence[Moment]) -> Check:
-    """Whether pictures differ from the one before, over all moments."""
+    """Judge whether pictures differ from the one before, over all moments."""
     pairs, repeats = (sum(getattr(moment, name) for moment in moments) for name in ("pairs", "repeats"))
     if not pairs:
         return not_judged("repeats", f"no two pictures between which the vehicle moved {MOVED_M} m")
-    found = f"{repeats} of {pairs} pictures ({100 * repeats / pairs:.0f} %) repeat the one before"
+    finding = f"{repeats} of {pairs} pictures ({100 * repeats / pairs:.0f} %) repeat the one before"
     if repeats < max(2, MIN_SHARE * pairs):
-        return verdict("repeats", found)
+        return verdict("repeats", finding)
     frozen = [moment for moment in moments if moment.pairs > 1 and moment.repeats == moment.pairs]
     doubled = [moment for moment in moments if 0 < moment.repeats < moment.pairs]
     if sum(moment.repeats for moment in frozen) > repeats / 2:
-        found += f"; at {len(frozen)} of {len(moments)} moments ({100 * len(frozen) / len(moments):.0f} %) all do"
+        finding += f"; at {len(frozen)} of {len(moments)} moments ({100 * len(frozen) / len(moments):.0f} %) all do"
         example = frozen[0].clip_id
         remedy = f"The camera stood still while the vehicle drove, such as in {example}: cut these parts out."
-        return verdict("repeats", found, warn=remedy)
+        return verdict("repeats", finding, warn=remedy)
     example = (doubled or frozen or [moment for moment in moments if moment.repeats])[0].clip_id
     remedy = f"Frames are there twice, such as in {example}: keep one of each, with the time at which it was taken."
-    return verdict("repeats", found, warn=remedy)
+    return verdict("repeats", finding, warn=remedy)
 
 
 def _moment(clip_id: str, pictures: Sequence[Picture], counts: NDArray[np.bool_]) -> list[Moment]:
-    """What successive pictures `[3, H, W]` show in the pairs that count; even pictures say nothing."""
+    """Compare successive pictures `[3, H, W]` in the pairs that count; even pictures say nothing."""
     if not counts.any():
         return []
     small = [_small(picture) for picture in pictures]

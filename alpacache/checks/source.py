@@ -133,26 +133,26 @@ def check_source(
         clips[clip_id], refused[clip_id] = [], [Refusal(where=clip_id, kind=error.kind, message=str(error))]
     survey, read = _Survey(source), _examine(source, clips, refused, cameras=names, frames=frames)
     with closing(_in_order(read, clips)) as findings:
-        for done, found in enumerate(findings, start=1):
-            survey.add(found)
+        for done, clip in enumerate(findings, start=1):
+            survey.add(clip)
             if on_progress is not None:
                 rate = done / max(1e-9, time.monotonic() - started)
                 on_progress(Progress(done=done, total=len(clips), unit="clips", rate=rate, notes={}))
     survey.settle()
     survey.compare_clocks()
-    speeds = [speed for found in survey.found.values() for speed in found.speeds_mps]
+    speeds = [speed for clip in survey.clips.values() for speed in clip.speeds_mps]
     speeds_mps = {}
     if speeds:
         speeds_mps = {"median": float(np.median(speeds)), "p95": float(np.percentile(speeds, 95)), "max": max(speeds)}
     return SourceReport(
         source=source.name,
-        samples=sum(found.usable for found in survey.found.values()),
+        samples=sum(clip.usable for clip in survey.clips.values()),
         clips=survey.reports(),
         checks=survey.checks(),
         strata=survey.strata,
         speeds_mps=speeds_mps,
         lag_curve=survey.lag_curve,
-        shown=tuple(sample for found in survey.found.values() for sample in found.shown),
+        shown=tuple(sample for clip in survey.clips.values() for sample in clip.shown),
         seconds=time.monotonic() - started,
     )
 
@@ -202,7 +202,7 @@ class _Survey:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self.found: dict[str, ClipFindings] = {}
+        self.clips: dict[str, ClipFindings] = {}
         self.strata = dict.fromkeys(STRATA, 0)
         self._turns: list[Turn] = []
         self._sizes: dict[tuple[int, int], list[str]] = defaultdict(list)
@@ -210,28 +210,28 @@ class _Survey:
         self._clips_of_path: dict[bytes, list[str]] = defaultdict(list)
         self.lag_curve: LagCurve | None = None
 
-    def add(self, found: ClipFindings) -> None:
+    def add(self, clip: ClipFindings) -> None:
         """Take note of one more clip."""
-        finish(found)
-        self.found[found.clip_id] = found
-        for label in found.strata:
+        finish(clip)
+        self.clips[clip.clip_id] = clip
+        for label in clip.strata:
             self.strata[label] += 1
-        for width, height, sample_id in found.sizes:
+        for width, height, sample_id in clip.sizes:
             self._sizes[width, height].append(sample_id)
-        self._turns += found.turns
-        self._blank += found.blank
-        if found.track is not None and found.motion is not None and found.motion.moving.any():
-            path = hashlib.sha256(found.track.xyz.tobytes()).digest()
-            self._clips_of_path[path].append(found.clip_id)
-        if found.order != "either":  # a track is kept only until the order of its quaternions is known
-            found.track = None
+        self._turns += clip.turns
+        self._blank += clip.blank
+        if clip.track is not None and clip.motion is not None and clip.motion.moving.any():
+            path = hashlib.sha256(clip.track.xyz.tobytes()).digest()
+            self._clips_of_path[path].append(clip.clip_id)
+        if clip.order != "either":  # a track is kept only until the order of its quaternions is known
+            clip.track = None
 
     def settle(self) -> None:
         """Decide clips that drive forwards only with the scalar first by those whose order is certainly wrong."""
-        undecided = [found for found in self.found.values() if found.order == "either"]
-        if sum(found.order == "wrong" for found in self.found.values()) >= len(undecided):
-            for found in undecided:
-                judge_again(found)
+        undecided = [clip for clip in self.clips.values() if clip.order == "either"]
+        if sum(clip.order == "wrong" for clip in self.clips.values()) >= len(undecided):
+            for clip in undecided:
+                judge_again(clip)
 
     def compare_clocks(self) -> None:
         """Look at the film of the clips that turn most, and judge their clocks one by one and together.
@@ -241,7 +241,7 @@ class _Survey:
         source = self._source
         if not isinstance(source, RecordedSource):
             return
-        motions = {clip_id: found.motion for clip_id, found in self.found.items() if found.motion is not None}
+        motions = {clip_id: clip.motion for clip_id, clip in self.clips.items() if clip.motion is not None}
         chosen = choose(motions)
 
         def seen(clip_id: str) -> Sideways | None:
@@ -249,7 +249,7 @@ class _Survey:
 
         parts = [part for part in _in_order(seen, chosen) if part is not None]
         for part in parts:
-            self.found[part.clip_id].checks += (judge_clocks(lag_curve([part])),)
+            self.clips[part.clip_id].checks += (judge_clocks(lag_curve([part])),)
         self.lag_curve = lag_curve(parts) if parts else None
         lag_s = self.lag_curve.best_s if self.lag_curve is not None else None
         self._turns += [turn for part in parts for turn in turns_seen(part, lag_s or 0.0)]
@@ -257,8 +257,8 @@ class _Survey:
     def reports(self) -> tuple[ClipReport, ...]:
         """The verdict on each clip, in order."""
         return tuple(
-            ClipReport(clip_id=clip_id, samples=found.usable, refused=tuple(found.refused), checks=found.checks)
-            for clip_id, found in self.found.items()
+            ClipReport(clip_id=clip_id, samples=clip.usable, refused=tuple(clip.refused), checks=clip.checks)
+            for clip_id, clip in self.clips.items()
         )
 
     def checks(self) -> tuple[Check, ...]:
@@ -268,23 +268,23 @@ class _Survey:
             self._judge_ids(),
             judge_pictures(self._sizes, self._blank),
             judge_mirrored(self._turns),
-            judge_repeats([moment for found in self.found.values() for moment in found.moments]),
-            judge_colours([looks for found in self.found.values() for looks in found.swapped]),
+            judge_repeats([moment for clip in self.clips.values() for moment in clip.moments]),
+            judge_colours([looks for clip in self.clips.values() for looks in clip.swapped]),
         ]
         if self.strata["all"] and self.strata["stopped"] == self.strata["all"]:
             remedy = "Standing vehicles teach nothing; if they did move, positions are not in metres (kilometres?)."
             whole.append(verdict("standing", f"the vehicle stands in all {self.strata['all']} samples", fail=remedy))
-        motions = [found.motion for found in self.found.values() if found.motion is not None]
+        motions = [clip.motion for clip in self.clips.values() if clip.motion is not None]
         if motions:
             whole += [judge_axes(motions), judge_speed(motions)]
-        targets = [found.targets for found in self.found.values() if found.targets is not None]
+        targets = [clip.targets for clip in self.clips.values() if clip.targets is not None]
         whole += [judge_targets(targets), judge_clocks(self.lag_curve)]
         judged = {check.name: check for check in whole}
         return tuple(self._over_clips(name, judged.get(name)) for name in MEANINGS)
 
     def _over_clips(self, name: str, judged: Check | None) -> Check:
         """Merge all clips' checks of one name: the source fails if most clips fail, or all of them together do."""
-        listed = [(clip_id, check) for clip_id, clip in self.found.items() for check in clip.checks]
+        listed = [(clip_id, check) for clip_id, clip in self.clips.items() for check in clip.checks]
         each = {clip_id: check for clip_id, check in listed if check.name == name and check.is_judged}
         bad = {clip_id: check for clip_id, check in each.items() if check.status != "ok"}
         failed = [clip_id for clip_id, check in bad.items() if check.status == "fail"]
@@ -296,32 +296,32 @@ class _Survey:
             alike = {check.found for check in each.values()}
             return verdict(name, alike.pop() if len(alike) == 1 else f"{len(each)} clips")
         example = failed[0] if failed else next(iter(bad))
-        found = f"{len(bad)} of {len(each)} clips, such as {example}: {bad[example].found}"
+        finding = f"{len(bad)} of {len(each)} clips, such as {example}: {bad[example].found}"
         status = "fail" if judged is None and 2 * len(failed) > len(each) else "warn"
-        return verdict(name, found, **{status: bad[example].remedy})
+        return verdict(name, finding, **{status: bad[example].remedy})
 
     def _judge_samples(self) -> Check:
         """Check that there is anything to extract; count what is refused, by kind."""
-        usable = sum(found.usable for found in self.found.values())
-        refused = [refusal for clip in self.found.values() for refusal in clip.refused]
+        usable = sum(clip.usable for clip in self.clips.values())
+        refused = [refusal for clip in self.clips.values() for refusal in clip.refused]
         kinds = Counter(refusal.kind for refusal in refused)
-        found = f"{usable} usable" + "".join(f", {count} refused ({kind})" for kind, count in kinds.most_common())
+        finding = f"{usable} usable" + "".join(f", {count} refused ({kind})" for kind, count in kinds.most_common())
         if not usable and not refused:
             return verdict("samples", "none was selected", fail="Choose another --split or --t0.")
         if not usable:
-            return verdict("samples", found, fail=f"The first reason: {refused[0].message}")
-        return verdict("samples", found, warn=f"The first reason: {refused[0].message}" if refused else "")
+            return verdict("samples", finding, fail=f"The first reason: {refused[0].message}")
+        return verdict("samples", finding, warn=f"The first reason: {refused[0].message}" if refused else "")
 
     def _judge_ids(self) -> Check:
         """Ids that come twice, and clips with the same poses: one trained on and another judged by is a leak."""
         twice = [clip_id for clip_id, times in Counter(self._source.clip_ids).items() if times > 1]
         if twice:
-            found = f"{len(twice)} ids are listed more than once, such as {twice[0]}"
-            return verdict("clip ids", found, fail="Give every clip an id of its own.")
+            finding = f"{len(twice)} ids are listed more than once, such as {twice[0]}"
+            return verdict("clip ids", finding, fail="Give every clip an id of its own.")
         copies = [ids for ids in self._clips_of_path.values() if len(ids) > 1]
         if copies:
             example = " and ".join(copies[0][:2])
-            found = f"{sum(map(len, copies))} clips share their poses with another, such as {example}"
+            finding = f"{sum(map(len, copies))} clips share their poses with another, such as {example}"
             remedy = "Leave the copies out: one may be trained on and the other judged by."
-            return verdict("clip ids", found, warn=remedy)
-        return verdict("clip ids", f"{len(self.found)} different clips")
+            return verdict("clip ids", finding, warn=remedy)
+        return verdict("clip ids", f"{len(self.clips)} different clips")

@@ -147,24 +147,24 @@ def judge_targets(targets: Sequence[Targets]) -> Check:
 
 def _judge_grid(gridded: Sequence[Targets]) -> Check:
     grid = float(np.median([each.grid_m for each in gridded]))
-    found = f"positions lie on a grid of {grid:.2g} m"
+    finding = f"positions lie on a grid of {grid:.2g} m"
     remedy = "Export positions with centimetres: between such steps speeds and accelerations are made up."
     if all(each.is_float32 for each in gridded):
-        found += ", float32's at coordinates this large"
+        finding += ", float32's at coordinates this large"
         remedy = "Keep UTM or ECEF coordinates in float64, and subtract an origin before anything is made float32."
-    return verdict("targets", found, **{"fail" if grid >= GRID_M[1] else "warn": remedy})
+    return verdict("targets", finding, **{"fail" if grid >= GRID_M[1] else "warn": remedy})
 
 
 def _judge_noise(targets: Sequence[Targets], rough: float) -> Check:
     late = [each.late_share for each in targets if each.late_share > 0]
-    found = f"accelerations change by {rough:.1f} m/s² from step to step"
+    finding = f"accelerations change by {rough:.1f} m/s² from step to step"
     if 2 * len(late) > len(targets):
-        found += f", and pose intervals vary by {100 * np.median(late):.0f} % while the distances between do not"
+        finding += f", and pose intervals vary by {100 * np.median(late):.0f} % while the distances between do not"
         remedy = "Poses seem to carry times of arrival: take the times at which they were measured."
     else:
-        found += f", as from {100 * rough / ROUGHNESS_A_METRE:.0f} cm of noise in the positions"
+        finding += f", as from {100 * rough / ROUGHNESS_A_METRE:.0f} cm of noise in the positions"
         remedy = "Smooth the localisation (fuse it with speed and yaw rate): the expert would be trained on its noise."
-    return verdict("targets", found, **{"fail" if rough > ROUGH_MPS2[1] else "warn": remedy})
+    return verdict("targets", finding, **{"fail" if rough > ROUGH_MPS2[1] else "warn": remedy})
 
 
 def _judge_scale(accel: Floats, curvature: Floats, speed: Floats, rough: float) -> Check:
@@ -173,22 +173,24 @@ def _judge_scale(accel: Floats, curvature: Floats, speed: Floats, rough: float) 
     if fast.sum() >= FUTURE_STEPS:
         hard = float(np.percentile(np.hypot(accel, sideways)[fast], 95))
         if hard > HARD_MPS2[0]:
-            found = f"above {FAST_MPS:g} m/s, one moment in twenty accelerates or turns with more than {hard:.1f} m/s²"
+            finding = (
+                f"above {FAST_MPS:g} m/s, one moment in twenty accelerates or turns with more than {hard:.1f} m/s²"
+            )
             remedy = "Positions look too large: km/h taken for m/s (3.6 times), or feet (3.3 times)?"
-            return verdict("targets", found, **{"fail" if hard > HARD_MPS2[1] else "warn": remedy})
+            return verdict("targets", finding, **{"fail" if hard > HARD_MPS2[1] else "warn": remedy})
     if tight.sum() >= max(10, TIGHT_SHARE * rolling.sum()):
         radius = 1 / float(np.median(np.abs(curvature[tight])))
-        found = f"turns on a radius of {radius:.1f} m, which no car does"
+        finding = f"turns on a radius of {radius:.1f} m, which no car does"
         remedy = "Positions look too small, such as 3.6 times (m/s taken for km/h); or the vehicle slides or is no car."
-        return verdict("targets", found, fail=remedy)
+        return verdict("targets", finding, fail=remedy)
     fastest, moving_s = float(np.percentile(speed, 99.5)), rolling.sum() * WINDOW_US / 1e6 / FUTURE_STEPS
     if fastest < WALKING_MPS and moving_s > WALKING_S:
-        found = f"never faster than {fastest:.1f} m/s in {moving_s:.0f} s of movement"
+        finding = f"never faster than {fastest:.1f} m/s in {moving_s:.0f} s of movement"
         remedy = "If it drove on roads, positions are too small, such as 3.6 times (m/s taken for km/h)."
-        return verdict("targets", found, warn=remedy)
+        return verdict("targets", finding, warn=remedy)
     bound = float(np.percentile(np.hypot(accel, sideways), 95))
-    found = f"accelerations up to {bound:.1f} m/s² (95 %), changing by {rough:.2f} m/s² from step to step"
-    return verdict("targets", found)
+    finding = f"accelerations up to {bound:.1f} m/s² (95 %), changing by {rough:.2f} m/s² from step to step"
+    return verdict("targets", finding)
 
 
 def _cut(track: Track) -> Iterator[EgoPoses]:
@@ -212,7 +214,7 @@ def _cut(track: Track) -> Iterator[EgoPoses]:
 
 def _grid(xyz: Floats) -> tuple[float, bool]:
     """Step of the coarser grid that x or y lie on, and whether it is float32's; 0 if neither lies on one."""
-    found = (0.0, False)
+    finding = (0.0, False)
     for column in (xyz[:, 0], xyz[:, 1]):
         gaps = np.diff(np.unique(np.round(column, 6)))
         if len(gaps) < 8:
@@ -222,10 +224,10 @@ def _grid(xyz: Floats) -> tuple[float, bool]:
         moves = np.round(np.diff(column) / step)
         # a car that keeps its speed is on a grid by chance: its steps are all alike
         varied = len(moves) > 1 and (np.diff(moves) != 0).mean() > 0.1
-        if np.abs(near - np.round(near)).max() < 0.05 and varied and step > found[0]:
+        if np.abs(near - np.round(near)).max() < 0.05 and varied and step > finding[0]:
             ulp = float(np.spacing(np.float32(np.abs(column).max())))
-            found = (step, bool(0.4 < step / ulp < 1.1))
-    return found
+            finding = (step, bool(0.4 < step / ulp < 1.1))
+    return finding
 
 
 def _late_share(track: Track) -> float:

@@ -20,7 +20,7 @@ from alpacache.evaluation.summary import EvalSummary
 from alpacache.metrics.bias import HORIZONS_S
 
 _MAIN = ("report.html", "eval.json")
-"""What one looks at: gone first and there last, so that it is never of another evaluation than the rest."""
+"""Files that one looks at: gone first and there last, so that it is never of another evaluation than the rest."""
 _REST = ("samples.parquet", "pictures")
 FIRST_PICTURES = 3
 """Samples drawn whatever their error, so that evaluations can be compared picture by picture."""

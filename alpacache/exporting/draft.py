@@ -57,7 +57,7 @@ class MergedTensors:
 
 @dataclass(slots=True, kw_only=True)
 class Draft:
-    """What goes into the new directory, by path inside it, and from which file of the base."""
+    """Files of the new directory, by path inside it, each with the file of the base that it comes from."""
 
     linked: dict[str, Path] = field(default_factory=dict)
     copied: dict[str, Path] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Draft:
                 (directory / SINGLE).chmod((directory / INDEX).stat().st_mode)  # safetensors knows no umask
 
     def is_in(self, directory: Path, tensors: MergedTensors) -> bool:
-        """Whether all of it lies in a directory already: the same index but for the version, files and tensors."""
+        """Tell whether all of it lies in a directory already: the same index but for the version, files and tensors."""
         try:
             index, note = json.loads((directory / INDEX).read_bytes()), json.loads(self.texts[INDEX])
             for document in (index, note):
@@ -137,7 +137,7 @@ class Draft:
         written.infos(written.names)  # raises where the index names the wrong shard
 
     def _written(self, directory: Path, tensors: MergedTensors) -> Iterator[str]:
-        """Write all files but links and texts; yield each one's name afterwards."""
+        """Write all files except links and text files; yield each one's name afterwards."""
         for name, file in self.copied.items():
             shutil.copyfile(file, directory / name)
             yield name
@@ -156,7 +156,7 @@ class Draft:
 
 @contextmanager
 def writing(out: Path, draft: Draft) -> Iterator[Path]:
-    """A directory whose files appear in `out` together when the body ends well; errors of writing become `DataError`.
+    """A directory whose files appear in `out` together when the body succeeds; errors of writing become `DataError`.
 
     Where they are moved one by one, the config comes last: without it the rest is no checkpoint.
     """

@@ -52,9 +52,9 @@ class ExportReport:
     average: float | None
     """Decay of the average of the weights that was taken; None where the weights themselves were."""
     had_average: bool
-    """Whether the run keeps an average, taken or not."""
+    """True if the run keeps an average, taken or not."""
     existed: bool
-    """Whether all of this lay there already, from an earlier export: nothing was written."""
+    """True if all of this lay there already, from an earlier export: nothing was written."""
     seconds: float
 
 

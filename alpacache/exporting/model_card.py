@@ -28,7 +28,7 @@ _TRAINABLE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
-    """What a checkpoint and the run directory around it say of the training."""
+    """Facts of the training, from a checkpoint and the run directory around it."""
 
     step: int
     average: float | None
@@ -161,7 +161,7 @@ def _stores(config: Path) -> list[str]:
 
 
 def _store_facts(path: str) -> str | None:
-    """What a store says of itself at the time of export; None where it cannot be opened."""
+    """Describe a store at the time of export; None where it cannot be opened."""
     try:
         reader = CacheReader(path)
     except (CacheStoreError, OSError):

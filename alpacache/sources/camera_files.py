@@ -30,8 +30,8 @@ def find_film(clip: Path, camera: str, *, where: str) -> Path | None:
     folder = clip / camera
     pictures = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
     if len(films) > 1 or (films and pictures):
-        found = " and ".join([*films, *([f"a folder {camera}/"] if pictures else [])])
-        raise BadClipError("wrong_shape", f"{where}: {found} are both there. Which is it? Remove the other.")
+        present = " and ".join([*films, *([f"a folder {camera}/"] if pictures else [])])
+        raise BadClipError("wrong_shape", f"{where}: {present} are both there. Which is it? Remove the other.")
     if films:
         return clip / films[0]
     if folder.is_dir():
@@ -62,10 +62,10 @@ def find_pictures(folder: Path, count: int, *, where: str) -> dict[int, str]:
             reason = f"{' and '.join(sorted((twin, name)))} are both there. Which is it? Remove the other."
             raise BadClipError("wrong_shape", f"{where}: {reason}")
     if len(pictures) != count:
-        found = f"{len(pictures)} images" if pictures else "no image that can be read"
+        present = f"{len(pictures)} images" if pictures else "no image that can be read"
         beside = ", ".join(f"{number} files with {ending}" for ending, number in others.most_common(3))
         beside = f" beside {beside}; {_READ} are read" if others else ""
-        raise BadClipError("wrong_shape", f"{where}: {found}, but {count} timestamps{beside}.")
+        raise BadClipError("wrong_shape", f"{where}: {present}, but {count} timestamps{beside}.")
     missing = next((number for number in range(count) if number not in pictures), None)
     if missing is not None:
         rule = "number the pictures from 000000 on without a gap, in the order of the timestamps"

@@ -209,13 +209,13 @@ class PhysicalAiSource:
 
         missing = "missing_poses" if feature == EGOMOTION else "missing_camera"
         with self._reading(clip_id, feature, missing=missing):
-            found: dict[str, NDArray[Any]] = self._read_member(clip_id, feature, member, columns, fetch=fetch)
-            return found
+            arrays: dict[str, NDArray[Any]] = self._read_member(clip_id, feature, member, columns, fetch=fetch)
+            return arrays
 
     def _read_member(
         self, clip_id: str, feature: str, member: str, parse: Callable[[Any], Any], *, fetch: bool = True
     ) -> Any:
-        """What `parse` makes of one opened member of a chunk's archive; refuses what no film unpacks to.
+        """Parse one opened member of a chunk's archive; refuses what no film unpacks to.
 
         Without `fetch` the chunk is not downloaded for it: the needed part of the archive is streamed.
         """

@@ -138,8 +138,8 @@ def sound_poses(ref: SampleRef, row: dict[str, Any]) -> EgoPoses:
 
     where = ref.sample_id
     for name, shape in POSES.items():
-        if (found := np.shape(row[name])) != shape:
-            raise BadClipError("wrong_shape", f"{where}: {name} has shape {found}; expected {shape}.")
+        if (given := np.shape(row[name])) != shape:
+            raise BadClipError("wrong_shape", f"{where}: {name} has shape {given}; expected {shape}.")
     poses = poses_of(row)
     xyz = np.concatenate([poses.history_xyz, poses.future_xyz]).astype(np.float64)
     rot = np.concatenate([poses.history_rot, poses.future_rot]).astype(np.float64)
@@ -166,8 +166,8 @@ def _check_lengths(row: dict[str, Any], *, where: str) -> None:
     names, counts = row["cameras"], [len(images) for images in row["frames"]]
     times = [len(stamps) for stamps in row["frame_timestamps_us"]]
     if len(set(names)) != len(names) or counts != times or len(counts) != len(names) or len(set(counts)) != 1:
-        found = f"{len(names)} cameras ({len(set(names))} different), {counts} pictures and {times} frame times"
-        raise BadClipError("wrong_shape", f"{where}: {found}; expected as many pictures as times for each camera.")
+        counted = f"{len(names)} cameras ({len(set(names))} different), {counts} pictures and {times} frame times"
+        raise BadClipError("wrong_shape", f"{where}: {counted}; expected as many pictures as times for each camera.")
 
 
 def _check_times(stamps: NDArray[np.int64], t0_us: int, *, where: str) -> None:

@@ -41,7 +41,7 @@ class PrepareReport:
     provenance: dict[str, Any]
     """Content of `provenance.json`: settings, versions, counts, strata, curvature."""
     existed: bool = False
-    """Whether all of this lay there already, from an earlier call: nothing was written."""
+    """True if all of this lay there already, from an earlier call: nothing was written."""
 
 
 def prepare(

@@ -157,7 +157,7 @@ def _check_rows(metadata: Any, *, where: str) -> None:
 
 
 def _columns(metadata: Any, names: Sequence[str] | None) -> Iterator[Any]:
-    """What the footer says of these columns (None: of all), of nested ones of each leaf, in each row group."""
+    """Footer entries of these columns (None: of all), of nested ones of each leaf, in each row group."""
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         for column in map(group.column, range(group.num_columns)):

@@ -87,7 +87,7 @@ class RunDirectory:
 
     @property
     def is_run(self) -> bool:
-        """Whether a run is or was here, with a checkpoint or not."""
+        """Tell whether a run is or was here, with a checkpoint or not."""
         return has_marks(self.path) or bool(self.steps)
 
     def check_usable(self) -> None:

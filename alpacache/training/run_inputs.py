@@ -1,4 +1,4 @@
-"""What a run begins with, compared among its processes and with what a later call resumes it with.
+"""Inputs of a run, compared among its processes and with those a later call resumes it with.
 
 A run can go on exactly only with the samples that it began with, in their order: all of them decide which one comes
 when.
@@ -46,7 +46,7 @@ _FREE_TO_CHANGE |= {"on_overlap", "ema", "ema_every", "capture", "checkpointing"
 
 
 class RunInputs:
-    """What a run begins with: its processes, its directory, what it learns from."""
+    """Inputs of a run: its processes, its directory, what it learns from."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         """Open model and stores, and check that all processes see the same ones and can go on from the same step."""
@@ -237,7 +237,7 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: s
 
 
 def _meant(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What must not change of a `settings_record`, in one form: epochs as steps, defaults spelled out."""
+    """Part of a `settings_record` that must not change, in one form: epochs as steps, defaults spelled out."""
     apart = {"micro_batch", "processes", "dataset_samples", "stores", "epochs", "steps", "warmup"}
     meant = {key: value for key, value in record.items() if key not in apart}
     if record.get("steps") or record.get("epochs"):
@@ -263,7 +263,7 @@ def free_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a resumed run does otherwise than the call that wrote its checkpoint, where that recorded it."""
+    """List what a resumed run does otherwise than the call that wrote its checkpoint, where that recorded it."""
     return [
         f"{key} {json.dumps(before[key])} -> {json.dumps(value)}"
         for key, value in now.items()
@@ -272,7 +272,7 @@ def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between a store when the run began and the one given now."""
+    """List the differences between a store when the run began and the one given now."""
     store, count, was = f"store {new['path']}", new["samples"], old["samples"]
     lines = []
     if count > was:

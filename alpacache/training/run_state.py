@@ -19,7 +19,7 @@ from cache_store.storage.local_files import write_flushed
 
 STATE, RUN = "state.json", "run.json"
 STATE_FORMAT = 2
-"""Of what is written now; 1 was the same without a checksum."""
+"""Version that is written now; 1 was the same without a checksum."""
 
 
 class _File(Schema):
@@ -74,7 +74,7 @@ class _Skipped(Schema, extra="forbid"):
 
 
 class _State(Schema):
-    """What this version reads of a checkpoint's `state.json`; docs/reference/run-directory.md says what it means."""
+    """Schema of what is read of a checkpoint's `state.json`; docs/reference/run-directory.md says what it means."""
 
     format: Literal[1, 2]
     step: int
@@ -102,7 +102,7 @@ class _Marks(Schema):
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a directory is a whole checkpoint: its state is written last."""
+    """Tell whether a directory is a whole checkpoint: its state is written last."""
     return (checkpoint / STATE).is_file()
 
 
@@ -130,7 +130,7 @@ def write_marks(run: Path, last: int | None, best: int | None) -> None:
 
 
 def has_marks(run: Path) -> bool:
-    """Whether a directory has a `run.json` of ours, damaged or not."""
+    """Tell whether a directory has a `run.json` of ours, damaged or not."""
     return (run / RUN).is_file() and SEAL_KEY.encode() in (run / RUN).read_bytes()
 
 

@@ -150,8 +150,8 @@ def find_id(storage: Storage, key: str, attempts: Iterable[str]) -> str:
     for name in (record_path(COMMITS, key), *groups):
         try:
             for match in _ID.finditer(storage.read_document(name, MAX_DOCUMENT_BYTES)):
-                if sample_key(found := json.loads(match[1])) == key:
-                    return str(found)
+                if sample_key(sample_id := json.loads(match[1])) == key:
+                    return str(sample_id)
         except UnreachableStoreError:
             raise
         except (OSError, ValueError):  # a `FormatError` is a `ValueError`

@@ -161,9 +161,9 @@ def list_ids(storage: Storage, root: StoreRoot, known: SampleIds) -> tuple[Sampl
         return SampleIds.of(ids), ()
     there, attempts = set(list_keys(storage, COMMITS)), list(storage.names(SAMPLES))
     failed = {key: error for key, error in failed.items() if key in there}  # the others were removed meanwhile
-    found = {key: by_key.get(key) or commit_record.find_id(storage, key, attempts) for key in failed}
-    errors = [commit_record.unreadable(storage, key, error, found[key]) for key, error in failed.items()]
-    return SampleIds.of([*ids, *filter(None, found.values())]), tuple(errors)
+    ids_of_failed = {key: by_key.get(key) or commit_record.find_id(storage, key, attempts) for key in failed}
+    errors = [commit_record.unreadable(storage, key, error, ids_of_failed[key]) for key, error in failed.items()]
+    return SampleIds.of([*ids, *filter(None, ids_of_failed.values())]), tuple(errors)
 
 
 def read(storage: Storage) -> Index | None:

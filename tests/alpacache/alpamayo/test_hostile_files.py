@@ -106,7 +106,12 @@ def test_any_value_anywhere_in_the_json_files(model, data, name, value):
 @pytest.mark.parametrize(
     ("name", "path", "value", "expected"),
     [
-        ("config.json", ("traj_token_ids",), [1, 2], r"config.json: traj_token_ids: .* dictionary, not \[1, 2\]\.$"),
+        (
+            "config.json",
+            ("traj_token_ids",),
+            [1, 2],
+            r"config.json: traj_token_ids: expected a valid JSON object, not \[1, 2\]\.$",
+        ),
         ("config.json", ("vocab_size",), "abc", r"config.json: vocab_size: .* integer, not 'abc'\.$"),
         ("config.json", ("hist_traj_tokenizer_cfg",), 3, r"config.json: hist_traj_tokenizer_cfg: .*, not 3\.$"),
         ("config.json", ("traj_token_ids", "future_start"), ..., "traj_token_ids.future_start is missing"),

@@ -338,8 +338,8 @@ def test_a_state_of_another_form_is_refused_with_file_and_key(tmp_path, content,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 3}, "format: Input should be 1 or 2, not 3"),
-        ({"damaged_indices": ["a"]}, r"damaged_indices\.0: Input should be a valid integer, not 'a'"),
+        ({"format": 3}, "format: expected 1 or 2, not 3"),
+        ({"damaged_indices": ["a"]}, r"damaged_indices\.0: expected a valid integer, not 'a'"),
         ({"average": {"decay": 0.9, "behind": 0, "kind": "two"}}, r"average\.kind: Extra inputs are not permitted"),
         ({"files": {}}, r"files\.model\.safetensors is missing; files\.optimizer\.safetensors is missing"),
     ],
