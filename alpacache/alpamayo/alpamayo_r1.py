@@ -15,6 +15,7 @@ from alpacache.errors import CheckpointError
 
 _Id = Annotated[int, Field(ge=0, lt=2**20)]
 _XYZ = Annotated[tuple[Number, Number, Number], Field(strict=False)]
+_Bounds = Annotated[tuple[Annotated[Number, Field(lt=0)], Annotated[Number, Field(gt=0)]], Field(strict=False)]
 _Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Dtype = Literal["bfloat16", "float32", "torch.bfloat16", "torch.float32"]
 
@@ -50,6 +51,7 @@ class _ActionSpace(_Block):
     a_ridge: Fraction = 1e-4
     kappa_lambda: Fraction = 1e-4
     kappa_ridge: Fraction = 1e-4
+    curvature_bounds: _Bounds = (-0.33, 0.33)
 
 
 class _ActionInProjection(_Block):

@@ -2,7 +2,8 @@
 
 The expert never sees metres: a 6.4 s path is 64 normalised pairs of acceleration and curvature. To find them for a
 recorded path, four small regularised least-squares problems are solved, which smooth the recording noise; the way back
-is plain integration. Solves run in float32 on purpose: the public code's do, and a float64 solve differs by 4e-5.
+is plain integration. The problems are set up in float32, as in the public code, and solved in float64. All in float64
+a label would differ by 5e-4 from the public code's; all in float32 by up to 9e-4, as processors round differently.
 
 Source: `UnicycleAccelCurvatureActionSpace` of the public Alpamayo code (its behaviour, pinned by golden actions).
 """
@@ -10,11 +11,18 @@ Source: `UnicycleAccelCurvatureActionSpace` of the public Alpamayo code (its beh
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from alpacache.driving.sample import DT_S, FUTURE_STEPS
+
+LabelRule: TypeAlias = Literal["guarded", "unguarded"]
+"""`guarded`: curvature is clamped, and 0 where the car all but stands, as in the public code since August 2026;
+`unguarded`: as solved, as in the public code before."""
+_GUARDED_MPS = 0.6
+"""Below this speed a turn of the heading is noise: divided by the distance, half a degree would be a hairpin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,20 +43,32 @@ class UnicycleActionSpace:
     a_ridge: float = 1e-4
     kappa_lambda: float = 1e-4
     kappa_ridge: float = 1e-4
+    curvature_bounds: tuple[float, float] = (-0.33, 0.33)
+    """Least and greatest curvature (1/m) of a guarded label."""
+    label_rule: LabelRule = "guarded"
 
     @torch.no_grad()
-    def to_action(self, history_xyz: Tensor, history_rot: Tensor, future_xyz: Tensor, future_rot: Tensor) -> Tensor:
+    def to_action(
+        self,
+        history_xyz: Tensor,
+        history_rot: Tensor,
+        future_xyz: Tensor,
+        future_rot: Tensor,
+        *,
+        label_rule: LabelRule | None = None,
+    ) -> Tensor:
         """Turn a recorded path into normalised actions.
 
         Args are `[..., 16, 3]`, `[..., 16, 3, 3]`, `[..., 64, 3]`, `[..., 64, 3, 3]`, metres, ego frame at t0.
-        Returns `[..., 64, 2]` float32: acceleration, then curvature. A path gives the same bits whatever other paths
-        are in the batch.
+        `label_rule` is the space's unless it is given. Returns `[..., 64, 2]` float32: acceleration, then curvature. A
+        path gives the same bits whatever other paths are in the batch.
         """
+        rule = label_rule or self.label_rule
         if math.prod(future_xyz.shape[:-2]) == 1:  # alone it would go through a matrix product that rounds differently
             lead = future_xyz.ndim - 2
             poses = (history_xyz, history_rot, future_xyz, future_rot)
             two = (torch.stack([pose.reshape(pose.shape[lead:])] * 2) for pose in poses)
-            return self.to_action(*two)[0].reshape(*future_xyz.shape[:-2], -1, 2)
+            return self.to_action(*two, label_rule=rule)[0].reshape(*future_xyz.shape[:-2], -1, 2)
         with torch.autocast(future_xyz.device.type, enabled=False):
             history_xyz, history_rot = history_xyz.float(), history_rot.float()
             future_xyz, future_rot = future_xyz.float(), future_rot.float()
@@ -58,6 +78,10 @@ class UnicycleActionSpace:
             speed = self._speed(xy, theta, first=speed0)
             accel = self._acceleration(speed)
             curvature = self._curvature(theta, speed[..., :-1], accel)
+            if rule == "guarded":
+                slow = speed.abs() < _GUARDED_MPS
+                curvature = curvature.clamp(*self.curvature_bounds)
+                curvature = curvature.masked_fill(slow[..., :-1] | slow[..., 1:], 0.0)
             accel = (accel - self.accel_mean) / self.accel_std
             curvature = (curvature - self.curvature_mean) / self.curvature_std
             return torch.stack([accel, curvature], dim=-1)
@@ -168,10 +192,15 @@ def _identity(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _solve(normal: Tensor, right: Tensor, *, first: Tensor | None) -> Tensor:
     """Solve normal equations `[..., n, n]`, `[..., n]` by Cholesky; a `first` value is held fixed."""
     if first is None:
-        return torch.cholesky_solve(right[..., None], torch.linalg.cholesky(normal))[..., 0]
-    right = right[..., 1:] - normal[..., 1:, 0] * first[..., None]
-    rest = torch.cholesky_solve(right[..., None], torch.linalg.cholesky(normal[..., 1:, 1:]))[..., 0]
-    return torch.cat([first[..., None], rest], dim=-1)
+        return _solve_by(torch.linalg.cholesky(normal.double()), right)
+    right = right[..., 1:].double() - normal[..., 1:, 0].double() * first[..., None].double()
+    rest = _solve_by(torch.linalg.cholesky(normal[..., 1:, 1:].double()), right)
+    return torch.cat([first[..., None], rest.to(first.dtype)], dim=-1)
+
+
+def _solve_by(factor: Tensor, right: Tensor) -> Tensor:
+    """Solve by a Cholesky factor `[..., n, n]` in float64; in the dtype of the right side `[..., n]`."""
+    return torch.cholesky_solve(right[..., None].double(), factor)[..., 0].to(right.dtype)
 
 
 def _solve_retrying(normal: Tensor, right: Tensor, *, ridge: float) -> Tensor:
@@ -179,9 +208,9 @@ def _solve_retrying(normal: Tensor, right: Tensor, *, ridge: float) -> Tensor:
     eye = _identity(normal.shape[-1], normal.dtype, normal.device)
     ridges = normal.new_full((*normal.shape[:-2], 1, 1), ridge)
     for _ in range(8):
-        factor, info = torch.linalg.cholesky_ex(normal + ridges * eye)
+        info = torch.linalg.cholesky_ex(normal + ridges * eye).info
         if not bool(info.any()):
-            return torch.cholesky_solve(right[..., None], factor)[..., 0]
+            return _solve_by(torch.linalg.cholesky((normal + ridges * eye).double()), right)
         ridge *= 10.0
         ridges = ridges.where((info == 0)[..., None, None], ridge)
     raise ArithmeticError(f"the least-squares problem stays singular with a ridge of {ridge:g}; is the path finite?")

@@ -11,9 +11,10 @@ from alpacache.driving.strata import Strata
 from alpacache.metrics.baselines import BASELINES
 from alpacache.metrics.bias import Departure, mean_departure
 from alpacache.metrics.corridor import Leaving, leaving
+from alpacache.metrics.path_frame import ONSET_KEY, TRACK_KEYS, error_after_onset, track_errors
 from alpacache.metrics.paths import EXTRA_KEYS, PUBLIC_KEYS, corner_distance, extra_metrics, min_ade
 
-METRIC_KEYS = (*PUBLIC_KEYS, *EXTRA_KEYS)
+METRIC_KEYS = (*PUBLIC_KEYS, *EXTRA_KEYS, *TRACK_KEYS, ONSET_KEY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,7 @@ class ModelResult:
     pred_rot: Floats
     """`[K, 64, 3, 3]`."""
     metrics: Mapping[str, float]
-    """`METRIC_KEYS` -> metres (`miss_rate`: 0 or 1)."""
+    """`METRIC_KEYS` -> metres (`miss_rate`: 0 or 1; `after_onset`: NaN where the driven path does not turn)."""
     leaving: Leaving
 
 
@@ -69,7 +70,8 @@ class LeftOut:
 
 def judge(pred_xyz: ArrayLike, pred_rot: ArrayLike, truth_xyz: ArrayLike, truth_rot: ArrayLike) -> ModelResult:
     """Judge K paths `[K, 64, 3]`, `[K, 64, 3, 3]` by the driven `[64, 3]`, `[64, 3, 3]`; raises as `min_ade` does."""
-    metrics = min_ade(pred_xyz, truth_xyz)
+    metrics = min_ade(pred_xyz, truth_xyz) | track_errors(pred_xyz, truth_xyz, truth_rot)
+    metrics[ONSET_KEY] = error_after_onset(pred_xyz, truth_xyz, truth_rot)
     metrics |= corner_distance(pred_xyz, pred_rot, truth_xyz, truth_rot) | extra_metrics(pred_xyz, truth_xyz)
     return ModelResult(
         pred_xyz=np.asarray(pred_xyz, dtype=np.float64),

@@ -116,7 +116,7 @@ def write_sample_table(path: Path, results: Sequence[SampleResult]) -> None:
         strata = {f"stratum/{name}": name in result.strata.labels for name in STRATA}
         for label, model in result.models.items():
             row: dict[str, Any] = {**sample, "model": label, **strata}
-            row |= {key: model.metrics[key] for key in METRIC_KEYS}
+            row |= {key: strict_json.plain(model.metrics[key]) for key in METRIC_KEYS}
             for kind, departure in (("truth", result.true_departure), ("pred", result.mean_departure(label))):
                 for horizon_s, heading, lateral in zip(HORIZONS_S, departure.heading, departure.lateral, strict=True):
                     row |= {f"{kind}/heading_rad@{horizon_s}": heading, f"{kind}/lateral_m@{horizon_s}": lateral}

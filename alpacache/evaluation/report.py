@@ -75,6 +75,7 @@ def write_report(
             "bias_picture": _picture(_bias_png(summary, ranked), "predicted against driven heading change by model"),
             "filters": tables.filter_buttons(summary),
             "strata_table": tables.strata_table(summary),
+            "tracks_table": tables.tracks_table(summary),
             "slopes_table": tables.slopes_table(summary),
             "corridor_table": tables.corridor_table(summary),
             "time_picture": _picture(_time_png(summary, ranked), "error over time"),

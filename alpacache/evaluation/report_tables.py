@@ -1,6 +1,7 @@
 """Tables of the HTML report. Every text that comes from data is escaped here, labels and ids included."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -11,6 +12,7 @@ from alpacache.evaluation.judging import SampleResult
 from alpacache.evaluation.summary import EvalSummary, StratumSummary
 from alpacache.metrics.bias import HORIZONS_S, QUANTITIES, Slope
 from alpacache.metrics.bootstrap import Interval
+from alpacache.metrics.path_frame import ONSET_KEY, TRACK_KEYS
 from alpacache.pictures.canvas import BASELINE_STYLES, MODEL_COLOURS
 
 HEADLINE_METRICS = {
@@ -34,6 +36,7 @@ STRATA_METRICS = {
     "fde": "FDE",
     "miss_rate": "missed",
 }
+TRACK_METRICS = {key: key.replace("_track@", " ") + " s" for key in TRACK_KEYS} | {ONSET_KEY: "after onset"}
 SLOPE_COLUMNS = tuple((quantity, horizon_s) for quantity in QUANTITIES for horizon_s in HORIZONS_S)
 _NOTHING = '<td data-value="">–</td>'
 
@@ -92,14 +95,22 @@ def headline_sentence(summary: EvalSummary) -> str:
 
 
 def strata_table(summary: EvalSummary) -> str:
-    """Every metric by stratum and model, with counts and paired changes."""
+    """Errors by stratum and model, with counts and paired changes."""
+    return _metrics_table(summary, STRATA_METRICS)
 
+
+def tracks_table(summary: EvalSummary) -> str:
+    """Errors along the driven path, beside it and after the onset of its turn, as `strata_table`."""
+    return _metrics_table(summary, TRACK_METRICS)
+
+
+def _metrics_table(summary: EvalSummary, names: Mapping[str, str]) -> str:
     def cells(stratum: StratumSummary, label: str) -> list[str]:
         errors, changes = stratum.metrics[label], stratum.differences.get(label, {})
-        numbers = [_number(key, errors[key], changes.get(key)) for key in STRATA_METRICS]
+        numbers = [_number(key, errors[key], changes.get(key)) for key in names]
         return [_count(stratum.samples), _count(stratum.clips), *numbers]
 
-    return _stratum_table(summary, ["samples", "clips", *STRATA_METRICS.values()], cells)
+    return _stratum_table(summary, ["samples", "clips", *names.values()], cells)
 
 
 def slopes_table(summary: EvalSummary) -> str:
@@ -204,6 +215,8 @@ def _value(value: float, form: str) -> str:
 
 
 def _number(key: str, value: float, change: Interval | None = None) -> str:
+    if math.isnan(value):
+        return _NOTHING
     text = f"{100 * value:.1f} %" if key == "miss_rate" else f"{value:.2f}"
     title = "" if change is None else f' title="change {change.estimate:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"'
     return f'<td{_verdict(change)}{title} data-value="{value:.6g}">{text}</td>'

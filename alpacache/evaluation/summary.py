@@ -4,12 +4,14 @@ Models are compared sample by sample on the same strata, and clips, not samples,
 number carries its count, and strata too small to conclude from are named rather than left out.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 
+from alpacache.driving.sample import Floats
 from alpacache.driving.strata import LATE_CURVE, STRATA
 from alpacache.evaluation.judging import METRIC_KEYS, SampleResult
 from alpacache.metrics.baselines import BASELINES
@@ -40,7 +42,7 @@ class StratumSummary:
     samples: int
     clips: int
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Means over samples."""
+    """Means over the samples that the metric has a value for; NaN where it has none."""
     differences: Mapping[str, Mapping[str, Interval | None]] = field(default_factory=dict)
     """Mean less the reference's mean, per model that is neither reference nor baseline; negative is better."""
     bias: Mapping[str, Mapping[Quantity, Mapping[float, Slope | None]]] = field(default_factory=dict)
@@ -127,13 +129,10 @@ def _summarise_stratum(
     return StratumSummary(
         samples=len(results),
         clips=len(set(clips)),
-        metrics={
-            label: {key: float(errors.mean()) for key, errors in by_key.items()} for label, by_key in values.items()
-        },
+        metrics={label: {key: _mean(errors) for key, errors in by_key.items()} for label, by_key in values.items()},
         differences={
             label: {
-                key: mean_difference(values[reference][key], values[label][key], clips, seed=seed)
-                for key in METRIC_KEYS
+                key: _difference(values[reference][key], values[label][key], clips, seed=seed) for key in METRIC_KEYS
             }
             for label in others
         },
@@ -147,6 +146,21 @@ def _summarise_stratum(
             label: recall_difference(leavings[reference], leavings[label], clips, seed=seed) for label in others
         },
     )
+
+
+def _mean(values: Floats) -> float:
+    """Mean of the values that a metric has; NaN without any."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def _difference(before: Floats, after: Floats, clips: Sequence[str], *, seed: int) -> Interval | None:
+    """Paired difference of means over the samples that a metric has a value for, the same for both models."""
+    known = np.isfinite(before)
+    if not known.any():
+        return None
+    names = [clip for clip, is_known in zip(clips, known, strict=True) if is_known]
+    return mean_difference(before[known], after[known], names, seed=seed)
 
 
 def _by_horizon(measure: Callable[..., T], *data: Sequence[Any], seed: int) -> dict[Quantity, dict[float, T]]:

@@ -67,7 +67,7 @@ def corner_distance(pred: ArrayLike, pred_rot: ArrayLike, truth: ArrayLike, trut
     Raises:
         ValueError: shapes that do not fit or values that are not finite.
     """
-    pred_xyz, truth_xyz = _paths(pred, truth)
+    pred_xyz, truth_xyz = checked_paths(pred, truth)
     pred_corners = _corners(pred_xyz, _rotations(pred_rot, pred_xyz, "pred_rot"))
     truth_corners = _corners(truth_xyz, _rotations(truth_rot, truth_xyz, "truth_rot"))
     distance = np.linalg.norm(pred_corners - truth_corners, axis=-1)
@@ -95,7 +95,7 @@ def extra_metrics(pred: ArrayLike, truth: ArrayLike) -> dict[str, float]:
 
 def displacement(pred: ArrayLike, truth: ArrayLike) -> Floats:
     """Distances in xy `[K, T]` (m) of paths `[K, T, 3]` and the driven `[T, 3]`; raises as `extra_metrics` does."""
-    pred_xyz, truth_xyz = _paths(pred, truth)
+    pred_xyz, truth_xyz = checked_paths(pred, truth)
     distance: Floats = np.linalg.norm(pred_xyz[..., :2] - truth_xyz[..., :2], axis=-1)
     return distance
 
@@ -114,7 +114,8 @@ def _corners(xyz: Floats, rot: Floats) -> Floats:
     return turned + xyz[..., None, :]
 
 
-def _paths(pred: ArrayLike, truth: ArrayLike) -> tuple[Floats, Floats]:
+def checked_paths(pred: ArrayLike, truth: ArrayLike) -> tuple[Floats, Floats]:
+    """Paths `[K, T, 3]` and the driven `[T, 3]` as float64; raises as `extra_metrics` does."""
     pred_xyz, truth_xyz = np.asarray(pred, dtype=np.float64), np.asarray(truth, dtype=np.float64)
     if truth_xyz.ndim != 2 or truth_xyz.shape[1] != 3 or not truth_xyz.size:
         raise ValueError(f"truth has shape {truth_xyz.shape}, expected [T, 3].")
