@@ -92,7 +92,7 @@ def model_card(
     if licence:
         terms = f"Weights trained from `{base.full_name}` are under its licence: `{'; '.join(licence)}`."
     else:
-        terms = f"`{base.full_name}` came without a licence; what holds for it holds for these weights."
+        terms = f"`{base.full_name}` came without a licence in its files; what holds for it holds for these weights."
     if base_card is not None:
         terms += " Its card is kept as `BASE_README.md`."
     parts = [
@@ -104,8 +104,7 @@ def model_card(
         f"## Training\n\n{_table(facts)}",
         "Losses are mean squared errors of the flow's velocity over normalised actions, not distances in metres; "
         "`alpacache eval` gives those.",
-        f"## Licence\n\n{terms} The released Alpamayo weights are for non-commercial use only, and so is all trained "
-        "from them.",
+        f"## Licence\n\n{terms}",
     ]
     return "\n\n".join(parts) + "\n"
 

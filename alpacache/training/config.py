@@ -98,7 +98,8 @@ class TrainConfig(Config):
     times: Literal["beta", "uniform"] = "beta"
     """Distribution of the flow times that are trained."""
     causal: bool = False
-    """Causal attention among action tokens."""
+    """Causal attention among action tokens, as the public recipe has it with transformers 4.57 and sdpa or eager
+    attention (not with FlashAttention 2, nor with transformers 5). The deployed sampler is not causal."""
     seed: Seed | None = None
     """Seed of order, noise and times. Default: 0, or a resumed run's."""
     ema: Annotated[float, Gt(0), Lt(1)] | None = None
