@@ -32,6 +32,8 @@ LATE_CURVE_HEADING_RAD = np.deg2rad(10.0)
 """Smallest final heading change of a late curve: above what the history's tolerance extrapolates to (6.4 degrees)."""
 MOVING_MPS = 1.0
 """Slower than this at t0, a straight history says nothing: the sample is no late curve."""
+STANDING_M, _STANDING_STEPS = 0.3, 10
+"""A vehicle that gets less far than this in a second stands."""
 SPEED_BANDS_MPS: tuple[tuple[float, SpeedBand], ...] = ((0.5, "stopped"), (5.0, "slow"), (15.0, "medium"))
 """Upper ends of the bands of mean speed; beyond the last one is `fast`."""
 
@@ -51,7 +53,7 @@ class Strata:
     """Straight and moving through its history, curving afterwards: only the image knows."""
     speed: SpeedBand
     heading_change_rad: float
-    """Heading at 6.4 s less heading at t0, unwrapped, left positive."""
+    """Heading at 6.4 s less heading at t0, unwrapped, left positive; while the vehicle stands it is held."""
     lateral_offset_m: float
     """y at 6.4 s in the ego frame at t0, left positive."""
     mean_speed_mps: float
@@ -72,10 +74,9 @@ def classify(history_xyz: ArrayLike, history_rot: ArrayLike, future_xyz: ArrayLi
     """
     past, past_rot = checked_poses(history_xyz, history_rot, "history")
     future, turned = checked_poses(future_xyz, future_rot, "future")
-    headings = heading(np.concatenate([past_rot, turned]))
-    before, end = headings[: len(past)], headings[len(past) - 1 - HISTORY_END_STEPS : len(past)]
-    change, lateral = float(headings[-1] - before[-1]), float(future[-1, 1])
-    driven = np.concatenate([past[-1:], future])
+    before, driven = heading(past_rot), np.concatenate([past[-1:], future])
+    end, ahead = before[-1 - HISTORY_END_STEPS :], driven_heading(driven, np.concatenate([past_rot[-1:], turned]))
+    change, lateral = float(ahead[-1] - ahead[0]), float(future[-1, 1])
     mean_speed = float(np.linalg.norm(np.diff(driven, axis=0), axis=-1).sum() / (len(future) * DT_S))
     return Strata(
         turn=turn_of(change, lateral),
@@ -100,6 +101,21 @@ def heading(rot: ArrayLike) -> Floats:
     return yaw
 
 
+def driven_heading(xyz: ArrayLike, rot: ArrayLike) -> Floats:
+    """Heading `[..., T]` of poses `[..., T, 3]`, `[..., T, 3, 3]` at 10 Hz, held while the vehicle stands.
+
+    A standing vehicle does not turn, whatever its recorded headings say: at a red light their noise can be degrees.
+    """
+    points, yaw = np.asarray(xyz, dtype=np.float64)[..., :2], heading(rot)
+    count, half = points.shape[-2], _STANDING_STEPS // 2
+    first, last = np.clip(np.arange(count) - half, 0, None), np.clip(np.arange(count) + half, None, count - 1)
+    covered = np.linalg.norm(points[..., last, :] - points[..., first, :], axis=-1)
+    stands = covered < STANDING_M * (last - first) / _STANDING_STEPS
+    turned = np.where(stands[..., 1:] & stands[..., :-1], 0.0, np.diff(yaw, axis=-1))
+    held: Floats = yaw[..., :1] + np.concatenate([np.zeros_like(yaw[..., :1]), np.cumsum(turned, axis=-1)], axis=-1)
+    return held
+
+
 def turn_of(heading_change_rad: float, lateral_offset_m: float) -> Turn:
     """Straight is a small heading change inside the corridor; a lane change is gentle, however straight its end."""
     if abs(heading_change_rad) >= SHARP_HEADING_RAD:
@@ -111,7 +127,8 @@ def turn_of(heading_change_rad: float, lateral_offset_m: float) -> Turn:
 
 def turns_ahead(history_rot: NDArray[Any], future_xyz: NDArray[Any], future_rot: NDArray[Any]) -> list[Turn]:
     """The turns that `classify` finds for B samples, from the same arrays `[B, ...]`, which are not checked."""
-    headings = heading(np.concatenate([history_rot[:, -1:], future_rot], axis=1))
+    points = np.concatenate([np.zeros_like(future_xyz[:, :1]), future_xyz], axis=1)
+    headings = driven_heading(points, np.concatenate([history_rot[:, -1:], future_rot], axis=1))
     changes, laterals = headings[:, -1] - headings[:, 0], future_xyz[:, -1, 1]
     return [turn_of(change, lateral) for change, lateral in zip(changes.tolist(), laterals.tolist(), strict=True)]
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from alpacache.driving.sample import DT_S, FUTURE_S, Floats
-from alpacache.driving.strata import heading
+from alpacache.driving.strata import driven_heading
 from alpacache.metrics.bootstrap import LEVEL, Interval, slope_interval
 
 Quantity: TypeAlias = Literal["heading", "lateral"]
@@ -75,7 +75,8 @@ def mean_departure(pred_xyz: ArrayLike, pred_rot: ArrayLike, start_rot: ArrayLik
     if points.shape[1] < steps[-1]:
         raise ValueError(f"a path of {points.shape[1]} waypoints (10 Hz) ends before {HORIZONS_S[-1]} s.")
     start = np.broadcast_to(np.asarray(start_rot, dtype=np.float64), (len(points), 1, 3, 3))
-    headings = heading(np.concatenate([start, matrices], axis=1))
+    at_t0 = np.zeros((len(points), 1, 3))
+    headings = driven_heading(np.concatenate([at_t0, points], axis=1), np.concatenate([start, matrices], axis=1))
     turned = headings[:, steps] - headings[:, :1]
     beside = points[:, [step - 1 for step in steps], 1]
     return Departure(heading=tuple(turned.mean(axis=0).tolist()), lateral=tuple(beside.mean(axis=0).tolist()))

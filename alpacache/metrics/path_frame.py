@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from alpacache.driving.sample import DT_S, FUTURE_S, Floats
-from alpacache.driving.strata import STRAIGHT_HEADING_RAD, heading
+from alpacache.driving.strata import STRAIGHT_HEADING_RAD, driven_heading, heading
 from alpacache.metrics.paths import checked_paths, displacement
 
 TRACK_HORIZONS_S = (2.0, 4.0, FUTURE_S)
@@ -58,8 +58,10 @@ def error_after_onset(pred: ArrayLike, truth: ArrayLike, truth_rot: ArrayLike) -
 
     NaN where it never has: there is no turn. Takes and raises what `track_errors` does.
     """
-    turned = np.abs(heading(np.concatenate([np.eye(3)[None], np.asarray(truth_rot, dtype=np.float64)])))[1:]
-    error, onset = displacement(pred, truth), np.flatnonzero(turned >= STRAIGHT_HEADING_RAD)
+    error = displacement(pred, truth)
+    rotations = np.concatenate([np.eye(3)[None], np.asarray(truth_rot, dtype=np.float64)])
+    turned = driven_heading(np.concatenate([np.zeros((1, 3)), np.asarray(truth, dtype=np.float64)]), rotations)[1:]
+    onset = np.flatnonzero(np.abs(turned) >= STRAIGHT_HEADING_RAD)
     return float(error[:, onset[0] :].mean()) if onset.size else math.nan
 
 

@@ -9,9 +9,11 @@ from alpacache.driving.strata import (
     Strata,
     classify,
     direction_of,
+    driven_heading,
     heading,
     speed_band,
     turn_of,
+    turns_ahead,
 )
 
 Poses = tuple[np.ndarray, np.ndarray]
@@ -73,6 +75,31 @@ def test_standing_at_t0_is_no_straight_history() -> None:
     history_xyz, history_rot, future_xyz, future_rot = drive(5.0, turn_rate(0.0, 10.0))
     assert classify(history_xyz, history_rot, future_xyz, future_rot).straight_history_late_curve
     assert not classify(0.0 * history_xyz, history_rot, future_xyz, future_rot).straight_history_late_curve
+
+
+@pytest.mark.parametrize("degrees", [0.5, 5.0])
+def test_headings_of_a_standing_car_are_no_turn(degrees: float) -> None:
+    """At a red light headings drift by degrees and positions jitter by a centimetre; nothing of it is driven."""
+    rng = np.random.default_rng(0)
+    past, past_rot, future, _ = drive(0.0, turn_rate(0.0, 0.0))
+    yaw = np.deg2rad(degrees * np.linspace(0, 3, 64) + degrees * rng.standard_normal(64))
+    future = future + 0.01 * rng.standard_normal((64, 3))
+
+    result = classify(past, past_rot, future, rotations(yaw))
+
+    assert (result.turn, result.direction, result.heading_change_rad) == ("straight", "none", 0.0)
+    assert turns_ahead(past_rot[None], future[None], rotations(yaw)[None]) == ["straight"]
+
+
+def test_a_turn_at_walking_pace_counts_and_a_stop_within_it_does_not() -> None:
+    rates = turn_rate(0.0, 10.0)
+    assert classify(*drive(0.6, rates)).heading_change_rad == pytest.approx(np.deg2rad(64.0), rel=1e-6)
+    *_, future, rot = drive(2.0, rates)
+    future, rot = future.copy(), rot.copy()
+    future[30:], rot[40:] = future[30], rotations(np.full(24, 1.5))  # stands, and its heading jumps
+    held = driven_heading(np.concatenate([np.zeros((1, 3)), future]), np.concatenate([np.eye(3)[None], rot]))
+    assert np.ptp(held[36:]) == 0.0
+    assert held[-1] == pytest.approx(np.deg2rad(31 + 4), abs=np.deg2rad(1.5))
 
 
 def test_heading_is_unwrapped_past_a_half_turn() -> None:
