@@ -292,12 +292,18 @@ def _degrees_a_second(motions: Sequence[Motion]) -> float | None:
 
 
 def judge_standing(motion: Motion) -> Check:
-    """Check that the vehicle moves at all."""
-    standing = float((motion.speed_mps < STANDING_MPS).mean())
+    """Check that the vehicle moves at all, and measure how much its heading wanders where it does not."""
+    stands = motion.speed_mps < STANDING_MPS
+    standing, still = float(stands.mean()), stands[1:] & stands[:-1]
+    wanders = ""
+    if still.sum() >= MIN_MOVING:
+        # Each heading is the mean of two poses', so that differences have 0.7 of the deviation of one.
+        degrees = np.sqrt(2) * float(np.rad2deg(np.diff(motion.heading_rad)[still].std()))
+        wanders = f"; standing, its heading wanders by {degrees:.2f} degrees, of which training makes no turn"
     if standing > 0.9:
         remedy = "A standing vehicle teaches nothing; leave the clip out unless you want it."
-        return verdict("standing", f"stands {100 * standing:.0f} % of the time", warn=remedy)
-    return verdict("standing", f"moves {100 * (1 - standing):.0f} % of the time")
+        return verdict("standing", f"stands {100 * standing:.0f} % of the time{wanders}", warn=remedy)
+    return verdict("standing", f"moves {100 * (1 - standing):.0f} % of the time{wanders}")
 
 
 def _forward(motion: Motion) -> float:

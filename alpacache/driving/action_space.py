@@ -11,16 +11,12 @@ Source: `UnicycleAccelCurvatureActionSpace` of the public Alpamayo code (its beh
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from alpacache.driving.sample import DT_S, FUTURE_STEPS
+from alpacache.driving.sample import DT_S, FUTURE_STEPS, LabelRule
 
-LabelRule: TypeAlias = Literal["guarded", "unguarded"]
-"""`guarded`: curvature is clamped, and 0 where the car all but stands, as in the public code since August 2026;
-`unguarded`: as solved, as in the public code before."""
 _GUARDED_MPS = 0.6
 """Below this speed a turn of the heading is noise: divided by the distance, half a degree would be a hairpin."""
 

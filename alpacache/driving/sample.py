@@ -15,6 +15,9 @@ from alpacache.errors import UsageError
 from cache_store.format.names import MAX_ID_BYTES
 
 Floats: TypeAlias = NDArray[np.float64]
+LabelRule: TypeAlias = Literal["guarded", "unguarded"]
+"""How labels are made of a path. `guarded`: curvature is clamped, and 0 where the car all but stands, as in the public
+code since August 2026; `unguarded`: as solved, as in the public code before."""
 
 HISTORY_STEPS = 16
 """Poses of the ego history; the last one is at t0."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from alpacache.checks.motion import judge_axes, judge_speed, motion_of
+from alpacache.checks.motion import judge_axes, judge_speed, judge_standing, motion_of
 from alpacache.checks.recordings import Recording, check_poses, check_times, time_unit
 
 
@@ -62,6 +62,16 @@ def test_a_vehicle_that_creeps_is_not_in_degrees(drive):
     creep[:, 0] = 3e-4 * (track.timestamps_us - track.timestamps_us[0]) / 1e6
     still = np.broadcast_to([0.0, 0.0, 0.0, 1.0], (len(creep), 4))
     assert judge_speed([motion_of(replace(track, xyz=creep, quaternion_xyzw=still))]).status == "warn"
+
+
+def test_heading_noise_at_a_standstill_is_measured(drive):
+    track = drive()
+    yaw = 0.5 * np.random.default_rng(0).standard_normal(len(track.xyz))
+    at_rest = Rotation.from_euler("z", yaw[:, None], degrees=True).as_quat()
+    check = judge_standing(motion_of(replace(track, xyz=np.zeros_like(track.xyz), quaternion_xyzw=at_rest)))
+    assert check.status == "warn"
+    wanders = float(check.found.partition("wanders by ")[2].split()[0])
+    assert wanders == pytest.approx(0.5, rel=0.15)
 
 
 def test_a_clock_that_was_set_late_takes_no_memory(drive):
