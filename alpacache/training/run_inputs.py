@@ -192,8 +192,8 @@ def check_begun(directory: RunDirectory, *, resume: bool) -> None:
         )
 
 
-def as_begun(config: TrainConfig) -> TrainConfig:
-    """The config with the seed, draws and average that it leaves open: those of the run to resume, or the defaults."""
+def restore_settings(config: TrainConfig) -> TrainConfig:
+    """Fill in the seed, draws, label rule and average that a config leaves open: a resumed run's, or the defaults."""
     settings: Mapping[str, Any] = {}
     average: Mapping[str, Any] = {}
     free: Mapping[str, Any] = {}
@@ -201,9 +201,10 @@ def as_begun(config: TrainConfig) -> TrainConfig:
     if config.resume and (steps := directory.steps):
         state = directory.state(steps[-1])
         settings, average, free = state["settings"], state["average"] or {}, state.get("free_settings", {})
-    found = {"seed": settings.get("seed", 0), "draws": settings.get("draws", 1)}
-    found |= {"ema": average.get("decay"), "ema_every": free.get("ema_every") or 100}
-    return replace(config, **{key: value for key, value in found.items() if getattr(config, key) is None})
+    rule = settings.get("label_rule", "unguarded") if settings else "guarded"  # runs of before knew no other
+    chosen = {"seed": settings.get("seed", 0), "draws": settings.get("draws", 1), "label_rule": rule}
+    chosen |= {"ema": average.get("decay"), "ema_every": free.get("ema_every") or 100}
+    return replace(config, **{key: value for key, value in chosen.items() if getattr(config, key) is None})
 
 
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: str) -> None:
@@ -239,7 +240,7 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: s
 def _meant(record: Mapping[str, Any]) -> dict[str, Any]:
     """Part of a `settings_record` that must not change, in one form: epochs as steps, defaults spelled out."""
     apart = {"micro_batch", "processes", "dataset_samples", "stores", "epochs", "steps", "warmup"}
-    meant = {key: value for key, value in record.items() if key not in apart}
+    meant = {"label_rule": "unguarded"} | {key: value for key, value in record.items() if key not in apart}
     if record.get("steps") or record.get("epochs"):
         meant["steps"] = steps = record.get("steps") or steps_of(
             record["epochs"], record["dataset_samples"], record["batch_size"]

@@ -40,11 +40,11 @@ from alpacache.training.optimizers import StepOptimizer, make_optimizer, resolve
 from alpacache.training.run_directory import RunCheckpoint, read_checkpoint
 from alpacache.training.run_inputs import (
     RunInputs,
-    as_begun,
     check_begun,
     check_unchanged,
     differing_settings,
     free_settings,
+    restore_settings,
     settings_record,
 )
 from alpacache.training.run_log import RunLog, TrainReport, make_trackers
@@ -79,7 +79,7 @@ def train(
             raise UsageError(
                 "on_damage is 'skip' with several processes; mend the store with `alpacache verify` instead."
             )
-        config = as_begun(config)
+        config = restore_settings(config)
         inputs = RunInputs(config, world)
         with inputs.directory.owned(take_over=config.take_over) if world.is_first else nullcontext():
             check_begun(inputs.directory, resume=config.resume)  # another process may just have begun it
@@ -195,6 +195,8 @@ class _Run:
         config, world = self.config, self.world
         dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
         expert = load_expert(self.inputs.checkpoint, dtype=dtype, device=world.device)
+        assert config.label_rule is not None
+        expert.action_space = replace(expert.action_space, label_rule=config.label_rule)
         rank, alpha = config.lora_rank, config.lora_alpha
         parameters = choose_trainable(expert, config.trainable, lora_rank=rank, lora_alpha=alpha, seed=self.seed)
         if config.checkpointing:

@@ -85,7 +85,7 @@ ONE, FOUR = (["a", "b"], identity(["front"])), (["a", "b"], identity(["front", "
 def record(*stores, paths=None, **changes):
     paths = paths or tuple(f"cache/{number}" for number in range(len(stores)))
     values = {"steps": 3, "micro_batch": 2} | changes
-    settings = asdict(run_inputs.as_begun(TrainConfig(stores=paths, model="tiny", out="run", **values)))
+    settings = asdict(run_inputs.restore_settings(TrainConfig(stores=paths, model="tiny", out="run", **values)))
     return run_inputs.settings_record(settings, run_inputs.stores_record(paths, Stores(*stores)), processes=1)
 
 
@@ -138,6 +138,10 @@ def test_what_an_older_version_left_open_is_not_compared_and_a_real_change_named
     run_inputs.check_unchanged(before, record(ONE) | {"optimizer": "adamw"}, run="run")
     with pytest.raises(UsageError, match=r"optimizer: the run has 'adamw', now 'adamw8'"):
         run_inputs.check_unchanged(before | {"optimizer": "adamw"}, record(ONE) | {"optimizer": "adamw8"}, run="run")
+    former = {key: value for key, value in before.items() if key != "label_rule"}
+    run_inputs.check_unchanged(former, former | {"label_rule": "unguarded"}, run="run")
+    with pytest.raises(UsageError, match="label_rule: the run has 'unguarded', now 'guarded'"):
+        run_inputs.check_unchanged(former, former | {"label_rule": "guarded"}, run="run")
     with pytest.raises(UsageError, match=r"steps: the run has 3, now 4\nRepeat"):
         run_inputs.check_unchanged(record(ONE), record(ONE, steps=None, epochs=16.0), run="run")
 
@@ -149,11 +153,13 @@ def test_what_a_run_was_begun_with_need_not_be_repeated(tmp_path, run_state):
     config = TrainConfig(stores=("s",), model="m", out=str(tmp_path), steps=3, resume=True)
 
     def found(config):
-        return [getattr(run_inputs.as_begun(config), name) for name in ("seed", "draws", "ema", "ema_every")]
+        names = ("seed", "draws", "ema", "ema_every", "label_rule")
+        return [getattr(run_inputs.restore_settings(config), name) for name in names]
 
-    assert found(config) == [7, 4, 0.9, 4]
-    assert found(replace(config, seed=0, ema=0.5)) == [0, 4, 0.5, 4]
-    assert found(replace(config, resume=False)) == [0, 1, None, 100]
+    # The run is one of before labels had a rule.
+    assert found(config) == [7, 4, 0.9, 4, "unguarded"]
+    assert found(replace(config, seed=0, ema=0.5, label_rule="guarded")) == [0, 4, 0.5, 4, "guarded"]
+    assert found(replace(config, resume=False)) == [0, 1, None, 100, "guarded"]
 
 
 def test_settings_that_differ_from_the_last_call_are_told():
