@@ -110,7 +110,7 @@ def test_files(trained, tiny_checkpoint, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(trained, tiny_checkpoint, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"--out .*file.* name another directory"):
+    with pytest.raises(UsageError, match=r"--out .*file is a file; expected a directory"):
         alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "file"))
 
 
