@@ -24,7 +24,6 @@ from alpacache.config import (
     expect,
     parts,
 )
-from alpacache.driving.sample import LabelRule
 from alpacache.errors import UsageError
 from alpacache.planning.config import MemoryBudget, Trainable, budget_bytes
 
@@ -96,7 +95,7 @@ class TrainConfig(Config):
     """Decoupled weight decay of AdamW."""
     clip: Annotated[float, Gt(0), Le(1e18)] = 1.0
     """Largest gradient norm."""
-    label_rule: LabelRule | None = None
+    label_rule: Literal["guarded", "unguarded"] | None = None
     """`guarded`: curvatures are clamped, and 0 where the car all but stands, as in the public code since August 2026;
     `unguarded`: as before. Default: guarded, or a resumed run's."""
     times: Literal["beta", "uniform"] = "beta"
