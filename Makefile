@@ -22,7 +22,7 @@ help:  ## Show this list
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs,pai]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs,pai,wandb]'
 	touch $(STAMP)
 
 setup: $(STAMP)  ## Virtual environment with everything installed
