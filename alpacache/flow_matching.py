@@ -9,10 +9,17 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 TimeSchedule = Literal["beta", "uniform"]
 _MAX_T = 0.999
+
+
+def draw_times(
+    shape: tuple[int, ...], *, schedule: TimeSchedule = "beta", generator: Generator | None = None
+) -> Tensor:
+    """Training times in `[0, 0.999]`, float32 on the CPU: `0.999 (1 - Beta(1.5, 1))`, or uniform."""
+    return times_from_uniform(torch.rand(shape, generator=generator), schedule=schedule)
 
 
 def times_from_uniform(u: Tensor, *, schedule: TimeSchedule = "beta") -> Tensor:

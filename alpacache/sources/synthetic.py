@@ -20,7 +20,7 @@ from alpacache.driving.poses import Track, frame_indices, history_and_future
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sources.recording import sample_of, wanted_frame_times_us
-from alpacache.sources.road import CLIP_US, SHAPES, Drive, Shape, make_drive
+from alpacache.sources.road import CLIP_US, SHAPES, ClipKind, Drive, Shape, make_drive
 from alpacache.sources.roadside import Roadside, draw, plant
 from alpacache.sources.scene import Camera, Look, draw_look, expose, make_camera, paint_world
 from alpacache.sources.source import SourceKind
@@ -89,6 +89,10 @@ class SyntheticSource:
     def event_times_us(self, clip_id: str) -> tuple[int, ...]:
         """When curves begin."""
         return self._world(clip_id).drive.curve_starts_us
+
+    def clip_kind(self, clip_id: str) -> ClipKind:
+        """Course of the road around t0 = 5.1 s."""
+        return self._world(clip_id).drive.kind
 
     def track(self, clip_id: str) -> Track:
         return self._world(clip_id).drive.track

@@ -97,7 +97,7 @@ def test_a_source_of_refused_clips_is_exit_1_and_no_check_is_called_ok_unjudged(
         (["synthetic:3", "--split", "test"], "split is 'test'; expected 'train', 'val' or 'all'"),
         (["synthetic:3", "--frames", "0"], "frames is 0; expected 1, 2, 3 or 4."),
         (["synthetic:3", "--frames", "5"], "frames is 5; expected 1, 2, 3 or 4."),
-        (["synthetic:3", "--t0", "soon"], "t0 'soon'"),
+        (["synthetic:3", "--t0", "soon"], "t0 is 'soon'"),
         (["synthetic:3", "--cameras", "top"], "unknown camera 'top'"),
         (["synthetic:3", "--out", "/dev/null/x"], "cannot be made"),
     ],

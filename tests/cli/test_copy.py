@@ -45,9 +45,9 @@ def test_the_whole_way_in_a_bucket(model, tmp_path, run_here, s3):
     config = (tmp_path / "run/config.toml").read_text()
     assert s3.uri() in config
     evaluate = ("eval", "--checkpoint", tmp_path / "run", "--paths", 2, "--flow-steps", 2, *common)
-    for store, out in ((s3.uri(), "remote"), (tmp_path / "local", "local")):
+    for store, out in ((s3.uri(), "remote"), (tmp_path / "local", "judged")):
         run_here(*evaluate, "--store", store, "--out", tmp_path / out)
-    summaries = [json.loads((tmp_path / name / "eval.json").read_text())["summary"] for name in ("remote", "local")]
+    summaries = [json.loads((tmp_path / name / "eval.json").read_text())["summary"] for name in ("remote", "judged")]
     assert summaries[0]["strata"] == summaries[1]["strata"]
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or s3.secret_key.encode() not in path.read_bytes(), path

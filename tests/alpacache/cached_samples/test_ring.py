@@ -270,10 +270,10 @@ def test_a_path_without_actions_is_named(dataset, space, monkeypatch):
     order, solve = GlobalOrder(0, 14), UnicycleActionSpace.to_action
     bad = dataset.poses(order[2])[2]
 
-    def to_action(self, history_xyz, history_rot, future_xyz, future_rot):
+    def to_action(self, history_xyz, history_rot, future_xyz, future_rot, **rule):
         if any(torch.equal(path, bad) for path in future_xyz):
             raise ArithmeticError("singular")
-        return solve(self, history_xyz, history_rot, future_xyz, future_rot)
+        return solve(self, history_xyz, history_rot, future_xyz, future_rot, **rule)
 
     monkeypatch.setattr(UnicycleActionSpace, "to_action", to_action)
     ring = make_ring(dataset, space, in_order(14, 1, 4), batch_size=4)

@@ -230,11 +230,11 @@ def test_training_goes_on_from_an_export_whose_run_does_not_fit_the_base(root, t
     model, first, second = root / "Tiny-R1", tmp_path / "first", tmp_path / "second"
     export(model, root / "all", first)
     run = train(tmp_path, first, "more", stores=(str(root / "store"),))
-    with pytest.raises(UsageError, match=r'id: expected "first", found "Tiny-R1"\n  trained: expected \{.*nothing'):
+    with pytest.raises(UsageError, match=r"expert_sha256: expected .*\n  trained: expected \{.*nothing"):
         export(model, run, second)
     disguised = tmp_path / "elsewhere/first"
     shutil.copytree(model, disguised)
-    with pytest.raises(UsageError, match=r"base model than .*\n  trained: expected \{.*found nothing"):
+    with pytest.raises(UsageError, match=r"base model than .*\n  expert_sha256: .*\n  trained: expected \{.*found nothing"):
         export(disguised, run, second)
     export(first, run, second)
     assert same({name: tensors(second)[name] for name in merged(first, run / "last")}, merged(first, run / "last"))

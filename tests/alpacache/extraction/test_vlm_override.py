@@ -105,7 +105,14 @@ def test_stores_of_two_vlms_do_not_mix_and_an_expert_stays_with_its_own(stores, 
     assert report.steps == 1
     with pytest.raises(UsageError, match=r"another VLM than the stores that are given now"):
         alpacache.train(
-            TrainConfig(stores=(str(stores / "own"),), val=str(stores / "own"), out=str(run), resume=True, **settings)
+            TrainConfig(
+                stores=(str(stores / "own"),),
+                val=str(stores / "own"),
+                on_overlap="allow",
+                out=str(run),
+                resume=True,
+                **settings,
+            )
         )
     judge = {"model": model, "checkpoint": str(run), "paths": 1, "flow_steps": 1, "device": "cpu"}
     alpacache.evaluate(EvalConfig(store=str(stores / "plain"), out=str(tmp_path / "eval"), **judge))

@@ -350,7 +350,7 @@ def test_a_resumed_run_keeps_its_micro_batch(tiny_checkpoint, store, tmp_path):
 def test_a_store_of_another_model_is_refused(tiny_checkpoint_15, store, tmp_path):
     with pytest.raises(UsageError, match="extracted with another model") as caught:
         alpacache.train(config(tiny_checkpoint_15, store, tmp_path / "run"))
-    assert 'id: expected "Tiny-1.5", found "Tiny-R1"' in str(caught.value)
+    assert "Pass the model that the store was made with" in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -450,7 +450,7 @@ def test_best_is_the_step_that_was_validated(tiny_checkpoint, store, tmp_path):
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_its_metrics_anew(tiny_checkpoint, store, tmp_path):
     out = tmp_path / "run"
-    out.mkdir()
+    RunDirectory(out).begin("")
     (out / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 9.0}\n')
     alpacache.train(config(tiny_checkpoint, store, out, resume=True))
     assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6]
@@ -471,7 +471,9 @@ def test_stores_of_other_prompts_do_not_mix_and_of_other_frames_do(tiny_checkpoi
     )
     alpacache.extract(two)
     mixed = (str(store), str(tmp_path / "two"))
-    assert alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", stores=mixed)).samples == 12
+    assert (
+        alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", stores=mixed)).samples == 10
+    )  # two are in both
     shutil.rmtree(tmp_path / "run")
     from alpacache.cached_samples import dataset
 
