@@ -234,7 +234,8 @@ def test_training_goes_on_from_an_export_whose_run_does_not_fit_the_base(root, t
         export(model, run, second)
     disguised = tmp_path / "elsewhere/first"
     shutil.copytree(model, disguised)
-    with pytest.raises(UsageError, match=r"base model than .*\n  expert_sha256: .*\n  trained: expected \{.*found nothing"):
+    differs = r"base model than .*\n  expert_sha256: .*\n  trained: expected \{.*found nothing"
+    with pytest.raises(UsageError, match=differs):
         export(disguised, run, second)
     export(first, run, second)
     assert same({name: tensors(second)[name] for name in merged(first, run / "last")}, merged(first, run / "last"))
