@@ -37,6 +37,11 @@ CONTAINERS = {
 LOST_STEPS = 0.75
 """Frame intervals by which the clock of a film may move against its timestamps, between the means of neighbours."""
 NEIGHBOURS = 5
+"""Frames on either side whose means are compared; there are fewer at the ends of a film."""
+SAME_SPEED = 0.03
+"""Share from which on a film that differs in speed from its timestamps has a speed of its own, as slow motion has."""
+EDGE_JITTERS = 4.0
+"""Move that is still jitter at the ends of a film, as a multiple of the median disagreement of a step."""
 _CONCEALING = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")
 """Decoders that do not mark concealed damage if they decode a frame in several threads."""
 _SKIPPING = ("h264", "hevc")
@@ -185,12 +190,26 @@ def _check_times(shown: _Shown, time_base: Any, stamps_us: NDArray[np.int64], *,
     if np.ptp(steps) <= max(2, 0.05 * np.median(steps)):
         return
     table_steps = np.diff(stamps_us)
-    apart = np.cumsum(steps / np.median(steps) - table_steps / np.median(table_steps))
+    film_us = np.array(shown.times) * (float(time_base) * 1e6)
+    lag = max(1, (count - 1) // 10)  # several frames, so that jitter hardly matters
+    speed = float(np.median((film_us[lag:] - film_us[:-lag]) / (stamps_us[lag:] - stamps_us[:-lag])))
+    if abs(speed - 1) < SAME_SPEED:
+        speed = 1.0
+    gaps = (np.diff(film_us) / speed - table_steps) / np.median(table_steps)
+    apart = np.concatenate([[0.0], np.cumsum(gaps)])
     # A clock that jitters comes back; one that has lost a frame does not.
-    means = np.convolve(apart, np.full(NEIGHBOURS, 1 / NEIGHBOURS), "valid")
-    shift = np.abs(means[NEIGHBOURS:] - means[:-NEIGHBOURS])
-    if len(shift) and shift.max() > LOST_STEPS:
-        frame = int(np.argmax(shift)) + NEIGHBOURS
+    frames = np.arange(1, count)
+    first, end = np.maximum(frames - NEIGHBOURS, 0), np.minimum(frames + NEIGHBOURS, count)
+    sums = np.concatenate([[0.0], np.cumsum(apart)])
+    shift = (sums[end] - sums[frames]) / (end - frames) - (sums[frames] - sums[first]) / (frames - first)
+    # Means of the few frames at either end jitter more.
+    limit = np.full(count - 1, LOST_STEPS)
+    limit[end - first < 2 * NEIGHBOURS] = max(LOST_STEPS, EDGE_JITTERS * float(np.median(np.abs(gaps))))
+    moved = np.abs(shift) / limit
+    if moved.max() > 1:
+        worst = int(np.argmax(moved))
+        nearby = slice(first[worst], end[worst] - 1)
+        frame = nearby.start + int(np.argmax(np.abs(gaps[nearby])))
         film_s, table_s = steps[frame] * float(time_base), table_steps[frame] / 1e6
         raise BadClipError(
             "wrong_shape",

@@ -261,6 +261,26 @@ def test_a_frame_that_only_one_clock_has_lost_is_named(lost_by):
     assert f"from frame 19 to 20 it takes {times} in its timestamps; they are not of one recording" in said
 
 
+@pytest.mark.parametrize("lost", [[1], [2], [4], [8], [30], [1, 2, 3], [COUNT - 3], [COUNT - 2], [COUNT - 1]], ids=str)
+def test_a_frame_lost_near_an_end_is_found_as_elsewhere(lost):
+    pts = np.delete(np.arange(COUNT + len(lost)), lost) * 3
+    kind, said = refusal(film(pts=pts.tolist()))
+    assert kind == "wrong_shape"
+    took = f"from frame {lost[0] - 1} to {lost[0]} it takes {0.1 * (1 + len(lost)):.3f} s in the film, 0.100 s in its"
+    assert took in said
+
+
+@pytest.mark.parametrize("late", [0, 1, COUNT - 2, COUNT - 1])
+def test_a_first_or_last_frame_somewhat_off_is_not_taken_for_a_lost_one(late):
+    """Half an interval; and 0.9 of one where all frames are off by 0.2."""
+    early = -1 if late < 2 else 1
+    for off, others in ((5, 0), (7, 2)):
+        pts = np.arange(1, COUNT + 1) * 10 + np.where(np.arange(COUNT) % 2, others, -others)
+        pts[late] += early * off
+        data = film(pts=pts.tolist())
+        assert np.array_equal(read(data, [3]), whole(data)[[3]])
+
+
 def test_two_frames_at_one_time_are_refused():
     file = io.BytesIO()
     with av.open(io.BytesIO(film(options={"bf": "0"}))) as source, av.open(file, "w", format="matroska") as target:
