@@ -5,11 +5,13 @@ machine or do not have them. So the file also says who holds it, and its holder 
 owner on another machine lives as long as the file changes, one on this machine as long as its process does.
 """
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Mapping
@@ -17,11 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from alpacache import strict_json
 from alpacache.errors import DataError, UsageError
 
 _log = logging.getLogger(__name__)
 LOCK = "lock"
 """Name of the file."""
+_LIMIT_BYTES = 4096
+"""More than a lock's file ever has."""
 _BEAT_S = 3.0
 _WATCH_S = 10.0
 """How long an owner on another machine may be silent; more than a beat and what a network disk keeps in mind."""
@@ -30,7 +35,7 @@ _WATCH_S = 10.0
 class DirectoryLock:
     """Held while entered; a directory that is not there is made, and removed again if nothing was put there.
 
-    Raises `UsageError` on entering where another process holds it.
+    Raises `UsageError` on entering where another process holds it, or something else has the name of its file.
     """
 
     def __init__(self, directory: Path, *, remedy: str, take_over: bool = False) -> None:
@@ -44,7 +49,9 @@ class DirectoryLock:
     def __enter__(self) -> Self:
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._takes_over:
-            self._path.unlink(missing_ok=True)  # whoever holds it finds that out with `check`
+            with suppress(FileNotFoundError):
+                os.close(self._open_own(os.O_RDONLY))
+                self._path.unlink()  # whoever holds it finds that out with `check`
         self._file, locked = self._open()
         try:
             owner = _read(self._file)
@@ -79,7 +86,7 @@ class DirectoryLock:
     def _open(self) -> tuple[int, bool | None]:
         """The file and whether it could be locked; None where the file system has no locks."""
         while True:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = self._open_own(os.O_RDWR | os.O_CREAT)
             locked: bool | None = True
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,13 +95,32 @@ class DirectoryLock:
             except OSError:
                 locked = None
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file), self._path.stat()):
+                if os.path.samestat(os.fstat(file), self._path.lstat()):
                     return file, locked
             os.close(file)  # its owner has just left and removed it
 
+    def _open_own(self, flags: int) -> int:
+        """Open the file. Raises `UsageError` where it is not a lock's: then it is neither written nor removed."""
+        try:
+            file = os.open(self._path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a directory, a socket
+                raise self._foreign() from error
+            raise
+        if not _is_lock(file):
+            os.close(file)
+            raise self._foreign()
+        return file
+
+    def _foreign(self) -> UsageError:
+        return UsageError(
+            f"{self._path} is not the lock that alpacache writes under this name, and is left as it is. Move it away, "
+            "or choose another --out."
+        )
+
     def _is_ours(self) -> bool:
         try:
-            return os.path.samestat(os.fstat(self._file), self._path.stat())
+            return os.path.samestat(os.fstat(self._file), self._path.lstat())
         except OSError:
             return False
 
@@ -111,7 +137,7 @@ class DirectoryLock:
         end = time.monotonic() + _WATCH_S
         while time.monotonic() < end:
             time.sleep(_WATCH_S / 10)
-            file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)  # opened anew, a network disk looks at its server
+            file = self._open_own(os.O_RDONLY)  # opened anew, a network disk looks at its server
             try:
                 if _read(file) != owner:
                     return True
@@ -134,10 +160,19 @@ class DirectoryLock:
                 self._write(beat)
 
 
+def _is_lock(file: int) -> bool:
+    """Tell whether an open file is a lock's: it names an owner, perhaps half written, or is still empty."""
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _LIMIT_BYTES:
+        return False
+    text = os.pread(file, _LIMIT_BYTES, 0).strip(b"\0")  # zeros are what a crash of the machine may leave
+    return not text or (text.startswith(b'{"host": ') and b'"place": ' in text)
+
+
 def _read(file: int) -> dict[str, Any]:
     """Read the owner from a lock's file; nothing where none is named, or one is just being written."""
     with suppress(ValueError):
-        owner = json.loads(os.pread(file, 4096, 0))
+        owner = strict_json.loads(os.pread(file, _LIMIT_BYTES, 0))
         return owner if isinstance(owner, dict) else {}
     return {}
 
@@ -157,6 +192,6 @@ def _place() -> str:
 
 def _started(pid: object) -> str | None:
     """When a process began, in the kernel's ticks, as numbers of processes come again; None if there is none."""
-    with suppress(OSError, IndexError):
+    with suppress(OSError, IndexError, ValueError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return None

@@ -25,18 +25,22 @@ from alpacache.durable import check_out, names_in
 from alpacache.errors import DataError, UsageError
 from alpacache.finite import not_finite
 from alpacache.gpu.host_copies import copied_to_host
+from alpacache.regular_file import regular_size
 from alpacache.training.ema import up_to_date
 from alpacache.training.metrics_file import MetricsFile
 from alpacache.training.run_state import (
     RUN,
     STATE,
     STATE_FORMAT,
+    check_step,
     has_marks,
     is_complete,
+    name_of,
     read_marks,
     read_state,
     sealed,
     size_and_checksum,
+    step_of,
     write_marks,
 )
 from cache_store.storage.local_files import FULL, flush, write_flushed
@@ -82,8 +86,8 @@ class RunDirectory:
     @property
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        numbers = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*") if is_complete(path))
-        return sorted(int(number) for number in numbers if number.isdigit())
+        steps = (step_of(path.name) for path in self.checkpoints.glob("step-*") if is_complete(path))
+        return sorted(step for step in steps if step is not None)
 
     @property
     def is_run(self) -> bool:
@@ -93,19 +97,44 @@ class RunDirectory:
     def check_usable(self) -> None:
         """Refuse a place that holds anything but a run: nothing of it may be written over.
 
-        Raises `UsageError`, or `DataError` where the checkpoints of a run are gone.
+        Raises `UsageError`, or `DataError` where the checkpoints of a run are gone, or one is named after another step.
         """
         check_out(self.path)
         names = [name for name in names_in(self.path) if name != f".{RUN}.new"]  # a run killed as it began
-        if names and not self.is_run:
+        if names and not self.is_run and not _has_settings(self.path / CONFIG):
             raise UsageError(
                 f"--out {self.path} is no run but holds {', '.join(names[:3])}; nothing of it is written over. Choose "
                 "another directory, or an empty one."
             )
-        if not self.steps and (last := self._marks()[0]) is not None:
+        for name in (RUN, CONFIG, self.metrics.path.name):
+            _check_regular(self.path / name)
+        if names and not self.steps:
+            self._check_untrained()
+        for step in self.steps:
+            state = None
+            with suppress(DataError):  # a damaged one counts where it is used
+                state = read_state(self.checkpoint(step))
+            if state is not None:
+                check_step(self.checkpoint(step), state)
+
+    def _check_untrained(self) -> None:
+        """Refuse a run without checkpoints that may have had some. Raises `DataError`."""
+        remedy = "bring them back, or choose another --out to begin anew"
+        last, lost = None, "missing"
+        if (self.path / RUN).exists():
+            lost = "damaged"
+        if has_marks(self.path):
+            with suppress(DataError):
+                last, lost = read_marks(self.path)[0], ""
+        if lost:
             raise DataError(
-                f"{self.path} has been trained to step {last}, but no whole checkpoint is in {self.checkpoints}; bring "
-                "them back, or choose another --out to begin anew."
+                f"{self.path} holds what a run has left, but its {RUN} is {lost}, and no whole checkpoint is in "
+                f"{self.checkpoints}; {remedy}."
+            )
+        if last is not None:
+            raise DataError(
+                f"{self.path} has been trained to step {last}, but no whole checkpoint is in {self.checkpoints}; "
+                f"{remedy}."
             )
 
     @contextmanager
@@ -124,11 +153,13 @@ class RunDirectory:
         self.rewind_metrics(0)
 
     def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / f"step-{step:07d}"
+        return self.checkpoints / name_of(step)
 
     def state(self, step: int) -> dict[str, Any]:
         """A checkpoint's state: all of it but the tensors."""
-        return read_state(self.checkpoint(step))
+        state = read_state(self.checkpoint(step))
+        check_step(self.checkpoint(step), state)
+        return state
 
     def write(self, name: str, text: str) -> None:
         """Write a small file to the medium, in place of one of its name."""
@@ -217,8 +248,7 @@ class RunDirectory:
         """Step of the checkpoint that a link points at, there or not, or of the copy that is in its place."""
         link = self.path / name
         if link.is_symlink():
-            number = link.readlink().name.removeprefix("step-")
-            return int(number) if number.isdigit() else None
+            return step_of(link.readlink().name)
         return int(read_state(link)["step"]) if is_complete(link) else None
 
     def _mark(self, last: int | None, best: int | None) -> None:
@@ -270,7 +300,7 @@ def run_of(config_file: Path) -> Path | None:
     run = config_file.parent
     if config_file.name == CONFIG and RunDirectory(run).is_run:
         return run
-    if not config_file.is_file() or not config_file.read_bytes().startswith(_HEADER.encode()):
+    if not _has_settings(config_file):
         return None
     raise UsageError(
         f"{config_file} holds the settings of a run that is not there; bring its checkpoints back beside it, name the "
@@ -278,12 +308,31 @@ def run_of(config_file: Path) -> Path | None:
     )
 
 
+def _has_settings(file: Path) -> bool:
+    """Tell whether a file is a run's `config.toml`."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(_HEADER)) == _HEADER.encode()
+
+
+def _check_regular(file: Path) -> None:
+    """Raise `UsageError` where something else has the name of a file that a run writes."""
+    try:
+        with suppress(FileNotFoundError):
+            regular_size(file)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be used: {error}. Move it away, or choose another --out.") from error
+
+
 def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = False) -> RunCheckpoint:
     """Read and check a checkpoint directory; optimizer state and average only if asked for.
 
-    Raises `DataError` if a byte is not as it was written or a number not finite, `UsageError` if there is no average.
+    Raises `DataError` if a byte is not as it was written, a number not finite, or the directory is named after another
+    step, `UsageError` if there is no average.
     """
     state = read_state(path, average=average)
+    check_step(path, state)
 
     def tensors(name: str) -> dict[str, Tensor]:
         file, written = path / name, state["files"].get(name)

@@ -4,6 +4,7 @@ Each carries a checksum of its own, as the documents of a store do, so that no f
 of older versions have none and are read all the same.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,6 +117,29 @@ def read_state(checkpoint: Path, *, average: bool = False) -> dict[str, Any]:
     if average and state["average"] is None:
         raise UsageError(f"{checkpoint} has no average of the weights; train with --ema, or leave --ema out here.")
     return state
+
+
+def step_of(name: str) -> int | None:
+    """Step of a checkpoint by its directory's name, `step-0000200`; None if it is not exactly of this form."""
+    number = name.removeprefix("step-")
+    step = int(number) if number.isascii() and number.isdigit() else None
+    return step if step is not None and name == name_of(step) else None
+
+
+def name_of(step: int) -> str:
+    """Name of a checkpoint's directory."""
+    return f"step-{step:07d}"
+
+
+def check_step(checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """Raise `DataError` where a checkpoint, or what a link to it leads to, is named after another step than its own."""
+    for path in (checkpoint, checkpoint.resolve()):
+        named = step_of(path.name)
+        if named is not None and named != state["step"]:
+            raise DataError(
+                f"{path} is named after step {named} but holds the checkpoint of step {state['step']}; it was renamed "
+                f"or copied. Name it {name_of(state['step'])}, or move it out of the run."
+            )
 
 
 def read_marks(run: Path) -> tuple[int | None, int | None]:

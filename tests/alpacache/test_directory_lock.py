@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -109,3 +110,45 @@ def test_a_process_with_the_number_of_a_dead_one_is_not_taken_for_it(tmp_path, m
     (tmp_path / LOCK).write_text(json.dumps(mine | {"started": "1"}))
     with lock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("take_over", [False, True])
+@pytest.mark.parametrize(
+    "text", ["my own", '{"host": "db", "port": 1}', "[" * 4096, '{"host": "a", "place": ' + " " * 4096]
+)
+def test_a_users_file_named_lock_is_refused_and_left(tmp_path, text, take_over):
+    (tmp_path / LOCK).write_text(text)
+    with pytest.raises(UsageError, match=r"lock is not the lock that alpacache writes .* Move it away"):
+        lock(tmp_path, take_over=take_over).__enter__()
+    assert (tmp_path / LOCK).read_text() == text
+
+
+@pytest.mark.parametrize("take_over", [False, True])
+@pytest.mark.parametrize("kind", ["link", "dangling", "directory", "fifo", "socket"])
+def test_what_is_no_file_under_the_locks_name_is_refused_and_left(tmp_path, monkeypatch, kind, take_over):
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    run, target = tmp_path / "run", tmp_path / "target"
+    run.mkdir()
+    if kind in ("link", "dangling"):
+        (run / LOCK).symlink_to(target)
+        if kind == "link":
+            target.write_text("")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(f"run/{LOCK}")
+    else:
+        {"directory": os.mkdir, "fifo": os.mkfifo}[kind](run / LOCK)
+    with pytest.raises(UsageError, match="is not the lock that alpacache writes"):
+        lock(run, take_over=take_over).__enter__()
+    assert os.path.lexists(run / LOCK)
+    assert target.exists() == (kind == "link")
+    assert kind != "link" or target.read_text() == ""
+
+
+@pytest.mark.parametrize("left", ["", "\0" * 100, '{"host": "a", "pid": 1, "started": "2", "place": "a b"', None])
+def test_a_lock_that_a_crash_left_half_written_does_not_count(tmp_path, left):
+    nested = '{"host": ' + "[" * 4000 + ', "place": '
+    (tmp_path / LOCK).write_text(nested if left is None else left)
+    with lock(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []

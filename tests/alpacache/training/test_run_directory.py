@@ -241,6 +241,97 @@ def test_a_flipped_bit_in_run_json_is_found_and_resuming_mends_it(tmp_path, cont
     assert find_checkpoint(tmp_path) == directory.checkpoint(1)
 
 
+@pytest.mark.parametrize("how", ["copied", "swapped", "copied to the middle"])
+def test_a_checkpoint_named_after_another_step_is_refused_before_anything_is_dropped(tmp_path, content, how):
+    directory = RunDirectory(tmp_path)
+    for step in (2, 4, 6):
+        directory.save(step, content(step), keep=3, best=2)
+    named, held = {"copied": (8, 2), "swapped": (2, 4), "copied to the middle": (5, 4)}[how]
+    if how == "swapped":
+        directory.checkpoint(4).rename(tmp_path / "aside")
+        directory.checkpoint(2).rename(directory.checkpoint(4))
+        (tmp_path / "aside").rename(directory.checkpoint(2))
+    else:
+        shutil.copytree(directory.checkpoint(held), directory.checkpoint(named))
+    before = sorted(tmp_path.rglob("*"))
+    message = rf"step-000000{named} is named after step {named} but holds the checkpoint of step {held}; it was renamed"
+    with pytest.raises(DataError, match=message):
+        directory.check_usable()
+    with pytest.raises(DataError, match=message):
+        directory.state(named)
+    with pytest.raises(DataError, match=message):
+        read_checkpoint(directory.checkpoint(named))
+    if how == "swapped":
+        with pytest.raises(DataError, match=message):
+            read_checkpoint(tmp_path / "best")
+    assert sorted(tmp_path.rglob("*")) == before
+    shutil.copytree(directory.checkpoint(6), tmp_path / "mine")
+    assert read_checkpoint(tmp_path / "mine").state["step"] == 6  # a name that tells no step
+    if how == "copied":
+        shutil.rmtree(directory.checkpoint(8))
+        (directory.checkpoint(4) / "state.json").write_text("{")  # damaged, but nobody needs it
+        directory.check_usable()
+
+
+def test_only_exact_names_are_checkpoints_and_no_copy_beside_them_is_counted_or_deleted(tmp_path, content):
+    directory = RunDirectory(tmp_path)
+    for step in (1, 2, 3):
+        directory.save(step, content(step), keep=3)
+    copies = [
+        "step-2",
+        "step-²",
+        "step-000002",
+        "step-00000002",
+        "step-٠٠٠٠٠٠2",
+        "step-0000002.bak",
+        "step-",
+        "step- 2",
+    ]
+    for name in copies:
+        shutil.copytree(directory.checkpoint(2), directory.checkpoints / name)
+    assert directory.steps == [1, 2, 3]
+    directory.check_usable()
+    directory.save(4, content(4), keep=2)
+    assert directory.steps == [3, 4]
+    assert {path.name for path in directory.checkpoints.iterdir()} == {*copies, "step-0000003", "step-0000004"}
+    directory.save(12345678, content(1), keep=1)
+    assert directory.steps == [12345678]
+
+
+@pytest.mark.parametrize(
+    ("damage", "lost"),
+    [
+        (lambda file: file.unlink(), "missing"),
+        (lambda file: file.write_text("{"), "damaged"),
+        (lambda file: file.write_bytes(file.read_bytes().replace(b'"last": 1', b'"last": 2')), "damaged"),
+    ],
+)
+def test_of_a_run_without_checkpoints_is_said_what_else_it_lacks(tmp_path, content, damage, lost):
+    directory = RunDirectory(tmp_path)
+    directory.begin("")
+    directory.check_usable()
+    directory.save(1, content(1), keep=1)
+    damage(tmp_path / "run.json")
+    directory.check_usable()
+    shutil.rmtree(directory.checkpoints)
+    with pytest.raises(DataError, match=rf"its run\.json is {lost}, and no whole checkpoint is in .*bring them back"):
+        directory.check_usable()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "run.json"])
+@pytest.mark.parametrize(("make", "kind"), [(os.mkdir, "a directory"), (os.mkfifo, "a FIFO")])
+def test_what_is_no_file_under_the_name_of_one_is_refused_at_once(tmp_path, content, name, make, kind):
+    directory = RunDirectory(tmp_path)
+    directory.begin("")
+    directory.save(1, content(1), keep=1)
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(
+        UsageError, match=rf"{name} cannot be used: it is {kind}; expected a regular file\. Move it away"
+    ):
+        directory.check_usable()
+
+
 def test_a_runs_own_settings_mean_the_run_beside_them(tmp_path, content):
     directory = RunDirectory(tmp_path / "old")
     directory.begin(to_toml(TrainConfig(stores=("s",), model="m", out="old", steps=3)))
