@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,9 @@ def dumps(value: Any, *, indent: int | None = None) -> str:
 
 
 def loads(text: bytes | str) -> Any:
-    """Like `json.loads`; raises `ValueError` for NaN, infinities and numbers beyond a double, and for deep nesting."""
+    """Like `json.loads`; raises `ValueError` for NaN, infinities and numbers beyond a double, for a key that an object
+    holds twice, and for deep nesting.
+    """
 
     def refuse(name: str) -> Any:
         raise ValueError(f"{name} is no JSON")
@@ -27,8 +30,16 @@ def loads(text: bytes | str) -> Any:
         number(digits)
         return int(digits)
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            twice = next(key for key, count in counts.items() if count > 1)
+            raise ValueError(f"it has the key {twice[:80]!r} {counts[twice]} times in one object; keep the right one")
+        return found
+
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=number, parse_int=whole)
+        return json.loads(text, parse_constant=refuse, parse_float=number, parse_int=whole, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

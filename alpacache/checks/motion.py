@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.checks.check import Check, not_judged, verdict
-from alpacache.driving.poses import Track
+from alpacache.driving.poses import Track, finite_poses
 from alpacache.driving.sample import Floats
 
 RASTER_US = 200_000
@@ -107,8 +107,7 @@ def motion_of(track: Track) -> Motion | None:
 
 def sound_poses(track: Track) -> Track:
     """The poses that are finite, in the order of time, each time once."""
-    norms = np.linalg.norm(track.quaternion_xyzw, axis=1)
-    sound = np.isfinite(track.xyz).all(axis=1) & np.isfinite(norms) & (norms > 1e-6)
+    sound = finite_poses(track) & (np.abs(track.quaternion_xyzw).max(axis=1) > 1e-6)
     times, first = np.unique(track.timestamps_us[sound], return_index=True)
     xyz, quaternion = track.xyz[sound][first], track.quaternion_xyzw[sound][first]
     return Track(timestamps_us=times, xyz=xyz, quaternion_xyzw=quaternion)

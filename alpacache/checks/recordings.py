@@ -16,8 +16,10 @@ from alpacache.driving.poses import (
     MAX_GAP_US,
     MAX_SPEED_MPS,
     MAX_TURN_RATE_RADPS,
+    NOT_FINITE,
     QUATERNION_NORM_SLACK,
     Track,
+    finite_poses,
     sample_times_us,
 )
 from alpacache.driving.sample import FRAME_STEP_US, Sample
@@ -126,7 +128,7 @@ def _duration(time_us: int) -> str:
 
 def check_poses(track: Track) -> Check:
     """Rate, gaps and jumps."""
-    finite = _is_finite(track)
+    finite = finite_poses(track)
     track = Track(
         timestamps_us=track.timestamps_us[finite], xyz=track.xyz[finite], quaternion_xyzw=track.quaternion_xyzw[finite]
     )
@@ -218,10 +220,10 @@ def _frame_faults(steps_us: NDArray[np.int64], overlap: float) -> dict[str, str]
 
 
 def check_finite(track: Track) -> Check | None:
-    """NaN, infinity and quaternions that are not of length 1, if there are any."""
-    bad = int((~_is_finite(track)).sum())
+    """Values that are not finite and quaternions that are not of length 1, if there are any."""
+    bad = int((~finite_poses(track)).sum())
     if bad:
-        finding = f"{bad} of {len(track.xyz)} poses hold NaN or infinity"
+        finding = f"{bad} of {len(track.xyz)} poses hold {NOT_FINITE}"
         return verdict("rotations", finding, fail="Drop those rows if the rest is sound.")
     norms = np.linalg.norm(track.quaternion_xyzw, axis=1)
     worst = float(norms[np.argmax(np.abs(norms - 1))])
@@ -234,8 +236,3 @@ def check_finite(track: Track) -> Check | None:
 def _converted(stamps: NDArray[np.int64]) -> NDArray[np.int64]:
     unit = time_unit(stamps)
     return stamps if unit == "microseconds" else np.round(stamps * _UNITS[unit]).astype(np.int64)
-
-
-def _is_finite(track: Track) -> NDArray[np.bool_]:
-    finite: NDArray[np.bool_] = np.isfinite(np.concatenate([track.xyz, track.quaternion_xyzw], axis=1)).all(axis=1)
-    return finite

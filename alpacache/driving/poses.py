@@ -22,6 +22,9 @@ MAX_GAP_US = 1_000_000
 JUMP_SLACK_M = 0.5
 """Localisation noise allowed on top of `MAX_SPEED_MPS`."""
 JUMP_SLACK_RAD = 0.1
+MAX_VALUE = 1e12
+"""Beyond it no coordinate is one, in whatever unit: 1 million km in millimetres."""
+NOT_FINITE = f"NaN, infinity or values beyond {MAX_VALUE:.0e}"
 QUATERNION_NORM_SLACK = 0.05
 
 
@@ -108,10 +111,10 @@ def check_track(track: Track, *, where: str) -> None:
         shapes = f"positions {track.xyz.shape} and quaternions {track.quaternion_xyzw.shape}"
         expected = f"expected ({count}, 3) and ({count}, 4)"
         raise BadClipError("wrong_shape", f"{where}: {count} pose timestamps, but {shapes}; {expected}.")
-    bad = ~(np.isfinite(track.xyz).all(axis=1) & np.isfinite(track.quaternion_xyzw).all(axis=1))
+    bad = ~finite_poses(track)
     if bad.any():
         first = _seconds(track.timestamps_us[np.argmax(bad)])
-        reason = f"{bad.sum()} of {count} poses hold NaN or infinity, the first at {first}"
+        reason = f"{bad.sum()} of {count} poses hold {NOT_FINITE}, the first at {first}"
         raise BadClipError("not_finite", f"{where}: {reason}; drop those rows if the rest is sound.")
     norms = np.linalg.norm(track.quaternion_xyzw, axis=1)
     at = int(np.argmax(np.abs(norms - 1.0)))
@@ -144,6 +147,13 @@ def _check_motion(track: Track, times_us: NDArray[np.int64], *, where: str) -> N
             jump = f"{what.format(amount[at])} within {gaps_s[at]:.3f} s at {_seconds(times[at])}"
             remedy = "Localisation may have been reset there; choose a t0 away from it."
             raise BadClipError("pose_jump", f"{where}: the vehicle {jump}; no car does. {remedy}")
+
+
+def finite_poses(track: Track) -> NDArray[np.bool_]:
+    """Tell for each pose `[N]` whether all of its values are numbers that one can calculate with."""
+    values = np.concatenate([track.xyz, track.quaternion_xyzw], axis=1)
+    finite: NDArray[np.bool_] = (np.abs(values) <= MAX_VALUE).all(axis=1)  # False for NaN
+    return finite
 
 
 def check_timestamps(timestamps_us: NDArray[np.int64], *, what: str) -> None:

@@ -32,7 +32,11 @@ def read_image(file: Path | BinaryIO, kind: Literal["JPEG", "PNG"], *, where: st
                 raise BadClipError("wrong_shape", f"{where}: {reason}")
             turn = _exif_turn(image)
             return np.asarray((image if turn is None else image.transpose(turn)).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # raised before the size is known
+        raise BadClipError(
+            "wrong_shape", f"{where}: a picture of far more than {MAX_PIXELS:,} pixels, the most that is read."
+        ) from error
+    except (OSError, SyntaxError) as error:
         raise BadClipError("undecodable_video", f"{where}: no readable {kind} image ({error}).") from error
 
 

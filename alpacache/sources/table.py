@@ -53,6 +53,9 @@ def read_columns(file: Path | BinaryIO, names: Sequence[str], *, where: str) -> 
     stamps = table.column("timestamp")
     if stamps.null_count:
         raise BadClipError("not_finite", f"{where}: {stamps.null_count} rows have no timestamp.")
+    if (largest := int(stamps.to_numpy().max())) > np.iinfo(np.int64).max:
+        reason = f"column timestamp holds {largest}, beyond 64-bit signed integers"
+        raise BadClipError("wrong_shape", f"{where}: {reason}; write microseconds as int64.")
     _check_rate(stamps.to_numpy(), where=where)
     arrays = {name: table.column(name).to_numpy() for name in names}
     return arrays | {"timestamp": arrays["timestamp"].astype(np.int64)}

@@ -37,6 +37,11 @@ def test_what_is_no_json_is_not_read(text):
         strict_json.loads(text)
 
 
+def test_a_key_that_stands_twice_is_named():
+    with pytest.raises(ValueError, match="the key 'fx' 2 times in one object"):
+        strict_json.loads('{"a": {"fx": 1, "fy": 2, "fx": 3}, "b": {"fx": 1}}')
+
+
 def test_values_are_read_as_json_reads_them():
     text = '{"a": [1, -2.5e3, null, true, "\\u00e9"], "b": 9007199254740993}'
     assert strict_json.loads(text) == strict_json.loads(text.encode()) == json.loads(text)

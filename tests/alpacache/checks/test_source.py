@@ -337,6 +337,15 @@ def test_a_gap_a_slow_rate_and_nan_are_named(recorded):
     assert [refusal.kind for refusal in report.refused] == ["not_finite"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_positions_that_overflow_are_named_and_no_speed_is_infinite(recorded):
+    change_poses(recorded, lambda columns: columns.update(x=columns["x"] * 1e300), slice(0, 1))
+    report, bad = checked(recorded)
+    assert "poses hold NaN, infinity or values beyond 1e+12" in bad["rotations"].found
+    assert "inf m" not in "".join(check.found for clip in report.clips for check in clip.checks)
+    assert [refusal.kind for refusal in report.refused] == ["not_finite"]
+
+
 def test_a_source_of_which_nothing_can_be_used_fails_and_nothing_is_said_to_be_ok(recorded):
     change_poses(recorded, lambda columns: columns.update(timestamp=columns["timestamp"] / 1e6))
     report = check_source(FolderSource(recorded))

@@ -95,6 +95,8 @@ def broken(kind):
     stamps, xyz, quat = track.timestamps_us.copy(), track.xyz.copy(), track.quaternion_xyzw.copy()
     if kind == "nan":
         xyz[300, 1] = np.nan
+    elif kind == "huge":
+        xyz[300, 1] = 1e300
     elif kind == "backwards":
         stamps[120] = stamps[119]
     elif kind == "teleport":
@@ -117,6 +119,7 @@ def broken(kind):
     ("what", "kind", "says"),
     [
         ("nan", "not_finite", "1 of 401 poses hold NaN"),
+        ("huge", "not_finite", r"1 of 401 poses hold NaN, infinity or values beyond 1e\+12"),
         ("backwards", "time_order", "row 120"),
         ("teleport", "pose_jump", "moves 29.51 m"),
         ("spin", "pose_jump", "turns 1.02 rad"),

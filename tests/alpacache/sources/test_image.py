@@ -1,6 +1,7 @@
 """Pictures are shown upright, and what is no picture of this kind goes nowhere."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -72,3 +73,16 @@ def test_each_kind_has_its_own_decoder():
     with pytest.raises(BadClipError, match="here: no readable JPEG image") as error:
         read_image(encoded(Image.fromarray(PIXELS), "PNG"), "JPEG", where="here")
     assert error.value.kind == "undecodable_video"
+
+
+@pytest.mark.parametrize("side", [8_000, 65_000])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_picture_beyond_the_limit_is_refused_by_its_header(kind, side):
+    data, size = bytearray(encoded(Image.fromarray(PIXELS), kind).getvalue()), 2 if kind == "JPEG" else 4
+    at = data.index(b"\xff\xc0") + 5 if kind == "JPEG" else data.index(b"IHDR") + 4
+    data[at : at + 2 * size] = side.to_bytes(size, "big") * 2
+    if kind == "PNG":
+        data[at + 13 : at + 17] = zlib.crc32(data[at - 4 : at + 13]).to_bytes(4, "big")
+    with pytest.raises(BadClipError, match=r"here: .*50,000,000") as error:
+        read_image(io.BytesIO(data), kind, where="here")
+    assert error.value.kind == "wrong_shape"

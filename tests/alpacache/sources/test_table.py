@@ -51,6 +51,11 @@ def test_numbers_come_back_in_their_types(tmp_path):
         ({"timestamp": times(4), "x": ["1", "2", "3", "4"], "y": [0.0] * 4}, "wrong_shape", "column x is string"),
         ({"timestamp": times(4) / 1e6, "x": [0.0] * 4, "y": [0.0] * 4}, "wrong_shape", "column timestamp is double"),
         ({"timestamp": times(4), "x": [0.0] * 4}, "wrong_shape", "lacks the columns y; expected timestamp, x, y"),
+        (
+            {"timestamp": times(4).astype(np.uint64) + np.uint64(2**63), "x": times(4), "y": times(4)},
+            "wrong_shape",
+            "column timestamp holds 9223372036855075808, beyond 64-bit signed integers",
+        ),
         ({"timestamp": times(0), "x": times(0), "y": times(0)}, "wrong_shape", "has no rows"),
         ({"timestamp": [0, None, 2], "x": [0.0] * 3, "y": [0.0] * 3}, "not_finite", "1 rows have no timestamp"),
         (
@@ -59,7 +64,7 @@ def test_numbers_come_back_in_their_types(tmp_path):
             "has 2 columns timestamp; keep the one that is right",
         ),
     ],
-    ids=["text", "seconds", "absent", "empty", "null", "twice"],
+    ids=["text", "seconds", "absent", "unsigned", "empty", "null", "twice"],
 )
 def test_each_wrong_table_has_its_reason(columns, kind, says):
     refused(kind, says, lambda: read_columns(stored(columns), POSE, where="clip-7: poses"))
