@@ -3,18 +3,23 @@
 They are written beside the name and renamed. Where that cannot be (a mount point has a name of its own, a parent may
 belong to another user), or where the directory is there already and something in it is replaced, the parts are moved
 one by one: old ones go before new ones come, so that those of two are never there together, and a note of it lets the
-next process undo what a killed one had begun.
+next process undo what a killed one had begun. The note is sealed, and may only name the command's own files:
+anything else that lies there stays, and ends the command.
 """
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from alpacache import strict_json
 from alpacache.directory_lock import LOCK, DirectoryLock
 from alpacache.errors import UsageError
+from cache_store.document import SEAL_KEY, check_seal, seal_bytes
 from cache_store.storage.local_files import flush, write_flushed
 
 _CONTENT, _MOVING, _INSIDE, _PROBE = "content", "moving.json", ".writing", ".writing-probe"
@@ -22,15 +27,47 @@ _NOT_COUNTED = {_INSIDE, _PROBE, LOCK, "lost+found"}
 
 
 def check_out(out: Path) -> None:
-    """Refuse an --out that is no directory of a disk, or in a store. Raises `UsageError`."""
+    """Refuse an --out that is no directory of a disk, in a store, or in another run. Raises `UsageError`."""
     if re.match(r"\w+:/", str(out)):
         raise UsageError(f"--out {out} is no path; expected a directory on a disk.")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; expected a directory.")
     for place in (out, *out.absolute().parents):
         with suppress(OSError):
-            if b'"cache_store"' in (place / "zarr.json").read_bytes():
+            if (place / "zarr.json").is_file() and b'"cache_store"' in (place / "zarr.json").read_bytes():
                 raise UsageError(f"--out {out}: {place} is a store; choose a directory outside of it.")
+        if place != out and _is_run(place):
+            raise UsageError(f"--out {out}: {place} is a run; choose a directory outside of it.")
+
+
+def check_results_out(out: Path, *, what: str, names: Sequence[str], main: str, keys: Collection[str]) -> None:
+    """Refuse a directory that cannot be written to, or where files of something else have the names of results.
+
+    Takes back what a killed process had begun to put there. Raises `UsageError`.
+
+    Args:
+        what: what these results are called, as in "evaluation".
+        names: all names of such results.
+        main: the JSON file among them, which tells that they are: it has the `keys`.
+    """
+    check_out(out)
+    if _is_run(out) or _is_model(out):
+        kind = "run" if _is_run(out) else "model"
+        raise UsageError(f"--out {out} is a {kind}; choose another directory for the {what}.")
+    take_back(out, names)
+    taken = [name for name in names if name in names_in(out)]
+    if taken and not _has_keys(out / main, keys):
+        raise UsageError(
+            f"--out {out} holds {', '.join(taken)}, but no whole {what}; nothing is written over. Name another "
+            "directory, or remove what is there."
+        )
+    place = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise UsageError(f"--out {out} cannot be made: {place} is a file. Name another directory.")
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UsageError(f"--out {out}: nothing can be written there ({error}); name another directory.") from error
 
 
 def names_in(out: Path) -> list[str]:
@@ -38,39 +75,49 @@ def names_in(out: Path) -> list[str]:
     return sorted({path.name for path in out.iterdir()} - _NOT_COUNTED) if out.is_dir() else []
 
 
-def take_back(out: Path) -> None:
-    """Remove what a process had begun to move to `out` when it was killed. Raises `UsageError` if it still runs."""
+def take_back(out: Path, names: Collection[str] | None = None) -> None:
+    """Remove what a process had begun to move to `out` when it was killed; `names` as in `appearing`.
+
+    Raises `UsageError` if it still runs, or if the note of what it moved is not one of ours.
+    """
     for work in (_beside(out), out / _INSIDE):
-        if (work / _MOVING).is_file():
+        if os.path.lexists(work / _MOVING) or os.path.lexists(work / _CONTENT):
+            _refuse_link(work)
             with _alone(work):
-                _take_back(work, out)
+                _take_back(work, out, names)
+            with suppress(OSError):
+                work.rmdir()
 
 
 @contextmanager
-def appearing(out: Path, *, replaces: Sequence[str] = (), last: Sequence[str] = ()) -> Iterator[Path]:
+def appearing(
+    out: Path, *, replaces: Sequence[str] = (), last: Sequence[str] = (), names: Collection[str] | None = None
+) -> Iterator[Path]:
     """A directory to write, whose files get their names under `out` when the body ends well.
 
     Args:
         replaces: names in `out` that go when the new ones come.
         last: names without which the others mean nothing: they come last, in this order, and go first, in the opposite.
+        names: all names that the command gives; what a killed one had moved is looked for under no others. None: any.
 
-    Raises `UsageError` where another process is writing to `out`.
+    Raises `UsageError` where another process is writing to `out`, or something else lies where it is written first.
     """
     out = out.absolute()
     work = _work_place(out)
+    _refuse_link(work)
     content = work / _CONTENT
     try:
         with _alone(work):
+            _take_back(work, out, names)
             try:
-                _take_back(work, out)
-                shutil.rmtree(content, ignore_errors=True)
+                _note(work, ())
                 content.mkdir()
                 yield content
                 for place in (*content.rglob("*"), content):
                     flush(place)
                 _publish(content, out, replaces, last)
             finally:
-                shutil.rmtree(content, ignore_errors=True)
+                _take_back(work, out, names)
     finally:
         with suppress(OSError):
             work.rmdir()
@@ -85,26 +132,84 @@ def _publish(content: Path, out: Path, replaces: Sequence[str], last: Sequence[s
         except OSError:
             if not out.is_dir():
                 raise
-    work, new = content.parent, sorted(path.name for path in content.iterdir())
+    new = sorted(path.name for path in content.iterdir())
     names = [*(name for name in new if name not in last), *(name for name in last if name in new)]
     old = [*reversed(last), *replaces]
-    write_flushed(work / _MOVING, json.dumps([*old, *(name for name in names if name not in old)]).encode())
+    _note(content.parent, [*old, *(name for name in names if name not in old)])
+    _remove(out, old)
+    for name in names:
+        (content / name).rename(out / name)
+    flush(out)
+    content.rmdir()
+    (content.parent / _MOVING).unlink()
+
+
+def _note(work: Path, moves: Sequence[str]) -> None:
+    """Say what is removed or moved; that the note is there says whose the content is."""
+    write_flushed(work / _MOVING, seal_bytes(json.dumps({"moves": list(moves)}).encode()))
+
+
+def _take_back(work: Path, out: Path, names: Collection[str] | None) -> None:
+    note, content = work / _MOVING, work / _CONTENT
+    if not os.path.lexists(note):
+        if os.path.lexists(content):
+            raise _foreign(content, f"{_MOVING} is not beside it")
+        return
+    if (moves := _moves(note, names)) and out.is_dir():
+        _remove(out, moves)
+    shutil.rmtree(content, ignore_errors=True)
+    note.unlink()
+
+
+def _moves(note: Path, names: Collection[str] | None) -> list[str]:
+    """What a note names. Raises `UsageError` unless all of it are plain names, and among `names`."""
     try:
-        _remove(out, old)
-        for name in names:
-            (content / name).rename(out / name)
-        flush(out)
-    except OSError:
-        _take_back(work, out)
-        raise
-    (work / _MOVING).unlink()
+        if note.is_symlink() or not note.is_file():
+            raise ValueError("it is no regular file")
+        data = note.read_bytes()
+        check_seal(data, note.name)
+        moves = strict_json.loads(data)["moves"]
+        if not isinstance(moves, list):
+            raise ValueError("its moves are no list")
+        for name in moves:
+            known = name not in _NOT_COUNTED if names is None else name in names
+            if not known or name in ("", ".", "..") or set(name) & {"/", "\0"}:
+                raise ValueError(f"{name!r} is no name of a file that this command writes")
+    except (ValueError, LookupError, TypeError) as error:
+        raise _foreign(note, str(error)) from error
+    return moves
 
 
-def _take_back(work: Path, out: Path) -> None:
-    note = work / _MOVING
-    if note.is_file():
-        _remove(out, json.loads(note.read_bytes()))
-        note.unlink()
+def _foreign(path: Path, reason: str) -> UsageError:
+    return UsageError(
+        f"{path} is damaged, or not of this command ({reason}). Nothing was removed; move {path.parent} away and run "
+        "the same command again."
+    )
+
+
+def _refuse_link(work: Path) -> None:
+    if work.is_symlink():
+        raise _foreign(work / _MOVING, f"{work.name} is a link")
+
+
+def _is_run(place: Path) -> bool:
+    with suppress(OSError):
+        if (place / "run.json").is_file() and SEAL_KEY.encode() in (place / "run.json").read_bytes():
+            return True
+        return any(place.glob("checkpoints/step-*/state.json"))
+    return False
+
+
+def _is_model(place: Path) -> bool:
+    return (place / "config.json").is_file() and any(place.glob("*.safetensors*"))
+
+
+def _has_keys(path: Path, keys: Collection[str]) -> bool:
+    try:
+        document = strict_json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.keys() >= set(keys)
 
 
 def _remove(out: Path, names: Sequence[str]) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from alpacache import strict_json
-from alpacache.errors import UsageError
 from alpacache.sources.config import CheckConfig
 
 from . import output
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from alpacache.checks.source import SourceReport
 
 SHEET, LAGS, REPORT = "contact_sheet.png", "lag_curve.png", "check.json"
+_FILES = (SHEET, LAGS, REPORT)
 _TITLE = "frames at t0, and the path driven until t0 + 6.4 s; dots are seconds, arrows the heading at the end"
 _SHOWN = 12
 """Most refusals and clips named in the table; JSON has all."""
@@ -35,14 +35,13 @@ def check(config: CheckConfig, json: bool) -> None:
     from alpacache.checks.contact_sheet import contact_sheet_png
     from alpacache.checks.lag_picture import lag_curve_png
     from alpacache.checks.source import MEANINGS, check_source
+    from alpacache.durable import appearing, check_results_out
     from alpacache.sources.registry import open_source
 
     source = open_source(config.source, cameras=config.cameras)
     if config.out is not None:  # before anything is read
-        try:
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {config.out} cannot be made ({error}); choose another directory.") from error
+        keys = {"ok", "source", "checks", "clips"}
+        check_results_out(Path(config.out), what="check", names=_FILES, main=REPORT, keys=keys)
     with output.show_progress("check") as on_progress:
         report = check_source(
             source,
@@ -57,13 +56,13 @@ def check(config: CheckConfig, json: bool) -> None:
     record = {name: getattr(report, name) for name in names}
     record |= {"lag_curve": report.lag_curve, "refused": len(report.refused), "meanings": MEANINGS}
     if config.out is not None:
-        directory = Path(config.out)
-        (directory / REPORT).write_text(strict_json.dumps(record, indent=1) + "\n")
-        if report.shown:
-            (directory / SHEET).write_bytes(contact_sheet_png(report.shown, title=f"{report.source}: {_TITLE}"))
-        if report.lag_curve is not None:
-            title = f"{report.source}: how the picture moves sideways against how the vehicle turns"
-            (directory / LAGS).write_bytes(lag_curve_png(report.lag_curve, title=title))
+        with appearing(Path(config.out), replaces=(SHEET, LAGS), last=(REPORT,), names=_FILES) as directory:
+            (directory / REPORT).write_text(strict_json.dumps(record, indent=1) + "\n")
+            if report.shown:
+                (directory / SHEET).write_bytes(contact_sheet_png(report.shown, title=f"{report.source}: {_TITLE}"))
+            if report.lag_curve is not None:
+                title = f"{report.source}: how the picture moves sideways against how the vehicle turns"
+                (directory / LAGS).write_bytes(lag_curve_png(report.lag_curve, title=title))
     if json:
         output.print_json(record)
     else:

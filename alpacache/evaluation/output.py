@@ -1,7 +1,6 @@
 """The files of an evaluation: JSON, a table of every sample for pandas and the like, pictures, and the report."""
 
-import json
-import tempfile
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pyarrow.parquet as pq
 
 from alpacache import strict_json
 from alpacache.driving.strata import STRATA
-from alpacache.durable import appearing, check_out, names_in, take_back
+from alpacache.durable import appearing, check_results_out
 from alpacache.errors import UsageError
 from alpacache.evaluation.judging import METRIC_KEYS, LeftOut, SampleResult
 from alpacache.evaluation.plots import sample_png
@@ -22,6 +21,7 @@ from alpacache.metrics.bias import HORIZONS_S
 _MAIN = ("report.html", "eval.json")
 """Files that one looks at: gone first and there last, so that it is never of another evaluation than the rest."""
 _REST = ("samples.parquet", "pictures")
+_PICTURE = re.compile(r"(best|median|worst|sample-\d{3})\.png")
 FIRST_PICTURES = 3
 """Samples drawn whatever their error, so that evaluations can be compared picture by picture."""
 
@@ -40,7 +40,7 @@ def write_results(
     They take the place of an earlier evaluation's together. `settings` is what the paths depend on; `losses` maps the
     label of a trained model to the rows of its run's `metrics.jsonl`.
     """
-    with appearing(out, replaces=_REST, last=_MAIN) as directory:
+    with appearing(out, replaces=_REST, last=_MAIN, names=(*_MAIN, *_REST)) as directory:
         _write(directory, summary, results, left_out, settings, losses)
 
 
@@ -49,26 +49,14 @@ def check_evaluation_out(out: Path) -> None:
 
     Takes back what a killed evaluation had begun to put there. Raises `UsageError`.
     """
-    check_out(out)
-    take_back(out)
-    if (taken := [name for name in (*_MAIN, *_REST) if name in names_in(out)]) and not _is_evaluation(out):
+    pictures = out / "pictures"
+    if pictures.is_dir() and (foreign := sorted(p.name for p in pictures.iterdir() if not _PICTURE.fullmatch(p.name))):
         raise UsageError(
-            f"--out {out} holds {', '.join(taken)}, but no whole evaluation; nothing is written over. Name another "
-            "directory, or remove what is there."
+            f"--out {out}: pictures holds {', '.join(foreign[:3])}, which no evaluation writes, and another one takes "
+            "the place of that folder. Move it away, or name another directory."
         )
-    place = next(place for place in (out, *out.absolute().parents) if place.is_dir())
-    try:
-        tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        raise UsageError(f"--out {out}: nothing can be written there ({error}); name another directory.") from error
-
-
-def _is_evaluation(out: Path) -> bool:
-    try:
-        document = json.loads((out / "eval.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(document, dict) and document.keys() >= {"settings", "summary", "samples"}
+    keys = {"settings", "summary", "samples"}
+    check_results_out(out, what="evaluation", names=(*_MAIN, *_REST), main="eval.json", keys=keys)
 
 
 def _write(

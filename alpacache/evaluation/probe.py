@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from alpacache import strict_json
 from alpacache.driving.sample import Floats, SampleRef
 from alpacache.driving.strata import LATE_CURVE
-from alpacache.durable import appearing
+from alpacache.durable import appearing, check_results_out
 from alpacache.errors import UsageError
 from alpacache.evaluation.config import ProbeConfig
 from alpacache.evaluation.plots import explained_png
@@ -38,6 +38,7 @@ from alpacache.metrics.bootstrap import Interval, r_squared
 from alpacache.progress import OnProgress, Progress, ignore
 from cache_store import CacheReader
 
+_FILES = ("probe.png", "probe.json")
 ALL = "all"
 TOGETHER = "all vectors"
 """Name of all sets of vectors side by side, where there are several."""
@@ -77,9 +78,13 @@ class ProbeReport:
 def probe(config: ProbeConfig, *, on_progress: OnProgress = ignore) -> ProbeReport:
     """Read features, fit probes and judge; with `out` write `probe.json` and `probe.png` there.
 
-    Raises `UsageError` for fewer than ten clips, or for features that the store does not have.
+    Raises `UsageError` for fewer than ten clips, for features that the store does not have, and where `out` holds files
+    of something else.
     """
     started = time.monotonic()
+    if config.out is not None:
+        keys = {"settings", "scores", "verdicts"}
+        check_results_out(Path(config.out), what="probe", names=_FILES, main="probe.json", keys=keys)
     reader = CacheReader(config.store)
     plain = [sample_id for sample_id in reader.sample_ids if SampleRef.parse(sample_id).view == 0]
     chosen = choose_samples(plain, config.samples, seed=config.seed)
@@ -93,7 +98,7 @@ def probe(config: ProbeConfig, *, on_progress: OnProgress = ignore) -> ProbeRepo
     report = probe_data(data, store=config.store, seed=config.seed, started=started, on_progress=on_progress)
     if config.out is not None:
         document = {"settings": config, **report.to_json()}
-        with appearing(Path(config.out), last=("probe.png", "probe.json")) as directory:
+        with appearing(Path(config.out), last=_FILES, names=_FILES) as directory:
             (directory / "probe.json").write_text(strict_json.dumps(document, indent=1) + "\n")
             (directory / "probe.png").write_bytes(_picture(report))
     return report

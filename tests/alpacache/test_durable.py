@@ -1,6 +1,7 @@
 """A directory of results is there as a whole, or visibly not; a kill mixes no two."""
 
 import errno
+import json
 import os
 import shutil
 from contextlib import suppress
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from alpacache.directory_lock import LOCK
-from alpacache.durable import appearing, check_out, names_in, take_back
+from alpacache.durable import appearing, check_out, check_results_out, names_in, take_back
 from alpacache.errors import UsageError
+from cache_store.document import seal_bytes
 
 MAIN, REST = ("report", "numbers"), ("table", "pictures")
 
@@ -129,6 +131,12 @@ def test_an_error_leaves_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_error_before_anything_was_there_is_told_as_it_is(tmp_path):
+    with pytest.raises(OSError, match="No space left"), appearing(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_process_at_a_time(tmp_path):
     with appearing(tmp_path / "out") as directory:
         (directory / "file").write_text("first")
@@ -158,3 +166,99 @@ def test_a_place_for_results_is_a_directory_on_a_disk_outside_of_stores(tmp_path
         check_out(Path("s3://bucket/out"))
     check_out(tmp_path / "new")
     take_back(tmp_path / "new")
+
+
+def note(work, moves):
+    work.mkdir(exist_ok=True)
+    (work / "moving.json").write_bytes(seal_bytes(json.dumps({"moves": moves}).encode()))
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("name", ["../victim", "ABSOLUTE", "notes", "..", "", 7])
+def test_a_note_removes_no_other_names_than_the_commands_own(tmp_path, beside, name):
+    """Whoever wrote it, and whether or not its checksum is right."""
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    write(out, "old")
+    (out / "notes").write_text("mine")
+    victim.mkdir()
+    work = tmp_path / ".out.writing" if beside else out / ".writing"
+    note(work, [str(victim) if name == "ABSOLUTE" else name])
+    before = texts(out)
+    for attempt in (lambda: take_back(out, (*MAIN, *REST)), lambda: write_there(work, out)):
+        with pytest.raises(UsageError, match=r"moving\.json is damaged, or not of this command .* move .* away"):
+            attempt()
+    assert victim.is_dir()
+    assert texts(out) == before
+
+
+def write_there(work, out):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("alpacache.durable._work_place", lambda out: work)
+        with appearing(out, replaces=REST, last=MAIN, names=(*MAIN, *REST)):
+            pass
+
+
+@pytest.mark.parametrize("text", ["", '["report"]', '{"moves": ["report"]}', "[" * 100_000])
+def test_a_note_that_carries_no_checksum_ends_the_command_and_removes_nothing(tmp_path, text):
+    write(tmp_path / "out", "old")
+    (tmp_path / ".out.writing").mkdir()
+    (tmp_path / ".out.writing/moving.json").write_text(text)
+    with pytest.raises(UsageError, match=r"Nothing was removed; move .*\.out\.writing away and run the same command"):
+        take_back(tmp_path / "out")
+    assert texts(tmp_path / "out") == expected("old")
+
+
+def test_a_note_of_ours_is_taken_back(tmp_path):
+    write(tmp_path / "out", "old")
+    note(tmp_path / ".out.writing", ["report", "pictures"])
+    take_back(tmp_path / "out", (*MAIN, *REST))
+    assert texts(tmp_path / "out") == {"numbers": "old", "table": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_another_program_put_beside_stays(tmp_path, linked):
+    theirs = tmp_path / ("elsewhere" if linked else ".out.writing")
+    (theirs / "content").mkdir(parents=True)
+    (theirs / "content/file").write_text("theirs")
+    if linked:
+        (tmp_path / ".out.writing").symlink_to(theirs)
+    for attempt in (lambda: take_back(tmp_path / "out"), lambda: write(tmp_path / "out", "new")):
+        with pytest.raises(UsageError, match="Nothing was removed"):
+            attempt()
+    assert (theirs / "content/file").read_text() == "theirs"
+    assert not (tmp_path / "out").exists()
+
+
+def check_numbers(out):
+    check_results_out(out, what="table", names=("table", "numbers"), main="numbers", keys={"mean"})
+
+
+def test_results_take_the_place_of_results_of_their_kind_alone(tmp_path):
+    (tmp_path / "table").write_text("mine")
+    with pytest.raises(UsageError, match="holds table, but no whole table; nothing is written over"):
+        check_numbers(tmp_path)
+    (tmp_path / "numbers").write_text('{"mean": 1}')
+    check_numbers(tmp_path)
+    (tmp_path / "numbers").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="holds table, numbers, but no whole table"):
+        check_numbers(tmp_path)
+    with pytest.raises(UsageError, match=r"cannot be made: .*numbers is a file"):
+        check_numbers(tmp_path / "numbers/out")
+
+
+def test_results_are_kept_out_of_runs_and_models(tmp_path):
+    run, old_run, model = tmp_path / "run", tmp_path / "old", tmp_path / "model"
+    for folder in (run, old_run / "checkpoints/step-0000002", model):
+        folder.mkdir(parents=True)
+    (run / "run.json").write_bytes(seal_bytes(b'{"last": 2}'))
+    (old_run / "checkpoints/step-0000002/state.json").write_text("{}")
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_text("")
+    for out, kind in ((run, "run"), (old_run, "run"), (model, "model")):
+        with pytest.raises(UsageError, match=f"is a {kind}; choose another directory"):
+            check_numbers(out)
+    for out in (run, old_run):
+        check_out(out)  # a training resumes its own
+        with pytest.raises(UsageError, match=r"--out .*sub/one: .* is a run; choose a directory outside of it"):
+            check_out(out / "sub/one")

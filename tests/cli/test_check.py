@@ -61,6 +61,23 @@ def test_sound_recordings_are_exit_0_with_a_report_and_a_picture(folder, tmp_pat
         assert np.asarray(image.convert("L")).std() > 20
 
 
+@pytest.mark.system
+def test_a_report_takes_the_place_of_a_report_and_of_nothing_else(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "contact_sheet.png").write_text("mine")
+    refused = run(folder(), "--out", out)
+    assert refused.returncode == 2
+    assert "holds contact_sheet.png, but no whole check; nothing is written over" in " ".join(refused.stderr.split())
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("contact_sheet.png", "mine")]
+    (out / "contact_sheet.png").rename(out / "notes")
+    for _ in range(2):
+        done = run(f"folder:{tmp_path / 'drives'}", "--out", out)
+        assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["check.json", "contact_sheet.png", "notes"]
+    assert (out / "notes").read_text() == "mine"
+
+
 def test_a_refused_clip_is_exit_3(folder):
     done = run(folder(seconds=(12.0, 6.0)), "--json")
     assert done.returncode == 3, done.stderr

@@ -89,3 +89,13 @@ def test_what_has_an_evaluations_name_and_is_of_another_kind_stays(tmp_path, nam
     with pytest.raises(UsageError, match=f"holds {name}, but no whole evaluation; nothing is written over"):
         check_evaluation_out(tmp_path)
     assert (tmp_path / name).read_text() == '{"mine": 1}'
+
+
+def test_pictures_of_someone_else_stay(tmp_path):
+    results, out = [result(0, 3.0)], tmp_path / "out"
+    write_results(out, summarise(results), results, settings={}, losses={})
+    check_evaluation_out(out)
+    (out / "pictures/mine.png").write_text("mine")
+    with pytest.raises(UsageError, match=r"pictures holds mine\.png, which no evaluation writes"):
+        check_evaluation_out(out)
+    assert (out / "pictures/mine.png").read_text() == "mine"

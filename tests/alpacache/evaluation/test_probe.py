@@ -269,8 +269,16 @@ def test_the_whole_way(stores, tmp_path):
     assert cell["both"]["estimate"] == report.scores[ALL][HEADING][TOGETHER]["ridge"].both.estimate
     assert (tmp_path / "out/probe.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (seen[-1].done, seen[-1].total) == (25, 25)
-    again = alpacache.probe(replace(config, out=None))
+    again = alpacache.probe(replace(config, seed=config.seed))  # takes the place of its own files
     assert again.scores == report.scores
+
+
+@pytest.mark.parametrize("name", ["probe.json", "probe.png"])
+def test_files_of_someone_else_stay(tmp_path, name):
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(UsageError, match=f"holds {name}, but no whole probe; nothing is written over"):
+        alpacache.probe(ProbeConfig(store=str(tmp_path / "none"), out=str(tmp_path)))
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
 
 
 def test_refusals(stores, monkeypatch):
