@@ -43,6 +43,21 @@ TURNING_RADPS = 0.05
 TURN_STEPS = 5
 MIN_TURNED_RAD = 0.08
 """Least turn within `TURN_STEPS`: above the noise of a poor compass."""
+TURN_RATIO = (0.8, 1.25)
+"""Turn of the heading for each degree of the course's, beyond which headings are wrong."""
+CHORD_STEPS = 4
+"""Steps over which the course is known to half a degree in spite of centimetres of noise."""
+MIN_BENT_RAD = 0.15
+"""Least turn of such a course within `TURN_STEPS`."""
+MIN_TURNED_ALL_RAD = 0.6
+SCATTER_DEG = (1.5, 5.0)
+"""Headings that scatter this much about the course are a warning, a failure. Those of real cars are below 0.5."""
+HELD_RAD = 0.001
+"""Change of heading within a step that is none while the course turns."""
+HELD_SHARE = 0.3
+UP_AND_DOWN_SHARE = 0.1
+JUMP_DEG = (0.4, 4.5)
+"""Steps of rounded headings, or jumps of held ones: a warning, a failure."""
 FAST_MPS = 60.0
 BRISK_MPS = 25.0
 GRIP_MPS2 = 9.0
@@ -62,6 +77,8 @@ class Motion:
     """Direction of the movement."""
     heading_rad: Floats
     """Direction of the vehicle's x axis in the middle of the step."""
+    yaw_rad: Floats
+    """Direction of the vehicle's x axis at the beginning of the step."""
     turn_rate_radps: Floats
     direction: Floats
     """`[N, 3]` unit vectors of the movement, in the vehicle's own axes."""
@@ -98,6 +115,7 @@ def motion_of(track: Track) -> Motion | None:
         speed_mps=np.linalg.norm(moved, axis=1) / dt_s,
         course_rad=np.arctan2(flat[:, 1], flat[:, 0]),
         heading_rad=(yaw[:-1] + yaw[1:]) / 2,
+        yaw_rad=yaw[:-1],
         turn_rate_radps=np.diff(yaw) / dt_s,
         direction=direction / np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1e-9),
         ground=np.asarray((moved[:, 0] + 1j * moved[:, 1]) / dt_s, dtype=np.complex128),
@@ -189,12 +207,17 @@ def judge_axes(motions: Sequence[Motion]) -> Check:
         return mirrored
     apart = np.rad2deg(np.median(np.abs(away)))
     direction = directions.mean(axis=0)
-    length = float(np.linalg.norm(direction))
+    length, axis = float(np.linalg.norm(direction)), int(np.argmax(np.abs(direction)))
+    chords = _joined([_chords(motion) for motion in motions])
+    if (length < 0.85 or axis != 2) and (check := _turns_otherwise(chords)) is not None:
+        return check
     if length > 0.85:
-        axis = int(np.argmax(np.abs(direction)))
         if axis == 0 and direction[0] > length * np.cos(ALIGNED_RAD):
-            check = _off_course(motions, apart)
-            return check if check.status != "ok" else _tilted(check, direction_z=directions[:, 2])
+            check = _held(chords) or _scattered(chords)
+            if check is not None and check.status == "fail":
+                return check
+            off = _off_course(motions, apart)
+            return _tilted(check or off, direction_z=directions[:, 2]) if off.status == "ok" else off
         return _wrong_axis(direction / length, axis)
     forward, backward = np.abs(away) < ALIGNED_RAD, np.abs(away) > np.pi - ALIGNED_RAD
     if forward.mean() > 0.3 and (forward | backward).mean() > 0.8:
@@ -202,6 +225,140 @@ def judge_axes(motions: Sequence[Motion]) -> Check:
     finding = f"course and heading have nothing to do with each other ({apart:.0f} degrees apart in the median)"
     remedy = "Check that rotations lead from vehicle to world, in the same world as the positions."
     return verdict("axes", finding, fail=remedy)
+
+
+class _Chords(NamedTuple):
+    """Poses in the middle of `CHORD_STEPS` steps with which the vehicle moves, those of each clip apart.
+
+    The course over that time is exact enough to judge single headings. All are arrays `[N]`.
+    """
+
+    away_rad: Floats
+    """Course less heading; NaN in turns, where the reference point may go sideways, and below `OFFSET_MPS`."""
+    noise_rad: Floats
+    """Error of `away_rad` by white noise of positions, as the path's roughness shows it: right in the mean square."""
+    stepped_rad: Floats
+    """Change of heading within one step."""
+    turned_rad: Floats
+    """Change of heading within `TURN_STEPS`, both averaged as the course is; NaN at the ends of stretches."""
+    bent_rad: Floats
+    """Change of course within `TURN_STEPS`."""
+    curved_pm: Floats
+    """Change of the heading's curvature within `TURN_STEPS`."""
+
+
+def _joined(parts: Sequence[_Chords]) -> _Chords:
+    return _Chords(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _chords(motion: Motion) -> _Chords:
+    """Course, heading and their changes about each pose of a motion, without what is near a gap or a standstill."""
+    if len(motion.times_us) <= CHORD_STEPS + 2 * TURN_STEPS:
+        return _Chords(*(np.zeros(0) for _ in _Chords._fields))
+    windows = np.lib.stride_tricks.sliding_window_view
+    step_s = np.median(np.diff(motion.times_us)) / 1e6
+    moved = motion.speed_mps * np.exp(1j * motion.course_rad) * step_s
+    chord = windows(moved, CHORD_STEPS).sum(axis=1)
+    seconds = np.diff(motion.times_us, prepend=motion.times_us[0]) / 1e6
+    slowest = windows(np.where(seconds < 2 * step_s, motion.speed_mps, 0.0), CHORD_STEPS).min(axis=1)
+    course, middle = np.angle(chord), slice(CHORD_STEPS // 2, CHORD_STEPS // 2 + len(chord))
+    heading = windows(motion.heading_rad, CHORD_STEPS).mean(axis=1)
+    curvature = windows(motion.turn_rate_radps, CHORD_STEPS).mean(axis=1) / np.maximum(np.abs(chord), 1e-9)
+    curvature *= CHORD_STEPS * step_s
+    # Third differences of positions have 20 times the variance of one, a chord's two ends have twice that.
+    rough = np.pad(moved[2:] - 2 * moved[1:-1] + moved[:-2], 1)[middle]
+    noise = np.sqrt(2 / 20) * (rough * np.exp(-1j * course)).imag / np.maximum(np.abs(chord), 1e-9)
+    away = wrapped(course - motion.yaw_rad[middle])
+
+    def change(values: Floats, *, before: int, after: int) -> Floats:
+        changes = np.full(len(values), np.nan)
+        inner = slice(before, len(values) - after)
+        changes[inner] = values[before + after :] - values[: len(values) - before - after]
+        moves = windows(slowest, before + after + 1).min(axis=1) > MOVING_MPS
+        changes[inner][~moves] = np.nan
+        return changes
+
+    bent_wide = wrapped(change(course, before=CHORD_STEPS, after=CHORD_STEPS))
+    with np.errstate(invalid="ignore"):
+        straight = np.abs(bent_wide) < STRAIGHT_PM * 2 * np.abs(chord)
+        known = straight & (slowest > OFFSET_MPS) & (np.abs(away) < 2 * ALIGNED_RAD)
+    before, after = TURN_STEPS // 2, TURN_STEPS - TURN_STEPS // 2
+    return _Chords(
+        away_rad=np.where(known, away, np.nan),
+        noise_rad=noise,
+        stepped_rad=np.diff(motion.yaw_rad)[middle],
+        turned_rad=change(heading, before=before, after=after),
+        bent_rad=wrapped(change(course, before=before, after=after)),
+        curved_pm=change(curvature, before=before, after=after),
+    )
+
+
+def _turns_otherwise(chords: _Chords) -> Check | None:
+    """A failed check if headings turn clearly less or more than the course does, whichever point the poses are of."""
+    with np.errstate(invalid="ignore"):
+        turns = np.maximum(np.abs(chords.turned_rad), np.abs(chords.bent_rad)) > MIN_BENT_RAD
+    turned, bent, curved = chords.turned_rad[turns], chords.bent_rad[turns], chords.curved_pm[turns]
+    if len(bent) < MIN_TURNING or np.maximum(np.abs(turned), np.abs(bent)).sum() < TURN_STEPS * MIN_TURNED_ALL_RAD:
+        return None
+    lever_m = np.linalg.lstsq(np.stack([turned, curved], axis=1), bent)[0][1]
+    bent = bent - np.clip(lever_m, *LEVER_M) * curved
+    both, headings, courses = float(turned @ bent), float(turned @ turned), float(bent @ bent)
+    # Noise of headings lowers the slope on them, noise of the course that on it: beyond either, no noise explains it.
+    ratio = np.sqrt(headings / max(courses, 1e-9))
+    least, most = both / max(courses, 1e-9), headings / max(both, 1e-9)
+    if ratio < TURN_RATIO[0] / 2 or 0 < most < TURN_RATIO[0]:
+        shown = min(ratio, most)
+    elif least > TURN_RATIO[1]:
+        shown = least
+    else:
+        return None
+    finding = f"headings do not turn as the course does: by {shown:.2f} degrees for each degree of its turns"
+    remedy = "Check that the rotations are those of the recording, not constant, and that angles became radians once."
+    if shown < 0.1:
+        remedy = "Rotations must be those of the vehicle at each pose; without them, take headings from the course."
+    return verdict("axes", finding, fail=remedy)
+
+
+def _held(chords: _Chords) -> Check | None:
+    """A warned or failed check if headings are rounded, or stay exactly the same in turns and then jump."""
+    with np.errstate(invalid="ignore"):
+        stepped = np.abs(chords.stepped_rad[np.abs(chords.bent_rad) > MIN_TURNED_RAD])
+    held = stepped < HELD_RAD
+    jumps, change = stepped[~held], np.diff(stepped)
+    # Turns of one rate are steps of one size, too, but their rate never goes up and at once down again.
+    up_and_down = (change[1:] * change[:-1] < 0) & (np.minimum(np.abs(change[1:]), np.abs(change[:-1])) > HELD_RAD)
+    if len(jumps) < MIN_TURNING or up_and_down.mean() < UP_AND_DOWN_SHARE:
+        return None
+    finest = jumps.min()
+    if np.mean(np.abs(jumps - finest * np.round(jumps / finest)) < HELD_RAD) > 0.95:
+        degrees = float(np.rad2deg(finest))
+        finding = f"headings come in steps of {degrees:.1f} degrees"
+        remedy = "They were rounded: write all digits, or take headings from the course."
+    elif held.mean() > HELD_SHARE:
+        degrees = float(np.rad2deg(np.median(jumps)))
+        finding = f"headings stay the same in {100 * held.mean():.0f} % of a turn's steps of 0.2 s, then jump"
+        finding += f" by {degrees:.1f} degrees"
+        remedy = "Were they held from a slower sensor? Interpolate headings to the times of positions."
+    else:
+        return None
+    if degrees < JUMP_DEG[0]:
+        return None
+    return verdict("axes", finding, **{"fail" if degrees > JUMP_DEG[1] else "warn": remedy})
+
+
+def _scattered(chords: _Chords) -> Check | None:
+    """A warned or failed check if headings scatter about the course on straights by more than noise of positions."""
+    known = np.isfinite(chords.away_rad)
+    away, noise = chords.away_rad[known], chords.noise_rad[known]
+    if len(away) < 2 * MIN_MOVING:
+        return None
+    low, high = np.percentile(away, [16, 84])
+    degrees = float(np.rad2deg(np.sqrt(max(0.0, ((high - low) / 2) ** 2 - (noise**2).mean()))))
+    if degrees < SCATTER_DEG[0]:
+        return None
+    finding = f"headings scatter by {degrees:.1f} degrees about the course on straight road (rms)"
+    remedy = "Each sample's path is turned by its heading at t0: filter the headings, or take them from the course."
+    return verdict("axes", finding, **{"fail" if degrees >= SCATTER_DEG[1] else "warn": remedy})
 
 
 def _off_course(motions: Sequence[Motion], apart_deg: float) -> Check:

@@ -32,6 +32,89 @@ def test_headings_off_the_course_are_measured(drive, degrees, status, said, leve
     assert said in check.found
 
 
+def with_yaw(track, change):
+    yaw = np.unwrap(Rotation.from_quat(track.quaternion_xyzw).as_euler("ZYX")[:, 0])
+    return replace(track, quaternion_xyzw=Rotation.from_euler("z", change(yaw)[:, None]).as_quat())
+
+
+def noise(degrees, count):
+    return np.deg2rad(degrees) * np.random.default_rng(1).standard_normal(count)
+
+
+@pytest.mark.parametrize("noise_m", [0.0, 0.02])
+@pytest.mark.parametrize("lever_m", [-1.0, 0.0, 1.5, 4.0])
+def test_noise_of_positions_is_not_that_of_headings(drive, lever_m, noise_m):
+    """Also of clips that begin or end within a turn."""
+    track = drive(lever_m=lever_m)
+    xyz = track.xyz + noise_m * np.random.default_rng(0).standard_normal(track.xyz.shape)
+    for begin in range(0, 600, 50):
+        rows = slice(0, None) if begin == 0 else slice(begin, begin + 120)
+        cut = replace(
+            track,
+            timestamps_us=track.timestamps_us[rows],
+            xyz=xyz[rows],
+            quaternion_xyzw=track.quaternion_xyzw[rows],
+        )
+        check = judge_axes([motion_of(cut)])
+        assert "headings" not in check.found, check
+
+
+@pytest.mark.parametrize("lever_m", [0.0, 3.5])
+@pytest.mark.parametrize(
+    ("change", "ratio"),
+    [
+        (lambda yaw: 0 * yaw, 0.0),
+        (lambda yaw: 2 + noise(0.5, len(yaw)), 0.0),
+        (lambda yaw: 0.5 * yaw, 0.5),
+        (lambda yaw: 2 * yaw, 2.0),
+    ],
+    ids=["identity", "constant", "half", "double"],
+)
+def test_headings_that_do_not_turn_as_the_course_are_wrong(drive, change, ratio, lever_m):
+    check = judge_axes([motion_of(with_yaw(drive(lever_m=lever_m), change))])
+    assert check.status == "fail"
+    assert "do not turn as the course does" in check.found
+    measured = float(check.found.partition(": by ")[2].split()[0])
+    assert measured == pytest.approx(ratio, abs=0.04)
+
+
+@pytest.mark.parametrize(("degrees", "status"), [(0.5, "ok"), (3.0, "warn"), (7.0, "fail")])
+def test_noise_of_headings_is_measured(drive, degrees, status):
+    check = judge_axes([motion_of(with_yaw(drive(), lambda yaw: yaw + noise(degrees, len(yaw))))])
+    assert check.status == status, check
+    if status != "ok":
+        measured = float(check.found.partition("scatter by ")[2].split()[0])
+        assert measured == pytest.approx(degrees, rel=0.2)
+
+
+@pytest.mark.parametrize(("degrees", "status"), [(0.1, "ok"), (2, "warn"), (5, "fail")])
+def test_rounded_headings_are_found_with_their_step(drive, degrees, status):
+    def rounded(yaw):
+        return np.deg2rad(degrees) * np.round(np.rad2deg(yaw) / degrees)
+
+    check = judge_axes([motion_of(with_yaw(drive(), rounded))])
+    assert check.status == status, check
+    assert status == "ok" or f"in steps of {degrees:.1f} degrees" in check.found
+
+
+@pytest.mark.parametrize("seconds", [0.6, 1.0, 2.0, 4.0])
+def test_arcs_of_one_curvature_are_not_rounded(drive, seconds):
+    """Simulators turn the wheel at once, and keep a speed."""
+    track = drive()
+    since_s = (track.timestamps_us - track.timestamps_us[0]) / 1e6
+    yaw = np.cumsum(np.where(since_s % 8 < seconds, 0.035, 0.0))
+    xy = 0.8 * np.cumsum(np.stack([np.cos(yaw), np.sin(yaw)], axis=1), axis=0)
+    arcs = replace(track, xyz=np.pad(xy, ((0, 0), (0, 1))))
+    check = judge_axes([motion_of(with_yaw(arcs, lambda _: yaw))])
+    assert check.status == "ok", check
+
+
+def test_headings_of_a_slower_sensor_are_found(drive):
+    check = judge_axes([motion_of(with_yaw(drive(), lambda yaw: yaw[np.arange(len(yaw)) // 10 * 10]))])
+    assert check.status == "fail"
+    assert "headings stay the same in 8" in check.found
+
+
 @pytest.mark.parametrize(
     ("degrees", "status", "said"),
     [(3.8, "ok", ""), (15, "warn", "15.0 degrees below"), (-8, "warn", "8.0 degrees above")],
