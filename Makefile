@@ -15,7 +15,7 @@ STAMP312 := $(VENV312)/.installed
 VENV_LOWEST ?= .venv-lowest
 VENV_NEWEST ?= .venv-newest
 
-.PHONY: help setup demo quick quick-lowest quick-newest test test-ci test-store-3.12 test-slow lint format docs dist-check clean
+.PHONY: help setup demo quick quick-lowest quick-newest test test-ci test-store-3.12 test-slow torture lint format docs dist-check clean
 help:  ## Show this list
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -72,6 +72,10 @@ test-store-3.12: $(STAMP312)  ## The store's tests on Python 3.12 and zarr 3.4, 
 
 test-slow: $(STAMP)  ## Everything, the slow tests included
 	$(call PYTEST,$(VENV))
+
+torture: $(STAMP)  ## Kills, power cuts, full disks and flipped bits: the store, then commands and runs (20 minutes on 2 cores)
+	$(BIN)/python benchmarks/torture_store.py --kills 300 --flips 3000
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture_runs.py --kills 40 --flips 8
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy strict
 	$(BIN)/ruff check .

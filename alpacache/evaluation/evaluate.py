@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from alpacache.interrupt import InterruptGuard
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.front_view import draw_paths
 from alpacache.progress import OnProgress, Progress, ignore
-from alpacache.training.run_directory import RunDirectory, find_checkpoint, read_trained
+from alpacache.training.run_directory import find_checkpoint, read_trained, recorded_metrics
 from alpacache.training.run_state import read_state
 from alpacache.training.trainable import apply_checkpoint, changed_tensors
 from cache_store import SampleReadError
@@ -102,7 +103,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     results = list(judged.values())
     summary = summarise(results, seed=config.seed)
     settings = {**sampling, "reasoning": "rollout" if on_rollouts else "none", "view": 0}
-    losses = {label: RunDirectory(path.parent.parent).metrics.rows(up_to=step) for label, (path, step) in runs.items()}
+    losses = {label: recorded_metrics(path, state) for label, (path, state) in runs.items()}
     left_out = unread.left_out()
     write_results(Path(config.out), summary, results, left_out=left_out, settings=settings, losses=losses)
     seconds = time.monotonic() - started
@@ -181,8 +182,10 @@ class _Unread:
         return [*known, *(LeftOut("", str(error)) for error in self._data.nameless)]
 
 
-def _find_run(run: str, base: Checkpoint, *, vlm: Mapping[str, str] | None, average: bool) -> tuple[Path, int]:
-    """Path and step of a run's checkpoint, checked to be one that can be judged here.
+def _find_run(
+    run: str, base: Checkpoint, *, vlm: Mapping[str, str] | None, average: bool
+) -> tuple[Path, dict[str, Any]]:
+    """Path and state of a run's checkpoint, checked to be one that can be judged here.
 
     Its tensors are read and let go again: a damaged one must not end an evaluation after the others' hours.
 
@@ -194,7 +197,7 @@ def _find_run(run: str, base: Checkpoint, *, vlm: Mapping[str, str] | None, aver
     check_base(base, state["base"], run=path)
     check_same_vlm(state.get("vlm"), vlm, run=path, what="the store that it is to be judged on")
     changed_tensors(read_trained(path, average=average).model, base.shapes(*EXPERT_PARTS), where=path)
-    return path, int(state["step"])
+    return path, state
 
 
 def _predict_on_rollouts(

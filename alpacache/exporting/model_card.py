@@ -6,15 +6,13 @@ nothing elsewhere and may be private, only the last part of a store's is shown.
 
 import json
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
-from alpacache.training.config import weighted_stores
-from alpacache.training.run_directory import RunCheckpoint, RunDirectory
+from alpacache.training.run_directory import RunCheckpoint, recorded_metrics
 from cache_store import CacheReader, CacheStoreError
 
 _LAST_ROWS = 20
@@ -50,18 +48,17 @@ def run_facts(checkpoint: Path, content: RunCheckpoint, *, average: bool = False
     """Gather what is known of a run.
 
     Args:
-        checkpoint: `RUN/checkpoints/step-N` or a link to it; config and metrics are looked for in RUN.
+        checkpoint: `RUN/checkpoints/step-N` or a link to it; metrics are looked for in RUN.
         content: the checkpoint, in memory.
         average: whether its average was taken.
     """
-    run, step = checkpoint.resolve().parent.parent, int(content.state["step"])
-    rows = RunDirectory(run).metrics.rows(up_to=step)
+    rows = recorded_metrics(checkpoint.resolve(), content.state)
     losses = [float(row["loss"]) for row in rows if row.get("loss") is not None][-_LAST_ROWS:]
     validations = [row["val_loss"] for row in rows if "val_loss" in row]
-    paths = _stores(run / "config.toml")
+    paths = [store["path"] for store in content.state["settings"]["stores"]]
     stores = [(Path(path).name, facts) for path in paths if (facts := _store_facts(path))]
     return RunFacts(
-        step=step,
+        step=int(content.state["step"]),
         average=content.state["average"]["decay"] if average else None,
         trainable=str(content.state["trainable"]),
         samples=int(content.state["settings"]["dataset_samples"]),
@@ -148,15 +145,6 @@ _WEIGHTS = "of the last of these steps"
 
 def _number(value: float | None, what: str) -> str:
     return "not known" if value is None else f"{value:.4f} ({what})"
-
-
-def _stores(config: Path) -> list[str]:
-    """Paths of the stores that a run read; none where its config is gone."""
-    try:
-        stores = tomllib.loads(config.read_text()).get("stores", [])
-    except (OSError, ValueError):
-        return []
-    return [path for path, _ in weighted_stores([str(store) for store in stores])]
 
 
 def _store_facts(path: str) -> str | None:

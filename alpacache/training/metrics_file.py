@@ -45,10 +45,19 @@ class MetricsFile:
                 raise
         self._bytes, self._crc = self._bytes + len(line), crc32c(line, self._crc)
 
-    def rows(self, *, up_to: int) -> list[dict[str, Any]]:
-        """Rows up to a step; none if there is no file. A torn or damaged line is left out."""
-        lines = self.path.read_bytes().splitlines() if self.path.is_file() else ()
-        return [row for row in map(_row, lines) if row is not None and row["step"] <= up_to]
+    def rows(self, *, up_to: int, seal: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Rows up to a step; none if there is no file. A torn or damaged line is left out.
+
+        `seal` is what the checkpoint of that step recorded. Warns where they are not those rows.
+        """
+        data = self.path.read_bytes() if self.path.is_file() else b""
+        if data and seal and not _is_sealed(data, seal):
+            _log.warning(
+                "%s is not as it was at step %d (its checksum differs): losses shown of this run may be wrong.",
+                self.path,
+                up_to,
+            )
+        return [row for row in map(_row, data.splitlines()) if row is not None and row["step"] <= up_to]
 
     def rewind(self, step: int, seal: Mapping[str, Any] | None = None) -> None:
         """Drop rows after a step, so that a resumed run does not report steps twice.
@@ -57,7 +66,7 @@ class MetricsFile:
         """
         data = self.path.read_bytes() if self.path.is_file() else b""
         kept = data[: seal["bytes"]] if seal else b""
-        if step and (seal is None or seal != {"bytes": len(kept), "crc32c": f"{crc32c(kept):08x}"}):
+        if step and (seal is None or not _is_sealed(data, seal)):
             lines = [(line, _row(line)) for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
             rows = [(line, row) for line, row in lines if row is not None and row["step"] <= step]
             kept = b"".join(line for line, _ in rows)
@@ -83,6 +92,12 @@ class MetricsFile:
                 self.path,
                 step,
             )
+
+
+def _is_sealed(data: bytes, seal: Mapping[str, Any]) -> bool:
+    """Whether the file begins with the rows that a checkpoint recorded."""
+    kept = data[: seal["bytes"]]
+    return seal == {"bytes": len(kept), "crc32c": f"{crc32c(kept):08x}"}
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -365,6 +365,11 @@ def read_trained(path: Path, *, average: bool) -> RunCheckpoint:
     return replace(content, model=content.model | averaged, average={})
 
 
+def recorded_metrics(checkpoint: Path, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the run around a checkpoint, up to its step; warns where they are not those that its state records."""
+    return RunDirectory(checkpoint.parent.parent).metrics.rows(up_to=state["step"], seal=state.get("metrics"))
+
+
 def _write(draft: Path, step: int, content: RunCheckpoint) -> None:
     """Write all files of a checkpoint and flush them to the medium."""
     tensors = {MODEL: content.model, OPTIMIZER: content.optimizer}

@@ -83,3 +83,12 @@ def test_a_disk_that_takes_half_a_row_keeps_none_of_it(file, monkeypatch):
             file.append({"step": 7})
     assert taken == [10]
     assert file.path.read_bytes() == before
+
+
+def test_whoever_shows_rows_is_told_that_they_are_not_those_of_the_checkpoint(file, caplog):
+    seal = seal_of(file, 4)
+    assert [row["step"] for row in file.rows(up_to=4, seal=seal)] == [1, 2, 3, 4]
+    assert caplog.text == ""
+    file.path.write_bytes(file.path.read_bytes().replace(b"0.25", b"0.35"))
+    assert file.rows(up_to=4, seal=seal)[1]["loss"] == 0.35
+    assert "metrics.jsonl is not as it was at step 4 (its checksum differs)" in caplog.text
