@@ -347,6 +347,8 @@ def judge_flip(
 ) -> None:
     """Count what a command made of a damaged run: the same, a refusal or a warning that names the file, or worse."""
     named = file.name in said
+    if file.name == "config.toml":  # a setting is refused, and a change of one is told, by the setting's own name
+        named |= status != 0 or " -> " in said
     if "Traceback" in said:
         row.fail("silent", f"{what}: {said[-600:]}")
     elif status != 0:
