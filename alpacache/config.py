@@ -22,9 +22,13 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from alpacache.errors import UsageError
+from alpacache.masking import masked_values
+from alpacache.regular_file import read_regular
 
 C = TypeVar("C", bound="Config")
 
+_LARGEST_BYTES = 2**20
+"""Of a config file."""
 MOST = 2**31 - 1
 """No count comes near; products of those beyond it would leave 64 bits."""
 Count = Annotated[int, Ge(1), Le(MOST)]
@@ -75,6 +79,25 @@ def parts(
             raise ValueError(expected) from None
 
     return Written(metavar=metavar, read=read, expected=expected, separator=separator)
+
+
+def whole_number(text: str) -> int:
+    """A whole number as TOML and people write it; Python also takes `1_0`, and the digits of every script.
+
+    Raises `ValueError` for anything else.
+    """
+    return int(_ascii_number(text))
+
+
+def number(text: str) -> float:
+    """Like `whole_number`, for a float."""
+    return float(_ascii_number(text))
+
+
+def _ascii_number(text: str) -> str:
+    if "_" in text or not text.isascii():
+        raise ValueError(f"{text!r} is no number in plain digits")
+    return text
 
 
 def expand_home(written: Any) -> Any:
@@ -156,29 +179,34 @@ def field_docs(kind: type[Config]) -> Mapping[str, str]:
 def read_toml(path: Path, kind: type[Config]) -> dict[str, Any]:
     """Values of a config file by field, not yet checked; `-` and `_` are the same. Raises `UsageError`."""
     try:
-        raw = tomllib.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise UsageError(f"config file {path} cannot be read: {error.strerror}.") from error
+        raw = tomllib.loads(read_regular(path, limit_bytes=_LARGEST_BYTES).decode())
+    except OSError as error:  # opening a pipe would wait for its other end
+        raise UsageError(f"config file {path} cannot be read: {error.strerror or error}.") from error
+    except RecursionError:
+        raise UsageError(f"config file {path} is not valid TOML: it is nested too deeply.") from None
     except ValueError as error:
         raise UsageError(f"config file {path} is not valid TOML: {error}.") from error
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in raw.items():
         name = key.replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}."
             raise UsageError(f"{path}: unknown key {key!r}{hint}")
+        if name in values:
+            raise UsageError(f"{path}: {name!r} is given twice, as {name!r} and with `-`; leave one of the two.")
         values[name] = value
     return values
 
 
-def to_toml(config: Config) -> str:
-    """A config as TOML that `read_toml` reads back; None is left out."""
+def to_toml(config: Config, *, mask: bool = False) -> str:
+    """A config as TOML that `read_toml` reads back; None is left out. `mask` masks secrets in its texts."""
     import tomli_w
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-    return tomli_w.dumps({name: value for name, value in values.items() if value is not None})
+    values = {name: value for name, value in values.items() if value is not None}
+    return tomli_w.dumps(masked_values(values) if mask else values)
 
 
 @cache

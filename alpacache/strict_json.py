@@ -13,9 +13,11 @@ def dumps(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
-def loads(text: bytes | str) -> Any:
-    """Like `json.loads`; raises `ValueError` for NaN, infinities and numbers beyond a double, for a key that an object
-    holds twice, and for deep nesting.
+def loads(text: bytes | str, *, most_keys: int | None = None) -> Any:
+    """Like `json.loads`; raises `ValueError` for whatever readers take differently, and for deep nesting.
+
+    That is NaN, infinities and numbers beyond a double, a key that an object has twice, bytes that are not UTF-8;
+    and objects of more than `most_keys`.
     """
 
     def refuse(name: str) -> Any:
@@ -31,6 +33,8 @@ def loads(text: bytes | str) -> Any:
         return int(digits)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if most_keys is not None and len(pairs) > most_keys:
+            raise ValueError(f"an object of {len(pairs)} keys, expected at most {most_keys}")
         found = dict(pairs)
         if len(found) < len(pairs):
             counts = Counter(key for key, _ in pairs)
@@ -39,7 +43,11 @@ def loads(text: bytes | str) -> Any:
         return found
 
     try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")  # json itself would guess, and take UTF-16
         return json.loads(text, parse_constant=refuse, parse_float=number, parse_int=whole, object_pairs_hook=unique)
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from alpacache.config import Config, expand_home, field_docs, read_toml, written_as
+from alpacache.config import Config, expand_home, field_docs, number, read_toml, whole_number, written_as
 from alpacache.errors import UsageError
 
 C = TypeVar("C", bound=Config)
@@ -27,7 +27,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 _CONFIG_FILE = typer.Option(help="TOML file with any of the settings; options given here win.")
 _ARGUMENT = "source"
 """The one setting without `--`."""
-_NUMBERS = {int: "INTEGER", float: "FLOAT"}
+_NUMBERS: Mapping[Any, tuple[str, Callable[[str], float]]] = {int: ("INTEGER", whole_number), float: ("FLOAT", number)}
 _SINGULAR = {"stores": "store"}
 """Fields whose option, which is repeated, is named otherwise."""
 
@@ -159,7 +159,8 @@ def _parameter(field: "dataclasses.Field[Any]", hint: Any, doc: str, panel: str 
     annotation = plain | None if default is None else plain
     reading: dict[str, Any] = {}
     if plain in _NUMBERS:
-        reading, metavar = {"parser": _number(plain)}, metavar or _NUMBERS[plain]
+        word, read = _NUMBERS[plain]
+        reading, metavar = {"parser": or_text(read)}, metavar or word
     text, _, stated = doc.partition(" Default: ")  # shown at the end, as Typer shows defaults
     end = f" [default: {stated.rstrip('.')}]" if stated else " [required]" if _is_required(field) else ""
     if field.name == _ARGUMENT:
@@ -171,16 +172,16 @@ def _parameter(field: "dataclasses.Field[Any]", hint: Any, doc: str, panel: str 
     return _keyword(field.name, Annotated[annotation, option], default)
 
 
-def _number(kind: type[int] | type[float]) -> Callable[[Any], Any]:
+def or_text(read: Callable[[str], float]) -> Callable[[Any], Any]:
     """Reads a number; what is none stays text, which the config refuses in the same words as in a file."""
 
-    def read(text: Any) -> Any:
+    def parse(text: Any) -> Any:
         try:
-            return kind(text)
+            return read(text) if isinstance(text, str) else text
         except ValueError:
             return text
 
-    return read
+    return parse
 
 
 def _plain_type(hint: Any) -> tuple[Any, str | Callable[[], str] | None]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal, TextIO, cast
 
 from alpacache import strict_json
-from alpacache.masking import masked
+from alpacache.masking import masked, masked_values
 from alpacache.progress import OnProgress, Progress, clock, ignore
 
 _FORMAT = "%(levelname)s: %(message)s"
@@ -107,7 +107,7 @@ def is_verbose() -> bool:
 
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout."""
-    sys.stdout.write(masked(strict_json.dumps(value, indent=1)) + "\n")
+    sys.stdout.write(strict_json.dumps(masked_values(strict_json.plain(value)), indent=1) + "\n")
 
 
 def print_result(value: Any, title: str, lines: Lines, *, as_json: bool) -> None:

@@ -1,9 +1,13 @@
 """`alpacache info`, `verify`, `clean` and `copy`: what a store holds, whether it is sound, and the same elsewhere."""
 
 import time
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
+from annotated_types import Ge, Le
+
+from alpacache.config import Config, number
 
 from . import options, output
 
@@ -85,10 +89,24 @@ def verify(
         raise typer.Exit(output.FAILED)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cleaning(Config):
+    """What `clean` refuses in the words of all numbers."""
+
+    min_age: Annotated[float, Ge(0), Le(1e6)]
+    """Hours."""
+
+
 def clean(
     store: Store,
     min_age: Annotated[
-        float, typer.Option("--min-age", min=0, metavar="HOURS", help="Leave what was written to since then.")
+        float,
+        typer.Option(
+            "--min-age",
+            parser=options.or_text(number),
+            metavar="HOURS",
+            help="Leave what was written to since then.",
+        ),
     ] = 24.0,
     set_aside: Annotated[
         bool, typer.Option("--set-aside", help="Drop for good what `verify --repair` has set aside, too.")
@@ -104,6 +122,7 @@ def clean(
     """
     from cache_store import collect_garbage
 
+    min_age = _Cleaning(min_age=min_age).min_age
     report = collect_garbage(store, min_age_s=min_age * 3600, dry_run=dry_run, drop_set_aside=set_aside)
     removed = f"{len(report.attempts)} attempts and {report.temporaries} temporary files"
     lines = {

@@ -4,7 +4,6 @@ A checkpoint is a download. Whatever stands in its JSON files and in the headers
 `CheckpointError` of one line that names file and key, or in values of the declared types and ranges.
 """
 
-import json
 import math
 import os
 import re
@@ -21,11 +20,13 @@ from typing import Annotated, Any, BinaryIO, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from alpacache import strict_json
 from alpacache.errors import CheckpointError
 
 JSON_LIMIT_BYTES = 16 * 2**20
 """Largest file or header that is parsed here: objects may take twenty times as much. Real ones have at most 1 MB."""
 _MOST_KEYS = 100_000
+"""Of one object: each could be an error to tell, of a kilobyte."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _SHOWN = 3
 """Wrong keys that one error spells out."""
@@ -115,19 +116,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _parsed(text: bytes, where: object) -> dict[str, Any]:
     try:
-        value = json.loads(text, object_pairs_hook=_small_object)
-    except (ValueError, RecursionError) as error:
+        value = strict_json.loads(text, most_keys=_MOST_KEYS)
+    except ValueError as error:
         told = " ".join(str(error).split())[:100]
         raise CheckpointError(f"{where} is not valid JSON ({told}); fetch it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} holds a {type(value).__name__}; expected a JSON object.")
     return value
-
-
-def _small_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) > _MOST_KEYS:  # each could be an error to tell, of a kilobyte
-        raise ValueError(f"an object of {len(pairs)} keys, expected at most {_MOST_KEYS}")
-    return dict(pairs)
 
 
 def conform(schema: type[Value], value: object, where: object) -> Value:

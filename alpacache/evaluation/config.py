@@ -7,7 +7,20 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Le
 
-from alpacache.config import BatchSize, Config, Count, Name, Place, Repeats, Seed, Written, expand_home, expect, parts
+from alpacache.config import (
+    BatchSize,
+    Config,
+    Count,
+    Name,
+    Place,
+    Repeats,
+    Seed,
+    Written,
+    expand_home,
+    expect,
+    parts,
+    whole_number,
+)
 from alpacache.errors import UsageError
 
 BASE = "base"
@@ -18,7 +31,7 @@ TRAINED = "trained"
 Pool: TypeAlias = Literal["both", "last", "mean"]
 Layers = Annotated[
     Literal["last", "all"] | tuple[Annotated[int, Ge(0), Le(1024)], ...],
-    parts(int, "last|all|0,9,...", expected="last, all or layer numbers as in 0,9", words=("last", "all")),
+    parts(whole_number, "last|all|0,9,...", expected="last, all or layer numbers as in 0,9", words=("last", "all")),
 ]
 
 

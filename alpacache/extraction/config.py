@@ -5,7 +5,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
-from alpacache.config import MOST, BatchSize, Name, Place, Seed, Threads, expect, parts
+from alpacache.config import MOST, BatchSize, Name, Place, Seed, Threads, expect, parts, whole_number
 from alpacache.planning.config import StoredConfig
 from alpacache.sources.config import SamplesConfig
 
@@ -28,7 +28,10 @@ class ExtractConfig(StoredConfig, SamplesConfig):
     """Name cameras in the prompt. Default: as the model was trained (1.5 yes, R1 no)."""
     frame_numbers: bool | None = None
     """Number each camera's frames in the prompt. Default: as the model was trained."""
-    shard: Annotated[tuple[_Share, _Share], parts(int, "I/N", expected="I/N, as in 0/4", separator="/")] = (0, 1)
+    shard: Annotated[tuple[_Share, _Share], parts(whole_number, "I/N", expected="I/N, as in 0/4", separator="/")] = (
+        0,
+        1,
+    )
     """This worker's number, from 0, and how many there are. Under torchrun its processes divide this share again."""
     deterministic: bool = False
     """Same bytes on every run on one GPU model, a little slower."""

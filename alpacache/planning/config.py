@@ -6,7 +6,20 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
-from alpacache.config import BatchSize, Config, Count, Epochs, Name, Place, Rank, Repeats, Written, expect, parts
+from alpacache.config import (
+    BatchSize,
+    Config,
+    Count,
+    Epochs,
+    Name,
+    Place,
+    Rank,
+    Repeats,
+    Written,
+    expect,
+    parts,
+    whole_number,
+)
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.planning.gpus import MEASURED
 from alpacache.sources.config import Cameras, Frames
@@ -43,7 +56,7 @@ def budget_bytes(text: Any) -> int:
 
     Raises `ValueError` with what was expected of anything else.
     """
-    size = re.fullmatch(r"\s*(\d*\.?\d+)\s*(GI?B?)?\s*", text, re.IGNORECASE) if isinstance(text, str) else None
+    size = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(GI?B?)?\s*", text, re.IGNORECASE) if isinstance(text, str) else None
     if size is None or not 0.5 < float(size[1]) < 1e6:
         raise ValueError("a size such as 24GB")
     return allowed_bytes(float(size[1]))
@@ -91,7 +104,8 @@ class PlanConfig(StoredConfig):
     frames: Frames = 4
     """Images per camera, 0.1 s apart."""
     picture: Annotated[
-        tuple[_Side, _Side], parts(int, "HEIGHTxWIDTH", expected="HEIGHTxWIDTH, as in 1080x1920", separator="x")
+        tuple[_Side, _Side],
+        parts(whole_number, "HEIGHTxWIDTH", expected="HEIGHTxWIDTH, as in 1080x1920", separator="x"),
     ] = (1080, 1920)
     """Height and width of the recordings."""
     batch_size: BatchSize = 8

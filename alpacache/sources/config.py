@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import MinLen
 
-from alpacache.config import Config, Count, Name, Place, Seed, Written, parts
+from alpacache.config import Config, Count, Name, Place, Seed, Written, number, parts
 from alpacache.driving.cameras import FRONT_CAMERA, full_camera_name
 from alpacache.errors import UsageError
 
@@ -21,7 +21,7 @@ def t0_us(written: Any) -> int | None:
     if written == "events":
         return None
     with suppress(ValueError):
-        if 1e-3 <= (seconds := float(written.removeprefix("every:"))) <= _LONGEST_S:
+        if 1e-3 <= (seconds := number(written.removeprefix("every:"))) <= _LONGEST_S:
             return round(seconds * 1e6)
     raise ValueError("5.1 (seconds), every:2.0 (seconds apart) or events")
 

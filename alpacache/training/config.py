@@ -22,7 +22,9 @@ from alpacache.config import (
     Written,
     expand_home,
     expect,
+    number,
     parts,
+    whole_number,
 )
 from alpacache.errors import UsageError
 from alpacache.planning.config import MemoryBudget, Trainable, budget_bytes
@@ -34,7 +36,7 @@ _Beta = Annotated[float, Ge(0), Lt(1)]
 
 def _count_or_auto(written: Any) -> Any:
     try:
-        return int(written)
+        return whole_number(written)
     except (TypeError, ValueError):
         return written
 
@@ -86,7 +88,7 @@ class TrainConfig(Config):
     """Learning rate at the end of the cosine. Default: 1e-6, or lr if that is less."""
     warmup: Annotated[int, Ge(0), Le(MOST)] | None = None
     """Steps of linear warm-up before the cosine. Default: 100, or a tenth of the run if that is less."""
-    betas: Annotated[tuple[_Beta, _Beta], parts(float, "NUMBER,NUMBER", expected="two numbers, as in 0.9,0.999")] = (
+    betas: Annotated[tuple[_Beta, _Beta], parts(number, "NUMBER,NUMBER", expected="two numbers, as in 0.9,0.999")] = (
         0.9,
         0.999,
     )
@@ -188,7 +190,7 @@ def weighted_stores(stores: Sequence[str]) -> list[tuple[str, float | None]]:
             pairs.append((entry, None))
             continue
         try:
-            weight = float(text)
+            weight = number(text)
         except ValueError:
             weight = math.nan
         expect(0 < weight < math.inf, f"weight of store {path}", text, "a number above 0, as in PATH=0.5")

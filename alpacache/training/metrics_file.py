@@ -3,7 +3,6 @@
 A checkpoint records size and checksum of the rows up to its step, so a resumed run knows whether they are still those.
 """
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -102,7 +101,7 @@ def _is_sealed(data: bytes, seal: Mapping[str, Any]) -> bool:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     with suppress(ValueError):
-        row = json.loads(line)
+        row = strict_json.loads(line)
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             return row
     return None

@@ -27,7 +27,6 @@ from alpacache.config import to_toml
 from alpacache.distributed.world import join_world
 from alpacache.errors import DataError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.interrupt import InterruptGuard
-from alpacache.masking import masked
 from alpacache.planning.workload import MemoryPlan, Workload, expert_sizes
 from alpacache.progress import OnProgress, ignore
 from alpacache.torchrun import lone_task
@@ -181,7 +180,7 @@ class _Run:
         elif world.is_first:
             if config.resume:
                 on_note(f"{config.out} has no checkpoint to go on from; the run begins at step 0.")
-            directory.begin(masked(to_toml(replace(config, resume=False, take_over=False))))
+            directory.begin(to_toml(replace(config, resume=False, take_over=False), mask=True))
         if config.ema is not None and world.is_first:
             assert config.ema_every is not None
             self.learner.start_average(config.ema, config.ema_every, saved)
@@ -264,7 +263,7 @@ class _Run:
         with self.guard, ExitStack() as stack:
             stack.enter_context(self.writer)
             if world.is_first:
-                toml, run = masked(to_toml(config)), self.directory.path
+                toml, run = to_toml(config, mask=True), self.directory.path
                 self.log.trackers = make_trackers(config.track, run, first_step=self.step, config_toml=toml)
                 stack.callback(self.log.close)
             self._make_up_for_validation()

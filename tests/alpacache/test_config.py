@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from datetime import date
 from pathlib import Path
@@ -118,6 +119,46 @@ def test_dashes_are_underscores_and_unknown_keys_are_errors(tmp_path):
             read_toml(file, TrainConfig)
     with pytest.raises(UsageError, match="cannot be read"):
         read_toml(tmp_path / "none.toml", TrainConfig)
+
+
+def test_a_key_in_both_forms_is_refused(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('batch_size = 2\n"batch-size" = 4\n')
+    with pytest.raises(UsageError, match=r"c\.toml: 'batch_size' is given twice"):
+        read_toml(file, TrainConfig)
+
+
+def test_a_file_that_nests_deeply_or_is_none_is_refused(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("betas = " + 3000 * "[")
+    with pytest.raises(UsageError, match="not valid TOML: it is nested too deeply"):
+        read_toml(file, TrainConfig)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="pipe cannot be read: it is a FIFO; expected a regular file"):
+        read_toml(tmp_path / "pipe", TrainConfig)
+
+
+def test_masked_texts_leave_toml_whole(tmp_path):
+    config = TrainConfig(stores=("s",), model="m", val='MY_KEY="a', out='TOKEN="b"', steps=3)
+    (tmp_path / "c.toml").write_text(to_toml(config, mask=True))
+    read = read_toml(tmp_path / "c.toml", TrainConfig)
+    assert (read["val"], read["out"]) == ('MY_KEY="***', 'TOKEN="***"')
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (TrainConfig, {"draws": "1_0"}),
+        (TrainConfig, {"betas": "0.9,0.9_5"}),
+        (TrainConfig, {"stores": ("a=1_0", "b=2")}),
+        (TrainConfig, {"memory_budget": "٢٤GB"}),
+        (ExtractConfig, {"shard": "0/٣"}),
+        (ExtractConfig, {"t0": "every:1_0"}),
+    ],
+)
+def test_numbers_have_plain_digits(kind, values):
+    with pytest.raises(UsageError):
+        kind(**LEAST[kind] | values)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,18 @@ def test_what_json_does_not_know_is_refused():
 
 
 @pytest.mark.parametrize(
-    "text", ["[NaN]", "[-Infinity]", "[1e999]", "[1" + 400 * "0" + "]", 10_000 * "[", "[1", b"\xff"]
+    "text",
+    [
+        "[NaN]",
+        "[-Infinity]",
+        "[1e999]",
+        "[1" + 400 * "0" + "]",
+        100_000 * "[",
+        "[1",
+        b"\xff",
+        '{"a": 1, "a": 1}',
+        "[]".encode("utf-16"),
+    ],
 )
 def test_what_is_no_json_is_not_read(text):
     with pytest.raises(ValueError):
@@ -45,3 +56,9 @@ def test_a_key_that_stands_twice_is_named():
 def test_values_are_read_as_json_reads_them():
     text = '{"a": [1, -2.5e3, null, true, "\\u00e9"], "b": 9007199254740993}'
     assert strict_json.loads(text) == strict_json.loads(text.encode()) == json.loads(text)
+
+
+def test_an_object_has_no_more_keys_than_allowed():
+    assert strict_json.loads('{"a": 1, "b": {}}', most_keys=2) == {"a": 1, "b": {}}
+    with pytest.raises(ValueError, match="an object of 2 keys, expected at most 1"):
+        strict_json.loads('{"a": 1, "b": {}}', most_keys=1)

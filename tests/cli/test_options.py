@@ -209,6 +209,9 @@ def test_the_home_directory_is_found_without_a_shell(tmp_path, monkeypatch, run_
         ("--lr", "abc", "lr is 'abc'; expected a number."),
         ("--lr", "inf", "lr is inf; expected a finite number."),
         ("--steps", "1.5", "steps is '1.5'; expected a whole number."),
+        ("--steps", "1_0", "steps is '1_0'; expected a whole number."),
+        ("--steps", "٣", "steps is '٣'; expected a whole number."),
+        ("--lr", "1_0", "lr is '1_0'; expected a number."),
         ("--patience", "", "patience is ''; expected a whole number."),
     ],
 )
@@ -220,3 +223,16 @@ def test_a_number_is_refused_in_the_words_of_a_file(option, text, expected, tmp_
     (tmp_path / "c.toml").write_text(f"{option[2:]} = {value}\n")
     with pytest.raises(UsageError, match=f"^{re.escape(expected)}$"):
         parsed(TrainConfig, *least, "--config", tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("inf", "min_age is inf; expected a finite number."),
+        ("nan", "min_age is nan; expected a finite number."),
+        ("-1", "min_age is -1.0; expected at least 0."),
+        ("1_0", "min_age is '1_0'; expected a number."),
+    ],
+)
+def test_the_age_of_what_clean_removes_is_refused_in_these_words_too(text, expected, tmp_path, run_here):
+    assert expected in run_here("clean", tmp_path, "--min-age", text, code=2).stderr

@@ -1,5 +1,6 @@
 """What stderr says: progress in a pipe, `--quiet` and `--verbose`, colours, nearest names."""
 
+import json
 import os
 import pty
 import re
@@ -166,3 +167,9 @@ def test_numbers_stay_whole_in_a_narrow_terminal(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert all(number in printed.split() for number in numbers)
     assert len(printed.splitlines()) < 12
+
+
+def test_json_stays_json_where_secrets_are_masked(capsys):
+    output.print_json({"error": 'no "https://u:p@h/x?key=a" there', "store": 'MY_KEY="a"', "out": ['TOKEN="b"']})
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == {"error": 'no "https://***@h/x?***" there', "store": 'MY_KEY="***"', "out": ['TOKEN="***"']}

@@ -240,6 +240,25 @@ def test_deeply_nested_json_is_no_traceback(model):
         (model / "config.json").write_text(original)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda text: text.replace(b"{", b'{"model_type": "a", "model_type": "b",', 1), "it has the key 'model_type' "),
+        (lambda text: text.replace(b"{", b'{"unread": NaN,', 1), "NaN is no JSON"),
+        (lambda text: text.decode().encode("utf-16"), "it is not UTF-8"),
+    ],
+)
+def test_json_that_readers_take_differently_is_refused(model, change, told):
+    original = (model / "config.json").read_bytes()
+    try:
+        (model / "config.json").write_bytes(change(original))
+        message = refused(use, model)
+        assert "config.json is not valid JSON" in message
+        assert told in message
+    finally:
+        (model / "config.json").write_bytes(original)
+
+
 def shard(path, header, data=b"\0" * 64, length=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)

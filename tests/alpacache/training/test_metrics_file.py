@@ -92,3 +92,9 @@ def test_whoever_shows_rows_is_told_that_they_are_not_those_of_the_checkpoint(fi
     file.path.write_bytes(file.path.read_bytes().replace(b"0.25", b"0.35"))
     assert file.rows(up_to=4, seal=seal)[1]["loss"] == 0.35
     assert "metrics.jsonl is not as it was at step 4 (its checksum differs)" in caplog.text
+
+
+def test_a_line_that_nests_deeply_is_a_damaged_one(file):
+    with file.path.open("a") as opened:
+        opened.write(100_000 * "[" + "\n")
+    assert [row["step"] for row in file.rows(up_to=6)] == [1, 2, 3, 4, 5, 6]
