@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 _MASK = "***"
-_SCHEME = r"(?:\b[A-Za-z][A-Za-z0-9+.-]*://|\b(?:https?|s3):/)"
+_SCHEME = r"(?:\b[A-Za-z][A-Za-z0-9+.-]{0,30}://|\b(?:https?|s3):/)"
+_LONGEST = 4096
+"""Characters of an address that are searched for its end: without a bound a hostile text would take minutes."""
 _NAME = (
     r"[\w.-]*(?<![^\W_])(?:password|passwd|passphrase|secret|(?:(?<=[_-])|shared[_-]?access[_-]?)signature"
     r"|(?:api|access|account|auth|private|secret|shared|signing|storage)[_-]?key(?:[_-]?id)?"
@@ -14,14 +16,17 @@ _NAME = (
 """What names a secret wherever it stands; `image_token` and `key` do not."""
 _SECRETS = (
     # Whatever stands before an @: user and password, whose slashes and spaces are not always escaped.
-    (re.compile(rf"({_SCHEME})(?:[^/\s'\"@]*|[^/\s'\":@]+:[^\s'\"]*)@"), rf"\1{_MASK}@"),
+    (
+        re.compile(rf"({_SCHEME})(?:[^/\s'\"@]{{0,{_LONGEST}}}|[^/\s'\":@]{{1,{_LONGEST}}}:[^\s'\"]{{0,{_LONGEST}}})@"),
+        rf"\1{_MASK}@",
+    ),
     (
         re.compile(rf"({_SCHEME})[^/\s'\":@]+:(?!\d+\s)[^/\s'\"@]+(?: [^/\s'\"@]+){{1,3}}@(?=[\w\[])"),
         rf"\1{_MASK}@",
     ),
     (re.compile(r"(?<![\w:/])(//)[^/\s'\":@]+:[^\s'\"@]+@(?=[\w\[])"), rf"\1{_MASK}@"),
     # Whatever stands behind a ?: a signature or a token in a query.
-    (re.compile(rf"({_SCHEME}[^\s'\"?]*\?)[^\s'\"]+"), rf"\1{_MASK}"),
+    (re.compile(rf"({_SCHEME}[^\s'\"?]{{0,{_LONGEST}}}\?)[^\s'\"]+"), rf"\1{_MASK}"),
     # The same of an address that was cut into parts, of its fragment and parameters, and of settings.
     (
         re.compile(r"(?i)([?&#;][\w.-]*(?:token|secret|signature|sig|credential|password|key|id)=)[^\s'\"&;]+"),

@@ -65,3 +65,8 @@ def test_all_else_stays(text):
 def test_values_are_masked_before_they_are_written():
     value = {'TOKEN="b"': ["api_key=abc", ("s3://u:p@b/x", 1.5, None)]}
     assert masked_values(value) == {'TOKEN="***"': ["api_key=***", ["s3://***@b/x", 1.5, None]]}
+
+
+@pytest.mark.parametrize("text", ["a-" * 30_000, "http://" * 3_000, "//a:" * 10_000])
+def test_texts_of_any_kind_are_searched_in_bounded_steps(text):
+    assert masked(text) == text
