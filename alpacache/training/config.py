@@ -70,7 +70,7 @@ class TrainConfig(Config):
     balance: Literal["none", "curvature"] = "none"
     """`curvature`: straight, gentle and sharp futures have equal shares of every epoch."""
     on_overlap: Literal["stop", "allow"] = "stop"
-    """Reaction to stores that share samples, or clips with `val`: refuse, or count them as often as they are there."""
+    """Reaction to stores that share samples: refuse, or count them as often as they are there."""
     on_damage: Literal["stop", "skip"] = "stop"
     """Reaction to a damaged sample: stop the run, or leave it out, counted, with another one in its place."""
     trainable: Trainable = "all"

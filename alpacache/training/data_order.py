@@ -1,6 +1,5 @@
 """Which samples a step takes: one global order for all processes, and what stands in for damaged samples."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -12,15 +11,14 @@ from alpacache.driving.strata import TURNS, Turn
 from alpacache.errors import UsageError
 from cache_store import SampleReadError
 
-_log = logging.getLogger(__name__)
-
 
 def check_overlap(
     data: CachedDataset, stores: Sequence[str], val: CachedDataset | None, *, val_store: str | None, allowed: bool
-) -> None:
-    """Raise `UsageError` where stores hold the same samples, or training and validation the same clips.
+) -> list[str]:
+    """Raise `UsageError` where stores hold the same samples, unless that is `allowed`.
 
-    A sample is the same whatever its cameras, frames or features. `allowed`: only a warning, with the same counts.
+    Returns what is to be warned of, with counts: such samples, and clips that training and validation share. A sample
+    is the same whatever its cameras, frames or features.
     """
     owner: dict[str, int] = {}
     again: Counter[tuple[int, int]] = Counter()
@@ -33,21 +31,21 @@ def check_overlap(
         "they would count twice"
         for (first, place), count in again.items()
     ]
+    if lines and not allowed:
+        listed = "\n  ".join(lines)
+        raise UsageError(
+            f"the stores overlap:\n  {listed}\nGive each sample once, or pass --on-overlap allow if that is what you "
+            "want."
+        )
     if val is not None:
         trained, validated = _clips(data), _clips(val)
         if count := len(trained & validated):
             lines.append(
                 f"{count} of {len(validated)} clips of --val {val_store} are trained on: the validation loss would "
-                "not tell what is learnt from what is learnt by heart"
+                "not tell what is learnt from what is learnt by heart (`extract --split train` and `--split val` never "
+                "share a clip)"
             )
-    if lines and not allowed:
-        listed = "\n  ".join(lines)
-        raise UsageError(
-            f"the stores overlap:\n  {listed}\nGive stores of other samples (`extract --split train` and `--split val` "
-            "never share a clip), or pass --on-overlap allow if that is what you want."
-        )
-    for line in lines:
-        _log.warning("%s (--on-overlap allow).", line)
+    return lines
 
 
 def _clips(data: CachedDataset) -> set[str]:

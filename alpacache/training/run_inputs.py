@@ -6,6 +6,7 @@ when.
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -22,6 +23,8 @@ from alpacache.training.data_order import check_overlap, global_order
 from alpacache.training.run_directory import MODEL, RunDirectory
 from alpacache.training.schedule import default_warmup
 from cache_store import differences
+
+_log = logging.getLogger(__name__)
 
 _MACHINE_SETTINGS = {
     "resume",
@@ -60,9 +63,10 @@ class RunInputs:
         self.val = CachedDataset([config.val], self.checkpoint) if config.val else None
         if self.val is not None:
             check_same_vlm(self.data.vlm, self.val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
-        if world.is_first or config.on_overlap == "stop":  # all refuse, one warns
-            allowed = config.on_overlap == "allow"
-            check_overlap(self.data, config.store_paths, self.val, val_store=config.val, allowed=allowed)
+        allowed, paths = config.on_overlap == "allow", config.store_paths
+        for warning in check_overlap(self.data, paths, self.val, val_store=config.val, allowed=allowed):
+            if world.is_first:
+                _log.warning("%s.", warning)
         self.stores = stores_record(config.store_paths, self.data)
         self.total = config.steps or steps_of(config.epochs or 0, len(self.data), config.batch_size)
         """Steps of the whole run."""
