@@ -131,6 +131,7 @@ def test_the_quick_benchmark(quick):
 
 
 @pytest.mark.system
+@pytest.mark.ci
 def test_the_quick_step_benchmark(quick, tmp_path):
     rows = {row["name"]: row for row in quick("bench_train_step.py", cwd=tmp_path)}
     assert list(rows) == ["stock", "c1", "c1-two-micro"]

@@ -17,6 +17,7 @@ def run(kills: int, flips: int) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.ci
 def test_kills_power_cuts_full_disks_and_damage() -> None:
     last = run(kills=20, flips=150)
     assert last.endswith(": 0 lost, 0 torn, 0 wrong")

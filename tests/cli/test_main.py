@@ -16,6 +16,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.system
+@pytest.mark.ci
 def test_the_whole_way_with_json(model, tmp_path, run, run_here):
     common = ("--model", model, "--device", "cpu", "--json")
     prepared = json.loads(run("prepare", "synthetic:4", "--out", tmp_path / "samples", "--frames", 1, "--json").stdout)

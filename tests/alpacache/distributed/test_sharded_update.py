@@ -211,6 +211,7 @@ def run_shared(tmp_path, processes, *given):
 @pytest.mark.system
 @pytest.mark.parametrize(("way", "processes"), [("collectives", 2), ("copies", 2), ("copies", 4)])
 @pytest.mark.parametrize(("name", "dtype"), [("adamw8", "bfloat16"), ("adamw", "float32")])
+@pytest.mark.ci
 def test_a_shared_update_is_that_of_one_process_bit_for_bit(tmp_path, name, dtype, way, processes):
     run_shared(tmp_path, processes, name, dtype, "cpu", way)
 

@@ -63,6 +63,7 @@ class Watch:
 
 
 @pytest.mark.parametrize(("workers", "clips"), [(8, 40), pytest.param(8, 300, marks=pytest.mark.slow)])
+@pytest.mark.ci
 def test_workers_are_killed_and_added_in_mid_run(workers, clips, tiny_checkpoint, tmp_path):
     store, source = tmp_path / "store", f"synthetic:{clips}"
     samples, lost = 2 * clips, workers // 2

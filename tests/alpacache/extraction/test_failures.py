@@ -144,6 +144,7 @@ def test_a_request_to_stop_commits_what_is_in_flight(tiny_checkpoint, tmp_path, 
 
 
 @pytest.mark.system
+@pytest.mark.ci
 def test_memory_is_flat_however_slow_the_disk(tiny_checkpoint, tmp_path, monkeypatch):
     """Inputs that wait for the VLM, and stored values that wait for the disk, are a fixed number."""
     good, inputs = CacheWriter.write, weakref.WeakSet()
@@ -295,6 +296,7 @@ def start(checkpoint, store, *more):
 
 
 @pytest.mark.system
+@pytest.mark.ci
 def test_workers_die_come_back_and_overlap(tiny_checkpoint, tmp_path, one_by_one):
     """Two workers; one is killed in mid-write and replaced by one that takes all, while the other is still at work."""
     store = tmp_path / "store"

@@ -202,6 +202,7 @@ def test_extract_writes_the_same_store(config, in_processes, tmp_path, monkeypat
 
 
 @pytest.mark.system
+@pytest.mark.ci
 def test_extract_ends_when_a_process_was_killed_and_keeps_what_was_committed(config, in_processes, monkeypatch):
     good = Prefiller.features
 

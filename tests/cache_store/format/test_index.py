@@ -151,6 +151,7 @@ def simulate_large_store(path: Path, count: int) -> None:
 
 
 @pytest.mark.system
+@pytest.mark.ci
 def test_a_million_samples_take_a_hundred_bytes_each(tmp_path) -> None:
     simulate_large_store(tmp_path / "s", 1_000_000)
     tracemalloc.start()
