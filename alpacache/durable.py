@@ -23,6 +23,8 @@ from cache_store.document import SEAL_KEY, check_seal, seal_bytes
 from cache_store.storage.local_files import flush, write_flushed
 
 _CONTENT, _MOVING, _INSIDE, _PROBE = "content", "moving.json", ".writing", ".writing-probe"
+RUN = "run.json"
+"""Name of the file by which a directory is known as a training run's."""
 _NOT_COUNTED = {_INSIDE, _PROBE, LOCK, "lost+found"}
 
 
@@ -73,6 +75,11 @@ def check_results_out(out: Path, *, what: str, names: Sequence[str], main: str, 
 def names_in(out: Path) -> list[str]:
     """Sorted names in a directory, without what file systems and killed processes leave there; none if it is absent."""
     return sorted({path.name for path in out.iterdir()} - _NOT_COUNTED) if out.is_dir() else []
+
+
+def has_marks(run: Path) -> bool:
+    """Tell whether a directory has a `run.json` of ours, damaged or not."""
+    return (run / RUN).is_file() and SEAL_KEY.encode() in (run / RUN).read_bytes()
 
 
 def take_back(out: Path, names: Collection[str] | None = None) -> None:
@@ -194,9 +201,7 @@ def _refuse_link(work: Path) -> None:
 
 def _is_run(place: Path) -> bool:
     with suppress(OSError):
-        if (place / "run.json").is_file() and SEAL_KEY.encode() in (place / "run.json").read_bytes():
-            return True
-        return any(place.glob("checkpoints/step-*/state.json"))
+        return has_marks(place) or any(place.glob("checkpoints/step-*/state.json"))
     return False
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from alpacache.alpamayo.checkpoint import listed
 from alpacache.directory_lock import DirectoryLock
-from alpacache.durable import check_out, names_in
+from alpacache.durable import RUN, check_out, has_marks, names_in
 from alpacache.errors import DataError, UsageError
 from alpacache.finite import not_finite
 from alpacache.gpu.host_copies import copied_to_host
@@ -29,11 +29,9 @@ from alpacache.regular_file import regular_size
 from alpacache.training.ema import up_to_date
 from alpacache.training.metrics_file import MetricsFile
 from alpacache.training.run_state import (
-    RUN,
     STATE,
     STATE_FORMAT,
     check_step,
-    has_marks,
     is_complete,
     name_of,
     read_marks,

@@ -13,12 +13,13 @@ from pydantic import Field
 
 from alpacache import strict_json
 from alpacache.alpamayo.foreign_files import Schema, conform, read_json
+from alpacache.durable import RUN
 from alpacache.errors import DataError, UsageError
 from cache_store.checksum import crc32c
 from cache_store.document import SEAL_KEY, check_seal, seal_bytes
 from cache_store.storage.local_files import write_flushed
 
-STATE, RUN = "state.json", "run.json"
+STATE = "state.json"
 STATE_FORMAT = 2
 """Version that is written now; 1 was the same without a checksum."""
 
@@ -151,11 +152,6 @@ def read_marks(run: Path) -> tuple[int | None, int | None]:
 def write_marks(run: Path, last: int | None, best: int | None) -> None:
     """Write `run.json`."""
     write_flushed(run / RUN, sealed({"format": 1, "last": last, "best": best}))
-
-
-def has_marks(run: Path) -> bool:
-    """Tell whether a directory has a `run.json` of ours, damaged or not."""
-    return (run / RUN).is_file() and SEAL_KEY.encode() in (run / RUN).read_bytes()
 
 
 def sealed(document: dict[str, Any]) -> bytes:
