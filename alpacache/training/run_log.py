@@ -94,9 +94,15 @@ class _WeightsAndBiases:
             raise UsageError(f"--track wandb needs wandb ({error}): pip install 'alpacache[wandb]'.") from error
         note = run / "wandb-id"
         run_id = note.read_text().strip() if note.is_file() else uuid4().hex[:8]
-        options = {"name": run.name, "id": run_id, "resume": "allow", "dir": str(run), "config": {"toml": config_toml}}
         try:
-            self._run = wandb.init(project="alpacache", **options)
+            self._run = wandb.init(
+                project="alpacache",
+                name=run.name,
+                id=run_id,
+                resume="allow",
+                dir=str(run),
+                config={"toml": config_toml},
+            )
         except wandb.Error as error:  # no key, no network
             raise UsageError(
                 f"Weights & Biases cannot track this run ({' '.join(str(error).split())}). Run `wandb login` (or set "
