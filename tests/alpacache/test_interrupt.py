@@ -8,6 +8,14 @@ from alpacache import interrupt
 from alpacache.interrupt import REQUESTS, InterruptGuard
 
 
+@pytest.fixture(autouse=True)
+def heard_hangup():
+    """The suite may itself run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("first", REQUESTS)
 def test_a_request_may_come_as_several_signals(first):
     with InterruptGuard() as guard:

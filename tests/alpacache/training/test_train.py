@@ -970,7 +970,7 @@ def test_a_validation_can_be_interrupted_and_is_made_up_for(tiny_checkpoint, sto
     good = Validation._losses
 
     def losses(*given):
-        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
         return good(*given)
 
     with monkeypatch.context() as patch:
