@@ -32,8 +32,7 @@ def evaluate(config: EvalConfig, json: bool) -> None:
         output.print_json(told | {"summary": report.summary.to_json()})
         return
     _print_summary(report.summary)
-    rows = [[sample.sample_id, sample.reason] for sample in report.left_out]
-    output.print_table("left out, as they cannot be read", rows, heads=["sample", "reason"])
+    output.print_left_out((sample.sample_id, sample.reason) for sample in report.left_out)
     labels = ("report", "numbers", "every sample", "pictures")
     names = ("report.html", "eval.json", "samples.parquet", "pictures/")
     output.print_lines("", {label: f"{config.out}/{name}" for label, name in zip(labels, names, strict=True)})

@@ -42,6 +42,11 @@ def extract(config: ExtractConfig, json: bool) -> None:
     }
     if process.rank == 0:  # for all of torchrun's
         output.print_result(report, "extract", lines, as_json=json)
+    if report.quarantined and not report.committed:
+        output.say(
+            f"WARNING: {report.store} holds no sample of this selection: all {len(report.quarantined)} are refused. "
+            "Mend what the reasons name, then run the same command with --retry-quarantined."
+        )
     if report.quarantined and process.world_size == 1:
         raise typer.Exit(output.QUARANTINED)
     if report.quarantined:  # torchrun ends all processes when one does not exit with 0

@@ -171,6 +171,11 @@ def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[st
     Console(width=width).print(table)
 
 
+def print_left_out(samples: Iterable[tuple[str, str]]) -> None:
+    """Print which samples (id, reason) a command has left out, if it has."""
+    print_table("left out, as they cannot be read", [*map(list, samples)], heads=["sample", "reason"])
+
+
 @contextmanager
 def show_progress(title: str, *, quiet: bool = False) -> Iterator[OnProgress]:
     """Show a bar with rate and ETA on stderr; without a terminal, a plain line every ten seconds and at the end.

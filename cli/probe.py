@@ -26,6 +26,7 @@ def probe(config: ProbeConfig, json: bool) -> None:
         output.print_json({"out": config.out, **report.to_json()})
         return
     print_report(report)
+    output.print_left_out((sample.sample_id, sample.reason) for sample in report.left_out)
     if config.out is not None:
         output.print_lines("", {"numbers": f"{config.out}/probe.json", "picture": f"{config.out}/probe.png"})
 

@@ -116,6 +116,8 @@ class ProbeConfig(Config):
     """A sample's vector: the last prefix token's, the mean over tokens, or the two side by side."""
     samples: Count = 2000
     """At most this many samples, whole clips by seed; time and memory grow faster than the number."""
+    on_damage: Literal["stop", "skip"] = "stop"
+    """Reaction to a sample that cannot be read: end the probe, or leave it out and name it."""
     seed: Seed = 0
     """Seed of folds, control and intervals."""
 

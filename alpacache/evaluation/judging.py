@@ -62,7 +62,7 @@ class SampleResult:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A sample that no model is judged on, as it cannot be read; the id is empty where nothing tells it."""
+    """A sample that is left out, as it cannot be read; the id is empty where nothing tells it."""
 
     sample_id: str
     reason: str

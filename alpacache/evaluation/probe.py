@@ -7,7 +7,7 @@ said of pooled vectors, and docs/how-to/brain-or-hands.md tells how to look furt
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from alpacache.driving.strata import LATE_CURVE
 from alpacache.durable import appearing, check_results_out
 from alpacache.errors import UsageError
 from alpacache.evaluation.config import ProbeConfig
+from alpacache.evaluation.judging import LeftOut
 from alpacache.evaluation.plots import explained_png
 from alpacache.evaluation.probe_features import CURVATURE, HEADING, TARGETS, ProbeData, choose_samples, read_probe_data
 from alpacache.evaluation.probe_models import (
@@ -66,6 +67,8 @@ class ProbeReport:
     """One verdict a target."""
     conclusion: str
     """The verdict on the heading change, and what follows from it."""
+    left_out: Sequence[LeftOut]
+    """Samples that could not be read."""
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -79,22 +82,23 @@ def probe(config: ProbeConfig, *, on_progress: OnProgress = ignore) -> ProbeRepo
     """Read features, fit probes and judge; with `out` write `probe.json` and `probe.png` there.
 
     Raises `UsageError` for fewer than ten clips, for features that the store does not have, and where `out` holds files
-    of something else.
+    of something else; `SampleReadError` where a sample cannot be read and is not to be left out, or half cannot.
     """
     started = time.monotonic()
     if config.out is not None:
         keys = {"settings", "scores", "verdicts"}
         check_results_out(Path(config.out), what="probe", names=_FILES, main="probe.json", keys=keys)
     reader = CacheReader(config.store)
+    skips = config.on_damage == "skip"
+    if reader.unreadable and not skips:
+        raise reader.unreadable[0]
     plain = [sample_id for sample_id in reader.sample_ids if SampleRef.parse(sample_id).view == 0]
     chosen = choose_samples(plain, config.samples, seed=config.seed)
-    clips = {SampleRef.parse(sample_id).clip_id for sample_id in chosen}
-    if len(clips) < MIN_CLIPS:
-        raise UsageError(
-            f"{len(chosen)} samples of {config.store} come from {len(clips)} clips; a probe is judged on clips that it "
-            f"has not seen and needs {MIN_CLIPS}. Extract more clips, or raise --samples."
-        )
-    data = read_probe_data(reader, chosen, layers=config.layers, pool=config.pool, on_progress=on_progress)
+    _check_enough([SampleRef.parse(sample_id).clip_id for sample_id in chosen], config.store)
+    data = read_probe_data(reader, chosen, layers=config.layers, pool=config.pool, skips=skips, on_progress=on_progress)
+    nameless = [LeftOut("", str(error)) for error in reader.unreadable if not error.sample_id]
+    data = replace(data, left_out=[*data.left_out, *nameless])
+    _check_enough(data.clips, config.store, left_out=len(data.left_out))
     report = probe_data(data, store=config.store, seed=config.seed, started=started, on_progress=on_progress)
     if config.out is not None:
         document = {"settings": config, **report.to_json()}
@@ -102,6 +106,16 @@ def probe(config: ProbeConfig, *, on_progress: OnProgress = ignore) -> ProbeRepo
             (directory / "probe.json").write_text(strict_json.dumps(document, indent=1) + "\n")
             (directory / "probe.png").write_bytes(_picture(report))
     return report
+
+
+def _check_enough(clips: Sequence[str], store: str, *, left_out: int = 0) -> None:
+    """Raise `UsageError` where samples of these clips are too few to probe."""
+    if (found := len(set(clips))) < MIN_CLIPS:
+        unread = f", {left_out} more cannot be read" if left_out else ""
+        raise UsageError(
+            f"{len(clips)} samples of {store} come from {found} clips{unread}; a probe is judged on clips that it "
+            f"has not seen and needs {MIN_CLIPS}. Extract more clips, or raise --samples."
+        )
 
 
 def probe_data(
@@ -131,6 +145,7 @@ def probe_data(
         scores=scores,
         verdicts=verdicts,
         conclusion=f"{heading.sentence} {ADVICE[heading.answer]}",
+        left_out=data.left_out,
         seconds=time.monotonic() - started,
     )
 

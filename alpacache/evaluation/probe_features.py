@@ -20,10 +20,11 @@ from alpacache.driving.sample import DT_S, FUTURE_S, Floats, SampleRef
 from alpacache.driving.strata import MOVING_MPS, Strata, classify, heading
 from alpacache.errors import UsageError
 from alpacache.evaluation.config import Layers, Pool
+from alpacache.evaluation.judging import LeftOut
 from alpacache.metrics.baselines import SPEED_STEPS
 from alpacache.prefix.codecs import tensor_codec
 from alpacache.progress import OnProgress, Progress, ignore
-from cache_store import CacheReader, KVCodec
+from cache_store import CacheReader, KVCodec, SampleReadError
 
 HIDDEN = "hidden"
 """Name of the VLM's hidden states after its last layer and final norm."""
@@ -48,23 +49,42 @@ class ProbeData:
     """True values `[N, 3]`, columns as in `TARGETS`."""
     late_curve: NDArray[np.bool_]
     """Membership `[N]` of the stratum `LATE_CURVE`: straight through the history, curving afterwards."""
+    left_out: Sequence[LeftOut] = ()
+    """Samples beside these that could not be read."""
 
 
 def read_probe_data(
-    reader: CacheReader, sample_ids: Sequence[str], *, layers: Layers, pool: Pool, on_progress: OnProgress = ignore
+    reader: CacheReader,
+    sample_ids: Sequence[str],
+    *,
+    layers: Layers,
+    pool: Pool,
+    skips: bool = False,
+    on_progress: OnProgress = ignore,
 ) -> ProbeData:
-    """Read and pool the features of these samples.
+    """Read and pool the features of these samples; with `skips` of those that can be read, unless half cannot.
 
-    Raises `UsageError` for features that the store lacks, that are not finite, or that differ in size.
+    Raises `UsageError` for features that the store lacks, that are not finite, or that differ in size;
+    `SampleReadError` for a sample that cannot be read and is not left out.
     """
     started = time.monotonic()
     codec = store_codec(reader.identity, store=str(reader.path))
-    numbers = _layer_numbers(reader, sample_ids[0], layers, codec)
+    numbers: list[int] | None = None
     rows: dict[str, list[NDArray[np.float32]]] = {}
+    clips, left_out = list[str](), list[LeftOut]()
     history, targets, late = [], [], []
     for done, sample_id in enumerate(sample_ids, start=1):
-        for name, by_token in _by_token(reader, sample_id, numbers, codec):
-            vector = pooled(by_token, pool)
+        try:
+            if numbers is None:
+                numbers = _layer_numbers(reader, sample_id, layers, codec)
+            vectors = {name: pooled(part, pool) for name, part in _by_token(reader, sample_id, numbers, codec)}
+            poses = reader.read(sample_id, fields=POSE_FIELDS)
+        except SampleReadError as error:
+            left_out.append(LeftOut(sample_id, str(error)))
+            if not skips or len(left_out) * 2 > len(sample_ids):
+                raise
+            continue
+        for name, vector in vectors.items():
             rows.setdefault(name, []).append(vector)
             if not np.isfinite(vector).all():
                 raise UsageError(
@@ -74,9 +94,9 @@ def read_probe_data(
             if vector.shape != rows[name][0].shape:
                 raise UsageError(
                     f"{sample_id} of {reader.path}: {name} pools to {vector.size} numbers, "
-                    f"{sample_ids[0]} to {rows[name][0].size}; probe a store of one model."
+                    f"the first sample to {rows[name][0].size}; probe a store of one model."
                 )
-        poses = reader.read(sample_id, fields=POSE_FIELDS)
+        clips.append(SampleRef.parse(sample_id).clip_id)
         strata = classify(**poses)
         history.append(history_features(poses["history_xyz"], poses["history_rot"]))
         targets.append(future_targets(poses["history_xyz"], poses["future_xyz"], strata))
@@ -84,11 +104,12 @@ def read_probe_data(
         rate = done / (time.monotonic() - started)
         on_progress(Progress(done=done, total=len(sample_ids), unit="samples", rate=rate, notes={"part": "read"}))
     return ProbeData(
-        clips=[SampleRef.parse(sample_id).clip_id for sample_id in sample_ids],
+        clips=clips,
         features={name: np.stack(vectors) for name, vectors in rows.items()},
         history=np.stack(history),
         targets=np.stack(targets),
         late_curve=np.array(late, dtype=bool),
+        left_out=left_out,
     )
 
 

@@ -8,6 +8,7 @@ nothing is pickled.
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,7 +26,7 @@ from alpacache.durable import RUN, check_out, has_marks, names_in
 from alpacache.errors import DataError, UsageError
 from alpacache.finite import not_finite
 from alpacache.gpu.host_copies import copied_to_host
-from alpacache.regular_file import regular_size
+from alpacache.regular_file import read_regular, regular_size
 from alpacache.training.ema import up_to_date
 from alpacache.training.metrics_file import MetricsFile
 from alpacache.training.run_state import (
@@ -45,7 +46,10 @@ from cache_store.storage.local_files import FULL, flush, write_flushed
 
 _log = logging.getLogger(__name__)
 MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "average.safetensors"
-CONFIG = "config.toml"
+CONFIG, METRICS, MEMORY, WANDB_ID = "config.toml", "metrics.jsonl", "memory.json", "wandb-id"
+_FILES = (RUN, CONFIG, METRICS, MEMORY, WANDB_ID)
+_FOLDERS = ("checkpoints", "tensorboard", "wandb")
+_WRITING, _DROPPED = ".writing-", ".dropped-"
 _HEADER = "# All settings of the run in this directory, written by alpacache. `train --config` reads them.\n"
 
 
@@ -78,7 +82,7 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        self.metrics = MetricsFile(self.path / "metrics.jsonl")
+        self.metrics = MetricsFile(self.path / METRICS)
         self._lock: DirectoryLock | None = None
 
     @property
@@ -104,8 +108,8 @@ class RunDirectory:
                 f"--out {self.path} is no run but holds {', '.join(names[:3])}; nothing of it is written over. Choose "
                 "another directory, or an empty one."
             )
-        for name in (RUN, CONFIG, self.metrics.path.name):
-            _check_regular(self.path / name)
+        for path, fault in self._misfits():
+            raise UsageError(f"{path} cannot be used: {fault}. Move it away, or choose another --out.")
         if names and not self.steps:
             self._check_untrained()
         for step in self.steps:
@@ -114,6 +118,30 @@ class RunDirectory:
                 state = read_state(self.checkpoint(step))
             if state is not None:
                 check_step(self.checkpoint(step), state)
+
+    def _misfits(self) -> Iterator[tuple[Path, str]]:
+        """What has the name of something that a run writes, but cannot be it, and why."""
+        drafts = [f".{name}.new" for name in _FILES]
+        for path in map(self.path.joinpath, (*_FILES, *drafts)):
+            try:
+                with suppress(FileNotFoundError):
+                    regular_size(path)
+            except OSError as error:
+                yield path, str(error)
+            if path.name in (METRICS, WANDB_ID, *drafts) and path.is_symlink():  # written in place
+                yield path, "it is a link, and what it leads to would be written over; expected a regular file"
+        folders = [self.path / name for name in _FOLDERS]
+        if self.checkpoints.is_dir():
+            folders += [path for path in self.checkpoints.iterdir() if step_of(path.name) is not None]
+            folders += self._leftovers()
+        for path in folders:
+            if path.is_symlink() and (path.name.startswith(".") or not path.is_dir()):
+                yield path, f"it is a link{'' if path.is_dir() else ' that leads to none'}; expected a directory"
+            elif path.exists() and not path.is_dir():
+                yield path, "it is a file; expected a directory"
+        for path in (self.path, *map(self.path.joinpath, (*_FOLDERS[:2], METRICS))):
+            if path.exists() and not os.access(path, os.W_OK):
+                yield path, "this user may not write to it"
 
     def _check_untrained(self) -> None:
         """Refuse a run without checkpoints that may have had some. Raises `DataError`."""
@@ -174,7 +202,7 @@ class RunDirectory:
             self._check_owner()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
-            final, draft = self.checkpoint(step), self.checkpoints / f".writing-{step:07d}"
+            final, draft = self.checkpoint(step), self.checkpoints / f"{_WRITING}{step:07d}"
             try:
                 _write(draft, step, content)
                 if self.metrics.path.is_file():
@@ -188,7 +216,7 @@ class RunDirectory:
             flush(self.checkpoints)
             self.mark(step, best=best)
         if replaced is not None:
-            shutil.rmtree(replaced)
+            _delete(replaced)
         self.prune(keep)
         return final
 
@@ -205,7 +233,7 @@ class RunDirectory:
         _, best = self._marks()
         for step in self.steps[:-keep]:
             if step != best:
-                shutil.rmtree(_set_aside(self.checkpoint(step)))
+                _delete(_set_aside(self.checkpoint(step)))
 
     def find_checkpoint(self) -> Path | None:
         """The best checkpoint or else the last; None where there is none. Raises `DataError` where it is gone."""
@@ -261,6 +289,9 @@ class RunDirectory:
     def _link(self, name: str, step: int | None) -> None:
         """Let a link point at a checkpoint; none is better than one that points at another."""
         link, draft = self.path / name, self.path / f".{name}.new"
+        if link.is_file() and not link.is_symlink() and not _is_written_link(link):
+            _log.warning("%s is a file of its own and stays; %s says which checkpoint is meant.", link, RUN)
+            return
         if link.is_dir() and not link.is_symlink():  # a copy of the run that followed links
             copied = None
             with suppress(DataError):
@@ -280,9 +311,15 @@ class RunDirectory:
             with suppress(OSError):
                 link.unlink(missing_ok=True)
 
+    def _leftovers(self) -> Iterator[Path]:
+        """What a kill has left of a checkpoint."""
+        for prefix, like in ((_WRITING, "step-"), (_DROPPED, "")):
+            for path in self.checkpoints.glob(f"{prefix}*"):
+                if step_of(like + path.name.removeprefix(prefix)) is not None:
+                    yield path
+
     def _remove_leftovers(self) -> None:
-        """Remove what a kill has left of a checkpoint."""
-        for leftover in (*self.checkpoints.glob(".writing-*"), *self.checkpoints.glob(".dropped-*")):
+        for leftover in list(self._leftovers()):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _check_owner(self) -> None:
@@ -295,9 +332,11 @@ def run_of(config_file: Path) -> Path | None:
 
     Raises `UsageError` if it is one, but the run is not there.
     """
-    run = config_file.parent
-    if config_file.name == CONFIG and RunDirectory(run).is_run:
-        return run
+    file = config_file
+    if file.name != CONFIG or not RunDirectory(file.parent).is_run:
+        file = file.resolve()  # a link lies elsewhere than what it leads to
+    if (file.name == CONFIG or _has_settings(file)) and RunDirectory(file.parent).is_run:
+        return file.parent
     if not _has_settings(config_file):
         return None
     raise UsageError(
@@ -314,13 +353,12 @@ def _has_settings(file: Path) -> bool:
         return opened.read(len(_HEADER)) == _HEADER.encode()
 
 
-def _check_regular(file: Path) -> None:
-    """Raise `UsageError` where something else has the name of a file that a run writes."""
-    try:
-        with suppress(FileNotFoundError):
-            regular_size(file)
-    except OSError as error:
-        raise UsageError(f"{file} cannot be used: {error}. Move it away, or choose another --out.") from error
+def _is_written_link(file: Path) -> bool:
+    """Tell whether a file is what some archives and disks make of a link to a checkpoint: where it leads to."""
+    with suppress(OSError, ValueError):
+        folder, _, name = read_regular(file, limit_bytes=100).decode().strip().rpartition("/")
+        return folder == "checkpoints" and step_of(name) is not None
+    return False
 
 
 def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = False) -> RunCheckpoint:
@@ -389,9 +427,17 @@ def _write(draft: Path, step: int, content: RunCheckpoint) -> None:
 
 def _set_aside(path: Path) -> Path:
     """Rename a checkpoint, so that a kill during its deletion leaves none that looks whole; return its new path."""
-    aside = path.with_name(f".dropped-{path.name}")
+    aside = path.with_name(f"{_DROPPED}{path.name}")
     path.rename(aside)
     return aside
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint; of one that is linked to, the link."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    else:
+        shutil.rmtree(checkpoint)
 
 
 def find_checkpoint(path: str | Path) -> Path:

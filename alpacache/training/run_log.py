@@ -5,10 +5,12 @@ Trackers are TensorBoard events by default, Weights & Biases if asked for.
 
 import logging
 import math
+import re
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import uuid4
@@ -17,7 +19,8 @@ import torch
 
 from alpacache.errors import UsageError
 from alpacache.progress import OnProgress, Progress
-from alpacache.training.run_directory import RunDirectory
+from alpacache.regular_file import read_regular
+from alpacache.training.run_directory import WANDB_ID, RunDirectory
 from alpacache.training.step import StepResult, StepValues
 from cache_store import SampleReadError
 
@@ -92,8 +95,8 @@ class _WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise UsageError(f"--track wandb needs wandb ({error}): pip install 'alpacache[wandb]'.") from error
-        note = run / "wandb-id"
-        run_id = note.read_text().strip() if note.is_file() else uuid4().hex[:8]
+        note = run / WANDB_ID
+        run_id = _read_id(note) if note.exists() else uuid4().hex[:8]
         try:
             self._run = wandb.init(
                 project="alpacache",
@@ -115,6 +118,41 @@ class _WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _read_id(note: Path) -> str:
+    """The id under which Weights & Biases knows a run."""
+    try:
+        run_id = read_regular(note, limit_bytes=200).decode().strip()
+        if not re.fullmatch(r"[\w-]{1,64}", run_id, re.ASCII):
+            raise ValueError("it holds no id of letters, digits, - and _")
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{note} cannot be used: {error}. Remove it, and Weights & Biases takes the run for a new one, or pass "
+            "--track tensorboard."
+        ) from error
+    return run_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSum:
+    """Losses of samples, added up in the order in which they came: a resumed run adds on and gets the same bits."""
+
+    total: float = 0.0
+    samples: int = 0
+
+    def __add__(self, other: "LossSum") -> "LossSum":
+        return LossSum(total=self.total + other.total, samples=self.samples + other.samples)
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.samples
+
+
+def added(parts: Sequence[Mapping[str, LossSum]]) -> dict[str, LossSum]:
+    """Sums by name over those of several processes, in their order."""
+    names = sorted({name for part in parts for name in part})
+    return {name: reduce(add, [part[name] for part in parts if name in part]) for name in names}
 
 
 Tracker: TypeAlias = _TensorBoard | _WeightsAndBiases
@@ -157,7 +195,8 @@ class RunLog:
         self.trackers: list[Tracker] = []
         """They get every later row, too."""
         self._losses: list[float] = []
-        self._by_turn: dict[str, list[float]] = defaultdict(list)
+        self.turn_losses: dict[str, LossSum] = {}
+        """Losses of this process's samples by turn stratum, since the last validation."""
         self._started = time.monotonic()
         self._ended: torch.cuda.Event | None = None
         """End of the last step that was read, on the device; None after a pause."""
@@ -184,11 +223,6 @@ class RunLog:
         """Begin anew: what passes from here to the next step is not waiting for data."""
         self._ended = None
 
-    def take_by_turn(self) -> dict[str, list[float]]:
-        """Losses of this process's samples by turn stratum, since the last time this was asked."""
-        by_turn, self._by_turn = self._by_turn, defaultdict(list)
-        return dict(by_turn)
-
     def row(self, number: int, result: StepResult, values: StepValues, *, lr: float, waited_s: float) -> dict[str, Any]:
         """The row of a step that was read; `waited_s`: seconds that its ring has waited so far."""
         seconds = self.seconds
@@ -210,7 +244,7 @@ class RunLog:
         """Take the losses of a step that was applied into the report and the means by turn."""
         self._losses.append(values.loss)
         for turn, loss in zip(result.batch.turns, values.losses, strict=True):
-            self._by_turn[turn].append(loss)
+            self.turn_losses[turn] = self.turn_losses.get(turn, LossSum()) + LossSum(total=loss, samples=1)
 
     def write(self, row: Mapping[str, Any], notes: Mapping[str, str]) -> None:
         """Write a row, and report progress with some notes beside those of the row."""

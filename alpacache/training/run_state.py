@@ -75,6 +75,11 @@ class _Skipped(Schema, extra="forbid"):
     in_a_row: int
 
 
+class _LossSum(Schema, extra="forbid"):
+    total: float
+    samples: int = Field(ge=1)
+
+
 class _State(Schema):
     """Schema of what is read of a checkpoint's `state.json`; docs/reference/run-directory.md says what it means."""
 
@@ -88,6 +93,7 @@ class _State(Schema):
     trainable: Literal["all", "head", "lora"]
     damaged_indices: list[int]
     skipped: _Skipped | None = None
+    turn_losses: list[dict[str, _LossSum]] = Field(default_factory=list)
     files: _Files
     metrics: _File | None = None
     free_settings: dict[str, Any] = Field(default_factory=dict)

@@ -36,7 +36,7 @@ from alpacache.training.config import TrainConfig
 from alpacache.training.data_order import DamagedSamples, batches_of
 from alpacache.training.learner import Learner
 from alpacache.training.optimizers import StepOptimizer, make_optimizer, resolve
-from alpacache.training.run_directory import RunCheckpoint, read_checkpoint
+from alpacache.training.run_directory import MEMORY, RunCheckpoint, read_checkpoint
 from alpacache.training.run_inputs import (
     RunInputs,
     check_begun,
@@ -46,11 +46,11 @@ from alpacache.training.run_inputs import (
     restore_settings,
     settings_record,
 )
-from alpacache.training.run_log import RunLog, TrainReport, make_trackers
+from alpacache.training.run_log import LossSum, RunLog, TrainReport, added, make_trackers
 from alpacache.training.schedule import BestValidation, LearningRate, SkippedSteps
 from alpacache.training.step import StepResult, TrainStep
 from alpacache.training.trainable import choose_trainable, enable_checkpointing
-from alpacache.training.validation import Validation, means
+from alpacache.training.validation import Validation
 from cache_store import SampleReadError, UnreachableStoreError
 
 
@@ -188,6 +188,9 @@ class _Run:
         """Step that this call goes on after."""
         steps = {"first": self.first, "total": self.total, "batch_size": config.batch_size}
         self.log = RunLog(directory, **steps, on_progress=on_progress, writes=world.is_first)
+        if saved is not None:
+            by_process = saved.state.get("turn_losses", [])[world.rank :: world.size]
+            self.log.turn_losses = added([{turn: LossSum(**one) for turn, one in part.items()} for part in by_process])
 
     def _make_learner(self) -> Learner:
         """Load the expert, choose what is trained, and make its optimizer."""
@@ -394,8 +397,10 @@ class _Run:
             return {}
         self.validated = validated
         self.log.warn_of_validation(row["step"], self.validated)
-        by_turn = means(self.world.all_gather(self.log.take_by_turn()))
-        return {**strict_json.plain(self.validated), **{f"train_loss/{turn}": loss for turn, loss in by_turn.items()}}
+        by_turn = added(self.world.all_gather(self.log.turn_losses))
+        self.log.turn_losses = {}
+        trained = {f"train_loss/{turn}": losses.mean for turn, losses in by_turn.items()}
+        return {**strict_json.plain(self.validated), **trained}
 
     def _notes(self) -> dict[str, str]:
         """Notes for the progress line, besides the numbers of the step."""
@@ -482,10 +487,11 @@ class _Run:
                 "They are not saved, and checkpoints saved before are intact: go on with --resume. If it happens "
                 "again, see to the GPU, or train with another --out and a lower --lr."
             )
+        turn_losses = self.world.all_gather(self.log.turn_losses)
         if self.world.is_first:
             if self.world.device.type == "cuda":
                 record = {"planned": dict(self.plan.table()), "measured_peak": self.learner.peak_bytes()}
-                self.directory.write("memory.json", strict_json.dumps(record, indent=1) + "\n")
+                self.directory.write(MEMORY, strict_json.dumps(record, indent=1) + "\n")
             state = {
                 "settings": self.settings,
                 "free_settings": free_settings(asdict(self.config)),
@@ -495,6 +501,7 @@ class _Run:
                 "best": asdict(self.best),
                 "trainable": self.config.trainable,
                 "skipped": asdict(self.skipped),
+                "turn_losses": turn_losses,
                 **self.damaged.state(),
             }
             self.writer.save(self.step, self.learner.checkpoint(state), keep=self._kept, best=self.best.step)

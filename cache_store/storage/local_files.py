@@ -149,10 +149,16 @@ def link(temporary: Path, target: Path) -> bool:
 def write_flushed(path: Path, data: bytes) -> None:
     """Write a file beside its name, flush it, then rename it: a kill or a power loss leaves the old one or the new."""
     draft = path.with_name(f".{path.name}.new")
-    draft.write_bytes(data)
+    with open(draft, "wb", opener=_open_no_link) as file:
+        file.write(data)
     flush(draft)
     draft.replace(path)
     flush(path.parent)
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """Open a file, but not the one that a link under its name leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def free_bytes(path: Path) -> int:

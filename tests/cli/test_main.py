@@ -137,6 +137,7 @@ def test_quarantine_is_exit_3(model, tmp_path, run_here):
     )
     (reason,) = json.loads(done.stdout)["quarantined"].values()
     assert "egomotion" in reason
+    assert "holds no sample of this selection: all 1 are refused. Mend" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Brain or hands, from store to verdict: what is planted is said to be there, what is shuffled is not."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +35,7 @@ from alpacache.evaluation.probe_features import (
 from alpacache.evaluation.probe_verdict import Cell, judge_target
 from alpacache.extraction.config import ExtractConfig
 from alpacache.metrics.bootstrap import Interval
-from cache_store import CacheReader
+from cache_store import CacheReader, SampleReadError
 
 N = 450
 
@@ -271,6 +272,40 @@ def test_the_whole_way(stores, tmp_path):
     assert (seen[-1].done, seen[-1].total) == (25, 25)
     again = alpacache.probe(replace(config, seed=config.seed))  # takes the place of its own files
     assert again.scores == report.scores
+
+
+@pytest.mark.parametrize("fault", ["record", "hidden"])
+def test_a_sample_that_cannot_be_read_is_left_out_if_asked_for_and_named(stores, tmp_path, fault):
+    store = shutil.copytree(stores / "bf16", tmp_path / "store")
+    reader = CacheReader(store)
+    damaged = list(reader.sample_ids[:2])  # the first tells how many layers there are
+
+    def damage(sample_id):
+        group = store / reader.record(sample_id).folder
+        records = list(store.glob(f"commits/{group.name.partition('.')[0]}.json"))
+        (file,) = records if fault == "record" else list(group.glob("hidden/c.*"))
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+    for sample_id in damaged:
+        damage(sample_id)
+    config = ProbeConfig(store=str(store), out=str(tmp_path / "out"), layers=(0,))
+    with pytest.raises(SampleReadError, match=damaged[0]):
+        alpacache.probe(config)
+    assert not (tmp_path / "out").exists()
+    report = alpacache.probe(replace(config, on_damage="skip"))
+    assert [sample.sample_id for sample in report.left_out] == damaged
+    assert (report.samples, report.clips) == (10, 10)
+    document = json.loads((tmp_path / "out/probe.json").read_text())
+    assert [sample["sample_id"] for sample in document["left_out"]] == damaged
+    damage(reader.sample_ids[2])
+    with pytest.raises(UsageError, match=r"come from 9 clips, 3 more cannot be read; .* needs 10"):
+        alpacache.probe(replace(config, on_damage="skip"))
+    for sample_id in reader.sample_ids[3:7]:
+        damage(sample_id)
+    with pytest.raises(SampleReadError):
+        alpacache.probe(replace(config, on_damage="skip"))
 
 
 @pytest.mark.parametrize("name", ["probe.json", "probe.png"])

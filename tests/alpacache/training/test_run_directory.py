@@ -318,7 +318,7 @@ def test_of_a_run_without_checkpoints_is_said_what_else_it_lacks(tmp_path, conte
         directory.check_usable()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "run.json"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "run.json", "memory.json", "wandb-id"])
 @pytest.mark.parametrize(("make", "kind"), [(os.mkdir, "a directory"), (os.mkfifo, "a FIFO")])
 def test_what_is_no_file_under_the_name_of_one_is_refused_at_once(tmp_path, content, name, make, kind):
     directory = RunDirectory(tmp_path)
@@ -332,6 +332,77 @@ def test_what_is_no_file_under_the_name_of_one_is_refused_at_once(tmp_path, cont
         directory.check_usable()
 
 
+FOLDERS = ["checkpoints", "tensorboard", "wandb"]
+INSIDE = ["checkpoints/step-0000002", "checkpoints/.writing-0000002", "checkpoints/.dropped-step-0000001"]
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, *INSIDE])
+@pytest.mark.parametrize("kind", ["a file", "a link that leads to none"])
+def test_what_is_no_directory_under_the_name_of_one_is_refused_at_once(tmp_path, content, name, kind):
+    directory = RunDirectory(tmp_path)
+    directory.begin("")
+    if name in INSIDE:
+        directory.save(1, content(1), keep=1)
+    place = tmp_path / name
+    place.write_text("mine") if kind == "a file" else place.symlink_to("nowhere")
+    with pytest.raises(UsageError, match=rf"{name} cannot be used: it is {kind}; expected a directory\. Move it away"):
+        directory.check_usable()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "wandb-id", ".run.json.new", "checkpoints/.writing-0000002"])
+def test_nothing_is_written_or_deleted_through_a_link(tmp_path, content, name):
+    directory = RunDirectory(tmp_path / "run")
+    directory.begin("")
+    directory.save(1, content(1), keep=1)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir() if name in INSIDE else elsewhere.write_text("mine")
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).symlink_to(elsewhere)
+    with pytest.raises(UsageError, match=rf"{name} cannot be used: it is a link.* expected a (regular file|directory)"):
+        directory.check_usable()
+    if name == ".run.json.new":
+        with pytest.raises(OSError, match="symbolic link"):
+            directory.mark(1, best=None)
+    assert elsewhere.is_dir() or elsewhere.read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_first_step(tmp_path, content, monkeypatch):
+    directory = RunDirectory(tmp_path)
+    directory.begin("")
+    directory.save(1, content(1), keep=1)
+    directory.append_metrics({"step": 1})
+    for place in (tmp_path, directory.checkpoints, directory.metrics.path):
+        with monkeypatch.context() as patch:  # root may write anywhere
+            patch.setattr(os, "access", lambda path, mode, place=place: path != place)
+            with pytest.raises(UsageError, match=f"{place.name} cannot be used: this user may not write to it"):
+                directory.check_usable()
+    directory.check_usable()
+
+
+def test_of_a_checkpoint_that_lies_elsewhere_only_the_link_goes(tmp_path, content):
+    directory = RunDirectory(tmp_path / "run")
+    directory.save(1, content(1), keep=3)
+    directory.checkpoint(1).rename(tmp_path / "step-0000001")
+    directory.checkpoint(1).symlink_to(tmp_path / "step-0000001")
+    directory.check_usable()
+    directory.save(2, content(2), keep=1)
+    assert directory.steps == [2]
+    assert read_checkpoint(tmp_path / "step-0000001").state["step"] == 1
+
+
+def test_a_file_under_a_links_name_stays_unless_it_is_a_link_that_was_unpacked_as_one(tmp_path, content, caplog):
+    directory = RunDirectory(tmp_path)
+    directory.save(1, content(1), keep=2, best=1)
+    for name, text in (("last", "my notes"), ("best", "checkpoints/step-0000001\n")):
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_text(text)
+    directory.save(2, content(2), keep=2, best=2)
+    assert (tmp_path / "last").read_text() == "my notes"
+    assert "last is a file of its own and stays" in caplog.text
+    assert linked(tmp_path, "best") == 2
+    assert find_checkpoint(tmp_path) == directory.checkpoint(2)
+
+
 def test_a_runs_own_settings_mean_the_run_beside_them(tmp_path, content):
     directory = RunDirectory(tmp_path / "old")
     directory.begin(to_toml(TrainConfig(stores=("s",), model="m", out="old", steps=3)))
@@ -343,6 +414,15 @@ def test_a_runs_own_settings_mean_the_run_beside_them(tmp_path, content):
     assert (
         read_settings(tmp_path / "new/config.toml", {"resume": True, "out": "x"})["out"] == "old"
     )  # "x" is put over it
+    (tmp_path / "new/config.toml").rename(tmp_path / "new/mine.toml")
+    (tmp_path / "link.toml").symlink_to("new/mine.toml")
+    directory = RunDirectory(tmp_path / "another")
+    directory.begin("")
+    (tmp_path / "another/link.toml").symlink_to(tmp_path / "new/mine.toml")
+    for name in ("new/mine.toml", "link.toml", "another/link.toml"):
+        values = read_settings(tmp_path / name, {"resume": True})
+        assert (Path(values["out"]), values["steps"]) == (tmp_path / "new", 3)
+    (tmp_path / "new/mine.toml").rename(tmp_path / "new/config.toml")
     (tmp_path / "alone").mkdir()
     shutil.copy(tmp_path / "new/config.toml", tmp_path / "alone/config.toml")
     with pytest.raises(UsageError, match=r"alone/config\.toml holds the settings of a run that is not there"):

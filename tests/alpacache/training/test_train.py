@@ -85,6 +85,12 @@ def rows(out):
     return [json.loads(line, parse_constant=refuse) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def validated(out):
+    """The rows of validations, without times."""
+    found = [row for row in rows(out) if "val_loss" in row]
+    return [{name: row[name] for name in row if name == "step" or name.startswith(("val_", "train_"))} for row in found]
+
+
 @pytest.mark.system
 def test_the_loss_falls(tiny_checkpoint, store, tmp_path):
     settings = {"steps": 80, "draws": 4, "lr": 1e-2, "warmup": 10, "in_memory": True}
@@ -980,10 +986,21 @@ def test_a_validation_can_be_interrupted_and_is_made_up_for(tiny_checkpoint, sto
                 alpacache.train(config(tiny_checkpoint, store, parts, resume=resume, **settings))
     assert [row["step"] for row in rows(parts)] == [1, 2]
     alpacache.train(config(tiny_checkpoint, store, parts, resume=True, **settings))
-    found = [{(row["step"], row["val_loss"]) for row in rows(out) if "val_loss" in row} for out in (whole, parts)]
-    assert found[0] == found[1]
+    assert validated(whole) == validated(parts)
     assert same(weights(whole), weights(parts))
-    assert read_checkpoint(parts / "last").state["best"] == read_checkpoint(whole / "last").state["best"]
+
+
+def test_training_losses_by_turn_are_the_same_over_a_resume(tiny_checkpoint, store, tmp_path):
+    whole = tmp_path / "whole"
+    settings = {"steps": 5, "val": str(store), "val_every": 3, "val_samples": 1}
+    alpacache.train(config(tiny_checkpoint, store, whole, **settings, save_every=1, keep=9))
+    assert [any(name.startswith("train_loss/") for name in row) for row in validated(whole)] == [True, True]
+    for step in (1, 4):
+        parts = tmp_path / f"from-{step}"
+        shutil.copytree(whole / f"checkpoints/step-{step:07d}", parts / f"checkpoints/step-{step:07d}")
+        shutil.copy(whole / "metrics.jsonl", parts)
+        alpacache.train(config(tiny_checkpoint, store, parts, **settings, resume=True))
+        assert validated(parts) == validated(whole)
 
 
 def test_the_best_may_be_chosen_by_min_ade_and_strata_are_told_apart(tiny_checkpoint, store, tmp_path):
