@@ -8,7 +8,6 @@ nothing is pickled.
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,30 +25,35 @@ from alpacache.durable import RUN, check_out, has_marks, names_in
 from alpacache.errors import DataError, UsageError
 from alpacache.finite import not_finite
 from alpacache.gpu.host_copies import copied_to_host
-from alpacache.regular_file import read_regular, regular_size
 from alpacache.training.ema import up_to_date
 from alpacache.training.metrics_file import MetricsFile
+from alpacache.training.run_names import (
+    CHECKPOINTS,
+    CONFIG,
+    DROPPED,
+    METRICS,
+    WRITING,
+    is_written_link,
+    leftovers,
+    misfits,
+    name_of,
+    step_of,
+)
 from alpacache.training.run_state import (
     STATE,
     STATE_FORMAT,
     check_step,
     is_complete,
-    name_of,
     read_marks,
     read_state,
     sealed,
     size_and_checksum,
-    step_of,
     write_marks,
 )
 from cache_store.storage.local_files import FULL, flush, write_flushed
 
 _log = logging.getLogger(__name__)
 MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "average.safetensors"
-CONFIG, METRICS, MEMORY, WANDB_ID = "config.toml", "metrics.jsonl", "memory.json", "wandb-id"
-_FILES = (RUN, CONFIG, METRICS, MEMORY, WANDB_ID)
-_FOLDERS = ("checkpoints", "tensorboard", "wandb")
-_WRITING, _DROPPED = ".writing-", ".dropped-"
 _HEADER = "# All settings of the run in this directory, written by alpacache. `train --config` reads them.\n"
 
 
@@ -81,7 +85,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.path / CHECKPOINTS
         self.metrics = MetricsFile(self.path / METRICS)
         self._lock: DirectoryLock | None = None
 
@@ -108,7 +112,7 @@ class RunDirectory:
                 f"--out {self.path} is no run but holds {', '.join(names[:3])}; nothing of it is written over. Choose "
                 "another directory, or an empty one."
             )
-        for path, fault in self._misfits():
+        for path, fault in misfits(self.path):
             raise UsageError(f"{path} cannot be used: {fault}. Move it away, or choose another --out.")
         if names and not self.steps:
             self._check_untrained()
@@ -118,30 +122,6 @@ class RunDirectory:
                 state = read_state(self.checkpoint(step))
             if state is not None:
                 check_step(self.checkpoint(step), state)
-
-    def _misfits(self) -> Iterator[tuple[Path, str]]:
-        """What has the name of something that a run writes, but cannot be it, and why."""
-        drafts = [f".{name}.new" for name in _FILES]
-        for path in map(self.path.joinpath, (*_FILES, *drafts)):
-            try:
-                with suppress(FileNotFoundError):
-                    regular_size(path)
-            except OSError as error:
-                yield path, str(error)
-            if path.name in (METRICS, WANDB_ID, *drafts) and path.is_symlink():  # written in place
-                yield path, "it is a link, and what it leads to would be written over; expected a regular file"
-        folders = [self.path / name for name in _FOLDERS]
-        if self.checkpoints.is_dir():
-            folders += [path for path in self.checkpoints.iterdir() if step_of(path.name) is not None]
-            folders += self._leftovers()
-        for path in folders:
-            if path.is_symlink() and (path.name.startswith(".") or not path.is_dir()):
-                yield path, f"it is a link{'' if path.is_dir() else ' that leads to none'}; expected a directory"
-            elif path.exists() and not path.is_dir():
-                yield path, "it is a file; expected a directory"
-        for path in (self.path, *map(self.path.joinpath, (*_FOLDERS[:2], METRICS))):
-            if path.exists() and not os.access(path, os.W_OK):
-                yield path, "this user may not write to it"
 
     def _check_untrained(self) -> None:
         """Refuse a run without checkpoints that may have had some. Raises `DataError`."""
@@ -202,7 +182,7 @@ class RunDirectory:
             self._check_owner()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
-            final, draft = self.checkpoint(step), self.checkpoints / f"{_WRITING}{step:07d}"
+            final, draft = self.checkpoint(step), self.checkpoints / f"{WRITING}{step:07d}"
             try:
                 _write(draft, step, content)
                 if self.metrics.path.is_file():
@@ -289,7 +269,7 @@ class RunDirectory:
     def _link(self, name: str, step: int | None) -> None:
         """Let a link point at a checkpoint; none is better than one that points at another."""
         link, draft = self.path / name, self.path / f".{name}.new"
-        if link.is_file() and not link.is_symlink() and not _is_written_link(link):
+        if link.is_file() and not link.is_symlink() and not is_written_link(link):
             _log.warning("%s is a file of its own and stays; %s says which checkpoint is meant.", link, RUN)
             return
         if link.is_dir() and not link.is_symlink():  # a copy of the run that followed links
@@ -311,15 +291,8 @@ class RunDirectory:
             with suppress(OSError):
                 link.unlink(missing_ok=True)
 
-    def _leftovers(self) -> Iterator[Path]:
-        """What a kill has left of a checkpoint."""
-        for prefix, like in ((_WRITING, "step-"), (_DROPPED, "")):
-            for path in self.checkpoints.glob(f"{prefix}*"):
-                if step_of(like + path.name.removeprefix(prefix)) is not None:
-                    yield path
-
     def _remove_leftovers(self) -> None:
-        for leftover in list(self._leftovers()):
+        for leftover in list(leftovers(self.checkpoints)):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _check_owner(self) -> None:
@@ -351,14 +324,6 @@ def _has_settings(file: Path) -> bool:
         return False
     with file.open("rb") as opened:
         return opened.read(len(_HEADER)) == _HEADER.encode()
-
-
-def _is_written_link(file: Path) -> bool:
-    """Tell whether a file is what some archives and disks make of a link to a checkpoint: where it leads to."""
-    with suppress(OSError, ValueError):
-        folder, _, name = read_regular(file, limit_bytes=100).decode().strip().rpartition("/")
-        return folder == "checkpoints" and step_of(name) is not None
-    return False
 
 
 def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = False) -> RunCheckpoint:
@@ -427,7 +392,7 @@ def _write(draft: Path, step: int, content: RunCheckpoint) -> None:
 
 def _set_aside(path: Path) -> Path:
     """Rename a checkpoint, so that a kill during its deletion leaves none that looks whole; return its new path."""
-    aside = path.with_name(f"{_DROPPED}{path.name}")
+    aside = path.with_name(f"{DROPPED}{path.name}")
     path.rename(aside)
     return aside
 

@@ -20,7 +20,8 @@ import torch
 from alpacache.errors import UsageError
 from alpacache.progress import OnProgress, Progress
 from alpacache.regular_file import read_regular
-from alpacache.training.run_directory import WANDB_ID, RunDirectory
+from alpacache.training.run_directory import RunDirectory
+from alpacache.training.run_names import WANDB_ID
 from alpacache.training.step import StepResult, StepValues
 from cache_store import SampleReadError
 

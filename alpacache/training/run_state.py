@@ -15,6 +15,7 @@ from alpacache import strict_json
 from alpacache.alpamayo.foreign_files import Schema, conform, read_json
 from alpacache.durable import RUN
 from alpacache.errors import DataError, UsageError
+from alpacache.training.run_names import name_of, step_of
 from cache_store.checksum import crc32c
 from cache_store.document import SEAL_KEY, check_seal, seal_bytes
 from cache_store.storage.local_files import write_flushed
@@ -124,18 +125,6 @@ def read_state(checkpoint: Path, *, average: bool = False) -> dict[str, Any]:
     if average and state["average"] is None:
         raise UsageError(f"{checkpoint} has no average of the weights; train with --ema, or leave --ema out here.")
     return state
-
-
-def step_of(name: str) -> int | None:
-    """Step of a checkpoint by its directory's name, `step-0000200`; None if it is not exactly of this form."""
-    number = name.removeprefix("step-")
-    step = int(number) if number.isascii() and number.isdigit() else None
-    return step if step is not None and name == name_of(step) else None
-
-
-def name_of(step: int) -> str:
-    """Name of a checkpoint's directory."""
-    return f"step-{step:07d}"
 
 
 def check_step(checkpoint: Path, state: Mapping[str, Any]) -> None:

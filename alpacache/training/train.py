@@ -36,7 +36,7 @@ from alpacache.training.config import TrainConfig
 from alpacache.training.data_order import DamagedSamples, batches_of
 from alpacache.training.learner import Learner
 from alpacache.training.optimizers import StepOptimizer, make_optimizer, resolve
-from alpacache.training.run_directory import MEMORY, RunCheckpoint, read_checkpoint
+from alpacache.training.run_directory import RunCheckpoint, read_checkpoint
 from alpacache.training.run_inputs import (
     RunInputs,
     check_begun,
@@ -47,6 +47,7 @@ from alpacache.training.run_inputs import (
     settings_record,
 )
 from alpacache.training.run_log import LossSum, RunLog, TrainReport, added, make_trackers
+from alpacache.training.run_names import MEMORY
 from alpacache.training.schedule import BestValidation, LearningRate, SkippedSteps
 from alpacache.training.step import StepResult, TrainStep
 from alpacache.training.trainable import choose_trainable, enable_checkpointing
