@@ -32,6 +32,7 @@ from alpacache.training.run_names import (
     CONFIG,
     DROPPED,
     METRICS,
+    WANDB_ID,
     WRITING,
     is_written_link,
     leftovers,
@@ -106,7 +107,8 @@ class RunDirectory:
         Raises `UsageError`, or `DataError` where the checkpoints of a run are gone, or one is named after another step.
         """
         check_out(self.path)
-        names = [name for name in names_in(self.path) if name != f".{RUN}.new"]  # a run killed as it began
+        ignored = {f".{RUN}.new", WANDB_ID}  # of a run killed as it began; an id to go on under
+        names = [name for name in names_in(self.path) if name not in ignored]
         if names and not self.is_run and not _has_settings(self.path / CONFIG):
             raise UsageError(
                 f"--out {self.path} is no run but holds {', '.join(names[:3])}; nothing of it is written over. Choose "
