@@ -209,7 +209,7 @@ def cpu_seconds(*arguments):
     return min(seconds)
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_help_costs_less_than_importing_torch():
     assert cpu_seconds("-m", "cli.main", "--help") < 0.7 * cpu_seconds("-c", "import torch")
 

@@ -48,6 +48,7 @@ def is_alive(pid):
         return False
 
 
+@pytest.mark.system
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the reaper reads /proc")
 @pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["alone", "xdist"])
 def test_a_killed_run_leaves_no_process(tmp_path, options):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from cache_store import CacheReader, CacheWriter, Field, verify
 
@@ -13,6 +14,7 @@ SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
 import numpy as np
+import pytest
 from cache_store import CacheWriter, Field
 
 fields = [
@@ -61,6 +63,7 @@ print(json.dumps(acknowledged))
 """
 
 
+@pytest.mark.ci
 def test_a_killed_writer_leaves_nothing_that_must_be_mended(tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=True)
     acknowledged = json.loads(ran.stdout)
@@ -97,6 +100,7 @@ def test_a_killed_writer_leaves_nothing_that_must_be_mended(tmp_path: Path) -> N
 RACE = """
 import sys
 import numpy as np
+import pytest
 from cache_store import CacheWriter, Field
 seed = int(sys.argv[2])
 with CacheWriter(sys.argv[1], fields=[Field(name="x", dtype="int64", axes=("i",))], identity={}) as writer:

@@ -64,6 +64,7 @@ def test_a_flipped_bit_in_any_object_of_a_sample_is_named(store) -> None:
     assert verify(store, deep=True).ok
 
 
+@pytest.mark.system
 def test_a_flipped_bit_in_the_root_is_refused_at_opening(store) -> None:
     data = (store / "zarr.json").read_bytes()
     for bit in range(0, len(data) * 8, 5):

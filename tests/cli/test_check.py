@@ -44,6 +44,7 @@ def folder(tmp_path):
     return make
 
 
+@pytest.mark.system
 def test_sound_recordings_are_exit_0_with_a_report_and_a_picture(folder, tmp_path):
     done = run(folder(), "--out", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
@@ -78,6 +79,7 @@ def test_a_report_takes_the_place_of_a_report_and_of_nothing_else(folder, tmp_pa
     assert (out / "notes").read_text() == "mine"
 
 
+@pytest.mark.system
 def test_a_refused_clip_is_exit_3(folder):
     done = run(folder(seconds=(12.0, 6.0)), "--json")
     assert done.returncode == 3, done.stderr
@@ -87,6 +89,7 @@ def test_a_refused_clip_is_exit_3(folder):
     assert "too short" in refused[0]["message"]
 
 
+@pytest.mark.system
 def test_a_wrong_source_is_exit_1_and_the_table_says_what_to_do(folder):
     done = run(folder(scale=7.0))
     text = " ".join(done.stdout.split())

@@ -13,6 +13,7 @@ def model(tmp_path_factory):
     return make_tiny_checkpoint(tmp_path_factory.mktemp("cli") / "Tiny-R1")
 
 
+@pytest.mark.ci
 def test_the_whole_way_in_a_bucket(model, tmp_path, run_here, s3):
     common = ("--model", model, "--device", "cpu", "--json")
     extract = ("extract", "synthetic:4", "--store", s3.uri(), "--frames", 1, *common)

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 
 def run(*arguments, **environment):
     command = [sys.executable, "-m", "cli.main", "doctor", *map(str, arguments)]
@@ -12,6 +14,7 @@ def run(*arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | hidden | environment)
 
 
+@pytest.mark.system
 def test_without_a_gpu_it_is_exit_1_and_json_names_every_check(tmp_path):
     done = run("--store", tmp_path / "store", "--model", "owner/model-that-is-not-there", "--json")
     assert done.returncode == 1, done.stderr
@@ -31,6 +34,7 @@ def test_without_a_gpu_it_is_exit_1_and_json_names_every_check(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.system
 def test_the_table_has_the_next_steps(tmp_path):
     done = run("--store", tmp_path)
     text = " ".join(done.stdout.split())

@@ -254,7 +254,7 @@ def test_each_process_has_the_gpu_of_its_local_number(monkeypatch):
         own_device(None)
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_torchrun_extracts_with_one_process_a_share(model, tmp_path):
     store = tmp_path / "store"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

@@ -45,6 +45,7 @@ def in_a_terminal(*arguments, **environment):
 PREPARE = ("prepare", "synthetic:2", "--frames", "1")
 
 
+@pytest.mark.system
 def test_progress_in_a_pipe_is_plain_lines(tmp_path):
     command = [sys.executable, "-m", "cli.main", *PREPARE, "--out", str(tmp_path / "samples")]
     stderr = subprocess.run(command, capture_output=True, check=True).stderr.decode()  # as bytes: \r stays \r
@@ -53,6 +54,7 @@ def test_progress_in_a_pipe_is_plain_lines(tmp_path):
     assert "\r" not in stderr
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("place", ["before", "behind"])
 def test_quiet_leaves_results_only(place, tmp_path):
     command = (*PREPARE, "--out", str(tmp_path / "samples"), "--json")
@@ -61,6 +63,7 @@ def test_quiet_leaves_results_only(place, tmp_path):
     assert '"samples": 2' in done.stdout
 
 
+@pytest.mark.system
 def test_quiet_keeps_errors_and_drops_notes(monkeypatch, capsys):
     assert "there is no store at" in run("info", "nowhere", "--quiet", code=2).stderr
     monkeypatch.setattr(output, "_verbosity", "quiet")
@@ -83,6 +86,7 @@ def test_refused_samples_are_counted_by_kind_with_the_first_reason_of_each():
     assert output.reason_lines([]) == ["0"]
 
 
+@pytest.mark.system
 def test_verbose_shows_where_an_error_comes_from():
     assert "Traceback" not in run("info", "nowhere", code=2).stderr
     stderr = run("info", "nowhere", "--verbose", code=2).stderr
@@ -143,6 +147,7 @@ def test_log_messages_are_escaped_and_masked(tmp_path):
     assert done.stderr == "WARNING: s3://***@b \\x1b[2J ***\n"
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("broken", ["2>/dev/full", "2>&-", "2>&1 >/dev/null | true"])
 def test_a_stderr_that_takes_nothing_ends_nothing(broken, tmp_path):
     command = f"{sys.executable} -m cli.main prepare synthetic:2 --frames 1 --out {tmp_path / 'samples'}"

@@ -84,6 +84,7 @@ def recording(tmp_path, drive):
     return root
 
 
+@pytest.mark.system
 def test_a_simulator_log_becomes_a_clip_that_passes_check(recording, tmp_path, drive):
     out = tmp_path / "folder"
     assert "integrated from speed and steering" in run("udacity_to_folder", recording, out).stdout
@@ -142,6 +143,7 @@ def segment(tmp_path, drive):
     return folder
 
 
+@pytest.mark.ci
 def test_a_comma2k19_segment_becomes_a_clip_that_passes_check(segment, tmp_path, drive):
     out = tmp_path / "folder"
     assert run("comma2k19_to_folder", segment, out).stdout == f"1 clips in {out}\n"

@@ -60,6 +60,7 @@ def test_every_page_is_there_and_nothing_is_fetched(site):
         assert not fetched.search(file.read_text()), file
 
 
+@pytest.mark.system
 def test_the_site_has_every_option_every_key_and_the_newest_results(site):
     text = re.sub(r"<[^>]+>", "", (site / "reference/cli.html").read_text())
     for name, command in cli_reference.commands().items():
@@ -78,6 +79,7 @@ def test_the_site_has_every_option_every_key_and_the_newest_results(site):
     assert 'href="../reference/benchmarks.html#' in (site / "explanation/store-rejected.html").read_text()
 
 
+@pytest.mark.system
 def test_faults_end_the_build(tmp_path):
     docs = shutil.copytree(ROOT / "docs", tmp_path / "docs")
     index = docs / "index.md"

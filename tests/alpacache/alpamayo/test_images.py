@@ -74,6 +74,7 @@ print(to_patches(frames, patch=16, merge=2, temporal=2, min_pixels=1, max_pixels
 """
 
 
+@pytest.mark.system
 def test_works_without_torchvision():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCHVISION], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[[1, 4, 6]]"

@@ -96,7 +96,7 @@ def parallel(tiny_checkpoint, store, tmp_path_factory):
     return run
 
 
-@pytest.mark.system
+@pytest.mark.ci
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_same_global_batch_gives_the_same_curve(alone, parallel, processes):
     out = parallel(processes)
@@ -110,6 +110,7 @@ def test_the_same_global_batch_gives_the_same_curve(alone, parallel, processes):
     assert close(out, alone) < 1e-4
 
 
+@pytest.mark.ci
 def test_a_run_goes_on_with_another_number_of_processes(tiny_checkpoint, store, alone, parallel, tmp_path):
     half = tmp_path / "half"
     (half / "checkpoints").mkdir(parents=True)

@@ -62,7 +62,7 @@ def test_base_trained_and_baselines_are_judged_on_the_stored_truth(trained, tiny
     assert summary.strata["all"].metrics["trained"]["ade"] == pytest.approx(mean)
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_batch_size_changes_nothing_beyond_rounding(trained, tiny_checkpoint, tmp_path):
     one = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "a", batch_size=1))
     six = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "b", batch_size=6))
@@ -114,7 +114,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(t
         alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "file"))
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_a_checkpoint_may_have_another_name(trained, tiny_checkpoint, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copy(trained / "run" / "metrics.jsonl", tmp_path / "run")
@@ -167,7 +167,7 @@ def test_every_run_is_opened_before_the_first_path_is_sampled(trained, tiny_chec
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_the_report_shows_the_losses_of_the_runs(trained, tiny_checkpoint, tmp_path):
     alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "a", samples=2, checkpoint=str(trained / "run")))
     assert 'alt="loss over steps"' in (tmp_path / "a/report.html").read_text()
@@ -175,7 +175,7 @@ def test_the_report_shows_the_losses_of_the_runs(trained, tiny_checkpoint, tmp_p
     assert "no curves" in (tmp_path / "b/report.html").read_text()
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_paths_are_drawn_into_the_front_picture_where_the_camera_is_known(
     trained, tiny_checkpoint, tmp_path, monkeypatch
 ):
@@ -190,7 +190,7 @@ def test_paths_are_drawn_into_the_front_picture_where_the_camera_is_known(
     assert unknown.results[0].front_jpeg == stored
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_a_store_with_rollouts_is_judged_on_them_unless_declined(rollout_stores, tiny_checkpoint, tmp_path):
     def run(name, **changes):
         settings = {"store": str(rollout_stores["bf16"]), **changes}

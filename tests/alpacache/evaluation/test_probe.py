@@ -84,7 +84,7 @@ def test_planted_information_is_there(found):
     )
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_shuffled_features_hold_nothing():
     data = planted()
     order = np.random.default_rng(5).permutation(N)
@@ -119,7 +119,7 @@ def test_few_clips_do_not_deny():
     assert "Extract more clips" in report.conclusion
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_single_layers_are_scored_beside_all_together():
     data = planted()
     noise = np.random.default_rng(1).normal(size=(N, 64)).astype(np.float32)

@@ -193,7 +193,7 @@ def test_a_single_file_stays_a_single_file(tmp_path, root):
     assert set(Checkpoint(str(tmp_path / "out")).names.values()) == {SINGLE}
 
 
-@pytest.mark.system
+@pytest.mark.ci
 @pytest.mark.parametrize("expert_only", [False, True])
 @pytest.mark.parametrize("which", ["all", "lora"])
 def test_it_is_judged_exactly_as_the_run(which, expert_only, root, tmp_path):

@@ -188,7 +188,7 @@ def test_an_empty_selection_is_an_error(tiny_checkpoint, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.system
+@pytest.mark.ci
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_leaves_whole_samples_and_the_next_finishes(kill, tiny_checkpoint, tmp_path, extracted):
     store = tmp_path / "store"
@@ -361,6 +361,7 @@ def test_rollouts_lie_beside_the_direct_prefix_and_depend_on_the_sample_alone(ex
         alpacache.extract(config(tiny_checkpoint, extracted, **settings))
 
 
+@pytest.mark.system
 def test_a_store_with_rollouts_trains_with_one_without(extracted, tiny_checkpoint, tmp_path):
     """The direct prefix is the same, so their samples mix."""
     settings = {"reasoning": "rollout", "rollouts": 1, "samples": 1}

@@ -118,6 +118,7 @@ def test_a_source_that_cannot_be_opened_is_refused_as_here(settings, tmp_path):
         read(REFS[0])
 
 
+@pytest.mark.system
 def test_a_process_that_was_killed_is_named_with_what_helps(settings):
     with ReadingProcesses(settings, 1, pinned_for=None) as read:
         read(REFS[0])
@@ -140,6 +141,7 @@ def test_a_terminal_interrupts_the_process_that_decides_alone(settings):
         assert os.getpgid(read._processes[0].pid) != os.getpgid(0)
 
 
+@pytest.mark.ci
 def test_processes_end_with_their_parent(settings):
     program = f"""
 import time
@@ -182,7 +184,7 @@ def in_processes(monkeypatch):
     return begun
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_extract_writes_the_same_store(config, in_processes, tmp_path, monkeypatch):
     report = alpacache.extract(config)
     assert report.extracted == report.selected > 4

@@ -78,6 +78,7 @@ def test_batch_size_is_rounding_in_float32(data, expert):
     assert (expected[1] - expected[2]).abs().max() > 1e-3
 
 
+@pytest.mark.system
 def test_filling_up_is_rounding_and_a_graph_sees_all_that_changes(data, expert, monkeypatch):
     """The graph is what was captured with the first batch, whatever comes later but through the fixed buffers."""
     captured, replayed = [], []

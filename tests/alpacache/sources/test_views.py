@@ -243,7 +243,7 @@ def test_a_prepared_dataset_gives_views_too(stores, tiny_checkpoint, tmp_path):
         alpacache.extract(config(tiny_checkpoint, tmp_path / "none", source=str(tmp_path / "odd")))
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_models_are_judged_on_view_0_and_trained_on_all(stores, tiny_checkpoint, tmp_path):
     data = CachedDataset([stores / "views"], Checkpoint(str(tiny_checkpoint)))
     assert len(data) == 9

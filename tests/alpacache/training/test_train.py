@@ -91,7 +91,7 @@ def validated(out):
     return [{name: row[name] for name in row if name == "step" or name.startswith(("val_", "train_"))} for row in found]
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_the_loss_falls(tiny_checkpoint, store, tmp_path):
     settings = {"steps": 80, "draws": 4, "lr": 1e-2, "warmup": 10, "in_memory": True}
     report = alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", **settings, val=str(store), val_every=40))
@@ -132,7 +132,7 @@ def test_resumed_equals_uninterrupted(tiny_checkpoint, store, tmp_path):
     assert same(first, second)
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_kill_9_at_a_random_step_and_resume_ends_with_the_same_bits(tiny_checkpoint, store, tmp_path):
     settings = {"steps": 40, "save_every": 5, "draws": 1}
     alpacache.train(config(tiny_checkpoint, store, tmp_path / "whole", **settings))
