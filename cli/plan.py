@@ -17,7 +17,7 @@ _SHOWN_BYTES = 10_000
     PlanConfig,
     panels={
         "Stage one": "views model cameras frames picture codec hidden_states reasoning rollouts store",
-        "Stage two": "batch_size draws epochs trainable lora_rank memory_budget",
+        "Stage two": "batch_size draws prefix epochs trainable lora_rank memory_budget",
         "Machine": "gpu probe",
     },
 )

@@ -33,6 +33,7 @@ ORDER = (
         "alpacache.errors",
         "alpacache.finite",
         "alpacache.flow_matching",
+        "alpacache.hub",
         "alpacache.interrupt",
         "alpacache.progress",
         "alpacache.regular_file",

@@ -30,6 +30,7 @@ from alpacache.alpamayo.foreign_files import (
     read_json,
 )
 from alpacache.errors import CheckpointError
+from alpacache.hub import why_unreachable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -142,7 +143,10 @@ class Checkpoint:
 
             with _hub_errors(self.model, "the snapshot", self.revision):
                 wanted = list(patterns) or None
-                directory = Path(snapshot_download(self.model, revision=self.revision, allow_patterns=wanted))
+                here = bool(why_unreachable())
+                directory = Path(
+                    snapshot_download(self.model, revision=self.revision, allow_patterns=wanted, local_files_only=here)
+                )
         root = directory.resolve()
         homes = (root, root.parent.parent / "blobs") if _is_snapshot(root) else (root,)
         files = {}
@@ -347,7 +351,7 @@ def hub_file(repo: str, name: str, *, revision: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download
 
     with _hub_errors(repo, name, revision):
-        return Path(hf_hub_download(repo, name, revision=revision))
+        return Path(hf_hub_download(repo, name, revision=revision, local_files_only=bool(why_unreachable())))
 
 
 def _hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tuple[int, ...]]:
@@ -358,6 +362,8 @@ def _hub_shapes(repo: str, shard: str, *, revision: str | None) -> dict[str, tup
     if isinstance(cached, str):
         return {name: info.shape for name, info in read_header(Path(cached)).items()}
     with _hub_errors(repo, f"the header of {shard}", revision):
+        if why := why_unreachable():
+            raise errors.LocalEntryNotFoundError(why)
         try:
             remote = HfApi().parse_safetensors_file_metadata(repo, shard, revision=revision)
         except errors.HfHubHTTPError:
@@ -387,9 +393,11 @@ def _hub_errors(repo: str, name: str, revision: str | None) -> Iterator[None]:
             f"the hub has no {repo} that you may see, and it is no local directory: check the name, or `hf auth login`."
         ) from error
     except errors.LocalEntryNotFoundError as error:
+        why = f" ({reason})" if (reason := why_unreachable()) else ""
         raise CheckpointError(
-            f"{name} of {repo} is not in the local hub cache and the hub cannot be reached. On a machine with network: "
-            f"`{fetch}`; then copy the cache (HF_HOME) here, or pass the directory of the checkpoint instead of the id."
+            f"{name} of {repo} is not in the local hub cache and the hub cannot be reached{why}. On a machine with "
+            f"network: `{fetch}` (a gated one after `hf auth login`); then copy the cache (HF_HOME) here, or pass the "
+            "directory of the checkpoint instead of the id."
         ) from error
     except errors.EntryNotFoundError as error:
         message = f"{repo} on the hub has no file {name}; is it a checkpoint in the public layout?"

@@ -24,11 +24,12 @@ from alpacache.cached_samples.features import (
     tail_name,
 )
 from alpacache.cached_samples.identity import check_same_model, model_differences, refuse_differences, store_codec
+from alpacache.cached_samples.prefix_choice import PrefixChoice
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import Turn, classify
 from alpacache.errors import UsageError
-from alpacache.prefix.layout import PrefixLayout
+from alpacache.prefix.layout import PrefixLayout, TailRoom
 from cache_store import CacheReader, KVCodec, SampleReadError, differences
 from cache_store.concurrency import in_order
 
@@ -43,7 +44,14 @@ _TRIED = 16
 class CachedDataset:
     """All committed samples of the given stores, in order of store and id. `load` is safe in threads."""
 
-    def __init__(self, stores: Sequence[str | Path], checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, stores: Sequence[str | Path], checkpoint: Checkpoint, *, choice: PrefixChoice | None = None
+    ) -> None:
+        """Open the stores; `choice` says which prefix a ring brings of a sample, by default the direct one.
+
+        Raises `UsageError` where stores do not go together, or lack the rollouts that are to be chosen from.
+        """
+        self.choice = choice or PrefixChoice()
         readers = [CacheReader(store) for store in stores]
         for store, reader in zip(stores, readers, strict=True):
             check_same_model(checkpoint, reader.identity, store=str(store))
@@ -60,6 +68,9 @@ class CachedDataset:
         self.prefix_fields = PREFIX_FIELDS if self.codec is None else (*PREFIX_FIELDS, KV_SHAPE)
         self.rollouts = min(tail_count(reader.fields) for reader in readers)
         """Number of reasoning rollouts that every sample has tails of."""
+        if self.choice.prefix != "direct":
+            for store, reader in zip(stores, readers, strict=True):
+                _check_rollouts(str(store), reader, self.choice.prefix)
         self.nameless = [error for reader in readers for error in reader.unreadable if not error.sample_id]
         """Errors of commit records so damaged that not even the sample's id can be told: those samples are absent."""
         self._index = [(reader, sample_id) for reader in readers for sample_id in reader.sample_ids]
@@ -99,6 +110,19 @@ class CachedDataset:
         """The store that has a sample, and the sample's id there."""
         return self._index[index]
 
+    def tails_of(self, index: int) -> tuple[str, ...]:
+        """Beginnings of the names of the fields of those rollouts that may be chosen for a sample."""
+        if self.choice.prefix == "direct":
+            return ()
+        return tuple(map(tail_name, range(tail_count(self._index[index][0].fields))))
+
+    def tail_at(self, index: int, position: int) -> int | None:
+        """Number of the rollout whose tail a sample has at a place of the global order; None: its direct prefix."""
+        if self.choice.prefix == "direct":
+            return None
+        epoch, rollouts = position // len(self), len(self.tails_of(index))
+        return self.choice.tail(self.sample_id(index), epoch, rollouts=rollouts)
+
     def load(self, index: int, *, tails: int = 0) -> CachedSample:
         """Read one sample's prefix, and the tails of its first `tails` reasoning rollouts.
 
@@ -137,38 +161,60 @@ class CachedDataset:
     @property
     def kv_bytes(self) -> NDArray[np.int64]:
         """Bytes of each sample's keys and values, of an `unreadable` one as many as the largest has."""
-        return self._sizes[0]
+        return self._sizes[0][:, 0]
+
+    @property
+    def tail_bytes(self) -> NDArray[np.int64]:
+        """`[samples, rollouts]`: bytes of the tails that may be chosen, 0 for those that a sample does not have."""
+        return self._sizes[0][:, 1:]
 
     @cached_property
     def _sizes(self) -> tuple[NDArray[np.int64], dict[int, SampleReadError]]:
-        def size(place: tuple[CacheReader, str]) -> int | SampleReadError:
-            reader, sample_id = place
+        """Bytes `[samples, 1 + rollouts]` of each sample's prefix and tails, and the errors of the unreadable."""
+
+        def size(index: int) -> list[int] | SampleReadError:
+            reader, sample_id = self._index[index]
             try:
-                return math.prod(reader.shape(sample_id, "kv"))
+                return [math.prod(reader.shape(sample_id, f"{name}kv")) for name in ("", *self.tails_of(index))]
             except SampleReadError as error:
                 return error
 
-        answers = list(in_order(size, self._index, self._threads))
+        answers = list(in_order(size, range(len(self)), self._threads))
         errors = {index: value for index, value in enumerate(answers) if isinstance(value, SampleReadError)}
-        largest = max((value for value in answers if isinstance(value, int)), default=0)
-        if not largest:
+        if len(errors) == len(answers):
             raise next(iter(errors.values()))
-        itemsize = torch.bfloat16.itemsize if self.codec is None else 1
-        sizes = [largest if isinstance(value, SampleReadError) else value for value in answers]
-        return np.array(sizes, np.int64) * itemsize, errors
+        sizes = np.zeros((len(answers), max(len(value) for value in answers if isinstance(value, list))), np.int64)
+        for index, value in enumerate(answers):
+            if isinstance(value, list):
+                sizes[index, : len(value)] = value
+        sizes[list(errors)] = sizes.max(0)
+        return sizes * (torch.bfloat16.itemsize if self.codec is None else 1), errors
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest sample, which is the one of most bytes where bytes go with tokens."""
-        readable = [index for index in range(len(self)) if index not in self.unreadable]
+        """Tokens of the longest prefix that may come, with tails a few more (`TailRoom.longest`)."""
+        return self._most_tokens(0) if self.tail_room is None else self.tail_room.longest
+
+    @cached_property
+    def tail_room(self) -> TailRoom | None:
+        """Lengths of the longest stored prefix and the longest tail; None where only direct prefixes come."""
+        if self.choice.prefix == "direct":
+            return None
+        parts = range(1, self._sizes[0].shape[1])
+        return TailRoom(stored=self._most_tokens(0), tail=max(map(self._most_tokens, parts)))
+
+    def _most_tokens(self, part: int) -> int:
+        """Tokens of the longest prefix (part 0) or tail, which is the one of most bytes where bytes go with tokens."""
+        sizes, name = self._sizes[0][:, part], tail_name(part - 1) if part else ""
+        readable = [index for index in range(len(self)) if index not in self.unreadable and sizes[index]]
         if self.codec is None:
-            return self._kv_shape(max(readable, key=self.kv_bytes.__getitem__))[3]
+            return self._kv_shape(max(readable, key=sizes.__getitem__), name)[3]
         if self.codec.fixed_size:
-            return bisect_left(range(_MOST_TOKENS), int(self.kv_bytes.max()), key=self.layout.size_bytes)
+            return bisect_left(range(_MOST_TOKENS), int(sizes.max()), key=self.layout.size_bytes)
 
         def tokens(index: int) -> int:
             try:
-                return self._kv_shape(index)[3]
+                return self._kv_shape(index, name)[3]
             except SampleReadError:  # its turn will tell; the others are none the worse
                 return 0
 
@@ -190,8 +236,9 @@ class CachedDataset:
     def error_of(self, index: int) -> SampleReadError | None:
         """Read all that models need of a sample, and return what is wrong with it, if anything is."""
         reader, sample_id = self._index[index]
+        tails = [name for name in reader.fields if self.tails_of(index) and name.startswith(self.tails_of(index))]
         try:
-            reader.read(sample_id, (*self.prefix_fields, *POSE_FIELDS))
+            reader.read(sample_id, (*self.prefix_fields, *POSE_FIELDS, *tails))
         except SampleReadError as error:
             return error
         return None
@@ -221,9 +268,19 @@ class CachedDataset:
                 error = failed
         raise error or next(iter(self.unreadable.values()))
 
-    def _kv_shape(self, index: int) -> tuple[int, ...]:
-        """`[layer, 2, kv_head, token, channel]` of a sample."""
+    def _kv_shape(self, index: int, name: str = "") -> tuple[int, ...]:
+        """`[layer, 2, kv_head, token, channel]` of a sample's prefix, or of the tail whose fields begin with `name`."""
         reader, sample_id = self._index[index]
         if self.codec is None:
-            return reader.shape(sample_id, "kv")
-        return tuple(reader.read(sample_id, fields=[KV_SHAPE])[KV_SHAPE].tolist())
+            return reader.shape(sample_id, f"{name}kv")
+        field = f"{name}{KV_SHAPE}"
+        return tuple(reader.read(sample_id, fields=[field])[field].tolist())
+
+
+def _check_rollouts(store: str, reader: CacheReader, prefix: str) -> None:
+    """Raise `UsageError` for a store without rollouts where they are to be trained on."""
+    if not tail_count(reader.fields):
+        raise UsageError(
+            f"store {store} has no reasoning rollouts, and the prefix is to be {prefix!r}. Extract its samples into "
+            "another store with `alpacache extract --reasoning rollout`, or pass --prefix direct."
+        )

@@ -2,9 +2,9 @@
 
 A sample's KV is one *stem* (system text, images, ego history) followed by *tails*. The array `kv` holds the stem and
 the direct tail back to back, so that the usual prefix is one contiguous read; `stem_len` says where the tail begins.
-Tails of reasoning rollouts are further fields, `tail.0.kv` and so on, which attach to the same stem; only evaluation
-reads them. With a quantising codec, which the store's identity names, `kv` is the codec's flat bytes and `kv_shape`
-tells the lengths.
+Tails of reasoning rollouts are further fields, `tail.0.kv` and so on, which attach to the same stem; evaluation reads
+them, and training that is asked to. With a quantising codec, which the store's identity names, `kv` is the codec's flat
+bytes and `kv_shape` tells the lengths.
 """
 
 import io

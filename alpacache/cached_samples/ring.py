@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.ring_source import CHUNKS, RingSource, SampleRequest
+from alpacache.cached_samples.features import tail_name
+from alpacache.cached_samples.ring_source import CHUNKS, TAIL_CHUNKS, RingSource, SampleRequest, StoredPrefix
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.strata import Turn
 from alpacache.errors import DataError
 from alpacache.gpu.device import has_kernels, restored_torch_threads
 from alpacache.gpu.host_memory import Bytes, page_aligned, page_lock, page_rounded, page_unlock
-from alpacache.prefix.layout import PrefixLayout
+from alpacache.prefix.layout import PrefixLayout, TailRoom
 from cache_store import Prefetcher, SampleReadError, UnreadableSampleError
 from cache_store.prefetcher import PrefetchedSample
 
@@ -51,18 +52,30 @@ class PrefixRows:
         device: torch.device,
         batches: int = 2,
         check_on_device: bool = False,
+        tail_room: TailRoom | None = None,
     ) -> None:
         """Make room for `batches` of up to `batch_size` samples of up to `longest` tokens.
 
         `check_on_device`: where there is a GPU with Triton, stored bytes are checked in the rows, and damage is told by
-        `damage` instead of an error of the threads that read.
+        `damage` instead of an error of the threads that read. `tail_room`: tails of rollouts may come with the samples;
+        they have rows of their own beside encoded prefixes, and join plain ones, which then are no longer as they were
+        stored and so cannot be checked here.
         """
         self.layout, self.longest, self.batch_size, self.batches = layout, longest, batch_size, batches
-        rows = batches * batch_size
-        self.data = torch.empty(rows, layout.row_bytes(longest), dtype=torch.uint8, device=device)
+        self.tail_room = tail_room
+        rows, (size, tail_size) = batches * batch_size, layout.row_sizes(longest, tail_room)
+        self.data = torch.empty(rows, size, dtype=torch.uint8, device=device)
         """`[batches * batch_size, row_bytes]`: batch s uses slot s % batches, `batch_size` rows."""
         self.device = self.data.device
-        self.checked = check_on_device and has_kernels(device)
+        self.tails = self.data.new_empty(rows, tail_size) if tail_size else None
+        """`[batches * batch_size, tail_row_bytes]`: encoded tails of the samples in the rows of the same numbers."""
+        self.read_bytes = layout.read_bytes(longest, tail_room)
+        """Bytes of a host buffer for what is read of a sample."""
+        joins = tail_room is not None and layout.codec is None
+        self.checked = check_on_device and has_kernels(device) and not joins
+        arriving = max(tail_room.stored, tail_room.tail) if tail_room is not None and joins else 0
+        self.arriving = self.data.new_empty(layout.row_bytes(arriving) if arriving and device.type == "cuda" else 0)
+        """Place on a GPU of bytes from a store that are about to join others in a row."""
         self.damage = torch.zeros(rows, dtype=torch.int32, device=device)
         """`[rows]`: not zero from when damaged bytes have come into a row; stays zero unless rows are `checked`."""
 
@@ -78,13 +91,22 @@ class Batch:
     """`[B, 64, 2]` float32 on the CPU: the normalised target."""
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
-    """Tokens of each prefix."""
+    """Tokens of each prefix that are attended to."""
+    stored: tuple[int, ...]
+    """Tokens of stem and direct tail, as the store has them."""
+    stems: tuple[int, ...]
+    """How many of those are attended to: all of them, or the stem, which the tail of a rollout follows."""
     starts: tuple[int, ...]
     """Position of each sample's first action token."""
     turns: tuple[Turn, ...]
     """Turn stratum of each sample's driven path."""
     ready: torch.cuda.Event | None
     """Recorded when the rows hold the prefixes; None on the CPU, where they do already."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens that none of these prefixes exceeds, neither as stored nor as attended to."""
+        return max(*self.lengths, *self.stored)
 
 
 class BatchRing:
@@ -132,8 +154,8 @@ class BatchRing:
         """Which part of the rows the next batch takes."""
         self._in_use = [False] * rows.batches
         self._free = [self._event()] * rows.batches  # after whatever the rows were used for before
-        self._indices = [0] * len(rows.data)
-        """Sample in each row."""
+        self._requests_in: list[SampleRequest | None] = [None] * len(rows.data)
+        """What was requested for each row."""
         self._copying: deque[tuple[PrefetchedSample[SampleRequest], torch.cuda.Event]] = deque()
 
     def __enter__(self) -> Self:
@@ -183,9 +205,11 @@ class BatchRing:
         rows = self._rows.damage.nonzero().flatten().tolist()
         if not rows:
             return DataError("a sample of another process is damaged; the message of that process names it.")
-        reader, sample_id = self._dataset.locate(self._indices[rows[0]])
+        request = self._requests_in[rows[0]]
+        assert request is not None
+        reader, sample_id = self._dataset.locate(request.index)
         try:
-            reader.read(sample_id, ["kv"])
+            reader.read(sample_id, ["kv"] if request.tail is None else ["kv", f"{tail_name(request.tail)}kv"])
         except SampleReadError as error:
             return error
         return UnreadableSampleError(
@@ -202,22 +226,25 @@ class BatchRing:
         if (free := self._free[part]) is not None and self._stream is not None:
             self._stream.wait_event(free)
         row = first = part * self._rows.batch_size
-        taken: list[tuple[SampleRequest, int, int]] = []
-        chunks: dict[int, NDArray[np.int64]] = {}
+        taken: list[tuple[SampleRequest, StoredPrefix]] = []
+        chunks: dict[str, dict[int, NDArray[np.int64]]] = {CHUNKS: {}, TAIL_CHUNKS: {}}
         ready = None
         while not taken or not taken[-1][0].ends_batch:
             if (sample := self._take(samples)) is None:
                 return None
-            kv, tokens, start = self._source.content(sample)
-            self._indices[row] = sample.sample_id.index
-            if CHUNKS in sample.arrays:
-                chunks[row] = sample.arrays[CHUNKS]
-            ready = self._copy(sample, kv, row)
-            taken.append((sample.sample_id, tokens, start))
+            content = self._source.content(sample)
+            self._requests_in[row] = sample.sample_id
+            for key in chunks.keys() & sample.arrays.keys():
+                chunks[key][row] = sample.arrays[key]
+            ready = self._copy(sample, content, row)
+            taken.append((sample.sample_id, content))
             row += 1
-        if chunks:
-            ready = self._check(chunks)
-        requests, lengths, starts = zip(*taken, strict=True)
+        if chunks[CHUNKS]:
+            ready = self._check(self._rows.data, chunks[CHUNKS])
+        if chunks[TAIL_CHUNKS]:
+            assert self._rows.tails is not None
+            ready = self._check(self._rows.tails, chunks[TAIL_CHUNKS])
+        requests, contents = zip(*taken, strict=True)
         action, turns = self._source.targets(requests)
         self._part, self._in_use[part] = (part + 1) % self._rows.batches, True
         return Batch(
@@ -225,8 +252,10 @@ class BatchRing:
             sample_ids=tuple(self._dataset.sample_id(request.index) for request in requests),
             action=action,
             rows=tuple(range(first, row)),
-            lengths=lengths,
-            starts=starts,
+            lengths=tuple(content.tokens for content in contents),
+            stored=tuple(content.stored for content in contents),
+            stems=tuple(content.stem for content in contents),
+            starts=tuple(content.start for content in contents),
             turns=turns,
             ready=ready,
         )
@@ -241,24 +270,25 @@ class BatchRing:
             self.waited_s += time.monotonic() - started
         return sample
 
-    def _copy(self, sample: PrefetchedSample[SampleRequest], kv: Tensor, row: int) -> torch.cuda.Event | None:
+    def _copy(
+        self, sample: PrefetchedSample[SampleRequest], content: StoredPrefix, row: int
+    ) -> torch.cuda.Event | None:
         """Fill a row; the sample's buffer is released when that is done, which is at once on the CPU."""
-        target = self._rows.data[row, : len(kv)]
         if self._stream is None:
-            target.copy_(kv)
+            _fill(self._rows, row, content)
             sample.release()
             return None
         if self._source.slabs is not None:
             self._source.slabs.lock_new()
         with torch.cuda.stream(self._stream):
-            target.copy_(kv, non_blocking=True)
+            _fill(self._rows, row, content)
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         copied.record(self._stream)
         self._copying.append((sample, copied))
         return copied
 
-    def _check(self, chunks: dict[int, NDArray[np.int64]]) -> torch.cuda.Event | None:
-        """Compare the copied rows with the checksums of their chunks, behind the copies."""
+    def _check(self, data: Tensor, chunks: dict[int, NDArray[np.int64]]) -> torch.cuda.Event | None:
+        """Compare the copied rows of `data` with the checksums of their chunks, behind the copies."""
         from alpacache.gpu import checksum
 
         of_rows = np.concatenate([np.insert(of_row, 0, row, axis=1) for row, of_row in chunks.items()])
@@ -270,7 +300,7 @@ class BatchRing:
             if self._stream is not None:
                 self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            checksum.check_rows(self._rows.data, table, self._rows.damage, self._scratch)
+            checksum.check_rows(data, table, self._rows.damage, self._scratch)
             return self._event()
 
     def _release_ended(self) -> None:
@@ -291,12 +321,34 @@ class BatchRing:
         if self._source.slabs is not None:
             opened.callback(self._source.slabs.unlock)
             return [np.empty(0, np.uint8)] * self._buffers
-        size = page_rounded(self._rows.data.shape[1])
+        size = page_rounded(self._rows.read_bytes)
         memory = page_aligned(self._buffers * size)
         if self._stream is not None:
             page_lock(memory)
             opened.callback(page_unlock, memory)
         return [memory[start : start + size] for start in range(0, memory.size, size)]
+
+
+def _fill(rows: PrefixRows, row: int, content: StoredPrefix) -> None:
+    """Bring a sample's bytes to its row: as they are, or stem and tail as one prefix where they are plain elements."""
+    kv, tail_kv, layout = content.kv, content.tail_kv, rows.layout
+    if tail_kv is None or rows.tails is not None:
+        rows.data[row, : len(kv)].copy_(kv, non_blocking=True)
+        if tail_kv is not None and rows.tails is not None:
+            rows.tails[row, : len(tail_kv)].copy_(tail_kv, non_blocking=True)
+        return
+    joined = _elements(rows.data[row], layout, content.tokens)
+    stem = content.stem
+    for source, tokens, place in ((kv, content.stored, slice(stem)), (tail_kv, content.tail, slice(stem, None))):
+        if rows.arriving.numel():  # a GPU takes from the host only what lies in one piece there and here
+            source = rows.arriving[: len(source)].copy_(source, non_blocking=True)
+        target = joined[:, :, :, place]
+        target.copy_(_elements(source, layout, tokens)[:, :, :, : target.shape[3]])
+
+
+def _elements(data: Tensor, layout: PrefixLayout, tokens: int) -> Tensor:
+    """`[layer, 2, kv_head, token, channel]` of the plain elements at the beginning of flat bytes."""
+    return data[: layout.size_bytes(tokens)].view(layout.dtype).view(layout.shape(tokens))
 
 
 def samples_ahead(batch_size: int) -> int:

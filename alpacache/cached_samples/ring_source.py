@@ -1,6 +1,7 @@
 """The host's half of the ring: what is read next, from which store, and what is remembered of samples read before.
 
-A sample that comes again has its target, turn and lengths already, and with `in_memory` its bytes too.
+A sample that comes again has its target, turn and lengths already, and with `in_memory` its bytes too. Where it comes
+with the tail of a reasoning rollout, the tail is read beside the prefix, and is new or known by itself.
 """
 
 import threading
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS
+from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS, tail_name
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.strata import TURNS, Turn, turns_ahead
 from alpacache.errors import DataError, UsageError
@@ -25,8 +26,8 @@ from alpacache.torchrun import this_process
 from cache_store.prefetcher import PrefetchedSample
 from cache_store.sample_read import SampleRead
 
-CHUNKS = "chunks"
-"""Key, among the arrays of a sample, of what the device is to check: `SampleRead.unchecked` of the KV."""
+CHUNKS, TAIL_CHUNKS = "chunks", "tail_chunks"
+"""Keys, among the arrays of a sample, of what the device is to check: `SampleRead.unchecked` of prefix and tail."""
 _REMEMBERED = 2**18
 """Samples whose target and lengths stay in memory after their first use, half a kilobyte each."""
 _SPARE_BYTES = 2**31
@@ -88,6 +89,33 @@ class SampleRequest:
     place: int
     """Place in the batch."""
     targets: BatchTargets
+    tail: int | None = None
+    """Number of the rollout whose tail it comes with."""
+    tail_is_new: bool = False
+    """The tail's lengths are not known yet, nor are its bytes in memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPrefix:
+    """A sample's keys and values as the store has them, and what the expert is to attend to of them."""
+
+    kv: Tensor
+    """Bytes of stem and direct tail."""
+    stored: int
+    """Tokens of these."""
+    stem: int
+    """How many of them are attended to: all without a tail."""
+    tail_kv: Tensor | None = None
+    """Bytes of the tail of a rollout."""
+    tail: int = 0
+    """Tokens of these."""
+    start: int
+    """Position of the first action token."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are attended to."""
+        return self.stem + self.tail
 
 
 class RingSource:
@@ -98,23 +126,30 @@ class RingSource:
     ) -> None:
         """`ahead`: reading threads solve targets. Raises `UsageError` where `in_memory` finds too little RAM."""
         self._dataset, self._space, self._solve_ahead = dataset, space, ahead
-        self._unchecked = ("kv",) if check_on_device else ()
+        self._check_on_device = check_on_device
         shape = () if dataset.codec is None else (KV_SHAPE,)
-        self._fields = ("kv", "prefix_len", "start_position", *shape, *POSE_FIELDS)
+        stem = () if dataset.tail_room is None else ("stem_len",)
+        self._fields = ("kv", "prefix_len", "start_position", *stem, *shape, *POSE_FIELDS)
+        self._tail_fields = ("kv", "start_position", *shape)
         self.slabs = _slabs(dataset) if in_memory else None
         """Memory of samples that stay."""
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[tuple[int, int | None], Tensor] = {}
+        """Bytes in memory, by sample and tail; the prefix is of tail None."""
         self._remembered = len(dataset) if in_memory else min(len(dataset), _REMEMBERED)
         self._actions = torch.empty(self._remembered, space.waypoints, 2)
         self._turns = np.zeros(self._remembered, np.uint8)
-        self._counts = np.zeros((self._remembered, 2), np.int64)
+        self._counts = np.zeros((self._remembered, 3), np.int64)
+        """Tokens of each prefix, position after it, tokens of the stem."""
+        self._tails = 0 if dataset.tail_room is None else dataset.tail_bytes.shape[1]
+        self._tail_counts = np.zeros((self._remembered, self._tails, 2), np.int64)
+        """Tokens of each tail, and position after it."""
 
     def requests(self, batches: Iterator[Sequence[tuple[int, int]]], batch_size: int) -> Iterator[SampleRequest]:
         """Plan the reads for batches of (position, sample index), in order.
 
         Samples come back in this order, so one that is requested again is known by then.
         """
-        seen = np.zeros(len(self._dataset), bool)
+        seen, seen_tails = np.zeros(len(self._dataset), bool), np.zeros((self._remembered, self._tails), bool)
         for batch in batches:
             if not 0 < len(batch) <= batch_size:
                 raise ValueError(f"a batch has 1 to {batch_size} samples, got {len(batch)}.")
@@ -125,19 +160,35 @@ class RingSource:
             targets = BatchTargets(sum(is_new), self._solve, ahead=self._solve_ahead)
             last = len(batch) - 1
             for place, (position, index) in enumerate(batch):
-                new = is_new[place]
-                yield SampleRequest(position, index, new, ends_batch=place == last, place=place, targets=targets)
+                tail, tail_is_new = self._dataset.tail_at(index, position), False
+                if tail is not None:
+                    tail_is_new = index >= self._remembered or not seen_tails[index, tail]
+                    seen_tails[index : index + 1, tail] = True  # beyond the remembered ones nothing
+                yield SampleRequest(
+                    position,
+                    index,
+                    is_new[place],
+                    ends_batch=place == last,
+                    place=place,
+                    targets=targets,
+                    tail=tail,
+                    tail_is_new=tail_is_new,
+                )
 
     def views(
         self, request: SampleRequest, buffer: Bytes, fields: Sequence[str] | None = None
     ) -> dict[str, NDArray[Any]]:
         """Destination of the sample's KV: its own place in memory, else the buffer."""
         reader, sample_id = self._dataset.locate(request.index)
-        if self.slabs is not None:
-            if not request.is_new:
-                return {}
-            buffer = self.slabs.place(reader.buffer_bytes(sample_id, ["kv"]))
-        return reader.views(sample_id, buffer, ["kv"])
+        names = ["kv"] if request.is_new or self.slabs is None else []
+        if request.tail is not None and (request.tail_is_new or self.slabs is None):
+            names.append(f"{tail_name(request.tail)}kv")
+        if self.slabs is None:
+            return reader.views(sample_id, buffer, names)
+        out: dict[str, NDArray[Any]] = {}
+        for name in names:
+            out |= reader.views(sample_id, self.slabs.place(reader.buffer_bytes(sample_id, [name])), [name])
+        return out
 
     def plan(
         self,
@@ -150,27 +201,59 @@ class RingSource:
         if not request.is_new and not out:
             return SampleRead(arrays={}, tasks=[])
         reader, sample_id = self._dataset.locate(request.index)
-        names = self._fields if request.is_new else ("kv",)
-        read = reader.plan(sample_id, names, out=out, unchecked=self._unchecked, by_record=True)
+        tail = None if request.tail is None else tail_name(request.tail)
+        names = [*self._fields] if request.is_new else [name for name in out or () if name == "kv"]
+        if tail is not None and request.tail_is_new:
+            names += [f"{tail}{name}" for name in self._tail_fields]
+        elif tail is not None and f"{tail}kv" in (out or ()):
+            names.append(f"{tail}kv")
+        unchecked = [name for name in names if name.endswith("kv")] if self._check_on_device else []
+        read = reader.plan(sample_id, names, out=out, unchecked=unchecked, by_record=True)
         if request.is_new:
-            self._check(sample_id, read.arrays)
+            self._check(sample_id, read.arrays, "", int(read.arrays["prefix_len"]))
             request.targets.add(request.place, request.index, [read.arrays[name] for name in POSE_FIELDS])
-        chunks = {CHUNKS: read.unchecked["kv"]} if "kv" in read.unchecked else {}
+        if tail is not None and request.tail_is_new:
+            self._check(sample_id, read.arrays, tail, self._tail_tokens(read.arrays, tail))
+        keys = {CHUNKS: "kv", TAIL_CHUNKS: f"{tail}kv"}
+        chunks = {key: read.unchecked[name] for key, name in keys.items() if name in read.unchecked}
         return SampleRead(arrays=read.arrays | chunks, tasks=read.tasks)
 
-    def content(self, sample: PrefetchedSample[SampleRequest]) -> tuple[Tensor, int, int]:
-        """A sample's bytes, its tokens and the position that follows them: as just read, or as remembered."""
-        index, arrays = sample.sample_id.index, sample.arrays
-        kv = self._kept[index] if index in self._kept else torch.from_numpy(arrays["kv"].reshape(-1).view(np.uint8))
-        if not sample.sample_id.is_new:
-            tokens, start = self._counts[index].tolist()
-            return kv, tokens, start
-        tokens, start = int(arrays["prefix_len"]), int(arrays["start_position"])
-        if index < self._remembered:
-            self._counts[index] = tokens, start
+    def content(self, sample: PrefetchedSample[SampleRequest]) -> StoredPrefix:
+        """A sample's bytes, their tokens and the position that follows them: as just read, or as remembered."""
+        request, arrays = sample.sample_id, sample.arrays
+        index, number = request.index, request.tail
+        kv = self._bytes((index, None), arrays, "kv")
+        if request.is_new:
+            stored, start = int(arrays["prefix_len"]), int(arrays["start_position"])
+            stem = int(arrays.get("stem_len", stored))
+            if index < self._remembered:
+                self._counts[index] = stored, start, stem
+        else:
+            stored, start, stem = self._counts[index].tolist()
+        if number is None:
+            return StoredPrefix(kv=kv, stored=stored, stem=stored, start=start)
+        tail = tail_name(number)
+        tail_kv = self._bytes((index, number), arrays, f"{tail}kv")
+        if request.tail_is_new:
+            tokens, start = self._tail_tokens(arrays, tail), int(arrays[f"{tail}start_position"])
+            if index < self._remembered:
+                self._tail_counts[index, number] = tokens, start
+        else:
+            tokens, start = self._tail_counts[index, number].tolist()
+        return StoredPrefix(kv=kv, stored=stored, stem=stem, tail_kv=tail_kv, tail=tokens, start=start)
+
+    def _bytes(self, part: tuple[int, int | None], arrays: Mapping[str, NDArray[Any]], name: str) -> Tensor:
+        """Bytes of a sample's prefix or tail, as just read or as kept."""
+        if (kept := self._kept.get(part)) is not None:
+            return kept
+        kv = torch.from_numpy(arrays[name].reshape(-1).view(np.uint8))
         if self.slabs is not None:
-            self._kept[index] = kv
-        return kv, tokens, start
+            self._kept[part] = kv
+        return kv
+
+    def _tail_tokens(self, arrays: Mapping[str, NDArray[Any]], tail: str) -> int:
+        shape = arrays[f"{tail}kv"].shape if self._dataset.codec is None else arrays[f"{tail}{KV_SHAPE}"]
+        return int(shape[3])
 
     def targets(self, batch: Sequence[SampleRequest]) -> tuple[Tensor, tuple[Turn, ...]]:
         """Actions `[B, 64, 2]` and turns of a batch: those of new samples as solved, others as remembered."""
@@ -197,22 +280,33 @@ class RingSource:
             action = torch.cat([self._solve([index], of_one)[0] for index, of_one in zip(indices, alone, strict=True)])
         return action, turns_ahead(*poses[1:])
 
-    def _check(self, sample_id: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Compare the bytes with layout and number of tokens, which is all that the device decodes them by."""
-        tokens = int(arrays["prefix_len"])
-        shape = arrays["kv"].shape if self._dataset.codec is None else tuple(arrays[KV_SHAPE].tolist())
+    def _check(self, sample_id: str, arrays: Mapping[str, NDArray[Any]], name: str, tokens: int) -> None:
+        """Compare the bytes with layout and number of tokens, which is all that the device decodes them by.
+
+        `name` begins the names of the fields: those of a tail, or nothing.
+        """
+        size = arrays[f"{name}kv"].nbytes
+        shape = arrays[f"{name}kv"].shape
+        if self._dataset.codec is not None:
+            shape = tuple(arrays[f"{name}{KV_SHAPE}"].tolist())
         expected = self._dataset.layout.shape(tokens)
-        if shape != expected or tokens < 1 or not self._dataset.layout.can_be(arrays["kv"].nbytes, tokens):
+        if shape != expected or tokens < 1 or not self._dataset.layout.can_be(size, tokens):
             raise DataError(
-                f"sample {sample_id!r} has keys and values {list(shape)} in {arrays['kv'].nbytes} bytes and "
+                f"sample {sample_id!r} has keys and values {list(shape)} in {size} bytes and "
                 f"{tokens} tokens; with the first sample's layers, heads and channels {list(expected)} is expected. "
+                "Extract it again, or leave its store out."
+            )
+        if not name and not 0 < (stem := int(arrays.get("stem_len", tokens))) <= tokens:
+            raise DataError(
+                f"sample {sample_id!r} has a stem of {stem} tokens; expected 1 to {tokens}, as many as its prefix has. "
                 "Extract it again, or leave its store out."
             )
 
 
 def _slabs(dataset: CachedDataset) -> Slabs:
     """Room for all samples. Raises `UsageError` where there is not enough."""
-    needed, available = sum(map(page_rounded, dataset.kv_bytes.tolist())), available_bytes()
+    sizes = [*dataset.kv_bytes.tolist(), *dataset.tail_bytes.flatten().tolist()]
+    needed, available = sum(map(page_rounded, sizes)), available_bytes()
     # Each will have kept all samples after some epochs, and all ask before any has begun.
     processes = this_process().local_world_size
     total = processes * (needed + _SPARE_BYTES)

@@ -12,7 +12,7 @@ from torch import Tensor
 from alpacache.alpamayo import ActionExpert
 from alpacache.cached_samples.ring import Batch, PrefixRows
 from alpacache.prefix.layout import LEAST_DECODED
-from alpacache.prefix.packed import PackedPrefixes
+from alpacache.prefix.packed import PackedPrefixes, PackedTails
 
 _SPARE_BYTES = 2 * 2**30
 """GPU memory that decoded layers leave to activations and libraries, where nobody has planned it."""
@@ -52,7 +52,7 @@ class StagedBatch:
         real = torch.float32 if self._cuda else torch.float64  # the CPU's optimizer takes the Python number itself
         action = (expert.action_space.waypoints, 2)
         self._parts: list[tuple[torch.dtype, tuple[int, ...]]] = [
-            (torch.int64, (3, self.size)),
+            (torch.int64, (3 if rows.tails is None else 6, self.size)),
             (torch.float32, (self.size, 1, *action)),
             (torch.float32, (self.size, draws, *action)),
             (torch.float32, (self.size, draws)),
@@ -63,8 +63,9 @@ class StagedBatch:
         self._padded = [size + -size % _ALIGNMENT for size in self._sizes]
         self._flat = torch.zeros(sum(self._padded), dtype=torch.uint8, device=rows.device)
         self._places, self.action, self.noise, self.t, self.lr, self.stop = self._views(self._flat)
-        """int64 `[3, B]`: row, tokens and first position of each prefix; `[B, 1, 64, 2]`; `[B, K, 64, 2]`; `[B, K]`;
-        learning rate; requests to stop."""
+        """int64 `[3, B]`: row, tokens and first position of each prefix, and where tails may come `[6, B]`: tokens as
+        stored, of the stem and of the tail; `[B, 1, 64, 2]`; `[B, K, 64, 2]`; `[B, K]`; learning rate; requests to
+        stop."""
         self._places.fill_(1)
         if self._cuda:
             self._copying = torch.cuda.Stream(rows.device)  # type: ignore[no-untyped-call]
@@ -95,7 +96,9 @@ class StagedBatch:
                 f"noise is {list(noise.shape)} and t {list(times.shape)}; expected {list(expected)} of noise."
             )
         filled = [*range(count), *[0] * (self.size - count)]
-        places = torch.tensor([batch.rows, batch.lengths, batch.starts])
+        tails = [length - stem for length, stem in zip(batch.lengths, batch.stems, strict=True)]
+        places = torch.tensor([batch.rows, batch.lengths, batch.starts, batch.stored, batch.stems, tails])
+        places = places[: len(self._places)]
         flow = (tensor[filled] for tensor in (batch.action[:, None], noise, times))
         host = torch.empty(len(self._flat), dtype=torch.uint8, pin_memory=self._cuda)
         values = (places[:, filled], *flow, torch.tensor(lr, dtype=torch.float64), torch.tensor(float(stop)))
@@ -106,8 +109,16 @@ class StagedBatch:
             torch.cuda.current_stream().wait_event(batch.ready)
 
     def prefixes(self, part: slice = slice(None), *, longest: int | None = None) -> PackedPrefixes:
-        """The prefixes of some of the staged samples, with layers decoded ahead; none is above `longest` tokens."""
-        rows, lengths, starts = self._places[:, part]
+        """The prefixes of some of the staged samples, with layers decoded ahead; none is above `longest` tokens.
+
+        `longest`: at least `Batch.longest`; by default what the rows have room for.
+        """
+        rows, lengths, starts, *of_tails = self._places[:, part]
+        tails, room = None, self.rows.tail_room
+        if self.rows.tails is not None and room is not None:
+            stored, stems, added = of_tails
+            tails = PackedTails(data=self.rows.tails, stored=stored, stems=stems, lengths=added, longest=room.tail)
+            longest = longest and longest + 1  # tokens beyond a tail have a place
         ahead = None
         if self._decoded is not None:
             from alpacache.prefix.layers_ahead import LayersAhead
@@ -122,6 +133,7 @@ class StagedBatch:
             longest=longest or self.rows.longest,
             dtype=self._dtype,
             ahead=ahead,
+            tails=tails,
         )
 
     def _send(self, host: Tensor) -> None:

@@ -70,7 +70,7 @@ class ActionSampler:
         """Enqueue all flow steps of a batch from `noise [B, K, 64, 2]` on the CPU."""
         staged = self._staged
         staged.put(batch, noise)
-        shape = (staged.size, staged.rows.longest) if self._fixed else (len(batch.rows), max(batch.lengths))
+        shape = (staged.size, staged.rows.longest) if self._fixed else (len(batch.rows), batch.longest)
         if self._capture and self._graph is None:
             self._graph = captured(partial(self._compute, *shape))
         if self._graph is not None:

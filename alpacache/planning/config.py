@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
+from alpacache.cached_samples.prefix_choice import TrainedPrefix
 from alpacache.config import (
     BatchSize,
     Config,
@@ -81,7 +82,8 @@ class StoredConfig(Config):
     hidden_states: Literal["last", "none"] = "last"
     """`last` stores the hidden states after the last layer, `none` does not."""
     reasoning: Literal["none", "rollout"] = "none"
-    """`rollout` stores, beside the direct prompt's KV, that of sampled reasoning texts, for `eval`."""
+    """`rollout` stores, beside the direct prompt's KV, that of sampled reasoning texts, for `eval` and `train
+    --prefix`."""
     rollouts: Repeats = 6
     """Reasoning texts per sample, with `rollout`."""
 
@@ -112,6 +114,8 @@ class PlanConfig(StoredConfig):
     """Samples per step."""
     draws: Repeats = 1
     """Noise draws per sample and step."""
+    prefix: TrainedPrefix = "direct"
+    """What is trained on: the direct prefix, `rollouts` or a `mix` of both, which need `--reasoning rollout`."""
     epochs: Epochs = 3.0
     """Passes over the samples."""
     trainable: Trainable = "all"
@@ -128,5 +132,8 @@ class PlanConfig(StoredConfig):
     """Measure this disk, and this GPU if there is one, for up to 30 s, and count CPU cores, instead of assuming."""
 
     def _check_together(self) -> None:
+        expect(
+            self.prefix == "direct" or self.tails > 0, "prefix", self.prefix, "direct, or --reasoning rollout with it"
+        )
         flat = max(self.picture) > 200 * min(self.picture)
         expect(not flat, "picture", self.picture, "height and width of at most 1 to 200")

@@ -33,7 +33,7 @@ They make a step some 3 % shorter, and a run that needs little of a card should 
 
 def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: bool) -> MemoryPlan:
     """Compute the memory these settings need."""
-    row, tokens = work.layout.row_bytes(work.longest), micro_batch * draws * FUTURE_STEPS
+    row, tokens = _row_bytes(work), micro_batch * draws * FUTURE_STEPS
     wide, inner = _SAVED["lora" if work.trainable == "lora" else "all", work.compiled]
     layer = tokens * (wide * work.hidden + inner * work.intermediate)
     # With checkpointing every layer's input in float32, and one layer in full.
@@ -53,13 +53,13 @@ def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: 
         weights=(work.parameters + adapters) * BF16_BYTES,
         gradients=gradients,
         moments=state_bytes(work.optimizer, work.trained),
-        prefixes=2 * work.batch_size * row,
-        decoding=LEAST_DECODED * _decoded_bytes(work, micro_batch),
+        prefixes=2 * work.batch_size * row + _arriving_bytes(work),
+        decoding=LEAST_DECODED * _decoded_bytes(work, micro_batch) + _decoded_tail_bytes(work, micro_batch),
         activations=activations,
         shared=both - peak,
-        validation=VAL_BATCH * row + _decoded_bytes(work, VAL_BATCH) if work.validates else 0,
+        validation=_validation_bytes(work, row) if work.validates else 0,
         workspace=_WORKSPACE_BYTES + widest + round(_GAPS * peak),
-        pinned=samples_ahead(work.batch_size) * row if work.pinned_bytes is None else work.pinned_bytes,
+        pinned=_pinned_bytes(work),
     )
 
 
@@ -97,7 +97,41 @@ def with_room_used(work: Workload, plan: MemoryPlan, *, cap_bytes: int) -> Memor
         return plan
     room = min((1 - _ROOM) * cap_bytes - plan.device_bytes, _MOST_MORE * plan.device_bytes)
     layers = min(work.layers, plan.decoded_layers + int(max(0.0, room) // each))
-    return replace(plan, decoded_layers=layers, decoding=layers * each)
+    tails = _decoded_tail_bytes(work, plan.micro_batch)
+    return replace(plan, decoded_layers=layers, decoding=layers * each + tails)
+
+
+def _row_bytes(work: Workload) -> int:
+    """Bytes of a sample in the rows of a batch."""
+    return sum(work.layout.row_sizes(work.longest, work.tail_room))
+
+
+def _arriving_bytes(work: Workload) -> int:
+    """Place of one sample's plain elements before stem and tail are joined."""
+    if work.tail_room is None or work.layout.codec is not None:
+        return 0
+    return work.layout.row_bytes(max(work.tail_room.stored, work.tail_room.tail))
+
+
+def _decoded_tail_bytes(work: Workload, samples: int) -> int:
+    """Size of one layer of tails, decoded, and of its keys once more in the order of their stems."""
+    layout = work.layout
+    if work.tail_room is None or layout.codec is None:
+        return 0
+    return samples * work.tail_room.tail * 3 * layout.kv_heads * layout.head_dim * BF16_BYTES
+
+
+def _validation_bytes(work: Workload, row: int) -> int:
+    """One batch, and one decoded layer of it; its lengths are taken to be those of training."""
+    decoded = _decoded_bytes(work, VAL_BATCH) + _decoded_tail_bytes(work, VAL_BATCH)
+    return VAL_BATCH * row + decoded + _arriving_bytes(work)
+
+
+def _pinned_bytes(work: Workload) -> int:
+    """Page-locked host memory: all samples, or the ring's buffers."""
+    if work.pinned_bytes is not None:
+        return work.pinned_bytes
+    return samples_ahead(work.batch_size) * work.layout.read_bytes(work.longest, work.tail_room)
 
 
 def _decoded_bytes(work: Workload, samples: int) -> int:
@@ -108,7 +142,7 @@ def _decoded_bytes(work: Workload, samples: int) -> int:
 
 def _remedy(work: Workload, least: MemoryPlan, cap_bytes: int) -> str:
     """Say what to change so that the smallest settings would fit."""
-    row_pair = 2 * work.layout.row_bytes(work.longest)
+    row_pair = 2 * _row_bytes(work)
     spare = cap_bytes - (least.device_bytes - least.prefixes)
     if (batch := min(work.batch_size - 1, spare // row_pair)) >= 1:
         return f"Lower --batch-size to {batch}, or raise --memory-budget."

@@ -18,6 +18,7 @@ from alpacache.alpamayo.families import RELEASED
 from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import MAX_TOKENS
+from alpacache.cached_samples.features import tail_name
 from alpacache.driving.cameras import sort_cameras
 from alpacache.errors import UsageError
 from alpacache.planning import time_model
@@ -25,14 +26,17 @@ from alpacache.planning.config import PlanConfig, Trainable, allowed_bytes, budg
 from alpacache.planning.gpus import GPUS, MEASURED, Gpu, gpu_named
 from alpacache.planning.machine import disk_speed, existing_folder, gpu_speed
 from alpacache.planning.memory_model import fastest_plan, memory_plan
-from alpacache.planning.sample_size import planned_prompt, sample_bytes
+from alpacache.planning.sample_size import longest_tail, planned_prompt, sample_bytes
 from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload, expert_sizes
+from alpacache.prefix.layout import TailRoom
 from cache_store import CODECS
 from cache_store.storage.local_files import free_bytes
 
 READ_BYTES_S, WRITE_BYTES_S = 1.5e9, 1.0e9
 """Speed assumed of a disk that was not measured: cold reads of an NVMe drive, and writes until they are durable
 (measured: 1.4 to 1.8 and 0.7 to 2.1 GB/s, `benchmarks/results/`)."""
+_TAIL_SHARE = {"direct": 0.0, "mix": 0.5, "rollouts": 1.0}
+"""Share of the samples that a training on these prefixes reads a tail of."""
 CORES = 16
 """CPU cores beside the GPU that was measured; assumed unless this machine is probed."""
 
@@ -137,7 +141,11 @@ def plan(config: PlanConfig) -> Plan:
     cap = allowed_bytes(machine.gpu.memory_gb)
     if config.memory_budget is not None:
         cap = min(cap, budget_bytes(config.memory_budget))
-    work = _workload(geometry, prompt.tokens, config.trainable, config.lora_rank, config.codec, config.batch_size)
+    room = None
+    if config.prefix != "direct":
+        room = TailRoom(stored=prompt.tokens, tail=longest_tail(prompt))
+    work = _workload(geometry, prompt.tokens, config.trainable, config.lora_rank, config.codec, config.batch_size, room)
+    kv_bytes = chosen["kv"] + _TAIL_SHARE[config.prefix] * chosen.get(f"{tail_name(0)}kv", 0)
     memory = fastest_plan(work, draws=config.draws, micro_batch=None, checkpointing=None, cap_bytes=cap)
     at_once = time_model.prefill_batch(cameras=len(cameras), frames=config.frames)
     prefill_s = time_model.prefill_seconds(geometry.vlm_parameters, at_once * prompt.tokens, machine.gpu) / at_once
@@ -164,7 +172,7 @@ def plan(config: PlanConfig) -> Plan:
         free_bytes=free,
         machine=machine,
         extract=extract,
-        train=_train_plan(samples, config.epochs, work, memory, machine, kv_bytes=chosen["kv"]),
+        train=_train_plan(samples, config.epochs, work, memory, machine, kv_bytes=kv_bytes),
         memory=memory,
         memory_bytes=memory.device_bytes,
         cap_bytes=cap,
@@ -184,14 +192,21 @@ def least_training_bytes(trainable: Trainable) -> int:
 
 
 def _workload(
-    geometry: Geometry, tokens: int, trainable: Trainable, lora_rank: int, codec: str, batch_size: int
+    geometry: Geometry,
+    tokens: int,
+    trainable: Trainable,
+    lora_rank: int,
+    codec: str,
+    batch_size: int,
+    tail_room: TailRoom | None = None,
 ) -> Workload:
     """Training as `train` would plan for it on a GPU: adamw8, compiled, with a validation store."""
     layers, heads, head_dim = geometry.layers, geometry.kv_heads, geometry.head_dim
     return Workload(
         **expert_sizes(geometry.expert_shapes, trainable, lora_rank),
         layout=PrefixLayout(layers=layers, kv_heads=heads, head_dim=head_dim, codec=CODECS.get(codec)),
-        longest=tokens,
+        longest=tokens if tail_room is None else tail_room.longest,
+        tail_room=tail_room,
         batch_size=batch_size,
         trainable=trainable,
         optimizer="adamw8",
@@ -218,7 +233,7 @@ def _machine(gpu_name: str, *, probed_folder: str | None) -> Machine:
 
 
 def _train_plan(
-    samples: int, epochs: float, work: Workload, memory: MemoryPlan, machine: Machine, *, kv_bytes: int
+    samples: int, epochs: float, work: Workload, memory: MemoryPlan, machine: Machine, *, kv_bytes: float
 ) -> TrainPlan:
     steps = math.ceil(epochs * samples / work.batch_size)
     first_epoch = min(steps, samples / work.batch_size)

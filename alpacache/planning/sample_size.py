@@ -62,6 +62,11 @@ def planned_prompt(
     return PlannedPrompt(cameras=cameras, frames=frames, text=text, **sizes)
 
 
+def longest_tail(prompt: PlannedPrompt) -> int:
+    """Tokens with KV of the longest reasoning rollout there can be: the last of its text has none."""
+    return prompt.question_tokens + MAX_TOKENS - 1
+
+
 def sample_bytes(
     geometry: Geometry,
     prompt: PlannedPrompt,
@@ -93,7 +98,7 @@ def sample_bytes(
         small["front_jpeg"] = np.zeros(jpeg_bytes, np.uint8)
     lengths = {"": tokens}
     for name in map(tail_name, range(rollouts)):
-        lengths[name] = prompt.question_tokens + MAX_TOKENS - 1  # the last one has no KV
+        lengths[name] = longest_tail(prompt)
         small |= {
             f"{name}input_ids": np.zeros(lengths[name] + 1, np.int64),
             f"{name}start_position": np.zeros((), np.int64),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from alpacache.alpamayo.family import EXPERT_LINEARS, HEAD_TENSORS
 from alpacache.planning.config import CONTEXT_BYTES
-from alpacache.prefix.layout import PrefixLayout
+from alpacache.prefix.layout import PrefixLayout, TailRoom
 
 _BYTES = {"adamw": 4.0, "adamw8": 3.0 + 3 * 2 / 128}
 """Optimizer state of a bf16 parameter: two bf16 moments; or a residual, two codes and three scales for each 128."""
@@ -41,6 +41,8 @@ class Workload:
     """`adamw8` or `adamw`."""
     compiled: bool
     validates: bool
+    tail_room: TailRoom | None = None
+    """Lengths of stored prefixes and of tails, where tails of reasoning rollouts may come."""
     pinned_bytes: int | None = None
     """Size of samples kept in host memory; None: only the ring's."""
 

@@ -1,10 +1,12 @@
 """Layers of keys and values that are decoded ahead of the attention that reads them, on a stream of their own."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from alpacache.prefix.layout import LEAST_DECODED, PrefixLayout
-from alpacache.prefix.packed import PackedPrefixes
+from alpacache.prefix.packed import PackedPrefixes, PackedTails
 
 
 def make_places(layout: PrefixLayout, samples: int, longest: int, device: torch.device, *, layers: int) -> Tensor:
@@ -17,8 +19,48 @@ def decode(prefixes: PackedPrefixes, layer: int, scratch: Tensor | None = None) 
     """Rows of `PrefixLayout.scratch_shape` with a layer of every sample decoded; allocated if None."""
     if scratch is None:
         scratch = prefixes.data.new_empty(prefixes.layout.scratch_shape(len(prefixes.rows), prefixes.longest))
-    prefixes.layout.tensor_codec.decode_batch(prefixes, layer, scratch)
+    codec, tails = prefixes.layout.tensor_codec, prefixes.tails
+    if tails is None:
+        codec.decode_batch(prefixes, layer, scratch)
+        return scratch
+    codec.decode_batch(replace(prefixes, lengths=tails.stored, tails=None), layer, scratch)
+    _put_tails(prefixes, tails, layer, scratch)
     return scratch
+
+
+def _put_tails(prefixes: PackedPrefixes, tails: PackedTails, layer: int, scratch: Tensor) -> None:
+    """Decode the tails of a layer, and put them behind their stems in rows of scratch that hold what is stored.
+
+    Nothing waits for the device or depends on lengths but by tensors, so that a graph can hold it.
+    """
+    layout = prefixes.layout
+    apart = replace(prefixes, data=tails.data, lengths=tails.lengths, longest=tails.longest, tails=None, ahead=None)
+    decoded = decode(apart, layer)
+    keys, values = _layers(decoded, layout, tails.longest).unbind(2)
+    if layout.is_ordered:  # as the stem's: the queries of a sample have one order
+        wanted, order = _orders(scratch, layout, prefixes.longest), _orders(decoded, layout, tails.longest)
+        order = order.clamp(max=layout.head_dim - 1)  # where there is no tail it is anything
+        channels = torch.arange(layout.head_dim, device=scratch.device).expand_as(order)
+        place_of = torch.zeros_like(order).scatter_(-1, order, channels)
+        keys = keys.gather(-1, place_of.gather(-1, wanted)[..., None, :].expand_as(keys))
+    token = torch.arange(tails.longest, device=scratch.device)
+    at = (tails.stems[:, None] + token).clamp(max=prefixes.longest - 1)  # what is behind a tail is never read
+    at = at[:, None, None, :, None].expand_as(keys)
+    for place, part in zip(_layers(scratch, layout, prefixes.longest).unbind(2), (keys, values), strict=True):
+        place.scatter_(3, at, part)
+
+
+def _layers(scratch: Tensor, layout: PrefixLayout, longest: int) -> Tensor:
+    """bfloat16 `[B, layer, 2, kv_head, token, channel]` of rows of scratch."""
+    elements = scratch[:, : layout.order_at(longest)].view(torch.bfloat16)
+    return elements.view(len(scratch), layout.tensor_codec.layers_together, *layout.shape(longest)[1:])
+
+
+def _orders(scratch: Tensor, layout: PrefixLayout, longest: int) -> Tensor:
+    """int64 `[B, layer, kv_head, channel]`, the channel at each place of a key."""
+    together = layout.tensor_codec.layers_together
+    orders = scratch[:, layout.order_at(longest) : layout.order_at(longest, together)]
+    return orders.view(len(scratch), together, layout.kv_heads, layout.head_dim).long()
 
 
 class LayersAhead:

@@ -16,6 +16,21 @@ LEAST_DECODED = 2
 """Decoded layers that there is room for: while one is attended to, another is decoded."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailRoom:
+    """Lengths that rows have room for where tails of reasoning rollouts may come in place of the direct one."""
+
+    stored: int
+    """Tokens of the longest prefix as it is stored: stem and direct tail."""
+    tail: int
+    """Tokens of the longest rollout's tail."""
+
+    @property
+    def longest(self) -> int:
+        """More tokens than any stem with any tail has, by one or more, as the direct tail is not in it."""
+        return self.stored + self.tail
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrefixLayout:
     """Layout of one row of bytes, given its number of tokens."""
@@ -53,6 +68,21 @@ class PrefixLayout:
         """Bytes of a row that takes so many tokens: aligned, with room for kernels to read whole words at its end."""
         size = self.size_bytes(tokens) + 8
         return size + -size % 256
+
+    def row_sizes(self, longest: int, tails: TailRoom | None) -> tuple[int, int]:
+        """Bytes of a row for up to `longest` tokens, and of the row beside it where tails stay apart, as encoded.
+
+        Plain elements are joined in the row itself.
+        """
+        if tails is None or self.codec is None:
+            return self.row_bytes(longest), 0
+        return self.row_bytes(tails.stored), self.row_bytes(tails.tail)
+
+    def read_bytes(self, longest: int, tails: TailRoom | None) -> int:
+        """Bytes of a host buffer that takes all that is read of a sample's keys and values."""
+        if tails is None:
+            return self.row_bytes(longest)
+        return self.row_bytes(tails.stored) + self.row_bytes(tails.tail)
 
     def decode(self, row: Tensor, layer: int, tokens: int) -> Tensor:
         """`[2, kv_head, token, channel]` of one layer of a sample, from its row of bytes."""

@@ -20,6 +20,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackedTails:
+    """Encoded tails of reasoning rollouts, which take the place of the direct ones in the prefixes of B samples."""
+
+    data: Tensor
+    """`[rows, row_bytes]` uint8; a sample's tail has the row that its prefix has."""
+    stored: Tensor
+    """`[B]` int64: tokens that each sample's own row holds, stem and direct tail."""
+    stems: Tensor
+    """`[B]` int64: how many of these are attended to: all of them where a sample keeps its direct tail."""
+    lengths: Tensor
+    """`[B]` int64: tokens of each tail, 0 where a sample keeps its direct one."""
+    longest: int
+    """Upper bound of `lengths`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedPrefixes:
     """The prefixes of B samples, of any lengths."""
 
@@ -29,15 +45,18 @@ class PackedPrefixes:
     rows: Tensor
     """`[B]` int64: each sample's row."""
     lengths: Tensor
-    """`[B]` int64 tokens, each at least 1."""
+    """`[B]` int64 tokens, each at least 1; with a tail those of stem and tail."""
     starts: Tensor
     """`[B]` int64 position of each sample's first action token."""
     longest: int
-    """Upper bound of the lengths, known on the host, so that no kernel launch waits for the device."""
+    """Upper bound of the lengths, known on the host, so that no kernel launch waits for the device. With `tails` it is
+    no less than what is stored and above all lengths: tokens beyond a tail have a place too."""
     dtype: torch.dtype
     """Dtype of what `layer` returns: the expert's."""
     ahead: "LayersAhead | None" = None
     """Decodes this batch's layers ahead and keeps those it has room for; None: a layer is decoded when it is used."""
+    tails: PackedTails | None = None
+    """Tails of rollouts for some or all of these samples; only of encoded rows."""
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, kv_heads, longest, head_dim]` of one layer, zeros beyond each sample's length.
@@ -46,8 +65,17 @@ class PackedPrefixes:
         """
         shape = (2, len(self.rows), self.layout.kv_heads, self.longest, self.layout.head_dim)
         padded = torch.zeros(shape, dtype=self.dtype, device=self.data.device)
-        for place, (row, tokens) in enumerate(zip(self.rows.tolist(), self.lengths.tolist(), strict=True)):
-            padded[:, place, :, :tokens] = self.layout.decode(self.data[row], index, tokens)
+        places = zip(self.rows.tolist(), self.lengths.tolist(), strict=True)
+        if self.tails is None:
+            for place, (row, tokens) in enumerate(places):
+                padded[:, place, :, :tokens] = self.layout.decode(self.data[row], index, tokens)
+            return padded[0], padded[1]
+        lengths = zip(self.tails.stored.tolist(), self.tails.stems.tolist(), strict=True)
+        for place, ((row, tokens), (stored, stem)) in enumerate(zip(places, lengths, strict=True)):
+            padded[:, place, :, :stem] = self.layout.decode(self.data[row], index, stored)[:, :, :stem]
+            if tokens > stem:
+                tail = self.layout.decode(self.tails.data[row], index, tokens - stem)
+                padded[:, place, :, stem:tokens] = tail
         return padded[0], padded[1]
 
 

@@ -25,7 +25,8 @@ from alpacache.driving.cameras import CAMERAS, sort_cameras
 from alpacache.driving.poses import Track, check_track, check_usable, ego_poses, frame_indices, sample_times_us
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, DataError, SourceError, UsageError
-from alpacache.sources.pai_cache import FEATURES_FILE, REPO, LinkedCache, explain_hub_error
+from alpacache.hub import why_unreachable
+from alpacache.sources.pai_cache import FEATURES_FILE, REPO, LinkedCache, explain_hub_error, unreachable_hub
 from alpacache.sources.pai_chunks import ChunkCache, cache_directory, limit_bytes
 from alpacache.sources.pai_metadata import Faults, read_by_clip
 from alpacache.sources.recording import POSE_COLUMNS, Shot, covered_us, sample_of, track_of, wanted_frame_times_us
@@ -62,6 +63,8 @@ def open_hub(*, cameras: Sequence[str] | None = None) -> "PhysicalAiSource":
     limit, directory = limit_bytes(), cache_directory()
     options = {"cache_dir": str(directory) if limit else None, "confirm_download_threshold_gb": float("inf")}
     interface_class = _devkit()
+    if why := why_unreachable():
+        raise unreachable_hub(why)
     try:
         interface = with_retry(lambda: interface_class(**options), what=f"opening {REPO}")
     except connection_errors() as error:

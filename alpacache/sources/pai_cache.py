@@ -26,6 +26,7 @@ _FIRST_CHUNK = (
     "--include 'metadata/*' --include 'splits/*' --include 'labels/egomotion/*chunk_0000*' "
     "--include 'camera/camera_front_wide_120fov/*chunk_0000*' --include 'calibration/*/*chunk_0000*'"
 )
+_LOCAL = f"or read a local tree with pai:DIR; its first chunk is fetched by: {_FIRST_CHUNK}"
 _SPLITS = Path("splits/default.parquet")
 _PRESENCE, _OLD_PRESENCE = Path("metadata/feature_presence.parquet"), Path("metadata/sensor_presence.parquet")
 
@@ -95,6 +96,12 @@ def _check_regular(file: Path) -> None:
         raise SourceError(f"{file} cannot be read: {error}.") from error
 
 
+def unreachable_hub(why: str) -> SourceError:
+    """The error for a hub that was not asked, as it is out of reach."""
+    help_text = "unset it" if why.startswith("HF_HUB_OFFLINE") else "try again online"
+    return SourceError(f"pai ({REPO}): the hub cannot be reached ({why}); {help_text}, {_LOCAL}.")
+
+
 def explain_hub_error(error: Exception) -> SourceError:
     """Tell offline, gated and unreachable apart, and name the command that helps.
 
@@ -105,13 +112,12 @@ def explain_hub_error(error: Exception) -> SourceError:
     cause = error.__cause__ if isinstance(error, DataError) else error
     status = getattr(getattr(cause, "response", None), "status_code", None)
     refused = isinstance(cause, RepositoryNotFoundError) or status in (401, 403)  # gated ones are "not found" too
-    local = f"or read a local tree with pai:DIR; its first chunk is fetched by: {_FIRST_CHUNK}"
     if isinstance(cause, OfflineModeIsEnabled):
-        help_text = f"HF_HUB_OFFLINE is set; unset it, {local}"
+        help_text = f"HF_HUB_OFFLINE is set; unset it, {_LOCAL}"
     elif isinstance(cause, HfHubHTTPError) and refused:
         page = f"https://huggingface.co/datasets/{REPO}"
         help_text = f"the dataset is gated; accept its terms at {page}, then run: hf auth login"
     else:
-        help_text = f"the hub cannot be reached; try again online, {local}"
+        help_text = f"the hub cannot be reached; try again online, {_LOCAL}"
     repeated = "after repeated tries, " if cause is not error else ""
     return SourceError(f"pai ({REPO}): {help_text} ({repeated}{first_line(cause or error)})")

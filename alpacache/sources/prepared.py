@@ -17,6 +17,7 @@ from alpacache.driving.cameras import sort_cameras
 from alpacache.driving.poses import EgoPoses
 from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
+from alpacache.hub import why_unreachable
 from alpacache.regular_file import regular_size
 from alpacache.sources.folder import is_plain_name
 from alpacache.sources.prepared_rows import NEEDED, POSES, check_columns, from_row, sound_poses
@@ -88,6 +89,8 @@ def open_prepared(place: str) -> PreparedSource:
     name = f"hf:{directory.resolve().name if directory.is_dir() else place}"
     unreadable = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError)
     _refuse_irregular_files(directory)
+    if not directory.is_dir() and not _must_be_a_path(place) and (why := why_unreachable()):
+        raise SourceError(f"hf:{place} cannot be read{_remedy(place, unreachable=why)}")
     try:
         rows = _SavedRows(directory, name) if is_saved(directory) else StreamedRows(place)
         return PreparedSource(rows, name=name)
@@ -140,8 +143,8 @@ class _SavedRows:
         self.poses: Callable[[int], dict[str, Any]] = rows.select_columns(list(POSES)).__getitem__
 
 
-def _remedy(place: str) -> str:
-    """The end of an error message: what to do."""
+def _remedy(place: str, *, unreachable: str = "") -> str:
+    """The end of an error message: what to do; `unreachable` says why the hub is, if it is."""
     import huggingface_hub
 
     if Path(place).is_dir():
@@ -149,6 +152,11 @@ def _remedy(place: str) -> str:
     fetch = f"hf download {place} --repo-type dataset --local-dir DIR"
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return f"; HF_HUB_OFFLINE is set: unset it, or fetch it where there is a network: {fetch}, then read hf:DIR."
+    if unreachable:
+        return (
+            f": the hub cannot be reached ({unreachable}). Try again online, or fetch it where there is a network, "
+            f"after hf auth login if it is private or gated: {fetch}, then read hf:DIR."
+        )
     if _must_be_a_path(place):
         return "; there is no such directory, and a hub repository is named OWNER/NAME."
     return (

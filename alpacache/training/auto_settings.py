@@ -136,7 +136,7 @@ def batch_seconds(
     device: torch.device,
 ) -> float:
     """Mean seconds in which the stores deliver a batch, measured with the run's first ones and nothing to wait for."""
-    rows = PrefixRows(data.layout, data.longest, batch_size=batch_size, device=device)
+    rows = PrefixRows(data.layout, data.longest, batch_size=batch_size, device=device, tail_room=data.tail_room)
     while True:
         batches = map(damaged.replace, batches_of(order, batch_size, first=0, end=_TIMED_BATCHES))
         ends: list[float] = []

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from alpacache.cached_samples.prefix_choice import TrainedPrefix
 from alpacache.config import (
     MOST,
     BatchSize,
@@ -67,6 +68,10 @@ class TrainConfig(Config):
     draws: Annotated[Repeats | Literal["auto"] | None, Written(metavar="INTEGER|auto", read=_count_or_auto)] = None
     """Noise draws per sample and step; they share the sample's prefix. `auto`: as many as the GPU can process
     while the next batch is read, measured when a run begins. Default: 1, or a resumed run's."""
+    prefix: TrainedPrefix | None = None
+    """What the expert attends to of a sample: the `direct` prefix, that of one of its reasoning `rollouts`, chosen anew
+    in every epoch, or a `mix`, half of the times direct. Validation goes by the same rule, with one choice a sample for
+    all of a run. Default: direct, or a resumed run's."""
     balance: Literal["none", "curvature"] = "none"
     """`curvature`: straight, gentle and sharp futures have equal shares of every epoch."""
     on_overlap: Literal["stop", "allow"] = "stop"

@@ -15,6 +15,7 @@ from typing import Any
 from alpacache.alpamayo import Checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import check_same_vlm, model_identity
+from alpacache.cached_samples.prefix_choice import PrefixChoice
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.masking import masked
@@ -57,10 +58,15 @@ class RunInputs:
         self.directory.check_usable()
         check_begun(self.directory, resume=config.resume)
         self.checkpoint = Checkpoint(config.model)
-        self.data = CachedDataset(config.store_paths, self.checkpoint)
+        prefix = config.prefix or "direct"
+        choice = PrefixChoice(prefix=prefix, seed=config.seed or 0)
+        self.data = CachedDataset(config.store_paths, self.checkpoint, choice=choice)
         if config.on_damage == "stop":
             self.data.refuse_unreadable()
-        self.val = CachedDataset([config.val], self.checkpoint) if config.val else None
+        self.val: CachedDataset | None = None
+        if config.val:
+            choice = PrefixChoice(prefix=prefix, seed="val")  # the same for every seed, as validation's noise is
+            self.val = CachedDataset([config.val], self.checkpoint, choice=choice)
         if self.val is not None:
             check_same_vlm(self.data.vlm, self.val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
         allowed, paths = config.on_overlap == "allow", config.store_paths
@@ -197,7 +203,7 @@ def check_begun(directory: RunDirectory, *, resume: bool) -> None:
 
 
 def restore_settings(config: TrainConfig) -> TrainConfig:
-    """Fill in the seed, draws, label rule and average that a config leaves open: a resumed run's, or the defaults."""
+    """Fill in the seed, draws, prefix, label rule and average that a config leaves open: a run's, or defaults."""
     settings: Mapping[str, Any] = {}
     average: Mapping[str, Any] = {}
     free: Mapping[str, Any] = {}
@@ -207,6 +213,7 @@ def restore_settings(config: TrainConfig) -> TrainConfig:
         settings, average, free = state["settings"], state["average"] or {}, state.get("free_settings", {})
     rule = settings.get("label_rule", "unguarded") if settings else "guarded"  # runs of before knew no other
     chosen = {"seed": settings.get("seed", 0), "draws": settings.get("draws", 1), "label_rule": rule}
+    chosen |= {"prefix": settings.get("prefix", "direct")}
     chosen |= {"ema": average.get("decay"), "ema_every": free.get("ema_every") or 100}
     return replace(config, **{key: value for key, value in chosen.items() if getattr(config, key) is None})
 
@@ -244,7 +251,8 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: s
 def _meant(record: Mapping[str, Any]) -> dict[str, Any]:
     """Part of a `settings_record` that must not change, in one form: epochs as steps, defaults spelled out."""
     apart = {"micro_batch", "processes", "dataset_samples", "stores", "epochs", "steps", "warmup"}
-    meant = {"label_rule": "unguarded"} | {key: value for key, value in record.items() if key not in apart}
+    meant: dict[str, Any] = {"label_rule": "unguarded", "prefix": "direct"}  # as it was before there was a choice
+    meant |= {key: value for key, value in record.items() if key not in apart}
     if record.get("steps") or record.get("epochs"):
         meant["steps"] = steps = record.get("steps") or steps_of(
             record["epochs"], record["dataset_samples"], record["batch_size"]

@@ -259,6 +259,8 @@ class RunLog:
         told["samples/s"] = f"{row['samples_per_s']:.3g}"
         if "val_loss" in row:
             told["val"] = "not finite" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
+            if row.get("val_prefix", "direct") != "direct":
+                told["val"] += f" on {row['val_prefix']}"
         rate = row["samples_per_s"] / self._batch_size
         progress = Progress(done=row["step"], total=self._total, unit="steps", rate=rate, notes={**told, **notes})
         self._on_progress(progress)

@@ -112,7 +112,8 @@ def _train(
         optimizer=resolve(config.optimizer, world.device),
         compiled=config.compile,
         validates=config.val is not None,
-        pinned_bytes=int(data.kv_bytes.sum()) if config.in_memory else None,
+        tail_room=data.tail_room,
+        pinned_bytes=int(data.kv_bytes.sum() + data.tail_bytes.sum()) if config.in_memory else None,
     )
     assert config.draws is not None
     plan = auto_settings.settle(
@@ -260,6 +261,7 @@ class _Run:
             self.data.longest,
             batch_size=world.local_batch_size(config.batch_size),
             device=expert.device,
+            tail_room=self.data.tail_room,
             # The device tells of damage a step late, when an average would have taken in what did not happen.
             check_on_device=config.on_damage == "stop" and config.ema is None,
         )
@@ -401,7 +403,7 @@ class _Run:
         by_turn = added(self.world.all_gather(self.log.turn_losses))
         self.log.turn_losses = {}
         trained = {f"train_loss/{turn}": losses.mean for turn, losses in by_turn.items()}
-        return {**strict_json.plain(self.validated), **trained}
+        return {**strict_json.plain(self.validated), "val_prefix": self.config.prefix, **trained}
 
     def _notes(self) -> dict[str, str]:
         """Notes for the progress line, besides the numbers of the step."""

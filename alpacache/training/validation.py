@@ -50,9 +50,12 @@ class Validation:
         mine = self._indices[world.rank :: world.size]
         batches = ([(index, index) for index in mine[at : at + VAL_BATCH]] for at in range(0, len(mine), VAL_BATCH))
         # The memory plan has room for one batch, and for one decoded layer of it.
-        rows = PrefixRows(self._data.layout, self._data.longest, batch_size=VAL_BATCH, device=expert.device, batches=1)
+        data, room = self._data, self._data.tail_room
+        rows = PrefixRows(
+            data.layout, data.longest, batch_size=VAL_BATCH, batches=1, device=expert.device, tail_room=room
+        )
         staged = StagedBatch(rows, expert, draws=_DRAWS, decoded_layers=0)
-        ring = BatchRing(self._data, expert.action_space, batches, rows)
+        ring = BatchRing(data, expert.action_space, batches, rows)
         rounds = math.ceil(len(self._indices) / world.size / VAL_BATCH)  # the same in all processes
         expert.eval()
         try:
@@ -81,7 +84,7 @@ class Validation:
         schedule, count = self._times, len(batch.rows)
         t = torch.stack([randomness.times("val", name, draws=_DRAWS, schedule=schedule) for name in batch.sample_ids])
         staged.put(batch, noise, t=t)
-        prefixes = staged.prefixes(slice(count), longest=max(batch.lengths))
+        prefixes = staged.prefixes(slice(count), longest=batch.longest)
         flow = staged.action[:count], staged.noise[:count], staged.t[:count]
         return flow_loss(expert, *flow, prefixes, causal=self._causal).tolist(), prefixes
 

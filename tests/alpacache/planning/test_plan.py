@@ -90,10 +90,31 @@ def test_rollouts_are_counted_at_their_longest():
     longest = 24 + 255  # the question, and all but the last of 256 tokens
     assert tails["tail.5.kv"] == pytest.approx(longest * a_token * 1.07, rel=0.02)
     assert found.store_bytes - plain.store_bytes == pytest.approx(1000 * sum(tails.values()), rel=0.01)
-    assert found.kv_bytes_by_codec == plain.kv_bytes_by_codec  # training reads the direct prefix only
+    assert found.kv_bytes_by_codec == plain.kv_bytes_by_codec
+    assert (found.memory, found.train) == (plain.memory, plain.train)  # training reads the direct prefix only
     assert any("an upper bound" in text for text in found.notes)
     assert plain.rollouts == 0
     assert not any("upper bound" in text for text in plain.notes)
+
+
+def test_training_on_rollouts_is_planned_with_their_tails():
+    def planned(prefix, codec="int8"):
+        return plan(PlanConfig(**ASK | {"codec": codec}, reasoning="rollout", prefix=prefix))
+
+    direct, mix, rollouts = map(planned, ("direct", "mix", "rollouts"))
+    assert direct.memory.prefixes < mix.memory.prefixes == rollouts.memory.prefixes
+    assert direct.memory.decoding < mix.memory.decoding
+    assert direct.memory.pinned < mix.memory.pinned
+    kv, tail = direct.bytes_by_field["kv"], direct.bytes_by_field["tail.0.kv"]
+    assert rollouts.train.read_s / direct.train.read_s == pytest.approx((kv + tail) / kv)
+    assert mix.train.read_s == pytest.approx((direct.train.read_s + rollouts.train.read_s) / 2)
+    assert direct.train.compute_s < rollouts.train.compute_s
+    plain = planned("rollouts", codec="bf16")
+    row = -(-((direct.tokens + 24 + 255) * 36 * 2 * 8 * 128 * 2 + 8) // 256) * 256
+    stored = -(-(direct.tokens * 36 * 2 * 8 * 128 * 2 + 8) // 256) * 256
+    assert plain.memory.prefixes == 2 * 4 * row + stored  # and one sample that is about to be joined
+    with pytest.raises(UsageError, match="prefix is mix; expected direct, or --reasoning rollout with it"):
+        PlanConfig(**ASK, prefix="mix")
 
 
 @pytest.mark.system

@@ -21,7 +21,7 @@ from alpacache.alpamayo.prefix_attention import PrefixCall, _ExplicitAttention
 from alpacache.prefix import attention_kernels, decode_kernels
 from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.layers_ahead import LayersAhead, decode, make_places
-from alpacache.prefix.packed import pack
+from alpacache.prefix.packed import PackedTails, pack
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures
 from cache_store import CODECS
 from cache_store.kv.affine import AffineCodec
@@ -71,6 +71,33 @@ def check(codec, lengths, draws, causal, *, heads=4, kv_heads=2, dim=128, tokens
     ):
         # The interpreter cuts float32 to bfloat16 instead of rounding.
         assert error(got, wanted) <= (2e-2 if DEVICE == "cpu" else 4e-3), (codec, lengths, error(got, wanted))
+
+
+def check_tails(codec, stored, stems, tails, *, heads=4, kv_heads=2, dim=128, tokens=16):
+    """Stems of the first prefixes with tails behind them, 0 tokens for a prefix that keeps its own, layers ahead."""
+    device = torch.device(DEVICE)
+    packed = pack([prefix(codec, n, kv_heads, dim) for n in stored], device=device, dtype=torch.bfloat16)
+    others = pack([prefix(codec, max(1, n), kv_heads, dim) for n in tails], device=device, dtype=torch.bfloat16)
+    kept, added = torch.tensor(stems, device=device), torch.tensor(tails, device=device)
+    behind = PackedTails(data=others.data, stored=packed.lengths, stems=kept, lengths=added, longest=max(1, *tails))
+    longest = max(stored) + max(tails)
+    packed = replace(packed, lengths=kept + added, starts=kept + added, longest=longest, tails=behind)
+    places = make_places(packed.layout, len(stored), longest, device, layers=2)
+    places.fill_(255)
+    ahead = replace(packed, ahead=LayersAhead(places, torch.cuda.Stream() if DEVICE == "cuda" else None))
+    rows, scale = len(stored), dim**-0.5
+    query, key, value, grad = (
+        torch.randn(rows, tokens, count, dim, device=DEVICE).bfloat16().transpose(1, 2)
+        for count in (heads, kv_heads, kv_heads, heads)
+    )
+    output, lse = attention_kernels.forward(query, key, value, ahead, 1, scale, causal=False)
+    grads = attention_kernels.backward(grad, query, key, value, output, lse, ahead, 1, scale, causal=False)
+    own = [tensor.float().requires_grad_() for tensor in (query, key, value)]
+    call = PrefixCall(prefix=replace(packed, dtype=torch.float32), causal=False)
+    expected = _ExplicitAttention.apply(*own, call, 1, scale)
+    wanted = (expected, *torch.autograd.grad(expected, own, grad.float()))
+    for got, want in zip((output, *grads), wanted, strict=True):
+        assert error(got, want) <= (2e-2 if DEVICE == "cpu" else 4e-3), (codec, stored, tails, error(got, want))
 
 
 def check_decoded(packed, dim):
@@ -127,6 +154,8 @@ if __name__ == "__main__":
     if DEVICE == "cuda":
         check("int8", [3050, 2900, 809, 1], 1, False, **size)
         check("int8", [809], 1, False, **size)
+    for name in ("int8",) if DEVICE == "cpu" else ("int8", "fp8", "int4"):
+        check_tails(name, [75, 33], [70, 33], [40, 0], **size)
     for odd in (
         AffineCodec(key_group=24, value_group=4, spread=False),
         AffineCodec(key_bits=(3,), value_bits=(6,), key_group=9, value_group=2),

@@ -140,6 +140,10 @@ def test_what_an_older_version_left_open_is_not_compared_and_a_real_change_named
         run_inputs.check_unchanged(before | {"optimizer": "adamw"}, record(ONE) | {"optimizer": "adamw8"}, run="run")
     former = {key: value for key, value in before.items() if key != "label_rule"}
     run_inputs.check_unchanged(former, former | {"label_rule": "unguarded"}, run="run")
+    former = {key: value for key, value in former.items() if key != "prefix"}
+    run_inputs.check_unchanged(former, former | {"prefix": "direct"}, run="run")
+    with pytest.raises(UsageError, match="prefix: the run has 'direct', now 'mix'"):
+        run_inputs.check_unchanged(former, former | {"prefix": "mix"}, run="run")
     with pytest.raises(UsageError, match="label_rule: the run has 'unguarded', now 'guarded'"):
         run_inputs.check_unchanged(former, former | {"label_rule": "guarded"}, run="run")
     with pytest.raises(UsageError, match=r"steps: the run has 3, now 4\nRepeat"):
@@ -160,6 +164,7 @@ def test_what_a_run_was_begun_with_need_not_be_repeated(tmp_path, run_state):
     assert found(config) == [7, 4, 0.9, 4, "unguarded"]
     assert found(replace(config, seed=0, ema=0.5, label_rule="guarded")) == [0, 4, 0.5, 4, "guarded"]
     assert found(replace(config, resume=False)) == [0, 1, None, 100, "guarded"]
+    assert run_inputs.restore_settings(config).prefix == "direct"  # nor was there a choice of prefixes
 
 
 def test_settings_that_differ_from_the_last_call_are_told():

@@ -1,0 +1,98 @@
+"""Whether the hub is within reach, found out before its client is asked.
+
+Without a network the client tries every request for half a minute and warns each time. So a connection is opened first,
+to the hub or mirror (HF_ENDPOINT) or to the proxy that leads there. No time-out of the client is touched: once anything
+answers, a slow network has all the time it had.
+"""
+
+import os
+import socket
+import threading
+import time
+from queue import Empty, SimpleQueue
+from urllib.parse import urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
+
+_WAIT_S = 2.0
+_KEPT_S = 30.0
+"""Seconds for which a hub that did not answer is not tried again; one that did is taken to stay."""
+_PORTS = {"http": 80, "https": 443}
+_SOCKS_PORT = 1080
+_known: dict[tuple[str, int], tuple[float, str]] = {}
+"""Host and port to when they were tried, and what came of it."""
+
+
+def why_unreachable() -> str:
+    """Why the hub cannot be reached, for people; empty if it can.
+
+    An answer is awaited for two seconds, or for HF_HUB_ETAG_TIMEOUT where that is set: the client's own for the first
+    answer to a request.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    door = host, port, what = _door(constants.ENDPOINT)
+    if not host:
+        return ""  # the client says what is wrong with such an address
+    tried, failure = _known.get(door[:2], (-_KEPT_S, "untried"))
+    if failure and time.monotonic() - tried >= _KEPT_S:
+        wait_s = float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else _WAIT_S
+        failure = knock(host, port, wait_s)
+        _known[door[:2]] = time.monotonic(), failure
+    return f"{what} {host}:{port}: {failure}" if failure else ""
+
+
+def _door(endpoint: str) -> tuple[str, int, str]:
+    """Host and port that a request to the hub connects to, and what that is; without a name and password."""
+    address = urlsplit(endpoint)
+    host, proxies = address.hostname or "", getproxies_environment()
+    proxy = proxies.get(address.scheme) or proxies.get("all")
+    what = "hub" if host == "huggingface.co" else "HF_ENDPOINT"
+    try:
+        if proxy and not proxy_bypass(host):
+            through = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+            port = through.port or (
+                _SOCKS_PORT if through.scheme.startswith("socks") else _PORTS.get(through.scheme, 80)
+            )
+            return through.hostname or "", port, "proxy"
+        return host, address.port or _PORTS.get(address.scheme, 443), what
+    except ValueError:  # a port that is no number
+        return "", 0, ""
+
+
+def knock(host: str, port: int, wait_s: float) -> str:
+    """Connect to any of the host's addresses, all of them at once; what went wrong, empty if one has answered.
+
+    In threads that nobody waits for longer: looking a name up cannot be given a time-out.
+    """
+    told: SimpleQueue[str] = SimpleQueue()
+    failures: list[str] = []
+
+    def connect(family: socket.AddressFamily, address: tuple[object, ...]) -> None:
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as one:
+                one.settimeout(wait_s)
+                one.connect(address)
+            told.put("")
+        except OSError as error:
+            failures.append(error.strerror or str(error))
+
+    def resolve() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            told.put(getattr(error, "strerror", None) or str(error))
+            return
+        tries = [threading.Thread(target=connect, args=(family, address), daemon=True) for family, *_, address in found]
+        for thread in tries:
+            thread.start()
+        for thread in tries:
+            thread.join()
+        told.put(failures[0] if failures else "")
+
+    threading.Thread(target=resolve, daemon=True).start()
+    try:
+        return told.get(timeout=wait_s)
+    except Empty:
+        return f"no answer within {wait_s:g} s"
