@@ -10,6 +10,7 @@ import numpy as np
 
 from alpacache.checks.check import Check
 from alpacache.checks.colours import looks_swapped
+from alpacache.checks.glimpses import Glimpse, glimpses_of_clip, glimpses_of_sample
 from alpacache.checks.motion import Motion, judge_axes, judge_rotations, judge_speed, judge_standing, motion_of
 from alpacache.checks.pictures import Turn, turns_of_clip, turns_of_sample
 from alpacache.checks.recordings import (
@@ -22,7 +23,7 @@ from alpacache.checks.recordings import (
     read_recording,
     recording_of,
 )
-from alpacache.checks.repeats import Moment, repeats_of_clip, repeats_of_sample
+from alpacache.checks.repeats import Moment, moments_of
 from alpacache.checks.targets import Paths, Targets, judge_targets, paths_of, targets_of
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
@@ -58,6 +59,8 @@ class ClipFindings:
     turns: list[Turn] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
     """Successive pictures while the vehicle drives."""
+    glimpses: list[Glimpse] = field(default_factory=list)
+    """Those of the front camera."""
     swapped: list[bool] = field(default_factory=list)
     """For each picture that tells: True if red and blue look swapped."""
     speeds_mps: list[float] = field(default_factory=list)
@@ -82,12 +85,13 @@ def examine(
     cameras: Sequence[str],
     frames: int,
     to_show: Collection[SampleRef],
+    number: int,
     clips: int,
 ) -> ClipFindings:
     """Load all samples of a clip, as `extract` would, and judge its recording.
 
-    A source without recordings is judged by the part of one that the clip's first sample holds. `clips` is how many
-    the source has: the more there are, the fewer turns of each are looked at.
+    A source without recordings is judged by the part of one that the clip's first sample holds. `number` is that of the
+    clip among `clips` of the source: the more there are, the less film of each is looked at, and of some none.
     """
     clip, first = ClipFindings(clip_id=clip_id, refused=list(refused)), None
     for ref in refs:
@@ -113,8 +117,9 @@ def examine(
     if len(recording.track.timestamps_us) >= 2:
         _judge_recording(clip, recording)
         if clip.motion is not None and FRONT_CAMERA in recording.frame_times_us:
-            clip.turns += turns_of_clip(source, clip_id, clip.motion, clips=clips)
-            clip.moments += repeats_of_clip(source, clip_id, clip.motion, clips=clips)
+            clip.turns += turns_of_clip(source, clip_id, clip.motion, number=number, clips=clips)
+            for glimpse in glimpses_of_clip(source, clip_id, clip.motion, number=number, clips=clips):
+                _add_glimpse(clip, glimpse)
     return clip
 
 
@@ -146,12 +151,20 @@ def _add_sample(clip: ClipFindings, sample: Sample) -> None:
     clip.strata += strata.labels
     height, width = sample.frames.shape[-2:]
     clip.sizes.append((width, height, sample.ref.sample_id))
-    if min(float(camera[-1].std()) for camera in sample.frames) < 1.0:
+    glimpses = glimpses_of_sample(sample)
+    if min(float(glimpse.pictures[-1].std()) for glimpse in glimpses) < 1.0:
         clip.blank.append(sample.ref.sample_id)
-    clip.moments += repeats_of_sample(sample)
+    for glimpse in glimpses:
+        _add_glimpse(clip, glimpse)
     front = sample.cameras.index(FRONT_CAMERA) if FRONT_CAMERA in sample.cameras else 0
-    looks = looks_swapped(sample.frames[front, -1])
+    looks = looks_swapped(glimpses[front].newest)
     clip.swapped += [] if looks is None else [looks]
+
+
+def _add_glimpse(clip: ClipFindings, glimpse: Glimpse) -> None:
+    clip.moments += moments_of(glimpse)
+    if glimpse.camera == FRONT_CAMERA and len(glimpse.pictures) > 1:
+        clip.glimpses.append(glimpse)
 
 
 def _judge_recording(clip: ClipFindings, recording: Recording) -> None:

@@ -1,16 +1,17 @@
 """Agreement of the clocks of pictures and poses: how the picture moves sideways against how the vehicle turns.
 
 Half a second between both is no fault of either: all samples are sound, and what the model sees is not what the vehicle
-does. So the sideways movement of the far field is compared with the turning of the poses at lags of up to 3 s. Whether
-the lag that fits best is known well enough shows when parts of the film are left out: it must stay.
+does. So the sideways movement of the far field is compared with the turning of the poses at lags of up to 3 s, and at
+lags that grow over a clip, as those of a clock do that runs too fast. Whether what fits best is known well enough shows
+when parts of the film are left out: it must stay.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from alpacache.checks.check import Check, not_judged, verdict
 from alpacache.checks.motion import Motion
@@ -22,13 +23,20 @@ from alpacache.sources.source import RecordedSource
 
 STEP_US = 200_000
 """Time between two frames that are compared."""
-LAGS_S: Floats = np.arange(-30, 31) * np.float64(0.1)
+LAG_STEP_S = 0.1
+LAGS_S: Floats = np.arange(-30, 31) * np.float64(LAG_STEP_S)
+BEYOND = 30
+"""Lags beyond these on either side that are known, so that those of clocks which drift can be made of them."""
+RATES: Floats = np.arange(-16, 17) * np.float64(0.005)
+"""By how much a clock may run too fast; quartz is within 0.0001, a wrong frame rate is not."""
 PAIRS = 300
 """Most pairs of frames to look at, all clips together."""
 FEW = 10
 """Clips from which on half as many pairs are enough: more of them turn, and their samples take longer to read."""
 PAIRS_A_CLIP = 50
 """Least pairs of a clip that is looked at; with many clips only those that turn most are."""
+EARLY_US = 100_000_000
+"""Part of a clip in which a clock that drifts has not gone too far to be recognised."""
 MIN_TURNED_RAD = 0.3
 """Turning without which a clip tells nothing."""
 CHUNK = 16
@@ -42,6 +50,22 @@ MIN_LIKENESS = 0.5
 MIN_PROMINENCE = 0.05
 """How much worse lags must fit that are 1 s or more from the best."""
 MAX_ERROR_S = 0.1
+DRIFT = 0.01
+"""Rate from which a clock counts as one that drifts."""
+SURE_DRIFT = 0.005
+"""Rate that must lie below the best by two standard errors."""
+DRIFTED_S = 0.35
+"""Least change of the lag over what is compared: from turn to turn it differs by a tenth or so."""
+LEFT_OVER = 0.8
+"""Most of the variance that one lag leaves unexplained which a lag that grows may still leave."""
+
+
+class Stretch(NamedTuple):
+    """A part of a clip."""
+
+    begin_us: int
+    end_us: int
+    turned_rad: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +73,12 @@ class Sideways:
     """How pictures of one clip moved sideways, and how much the vehicle turned at each lag."""
 
     clip_id: str
+    seconds: Floats
+    """`[N]` time since the clip's first pose."""
     shift_px: Floats
     """`[N]` pixels, right positive; NaN where that is not clear."""
     turned_rad: Floats
-    """`[N, lags]`, left positive; NaN beyond the poses."""
+    """`[N, BEYOND + lags + BEYOND]`, left positive; NaN beyond the poses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,76 +90,120 @@ class LagCurve:
     likeness: tuple[float | None, ...]
     """Correlation of both movements; negative where they go opposite ways; None where hardly anything overlaps."""
     best_s: float | None
-    """The lag that fits best; None if it is not clear."""
+    """The lag that fits best; None if it is not clear. That in the middle of what was compared if it grows."""
     error_s: float | None
     """Standard error of the best lag, by leaving out each eighth."""
+    drift: float | None
+    """By how much the lag grows each second; None unless that is clear, `likeness` is then that with this drift."""
+    drift_error: float | None
+    span_s: tuple[float, float] | None
+    """First and last lag if it grows: at the beginning and at the end of what was compared."""
+    focal_px: float | None
+    """How far the picture moves for each radian of a turn, in pixels of 256 across; None if no lag is clear."""
     seconds: float
     """Length of film that was compared."""
     clips: tuple[str, ...]
 
 
-def choose(motions: Mapping[str, Motion]) -> dict[str, tuple[int, int]]:
-    """Clip -> first and last instant (us) to look at: the clips that turn most, in their stretches that do."""
+def choose(motions: Mapping[str, Motion]) -> dict[str, list[Stretch]]:
+    """Clip -> what to look at: the clips that turn most, in their stretches that do."""
     most_pairs = PAIRS if len(motions) < FEW else PAIRS // 2
     pairs = max(PAIRS_A_CLIP, most_pairs // max(1, len(motions)))
-    stretches = {clip_id: _stretch(motion, pairs * STEP_US) for clip_id, motion in motions.items()}
-    turned = {clip_id: stretch[2] for clip_id, stretch in stretches.items() if stretch[2] > MIN_TURNED_RAD}
-    most = sorted(turned, key=lambda clip_id: -turned[clip_id])[: most_pairs // pairs]
-    return {clip_id: stretches[clip_id][:2] for clip_id in motions if clip_id in most}
+    stretches = {clip_id: _stretches(motion, pairs * STEP_US) for clip_id, motion in motions.items()}
+    turned = {clip_id: sum(part.turned_rad for part in parts) for clip_id, parts in stretches.items()}
+    turning = [clip_id for clip_id in motions if turned[clip_id] > MIN_TURNED_RAD]
+    most = sorted(turning, key=lambda clip_id: -turned[clip_id])[: most_pairs // pairs]
+    return {clip_id: stretches[clip_id] for clip_id in motions if clip_id in most}
 
 
-def _stretch(motion: Motion, length_us: int) -> tuple[int, int, float]:
-    """Begin, end and turning of the part, at most this long, in which the vehicle turns most."""
-    times, turned = motion.times_us, np.abs(np.diff(motion.heading_rad)) * motion.moving[1:]
-    gone = np.concatenate([[0.0], np.cumsum(turned)])
-    ends = np.minimum(np.searchsorted(times, times + length_us, side="right"), len(times)) - 1
-    best = int(np.argmax(gone[ends] - gone))
-    return int(times[best]), int(times[ends[best]]), float(gone[ends[best]] - gone[best])
+def _stretches(motion: Motion, length_us: int) -> list[Stretch]:
+    """The stretches, at most this long together, in which the vehicle turns most: one early and one late, if both turn,
+    since there a clock that drifts is seen best."""
+    begin, end = int(motion.times_us[0]), int(motion.times_us[-1])
+    if end - begin > length_us:
+        middle = begin + min(end - begin, EARLY_US) // 2
+        halves = [_stretch(motion, length_us // 2, *half) for half in ((begin, middle), (middle, 2 * middle - begin))]
+        if min(half.turned_rad for half in halves) > MIN_TURNED_RAD:
+            return halves
+    return [_stretch(motion, length_us, begin, end)]
 
 
-def sideways_of(source: RecordedSource, clip_id: str, motion: Motion, begin_us: int, end_us: int) -> Sideways | None:
-    """Compare frames 0.2 s apart of one stretch; None if its pictures cannot be read."""
+def _stretch(motion: Motion, length_us: int, begin_us: int, end_us: int) -> Stretch:
+    """The part between these instants, at most this long, in which the vehicle turns most."""
+    turned = np.abs(np.diff(motion.heading_rad)) * motion.moving[1:]
+    gone, last = np.concatenate([[0.0], np.cumsum(turned)]), int(np.searchsorted(motion.times_us, end_us, side="right"))
+    times = motion.times_us[:last]
+    ends = np.minimum(np.searchsorted(times, times + length_us, side="right"), last) - 1
+    gained = np.where(times >= begin_us, gone[ends] - gone[:last], -1.0)
+    best = int(np.argmax(gained))
+    return Stretch(int(times[best]), int(times[ends[best]]), float(gained[best]))
+
+
+def sideways_of(source: RecordedSource, clip_id: str, motion: Motion, stretches: Sequence[Stretch]) -> Sideways | None:
+    """Compare frames 0.2 s apart of these stretches; None if their pictures cannot be read."""
+    shifts: list[float | None] = []
+    begins: list[int] = []
+    ends: list[int] = []
     try:
         stamps = source.frame_times_us(clip_id, FRONT_CAMERA)
-        stamps = stamps[(stamps >= begin_us) & (stamps <= end_us)]
-        stamps = stamps[np.flatnonzero(np.diff((stamps - begin_us + STEP_US // 4) // STEP_US, prepend=-1))]
-        if len(stamps) < 3 or (np.diff(stamps) <= 0).any():
+        if (np.diff(stamps) <= 0).any():
             return None
-        fields = [
-            far_field(picture)
-            for start in range(0, len(stamps), CHUNK)
-            for picture in source.film(clip_id, FRONT_CAMERA, stamps[start : start + CHUNK])
-        ]
+        for stretch in stretches:
+            within = stamps[(stamps >= stretch.begin_us) & (stamps <= stretch.end_us)]
+            steps = (within - stretch.begin_us + STEP_US // 4) // STEP_US
+            within = within[np.flatnonzero(np.diff(steps, prepend=-1))]
+            fields = [
+                far_field(picture)
+                for start in range(0, len(within), CHUNK)
+                for picture in source.film(clip_id, FRONT_CAMERA, within[start : start + CHUNK])
+            ]
+            shifts += [shift_px(before, after, quick=True) for before, after in pairwise(fields)]
+            begins, ends = [*begins, *within[:-1]], [*ends, *within[1:]]
     except BadClipError:
         return None
-    shifts = [shift_px(before, after, quick=True) for before, after in pairwise(fields)]
-    seconds, known_s = stamps / 1e6, motion.times_us / 1e6
-    headings = [np.interp(seconds - lag, known_s, motion.heading_rad, left=np.nan, right=np.nan) for lag in LAGS_S]
-    shift = np.array([np.nan if moved is None else moved for moved in shifts], dtype=np.float64)
-    return Sideways(clip_id=clip_id, shift_px=shift, turned_rad=np.diff(np.array(headings), axis=1).T)
+    if len(shifts) < 2:
+        return None
+    known_s, lags_s = motion.times_us / 1e6, LAG_STEP_S * np.arange(-BEYOND, len(LAGS_S) + BEYOND) + LAGS_S[0]
+    before, after = (
+        np.interp(np.array(instants)[:, None] / 1e6 - lags_s, known_s, motion.heading_rad, left=np.nan, right=np.nan)
+        for instants in (begins, ends)
+    )
+    return Sideways(
+        clip_id=clip_id,
+        seconds=(np.array(begins) + np.array(ends)) / 2e6 - known_s[0],
+        shift_px=np.array([np.nan if moved is None else moved for moved in shifts], dtype=np.float64),
+        turned_rad=after - before,
+    )
 
 
 def lag_curve(parts: Sequence[Sideways]) -> LagCurve | None:
     """The curve over some clips together; None if pictures never clearly moved."""
-    shift, turned = (np.concatenate([getattr(part, name) for part in parts]) for name in ("shift_px", "turned_rad"))
+    seconds, shift, turned = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("seconds", "shift_px", "turned_rad")
+    )
     known = np.isfinite(shift)
-    shift, turned = shift[known], turned[known]
+    seconds, shift, turned = seconds[known], shift[known], turned[known]
     if len(shift) < PAIRS_A_CLIP // 2 or not shift.any():
         return None
-    whole = _likeness(shift, turned)
-    best_s, error_s = None, None
-    if np.isfinite(whole).any():
-        sign = -1.0 if -np.nanmin(whole) > np.nanmax(whole) else 1.0  # mirrored pictures have clocks, too
-        best_s, error_s = _best(sign * whole), _error(shift, turned, sign)
-        elsewhere = sign * whole[np.abs(LAGS_S - best_s) > 0.95]
-        peak = float(np.nanmax(sign * whole))
-        if not (peak > MIN_LIKENESS and error_s < MAX_ERROR_S and peak - np.nanmax(elsewhere) > MIN_PROMINENCE):
-            best_s = None
+    middle_s = (seconds.min() + seconds.max()) / 2
+    sums = np.stack([_sums(shift, _drifted(turned, rate * (seconds - middle_s))) for rate in RATES])
+    steady = int(np.argmin(np.abs(RATES)))
+    fit, rate = _fit(sums[steady : steady + 1], RATES[steady : steady + 1]), 0.0
+    drifting = _fit(sums, RATES)
+    change_s = drifting.rate * np.ptp(seconds)
+    if drifting.is_clear and abs(change_s) > DRIFTED_S and _explains(drifting, fit):
+        fit, rate = drifting, drifting.rate
+    at = int(np.argmin(np.abs(RATES - rate)))
+    likeness = _likeness(sums[at].sum(axis=0))
     return LagCurve(
         lags_s=tuple(round(float(lag), 1) for lag in LAGS_S),
-        likeness=tuple(round(float(value), 4) if np.isfinite(value) else None for value in whole),
-        best_s=None if best_s is None else round(best_s, 2),
-        error_s=None if error_s is None else round(error_s, 2),
+        likeness=tuple(round(float(value), 4) if np.isfinite(value) else None for value in likeness),
+        best_s=round(fit.lag_s, 2) if fit.is_clear else None,
+        error_s=None if np.isnan(fit.error_s) else round(fit.error_s, 2),
+        drift=round(rate, 4) if rate else None,
+        drift_error=round(fit.rate_error, 4) if rate else None,
+        span_s=(round(fit.lag_s - change_s / 2, 2), round(fit.lag_s + change_s / 2, 2)) if rate else None,
+        focal_px=_slope(shift, turned, fit.lag_s) if fit.is_clear and not rate else None,
         seconds=round(len(shift) * STEP_US / 1e6, 1),
         clips=tuple(part.clip_id for part in parts),
     )
@@ -141,18 +211,24 @@ def lag_curve(parts: Sequence[Sideways]) -> LagCurve | None:
 
 def turns_seen(part: Sideways, lag_s: float) -> list[Turn]:
     """Moments at which the vehicle turned and the picture clearly moved, with clocks that are this far apart."""
-    turned = part.turned_rad[:, int(np.argmin(np.abs(LAGS_S - lag_s)))]
+    turned = part.turned_rad[:, BEYOND + int(np.argmin(np.abs(LAGS_S - lag_s)))]
     with np.errstate(invalid="ignore"):
         clear = (np.abs(part.shift_px) >= MIN_SHIFT_PX) & (np.abs(turned) >= MIN_TURN_RADPS * STEP_US / 1e6)
     return [Turn(part.clip_id, bool(agrees)) for agrees in (part.shift_px[clear] > 0) == (turned[clear] > 0)]
 
 
 def judge_clocks(curve: LagCurve | None) -> Check:
-    """Judge whether the lag that fits best is small."""
+    """Judge whether the lag that fits best is small, and stays."""
     if curve is None:
         return not_judged("clocks", "hardly any turn with pictures that move")
     if curve.best_s is None:
         return not_judged("clocks", f"no lag fits clearly best over {curve.seconds:.0f} s of film")
+    if curve.drift is not None and curve.span_s is not None:
+        faster = "faster" if curve.drift > 0 else "slower"
+        finding = f"the clock of the pictures runs {100 * abs(curve.drift):.1f} % {faster} than that of the poses: "
+        finding += "the lag that fits best goes from {:+.1f} s to {:+.1f} s within a clip".format(*curve.span_s)
+        remedy = "Take recorded times: were those of one of both counted up at a nominal rate, such as 10 a second?"
+        return verdict("clocks", finding, warn=remedy)
     if abs(curve.best_s) < APART_S or abs(curve.best_s) - 2 * (curve.error_s or 0.0) < SURE_S:
         return verdict("clocks", f"pictures and poses agree to {max(0.1, abs(curve.best_s)):.1f} s")
     amount, (pictures, poses) = (
@@ -166,34 +242,99 @@ def judge_clocks(curve: LagCurve | None) -> Check:
     return verdict("clocks", finding, warn=remedy)
 
 
-def _likeness(shift: Floats, turned: Floats) -> Floats:
-    """`[lags]` correlation through the origin, a lag each; NaN where fewer than half the pairs are known."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fit:
+    """The lag, and the rate at which it grows, at which both movements are most alike."""
+
+    lag_s: float
+    rate: float
+    error_s: float
+    """Standard errors by the jackknife over consecutive parts."""
+    rate_error: float
+    peak: float
+    """Likeness there; that of mirrored pictures is turned round, they have clocks, too."""
+    elsewhere: float
+    """Greatest likeness 1 s or more beside it, at any rate."""
+
+    @property
+    def is_clear(self) -> bool:
+        prominent = self.peak > MIN_LIKENESS and self.peak - self.elsewhere > MIN_PROMINENCE
+        return bool(prominent and self.error_s < MAX_ERROR_S)
+
+
+def _explains(drifting: _Fit, steady: _Fit) -> bool:
+    """Tell whether a lag that grows is clear, and clearly better than one that does not."""
+    surely = abs(drifting.rate) > DRIFT and abs(drifting.rate) - 2 * drifting.rate_error > SURE_DRIFT
+    within = abs(drifting.rate) < RATES[-1]
+    return bool(surely and within and 1 - drifting.peak**2 < LEFT_OVER * (1 - steady.peak**2))
+
+
+def _drifted(turned: Floats, by_s: Floats) -> Floats:
+    """`[N, lags]`: turns at the lags of `LAGS_S`, moved by these seconds `[N]`; NaN where that is unknown."""
+    place = BEYOND + np.arange(len(LAGS_S)) + by_s[:, None] / LAG_STEP_S
+    lower = np.clip(np.floor(place).astype(np.intp), 0, turned.shape[1] - 2)
+    part, row = place - lower, np.arange(len(turned))[:, None]
+    moved = np.where(part == 0, turned[row, lower], turned[row, lower] * (1 - part) + turned[row, lower + 1] * part)
+    return np.where((part >= 0) & (part <= 1), moved, np.nan)
+
+
+def _sums(shift: Floats, turned: Floats) -> Floats:
+    """`[PARTS, 5, lags]` over each part: number of pairs, of known ones, and products of both movements."""
     known = np.isfinite(turned)
-    values = np.where(known, turned, 0.0)
-    shifts = np.where(known, shift[:, None], 0.0)
-    norms = np.sqrt((values**2).sum(axis=0) * (shifts**2).sum(axis=0))
-    likeness: Floats = (values * shifts).sum(axis=0) / np.maximum(norms, 1e-12)
-    return np.where((known.mean(axis=0) >= 0.5) & (norms > 1e-9), likeness, np.nan)
+    turned, shifts = np.where(known, turned, 0.0), np.where(known, shift[:, None], 0.0)
+    columns = np.stack([np.ones_like(turned), known, turned * shifts, turned**2, shifts**2], axis=1)
+    return np.stack([part.sum(axis=0) for part in np.array_split(columns, PARTS)])
 
 
-def _best(likeness: Floats) -> float:
-    """Lag (s) of the highest likeness, between grid points by a parabola."""
-    at = int(np.nanargmax(likeness))
-    lag = float(LAGS_S[at])
-    if 0 < at < len(likeness) - 1 and np.isfinite(around := likeness[at - 1 : at + 2]).all():
-        bend = around[0] - 2 * around[1] + around[2]
-        lag += 0.1 * float((around[0] - around[2]) / (2 * bend)) if bend < -1e-12 else 0.0
-    return lag
+def _likeness(sums: Floats) -> Floats:
+    """`[..., lags]` correlation through the origin, a lag each; NaN where fewer than half the pairs are known."""
+    pairs, known, products, turns, shifts = np.moveaxis(sums, -2, 0)
+    norms = np.sqrt(turns * shifts)
+    return np.where((known >= 0.5 * pairs) & (norms > 1e-9), products / np.maximum(norms, 1e-12), np.nan)
 
 
-def _error(shift: Floats, turned: Floats, sign: float) -> float:
-    """Standard error (s) of the best lag, by the jackknife over consecutive parts."""
-    lags = []
-    for left_out in np.array_split(np.arange(len(shift)), PARTS):
-        rest: NDArray[np.bool_] = np.ones(len(shift), dtype=bool)
-        rest[left_out] = False
-        likeness = sign * _likeness(shift[rest], turned[rest])
-        if not np.isfinite(likeness).any():
-            return float("inf")
-        lags.append(_best(likeness))
-    return float(np.sqrt((PARTS - 1) * np.var(lags)))
+def _fit(sums: Floats, rates: Floats) -> _Fit:
+    """The best of these rates; `sums` are those of `_sums` for each."""
+    whole = _likeness(sums.sum(axis=1))
+    if not np.isfinite(whole).any():
+        return _Fit(lag_s=0.0, rate=0.0, error_s=np.nan, rate_error=np.nan, peak=0.0, elsewhere=0.0)
+    sign = -1.0 if -np.nanmin(whole) > np.nanmax(whole) else 1.0
+    rate, lag_s, peak = _best(sign * whole, rates)
+    rests = [sign * _likeness(sums.sum(axis=1) - sums[:, part]) for part in range(PARTS)]
+    found = [_best(rest, rates)[:2] if np.isfinite(rest).any() else (np.inf, np.inf) for rest in rests]
+    with np.errstate(invalid="ignore"):
+        rate_error, error_s = np.sqrt((PARTS - 1) * np.var(found, axis=0))
+    return _Fit(
+        lag_s=lag_s,
+        rate=rate,
+        error_s=float(np.nan_to_num(error_s, nan=np.inf)),
+        rate_error=float(np.nan_to_num(rate_error, nan=np.inf)),
+        peak=peak,
+        elsewhere=float(np.nanmax(sign * whole[:, np.abs(LAGS_S - lag_s) > 0.95], initial=-1.0)),
+    )
+
+
+def _best(likeness: Floats, rates: Floats) -> tuple[float, float, float]:
+    """Rate, lag (s) and height of the peak of `[rates, lags]`, between grid points by parabolas."""
+    row, column = np.unravel_index(int(np.nanargmax(likeness)), likeness.shape)
+    lag_s = float(LAGS_S[column]) + LAG_STEP_S * _vertex(likeness[row, :], int(column))
+    rate_step = float(rates[1] - rates[0]) if len(rates) > 1 else 0.0
+    rate = float(rates[row]) + rate_step * _vertex(likeness[:, column], int(row))
+    return rate, lag_s, float(likeness[row, column])
+
+
+def _vertex(values: Floats, at: int) -> float:
+    """Place of the parabola's vertex beside the peak `at`, in steps."""
+    if not 0 < at < len(values) - 1 or not np.isfinite(around := values[at - 1 : at + 2]).all():
+        return 0.0
+    bend = around[0] - 2 * around[1] + around[2]
+    return float((around[0] - around[2]) / (2 * bend)) if bend < -1e-12 else 0.0
+
+
+def _slope(shift: Floats, turned: Floats, lag_s: float) -> float | None:
+    """Pixels by which the picture moves for each radian, both movements being noisy; None if it moves the wrong way."""
+    turns = _drifted(turned, np.full(len(turned), lag_s))[:, len(LAGS_S) // 2]
+    known = np.isfinite(turns)
+    turns, shift = turns[known], shift[known]
+    ratio = float(np.sqrt((shift**2).sum() / max(1e-12, (turns**2).sum())))
+    return round(ratio, 1) if (turns * shift).sum() > 0 else None

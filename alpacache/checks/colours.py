@@ -33,11 +33,10 @@ red and blue swapped two thirds and more did, though under an overcast sky few."
 
 
 def looks_swapped(picture: Picture) -> bool | None:
-    """Tell whether red and blue of `[3, H, W]` look swapped; None if the picture has no green or no road."""
+    """Tell whether red and blue of `[H, W, 3]` look swapped; None if the picture has no green or no road."""
     from PIL import Image
 
-    image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
-    pixels = np.asarray(image.resize(SIZE_PX, Image.Resampling.BOX), np.float64)
+    pixels = np.asarray(Image.fromarray(picture).resize(SIZE_PX, Image.Resampling.BOX), np.float64)
     lit = pixels.sum(axis=2) > MIN_DARK
     ground = pixels[lit & (ROWS > 0.6)]
     if len(ground) < MIN_PIXELS:

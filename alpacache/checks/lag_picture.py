@@ -17,7 +17,7 @@ def lag_curve_png(curve: LagCurve, *, title: str) -> bytes:
     if curve.best_s is not None:
         axes.axvline(curve.best_s, color=MODEL_COLOURS[0], lw=1.2)
         axes.annotate(
-            f"{curve.best_s:+.2f} s",
+            f"{curve.best_s:+.2f} s" + (f", {100 * curve.drift:+.1f} %" if curve.drift is not None else ""),
             (curve.best_s, 0.04),
             xycoords=("data", "axes fraction"),
             xytext=(4, 0),

@@ -92,8 +92,15 @@ MIN_TURNED_RAD = 0.01
 PAIRS = 96
 """Most pairs of frames to look at, all clips together."""
 MOST_A_CLIP = 8
+CLIPS = 48
+"""Most clips of which pairs are looked at."""
 MIN_MOMENTS = 10
 OPPOSITE = 0.8
+
+
+def one_of(number: int, clips: int, *, most: int) -> bool:
+    """Tell whether the clip of this number is one of at most `most`, evenly spread over all."""
+    return clips <= most or number * most // clips != (number - 1) * most // clips
 
 
 class Turn(NamedTuple):
@@ -104,8 +111,10 @@ class Turn(NamedTuple):
     """Tell whether the picture moved as the change of heading makes it move."""
 
 
-def turns_of_clip(source: RecordedSource, clip_id: str, motion: Motion, *, clips: int) -> list[Turn]:
+def turns_of_clip(source: RecordedSource, clip_id: str, motion: Motion, *, number: int, clips: int) -> list[Turn]:
     """Moments of one recording, evenly spread over its turns; fewer if the source has many clips."""
+    if not one_of(number, clips, most=CLIPS):
+        return []
     turning = motion.times_us[motion.moving & (np.abs(motion.turn_rate_radps) > MIN_TURN_RADPS)]
     stamps = source.frame_times_us(clip_id, FRONT_CAMERA)
     if len(stamps) < 2 or (np.diff(stamps) <= 0).any():

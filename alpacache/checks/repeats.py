@@ -5,30 +5,22 @@ Every other check takes such a recording for sound, and a model learns that the 
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from alpacache.checks.check import Check, not_judged, verdict
-from alpacache.checks.motion import Motion
-from alpacache.driving.cameras import FRONT_CAMERA
-from alpacache.driving.sample import Floats, Sample
-from alpacache.errors import BadClipError
-from alpacache.sources.source import RecordedSource
+from alpacache.checks.glimpses import MOVED_M, Glimpse
+from alpacache.driving.sample import Floats
 
-Picture: TypeAlias = NDArray[np.uint8]
-MOVED_M = 0.3
-"""Least way between two pictures that must differ: 3 m/s at 10 Hz."""
 SAME = 0.008
 """Share of changed pixels below which two pictures are one. Repeats that went through H.264 once more have up to 0.005
 at usual rates, an empty motorway 0.05 from one metre to the next."""
 MIN_SHARE = 0.02
 """Share of repeats from which on they are no accident."""
-WIDTH_PX = 160
 MIN_CONTRAST = 5.0
-MOMENTS, MOST_A_CLIP = 48, 8
-"""Most moments to read beside the samples, of all clips together and of one."""
+RUN_MIN, RUN_SHARE = 3, 0.04
+"""The same for frames that were read beside the samples: they are few, and in step with nothing."""
 
 
 class Moment(NamedTuple):
@@ -37,39 +29,20 @@ class Moment(NamedTuple):
     clip_id: str
     pairs: int
     repeats: int
+    is_run: bool
+    """True for frames that follow each other in the film, False for those of a sample."""
 
 
-def repeats_of_sample(sample: Sample) -> list[Moment]:
-    """One moment a camera; pictures that are one frame, as its times say, are no pair."""
-    count = sample.frames.shape[1]
-    moved = np.linalg.norm(np.diff(sample.history_xyz[-count:], axis=0), axis=1) >= MOVED_M
-    moments = []
-    for pictures, stamps in zip(sample.frames, sample.frame_timestamps_us, strict=True):
-        moments += _moment(sample.ref.clip_id, list(pictures), moved & (np.diff(stamps) > 0))
-    return moments
-
-
-def repeats_of_clip(source: RecordedSource, clip_id: str, motion: Motion, *, clips: int) -> list[Moment]:
-    """Three successive frames of the front camera at some moments of a drive; none if the source has many clips.
-
-    Samples show every third frame or so: of frames that come twice they see nothing, and of a few samples one cannot
-    tell.
-    """
-    stamps = source.frame_times_us(clip_id, FRONT_CAMERA)
-    if len(stamps) < 3 or (np.diff(stamps) <= 0).any():
+def moments_of(glimpse: Glimpse) -> list[Moment]:
+    """The moment that a glimpse shows; none if its pictures are one frame, as their times say, or even."""
+    counts = (np.abs(np.diff(glimpse.way_m)) >= MOVED_M) & (np.diff(glimpse.stamps_us) > 0)
+    if not counts.any():
         return []
-    driving = motion.times_us[motion.speed_mps * float(np.median(np.diff(stamps))) / 1e6 >= MOVED_M]
-    driving = driving[(driving >= stamps[0]) & (driving < stamps[-3])]
-    count = min(len(driving), MOST_A_CLIP, MOMENTS // max(1, clips))
-    moments: list[Moment] = []
-    for place in np.linspace(0, len(driving) - 1, count).round().astype(int):
-        first = int(np.searchsorted(stamps, driving[place]))
-        try:
-            pictures = list(source.film(clip_id, FRONT_CAMERA, stamps[first : first + 3]))
-        except BadClipError:
-            return moments  # unreadable pictures are refused where a sample needs them
-        moments += _moment(clip_id, pictures, np.ones(2, np.bool_))
-    return moments
+    pictures = glimpse.pictures.astype(np.float64)
+    counted = (pair for pair, count in zip(pairwise(pictures), counts, strict=True) if count)
+    pairs = [pair for pair in counted if pair[0].std() >= MIN_CONTRAST]
+    repeats = sum(_is_same(*pair) for pair in pairs)
+    return [Moment(glimpse.clip_id, len(pairs), repeats, glimpse.is_run)] if pairs else []
 
 
 def judge_repeats(moments: Sequence[Moment]) -> Check:
@@ -79,6 +52,10 @@ def judge_repeats(moments: Sequence[Moment]) -> Check:
         return not_judged("repeats", f"no two pictures between which the vehicle moved {MOVED_M} m")
     finding = f"{repeats} of {pairs} pictures ({100 * repeats / pairs:.0f} %) repeat the one before"
     if repeats < max(2, MIN_SHARE * pairs):
+        runs = [moment for moment in moments if moment.is_run]
+        in_step = len(runs) < len(moments) and sum(moment.repeats for moment in runs) >= RUN_MIN
+        if in_step and sum(moment.repeats for moment in runs) >= RUN_SHARE * sum(moment.pairs for moment in runs):
+            return judge_repeats(runs)  # samples may be in step with what is there twice
         return verdict("repeats", finding)
     frozen = [moment for moment in moments if moment.pairs > 1 and moment.repeats == moment.pairs]
     doubled = [moment for moment in moments if 0 < moment.repeats < moment.pairs]
@@ -92,25 +69,6 @@ def judge_repeats(moments: Sequence[Moment]) -> Check:
     return verdict("repeats", finding, warn=remedy)
 
 
-def _moment(clip_id: str, pictures: Sequence[Picture], counts: NDArray[np.bool_]) -> list[Moment]:
-    """Compare successive pictures `[3, H, W]` in the pairs that count; even pictures say nothing."""
-    if not counts.any():
-        return []
-    small = [_small(picture) for picture in pictures]
-    pairs = [
-        pair for pair, count in zip(pairwise(small), counts, strict=True) if count and pair[0].std() >= MIN_CONTRAST
-    ]
-    return [Moment(clip_id, len(pairs), sum(_is_same(*pair) for pair in pairs))] if pairs else []
-
-
 def _is_same(one: Floats, other: Floats) -> bool:
     changed = np.abs(one - other) > np.clip(0.15 * one.std(), 3, 8)
     return float(changed.mean()) < SAME
-
-
-def _small(picture: Picture) -> Floats:
-    """Grey, about 160 across."""
-    from PIL import Image
-
-    image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
-    return np.asarray(image.reduce(max(1, round(image.width / WIDTH_PX))).convert("L"), dtype=np.float64)

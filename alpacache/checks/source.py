@@ -22,7 +22,10 @@ from alpacache.checks.clip import ClipFindings, Refusal, examine, finish, judge_
 from alpacache.checks.clocks import LagCurve, Sideways, choose, judge_clocks, lag_curve, sideways_of, turns_seen
 from alpacache.checks.colours import judge_colours
 from alpacache.checks.contact_sheet import CLIPS
+from alpacache.checks.flow import Flow, flow_of, judge_scale
+from alpacache.checks.glimpses import Glimpse
 from alpacache.checks.motion import judge_axes, judge_speed
+from alpacache.checks.order import MIN_JUMPS, clips_that_jump, judge_order, names_as_text
 from alpacache.checks.pictures import Turn, judge_mirrored, judge_pictures
 from alpacache.checks.repeats import judge_repeats
 from alpacache.checks.targets import judge_targets
@@ -37,6 +40,9 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 MAX_THREADS = 16
 """Each holds the pictures of one sample."""
+MOST_GLIMPSES = 160
+"""Most glimpses that are kept until the end, of up to 12 small pictures each."""
+OUT_OF_ORDER = "pictures are not in the order of time"
 
 MEANINGS: Mapping[str, str] = {
     "samples": "samples can be cut from the clips and read",
@@ -50,7 +56,9 @@ MEANINGS: Mapping[str, str] = {
     "targets": "accelerations and curvatures, which the expert is trained on, are those of a car",
     "clip ids": "each clip is there once, under one id",
     "pictures": "pictures of all clips have one size and show something",
+    "order": "pictures follow each other, and the road comes nearer while the vehicle drives forwards",
     "repeats": "while the vehicle drives, each picture differs from the one before",
+    "scale": "the road moves in the picture by as much as the poses say, seen from a car's height",
     "colours": "green is yellower than the road and the sky bluer: red and blue are not swapped",
     "mirrored": "in turns, what the front camera sees moves the other way: in a left turn to the right",
     "clocks": "pictures turn when the poses do",
@@ -168,7 +176,7 @@ def _examine(
     """A function that examines one of these clips."""
     firsts = [refs[0] for refs in clips.values() if refs]
     places = np.linspace(0, len(firsts) - 1, min(CLIPS, len(firsts))).round().astype(int)
-    to_show = {firsts[place] for place in places}
+    to_show, numbers = {firsts[place] for place in places}, {clip_id: number for number, clip_id in enumerate(clips)}
 
     def examined(clip_id: str) -> ClipFindings:
         return examine(
@@ -179,6 +187,7 @@ def _examine(
             cameras=cameras,
             frames=frames,
             to_show=to_show,
+            number=numbers[clip_id],
             clips=len(clips),
         )
 
@@ -205,6 +214,8 @@ class _Survey:
         self.clips: dict[str, ClipFindings] = {}
         self.strata = dict.fromkeys(STRATA, 0)
         self._turns: list[Turn] = []
+        self._glimpses: list[Glimpse] = []
+        self._seen, self._every = 0, 1
         self._sizes: dict[tuple[int, int], list[str]] = defaultdict(list)
         self._blank: list[str] = []
         self._clips_of_path: dict[bytes, list[str]] = defaultdict(list)
@@ -219,12 +230,23 @@ class _Survey:
         for width, height, sample_id in clip.sizes:
             self._sizes[width, height].append(sample_id)
         self._turns += clip.turns
+        self._keep(clip.glimpses)
         self._blank += clip.blank
         if clip.track is not None and clip.motion is not None and clip.motion.moving.any():
             path = hashlib.sha256(clip.track.xyz.tobytes()).digest()
             self._clips_of_path[path].append(clip.clip_id)
         if clip.order != "either":  # a track is kept only until the order of its quaternions is known
             clip.track = None
+
+    def _keep(self, glimpses: list[Glimpse]) -> None:
+        """Keep some glimpses, evenly spread over all clips however many these are."""
+        for glimpse in glimpses:
+            if self._seen % self._every == 0:
+                self._glimpses.append(glimpse)
+            self._seen += 1
+            if len(self._glimpses) > MOST_GLIMPSES:
+                self._glimpses, self._every = self._glimpses[::2], 2 * self._every
+        glimpses.clear()
 
     def settle(self) -> None:
         """Decide clips that drive forwards only with the scalar first by those whose order is certainly wrong."""
@@ -245,7 +267,7 @@ class _Survey:
         chosen = choose(motions)
 
         def seen(clip_id: str) -> Sideways | None:
-            return sideways_of(source, clip_id, motions[clip_id], *chosen[clip_id])
+            return sideways_of(source, clip_id, motions[clip_id], chosen[clip_id])
 
         parts = [part for part in _in_order(seen, chosen) if part is not None]
         for part in parts:
@@ -253,6 +275,19 @@ class _Survey:
         self.lag_curve = lag_curve(parts) if parts else None
         lag_s = self.lag_curve.best_s if self.lag_curve is not None else None
         self._turns += [turn for part in parts for turn in turns_seen(part, lag_s or 0.0)]
+
+    def _judge_flow(self, *, is_upright: bool) -> tuple[Check, Check]:
+        """Judge the order of the pictures, and the scale of the poses by them; `is_upright`: headings are right."""
+        jumps, pictures = clips_that_jump(self._glimpses)
+        as_text = None
+        if isinstance(self._source, RecordedSource) and len(jumps) >= MIN_JUMPS:
+            suspect = max(set(jumps), key=jumps.count)
+            as_text = suspect if names_as_text(self._source, suspect) else None
+        flow: Flow | None = flow_of(self._glimpses) if is_upright else None
+        order = judge_order(flow, jumps, pictures, as_text=as_text)
+        if order.status == "fail":
+            return order, not_judged("scale", OUT_OF_ORDER)
+        return order, judge_scale(flow, self.lag_curve.focal_px if self.lag_curve is not None else None)
 
     def reports(self) -> tuple[ClipReport, ...]:
         """The verdict on each clip, in order."""
@@ -280,7 +315,14 @@ class _Survey:
         targets = [clip.targets for clip in self.clips.values() if clip.targets is not None]
         whole += [judge_targets(targets), judge_clocks(self.lag_curve)]
         judged = {check.name: check for check in whole}
-        return tuple(self._over_clips(name, judged.get(name)) for name in MEANINGS)
+        merged = {name: self._over_clips(name, judged.get(name)) for name in MEANINGS if name not in ("order", "scale")}
+        order, scale = self._judge_flow(is_upright=merged["rotations"].status == merged["axes"].status == "ok")
+        merged |= {"order": order, "scale": scale}
+        if order.status == "fail":
+            merged |= {name: not_judged(name, OUT_OF_ORDER) for name in ("mirrored", "clocks")}
+        if merged["speed"].status == "fail":
+            merged["scale"] = not_judged("scale", "speeds show it already")
+        return tuple(merged[name] for name in MEANINGS)
 
     def _over_clips(self, name: str, judged: Check | None) -> Check:
         """Merge all clips' checks of one name: the source fails if most clips fail, or all of them together do."""

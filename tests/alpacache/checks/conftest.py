@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
 from alpacache.driving.cameras import FRONT_CAMERA
@@ -31,17 +32,21 @@ def drive_through_town(*, seconds=60, hz=10, begin_us=1_700_000_000_000_000, lev
 
 
 class Panorama:
-    """A recorded source whose camera stands in the middle of a painted cylinder: turning is all that it sees above the
-    road, which flows by."""
+    """A recorded source whose camera stands 1.5 m above a road, in the middle of a painted cylinder: what is above the
+    road moves as the vehicle turns, the road as it drives. `drift` is that of the pictures' clock."""
 
-    def __init__(self, tracks, *, late_s=0.0, mirrored=False):
+    def __init__(self, tracks, *, late_s=0.0, mirrored=False, drift=0.0):
         self.name, self.clip_ids, self._tracks = "panorama", list(tracks), tracks
-        self._late_us, self._mirrored = round(late_s * 1e6), mirrored
-        rng, width = np.random.default_rng(0), 1536
-        waves = rng.normal(size=(48, width // 2 + 1)) + 1j * rng.normal(size=(48, width // 2 + 1))
-        waves[:, 90:] = 0
+        self._late_us, self._mirrored, self._drift = round(late_s * 1e6), mirrored, drift
+        rng, width = np.random.default_rng(0), 512
+        waves = rng.normal(size=(64, width // 2 + 1)) + 1j * rng.normal(size=(64, width // 2 + 1))
+        waves[:, 30:] = 0
         self._cylinder = np.fft.irfft(waves, width)
         self._cylinder = 128 + 40 * self._cylinder / self._cylinder.std()
+        self._asphalt = rng.uniform(80, 180, size=(128, 128))  # a patch each two metres
+        below = np.arange(8, 32)[:, None] + 0.5  # rows of the road, under a horizon in the middle of the picture
+        self._ahead = 1.5 * width / (2 * np.pi) / below + 0 * np.arange(128)
+        self._aside = 1.5 * (np.arange(128) - 63.5) / below
 
     def track(self, clip_id):
         return self._tracks[clip_id]
@@ -54,15 +59,18 @@ class Panorama:
         return int(times[0]), int(times[-1])
 
     def film(self, clip_id, camera, times_us):
-        track = self.track(clip_id)
+        track = self._tracks[clip_id]
         yaw = np.unwrap(Rotation.from_quat(track.quaternion_xyzw).as_euler("ZYX")[:, 0])
+        way = np.pad(np.cumsum(np.linalg.norm(np.diff(track.xyz, axis=0), axis=1)), (1, 0))
+        begin_us = track.timestamps_us[0]
         pictures = []
-        for time_us in times_us - self._late_us:
-            angle = np.interp(time_us, track.timestamps_us, yaw)
-            columns = (np.arange(128) - round(angle / (2 * np.pi) * 1536)) % 1536
-            picture = self._cylinder[:, columns[:: -1 if self._mirrored else 1]].copy()
-            picture[36:] = 128 + 60 * np.sin(np.arange(12)[:, None] / 3 + time_us % 60_000_000 / 7e4)
-            pictures.append(np.repeat(np.clip(picture, 0, 255).astype(np.uint8)[None], 3, axis=0))
+        for time_us in begin_us + (times_us - begin_us) * (1 - self._drift) - self._late_us:
+            angle, driven = (np.interp(time_us, track.timestamps_us, values) for values in (yaw, way))
+            picture = self._cylinder[:, (np.arange(128) - round(angle / (2 * np.pi) * 512)) % 512].copy()
+            place = [(self._ahead + driven) / 2, self._aside / 2 + 64]
+            picture[40:] = map_coordinates(self._asphalt, place, order=1, mode="grid-wrap")
+            picture = np.clip(picture[:, :: -1 if self._mirrored else 1], 0, 255).astype(np.uint8)
+            pictures.append(np.repeat(picture[None], 3, axis=0))
         return np.stack(pictures)
 
     def load(self, ref, *, cameras, frames):

@@ -10,6 +10,10 @@ from alpacache.sources.synthetic import SyntheticSource
 CASTS = {"none": (1, 1, 1), "warm": (1.1, 1, 0.8), "cold": (0.8, 1, 1.1), "dark": (0.4, 0.4, 0.4)}
 
 
+def hwc(picture):
+    return np.ascontiguousarray(picture.transpose(1, 2, 0))
+
+
 @pytest.fixture(scope="module")
 def pictures():
     """One of each of 24 generated drives: seasons, times of day, weather."""
@@ -20,8 +24,8 @@ def pictures():
 @pytest.mark.parametrize("cast", CASTS)
 def test_swapped_channels_are_told_from_a_cast(pictures, cast):
     seen = [np.clip(one * np.reshape(CASTS[cast], (3, 1, 1)), 0, 255).astype(np.uint8) for one in pictures]
-    right = [looks for one in seen if (looks := looks_swapped(one)) is not None]
-    swapped = [looks for one in seen if (looks := looks_swapped(one[::-1])) is not None]
+    right = [looks for one in seen if (looks := looks_swapped(hwc(one))) is not None]
+    swapped = [looks for one in seen if (looks := looks_swapped(hwc(one[::-1]))) is not None]
     assert len(right) >= 12
     assert sum(right) == 0
     assert sum(swapped) >= len(swapped) / 2
@@ -32,8 +36,8 @@ def test_swapped_channels_are_told_from_a_cast(pictures, cast):
 def test_pictures_without_green_are_not_judged():
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 256, (1, 90, 160), np.uint8).repeat(3, 0)
-    assert looks_swapped(grey) is None
-    assert looks_swapped(np.zeros((3, 90, 160), np.uint8)) is None
+    assert looks_swapped(hwc(grey)) is None
+    assert looks_swapped(np.zeros((90, 160, 3), np.uint8)) is None
     assert judge_colours([]).found == "not judged: no picture with enough green in it"
 
 

@@ -1,0 +1,64 @@
+"""The camera's height follows from the flow of the road, and tells positions in a wrong unit."""
+
+from dataclasses import replace
+
+import pytest
+
+from alpacache.checks.flow import Flow, flow_of, judge_scale
+from alpacache.checks.glimpses import glimpses_of_clip
+from alpacache.checks.motion import motion_of
+from alpacache.checks.source import check_source
+from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.sources.synthetic import SyntheticSource
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_the_flow_measures_focal_length_times_height(seed):
+    source = SyntheticSource(1, seed=seed, size=(320, 160))
+    clip = source.clip_ids[0]
+    flow = flow_of(glimpses_of_clip(source, clip, motion_of(source.track(clip)), number=0, clips=1))
+    lens = source.calibration(clip, FRONT_CAMERA)
+    assert flow.reach_px_m == pytest.approx(lens["fx"] / 320 * 256 * lens["position_m"][2], rel=0.25)
+    assert flow.backwards == 0
+    assert flow.steps >= 10
+
+
+def scaled(source, factor):
+    """The source with positions in another unit, and as if its turns had not been sharp enough to tell."""
+    whole = source.track
+    source.track = lambda clip_id: replace(whole(clip_id), xyz=whole(clip_id).xyz * factor)
+    return source
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"), [(1.0, None), (3.6, "too large"), (3.28, "too large"), (1 / 3.6, "too small")]
+)
+def test_a_wrong_unit_is_named_at_any_speed(drive, panorama, factor, said):
+    """On a road of wide bends, where poses look like those of a faster or slower drive."""
+    track = drive()
+    wide = replace(track, xyz=track.xyz * 1.6)
+    report = check_source(scaled(panorama({"road": wide}), factor), t0="every:3")
+    checks = {check.name: check for check in report.checks}
+    if said is None:
+        assert {name for name, check in checks.items() if check.status != "ok"} == set()
+        return
+    assert checks["scale"].status == "warn" or checks["speed"].status == "fail"
+    assert said in checks["scale"].remedy + checks["speed"].remedy
+    assert checks["order"].status == "ok"
+
+
+def test_verdicts():
+    assert not judge_scale(None, 200.0).is_judged
+    assert not judge_scale(Flow(steps=40, backwards=0, reach_px_m=None), 200.0).is_judged
+    flow = Flow(steps=40, backwards=0, reach_px_m=300.0)
+    check = judge_scale(flow, 200.0)
+    assert (check.status, check.found) == (
+        "ok",
+        "for each metre of the poses the road moves as if seen from 1.5 m above",
+    )
+    assert judge_scale(replace(flow, reach_px_m=1080.0), 200.0).status == "warn"
+    assert "3.4 times too large" in judge_scale(replace(flow, reach_px_m=1080.0), 200.0).remedy
+    assert judge_scale(replace(flow, reach_px_m=83.0), 200.0).status == "warn"
+    assert judge_scale(replace(flow, reach_px_m=83.0), None).status == "ok"  # of a picture of 120 degrees
+    assert judge_scale(replace(flow, reach_px_m=60.0), None).status == "warn"
+    assert "1.7 m above, if the picture is 72 degrees wide" in judge_scale(flow, None).found
