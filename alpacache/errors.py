@@ -30,7 +30,7 @@ class BadClipError(AlpacacheError, ValueError):
 
     `kind` is a short stable word for counting (`missing_camera`, `missing_clip`, `missing_poses`, `short_clip`,
     `undecodable_video`, `not_finite`, `pose_jump`, `time_order`, `wrong_frame`, `wrong_shape`, `unsafe_path`,
-    `unsafe_size`); the message tells a person what is wrong, where, and what would help.
+    `unsafe_size`, `bad_route`); the message tells a person what is wrong, where, and what would help.
     """
 
     def __init__(self, kind: str, message: str) -> None:

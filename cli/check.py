@@ -37,8 +37,9 @@ def check(config: CheckConfig, json: bool) -> None:
     from alpacache.checks.source import MEANINGS, check_source
     from alpacache.durable import appearing, check_results_out
     from alpacache.sources.registry import open_source
+    from alpacache.sources.routes import open_route_file
 
-    source = open_source(config.source, cameras=config.cameras)
+    source, file = open_source(config.source, cameras=config.cameras), open_route_file(config.route_file)
     if config.out is not None:  # before anything is read
         keys = {"ok", "source", "checks", "clips"}
         check_results_out(Path(config.out), what="check", names=_FILES, main=REPORT, keys=keys)
@@ -50,6 +51,7 @@ def check(config: CheckConfig, json: bool) -> None:
             samples=config.samples,
             cameras=config.cameras,
             frames=config.frames,
+            routed_us=None if file is None else file.times_us,
             on_progress=on_progress,
         )
     names = ("ok", "source", "samples", "clip_counts", "checks", "strata", "speeds_mps", "clips", "seconds")

@@ -78,7 +78,29 @@ def _print_summary(summary: "EvalSummary") -> None:
             numbers = [f"{stratum.metrics[label][key]:.3f}" for key in _METRICS]
             rows.append([*first, label, *numbers, "-" if recall is None else f"{recall:.2f}", text])
     output.print_table(f"{summary.samples} samples, {summary.paths} paths each, metres", rows, heads=heads)
+    _print_commands(summary)
     for warning in summary.warnings[:_WARNINGS]:
         output.note(warning)
     if (more := len(summary.warnings) - _WARNINGS) > 0:
         output.note(f"{more} more strata are too small to conclude from; eval.json names them.")
+
+
+def _print_commands(summary: "EvalSummary") -> None:
+    """Show how commands of routes are obeyed, and what the opposite command does where that was asked for."""
+    rows = []
+    for command, told in summary.commands.items():
+        for number, (label, model) in enumerate(told.models.items()):
+            first = [command, f"{told.driven} of {told.samples}"] if number == 0 else ["", ""]
+            recall = "-" if model.recall is None else f"{model.recall:.2f}"
+            rows.append([*first, label, recall, f"{model.obeyed:.2f}"])
+    output.print_table("commands", rows, heads=["command", "driven so", "model", "recall", "of all"])
+    rows = [
+        [
+            label,
+            str(swap.samples),
+            *(f"{value:.2f}" for value in (swap.given, swap.swapped, swap.follows, swap.shift_m)),
+        ]
+        for label, swap in summary.swaps.items()
+    ]
+    heads = ["model", "samples", "obey as given", "obey the opposite", "sides follow", "shift m"]
+    output.print_table("left for right in the routes", rows, heads=heads)

@@ -1,5 +1,7 @@
 """`alpacache extract`: stage one."""
 
+from collections.abc import Mapping
+
 import typer
 
 from alpacache.extraction.config import ExtractConfig
@@ -13,7 +15,7 @@ from .options import from_config
     ExtractConfig,
     panels={
         "Samples": "split samples cameras frames t0 views seed shard retry_quarantined",
-        "Model and prompt": "vlm camera_names frame_numbers reasoning rollouts",
+        "Model and prompt": "vlm camera_names frame_numbers reasoning rollouts route route_file route_tokens",
         "Store": "codec hidden_states force",
         "Machine": "batch_size workers writers device deterministic",
     },
@@ -40,6 +42,8 @@ def extract(config: ExtractConfig, json: bool) -> None:
             (name, report.kinds[name], reason) for name, reason in report.quarantined.items()
         ),
     }
+    if report.routes:
+        lines["routes"] = _routes_line(report.routes)
     if process.rank == 0:  # for all of torchrun's
         output.print_result(report, "extract", lines, as_json=json)
     if report.quarantined and not report.committed:
@@ -52,3 +56,12 @@ def extract(config: ExtractConfig, json: bool) -> None:
     if report.quarantined:  # torchrun ends all processes when one does not exit with 0
         refused = f"process {process.rank} refused {len(report.quarantined)} samples"
         output.note(f"{refused}; `alpacache info {config.store}` lists them.")
+
+
+def _routes_line(routes: Mapping[str, int]) -> str:
+    """How many samples that were read have a route, by command."""
+    total, without = sum(routes.values()), routes.get("", 0)
+    kinds = ", ".join(
+        f"{'no command' if command == 'none' else command} {count}" for command, count in routes.items() if command
+    )
+    return f"{total - without} of {total} samples have one" + (f": {kinds}" if kinds else "")

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from alpacache.sources.prepared_rows import PictureFit
 
 
-@from_config(PrepareConfig, panels={"Samples": "split samples cameras frames t0 seed quota", "Pictures": "size model"})
+@from_config(
+    PrepareConfig,
+    panels={"Samples": "split samples cameras frames t0 route_file seed quota route", "Pictures": "size model"},
+)
 def prepare(config: PrepareConfig, json: bool) -> None:
     """Choose samples and write them, one self-contained row each, for `extract` on another machine.
 
@@ -27,13 +30,17 @@ def prepare(config: PrepareConfig, json: bool) -> None:
     from alpacache.progress import Progress
     from alpacache.sources.prepared_writer import prepare as write
     from alpacache.sources.registry import open_source
+    from alpacache.sources.routes import Routes, open_route_file
     from alpacache.sources.selection import parse_quota, select
 
     wanted = None if config.quota is None else parse_quota(config.quota)
     fit = _picture_fit(config.model) if config.size == "processor" else None
     source = open_source(config.source, cameras=config.cameras)
     chosen = {"split": config.split, "t0": config.t0, "samples": config.samples, "seed": config.seed}
-    refs, unusable = select(source, quota=wanted, **chosen)  # type: ignore[arg-type]
+    file = open_route_file(config.route_file)
+    routes = Routes(config.route, source, file=file, t0=config.t0)
+    routed_us = None if file is None else file.times_us
+    refs, unusable = select(source, quota=wanted, routed_us=routed_us, **chosen)  # type: ignore[arg-type]
     with output.show_progress("prepare") as on_progress, InterruptGuard() as guard:
         started, counter = time.monotonic(), itertools.count(1)
 
@@ -54,6 +61,7 @@ def prepare(config: PrepareConfig, json: bool) -> None:
             unusable=unusable,
             settings={**chosen, "quota": config.quota},
             spec=config.source,
+            routes=None if config.route == "none" else routes,
             on_sample=on_sample,
         )
     if written.existed:

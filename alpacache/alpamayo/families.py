@@ -9,7 +9,7 @@ from typing import Any
 from alpacache.alpamayo.alpamayo_r1 import R1, R1_RELEASED
 from alpacache.alpamayo.family import AlpamayoConfig, Family
 from alpacache.alpamayo.foreign_files import read_json
-from alpacache.alpamayo.prompt import PromptFormat
+from alpacache.alpamayo.prompt import ROUTE_TOKENS, PromptFormat
 from alpacache.errors import CheckpointError
 
 ALPAMAYO_1_5 = replace(
@@ -17,11 +17,11 @@ ALPAMAYO_1_5 = replace(
     name="1.5",
     package="alpamayo1_5",
     architecture="Alpamayo1_5",
-    prompt=PromptFormat(camera_names=True, frame_numbers=True),
+    prompt=PromptFormat(camera_names=True, frame_numbers=True, route=ROUTE_TOKENS),
     stores_constants=False,
     released=None,
 )
-"""`nvidia/Alpamayo-1.5-10B`: R1 with cameras named and frames numbered, and no constants in the weights."""
+"""`nvidia/Alpamayo-1.5-10B`: R1 with cameras named, frames numbered, optional routes, no constants in the weights."""
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (ALPAMAYO_1_5, R1)}
 """By name. The first whose package a config names is taken: one that was derived from an older family, and still names

@@ -20,12 +20,13 @@ from torch import Tensor
 from alpacache.alpamayo.backbone import companion_file, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.foreign_files import Schema, conform, opened, read_json
-from alpacache.alpamayo.prompt import Reasoning
+from alpacache.alpamayo.prompt import ROUTE_TOKENS, Reasoning
 from alpacache.driving.cameras import CAMERAS
 from alpacache.driving.picture_size import fit_size, image_tokens
 from alpacache.driving.resizing import resized
+from alpacache.driving.route import swapped
 from alpacache.driving.sample import Sample
-from alpacache.errors import CheckpointError
+from alpacache.errors import BadClipError, CheckpointError, UsageError
 
 PROCESSOR = "recipe-float-bicubic-antialias-v1"
 """Name of the way of `to_patches` in a store's identity."""
@@ -66,6 +67,8 @@ class VLMInputs:
     """`[images, 2]`: first and one-past-last prompt position of each image's tokens."""
     stem_len: int
     """Tokens up to and including `<|traj_history_end|>`: what the direct and the reasoning prompt share."""
+    route: str | None = None
+    """The route in the prompt."""
 
 
 class PromptTokenizer:
@@ -103,6 +106,11 @@ class PromptTokenizer:
     def encode(self, text: str) -> NDArray[np.int64]:
         """Token ids `[T]` of a rendered prompt; nothing is added at either end."""
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def is_plain(self, text: str) -> bool:
+        """Tell whether no part of a text is one of the tokens that were added to the vocabulary."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return not any(token in added for token in self.encode(text).tolist())
 
     def decode(self, ids: NDArray[np.int64]) -> str:
         """Text of token ids, special tokens included."""
@@ -177,12 +185,30 @@ class InputBuilder:
         reasoning: Reasoning = "none",
         camera_names: bool | None = None,
         frame_numbers: bool | None = None,
+        routes: str = "none",
+        route_tokens: bool | None = None,
     ) -> None:
-        """`camera_names`, `frame_numbers`: whether the prompt has them; None: as the model was trained."""
+        """
+        Args:
+            camera_names, frame_numbers: whether the prompt has them; None: as the model was trained.
+            routes: `none`, `source` where samples bring their own, or the one text of all.
+            route_tokens: write routes between the route tokens, or as they are; None: as the model was trained.
+
+        Raises `UsageError` for routes that the model has no place for.
+        """
         self.config = checkpoint.config
         asked = {"camera_names": camera_names, "frame_numbers": frame_numbers}
         changes: dict[str, Any] = {name: wanted for name, wanted in asked.items() if wanted is not None}
+        if route_tokens is not None:
+            changes["route"] = ROUTE_TOKENS if route_tokens else ("", "")
         self.format = replace(self.config.family.prompt, **changes)
+        if routes != "none" and self.format.route is None:
+            raise UsageError(
+                f"{checkpoint.model} is of family {self.config.family.name}, which was not trained with routes: its "
+                "prompt has no place for one. Leave --route out or take a model such as Alpamayo 1.5; if this "
+                "checkpoint was trained with routes between the route tokens all the same, pass --route-tokens."
+            )
+        self.routes = routes
         self.tokenizer = PromptTokenizer(checkpoint)
         self.reasoning = reasoning
         vlm = vlm_config(checkpoint)
@@ -198,29 +224,47 @@ class InputBuilder:
         _check_processor(checkpoint, vision.patch_size, vision.spatial_merge_size, self._temporal)
 
     def prompt(
-        self, cameras: Sequence[str], *, frames: int, height: int, width: int
+        self, cameras: Sequence[str], *, frames: int, height: int, width: int, route: str | None = None
     ) -> tuple[str, NDArray[np.int64], int]:
         """Text, ids `[T]` with history placeholders, and image tokens a frame, for pictures of this size."""
         tokens = image_tokens(height, width, **self._geometry, **self._limits)
-        text = self.format.render([[tokens] * frames] * len(cameras), cameras=cameras, reasoning=self.reasoning)
+        images = [[tokens] * frames] * len(cameras)
+        text = self.format.render(images, cameras=cameras, reasoning=self.reasoning, route=route)
         return text, self.tokenizer.encode(text), tokens
 
-    def tail_ids(self, reasoning: Reasoning) -> NDArray[np.int64]:
+    def tail_ids(self, reasoning: Reasoning, *, route: str | None = None) -> NDArray[np.int64]:
         """Token ids that follow the stem in a prompt of this kind, up to and including the first answer token."""
-        text = self.format.render([[1]], cameras=[CAMERAS[1]], reasoning=reasoning)
+        text = self.format.render([[1]], cameras=[CAMERAS[1]], reasoning=reasoning, route=route)
         ids = self.tokenizer.encode(text)
         return ids[self._stem_len(ids) :]
+
+    def twins(self, route: str | None) -> dict[str, tuple[NDArray[np.int64], str]]:
+        """Token ids that follow the stem in the twins of a direct prompt with this route, and their routes.
+
+        `unrouted` has none; `swapped`, if the route commands left or right, has the other one.
+        """
+        if route is None:
+            return {}
+        twins = {"unrouted": (self.tail_ids("none"), "")}
+        if (other := swapped(route)) is not None:
+            twins["swapped"] = (self.tail_ids("none", route=other), other)
+        return twins
 
     def _stem_len(self, ids: NDArray[np.int64]) -> int:
         return int(np.flatnonzero(ids == self.config.traj_token_ids["history_end"])[0]) + 1
 
     def build(self, sample: Sample) -> VLMInputs:
-        """Inputs of the VLM for one sample."""
+        """Inputs of the VLM for one sample, its route in the prompt.
+
+        Raises `BadClipError` (`bad_route`) for a route that holds tokens of the model.
+        """
         frames, _, height, width = sample.frames.shape[1:]
+        if sample.route is not None and not self.tokenizer.is_plain(sample.route):
+            raise BadClipError("bad_route", f"{sample.ref.sample_id}: its route holds a token of the model's own.")
         pixel_values, grid = to_patches(
             sample.frames.reshape(-1, 3, height, width), temporal=self._temporal, **self._geometry, **self._limits
         )
-        text, ids, tokens = self.prompt(sample.cameras, frames=frames, height=height, width=width)
+        text, ids, tokens = self.prompt(sample.cameras, frames=frames, height=height, width=width, route=sample.route)
         starts = np.flatnonzero(ids == self.tokenizer.id_of("<|vision_start|>")) + 1
         return VLMInputs(
             text=text,
@@ -229,6 +273,7 @@ class InputBuilder:
             image_grid_thw=grid,
             image_spans=np.stack([starts, starts + tokens], axis=1),
             stem_len=self._stem_len(ids),
+            route=sample.route,
         )
 
     def tokens_sha256(self) -> str:
@@ -239,7 +284,7 @@ class InputBuilder:
     def identity(self) -> dict[str, Any]:
         """The part of a store's identity that prompt and image processor make up."""
         return {
-            "prompt": self.format.identity(self.reasoning),
+            "prompt": self.format.identity(self.reasoning, routes=self.routes),
             "processor": {"images": PROCESSOR, **self._geometry, "temporal": self._temporal, **self._limits},
         }
 

@@ -24,6 +24,8 @@ CAMERA_TITLES = (
     "Front telephoto camera",
 )
 """Names of the cameras in a prompt, by camera index."""
+ROUTE_TOKENS = ("<|route_start|>", "<|route_end|>")
+"""What stands around a route in 1.5."""
 _HISTORY = "<|traj_history|>"
 
 
@@ -41,6 +43,8 @@ class PromptFormat:
     """Question and first answer token of the prompt without reasoning, after which the prefix ends."""
     reasoning: tuple[str, str] = (REASONING, "<|cot_start|>")
     """The same of the prompt that makes the model reason first."""
+    route: tuple[str, str] | None = None
+    """What stands before and behind a route; None if the model was not trained with routes."""
 
     def render(
         self,
@@ -55,8 +59,11 @@ class PromptFormat:
         Args:
             image_tokens: `[cameras][frames]` image tokens of each frame.
             cameras: camera names in the same order (by camera index).
-            route: 1.5's optional navigation text.
+            route: optional navigation text. Raises `ValueError` where the format has no place for it.
         """
+        if route and self.route is None:
+            raise ValueError("this prompt has no place for a route.")
+        before, behind = self.route or ("", "")
         images = []
         for camera, frames in zip(cameras, image_tokens, strict=True):
             if self.camera_names:
@@ -65,7 +72,7 @@ class PromptFormat:
                 images.append(f"frame {number} " if self.frame_numbers else "")
                 images.append(f"<|vision_start|>{'<|image_pad|>' * tokens}<|vision_end|>")
         history = f"<|traj_history_start|>{_HISTORY * self.history_tokens}<|traj_history_end|>"
-        navigation = f"<|route_start|>{route}<|route_end|>" if route else ""
+        navigation = f"{before}{route}{behind}" if route else ""
         question, answer = self.reasoning if reasoning == "rollout" else self.direct
         return (
             f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
@@ -73,11 +80,15 @@ class PromptFormat:
             f"<|im_start|>assistant\n{answer}"
         )
 
-    def identity(self, reasoning: Reasoning) -> dict[str, Any]:
+    def identity(self, reasoning: Reasoning, *, routes: str = "none") -> dict[str, Any]:
         """The prompt's part of a store's identity: the text around one one-token image, and whether cameras are named.
 
-        Whether frames are numbered shows in the text.
+        Whether frames are numbered shows in the text. With `routes` (`source`, or the one text of all samples) it says
+        so and how they are written; without, it is what it was before there were any.
         """
         text = self.render([[1]], cameras=[CAMERAS[1]], reasoning=reasoning)
         template = text.replace(_HISTORY * self.history_tokens, f"({self.history_tokens} x {_HISTORY})")
-        return {"template": template, "camera_names": self.camera_names, "reasoning": reasoning}
+        identity = {"template": template, "camera_names": self.camera_names, "reasoning": reasoning}
+        if routes != "none":
+            identity["route"] = {"given": routes, "form": "(route)".join(self.route or ())}
+        return identity

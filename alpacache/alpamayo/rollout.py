@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from alpacache import randomness
-from alpacache.alpamayo.backbone import additive_mask, cache_argument, check_finite, vlm_config
+from alpacache.alpamayo.backbone import additive_mask, check_finite, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.vlm import FrozenVLM
@@ -76,12 +76,21 @@ class RolloutSampler:
             decode=builder.tokenizer.decode,
         )
 
-    def sample(self, prefix: PrefixFeatures, stem_len: int, *, rollouts: int, key: object) -> list[Tail]:
+    def sample(
+        self,
+        prefix: PrefixFeatures,
+        stem_len: int,
+        *,
+        rollouts: int,
+        key: object,
+        question: NDArray[np.int64] | None = None,
+    ) -> list[Tail]:
         """Tails of freshly sampled rollouts; rollout `n` depends on the prefix's stem, the key and `n`.
 
         Args:
             prefix: any prefix of the sample; only its first `stem_len` tokens are used.
             key: what the random numbers are for: the sample's id.
+            question: this sample's, with its route; None: the sampler's own.
         """
         generators = (randomness.generator("rollout", key, number) for number in range(rollouts))
         draws = torch.stack([torch.rand(MAX_TOKENS, generator=one) for one in generators]).to(self.vlm.device)
@@ -89,21 +98,28 @@ class RolloutSampler:
         def choose(step: int, running: Sequence[int], hidden: Tensor) -> Tensor:
             return pick(F.linear(hidden, self.head), draws[list(running), step], masked=self.masked)
 
-        return self.generate(prefix, stem_len, choose, rollouts=rollouts, limit=MAX_TOKENS)
+        return self.generate(prefix, stem_len, choose, rollouts=rollouts, limit=MAX_TOKENS, question=question)
 
     @torch.inference_mode()
     def generate(
-        self, prefix: PrefixFeatures, stem_len: int, choose: Choose, *, rollouts: int, limit: int
+        self,
+        prefix: PrefixFeatures,
+        stem_len: int,
+        choose: Choose,
+        *,
+        rollouts: int,
+        limit: int,
+        question: NDArray[np.int64] | None = None,
     ) -> list[Tail]:
-        """Tails of rollouts of at most `limit` tokens, each token as `choose` says."""
-        device = self.vlm.device
+        """Tails of rollouts of at most `limit` tokens, each token as `choose` says; `question` as in `sample`."""
+        device, asked = self.vlm.device, self.question if question is None else question
         cache = DynamicCache(config=self.vlm.model.config.text_config)
         for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
             cache.update(keys[None, :, :stem_len].to(device), values[None, :, :stem_len].to(device), layer)
         first = stem_len + prefix.rope_delta
-        common = stem_len + len(self.question)
-        question = torch.from_numpy(self.question).to(device)
-        hidden = self._forward(cache, question, torch.arange(first, first + len(question)))[-1:].expand(rollouts, -1)
+        common = stem_len + len(asked)
+        ids = torch.from_numpy(asked).to(device)
+        hidden = self._forward(cache, ids, torch.arange(first, first + len(ids)))[-1:].expand(rollouts, -1)
         owner = torch.full((common + rollouts * limit,), -1, device=device)
         running = list(range(rollouts))
         texts: list[list[int]] = [[] for _ in running]
@@ -123,36 +139,30 @@ class RolloutSampler:
             end += len(running)
             seen = (owner[:end] == -1) | (owner[:end] == rows[:, None])  # what has no owner, and its own
             mask = additive_mask(seen, hidden.dtype)[None, None]
-            position = first + len(question) + step
+            position = first + len(asked) + step
             hidden = self._forward(cache, tokens, torch.full((len(running),), position), mask)
             going_on = [place for place, token in enumerate(chosen) if token != self.vlm.future_start_id]
             running, hidden = [running[place] for place in going_on], hidden[going_on]
             if not running:
                 break
         return [
-            self._tail(cache, columns[row], texts[row], start=prefix.rope_delta + common + len(texts[row]))
+            self._tail(cache, asked, columns[row], texts[row], start=prefix.rope_delta + common + len(texts[row]))
             for row in range(rollouts)
         ]
 
     def _forward(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run `n` more tokens, whose KV goes into the cache; their last hidden states `[n, C]`."""
-        text: Any = self.vlm.model.language_model
-        hidden: Tensor = text(
-            inputs_embeds=text.get_input_embeddings()(tokens)[None],
-            position_ids=positions.to(tokens.device).expand(3, 1, -1),
-            attention_mask=mask,
-            use_cache=True,
-            **{cache_argument(text): cache},
-        ).last_hidden_state[0]
-        return hidden
+        return self.vlm.extend(cache, tokens[None], positions[None], mask)[0]
 
-    def _tail(self, cache: DynamicCache, columns: list[int], text: list[int], *, start: int) -> Tail:
+    def _tail(
+        self, cache: DynamicCache, question: NDArray[np.int64], columns: list[int], text: list[int], *, start: int
+    ) -> Tail:
         places = torch.tensor(columns, device=self.vlm.device)
         ids = np.array(text, np.int64)
         return Tail(
             keys=torch.stack([layer.keys[0][:, places] for layer in cache.layers]),
             values=torch.stack([layer.values[0][:, places] for layer in cache.layers]),
-            token_ids=np.concatenate([self.question, ids]),
+            token_ids=np.concatenate([question, ids]),
             start_position=start,
             text=self.decode(ids).replace("\0", "\ufffd"),  # which stores refuse
         )

@@ -4,20 +4,20 @@ Only the transformer body is built and read from the checkpoint: the vocabulary 
 nothing here predicts tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, DynamicCache, Qwen3VLModel
 
-from alpacache.alpamayo.backbone import cache_argument, described_by, load_module, vlm_config
+from alpacache.alpamayo.backbone import additive_mask, cache_argument, described_by, load_module, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import VLMInputs
-from alpacache.prefix.prefix import PrefixFeatures
+from alpacache.prefix.prefix import PrefixFeatures, Tail
 
 IMAGE_ATTENTION = "images"
 
@@ -42,7 +42,7 @@ class FrozenVLM:
             pixel_values: `[patches, patch_values]` of all images, in prompt order.
             image_grid_thw: `[images, 3]` patches in time, height and width of each image.
         """
-        return self._prefill([(torch.as_tensor(np.asarray(input_ids)), pixel_values, image_grid_thw)])[0]
+        return self._prefill([(torch.as_tensor(np.asarray(input_ids)), pixel_values, image_grid_thw)])[0][0]
 
     def prefill_batch(self, inputs: Sequence[VLMInputs]) -> list[PrefixFeatures]:
         """Run the VLM over several prompts at once; the closer their lengths, the less computation is wasted.
@@ -50,10 +50,85 @@ class FrozenVLM:
         Shorter prompts are padded at the end. Attention is causal, so no token sees the padding behind it, and without
         a mask the kernels for plain causal attention can be used. Each result ends where its own prompt does.
         """
-        return self._prefill([(torch.as_tensor(one.input_ids), one.pixel_values, one.image_grid_thw) for one in inputs])
+        return self._prefill(_prompts(inputs))[0]
+
+    def prefill_with_tails(
+        self, inputs: Sequence[VLMInputs], tails: Sequence[Mapping[str, tuple[NDArray[np.int64], str]]]
+    ) -> list[tuple[PrefixFeatures, dict[str, Tail]]]:
+        """`prefill_batch`, and of each prompt what other endings make of its stem: all of them in one more forward.
+
+        `tails` has for each prompt, by name, the token ids behind the stem and what they say, for people. The tails of
+        a prompt are one sequence behind it; each sees the stem and itself.
+        """
+        prefixes, cache = self._prefill(_prompts(inputs))
+        stems = [one.stem_len for one in inputs]
+        longest = max(sum(len(ids) for ids, _ in of_one.values()) for of_one in tails)
+        if longest:
+            self._extend_by_tails(cache, prefixes, stems, tails, longest)
+        end = cache.get_seq_length() - longest
+        made = []
+        for number, (prefix, stem, of_one) in enumerate(zip(prefixes, stems, tails, strict=True)):
+            found, first = {}, end
+            for name, (ids, text) in of_one.items():
+                places = slice(first, first := first + len(ids))
+                found[name] = Tail(
+                    keys=torch.stack([layer.keys[number, :, places] for layer in cache.layers]),
+                    values=torch.stack([layer.values[number, :, places] for layer in cache.layers]),
+                    token_ids=ids,
+                    start_position=prefix.rope_delta + stem + len(ids),
+                    text=text,
+                )
+            made.append((prefix, found))
+        return made
 
     @torch.inference_mode()
-    def _prefill(self, prompts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[PrefixFeatures]:
+    def _extend_by_tails(
+        self,
+        cache: DynamicCache,
+        prefixes: Sequence[PrefixFeatures],
+        stems: Sequence[int],
+        tails: Sequence[Mapping[str, tuple[NDArray[np.int64], str]]],
+        longest: int,
+    ) -> None:
+        """Append each prompt's tails to its row of the cache, padded to `longest` tokens."""
+        before = cache.get_seq_length()
+        tokens = torch.full((len(prefixes), longest), self.future_start_id)
+        positions = torch.zeros(len(prefixes), longest, dtype=torch.long)
+        owner = torch.full((len(prefixes), longest), -1)
+        for row, (prefix, stem, of_one) in enumerate(zip(prefixes, stems, tails, strict=True)):
+            first = 0
+            for number, (ids, _) in enumerate(of_one.values()):
+                mine = slice(first, first := first + len(ids))
+                tokens[row, mine] = torch.from_numpy(ids)
+                positions[row, mine] = prefix.rope_delta + stem + torch.arange(len(ids))
+                owner[row, mine] = number
+        # The mask is made on the device: a copy of it would wait until the device is done with the prompts.
+        of_stem, owner = torch.tensor(stems).to(self.device), owner.to(self.device)
+        stem_seen = torch.arange(before, device=self.device) < of_stem[:, None, None]
+        tail_seen = (owner[:, :, None] == owner[:, None, :]).tril()
+        seen = torch.cat([stem_seen.expand(-1, longest, -1), tail_seen], dim=-1)
+        mask = additive_mask(seen, self.dtype)[:, None]
+        self.extend(cache, tokens.to(self.device), positions.to(self.device), mask)
+
+    def extend(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Run `[B, n]` more text tokens at these positions; their KV goes into the cache.
+
+        `mask` is `[B or 1, 1, n, columns]`, added to the attention's logits; None: causal. Returns the last hidden
+        states `[B, n, C]`.
+        """
+        text: Any = self.model.language_model
+        hidden: Tensor = text(
+            inputs_embeds=text.get_input_embeddings()(tokens),
+            position_ids=positions.to(tokens.device).expand(3, *tokens.shape),
+            attention_mask=mask,
+            use_cache=True,
+            **{cache_argument(text): cache},
+        ).last_hidden_state
+        return hidden
+
+    @torch.inference_mode()
+    def _prefill(self, prompts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[PrefixFeatures], DynamicCache]:
+        """The prefix of each prompt, and the cache that they were cut from."""
         ids_of_all, pixel_values, grids = zip(*prompts, strict=True)
         rows = [self._cut(ids) for ids in ids_of_all]
         lengths = [len(row) for row in rows]
@@ -74,7 +149,7 @@ class FrozenVLM:
             use_cache=True,
             **{cache_argument(self.model): cache},
         )
-        return [
+        prefixes = [
             PrefixFeatures(
                 keys=torch.stack([layer.keys[number, :, :length] for layer in cache.layers]),
                 values=torch.stack([layer.values[number, :, :length] for layer in cache.layers]),
@@ -85,6 +160,7 @@ class FrozenVLM:
             )
             for number, (length, delta) in enumerate(zip(lengths, deltas, strict=True))
         ]
+        return prefixes, cache
 
     def _positions(self, ids: Tensor, grid: Tensor) -> tuple[Tensor, int]:
         """M-RoPE positions `[3, T]` of one prompt and its rope delta. On the CPU: it is a loop over the images."""
@@ -104,6 +180,10 @@ class FrozenVLM:
             raise ValueError(f"input_ids has shape {list(ids.shape)}; expected one prompt, [T].")
         starts = (ids == self.future_start_id).nonzero()
         return ids[: int(starts[0, 0]) + 1] if len(starts) else ids
+
+
+def _prompts(inputs: Sequence[VLMInputs]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [(torch.as_tensor(one.input_ids), one.pixel_values, one.image_grid_thw) for one in inputs]
 
 
 def load_vlm(

@@ -18,6 +18,7 @@ from alpacache.cached_samples.features import (
     KV_SHAPE,
     POSE_FIELDS,
     PREFIX_FIELDS,
+    ROUTE,
     CachedSample,
     from_arrays,
     tail_count,
@@ -123,15 +124,35 @@ class CachedDataset:
         epoch, rollouts = position // len(self), len(self.tails_of(index))
         return self.choice.tail(self.sample_id(index), epoch, rollouts=rollouts)
 
-    def load(self, index: int, *, tails: int = 0) -> CachedSample:
-        """Read one sample's prefix, and the tails of its first `tails` reasoning rollouts.
+    def load(self, index: int, *, tails: int = 0, twin: str | None = None) -> CachedSample:
+        """Read one sample's prefix, the tails of its first `tails` reasoning rollouts, and one of `TWINS` if it has it.
 
         Raises `SampleReadError` where a stored byte is not as committed or cannot be read.
         """
         reader, sample_id = self._index[index]
         names = tuple(map(tail_name, range(tails)))
         fields = [name for name in reader.fields if name.startswith(names)]
-        return from_arrays(sample_id, reader.read(sample_id, (*self.prefix_fields, *fields)), codec=self.codec)
+        if twin is not None:
+            fields += [name for name in reader.fields_of(sample_id) if name.startswith(tail_name(twin))]
+        arrays = reader.read(sample_id, (*self.prefix_fields, *fields))
+        return from_arrays(sample_id, arrays, codec=self.codec, twin=twin)
+
+    @property
+    def routed(self) -> bool:
+        """True if samples of any store may have a route."""
+        return any(ROUTE in self._index[places.start][0].fields for places in self.store_ranges if places)
+
+    def route(self, index: int) -> str | None:
+        """The route in a sample's prompt; None if there is none."""
+        reader, sample_id = self._index[index]
+        if ROUTE not in reader.fields or ROUTE not in reader.fields_of(sample_id):
+            return None
+        return str(reader.read(sample_id, fields=[ROUTE])[ROUTE])
+
+    def has_twin(self, index: int, twin: str) -> bool:
+        """Tell whether a sample has one of `TWINS`."""
+        reader, sample_id = self._index[index]
+        return f"{tail_name(twin)}kv" in reader.fields_of(sample_id)
 
     def poses(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A sample's history and future, xyz (m, ego frame at t0) and rotations each; reads no keys and values."""

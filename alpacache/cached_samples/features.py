@@ -3,14 +3,15 @@
 A sample's KV is one *stem* (system text, images, ego history) followed by *tails*. The array `kv` holds the stem and
 the direct tail back to back, so that the usual prefix is one contiguous read; `stem_len` says where the tail begins.
 Tails of reasoning rollouts are further fields, `tail.0.kv` and so on, which attach to the same stem; evaluation reads
-them, and training that is asked to. With a quantising codec, which the store's identity names, `kv` is the codec's flat
-bytes and `kv_shape` tells the lengths.
+them, and training that is asked to. Of a sample with a route, whose text stands behind the stem, so are the `TWINS` of
+the direct tail. With a quantising codec, which the store's identity names, `kv` is the codec's flat bytes and
+`kv_shape` tells the lengths.
 """
 
 import io
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -36,6 +37,10 @@ PREFIX_FIELDS = ("kv", "stem_len", "prefix_len", "rope_delta", "start_position")
 KV_SHAPE = "kv_shape"
 _FINITE = " is finite"
 """Suffix of the flags, never stored, that say the array of that name is finite and may be stored; see `checked`."""
+ROUTE = "route"
+TWINS = UNROUTED, SWAPPED = ("unrouted", "swapped")
+"""Names of the further direct tails of a sample with a route: without it, and with left for right in it where it
+commands one of the two. A tail is the few dozen tokens behind the stem, so both take about a hundredth of a sample."""
 POSE_FIELDS = ("history_xyz", "history_rot", "future_xyz", "future_rot")
 _JPEG_HEIGHT = 256
 
@@ -50,15 +55,27 @@ class CachedSample:
     """Tokens of the prefix that tails attach to."""
     tails: tuple[Tail, ...] = ()
     """Decoded tails of as many reasoning rollouts as were read."""
+    twin: Tail | None = None
+    """The decoded tail of the one of `TWINS` that was asked for, if the sample has it."""
+
+    def twin_prefix(self, device: torch.device | str = "cpu") -> PrefixFeatures:
+        """The prefix with the twin's tail: the decoded stem and that tail."""
+        assert self.twin is not None
+        return self._decoded(device).with_tail(self.stem_len, self.twin)
 
     def rollout_prefixes(self, device: torch.device | str = "cpu") -> list[PrefixFeatures]:
         """The prefix after each rollout: the decoded stem and a tail."""
-        prefix = self.prefix.to(device)
-        whole = prefix.decode() if isinstance(prefix, EncodedPrefix) else prefix
+        whole = self._decoded(device)
         return [whole.with_tail(self.stem_len, tail) for tail in self.tails]
 
+    def _decoded(self, device: torch.device | str) -> PrefixFeatures:
+        prefix = self.prefix.to(device)
+        return prefix.decode() if isinstance(prefix, EncodedPrefix) else prefix
 
-def store_fields(*, hidden_states: bool, codec: KVCodec | None, rollouts: int = 0, views: bool = False) -> list[Field]:
+
+def store_fields(
+    *, hidden_states: bool, codec: KVCodec | None, rollouts: int = 0, views: bool = False, routes: bool = False
+) -> list[Field]:
     """The schema of a store of VLM prefixes; without a codec they are bfloat16."""
     poses = [
         Field(name=f"{when}_{what}", dtype="float32", axes=("step", *axes), units=units, layout="packed")
@@ -90,14 +107,22 @@ def store_fields(*, hidden_states: bool, codec: KVCodec | None, rollouts: int = 
         fields.insert(1, Field(name="hidden", dtype="bfloat16", axes=axes, units=units, layout="array"))
     if views:
         fields.append(Field(name="jitter", dtype="str", axes=(), units="JSON", layout="text", required=False))
-    for name in map(tail_name, range(rollouts)):
-        fields += [
-            *_kv_fields(name, codec),
-            Field(name=f"{name}input_ids", dtype="int64", axes=("token",), units="token id", layout="packed"),
-            Field(name=f"{name}start_position", dtype="int64", axes=(), units="positions", layout="packed"),
-            Field(name=f"{name}text", dtype="str", axes=(), units="", layout="text"),
-        ]
+    for number in range(rollouts):
+        fields += _tail_fields(tail_name(number), codec)
+    if routes:
+        fields.append(Field(name=ROUTE, dtype="str", axes=(), units="", layout="text", required=False))
+        for twin in TWINS:  # samples without a route have none
+            fields += [replace(field, required=False) for field in _tail_fields(tail_name(twin), codec)]
     return fields
+
+
+def _tail_fields(name: str, codec: KVCodec | None) -> list[Field]:
+    return [
+        *_kv_fields(name, codec),
+        Field(name=f"{name}input_ids", dtype="int64", axes=("token",), units="token id", layout="packed"),
+        Field(name=f"{name}start_position", dtype="int64", axes=(), units="positions", layout="packed"),
+        Field(name=f"{name}text", dtype="str", axes=(), units="", layout="text"),
+    ]
 
 
 def _kv_fields(prefix: str, codec: KVCodec | None) -> list[Field]:
@@ -111,9 +136,9 @@ def _kv_fields(prefix: str, codec: KVCodec | None) -> list[Field]:
     ]
 
 
-def tail_name(number: int) -> str:
-    """Beginning of the names of a rollout's fields."""
-    return f"tail.{number}."
+def tail_name(tail: int | str) -> str:
+    """Beginning of the names of the fields of a rollout, by its number, or of one of `TWINS`."""
+    return f"tail.{tail}."
 
 
 def tail_count(fields: Container[str]) -> int:
@@ -136,6 +161,8 @@ def sample_arrays(sample: Sample, inputs: VLMInputs) -> dict[str, Any]:
     }
     if FRONT_CAMERA in sample.cameras:
         arrays["front_jpeg"] = _jpeg(sample.frames[sample.cameras.index(FRONT_CAMERA), -1])
+    if inputs.route is not None:
+        arrays[ROUTE] = inputs.route
     for name in ("calibration", "jitter"):
         if (value := getattr(sample, name)) is not None:
             arrays[name] = json.dumps(plain(value), sort_keys=True, allow_nan=False)
@@ -165,11 +192,20 @@ def prefix_arrays(
 
 def tail_arrays(tails: Sequence[Tail], *, codec: KVCodec | None) -> dict[str, Any]:
     """Stored values of reasoning rollouts; like those of `prefix_arrays`, they go through `checked`."""
+    return _tail_arrays(dict(enumerate(tails)), codec)
+
+
+def twin_arrays(twins: Mapping[str, Tail], *, codec: KVCodec | None) -> dict[str, Any]:
+    """Stored values of a routed sample's `TWINS`; like those of `prefix_arrays`, they go through `checked`."""
+    return _tail_arrays(twins, codec)
+
+
+def _tail_arrays(tails: Mapping[Any, Tail], codec: KVCodec | None) -> dict[str, Any]:
     arrays: dict[str, Any] = {}
-    for number, tail in enumerate(tails):
+    for name, tail in tails.items():
         start = np.asarray(tail.start_position)
         stored = _kv_arrays(tail, codec) | {"input_ids": tail.token_ids, "start_position": start, "text": tail.text}
-        arrays |= {f"{tail_name(number)}{part}": value for part, value in stored.items()}
+        arrays |= {f"{tail_name(name)}{part}": value for part, value in stored.items()}
     return arrays
 
 
@@ -192,7 +228,9 @@ def _flag(value: Tensor) -> Tensor:
     return value.to("cpu", non_blocking=True)
 
 
-def from_arrays(sample_id: str, arrays: Mapping[str, NDArray[Any]], *, codec: KVCodec | None = None) -> CachedSample:
+def from_arrays(
+    sample_id: str, arrays: Mapping[str, NDArray[Any]], *, codec: KVCodec | None = None, twin: str | None = None
+) -> CachedSample:
     """The sample of these stored arrays, its prefix still encoded; tensors share memory with the arrays."""
     counters = {name: int(arrays[name]) for name in ("rope_delta", "prefix_len", "start_position")}
     prefix: PrefixFeatures | EncodedPrefix
@@ -203,23 +241,29 @@ def from_arrays(sample_id: str, arrays: Mapping[str, NDArray[Any]], *, codec: KV
         shape = tuple(arrays[KV_SHAPE].tolist())
         prefix = EncodedPrefix(data=torch.from_numpy(arrays["kv"]), codec=codec, shape=shape, **counters)
     stem_len, tails = int(arrays["stem_len"]), tuple(_tails(arrays, codec))
-    return CachedSample(sample_id=sample_id, prefix=prefix, stem_len=stem_len, tails=tails)
+    has_twin = twin is not None and f"{tail_name(twin)}kv" in arrays
+    other = _tail(arrays, tail_name(twin), codec) if twin is not None and has_twin else None
+    return CachedSample(sample_id=sample_id, prefix=prefix, stem_len=stem_len, tails=tails, twin=other)
 
 
 def _tails(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> Iterator[Tail]:
     for name in map(tail_name, range(tail_count(arrays))):
-        if codec is None:
-            kv = from_bf16_bits(arrays[f"{name}kv"])
-        else:
-            shape = tuple(arrays[f"{name}{KV_SHAPE}"].tolist())
-            kv = tensor_codec(codec).decode(torch.from_numpy(arrays[f"{name}kv"]), shape)
-        yield Tail(
-            keys=kv[:, 0],
-            values=kv[:, 1],
-            token_ids=arrays[f"{name}input_ids"],
-            start_position=int(arrays[f"{name}start_position"]),
-            text=str(arrays[f"{name}text"]),
-        )
+        yield _tail(arrays, name, codec)
+
+
+def _tail(arrays: Mapping[str, NDArray[Any]], name: str, codec: KVCodec | None) -> Tail:
+    if codec is None:
+        kv = from_bf16_bits(arrays[f"{name}kv"])
+    else:
+        shape = tuple(arrays[f"{name}{KV_SHAPE}"].tolist())
+        kv = tensor_codec(codec).decode(torch.from_numpy(arrays[f"{name}kv"]), shape)
+    return Tail(
+        keys=kv[:, 0],
+        values=kv[:, 1],
+        token_ids=arrays[f"{name}input_ids"],
+        start_position=int(arrays[f"{name}start_position"]),
+        text=str(arrays[f"{name}text"]),
+    )
 
 
 def checked(sample_id: str, arrays: Mapping[str, Any]) -> dict[str, Any]:

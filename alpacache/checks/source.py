@@ -125,6 +125,7 @@ def check_source(
     samples: int | None = None,
     cameras: Sequence[str] = (FRONT_CAMERA,),
     frames: int = 4,
+    routed_us: Callable[[str], Sequence[int]] | None = None,
     on_progress: OnProgress | None = None,
 ) -> SourceReport:
     """Read the samples that `extract` would select with the same arguments, and judge them and their recordings.
@@ -132,7 +133,7 @@ def check_source(
     Raises `UsageError` for arguments that make no sense, `SourceError` for a source that cannot be read.
     """
     started, names = time.monotonic(), sort_cameras(cameras)
-    refs, rejected = select(source, split=split, t0=t0, samples=samples)
+    refs, rejected = select(source, split=split, t0=t0, samples=samples, routed_us=routed_us)
     clips: dict[str, list[SampleRef]] = {}
     for ref in refs:
         clips.setdefault(ref.clip_id, []).append(ref)

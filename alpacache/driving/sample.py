@@ -89,6 +89,8 @@ class Sample:
     """For each camera what the source knows of its projection; JSON-serialisable."""
     jitter: dict[str, float] | None = None
     """Augmentation of the pictures of a view above 0 (`views.Jitter`)."""
+    route: str | None = None
+    """Navigation text for the prompt. As a source gives it, it is unchecked; see `route.check_route`."""
 
 
 def split_of(clip_id: str) -> Literal["train", "val"]:

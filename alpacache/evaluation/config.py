@@ -84,6 +84,8 @@ class EvalConfig(Config):
     """Use the average of the weights that runs with `--ema` kept."""
     reasoning: Literal["auto", "none"] = "auto"
     """`auto`: each path on a reasoning rollout of its own where the store has them; `none`: on the direct prefix."""
+    swap_route: bool = False
+    """Also predict with left for right in the routes, from the same noise: do the paths change sides?"""
     paths: Repeats = 6
     """Paths per sample."""
     flow_steps: Repeats = 10

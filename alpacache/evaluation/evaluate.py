@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.features import SWAPPED
 from alpacache.cached_samples.identity import check_base, check_same_vlm
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.strata import classify
@@ -25,7 +27,7 @@ from alpacache.evaluation.judging import LeftOut, SampleResult, judge, judge_bas
 from alpacache.evaluation.output import check_evaluation_out, write_results
 from alpacache.evaluation.summary import EvalSummary, summarise
 from alpacache.gpu.device import enter, resolve_device
-from alpacache.inference.prediction import Paths, predict_actions, predict_ahead, to_paths
+from alpacache.inference.prediction import Paths, predict_actions, predict_ahead, predict_on_twins, to_paths
 from alpacache.interrupt import InterruptGuard
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.front_view import draw_paths
@@ -64,6 +66,8 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
             f"{config.store} has {data.rollouts} reasoning rollouts per sample, {config.paths} paths need one each; "
             f"pass --paths {data.rollouts}, or --reasoning none for paths without reasoning."
         )
+    if config.swap_route:
+        _check_swap(data, config.store, on_rollouts=on_rollouts)
     trained = {} if config.checkpoint is None else {TRAINED: config.checkpoint}
     runs = {
         label: _find_run(run, base, vlm=data.vlm, average=config.ema)
@@ -81,17 +85,25 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
             return _predict_on_rollouts(expert, data, todo, batch_size=config.batch_size, **sampling)
         return predict_ahead(expert, data, todo, batch_size=config.batch_size, capture=config.capture, **sampling)
 
+    def swapped_batches_of(expert: ActionExpert, todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
+        return _predict_on_twins(expert, data, todo, SWAPPED, batch_size=config.batch_size, **sampling)
+
+    swappable = [index for index in indices if config.swap_route and data.has_twin(index, SWAPPED)]
     predicted: dict[str, dict[int, Paths]] = {label: {} for label in (BASE, *runs)}
+    swapped: dict[str, dict[int, Paths]] = {label: {} for label in predicted}
     with InterruptGuard() as guard:
-        for label, into in predicted.items():
+        for label in predicted:
             run = runs[label][0] if label in runs else None
             expert = _load_judged(base, run, device, average=config.ema)
-            for batch in _paths_of(expert, batches_of, indices, poses, unread, guard):
-                _check_finite(batch, data, model=f"{label!r} ({run or config.model})")
-                into |= batch
-                done, total = sum(map(len, predicted.values())), len(predicted) * len(indices)
-                rate = done / (time.monotonic() - started)
-                on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
+            parts = (predicted[label], batches_of, indices), (swapped[label], swapped_batches_of, swappable)
+            for into, predict, todo in parts:
+                for batch in _paths_of(expert, predict, todo, poses, unread, guard):
+                    _check_finite(batch, data, model=f"{label!r} ({run or config.model})")
+                    into |= batch
+                    done = sum(map(len, (*predicted.values(), *swapped.values())))
+                    total = len(predicted) * (len(indices) + len(swappable))
+                    rate = done / (time.monotonic() - started)
+                    on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
             del expert  # before the next one is loaded
 
     judged: dict[int, SampleResult] = {}
@@ -99,15 +111,26 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         while index not in judged and index not in unread.errors:
             with unread.caught():
                 paths = {label: by_index[index] for label, by_index in predicted.items()}
-                judged[index] = _judge_sample(data, index, poses(index), paths)
+                others = {label: by_index[index][0] for label, by_index in swapped.items() if index in by_index}
+                judged[index] = _judge_sample(data, index, poses(index), paths, others)
     results = list(judged.values())
     summary = summarise(results, seed=config.seed)
     settings = {**sampling, "reasoning": "rollout" if on_rollouts else "none", "view": 0}
+    if data.routed:
+        settings |= {"routes": True, "swap_route": config.swap_route}
     losses = {label: recorded_metrics(path, state) for label, (path, state) in runs.items()}
     left_out = unread.left_out()
     write_results(Path(config.out), summary, results, left_out=left_out, settings=settings, losses=losses)
     seconds = time.monotonic() - started
     return EvalReport(summary=summary, results=results, left_out=left_out, out=config.out, seconds=seconds)
+
+
+def _check_swap(data: CachedDataset, store: str, *, on_rollouts: bool) -> None:
+    """Raise `UsageError` where there is nothing to swap."""
+    if not data.routed:
+        raise UsageError(f"{store} was extracted without routes, so none can be swapped; `extract --route` gives them.")
+    if on_rollouts:
+        raise UsageError("swap_route compares paths on direct prefixes; pass --reasoning none with it.")
 
 
 def _load_judged(base: Checkpoint, run: Path | None, device: torch.device, *, average: bool) -> ActionExpert:
@@ -217,8 +240,30 @@ def _predict_on_rollouts(
         yield rows, predict_actions(expert, samples, paths=paths, flow_steps=flow_steps, seed=seed)
 
 
+def _predict_on_twins(
+    expert: ActionExpert,
+    data: CachedDataset,
+    indices: Sequence[int],
+    twin: str,
+    *,
+    batch_size: int,
+    paths: int,
+    flow_steps: int,
+    seed: int,
+) -> Generator[tuple[Sequence[int], Tensor]]:
+    """Batch by batch, the indices and their actions `[B, paths, 64, 2]` on the direct prefixes of another route."""
+    for start in range(0, len(indices), batch_size):
+        rows = indices[start : start + batch_size]
+        samples = [data.load(index, twin=twin) for index in rows]
+        yield rows, predict_on_twins(expert, samples, paths=paths, flow_steps=flow_steps, seed=seed)
+
+
 def _judge_sample(
-    data: CachedDataset, index: int, poses: tuple[Tensor, Tensor, Tensor, Tensor], paths: Mapping[str, Paths]
+    data: CachedDataset,
+    index: int,
+    poses: tuple[Tensor, Tensor, Tensor, Tensor],
+    paths: Mapping[str, Paths],
+    swapped: Mapping[str, NDArray[np.float32]],
 ) -> SampleResult:
     history_xyz, history_rot, truth_xyz, truth_rot = drive = tuple(tensor.double().numpy() for tensor in poses)
     sample_id, (jpeg, lens) = data.sample_id(index), data.front_picture(index)
@@ -229,6 +274,7 @@ def _judge_sample(
                 jpeg, lens, truth_xyz, {label: (colours[label], xyz) for label, (xyz, _) in paths.items()}
             )
     judged = {label: judge(xyz, rot, truth_xyz, truth_rot) for label, (xyz, rot) in paths.items()}
+    judged |= {label: replace(judged[label], swapped_xyz=xyz.astype(np.float64)) for label, xyz in swapped.items()}
     return SampleResult(
         sample_id=sample_id,
         clip_id=SampleRef.parse(sample_id).clip_id,
@@ -239,4 +285,6 @@ def _judge_sample(
         front_jpeg=jpeg,
         strata=classify(*drive),
         models=judged | judge_baselines(*drive),
+        route=data.route(index),
+        routed=data.routed,
     )

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from alpacache.driving.route import Command, command_of
 from alpacache.driving.sample import Floats
 from alpacache.driving.strata import Strata
 from alpacache.metrics.baselines import BASELINES
 from alpacache.metrics.bias import Departure, mean_departure
-from alpacache.metrics.corridor import Leaving, leaving
+from alpacache.metrics.corridor import SIDE_KEY, Leaving, leaving, side_chosen
 from alpacache.metrics.path_frame import ONSET_KEY, TRACK_KEYS, error_after_onset, track_errors
 from alpacache.metrics.paths import EXTRA_KEYS, PUBLIC_KEYS, corner_distance, extra_metrics, min_ade
 
-METRIC_KEYS = (*PUBLIC_KEYS, *EXTRA_KEYS, *TRACK_KEYS, ONSET_KEY)
+METRIC_KEYS = (*PUBLIC_KEYS, *EXTRA_KEYS, *TRACK_KEYS, ONSET_KEY, SIDE_KEY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +27,11 @@ class ModelResult:
     pred_rot: Floats
     """`[K, 64, 3, 3]`."""
     metrics: Mapping[str, float]
-    """`METRIC_KEYS` -> metres (`miss_rate`: 0 or 1; `after_onset`: NaN where the driven path does not turn)."""
+    """`METRIC_KEYS` -> metres (`miss_rate`: 0 or 1, `side_chosen`: a share; `after_onset` and that are NaN where the
+    driven path does not turn)."""
     leaving: Leaving
+    swapped_xyz: Floats | None = None
+    """`[K, 64, 3]` from the same noise with left for right in the route, where that was asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,20 @@ class SampleResult:
     strata: Strata
     models: Mapping[str, ModelResult]
     """Label -> result. The first label that is no baseline is what the others are compared with."""
+    route: str | None = None
+    """The route in the prompt."""
+    routed: bool = False
+    """True if samples of this evaluation may have a route."""
+
+    @property
+    def command(self) -> Command | None:
+        """What the route commands; None where no sample has a route."""
+        return command_of(self.route) if self.routed else None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the strata that this sample counts in, with that of its command."""
+        return self.strata.labels if self.command is None else (*self.strata.labels, command_stratum(self.command))
 
     @property
     def true_departure(self) -> Departure:
@@ -68,10 +86,16 @@ class LeftOut:
     reason: str
 
 
+def command_stratum(command: Command) -> str:
+    """Name of the stratum of a command."""
+    return f"command_{command}"
+
+
 def judge(pred_xyz: ArrayLike, pred_rot: ArrayLike, truth_xyz: ArrayLike, truth_rot: ArrayLike) -> ModelResult:
     """Judge K paths `[K, 64, 3]`, `[K, 64, 3, 3]` by the driven `[64, 3]`, `[64, 3, 3]`; raises as `min_ade` does."""
     metrics = min_ade(pred_xyz, truth_xyz) | track_errors(pred_xyz, truth_xyz, truth_rot)
     metrics[ONSET_KEY] = error_after_onset(pred_xyz, truth_xyz, truth_rot)
+    metrics[SIDE_KEY] = side_chosen(pred_xyz, truth_xyz)
     metrics |= corner_distance(pred_xyz, pred_rot, truth_xyz, truth_rot) | extra_metrics(pred_xyz, truth_xyz)
     return ModelResult(
         pred_xyz=np.asarray(pred_xyz, dtype=np.float64),

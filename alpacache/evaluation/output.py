@@ -9,14 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alpacache import strict_json
+from alpacache.driving.route import Command
 from alpacache.driving.strata import STRATA
 from alpacache.durable import appearing, check_results_out
 from alpacache.errors import UsageError
-from alpacache.evaluation.judging import METRIC_KEYS, LeftOut, SampleResult
+from alpacache.evaluation.judging import METRIC_KEYS, LeftOut, ModelResult, SampleResult
 from alpacache.evaluation.plots import sample_png
 from alpacache.evaluation.report import write_report
 from alpacache.evaluation.summary import EvalSummary
 from alpacache.metrics.bias import HORIZONS_S
+from alpacache.metrics.commands import share_obeying
 
 _MAIN = ("report.html", "eval.json")
 """Files that one looks at: gone first and there last, so that it is never of another evaluation than the rest."""
@@ -70,7 +72,8 @@ def _write(
     per_sample = [
         {
             "sample_id": result.sample_id,
-            "strata": result.strata.labels,
+            "strata": result.labels,
+            **({"route": result.route, "command": result.command} if result.routed else {}),
             "metrics": {label: model.metrics for label, model in result.models.items()},
         }
         for result in results
@@ -91,12 +94,28 @@ def _write(
     write_report(summary, results, out / "report.html", left_out=left_out, losses=losses)
 
 
+def _route_columns(result: SampleResult, model: ModelResult) -> dict[str, Any]:
+    command, swapped = result.command, model.swapped_xyz
+    given = command is not None and command != "none"
+    other: Command = "right" if command == "left" else "left"
+    return {
+        "route": result.route,
+        "command": command,
+        "obeys": share_obeying(model.pred_xyz, command) if given and command else None,
+        "driven_obeys": bool(share_obeying(result.truth_xyz[None], command)) if given and command else None,
+        "swapped/obeys": None if swapped is None else share_obeying(swapped, other),
+        "swapped/lateral_m@6.4": None if swapped is None else float(swapped[:, -1, 1].mean()),
+    }
+
+
 def write_sample_table(path: Path, results: Sequence[SampleResult]) -> None:
     """Write a row for each sample and model as parquet; all results have the same models.
 
     Columns: `sample_id`, `clip_id`, `model`, a boolean `stratum/NAME` each, the metrics in metres, heading change
     (radians) and lateral offset (metres) at each horizon of the driven path (`truth/...`) and of the mean of the
     predicted ones (`pred/...`), and the fields of `Leaving`: `leaves`, `leaving_share`, `contained`, `spread_m`.
+    Where samples may have routes also `route`, `command`, `obeys` (share of the paths that do; null without a command),
+    `driven_obeys`, and with left for right in the route `swapped/obeys` and `swapped/lateral_m@6.4`.
     """
     rows: list[dict[str, Any]] = []
     for result in results:
@@ -110,5 +129,5 @@ def write_sample_table(path: Path, results: Sequence[SampleResult]) -> None:
                     row |= {f"{kind}/heading_rad@{horizon_s}": heading, f"{kind}/lateral_m@{horizon_s}": lateral}
             row |= {"leaves": model.leaving.truth, "leaving_share": model.leaving.share}
             row |= {"contained": model.leaving.contained, "spread_m": model.leaving.spread_m}
-            rows.append(row)
+            rows.append(row | (_route_columns(result, model) if result.routed else {}))
     pq.write_table(pa.Table.from_pylist(rows), path)

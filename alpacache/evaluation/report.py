@@ -78,6 +78,10 @@ def write_report(
             "tracks_table": tables.tracks_table(summary),
             "slopes_table": tables.slopes_table(summary),
             "corridor_table": tables.corridor_table(summary),
+            "no_routes": "" if summary.commands else "hidden",
+            "commands_table": tables.commands_table(summary),
+            "no_swaps": "" if summary.swaps else "hidden",
+            "swaps_table": tables.swaps_table(summary),
             "time_picture": _picture(_time_png(summary, ranked), "error over time"),
             "loss_picture": _picture(loss_curves_png(runs), "loss over steps") if runs else _NO_LOSSES,
             "judged": html.escape(judged),
@@ -215,7 +219,8 @@ def _sample_data(result: SampleResult, labels: Sequence[str]) -> dict[str, Any]:
         "errors": [round(result.models[label].metrics["min_ade"], 3) for label in labels],
         "note": f"Driven: heading change {np.rad2deg(strata.heading_change_rad):.1f}°, lateral offset "
         f"{strata.lateral_offset_m:.1f} m, {strata.mean_speed_mps:.1f} m/s. "
-        f"Strata: {', '.join(tables.stratum_name(name) for name in strata.labels)}.",
+        f"Strata: {', '.join(tables.stratum_name(name) for name in result.labels)}."
+        + (f" Route: {result.route}." if result.route is not None else ""),
     }
 
 

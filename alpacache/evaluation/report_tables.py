@@ -12,6 +12,7 @@ from alpacache.evaluation.judging import SampleResult
 from alpacache.evaluation.summary import EvalSummary, StratumSummary
 from alpacache.metrics.bias import HORIZONS_S, QUANTITIES, Slope
 from alpacache.metrics.bootstrap import Interval
+from alpacache.metrics.corridor import SIDE_KEY
 from alpacache.metrics.path_frame import ONSET_KEY, TRACK_KEYS
 from alpacache.pictures.canvas import BASELINE_STYLES, MODEL_COLOURS
 
@@ -36,14 +37,16 @@ STRATA_METRICS = {
     "fde": "FDE",
     "miss_rate": "missed",
 }
-TRACK_METRICS = {key: key.replace("_track@", " ") + " s" for key in TRACK_KEYS} | {ONSET_KEY: "after onset"}
+TRACK_METRICS = {key: key.replace("_track@", " ") + " s" for key in TRACK_KEYS}
+TRACK_METRICS |= {ONSET_KEY: "after onset", SIDE_KEY: "right side"}
+_SHARES = ("miss_rate", SIDE_KEY)
 SLOPE_COLUMNS = tuple((quantity, horizon_s) for quantity in QUANTITIES for horizon_s in HORIZONS_S)
 _NOTHING = '<td data-value="">–</td>'
 
 
 def stratum_name(stratum: str) -> str:
     """Name of a stratum in tables."""
-    return "straight history, curve after t0" if stratum == LATE_CURVE else stratum
+    return "straight history, curve after t0" if stratum == LATE_CURVE else stratum.replace("_", " ")
 
 
 def model_colour(summary: EvalSummary, label: str) -> str:
@@ -144,6 +147,28 @@ def corridor_table(summary: EvalSummary) -> str:
     return _stratum_table(summary, heads, cells)
 
 
+def commands_table(summary: EvalSummary) -> str:
+    """How each command is obeyed by each model, with counts."""
+    rows = []
+    for command, told in summary.commands.items():
+        for label, model in told.models.items():
+            cells = [_count(told.samples), _count(told.driven), _share(model.recall, model.recall_interval)]
+            cells.append(_share(model.obeyed, None))
+            rows.append(_model_row(summary, label, cells, stratum=f"command_{command}"))
+    return _table(["command", "model", "samples", "driven so", "recall", "of all"], rows, sortable=False)
+
+
+def swaps_table(summary: EvalSummary) -> str:
+    """The control with left for right in the routes."""
+    rows = []
+    for label, swap in summary.swaps.items():
+        cells = [_count(swap.samples), _share(swap.given, None), _share(swap.swapped, None)]
+        cells += [_share(swap.follows, swap.follows_interval), _value(swap.shift_m, "{:.2f}")]
+        rows.append(_model_row(summary, label, cells))
+    heads = ["model", "samples", "obey as given", "obey the opposite", "sides follow", "shift m"]
+    return _table(heads, rows, sortable=False)
+
+
 def samples_table(summary: EvalSummary, results: Sequence[SampleResult]) -> str:
     """One row a sample; the row's index is the sample's place in `results`."""
     heads = ["sample", "turn", "m/s", "driven turn °"]
@@ -155,7 +180,7 @@ def samples_table(summary: EvalSummary, results: Sequence[SampleResult]) -> str:
         departures = [result.true_departure, *map(result.mean_departure, summary.models)]
         cells += [_value(np.rad2deg(departure.heading[-1]), "{:.1f}") for departure in departures]
         cells += [_value(result.models[label].metrics["min_ade"], "{:.2f}") for label in summary.models]
-        strata = escape(" ".join(result.strata.labels))
+        strata = escape(" ".join(result.labels))
         rows.append(f'<tr tabindex="0" data-index="{index}" data-strata="{strata}">{"".join(cells)}</tr>')
     return _table(heads, rows)
 
@@ -217,9 +242,10 @@ def _value(value: float, form: str) -> str:
 def _number(key: str, value: float, change: Interval | None = None) -> str:
     if math.isnan(value):
         return _NOTHING
-    text = f"{100 * value:.1f} %" if key == "miss_rate" else f"{value:.2f}"
+    text = f"{100 * value:.1f} %" if key in _SHARES else f"{value:.2f}"
     title = "" if change is None else f' title="change {change.estimate:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"'
-    return f'<td{_verdict(change)}{title} data-value="{value:.6g}">{text}</td>'
+    verdict = _verdict(change, more_is_better=key == SIDE_KEY)
+    return f'<td{verdict}{title} data-value="{value:.6g}">{text}</td>'
 
 
 def _change(change: Interval | None, *, css: str = "", percent: bool = False, gap: str = "<br>") -> str:

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from alpacache.driving.route import COMMANDS
 from alpacache.driving.sample import Floats
 from alpacache.driving.strata import LATE_CURVE, STRATA
-from alpacache.evaluation.judging import METRIC_KEYS, SampleResult
+from alpacache.evaluation.judging import METRIC_KEYS, SampleResult, command_stratum
 from alpacache.metrics.baselines import BASELINES
 from alpacache.metrics.bias import (
     HORIZONS_S,
@@ -26,6 +27,7 @@ from alpacache.metrics.bias import (
     bias_slope,
 )
 from alpacache.metrics.bootstrap import Interval, mean_difference
+from alpacache.metrics.commands import CommandSummary, SwapSummary, summarise_command, summarise_swap
 from alpacache.metrics.corridor import CorridorSummary, recall_difference, summarise_corridor
 from alpacache.strict_json import plain
 
@@ -68,8 +70,12 @@ class EvalSummary:
     samples: int
     clips: int
     strata: Mapping[str, StratumSummary]
-    """Numbers of every name of `STRATA`, also of those without a sample."""
+    """Numbers of every name of `STRATA`, also of those without a sample, and of commands where there are routes."""
     warnings: tuple[str, ...]
+    commands: Mapping[str, CommandSummary] = field(default_factory=dict)
+    """Commands that samples have, and how they are obeyed."""
+    swaps: Mapping[str, SwapSummary] = field(default_factory=dict)
+    """By model, the control with left for right in the routes; empty where it was not asked for."""
 
     def to_json(self) -> dict[str, Any]:
         """Return dictionaries, lists, numbers, strings and None; horizons become keys such as "6.4"."""
@@ -87,8 +93,9 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
     truth = [result.true_departure for result in results]
     predicted = {label: [result.mean_departure(label) for result in results] for label in labels}
     strata = {}
-    for name in STRATA:
-        rows = [row for row, result in enumerate(results) if name in result.strata.labels]
+    routed = any(result.routed for result in results)
+    for name in (*STRATA, *map(command_stratum, COMMANDS if routed else ())):
+        rows = [row for row, result in enumerate(results) if name in result.labels]
         strata[name] = _summarise_stratum(
             [results[row] for row in rows],
             [truth[row] for row in rows],
@@ -105,7 +112,36 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
         clips=strata["all"].clips,
         strata=strata,
         warnings=_warnings(strata),
+        commands=_summarise_commands(results, models, seed=seed) if routed else {},
+        swaps=_summarise_swaps(results, models, seed=seed),
     )
+
+
+def _summarise_commands(
+    results: Sequence[SampleResult], models: Sequence[str], *, seed: int
+) -> dict[str, CommandSummary]:
+    """How the commands that can be obeyed, and that samples have, are obeyed."""
+    found: dict[str, CommandSummary] = {}
+    for command in COMMANDS:
+        rows = [result for result in results if result.command == command]
+        if rows and command != "none":
+            paths = {label: [row.models[label].pred_xyz for row in rows] for label in models}
+            truth, clips = [row.truth_xyz for row in rows], [row.clip_id for row in rows]
+            found[command] = summarise_command(command, truth, paths, clips, seed=seed)
+    return found
+
+
+def _summarise_swaps(results: Sequence[SampleResult], models: Sequence[str], *, seed: int) -> dict[str, SwapSummary]:
+    found = {}
+    for label in models:
+        rows = [result for result in results if result.models[label].swapped_xyz is not None]
+        if rows:
+            commands = [row.command for row in rows if row.command is not None]
+            pairs = [(row.models[label].pred_xyz, row.models[label].swapped_xyz) for row in rows]
+            given, swapped = ([pair[part] for pair in pairs] for part in (0, 1))
+            clips = [row.clip_id for row in rows]
+            found[label] = summarise_swap(commands, given, swapped, clips, seed=seed)  # type: ignore[arg-type]
+    return found
 
 
 def _summarise_stratum(

@@ -28,6 +28,9 @@ class ExtractConfig(StoredConfig, SamplesConfig):
     """Name cameras in the prompt. Default: as the model was trained (1.5 yes, R1 no)."""
     frame_numbers: bool | None = None
     """Number each camera's frames in the prompt. Default: as the model was trained."""
+    route_tokens: bool | None = None
+    """Write routes between the route tokens, not as they are. Default: as the model was trained (1.5 yes, R1 takes no
+    routes)."""
     shard: Annotated[tuple[_Share, _Share], parts(whole_number, "I/N", expected="I/N, as in 0/4", separator="/")] = (
         0,
         1,

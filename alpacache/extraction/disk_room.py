@@ -15,6 +15,7 @@ from alpacache.extraction.prefill import StoredFeatures
 from alpacache.extraction.preparation import PreparationSettings
 from alpacache.planning.machine import existing_folder
 from alpacache.planning.sample_size import planned_prompt, sample_bytes
+from alpacache.sources.routes import Routes
 from alpacache.sources.source import Source
 from cache_store.storage.local_files import free_bytes
 from cache_store.storage.storage import is_uri
@@ -32,6 +33,7 @@ def check_room(
     *,
     settings: PreparationSettings,
     stored: StoredFeatures,
+    routes: Routes,
 ) -> None:
     """Raise `UsageError` if the disk under the store has no room for these samples, each as large as the first.
 
@@ -42,14 +44,15 @@ def check_room(
         return
     for ref in refs[:_TRIED]:
         try:
-            sample = source.load(replace(ref, view=0), cameras=settings.cameras, frames=settings.frames)
+            sample = routes(source.load(replace(ref, view=0), cameras=settings.cameras, frames=settings.frames))
+            inputs = builder.build(sample)
         except (BadClipError, OSError):  # what is wrong with it is told when it is its turn
             continue
-        inputs, rollouts = builder.build(sample), stored.rollouts
+        rollouts, route = stored.rollouts, sample.route
         frames, _, *picture = sample.frames.shape[1:]
         sizes = sample_bytes(
             geometry_of(checkpoint),
-            planned_prompt(builder, sample.cameras, frames=frames, picture=picture),
+            planned_prompt(builder, sample.cameras, frames=frames, picture=picture, route=route),
             codec=stored.codec,
             hidden_states=stored.hidden_states,
             clip_id=ref.clip_id,

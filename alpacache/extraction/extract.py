@@ -6,6 +6,7 @@ The main thread feeds the device; threads read ahead of it and commit behind it 
 done again; what fails is quarantined and the run goes on.
 """
 
+import logging
 import os
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -34,6 +35,7 @@ from alpacache.interrupt import InterruptGuard
 from alpacache.planning.time_model import prefill_batch
 from alpacache.progress import OnProgress, ignore
 from alpacache.sources.registry import open_source
+from alpacache.sources.routes import open_route_file
 from alpacache.sources.selection import select
 from alpacache.sources.source import FixedSource
 from alpacache.sources.views import views_identity
@@ -41,6 +43,8 @@ from alpacache.torchrun import this_process
 from cache_store import CODECS, CacheWriter
 from cache_store.format.names import sample_key
 from cache_store.writer import committed_keys, stored_identity
+
+_log = logging.getLogger(__name__)
 
 
 def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> ExtractReport:
@@ -60,6 +64,9 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
         seed=config.seed,
         camera_names=config.camera_names,
         frame_numbers=config.frame_numbers,
+        route=config.route,
+        route_file=config.route_file,
+        route_tokens=config.route_tokens,
     )
     stored = StoredFeatures(
         codec=CODECS.get(config.codec), hidden_states=config.hidden_states == "last", rollouts=config.tails
@@ -67,7 +74,10 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
     source = open_source(settings.source, cameras=settings.cameras)
     checkpoint = Checkpoint(config.model, vlm=config.vlm)
     builder = settings.input_builder(checkpoint)
-    refs, unusable = select(source, split=config.split, t0=config.t0, samples=config.samples, views=config.views)
+    file = open_route_file(config.route_file)
+    routes, routed_us = settings.routes(source, file=file, t0=config.t0), None if file is None else file.times_us
+    split, samples, views = config.split, config.samples, config.views
+    refs, unusable = select(source, split=split, t0=config.t0, samples=samples, views=views, routed_us=routed_us)
     if not refs and not unusable:
         raise UsageError(f"{config.source} has no sample in split {config.split!r}; choose another --split or --t0.")
     wanted = frozenset(sample_key(ref.sample_id) for ref in refs)
@@ -87,14 +97,19 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
         identity = as_stored(identity, stored_before)
     if not config.force:
         missing = _uncommitted(config.store, refs)
-        check_room(config.store, missing, source, checkpoint, builder, settings=settings, stored=stored)
+        check_room(config.store, missing, source, checkpoint, builder, settings=settings, stored=stored, routes=routes)
     fields = store_fields(
-        hidden_states=stored.hidden_states, codec=stored.codec, rollouts=stored.rollouts, views=config.views > 1
+        hidden_states=stored.hidden_states,
+        codec=stored.codec,
+        rollouts=stored.rollouts,
+        views=config.views > 1,
+        routes=config.route != "none",
     )
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     origin = provenance(source=source.name, device=hardware)
     with CacheWriter(config.store, fields=fields, identity=identity, provenance=origin) as writer:
-        progress = ExtractProgress(config.store, wanted, selected=len(refs), on_progress=on_progress)
+        routed = config.route != "none"
+        progress = ExtractProgress(config.store, wanted, selected=len(refs), routed=routed, on_progress=on_progress)
         failures = Failures(writer, progress, source=config.source)
         missing = _uncommitted(config.store, refs)
         todo = failures.settle(refs, unusable, missing, retry=config.retry_quarantined)
@@ -108,7 +123,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
             with (
                 _deterministic(config.deterministic),
                 restored_torch_threads(),
-                open_readers(settings, source, builder, device, workers=workers) as readers,
+                open_readers(settings, source, builder, device, workers=workers, routes=routes) as readers,
             ):
                 prefiller = Prefiller(checkpoint, builder, stored, device)
                 progress.start(len(todo))
@@ -124,6 +139,12 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
                     f"stopped on request: {progress.extracted} samples of this run are committed to {writer.path}, "
                     f"{progress.left} are left; run the same command again to go on."
                 )
+        if progress.routeless:
+            _log.warning(
+                "none of %d samples of %s has a route: their prompts are those without routes.",
+                progress.extracted,
+                config.source,
+            )
         names = [*(ref.sample_id for ref in refs), *(clip_id for clip_id, _ in unusable)]
         return progress.report(
             selected=len(names), already_there=len(refs) - len(missing), quarantined=failures.records(names)
@@ -165,7 +186,9 @@ class _Extraction:
         readers, ahead = self.readers, self.readers.workers + 2 * self.batch.size
         for ref, future in read_ahead(todo, readers.prepare, workers=readers.workers, ahead=ahead, begin=readers.begin):
             try:
-                yield future.result()
+                prepared = future.result()
+                self.progress.add_route(prepared.inputs.route)
+                yield prepared
             except BadClipError as error:
                 self.failures.check_source()
                 self.failures.refuse(ref.sample_id, error)

@@ -10,7 +10,7 @@ import torch
 from alpacache.alpamayo import Checkpoint, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
-from alpacache.cached_samples.features import prefix_arrays, tail_arrays
+from alpacache.cached_samples.features import prefix_arrays, tail_arrays, twin_arrays
 from alpacache.errors import DeviceMemoryError
 from alpacache.extraction.preparation import VLM_DTYPE, Prepared
 from cache_store import KVCodec
@@ -47,7 +47,7 @@ class Prefiller:
         self, checkpoint: Checkpoint, builder: InputBuilder, stored: StoredFeatures, device: torch.device
     ) -> None:
         """Load the checkpoint's VLM. Raises `DeviceMemoryError` where it does not fit on the device."""
-        self._stored = stored
+        self._stored, self._builder = stored, builder
         try:
             self._vlm = load_vlm(checkpoint, dtype=VLM_DTYPE, device=device)
             self._sampler = RolloutSampler.load(checkpoint, self._vlm, builder) if stored.rollouts else None
@@ -73,12 +73,18 @@ class Prefiller:
     def features(self, samples: Sequence[Prepared]) -> list[dict[str, Any]]:
         """The stored values of each sample that come from the VLM."""
         stored, result = self._stored, []
-        for one, prefix in zip(samples, self._vlm.prefill_batch([one.inputs for one in samples]), strict=True):
-            tails = []
+        inputs = [one.inputs for one in samples]
+        prefilled = self._vlm.prefill_with_tails(inputs, [self._builder.twins(one.route) for one in inputs])
+        for one, (prefix, twins) in zip(samples, prefilled, strict=True):
+            tails, route = [], one.inputs.route
             if self._sampler is not None:
-                tails = self._sampler.sample(prefix, one.inputs.stem_len, rollouts=stored.rollouts, key=one.sample_id)
+                question = None if route is None else self._builder.tail_ids("rollout", route=route)
+                tails = self._sampler.sample(
+                    prefix, one.inputs.stem_len, rollouts=stored.rollouts, key=one.sample_id, question=question
+                )
             arrays = prefix_arrays(one.inputs, prefix, hidden_states=stored.hidden_states, codec=stored.codec)
-            result.append(arrays | tail_arrays(tails, codec=stored.codec))
+            arrays |= tail_arrays(tails, codec=stored.codec) | twin_arrays(twins, codec=stored.codec)
+            result.append(arrays)
         return result
 
 

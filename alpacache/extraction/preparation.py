@@ -10,6 +10,7 @@ from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.cached_samples.features import sample_arrays
 from alpacache.driving.sample import SampleRef
 from alpacache.sources.registry import open_source
+from alpacache.sources.routes import RouteFile, Routes, open_route_file
 from alpacache.sources.source import Source
 from alpacache.sources.views import load
 
@@ -29,10 +30,24 @@ class PreparationSettings:
     """Seed of the views' changes."""
     camera_names: bool | None
     frame_numbers: bool | None
+    route: str = "none"
+    route_file: str | None = None
+    route_tokens: bool | None = None
 
     def input_builder(self, checkpoint: Checkpoint) -> InputBuilder:
         """Makes the prompt that these settings ask for."""
-        return InputBuilder(checkpoint, camera_names=self.camera_names, frame_numbers=self.frame_numbers)
+        return InputBuilder(
+            checkpoint,
+            camera_names=self.camera_names,
+            frame_numbers=self.frame_numbers,
+            routes=self.route,
+            route_tokens=self.route_tokens,
+        )
+
+    def routes(self, source: Source, *, file: RouteFile | None = None, t0: str = "routes") -> Routes:
+        """Gives samples of this source their routes. Raises `UsageError` where it has none, `SourceError` for a bad
+        file."""
+        return Routes(self.route, source, file=file or open_route_file(self.route_file), t0=t0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +64,12 @@ class Prepared:
 class Preparation:
     """Reads and preprocesses samples; may be called in several threads."""
 
-    def __init__(self, settings: PreparationSettings, source: Source, builder: InputBuilder) -> None:
+    def __init__(
+        self, settings: PreparationSettings, source: Source, builder: InputBuilder, routes: Routes | None = None
+    ) -> None:
+        """`routes`: those of the settings, where they are open already."""
         self._settings, self._source, self._builder = settings, source, builder
+        self._routes = routes or settings.routes(source)
 
     @classmethod
     def open(cls, settings: PreparationSettings) -> "Preparation":
@@ -62,6 +81,6 @@ class Preparation:
         """Raises `BadClipError` for a recording that cannot be used, `OSError` where it cannot be read."""
         settings = self._settings
         sample = load(self._source, ref, cameras=settings.cameras, frames=settings.frames, seed=settings.seed)
-        inputs = self._builder.build(sample)
+        inputs = self._builder.build(self._routes(sample))
         inputs = replace(inputs, pixel_values=inputs.pixel_values.to(VLM_DTYPE))
         return Prepared(sample_id=ref.sample_id, inputs=inputs, arrays=sample_arrays(sample, inputs))

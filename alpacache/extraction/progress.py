@@ -1,10 +1,12 @@
 """How far an extraction is: this worker by its own counters, all workers together by what the store holds."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from alpacache.driving.route import command_of
 from alpacache.extraction.pipeline import Waits
 from alpacache.progress import OnProgress, Progress, clock
 from cache_store.format.quarantine_record import QuarantineRecord
@@ -38,6 +40,8 @@ class ExtractReport:
     """Samples of all workers together that the store holds by now."""
     wanted: int
     """Samples of all workers together."""
+    routes: dict[str, int] = field(default_factory=dict)
+    """Where samples were to get routes: how many of those read have one, by command, and how many have none (`""`)."""
 
 
 class StoreCount:
@@ -66,8 +70,12 @@ class StoreCount:
 class ExtractProgress:
     """Counters of one run and what it tells its caller."""
 
-    def __init__(self, store: str, wanted: frozenset[str], *, selected: int, on_progress: OnProgress) -> None:
-        """`wanted`: keys of all workers' samples; `selected`: how many of them are this worker's."""
+    def __init__(
+        self, store: str, wanted: frozenset[str], *, selected: int, routed: bool = False, on_progress: OnProgress
+    ) -> None:
+        """`wanted`: keys of all workers' samples; `selected`: how many of them are this worker's; `routed`: samples are
+        to get routes."""
+        self._routes: Counter[str] | None = Counter() if routed else None
         self._store, self._selected, self._on_progress = store, selected, on_progress
         self._store_count = StoreCount(store, wanted)
         self.waits = Waits()
@@ -90,6 +98,16 @@ class ExtractProgress:
             self._bytes_written += sum(sizes_bytes)
             self._tell()
 
+    def add_route(self, route: str | None) -> None:
+        """Count the route of a sample that was read."""
+        if self._routes is not None:
+            self._routes["" if route is None else command_of(route)] += 1
+
+    @property
+    def routeless(self) -> bool:
+        """True if samples were to get routes, some were extracted, and none had one."""
+        return self._routes is not None and self.extracted > 0 and self._routes.keys() == {""}
+
     def add_failed(self) -> None:
         self.failed += 1
         self._tell()
@@ -107,6 +125,8 @@ class ExtractProgress:
             notes["store ETA"] = clock((wanted - committed) / store_rate)
         if self.batch_note:
             notes["batch"] = self.batch_note
+        if self._routes:
+            notes["with route"] = f"{self._routes.total() - self._routes['']}/{self._routes.total()}"
         notes |= {f"{what} wait": f"{share:.0%}" for what, share in self.waits.shares(seconds).items()}
         done, rate = self.extracted + self.failed, self.extracted / seconds
         self._on_progress(Progress(done=done, total=self._total, unit="samples", rate=rate, notes=notes))
@@ -129,4 +149,5 @@ class ExtractProgress:
             **{f"{what}_wait": share for what, share in self.waits.shares(seconds).items()},
             committed=committed,
             wanted=wanted,
+            routes=dict(sorted((self._routes or {}).items())),
         )

@@ -35,6 +35,7 @@ from alpacache.extraction.preparation import VLM_DTYPE, Preparation, Preparation
 from alpacache.gpu.device import keep_freed_memory, limit_torch_to_one_thread
 from alpacache.interrupt import REQUESTS
 from alpacache.sources.registry import is_streamed
+from alpacache.sources.routes import Routes
 from alpacache.sources.source import Source
 from alpacache.torchrun import this_process
 
@@ -58,7 +59,13 @@ class Readers:
 
 @contextmanager
 def open_readers(
-    settings: PreparationSettings, source: Source, builder: InputBuilder, device: torch.device, *, workers: int
+    settings: PreparationSettings,
+    source: Source,
+    builder: InputBuilder,
+    device: torch.device,
+    *,
+    workers: int,
+    routes: Routes | None = None,
 ) -> Iterator[Readers]:
     """Readers for a VLM on this device: beside a GPU each has a process.
 
@@ -69,7 +76,7 @@ def open_readers(
         with ReadingProcesses(settings, workers, pinned_for=device) as processes:
             yield Readers(prepare=processes, workers=workers, begin=begin)
     else:
-        yield Readers(prepare=Preparation(settings, source, builder), workers=workers, begin=begin)
+        yield Readers(prepare=Preparation(settings, source, builder, routes), workers=workers, begin=begin)
 
 
 def reading_workers(wanted: int | None) -> int:
@@ -247,6 +254,7 @@ def _packed(prepared: Prepared) -> tuple[dict[str, Any], list[NDArray[Any]]]:
         "sample_id": prepared.sample_id,
         "text": inputs.text,
         "stem_len": inputs.stem_len,
+        "route": inputs.route,
         "names": names,
         "values": {name: value for name, value in stored.items() if name not in names},
     }
@@ -264,6 +272,7 @@ def _unpacked(head: dict[str, Any], arrays: Sequence[NDArray[Any]], pixels: Tens
         image_grid_thw=torch.from_numpy(grid),
         image_spans=image_spans,
         stem_len=head["stem_len"],
+        route=head["route"],
     )
     values = {**dict(zip(head["names"], stored, strict=True)), **head["values"]}
     return Prepared(sample_id=head["sample_id"], inputs=inputs, arrays=values)

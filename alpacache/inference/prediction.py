@@ -108,6 +108,16 @@ def predict_actions(
     return sample_flow(lambda x, t: expert.velocity(x, t, batch), noise, steps=flow_steps).cpu()
 
 
+@torch.no_grad()
+def predict_on_twins(
+    expert: ActionExpert, samples: Sequence[CachedSample], *, paths: int, flow_steps: int, seed: int
+) -> Tensor:
+    """`predict_actions` on the twins that the samples come with, from the same noise."""
+    noise = eval_noise(seed, [sample.sample_id for sample in samples], paths).to(expert.device)
+    batch = expert.batch([sample.twin_prefix(expert.device) for sample in samples])
+    return sample_flow(lambda x, t: expert.velocity(x, t, batch), noise, steps=flow_steps).cpu()
+
+
 def predict_ahead(
     expert: ActionExpert,
     data: CachedDataset,

@@ -4,6 +4,7 @@ A slope averages over all samples and paths. Here each path counts: one that sta
 has missed the turn, however small its error, and six paths that are all alike offer no turn.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from numpy.typing import ArrayLike
 
 from alpacache.driving.strata import CORRIDOR_M
 from alpacache.metrics.bootstrap import Interval, mean_difference
+
+SIDE_KEY = "side_chosen"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,15 @@ def leaving(pred_xyz: ArrayLike, truth_xyz: ArrayLike) -> Leaving:
         contained=bool(ends.min() <= end <= ends.max()),
         spread_m=float(ends.std()),
     )
+
+
+def side_chosen(pred_xyz: ArrayLike, truth_xyz: ArrayLike) -> float:
+    """Share of paths `[K, 64, 3]` that end on the driven path's side of straight on, however far.
+
+    NaN where the driven path `[64, 3]` ends within the corridor: there is no side to choose.
+    """
+    ends, end = np.asarray(pred_xyz, dtype=np.float64)[:, -1, 1], float(np.asarray(truth_xyz)[-1, 1])
+    return float((ends * np.sign(end) > 0).mean()) if abs(end) > CORRIDOR_M else math.nan
 
 
 def summarise_corridor(samples: Sequence[Leaving], clips: Sequence[str], *, seed: int = 0) -> CorridorSummary:

@@ -22,6 +22,7 @@ from alpacache.config import (
     whole_number,
 )
 from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.route import check_route
 from alpacache.planning.gpus import MEASURED
 from alpacache.sources.config import Cameras, Frames
 
@@ -68,6 +69,15 @@ def _checked_budget(written: Any) -> Any:
     return written
 
 
+def _checked_route(written: Any) -> Any:
+    try:
+        if check_route(written) is None:
+            raise ValueError("it is empty")
+    except ValueError as error:
+        raise ValueError(f"none, source or a text for the prompt ({error})") from None
+    return written
+
+
 MemoryBudget = Annotated[str, Written(metavar="SIZE", read=_checked_budget)]
 
 
@@ -86,6 +96,9 @@ class StoredConfig(Config):
     --prefix`."""
     rollouts: Repeats = 6
     """Reasoning texts per sample, with `rollout`."""
+    route: Annotated[str, Written(metavar="none|source|TEXT", read=_checked_route)] = "none"
+    """Navigation text in the prompt: the source's (`source`) or one for all samples; the KV without it, and with left
+    for right, is stored beside."""
 
     @property
     def tails(self) -> int:

@@ -1,15 +1,16 @@
 """Prompt and size of a sample before it exists, counted from one that has every length but no content."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from alpacache.alpamayo.families import DEFAULT_FAMILY, RELEASED
 from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.prompt import ROUTE_TOKENS
 from alpacache.alpamayo.rollout import MAX_TOKENS
-from alpacache.cached_samples.features import KV_SHAPE, store_fields, tail_name
+from alpacache.cached_samples.features import KV_SHAPE, ROUTE, store_fields, tail_name
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.picture_size import image_tokens
 from alpacache.driving.sample import DEFAULT_T0_US, FUTURE_STEPS, HISTORY_STEPS, SampleRef
@@ -19,6 +20,10 @@ from cache_store.upkeep.store_info import sample_size
 
 JPEG_BYTES = 25_000
 """Size assumed for the small front picture."""
+_MORE_TO_REASON = 13
+"""Tokens that the released models' reasoning prompt has more than the direct one."""
+_ROUTE_CHARACTERS = 3
+"""Characters of a route that are assumed for a token: instructions have many numbers, a token a digit."""
 _TEXT_BYTES = 8
 """Bytes of text assumed for a generated token."""
 CLIP_ID = "0" * 36
@@ -37,10 +42,18 @@ class PlannedPrompt:
     tokens_an_image: int
     question_tokens: int
     """Tokens between the stem and a reasoning rollout's text."""
+    twins: Mapping[str, int] = field(default_factory=dict)
+    """Tokens behind the stem in each twin of a prompt with a route."""
+    route: str | None = None
 
 
 def planned_prompt(
-    builder: InputBuilder | None, cameras: tuple[str, ...], *, frames: int, picture: Sequence[int]
+    builder: InputBuilder | None,
+    cameras: tuple[str, ...],
+    *,
+    frames: int,
+    picture: Sequence[int],
+    route: str | None = None,
 ) -> PlannedPrompt:
     """Count the direct prompt as the builder makes it, or without one as for the released R1.
 
@@ -48,18 +61,25 @@ def planned_prompt(
         cameras: names, sorted by index.
         frames: images a camera.
         picture: height and width of the recordings.
+        route: navigation text in it.
     """
     height, width = picture
+    twins = {}
     if builder is not None:
-        text, ids, tokens = builder.prompt(cameras, frames=frames, height=height, width=width)
-        length, question = len(ids), len(builder.tail_ids("rollout"))
+        text, ids, tokens = builder.prompt(cameras, frames=frames, height=height, width=width, route=route)
+        length, question = len(ids), len(builder.tail_ids("rollout", route=route))
+        twins = {name: len(ids) for name, (ids, _) in builder.twins(route).items()}
     else:
         tokens = image_tokens(height, width, **RELEASED.pixels)
         text = DEFAULT_FAMILY.prompt.render([[tokens] * frames] * len(cameras), cameras=cameras)
         length = RELEASED.text_tokens + len(cameras) * frames * (tokens + 2)
         question = RELEASED.question_tokens
+        if route is not None:
+            more = len(route) // _ROUTE_CHARACTERS + len(ROUTE_TOKENS)
+            twins = {"unrouted": question - _MORE_TO_REASON, "swapped": question - _MORE_TO_REASON + more}
+            length, question = length + more, question + more
     sizes = {"tokens": length, "tokens_an_image": tokens, "question_tokens": question}
-    return PlannedPrompt(cameras=cameras, frames=frames, text=text, **sizes)
+    return PlannedPrompt(cameras=cameras, frames=frames, text=text, twins=twins, route=route, **sizes)
 
 
 def longest_tail(prompt: PlannedPrompt) -> int:
@@ -104,6 +124,14 @@ def sample_bytes(
             f"{name}start_position": np.zeros((), np.int64),
             f"{name}text": " " * (_TEXT_BYTES * MAX_TOKENS),
         }
+    routed = prompt.route is not None
+    if prompt.route is not None:
+        small[ROUTE] = prompt.route
+    for twin, length in prompt.twins.items():
+        name = tail_name(twin)
+        lengths[name] = length
+        small |= {f"{name}input_ids": np.zeros(length, np.int64), f"{name}start_position": np.zeros((), np.int64)}
+        small[f"{name}text"] = prompt.route or ""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, length in lengths.items():
         kv_shape = (geometry.layers, 2, geometry.kv_heads, length, geometry.head_dim)
@@ -113,6 +141,7 @@ def sample_bytes(
             shapes[f"{name}kv"] = (codec.encoded_bytes(kv_shape),)
     if hidden_states:
         shapes["hidden"] = (tokens, geometry.vlm_hidden)
-    fields = {field.name: field for field in store_fields(hidden_states=hidden_states, codec=codec, rollouts=rollouts)}
+    schema = store_fields(hidden_states=hidden_states, codec=codec, rollouts=rollouts, routes=routed)
+    fields = {one.name: one for one in schema}
     sample_id = SampleRef(clip_id=clip_id, t0_us=DEFAULT_T0_US).sample_id
     return sample_size(sample_id, small, shapes, fields)

@@ -54,7 +54,8 @@ class PrefixFeatures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tail:
-    """The part of one reasoning rollout after the stem: the question, and the text that the VLM generated."""
+    """What follows the stem: of a reasoning rollout the question and the text that the VLM generated, of a sample with
+    a route the direct prompt's end with another one."""
 
     keys: Tensor
     """`[layers, kv_heads, N, head_dim]`."""
@@ -65,7 +66,7 @@ class Tail:
     start_position: int
     """Position of the first action token: rope delta + stem length + all of `token_ids`."""
     text: str
-    """The generated tokens as text, for people; NUL and bytes that are no UTF-8 are U+FFFD."""
+    """The generated tokens as text, for people; NUL and bytes that are no UTF-8 are U+FFFD. Or the other route."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,16 +14,16 @@ _LONGEST_S = 1e6
 
 
 def t0_us(written: Any) -> int | None:
-    """Microseconds of `5.1` (into the clip) or `every:2.0` (apart); None for `events`.
+    """Microseconds of `5.1` (into the clip) or `every:2.0` (apart); None for `events` and `routes`.
 
     Raises `ValueError` with what was expected of anything else.
     """
-    if written == "events":
+    if written in ("events", "routes"):
         return None
     with suppress(ValueError):
         if 1e-3 <= (seconds := number(written.removeprefix("every:"))) <= _LONGEST_S:
             return round(seconds * 1e6)
-    raise ValueError("5.1 (seconds), every:2.0 (seconds apart) or events")
+    raise ValueError("5.1 (seconds), every:2.0 (seconds apart), events or routes")
 
 
 def _checked_t0(written: Any) -> Any:
@@ -50,7 +50,9 @@ class SamplesConfig(Config):
     frames: Frames = 4
     """Images per camera, 0.1 s apart, the last at t0."""
     t0: Annotated[str, Written(metavar="TEXT", read=_checked_t0)] = "5.1"
-    """Seconds into the clip, `every:S`, or `events`."""
+    """Seconds into the clip, `every:S`, `events`, or `routes`: the moments of `route_file`."""
+    route_file: Place | None = None
+    """JSON of navigation texts by clip and t0, as the public recipe's, in place of the source's own routes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,8 @@ class PrepareConfig(SamplesConfig):
     """Samples of each turn in place of `samples`: `straight=200,gentle=100,sharp=100`."""
     size: Literal["original", "processor"] = "original"
     """Pictures as recorded (`original`) or as the model resizes them (`processor`)."""
+    route: Literal["none", "source"] = "none"
+    """`source` keeps the source's routes, or those of `route_file`, in a column `route`."""
     model: Place | None = None
     """Hub id or directory whose processor sets the size. Default: that of the released R1 and 1.5."""
 

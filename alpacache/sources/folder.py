@@ -5,6 +5,8 @@
     DIR/clips/CLIP/CAMERA.timestamps.parquet  timestamp (us), one row a frame
     DIR/clips/CLIP/CAMERA.mp4  or  CAMERA/000000.jpg, 000001.jpg, ...   (see `camera_files`)
     DIR/clips/CLIP/calibration.json         optional, {CAMERA: {...}}
+    DIR/clips/CLIP/route.parquet            optional, timestamp (us), route: text that holds from then on; or a column
+                                            route in egomotion.parquet
 
 The folder may come from a stranger: names are single path components, links must stay inside, sizes are bounded before
 anything is allocated, and nothing is ever unpickled.
@@ -31,11 +33,12 @@ from alpacache.sources.recording import (
     covered_us,
     read_lenses,
     sample_of,
+    text_at,
     track_of,
     wanted_frame_times_us,
 )
 from alpacache.sources.source import SourceKind
-from alpacache.sources.table import read_columns
+from alpacache.sources.table import read_columns, read_texts
 from alpacache.sources.video import read_film
 
 MAX_INDEX_BYTES = 64 * 2**20
@@ -89,6 +92,28 @@ class FolderSource:
         times_us = wanted_frame_times_us(ref.t0_us, frames)
         shots = {name: self._read_camera(clip_id, name, times_us) for name in names}
         return sample_of(ref, poses, shots, self._read_calibration(clip_id))
+
+    @property
+    def gives_routes(self) -> bool:
+        """True: whether a clip has routes is known when it is read."""
+        return True
+
+    def route_of(self, sample: Sample) -> Any:
+        """The text at or before t0 in the clip's column `route`: null rows say nothing new, empty ones end a route."""
+        clip_id, t0_us = sample.ref.clip_id, sample.ref.t0_us
+        clip, found = self._clip(clip_id), {}
+        for name in ("route.parquet", "egomotion.parquet"):
+            if (file := clip / name).exists():
+                where = f"{clip_id}: {name}"
+                texts = read_texts(_inside(file, self._root, where=clip_id), "route", where=where)
+                if texts is not None:
+                    found[where] = texts
+                elif name == "route.parquet":
+                    raise BadClipError("wrong_shape", f"{where} lacks the column route; expected timestamp, route.")
+        if len(found) > 1:
+            reason = "routes are in route.parquet and in egomotion.parquet; keep one of them."
+            raise BadClipError("wrong_shape", f"{clip_id}: {reason}")
+        return next((text_at(*texts, t0_us, where=where) for where, texts in found.items()), None)
 
     def _clip(self, clip_id: str) -> Path:
         if clip_id not in self._known:

@@ -20,7 +20,7 @@ from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.hub import why_unreachable
 from alpacache.regular_file import regular_size
 from alpacache.sources.folder import is_plain_name
-from alpacache.sources.prepared_rows import NEEDED, POSES, check_columns, from_row, sound_poses
+from alpacache.sources.prepared_rows import NEEDED, POSES, ROUTE, check_columns, from_row, sound_poses
 from alpacache.sources.prepared_stream import StreamedRows, undecoded
 from alpacache.sources.retry import connection_errors, first_line
 from alpacache.sources.source import SourceKind
@@ -55,6 +55,15 @@ class PreparedSource:
     def poses(self, ref: SampleRef) -> EgoPoses:
         """History and future without the pictures; raises `BadClipError` as `load` does."""
         return self._read(ref, self._rows.poses, lambda row: sound_poses(ref, row))
+
+    @property
+    def gives_routes(self) -> bool:
+        """True if the rows have a column of routes."""
+        return self._rows.has_routes
+
+    def route_of(self, sample: Sample) -> Any:
+        """What the row holds, which the sample came with."""
+        return sample.route
 
     def expect(self, refs: Sequence[SampleRef]) -> None:
         """Take note of what will be loaded, any view of it, so that a stream keeps no other rows."""
@@ -136,7 +145,9 @@ class _SavedRows:
         if isinstance(dataset, dict):
             dataset = datasets.concatenate_datasets(list(dataset.values()))
         check_columns(dataset.column_names, name)
-        rows = undecoded(dataset.with_format(None).select_columns(list(NEEDED)), name)
+        self.has_routes = ROUTE in dataset.column_names
+        columns = [*NEEDED, ROUTE] if self.has_routes else list(NEEDED)
+        rows = undecoded(dataset.with_format(None).select_columns(columns), name)
         self.ids: Sequence[str] = list(rows["sample_id"])
 
         self.row: Callable[[int], dict[str, Any]] = rows.__getitem__

@@ -28,6 +28,8 @@ POSES = {
 }
 NEEDED = ("sample_id", "cameras", "frames", "frame_timestamps_us", *POSES, "calibration")
 """Columns that are read. The others say where a row is from, and may be absent."""
+ROUTE = "route"
+"""Column of navigation texts, read where it is there."""
 ORIGIN_SLACK_M = ROTATION_SLACK = 0.01
 """Rows of 16-bit numbers are still right."""
 
@@ -42,8 +44,8 @@ class PictureFit:
     max_pixels: int
 
 
-def features() -> Any:
-    """Columns of a prepared dataset."""
+def features(*, routes: bool = False) -> Any:
+    """Columns of a prepared dataset, with or without that of routes."""
     from datasets import Features, Image, List, Value
 
     vectors = List(List(Value("float32")))
@@ -61,6 +63,7 @@ def features() -> Any:
             "source": Value("string"),
             "recorded_size": List(Value("int32")),
             "pixel_deviation": List(Value("float32")),
+            **({ROUTE: Value("string")} if routes else {}),
         }
     )
 
@@ -72,7 +75,7 @@ def check_columns(names: Sequence[str], place: str) -> None:
 
 
 def to_row(sample: Sample, *, source: str, fit: PictureFit | None) -> dict[str, Any]:
-    """A sample as a row; with `fit`, its pictures at that processor's size.
+    """A sample as a row, its route in a column that `features` may lack; with `fit`, pictures at that processor's size.
 
     `pixel_deviation` is the largest and the mean difference between the pixels that the VLM will see and those of the
     recorded pictures, on their scale of -1 to 1; both are 0 without `fit`.
@@ -98,6 +101,7 @@ def to_row(sample: Sample, *, source: str, fit: PictureFit | None) -> dict[str, 
         "source": source,
         "recorded_size": list(sample.frames.shape[-2:]),
         "pixel_deviation": list(deviation),
+        ROUTE: sample.route,
     }
 
 
@@ -124,6 +128,7 @@ def from_row(ref: SampleRef, row: dict[str, Any], cameras: Sequence[str], frames
         frames=images.reshape(len(cameras), frames, *images.shape[1:]),
         frame_timestamps_us=stamps.reshape(len(cameras), frames),
         calibration=lenses and ({camera: lenses[camera] for camera in cameras if camera in lenses} or None),
+        route=row.get(ROUTE),
         **sound_poses(ref, row)._asdict(),
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alpacache.errors import BadClipError, DataError, SourceError
-from alpacache.sources.prepared_rows import NEEDED, POSES, check_columns, features
+from alpacache.sources.prepared_rows import NEEDED, POSES, ROUTE, check_columns, features
 from alpacache.sources.retry import connection_errors, first_line
 from alpacache.sources.table import check_groups
 
@@ -34,7 +34,10 @@ class StreamedRows:
         """
         ids = _files(place, ["sample_id"])
         self.place = place
-        whole = _files(place, NEEDED)
+        whole = _files(place, (*NEEDED, ROUTE))
+        self.has_routes = all(ROUTE in (file.column_names or ()) for file in whole)
+        if not self.has_routes:
+            whole = _files(place, NEEDED)
         for file in whole:
             check_columns(file.column_names or (), place)
         poses = _files(place, ["sample_id", *POSES])

@@ -22,6 +22,7 @@ from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.sources.prepared_card import PROVENANCE, provenance, render_card
 from alpacache.sources.prepared_rows import PictureFit, features, to_row
 from alpacache.sources.registry import check_still_there
+from alpacache.sources.routes import Routes
 from alpacache.sources.selection import Rejected
 from alpacache.sources.source import Source
 from cache_store.storage.local_files import flush, write_flushed
@@ -55,6 +56,7 @@ def prepare(
     unusable: Sequence[Rejected] = (),
     settings: Mapping[str, Any] | None = None,
     spec: str | None = None,
+    routes: Routes | None = None,
     on_sample: Callable[[SampleRef], None] | None = None,
 ) -> PrepareReport:
     """Write the samples `refs` of `source` to the directory `out`, which `datasets.load_from_disk` reads.
@@ -66,6 +68,7 @@ def prepare(
         unusable: what `select` refused; part of the dataset's record and card, like `settings`.
         settings: what `select` was asked for.
         spec: what `open_source` opened, to tell a bad clip from a source that has gone.
+        routes: gives the samples theirs; None leaves the column out.
         on_sample: called after each sample; what it raises stops the run, and the same call goes on later.
 
     Where `out` is what an earlier call with the same arguments wrote, nothing is written. Raises `UsageError` if it is
@@ -76,6 +79,8 @@ def prepare(
     partial = final.with_name(f"{final.name}.partial")
     check_out(final)
     asked = {**(settings or {}), "cameras": list(names), "frames": frames, "fit": None if fit is None else asdict(fit)}
+    if routes is not None:
+        asked["route"] = "source"
     ids = hashlib.sha256("\n".join(ref.sample_id for ref in refs).encode()).hexdigest()
     plan = json.dumps({"source": source.name, "samples": ids, **asked})
     if (earlier := _earlier(final, plan, refs, unusable)) is not None:
@@ -92,6 +97,7 @@ def prepare(
     def to_row_of(ref: SampleRef) -> dict[str, Any]:
         try:
             sample = source.load(ref, cameras=names, frames=frames)
+            sample = sample if routes is None else routes(sample)
         except BadClipError:
             _check_source(spec, partial)
             raise
@@ -103,7 +109,8 @@ def prepare(
         _settle_plan(partial, plan)
         rejected = [(name, error.kind, str(error)) for name, error in unusable]
         for base, part in zip(shards, parts, strict=True):
-            rejected += [(name, kind, text) for name, kind, text in _write_shard(base, to_row_of, part, on_sample)]
+            written = _write_shard(base, to_row_of, part, on_sample, routes=routes is not None)
+            rejected += [(name, kind, text) for name, kind, text in written]
         if len(rejected) - len(unusable) == len(refs):
             reason = f" The first reason: {rejected[0][2]}" if rejected else ""
             raise SourceError(f"{source.name}: none of {len(rejected)} samples can be used.{reason}")
@@ -181,6 +188,8 @@ def _write_shard(
     to_rows: Callable[[SampleRef], dict[str, Any]],
     refs: Sequence[SampleRef],
     on_sample: Callable[[SampleRef], None] | None,
+    *,
+    routes: bool,
 ) -> list[list[str]]:
     """Write `base.arrow`, then `base.json` with its count of rows and the rejected samples; returns the latter.
 
@@ -192,7 +201,7 @@ def _write_shard(
     if (done := _read_report(report, arrow, len(refs))) is not None:
         return done
     report.unlink(missing_ok=True)
-    schema, rejected = features().arrow_schema, []
+    schema, rejected = features(routes=routes).arrow_schema, []
     with pa.OSFile(str(arrow), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for ref in refs:
             try:

@@ -49,6 +49,22 @@ def read_lenses(text: bytes | str, *, where: str) -> dict[str, Any]:
     return lenses
 
 
+def text_at(stamps: NDArray[np.int64], texts: Any, time_us: int, *, where: str) -> str | None:
+    """The text that holds at a time: the last one that is not null in rows up to it; None before the first.
+
+    `texts` is an Arrow column beside the timestamps (us). Raises `BadClipError`: `time_order` for unsorted ones,
+    `bad_route` for bytes that are no UTF-8.
+    """
+    if len(stamps) > 1:
+        check_timestamps(stamps, what=f"{where}: timestamps")
+    so_far = texts.slice(0, int(np.searchsorted(stamps, time_us, side="right"))).drop_null()
+    try:
+        text: str | None = so_far[len(so_far) - 1].as_py() if len(so_far) else None
+    except UnicodeDecodeError as error:
+        raise BadClipError("bad_route", f"{where}: a text is no UTF-8; write it again.") from error
+    return text
+
+
 def sample_of(
     ref: SampleRef, poses: EgoPoses, shots: Mapping[str, Shot], calibration: Mapping[str, Any] | None
 ) -> Sample:

@@ -9,7 +9,7 @@ side.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 from alpacache.driving.poses import Track
 from alpacache.driving.sample import DEFAULT_T0_US, FUTURE_S, Floats
 
-Shape = Literal["straight", "early_curve", "late_curve", "curve_end"]
+Shape = Literal["straight", "early_curve", "late_curve", "curve_end", "fork"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
-"""Straight throughout; curving since before t0; beginning to curve after t0; straight again from around t0."""
+"""Straight throughout; curving since before t0; beginning to curve after t0; straight again from around t0; parting
+after t0 into two branches that mirror each other, of which only a route tells which is taken."""
 
 CLIP_US = 20_000_000
 POSE_STEP_US = 50_000
+Turn = tuple[int, Literal["left", "right"]]
+"""When a bend begins (us of the clip), and to which side it leads."""
 SHARP_RAD = 0.5
 """Heading change from which `ClipKind` calls a curve sharp."""
 _T0_S = DEFAULT_T0_US / 1e6
@@ -32,6 +35,10 @@ _RAMP_S = 0.6
 _LATERAL_MPS2 = 3.5
 _SPEED_MPS = (5.0, 20.0)
 _HEADING_RAD = (0.2, 1.2)
+_FORK_RAD = 0.5
+"""Least heading change of a branch: gentler ones lie over each other for long."""
+_TURN_RAD = 0.1
+"""Least heading change of a bend that a route speaks of."""
 _FINE_M = 0.05
 """Step of the integration along the road."""
 _COARSE = 4
@@ -77,6 +84,10 @@ class Drive:
     arc_m: Floats
     """`[N]` how far along the road the car is at each pose of `track`."""
     curve_starts_us: tuple[int, ...]
+    turns: tuple[Turn, ...]
+    """The bends that a route speaks of, in order."""
+    branch: Road | None = None
+    """The branch of a fork that is not taken."""
 
 
 class _Bend(NamedTuple):
@@ -91,6 +102,8 @@ def make_drive(rng: np.random.Generator, shape: Shape) -> Drive:
     """Draw a 20 s drive of the given shape; the order of draws is part of what a seed means."""
     start_s, end_s = _bend_times(rng, shape)
     target = rng.uniform(*_HEADING_RAD) * rng.choice((-1.0, 1.0))
+    if shape == "fork":
+        target = float(np.sign(target) * max(abs(target), _FORK_RAD))
     inside_s = min(end_s, _T0_S + FUTURE_S) - max(start_s, _T0_S)
     inside_s = (end_s - start_s if shape == "curve_end" else inside_s) - _RAMP_S
     speed = rng.uniform(_SPEED_MPS[0], np.clip(_LATERAL_MPS2 * inside_s / abs(target), 6.0, _SPEED_MPS[1]))
@@ -119,14 +132,36 @@ def make_drive(rng: np.random.Generator, shape: Shape) -> Drive:
         heading_change_rad=change,
     )
     starts = tuple(round(bend.start_s * 1e6) for bend in bends if shape != "straight" or bend is not bends[0])
-    return Drive(kind=kind, road=road, track=track, arc_m=arcs, curve_starts_us=starts)
+    return Drive(
+        kind=kind,
+        road=road,
+        track=track,
+        arc_m=arcs,
+        curve_starts_us=starts,
+        turns=tuple(sorted(_turn(bend) for bend in bends if abs(_turned(bend, arc)) >= _TURN_RAD)),
+        branch=_mirrored(road) if shape == "fork" else None,
+    )
+
+
+def _turned(bend: _Bend, arc: Arc) -> float:
+    """Heading change (rad) over a bend, about."""
+    return bend.curvature * float(arc(bend.end_s) - arc(bend.start_s))
+
+
+def _turn(bend: _Bend) -> Turn:
+    return round(bend.start_s * 1e6), "left" if bend.curvature > 0 else "right"
+
+
+def _mirrored(road: Road) -> Road:
+    """The road with left for right, seen along x, which both follow until they part."""
+    return replace(road, points=road.points * np.array([1, -1, 1, -1, -1, -1, 1], np.float32))
 
 
 def _bend_times(rng: np.random.Generator, shape: Shape) -> tuple[float, float]:
     """Start and end of the main bend, in seconds of the clip."""
     if shape == "straight":
         return -30.0, 60.0
-    if shape == "late_curve":
+    if shape in ("late_curve", "fork"):
         start = rng.uniform(0.2, 2.0)
         return _T0_S + start, _T0_S + start + rng.uniform(3.0, FUTURE_S + 1.0 - start)
     if shape == "early_curve":

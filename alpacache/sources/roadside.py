@@ -1,5 +1,6 @@
 """Trees and marker posts beside generated roads. They stand upright, so that a bend shows above the ground too."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from alpacache.sources.scene import LANE_M, Camera, Floats32, Look
 NEAR_M, FAR_M = 2.0, 150.0
 """Depths between which things are drawn."""
 _POST_EVERY_M = 12.5
+_CLEAR_M = 0.8
+"""Room that a fork leaves beside its branches: less than the distance of posts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,20 @@ def plant(rng: np.random.Generator, road: Road, look: Look, *, trees_per_km: flo
         shade=rng.uniform(0.8, 1.15, len(arc)).astype(np.float32),
         tree=tree,
     )
+
+
+def at_fork(sides: Sequence[Roadside], roads: Sequence[Road], look: Look) -> Roadside:
+    """What stands beside the branches of a fork, without what would stand on one of them."""
+    xy = np.concatenate([side.xy for side in sides])
+    reach = (max(look.lanes) + 0.5) * LANE_M + _CLEAR_M
+    free = np.ones(len(xy), bool)
+    for road in roads:
+        centre = road.points[:: max(1, round(1 / road.spacing_m)), :2].astype(np.float64)
+        apart = xy[:, None] - centre
+        free &= (apart**2).sum(-1).min(1) > reach**2
+    names = ("height_m", "width_m", "shade", "tree")
+    values = {name: np.concatenate([getattr(side, name) for side in sides])[free] for name in names}
+    return Roadside(xy=xy[free], **values)
 
 
 def draw(picture: Floats32, camera: Camera, look: Look, things: Roadside, *, position: Floats, yaw_rad: float) -> None:

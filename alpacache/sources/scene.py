@@ -8,6 +8,7 @@ nearest point of the centre line) and colours them, so that what lies ahead look
 are blended by the share of a pixel they cover; otherwise they would flicker with distance.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
@@ -129,11 +130,13 @@ def make_camera(
     )
 
 
-def paint_world(camera: Camera, look: Look, road: Road, *, position: Floats, yaw_rad: float, arc_m: float) -> Floats32:
-    """Sky and ground `[H, W, 3]`, RGB, seen from a vehicle at `position` (`[2]`, world), `arc_m` along the road."""
+def paint_world(
+    camera: Camera, look: Look, roads: Sequence[Road], *, position: Floats, yaw_rad: float, arc_m: float
+) -> Floats32:
+    """Sky and ground `[H, W, 3]`, RGB, seen from a vehicle at `position` (`[2]`, world), `arc_m` along each road."""
     canvas = np.empty((camera.height * camera.width, 3), dtype=np.float32)
     canvas[camera.sky] = _sky(camera, look, yaw_rad)
-    canvas[camera.ground] = _ground(camera, look, road, position=position, yaw_rad=yaw_rad, arc_m=arc_m)
+    canvas[camera.ground] = _ground(camera, look, roads, position=position, yaw_rad=yaw_rad, arc_m=arc_m)
     return canvas.reshape(camera.height, camera.width, 3)
 
 
@@ -155,20 +158,26 @@ def _sky(camera: Camera, look: Look, yaw_rad: float) -> Floats32:
     return np.asarray(colour, dtype=np.float32)
 
 
-def _ground(camera: Camera, look: Look, road: Road, *, position: Floats, yaw_rad: float, arc_m: float) -> Floats32:
-    """Colours `[ground, 3]` of the ground pixels."""
+def _ground(
+    camera: Camera, look: Look, roads: Sequence[Road], *, position: Floats, yaw_rad: float, arc_m: float
+) -> Floats32:
+    """Colours `[ground, 3]` of the ground pixels. Where roads lie over each other, the one whose edge is further."""
     cos, sin = np.float32(np.cos(yaw_rad)), np.float32(np.sin(yaw_rad))
     x, y = camera.ground_xy.T
     world_x = x * cos - y * sin + np.float32(position[0])
     world_y = x * sin + y * cos + np.float32(position[1])
-    along, across, heading = _locate(road, world_x, world_y, x + np.float32(arc_m))
+    along, across, heading = _locate(roads[0], world_x, world_y, x + np.float32(arc_m))
     clear = 1.0 / (1.0 + camera.distance / 30.0)
     shift = look.tile_shift
     rough = _texture(world_x * 9 + shift[0], world_y * 9) * clear * 26
     rough += _texture(world_x * 0.9, world_y * 0.9 + shift[1]) * 16
     colour = look.grass + rough[:, None]
-    left, right = (lanes + 0.5 for lanes in look.lanes)
-    edge = np.where(across > 0, across - np.float32(left * LANE_M), -across - np.float32(right * LANE_M))
+    edge = _beyond_edge(look, across)
+    for road in roads[1:]:
+        other = _locate(road, world_x, world_y, x + np.float32(arc_m))
+        nearer = (beyond := _beyond_edge(look, other[1])) < edge
+        along, across, heading = (np.where(nearer, *both) for both in zip(other, (along, across, heading), strict=True))
+        edge = np.where(nearer, beyond, edge)
     verge = edge < 1.6
     colour[verge] = look.dirt + (rough[verge] * 0.8)[:, None]
     paved = np.flatnonzero(edge < 0.35)
@@ -177,6 +186,12 @@ def _ground(camera: Camera, look: Look, road: Road, *, position: Floats, yaw_rad
     colour *= (look.headlights * np.exp(-camera.distance / 22.0) + (1 - look.headlights))[:, None]
     haze = (1.0 - np.exp(-camera.distance / look.haze_m))[:, None]
     return np.asarray(colour + (look.sky_low - colour) * haze, dtype=np.float32)
+
+
+def _beyond_edge(look: Look, across: Floats32) -> Floats32:
+    """How far beyond the outer marking of a road points are that lie so far to the left of its centre line (m)."""
+    left, right = (np.float32((lanes + 0.5) * LANE_M) for lanes in look.lanes)
+    return np.where(across > 0, across - left, -across - right)
 
 
 def _locate(road: Road, x: Floats32, y: Floats32, guess_m: Floats32) -> tuple[Floats32, Floats32, Floats32]:

@@ -42,17 +42,19 @@ def select(
     views: int = 1,
     seed: int | None = None,
     quota: Mapping[Turn, int] | None = None,
+    routed_us: Callable[[str], Sequence[int]] | None = None,
 ) -> tuple[list[SampleRef], list[Rejected]]:
     """Choose samples to load, clip after clip; also returns the clips that cannot give one.
 
     Args:
-        t0: `"5.1"` (seconds from the start of the clip), `"every:2.0"` (all that fit on that raster) or `"events"`
-            (the source's own moments, as far as they fit). A sample needs more than 1.6 s before t0 and 6.4 s after.
-            A `FixedSource` gives all its samples and takes only the default.
+        t0: `"5.1"` (seconds from the start of the clip), `"every:2.0"` (all that fit on that raster), `"events"` (the
+            source's own moments, as far as they fit) or `"routes"` (those of `routed_us`). A sample needs more than
+            1.6 s before t0 and 6.4 s after. A `FixedSource` gives all its samples and takes only the default.
         samples: take the first that many; clips beyond are not looked at.
         views: take each sample that many times in a row: more views never mean other moments.
         seed: take clips in a random order that this settles, in place of the source's.
         quota: take the first that many of each turn, by the poses; in place of `samples`.
+        routed_us: moments (us) of a clip that a file of routes names.
 
     Raises `UsageError` for arguments that make no sense and for a split that holds no clip.
     """
@@ -66,7 +68,7 @@ def select(
         raise UsageError(f"samples is {samples} and there is a quota; the quota says how many, leave samples out.")
     wanted = None if quota is None else Quota(source, quota)
     fixed = source.sample_refs if isinstance(source, FixedSource) else None
-    samples_of = _moments(source, t0) if fixed is None else _fixed_samples(fixed, source.name, t0)
+    samples_of = _moments(source, t0, routed_us) if fixed is None else _fixed_samples(fixed, source.name, t0)
     clips = [clip for clip in source.clip_ids if split == "all" or split_of(clip) == split]
     if not clips:
         raise UsageError(f"{source.name}: none of its {len(source.clip_ids)} clips falls into the {split} split.")
@@ -107,15 +109,22 @@ def _fixed_samples(refs: Sequence[SampleRef], name: str, t0: str) -> Callable[[s
     return by_clip.__getitem__
 
 
-def _moments(source: Source, t0: str) -> Callable[[str], Sequence[SampleRef]]:
+def _moments(
+    source: Source, t0: str, routed_us: Callable[[str], Sequence[int]] | None
+) -> Callable[[str], Sequence[SampleRef]]:
     """A function that gives the samples of a clip whose t0 leaves room for history and future, ascending."""
-    events, every = None, t0.startswith("every:")
+    events: Callable[[str], Sequence[int]] | None = None
+    every = t0.startswith("every:")
     try:
         given_us = t0_us(t0)
     except ValueError as error:
         raise UsageError(f"t0 is {t0!r}; expected {error}.") from None
     step_us = given_us or 0
-    if given_us is None:
+    if t0 == "routes":
+        if routed_us is None:
+            raise UsageError("t0 is 'routes'; give the file that names the moments with --route-file.")
+        events = routed_us
+    elif given_us is None:
         if not isinstance(source, EventSource):
             raise UsageError(f"{source.name} knows no events; give t0 in seconds, or every:SECONDS.")
         events = source.event_times_us

@@ -12,7 +12,7 @@ How to add a source: docs/how-to/add-a-source.md.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +84,21 @@ class EventSource(Protocol):
 
     def event_times_us(self, clip_id: str) -> Sequence[int]:
         """Times (us) to take as t0, in any order; those too near an end of the recording are left out by `select`."""
+
+
+@runtime_checkable
+class RoutedSource(Protocol):
+    """A source that knows navigation texts, for `--route source`."""
+
+    @property
+    def gives_routes(self) -> bool:
+        """False if no sample of it has a route."""
+
+    def route_of(self, sample: Sample) -> Any:
+        """The route of a sample that `load` gave, unchecked; None if it has none.
+
+        Raises `BadClipError` where it cannot be read.
+        """
 
 
 @runtime_checkable

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from alpacache.driving.cameras import CAMERAS, FRONT_CAMERA, sort_cameras
 from alpacache.driving.poses import Track, frame_indices, history_and_future
-from alpacache.driving.sample import Sample, SampleRef
+from alpacache.driving.sample import FUTURE_S, Sample, SampleRef
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sources.recording import sample_of, wanted_frame_times_us
-from alpacache.sources.road import CLIP_US, SHAPES, ClipKind, Drive, Shape, make_drive
-from alpacache.sources.roadside import Roadside, draw, plant
+from alpacache.sources.road import CLIP_US, SHAPES, ClipKind, Drive, Road, Shape, make_drive
+from alpacache.sources.roadside import Roadside, at_fork, draw, plant
 from alpacache.sources.scene import Camera, Look, draw_look, expose, make_camera, paint_world
 from alpacache.sources.source import SourceKind
 
@@ -39,6 +39,8 @@ class _World:
     """The parts of a clip that stay the same in every frame."""
 
     drive: Drive
+    roads: tuple[Road, ...]
+    """The road, or the branches of a fork from left to right, so that nothing tells which one is taken."""
     look: Look
     roadside: Roadside
     above_ground_m: float
@@ -90,6 +92,20 @@ class SyntheticSource:
         """When curves begin."""
         return self._world(clip_id).drive.curve_starts_us
 
+    @property
+    def gives_routes(self) -> bool:
+        """True: bends and forks have one."""
+        return True
+
+    def route_of(self, sample: Sample) -> str | None:
+        """`turn left in 40 m` where a bend or a fork begins within the 6.4 s after t0."""
+        drive, t0_us = self._world(sample.ref.clip_id).drive, sample.ref.t0_us
+        for start_us, side in drive.turns:
+            if t0_us < start_us <= t0_us + FUTURE_S * 1e6:
+                here, there = np.interp([t0_us, start_us], drive.track.timestamps_us, drive.arc_m)
+                return f"turn {side} in {round(there - here)} m"
+        return None
+
     def clip_kind(self, clip_id: str) -> ClipKind:
         """Course of the road around t0 = 5.1 s."""
         return self._world(clip_id).drive.kind
@@ -108,7 +124,7 @@ class SyntheticSource:
         for frame in frame_indices(drive.track.timestamps_us, times_us, where=clip_id):
             position, (_, _, z, w) = drive.track.xyz[frame, :2], drive.track.quaternion_xyzw[frame]
             yaw, arc = float(2 * np.arctan2(z, w)), float(drive.arc_m[frame])
-            picture = paint_world(view, look, drive.road, position=position, yaw_rad=yaw, arc_m=arc)
+            picture = paint_world(view, look, world.roads, position=position, yaw_rad=yaw, arc_m=arc)
             draw(picture, view, look, world.roadside, position=position, yaw_rad=yaw)
             pictures.append(expose(picture, look, np.random.default_rng([*key, frame])))
         return np.stack(pictures)
@@ -165,10 +181,16 @@ def _make_world(seed: int, index: int, mix: tuple[tuple[Shape, float], ...]) -> 
     drive = make_drive(np.random.default_rng([seed, index, 1]), shape)
     rng = np.random.default_rng([seed, index, 3])
     look = draw_look(rng)
+    roads: tuple[Road, ...] = (drive.road,)
+    if drive.branch is not None:
+        roads = (drive.road, drive.branch) if drive.kind.side == "left" else (drive.branch, drive.road)
+    trees_per_km, posts = rng.uniform(40, 220), bool(rng.uniform() < 0.85)
+    sides = [plant(rng, road, look, trees_per_km=trees_per_km, posts=posts) for road in roads]
     return _World(
         drive=drive,
+        roads=roads,
         look=look,
-        roadside=plant(rng, drive.road, look, trees_per_km=rng.uniform(40, 220), posts=bool(rng.uniform() < 0.85)),
+        roadside=sides[0] if len(sides) == 1 else at_fork(sides, roads, look),
         above_ground_m=float(rng.uniform(1.6, 2.6)),
         pitch_rad=float(rng.uniform(-0.02, 0.06)),
         fov_rad=float(np.radians(rng.uniform(*_FRONT_FOV_DEG))),
@@ -176,9 +198,18 @@ def _make_world(seed: int, index: int, mix: tuple[tuple[Shape, float], ...]) -> 
 
 
 def _open(place: str, cameras: Sequence[str] | None) -> SyntheticSource:
-    if not re.fullmatch("[0-9]{1,20}", place):
-        raise UsageError(f"'synthetic:{place[:40]}': expected synthetic:N with a number of clips, as in synthetic:200.")
-    return SyntheticSource(int(place), cameras=cameras or (FRONT_CAMERA,))
+    found = re.fullmatch(rf"([0-9]{{1,20}})(?::({'|'.join(SHAPES)}))?", place)
+    if found is None:
+        raise UsageError(
+            f"'synthetic:{place[:40]}': expected synthetic:N with a number of clips, as in synthetic:200, or "
+            f"synthetic:N:SHAPE with one of {', '.join(SHAPES)}."
+        )
+    count, shape, cameras = int(found[1]), found[2], cameras or (FRONT_CAMERA,)
+    if shape is None:
+        return SyntheticSource(count, cameras=cameras)
+    source = SyntheticSource(count, seed=SHAPES.index(shape) + 1, mix={shape: 1.0}, cameras=cameras)
+    source.name = f"synthetic:{count}:{shape}"
+    return source
 
 
 KIND = SourceKind(prefix="synthetic", usage=("synthetic:N",), open=_open)

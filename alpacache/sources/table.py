@@ -61,6 +61,30 @@ def read_columns(file: Path | BinaryIO, names: Sequence[str], *, where: str) -> 
     return arrays | {"timestamp": arrays["timestamp"].astype(np.int64)}
 
 
+def read_texts(file: Path, name: str, *, where: str) -> tuple[NDArray[np.int64], Any] | None:
+    """Timestamps (us) of a table and its column of texts as an Arrow array of a dictionary; None without the column.
+
+    No text is unfolded for each row that repeats it. Raises `BadClipError` as `read_columns` does, and for a column
+    that is no text (`wrong_shape`).
+    """
+    import pyarrow.parquet as pq
+
+    with _opened(file, where=where) as parquet:
+        kinds = parquet.schema_arrow
+        if (count := kinds.names.count(name)) != 1:
+            if count:
+                raise BadClipError("wrong_shape", f"{where} has {count} columns {name}; keep the one that is right.")
+            return None
+        if not _is_text(kinds.field(name).type):
+            reason = f"column {name} is {str(kinds.field(name).type)[:60]}"
+            raise BadClipError("wrong_shape", f"{where}: {reason}; expected text.")
+    stamps = read_columns(file, ("timestamp",), where=where)["timestamp"]
+    _check_texts(file, [name], where=where)
+    with _refused(where):
+        texts = pq.ParquetFile(file, read_dictionary=[name]).read(columns=[name]).column(name)
+    return stamps, texts
+
+
 def check_table(file: Path | BinaryIO, *, where: str) -> None:
     """Raise `BadClipError` (as `read_columns`) unless a table, texts included, can be decoded as a whole.
 
