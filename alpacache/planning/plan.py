@@ -32,6 +32,8 @@ from alpacache.prefix.layout import TailRoom
 from cache_store import CODECS
 from cache_store.storage.local_files import free_bytes
 
+_USUAL_ROUTE = "turn left onto Main Street in 40 m"
+"""Counted for routes that a source gives."""
 READ_BYTES_S, WRITE_BYTES_S = 1.5e9, 1.0e9
 """Speed assumed of a disk that was not measured: cold reads of an NVMe drive, and writes until they are durable
 (measured: 1.4 to 1.8 and 0.7 to 2.1 GB/s, `benchmarks/results/`)."""
@@ -126,8 +128,9 @@ def plan(config: PlanConfig) -> Plan:
     """Work everything out. Raises `UsageError` for what cannot be: a bad option, or training that does not fit."""
     cameras, rollouts, samples = sort_cameras(config.cameras), config.tails, config.samples * config.views
     checkpoint = None if config.model is None else Checkpoint(config.model)
-    builder = None if checkpoint is None else InputBuilder(checkpoint)
-    prompt = planned_prompt(builder, cameras, frames=config.frames, picture=config.picture)
+    builder = None if checkpoint is None else InputBuilder(checkpoint, routes=config.route)
+    route = {"none": None, "source": _USUAL_ROUTE}.get(config.route, config.route)
+    prompt = planned_prompt(builder, cameras, frames=config.frames, picture=config.picture, route=route)
     geometry = RELEASED.geometry if checkpoint is None else geometry_of(checkpoint)
     machine = _machine(config.gpu, probed_folder=(config.store or ".") if config.probe else None)
     hidden_states = config.hidden_states == "last"
