@@ -3,7 +3,7 @@
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,9 @@ class CachedDataset:
         readers = [CacheReader(store) for store in stores]
         for store, reader in zip(stores, readers, strict=True):
             check_same_model(checkpoint, reader.identity, store=str(store))
-        # The VLM, its prompt and how KV is stored must be the same; cameras and frames may differ.
+        # The VLM, its prompt and how KV is stored must be the same; cameras, frames and routes may differ.
         models = [reader.identity["model"] for reader in readers]
-        shared = [{key: reader.identity.get(key) for key in _SHARED} for reader in readers]
+        shared = [_shared(reader.identity) for reader in readers]
         for store, model, identity in zip(stores, models, shared, strict=True):
             what = f"store {store} cannot be mixed with {stores[0]}"
             remedy = "Train on one of them, or extract the other again with the same settings."
@@ -305,3 +305,11 @@ def _check_rollouts(store: str, reader: CacheReader, prefix: str) -> None:
             f"store {store} has no reasoning rollouts, and the prefix is to be {prefix!r}. Extract its samples into "
             "another store with `alpacache extract --reasoning rollout`, or pass --prefix direct."
         )
+
+
+def _shared(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an identity that stores of one dataset have in common."""
+    shared = {key: identity.get(key) for key in _SHARED}
+    if isinstance(prompt := shared["prompt"], Mapping):
+        shared["prompt"] = {key: value for key, value in prompt.items() if key != "route"}
+    return shared

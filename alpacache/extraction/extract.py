@@ -123,7 +123,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
             with (
                 _deterministic(config.deterministic),
                 restored_torch_threads(),
-                open_readers(settings, source, builder, device, workers=workers, routes=routes) as readers,
+                open_readers(settings, source, builder, device, workers=workers) as readers,
             ):
                 prefiller = Prefiller(checkpoint, builder, stored, device)
                 progress.start(len(todo))

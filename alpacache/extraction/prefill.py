@@ -1,7 +1,7 @@
 """The device's part of stage one: groups of samples go through the VLM, and their KV through the codec."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.cached_samples.features import prefix_arrays, tail_arrays, twin_arrays
 from alpacache.errors import DeviceMemoryError
 from alpacache.extraction.preparation import VLM_DTYPE, Prepared
+from alpacache.prefix.prefix import PrefixFeatures, Tail
 from cache_store import KVCodec
 
 _log = logging.getLogger(__name__)
@@ -74,7 +75,12 @@ class Prefiller:
         """The stored values of each sample that come from the VLM."""
         stored, result = self._stored, []
         inputs = [one.inputs for one in samples]
-        prefilled = self._vlm.prefill_with_tails(inputs, [self._builder.twins(one.route) for one in inputs])
+        others = [self._builder.twins(one.route) for one in inputs]
+        prefilled: Iterable[tuple[PrefixFeatures, dict[str, Tail]]]
+        if any(others):
+            prefilled = self._vlm.prefill_with_tails(inputs, others)
+        else:
+            prefilled = ((prefix, {}) for prefix in self._vlm.prefill_batch(inputs))
         for one, (prefix, twins) in zip(samples, prefilled, strict=True):
             tails, route = [], one.inputs.route
             if self._sampler is not None:

@@ -64,12 +64,9 @@ class Prepared:
 class Preparation:
     """Reads and preprocesses samples; may be called in several threads."""
 
-    def __init__(
-        self, settings: PreparationSettings, source: Source, builder: InputBuilder, routes: Routes | None = None
-    ) -> None:
-        """`routes`: those of the settings, where they are open already."""
+    def __init__(self, settings: PreparationSettings, source: Source, builder: InputBuilder) -> None:
         self._settings, self._source, self._builder = settings, source, builder
-        self._routes = routes or settings.routes(source)
+        self._routes = settings.routes(source)
 
     @classmethod
     def open(cls, settings: PreparationSettings) -> "Preparation":

@@ -35,7 +35,6 @@ from alpacache.extraction.preparation import VLM_DTYPE, Preparation, Preparation
 from alpacache.gpu.device import keep_freed_memory, limit_torch_to_one_thread
 from alpacache.interrupt import REQUESTS
 from alpacache.sources.registry import is_streamed
-from alpacache.sources.routes import Routes
 from alpacache.sources.source import Source
 from alpacache.torchrun import this_process
 
@@ -59,13 +58,7 @@ class Readers:
 
 @contextmanager
 def open_readers(
-    settings: PreparationSettings,
-    source: Source,
-    builder: InputBuilder,
-    device: torch.device,
-    *,
-    workers: int,
-    routes: Routes | None = None,
+    settings: PreparationSettings, source: Source, builder: InputBuilder, device: torch.device, *, workers: int
 ) -> Iterator[Readers]:
     """Readers for a VLM on this device: beside a GPU each has a process.
 
@@ -76,7 +69,7 @@ def open_readers(
         with ReadingProcesses(settings, workers, pinned_for=device) as processes:
             yield Readers(prepare=processes, workers=workers, begin=begin)
     else:
-        yield Readers(prepare=Preparation(settings, source, builder, routes), workers=workers, begin=begin)
+        yield Readers(prepare=Preparation(settings, source, builder), workers=workers, begin=begin)
 
 
 def reading_workers(wanted: int | None) -> int:

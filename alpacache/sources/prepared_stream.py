@@ -10,7 +10,7 @@ import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,35 @@ class StreamedRows:
         """
         ids = _files(place, ["sample_id"])
         self.place = place
-        whole = _files(place, (*NEEDED, ROUTE))
-        self.has_routes = all(ROUTE in (file.column_names or ()) for file in whole)
-        if not self.has_routes:
-            whole = _files(place, NEEDED)
+        whole = _files(place, NEEDED)
         for file in whole:
             check_columns(file.column_names or (), place)
         poses = _files(place, ["sample_id", *POSES])
         each = [[row["sample_id"] for row in file] for file in ids]
         self.ids: Sequence[str] = list(chain.from_iterable(each))
-        self._whole, self._poses = (Cursor(files, lengths=list(map(len, each))) for files in (whole, poses))
-        self.expect = self._whole.expect
-        self.row, self.poses = partial(self._read, self._whole), partial(self._read, self._poses)  # poses: no pictures
+        self._lengths = list(map(len, each))
+        self._whole, self._poses = (Cursor(files, lengths=self._lengths) for files in (whole, poses))
+
+    @cached_property
+    def has_routes(self) -> bool:
+        """True if there is a column of routes; from then on it is read with the others. To be asked before any row."""
+        whole = _files(self.place, (*NEEDED, ROUTE))
+        there = all(ROUTE in (file.column_names or ()) for file in whole)
+        if there:
+            self._whole = Cursor(whole, lengths=self._lengths)
+        return there
+
+    def expect(self, numbers: Iterable[int]) -> None:
+        """Keep no rows but these from now on; see `Cursor.expect`."""
+        self._whole.expect(numbers)
+
+    def row(self, number: int) -> dict[str, Any]:
+        """A row by its number. Raises `DataError` if its stream breaks off."""
+        return self._read(self._whole, number)
+
+    def poses(self, number: int) -> dict[str, Any]:
+        """The poses in a row, read without its pictures."""
+        return self._read(self._poses, number)
 
     def _read(self, cursor: "Cursor", number: int) -> dict[str, Any]:
         """A row of one of the streams. Raises `DataError` if it breaks off."""

@@ -12,16 +12,17 @@ from PIL import Image
 
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_vlm
-from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
-from alpacache.planning.sample_size import planned_prompt, sample_bytes
+from alpacache.planning.config import PlanConfig
+from alpacache.planning.plan import plan
 from alpacache.sources.registry import open_source
 from alpacache.sources.routes import Routes
 from cache_store import CacheReader, IdentityMismatchError, verify
+from cache_store.upkeep.store_info import info
 
 SOURCE = "synthetic:3:fork"
 FRONT = "camera_front_wide_120fov"
@@ -201,18 +202,23 @@ def test_a_text_of_a_rollout_follows_the_route(tiny_checkpoint_15, tmp_path):
         assert np.array_equal(arrays[f"tail.{number}.input_ids"][: len(question)], question)
 
 
-def test_bytes_are_those_that_were_planned(store, tiny_checkpoint_15):
-    checkpoint, reader = Checkpoint(str(tiny_checkpoint_15)), CacheReader(store)
-    sample_id, sample = reader.sample_ids[0], next(samples())
-    builder, size = InputBuilder(checkpoint, routes="source"), sample.frames.shape[-2:]
-    prompt = planned_prompt(builder, sample.cameras, frames=1, picture=size, route=sample.route)
-    jpeg = len(reader.read(sample_id, fields=["front_jpeg"])["front_jpeg"])
-    planned = sample_bytes(
-        geometry_of(checkpoint), prompt, codec=None, hidden_states=False, clip_id=sample.ref.clip_id, jpeg_bytes=jpeg
-    )
-    stored = sum((store / file.relative_to(store)).stat().st_size for file in store.glob("samples/*00000*/**/c.*"))
-    twins = sum(size for name, size in planned.items() if name.startswith("tail."))
-    assert planned["tail.unrouted.kv"] == reader.shape(sample_id, "tail.unrouted.kv")[3] * planned["kv"] // len(
-        reader.read(sample_id, fields=["input_ids"])["input_ids"]
-    )
-    assert 0 < twins < stored
+@pytest.mark.parametrize("route", ["source", "turn right"])
+def test_bytes_are_those_that_were_planned(route, tiny_checkpoint_15, tmp_path):
+    """Of `source` the plan assumes a text, so there only those of the twin without one are known."""
+    store, model = tmp_path / "store", str(tiny_checkpoint_15)
+    alpacache.extract(config(model, store, route=route, samples=1))
+    written = info(store).size_by_field
+    asked = PlanConfig(samples=1, model=model, picture=(128, 256), frames=1, hidden_states="none", route=route)
+    planned = plan(asked).bytes_by_field
+    names = {name for name in planned if name.startswith("tail.")}
+    assert names == {name for name, size in written.items() if name.startswith("tail.") and size}
+    assert len(names) == 6
+    for name in names - ({name for name in names if "swapped" in name} if route == "source" else set()):
+        assert written[name] == planned[name], name
+
+
+def test_plans_without_a_model_count_routes_too():
+    plain, routed = (plan(PlanConfig(samples=1, route=route)).bytes_by_field for route in ("none", "source"))
+    tokens = {name: size // (36 * 2 * 8 * 128 * 2) for name, size in routed.items() if name.endswith("kv")}
+    assert tokens["tail.unrouted.kv"] == 11
+    assert tokens["kv"] - plain["kv"] // (36 * 2 * 8 * 128 * 2) == tokens["tail.swapped.kv"] - 11 == 13

@@ -22,8 +22,8 @@ FRONT = "camera_front_wide_120fov"
 def routed(source, *, t0_us=5_100_000, clip=None, wanted="source", **options):
     """The route of one sample."""
     ref = SampleRef(clip_id=clip or source.clip_ids[0], t0_us=t0_us)
-    sample = source.load(ref, cameras=[FRONT], frames=1)
-    return Routes(wanted, source, **options)(sample).route
+    routes = Routes(wanted, source, **options)
+    return routes(source.load(ref, cameras=[FRONT], frames=1)).route
 
 
 def write_routes(folder, rows, *, clip="a"):
