@@ -7,11 +7,8 @@ end of the prompt, nor be longer than an instruction.
 import re
 from typing import Any, Literal, TypeAlias, get_args
 
-from alpacache.driving.strata import CORRIDOR_M
-
 Command: TypeAlias = Literal["left", "right", "straight", "none"]
 COMMANDS: tuple[Command, ...] = get_args(Command)
-Side: TypeAlias = Literal["left", "right", "straight"]
 MOST_CHARACTERS = 200
 """Length of the longest text; public ones have about 40."""
 _TOKEN = re.compile(r"<\||\|>|<\S+?>")
@@ -65,10 +62,3 @@ def swapped(route: str | None) -> str | None:
         return word.upper() if found[0].isupper() else word.capitalize() if found[0][0].isupper() else word
 
     return _SIDES.sub(other, route)
-
-
-def side_of(lateral_offset_m: float) -> Side:
-    """Side on which a path with this lateral offset at its end, left positive, has left the straight corridor."""
-    if abs(lateral_offset_m) <= CORRIDOR_M:
-        return "straight"
-    return "left" if lateral_offset_m > 0 else "right"

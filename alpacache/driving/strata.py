@@ -16,6 +16,7 @@ from alpacache.driving.sample import DT_S, Floats
 Turn: TypeAlias = Literal["straight", "gentle", "sharp"]
 TURNS: tuple[Turn, ...] = get_args(Turn)
 Direction: TypeAlias = Literal["none", "left", "right"]
+Side: TypeAlias = Literal["left", "right", "straight"]
 SpeedBand: TypeAlias = Literal["stopped", "slow", "medium", "fast"]
 
 STRAIGHT_HEADING_RAD = np.deg2rad(5.0)
@@ -139,6 +140,13 @@ def direction_of(heading_change_rad: float, lateral_offset_m: float) -> Directio
         return "none"
     leading = heading_change_rad if abs(heading_change_rad) >= STRAIGHT_HEADING_RAD else lateral_offset_m
     return "left" if leading > 0 else "right"
+
+
+def side_of(lateral_offset_m: float) -> Side:
+    """Side on which a path with this lateral offset at its end, left positive, has left the straight corridor."""
+    if abs(lateral_offset_m) <= CORRIDOR_M:
+        return "straight"
+    return "left" if lateral_offset_m > 0 else "right"
 
 
 def speed_band(mean_speed_mps: float) -> SpeedBand:

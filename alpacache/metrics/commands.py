@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alpacache.driving.route import Command, side_of
+from alpacache.driving.route import Command
 from alpacache.driving.sample import Floats
+from alpacache.driving.strata import side_of
 from alpacache.metrics.bootstrap import Interval, mean_difference
 
 

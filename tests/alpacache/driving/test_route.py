@@ -2,7 +2,8 @@
 
 import pytest
 
-from alpacache.driving.route import MOST_CHARACTERS, check_route, command_of, side_of, swapped
+from alpacache.driving.route import MOST_CHARACTERS, check_route, command_of, swapped
+from alpacache.driving.strata import side_of
 
 
 @pytest.mark.parametrize(
