@@ -19,6 +19,7 @@ from alpacache.cached_samples.features import (
     POSE_FIELDS,
     PREFIX_FIELDS,
     ROUTE,
+    UNROUTED,
     CachedSample,
     from_arrays,
     tail_count,
@@ -69,6 +70,11 @@ class CachedDataset:
         self.prefix_fields = PREFIX_FIELDS if self.codec is None else (*PREFIX_FIELDS, KV_SHAPE)
         self.rollouts = min(tail_count(reader.fields) for reader in readers)
         """Number of reasoning rollouts that every sample has tails of."""
+        if self.choice.route_dropout and not any(ROUTE in reader.fields for reader in readers):
+            raise UsageError(
+                f"no sample of {', '.join(map(str, stores))} has a route that could be dropped. Extract them with "
+                "`alpacache extract --route`, or leave --route-dropout out."
+            )
         if self.choice.prefix != "direct":
             for store, reader in zip(stores, readers, strict=True):
                 _check_rollouts(str(store), reader, self.choice.prefix)
@@ -112,17 +118,29 @@ class CachedDataset:
         return self._index[index]
 
     def tails_of(self, index: int) -> tuple[str, ...]:
-        """Beginnings of the names of the fields of those rollouts that may be chosen for a sample."""
-        if self.choice.prefix == "direct":
-            return ()
-        return tuple(map(tail_name, range(tail_count(self._index[index][0].fields))))
+        """Beginnings of the names of the fields of those tails that may be chosen for a sample: the one without its
+        route, which not every sample has, and those of rollouts.
+        """
+        return tuple(map(tail_name, (*self._twins, *range(self._rollouts_of(index)))))
 
     def tail_at(self, index: int, position: int) -> int | None:
-        """Number of the rollout whose tail a sample has at a place of the global order; None: its direct prefix."""
-        if self.choice.prefix == "direct":
+        """Place in `tails_of` of the tail that a sample has at a place of the global order; None: its direct prefix."""
+        if self.choice.is_direct:
             return None
-        epoch, rollouts = position // len(self), len(self.tails_of(index))
-        return self.choice.tail(self.sample_id(index), epoch, rollouts=rollouts)
+        sample_id, epoch = self.sample_id(index), position // len(self)
+        if self._twins and self.tail_bytes[index, 0] and self.choice.drops_route(sample_id, epoch):
+            return 0
+        chosen = self.choice.tail(sample_id, epoch, rollouts=self._rollouts_of(index))
+        return None if chosen is None else chosen + len(self._twins)
+
+    @property
+    def _twins(self) -> tuple[str, ...]:
+        """Tails that may be chosen beside those of rollouts."""
+        return (UNROUTED,) if self.choice.route_dropout else ()
+
+    def _rollouts_of(self, index: int) -> int:
+        """Number of rollouts that may be chosen for a sample."""
+        return 0 if self.choice.prefix == "direct" else tail_count(self._index[index][0].fields)
 
     def load(self, index: int, *, tails: int = 0, twin: str | None = None) -> CachedSample:
         """Read one sample's prefix, the tails of its first `tails` reasoning rollouts, and one of `TWINS` if it has it.
@@ -196,7 +214,9 @@ class CachedDataset:
         def size(index: int) -> list[int] | SampleReadError:
             reader, sample_id = self._index[index]
             try:
-                return [math.prod(reader.shape(sample_id, f"{name}kv")) for name in ("", *self.tails_of(index))]
+                there = reader.fields_of(sample_id)
+                fields = [f"{name}kv" for name in ("", *self.tails_of(index))]
+                return [math.prod(reader.shape(sample_id, name)) if name in there else 0 for name in fields]
             except SampleReadError as error:
                 return error
 
@@ -219,14 +239,17 @@ class CachedDataset:
     @cached_property
     def tail_room(self) -> TailRoom | None:
         """Lengths of the longest stored prefix and the longest tail; None where only direct prefixes come."""
-        if self.choice.prefix == "direct":
+        if self.choice.is_direct:
             return None
-        parts = range(1, self._sizes[0].shape[1])
+        parts = [part for part in range(1, self._sizes[0].shape[1]) if self._sizes[0][:, part].any()]
+        if not parts:
+            raise UsageError("no sample has a route that could be dropped; leave --route-dropout out.")
         return TailRoom(stored=self._most_tokens(0), tail=max(map(self._most_tokens, parts)))
 
     def _most_tokens(self, part: int) -> int:
         """Tokens of the longest prefix (part 0) or tail, which is the one of most bytes where bytes go with tokens."""
-        sizes, name = self._sizes[0][:, part], tail_name(part - 1) if part else ""
+        tails = ["", *self._twins, *range(self._sizes[0].shape[1])]
+        sizes, name = self._sizes[0][:, part], tail_name(tails[part]) if part else ""
         readable = [index for index in range(len(self)) if index not in self.unreadable and sizes[index]]
         if self.codec is None:
             return self._kv_shape(max(readable, key=sizes.__getitem__), name)[3]
@@ -257,8 +280,9 @@ class CachedDataset:
     def error_of(self, index: int) -> SampleReadError | None:
         """Read all that models need of a sample, and return what is wrong with it, if anything is."""
         reader, sample_id = self._index[index]
-        tails = [name for name in reader.fields if self.tails_of(index) and name.startswith(self.tails_of(index))]
+        wanted = self.tails_of(index)
         try:
+            tails = [name for name in reader.fields_of(sample_id) if wanted and name.startswith(wanted)]
             reader.read(sample_id, (*self.prefix_fields, *POSE_FIELDS, *tails))
         except SampleReadError as error:
             return error

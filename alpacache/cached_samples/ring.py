@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.features import tail_name
 from alpacache.cached_samples.ring_source import CHUNKS, TAIL_CHUNKS, RingSource, SampleRequest, StoredPrefix
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.strata import Turn
@@ -208,8 +207,9 @@ class BatchRing:
         request = self._requests_in[rows[0]]
         assert request is not None
         reader, sample_id = self._dataset.locate(request.index)
+        tails = () if request.tail is None else self._dataset.tails_of(request.index)[request.tail :][:1]
         try:
-            reader.read(sample_id, ["kv"] if request.tail is None else ["kv", f"{tail_name(request.tail)}kv"])
+            reader.read(sample_id, ["kv", *(f"{tail}kv" for tail in tails)])
         except SampleReadError as error:
             return error
         return UnreadableSampleError(

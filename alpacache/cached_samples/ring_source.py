@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS, tail_name
+from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.strata import TURNS, Turn, turns_ahead
 from alpacache.errors import DataError, UsageError
@@ -90,7 +90,7 @@ class SampleRequest:
     """Place in the batch."""
     targets: BatchTargets
     tail: int | None = None
-    """Number of the rollout whose tail it comes with."""
+    """Place in `CachedDataset.tails_of` of the tail that it comes with."""
     tail_is_new: bool = False
     """The tail's lengths are not known yet, nor are its bytes in memory."""
 
@@ -182,7 +182,7 @@ class RingSource:
         reader, sample_id = self._dataset.locate(request.index)
         names = ["kv"] if request.is_new or self.slabs is None else []
         if request.tail is not None and (request.tail_is_new or self.slabs is None):
-            names.append(f"{tail_name(request.tail)}kv")
+            names.append(f"{self._dataset.tails_of(request.index)[request.tail]}kv")
         if self.slabs is None:
             return reader.views(sample_id, buffer, names)
         out: dict[str, NDArray[Any]] = {}
@@ -201,7 +201,7 @@ class RingSource:
         if not request.is_new and not out:
             return SampleRead(arrays={}, tasks=[])
         reader, sample_id = self._dataset.locate(request.index)
-        tail = None if request.tail is None else tail_name(request.tail)
+        tail = None if request.tail is None else self._dataset.tails_of(request.index)[request.tail]
         names = [*self._fields] if request.is_new else [name for name in out or () if name == "kv"]
         if tail is not None and request.tail_is_new:
             names += [f"{tail}{name}" for name in self._tail_fields]
@@ -232,7 +232,7 @@ class RingSource:
             stored, start, stem = self._counts[index].tolist()
         if number is None:
             return StoredPrefix(kv=kv, stored=stored, stem=stored, start=start)
-        tail = tail_name(number)
+        tail = self._dataset.tails_of(index)[number]
         tail_kv = self._bytes((index, number), arrays, f"{tail}kv")
         if request.tail_is_new:
             tokens, start = self._tail_tokens(arrays, tail), int(arrays[f"{tail}start_position"])

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alpacache.driving.route import Command, command_of
+from alpacache.driving.route import COMMANDS, Command, command_of
 from alpacache.driving.sample import Floats
-from alpacache.driving.strata import Strata
+from alpacache.driving.strata import STRATA, Strata
 from alpacache.metrics.baselines import BASELINES
 from alpacache.metrics.bias import Departure, mean_departure
 from alpacache.metrics.corridor import SIDE_KEY, Leaving, leaving, side_chosen
@@ -89,6 +89,11 @@ class LeftOut:
 def command_stratum(command: Command) -> str:
     """Name of the stratum of a command."""
     return f"command_{command}"
+
+
+def strata_names(*, routed: bool) -> tuple[str, ...]:
+    """Every stratum of an evaluation, in the order of tables; those of commands where samples may have routes."""
+    return (*STRATA, *map(command_stratum, COMMANDS if routed else ()))
 
 
 def judge(pred_xyz: ArrayLike, pred_rot: ArrayLike, truth_xyz: ArrayLike, truth_rot: ArrayLike) -> ModelResult:

@@ -10,10 +10,9 @@ import pyarrow.parquet as pq
 
 from alpacache import strict_json
 from alpacache.driving.route import Command
-from alpacache.driving.strata import STRATA
 from alpacache.durable import appearing, check_results_out
 from alpacache.errors import UsageError
-from alpacache.evaluation.judging import METRIC_KEYS, LeftOut, ModelResult, SampleResult
+from alpacache.evaluation.judging import METRIC_KEYS, LeftOut, ModelResult, SampleResult, strata_names
 from alpacache.evaluation.plots import sample_png
 from alpacache.evaluation.report import write_report
 from alpacache.evaluation.summary import EvalSummary
@@ -120,7 +119,7 @@ def write_sample_table(path: Path, results: Sequence[SampleResult]) -> None:
     rows: list[dict[str, Any]] = []
     for result in results:
         sample = {"sample_id": result.sample_id, "clip_id": result.clip_id}
-        strata = {f"stratum/{name}": name in result.strata.labels for name in STRATA}
+        strata = {f"stratum/{name}": name in result.labels for name in strata_names(routed=result.routed)}
         for label, model in result.models.items():
             row: dict[str, Any] = {**sample, "model": label, **strata}
             row |= {key: strict_json.plain(model.metrics[key]) for key in METRIC_KEYS}

@@ -13,8 +13,8 @@ import numpy as np
 
 from alpacache.driving.route import COMMANDS
 from alpacache.driving.sample import Floats
-from alpacache.driving.strata import LATE_CURVE, STRATA
-from alpacache.evaluation.judging import METRIC_KEYS, SampleResult, command_stratum
+from alpacache.driving.strata import LATE_CURVE
+from alpacache.evaluation.judging import METRIC_KEYS, SampleResult, strata_names
 from alpacache.metrics.baselines import BASELINES
 from alpacache.metrics.bias import (
     HORIZONS_S,
@@ -94,7 +94,7 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
     predicted = {label: [result.mean_departure(label) for result in results] for label in labels}
     strata = {}
     routed = any(result.routed for result in results)
-    for name in (*STRATA, *map(command_stratum, COMMANDS if routed else ())):
+    for name in strata_names(routed=routed):
         rows = [row for row, result in enumerate(results) if name in result.labels]
         strata[name] = _summarise_stratum(
             [results[row] for row in rows],

@@ -72,6 +72,9 @@ class TrainConfig(Config):
     """What the expert attends to of a sample: the `direct` prefix, that of one of its reasoning `rollouts`, chosen anew
     in every epoch, or a `mix`, half of the times direct. Validation goes by the same rule, with one choice a sample for
     all of a run. Default: direct, or a resumed run's."""
+    route_dropout: Annotated[float, Ge(0), Le(1)] | None = None
+    """Share of the samples with a route that are trained without it, drawn anew for each sample in every epoch.
+    Validation has all routes. Default: 0, or a resumed run's."""
     balance: Literal["none", "curvature"] = "none"
     """`curvature`: straight, gentle and sharp futures have equal shares of every epoch."""
     on_overlap: Literal["stop", "allow"] = "stop"

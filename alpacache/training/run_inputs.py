@@ -59,7 +59,7 @@ class RunInputs:
         check_begun(self.directory, resume=config.resume)
         self.checkpoint = Checkpoint(config.model)
         prefix = config.prefix or "direct"
-        choice = PrefixChoice(prefix=prefix, seed=config.seed or 0)
+        choice = PrefixChoice(prefix=prefix, route_dropout=config.route_dropout or 0.0, seed=config.seed or 0)
         self.data = CachedDataset(config.store_paths, self.checkpoint, choice=choice)
         if config.on_damage == "stop":
             self.data.refuse_unreadable()
@@ -213,7 +213,7 @@ def restore_settings(config: TrainConfig) -> TrainConfig:
         settings, average, free = state["settings"], state["average"] or {}, state.get("free_settings", {})
     rule = settings.get("label_rule", "unguarded") if settings else "guarded"  # runs of before knew no other
     chosen = {"seed": settings.get("seed", 0), "draws": settings.get("draws", 1), "label_rule": rule}
-    chosen |= {"prefix": settings.get("prefix", "direct")}
+    chosen |= {"prefix": settings.get("prefix", "direct"), "route_dropout": settings.get("route_dropout", 0.0)}
     chosen |= {"ema": average.get("decay"), "ema_every": free.get("ema_every") or 100}
     return replace(config, **{key: value for key, value in chosen.items() if getattr(config, key) is None})
 
@@ -251,7 +251,8 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: s
 def _meant(record: Mapping[str, Any]) -> dict[str, Any]:
     """Part of a `settings_record` that must not change, in one form: epochs as steps, defaults spelled out."""
     apart = {"micro_batch", "processes", "dataset_samples", "stores", "epochs", "steps", "warmup"}
-    meant: dict[str, Any] = {"label_rule": "unguarded", "prefix": "direct"}  # as it was before there was a choice
+    # As it was before there was a choice.
+    meant: dict[str, Any] = {"label_rule": "unguarded", "prefix": "direct", "route_dropout": 0.0}
     meant |= {key: value for key, value in record.items() if key not in apart}
     if record.get("steps") or record.get("epochs"):
         meant["steps"] = steps = record.get("steps") or steps_of(

@@ -1,0 +1,116 @@
+"""Evaluation of samples with routes: their commands in every output, and the control with left for right."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import alpacache
+from alpacache.alpamayo import Checkpoint, load_expert
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.driving.route import command_of
+from alpacache.errors import UsageError
+from alpacache.evaluation.config import EvalConfig
+from alpacache.extraction.config import ExtractConfig
+from alpacache.flow_matching import sample as sample_flow
+from alpacache.inference.prediction import eval_noise, to_paths
+
+
+@pytest.fixture(scope="module")
+def store(tiny_checkpoint_15, tmp_path_factory):
+    """Six generated drives, some with a route."""
+    store = tmp_path_factory.mktemp("routed") / "store"
+    settings = {"frames": 1, "hidden_states": "none", "route": "source", "device": "cpu"}
+    alpacache.extract(ExtractConfig(source="synthetic:6", model=str(tiny_checkpoint_15), store=str(store), **settings))
+    return store
+
+
+@pytest.fixture(scope="module")
+def judged(store, tiny_checkpoint_15, tmp_path_factory):
+    out = tmp_path_factory.mktemp("eval")
+    settings = {"model": str(tiny_checkpoint_15), "paths": 3, "flow_steps": 3, "batch_size": 2, "device": "cpu"}
+    return out, alpacache.evaluate(EvalConfig(store=str(store), out=str(out), swap_route=True, **settings))
+
+
+def test_samples_count_in_the_stratum_of_their_command(judged, store):
+    _, report = judged
+    data_of = {result.sample_id: result for result in report.results}
+    counts = {"left": 0, "right": 0, "straight": 0, "none": 0}
+    for result in data_of.values():
+        counts[command_of(result.route)] += 1
+        assert f"command_{command_of(result.route)}" in result.labels
+    assert counts["none"]
+    assert counts["none"] < 6
+    strata = report.summary.strata
+    assert {name: strata[f"command_{name}"].samples for name in counts} == counts
+    commands = report.summary.commands
+    assert {name: told.samples for name, told in commands.items()} == {
+        name: count for name, count in counts.items() if count and name != "none"
+    }
+    for name, told in commands.items():
+        mine = [result for result in data_of.values() if result.command == name]
+        shares = [(np.abs(r.models["base"].pred_xyz[:, -1, 1]) > 2.0) & side(r, name) for r in mine]
+        assert told.models["base"].obeyed == pytest.approx(np.mean(shares))
+
+
+def side(result, command):
+    ends = result.models["base"].pred_xyz[:, -1, 1]
+    return ends > 0 if command == "left" else ends < 0
+
+
+def test_the_swap_is_the_twin_from_the_same_noise(judged, store, tiny_checkpoint_15):
+    _, report = judged
+    checkpoint = Checkpoint(str(tiny_checkpoint_15))
+    data, expert = CachedDataset([store], checkpoint), load_expert(checkpoint, dtype=torch.float32).eval()
+    swapped = {result.sample_id: result.models["base"].swapped_xyz for result in report.results}
+    for index in range(len(data)):
+        found = swapped[data.sample_id(index)]
+        assert (found is not None) == data.has_twin(index, "swapped") == (command_of(data.route(index)) != "none")
+        if found is None:
+            continue
+        twin = data.load(index, twin="swapped").twin_prefix()
+        noise = eval_noise(0, [data.sample_id(index)], 3)
+        with torch.no_grad():
+            action = sample_flow(lambda x, t, twin=twin: expert.velocity(x, t, [twin]), noise, steps=3)[0]
+        xyz, _ = to_paths(expert.action_space, action, *data.poses(index)[:2])
+        assert np.allclose(found, xyz, atol=1e-3)
+        assert not np.allclose(found, report.results[0].models["base"].pred_xyz)
+    assert report.summary.swaps["base"].samples == sum(xyz is not None for xyz in swapped.values())
+
+
+def test_json_parquet_and_report_tell_of_commands(judged):
+    out, report = judged
+    document = json.loads((out / "eval.json").read_text())
+    assert document["settings"]["swap_route"] is True
+    assert {one["command"] for one in document["samples"]} == {result.command for result in report.results}
+    assert document["summary"]["swaps"]["base"]["samples"] == report.summary.swaps["base"].samples
+    rows = pq.read_table(out / "samples.parquet").to_pylist()
+    for row in (row for row in rows if row["model"] == "base"):
+        told = command_of(row["route"])
+        assert row["command"] == told
+        assert row[f"stratum/command_{told}"]
+        assert (row["obeys"] is None) == (told == "none") == (row["swapped/obeys"] is None)
+    page = (out / "report.html").read_text()
+    assert "<h2>Commands</h2>" in page
+    assert "command left" in page or "command right" in page
+    assert "<div hidden><h2>" not in page
+    assert "Route: turn" in page
+
+
+def test_without_routes_nothing_changes_and_there_is_nothing_to_swap(tiny_checkpoint_15, tmp_path, store):
+    settings = {"model": str(tiny_checkpoint_15), "device": "cpu"}
+    plain = tmp_path / "plain"
+    alpacache.extract(ExtractConfig(source="synthetic:2", store=str(plain), frames=1, **settings))
+    settings |= {"paths": 2, "flow_steps": 1, "out": str(tmp_path / "out")}
+    with pytest.raises(UsageError, match="extracted without routes, so none can be swapped"):
+        alpacache.evaluate(EvalConfig(store=str(plain), swap_route=True, **settings))
+    report = alpacache.evaluate(EvalConfig(store=str(plain), **settings))
+    assert not report.summary.commands
+    assert not any(name.startswith("command") for name in report.summary.strata)
+    document = json.loads((tmp_path / "out/eval.json").read_text())
+    assert "routes" not in document["settings"]
+    assert "route" not in document["samples"][0]
+    assert "route" not in pq.read_table(tmp_path / "out/samples.parquet").column_names
+    assert (tmp_path / "out/report.html").read_text().count("<div hidden><h2>") == 2
