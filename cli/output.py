@@ -192,29 +192,36 @@ def show_progress(title: str, *, quiet: bool = False) -> Iterator[OnProgress]:
             nonlocal last
             if progress.done == progress.total or time.monotonic() - last >= _PLAIN_INTERVAL_S:
                 last = time.monotonic()
-                say(f"{title}: {', '.join(filter(None, _texts(progress)))}")
+                parts = [*_texts(progress), " ".join(_notes(progress))]
+                say(f"{title}: {', '.join(filter(None, parts))}")
 
         yield write_line
         return
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
 
-    done, rate, eta, notes = (TextColumn(f"{{task.fields[texts][{number}]}}", markup=False) for number in range(4))
-    notes.style = "cyan"
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), done, rate, TimeElapsedColumn(), eta, notes)
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, visible=False, texts=[""] * 4)
-        yield lambda progress: bar.update(
-            task, visible=True, total=progress.total, completed=progress.done, texts=_texts(progress)
-        )
+    from .progress_bar import progress_bar
+
+    with progress_bar(Console(stderr=True)) as bar:
+        task = bar.add_task(shown(title), total=None, visible=False, texts={}, notes=[])
+
+        def update(progress: Progress) -> None:
+            done, rate, eta = _texts(progress)
+            texts = {"done": done, "rate": rate, "eta": eta}
+            total, notes = progress.total, _notes(progress)
+            bar.update(task, visible=True, total=total, completed=progress.done, texts=texts, notes=notes)
+
+        yield update
 
 
-def _texts(progress: Progress) -> tuple[str, str, str, str]:
-    """Format progress: what is done, how fast, when the rest will be, and notes."""
+def _texts(progress: Progress) -> tuple[str, str, str]:
+    """Format progress: what is done, how fast, when the rest will be."""
     left = clock((progress.total - progress.done) / progress.rate) if progress.rate > 0 else "-"
-    unit, notes = progress.unit, shown(" ".join(f"{key} {text}" for key, text in progress.notes.items()))
-    return f"{progress.done}/{progress.total} {unit}", f"{progress.rate:.3g} {unit}/s", f"ETA {left}", notes
+    unit = progress.unit
+    return f"{progress.done}/{progress.total} {unit}", f"{progress.rate:.3g} {unit}/s", f"ETA {left}"
+
+
+def _notes(progress: Progress) -> list[str]:
+    return [shown(f"{key} {text}") for key, text in progress.notes.items()]
 
 
 def note(text: str) -> None:

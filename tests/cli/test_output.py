@@ -1,5 +1,6 @@
 """What stderr says: progress in a pipe, `--quiet` and `--verbose`, colours, nearest names."""
 
+import io
 import json
 import os
 import pty
@@ -8,10 +9,11 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from alpacache.errors import UsageError
 from alpacache.progress import Progress
-from cli import main, output
+from cli import main, output, progress_bar
 
 COLOUR = re.compile(rb"\x1b\[(?:[\d;]*;)?(?:3[0-8]|9[0-7])[\d;]*m")
 
@@ -52,6 +54,41 @@ def test_progress_in_a_pipe_is_plain_lines(tmp_path):
     assert re.search(r"^prepare: 2/2 samples, [\d.e+]+ samples/s, ETA 0:00:00", stderr, re.M), stderr
     assert "\x1b" not in stderr
     assert "\r" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "bar"),
+    [
+        (200, "title bar done rate elapsed eta notes", 40),
+        (110, "title bar done rate elapsed eta notes", 13),
+        (90, "title bar done rate elapsed eta notes", 22),
+        (60, "title done rate elapsed eta", 0),
+        (45, "title done elapsed eta", 0),
+        (40, "title done eta", 0),
+        (31, "done eta", 0),
+        (15, "done", 0),
+    ],
+)
+def test_a_narrow_terminal_keeps_count_and_eta(width, shown, bar):
+    texts = {"title": "extract", "done": "12/345 samples", "rate": "0.123 samples/s", "elapsed": "0:01:02"}
+    notes = ["GB 0.12", "store 812/1000", "quarantined 2"]
+    progress = Progress(done=12, total=345, unit="samples", rate=0.123, notes=dict(note.split(" ") for note in notes))
+    parts, bar_width = progress_bar.fitting(texts | {"eta": "ETA 0:45:07"}, notes, width)
+    assert (set(parts) | ({"bar"} if bar_width else set()), bar_width) == (set(shown.split()), bar)
+    assert parts.get("notes", "") in ("", "GB 0.12", " ".join(notes))
+    console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
+    with progress_bar.progress_bar(console) as line:
+        done, rate, eta = output._texts(progress)
+        texts = {"done": done, "rate": rate, "eta": eta}
+        line.add_task("extract", total=345, completed=12, texts=texts, notes=output._notes(progress))
+        console.print(line.get_renderable())
+    *_, last = (
+        part for part in re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "\n", console.file.getvalue()).split("\n") if part.strip()
+    )
+    assert "…" not in last
+    assert "12/345 samples" in last
+    assert ("ETA 0:45:07" in last) == ("eta" in parts)
+    assert len(last.rstrip()) <= width
 
 
 @pytest.mark.system
