@@ -107,9 +107,12 @@ def expand_home(written: Any) -> Any:
     if not written or "\0" in written or not is_unicode(written):
         raise ValueError("a path or name in valid Unicode")
     kind, colon, path = written.partition(":")
-    if kind.isalpha() and path.startswith("~"):
-        return kind + colon + os.path.expanduser(path)  # noqa: PTH111  # what is no path stays as it is
-    return os.path.expanduser(written)  # noqa: PTH111
+    if not (kind.isalpha() and path.startswith("~")):
+        kind, colon, path = "", "", written
+    path = os.path.expanduser(path)  # noqa: PTH111  # what is no path stays as it is
+    if path.startswith("~"):
+        raise ValueError(f"the name of a user behind the ~, or ./{path} for what is named so")
+    return kind + colon + path
 
 
 def is_unicode(text: str) -> bool:

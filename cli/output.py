@@ -1,5 +1,7 @@
 """Output of commands: progress and notes on stderr, one JSON object or tables on stdout."""
 
+import errno
+import io
 import logging
 import os
 import sys
@@ -9,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal, TextIO, cast
 
 from alpacache import strict_json
+from alpacache.errors import DataError
 from alpacache.masking import masked, masked_values
 from alpacache.progress import OnProgress, Progress, clock, ignore
 
@@ -46,6 +49,13 @@ class UnfailingStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class _Page(io.StringIO):
+    """A text for stdout, with colours if that is a terminal."""
+
+    def isatty(self) -> bool:
+        return sys.stdout.isatty()
 
 
 def guard_streams() -> None:
@@ -106,8 +116,23 @@ def is_verbose() -> bool:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on stdout."""
-    sys.stdout.write(strict_json.dumps(masked_values(strict_json.plain(value)), indent=1) + "\n")
+    """Print one JSON object on stdout. Raises `DataError` where it cannot be written there: a program waits for it."""
+    _write_result(strict_json.dumps(masked_values(strict_json.plain(value)), indent=1) + "\n", for_program=True)
+
+
+def _write_result(text: str, *, for_program: bool) -> None:
+    """Write a text to stdout. What is for people may be lost there: the work is done, and they are told on stderr."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError, ValueError):  # else Python tries again when it ends, and makes an exit code of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        message = f"the result could not be written to stdout ({error.strerror}); all else is done"
+        if for_program:
+            raise DataError(f"{message}.") from error
+        if error.errno != errno.EPIPE:  # else its reader has seen enough
+            say(f"WARNING: {message}.")
 
 
 def print_result(value: Any, title: str, lines: Lines, *, as_json: bool) -> None:
@@ -168,7 +193,9 @@ def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[st
         table.add_column(head, justify=justify, style="dim" if dim else None, overflow="fold", width=fixed[place])
     for row in cells:
         table.add_row(*map(Text, row))
-    Console(width=width).print(table)
+    page = _Page()
+    Console(width=width, file=page).print(table)
+    _write_result(page.getvalue(), for_program=False)
 
 
 def print_left_out(samples: Iterable[tuple[str, str]]) -> None:
