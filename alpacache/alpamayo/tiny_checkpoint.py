@@ -27,6 +27,18 @@ BASE_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>
 FUTURE_BINS, HISTORY_BINS = 128, 64
 INITIALIZER_RANGE = 0.08
 """About 1 / sqrt(width). The usual 0.02 suits thousands of channels; at 128 it leaves attention without a gradient."""
+PROCESSORS = {"image_processor": "Qwen2VLImageProcessor", "video_processor": "Qwen3VLVideoProcessor"}
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' -}}
+    {%- for part in ([{'type': 'text', 'text': message.content}] if message.content is string else message.content) -%}
+        {{- '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' else part.text -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+"""Messages as text: images back to back and nothing between parts, as in `prompt.PromptFormat`."""
 ACTION_CONSTANTS = {
     "accel_mean": 0.02902694707164455,
     "accel_std": 0.6810426736454882,
@@ -52,12 +64,7 @@ def make_tiny_checkpoint(
     tokenizer.save(str(directory / "vlm/tokenizer.json"))
     first = tokenizer.get_vocab_size()
     _write_json(directory / "vlm/config.json", _vlm_config(tokenizer))
-    processor = {
-        **{"image_processor_type": "Qwen2VLImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
-        **{"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2},
-        "size": {"shortest_edge": 128 * 256, "longest_edge": 128 * 256},
-    }
-    _write_json(directory / "vlm/preprocessor_config.json", processor)
+    _write_processor(directory / "vlm")
     _write_json(directory / "config.json", _config(first, dtype=dtype, family=FAMILIES[family]))
     _write_weights(directory, _random_weights(Checkpoint(str(directory)), seed=seed), dtype=dtype, shards=shards)
     return directory
@@ -76,6 +83,23 @@ def _tokenizer() -> Tokenizer:
     )
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in BASE_TOKENS])
     return tokenizer
+
+
+def _write_processor(directory: Path) -> None:
+    """Write what `AutoProcessor` reads beside the tokenizer; the public classes make their prompts with it."""
+    kind = {"processor_class": "Qwen3VLProcessor"}
+    pictures = {
+        **{"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        **{"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2},
+        "size": {"shortest_edge": 128 * 256, "longest_edge": 128 * 256},
+    }
+    image, video = ({f"{name}_type": value} for name, value in PROCESSORS.items())
+    _write_json(directory / "preprocessor_config.json", image | pictures | kind)
+    _write_json(directory / "video_preprocessor_config.json", video | pictures | kind)
+    tokens = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "unk_token": None}
+    how = {"add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": 8192}
+    _write_json(directory / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer", **kind, **tokens, **how})
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
 def _vlm_config(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -119,7 +143,8 @@ def _config(first: int, *, dtype: str, family: Family) -> dict[str, Any]:
     return {
         "model_type": package,
         "architectures": [family.architecture],
-        **{"vlm_backend": "qwenvl3", "vlm_name_or_path": "vlm", "dtype": dtype},
+        **{"vlm_backend": "qwenvl3", "vlm_name_or_path": "vlm", "dtype": dtype, "model_dtype": dtype},
+        "attn_implementation": "sdpa",
         **{"min_pixels": 128 * 256, "max_pixels": 128 * 256},
         "vocab_size": first + traj + len(special_tokens),
         "traj_vocab_size": traj,
@@ -132,6 +157,7 @@ def _config(first: int, *, dtype: str, family: Family) -> dict[str, Any]:
         **{"expert_non_causal_attention": True, "keep_same_dtype": True},
         "traj_tokenizer_cfg": {
             "_target_": f"{package}.action_space.discrete_action_space.DiscreteTrajectoryTokenizer",
+            "_recursive_": False,  # it makes its action space itself, of the settings below
             "action_space_cfg": action_space,
             **{"dims_min": [-4.0, -4.0], "dims_max": [4.0, 4.0], "num_bins": FUTURE_BINS},
         },
