@@ -22,6 +22,8 @@ EGO_M = (4.6, 1.9)
 """Length and width of the vehicle drawn at t0."""
 MIN_LENGTH_M = 24.0
 """Least length of road shown, or the noise of a standing vehicle would look like a drive."""
+LONGEST_LABEL = 60
+"""Characters; longer ones leave no room for the axes."""
 DPI = 110
 
 
@@ -41,7 +43,12 @@ def style_axes(axes: Axes, *, title: str = "", x: str = "", y: str = "") -> None
 
 
 def literal(text: str) -> str:
-    """Escape a label: matplotlib would read `$` as mathematics and hide a label that begins with an underscore."""
+    """Shorten a long label in its middle, for which a picture has no room, and escape it.
+
+    matplotlib would read `$` as mathematics and hide a label that begins with an underscore.
+    """
+    if len(text) > LONGEST_LABEL:
+        text = f"{text[: LONGEST_LABEL // 2]}…{text[1 - LONGEST_LABEL // 2 :]}"
     plain = text.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
 

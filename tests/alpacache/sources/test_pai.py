@@ -118,8 +118,9 @@ def test_a_frame_that_film_and_times_both_lack_moves_no_other(pristine_tree, tre
     with zipfile.ZipFile(tree / f"camera/{FRONT}/{FRONT}.chunk_0000.zip") as archive:
         film = archive.read(f"{CLIPS[0]}.{FRONT}.mp4")
     with av.open(io.BytesIO(film)) as before, av.open(io.BytesIO(remuxed(film, lost=True))) as after:
-        old, new = ([packet.pts for packet in opened.demux(video=0) if packet.size] for opened in (before, after))
-    lost = sorted(old).index((set(old) - set(new)).pop())
+        old, new = ({p.pts * p.time_base for p in opened.demux(video=0) if p.size} for opened in (before, after))
+    (missing,) = old - new
+    lost = sorted(old).index(missing)
 
     def change(name, data):
         if not name.startswith(CLIPS[0]):
