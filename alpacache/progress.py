@@ -25,7 +25,13 @@ def clock(seconds: float) -> str:
 
 
 OnProgress = Callable[[Progress], None]
+OnNote = Callable[[str], None]
+"""Listener of sentences that a person should read before a long run has done its work."""
 
 
 def ignore(progress: Progress) -> None:
     """The default listener: does nothing."""
+
+
+def ignore_note(text: str) -> None:
+    """The default listener of notes: does nothing."""

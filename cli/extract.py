@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import typer
 
 from alpacache.extraction.config import ExtractConfig
+from alpacache.progress import ignore_note
 from alpacache.torchrun import this_process
 
 from . import output
@@ -15,7 +16,7 @@ from .options import from_config
     ExtractConfig,
     panels={
         "Samples": "split samples cameras frames t0 views seed shard retry_quarantined",
-        "Model and prompt": "vlm camera_names frame_numbers reasoning rollouts route route_file route_tokens",
+        "Model and prompt": "vlm vlm_dtype camera_names frame_numbers reasoning rollouts route route_file route_tokens",
         "Store": "codec hidden_states force",
         "Machine": "batch_size workers writers device deterministic",
     },
@@ -31,7 +32,8 @@ def extract(config: ExtractConfig, json: bool) -> None:
     with output.show_progress("extract", quiet=process.rank > 0) as on_progress:
         from alpacache.extraction.extract import extract as run
 
-        report = run(config, on_progress=on_progress)
+        tell = output.note if process.rank == 0 else ignore_note
+        report = run(config, on_progress=on_progress, on_note=tell)
     lines = {
         "store": report.store,
         "extracted": f"{report.extracted} of {report.selected} samples, {report.already_there} were there already",

@@ -92,5 +92,5 @@ def _picture_fit(model: str | None) -> "PictureFit":
     from alpacache.alpamayo import Checkpoint
     from alpacache.alpamayo.inputs import InputBuilder
 
-    processor = InputBuilder(Checkpoint(model)).identity()["processor"]
+    processor = InputBuilder(Checkpoint(model)).processor
     return PictureFit(**{name: processor[name] for name in RELEASED.pixels})

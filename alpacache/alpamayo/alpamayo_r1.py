@@ -103,6 +103,8 @@ class _Config(Schema):
     torch_dtype: _Dtype | None = None
     min_pixels: Pixels | None = None
     max_pixels: Pixels | None = None
+    include_camera_ids: bool | None = None
+    include_frame_nums: bool | None = None
 
 
 def read_flat_config(family: Family, raw: Mapping[str, Any], path: Path) -> AlpamayoConfig:

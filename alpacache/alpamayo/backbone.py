@@ -177,7 +177,6 @@ def prefix_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     tokens = ("vocab_size", "traj_vocab_size", "traj_token_start", "min_pixels", "max_pixels")
     path = companion_file(checkpoint, "config.json")
     return {
-        "family": config.family.name,
         **{name: getattr(config, name) for name in tokens},
         "traj_token_ids": dict(config.traj_token_ids),
         "history": plain(config.history),
@@ -210,6 +209,12 @@ def expert_config(checkpoint: Checkpoint) -> "Qwen3VLTextConfig":
     text.vocab_size = 1  # the expert has no embeddings; a table of 155,697 rows would be allocated only to be dropped
     text.pad_token_id = None
     return text
+
+
+def stored_dtypes(checkpoint: Checkpoint) -> set[str]:
+    """Types that the VLM's weights are stored in, as safetensors names them: `BF16`, `F32`."""
+    home, prefix = checkpoint.vlm_home
+    return {info.dtype for info in home.infos(home.with_prefix(prefix or "model.")).values()}
 
 
 def geometry_of(checkpoint: Checkpoint) -> Geometry:

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from alpacache.alpamayo.checkpoint_files import files_below, is_snapshot
 from alpacache.alpamayo.families import read_config
 from alpacache.alpamayo.family import AlpamayoConfig
 from alpacache.alpamayo.foreign_files import (
@@ -36,7 +36,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ORIGIN = "alpacache"
 """Key in the index's metadata under which `alpacache export` says what a checkpoint was made from."""
-_NOT_CHECKPOINT = {".cache", ".git"}
 _FLOATS = ("BF16", "F16", "F32", "F64")
 """Types of weights that a module can take as they are; others have scales beside them."""
 _SHOWN = 20
@@ -90,7 +89,7 @@ class Checkpoint:
         if self.directory is None:
             return self.model
         directory = self.directory.resolve()
-        if _is_snapshot(directory):
+        if is_snapshot(directory):
             return directory.parent.parent.name.removeprefix("models--").replace("--", "/")
         return directory.name or self.model
 
@@ -107,7 +106,7 @@ class Checkpoint:
     def revision(self) -> str | None:
         """Commit of the hub repository the files came from; None for a directory that does not say."""
         directory = (self.directory or self.file("config.json").parent).resolve()
-        if _is_snapshot(directory):
+        if is_snapshot(directory):
             return directory.name
         note = directory / ".cache/huggingface/download/config.json.metadata"
         if not note.is_file():
@@ -134,8 +133,7 @@ class Checkpoint:
         Args:
             patterns: only paths that match one of them, such as `*.json`; of a hub id only those are fetched.
 
-        Links within the hub's cache are followed; what download tools leave behind (`.cache`, `.git`) is left out.
-        Raises `CheckpointError` for any other link that leads out of the checkpoint, and for special files.
+        Links are followed as `files_below` says. Raises `CheckpointError` for any other, and for special files.
         """
         directory = self.directory
         if directory is None:
@@ -147,24 +145,11 @@ class Checkpoint:
                 directory = Path(
                     snapshot_download(self.model, revision=self.revision, allow_patterns=wanted, local_files_only=here)
                 )
-        root = directory.resolve()
-        homes = (root, root.parent.parent / "blobs") if _is_snapshot(root) else (root,)
-        files = {}
-        for folder, below, names in os.walk(root):
-            links = [name for name in below if (Path(folder) / name).is_symlink()]
-            below[:] = sorted(set(below) - _NOT_CHECKPOINT - set(links))
-            for name in sorted(names) + links:
-                inside = (Path(folder) / name).relative_to(root).as_posix()
-                if patterns and not any(fnmatchcase(inside, pattern) for pattern in patterns):
-                    continue
-                target = (root / inside).resolve()
-                if not target.is_file() or not any(target.is_relative_to(home) for home in homes):
-                    raise CheckpointError(
-                        f"{root / inside} is a link or special file ({target}); expected a file inside the checkpoint. "
-                        "Put the file itself there, or remove the link."
-                    )
-                files[inside] = target
-        return files
+        try:
+            shards = frozenset(self.names.values())
+        except MissingFileError:  # no weights yet, no linked ones either
+            shards = frozenset()
+        return files_below(directory.resolve(), shards, patterns)
 
     @cached_property
     def _index(self) -> _Index | None:
@@ -253,17 +238,18 @@ class Checkpoint:
         home, prefix = self.vlm_home
         try:
             shards = set(home.with_prefix(prefix or "").values())
-            return self.vlm_fingerprint() if all(map(home._is_here, shards)) else None
+            return self.vlm_fingerprint() if all(map(home.file_here, shards)) else None
         except CheckpointError:  # stage two needs none of these files
             return None
 
-    def _is_here(self, name: str) -> bool:
-        """Tell whether a file need not be fetched."""
+    def file_here(self, name: str) -> Path | None:
+        """Local path of one file of the checkpoint if it need not be fetched."""
         if self.directory is not None:
-            return (self.directory / name).is_file()
+            return path if (path := self.directory / name).is_file() else None
         from huggingface_hub import try_to_load_from_cache
 
-        return isinstance(try_to_load_from_cache(self.model, name, revision=self._wanted_revision), str)
+        cached = try_to_load_from_cache(self.model, name, revision=self._wanted_revision)
+        return Path(cached) if isinstance(cached, str) else None
 
     def fingerprint(self, *prefixes: str, under: str = "") -> str:
         """sha256 over names, dtypes, shapes and sampled bytes of the tensors under the prefixes.
@@ -323,11 +309,6 @@ def listed(names: Iterable[str]) -> str:
     """The first eight names, sorted, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
-
-
-def _is_snapshot(directory: Path) -> bool:
-    """Recognise `models--OWNER--NAME/snapshots/REVISION` of the hub's cache, whose files are links to `blobs`."""
-    return directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--")
 
 
 def _no_hub_id(model: str) -> str:

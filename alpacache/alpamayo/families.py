@@ -18,6 +18,7 @@ ALPAMAYO_1_5 = replace(
     package="alpamayo1_5",
     architecture="Alpamayo1_5",
     prompt=PromptFormat(camera_names=True, frame_numbers=True, route=ROUTE_TOKENS),
+    own_tokens=("<|_padding_0|>",),
     stores_constants=False,
     released=None,
 )
@@ -26,6 +27,9 @@ ALPAMAYO_1_5 = replace(
 FAMILIES: dict[str, Family] = {family.name: family for family in (ALPAMAYO_1_5, R1)}
 """By name. The first whose package a config names is taken: one that was derived from an older family, and still names
 its classes, stands before that."""
+
+RENAMED = frozenset({"r1", "1.5"})
+"""Families whose checkpoints public scripts give each other's names: what a checkpoint holds tells them apart."""
 
 DEFAULT_FAMILY, RELEASED = R1, R1_RELEASED
 """The model that plans are made for where none is named."""
@@ -41,7 +45,7 @@ def read_config(path: Path) -> AlpamayoConfig:
 def recognise(raw: Mapping[str, Any], path: Path) -> Family:
     """The family that a `config.json` names: by the packages of its `_target_` classes, else by its `model_type`.
 
-    The packages come first because the public SFT recipe of 1.5 rewrites them to R1's and prompts as R1 does.
+    It is the one whose schema the file has. Of families in `RENAMED` the checkpoint may be another.
     """
     targets = [block.get("_target_") for block in raw.values() if isinstance(block, Mapping)]
     packages = {target.split(".", 1)[0] for target in targets if isinstance(target, str)} - {"torch"}

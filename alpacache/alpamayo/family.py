@@ -97,6 +97,7 @@ class AlpamayoConfig:
     raw: Mapping[str, Any]
     """The file as it is."""
     family: "Family"
+    """The family that the file names; `recognition` tells which one the checkpoint is of."""
     dtype: torch.dtype
     """bfloat16 or float32: constants absent from the weights are rounded to it."""
     vlm_name_or_path: str
@@ -132,7 +133,7 @@ class Family:
     name: str
     """Common name: `r1`, `1.5`."""
     package: str
-    """First part of the `_target_` names in `config.json`, by which a checkpoint is recognised; also its
+    """First part of the `_target_` names in `config.json`, by which the file's schema is chosen; also its
     `model_type`."""
     architecture: str
     """The class that the public code loads, in `architectures`."""
@@ -141,6 +142,8 @@ class Family:
     prompt: PromptFormat
     special_tokens: tuple[str, ...] = SPECIAL_TOKENS
     """Added behind the trajectory tokens, in the order of their ids."""
+    own_tokens: tuple[str, ...] = ()
+    """Special tokens whose names stand in tokenizer files of this family alone."""
     stores_constants: bool
     """True if a checkpoint's weights hold the projection's frequencies and the action space's constants."""
     released: Released | None = None

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +20,11 @@ from torch import Tensor
 
 from alpacache.alpamayo.backbone import companion_file, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
+from alpacache.alpamayo.families import FAMILIES, RENAMED
+from alpacache.alpamayo.family import Family
 from alpacache.alpamayo.foreign_files import Schema, conform, opened, read_json
-from alpacache.alpamayo.prompt import ROUTE_TOKENS, Reasoning
+from alpacache.alpamayo.prompt import ROUTE_TOKENS, PromptFormat, Reasoning
+from alpacache.alpamayo.recognition import Recognition, recognise_family
 from alpacache.driving.cameras import CAMERAS
 from alpacache.driving.picture_size import fit_size, image_tokens
 from alpacache.driving.resizing import resized
@@ -176,7 +180,10 @@ def _try_apart(path: Path, prompt: str) -> None:
 
 
 class InputBuilder:
-    """Turns a `Sample` into `VLMInputs`, as a checkpoint's family, tokenizer and image processor ask for."""
+    """Turns a `Sample` into `VLMInputs`, as a checkpoint's family, tokenizer and image processor ask for.
+
+    The prompt is the one that the checkpoint was trained with, by what it holds, but for what the caller asks for.
+    """
 
     def __init__(
         self,
@@ -196,15 +203,12 @@ class InputBuilder:
 
         Raises `UsageError` for routes that the model has no place for.
         """
-        self.config = checkpoint.config
-        asked = {"camera_names": camera_names, "frame_numbers": frame_numbers}
-        changes: dict[str, Any] = {name: wanted for name, wanted in asked.items() if wanted is not None}
-        if route_tokens is not None:
-            changes["route"] = ROUTE_TOKENS if route_tokens else ("", "")
-        self.format = replace(self.config.family.prompt, **changes)
+        self.config, self._checkpoint = checkpoint.config, checkpoint
+        self._asked = {"camera_names": camera_names, "frame_numbers": frame_numbers}
+        self._route_tokens = route_tokens
         if routes != "none" and self.format.route is None:
             raise UsageError(
-                f"{checkpoint.model} is of family {self.config.family.name}, which was not trained with routes: its "
+                f"{checkpoint.model} is of family {self.family.name}, which was not trained with routes: its "
                 "prompt has no place for one. Leave --route out or take a model such as Alpamayo 1.5; if this "
                 "checkpoint was trained with routes between the route tokens all the same, pass --route-tokens."
             )
@@ -222,6 +226,37 @@ class InputBuilder:
         self._temporal = vision.temporal_patch_size
         self._limits = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
         _check_processor(checkpoint, vision.patch_size, vision.spatial_merge_size, self._temporal)
+
+    @cached_property
+    def recognition(self) -> Recognition:
+        """Evidence of the checkpoint's family."""
+        return recognise_family(self._checkpoint)
+
+    @cached_property
+    def family(self) -> Family:
+        """The checkpoint's family; where the evidence contradicts itself, the one whose text the caller asks for.
+
+        Raises `CheckpointError` where it does and the caller has not decided both parts.
+        """
+        if (family := self.recognition.family) is not None:
+            return family
+        if None in self._asked.values():
+            raise CheckpointError(
+                f"what {self._checkpoint.model} holds does not tell which prompt it was trained with: "
+                f"{self.recognition.text}. Say which it is: --camera-names --frame-numbers for 1.5's text before the "
+                "images, --no-camera-names --no-frame-numbers for none, as R1's."
+            )
+        kin = (FAMILIES[name] for name in sorted(RENAMED))
+        fitting = (one for one in kin if all(getattr(one.prompt, key) is value for key, value in self._asked.items()))
+        return next(fitting, self.recognition.named)
+
+    @cached_property
+    def format(self) -> PromptFormat:
+        """How the prompt is written: as the family's, but for what the caller asks for. Raises as `family` does."""
+        changes: dict[str, Any] = {name: wanted for name, wanted in self._asked.items() if wanted is not None}
+        if self._route_tokens is not None:
+            changes["route"] = ROUTE_TOKENS if self._route_tokens else ("", "")
+        return replace(self.family.prompt, **changes)
 
     def prompt(
         self, cameras: Sequence[str], *, frames: int, height: int, width: int, route: str | None = None
@@ -283,10 +318,12 @@ class InputBuilder:
 
     def identity(self) -> dict[str, Any]:
         """The part of a store's identity that prompt and image processor make up."""
-        return {
-            "prompt": self.format.identity(self.reasoning, routes=self.routes),
-            "processor": {"images": PROCESSOR, **self._geometry, "temporal": self._temporal, **self._limits},
-        }
+        return {"prompt": self.format.identity(self.reasoning, routes=self.routes), "processor": self.processor}
+
+    @property
+    def processor(self) -> dict[str, Any]:
+        """The image processor's part of a store's identity."""
+        return {"images": PROCESSOR, **self._geometry, "temporal": self._temporal, **self._limits}
 
 
 def to_patches(

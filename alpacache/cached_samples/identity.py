@@ -10,6 +10,7 @@ from alpacache.alpamayo.backbone import expert_settings, prefix_settings
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.recognition import prompt_words, recognise_family
 from alpacache.alpamayo.rollout import rollout_identity
 from alpacache.errors import UsageError
 from alpacache.masking import masked
@@ -17,7 +18,7 @@ from alpacache.sources.video import ffmpeg_versions
 from cache_store import CODECS, KVCodec, codec_from_json, differences
 
 """Name of the lossless codec: KV as the VLM computed it."""
-_LATER = ("settings", "tokens_sha256")
+_LATER = ("settings", "tokens_sha256", "family_by")
 """Keys of the model's part that stores of earlier versions lack."""
 _LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers", "av", "pillow")
 
@@ -70,14 +71,18 @@ def store_identity(
     """Everything that must match for two samples to belong to one store.
 
     A quantising codec is recorded by name and by definition: should the name ever mean something else, old stores are
-    still decoded as they were written, and nothing new goes into them.
+    still decoded as they were written, and nothing new goes into them. The model's family and what told it are for
+    people: what a family decides of a prefix stands in the prompt.
     """
     home, _ = checkpoint.vlm_home
     other_vlm = {} if home is checkpoint else {"vlm": home.model_id}
+    known = vlm_identity(checkpoint)
     return {
         "model": {
-            **vlm_identity(checkpoint),
+            **known,
             **other_vlm,
+            "settings": {"family": builder.family.name, **known["settings"]},
+            "family_by": builder.recognition.text,
             "vlm_weights_sha256": checkpoint.vlm_fingerprint(),
             "tokens_sha256": builder.tokens_sha256(),
         },
@@ -119,8 +124,10 @@ def as_stored(identity: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, 
     model, theirs = identity["model"], stored.get("model")
     if not isinstance(theirs, Mapping):
         return identity
-    names = ("id", "revision", "vlm", *(["config_sha256"] if "settings" in theirs else []))
+    names = ("id", "revision", "vlm", "family_by", *(["config_sha256"] if "settings" in theirs else []))
     model = {key: value for key, value in model.items() if key in theirs or key not in _LATER}
+    if isinstance(settings := theirs.get("settings"), Mapping) and "family" in settings:
+        model["settings"] = model["settings"] | {"family": settings["family"]}
     return identity | {"model": model | {key: theirs[key] for key in names if key in theirs and key in model}}
 
 
@@ -135,6 +142,24 @@ def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, sto
         model_differences(expected, stored),
         f"store {store} was extracted with another model than {checkpoint.model}",
         "Pass the model that the store was made with, or extract again into a new store.",
+    )
+
+
+def prompt_doubt(checkpoint: Checkpoint, identity: Mapping[str, Any], *, store: str) -> str | None:
+    """Say where a store of an earlier version has another prompt than the model was trained with.
+
+    Those versions went by the names of the model's classes. None for stores whose prompt was chosen by evidence, or by
+    a user who knew it.
+    """
+    model, prompt = identity["model"], identity.get("prompt")
+    if "family_by" in model or not isinstance(prompt, Mapping):
+        return None
+    found = recognise_family(checkpoint)
+    if found.family is None or prompt.get("camera_names") in (None, found.family.prompt.camera_names):
+        return None
+    return (
+        f"store {store} was extracted by an earlier version with another prompt than {checkpoint.model} was trained "
+        f"with: {prompt_words(found.family.prompt)} ({found.text}). Unless that was meant, extract into a new store"
     )
 
 
@@ -176,6 +201,9 @@ def model_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[
     if not by_weights:
         keys |= {"id"} if None in (one.get("revision"), other.get("revision")) else {"id", "revision"}
     apart, same = [{key: model[key] for key in keys if key in model} for model in (one, other)]
+    for model in (apart, same):  # names of families were told otherwise before, and the prompt says what they decide
+        if isinstance(settings := model.get("settings"), Mapping):
+            model["settings"] = {key: value for key, value in settings.items() if key != "family"}
     return differences(apart, same)
 
 

@@ -260,23 +260,28 @@ def check_model(model: str) -> Check:
 
     from alpacache.alpamayo.backbone import companion_file
     from alpacache.alpamayo.checkpoint import Checkpoint
+    from alpacache.alpamayo.families import RENAMED
+    from alpacache.alpamayo.recognition import recognise_family
     from alpacache.errors import CheckpointError
 
-    answer: Future[str] = Future()
+    answer: Future[Check] = Future()
 
     def read() -> None:
         try:
             checkpoint = Checkpoint(model)
             config, where = checkpoint.config, checkpoint.directory or "the hub"
             companion_file(checkpoint, "config.json")
-            finding = f"{checkpoint.full_name} ({config.family.name}) from {where}, VLM of {config.vlm_name_or_path}"
-            answer.set_result(finding)
+            found = recognise_family(checkpoint)
+            family = " or ".join(sorted(RENAMED)) if found.family is None else found.family.name
+            finding = f"{checkpoint.full_name} ({family}) from {where}, VLM of {config.vlm_name_or_path}"
+            doubt = f"Its prompt is not told by what it holds: {found.text}. `extract` asks for --camera-names."
+            answer.set_result(verdict("model", finding, warn="" if found.family else doubt))
         except Exception as error:  # raised in the caller's thread
             answer.set_exception(error)
 
     threading.Thread(target=read, daemon=True).start()  # if it hangs, it ends with the program
     try:
-        return verdict("model", answer.result(HUB_TIMEOUT_S))
+        return answer.result(HUB_TIMEOUT_S)
     except TimeoutError:
         finding = f"{model}: no answer within {HUB_TIMEOUT_S:.0f} s"
         return verdict("model", finding, fail="Check the network and its proxy; or pass a local directory.")

@@ -1,7 +1,7 @@
 """Settings of stage one."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
@@ -24,8 +24,10 @@ class ExtractConfig(StoredConfig, SamplesConfig):
     """Seed of the changes that views make."""
     vlm: Place | None = None
     """Directory or hub id whose VLM weights take the place of the model's own."""
+    vlm_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision that the VLM runs in, whatever its weights are stored in; `fp32` takes twice the memory."""
     camera_names: bool | None = None
-    """Name cameras in the prompt. Default: as the model was trained (1.5 yes, R1 no)."""
+    """Name cameras in the prompt. Default: as the model was trained (1.5 yes, R1 no), by what the checkpoint holds."""
     frame_numbers: bool | None = None
     """Number each camera's frames in the prompt. Default: as the model was trained."""
     route_tokens: bool | None = None

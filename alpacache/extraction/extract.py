@@ -11,11 +11,14 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.backbone import stored_dtypes
+from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.recognition import prompt_words
 from alpacache.cached_samples.features import checked, store_fields
 from alpacache.cached_samples.identity import as_stored, provenance, store_identity
 from alpacache.driving.cameras import sort_cameras
@@ -26,14 +29,14 @@ from alpacache.extraction.disk_room import check_room
 from alpacache.extraction.failures import Failures
 from alpacache.extraction.pipeline import SPARE_COPIES, Writers, groups, read_ahead
 from alpacache.extraction.prefill import BatchSize, Group, Prefiller, StoredFeatures
-from alpacache.extraction.preparation import VLM_DTYPE, PreparationSettings, Prepared
+from alpacache.extraction.preparation import PreparationSettings, Prepared
 from alpacache.extraction.progress import ExtractProgress, ExtractReport
 from alpacache.extraction.reading_process import Readers, open_readers, reading_workers
 from alpacache.gpu.device import enter, own_device, restored_torch_threads
 from alpacache.gpu.host_copies import HostCopies
 from alpacache.interrupt import InterruptGuard
 from alpacache.planning.time_model import prefill_batch
-from alpacache.progress import OnProgress, ignore
+from alpacache.progress import OnNote, OnProgress, ignore, ignore_note
 from alpacache.sources.registry import open_source
 from alpacache.sources.routes import open_route_file
 from alpacache.sources.selection import select
@@ -47,8 +50,11 @@ from cache_store.writer import committed_keys, stored_identity
 _log = logging.getLogger(__name__)
 
 
-def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> ExtractReport:
+def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore_note) -> ExtractReport:
     """Run the VLM over the selected samples that the store does not hold yet.
+
+    `on_note` hears, before anything is extracted, which prompt was chosen and why, and where the VLM runs in another
+    precision than its weights have.
 
     Raises `UsageError` (and `IdentityMismatchError`) before anything is changed, `StoreFullError` when the disk is
     full, `DataError` when the source has gone, `DeviceMemoryError` when the GPU is too small, `InterruptedRunError`
@@ -67,13 +73,16 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
         route=config.route,
         route_file=config.route_file,
         route_tokens=config.route_tokens,
+        vlm_dtype=config.vlm_dtype,
     )
     stored = StoredFeatures(
         codec=CODECS.get(config.codec), hidden_states=config.hidden_states == "last", rollouts=config.tails
     )
-    source = open_source(settings.source, cameras=settings.cameras)
+    source = open_source(config.source, cameras=settings.cameras)
     checkpoint = Checkpoint(config.model, vlm=config.vlm)
     builder = settings.input_builder(checkpoint)
+    prompt = builder.format
+    settings = replace(settings, camera_names=prompt.camera_names, frame_numbers=prompt.frame_numbers)
     file = open_route_file(config.route_file)
     routes, routed_us = settings.routes(source, file=file, t0=config.t0), None if file is None else file.times_us
     split, samples, views = config.split, config.samples, config.views
@@ -89,12 +98,14 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
         cameras=settings.cameras,
         frames=config.frames,
         codec=config.codec,
-        dtype=str(VLM_DTYPE).removeprefix("torch."),
+        dtype=str(settings.dtype).removeprefix("torch."),
         rollouts=config.tails,
         views=views_identity(config.views, seed=config.seed),
     )
     if (stored_before := stored_identity(config.store)) is not None:
         identity = as_stored(identity, stored_before)
+    for note in _notes(checkpoint, builder, settings.dtype):
+        on_note(note)
     if not config.force:
         missing = _uncommitted(config.store, refs)
         check_room(config.store, missing, source, checkpoint, builder, settings=settings, stored=stored, routes=routes)
@@ -125,7 +136,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
                 restored_torch_threads(),
                 open_readers(settings, source, builder, device, workers=workers) as readers,
             ):
-                prefiller = Prefiller(checkpoint, builder, stored, device)
+                prefiller = Prefiller(checkpoint, builder, stored, device, dtype=settings.dtype)
                 progress.start(len(todo))
                 with (
                     InterruptGuard() as guard,
@@ -149,6 +160,21 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore) -> Extra
         return progress.report(
             selected=len(names), already_there=len(refs) - len(missing), quarantined=failures.records(names)
         )
+
+
+def _notes(checkpoint: Checkpoint, builder: InputBuilder, dtype: torch.dtype) -> Iterator[str]:
+    """Say which prompt the VLM will see and why, and what its precision is if it is not the weights' own."""
+    found = builder.recognition
+    family = "unclear" if found.family is None else found.family.name
+    asked = "" if found.family and builder.format == found.family.prompt else ", as asked for"
+    yield (
+        f"prompt: {prompt_words(builder.format)}{asked}. Family {family}: {found.text}. --camera-names, "
+        "--frame-numbers and their --no- forms overrule it."
+    )
+    stored = stored_dtypes(checkpoint)
+    if stored != {"F32" if dtype == torch.float32 else "BF16"}:
+        runs = "float32" if dtype == torch.float32 else "bfloat16; --vlm-dtype fp32 keeps their precision"
+        yield f"the VLM's weights are stored as {', '.join(sorted(stored))}, and it runs in {runs}."
 
 
 def _uncommitted(store: str, refs: Sequence[SampleRef]) -> list[SampleRef]:

@@ -12,7 +12,7 @@ from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.cached_samples.features import prefix_arrays, tail_arrays, twin_arrays
 from alpacache.errors import DeviceMemoryError
-from alpacache.extraction.preparation import VLM_DTYPE, Prepared
+from alpacache.extraction.preparation import Prepared
 from alpacache.prefix.prefix import PrefixFeatures, Tail
 from cache_store import KVCodec
 
@@ -45,12 +45,18 @@ class Prefiller:
     """The VLM with its rollout sampler, and what is stored of a run."""
 
     def __init__(
-        self, checkpoint: Checkpoint, builder: InputBuilder, stored: StoredFeatures, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        builder: InputBuilder,
+        stored: StoredFeatures,
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
     ) -> None:
         """Load the checkpoint's VLM. Raises `DeviceMemoryError` where it does not fit on the device."""
         self._stored, self._builder = stored, builder
         try:
-            self._vlm = load_vlm(checkpoint, dtype=VLM_DTYPE, device=device)
+            self._vlm = load_vlm(checkpoint, dtype=dtype, device=device)
             self._sampler = RolloutSampler.load(checkpoint, self._vlm, builder) if stored.rollouts else None
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(

@@ -1,7 +1,7 @@
 """Reading and preprocessing of a sample before the VLM runs: its inputs, and the stored values known by then."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,7 +14,8 @@ from alpacache.sources.routes import RouteFile, Routes, open_route_file
 from alpacache.sources.source import Source
 from alpacache.sources.views import load
 
-VLM_DTYPE = torch.bfloat16
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""What the VLM may run in, as users write it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +30,17 @@ class PreparationSettings:
     seed: int
     """Seed of the views' changes."""
     camera_names: bool | None
+    """None: as the model was trained."""
     frame_numbers: bool | None
     route: str = "none"
     route_file: str | None = None
     route_tokens: bool | None = None
+    vlm_dtype: Literal["bf16", "fp32"] = "bf16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the VLM and the pixels it sees."""
+        return DTYPES[self.vlm_dtype]
 
     def input_builder(self, checkpoint: Checkpoint) -> InputBuilder:
         """Makes the prompt that these settings ask for."""
@@ -56,7 +64,7 @@ class Prepared:
 
     sample_id: str
     inputs: VLMInputs
-    """Pixels as the VLM takes them, half the size of `InputBuilder`'s."""
+    """Pixels as the VLM takes them: in bfloat16 half the size of `InputBuilder`'s."""
     arrays: dict[str, Any]
     """Stored values that are known before the VLM runs: arrays, texts, lists of texts."""
 
@@ -79,5 +87,5 @@ class Preparation:
         settings = self._settings
         sample = load(self._source, ref, cameras=settings.cameras, frames=settings.frames, seed=settings.seed)
         inputs = self._builder.build(self._routes(sample))
-        inputs = replace(inputs, pixel_values=inputs.pixel_values.to(VLM_DTYPE))
+        inputs = replace(inputs, pixel_values=inputs.pixel_values.to(settings.dtype))
         return Prepared(sample_id=ref.sample_id, inputs=inputs, arrays=sample_arrays(sample, inputs))

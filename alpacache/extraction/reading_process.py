@@ -31,7 +31,7 @@ from torch import Tensor
 from alpacache import errors
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.driving.sample import SampleRef
-from alpacache.extraction.preparation import VLM_DTYPE, Preparation, PreparationSettings, Prepared
+from alpacache.extraction.preparation import Preparation, PreparationSettings, Prepared
 from alpacache.gpu.device import keep_freed_memory, limit_torch_to_one_thread
 from alpacache.interrupt import REQUESTS
 from alpacache.sources.registry import is_streamed
@@ -116,6 +116,7 @@ class _Process:
     """A reading process as its parent sees it."""
 
     def __init__(self, settings: PreparationSettings) -> None:
+        self._dtype = settings.dtype
         home = str(Path(__file__).resolve().parents[2])
         paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
         # Without a GPU: a context of CUDA on it would take half a gigabyte.
@@ -149,7 +150,7 @@ class _Process:
             ) from None
         if "error" in head:
             raise _as_error(head)
-        return _unpacked(head, arrays, pixels)
+        return _unpacked(head, arrays, pixels, self._dtype)
 
     def end(self) -> None:
         try:
@@ -251,17 +252,17 @@ def _packed(prepared: Prepared) -> tuple[dict[str, Any], list[NDArray[Any]]]:
         "names": names,
         "values": {name: value for name, value in stored.items() if name not in names},
     }
-    pixels = inputs.pixel_values.view(torch.int16).numpy()  # numpy has no bfloat16
+    pixels = inputs.pixel_values.view(torch.int16).numpy()  # bits of either type; numpy has no bfloat16
     first = [pixels, inputs.image_grid_thw.numpy(), inputs.input_ids, inputs.image_spans]
     return head, [*first, *(stored[name] for name in names)]
 
 
-def _unpacked(head: dict[str, Any], arrays: Sequence[NDArray[Any]], pixels: Tensor) -> Prepared:
+def _unpacked(head: dict[str, Any], arrays: Sequence[NDArray[Any]], pixels: Tensor, dtype: torch.dtype) -> Prepared:
     grid, input_ids, image_spans, *stored = arrays
     inputs = VLMInputs(
         text=head["text"],
         input_ids=input_ids,
-        pixel_values=pixels.view(VLM_DTYPE),
+        pixel_values=pixels.view(dtype),
         image_grid_thw=torch.from_numpy(grid),
         image_spans=image_spans,
         stem_len=head["stem_len"],

@@ -17,6 +17,7 @@ from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.families import RELEASED
 from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.recognition import recognise_family
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.cached_samples.features import tail_name
 from alpacache.driving.cameras import sort_cameras
@@ -39,6 +40,10 @@ READ_BYTES_S, WRITE_BYTES_S = 1.5e9, 1.0e9
 (measured: 1.4 to 1.8 and 0.7 to 2.1 GB/s, `benchmarks/results/`)."""
 _TAIL_SHARE = {"direct": 0.0, "mix": 0.5, "rollouts": 1.0}
 """Share of the samples that a training on these prefixes reads a tail of."""
+_UNTOLD = (
+    "The checkpoint does not tell whether its prompt names cameras and numbers frames: counted is the longer one, with "
+    "both. `extract` asks which it is."
+)
 CORES = 16
 """CPU cores beside the GPU that was measured; assumed unless this machine is probed."""
 
@@ -128,7 +133,10 @@ def plan(config: PlanConfig) -> Plan:
     """Work everything out. Raises `UsageError` for what cannot be: a bad option, or training that does not fit."""
     cameras, rollouts, samples = sort_cameras(config.cameras), config.tails, config.samples * config.views
     checkpoint = None if config.model is None else Checkpoint(config.model)
-    builder = None if checkpoint is None else InputBuilder(checkpoint, routes=config.route)
+    text = None if checkpoint is None or recognise_family(checkpoint).family else True
+    builder = None
+    if checkpoint is not None:
+        builder = InputBuilder(checkpoint, camera_names=text, frame_numbers=text, routes=config.route)
     route = {"none": None, "source": _USUAL_ROUTE}.get(config.route, config.route)
     prompt = planned_prompt(builder, cameras, frames=config.frames, picture=config.picture, route=route)
     geometry = RELEASED.geometry if checkpoint is None else geometry_of(checkpoint)
@@ -182,6 +190,7 @@ def plan(config: PlanConfig) -> Plan:
         notes=(
             *_misfits(store_bytes, free, weights_bytes, cap, store=config.store),
             *_basis(machine, own_model=config.model is not None, rollouts=config.tails),
+            *([_UNTOLD] if text else []),
         ),
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.identity import check_same_vlm, model_identity
+from alpacache.cached_samples.identity import check_same_vlm, model_identity, prompt_doubt
 from alpacache.cached_samples.prefix_choice import PrefixChoice
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
@@ -22,7 +22,7 @@ from alpacache.masking import masked
 from alpacache.training.config import TrainConfig, weighted_stores
 from alpacache.training.data_order import check_overlap, global_order
 from alpacache.training.run_directory import MODEL, RunDirectory
-from alpacache.training.schedule import default_warmup
+from alpacache.training.schedule import FORMER_SCHEDULE, SCHEDULE, default_warmup
 from cache_store import differences
 
 _log = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ class RunInputs:
         self.directory.check_usable()
         check_begun(self.directory, resume=config.resume)
         self.checkpoint = Checkpoint(config.model)
+        if self.checkpoint.directory is not None:
+            self.checkpoint.files()  # what could not be exported is refused now, not after training
         prefix = config.prefix or "direct"
         choice = PrefixChoice(prefix=prefix, route_dropout=config.route_dropout or 0.0, seed=config.seed or 0)
         self.data = CachedDataset(config.store_paths, self.checkpoint, choice=choice)
@@ -69,6 +71,10 @@ class RunInputs:
             self.val = CachedDataset([config.val], self.checkpoint, choice=choice)
         if self.val is not None:
             check_same_vlm(self.data.vlm, self.val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
+        for path, places in zip(config.store_paths, self.data.store_ranges, strict=True):
+            identity = self.data.locate(places.start)[0].identity if places else {}
+            if world.is_first and identity and (doubt := prompt_doubt(self.checkpoint, identity, store=path)):
+                _log.warning("%s.", doubt)
         allowed, paths = config.on_overlap == "allow", config.store_paths
         for warning in check_overlap(self.data, paths, self.val, val_store=config.val, allowed=allowed):
             if world.is_first:
@@ -179,7 +185,7 @@ def _digest(content: object) -> str:
 
 
 def settings_record(
-    settings: Mapping[str, Any], stores: Sequence[Mapping[str, Any]], *, processes: int
+    settings: Mapping[str, Any], stores: Sequence[Mapping[str, Any]], *, processes: int, schedule: str = SCHEDULE
 ) -> dict[str, Any]:
     """The settings that a checkpoint records: those that must not change over a resume, and those that are restored.
 
@@ -190,7 +196,7 @@ def settings_record(
     if settings["trainable"] != "lora":
         del record["lora_rank"], record["lora_alpha"]
     samples = sum(store["samples"] for store in stores)
-    restored = {"micro_batch": settings["micro_batch"], "processes": processes}
+    restored = {"micro_batch": settings["micro_batch"], "processes": processes, "schedule": schedule}
     return {**record, **restored, "dataset_samples": samples, "stores": [dict(store) for store in stores]}
 
 
@@ -216,6 +222,13 @@ def restore_settings(config: TrainConfig) -> TrainConfig:
     chosen |= {"prefix": settings.get("prefix", "direct"), "route_dropout": settings.get("route_dropout", 0.0)}
     chosen |= {"ema": average.get("decay"), "ema_every": free.get("ema_every") or 100}
     return replace(config, **{key: value for key, value in chosen.items() if getattr(config, key) is None})
+
+
+def schedule_of(directory: RunDirectory) -> str:
+    """The schedule of a run that goes on, or that of new ones."""
+    steps = directory.steps
+    settings = directory.state(steps[-1])["settings"] if steps else {"schedule": SCHEDULE}
+    return str(settings.get("schedule", FORMER_SCHEDULE))
 
 
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: str) -> None:
@@ -250,7 +263,7 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: s
 
 def _meant(record: Mapping[str, Any]) -> dict[str, Any]:
     """Part of a `settings_record` that must not change, in one form: epochs as steps, defaults spelled out."""
-    apart = {"micro_batch", "processes", "dataset_samples", "stores", "epochs", "steps", "warmup"}
+    apart = {"micro_batch", "processes", "schedule", "dataset_samples", "stores", "epochs", "steps", "warmup"}
     # As it was before there was a choice.
     meant: dict[str, Any] = {"label_rule": "unguarded", "prefix": "direct", "route_dropout": 0.0}
     meant |= {key: value for key, value in record.items() if key not in apart}

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from alpacache.errors import NonFiniteError, UsageError
 
+SCHEDULE, FORMER_SCHEDULE = "recipe", "late cosine"
+"""Names of the schedule in a run's record; runs of earlier versions have none."""
 _LIMIT = 3
 """Skipped steps in a row that end a run."""
 
@@ -15,11 +17,19 @@ def default_warmup(total: int) -> int:
 
 
 class LearningRate:
-    """Rises linearly from `peak / warmup` to `peak`, then falls along a cosine to `final` at the last step."""
+    """Rises linearly from `peak / warmup` to `peak`, then falls along a cosine to `final` at the last step.
 
-    def __init__(self, *, peak: float, final: float, warmup: int | None, total: int) -> None:
-        """`warmup` None: `default_warmup`. Raises `UsageError` where `peak` would never be reached."""
+    Step by step the public recipe's schedule, transformers' `cosine_warmup_with_min_lr`.
+    """
+
+    def __init__(self, *, peak: float, final: float, warmup: int | None, total: int, schedule: str = SCHEDULE) -> None:
+        """`warmup` None: `default_warmup`. Raises `UsageError` where `peak` would never be reached.
+
+        `schedule`: as a run records it. Any other than `SCHEDULE` is that of earlier versions, whose cosine began a
+        step late and so had `peak` twice; runs that began with it end with it.
+        """
         self.peak, self.final, self.total = peak, final, total
+        self._late = schedule != SCHEDULE
         self.warmup = default_warmup(total) if warmup is None else warmup
         if self.warmup >= total:
             raise UsageError(f"warmup is {self.warmup} of {total} steps; expected fewer, so that lr is ever reached.")
@@ -28,7 +38,8 @@ class LearningRate:
         """The rate after `step` steps."""
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
-        share = (step - self.warmup) / max(1, self.total - 1 - self.warmup)
+        after, steps = step + 1 - self.warmup, self.total - self.warmup
+        share = (after - self._late) / max(1, steps - self._late)
         return self.final + (self.peak - self.final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
 
 

@@ -44,6 +44,7 @@ from alpacache.training.run_inputs import (
     differing_settings,
     free_settings,
     restore_settings,
+    schedule_of,
     settings_record,
 )
 from alpacache.training.run_log import LossSum, RunLog, TrainReport, added, make_trackers
@@ -156,8 +157,11 @@ class _Run:
         world, directory = self.world, self.directory
         used = {"lr": config.peak_lr, "min_lr": config.final_lr, "store_weights": config.store_weights}
         used["optimizer"] = resolve(config.optimizer, world.device)
-        self.settings = settings_record(asdict(config) | used, inputs.stores, processes=world.size)
-        self.rate = LearningRate(peak=config.peak_lr, final=config.final_lr, warmup=config.warmup, total=self.total)
+        schedule = schedule_of(self.directory)
+        record = asdict(config) | used
+        self.settings = settings_record(record, inputs.stores, processes=world.size, schedule=schedule)
+        rates = {"peak": config.peak_lr, "final": config.final_lr}
+        self.rate = LearningRate(**rates, warmup=config.warmup, total=self.total, schedule=schedule)
         self.learner = self._make_learner()
         self.validation: Validation | None = None
         if inputs.val is not None:

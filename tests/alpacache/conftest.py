@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from alpacache import hub
 from alpacache.alpamayo import Checkpoint, load_expert, load_vlm
+from alpacache.alpamayo.checkpoint import INDEX
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
@@ -82,6 +84,19 @@ def tiny_checkpoint(tmp_path_factory):
 def tiny_checkpoint_15(tmp_path_factory):
     """The same for 1.5: constants absent from the weights."""
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny15") / "Tiny-1.5", seed=1, family="1.5", shards=1)
+
+
+@pytest.fixture(scope="session")
+def renamed_15(tiny_checkpoint_15, tmp_path_factory):
+    """The 1.5 checkpoint as the public conversion script leaves it: R1's names, and links to weights and index."""
+    out = tmp_path_factory.mktemp("renamed") / "Tiny-1.5-as-R1"
+    shutil.copytree(tiny_checkpoint_15 / "vlm", out / "vlm")
+    config = json.loads((tiny_checkpoint_15 / "config.json").read_text().replace("alpamayo1_5.", "alpamayo_r1."))
+    config |= {"model_type": "alpamayo_r1", "architectures": ["AlpamayoR1"]}
+    (out / "config.json").write_text(json.dumps(config))
+    for file in (*tiny_checkpoint_15.glob("*.safetensors"), tiny_checkpoint_15 / INDEX):
+        (out / file.name).symlink_to(file)
+    return out
 
 
 @pytest.fixture(scope="session")

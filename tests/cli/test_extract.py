@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -9,9 +10,10 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo import Checkpoint, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.prompt import CAMERA_TITLES
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
@@ -116,6 +118,75 @@ def test_camera_names_and_frame_numbers_in_the_prompt(family, options, expected,
     assert len(stored["input_ids"]) == len(builder.tokenizer.encode(text))
     assert ("Front camera" in expected) == reader.identity["prompt"]["camera_names"]
     assert ("frame 0" in expected) == ("frame 0" in reader.identity["prompt"]["template"])
+
+
+def told(model, store, *options, code=0):
+    """The command in this process: what it says to people."""
+    arguments = ["extract", "synthetic:1", "--model", model, "--store", store, "--device", "cpu", "--frames", 2]
+    done = CliRunner().invoke(app, list(map(str, (*arguments, *options))))
+    assert done.exit_code == code, done.output
+    return " ".join((done.stderr if code == 0 else str(done.exception)).split())
+
+
+@pytest.fixture
+def renamed(model_15, tmp_path):
+    """The 1.5 checkpoint under R1's names, as the public conversion script leaves it; its weights are links."""
+    out = tmp_path / "Tiny-as-R1"
+    shutil.copytree(model_15 / "vlm", out / "vlm")
+    (out / "config.json").write_text((model_15 / "config.json").read_text().replace("alpamayo1_5", "alpamayo_r1"))
+    for file in model_15.glob("model*"):
+        (out / file.name).symlink_to(file)
+    return out
+
+
+def test_a_renamed_checkpoint_keeps_its_prompt_and_the_choice_is_told_and_kept(renamed, model_15, tmp_path):
+    store = tmp_path / "store"
+    said = told(renamed, store)
+    assert (
+        "note: prompt: cameras named, frames numbered. Family 1.5: the weights hold no freqs and no action_space.* (as "
+        "1.5's); its classes are named alpamayo_r1. --camera-names, --frame-numbers and their --no- forms overrule it."
+    ) in said
+    assert "precision" not in said
+    reader = CacheReader(store)
+    assert FULL in str(reader.read(FIRST)["prompt"])
+    assert reader.identity["model"]["settings"]["family"] == "1.5"
+    assert reader.identity["model"]["family_by"].endswith("its classes are named alpamayo_r1")
+    assert extract(model_15, store, "--frames", 2)["already_there"] == 1  # it is the same model
+    plain = told(renamed, tmp_path / "plain", "--no-camera-names", "--no-frame-numbers")
+    assert "prompt: cameras not named, frames not numbered, as asked for. Family 1.5" in plain
+
+
+def test_a_contradictory_checkpoint_asks_for_the_prompt(renamed, tmp_path):
+    config = json.loads((renamed / "config.json").read_text())
+    (renamed / "config.json").write_text(json.dumps({**config, "include_camera_ids": False}))
+    said = told(renamed, tmp_path / "store", code=1)
+    assert "does not tell which prompt it was trained with" in said
+    assert not (tmp_path / "store").exists()
+    asked = told(renamed, tmp_path / "store", "--camera-names", "--frame-numbers")
+    assert "prompt: cameras named, frames numbered, as asked for. Family unclear: the weights hold no freqs" in asked
+    assert CacheReader(tmp_path / "store").identity["model"]["settings"]["family"] == "1.5"
+
+
+def test_the_vlms_precision_is_told_and_can_be_chosen(tmp_path):
+    model = make_tiny_checkpoint(tmp_path / "Tiny-R1", dtype="float32", shards=1)
+    said = told(model, tmp_path / "bf16")
+    assert (
+        "note: the VLM's weights are stored as F32, and it runs in bfloat16; --vlm-dtype fp32 keeps their precision."
+        in said
+    )
+    assert "stored as" not in told(model, tmp_path / "fp32", "--vlm-dtype", "fp32")
+    readers = [CacheReader(tmp_path / name) for name in ("bf16", "fp32")]
+    assert [reader.identity["dtype"] for reader in readers] == ["bfloat16", "float32"]
+    vlm, builder = load_vlm(str(model), dtype=torch.float32), InputBuilder(Checkpoint(str(model)))
+    ref = SampleRef.parse(FIRST)
+    source = open_source("synthetic:1")
+    inputs = builder.build(source.load(ref, cameras=source.cameras, frames=2))
+    live = vlm.prefill(inputs.input_ids, inputs.pixel_values, inputs.image_grid_thw)
+    low, high = (reader.read(FIRST, fields=["kv"])["kv"] for reader in readers)
+    assert np.array_equal(high[:, 0], live.keys.to(torch.bfloat16).view(torch.uint16).numpy())
+    assert not np.array_equal(low, high)
+    with pytest.raises(IdentityMismatchError, match=r'identity\.dtype: expected "bfloat16", found "float32"'):
+        extract(model, tmp_path / "fp32", "--frames", 2)
 
 
 def test_another_prompt_is_another_store(model_15, tmp_path):

@@ -14,6 +14,7 @@ from alpacache.cached_samples.identity import (
     as_stored,
     check_same_model,
     model_differences,
+    prompt_doubt,
     provenance,
     store_codec,
     store_identity,
@@ -151,6 +152,34 @@ def test_another_tokenizer_is_another_model(identity):
     found = as_stored(identity, {**identity, "model": {**identity["model"], "id": "X", "tokens_sha256": "0"}})
     assert found["model"]["id"] == "X"
     assert found["model"]["tokens_sha256"] == identity["model"]["tokens_sha256"]
+
+
+def by_name(identity, model):
+    """As earlier versions extracted with R1's names: R1's prompt and family, whatever the checkpoint holds."""
+    builder = InputBuilder(model, camera_names=False, frame_numbers=False)
+    settings = {key: identity[key] for key in ("cameras", "frames", "codec", "dtype")}
+    old = store_identity(model, builder, **settings)
+    del old["model"]["family_by"]
+    old["model"]["settings"] |= {"family": "r1"}
+    return old
+
+
+def test_a_store_of_an_earlier_version_of_a_renamed_checkpoint_stays_usable_and_is_doubted(identity, renamed_15):
+    checkpoint = Checkpoint(str(renamed_15))
+    old = by_name(identity, checkpoint)
+    check_same_model(checkpoint, old, store="s")
+    builder = InputBuilder(checkpoint, camera_names=False, frame_numbers=False)
+    settings = {key: old[key] for key in ("cameras", "frames", "codec", "dtype")}
+    assert differences(as_stored(store_identity(checkpoint, builder, **settings), old), old) == []
+    doubt = prompt_doubt(checkpoint, old, store="s")
+    assert doubt.startswith("store s was extracted by an earlier version with another prompt than ")
+    assert "was trained with: cameras named, frames numbered (the weights hold no freqs" in doubt
+    assert prompt_doubt(checkpoint, store_identity(checkpoint, builder, **settings), store="s") is None  # asked for
+
+
+def test_no_doubt_where_the_prompt_fits(identity, tiny_checkpoint):
+    for stored in (identity, of_an_earlier_version(identity)):
+        assert prompt_doubt(Checkpoint(str(tiny_checkpoint)), stored, store="s") is None
 
 
 def test_a_store_of_something_else_is_refused(tiny_checkpoint):

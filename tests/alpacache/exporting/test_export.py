@@ -500,6 +500,57 @@ def test_a_link_that_leads_out_is_refused(folder, root, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def linked(model, out, *names):
+    """A folder of links to a checkpoint's files, its VLM's folder among them, as `ln -s` makes."""
+    out.mkdir()
+    for name in names or [file.name for file in model.iterdir()]:
+        (out / name).symlink_to(model / name)
+    return out
+
+
+@pytest.mark.parametrize("expert_only", [False, True])
+def test_a_folder_of_links_exports_as_what_it_links_to(expert_only, root, tmp_path):
+    model = linked(root / "Tiny-R1", tmp_path / "linked")
+    export(model, root / "all", tmp_path / "out", expert_only=expert_only)
+    export(root / "Tiny-R1", root / "all", tmp_path / "plain", expert_only=expert_only)
+    files = [sorted(p.relative_to(out) for p in out.rglob("*")) for out in (tmp_path / "out", tmp_path / "plain")]
+    assert files[0] == files[1]
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    assert same(tensors(tmp_path / "out"), tensors(tmp_path / "plain"))
+
+
+def test_a_folder_of_links_into_the_hubs_cache_exports(hub_cache, root, tmp_path):
+    model = linked(hub_cache, tmp_path / "linked")
+    export(model, root / "all", tmp_path / "out")
+    expected = merged(root / "Tiny-R1", root / "all/best")
+    assert same({name: tensors(tmp_path / "out")[name] for name in expected}, expected)
+
+
+def test_links_to_weights_and_index_as_the_public_conversion_leaves_them(root, tmp_path):
+    model = linked(root / "Tiny-R1", tmp_path / "converted", FIRST, SECOND, INDEX)
+    shutil.copytree(root / "Tiny-R1/vlm", model / "vlm")
+    shutil.copy(root / "Tiny-R1/config.json", model)
+    export(model, root / "all", tmp_path / "out")
+    assert (tmp_path / "out" / SECOND).samefile(root / "Tiny-R1" / SECOND)
+    assert not (tmp_path / "out" / SECOND).is_symlink()
+
+
+@pytest.mark.parametrize("place", ["notes.txt", "vlm"])
+def test_what_could_not_be_exported_is_refused_before_training(place, root, tmp_path):
+    """A linked shard opens its folder to files of the same name alone."""
+    model = linked(root / "Tiny-R1", tmp_path / "linked", FIRST, SECOND, INDEX, "config.json")
+    (tmp_path / "private/vlm").mkdir(parents=True)
+    for file in (root / "Tiny-R1/vlm").iterdir():
+        shutil.copy(file, tmp_path / "private/vlm")
+    (model / "vlm").symlink_to((tmp_path / "private" if place == "vlm" else root / "Tiny-R1") / "vlm")
+    if place == "notes.txt":
+        (root / "mine.txt").write_text("mine")
+        (model / place).symlink_to(root / "mine.txt")
+    with pytest.raises(CheckpointError, match=rf"{place} is a link or special file"):
+        train(root, model, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_download_tools_left_is_not_copied(root, tmp_path):
     model = shutil.copytree(root / "Tiny-R1", tmp_path / "base/Tiny-R1")
     note = model / ".cache/huggingface/download/config.json.metadata"

@@ -126,7 +126,7 @@ def test_another_model_or_setting_is_refused_with_the_differences(extracted, tin
         alpacache.extract(config(tiny_checkpoint, extracted, frames=4))
     with pytest.raises(IdentityMismatchError) as caught:
         alpacache.extract(config(tiny_checkpoint_15, extracted))
-    for key in ("model.settings.family", "model.vlm_weights_sha256", "prompt.camera_names"):
+    for key in ("model.vlm_weights_sha256", "prompt.camera_names", "prompt.template"):
         assert f"identity.{key}" in str(caught.value)
     assert "identity.model.id" not in str(caught.value)  # a name is not what makes it another model
     assert len(CacheReader(extracted)) == 3

@@ -64,6 +64,15 @@ def gone(process_ids):
 
 
 @pytest.mark.system
+def test_float32_pixels_are_those_of_this_process(settings):
+    settings = dataclasses.replace(settings, vlm_dtype="fp32")
+    with ReadingProcesses(settings, 1, pinned_for=None) as read:
+        pixels = read(REFS[0]).inputs.pixel_values
+    assert pixels.dtype == torch.float32
+    assert torch.equal(pixels, Preparation.open(settings)(REFS[0]).inputs.pixel_values)
+
+
+@pytest.mark.system
 def test_values_are_those_of_this_process(settings):
     here = Preparation.open(settings)
     with ReadingProcesses(settings, 2, pinned_for=None) as read:

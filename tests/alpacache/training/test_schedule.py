@@ -4,18 +4,44 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 
 from alpacache.errors import NonFiniteError, UsageError
-from alpacache.training.schedule import BestValidation, LearningRate, SkippedSteps
+from alpacache.training.schedule import FORMER_SCHEDULE, BestValidation, LearningRate, SkippedSteps
 
 
 def test_learning_rate_warms_up_and_ends_at_its_floor():
     rate = LearningRate(peak=1e-4, final=1e-6, warmup=100, total=300)
     rates = [rate(step) for step in range(300)]
     assert rates[0] == pytest.approx(1e-6)
+    assert rates[99] == pytest.approx(1e-4)
+    assert rates[-1] == pytest.approx(1e-6)
+    assert all(later < earlier for earlier, later in pairwise(rates[99:]))
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 40), (1, 2), (20, 200), (100, 3000), (199, 200)])
+@pytest.mark.parametrize("final", [0.0, 1e-6, 1e-4])
+def test_each_step_has_the_rate_of_the_public_recipe(warmup, total, final):
+    """Its trainer takes `cosine_warmup_with_min_lr` of transformers."""
+    from torch.optim import AdamW
+    from transformers import get_scheduler
+
+    optimizer = AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
+    settings = {"num_warmup_steps": warmup, "num_training_steps": total, "scheduler_specific_kwargs": {"min_lr": final}}
+    theirs = get_scheduler("cosine_warmup_with_min_lr", optimizer, **settings)
+    ours = LearningRate(peak=1e-4, final=final, warmup=warmup, total=total)
+    for step in range(total):
+        assert ours(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-20), step
+        optimizer.step()
+        theirs.step()
+
+
+def test_runs_of_earlier_versions_keep_their_schedule():
+    rate = LearningRate(peak=1e-4, final=1e-6, warmup=100, total=300, schedule=FORMER_SCHEDULE)
+    rates = [rate(step) for step in range(300)]
     assert rates[99] == rates[100] == pytest.approx(1e-4)
     assert rates[-1] == pytest.approx(1e-6)
-    assert all(later < earlier for earlier, later in pairwise(rates[100:]))
+    assert rates[150] == pytest.approx(1e-6 + 99e-6 * 0.5 * (1.0 + math.cos(math.pi * 50 / 199)), rel=1e-12)
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(5000, 100), (200, 20), (9, 0)])

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 import alpacache
+from alpacache.cached_samples.identity import store_identity
 from alpacache.cached_samples.order import GlobalOrder
 from alpacache.cached_samples.ring import BatchRing
 from alpacache.distributed.world import World
@@ -34,6 +35,7 @@ from alpacache.training import train as training
 from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import RunDirectory, read_checkpoint, read_trained
 from alpacache.training.run_state import sealed
+from alpacache.training.schedule import FORMER_SCHEDULE, SCHEDULE, LearningRate
 from cache_store import CacheReader, CorruptSampleError, UnreachableStoreError, UnreadableSampleError
 from cache_store.format.names import sample_key
 
@@ -292,6 +294,41 @@ def test_a_resumed_run_keeps_seed_draws_and_average_and_says_what_it_goes_on_fro
     assert RunDirectory(parts).steps == [6]
 
 
+def test_a_run_of_an_earlier_version_keeps_its_schedule(tiny_checkpoint, store, tmp_path):
+    values = {"save_every": 3, "keep": 9, "warmup": 1}
+    alpacache.train(config(tiny_checkpoint, store, tmp_path / "new", **values))
+    old = shutil.copytree(tmp_path / "new/checkpoints/step-0000003", tmp_path / "old/checkpoints/step-0000003")
+    state = json.loads((old / "state.json").read_text())
+    assert state["settings"].pop("schedule") == "recipe"
+    del state["document_crc32c"]
+    (old / "state.json").write_bytes(sealed(state))
+    alpacache.train(config(tiny_checkpoint, store, tmp_path / "old", resume=True, **values))
+    rates = {name: {row["step"]: row["lr"] for row in rows(tmp_path / name)} for name in ("new", "old")}
+    for name, schedule in (("new", SCHEDULE), ("old", FORMER_SCHEDULE)):
+        rate = LearningRate(peak=1e-3, final=rates["new"][6], warmup=1, total=6, schedule=schedule)
+        assert [rates[name][step] for step in (4, 5, 6)] == pytest.approx([rate(step - 1) for step in (4, 5, 6)])
+    assert rates["old"][4] > rates["new"][4]
+    assert json.loads((tmp_path / "old/last/state.json").read_text())["settings"]["schedule"] == FORMER_SCHEDULE
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_another_prompt_is_warned_of_where_nobody_chose_it(earlier, renamed_15, tmp_path, caplog, monkeypatch):
+    """Earlier versions went by the names of classes, and left out the text that 1.5 was trained with."""
+
+    def without_evidence(*arguments, **settings):
+        identity = store_identity(*arguments, **settings)
+        del identity["model"]["family_by"]
+        return identity
+
+    if earlier:
+        monkeypatch.setattr("alpacache.extraction.extract.store_identity", without_evidence)
+    store, plain = tmp_path / "store", {"camera_names": False, "frame_numbers": False}
+    common = {"source": "synthetic:4", "model": str(renamed_15), "frames": 1, "device": "cpu"}
+    alpacache.extract(ExtractConfig(**common, store=str(store), **plain))
+    alpacache.train(config(renamed_15, store, tmp_path / "one", steps=1, warmup=0))
+    assert ("an earlier version with another prompt than" in caplog.text) == earlier
+
+
 def test_two_trainings_do_not_write_to_one_run(tiny_checkpoint, store, tmp_path):
     with RunDirectory(tmp_path / "run").owned(), pytest.raises(UsageError, match=r"is being written by .*--take-over"):
         alpacache.train(config(tiny_checkpoint, store, tmp_path / "run"))
@@ -519,7 +556,8 @@ def test_a_warm_up_longer_than_the_run_is_refused(tiny_checkpoint, store, tmp_pa
     with pytest.raises(UsageError, match="warmup is 6 of 6 steps"):
         alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", warmup=6))
     alpacache.train(config(tiny_checkpoint, store, tmp_path / "run", steps=20, warmup=None))
-    assert [row["lr"] for row in rows(tmp_path / "run")][:3] == pytest.approx([5e-4, 1e-3, 1e-3])
+    falling = 1e-6 + (1e-3 - 1e-6) * 0.5 * (1 + math.cos(math.pi / 18))
+    assert [row["lr"] for row in rows(tmp_path / "run")][:3] == pytest.approx([5e-4, 1e-3, falling])
 
 
 def damaged_copy(store, path, count, *, first=0):
