@@ -11,7 +11,7 @@ from . import output
 from .options import from_config
 
 if TYPE_CHECKING:
-    from alpacache.evaluation.summary import EvalSummary
+    from alpacache.evaluation.summary import EvalSummary, StratumSummary
 
 _WARNINGS = 3
 _METRICS = {"min_ade": "minADE", "ade": "ADE", "min_fde": "minFDE", "corner_distance": "corners"}
@@ -62,22 +62,28 @@ def demo(config: DemoConfig, json: bool) -> None:
 
 
 def _print_summary(summary: "EvalSummary") -> None:
-    """Show metrics in metres, and the slope of predicted against driven heading change: 1 without bias, 0 straight."""
-    from alpacache.driving.strata import LATE_CURVE
+    """Show errors in metres, then how much of the turn each model takes and knows, and the verdict on it."""
+    from alpacache.driving.strata import LATE_CURVE, STRAIGHT_HISTORY
 
-    heads = ["stratum", "samples", "model", *_METRICS.values(), "recall", "heading slope at 6.4 s"]
-    rows = []
+    names = {"all": "all", STRAIGHT_HISTORY: "straight history", LATE_CURVE: "curve after t0"}
+    errors, turns = [], []
     for name, stratum in summary.strata.items():
-        labels = (*summary.models, *summary.baselines) if name in ("all", LATE_CURVE) else summary.models
+        labels = (*summary.models, *summary.baselines) if name in names else summary.models
         for number, label in enumerate(labels if stratum.samples else ()):
-            slope = stratum.bias[label]["heading"][6.4]
-            text = "-" if slope is None else f"{slope.slope:.2f} [{slope.low:.2f}, {slope.high:.2f}]"
-            shown = "curve after t0" if name == LATE_CURVE else name
-            first = [shown, str(stratum.samples)] if number == 0 else ["", ""]
-            recall = stratum.corridor[label].recall
-            numbers = [f"{stratum.metrics[label][key]:.3f}" for key in _METRICS]
-            rows.append([*first, label, *numbers, "-" if recall is None else f"{recall:.2f}", text])
-    output.print_table(f"{summary.samples} samples, {summary.paths} paths each, metres", rows, heads=heads)
+            first = [names.get(name, name), str(stratum.samples)] if number == 0 else ["", ""]
+            errors.append([*first, label, *(f"{stratum.metrics[label][key]:.3f}" for key in _METRICS)])
+            if name in names:
+                turns.append([*first, label, *_turn_cells(stratum, label)])
+    title = f"{summary.samples} samples, {summary.paths} paths each"
+    output.print_table(f"{title}, metres", errors, heads=["stratum", "samples", "model", *_METRICS.values()])
+    heads = ["stratum", "samples", "model", "turn taken", "calibration", "R²", "recall", "among paths"]
+    output.print_table("heading change at 6.4 s", turns, heads=heads)
+    verdicts = [
+        [f"{verdict.answer}:", f"{names[name]}, {label} {verdict.sentence}."]
+        for name, stratum in summary.strata.items()
+        for label, verdict in stratum.verdicts.items()
+    ]
+    output.print_table("", verdicts)
     _print_commands(summary)
     for warning in summary.warnings[:_WARNINGS]:
         output.note(warning)
@@ -104,3 +110,18 @@ def _print_commands(summary: "EvalSummary") -> None:
     ]
     heads = ["model", "samples", "obey as given", "obey the opposite", "sides follow", "shift m"]
     output.print_table("left for right in the routes", rows, heads=heads)
+
+
+def _turn_cells(stratum: "StratumSummary", label: str) -> list[str]:
+    """Share of the turn that is taken, calibration, R^2, recall, and share of the turns that lie among the paths."""
+    from alpacache.metrics.bootstrap import range_text
+
+    slope, corridor = stratum.bias[label]["heading"][6.4], stratum.corridor[label]
+    taken = calibration = "-"
+    if slope is not None:
+        taken = f"{slope.slope:z.2f} {range_text(slope.low, slope.high)}".rstrip()
+        if slope.calibration is not None and slope.r2 is not None:
+            ends = range_text(slope.calibration.low, slope.calibration.high)
+            calibration = f"{slope.calibration.estimate:z.2f} {ends}".rstrip()
+    shares = (None if slope is None else slope.r2, corridor.recall, corridor.contained_leaving)
+    return [taken, calibration, *("-" if share is None else f"{share:z.2f}" for share in shares)]

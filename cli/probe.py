@@ -62,4 +62,6 @@ def _short(value: "Interval | None") -> str:
 
 
 def _text(value: "Interval | None") -> str:
-    return "-" if value is None else f"{value.estimate:z.2f} [{value.low:z.2f}, {value.high:z.2f}]"
+    from alpacache.metrics.bootstrap import range_text
+
+    return "-" if value is None else f"{value.estimate:z.2f} {range_text(value.low, value.high)}".rstrip()

@@ -38,8 +38,11 @@ STANDING_M, _STANDING_STEPS = 0.3, 10
 SPEED_BANDS_MPS: tuple[tuple[float, SpeedBand], ...] = ((0.5, "stopped"), (5.0, "slow"), (15.0, "medium"))
 """Upper ends of the bands of mean speed; beyond the last one is `fast`."""
 
+STRAIGHT_HISTORY = "straight_history"
 LATE_CURVE = "straight_history_late_curve"
-STRATA = ("all", "straight", "gentle", "sharp", "left", "right", LATE_CURVE, "stopped", "slow", "medium", "fast")
+TURN_STRATA = ("straight", "gentle", "sharp", "left", "right", LATE_CURVE)
+"""Strata that are chosen by how far the driven path turns."""
+STRATA = ("all", *TURN_STRATA[:-1], STRAIGHT_HISTORY, LATE_CURVE, "stopped", "slow", "medium", "fast")
 """Every stratum, in the order of tables. They overlap: turn, direction and speed each split `all` in their own way."""
 
 
@@ -50,8 +53,10 @@ class Strata:
     turn: Turn
     direction: Direction
     """`none` for a straight path."""
+    straight_history: bool = False
+    """Straight and moving through its history, whatever comes: only the image knows."""
     straight_history_late_curve: bool
-    """Straight and moving through its history, curving afterwards: only the image knows."""
+    """Of these, the ones that curve afterwards."""
     speed: SpeedBand
     heading_change_rad: float
     """Heading at 6.4 s less heading at t0, unwrapped, left positive; while the vehicle stands it is held."""
@@ -64,7 +69,9 @@ class Strata:
     def labels(self) -> tuple[str, ...]:
         """Names of the strata this sample counts in, in the order of `STRATA`."""
         late_curve = LATE_CURVE if self.straight_history_late_curve else None
-        return tuple(name for name in STRATA if name in ("all", self.turn, self.direction, self.speed, late_curve))
+        history = STRAIGHT_HISTORY if self.straight_history else None
+        labels = ("all", self.turn, self.direction, self.speed, history, late_curve)
+        return tuple(name for name in STRATA if name in labels)
 
 
 def classify(history_xyz: ArrayLike, history_rot: ArrayLike, future_xyz: ArrayLike, future_rot: ArrayLike) -> Strata:
@@ -79,15 +86,16 @@ def classify(history_xyz: ArrayLike, history_rot: ArrayLike, future_xyz: ArrayLi
     end, ahead = before[-1 - HISTORY_END_STEPS :], driven_heading(driven, np.concatenate([past_rot[-1:], turned]))
     change, lateral = float(ahead[-1] - ahead[0]), float(future[-1, 1])
     mean_speed = float(np.linalg.norm(np.diff(driven, axis=0), axis=-1).sum() / (len(future) * DT_S))
+    straight_history = bool(
+        np.ptp(before) <= HISTORY_HEADING_RAD
+        and np.ptp(end) <= HISTORY_END_HEADING_RAD
+        and np.linalg.norm(past[-1] - past[-2]) / DT_S >= MOVING_MPS
+    )
     return Strata(
         turn=turn_of(change, lateral),
         direction=direction_of(change, lateral),
-        straight_history_late_curve=bool(
-            np.ptp(before) <= HISTORY_HEADING_RAD
-            and np.ptp(end) <= HISTORY_END_HEADING_RAD
-            and np.linalg.norm(past[-1] - past[-2]) / DT_S >= MOVING_MPS
-            and abs(change) >= LATE_CURVE_HEADING_RAD
-        ),
+        straight_history=straight_history,
+        straight_history_late_curve=straight_history and abs(change) >= LATE_CURVE_HEADING_RAD,
         speed=speed_band(mean_speed),
         heading_change_rad=change,
         lateral_offset_m=lateral,

@@ -1,7 +1,7 @@
 """One sample judged: the paths that each model and baseline predicted, and their errors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,7 +10,7 @@ from alpacache.driving.route import COMMANDS, Command, command_of
 from alpacache.driving.sample import Floats
 from alpacache.driving.strata import STRATA, Strata
 from alpacache.metrics.baselines import BASELINES
-from alpacache.metrics.bias import Departure, mean_departure
+from alpacache.metrics.bias import HORIZONS_S, Departure, mean_departure
 from alpacache.metrics.corridor import SIDE_KEY, Leaving, leaving, side_chosen
 from alpacache.metrics.path_frame import ONSET_KEY, TRACK_KEYS, error_after_onset, track_errors
 from alpacache.metrics.paths import EXTRA_KEYS, PUBLIC_KEYS, corner_distance, extra_metrics, min_ade
@@ -74,8 +74,13 @@ class SampleResult:
         return mean_departure(self.truth_xyz[None], self.truth_rot[None], self.history_rot[-1])
 
     def mean_departure(self, label: str) -> Departure:
-        """How far a model's paths leave the straight line on average."""
-        return mean_departure(self.models[label].pred_xyz, self.models[label].pred_rot, self.history_rot[-1])
+        """How far a model's paths leave the straight line on average; a baseline's one path has no noise."""
+        model = self.models[label]
+        departure = mean_departure(model.pred_xyz, model.pred_rot, self.history_rot[-1])
+        if label not in BASELINES:
+            return departure
+        none = (0.0,) * len(HORIZONS_S)
+        return replace(departure, heading_noise=none, lateral_noise=none)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,9 +112,10 @@ def write_sample_table(path: Path, results: Sequence[SampleResult]) -> None:
 
     Columns: `sample_id`, `clip_id`, `model`, a boolean `stratum/NAME` each, the metrics in metres, heading change
     (radians) and lateral offset (metres) at each horizon of the driven path (`truth/...`) and of the mean of the
-    predicted ones (`pred/...`), and the fields of `Leaving`: `leaves`, `leaving_share`, `contained`, `spread_m`.
-    Where samples may have routes also `route`, `command`, `obeys` (share of the paths that do; null without a command),
-    `driven_obeys`, and with left for right in the route `swapped/obeys` and `swapped/lateral_m@6.4`.
+    predicted ones (`pred/...`), the variance of that mean (`noise/...`), and the fields of `Leaving`: `leaves`,
+    `leaving_share`, `contained`, `spread_m`, `split`. Where samples may have routes also `route`, `command`, `obeys`
+    (share of the paths that do; null without a command), `driven_obeys`, and with left for right in the route
+    `swapped/obeys` and `swapped/lateral_m@6.4`.
     """
     rows: list[dict[str, Any]] = []
     for result in results:
@@ -123,10 +124,19 @@ def write_sample_table(path: Path, results: Sequence[SampleResult]) -> None:
         for label, model in result.models.items():
             row: dict[str, Any] = {**sample, "model": label, **strata}
             row |= {key: strict_json.plain(model.metrics[key]) for key in METRIC_KEYS}
-            for kind, departure in (("truth", result.true_departure), ("pred", result.mean_departure(label))):
+            predicted = result.mean_departure(label)
+            for kind, departure in (("truth", result.true_departure), ("pred", predicted)):
                 for horizon_s, heading, lateral in zip(HORIZONS_S, departure.heading, departure.lateral, strict=True):
                     row |= {f"{kind}/heading_rad@{horizon_s}": heading, f"{kind}/lateral_m@{horizon_s}": lateral}
+            unknown = (None,) * len(HORIZONS_S)
+            noise = zip(predicted.heading_noise or unknown, predicted.lateral_noise or unknown, strict=True)
+            for horizon_s, (heading_rad2, lateral_m2) in zip(HORIZONS_S, noise, strict=True):
+                row |= {f"noise/heading_rad2@{horizon_s}": heading_rad2, f"noise/lateral_m2@{horizon_s}": lateral_m2}
             row |= {"leaves": model.leaving.truth, "leaving_share": model.leaving.share}
-            row |= {"contained": model.leaving.contained, "spread_m": model.leaving.spread_m}
+            row |= {
+                "contained": model.leaving.contained,
+                "spread_m": model.leaving.spread_m,
+                "split": model.leaving.split,
+            }
             rows.append(row | (_route_columns(result, model) if result.routed else {}))
     pq.write_table(pa.Table.from_pylist(rows), path)

@@ -12,7 +12,7 @@ from alpacache.driving.sample import DT_S, FUTURE_S, FUTURE_STEPS, Floats
 from alpacache.evaluation.judging import SampleResult
 from alpacache.evaluation.summary import EvalSummary
 from alpacache.metrics.bias import Slope
-from alpacache.metrics.bootstrap import Interval
+from alpacache.metrics.bootstrap import Interval, range_text
 from alpacache.pictures.birds_eye import birds_eye_png
 from alpacache.pictures.canvas import BASELINE_STYLES, DPI, GRID, INK, MODEL_COLOURS, literal, png_bytes, style_axes
 
@@ -54,7 +54,7 @@ def bias_scatter_png(
     reach = 1.08 * max([1.0, *(float(np.abs(values).max()) for values in (x, *ys.values()) if values.size)])
     for index, (panel, (label, y)) in enumerate(zip(panels, ys.items(), strict=False)):
         colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
-        panel.plot([-reach, reach], [-reach, reach], color="#777777", lw=1.1, ls=(0, (5, 3)), label="unbiased")
+        panel.plot([-reach, reach], [-reach, reach], color="#777777", lw=1.1, ls=(0, (5, 3)), label="as driven")
         panel.scatter(x, y, s=16, color=colour, alpha=0.5, lw=0)
         if ring.any():
             panel.scatter(
@@ -67,15 +67,24 @@ def bias_scatter_png(
                 label="straight history, curve after t0",
             )
         if (line := slopes.get(label)) is not None:
-            text = f"slope {line.slope:.2f} [{line.low:.2f}, {line.high:.2f}], n = {line.n}"
             ends = np.array([-reach, reach])
-            panel.plot(ends, np.rad2deg(line.intercept) + line.slope * ends, color=colour, lw=2.2, label=text)
+            panel.plot(
+                ends, np.rad2deg(line.intercept) + line.slope * ends, color=colour, lw=2.2, label=_line_text(line)
+            )
         panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         panel.set_title(literal(label), fontsize=11, color=colour, loc="left", fontweight="bold")
         style_axes(panel, x=f"driven heading change at {FUTURE_S:g} s (°)")
         panel.legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
     panels[0].set_ylabel("predicted heading change (°), mean of paths", fontsize=9, color=INK)
     return png_bytes(figure, palette=True)
+
+
+def _line_text(line: Slope) -> str:
+    text = f"takes {line.slope:z.2f} {range_text(line.low, line.high)}".rstrip() + f" of the turn, n = {line.n}"
+    if line.calibration is None or line.r2 is None:
+        return text
+    ends = range_text(line.calibration.low, line.calibration.high)
+    return f"{text}\ncalibration {line.calibration.estimate:z.2f} {ends}".rstrip() + f", R² {line.r2:.2f}"
 
 
 def error_over_time_png(
@@ -193,5 +202,5 @@ def explained_png(
 
 def _draw_whiskers(axes: Axes, places: Iterable[float], intervals: Iterable[Interval | None]) -> None:
     for place, interval in zip(places, intervals, strict=True):
-        if interval is not None:
+        if interval is not None and np.isfinite([interval.low, interval.high]).all():
             axes.plot([place, place], [interval.low, interval.high], color=INK, lw=1.3)

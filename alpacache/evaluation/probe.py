@@ -34,8 +34,7 @@ from alpacache.evaluation.probe_models import (
     shuffled_within,
 )
 from alpacache.evaluation.probe_verdict import ADVICE, LEAST_CLIPS, LEAST_SAMPLES, Cell, Verdict, judge_target
-from alpacache.metrics.bias import MIN_CLIPS
-from alpacache.metrics.bootstrap import Interval, r_squared
+from alpacache.metrics.bootstrap import MIN_CLIPS, Interval, r_squared
 from alpacache.progress import OnProgress, Progress, ignore
 from cache_store import CacheReader
 

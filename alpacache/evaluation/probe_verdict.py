@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from alpacache.driving.strata import LATE_CURVE
-from alpacache.metrics.bootstrap import Interval
+from alpacache.metrics.bootstrap import Interval, range_text
 
 Answer: TypeAlias = Literal["there", "not there", "too few samples"]
 
@@ -84,9 +84,10 @@ def judge_target(
         best = max(proven or gains, key=lambda probe: gains[probe].estimate)
         both, gain = cells[best].both, gains[best]
         assert both is not None
+        ends = range_text(gain.low, gain.high) or "without an interval"
         evidence = (
             f"{where}: history explains {both.estimate - gain.estimate:z.2f} of the variance, history and features "
-            f"{both.estimate:z.2f}, a gain of {gain.estimate:z.2f} [{gain.low:z.2f}, {gain.high:z.2f}] ({best}); "
+            f"{both.estimate:z.2f}, a gain of {gain.estimate:z.2f} {ends} ({best}); "
             f"{by_chance[best]:z.2f} with features of other samples"
         )
     words = "too few samples to conclude" if answer == "too few samples" else f"the information is {answer}"

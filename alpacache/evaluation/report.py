@@ -25,7 +25,7 @@ from alpacache.evaluation.judging import LeftOut, SampleResult
 from alpacache.evaluation.plots import bias_scatter_png, error_over_time_png, loss_curves_png, sample_png
 from alpacache.evaluation.summary import EvalSummary
 from alpacache.metrics.bias import departures_at
-from alpacache.metrics.bootstrap import LEVEL
+from alpacache.metrics.bootstrap import LEVEL, MIN_CLIPS
 from alpacache.metrics.paths import BOX_M, MISS_RADIUS_M, displacement
 
 LISTED_SAMPLES = 2000
@@ -65,7 +65,7 @@ def write_report(
         {
             "subtitle": html.escape(_subtitle(summary)),
             "warnings": _left_out(left_out) + _warnings(summary),
-            "headline_sentence": tables.headline_sentence(summary),
+            "headline_sentences": tables.headline_sentences(summary),
             "headline_table": tables.headline_table(summary),
             "paths": str(summary.paths),
             "miss_radius": f"{MISS_RADIUS_M:g}",
@@ -89,6 +89,8 @@ def write_report(
             "shown": shown,
             "samples_table": tables.samples_table(summary, listed),
             "level": f"{100 * LEVEL:.0f}",
+            "split_by": summary.split_by[0].upper() + summary.split_by[1:],
+            "min_clips": str(MIN_CLIPS),
             "data": data,
         },
     )

@@ -9,9 +9,9 @@ import numpy as np
 from alpacache.driving.sample import FUTURE_S
 from alpacache.driving.strata import LATE_CURVE
 from alpacache.evaluation.judging import SampleResult
-from alpacache.evaluation.summary import EvalSummary, StratumSummary
+from alpacache.evaluation.summary import JUDGED, EvalSummary, StratumSummary
 from alpacache.metrics.bias import HORIZONS_S, QUANTITIES, Slope
-from alpacache.metrics.bootstrap import Interval
+from alpacache.metrics.bootstrap import Interval, range_text
 from alpacache.metrics.corridor import SIDE_KEY
 from alpacache.metrics.path_frame import ONSET_KEY, TRACK_KEYS
 from alpacache.pictures.canvas import BASELINE_STYLES, MODEL_COLOURS
@@ -46,7 +46,9 @@ _NOTHING = '<td data-value="">–</td>'
 
 def stratum_name(stratum: str) -> str:
     """Name of a stratum in tables."""
-    return "straight history, curve after t0" if stratum == LATE_CURVE else stratum.replace("_", " ")
+    if stratum == LATE_CURVE:
+        return "straight history, curve after t0"
+    return stratum.replace("_", " ")
 
 
 def model_colour(summary: EvalSummary, label: str) -> str:
@@ -59,29 +61,46 @@ def model_colour(summary: EvalSummary, label: str) -> str:
 def headline_table(summary: EvalSummary) -> str:
     """Models, their change against the reference, and baselines, over all samples."""
     stratum, late = summary.strata["all"], summary.strata[LATE_CURVE]
-    heads = ["", *HEADLINE_METRICS.values(), "heading slope, all", f"heading slope, {stratum_name(LATE_CURVE)}"]
+    heads = ["", *HEADLINE_METRICS.values(), "turn taken, all", "calibration", "R²"]
+    heads += [f"turn taken, {stratum_name(LATE_CURVE)}"]
     rows = []
     for label in (*summary.models, *summary.baselines):
         cells = [_number(key, stratum.metrics[label][key]) for key in HEADLINE_METRICS]
-        cells += [_slope(_heading_slope(each, label)) for each in (stratum, late)]
+        everywhere = _heading_slope(stratum, label)
+        cells += [_slope(everywhere), *_calibration(everywhere), _slope(_heading_slope(late, label))]
         rows.append(_model_row(summary, label, cells))
         if label in stratum.differences:
             cells = [f'<td class="name soft">change against {escape(summary.reference)}</td>']
             for key in HEADLINE_METRICS:
                 change = stratum.differences[label][key]
                 cells.append(_change(change, css=_verdict(change), percent=key == "miss_rate"))
-            for each in (stratum, late):
-                slopes = each.bias_differences.get(label)
-                cells.append(_change(slopes["heading"][FUTURE_S] if slopes else None))
+            slopes = [each.bias_differences.get(label) for each in (stratum, late)]
+            taken = [_change(each["heading"][FUTURE_S] if each else None) for each in slopes]
+            cells += [taken[0], _NOTHING, _NOTHING, taken[1]]
             rows.append(f'<tr class="difference">{"".join(cells)}</tr>')
     return _table(heads, rows, sortable=False)
 
 
-def headline_sentence(summary: EvalSummary) -> str:
-    """Say in words what the hardest stratum shows of the bias."""
+def headline_sentences(summary: EvalSummary) -> str:
+    """Say in words what is wrong with each model's turning, and what the hardest stratum shows."""
+    told = [
+        f"<p><strong>{escape(label)}</strong> on {_where(name, summary.strata[name])}: "
+        f"<strong>{verdict.answer}</strong>. It {escape(verdict.sentence)}.</p>"
+        for name in JUDGED
+        for label, verdict in summary.strata[name].verdicts.items()
+    ]
+    return "".join(told) + f"<p>{_late_sentence(summary)}</p>"
+
+
+def _where(name: str, stratum: StratumSummary) -> str:
+    count = f"{stratum.samples:,} sample{'s' * (stratum.samples != 1)}"
+    return f"all {count}" if name == "all" else f"the {count} whose history is straight, where only the image knows"
+
+
+def _late_sentence(summary: EvalSummary) -> str:
     late = summary.strata[LATE_CURVE]
     slopes = [
-        f"{escape(label)} {slope.slope:z.2f} [{slope.low:z.2f}, {slope.high:z.2f}]"
+        f"{escape(label)} {slope.slope:z.2f} {range_text(slope.low, slope.high)}".rstrip()
         for label in (*summary.models, *summary.baselines)
         if (slope := _heading_slope(late, label)) is not None
     ]
@@ -91,9 +110,8 @@ def headline_sentence(summary: EvalSummary) -> str:
             "is used on curves."
         )
     return (
-        f"On the {late.samples} samples that are straight throughout their history and curve after t0, where only "
-        f"the image knows, predicted against driven heading change has the slope: {'; '.join(slopes)}. "
-        "1 is unbiased, 0 always drives straight."
+        f"Of the turn in the {late.samples} samples that are straight throughout their history and curve after t0, the "
+        f"predicted paths take: {'; '.join(slopes)}. 0 always drives straight."
     )
 
 
@@ -117,15 +135,14 @@ def _metrics_table(summary: EvalSummary, names: Mapping[str, str]) -> str:
 
 
 def slopes_table(summary: EvalSummary) -> str:
-    """Bias slopes by stratum, model, quantity and horizon."""
+    """Share of the turn that is taken by stratum, model, quantity and horizon; what is known of the last heading."""
 
     def cells(stratum: StratumSummary, label: str) -> list[str]:
         slopes = [stratum.bias[label][quantity][horizon_s] for quantity, horizon_s in SLOPE_COLUMNS]
-        return [_count(stratum.samples), *map(_slope, slopes)]
+        return [_count(stratum.samples), *map(_slope, slopes), *_calibration(_heading_slope(stratum, label))]
 
-    return _stratum_table(
-        summary, ["samples", *(f"{name} {horizon_s:g} s" for name, horizon_s in SLOPE_COLUMNS)], cells
-    )
+    heads = [f"{name} {horizon_s:g} s" for name, horizon_s in SLOPE_COLUMNS]
+    return _stratum_table(summary, ["samples", *heads, "calibration", "R²"], cells)
 
 
 def corridor_table(summary: EvalSummary) -> str:
@@ -141,9 +158,10 @@ def corridor_table(summary: EvalSummary) -> str:
             _share(corridor.false_leaving, None),
             _share(corridor.contained_leaving, corridor.contained_interval),
             _value(corridor.spread_m, "{:.2f}"),
+            _share(None if corridor.split is None else corridor.split.estimate, corridor.split),
         ]
 
-    heads = ["leave", "recall", "change", "stay", "false", "among the paths", "spread m"]
+    heads = ["leave", "recall", "change", "stay", "false", "among the paths", "spread m", "two bundles"]
     return _stratum_table(summary, heads, cells)
 
 
@@ -243,29 +261,37 @@ def _number(key: str, value: float, change: Interval | None = None) -> str:
     if math.isnan(value):
         return _NOTHING
     text = f"{100 * value:.1f} %" if key in _SHARES else f"{value:.2f}"
-    title = "" if change is None else f' title="change {change.estimate:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"'
-    verdict = _verdict(change, more_is_better=key == SIDE_KEY)
+    title, verdict = "", _verdict(change, more_is_better=key == SIDE_KEY)
+    if change is not None:
+        title = f' title="change {change.estimate:+.3f} {range_text(change.low, change.high, "+.3f")}"'
     return f'<td{verdict}{title} data-value="{value:.6g}">{text}</td>'
 
 
 def _change(change: Interval | None, *, css: str = "", percent: bool = False, gap: str = "<br>") -> str:
     if change is None:
         return _NOTHING
-    scale, unit, digits = (100, " %", 1) if percent else (1, "", 2)
-    low, middle, high = (f"{scale * value:+.{digits}f}" for value in (change.low, change.estimate, change.high))
-    span = f'<span class="range">[{low}, {high}]</span>'
+    scale, unit, form = (100, " %", "+.1f") if percent else (1, "", "+.2f")
+    middle, ends = format(scale * change.estimate, form), range_text(scale * change.low, scale * change.high, form)
+    span = f'<span class="range">{ends or "no interval"}</span>'
     return f'<td{css} data-value="{change.estimate:.6g}">{middle}{unit}{gap}{span}</td>'
 
 
 def _share(value: float | None, interval: Interval | Slope | None) -> str:
     if value is None:
         return _NOTHING
-    text = "" if interval is None else f' <span class="range">[{interval.low:z.2f}, {interval.high:z.2f}]</span>'
+    text = "" if interval is None else f' <span class="range">{range_text(interval.low, interval.high)}</span>'
     return f'<td data-value="{value:.6g}">{value:z.2f}{text}</td>'
 
 
 def _slope(slope: Slope | None) -> str:
     return _share(None if slope is None else slope.slope, slope)
+
+
+def _calibration(slope: Slope | None) -> list[str]:
+    """Cells of a slope's calibration and R^2."""
+    found = None if slope is None else slope.calibration
+    value = None if found is None or not math.isfinite(found.estimate) else found.estimate
+    return [_share(value, found), _share(None if slope is None else slope.r2, None)]
 
 
 def _verdict(change: Interval | None, *, more_is_better: bool = False) -> str:

@@ -1,24 +1,25 @@
 """One evaluation in numbers: every metric by model and stratum, the bias, and what changed between two models.
 
-Models are compared sample by sample on the same strata, and clips, not samples, are resampled for the intervals. Each
+Models are compared sample by sample on the same strata, and clips, not samples, are split for the intervals. Each
 number carries its count, and strata too small to conclude from are named rather than left out.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from alpacache.driving.route import COMMANDS
-from alpacache.driving.sample import Floats
-from alpacache.driving.strata import LATE_CURVE
+from alpacache.driving.sample import FUTURE_S, Floats, SampleRef
+from alpacache.driving.strata import LATE_CURVE, STRAIGHT_HISTORY, TURN_STRATA
+from alpacache.evaluation.bias_verdict import BiasVerdict, judge_bias, too_few
 from alpacache.evaluation.judging import METRIC_KEYS, SampleResult, strata_names
 from alpacache.metrics.baselines import BASELINES
 from alpacache.metrics.bias import (
     HORIZONS_S,
-    MIN_CLIPS,
     QUANTITIES,
     Departure,
     Quantity,
@@ -26,13 +27,15 @@ from alpacache.metrics.bias import (
     bias_difference,
     bias_slope,
 )
-from alpacache.metrics.bootstrap import Interval, mean_difference
+from alpacache.metrics.bootstrap import BLOCK_S, MIN_CLIPS, Interval, mean_difference, splitting_units
 from alpacache.metrics.commands import CommandSummary, SwapSummary, summarise_command, summarise_swap
 from alpacache.metrics.corridor import CorridorSummary, recall_difference, summarise_corridor
 from alpacache.strict_json import plain
 
 ENOUGH_SAMPLES = 30
 """A stratum with fewer is named in the warnings: its means and slopes may be chance."""
+JUDGED = ("all", STRAIGHT_HISTORY)
+"""Strata with a verdict on the bias: every road, and what only the image knows."""
 
 T = TypeVar("T")
 
@@ -48,12 +51,14 @@ class StratumSummary:
     differences: Mapping[str, Mapping[str, Interval | None]] = field(default_factory=dict)
     """Mean less the reference's mean, per model that is neither reference nor baseline; negative is better."""
     bias: Mapping[str, Mapping[Quantity, Mapping[float, Slope | None]]] = field(default_factory=dict)
-    """Slope by quantity and horizon; None where there is none to fit."""
+    """Slope by quantity and horizon; None where there is none to fit. Strata of `TURN_STRATA` have no calibration."""
     bias_differences: Mapping[str, Mapping[Quantity, Mapping[float, Interval | None]]] = field(default_factory=dict)
     """Slope less the reference's slope."""
     corridor: Mapping[str, CorridorSummary] = field(default_factory=dict)
     recall_differences: Mapping[str, Interval | None] = field(default_factory=dict)
     """Recall less the reference's."""
+    verdicts: Mapping[str, BiasVerdict] = field(default_factory=dict)
+    """On the heading change at 6.4 s, of models that are no baselines; in the strata of `JUDGED` only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +74,8 @@ class EvalSummary:
     """Sampled paths a model and sample, K."""
     samples: int
     clips: int
+    split_by: str
+    """What is split for the intervals: `clips`, or blocks of time where there are few."""
     strata: Mapping[str, StratumSummary]
     """Numbers of every name of `STRATA`, also of those without a sample, and of commands where there are routes."""
     warnings: tuple[str, ...]
@@ -84,7 +91,7 @@ class EvalSummary:
 
 
 def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
-    """Aggregate samples, at least one, into tables; `seed` is that of the resampling for the intervals.
+    """Aggregate samples, at least one, into tables; `seed` is that of the splits for the intervals.
 
     All have the same models, at least one beside the baselines.
     """
@@ -92,6 +99,10 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
     models = tuple(label for label in labels if label not in BASELINES)
     truth = [result.true_departure for result in results]
     predicted = {label: [result.mean_departure(label) for result in results] for label in labels}
+    clips = [result.clip_id for result in results]
+    is_few = len(set(clips)) < MIN_CLIPS
+    times_s = [SampleRef.parse(result.sample_id).t0_us / 1e6 if is_few else 0.0 for result in results]
+    units, split_by = splitting_units(clips, times_s), f"blocks of {BLOCK_S:g} s" if is_few else "clips"
     strata = {}
     routed = any(result.routed for result in results)
     for name in strata_names(routed=routed):
@@ -100,7 +111,10 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
             [results[row] for row in rows],
             [truth[row] for row in rows],
             {label: [predicted[label][row] for row in rows] for label in labels},
+            [units[row] for row in rows],
+            name=name,
             models=models,
+            split_by=split_by,
             seed=seed,
         )
     return EvalSummary(
@@ -110,37 +124,44 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
         paths=max(len(results[0].models[label].pred_xyz) for label in models),
         samples=len(results),
         clips=strata["all"].clips,
+        split_by=split_by,
         strata=strata,
-        warnings=_warnings(strata),
-        commands=_summarise_commands(results, models, seed=seed) if routed else {},
-        swaps=_summarise_swaps(results, models, seed=seed),
+        warnings=_warnings(strata, split_by),
+        commands=_summarise_commands(results, units, models, seed=seed) if routed else {},
+        swaps=_summarise_swaps(results, units, models, seed=seed),
     )
 
 
 def _summarise_commands(
-    results: Sequence[SampleResult], models: Sequence[str], *, seed: int
+    results: Sequence[SampleResult], units: Sequence[str], models: Sequence[str], *, seed: int
 ) -> dict[str, CommandSummary]:
     """How the commands that can be obeyed, and that samples have, are obeyed."""
     found: dict[str, CommandSummary] = {}
     for command in COMMANDS:
-        rows = [result for result in results if result.command == command]
+        rows = [row for row, result in enumerate(results) if result.command == command]
         if rows and command != "none":
-            paths = {label: [row.models[label].pred_xyz for row in rows] for label in models}
-            truth, clips = [row.truth_xyz for row in rows], [row.clip_id for row in rows]
-            found[command] = summarise_command(command, truth, paths, clips, seed=seed)
+            paths = {label: [results[row].models[label].pred_xyz for row in rows] for label in models}
+            truth, of_rows = [results[row].truth_xyz for row in rows], [units[row] for row in rows]
+            found[command] = summarise_command(command, truth, paths, of_rows, seed=seed)
     return found
 
 
-def _summarise_swaps(results: Sequence[SampleResult], models: Sequence[str], *, seed: int) -> dict[str, SwapSummary]:
+def _summarise_swaps(
+    results: Sequence[SampleResult], units: Sequence[str], models: Sequence[str], *, seed: int
+) -> dict[str, SwapSummary]:
     found = {}
     for label in models:
-        rows = [result for result in results if result.models[label].swapped_xyz is not None]
+        rows = [
+            (result, unit)
+            for result, unit in zip(results, units, strict=True)
+            if result.models[label].swapped_xyz is not None
+        ]
         if rows:
-            commands = [row.command for row in rows if row.command is not None]
-            pairs = [(row.models[label].pred_xyz, row.models[label].swapped_xyz) for row in rows]
+            commands = [row.command for row, _ in rows if row.command is not None]
+            pairs = [(row.models[label].pred_xyz, row.models[label].swapped_xyz) for row, _ in rows]
             given, swapped = ([pair[part] for pair in pairs] for part in (0, 1))
-            clips = [row.clip_id for row in rows]
-            found[label] = summarise_swap(commands, given, swapped, clips, seed=seed)  # type: ignore[arg-type]
+            of_rows = [unit for _, unit in rows]
+            found[label] = summarise_swap(commands, given, swapped, of_rows, seed=seed)  # type: ignore[arg-type]
     return found
 
 
@@ -148,38 +169,47 @@ def _summarise_stratum(
     results: Sequence[SampleResult],
     truth: Sequence[Departure],
     predicted: Mapping[str, Sequence[Departure]],
+    units: Sequence[str],
     *,
+    name: str,
     models: Sequence[str],
+    split_by: str,
     seed: int,
 ) -> StratumSummary:
-    """Numbers of one stratum; departures are in the order of `results`, by label where predicted."""
+    """Numbers of one stratum; departures are in the order of `results`, by label where predicted, as are the units."""
     if not results:
         return StratumSummary(samples=0, clips=0)
-    clips = [result.clip_id for result in results]
     values = {
         label: {key: np.array([result.models[label].metrics[key] for result in results]) for key in METRIC_KEYS}
         for label in predicted
     }
     leavings = {label: [result.models[label].leaving for result in results] for label in predicted}
     reference, *others = models
+    corridor = {label: summarise_corridor(each, units, seed=seed) for label, each in leavings.items()}
+    measure = partial(bias_slope, calibrate=name not in TURN_STRATA)
+    bias = {label: _by_horizon(measure, truth, pred, units, seed=seed) for label, pred in predicted.items()}
     return StratumSummary(
         samples=len(results),
-        clips=len(set(clips)),
+        clips=len({result.clip_id for result in results}),
         metrics={label: {key: _mean(errors) for key, errors in by_key.items()} for label, by_key in values.items()},
         differences={
             label: {
-                key: _difference(values[reference][key], values[label][key], clips, seed=seed) for key in METRIC_KEYS
+                key: _difference(values[reference][key], values[label][key], units, seed=seed) for key in METRIC_KEYS
             }
             for label in others
         },
-        bias={label: _by_horizon(bias_slope, truth, pred, clips, seed=seed) for label, pred in predicted.items()},
+        bias=bias,
         bias_differences={
-            label: _by_horizon(bias_difference, truth, predicted[reference], predicted[label], clips, seed=seed)
+            label: _by_horizon(bias_difference, truth, predicted[reference], predicted[label], units, seed=seed)
             for label in others
         },
-        corridor={label: summarise_corridor(each, clips, seed=seed) for label, each in leavings.items()},
+        corridor=corridor,
         recall_differences={
-            label: recall_difference(leavings[reference], leavings[label], clips, seed=seed) for label in others
+            label: recall_difference(leavings[reference], leavings[label], units, seed=seed) for label in others
+        },
+        verdicts={
+            label: judge_bias(bias[label]["heading"][FUTURE_S], corridor[label], split_by=split_by)
+            for label in (models if name in JUDGED else ())
         },
     )
 
@@ -190,12 +220,10 @@ def _mean(values: Floats) -> float:
     return float(known.mean()) if known.size else math.nan
 
 
-def _difference(before: Floats, after: Floats, clips: Sequence[str], *, seed: int) -> Interval | None:
+def _difference(before: Floats, after: Floats, units: Sequence[str], *, seed: int) -> Interval | None:
     """Paired difference of means over the samples that a metric has a value for, the same for both models."""
     known = np.isfinite(before)
-    if not known.any():
-        return None
-    names = [clip for clip, is_known in zip(clips, known, strict=True) if is_known]
+    names = [unit for unit, is_known in zip(units, known, strict=True) if is_known]
     return mean_difference(before[known], after[known], names, seed=seed)
 
 
@@ -209,20 +237,23 @@ def _by_horizon(measure: Callable[..., T], *data: Sequence[Any], seed: int) -> d
     }
 
 
-def _warnings(strata: Mapping[str, StratumSummary]) -> tuple[str, ...]:
+def _warnings(strata: Mapping[str, StratumSummary], split_by: str) -> tuple[str, ...]:
     warnings = []
     for name, stratum in strata.items():
         samples, clips = stratum.samples, stratum.clips
         count = f"{samples} sample{'s' * (samples > 1)} of {clips} clip{'s' * (clips > 1)}"
         if 0 < samples < ENOUGH_SAMPLES:
             warnings.append(f"{name}: {count}, too few to conclude from ({ENOUGH_SAMPLES} samples or more would do).")
-        elif 0 < clips < MIN_CLIPS:
-            warnings.append(
-                f"{name}: {count}; slope intervals take samples for independent and are too narrow "
-                f"({MIN_CLIPS} clips or more would do)."
-            )
+        elif (slope := _unbounded(stratum)) is not None:
+            warnings.append(f"{name}: {count}; {too_few(slope, split_by)}.")
     if not strata[LATE_CURVE].samples:
         warnings.append(
             f"{LATE_CURVE}: no sample; whether the image is used on curves cannot be told from these clips."
         )
     return tuple(warnings)
+
+
+def _unbounded(stratum: StratumSummary) -> Slope | None:
+    """A slope of the heading change that has no interval; None where they have one, or there is no slope."""
+    slopes = [by_quantity["heading"][FUTURE_S] for by_quantity in stratum.bias.values()]
+    return next((slope for slope in slopes if slope is not None and math.isinf(slope.low)), None)

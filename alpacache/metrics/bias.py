@@ -1,12 +1,18 @@
-"""Straight-line bias: does a model turn as much as the road does?
+"""Straight-line bias: does a model turn as much as it can know that the road does?
 
 Over many samples, heading change and lateral offset of the predicted paths' mean are fitted against those of the driven
-path: a slope of 1 is unbiased, 0 always drives straight. The error of a single path does not show this, and a mean
-error is dominated by straight road, where a biased model is right.
+path. The error of a single path does not show this, and a mean error is dominated by straight road, where a biased
+model is right.
+
+Two slopes tell two things apart. Predicted on driven is the share of the turn that is taken: 0 always drives straight,
+but less than 1 is no bias yet, as a model without any has the share of the variance that it can know. Driven on
+predicted is the calibration: 1 where predictions mean what they say, above where the road turns more than they do. The
+product of the two is R^2, what is known.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -14,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from alpacache.driving.sample import DT_S, FUTURE_S, Floats
 from alpacache.driving.strata import driven_heading
-from alpacache.metrics.bootstrap import LEVEL, Interval, slope_interval
+from alpacache.metrics.bootstrap import Interval, calibration_interval, slope_interval
 
 Quantity: TypeAlias = Literal["heading", "lateral"]
 
@@ -23,9 +29,7 @@ QUANTITIES: tuple[Quantity, ...] = ("heading", "lateral")
 MIN_SPREAD: dict[Quantity, float] = {"heading": float(np.deg2rad(0.1)), "lateral": 0.02}
 """Least standard deviation of the truth (rad, m) that a slope can be fitted to."""
 MIN_SAMPLES = 5
-"""Fewer samples give no slope: with 2 the line is exact, with 3 or 4 the interval says nothing."""
-MIN_CLIPS = 10
-"""Fewer clips than this cannot be resampled; the interval is then Student's t over samples."""
+"""Fewer samples give no slope: with 2 the line is exact, with 3 or 4 it is chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,21 +40,32 @@ class Departure:
     """Heading less heading at t0, unwrapped, radians."""
     lateral: tuple[float, ...]
     """y in the ego frame at t0, metres."""
+    heading_noise: tuple[float, ...] | None = None
+    """Variance of `heading` as a mean of K sampled paths: theirs, over K. None where a single path does not tell."""
+    lateral_noise: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slope:
-    """A least-squares line of predicted on true departure, with a 95 % interval of its slope."""
+    """Least-squares lines between predicted and true departure, with 95 % intervals of their slopes."""
 
     slope: float
+    """Predicted on true: the share of the turn that is taken."""
     low: float
+    """Infinite, as `high` is, where the clips are too few for an interval."""
     high: float
     intercept: float
     """Radians or metres, as the quantity."""
     n: int
     """Number of samples."""
     clips: int | None = None
-    """Number of clips that were resampled for the interval; None where it is Student's t over samples."""
+    """Number of clips, or blocks of time, that were split for the interval."""
+    effective_clips: float | None = None
+    """Number of clips of equal weight that would be worth as much."""
+    calibration: Interval | None = None
+    """Slope of true on predicted, corrected for the noise of a mean of few paths; None where that is not known."""
+    r2: float | None = None
+    """Share of the true departure's variance that the predicted one tells: the product of the two slopes."""
 
 
 def mean_departure(pred_xyz: ArrayLike, pred_rot: ArrayLike, start_rot: ArrayLike) -> Departure:
@@ -79,14 +94,43 @@ def mean_departure(pred_xyz: ArrayLike, pred_rot: ArrayLike, start_rot: ArrayLik
     headings = driven_heading(np.concatenate([at_t0, points], axis=1), np.concatenate([start, matrices], axis=1))
     turned = headings[:, steps] - headings[:, :1]
     beside = points[:, [step - 1 for step in steps], 1]
-    return Departure(heading=tuple(turned.mean(axis=0).tolist()), lateral=tuple(beside.mean(axis=0).tolist()))
+    return Departure(
+        heading=tuple(turned.mean(axis=0).tolist()),
+        lateral=tuple(beside.mean(axis=0).tolist()),
+        heading_noise=_noise(turned),
+        lateral_noise=_noise(beside),
+    )
 
 
-def fit_slope(truth: ArrayLike, pred: ArrayLike, *, min_spread: float = 0.0) -> Slope | None:
-    """Least-squares line with intercept of pred on truth, departures `[N]`; the interval is Student's t, freedom n - 2.
+def _noise(values: Floats) -> tuple[float, ...] | None:
+    """Variance of the means over K paths, values `[K, horizons]`; None for a single path."""
+    return tuple((values.var(axis=0, ddof=1) / len(values)).tolist()) if len(values) > 1 else None
 
-    None with fewer than five samples or where the standard deviation of truth is not above `min_spread`: there is no
-    slope to speak of. Raises `ValueError` for lengths that differ or values that are not finite.
+
+def fit_slope(
+    truth: ArrayLike,
+    pred: ArrayLike,
+    clips: Sequence[str] | None = None,
+    *,
+    noise: ArrayLike | None = None,
+    min_spread: float = 0.0,
+    seed: int = 0,
+) -> Slope | None:
+    """Fit departures `[N]` to each other, pred to truth and back.
+
+    Args:
+        truth: `[N]`.
+        pred: `[N]` means over sampled paths.
+        clips: N clip ids; without them every sample counts as a clip of its own.
+        noise: `[N]` variance of each mean; without it there is neither calibration nor R^2.
+        min_spread: least standard deviation of truth that a slope can be fitted to.
+        seed: seed of the splits for the intervals.
+
+    Returns:
+        None with fewer than five samples or where truth hardly varies: there is no slope to speak of.
+
+    Raises:
+        ValueError: lengths that differ, or values that are not finite.
     """
     x, y = np.asarray(truth, dtype=np.float64), np.asarray(pred, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape:
@@ -95,16 +139,23 @@ def fit_slope(truth: ArrayLike, pred: ArrayLike, *, min_spread: float = 0.0) -> 
         raise ValueError("truth or pred holds values that are not finite.")
     if x.size < MIN_SAMPLES or float(x.std()) <= max(min_spread, 1e-12):
         return None
-    from scipy import stats
-
-    centred = x - x.mean()
-    spread = float(centred @ centred)
-    slope = float(centred @ (y - y.mean())) / spread
-    intercept = float(y.mean() - slope * x.mean())
-    residual = y - intercept - slope * x
-    freedom = x.size - 2
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * float(np.sqrt(residual @ residual / freedom / spread))
-    return Slope(slope=slope, low=slope - half, high=slope + half, intercept=intercept, n=x.size)
+    units = [str(index) for index in range(x.size)] if clips is None else clips
+    share = slope_interval(x, y, units, seed=seed)
+    if share is None:
+        return None
+    calibration = None if noise is None else calibration_interval(x, y, noise, units, seed=seed)
+    known = 0.0 if calibration is None else share.estimate * calibration.estimate
+    return Slope(
+        slope=share.estimate,
+        low=share.low,
+        high=share.high,
+        intercept=float(y.mean() - share.estimate * x.mean()),
+        n=share.n,
+        clips=share.clips,
+        effective_clips=share.effective_clips,
+        calibration=calibration,
+        r2=None if calibration is None or not math.isfinite(known) else min(1.0, known),
+    )
 
 
 def bias_slope(
@@ -114,19 +165,17 @@ def bias_slope(
     *,
     quantity: Quantity,
     horizon_s: float,
+    calibrate: bool = True,
     seed: int = 0,
 ) -> Slope | None:
-    """Slope of one model, from the mean departures of its paths and the true ones; None where `fit_slope` gives none.
+    """Slopes of one model, from the mean departures of its paths and the true ones; None where `fit_slope` gives none.
 
-    The interval comes from resampling clips where clips have several samples and there are ten clips or more, else from
-    Student's t, which takes samples for independent and is too narrow where they are not.
+    Without `calibrate` there is no calibration. It is meaningless on samples that were chosen by their true departure:
+    among those that turn, the road turns more than a calibrated model predicts.
     """
     x, y = departures_at(truth, quantity, horizon_s), departures_at(pred, quantity, horizon_s)
-    line = fit_slope(x, y, min_spread=MIN_SPREAD[quantity])
-    if line is None or not MIN_CLIPS <= len(set(clips)) < len(clips):
-        return line
-    interval = slope_interval(x, y, clips, seed=seed)
-    return line if interval is None else replace(line, low=interval.low, high=interval.high, clips=interval.clips)
+    noise = _noise_at(pred, quantity, horizon_s) if calibrate else None
+    return fit_slope(x, y, clips, noise=noise, min_spread=MIN_SPREAD[quantity], seed=seed)
 
 
 def bias_difference(
@@ -139,9 +188,9 @@ def bias_difference(
     horizon_s: float,
     seed: int = 0,
 ) -> Interval | None:
-    """Slope of `after` less slope of `before`, paired; None where `bias_slope` has no slope, or with a single clip."""
+    """Slope of `after` less slope of `before`, paired; None where `bias_slope` has no slope."""
     x, y, z = (departures_at(each, quantity, horizon_s) for each in (truth, before, after))
-    if fit_slope(x, z, min_spread=MIN_SPREAD[quantity]) is None:
+    if x.size < MIN_SAMPLES or float(x.std()) <= MIN_SPREAD[quantity]:
         return None
     return slope_interval(x, z, clips, over=y, seed=seed)
 
@@ -150,3 +199,11 @@ def departures_at(departures: Sequence[Departure], quantity: Quantity, horizon_s
     """One number of each departure, `[N]` in radians or metres. Raises `ValueError` for an unknown horizon."""
     place = HORIZONS_S.index(horizon_s)
     return np.array([getattr(one, quantity)[place] for one in departures], dtype=np.float64)
+
+
+def _noise_at(departures: Sequence[Departure], quantity: Quantity, horizon_s: float) -> Floats | None:
+    """Variance of each departure as a mean of paths `[N]`; None where one is not known."""
+    place = HORIZONS_S.index(horizon_s)
+    each = [one.heading_noise if quantity == "heading" else one.lateral_noise for one in departures]
+    known = [noise[place] for noise in each if noise is not None]
+    return np.array(known, dtype=np.float64) if len(known) == len(each) else None

@@ -1,30 +1,52 @@
-"""Intervals by resampling clips, not samples: several t0s of one clip show the same road and are not independent.
+"""Intervals by splitting clips, not samples: several t0s of one clip show the same road and are not independent.
 
-A replicate draws as many clips as there are, with replacement. Means and slopes depend on sums alone, so a replicate is
-one row of clip counts times per-clip sums. Before and after share that row, so the comparison is paired.
-Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapters 6, 8 and 13 (percentile interval).
+Every replicate splits the clips at random in two and estimates from either half; the interval is the middle 95 % of
+these estimates. It is the sign-flip test of what each clip contributes to the estimating equation, turned round: it
+needs no standard error and no quantile of a distribution, and holds however the error grows with the bend, as long as
+clips err to either side alike. A percentile bootstrap is too narrow with few clips, Student's t where errors are of
+unequal size: `benchmarks/bench_intervals.py` measures it.
+
+Means and slopes depend on sums alone, so a replicate is one row of zeros and ones times per-clip sums. Before and after
+share that row, so the comparison is paired.
+Source: Hartigan, Using subsample values as typical values, J. Am. Stat. Assoc. 64 (1969), 1303-1317.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from alpacache.driving.sample import Floats
 
-DRAWS = 2000
+SPLITS = 2000
 """Replicates of each interval."""
 LEVEL = 0.95
 """Confidence level of every interval of the project."""
-MIN_CLIPS = 2
-"""With one clip every replicate is the same and the interval would be a point."""
+CALIBRATION_LEVEL = 0.965
+"""Middle of a calibration's estimates that makes such an interval: what clips contribute to it leans to one side."""
+MIN_CLIPS = 10
+"""Fewer clips give no interval."""
+MIN_EFFECTIVE = 5.0
+"""So do clips that are worth fewer than this many of equal weight."""
+LEAST_SHARE = 0.3
+"""Least share of the clips in the smaller half of a split."""
+BLOCK_S = 60.0
+"""Length of the blocks that stand for clips where those are few and long; samples less than 8 s apart share road."""
+
+Measure: TypeAlias = Callable[[Floats], Floats]
+"""Sums `[R, columns]` -> an estimate for every row: NaN where it has none, infinite where it has no bound."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """An estimate and the range that `LEVEL` of the replicates fall into."""
+    """An estimate, and the range that holds the true value in `LEVEL` of all data sets.
+
+    A bound that the data do not give is infinite; with too few clips both are.
+    """
 
     estimate: float
     low: float
@@ -32,32 +54,92 @@ class Interval:
     n: int
     """Number of samples."""
     clips: int
+    """Number of clips, or blocks of time, that were split."""
+    effective_clips: float | None = None
+    """Number of clips of equal weight that would be worth as much: one sharp bend outweighs many straight clips."""
+
+
+def range_text(low: float, high: float, form: str = "z.2f") -> str:
+    """Write a range as `[0.85, 0.96]`, with `..` for one bound that is infinite; empty where both are."""
+    if not math.isfinite(low) and not math.isfinite(high):
+        return ""
+    return "[{}, {}]".format(*(format(end, form) if math.isfinite(end) else ".." for end in (low, high)))
+
+
+def splitting_units(clips: Sequence[str], times_s: Sequence[float]) -> list[str]:
+    """Names `[N]` of what N samples at `times_s` of their clips are split by: clips, or blocks where those are few.
+
+    An interval by blocks tells of these drives, not of others.
+    """
+    if len(set(clips)) >= MIN_CLIPS:
+        return list(clips)
+    return [f"{clip} {time_s // BLOCK_S:.0f}" for clip, time_s in zip(clips, times_s, strict=True)]
 
 
 def mean_difference(before: ArrayLike, after: ArrayLike, clips: Sequence[str], *, seed: int = 0) -> Interval | None:
     """Interval of mean(after) - mean(before), `[N]` each, over samples that both models were run on.
 
-    None with fewer than two clips. Raises `ValueError` for lengths that differ.
+    None without samples. Raises `ValueError` for lengths that differ.
     """
     gain = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    sums = _sums_by_clip([np.ones_like(gain), gain], clips)
-    replicates = _replicates(sums, seed=seed)
-    return _interval(float(gain.mean()), replicates[:, 1] / replicates[:, 0], n=gain.size, clips=len(sums))
+    return weighted_mean(gain, np.ones_like(gain), clips, seed=seed)
+
+
+def weighted_mean(values: ArrayLike, weights: ArrayLike, clips: Sequence[str], *, seed: int = 0) -> Interval | None:
+    """Interval of the mean of values `[N]` that count by weights `[N]`; None where these are all 0."""
+    by = np.asarray(weights, dtype=np.float64)
+    return _interval(_mean, [by, by * np.asarray(values, dtype=np.float64)], clips, weight=0, seed=seed)
+
+
+def mean_share(values: ArrayLike, clips: Sequence[str], *, seed: int = 0) -> Interval | None:
+    """Interval of the mean of shares `[N]`, each from 0 to 1; None without samples.
+
+    Twelve clips that all have the turn do not prove that every clip has it. So two clips are added before the split,
+    one without and one with it, each with the mean number of samples; the estimate is without them.
+    """
+    shares = np.asarray(values, dtype=np.float64)
+    each = shares.size / max(1, len(set(clips)))
+    added = [[each, 0.0], [each, each]]
+    return _interval(_mean, [np.ones_like(shares), shares], clips, weight=0, seed=seed, added=added)
 
 
 def slope_interval(
     truth: ArrayLike, pred: ArrayLike, clips: Sequence[str], *, over: ArrayLike | None = None, seed: int = 0
 ) -> Interval | None:
-    """Interval of the least-squares slope of pred `[N]` on truth `[N]`; None with fewer than two clips.
+    """Interval of the least-squares slope of pred `[N]` on truth `[N]`; None where truth does not vary.
 
     With other predictions `over` `[N]`, the interval of slope(pred) - slope(over), paired.
     """
-    arrays = np.asarray([truth, pred] if over is None else [truth, over, pred], dtype=np.float64)
-    # Centring changes no slope and keeps the digits of the sums of squares.
-    x, *ys = (values - values.mean() for values in arrays)
-    sums = _sums_by_clip([np.ones_like(x), x, x * x, *(column for y in ys for column in (y, x * y))], clips)
-    estimate = float(_slope(sums.sum(axis=0, keepdims=True))[0])
-    return _interval(estimate, _slope(_replicates(sums, seed=seed)), n=len(clips), clips=len(sums))
+    x, y, *other = (_centred(values) for values in ([truth, pred] if over is None else [truth, pred, over]))
+    columns = [np.ones_like(x), x, x * x, y, x * y, *(column for z in other for column in (z, x * z))]
+    return _interval(_slope if over is None else _slope_difference, columns, clips, weight=2, seed=seed)
+
+
+def calibration_interval(
+    truth: ArrayLike, pred: ArrayLike, noise: ArrayLike, clips: Sequence[str], *, seed: int = 0
+) -> Interval:
+    """Interval of the slope of truth `[N]` on pred `[N]`, had pred no noise.
+
+    Args:
+        truth: `[N]`.
+        pred: `[N]` means of sampled values.
+        noise: `[N]` variance of each of these means about what infinitely many samples would give. It widens the spread
+            of pred, by which the slope is divided, and would hide a part of it (regression dilution).
+        clips: N clip ids.
+        seed: seed of the splits.
+
+    Returns:
+        An infinite estimate or upper bound where pred varies no more than its noise does; the estimate is NaN where it
+        does not go with truth either.
+
+    Raises:
+        ValueError: lengths that differ.
+    """
+    x, y = _centred(truth), _centred(pred)
+    columns = [np.ones_like(x), x, x * x, y, x * y, y * y, np.asarray(noise, dtype=np.float64)]
+    found = _interval(_calibration, columns, clips, weight=2, level=CALIBRATION_LEVEL, seed=seed)
+    unknown = Interval(estimate=math.nan, low=-math.inf, high=math.inf, n=x.size, clips=len(set(clips)))
+    return unknown if found is None else found
 
 
 def r_squared(
@@ -77,10 +159,10 @@ def r_squared(
         reference: `[N]` predictions of a model without inputs: the mean of the truth that `pred` was fitted to.
         clips: N clip ids.
         over: `[N]` other predictions; the result is then R^2(pred) - R^2(over), paired.
-        seed: seed of the resampling.
+        seed: seed of the splits.
 
     Returns:
-        None with fewer than two clips or where `reference` has no error.
+        None where `reference` has no error.
 
     Raises:
         ValueError: lengths that differ.
@@ -88,28 +170,82 @@ def r_squared(
     y = np.asarray(truth, dtype=np.float64)
     errors = [(y - np.asarray(values, dtype=np.float64)) ** 2 for values in (reference, pred)]
     gain = (errors[0] if over is None else (y - np.asarray(over, dtype=np.float64)) ** 2) - errors[1]
-    sums = _sums_by_clip([errors[0], gain], clips)
-    total = sums.sum(axis=0)
-    if total[0] <= 0:
-        return None
-    replicates = _replicates(sums, seed=seed)
-    error, gained = replicates.T
-    shares = np.divide(gained, error, out=np.full(DRAWS, np.nan), where=error > 0)
-    return _interval(float(total[1] / total[0]), shares, n=y.size, clips=len(sums))
+    return _interval(_mean, [errors[0], gain], clips, weight=0, seed=seed)
+
+
+def _centred(values: ArrayLike) -> Floats:
+    """Deviations from the mean: they change no slope and keep the digits of the sums of squares."""
+    array = np.asarray(values, dtype=np.float64)
+    centred: Floats = array - array.mean() if array.size else array
+    return centred
+
+
+def _mean(sums: Floats) -> Floats:
+    """The second sum over the first."""
+    weight, value = sums.T
+    mean: Floats = np.divide(value, weight, out=np.full(len(sums), np.nan), where=weight > 0)
+    return mean
 
 
 def _slope(sums: Floats) -> Floats:
-    """Slope of each row of sums (of 1, x, x^2, y, xy), NaN where x does not vary.
+    """Slope by rows of sums of 1, x, x^2, y, xy, ..."""
+    n, x, xx, y, xy = sums.T[:5]
+    with np.errstate(all="ignore"):
+        spread = xx - x * x / n
+        slope: Floats = np.where(spread > 1e-12 * xx, (xy - x * y / n) / spread, np.nan)
+    return slope
 
-    With a further y and xy, the slope of the second prediction less that of the first.
+
+def _slope_difference(sums: Floats) -> Floats:
+    """Slope of y less that of z, by rows of sums of 1, x, x^2, y, xy, z, xz."""
+    return _slope(sums) - _slope(sums[:, [0, 1, 2, 5, 6]])
+
+
+def _calibration(sums: Floats) -> Floats:
+    """Slope of x on y by rows of sums of 1, x, x^2, y, xy, y^2 and the variance of y's noise."""
+    n, x, _, y, xy, yy, noise = sums.T
+    with np.errstate(all="ignore"):
+        shared, spread = xy - x * y / n, yy - y * y / n - noise * (1 - 1 / n)
+        beyond = np.where(shared > 1e-9 * yy, np.inf, np.nan)
+        slope: Floats = np.where(spread > 1e-9 * yy, shared / spread, beyond)
+    return slope
+
+
+def _interval(
+    measure: Measure,
+    columns: Sequence[Floats],
+    clips: Sequence[str],
+    *,
+    weight: int,
+    seed: int,
+    level: float = LEVEL,
+    added: Sequence[Sequence[float]] = (),
+) -> Interval | None:
+    """Interval of a measure of sums of columns `[N]`; None where it has no estimate.
+
+    `weight` is the column that says how much a clip counts; `added` are sums of clips that only the splits have.
     """
-    n, sx, sxx, *by_prediction = sums.T
-    spread = sxx - sx * sx / n
-    slopes: list[Floats] = [
-        np.divide(sxy - sx * sy / n, spread, out=np.full(len(sums), np.nan), where=spread > 1e-12 * sxx)
-        for sy, sxy in zip(by_prediction[::2], by_prediction[1::2], strict=True)
-    ]
-    return slopes[0] if len(slopes) == 1 else slopes[1] - slopes[0]
+    sums = _sums_by_clip(columns, clips)
+    estimate = float(measure(sums.sum(axis=0, keepdims=True))[0])
+    if math.isnan(estimate):
+        return None
+    weights = sums[:, weight]
+    effective = float(weights.sum() ** 2 / (weights @ weights))
+    low, high = -math.inf, math.inf
+    if len(sums) >= MIN_CLIPS and effective >= MIN_EFFECTIVE:
+        split = np.concatenate([sums, np.asarray(added, dtype=np.float64).reshape(len(added), len(columns))])
+        halves = _half_sums(split, seed=seed)
+        low, high = _ends(np.concatenate([measure(halves), measure(split.sum(axis=0) - halves)]), level)
+    return Interval(estimate=estimate, low=low, high=high, n=len(clips), clips=len(sums), effective_clips=effective)
+
+
+def _ends(estimates: Floats, level: float) -> tuple[float, float]:
+    """Ends of the middle share `level` of estimates; one that has no value may lie anywhere."""
+    unknown = np.isnan(estimates)
+    beyond = math.floor((1 - level) / 2 * estimates.size)
+    low = np.sort(np.where(unknown, -np.inf, estimates))[beyond]
+    high = np.sort(np.where(unknown, np.inf, estimates))[-1 - beyond]
+    return float(low), float(high)
 
 
 def _sums_by_clip(columns: Sequence[Floats], clips: Sequence[str]) -> Floats:
@@ -123,26 +259,23 @@ def _sums_by_clip(columns: Sequence[Floats], clips: Sequence[str]) -> Floats:
     return sums
 
 
-def _replicates(sums: Floats, *, seed: int) -> Floats:
-    """Sums `[DRAWS, columns]` over clips drawn with replacement."""
-    return np.concatenate([block @ sums for block in np.array_split(_clip_counts(len(sums), seed), 10)])
+def _half_sums(sums: Floats, *, seed: int) -> Floats:
+    """Sums `[SPLITS, columns]` over one half of each split."""
+    return np.concatenate([block @ sums for block in np.array_split(_halves(len(sums), seed), 10)])
 
 
-@lru_cache(maxsize=2)
-def _clip_counts(clip_count: int, seed: int) -> NDArray[np.uint16]:
-    """Times that each clip is drawn in each replicate `[DRAWS, clips]`; cached, as a stratum asks for it many times."""
-    rng = np.random.default_rng(seed)
-    counts = np.empty((DRAWS, clip_count), dtype=np.uint16)
-    for row in counts:
-        row[:] = np.bincount(rng.integers(clip_count, size=clip_count), minlength=clip_count)
-    counts.flags.writeable = False
-    return counts
+@lru_cache(maxsize=4)
+def _halves(clips: int, seed: int) -> NDArray[np.bool_]:
+    """Membership `[SPLITS, clips]` of one half; cached, as a stratum asks for it many times.
 
-
-def _interval(estimate: float, replicates: Floats, *, n: int, clips: int) -> Interval | None:
-    """None with too few clips, or where most replicates have no value."""
-    known = replicates[np.isfinite(replicates)]
-    if clips < MIN_CLIPS or known.size < replicates.size / 2:
-        return None
-    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(estimate=estimate, low=float(low), high=float(high), n=n, clips=clips)
+    A clip is in either half with equal chance. A half of a few clips only would have a wild estimate.
+    """
+    rng, least = np.random.default_rng(seed), LEAST_SHARE * clips
+    kept = np.empty((0, clips), dtype=np.bool_)
+    while len(kept) < SPLITS:
+        drawn = rng.integers(2, size=(SPLITS, clips), dtype=np.int8).astype(np.bool_)
+        size = drawn.sum(axis=1)
+        kept = np.concatenate([kept, drawn[(size >= least) & (size <= clips - least)]])
+    halves = kept[:SPLITS].copy()
+    halves.flags.writeable = False
+    return halves

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from alpacache.driving.route import Command
 from alpacache.driving.sample import Floats
 from alpacache.driving.strata import side_of
-from alpacache.metrics.bootstrap import Interval, mean_difference
+from alpacache.metrics.bootstrap import Interval, mean_share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class Obedience:
     recall: float | None
     """Over the samples whose driven path obeys, None without any: 1 is right, 0 never obeys."""
     recall_interval: Interval | None
-    """None with fewer than two clips."""
+    """None without any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,4 +114,4 @@ def _ends(pred_xyz: ArrayLike) -> Floats:
 
 
 def _interval(values: Sequence[float], clips: Sequence[str], *, seed: int) -> Interval | None:
-    return mean_difference(np.zeros(len(values)), values, clips, seed=seed)
+    return mean_share(values, clips, seed=seed)

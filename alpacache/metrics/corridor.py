@@ -1,7 +1,8 @@
 """Leaving the straight corridor: where the driven path does, how many predicted ones do, and is the turn among them?
 
 A slope averages over all samples and paths. Here each path counts: one that stays in its lane where the road leaves it
-has missed the turn, however small its error, and six paths that are all alike offer no turn.
+has missed the turn, however small its error, and six paths that are all alike offer no turn. Where half of them turn
+and half drive on, their mean is a path that none of them takes: how far they fall into two bundles tells.
 """
 
 import math
@@ -11,8 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from alpacache.driving.sample import Floats
 from alpacache.driving.strata import CORRIDOR_M
-from alpacache.metrics.bootstrap import Interval, mean_difference
+from alpacache.metrics.bootstrap import Interval, mean_difference, mean_share, weighted_mean
+
+LEAST_PATHS = 4
+"""With fewer paths, any two bundles hold most of their spread."""
 
 SIDE_KEY = "side_chosen"
 
@@ -29,11 +34,16 @@ class Leaving:
     """True if the driven path ends between the leftmost and the rightmost predicted one."""
     spread_m: float
     """Standard deviation of the K lateral offsets."""
+    split: float | None = None
+    """Share of their variance that lies between two bundles, those that leave least within; None with few paths.
+
+    Six normal draws have 0.79, two bundles ten times as far apart as each is wide 0.97; 0 where all paths end alike.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorridorSummary:
-    """`Leaving` over the samples of a stratum; an interval is None where there are fewer than two clips."""
+    """`Leaving` over the samples of a stratum; an interval is None without samples."""
 
     leaving: int
     """Number of samples whose driven path leaves the corridor."""
@@ -51,6 +61,8 @@ class CorridorSummary:
     contained_interval: Interval | None
     spread_m: float
     """Mean over samples."""
+    split: Interval | None = None
+    """Mean over samples, which count by the variance of their lateral offsets. None with few paths, or all alike."""
 
 
 def leaving(pred_xyz: ArrayLike, truth_xyz: ArrayLike) -> Leaving:
@@ -63,6 +75,7 @@ def leaving(pred_xyz: ArrayLike, truth_xyz: ArrayLike) -> Leaving:
         share=float(outside.mean()),
         contained=bool(ends.min() <= end <= ends.max()),
         spread_m=float(ends.std()),
+        split=_split(ends) if len(ends) >= LEAST_PATHS else None,
     )
 
 
@@ -75,8 +88,17 @@ def side_chosen(pred_xyz: ArrayLike, truth_xyz: ArrayLike) -> float:
     return float((ends * np.sign(end) > 0).mean()) if abs(end) > CORRIDOR_M else math.nan
 
 
+def _split(values: Floats) -> float:
+    """Share of the variance of K values that the best cut into two bundles puts between them; 0 without variance."""
+    count, deviations = len(values), np.sort(values) - values.mean()
+    first, sums = np.arange(1, count), np.cumsum(deviations)[:-1]
+    total = float(deviations @ deviations)
+    between = sums**2 * count / (first * (count - first))
+    return float(between.max()) / total if total > 0 else 0.0
+
+
 def summarise_corridor(samples: Sequence[Leaving], clips: Sequence[str], *, seed: int = 0) -> CorridorSummary:
-    """Aggregate the samples of a stratum, at least one; `clips` are their clip ids, `seed` is for the resampling."""
+    """Aggregate the samples of a stratum, at least one; `clips` are their clip ids, `seed` is that of the splits."""
     left = [sample for sample in samples if sample.truth]
     left_clips = [clip for sample, clip in zip(samples, clips, strict=True) if sample.truth]
     recalled, contained = [sample.share for sample in left], [float(sample.contained) for sample in left]
@@ -91,13 +113,14 @@ def summarise_corridor(samples: Sequence[Leaving], clips: Sequence[str], *, seed
         contained_leaving=_mean(contained),
         contained_interval=_interval(contained, left_clips, seed=seed),
         spread_m=float(np.mean([sample.spread_m for sample in samples])),
+        split=_mean_split(samples, clips, seed=seed),
     )
 
 
 def recall_difference(
     before: Sequence[Leaving], after: Sequence[Leaving], clips: Sequence[str], *, seed: int = 0
 ) -> Interval | None:
-    """Recall of one model less that of another on the same samples; None where fewer than two clips leave."""
+    """Recall of one model less that of another on the same samples; None where none leaves."""
     left = [(old.share, new.share, clip) for old, new, clip in zip(before, after, clips, strict=True) if old.truth]
     if not left:
         return None
@@ -110,4 +133,11 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _interval(values: Sequence[float], clips: Sequence[str], *, seed: int) -> Interval | None:
-    return mean_difference(np.zeros(len(values)), values, clips, seed=seed) if values else None
+    return mean_share(values, clips, seed=seed) if values else None
+
+
+def _mean_split(samples: Sequence[Leaving], clips: Sequence[str], *, seed: int) -> Interval | None:
+    known = [sample.split for sample in samples if sample.split is not None]
+    if len(known) < len(samples):
+        return None
+    return weighted_mean(known, [sample.spread_m**2 for sample in samples], clips, seed=seed)

@@ -1,4 +1,4 @@
-"""The demo's claim, shortened and in full: biased before, unbiased after, and it is the picture that teaches.
+"""The demo's claim, shortened and in full: biased before, not after, and it is the picture that teaches.
 
 Judged on held-out drives that are straight throughout their history and curve after t0, where only the image knows.
 """
@@ -58,6 +58,10 @@ def judge(summary, *, least):
     assert slope(summary, "base") < 0.3
     assert slope(summary, "trained") > 0.7
     assert slope(summary, "constant turn rate") < 0.3
+    verdicts = {label: verdict.answer for label, verdict in summary.strata["all"].verdicts.items()}
+    assert verdicts["base"] == "biased"
+    assert verdicts["trained"] not in ("biased", "bimodal", "overshoots")
+    return verdicts
 
 
 def shuffled_slope(out):
@@ -86,7 +90,7 @@ def test_the_story_shortened(tmp_path):
 @pytest.mark.slow
 def test_the_full_story(tmp_path):
     report = run_demo(tmp_path / "demo", stage=silent)
-    judge(report.evaluation.summary, least=40)
+    assert judge(report.evaluation.summary, least=40)["trained"] == "takes the turn"
 
 
 @pytest.mark.slow

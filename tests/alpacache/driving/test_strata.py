@@ -5,6 +5,7 @@ import pytest
 
 from alpacache.driving.strata import (
     LATE_CURVE,
+    STRAIGHT_HISTORY,
     STRATA,
     Strata,
     classify,
@@ -45,7 +46,7 @@ def turn_rate(history_degps: float, future_degps: float) -> np.ndarray:
 def test_straight_road() -> None:
     result = classify(*drive(10.0, turn_rate(0.0, 0.0)))
 
-    assert result.labels == ("all", "straight", "medium")
+    assert result.labels == ("all", "straight", STRAIGHT_HISTORY, "medium")
     assert (result.heading_change_rad, result.lateral_offset_m) == (0.0, 0.0)
     assert result.mean_speed_mps == pytest.approx(10.0)
 
@@ -53,7 +54,7 @@ def test_straight_road() -> None:
 def test_sharp_left_that_nothing_announces() -> None:
     result = classify(*drive(10.0, turn_rate(0.0, 8.0)))
 
-    assert result.labels == ("all", "sharp", "left", LATE_CURVE, "medium")
+    assert result.labels == ("all", "sharp", "left", STRAIGHT_HISTORY, LATE_CURVE, "medium")
     assert np.rad2deg(result.heading_change_rad) == pytest.approx(51.2)
     radius_m = 10.0 / np.deg2rad(8.0)
     assert result.lateral_offset_m == pytest.approx(radius_m * (1 - np.cos(np.deg2rad(51.2))), rel=1e-3)
@@ -139,13 +140,14 @@ def test_labels_are_known_strata_in_their_order() -> None:
     every = Strata(
         turn="gentle",
         direction="right",
+        straight_history=True,
         straight_history_late_curve=True,
         speed="stopped",
         heading_change_rad=0.0,
         lateral_offset_m=0.0,
         mean_speed_mps=0.0,
     )
-    assert every.labels == ("all", "gentle", "right", LATE_CURVE, "stopped")
+    assert every.labels == ("all", "gentle", "right", STRAIGHT_HISTORY, LATE_CURVE, "stopped")
     assert sorted(every.labels, key=STRATA.index) == list(every.labels)
 
 

@@ -44,6 +44,8 @@ def test_a_row_for_every_sample_and_model_and_the_means_are_those_of_the_summary
     assert [row["stratum/straight"] for row in base] == [True, False, False]
     assert [row["truth/lateral_m@6.4"] for row in base] == pytest.approx([0.0, 3.0, -5.0])
     assert [row["pred/lateral_m@6.4"] for row in base] == pytest.approx([0.5, 3.5, -4.5])
+    assert [row["noise/lateral_m2@6.4"] for row in base] == pytest.approx([0.25] * 3), "of ends 1 m apart, over two"
+    assert {row["noise/heading_rad2@6.4"] for row in table if row["model"] != "base"} == {0.0}
     every = summarise(results).strata["all"]
     for label in ("base", "constant velocity"):
         mine = [row["min_fde"] for row in table if row["model"] == label]

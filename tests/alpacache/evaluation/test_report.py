@@ -117,6 +117,17 @@ def test_page_holds_the_numbers_and_every_sample(results: list[SampleResult], pa
     assert data["samples"][0]["truth"][-2:] == [round(10 * float(value)) for value in worst.truth_xyz[-1, :2]]
 
 
+def test_page_says_what_is_wrong_with_a_model_and_that_less_than_1_is_no_bias(page: str) -> None:
+    headline = page[page.index('<section id="headline">') : page.index('<section id="bias">')]
+
+    told = r"<strong>before</strong> on all 40 samples: <strong>biased</strong>. It takes 0\.20 .* and knows more"
+    assert re.search(told, headline)
+    assert headline.count("<strong>biased</strong>") == headline.count("<strong>takes the turn</strong>") == 2
+    assert "calibration" in headline
+    assert "unbiased" not in page
+    assert "<th scope=\"col\"><button type='button'>calibration</button></th>" in page
+
+
 def test_page_fetches_nothing(page: str) -> None:
     elements = Elements(page)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from alpacache.driving.strata import LATE_CURVE, STRATA, classify
+from alpacache.driving.strata import LATE_CURVE, STRAIGHT_HISTORY, STRATA, TURN_STRATA, classify
 from alpacache.evaluation.judging import METRIC_KEYS, SampleResult, judge, judge_baselines
 from alpacache.evaluation.summary import EvalSummary, summarise
 
@@ -120,13 +120,57 @@ def test_strata_that_are_small_or_empty_are_named(summary: EvalSummary) -> None:
     assert summary.strata["fast"].metrics == {}
 
 
+def test_a_stratum_without_intervals_says_why() -> None:
+    turning = [
+        replace(result(i, float(rate), {"m": 0.5}), clip_id=f"clip-{i % 3}") for i, rate in enumerate(RATES_DEGPS)
+    ]
+
+    found = summarise(turning)
+
+    slope = found.strata["all"].bias["m"]["heading"][6.4]
+    assert slope is not None
+    assert (slope.slope, slope.clips, slope.low) == (pytest.approx(0.5), 3, -np.inf)
+    assert found.warnings[0] == "all: 41 samples of 3 clips; 3 blocks of 60 s give no interval, 10 may."
+    assert found.strata["all"].verdicts["m"].answer == "cannot tell"
+
+
+def test_few_long_drives_are_split_by_the_minute() -> None:
+    drives = [
+        replace(result(i, float(rate), {"m": 0.5}), clip_id="drive", sample_id=f"drive@{30_000_000 * i}#0")
+        for i, rate in enumerate(RATES_DEGPS)
+    ]
+
+    slope = summarise(drives).strata["all"].bias["m"]["heading"][6.4]
+
+    assert slope is not None
+    assert (slope.clips, slope.low) == (21, pytest.approx(0.5))
+
+
+def test_verdicts_are_of_strata_that_the_turn_did_not_choose(summary: EvalSummary) -> None:
+    judged = {name: dict(stratum.verdicts) for name, stratum in summary.strata.items() if stratum.verdicts}
+
+    assert set(judged) == {"all", STRAIGHT_HISTORY}
+    assert {label: verdict.answer for label, verdict in judged["all"].items()} == {
+        "before": "biased",
+        "after": "takes the turn",
+    }
+    for name, stratum in summary.strata.items():
+        for by_quantity in stratum.bias.values():
+            for slope in by_quantity["heading"].values():
+                assert slope is None or (slope.calibration is None) == (name in TURN_STRATA)
+    biased = summary.strata["all"].bias["before"]["heading"][6.4]
+    assert biased is not None
+    assert biased.calibration is not None
+    assert (biased.calibration.low > 4.0, biased.r2) == (True, 1.0)
+
+
 def test_few_clips_and_a_missing_late_curve_are_named() -> None:
     straight = [replace(result(i, 0.0, {"after": 1.0}), clip_id=f"clip-{i % 3}") for i in range(30)]
 
     found = summarise(straight)
 
-    assert [text.split(":")[0] for text in found.warnings] == ["all", "straight", "medium", LATE_CURVE]
-    assert "30 samples of 3 clips; slope intervals" in found.warnings[0]
+    assert [text.split(":")[0] for text in found.warnings] == [LATE_CURVE], "straight road has no slope to warn of"
+    assert found.split_by == "blocks of 60 s"
     assert found.strata["all"].bias["after"]["heading"][6.4] is None, "straight road has no slope"
 
 
@@ -141,6 +185,11 @@ def test_json_is_plain_and_holds_the_numbers(summary: EvalSummary) -> None:
     )
     assert set(everything["bias"]["after"]["lateral"]) == {"2.0", "4.0", "6.4"}
     assert everything["bias"]["before"]["heading"]["6.4"]["n"] == 41
+    assert {"slope", "low", "high", "intercept", "n", "clips", "r2"} < set(
+        everything["bias"]["before"]["heading"]["6.4"]
+    )
+    assert everything["verdicts"]["before"]["answer"] == "biased"
+    assert plain["strata"]["fast"]["verdicts"] == {}
     assert plain["strata"]["stopped"]["samples"] == 0
 
 

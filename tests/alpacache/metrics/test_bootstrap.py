@@ -5,8 +5,11 @@ import pytest
 
 from alpacache.metrics.bootstrap import (
     mean_difference,
+    mean_share,
     r_squared,
+    range_text,
     slope_interval,
+    splitting_units,
 )
 
 
@@ -36,7 +39,7 @@ def test_a_constant_gain_has_no_width() -> None:
     assert (result.low, result.high) == pytest.approx((-0.25, -0.25))
 
 
-def test_clips_are_resampled_not_samples() -> None:
+def test_clips_are_split_not_samples() -> None:
     gain = np.repeat(np.random.default_rng(2).normal(size=40), 25)
 
     by_clip = mean_difference(0 * gain, gain, ids(40, 25))
@@ -71,11 +74,51 @@ def test_slope_difference_is_paired() -> None:
     assert alone.estimate == pytest.approx(np.polyfit(truth, after, 1)[0])
 
 
-def test_one_clip_gives_no_interval() -> None:
+def test_few_clips_give_an_estimate_without_bounds() -> None:
     values = np.arange(9.0)
-    assert mean_difference(values, values, ids(1, 9)) is None
-    assert slope_interval(values, values, ids(1, 9)) is None
-    assert slope_interval(values, values, ids(1, 9), over=values) is None
+    found = [
+        mean_difference(0 * values, values, ids(1, 9)),
+        mean_difference(0 * values, values, ids(9)),
+        slope_interval(values, values, ids(9)),
+        slope_interval(values, values, ids(9), over=0 * values),
+        mean_share(values / 8, ids(3, 3)),
+    ]
+    assert [interval and interval.estimate for interval in found] == pytest.approx([4.0, 4.0, 1.0, 1.0, 0.5])
+    assert all(interval and (interval.low, interval.high) == (-np.inf, np.inf) for interval in found)
+    assert mean_difference([], [], []) is None
+
+
+def test_one_heavy_clip_gives_no_bounds() -> None:
+    clips = ["long"] * 60 + ids(20)
+    found = mean_difference(np.zeros(80), np.arange(80.0), clips)
+    assert found is not None
+    assert (found.clips, found.low, found.high) == (21, -np.inf, np.inf)
+    assert found.effective_clips == pytest.approx(80**2 / (60**2 + 20))
+
+
+def test_blocks_stand_for_clips_where_these_are_few_and_long() -> None:
+    times_s = [5.0, 59.0, 61.0, 200.0]
+    assert splitting_units(["a"] * 4, times_s) == ["a 0", "a 0", "a 1", "a 3"]
+    assert splitting_units(["a", "a", "b", "b"], [5.0, 65.0, 5.0, 65.0]) == ["a 0", "a 1", "b 0", "b 1"]
+    many = ids(10, 2)
+    assert splitting_units(many, [float(t) for t in range(0, 2000, 100)]) == many
+
+
+def test_twelve_clips_that_all_have_it_do_not_prove_it() -> None:
+    every = mean_share(np.ones(12), ids(12))
+    none = mean_share(np.zeros(24), ids(12, 2))
+    assert every is not None
+    assert none is not None
+    assert (every.estimate, every.high) == (1.0, 1.0)
+    assert 0.6 < every.low < 0.9
+    assert (none.estimate, none.low, none.high) == pytest.approx((0.0, 0.0, 1 - every.low), abs=0.05)
+
+
+def test_ranges_are_written_with_the_bounds_they_have() -> None:
+    assert range_text(0.851, 0.964) == "[0.85, 0.96]"
+    assert range_text(-0.001, np.inf) == "[0.00, ..]"
+    assert range_text(-np.inf, np.inf) == ""
+    assert range_text(-0.5, 0.25, "+.1f") == "[-0.5, +0.2]"
 
 
 def test_no_slope_where_truth_does_not_vary() -> None:
@@ -104,4 +147,6 @@ def test_explained_is_the_share_of_the_squared_error_done_away_with() -> None:
     assert (perfect.low, perfect.high) == pytest.approx((1.0, 1.0))
     assert (found.n, found.clips) == (2000, 1000)
     assert r_squared(truth, truth, truth, ids(1000, 2)) is None
-    assert r_squared(truth, truth, 0 * truth, ["one"] * 2000) is None
+    alone = r_squared(truth, truth, 0 * truth, ["one"] * 2000)
+    assert alone is not None
+    assert (alone.estimate, alone.low, alone.high) == (1.0, -np.inf, np.inf)
