@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from alpacache.checks.check import Check, not_judged, verdict
+from alpacache.checks.glance import glance
 from alpacache.checks.motion import Motion
-from alpacache.checks.pictures import MIN_SHIFT_PX, MIN_TURN_RADPS, Turn, far_field, shift_px
+from alpacache.checks.pictures import MIN_SHIFT_PX, MIN_TURN_RADPS, WIDTH_PX, Turn, far_field, shift_px
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import Floats
 from alpacache.errors import BadClipError
@@ -155,7 +156,7 @@ def sideways_of(source: RecordedSource, clip_id: str, motion: Motion, stretches:
             fields = [
                 far_field(picture)
                 for start in range(0, len(within), CHUNK)
-                for picture in source.film(clip_id, FRONT_CAMERA, within[start : start + CHUNK])
+                for picture in glance(source, clip_id, within[start : start + CHUNK], about_px=WIDTH_PX)
             ]
             shifts += [shift_px(before, after, quick=True) for before, after in pairwise(fields)]
             begins, ends = [*begins, *within[:-1]], [*ends, *within[1:]]

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.checks.glance import glance
 from alpacache.checks.motion import Motion
 from alpacache.checks.pictures import one_of
 from alpacache.driving.cameras import FRONT_CAMERA
@@ -86,7 +87,7 @@ def glimpses_of_clip(source: RecordedSource, clip_id: str, motion: Motion, *, nu
         first = min(int(np.searchsorted(stamps, driving[place])), len(stamps) - length)
         seen = stamps[first : first + length]
         try:
-            frames = source.film(clip_id, FRONT_CAMERA, seen)
+            frames = glance(source, clip_id, seen, about_px=WIDTH_PX)
         except BadClipError:
             return glimpses  # unreadable pictures are refused where a sample needs them
         glimpses.append(
@@ -121,16 +122,18 @@ def _glimpse(
 
 
 def small_grey(picture: Picture) -> Picture:
-    """`[3, H, W]` as grey, about 160 across."""
+    """`[3, H, W]` as grey, 160 across."""
     return np.asarray(_small(picture).convert("L"))
 
 
 def _small(picture: Picture) -> Any:
-    """The Pillow image of `[3, H, W]`, about 160 across."""
+    """The Pillow image of `[3, H, W]`, 160 across or less."""
     from PIL import Image
 
     image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
-    return image.reduce(max(1, round(image.width / WIDTH_PX)))
+    size = (WIDTH_PX, max(1, round(image.height * WIDTH_PX / image.width)))
+    image = image.reduce(max(1, image.width // WIDTH_PX))
+    return image if image.width <= WIDTH_PX else image.resize(size, Image.Resampling.BOX)
 
 
 def _speeds(motion: Motion) -> Floats:

@@ -56,6 +56,8 @@ HELD_RAD = 0.001
 """Change of heading within a step that is none while the course turns."""
 HELD_SHARE = 0.3
 UP_AND_DOWN_SHARE = 0.1
+FOLLOWS = 0.8
+"""Correlation of the jerks of heading and course from which on the vehicle itself turns so."""
 JUMP_DEG = (0.4, 4.5)
 """Steps of rounded headings, or jumps of held ones: a warning, a failure."""
 FAST_MPS = 60.0
@@ -245,6 +247,10 @@ class _Chords(NamedTuple):
     """Change of course within `TURN_STEPS`."""
     curved_pm: Floats
     """Change of the heading's curvature within `TURN_STEPS`."""
+    twitched_rad: Floats
+    """Change of the heading's change from step to step."""
+    swerved_rad: Floats
+    """The same of the course."""
 
 
 def _joined(parts: Sequence[_Chords]) -> _Chords:
@@ -290,6 +296,8 @@ def _chords(motion: Motion) -> _Chords:
         turned_rad=change(heading, before=before, after=after),
         bent_rad=wrapped(change(course, before=before, after=after)),
         curved_pm=change(curvature, before=before, after=after),
+        twitched_rad=np.pad(np.diff(motion.heading_rad, n=2), 1)[middle],
+        swerved_rad=np.pad(np.diff(wrapped(np.diff(motion.course_rad))), 1)[middle],
     )
 
 
@@ -320,14 +328,21 @@ def _turns_otherwise(chords: _Chords) -> Check | None:
 
 
 def _held(chords: _Chords) -> Check | None:
-    """A warned or failed check if headings are rounded, or stay exactly the same in turns and then jump."""
+    """A warned or failed check if headings are rounded, or stay exactly the same in turns and then jump.
+
+    Unless the course does, too: in simulators, keys steer a vehicle by jerks.
+    """
     with np.errstate(invalid="ignore"):
-        stepped = np.abs(chords.stepped_rad[np.abs(chords.bent_rad) > MIN_TURNED_RAD])
+        turns = np.abs(chords.bent_rad) > MIN_TURNED_RAD
+    stepped = np.abs(chords.stepped_rad[turns])
     held = stepped < HELD_RAD
     jumps, change = stepped[~held], np.diff(stepped)
     # Turns of one rate are steps of one size, too, but their rate never goes up and at once down again.
     up_and_down = (change[1:] * change[:-1] < 0) & (np.minimum(np.abs(change[1:]), np.abs(change[:-1])) > HELD_RAD)
     if len(jumps) < MIN_TURNING or up_and_down.mean() < UP_AND_DOWN_SHARE:
+        return None
+    twitched, swerved = chords.twitched_rad[turns], chords.swerved_rad[turns]
+    if twitched @ swerved > FOLLOWS * np.linalg.norm(twitched) * np.linalg.norm(swerved):
         return None
     finest = jumps.min()
     if np.mean(np.abs(jumps - finest * np.round(jumps / finest)) < HELD_RAD) > 0.95:

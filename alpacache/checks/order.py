@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from alpacache.checks.check import Check, not_judged, verdict
 from alpacache.checks.flow import BACKWARDS, MIN_STEPS, Flow
-from alpacache.checks.glimpses import Glimpse, small_grey
+from alpacache.checks.glance import glance
+from alpacache.checks.glimpses import WIDTH_PX, Glimpse, small_grey
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import Floats
 from alpacache.errors import BadClipError
@@ -70,7 +71,7 @@ def _fits(source: RecordedSource, clip_id: str, stamps: NDArray[np.int64], *, fi
     gained = []
     for place in chosen:
         shown = np.array([place, place + 1, place_of[former[place] + 1]])
-        pictures = source.film(clip_id, FRONT_CAMERA, stamps[shown])
+        pictures = glance(source, clip_id, stamps[shown], about_px=WIDTH_PX)
         here, following, expected = (_far(small_grey(picture)) for picture in pictures)
         gained.append(_likeness(here, expected) - _likeness(here, following))
     better, worse = (sum(sign * gain > BETTER for gain in gained) for sign in (1, -1))

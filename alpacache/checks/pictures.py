@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.checks.check import Check, not_judged, verdict
+from alpacache.checks.glance import glance
 from alpacache.checks.motion import Motion
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import Floats, Sample
@@ -125,7 +126,7 @@ def turns_of_clip(source: RecordedSource, clip_id: str, motion: Motion, *, numbe
     for place in np.unique(np.linspace(0, len(turning) - 1, count).round().astype(int)):
         pair = np.searchsorted(stamps, turning[place] + np.array([-APART_US // 2, APART_US // 2]))
         try:
-            earlier, later = source.film(clip_id, FRONT_CAMERA, stamps[pair])
+            earlier, later = glance(source, clip_id, stamps[pair], about_px=WIDTH_PX)
         except BadClipError:
             return turns  # unreadable pictures are refused where a sample needs them
         turned = np.diff(np.interp(stamps[pair], motion.times_us, motion.heading_rad))[0]

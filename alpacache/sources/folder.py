@@ -12,6 +12,8 @@ The folder may come from a stranger: names are single path components, links mus
 anything is allocated, and nothing is ever unpickled.
 """
 
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,11 +46,13 @@ from alpacache.sources.video import read_film
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_CALIBRATION_BYTES = 2**20
 MAX_PICTURE_BYTES = 2**28
+KEPT_TABLES, KEPT_BYTES = 32, 2**18
+"""Most tables that are kept, and most bytes of one: all samples of a clip are cut from the same few."""
 _INDEX, _STAMPS = "dataset.json", ".timestamps.parquet"
 
 
 class FolderSource:
-    """Clips of a folder. Nothing changes after opening, so any number of threads may load."""
+    """Clips of a folder. Any number of threads may load."""
 
     def __init__(self, directory: str | Path, *, cameras: Sequence[str] | None = None) -> None:
         """Read `dataset.json`. `cameras` bound the times a clip covers; by default those the dataset lists.
@@ -61,6 +65,8 @@ class FolderSource:
         self.clip_ids: Sequence[str] = index["clips"]
         self.cameras = sort_cameras(cameras or index["cameras"])
         self._known = frozenset(self.clip_ids)
+        self._tables: OrderedDict[tuple[Path, tuple[str, ...], int, int], dict[str, NDArray[Any]]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def times_us(self, clip_id: str) -> tuple[int, int]:
         """First and last instant that the poses and those of `cameras` that the clip has both cover."""
@@ -84,6 +90,9 @@ class FolderSource:
 
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
         return self._read_camera(clip_id, camera, times_us)[0]
+
+    def glance(self, clip_id: str, camera: str, times_us: NDArray[np.int64], *, about_px: int) -> NDArray[np.uint8]:
+        return self._read_camera(clip_id, camera, times_us, about_px=about_px)[0]
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
         """Read one sample; raises `BadClipError` for a recording that cannot be used at this t0."""
@@ -120,7 +129,9 @@ class FolderSource:
             raise BadClipError("missing_clip", f"{clip_id}: not in {self._root / _INDEX}.")
         return _inside(self._root / "clips" / clip_id, self._root, where=clip_id)
 
-    def _read_camera(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> Shot:
+    def _read_camera(
+        self, clip_id: str, camera: str, times_us: NDArray[np.int64], *, about_px: int | None = None
+    ) -> Shot:
         clip, where = self._clip(clip_id), f"{clip_id}: {camera}"
         stamps = self.frame_times_us(clip_id, camera)
         chosen = frame_indices(stamps, times_us, where=where)
@@ -135,12 +146,31 @@ class FolderSource:
                 _regular(folder / pictures[index], self._root, where=where, limit_bytes=MAX_PICTURE_BYTES)
                 for index in chosen.tolist()
             ]
-            read = [read_image(file, picture_format(file.name), where=f"{where}: {file.name}") for file in files]
+            read = [
+                read_image(file, picture_format(file.name), where=f"{where}: {file.name}", about_px=about_px)
+                for file in files
+            ]
             images = stack(read, where=where)
         return images, stamps[chosen]
 
     def _read_columns(self, file: Path, names: Sequence[str], *, where: str) -> dict[str, NDArray[Any]]:
-        return read_columns(_inside(file, self._root, where=where), names, where=f"{where}: {file.name}")
+        """The columns, read-only; small tables are kept until others take their place, or the file changes."""
+        _inside(file, self._root, where=where)
+        status = file.stat()
+        key = (file, tuple(names), status.st_mtime_ns, status.st_size)
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+                return self._tables[key]
+        columns = read_columns(file, names, where=f"{where}: {file.name}")
+        for column in columns.values():
+            column.flags.writeable = False
+        if sum(column.nbytes for column in columns.values()) <= KEPT_BYTES:
+            with self._lock:
+                self._tables[key] = columns
+                if len(self._tables) > KEPT_TABLES:
+                    self._tables.popitem(last=False)
+        return columns
 
     def _read_calibration(self, clip_id: str) -> dict[str, Any] | None:
         file = self._clip(clip_id) / "calibration.json"

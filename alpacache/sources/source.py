@@ -65,6 +65,14 @@ class RecordedSource(Protocol):
 
 
 @runtime_checkable
+class GlancedSource(Protocol):
+    """A recorded source that reads pictures faster if they may be small, for `check`."""
+
+    def glance(self, clip_id: str, camera: str, times_us: NDArray[np.int64], *, about_px: int) -> NDArray[np.uint8]:
+        """What `RecordedSource.film` gives, at that size or smaller, but at least about so many pixels across."""
+
+
+@runtime_checkable
 class FixedSource(Protocol):
     """A source whose samples are fixed, such as a prepared dataset; `select` looks for no moments of its own."""
 

@@ -49,7 +49,7 @@ def read_columns(file: Path | BinaryIO, names: Sequence[str], *, where: str) -> 
         for name in names:
             _check_number(name, kinds.field(name).type, where=where)
         _check_budget(parquet.metadata, names, where=where)
-        table = parquet.read(columns=list(names))
+        table = parquet.read(columns=list(names), use_threads=False)  # samples are read in threads already
     stamps = table.column("timestamp")
     if stamps.null_count:
         raise BadClipError("not_finite", f"{where}: {stamps.null_count} rows have no timestamp.")

@@ -33,7 +33,8 @@ MAX_GAP_S = 0.5
 MIN_CLIP_S = 8.1
 """A sample needs more than 1.6 s before t0 and 6.4 s after it."""
 FULL_LOCK_DEG = 23.5
-"""The simulator's wheels turn by 25 degrees, but its tyres slip: with 25 the paths of its recordings turn too far."""
+"""An assumption: the simulator's wheels turn by 25 degrees, but its tyres slip. With 25 the paths of the recordings
+that were tried turned too far, and about 23.5 fitted them; other speeds and tracks may want another."""
 BRAKE_REVERSES_MPS, STANDING_MPS = 5 * MPS_A_MPH, 0.3
 _NAME = re.compile(r"center_(\d{4}_\d{2}_\d{2}_\d{2}_\d{2}_\d{2})_(\d{1,3})\.jpg")
 

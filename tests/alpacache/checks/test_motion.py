@@ -9,6 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from alpacache.checks.motion import judge_axes, judge_speed, judge_standing, motion_of
 from alpacache.checks.recordings import Recording, check_poses, check_times, time_unit
+from alpacache.driving.poses import Track
 
 
 def turned(track, degrees):
@@ -113,6 +114,24 @@ def test_headings_of_a_slower_sensor_are_found(drive):
     check = judge_axes([motion_of(with_yaw(drive(), lambda yaw: yaw[np.arange(len(yaw)) // 10 * 10]))])
     assert check.status == "fail"
     assert "headings stay the same in 8" in check.found
+
+
+def test_a_vehicle_that_is_steered_by_keys_turns_by_jerks():
+    """Its headings stay and jump, and so does the course that was made of them."""
+    keys = np.random.default_rng(2).choice([-1.0, 0.0, 0.0, 0.0, 1.0], size=150)
+    turns = np.zeros(600)
+    turns[::4] = np.deg2rad(7.0) * keys
+    yaw = np.cumsum(turns)
+    xyz = np.pad(np.cumsum(np.stack([np.cos(yaw), np.sin(yaw)], axis=1), axis=0), ((0, 0), (0, 1)))
+    quaternion = Rotation.from_euler("z", yaw[:, None]).as_quat()
+    times = np.arange(600) * 100_000
+    jerky = Track(timestamps_us=times, xyz=xyz, quaternion_xyzw=quaternion)
+    assert judge_axes([motion_of(jerky)]).status == "ok"
+    smooth = np.stack([np.convolve(column, np.ones(25) / 25, "same") for column in xyz.T], axis=1)
+    part = slice(20, -20)
+    held = Track(timestamps_us=times[part], xyz=smooth[part], quaternion_xyzw=quaternion[part])
+    check = judge_axes([motion_of(held)])
+    assert check.status in ("warn", "fail")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pickle
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from alpacache.checks.recordings import read_recording
 from alpacache.driving.poses import EgoPoses
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, SourceError
+from alpacache.sources import folder as folder_module
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.recording import sample_of
 from alpacache.sources.selection import select
@@ -58,6 +60,30 @@ def test_poses_are_the_circle(folder):
     np.testing.assert_allclose(sample.future_xyz[:, 1], (1 - np.cos(yaw)) / 0.02, atol=1e-4)
     np.testing.assert_allclose(sample.future_rot[:, 1, 0], np.sin(yaw), atol=1e-5)
     assert sample.history_xyz.dtype == np.float32
+
+
+def test_tables_that_are_kept_are_read_again_once_their_file_changes(folder, monkeypatch):
+    source, files = FolderSource(folder), []
+    read = folder_module.read_columns
+
+    def noted(file, names, *, where):
+        files.append(file)
+        return read(file, names, where=where)
+
+    monkeypatch.setattr(folder_module, "read_columns", noted)
+    first = source.track("a")
+    assert source.track("a").xyz.tolist() == first.xyz.tolist()
+    assert len(files) == 1
+    columns = {name: column.to_numpy() for name, column in zip(*table_of(folder), strict=True)}
+    pq.write_table(pa.table(columns | {"x": columns["x"] + 7.0}), folder / "clips/a/egomotion.parquet")
+    assert source.track("a").xyz[0, 0] == pytest.approx(first.xyz[0, 0] + 7.0)
+    assert not source.frame_times_us("a", FRONT).flags.writeable
+    assert len(files) == 3
+
+
+def table_of(folder):
+    table = pq.read_table(folder / "clips/a/egomotion.parquet")
+    return table.column_names, table.columns
 
 
 def test_cameras_come_in_index_order_with_their_calibration(folder):

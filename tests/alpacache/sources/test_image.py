@@ -86,3 +86,19 @@ def test_a_picture_beyond_the_limit_is_refused_by_its_header(kind, side):
     with pytest.raises(BadClipError, match=r"here: .*50,000,000") as error:
         read_image(io.BytesIO(data), kind, where="here")
     assert error.value.kind == "wrong_shape"
+
+
+def test_a_small_picture_is_enough(tmp_path):
+    """A JPEG is then decoded at a part of its size, and turned as EXIF says."""
+    shades = np.repeat(np.arange(0, 240, 15, dtype=np.uint8), 40)
+    wide = Image.fromarray(np.broadcast_to(shades[None, :, None], (320, 640, 3)).copy())
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for options, turn in (({}, 1), ({"exif": exif}, -1)):
+        file = tmp_path / "wide.jpg"
+        wide.save(file, quality=95, **options)
+        for about_px, width in ((640, 640), (400, 640), (160, 160), (100, 80 * 2), (1, 80)):
+            small = read_image(file, "JPEG", where="here", about_px=about_px)
+            assert small.shape == (width // 2, width, 3)
+            np.testing.assert_allclose(small[:, :: width // 16][5, ::turn, 1], np.arange(0, 240, 15), atol=16)
+    assert read_image(encoded(wide, "PNG"), "PNG", where="here", about_px=1).shape == (320, 640, 3)
