@@ -34,12 +34,22 @@ def check_out(out: Path) -> None:
         raise UsageError(f"--out {out} is no path; expected a directory on a disk.")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; expected a directory.")
-    for place in (out, *out.absolute().parents):
-        with suppress(OSError):
-            if (place / "zarr.json").is_file() and b'"cache_store"' in (place / "zarr.json").read_bytes():
-                raise UsageError(f"--out {out}: {place} is a store; choose a directory outside of it.")
-        if place != out and _is_run(place):
-            raise UsageError(f"--out {out}: {place} is a run; choose a directory outside of it.")
+    if _is_store(out):
+        raise UsageError(f"--out {out}: {out} is a store; choose a directory outside of it.")
+    _check_outside(out, "--out")
+
+
+def check_store_place(store: str, *, what: str = "--store") -> None:
+    """Refuse to begin a store inside another one or a run; one that is there already goes on. Raises `UsageError`."""
+    if "://" not in store and not _is_store(Path(store)):
+        _check_outside(Path(store), what)
+
+
+def _check_outside(path: Path, what: str) -> None:
+    for place in path.absolute().parents:
+        for kind, is_one in (("store", _is_store), ("run", _is_run)):
+            if is_one(place):
+                raise UsageError(f"{what} {path}: {place} is a {kind}; choose a directory outside of it.")
 
 
 def check_results_out(out: Path, *, what: str, names: Sequence[str], main: str, keys: Collection[str]) -> None:
@@ -197,6 +207,13 @@ def _foreign(path: Path, reason: str) -> UsageError:
 def _refuse_link(work: Path) -> None:
     if work.is_symlink():
         raise _foreign(work / _MOVING, f"{work.name} is a link")
+
+
+def _is_store(place: Path) -> bool:
+    root = place / "zarr.json"
+    with suppress(OSError):
+        return root.is_file() and b'"cache_store"' in root.read_bytes()
+    return False
 
 
 def _is_run(place: Path) -> bool:

@@ -147,8 +147,11 @@ def copy(
 
     Exit code 1 if samples are damaged or cannot be read; they are left out and named.
     """
+    from alpacache.durable import check_store_place
     from alpacache.progress import Progress
     from cache_store import copy as run
+
+    check_store_place(target, what="the copy")
 
     started = time.monotonic()
     with output.show_progress("copy") as on_progress:

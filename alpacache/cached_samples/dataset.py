@@ -22,6 +22,7 @@ from alpacache.cached_samples.features import (
     UNROUTED,
     CachedSample,
     from_arrays,
+    stored_strata,
     tail_count,
     tail_name,
 )
@@ -29,7 +30,7 @@ from alpacache.cached_samples.identity import check_same_model, model_difference
 from alpacache.cached_samples.prefix_choice import PrefixChoice
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import SampleRef
-from alpacache.driving.strata import Turn, classify
+from alpacache.driving.strata import Turn
 from alpacache.errors import UsageError
 from alpacache.prefix.layout import PrefixLayout, TailRoom
 from cache_store import CacheReader, KVCodec, SampleReadError, differences
@@ -271,7 +272,7 @@ class CachedDataset:
         def turn(place: tuple[CacheReader, str]) -> Turn | SampleReadError:
             reader, sample_id = place
             try:
-                return classify(**reader.read(sample_id, fields=POSE_FIELDS)).turn
+                return stored_strata(sample_id, reader.read(sample_id, fields=POSE_FIELDS)).turn
             except SampleReadError as error:
                 return error
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import Sample
-from alpacache.errors import BadClipError
+from alpacache.driving.strata import Strata, classify
+from alpacache.errors import BadClipError, DataError
 from alpacache.finite import is_finite
 from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures, Tail
@@ -293,3 +294,14 @@ def _jpeg(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def stored_strata(sample_id: str, poses: Mapping[str, Any]) -> Strata:
+    """Strata of a stored sample's path, by `POSE_FIELDS`. Raises `DataError` where its poses are not finite."""
+    try:
+        return classify(**poses)
+    except ValueError as error:
+        reason = str(error).rstrip(".")
+        raise DataError(
+            f"sample {sample_id!r}: its {reason}. No recording gives such a sample; extract it again into a new store."
+        ) from error

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
+from alpacache.durable import check_out
 from alpacache.errors import UsageError
 from alpacache.evaluation.config import EvalConfig
 from alpacache.evaluation.evaluate import EvalReport, evaluate
@@ -58,6 +59,7 @@ Stage = Callable[[str, str], AbstractContextManager[OnProgress]]
 def run_demo(out: Path | str, *, seed: int = 0, size: DemoSize | None = None, stage: Stage) -> DemoReport:
     """Make the model, extract, train and evaluate; `out` must be new or empty."""
     out, size = Path(out), size or DemoSize()
+    check_out(out)
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; choose another --out or remove it.")
     out.mkdir(parents=True, exist_ok=True)

@@ -17,10 +17,9 @@ from torch import Tensor
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.features import SWAPPED
+from alpacache.cached_samples.features import POSE_FIELDS, SWAPPED, stored_strata
 from alpacache.cached_samples.identity import check_base, check_same_vlm
 from alpacache.driving.sample import SampleRef
-from alpacache.driving.strata import classify
 from alpacache.errors import InterruptedRunError, NonFiniteError, UsageError
 from alpacache.evaluation.config import BASE, TRAINED, EvalConfig
 from alpacache.evaluation.judging import LeftOut, SampleResult, judge, judge_baselines
@@ -267,6 +266,7 @@ def _judge_sample(
 ) -> SampleResult:
     history_xyz, history_rot, truth_xyz, truth_rot = drive = tuple(tensor.double().numpy() for tensor in poses)
     sample_id, (jpeg, lens) = data.sample_id(index), data.front_picture(index)
+    strata = stored_strata(sample_id, dict(zip(POSE_FIELDS, drive, strict=True)))
     if jpeg is not None and lens is not None:
         colours = dict(zip(paths, cycle(MODEL_COLOURS), strict=False))
         with suppress(ValueError, OSError):  # a picture without lines is better than none
@@ -283,7 +283,7 @@ def _judge_sample(
         history_xyz=history_xyz,
         history_rot=history_rot,
         front_jpeg=jpeg,
-        strata=classify(*drive),
+        strata=strata,
         models=judged | judge_baselines(*drive),
         route=data.route(index),
         routed=data.routed,

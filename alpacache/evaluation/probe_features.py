@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS, from_bf16_bits
+from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS, from_bf16_bits, stored_strata
 from alpacache.cached_samples.identity import store_codec
 from alpacache.driving.sample import DT_S, FUTURE_S, Floats, SampleRef
-from alpacache.driving.strata import MOVING_MPS, Strata, classify, heading
+from alpacache.driving.strata import MOVING_MPS, Strata, heading
 from alpacache.errors import UsageError
 from alpacache.evaluation.config import Layers, Pool
 from alpacache.evaluation.judging import LeftOut
@@ -97,7 +97,7 @@ def read_probe_data(
                     f"the first sample to {rows[name][0].size}; probe a store of one model."
                 )
         clips.append(SampleRef.parse(sample_id).clip_id)
-        strata = classify(**poses)
+        strata = stored_strata(sample_id, poses)
         history.append(history_features(poses["history_xyz"], poses["history_rot"]))
         targets.append(future_targets(poses["history_xyz"], poses["future_xyz"], strata))
         late.append(strata.straight_history_late_curve)

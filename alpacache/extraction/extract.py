@@ -23,6 +23,7 @@ from alpacache.cached_samples.features import checked, store_fields
 from alpacache.cached_samples.identity import as_stored, provenance, store_identity
 from alpacache.driving.cameras import sort_cameras
 from alpacache.driving.sample import SampleRef
+from alpacache.durable import check_store_place
 from alpacache.errors import BadClipError, InterruptedRunError, UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.disk_room import check_room
@@ -102,6 +103,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         rollouts=config.tails,
         views=views_identity(config.views, seed=config.seed),
     )
+    check_store_place(config.store)
     if (stored_before := stored_identity(config.store)) is not None:
         identity = as_stored(identity, stored_before)
     for note in _notes(checkpoint, builder, settings.dtype):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from alpacache.directory_lock import LOCK
-from alpacache.durable import appearing, check_out, check_results_out, names_in, take_back
+from alpacache.durable import appearing, check_out, check_results_out, check_store_place, names_in, take_back
 from alpacache.errors import UsageError
 from cache_store.document import seal_bytes
 
@@ -166,6 +166,19 @@ def test_a_place_for_results_is_a_directory_on_a_disk_outside_of_stores(tmp_path
         check_out(Path("s3://bucket/out"))
     check_out(tmp_path / "new")
     take_back(tmp_path / "new")
+
+
+def test_a_store_begins_outside_of_stores_and_runs(tmp_path):
+    for folder, file in (("store", "zarr.json"), ("store/old", "zarr.json"), ("run", "run.json")):
+        (tmp_path / folder).mkdir()
+        content = b'{"last": 2}' if file == "run.json" else b'{"attributes":{"cache_store":{}}}'
+        (tmp_path / folder / file).write_bytes(seal_bytes(content))
+    for store, kind in (("store/sub", "store"), ("run/sub/one", "run")):
+        with pytest.raises(UsageError, match=rf"--store .*{store}: .* is a {kind}; choose a directory outside of it"):
+            check_store_place(str(tmp_path / store))
+    for store in ("store", "store/old", "new"):  # those that are there go on
+        check_store_place(str(tmp_path / store))
+    check_store_place("s3://bucket/store")
 
 
 def note(work, moves):

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import alpacache
+from alpacache.alpamayo import Checkpoint
+from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import from_bf16_bits
 from alpacache.driving.strata import LATE_CURVE, classify
-from alpacache.errors import UsageError
+from alpacache.errors import DataError, UsageError
 from alpacache.evaluation import probe_features
 from alpacache.evaluation.config import ProbeConfig
 from alpacache.evaluation.probe import (
@@ -306,6 +308,23 @@ def test_a_sample_that_cannot_be_read_is_left_out_if_asked_for_and_named(stores,
         damage(sample_id)
     with pytest.raises(SampleReadError):
         alpacache.probe(replace(config, on_damage="skip"))
+
+
+def test_stored_poses_that_are_not_finite_name_their_sample(stores, tiny_checkpoint, monkeypatch):
+    read = CacheReader.read
+
+    def broken(reader, sample_id, fields=None, **given):
+        arrays = read(reader, sample_id, fields, **given)
+        if "future_xyz" in arrays and sample_id == reader.sample_ids[2]:
+            arrays["future_xyz"][5, 1] = np.nan
+        return arrays
+
+    monkeypatch.setattr(CacheReader, "read", broken)
+    sample_id = CacheReader(stores / "bf16").sample_ids[2]
+    with pytest.raises(DataError, match=f"sample '{sample_id}': its future holds values that are not finite"):
+        alpacache.probe(ProbeConfig(store=str(stores / "bf16")))
+    with pytest.raises(DataError, match=f"sample '{sample_id}': its future holds"):
+        CachedDataset([stores / "bf16"], Checkpoint(tiny_checkpoint)).turns  # noqa: B018
 
 
 @pytest.mark.parametrize("name", ["probe.json", "probe.png"])
