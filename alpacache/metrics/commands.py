@@ -25,7 +25,7 @@ class Obedience:
     recall: float | None
     """Over the samples whose driven path obeys, None without any: 1 is right, 0 never obeys."""
     recall_interval: Interval | None
-    """None without any."""
+    """None without such samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
