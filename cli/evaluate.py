@@ -70,7 +70,7 @@ def _print_summary(summary: "EvalSummary") -> None:
     for name, stratum in summary.strata.items():
         labels = (*summary.models, *summary.baselines) if name in names else summary.models
         for number, label in enumerate(labels if stratum.samples else ()):
-            first = [names.get(name, name), str(stratum.samples)] if number == 0 else ["", ""]
+            first = [names.get(name, name.replace("_", " ")), str(stratum.samples)] if number == 0 else ["", ""]
             errors.append([*first, label, *(f"{stratum.metrics[label][key]:.3f}" for key in _METRICS)])
             if name in names:
                 turns.append([*first, label, *_turn_cells(stratum, label)])
