@@ -6,13 +6,19 @@ answers, a slow network has all the time it had.
 """
 
 import os
+import re
 import socket
 import threading
 import time
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
+from alpacache.errors import CheckpointError
+
+MODEL_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+"""OWNER/NAME of a repository."""
 _WAIT_S = 2.0
 _KEPT_S = 30.0
 """Seconds for which a hub that did not answer is not tried again; one that did is taken to stay."""
@@ -20,6 +26,30 @@ _PORTS = {"http": 80, "https": 443}
 _SOCKS_PORT = 1080
 _known: dict[tuple[str, int], tuple[float, str]] = {}
 """Host and port to when they were tried, and what came of it."""
+
+
+def check_model(model: str) -> None:
+    """Raise `CheckpointError` for the id of a model that can neither be fetched nor is in the hub's cache.
+
+    Quickly, for whoever would otherwise load libraries for seconds first. What is a directory, or no id, passes.
+    """
+    if not MODEL_ID.fullmatch(model) or Path(model).is_dir() or Path(model).parent.is_dir():
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(model, "config.json"), str) and why_unreachable():
+        raise absent("config.json", model)
+
+
+def absent(name: str, repo: str, *, revision: str | None = None) -> CheckpointError:
+    """The error for a file of a hub's model that is not in the cache and cannot be fetched."""
+    fetch = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    why = f" ({reason})" if (reason := why_unreachable()) else ""
+    return CheckpointError(
+        f"{name} of {repo} is not in the local hub cache and the hub cannot be reached{why}. On a machine with "
+        f"network: `{fetch}` (a gated one after `hf auth login`); then copy the cache (HF_HOME) here, or pass the "
+        "directory of the checkpoint instead of the id."
+    )
 
 
 def why_unreachable() -> str:

@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 from alpacache.config import Config, expand_home, field_docs, number, read_toml, whole_number, written_as
 from alpacache.errors import UsageError
+from alpacache.hub import check_model
 
 C = TypeVar("C", bound=Config)
 
@@ -88,7 +89,9 @@ def from_config(
                 values = {name: value for name, value in values.items() if name not in alternatives}
             values |= {name: value for name, value in ctx.obj.items() if name not in ("config", "json")}
             _refuse_missing(kind, values)
-            body(kind(**values), json)
+            settings = kind(**values)
+            _refuse_out_of_reach(settings)
+            body(settings, json)
 
         hints, docs = get_type_hints(kind, include_extras=True), field_docs(kind)
         settings = [
@@ -134,6 +137,17 @@ def _refuse_missing(kind: type[Config], values: Mapping[str, Any]) -> None:
     names = [field.name for field in dataclasses.fields(kind) if _is_required(field)]  # type: ignore[arg-type]
     if missing := [_option_name(name) for name in names if name not in values]:
         raise UsageError(f"{', '.join(missing)} missing; give it as an option or in --config FILE.toml.")
+
+
+def _refuse_out_of_reach(config: Config) -> None:
+    """Raise `UsageError` for a model or source of the hub while that cannot be reached, before anything is loaded."""
+    for name in ("model", "vlm"):
+        if (model := getattr(config, name, None)) is not None:
+            check_model(model)
+    if (source := getattr(config, _ARGUMENT, None)) is not None:
+        from alpacache.sources import check_reach
+
+        check_reach(source)
 
 
 def _is_required(field: "dataclasses.Field[Any]") -> bool:

@@ -30,7 +30,7 @@ from alpacache.alpamayo.foreign_files import (
     read_json,
 )
 from alpacache.errors import CheckpointError
-from alpacache.hub import why_unreachable
+from alpacache.hub import MODEL_ID, absent, why_unreachable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -313,7 +313,7 @@ def listed(names: Iterable[str]) -> str:
 
 def _no_hub_id(model: str) -> str:
     """Why this cannot be the id of a repository on the hub, or is likelier a mistyped path; empty if it may be one."""
-    if not re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", model, re.ASCII):
+    if not MODEL_ID.fullmatch(model):
         return "check the path"
     owner, name = model.split("/")
     if not Path(owner).is_dir():
@@ -374,12 +374,7 @@ def _hub_errors(repo: str, name: str, revision: str | None) -> Iterator[None]:
             f"the hub has no {repo} that you may see, and it is no local directory: check the name, or `hf auth login`."
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        why = f" ({reason})" if (reason := why_unreachable()) else ""
-        raise CheckpointError(
-            f"{name} of {repo} is not in the local hub cache and the hub cannot be reached{why}. On a machine with "
-            f"network: `{fetch}` (a gated one after `hf auth login`); then copy the cache (HF_HOME) here, or pass the "
-            "directory of the checkpoint instead of the id."
-        ) from error
+        raise absent(name, repo, revision=revision) from error
     except errors.EntryNotFoundError as error:
         message = f"{repo} on the hub has no file {name}; is it a checkpoint in the public layout?"
         raise MissingFileError(message) from error

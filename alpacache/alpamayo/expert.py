@@ -76,7 +76,8 @@ class ActionExpert(nn.Module):
             t: `[B, K]`; 0 is noise, 1 is data.
             prefixes: B prefixes of any lengths, or the result of `batch`, or another `Prefix`.
             causal: let an action token see only itself and earlier ones; for parity with the public training step
-                run with sdpa. Inference and the default here are not causal.
+                under transformers 4.57 with sdpa or eager attention (FlashAttention 2 and transformers 5 are not
+                causal). Inference and the default here are not causal.
 
         Returns `[B, K, 64, 2]`, in the dtype of the output projection (bfloat16 under autocast).
         """

@@ -118,7 +118,7 @@ class StagedBatch:
         if self.rows.tails is not None and room is not None:
             stored, stems, added = of_tails
             tails = PackedTails(data=self.rows.tails, stored=stored, stems=stems, lengths=added, longest=room.tail)
-            longest = longest and longest + 1  # tokens beyond a tail have a place
+            longest = longest and min(longest + 1, self.rows.longest)  # tokens beyond a tail have a place
         ahead = None
         if self._decoded is not None:
             from alpacache.prefix.layers_ahead import LayersAhead

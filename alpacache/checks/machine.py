@@ -261,6 +261,7 @@ def check_model(model: str) -> Check:
     from alpacache.alpamayo.backbone import companion_file
     from alpacache.alpamayo.checkpoint import Checkpoint
     from alpacache.alpamayo.families import RENAMED
+    from alpacache.alpamayo.licence import told_licence
     from alpacache.alpamayo.recognition import recognise_family
     from alpacache.errors import CheckpointError
 
@@ -274,6 +275,7 @@ def check_model(model: str) -> Check:
             found = recognise_family(checkpoint)
             family = " or ".join(sorted(RENAMED)) if found.family is None else found.family.name
             finding = f"{checkpoint.full_name} ({family}) from {where}, VLM of {config.vlm_name_or_path}"
+            finding += f"; {told_licence(checkpoint) or 'no licence in its files'}"
             doubt = f"Its prompt is not told by what it holds: {found.text}. `extract` asks for --camera-names."
             answer.set_result(verdict("model", finding, warn="" if found.family else doubt))
         except Exception as error:  # raised in the caller's thread

@@ -15,6 +15,7 @@ from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
 from alpacache.alpamayo.foreign_files import TensorInfo
+from alpacache.alpamayo.licence import CARD, LICENCE
 from alpacache.cached_samples.identity import check_base, model_identity, vlm_name
 from alpacache.durable import check_out, names_in, take_back
 from alpacache.errors import CheckpointError, UsageError
@@ -24,7 +25,6 @@ from alpacache.exporting.model_card import model_card, run_facts
 from alpacache.progress import OnProgress, ignore
 from alpacache.training.run_directory import AVERAGE, MODEL, RunCheckpoint, find_checkpoint, read_trained
 
-_CARD, _LICENCE = "README.md", "LICENSE"
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*")
 """Files that go along with `expert_only`: configs, tokenizer, card, licence; no weights of any kind."""
 
@@ -91,13 +91,13 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
     else:
         draft = _full_draft(base, tensors)
     draft.texts[INDEX] = _index(base, infos, run, single=config.expert_only, average=config.ema)
-    base_texts = {name: file.read_text(errors="replace") for name, file in base.files(_CARD, _LICENCE).items()}
-    draft.texts[_CARD] = model_card(
+    base_texts = {name: file.read_text(errors="replace") for name, file in base.files(CARD, LICENCE).items()}
+    draft.texts[CARD] = model_card(
         out.name,
         base,
         run_facts(path, run, average=config.ema),
-        base_card=base_texts.get(_CARD),
-        base_licence=base_texts.get(_LICENCE),
+        base_card=base_texts.get(CARD),
+        base_licence=base_texts.get(LICENCE),
         expert_only=lean,
     )
     if occupied and not draft.is_in(out, tensors):
@@ -154,7 +154,7 @@ def _full_draft(base: Checkpoint, tensors: MergedTensors) -> Draft:
 
 def _new_name(name: str) -> str:
     """Name under which a file of the base is kept: its card stays beside the new one, and so does its base's card."""
-    return f"BASE_{name}" if re.fullmatch(rf"(BASE_)*{re.escape(_CARD)}", name) else name
+    return f"BASE_{name}" if re.fullmatch(rf"(BASE_)*{re.escape(CARD)}", name) else name
 
 
 def _index(

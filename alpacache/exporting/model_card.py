@@ -5,13 +5,13 @@ nothing elsewhere and may be private, only the last part of a store's is shown.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.licence import licence_of
 from alpacache.training.run_directory import RunCheckpoint, recorded_metrics
 from cache_store import CacheReader, CacheStoreError
 
@@ -79,10 +79,7 @@ def model_card(
         base_card: the base's own README.md; what its front matter says of the licence is repeated.
         base_licence: the base's LICENSE file, named where the card says nothing.
     """
-    licence = licence_lines(base_card or "")
-    if base_licence is not None and not licence:
-        title = next((line.strip() for line in base_licence.splitlines() if line.strip()), "LICENSE")
-        licence = ["license: other", f"license_name: {json.dumps(title)}", "license_link: LICENSE"]
+    licence = licence_of(base_card, base_licence)
     tags = "\n".join(f"- {tag}" for tag in _TAGS)
     about = "\n".join(licence or ["license: other"])
     revision = f"revision `{base.revision}`" if base.revision else "a copy that does not tell its revision"
@@ -104,18 +101,6 @@ def model_card(
         f"## Licence\n\n{terms}",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def licence_lines(card: str) -> list[str]:
-    """Lines of the `license...` entries of a card's front matter, as they stand there."""
-    text = card.removeprefix("\ufeff").replace("\r\n", "\n")
-    front = re.match(r"\A---[ \t]*\n(.*?)\n---[ \t]*(\n|\Z)", text, re.DOTALL)
-    lines, taken = [], False
-    for line in front[1].split("\n") if front else ():
-        taken = line.startswith("license") if line[:1] not in ("", " ", "\t", "-") else taken
-        if taken and line.strip():
-            lines.append(line.rstrip())
-    return lines
 
 
 _MISSING_VLM = (

@@ -4,7 +4,9 @@ from typing import Any
 
 from alpacache import on_first_use
 
-_HOMES = dict.fromkeys(("KINDS", "check_still_there", "is_streamed", "open_source"), "alpacache.sources.registry")
+_HOMES = dict.fromkeys(
+    ("KINDS", "check_reach", "check_still_there", "is_streamed", "open_source"), "alpacache.sources.registry"
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -62,9 +62,8 @@ def open_hub(*, cameras: Sequence[str] | None = None) -> "PhysicalAiSource":
     """
     limit, directory = limit_bytes(), cache_directory()
     options = {"cache_dir": str(directory) if limit else None, "confirm_download_threshold_gb": float("inf")}
+    _check_reach()
     interface_class = _devkit()
-    if why := why_unreachable():
-        raise unreachable_hub(why)
     try:
         interface = with_retry(lambda: interface_class(**options), what=f"opening {REPO}")
     except connection_errors() as error:
@@ -73,6 +72,11 @@ def open_hub(*, cameras: Sequence[str] | None = None) -> "PhysicalAiSource":
         raise SourceError(f"pai ({REPO}): the devkit cannot read its metadata ({first_line(error)}).") from error
     chunks = ChunkCache(interface, directory, limit) if limit else None
     return PhysicalAiSource(interface, name=f"pai@{interface.revision}", cameras=cameras, files=chunks)
+
+
+def _check_reach(tree: str = "") -> None:
+    if not tree and (why := why_unreachable()):
+        raise unreachable_hub(why)
 
 
 class PhysicalAiSource:
@@ -364,6 +368,7 @@ KIND = SourceKind(
     prefix="pai",
     usage=("pai", "pai:DIR"),
     open=lambda place, cameras: open_tree(place, cameras=cameras) if place else open_hub(cameras=cameras),
+    check_reach=_check_reach,
     is_streamed=lambda place: not place,
     marker=lambda place: Path(place) / FEATURES_FILE if place else None,
 )

@@ -92,14 +92,13 @@ def open_prepared(place: str) -> PreparedSource:
     """Open a directory that `prepare` wrote, or stream parquet files with the same columns from a hub repository or a
     directory laid out like one. Raises `SourceError`, saying what to do.
     """
+    _check_reach(place)
     import datasets
 
     directory = Path(place)
     name = f"hf:{directory.resolve().name if directory.is_dir() else place}"
     unreadable = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError)
     _refuse_irregular_files(directory)
-    if not directory.is_dir() and not _must_be_a_path(place) and (why := why_unreachable()):
-        raise SourceError(f"hf:{place} cannot be read{_remedy(place, unreachable=why)}")
     try:
         rows = _SavedRows(directory, name) if is_saved(directory) else StreamedRows(place)
         return PreparedSource(rows, name=name)
@@ -107,6 +106,11 @@ def open_prepared(place: str) -> PreparedSource:
         raise
     except (*unreadable, datasets.exceptions.DatasetsError, *connection_errors()) as error:
         raise SourceError(f"hf:{place} cannot be read ({first_line(error)}){_remedy(place)}") from error
+
+
+def _check_reach(place: str) -> None:
+    if not _must_be_a_path(place) and not Path(place).is_dir() and (why := why_unreachable()):
+        raise SourceError(f"hf:{place} cannot be read{_remedy(place, unreachable=why)}")
 
 
 def is_saved(directory: Path) -> bool:
@@ -204,6 +208,7 @@ KIND = SourceKind(
     prefix="hf",
     usage=("hf:REPO-OR-PATH",),
     open=lambda place, cameras: open_prepared(place),
+    check_reach=_check_reach,
     is_streamed=lambda place: not Path(place).exists(),
     marker=_marker,
 )

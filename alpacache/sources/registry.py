@@ -21,6 +21,12 @@ def open_source(spec: str, *, cameras: Sequence[str] | None = None) -> Source:
     return kind.open(place, cameras)
 
 
+def check_reach(spec: str) -> None:
+    """Raise `SourceError` for a source on the hub while that is out of reach; opens nothing and takes no time."""
+    kind, place = _parse(spec)
+    kind.check_reach(place)
+
+
 def is_streamed(spec: str) -> bool:
     """Tell whether the samples of this source come through the network."""
     kind, place = _parse(spec)

@@ -128,6 +128,8 @@ class SourceKind:
     open: Callable[[str, Sequence[str] | None], Source]
     """Opens what follows the colon, for these cameras (None: the source's default). Raises `UsageError` for a text
     that makes no sense, `SourceError` for a source that cannot be read."""
+    check_reach: Callable[[str], None] = lambda place: None
+    """Raises `SourceError` for a source on the hub while that is out of reach; `open` does, too."""
     is_streamed: Callable[[str], bool] = lambda place: False
     """True if samples come through the network, so that processes should share one reader."""
     marker: Callable[[str], Path | None] = lambda place: None

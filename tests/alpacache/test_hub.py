@@ -157,6 +157,11 @@ def test_a_model_is_looked_for_in_the_cache_alone_and_one_message_says_what_to_d
     (tmp_path / "models--owner--model/refs").mkdir()
     (tmp_path / "models--owner--model/refs/main").write_text(snapshot.name)
     assert Checkpoint("owner/model").config == Checkpoint(str(tiny_checkpoint)).config
+    hub.check_model("owner/model")
+    for no_id in (str(tiny_checkpoint), "neither", "../owner/model", "n" * 300):
+        hub.check_model(no_id)
+    with pytest.raises(CheckpointError, match=r"config.json of owner/other is not in the local hub cache"):
+        hub.check_model("owner/other")
     assert len(knocks) == 1
     assert caplog.records == []
 

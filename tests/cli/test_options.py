@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from alpacache import EvalConfig, ExportConfig, ExtractConfig, PlanConfig, ProbeConfig, TrainConfig
+from alpacache import EvalConfig, ExportConfig, ExtractConfig, PlanConfig, ProbeConfig, TrainConfig, hub
 from alpacache.demo.config import DemoConfig
 from alpacache.errors import UsageError
 from alpacache.sources.config import CheckConfig, PrepareConfig
@@ -236,3 +236,27 @@ def test_a_number_is_refused_in_the_words_of_a_file(option, text, expected, tmp_
 )
 def test_the_age_of_what_clean_removes_is_refused_in_these_words_too(text, expected, tmp_path, run_here):
     assert expected in run_here("clean", tmp_path, "--min-age", text, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "told"),
+    [
+        (PlanConfig, ("--samples", 2, "--model", "owner/model"), "config.json of owner/model is not in the local hub"),
+        (ExtractConfig, ("synthetic:2", "--model", "m", "--vlm", "owner/vlm", "--store", "s"), "of owner/vlm is not"),
+        (ExtractConfig, ("hf:owner/data", "--model", "m", "--store", "s"), "hf:owner/data cannot be read: the hub"),
+        (PrepareConfig, ("pai", "--out", "o"), "the hub cannot be reached"),
+    ],
+)
+def test_what_the_hub_has_is_refused_before_anything_is_loaded_where_it_is_out_of_reach(
+    kind, arguments, told, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "_known", {})
+    monkeypatch.setattr(hub, "knock", lambda host, port, wait_s: "Network is unreachable")
+    with pytest.raises(UsageError, match=rf"{told}.*Network is unreachable"):
+        parsed(kind, *arguments)
+    monkeypatch.setattr(hub, "_known", {})
+    monkeypatch.setattr(hub, "knock", lambda host, port, wait_s: "")
+    assert isinstance(parsed(kind, *arguments)[0], kind)

@@ -180,6 +180,7 @@ def test_offline_and_without_a_token(monkeypatch):
 def test_a_local_model(tiny_checkpoint, tmp_path):
     found = doctor.check_model(str(tiny_checkpoint))
     assert (found.status, found.found.split(" from ")[0]) == ("ok", "Tiny-R1 (r1)")
+    assert found.found.endswith("; no licence in its files")
     assert doctor.check_model(str(tmp_path)).status == "fail"
     assert "neither a directory nor a hub id" in doctor.check_model("./nowhere").found
 

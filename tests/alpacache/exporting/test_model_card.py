@@ -2,12 +2,9 @@
 
 import json
 
-import pytest
-
 from alpacache.alpamayo import Checkpoint
 from alpacache.exporting.model_card import (
     RunFacts,
-    licence_lines,
     model_card,
     run_facts,
 )
@@ -20,29 +17,6 @@ def card(tiny_checkpoint, *, base_card=None, base_licence=None, **changes):
     facts = RunFacts(**{**FACTS, "average": None, "train_loss": None, "val_loss": None, **changes})
     base = Checkpoint(str(tiny_checkpoint))
     return model_card("mine", base, facts, base_card=base_card, base_licence=base_licence, expert_only=False)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", []),
-        ("# no front matter\nlicense: mit\n", []),
-        ("---\nlicense: mit\ntags: [a]\n---\n", ["license: mit"]),
-        ("---\r\ntags:\r\n- license\r\nlicense: other\r\n---\r\ntext", ["license: other"]),
-        ("\ufeff---\nlicense: mit\n---", ["license: mit"]),
-        (
-            "---\nlicense:\n- a\n- b\nlicense_link: x\nbase_model: y\n---\n",
-            ["license:", "- a", "- b", "license_link: x"],
-        ),
-        (
-            "---\nlicense_name: >-\n  two\n\n  lines\nx: 1\n---\nlicense: mit\n",
-            ["license_name: >-", "  two", "  lines"],
-        ),
-        ("---\nlicense: never closed\n", []),
-    ],
-)
-def test_licence_lines(text, expected):
-    assert licence_lines(text) == expected
 
 
 def test_the_licence_is_the_cards_then_the_files_then_unknown(tiny_checkpoint):
