@@ -241,16 +241,23 @@ def check_speed(place: str) -> Check:
 
 
 def check_hub() -> Check:
-    """Settings for access to the hub. The token is never shown."""
+    """Access to the hub: its settings, and whether it is within reach. The token is never shown."""
     from huggingface_hub import constants, get_token
 
-    token, offline = get_token() is not None, constants.HF_HUB_OFFLINE
+    from alpacache.hub import why_unreachable
+
+    token, offline, why = get_token() is not None, constants.HF_HUB_OFFLINE, why_unreachable()
     remedies = []
+    if why and not offline:
+        remedies.append(
+            "Mend the network, its proxy (HTTPS_PROXY) or HF_ENDPOINT; local directories need none of them."
+        )
     if offline:
         remedies.append("HF_HUB_OFFLINE is set: only what is in the cache is found; unset it to download.")
     if not token:
         remedies.append("The released weights are gated: accept their licence on the hub, then `hf auth login`.")
-    finding = f"{'a token' if token else 'no token'}, {'offline' if offline else 'online'}"
+    reach = "offline" if offline else f"out of reach ({why})" if why else "online"
+    finding = f"{'a token' if token else 'no token'}, {reach}"
     return verdict("hub", finding, warn=" ".join(remedies))
 
 

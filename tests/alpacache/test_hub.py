@@ -11,6 +11,7 @@ import pytest
 
 from alpacache import hub
 from alpacache.alpamayo.checkpoint import Checkpoint
+from alpacache.checks import machine
 from alpacache.errors import CheckpointError, SourceError
 from alpacache.hub import knock as real_knock
 from alpacache.sources import pai
@@ -186,3 +187,18 @@ def test_headers_and_data_sets_are_not_asked_for(knocks, monkeypatch):
     with pytest.raises(SourceError, match=r"\(HF_HUB_OFFLINE is set\); unset it, or read a local tree"):
         open_source("pai")
     assert len(knocks) == 1
+
+
+def test_the_doctor_tells_a_hub_out_of_reach_from_one_that_is_left_alone(knocks, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    found = machine.check_hub()
+    assert (found.status, found.found) == (
+        "warn",
+        "a token, out of reach (hub huggingface.co:443: Name or service not known)",
+    )
+    assert "HTTPS_PROXY" in found.remedy
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert machine.check_hub().found == "a token, offline"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_known", {("huggingface.co", 443): (time.monotonic(), "")})
+    assert (machine.check_hub().status, machine.check_hub().found) == ("ok", "a token, online")
