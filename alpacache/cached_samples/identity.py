@@ -1,7 +1,8 @@
 """Identity, which makes two caches interchangeable, and provenance, which is only recorded."""
 
+import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -211,3 +212,11 @@ def refuse_differences(lines: Sequence[str], what: str, remedy: str) -> None:
     """Raise `UsageError` with the lines of differences if there are any."""
     if lines:
         raise UsageError("\n  ".join([f"{what}:", *lines]) + f"\n{remedy}")
+
+
+def ids_digest(sample_ids: Iterable[str]) -> str:
+    """Digest by which a run knows the samples of a store, in their order."""
+    digest = hashlib.sha256()
+    for sample_id in sample_ids:
+        digest.update(f"{sample_id}\n".encode())
+    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Did it help? The base model and trained ones predict paths for the same cached samples from the same noise."""
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -23,6 +24,7 @@ from alpacache.driving.sample import SampleRef
 from alpacache.errors import InterruptedRunError, NonFiniteError, UsageError
 from alpacache.evaluation.config import BASE, TRAINED, EvalConfig
 from alpacache.evaluation.judging import LeftOut, SampleResult, judge, judge_baselines
+from alpacache.evaluation.known_clips import count_known_clips
 from alpacache.evaluation.output import check_evaluation_out, write_results
 from alpacache.evaluation.summary import EvalSummary, summarise
 from alpacache.gpu.device import enter, resolve_device
@@ -35,6 +37,8 @@ from alpacache.training.run_directory import find_checkpoint, read_trained, reco
 from alpacache.training.run_state import read_state
 from alpacache.training.trainable import apply_checkpoint, changed_tensors
 from cache_store import SampleReadError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +76,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         label: _find_run(run, base, vlm=data.vlm, average=config.ema)
         for label, run in (trained | dict(config.compare)).items()
     }
+    _warn_of_known_clips({label: state for label, (_, state) in runs.items()}, data, indices, store=config.store)
     device = resolve_device(config.device)
     check_evaluation_out(Path(config.out))
 
@@ -220,6 +225,24 @@ def _find_run(
     check_same_vlm(state.get("vlm"), vlm, run=path, what="the store that it is to be judged on")
     changed_tensors(read_trained(path, average=average).model, base.shapes(*EXPERT_PARTS), where=path)
     return path, state
+
+
+def _warn_of_known_clips(
+    states: Mapping[str, Mapping[str, Any]], data: CachedDataset, indices: Sequence[int], *, store: str
+) -> None:
+    """Warn of each run that was trained on clips that it is to be judged on."""
+    clips = {SampleRef.parse(data.sample_id(index)).clip_id for index in indices}
+    for label, state in states.items():
+        if count := count_known_clips(state["settings"]["stores"], store, clips):
+            _log.warning(
+                "%r was trained on %d of the %d clips of --store %s that it is judged on: what it knows by heart "
+                "counts as skill there. Judge it on others (`extract --split train` and `--split val` never share a "
+                "clip).",
+                label,
+                count,
+                len(clips),
+                store,
+            )
 
 
 def _predict_on_rollouts(

@@ -14,7 +14,7 @@ from typing import Any
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.identity import check_same_vlm, model_identity, prompt_doubt
+from alpacache.cached_samples.identity import check_same_vlm, ids_digest, model_identity, prompt_doubt
 from alpacache.cached_samples.prefix_choice import PrefixChoice
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
@@ -157,13 +157,11 @@ def stores_record(paths: Sequence[str], data: CachedDataset) -> list[dict[str, A
 
 
 def _store_record(path: str, data: CachedDataset, indices: range) -> dict[str, Any]:
-    ids = hashlib.sha256()
-    for index in indices:
-        ids.update(f"{data.sample_id(index)}\n".encode())
+    digest = ids_digest(map(data.sample_id, indices))
     identity = dict(data.locate(indices.start)[0].identity) if indices else {}
     if indices:
         identity["model"] = _without_revision(identity["model"])
-    return {"path": path, "samples": len(indices), "ids_sha256": ids.hexdigest(), "identity": identity}
+    return {"path": path, "samples": len(indices), "ids_sha256": digest, "identity": identity}
 
 
 def _without_revision(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,21 @@ def test_models_share_their_noise(trained, tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.system
+def test_clips_that_a_run_was_trained_on_are_told(trained, tiny_checkpoint, tmp_path, caplog):
+    run, store = shutil.copytree(trained / "run", tmp_path / "run"), shutil.copytree(trained / "store", tmp_path / "s")
+    common = {"model": str(tiny_checkpoint), "frames": 1, "device": "cpu"}
+    others = {"t0": "6.0", "store": str(tmp_path / "t0"), "samples": 2}  # other moments of the same clips
+    alpacache.extract(ExtractConfig(source=f"synthetic:{len(CacheReader(store))}", **others, **common))
+    alpacache.extract(ExtractConfig(source="synthetic:8", shard="6/8", store=str(tmp_path / "new"), **common))
+    for judged, told in ((store, "6 of the 6"), (tmp_path / "t0", "2 of the 2"), (tmp_path / "new", "")):
+        caplog.clear()
+        settings = {"store": str(judged), "checkpoint": str(run), "paths": 1, "flow_steps": 1}
+        alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / f"eval-{judged.name}", **settings))
+        warned = f"'trained' was trained on {told} clips of --store {judged} that it is judged on"
+        assert (warned in caplog.text) if told else ("was trained on" not in caplog.text)
+
+
+@pytest.mark.system
 def test_files(trained, tiny_checkpoint, tmp_path):
     report = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, checkpoint=str(trained / "run")))
     document = json.loads((tmp_path / "eval.json").read_text())

@@ -1,0 +1,29 @@
+"""Clips that a run is judged on though it was trained on them: what it knows by heart would count as skill."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alpacache.cached_samples.identity import ids_digest
+from alpacache.driving.sample import SampleRef
+from cache_store import CacheReader, CacheStoreError
+
+
+def count_known_clips(stores: Sequence[Mapping[str, Any]], store: str, clips: set[str]) -> int:
+    """Count the clips of a store that a run was trained on.
+
+    `stores` are those in the run's settings; one counts only if its samples can be told: it lies where it lay, or is
+    the store that is judged on, and has the samples that it had.
+    """
+    known: set[str] = set()
+    for record in stores:
+        for path in dict.fromkeys((store, record["path"])):
+            if path != store and "://" in path:  # what is far away may take long to answer
+                continue
+            try:
+                sample_ids = CacheReader(path).sample_ids
+            except (CacheStoreError, OSError):
+                continue
+            if ids_digest(sample_ids) == record["ids_sha256"]:
+                known |= {SampleRef.parse(sample_id).clip_id for sample_id in sample_ids}
+                break
+    return len(known & clips)
