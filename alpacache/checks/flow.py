@@ -8,6 +8,7 @@ in turns, so that positions which are 3.6 times too large put the camera on a ma
 The picture of the road in front is seen from above (`_patches`): there it moves as a whole, whatever the camera.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +27,8 @@ MAX_TURNED_RAD = 0.015
 STEPS = 96
 """Most steps to look at, evenly chosen."""
 MIN_STEPS = 10
+CLIP_STEPS = 5
+"""Least steps backwards by which a single clip is judged."""
 HORIZONS = np.arange(0.26, 0.66, 0.04)
 """Heights of the horizon that are tried, as a share of the picture's height from the top."""
 BOTTOM = 0.97
@@ -60,6 +63,7 @@ USUAL_FOCAL_PX = 175.0
 class Step(NamedTuple):
     """Two pictures between which the vehicle drove straight on."""
 
+    clip_id: str
     before: NDArray[np.uint8]
     """`[h, w]`, grey."""
     after: NDArray[np.uint8]
@@ -75,6 +79,8 @@ class Flow:
     """Steps at which it clearly moved one way."""
     backwards: int
     """Of these, steps at which it went away while the vehicle drove forwards, or the other way round."""
+    clips_against: tuple[str, ...]
+    """Clips in which it did so at `CLIP_STEPS` steps or more, and at hardly any other."""
     reach_px_m: float | None
     """Focal length (px, of 256 across) times height (m) of the camera by which the road moved as far as the poses say;
     None if that is not clear."""
@@ -88,7 +94,7 @@ def steps_of(glimpse: Glimpse) -> list[Step]:
         if abs(moved_m) < (STEP_M if last < end else MOVED_M):
             continue
         if abs(glimpse.heading_rad[last] - glimpse.heading_rad[first]) < MAX_TURNED_RAD:
-            steps.append(Step(glimpse.pictures[first], glimpse.pictures[last], moved_m))
+            steps.append(Step(glimpse.clip_id, glimpse.pictures[first], glimpse.pictures[last], moved_m))
         first = last
     return steps
 
@@ -103,7 +109,9 @@ def flow_of(glimpses: Sequence[Glimpse]) -> Flow | None:
     steps = [steps[place] for place in np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)]
     moved_m = np.array([step.moved_m for step in steps])
     # What never moves, such as the bonnet, is in all pictures and hence in their mean.
-    before, after = (np.stack([getattr(step, name) for step in steps]).astype(np.float32) for name in Step._fields[:2])
+    before, after = (
+        np.stack([getattr(step, name) for step in steps]).astype(np.float32) for name in ("before", "after")
+    )
     mean = (before.mean(axis=0) + after.mean(axis=0)) / 2
     before, after = before - mean, after - mean
     tables = [
@@ -113,9 +121,14 @@ def flow_of(glimpses: Sequence[Glimpse]) -> Flow | None:
     margins = [_margins(shares) * np.sign(moved_m) for shares, _ in tables]
     seen = max(margins, key=lambda margin: abs(float(margin.mean())))
     clear = np.abs(seen) > MIN_MARGIN
+    each = Counter(step.clip_id for step, told in zip(steps, clear, strict=True) if told)
+    away = Counter(step.clip_id for step, told in zip(steps, clear & (seen < 0), strict=True) if told)
     return Flow(
-        steps=int(clear.sum()),
-        backwards=int((clear & (seen < 0)).sum()),
+        steps=each.total(),
+        backwards=away.total(),
+        clips_against=tuple(
+            clip_id for clip_id, count in away.items() if count >= max(CLIP_STEPS, BACKWARDS * each[clip_id])
+        ),
         reach_px_m=_reach(tables, moved_m),
     )
 

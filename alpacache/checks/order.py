@@ -89,10 +89,12 @@ def judge_order(flow: Flow | None, jumps: Sequence[str], pictures: int, *, as_te
     if len(jumps) >= MIN_JUMPS and share >= JUMP_SHARE:
         remedy = f"Are pictures out of order, or of several drives, such as in {max(set(jumps), key=jumps.count)}?"
         return verdict("order", finding, warn=remedy)
-    if flow is not None and flow.steps >= MIN_STEPS and flow.backwards > (1 - BACKWARDS) * flow.steps:
+    if flow is not None and flow.steps >= MIN_STEPS:
         away = f"the road goes away in place of coming nearer at {flow.backwards} of {flow.steps} moments"
+        away += f", such as in {flow.clips_against[0]}" if flow.clips_against else ""
         remedy = "Are pictures in reverse order of time, or does the camera look back? Look at the contact sheet."
-        return verdict("order", away, **{"fail" if flow.backwards >= BACKWARDS * flow.steps else "warn": remedy})
+        if flow.clips_against or flow.backwards > (1 - BACKWARDS) * flow.steps:
+            return verdict("order", away, **{"fail" if flow.backwards >= BACKWARDS * flow.steps else "warn": remedy})
     if pictures < MIN_STEPS:
         return not_judged("order", f"only {pictures} pictures 0.1 s after another in which anything is seen")
     if flow is not None and flow.steps >= MIN_STEPS:

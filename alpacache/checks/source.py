@@ -317,7 +317,7 @@ class _Survey:
         whole += [judge_targets(targets), judge_clocks(self.lag_curve)]
         judged = {check.name: check for check in whole}
         merged = {name: self._over_clips(name, judged.get(name)) for name in MEANINGS if name not in ("order", "scale")}
-        order, scale = self._judge_flow(is_upright=merged["rotations"].status == merged["axes"].status == "ok")
+        order, scale = self._judge_flow(is_upright="fail" not in (merged["rotations"].status, merged["axes"].status))
         merged |= {"order": order, "scale": scale}
         if order.status == "fail":
             merged |= {name: not_judged(name, OUT_OF_ORDER) for name in ("mirrored", "clocks")}

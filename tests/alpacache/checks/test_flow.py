@@ -19,7 +19,7 @@ def test_the_flow_measures_focal_length_times_height(seed):
     flow = flow_of(glimpses_of_clip(source, clip, motion_of(source.track(clip)), number=0, clips=1))
     lens = source.calibration(clip, FRONT_CAMERA)
     assert flow.reach_px_m == pytest.approx(lens["fx"] / 320 * 256 * lens["position_m"][2], rel=0.25)
-    assert flow.backwards == 0
+    assert (flow.backwards, flow.clips_against) == (0, ())
     assert flow.steps >= 10
 
 
@@ -49,8 +49,8 @@ def test_a_wrong_unit_is_named_at_any_speed(drive, panorama, factor, said):
 
 def test_verdicts():
     assert not judge_scale(None, 200.0).is_judged
-    assert not judge_scale(Flow(steps=40, backwards=0, reach_px_m=None), 200.0).is_judged
-    flow = Flow(steps=40, backwards=0, reach_px_m=300.0)
+    assert not judge_scale(Flow(steps=40, backwards=0, clips_against=(), reach_px_m=None), 200.0).is_judged
+    flow = Flow(steps=40, backwards=0, clips_against=(), reach_px_m=300.0)
     check = judge_scale(flow, 200.0)
     assert (check.status, check.found) == (
         "ok",

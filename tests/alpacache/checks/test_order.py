@@ -51,6 +51,34 @@ def test_pictures_in_reverse_order_of_time(town):
     assert not any(checks[name].is_judged for name in ("mirrored", "clocks", "scale"))
 
 
+def test_one_clip_in_reverse_order_is_named(town):
+    reverse = Reordered(town, np.arange(600)[::-1])
+    clips = {f"{number}": reverse if number == 4 else town for number in range(6)}
+
+    class Several:
+        name, clip_ids = "several", list(clips)
+
+        def track(self, clip_id):
+            return town.track("town")
+
+        def times_us(self, clip_id):
+            return town.times_us("town")
+
+        def frame_times_us(self, clip_id, camera):
+            return town.frame_times_us("town", camera)
+
+        def film(self, clip_id, camera, times_us):
+            return clips[clip_id].film("town", camera, times_us)
+
+        def load(self, ref, **named):
+            sample = clips[ref.clip_id].load(replace(ref, clip_id="town"), **named)
+            return replace(sample, ref=ref)
+
+    checks = {check.name: check for check in check_source(Several(), t0="every:8").checks}
+    assert checks["order"].status == "warn"
+    assert checks["order"].found.endswith("moments, such as in 4")
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_pictures_in_the_order_of_text(town, first):
     order = np.array(sorted(range(first, first + 600), key=str)) - first
