@@ -35,6 +35,7 @@ ONE_PROGRAM = {"add-a-codec.md", "add-a-model.md"}
 """Pages whose Python blocks go on from each other."""
 FOREIGN = {
     *("--repo-type", "--local-dir", "--include"),  # hf download
+    *("--wheelbase-m", "--full-lock-deg"),  # docs/examples/udacity_to_folder.py
     *("--no-python", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),
     *(
         "--array",
