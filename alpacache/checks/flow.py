@@ -29,6 +29,8 @@ STEPS = 96
 MIN_STEPS = 10
 CLIP_STEPS = 5
 """Least steps backwards by which a single clip is judged."""
+MIN_PX = 24
+"""Least height of pictures in which anything can be seen to move."""
 HORIZONS = np.arange(0.26, 0.66, 0.04)
 """Heights of the horizon that are tried, as a share of the picture's height from the top."""
 BOTTOM = 0.97
@@ -104,7 +106,7 @@ def flow_of(glimpses: Sequence[Glimpse]) -> Flow | None:
     steps = [step for glimpse in glimpses for step in steps_of(glimpse)]
     shapes = [step.before.shape for step in steps]
     steps = [step for step in steps if step.before.shape == step.after.shape == max(set(shapes), key=shapes.count)]
-    if len(steps) < MIN_STEPS:
+    if len(steps) < MIN_STEPS or min(steps[0].before.shape) < MIN_PX:
         return None
     steps = [steps[place] for place in np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)]
     moved_m = np.array([step.moved_m for step in steps])

@@ -107,6 +107,8 @@ def _far(picture: NDArray[np.uint8]) -> Floats:
     from scipy.ndimage import uniform_filter
 
     height, width = (length // CELL_PX for length in picture.shape)
+    if not height or not width:
+        return np.zeros((0, 0))
     cells = picture[: height * CELL_PX, : width * CELL_PX].reshape(height, CELL_PX, width, CELL_PX).mean(axis=(1, 3))
     cells -= uniform_filter(cells, 2 * SMOOTH + 1, mode="nearest")
     low, high = (int(share * height) for share in ROWS)
@@ -115,10 +117,11 @@ def _far(picture: NDArray[np.uint8]) -> Floats:
 
 def _likeness(one: Floats, other: Floats) -> float:
     """Correlation of two fields, shifted sideways as fits best; NaN if either is even."""
-    if one.shape != other.shape or min(one.std(), other.std()) < MIN_CONTRAST:
+    if one.shape != other.shape or not one.size or min(one.std(), other.std()) < MIN_CONTRAST:
         return float("nan")
     width, best = one.shape[1], -1.0
-    for shift in range(-REACH, REACH + 1):
+    reach = min(REACH, width // 4)
+    for shift in range(-reach, reach + 1):
         left, right = one[:, max(0, shift) : width + min(0, shift)], other[:, max(0, -shift) : width - max(0, shift)]
         left, right = left - left.mean(), right - right.mean()
         best = max(best, float((left * right).sum() / np.sqrt((left**2).sum() * (right**2).sum() + 1e-9)))

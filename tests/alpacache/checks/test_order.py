@@ -5,6 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from alpacache.checks.flow import flow_of
+from alpacache.checks.glimpses import Glimpse
+from alpacache.checks.order import likenesses
 from alpacache.checks.source import check_source
 
 
@@ -103,3 +106,20 @@ def test_a_vehicle_that_reverses(drive, panorama):
     checks = checks_of(source)
     assert checks["axes"].status == "fail"  # all of it in reverse
     assert checks["order"].status == "ok"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 90), (12, 16), (20, 160)])
+def test_tiny_pictures_are_not_judged(size):
+    rng = np.random.default_rng(0)
+    glimpse = Glimpse(
+        clip_id="a",
+        pictures=rng.integers(0, 255, (12, *size), np.uint8),
+        stamps_us=np.arange(12) * 100_000,
+        way_m=np.arange(12) * 1.0,
+        heading_rad=np.zeros(12),
+        camera="front",
+        is_run=True,
+        newest=np.zeros((*size, 3), np.uint8),
+    )
+    assert flow_of([glimpse]) is None
+    assert len(likenesses(glimpse)) == 11
