@@ -141,14 +141,11 @@ def appearing(
 
 
 def _publish(content: Path, out: Path, replaces: Sequence[str], last: Sequence[str]) -> None:
-    if not out.exists() or not names_in(out):
-        try:
-            content.rename(out)
-            flush(out.parent)
-            return
-        except OSError:
-            if not out.is_dir():
-                raise
+    if not out.exists():
+        content.rename(out)
+        flush(out.parent)
+        return
+    # A directory that is there keeps its mode and owner, and may be somebody's working directory.
     new = sorted(path.name for path in content.iterdir())
     names = [*(name for name in new if name not in last), *(name for name in last if name in new)]
     old = [*reversed(last), *replaces]

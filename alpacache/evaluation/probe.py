@@ -34,6 +34,7 @@ from alpacache.evaluation.probe_models import (
     shuffled_within,
 )
 from alpacache.evaluation.probe_verdict import ADVICE, LEAST_CLIPS, LEAST_SAMPLES, Cell, Verdict, judge_target
+from alpacache.masking import masked_values
 from alpacache.metrics.bootstrap import MIN_CLIPS, Interval, r_squared
 from alpacache.progress import OnProgress, Progress, ignore
 from cache_store import CacheReader
@@ -100,7 +101,7 @@ def probe(config: ProbeConfig, *, on_progress: OnProgress = ignore) -> ProbeRepo
     _check_enough(data.clips, config.store, left_out=len(data.left_out))
     report = probe_data(data, store=config.store, seed=config.seed, started=started, on_progress=on_progress)
     if config.out is not None:
-        document = {"settings": config, **report.to_json()}
+        document = masked_values({"settings": strict_json.plain(config), **report.to_json()})
         with appearing(Path(config.out), last=_FILES, names=_FILES) as directory:
             (directory / "probe.json").write_text(strict_json.dumps(document, indent=1) + "\n")
             (directory / "probe.png").write_bytes(_picture(report))

@@ -161,7 +161,7 @@ def _store_record(path: str, data: CachedDataset, indices: range) -> dict[str, A
     identity = dict(data.locate(indices.start)[0].identity) if indices else {}
     if indices:
         identity["model"] = _without_revision(identity["model"])
-    return {"path": path, "samples": len(indices), "ids_sha256": digest, "identity": identity}
+    return {"path": masked(path), "samples": len(indices), "ids_sha256": digest, "identity": identity}
 
 
 def _without_revision(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -168,6 +168,16 @@ def test_a_place_for_results_is_a_directory_on_a_disk_outside_of_stores(tmp_path
     take_back(tmp_path / "new")
 
 
+def test_an_empty_directory_keeps_its_mode_and_whoever_works_in_it(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    out.chmod(0o2770)
+    monkeypatch.chdir(out)
+    write(Path(), "new")
+    assert {path.name for path in Path().iterdir()} == {*MAIN, *REST}
+    assert out.stat().st_mode & 0o7777 == 0o2770
+
+
 def test_a_store_begins_outside_of_stores_and_runs(tmp_path):
     for folder, file in (("store", "zarr.json"), ("store/old", "zarr.json"), ("run", "run.json")):
         (tmp_path / folder).mkdir()
