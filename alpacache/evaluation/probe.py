@@ -1,8 +1,8 @@
 """Brain or hands: does the frozen VLM not know about the curve, or does the expert not use what it is given?
 
 Probes predict the future from cached features, on clips they have not seen and beyond what the ego history tells. What
-they can read, an expert could learn from. They are weaker than an expert, which attends to every token: "not there" is
-said of pooled vectors, and docs/how-to/brain-or-hands.md tells how to look further.
+they can read, an expert could learn from. They are weaker than an expert, which attends to every token in every layer:
+"not there" names what was looked at, and is said only where a planted signal is found in the same samples.
 """
 
 import time
@@ -20,11 +20,12 @@ from alpacache.driving.sample import Floats, SampleRef
 from alpacache.driving.strata import LATE_CURVE
 from alpacache.durable import appearing, check_results_out
 from alpacache.errors import UsageError
-from alpacache.evaluation.config import ProbeConfig
+from alpacache.evaluation.config import Pool, ProbeConfig
 from alpacache.evaluation.judging import LeftOut
 from alpacache.evaluation.plots import explained_png
-from alpacache.evaluation.probe_features import CURVATURE, HEADING, TARGETS, ProbeData, choose_samples, read_probe_data
+from alpacache.evaluation.probe_features import HEADING, TARGETS, ProbeData, choose_samples, read_probe_data
 from alpacache.evaluation.probe_models import (
+    BEST_TOKENS,
     FOLDS,
     PROBES,
     Predictions,
@@ -33,7 +34,18 @@ from alpacache.evaluation.probe_models import (
     group_folds,
     shuffled_within,
 )
-from alpacache.evaluation.probe_verdict import ADVICE, LEAST_CLIPS, LEAST_SAMPLES, Cell, Verdict, judge_target
+from alpacache.evaluation.probe_verdict import (
+    ADVICE,
+    BENDING,
+    FITTING,
+    LEAST_CLIPS,
+    LEAST_SAMPLES,
+    PLANTED,
+    Cell,
+    Verdict,
+    could_deny,
+    judge_target,
+)
 from alpacache.masking import masked_values
 from alpacache.metrics.bootstrap import MIN_CLIPS, Interval, r_squared
 from alpacache.progress import OnProgress, Progress, ignore
@@ -43,6 +55,8 @@ _FILES = ("probe.png", "probe.json")
 ALL = "all"
 TOGETHER = "all vectors"
 """Name of all sets of vectors side by side, where there are several."""
+LOUDNESS = 0.1
+"""Loudness of the planted signal in pooled vectors, against each channel's spread."""
 SHUFFLED = "shuffled"
 """Name of the control, in which each sample has another's features."""
 Scores = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Cell]]]]
@@ -99,7 +113,9 @@ def probe(config: ProbeConfig, *, on_progress: OnProgress = ignore) -> ProbeRepo
     nameless = [LeftOut("", str(error)) for error in reader.unreadable if not error.sample_id]
     data = replace(data, left_out=[*data.left_out, *nameless])
     _check_enough(data.clips, config.store, left_out=len(data.left_out))
-    report = probe_data(data, store=config.store, seed=config.seed, started=started, on_progress=on_progress)
+    report = probe_data(
+        data, store=config.store, pool=config.pool, seed=config.seed, started=started, on_progress=on_progress
+    )
     if config.out is not None:
         document = masked_values({"settings": strict_json.plain(config), **report.to_json()})
         with appearing(Path(config.out), last=_FILES, names=_FILES) as directory:
@@ -119,7 +135,13 @@ def _check_enough(clips: Sequence[str], store: str, *, left_out: int = 0) -> Non
 
 
 def probe_data(
-    data: ProbeData, *, store: str = "", seed: int = 0, started: float | None = None, on_progress: OnProgress = ignore
+    data: ProbeData,
+    *,
+    store: str = "",
+    pool: Pool = "both",
+    seed: int = 0,
+    started: float | None = None,
+    on_progress: OnProgress = ignore,
 ) -> ProbeReport:
     """Fit probes and judge; the report's seconds count from `started`, or from now."""
     started = time.monotonic() if started is None else started
@@ -129,11 +151,27 @@ def probe_data(
     counts = {name: (int(mask.sum()), len(set(compress(data.clips, mask)))) for name, mask in rows.items()}
     scores = {name: _score(data, mask, main, predictions, seed) for name, mask in rows.items() if mask.any()}
     enough = counts[LATE_CURVE][0] >= LEAST_SAMPLES and counts[LATE_CURVE][1] >= LEAST_CLIPS
+    strata = {target: LATE_CURVE if enough and target in BENDING else ALL for target in TARGETS}
+    planted: dict[str, dict[str, Interval | None]] = {}
+    if data.tokens is not None and any(
+        could_deny(counts[stratum][1], {k: c.gain for k, c in scores[stratum][target][main].items() if c.gain})
+        for target, stratum in strata.items()
+    ):
+        planted = _planted(data, data.tokens, predictions[main], {t: rows[s] for t, s in strata.items()}, seed)
     verdicts = []
-    for target in TARGETS:
-        stratum = LATE_CURVE if enough and target in (HEADING, CURVATURE) else ALL
+    for target, stratum in strata.items():
         cells = scores[stratum][target]
-        verdicts.append(judge_target(target, stratum, counts[stratum], counts[ALL][1], cells[main], cells[SHUFFLED]))
+        looked_at = _looked_at(data, pool)
+        verdict = judge_target(
+            target,
+            stratum,
+            counts[stratum],
+            cells[main],
+            cells[SHUFFLED],
+            looked_at=looked_at,
+            planted=planted.get(target),
+        )
+        verdicts.append(verdict)
     heading = next(verdict for verdict in verdicts if verdict.target == HEADING)
     return ProbeReport(
         store=store,
@@ -155,21 +193,83 @@ def _predict(data: ProbeData, main: str, seed: int, on_progress: OnProgress) -> 
     folds = group_folds(data.clips, FOLDS, seed=seed)
     joined = np.concatenate(list(data.features.values()), axis=1)
     order = shuffled_within(folds, seed=seed)
-    passes: list[tuple[str, Sequence[Probe], NDArray[np.float32], Floats | None]] = [
-        (main, PROBES, joined, data.history),
-        (SHUFFLED, PROBES, joined[order], data.history),
+    tokens, other_tokens = data.tokens, None if data.tokens is None else data.tokens[order]
+    passes: list[tuple[str, Sequence[Probe], NDArray[np.float32], NDArray[np.float32] | None, Floats | None]] = [
+        (main, PROBES, joined, tokens, data.history),
+        (SHUFFLED, PROBES, joined[order], other_tokens, data.history),
     ]
     if main == TOGETHER:
-        passes += [(name, PROBES[:1], vectors, None) for name, vectors in data.features.items()]
+        passes += [(name, PROBES[:1], vectors, None, None) for name, vectors in data.features.items()]
     started, predicted = time.monotonic(), dict[str, dict[Probe, Predictions]]()
-    for number, (name, probes, vectors, history) in enumerate(passes):
-        parts = cross_validate(probes, vectors, history, data.targets, data.clips, folds, seed=seed)
+    for number, (name, probes, vectors, one_by_one, history) in enumerate(passes):
+        parts = cross_validate(probes, vectors, history, data.targets, data.clips, folds, tokens=one_by_one, seed=seed)
         for fold, predictions in enumerate(parts, start=1):
             done, notes = number * FOLDS + fold, {"part": "fit", "vectors": name}
             rate = done / (time.monotonic() - started)
             on_progress(Progress(done=done, total=len(passes) * FOLDS, unit="steps", rate=rate, notes=notes))
             predicted[name] = predictions
     return predicted
+
+
+def _planted(
+    data: ProbeData,
+    tokens: NDArray[np.float32],
+    predictions: Mapping[Probe, Predictions],
+    rows: Mapping[str, NDArray[np.bool_]],
+    seed: int,
+) -> dict[str, dict[str, Interval | None]]:
+    """Target -> probe -> gain by a signal of known strength that was added to these samples: the positive control.
+
+    The signal explains `PLANTED` of what history leaves of the target. The ridge is to find it in the pooled vectors,
+    in a random direction, a tenth as loud as each channel; the probe of tokens in one token, as loud as that token.
+    """
+    rng = np.random.default_rng([seed, 1])
+    joined, tokens = np.concatenate(list(data.features.values()), axis=1), tokens.copy()
+    spread = joined.std(0)
+    for column, mask in enumerate(rows.values()):
+        left = data.targets[:, column] - _rival(predictions, data.targets, np.ones_like(mask), column)
+        left = (left - left[mask].mean()) / max(left[mask].std(), 1e-12)
+        signal = PLANTED**0.5 * left + (1 - PLANTED) ** 0.5 * rng.normal(size=len(left))
+        joined += LOUDNESS * np.outer(signal, rng.normal(size=joined.shape[1]) * spread).astype(np.float32)
+        place = rng.integers(tokens.shape[1])
+        direction = rng.normal(size=tokens.shape[2]) * tokens[:, place].std(0)
+        tokens[:, place] += np.outer(signal, direction).astype(np.float32)
+    folds = group_folds(data.clips, FOLDS, seed=seed)
+    parts = cross_validate(PROBES[:1], joined, data.history, data.targets, data.clips, folds, tokens=tokens, seed=seed)
+    found = list(parts)[-1]
+    gains: dict[str, dict[str, Interval | None]] = {}
+    for column, (target, mask) in enumerate(rows.items()):
+        at, clips = (mask, column), list(compress(data.clips, mask))
+        gains[target] = {}
+        for kind, each in found.items():
+            assert each.both is not None
+            over = predictions[kind].both
+            assert over is not None
+            # Of this very fit, whether it found what is there: no wider for what others would.
+            gains[target][kind] = r_squared(
+                data.targets[at], each.both[at], each.mean[at], clips, over=over[at], seed=seed
+            )
+    return gains
+
+
+def _looked_at(data: ProbeData, pool: Pool) -> str:
+    """What the probes saw of the prefix, in words."""
+    pools = {
+        "both": "the last token and the mean over tokens",
+        "last": "the last token",
+        "mean": "the mean over tokens",
+    }
+    words = f"{pools[pool]} of {', '.join(data.features)}"
+    if data.tokens is not None:
+        words += f", and the {BEST_TOKENS} most telling of {data.tokens.shape[1]} single tokens"
+    return words
+
+
+def _rival(predictions: Mapping[Probe, Predictions], targets: Floats, rows: NDArray[np.bool_], column: int) -> Floats:
+    """The better probe's predictions from history, or the mean where all are worse: what a gain is measured against."""
+    rivals = [each.history[rows, column] for each in predictions.values() if each.history is not None]
+    rivals += [predictions[PROBES[0]].mean[rows, column]]
+    return min(rivals, key=lambda pred: float(((targets[rows, column] - pred) ** 2).sum()))
 
 
 def _score(
@@ -179,17 +279,12 @@ def _score(
     predictions: Mapping[str, Mapping[Probe, Predictions]],
     seed: int,
 ) -> dict[str, dict[str, dict[str, Cell]]]:
-    """Target -> vectors -> probe -> R^2 on some rows.
-
-    The rival that a gain is measured against is the better probe of the history, or the mean where both are worse.
-    """
+    """Target -> vectors -> probe -> R^2 on some rows."""
     clips = list(compress(data.clips, rows))
     result: dict[str, dict[str, dict[str, Cell]]] = {}
     for column, target in enumerate(TARGETS):
         at, truth = (rows, column), data.targets[rows, column]
-        rivals = [each.history[at] for each in predictions[main].values() if each.history is not None]
-        rivals += [predictions[main][PROBES[0]].mean[at]]
-        rival = min(rivals, key=lambda pred: float(((truth - pred) ** 2).sum()))
+        rival = _rival(predictions[main], data.targets, rows, column)
         result[target] = {
             name: {kind: _cell(each, truth, at, rival, clips, seed) for kind, each in kinds.items()}
             for name, kinds in predictions.items()
@@ -206,10 +301,21 @@ def _cell(
     seed: int,
 ) -> Cell:
     def share(pred: Floats | None, over: Floats | None = None) -> Interval | None:
-        return None if pred is None else r_squared(truth, pred[at], predictions.mean[at], clips, over=over, seed=seed)
+        return None if pred is None else _share(truth, pred[at], predictions.mean[at], clips, over=over, seed=seed)
 
     history, features, both = predictions.history, predictions.features, predictions.both
     return Cell(history=share(history), features=share(features), both=share(both), gain=share(both, rival))
+
+
+def _share(
+    truth: Floats, pred: Floats, mean: Floats, clips: Sequence[str], *, over: Floats | None, seed: int
+) -> Interval | None:
+    """R^2, or the gain over other predictions, with an interval that holds what another fit would change."""
+    found = r_squared(truth, pred, mean, clips, over=over, seed=seed)
+    if found is None:
+        return None
+    low, high = (found.estimate + FITTING * (end - found.estimate) for end in (found.low, found.high))
+    return replace(found, low=low, high=high)
 
 
 def _picture(report: ProbeReport) -> bytes:

@@ -4,6 +4,7 @@ Keys and values are read only for layers that are asked for, one sample at a tim
 is loaded. Poses alone decide the targets, so no model can move them.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alpacache import randomness
 from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS, from_bf16_bits, stored_strata
 from alpacache.cached_samples.identity import store_codec
 from alpacache.driving.sample import DT_S, FUTURE_S, Floats, SampleRef
@@ -31,6 +33,8 @@ HIDDEN = "hidden"
 HEADING, CURVATURE, SPEED = "heading change", "curvature", "speed change"
 TARGETS = {HEADING: "rad", CURVATURE: "1/m", SPEED: "m/s"}
 """Name -> unit of each target, in the order of columns."""
+SKETCH = 8
+"""Random projections of a token: enough to tell that one of thousands knows something, and few enough to keep."""
 LEAST_PATH_M = MOVING_MPS * FUTURE_S
 """Least length that a path's curvature is computed with: the heading of a standing vehicle is noise."""
 
@@ -49,6 +53,9 @@ class ProbeData:
     """True values `[N, 3]`, columns as in `TARGETS`."""
     late_curve: NDArray[np.bool_]
     """Membership `[N]` of the stratum `LATE_CURVE`: straight through the history, curving afterwards."""
+    tokens: NDArray[np.float32] | None = None
+    """Single tokens `[N, positions, SKETCH]`, by position in the prefix and each through the same random projections;
+    None: only pooled vectors are known."""
     left_out: Sequence[LeftOut] = ()
     """Samples beside these that could not be read."""
 
@@ -70,6 +77,8 @@ def read_probe_data(
     started = time.monotonic()
     codec = store_codec(reader.identity, store=str(reader.path))
     numbers: list[int] | None = None
+    projections: Tensor | None = None
+    tokens: list[NDArray[np.float32]] = []
     rows: dict[str, list[NDArray[np.float32]]] = {}
     clips, left_out = list[str](), list[LeftOut]()
     history, targets, late = [], [], []
@@ -77,7 +86,12 @@ def read_probe_data(
         try:
             if numbers is None:
                 numbers = _layer_numbers(reader, sample_id, layers, codec)
-            vectors = {name: pooled(part, pool) for name, part in _by_token(reader, sample_id, numbers, codec)}
+            vectors = dict[str, NDArray[np.float32]]()
+            for name, part in _by_token(reader, sample_id, numbers, codec):
+                if not vectors:
+                    projections = _projections(part) if projections is None else projections
+                    sketch = _sketch(part, projections)
+                vectors[name] = pooled(part, pool)
             poses = reader.read(sample_id, fields=POSE_FIELDS)
         except SampleReadError as error:
             left_out.append(LeftOut(sample_id, str(error)))
@@ -96,6 +110,7 @@ def read_probe_data(
                     f"{sample_id} of {reader.path}: {name} pools to {vector.size} numbers, "
                     f"the first sample to {rows[name][0].size}; probe a store of one model."
                 )
+        tokens.append(sketch)
         clips.append(SampleRef.parse(sample_id).clip_id)
         strata = stored_strata(sample_id, poses)
         history.append(history_features(poses["history_xyz"], poses["history_rot"]))
@@ -109,6 +124,7 @@ def read_probe_data(
         history=np.stack(history),
         targets=np.stack(targets),
         late_curve=np.array(late, dtype=bool),
+        tokens=np.stack([sketch[: min(map(len, tokens))] for sketch in tokens]),
         left_out=left_out,
     )
 
@@ -149,6 +165,20 @@ def pooled(vectors: Tensor, pool: Pool) -> NDArray[np.float32]:
     parts = {"last": vectors[-1].float(), "mean": vectors.float().mean(0)}
     chosen = list(parts.values()) if pool == "both" else [parts[pool]]
     return torch.cat(chosen).numpy()
+
+
+def _projections(vectors: Tensor) -> Tensor:
+    """Random directions `[C, SKETCH]` for tokens like these `[T, C]`; a few loud channels do not drown the rest."""
+    spread = vectors.float().std(0).clamp(min=1e-6)
+    generator = randomness.generator("probe", "tokens")
+    directions = torch.randn(vectors.shape[1], SKETCH, generator=generator)
+    return directions / (spread[:, None] * math.sqrt(len(directions)))
+
+
+def _sketch(vectors: Tensor, projections: Tensor) -> NDArray[np.float32]:
+    """Projections `[T, SKETCH]` of tokens `[T, C]`; none of tokens of another width, which pooling refuses."""
+    fits = vectors.shape[1] == len(projections)
+    return (vectors.float() @ projections if fits else vectors[:, :SKETCH].float()).numpy()
 
 
 def _layer_numbers(reader: CacheReader, first: str, layers: Layers, codec: KVCodec | None) -> list[int]:

@@ -20,8 +20,9 @@ from alpacache import randomness
 from alpacache.driving.sample import Floats
 
 Rows: TypeAlias = NDArray[np.intp]
-Probe: TypeAlias = Literal["ridge", "mlp"]
+Probe: TypeAlias = Literal["ridge", "mlp", "token"]
 PROBES: tuple[Probe, ...] = ("ridge", "mlp")
+"""Those of pooled vectors; `token` reads the single tokens that tell most."""
 FOLDS, INNER_FOLDS = 5, 4
 PENALTIES = np.logspace(-4, 4, 13)
 """Penalties that the ridge chooses from, as multiples of the mean eigenvalue."""
@@ -30,6 +31,15 @@ SHARES = (0.0, 0.1, 0.3, 0.7, 1.0)
 COMPONENTS = 48
 """Principal components that the MLP sees."""
 HIDDEN_UNITS = 64
+TOKEN: Probe = "token"  # noqa: S105
+BUMPS, BUMP_WIDTH = 12, 0.45
+"""Gaussian bumps over one column of the history, from -2.5 to 2.5 standard deviations: what bends may be made of."""
+BENT_COLUMNS, BEST_TOKENS = 4, 2
+"""Columns of the history whose bends a probe takes, and tokens that it reads, for each target."""
+BEND_SHARE = 0.05
+"""Weight of the bends beside the history's own columns."""
+_CHUNK = 128
+"""Positions that are looked at together."""
 LR, WEIGHT_DECAY, BATCH = 3e-3, 1e-2, 64
 EPOCHS, PATIENCE = 80, 12
 
@@ -79,6 +89,7 @@ def cross_validate(
     clips: Sequence[str],
     folds: Sequence[Rows],
     *,
+    tokens: NDArray[np.float32] | None = None,
     seed: int = 0,
 ) -> Iterator[dict[Probe, Predictions]]:
     """Fit and predict fold by fold; yields the same predictions after each, complete after the last.
@@ -90,22 +101,32 @@ def cross_validate(
         targets: `[N, targets]`.
         clips: N clip ids.
         folds: rows of each outer fold.
+        tokens: `[N, positions, K]` single tokens; with them the probe `token` is fitted too.
         seed: seed of the inner folds and of the MLP's start.
     """
     names = ("mean", "features") if history is None else ("mean", "features", "history", "both")
-    result = {probe: Predictions(**{name: np.full(targets.shape, np.nan) for name in names}) for probe in probes}
+    kinds = list(probes) if tokens is None or history is None else [*probes, TOKEN]
+    result = {probe: Predictions(**{name: np.full(targets.shape, np.nan) for name in names}) for probe in kinds}
+    bumps = None if history is None else _bumps(history)
     for number, test in enumerate(folds):
         train = np.setdiff1d(np.arange(len(targets)), test)
         centre, scale = _moments(targets[train])
         y = (targets[train] - centre) / scale
         fold_seed = 1000 * seed + number
         inner = group_folds([clips[row] for row in train], INNER_FOLDS, seed=fold_seed)
-        fits = _ridge(features, history, y, train, test, inner)
-        predicted = {"ridge": [new for new, _ in fits]}
+        past: list[NDArray[np.floating]] = []
+        if history is not None and bumps is not None:
+            past = [history, _telling(bumps, y, train, count=BENT_COLUMNS)]
+        fits = _ridge(features, past, y, train, test, inner)
+        predicted: dict[Probe, list[Floats]] = {"ridge": [new for new, _ in fits]}
         if "mlp" in probes:
             inputs = [_components(_gram(x, train, test)) for x in (features, history) if x is not None]
             inputs += [np.concatenate(inputs, axis=1)] if len(inputs) > 1 else []
             predicted["mlp"] = [_mlp(fit, x, y, inner, seed=fold_seed) for fit, x in zip(fits, inputs, strict=True)]
+        if TOKEN in result:
+            assert tokens is not None
+            best = _telling(tokens, y - fits[1][1], train, count=BEST_TOKENS)
+            predicted[TOKEN] = [new for new, _ in _ridge(best, past, y, train, test, inner)]
         for probe, into in result.items():
             into.mean[test] = centre
             for name, values in zip(names[1:], predicted[probe], strict=True):
@@ -119,20 +140,25 @@ the training rows `[train, targets]`."""
 
 
 def _ridge(
-    features: NDArray[np.float32], history: Floats | None, y: Floats, train: Rows, test: Rows, inner: Sequence[Rows]
+    features: NDArray[np.floating],
+    past: Sequence[NDArray[np.floating]],
+    y: Floats,
+    train: Rows,
+    test: Rows,
+    inner: Sequence[Rows],
 ) -> list[_Fit]:
-    """Fit features alone, or with history also history and both; penalty and share are the best on the inner folds.
+    """Fit features alone, or with a past also that and both; penalty and share are the best on the inner folds.
 
     They are chosen for each target. y `[train, targets]` is standardised; `inner` holds positions in `train`.
     """
-    held = np.empty((1 if history is None else len(SHARES), len(PENALTIES), *y.shape))
+    held = np.empty((len(SHARES) if past else 1, len(PENALTIES), *y.shape))
     for rows in inner:
         fitted = np.delete(np.arange(len(train)), rows)
-        held[:, :, rows] = _ridge_paths(features, history, y[fitted], train[fitted], train[rows])
-    new = _ridge_paths(features, history, y, train, test)
+        held[:, :, rows] = _ridge_paths(features, past, y[fitted], train[fitted], train[rows])
+    new = _ridge_paths(features, past, y, train, test)
     errors = ((held - y) ** 2).sum(2)
     fits = []
-    for allowed in [slice(-1, None)] if history is None else [slice(-1, None), slice(0, 1), slice(None)]:
+    for allowed in [slice(-1, None), slice(0, 1), slice(None)] if past else [slice(-1, None)]:
         best = errors[allowed].reshape(-1, y.shape[1]).argmin(0)
         new_best, held_best = (
             np.stack([path[allowed].reshape(-1, *path.shape[2:])[place, :, k] for k, place in enumerate(best)], axis=-1)
@@ -142,13 +168,46 @@ def _ridge(
     return fits
 
 
-def _ridge_paths(features: NDArray[np.float32], history: Floats | None, y: Floats, train: Rows, test: Rows) -> Floats:
-    """Predictions `[shares, penalties, test, targets]` of ridges on the training rows, y `[train, targets]`."""
+def _ridge_paths(
+    features: NDArray[np.floating], past: Sequence[NDArray[np.floating]], y: Floats, train: Rows, test: Rows
+) -> Floats:
+    """Predictions `[shares, penalties, test, targets]` of ridges on the training rows, y `[train, targets]`.
+
+    The past is the history and its bends, or the history alone.
+    """
     seen = _gram(features, train, test)
-    if history is None:
+    if not past:
         return _ridge_path(seen, y)[None]
-    past = _gram(history, train, test)
-    return np.stack([_ridge_path((1 - share) * past + share * seen, y) for share in SHARES])
+    weights = (1 - BEND_SHARE, BEND_SHARE) if len(past) > 1 else (1.0,)
+    before = sum(weight * _gram(part, train, test) for weight, part in zip(weights, past, strict=True))
+    return np.stack([_ridge_path((1 - share) * before + share * seen, y) for share in SHARES])
+
+
+def _bumps(history: Floats) -> Floats:
+    """Gaussian bumps `[N, columns, BUMPS]` of each column of the history `[N, columns]`."""
+    centre, scale = _moments(history)
+    places = np.linspace(-2.5, 2.5, BUMPS)
+    bumps: Floats = np.exp(-((((history - centre) / scale)[:, :, None] - places) ** 2) / (2 * BUMP_WIDTH**2))
+    return bumps
+
+
+def _telling(groups: NDArray[np.floating], y: Floats, train: Rows, *, count: int) -> NDArray[np.floating]:
+    """The groups of columns that explain most of y on the training rows, side by side: `[N, chosen * K]`.
+
+    Args:
+        groups: `[N, G, K]`: a position's token, or a column's bumps.
+        y: `[train, targets]`; for each target `count` groups are chosen, a few times fewer where targets agree.
+    """
+    explained = []
+    for start in range(0, groups.shape[1], _CHUNK):
+        x = groups[train, start : start + _CHUNK].astype(np.float64)
+        centre, scale = _moments(x)
+        x = ((x - centre) / scale).transpose(1, 2, 0)
+        inner = x @ x.transpose(0, 2, 1) + 0.1 * len(train) * np.eye(x.shape[1])
+        outer = x @ y
+        explained.append((outer * np.linalg.solve(inner, outer)).sum(1))
+    best = np.argsort(-np.concatenate(explained), axis=0)[:count]
+    return groups[:, np.unique(best)].reshape(len(groups), -1)
 
 
 def _ridge_path(gram: Floats, y: Floats) -> Floats:

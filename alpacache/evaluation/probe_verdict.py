@@ -19,7 +19,15 @@ WORTH = 0.1
 LEAST_SAMPLES, LEAST_CLIPS = 30, 20
 """Least numbers in a stratum that decide anything."""
 CLIPS_TO_DENY = 200
-"""Least number of clips for `not there`: fitted to fewer, a probe may miss what is there."""
+"""Least number of clips of the judged stratum for `not there`: fitted to fewer, a probe may miss what is there."""
+PLANTED = 0.3
+"""Share of what history leaves that the planted signal of the positive control explains."""
+BENDING = ("heading change", "curvature")
+"""Targets that a history which turns gives away, in whatever way."""
+FITTING = 1.5
+"""Widening of an interval for what another fit would change. Splitting clips holds the fitted probes fixed; the
+variance of a mean over K folds is 1 + K * (test / train) = 2.25 times that. Source: Nadeau and Bengio, Inference for
+the Generalization Error, Machine Learning 52 (2003)."""
 ADVICE: Mapping[Answer, str] = {
     "there": "An expert that drives straight on all the same ignores it: retrain the expert.",
     "not there": "No expert can learn from features what they do not hold: first more cameras, other frames or "
@@ -54,17 +62,21 @@ def judge_target(
     target: str,
     stratum: str,
     counts: tuple[int, int],
-    fitted_clips: int,
     cells: Mapping[str, Cell],
     control: Mapping[str, Cell],
+    *,
+    looked_at: str,
+    planted: Mapping[str, Interval | None] | None,
 ) -> Verdict:
-    """Decide by the gain of the better probe.
+    """Decide by the gain of the best probe.
 
     Args:
         counts: number of samples and of clips of the stratum.
-        fitted_clips: number of clips that the probes were fitted and judged on, of all strata.
         cells: probe -> its numbers.
         control: probe -> its numbers with features of other samples.
+        looked_at: what the probes saw, for the sentence.
+        planted: probe -> its gain by a signal of strength `PLANTED` that was added; None: not tried, so nothing can be
+            denied.
     """
     samples, clips = counts
     where = f"{samples} samples of {clips} clips"
@@ -77,10 +89,6 @@ def judge_target(
     if samples < LEAST_SAMPLES or clips < LEAST_CLIPS or len(gains) < len(cells):
         evidence = f"{where}, where {LEAST_SAMPLES} of {LEAST_CLIPS} clips and a target that varies are needed"
     else:
-        if proven:
-            answer = "there"
-        elif fitted_clips >= CLIPS_TO_DENY and all(gain.high < WORTH for gain in gains.values()):
-            answer = "not there"
         best = max(proven or gains, key=lambda probe: gains[probe].estimate)
         both, gain = cells[best].both, gains[best]
         assert both is not None
@@ -90,5 +98,38 @@ def judge_target(
             f"{both.estimate:z.2f}, a gain of {gain.estimate:z.2f} {ends} ({best}); "
             f"{by_chance[best]:z.2f} with features of other samples"
         )
+        if stratum != LATE_CURVE and target in BENDING:
+            evidence += (
+                "; here history may tell it in ways that no probe found: only samples that go straight until t0 and "
+                f"curve afterwards decide, {LEAST_SAMPLES} of {LEAST_CLIPS} clips"
+            )
+        elif proven:
+            answer = "there"
+        elif could_deny(clips, gains):
+            found = planted or {}
+            evidence += f". Looked at: {looked_at}. {_told(found)}"
+            if found and all(map(_is_found, found.values())):
+                answer = "not there"
     words = "too few samples to conclude" if answer == "too few samples" else f"the information is {answer}"
     return Verdict(target=target, stratum=stratum, answer=answer, sentence=f"{target}: {words}. {evidence}.")
+
+
+def could_deny(clips: int, gains: Mapping[str, Interval]) -> bool:
+    """Tell whether these gains on a stratum of so many clips leave room for `not there`."""
+    return clips >= CLIPS_TO_DENY and all(gain.high < WORTH for gain in gains.values())
+
+
+def _is_found(gain: Interval | None) -> bool:
+    return gain is not None and gain.estimate >= WORTH and gain.low > 0
+
+
+def _told(found: Mapping[str, Interval | None]) -> str:
+    """What became of the planted signals."""
+    if not found:
+        return "Single tokens were not looked at, and one of them may hold what pooled vectors have lost"
+    gains = ", ".join(
+        f"{probe} {gain.estimate:z.2f} {range_text(gain.low, gain.high)}".rstrip() if gain else f"{probe} none"
+        for probe, gain in found.items()
+    )
+    how = "was found" if all(map(_is_found, found.values())) else "was not found by all, so nothing can be denied"
+    return f"A planted signal that explains {PLANTED:g} of what history leaves {how}: a gain of {gains}"

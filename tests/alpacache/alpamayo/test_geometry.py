@@ -50,7 +50,7 @@ def test_the_released_expert_is_the_model_class_of_that_size():
 
 
 def test_of_a_hub_id_fetches_no_weights(tiny_checkpoint, monkeypatch):
-    def download(repo, name, revision=None):
+    def download(repo, name, revision=None, local_files_only=False):
         assert not name.endswith(".safetensors")
         return str(tiny_checkpoint / name)
 

@@ -26,6 +26,7 @@ from alpacache.evaluation.probe_features import (
     CURVATURE,
     HEADING,
     LEAST_PATH_M,
+    SKETCH,
     SPEED,
     TARGETS,
     ProbeData,
@@ -58,6 +59,7 @@ def planted(seed=0):
         history=history,
         targets=targets + 0.2 * rng.normal(size=(N, 3)),
         late_curve=late,
+        tokens=rng.normal(size=(N, 20, SKETCH)).astype(np.float32),
     )
 
 
@@ -91,6 +93,7 @@ def test_shuffled_features_hold_nothing():
     data = planted()
     order = np.random.default_rng(5).permutation(N)
     report = probe_data(replace(data, features={"hidden": data.features["hidden"][order]}))
+    assert all("A planted signal that explains 0.3" in verdict.sentence for verdict in report.verdicts)
     assert [verdict.answer for verdict in report.verdicts] == ["not there"] * 3
     assert "more cameras, other frames or fine-tuning of the VLM" in report.conclusion
     for probe in ("ridge", "mlp"):
@@ -139,25 +142,56 @@ def interval(low, high):
     return Interval(estimate=(low + high) / 2, low=low, high=high, n=100, clips=50)
 
 
+FOUND, MISSED = (0.15, 0.35), (0.05, 0.15)
+
+
 @pytest.mark.parametrize(
-    ("gain", "counts", "clips", "control", "answer"),
+    ("gain", "counts", "control", "planted", "answer"),
     [
-        ((0.05, 0.3), (100, 50), 50, 0.0, "there"),
-        ((0.05, 0.3), (100, 50), 50, 0.06, "too few samples"),
-        ((0.05, 0.3), (29, 29), 500, 0.0, "too few samples"),
-        ((0.05, 0.3), (100, 19), 500, 0.0, "too few samples"),
-        ((-0.1, 0.4), (100, 50), 500, 0.0, "too few samples"),
-        ((0.01, 0.15), (100, 50), 500, 0.0, "too few samples"),
-        ((-0.05, 0.09), (100, 50), 200, 0.0, "not there"),
-        ((-0.05, 0.09), (100, 50), 199, 0.0, "too few samples"),
+        ((0.05, 0.3), (100, 50), 0.0, FOUND, "there"),
+        ((0.05, 0.3), (100, 50), 0.06, FOUND, "too few samples"),
+        ((0.05, 0.3), (29, 29), 0.0, FOUND, "too few samples"),
+        ((0.05, 0.3), (500, 19), 0.0, FOUND, "too few samples"),
+        ((-0.1, 0.4), (500, 500), 0.0, FOUND, "too few samples"),
+        ((0.01, 0.15), (500, 500), 0.0, FOUND, "too few samples"),
+        ((-0.05, 0.09), (200, 200), 0.0, FOUND, "not there"),
+        ((-0.05, 0.09), (200, 200), 0.0, (-0.01, 0.4), "too few samples"),
+        ((-0.05, 0.09), (200, 200), 0.0, (0.05, 0.14), "too few samples"),
+        ((-0.05, 0.09), (200, 200), 0.0, None, "too few samples"),
+        ((-0.05, 0.09), (500, 199), 0.0, FOUND, "too few samples"),
     ],
 )
-def test_rules(gain, counts, clips, control, answer):
+def test_rules(gain, counts, control, planted, answer):
     def cell(values):
         return Cell(history=interval(0, 0.1), features=interval(0, 0.1), both=interval(0, 0.1), gain=interval(*values))
 
-    verdict = judge_target(HEADING, ALL, counts, clips, {"ridge": cell(gain)}, {"ridge": cell((control, control))})
-    assert verdict.answer == answer
+    rules = {"looked_at": "x", "planted": planted and {"ridge": interval(*planted)}}
+    for stratum, target in ((LATE_CURVE, HEADING), (ALL, SPEED)):
+        verdict = judge_target(target, stratum, counts, {"ridge": cell(gain)}, {"ridge": cell((control,) * 2)}, **rules)
+        assert verdict.answer == answer
+    # Where the history turns, no gain over what probes make of it is sight.
+    verdict = judge_target(HEADING, ALL, counts, {"ridge": cell(gain)}, {"ridge": cell((control,) * 2)}, **rules)
+    assert verdict.answer == "too few samples"
+
+
+def test_intervals_hold_what_another_fit_would_change(found):
+    """A probe of another random half of the clips gains within the interval that this one was given."""
+    gain = found.scores[LATE_CURVE][HEADING]["hidden"]["ridge"].gain
+    data = planted()
+    half = np.array([int(clip.split("-")[1]) % 2 == 0 for clip in data.clips])
+    other = probe_data(
+        replace(
+            data,
+            clips=[clip for clip, keep in zip(data.clips, half, strict=True) if keep],
+            features={"hidden": data.features["hidden"][half]},
+            history=data.history[half],
+            targets=data.targets[half],
+            late_curve=data.late_curve[half],
+            tokens=None,
+        )
+    )
+    again = other.scores[LATE_CURVE][HEADING]["hidden"]["ridge"].gain
+    assert again.low < gain.estimate < again.high
 
 
 def poses(radius_m=50.0, speed_mps=8.0, steps=64):

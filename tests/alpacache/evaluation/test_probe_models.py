@@ -126,7 +126,7 @@ def test_ridge_equals_its_closed_form():
     rng = np.random.default_rng(2)
     x, past, y = rng.normal(size=(40, 7)), rng.normal(size=(40, 3)), rng.normal(size=(30, 2))
     train, test = np.arange(30), np.arange(30, 40)
-    paths = _ridge_paths(x, past, y, train, test)
+    paths = _ridge_paths(x, [past], y, train, test)
     for share, name in ((0, past), (len(SHARES) - 1, x)):
         z = (name - name[train].mean(0)) / name[train].std(0) / np.sqrt(name.shape[1])
         for place, penalty in enumerate(PENALTIES):
