@@ -101,6 +101,7 @@ def test_shuffled_features_hold_nothing():
             assert report.scores[ALL][target]["hidden"][probe].features.low < 0.02
 
 
+@pytest.mark.system
 def test_the_control_finds_nothing(found):
     for cells in found.scores[LATE_CURVE].values():
         for cell in cells[SHUFFLED].values():
@@ -174,6 +175,7 @@ def test_rules(gain, counts, control, planted, answer):
     assert verdict.answer == "too few samples"
 
 
+@pytest.mark.ci
 def test_intervals_hold_what_another_fit_would_change(found):
     """A probe of another random half of the clips gains within the interval that this one was given."""
     gain = found.scores[LATE_CURVE][HEADING]["hidden"]["ridge"].gain
