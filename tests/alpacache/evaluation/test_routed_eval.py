@@ -16,6 +16,7 @@ from alpacache.evaluation.config import EvalConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.flow_matching import sample as sample_flow
 from alpacache.inference.prediction import eval_noise, to_paths
+from alpacache.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +115,25 @@ def test_without_routes_nothing_changes_and_there_is_nothing_to_swap(tiny_checkp
     assert "route" not in document["samples"][0]
     assert "route" not in pq.read_table(tmp_path / "out/samples.parquet").column_names
     assert (tmp_path / "out/report.html").read_text().count("<div hidden><h2>") == 2
+
+
+@pytest.mark.slow
+def test_a_trained_model_follows_its_route_at_a_fork_and_the_base_does_not(tiny_checkpoint_15, tmp_path):
+    common = {"model": str(tiny_checkpoint_15), "device": "cpu"}
+    settings = {"frames": 1, "hidden_states": "none", "route": "source"} | common
+    for split, samples in (("train", 80), ("val", 12)):
+        alpacache.extract(
+            ExtractConfig(
+                source="synthetic:200:fork", split=split, samples=samples, store=str(tmp_path / split), **settings
+            )
+        )
+    settings = {"steps": 150, "batch_size": 8, "draws": 4, "lr": 3e-3, "warmup": 10, "in_memory": True} | common
+    alpacache.train(
+        TrainConfig(stores=(str(tmp_path / "train"),), out=str(tmp_path / "run"), route_dropout=0.2, **settings)
+    )
+    settings = {"checkpoint": str(tmp_path / "run"), "out": str(tmp_path / "eval"), "swap_route": True} | common
+    swaps = alpacache.evaluate(EvalConfig(store=str(tmp_path / "val"), **settings)).summary.swaps
+    assert swaps["base"].follows < 0.2
+    assert abs(swaps["base"].shift_m) < 2.0
+    assert swaps["trained"].follows > 0.7
+    assert swaps["trained"].shift_m > 10.0
