@@ -93,6 +93,8 @@ def _fields(entry: Any, where: str) -> tuple[str, int, Any]:
         lacking = "" if not isinstance(entry, dict) else f" lacks {', '.join(absent)};"
         raise SourceError(f"{where}{lacking or ' is no object;'} expected {', '.join(_KEYS)}.")
     clip_id, t0_us, text = (entry[key] for key in _KEYS)
+    if isinstance(t0_us, float) and t0_us.is_integer():
+        t0_us = int(t0_us)
     if not isinstance(clip_id, str) or isinstance(t0_us, bool) or not isinstance(t0_us, int):
         raise SourceError(f"{where}: expected clip_id as text and t0_relative as whole microseconds.")
     return clip_id, t0_us, text

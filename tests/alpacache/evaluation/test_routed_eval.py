@@ -121,13 +121,13 @@ def test_without_routes_nothing_changes_and_there_is_nothing_to_swap(tiny_checkp
 def test_a_trained_model_follows_its_route_at_a_fork_and_the_base_does_not(tiny_checkpoint_15, tmp_path):
     common = {"model": str(tiny_checkpoint_15), "device": "cpu"}
     settings = {"frames": 1, "hidden_states": "none", "route": "source"} | common
-    for split, samples in (("train", 80), ("val", 12)):
+    for split, samples in (("train", 200), ("val", 12)):
         alpacache.extract(
             ExtractConfig(
-                source="synthetic:200:fork", split=split, samples=samples, store=str(tmp_path / split), **settings
+                source="synthetic:230:fork", split=split, samples=samples, store=str(tmp_path / split), **settings
             )
         )
-    settings = {"steps": 150, "batch_size": 8, "draws": 4, "lr": 3e-3, "warmup": 10, "in_memory": True} | common
+    settings = {"steps": 250, "batch_size": 16, "draws": 4, "lr": 3e-3, "warmup": 20, "in_memory": True} | common
     alpacache.train(
         TrainConfig(stores=(str(tmp_path / "train"),), out=str(tmp_path / "run"), route_dropout=0.2, **settings)
     )

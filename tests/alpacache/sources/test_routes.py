@@ -115,7 +115,7 @@ def entry(clip, t0_us, text):
 def test_a_file_as_the_public_recipe_has_it_gives_texts_and_moments(tmp_path):
     source = open_source("synthetic:3")
     clip, other, _ = source.clip_ids
-    texts = [entry(other, 4_000_000, "Turn left in 11m"), entry(other, 6_000_000, "a\nb"), entry("x", 5, "Turn left")]
+    texts = [entry(other, 4_000_000.0, "Turn left in 11m"), entry(other, 6_000_000, "a\nb"), entry("x", 5, "Turn left")]
     file = RouteFile(nav_file(tmp_path, texts))
     refs, rejected = select(source, t0="routes", routed_us=file.times_us)
     assert [ref.sample_id for ref in refs] == [f"{other}@4000000#0", f"{other}@6000000#0"]
@@ -131,6 +131,8 @@ def test_a_file_as_the_public_recipe_has_it_gives_texts_and_moments(tmp_path):
     ("entries", "says"),
     [
         ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ('[{"clip_id": "a", "t0_relative": NaN, "nav_text": "b"}]', "cannot be read"),
         ({}, "expected a list of objects with clip_id, t0_relative, nav_text"),
         ([7], "entry 0 is no object"),
         ([{"clip_id": "a", "nav_text": "b"}], "entry 0 lacks t0_relative"),
