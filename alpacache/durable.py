@@ -30,8 +30,9 @@ _NOT_COUNTED = {_INSIDE, _PROBE, LOCK, "lost+found"}
 
 def check_out(out: Path) -> None:
     """Refuse an --out that is no directory of a disk, in a store, or in another run. Raises `UsageError`."""
-    if re.match(r"\w+:/", str(out)):
-        raise UsageError(f"--out {out} is no path; expected a directory on a disk.")
+    if _is_address(str(out)):
+        address = re.sub(":/+", "://", str(out), count=1)  # whole again, so that secrets in it are masked
+        raise UsageError(f"--out {address} is no path; expected a directory on a disk.")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; expected a directory.")
     if _is_store(out):
@@ -41,8 +42,16 @@ def check_out(out: Path) -> None:
 
 def check_store_place(store: str, *, what: str = "--store") -> None:
     """Refuse to begin a store inside another one or a run; one that is there already goes on. Raises `UsageError`."""
+    if _is_address(store) and "://" not in store:
+        address = re.sub(":/", "://", store, count=1)
+        raise UsageError(f"{what} {address} is written with one slash, so it is no address; expected two, or a path.")
     if "://" not in store and not _is_store(Path(store)):
         _check_outside(Path(store), what)
+
+
+def _is_address(text: str) -> bool:
+    """Tell whether a text is an address such as `s3://...`, also where making a path of it has taken one slash."""
+    return re.match(r"[A-Za-z][\w.+-]*:/", text) is not None
 
 
 def _check_outside(path: Path, what: str) -> None:

@@ -6,6 +6,8 @@ Under a file's name may lie a FIFO, which blocks whoever opens it for ever, or a
 import stat
 from pathlib import Path
 
+LFS_POINTER = b"version https://git-lfs"
+"""Beginning of the small text that git leaves in the place of a large file that was not fetched."""
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -34,3 +36,19 @@ def read_regular(file: Path, *, limit_bytes: int) -> bytes:
     regular_size(file, limit_bytes=limit_bytes)
     with file.open("rb") as opened:
         return opened.read(limit_bytes)
+
+
+def lfs_pointer(content: bytes | Path | object) -> str:
+    """Says that a file, or the bytes of one, is what git-lfs leaves for it, and what to do; empty if it is not.
+
+    Takes anything, since it is asked about what could not be read.
+    """
+    try:
+        if isinstance(content, Path) and regular_size(content):
+            with content.open("rb") as opened:
+                content = opened.read(len(LFS_POINTER))
+    except OSError:
+        return ""
+    if not isinstance(content, bytes) or not content.startswith(LFS_POINTER):
+        return ""
+    return "it is a git-lfs pointer in place of the file; run `git lfs pull` in its repository"

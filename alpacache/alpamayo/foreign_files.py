@@ -22,12 +22,12 @@ from pydantic_core import ErrorDetails
 
 from alpacache import strict_json
 from alpacache.errors import CheckpointError
+from alpacache.regular_file import LFS_POINTER
 
 JSON_LIMIT_BYTES = 16 * 2**20
 """Largest file or header that is parsed here: objects may take twenty times as much. Real ones have at most 1 MB."""
 _MOST_KEYS = 100_000
 """Of one object: each could be an error to tell, of a kilobyte."""
-_POINTER = b"version https://git-lfs.github.com/spec/"
 _SHOWN = 3
 """Wrong keys that one error spells out."""
 _METADATA = "__metadata__"
@@ -95,7 +95,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
             raise CheckpointError(f"{path} is no regular file; expected a file of a checkpoint.")
         with path.open("rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise CheckpointError(
                     f"{path} is a git-lfs pointer in place of the file; run `git lfs pull` in its repository, or fetch "
                     "the checkpoint with `hf download`."

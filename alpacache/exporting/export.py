@@ -68,7 +68,9 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
     Raises `UsageError` where `out` holds anything else, the run was trained from another model or the base is
     incomplete, and `DataError` where the run's checkpoint is damaged or the disk is full.
     """
-    started, out = time.monotonic(), Path(config.out).resolve()
+    started = time.monotonic()
+    check_out(Path(config.out))  # before it is resolved: an address becomes a path of that
+    out = Path(config.out).resolve()
     check_out(out)
     take_back(out)
     occupied = bool(names_in(out))

@@ -12,6 +12,7 @@ The folder may come from a stranger: names are single path components, links mus
 anything is allocated, and nothing is ever unpickled.
 """
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -22,11 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache import strict_json
+from alpacache.config import is_unicode
 from alpacache.driving.cameras import CAMERAS, sort_cameras
 from alpacache.driving.poses import Track, check_track, frame_indices, history_and_future
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, SourceError
-from alpacache.regular_file import read_regular, regular_size
+from alpacache.regular_file import lfs_pointer, read_regular, regular_size
 from alpacache.sources.camera_files import find_film, find_pictures, picture_format
 from alpacache.sources.image import read_image, stack
 from alpacache.sources.recording import (
@@ -190,22 +192,31 @@ def _read_index(file: Path) -> dict[str, Any]:
     if not file.exists():
         raise SourceError(f"{file} does not exist; folder:DIR needs a dataset.json with name, cameras and clips.")
     try:
-        index = strict_json.loads(read_regular(file, limit_bytes=MAX_INDEX_BYTES))
-        name, cameras, clips = index["name"], index["cameras"], index["clips"]
+        data = read_regular(file, limit_bytes=MAX_INDEX_BYTES)
+        index = strict_json.loads(data)
     except OSError as error:
         raise SourceError(f"{file} cannot be read: {error}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{file} is not a dataset index with name, cameras and clips ({error}).") from error
+    except ValueError as error:
+        reason = lfs_pointer(data) or f"it is not valid JSON ({error})"
+        raise SourceError(f"{file} is not a dataset index with name, cameras and clips: {reason}.") from error
+    if not isinstance(index, dict):
+        raise SourceError(f"{file} is not a dataset index; expected a JSON object with name, cameras and clips.")
+    if absent := [key for key in ("name", "cameras", "clips") if key not in index]:
+        raise SourceError(f"{file} lacks {' and '.join(absent)}; expected name, cameras and clips.")
+    name, cameras, clips = index["name"], index["cameras"], index["clips"]
+    if not (isinstance(name, str) and is_unicode(name)):
+        shown = json.dumps(name)[:80]  # a lone surrogate is written as it may stand in the file
+        raise SourceError(f"{file}: name is {shown}; expected text in valid Unicode.")
     if not all(isinstance(entries, list) and entries for entries in (cameras, clips)):
         raise SourceError(f"{file}: cameras and clips must be lists with at least one name each.")
-    if unknown := [camera for camera in cameras if camera not in CAMERAS]:
-        raise SourceError(f"{file}: unknown camera {unknown[0]!r}; known: {', '.join(CAMERAS)}.")
+    if unknown := [camera for camera in cameras if not isinstance(camera, str) or camera not in CAMERAS]:
+        raise SourceError(f"{file}: unknown camera {json.dumps(unknown[0])[:80]}; known: {', '.join(CAMERAS)}.")
     if odd := [clip for clip in clips if not is_plain_name(clip)]:
         rule = "it must be one path component: printable text of up to 255 bytes without slashes, and not . or .."
         raise SourceError(f"{file}: {str(odd[0])[:80]!r} cannot be a clip's name; {rule}.")
     if len(set(clips)) != len(clips):
         raise SourceError(f"{file}: clips are listed twice.")
-    return {"name": str(name), "cameras": cameras, "clips": clips}
+    return {"name": name, "cameras": cameras, "clips": clips}
 
 
 def _inside(path: Path, root: Path, *, where: str) -> Path:

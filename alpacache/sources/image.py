@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.errors import BadClipError
+from alpacache.regular_file import lfs_pointer
 
 MAX_PIXELS = 50_000_000
 """Pixels of one frame; 8K video has 33 million."""
@@ -46,7 +47,8 @@ def read_image(
             "wrong_shape", f"{where}: a picture of far more than {MAX_PIXELS:,} pixels, the most that is read."
         ) from error
     except (OSError, SyntaxError) as error:
-        raise BadClipError("undecodable_video", f"{where}: no readable {kind} image ({error}).") from error
+        reason = lfs_pointer(file) or str(error)
+        raise BadClipError("undecodable_video", f"{where}: no readable {kind} image ({reason}).") from error
 
 
 def stack(frames: Sequence[NDArray[np.uint8]], *, where: str) -> NDArray[np.uint8]:

@@ -10,6 +10,7 @@ from alpacache import strict_json
 from alpacache.driving.poses import EgoPoses, Track, check_timestamps
 from alpacache.driving.sample import FRAME_STEP_US, Sample, SampleRef
 from alpacache.errors import BadClipError
+from alpacache.regular_file import lfs_pointer
 
 POSE_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
 """Columns of a table of poses: us, metres, and a quaternion with its scalar last, vehicle to world."""
@@ -43,7 +44,8 @@ def read_lenses(text: bytes | str, *, where: str) -> dict[str, Any]:
     try:
         lenses = strict_json.loads(text)
     except ValueError as error:
-        raise BadClipError("wrong_shape", f"{where} is not readable JSON ({error}).") from error
+        reason = lfs_pointer(text) or str(error)
+        raise BadClipError("wrong_shape", f"{where} is not readable JSON ({reason}).") from error
     if not isinstance(lenses, dict) or not all(isinstance(lens, dict) for lens in lenses.values()):
         raise BadClipError("wrong_shape", f"{where} must hold an object, and in it one for each camera.")
     return lenses

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.errors import BadClipError
-from alpacache.regular_file import regular_size
+from alpacache.regular_file import lfs_pointer, regular_size
 
 MAX_FILE_BYTES = 2**30
 MAX_ROWS = 4_000_000
@@ -149,13 +149,13 @@ def _opened(file: Path | BinaryIO, *, where: str, limit_bytes: int | None = MAX_
             regular_size(file, limit_bytes=limit_bytes)
         except OSError as error:
             raise BadClipError("unsafe_path", f"{where} cannot be read: {error}.") from error
-    with _refused(where), pq.ParquetFile(file) as parquet:
+    with _refused(where, file), pq.ParquetFile(file) as parquet:
         yield parquet
 
 
 @contextmanager
-def _refused(where: str) -> Iterator[None]:
-    """Turn what Arrow raises for a damaged table into a `BadClipError`."""
+def _refused(where: str, file: Path | BinaryIO | None = None) -> Iterator[None]:
+    """Turn what Arrow raises for a damaged table into a `BadClipError`; `file` is looked at for why it is none."""
     import pyarrow as pa
 
     try:
@@ -163,6 +163,8 @@ def _refused(where: str) -> Iterator[None]:
     except BadClipError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
+        if pointer := lfs_pointer(file):
+            raise BadClipError("wrong_shape", f"{where} is not a readable parquet file: {pointer}.") from error
         reason = str(error).partition("\n")[0][:200]
         raise BadClipError(
             "wrong_shape", f"{where} is not a readable parquet file ({reason}); copy it again."

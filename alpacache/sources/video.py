@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.errors import BadClipError
+from alpacache.regular_file import lfs_pointer
 from alpacache.sources.image import check_size, stack
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"
@@ -109,6 +110,8 @@ def _opened(film: Path | BinaryIO, *, where: str) -> Iterator[Any]:
     except BadClipError:
         raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
+        if pointer := lfs_pointer(film):
+            raise BadClipError("undecodable_video", f"{where} cannot be decoded: {pointer}.") from error
         if other := _other_container(film):
             remedy = "Write it anew, such as: ffmpeg -i FILM -fps_mode passthrough -crf 12 NEW.mp4"
             text = f"{where} is {other}; MP4, MOV and Matroska are read. {remedy}"

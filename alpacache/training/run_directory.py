@@ -25,6 +25,7 @@ from alpacache.durable import RUN, check_out, has_marks, names_in
 from alpacache.errors import DataError, UsageError
 from alpacache.finite import not_finite
 from alpacache.gpu.host_copies import copied_to_host
+from alpacache.regular_file import lfs_pointer
 from alpacache.training.ema import up_to_date
 from alpacache.training.metrics_file import MetricsFile
 from alpacache.training.run_names import (
@@ -340,6 +341,8 @@ def read_checkpoint(path: Path, *, optimizer: bool = False, average: bool = Fals
     def tensors(name: str) -> dict[str, Tensor]:
         file, written = path / name, state["files"].get(name)
         if not file.is_file() or written != size_and_checksum(file):
+            if pointer := lfs_pointer(file):
+                raise DataError(f"{file} cannot be read: {pointer}.")
             raise DataError(
                 f"{file} is damaged (size or checksum differ from {STATE}); use an earlier checkpoint of the run."
             )

@@ -83,6 +83,8 @@ class StoredSample:
                 self.storage.check_parents(f"{self.record.folder}/{stored.path}")
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise self.damaged(stored, field, " is missing.") from error
+            except FormatError as error:  # a link, or anything else that no store has
+                raise self.damaged(stored, field, f": {error}") from error
 
         self._reread(stored, field, check)
 
@@ -191,6 +193,8 @@ class StoredSample:
             rest = self.storage.read_into(path, stored.size, target, on_block, parents_checked=parents_checked)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self.damaged(stored, field, " is missing.") from error
+        except FormatError as error:  # a link, a FIFO, a directory in its place
+            raise self.damaged(stored, field, f": {error}") from error
         if isinstance(rest, int):
             raise self.damaged(stored, field, f" has {rest} bytes, expected {stored.size}.")
         return rest

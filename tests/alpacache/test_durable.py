@@ -162,8 +162,13 @@ def test_a_place_for_results_is_a_directory_on_a_disk_outside_of_stores(tmp_path
     for out, message in (("file", "is a file"), ("store", "is a store"), ("store/new", "is a store")):
         with pytest.raises(UsageError, match=message):
             check_out(tmp_path / out)
-    with pytest.raises(UsageError, match="is no path"):
-        check_out(Path("s3://bucket/out"))
+    for address in ("s3://bucket/out", "https://user:word@host/out", "gs://user:word@host/out", "git+ssh://u:word@h/x"):
+        with pytest.raises(UsageError, match="is no path") as refused:
+            check_out(Path(address))
+        assert "word" not in str(refused.value)
+    with pytest.raises(UsageError, match="one slash"):
+        check_store_place("s3:/bucket/store")
+    check_store_place("s3://bucket/store")
     check_out(tmp_path / "new")
     take_back(tmp_path / "new")
 

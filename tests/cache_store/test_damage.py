@@ -222,18 +222,23 @@ def test_links_and_special_files_are_refused(store, tmp_path) -> None:
     outside = tmp_path / "outside"
     chunk.rename(outside)
     chunk.symlink_to(outside)
-    with pytest.raises(FormatError, match="symbolic link"):
+    with pytest.raises(CorruptSampleError, match="symbolic link"):
         reader.read(SAMPLE, ["kv"])
     chunk.unlink()
     os.mkfifo(chunk)
-    with pytest.raises(FormatError, match="not a regular file"):
+    with pytest.raises(CorruptSampleError, match="not a regular file"):
         reader.read(SAMPLE, ["kv"])
     chunk.unlink()
+    chunk.mkdir()
+    with pytest.raises(CorruptSampleError, match="not a regular file") as lost:
+        reader.read(SAMPLE, ["kv"])
+    assert lost.value.sample_id == SAMPLE  # what skips damaged samples loses this one alone
+    chunk.rmdir()
     outside.rename(chunk)
     reader.read(SAMPLE, ["kv"])
     (group / "hidden").rename(tmp_path / "hidden")
     (group / "hidden").symlink_to(tmp_path / "hidden")
-    with pytest.raises(FormatError, match="not a real folder"):
+    with pytest.raises(CorruptSampleError, match="not a real folder"):
         reader.read(SAMPLE, ["hidden"])
     assert len(verify(store).damaged) == 2
     (store / "commits").rename(tmp_path / "commits")

@@ -568,3 +568,12 @@ def test_headers_name_what_is_there(root, tmp_path):
     written, base = Checkpoint(str(tmp_path / "out")), Checkpoint(str(root / "Tiny-R1"))
     assert written.infos(written.names) == base.infos(base.names)
     assert sum(len(read_header(tmp_path / "out" / shard)) for shard in (FIRST, SECOND)) == len(base.names)
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/x", "https://user:word@host/b"])
+def test_an_address_is_no_place_for_an_export(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is no path") as refused:
+        export("model", "run", out)
+    assert "word" not in str(refused.value)
+    assert not list(tmp_path.iterdir())

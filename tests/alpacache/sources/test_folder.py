@@ -312,6 +312,38 @@ def test_a_calibration_that_no_reader_should_meet_is_refused(folder, text, kind,
     load(folder, "b")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[]", "expected a JSON object with name, cameras and clips"),
+        ('{"name": "x"}', "dataset.json lacks cameras and clips"),
+        ('{"name": "\\ud800", "cameras": [], "clips": []}', r'dataset.json: name is "\\ud800"; expected text in valid'),
+        ('{"name": null, "cameras": [], "clips": []}', "name is null; expected text"),
+        ('{"name": "x", "cameras": [["front"]], "clips": ["a"]}', "unknown camera"),
+    ],
+)
+def test_an_index_of_another_form_is_refused_in_words(folder, text, says):
+    (folder / "dataset.json").write_text(text)
+    with pytest.raises(SourceError, match=says) as refused:
+        FolderSource(folder)
+    assert not any(word in str(refused.value) for word in ("NoneType", "indices", "KeyError", "'cameras'"))
+
+
+@pytest.mark.parametrize(
+    "name", ["dataset.json", "clips/a/egomotion.parquet", f"clips/a/{FRONT}/000051.jpg", f"clips/b/{FRONT}.mp4"]
+)
+def test_a_pointer_of_git_lfs_is_called_one(folder, name):
+    (folder / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 9\n")
+    with pytest.raises((SourceError, BadClipError), match="git lfs pull"):
+        load(folder, name[6] if name[0] == "c" else "a")
+
+
+def test_a_calibration_that_is_a_pointer_of_git_lfs(folder):
+    (folder / "clips/a/calibration.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(BadClipError, match="git lfs pull"):
+        load(folder)
+
+
 @pytest.mark.parametrize("content", ["fifo", "[" * 100_000, '{"name": NaN}'])
 def test_an_index_that_cannot_be_read(folder, content):
     (folder / "dataset.json").unlink()

@@ -525,3 +525,10 @@ def test_a_value_of_another_form_is_named(tmp_path, content, change, message):
     (path / "state.json").write_text("[1]")
     with pytest.raises(DataError, match="holds a list; expected a JSON object"):
         RunDirectory(tmp_path).state(1)
+
+
+def test_a_pointer_of_git_lfs_in_place_of_the_weights_is_called_one(tmp_path, content):
+    path = RunDirectory(tmp_path).save(1, content(1), keep=1)
+    (path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DataError, match=r"model\.safetensors cannot be read: it is a git-lfs pointer.*`git lfs pull`"):
+        read_checkpoint(path)
