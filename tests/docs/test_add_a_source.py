@@ -17,6 +17,8 @@ from alpacache.sources.synthetic import SyntheticSource
 from cache_store import CacheReader
 from cli.main import app
 
+pytestmark = pytest.mark.system
+
 PAGE = ROOT / "docs/how-to/add-a-source.md"
 REF = SampleRef(clip_id="synthetic-0-000001", t0_us=5_100_000)
 

@@ -20,6 +20,8 @@ from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.synthetic import SyntheticSource
 
+pytestmark = pytest.mark.system
+
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 MPS_A_MPH = 0.44704
 

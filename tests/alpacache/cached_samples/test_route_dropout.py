@@ -13,6 +13,8 @@ from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.prefix.packed import pack
 
+pytestmark = pytest.mark.system
+
 CPU = torch.device("cpu")
 SOURCE = "synthetic:6"
 PAIRS = ((0, 1), (2, 3), (4, 5))

@@ -11,6 +11,8 @@ from alpacache.checks.source import check_source
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.sources.synthetic import SyntheticSource
 
+pytestmark = pytest.mark.system
+
 
 @pytest.mark.parametrize("seed", [2, 3])
 def test_the_flow_measures_focal_length_times_height(seed):

@@ -25,6 +25,8 @@ from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 
+pytestmark = pytest.mark.system
+
 CLIPS = 6
 POSES = ("x", "y", "z", "qx", "qy", "qz", "qw")
 

@@ -13,6 +13,8 @@ from alpacache.evaluation.judging import SampleResult, judge, judge_baselines
 from alpacache.evaluation.output import check_evaluation_out, write_results, write_sample_table
 from alpacache.evaluation.summary import summarise
 
+pytestmark = pytest.mark.system
+
 HISTORY = np.stack([np.arange(-15.0, 1.0), np.zeros(16), np.zeros(16)], axis=-1)
 ROT = np.broadcast_to(np.eye(3), (64, 3, 3))
 

@@ -20,6 +20,8 @@ from alpacache.evaluation.judging import SampleResult, judge, judge_baselines
 from alpacache.evaluation.report import write_report
 from alpacache.evaluation.summary import summarise
 
+pytestmark = pytest.mark.system
+
 HISTORY_XYZ = np.stack([np.arange(-15.0, 1.0), np.zeros(16), np.zeros(16)], axis=-1)
 HISTORY_ROT = np.broadcast_to(np.eye(3), (16, 3, 3))
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{data}}&quot;"

@@ -19,6 +19,8 @@ from alpacache.flow_matching import sample as sample_flow
 from alpacache.inference.prediction import eval_noise, to_paths
 from alpacache.training.config import TrainConfig
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def store(tiny_checkpoint_15, tmp_path_factory):

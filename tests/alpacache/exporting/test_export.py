@@ -29,6 +29,8 @@ from alpacache.training import trainable
 from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import RunDirectory
 
+pytestmark = pytest.mark.system
+
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 CARD = """---
 license: other

@@ -14,6 +14,8 @@ from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 from cache_store import CacheReader, info
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture
 def settings(tiny_checkpoint, tmp_path):

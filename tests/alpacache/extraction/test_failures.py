@@ -32,6 +32,8 @@ from alpacache.sources.synthetic import SyntheticSource
 from benchmarks.pai_tree import encode_h264
 from cache_store import CacheReader, CacheWriter, StoreFullError, verify
 
+pytestmark = pytest.mark.system
+
 
 def config(checkpoint, store, **changes):
     settings = {"source": "synthetic:6", "model": str(checkpoint), "store": str(store), "frames": 1, "device": "cpu"}

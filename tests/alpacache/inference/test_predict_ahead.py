@@ -104,7 +104,7 @@ def test_filling_up_is_rounding_and_a_graph_sees_all_that_changes(data, expert, 
 
 
 def test_damage_in_a_row_is_named_before_its_batch_is_handed_over(data, expert, monkeypatch):
-    def check(ring, chunks):
+    def check(ring, data, chunks):
         if 3 in chunks:
             ring._rows.damage[3] = 1
 

@@ -27,6 +27,8 @@ from alpacache.training.config import TrainConfig
 from alpacache.training.validation import Validation
 from cache_store import CacheReader, IdentityMismatchError, verify
 
+pytestmark = pytest.mark.system
+
 STILL = Jitter(brightness=1, contrast=1, saturation=1, gamma=1, keep=1, top=0, left=0)
 REF = SampleRef(clip_id="synthetic-0-000001", t0_us=5_100_000)
 

@@ -18,6 +18,8 @@ from alpacache.training.trainable import (
     enable_checkpointing,
 )
 
+pytestmark = pytest.mark.system
+
 LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 HEAD = ("action_in_proj.", "action_out_proj.", "expert.norm.")
 LAYER = "expert.layers.0.self_attn.q_proj"

@@ -20,6 +20,8 @@ from alpacache.training.config import TrainConfig
 from alpacache.training.step import flow_loss
 from alpacache.training.validation import Validation
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def store(tiny_checkpoint, tmp_path_factory):
