@@ -39,7 +39,8 @@ def check(config: CheckConfig, json: bool) -> None:
     from alpacache.sources.registry import open_source
     from alpacache.sources.routes import open_route_file
 
-    source, file = open_source(config.source, cameras=config.cameras), open_route_file(config.route_file)
+    source = open_source(config.source, cameras=config.cameras)
+    file = open_route_file(config.route_file, source)
     if config.out is not None:  # before anything is read
         keys = {"ok", "source", "checks", "clips"}
         check_results_out(Path(config.out), what="check", names=_FILES, main=REPORT, keys=keys)

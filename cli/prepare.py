@@ -37,7 +37,7 @@ def prepare(config: PrepareConfig, json: bool) -> None:
     fit = _picture_fit(config.model) if config.size == "processor" else None
     source = open_source(config.source, cameras=config.cameras)
     chosen = {"split": config.split, "t0": config.t0, "samples": config.samples, "seed": config.seed}
-    file = open_route_file(config.route_file)
+    file = open_route_file(config.route_file, source)
     routes = Routes(config.route, source, file=file, t0=config.t0)
     routed_us = None if file is None else file.times_us
     refs, unusable = select(source, quota=wanted, routed_us=routed_us, **chosen)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -130,6 +131,33 @@ def as_stored(identity: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, 
     if isinstance(settings := theirs.get("settings"), Mapping) and "family" in settings:
         model["settings"] = model["settings"] | {"family": settings["family"]}
     return identity | {"model": model | {key: theirs[key] for key in names if key in theirs and key in model}}
+
+
+def other_options(identity: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """Sentences that name the options by which `identity` differs from a store's in routes or the VLM's precision."""
+    said = []
+    asked, there = (_given_route(each) for each in (identity, stored))
+    if asked != there:
+        has, remedy = ("no routes", "leave --route out")
+        if there:
+            has, remedy = f"routes ({there})", f"pass --route {shlex.quote(there)}"
+        wants = f"{'others' if there else 'some'} ({asked})" if asked else "none"
+        said.append(f"the store has {has}, this run has {wants}: {remedy}, or pass another --store.")
+    names = {"bfloat16": "bf16", "float32": "fp32"}
+    asked, there = (names.get(str(each.get("dtype"))) for each in (identity, stored))
+    if there and asked != there:
+        said.append(
+            f"the store was made with --vlm-dtype {there}, this run has {asked}: pass --vlm-dtype {there}, or "
+            "another --store."
+        )
+    return said
+
+
+def _given_route(identity: Mapping[str, Any]) -> str | None:
+    """`source` or the one text of all samples; None without routes."""
+    prompt = identity.get("prompt")
+    route = prompt.get("route") if isinstance(prompt, Mapping) else None
+    return str(route.get("given"))[:200] if isinstance(route, Mapping) else None
 
 
 def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, store: str) -> None:

@@ -4,6 +4,7 @@ The texts come from data, so they are untrusted: a text may not hold the model's
 end of the prompt, nor be longer than an instruction.
 """
 
+import math
 import re
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -13,18 +14,20 @@ MOST_CHARACTERS = 200
 """Length of the longest text; public ones have about 40."""
 _TOKEN = re.compile(r"<\||\|>|<\S+?>")
 """Special tokens, whole or in part, as models of this kind write them: `<|im_end|>`, `<i0>`, `<think>`."""
-_FIRST = re.compile(r"\b(?:(left|right)|straight|continue|proceed)\b", re.IGNORECASE)
-_AHEAD = re.compile(r"\b(?:ahead|forward)\b", re.IGNORECASE)
-_SIDES = re.compile(r"\b(?:left|right)\b", re.IGNORECASE)
+_BEGIN, _END = r"(?<![^\W\d_])", r"(?![^\W\d_])"
+"""Where no letter is before or behind: `_`, `-` and digits part words as spaces do."""
+_DIRECTION = re.compile(rf"{_BEGIN}((?:turn|keep|bear|go)?)(left|right|straight)((?:turn)?){_END}", re.IGNORECASE)
+"""Also as labels write it: `turn_left`, `LEFT-TURN`, `turnleft`."""
+_ONWARD = re.compile(rf"{_BEGIN}(?:continue|proceed|ahead|forward){_END}", re.IGNORECASE)
 _OTHER = {"left": "right", "right": "left"}
 
 
 def check_route(text: Any) -> str | None:
-    """A route as it goes into a prompt; None for no text, or one of spaces alone.
+    """A route as it goes into a prompt; None for no text (tables also have NaN for that), or one of spaces alone.
 
     Raises `ValueError` with what is wrong: no text, too long, control or invisible characters, the model's own tokens.
     """
-    if text is None:
+    if text is None or (isinstance(text, float) and math.isnan(text)):
         return None
     if not isinstance(text, str):
         raise ValueError(f"it is {type(text).__name__}, not text")
@@ -40,16 +43,17 @@ def check_route(text: Any) -> str | None:
 
 
 def command_of(route: str | None) -> Command:
-    """What a route commands: the first of the words left, right, straight, continue and proceed decides.
+    """What a route in English commands: the first of the words left, right and straight decides.
 
-    `straight` for the last three, and for ahead and forward where none of the five is there; `none` for other texts.
+    So a side wins over a neutral verb before it ("continue left onto Main Street"), unless straight is said first.
+    Without any of the three, continue, proceed, ahead and forward are `straight`; other texts are `none`.
     """
     if route is None:
         return "none"
-    if first := _FIRST.search(route):
-        side = (first[1] or "straight").lower()
-        return "left" if side == "left" else "right" if side == "right" else "straight"
-    return "straight" if _AHEAD.search(route) else "none"
+    if first := _DIRECTION.search(route):
+        word = first[2].lower()
+        return "left" if word == "left" else "right" if word == "right" else "straight"
+    return "straight" if _ONWARD.search(route) else "none"
 
 
 def swapped(route: str | None) -> str | None:
@@ -58,7 +62,8 @@ def swapped(route: str | None) -> str | None:
         return None
 
     def other(found: re.Match[str]) -> str:
-        word = _OTHER[found[0].lower()]
-        return word.upper() if found[0].isupper() else word.capitalize() if found[0][0].isupper() else word
+        before, side, behind = found.groups()
+        word = _OTHER.get(side.lower(), side)
+        return before + (word.upper() if side.isupper() else word.capitalize() if side[0].isupper() else word) + behind
 
-    return _SIDES.sub(other, route)
+    return _DIRECTION.sub(other, route)

@@ -20,6 +20,7 @@ from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import POSE_FIELDS, SWAPPED, stored_strata
 from alpacache.cached_samples.identity import check_base, check_same_vlm
+from alpacache.driving.route import command_of
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import InterruptedRunError, NonFiniteError, UsageError
 from alpacache.evaluation.config import BASE, TRAINED, EvalConfig
@@ -297,7 +298,9 @@ def _judge_sample(
                 jpeg, lens, truth_xyz, {label: (colours[label], xyz) for label, (xyz, _) in paths.items()}
             )
     judged = {label: judge(xyz, rot, truth_xyz, truth_rot) for label, (xyz, rot) in paths.items()}
-    judged |= {label: replace(judged[label], swapped_xyz=xyz.astype(np.float64)) for label, xyz in swapped.items()}
+    route = data.route(index)
+    if command_of(route) in ("left", "right"):  # stores outlive the rule by which they were given their twins
+        judged |= {label: replace(judged[label], swapped_xyz=xyz.astype(np.float64)) for label, xyz in swapped.items()}
     return SampleResult(
         sample_id=sample_id,
         clip_id=SampleRef.parse(sample_id).clip_id,
@@ -308,6 +311,6 @@ def _judge_sample(
         front_jpeg=jpeg,
         strata=strata,
         models=judged | judge_baselines(*drive),
-        route=data.route(index),
+        route=route,
         routed=data.routed,
     )

@@ -20,7 +20,7 @@ from alpacache.alpamayo.backbone import stored_dtypes
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.recognition import prompt_words
 from alpacache.cached_samples.features import checked, store_fields
-from alpacache.cached_samples.identity import as_stored, provenance, store_identity
+from alpacache.cached_samples.identity import as_stored, other_options, provenance, store_identity
 from alpacache.driving.cameras import sort_cameras
 from alpacache.driving.sample import SampleRef
 from alpacache.durable import check_store_place
@@ -44,7 +44,7 @@ from alpacache.sources.selection import select
 from alpacache.sources.source import FixedSource
 from alpacache.sources.views import views_identity
 from alpacache.torchrun import this_process
-from cache_store import CODECS, CacheWriter
+from cache_store import CODECS, CacheWriter, IdentityMismatchError
 from cache_store.format.names import sample_key
 from cache_store.writer import committed_keys, stored_identity
 
@@ -84,7 +84,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     builder = settings.input_builder(checkpoint)
     prompt = builder.format
     settings = replace(settings, camera_names=prompt.camera_names, frame_numbers=prompt.frame_numbers)
-    file = open_route_file(config.route_file)
+    file = open_route_file(config.route_file, source)
     routes, routed_us = settings.routes(source, file=file, t0=config.t0), None if file is None else file.times_us
     split, samples, views = config.split, config.samples, config.views
     refs, unusable = select(source, split=split, t0=config.t0, samples=samples, views=views, routed_us=routed_us)
@@ -120,7 +120,12 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     )
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     origin = provenance(source=source.name, device=hardware)
-    with CacheWriter(config.store, fields=fields, identity=identity, provenance=origin) as writer:
+    try:
+        opened = CacheWriter(config.store, fields=fields, identity=identity, provenance=origin)
+    except IdentityMismatchError as error:
+        said = [*other_options(identity, stored_before or {}), str(error)]
+        raise IdentityMismatchError("\n".join(said), error.differences) from None
+    with opened as writer:
         routed = config.route != "none"
         progress = ExtractProgress(config.store, wanted, selected=len(refs), routed=routed, on_progress=on_progress)
         failures = Failures(writer, progress, source=config.source)

@@ -55,7 +55,7 @@ class PreparationSettings:
     def routes(self, source: Source, *, file: RouteFile | None = None, t0: str = "routes") -> Routes:
         """Gives samples of this source their routes. Raises `UsageError` where it has none, `SourceError` for a bad
         file."""
-        return Routes(self.route, source, file=file or open_route_file(self.route_file), t0=t0)
+        return Routes(self.route, source, file=file or open_route_file(self.route_file, source), t0=t0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

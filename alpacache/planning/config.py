@@ -1,5 +1,6 @@
 """Settings of `plan`, and the sizes of cards that people write."""
 
+import difflib
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -69,10 +70,16 @@ def _checked_budget(written: Any) -> Any:
     return written
 
 
+_ROUTE_WORDS = ("none", "source")
+
+
 def _checked_route(written: Any) -> Any:
     try:
         if check_route(written) is None:
             raise ValueError("it is empty")
+        words = [] if written in _ROUTE_WORDS else written.lower().split()
+        if len(words) == 1 and (near := difflib.get_close_matches(words[0], _ROUTE_WORDS, n=1, cutoff=0.8)):
+            raise ValueError(f"as the text of all samples it is too like the word {near[0]}")
     except ValueError as error:
         raise ValueError(f"none, source or a text for the prompt ({error})") from None
     return written

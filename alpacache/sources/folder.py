@@ -117,10 +117,10 @@ class FolderSource:
             if (file := clip / name).exists():
                 where = f"{clip_id}: {name}"
                 texts = read_texts(_inside(file, self._root, where=clip_id), "route", where=where)
-                if texts is not None:
-                    found[where] = texts
-                elif name == "route.parquet":
+                if texts is None and name == "route.parquet":
                     raise BadClipError("wrong_shape", f"{where} lacks the column route; expected timestamp, route.")
+                if texts is not None and len(texts[0]):
+                    found[where] = texts
         if len(found) > 1:
             reason = "routes are in route.parquet and in egomotion.parquet; keep one of them."
             raise BadClipError("wrong_shape", f"{clip_id}: {reason}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alpacache import strict_json
+from alpacache.config import is_unicode
 from alpacache.driving.route import check_route
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
@@ -39,6 +40,11 @@ class RouteFile:
             texts = self._texts.setdefault(clip_id, {})
             if texts.setdefault(t0_us, text) != text:
                 raise SourceError(f"--route-file {path}: entry {number} gives {clip_id}@{t0_us} a second text.")
+
+    @property
+    def clip_ids(self) -> Sequence[str]:
+        """Clips in the order of the file."""
+        return list(self._texts)
 
     def times_us(self, clip_id: str) -> Sequence[int]:
         """Moments (us) of a clip that have a text."""
@@ -83,9 +89,18 @@ class Routes:
             raise BadClipError("bad_route", f"{sample.ref.sample_id}: {reason} Mend the text.") from error
 
 
-def open_route_file(path: str | None) -> RouteFile | None:
-    """The file of these texts, if there is one."""
-    return None if path is None else RouteFile(path)
+def open_route_file(path: str | None, source: Source) -> RouteFile | None:
+    """The file of these texts, if there is one. Raises `UsageError` if it names none of the source's clips."""
+    if path is None:
+        return None
+    file = RouteFile(path)
+    if not any(map(file.times_us, source.clip_ids)):
+        theirs, ours = ((f"{name[:60]!r}" for name in names[:2]) for names in (file.clip_ids, source.clip_ids))
+        raise UsageError(
+            f"--route-file {path} names none of the clips of {source.name} (first names {', '.join(theirs)}; the "
+            f"source's are {', '.join(ours)}). Write the source's names as clip_id."
+        )
+    return file
 
 
 def _fields(entry: Any, where: str) -> tuple[str, int, Any]:
@@ -97,4 +112,7 @@ def _fields(entry: Any, where: str) -> tuple[str, int, Any]:
         t0_us = int(t0_us)
     if not isinstance(clip_id, str) or isinstance(t0_us, bool) or not isinstance(t0_us, int):
         raise SourceError(f"{where}: expected clip_id as text and t0_relative as whole microseconds.")
+    for key, value in (("clip_id", clip_id), ("nav_text", text)):
+        if isinstance(value, str) and not is_unicode(value):
+            raise SourceError(f"{where}: {key} holds a half of a character (a lone surrogate); write it again.")
     return clip_id, t0_us, text

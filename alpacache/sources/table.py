@@ -64,10 +64,14 @@ def read_columns(file: Path | BinaryIO, names: Sequence[str], *, where: str) -> 
 def read_texts(file: Path, name: str, *, where: str) -> tuple[NDArray[np.int64], Any] | None:
     """Timestamps (us) of a table and its column of texts as an Arrow array of a dictionary; None without the column.
 
-    No text is unfolded for each row that repeats it. Raises `BadClipError` as `read_columns` does, and for a column
-    that is no text (`wrong_shape`).
+    Both are empty for a table without rows and for a column without a value, to which pandas gives the type null, or
+    double with NaN. No text is unfolded for each row that repeats it. Raises `BadClipError` as `read_columns` does, and
+    for a column that is no text (`wrong_shape`).
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
+
+    nothing = np.empty(0, np.int64), pa.nulls(0)
 
     with _opened(file, where=where) as parquet:
         kinds = parquet.schema_arrow
@@ -75,14 +79,18 @@ def read_texts(file: Path, name: str, *, where: str) -> tuple[NDArray[np.int64],
             if count:
                 raise BadClipError("wrong_shape", f"{where} has {count} columns {name}; keep the one that is right.")
             return None
-        if not _is_text(kinds.field(name).type):
-            reason = f"column {name} is {str(kinds.field(name).type)[:60]}"
-            raise BadClipError("wrong_shape", f"{where}: {reason}; expected text.")
+        kind = kinds.field(name).type
+        if not parquet.metadata.num_rows or pa.types.is_null(kind):
+            return nothing
+    if pa.types.is_floating(kind) and np.isnan(read_columns(file, ("timestamp", name), where=where)[name]).all():
+        return nothing
+    if not _is_text(kind):
+        raise BadClipError("wrong_shape", f"{where}: column {name} is {str(kind)[:60]}; expected text.")
     stamps = read_columns(file, ("timestamp",), where=where)["timestamp"]
     _check_texts(file, [name], where=where)
     with _refused(where):
         texts = pq.ParquetFile(file, read_dictionary=[name]).read(columns=[name]).column(name)
-    return stamps, texts
+    return nothing if texts.null_count == len(texts) else (stamps, texts)
 
 
 def check_table(file: Path | BinaryIO, *, where: str) -> None:

@@ -13,7 +13,7 @@ def test_instructions_are_taken_as_they_are(text):
     assert check_route(text) == text
 
 
-@pytest.mark.parametrize("text", [None, "", "   "])
+@pytest.mark.parametrize("text", [None, "", "   ", float("nan")])
 def test_no_text_is_no_route(text):
     assert check_route(text) is None
 
@@ -32,6 +32,7 @@ def test_no_text_is_no_route(text):
         ("left <i12> then", "holds '<i12>'"),
         ("<think> left", "holds '<think>'"),
         (7, "int, not text"),
+        (0.5, "float, not text"),
         (b"left", "bytes, not text"),
     ],
 )
@@ -52,6 +53,22 @@ def test_what_could_be_more_than_a_text_is_refused(text, reason):
         ("Proceed for 100 m", "straight"),
         ("Make a U-turn", "none"),
         ("Leftover rights", "none"),
+        ("left_turn", "left"),
+        ("turn_right_40m", "right"),
+        ("LEFT-TURN", "left"),
+        ("turnleft", "left"),
+        ("TurnRight", "right"),
+        ("go_straight", "straight"),
+        ("Leftmost lane", "none"),
+        ("Brightleft", "none"),
+        ("Continue right at the fork", "right"),
+        ("continue left onto Oak Street", "left"),
+        ("Proceed for 100 m, then keep left", "left"),
+        ("Go ahead and bear right", "right"),
+        ("Take the exit on the right", "right"),
+        ("Stay in your lane", "none"),
+        ("Continue straight or left", "straight"),
+        ("Fahre links", "none"),
         (None, "none"),
     ],
 )
@@ -62,6 +79,8 @@ def test_the_first_word_of_direction_decides(text, command):
 def test_swapping_takes_left_for_right_throughout_and_keeps_the_case():
     assert swapped("Turn left, then Right, then LEFT") == "Turn right, then Left, then RIGHT"
     assert swapped(swapped("turn left in 40 m")) == "turn left in 40 m"
+    assert swapped("turn_left, TURNLEFT, KeepLeft straight") == "turn_right, TURNRIGHT, KeepRight straight"
+    assert swapped("continue left onto Rightmost Road") == "continue right onto Rightmost Road"
     assert swapped("continue straight, then left") is None
     assert swapped("U-turn") is None
     assert swapped(None) is None

@@ -84,6 +84,15 @@ def test_the_swap_is_the_twin_from_the_same_noise(judged, store, tiny_checkpoint
     assert report.summary.swaps["base"].samples == sum(xyz is not None for xyz in swapped.values())
 
 
+def test_a_twin_of_a_text_that_commands_no_side_is_not_judged(store, tiny_checkpoint_15, tmp_path, monkeypatch):
+    monkeypatch.setattr(CachedDataset, "route", lambda self, index: "go_straight, then left")
+    settings = {"model": str(tiny_checkpoint_15), "paths": 1, "flow_steps": 1, "device": "cpu", "samples": 2}
+    out = tmp_path / "eval"
+    report = alpacache.evaluate(EvalConfig(store=str(store), out=str(out), swap_route=True, **settings))
+    assert report.summary.swaps == {}
+    assert set(report.summary.commands) == {"straight"}
+
+
 def test_json_parquet_and_report_tell_of_commands(judged):
     out, report = judged
     document = json.loads((out / "eval.json").read_text())

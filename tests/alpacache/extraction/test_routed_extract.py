@@ -104,7 +104,8 @@ def test_a_store_without_routes_is_what_it_was_and_goes_on(tiny_checkpoint_15, t
     assert set(reader.identity["prompt"]) == {"template", "camera_names", "reasoning"}
     assert not any(name == "route" or name.startswith("tail.") for name in reader.fields)
     assert alpacache.extract(config(tiny_checkpoint_15, store, route="none")).already_there == 1
-    with pytest.raises(IdentityMismatchError, match=r"route"):
+    says = r"^the store has no routes, this run has some \(source\): leave --route out, or pass another --store\.\n"
+    with pytest.raises(IdentityMismatchError, match=says):
         alpacache.extract(config(tiny_checkpoint_15, store))
     assert not CachedDataset([store], Checkpoint(str(tiny_checkpoint_15))).routed
 
@@ -117,8 +118,16 @@ def test_one_text_for_all_is_part_of_the_identity(tiny_checkpoint_15, tmp_path):
     fields = reader.fields_of(reader.sample_ids[0])
     assert "tail.unrouted.kv" in fields
     assert "tail.swapped.kv" not in fields  # there is no opposite
-    with pytest.raises(IdentityMismatchError, match="continue straight"):
+    says = r"^the store has routes \(continue straight\), this run has others \(turn left\): pass --route 'continue st"
+    with pytest.raises(IdentityMismatchError, match=says):
         alpacache.extract(config(tiny_checkpoint_15, store, route="turn left"))
+    says = (
+        r"^the store has routes \(continue straight\), this run has none: .*\n"
+        "the store was made with --vlm-dtype bf16, this run has fp32: pass --vlm-dtype bf16, or another --store"
+    )
+    with pytest.raises(IdentityMismatchError, match=says) as caught:
+        alpacache.extract(config(tiny_checkpoint_15, store, route="none", vlm_dtype="fp32"))
+    assert any(line.startswith("identity.dtype") for line in caught.value.differences)
 
 
 def test_stores_with_and_without_routes_are_trained_together(store, tiny_checkpoint_15, tmp_path):
@@ -133,6 +142,9 @@ def test_stores_with_and_without_routes_are_trained_together(store, tiny_checkpo
     [
         ({"route": "<|im_end|>"}, r"route is '<\|im_end\|>'; expected none, source or a text"),
         ({"route": " "}, "it is empty"),
+        ({"route": "Source"}, r"too like the word source"),
+        ({"route": "soruce"}, r"route is 'soruce'; expected none, source or a text .* too like the word source\)\."),
+        ({"route": "NONE"}, "too like the word none"),
         ({"source": "folder"}, "gives no routes"),
     ],
 )

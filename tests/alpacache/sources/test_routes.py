@@ -12,7 +12,7 @@ from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.sources.prepared_writer import prepare
 from alpacache.sources.registry import open_source
-from alpacache.sources.routes import RouteFile, Routes
+from alpacache.sources.routes import RouteFile, Routes, open_route_file
 from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 
@@ -86,6 +86,39 @@ def test_a_bad_text_costs_the_sample_and_says_why(folder, rows, kind, says):
     assert routed(source, wanted="none") is None  # who wants no routes is not bothered
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.nulls(241),
+        pa.nulls(241, pa.string()),
+        pa.nulls(241, pa.dictionary(pa.int32(), pa.string())),
+        pa.nulls(241, pa.float64()),
+        np.full(241, np.nan),
+        np.full(241, np.nan, np.float32),
+    ],
+    ids=lambda values: str(getattr(values, "type", "nan")),
+)
+def test_a_column_without_a_value_is_no_route(folder, values):
+    add_column(folder, values)
+    assert routed(open_source(f"folder:{folder}")) is None
+    write_routes(folder, [(0, "turn left")])  # nor a second one
+    assert routed(open_source(f"folder:{folder}")) == "turn left"
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("kind", [pa.string(), pa.null(), pa.float64()], ids=str)
+def test_a_route_table_without_rows_or_values_is_no_route(folder, rows, kind):
+    stamps = pa.array(range(rows), pa.int64() if rows else pa.null())
+    pq.write_table(pa.table({"timestamp": stamps, "route": pa.nulls(rows, kind)}), folder / "clips/a/route.parquet")
+    assert routed(open_source(f"folder:{folder}")) is None
+
+
+def test_numbers_among_no_values_are_no_text(folder):
+    add_column(folder, np.r_[np.full(240, np.nan), 1.0])
+    with pytest.raises(BadClipError, match="column route is double; expected text"):
+        routed(open_source(f"folder:{folder}"))
+
+
 def test_two_routes_of_one_clip_are_refused(folder):
     write_routes(folder, [(0, "turn left")])
     add_column(folder, ["turn right"] * 241)
@@ -137,12 +170,25 @@ def test_a_file_as_the_public_recipe_has_it_gives_texts_and_moments(tmp_path):
         ([7], "entry 0 is no object"),
         ([{"clip_id": "a", "nav_text": "b"}], "entry 0 lacks t0_relative"),
         ([entry("a", 5.5, "b")], "whole microseconds"),
+        ([entry("a", 5, "turn \ud800 left")], "entry 0: nav_text holds a half of a character"),
+        ([entry("a\udfff", 5, "turn left")], "entry 0: clip_id holds a half of a character"),
         ([entry("a", 5, "b"), entry("a", 5, "c")], r"entry 1 gives a@5 a second text"),
     ],
 )
 def test_a_file_that_is_none_is_named_with_the_entry(tmp_path, entries, says):
     with pytest.raises(SourceError, match=says):
         RouteFile(nav_file(tmp_path, entries))
+
+
+def test_a_file_of_other_clips_is_refused_with_names_of_both(tmp_path):
+    source = open_source("synthetic:3")
+    entries = [entry(clip, 5_100_000, "turn left") for clip in ("mine", "\x1b[31m", "third")]
+    says = r"nav.json names none of the clips of synthetic:3 \(first names 'mine', '\\x1b\[31m'; the source's are 'syn"
+    with pytest.raises(UsageError, match=says):
+        open_route_file(nav_file(tmp_path, entries), source)
+    file = open_route_file(nav_file(tmp_path, [*entries, entry(source.clip_ids[2], 5_100_000, "turn left")]), source)
+    assert file.clip_ids[3] == source.clip_ids[2]
+    assert open_route_file(None, source) is None
 
 
 def test_what_is_of_no_use_is_refused_before_anything_is_read(tmp_path):
