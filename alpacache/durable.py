@@ -20,7 +20,7 @@ from alpacache import strict_json
 from alpacache.directory_lock import LOCK, DirectoryLock
 from alpacache.errors import UsageError
 from cache_store.document import SEAL_KEY, check_seal, seal_bytes
-from cache_store.storage.local_files import flush, write_flushed
+from cache_store.storage.local_files import FULL, flush, write_flushed
 
 _CONTENT, _MOVING, _INSIDE, _PROBE = "content", "moving.json", ".writing", ".writing-probe"
 RUN = "run.json"
@@ -44,7 +44,7 @@ def check_store_place(store: str, *, what: str = "--store") -> None:
     """Refuse to begin a store inside another one or a run; one that is there already goes on. Raises `UsageError`."""
     if _is_address(store) and "://" not in store:
         address = re.sub(":/", "://", store, count=1)
-        raise UsageError(f"{what} {address} is written with one slash, so it is no address; expected two, or a path.")
+        raise UsageError(f"{what} has one slash behind its scheme; write {address}, or ./ before a folder's name.")
     if "://" not in store and not _is_store(Path(store)):
         _check_outside(Path(store), what)
 
@@ -133,7 +133,7 @@ def appearing(
     _refuse_link(work)
     content = work / _CONTENT
     try:
-        with _alone(work):
+        with naming(out), _alone(work):
             _take_back(work, out, names)
             try:
                 _note(work, ())
@@ -147,6 +147,17 @@ def appearing(
     finally:
         with suppress(OSError):
             work.rmdir()
+
+
+@contextmanager
+def naming(out: Path) -> Iterator[None]:
+    """Give the error of a full disk the directory that was written to: writing to an open file raises it without."""
+    try:
+        yield
+    except OSError as error:
+        if type(error) is OSError and error.errno in FULL and error.filename is None:  # ours say more themselves
+            raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
+        raise
 
 
 def _publish(content: Path, out: Path, replaces: Sequence[str], last: Sequence[str]) -> None:

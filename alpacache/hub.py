@@ -48,7 +48,7 @@ def absent(name: str, repo: str, *, revision: str | None = None) -> CheckpointEr
     return CheckpointError(
         f"{name} of {repo} is not in the local hub cache and the hub cannot be reached{why}. On a machine with "
         f"network: `{fetch}` (a gated one after `hf auth login`); then copy the cache (HF_HOME) here, or pass the "
-        "directory of the checkpoint instead of the id."
+        "directory of the checkpoint instead of the id (relative to the current directory, there is none of this name)."
     )
 
 

@@ -314,7 +314,8 @@ def listed(names: Iterable[str]) -> str:
 def _no_hub_id(model: str) -> str:
     """Why this cannot be the id of a repository on the hub, or is likelier a mistyped path; empty if it may be one."""
     if not MODEL_ID.fullmatch(model):
-        return "check the path"
+        is_relative = model and not model.startswith(("/", "~")) and "://" not in model
+        return "check the path" + (", which is relative to the current directory" if is_relative else "")
     owner, name = model.split("/")
     if not Path(owner).is_dir():
         return ""

@@ -17,7 +17,7 @@ from typing import Any
 
 from alpacache.driving.cameras import sort_cameras
 from alpacache.driving.sample import SampleRef
-from alpacache.durable import check_out
+from alpacache.durable import check_out, naming
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.sources.prepared_card import PROVENANCE, provenance, render_card
 from alpacache.sources.prepared_rows import PictureFit, features, to_row
@@ -104,7 +104,7 @@ def prepare(
         return to_row(sample, source=source.name, fit=fit)
 
     partial.mkdir(parents=True, exist_ok=True)
-    with _alone(partial):
+    with naming(final), _alone(partial):
         _refuse_existing(final)  # another run may have just finished
         _settle_plan(partial, plan)
         rejected = [(name, error.kind, str(error)) for name, error in unusable]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -184,6 +184,26 @@ class TrainConfig(Config):
     def store_weights(self) -> list[float | None]:
         """Weight of each store; all None where none has one."""
         return [weight for _, weight in weighted_stores(self.stores)]
+
+    def with_absolute_places(self) -> "TrainConfig":
+        """The same with whole paths for a model and stores that lie on this machine, for use from another directory."""
+        stores = tuple(absolute_stores(self.stores))
+        val = None if self.val is None else absolute_place(self.val)
+        return replace(self, model=absolute_place(self.model), stores=stores, val=val)
+
+
+def absolute_place(place: str) -> str:
+    """The whole path of what is there on a disk; a hub id, an address and what is not there stay as they are."""
+    try:
+        return str(Path(place).absolute()) if "://" not in place and Path(place).exists() else place
+    except OSError:  # a name that is too long
+        return place
+
+
+def absolute_stores(stores: Sequence[str]) -> list[str]:
+    """The same with whole paths, as `absolute_place` makes them; weights stay."""
+    pairs = zip(stores, weighted_stores(stores), strict=True)
+    return [absolute_place(path) + entry.removeprefix(path) for entry, (path, _) in pairs]
 
 
 def weighted_stores(stores: Sequence[str]) -> list[tuple[str, float | None]]:

@@ -19,7 +19,7 @@ from alpacache.cached_samples.prefix_choice import PrefixChoice
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.masking import masked
-from alpacache.training.config import TrainConfig, weighted_stores
+from alpacache.training.config import TrainConfig, absolute_place, absolute_stores, weighted_stores
 from alpacache.training.data_order import check_overlap, global_order
 from alpacache.training.run_directory import MODEL, RunDirectory
 from alpacache.training.schedule import FORMER_SCHEDULE, SCHEDULE, default_warmup
@@ -292,8 +292,18 @@ def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     return [
         f"{key} {json.dumps(before[key])} -> {json.dumps(value)}"
         for key, value in now.items()
-        if key in before and before[key] != value
+        if key in before and _resolved(key, before[key]) != _resolved(key, value)
     ]
+
+
+def _resolved(key: str, value: Any) -> Any:
+    """A setting as it is compared: places as whole paths, since older versions recorded them as they were typed."""
+    if key not in ("model", "stores", "val") or value is None:
+        return value
+    try:
+        return absolute_place(value) if isinstance(value, str) else absolute_stores(value)
+    except UsageError:  # what looks like a weight belonged to a path that is not there any more
+        return value
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

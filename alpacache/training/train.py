@@ -186,7 +186,8 @@ class _Run:
         elif world.is_first:
             if config.resume:
                 on_note(f"{config.out} has no checkpoint to go on from; the run begins at step 0.")
-            directory.begin(to_toml(replace(config, resume=False, take_over=False), mask=True))
+            begun = replace(config.with_absolute_places(), resume=False, take_over=False)
+            directory.begin(to_toml(begun, mask=True))
         if config.ema is not None and world.is_first:
             assert config.ema_every is not None
             self.learner.start_average(config.ema, config.ema_every, saved)
@@ -247,7 +248,8 @@ class _Run:
             return f"{out} has stopped early at {reached}; a larger --patience goes on."
         before = {**state.get("free_settings", {}), "processes": state["settings"]["processes"]}
         before["micro_batch"] = state["settings"]["micro_batch"]
-        differs = differing_settings(before, free_settings(asdict(self.config)) | {"processes": self.world.size})
+        now = free_settings(asdict(self.config.with_absolute_places())) | {"processes": self.world.size}
+        differs = differing_settings(before, now)
         if self.config.ema is not None and state["average"] is None:
             differs.append("an average of the weights begins here")
         how = f"other than before: {', '.join(differs)}" if differs else "with the settings that it had"
@@ -501,7 +503,7 @@ class _Run:
                 self.directory.write(MEMORY, strict_json.dumps(record, indent=1) + "\n")
             state = {
                 "settings": self.settings,
-                "free_settings": free_settings(asdict(self.config)),
+                "free_settings": free_settings(asdict(self.config.with_absolute_places())),
                 "metrics": self.directory.metrics.seal,
                 "base": model_identity(self.inputs.checkpoint),
                 "vlm": self.data.vlm,

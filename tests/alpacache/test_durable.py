@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from alpacache.directory_lock import LOCK
-from alpacache.durable import appearing, check_out, check_results_out, check_store_place, names_in, take_back
+from alpacache.durable import appearing, check_out, check_results_out, check_store_place, names_in, naming, take_back
 from alpacache.errors import UsageError
+from cache_store import StoreFullError
 from cache_store.document import seal_bytes
 
 MAIN, REST = ("report", "numbers"), ("table", "pictures")
@@ -290,3 +291,16 @@ def test_results_are_kept_out_of_runs_and_models(tmp_path):
         check_out(out)  # a training resumes its own
         with pytest.raises(UsageError, match=r"--out .*sub/one: .* is a run; choose a directory outside of it"):
             check_out(out / "sub/one")
+
+
+def test_a_full_disk_is_told_with_the_directory_that_was_written_to(tmp_path):
+    with pytest.raises(OSError, match="No space left on device") as full, appearing(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(tmp_path / "out"))
+    told = StoreFullError("the disk is full; make room", 5)
+    with pytest.raises(StoreFullError) as full, naming(tmp_path):
+        raise told
+    assert full.value is told
+    with pytest.raises(OSError, match="other") as other, naming(tmp_path):
+        raise OSError(errno.EIO, "other")
+    assert other.value.filename is None

@@ -174,6 +174,23 @@ def test_settings_that_differ_from_the_last_call_are_told():
     assert run_inputs.differing_settings(before, now) == ["keep 2 -> 1", "ema null -> 0.9"]
 
 
+def test_places_on_this_machine_are_recorded_whole_and_compared_so(tmp_path, monkeypatch):
+    for name in ("owner/model", "store", "other=0.5x", "val"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    stores = ("store=2", "other=0.5x", "s3://bucket/store=3", "away")
+    typed = TrainConfig(model="owner/model", stores=stores, val="val", out="run", steps=1)
+    whole = typed.with_absolute_places()
+    assert (whole.model, whole.val, whole.out) == (f"{tmp_path}/owner/model", f"{tmp_path}/val", "run")
+    assert whole.stores == (f"{tmp_path}/store=2", f"{tmp_path}/other=0.5x", "s3://bucket/store=3", "away")
+    assert replace(typed, model="nvidia/model").with_absolute_places().model == "nvidia/model"
+    before, now = (run_inputs.free_settings(asdict(config)) for config in (typed, whole))
+    assert run_inputs.differing_settings(before, now) == []  # as older versions recorded it
+    monkeypatch.chdir("/")
+    assert whole.with_absolute_places() == whole
+    assert len(run_inputs.differing_settings(before, now)) == 3
+
+
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
