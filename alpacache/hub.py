@@ -1,13 +1,14 @@
 """Whether the hub is within reach, found out before its client is asked.
 
 Without a network the client tries every request for half a minute and warns each time. So a connection is opened first,
-to the hub or mirror (HF_ENDPOINT) or to the proxy that leads there. No time-out of the client is touched: once anything
-answers, a slow network has all the time it had.
+to the hub or mirror (HF_ENDPOINT), which must answer one HTTP request, or to the proxy that leads there. No time-out of
+the client is touched: once anything answers, a slow network has all the time it had.
 """
 
 import os
 import re
 import socket
+import ssl
 import threading
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ _KEPT_S = 30.0
 """Seconds for which a hub that did not answer is not tried again; one that did is taken to stay."""
 _PORTS = {"http": 80, "https": 443}
 _SOCKS_PORT = 1080
+_STATUS = b"HTTP/"
 _known: dict[tuple[str, int], tuple[float, str]] = {}
 """Host and port to when they were tried, and what came of it."""
 
@@ -62,14 +64,14 @@ def why_unreachable() -> str:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    door = host, port, what = _door(constants.ENDPOINT)
+    host, port, what = _door(constants.ENDPOINT)
     if not host:
         return ""  # the client says what is wrong with such an address
-    tried, failure = _known.get(door[:2], (-_KEPT_S, "untried"))
+    tried, failure = _known.get((host, port), (-_KEPT_S, "untried"))
     if failure and time.monotonic() - tried >= _KEPT_S:
         wait_s = float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else _WAIT_S
-        failure = knock(host, port, wait_s)
-        _known[door[:2]] = time.monotonic(), failure
+        failure = knock(host, port, wait_s, "" if what == "proxy" else constants.ENDPOINT)
+        _known[host, port] = time.monotonic(), failure
     return f"{what} {host}:{port}: {failure}" if failure else ""
 
 
@@ -91,11 +93,17 @@ def _door(endpoint: str) -> tuple[str, int, str]:
         return "", 0, ""
 
 
-def knock(host: str, port: int, wait_s: float) -> str:
+def knock(host: str, port: int, wait_s: float, url: str) -> str:
     """Connect to any of the host's addresses, all of them at once; what went wrong, empty if one has answered.
 
     In threads that nobody waits for longer: looking a name up cannot be given a time-out.
+
+    Args:
+        wait_s: seconds for all of it.
+        url: what must answer a request over the connection, with whatever status; empty for a proxy, which need not.
     """
+    mute = f"answers no HTTP request within {wait_s:g} s (HF_HUB_ETAG_TIMEOUT sets more for a slow network)"
+    connected = threading.Event()
     told: SimpleQueue[str] = SimpleQueue()
     failures: list[str] = []
 
@@ -104,6 +112,10 @@ def knock(host: str, port: int, wait_s: float) -> str:
             with socket.socket(family, socket.SOCK_STREAM) as one:
                 one.settimeout(wait_s)
                 one.connect(address)
+                connected.set()
+                if url and not _answers(one, url):
+                    failures.append(mute)
+                    return
             told.put("")
         except OSError as error:
             failures.append(error.strerror or str(error))
@@ -125,4 +137,23 @@ def knock(host: str, port: int, wait_s: float) -> str:
     try:
         return told.get(timeout=wait_s)
     except Empty:
-        return f"no answer within {wait_s:g} s"
+        return mute if connected.is_set() else f"no answer within {wait_s:g} s"
+
+
+def _answers(connection: socket.socket, url: str) -> bool:
+    """Whether an HTTP status line comes back. Certificates are left to the client: no secret is sent."""
+    address, found = urlsplit(url), b""
+    host = address.netloc.rpartition("@")[2]
+    request = f"HEAD {address.path or '/'} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    try:
+        if address.scheme == "https":
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            connection = context.wrap_socket(connection, server_hostname=address.hostname)
+        with connection:
+            connection.sendall(request.encode())
+            while len(found) < len(_STATUS) and (more := connection.recv(64)):
+                found += more
+    except (OSError, ValueError):  # or a name that TLS does not take
+        return False
+    return found.startswith(_STATUS)

@@ -145,10 +145,7 @@ class Checkpoint:
                 directory = Path(
                     snapshot_download(self.model, revision=self.revision, allow_patterns=wanted, local_files_only=here)
                 )
-        try:
-            shards = frozenset(self.names.values())
-        except MissingFileError:  # no weights yet, no linked ones either
-            shards = frozenset()
+        shards = frozenset(self.names.values() if self._index else (SINGLE,))  # no weights are fetched to know it
         return files_below(directory.resolve(), shards, patterns)
 
     @cached_property

@@ -240,6 +240,9 @@ def check_speed(place: str) -> Check:
     return verdict("disk speed", finding, warn=remedy if speed.read_bytes_s < SLOW_READ_BYTES_S else "")
 
 
+_MEND = "Mend the network, its proxy (HTTPS_PROXY) or HF_ENDPOINT"
+
+
 def check_hub() -> Check:
     """Access to the hub: its settings, and whether it is within reach. The token is never shown."""
     from huggingface_hub import constants, get_token
@@ -249,9 +252,7 @@ def check_hub() -> Check:
     token, offline, why = get_token() is not None, constants.HF_HUB_OFFLINE, why_unreachable()
     remedies = []
     if why and not offline:
-        remedies.append(
-            "Mend the network, its proxy (HTTPS_PROXY) or HF_ENDPOINT; local directories need none of them."
-        )
+        remedies.append(f"{_MEND}; local directories need none of them.")
     if offline:
         remedies.append("HF_HUB_OFFLINE is set: only what is in the cache is found; unset it to download.")
     if not token:
@@ -263,6 +264,7 @@ def check_hub() -> Check:
 
 def check_model(model: str) -> Check:
     """Check that the model's configs can be read; from the hub they are fetched, weights are not."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     from alpacache.alpamayo.backbone import companion_file
@@ -295,10 +297,11 @@ def check_model(model: str) -> Check:
         finding = f"{model}: no answer within {HUB_TIMEOUT_S:.0f} s"
         return verdict("model", finding, fail="Check the network and its proxy; or pass a local directory.")
     except CheckpointError as error:
+        mend = "Unset HF_HUB_OFFLINE, which is set" if constants.HF_HUB_OFFLINE else _MEND
         steps: dict[type[Exception], str] = {
             GatedRepoError: "Accept the licence on the model's page, then `hf auth login`.",
             RepositoryNotFoundError: "Check the name; a private model needs `hf auth login`.",
-            LocalEntryNotFoundError: "Unset HF_HUB_OFFLINE or mend the network; or pass a local directory.",
+            LocalEntryNotFoundError: f"{mend}; or pass a local directory.",
         }
         fitting = (step for kind, step in steps.items() if isinstance(error.__cause__, kind))
         remedy = next(fitting, "Pass a hub id or a directory with a complete checkpoint.")

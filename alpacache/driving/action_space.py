@@ -11,6 +11,7 @@ Source: `UnicycleAccelCurvatureActionSpace` of the public Alpamayo code (its beh
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -57,9 +58,11 @@ class UnicycleActionSpace:
 
         Args are `[..., 16, 3]`, `[..., 16, 3, 3]`, `[..., 64, 3]`, `[..., 64, 3, 3]`, metres, ego frame at t0.
         `label_rule` is the space's unless it is given. Returns `[..., 64, 2]` float32: acceleration, then curvature. A
-        path gives the same bits whatever other paths are in the batch.
+        path gives the same bits whatever other paths are in the batch. Raises `ValueError` for any other rule.
         """
-        rule = label_rule or self.label_rule
+        rule = self.label_rule if label_rule is None else label_rule
+        if rule not in get_args(LabelRule):
+            raise ValueError(f"label_rule is {rule!r}; expected {' or '.join(map(repr, get_args(LabelRule)))}.")
         if math.prod(future_xyz.shape[:-2]) == 1:  # alone it would go through a matrix product that rounds differently
             lead = future_xyz.ndim - 2
             poses = (history_xyz, history_rot, future_xyz, future_rot)

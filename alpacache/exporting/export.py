@@ -15,7 +15,7 @@ from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
 from alpacache.alpamayo.foreign_files import TensorInfo
-from alpacache.alpamayo.licence import CARD, LICENCE
+from alpacache.alpamayo.licence import CARD, LICENCE_FILES, card_of, licence_file_of
 from alpacache.cached_samples.identity import check_base, model_identity, vlm_name
 from alpacache.durable import check_out, names_in, take_back
 from alpacache.errors import CheckpointError, UsageError
@@ -25,7 +25,7 @@ from alpacache.exporting.model_card import model_card, run_facts
 from alpacache.progress import OnProgress, ignore
 from alpacache.training.run_directory import AVERAGE, MODEL, RunCheckpoint, find_checkpoint, read_trained
 
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*")
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*", *LICENCE_FILES)
 """Files that go along with `expert_only`: configs, tokenizer, card, licence; no weights of any kind."""
 
 
@@ -93,13 +93,12 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
     else:
         draft = _full_draft(base, tensors)
     draft.texts[INDEX] = _index(base, infos, run, single=config.expert_only, average=config.ema)
-    base_texts = {name: file.read_text(errors="replace") for name, file in base.files(CARD, LICENCE).items()}
     draft.texts[CARD] = model_card(
         out.name,
         base,
         run_facts(path, run, average=config.ema),
-        base_card=base_texts.get(CARD),
-        base_licence=base_texts.get(LICENCE),
+        base_card=card_of(base),
+        base_licence=licence_file_of(base),
         expert_only=lean,
     )
     if occupied and not draft.is_in(out, tensors):

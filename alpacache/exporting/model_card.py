@@ -70,14 +70,20 @@ def run_facts(checkpoint: Path, content: RunCheckpoint, *, average: bool = False
 
 
 def model_card(
-    name: str, base: Checkpoint, facts: RunFacts, *, base_card: str | None, base_licence: str | None, expert_only: bool
+    name: str,
+    base: Checkpoint,
+    facts: RunFacts,
+    *,
+    base_card: str | None,
+    base_licence: tuple[str, str] | None,
+    expert_only: bool,
 ) -> str:
     """The text of `README.md`, with the front matter that the hub reads.
 
     Args:
         name: name of the exported directory.
-        base_card: the base's own README.md; what its front matter says of the licence is repeated.
-        base_licence: the base's LICENSE file, named where the card says nothing.
+        base_card: the base's own README.md; what it says of the licence is repeated.
+        base_licence: name and text of the base's licence file, named where the card's front matter says nothing.
     """
     licence = licence_of(base_card, base_licence)
     tags = "\n".join(f"- {tag}" for tag in _TAGS)

@@ -33,7 +33,7 @@ def knocks(monkeypatch):
     """Places that were tried; none of them answers."""
     found = []
 
-    def knock(host, port, wait_s):
+    def knock(host, port, wait_s, url):
         found.append((host, port, wait_s))
         return "Name or service not known"
 
@@ -42,25 +42,62 @@ def knocks(monkeypatch):
 
 
 @contextmanager
-def listening(family=socket.AF_INET, address="127.0.0.1"):
-    with socket.socket(family) as server:
-        server.bind((address, 0))
-        server.listen()
+def listening(answer=None):
+    """A server on this machine that says `answer` to its first caller, or never a word; yields its port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            caller, _ = server.accept()
+            with caller:
+                if caller.recv(4096):
+                    caller.sendall(answer)
+
+        if answer is not None:
+            threading.Thread(target=serve, daemon=True).start()
         yield server.getsockname()[1]
 
 
-def test_a_server_that_listens_is_reachable_and_a_closed_port_is_not():
+def test_a_proxy_that_listens_is_reachable_and_a_closed_port_is_not():
     with listening() as port:
-        assert real_knock("127.0.0.1", port, 30.0) == ""
+        assert real_knock("127.0.0.1", port, 30.0, "") == ""
     started = time.monotonic()
-    assert "refused" in real_knock("127.0.0.1", port, 30.0)
+    assert "refused" in real_knock("127.0.0.1", port, 30.0, "")
     assert time.monotonic() - started < 15  # it was not waited for
+
+
+@pytest.mark.parametrize(
+    ("answer", "scheme", "reachable"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n", "http", True),
+        (b"HTTP/1.0 503 Busy\r\n\r\n", "http", True),
+        (b"SSH-2.0-x\r\n", "http", False),
+        (b"", "http", False),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "https", False),
+    ],
+)
+def test_a_hub_is_what_answers_a_request(answer, scheme, reachable):
+    with listening(answer) as port:
+        failure = real_knock("127.0.0.1", port, 30.0, f"{scheme}://me:secret@127.0.0.1:{port}/hf")
+    assert (failure == "") is reachable
+    assert reachable or "answers no HTTP request within 30 s" in failure
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_listener_that_never_says_a_word_is_no_hub(scheme, monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "knock", real_knock)
+    monkeypatch.setattr(hub, "_WAIT_S", 0.2)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with listening() as port:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"{scheme}://127.0.0.1:{port}")
+        message = rf"cannot be reached \(HF_ENDPOINT 127.0.0.1:{port}: answers no HTTP request within 0.2 s"
+        with pytest.raises(CheckpointError, match=message):
+            hub.check_model("no/such")
 
 
 def test_a_name_that_is_looked_up_for_ever_is_not_waited_for(monkeypatch):
     held = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: held.wait(30) and [])
-    assert real_knock("slow.example", 443, 0.05) == "no answer within 0.05 s"
+    assert real_knock("slow.example", 443, 0.05, "https://slow.example") == "no answer within 0.05 s"
     held.set()
 
 
@@ -82,7 +119,7 @@ def test_an_address_that_swallows_everything_does_not_hide_another(monkeypatch):
             connect = swallowing
 
         monkeypatch.setattr(socket, "socket", Socket)
-        assert real_knock("two.example", port, 30.0) == ""
+        assert real_knock("two.example", port, 30.0, "") == ""
 
 
 def test_what_does_not_answer_is_named_and_left_alone_for_a_while(knocks, monkeypatch):
@@ -90,7 +127,7 @@ def test_what_does_not_answer_is_named_and_left_alone_for_a_while(knocks, monkey
     assert [hub.why_unreachable() for _ in range(3)] == [why] * 3
     assert knocks == [("huggingface.co", 443, 2.0)]
     monkeypatch.setattr(hub, "_KEPT_S", 0.0)
-    monkeypatch.setattr(hub, "knock", lambda *place: knocks.append(place) or "")
+    monkeypatch.setattr(hub, "knock", lambda *place: knocks.append(place[:3]) or "")
     assert hub.why_unreachable() == hub.why_unreachable() == ""
     assert len(knocks) == 2
 

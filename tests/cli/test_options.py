@@ -254,9 +254,9 @@ def test_what_the_hub_has_is_refused_before_anything_is_loaded_where_it_is_out_o
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "_known", {})
-    monkeypatch.setattr(hub, "knock", lambda host, port, wait_s: "Network is unreachable")
+    monkeypatch.setattr(hub, "knock", lambda *_: "Network is unreachable")
     with pytest.raises(UsageError, match=rf"{told}.*Network is unreachable"):
         parsed(kind, *arguments)
     monkeypatch.setattr(hub, "_known", {})
-    monkeypatch.setattr(hub, "knock", lambda host, port, wait_s: "")
+    monkeypatch.setattr(hub, "knock", lambda *_: "")
     assert isinstance(parsed(kind, *arguments)[0], kind)

@@ -195,7 +195,7 @@ def hub_error(kind, status=403):
     [
         (lambda: hub_error("GatedRepoError"), "is gated", "Accept the licence"),
         (lambda: hub_error("RepositoryNotFoundError", 401), "has no owner/model", "Check the name"),
-        (lambda: huggingface_hub.errors.LocalEntryNotFoundError("offline"), "cannot be reached", "HF_HUB_OFFLINE"),
+        (lambda: huggingface_hub.errors.LocalEntryNotFoundError("offline"), "cannot be reached", "Mend the network"),
     ],
 )
 def test_gated_unknown_and_offline_are_told_apart(error, says, step, monkeypatch):
@@ -203,10 +203,18 @@ def test_gated_unknown_and_offline_are_told_apart(error, says, step, monkeypatch
         raise error()
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     found = doctor.check_model("owner/model")
     assert found.status == "fail"
     assert says in found.found
     assert step in found.remedy
+    assert "HF_HUB_OFFLINE" not in found.remedy
+
+
+def test_a_model_that_is_not_in_the_cache_by_choice(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert doctor.check_model("no/such").remedy == "Unset HF_HUB_OFFLINE, which is set; or pass a local directory."
 
 
 def test_a_hub_that_does_not_answer(monkeypatch):

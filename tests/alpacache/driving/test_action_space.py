@@ -59,6 +59,11 @@ def test_the_former_rule_can_be_asked_for(labels):
     poses = [labels[f"crawl.{name}"] for name in POSES]
     former = replace(SPACE, label_rule="unguarded").to_action(*poses)
     assert torch.equal(former, SPACE.to_action(*poses, label_rule="unguarded"))
+    for wrong in ("Guarded", ""):
+        with pytest.raises(ValueError, match="'guarded' or 'unguarded'"):
+            SPACE.to_action(*poses, label_rule=wrong)
+        with pytest.raises(ValueError, match="'guarded' or 'unguarded'"):
+            replace(SPACE, label_rule=wrong).to_action(*poses)
     assert float((former - labels["crawl.action_old"])[:, :, 0].abs().max()) <= 3e-4  # accelerations are the same
     square = [float(action[..., 1].square().mean()) for action in (former, SPACE.to_action(*poses))]
     assert square[0] > 9

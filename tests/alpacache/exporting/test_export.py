@@ -282,6 +282,16 @@ def test_the_card_names_base_data_steps_losses_and_licence(root, tmp_path):
     assert (tmp_path / "out/BASE_README.md").read_text() == CARD
 
 
+def test_a_licence_file_of_another_name_goes_along_and_is_linked(root, tmp_path):
+    model = shutil.copytree(root / "Tiny-R1", tmp_path / "Tiny-R1")
+    (model / "README.md").write_text("# Tiny\n\n## Licence\n\nFor research.\n")
+    (model / "COPYING").write_text("Terms\n")
+    export(model, root / "head", tmp_path / "out", expert_only=True)
+    front = (tmp_path / "out/README.md").read_text().split("---\n")[1]
+    assert 'license: other\nlicense_name: "For research."\nlicense_link: COPYING\ntags:\n' in front
+    assert (tmp_path / "out/COPYING").read_text() == "Terms\n"
+
+
 def test_another_base_is_refused(root, tiny_checkpoint_15, tmp_path):
     with pytest.raises(UsageError, match=r"another base model than .*\n  expert_sha256: .*\n  settings\."):
         export(tiny_checkpoint_15, root / "all", tmp_path / "out")

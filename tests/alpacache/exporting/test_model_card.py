@@ -20,11 +20,11 @@ def card(tiny_checkpoint, *, base_card=None, base_licence=None, **changes):
 
 
 def test_the_licence_is_the_cards_then_the_files_then_unknown(tiny_checkpoint):
-    text = card(tiny_checkpoint, base_card="---\nlicense: mit\n---\n", base_licence="Another\n")
+    text = card(tiny_checkpoint, base_card="---\nlicense: mit\n---\n", base_licence=("LICENSE", "Another\n"))
     assert "\nlicense: mit\ntags:" in text
     assert "`license: mit`" in text
     assert "`BASE_README.md`" in text
-    text = card(tiny_checkpoint, base_licence='\n  The "Open" Licence\nof 2026\n')
+    text = card(tiny_checkpoint, base_licence=("LICENSE", '\n  The "Open" Licence\nof 2026\n'))
     assert '\nlicense: other\nlicense_name: "The \\"Open\\" Licence"\nlicense_link: LICENSE\ntags:' in text
     assert "BASE_README.md" not in text
     text = card(tiny_checkpoint)
