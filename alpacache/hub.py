@@ -102,7 +102,7 @@ def knock(host: str, port: int, wait_s: float, url: str) -> str:
         wait_s: seconds for all of it.
         url: what must answer a request over the connection, with whatever status; empty for a proxy, which need not.
     """
-    mute = f"answers no HTTP request within {wait_s:g} s (HF_HUB_ETAG_TIMEOUT sets more for a slow network)"
+    mute = f"answers no HTTP request within {wait_s:g} s; HF_HUB_ETAG_TIMEOUT gives a slow network longer"
     connected = threading.Event()
     told: SimpleQueue[str] = SimpleQueue()
     failures: list[str] = []
