@@ -12,7 +12,7 @@ from alpacache.checks.check import Check
 from alpacache.checks.colours import looks_swapped
 from alpacache.checks.glimpses import Glimpse, glimpses_of_clip, glimpses_of_sample
 from alpacache.checks.motion import Motion, judge_axes, judge_rotations, judge_speed, judge_standing, motion_of
-from alpacache.checks.pictures import Turn, turns_of_clip, turns_of_sample
+from alpacache.checks.pictures import ONE_COLOUR, Turn, turns_of_clip, turns_of_sample
 from alpacache.checks.recordings import (
     Recording,
     check_finite,
@@ -68,7 +68,10 @@ class ClipFindings:
     strata: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int, str]] = field(default_factory=list)
     """Width, height and sample id."""
-    blank: list[str] = field(default_factory=list)
+    pictures: int = 0
+    """Number of pictures looked at, those of the samples and others."""
+    blank: int = 0
+    """Number of those that show one colour only."""
     shown: list[Sample] = field(default_factory=list)
     track: Track | None = None
     """The recorded poses, in microseconds."""
@@ -152,8 +155,6 @@ def _add_sample(clip: ClipFindings, sample: Sample) -> None:
     height, width = sample.frames.shape[-2:]
     clip.sizes.append((width, height, sample.ref.sample_id))
     glimpses = glimpses_of_sample(sample)
-    if min(float(glimpse.pictures[-1].std()) for glimpse in glimpses) < 1.0:
-        clip.blank.append(sample.ref.sample_id)
     for glimpse in glimpses:
         _add_glimpse(clip, glimpse)
     front = sample.cameras.index(FRONT_CAMERA) if FRONT_CAMERA in sample.cameras else 0
@@ -163,6 +164,8 @@ def _add_sample(clip: ClipFindings, sample: Sample) -> None:
 
 def _add_glimpse(clip: ClipFindings, glimpse: Glimpse) -> None:
     clip.moments += moments_of(glimpse)
+    clip.pictures += len(glimpse.pictures)
+    clip.blank += int((glimpse.pictures.std(axis=(1, 2)) < ONE_COLOUR).sum())
     if glimpse.camera == FRONT_CAMERA and len(glimpse.pictures) > 1:
         clip.glimpses.append(glimpse)
 

@@ -7,7 +7,7 @@ when parts of the film are left out: it must stay.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -57,6 +57,12 @@ SURE_DRIFT = 0.005
 """Rate that must lie below the best by two standard errors."""
 DRIFTED_S = 0.35
 """Least change of the lag over what is compared: from turn to turn it differs by a tenth or so."""
+SAME_FOCAL = 1.25
+"""How much further the picture may move for each radian than it does in all clips together, or how much less far."""
+APART_ERROR_S = 0.15
+"""Greatest standard error of a lag that all clips' focal length makes clear."""
+WORSE = 1.05
+"""How much more of one clip's movement the lag of all clips must leave unexplained than its own."""
 LEFT_OVER = 0.8
 """Most of the variance that one lag leaves unexplained which a lag that grows may still leave."""
 
@@ -210,6 +216,32 @@ def lag_curve(parts: Sequence[Sideways]) -> LagCurve | None:
     )
 
 
+def own_lag_curve(part: Sideways, together: LagCurve | None) -> LagCurve | None:
+    """The curve of one clip; `together`: that of all clips, for a lag that is not clear by the clip alone.
+
+    A bend that hardly changes is alike at many lags, each with another focal length. That of all clips tells the lag
+    of one whose clock is apart from theirs; of others nothing is said.
+    """
+    curve = lag_curve([part])
+    if curve is None or curve.best_s is not None or together is None:
+        return curve
+    if together.best_s is None or together.focal_px is None:
+        return curve
+    known = np.isfinite(part.shift_px)
+    sums = _sums(part.shift_px[known], part.turned_rad[known, BEYOND : BEYOND + len(LAGS_S)])
+    whole = _explained(sums.sum(axis=0), together.focal_px)
+    rests = [_explained(sums.sum(axis=0) - without, together.focal_px) for without in sums]
+    if not all(np.isfinite(explained).any() for explained in (whole, *rests)):
+        return curve
+    _, lag_s, most = _best(whole[None], np.zeros(1))
+    error_s = float(np.sqrt((PARTS - 1) * np.var([_best(rest[None], np.zeros(1))[1] for rest in rests])))
+    left = 1 - float(whole[int(np.argmin(np.abs(LAGS_S - together.best_s)))])  # NaN where that lag is not known
+    is_apart = abs(lag_s - together.best_s) >= APART_S and left > WORSE * (1 - most)
+    if not is_apart or most < MIN_LIKENESS or error_s > APART_ERROR_S:
+        return curve
+    return replace(curve, best_s=round(lag_s, 2), error_s=round(error_s, 2))
+
+
 def turns_seen(part: Sideways, lag_s: float) -> list[Turn]:
     """Moments at which the vehicle turned and the picture clearly moved, with clocks that are this far apart."""
     turned = part.turned_rad[:, BEYOND + int(np.argmin(np.abs(LAGS_S - lag_s)))]
@@ -292,6 +324,14 @@ def _likeness(sums: Floats) -> Floats:
     pairs, known, products, turns, shifts = np.moveaxis(sums, -2, 0)
     norms = np.sqrt(turns * shifts)
     return np.where((known >= 0.5 * pairs) & (norms > 1e-9), products / np.maximum(norms, 1e-12), np.nan)
+
+
+def _explained(sums: Floats, focal_px: float) -> Floats:
+    """`[lags]` share of the pictures' movement that turns explain at about this focal length; NaN as in `_likeness`."""
+    pairs, known, products, turns, shifts = sums
+    slope = np.clip(products / np.maximum(turns, 1e-12), focal_px / SAME_FOCAL, focal_px * SAME_FOCAL)
+    share = (2 * slope * products - slope**2 * turns) / np.maximum(shifts, 1e-12)
+    return np.where((known >= 0.5 * pairs) & (shifts > 1e-9), share, np.nan)
 
 
 def _fit(sums: Floats, rates: Floats) -> _Fit:

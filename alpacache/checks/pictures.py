@@ -28,6 +28,8 @@ PLACES = (0.12, 0.24, 0.36)
 MIN_LIKENESS = 0.6
 MIN_CONTRAST = 2.0
 MIN_SHIFT_PX = 0.75
+ONE_COLOUR = 1.0
+"""Standard deviation below which a picture shows one colour only."""
 
 
 def sideways_shift_px(earlier: Picture, later: Picture) -> float | None:
@@ -174,15 +176,22 @@ def judge_mirrored(turns: Sequence[Turn]) -> Check:
     return verdict("mirrored", finding, warn=remedy if against > (1 - OPPOSITE) * count else "")
 
 
-def judge_pictures(sizes: Mapping[tuple[int, int], Sequence[str]], blank: Sequence[str]) -> Check:
-    """Check that all samples have one size and none is `blank`; `sizes`: (width, height) -> samples."""
+def judge_pictures(sizes: Mapping[tuple[int, int], Sequence[str]], blank: Mapping[str, int], seen: int) -> Check:
+    """Check that all samples have one size and no picture has one colour; `sizes`: (width, height) -> samples.
+
+    `blank`: clip -> how many of its pictures show one colour only, of `seen` pictures of all clips.
+    """
     if not sizes:
         return not_judged("pictures", "no usable sample")
     listed = sorted(sizes, key=lambda size: -len(sizes[size]))
     finding = ", ".join(f"{width} x {height}" for width, height in listed[:4])
     remedy = ""
-    if blank:
-        finding += f"; {len(blank)} samples show one colour only, such as {blank[0]}"
+    count = sum(blank.values())
+    if count:
+        example = max(blank, key=lambda clip_id: blank[clip_id])
+        finding += (
+            f"; {count} of {seen} pictures ({100 * count / seen:.0f} %) show one colour only, such as in {example}"
+        )
         remedy = "Open such a frame: black or grey frames teach the model that the picture says nothing."
     elif len(listed) > 1:
         remedy = (

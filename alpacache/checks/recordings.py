@@ -22,7 +22,7 @@ from alpacache.driving.poses import (
     finite_poses,
     sample_times_us,
 )
-from alpacache.driving.sample import FRAME_STEP_US, Sample
+from alpacache.driving.sample import Floats, Sample
 from alpacache.errors import BadClipError
 from alpacache.sources.source import RecordedSource
 
@@ -30,6 +30,20 @@ JUMP_M = 1.0
 """Least step off the course of the neighbouring poses that counts as a jump; localisation noise is centimetres."""
 JUMP_MPS = 10.0
 NEIGHBOURS = 7
+MIN_HZ = 9.5
+"""Rate from which on poses and frames count as 10 a second: cameras and loggers are a few per cent off."""
+CORNER_MPS = 1.0
+"""Speed from which on a path is looked at for corners."""
+CORNER = 0.2
+"""Change of velocity at a pose that makes a corner, as a share of the root mean square."""
+MIN_CORNER_MPS = 0.02
+MIN_CORNERS = 5
+STRAIGHT_SHARE = 0.6
+"""Least share of poses at which an interpolated path goes straight on."""
+REGULAR = 0.8
+"""Least share of corners that are sharp, and of times between them that are whole periods, to a tenth."""
+MIN_PERIOD_S = 0.19
+"""Shortest period that matters; samples hold poses 0.1 s apart."""
 STALE_US = 200_000
 """Longest gap between frames that is not reported: a sample's frames are 0.1 s apart."""
 DAY_US = 86_400_000_000
@@ -146,7 +160,12 @@ def check_poses(track: Track) -> Check:
         faults[fault] = "Samples across a gap are refused; cut the clip there."
         if gaps_us.max() > DAY_US:
             faults[fault] = "A clock was set while it ran: drop the poses before that."
-    if rate < 9.5:
+    period_s = corner_period_s(track)
+    if period_s is not None:
+        fault = f"positions were interpolated along straight lines between points {period_s:.2g} s apart"
+        remedy = "Export positions of a filter that follows speed and yaw rate: paths with corners teach to drive so."
+        faults[fault] = remedy
+    if rate < MIN_HZ:
         remedy = "Export poses at 10 Hz or more: between them a curve is only interpolated."
         faults["fewer than 10 poses a second"] = remedy
     finding = "; ".join([f"{rate:.4g} Hz, longest gap {_duration(int(gaps_us.max()))}", *faults])
@@ -168,6 +187,37 @@ def jumps(track: Track) -> NDArray[np.int64]:
     if np.median(np.linalg.norm(velocity, axis=1)) < MAX_SPEED_MPS:  # otherwise all poses are in another unit
         leaps |= np.linalg.norm(moved, axis=1) > MAX_SPEED_MPS * gaps_s + JUMP_SLACK_M
     return np.flatnonzero(leaps)
+
+
+def corner_period_s(track: Track) -> float | None:
+    """Time between the corners of a path that was interpolated linearly; None for one that bends as a drive does.
+
+    Between corners, velocity stays as it is, so it changes at few poses, at regular times. That of positions on a grid
+    does so, too, but comes back at once.
+    """
+    times_s = (track.timestamps_us - track.timestamps_us[0]) / 1e6
+    velocity: Floats = np.diff(track.xyz, axis=0) / np.diff(times_s)[:, None]
+    change = np.linalg.norm(np.diff(velocity, axis=0), axis=1)
+    speed = np.linalg.norm(velocity, axis=1)
+    moving = np.minimum(speed[1:], speed[:-1]) > CORNER_MPS
+    if not moving.any():
+        return None
+    is_corner = moving & (change > CORNER * np.sqrt((change[moving] ** 2).mean()))
+    edges = np.diff(is_corner.astype(np.int8), prepend=0, append=0)
+    begins, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    if len(begins) < MIN_CORNERS or is_corner.sum() > (1 - STRAIGHT_SHARE) * moving.sum():
+        return None
+    size = np.add.reduceat(np.where(is_corner, change, 0.0), begins)
+    kept = np.linalg.norm(velocity[ends] - velocity[begins], axis=1) > 0.9 * size
+    is_sharp = kept & (ends - begins <= 2)  # two where the corner lies between two poses
+    corners_s = np.add.reduceat(np.where(is_corner, change * times_s[1:-1], 0.0), begins) / size
+    spacing_s = np.diff(corners_s)
+    period_s = float(np.median(spacing_s))
+    periods = spacing_s / period_s
+    is_regular = (np.abs(periods - np.round(periods)) < 0.1) & (periods > 0.5)
+    if min(is_sharp.mean(), is_regular.mean()) < REGULAR or np.median(size) < MIN_CORNER_MPS:
+        return None
+    return period_s if period_s > MIN_PERIOD_S else None
 
 
 def check_frames(recording: Recording) -> Check:
@@ -208,7 +258,7 @@ def _frame_faults(steps_us: NDArray[np.int64], overlap: float) -> dict[str, str]
     if lost > MAX_LOST * len(steps_us) or steps_us.max() > max(STALE_US, 1.5 * step):
         remedy = "Around a gap the model sees an old frame: look for frames dropped while recording or converting."
         faults[f"{lost} frames missing, the longest gap {steps_us.max() / 1e6:.2f} s"] = remedy
-    if step > 1.05 * FRAME_STEP_US:
+    if 1e6 / step < MIN_HZ:
         faults["fewer than 10 frames a second"] = "Frames 0.1 s apart will repeat; record at 10 Hz or more."
     if jitter > MAX_JITTER:
         remedy = "Take the camera's own times of exposure, not those of arrival."

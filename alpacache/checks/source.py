@@ -19,7 +19,16 @@ import numpy as np
 
 from alpacache.checks.check import Check, not_judged, verdict, worst
 from alpacache.checks.clip import ClipFindings, Refusal, examine, finish, judge_again
-from alpacache.checks.clocks import LagCurve, Sideways, choose, judge_clocks, lag_curve, sideways_of, turns_seen
+from alpacache.checks.clocks import (
+    LagCurve,
+    Sideways,
+    choose,
+    judge_clocks,
+    lag_curve,
+    own_lag_curve,
+    sideways_of,
+    turns_seen,
+)
 from alpacache.checks.colours import judge_colours
 from alpacache.checks.contact_sheet import CLIPS
 from alpacache.checks.flow import Flow, flow_of, judge_scale
@@ -218,7 +227,7 @@ class _Survey:
         self._glimpses: list[Glimpse] = []
         self._seen, self._every = 0, 1
         self._sizes: dict[tuple[int, int], list[str]] = defaultdict(list)
-        self._blank: list[str] = []
+        self._pictures, self._blank = 0, Counter[str]()
         self._clips_of_path: dict[bytes, list[str]] = defaultdict(list)
         self.lag_curve: LagCurve | None = None
 
@@ -232,7 +241,8 @@ class _Survey:
             self._sizes[width, height].append(sample_id)
         self._turns += clip.turns
         self._keep(clip.glimpses)
-        self._blank += clip.blank
+        self._pictures += clip.pictures
+        self._blank[clip.clip_id] += clip.blank
         if clip.track is not None and clip.motion is not None and clip.motion.moving.any():
             path = hashlib.sha256(clip.track.xyz.tobytes()).digest()
             self._clips_of_path[path].append(clip.clip_id)
@@ -271,9 +281,9 @@ class _Survey:
             return sideways_of(source, clip_id, motions[clip_id], chosen[clip_id])
 
         parts = [part for part in _in_order(seen, chosen) if part is not None]
-        for part in parts:
-            self.clips[part.clip_id].checks += (judge_clocks(lag_curve([part])),)
         self.lag_curve = lag_curve(parts) if parts else None
+        for part in parts:
+            self.clips[part.clip_id].checks += (judge_clocks(own_lag_curve(part, self.lag_curve)),)
         lag_s = self.lag_curve.best_s if self.lag_curve is not None else None
         self._turns += [turn for part in parts for turn in turns_seen(part, lag_s or 0.0)]
 
@@ -302,7 +312,7 @@ class _Survey:
         whole = [
             self._judge_samples(),
             self._judge_ids(),
-            judge_pictures(self._sizes, self._blank),
+            judge_pictures(self._sizes, self._blank, self._pictures),
             judge_mirrored(self._turns),
             judge_repeats([moment for clip in self.clips.values() for moment in clip.moments]),
             judge_colours([looks for clip in self.clips.values() for looks in clip.swapped]),

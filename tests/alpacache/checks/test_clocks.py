@@ -8,7 +8,18 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from alpacache.checks.clocks import PAIRS, STEP_US, choose, judge_clocks
+from alpacache.checks.clocks import (
+    BEYOND,
+    LAG_STEP_S,
+    LAGS_S,
+    PAIRS,
+    STEP_US,
+    Sideways,
+    choose,
+    judge_clocks,
+    lag_curve,
+    own_lag_curve,
+)
 from alpacache.checks.lag_picture import lag_curve_png
 from alpacache.checks.motion import motion_of
 from alpacache.checks.source import check_source
@@ -97,6 +108,41 @@ def test_without_changes_of_course_nothing_is_judged(drive, panorama, rate):
     _, checks = checks_of(panorama({"clip": track}, late_s=0.7))
     assert checks["clocks"].status == "ok"
     assert not checks["clocks"].is_judged
+
+
+def seen(clip_id, late_s, bends, *, length=50):
+    """What is seen of a clip whose heading turns by `(begin, end, rad/s)`, in pictures of 230 pixels a radian."""
+    seconds = 0.2 * np.arange(length) + 0.1
+    fine = np.arange(-10.0, 30.0, 0.01)
+    heading = np.cumsum(sum(rate * ((fine >= begin) & (fine < end)) for begin, end, rate in bends)) * 0.01
+    lags_s = LAG_STEP_S * np.arange(-BEYOND, len(LAGS_S) + BEYOND) + LAGS_S[0]
+
+    def turned(at_s):
+        return np.interp(at_s + 0.1, fine, heading) - np.interp(at_s - 0.1, fine, heading)
+
+    noise = np.random.default_rng(int(clip_id)).normal(0, 0.3, length)
+    return Sideways(
+        clip_id=clip_id,
+        seconds=seconds,
+        shift_px=230 * turned(seconds - late_s) + noise,
+        turned_rad=turned(seconds[:, None] - lags_s),
+    )
+
+
+def test_a_clip_that_turns_little_is_told_by_the_others():
+    town = ((1, 2.5, 0.3), (4, 5, -0.5), (7, 8, 0.6))
+    ramp = ((-10, 3, 0.06), (3, 6, 0.09), (6, 12, 0.12))  # as much turning at most lags, with other focal lengths
+    for late_s, status in ((0.0, "ok"), (0.2, "ok"), (0.8, "warn"), (-0.8, "warn")):
+        parts = [*(seen(f"{number}", 0.0, town) for number in range(3)), seen("3", late_s, ramp)]
+        together = lag_curve(parts)
+        assert judge_clocks(together).found == "pictures and poses agree to 0.1 s"
+        assert lag_curve(parts[-1:]).best_s is None
+        checks = [judge_clocks(own_lag_curve(part, together)) for part in parts]
+        assert [check.status for check in checks] == ["ok", "ok", "ok", status]
+        if status == "warn":
+            assert f"pictures are stamped 0.8 s {'late' if late_s > 0 else 'early'}" in checks[-1].found
+    steady = seen("4", 0.8, ((-10, 30, 0.1),))
+    assert not judge_clocks(own_lag_curve(steady, together)).is_judged
 
 
 def test_of_many_clips_those_that_turn_most_are_looked_at(drive):

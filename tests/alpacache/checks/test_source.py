@@ -422,7 +422,23 @@ def test_blank_pictures_are_named(recorded):
     change_pictures(clips_of(recorded)[4], lambda image: Image.new("RGB", image.size, "#404040"))
     _, bad = checked(recorded)
     assert set(bad) == {"pictures"}
-    assert "1 samples show one colour only" in bad["pictures"].found
+    share = re.search(
+        r"(\d+) of (\d+) pictures \(\d+ %\) show one colour only, such as in (\S+)$", bad["pictures"].found
+    )
+    assert share[3] == clips_of(recorded)[4].name
+    assert CLIPS * int(share[1]) == int(share[2])  # all of one clip
+
+
+def test_single_blank_pictures_are_named(recorded):
+    for clip in clips_of(recorded):
+        for file in sorted((clip / FRONT_CAMERA).glob("*.jpg"))[::3]:
+            file.unlink()
+            Image.new("RGB", (256, 128)).save(file)
+    report, bad = checked(recorded, samples=3)
+    assert set(bad) == {"pictures"}
+    share = re.search(r"(\d+) of (\d+) pictures \(\d+ %\) show one colour only", bad["pictures"].found)
+    assert int(share[1]) / int(share[2]) == pytest.approx(1 / 3, abs=0.1)
+    assert report.ok
 
 
 @pytest.mark.system
