@@ -167,8 +167,9 @@ def writing(out: Path, draft: Draft) -> Iterator[Path]:
         if isinstance(error, AlpacacheError):
             raise
         full = isinstance(error, SafetensorError) or error.errno in FULL
+        reason = error.strerror if isinstance(error, OSError) and error.filename == str(out) else error
         raise DataError(
-            f"the checkpoint could not be written to {out} ({error}); it needs {draft.size_bytes} bytes there. Nothing "
+            f"the checkpoint could not be written to {out} ({reason}); it needs {draft.size_bytes} bytes there. Nothing "
             f"was left; {'free space' if full else 'see to the cause'} and export again."
         ) from error
 

@@ -62,7 +62,7 @@ def test_sound_recordings_are_exit_0_with_a_report_and_a_picture(folder, tmp_pat
         assert np.asarray(image.convert("L")).std() > 20
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_a_report_takes_the_place_of_a_report_and_of_nothing_else(folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -108,7 +108,7 @@ def test_generated_drives_are_fine():
     assert agreeing >= 0.95 * moments
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_a_sound_folder_is_fine(recorded):
     report, bad = checked(recorded, t0="every:3.0")
     assert not bad

@@ -132,7 +132,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_checkpoint, store, 
     assert [row["loss"] for row in rows(half)] == pytest.approx([row["loss"] for row in rows(alone)], rel=2e-5)
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_a_failing_process_ends_all_with_its_message_alone(tiny_checkpoint, store, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(store, broken)
@@ -150,7 +150,7 @@ def test_a_failing_process_ends_all_with_its_message_alone(tiny_checkpoint, stor
     assert "Traceback" not in errors.split("torch/distributed")[0]
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_a_request_to_stop_saves_once_and_resumes(tiny_checkpoint, store, tmp_path):
     out = tmp_path / "run"
     process = launch(2, store, tiny_checkpoint, out, "--steps", "4000")

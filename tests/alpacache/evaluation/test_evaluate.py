@@ -96,7 +96,7 @@ def test_models_share_their_noise(trained, tiny_checkpoint, tmp_path):
         assert np.array_equal(result.models["trained"].pred_xyz, result.models["again"].pred_xyz)
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_clips_that_a_run_was_trained_on_are_told(trained, tiny_checkpoint, tmp_path, caplog):
     run, store = shutil.copytree(trained / "run", tmp_path / "run"), shutil.copytree(trained / "store", tmp_path / "s")
     common = {"model": str(tiny_checkpoint), "frames": 1, "device": "cpu"}

@@ -68,7 +68,7 @@ def found():
     return probe_data(planted())
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_planted_information_is_there(found):
     heading, curvature, speed = found.verdicts
     assert (heading.answer, heading.stratum) == ("there", LATE_CURVE)

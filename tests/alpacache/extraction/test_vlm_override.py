@@ -57,7 +57,7 @@ def stores(tiny_checkpoint, other, plain_layout, tmp_path_factory):
     return root
 
 
-@pytest.mark.system
+@pytest.mark.ci
 @pytest.mark.parametrize("layout", ["alpamayo", "plain"])
 def test_features_are_the_other_vlms_and_prompts_the_models(layout, stores):
     own, found, other = (CacheReader(stores / name) for name in ("own", layout, "other"))

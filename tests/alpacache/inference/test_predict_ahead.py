@@ -59,7 +59,7 @@ def one_by_one(expert, data):
     return torch.cat([predict_actions(expert, [data.load(index)], **SETTINGS) for index in INDICES])
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_rows_read_ahead_give_the_numbers_of_samples_that_were_loaded(data, expert):
     for batch_size in (1, 2, 8):
         starts = range(0, len(INDICES), batch_size)
