@@ -169,8 +169,8 @@ def writing(out: Path, draft: Draft) -> Iterator[Path]:
         full = isinstance(error, SafetensorError) or error.errno in FULL
         reason = error.strerror if isinstance(error, OSError) and error.filename == str(out) else error
         raise DataError(
-            f"the checkpoint could not be written to {out} ({reason}); it needs {draft.size_bytes} bytes there. Nothing "
-            f"was left; {'free space' if full else 'see to the cause'} and export again."
+            f"the checkpoint could not be written to {out} ({reason}); it needs {draft.size_bytes} bytes there. "
+            f"Nothing was left; {'free space' if full else 'see to the cause'} and export again."
         ) from error
 
 
