@@ -167,6 +167,8 @@ def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
         action=torch.randn(case.batch, FUTURE_STEPS, 2),
         rows=tuple(range(case.batch)),
         lengths=tuple(lengths),
+        stored=tuple(lengths),
+        stems=tuple(lengths),
         starts=tuple(length - 50 for length in lengths),
         turns=("straight",) * case.batch,
         ready=None,
