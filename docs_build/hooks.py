@@ -20,7 +20,7 @@ COPIES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Pages of the site that lie at the top of the repository."""
 HOMES = {"README.md": "index.md", "alpacache/config.py": "reference/config.md"}
 """Where the site has the same content in another form."""
-sys.path.insert(0, str(ROOT))  # mkdocs, unlike `python -m`, does not look into the checkout for `cli`
+sys.path.append(str(ROOT))  # mkdocs, unlike `python -m`, does not look into the checkout for `cli`
 BENCHMARKS = "reference/benchmarks.md"
 _LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
 _FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
