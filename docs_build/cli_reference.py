@@ -19,15 +19,14 @@ _VALUES = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 def commands() -> dict[str, Any]:
     """Command objects by name; what `typer` builds of the functions in `cli/`."""
     import typer.main
-
-    from cli.main import app
+    from alpacache_cli.main import app
 
     return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def callbacks() -> dict[str, Callable[..., Any]]:
     """The function behind each command."""
-    from cli.main import app
+    from alpacache_cli.main import app
 
     return {str(info.name): info.callback for info in app.registered_commands if info.callback is not None}
 
@@ -35,8 +34,7 @@ def callbacks() -> dict[str, Callable[..., Any]]:
 def page() -> str:
     """Markdown: the program's own options, then a section a command."""
     import typer.main
-
-    from cli.main import app
+    from alpacache_cli.main import app
 
     functions = callbacks()
     rows = _rows(typer.main.get_command(app), app.registered_callback.callback)
@@ -104,7 +102,6 @@ def _cell(text: str) -> str:
 def global_options() -> set[str]:
     """Options that stand before the command."""
     import typer.main
-
-    from cli.main import app
+    from alpacache_cli.main import app
 
     return option_names(typer.main.get_command(app))

@@ -6,7 +6,6 @@ The Markdown files of this repository are read on the code host too. So they lin
 
 import posixpath
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ COPIES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Pages of the site that lie at the top of the repository."""
 HOMES = {"README.md": "index.md", "alpacache/config.py": "reference/config.md"}
 """Where the site has the same content in another form."""
-sys.path.append(str(ROOT))  # mkdocs, unlike `python -m`, does not look into the checkout for `cli`
 BENCHMARKS = "reference/benchmarks.md"
 _LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
 _FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
