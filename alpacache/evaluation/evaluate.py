@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.features import POSE_FIELDS, SWAPPED, stored_strata
+from alpacache.cached_samples.features import POSE_FIELDS, SWAPPED, CachedSample, stored_strata
 from alpacache.cached_samples.identity import check_base, check_same_vlm
 from alpacache.driving.route import command_of
 from alpacache.driving.sample import SampleRef
@@ -87,11 +87,13 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
 
     def batches_of(expert: ActionExpert, todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
         if on_rollouts:
-            return _predict_on_rollouts(expert, data, todo, batch_size=config.batch_size, **sampling)
+            load = partial(data.load, tails=config.paths)
+            return _predict_loaded(predict_actions, expert, load, todo, batch_size=config.batch_size, **sampling)
         return predict_ahead(expert, data, todo, batch_size=config.batch_size, capture=config.capture, **sampling)
 
     def swapped_batches_of(expert: ActionExpert, todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
-        return _predict_on_twins(expert, data, todo, SWAPPED, batch_size=config.batch_size, **sampling)
+        load = partial(data.load, twin=SWAPPED)
+        return _predict_loaded(predict_on_twins, expert, load, todo, batch_size=config.batch_size, **sampling)
 
     swappable = [index for index in indices if config.swap_route and data.has_twin(index, SWAPPED)]
     predicted: dict[str, dict[int, Paths]] = {label: {} for label in (BASE, *runs)}
@@ -233,8 +235,9 @@ def _warn_of_known_clips(
 ) -> None:
     """Warn of each run that was trained on clips that it is to be judged on."""
     clips = {SampleRef.parse(data.sample_id(index)).clip_id for index in indices}
+    judged = [data.sample_id(index) for index in range(len(data))]
     for label, state in states.items():
-        if count := count_known_clips(state["settings"]["stores"], store, clips):
+        if count := count_known_clips(state["settings"]["stores"], judged, clips):
             _log.warning(
                 "%r was trained on %d of the %d clips of --store %s that it is judged on: what it knows by heart "
                 "counts as skill there. Judge it on others (`extract --split train` and `--split val` never share a "
@@ -246,39 +249,19 @@ def _warn_of_known_clips(
             )
 
 
-def _predict_on_rollouts(
+def _predict_loaded(
+    predict: Callable[..., Tensor],
     expert: ActionExpert,
-    data: CachedDataset,
+    load: Callable[[int], CachedSample],
     indices: Sequence[int],
     *,
     batch_size: int,
-    paths: int,
-    flow_steps: int,
-    seed: int,
+    **sampling: int,
 ) -> Generator[tuple[Sequence[int], Tensor]]:
-    """Batch by batch, the indices and their actions `[B, paths, 64, 2]`, each path on a rollout of its own."""
+    """Batch by batch, the indices and the actions `[B, paths, 64, 2]` of samples that are loaded one by one."""
     for start in range(0, len(indices), batch_size):
         rows = indices[start : start + batch_size]
-        samples = [data.load(index, tails=paths) for index in rows]
-        yield rows, predict_actions(expert, samples, paths=paths, flow_steps=flow_steps, seed=seed)
-
-
-def _predict_on_twins(
-    expert: ActionExpert,
-    data: CachedDataset,
-    indices: Sequence[int],
-    twin: str,
-    *,
-    batch_size: int,
-    paths: int,
-    flow_steps: int,
-    seed: int,
-) -> Generator[tuple[Sequence[int], Tensor]]:
-    """Batch by batch, the indices and their actions `[B, paths, 64, 2]` on the direct prefixes of another route."""
-    for start in range(0, len(indices), batch_size):
-        rows = indices[start : start + batch_size]
-        samples = [data.load(index, twin=twin) for index in rows]
-        yield rows, predict_on_twins(expert, samples, paths=paths, flow_steps=flow_steps, seed=seed)
+        yield rows, predict(expert, [load(index) for index in rows], **sampling)
 
 
 def _judge_sample(

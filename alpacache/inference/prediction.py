@@ -19,6 +19,7 @@ from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.flow_matching import sample as sample_flow
 from alpacache.gpu.capture import captured
+from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures
 
 Paths: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32]]
 """xyz `[K, 64, 3]` (m, ego frame at t0) and rotations `[K, 64, 3, 3]` of one sample."""
@@ -104,8 +105,7 @@ def predict_actions(
     if any(sample.tails for sample in samples):
         pairs = zip(samples, noise, strict=True)
         return torch.stack([_after_rollouts(expert, sample, draws, flow_steps) for sample, draws in pairs])
-    batch = expert.batch([sample.prefix for sample in samples])
-    return sample_flow(lambda x, t: expert.velocity(x, t, batch), noise, steps=flow_steps).cpu()
+    return _sampled(expert, [sample.prefix for sample in samples], noise, flow_steps)
 
 
 @torch.no_grad()
@@ -114,8 +114,7 @@ def predict_on_twins(
 ) -> Tensor:
     """`predict_actions` on the twins that the samples come with, from the same noise."""
     noise = eval_noise(seed, [sample.sample_id for sample in samples], paths).to(expert.device)
-    batch = expert.batch([sample.twin_prefix(expert.device) for sample in samples])
-    return sample_flow(lambda x, t: expert.velocity(x, t, batch), noise, steps=flow_steps).cpu()
+    return _sampled(expert, [sample.twin_prefix(expert.device) for sample in samples], noise, flow_steps)
 
 
 def predict_ahead(
@@ -170,5 +169,12 @@ def _after_rollouts(expert: ActionExpert, sample: CachedSample, noise: Tensor, f
     """Actions `[K, 64, 2]` from noise `[K, 64, 2]`, each on its own rollout: K whole prefixes."""
     if len(sample.tails) != len(noise):
         raise ValueError(f"{sample.sample_id}: {len(sample.tails)} tails for {len(noise)} paths; expected one a path.")
-    batch = expert.batch(sample.rollout_prefixes(expert.device))
-    return sample_flow(lambda x, t: expert.velocity(x, t, batch), noise[:, None], steps=flow_steps)[:, 0].cpu()
+    return _sampled(expert, sample.rollout_prefixes(expert.device), noise[:, None], flow_steps)[:, 0]
+
+
+def _sampled(
+    expert: ActionExpert, prefixes: Sequence[PrefixFeatures | EncodedPrefix], noise: Tensor, flow_steps: int
+) -> Tensor:
+    """Actions `[B, K, 64, 2]`, on the CPU, from noise of that shape on these B prefixes."""
+    batch = expert.batch(prefixes)
+    return sample_flow(lambda x, t: expert.velocity(x, t, batch), noise, steps=flow_steps).cpu()
