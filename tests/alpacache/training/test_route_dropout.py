@@ -73,6 +73,14 @@ def test_all_dropped_is_training_on_the_prompt_without_routes_and_none_dropped_o
     assert routed != pytest.approx(plain, rel=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_dropped_routes_on_a_gpu_give_the_losses_of_the_cpu(train, tmp_path):
+    for device in ("cpu", "cuda"):
+        train(tmp_path / device, route_dropout=0.5, device=device, compile=False, lr=1e-8)
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-2)  # bfloat16 there
+
+
 def test_a_store_without_routes_is_refused_before_anything_is_written(train, tmp_path):
     with pytest.raises(UsageError, match="has a route that could be dropped"):
         train(tmp_path / "run", "plain", route_dropout=0.1)

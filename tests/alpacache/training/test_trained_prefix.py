@@ -86,6 +86,16 @@ def test_stores_without_rollouts_are_refused_before_anything_is_written(train, t
         assert not (out / "config.toml").exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("codec", "prefix"), [("bf16", "mix"), ("int8", "mix"), ("int8", "rollouts")])
+def test_tails_on_a_gpu_give_the_losses_of_the_cpu(train, tmp_path, codec, prefix):
+    for device in ("cpu", "cuda"):
+        train(tmp_path / device, codec, prefix=prefix, device=device, compile=False, lr=1e-8)
+    first, second = ([row["loss"] for row in rows(tmp_path / device)] for device in ("cpu", "cuda"))
+    assert second == pytest.approx(first, rel=1e-2)  # bfloat16 there
+
+
 @pytest.mark.parametrize(("codec", "prefix"), [("bf16", "mix"), ("int8", "rollouts")])
 @torch.no_grad()
 def test_validation_is_on_one_choice_a_sample_that_never_changes(rollout_stores, tiny_checkpoint, codec, prefix):
