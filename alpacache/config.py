@@ -28,7 +28,7 @@ from alpacache.regular_file import read_regular
 C = TypeVar("C", bound="Config")
 
 _LARGEST_BYTES = 2**20
-"""Of a config file."""
+"""Largest config file that is read."""
 MOST = 2**31 - 1
 """No count comes near; products of those beyond it would leave 64 bits."""
 Count = Annotated[int, Ge(1), Le(MOST)]

@@ -29,7 +29,7 @@ _LIMIT_BYTES = 4096
 """More than a lock's file ever has."""
 _BEAT_S = 3.0
 _WATCH_S = 10.0
-"""How long an owner on another machine may be silent; more than a beat and what a network disk keeps in mind."""
+"""Longest silence of an owner on another machine: more than a beat and a network disk's attribute cache."""
 
 
 class DirectoryLock:

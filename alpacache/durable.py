@@ -196,7 +196,7 @@ def _take_back(work: Path, out: Path, names: Collection[str] | None) -> None:
 
 
 def _moves(note: Path, names: Collection[str] | None) -> list[str]:
-    """What a note names. Raises `UsageError` unless all of it are plain names, and among `names`."""
+    """Names listed in a note. Raises `UsageError` unless all are plain names and among `names`."""
     try:
         if note.is_symlink() or not note.is_file():
             raise ValueError("it is no regular file")

@@ -12,9 +12,9 @@ from pathlib import Path
 from alpacache.errors import CheckpointError
 
 _NOT_CHECKPOINT = {".cache", ".git"}
-"""What download tools leave behind."""
+"""Directories that download tools leave behind."""
 _MOST_LINKS = 40
-"""As many as Linux follows."""
+"""Symbolic links followed in a row; Linux follows as many."""
 
 
 def is_snapshot(directory: Path) -> bool:

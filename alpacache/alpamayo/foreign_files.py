@@ -27,7 +27,7 @@ from alpacache.regular_file import LFS_POINTER
 JSON_LIMIT_BYTES = 16 * 2**20
 """Largest file or header that is parsed here: objects may take twenty times as much. Real ones have at most 1 MB."""
 _MOST_KEYS = 100_000
-"""Of one object: each could be an error to tell, of a kilobyte."""
+"""Most keys of one JSON object: validation may keep a kilobyte of error for each."""
 _SHOWN = 3
 """Wrong keys that one error spells out."""
 _METADATA = "__metadata__"

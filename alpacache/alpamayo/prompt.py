@@ -25,7 +25,7 @@ CAMERA_TITLES = (
 )
 """Names of the cameras in a prompt, by camera index."""
 ROUTE_TOKENS = ("<|route_start|>", "<|route_end|>")
-"""What stands around a route in 1.5."""
+"""Tokens around a route in Alpamayo 1.5."""
 _HISTORY = "<|traj_history|>"
 
 

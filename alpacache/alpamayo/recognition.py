@@ -35,7 +35,7 @@ class Sign:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recognition:
-    """What tells the family of a checkpoint."""
+    """Evidence for the family of a checkpoint."""
 
     named: Family
     """The family that its classes are named after."""

@@ -49,7 +49,7 @@ SURE_S = 0.1
 """Lag that must lie below the best by two standard errors."""
 MIN_LIKENESS = 0.5
 MIN_PROMINENCE = 0.05
-"""How much worse lags must fit that are 1 s or more from the best."""
+"""Least rise of the misfit at lags 1 s or more away from the best."""
 MAX_ERROR_S = 0.1
 DRIFT = 0.01
 """Rate from which a clock counts as one that drifts."""
@@ -58,11 +58,11 @@ SURE_DRIFT = 0.005
 DRIFTED_S = 0.35
 """Least change of the lag over what is compared: from turn to turn it differs by a tenth or so."""
 SAME_FOCAL = 1.25
-"""How much further the picture may move for each radian than it does in all clips together, or how much less far."""
+"""Largest ratio, either way, of a clip's pixels per radian to those of all clips together."""
 APART_ERROR_S = 0.15
 """Greatest standard error of a lag that all clips' focal length makes clear."""
 WORSE = 1.05
-"""How much more of one clip's movement the lag of all clips must leave unexplained than its own."""
+"""Least ratio of the movement that the common lag leaves unexplained in a clip to what its own lag does."""
 LEFT_OVER = 0.8
 """Most of the variance that one lag leaves unexplained which a lag that grows may still leave."""
 
@@ -77,7 +77,7 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sideways:
-    """How pictures of one clip moved sideways, and how much the vehicle turned at each lag."""
+    """Sideways movement of one clip's pictures, and the vehicle's turns at each lag."""
 
     clip_id: str
     seconds: Floats

@@ -59,7 +59,7 @@ LOW_M, HIGH_M = 0.6, 3.2
 LOW_PX_M, HIGH_PX_M = 70.0, 800.0
 """The same times focal lengths, for pictures that are 50 to 120 degrees wide."""
 USUAL_FOCAL_PX = 175.0
-"""Of a picture that is 72 degrees wide."""
+"""Focal length of a picture that is 72 degrees wide."""
 
 
 class Step(NamedTuple):
@@ -75,12 +75,12 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
-    """What the road did, over all steps."""
+    """Direction that the road moved in, counted over all steps."""
 
     steps: int
     """Steps at which it clearly moved one way."""
     backwards: int
-    """Of these, steps at which it went away while the vehicle drove forwards, or the other way round."""
+    """Those of them at which it moved away while the vehicle drove forwards, or came nearer in reverse."""
     clips_against: tuple[str, ...]
     """Clips in which it did so at `CLIP_STEPS` steps or more, and at hardly any other."""
     reach_px_m: float | None

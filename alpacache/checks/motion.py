@@ -32,7 +32,7 @@ TILT_DEG = 5.0
 OFFSET_MPS = 4.0
 """Speed above which the course is known to a degree or so."""
 LEVER_M = (-1.0, 4.0)
-"""How far in front of the rear axle the reference point may lie: there it goes sideways in turns."""
+"""Range of the reference point's place in front of the rear axle; away from it a point moves sideways in turns."""
 STRAIGHT_PM = 0.004
 """Curvature below which such a point moves along the vehicle's axis, to a degree."""
 METRES_A_DEGREE = 111_320.0

@@ -103,7 +103,7 @@ def judge_order(flow: Flow | None, jumps: Sequence[str], pictures: int, *, as_te
 
 
 def _far(picture: NDArray[np.uint8]) -> Floats:
-    """What is around the horizon, coarse, without what is smooth."""
+    """Coarse picture of the band around the horizon, high-pass filtered."""
     from scipy.ndimage import uniform_filter
 
     height, width = (length // CELL_PX for length in picture.shape)

@@ -56,7 +56,7 @@ class Strata:
     straight_history: bool = False
     """Straight and moving through its history, whatever comes: only the image knows."""
     straight_history_late_curve: bool
-    """Of these, the ones that curve afterwards."""
+    """Those with a straight history that curve afterwards."""
     speed: SpeedBand
     heading_change_rad: float
     """Heading at 6.4 s less heading at t0, unwrapped, left positive; while the vehicle stands it is held."""

@@ -124,7 +124,7 @@ def _is_found(gain: Interval | None) -> bool:
 
 
 def _told(found: Mapping[str, Interval | None]) -> str:
-    """What became of the planted signals."""
+    """Sentence on which planted signals were found."""
     if not found:
         return "Single tokens were not looked at, and one of them may hold what pooled vectors have lost"
     gains = ", ".join(

@@ -15,12 +15,12 @@ from alpacache.sources.source import Source
 from alpacache.sources.views import load
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""What the VLM may run in, as users write it."""
+"""Precisions that the VLM may run in, by the names users write."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparationSettings:
-    """How samples are read and preprocessed; also what a reading process is told, as JSON."""
+    """Settings of reading and preprocessing samples; a reading process gets them as JSON."""
 
     source: str
     model: str
@@ -39,7 +39,7 @@ class PreparationSettings:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the VLM and the pixels it sees."""
+        """Type of the VLM's weights and of the pixels it sees."""
         return DTYPES[self.vlm_dtype]
 
     def input_builder(self, checkpoint: Checkpoint) -> InputBuilder:

@@ -31,7 +31,7 @@ CALIBRATION_LEVEL = 0.965
 MIN_CLIPS = 10
 """Fewer clips give no interval."""
 MIN_EFFECTIVE = 5.0
-"""So do clips that are worth fewer than this many of equal weight."""
+"""Least effective number of clips (Kish): unequal weights make clips worth fewer."""
 LEAST_SHARE = 0.3
 """Least share of the clips in the smaller half of a split."""
 BLOCK_S = 60.0

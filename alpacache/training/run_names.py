@@ -14,7 +14,7 @@ from alpacache.regular_file import read_regular, regular_size
 CONFIG, METRICS, MEMORY, WANDB_ID = "config.toml", "metrics.jsonl", "memory.json", "wandb-id"
 CHECKPOINTS = "checkpoints"
 WRITING, DROPPED = ".writing-", ".dropped-"
-"""What the name of a checkpoint begins with while it is written, and when it is no longer kept."""
+"""Prefixes of a checkpoint's name while it is being written, and once it is being deleted."""
 _FILES = (RUN, CONFIG, METRICS, MEMORY, WANDB_ID)
 
 
@@ -31,7 +31,7 @@ def name_of(step: int) -> str:
 
 
 def leftovers(checkpoints: Path) -> Iterator[Path]:
-    """What a kill has left of checkpoints."""
+    """Unfinished and half-deleted checkpoints that a kill left behind."""
     for prefix, like in ((WRITING, "step-"), (DROPPED, "")):
         for path in checkpoints.glob(f"{prefix}*"):
             if step_of(like + path.name.removeprefix(prefix)) is not None:
@@ -39,7 +39,7 @@ def leftovers(checkpoints: Path) -> Iterator[Path]:
 
 
 def misfits(run: Path) -> Iterator[tuple[Path, str]]:
-    """What has the name of something that a run writes, but cannot be it, and why."""
+    """Paths that have the name of a file of the run but cannot be one, each with the reason."""
     drafts = [f".{name}.new" for name in _FILES]
     for path in map(run.joinpath, (*_FILES, *drafts)):
         try:
