@@ -10,6 +10,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
@@ -25,7 +26,7 @@ from alpacache.finite import is_finite
 from alpacache.strict_json import plain
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Qwen3VLConfig, Qwen3VLTextConfig
+    from transformers import Qwen3VLConfig, Qwen3VLTextConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 _Side = Annotated[int, Field(ge=1, le=256)]
@@ -309,6 +310,11 @@ def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
-def cache_argument(model: "PreTrainedModel") -> str:
+def cache_argument(model: nn.Module) -> str:
     """Name of a forward's KV cache argument in this transformers: `cache` from 5.24 on, `past_key_values` before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return _cache_argument(type(model).forward)
+
+
+@cache
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from alpacache import randomness
 from alpacache.alpamayo.backbone import additive_mask, check_finite, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.text_layers import LayerKV
 from alpacache.alpamayo.vlm import FrozenVLM
 from alpacache.errors import CheckpointError
 from alpacache.finite import is_finite
@@ -113,9 +113,10 @@ class RolloutSampler:
     ) -> list[Tail]:
         """Tails of rollouts of at most `limit` tokens, each token as `choose` says; `question` as in `sample`."""
         device, asked = self.vlm.device, self.question if question is None else question
-        cache = DynamicCache(config=self.vlm.model.config.text_config)
-        for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            cache.update(keys[None, :, :stem_len].to(device), values[None, :, :stem_len].to(device), layer)
+        cache = [
+            LayerKV(keys[None, :, :stem_len].to(device), values[None, :, :stem_len].to(device))
+            for keys, values in zip(prefix.keys, prefix.values, strict=True)
+        ]
         first = stem_len + prefix.rope_delta
         common = stem_len + len(asked)
         ids = torch.from_numpy(asked).to(device)
@@ -150,18 +151,20 @@ class RolloutSampler:
             for row in range(rollouts)
         ]
 
-    def _forward(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _forward(
+        self, cache: Sequence[LayerKV], tokens: Tensor, positions: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """Run `n` more tokens, whose KV goes into the cache; their last hidden states `[n, C]`."""
         return self.vlm.extend(cache, tokens[None], positions[None], mask)[0]
 
     def _tail(
-        self, cache: DynamicCache, question: NDArray[np.int64], columns: list[int], text: list[int], *, start: int
+        self, cache: Sequence[LayerKV], question: NDArray[np.int64], columns: list[int], text: list[int], *, start: int
     ) -> Tail:
         places = torch.tensor(columns, device=self.vlm.device)
         ids = np.array(text, np.int64)
         return Tail(
-            keys=torch.stack([layer.keys[0][:, places] for layer in cache.layers]),
-            values=torch.stack([layer.values[0][:, places] for layer in cache.layers]),
+            keys=torch.stack([layer.keys[0][:, places] for layer in cache]),
+            values=torch.stack([layer.values[0][:, places] for layer in cache]),
             token_ids=np.concatenate([question, ids]),
             start_position=start,
             text=self.decode(ids).replace("\0", "\ufffd"),  # which stores refuse

@@ -12,11 +12,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, DynamicCache, Qwen3VLModel
+from transformers import AttentionInterface, Qwen3VLModel
 
-from alpacache.alpamayo.backbone import additive_mask, cache_argument, described_by, load_module, vlm_config
+from alpacache.alpamayo.backbone import additive_mask, described_by, load_module, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import VLMInputs
+from alpacache.alpamayo.text_layers import LayerKV, TextRows, run_text, text_rows
 from alpacache.prefix.prefix import PrefixFeatures, Tail
 
 IMAGE_ATTENTION = "images"
@@ -65,15 +66,15 @@ class FrozenVLM:
         longest = max(sum(len(ids) for ids, _ in of_one.values()) for of_one in tails)
         if longest:
             self._extend_by_tails(cache, prefixes, stems, tails, longest)
-        end = cache.get_seq_length() - longest
+        end = cache[0].tokens - longest
         made = []
         for number, (prefix, stem, of_one) in enumerate(zip(prefixes, stems, tails, strict=True)):
             found, first = {}, end
             for name, (ids, text) in of_one.items():
                 places = slice(first, first := first + len(ids))
                 found[name] = Tail(
-                    keys=torch.stack([layer.keys[number, :, places] for layer in cache.layers]),
-                    values=torch.stack([layer.values[number, :, places] for layer in cache.layers]),
+                    keys=torch.stack([layer.keys[number, :, places] for layer in cache]),
+                    values=torch.stack([layer.values[number, :, places] for layer in cache]),
                     token_ids=ids,
                     start_position=prefix.rope_delta + stem + len(ids),
                     text=text,
@@ -84,14 +85,14 @@ class FrozenVLM:
     @torch.inference_mode()
     def _extend_by_tails(
         self,
-        cache: DynamicCache,
+        cache: Sequence[LayerKV],
         prefixes: Sequence[PrefixFeatures],
         stems: Sequence[int],
         tails: Sequence[Mapping[str, tuple[NDArray[np.int64], str]]],
         longest: int,
     ) -> None:
         """Append each prompt's tails to its row of the cache, padded to `longest` tokens."""
-        before = cache.get_seq_length()
+        before = cache[0].tokens
         tokens = torch.full((len(prefixes), longest), self.future_start_id)
         positions = torch.zeros(len(prefixes), longest, dtype=torch.long)
         owner = torch.full((len(prefixes), longest), -1)
@@ -110,50 +111,29 @@ class FrozenVLM:
         mask = additive_mask(seen, self.dtype)[:, None]
         self.extend(cache, tokens.to(self.device), positions.to(self.device), mask)
 
-    def extend(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Run `[B, n]` more text tokens at these positions; their KV goes into the cache.
+    def extend(self, cache: Sequence[LayerKV], tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Run `[B, n]` more text tokens at these positions; their KV goes into the cache, one `LayerKV` a layer.
 
         `mask` is `[B or 1, 1, n, columns]`, added to the attention's logits; None: causal. Returns the last hidden
         states `[B, n, C]`.
         """
         text: Any = self.model.language_model
-        hidden: Tensor = text(
-            inputs_embeds=text.get_input_embeddings()(tokens),
-            position_ids=positions.to(tokens.device).expand(3, *tokens.shape),
-            attention_mask=mask,
-            use_cache=True,
-            **{cache_argument(text): cache},
-        ).last_hidden_state
-        return hidden
+        positions = positions.to(tokens.device).expand(3, *tokens.shape)
+        embeddings = text.get_input_embeddings()(tokens)
+        return run_text(text, text_rows(text, embeddings, positions, before=cache[0].tokens, mask=mask), cache)
 
     @torch.inference_mode()
-    def _prefill(self, prompts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[PrefixFeatures], DynamicCache]:
+    def _prefill(self, prompts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[PrefixFeatures], list[LayerKV]]:
         """The prefix of each prompt, and the cache that they were cut from."""
-        ids_of_all, pixel_values, grids = zip(*prompts, strict=True)
-        rows = [self._cut(ids) for ids in ids_of_all]
-        lengths = [len(row) for row in rows]
-        ids = torch.full((len(rows), max(lengths)), self.future_start_id)  # padding that is no image token
-        positions = torch.zeros(3, *ids.shape, dtype=torch.long)
-        deltas = []
-        for number, (row, grid) in enumerate(zip(rows, grids, strict=True)):
-            ids[number, : len(row)] = row
-            positions[:, number, : len(row)], delta = self._positions(row, grid.cpu())
-            deltas.append(delta)
-        cache = DynamicCache(config=self.model.config.text_config)
-        output = self.model(
-            input_ids=ids.to(self.device),
-            pixel_values=torch.cat([one.to(self.device, self.dtype, non_blocking=True) for one in pixel_values]),
-            image_grid_thw=torch.cat(grids).to(self.device),
-            position_ids=positions.to(self.device),
-            mm_token_type_ids=(ids == self.model.config.image_token_id).int().to(self.device),
-            use_cache=True,
-            **{cache_argument(self.model): cache},
-        )
+        lengths, deltas, rows = self._embedded(prompts)
+        text: Any = self.model.language_model
+        cache = [LayerKV() for _ in text.layers]
+        hidden = run_text(text, rows, cache)
         prefixes = [
             PrefixFeatures(
-                keys=torch.stack([layer.keys[number, :, :length] for layer in cache.layers]),
-                values=torch.stack([layer.values[number, :, :length] for layer in cache.layers]),
-                hidden=output.last_hidden_state[number, :length],
+                keys=torch.stack([layer.keys[number, :, :length] for layer in cache]),
+                values=torch.stack([layer.values[number, :, :length] for layer in cache]),
+                hidden=hidden[number, :length],
                 rope_delta=delta,
                 prefix_len=length,
                 start_position=delta + length,
@@ -161,6 +141,31 @@ class FrozenVLM:
             for number, (length, delta) in enumerate(zip(lengths, deltas, strict=True))
         ]
         return prefixes, cache
+
+    def _embedded(self, prompts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[int], list[int], TextRows]:
+        """Lengths and rope deltas of the prompts, and their embeddings with those of their images in place."""
+        ids_of_all, pixel_values, grids = zip(*prompts, strict=True)
+        cut = [self._cut(ids) for ids in ids_of_all]
+        lengths = [len(row) for row in cut]
+        ids = torch.full((len(cut), max(lengths)), self.future_start_id)  # padding that is no image token
+        positions = torch.zeros(3, *ids.shape, dtype=torch.long)
+        deltas = []
+        for number, (row, grid) in enumerate(zip(cut, grids, strict=True)):
+            ids[number, : len(row)] = row
+            positions[:, number, : len(row)], delta = self._positions(row, grid.cpu())
+            deltas.append(delta)
+        text: Any = self.model.language_model
+        seen = self.model.visual(
+            torch.cat([one.to(self.device, self.dtype, non_blocking=True) for one in pixel_values]),
+            grid_thw=torch.cat(grids).to(self.device),
+        )
+        embeddings = text.get_input_embeddings()(ids.to(self.device))
+        rows = text_rows(text, embeddings, positions.to(self.device))
+        # The places are found on the CPU: a GPU would have to be waited for.
+        rows.image_places = (ids == self.model.config.image_token_id).flatten().nonzero()[:, 0].to(self.device)
+        rows.hidden.flatten(0, 1).index_copy_(0, rows.image_places, seen.pooler_output.to(embeddings.dtype))
+        rows.deepstack = [one.to(embeddings.dtype) for one in seen.deepstack_features]
+        return lengths, deltas, rows
 
     def _positions(self, ids: Tensor, grid: Tensor) -> tuple[Tensor, int]:
         """M-RoPE positions `[3, T]` of one prompt and its rope delta. On the CPU: it is a loop over the images."""

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from plain_rollouts import extend, replay, rollouts
-from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from alpacache import flow_matching, randomness
 from alpacache.alpamayo import Checkpoint, load_vlm
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.rollout import MAX_TOKENS, TEMPERATURE, TOP_P, RolloutSampler, load_head, pick
+from alpacache.alpamayo.text_layers import LayerKV
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import CheckpointError
 from alpacache.sources.registry import open_source
@@ -230,18 +231,18 @@ def test_the_stem_is_held_once(tiny, monkeypatch):
     """No more tokens go through the VLM than the question's and the rollouts' own."""
     sampler, prefix, stem_len = tiny
     seen = []
-    update = DynamicCache.update
+    update = LayerKV.update
 
-    def count(cache, keys, values, layer, *rest, **more):
-        if layer == 0:
-            assert keys.shape[0] == 1
-            seen.append(keys.shape[2])
-        return update(cache, keys, values, layer, *rest, **more)
+    def count(kv, keys, values, *rest, **more):
+        assert keys.shape[0] == 1
+        seen.append(keys.shape[2])
+        return update(kv, keys, values, *rest, **more)
 
-    monkeypatch.setattr(DynamicCache, "update", count)
+    monkeypatch.setattr(LayerKV, "update", count)
     tails = sampler.sample(prefix, stem_len, rollouts=6, key="once")
     question = len(sampler.question)
-    assert sum(seen) == stem_len + question + sum(tail.keys.shape[2] - question for tail in tails)
+    own = question + sum(tail.keys.shape[2] - question for tail in tails)
+    assert sum(seen) == own * len(prefix.keys)
 
 
 def test_a_checkpoint_without_a_head_is_refused(tiny_checkpoint, monkeypatch):
