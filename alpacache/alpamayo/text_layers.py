@@ -5,7 +5,6 @@ its own: its weights may come just before it and its KV may go as soon as it is 
 bit.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,11 +99,3 @@ def _causal_mask(attention: str, hidden: Tensor, before: int) -> Tensor | None:
     columns = torch.arange(before + length, device=hidden.device)
     seen = columns <= columns[before:, None]
     return (additive_mask(seen, hidden.dtype) if attention == "eager" else seen)[None, None]
-
-
-def run_text(text: Any, rows: TextRows, cache: Sequence[LayerKV]) -> Tensor:
-    """Take rows through all layers and the final norm; `cache` has one `LayerKV` for each layer."""
-    for number, (layer, kv) in enumerate(zip(text.layers, cache, strict=True)):
-        rows.advance(number, layer, kv)
-    hidden: Tensor = text.norm(rows.hidden)
-    return hidden

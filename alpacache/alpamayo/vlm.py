@@ -4,12 +4,12 @@ Only the transformer body is built and read from the checkpoint: the vocabulary 
 nothing here predicts tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, Qwen3VLModel
@@ -17,7 +17,8 @@ from transformers import AttentionInterface, Qwen3VLModel
 from alpacache.alpamayo.backbone import additive_mask, described_by, load_module, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import VLMInputs
-from alpacache.alpamayo.text_layers import LayerKV, TextRows, run_text, text_rows
+from alpacache.alpamayo.prompt_rows import Endings, PromptRows
+from alpacache.alpamayo.text_layers import LayerKV, text_rows
 from alpacache.prefix.prefix import PrefixFeatures, Tail
 
 IMAGE_ATTENTION = "images"
@@ -43,7 +44,9 @@ class FrozenVLM:
             pixel_values: `[patches, patch_values]` of all images, in prompt order.
             image_grid_thw: `[images, 3]` patches in time, height and width of each image.
         """
-        return self._prefill([(torch.as_tensor(np.asarray(input_ids)), pixel_values, image_grid_thw)])[0][0]
+        prompt = (torch.as_tensor(np.asarray(input_ids)), pixel_values, image_grid_thw)
+        ((prefix, _),) = self._through(self._embedded([prompt]))
+        return prefix
 
     def prefill_batch(self, inputs: Sequence[VLMInputs]) -> list[PrefixFeatures]:
         """Run the VLM over several prompts at once; the closer their lengths, the less computation is wasted.
@@ -51,57 +54,46 @@ class FrozenVLM:
         Shorter prompts are padded at the end. Attention is causal, so no token sees the padding behind it, and without
         a mask the kernels for plain causal attention can be used. Each result ends where its own prompt does.
         """
-        return self._prefill(_prompts(inputs))[0]
+        return [prefix for prefix, _ in self._through(self.begin(inputs))]
 
     def prefill_with_tails(
-        self, inputs: Sequence[VLMInputs], tails: Sequence[Mapping[str, tuple[NDArray[np.int64], str]]]
+        self, inputs: Sequence[VLMInputs], endings: Sequence[Endings]
     ) -> list[tuple[PrefixFeatures, dict[str, Tail]]]:
-        """`prefill_batch`, and of each prompt what other endings make of its stem: all of them in one more forward.
+        """`prefill_batch`, and of each prompt the tails that other endings than its own make of its stem.
 
-        `tails` has for each prompt, by name, the token ids behind the stem and what they say, for people. The tails of
-        a prompt are one sequence behind it; each sees the stem and itself.
+        The endings of a prompt are one sequence behind it; each sees the stem and itself.
         """
-        prefixes, cache = self._prefill(_prompts(inputs))
-        stems = [one.stem_len for one in inputs]
-        longest = max(sum(len(ids) for ids, _ in of_one.values()) for of_one in tails)
-        if longest:
-            self._extend_by_tails(cache, prefixes, stems, tails, longest)
-        end = cache[0].tokens - longest
-        made = []
-        for number, (prefix, stem, of_one) in enumerate(zip(prefixes, stems, tails, strict=True)):
-            found, first = {}, end
-            for name, (ids, text) in of_one.items():
-                places = slice(first, first := first + len(ids))
-                found[name] = Tail(
-                    keys=torch.stack([layer.keys[number, :, places] for layer in cache]),
-                    values=torch.stack([layer.values[number, :, places] for layer in cache]),
-                    token_ids=ids,
-                    start_position=prefix.rope_delta + stem + len(ids),
-                    text=text,
-                )
-            made.append((prefix, found))
-        return made
+        return self._through(self.begin(inputs, endings))
 
     @torch.inference_mode()
-    def _extend_by_tails(
-        self,
-        cache: Sequence[LayerKV],
-        prefixes: Sequence[PrefixFeatures],
-        stems: Sequence[int],
-        tails: Sequence[Mapping[str, tuple[NDArray[np.int64], str]]],
-        longest: int,
-    ) -> None:
-        """Append each prompt's tails to its row of the cache, padded to `longest` tokens."""
-        before = cache[0].tokens
-        tokens = torch.full((len(prefixes), longest), self.future_start_id)
-        positions = torch.zeros(len(prefixes), longest, dtype=torch.long)
-        owner = torch.full((len(prefixes), longest), -1)
-        for row, (prefix, stem, of_one) in enumerate(zip(prefixes, stems, tails, strict=True)):
+    def begin(self, inputs: Sequence[VLMInputs], endings: Sequence[Endings] = ()) -> PromptRows:
+        """Prompts with their images' embeddings in place, and their endings, about to enter the first layer."""
+        prompts = [(torch.as_tensor(one.input_ids), one.pixel_values, one.image_grid_thw) for one in inputs]
+        rows = self._embedded(prompts)
+        if any(endings):
+            self._add_endings(rows, endings, stems=[one.stem_len for one in inputs])
+        return rows
+
+    @torch.inference_mode()
+    def _through(self, rows: PromptRows) -> list[tuple[PrefixFeatures, dict[str, Tail]]]:
+        """What all layers make of the prompts."""
+        text: Any = self.model.language_model
+        cache = [rows.advance(number, layer) for number, layer in enumerate(text.layers)]
+        return rows.features(cache, text.norm(rows.prompts.hidden))
+
+    def _add_endings(self, rows: PromptRows, endings: Sequence[Endings], *, stems: list[int]) -> None:
+        """Give each prompt its endings, padded to the longest."""
+        longest = max(sum(len(ids) for ids, _ in of_one.values()) for of_one in endings)
+        before = rows.prompts.hidden.shape[1]
+        tokens = torch.full((len(stems), longest), self.future_start_id)
+        positions = torch.zeros(len(stems), longest, dtype=torch.long)
+        owner = torch.full((len(stems), longest), -1)
+        for row, (delta, stem, of_one) in enumerate(zip(rows.deltas, stems, endings, strict=True)):
             first = 0
             for number, (ids, _) in enumerate(of_one.values()):
                 mine = slice(first, first := first + len(ids))
                 tokens[row, mine] = torch.from_numpy(ids)
-                positions[row, mine] = prefix.rope_delta + stem + torch.arange(len(ids))
+                positions[row, mine] = delta + stem + torch.arange(len(ids))
                 owner[row, mine] = number
         # The mask is made on the device: a copy of it would wait until the device is done with the prompts.
         of_stem, owner = torch.tensor(stems).to(self.device), owner.to(self.device)
@@ -109,7 +101,9 @@ class FrozenVLM:
         tail_seen = (owner[:, :, None] == owner[:, None, :]).tril()
         seen = torch.cat([stem_seen.expand(-1, longest, -1), tail_seen], dim=-1)
         mask = additive_mask(seen, self.dtype)[:, None]
-        self.extend(cache, tokens.to(self.device), positions.to(self.device), mask)
+        places = positions.to(self.device).expand(3, *positions.shape)
+        rows.stems, rows.endings = stems, list(endings)
+        rows.tails = text_rows(self.model.language_model, self._embed(tokens), places, mask=mask)
 
     def extend(self, cache: Sequence[LayerKV], tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run `[B, n]` more text tokens at these positions; their KV goes into the cache, one `LayerKV` a layer.
@@ -119,31 +113,20 @@ class FrozenVLM:
         """
         text: Any = self.model.language_model
         positions = positions.to(tokens.device).expand(3, *tokens.shape)
-        embeddings = text.get_input_embeddings()(tokens)
-        return run_text(text, text_rows(text, embeddings, positions, before=cache[0].tokens, mask=mask), cache)
+        rows = text_rows(text, self._embed(tokens), positions, before=cache[0].tokens, mask=mask)
+        for number, (layer, kv) in enumerate(zip(text.layers, cache, strict=True)):
+            rows.advance(number, layer, kv)
+        hidden: Tensor = text.norm(rows.hidden)
+        return hidden
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Embeddings `[B, T, C]` of token ids, on the VLM's device."""
+        embeddings: Tensor = self.model.get_input_embeddings()(ids.to(self.device))
+        return embeddings
 
     @torch.inference_mode()
-    def _prefill(self, prompts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[PrefixFeatures], list[LayerKV]]:
-        """The prefix of each prompt, and the cache that they were cut from."""
-        lengths, deltas, rows = self._embedded(prompts)
-        text: Any = self.model.language_model
-        cache = [LayerKV() for _ in text.layers]
-        hidden = run_text(text, rows, cache)
-        prefixes = [
-            PrefixFeatures(
-                keys=torch.stack([layer.keys[number, :, :length] for layer in cache]),
-                values=torch.stack([layer.values[number, :, :length] for layer in cache]),
-                hidden=hidden[number, :length],
-                rope_delta=delta,
-                prefix_len=length,
-                start_position=delta + length,
-            )
-            for number, (length, delta) in enumerate(zip(lengths, deltas, strict=True))
-        ]
-        return prefixes, cache
-
-    def _embedded(self, prompts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[int], list[int], TextRows]:
-        """Lengths and rope deltas of the prompts, and their embeddings with those of their images in place."""
+    def _embedded(self, prompts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> PromptRows:
+        """Prompts (ids, pixels, grid) with the embeddings of their images in place."""
         ids_of_all, pixel_values, grids = zip(*prompts, strict=True)
         cut = [self._cut(ids) for ids in ids_of_all]
         lengths = [len(row) for row in cut]
@@ -154,18 +137,17 @@ class FrozenVLM:
             ids[number, : len(row)] = row
             positions[:, number, : len(row)], delta = self._positions(row, grid.cpu())
             deltas.append(delta)
-        text: Any = self.model.language_model
         seen = self.model.visual(
             torch.cat([one.to(self.device, self.dtype, non_blocking=True) for one in pixel_values]),
             grid_thw=torch.cat(grids).to(self.device),
         )
-        embeddings = text.get_input_embeddings()(ids.to(self.device))
-        rows = text_rows(text, embeddings, positions.to(self.device))
+        embeddings = self._embed(ids)
+        rows = text_rows(self.model.language_model, embeddings, positions.to(self.device))
         # The places are found on the CPU: a GPU would have to be waited for.
         rows.image_places = (ids == self.model.config.image_token_id).flatten().nonzero()[:, 0].to(self.device)
-        rows.hidden.flatten(0, 1).index_copy_(0, rows.image_places, seen.pooler_output.to(embeddings.dtype))
+        embeddings.flatten(0, 1).index_copy_(0, rows.image_places, seen.pooler_output.to(embeddings.dtype))
         rows.deepstack = [one.to(embeddings.dtype) for one in seen.deepstack_features]
-        return lengths, deltas, rows
+        return PromptRows(prompts=rows, lengths=lengths, deltas=deltas)
 
     def _positions(self, ids: Tensor, grid: Tensor) -> tuple[Tensor, int]:
         """M-RoPE positions `[3, T]` of one prompt and its rope delta. On the CPU: it is a loop over the images."""
@@ -185,10 +167,6 @@ class FrozenVLM:
             raise ValueError(f"input_ids has shape {list(ids.shape)}; expected one prompt, [T].")
         starts = (ids == self.future_start_id).nonzero()
         return ids[: int(starts[0, 0]) + 1] if len(starts) else ids
-
-
-def _prompts(inputs: Sequence[VLMInputs]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    return [(torch.as_tensor(one.input_ids), one.pixel_values, one.image_grid_thw) for one in inputs]
 
 
 def load_vlm(

@@ -46,8 +46,9 @@ def test_prefill_has_the_bits_of_one_forward(dtype, attention, golden, golden_di
     vlm = load_vlm(str(golden_dir), dtype=dtype, attention=attention)
     prompts = [cut(vlm, golden, clip) for clip in (2, 0, 1)]
     hidden, expected = one_forward(vlm, prompts)
-    prefixes, cache = vlm._prefill(prompts)
-    for row, prefix in enumerate(prefixes):
+    rows = vlm._embedded(prompts)
+    cache = [rows.advance(number, layer) for number, layer in enumerate(vlm.model.language_model.layers)]
+    for row, (prefix, _) in enumerate(rows.features(cache, vlm.model.language_model.norm(rows.prompts.hidden))):
         assert torch.equal(prefix.hidden, hidden[row, : prefix.prefix_len])
     for ours, theirs in zip(cache, expected.layers, strict=True):
         assert torch.equal(ours.keys, theirs.keys)
@@ -62,10 +63,11 @@ def test_more_tokens_have_the_bits_of_one_forward(masked, attention, golden, gol
     text = vlm.model.language_model
     prompts = [cut(vlm, golden, clip) for clip in (0, 0)]
     _, expected = one_forward(vlm, prompts)
-    prefixes, cache = vlm._prefill(prompts)
+    rows = vlm._embedded(prompts)
+    cache = [rows.advance(number, layer) for number, layer in enumerate(text.layers)]
     for tokens in (torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]]), torch.tensor([[5], [3]])):
         before = cache[0].tokens
-        positions = torch.arange(tokens.shape[1])[None] + prefixes[0].rope_delta + before
+        positions = torch.arange(tokens.shape[1])[None] + rows.deltas[0] + before
         mask = None
         if masked:
             seen = torch.ones(tokens.shape[1], before + tokens.shape[1], dtype=torch.bool).tril(before)
