@@ -1,12 +1,11 @@
 """The kernels of encoding against torch operations on the CPU and against numpy, bit for bit: interpreted on the CPU,
-compiled for users' cards, run where there is a GPU.
+run where there is a GPU.
 
 `python test_encode_kernels.py cpu|cuda` is what the tests run: Triton decides at its import whether it interprets, so
 this is a process of its own.
 """
 
 import os
-import re
 import subprocess
 import sys
 import warnings
@@ -22,13 +21,6 @@ from alpacache.prefix.codecs import tensor_codec  # noqa: E402
 from cache_store import CODECS  # noqa: E402
 from cache_store.kv.affine import AffineCodec  # noqa: E402
 
-SHARED_LIMIT = 99 * 1024
-TYPES = {
-    torch.uint8: "*u8",
-    torch.int16: "*i16",
-    torch.int64: "*i64",
-    torch.float32: "*fp32",
-}
 EXTRA = {
     "mixed": AffineCodec(key_bits=(8, 3, 6), value_bits=(4, 7, 5), key_group=48, value_group=16),
     "long groups": AffineCodec(key_bits=(6,), value_bits=(5,), key_group=150, value_group=64),
@@ -90,53 +82,13 @@ def test_both_have_the_same_functions():
     assert encode_kernels.AT_ONCE > codec_passes.AT_ONCE
 
 
-def compiled(kernel, arguments, options, capability):
-    options = dict(options)
-    names = ("num_warps", "num_stages", "enable_fp_fusion")
-    settings = {name: options.pop(name) for name in names if name in options}
-    given = dict(zip(kernel.arg_names, arguments, strict=False))
-    types, constants, attributes = {}, {}, {}
-    for place, (name, value) in enumerate(given.items()):
-        types[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-        if value is None:
-            types[name], constants[place,] = "constexpr", None
-        elif isinstance(value, torch.Tensor) and not kernel.params[place].do_not_specialize_on_alignment:
-            attributes[place,] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(
-        fn=kernel,
-        signature=types | dict.fromkeys(options, "constexpr"),
-        constexprs=constants | {(kernel.arg_names.index(name),): value for name, value in options.items()},
-        attrs=attributes,
-    )
-    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=settings)
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("capability", [86, 89])
-def test_kernels_compile_for_consumer_cards(capability, record_launches, monkeypatch, tmp_path):
-    """No feature that an RTX 3090 or 4090 lacks, no spilled register, and no sum fused with a product that is rounded
-    twice elsewhere."""
+def test_int8_takes_a_plane_a_class_of_channels(record_launches, monkeypatch):
     found = record_launches(encode_kernels, "group_extremes", "group_energy", "fit", "pack_plane")
     monkeypatch.setattr(layered, "passes_on", lambda device: encode_kernels)
-    kv = torch.zeros(2, 2, 8, 100, 128, dtype=torch.bfloat16)
-    tensor_codec(CODECS["int8"]).encode(kv)
-    names = [kernel.__name__ for kernel, *_ in found]
+    tensor_codec(CODECS["int8"]).encode(torch.zeros(2, 2, 8, 100, 128, dtype=torch.bfloat16))
     planes = ["pack_plane"]
-    assert names == ["group_extremes", "group_energy", "fit", *planes * 8, "group_extremes", "fit", *planes]
-    for kernel, arguments, options in found[:5] + found[-3:]:
-        result = compiled(kernel, arguments, options, capability)
-        assert result.metadata.shared <= SHARED_LIMIT
-        if kernel.__name__ in ("fit", "group_energy"):
-            assert "div.rn.f32" in result.asm["ptx"]
-            assert not re.search(r"div\.(full|approx)|fma\.|\.ftz", result.asm["ptx"])
-        binary = tmp_path / "kernel.cubin"
-        binary.write_bytes(result.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        resources = {name: int(count) for name, count in re.findall(r"([A-Z]+):(\d+)", usage)}
-        assert resources["LOCAL"] == 0
-        assert resources["REG"] <= 128
+    expected = ["group_extremes", "group_energy", "fit", *planes * 8, "group_extremes", "fit", *planes]
+    assert [kernel.__name__ for kernel, *_ in found] == expected
 
 
 def ordinary(shape, seed):
