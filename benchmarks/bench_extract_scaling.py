@@ -116,7 +116,7 @@ def decoding_rate(source: str, model: Path, *, samples: int, workers: int, small
     config = ExtractConfig(
         source=source,
         model=str(model),
-        store="",
+        store=str(model.with_name("unused")),  # reading alone
         cameras=full_size.camera_names(1),
         t0="every:0.2" if small else bench_extract.T0,
         samples=samples,

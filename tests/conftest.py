@@ -39,6 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[REAPER] = reaper
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow tests an hour: on a busy machine the longest need many times what they need alone."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     reaper = config.stash.get(REAPER, None)
     if reaper is not None:
