@@ -5,6 +5,7 @@ its own: its weights may come just before it and its KV may go as soon as it is 
 bit.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,10 +60,12 @@ class TextRows:
     """Indices of the image tokens among the `B * T`."""
     deepstack: list[Tensor] = field(default_factory=list)
     """For each of the first layers what is added to its image tokens, `[images' tokens, C]`."""
+    run_layer: "RunLayer" = field(default_factory=lambda: run_layer)
+    """What takes the rows through one layer."""
 
     def advance(self, number: int, layer: nn.Module, kv: LayerKV) -> None:
         """Go through layer `number`, whose keys and values are appended to `kv`."""
-        self.hidden = run_layer(layer, self.hidden, self.angles, kv, self.mask)
+        self.hidden = self.run_layer(layer, self.hidden, self.angles, kv, self.mask)
         if self.image_places is not None and number < len(self.deepstack):
             flat, added = self.hidden.flatten(0, 1), self.deepstack[number]
             flat.index_copy_(0, self.image_places, flat[self.image_places] + added)
@@ -75,6 +78,10 @@ def run_layer(
     cache: dict[str, Any] = {cache_argument(layer): kv}
     after: Tensor = layer(hidden, position_embeddings=angles, attention_mask=mask, **cache)
     return after
+
+
+RunLayer = Callable[[nn.Module, Tensor, tuple[Tensor, Tensor], LayerKV, Tensor | None], Tensor]
+"""`run_layer`, or what gives the same to rounding."""
 
 
 def text_rows(text: Any, hidden: Tensor, positions: Tensor, *, before: int = 0, mask: Tensor | None = None) -> TextRows:
