@@ -195,8 +195,7 @@ def parts(vlm: FrozenVLM, inputs: Sequence[Any], *, rounds: int) -> dict[str, fl
     model: Any = vlm.model
     text, visual, grids = model.language_model, model.visual, torch.cat([one.image_grid_thw for one in inputs])
     pixels = torch.cat([one.pixel_values.to(vlm.device) for one in inputs])
-    given = [(torch.from_numpy(one.input_ids), one.pixel_values, one.image_grid_thw) for one in inputs]
-    rows = vlm._embedded(given).prompts
+    rows = vlm.begin(inputs).prompts
     hidden = rows.hidden
 
     def whole_text() -> None:
@@ -229,8 +228,7 @@ def parts(vlm: FrozenVLM, inputs: Sequence[Any], *, rounds: int) -> dict[str, fl
 @torch.inference_mode()
 def layer_error(vlm: FrozenVLM, exact: Any, inputs: Sequence[Any], run: Callable[..., Tensor]) -> float:
     """Error of what the first layer adds to its input."""
-    given = [(torch.from_numpy(one.input_ids), one.pixel_values, one.image_grid_thw) for one in inputs]
-    rows = vlm._embedded(given).prompts
+    rows = vlm.begin(inputs).prompts
     text: Any = vlm.model.language_model
     after = run(text.layers[0], rows.hidden, rows.angles, LayerKV(), None).float()
     cos, sin = (angles.float() for angles in rows.angles)

@@ -116,14 +116,14 @@ def test_rollouts_begin_with_compiled_prefixes(tiny_checkpoint, prompts):
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_where_nothing_can_be_compiled_it_runs_as_it_is(tiny_checkpoint, prompts, caplog):
+def test_where_nothing_can_be_compiled_it_runs_as_it_is(tiny_checkpoint, prompts, caplog, relative_error):
     def refuse(*_):
         raise RuntimeError("no compiler here")
 
-    plain, compiled = (load_vlm(str(tiny_checkpoint)) for _ in range(2))
+    plain, compiled = (load_vlm(str(tiny_checkpoint), dtype=torch.float32) for _ in range(2))
     compiled.compile(backend=refuse)
     found, expected = (vlm.prefill_batch(prompts[:2])[0] for vlm in (compiled, plain))
-    assert torch.equal(found.keys, expected.keys)
+    assert relative_error(found.keys, expected.keys) < 1e-5
     (warning,) = (record.message for record in caplog.records if record.name.startswith("alpacache"))
     assert "cannot be compiled on this machine" in warning
     assert "no compiler here" in warning
