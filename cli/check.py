@@ -35,6 +35,7 @@ def check(config: CheckConfig, json: bool) -> None:
     from alpacache.checks.contact_sheet import contact_sheet_png
     from alpacache.checks.lag_picture import lag_curve_png
     from alpacache.checks.source import MEANINGS, check_source
+    from alpacache.driving.splits import parse_split
     from alpacache.durable import appearing, check_results_out
     from alpacache.sources.registry import open_source
     from alpacache.sources.routes import open_route_file
@@ -48,6 +49,7 @@ def check(config: CheckConfig, json: bool) -> None:
         report = check_source(
             source,
             split=config.split,
+            split_by=parse_split(config.split_by),
             t0=config.t0,
             samples=config.samples,
             cameras=config.cameras,

@@ -28,7 +28,7 @@ def evaluate(config: EvalConfig, json: bool) -> None:
 
         report = run(config, on_progress=on_progress)
     if json:
-        told = {"out": report.out, "seconds": report.seconds, "left_out": report.left_out}
+        told = {"out": report.out, "seconds": report.seconds, "left_out": report.left_out, "choice": report.choice}
         output.print_json(told | {"summary": report.summary.to_json()})
         return
     _print_summary(report.summary)

@@ -29,7 +29,7 @@ _CONFIG_FILE = typer.Option(help="TOML file with any of the settings; options gi
 _ARGUMENT = "source"
 """The one setting without `--`."""
 _NUMBERS: Mapping[Any, tuple[str, Callable[[str], float]]] = {int: ("INTEGER", whole_number), float: ("FLOAT", number)}
-_SINGULAR = {"stores": "store"}
+_SINGULAR = {"stores": "store", "exclude": "except"}
 """Fields whose option, which is repeated, is named otherwise."""
 
 

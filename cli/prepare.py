@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @from_config(
     PrepareConfig,
-    panels={"Samples": "split samples cameras frames t0 route_file seed quota route", "Pictures": "size model"},
+    panels={
+        "Samples": "split split_by samples cameras frames t0 route_file seed quota route",
+        "Pictures": "size model",
+    },
 )
 def prepare(config: PrepareConfig, json: bool) -> None:
     """Choose samples and write them, one self-contained row each, for `extract` on another machine.
@@ -25,6 +28,7 @@ def prepare(config: PrepareConfig, json: bool) -> None:
     Example: `alpacache prepare folder:my_drives --out samples/train --split train --t0 every:2.0`
     """
     from alpacache.driving.sample import SampleRef
+    from alpacache.driving.splits import parse_split
     from alpacache.errors import InterruptedRunError
     from alpacache.interrupt import InterruptGuard
     from alpacache.progress import Progress
@@ -37,10 +41,11 @@ def prepare(config: PrepareConfig, json: bool) -> None:
     fit = _picture_fit(config.model) if config.size == "processor" else None
     source = open_source(config.source, cameras=config.cameras)
     chosen = {"split": config.split, "t0": config.t0, "samples": config.samples, "seed": config.seed}
+    by = parse_split(config.split_by)
     file = open_route_file(config.route_file, source)
     routes = Routes(config.route, source, file=file, t0=config.t0)
     routed_us = None if file is None else file.times_us
-    refs, unusable = select(source, quota=wanted, routed_us=routed_us, **chosen)  # type: ignore[arg-type]
+    refs, unusable = select(source, split_by=by, quota=wanted, routed_us=routed_us, **chosen)  # type: ignore[arg-type]
     with output.show_progress("prepare") as on_progress, InterruptGuard() as guard:
         started, counter = time.monotonic(), itertools.count(1)
 
@@ -59,7 +64,7 @@ def prepare(config: PrepareConfig, json: bool) -> None:
             frames=config.frames,
             fit=fit,
             unusable=unusable,
-            settings={**chosen, "quota": config.quota},
+            settings={**chosen, "quota": config.quota} | ({} if by is None else {"split_by": config.split_by}),
             spec=config.source,
             routes=None if config.route == "none" else routes,
             on_sample=on_sample,

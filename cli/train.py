@@ -32,7 +32,8 @@ def _read_file(file: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
     alternatives=("steps", "epochs"),
     read_file=_read_file,
     panels={
-        "Data": "epochs steps batch_size draws prefix route_dropout balance on_overlap on_damage seed",
+        "Data": "epochs steps batch_size draws prefix route_dropout balance only exclude split_by sample_weights "
+        "on_overlap on_damage seed",
         "What is trained": "trainable lora_rank lora_alpha causal times ema ema_every",
         "Optimizer": "optimizer lr min_lr warmup betas weight_decay clip",
         "Validation": "val val_every val_samples best_by patience",

@@ -4,6 +4,7 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ from alpacache.cached_samples.features import (
 )
 from alpacache.cached_samples.identity import check_same_model, model_differences, refuse_differences, store_codec
 from alpacache.cached_samples.prefix_choice import PrefixChoice
+from alpacache.cached_samples.sample_choice import ChosenSamples, SampleChoice
 from alpacache.driving.cameras import FRONT_CAMERA
-from alpacache.driving.sample import SampleRef
-from alpacache.driving.strata import Turn
+from alpacache.driving.route import command_of
+from alpacache.driving.sample import Floats, SampleRef
+from alpacache.driving.strata import STRATA, Strata, Turn
 from alpacache.errors import UsageError
 from alpacache.prefix.layout import PrefixLayout, TailRoom
 from cache_store import CacheReader, KVCodec, SampleReadError, differences
@@ -44,15 +47,33 @@ _TRIED = 16
 """Samples that are looked at for one that can be read."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StratumShare:
+    """Part of a data set that is in one stratum."""
+
+    samples: int
+    share: float
+    """Part of an epoch's places."""
+
+
 class CachedDataset:
-    """All committed samples of the given stores, in order of store and id. `load` is safe in threads."""
+    """The committed samples of the given stores, in order of store and id; all of them, or those that are chosen.
+
+    Nothing that reads from it can tell the chosen samples from stores that hold no others. `load` is safe in threads.
+    """
 
     def __init__(
-        self, stores: Sequence[str | Path], checkpoint: Checkpoint, *, choice: PrefixChoice | None = None
+        self,
+        stores: Sequence[str | Path],
+        checkpoint: Checkpoint,
+        *,
+        choice: PrefixChoice | None = None,
+        samples: SampleChoice | None = None,
     ) -> None:
         """Open the stores; `choice` says which prefix a ring brings of a sample, by default the direct one.
 
-        Raises `UsageError` where stores do not go together, or lack the rollouts that are to be chosen from.
+        Raises `UsageError` where stores do not go together, or lack the rollouts that are to be chosen from, and for
+        `samples` that choose none, `SampleReadError` where a sample cannot be read that a condition asks about.
         """
         self.choice = choice or PrefixChoice()
         readers = [CacheReader(store) for store in stores]
@@ -87,14 +108,33 @@ class CachedDataset:
         ends = np.cumsum([len(reader.sample_ids) for reader in readers]).tolist()
         self.store_ranges = [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         """Each store's sample indices."""
+        self.all_ids = self.ids
+        """Ids of all samples of the stores, chosen or not."""
         self._threads = max(reader.threads for reader in readers)
         """Number of small reads worth having in flight."""
+        self._strata: dict[tuple[CacheReader, str], Strata | SampleReadError] = {}
+        self.chosen: ChosenSamples | None = None
+        """How the samples were chosen; None for all."""
+        if samples is not None and samples.text:
+            self._choose(samples)
+
+    def _choose(self, samples: SampleChoice) -> None:
+        """Drop all samples but the chosen ones."""
+        self.chosen = chosen = samples.resolve(self)
+        self._index = [self._index[index] for index in chosen.indices.tolist()]
+        ends = [int(np.searchsorted(chosen.indices, places.stop)) for places in self.store_ranges]
+        self.store_ranges = [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def __len__(self) -> int:
         return len(self._index)
 
     def sample_id(self, index: int) -> str:
         return self._index[index][1]
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of all samples, by index."""
+        return [sample_id for _, sample_id in self._index]
 
     @property
     def vlm(self) -> dict[str, str] | None:
@@ -268,15 +308,55 @@ class CachedDataset:
     @cached_property
     def turns(self) -> list[Turn | SampleReadError]:
         """Turn stratum of each sample's recorded path, or why it cannot be read; reads the poses alone."""
+        found = self.known_strata(range(len(self)))
+        return [one if isinstance(one, SampleReadError) else one.turn for one in found]
 
-        def turn(place: tuple[CacheReader, str]) -> Turn | SampleReadError:
+    def known_strata(self, indices: Sequence[int]) -> list[Strata | SampleReadError]:
+        """Strata of some samples' recorded paths, or why one cannot be read; reads the poses alone, and once."""
+
+        def read(place: tuple[CacheReader, str]) -> Strata | SampleReadError:
             reader, sample_id = place
             try:
-                return stored_strata(sample_id, reader.read(sample_id, fields=POSE_FIELDS)).turn
+                return stored_strata(sample_id, reader.read(sample_id, fields=POSE_FIELDS))
             except SampleReadError as error:
                 return error
 
-        return list(in_order(turn, self._index, max(_POSE_THREADS, self._threads)))
+        places = [self._index[index] for index in indices]
+        new = [place for place in places if place not in self._strata]
+        found = in_order(read, new, max(_POSE_THREADS, self._threads))
+        self._strata |= dict(zip(new, found, strict=True))
+        return [self._strata[place] for place in places]
+
+    def strata_of(self, indices: Sequence[int]) -> list[Strata]:
+        """Strata of some samples' recorded paths. Raises the error of the first that cannot be read."""
+        strata = []
+        for one in self.known_strata(indices):
+            if isinstance(one, SampleReadError):
+                raise one
+            strata.append(one)
+        return strata
+
+    def commands_of(self, indices: Sequence[int]) -> list[str]:
+        """What the routes of some samples command. Raises `UsageError` where no sample can have a route."""
+        if not self.routed:
+            raise UsageError("no store was extracted with routes, so no sample has a command to be chosen by.")
+        routes = in_order(self.route, indices, max(_POSE_THREADS, self._threads))
+        return [command_of(route) for route in routes]
+
+    def share_strata(self, due: Floats | None = None) -> dict[str, StratumShare]:
+        """Samples of each stratum that has any, in the order of `STRATA`; unreadable samples are in none.
+
+        `due` `[samples]`: places that each has in an epoch; by default one.
+        """
+        known = self.known_strata(range(len(self)))
+        labels = [one.labels if isinstance(one, Strata) else () for one in known]
+        due = np.ones(len(self)) if due is None else due
+        rows = {name: [row for row, names in enumerate(labels) if name in names] for name in STRATA}
+        return {
+            name: StratumShare(samples=len(those), share=float(due[those].sum() / due.sum()))
+            for name, those in rows.items()
+            if those
+        }
 
     def error_of(self, index: int) -> SampleReadError | None:
         """Read all that models need of a sample, and return what is wrong with it, if anything is."""

@@ -40,6 +40,7 @@ from alpacache.checks.repeats import judge_repeats
 from alpacache.checks.targets import judge_targets
 from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
 from alpacache.driving.sample import Sample, SampleRef
+from alpacache.driving.splits import Split
 from alpacache.driving.strata import STRATA
 from alpacache.progress import OnProgress, Progress
 from alpacache.sources.selection import select
@@ -130,6 +131,7 @@ def check_source(
     source: Source,
     *,
     split: Literal["train", "val", "all"] = "all",
+    split_by: Split = None,
     t0: str = "5.1",
     samples: int | None = None,
     cameras: Sequence[str] = (FRONT_CAMERA,),
@@ -142,7 +144,7 @@ def check_source(
     Raises `UsageError` for arguments that make no sense, `SourceError` for a source that cannot be read.
     """
     started, names = time.monotonic(), sort_cameras(cameras)
-    refs, rejected = select(source, split=split, t0=t0, samples=samples, routed_us=routed_us)
+    refs, rejected = select(source, split=split, split_by=split_by, t0=t0, samples=samples, routed_us=routed_us)
     clips: dict[str, list[SampleRef]] = {}
     for ref in refs:
         clips.setdefault(ref.clip_id, []).append(ref)

@@ -35,6 +35,8 @@ MOVING_MPS = 1.0
 """Slower than this at t0, a straight history says nothing: the sample is no late curve."""
 STANDING_M, _STANDING_STEPS = 0.3, 10
 """A vehicle that gets less far than this in a second stands."""
+CURVATURE_STEPS, LEAST_DRIVEN_M = 10, 2.0
+"""A curvature is taken over a second, and over so many metres at least."""
 SPEED_BANDS_MPS: tuple[tuple[float, SpeedBand], ...] = ((0.5, "stopped"), (5.0, "slow"), (15.0, "medium"))
 """Upper ends of the bands of mean speed; beyond the last one is `fast`."""
 
@@ -64,6 +66,8 @@ class Strata:
     """y at 6.4 s in the ego frame at t0, left positive."""
     mean_speed_mps: float
     """Length of the driven path over its duration."""
+    largest_curvature_pm: float = 0.0
+    """Largest curvature of the driven path (1/m) over any second of it, whichever side it bends to."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -100,6 +104,7 @@ def classify(history_xyz: ArrayLike, history_rot: ArrayLike, future_xyz: ArrayLi
         heading_change_rad=change,
         lateral_offset_m=lateral,
         mean_speed_mps=mean_speed,
+        largest_curvature_pm=float(curvatures(driven, ahead).max()),
     )
 
 
@@ -123,6 +128,20 @@ def driven_heading(xyz: ArrayLike, rot: ArrayLike) -> Floats:
     turned = np.where(stands[..., 1:] & stands[..., :-1], 0.0, np.diff(yaw, axis=-1))
     held: Floats = yaw[..., :1] + np.concatenate([np.zeros_like(yaw[..., :1]), np.cumsum(turned, axis=-1)], axis=-1)
     return held
+
+
+def curvatures(xyz: ArrayLike, headings: ArrayLike) -> Floats:
+    """Unsigned curvature (1/m) over each second `[T - 10]` of a path `[T, 3]` at 10 Hz with these headings `[T]`.
+
+    It is the change of heading over the distance, of which a metre or two say nothing: less than 2 m count as that. A
+    path shorter than a second has one value.
+    """
+    steps = min(CURVATURE_STEPS, len(np.asarray(headings)) - 1)
+    points, yaw = np.asarray(xyz, dtype=np.float64)[:, :2], np.asarray(headings, dtype=np.float64)
+    way = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=-1))])
+    driven = np.maximum(way[steps:] - way[:-steps], LEAST_DRIVEN_M)
+    bent: Floats = np.abs(yaw[steps:] - yaw[:-steps]) / driven
+    return bent
 
 
 def turn_of(heading_change_rad: float, lateral_offset_m: float) -> Turn:

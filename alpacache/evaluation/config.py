@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Le
 
+from alpacache.cached_samples.config import ChoiceConfig
 from alpacache.config import (
     BatchSize,
     Config,
@@ -65,7 +66,7 @@ def _spelling(label: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig(Config):
+class EvalConfig(ChoiceConfig):
     """Settings of `eval`."""
 
     store: Place

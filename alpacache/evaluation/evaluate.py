@@ -20,17 +20,20 @@ from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import POSE_FIELDS, SWAPPED, CachedSample, stored_strata
 from alpacache.cached_samples.identity import check_base, check_same_vlm
+from alpacache.cached_samples.sample_choice import SampleChoice
 from alpacache.driving.route import command_of
 from alpacache.driving.sample import SampleRef
+from alpacache.driving.splits import count_overlapping
 from alpacache.errors import InterruptedRunError, NonFiniteError, UsageError
 from alpacache.evaluation.config import BASE, TRAINED, EvalConfig
 from alpacache.evaluation.judging import LeftOut, SampleResult, judge, judge_baselines
-from alpacache.evaluation.known_clips import count_known_clips
+from alpacache.evaluation.known_clips import trained_samples
 from alpacache.evaluation.output import check_evaluation_out, write_results
 from alpacache.evaluation.summary import EvalSummary, summarise
 from alpacache.gpu.device import enter, resolve_device
 from alpacache.inference.prediction import Paths, predict_actions, predict_ahead, predict_on_twins, to_paths
 from alpacache.interrupt import InterruptGuard
+from alpacache.metrics.bootstrap import BLOCK_S
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.front_view import draw_paths
 from alpacache.progress import OnProgress, Progress, ignore
@@ -52,6 +55,8 @@ class EvalReport:
     """Samples that could not be read; no model is judged on them."""
     out: str
     seconds: float
+    choice: Mapping[str, Any] | None = None
+    """How the samples were chosen; None for all."""
 
 
 def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalReport:
@@ -61,7 +66,8 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     """
     started = time.monotonic()
     base = Checkpoint(config.model)
-    data = CachedDataset([config.store], base)
+    samples = SampleChoice(only=config.only, exclude=config.exclude, split=config.split_by, side="val")
+    data = CachedDataset([config.store], base, samples=samples)
     unread = _Unread(data, skips=config.on_damage == "skip")
     indices = [index for index in data.plain if index not in unread.errors][: config.samples]
     on_rollouts = config.reasoning == "auto" and data.rollouts > 0
@@ -77,7 +83,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         label: _find_run(run, base, vlm=data.vlm, average=config.ema)
         for label, run in (trained | dict(config.compare)).items()
     }
-    _warn_of_known_clips({label: state for label, (_, state) in runs.items()}, data, indices, store=config.store)
+    _warn_of_known_clips(runs, data, indices, store=config.store)
     device = resolve_device(config.device)
     check_evaluation_out(Path(config.out))
 
@@ -121,15 +127,25 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
                 others = {label: by_index[index][0] for label, by_index in swapped.items() if index in by_index}
                 judged[index] = _judge_sample(data, index, poses(index), paths, others)
     results = list(judged.values())
-    summary = summarise(results, seed=config.seed)
-    settings = {**sampling, "reasoning": "rollout" if on_rollouts else "none", "view": 0}
+    block_s = BLOCK_S if config.split is None else min(BLOCK_S, config.split.block_us / 1e6)
+    summary = summarise(results, seed=config.seed, block_s=block_s)
+    settings: dict[str, Any] = {**sampling, "reasoning": "rollout" if on_rollouts else "none", "view": 0}
+    if data.chosen is not None:
+        settings["choice"] = data.chosen.record
     if data.routed:
         settings |= {"routes": True, "swap_route": config.swap_route}
     losses = {label: recorded_metrics(path, state) for label, (path, state) in runs.items()}
     left_out = unread.left_out()
     write_results(Path(config.out), summary, results, left_out=left_out, settings=settings, losses=losses)
     seconds = time.monotonic() - started
-    return EvalReport(summary=summary, results=results, left_out=left_out, out=config.out, seconds=seconds)
+    return EvalReport(
+        summary=summary,
+        results=results,
+        left_out=left_out,
+        out=config.out,
+        seconds=seconds,
+        choice=settings.get("choice"),
+    )
 
 
 def _check_swap(data: CachedDataset, store: str, *, on_rollouts: bool) -> None:
@@ -231,22 +247,27 @@ def _find_run(
 
 
 def _warn_of_known_clips(
-    states: Mapping[str, Mapping[str, Any]], data: CachedDataset, indices: Sequence[int], *, store: str
+    runs: Mapping[str, tuple[Path, Mapping[str, Any]]], data: CachedDataset, indices: Sequence[int], *, store: str
 ) -> None:
     """Warn of each run that was trained on clips that it is to be judged on."""
-    clips = {SampleRef.parse(data.sample_id(index)).clip_id for index in indices}
-    judged = [data.sample_id(index) for index in range(len(data))]
-    for label, state in states.items():
-        if count := count_known_clips(state["settings"]["stores"], judged, clips):
-            _log.warning(
-                "%r was trained on %d of the %d clips of --store %s that it is judged on: what it knows by heart "
-                "counts as skill there. Judge it on others (`extract --split train` and `--split val` never share a "
-                "clip).",
-                label,
-                count,
-                len(clips),
-                store,
-            )
+    judged = [SampleRef.parse(data.sample_id(index)) for index in indices]
+    clips = {ref.clip_id for ref in judged}
+    for label, (checkpoint, state) in runs.items():
+        trained = trained_samples(checkpoint, state["settings"], data.all_ids)
+        if not (count := len({ref.clip_id for ref in trained} & clips)):
+            continue
+        known = f"{label!r} was trained on {count} of the {len(clips)} clips of --store {store} that it is judged on"
+        moments, windows = count_overlapping(judged, trained), f"{len(judged)} windows of 8 s"
+        if not moments:
+            _log.warning("%s, at other times: none of %s overlaps. The numbers tell of these drives.", known, windows)
+            continue
+        _log.warning(
+            "%s, and %d of %s overlap those that it was trained on: what it knows by heart counts as skill there. "
+            "Judge it on others (`--split train` and `--split val` share no clip, with --split-by time:60 no window).",
+            known,
+            moments,
+            windows,
+        )
 
 
 def _predict_loaded(

@@ -1,31 +1,41 @@
-"""Clips that a run is judged on though it was trained on them: what it knows by heart would count as skill."""
+"""What a run was trained on, as far as it can be told: what it knows by heart would count as skill."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from alpacache.cached_samples.identity import ids_digest
 from alpacache.driving.sample import SampleRef
+from alpacache.errors import UsageError
+from alpacache.sources.name_lists import read_names
+from alpacache.training.run_names import CHOICE, SAMPLES
 from cache_store import CacheReader, CacheStoreError
 
 
-def count_known_clips(stores: Sequence[Mapping[str, Any]], judged: Sequence[str], clips: set[str]) -> int:
-    """Count those of some clips that a run was trained on.
+def trained_samples(checkpoint: Path, settings: Mapping[str, Any], sample_ids: Sequence[str]) -> list[SampleRef]:
+    """Samples that a run was trained on.
 
-    `stores` are those in the run's settings; one counts only if its samples can be told: it is the store that is judged
-    on, whose sample ids are `judged`, or lies where it lay, and has the samples that it had.
+    `settings` are the run's; it has noted those that it chose, if it did not take all of its stores. Else a store
+    counts only if its samples can be told: it is the one that is judged on, which holds `sample_ids`, or lies where it
+    lay, and has the samples that it had.
     """
+    if CHOICE in settings:
+        noted = checkpoint.parent.parent / SAMPLES
+        try:
+            chosen = read_names(str(noted), ["sample_id"], what=str(noted))
+        except UsageError:
+            return []
+        return [SampleRef.parse(sample_id) for sample_id in chosen]
     known: set[str] = set()
-    digest = ids_digest(judged)
-    for record in stores:
-        sample_ids = judged
-        if record["ids_sha256"] != digest:
-            if "://" in record["path"]:  # what is far away may take long to answer
-                continue
+    digest = ids_digest(sample_ids)
+    for record in settings["stores"]:
+        if record["ids_sha256"] == digest:
+            known |= set(sample_ids)
+        elif "://" not in record["path"]:  # what is far away may take long to answer
             try:
-                sample_ids = CacheReader(record["path"]).sample_ids
+                there = CacheReader(record["path"]).sample_ids
             except (CacheStoreError, OSError):
                 continue
-            if ids_digest(sample_ids) != record["ids_sha256"]:
-                continue
-        known |= {SampleRef.parse(sample_id).clip_id for sample_id in sample_ids}
-    return len(known & clips)
+            if ids_digest(there) == record["ids_sha256"]:
+                known |= set(there)
+    return [SampleRef.parse(sample_id) for sample_id in known]

@@ -90,7 +90,7 @@ def _write(
     for name, (title, result) in pictures.items():
         png = sample_png(summary, result, front_jpeg=result.front_jpeg, title=title)
         (out / "pictures" / f"{name}.png").write_bytes(png)
-    write_report(summary, results, out / "report.html", left_out=left_out, losses=losses)
+    write_report(summary, results, out / "report.html", left_out=left_out, choice=settings.get("choice"), losses=losses)
 
 
 def _route_columns(result: SampleResult, model: ModelResult) -> dict[str, Any]:

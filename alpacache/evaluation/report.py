@@ -48,9 +48,10 @@ def write_report(
     path: Path,
     *,
     left_out: Sequence[LeftOut] = (),
+    choice: Mapping[str, Any] | None = None,
     losses: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
-    """Write the page of an evaluation, samples ranked by the last model.
+    """Write the page of an evaluation, samples ranked by the last model; `choice` says how they were chosen.
 
     The summary is of exactly these results; `losses` maps the label of a trained model to the rows of its run's
     `metrics.jsonl`.
@@ -63,7 +64,7 @@ def write_report(
     page = _fill(
         (resources.files("alpacache") / "report.html").read_text(encoding="utf-8"),
         {
-            "subtitle": html.escape(_subtitle(summary)),
+            "subtitle": html.escape(_subtitle(summary, choice)),
             "warnings": _left_out(left_out) + _warnings(summary),
             "headline_sentences": tables.headline_sentences(summary),
             "headline_table": tables.headline_table(summary),
@@ -104,9 +105,14 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
 
-def _subtitle(summary: EvalSummary) -> str:
+def _subtitle(summary: EvalSummary, choice: Mapping[str, Any] | None) -> str:
     models = " against ".join(reversed(summary.models)) if len(summary.models) == 2 else ", ".join(summary.models)
-    return f"{models} · {summary.samples:,} samples of {summary.clips:,} clips · {summary.paths} paths a sample"
+    text = f"{models} · {summary.samples:,} samples of {summary.clips:,} clips · {summary.paths} paths a sample"
+    if choice is None:
+        return text
+    words = ((key, value) for key, value in choice.items() if key not in ("samples", "of", "sha256"))
+    named = ", ".join(f"{key} {'; '.join(value) if isinstance(value, list) else value}" for key, value in words)
+    return f"{text} · chosen: {choice['samples']:,} of {choice['of']:,} samples of the store by {named}"
 
 
 def _left_out(samples: Sequence[LeftOut]) -> str:

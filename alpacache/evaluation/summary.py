@@ -90,9 +90,10 @@ class EvalSummary:
         return document
 
 
-def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
+def summarise(results: Sequence[SampleResult], *, seed: int = 0, block_s: float = BLOCK_S) -> EvalSummary:
     """Aggregate samples, at least one, into tables; `seed` is that of the splits for the intervals.
 
+    `block_s`: length of the blocks of time that are split where clips are few, such as those that were held out.
     All have the same models, at least one beside the baselines.
     """
     labels = tuple(results[0].models)
@@ -102,7 +103,8 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0) -> EvalSummary:
     clips = [result.clip_id for result in results]
     is_few = len(set(clips)) < MIN_CLIPS
     times_s = [SampleRef.parse(result.sample_id).t0_us / 1e6 if is_few else 0.0 for result in results]
-    units, split_by = splitting_units(clips, times_s), f"blocks of {BLOCK_S:g} s" if is_few else "clips"
+    units = splitting_units(clips, times_s, block_s=block_s)
+    split_by = f"blocks of {block_s:g} s" if is_few else "clips"
     strata = {}
     routed = any(result.routed for result in results)
     for name in strata_names(routed=routed):

@@ -23,6 +23,7 @@ from alpacache.cached_samples.features import checked, store_fields
 from alpacache.cached_samples.identity import as_stored, other_options, provenance, store_identity
 from alpacache.driving.cameras import sort_cameras
 from alpacache.driving.sample import SampleRef
+from alpacache.driving.splits import parse_split
 from alpacache.durable import check_store_place
 from alpacache.errors import BadClipError, InterruptedRunError, UsageError
 from alpacache.extraction.config import ExtractConfig
@@ -86,8 +87,15 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     settings = replace(settings, camera_names=prompt.camera_names, frame_numbers=prompt.frame_numbers)
     file = open_route_file(config.route_file, source)
     routes, routed_us = settings.routes(source, file=file, t0=config.t0), None if file is None else file.times_us
-    split, samples, views = config.split, config.samples, config.views
-    refs, unusable = select(source, split=split, t0=config.t0, samples=samples, views=views, routed_us=routed_us)
+    refs, unusable = select(
+        source,
+        split=config.split,
+        split_by=parse_split(config.split_by),
+        t0=config.t0,
+        samples=config.samples,
+        views=config.views,
+        routed_us=routed_us,
+    )
     if not refs and not unusable:
         raise UsageError(f"{config.source} has no sample in split {config.split!r}; choose another --split or --t0.")
     wanted = frozenset(sample_key(ref.sample_id) for ref in refs)
@@ -120,6 +128,8 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     )
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     origin = provenance(source=source.name, device=hardware)
+    if config.split_by != "clip":
+        origin["split"] = f"{config.split} by {config.split_by}"
     try:
         opened = CacheWriter(config.store, fields=fields, identity=identity, provenance=origin)
     except IdentityMismatchError as error:

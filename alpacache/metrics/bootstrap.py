@@ -66,14 +66,16 @@ def range_text(low: float, high: float, form: str = "z.2f") -> str:
     return "[{}, {}]".format(*(format(end, form) if math.isfinite(end) else ".." for end in (low, high)))
 
 
-def splitting_units(clips: Sequence[str], times_s: Sequence[float]) -> list[str]:
+def splitting_units(clips: Sequence[str], times_s: Sequence[float], *, block_s: float = BLOCK_S) -> list[str]:
     """Names `[N]` of what N samples at `times_s` of their clips are split by: clips, or blocks where those are few.
+
+    `block_s`: length of the blocks; that of the blocks that were held out, if it is less than the usual one.
 
     An interval by blocks tells of these drives, not of others.
     """
     if len(set(clips)) >= MIN_CLIPS:
         return list(clips)
-    return [f"{clip} {time_s // BLOCK_S:.0f}" for clip, time_s in zip(clips, times_s, strict=True)]
+    return [f"{clip} {time_s // block_s:.0f}" for clip, time_s in zip(clips, times_s, strict=True)]
 
 
 def mean_difference(before: ArrayLike, after: ArrayLike, clips: Sequence[str], *, seed: int = 0) -> Interval | None:

@@ -31,6 +31,13 @@ def _checked_t0(written: Any) -> Any:
     return written
 
 
+def _checked_split(written: Any) -> Any:
+    from alpacache.driving.splits import checked_split  # `--help` does without numpy
+
+    return checked_split(written)
+
+
+SplitBy = Annotated[str, Written(metavar="clip|time:S", read=_checked_split)]
 Cameras = Annotated[tuple[str, ...], MinLen(1), parts(full_camera_name, "NAME,...", expected="names of cameras")]
 Frames = Literal[1, 2, 3, 4]
 
@@ -42,7 +49,10 @@ class SamplesConfig(Config):
     source: Place
     """`folder:DIR`, `pai`, `pai:DIR`, `hf:PATH`, `synthetic:N`, or a directory that `prepare` wrote."""
     split: Literal["train", "val", "all"] = "all"
-    """Clips of one split, by the md5 of the clip id, 90 to 10."""
+    """Samples of one side, 90 to 10: by default clips, by the md5 of the clip id."""
+    split_by: SplitBy = "clip"
+    """`time:BLOCK_S[:GAP_S[:SEED]]` splits within each drive: one block of that many seconds in ten is held out, and
+    training keeps GAP_S (8 or more) away from it."""
     samples: Count | None = None
     """At most this many samples; 10 is the pilot run."""
     cameras: Cameras = (FRONT_CAMERA,)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from alpacache import __version__
-from alpacache.driving.sample import FUTURE_S, split_of
+from alpacache.driving.sample import FUTURE_S
+from alpacache.driving.splits import parse_split, side_of
 from alpacache.driving.strata import STRATA, Strata, classify
 from alpacache.masking import masked
 from alpacache.sources.prepared_rows import POSES, poses_of
@@ -52,14 +53,18 @@ def provenance(
     strata = [classify(*poses_of(row)) for row in rows.select_columns(list(POSES))]
     labels = Counter(label for one in strata for label in one.labels)
     clips = Counter(rows["clip_id"])
-    splits = {split: [n for clip_id, n in clips.items() if split_of(clip_id) == split] for split in ("train", "val")}
+    by = parse_split(settings.get("split_by", "clip"))
+    sides = [
+        (clip_id, side_of(by, clip_id, t0_us)) for clip_id, t0_us in zip(rows["clip_id"], rows["t0_us"], strict=True)
+    ]
+    splits = {split: Counter(clip_id for clip_id, side in sides if side == split) for split in ("train", "val")}
     largest, mean = np.array(list(rows["pixel_deviation"])).T
     return {
         "source": masked(source),
         "settings": dict(settings),
         "samples": len(rows),
         "clips": len(clips),
-        "splits": {split: {"clips": len(counts), "samples": sum(counts)} for split, counts in splits.items()},
+        "splits": {split: {"clips": len(counts), "samples": counts.total()} for split, counts in splits.items()},
         "left_out": dict(Counter(kind for _, kind, _ in rejected)),
         "strata": {name: labels[name] for name in STRATA},
         "curvature": histogram([mean_curvature(one) for one in strata]),

@@ -14,6 +14,7 @@ from typing import Literal
 
 from alpacache.driving.poses import history_and_future
 from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, SampleRef, split_of
+from alpacache.driving.splits import Split, covered_us
 from alpacache.driving.strata import TURNS, Turn, turns_ahead
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sources.config import t0_us
@@ -37,6 +38,7 @@ def select(
     source: Source,
     *,
     split: Literal["train", "val", "all"] = "all",
+    split_by: Split = None,
     t0: str = DEFAULT_T0,
     samples: int | None = None,
     views: int = 1,
@@ -47,6 +49,7 @@ def select(
     """Choose samples to load, clip after clip; also returns the clips that cannot give one.
 
     Args:
+        split: side of `split_by` to take samples of; None is by clip, else a clip's samples fall on both sides.
         t0: `"5.1"` (seconds from the start of the clip), `"every:2.0"` (all that fit on that raster), `"events"` (the
             source's own moments, as far as they fit) or `"routes"` (those of `routed_us`). A sample needs more than
             1.6 s before t0 and 6.4 s after. A `FixedSource` gives all its samples and takes only the default.
@@ -69,11 +72,15 @@ def select(
     wanted = None if quota is None else Quota(source, quota)
     fixed = source.sample_refs if isinstance(source, FixedSource) else None
     samples_of = _moments(source, t0, routed_us) if fixed is None else _fixed_samples(fixed, source.name, t0)
-    clips = [clip for clip in source.clip_ids if split == "all" or split_of(clip) == split]
+    if split == "all" and split_by is not None:
+        raise UsageError("split_by divides samples into two sides; name one of them with --split train or --split val.")
+    by_clip = split != "all" and split_by is None
+    clips = [clip for clip in source.clip_ids if not by_clip or split_of(clip) == split]
     if not clips:
         raise UsageError(f"{source.name}: none of its {len(source.clip_ids)} clips falls into the {split} split.")
     refs: list[SampleRef] = []
     rejected: list[Rejected] = []
+    lengths_us: dict[str, int] = {}
     for clip_id in clips if seed is None else shuffled(source, clips, seed):
         if wanted.is_full if wanted is not None else samples is not None and len(refs) >= samples:
             break
@@ -82,8 +89,21 @@ def select(
         except BadClipError as error:
             rejected.append((clip_id, error))
             continue
+        if split_by is not None:
+            lengths_us[clip_id] = _length_us(source, clip_id, fitting)
+            fitting = [ref for ref in fitting if split_by.side(ref.clip_id, ref.t0_us) == split]
         refs += fitting if wanted is None else wanted.take(fitting, rejected)
+    if split_by is not None:
+        split_by.check_lengths(lengths_us)
     return [replace(ref, view=view) for ref in refs[:samples] for view in range(views)], rejected
+
+
+def _length_us(source: Source, clip_id: str, refs: Sequence[SampleRef]) -> int:
+    """How long a clip is; of a source of samples, the time that those cover."""
+    if isinstance(source, FixedSource):
+        return covered_us(refs)[clip_id]
+    first, last = source.times_us(clip_id)
+    return last - first
 
 
 def shuffled(source: Source, clip_ids: Iterable[str], seed: int) -> list[str]:

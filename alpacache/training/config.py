@@ -4,15 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from alpacache.cached_samples.config import ChoiceConfig
 from alpacache.cached_samples.prefix_choice import TrainedPrefix
 from alpacache.config import (
     MOST,
     BatchSize,
-    Config,
     Count,
     Epochs,
     Name,
@@ -30,6 +30,9 @@ from alpacache.config import (
 from alpacache.errors import UsageError
 from alpacache.planning.config import MemoryBudget, Trainable, budget_bytes
 
+if TYPE_CHECKING:
+    from alpacache.cached_samples.sample_choice import SampleChoice
+
 _LR = {"all": 1e-4, "lora": 5e-4, "head": 1e-3}
 _MIN_LR = 1e-6
 _Beta = Annotated[float, Ge(0), Lt(1)]
@@ -43,7 +46,7 @@ def _count_or_auto(written: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig(Config):
+class TrainConfig(ChoiceConfig):
     """Settings of `train`."""
 
     stores: Annotated[tuple[str, ...], MinLen(1), Written(metavar="PATH[=WEIGHT]", read=expand_home, repeatable=True)]
@@ -77,6 +80,10 @@ class TrainConfig(Config):
     Validation has all routes. Default: 0, or a resumed run's."""
     balance: Literal["none", "curvature"] = "none"
     """`curvature`: straight, gentle and sharp futures have equal shares of every epoch."""
+    sample_weights: Place | None = None
+    """Table (`.csv`, `.parquet`) of columns `sample_id` or `clip_id`, and `weight`: how often a sample comes relative
+    to others, exact in every epoch. 0 leaves it out, and what is not named has weight 1. Store weights and `balance`
+    divide the epoch first. Default: every sample once an epoch."""
     on_overlap: Literal["stop", "allow"] = "stop"
     """Reaction to stores that share samples: refuse, or count them as often as they are there."""
     on_damage: Literal["stop", "skip"] = "stop"
@@ -159,6 +166,17 @@ class TrainConfig(Config):
         expect(self.patience is None or self.val is not None, "patience", self.patience, "a --val store with it")
         expect(self.best_by == "loss" or self.val is not None, "best_by", self.best_by, "a --val store with it")
         weighted_stores(self.stores)
+        table = self.sample_weights is None or self.sample_weights.lower().endswith((".csv", ".parquet"))
+        expect(table, "sample_weights", self.sample_weights, "a table, FILE.csv or FILE.parquet")
+
+    @property
+    def sample_choice(self) -> "SampleChoice":
+        """The choice among the samples of the stores."""
+        from alpacache.cached_samples.sample_choice import SampleChoice
+
+        return SampleChoice(
+            only=self.only, exclude=self.exclude, weights=self.sample_weights, split=self.split_by, side="train"
+        )
 
     @property
     def peak_lr(self) -> float:
@@ -189,7 +207,9 @@ class TrainConfig(Config):
         """The same with whole paths for a model and stores that lie on this machine, for use from another directory."""
         stores = tuple(absolute_stores(self.stores))
         val = None if self.val is None else absolute_place(self.val)
-        return replace(self, model=absolute_place(self.model), stores=stores, val=val)
+        chosen = self.sample_choice.moved(absolute_place)
+        moved = replace(self, only=chosen.only, exclude=chosen.exclude, sample_weights=chosen.weights)
+        return replace(moved, model=absolute_place(self.model), stores=stores, val=val)
 
 
 def absolute_place(place: str) -> str:

@@ -1,12 +1,14 @@
 """Which samples a step takes: one global order for all processes, and what stands in for damaged samples."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.dataset import CachedDataset, StratumShare
 from alpacache.cached_samples.order import GlobalOrder, make_groups
+from alpacache.cached_samples.sample_choice import ChosenSamples
 from alpacache.driving.sample import SampleRef
+from alpacache.driving.splits import count_overlapping
 from alpacache.driving.strata import TURNS, Turn
 from alpacache.errors import UsageError
 from cache_store import SampleReadError
@@ -38,18 +40,30 @@ def check_overlap(
             "want."
         )
     if val is not None:
-        trained, validated = _clips(data), _clips(val)
-        if count := len(trained & validated):
-            lines.append(
-                f"{count} of {len(validated)} clips of --val {val_store} are trained on: the validation loss would "
-                "not tell what is learnt from what is learnt by heart (`extract --split train` and `--split val` never "
-                "share a clip)"
-            )
+        lines += _shared_road(_refs(data), _refs(val), val_store)
     return lines
 
 
-def _clips(data: CachedDataset) -> set[str]:
-    return {SampleRef.parse(data.sample_id(index)).clip_id for index in range(len(data))}
+def _shared_road(trained: Sequence[SampleRef], validated: Sequence[SampleRef], val_store: str | None) -> list[str]:
+    """Say where validation sees drives, or even moments, that are trained on."""
+    clips, val_clips = ({ref.clip_id for ref in refs} for refs in (trained, validated))
+    if not (count := len(clips & val_clips)):
+        return []
+    if not (moments := count_overlapping(validated, trained)):
+        return [
+            f"{count} of {len(val_clips)} clips of --val {val_store} are trained on, at other times: none of "
+            f"{len(validated)} windows overlaps one that is trained on, so the validation loss tells of these drives"
+        ]
+    return [
+        f"{count} of {len(val_clips)} clips of --val {val_store} are trained on, and {moments} of its "
+        f"{len(validated)} windows of 8 s overlap such that are: the validation loss would not tell what is learnt "
+        "from what is learnt by heart (`--split train` and `--split val` share no clip, with --split-by time:60 no "
+        "window)"
+    ]
+
+
+def _refs(data: CachedDataset) -> list[SampleRef]:
+    return [SampleRef.parse(data.sample_id(index)) for index in range(len(data))]
 
 
 def global_order(
@@ -63,19 +77,22 @@ def global_order(
     """The order of all samples of a run, and the samples whose curvature could not be read, which keep their places.
 
     `stores` has the path of each store and its share of every epoch, all None to take every sample once. `by_curvature`
-    gives straight, gentle and sharp futures equal shares. Raises the first damaged one's error unless `skip_damaged`.
+    gives straight, gentle and sharp futures equal shares. Weights of chosen samples count within these shares. Raises
+    the first damaged one's error unless `skip_damaged`.
     """
     weighted: list[tuple[range, float]] = []
     for indices, (path, weight) in zip(data.store_ranges, stores, strict=True):
         if weight is not None and not indices:
-            raise UsageError(f"store {path} has no committed sample for its share; leave it out.")
+            what = "committed" if data.chosen is None else "chosen"
+            raise UsageError(f"store {path} has no {what} sample for its share; leave it out.")
         if weight is not None:
             weighted.append((indices, weight))
-    if not weighted and not by_curvature:
+    of_samples = None if data.chosen is None else data.chosen.weights
+    if not weighted and not by_curvature and of_samples is None:
         return GlobalOrder(seed, len(data)), {}
     turns, damaged = _turns(data, skip_damaged) if by_curvature else (None, {})
     # Without weights the stores are one pool: curvature counts, not where a sample lies.
-    groups = make_groups(weighted or [(range(len(data)), 1.0)], turns)
+    groups = make_groups(weighted or [(range(len(data)), 1.0)], turns, of_samples=of_samples)
     return GlobalOrder(seed, len(data), groups=groups), damaged
 
 
@@ -86,6 +103,15 @@ def _turns(data: CachedDataset, skip_damaged: bool) -> tuple[list[Turn], dict[in
     if damaged and (not skip_damaged or len(damaged) * 2 > len(data)):
         raise next(iter(damaged.values()))
     return [TURNS[0] if isinstance(turn, SampleReadError) else turn for turn in turns], damaged
+
+
+def choice_lines(chosen: ChosenSamples, strata: Mapping[str, StratumShare]) -> list[str]:
+    """Say in lines what a choice of samples came to."""
+    weighted = "" if chosen.weights is None else f", weights {chosen.weights.min():g} to {chosen.weights.max():g}"
+    lines = [
+        f"{len(chosen.indices)} of {chosen.of} samples are chosen{weighted}; by stratum, with its share of an epoch:"
+    ]
+    return lines + [f"{one.samples:7d} {one.share:6.1%}  {name}" for name, one in strata.items()]
 
 
 def batches_of(order: GlobalOrder, batch_size: int, *, first: int, end: int) -> Iterator[list[tuple[int, int]]]:

@@ -16,12 +16,14 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import check_same_vlm, ids_digest, model_identity, prompt_doubt
 from alpacache.cached_samples.prefix_choice import PrefixChoice
+from alpacache.cached_samples.sample_choice import ChosenSamples, SampleChoice
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.masking import masked
 from alpacache.training.config import TrainConfig, absolute_place, absolute_stores, weighted_stores
 from alpacache.training.data_order import check_overlap, global_order
 from alpacache.training.run_directory import MODEL, RunDirectory
+from alpacache.training.run_names import CHOICE
 from alpacache.training.schedule import FORMER_SCHEDULE, SCHEDULE, default_warmup
 from cache_store import differences
 
@@ -41,6 +43,8 @@ _MACHINE_SETTINGS = {
     "keep",
 }
 """Settings that may differ among the processes of a run; what their paths lead to may not."""
+_CHOICE = {"only", "exclude", "sample_weights", "split_by"}
+"""Settings that are recorded by what they came to."""
 _FREE_TO_CHANGE = _MACHINE_SETTINGS | {"save_every", "val_every", "val_samples", "best_by", "patience", "on_damage"}
 _FREE_TO_CHANGE |= {"on_overlap", "ema", "ema_every", "capture", "checkpointing", "micro_batch"}
 """Settings that do not change what a step computes; `stores` and `model` may move, their identity is checked.
@@ -62,13 +66,14 @@ class RunInputs:
             self.checkpoint.files()  # what could not be exported is refused now, not after training
         prefix = config.prefix or "direct"
         choice = PrefixChoice(prefix=prefix, route_dropout=config.route_dropout or 0.0, seed=config.seed or 0)
-        self.data = CachedDataset(config.store_paths, self.checkpoint, choice=choice)
+        self.data = CachedDataset(config.store_paths, self.checkpoint, choice=choice, samples=config.sample_choice)
         if config.on_damage == "stop":
             self.data.refuse_unreadable()
         self.val: CachedDataset | None = None
         if config.val:
             choice = PrefixChoice(prefix=prefix, seed="val")  # the same for every seed, as validation's noise is
-            self.val = CachedDataset([config.val], self.checkpoint, choice=choice)
+            held_out = SampleChoice(split=config.split_by, side="val")
+            self.val = CachedDataset([config.val], self.checkpoint, choice=choice, samples=held_out)
         if self.val is not None:
             check_same_vlm(self.data.vlm, self.val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
         for path, places in zip(config.store_paths, self.data.store_ranges, strict=True):
@@ -125,9 +130,10 @@ class RunInputs:
             "model": f"of digest {_digest([model['settings'], model['expert_sha256'], model.get('trained')])[:8]}",
             "samples of --store": _samples_text(self.stores),
             "samples of --val": val,
+            "weights of samples": "none" if self.data.chosen is None else f"of digest {self.data.chosen.sha256[:8]}",
             "steps in all": self.total,
         }
-        seen |= {key: value for key, value in settings.items() if key not in _MACHINE_SETTINGS}
+        seen |= {key: value for key, value in settings.items() if key not in _MACHINE_SETTINGS | _CHOICE}
         views = self.world.all_gather(seen)
         lines = []
         for key in seen:
@@ -183,13 +189,20 @@ def _digest(content: object) -> str:
 
 
 def settings_record(
-    settings: Mapping[str, Any], stores: Sequence[Mapping[str, Any]], *, processes: int, schedule: str = SCHEDULE
+    settings: Mapping[str, Any],
+    stores: Sequence[Mapping[str, Any]],
+    *,
+    processes: int,
+    schedule: str = SCHEDULE,
+    chosen: ChosenSamples | None = None,
 ) -> dict[str, Any]:
     """The settings that a checkpoint records: those that must not change over a resume, and those that are restored.
 
     `settings` are the fields of the settled config, with `lr` as it is used and `store_weights`.
     """
-    record = {key: value for key, value in settings.items() if key not in _FREE_TO_CHANGE}
+    record = {key: value for key, value in settings.items() if key not in _FREE_TO_CHANGE | _CHOICE}
+    if chosen is not None:
+        record[CHOICE] = chosen.record
     record["betas"] = list(settings["betas"])
     if settings["trainable"] != "lora":
         del record["lora_rank"], record["lora_alpha"]
@@ -231,6 +244,7 @@ def schedule_of(directory: RunDirectory) -> str:
 
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: str) -> None:
     """Refuse to go on with other samples or settings than a run began with; both are a `settings_record`."""
+    _check_same_choice(before.get(CHOICE), now.get(CHOICE), run=run)
     old, new = before["stores"], now["stores"]
     first, second = [_fingerprint(store) for store in old], [_fingerprint(store) for store in new]
     if first != second:
@@ -259,9 +273,32 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: s
         raise UsageError(f"{run} was begun with other settings:\n  {listed}\nRepeat them, or choose another --out.")
 
 
+def _check_same_choice(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None, *, run: str) -> None:
+    """Refuse another choice of samples; one in other words that comes to the same is the same."""
+    was, wanted = (None if choice is None else choice["sha256"] for choice in (before, now))
+    of = {choice["of"] for choice in (before, now) if choice is not None}
+    if was == wanted or (len(of) > 1 and _words(before) == _words(now)):  # the stores changed, which is told next
+        return
+    raise UsageError(
+        f"{run} was begun with another choice of samples:\n  the run has {_choice_text(before)}\n  now "
+        f"{_choice_text(now)}\nWhich sample comes when depends on it. Repeat the run's, or choose another --out."
+    )
+
+
+def _words(choice: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (choice or {}).items() if key not in ("samples", "of", "sha256")}
+
+
+def _choice_text(choice: Mapping[str, Any] | None) -> str:
+    if choice is None:
+        return "all samples"
+    options = "; ".join(f"{key} {json.dumps(value)[:300]}" for key, value in _words(choice).items())
+    return f"{choice['samples']} of {choice['of']} samples ({options}; digest {choice['sha256'][:8]})"
+
+
 def _meant(record: Mapping[str, Any]) -> dict[str, Any]:
     """Part of a `settings_record` that must not change, in one form: epochs as steps, defaults spelled out."""
-    apart = {"micro_batch", "processes", "schedule", "dataset_samples", "stores", "epochs", "steps", "warmup"}
+    apart = {"micro_batch", "processes", "schedule", "dataset_samples", "stores", "epochs", "steps", "warmup", CHOICE}
     # As it was before there was a choice.
     meant: dict[str, Any] = {"label_rule": "unguarded", "prefix": "direct", "route_dropout": 0.0}
     meant |= {key: value for key, value in record.items() if key not in apart}

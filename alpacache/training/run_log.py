@@ -65,6 +65,8 @@ class TrainReport:
     peak_gib: float | None
     """Peak reserved GPU memory, measured."""
     draws: int
+    chosen: Mapping[str, Any] | None = None
+    """The choice of samples as it is recorded, with the number and the share of an epoch by stratum; None for all."""
 
 
 class _TensorBoard:

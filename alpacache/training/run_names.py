@@ -12,10 +12,14 @@ from alpacache.durable import RUN
 from alpacache.regular_file import read_regular, regular_size
 
 CONFIG, METRICS, MEMORY, WANDB_ID = "config.toml", "metrics.jsonl", "memory.json", "wandb-id"
+CHOICE = "choice"
+"""Key of the choice of samples in a run's settings; runs of all samples have none."""
+SAMPLES = "samples.csv"
+"""The chosen samples and their weights, of a run that does not take all."""
 CHECKPOINTS = "checkpoints"
 WRITING, DROPPED = ".writing-", ".dropped-"
 """Prefixes of a checkpoint's name while it is being written, and once it is being deleted."""
-_FILES = (RUN, CONFIG, METRICS, MEMORY, WANDB_ID)
+_FILES = (RUN, CONFIG, METRICS, MEMORY, WANDB_ID, SAMPLES)
 
 
 def step_of(name: str) -> int | None:

@@ -33,7 +33,7 @@ from alpacache.torchrun import lone_task
 from alpacache.training import auto_settings
 from alpacache.training.checkpoint_writer import CheckpointWriter
 from alpacache.training.config import TrainConfig
-from alpacache.training.data_order import DamagedSamples, batches_of
+from alpacache.training.data_order import DamagedSamples, batches_of, choice_lines
 from alpacache.training.learner import Learner
 from alpacache.training.optimizers import StepOptimizer, make_optimizer, resolve
 from alpacache.training.run_directory import RunCheckpoint, read_checkpoint
@@ -48,7 +48,7 @@ from alpacache.training.run_inputs import (
     settings_record,
 )
 from alpacache.training.run_log import LossSum, RunLog, TrainReport, added, make_trackers
-from alpacache.training.run_names import MEMORY
+from alpacache.training.run_names import MEMORY, SAMPLES
 from alpacache.training.schedule import BestValidation, LearningRate, SkippedSteps
 from alpacache.training.step import StepResult, TrainStep
 from alpacache.training.trainable import choose_trainable, enable_checkpointing
@@ -159,7 +159,9 @@ class _Run:
         used["optimizer"] = resolve(config.optimizer, world.device)
         schedule = schedule_of(self.directory)
         record = asdict(config) | used
-        self.settings = settings_record(record, inputs.stores, processes=world.size, schedule=schedule)
+        self.settings = settings_record(
+            record, inputs.stores, processes=world.size, schedule=schedule, chosen=self.data.chosen
+        )
         rates = {"peak": config.peak_lr, "final": config.final_lr}
         self.rate = LearningRate(**rates, warmup=config.warmup, total=self.total, schedule=schedule)
         self.learner = self._make_learner()
@@ -188,9 +190,18 @@ class _Run:
                 on_note(f"{config.out} has no checkpoint to go on from; the run begins at step 0.")
             begun = replace(config.with_absolute_places(), resume=False, take_over=False)
             directory.begin(to_toml(begun, mask=True))
+            if self.data.chosen is not None:
+                directory.write(SAMPLES, self.data.chosen.table(self.data.ids))
         if config.ema is not None and world.is_first:
             assert config.ema_every is not None
             self.learner.start_average(config.ema, config.ema_every, saved)
+        self.chosen: dict[str, Any] | None = None
+        """The choice of samples, with what it came to by stratum; None for all."""
+        if self.data.chosen is not None and world.is_first:
+            strata = self.data.share_strata(inputs.order.due)
+            self.chosen = {**self.data.chosen.record, "strata": {name: asdict(one) for name, one in strata.items()}}
+            for line in choice_lines(self.data.chosen, strata):
+                on_note(line)
         self.first = self.step
         """Step that this call goes on after."""
         steps = {"first": self.first, "total": self.total, "batch_size": config.batch_size}
@@ -535,4 +546,5 @@ class _Run:
             planned_gib=self.plan.device_bytes / 2**30 if cuda else None,
             peak_gib=self.learner.peak_bytes() / 2**30 if cuda else None,
             draws=self.plan.draws,
+            chosen=self.chosen,
         )

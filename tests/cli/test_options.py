@@ -46,7 +46,8 @@ def test_every_setting_has_an_option_and_a_key(name):
     fields = {field.name for field in dataclasses.fields(KINDS[name])}
     assert params.keys() == fields | {"config", "json"}
     for field in fields - {"source", "stores"}:
-        assert f"--{field.replace('_', '-')}" in params[field].opts
+        name = {"exclude": "except"}.get(field, field)
+        assert f"--{name.replace('_', '-')}" in params[field].opts
 
 
 def parsed(kind, *arguments, **rest):

@@ -115,3 +115,52 @@ def test_a_share_of_less_than_one_sample_an_epoch_comes_in_some_epochs():
     drawn = [sum(index == 9 for index in epoch_order(0, epoch, 10, groups)) for epoch in range(50)]
     assert all(len(epoch_order(0, epoch, 10, groups)) == 10 for epoch in range(50))
     assert sum(drawn) == 20
+
+
+def weighted(weights, turns=None, shares=((1.0, None),)):
+    ends = [len(weights) if end is None else end for _, end in shares]
+    ranges = [(range(start, end), share) for start, end, (share, _) in zip([0, *ends], ends, shares, strict=False)]
+    return make_groups(ranges, turns, of_samples=np.asarray(weights, float))
+
+
+def test_samples_have_the_places_that_their_weights_are_due_in_every_epoch():
+    weights = np.random.default_rng(0).choice([0.25, 1.0, 3.0, 7.5], 400)
+    order = GlobalOrder(5, 400, groups=weighted(weights))
+    due = order.due
+    assert due == pytest.approx(400 * weights / weights.sum())
+    total = np.zeros(400)
+    for epoch in range(30):
+        counts = np.bincount(places(order, epoch * 400, (epoch + 1) * 400), minlength=400)
+        assert counts.sum() == 400
+        assert (np.abs(counts - due) < 1).all()
+        for weight in set(weights):  # kinds of samples are no groups, and yet none runs away
+            assert abs(counts[weights == weight].sum() - due[weights == weight].sum()) < 25
+        total += counts
+        assert (np.abs(total - (epoch + 1) * due) < 2).all()
+    again = GlobalOrder(5, 400, groups=weighted(weights))
+    assert places(again, 400, 800) == places(order, 400, 800)
+    assert places(GlobalOrder(6, 400, groups=weighted(weights)), 0, 400) != places(order, 0, 400)
+
+
+def test_weights_of_samples_count_within_stores_and_turns():
+    weights = [1.0 + index % 3 for index in range(200)]
+    groups = weighted(weights, TURNS * 2, shares=((3.0, 100), (1.0, None)))
+    order = GlobalOrder(0, 200, groups=groups)
+    for epoch in range(5):
+        epoch_places = places(order, epoch * 200, (epoch + 1) * 200)
+        assert sum(index < 100 for index in epoch_places) == 150
+        counts = Counter((TURNS * 2)[index] for index in epoch_places if index < 100)
+        assert sorted(counts.values()) == [50, 50, 50]
+
+
+def test_a_sample_that_comes_often_is_spread_over_the_epoch():
+    order = places(GlobalOrder(0, 100, groups=weighted([50.0, *[0.5] * 99])), 0, 100)
+    assert 50 <= order.count(0) <= 51
+    assert all(3 <= order[start : start + 10].count(0) <= 7 for start in range(0, 100, 10))
+
+
+def test_weights_that_are_alike_take_every_sample_once():
+    for weight in (0.1, 1 / 3, 7.0):
+        order = GlobalOrder(0, 997, groups=weighted([weight] * 997))
+        for epoch in range(3):
+            assert sorted(places(order, epoch * 997, (epoch + 1) * 997)) == [*range(997)]

@@ -157,3 +157,13 @@ def test_bad_shapes_and_values_are_named() -> None:
         classify(history_xyz, history_rot, future_xyz, history_rot)
     with pytest.raises(ValueError, match="history holds values that are not finite"):
         classify(history_xyz * np.nan, history_rot, future_xyz, future_rot)
+
+
+def test_the_largest_curvature_is_that_of_the_sharpest_second_to_either_side():
+    for side in (1, -1):
+        rates = np.zeros(79)
+        rates[40:60] = side * 20.0  # at 8 m/s, for two seconds
+        found = classify(*drive(8.0, rates))
+        assert found.largest_curvature_pm == pytest.approx(np.deg2rad(20.0) / 8.0, rel=0.02)
+    assert classify(*drive(8.0, turn_rate(0.0, 0.0))).largest_curvature_pm == pytest.approx(0.0, abs=1e-9)
+    assert classify(*drive(0.2, turn_rate(10.0, 10.0))).largest_curvature_pm < 0.09  # it all but stands

@@ -1,6 +1,7 @@
 import pytest
 
 from alpacache.driving.sample import split_of
+from alpacache.driving.splits import count_overlapping, parse_split
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sources.selection import clip_start_us, select
 
@@ -146,3 +147,19 @@ def test_a_random_choice_takes_one_group_after_the_other():
 def test_senseless_arguments_are_usage_errors(arguments):
     with pytest.raises(UsageError, match=next(iter(arguments))):
         select(Clips(a=(0, 20)), **arguments)
+
+
+def test_a_split_by_time_divides_each_drive():
+    drives = Clips(a=(0, 640), b=(0, 640), c=(0, 640))
+    split = parse_split("time:60")
+    found = {side: select(drives, split=side, split_by=split, t0="every:1.0")[0] for side in ("train", "val")}
+    assert {ref.clip_id for ref in found["val"]} == {ref.clip_id for ref in found["train"]} == {"a", "b", "c"}
+    assert count_overlapping(found["val"], found["train"]) == 0
+    assert all(split.side(ref.clip_id, ref.t0_us) == side for side, refs in found.items() for ref in refs)
+    everything = select(drives, t0="every:1.0")[0]
+    lost = set(everything) - set(found["train"]) - set(found["val"])
+    assert 0 < len(lost) <= 3 * 2 * 2 * 8
+    with pytest.raises(UsageError, match=r"blocks of 60 s are longer than 2 of 3 clips: b \(20\.0 s\), c \(30\.0 s\)"):
+        select(Clips(a=(0, 640), b=(0, 20), c=(0, 30)), split="val", split_by=split)
+    with pytest.raises(UsageError, match="name one of them with --split train"):
+        select(drives, split_by=split)
