@@ -27,7 +27,7 @@ class ChoiceConfig(Config):
 
     only: Chosen = field(default_factory=tuple)
     """Take only these samples: ids of samples or clips (with `*` and `?`), a file of ids (`.txt`, `.csv`, `.parquet`),
-    or a condition such as `speed>5 and turn=sharp|gentle`; repeatable, what fits one of them is taken. Default: all."""
+    or a condition such as `speed>5 and turn=sharp`; repeatable, what fits one of them is taken. Default: all."""
     exclude: Chosen = field(default_factory=tuple)
     """Leave these samples out, in the same words; repeatable."""
     split_by: SplitBy | None = None
