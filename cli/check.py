@@ -32,8 +32,6 @@ def check(config: CheckConfig, json: bool) -> None:
 
     Example: `alpacache check folder:my_drives --out check`
     """
-    from alpacache.checks.contact_sheet import contact_sheet_png
-    from alpacache.checks.lag_picture import lag_curve_png
     from alpacache.checks.source import MEANINGS, check_source
     from alpacache.driving.splits import parse_split
     from alpacache.durable import appearing, check_results_out
@@ -61,6 +59,9 @@ def check(config: CheckConfig, json: bool) -> None:
     record = {name: getattr(report, name) for name in names}
     record |= {"lag_curve": report.lag_curve, "refused": len(report.refused), "meanings": MEANINGS}
     if config.out is not None:
+        from alpacache.checks.contact_sheet import contact_sheet_png
+        from alpacache.checks.lag_picture import lag_curve_png
+
         with appearing(Path(config.out), replaces=(SHEET, LAGS), last=(REPORT,), names=_FILES) as directory:
             (directory / REPORT).write_text(strict_json.dumps(record, indent=1) + "\n")
             if report.shown:

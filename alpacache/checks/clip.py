@@ -10,9 +10,10 @@ import numpy as np
 
 from alpacache.checks.check import Check
 from alpacache.checks.colours import looks_swapped
-from alpacache.checks.glimpses import Glimpse, glimpses_of_clip, glimpses_of_sample
+from alpacache.checks.film import look_at_film
+from alpacache.checks.glimpses import Glimpse, glimpses_of_sample
 from alpacache.checks.motion import Motion, judge_axes, judge_rotations, judge_speed, judge_standing, motion_of
-from alpacache.checks.pictures import ONE_COLOUR, Turn, turns_of_clip, turns_of_sample
+from alpacache.checks.pictures import ONE_COLOUR, Turn, turns_of_sample
 from alpacache.checks.recordings import (
     Recording,
     check_finite,
@@ -24,7 +25,7 @@ from alpacache.checks.recordings import (
     recording_of,
 )
 from alpacache.checks.repeats import Moment, moments_of
-from alpacache.checks.targets import Paths, Targets, judge_targets, paths_of, targets_of
+from alpacache.checks.targets import Targets, judge_targets, targets_of
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
 from alpacache.driving.sample import Sample, SampleRef
@@ -53,8 +54,6 @@ class ClipFindings:
     """Number of samples that can be used."""
     checks: tuple[Check, ...] = ()
     motion: Motion | None = None
-    paths: Paths | None = None
-    """Until `finish` makes targets of them."""
     targets: Targets | None = None
     turns: list[Turn] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
@@ -120,23 +119,11 @@ def examine(
     if len(recording.track.timestamps_us) >= 2:
         _judge_recording(clip, recording)
         if clip.motion is not None and FRONT_CAMERA in recording.frame_times_us:
-            clip.turns += turns_of_clip(source, clip_id, clip.motion, number=number, clips=clips)
-            for glimpse in glimpses_of_clip(source, clip_id, clip.motion, number=number, clips=clips):
+            seen = look_at_film(source, clip_id, clip.motion, number=number, clips=clips)
+            clip.turns += seen.turns
+            for glimpse in seen.glimpses:
                 _add_glimpse(clip, glimpse)
     return clip
-
-
-def finish(clip: ClipFindings) -> None:
-    """Judge the targets, unless headings are wrong: speeds are solved along them.
-
-    Apart from `examine`, so that clips are read while torch is imported.
-    """
-    paths, clip.paths = clip.paths, None
-    if paths is None or any(check.name == "axes" and check.status == "fail" for check in clip.checks):
-        return
-    clip.targets = targets_of(paths)
-    if clip.targets is not None:
-        clip.checks = (*clip.checks, judge_targets([clip.targets]))
 
 
 def judge_again(clip: ClipFindings) -> None:
@@ -144,7 +131,6 @@ def judge_again(clip: ClipFindings) -> None:
     if clip.track is not None:
         rotations = judge_rotations(clip.track, scalar_first=True)
         _judge_motion(clip, (*clip.checks[:3], rotations.check), rotations.track)
-        finish(clip)
 
 
 def _add_sample(clip: ClipFindings, sample: Sample) -> None:
@@ -180,8 +166,13 @@ def _judge_recording(clip: ClipFindings, recording: Recording) -> None:
 
 
 def _judge_motion(clip: ClipFindings, checks: tuple[Check, ...], track: Track) -> None:
-    """Complete the checks of a clip by those of its motion."""
-    clip.checks, motion = checks, motion_of(track)
-    if motion is not None:
-        clip.motion, clip.paths, clip.targets = motion, paths_of(track), None
-        clip.checks = (*checks, judge_axes([motion]), judge_speed([motion]), judge_standing(motion))
+    """Complete the checks of a clip by those of its motion; of its targets unless headings are wrong: speeds are solved
+    along them."""
+    clip.checks, clip.targets, motion = checks, None, motion_of(track)
+    if motion is None:
+        return
+    clip.motion, axes = motion, judge_axes([motion])
+    clip.checks = (*checks, axes, judge_speed([motion]), judge_standing(motion))
+    clip.targets = targets_of(track) if axes.status != "fail" else None
+    if clip.targets is not None:
+        clip.checks = (*clip.checks, judge_targets([clip.targets]))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from alpacache.checks.check import Check, not_judged, verdict
-from alpacache.checks.glance import glance
+from alpacache.checks.glance import glance, most_at_once
 from alpacache.checks.motion import Motion
 from alpacache.checks.pictures import MIN_SHIFT_PX, MIN_TURN_RADPS, WIDTH_PX, Turn, far_field, shift_px
 from alpacache.driving.cameras import FRONT_CAMERA
@@ -40,8 +40,6 @@ EARLY_US = 100_000_000
 """Part of a clip in which a clock that drifts has not gone too far to be recognised."""
 MIN_TURNED_RAD = 0.3
 """Turning without which a clip tells nothing."""
-CHUNK = 16
-"""Frames held at a time."""
 PARTS = 8
 APART_S = 0.25
 """Lag from which clocks count as apart; localisation filters lag by a tenth."""
@@ -151,6 +149,7 @@ def sideways_of(source: RecordedSource, clip_id: str, motion: Motion, stretches:
     shifts: list[float | None] = []
     begins: list[int] = []
     ends: list[int] = []
+    chunk = most_at_once(source)
     try:
         stamps = source.frame_times_us(clip_id, FRONT_CAMERA)
         if (np.diff(stamps) <= 0).any():
@@ -161,8 +160,8 @@ def sideways_of(source: RecordedSource, clip_id: str, motion: Motion, stretches:
             within = within[np.flatnonzero(np.diff(steps, prepend=-1))]
             fields = [
                 far_field(picture)
-                for start in range(0, len(within), CHUNK)
-                for picture in glance(source, clip_id, within[start : start + CHUNK], about_px=WIDTH_PX)
+                for start in range(0, len(within), chunk)
+                for picture in glance(source, clip_id, within[start : start + chunk], about_px=WIDTH_PX)
             ]
             shifts += [shift_px(before, after, quick=True) for before, after in pairwise(fields)]
             begins, ends = [*begins, *within[:-1]], [*ends, *within[1:]]

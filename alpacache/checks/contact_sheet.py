@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 
+from alpacache.checks.source import SHOWN
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import Sample
 from alpacache.driving.strata import classify
@@ -29,7 +30,6 @@ from alpacache.pictures.canvas import (
 )
 from alpacache.pictures.front_view import draw_paths
 
-CLIPS = 12
 COLUMNS = 3
 FRONT_PX = 480
 """Width of a front frame."""
@@ -37,10 +37,10 @@ _MIN_WIDTH_M = 16.0
 
 
 def contact_sheet_png(samples: Sequence[Sample], *, title: str) -> bytes:
-    """1 to `CLIPS` samples, each as its front frame (or its first camera's) and its path from above."""
+    """1 to `SHOWN` samples, each as its front frame (or its first camera's) and its path from above."""
     if not samples:
         raise ValueError("a contact sheet needs at least one sample.")
-    shown = samples[:CLIPS]
+    shown = samples[:SHOWN]
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(6.2 * columns, 2.9 * rows + 0.4), dpi=DPI, layout="constrained")

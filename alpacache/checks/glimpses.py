@@ -11,21 +11,15 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.checks.glance import glance
 from alpacache.checks.motion import Motion
-from alpacache.checks.pictures import one_of
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import HISTORY_STEPS, STEP_US, Floats, Sample
 from alpacache.driving.strata import heading
-from alpacache.errors import BadClipError
-from alpacache.sources.source import RecordedSource
 
 Picture: TypeAlias = NDArray[np.uint8]
 WIDTH_PX = 160
 MOVED_M = 0.3
 """Least way between two pictures that must differ: 3 m/s at 10 Hz."""
-CLIPS = 32
-"""Most clips whose film is read."""
 RUNS, FRAMES, LONG = 6, 96, 12
 """Most runs of successive frames of all clips together, most frames of them, and of one run."""
 SHORT = 3
@@ -62,38 +56,41 @@ def glimpses_of_sample(sample: Sample) -> list[Glimpse]:
     ]
 
 
-def glimpses_of_clip(source: RecordedSource, clip_id: str, motion: Motion, *, number: int, clips: int) -> list[Glimpse]:
-    """Runs of the front camera's frames, evenly spread over the drive, for some of the `clips`, of which this is one.
+def runs_of_frames(
+    clip_id: str,
+    stamps_us: NDArray[np.int64],
+    motion: Motion,
+    *,
+    clips: int,
+    pairs_us: NDArray[np.int64],
+) -> list[NDArray[np.int64]]:
+    """Times of the runs of frames to look at, evenly spread over the drive; fewer and shorter ones of many `clips`.
 
-    Of frames that come twice, samples may see nothing, as they show every third frame or so, in step with t0.
+    Of frames that come twice, samples may see nothing, as they show every third frame or so, in step with t0. Runs of
+    many clips are as short as `pairs_us` `[N, 2]`, which are read anyway, and begin with one of these.
     """
-    if not one_of(number, clips, most=CLIPS):
-        return []
-    stamps = source.frame_times_us(clip_id, FRONT_CAMERA)
-    if len(stamps) < SHORT or (np.diff(stamps) <= 0).any():
+    if len(stamps_us) < SHORT:
         return []
     runs = max(1, RUNS // clips)
-    length = min(len(stamps), LONG, max(SHORT, FRAMES // (runs * min(clips, CLIPS))))
-    driving = motion.times_us[np.abs(_speeds(motion)) * float(np.median(np.diff(stamps))) / 1e6 >= MOVED_M]
-    driving = driving[(driving >= stamps[0]) & (driving < stamps[-length])] if length < len(stamps) else driving[:1]
-    if not len(driving):
-        return []
+    length = min(len(stamps_us), LONG, max(SHORT, FRAMES // (runs * clips)))
+    latest = len(stamps_us) - length
+    driving = motion.times_us[np.abs(_speeds(motion)) * float(np.median(np.diff(stamps_us))) / 1e6 >= MOVED_M]
+    driving = driving[(driving >= stamps_us[0]) & (driving < stamps_us[latest])] if latest else driving[:1]
     # Out of step with anything: at a place of its own in each clip.
     offset = zlib.crc32(clip_id.encode()) / 2**32
-    places = ((np.arange(runs) + offset) / runs * len(driving)).astype(int)
-    way = np.concatenate([[0.0], np.cumsum(_speeds(motion)[1:] * np.diff(motion.times_us) / 1e6)])
-    glimpses: list[Glimpse] = []
-    for place in np.unique(places):
-        first = min(int(np.searchsorted(stamps, driving[place])), len(stamps) - length)
-        seen = stamps[first : first + length]
-        try:
-            frames = glance(source, clip_id, seen, about_px=WIDTH_PX)
-        except BadClipError:
-            return glimpses  # unreadable pictures are refused where a sample needs them
-        glimpses.append(
-            _glimpse(clip_id, FRONT_CAMERA, frames, seen, motion.times_us, way, motion.heading_rad, is_run=True)
-        )
-    return glimpses
+    if length == SHORT and len(pairs_us):
+        firsts = np.searchsorted(stamps_us, pairs_us[[int(offset * len(pairs_us))], 0])
+    else:
+        places = np.unique(((np.arange(runs) + offset) / runs * len(driving)).astype(int))
+        firsts = np.searchsorted(stamps_us, driving[places] if len(driving) else driving)
+    return [stamps_us[first : first + length] for first in np.minimum(firsts, latest)]
+
+
+def glimpse_of_run(clip_id: str, stamps_us: NDArray[np.int64], frames: NDArray[np.uint8], motion: Motion) -> Glimpse:
+    """The glimpse of successive `frames` `[n, 3, H, W]`."""
+    way_m = np.concatenate([[0.0], np.cumsum(_speeds(motion)[1:] * np.diff(motion.times_us) / 1e6)])
+    known = (motion.times_us, way_m, motion.heading_rad)
+    return _glimpse(clip_id, FRONT_CAMERA, frames, stamps_us, *known, is_run=True)
 
 
 def _glimpse(

@@ -7,13 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.checks.check import Check, not_judged, verdict
-from alpacache.checks.glance import glance
 from alpacache.checks.motion import Motion
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import Floats, Sample
 from alpacache.driving.strata import heading
-from alpacache.errors import BadClipError
-from alpacache.sources.source import RecordedSource
 
 Picture: TypeAlias = NDArray[np.uint8]
 WIDTH_PX = 256
@@ -25,6 +22,8 @@ ROWS = (0.25, 0.62)
 """Share of the height around the horizon: the far field, above road and bonnet."""
 PLACES = (0.12, 0.24, 0.36)
 """Distances of the blocks' middles from the picture's middle, as a share of its width."""
+_LEFTS = [round((0.5 + side * place) * WIDTH_PX) - BLOCK_PX // 2 for place in PLACES for side in (-1, 1)]
+"""First columns of the blocks, in pairs."""
 MIN_LIKENESS = 0.6
 MIN_CONTRAST = 2.0
 MIN_SHIFT_PX = 0.75
@@ -39,10 +38,16 @@ def sideways_shift_px(earlier: Picture, later: Picture) -> float | None:
 
 def shift_px(before: Floats, after: Floats, *, quick: bool = False) -> float | None:
     """Pixels by which a far field moved right; None if that is not clear. `quick`: one band of rows, not three."""
-    middle, shifts = len(before) // 2, []
-    for rows in (slice(None),) if quick else (slice(middle), slice(middle, None), slice(None)):
-        for place in PLACES:
-            left, right = (_block_shift(before[rows], after[rows], 0.5 + side * place) for side in (-1, 1))
+    if quick:
+        bands = [_matches(before, after)]
+    else:
+        middle = len(before) // 2
+        upper, lower = _matches(before[:middle], after[:middle]), _matches(before[middle:], after[middle:])
+        bands = [upper, lower, [one.joined(other) for one, other in zip(upper, lower, strict=True)]]
+    shifts = []
+    for band in bands:
+        each = [_block_shift(match, left) for match, left in zip(band, _LEFTS, strict=True)]
+        for left, right in zip(each[::2], each[1::2], strict=True):
             if left is not None and right is not None:
                 shifts.append((left + right) / 2)
     return float(np.median(shifts)) if len(shifts) >= 2 else None
@@ -65,27 +70,50 @@ def _small(picture: Picture) -> Floats:
     return np.asarray(small, dtype=np.float64)
 
 
-def _block_shift(before: Floats, after: Floats, place: float) -> float | None:
-    """Shift of the block around the column `place` of `before`, by normalised correlation; None if it is not clear."""
-    left = round(place * WIDTH_PX) - BLOCK_PX // 2
-    start, end = max(0, left - REACH_PX), min(WIDTH_PX, left + BLOCK_PX + REACH_PX)
-    block = before[:, left : left + BLOCK_PX]
-    block = block - block.mean(axis=1, keepdims=True)  # rows differ from sky to road; a shift shows in columns only
-    if block.std() < MIN_CONTRAST:
+class _Match(NamedTuple):
+    """A block of one picture against each place of another's: sums over rows, so that those of two bands add up."""
+
+    pixels: int
+    energy: float
+    products: Floats
+    """`[places]`, those up to `REACH_PX` to either side within the picture."""
+    energies: Floats
+    """`[places]`."""
+
+    def joined(self, other: "_Match") -> "_Match":
+        """The match of both bands."""
+        pixels, energy = self.pixels + other.pixels, self.energy + other.energy
+        return _Match(pixels, energy, self.products + other.products, self.energies + other.energies)
+
+
+def _matches(before: Floats, after: Floats) -> list[_Match]:
+    """One for each of `_LEFTS`. Rows differ from sky to road, a shift shows in columns only: means of rows are off."""
+    views = np.lib.stride_tricks.sliding_window_view(after, BLOCK_PX, axis=1)
+    sums = np.zeros((2, len(after), after.shape[1] + 1))
+    np.cumsum(np.stack([after, after**2]), axis=2, out=sums[:, :, 1:])
+    within, squares = sums[:, :, BLOCK_PX:] - sums[:, :, :-BLOCK_PX]
+    energies = np.maximum(0.0, (squares - within**2 / BLOCK_PX).sum(axis=0))
+    found = []
+    for left in _LEFTS:
+        block = before[:, left : left + BLOCK_PX]
+        block = block - block.mean(axis=1, keepdims=True)
+        places = slice(max(0, left - REACH_PX), left + REACH_PX + 1)
+        products = np.einsum("rc,rsc->s", block, views[:, places])
+        found.append(_Match(block.size, float((block**2).sum()), products, energies[places]))
+    return found
+
+
+def _block_shift(match: _Match, left: int) -> float | None:
+    """Shift of the block whose first column is `left`, by normalised correlation; None if it is not clear."""
+    if match.energy < MIN_CONTRAST**2 * match.pixels:
         return None
-    views = np.lib.stride_tricks.sliding_window_view(after[:, start:end], BLOCK_PX, axis=1)
-    sums, squares = (np.cumsum(np.pad(part, ((0, 0), (1, 0))), axis=1) for part in (after, after**2))
-    sums, squares = (
-        part[:, start + BLOCK_PX : end + 1] - part[:, start : end + 1 - BLOCK_PX] for part in (sums, squares)
-    )
-    norms = np.linalg.norm(block) * np.sqrt(np.maximum(0.0, (squares - sums**2 / BLOCK_PX).sum(axis=0)))
-    likeness = np.einsum("rc,rsc->s", block, views) / np.maximum(1e-9, norms)  # the block's rows have mean 0
+    likeness = match.products / np.maximum(1e-9, np.sqrt(match.energy * match.energies))
     best = int(np.argmax(likeness))
     if likeness[best] < MIN_LIKENESS or best in (0, len(likeness) - 1):
         return None
     fine = (likeness[best - 1] - likeness[best + 1]) / 2
     fine /= likeness[best - 1] - 2 * likeness[best] + likeness[best + 1] - 1e-12
-    return start + best + float(fine) - left
+    return max(0, left - REACH_PX) + best + float(fine) - left
 
 
 APART_US = 200_000
@@ -94,16 +122,11 @@ MIN_TURN_RADPS = 0.06
 MIN_TURNED_RAD = 0.01
 PAIRS = 96
 """Most pairs of frames to look at, all clips together."""
-MOST_A_CLIP = 8
-CLIPS = 48
-"""Most clips of which pairs are looked at."""
+MOST_A_CLIP, LEAST_A_CLIP = 8, 4
+_GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it lie evenly in 0 to 1, however many there are."""
 MIN_MOMENTS = 10
 OPPOSITE = 0.8
-
-
-def one_of(number: int, clips: int, *, most: int) -> bool:
-    """Tell whether the clip of this number is one of at most `most`, evenly spread over all."""
-    return clips <= most or number * most // clips != (number - 1) * most // clips
 
 
 class Turn(NamedTuple):
@@ -114,27 +137,25 @@ class Turn(NamedTuple):
     """Tell whether the picture moved as the change of heading makes it move."""
 
 
-def turns_of_clip(source: RecordedSource, clip_id: str, motion: Motion, *, number: int, clips: int) -> list[Turn]:
-    """Moments of one recording, evenly spread over its turns; fewer if the source has many clips."""
-    if not one_of(number, clips, most=CLIPS):
-        return []
+def turning_pairs(stamps_us: NDArray[np.int64], motion: Motion, *, number: int, clips: int) -> NDArray[np.int64]:
+    """`[N, 2]` times of the pairs of frames to look at, evenly spread over the turns; the fewer, the more `clips` there
+    are, of which this is the one with that number."""
     turning = motion.times_us[motion.moving & (np.abs(motion.turn_rate_radps) > MIN_TURN_RADPS)]
-    stamps = source.frame_times_us(clip_id, FRONT_CAMERA)
-    if len(stamps) < 2 or (np.diff(stamps) <= 0).any():
-        return []
-    turning = turning[(turning - APART_US > stamps[0]) & (turning + APART_US < stamps[-1])]
-    count = min(len(turning), max(1, min(MOST_A_CLIP, PAIRS // max(1, clips))))
-    turns: list[Turn] = []
-    for place in np.unique(np.linspace(0, len(turning) - 1, count).round().astype(int)):
-        pair = np.searchsorted(stamps, turning[place] + np.array([-APART_US // 2, APART_US // 2]))
-        try:
-            earlier, later = glance(source, clip_id, stamps[pair], about_px=WIDTH_PX)
-        except BadClipError:
-            return turns  # unreadable pictures are refused where a sample needs them
-        turned = np.diff(np.interp(stamps[pair], motion.times_us, motion.heading_rad))[0]
-        if abs(turned) >= MIN_TURNED_RAD:
-            turns += _turn(clip_id, earlier, later, turned)
-    return turns
+    turning = turning[(turning - APART_US > stamps_us[0]) & (turning + APART_US < stamps_us[-1])]
+    count = min(len(turning), max(1, min(MOST_A_CLIP, PAIRS // clips)))
+    if not count:
+        return np.zeros((0, 2), dtype=np.int64)
+    # Spread like the steps of a ruler that begins elsewhere in each clip: with one pair a clip, all of a film is seen.
+    places = np.unique(((np.arange(count) + (number * _GOLDEN) % 1) / count * len(turning)).astype(int))
+    around = turning[places, None] + np.array([-APART_US // 2, APART_US // 2])
+    pairs: NDArray[np.int64] = stamps_us[np.searchsorted(stamps_us, around)]
+    return pairs
+
+
+def turn_of_pair(clip_id: str, pair_us: NDArray[np.int64], frames: NDArray[np.uint8], motion: Motion) -> list[Turn]:
+    """The moment between these two times, if the vehicle turned and `frames` `[2, 3, H, W]` clearly moved."""
+    turned = float(np.diff(np.interp(pair_us, motion.times_us, motion.heading_rad))[0])
+    return _turn(clip_id, frames[0], frames[1], turned) if abs(turned) >= MIN_TURNED_RAD else []
 
 
 def turns_of_sample(sample: Sample) -> list[Turn]:
@@ -157,6 +178,15 @@ def _turn(clip_id: str, earlier: Picture, later: Picture, turned_rad: float) -> 
     if shift_px is None or abs(shift_px) < MIN_SHIFT_PX:
         return []
     return [Turn(clip_id, bool((shift_px > 0) == (turned_rad > 0)))]
+
+
+def alike(turns: Sequence[Turn], *, clips: int) -> list[Turn]:
+    """Turns of clips that are compared in full, so few of each that they do not outnumber those of other `clips`."""
+    most, kept = max(LEAST_A_CLIP, PAIRS // max(1, clips)), []
+    for clip_id in dict.fromkeys(turn.clip_id for turn in turns):
+        each = [turn for turn in turns if turn.clip_id == clip_id]
+        kept += [each[place] for place in np.linspace(0, len(each) - 1, min(most, len(each))).round().astype(int)]
+    return kept
 
 
 def judge_mirrored(turns: Sequence[Turn]) -> Check:

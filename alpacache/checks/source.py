@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from alpacache.checks.check import Check, not_judged, verdict, worst
-from alpacache.checks.clip import ClipFindings, Refusal, examine, finish, judge_again
+from alpacache.checks.clip import ClipFindings, Refusal, examine, judge_again
 from alpacache.checks.clocks import (
     LagCurve,
     Sideways,
@@ -30,12 +30,11 @@ from alpacache.checks.clocks import (
     turns_seen,
 )
 from alpacache.checks.colours import judge_colours
-from alpacache.checks.contact_sheet import CLIPS
 from alpacache.checks.flow import Flow, flow_of, judge_scale
 from alpacache.checks.glimpses import Glimpse
 from alpacache.checks.motion import judge_axes, judge_speed
 from alpacache.checks.order import MIN_JUMPS, clips_that_jump, judge_order, names_as_text
-from alpacache.checks.pictures import Turn, judge_mirrored, judge_pictures
+from alpacache.checks.pictures import Turn, alike, judge_mirrored, judge_pictures
 from alpacache.checks.repeats import judge_repeats
 from alpacache.checks.targets import judge_targets
 from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
@@ -48,6 +47,8 @@ from alpacache.sources.source import RecordedSource, Source
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+SHOWN = 12
+"""Most clips whose first samples are kept to be shown."""
 MAX_THREADS = 16
 """Each holds the pictures of one sample."""
 MOST_GLIMPSES = 160
@@ -108,7 +109,7 @@ class SourceReport:
     lag_curve: LagCurve | None
     """How well the front camera's pictures fit the poses at each lag; None if that cannot be told."""
     shown: tuple[Sample, ...]
-    """Usable samples of up to `CLIPS` clips, for `contact_sheet`."""
+    """Usable samples of up to `SHOWN` clips, for `contact_sheet`."""
     seconds: float
 
     @property
@@ -187,7 +188,7 @@ def _examine(
 ) -> Callable[[str], ClipFindings]:
     """A function that examines one of these clips."""
     firsts = [refs[0] for refs in clips.values() if refs]
-    places = np.linspace(0, len(firsts) - 1, min(CLIPS, len(firsts))).round().astype(int)
+    places = np.linspace(0, len(firsts) - 1, min(SHOWN, len(firsts))).round().astype(int)
     to_show, numbers = {firsts[place] for place in places}, {clip_id: number for number, clip_id in enumerate(clips)}
 
     def examined(clip_id: str) -> ClipFindings:
@@ -235,7 +236,6 @@ class _Survey:
 
     def add(self, clip: ClipFindings) -> None:
         """Take note of one more clip."""
-        finish(clip)
         self.clips[clip.clip_id] = clip
         for label in clip.strata:
             self.strata[label] += 1
@@ -287,7 +287,8 @@ class _Survey:
         for part in parts:
             self.clips[part.clip_id].checks += (judge_clocks(own_lag_curve(part, self.lag_curve)),)
         lag_s = self.lag_curve.best_s if self.lag_curve is not None else None
-        self._turns += [turn for part in parts for turn in turns_seen(part, lag_s or 0.0)]
+        turns = [turn for part in parts for turn in turns_seen(part, lag_s or 0.0)]
+        self._turns += alike(turns, clips=len({turn.clip_id for turn in (*self._turns, *turns)}))
 
     def _judge_flow(self, *, is_upright: bool) -> tuple[Check, Check]:
         """Judge the order of the pictures, and the scale of the poses by them; `is_upright`: headings are right."""

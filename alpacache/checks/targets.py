@@ -5,14 +5,16 @@ accelerations that change by 1 m/s² from step to step, more than a driver's own
 are computed all along the recording, and judged by what a car can do.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from alpacache.checks.actions import actions_of
 from alpacache.checks.check import Check, not_judged, verdict
 from alpacache.checks.motion import MOVING_MPS, sound_poses
-from alpacache.driving.poses import EgoPoses, Track, history_and_future
+from alpacache.driving.poses import EgoPoses, Track, check_usable, ego_poses, interpolate, sample_times_us
 from alpacache.driving.sample import DT_S, FUTURE_STEPS, HISTORY_STEPS, STEP_US, Floats
 from alpacache.errors import BadClipError
 
@@ -49,20 +51,6 @@ WALKING_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Paths:
-    """N paths cut from one recording, as samples hold them, and what its poses say of their noise. Needs no torch."""
-
-    poses: EgoPoses
-    """Stacked: `[N, 16, 3]` and so on."""
-    grid_m: float
-    """Step of the grid that positions lie on; 0 if they lie on none."""
-    is_float32: bool
-    """True if that grid is the one of float32 at positions this large."""
-    late_share: float
-    """Spread of pose intervals, where speeds contradict them as they do if poses carry times of arrival; else 0."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
     """Targets of N paths cut from one recording."""
 
@@ -73,8 +61,11 @@ class Targets:
     speed_mps: Floats
     """`[N, 64]` at the beginning of each step; the first is the speed at t0."""
     grid_m: float
+    """Step of the grid that positions lie on; 0 if they lie on none."""
     is_float32: bool
+    """True if that grid is the one of float32 at positions this large."""
     late_share: float
+    """Spread of pose intervals, where speeds contradict them as they do if poses carry times of arrival; else 0."""
 
     @property
     def changes_mps2(self) -> Floats:
@@ -82,46 +73,24 @@ class Targets:
         return np.diff(self.accel_mps2, n=2, axis=1)
 
 
-def paths_of(track: Track) -> Paths | None:
-    """Paths all along a recording with times in microseconds; None if it has none of 8 s without gaps."""
+def targets_of(track: Track) -> Targets | None:
+    """Targets all along a recording with times in microseconds; None if it has no path of 8 s without gaps."""
     track = sound_poses(track)
-    paths = list(_cut(track))
-    if not paths:
+    paths = _paths(track)
+    if paths is None:
         return None
+    accel, curvature, speed = actions_of(paths)
+    if not all(np.isfinite(part).all() for part in (accel, curvature, speed)):
+        return None
+    gained = np.cumsum(accel * DT_S, axis=1)
     grid_m, is_float32 = _grid(track.xyz)
-    return Paths(
-        poses=EgoPoses(*(np.stack(part) for part in zip(*paths, strict=True))),
+    return Targets(
+        accel_mps2=accel,
+        curvature_pm=curvature,
+        speed_mps=speed[:, None] + np.concatenate([np.zeros_like(gained[:, :1]), gained[:, :-1]], axis=1),
         grid_m=grid_m,
         is_float32=is_float32,
         late_share=_late_share(track),
-    )
-
-
-def targets_of(paths: Paths) -> Targets | None:
-    """Targets of these paths; None if they are none of a vehicle's."""
-    import torch
-
-    from alpacache.driving.action_space import UnicycleActionSpace
-    from alpacache.gpu.device import limit_torch_to_one_thread, restored_torch_threads
-
-    space = UnicycleActionSpace(accel_mean=0.0, accel_std=1.0, curvature_mean=0.0, curvature_std=1.0)
-    poses = [torch.from_numpy(part) for part in paths.poses]
-    with restored_torch_threads():
-        limit_torch_to_one_thread()
-        try:
-            action = space.to_action(*poses).double().numpy()
-        except ArithmeticError:
-            return None
-        first = space.initial_speed(poses[0], poses[1]).double().numpy()[:, None]
-    accel = action[..., 0]
-    gained = np.cumsum(accel * DT_S, axis=1)
-    return Targets(
-        accel_mps2=accel,
-        curvature_pm=action[..., 1],
-        speed_mps=first + np.concatenate([np.zeros_like(first), gained[:, :-1]], axis=1),
-        grid_m=paths.grid_m,
-        is_float32=paths.is_float32,
-        late_share=paths.late_share,
     )
 
 
@@ -193,23 +162,35 @@ def _judge_scale(accel: Floats, curvature: Floats, speed: Floats, rough: float) 
     return verdict("targets", finding)
 
 
-def _cut(track: Track) -> Iterator[EgoPoses]:
-    """Paths every 1.6 s, as samples hold them, where the poses allow."""
+def _paths(track: Track) -> EgoPoses | None:
+    """Paths every 1.6 s, as samples hold them, where the poses allow: `[N, 16, 3]` and so on. None if no part does."""
     times = track.timestamps_us
     if len(times) < 4:
-        return
+        return None
     first, last = int(times[0]) + (HISTORY_STEPS - 1) * STEP_US, int(times[-1]) - FUTURE_STEPS * STEP_US
     count = min(MOST_WINDOWS, (last - first) // WINDOW_US + 1) if last >= first else 0
-    for t0_us in first + (last - first) * np.arange(count) // max(1, count - 1):
-        span = (t0_us - HISTORY_STEPS * STEP_US - MARGIN_US, t0_us + FUTURE_STEPS * STEP_US + MARGIN_US)
-        begin, end = np.searchsorted(times, span)
-        part = Track(
-            timestamps_us=times[begin:end], xyz=track.xyz[begin:end], quaternion_xyzw=track.quaternion_xyzw[begin:end]
-        )
-        try:
-            yield history_and_future(part, int(t0_us))
-        except BadClipError:
-            continue
+    wanted = [sample_times_us(int(t0_us)) for t0_us in first + (last - first) * np.arange(count) // max(1, count - 1)]
+    wanted = [instants for instants in wanted if _is_usable(track, instants)]
+    if not wanted:
+        return None
+    xyz, rot = interpolate(track, np.concatenate(wanted))
+    paths = zip(np.split(xyz, len(wanted)), np.split(rot, len(wanted)), strict=True)
+    return EgoPoses(*(np.stack(part) for part in zip(*(ego_poses(*path) for path in paths), strict=True)))
+
+
+def _is_usable(track: Track, times_us: NDArray[np.int64]) -> bool:
+    """Tell whether a sample may be cut here; poses `MARGIN_US` away have a say, its spline still depends on them."""
+    begin, end = np.searchsorted(track.timestamps_us, times_us[[0, -1]] + np.array([-MARGIN_US, MARGIN_US]))
+    part = Track(
+        timestamps_us=track.timestamps_us[begin:end],
+        xyz=track.xyz[begin:end],
+        quaternion_xyzw=track.quaternion_xyzw[begin:end],
+    )
+    try:
+        check_usable(part, times_us, where="poses")
+    except BadClipError:
+        return False
+    return True
 
 
 def _grid(xyz: Floats) -> tuple[float, bool]:

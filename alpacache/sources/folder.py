@@ -141,7 +141,7 @@ class FolderSource:
         film = find_film(clip, camera, where=where)
         if film is not None:
             _regular(film, self._root, where=where)
-            images = read_film(film, chosen.tolist(), stamps, name=film.name, where=where)
+            images = read_film(film, chosen.tolist(), stamps, name=film.name, where=where, about_px=about_px)
         else:
             pictures = find_pictures(folder, len(stamps), where=where)
             files = [

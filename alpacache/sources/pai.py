@@ -117,6 +117,9 @@ class PhysicalAiSource:
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
         return self._read_camera(clip_id, camera, times_us)[0]
 
+    def glance(self, clip_id: str, camera: str, times_us: NDArray[np.int64], *, about_px: int) -> NDArray[np.uint8]:
+        return self._read_camera(clip_id, camera, times_us, about_px=about_px)[0]
+
     def event_times_us(self, clip_id: str) -> Sequence[int]:
         return event_times_us(self._events().get(clip_id, ()), where=f"{clip_id}: {EVENTS_FILE}")
 
@@ -186,13 +189,16 @@ class PhysicalAiSource:
         with self._reading(clip_id, EGOMOTION):
             return self._feature(clip_id, EGOMOTION), track
 
-    def _read_camera(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> Shot:
+    def _read_camera(
+        self, clip_id: str, camera: str, times_us: NDArray[np.int64], *, about_px: int | None = None
+    ) -> Shot:
         where = f"{clip_id}: {camera}"
         with self._reading(clip_id, camera, missing="missing_camera", damaged="undecodable_video"):
             stamps = self._read_stamps(clip_id, camera)
             chosen = frame_indices(stamps, times_us, where=where)
             film = self._read_member(clip_id, camera, "video", lambda opened: BytesIO(opened.read()))
-            return read_film(film, chosen.tolist(), stamps, name="the film", where=where), stamps[chosen]
+            images = read_film(film, chosen.tolist(), stamps, name="the film", where=where, about_px=about_px)
+            return images, stamps[chosen]
 
     def _read_stamps(self, clip_id: str, camera: str, *, fetch: bool = True) -> NDArray[np.int64]:
         if not self._has(clip_id, camera):

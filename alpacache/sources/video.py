@@ -50,11 +50,18 @@ _SKIPPING = ("h264", "hevc")
 
 
 def read_film(
-    film: Path | BinaryIO, indices: Sequence[int], stamps_us: NDArray[np.int64], *, name: str, where: str
+    film: Path | BinaryIO,
+    indices: Sequence[int],
+    stamps_us: NDArray[np.int64],
+    *,
+    name: str,
+    where: str,
+    about_px: int | None = None,
 ) -> NDArray[np.uint8]:
     """The frames with these numbers, in the order of presentation, upright as the film's display matrix says.
 
-    `stamps_us` are the times (us) of all frames by their own table, `name` is what messages call the film.
+    `stamps_us` are the times (us) of all frames by their own table, `name` is what messages call the film. Frames of
+    which `about_px` pixels across are enough come at half, a third or another whole part of their size.
     `[len(indices), 3, H, W]` RGB. Raises `BadClipError`: `undecodable_video`, `wrong_shape`.
     """
     where = f"{where}: {name}"
@@ -63,11 +70,11 @@ def read_film(
         shown = _frames_of(container, stream, where=where)
         _check_times(shown, stream.time_base, stamps_us, where=where)
         wanted = [shown.times[index] for index in indices]
-        frames = _decode(container, stream, shown, wanted, where=where)
+        frames = _decode(container, stream, shown, wanted, where=where, about_px=about_px)
     if frames is None:
         with _opened(film, where=where) as container:
             stream = _stream(container, where=where)
-            frames = _decode(container, stream, shown, wanted, where=where, from_start=True)
+            frames = _decode(container, stream, shown, wanted, where=where, about_px=about_px, from_start=True)
     if frames is None:
         reason = f"frame {min(indices)} or one that it is predicted from is damaged"
         raise BadClipError("undecodable_video", f"{where}: {reason}. Copy the film again, or leave this part out.")
@@ -222,7 +229,14 @@ def _check_times(shown: _Shown, time_base: Any, stamps_us: NDArray[np.int64], *,
 
 
 def _decode(
-    container: Any, stream: Any, shown: _Shown, wanted: Collection[int], *, where: str, from_start: bool = False
+    container: Any,
+    stream: Any,
+    shown: _Shown,
+    wanted: Collection[int],
+    *,
+    where: str,
+    about_px: int | None,
+    from_start: bool = False,
 ) -> dict[int, NDArray[np.uint8]] | None:
     """Wanted frames by time; None if the decoder marks one of them, or one that was decoded before it, as damaged.
 
@@ -251,7 +265,7 @@ def _decode(
                 return None
             if frame.pts in wanted:
                 check_size(frame.width, frame.height, where=where)
-                frames[frame.pts] = _upright(frame.to_ndarray(format="rgb24"), frame, where=where)
+                frames[frame.pts] = _upright(_rgb(frame, about_px), frame, where=where)
     except av.error.FFmpegError:
         return None
     return frames if len(frames) == len(set(wanted)) else None
@@ -273,6 +287,16 @@ def needed_frames(container: Any, stream: Any, wanted: frozenset[int]) -> Iterat
             if packet.size:  # else this was the end
                 yield from codec.decode(None)
             return
+
+
+def _rgb(frame: Any, about_px: int | None) -> NDArray[np.uint8]:
+    """`[H, W, 3]`, at the whole part of its size that is least but still `about_px` across."""
+    part = 1 if about_px is None else max(1, frame.width // about_px)
+    if part > 1:
+        width, height = frame.width // part, max(1, frame.height // part)
+        frame = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA")
+    picture: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+    return picture
 
 
 def _upright(picture: NDArray[np.uint8], frame: Any, *, where: str) -> NDArray[np.uint8]:

@@ -45,6 +45,16 @@ def folder(tmp_path):
 
 
 @pytest.mark.system
+def test_no_package_is_loaded_that_would_take_longer_than_the_checks(folder):
+    code = f"import sys; from cli.main import main\nsys.argv = ['alpacache', 'check', {folder()!r}]\n"
+    code += "try: main()\nexcept SystemExit: pass\nprint('modules:', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert {"alpacache.checks.actions", "scipy", "PIL"} <= loaded
+    assert not {"torch", "pandas", "matplotlib"} & loaded
+
+
+@pytest.mark.system
 def test_sound_recordings_are_exit_0_with_a_report_and_a_picture(folder, tmp_path):
     done = run(folder(), "--out", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from alpacache.checks.film import look_at_film
 from alpacache.checks.flow import Flow, flow_of, judge_scale
-from alpacache.checks.glimpses import glimpses_of_clip
 from alpacache.checks.motion import motion_of
 from alpacache.checks.source import check_source
 from alpacache.driving.cameras import FRONT_CAMERA
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.system
 def test_the_flow_measures_focal_length_times_height(seed):
     source = SyntheticSource(1, seed=seed, size=(320, 160))
     clip = source.clip_ids[0]
-    flow = flow_of(glimpses_of_clip(source, clip, motion_of(source.track(clip)), number=0, clips=1))
+    flow = flow_of(look_at_film(source, clip, motion_of(source.track(clip)), number=0, clips=1).glimpses)
     lens = source.calibration(clip, FRONT_CAMERA)
     assert flow.reach_px_m == pytest.approx(lens["fx"] / 320 * 256 * lens["position_m"][2], rel=0.25)
     assert (flow.backwards, flow.clips_against) == (0, ())

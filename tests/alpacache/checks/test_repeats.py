@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from alpacache.checks.glimpses import glimpses_of_clip, glimpses_of_sample
+from alpacache.checks.film import look_at_film
+from alpacache.checks.glimpses import glimpses_of_sample
 from alpacache.checks.motion import motion_of
 from alpacache.checks.repeats import Moment, judge_repeats, moments_of
 from alpacache.driving.cameras import FRONT_CAMERA
@@ -27,7 +28,7 @@ def repeats_of_sample(sample):
 
 
 def repeats_of_clip(source, clip, motion, *, clips):
-    glimpses = glimpses_of_clip(source, clip, motion, number=0, clips=clips)
+    glimpses = look_at_film(source, clip, motion, number=0, clips=clips).glimpses
     return [moment for glimpse in glimpses for moment in moments_of(glimpse)]
 
 
@@ -109,8 +110,28 @@ def test_the_more_clips_the_less_film():
     motion = motion_of(SOURCE.track(CLIP))
     assert [one.repeats for one in repeats_of_clip(SOURCE, CLIP, motion, clips=8)] == [0]
     assert [one.pairs for one in repeats_of_clip(SOURCE, CLIP, motion, clips=24)] == [3]
-    read = [len(glimpses_of_clip(Doubled(2), CLIP, motion, number=number, clips=500)) for number in range(500)]
+    read = [len(look_at_film(Doubled(2), CLIP, motion, number=number, clips=500).glimpses) for number in range(500)]
     assert sum(read) == 32
+
+
+def test_a_short_run_is_read_with_a_pair_of_frames_in_a_turn(drive, panorama):
+    town, read = panorama({"town": drive()}), []
+
+    class Counted:
+        track, frame_times_us = town.track, town.frame_times_us
+
+        def film(self, clip_id, camera, times_us):
+            read.append(times_us)
+            return town.film(clip_id, camera, times_us)
+
+    motion = motion_of(town.track("town"))
+    seen = [look_at_film(Counted(), "town", motion, number=number, clips=100) for number in range(100)]
+    assert [len(times) for times in read] == [3] * 32
+    assert sum(len(one.glimpses) for one in seen) == 32
+    turns = [turn for one in seen for turn in one.turns]
+    assert len(turns) >= 25
+    assert all(turn.agrees for turn in turns)
+    assert len({int(times[0]) for times in read}) > 20  # all over the turns
 
 
 def test_verdicts():

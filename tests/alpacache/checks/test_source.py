@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from alpacache.checks.motion import judge_axes, judge_rotations, judge_speed, motion_of
+from alpacache.checks.pictures import Turn, alike, judge_mirrored
 from alpacache.checks.recordings import check_poses
 from alpacache.checks.source import MEANINGS, check_source
 from alpacache.driving.cameras import FRONT_CAMERA
@@ -496,3 +497,13 @@ def test_samples_and_split_are_those_of_extract(recorded):
         checked(recorded, split="test")
     with pytest.raises(SourceError, match=r"dataset\.json"):
         FolderSource(recorded / "clips")
+
+
+def test_clips_that_are_compared_in_full_do_not_outvote_the_others():
+    turns = [Turn(clip_id, True) for clip_id in "abc" for _ in range(50)]
+    others = [Turn(f"{number}", number >= 12) for number in range(29)]
+    kept = alike(turns, clips=32)
+    assert [turn.clip_id for turn in kept] == [*"aaaabbbbcccc"]
+    check = judge_mirrored([*others, *kept])
+    assert (check.status, check.found) == ("warn", "pictures and poses turn the same way at 29 of 41 moments")
+    assert len(alike(turns[:50], clips=1)) == 50

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from alpacache.checks.targets import judge_targets, paths_of, targets_of
+from alpacache.checks.targets import judge_targets, targets_of
 from alpacache.driving.poses import Track
 
 
 def judged(track):
-    return judge_targets([targets_of(paths_of(track))])
+    return judge_targets([targets_of(track)])
 
 
 def noisy(track, metres, seed=0):
@@ -27,7 +27,7 @@ def test_a_drive_with_good_localisation_is_fine(drive, hz, metres):
 
 
 def test_values_are_those_of_the_drive(drive):
-    targets = targets_of(paths_of(drive()))
+    targets = targets_of(drive())
     assert len(targets.speed_mps) == 33  # one in 1.6 s, from 1.5 s after the start to 6.4 s before the end
     assert np.abs(targets.accel_mps2).max() < 6
     assert 1 / 6 < np.abs(targets.curvature_pm[targets.speed_mps > 2]).max() < 1 / 4
@@ -98,7 +98,7 @@ def test_hard_pedals_are_no_noise(drive):
     ahead = np.zeros_like(track.xyz)
     ahead[:, 0] = np.cumsum(3.0 + np.cumsum(accel) * 0.1) * 0.1
     track = replace(track, xyz=ahead, quaternion_xyzw=np.broadcast_to([0.0, 0.0, 0.0, 1.0], (len(ahead), 4)))
-    targets = targets_of(paths_of(track))
+    targets = targets_of(track)
     assert np.sqrt((targets.changes_mps2**2).mean()) > 0.85
     assert judge_targets([targets]).status == "ok"
 
@@ -115,5 +115,5 @@ def test_a_walking_pace_is_named(drive):
 
 def test_what_cannot_be_cut_is_not_judged(drive):
     track = drive(seconds=7)
-    assert paths_of(track) is None
+    assert targets_of(track) is None
     assert not judge_targets([]).is_judged

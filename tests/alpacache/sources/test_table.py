@@ -45,6 +45,13 @@ def test_numbers_come_back_in_their_types(tmp_path):
     check_table(tmp_path / "poses", where="clip-7: poses")
 
 
+def test_missing_numbers_are_nan():
+    columns = {"timestamp": times(4), "x": [0.5, None, 2.5, 3.5], "y": pa.array([2**60, None, 3, 4])}
+    found = read_columns(stored(columns, row_group_size=3), POSE, where="clip-7: poses")
+    np.testing.assert_array_equal(found["x"], [0.5, np.nan, 2.5, 3.5])
+    np.testing.assert_array_equal(found["y"], [2.0**60, np.nan, 3, 4])
+
+
 @pytest.mark.parametrize(
     ("columns", "kind", "says"),
     [

@@ -105,6 +105,17 @@ def refusal(data, indices=(3,), stamps=STAMPS):
     return error.value.kind, str(error.value)
 
 
+def test_small_frames_are_those_of_the_whole_made_small(video):
+    file, frames = video
+    width, height = frames.shape[3], frames.shape[2]
+    for about_px, part in ((width, 1), (width // 2 + 1, 1), (width // 2, 2), (width // 3, 3), (1, width)):
+        small = read_film(file, [2, 5], STAMPS, name="film", where="here", about_px=about_px)
+        assert small.shape == (2, 3, max(1, height // part), width // part)
+        if part in (1, 2):
+            means = frames[[2, 5]].reshape(2, 3, height // part, part, width // part, part).mean(axis=(3, 5))
+            assert np.abs(small - means).mean() < (1e-9 if part == 1 else 3)
+
+
 def test_chosen_frames_are_those_of_the_whole(video):
     file, frames = video
     for first in range(COUNT - 9):

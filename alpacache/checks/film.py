@@ -1,0 +1,53 @@
+"""What is looked at of a clip's film beside its samples: pairs of frames in turns, and runs of successive frames.
+
+A film is read from the key frame before what is wanted, so that a few frames cost as much as twenty: where a run may
+begin anywhere, it begins with a pair and is read with it.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from alpacache.checks.glance import glance
+from alpacache.checks.glimpses import WIDTH_PX as GLIMPSE_PX
+from alpacache.checks.glimpses import Glimpse, glimpse_of_run, runs_of_frames
+from alpacache.checks.motion import Motion
+from alpacache.checks.pictures import WIDTH_PX, Turn, turn_of_pair, turning_pairs
+from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.errors import BadClipError
+from alpacache.sources.source import RecordedSource
+
+CLIPS = 32
+"""Most clips whose film is looked at, evenly spread over all."""
+
+
+class Seen(NamedTuple):
+    """What the front camera's film of one clip shows."""
+
+    turns: list[Turn]
+    glimpses: list[Glimpse]
+
+
+def look_at_film(source: RecordedSource, clip_id: str, motion: Motion, *, number: int, clips: int) -> Seen:
+    """Look at the film of the clip with this number of `clips`; the more there are, the less is seen of each."""
+    seen = Seen([], [])
+    if clips > CLIPS and number * CLIPS // clips == (number - 1) * CLIPS // clips:
+        return seen
+    stamps = source.frame_times_us(clip_id, FRONT_CAMERA)
+    if len(stamps) < 2 or (np.diff(stamps) <= 0).any():
+        return seen
+    pairs = turning_pairs(stamps, motion, number=number, clips=clips)
+    runs = runs_of_frames(clip_id, stamps, motion, clips=min(clips, CLIPS), pairs_us=pairs)
+    pair_at, run_at = ({int(times[0]): times for times in group} for group in (pairs, runs))
+    for first in sorted(pair_at | run_at):
+        pair, run = pair_at.get(first), run_at.get(first)
+        wanted = np.unique(np.concatenate([times for times in (pair, run) if times is not None]))
+        try:
+            frames = glance(source, clip_id, wanted, about_px=GLIMPSE_PX if pair is None else WIDTH_PX)
+        except BadClipError:
+            break  # unreadable pictures are refused where a sample needs them
+        if pair is not None:
+            seen.turns.extend(turn_of_pair(clip_id, pair, frames[np.searchsorted(wanted, pair)], motion))
+        if run is not None:
+            seen.glimpses.append(glimpse_of_run(clip_id, run, frames[np.searchsorted(wanted, run)], motion))
+    return seen
