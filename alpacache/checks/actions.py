@@ -69,12 +69,9 @@ def _held(normal: Floats, right: Floats, first: Floats) -> Floats:
 
 def _solved(normal: Floats, right: Floats) -> Floats:
     """Solutions `[N, n]` of normal equations, one `[n, n]` for all right sides `[N, n]` or each with its own."""
-    solved: Floats
     if normal.ndim == 2:
-        solved = np.linalg.solve(normal, right.T).T
-    else:
-        solved = np.linalg.solve(normal, right[..., None])[..., 0]
-    return solved
+        return np.asarray(np.linalg.solve(normal, right.T).T, dtype=np.float64)
+    return np.asarray(np.linalg.solve(normal, right[..., None])[..., 0], dtype=np.float64)
 
 
 @lru_cache
