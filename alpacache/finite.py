@@ -18,8 +18,10 @@ def is_finite(tensor: Tensor) -> Tensor:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors with an element that is not finite, in order. Waits once for their device."""
-    if not tensors:
-        return []
-    flags = torch.stack([is_finite(tensor) for tensor in tensors.values()]).tolist()
-    return [name for name, finite in zip(tensors, flags, strict=True) if not finite]
+    """Names of the tensors with an element that is not finite, in order. Waits once for each of their devices."""
+    flags = {name: is_finite(tensor) for name, tensor in tensors.items()}
+    finite: dict[str, bool] = {}
+    for device in {flag.device for flag in flags.values()}:
+        there = {name: flag for name, flag in flags.items() if flag.device == device}
+        finite |= zip(there, torch.stack([*there.values()]).tolist(), strict=True)
+    return [name for name in tensors if not finite[name]]

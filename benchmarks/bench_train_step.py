@@ -2,8 +2,12 @@
 
 A case is a `TrainStep` as `train` makes it (captured, compiled, micro-batches, checkpointing, adapters) in a process of
 its own under the memory cap; `planned_gib` is what `memory_plan` says of it. `stock` is the usual way in the same run:
-bf16 concatenated cache, repeated draws, expanded heads (sdpa), every kernel launched, fused AdamW. No disk, no copies:
-`bench_train_e2e.py` has those. `--quick` runs a small expert on the CPU.
+bf16 concatenated cache, repeated draws, expanded heads (sdpa), every kernel launched, fused AdamW. No disk, no copies
+of samples: `bench_train_e2e.py` has those. `--quick` runs a small expert on the CPU.
+
+Cases `…-11.5` and `…-15.5` are settled by `fastest_plan` as `train` settles them for a card of 12 or 16 GB, with room
+for a validation: `bus_ms` is how long the streamed state takes to come and go at the measured rate of the bus, and
+`of_slower` the longer of that and the resident step of the same batch, over the step.
 """
 
 import gc
@@ -11,8 +15,10 @@ import json
 import multiprocessing
 import statistics
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import full_size
@@ -27,15 +33,17 @@ from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.distributed.world import World
 from alpacache.driving.sample import FUTURE_STEPS
 from alpacache.planning.config import budget_bytes
-from alpacache.planning.memory_model import memory_plan, with_room_used
-from alpacache.planning.workload import Workload
+from alpacache.planning.machine import bus_speed, gpu_speed
+from alpacache.planning.memory_model import fastest_plan, memory_plan, with_room_used
+from alpacache.planning.workload import MemoryPlan, Workload
 from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.packed import PackedPrefixes
 from alpacache.training.auto_settings import cap_memory
 from alpacache.training.learner import Learner
-from alpacache.training.optimizers import make_optimizer, resolve
+from alpacache.training.optimizers import StepOptimizer, make_optimizer, resolve
 from alpacache.training.step import TrainStep
+from alpacache.training.streamed_optimizer import StreamedOptimizer, spread
 from alpacache.training.trainable import choose_trainable, enable_checkpointing
 from cache_store import CODECS
 
@@ -60,6 +68,9 @@ class Case:
     decode_twice: bool = False
     """Even where the memory has room for decoded layers."""
     stock: bool = False
+    budget: str = BUDGET
+    settled: bool = False
+    """Micro-batch, checkpointing, capture and home of the optimizer's state are what `fastest_plan` chooses."""
 
 
 CASES = [
@@ -78,11 +89,19 @@ CASES = [
     Case(name="c1", cameras=1, batch=16),
     Case(name="c1-decode-twice", cameras=1, batch=16, decode_twice=True),
     Case(name="c1-one", cameras=1, batch=1),
+    Case(name="c1-8", cameras=1, batch=8),
+    Case(name="c1-8-11.5", cameras=1, batch=8, budget="12GB", settled=True),
+    Case(name="c1-8-15.5", cameras=1, batch=8, budget="16GB", settled=True),
+    Case(name="c1-16-11.5", cameras=1, batch=16, budget="12GB", settled=True),
+    Case(name="c1-16-15.5", cameras=1, batch=16, budget="16GB", settled=True),
+    Case(name="c4-4", cameras=4, batch=4),
+    Case(name="c4-4-15.5", cameras=4, batch=4, budget="16GB", settled=True),
 ]
 QUICK = [
     Case(name="stock", cameras=1, batch=4, codec="bf16", stock=True, capture=False, compile=False),
     Case(name="c1", cameras=1, batch=4),
     Case(name="c1-two-micro", cameras=1, batch=4, micro_batch=2, draws=2),
+    Case(name="c1-streamed", cameras=1, batch=4, settled=True),
 ]
 
 
@@ -121,13 +140,10 @@ def _setting(case: Case, small: bool) -> tuple[ActionExpert, PrefixLayout, list[
 
 def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
-    cap = cap_memory(budget_bytes(BUDGET), torch.device("cuda")) if cuda else None
+    cap = cap_memory(budget_bytes(case.budget), torch.device("cuda")) if cuda else None
     expert, layout, lengths, device = _setting(case, small)
     parameters = choose_trainable(expert, case.trainable, seed=0)
-    if case.checkpointing:
-        enable_checkpointing(expert)
     name = resolve(case.optimizer, device)
-    optimizer = make_optimizer(name, parameters, betas=(0.9, 0.999), weight_decay=0.0)
     work = Workload(
         parameters=sum(p.numel() for n, p in expert.named_parameters() if "lora" not in n),
         trained=sum(parameter.numel() for parameter in parameters.values()),
@@ -140,25 +156,37 @@ def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
         trainable=case.trainable,
         optimizer=name,
         compiled=case.compile,
-        validates=False,
+        captured=case.capture,
+        validates=case.settled,
     )
-    micro_batch = case.micro_batch or case.batch
-    plan = memory_plan(work, draws=case.draws, micro_batch=micro_batch, checkpointing=case.checkpointing)
-    if cap is not None and not case.decode_twice:
-        plan = with_room_used(work, plan, cap_bytes=cap)
+    bus_bytes_s = bus_speed() if cuda and case.settled else None
+    plan = _plan(case, work, cap, bus_bytes_s)
+    case = replace(case, micro_batch=plan.micro_batch, checkpointing=plan.checkpointing, capture=plan.captured)
+    if plan.checkpointing:
+        enable_checkpointing(expert)
+
+    def optimizer(shards: Mapping[str, slice]) -> StepOptimizer:
+        make = partial(make_optimizer, name, betas=(0.9, 0.999), weight_decay=0.0)
+        if not plan.streamed_layers:
+            return make(parameters)
+        layers = spread(layout.layers, plan.streamed_layers)
+        return StreamedOptimizer(make, parameters, layers, keep_gradients=plan.captured)
+
+    learner = Learner(expert, parameters, World(rank=0, size=1, device=device), optimizer, budget_bytes=None)
+    for_validation = torch.empty(plan.validation, dtype=torch.uint8, device=device)
     rows = random_rows(case, layout, lengths, device)
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    staged = StagedBatch(rows, expert, draws=case.draws, at_once=micro_batch, decoded_layers=plan.decoded_layers)
+    staged = StagedBatch(rows, expert, draws=case.draws, at_once=plan.micro_batch, decoded_layers=plan.decoded_layers)
     step = TrainStep(
-        Learner(expert, parameters, World(rank=0, size=1, device=device), lambda shards: optimizer, budget_bytes=None),
+        learner,
         staged,
-        micro_batch=micro_batch,
+        micro_batch=plan.micro_batch,
         clip=1.0,
         causal=False,
-        capture=case.capture,
+        capture=plan.captured,
         compile_layers=case.compile,
     )
     batch = Batch(
@@ -180,8 +208,31 @@ def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
         result = step.run(batch, noise, t, 1e-4)
         values = result.values()
         times.append(time.perf_counter() - started)
+    learner.settle()
+    del for_validation
     planned = plan.device_bytes / 2**30 if cuda else None
-    return _row(case, times, values.loss) | {"decoded_layers": plan.decoded_layers, "planned_gib": planned}
+    numbers = {"decoded_layers": plan.decoded_layers, "planned_gib": planned, "streamed_layers": plan.streamed_layers}
+    if plan.streamed_layers and bus_bytes_s is not None:
+        numbers |= {"bus_gb_s": bus_bytes_s / 1e9, "bus_ms": plan.streamed / bus_bytes_s * 1e3}
+    chosen = {name: getattr(case, name) for name in ("micro_batch", "checkpointing", "capture")}
+    return _row(case, times, values.loss) | chosen | numbers
+
+
+def _plan(case: Case, work: Workload, cap: int | None, bus_bytes_s: float | None) -> MemoryPlan:
+    """What is asked for, or chosen as `train` chooses it; without a GPU half of the layers are streamed then."""
+    if case.settled and cap is not None:
+        gpu = gpu_speed()
+        torch.cuda.empty_cache()
+        settings = {"draws": case.draws, "micro_batch": None, "checkpointing": None, "cap_bytes": cap}
+        return fastest_plan(work, **settings, gpu=gpu, bus_bytes_s=bus_bytes_s)
+    plan = memory_plan(
+        work,
+        draws=case.draws,
+        micro_batch=case.micro_batch or case.batch,
+        checkpointing=case.checkpointing,
+        streamed_layers=work.layers // 2 if case.settled else 0,
+    )
+    return plan if cap is None or case.decode_twice else with_room_used(work, plan, cap_bytes=cap)
 
 
 def _stock(case: Case, small: bool, steps: int) -> dict[str, Any]:
@@ -211,6 +262,13 @@ def _stock(case: Case, small: bool, steps: int) -> dict[str, Any]:
         loss = float(error.detach())  # waits for the device
         times.append(time.perf_counter() - started)
     return _row(case, times, loss)
+
+
+def _is_resident(case: Case, row: Mapping[str, Any]) -> bool:
+    """Tell whether a row is of the same work with nothing in the way."""
+    plain = asdict(replace(case, settled=False, budget=BUDGET, micro_batch=row["micro_batch"]))
+    alike = all(row[name] == value for name, value in plain.items() if name not in ("name", "micro_batch"))
+    return alike and "step_ms" in row
 
 
 def _row(case: Case, times: list[float], loss: float) -> dict[str, Any]:
@@ -246,6 +304,10 @@ def main() -> None:
                 row = pool.submit(run_case, case, False, steps).result()
         base = next((other["samples_s"] for other in rows if other["stock"] and "samples_s" in other), None)
         row["over_stock"] = row["samples_s"] / base if base and case.cameras == 4 and "samples_s" in row else None
+        if case.settled and "step_ms" in row:
+            resident = [other["step_ms"] for other in rows if _is_resident(case, other)]
+            if resident and row.get("bus_ms"):
+                row |= {"resident_ms": resident[0], "of_slower": max(resident[0], row["bus_ms"]) / row["step_ms"]}
         rows.append(row)
         print(json.dumps(row), flush=True)
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else hardware_name()

@@ -41,9 +41,8 @@ def plan(config: PlanConfig, json: bool) -> None:
     output.print_table("codecs", codecs, heads=["codec", "KV MB", "sample MB", "store GB"])
     output.print_lines(f"time on {plan.machine.gpu.name} ({plan.machine.gpu_is})", _time_lines(plan))
     memory = plan.memory
-    how = f"micro-batches of {memory.micro_batch}, {'with' if memory.checkpointing else 'no'} checkpointing"
     sizes = [[name, f"{size / 2**30:.2f}"] for name, size in (*memory.table(), ("allowed", plan.cap_bytes))]
-    output.print_table("GPU memory of train", sizes, heads=[f"{how}, draws {memory.draws}", "GiB"])
+    output.print_table("GPU memory of train", sizes, heads=[f"{memory.settings}, draws {memory.draws}", "GiB"])
     output.print_table("what the numbers rest on", [["-", text] for text in plan.notes])
 
 
@@ -66,7 +65,7 @@ def _sample_lines(plan: "Plan") -> output.Lines:
 
 def _time_lines(plan: "Plan") -> output.Lines:
     one, two, machine = plan.extract, plan.train, plan.machine
-    bound = "the GPU decides" if two.compute_s + two.optimizer_s >= two.read_s else "the disk decides"
+    bound = "the GPU decides" if two.step_s >= two.read_s else "the disk decides"
     rates = (machine.write_bytes_s, machine.read_bytes_s)
     writes, reads = (f"{machine.disk_is} {rate / 1e9:.2f} GB/s" for rate in rates)
     return {
@@ -80,8 +79,18 @@ def _time_lines(plan: "Plan") -> output.Lines:
         "train": f"{_duration(two.hours)} for {two.steps} steps, {bound}",
         "  in RAM": f"{_duration(two.hours_in_memory)} if samples stay in RAM after the first epoch (--in-memory)",
         "  a step": f"{two.compute_s * 1e3:.0f} ms forward and backward, {two.optimizer_s * 1e3:.0f} ms optimizer",
+        "  moments": _bus_line(plan) if two.bus_s else None,
         "  a batch": f"{two.read_s * 1e3:.0f} ms from disk ({reads})",
     }
+
+
+def _bus_line(plan: "Plan") -> str:
+    """How long the optimizer's state that lies in RAM is on its way."""
+    two, rate = plan.train, f"{plan.machine.bus_bytes_s / 1e9:.0f} GB/s each way"
+    how = "probed" if plan.machine.gpu_is == "probed" else "assumed"
+    return (
+        f"{two.bus_s * 1e3:.0f} ms in and out ({how} {rate}) beside other work, {two.step_s * 1e3:.0f} ms a step in all"
+    )
 
 
 def _duration(hours: float) -> str:

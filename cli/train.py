@@ -81,7 +81,6 @@ def train(config: TrainConfig, json: bool) -> None:
 
 def _show_plan(plan: "MemoryPlan") -> None:
     """Print the memory plan on stderr."""
-    how = f"micro-batches of {plan.micro_batch}, {'' if plan.checkpointing else 'no '}checkpointing, {plan.draws} draws"
-    output.note(f"GPU memory, planned for {how}:")
+    output.note(f"GPU memory, planned for {plan.settings}, {plan.draws} draws:")
     for name, size in plan.table():
         output.note(f"{size / 2**30:8.2f} GiB  {name}")

@@ -137,7 +137,8 @@ def check_gpu_memory() -> Check:
         remedy = f"Training takes {adapters / 2**30:.1f} GiB at the least (--trainable lora); {remedy}"
         return verdict("gpu memory", finding, fail=remedy)
     remedy = (
-        f"Training all parameters takes {everything / 2**30:.1f} GiB at the least; use --trainable lora, or {remedy}"
+        f"Training all parameters takes {everything / 2**30:.1f} GiB at the least, with the optimizer's state in RAM; "
+        f"use --trainable lora, or {remedy}"
     )
     return verdict("gpu memory", finding, warn=remedy if free < everything else "")
 

@@ -44,7 +44,8 @@ def page_lock(memory: Bytes) -> None:
     if code:
         raise UsageError(
             f"{memory.size:,} bytes of RAM could not be page-locked (CUDA error {code}); {available_bytes():,} are "
-            "available. Lower --batch-size or --writers, leave --in-memory out, or give the container more memory."
+            "available. Lower --batch-size or --writers, leave --in-memory out, raise --memory-budget (moments that do "
+            "not fit the GPU are kept in RAM), or give the container more memory."
         )
 
 

@@ -24,6 +24,7 @@ _READERS = 8
 _LIMIT_S = 8.0
 """Longest time spent writing, and again reading: a slow medium is measured with fewer files."""
 _MATRIX = 8192
+_BUS_BYTES = 2**28
 _MATMUL_SHARE = 0.8
 _COPY_SHARE = 0.9
 """Parts of a data sheet's rates that a large product and a large copy are assumed to reach. Measured rates are divided
@@ -115,3 +116,24 @@ def gpu_speed(number: int = 0) -> Gpu:
         memory_gb_s=2 * left.nbytes / best_seconds("copy") / 1e9 / _COPY_SHARE,
         memory_gb=properties.total_memory / 2**30,
     )
+
+
+def bus_speed(number: int = 0) -> float:
+    """Bytes a second between page-locked RAM and a GPU, each way while as much goes the other way."""
+    import torch
+
+    device = torch.device("cuda", number)
+    host = [torch.empty(_BUS_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    there = [torch.empty(_BUS_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
+    into, out = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+    times: list[float] = []
+    for _ in range(5):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        with torch.cuda.stream(into):
+            there[0].copy_(host[0], non_blocking=True)
+        with torch.cuda.stream(out):
+            host[1].copy_(there[1], non_blocking=True)
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return _BUS_BYTES / min(times)

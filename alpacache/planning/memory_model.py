@@ -1,8 +1,8 @@
 """GPU memory that a training run takes, worked out before its first step, and the settings that make it fit.
 
 The peak is at the end of the backward or of the last forward. Gradients appear as activations go, so the two share
-memory, unless an earlier micro-batch has left gradients already. The size of activations was measured on an H100
-(`benchmarks/results/`); everything else is counted.
+memory, unless an earlier micro-batch has left gradients already, or a captured step keeps them until the next one.
+The size of activations was measured on an H100 (`benchmarks/results/`); everything else is counted.
 """
 
 from dataclasses import replace
@@ -10,9 +10,9 @@ from dataclasses import replace
 from alpacache.cached_samples.ring import samples_ahead
 from alpacache.driving.sample import FUTURE_STEPS
 from alpacache.errors import UsageError
-from alpacache.planning.gpus import GPUS, MEASURED
-from alpacache.planning.time_model import compute_seconds
-from alpacache.planning.workload import BF16_BYTES, VAL_BATCH, MemoryPlan, Workload, state_bytes
+from alpacache.planning.gpus import GPUS, MEASURED, Gpu
+from alpacache.planning.time_model import step_seconds
+from alpacache.planning.workload import BF16_BYTES, STATE_PLACES, VAL_BATCH, MemoryPlan, Workload, state_bytes
 from alpacache.prefix.layout import LEAST_DECODED
 
 _SAVED = {("all", False): (44, 8), ("all", True): (21, 6), ("lora", False): (30, 8), ("lora", True): (19, 6)}
@@ -26,67 +26,118 @@ _HOLES = 0.25
 """Share of the activations that lies too scattered for gradients to reuse (measured: a tenth to a half)."""
 _MARGIN = 0.03
 """Share of the cap that is left free where a slower choice does not need it: the plan is no more accurate than this."""
+_TIGHT_MARGIN, _WORTH = 0.01, 0.9
+"""Share that is left free where state is streamed, so that nearly all memory is counted, if a step then takes at most
+`_WORTH` of the time."""
 _ROOM, _MOST_MORE = 0.06, 1 / 7
 """Layers kept decoded beyond the least leave `_ROOM` of the cap free and take at most `_MOST_MORE` of everything else.
 They make a step some 3 % shorter, and a run that needs little of a card should stay so."""
 
 
-def memory_plan(work: Workload, *, draws: int, micro_batch: int, checkpointing: bool) -> MemoryPlan:
-    """Compute the memory these settings need."""
+def memory_plan(
+    work: Workload,
+    *,
+    draws: int,
+    micro_batch: int,
+    checkpointing: bool,
+    streamed_layers: int = 0,
+    captured: bool | None = None,
+) -> MemoryPlan:
+    """Compute the memory these settings need; `captured` None: as the workload allows."""
+    captured = work.captured if captured is None else captured
     row, tokens = _row_bytes(work), micro_batch * draws * FUTURE_STEPS
     wide, inner = _SAVED["lora" if work.trainable == "lora" else "all", work.compiled]
     layer = tokens * (wide * work.hidden + inner * work.intermediate)
     # With checkpointing every layer's input in float32, and one layer in full.
     activations = 4 * tokens * work.hidden * work.layers + layer if checkpointing else layer * work.layers
-    gradients = work.trained * BF16_BYTES
-    both = gradients + activations
-    peak = max(activations, gradients + round(_HOLES * activations)) if micro_batch >= work.batch_size else both
+    gradients, moments = work.trained * BF16_BYTES, state_bytes(work.optimizer, work.trained)
+    share, largest = streamed_layers / work.layers, min(work.trained // work.layers, work.hidden * work.intermediate)
+    kept = round(gradients * share) if captured else 0
+    both = gradients - kept + activations
+    peak = both if micro_batch < work.batch_size else max(activations, gradients - kept + round(_HOLES * activations))
     peak = min(peak, both)
     # The widest moment of a layer's backward: gradients of gate, up and their product, and of the residual stream.
     widest = tokens * (3 * BF16_BYTES * work.intermediate + 8 * work.hidden)
     adapters = work.trained if work.trainable == "lora" else 0
+    streamed = round(moments * share)
     return MemoryPlan(
         micro_batch=micro_batch,
         checkpointing=checkpointing,
         draws=draws,
         decoded_layers=LEAST_DECODED,
+        streamed_layers=streamed_layers,
+        captured=captured,
         weights=(work.parameters + adapters) * BF16_BYTES,
         gradients=gradients,
-        moments=state_bytes(work.optimizer, work.trained),
+        moments=moments - streamed,
+        arriving=min(streamed, STATE_PLACES * state_bytes(work.optimizer, largest)),
+        streamed=streamed,
         prefixes=2 * work.batch_size * row + _arriving_bytes(work),
         decoding=LEAST_DECODED * _decoded_bytes(work, micro_batch) + _decoded_tail_bytes(work, micro_batch),
         activations=activations,
         shared=both - peak,
         validation=_validation_bytes(work, row) if work.validates else 0,
-        workspace=_WORKSPACE_BYTES + widest + round(_GAPS * peak),
-        pinned=_pinned_bytes(work),
+        # A gradient that is kept lies twice while it is moved.
+        workspace=_WORKSPACE_BYTES + widest + round(_GAPS * peak) + (largest * BF16_BYTES if kept else 0),
+        pinned=_pinned_bytes(work) + streamed,
     )
 
 
 def fastest_plan(
-    work: Workload, *, draws: int, micro_batch: int | None, checkpointing: bool | None, cap_bytes: int
+    work: Workload,
+    *,
+    draws: int,
+    micro_batch: int | None,
+    checkpointing: bool | None,
+    cap_bytes: int,
+    gpu: Gpu = GPUS[MEASURED],
+    bus_bytes_s: float | None = None,
 ) -> MemoryPlan:
     """Choose the fastest of the settings that fit; what is not None stays.
 
-    Raises `UsageError` where nothing fits, with what the smallest settings take and what to change.
+    `bus_bytes_s`: rate each way between RAM and the GPU, over which the optimizer's state of as many layers comes and
+    goes as there is no room for; None: all of it stays on the GPU. Raises `UsageError` where nothing fits, with what
+    the smallest settings take and what to change.
     """
     sizes = [work.batch_size if micro_batch is None else min(micro_batch, work.batch_size)]
     while micro_batch is None and sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
-    choices = [False, True] if checkpointing is None else [checkpointing]
-    plans = [
-        memory_plan(work, draws=draws, micro_batch=size, checkpointing=choice) for size in sizes for choice in choices
+    streams = bus_bytes_s is not None and work.trainable != "head"  # the head is in no layer
+    counts = range(work.layers + 1 if streams else 1)
+    # With all state on the GPU a captured step is always the faster one.
+    ways = [(counts, work.captured)]
+    if streams and work.captured:
+        ways.append((counts[1:], False))
+    choices = [
+        [
+            memory_plan(
+                work, draws=draws, micro_batch=size, checkpointing=choice, streamed_layers=count, captured=captured
+            )
+            for count in some
+        ]
+        for size in sizes
+        for choice in ([False, True] if checkpointing is None else [checkpointing])
+        for some, captured in ways
     ]
-    for share in (1 - _MARGIN, 1.0):
-        if fitting := [plan for plan in plans if plan.device_bytes <= share * cap_bytes]:
-            fastest = min(fitting, key=lambda plan: compute_seconds(work, plan, GPUS[MEASURED]))
-            return with_room_used(work, fastest, cap_bytes=cap_bytes)
-    least = min(plans, key=lambda plan: plan.device_bytes)
+
+    def seconds(plan: MemoryPlan) -> float:
+        return step_seconds(work, plan, gpu, bus_bytes_s or 0.0)
+
+    def fastest(share: float) -> MemoryPlan | None:
+        # Of one choice the plan that streams least.
+        plans = (next((plan for plan in some if plan.device_bytes <= share * cap_bytes), None) for some in choices)
+        return min((plan for plan in plans if plan is not None), key=seconds, default=None)
+
+    plan, tight = fastest(1 - _MARGIN), fastest(1 - _TIGHT_MARGIN)
+    if tight is not None and tight.streamed_layers and (plan is None or seconds(tight) < _WORTH * seconds(plan)):
+        plan = tight
+    if plan := plan or fastest(1.0):
+        return with_room_used(work, plan, cap_bytes=cap_bytes)
+    least = min((plan for some in choices for plan in some), key=lambda plan: plan.device_bytes)
     lines = "\n  ".join(f"{size / 2**30:7.2f} GiB  {name}" for name, size in least.device_table())
     raise UsageError(
-        f"training would take {least.device_bytes / 2**30:.2f} GiB of GPU memory at the least (micro_batch "
-        f"{least.micro_batch}, {'with' if least.checkpointing else 'without'} checkpointing, {draws} draws); "
-        f"{cap_bytes / 2**30:.2f} GiB are allowed:\n  {lines}\n{_remedy(work, least, cap_bytes)}"
+        f"training would take {least.device_bytes / 2**30:.2f} GiB of GPU memory at the least ({least.settings}, "
+        f"{draws} draws); {cap_bytes / 2**30:.2f} GiB are allowed:\n  {lines}\n{_remedy(work, least, cap_bytes)}"
     )
 
 

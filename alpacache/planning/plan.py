@@ -25,9 +25,10 @@ from alpacache.errors import UsageError
 from alpacache.planning import time_model
 from alpacache.planning.config import PlanConfig, Trainable, allowed_bytes, budget_bytes, codec_names
 from alpacache.planning.gpus import GPUS, MEASURED, Gpu, gpu_named
-from alpacache.planning.machine import disk_speed, existing_folder, gpu_speed
+from alpacache.planning.machine import bus_speed, disk_speed, existing_folder, gpu_speed
 from alpacache.planning.memory_model import fastest_plan, memory_plan
 from alpacache.planning.sample_size import longest_tail, planned_prompt, sample_bytes
+from alpacache.planning.time_model import BUS_BYTES_S
 from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload, expert_sizes
 from alpacache.prefix.layout import TailRoom
 from cache_store import CODECS
@@ -60,6 +61,8 @@ class Machine:
     cores: int
     disk_is: Literal["assumed", "probed"]
     """Source of the disk's speed and the number of cores."""
+    bus_bytes_s: float
+    """Between RAM and the GPU, each way, both at once; assumed unless the GPU is probed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,10 @@ class TrainPlan:
     compute_s: float
     """Forward and backward of a step."""
     optimizer_s: float
+    bus_s: float
+    """Seconds in which optimizer state from RAM comes and goes, mostly beside the forward; 0 where all of it stays."""
+    step_s: float
+    """Seconds of a step on the GPU."""
     read_s: float
     """Seconds in which the disk delivers a batch. A step takes that or the GPU's time, whichever is longer."""
     hours: float
@@ -157,7 +164,15 @@ def plan(config: PlanConfig) -> Plan:
         room = TailRoom(stored=prompt.tokens, tail=longest_tail(prompt))
     work = _workload(geometry, prompt.tokens, config.trainable, config.lora_rank, config.codec, config.batch_size, room)
     kv_bytes = chosen["kv"] + _TAIL_SHARE[config.prefix] * chosen.get(f"{tail_name(0)}kv", 0)
-    memory = fastest_plan(work, draws=config.draws, micro_batch=None, checkpointing=None, cap_bytes=cap)
+    memory = fastest_plan(
+        work,
+        draws=config.draws,
+        micro_batch=None,
+        checkpointing=None,
+        cap_bytes=cap,
+        gpu=machine.gpu,
+        bus_bytes_s=machine.bus_bytes_s,
+    )
     at_once = time_model.prefill_batch(cameras=len(cameras), frames=config.frames)
     prefill_s = time_model.prefill_seconds(geometry.vlm_parameters, at_once * prompt.tokens, machine.gpu) / at_once
     reading_s = time_model.reading_seconds(len(cameras), config.picture, machine.cores)
@@ -200,7 +215,8 @@ def least_training_bytes(trainable: Trainable) -> int:
     ask = PlanConfig(samples=1)
     prompt = planned_prompt(None, ask.cameras, frames=ask.frames, picture=ask.picture)
     work = _workload(RELEASED.geometry, prompt.tokens, trainable, ask.lora_rank, "int8", batch_size=1)
-    return memory_plan(work, draws=1, micro_batch=1, checkpointing=True).device_bytes
+    layers = work.layers if trainable == "all" else 0
+    return memory_plan(work, draws=1, micro_batch=1, checkpointing=True, streamed_layers=layers).device_bytes
 
 
 def _workload(
@@ -223,6 +239,7 @@ def _workload(
         trainable=trainable,
         optimizer="adamw8",
         compiled=True,
+        captured=True,
         validates=True,
     )
 
@@ -233,15 +250,17 @@ def _machine(gpu_name: str, *, probed_folder: str | None) -> Machine:
     gpu_is: Literal["measured", "scaled", "probed"] = "measured" if gpu is GPUS[MEASURED] else "scaled"
     if probed_folder is None:
         speeds = {"read_bytes_s": READ_BYTES_S, "write_bytes_s": WRITE_BYTES_S}
-        return Machine(gpu=gpu, gpu_is=gpu_is, **speeds, cores=CORES, disk_is="assumed")
+        return Machine(gpu=gpu, gpu_is=gpu_is, **speeds, cores=CORES, disk_is="assumed", bus_bytes_s=BUS_BYTES_S)
     try:
         disk = disk_speed(probed_folder)
     except OSError as error:
         raise UsageError(f"cannot write at {probed_folder} ({error}); give --store a place for it.") from error
+    bus_bytes_s = BUS_BYTES_S
     if torch.cuda.is_available():
-        gpu, gpu_is = gpu_speed(), "probed"
+        gpu, gpu_is, bus_bytes_s = gpu_speed(), "probed", bus_speed()
     speeds = {"read_bytes_s": disk.read_bytes_s, "write_bytes_s": disk.write_bytes_s}
-    return Machine(gpu=gpu, gpu_is=gpu_is, **speeds, cores=len(os.sched_getaffinity(0)), disk_is="probed")
+    cores = len(os.sched_getaffinity(0))
+    return Machine(gpu=gpu, gpu_is=gpu_is, **speeds, cores=cores, disk_is="probed", bus_bytes_s=bus_bytes_s)
 
 
 def _train_plan(
@@ -251,10 +270,14 @@ def _train_plan(
     first_epoch = min(steps, samples / work.batch_size)
     compute_s = time_model.compute_seconds(work, memory, machine.gpu)
     optimizer_s = time_model.optimizer_seconds(work, machine.gpu)
-    busy_s, read_s = compute_s + optimizer_s, work.batch_size * kv_bytes / machine.read_bytes_s
+    busy_s = time_model.step_seconds(work, memory, machine.gpu, machine.bus_bytes_s)
+    bus_s, read_s = (
+        time_model.bus_seconds(memory, machine.bus_bytes_s),
+        work.batch_size * kv_bytes / machine.read_bytes_s,
+    )
     step_s = max(busy_s, read_s)
     hours, later_s = steps * step_s / 3600, (steps - first_epoch) * busy_s
-    seconds = {"compute_s": compute_s, "optimizer_s": optimizer_s, "read_s": read_s}
+    seconds = {"compute_s": compute_s, "optimizer_s": optimizer_s, "bus_s": bus_s, "step_s": busy_s, "read_s": read_s}
     return TrainPlan(steps=steps, **seconds, hours=hours, hours_in_memory=(first_epoch * step_s + later_s) / 3600)
 
 

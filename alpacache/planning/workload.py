@@ -12,6 +12,9 @@ _BYTES = {"adamw": 4.0, "adamw8": 3.0 + 3 * 2 / 128}
 """Optimizer state of a bf16 parameter: two bf16 moments; or a residual, two codes and three scales for each 128."""
 
 
+STATE_PLACES = 4
+"""Places on the GPU for groups of optimizer state that lives in RAM: while one is updated, one leaves and one arrives,
+each of which takes as long."""
 VAL_BATCH = 2
 """Samples of a validation batch: enough to keep a GPU busy, too few to decide on the memory."""
 MAX_DRAWS = 8
@@ -45,6 +48,8 @@ class Workload:
     """Lengths of stored prefixes and of tails, where tails of reasoning rollouts may come."""
     pinned_bytes: int | None = None
     """Size of samples kept in host memory; None: only the ring's."""
+    captured: bool = True
+    """Whether a step may be one CUDA graph."""
 
 
 def expert_sizes(shapes: Mapping[str, tuple[int, ...]], trainable: str, lora_rank: int) -> dict[str, int]:
@@ -81,9 +86,18 @@ class MemoryPlan:
     draws: int
     decoded_layers: int
     """Layers of a micro-batch that stay decoded, so that the backward need not decode them again."""
+    streamed_layers: int = 0
+    """Layers whose optimizer state is in RAM, and on the GPU when they are updated."""
+    captured: bool = True
+    """Whether a step is one CUDA graph; where state is streamed, it then keeps gradients in memory of their own."""
     weights: int
     gradients: int
     moments: int
+    """State of the optimizer that stays on the GPU."""
+    arriving: int = 0
+    """Places for state that comes from RAM."""
+    streamed: int = 0
+    """State of the optimizer in RAM."""
     prefixes: int
     """Two batches of stored samples."""
     decoding: int
@@ -94,7 +108,7 @@ class MemoryPlan:
     validation: int
     workspace: int
     pinned: int
-    """Page-locked host memory."""
+    """Page-locked host memory, with the optimizer's."""
 
     @property
     def device_bytes(self) -> int:
@@ -107,6 +121,7 @@ class MemoryPlan:
             ("weights", self.weights),
             ("gradients", self.gradients),
             ("moments", self.moments),
+            *([("moments on their way from and to RAM", self.arriving)] if self.arriving else []),
             ("prefix buffers", self.prefixes),
             ("decoded layers", self.decoding),
             ("activations", self.activations),
@@ -119,7 +134,15 @@ class MemoryPlan:
     def table(self) -> list[tuple[str, int]]:
         """Lines of the table with what lies beside the allocator: (what, bytes)."""
         beside = [("CUDA context, beside it", CONTEXT_BYTES), ("pinned host memory", self.pinned)]
+        if self.streamed:
+            beside.append((f"of that, moments of {self.streamed_layers} layers", self.streamed))
         return [*self.device_table(), *beside]
+
+    @property
+    def settings(self) -> str:
+        """What was chosen, for people."""
+        how = f"micro-batches of {self.micro_batch}, {'' if self.checkpointing else 'no '}checkpointing"
+        return how + (f", moments of {self.streamed_layers} layers in RAM" if self.streamed_layers else "")
 
 
 def state_bytes(name: str, parameter_count: int) -> int:

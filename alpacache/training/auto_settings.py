@@ -1,4 +1,5 @@
-"""Settles, before a run's first step, what the config left open: draws, micro-batch, checkpointing.
+"""Settles, before a run's first step, what the config left open: draws, micro-batch, checkpointing, and how many
+layers' optimizer state stays on the GPU.
 
 They decide how much memory a step takes and how fast it is, so they follow from the GPU's room and the stores' speed.
 All processes of a run get the same.
@@ -19,10 +20,11 @@ from alpacache.cached_samples.ring import BatchRing, PrefixRows
 from alpacache.distributed.world import World
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.errors import DeviceMemoryError, UsageError
+from alpacache.gpu.host_memory import available_bytes
 from alpacache.planning.gpus import Gpu
-from alpacache.planning.machine import gpu_speed
+from alpacache.planning.machine import bus_speed, gpu_speed
 from alpacache.planning.memory_model import fastest_plan, memory_plan
-from alpacache.planning.time_model import compute_seconds, optimizer_seconds
+from alpacache.planning.time_model import BUS_BYTES_S, step_seconds
 from alpacache.planning.workload import MAX_DRAWS, MemoryPlan, Workload
 from alpacache.training.data_order import DamagedSamples, batches_of
 from alpacache.training.run_directory import RunDirectory
@@ -47,9 +49,12 @@ def settle(
     """Settle draws, micro-batch and checkpointing: as asked, else as a resumed run began, else as fits the least room.
 
     Open are draws `auto`, a `micro_batch` of None (as many samples as fit) and `checkpointing` of None (where only that
-    fits). Draws and micro-batch change the result, so they are as the run in `directory` was begun with them; the
-    micro-batch only on as many processes as it was planned for. A CPU's memory is not planned: one draw, whole batches,
-    no checkpointing. Of draws `auto`, `batch_seconds` measures the seconds in which the stores deliver a batch.
+    fits). Where not everything fits as it is fastest, optimizer state of some layers is kept in RAM, if that is faster
+    than the other ways to make it fit; the GPU and its bus are measured then. With several processes, each of which has
+    a shard of it, it stays on the GPU. Draws and micro-batch change the result, so they are as the run in `directory`
+    was begun with them; the micro-batch only on as many processes as it was planned for. A CPU's memory is not planned:
+    one draw, whole batches, no checkpointing. Of draws `auto`, `batch_seconds` measures the seconds in which the stores
+    deliver a batch.
 
     Raises `UsageError` where nothing fits.
     """
@@ -63,12 +68,23 @@ def settle(
         draws = 1 if draws == "auto" else draws
         return memory_plan(work, draws=draws, micro_batch=size, checkpointing=bool(checkpointing))
     plan_for = partial(fastest_plan, work, cap_bytes=cap_memory(budget_bytes, world.device))
+    number = world.device.index or 0
+    bus_bytes_s = BUS_BYTES_S
+    if world.size == 1 and not _fits_whole(work, partial(plan_for, draws=1 if draws == "auto" else draws)):
+        bus_bytes_s = bus_speed(number)
+        plan_for = partial(plan_for, gpu=gpu_speed(number), bus_bytes_s=bus_bytes_s)
+        torch.cuda.empty_cache()
     plan_asked = partial(plan_for, micro_batch=micro_batch, checkpointing=checkpointing)
     if draws == "auto":
         draws = plan_asked(draws=1).draws  # raises where nothing fits
         if world.is_first:
-            gpu = gpu_speed(world.device.index or 0)
-            draws = choose_draws(lambda draws: plan_asked(draws=draws), work, batch_s=batch_seconds(), gpu=gpu)
+            draws = choose_draws(
+                lambda draws: plan_asked(draws=draws),
+                work,
+                batch_s=batch_seconds(),
+                gpu=gpu_speed(number),
+                bus_bytes_s=bus_bytes_s,
+            )
         draws = int(world.all_gather(draws)[0])
     try:
         plan = plan_asked(draws=draws)
@@ -79,7 +95,22 @@ def settle(
     sizes, recomputing = zip(*world.all_gather((plan.micro_batch, plan.checkpointing)), strict=True)
     if len(set(sizes)) > 1 or len(set(recomputing)) > 1:  # GPUs have different room
         plan = plan_for(draws=draws, micro_batch=min(sizes), checkpointing=any(recomputing))
+    if plan.streamed > (available := available_bytes()):
+        raise UsageError(
+            f"{plan.streamed / 2**30:.2f} GiB of optimizer state would be page-locked in RAM, because the GPU has no "
+            f"room for it, but {available / 2**30:.2f} GiB are available. Free RAM, raise --memory-budget, or use "
+            "--trainable lora."
+        )
     return plan
+
+
+def _fits_whole(work: Workload, plan_for: Callable[..., MemoryPlan]) -> bool:
+    """Tell whether whole batches fit without checkpointing and with all optimizer state on the GPU."""
+    try:
+        plan_for(micro_batch=work.batch_size, checkpointing=False)
+    except UsageError:
+        return False
+    return True
 
 
 def _no_longer_fits(run: Path, error: UsageError, plan_for: Callable[..., MemoryPlan]) -> UsageError:
@@ -108,7 +139,9 @@ def out_of_memory(
     )
 
 
-def choose_draws(plan_for: Callable[[int], MemoryPlan], work: Workload, *, batch_s: float, gpu: Gpu) -> int:
+def choose_draws(
+    plan_for: Callable[[int], MemoryPlan], work: Workload, *, batch_s: float, gpu: Gpu, bus_bytes_s: float = BUS_BYTES_S
+) -> int:
     """The least number of draws whose step takes as long as the next batch, `batch_s`, or the most that fit.
 
     `plan_for` makes the plan for a number of draws; one draw fits, and it raises `UsageError` where more do not.
@@ -120,7 +153,7 @@ def choose_draws(plan_for: Callable[[int], MemoryPlan], work: Workload, *, batch
         except UsageError:
             break
         chosen = draws
-        if compute_seconds(work, plan, gpu) + optimizer_seconds(work, gpu) >= batch_s:
+        if step_seconds(work, plan, gpu, bus_bytes_s) >= batch_s:
             break
         draws *= 2
     return chosen

@@ -25,11 +25,15 @@ class WeightAverage:
             name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in parameters.items()
         }
 
+    def is_due(self, step: int) -> bool:
+        """Tell whether the average is updated after this step."""
+        return step % self._every == 0
+
     @torch.no_grad()
     def after(self, step: int) -> None:
         """Count a step, and update when it is time; to be called after every step."""
         self._behind += 1
-        if step % self._every == 0:
+        if self.is_due(step):
             share = 1.0 - self._decay**self._behind
             for name, average in self._average.items():
                 average.lerp_(_on_host(self._parameters[name]), share)

@@ -14,6 +14,7 @@ from alpacache.training.auto_settings import cap_memory
 from alpacache.training.ema import WeightAverage
 from alpacache.training.optimizers import StepOptimizer
 from alpacache.training.run_directory import RunCheckpoint
+from alpacache.training.streamed_optimizer import StreamedOptimizer
 from alpacache.training.trainable import checkpoint_tensors
 
 
@@ -54,6 +55,18 @@ class Learner:
         self.average = WeightAverage(self.parameters, decay=decay, every=every)
         if saved is not None and saved.average:
             self.average.load(saved.average, saved.state["average"]["behind"])
+
+    def count_step(self, step: int) -> None:
+        """Let the average count a step that was enqueued, if one is kept."""
+        if self.average is not None:
+            if self.average.is_due(step):
+                self.settle()
+            self.average.after(step)
+
+    def settle(self) -> None:
+        """Make the updates of the last step that a streamed optimizer has put off; weights and state are then its."""
+        if isinstance(self.optimizer, StreamedOptimizer):
+            self.optimizer.settle()
 
     def checkpoint(self, state: Mapping[str, object]) -> RunCheckpoint:
         """The live tensors, and the state of the run with that of the average."""

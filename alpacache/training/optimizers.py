@@ -150,8 +150,8 @@ class _AdamW:
         if self._fused:
             torch.reciprocal(scale, out=self._divisor)
             self._found_inf.copy_(skip)
-        elif scale != 1:
-            torch._foreach_mul_([own.grad for own in self._own.values() if own.grad is not None], scale)
+        elif scale != 1 and (grads := [own.grad for own in self._own.values() if own.grad is not None]):
+            torch._foreach_mul_(grads, scale)
         self._optimizer.param_groups[0]["lr"] = lr if self._fused else float(lr)
         self._optimizer.step()
         for name in self._own:

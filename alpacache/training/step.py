@@ -4,16 +4,20 @@ Launching the kernels one by one takes longer than running them, so the step is 
 host reads loss and norm of a step when it has already enqueued the next one. So it is the device that skips a step
 whose loss or gradient is not finite, and every step from the first one on whose rows have a wrong checksum.
 
+A `StreamedOptimizer` updates some layers one step late, each just before its forward: the graph then begins with the
+updates of the step before.
+
 What is not skipped cannot make finite weights infinite, so nothing is checked behind the update: the gradient's norm is
 at most `clip` (1e18), AdamW's update lr / eps times that, with lr and weight decay of at most 1 (`TrainConfig`).
 Weights that are not finite all the same, as by a fault of memory, make the next loss not finite and are never saved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, PrefixFeatures
@@ -21,6 +25,7 @@ from alpacache.cached_samples.ring import Batch
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.gpu.capture import captured
 from alpacache.training.learner import Learner
+from alpacache.training.streamed_optimizer import StreamedOptimizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +78,11 @@ class TrainStep:
     ) -> None:
         """`staged`: the batches of this process; `micro_batch` of their samples go through the expert at a time."""
         expert = self._expert = learner.expert
-        self._parameters, self._optimizer = list(learner.parameters.values()), learner.optimizer
+        self._optimizer = learner.optimizer
+        self._streamed = learner.optimizer if isinstance(learner.optimizer, StreamedOptimizer) else None
+        waiting = frozenset() if self._streamed is None else self._streamed.waiting
+        self._parameters = [parameter for name, parameter in learner.parameters.items() if name not in waiting]
+        """Those whose gradients are the optimizer's no more when a step has been enqueued."""
         self._shared, self._staged = learner.update, staged
         self._micro_batch, self._clip, self._causal = micro_batch, clip, causal
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -82,6 +91,8 @@ class TrainStep:
         if compile_layers and self._cuda:
             for layer in expert.expert.layers:
                 layer.compile()
+        if self._streamed is not None:
+            call_before(expert.expert.layers, self._streamed.before_layer)
         self._dry = torch.zeros((), dtype=torch.bool, device=expert.device)
         """Set while the graph warms up: the optimizer then changes nothing."""
         self._numbers = torch.zeros(4 + staged.size, device=expert.device)
@@ -103,6 +114,8 @@ class TrainStep:
             self._graph.replay()
         else:
             self._compute()
+        if self._streamed is not None:
+            self._streamed.stepped()
         numbers = self._numbers.to("cpu", non_blocking=True, copy=True)  # from a GPU to page-locked memory
         return StepResult(batch=batch, numbers=numbers, began=began, ended=self._event())
 
@@ -115,6 +128,8 @@ class TrainStep:
 
     def _compute(self) -> None:
         self._forget_gradients()
+        if self._streamed is not None:
+            self._streamed.begin()
         staged = self._staged
         all_samples = staged.size * self._shared.world.size
         losses = []
@@ -138,10 +153,28 @@ class TrainStep:
         self._optimizer.step(lr=staged.lr, scale=scale, skip=bad | self._dry, updated=self._shared.gather_updated)
         self._shared.finish_update()
         self._numbers.copy_(torch.cat([torch.stack([total, norm, stop, damaged]), each]))
+        if self._streamed is not None:
+            self._streamed.end()
 
     def _forget_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def call_before(layers: nn.ModuleList, work: Callable[[int], None]) -> None:
+    """Have `work` called with a layer's number before its forward, outside of what is compiled or computed again.
+
+    A forward hook would be compiled with the layer.
+    """
+    kind, numbers = type(layers[0]), {layer: number for number, layer in enumerate(layers)}
+
+    def call(self: nn.Module, *args: Any, **options: Any) -> Any:
+        work(numbers[self])
+        return kind.__call__(self, *args, **options)
+
+    announced = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    for layer in layers:
+        layer.__class__ = announced
 
 
 def flow_loss(

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ from alpacache.training.run_log import LossSum, RunLog, TrainReport, added, make
 from alpacache.training.run_names import MEMORY, SAMPLES
 from alpacache.training.schedule import BestValidation, LearningRate, SkippedSteps
 from alpacache.training.step import StepResult, TrainStep
+from alpacache.training.streamed_optimizer import StreamedOptimizer, spread
 from alpacache.training.trainable import choose_trainable, enable_checkpointing
 from alpacache.training.validation import Validation
 from cache_store import SampleReadError, UnreachableStoreError
@@ -115,6 +117,7 @@ def _train(
         validates=config.val is not None,
         tail_room=data.tail_room,
         pinned_bytes=int(data.kv_bytes.sum() + data.tail_bytes.sum()) if config.in_memory else None,
+        captured=config.capture,
     )
     assert config.draws is not None
     plan = auto_settings.settle(
@@ -223,8 +226,11 @@ class _Run:
             enable_checkpointing(expert)
 
         def optimizer(shards: Mapping[str, slice]) -> StepOptimizer:
-            betas, decay = config.betas, config.weight_decay
-            return make_optimizer(config.optimizer, parameters, betas=betas, weight_decay=decay, shards=shards)
+            make = partial(make_optimizer, config.optimizer, betas=config.betas, weight_decay=config.weight_decay)
+            if not self.plan.streamed_layers:
+                return make(parameters, shards=shards)
+            layers = spread(len(expert.expert.layers), self.plan.streamed_layers)
+            return StreamedOptimizer(make, parameters, layers, keep_gradients=self.plan.captured)
 
         return Learner(expert, parameters, world, optimizer, budget_bytes=config.budget_bytes)
 
@@ -316,7 +322,7 @@ class _Run:
             micro_batch=plan.micro_batch,
             clip=config.clip,
             causal=config.causal,
-            capture=config.capture,
+            capture=plan.captured,
             compile_layers=config.compile,
         )
 
@@ -333,8 +339,7 @@ class _Run:
                 if self.damaged.awaits:
                     self.damaged.delivered(self._batch(self.step))
                 self.step += 1
-                if self.learner.average is not None:
-                    self.learner.average.after(self.step)
+                self.learner.count_step(self.step)
                 # Several processes must all learn of a request to stop, by the step.
                 self.stopping |= self.guard.requested and self.world.size == 1
                 validating = self.validation is not None and self._is_due(self.config.val_every)
@@ -397,6 +402,7 @@ class _Run:
         Empty where a request to stop cuts it short: whoever resumes the run makes up for it.
         """
         assert self.validation is not None
+        self.learner.settle()
         try:
             validated = self.validation.run(self.learner.expert, self.world, lambda: self.guard.requested)
         except (SampleReadError, UnreachableStoreError) as error:
@@ -500,6 +506,7 @@ class _Run:
 
         Raises `NonFiniteError` for weights or moments that are not finite, before anything is written.
         """
+        self.learner.settle()
         self.learner.update.complete(self.learner.optimizer.tensors())
         if bad := self.learner.not_finite():
             raise NonFiniteError(

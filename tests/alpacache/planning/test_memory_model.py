@@ -124,6 +124,44 @@ def test_a_card_too_small_for_all_parameters_is_told_of_lora(released):
         choose(released(batch_size=1), 11.5)
 
 
+BUS = 25e9
+
+
+@pytest.mark.parametrize("cap_gib", [11.5, 13.5, 15.5])
+@pytest.mark.parametrize("batch_size", [8, 16])
+def test_a_small_card_trains_all_parameters_with_state_in_ram(cap_gib, batch_size, released):
+    work = released(longest=880, batch_size=batch_size, validates=True)
+    plan = choose(work, cap_gib, bus_bytes_s=BUS)
+    assert 0.94 * cap_gib < plan.device_bytes / GIB <= 0.99 * cap_gib
+    assert 0 < plan.streamed_layers <= 36
+    whole = memory_plan(work, draws=1, micro_batch=batch_size, checkpointing=False)
+    assert plan.moments + plan.streamed == whole.moments
+    assert plan.pinned - plan.streamed == whole.pinned
+    lines = dict(plan.table())
+    assert lines[f"of that, moments of {plan.streamed_layers} layers"] == plan.streamed
+    assert sum(size for _, size in plan.device_table()[:-1]) == plan.device_bytes
+    fewer = dataclasses.asdict(plan) | {"streamed_layers": plan.streamed_layers - 1}
+    settings = {name: fewer[name] for name in ("draws", "micro_batch", "checkpointing", "streamed_layers", "captured")}
+    assert memory_plan(work, **settings).device_bytes > 0.97 * cap_gib * GIB  # as many layers stay as have room
+
+
+def test_nothing_is_streamed_where_everything_fits_or_where_it_does_not_help(released):
+    assert choose(released(), 23.5, bus_bytes_s=BUS) == choose(released(), 23.5)
+    with pytest.raises(UsageError):
+        choose(released(longest=880), 11.5)
+    head = released(trainable="head", trained=1_900_000, batch_size=1)
+    assert choose(head, 7.0, bus_bytes_s=BUS).streamed_layers == 0
+
+
+def test_a_slow_card_launches_kernel_by_kernel_and_computes_nothing_twice(released):
+    """Gradients then take the memory of activations as they go; launching takes no longer than computing."""
+    work, slow = released(longest=880), dataclasses.replace(GPUS["4090"], tflops=58, memory_gb_s=504)
+    fast, patient = (choose(work, 11.5, bus_bytes_s=2 * BUS, gpu=gpu) for gpu in (GPUS["h200"], slow))
+    assert (fast.captured, fast.checkpointing) == (True, True)
+    assert (patient.captured, patient.checkpointing) == (False, False)
+    assert choose(released(longest=880, captured=False), 11.5, bus_bytes_s=BUS).captured is False
+
+
 def test_draws_fill_the_time_that_the_disk_takes(released):
     work = released()
 

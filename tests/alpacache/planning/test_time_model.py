@@ -9,10 +9,12 @@ from alpacache.errors import UsageError
 from alpacache.planning.gpus import GPUS, gpu_named
 from alpacache.planning.memory_model import memory_plan
 from alpacache.planning.time_model import (
+    bus_seconds,
     compute_seconds,
     optimizer_seconds,
     prefill_seconds,
     reading_seconds,
+    step_seconds,
 )
 
 H100 = GPUS["h100"]
@@ -96,6 +98,21 @@ def test_half_the_arithmetic_and_half_the_bandwidth_each_slow_their_part(work):
     assert optimizer_seconds(load, slow) == pytest.approx(13.2e-3, rel=0.001)
     again = memory_plan(load, draws=1, micro_batch=8, checkpointing=True)
     assert compute_seconds(load, again, H100) == pytest.approx(whole * 4 / 3)
+
+
+def test_the_bus_is_hidden_by_the_forward_and_by_places(work):
+    load = work(longest=880)
+    whole = memory_plan(load, draws=1, micro_batch=8, checkpointing=False)
+    some = memory_plan(load, draws=1, micro_batch=8, checkpointing=False, streamed_layers=36)
+    assert bus_seconds(whole, 25e9) == 0
+    assert bus_seconds(some, 25e9) == pytest.approx(0.2778, rel=0.01)  # 6.95 GB
+    resident = step_seconds(load, whole, H100, 25e9)
+    assert resident == compute_seconds(load, whole, H100) + optimizer_seconds(load, H100)
+    free = step_seconds(load, some, H100, 1e15)
+    assert resident < free < 1.1 * resident  # gradients are moved
+    slow = step_seconds(load, some, H100, 25e9)
+    # Two thirds of forward and backward, and the bus, of which four of 144 places' worth beside the backward.
+    assert slow == pytest.approx(0.2778 * (1 - 4 / 144) + compute_seconds(load, whole, H100) * 2 / 3, rel=0.03)
 
 
 def test_gpus_are_found_by_what_people_call_them():

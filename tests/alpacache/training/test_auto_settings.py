@@ -242,6 +242,24 @@ def test_open_settings_get_values_on_a_gpu(work, monkeypatch):
     assert settled(settle(work, {"draws": 2, "micro_batch": 3, "checkpointing": True})) == (2, 3, True)
 
 
+@pytest.fixture(autouse=True)
+def rates(monkeypatch):
+    """A GPU and its bus as if they had been measured."""
+    monkeypatch.setattr(auto_settings, "gpu_speed", lambda number: GPUS["h100"])
+    monkeypatch.setattr(auto_settings, "bus_speed", lambda number: 25e9)
+
+
+def test_state_goes_to_ram_where_there_is_no_room_and_one_process(released, monkeypatch):
+    work = released(longest=880)
+    plan = settle(work, OPEN | {"draws": 1}, cap=int(11.5 * 2**30))
+    assert plan.streamed_layers > 0
+    with pytest.raises(UsageError, match="training would take"):
+        settle(work, OPEN | {"draws": 1}, Beside(rank=0, size=2, device=GPU), cap=int(11.5 * 2**30))
+    monkeypatch.setattr(auto_settings, "available_bytes", lambda: 2**30)
+    with pytest.raises(UsageError, match=r"GiB of optimizer state would be page-locked in RAM.* 1\.00 GiB are"):
+        settle(work, OPEN | {"draws": 1}, cap=int(11.5 * 2**30))
+
+
 def test_a_cpu_has_room_for_everything(work):
     alone = World(rank=0, size=1, device=CPU)
     assert settled(settle(work, OPEN | {"draws": "auto"}, alone, cap=0)) == (1, 8, False)
