@@ -48,6 +48,7 @@ def check(config: CheckConfig, json: bool) -> None:
             source,
             split=config.split,
             split_by=parse_split(config.split_by),
+            clips=config.clips,
             t0=config.t0,
             samples=config.samples,
             cameras=config.cameras,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @from_config(
     PrepareConfig,
     panels={
-        "Samples": "split split_by samples cameras frames t0 route_file seed quota route",
+        "Samples": "split split_by clips samples cameras frames t0 route_file seed quota route",
         "Pictures": "size model",
     },
 )
@@ -42,10 +42,12 @@ def prepare(config: PrepareConfig, json: bool) -> None:
     source = open_source(config.source, cameras=config.cameras)
     chosen = {"split": config.split, "t0": config.t0, "samples": config.samples, "seed": config.seed}
     by = parse_split(config.split_by)
+    further = {"split_by": None if by is None else config.split_by, "clips": list(config.clips)}
     file = open_route_file(config.route_file, source)
     routes = Routes(config.route, source, file=file, t0=config.t0)
     routed_us = None if file is None else file.times_us
-    refs, unusable = select(source, split_by=by, quota=wanted, routed_us=routed_us, **chosen)  # type: ignore[arg-type]
+    narrowed = {"split_by": by, "clips": config.clips, "quota": wanted, "routed_us": routed_us}
+    refs, unusable = select(source, **narrowed, **chosen)  # type: ignore[arg-type]
     with output.show_progress("prepare") as on_progress, InterruptGuard() as guard:
         started, counter = time.monotonic(), itertools.count(1)
 
@@ -64,7 +66,7 @@ def prepare(config: PrepareConfig, json: bool) -> None:
             frames=config.frames,
             fit=fit,
             unusable=unusable,
-            settings={**chosen, "quota": config.quota} | ({} if by is None else {"split_by": config.split_by}),
+            settings={**chosen, "quota": config.quota} | {key: value for key, value in further.items() if value},
             spec=config.source,
             routes=None if config.route == "none" else routes,
             on_sample=on_sample,

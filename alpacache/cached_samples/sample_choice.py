@@ -28,7 +28,8 @@ from alpacache.driving.splits import Side, Split, covered_us, parse_split, side_
 from alpacache.driving.strata import STRATA, TURNS, Strata
 from alpacache.errors import UsageError
 from alpacache.masking import masked_values
-from alpacache.sources.name_lists import is_file, listed, read_names, read_table
+from alpacache.sources.config import is_file
+from alpacache.sources.name_lists import listed, read_names, read_table
 
 _NUMBERS = ("t0", "view", "curvature", "speed")
 _WORDS: Mapping[str, Sequence[str]] = {"clip": (), "stratum": STRATA, "turn": TURNS, "command": COMMANDS}

@@ -133,6 +133,7 @@ def check_source(
     *,
     split: Literal["train", "val", "all"] = "all",
     split_by: Split = None,
+    clips: Sequence[str] = (),
     t0: str = "5.1",
     samples: int | None = None,
     cameras: Sequence[str] = (FRONT_CAMERA,),
@@ -145,20 +146,22 @@ def check_source(
     Raises `UsageError` for arguments that make no sense, `SourceError` for a source that cannot be read.
     """
     started, names = time.monotonic(), sort_cameras(cameras)
-    refs, rejected = select(source, split=split, split_by=split_by, t0=t0, samples=samples, routed_us=routed_us)
-    clips: dict[str, list[SampleRef]] = {}
+    refs, rejected = select(
+        source, split=split, split_by=split_by, clips=clips, t0=t0, samples=samples, routed_us=routed_us
+    )
+    by_clip: dict[str, list[SampleRef]] = {}
     for ref in refs:
-        clips.setdefault(ref.clip_id, []).append(ref)
+        by_clip.setdefault(ref.clip_id, []).append(ref)
     refused: dict[str, list[Refusal]] = defaultdict(list)
     for clip_id, error in rejected:
-        clips[clip_id], refused[clip_id] = [], [Refusal(where=clip_id, kind=error.kind, message=str(error))]
-    survey, read = _Survey(source), _examine(source, clips, refused, cameras=names, frames=frames)
-    with closing(_in_order(read, clips)) as findings:
+        by_clip[clip_id], refused[clip_id] = [], [Refusal(where=clip_id, kind=error.kind, message=str(error))]
+    survey, read = _Survey(source), _examine(source, by_clip, refused, cameras=names, frames=frames)
+    with closing(_in_order(read, by_clip)) as findings:
         for done, clip in enumerate(findings, start=1):
             survey.add(clip)
             if on_progress is not None:
                 rate = done / max(1e-9, time.monotonic() - started)
-                on_progress(Progress(done=done, total=len(clips), unit="clips", rate=rate, notes={}))
+                on_progress(Progress(done=done, total=len(by_clip), unit="clips", rate=rate, notes={}))
     survey.settle()
     survey.compare_clocks()
     speeds = [speed for clip in survey.clips.values() for speed in clip.speeds_mps]

@@ -91,6 +91,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         source,
         split=config.split,
         split_by=parse_split(config.split_by),
+        clips=config.clips,
         t0=config.t0,
         samples=config.samples,
         views=config.views,

@@ -1,34 +1,48 @@
 """Settings of `prepare` and `check`, and the choice of samples that `extract` has too."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import MinLen
 
-from alpacache.config import Config, Count, Name, Place, Seed, Written, number, parts
+from alpacache.config import Config, Count, Name, Place, Seed, Written, expand_home, number, parts
 from alpacache.driving.cameras import FRONT_CAMERA, full_camera_name
 from alpacache.errors import UsageError
 
 _LONGEST_S = 1e6
+_LISTS = (".txt", ".csv", ".parquet")
+
+
+def is_file(entry: str) -> bool:
+    """Tell whether a text names a file of names, by its ending, whether it is there or not; others are names."""
+    return entry.lower().endswith(_LISTS)
 
 
 def t0_us(written: Any) -> int | None:
-    """Microseconds of `5.1` (into the clip) or `every:2.0` (apart); None for `events` and `routes`.
+    """Microseconds of `5.1` (into the clip) or `every:2.0` (apart); None for `events`, `routes`, `sharpest` and files.
 
     Raises `ValueError` with what was expected of anything else.
     """
-    if written in ("events", "routes"):
+    if written in ("events", "routes", "sharpest") or is_file(written):
         return None
     with suppress(ValueError):
         if 1e-3 <= (seconds := number(written.removeprefix("every:"))) <= _LONGEST_S:
             return round(seconds * 1e6)
-    raise ValueError("5.1 (seconds), every:2.0 (seconds apart), events or routes")
+    words = "events, routes, sharpest, or a file of moments (.csv, .parquet, .txt)"
+    raise ValueError(f"5.1 (seconds), every:2.0 (seconds apart), {words}")
 
 
 def _checked_t0(written: Any) -> Any:
     t0_us(written)
-    return written
+    return expand_home(written) if is_file(written) else written
+
+
+def _names(written: Any) -> tuple[str, ...]:
+    names = (written,) if isinstance(written, str) else tuple(written)
+    if not all(name.strip() for name in names):
+        raise ValueError("ids of clips, or a file of them")
+    return tuple(expand_home(name) if is_file(name) else name for name in names)
 
 
 def _checked_split(written: Any) -> Any:
@@ -53,6 +67,11 @@ class SamplesConfig(Config):
     split_by: SplitBy = "clip"
     """`time:BLOCK_S[:GAP_S[:SEED]]` splits within each drive: one block of that many seconds in ten is held out, and
     training keeps GAP_S (8 or more) away from it."""
+    clips: Annotated[tuple[str, ...], Written(metavar="CLIPS", read=_names, repeatable=True)] = field(
+        default_factory=tuple
+    )
+    """Only these clips: ids (with `*` and `?`), or a file of them (`.txt`, or `.csv` and `.parquet` with a column
+    `clip_id`); repeatable. Default: all."""
     samples: Count | None = None
     """At most this many samples; 10 is the pilot run."""
     cameras: Cameras = (FRONT_CAMERA,)
@@ -60,7 +79,8 @@ class SamplesConfig(Config):
     frames: Frames = 4
     """Images per camera, 0.1 s apart, the last at t0."""
     t0: Annotated[str, Written(metavar="TEXT", read=_checked_t0)] = "5.1"
-    """Seconds into the clip, `every:S`, `events`, or `routes`: the moments of `route_file`."""
+    """Seconds into the clip, `every:S`, `events`, `routes` (the moments of `route_file`), `sharpest` (each clip's
+    sharpest curve ahead), or a file of moments: sample ids, or columns `clip_id` and `t0_us`."""
     route_file: Place | None = None
     """JSON of navigation texts by clip and t0, as the public recipe's, in place of the source's own routes."""
 

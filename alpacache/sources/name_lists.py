@@ -13,15 +13,8 @@ from alpacache.errors import BadClipError, UsageError
 from alpacache.regular_file import read_regular
 from alpacache.sources.table import check_table
 
-SUFFIXES = (".txt", ".csv", ".parquet")
-"""Endings of the names of such files; any other text is a name itself."""
 _MOST_BYTES = 256 * 2**20
 _LISTED = 3
-
-
-def is_file(entry: str) -> bool:
-    """Tell whether a text names a file of names, by its ending, whether it is there or not."""
-    return entry.lower().endswith(SUFFIXES)
 
 
 def read_names(file: str, columns: Sequence[str], *, what: str) -> list[str]:

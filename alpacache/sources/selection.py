@@ -12,12 +12,13 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
-from alpacache.driving.poses import history_and_future
+from alpacache.driving.poses import Track, history_and_future
 from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, STEP_US, SampleRef, split_of
 from alpacache.driving.splits import Split, covered_us
 from alpacache.driving.strata import TURNS, Turn, turns_ahead
 from alpacache.errors import BadClipError, UsageError
-from alpacache.sources.config import t0_us
+from alpacache.sources.config import is_file, t0_us
+from alpacache.sources.moments import named_clips, named_moments, sharpest_us
 from alpacache.sources.source import EventSource, FixedSource, GroupedSource, RecordedSource, Source
 
 HISTORY_US = HISTORY_STEPS * STEP_US
@@ -39,6 +40,7 @@ def select(
     *,
     split: Literal["train", "val", "all"] = "all",
     split_by: Split = None,
+    clips: Sequence[str] = (),
     t0: str = DEFAULT_T0,
     samples: int | None = None,
     views: int = 1,
@@ -49,10 +51,12 @@ def select(
     """Choose samples to load, clip after clip; also returns the clips that cannot give one.
 
     Args:
+        clips: take samples of these clips only: ids, patterns, files of them. Empty for all.
         split: side of `split_by` to take samples of; None is by clip, else a clip's samples fall on both sides.
         t0: `"5.1"` (seconds from the start of the clip), `"every:2.0"` (all that fit on that raster), `"events"` (the
-            source's own moments, as far as they fit) or `"routes"` (those of `routed_us`). A sample needs more than
-            1.6 s before t0 and 6.4 s after. A `FixedSource` gives all its samples and takes only the default.
+            source's own moments, as far as they fit), `"routes"` (those of `routed_us`), `"sharpest"` (one a clip, with
+            its sharpest curve ahead) or a file that names clips and moments, each of which is tried. A sample needs
+            more than 1.6 s before t0 and 6.4 s after. A `FixedSource` gives all its samples and takes only the default.
         samples: take the first that many; clips beyond are not looked at.
         views: take each sample that many times in a row: more views never mean other moments.
         seed: take clips in a random order that this settles, in place of the source's.
@@ -75,23 +79,26 @@ def select(
     if split == "all" and split_by is not None:
         raise UsageError("split_by divides samples into two sides; name one of them with --split train or --split val.")
     by_clip = split != "all" and split_by is None
-    clips = [clip for clip in source.clip_ids if not by_clip or split_of(clip) == split]
-    if not clips:
-        raise UsageError(f"{source.name}: none of its {len(source.clip_ids)} clips falls into the {split} split.")
+    among = named_clips(clips, source.clip_ids, source=source.name) if clips else source.clip_ids
+    wanted_clips = [clip for clip in among if not by_clip or split_of(clip) == split]
+    if not wanted_clips:
+        raise UsageError(
+            f"{source.name}: none of its {len(among)} {'named ' if clips else ''}clips falls into the {split} split."
+        )
     refs: list[SampleRef] = []
     rejected: list[Rejected] = []
     lengths_us: dict[str, int] = {}
-    for clip_id in clips if seed is None else shuffled(source, clips, seed):
+    for clip_id in wanted_clips if seed is None else shuffled(source, wanted_clips, seed):
         if wanted.is_full if wanted is not None else samples is not None and len(refs) >= samples:
             break
         try:
             fitting = samples_of(clip_id)
+            if split_by is not None and fitting:
+                lengths_us[clip_id] = _length_us(source, clip_id, fitting)
+                fitting = [ref for ref in fitting if split_by.side(ref.clip_id, ref.t0_us) == split]
         except BadClipError as error:
             rejected.append((clip_id, error))
             continue
-        if split_by is not None:
-            lengths_us[clip_id] = _length_us(source, clip_id, fitting)
-            fitting = [ref for ref in fitting if split_by.side(ref.clip_id, ref.t0_us) == split]
         refs += fitting if wanted is None else wanted.take(fitting, rejected)
     if split_by is not None:
         split_by.check_lengths(lengths_us)
@@ -134,6 +141,7 @@ def _moments(
 ) -> Callable[[str], Sequence[SampleRef]]:
     """A function that gives the samples of a clip whose t0 leaves room for history and future, ascending."""
     events: Callable[[str], Sequence[int]] | None = None
+    track: Callable[[str], Track] | None = None
     every = t0.startswith("every:")
     try:
         given_us = t0_us(t0)
@@ -144,6 +152,13 @@ def _moments(
         if routed_us is None:
             raise UsageError("t0 is 'routes'; give the file that names the moments with --route-file.")
         events = routed_us
+    elif is_file(t0):
+        named = named_moments(t0, source.clip_ids, source=source.name)
+        return lambda clip_id: [SampleRef(clip_id=clip_id, t0_us=time) for time in named(clip_id)]
+    elif t0 == "sharpest":
+        if not isinstance(source, RecordedSource):
+            raise UsageError(f"{source.name} has no recordings to look for curves in; give t0 in seconds.")
+        track = source.track
     elif given_us is None:
         if not isinstance(source, EventSource):
             raise UsageError(f"{source.name} knows no events; give t0 in seconds, or every:SECONDS.")
@@ -160,11 +175,15 @@ def _moments(
             raise BadClipError("time_order", f"{clip_id}: {covered}: {remedy}")
         start = clip_start_us(first, last)
         low, high = max(start + HISTORY_US + 1, first + HISTORY_US - STEP_US), last - FUTURE_US
-        if events is None:
+        if track is not None:
+            raster = range(start + -(-(low - start) // STEP_US) * STEP_US, high + 1, STEP_US)
+            times = [sharpest_us(track(clip_id), raster, where=clip_id)] if raster else []
+        elif events is None:
             times = range(start + step_us, high + 1, step_us) if every else [start + step_us]
         fitting = [SampleRef(clip_id=clip_id, t0_us=time) for time in times if low <= time <= high]
         if not fitting and events is None:
             wanted = f"any t0 every {step_us / 1e6:g} s" if every else f"t0 at {step_us / 1e6:g} s"
+            wanted = wanted if track is None else "any t0"
             covered = f"{(first - start) / 1e6:.2f} s to {(last - start) / 1e6:.2f} s of the clip"
             needed = f"more than {HISTORY_US / 1e6:g} s before it and {FUTURE_US / 1e6:g} s after it are needed"
             reason = f"poses and pictures cover {covered}, too short for {wanted}: {needed}."
