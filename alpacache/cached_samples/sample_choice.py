@@ -243,11 +243,16 @@ def _fitting(
 
 
 def _on_side(ids: _Names, split: Split, side: Side) -> NDArray[np.bool_]:
-    """Tell for each sample whether it is on one side of a split. Raises `UsageError` for blocks longer than a clip."""
+    """Tell for each sample whether it is on one side of a split.
+
+    Raises `UsageError` for blocks longer than what is there of a clip, unless all of it is on that side already, as in
+    a store that was extracted so.
+    """
     refs = [*map(SampleRef.parse, ids.samples)]
-    if split is not None:
-        split.check_lengths(covered_us(refs))
-    return np.array([side_of(split, ref.clip_id, ref.t0_us) == side for ref in refs], bool)
+    found = np.array([side_of(split, ref.clip_id, ref.t0_us) == side for ref in refs], bool)
+    if split is not None and not found.all():
+        split.check_lengths(covered_us(refs), of="clips, by the time that their samples cover")
+    return found
 
 
 def _holds(

@@ -47,12 +47,15 @@ class TimeSplit:
         near |= first + self.block_us - t0_us < self.gap_us and self._is_held_out(clip_id, block + 1)
         return None if near else "train"
 
-    def check_lengths(self, lengths_us: Mapping[str, int]) -> None:
-        """Raise `UsageError` where a block is longer than a clip, which would fall on one side as a whole."""
+    def check_lengths(self, lengths_us: Mapping[str, int], *, of: str = "clips") -> None:
+        """Raise `UsageError` where a block is longer than a clip, which would fall on one side as a whole.
+
+        `of` says what the lengths are of.
+        """
         if short := [clip_id for clip_id, length in lengths_us.items() if length < self.block_us]:
             named = ", ".join(f"{name[:120]} ({lengths_us[name] / 1e6:.1f} s)" for name in short[:_LISTED])
             raise UsageError(
-                f"blocks of {self.block_us / 1e6:g} s are longer than {len(short)} of {len(lengths_us)} clips: "
+                f"blocks of {self.block_us / 1e6:g} s are longer than {len(short)} of {len(lengths_us)} {of}: "
                 f"{named}. Take shorter blocks, or split by clip."
             )
 

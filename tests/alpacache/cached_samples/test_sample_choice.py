@@ -223,5 +223,7 @@ def test_one_side_of_a_split_by_time_is_chosen():
             side: np.array([int(name[8:-8]) for name in names if name[6] == clip]) for side, names in sides.items()
         }
         assert np.abs(times["train"][:, None] - times["val"]).min() >= 8
-    with pytest.raises(UsageError, match=r"longer than 3 of 3 clips: drive-a \(605\.0 s\)"):
+    with pytest.raises(UsageError, match=r"by the time that their samples cover: drive-a \(605\.0 s\)"):
         SampleChoice(split="time:900", side="val").resolve(table)
+    table.ids = [name for name in sorted(sides["val"]) if name.endswith("5000000#0")]
+    assert SampleChoice(split="time:20", side="val").resolve(table).indices.tolist() == [*range(len(table.ids))]
