@@ -120,7 +120,9 @@ def is_unicode(text: str) -> bool:
     return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
-Place = Annotated[str, Written(metavar="PATH", read=expand_home)]
+PLACE = "PATH"
+"""What stands for a path in help texts."""
+Place = Annotated[str, Written(metavar=PLACE, read=expand_home)]
 """A directory, an s3:// address or a hub id."""
 Name = Annotated[str, MinLen(1)]  # with a bound, pydantic refuses what is no valid Unicode
 

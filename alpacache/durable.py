@@ -7,6 +7,7 @@ next process undo what a killed one had begun. The note is sealed, and may only 
 anything else that lies there stays, and ends the command.
 """
 
+import errno
 import json
 import os
 import re
@@ -33,6 +34,7 @@ def check_out(out: Path) -> None:
     if _is_address(str(out)):
         address = re.sub(":/+", "://", str(out), count=1)  # whole again, so that secrets in it are masked
         raise UsageError(f"--out {address} is no path; expected a directory on a disk.")
+    _check_name(out.absolute())
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; expected a directory.")
     if _is_store(out):
@@ -52,6 +54,23 @@ def check_store_place(store: str, *, what: str = "--store") -> None:
 def _is_address(text: str) -> bool:
     """Tell whether a text is an address such as `s3://...`, also where making a path of it has taken one slash."""
     return re.match(r"[A-Za-z][\w.+-]*:/", text) is not None
+
+
+def _check_name(out: Path) -> None:
+    """Refuse what no directory can be made at: a name that is too long, links that lead nowhere; and the root."""
+    if not out.name:
+        raise UsageError(f"--out {out} is the root of all files; expected a directory of its own.")
+    try:
+        os.lstat(_beside(out))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"--out {out}: the name is too long for this disk; choose a shorter one.") from error
+    for place in (out, *out.parents):
+        if place.is_symlink() and not os.path.exists(place):  # noqa: PTH110  # of a ring of links, pathlib's raises
+            raise UsageError(
+                f"--out {out}: {place} is a symbolic link to {place.readlink()}, which is not there. Make that "
+                "directory, or name another one."
+            )
 
 
 def _check_outside(path: Path, what: str) -> None:

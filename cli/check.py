@@ -36,10 +36,13 @@ def check(config: CheckConfig, json: bool) -> None:
     from alpacache.driving.splits import parse_split
     from alpacache.durable import appearing, check_results_out
     from alpacache.sources.registry import open_source
-    from alpacache.sources.routes import open_route_file
+    from alpacache.sources.routes import Routes, open_route_file
 
     source = open_source(config.source, cameras=config.cameras)
     file = open_route_file(config.route_file, source)
+    routes = None
+    if config.route == "source" or file is not None:
+        routes = Routes("source", source, file=file, t0=config.t0)
     if config.out is not None:  # before anything is read
         keys = {"ok", "source", "checks", "clips"}
         check_results_out(Path(config.out), what="check", names=_FILES, main=REPORT, keys=keys)
@@ -53,12 +56,18 @@ def check(config: CheckConfig, json: bool) -> None:
             samples=config.samples,
             cameras=config.cameras,
             frames=config.frames,
+            routes=routes,
             routed_us=None if file is None else file.times_us,
             on_progress=on_progress,
         )
     names = ("ok", "source", "samples", "clip_counts", "checks", "strata", "speeds_mps", "clips", "seconds")
     record = {name: getattr(report, name) for name in names}
-    record |= {"lag_curve": report.lag_curve, "refused": len(report.refused), "meanings": MEANINGS}
+    record |= {
+        "lag_curve": report.lag_curve,
+        "routes": report.routes,
+        "refused": len(report.refused),
+        "meanings": MEANINGS,
+    }
     if config.out is not None:
         from alpacache.checks.contact_sheet import contact_sheet_png
         from alpacache.checks.lag_picture import lag_curve_png
@@ -108,6 +117,7 @@ def doctor(
 
 
 def _print(report: "SourceReport", out: str | None) -> None:
+    from alpacache.checks.routes import routes_text
     from alpacache.checks.source import MEANINGS
 
     _print_checks("check", report.checks)
@@ -120,12 +130,14 @@ def _print(report: "SourceReport", out: str | None) -> None:
         if check.status != "ok"
     ]
     output.print_table("clips", clips[:_SHOWN] + [["", more] for more in _more(clips)])
+    routes = [] if report.routes is None else [routes_text(report.routes)]
     refused = [f"{refusal.kind}: {refusal.message}" for refusal in report.refused]
     lines: dict[str, str | list[str]] = {
         "samples": f"{report.samples} of {len(report.clips)} clips",
         "clips": ", ".join(f"{count} {status}" for status, count in report.clip_counts.items() if count),
         "strata": ", ".join(f"{name} {count}" for name, count in report.strata.items() if count),
         "speeds": ", ".join(f"{name} {value:.1f} m/s" for name, value in report.speeds_mps.items()),
+        "routes": routes,
         "refused": [str(len(refused)), *refused[:_SHOWN], *_more(refused)],
     }
     if out is not None:

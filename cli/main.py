@@ -127,9 +127,13 @@ _OS_REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "See that you may read and write there"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "See that the place is there, and mounted"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (`ulimit -n`)"),
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ELOOP: "Choose a path whose links do not lead in a ring",
     errno.EROFS: "Mount it writable",
     errno.EIO: "See to the disk",
 }
+_NO_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
+"""Reasons for which a path cannot be anything's: that it was given is bad usage."""
 
 
 def _end_with(error: Exception) -> None:
@@ -149,6 +153,8 @@ def _end_with(error: Exception) -> None:
         case OSError():
             what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
             remedy = _OS_REMEDIES.get(error.errno or 0, "Mend what it names")
+            if error.errno in _NO_NAMES:
+                _fail(f"{what}. {remedy}.", BAD_INPUT)
             _fail(f"{what}. {remedy}, and run the same command again; what was committed is intact.", FAILED)
     output.say(traceback.format_exc().rstrip())  # a fault of the program
     raise SystemExit(FAILED) from error

@@ -15,9 +15,11 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from alpacache.config import Config, expand_home, field_docs, number, read_toml, whole_number, written_as
+from alpacache.config import PLACE, Config, expand_home, field_docs, number, read_toml, whole_number, written_as
 from alpacache.errors import UsageError
 from alpacache.hub import check_model
+
+from . import output
 
 C = TypeVar("C", bound=Config)
 
@@ -53,6 +55,7 @@ class ConfigCommand(TyperCommand):
         self.params = options
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _warn_of_dropped(self.params, args)
         rest = super().parse_args(ctx, args)
         sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
         ctx.obj = {
@@ -137,6 +140,21 @@ def _refuse_missing(kind: type[Config], values: Mapping[str, Any]) -> None:
     names = [field.name for field in dataclasses.fields(kind) if _is_required(field)]  # type: ignore[arg-type]
     if missing := [_option_name(name) for name in names if name not in values]:
         raise UsageError(f"{', '.join(missing)} missing; give it as an option or in --config FILE.toml.")
+
+
+def _warn_of_dropped(options: Sequence[Any], args: Sequence[str]) -> None:
+    """Say which of several paths is meant where one is taken: the last, as of all options."""
+    words = args[: args.index("--")] if "--" in args else args
+    for option in options:
+        if option.metavar != PLACE or option.multiple:
+            continue
+        given = []
+        for place, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            if name in option.opts and (equals or place + 1 < len(words)):
+                given.append(value if equals else words[place + 1])
+        if len(set(given)) > 1:
+            output.say(f"WARNING: {option.opts[0]} is given {len(given)} times; the last counts: {given[-1]}.")
 
 
 def _refuse_out_of_reach(config: Config) -> None:

@@ -108,8 +108,8 @@ class CachedDataset:
         ends = np.cumsum([len(reader.sample_ids) for reader in readers]).tolist()
         self.store_ranges = [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         """Each store's sample indices."""
-        self.all_ids = self.ids
-        """Ids of all samples of the stores, chosen or not."""
+        self.all_ids = [self.ids[places.start : places.stop] for places in self.store_ranges]
+        """Ids of all samples of each store, chosen or not."""
         self._threads = max(reader.threads for reader in readers)
         """Number of small reads worth having in flight."""
         self._strata: dict[tuple[CacheReader, str], Strata | SampleReadError] = {}

@@ -4,6 +4,7 @@ Nothing here depends on another clip, so that clips can be read side by side, on
 """
 
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,13 +26,15 @@ from alpacache.checks.recordings import (
     recording_of,
 )
 from alpacache.checks.repeats import Moment, moments_of
+from alpacache.checks.routes import ClipRoutes
 from alpacache.checks.targets import Targets, judge_targets, targets_of
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.driving.strata import classify
 from alpacache.errors import BadClipError
-from alpacache.sources.source import RecordedSource, Source
+from alpacache.sources.routes import Routes
+from alpacache.sources.source import FixedSource, RecordedSource, Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,8 @@ class ClipFindings:
     shown: list[Sample] = field(default_factory=list)
     track: Track | None = None
     """The recorded poses, in microseconds."""
+    routes: ClipRoutes | None = None
+    """None where routes were not asked for."""
     order: str = "right"
     """Order of its quaternions, see `motion.Rotations`."""
 
@@ -89,6 +94,7 @@ def examine(
     to_show: Collection[SampleRef],
     number: int,
     clips: int,
+    routes: Routes | None = None,
 ) -> ClipFindings:
     """Load all samples of a clip, as `extract` would, and judge its recording.
 
@@ -96,9 +102,14 @@ def examine(
     clip among `clips` of the source: the more there are, the less film of each is looked at, and of some none.
     """
     clip, first = ClipFindings(clip_id=clip_id, refused=list(refused)), None
+    if routes is not None:
+        clip.routes = ClipRoutes()
+        _add_rows(clip.routes, source, clip_id, routes)
     for ref in refs:
         try:
             sample = source.load(ref, cameras=cameras, frames=frames)
+            if routes is not None:
+                sample = routes(sample)
         except BadClipError as error:
             clip.refused.append(Refusal(where=ref.sample_id, kind=error.kind, message=str(error)))
             continue
@@ -136,6 +147,8 @@ def judge_again(clip: ClipFindings) -> None:
 def _add_sample(clip: ClipFindings, sample: Sample) -> None:
     strata = classify(sample.history_xyz, sample.history_rot, sample.future_xyz, sample.future_rot)
     clip.usable += 1
+    if clip.routes is not None:
+        clip.routes.add(sample.ref.sample_id, sample.route, strata)
     clip.speeds_mps.append(strata.mean_speed_mps)
     clip.strata += strata.labels
     height, width = sample.frames.shape[-2:]
@@ -146,6 +159,17 @@ def _add_sample(clip: ClipFindings, sample: Sample) -> None:
     front = sample.cameras.index(FRONT_CAMERA) if FRONT_CAMERA in sample.cameras else 0
     looks = looks_swapped(glimpses[front].newest)
     clip.swapped += [] if looks is None else [looks]
+
+
+def _add_rows(told: ClipRoutes, source: Source, clip_id: str, routes: Routes) -> None:
+    if isinstance(source, FixedSource):  # its rows are its samples
+        return
+    with suppress(BadClipError):  # its samples are refused for the same reason
+        if (rows := routes.rows_us(clip_id)) is not None:
+            span = source.times_us(clip_id)
+            if isinstance(source, RecordedSource) and len(stamps := source.track(clip_id).timestamps_us):
+                span = int(stamps.min()), int(stamps.max())
+            told.add_rows(rows[0], span, holds=rows[1])
 
 
 def _add_glimpse(clip: ClipFindings, glimpse: Glimpse) -> None:

@@ -36,12 +36,14 @@ from alpacache.checks.motion import judge_axes, judge_speed
 from alpacache.checks.order import MIN_JUMPS, clips_that_jump, judge_order, names_as_text
 from alpacache.checks.pictures import Turn, alike, judge_mirrored, judge_pictures
 from alpacache.checks.repeats import judge_repeats
+from alpacache.checks.routes import RoutesReport, judge_routes, merge_routes
 from alpacache.checks.targets import judge_targets
 from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.driving.splits import Split
 from alpacache.driving.strata import STRATA
 from alpacache.progress import OnProgress, Progress
+from alpacache.sources.routes import Routes
 from alpacache.sources.selection import select
 from alpacache.sources.source import RecordedSource, Source
 
@@ -73,6 +75,7 @@ MEANINGS: Mapping[str, str] = {
     "colours": "green is yellower than the road and the sky bluer: red and blue are not swapped",
     "mirrored": "in turns, what the front camera sees moves the other way: in a left turn to the right",
     "clocks": "pictures turn when the poses do",
+    "routes": "drives go the way that their navigation texts say",
 }
 """Name of each check -> what it expects, in the order of tables."""
 
@@ -108,6 +111,8 @@ class SourceReport:
     """`median`, `p95` and `max` of the samples' mean speeds; empty without samples."""
     lag_curve: LagCurve | None
     """How well the front camera's pictures fit the poses at each lag; None if that cannot be told."""
+    routes: RoutesReport | None
+    """What navigation texts say; None where they were not asked for."""
     shown: tuple[Sample, ...]
     """Usable samples of up to `SHOWN` clips, for `contact_sheet`."""
     seconds: float
@@ -138,10 +143,13 @@ def check_source(
     samples: int | None = None,
     cameras: Sequence[str] = (FRONT_CAMERA,),
     frames: int = 4,
+    routes: Routes | None = None,
     routed_us: Callable[[str], Sequence[int]] | None = None,
     on_progress: OnProgress | None = None,
 ) -> SourceReport:
     """Read the samples that `extract` would select with the same arguments, and judge them and their recordings.
+
+    `routes` gives samples their navigation texts, which are judged then; `routed_us` is as in `select`.
 
     Raises `UsageError` for arguments that make no sense, `SourceError` for a source that cannot be read.
     """
@@ -155,7 +163,7 @@ def check_source(
     refused: dict[str, list[Refusal]] = defaultdict(list)
     for clip_id, error in rejected:
         by_clip[clip_id], refused[clip_id] = [], [Refusal(where=clip_id, kind=error.kind, message=str(error))]
-    survey, read = _Survey(source), _examine(source, by_clip, refused, cameras=names, frames=frames)
+    survey, read = _Survey(source), _examine(source, by_clip, refused, cameras=names, frames=frames, routes=routes)
     with closing(_in_order(read, by_clip)) as findings:
         for done, clip in enumerate(findings, start=1):
             survey.add(clip)
@@ -176,6 +184,7 @@ def check_source(
         strata=survey.strata,
         speeds_mps=speeds_mps,
         lag_curve=survey.lag_curve,
+        routes=survey.routes,
         shown=tuple(sample for clip in survey.clips.values() for sample in clip.shown),
         seconds=time.monotonic() - started,
     )
@@ -188,6 +197,7 @@ def _examine(
     *,
     cameras: Sequence[str],
     frames: int,
+    routes: Routes | None,
 ) -> Callable[[str], ClipFindings]:
     """A function that examines one of these clips."""
     firsts = [refs[0] for refs in clips.values() if refs]
@@ -205,6 +215,7 @@ def _examine(
             to_show=to_show,
             number=numbers[clip_id],
             clips=len(clips),
+            routes=routes,
         )
 
     return examined
@@ -306,6 +317,12 @@ class _Survey:
             return order, not_judged("scale", OUT_OF_ORDER)
         return order, judge_scale(flow, self.lag_curve.focal_px if self.lag_curve is not None else None)
 
+    @property
+    def routes(self) -> RoutesReport | None:
+        """What the clips tell of their routes, if that was asked for."""
+        told = {clip_id: clip.routes for clip_id, clip in self.clips.items() if clip.routes is not None}
+        return merge_routes(told) if told else None
+
     def reports(self) -> tuple[ClipReport, ...]:
         """The verdict on each clip, in order."""
         return tuple(
@@ -322,6 +339,7 @@ class _Survey:
             judge_mirrored(self._turns),
             judge_repeats([moment for clip in self.clips.values() for moment in clip.moments]),
             judge_colours([looks for clip in self.clips.values() for looks in clip.swapped]),
+            judge_routes(self.routes),
         ]
         if self.strata["all"] and self.strata["stopped"] == self.strata["all"]:
             remedy = "Standing vehicles teach nothing; if they did move, positions are not in metres (kilometres?)."

@@ -117,7 +117,7 @@ def train_config(store: Path, model: str, run: Path, *, size: DemoSize, seed: in
 def eval_config(store: Path, model: str, out: Path, *, run: Path, seed: int = 0) -> EvalConfig:
     """Before against after, on held-out clips."""
     return EvalConfig(
-        store=str(store), model=model, out=str(out), checkpoint=str(run), batch_size=16, seed=seed, device="cpu"
+        store=(str(store),), model=model, out=str(out), checkpoint=str(run), batch_size=16, seed=seed, device="cpu"
     )
 
 

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MinLen
 
 from alpacache.cached_samples.config import ChoiceConfig
 from alpacache.config import (
+    PLACE,
     BatchSize,
     Config,
     Count,
@@ -65,12 +66,16 @@ def _spelling(label: str) -> str:
     return "".join(unicodedata.normalize("NFKC", label).casefold().split())
 
 
+def _paths(written: Any) -> Any:
+    return expand_home((written,) if isinstance(written, str) else written)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig(ChoiceConfig):
     """Settings of `eval`."""
 
-    store: Place
-    """Store of the samples to judge on, best of held-out clips."""
+    store: Annotated[tuple[str, ...], MinLen(1), Written(metavar=PLACE, read=_paths, repeatable=True)]
+    """Store of the samples to judge on, best of held-out clips; repeatable."""
     model: Place
     """Hub id or directory of an Alpamayo checkpoint."""
     out: Place
@@ -93,6 +98,8 @@ class EvalConfig(ChoiceConfig):
     """Euler steps from noise to action."""
     samples: Count | None = None
     """At most this many samples. Default: all."""
+    on_overlap: Literal["stop", "allow"] = "stop"
+    """Reaction to stores that share samples: refuse, or judge them as often as they are there."""
     on_damage: Literal["stop", "skip"] = "stop"
     """Reaction to a sample that cannot be read: end the evaluation, or leave it out for all models and name it."""
     batch_size: BatchSize = 8

@@ -37,6 +37,7 @@ from alpacache.metrics.bootstrap import BLOCK_S
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.front_view import draw_paths
 from alpacache.progress import OnProgress, Progress, ignore
+from alpacache.training.data_order import check_overlap
 from alpacache.training.run_directory import find_checkpoint, read_trained, recorded_metrics
 from alpacache.training.run_state import read_state
 from alpacache.training.trainable import apply_checkpoint, changed_tensors
@@ -67,23 +68,25 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     started = time.monotonic()
     base = Checkpoint(config.model)
     samples = SampleChoice(only=config.only, exclude=config.exclude, split=config.split_by, side="val")
-    data = CachedDataset([config.store], base, samples=samples)
+    data, stores = CachedDataset(config.store, base, samples=samples), ", ".join(config.store)
+    for warning in check_overlap(data, config.store, None, val_store=None, allowed=config.on_overlap == "allow"):
+        _log.warning("%s.", warning)
     unread = _Unread(data, skips=config.on_damage == "skip")
     indices = [index for index in data.plain if index not in unread.errors][: config.samples]
     on_rollouts = config.reasoning == "auto" and data.rollouts > 0
     if on_rollouts and config.paths > data.rollouts:
         raise UsageError(
-            f"{config.store} has {data.rollouts} reasoning rollouts per sample, {config.paths} paths need one each; "
+            f"{stores} has {data.rollouts} reasoning rollouts per sample, {config.paths} paths need one each; "
             f"pass --paths {data.rollouts}, or --reasoning none for paths without reasoning."
         )
     if config.swap_route:
-        _check_swap(data, config.store, on_rollouts=on_rollouts)
+        _check_swap(data, stores, on_rollouts=on_rollouts)
     trained = {} if config.checkpoint is None else {TRAINED: config.checkpoint}
     runs = {
         label: _find_run(run, base, vlm=data.vlm, average=config.ema)
         for label, run in (trained | dict(config.compare)).items()
     }
-    _warn_of_known_clips(runs, data, indices, store=config.store)
+    _warn_of_known_clips(runs, data, indices, store=stores)
     device = resolve_device(config.device)
     check_evaluation_out(Path(config.out))
 
@@ -214,13 +217,18 @@ class _Unread:
         try:
             yield
         except SampleReadError as error:
-            same_id = [index for index in range(len(self._data)) if self._data.sample_id(index) == error.sample_id]
-            if same_id and same_id[0] not in self._again and self._data.error_of(same_id[0]) is None:
+            same_id = [
+                index
+                for index in range(len(self._data))
+                if self._data.sample_id(index) == error.sample_id and index not in self.errors
+            ]
+            damaged = [index for index in same_id if self._data.error_of(index) is not None]
+            if same_id and not damaged and same_id[0] not in self._again:
                 self._again.add(same_id[0])  # it can be read now
                 return
             if not self._skips or not same_id or (len(self.errors) + 1) * 2 > len(self._data):
                 raise
-            self.errors[same_id[0]] = error
+            self.errors[(damaged or same_id)[0]] = error
 
     def left_out(self) -> list[LeftOut]:
         """The samples, in order, and those whose id nothing tells."""

@@ -12,11 +12,13 @@ from alpacache.training.run_names import CHOICE, SAMPLES
 from cache_store import CacheReader, CacheStoreError
 
 
-def trained_samples(checkpoint: Path, settings: Mapping[str, Any], sample_ids: Sequence[str]) -> list[SampleRef]:
+def trained_samples(
+    checkpoint: Path, settings: Mapping[str, Any], judged: Sequence[Sequence[str]]
+) -> list[SampleRef]:
     """Samples that a run was trained on.
 
     `settings` are the run's; it has noted those that it chose, if it did not take all of its stores. Else a store
-    counts only if its samples can be told: it is the one that is judged on, which holds `sample_ids`, or lies where it
+    counts only if its samples can be told: it is one of those that are judged on, which hold `judged`, or lies where it
     lay, and has the samples that it had.
     """
     if CHOICE in settings:
@@ -27,9 +29,9 @@ def trained_samples(checkpoint: Path, settings: Mapping[str, Any], sample_ids: S
             return []
         return [SampleRef.parse(sample_id) for sample_id in chosen]
     known: set[str] = set()
-    digest = ids_digest(sample_ids)
+    of_digest = {ids_digest(sample_ids): sample_ids for sample_ids in judged}
     for record in settings["stores"]:
-        if record["ids_sha256"] == digest:
+        if (sample_ids := of_digest.get(record["ids_sha256"])) is not None:
             known |= set(sample_ids)
         elif "://" not in record["path"]:  # what is far away may take long to answer
             try:

@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from alpacache.errors import UsageError
+from alpacache.masking import masked
+
+_SHOWN = 16
+"""Characters of an unknown name that are shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,5 +41,7 @@ def gpu_named(name: str) -> Gpu:
     """Look up a GPU by a name such as `4090` or `RTX 4090`. Raises `UsageError` for one that is not in the table."""
     gpu = GPUS.get(name.lower().removeprefix("rtx").strip())
     if gpu is None:
-        raise UsageError(f"gpu is {name!r}; known: {', '.join(GPUS)}. On the machine itself --probe measures.")
+        shown = masked(name)  # also of a secret that went astray no more than its beginning
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        raise UsageError(f"gpu is {shown!r}; known: {', '.join(GPUS)}. On the machine itself --probe measures.")
     return gpu

@@ -111,5 +111,7 @@ class PrepareConfig(SamplesConfig):
 class CheckConfig(SamplesConfig):
     """Settings of `check`."""
 
+    route: Literal["none", "source"] = "none"
+    """`source`: look at the source's routes too, or at those of `route_file`."""
     out: Place | None = None
     """Directory for `contact_sheet.png` and `check.json`. Default: nothing written."""

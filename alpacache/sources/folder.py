@@ -42,7 +42,7 @@ from alpacache.sources.recording import (
     wanted_frame_times_us,
 )
 from alpacache.sources.source import SourceKind
-from alpacache.sources.table import read_columns, read_texts
+from alpacache.sources.table import no_texts, read_columns, read_texts
 from alpacache.sources.video import read_film
 
 MAX_INDEX_BYTES = 64 * 2**20
@@ -111,7 +111,18 @@ class FolderSource:
 
     def route_of(self, sample: Sample) -> Any:
         """The text at or before t0 in the clip's column `route`: null rows say nothing new, empty ones end a route."""
-        clip_id, t0_us = sample.ref.clip_id, sample.ref.t0_us
+        clip_id = sample.ref.clip_id
+        where, stamps, texts = self._routes(clip_id)
+        return text_at(stamps, texts, sample.ref.t0_us, where=where)
+
+    def route_times_us(self, clip_id: str) -> NDArray[np.int64]:
+        """Times of the rows that say something."""
+        _, stamps, texts = self._routes(clip_id)
+        rows_us: NDArray[np.int64] = stamps[np.asarray(texts.is_valid(), dtype=bool)]
+        return rows_us
+
+    def _routes(self, clip_id: str) -> tuple[str, NDArray[np.int64], Any]:
+        """Where a clip's texts are, their times and the texts, as `read_texts` gives them; both empty without any."""
         clip, found = self._clip(clip_id), {}
         for name in ("route.parquet", "egomotion.parquet"):
             if (file := clip / name).exists():
@@ -124,7 +135,9 @@ class FolderSource:
         if len(found) > 1:
             reason = "routes are in route.parquet and in egomotion.parquet; keep one of them."
             raise BadClipError("wrong_shape", f"{clip_id}: {reason}")
-        return next((text_at(*texts, t0_us, where=where) for where, texts in found.items()), None)
+        for where, texts in found.items():
+            return where, *texts
+        return clip_id, *no_texts()
 
     def _clip(self, clip_id: str) -> Path:
         if clip_id not in self._known:

@@ -10,13 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from alpacache import strict_json
 from alpacache.config import is_unicode
 from alpacache.driving.route import check_route
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.regular_file import read_regular
-from alpacache.sources.source import RoutedSource, Source
+from alpacache.sources.source import RoutedSource, Source, TimedRoutesSource
 
 MOST_FILE_BYTES = 64 * 2**20
 _KEYS = ("clip_id", "t0_relative", "nav_text")
@@ -87,6 +90,17 @@ class Routes:
         except ValueError as error:
             reason = f"its route cannot go into a prompt: {error}."
             raise BadClipError("bad_route", f"{sample.ref.sample_id}: {reason} Mend the text.") from error
+
+    def rows_us(self, clip_id: str) -> tuple[NDArray[np.int64], bool] | None:
+        """Times (us) of a clip's texts, and whether each holds until the next one; None where they have none.
+
+        Raises `BadClipError` where they cannot be read.
+        """
+        if self._file is not None:
+            return np.array(sorted(self._file.times_us(clip_id)), dtype=np.int64), False
+        if self._wanted == "source" and isinstance(self._source, TimedRoutesSource):
+            return self._source.route_times_us(clip_id), True
+        return None
 
 
 def open_route_file(path: str | None, source: Source) -> RouteFile | None:

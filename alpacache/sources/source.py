@@ -110,6 +110,14 @@ class RoutedSource(Protocol):
 
 
 @runtime_checkable
+class TimedRoutesSource(RoutedSource, Protocol):
+    """A source whose texts hold from a time on, for `check`."""
+
+    def route_times_us(self, clip_id: str) -> NDArray[np.int64]:
+        """Times (us) of a clip from which on a text holds, in their order; `BadClipError` where they cannot be read."""
+
+
+@runtime_checkable
 class GroupedSource(Protocol):
     """A source that fetches clips in groups, such as the archives of a hub; a random choice takes group by group."""
 

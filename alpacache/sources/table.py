@@ -69,6 +69,13 @@ def _numbers(column: Any) -> NDArray[Any]:
     return np.concatenate([np.from_dlpack(chunk) for chunk in column.chunks])
 
 
+def no_texts() -> tuple[NDArray[np.int64], Any]:
+    """What `read_texts` gives of a table without rows."""
+    import pyarrow as pa
+
+    return np.empty(0, np.int64), pa.nulls(0)
+
+
 def read_texts(file: Path, name: str, *, where: str) -> tuple[NDArray[np.int64], Any] | None:
     """Timestamps (us) of a table and its column of texts as an Arrow array of a dictionary; None without the column.
 
@@ -79,8 +86,7 @@ def read_texts(file: Path, name: str, *, where: str) -> tuple[NDArray[np.int64],
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    nothing = np.empty(0, np.int64), pa.nulls(0)
-
+    nothing = no_texts()
     with _opened(file, where=where) as parquet:
         kinds = parquet.schema_arrow
         if (count := kinds.names.count(name)) != 1:

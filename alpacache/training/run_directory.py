@@ -8,6 +8,7 @@ nothing is pickled.
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -160,6 +161,12 @@ class RunDirectory:
         self._mark(None, None)
         self.write(CONFIG, _HEADER + config_toml)
         self.rewind_metrics(0)
+
+    def restore_config(self, config_toml: str) -> bool:
+        """Write the config of a run that has lost it, and tell whether it had."""
+        if lost := not os.path.lexists(self.path / CONFIG):
+            self.write(CONFIG, _HEADER + config_toml)
+        return lost
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / name_of(step)

@@ -49,7 +49,7 @@ from alpacache.training.run_inputs import (
     settings_record,
 )
 from alpacache.training.run_log import LossSum, RunLog, TrainReport, added, make_trackers
-from alpacache.training.run_names import MEMORY, SAMPLES
+from alpacache.training.run_names import CONFIG, MEMORY, SAMPLES
 from alpacache.training.schedule import BestValidation, LearningRate, SkippedSteps
 from alpacache.training.step import StepResult, TrainStep
 from alpacache.training.streamed_optimizer import StreamedOptimizer, spread
@@ -186,13 +186,15 @@ class _Run:
         self.guard = InterruptGuard()
         self.stopped_early = self.stopping = False
         saved: RunCheckpoint | None = None
+        begun = to_toml(replace(config.with_absolute_places(), resume=False, take_over=False), mask=True)
         if directory.steps:
             saved = self._restore(directory.steps[-1])
+            if world.is_first and directory.restore_config(begun):
+                on_note(f"{directory.path} had no {CONFIG} any more; it is written again, with the settings in force.")
         elif world.is_first:
             if config.resume:
                 on_note(f"{config.out} has no checkpoint to go on from; the run begins at step 0.")
-            begun = replace(config.with_absolute_places(), resume=False, take_over=False)
-            directory.begin(to_toml(begun, mask=True))
+            directory.begin(begun)
             if self.data.chosen is not None:
                 directory.write(SAMPLES, self.data.chosen.table(self.data.ids))
         if config.ema is not None and world.is_first:

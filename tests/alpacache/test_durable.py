@@ -167,6 +167,18 @@ def test_a_place_for_results_is_a_directory_on_a_disk_outside_of_stores(tmp_path
         with pytest.raises(UsageError, match="is no path") as refused:
             check_out(Path(address))
         assert "word" not in str(refused.value)
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "ring").symlink_to("ring")
+    for link in ("gone", "gone/run", "ring"):
+        with pytest.raises(
+            UsageError, match=f"{link.split('/')[0]} is a symbolic link to (nowhere|ring), which is not there"
+        ):
+            check_out(tmp_path / link)
+    for name in ("x" * 300, "x" * 250):  # the second has room for itself, but not for the name that it is written under
+        with pytest.raises(UsageError, match="name is too long"):
+            check_out(tmp_path / name)
+    with pytest.raises(UsageError, match="root of all files"):
+        check_out(Path("/"))
     with pytest.raises(UsageError, match="one slash"):
         check_store_place("s3:/bucket/store")
     check_store_place("s3://bucket/store")

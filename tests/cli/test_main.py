@@ -204,6 +204,7 @@ def test_versions_of_what_matters_are_printed(run):
             "/full: No space left on device. Make room there, and run",
         ),
         (FileNotFoundError(2, "No such file", "/gone"), 1, "/gone: No such file. See that the place is there, and"),
+        (OSError(36, "File name too long", "/xx"), 2, "/xx: File name too long. Choose a shorter name."),
         (OSError("pipe of a reader"), 1, "pipe of a reader. Mend what it names, and run the same command again; what"),
     ],
 )

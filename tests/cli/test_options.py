@@ -146,6 +146,7 @@ def test_a_plan_from_a_file(tmp_path, run_here):
         ("eval", ["--compare", "constant velocity=run"], "the label 'constant velocity' is taken; choose another."),
         ("eval", ["--compare", "a=one", "--compare", "a=two"], "compare a=two: the label 'a' is taken"),
         ("eval", ["--compare", "run"], "expected LABEL=RUN"),
+        ("eval", ["--checkpoint", "a", "--checkpoint=b", "--seed", "-1"], "given 2 times; the last counts: b."),
         ("check", ["--frames", "0"], "frames is 0; expected 1, 2, 3 or 4."),
     ],
 )

@@ -139,6 +139,31 @@ def test_a_checkpoint_may_have_another_name(trained, tiny_checkpoint, tmp_path):
     assert "losses" in (tmp_path / "eval" / "report.html").read_text().lower()
 
 
+def test_stores_that_overlap_are_refused_with_counts_unless_allowed(trained, tiny_checkpoint, tmp_path, caplog):
+    store = str(trained / "store")
+    (tmp_path / "link").symlink_to(store)
+    twice = {"store": (store, str(tmp_path / "link")), "paths": 1, "flow_steps": 1}
+    with pytest.raises(UsageError, match=r"6 of 6 samples of --store .*link are in .*store too: they would count"):
+        alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "out", **twice))
+    assert not (tmp_path / "out").exists()
+    run = {"checkpoint": str(trained / "run"), "on_overlap": "allow", **twice}
+    report = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "out", **run))
+    assert report.summary.samples == 12
+    told = [record.getMessage() for record in caplog.records]
+    assert "6 of 6 samples" in told[0]
+    assert "on 6 of the 6 clips" in told[1]
+
+
+def test_the_damaged_one_of_two_samples_of_a_name_is_left_out(trained, tiny_checkpoint, tmp_path):
+    shutil.copytree(trained / "store", tmp_path / "copy")
+    reader = CacheReader(tmp_path / "copy")
+    file = next((tmp_path / "copy" / reader.record(reader.sample_ids[0]).folder).glob("kv/c.*"))
+    file.write_bytes(bytes(file.stat().st_size))
+    both = {"store": (str(trained / "store"), str(tmp_path / "copy")), "on_overlap": "allow", "on_damage": "skip"}
+    report = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "out", paths=1, flow_steps=1, **both))
+    assert (len(report.results), len(report.left_out)) == (11, 1)
+
+
 def test_a_run_on_another_base_is_refused(trained, tiny_checkpoint, tiny_checkpoint_15, tmp_path):
     with pytest.raises(UsageError, match="another model"):
         alpacache.evaluate(config(trained, tiny_checkpoint_15, tmp_path))

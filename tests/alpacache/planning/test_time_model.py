@@ -119,3 +119,6 @@ def test_gpus_are_found_by_what_people_call_them():
     assert gpu_named("RTX 4090") is GPUS["4090"]
     with pytest.raises(UsageError, match=r"known: h100, .*--probe"):
         gpu_named("gtx1080")
+    for secret, shown in (("hf_" + 30 * "x", "is '\\*\\*\\*';"), ("abcd" * 10, "is 'abcdabcdabcdabcd\\.\\.\\.';")):
+        with pytest.raises(UsageError, match=shown):
+            gpu_named(secret)

@@ -59,6 +59,15 @@ def test_a_route_of_one_row_holds_for_the_whole_clip_from_there(folder):
     assert routed(source, t0_us=5_100_001) == "turn left"
 
 
+def test_times_of_texts_leave_out_what_says_nothing(folder):
+    source = open_source(f"folder:{folder}")
+    (clip_id,) = source.clip_ids[:1]
+    assert source.route_times_us(clip_id).tolist() == []
+    write_routes(folder, [(0, "turn left"), (7, None), (9, ""), (10**9, "turn right")])
+    assert source.route_times_us(clip_id).tolist() == [0, 9, 10**9]
+    assert Routes("source", source).rows_us(clip_id)[1]
+
+
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_a_column_of_egomotion_is_read_at_the_pose_before_t0(folder, kind):
     texts = [f"straight for {100 - index % 100} m" for index in range(241)]

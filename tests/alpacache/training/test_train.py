@@ -507,6 +507,20 @@ def test_resuming_a_finished_run_does_nothing(tiny_checkpoint, store, tmp_path):
     assert same(before, weights(tmp_path / "run"))
 
 
+def test_a_resumed_run_writes_its_lost_config_again(tiny_checkpoint, store, tmp_path):
+    out, notes = tmp_path / "run", []
+    alpacache.train(config(tiny_checkpoint, store, out, steps=2, warmup=0))
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").unlink()
+    again = config(tiny_checkpoint, store, out, steps=2, warmup=0, resume=True)
+    alpacache.train(again, on_note=notes.append)
+    assert (out / "config.toml").read_text() == text
+    assert any("had no config.toml any more; it is written again" in note for note in notes)
+    (out / "config.toml").write_text(f"{text}# mine\n")
+    alpacache.train(again, on_note=notes.append)
+    assert (out / "config.toml").read_text() == f"{text}# mine\n"
+
+
 def test_stores_of_other_prompts_do_not_mix_and_of_other_frames_do(tiny_checkpoint, store, tmp_path):
     two = ExtractConfig(
         source="synthetic:2", model=str(tiny_checkpoint), store=str(tmp_path / "two"), frames=2, device="cpu"
