@@ -12,7 +12,7 @@ neither the number of rollouts nor what else is extracted changes a draw.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,10 +25,12 @@ from alpacache.alpamayo.backbone import additive_mask, check_finite, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.text_layers import LayerKV
-from alpacache.alpamayo.vlm import FrozenVLM
 from alpacache.errors import CheckpointError
 from alpacache.finite import is_finite
 from alpacache.prefix.prefix import PrefixFeatures, Tail
+
+if TYPE_CHECKING:
+    from alpacache.alpamayo.vlm import FrozenVLM
 
 TOP_P = 0.98
 TEMPERATURE = 0.6
@@ -47,7 +49,7 @@ class RolloutSampler:
 
     def __init__(
         self,
-        vlm: FrozenVLM,
+        vlm: "FrozenVLM",
         head: Tensor,
         *,
         question: NDArray[np.int64],
@@ -65,7 +67,7 @@ class RolloutSampler:
         self.question, self.masked, self.decode = question, masked, decode
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, vlm: FrozenVLM, builder: InputBuilder) -> "RolloutSampler":
+    def load(cls, checkpoint: Checkpoint, vlm: "FrozenVLM", builder: InputBuilder) -> "RolloutSampler":
         """Loads the checkpoint's vocabulary head (1.3 GB in the released models) beside a loaded VLM."""
         config = checkpoint.config
         return cls(
@@ -203,7 +205,7 @@ def rollout_identity(builder: InputBuilder, rollouts: int) -> dict[str, Any]:
     }
 
 
-def load_head(checkpoint: Checkpoint, vlm: FrozenVLM) -> Tensor:
+def load_head(checkpoint: Checkpoint, vlm: "FrozenVLM") -> Tensor:
     """The vocabulary head `[vocabulary, C]` in the VLM's dtype and on its device; the embeddings where they are tied.
 
     Raises `CheckpointError` if it is absent or of another shape.

@@ -5,14 +5,17 @@ replay, so all that differs from batch to batch is copied to where the first bat
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from alpacache.alpamayo import ActionExpert
 from alpacache.cached_samples.ring import Batch, PrefixRows
 from alpacache.prefix.layout import LEAST_DECODED
 from alpacache.prefix.packed import PackedPrefixes, PackedTails
+
+if TYPE_CHECKING:
+    from alpacache.alpamayo import ActionExpert
 
 _SPARE_BYTES = 2 * 2**30
 """GPU memory that decoded layers leave to activations and libraries, where nobody has planned it."""
@@ -31,7 +34,7 @@ class StagedBatch:
     def __init__(
         self,
         rows: PrefixRows,
-        expert: ActionExpert,
+        expert: "ActionExpert",
         *,
         draws: int,
         at_once: int | None = None,

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
+from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import POSE_FIELDS, SWAPPED, CachedSample, stored_strata
@@ -42,6 +42,9 @@ from alpacache.training.run_directory import find_checkpoint, read_trained, reco
 from alpacache.training.run_state import read_state
 from alpacache.training.trainable import apply_checkpoint, changed_tensors
 from cache_store import SampleReadError
+
+if TYPE_CHECKING:
+    from alpacache.alpamayo import ActionExpert
 
 _log = logging.getLogger(__name__)
 
@@ -94,13 +97,13 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     poses = cache(data.poses)  # read while the device computes
     sampling = {"paths": config.paths, "flow_steps": config.flow_steps, "seed": config.seed}
 
-    def batches_of(expert: ActionExpert, todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
+    def batches_of(expert: "ActionExpert", todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
         if on_rollouts:
             load = partial(data.load, tails=config.paths)
             return _predict_loaded(predict_actions, expert, load, todo, batch_size=config.batch_size, **sampling)
         return predict_ahead(expert, data, todo, batch_size=config.batch_size, capture=config.capture, **sampling)
 
-    def swapped_batches_of(expert: ActionExpert, todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
+    def swapped_batches_of(expert: "ActionExpert", todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
         load = partial(data.load, twin=SWAPPED)
         return _predict_loaded(predict_on_twins, expert, load, todo, batch_size=config.batch_size, **sampling)
 
@@ -159,8 +162,10 @@ def _check_swap(data: CachedDataset, store: str, *, on_rollouts: bool) -> None:
         raise UsageError("swap_route compares paths on direct prefixes; pass --reasoning none with it.")
 
 
-def _load_judged(base: Checkpoint, run: Path | None, device: torch.device, *, average: bool) -> ActionExpert:
+def _load_judged(base: Checkpoint, run: Path | None, device: torch.device, *, average: bool) -> "ActionExpert":
     """Load the base's expert, with a run's tensors in it if one is given."""
+    from alpacache.alpamayo import load_expert  # seconds of imports, which no refusal should wait for
+
     expert = load_expert(base, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
     if run is not None:
         apply_checkpoint(expert, read_trained(run, average=average).model, where=str(run))
@@ -168,8 +173,8 @@ def _load_judged(base: Checkpoint, run: Path | None, device: torch.device, *, av
 
 
 def _paths_of(
-    expert: ActionExpert,
-    batches_of: Callable[[ActionExpert, Sequence[int]], Generator[tuple[Sequence[int], Tensor]]],
+    expert: "ActionExpert",
+    batches_of: "Callable[[ActionExpert, Sequence[int]], Generator[tuple[Sequence[int], Tensor]]]",
     indices: Sequence[int],
     poses: Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]],
     unread: "_Unread",
@@ -280,7 +285,7 @@ def _warn_of_known_clips(
 
 def _predict_loaded(
     predict: Callable[..., Tensor],
-    expert: ActionExpert,
+    expert: "ActionExpert",
     load: Callable[[int], CachedSample],
     indices: Sequence[int],
     *,

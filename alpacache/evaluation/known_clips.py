@@ -12,9 +12,7 @@ from alpacache.training.run_names import CHOICE, SAMPLES
 from cache_store import CacheReader, CacheStoreError
 
 
-def trained_samples(
-    checkpoint: Path, settings: Mapping[str, Any], judged: Sequence[Sequence[str]]
-) -> list[SampleRef]:
+def trained_samples(checkpoint: Path, settings: Mapping[str, Any], judged: Sequence[Sequence[str]]) -> list[SampleRef]:
     """Samples that a run was trained on.
 
     `settings` are the run's; it has noted those that it chose, if it did not take all of its stores. Else a store

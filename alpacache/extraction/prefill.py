@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from alpacache.alpamayo import Checkpoint, load_vlm
+from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
-from alpacache.alpamayo.rollout import RolloutSampler
 from alpacache.cached_samples.features import prefix_arrays, tail_arrays, twin_arrays
 from alpacache.errors import DeviceMemoryError
 from alpacache.extraction.preparation import Prepared
@@ -54,6 +53,9 @@ class Prefiller:
         dtype: torch.dtype,
     ) -> None:
         """Load the checkpoint's VLM. Raises `DeviceMemoryError` where it does not fit on the device."""
+        from alpacache.alpamayo import load_vlm  # seconds of imports, which no refusal should wait for
+        from alpacache.alpamayo.rollout import RolloutSampler
+
         self._stored, self._builder = stored, builder
         try:
             self._vlm = load_vlm(checkpoint, dtype=dtype, device=device)

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache import randomness
-from alpacache.alpamayo import ActionExpert
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import CachedSample
 from alpacache.cached_samples.ring import Batch, BatchRing, PrefixRows
@@ -20,6 +19,9 @@ from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.flow_matching import sample as sample_flow
 from alpacache.gpu.capture import captured
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures
+
+if TYPE_CHECKING:
+    from alpacache.alpamayo import ActionExpert
 
 Paths: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32]]
 """xyz `[K, 64, 3]` (m, ego frame at t0) and rotations `[K, 64, 3, 3]` of one sample."""
@@ -57,7 +59,7 @@ class ActionSampler:
     are decoded once a batch where memory has room for all of them, else once a flow step.
     """
 
-    def __init__(self, expert: ActionExpert, rows: PrefixRows, *, paths: int, flow_steps: int, capture: bool) -> None:
+    def __init__(self, expert: "ActionExpert", rows: PrefixRows, *, paths: int, flow_steps: int, capture: bool) -> None:
         self._expert, self._flow_steps = expert, flow_steps
         self._cuda = self._fixed = expert.device.type == "cuda"
         """Fixed: computed on the rows' batch size and the longest of all prefixes, however few and short the batch's
@@ -93,7 +95,7 @@ class ActionSampler:
 
 @torch.no_grad()
 def predict_actions(
-    expert: ActionExpert, samples: Sequence[CachedSample], *, paths: int, flow_steps: int, seed: int
+    expert: "ActionExpert", samples: Sequence[CachedSample], *, paths: int, flow_steps: int, seed: int
 ) -> Tensor:
     """Sampled actions `[B, K, 64, 2]`, on the CPU.
 
@@ -110,7 +112,7 @@ def predict_actions(
 
 @torch.no_grad()
 def predict_on_twins(
-    expert: ActionExpert, samples: Sequence[CachedSample], *, paths: int, flow_steps: int, seed: int
+    expert: "ActionExpert", samples: Sequence[CachedSample], *, paths: int, flow_steps: int, seed: int
 ) -> Tensor:
     """`predict_actions` on the twins that the samples come with, from the same noise."""
     noise = eval_noise(seed, [sample.sample_id for sample in samples], paths).to(expert.device)
@@ -118,7 +120,7 @@ def predict_on_twins(
 
 
 def predict_ahead(
-    expert: ActionExpert,
+    expert: "ActionExpert",
     data: CachedDataset,
     indices: Sequence[int],
     *,
@@ -165,7 +167,7 @@ def eval_noise(seed: int, sample_ids: Sequence[str], paths: int) -> Tensor:
     return torch.stack([randomness.noise("eval", seed, sample_id, draws=paths) for sample_id in sample_ids])
 
 
-def _after_rollouts(expert: ActionExpert, sample: CachedSample, noise: Tensor, flow_steps: int) -> Tensor:
+def _after_rollouts(expert: "ActionExpert", sample: CachedSample, noise: Tensor, flow_steps: int) -> Tensor:
     """Actions `[K, 64, 2]` from noise `[K, 64, 2]`, each on its own rollout: K whole prefixes."""
     if len(sample.tails) != len(noise):
         raise ValueError(f"{sample.sample_id}: {len(sample.tails)} tails for {len(noise)} paths; expected one a path.")
@@ -173,7 +175,7 @@ def _after_rollouts(expert: ActionExpert, sample: CachedSample, noise: Tensor, f
 
 
 def _sampled(
-    expert: ActionExpert, prefixes: Sequence[PrefixFeatures | EncodedPrefix], noise: Tensor, flow_steps: int
+    expert: "ActionExpert", prefixes: Sequence[PrefixFeatures | EncodedPrefix], noise: Tensor, flow_steps: int
 ) -> Tensor:
     """Actions `[B, K, 64, 2]`, on the CPU, from noise of that shape on these B prefixes."""
     batch = expert.batch(prefixes)

@@ -1,11 +1,11 @@
 """The expert and all that a training step changes: weights, optimizer state, and the average of the weights."""
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from alpacache.alpamayo.expert import ActionExpert
 from alpacache.distributed.peer_memory import peer_memory
 from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World
@@ -17,13 +17,16 @@ from alpacache.training.run_directory import RunCheckpoint
 from alpacache.training.streamed_optimizer import StreamedOptimizer
 from alpacache.training.trainable import checkpoint_tensors
 
+if TYPE_CHECKING:
+    from alpacache.alpamayo import ActionExpert
+
 
 class Learner:
     """State that a step changes; a checkpoint holds all of it."""
 
     def __init__(
         self,
-        expert: ActionExpert,
+        expert: "ActionExpert",
         parameters: Mapping[str, nn.Parameter],
         world: World,
         make_optimizer: Callable[[Mapping[str, slice]], StepOptimizer],

@@ -14,18 +14,21 @@ Weights that are not finite all the same, as by a fault of memory, make the next
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from alpacache import flow_matching
-from alpacache.alpamayo import ActionExpert, EncodedPrefix, PackedPrefixes, PrefixFeatures
+from alpacache.alpamayo import EncodedPrefix, PackedPrefixes, PrefixFeatures
 from alpacache.cached_samples.ring import Batch
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.gpu.capture import captured
 from alpacache.training.learner import Learner
 from alpacache.training.streamed_optimizer import StreamedOptimizer
+
+if TYPE_CHECKING:
+    from alpacache.alpamayo import ActionExpert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +181,7 @@ def call_before(layers: nn.ModuleList, work: Callable[[int], None]) -> None:
 
 
 def flow_loss(
-    expert: ActionExpert,
+    expert: "ActionExpert",
     action: Tensor,
     noise: Tensor,
     t: Tensor,

@@ -17,9 +17,7 @@ from typing import Any
 import torch
 
 from alpacache import randomness, strict_json
-from alpacache.alpamayo import load_expert
 from alpacache.alpamayo.checkpoint import listed
-from alpacache.alpamayo.expert import action_space
 from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.cached_samples.identity import check_base, check_same_vlm, model_identity
 from alpacache.cached_samples.ring import Batch, BatchRing, PrefixRows
@@ -100,6 +98,8 @@ def _train(
     world, data, batch_size = inputs.world, inputs.data, inputs.world.local_batch_size(config.batch_size)
 
     def batch_seconds() -> float:
+        from alpacache.alpamayo.expert import action_space
+
         if config.in_memory:  # nothing to wait for after the first epoch
             return 0.0
         space, damaged = action_space(inputs.checkpoint), DamagedSamples(data, config.on_damage)
@@ -217,6 +217,8 @@ class _Run:
 
     def _make_learner(self) -> Learner:
         """Load the expert, choose what is trained, and make its optimizer."""
+        from alpacache.alpamayo import load_expert  # seconds of imports, which no refusal should wait for
+
         config, world = self.config, self.world
         dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
         expert = load_expert(self.inputs.checkpoint, dtype=dtype, device=world.device)

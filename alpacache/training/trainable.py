@@ -9,15 +9,18 @@ scale as the tensor `lora_scale`, so that its tensors alone are enough to merge 
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from alpacache import randomness
-from alpacache.alpamayo import ActionExpert
 from alpacache.alpamayo.checkpoint import listed
 from alpacache.alpamayo.family import EXPERT_LINEARS, HEAD_TENSORS
 from alpacache.errors import UsageError
+
+if TYPE_CHECKING:
+    from alpacache.alpamayo import ActionExpert
 
 LORA_SCALE = "lora_scale"
 """Name of the scalar tensor alpha / rank, by which B A is multiplied."""
@@ -25,7 +28,7 @@ _ADAPTER = "default"
 
 
 def choose_trainable(
-    expert: ActionExpert, which: str, *, lora_rank: int = 16, lora_alpha: float | None = None, seed: int
+    expert: "ActionExpert", which: str, *, lora_rank: int = 16, lora_alpha: float | None = None, seed: int
 ) -> dict[str, nn.Parameter]:
     """Choose the parameters to train, by their names in checkpoints; all others stop requiring gradients.
 
@@ -46,14 +49,16 @@ def choose_trainable(
     return chosen
 
 
-def checkpoint_tensors(expert: ActionExpert, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def checkpoint_tensors(expert: "ActionExpert", parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that a checkpoint holds: those of `choose_trainable` and, where there are adapters, their scale."""
     tensors = {name: parameter.detach() for name, parameter in parameters.items()}
     return tensors | {name: buffer for name, buffer in expert.named_buffers(recurse=False) if name == LORA_SCALE}
 
 
 @torch.no_grad()
-def apply_checkpoint(expert: ActionExpert, tensors: Mapping[str, Tensor], *, where: object = "the checkpoint") -> None:
+def apply_checkpoint(
+    expert: "ActionExpert", tensors: Mapping[str, Tensor], *, where: object = "the checkpoint"
+) -> None:
     """Put a checkpoint's tensors into a freshly loaded expert, in place; adapters are merged into the weights.
 
     A merged weight is W + lora_scale B A in float32, rounded once to the weight's dtype. In bfloat16 that keeps 99 % of
@@ -107,7 +112,7 @@ def merge(name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     return (base.float() + tensors[LORA_SCALE].to(base.device) * (b @ a)).to(base.dtype)
 
 
-def enable_checkpointing(expert: ActionExpert) -> None:
+def enable_checkpointing(expert: "ActionExpert") -> None:
     """Keep only each layer's input for the backward and compute the rest again; results do not change.
 
     The backward then asks the prefix for a layer twice: for the second forward and for the gradient. Random state is
@@ -120,7 +125,7 @@ def enable_checkpointing(expert: ActionExpert) -> None:
     enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
-def _inject(expert: ActionExpert, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
+def _inject(expert: "ActionExpert", rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
     """Inject adapters into all decoder layers; return them by their names in checkpoints."""
     if rank < 1 or not (math.isfinite(alpha) and alpha > 0):
         raise UsageError(f"LoRA rank is {rank} and alpha {alpha}; expected a rank of at least 1 and an alpha above 0.")

@@ -3,12 +3,12 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from alpacache import randomness
-from alpacache.alpamayo import ActionExpert
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.ring import Batch, BatchRing, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
@@ -20,6 +20,9 @@ from alpacache.metrics.paths import min_ade
 from alpacache.planning.workload import VAL_BATCH
 from alpacache.prefix.packed import PackedPrefixes
 from alpacache.training.step import flow_loss
+
+if TYPE_CHECKING:
+    from alpacache.alpamayo import ActionExpert
 
 _DRAWS = 4
 _PATHS, _FLOW_STEPS = 6, 10
@@ -39,7 +42,7 @@ class Validation:
 
     @torch.no_grad()
     def run(
-        self, expert: ActionExpert, world: World, stop: Callable[[], bool] = lambda: False
+        self, expert: "ActionExpert", world: World, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         """`val_loss`, `val_loss/straight` and so on by turn, and `val_min_ade` (m) `with_min_ade`.
 
@@ -78,7 +81,7 @@ class Validation:
             expert.train()
         return means(world.all_gather(dict(values)))
 
-    def _losses(self, expert: ActionExpert, staged: StagedBatch, batch: Batch) -> tuple[list[float], PackedPrefixes]:
+    def _losses(self, expert: "ActionExpert", staged: StagedBatch, batch: Batch) -> tuple[list[float], PackedPrefixes]:
         """The loss of each sample, and the prefixes of the batch."""
         noise = torch.stack([randomness.noise("val", name, draws=_DRAWS) for name in batch.sample_ids])
         schedule, count = self._times, len(batch.rows)
@@ -88,7 +91,7 @@ class Validation:
         flow = staged.action[:count], staged.noise[:count], staged.t[:count]
         return flow_loss(expert, *flow, prefixes, causal=self._causal).tolist(), prefixes
 
-    def _min_ades(self, expert: ActionExpert, batch: Batch, prefixes: PackedPrefixes) -> list[float]:
+    def _min_ades(self, expert: "ActionExpert", batch: Batch, prefixes: PackedPrefixes) -> list[float]:
         noise = eval_noise(0, batch.sample_ids, _PATHS).to(expert.device)
         action = sample_flow(lambda x, t: expert.velocity(x, t, prefixes), noise, steps=_FLOW_STEPS).cpu()
         values = []

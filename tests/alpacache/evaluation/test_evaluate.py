@@ -189,7 +189,7 @@ def test_paths_that_are_not_finite_name_the_run(trained, tiny_checkpoint, tmp_pa
 
 
 def test_every_run_is_opened_before_the_first_path_is_sampled(trained, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("alpacache.evaluation.evaluate.load_expert", lambda *a, **k: pytest.fail("began to sample"))
+    monkeypatch.setattr("alpacache.alpamayo.load_expert", lambda *a, **k: pytest.fail("began to sample"))
     runs = {"good": str(trained / "run"), "gone": str(tmp_path / "gone")}
     with pytest.raises(UsageError, match="gone is neither a run directory"):
         alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path / "out", compare=runs))
