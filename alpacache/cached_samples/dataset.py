@@ -77,6 +77,15 @@ class CachedDataset:
         """
         self.choice = choice or PrefixChoice()
         readers = [CacheReader(store) for store in stores]
+        # What needs no look at the model comes first: that takes seconds of imports.
+        if self.choice.route_dropout and not any(ROUTE in reader.fields for reader in readers):
+            raise UsageError(
+                f"no sample of {', '.join(map(str, stores))} has a route that could be dropped. Extract them with "
+                "`alpacache extract --route`, or leave --route-dropout out."
+            )
+        if self.choice.prefix != "direct":
+            for store, reader in zip(stores, readers, strict=True):
+                _check_rollouts(str(store), reader, self.choice.prefix)
         for store, reader in zip(stores, readers, strict=True):
             check_same_model(checkpoint, reader.identity, store=str(store))
         # The VLM, its prompt and how KV is stored must be the same; cameras, frames and routes may differ.
@@ -92,14 +101,6 @@ class CachedDataset:
         self.prefix_fields = PREFIX_FIELDS if self.codec is None else (*PREFIX_FIELDS, KV_SHAPE)
         self.rollouts = min(tail_count(reader.fields) for reader in readers)
         """Number of reasoning rollouts that every sample has tails of."""
-        if self.choice.route_dropout and not any(ROUTE in reader.fields for reader in readers):
-            raise UsageError(
-                f"no sample of {', '.join(map(str, stores))} has a route that could be dropped. Extract them with "
-                "`alpacache extract --route`, or leave --route-dropout out."
-            )
-        if self.choice.prefix != "direct":
-            for store, reader in zip(stores, readers, strict=True):
-                _check_rollouts(str(store), reader, self.choice.prefix)
         self.nameless = [error for reader in readers for error in reader.unreadable if not error.sample_id]
         """Errors of commit records so damaged that not even the sample's id can be told: those samples are absent."""
         self._index = [(reader, sample_id) for reader in readers for sample_id in reader.sample_ids]
