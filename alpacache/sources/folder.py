@@ -118,7 +118,7 @@ class FolderSource:
     def route_times_us(self, clip_id: str) -> NDArray[np.int64]:
         """Times of the rows that say something."""
         _, stamps, texts = self._routes(clip_id)
-        rows_us: NDArray[np.int64] = stamps[np.asarray(texts.is_valid(), dtype=bool)]
+        rows_us: NDArray[np.int64] = stamps[np.array(texts.is_valid().to_pylist(), dtype=bool)]
         return rows_us
 
     def _routes(self, clip_id: str) -> tuple[str, NDArray[np.int64], Any]:
