@@ -180,7 +180,7 @@ def explained_png(
             places = np.arange(len(bars)) + (number - (len(kinds) - 1) / 2) * width
             intervals = [group.get(kind) for group in bars.values()]
             heights = [0.0 if interval is None else interval.estimate for interval in intervals]
-            panel.bar(places, heights, 0.9 * width, color=MODEL_COLOURS[1 - number % 2], label=kind)
+            panel.bar(places, heights, 0.9 * width, color=MODEL_COLOURS[number % len(MODEL_COLOURS)], label=kind)
             _draw_whiskers(panel, places, intervals)
         panel.set_xticks(range(len(bars)), [literal(label) for label in bars])
     for panel, sets in zip(axes[len(panels) :], layers.values(), strict=False):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,10 @@ from alpacache.evaluation.probe_models import (
     BEST_TOKENS,
     FOLDS,
     PROBES,
+    QUERIES,
     Predictions,
     Probe,
+    attended,
     cross_validate,
     group_folds,
     shuffled_within,
@@ -40,6 +42,7 @@ from alpacache.evaluation.probe_verdict import (
     FITTING,
     LEAST_CLIPS,
     LEAST_SAMPLES,
+    LOUDNESS,
     PLANTED,
     Cell,
     Verdict,
@@ -55,10 +58,9 @@ _FILES = ("probe.png", "probe.json")
 ALL = "all"
 TOGETHER = "all vectors"
 """Name of all sets of vectors side by side, where there are several."""
-LOUDNESS = 0.1
-"""Loudness of the planted signal in pooled vectors, against each channel's spread."""
 SHUFFLED = "shuffled"
 """Name of the control, in which each sample has another's features."""
+_Tokens: TypeAlias = Mapping[Probe, NDArray[np.float32]]
 Scores = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Cell]]]]
 """Stratum -> target -> vectors -> probe -> numbers."""
 
@@ -193,13 +195,14 @@ def _predict(data: ProbeData, main: str, seed: int, on_progress: OnProgress) -> 
     folds = group_folds(data.clips, FOLDS, seed=seed)
     joined = np.concatenate(list(data.features.values()), axis=1)
     order = shuffled_within(folds, seed=seed)
-    tokens, other_tokens = data.tokens, None if data.tokens is None else data.tokens[order]
-    passes: list[tuple[str, Sequence[Probe], NDArray[np.float32], NDArray[np.float32] | None, Floats | None]] = [
+    tokens: _Tokens = {} if data.tokens is None else {"token": data.tokens, "attention": attended(data.tokens)}
+    other_tokens = {probe: each[order] for probe, each in tokens.items()}
+    passes: list[tuple[str, Sequence[Probe], NDArray[np.float32], _Tokens, Floats | None]] = [
         (main, PROBES, joined, tokens, data.history),
         (SHUFFLED, PROBES, joined[order], other_tokens, data.history),
     ]
     if main == TOGETHER:
-        passes += [(name, PROBES[:1], vectors, None, None) for name, vectors in data.features.items()]
+        passes += [(name, PROBES[:1], vectors, {}, None) for name, vectors in data.features.items()]
     started, predicted = time.monotonic(), dict[str, dict[Probe, Predictions]]()
     for number, (name, probes, vectors, one_by_one, history) in enumerate(passes):
         parts = cross_validate(probes, vectors, history, data.targets, data.clips, folds, tokens=one_by_one, seed=seed)
@@ -221,11 +224,12 @@ def _planted(
     """Target -> probe -> gain by a signal of known strength that was added to these samples: the positive control.
 
     The signal explains `PLANTED` of what history leaves of the target. The ridge is to find it in the pooled vectors,
-    in a random direction, a tenth as loud as each channel; the probe of tokens in one token, as loud as that token.
+    in a random direction, a tenth as loud as each channel; `token` in the token of one place, as loud as that is there;
+    `attention` in a token whose place changes from sample to sample, as loud as tokens are.
     """
     rng = np.random.default_rng([seed, 1])
-    joined, tokens = np.concatenate(list(data.features.values()), axis=1), tokens.copy()
-    spread = joined.std(0)
+    joined, fixed, moving = np.concatenate(list(data.features.values()), axis=1), tokens.copy(), tokens.copy()
+    spread, loud, every = joined.std(0), tokens.std(axis=(0, 1)), np.arange(len(tokens))
     for column, mask in enumerate(rows.values()):
         left = data.targets[:, column] - _rival(predictions, data.targets, np.ones_like(mask), column)
         left = (left - left[mask].mean()) / max(left[mask].std(), 1e-12)
@@ -233,9 +237,12 @@ def _planted(
         joined += LOUDNESS * np.outer(signal, rng.normal(size=joined.shape[1]) * spread).astype(np.float32)
         place = rng.integers(tokens.shape[1])
         direction = rng.normal(size=tokens.shape[2]) * tokens[:, place].std(0)
-        tokens[:, place] += np.outer(signal, direction).astype(np.float32)
+        fixed[:, place] += np.outer(signal, direction).astype(np.float32)
+        places = rng.integers(tokens.shape[1], size=len(tokens))
+        moving[every, places] += np.outer(signal, rng.normal(size=tokens.shape[2]) * loud).astype(np.float32)
+    single: _Tokens = {"token": fixed, "attention": attended(moving)}
     folds = group_folds(data.clips, FOLDS, seed=seed)
-    parts = cross_validate(PROBES[:1], joined, data.history, data.targets, data.clips, folds, tokens=tokens, seed=seed)
+    parts = cross_validate(PROBES[:1], joined, data.history, data.targets, data.clips, folds, tokens=single, seed=seed)
     found = list(parts)[-1]
     gains: dict[str, dict[str, Interval | None]] = {}
     for column, (target, mask) in enumerate(rows.items()):
@@ -261,7 +268,8 @@ def _looked_at(data: ProbeData, pool: Pool) -> str:
     }
     words = f"{pools[pool]} of {', '.join(data.features)}"
     if data.tokens is not None:
-        words += f", and the {BEST_TOKENS} most telling of {data.tokens.shape[1]} single tokens"
+        words += f", the {BEST_TOKENS} most telling of {data.tokens.shape[1]} single tokens and what "
+        words += f"{QUERIES} queries find among these"
     return words
 
 

@@ -33,7 +33,7 @@ HIDDEN = "hidden"
 HEADING, CURVATURE, SPEED = "heading change", "curvature", "speed change"
 TARGETS = {HEADING: "rad", CURVATURE: "1/m", SPEED: "m/s"}
 """Name -> unit of each target, in the order of columns."""
-SKETCH = 8
+SKETCH = 32
 """Random projections of a token: enough to tell that one of thousands knows something, and few enough to keep."""
 LEAST_PATH_M = MOVING_MPS * FUTURE_S
 """Least length that a path's curvature is computed with: the heading of a standing vehicle is noise."""

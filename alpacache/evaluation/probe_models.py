@@ -6,8 +6,9 @@ samples of a clip lie in one fold, so a probe that recognises the clip gains not
 Source: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, sections 3.4.1, 7.10 and 18.3.5.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -20,9 +21,10 @@ from alpacache import randomness
 from alpacache.driving.sample import Floats
 
 Rows: TypeAlias = NDArray[np.intp]
-Probe: TypeAlias = Literal["ridge", "mlp", "token"]
+Probe: TypeAlias = Literal["ridge", "mlp", "token", "attention"]
 PROBES: tuple[Probe, ...] = ("ridge", "mlp")
-"""Those of pooled vectors; `token` reads the single tokens that tell most."""
+"""Those of pooled vectors. Of single tokens `token` reads those in the places that tell most, and `attention` what
+queries find wherever it stands."""
 FOLDS, INNER_FOLDS = 5, 4
 PENALTIES = np.logspace(-4, 4, 13)
 """Penalties that the ridge chooses from, as multiples of the mean eigenvalue."""
@@ -31,11 +33,12 @@ SHARES = (0.0, 0.1, 0.3, 0.7, 1.0)
 COMPONENTS = 48
 """Principal components that the MLP sees."""
 HIDDEN_UNITS = 64
-TOKEN: Probe = "token"  # noqa: S105
 BUMPS, BUMP_WIDTH = 12, 0.45
 """Gaussian bumps over one column of the history, from -2.5 to 2.5 standard deviations: what bends may be made of."""
 BENT_COLUMNS, BEST_TOKENS = 4, 2
-"""Columns of the history whose bends a probe takes, and tokens that it reads, for each target."""
+"""Columns of the history whose bends a probe takes, and places whose tokens it reads, for each target."""
+QUERIES = 128
+"""Tokens that `attention` compares all tokens with."""
 BEND_SHARE = 0.05
 """Weight of the bends beside the history's own columns."""
 _CHUNK = 128
@@ -89,7 +92,7 @@ def cross_validate(
     clips: Sequence[str],
     folds: Sequence[Rows],
     *,
-    tokens: NDArray[np.float32] | None = None,
+    tokens: Mapping[Probe, NDArray[np.float32]] = MappingProxyType({}),
     seed: int = 0,
 ) -> Iterator[dict[Probe, Predictions]]:
     """Fit and predict fold by fold; yields the same predictions after each, complete after the last.
@@ -101,11 +104,12 @@ def cross_validate(
         targets: `[N, targets]`.
         clips: N clip ids.
         folds: rows of each outer fold.
-        tokens: `[N, positions, K]` single tokens; with them the probe `token` is fitted too.
+        tokens: for each probe of single tokens that is fitted too, what it chooses from: `[N, choices, K]`.
         seed: seed of the inner folds and of the MLP's start.
     """
     names = ("mean", "features") if history is None else ("mean", "features", "history", "both")
-    kinds = list(probes) if tokens is None or history is None else [*probes, TOKEN]
+    single = {} if history is None else tokens
+    kinds = [*probes, *single]
     result = {probe: Predictions(**{name: np.full(targets.shape, np.nan) for name in names}) for probe in kinds}
     bumps = None if history is None else _bumps(history)
     for number, test in enumerate(folds):
@@ -123,15 +127,43 @@ def cross_validate(
             inputs = [_components(_gram(x, train, test)) for x in (features, history) if x is not None]
             inputs += [np.concatenate(inputs, axis=1)] if len(inputs) > 1 else []
             predicted["mlp"] = [_mlp(fit, x, y, inner, seed=fold_seed) for fit, x in zip(fits, inputs, strict=True)]
-        if TOKEN in result:
-            assert tokens is not None
-            best = _telling(tokens, y - fits[1][1], train, count=BEST_TOKENS)
-            predicted[TOKEN] = [new for new, _ in _ridge(best, past, y, train, test, inner)]
+        for probe, choices in single.items():
+            best = _telling(choices, y - fits[1][1], train, count=BEST_TOKENS)
+            predicted[probe] = [new for new, _ in _ridge(best, past, y, train, test, inner)]
         for probe, into in result.items():
             into.mean[test] = centre
             for name, values in zip(names[1:], predicted[probe], strict=True):
                 getattr(into, name)[test] = centre + scale * values
         yield result
+
+
+def attended(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What queries find in each sample, wherever it stands: `[N, 1, 2 * QUERIES]`.
+
+    Of each query the largest and the smallest dot product with the sample's tokens: attention that puts all weight on
+    one token. A token is taken by how it departs from what usually stands in its place, whitened, as otherwise the
+    loudest of the prefix would win in every sample. The queries are the most outlying tokens of some samples: a token
+    that knows what the others do not differs from them. No target is looked at.
+
+    Args:
+        tokens: `[N, positions, K]`.
+    """
+    centre = tokens.mean(axis=0)
+    spread = np.sqrt(sum((sample - centre) ** 2 for sample in tokens) / len(tokens))
+    scale = np.where(spread > 1e-6 * (1e-6 + np.abs(centre)), spread, 1)
+    products = sum(each.T @ each for each in ((sample - centre) / scale for sample in tokens))
+    values, vectors = np.linalg.eigh(products / (len(tokens) * len(centre)))
+    whitening = (vectors / np.sqrt(np.maximum(values, 1e-6 * max(values[-1], 1e-6)))).astype(np.float32)
+    outlying = np.stack([white[(white**2).sum(axis=1).argmax()] for white in _white(tokens, centre, scale, whitening)])
+    queries = outlying[np.random.default_rng(0).permutation(len(tokens))[:QUERIES]].T
+    alike = (white @ queries for white in _white(tokens, centre, scale, whitening))
+    return np.stack([[np.concatenate([each.max(axis=0), each.min(axis=0)])] for each in alike])
+
+
+def _white(tokens: NDArray[np.float32], *standard: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    """Sample by sample, as all at once would take several times the memory of the tokens."""
+    centre, scale, whitening = standard
+    return (((sample - centre) / scale) @ whitening for sample in tokens)
 
 
 _Fit: TypeAlias = tuple[Floats, Floats]

@@ -22,6 +22,8 @@ CLIPS_TO_DENY = 200
 """Least number of clips of the judged stratum for `not there`: fitted to fewer, a probe may miss what is there."""
 PLANTED = 0.3
 """Share of what history leaves that the planted signal of the positive control explains."""
+LOUDNESS = 0.1
+"""Loudness of that signal in pooled vectors, against each channel's spread; in a single token it is as loud as that."""
 BENDING = ("heading change", "curvature")
 """Targets that a history which turns gives away, in whatever way."""
 FITTING = 1.5
@@ -132,4 +134,7 @@ def _told(found: Mapping[str, Interval | None]) -> str:
         for probe, gain in found.items()
     )
     how = "was found" if all(map(_is_found, found.values())) else "was not found by all, so nothing can be denied"
-    return f"A planted signal that explains {PLANTED:g} of what history leaves {how}: a gain of {gains}"
+    return (
+        f"A planted signal that explains {PLANTED:g} of what history leaves, {LOUDNESS:g} as loud as the vectors and "
+        f"as loud as one token, {how}: a gain of {gains}"
+    )

@@ -9,19 +9,30 @@ import pytest
 from alpacache.driving.strata import LATE_CURVE
 from alpacache.evaluation.probe import ALL, probe_data
 from alpacache.evaluation.probe_features import CURVATURE, HEADING, SKETCH, SPEED, ProbeData
+from alpacache.evaluation.probe_models import FOLDS, attended, cross_validate, group_folds
 
 pytestmark = pytest.mark.ci
 
 
 def world(
-    n=300, late=210, *, seed=3, width=64, positions=60, in_history=None, in_features=None, in_token=None, bent=None
+    n=300,
+    late=210,
+    *,
+    seed=3,
+    width=64,
+    positions=60,
+    in_history=None,
+    in_features=None,
+    in_token=None,
+    bent=None,
+    moves=False,
 ):
     """Samples of as many clips; turns that begin after t0 in the first `late`.
 
     Args:
         in_history: loudness of the target in the history.
         in_features: loudness in the pooled vectors, along a random direction; `bent`: as the product of two signs.
-        in_token: loudness in one token.
+        in_token: loudness in one token, which `moves` from sample to sample or stands in one place.
     """
     rng = np.random.default_rng(seed)
     turn = np.where(rng.random(n) < 0.5, 1.0, -1.0) * rng.uniform(0.2, 0.9, n)
@@ -29,7 +40,7 @@ def world(
     target = np.where(curves, turn, rng.normal(0, 0.03, n))
     history = rng.normal(size=(n, 62))
     features = rng.normal(size=(n, 12)) @ rng.normal(size=(12, width)) / 4 + rng.normal(0, 0.5, (n, width))
-    tokens = rng.normal(size=(n, positions, SKETCH))
+    tokens = rng.standard_normal(size=(n, positions, SKETCH), dtype=np.float32)
     if in_history == "bent":  # a function of one column that no line follows, and the features repeat it
         angle = rng.uniform(-3, 3, n)
         history[:, 30] = angle
@@ -45,14 +56,15 @@ def world(
         for part in (sign, sign * np.sign(target), np.abs(target)):
             features += np.outer(part, rng.normal(0, bent, width))
     if in_token:
-        tokens[:, positions // 3] += np.outer(target, rng.normal(size=SKETCH)) * in_token
+        places = rng.integers(positions, size=n) if moves else positions // 3
+        tokens[np.arange(n), places] += np.outer(target, rng.normal(size=SKETCH)) * in_token
     return ProbeData(
         clips=[f"clip-{number}" for number in range(n)],
         features={"hidden": features.astype(np.float32)},
         history=history,
         targets=np.stack([target, target / 40, rng.normal(size=n)], axis=1),
         late_curve=curves,
-        tokens=tokens.astype(np.float32),
+        tokens=tokens,
     )
 
 
@@ -62,8 +74,13 @@ def answers(data, seed=0):
 
 @pytest.mark.parametrize(
     "planted",
-    [{"in_features": 0.5}, {"bent": 0.7}, {"in_token": 3.0, "positions": 3000}],
-    ids=["linear", "bent", "one token of 3,000"],
+    [
+        {"in_features": 0.5},
+        {"bent": 0.7},
+        {"in_token": 3.0, "positions": 3000},
+        {"in_token": 2.0, "positions": 3000, "moves": True},
+    ],
+    ids=["linear", "bent", "one token of 3,000", "one token of 3,000, now here, now there"],
 )
 def test_what_is_planted_is_there(planted):
     found = answers(world(**planted))
@@ -74,9 +91,29 @@ def test_what_is_planted_is_there(planted):
 def test_nothing_is_not_there_and_the_sentence_says_what_was_looked_at():
     verdict = answers(world())[HEADING]
     assert verdict.answer == "not there"
-    looked = "Looked at: the last token and the mean over tokens of hidden, and the 2 most telling of 60 single tokens"
-    assert looked in verdict.sentence
-    assert "A planted signal that explains 0.3 of what history leaves was found: a gain of ridge 0." in verdict.sentence
+    assert (
+        "Looked at: the last token and the mean over tokens of hidden, the 2 most telling of 60 single tokens and what "
+        "128 queries find among these. A planted signal that explains 0.3 of what history leaves, 0.1 as loud as the "
+        "vectors and as loud as one token, was found: a gain of ridge 0."
+    ) in verdict.sentence
+
+
+def test_a_token_whose_place_changes_is_found_where_no_single_place_tells():
+    data = world(late=300, positions=400, in_token=2.0, moves=True)
+    folds = group_folds(data.clips, FOLDS, seed=0)
+    tokens = {"token": data.tokens, "attention": attended(data.tokens)}
+    parts = cross_validate((), data.features["hidden"], data.history, data.targets, data.clips, folds, tokens=tokens)
+    truth, found = data.targets[:, 0], list(parts)[-1]
+    errors = {probe: ((truth - each.both[:, 0]) ** 2).sum() for probe, each in found.items()}
+    worst = ((truth - found["token"].mean[:, 0]) ** 2).sum()
+    assert errors["attention"] < 0.4 * worst
+    assert errors["token"] > 0.9 * worst
+
+
+def test_a_token_that_is_always_loud_does_not_hide_the_others():
+    """As the first tokens of a prefix are, in every sample alike."""
+    data = world(n=100, late=100, positions=50, in_token=2.0, moves=True)
+    assert np.allclose(attended(data.tokens + 1000.0 * (np.arange(50) == 0)[:, None]), attended(data.tokens), atol=0.05)
 
 
 def test_without_single_tokens_nothing_is_denied():
