@@ -32,6 +32,7 @@ from alpacache.cached_samples.ring import Batch, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.distributed.world import World
 from alpacache.driving.sample import FUTURE_STEPS
+from alpacache.gpu.device import cap_memory
 from alpacache.planning.config import budget_bytes
 from alpacache.planning.machine import bus_speed, gpu_speed
 from alpacache.planning.memory_model import fastest_plan, memory_plan, with_room_used
@@ -39,7 +40,6 @@ from alpacache.planning.workload import MemoryPlan, Workload
 from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.packed import PackedPrefixes
-from alpacache.training.auto_settings import cap_memory
 from alpacache.training.learner import Learner
 from alpacache.training.optimizers import StepOptimizer, make_optimizer, resolve
 from alpacache.training.step import TrainStep

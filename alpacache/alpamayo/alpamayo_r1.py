@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, field_validator
 
-from alpacache.alpamayo.family import AlpamayoConfig, Family, Geometry, HistoryTokens, Released
+from alpacache.alpamayo.family import AlpamayoConfig, Family, Geometry, HistoryTokens, Released, VLMSizes
 from alpacache.alpamayo.foreign_files import Count, Fraction, Number, Pixels, Schema, Width, conform
 from alpacache.alpamayo.prompt import PromptFormat
 from alpacache.driving.action_space import UnicycleActionSpace
@@ -205,6 +205,17 @@ R1_RELEASED = Released(
         head_dim=128,
         vlm_hidden=4096,
         vlm_parameters=8_800_000_000,  # the public card's 8.2 and 0.6 billion
+        vlm=VLMSizes(
+            layer_parameters=192_946_432,
+            tower_parameters=576_388_336,
+            embedding_parameters=155_697 * 4096,
+            intermediate=12288,
+            query_width=4096,
+            vision_hidden=1152,
+            vision_intermediate=4304,
+            merged=4,
+            deepstack=3,
+        ),
         expert_shapes=_expert_shapes(),
     ),
     text_tokens=81,  # counted with its tokenizer: 809 tokens with one camera's four images of 182

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from alpacache.alpamayo.checkpoint import Checkpoint, hub_file, listed
-from alpacache.alpamayo.family import EXPERT_PARTS, Geometry
+from alpacache.alpamayo.family import EXPERT_PARTS, Geometry, VLMSizes
 from alpacache.alpamayo.foreign_files import Count, Schema, Width, conform, read_json
 from alpacache.errors import AlpacacheError, CheckpointError
 from alpacache.finite import is_finite
@@ -223,7 +223,8 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
 
     Raises `CheckpointError` for a checkpoint without a VLM.
     """
-    text = vlm_config(checkpoint).text_config
+    config = vlm_config(checkpoint)
+    text = config.text_config
     home, prefix = checkpoint.vlm_home
     vlm = home.shapes(*([prefix] if prefix else ["model.", "lm_head."]))
     if not vlm:
@@ -235,7 +236,36 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         head_dim=text.head_dim,
         vlm_hidden=text.hidden_size,
         vlm_parameters=sum(map(math.prod, vlm.values())),
+        vlm=vlm_sizes(config),
         expert_shapes=checkpoint.shapes(*EXPERT_PARTS),
+    )
+
+
+def vlm_sizes(config: "Qwen3VLConfig") -> VLMSizes:
+    """Count the VLM's parts by its configuration."""
+    text, vision = config.text_config, config.vision_config
+    wide, inner, head = text.hidden_size, text.intermediate_size, text.head_dim
+    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+    layer = 2 * wide * queries + 2 * wide * keys + 3 * wide * inner + 2 * wide + 2 * head
+    if text.attention_bias:
+        layer += queries + 2 * keys + wide
+    merged, hidden = vision.spatial_merge_size**2, vision.hidden_size
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    block = 4 * hidden**2 + 2 * hidden * vision.intermediate_size + vision.intermediate_size + 9 * hidden
+    deepstack, joined, out = len(vision.deepstack_visual_indexes), merged * hidden, vision.out_hidden_size
+    merger = joined**2 + joined + joined * out + out
+    tower = (patch + 1 + vision.num_position_embeddings) * hidden + vision.depth * block
+    tower += (1 + deepstack) * merger + 2 * hidden + 2 * deepstack * joined
+    return VLMSizes(
+        layer_parameters=layer,
+        tower_parameters=tower,
+        embedding_parameters=text.vocab_size * wide,
+        intermediate=inner,
+        query_width=queries,
+        vision_hidden=hidden,
+        vision_intermediate=vision.intermediate_size,
+        merged=merged,
+        deepstack=deepstack,
     )
 
 
@@ -258,9 +288,9 @@ def load_module(
     It is built without memory first and compared with the weights' headers, so that no config, however damaged, makes
     this allocate more than the weights need.
     """
-    with refusing(described_by), empty_weights(dtype, torch.device("meta")):
-        shapes = {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
-    checkpoint.check_shapes(shapes, prefix, described_by=described_by)
+    checkpoint.check_shapes(
+        module_shapes(make, described_by=described_by, dtype=dtype), prefix, described_by=described_by
+    )
     with empty_weights(dtype, device):
         module = make()
     state, finite = module.state_dict(), {}
@@ -268,6 +298,14 @@ def load_module(
         finite[name] = is_finite(state[name.removeprefix(prefix)].copy_(tensor))  # asked last, so that no copy waits
     check_finite(checkpoint, finite)
     return module
+
+
+def module_shapes(
+    make: Callable[[], nn.Module], *, described_by: str, dtype: torch.dtype
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of the module that `make` builds of the files `described_by`; it gets no memory."""
+    with refusing(described_by), empty_weights(dtype, torch.device("meta")):
+        return {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
 
 
 def check_finite(checkpoint: Checkpoint, finite: Mapping[str, Tensor]) -> None:

@@ -62,6 +62,27 @@ class HistoryTokens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VLMSizes:
+    """Sizes of the VLM that the memory of stage one depends on."""
+
+    layer_parameters: int
+    """Of one text layer."""
+    tower_parameters: int
+    """Of the vision tower."""
+    embedding_parameters: int
+    """Of the embedding table; the vocabulary head has as many."""
+    intermediate: int
+    query_width: int
+    """Channels of all queries of a token."""
+    vision_hidden: int
+    vision_intermediate: int
+    merged: int
+    """Patches of an image token."""
+    deepstack: int
+    """Text layers that get features of the tower's inner blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
     """Sizes that a model's cache and its training depend on."""
 
@@ -73,6 +94,7 @@ class Geometry:
     vlm_hidden: int
     """Channels of the VLM's hidden states."""
     vlm_parameters: int
+    vlm: VLMSizes
     expert_shapes: Mapping[str, tuple[int, ...]]
     """Shapes of the tensors of expert and projections, by name in the checkpoint."""
 

@@ -10,6 +10,7 @@ the direct tail. With a quantising codec, which the store's identity names, `kv`
 
 import io
 import json
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -178,17 +179,26 @@ def prefix_arrays(
     KV and hidden states are bfloat16 bits, lossless if the VLM ran in bfloat16; with a codec, KV is encoded. Nothing
     waits for the device: pass the values to `checked` once it is done.
     """
-    arrays: dict[str, Any] = {
-        **_kv_arrays(prefix, codec),
-        "input_ids": inputs.input_ids[: prefix.prefix_len],
-        "prefix_len": np.asarray(prefix.prefix_len),
-        "rope_delta": np.asarray(prefix.rope_delta),
-        "start_position": np.asarray(prefix.start_position),
-    }
+    arrays = _kv_arrays(prefix, codec) | prefix_counters(
+        inputs,
+        prefix_len=prefix.prefix_len,
+        rope_delta=prefix.rope_delta,
+        start_position=prefix.start_position,
+    )
     if hidden_states:
         assert prefix.hidden is not None
         arrays |= _bf16_arrays("hidden", prefix.hidden)
     return arrays
+
+
+def prefix_counters(inputs: VLMInputs, *, prefix_len: int, rope_delta: int, start_position: int) -> dict[str, Any]:
+    """Stored values of a prefix beside its KV and hidden states."""
+    return {
+        "input_ids": inputs.input_ids[:prefix_len],
+        "prefix_len": np.asarray(prefix_len),
+        "rope_delta": np.asarray(rope_delta),
+        "start_position": np.asarray(start_position),
+    }
 
 
 def tail_arrays(tails: Sequence[Tail], *, codec: KVCodec | None) -> dict[str, Any]:
@@ -201,12 +211,18 @@ def twin_arrays(twins: Mapping[str, Tail], *, codec: KVCodec | None) -> dict[str
     return _tail_arrays(twins, codec)
 
 
+def tail_counters(name: str, *, token_ids: NDArray[np.int64], start_position: int, text: str) -> dict[str, Any]:
+    """Stored values of a tail beside its KV; `name`: beginning of its fields' names."""
+    values = {"input_ids": token_ids, "start_position": np.asarray(start_position), "text": text}
+    return {f"{name}{part}": value for part, value in values.items()}
+
+
 def _tail_arrays(tails: Mapping[Any, Tail], codec: KVCodec | None) -> dict[str, Any]:
     arrays: dict[str, Any] = {}
     for name, tail in tails.items():
-        start = np.asarray(tail.start_position)
-        stored = _kv_arrays(tail, codec) | {"input_ids": tail.token_ids, "start_position": start, "text": tail.text}
-        arrays |= {f"{tail_name(name)}{part}": value for part, value in stored.items()}
+        begin = tail_name(name)
+        arrays |= {f"{begin}{part}": value for part, value in _kv_arrays(tail, codec).items()}
+        arrays |= tail_counters(begin, token_ids=tail.token_ids, start_position=tail.start_position, text=tail.text)
     return arrays
 
 
@@ -216,6 +232,44 @@ def _kv_arrays(part: PrefixFeatures | Tail, codec: KVCodec | None) -> dict[str, 
         return _bf16_arrays("kv", kv)
     data, encodable = tensor_codec(codec).encode_async(kv)
     return {"kv": data, KV_SHAPE: np.array(kv.shape, np.int64), f"kv{_FINITE}": _flag(encodable)}
+
+
+def kv_layer(kv: Tensor, layer: int, codec: KVCodec | None) -> tuple[Tensor, Tensor]:
+    """Stored bytes of one layer of several samples of one length, `[samples, size]`, and which may be stored.
+
+    Args:
+        kv: `[samples, 2, kv_heads, T, head_dim]`.
+    """
+    return bf16_rows(kv) if codec is None else tensor_codec(codec).encode_layer(kv, layer)
+
+
+def bf16_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes `[samples, size]` of `[samples, ...]` as bfloat16, rounded to nearest even, and which are finite."""
+    rounded = tensor.detach().to(torch.bfloat16).contiguous().flatten(1)
+    least, greatest = torch.aminmax(rounded, dim=1)
+    return rounded.view(torch.uint8), least.isfinite() & greatest.isfinite()
+
+
+def kv_bytes(shape: tuple[int, ...], codec: KVCodec | None) -> int:
+    """Stored bytes of keys and values `[layers, 2, kv_heads, T, head_dim]`."""
+    return math.prod(shape) * 2 if codec is None else codec.encoded_bytes(shape)
+
+
+def kv_values(
+    begin: str, data: NDArray[np.uint8], shape: tuple[int, ...], codec: KVCodec | None, good: Tensor
+) -> dict[str, Any]:
+    """Values of the field of keys and values whose name has this beginning, out of the bytes of all layers.
+
+    `good`: flag on the host whether all may be stored; like those of `prefix_arrays`, they go through `checked`.
+    """
+    if codec is None:
+        return bf16_values(f"{begin}kv", data, shape, good)
+    return {f"{begin}kv": data, f"{begin}{KV_SHAPE}": np.array(shape, np.int64), f"{begin}kv{_FINITE}": good}
+
+
+def bf16_values(name: str, data: NDArray[np.uint8], shape: tuple[int, ...], good: Tensor) -> dict[str, Any]:
+    """Values of a bfloat16 field out of its bytes."""
+    return {name: data.view(np.uint16).reshape(shape), f"{name}{_FINITE}": good}
 
 
 def _bf16_arrays(name: str, tensor: Tensor) -> dict[str, Any]:

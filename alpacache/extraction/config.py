@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from alpacache.config import MOST, BatchSize, Name, Place, Seed, Threads, expect, parts, whole_number
-from alpacache.planning.config import StoredConfig
+from alpacache.planning.config import MemoryBudget, StoredConfig
 from alpacache.sources.config import SamplesConfig
 
 _Share = Annotated[int, Ge(0), Le(MOST)]
@@ -53,6 +53,12 @@ class ExtractConfig(StoredConfig, SamplesConfig):
     writers: Threads = 6
     """Threads that commit samples behind the VLM. Each holds a sample in host memory, beside those that go through the
     VLM at a time, or two at least."""
+    memory_budget: MemoryBudget | None = None
+    """Size of the card to stay within, such as `12GB`: GPU memory is capped at half a GiB less. Where the VLM's weights
+    do not fit, they come from RAM or from the files for each group of samples. Default: what is free."""
+    weights: Literal["auto", "gpu", "ram", "files"] = "auto"
+    """Home of the weights of the VLM's layers while they do not compute: the GPU, page-locked RAM, or the checkpoint's
+    files, which want a fast drive. `auto`: the first of these that fits."""
     device: Name | None = None
     """`cuda`, `cuda:1` or `cpu`. Default: a GPU if there is one."""
 

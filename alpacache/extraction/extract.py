@@ -29,15 +29,17 @@ from alpacache.errors import BadClipError, InterruptedRunError, UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.disk_room import check_room
 from alpacache.extraction.failures import Failures
-from alpacache.extraction.pipeline import SPARE_COPIES, Writers, groups, read_ahead
+from alpacache.extraction.memory import plan_memory, told_plan
+from alpacache.extraction.pipeline import SPARE_COPIES, Writers, read_ahead
 from alpacache.extraction.prefill import BatchSize, Group, Prefiller, StoredFeatures
 from alpacache.extraction.preparation import PreparationSettings, Prepared
 from alpacache.extraction.progress import ExtractProgress, ExtractReport
 from alpacache.extraction.reading_process import Readers, open_readers, reading_workers
+from alpacache.extraction.streamed_prefill import StreamedPrefiller, open_streamed
 from alpacache.gpu.device import enter, own_device, restored_torch_threads
 from alpacache.gpu.host_copies import HostCopies
 from alpacache.interrupt import InterruptGuard
-from alpacache.planning.time_model import prefill_batch
+from alpacache.planning.prefill_plan import PrefillPlan
 from alpacache.progress import OnNote, OnProgress, ignore, ignore_note
 from alpacache.sources.registry import open_source
 from alpacache.sources.routes import open_route_file
@@ -117,9 +119,25 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         identity = as_stored(identity, stored_before)
     for note in _notes(checkpoint, builder, settings.dtype):
         on_note(note)
+    missing = _uncommitted(config.store, refs)
     if not config.force:
-        missing = _uncommitted(config.store, refs)
         check_room(config.store, missing, source, checkpoint, builder, settings=settings, stored=stored, routes=routes)
+    plan = None
+    if missing:
+        plan = plan_memory(
+            config,
+            missing,
+            source,
+            checkpoint,
+            builder,
+            settings=settings,
+            stored=stored,
+            routes=routes,
+            device=device,
+            workers=reading_workers(config.workers),
+        )
+    if plan is not None:
+        on_note(told_plan(plan))
     fields = store_fields(
         hidden_states=stored.hidden_states,
         codec=stored.codec,
@@ -145,23 +163,25 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         if todo:
             if isinstance(source, FixedSource):
                 source.expect(todo)
-            at_once = prefill_batch(cameras=len(settings.cameras), frames=config.frames)
-            batched = device.type == "cuda" and not config.deterministic
-            batch = BatchSize(config.batch_size or (at_once if batched else 1), device=device)
+            streamed = plan is not None and plan.home != "gpu"
+            rows = plan.rows if plan is not None else config.batch_size or 1
+            batch = BatchSize(rows, device=device)
+            if plan is not None and streamed:
+                batch = BatchSize(plan.group, device=device, name="groups of")
+            # A group leaves the device at once: it must not have to wait while the writers keep up.
+            buffers = config.writers + max(SPARE_COPIES, batch.size)
+            if plan is not None and streamed:
+                buffers = max(plan.buffers, plan.group + SPARE_COPIES)
             workers = min(reading_workers(config.workers), len(todo))
             with (
                 _deterministic(config.deterministic),
                 restored_torch_threads(),
                 open_readers(settings, source, builder, device, workers=workers) as readers,
+                HostCopies(device, buffers) as copies,
+                _open_prefiller(plan, checkpoint, builder, stored, device, settings.dtype, copies) as prefiller,
             ):
-                prefiller = Prefiller(checkpoint, builder, stored, device, dtype=settings.dtype)
                 progress.start(len(todo))
-                with (
-                    InterruptGuard() as guard,
-                    # A group leaves the device at once: it must not have to wait while the writers keep up.
-                    HostCopies(device, config.writers + max(SPARE_COPIES, batch.size)) as copies,
-                    Writers(writer, copies, threads=config.writers) as writers,
-                ):
+                with InterruptGuard() as guard, Writers(writer, copies, threads=config.writers) as writers:
                     _Extraction(readers, prefiller, batch, writers, progress, failures, guard).over(todo)
             if guard.requested and progress.left:
                 raise InterruptedRunError(
@@ -175,9 +195,29 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
                 config.source,
             )
         names = [*(ref.sample_id for ref in refs), *(clip_id for clip_id, _ in unusable)]
-        return progress.report(
+        report = progress.report(
             selected=len(names), already_there=len(refs) - len(missing), quarantined=failures.records(names)
         )
+        peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+        return replace(report, memory=plan, peak_bytes=peak)
+
+
+@contextmanager
+def _open_prefiller(
+    plan: PrefillPlan | None,
+    checkpoint: Checkpoint,
+    builder: InputBuilder,
+    stored: StoredFeatures,
+    device: torch.device,
+    dtype: torch.dtype,
+    copies: HostCopies,
+) -> Iterator[Prefiller | StreamedPrefiller]:
+    """The VLM with its weights where the plan has them."""
+    if plan is None or plan.home == "gpu":
+        yield Prefiller(checkpoint, builder, stored, device, dtype=dtype)
+        return
+    with open_streamed(plan, checkpoint, builder, stored, device, dtype=dtype, copies=copies) as prefiller:
+        yield prefiller
 
 
 def _notes(checkpoint: Checkpoint, builder: InputBuilder, dtype: torch.dtype) -> Iterator[str]:
@@ -205,7 +245,7 @@ class _Extraction:
     """One run over samples: the main thread feeds the device one group ahead of what is committed."""
 
     readers: Readers
-    prefiller: Prefiller
+    prefiller: Prefiller | StreamedPrefiller
     batch: BatchSize
     writers: Writers
     progress: ExtractProgress
@@ -243,13 +283,13 @@ class _Extraction:
 
     def _prefill(self, samples: Iterator[Prepared]) -> None:
         """Feed the device; a group that does not fit is halved."""
-        for group in groups(samples, length=lambda one: len(one.inputs.input_ids), size=lambda: self.batch.size):
+        for group in self.prefiller.groups(samples, lambda: self.batch.size):
             if self.guard.requested:
                 return
             parts = deque([group])
             while parts:
                 part = parts.popleft()
-                begun = self.prefiller.begin(part)
+                begun = self.prefiller.begin(part, self._hand_over)
                 handed_over = self._hand_over()  # while the device is busy with the next
                 if isinstance(begun, Group):
                     self.pending = begun
@@ -266,14 +306,17 @@ class _Extraction:
             return False
         if group.made is not None:
             group.made.synchronize()
-        for sample_id, values in group.samples:
+        for number, (sample_id, values) in enumerate(group.samples):
+            copy = None if group.copies is None else group.copies[number]
             try:
                 stored = checked(sample_id, values)
             except BadClipError as error:
                 self.failures.refuse(sample_id, error)
+                if copy is not None:
+                    copy.release()
                 continue
             with self.progress.waits.of("write"):
-                self.writers.put(sample_id, stored, made=group.made)
+                self.writers.put(sample_id, stored, made=group.made, copy=copy)
             self.progress.add_committed(self.writers.collect())
         return True
 

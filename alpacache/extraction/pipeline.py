@@ -109,9 +109,19 @@ class Writers:
         self._pool = ThreadPoolExecutor(threads, "write")
         self._begun: list[Future[int]] = []
 
-    def put(self, sample_id: str, values: Mapping[str, Any], *, made: torch.cuda.Event | None = None) -> None:
-        """Begin to copy a sample off the device (after `made`, if given), to be committed by one of the threads."""
-        copy = self._copies.begin(values, made=made)
+    def put(
+        self,
+        sample_id: str,
+        values: Mapping[str, Any],
+        *,
+        made: torch.cuda.Event | None = None,
+        copy: HostCopy | None = None,
+    ) -> None:
+        """Begin to copy a sample off the device (after `made`, if given), to be committed by one of the threads.
+
+        `copy`: the one that its large values are already in.
+        """
+        copy = self._copies.begin(values, made=made) if copy is None else copy.keep(values)
         self._begun.append(self._pool.submit(self._commit, sample_id, copy))
 
     def collect(self, *, everything: bool = False) -> list[int]:

@@ -1,7 +1,7 @@
 """The device's part of stage one: groups of samples go through the VLM, and their KV through the codec."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.cached_samples.features import prefix_arrays, tail_arrays, twin_arrays
 from alpacache.errors import DeviceMemoryError
+from alpacache.extraction.pipeline import groups
 from alpacache.extraction.preparation import Prepared
+from alpacache.gpu.host_copies import HostCopy
 from alpacache.prefix.prefix import PrefixFeatures, Tail
 from cache_store import KVCodec
 
@@ -38,6 +40,8 @@ class Group:
     stored."""
     made: torch.cuda.Event | None
     """On a GPU, the event after which the values are good."""
+    copies: list[HostCopy] | None = None
+    """Where large values are on their way to the host already, each sample's copy."""
 
 
 class Prefiller:
@@ -66,8 +70,16 @@ class Prefiller:
                 "take one with more memory; `alpacache plan` says how much stage one needs."
             ) from error
 
-    def begin(self, samples: Sequence[Prepared]) -> Group | str:
-        """Have the device make what is stored of the samples; what it said if it has no room for them."""
+    def groups(self, samples: Iterator[Prepared], size: Callable[[], int]) -> Iterator[list[Prepared]]:
+        """Samples of nearly equal length, so many at a time."""
+        return groups(samples, length=lambda one: len(one.inputs.input_ids), size=size)
+
+    def begin(self, samples: Sequence[Prepared], meanwhile: Callable[[], object]) -> Group | str:
+        """Have the device make what is stored of the samples; what it said if it has no room for them.
+
+        `meanwhile` is for prefills that need room on the host before they are done.
+        """
+        del meanwhile
         try:
             values = self.features(samples)
         except torch.OutOfMemoryError as error:
@@ -105,8 +117,9 @@ class Prefiller:
 class BatchSize:
     """Samples that go through the VLM at a time; halved where the GPU has no room for them."""
 
-    def __init__(self, size: int, *, device: torch.device) -> None:
-        self.size, self.device = size, device
+    def __init__(self, size: int, *, device: torch.device, name: str = "--batch-size") -> None:
+        """`name`: of the size, for people."""
+        self.size, self.device, self.name = size, device, name
 
     def shrink(self, samples: Sequence[Prepared], refusal: str) -> str:
         """Halve the size after a group did not fit; no later one is as large. Returns a note for the progress line.
@@ -124,6 +137,6 @@ class BatchSize:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.size = before // 2
-        message = "out of GPU memory at %d samples of up to %d tokens; going on with --batch-size %d."
-        _log.warning(message, before, longest, self.size)
+        message = "out of GPU memory at %d samples of up to %d tokens; going on with %s %d."
+        _log.warning(message, before, longest, self.name, self.size)
         return f"{self.size} (out of memory at {before})"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from alpacache.driving.route import command_of
 from alpacache.extraction.pipeline import Waits
+from alpacache.planning.prefill_plan import PrefillPlan
 from alpacache.progress import OnProgress, Progress, clock
 from cache_store.format.quarantine_record import QuarantineRecord
 from cache_store.writer import committed_keys
@@ -40,6 +41,10 @@ class ExtractReport:
     """Samples of all workers together that the store holds by now."""
     wanted: int
     """Samples of all workers together."""
+    memory: PrefillPlan | None = None
+    """What was planned of the GPU's memory and of RAM; None where the VLM ran on a CPU, or nothing was left to do."""
+    peak_bytes: int | None = None
+    """GPU memory that the allocator had reserved at its peak."""
     routes: dict[str, int] = field(default_factory=dict)
     """Where samples were to get routes: how many of those read have one, by command, and how many have none (`""`)."""
 
@@ -136,6 +141,7 @@ class ExtractProgress:
     ) -> ExtractReport:
         seconds = time.monotonic() - self._started
         committed, wanted, _ = self._store_count.now(at_once=True)
+        waits = self.waits.shares(seconds)
         return ExtractReport(
             store=self._store,
             selected=selected,
@@ -146,7 +152,8 @@ class ExtractProgress:
             seconds=seconds,
             samples_per_s=self.extracted / seconds if seconds else 0.0,
             bytes_written=self._bytes_written,
-            **{f"{what}_wait": share for what, share in self.waits.shares(seconds).items()},
+            read_wait=waits["read"],
+            write_wait=waits["write"],
             committed=committed,
             wanted=wanted,
             routes=dict(sorted((self._routes or {}).items())),

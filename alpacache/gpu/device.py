@@ -1,6 +1,7 @@
 """The device that a stage runs on, and settings of the process that go with it."""
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -80,3 +81,20 @@ def own_device(device: str | None) -> torch.device:
     mine, process = resolve_device(device), this_process()
     alone = mine.type == "cpu" or process.world_size == 1
     return mine if alone else resolve_device(f"cuda:{process.local_rank}")
+
+
+def cap_memory(budget_bytes: int | None, device: torch.device, *, beside_bytes: int = 0) -> int:
+    """Hold the allocator to a budget and return what it may take: no more than is free, all of it without a budget.
+
+    `beside_bytes`: part of the budget that is taken already, and not by the allocator.
+    """
+    if not (os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")):
+        # Lets any tensor reuse any freed page: 1 GiB less is reserved at full size (measured on an H100).
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device)
+    if budget_bytes is None:
+        return free
+    cap = budget_bytes - beside_bytes
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device.index or 0)
+    return min(cap, free)

@@ -6,10 +6,12 @@ Neither was timed apart; `extract` as a whole is in docs/decisions/0012 and `ben
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from queue import Empty, LifoQueue
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +36,11 @@ class HostCopy:
             with torch.cuda.device(self._event.device):  # a new thread's current GPU is the first one
                 self._event.synchronize()
         return self._values
+
+    def keep(self, values: Mapping[str, Any]) -> "HostCopy":
+        """Replace the values, which may lie in the buffer; return this copy."""
+        self._values = values
+        return self
 
     def release(self) -> None:
         """Give the buffer back; the arrays must not be used any more."""
@@ -70,11 +77,7 @@ class HostCopies:
             arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
             return HostCopy(self, None, {**values, **arrays}, None)
         needed = sum(page_rounded(tensor.nbytes) for tensor in tensors.values())
-        if buffer is None or buffer.size < needed:
-            if buffer is not None:
-                page_unlock(buffer)
-            buffer = page_aligned(page_rounded(needed + needed // _SLACK))
-            page_lock(buffer)
+        buffer = _locked(buffer, needed)
         self._stream.wait_event(made or torch.cuda.current_stream(self._stream.device).record_event())
         done, end = dict(values), 0
         with torch.cuda.stream(self._stream):
@@ -89,6 +92,31 @@ class HostCopies:
             event = self._stream.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
         return HostCopy(self, buffer, done, event)
 
+    def reserve(self, sizes: Mapping[str, int]) -> "HostPlaces":
+        """Wait for a free buffer with room for values of these sizes, in bytes, that come in pieces."""
+        needed = sum(map(page_rounded, sizes.values()))
+        buffer = self._free.get()
+        try:
+            buffer = np.empty(needed, np.uint8) if self._stream is None else _locked(buffer, needed)
+        except BaseException:
+            self._free.put(None)
+            raise
+        places, end = {}, 0
+        for name, size in sizes.items():
+            places[name] = buffer[end : end + size]
+            end += page_rounded(size)
+        return HostPlaces(self, buffer if self._stream is not None else None, places)
+
+    @contextmanager
+    def after_now(self) -> Iterator[None]:
+        """Within it pieces are put as soon as the device is done with what was launched before."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_event(torch.cuda.current_stream(self._stream.device).record_event())
+        with torch.cuda.stream(self._stream):
+            yield
+
     def __enter__(self) -> Self:
         return self
 
@@ -101,6 +129,37 @@ class HostCopies:
                 return
             if buffer is not None:
                 page_unlock(buffer)
+
+
+class HostPlaces:
+    """Room for one sample's values, which the device sends in pieces within `HostCopies.after_now`."""
+
+    def __init__(self, copies: HostCopies, buffer: Bytes | None, places: Mapping[str, Bytes]) -> None:
+        self._copies, self._buffer, self.places = copies, buffer, places
+
+    def put(self, name: str, first: int, piece: Tensor) -> None:
+        """Begin to copy a piece, uint8 and flat, to these bytes of a value."""
+        place = torch.from_numpy(self.places[name][first : first + piece.numel()])
+        place.copy_(piece, non_blocking=True)
+        if piece.device.type == "cuda":
+            piece.record_stream(torch.cuda.current_stream(piece.device))
+
+    def end(self) -> HostCopy:
+        """The copy of which all pieces are put, its values still to be given."""
+        stream = self._copies._stream
+        # Blocking: a thread that waits for it sleeps and leaves the core to those that read.
+        event = None if stream is None else stream.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+        return HostCopy(self._copies, self._buffer, {}, event)
+
+
+def _locked(buffer: Bytes | None, needed: int) -> Bytes:
+    """A page-locked buffer of at least so many bytes, this one if it is large enough."""
+    if buffer is None or buffer.size < needed:
+        if buffer is not None:
+            page_unlock(buffer)
+        buffer = page_aligned(page_rounded(needed + needed // _SLACK))
+        page_lock(buffer)
+    return buffer
 
 
 def copied_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

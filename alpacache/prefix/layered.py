@@ -79,10 +79,20 @@ class LayeredTensorCodec(TensorCodec[Layered]):
         starts = self._codec.layer_starts(shape)
         for first, count in alike(self._codec, shape, passes.AT_ONCE):
             rows = data[starts[first] : starts[first + count]].view(count, -1)
-            for index, (part, where, segments) in enumerate(self._codec.parts(first, shape)):
-                x = kv[first : first + count, index]
-                self._encode_part(part, first, x, SegmentedRows(segments, rows[:, where]), passes)
+            self._encode_rows(kv[first : first + count], first, rows, passes)
         return data, torch.stack(torch.aminmax(kv)).abs().lt(MAX_VALUE).all()
+
+    def encode_layer(self, kv: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        kv, passes = kv.to(torch.bfloat16).contiguous(), passes_on(kv.device)
+        size = sum(self._codec.layer_bytes(layer, tuple(kv.shape)))
+        rows = torch.empty(len(kv), size, dtype=torch.uint8, device=kv.device)
+        self._encode_rows(kv, layer, rows, passes)
+        return rows, torch.stack(torch.aminmax(kv.flatten(1), dim=1)).abs().lt(MAX_VALUE).all(0)
+
+    def _encode_rows(self, kv: Tensor, layer: int, rows: Tensor, passes: ModuleType) -> None:
+        """Encode `[rows, 2, head, token, channel]`, all as layer `layer`, into `[rows, bytes]`."""
+        for index, (part, where, segments) in enumerate(self._codec.parts(layer, tuple(kv.shape))):
+            self._encode_part(part, layer, kv[:, index], SegmentedRows(segments, rows[:, where]), passes)
 
     def decode_layer(self, data: Tensor, layer: int, shape: tuple[int, ...]) -> Tensor:
         row = data[None, self._codec.layer_starts(shape)[layer] :]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from alpacache.errors import UsageError
 from cache_store import KVCodec
 from cache_store.kv.layered import NOT_FINITE
 
@@ -41,6 +42,20 @@ class TensorCodec(ABC, Generic[Definition]):
 
         If it waited, the GPU would have finished the VLM by then and idle before every launch.
         """
+
+    def encode_layer(self, kv: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Encode one layer of several samples of one length: the bytes that it has within the whole samples'.
+
+        Args:
+            kv: `[samples, 2, head, token, channel]`.
+
+        Returns the bytes `[samples, size]` and whether each sample's are good, `[samples]`; the host waits for neither.
+        Raises `UsageError` where the codec encodes whole samples only.
+        """
+        raise UsageError(
+            f"a codec of kind {self._codec.kind} encodes whole samples, but a VLM that the GPU does not hold gives one "
+            "layer at a time; take --codec bf16 or int8, or a GPU that holds the VLM."
+        )
 
     def decode(self, data: Tensor, shape: tuple[int, ...]) -> Tensor:
         """All keys and values in bfloat16, on the device of the bytes."""

@@ -5,7 +5,6 @@ They decide how much memory a step takes and how fast it is, so they follow from
 All processes of a run get the same.
 """
 
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +19,7 @@ from alpacache.cached_samples.ring import BatchRing, PrefixRows
 from alpacache.distributed.world import World
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.errors import DeviceMemoryError, UsageError
+from alpacache.gpu.device import cap_memory
 from alpacache.gpu.host_memory import available_bytes
 from alpacache.planning.gpus import Gpu
 from alpacache.planning.machine import bus_speed, gpu_speed
@@ -183,20 +183,3 @@ def batch_seconds(
             return (ends[-1] - ends[0]) / max(1, len(ends) - 1)
         except SampleReadError as error:
             damaged.leave_out(error)
-
-
-def cap_memory(budget_bytes: int | None, device: torch.device, *, beside_bytes: int = 0) -> int:
-    """Hold the allocator to a budget and return what it may take: no more than is free, all of it without a budget.
-
-    `beside_bytes`: part of the budget that is taken already, and not by the allocator.
-    """
-    if not (os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")):
-        # Lets any tensor reuse any freed page: 1 GiB less is reserved at full size (measured on an H100).
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-    free, total = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device)
-    if budget_bytes is None:
-        return free
-    cap = budget_bytes - beside_bytes
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device.index or 0)
-    return min(cap, free)

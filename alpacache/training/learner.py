@@ -10,7 +10,7 @@ from alpacache.distributed.peer_memory import peer_memory
 from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World
 from alpacache.finite import not_finite
-from alpacache.training.auto_settings import cap_memory
+from alpacache.gpu.device import cap_memory
 from alpacache.training.ema import WeightAverage
 from alpacache.training.optimizers import StepOptimizer
 from alpacache.training.run_directory import RunCheckpoint

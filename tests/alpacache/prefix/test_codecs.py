@@ -68,3 +68,16 @@ def test_refusals() -> None:
     kv[0, 0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN, infinity"):
         tensor_codec(CODECS["int8"]).encode(kv)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8", "mixed"])
+def test_layers_of_several_samples_have_the_bytes_of_whole_samples(name) -> None:
+    codec, shape = {**CODECS, **EXTRA}[name], (3, 2, 2, 70, 64)
+    samples = [make(shape, seed) for seed in range(3)]
+    made = [tensor_codec(codec).encode_layer(torch.stack([kv[i] for kv in samples]), i) for i in range(3)]
+    for number, kv in enumerate(samples):
+        assert torch.equal(torch.cat([data[number] for data, _ in made]), tensor_codec(codec).encode(kv))
+    assert all(bool(good.all()) for _, good in made)
+    samples[1][2, 0, 0, 0, 0] = float("nan")
+    _, good = tensor_codec(codec).encode_layer(torch.stack([kv[2] for kv in samples]), 2)
+    assert good.tolist() == [True, False, True]

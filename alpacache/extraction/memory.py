@@ -1,0 +1,119 @@
+"""What stage one will take of the GPU and of RAM, settled before the first sample."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.backbone import geometry_of
+from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.cached_samples.features import kv_bytes
+from alpacache.driving.sample import SampleRef
+from alpacache.errors import BadClipError
+from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.prefill import StoredFeatures
+from alpacache.extraction.preparation import PreparationSettings
+from alpacache.gpu.device import cap_memory
+from alpacache.gpu.host_memory import available_bytes
+from alpacache.planning.config import budget_bytes
+from alpacache.planning.prefill_plan import PrefillPlan, PrefillWork, choose_plan
+from alpacache.planning.sample_size import planned_prompt
+from alpacache.planning.time_model import prefill_batch
+from alpacache.sources.routes import Routes
+from alpacache.sources.source import Source
+from alpacache.torchrun import this_process
+
+_TRIED = 8
+"""Samples that are tried until one can be read."""
+_PICTURE = (1080, 1920)
+"""Assumed where none can."""
+
+
+def plan_memory(
+    config: ExtractConfig,
+    refs: Sequence[SampleRef],
+    source: Source,
+    checkpoint: Checkpoint,
+    builder: InputBuilder,
+    *,
+    settings: PreparationSettings,
+    stored: StoredFeatures,
+    routes: Routes,
+    device: torch.device,
+    workers: int,
+) -> PrefillPlan | None:
+    """Choose where the weights live and how many samples go at once, and hold the allocator to the budget.
+
+    None on a CPU where nothing else was asked for: there the VLM lies in RAM anyway. Raises `UsageError` where nothing
+    fits.
+    """
+    asked = None if config.weights == "auto" else config.weights
+    if device.type == "cpu" and asked in (None, "gpu"):
+        return None
+    batched = device.type == "cuda" and not config.deterministic
+    rows = config.batch_size or (prefill_batch(cameras=len(settings.cameras), frames=config.frames) if batched else 1)
+    geometry, itemsize = geometry_of(checkpoint), settings.dtype.itemsize
+    tokens, image_tokens, pixel_bytes, tails = _sizes(refs, source, builder, settings, routes)
+    stored_bytes = sum(
+        kv_bytes((geometry.layers, 2, geometry.kv_heads, length, geometry.head_dim), stored.codec)
+        for length in (tokens, *tails)
+    )
+    if stored.hidden_states:
+        stored_bytes += 2 * tokens * geometry.vlm_hidden
+    work = PrefillWork(
+        geometry=geometry,
+        tokens=tokens + sum(tails),
+        image_tokens=image_tokens,
+        stored_bytes=stored_bytes,
+        pixel_bytes=pixel_bytes,
+        rows=rows,
+        ahead=workers + config.writers,
+        samples=len(refs),
+        itemsize=itemsize,
+        rollouts=stored.rollouts > 0,
+    )
+    host_bytes, budget = available_bytes() // this_process().local_world_size, config.memory_budget
+    allowed = None if budget is None else budget_bytes(budget)
+    if device.type == "cuda":
+        device_bytes = cap_memory(allowed, device)
+    else:
+        device_bytes = host_bytes if allowed is None else allowed
+    exact_rows = config.batch_size is not None or config.deterministic
+    return choose_plan(work, device_bytes=device_bytes, host_bytes=host_bytes, asked=asked, exact_rows=exact_rows)
+
+
+def _sizes(
+    refs: Sequence[SampleRef],
+    source: Source,
+    builder: InputBuilder,
+    settings: PreparationSettings,
+    routes: Routes,
+) -> tuple[int, int, int, list[int]]:
+    """Tokens of the first sample that can be read, its images' tokens, its pixels' bytes, and the lengths of its
+    twins."""
+    for ref in refs[:_TRIED]:
+        try:
+            sample = routes(source.load(replace(ref, view=0), cameras=settings.cameras, frames=settings.frames))
+            inputs = builder.build(sample)
+        except (BadClipError, OSError):  # what is wrong with it is told when it is its turn
+            continue
+        images = int((inputs.image_spans[:, 1] - inputs.image_spans[:, 0]).sum())
+        twins = [len(ids) for ids, _ in builder.twins(inputs.route).values()]
+        return len(inputs.input_ids), images, inputs.pixel_values.numel() * settings.dtype.itemsize, twins
+    prompt = planned_prompt(builder, settings.cameras, frames=settings.frames, picture=_PICTURE)
+    images = len(settings.cameras) * settings.frames * prompt.tokens_an_image
+    return prompt.tokens, images, images * 4 * 1536 * settings.dtype.itemsize, []
+
+
+def told_plan(plan: PrefillPlan) -> str:
+    """One line on a plan, for people."""
+    where = {"gpu": "on the GPU", "ram": "in RAM", "files": "in the checkpoint's files"}[plan.home]
+    sizes = f"{plan.device_bytes / 2**30:.2f} GiB of GPU memory and {plan.host_bytes / 2**30:.1f} GiB of RAM planned"
+    if plan.home == "gpu":
+        return f"memory: the VLM's weights {where}, {plan.rows} samples at a time; {sizes}."
+    tower = "the vision tower comes for each group, too" if plan.tower_streams else "the vision tower on the GPU"
+    return (
+        f"memory: the text layers' weights {where}, {tower}; groups of {plan.group} samples, {plan.rows} of them in a "
+        f"layer at a time; {sizes}."
+    )

@@ -1,0 +1,293 @@
+"""Memory of stage one, worked out before the first sample: where weights live and how many samples go at once.
+
+Weights that are not on the GPU are copied once for each *group* of samples, so a group must be large enough to compute
+for as long as the copy takes. *Rows* are the samples that go through a layer side by side. What a token takes while a
+layer computes was counted from the layers' operations, allocation by allocation, and does not depend on the card.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from alpacache.alpamayo.family import Geometry
+from alpacache.errors import UsageError
+from alpacache.planning.gpus import GPUS, MEASURED
+from alpacache.planning.time_model import prefill_seconds
+from alpacache.planning.workload import BF16_BYTES
+
+WeightsHome = Literal["gpu", "ram", "files"]
+BUS_BYTES_S, FILE_BYTES_S = 20e9, 3e9
+"""Rates assumed of copies from page-locked RAM and of reads from an NVMe drive, where groups are chosen."""
+_SPARE = 1.5
+"""A group computes so many times as long as its weights take to arrive, on the fastest card measured."""
+_MOST_GROUP = 256
+_SLOTS = 2
+_STAGES = 2
+"""Units of weights that are read ahead from files, as in `alpamayo.weight_homes`."""
+_WORKSPACE_BYTES = 80 * 2**20
+"""cuBLAS's workspace and small tensors."""
+_GAPS = 0.02
+"""Share that is lost to pages nothing fills."""
+_RAM_LEFT_BYTES = 2 * 2**30
+"""Left to everything else on the machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillWork:
+    """Stage one, as far as its memory depends on it."""
+
+    geometry: Geometry
+    tokens: int
+    """Of the longest prompt."""
+    image_tokens: int
+    """Of those, the images'."""
+    stored_bytes: int
+    """KV and hidden states of a sample as they are stored."""
+    pixel_bytes: int
+    """A sample's pixels as the VLM takes them."""
+    rows: int
+    """Samples that go through the VLM at a time, or fewer where memory is short."""
+    ahead: int
+    """Samples that are read ahead or on their way to the store."""
+    samples: int
+    """Samples to extract by this process."""
+    itemsize: int = BF16_BYTES
+    """Bytes of a weight."""
+    rollouts: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillPlan:
+    """Memory of stage one in bytes, and the settings it is for."""
+
+    home: WeightsHome
+    """Where the text layers' weights live."""
+    tower_streams: bool
+    """The vision tower comes for each group, too."""
+    group: int
+    """Samples that go through a layer before the next layer is needed."""
+    rows: int
+    """Samples of these that go through it side by side."""
+    buffers: int
+    """Samples that have room on the host while their KV arrives and until they are committed."""
+    weights: int
+    """On the GPU at a time."""
+    group_bytes: int
+    """Hidden states of the group."""
+    activations: int
+    kv: int
+    """Keys and values until they have left, and what the encoder needs."""
+    workspace: int
+    host_weights: int
+    """Page-locked."""
+    host_samples: int
+    """Samples that were read, and those that are on their way to the store."""
+    streamed_bytes: int
+    """Weights that are copied for each group."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak of what the allocator reserves."""
+        return self.weights + self.group_bytes + self.activations + self.kv + self.workspace
+
+    @property
+    def host_bytes(self) -> int:
+        return self.host_weights + self.host_samples
+
+    def device_table(self) -> list[tuple[str, int]]:
+        """Lines that make up `device_bytes`, and the sum: (what, bytes)."""
+        return [
+            ("weights", self.weights),
+            ("hidden states of a group", self.group_bytes),
+            ("activations", self.activations),
+            ("KV and encoder", self.kv),
+            ("workspace", self.workspace),
+            ("sum, to be reserved", self.device_bytes),
+        ]
+
+    def table(self) -> list[tuple[str, int]]:
+        """The same with the host's memory: (what, bytes)."""
+        beside = [("host memory for weights", self.host_weights), ("host memory for samples", self.host_samples)]
+        return [*self.device_table(), *beside]
+
+
+def resident_plan(work: PrefillWork, rows: int) -> PrefillPlan:
+    """Memory with all weights on the GPU."""
+    sizes = work.geometry.vlm
+    weights = sizes.layer_parameters * work.geometry.layers + sizes.tower_parameters + sizes.embedding_parameters
+    weights = (weights + (sizes.embedding_parameters if work.rollouts else 0)) * work.itemsize
+    tokens = rows * work.tokens
+    # The cache, and what is cut from it for each sample; encoded, this batch and the one before it.
+    kv = 2 * tokens * _kv_token(work) * work.geometry.layers + 2 * rows * work.stored_bytes
+    activations = _activations(work, rows)
+    return PrefillPlan(
+        home="gpu",
+        tower_streams=False,
+        group=rows,
+        rows=rows,
+        buffers=work.ahead,
+        weights=weights,
+        group_bytes=_group_bytes(work, rows),
+        activations=activations,
+        kv=kv,
+        workspace=_WORKSPACE_BYTES + round(_GAPS * (kv + activations)),
+        host_weights=0,
+        host_samples=work.ahead * (work.stored_bytes + work.pixel_bytes),
+        streamed_bytes=0,
+    )
+
+
+def streamed_plan(work: PrefillWork, home: WeightsHome, *, group: int, rows: int, tower_streams: bool) -> PrefillPlan:
+    """Memory with the text layers' weights, and the vision tower's if `tower_streams`, in another home."""
+    sizes = work.geometry.vlm
+    layer, tower = sizes.layer_parameters * work.itemsize, sizes.tower_parameters * work.itemsize
+    layers = layer * work.geometry.layers
+    weights = max(_SLOTS * layer, tower) if tower_streams else _SLOTS * layer + tower
+    streamed = layers + (tower if tower_streams else 0)
+    stage = max(layer, tower if tower_streams else 0)
+    # A layer of the rows: computed, cut, side by side; then what the encoder makes, some of which has yet to go.
+    kv = rows * work.tokens * _kv_token(work) * 5
+    activations = _activations(work, rows)
+    buffers = 2 * group
+    return PrefillPlan(
+        home=home,
+        tower_streams=tower_streams,
+        group=group,
+        rows=rows,
+        buffers=buffers,
+        weights=weights,
+        group_bytes=_group_bytes(work, group),
+        activations=activations,
+        kv=kv,
+        workspace=_WORKSPACE_BYTES + round(_GAPS * (kv + activations)),
+        host_weights=streamed if home == "ram" else _STAGES * stage,
+        host_samples=buffers * work.stored_bytes + (2 * group + work.ahead) * work.pixel_bytes,
+        streamed_bytes=streamed,
+    )
+
+
+def choose_plan(
+    work: PrefillWork,
+    *,
+    device_bytes: int,
+    host_bytes: int,
+    asked: WeightsHome | None = None,
+    exact_rows: bool = False,
+) -> PrefillPlan:
+    """Choose the fastest plan that fits: weights on the GPU, else in RAM, else in the files.
+
+    Args:
+        device_bytes, host_bytes: what there is.
+        asked: only this home.
+        exact_rows: never fewer rows than the work asks for.
+
+    Raises `UsageError` where nothing fits, with what is needed.
+    """
+    rows = [work.rows] if exact_rows else _halved(work.rows)
+    homes: list[WeightsHome] = ["gpu", "ram", "files"] if asked is None else [asked]
+    least: PrefillPlan | None = None
+    for home in homes:
+        if home != "gpu" and work.rollouts:
+            continue
+        for plan in _candidates(work, home, rows):
+            if plan.device_bytes <= device_bytes and (home == "gpu" or _fits_host(plan, host_bytes)):
+                return _with_room_used(work, plan, device_bytes=device_bytes, host_bytes=host_bytes)
+            if least is None or plan.device_bytes <= least.device_bytes:
+                least = plan
+    assert least is not None or work.rollouts
+    raise UsageError(_refusal(work, least, asked=asked, device_bytes=device_bytes, host_bytes=host_bytes))
+
+
+def _candidates(work: PrefillWork, home: WeightsHome, rows: list[int]) -> Iterator[PrefillPlan]:
+    """Plans of a home from the fastest to the smallest, with the least groups."""
+    if home == "gpu":
+        yield from (resident_plan(work, few) for few in rows)
+        return
+    for tower_streams in (False, True):
+        for few in rows:
+            yield streamed_plan(work, home, group=few, rows=few, tower_streams=tower_streams)
+
+
+def _with_room_used(work: PrefillWork, plan: PrefillPlan, *, device_bytes: int, host_bytes: int) -> PrefillPlan:
+    """The plan with as large a group as hides its weights, or as fits."""
+    if plan.home == "gpu":
+        return plan
+    best, wanted = plan, min(hiding_group(work, plan), max(work.samples, plan.rows))
+    while best.group < wanted:
+        more = streamed_plan(
+            work, plan.home, group=best.group + plan.rows, rows=plan.rows, tower_streams=plan.tower_streams
+        )
+        if more.device_bytes > device_bytes or not _fits_host(more, host_bytes):
+            break
+        best = more
+    return best
+
+
+def hiding_group(work: PrefillWork, plan: PrefillPlan) -> int:
+    """Samples that compute for longer than their weights take to arrive, on the fastest card that was measured."""
+    rate = BUS_BYTES_S if plan.home == "ram" else FILE_BYTES_S
+    one = prefill_seconds(work.geometry.vlm_parameters, plan.rows * work.tokens, GPUS[MEASURED]) / plan.rows
+    wanted = _SPARE * plan.streamed_bytes / rate / one
+    return min(_MOST_GROUP, plan.rows * -(-int(wanted) // plan.rows))
+
+
+def _fits_host(plan: PrefillPlan, host_bytes: int) -> bool:
+    return plan.host_bytes + _RAM_LEFT_BYTES <= host_bytes
+
+
+def _refusal(
+    work: PrefillWork, least: PrefillPlan | None, *, asked: WeightsHome | None, device_bytes: int, host_bytes: int
+) -> str:
+    if work.rollouts and (least is None or least.home == "gpu"):
+        needed = resident_plan(work, 1).device_bytes
+        return (
+            f"reasoning rollouts need the VLM's weights on the GPU, {needed / 2**30:.1f} GiB with what else stage one "
+            f"takes, because each token goes through all of them; {device_bytes / 2**30:.1f} GiB are allowed. Pass "
+            "--reasoning none, or take a larger --memory-budget or GPU."
+        )
+    assert least is not None
+    lines = "\n  ".join(f"{size / 2**30:7.2f} GiB  {name}" for name, size in least.table())
+    where = {"gpu": "on the GPU", "ram": "in RAM", "files": "in the files"}[least.home]
+    remedy = "Raise --memory-budget, take fewer --cameras or --frames"
+    remedy += ", or leave --weights out." if asked else ", or free host memory."
+    return (
+        f"stage one would take {least.device_bytes / 2**30:.2f} GiB of GPU memory and {least.host_bytes / 2**30:.2f} "
+        f"GiB of RAM with the weights {where} and {least.group} samples at a time; {device_bytes / 2**30:.2f} and "
+        f"{max(0, host_bytes - _RAM_LEFT_BYTES) / 2**30:.2f} GiB are there:\n  {lines}\n{remedy}"
+    )
+
+
+def _halved(rows: int) -> list[int]:
+    sizes = [rows]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes
+
+
+def _kv_token(work: PrefillWork) -> int:
+    """Bytes of a token's keys and values in one layer."""
+    return 2 * work.geometry.kv_heads * work.geometry.head_dim * work.itemsize
+
+
+def _group_bytes(work: PrefillWork, group: int) -> int:
+    """Hidden states, rotary angles and what the first layers add to the images' tokens."""
+    wide = work.geometry.vlm_hidden * work.itemsize
+    angles = 2 * work.geometry.head_dim * work.itemsize
+    return group * (work.tokens * (wide + angles) + work.image_tokens * work.geometry.vlm.deepstack * wide)
+
+
+def _activations(work: PrefillWork, rows: int) -> int:
+    """The widest moment of a text layer, or of a block of the vision tower beside the pixels."""
+    sizes, hidden, e = work.geometry.vlm, work.geometry.vlm_hidden, work.itemsize
+    text = max(3 * sizes.intermediate + 2 * hidden, 5.5 * hidden, 5.5 * sizes.query_width) * e
+    image: float = max(16 * sizes.vision_hidden, 2 * sizes.vision_intermediate + 3 * sizes.vision_hidden) * e
+    image += 2 * sizes.vision_hidden * e + _PIXELS_A_PATCH * e + _ANGLES_A_PATCH
+    # What the tower has made for the first layers, and for all images together.
+    image += (sizes.deepstack + 1) * hidden * e / sizes.merged
+    return round(rows * max(work.tokens * text, work.image_tokens * sizes.merged * image))
+
+
+_PIXELS_A_PATCH = 3 * 2 * 16 * 16
+"""Values of a patch of two frames, 16 pixels square."""
+_ANGLES_A_PATCH = 576
+"""Cosines and sines in float32."""
