@@ -117,9 +117,12 @@ def resident_plan(work: PrefillWork, rows: int) -> PrefillPlan:
     weights = sizes.layer_parameters * work.geometry.layers + sizes.tower_parameters + sizes.embedding_parameters
     weights = (weights + (sizes.embedding_parameters if work.rollouts else 0)) * work.itemsize
     tokens = rows * work.tokens
-    # The cache, and what is cut from it for each sample; encoded, this batch and the one before it.
-    kv = 2 * tokens * _kv_token(work) * work.geometry.layers + 2 * rows * work.stored_bytes
-    activations = _activations(work, rows)
+    # While layers compute, the batch before lies encoded beside the cache; later the cache, what is cut from it for
+    # each sample, and both batches encoded.
+    cache, encoded = tokens * _kv_token(work) * work.geometry.layers, rows * work.stored_bytes
+    computing, cutting = _activations(work, rows) + cache + encoded, 2 * cache + 2 * encoded
+    kv = cache + encoded
+    activations = max(computing, cutting) - kv
     return PrefillPlan(
         home="gpu",
         tower_streams=False,
@@ -159,7 +162,7 @@ def streamed_plan(work: PrefillWork, home: WeightsHome, *, group: int, rows: int
         group_bytes=_group_bytes(work, group),
         activations=activations,
         kv=kv,
-        workspace=_WORKSPACE_BYTES + round(_GAPS * (kv + activations)),
+        workspace=_WORKSPACE_BYTES + round(_GAPS * (_group_bytes(work, group) + kv + activations)),
         host_weights=streamed if home == "ram" else _STAGES * stage,
         host_samples=buffers * work.stored_bytes + (2 * group + work.ahead) * work.pixel_bytes,
         streamed_bytes=streamed,
@@ -282,8 +285,6 @@ def _activations(work: PrefillWork, rows: int) -> int:
     text = max(3 * sizes.intermediate + 2 * hidden, 5.5 * hidden, 5.5 * sizes.query_width) * e
     image: float = max(16 * sizes.vision_hidden, 2 * sizes.vision_intermediate + 3 * sizes.vision_hidden) * e
     image += 2 * sizes.vision_hidden * e + _PIXELS_A_PATCH * e + _ANGLES_A_PATCH
-    # What the tower has made for the first layers, and for all images together.
-    image += (sizes.deepstack + 1) * hidden * e / sizes.merged
     return round(rows * max(work.tokens * text, work.image_tokens * sizes.merged * image))
 
 
