@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,8 @@ from unittest import mock
 import full_size
 import numpy as np
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from benchmark_report import arguments, finish, hardware_name
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -42,9 +45,11 @@ TOKENS = {1: 809, 4: 2993}
 """Cameras -> length of R1's prompt."""
 QUICK_TOKENS, QUICK_GRID = {1: 60, 4: 200}, (1, 4, 6)
 WAYS = ("eager", "compiled", "cudnn", "joined", "transformers", "fixed sizes", "joined cudnn")
+WAYS += ("gelu", "padded 96", "padded 128", "cublaslt", "cudnn joined gelu", "twice as many")
 """`eager`: layer by layer as transformers has them; `transformers`: its own forward over all. `compiled`: as `extract`
 does it; the others differ from that in one thing each: attention is cuDNN's, query, key and value are one product and
 gate and up another, or lengths are no symbols."""
+PROFILED = ("eager", "compiled", "cudnn", "gelu", "padded 96", "cudnn joined gelu")
 EVERYWHERE = WAYS[:4]
 """Ways that are measured with each camera set by default; the others with the first."""
 _FIRST = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
@@ -152,6 +157,54 @@ class Joined:
         return hidden + F.linear(activation(gate) * up, down), key, value
 
 
+def other_block(
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Any,
+    *,
+    heads: int,
+    epsilon: float,
+    activation: Any,
+    gelu: bool,
+    width: int,
+) -> Tensor:
+    """`vision_block` with the activation in the product's epilogue, or heads padded to a width."""
+    norm = partial(F.layer_norm, normalized_shape=(hidden.shape[-1],), eps=epsilon)
+    inner = norm(hidden, weight=weights.norm1, bias=weights.norm1_bias)
+    qkv = F.linear(inner, weights.qkv, weights.qkv_bias).view(*hidden.shape[:2], 3, heads, -1)
+    query, key, value = qkv.transpose(1, 3).unbind(2)
+    cos, sin, size = cos.unsqueeze(1), sin.unsqueeze(1), query.shape[-1]
+    query, key = (compiled_layers._rotated(each.float(), cos, sin).to(hidden.dtype) for each in (query, key))
+    if width:
+        query, key, value = (F.pad(each, (0, width - size)) for each in (query, key, value))
+    attended = F.scaled_dot_product_attention(query, key, value, scale=size**-0.5)[..., :size]
+    hidden = hidden + F.linear(attended.transpose(1, 2).flatten(2), weights.output, weights.output_bias)
+    inner = norm(hidden, weight=weights.norm2, bias=weights.norm2_bias)
+    if gelu:
+        flat = torch._addmm_activation(weights.inner_bias, inner.flatten(0, 1), weights.inner.t(), use_gelu=True)
+        inner = flat.view(*inner.shape[:2], -1)
+    else:
+        inner = activation(F.linear(inner, weights.inner, weights.inner_bias))
+    return hidden + F.linear(inner, weights.outer, weights.outer_bias)
+
+
+def profile(call: Callable[[], Any]) -> None:
+    """Print which kernels take the time of a prefill."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        call()
+        _synchronise()
+    total: dict[str, list[float]] = {}
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            total.setdefault(event.name, []).append(event.device_time)
+    busy = sum(map(sum, total.values()))
+    print(f"  kernels {busy / 1e3:.1f} ms", flush=True)
+    for name, times in sorted(total.items(), key=lambda item: -sum(item[1]))[:24]:
+        each = f"{len(times):5d} x {sum(times) / len(times):8.1f} us"
+        print(f"  {sum(times) / 1e3:8.2f} ms {each}  {name[:110]}", flush=True)
+
+
 @contextmanager
 def going(way: str, vlm: FrozenVLM, backend: str, kept: Path) -> Iterator[None]:
     """Within it `vlm` goes this way; the compiler keeps its files in `kept`."""
@@ -163,6 +216,16 @@ def going(way: str, vlm: FrozenVLM, backend: str, kept: Path) -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch._dynamo, "mark_dynamic"))
         if "cudnn" in way:
             stack.enter_context(sdpa_kernel(list(_FIRST), set_priority=True))
+        stack.enter_context(mock.patch.object(torch._inductor.config, "fx_graph_cache", way == "compiled"))
+        stack.enter_context(mock.patch.object(torch._functorch.config, "enable_autograd_cache", way == "compiled"))
+        if "gelu" in way or "padded" in way:
+            width = int(way.split()[1]) if "padded" in way else 0
+            block = partial(other_block, gelu="gelu" in way, width=width)
+            stack.enter_context(mock.patch.object(compiled_layers, "vision_block", block))
+        if way == "cublaslt":
+            before = torch.backends.cuda.preferred_blas_library()
+            torch.backends.cuda.preferred_blas_library("cublaslt")
+            stack.callback(torch.backends.cuda.preferred_blas_library, before)
         if "joined" in way:
             stack.enter_context(mock.patch.object(compiled_layers, "TextWeights", Joined()))
             stack.enter_context(mock.patch.object(compiled_layers, "text_layer", Joined.layer))
@@ -172,7 +235,7 @@ def going(way: str, vlm: FrozenVLM, backend: str, kept: Path) -> Iterator[None]:
                 vlm.compile(backend=backend)
             yield
         finally:
-            vlm._run_layer = run_layer
+            vlm._run_layer, vlm._compiled = run_layer, False
             for module in (vlm.model.visual.patch_embed, *vlm.model.visual.blocks):
                 module.__dict__.pop("forward", None)
 
@@ -261,13 +324,15 @@ def measure(
     """A row."""
     batch = len(reference)
     inputs, rounds = prompts(vlm, cameras=cameras, batch=batch), 1 if quick else 7
+    if way == "twice as many":
+        inputs, batch = inputs * 2, 2 * batch
     row: dict[str, Any] = {"way": way, "cameras": cameras, "batch": batch, "tokens": len(inputs[0].input_ids)}
     backend, compiled = "eager" if quick else "inductor", way not in ("eager", "transformers")
     is_new = not kept.exists()
     prefill = whole_forward if way == "transformers" else FrozenVLM.prefill_batch
     with going(way, vlm, backend, kept):
         first = seconds(lambda: prefill(vlm, inputs), rounds=1)
-        row |= errors(prefill(vlm, inputs), reference)
+        row |= errors(prefill(vlm, inputs)[: len(reference)], reference)
         each = seconds(lambda: prefill(vlm, inputs), rounds=rounds)
         started = time.perf_counter()
         found = prefill(vlm, inputs)
@@ -275,6 +340,8 @@ def measure(
         del found
         row |= {"batch_ms": 1e3 * each, "samples_s": batch / each, **parts(vlm, inputs, rounds=rounds)}
         row["layer_error"] = layer_error(vlm, exact.model, inputs, vlm._run_layer)
+        if vlm.device.type == "cuda" and way in PROFILED:
+            profile(lambda: prefill(vlm, inputs))
         if compiled:
             row["start_s" if is_new else "restart_s"] = first - each
             for shorter, rows in ((3, batch), (5, max(2, batch - 1)), (0, 1)):

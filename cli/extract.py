@@ -18,7 +18,7 @@ from .options import from_config
         "Samples": "split split_by clips samples cameras frames t0 views seed shard retry_quarantined",
         "Model and prompt": "vlm vlm_dtype camera_names frame_numbers reasoning rollouts route route_file route_tokens",
         "Store": "codec hidden_states force",
-        "Machine": "memory_budget weights batch_size workers writers device deterministic",
+        "Machine": "memory_budget weights batch_size workers writers compile device deterministic",
     },
 )
 def extract(config: ExtractConfig, json: bool) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, Qwen3VLModel
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from alpacache.alpamayo.backbone import additive_mask, described_by, load_module, vlm_config
 from alpacache.alpamayo.checkpoint import Checkpoint
@@ -33,17 +34,21 @@ class FrozenVLM:
         if self.model.visual.config._attn_implementation == "sdpa":  # other implementations stay
             self.model.visual.config._attn_implementation = IMAGE_ATTENTION
             self.model.visual.register_forward_pre_hook(_join_equal_images, with_kwargs=True)
+        self.model.visual.register_forward_pre_hook(_PatchPlaces(), with_kwargs=True)
         self.future_start_id = future_start_id
         weight: Tensor = self.model.language_model.norm.weight
         self.dtype, self.device = weight.dtype, weight.device
         self._run_layer: RunLayer = run_layer
+        self._compiled = False
 
     def compile(self, *, backend: str = "inductor") -> None:
         """Have torch.compile fuse the small operations of prefills; from the next one on, which takes longer to begin.
 
-        It rounds differently, and less often. Rows of one length more or less are not compiled again.
+        It rounds differently, and less often. Other numbers of rows and tokens are not compiled again.
         """
-        self._run_layer = CompiledLayers(self.model, backend=backend).run_layer
+        if not self._compiled:
+            self._run_layer = CompiledLayers(self.model, backend=backend).run_layer
+            self._compiled = True
 
     def prefill(self, input_ids: ArrayLike | Tensor, pixel_values: Tensor, image_grid_thw: Tensor) -> PrefixFeatures:
         """Run the VLM over one prompt.
@@ -138,6 +143,13 @@ class FrozenVLM:
         """Prompts (ids, pixels, grid) with the embeddings of their images in place."""
         ids_of_all, pixel_values, grids = zip(*prompts, strict=True)
         cut = [self._cut(ids) for ids in ids_of_all]
+        for row, grid in zip(cut, grids, strict=True):
+            self._check_images(row, grid)
+        # First what a GPU is busy with while the rest is laid out.
+        seen = self.model.visual(
+            torch.cat([one.to(self.device, self.dtype, non_blocking=True) for one in pixel_values]),
+            grid_thw=torch.cat(grids).cpu(),
+        )
         lengths = [len(row) for row in cut]
         ids = torch.full((len(cut), max(lengths)), self.future_start_id)  # padding that is no image token
         positions = torch.zeros(3, *ids.shape, dtype=torch.long)
@@ -146,10 +158,6 @@ class FrozenVLM:
             ids[number, : len(row)] = row
             positions[:, number, : len(row)], delta = self._positions(row, grid.cpu())
             deltas.append(delta)
-        seen = self.model.visual(
-            torch.cat([one.to(self.device, self.dtype, non_blocking=True) for one in pixel_values]),
-            grid_thw=torch.cat(grids).to(self.device),
-        )
         embeddings = self._embed(ids)
         rows = text_rows(self.model.language_model, embeddings, positions.to(self.device))
         # The places are found on the CPU: a GPU would have to be waited for.
@@ -162,15 +170,17 @@ class FrozenVLM:
     def _positions(self, ids: Tensor, grid: Tensor) -> tuple[Tensor, int]:
         """M-RoPE positions `[3, T]` of one prompt and its rope delta. On the CPU: it is a loop over the images."""
         image = ids == self.model.config.image_token_id
-        merged = int((grid.prod(-1) // self.model.config.vision_config.spatial_merge_size**2).sum())
-        if int(image.sum()) != merged:
-            raise ValueError(
-                f"the prompt has {int(image.sum())} image tokens, its images give {merged}; check image_grid_thw."
-            )
         positions, deltas = self.model.get_rope_index(
             ids[None], mm_token_type_ids=image.int()[None], image_grid_thw=grid
         )
         return positions[:, 0], int(deltas[0, 0])
+
+    def _check_images(self, ids: Tensor, grid: Tensor) -> None:
+        """Raise `ValueError` unless a prompt has as many image tokens as its images give."""
+        found = int((ids == self.model.config.image_token_id).sum())
+        merged = int((grid.prod(-1) // self.model.config.vision_config.spatial_merge_size**2).sum())
+        if found != merged:
+            raise ValueError(f"the prompt has {found} image tokens, its images give {merged}; check image_grid_thw.")
 
     def _cut(self, ids: Tensor) -> Tensor:
         if ids.ndim != 1:
@@ -251,3 +261,30 @@ def _join_equal_images(tower: Any, positional: tuple[Any, ...], named: dict[str,
     ends = lengths.new_zeros(len(lengths) + 1)
     ends[1:] = lengths.cumsum(0)
     return positional, {**named, "cu_seqlens": ends, "images": len(sizes) if equal else 1}
+
+
+class _PatchPlaces:
+    """Hook that tells the vision tower where its patches are, once for images of the same sizes.
+
+    transformers computes that in each forward, image by image in some 300 small kernels, and asks the device for sizes.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: list[list[int]] = []
+        self._places: dict[str, Tensor] = {}
+
+    def __call__(self, tower: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        sizes = named["grid_thw"].tolist()
+        if sizes != self._sizes:
+            grid, merge = named["grid_thw"].to(tower.pos_embed.weight.device), tower.spatial_merge_size
+            taps, shares = get_vision_interpolation_indices_and_weights(
+                grid,
+                num_grid_per_side=tower.num_grid_per_side,
+                mode=tower.interpolation_mode,
+                align_corners=tower.interpolation_align_corners,
+                spatial_merge_size=merge,
+            )
+            places = get_vision_position_ids(grid, merge)
+            self._sizes = sizes
+            self._places = {"interp_indices": taps, "interp_weights": shares, "position_ids": places}
+        return positional, {**named, **self._places}

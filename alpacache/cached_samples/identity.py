@@ -106,13 +106,17 @@ def store_codec(identity: Mapping[str, Any], *, store: str) -> KVCodec | None:
     return codec_from_json(identity.get("codec_definition", {}), f"codec_definition in the identity of {store}")
 
 
-def provenance(*, source: str, device: str) -> dict[str, Any]:
-    """Versions and hardware: recorded, and a difference only warns. Holds no paths, host names or credentials."""
+def provenance(*, source: str, device: str, compiled: bool = False) -> dict[str, Any]:
+    """Versions, hardware and whether the VLM was compiled: what decides rounding, and a difference only warns.
+
+    Holds no paths, host names or credentials.
+    """
     return {
         "source": masked(source),
         "device": device,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        **({"compiled": True} if compiled else {}),
         "libraries": {"alpacache": __version__} | {name: version(name) for name in _LIBRARIES} | ffmpeg_versions(),
     }
 

@@ -59,11 +59,15 @@ class ExtractConfig(StoredConfig, SamplesConfig):
     weights: Literal["auto", "gpu", "ram", "files"] = "auto"
     """Home of the weights of the VLM's layers while they do not compute: the GPU, page-locked RAM, or the checkpoint's
     files, which want a fast drive. `auto`: the first of these that fits."""
+    compile: bool | None = None
+    """On a GPU, let torch.compile fuse the VLM's small operations; rounds differently. Default: where at least a minute
+    of prefill is left and runs need not be deterministic."""
     device: Name | None = None
     """`cuda`, `cuda:1` or `cpu`. Default: a GPU if there is one."""
 
     def _check_together(self) -> None:
         worker, workers = self.shard
         expect(0 <= worker < workers, "shard", f"{worker}/{workers}", "I/N with 0 <= I < N, as in 0/4")
+        expect(not (self.compile and self.deterministic), "compile", True, "off, as the run is to be deterministic")
         alone = self.batch_size in (None, 1) or not self.deterministic
         expect(alone, "batch_size", self.batch_size, "1, as the run is to be deterministic")

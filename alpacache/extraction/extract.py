@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.backbone import stored_dtypes
+from alpacache.alpamayo.backbone import geometry_of, stored_dtypes
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.recognition import prompt_words
 from alpacache.cached_samples.features import checked, store_fields
@@ -36,10 +36,11 @@ from alpacache.extraction.preparation import PreparationSettings, Prepared
 from alpacache.extraction.progress import ExtractProgress, ExtractReport
 from alpacache.extraction.reading_process import Readers, open_readers, reading_workers
 from alpacache.extraction.streamed_prefill import StreamedPrefiller, open_streamed
-from alpacache.gpu.device import enter, own_device, restored_torch_threads
+from alpacache.gpu.device import enter, has_kernels, own_device, restored_torch_threads
 from alpacache.gpu.host_copies import HostCopies
 from alpacache.interrupt import InterruptGuard
 from alpacache.planning.prefill_plan import PrefillPlan
+from alpacache.planning.time_model import worth_compiling
 from alpacache.progress import OnNote, OnProgress, ignore, ignore_note
 from alpacache.sources.registry import open_source
 from alpacache.sources.routes import open_route_file
@@ -57,8 +58,8 @@ _log = logging.getLogger(__name__)
 def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore_note) -> ExtractReport:
     """Run the VLM over the selected samples that the store does not hold yet.
 
-    `on_note` hears, before anything is extracted, which prompt was chosen and why, and where the VLM runs in another
-    precision than its weights have.
+    `on_note` hears, before anything is extracted, which prompt was chosen and why, where the VLM runs in another
+    precision than its weights have, and whether its layers are compiled.
 
     Raises `UsageError` (and `IdentityMismatchError`) before anything is changed, `StoreFullError` when the disk is
     full, `DataError` when the source has gone, `DeviceMemoryError` when the GPU is too small, `InterruptedRunError`
@@ -146,7 +147,10 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         routes=config.route != "none",
     )
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    origin = provenance(source=source.name, device=hardware)
+    compiled = _compiles(config, device, checkpoint, samples=len(missing))
+    if compiled:
+        on_note("the VLM's layers are compiled in the first group of samples; --no-compile leaves that out.")
+    origin = provenance(source=source.name, device=hardware, compiled=compiled)
     if config.split_by != "clip":
         origin["split"] = f"{config.split} by {config.split_by}"
     try:
@@ -178,7 +182,9 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
                 restored_torch_threads(),
                 open_readers(settings, source, builder, device, workers=workers) as readers,
                 HostCopies(device, buffers) as copies,
-                _open_prefiller(plan, checkpoint, builder, stored, device, settings.dtype, copies) as prefiller,
+                _open_prefiller(
+                    plan, checkpoint, builder, stored, device, settings.dtype, copies, compiled
+                ) as prefiller,
             ):
                 progress.start(len(todo))
                 with InterruptGuard() as guard, Writers(writer, copies, threads=config.writers) as writers:
@@ -211,12 +217,14 @@ def _open_prefiller(
     device: torch.device,
     dtype: torch.dtype,
     copies: HostCopies,
+    compiled: bool,
 ) -> Iterator[Prefiller | StreamedPrefiller]:
     """The VLM with its weights where the plan has them."""
     if plan is None or plan.home == "gpu":
-        yield Prefiller(checkpoint, builder, stored, device, dtype=dtype)
+        yield Prefiller(checkpoint, builder, stored, device, dtype=dtype, compiled=compiled)
         return
-    with open_streamed(plan, checkpoint, builder, stored, device, dtype=dtype, copies=copies) as prefiller:
+    given = plan, checkpoint, builder, stored, device
+    with open_streamed(*given, dtype=dtype, copies=copies, compiled=compiled) as prefiller:
         yield prefiller
 
 
@@ -233,6 +241,16 @@ def _notes(checkpoint: Checkpoint, builder: InputBuilder, dtype: torch.dtype) ->
     if stored != {"F32" if dtype == torch.float32 else "BF16"}:
         runs = "float32" if dtype == torch.float32 else "bfloat16; --vlm-dtype fp32 keeps their precision"
         yield f"the VLM's weights are stored as {', '.join(sorted(stored))}, and it runs in {runs}."
+
+
+def _compiles(config: ExtractConfig, device: torch.device, checkpoint: Checkpoint, *, samples: int) -> bool:
+    """Tell whether the VLM's layers are compiled for these samples: only on a GPU, as asked for or where it pays."""
+    if device.type != "cuda" or config.deterministic or not samples:
+        return False
+    if config.compile is not None:
+        return config.compile
+    images = samples * len(config.cameras) * config.frames
+    return has_kernels(device) and worth_compiling(geometry_of(checkpoint).vlm_parameters, images=images)
 
 
 def _uncommitted(store: str, refs: Sequence[SampleRef]) -> list[SampleRef]:

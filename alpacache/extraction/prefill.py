@@ -55,14 +55,20 @@ class Prefiller:
         device: torch.device,
         *,
         dtype: torch.dtype,
+        compiled: bool = False,
     ) -> None:
-        """Load the checkpoint's VLM. Raises `DeviceMemoryError` where it does not fit on the device."""
+        """Load the checkpoint's VLM, whose layers the first group compiles if that is wanted.
+
+        Raises `DeviceMemoryError` where it does not fit on the device.
+        """
         from alpacache.alpamayo import load_vlm  # seconds of imports, which no refusal should wait for
         from alpacache.alpamayo.rollout import RolloutSampler
 
         self._stored, self._builder = stored, builder
         try:
             self._vlm = load_vlm(checkpoint, dtype=dtype, device=device)
+            if compiled:
+                self._vlm.compile()
             self._sampler = RolloutSampler.load(checkpoint, self._vlm, builder) if stored.rollouts else None
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(

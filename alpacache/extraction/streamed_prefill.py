@@ -218,6 +218,7 @@ def open_streamed(
     *,
     dtype: torch.dtype,
     copies: HostCopies,
+    compiled: bool = False,
 ) -> Iterator[StreamedPrefiller]:
     """Open the VLM with its weights where the plan has them. Raises `DeviceMemoryError` where no layer fits."""
     assert plan.home != "gpu"
@@ -230,5 +231,7 @@ def open_streamed(
             f"two layers of the VLM of {checkpoint.model} do not fit on {device}: {error}\nEnd other programs on this "
             "GPU, or take one with more memory."
         ) from error
+    if compiled:
+        vlm.compile()
     with closing(vlm):
         yield StreamedPrefiller(vlm, checkpoint, builder, stored, copies, rows=plan.rows)

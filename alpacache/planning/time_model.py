@@ -22,6 +22,14 @@ def prefill_batch(*, cameras: int, frames: int) -> int:
     return max(1, _IMAGES_AT_ONCE // (cameras * frames))
 
 
+def worth_compiling(vlm_parameters: int, *, images: int) -> bool:
+    """Tell whether prefills of so many images take long enough that compiling the VLM's layers is paid back in them.
+
+    By the rate of the measured GPU: on a slower one as much of a longer time is saved, and compiling takes as long.
+    """
+    return prefill_seconds(vlm_parameters, images * _TOKENS_AN_IMAGE, GPUS[MEASURED]) >= _COMPILED_FROM_S
+
+
 RELEASED_VLM, RELEASED_EXPERT = 8.8e9, 2.279e9
 """Parameters of the measured models."""
 
@@ -32,6 +40,10 @@ _LAUNCHES_S = 0.075
 compute."""
 _PREFILL_S = 8e-3
 _PREFILL_TOKEN_S = 47.5e-6
+_TOKENS_AN_IMAGE = 187
+"""Of a prompt with 16 images (2,993 tokens); with four they are 202."""
+_COMPILED_FROM_S = 60.0
+"""Seconds of prefill, not compiled, from which it is compiled: a quarter of them is saved, for 10 s of compilation."""
 _PICTURE = (1080, 1920)
 _CAMERA_CORE_S = 0.8
 """Seconds of a CPU core to decode and resize one camera's frames of a sample from H.264 of that size: measured 0.74 and

@@ -223,6 +223,7 @@ def test_numbers_have_plain_digits(kind, values):
         (ExtractConfig, {"cameras": ()}, "cameras is (); expected at least 1 of them."),
         (ExtractConfig, {"cameras": "roof"}, "unknown camera 'roof'"),
         (ExtractConfig, {"deterministic": True, "batch_size": 2}, "batch_size is 2; expected 1, as the run is to be"),
+        (ExtractConfig, {"deterministic": True, "compile": True}, "compile is True; expected off, as the run is to be"),
         (EvalConfig, {"paths": 0}, "paths is 0; expected at least 1."),
         (EvalConfig, {"seed": -1}, "seed is -1; expected at least 0."),
         (EvalConfig, {"compare": {"a": 1}}, "compare is {'a': 1}; expected text."),

@@ -1,0 +1,77 @@
+"""When stage one compiles the VLM's layers, and what a store then says."""
+
+from functools import partialmethod
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import alpacache
+from alpacache.alpamayo.vlm import FrozenVLM
+from alpacache.cached_samples.identity import store_codec
+from alpacache.driving.cameras import CAMERAS
+from alpacache.extraction import extract as extraction
+from alpacache.extraction.config import ExtractConfig
+from alpacache.planning.time_model import RELEASED_VLM, worth_compiling
+from cache_store import CacheReader
+
+
+def config(checkpoint, store, **changes):
+    return ExtractConfig(
+        **{"source": "synthetic:4", "model": str(checkpoint), "store": str(store), "frames": 2, "device": "cpu"}
+        | changes
+    )
+
+
+def test_a_minute_of_prefill_is_worth_it():
+    """About 47.5 us a token: 6,700 images, so 1,700 samples of one camera or 420 of four."""
+    for cameras, few, enough in ((1, 1_600, 1_700), (4, 400, 425)):
+        assert not worth_compiling(int(RELEASED_VLM), images=few * cameras * 4)
+        assert worth_compiling(int(RELEASED_VLM), images=enough * cameras * 4)
+    assert worth_compiling(int(4 * RELEASED_VLM), images=425 * 4)
+
+
+@pytest.mark.parametrize(
+    ("device", "samples", "changes", "compiled"),
+    [
+        ("cuda", 10_000, {}, True),
+        ("cuda", 100, {}, False),
+        ("cuda", 100, {"compile": True}, True),
+        ("cuda", 10_000, {"compile": False}, False),
+        ("cuda", 10_000, {"deterministic": True}, False),
+        ("cuda", 0, {"compile": True}, False),
+        ("cpu", 10_000, {"compile": True}, False),
+    ],
+)
+def test_it_is_compiled_on_a_gpu_where_it_pays_or_as_asked(device, samples, changes, compiled, monkeypatch):
+    monkeypatch.setattr(extraction, "has_kernels", lambda device: True)
+    monkeypatch.setattr(extraction, "geometry_of", lambda _: SimpleNamespace(vlm_parameters=RELEASED_VLM))
+    asked = config("model", "store", cameras=CAMERAS[:1], frames=4, **changes)
+    assert extraction._compiles(asked, torch.device(device), None, samples=samples) == compiled
+
+
+def test_without_triton_nothing_is_compiled_unasked(monkeypatch):
+    monkeypatch.setattr(extraction, "has_kernels", lambda device: False)
+    assert not extraction._compiles(config("m", "s"), torch.device("cuda"), None, samples=10_000)
+
+
+def test_a_compiled_run_stores_the_same_to_rounding_and_says_so(tiny_checkpoint, tmp_path, monkeypatch, relative_error):
+    for name in ("plain", "compiled"):
+        notes = []
+        asked = config(tiny_checkpoint, tmp_path / name, batch_size=2, vlm_dtype="fp32", hidden_states="last")
+        report = alpacache.extract(asked, on_note=notes.append)
+        assert report.extracted == 4
+        assert any("--no-compile" in note for note in notes) == (name == "compiled")
+        monkeypatch.setattr(extraction, "_compiles", lambda *_, **__: True)
+        monkeypatch.setattr(FrozenVLM, "compile", partialmethod(FrozenVLM.compile, backend="eager"))
+    plain, compiled = (CacheReader(tmp_path / name) for name in ("plain", "compiled"))
+    assert store_codec(plain.identity, store="plain") is None
+    assert (plain.provenance.get("compiled"), compiled.provenance["compiled"]) == (None, True)
+    assert plain.identity == compiled.identity
+    for sample_id in plain.sample_ids:
+        one, other = (
+            torch.from_numpy(np.asarray(reader.read(sample_id)["kv"]).copy()).view(torch.bfloat16).float()
+            for reader in (plain, compiled)
+        )
+        assert 0 <= relative_error(other, one) < 1e-3
