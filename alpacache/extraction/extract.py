@@ -183,7 +183,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
                 open_readers(settings, source, builder, device, workers=workers) as readers,
                 HostCopies(device, buffers) as copies,
                 _open_prefiller(
-                    plan, checkpoint, builder, stored, device, settings.dtype, copies, compiled
+                    plan, checkpoint, builder, stored, device, settings.dtype, copies, compiled=compiled
                 ) as prefiller,
             ):
                 progress.start(len(todo))
@@ -217,6 +217,7 @@ def _open_prefiller(
     device: torch.device,
     dtype: torch.dtype,
     copies: HostCopies,
+    *,
     compiled: bool,
 ) -> Iterator[Prefiller | StreamedPrefiller]:
     """The VLM with its weights where the plan has them."""

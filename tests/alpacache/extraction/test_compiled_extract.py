@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import alpacache
 from alpacache.alpamayo.vlm import FrozenVLM
@@ -22,6 +23,10 @@ def config(checkpoint, store, **changes):
         **{"source": "synthetic:4", "model": str(checkpoint), "store": str(store), "frames": 2, "device": "cpu"}
         | changes
     )
+
+
+def kv(reader, sample_id):
+    return torch.from_numpy(np.asarray(reader.read(sample_id)["kv"]).copy()).view(torch.bfloat16).float()
 
 
 def test_a_minute_of_prefill_is_worth_it():
@@ -70,8 +75,20 @@ def test_a_compiled_run_stores_the_same_to_rounding_and_says_so(tiny_checkpoint,
     assert (plain.provenance.get("compiled"), compiled.provenance["compiled"]) == (None, True)
     assert plain.identity == compiled.identity
     for sample_id in plain.sample_ids:
-        one, other = (
-            torch.from_numpy(np.asarray(reader.read(sample_id)["kv"]).copy()).view(torch.bfloat16).float()
-            for reader in (plain, compiled)
-        )
-        assert 0 <= relative_error(other, one) < 1e-3
+        one, other = (kv(reader, sample_id) for reader in (plain, compiled))
+        assert relative_error(other, one) < 1e-3
+
+
+def test_streamed_layers_share_the_compiled_code(tiny_checkpoint, tmp_path, monkeypatch, relative_error):
+    torch._dynamo.reset()
+    counters.clear()
+    for name, weights in (("plain", "gpu"), ("compiled", "ram")):
+        asked = config(tiny_checkpoint, tmp_path / name, batch_size=2, vlm_dtype="fp32", weights=weights)
+        assert alpacache.extract(asked).extracted == 4
+        monkeypatch.setattr(extraction, "_compiles", lambda *_, **__: True)
+        monkeypatch.setattr(FrozenVLM, "compile", partialmethod(FrozenVLM.compile, backend="eager"))
+    assert counters["stats"]["unique_graphs"] == 2
+    plain, compiled = (CacheReader(tmp_path / name) for name in ("plain", "compiled"))
+    for sample_id in plain.sample_ids:
+        one, other = (kv(reader, sample_id) for reader in (plain, compiled))
+        assert relative_error(other, one) < 1e-3
