@@ -21,7 +21,7 @@ def test_the_two_usual_intervals_are_too_narrow_where_ours_is_not(name):
 
 
 def test_few_turns_have_no_interval():
-    row = bench_intervals.measure(WORLDS["share taken: 15 % bend, errors grow"], 12, 1, sets=100)
+    row = bench_intervals.measure(WORLDS["share taken: 1 in 3 bends, errors grow with the bend"], 12, 1, sets=100)
     assert row["given"] < 0.2
     assert "covered" not in row
 
@@ -32,7 +32,7 @@ def test_few_turns_have_no_interval():
 def test_coverage(name, place):
     world = WORLDS[name]
     row = bench_intervals.measure(world, world.clips[place], world.t0s[0], sets=1000)
-    assert row["given"] > 0.5
+    assert row["given"] > 0.1
     assert 0.9 <= row["covered"] <= 0.985
 
 
