@@ -29,7 +29,7 @@ from alpacache.checks.repeats import Moment, moments_of
 from alpacache.checks.routes import ClipRoutes
 from alpacache.checks.targets import Targets, judge_targets, targets_of
 from alpacache.driving.cameras import FRONT_CAMERA
-from alpacache.driving.poses import Track
+from alpacache.driving.poses import Seam, Track, seam_of
 from alpacache.driving.sample import Sample, SampleRef
 from alpacache.driving.strata import classify
 from alpacache.errors import BadClipError
@@ -59,6 +59,8 @@ class ClipFindings:
     motion: Motion | None = None
     targets: Targets | None = None
     turns: list[Turn] = field(default_factory=list)
+    seams: list[Seam] = field(default_factory=list)
+    """Those of samples that come without a recording."""
     moments: list[Moment] = field(default_factory=list)
     """Successive pictures while the vehicle drives."""
     glimpses: list[Glimpse] = field(default_factory=list)
@@ -119,6 +121,7 @@ def examine(
             clip.shown.append(sample)
         if not isinstance(source, RecordedSource):
             clip.turns += turns_of_sample(sample)
+            clip.seams.append(seam_of(sample.history_xyz, sample.future_xyz))
     if not isinstance(source, RecordedSource):
         if first is not None:
             _judge_recording(clip, recording_of(first))
@@ -134,6 +137,7 @@ def examine(
             clip.turns += seen.turns
             for glimpse in seen.glimpses:
                 _add_glimpse(clip, glimpse)
+                _add_colours(clip, glimpse)
     return clip
 
 
@@ -157,8 +161,7 @@ def _add_sample(clip: ClipFindings, sample: Sample) -> None:
     for glimpse in glimpses:
         _add_glimpse(clip, glimpse)
     front = sample.cameras.index(FRONT_CAMERA) if FRONT_CAMERA in sample.cameras else 0
-    looks = looks_swapped(glimpses[front].newest)
-    clip.swapped += [] if looks is None else [looks]
+    _add_colours(clip, glimpses[front])
 
 
 def _add_rows(told: ClipRoutes, source: Source, clip_id: str, routes: Routes) -> None:
@@ -178,6 +181,11 @@ def _add_glimpse(clip: ClipFindings, glimpse: Glimpse) -> None:
     clip.blank += int((glimpse.pictures.std(axis=(1, 2)) < ONE_COLOUR).sum())
     if glimpse.camera == FRONT_CAMERA and len(glimpse.pictures) > 1:
         clip.glimpses.append(glimpse)
+
+
+def _add_colours(clip: ClipFindings, glimpse: Glimpse) -> None:
+    looks = looks_swapped(glimpse.newest)
+    clip.swapped += [] if looks is None else [looks]
 
 
 def _judge_recording(clip: ClipFindings, recording: Recording) -> None:

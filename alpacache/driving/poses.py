@@ -80,6 +80,24 @@ def ego_poses(xyz: NDArray[np.float64], rot: NDArray[np.float64]) -> EgoPoses:
     return EgoPoses(near[:HISTORY_STEPS], turned[:HISTORY_STEPS], near[HISTORY_STEPS:], turned[HISTORY_STEPS:])
 
 
+class Seam(NamedTuple):
+    """How a path goes on at t0: a future that is not of its history begins with another velocity."""
+
+    change_mps: float
+    """Change of the horizontal velocity from the step before t0 to the one after it."""
+    times: float
+    """The same as a multiple of what it is within a second of t0 (root mean square)."""
+
+
+def seam_of(history_xyz: NDArray[np.float32], future_xyz: NDArray[np.float32]) -> Seam:
+    """The seam of `[16, 3]` and `[64, 3]` positions in the ego frame at t0 (m)."""
+    velocity = np.diff(np.concatenate([history_xyz, future_xyz])[:, :2].astype(np.float64), axis=0) * (1e6 / STEP_US)
+    changes, now = np.linalg.norm(np.diff(velocity, axis=0), axis=1), HISTORY_STEPS - 2
+    around = np.concatenate([changes[now - 10 : now - 1], changes[now + 2 : now + 11]])  # t0 itself is in three
+    usual = max(float(np.sqrt((around**2).mean())), 1e-3)
+    return Seam(float(changes[now]), float(changes[now]) / usual)
+
+
 def interpolate(track: Track, times_us: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """World positions `[M, 3]` and rotations `[M, 3, 3]` at `times_us`, all of which the track must cover."""
     from scipy.interpolate import CubicSpline

@@ -20,7 +20,7 @@ from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.hub import why_unreachable
 from alpacache.regular_file import regular_size
 from alpacache.sources.folder import is_plain_name
-from alpacache.sources.prepared_rows import NEEDED, POSES, ROUTE, check_columns, from_row, sound_poses
+from alpacache.sources.prepared_rows import NEEDED, POSES, ROUTE, T0, check_columns, from_row, sound_poses
 from alpacache.sources.prepared_stream import StreamedRows, undecoded
 from alpacache.sources.retry import connection_errors, first_line
 from alpacache.sources.source import SourceKind
@@ -150,7 +150,7 @@ class _SavedRows:
             dataset = datasets.concatenate_datasets(list(dataset.values()))
         check_columns(dataset.column_names, name)
         self.has_routes = ROUTE in dataset.column_names
-        columns = [*NEEDED, ROUTE] if self.has_routes else list(NEEDED)
+        columns = [*NEEDED, *(name for name in (ROUTE, T0) if name in dataset.column_names)]
         rows = undecoded(dataset.with_format(None).select_columns(columns), name)
         self.ids: Sequence[str] = list(rows["sample_id"])
 

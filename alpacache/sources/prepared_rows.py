@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.driving.poses import MAX_GAP_US, EgoPoses, Track, check_usable, sample_times_us
+from alpacache.driving.poses import MAX_GAP_US, EgoPoses, Track, check_usable, sample_times_us, seam_of
 from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS, Sample, SampleRef
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.sources.image import read_image, stack
@@ -30,8 +30,13 @@ NEEDED = ("sample_id", "cameras", "frames", "frame_timestamps_us", *POSES, "cali
 """Columns that are read. The others say where a row is from, and may be absent."""
 ROUTE = "route"
 """Column of navigation texts, read where it is there."""
+T0 = "t0_us"
+"""Column that says what the id says, read where it is there."""
 ORIGIN_SLACK_M = ROTATION_SLACK = 0.01
 """Rows of 16-bit numbers are still right."""
+TORN_MPS, TORN_TIMES = 2.5, 8.0
+"""Change of velocity within one step at t0 from which on, if it is so many times the usual one, a future is not that of
+its history. Localisation that is noisy changes elsewhere, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +122,9 @@ def from_row(ref: SampleRef, row: dict[str, Any], cameras: Sequence[str], frames
     encoded = [image["bytes"] for place in chosen for image in row["frames"][place][-frames:]]
     if not all(encoded):  # a row that points to files is refused
         raise BadClipError("undecodable_video", f"{where}: a picture is not embedded in the row.")
+    if (t0_us := row.get(T0)) is not None and t0_us != ref.t0_us:
+        reason = f"the row's t0_us is {t0_us}, its id says {ref.t0_us}; write the right one in both places."
+        raise BadClipError("time_order", f"{where}: {reason}")
     _check_lengths(row, where=where)
     images = stack([read_image(io.BytesIO(data), "PNG", where=where) for data in encoded], where=where)
     stamps = np.array([row["frame_timestamps_us"][place][-frames:] for place in chosen], dtype=np.int64)
@@ -163,6 +171,11 @@ def sound_poses(ref: SampleRef, row: dict[str, Any]) -> EgoPoses:
     times = sample_times_us(ref.t0_us)
     track = Track(timestamps_us=times, xyz=xyz, quaternion_xyzw=Rotation.from_matrix(rot).as_quat())
     check_usable(track, times, where=where)
+    seam = seam_of(poses.history_xyz, poses.future_xyz)
+    if seam.change_mps > TORN_MPS and seam.times > TORN_TIMES:
+        reason = f"velocity changes by {seam.change_mps:.1f} m/s within 0.1 s at t0, {seam.times:.0f} times as much as"
+        remedy = "The future is not that of this history: is it another sample's, or in reverse order?"
+        raise BadClipError("pose_jump", f"{where}: {reason} around it. {remedy}")
     return poses
 
 

@@ -297,6 +297,17 @@ def turned_by_a_quarter(row):
         moved(name, lambda rot: np.copyto(rot, quarter @ rot))(row)
 
 
+def driving_back(row):
+    """The future in reverse order, as seen from its end."""
+    moved("future_xyz", lambda xyz: np.copyto(xyz, xyz[::-1] - xyz[-1]))(row)
+
+
+def of_another(row):
+    """The future of a sample that is 5 m/s faster."""
+    ahead = np.arange(1, 65) * 0.5
+    moved("future_xyz", lambda xyz: np.add(xyz[:, 0], ahead, out=xyz[:, 0]))(row)
+
+
 def shifted(us, camera=slice(None), frame=slice(None)):
     return moved("frame_timestamps_us", lambda stamps: np.add.at(stamps, (camera, frame), us))
 
@@ -314,6 +325,17 @@ def shifted(us, camera=slice(None), frame=slice(None)):
         (lambda row: row.update(history_xyz=np.transpose(row["history_xyz"]).tolist()), "wrong_shape", "shape"),
         (lambda row: row.update(history_xyz=[list(np.ravel(row["history_xyz"]))]), "wrong_shape", "shape"),
         (lambda row: row.update(future_xyz=row["future_xyz"][:60]), "wrong_shape", r"\(60, 3\); expected \(64, 3\)"),
+        (
+            driving_back,
+            "pose_jump",
+            "velocity changes by .* m/s within 0.1 s at t0, .* future is not that of this history",
+        ),
+        (of_another, "pose_jump", r"velocity changes by [45]\.\d m/s within 0.1 s at t0"),
+        (
+            lambda row: row.update(t0_us=row["t0_us"] + 100_000),
+            "time_order",
+            "row's t0_us is 6100000, its id says 6000000",
+        ),
         (shifted(-5_000_000), "time_order", "pictures end -5.000 s from t0"),
         (shifted(200_000), "time_order", "pictures end 0.200"),
         (shifted(150_000, camera=1, frame=0), "time_order", "in order"),
