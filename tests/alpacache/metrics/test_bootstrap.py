@@ -100,6 +100,7 @@ def test_blocks_stand_for_clips_where_these_are_few_and_long() -> None:
     times_s = [5.0, 59.0, 61.0, 200.0]
     assert splitting_units(["a"] * 4, times_s) == ["a 0", "a 0", "a 1", "a 3"]
     assert splitting_units(["a", "a", "b", "b"], [5.0, 65.0, 5.0, 65.0]) == ["a 0", "a 1", "b 0", "b 1"]
+    assert splitting_units(["a"] * 4, times_s, block_s=20.0) == [f"a {time_s // 20.0:.0f}" for time_s in times_s]
     many = ids(10, 2)
     assert splitting_units(many, [float(t) for t in range(0, 2000, 100)]) == many
 

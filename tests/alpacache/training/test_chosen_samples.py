@@ -183,3 +183,31 @@ def test_an_evaluation_says_what_it_was_of_and_what_runs_know(tiny_checkpoint, s
     assert "'run'" not in caplog.text
     assert "'trained' was trained on 3 of the 8 clips of --store" in caplog.text
     assert "and 3 of 8 windows of 8 s overlap" in caplog.text
+
+
+@pytest.mark.ci
+def test_blocks_of_time_are_held_out_of_one_store_by_extract_train_and_eval(tiny_checkpoint, tmp_path, caplog):
+    common = {"model": str(tiny_checkpoint), "frames": 1, "device": "cpu"}
+    long = {"source": "synthetic:6", "t0": "every:1.0", **common}
+    alpacache.extract(ExtractConfig(**long, store=str(tmp_path / "all")))
+    sides = {}
+    for side in ("train", "val"):
+        alpacache.extract(ExtractConfig(**long, store=str(tmp_path / side), split=side, split_by="time:8"))
+        sides[side] = CacheReader(tmp_path / side)
+        assert sides[side].provenance["split"] == f"{side} by time:8"
+    held_out = list(sides["val"].sample_ids)
+    assert 4 <= len(held_out) <= 40
+    run = {"val": str(tmp_path / "all"), "split_by": "time:8", "steps": 2}
+    report = alpacache.train(config(tiny_checkpoint, tmp_path / "all", tmp_path / "one", **run))
+    assert report.chosen["split_by"] == "time:8"
+    assert report.chosen["samples"] == len(sides["train"].sample_ids)
+    assert "are trained on" not in caplog.text  # drives of 20 s have no room for a block, its gaps and more
+    apart = {"val": str(tmp_path / "val"), "steps": 2}
+    alpacache.train(config(tiny_checkpoint, tmp_path / "train", tmp_path / "two", **apart))
+    assert same_run(tmp_path / "one", tmp_path / "two")
+    judge = {"model": str(tiny_checkpoint), "checkpoint": str(tmp_path / "one"), "device": "cpu", "paths": 1}
+    judge |= {"flow_steps": 1, "store": str(tmp_path / "all"), "out": str(tmp_path / "eval"), "split_by": "time:8"}
+    judged = alpacache.evaluate(EvalConfig(**judge))
+    assert [result.sample_id for result in judged.results] == held_out
+    assert judged.summary.split_by == "blocks of 8 s"
+    assert "was trained on" not in caplog.text

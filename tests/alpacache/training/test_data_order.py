@@ -2,7 +2,7 @@
 
 import pytest
 
-from alpacache.training.data_order import DamagedSamples
+from alpacache.training.data_order import DamagedSamples, check_overlap
 from cache_store import CorruptSampleError
 
 
@@ -101,3 +101,21 @@ def test_the_error_is_raised_where_damage_stops_or_is_too_much(on_damage):
             damaged.leave_out(error_of("a"))  # it is left out, and yet it was read
     with pytest.raises(CorruptSampleError):
         damaged.leave_out(error_of("c"))
+
+
+def test_shared_drives_and_overlapping_windows_are_counted():
+    class Samples(Data):
+        @property
+        def store_ranges(self):
+            return [range(len(self.ids))]
+
+    def told(trained, validated):
+        lines = check_overlap(Samples(trained), ["s"], Samples(validated), val_store="v", allowed=False)
+        return " ".join(lines)
+
+    trained = [f"a@{second}000000#0" for second in range(20, 60)]
+    assert told(trained, ["b@30000000#0"]) == ""
+    beside = told(trained, ["a@12000000#0", "a@67000000#0", "b@5000000#0"])
+    assert "1 of 2 clips of --val v are trained on, at other times: none of 3 windows overlaps" in beside
+    within = told(trained, ["a@13000000#0", "a@67000000#0", "b@5000000#0"])
+    assert "1 of 2 clips of --val v are trained on, and 1 of its 3 windows of 8 s overlap" in within
