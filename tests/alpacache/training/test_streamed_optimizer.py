@@ -200,7 +200,7 @@ def test_checkpoints_are_the_same_and_either_resumes(changes, train):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream", "ignore:.torch.jit.script_method. is deprecated")
 @pytest.mark.parametrize(
     "changes",
     [
