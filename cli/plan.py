@@ -8,7 +8,7 @@ from . import output
 from .options import from_config
 
 if TYPE_CHECKING:
-    from alpacache.planning.plan import Plan
+    from alpacache.planning.plan import ExtractPlan, Plan
 
 _SHOWN_BYTES = 10_000
 
@@ -75,7 +75,7 @@ def _time_lines(plan: "Plan") -> output.Lines:
             f"{one.reading_s * 1e3:.0f} ms decoding ({machine.disk_is} {machine.cores} cores)",
             f"{one.write_s * 1e3:.0f} ms durable write ({writes})",
         ],
-        "  GPU memory": f"{one.weights_bytes / 2**30:.1f} GiB of weights, and activations",
+        "  weights": _weights_line(one),
         "train": f"{_duration(two.hours)} for {two.steps} steps, {bound}",
         "  in RAM": f"{_duration(two.hours_in_memory)} if samples stay in RAM after the first epoch (--in-memory)",
         "  a step": f"{two.compute_s * 1e3:.0f} ms forward and backward, {two.optimizer_s * 1e3:.0f} ms optimizer",
@@ -91,6 +91,19 @@ def _bus_line(plan: "Plan") -> str:
     return (
         f"{two.bus_s * 1e3:.0f} ms in and out ({how} {rate}) beside other work, {two.step_s * 1e3:.0f} ms a step in all"
     )
+
+
+def _weights_line(one: "ExtractPlan") -> str | list[str]:
+    """Where the VLM's weights live, and what stage one takes."""
+    memory = one.memory
+    if memory is None:
+        return f"{one.weights_bytes / 2**30:.1f} GiB, see below"
+    sizes = f"{memory.device_bytes / 2**30:.1f} GiB of GPU memory, {memory.host_bytes / 2**30:.1f} GiB of RAM"
+    if memory.home == "gpu":
+        return [f"on the GPU, {memory.rows} samples at a time", sizes]
+    where = "in RAM" if memory.home == "ram" else "in the files"
+    groups = f"groups of {memory.group}, {memory.rows} in a layer at a time"
+    return [f"{where}, {one.bus_s * 1e3:.0f} ms a sample to arrive", groups, sizes]
 
 
 def _duration(hours: float) -> str:

@@ -22,12 +22,14 @@ from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.cached_samples.features import tail_name
 from alpacache.driving.cameras import sort_cameras
 from alpacache.errors import UsageError
+from alpacache.gpu.host_memory import available_bytes
 from alpacache.planning import time_model
 from alpacache.planning.config import PlanConfig, Trainable, allowed_bytes, budget_bytes, codec_names
 from alpacache.planning.gpus import GPUS, MEASURED, Gpu, gpu_named
 from alpacache.planning.machine import bus_speed, disk_speed, existing_folder, gpu_speed
 from alpacache.planning.memory_model import fastest_plan, memory_plan
-from alpacache.planning.sample_size import longest_tail, planned_prompt, sample_bytes
+from alpacache.planning.prefill_plan import FILE_BYTES_S, PATCH_VALUES, PrefillPlan, PrefillWork, choose_plan
+from alpacache.planning.sample_size import PlannedPrompt, longest_tail, planned_prompt, sample_bytes
 from alpacache.planning.time_model import BUS_BYTES_S
 from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload, expert_sizes
 from alpacache.prefix.layout import TailRoom
@@ -45,6 +47,8 @@ _UNTOLD = (
     "The checkpoint does not tell whether its prompt names cameras and numbers frames: counted is the longer one, with "
     "both. `extract` asks which it is."
 )
+_AMPLE = 2**50
+"""Host memory of a machine that is not probed."""
 CORES = 16
 """CPU cores beside the GPU that was measured; assumed unless this machine is probed."""
 
@@ -77,7 +81,11 @@ class ExtractPlan:
     """Seconds in which the CPU's cores together decode and resize a sample."""
     write_s: float
     """Seconds until a sample is durable."""
+    bus_s: float
+    """Seconds a sample in which weights from RAM or files arrive, beside the VLM; 0 where they stay on the GPU."""
     hours: float
+    memory: PrefillPlan | None
+    """Where the weights live and what is taken; None where nothing fits, which `notes` tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,13 +181,16 @@ def plan(config: PlanConfig) -> Plan:
         gpu=machine.gpu,
         bus_bytes_s=machine.bus_bytes_s,
     )
-    at_once = time_model.prefill_batch(cameras=len(cameras), frames=config.frames)
-    prefill_s = time_model.prefill_seconds(geometry.vlm_parameters, at_once * prompt.tokens, machine.gpu) / at_once
-    reading_s = time_model.reading_seconds(len(cameras), config.picture, machine.cores)
-    write_s = one_bytes / machine.write_bytes_s
-    seconds = {"prefill_s": prefill_s, "reading_s": reading_s, "write_s": write_s}
-    hours, weights_bytes = samples * max(seconds.values()) / 3600, geometry.vlm_parameters * BF16_BYTES
-    extract = ExtractPlan(weights_bytes=weights_bytes, **seconds, hours=hours)
+    prefill, refusal = _prefill_plan(
+        geometry,
+        prompt,
+        stored_bytes=sum(size for name, size in chosen.items() if name.endswith("kv") or name == "hidden"),
+        samples=samples,
+        rollouts=rollouts,
+        cap_bytes=cap,
+        host_bytes=available_bytes() if config.probe else None,
+    )
+    extract = _extract_plan(geometry, prompt, prefill, machine, config.picture, samples=samples, one_bytes=one_bytes)
     return Plan(
         model=geometry.model,
         cameras=cameras,
@@ -203,11 +214,67 @@ def plan(config: PlanConfig) -> Plan:
         memory_bytes=memory.device_bytes,
         cap_bytes=cap,
         notes=(
-            *_misfits(store_bytes, free, weights_bytes, cap, store=config.store),
+            *_misfits(store_bytes, free, refusal, store=config.store),
             *_basis(machine, own_model=config.model is not None, rollouts=config.tails),
             *([_UNTOLD] if text else []),
         ),
     )
+
+
+def _prefill_plan(
+    geometry: Geometry,
+    prompt: PlannedPrompt,
+    *,
+    stored_bytes: int,
+    samples: int,
+    rollouts: int,
+    cap_bytes: int,
+    host_bytes: int | None,
+) -> tuple[PrefillPlan | None, str]:
+    """Memory of stage one as `extract` would plan it, or why it has none. Without `host_bytes` RAM is enough."""
+    images = len(prompt.cameras) * prompt.frames * prompt.tokens_an_image
+    work = PrefillWork(
+        geometry=geometry,
+        tokens=prompt.tokens + sum(prompt.twins.values()),
+        image_tokens=images,
+        stored_bytes=stored_bytes,
+        pixel_bytes=images * geometry.vlm.merged * PATCH_VALUES * BF16_BYTES,
+        rows=time_model.prefill_batch(cameras=len(prompt.cameras), frames=prompt.frames),
+        ahead=CORES,
+        samples=samples,
+        rollouts=rollouts > 0,
+    )
+    try:
+        return choose_plan(work, device_bytes=cap_bytes, host_bytes=_AMPLE if host_bytes is None else host_bytes), ""
+    except UsageError as error:
+        return None, str(error)
+
+
+def _extract_plan(
+    geometry: Geometry,
+    prompt: PlannedPrompt,
+    prefill: PrefillPlan | None,
+    machine: Machine,
+    picture: tuple[int, int],
+    *,
+    samples: int,
+    one_bytes: int,
+) -> ExtractPlan:
+    cameras = len(prompt.cameras)
+    rows = time_model.prefill_batch(cameras=cameras, frames=prompt.frames) if prefill is None else prefill.rows
+    bus_s = 0.0
+    if prefill is not None and prefill.home != "gpu":
+        rate = machine.bus_bytes_s if prefill.home == "ram" else FILE_BYTES_S
+        bus_s = prefill.streamed_bytes / rate / prefill.group
+    seconds = {
+        "prefill_s": time_model.prefill_seconds(geometry.vlm_parameters, rows * prompt.tokens, machine.gpu) / rows,
+        "reading_s": time_model.reading_seconds(cameras, picture, machine.cores),
+        "write_s": one_bytes / machine.write_bytes_s,
+        "bus_s": bus_s,
+    }
+    hours = samples * max(seconds.values()) / 3600
+    weights_bytes = geometry.vlm_parameters * BF16_BYTES
+    return ExtractPlan(weights_bytes=weights_bytes, **seconds, hours=hours, memory=prefill)
 
 
 def least_training_bytes(trainable: Trainable) -> int:
@@ -281,20 +348,15 @@ def _train_plan(
     return TrainPlan(steps=steps, **seconds, hours=hours, hours_in_memory=(first_epoch * step_s + later_s) / 3600)
 
 
-def _misfits(
-    store_bytes: int, free: int | None, weights_bytes: int, cap_bytes: int, *, store: str | None
-) -> Iterator[str]:
+def _misfits(store_bytes: int, free: int | None, refusal: str, *, store: str | None) -> Iterator[str]:
     """Say what does not fit on the disk or the GPU, and what to do."""
     if free is not None and store_bytes > free:
         yield (
             f"The store does not fit: {store_bytes / 1e9:.1f} GB against {free / 1e9:.1f} free at {store}. "
             "Take a smaller --codec, --hidden-states none, fewer --samples, or another disk."
         )
-    if weights_bytes > cap_bytes:
-        yield (
-            f"Stage one does not fit: the VLM's weights alone take {weights_bytes / 2**30:.1f} GiB. Extract on "
-            "a larger GPU and copy the store."
-        )
+    if refusal:
+        yield f"Stage one does not fit: {refusal}"
 
 
 def _basis(machine: Machine, *, own_model: bool, rollouts: int) -> Iterator[str]:

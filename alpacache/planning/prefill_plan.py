@@ -28,6 +28,10 @@ _WORKSPACE_BYTES = 80 * 2**20
 """cuBLAS's workspace and small tensors."""
 _GAPS = 0.02
 """Share that is lost to pages nothing fills."""
+PATCH_VALUES = 3 * 2 * 16 * 16
+"""Of a patch of two frames, 16 pixels square."""
+_ANGLES_A_PATCH = 576
+"""Bytes of its cosines and sines in float32."""
 _RAM_LEFT_BYTES = 2 * 2**30
 """Left to everything else on the machine."""
 
@@ -284,11 +288,5 @@ def _activations(work: PrefillWork, rows: int) -> int:
     sizes, hidden, e = work.geometry.vlm, work.geometry.vlm_hidden, work.itemsize
     text = max(3 * sizes.intermediate + 2 * hidden, 5.5 * hidden, 5.5 * sizes.query_width) * e
     image: float = max(16 * sizes.vision_hidden, 2 * sizes.vision_intermediate + 3 * sizes.vision_hidden) * e
-    image += 2 * sizes.vision_hidden * e + _PIXELS_A_PATCH * e + _ANGLES_A_PATCH
+    image += 2 * sizes.vision_hidden * e + PATCH_VALUES * e + _ANGLES_A_PATCH
     return round(rows * max(work.tokens * text, work.image_tokens * sizes.merged * image))
-
-
-_PIXELS_A_PATCH = 3 * 2 * 16 * 16
-"""Values of a patch of two frames, 16 pixels square."""
-_ANGLES_A_PATCH = 576
-"""Cosines and sines in float32."""

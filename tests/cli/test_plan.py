@@ -28,7 +28,7 @@ def test_json_is_one_object_with_every_number(tmp_path, run):
     assert found["memory"]["micro_batch"] == 4
     assert found["memory_bytes"] < found["cap_bytes"] == int(23.5 * 2**30)
     assert found["free_bytes"] > 0
-    assert {"hours", "prefill_s", "reading_s", "write_s", "weights_bytes"} == set(found["extract"])
+    assert {"hours", "prefill_s", "reading_s", "write_s", "bus_s", "weights_bytes", "memory"} == set(found["extract"])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -186,9 +186,19 @@ def test_a_store_or_vlm_that_does_not_fit_is_noted(tmp_path, monkeypatch):
     found = plan(PlanConfig(**ASK, store=str(tmp_path / "store")))
     assert found.free_bytes == 69 * 10**9
     assert found.notes[0].startswith("The store does not fit: 70.0 GB against 69.0 free")
-    small = plan(PlanConfig(**ASK | {"memory_budget": "16GB", "trainable": "lora"}))
-    assert small.notes[0].startswith("Stage one does not fit: the VLM's weights alone take 16.4 GiB")
+    small = plan(PlanConfig(**ASK | {"memory_budget": "16GB", "trainable": "lora", "reasoning": "rollout"}))
+    assert small.notes[0].startswith("Stage one does not fit: reasoning rollouts need the VLM's weights on the GPU")
+    assert small.extract.memory is None
     assert not any("not fit" in text for text in plan(PlanConfig(**ASK)).notes)
+
+
+def test_a_small_card_gets_its_weights_from_ram_and_the_bus_counts():
+    large, small = (plan(PlanConfig(**ASK | {"memory_budget": size, "trainable": "lora"})) for size in ("24GB", "16GB"))
+    assert (large.extract.memory.home, small.extract.memory.home) == ("gpu", "ram")
+    assert large.extract.bus_s == 0
+    streamed = small.extract.memory
+    assert small.extract.bus_s == streamed.streamed_bytes / small.machine.bus_bytes_s / streamed.group
+    assert small.extract.hours >= small.samples * small.extract.bus_s / 3600
 
 
 def test_a_probe_replaces_what_was_assumed(tmp_path, monkeypatch):

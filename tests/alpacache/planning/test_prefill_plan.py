@@ -1,0 +1,77 @@
+"""The plan of stage one's memory: which home, how many samples at once, and what it says where nothing fits."""
+
+from dataclasses import replace
+
+import pytest
+
+from alpacache.alpamayo.families import RELEASED
+from alpacache.errors import UsageError
+from alpacache.planning.prefill_plan import PrefillWork, choose_plan, hiding_group, streamed_plan
+
+GIB = 2**30
+WORK = PrefillWork(
+    geometry=RELEASED.geometry,
+    tokens=809,
+    image_tokens=720,
+    stored_bytes=70_000_000,
+    pixel_bytes=8_850_000,
+    rows=8,
+    ahead=20,
+    samples=1000,
+)
+
+
+def choose(device_gib, host_gib, work=WORK, **how):
+    return choose_plan(work, device_bytes=int(device_gib * GIB), host_bytes=int(host_gib * GIB), **how)
+
+
+@pytest.mark.parametrize(
+    ("device_gib", "host_gib", "home"),
+    [(23.5, 8, "gpu"), (15.5, 64, "ram"), (7.5, 64, "ram"), (7.5, 14, "files"), (3.2, 64, "ram")],
+)
+def test_weights_live_in_the_first_home_that_fits(device_gib, host_gib, home):
+    plan = choose(device_gib, host_gib)
+    assert plan.home == home
+    assert plan.device_bytes <= device_gib * GIB
+    assert home == "gpu" or plan.host_bytes < host_gib * GIB
+    assert plan.device_bytes == plan.device_table()[-1][1] == sum(size for _, size in plan.device_table()[:-1])
+
+
+def test_measured_peaks_are_met_within_a_twentieth():
+    """On an H200 (`extract --memory-budget` at 718 and 2,686 tokens, int8): GiB reserved."""
+    one = replace(WORK, tokens=718, image_tokens=632, stored_bytes=62_200_000)
+    four = replace(WORK, tokens=2686, image_tokens=2528, stored_bytes=232_700_000, rows=2)
+    resident = [(one, 17.78), (four, 18.03)]
+    for work, peak in resident:
+        assert choose(23.5, 64, work).device_bytes / GIB == pytest.approx(peak, rel=0.05)
+    streamed = [(one, "ram", 32, 3.45), (four, "ram", 8, 3.45), (one, "files", 192, 6.79), (four, "files", 52, 7.39)]
+    for work, home, group, peak in streamed:
+        plan = streamed_plan(work, home, group=group, rows=work.rows, tower_streams=False)
+        assert plan.device_bytes / GIB == pytest.approx(peak, rel=0.05)
+
+
+def test_a_group_is_as_large_as_hides_its_weights_or_as_there_are_samples():
+    plan = choose(15.5, 64)
+    assert plan.group == hiding_group(WORK, plan) >= 16
+    assert plan.group % plan.rows == 0
+    assert choose(15.5, 64, replace(WORK, samples=8)).group == 8
+    assert choose(7.5, 9).group < hiding_group(WORK, choose(7.5, 9))  # RAM holds no more
+
+
+def test_little_memory_takes_fewer_rows_and_streams_the_tower():
+    assert choose(15.5, 64).rows == 8
+    small = choose(2.0, 64)
+    assert small.tower_streams
+    assert choose(3.2, 64).rows <= 8
+    with pytest.raises(UsageError, match="GiB of GPU memory"):
+        choose(2.0, 64, exact_rows=True)
+
+
+def test_what_fits_nowhere_is_refused_with_what_is_needed():
+    with pytest.raises(UsageError, match=r"stage one would take \d\.\d\d GiB of GPU memory .* 0\.50 and") as refusal:
+        choose(0.5, 64)
+    assert "--memory-budget" in str(refusal.value)
+    with pytest.raises(UsageError, match=r"(?s)with the weights in RAM .* leave --weights out"):
+        choose(15.5, 8, asked="ram")
+    with pytest.raises(UsageError, match=r"reasoning rollouts need the VLM's weights on the GPU, 1\d\.\d GiB"):
+        choose(11.5, 64, replace(WORK, rollouts=True))
