@@ -123,16 +123,22 @@ def check_gpu() -> Check:
 
 
 def check_gpu_memory() -> Check:
-    """Free memory against the least that training the released model takes (one front camera, int8, batch 1)."""
+    """Free memory against the least that training the released model takes (one front camera, int8, batch 1), and where
+    its stage one would have its weights."""
     import torch
 
     if not torch.cuda.is_available():
         return verdict("gpu memory", "no GPU", warn="See gpu.")
-    from alpacache.planning.plan import least_training_bytes
+    from alpacache.gpu.host_memory import available_bytes
+    from alpacache.planning.plan import least_training_bytes, prefill_home
 
     free, total = torch.cuda.mem_get_info()
+    home = prefill_home(free, available_bytes())
+    where = {"gpu": "with its weights here", "ram": "with its weights in RAM", "files": "with its weights in its files"}
+    stage_one = f"extract of the released model {where[home]}" if home else "no room for extract of the released model"
     everything, adapters = (least_training_bytes(which) for which in ("all", "lora"))
-    finding, remedy = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f}", "end what else is on the GPU."
+    finding = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f}: {stage_one}"
+    remedy = "end what else is on the GPU."
     if free < adapters:
         remedy = f"Training takes {adapters / 2**30:.1f} GiB at the least (--trainable lora); {remedy}"
         return verdict("gpu memory", finding, fail=remedy)

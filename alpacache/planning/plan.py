@@ -28,7 +28,14 @@ from alpacache.planning.config import PlanConfig, Trainable, allowed_bytes, budg
 from alpacache.planning.gpus import GPUS, MEASURED, Gpu, gpu_named
 from alpacache.planning.machine import bus_speed, disk_speed, existing_folder, gpu_speed
 from alpacache.planning.memory_model import fastest_plan, memory_plan
-from alpacache.planning.prefill_plan import FILE_BYTES_S, PATCH_VALUES, PrefillPlan, PrefillWork, choose_plan
+from alpacache.planning.prefill_plan import (
+    FILE_BYTES_S,
+    PATCH_VALUES,
+    PrefillPlan,
+    PrefillWork,
+    WeightsHome,
+    choose_plan,
+)
 from alpacache.planning.sample_size import PlannedPrompt, longest_tail, planned_prompt, sample_bytes
 from alpacache.planning.time_model import BUS_BYTES_S
 from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload, expert_sizes
@@ -275,6 +282,23 @@ def _extract_plan(
     hours = samples * max(seconds.values()) / 3600
     weights_bytes = geometry.vlm_parameters * BF16_BYTES
     return ExtractPlan(weights_bytes=weights_bytes, **seconds, hours=hours, memory=prefill)
+
+
+def prefill_home(device_bytes: int, host_bytes: int) -> WeightsHome | None:
+    """Where the released model's weights would live in stage one (one front camera, int8); None where nothing fits."""
+    found = plan(PlanConfig(samples=1000, codec="int8"))
+    prompt = planned_prompt(None, found.cameras, frames=found.frames, picture=PlanConfig(samples=1).picture)
+    stored = found.kv_bytes_by_codec["int8"] + found.bytes_by_field["hidden"]
+    memory, _ = _prefill_plan(
+        RELEASED.geometry,
+        prompt,
+        stored_bytes=stored,
+        samples=found.samples,
+        rollouts=0,
+        cap_bytes=device_bytes,
+        host_bytes=host_bytes,
+    )
+    return None if memory is None else memory.home
 
 
 def least_training_bytes(trainable: Trainable) -> int:

@@ -81,6 +81,21 @@ def test_gpu_memory_against_what_training_takes(gpu, free_gib, status, says):
     assert f"{free_gib}.0 GiB free of 80.0" in found.found
 
 
+@pytest.mark.parametrize(
+    ("free_gib", "ram_gib", "says"),
+    [
+        (79, 8, "its weights here"),
+        (8, 64, "its weights in RAM"),
+        (8, 9, "its weights in its files"),
+        (1, 64, "no room"),
+    ],
+)
+def test_gpu_memory_says_where_stage_one_has_its_weights(gpu, free_gib, ram_gib, says, monkeypatch):
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: ram_gib * GIB)
+    gpu.memory = (free_gib * GIB, 80 * GIB)
+    assert says in doctor.check_gpu_memory().found
+
+
 def test_a_gpu_without_bfloat16(gpu):
     gpu.capability = (7, 5)
     assert doctor.check_gpu().status == "fail"
