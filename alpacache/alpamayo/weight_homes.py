@@ -165,7 +165,7 @@ class _Reader:
 
     def stage_bytes(self, unit: UnitFiles) -> int:
         """Room that `read` needs."""
-        return sum(end - begin for _, begin, end in _runs(unit))
+        return sum(page_rounded(end - begin) for _, begin, end in _runs(unit))
 
     def read(self, unit: UnitFiles, stage: Bytes) -> dict[str, Tensor]:
         """The unit's tensors as views of `stage`, in the type they are stored in."""
@@ -174,10 +174,11 @@ class _Reader:
         for shard, begin, end in _runs(unit):
             path = unit.paths[shard]
             for first in range(begin, end, _PIECE_BYTES):
-                place = stage[at + first - begin : at + min(first + _PIECE_BYTES, end) - begin]
-                pieces.append(self._pool.submit(self._read_piece, path, first, place))
+                wanted = min(_PIECE_BYTES, end - first)
+                place = stage[at + first - begin :][: page_rounded(wanted)]
+                pieces.append(self._pool.submit(self._read_piece, path, first, wanted, place))
             starts[shard, begin] = at
-            at += end - begin
+            at += page_rounded(end - begin)
         for piece in pieces:
             piece.result()
         found = {}
@@ -187,10 +188,9 @@ class _Reader:
             found[name] = _view(stage, where, DTYPES[info.dtype], info.shape)
         return found
 
-    def _read_piece(self, path: Path, first: int, place: Bytes) -> None:
-        """Read from a file; its end may come before the last page's."""
+    def _read_piece(self, path: Path, first: int, wanted: int, place: Bytes) -> None:
+        """Read so many bytes of a file, and what else is in their last page, if the file has it."""
         file, direct = self._open(path)
-        wanted = min(len(place), os.fstat(file).st_size - first)
         done = 0
         try:
             while done < wanted:
@@ -223,11 +223,11 @@ class _Reader:
 
 
 def _runs(unit: UnitFiles) -> list[tuple[str, int, int]]:
-    """Stretches of whole pages that hold the unit's tensors: shard, first byte, end."""
+    """Stretches that hold the unit's tensors: shard, first byte, from the beginning of a page, and end."""
     runs: list[tuple[str, int, int]] = []
     for info in sorted(unit.tensors.values(), key=lambda one: (one.shard, one.offset)):
         begin = info.offset - info.offset % PAGESIZE
-        end = page_rounded(info.offset + info.nbytes)
+        end = info.offset + info.nbytes
         if runs and runs[-1][0] == info.shard and begin - runs[-1][2] <= _GAP_BYTES:
             runs[-1] = (info.shard, runs[-1][1], max(end, runs[-1][2]))
         else:
