@@ -307,7 +307,7 @@ def measure(
 def in_hand(vlm: FrozenVLM, readers: Readers) -> Iterator[None]:
     """Within it `extract` takes this model and these readers."""
     with (
-        mock.patch("alpacache.extraction.prefill.load_vlm", return_value=vlm),
+        mock.patch("alpacache.alpamayo.load_vlm", return_value=vlm),
         mock.patch.object(extraction, "open_readers", return_value=nullcontext(readers)),
     ):
         yield

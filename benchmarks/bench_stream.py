@@ -198,7 +198,7 @@ def measure(root: Path, checkpoint_dir: Path, options: Any, *, small: bool) -> I
     resident: dict[int, float] = {}
     loaded = [load_vlm(str(checkpoint_dir), dtype=torch.bfloat16, device=device)]
     for cameras, config in configs.items():
-        in_hand = mock.patch("alpacache.extraction.prefill.load_vlm", return_value=loaded[0])
+        in_hand = mock.patch("alpacache.alpamayo.load_vlm", return_value=loaded[0])
         row = run(config, ready[cameras], in_hand)
         del in_hand
         resident[cameras] = row["samples_s"]
