@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import MinLen
 
-from alpacache.config import Config, Count, Name, Place, Seed, Written, expand_home, number, parts
+from alpacache.config import Config, Count, Name, Place, Seed, Written, expand_home, is_unicode, number, parts
 from alpacache.driving.cameras import FRONT_CAMERA, full_camera_name
 from alpacache.errors import UsageError
 
@@ -40,7 +40,7 @@ def _checked_t0(written: Any) -> Any:
 
 def _names(written: Any) -> tuple[str, ...]:
     names = (written,) if isinstance(written, str) else tuple(written)
-    if not all(name.strip() for name in names):
+    if not all(name.strip() and is_unicode(name) for name in names):
         raise ValueError("ids of clips, or a file of them")
     return tuple(expand_home(name) if is_file(name) else name for name in names)
 
