@@ -86,11 +86,10 @@ class AffineCodec(LayeredCodec):
         key, value = (bits[layer if len(bits) > 1 else 0] for bits in (self.key_bits, self.value_bits))
         return key, value
 
-    def layer_bytes(self, layer: int, shape: tuple[int, ...]) -> tuple[int, int]:
+    def check_layers(self, layers: int) -> None:
         for bits in (self.key_bits, self.value_bits):
-            if len(bits) not in (1, shape[0]):
-                raise ValueError(f"the codec has bits for {len(bits)} layers, the sample has {shape[0]}.")
-        return super(AffineCodec, self).layer_bytes(layer, shape)  # slots: a plain `super()` would name another class
+            if len(bits) not in (1, layers):
+                raise ValueError(f"the codec has bits for {len(bits)} layers, the sample has {layers}.")
 
     def key_classes(self, bits: int, channels: int) -> list[tuple[int, int]]:
         """(channels, bits of a code) of each class of key channels, in stored order."""

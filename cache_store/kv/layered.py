@@ -79,7 +79,12 @@ class LayeredCodec(KVCodec):
     @lru_cache(maxsize=4096)  # noqa: B019  # codecs are small values that compare by their settings
     def layer_starts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Start of each layer's bytes in a sample of this shape, then the end of the last one's."""
+        self.check_layers(shape[0])
         return (0, *accumulate(sum(self.layer_bytes(layer, shape)) for layer in range(shape[0])))
+
+    def check_layers(self, layers: int) -> None:
+        """Raise `ValueError` for a number of layers that the codec is not for."""
+        return
 
     def encoded_bytes(self, shape: tuple[int, ...]) -> int:
         return self.layer_starts(shape)[-1]

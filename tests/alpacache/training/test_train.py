@@ -285,12 +285,13 @@ def test_a_resumed_run_keeps_seed_draws_and_average_and_says_what_it_goes_on_fro
     for name in ("model", "average"):
         first, second = (load_file(out / f"last/{name}.safetensors") for out in (whole, parts))
         assert same(first, second)
-    assert len(notes) == 2
+    assert len(notes) == 3
+    assert "config.toml" in notes[1]  # the copied checkpoint came without one
     assert notes[0].startswith(f"{parts} goes on from step 3 of 6, other than before: ")
     for text in (f'out "{whole}" -> "{parts}"', "save_every 3 -> 100", "keep 9 -> 1"):
         assert text in notes[0]
     assert "ema" not in notes[0]
-    assert notes[1] == f"{parts} is finished (step 6 of 6); nothing is left to train."
+    assert notes[2] == f"{parts} is finished (step 6 of 6); nothing is left to train."
     assert RunDirectory(parts).steps == [6]
 
 
