@@ -236,36 +236,28 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         head_dim=text.head_dim,
         vlm_hidden=text.hidden_size,
         vlm_parameters=sum(map(math.prod, vlm.values())),
-        vlm=vlm_sizes(config),
+        vlm=_vlm_sizes(config, {name.removeprefix(f"{prefix}model."): shape for name, shape in vlm.items()}),
         expert_shapes=checkpoint.shapes(*EXPERT_PARTS),
     )
 
 
-def vlm_sizes(config: "Qwen3VLConfig") -> VLMSizes:
-    """Count the VLM's parts by its configuration."""
+def _vlm_sizes(config: "Qwen3VLConfig", shapes: Mapping[str, tuple[int, ...]]) -> VLMSizes:
+    """The VLM's sizes: parameters of its parts by the shapes of its tensors, by name behind `model.`."""
     text, vision = config.text_config, config.vision_config
-    wide, inner, head = text.hidden_size, text.intermediate_size, text.head_dim
-    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
-    layer = 2 * wide * queries + 2 * wide * keys + 3 * wide * inner + 2 * wide + 2 * head
-    if text.attention_bias:
-        layer += queries + 2 * keys + wide
-    merged, hidden = vision.spatial_merge_size**2, vision.hidden_size
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    block = 4 * hidden**2 + 2 * hidden * vision.intermediate_size + vision.intermediate_size + 9 * hidden
-    deepstack, joined, out = len(vision.deepstack_visual_indexes), merged * hidden, vision.out_hidden_size
-    merger = joined**2 + joined + joined * out + out
-    tower = (patch + 1 + vision.num_position_embeddings) * hidden + vision.depth * block
-    tower += (1 + deepstack) * merger + 2 * hidden + 2 * deepstack * joined
+
+    def count(part: str) -> int:
+        return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(part))
+
     return VLMSizes(
-        layer_parameters=layer,
-        tower_parameters=tower,
-        embedding_parameters=text.vocab_size * wide,
-        intermediate=inner,
-        query_width=queries,
-        vision_hidden=hidden,
+        layer_parameters=count("language_model.layers.0."),
+        tower_parameters=count("visual."),
+        embedding_parameters=count("language_model.embed_tokens."),
+        intermediate=text.intermediate_size,
+        query_width=text.num_attention_heads * text.head_dim,
+        vision_hidden=vision.hidden_size,
         vision_intermediate=vision.intermediate_size,
-        merged=merged,
-        deepstack=deepstack,
+        merged=vision.spatial_merge_size**2,
+        deepstack=len(vision.deepstack_visual_indexes),
     )
 
 

@@ -19,13 +19,11 @@ from alpacache.alpamayo.inputs import VLMInputs
 from alpacache.alpamayo.prompt_rows import Endings, PromptRows
 from alpacache.alpamayo.text_layers import LayerKV
 from alpacache.alpamayo.vlm import FrozenVLM
-from alpacache.alpamayo.weight_homes import EmbeddingRows, FilesHome, RamHome, WeightHome, unit_files
+from alpacache.alpamayo.weight_homes import SLOTS, EmbeddingRows, FilesHome, RamHome, WeightHome, unit_files
 from alpacache.alpamayo.weight_stream import WeightStream, allocate, release
 from alpacache.finite import is_finite
 
 Home = Literal["ram", "files"]
-SLOTS = 2
-"""Layers on the GPU: one computes, one arrives."""
 OnLayer = Callable[[int, PromptRows, int, LayerKV], None]
 """(number of the rows, the rows, number of the layer, its KV of these rows)."""
 

@@ -39,16 +39,14 @@ class FrozenVLM:
         weight: Tensor = self.model.language_model.norm.weight
         self.dtype, self.device = weight.dtype, weight.device
         self._run_layer: RunLayer = run_layer
-        self._compiled = False
 
     def compile(self, *, backend: str = "inductor") -> None:
         """Have torch.compile fuse the small operations of prefills; from the next one on, which takes longer to begin.
 
         It rounds differently, and less often. Other numbers of rows and tokens are not compiled again.
         """
-        if not self._compiled:
+        if self._run_layer is run_layer:
             self._run_layer = CompiledLayers(self.model, backend=backend).run_layer
-            self._compiled = True
 
     def prefill(self, input_ids: ArrayLike | Tensor, pixel_values: Tensor, image_grid_thw: Tensor) -> PrefixFeatures:
         """Run the VLM over one prompt.

@@ -27,6 +27,8 @@ from alpacache.gpu.host_memory import Bytes, page_aligned, page_lock, page_round
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 """Types of weights by safetensors' names."""
+SLOTS = 2
+"""Layers on the GPU: one computes, one arrives."""
 STAGES = 2
 """Units that are read ahead of the one in use."""
 _READERS = 4
@@ -170,8 +172,8 @@ class _Reader:
     def read(self, unit: UnitFiles, stage: Bytes) -> dict[str, Tensor]:
         """The unit's tensors as views of `stage`, in the type they are stored in."""
         pieces: list[Future[None]] = []
-        at, starts = 0, {}
-        for shard, begin, end in _runs(unit):
+        at, starts, runs = 0, {}, _runs(unit)
+        for shard, begin, end in runs:
             path = unit.paths[shard]
             for first in range(begin, end, _PIECE_BYTES):
                 wanted = min(_PIECE_BYTES, end - first)
@@ -183,7 +185,7 @@ class _Reader:
             piece.result()
         found = {}
         for name, info in unit.tensors.items():
-            (begin,) = (b for shard, b, e in _runs(unit) if shard == info.shard and b <= info.offset < e)
+            (begin,) = (b for shard, b, e in runs if shard == info.shard and b <= info.offset < e)
             where = starts[info.shard, begin] + info.offset - begin
             found[name] = _view(stage, where, DTYPES[info.dtype], info.shape)
         return found

@@ -19,7 +19,6 @@ from alpacache.masking import masked
 from alpacache.sources.video import ffmpeg_versions
 from cache_store import CODECS, KVCodec, codec_from_json, differences
 
-"""Name of the lossless codec: KV as the VLM computed it."""
 _LATER = ("settings", "tokens_sha256", "family_by")
 """Keys of the model's part that stores of earlier versions lack."""
 _LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers", "av", "pillow")

@@ -29,7 +29,7 @@ from alpacache.driving.strata import STRATA, TURNS, Strata
 from alpacache.errors import UsageError
 from alpacache.masking import masked_values
 from alpacache.sources.config import is_file
-from alpacache.sources.name_lists import listed, read_names, read_table
+from alpacache.sources.name_lists import fitting, listed, read_names, read_table
 
 _NUMBERS = ("t0", "view", "curvature", "speed")
 _WORDS: Mapping[str, Sequence[str]] = {"clip": (), "stratum": STRATA, "turn": TURNS, "command": COMMANDS}
@@ -158,6 +158,11 @@ class ChosenSamples:
         return text.getvalue()
 
 
+def words_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a choice's record that was given, by option; the rest is what it came to."""
+    return {key: value for key, value in record.items() if key not in ("samples", "of", "sha256")}
+
+
 def is_condition(entry: str) -> bool:
     """Tell whether an entry is a condition, not a name or a file: it has an operator."""
     return not is_file(entry) and any(sign in entry for sign in "<>=")
@@ -222,10 +227,7 @@ class _Names:
 
     def find(self, name: str) -> list[int]:
         """Samples of this id or clip, or of those that a pattern fits."""
-        if name in self._indices or not any(sign in name for sign in "*?["):
-            return self._indices.get(name, [])
-        fits = re.compile(translate(name)).match
-        return [index for known, indices in self._indices.items() if fits(known) for index in indices]
+        return [index for known in fitting(name, self._indices) for index in self._indices[known]]
 
 
 def _fitting(

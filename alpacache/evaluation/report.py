@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from alpacache.cached_samples.sample_choice import words_of
 from alpacache.driving.sample import FUTURE_S, Floats
 from alpacache.driving.strata import LATE_CURVE
 from alpacache.evaluation import report_tables as tables
@@ -110,7 +111,7 @@ def _subtitle(summary: EvalSummary, choice: Mapping[str, Any] | None) -> str:
     text = f"{models} · {summary.samples:,} samples of {summary.clips:,} clips · {summary.paths} paths a sample"
     if choice is None:
         return text
-    words = ((key, value) for key, value in choice.items() if key not in ("samples", "of", "sha256"))
+    words = words_of(choice).items()
     named = ", ".join(f"{key} {'; '.join(value) if isinstance(value, list) else value}" for key, value in words)
     return f"{text} · chosen: {choice['samples']:,} of {choice['of']:,} samples of the store by {named}"
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -32,7 +33,7 @@ from alpacache.extraction.failures import Failures
 from alpacache.extraction.memory import plan_memory, told_plan
 from alpacache.extraction.pipeline import SPARE_COPIES, Writers, read_ahead
 from alpacache.extraction.prefill import BatchSize, Group, Prefiller, StoredFeatures
-from alpacache.extraction.preparation import PreparationSettings, Prepared
+from alpacache.extraction.preparation import PreparationSettings, Prepared, first_readable
 from alpacache.extraction.progress import ExtractProgress, ExtractReport
 from alpacache.extraction.reading_process import Readers, open_readers, reading_workers
 from alpacache.extraction.streamed_prefill import StreamedPrefiller, open_streamed
@@ -121,22 +122,23 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     for note in _notes(checkpoint, builder, settings.dtype):
         on_note(note)
     missing = _uncommitted(config.store, refs)
+    first = cache(lambda: first_readable(missing, source, builder, settings=settings, routes=routes))
     if not config.force:
-        check_room(config.store, missing, source, checkpoint, builder, settings=settings, stored=stored, routes=routes)
+        check_room(config.store, len(missing), first, checkpoint, builder, stored=stored)
     plan = None
     if missing:
         plan = plan_memory(
             config,
-            missing,
-            source,
+            len(missing),
+            first,
             checkpoint,
             builder,
             settings=settings,
             stored=stored,
-            routes=routes,
             device=device,
             workers=reading_workers(config.workers),
         )
+    first.cache_clear()  # its pictures are large
     if plan is not None:
         on_note(told_plan(plan))
     fields = store_fields(

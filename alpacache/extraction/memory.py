@@ -1,49 +1,44 @@
 """What stage one will take of the GPU and of RAM, settled before the first sample."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import geometry_of
+from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.cached_samples.features import kv_bytes
-from alpacache.driving.sample import SampleRef
-from alpacache.errors import BadClipError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.prefill import StoredFeatures
-from alpacache.extraction.preparation import PreparationSettings
+from alpacache.extraction.preparation import PreparationSettings, ReadSample
 from alpacache.gpu.device import cap_memory
 from alpacache.gpu.host_memory import available_bytes
 from alpacache.planning.config import budget_bytes
-from alpacache.planning.prefill_plan import PrefillPlan, PrefillWork, choose_plan
+from alpacache.planning.prefill_plan import PATCH_VALUES, PrefillPlan, PrefillWork, choose_plan
 from alpacache.planning.sample_size import planned_prompt
 from alpacache.planning.time_model import prefill_batch
-from alpacache.sources.routes import Routes
-from alpacache.sources.source import Source
 from alpacache.torchrun import this_process
 
-_TRIED = 8
-"""Samples that are tried until one can be read."""
 _PICTURE = (1080, 1920)
-"""Assumed where none can."""
+"""Assumed where no sample can be read."""
 
 
 def plan_memory(
     config: ExtractConfig,
-    refs: Sequence[SampleRef],
-    source: Source,
+    count: int,
+    first: Callable[[], ReadSample | None],
     checkpoint: Checkpoint,
     builder: InputBuilder,
     *,
     settings: PreparationSettings,
     stored: StoredFeatures,
-    routes: Routes,
     device: torch.device,
     workers: int,
 ) -> PrefillPlan | None:
-    """Choose where the weights live and how many samples go at once, and hold the allocator to the budget.
+    """Choose where the weights live and how many of `count` samples go at once; hold the allocator to the budget.
+
+    The samples are taken to be as large as the `first` that can be read.
 
     None on a CPU where nothing else was asked for: there the VLM lies in RAM anyway. Raises `UsageError` where nothing
     fits.
@@ -54,7 +49,7 @@ def plan_memory(
     batched = device.type == "cuda" and not config.deterministic
     rows = config.batch_size or (prefill_batch(cameras=len(settings.cameras), frames=config.frames) if batched else 1)
     geometry, itemsize = geometry_of(checkpoint), settings.dtype.itemsize
-    tokens, image_tokens, pixel_bytes, tails = _sizes(refs, source, builder, settings, routes)
+    tokens, image_tokens, pixel_bytes, tails = _sizes(first(), builder, settings, geometry)
     stored_bytes = sum(
         kv_bytes((geometry.layers, 2, geometry.kv_heads, length, geometry.head_dim), stored.codec)
         for length in (tokens, *tails)
@@ -69,7 +64,7 @@ def plan_memory(
         pixel_bytes=pixel_bytes,
         rows=rows,
         ahead=workers + config.writers,
-        samples=len(refs),
+        samples=count,
         itemsize=itemsize,
         rollouts=stored.rollouts > 0,
     )
@@ -84,26 +79,17 @@ def plan_memory(
 
 
 def _sizes(
-    refs: Sequence[SampleRef],
-    source: Source,
-    builder: InputBuilder,
-    settings: PreparationSettings,
-    routes: Routes,
+    found: ReadSample | None, builder: InputBuilder, settings: PreparationSettings, geometry: Geometry
 ) -> tuple[int, int, int, list[int]]:
-    """Tokens of the first sample that can be read, its images' tokens, its pixels' bytes, and the lengths of its
-    twins."""
-    for ref in refs[:_TRIED]:
-        try:
-            sample = routes(source.load(replace(ref, view=0), cameras=settings.cameras, frames=settings.frames))
-            inputs = builder.build(sample)
-        except (BadClipError, OSError):  # what is wrong with it is told when it is its turn
-            continue
+    """Tokens of this sample, its images' tokens, its pixels' bytes, and the lengths of its twins; or of a usual one."""
+    if found is not None:
+        inputs = found.inputs
         images = int((inputs.image_spans[:, 1] - inputs.image_spans[:, 0]).sum())
         twins = [len(ids) for ids, _ in builder.twins(inputs.route).values()]
         return len(inputs.input_ids), images, inputs.pixel_values.numel() * settings.dtype.itemsize, twins
     prompt = planned_prompt(builder, settings.cameras, frames=settings.frames, picture=_PICTURE)
     images = len(settings.cameras) * settings.frames * prompt.tokens_an_image
-    return prompt.tokens, images, images * 4 * 1536 * settings.dtype.itemsize, []
+    return prompt.tokens, images, images * geometry.vlm.merged * PATCH_VALUES * settings.dtype.itemsize, []
 
 
 def told_plan(plan: PrefillPlan) -> str:

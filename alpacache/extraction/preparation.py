@@ -1,14 +1,16 @@
 """Reading and preprocessing of a sample before the VLM runs: its inputs, and the stored values known by then."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.cached_samples.features import sample_arrays
-from alpacache.driving.sample import SampleRef
+from alpacache.driving.sample import Sample, SampleRef
+from alpacache.errors import BadClipError
 from alpacache.sources.registry import open_source
 from alpacache.sources.routes import RouteFile, Routes, open_route_file
 from alpacache.sources.source import Source
@@ -16,6 +18,8 @@ from alpacache.sources.views import load
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Precisions that the VLM may run in, by the names users write."""
+_TRIED = 8
+"""Samples that are tried until one can be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,3 +93,29 @@ class Preparation:
         inputs = self._builder.build(self._routes(sample))
         inputs = replace(inputs, pixel_values=inputs.pixel_values.to(settings.dtype))
         return Prepared(sample_id=ref.sample_id, inputs=inputs, arrays=sample_arrays(sample, inputs))
+
+
+class ReadSample(NamedTuple):
+    """A sample that could be read, for what its sizes tell of the others."""
+
+    ref: SampleRef
+    sample: Sample
+    inputs: VLMInputs
+
+
+def first_readable(
+    refs: Sequence[SampleRef],
+    source: Source,
+    builder: InputBuilder,
+    *,
+    settings: PreparationSettings,
+    routes: Routes,
+) -> ReadSample | None:
+    """The first of these samples that can be read; None where the first eight cannot."""
+    for ref in refs[:_TRIED]:
+        try:
+            sample = routes(source.load(replace(ref, view=0), cameras=settings.cameras, frames=settings.frames))
+            return ReadSample(ref, sample, builder.build(sample))
+        except (BadClipError, OSError):  # what is wrong with it is told when it is its turn
+            continue
+    return None

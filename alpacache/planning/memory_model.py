@@ -12,7 +12,7 @@ from alpacache.driving.sample import FUTURE_STEPS
 from alpacache.errors import UsageError
 from alpacache.planning.gpus import GPUS, MEASURED, Gpu
 from alpacache.planning.time_model import step_seconds
-from alpacache.planning.workload import BF16_BYTES, STATE_PLACES, VAL_BATCH, MemoryPlan, Workload, state_bytes
+from alpacache.planning.workload import BF16_BYTES, STATE_PLACES, VAL_BATCH, MemoryPlan, Workload, halved, state_bytes
 from alpacache.prefix.layout import LEAST_DECODED
 
 _SAVED = {("all", False): (44, 8), ("all", True): (21, 6), ("lora", False): (30, 8), ("lora", True): (19, 6)}
@@ -99,9 +99,7 @@ def fastest_plan(
     goes as there is no room for; None: all of it stays on the GPU. Raises `UsageError` where nothing fits, with what
     the smallest settings take and what to change.
     """
-    sizes = [work.batch_size if micro_batch is None else min(micro_batch, work.batch_size)]
-    while micro_batch is None and sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 2))
+    sizes = halved(work.batch_size) if micro_batch is None else [min(micro_batch, work.batch_size)]
     streams = bus_bytes_s is not None and work.trainable != "head"  # the head is in no layer
     counts = range(work.layers + 1 if streams else 1)
     # With all state on the GPU a captured step is always the faster one.

@@ -10,20 +10,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alpacache.alpamayo.family import Geometry
+from alpacache.alpamayo.weight_homes import SLOTS, STAGES
 from alpacache.errors import UsageError
 from alpacache.planning.gpus import GPUS, MEASURED
 from alpacache.planning.time_model import prefill_seconds
-from alpacache.planning.workload import BF16_BYTES
+from alpacache.planning.workload import BF16_BYTES, halved
 
 WeightsHome = Literal["gpu", "ram", "files"]
-BUS_BYTES_S, FILE_BYTES_S = 20e9, 3e9
-"""Rates assumed of copies from page-locked RAM and of reads from an NVMe drive, where groups are chosen."""
+_BUS_BYTES_S, FILE_BYTES_S = 20e9, 3e9
+"""Rates assumed of copies from page-locked RAM, to be on the safe side, and of reads from an NVMe drive, where groups
+are chosen."""
 _SPARE = 1.5
 """A group computes so many times as long as its weights take to arrive, on the fastest card measured."""
 _MOST_GROUP = 256
-_SLOTS = 2
-_STAGES = 2
-"""Units of weights that are read ahead from files, as in `alpamayo.weight_homes`."""
 _WORKSPACE_BYTES = 80 * 2**20
 """cuBLAS's workspace and small tensors."""
 _GAPS = 0.02
@@ -149,7 +148,7 @@ def streamed_plan(work: PrefillWork, home: WeightsHome, *, group: int, rows: int
     sizes = work.geometry.vlm
     layer, tower = sizes.layer_parameters * work.itemsize, sizes.tower_parameters * work.itemsize
     layers = layer * work.geometry.layers
-    weights = max(_SLOTS * layer, tower) if tower_streams else _SLOTS * layer + tower
+    weights = max(SLOTS * layer, tower) if tower_streams else SLOTS * layer + tower
     streamed = layers + (tower if tower_streams else 0)
     stage = max(layer, tower if tower_streams else 0)
     # A layer of the rows: computed, cut, side by side; then what the encoder makes, some of which has yet to go.
@@ -167,7 +166,7 @@ def streamed_plan(work: PrefillWork, home: WeightsHome, *, group: int, rows: int
         activations=activations,
         kv=kv,
         workspace=_WORKSPACE_BYTES + round(_GAPS * (_group_bytes(work, group) + kv + activations)),
-        host_weights=streamed if home == "ram" else _STAGES * stage,
+        host_weights=streamed if home == "ram" else STAGES * stage,
         host_samples=buffers * work.stored_bytes + (2 * group + work.ahead) * work.pixel_bytes,
         streamed_bytes=streamed,
     )
@@ -190,7 +189,7 @@ def choose_plan(
 
     Raises `UsageError` where nothing fits, with what is needed.
     """
-    rows = [work.rows] if exact_rows else _halved(work.rows)
+    rows = [work.rows] if exact_rows else halved(work.rows)
     homes: list[WeightsHome] = ["gpu", "ram", "files"] if asked is None else [asked]
     least: PrefillPlan | None = None
     for home in homes:
@@ -232,7 +231,7 @@ def _with_room_used(work: PrefillWork, plan: PrefillPlan, *, device_bytes: int, 
 
 def hiding_group(work: PrefillWork, plan: PrefillPlan) -> int:
     """Samples that compute for longer than their weights take to arrive, on the fastest card that was measured."""
-    rate = BUS_BYTES_S if plan.home == "ram" else FILE_BYTES_S
+    rate = _BUS_BYTES_S if plan.home == "ram" else FILE_BYTES_S
     one = prefill_seconds(work.geometry.vlm_parameters, plan.rows * work.tokens, GPUS[MEASURED]) / plan.rows
     wanted = _SPARE * plan.streamed_bytes / rate / one
     return min(_MOST_GROUP, plan.rows * -(-int(wanted) // plan.rows))
@@ -262,13 +261,6 @@ def _refusal(
         f"GiB of RAM with the weights {where} and {least.group} samples at a time; {device_bytes / 2**30:.2f} and "
         f"{max(0, host_bytes - _RAM_LEFT_BYTES) / 2**30:.2f} GiB are there:\n  {lines}\n{remedy}"
     )
-
-
-def _halved(rows: int) -> list[int]:
-    sizes = [rows]
-    while sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 2))
-    return sizes
 
 
 def _kv_token(work: PrefillWork) -> int:

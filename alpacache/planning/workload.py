@@ -145,6 +145,14 @@ class MemoryPlan:
         return how + (f", moments of {self.streamed_layers} layers in RAM" if self.streamed_layers else "")
 
 
+def halved(size: int) -> list[int]:
+    """The size, then half of the one before, rounded up, down to 1."""
+    sizes = [size]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes
+
+
 def state_bytes(name: str, parameter_count: int) -> int:
     """Size of the optimizer state of bf16 parameters, about; `name`: `adamw8` or `adamw`."""
     return round(_BYTES[name] * parameter_count)

@@ -1,8 +1,6 @@
 """Moments and clips that a person names: the clips of a list, the moments of a table, each clip's sharpest curve."""
 
-import re
 from collections.abc import Callable, Sequence
-from fnmatch import translate
 
 import numpy as np
 
@@ -12,7 +10,7 @@ from alpacache.driving.sample import FUTURE_STEPS, STEP_US, SampleRef
 from alpacache.driving.strata import CURVATURE_STEPS, curvatures, driven_heading
 from alpacache.errors import UsageError
 from alpacache.sources.config import is_file
-from alpacache.sources.name_lists import listed, read_names, read_table
+from alpacache.sources.name_lists import fitting, listed, read_names, read_table
 
 
 def named_clips(entries: Sequence[str], clip_ids: Sequence[str], *, source: str) -> list[str]:
@@ -25,10 +23,8 @@ def named_clips(entries: Sequence[str], clip_ids: Sequence[str], *, source: str)
         names = read_names(entry, ["clip_id"], what=f"--clips {entry}") if is_file(entry) else [entry]
         unknown = []
         for name in names:
-            found = {name} & known
-            if not found and any(sign in name for sign in "*?["):
-                found = set(filter(re.compile(translate(name)).match, clip_ids))
-            taken |= found
+            found = fitting(name, known)
+            taken |= set(found)
             if not found:
                 unknown.append(name)
         _refuse_unknown(unknown, f"--clips {entry}: {len(unknown)} of {len(names)} names fit no clip of {source}")

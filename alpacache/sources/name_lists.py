@@ -6,7 +6,9 @@ list as it stands, and so is what pandas makes of it.
 
 import csv
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
+from fnmatch import translate
 from pathlib import Path
 
 from alpacache.errors import BadClipError, UsageError
@@ -47,6 +49,13 @@ def read_table(file: str, columns: Sequence[str], *, what: str) -> dict[str, lis
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{what} cannot be read ({_reason(error)}).") from error
+
+
+def fitting(name: str, known: Collection[str]) -> list[str]:
+    """Those of the known names that a name is, or else that it fits as a pattern with `*` and `?`."""
+    if name in known:
+        return [name]
+    return list(filter(re.compile(translate(name)).match, known)) if any(sign in name for sign in "*?[") else []
 
 
 def listed(names: Sequence[str]) -> str:

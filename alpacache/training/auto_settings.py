@@ -69,10 +69,10 @@ def settle(
         return memory_plan(work, draws=draws, micro_batch=size, checkpointing=bool(checkpointing))
     plan_for = partial(fastest_plan, work, cap_bytes=cap_memory(budget_bytes, world.device))
     number = world.device.index or 0
-    bus_bytes_s = BUS_BYTES_S
+    bus_bytes_s, gpu = BUS_BYTES_S, None
     if world.size == 1 and not _fits_whole(work, partial(plan_for, draws=1 if draws == "auto" else draws)):
-        bus_bytes_s = bus_speed(number)
-        plan_for = partial(plan_for, gpu=gpu_speed(number), bus_bytes_s=bus_bytes_s)
+        bus_bytes_s, gpu = bus_speed(number), gpu_speed(number)
+        plan_for = partial(plan_for, gpu=gpu, bus_bytes_s=bus_bytes_s)
         torch.cuda.empty_cache()
     plan_asked = partial(plan_for, micro_batch=micro_batch, checkpointing=checkpointing)
     if draws == "auto":
@@ -82,7 +82,7 @@ def settle(
                 lambda draws: plan_asked(draws=draws),
                 work,
                 batch_s=batch_seconds(),
-                gpu=gpu_speed(number),
+                gpu=gpu or gpu_speed(number),
                 bus_bytes_s=bus_bytes_s,
             )
         draws = int(world.all_gather(draws)[0])

@@ -16,7 +16,7 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import check_same_vlm, ids_digest, model_identity, prompt_doubt
 from alpacache.cached_samples.prefix_choice import PrefixChoice
-from alpacache.cached_samples.sample_choice import ChosenSamples, SampleChoice
+from alpacache.cached_samples.sample_choice import ChosenSamples, SampleChoice, words_of
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.masking import masked
@@ -277,7 +277,8 @@ def _check_same_choice(before: Mapping[str, Any] | None, now: Mapping[str, Any] 
     """Refuse another choice of samples; one in other words that comes to the same is the same."""
     was, wanted = (None if choice is None else choice["sha256"] for choice in (before, now))
     of = {choice["of"] for choice in (before, now) if choice is not None}
-    if was == wanted or (len(of) > 1 and _words(before) == _words(now)):  # the stores changed, which is told next
+    same_words = words_of(before or {}) == words_of(now or {})
+    if was == wanted or (len(of) > 1 and same_words):  # the stores changed, which is told next
         return
     raise UsageError(
         f"{run} was begun with another choice of samples:\n  the run has {_choice_text(before)}\n  now "
@@ -285,14 +286,10 @@ def _check_same_choice(before: Mapping[str, Any] | None, now: Mapping[str, Any] 
     )
 
 
-def _words(choice: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {key: value for key, value in (choice or {}).items() if key not in ("samples", "of", "sha256")}
-
-
 def _choice_text(choice: Mapping[str, Any] | None) -> str:
     if choice is None:
         return "all samples"
-    options = "; ".join(f"{key} {json.dumps(value)[:300]}" for key, value in _words(choice).items())
+    options = "; ".join(f"{key} {json.dumps(value)[:300]}" for key, value in words_of(choice).items())
     return f"{choice['samples']} of {choice['of']} samples ({options}; digest {choice['sha256'][:8]})"
 
 
