@@ -1,9 +1,11 @@
 """The scripts of the SLURM page: bash accepts them, and the array script does what the page says."""
 
 import os
+import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,14 +33,20 @@ def started(tmp_path):
         (tmp_path / "script.sh").write_text(BLOCKS[0])
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "77"}
         process = subprocess.Popen(
-            ["bash", "script.sh"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+            ["bash", "script.sh"],
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         processes.append(process)
         return process
 
     yield start
     for process in processes:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the worker too, which would hold the pipe
         process.communicate()
 
 
@@ -58,7 +66,7 @@ def test_a_task_that_runs_out_of_time_is_put_back(signals, started, tmp_path):
         "trap 'ending=1' TERM; touch ready; while [ -z \"$ending\" ]; do sleep 0.05; done\n"
         "sleep 0.5; touch committed; exit 130"
     )
-    wait_for(tmp_path / "ready")
+    wait_for(tmp_path / "ready", process)
     for _ in range(signals):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
@@ -70,15 +78,21 @@ def test_a_task_that_runs_out_of_time_is_put_back(signals, started, tmp_path):
 
 def test_a_task_that_was_done_when_told_is_not_put_back(started, tmp_path):
     process = started("trap 'exit 0' TERM; touch ready; while true; do sleep 0.05; done")
-    wait_for(tmp_path / "ready")
+    wait_for(tmp_path / "ready", process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 0
     assert not (tmp_path / "requeued").exists()
 
 
-def wait_for(file):
+def wait_for(file, process):
+    """Wait until the worker has written the file and the script minds SIGTERM, whichever comes later."""
     deadline = time.monotonic() + 30
-    while not file.exists():
+    while not (file.exists() and is_caught(signal.SIGTERM, process)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def is_caught(number, process):
+    (caught,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return int(caught, 16) >> (number - 1) & 1
