@@ -39,6 +39,7 @@ from benchmark_report import arguments, finish, hardware_name
 
 from alpacache.alpamayo import Checkpoint, FrozenVLM, PrefixFeatures
 from alpacache.alpamayo.inputs import VLMInputs
+from alpacache.driving.sample import SampleRef
 from alpacache.extraction import extract as extraction
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.preparation import PreparationSettings
@@ -46,6 +47,7 @@ from alpacache.extraction.reading_process import Readers, open_readers, reading_
 from alpacache.planning.time_model import prefill_batch
 from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
+from alpacache.sources.stretches import stretches
 from alpacache.sources.synthetic import SyntheticSource
 from cache_store import CacheReader, info
 
@@ -183,12 +185,20 @@ def begun_reading(config: ExtractConfig, device: torch.device) -> Iterator[tuple
         with ThreadPoolExecutor(workers, initializer=readers.begin) as pool:
             # So many that each worker is warm, and enough for any batch.
             some = itertools.islice(itertools.cycle(refs), max(2 * workers, 8))
-            inputs = [prepared.inputs for prepared in pool.map(readers.prepare, some)][:8]
+            inputs = list(pool.map(lambda ref: read_pass(readers, [ref]), some))[:8]
             started = time.perf_counter()
-            for _ in pool.map(lambda ref: readers.prepare(ref) and None, refs):
+            for _ in pool.map(lambda part: read_pass(readers, part) and None, stretches(refs, source, workers=workers)):
                 pass
             rate = len(refs) / (time.perf_counter() - started)
         yield readers, inputs, rate
+
+
+def read_pass(readers: Readers, refs: Sequence[SampleRef]) -> VLMInputs:
+    """Read a stretch; inputs of its last sample."""
+    with readers.one_pass(refs) as prepare:
+        for ref in refs:
+            inputs = prepare(ref).inputs
+    return inputs
 
 
 def reading_in_threads() -> AbstractContextManager[Any]:

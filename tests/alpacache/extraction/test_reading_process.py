@@ -187,7 +187,7 @@ def in_processes(monkeypatch):
     @contextmanager
     def open_readers(settings, source, builder, device, *, workers):
         with Noted(settings, workers, pinned_for=None) as processes:
-            yield Readers(prepare=processes, workers=workers, begin=None)
+            yield Readers(one_pass=processes.one_pass, workers=workers, begin=None)
 
     monkeypatch.setattr(extraction, "open_readers", open_readers)
     return begun

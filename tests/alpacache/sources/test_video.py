@@ -2,12 +2,13 @@
 
 import io
 import os
+from contextlib import closing
 
 import numpy as np
 import pytest
 
 from alpacache.errors import BadClipError
-from alpacache.sources.video import needed_frames, read_film
+from alpacache.sources.video import FilmReading, needed_frames
 
 av = pytest.importorskip("av")
 
@@ -89,7 +90,8 @@ STAMPS = np.arange(COUNT) * 100_000
 def read(file, indices, stamps=STAMPS):
     """From a path, or from the bytes of a film."""
     path = file if not isinstance(file, bytes) else io.BytesIO(file)
-    return read_film(path, indices, stamps, name=getattr(path, "name", "film.mp4"), where="here")
+    with closing(FilmReading(path, [indices], stamps, name=getattr(path, "name", "film.mp4"), where="here")) as reading:
+        return reading.read(0)
 
 
 def assert_frames(data, wanted, stamps=STAMPS):
