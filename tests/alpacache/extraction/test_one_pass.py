@@ -169,17 +169,16 @@ def break_picture(root, number):
 @pytest.mark.parametrize("kind", ["pictures", "films"])
 def test_a_damaged_picture_costs_the_samples_that_want_it(kind, places, tiny_checkpoint, tmp_path):
     root = shutil.copytree(places[0] / kind, tmp_path / kind)
-    break_picture(root, 90)
+    break_picture(root, 89)  # the front camera's last one before 3 s
     prepare = preparation(f"folder:{root}", tiny_checkpoint)
-    refs, _ = select(prepare._source, t0="every:0.1", samples=30, views=2)
+    refs, _ = select(prepare._source, t0="every:0.1", samples=24, views=2)
     alone = [outcome(prepare, ref) for ref in refs]
     with prepare.one_pass(refs) as one:
         assert [outcome(one, ref) for ref in refs] == alone
     bad = [ref for ref, each in zip(refs, alone, strict=True) if not isinstance(each, dict)]
-    wanting = [ref for ref in refs if ref.t0_us - 300_000 <= 3_000_000 <= ref.t0_us]
-    assert set(wanting) <= set(bad) < set(refs)
+    assert 0 < len(bad) < len(refs) / 2
     if kind == "pictures":
-        assert bad == wanting
+        assert bad == [ref for ref in refs if ref.t0_us in range(3_000_000, 3_400_000, 100_000)]
 
 
 def test_a_moment_outside_the_film_costs_itself_alone(places, tiny_checkpoint):

@@ -111,7 +111,8 @@ def test_small_frames_are_those_of_the_whole_made_small(video):
     file, frames = video
     width, height = frames.shape[3], frames.shape[2]
     for about_px, part in ((width, 1), (width // 2 + 1, 1), (width // 2, 2), (width // 3, 3), (1, width)):
-        small = read_film(file, [2, 5], STAMPS, name="film", where="here", about_px=about_px)
+        with closing(FilmReading(file, [[2, 5]], STAMPS, name="film", where="here", about_px=about_px)) as reading:
+            small = reading.read(0)
         assert small.shape == (2, 3, max(1, height // part), width // part)
         if part in (1, 2):
             means = frames[[2, 5]].reshape(2, 3, height // part, part, width // part, part).mean(axis=(3, 5))
