@@ -57,7 +57,8 @@ ENLARGED = 4
 """Times in width and height."""
 VIDEO_FPS, VIDEO_CRF = 30, 24
 """As cameras record; 21 Mbit/s. What a frame costs to decode goes with its bytes."""
-T0 = "every:0.005"
+T0, MOMENTS = "every:0.15", 26
+"""Moments of a clip and how many there are; a clip is read in one pass, as `bench_decode` measures."""
 SYSTEM_TOKENS = 20
 """Of R1's prompt before the first image."""
 REPEATED = 8
@@ -98,7 +99,7 @@ class Scale:
     """Of `extract`; None: its default."""
 
 
-FULL = Scale(small=False, picture=(1920, 1080), clips=1, samples={1: 300, 4: 80}, batches=(1, 2, 4, 8), batch=None)
+FULL = Scale(small=False, picture=(1920, 1080), clips=12, samples={1: 300, 4: 80}, batches=(1, 2, 4, 8), batch=None)
 QUICK = Scale(small=True, picture=(192, 108), clips=1, samples={1: 4, 4: 2}, batches=(), batch=2)
 
 
@@ -127,7 +128,8 @@ def write_drives(root: Path, scale: Scale, cameras: tuple[str, ...]) -> str:
         if is_tree:
             from benchmarks.pai_tree import write_tree
 
-            write_tree(draft, source=source, cameras=cameras, fps=VIDEO_FPS, crf=VIDEO_CRF)
+            films = {"fps": VIDEO_FPS, "crf": VIDEO_CRF, "clips_per_chunk": scale.clips, "same_films": True}
+            write_tree(draft, source=source, cameras=cameras, **films)
         else:
             _write_folder(draft, source, cameras)
         draft.rename(root)

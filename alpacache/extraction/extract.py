@@ -105,7 +105,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         raise UsageError(f"{config.source} has no sample in split {config.split!r}; choose another --split or --t0.")
     wanted = frozenset(sample_key(ref.sample_id) for ref in refs)
     worker, workers = share(config.shard)
-    refs, unusable = share_of(refs, worker, workers), unusable[worker::workers]
+    refs, unusable = share_of(refs, source, worker, workers), unusable[worker::workers]
     identity = store_identity(
         checkpoint,
         builder,

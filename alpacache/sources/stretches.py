@@ -13,6 +13,9 @@ from alpacache.sources.source import OnePassSource, Source
 LONGEST = 64
 """Moments of a stretch: beginning one costs as much as a sample alone, and at the end of a run some workers wait."""
 
+_PIECES = 4
+"""Least number of pieces of a worker's share, if there are enough samples: so much do shares differ in size."""
+
 
 def stretches(refs: Sequence[SampleRef], source: Source, *, workers: int) -> list[list[SampleRef]]:
     """Samples cut into stretches, clips in the order of their first samples, each clip in the order of time.
@@ -31,16 +34,18 @@ def stretches(refs: Sequence[SampleRef], source: Source, *, workers: int) -> lis
     return [[ref for moment in part for ref in moment] for part in cut]
 
 
-def share_of(refs: Sequence[SampleRef], worker: int, workers: int) -> list[SampleRef]:
-    """One worker's part of a selection: every `workers`th stretch, the samples left at the end cut evenly.
+def share_of(refs: Sequence[SampleRef], source: Source, worker: int, workers: int) -> list[SampleRef]:
+    """One worker's part of a selection, in stretches: each is dealt to the worker that has the fewest samples so far.
 
-    It depends on the selection alone. No moment is divided, and no two shares differ by more than one.
+    It depends on the selection alone. Of clips with one moment each, every worker has each `workers`th.
     """
-    moments = list(_moments(refs))
-    rest = len(moments) - len(moments) % (LONGEST * workers)
-    mine = [moment for number, moment in enumerate(moments[:rest]) if number // LONGEST % workers == worker]
-    mine += _parts(moments[rest:], workers)[worker]
-    return [ref for moment in mine for ref in moment]
+    has = [0] * workers
+    mine: list[SampleRef] = []
+    for stretch in stretches(refs, source, workers=_PIECES * workers):
+        least = has.index(min(has))
+        has[least] += len(stretch)
+        mine += stretch if least == worker else ()
+    return mine
 
 
 def _moments(refs: Sequence[SampleRef]) -> Iterator[list[SampleRef]]:
@@ -49,6 +54,7 @@ def _moments(refs: Sequence[SampleRef]) -> Iterator[list[SampleRef]]:
 
 
 def _parts(moments: Sequence[list[SampleRef]], count: int) -> list[Sequence[list[SampleRef]]]:
-    """So many parts of nearly equal length."""
-    ends = [len(moments) * number // count for number in range(count + 1)]
+    """So many parts in turn, the first of them longer by one where they cannot be equal."""
+    shortest, longer = divmod(len(moments), count)
+    ends = [number * shortest + min(number, longer) for number in range(count + 1)]
     return [moments[start:end] for start, end in pairwise(ends)]

@@ -100,7 +100,7 @@ def one_pass(
 
     with ExitStack() as opened:
         load: Callable[[SampleRef], Sample] = partial(source.load, cameras=cameras, frames=frames)
-        if isinstance(source, OnePassSource):
+        if len(plain) > 1 and isinstance(source, OnePassSource):
             load = opened.enter_context(source.one_pass(plain, cameras=cameras, frames=frames))
 
         def load_view(ref: SampleRef) -> Sample:

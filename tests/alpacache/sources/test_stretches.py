@@ -1,12 +1,10 @@
 """How samples are divided among workers: whole moments, in stretches of one clip, the same whatever is done already."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 
 from alpacache.driving.sample import SampleRef
-from alpacache.sources import stretches as module
 from alpacache.sources.registry import open_source
 from alpacache.sources.stretches import LONGEST, share_of, stretches
 
@@ -39,7 +37,7 @@ def test_stretches_are_of_one_clip_in_the_order_of_time(recorded, clips, views, 
 
 
 def test_one_clip_spreads_over_workers_evenly(recorded):
-    assert [len(each) for each in stretches(refs_of([25]), recorded, workers=2)] == [12, 13]
+    assert [len(each) for each in stretches(refs_of([25]), recorded, workers=2)] == [13, 12]
     lengths = [len(each) for each in stretches(refs_of([2_400]), recorded, workers=14)]
     assert len(lengths) == 2_400 // LONGEST + 1
     assert max(lengths) - min(lengths) <= 1
@@ -60,21 +58,27 @@ def test_a_source_that_reads_each_sample_for_itself_keeps_its_order():
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
-@pytest.mark.parametrize(("clips", "views"), [((25,), 1), ((25,) * 10, 2), ((1,) * 7, 1), ((2_000,), 1)])
-def test_shares_are_even_and_divide_no_moment(clips, views, workers):
+@pytest.mark.parametrize(("clips", "views"), [((25,), 1), ((25,) * 10, 2), ((3, 1, 40, 7), 1), ((2_000,), 1)])
+def test_shares_are_nearly_even_and_divide_no_moment(recorded, clips, views, workers):
     refs = refs_of(clips, views=views)
-    shares = [share_of(refs, worker, workers) for worker in range(workers)]
+    shares = [share_of(refs, recorded, worker, workers) for worker in range(workers)]
     assert sorted((ref for each in shares for ref in each), key=refs.index) == refs
     sizes = [len(each) // views for each in shares]
-    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) - min(sizes) <= max(1, sum(clips) / workers / 4 + 1)
     assert all(len(each) % views == 0 for each in shares)
 
 
-def test_a_share_holds_few_pieces_and_half_of_what_is_left(monkeypatch):
-    """A share is read as whole stretches; when the first part of a selection is there, workers still have as much."""
-    monkeypatch.setattr(module, "LONGEST", 10)
-    refs = refs_of([200])
-    share = share_of(refs, 1, 2)
-    assert sum(later.t0_us - one.t0_us > 100_000 for one, later in pairwise(share)) == 9
-    left = [sum(ref in share_of(refs, worker, 2) for ref in refs[100:]) for worker in range(2)]
-    assert left == [50, 50]
+def test_clips_with_one_moment_are_dealt_in_turn(recorded):
+    refs = refs_of((1,) * 11, views=2)
+    clips = [refs[number : number + 2] for number in range(0, len(refs), 2)]
+    for worker in range(3):
+        assert share_of(refs, recorded, worker, 3) == [ref for clip in clips[worker::3] for ref in clip]
+    assert share_of(refs[:4], recorded, 2, 3) == []
+
+
+def test_what_is_left_of_a_selection_is_shared_by_all_workers(recorded):
+    """A share is read in few stretches, yet when the first half is there, each worker has as much to do."""
+    refs = refs_of((25,) * 40)
+    shares = [share_of(refs, recorded, worker, 2) for worker in range(2)]
+    assert all(len({ref.clip_id for ref in share}) == 20 for share in shares)
+    assert [sum(ref in refs[500:] for ref in share) for share in shares] == [250, 250]
