@@ -1,7 +1,7 @@
 """Decoding of samples of one clip: in one pass, beside each sample alone.
 
-One camera's 1080p H.264 film of 20 s at 30 frames a second with B-frames, four pictures a sample, the samples spread
-evenly over the part of the clip that has room for history and future. `alone_ms` and `one_pass_ms` are processor time a
+One camera's 1080p H.264 films at 30 frames a second with B-frames, four pictures a sample, the samples spread evenly,
+`apart_s`, over the part of the clip that has room for history and future. `alone_ms` and `one_pass_ms` are processor time a
 sample (user and system, one thread) of all that reading takes but resizing: opening, finding frames, decoding, colours;
 each is the least of several rounds, in turn. `decoded` counts the frames a sample that leave the decoder. `key_s` is
 the time between key frames: the longer it is, the more a sample alone decodes in vain. Frames that others are predicted
@@ -38,24 +38,23 @@ class Scale:
     """Size of the benchmark."""
 
     picture: tuple[int, int]
-    seconds: int
-    keys: tuple[int, ...]
-    """Frames between key frames."""
+    films: tuple[tuple[int, int], ...]
+    """Seconds of each, and frames between its key frames."""
     moments: tuple[int, ...]
     rounds: int
 
 
-FULL = Scale(picture=(1920, 1080), seconds=20, keys=(30, 250), moments=(1, 5, 25), rounds=3)
-QUICK = Scale(picture=(192, 108), seconds=12, keys=(250,), moments=(1, 10), rounds=1)
+FULL = Scale(picture=(1920, 1080), films=((12, 30), (20, 30), (20, 250)), moments=(1, 5, 25), rounds=3)
+QUICK = Scale(picture=(192, 108), films=((12, 250),), moments=(1, 10), rounds=1)
 
 
-def write_clip(root: Path, scale: Scale, key: int) -> FolderSource:
+def write_clip(root: Path, scale: Scale, seconds: int, key: int) -> FolderSource:
     """A folder with one clip and one camera."""
     import av
 
     drive = RepeatedPictures(1, size=scale.picture, cameras=(FRONT_CAMERA,))
     clip, track = drive.clip_ids[0], drive.track(drive.clip_ids[0])
-    folder, count = root / "clips" / clip, scale.seconds * VIDEO_FPS
+    folder, count = root / "clips" / clip, seconds * VIDEO_FPS
     folder.mkdir(parents=True)
     poses = {"timestamp": track.timestamps_us} | {name: track.xyz[:, axis] for axis, name in enumerate("xyz")}
     poses |= {name: track.quaternion_xyzw[:, axis] for axis, name in enumerate(("qx", "qy", "qz", "qw"))}
@@ -86,17 +85,18 @@ def read(source: FolderSource, stretches: list[list[SampleRef]]) -> float:
     return _cpu_s() - started
 
 
-def measure(source: FolderSource, scale: Scale, moments: int) -> dict[str, Any]:
+def measure(source: FolderSource, scale: Scale, seconds: int, moments: int) -> dict[str, Any]:
     """Times of so many samples of the clip."""
-    times = np.linspace(FIRST_S, scale.seconds - ROOM_S, moments + 2)[1:-1]
+    times = np.linspace(FIRST_S, seconds - ROOM_S, moments + 2)[1:-1]
     refs = [SampleRef(clip_id=source.clip_ids[0], t0_us=round(time * 1e6)) for time in times]
     ways = {"alone": [[ref] for ref in refs], "one_pass": [refs]}
     read(source, ways["alone"][:1])
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    used: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(scale.rounds):
         for way, stretches in ways.items():
-            seconds[way].append(read(source, stretches))
-    row: dict[str, Any] = {f"{way}_ms": 1e3 * min(found) / moments for way, found in seconds.items()}
+            used[way].append(read(source, stretches))
+    row: dict[str, Any] = {"t0s": moments, "apart_s": float(times[1] - times[0]) if moments > 1 else None}
+    row |= {f"{way}_ms": 1e3 * min(found) / moments for way, found in used.items()}
     row["of_alone"] = row["one_pass_ms"] / row["alone_ms"]
     for way, stretches in ways.items():
         row[f"{way}_decoded"] = _decoded(source, stretches) / moments
@@ -129,10 +129,10 @@ def main() -> None:
     rows: list[Row] = []
     root = Path(tempfile.mkdtemp())
     try:
-        for key in scale.keys:
-            source = write_clip(root / str(key), scale, key)
+        for number, (seconds, key) in enumerate(scale.films):
+            source = write_clip(root / str(number), scale, seconds, key)
             for moments in scale.moments:
-                row = {"t0s": moments, "key_s": key / VIDEO_FPS} | measure(source, scale, moments)
+                row = {"film_s": seconds, "key_s": key / VIDEO_FPS} | measure(source, scale, seconds, moments)
                 print(row, flush=True)
                 rows.append(row)
     finally:

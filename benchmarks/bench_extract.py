@@ -57,7 +57,7 @@ ENLARGED = 4
 """Times in width and height."""
 VIDEO_FPS, VIDEO_CRF = 30, 24
 """As cameras record; 21 Mbit/s. What a frame costs to decode goes with its bytes."""
-T0, MOMENTS = "every:0.15", 26
+T0, MOMENTS = "every:0.15", 27
 """Moments of a clip and how many there are; a clip is read in one pass, as `bench_decode` measures."""
 SYSTEM_TOKENS = 20
 """Of R1's prompt before the first image."""

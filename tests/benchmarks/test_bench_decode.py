@@ -11,8 +11,8 @@ import bench_decode
 
 
 def test_a_pass_decodes_fewer_frames_than_samples_alone(tmp_path):
-    source = bench_decode.write_clip(tmp_path, bench_decode.QUICK, 250)
-    one, many = (bench_decode.measure(source, bench_decode.QUICK, moments) for moments in (1, 10))
+    source = bench_decode.write_clip(tmp_path, bench_decode.QUICK, 12, 250)
+    one, many = (bench_decode.measure(source, bench_decode.QUICK, 12, moments) for moments in (1, 10))
     assert one["alone_decoded"] == one["one_pass_decoded"]
     assert many["one_pass_decoded"] < 0.3 * many["alone_decoded"]
     assert many["of_alone"] == many["one_pass_ms"] / many["alone_ms"]
