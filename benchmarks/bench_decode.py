@@ -1,11 +1,11 @@
 """Decoding of samples of one clip: in one pass, beside each sample alone.
 
 One camera's 1080p H.264 films at 30 frames a second with B-frames, four pictures a sample, the samples spread evenly,
-`apart_s`, over the part of the clip that has room for history and future. `alone_ms` and `one_pass_ms` are processor time a
-sample (user and system, one thread) of all that reading takes but resizing: opening, finding frames, decoding, colours;
-each is the least of several rounds, in turn. `decoded` counts the frames a sample that leave the decoder. `key_s` is
-the time between key frames: the longer it is, the more a sample alone decodes in vain. Frames that others are predicted
-from are decoded in a pass too, wanted or not, but once.
+`apart_s`, over the part of the clip that has room for history and future. `alone_ms` and `one_pass_ms` are processor
+time a sample (user and system, one thread) of all that reading takes but resizing: opening, finding frames, decoding,
+colours; each is the least of several rounds, in turn. `decoded` counts the frames a sample that leave the decoder.
+`key_s` is the time between key frames: the longer it is, the more a sample alone decodes in vain. Frames that others
+are predicted from are decoded in a pass too, wanted or not, but once.
 """
 
 import json
