@@ -30,34 +30,38 @@ Made = TypeVar("Made")
 
 
 def read_ahead(
-    stretches: Iterable[Sequence[Item]],
+    stretches: Sequence[Sequence[Item]],
     one_pass: Callable[[Sequence[Item]], AbstractContextManager[Callable[[Item], Made]]],
     *,
     workers: int,
     ahead: int,
     begin: Callable[[], None] | None = None,
 ) -> Iterator[tuple[Item, Future[Made]]]:
-    """Yields the items of all stretches as they are ready, each with the future of what a thread has made of it.
+    """Yields the items of all stretches, each with the future of what a thread has made of it.
 
     One thread makes all items of a stretch in their order, by the function that `one_pass` gives it; the stretches go
-    to whichever is free. At most `ahead` items are being made or wait to be taken. `begin` is called once in each
-    thread.
+    to whichever is free. Items come in order where each stretch is a single one, else as they are ready: order would
+    hold up all threads for the slowest. At most `ahead` are being made or wait to be taken. `begin` is called once in
+    each thread.
     """
-    waiting, lock, stopped = iter(stretches), threading.Lock(), threading.Event()
+    in_order = all(len(stretch) == 1 for stretch in stretches)
+    waiting, lock, stopped = iter(enumerate(stretches)), threading.Lock(), threading.Event()
     room = threading.Semaphore(ahead)
-    ready: SimpleQueue[tuple[Item, Future[Made]] | BaseException | None] = SimpleQueue()
+    ready: SimpleQueue[tuple[int, Item, Future[Made]] | BaseException | None] = SimpleQueue()
 
     def work() -> None:
         try:
             if begin is not None:
                 begin()
             while not stopped.is_set():
+                room.acquire()  # first, so that no later stretch can take the room that this one needs
                 with lock:
-                    stretch = next(waiting, None)
-                if stretch is None:
+                    number, stretch = next(waiting, (-1, None))
+                if stretch is None or stopped.is_set():
+                    room.release()
                     break
                 for item, future in _made(stretch, one_pass, room, stopped):
-                    ready.put((item, future))
+                    ready.put((number, item, future))
                     del future  # or its result would live until the next one is there
         except BaseException as error:
             ready.put(error)
@@ -67,17 +71,27 @@ def read_ahead(
     try:
         for thread in threads:
             thread.start()
-        left = workers
-        while left:
-            made = ready.get()
+        left, due = workers, 0
+        early: dict[int, tuple[Item, Future[Made]]] = {}
+        while left or early:
+            made = early.pop(due, None)
             if made is None:
-                left -= 1
-            elif isinstance(made, BaseException):
-                raise made
-            else:
-                yield made
-                room.release()
+                found = ready.get()
+                if found is None:
+                    left -= 1
+                    continue
+                if isinstance(found, BaseException):
+                    raise found
+                number, made = found[0], found[1:]
+                del found
+                if in_order and number != due:
+                    early[number] = made
+                    del made
+                    continue
+            yield made
             del made
+            due += 1
+            room.release()
     finally:
         stopped.set()
         room.release(workers)
@@ -91,10 +105,14 @@ def _made(
     room: threading.Semaphore,
     stopped: threading.Event,
 ) -> Iterator[tuple[Item, Future[Made]]]:
-    """Items of a stretch, each once there is room for it, with what was made of it or the error that this raised."""
+    """Items of a stretch, with what was made of each or the error that this raised, once there is room for it.
+
+    There is room for the first one.
+    """
     with one_pass(stretch) as make:
-        for item in stretch:
-            room.acquire()
+        for number, item in enumerate(stretch):
+            if number:
+                room.acquire()
             if stopped.is_set():
                 return
             future: Future[Made] = Future()
