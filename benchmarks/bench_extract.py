@@ -39,6 +39,7 @@ from benchmark_report import arguments, finish, hardware_name
 
 from alpacache.alpamayo import Checkpoint, FrozenVLM, PrefixFeatures
 from alpacache.alpamayo.inputs import VLMInputs
+from alpacache.driving.sample import SampleRef
 from alpacache.extraction import extract as extraction
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.preparation import PreparationSettings
@@ -46,6 +47,7 @@ from alpacache.extraction.reading_process import Readers, open_readers, reading_
 from alpacache.planning.time_model import prefill_batch
 from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
+from alpacache.sources.stretches import stretches
 from alpacache.sources.synthetic import SyntheticSource
 from cache_store import CacheReader, info
 
@@ -55,7 +57,8 @@ ENLARGED = 4
 """Times in width and height."""
 VIDEO_FPS, VIDEO_CRF = 30, 24
 """As cameras record; 21 Mbit/s. What a frame costs to decode goes with its bytes."""
-T0 = "every:0.005"
+T0, MOMENTS = "every:0.15", 27
+"""Moments of a clip and how many there are; a clip is read in one pass, as `bench_decode` measures."""
 SYSTEM_TOKENS = 20
 """Of R1's prompt before the first image."""
 REPEATED = 8
@@ -96,7 +99,7 @@ class Scale:
     """Of `extract`; None: its default."""
 
 
-FULL = Scale(small=False, picture=(1920, 1080), clips=1, samples={1: 300, 4: 80}, batches=(1, 2, 4, 8), batch=None)
+FULL = Scale(small=False, picture=(1920, 1080), clips=12, samples={1: 300, 4: 80}, batches=(1, 2, 4, 8), batch=None)
 QUICK = Scale(small=True, picture=(192, 108), clips=1, samples={1: 4, 4: 2}, batches=(), batch=2)
 
 
@@ -125,7 +128,8 @@ def write_drives(root: Path, scale: Scale, cameras: tuple[str, ...]) -> str:
         if is_tree:
             from benchmarks.pai_tree import write_tree
 
-            write_tree(draft, source=source, cameras=cameras, fps=VIDEO_FPS, crf=VIDEO_CRF)
+            films = {"fps": VIDEO_FPS, "crf": VIDEO_CRF, "clips_per_chunk": scale.clips, "same_films": True}
+            write_tree(draft, source=source, cameras=cameras, **films)
         else:
             _write_folder(draft, source, cameras)
         draft.rename(root)
@@ -183,12 +187,20 @@ def begun_reading(config: ExtractConfig, device: torch.device) -> Iterator[tuple
         with ThreadPoolExecutor(workers, initializer=readers.begin) as pool:
             # So many that each worker is warm, and enough for any batch.
             some = itertools.islice(itertools.cycle(refs), max(2 * workers, 8))
-            inputs = [prepared.inputs for prepared in pool.map(readers.prepare, some)][:8]
+            inputs = list(pool.map(lambda ref: read_pass(readers, [ref]), some))[:8]
             started = time.perf_counter()
-            for _ in pool.map(lambda ref: readers.prepare(ref) and None, refs):
+            for _ in pool.map(lambda part: read_pass(readers, part) and None, stretches(refs, source, workers=workers)):
                 pass
             rate = len(refs) / (time.perf_counter() - started)
         yield readers, inputs, rate
+
+
+def read_pass(readers: Readers, refs: Sequence[SampleRef]) -> VLMInputs:
+    """Read a stretch; inputs of its last sample."""
+    with readers.one_pass(refs) as prepare:
+        for ref in refs:
+            inputs = prepare(ref).inputs
+    return inputs
 
 
 def reading_in_threads() -> AbstractContextManager[Any]:

@@ -11,7 +11,9 @@ whether it did. `--one-gpu 2` runs two processes on the first GPU, each with hal
 other, as long as that GPU keeps up with both. `--quick` runs a small model on two processes of the CPU.
 """
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -34,6 +36,7 @@ from alpacache.extraction.reading_process import default_workers
 from alpacache.planning.time_model import prefill_batch
 from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
+from alpacache.sources.stretches import share_of
 from cache_store.format.names import COMMITS, record_path, sample_key
 
 KEYS = (
@@ -48,10 +51,12 @@ DECODED = 100
 
 
 def commit_moments(store: Path, source: str, t0: str, *, processes: int, samples: int) -> list[list[float]]:
-    """Of each process the sorted moments at which its samples were committed: it has every n-th, as `extract` deals."""
-    refs, _ = select(open_source(source, cameras=full_size.camera_names(1)), t0=t0, samples=samples)
-    records = [store / record_path(COMMITS, sample_key(ref.sample_id)) for ref in refs]
-    return [sorted(record.stat().st_mtime for record in records[number::processes]) for number in range(processes)]
+    """Of each process the sorted moments at which its samples were committed; it has those that `extract` deals it."""
+    opened = open_source(source, cameras=full_size.camera_names(1))
+    refs, _ = select(opened, t0=t0, samples=samples)
+    shares = [share_of(refs, opened, number, processes) for number in range(processes)]
+    records = [[store / record_path(COMMITS, sample_key(ref.sample_id)) for ref in share] for share in shares]
+    return [sorted(record.stat().st_mtime for record in own) for own in records]
 
 
 def rate_together(moments: Sequence[Sequence[float]], *, ahead: int) -> float | None:
@@ -145,7 +150,8 @@ def main() -> None:
     if available < 2 or not (options.quick or torch.cuda.is_available()):
         raise SystemExit("a full run needs two CUDA devices, or --one-gpu 2; --quick runs a small model on the CPU.")
     small: bool = options.quick
-    scale = bench_extract.QUICK if small else bench_extract.FULL
+    clips = math.ceil(options.samples * available / bench_extract.MOMENTS)
+    scale = bench_extract.QUICK if small else dataclasses.replace(bench_extract.FULL, clips=clips)
     work = options.work or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

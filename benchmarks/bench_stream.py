@@ -50,6 +50,10 @@ class ReadyReaders:
     def prepare(self, ref: SampleRef) -> Prepared:
         return replace(self.samples[hash(ref.sample_id) % len(self.samples)], sample_id=ref.sample_id)
 
+    def one_pass(self, refs: list[SampleRef]) -> Any:
+        """A context with `prepare`."""
+        return nullcontext(self.prepare)
+
     def begin(self) -> None:
         """There is nothing to begin."""
 

@@ -36,8 +36,11 @@ def write_tree(
     fps: int = 10,
     crf: int = 12,
     clips_per_chunk: int = 2,
+    same_films: bool = False,
 ) -> list[str]:
     """Write all clips of `source` below `directory` and return their ids. `crf` is x264's: larger means smaller video.
+
+    With `same_films` all clips of a chunk have the first one's films, as encoding takes its time.
 
     Video starts at 0 us with a few microseconds of jitter, as recorded clocks have; poses start `LEAD_US` earlier.
     """
@@ -47,7 +50,9 @@ def write_tree(
     chunks = [clips[start : start + clips_per_chunk] for start in range(0, len(clips), clips_per_chunk)]
 
     def write_films(number: int, camera: str) -> None:
-        films = [_film(source, clip, camera, seconds, fps, crf) for clip in chunks[number]]
+        films = [_film(source, clip, camera, seconds, fps, crf) for clip in chunks[number][: 1 if same_films else None]]
+        for clip in chunks[number][len(films) :]:
+            films.append({name.replace(chunks[number][0], clip): data for name, data in films[0].items()})
         _write_zip(root / _chunk_path("camera", camera, number), {name: film[name] for film in films for name in film})
 
     with ThreadPoolExecutor(_FILMS_AT_ONCE) as pool:

@@ -4,9 +4,9 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ from alpacache.alpamayo.prompt import ROUTE_TOKENS, PromptFormat, Reasoning
 from alpacache.alpamayo.recognition import Recognition, recognise_family
 from alpacache.driving.cameras import CAMERAS
 from alpacache.driving.picture_size import fit_size, image_tokens
-from alpacache.driving.resizing import resized
+from alpacache.driving.resizing import ResizedPictures, resized
 from alpacache.driving.route import swapped
 from alpacache.driving.sample import Sample
 from alpacache.errors import BadClipError, CheckpointError, UsageError
@@ -288,16 +288,25 @@ class InputBuilder:
     def _stem_len(self, ids: NDArray[np.int64]) -> int:
         return int(np.flatnonzero(ids == self.config.traj_token_ids["history_end"])[0]) + 1
 
-    def build(self, sample: Sample) -> VLMInputs:
+    def build(self, sample: Sample, *, seen: ResizedPictures | None = None) -> VLMInputs:
         """Inputs of the VLM for one sample, its route in the prompt.
 
-        Raises `BadClipError` (`bad_route`) for a route that holds tokens of the model.
+        With `seen`, pictures that the samples before it had are not resized again. Raises `BadClipError` (`bad_route`)
+        for a route that holds tokens of the model.
         """
         frames, _, height, width = sample.frames.shape[1:]
         if sample.route is not None and not self.tokenizer.is_plain(sample.route):
             raise BadClipError("bad_route", f"{sample.ref.sample_id}: its route holds a token of the model's own.")
+        resize = _each_resized
+        if seen is not None:
+            times = enumerate(sample.frame_timestamps_us.tolist())
+            resize = partial(seen.of, [(camera, time_us) for camera, shot in times for time_us in shot])
         pixel_values, grid = to_patches(
-            sample.frames.reshape(-1, 3, height, width), temporal=self._temporal, **self._geometry, **self._limits
+            sample.frames.reshape(-1, 3, height, width),
+            temporal=self._temporal,
+            resize=resize,
+            **self._geometry,
+            **self._limits,
         )
         text, ids, tokens = self.prompt(sample.cameras, frames=frames, height=height, width=width, route=sample.route)
         starts = np.flatnonzero(ids == self.tokenizer.id_of("<|vision_start|>")) + 1
@@ -326,23 +335,35 @@ class InputBuilder:
         return {"images": PROCESSOR, **self._geometry, "temporal": self._temporal, **self._limits}
 
 
+def _each_resized(frames: NDArray[np.uint8], size: tuple[int, int]) -> Iterator[Tensor]:
+    return (resized(frame, size) for frame in frames)
+
+
 def to_patches(
-    frames: NDArray[np.uint8], *, patch: int, merge: int, temporal: int, min_pixels: int, max_pixels: int
+    frames: NDArray[np.uint8],
+    *,
+    patch: int,
+    merge: int,
+    temporal: int,
+    min_pixels: int,
+    max_pixels: int,
+    resize: Callable[[NDArray[np.uint8], tuple[int, int]], Iterator[Tensor]] = _each_resized,
 ) -> tuple[Tensor, Tensor]:
     """Frames `[N, 3, H, W]` RGB to `pixel_values [patches, 3 * temporal * patch^2]` and `image_grid_thw [N, 3]`.
 
     uint8 / 255 in float32, antialiased bicubic resize, then to -1 .. 1; each frame stands for `temporal` equal ones.
     This is the training recipe's way: resized in float, neither clamped nor rounded. The public sampler resizes uint8
-    images instead; the two differ by up to 0.14, so the way is part of a store's identity.
+    images instead; the two differ by up to 0.14, so the way is part of a store's identity. `resize` gives the resized
+    frames in turn, if some of them are known already.
     """
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [N, 3, H, W].")
     count, channels, height, width = frames.shape
     fitted = fit_size(height, width, factor=patch * merge, min_pixels=min_pixels, max_pixels=max_pixels)
     pixels = torch.empty(count, channels, *fitted)
-    for number, frame in enumerate(frames):
+    for number, seen in enumerate(resize(frames, fitted)):
         # One at a time: memory for the float copies of all would be mapped and cleared anew for every sample.
-        pixels[number] = resized(frame, fitted)
+        pixels[number] = seen
     pixels.sub_(0.5).div_(0.5)
     rows, columns = fitted[0] // patch, fitted[1] // patch
     blocks = pixels.reshape(count, channels, rows // merge, merge, patch, columns // merge, merge, patch)

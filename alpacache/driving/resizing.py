@@ -1,5 +1,7 @@
 """Pictures resized as Alpamayo's training recipe does: in float, neither clamped nor rounded."""
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -48,3 +50,27 @@ def resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
     if picture.shape[1:] != size:
         channels = (F.interpolate(each, size, mode="bicubic", antialias=True, align_corners=False) for each in channels)
     return torch.cat(list(channels), dim=1)[0]
+
+
+class ResizedPictures:
+    """Resized pictures of one recording, of which samples near each other in time share some.
+
+    Those that a sample wants are kept for the next, and with them any that are no older.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int], Tensor] = {}
+
+    def of(
+        self, names: Sequence[tuple[int, int]], pictures: Iterable[NDArray[np.uint8]], size: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        """What `resized` makes of each picture of a sample; `names` are its camera's number and its time (us).
+
+        Samples come in the order of their times.
+        """
+        oldest_us = min(time_us for _, time_us in names)
+        self._kept = {name: picture for name, picture in self._kept.items() if name[1] >= oldest_us}
+        for name, picture in zip(names, pictures, strict=True):
+            if name not in self._kept:
+                self._kept[name] = resized(picture, size)
+            yield self._kept[name]

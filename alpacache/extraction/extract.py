@@ -47,6 +47,7 @@ from alpacache.sources.registry import open_source
 from alpacache.sources.routes import open_route_file
 from alpacache.sources.selection import select
 from alpacache.sources.source import FixedSource
+from alpacache.sources.stretches import share_of, stretches
 from alpacache.sources.views import views_identity
 from alpacache.torchrun import this_process
 from cache_store import CODECS, CacheWriter, IdentityMismatchError
@@ -105,7 +106,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         raise UsageError(f"{config.source} has no sample in split {config.split!r}; choose another --split or --t0.")
     wanted = frozenset(sample_key(ref.sample_id) for ref in refs)
     worker, workers = share(config.shard)
-    refs, unusable = refs[worker::workers], unusable[worker::workers]
+    refs, unusable = share_of(refs, source, worker, workers), unusable[worker::workers]
     identity = store_identity(
         checkpoint,
         builder,
@@ -167,8 +168,10 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         missing = _uncommitted(config.store, refs)
         todo = failures.settle(refs, unusable, missing, retry=config.retry_quarantined)
         if todo:
+            workers = min(reading_workers(config.workers), len(todo))
+            in_order = stretches(todo, source, workers=workers)
             if isinstance(source, FixedSource):
-                source.expect(todo)
+                source.expect([stretch[0] for stretch in in_order])
             streamed = plan is not None and plan.home != "gpu"
             rows = plan.rows if plan is not None else config.batch_size or 1
             batch = BatchSize(rows, device=device)
@@ -178,7 +181,6 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
             buffers = config.writers + max(SPARE_COPIES, batch.size)
             if plan is not None and streamed:
                 buffers = max(plan.buffers, plan.group + SPARE_COPIES)
-            workers = min(reading_workers(config.workers), len(todo))
             with (
                 _deterministic(config.deterministic),
                 restored_torch_threads(),
@@ -190,7 +192,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
             ):
                 progress.start(len(todo))
                 with InterruptGuard() as guard, Writers(writer, copies, threads=config.writers) as writers:
-                    _Extraction(readers, prefiller, batch, writers, progress, failures, guard).over(todo)
+                    _Extraction(readers, prefiller, batch, writers, progress, failures, guard).over(in_order)
             if guard.requested and progress.left:
                 raise InterruptedRunError(
                     f"stopped on request: {progress.extracted} samples of this run are committed to {writer.path}, "
@@ -275,7 +277,7 @@ class _Extraction:
     pending: Group | None = None
     """The last group, handed to the writers when the device has the next."""
 
-    def over(self, todo: Sequence[SampleRef]) -> None:
+    def over(self, todo: Sequence[Sequence[SampleRef]]) -> None:
         """Extract and commit these samples, or those that are begun when a stop is requested."""
         with closing(self._prepared(todo)) as samples:
             try:
@@ -286,10 +288,12 @@ class _Extraction:
                 committed = self.writers.collect(everything=True)
             self.progress.add_committed(committed)
 
-    def _prepared(self, todo: Sequence[SampleRef]) -> Generator[Prepared]:
-        """Samples ready for the VLM, in order, made ahead by threads; what cannot be used is quarantined here."""
+    def _prepared(self, todo: Sequence[Sequence[SampleRef]]) -> Generator[Prepared]:
+        """Samples ready for the VLM, made ahead by threads; what cannot be used is quarantined here."""
         readers, ahead = self.readers, self.readers.workers + 2 * self.batch.size
-        for ref, future in read_ahead(todo, readers.prepare, workers=readers.workers, ahead=ahead, begin=readers.begin):
+        for ref, future in read_ahead(
+            todo, readers.one_pass, workers=readers.workers, ahead=ahead, begin=readers.begin
+        ):
             try:
                 prepared = future.result()
                 self.progress.add_route(prepared.inputs.route)

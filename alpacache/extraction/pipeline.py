@@ -5,12 +5,14 @@
 Nothing here knows what a sample is for, so that order, bounds and errors can be tested without a model.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
+from queue import SimpleQueue
 from typing import Any, Self, TypeVar
 
 import torch
@@ -28,30 +30,98 @@ Made = TypeVar("Made")
 
 
 def read_ahead(
-    items: Sequence[Item],
-    make: Callable[[Item], Made],
+    stretches: Sequence[Sequence[Item]],
+    one_pass: Callable[[Sequence[Item]], AbstractContextManager[Callable[[Item], Made]]],
     *,
     workers: int,
     ahead: int,
     begin: Callable[[], None] | None = None,
 ) -> Iterator[tuple[Item, Future[Made]]]:
-    """Yields items in order, each with the future of `make(item)`; threads work on at most `ahead` of them.
+    """Yields the items of all stretches, each with the future of what a thread has made of it.
 
-    `begin` is called once in each thread.
+    One thread makes all items of a stretch in their order, by the function that `one_pass` gives it; the stretches go
+    to whichever is free. Items come in order where each stretch is a single one, else as they are ready: order would
+    hold up all threads for the slowest. At most `ahead` are being made or wait to be taken. `begin` is called once in
+    each thread.
     """
-    with ThreadPoolExecutor(workers, "read", initializer=begin) as pool:
-        rest = iter(items)
-        begun = deque((item, pool.submit(make, item)) for item in islice(rest, ahead))
+    in_order = all(len(stretch) == 1 for stretch in stretches)
+    waiting, lock, stopped = iter(enumerate(stretches)), threading.Lock(), threading.Event()
+    room = threading.Semaphore(ahead)
+    ready: SimpleQueue[tuple[int, Item, Future[Made]] | BaseException | None] = SimpleQueue()
+
+    def work() -> None:
         try:
-            while begun:
-                item, future = begun.popleft()
-                wait([future])
-                yield item, future
-                del future  # or its result would live for as long as the next one is waited for
-                begun.extend((item, pool.submit(make, item)) for item in islice(rest, 1))
-        finally:
-            for _, waiting in begun:
-                waiting.cancel()
+            if begin is not None:
+                begin()
+            while not stopped.is_set():
+                room.acquire()  # first, so that no later stretch can take the room that this one needs
+                with lock:
+                    number, stretch = next(waiting, (-1, None))
+                if stretch is None or stopped.is_set():
+                    room.release()
+                    break
+                for item, future in _made(stretch, one_pass, room, stopped):
+                    ready.put((number, item, future))
+                    del future  # or its result would live until the next one is there
+        except BaseException as error:
+            ready.put(error)
+        ready.put(None)
+
+    threads = [threading.Thread(target=work, name=f"read_{number}") for number in range(workers)]
+    try:
+        for thread in threads:
+            thread.start()
+        left, due = workers, 0
+        early: dict[int, tuple[Item, Future[Made]]] = {}
+        while left or early:
+            made = early.pop(due, None)
+            if made is None:
+                found = ready.get()
+                if found is None:
+                    left -= 1
+                    continue
+                if isinstance(found, BaseException):
+                    raise found
+                number, made = found[0], found[1:]
+                del found
+                if in_order and number != due:
+                    early[number] = made
+                    del made
+                    continue
+            yield made
+            del made
+            due += 1
+            room.release()
+    finally:
+        stopped.set()
+        room.release(workers)
+        for thread in threads:
+            thread.join()
+
+
+def _made(
+    stretch: Sequence[Item],
+    one_pass: Callable[[Sequence[Item]], AbstractContextManager[Callable[[Item], Made]]],
+    room: threading.Semaphore,
+    stopped: threading.Event,
+) -> Iterator[tuple[Item, Future[Made]]]:
+    """Items of a stretch, with what was made of each or the error that this raised, once there is room for it.
+
+    There is room for the first one.
+    """
+    with one_pass(stretch) as make:
+        for number, item in enumerate(stretch):
+            if number:
+                room.acquire()
+            if stopped.is_set():
+                return
+            future: Future[Made] = Future()
+            try:
+                future.set_result(make(item))
+            except BaseException as error:
+                future.set_exception(error)
+            yield item, future
+            del future
 
 
 def groups(items: Iterable[Item], *, length: Callable[[Item], int], size: Callable[[], int]) -> Iterator[list[Item]]:

@@ -1,7 +1,9 @@
 """Reading and preprocessing of a sample before the VLM runs: its inputs, and the stored values known by then."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,12 +11,13 @@ import torch
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.cached_samples.features import sample_arrays
-from alpacache.driving.sample import Sample, SampleRef
+from alpacache.driving.resizing import ResizedPictures
+from alpacache.driving.sample import FRAME_STEP_US, Sample, SampleRef
 from alpacache.errors import BadClipError
 from alpacache.sources.registry import open_source
 from alpacache.sources.routes import RouteFile, Routes, open_route_file
-from alpacache.sources.source import Source
-from alpacache.sources.views import load
+from alpacache.sources.source import OnePassSource, Source
+from alpacache.sources.views import one_pass
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Precisions that the VLM may run in, by the names users write."""
@@ -88,11 +91,34 @@ class Preparation:
 
     def __call__(self, ref: SampleRef) -> Prepared:
         """Raises `BadClipError` for a recording that cannot be used, `OSError` where it cannot be read."""
+        with self.one_pass([ref]) as prepare:
+            return prepare(ref)
+
+    @contextmanager
+    def one_pass(self, refs: Sequence[SampleRef]) -> Iterator[Callable[[SampleRef], Prepared]]:
+        """A function that prepares these samples of one clip, given in the order of their times; see `views.one_pass`.
+
+        To be called for each in that order from one thread. It gives and raises what each would alone.
+        """
         settings = self._settings
-        sample = load(self._source, ref, cameras=settings.cameras, frames=settings.frames, seed=settings.seed)
-        inputs = self._builder.build(self._routes(sample))
-        inputs = replace(inputs, pixel_values=inputs.pixel_values.to(settings.dtype))
-        return Prepared(sample_id=ref.sample_id, inputs=inputs, arrays=sample_arrays(sample, inputs))
+        seen = ResizedPictures() if self._share_pictures(refs) else None
+        cameras, frames = settings.cameras, settings.frames
+        with one_pass(self._source, refs, cameras=cameras, frames=frames, seed=settings.seed) as load:
+
+            def prepare(ref: SampleRef) -> Prepared:
+                sample = load(ref)
+                inputs = self._builder.build(self._routes(sample), seen=None if ref.view else seen)
+                inputs = replace(inputs, pixel_values=inputs.pixel_values.to(settings.dtype))
+                return Prepared(sample_id=ref.sample_id, inputs=inputs, arrays=sample_arrays(sample, inputs))
+
+            yield prepare
+
+    def _share_pictures(self, refs: Sequence[SampleRef]) -> bool:
+        """Tell whether two of these samples may have a picture in common that no view changes."""
+        times = sorted(ref.t0_us for ref in refs if ref.view == 0)
+        span_us = self._settings.frames * FRAME_STEP_US
+        near = any(later - time <= span_us for time, later in pairwise(times))
+        return near and isinstance(self._source, OnePassSource)
 
 
 class ReadSample(NamedTuple):

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -49,9 +49,10 @@ _END_S = 10.0
 class Readers:
     """How samples are read and preprocessed ahead of the VLM, in threads that may have processes do it."""
 
-    prepare: Callable[[SampleRef], Prepared]
+    one_pass: Callable[[Sequence[SampleRef]], AbstractContextManager[Callable[[SampleRef], Prepared]]]
+    """As `Preparation.one_pass`."""
     workers: int
-    """Threads that may call `prepare` at a time."""
+    """Threads that may be in a pass at a time."""
     begin: Callable[[], None] | None
     """Called once in each of them."""
 
@@ -67,9 +68,9 @@ def open_readers(
     begin = limit_torch_to_one_thread if device.type == "cuda" else None
     if device.type == "cuda" and not is_streamed(settings.source):
         with ReadingProcesses(settings, workers, pinned_for=device) as processes:
-            yield Readers(prepare=processes, workers=workers, begin=begin)
+            yield Readers(one_pass=processes.one_pass, workers=workers, begin=begin)
     else:
-        yield Readers(prepare=Preparation(settings, source, builder), workers=workers, begin=begin)
+        yield Readers(one_pass=Preparation(settings, source, builder).one_pass, workers=workers, begin=begin)
 
 
 def reading_workers(wanted: int | None) -> int:
@@ -93,11 +94,21 @@ class ReadingProcesses:
 
     def __call__(self, ref: SampleRef) -> Prepared:
         """Raises what `Preparation` does, `DataError` where the process itself has ended."""
+        with self.one_pass([ref]) as prepare:
+            return prepare(ref)
+
+    @contextmanager
+    def one_pass(self, refs: Sequence[SampleRef]) -> Iterator[Callable[[SampleRef], Prepared]]:
+        """`Preparation.one_pass` in one of the processes, which is a sample ahead of the calls."""
         process = self._free.get()
+        process.ask(refs)
         try:
-            return process.prepare(ref, self._pinned_for)
+            yield lambda ref: process.answer(ref, self._pinned_for)
         finally:
-            self._free.put(process)
+            if process.owes:  # a pass that was given up; what is left of it must not answer another
+                process.end()
+            else:
+                self._free.put(process)
 
     def __enter__(self) -> Self:
         for _ in range(self._count):
@@ -137,10 +148,19 @@ class _Process:
         self.requests = self._popen.stdin
         """Closed, it asks the process to end."""
         self.requests.write(_line(dataclasses.asdict(settings)))
+        self.owes = 0
+        """Answers that are still to come."""
 
-    def prepare(self, ref: SampleRef, pinned_for: torch.device | None) -> Prepared:
+    def ask(self, refs: Sequence[SampleRef]) -> None:
+        """Have the process prepare these samples; if it has ended, `answer` says so."""
+        with suppress(ConnectionError):
+            self.requests.write(_line([dataclasses.asdict(ref) for ref in refs]))
+        self.owes = len(refs)
+
+    def answer(self, ref: SampleRef, pinned_for: torch.device | None) -> Prepared:
+        """The next sample, which is this one. Raises what the process met."""
+        self.owes -= 1
         try:
-            self.requests.write(_line(dataclasses.asdict(ref)))
             head, arrays, pixels = _receive(self._answers, pinned_for)
         except (ConnectionError, EOFError):
             code = self._popen.wait(_END_S)
@@ -153,16 +173,21 @@ class _Process:
         return _unpacked(head, arrays, pixels, self._dtype)
 
     def end(self) -> None:
+        """Wait until the process has ended. One that still answers finds nobody there."""
+        self.requests.close()
+        self._answers.close()
         try:
             self._popen.wait(_END_S)
         except subprocess.TimeoutExpired:
             self._popen.kill()
             self._popen.wait()
-        self._answers.close()
 
 
 def main() -> None:
-    """Entry point of the process: its input's first line are the settings, each further line is a sample."""
+    """Entry point of the process: its input's first line are the settings, each further line are samples of one clip.
+
+    Samples are answered one by one. The next is made while the last one is taken, or waits to be.
+    """
     for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group: who started this one decides
     os.nice(_NICENESS)
@@ -179,19 +204,30 @@ def main() -> None:
     except Exception as error:
         prepare = error
     for request in requests:
-        try:
-            if isinstance(prepare, Exception):
-                raise prepare
-            head, arrays = _packed(prepare(SampleRef(**json.loads(request))))
-        except Exception as error:
-            head, arrays = _described(error), []
-        try:
-            _send(answers, head, arrays)
-        except BrokenPipeError:
-            os._exit(1)  # nobody is there any more
+        for head, arrays in _answers(prepare, [SampleRef(**ref) for ref in json.loads(request)]):
+            try:
+                _send(answers, head, arrays)
+            except BrokenPipeError:
+                os._exit(1)  # nobody is there any more
 
 
-def _line(value: dict[str, Any]) -> bytes:
+def _answers(
+    prepare: Preparation | Exception, refs: Sequence[SampleRef]
+) -> Iterator[tuple[dict[str, Any], list[NDArray[Any]]]]:
+    """Header and arrays of each sample, or the header of what was wrong with it."""
+    if isinstance(prepare, Exception):
+        yield from ((_described(prepare), []) for _ in refs)
+        return
+    with prepare.one_pass(refs) as one:
+        for ref in refs:
+            try:
+                packed = _packed(one(ref))
+            except Exception as error:
+                packed = _described(error), []
+            yield packed
+
+
+def _line(value: Any) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 

@@ -15,7 +15,9 @@ anything is allocated, and nothing is ever unpickled.
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +32,23 @@ from alpacache.driving.sample import Sample, SampleRef
 from alpacache.errors import BadClipError, SourceError
 from alpacache.regular_file import lfs_pointer, read_regular, regular_size
 from alpacache.sources.camera_files import find_film, find_pictures, picture_format
-from alpacache.sources.image import read_image, stack
+from alpacache.sources.image import read_image
 from alpacache.sources.recording import (
     POSE_COLUMNS,
-    Shot,
+    FrameReading,
+    OpenFrames,
+    PictureReading,
+    Reel,
     covered_us,
     read_lenses,
+    reels,
     sample_of,
     text_at,
     track_of,
-    wanted_frame_times_us,
 )
 from alpacache.sources.source import SourceKind
 from alpacache.sources.table import no_texts, read_columns, read_texts
-from alpacache.sources.video import read_film
+from alpacache.sources.video import FilmReading
 
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_CALIBRATION_BYTES = 2**20
@@ -91,18 +96,35 @@ class FolderSource:
         return self._read_columns(file, ("timestamp",), where=clip_id)["timestamp"]
 
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return self._read_camera(clip_id, camera, times_us)[0]
+        return self._read_camera(clip_id, camera, times_us)
 
     def glance(self, clip_id: str, camera: str, times_us: NDArray[np.int64], *, about_px: int) -> NDArray[np.uint8]:
-        return self._read_camera(clip_id, camera, times_us, about_px=about_px)[0]
+        return self._read_camera(clip_id, camera, times_us, about_px=about_px)
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
         """Read one sample; raises `BadClipError` for a recording that cannot be used at this t0."""
-        names, clip_id = sort_cameras(cameras), ref.clip_id
-        poses = history_and_future(self.track(clip_id), ref.t0_us, where=clip_id)
-        times_us = wanted_frame_times_us(ref.t0_us, frames)
-        shots = {name: self._read_camera(clip_id, name, times_us) for name in names}
-        return sample_of(ref, poses, shots, self._read_calibration(clip_id))
+        with self.one_pass([ref], cameras=cameras, frames=frames) as load:
+            return load(ref)
+
+    @contextmanager
+    def one_pass(
+        self, refs: Sequence[SampleRef], *, cameras: Sequence[str], frames: int
+    ) -> Iterator[Callable[[SampleRef], Sample]]:
+        """Read samples of one clip, films in one pass and pictures once each."""
+        clip_id, t0s_us = refs[0].clip_id, [ref.t0_us for ref in refs]
+
+        def reel(camera: str) -> Reel:
+            read_stamps, open_frames = partial(self.frame_times_us, clip_id, camera), self._opener(clip_id, camera)
+            return Reel(t0s_us, frames, read_stamps, open_frames)
+
+        with reels(sort_cameras(cameras), reel) as by_camera:
+
+            def load(ref: SampleRef) -> Sample:
+                poses = history_and_future(self.track(clip_id), ref.t0_us, where=clip_id)
+                shots = {name: each.shot(ref.t0_us, where=f"{clip_id}: {name}") for name, each in by_camera.items()}
+                return sample_of(ref, poses, shots, self._read_calibration(clip_id))
+
+            yield load
 
     @property
     def gives_routes(self) -> bool:
@@ -146,27 +168,39 @@ class FolderSource:
 
     def _read_camera(
         self, clip_id: str, camera: str, times_us: NDArray[np.int64], *, about_px: int | None = None
-    ) -> Shot:
-        clip, where = self._clip(clip_id), f"{clip_id}: {camera}"
+    ) -> NDArray[np.uint8]:
+        self._clip(clip_id)
         stamps = self.frame_times_us(clip_id, camera)
-        chosen = frame_indices(stamps, times_us, where=where)
-        folder = _inside(clip / camera, self._root, where=where)
-        film = find_film(clip, camera, where=where)
-        if film is not None:
-            _regular(film, self._root, where=where)
-            images = read_film(film, chosen.tolist(), stamps, name=film.name, where=where, about_px=about_px)
-        else:
-            pictures = find_pictures(folder, len(stamps), where=where)
-            files = [
-                _regular(folder / pictures[index], self._root, where=where, limit_bytes=MAX_PICTURE_BYTES)
-                for index in chosen.tolist()
-            ]
-            read = [
-                read_image(file, picture_format(file.name), where=f"{where}: {file.name}", about_px=about_px)
-                for file in files
-            ]
-            images = stack(read, where=where)
-        return images, stamps[chosen]
+        chosen = frame_indices(stamps, times_us, where=f"{clip_id}: {camera}").tolist()
+        with closing(self._opener(clip_id, camera, about_px=about_px)(stamps, [chosen])) as reading:
+            return reading.read(0)
+
+    def _opener(self, clip_id: str, camera: str, *, about_px: int | None = None) -> OpenFrames:
+        """A function that opens the camera's film or pictures."""
+
+        def open_frames(stamps: NDArray[np.int64], wanted: Sequence[Sequence[int]]) -> FrameReading:
+            clip, where = self._clip(clip_id), f"{clip_id}: {camera}"
+            folder = _inside(clip / camera, self._root, where=where)
+            film = find_film(clip, camera, where=where)
+            if film is not None:
+                _regular(film, self._root, where=where)
+                return FilmReading(film, wanted, stamps, name=film.name, where=where, about_px=about_px)
+            names = find_pictures(folder, len(stamps), where=where)
+            read = partial(self._read_pictures, folder, names, where=where, about_px=about_px)
+            return PictureReading(wanted, read, where=where)
+
+        return open_frames
+
+    def _read_pictures(
+        self, folder: Path, names: Mapping[int, str], frames: Sequence[int], *, where: str, about_px: int | None
+    ) -> list[NDArray[np.uint8]]:
+        files = [
+            _regular(folder / names[frame], self._root, where=where, limit_bytes=MAX_PICTURE_BYTES) for frame in frames
+        ]
+        return [
+            read_image(file, picture_format(file.name), where=f"{where}: {file.name}", about_px=about_px)
+            for file in files
+        ]
 
     def _read_columns(self, file: Path, names: Sequence[str], *, where: str) -> dict[str, NDArray[Any]]:
         """The columns, read-only; small tables are kept until others take their place, or the file changes."""

@@ -11,7 +11,7 @@ This module adds what a run over many clips needs: which clips are there, and a 
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -29,11 +29,11 @@ from alpacache.hub import why_unreachable
 from alpacache.sources.pai_cache import FEATURES_FILE, REPO, LinkedCache, explain_hub_error, unreachable_hub
 from alpacache.sources.pai_chunks import ChunkCache, cache_directory, limit_bytes
 from alpacache.sources.pai_metadata import Faults, read_by_clip
-from alpacache.sources.recording import POSE_COLUMNS, Shot, covered_us, sample_of, track_of, wanted_frame_times_us
+from alpacache.sources.recording import POSE_COLUMNS, Reel, Shot, covered_us, reels, sample_of, track_of
 from alpacache.sources.retry import connection_errors, first_line, with_retry
 from alpacache.sources.source import SourceKind
 from alpacache.sources.table import check_table, read_columns
-from alpacache.sources.video import read_film
+from alpacache.sources.video import FilmReading
 
 EGOMOTION = "egomotion"
 EVENTS_FILE = "reasoning/ood_reasoning.parquet"
@@ -115,10 +115,10 @@ class PhysicalAiSource:
         return self._read_stamps(clip_id, camera, fetch=False)
 
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return self._read_camera(clip_id, camera, times_us)[0]
+        return self._glimpses(clip_id, camera, times_us)
 
     def glance(self, clip_id: str, camera: str, times_us: NDArray[np.int64], *, about_px: int) -> NDArray[np.uint8]:
-        return self._read_camera(clip_id, camera, times_us, about_px=about_px)[0]
+        return self._glimpses(clip_id, camera, times_us, about_px=about_px)
 
     def event_times_us(self, clip_id: str) -> Sequence[int]:
         return event_times_us(self._events().get(clip_id, ()), where=f"{clip_id}: {EVENTS_FILE}")
@@ -135,15 +135,36 @@ class PhysicalAiSource:
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
         """Read one sample; raises `BadClipError` for a recording that cannot be used at this t0."""
-        names, clip_id = sort_cameras(cameras), ref.clip_id
-        interpolator, track = self._poses(clip_id)
-        times = sample_times_us(ref.t0_us)
-        check_usable(track, times, where=clip_id)
-        pose = interpolator(times).pose
-        times_us = wanted_frame_times_us(ref.t0_us, frames)
-        shots = {name: self._read_camera(clip_id, name, times_us) for name in names}
-        poses = ego_poses(pose.translation, pose.rotation.as_matrix())
-        return sample_of(ref, poses, shots, self._lenses(clip_id))
+        with self.one_pass([ref], cameras=cameras, frames=frames) as load:
+            return load(ref)
+
+    @contextmanager
+    def one_pass(
+        self, refs: Sequence[SampleRef], *, cameras: Sequence[str], frames: int
+    ) -> Iterator[Callable[[SampleRef], Sample]]:
+        """Read samples of one clip, each camera's film in one pass; films stay in memory meanwhile."""
+        clip_id, t0s_us = refs[0].clip_id, [ref.t0_us for ref in refs]
+
+        def reel(camera: str) -> Reel:
+            read_stamps, open_film = partial(self._read_stamps, clip_id, camera), partial(self._film, clip_id, camera)
+            return Reel(t0s_us, frames, read_stamps, open_film)
+
+        def shot(camera: str, reel: Reel, t0_us: int) -> Shot:
+            with self._reading_film(clip_id, camera):
+                return reel.shot(t0_us, where=f"{clip_id}: {camera}")
+
+        with reels(sort_cameras(cameras), reel) as by_camera:
+
+            def load(ref: SampleRef) -> Sample:
+                interpolator, track = self._poses(clip_id)
+                times = sample_times_us(ref.t0_us)
+                check_usable(track, times, where=clip_id)
+                pose = interpolator(times).pose
+                shots = {name: shot(name, each, ref.t0_us) for name, each in by_camera.items()}
+                poses = ego_poses(pose.translation, pose.rotation.as_matrix())
+                return sample_of(ref, poses, shots, self._lenses(clip_id))
+
+            yield load
 
     def _usable_clips(self) -> list[str]:
         """Clips marked valid that have poses; in a local tree, those whose chunk has poses and a camera on disk."""
@@ -189,16 +210,30 @@ class PhysicalAiSource:
         with self._reading(clip_id, EGOMOTION):
             return self._feature(clip_id, EGOMOTION), track
 
-    def _read_camera(
+    def _reading_film(self, clip_id: str, camera: str) -> AbstractContextManager[None]:
+        return self._reading(clip_id, camera, missing="missing_camera", damaged="undecodable_video")
+
+    def _glimpses(
         self, clip_id: str, camera: str, times_us: NDArray[np.int64], *, about_px: int | None = None
-    ) -> Shot:
-        where = f"{clip_id}: {camera}"
-        with self._reading(clip_id, camera, missing="missing_camera", damaged="undecodable_video"):
+    ) -> NDArray[np.uint8]:
+        with self._reading_film(clip_id, camera):
             stamps = self._read_stamps(clip_id, camera)
-            chosen = frame_indices(stamps, times_us, where=where)
-            film = self._read_member(clip_id, camera, "video", lambda opened: BytesIO(opened.read()))
-            images = read_film(film, chosen.tolist(), stamps, name="the film", where=where, about_px=about_px)
-            return images, stamps[chosen]
+            chosen = frame_indices(stamps, times_us, where=f"{clip_id}: {camera}").tolist()
+            with closing(self._film(clip_id, camera, stamps, [chosen], about_px=about_px)) as reading:
+                return reading.read(0)
+
+    def _film(
+        self,
+        clip_id: str,
+        camera: str,
+        stamps: NDArray[np.int64],
+        wanted: Sequence[Sequence[int]],
+        *,
+        about_px: int | None = None,
+    ) -> FilmReading:
+        film = self._read_member(clip_id, camera, "video", lambda opened: BytesIO(opened.read()))
+        where = f"{clip_id}: {camera}"
+        return FilmReading(film, wanted, stamps, name="the film", where=where, about_px=about_px)
 
     def _read_stamps(self, clip_id: str, camera: str, *, fetch: bool = True) -> NDArray[np.int64]:
         if not self._has(clip_id, camera):

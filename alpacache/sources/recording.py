@@ -1,22 +1,109 @@
 """Makes samples of a recording's parts; shared by the sources of whole recordings."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alpacache import strict_json
-from alpacache.driving.poses import EgoPoses, Track, check_timestamps
+from alpacache.driving.poses import EgoPoses, Track, check_timestamps, frame_indices
 from alpacache.driving.sample import FRAME_STEP_US, Sample, SampleRef
 from alpacache.errors import BadClipError
 from alpacache.regular_file import lfs_pointer
+from alpacache.sources.image import stack
 
 POSE_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
 """Columns of a table of poses: us, metres, and a quaternion with its scalar last, vehicle to world."""
 
 Shot = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """One camera's frames of a sample: RGB `[frames, 3, H, W]`, and when each was recorded (us)."""
+
+
+class FrameReading(Protocol):
+    """Frames of one camera of one clip, for samples that are read one after another; to be closed."""
+
+    def read(self, number: int) -> NDArray[np.uint8]:
+        """The frames of one sample `[frames, 3, H, W]`. Samples are read in order; any may be left out.
+
+        Raises `BadClipError` for what is wrong with this sample's own frames.
+        """
+
+    def close(self) -> None: ...
+
+
+OpenFrames = Callable[[NDArray[np.int64], Sequence[Sequence[int]]], FrameReading]
+"""Opens the frames of a camera: takes when each was recorded (us), and for each sample which ones it wants."""
+
+
+class PictureReading:
+    """A `FrameReading` of pictures that are independent of each other; one that a later sample wants is kept."""
+
+    def __init__(
+        self,
+        wanted: Sequence[Sequence[int]],
+        read: Callable[[Sequence[int]], Iterable[NDArray[np.uint8]]],
+        *,
+        where: str,
+    ) -> None:
+        """`wanted`: the numbers of each sample's frames; `read` gives pictures `[H, W, 3]` by their numbers."""
+        self._wanted, self._read, self._where = wanted, read, where
+        self._last_use = {frame: number for number, frames in enumerate(wanted) for frame in frames}
+        self._kept: dict[int, NDArray[np.uint8]] = {}
+
+    def read(self, number: int) -> NDArray[np.uint8]:
+        wanted = self._wanted[number]
+        missing = [frame for frame in dict.fromkeys(wanted) if frame not in self._kept]
+        pictures = self._kept | (dict(zip(missing, self._read(missing), strict=True)) if missing else {})
+        self._kept = {frame: each for frame, each in pictures.items() if self._last_use[frame] > number}
+        return stack([pictures[frame] for frame in wanted], where=self._where)
+
+    def close(self) -> None:
+        self._kept = {}
+
+
+class Reel:
+    """What one camera of a clip has for samples that are read one after another, in the order of their times."""
+
+    def __init__(
+        self, t0s_us: Sequence[int], frames: int, read_stamps: Callable[[], NDArray[np.int64]], open_frames: OpenFrames
+    ) -> None:
+        """For samples at these t0, of so many frames each. Nothing is read before the first shot is asked for."""
+        self._t0s_us, self._frames = t0s_us, frames
+        self._read_stamps, self._open_frames = read_stamps, open_frames
+        self._stamps: NDArray[np.int64] | None = None
+        self._reading: FrameReading | None = None
+
+    def shot(self, t0_us: int, *, where: str) -> Shot:
+        """The frames of the sample at this t0. Raises `BadClipError` for this sample alone."""
+        stamps = self._read_stamps() if self._reading is None or self._stamps is None else self._stamps
+        chosen = self._chosen(stamps, t0_us, where=where)
+        if self._reading is None:
+            self._stamps, self._reading = stamps, self._open_frames(stamps, list(self._all(stamps, where=where)))
+        return self._reading.read(self._t0s_us.index(t0_us)), stamps[chosen]
+
+    def close(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
+
+    def _chosen(self, stamps: NDArray[np.int64], t0_us: int, *, where: str) -> NDArray[np.int64]:
+        return frame_indices(stamps, wanted_frame_times_us(t0_us, self._frames), where=where)
+
+    def _all(self, stamps: NDArray[np.int64], *, where: str) -> Iterator[list[int]]:
+        """Which frames each sample wants; of one that the film does not cover, none."""
+        for t0_us in self._t0s_us:
+            try:
+                yield self._chosen(stamps, t0_us, where=where).tolist()
+            except BadClipError:
+                yield []
+
+
+@contextmanager
+def reels(cameras: Sequence[str], make: Callable[[str], Reel]) -> Iterator[dict[str, Reel]]:
+    """A reel for each camera, closed at the end."""
+    with ExitStack() as opened:
+        yield {camera: opened.enter_context(closing(make(camera))) for camera in cameras}
 
 
 def track_of(columns: Mapping[str, NDArray[Any]]) -> Track:

@@ -10,6 +10,7 @@ How to add a source: docs/how-to/add-a-source.md.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -51,6 +52,20 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class OnePassSource(Protocol):
+    """A source that reads samples of one clip faster together than each alone, for extraction."""
+
+    def one_pass(
+        self, refs: Sequence[SampleRef], *, cameras: Sequence[str], frames: int
+    ) -> AbstractContextManager[Callable[[SampleRef], Sample]]:
+        """A function that loads these samples of one clip, all of view 0 and in the order of their times.
+
+        To be called for each in that order from one thread; any may be left out. It gives and raises what `load` does,
+        whatever the other samples are. Frames of one camera with one timestamp are one picture in all of them.
+        """
+
+
+@runtime_checkable
 class RecordedSource(Protocol):
     """A source of whole recordings, for `check` and quotas; nothing here is checked before it is returned."""
 
@@ -83,7 +98,10 @@ class FixedSource(Protocol):
         """History and future of a sample without its pictures, in the ego frame at t0; quotas judge by them."""
 
     def expect(self, refs: Sequence[SampleRef]) -> None:
-        """Take note of what will be loaded, in about this order and each entry once: a stream keeps no other rows."""
+        """Take note of what will be loaded, in about this order and each entry once: a stream keeps no other rows.
+
+        The views of a moment are one entry: they are made of what was loaded once.
+        """
 
 
 @runtime_checkable

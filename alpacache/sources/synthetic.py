@@ -7,9 +7,10 @@ the picture size, so give every mix a seed of its own.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from alpacache.driving.cameras import CAMERAS, FRONT_CAMERA, sort_cameras
 from alpacache.driving.poses import Track, frame_indices, history_and_future
 from alpacache.driving.sample import FUTURE_S, Sample, SampleRef
 from alpacache.errors import BadClipError, UsageError
-from alpacache.sources.recording import sample_of, wanted_frame_times_us
+from alpacache.sources.recording import PictureReading, Reel, reels, sample_of
 from alpacache.sources.road import CLIP_US, SHAPES, ClipKind, Drive, Road, Shape, make_drive
 from alpacache.sources.roadside import Roadside, at_fork, draw, plant
 from alpacache.sources.scene import Camera, Look, draw_look, expose, make_camera, paint_world
@@ -146,12 +147,33 @@ class SyntheticSource:
 
     def load(self, ref: SampleRef, *, cameras: Sequence[str], frames: int) -> Sample:
         """Render one sample; `BadClipError` (`short_clip`) for a t0 without 1.5 s before or 6.4 s after it."""
-        names, clip_id, track = sort_cameras(cameras), ref.clip_id, self.track(ref.clip_id)
-        poses = history_and_future(track, ref.t0_us, where=clip_id)
-        times_us = wanted_frame_times_us(ref.t0_us, frames)
-        stamps = track.timestamps_us[frame_indices(track.timestamps_us, times_us, where=clip_id)]
-        shots = {name: (self.film(clip_id, name, stamps), stamps) for name in names}
-        return sample_of(ref, poses, shots, {name: self.calibration(clip_id, name) for name in names})
+        with self.one_pass([ref], cameras=cameras, frames=frames) as load:
+            return load(ref)
+
+    @contextmanager
+    def one_pass(
+        self, refs: Sequence[SampleRef], *, cameras: Sequence[str], frames: int
+    ) -> Iterator[Callable[[SampleRef], Sample]]:
+        """Render samples of one clip, each picture once."""
+        clip_id, t0s_us, names = refs[0].clip_id, [ref.t0_us for ref in refs], sort_cameras(cameras)
+
+        def reel(camera: str) -> Reel:
+            def open_frames(stamps: NDArray[np.int64], wanted: Sequence[Sequence[int]]) -> PictureReading:
+                def read(numbers: Sequence[int]) -> NDArray[np.uint8]:
+                    return self.film(clip_id, camera, stamps[list(numbers)]).transpose(0, 2, 3, 1)
+
+                return PictureReading(wanted, read, where=clip_id)
+
+            return Reel(t0s_us, frames, partial(self.frame_times_us, clip_id, camera), open_frames)
+
+        with reels(names, reel) as by_camera:
+
+            def load(ref: SampleRef) -> Sample:
+                poses = history_and_future(self.track(clip_id), ref.t0_us, where=clip_id)
+                shots = {name: each.shot(ref.t0_us, where=clip_id) for name, each in by_camera.items()}
+                return sample_of(ref, poses, shots, {name: self.calibration(clip_id, name) for name in names})
+
+            yield load
 
     def _camera(self, name: str, world: _World) -> Camera:
         (width, height), (yaw_deg, zoom) = self.size, _VIEWS[CAMERAS.index(name)]

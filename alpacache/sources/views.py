@@ -6,8 +6,11 @@ frames still moves as it did. The numbers follow from seed, clip, t0 and view nu
 sample.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,8 @@ from torch.nn import functional as F
 
 from alpacache import randomness
 from alpacache.driving.sample import Sample, SampleRef
-from alpacache.sources.source import Source
+from alpacache.errors import BadClipError
+from alpacache.sources.source import OnePassSource, Source
 
 METHOD = "crop-colour-v1"
 """Names what `apply` computes, in a store's identity."""
@@ -80,17 +84,45 @@ def apply(frames: NDArray[np.uint8], jitter: Jitter) -> NDArray[np.uint8]:
     return jittered.reshape(frames.shape)
 
 
-def load(source: Source, ref: SampleRef, *, cameras: Sequence[str], frames: int, seed: int) -> Sample:
-    """Load one view of a sample; sources know view 0 alone. Raises `BadClipError` as they do.
+@contextmanager
+def one_pass(
+    source: Source, refs: Sequence[SampleRef], *, cameras: Sequence[str], frames: int, seed: int
+) -> Iterator[Callable[[SampleRef], Sample]]:
+    """A function that loads these samples of one clip, given in the order of their times; sources know view 0 alone.
 
+    To be called for each in that order, from one thread. The views of one moment share its pictures, and moments what
+    the source lets them share (`OnePassSource`). The function raises `BadClipError` as sources do, for a sample alone.
     A jittered sample has no calibration: the camera's does not fit the crop.
     """
-    sample = source.load(replace(ref, view=0), cameras=cameras, frames=frames)
-    if ref.view == 0:
-        return sample
-    jitter = draw(ref, seed=seed)
-    seen = apply(sample.frames, jitter)
-    return replace(sample, ref=ref, frames=seen, calibration=None, jitter=asdict(jitter))
+    left = Counter(ref.t0_us for ref in refs)
+    plain = [SampleRef(clip_id=refs[0].clip_id, t0_us=t0_us) for t0_us in left]
+    at_hand: dict[int, Sample | BadClipError] = {}
+
+    with ExitStack() as opened:
+        load: Callable[[SampleRef], Sample] = partial(source.load, cameras=cameras, frames=frames)
+        if len(plain) > 1 and isinstance(source, OnePassSource):
+            load = opened.enter_context(source.one_pass(plain, cameras=cameras, frames=frames))
+
+        def load_view(ref: SampleRef) -> Sample:
+            found = at_hand.pop(ref.t0_us, None)
+            at_hand.clear()  # a moment's pictures do not wait for those of the next
+            if found is None:
+                try:
+                    found = load(replace(ref, view=0))
+                except BadClipError as error:
+                    found = error
+            left[ref.t0_us] -= 1
+            if left[ref.t0_us] > 0:
+                at_hand[ref.t0_us] = found
+            if isinstance(found, BadClipError):
+                raise found
+            if ref.view == 0:
+                return found
+            jitter = draw(ref, seed=seed)
+            seen = apply(found.frames, jitter)
+            return replace(found, ref=ref, frames=seen, calibration=None, jitter=asdict(jitter))
+
+        yield load_view
 
 
 def views_identity(views: int, *, seed: int) -> dict[str, Any] | None:

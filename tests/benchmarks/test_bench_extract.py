@@ -36,8 +36,9 @@ def test_drives_give_samples_of_different_pictures(drives):
     assert drives.partition(":")[0] in ("pai", "folder")
     source = open_source(drives, cameras=NAMES)
     refs, rejected = select(source, t0=bench_extract.T0, samples=48)
-    assert (len(refs), rejected) == (48, [])
-    one, other = (source.load(ref, cameras=NAMES, frames=4) for ref in refs[::24])  # 0.12 s apart
+    # A folder's film is longer than a tree's.
+    assert (len(refs), rejected) == (bench_extract.MOMENTS if drives.startswith("pai") else 48, [])
+    one, other = (source.load(ref, cameras=NAMES, frames=4) for ref in refs[:2])  # 0.15 s apart
     assert one.frames.shape == (2, 4, 3, 108, 192)
     assert np.abs(one.frames.astype(int) - other.frames).mean() > 0.5
 

@@ -5,6 +5,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -22,7 +23,16 @@ from cache_store import CacheReader, CacheWriter, Field, StoreFullError
 FIELDS = [Field(name="kv", dtype="uint8", axes=("byte",), units="1"), Field(name="n", dtype="int64", axes=(), units="")]
 
 
-def test_items_come_in_order_with_their_own_errors():
+def each(make):
+    """Makes one item of a stretch as any other."""
+    return lambda stretch: nullcontext(make)
+
+
+def alone(items):
+    return [[item] for item in items]
+
+
+def test_single_items_come_in_order_with_their_own_errors():
     def make(number):
         time.sleep(0.02 if number % 3 == 0 else 0)
         if number == 4:
@@ -30,9 +40,71 @@ def test_items_come_in_order_with_their_own_errors():
         return 10 * number
 
     found = []
-    for number, future in read_ahead(range(9), make, workers=3, ahead=5):
+    for number, future in read_ahead(alone(range(9)), each(make), workers=3, ahead=3):
         found.append((number, "error" if future.exception() else future.result()))
     assert found == [(n, "error" if n == 4 else 10 * n) for n in range(9)]
+
+
+def test_items_of_stretches_come_as_they_are_ready():
+    """Nothing waits for a slow one."""
+
+    def make(number):
+        time.sleep(0.3 if number == 0 else 0)
+
+    found = [number for number, _ in read_ahead([range(2), range(2, 5)], each(make), workers=2, ahead=9)]
+    assert found == [2, 3, 4, 0, 1]
+
+
+def test_a_stretch_is_made_by_one_thread_in_its_order():
+    begun, ended, threads = [], [], {}
+
+    @contextmanager
+    def one_pass(stretch):
+        begun.append(stretch)
+        made = []
+
+        def make(item):
+            made.append(item)
+            threads.setdefault(stretch[0], set()).add(threading.get_ident())
+            return list(made)
+
+        yield make
+        ended.append(stretch)
+
+    stretches = [range(10 * number, 10 * number + 5) for number in range(7)]
+    found = {item: future.result() for item, future in read_ahead(stretches, one_pass, workers=3, ahead=4)}
+    assert begun == stretches
+    assert sorted(ended, key=min) == stretches
+    assert found == {item: list(stretch[: place + 1]) for stretch in stretches for place, item in enumerate(stretch)}
+    assert all(len(each) == 1 for each in threads.values())
+
+
+def test_a_pass_is_closed_when_its_consumer_leaves():
+    begun, ended = [], []
+
+    @contextmanager
+    def one_pass(stretch):
+        begun.append(min(stretch))
+        try:
+            yield str
+        finally:
+            ended.append(min(stretch))
+
+    ahead = read_ahead([range(50), range(50, 100)], one_pass, workers=2, ahead=3)
+    next(ahead)
+    ahead.close()
+    assert sorted(begun) == sorted(ended) != []
+
+
+@pytest.mark.parametrize("where", ["one_pass", "begin"])
+def test_what_no_item_is_to_blame_for_ends_it_at_once(where):
+    def refuse(*_):
+        raise OSError("no such thread")
+
+    named = {"begin": refuse} if where == "begin" else {}
+    ahead = read_ahead(alone(range(9)), each(str) if named else refuse, workers=2, ahead=5, **named)
+    with pytest.raises(OSError, match="no such thread"):
+        list(ahead)
 
 
 def test_each_reading_thread_begins_once():
@@ -40,20 +112,20 @@ def test_each_reading_thread_begins_once():
     found = [
         future.result()
         for _, future in read_ahead(
-            range(20),
-            lambda number: number,
+            alone(range(20)),
+            each(lambda number: number),
             workers=3,
             ahead=5,
             begin=lambda: begun.append(threading.current_thread().name),
         )
     ]
-    assert found == list(range(20))
-    assert len(begun) == len(set(begun)) <= 3
+    assert sorted(found) == list(range(20))
+    assert len(begun) == len(set(begun)) == 3
 
 
 def test_readers_wait_for_their_consumer():
     begun = []
-    ahead = read_ahead(range(100), begun.append, workers=4, ahead=6)
+    ahead = read_ahead([range(50), range(50, 100)], each(begun.append), workers=2, ahead=6)
     for taken in range(1, 20):
         next(ahead)
         time.sleep(0.002)
@@ -75,7 +147,7 @@ def test_what_was_read_is_not_kept():
         return one
 
     most = 0
-    for number, future in read_ahead(range(15), make, workers=3, ahead=5):
+    for number, future in read_ahead([range(8), range(8, 15)], each(make), workers=2, ahead=5):
         future.result()
         del future
         gc.collect()

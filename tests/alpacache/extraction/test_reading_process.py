@@ -109,6 +109,21 @@ def test_pixels_are_page_locked_for_a_gpu(settings):
 
 
 @pytest.mark.system
+def test_a_pass_that_is_given_up_ends_its_process_at_once(settings):
+    """What is left of it must not be taken for the answers of another."""
+    refs = [SampleRef(clip_id="synthetic-0-000000", t0_us=2_000_000 + 300_000 * number) for number in range(30)]
+    here = Preparation.open(settings)
+    with ReadingProcesses(settings, 2, pinned_for=None) as read:
+        with read.one_pass(refs) as prepare:
+            for ref in refs[:2]:
+                assert torch.equal(prepare(ref).inputs.pixel_values, here(ref).inputs.pixel_values)
+            started = time.monotonic()
+        assert time.monotonic() - started < 5
+        assert sum(alive(process.pid) for process in read._processes) == 1
+        assert torch.equal(read(REFS[1]).inputs.pixel_values, here(REFS[1]).inputs.pixel_values)
+
+
+@pytest.mark.system
 def test_errors_are_those_of_this_process_with_the_traceback_as_a_note(settings):
     bad = SampleRef(clip_id="synthetic-0-000001", t0_us=900_000_000)
     with pytest.raises(BadClipError) as here:
@@ -187,7 +202,7 @@ def in_processes(monkeypatch):
     @contextmanager
     def open_readers(settings, source, builder, device, *, workers):
         with Noted(settings, workers, pinned_for=None) as processes:
-            yield Readers(prepare=processes, workers=workers, begin=None)
+            yield Readers(one_pass=processes.one_pass, workers=workers, begin=None)
 
     monkeypatch.setattr(extraction, "open_readers", open_readers)
     return begun

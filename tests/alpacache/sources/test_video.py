@@ -2,12 +2,13 @@
 
 import io
 import os
+from contextlib import closing
 
 import numpy as np
 import pytest
 
 from alpacache.errors import BadClipError
-from alpacache.sources.video import needed_frames, read_film
+from alpacache.sources.video import FilmReading, needed_frames
 
 av = pytest.importorskip("av")
 
@@ -89,7 +90,8 @@ STAMPS = np.arange(COUNT) * 100_000
 def read(file, indices, stamps=STAMPS):
     """From a path, or from the bytes of a film."""
     path = file if not isinstance(file, bytes) else io.BytesIO(file)
-    return read_film(path, indices, stamps, name=getattr(path, "name", "film.mp4"), where="here")
+    with closing(FilmReading(path, [indices], stamps, name=getattr(path, "name", "film.mp4"), where="here")) as reading:
+        return reading.read(0)
 
 
 def assert_frames(data, wanted, stamps=STAMPS):
@@ -109,7 +111,8 @@ def test_small_frames_are_those_of_the_whole_made_small(video):
     file, frames = video
     width, height = frames.shape[3], frames.shape[2]
     for about_px, part in ((width, 1), (width // 2 + 1, 1), (width // 2, 2), (width // 3, 3), (1, width)):
-        small = read_film(file, [2, 5], STAMPS, name="film", where="here", about_px=about_px)
+        with closing(FilmReading(file, [[2, 5]], STAMPS, name="film", where="here", about_px=about_px)) as reading:
+            small = reading.read(0)
         assert small.shape == (2, 3, max(1, height // part), width // part)
         if part in (1, 2):
             means = frames[[2, 5]].reshape(2, 3, height // part, part, width // part, part).mean(axis=(3, 5))
@@ -410,6 +413,108 @@ def test_damage_in_a_later_frame_reaches_those_predicted_from_it():
     assert np.array_equal(read(broken, [19, 20]), sound[[19, 20]])
     for frame in (21, 22, 23, 24, 25):
         assert refusal(broken, [frame])[0] == "undecodable_video", frame
+
+
+def outcomes(data, samples, *, together):
+    """What each sample gets, pixels or a reason, read with the others or alone."""
+    found = []
+    runs = [samples] if together else [[each] for each in samples]
+    for run in runs:
+        file = data if not isinstance(data, bytes) else io.BytesIO(data)
+        with closing(FilmReading(file, run, STAMPS, name="film.mp4", where="here")) as reading:
+            for number in range(len(run)):
+                try:
+                    found.append(reading.read(number).tobytes())
+                except BadClipError as error:
+                    found.append((error.kind, str(error)))
+    return found
+
+
+RAGGED = [[0, 0, 1, 2], [0, 3, 6, 9], [1, 4, 7, 10], [11, 12, 13, 14], [12, 15, 18, 21], [17, 19, 20, 23], [30, 31]]
+RAGGED += [[30, 31], [31, 34, 37, 40], [33, 36, 39, 42], [45, 46, 47, 48], [46, 47, 48, 49]]
+"""Frames of samples in the order of their times: overlapping, equal, apart, of several lengths, first and last."""
+
+
+def test_samples_read_in_one_pass_are_those_read_alone(video):
+    file, frames = video
+    with closing(FilmReading(file, RAGGED, STAMPS, name="film.mp4", where="here")) as reading:
+        for number, chosen in enumerate(RAGGED):
+            assert np.array_equal(reading.read(number), frames[chosen]), chosen
+    with closing(FilmReading(file, RAGGED, STAMPS, name="film.mp4", where="here")) as reading:
+        for number in (1, 4, 5, 9):  # others were refused for another reason
+            assert np.array_equal(reading.read(number), frames[RAGGED[number]]), number
+
+
+@pytest.mark.parametrize(
+    ("options", "cut"),
+    [
+        ({"x264-params": "intra-refresh=1:keyint=15:bframes=0"}, b"free"),
+        ({"g": "20"}, b"stss"),
+        ({"g": "250", "x264-params": "scenecut=0"}, b"free"),
+    ],
+    ids=["intra refresh", "no table of key frames", "one key frame"],
+)
+def test_one_pass_through_films_without_key_frames(options, cut):
+    data = film(options=options).replace(cut, b"free")
+    sound = whole(data)
+    assert outcomes(data, RAGGED, together=True) == [sound[chosen].tobytes() for chosen in RAGGED]
+
+
+@pytest.mark.parametrize("options", [{"g": "20"}, {"g": "250", "x264-params": "scenecut=0"}], ids=str)
+def test_one_pass_decodes_each_frame_once(options, monkeypatch):
+    data, decoded = film(options=options), []
+
+    def counted(*args):
+        for frame in needed_frames(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr("alpacache.sources.video.needed_frames", counted)
+    samples = [[first, first + 1, first + 2, first + 3] for first in range(1, COUNT - 4)]
+    alone = outcomes(data, samples, together=False)
+    cost = len(decoded)
+    decoded.clear()
+    assert outcomes(data, samples, together=True) == alone
+    assert len(decoded) <= COUNT + 8 < cost / 5  # a few across each key frame
+
+
+def test_few_decoded_pictures_are_kept():
+    samples = [[first, first + 3, first + 6, first + 9] for first in range(0, COUNT - 9, 2)]
+    with closing(FilmReading(io.BytesIO(film(options={"g": "250"})), samples, STAMPS, name="", where="")) as reading:
+        for number in range(len(samples)):
+            reading.read(number)
+            assert all(len(begun._kept) <= 10 for begun in reading._passes.values())
+        assert not any(begun._kept for begun in reading._passes.values())
+
+
+@pytest.mark.parametrize("broken", range(0, COUNT, 3))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"g": "20", "x264-params": "bframes=3:b-adapt=0:scenecut=0:weightp=0"},
+        {"g": "250", "x264-params": "bframes=2:b-adapt=0:scenecut=0:b-pyramid=none"},
+    ],
+    ids=["g20", "g250"],
+)
+def test_a_damaged_frame_costs_the_samples_that_it_costs_alone(options, broken):
+    data = damaged(film(options=options, images=scenery()), broken)
+    alone = outcomes(data, RAGGED, together=False)
+    assert outcomes(data, RAGGED, together=True) == alone
+    for some in (RAGGED[1::2], RAGGED[3:7]):
+        assert outcomes(data, some, together=True) == [alone[RAGGED.index(each)] for each in some]
+
+
+def test_damage_behind_the_last_wanted_frame_is_not_met():
+    """The decoder holds frames back, but is asked for those that it has before it gets the damaged one."""
+    clean = film(options={"g": "250", "x264-params": "bframes=2:b-adapt=0:scenecut=0:weightp=0"}, images=scenery())
+    with av.open(io.BytesIO(clean)) as container:
+        order = [packet.pts for packet in container.demux(video=0) if packet.size]
+    sound, times = whole(clean), sorted(order)
+    for broken in range(6, 20):
+        data = damaged(clean, broken)
+        before = [frame for frame in range(COUNT) if order.index(times[frame]) < broken]
+        for frame in before:
+            assert np.array_equal(read(data, [frame]), sound[[frame]]), (broken, frame)
 
 
 LUMA = {"ITU601": (0.299, 0.114), "ITU709": (0.2126, 0.0722)}
