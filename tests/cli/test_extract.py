@@ -29,6 +29,8 @@ from benchmarks.pai_tree import write_tree
 from cache_store import CODECS, CacheReader, IdentityMismatchError, verify
 from cli.main import app
 
+pytestmark = pytest.mark.system  # whole extractions
+
 FIRST = "synthetic-0-000000@5100000#0"
 
 

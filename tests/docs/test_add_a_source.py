@@ -66,7 +66,6 @@ def test_bad_clips_and_a_source_that_has_gone_are_told_apart(npz, tmp_path):
         registry.check_still_there("npz:drives", kept="")
 
 
-@pytest.mark.system
 def test_the_commands_take_it(npz, tmp_path, capsys):
     app(["check", "npz:drives", "--json"], standalone_mode=False)
     report = json.loads(capsys.readouterr().out)

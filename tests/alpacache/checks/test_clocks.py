@@ -24,6 +24,8 @@ from alpacache.checks.lag_picture import lag_curve_png
 from alpacache.checks.motion import motion_of
 from alpacache.checks.source import check_source
 
+pytestmark = pytest.mark.system  # films of whole drives
+
 
 def checks_of(source, **arguments):
     report = check_source(source, t0="every:20", **arguments)

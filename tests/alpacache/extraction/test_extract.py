@@ -31,6 +31,8 @@ from cache_store import (
 from cache_store.kv.affine import AffineCodec
 from cache_store.kv.registry import codec_from_json
 
+pytestmark = pytest.mark.system  # whole extractions
+
 
 def config(checkpoint, store, **changes):
     return ExtractConfig(
@@ -333,7 +335,6 @@ def test_kv_that_cannot_be_quantised_quarantines_its_sample(tiny_checkpoint, tmp
     assert CacheReader(tmp_path / "store").quarantined["synthetic-0-000001@5100000#0"].kind == "not_finite"
 
 
-@pytest.mark.system
 def test_rollouts_lie_beside_the_direct_prefix_and_depend_on_the_sample_alone(extracted, tiny_checkpoint, tmp_path):
     """Other shards, other order, another number of rollouts before them: the same tails, byte for byte."""
     settings = {"reasoning": "rollout", "rollouts": 2}
@@ -361,7 +362,6 @@ def test_rollouts_lie_beside_the_direct_prefix_and_depend_on_the_sample_alone(ex
         alpacache.extract(config(tiny_checkpoint, extracted, **settings))
 
 
-@pytest.mark.system
 def test_a_store_with_rollouts_trains_with_one_without(extracted, tiny_checkpoint, tmp_path):
     """The direct prefix is the same, so their samples mix."""
     settings = {"reasoning": "rollout", "rollouts": 1, "samples": 1}

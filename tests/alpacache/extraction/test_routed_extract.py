@@ -24,6 +24,8 @@ from alpacache.sources.routes import Routes
 from cache_store import CacheReader, IdentityMismatchError, verify
 from cache_store.upkeep.store_info import info
 
+pytestmark = pytest.mark.system  # whole extractions
+
 SOURCE = "synthetic:3:fork"
 FRONT = "camera_front_wide_120fov"
 
