@@ -81,7 +81,21 @@ def _time_lines(plan: "Plan") -> output.Lines:
         "  a step": f"{two.compute_s * 1e3:.0f} ms forward and backward, {two.optimizer_s * 1e3:.0f} ms optimizer",
         "  moments": _bus_line(plan) if two.bus_s else None,
         "  a batch": f"{two.read_s * 1e3:.0f} ms from disk ({reads})",
+        "instead of": _loop_lines(plan),
     }
+
+
+def _loop_lines(plan: "Plan") -> list[str]:
+    """What training with the VLM in every step would take, and when the cache is paid back."""
+    loop, paid = plan.loop, "from disk never: it delivers samples no faster than the VLM makes them"
+    if loop.break_even_epochs is not None:
+        paid = f"after {loop.break_even_epochs:.1f} epochs from disk"
+    return [
+        f"the VLM in every step: {_duration(loop.hours)} and {loop.memory_bytes / 2**30:.0f} GiB of GPU memory",
+        f"both stages: {_duration(loop.cached_hours)}, {plan.memory_bytes / 2**30:.0f} GiB and "
+        f"{plan.store_bytes / 1e9:.0f} GB of disk",
+        f"the cache is paid back {paid}, after {loop.break_even_in_memory:.1f} from RAM",
+    ]
 
 
 def _bus_line(plan: "Plan") -> str:

@@ -1,8 +1,9 @@
 """`alpacache info`, `verify`, `clean` and `copy`: what a store holds, whether it is sound, and the same elsewhere."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from annotated_types import Ge, Le
@@ -24,10 +25,13 @@ def info(store: Store, json: options.Json = False) -> None:
         output.print_json(about)
         return
     model, each_bytes = about.identity.get("model", {}), about.size_bytes / max(1, about.samples)
+    family = model.get("settings", {}).get("family")
     lines = {
         "samples": f"{about.samples} ({about.size_bytes / 1e9:.3f} GB, {each_bytes / 1e6:.2f} MB each)",
         "quarantined": str(about.quarantined),
         "model": f"{model.get('id')} (revision {model.get('revision') or 'of a local directory'})",
+        "family": f"{family} ({model['family_by']})" if family and "family_by" in model else family,
+        "prompt": _prompt_words(about.identity.get("prompt", {})),
         "VLM weights": str(model.get("vlm_weights_sha256"))[:16],
         "cameras": f"{', '.join(about.identity.get('cameras', []))}; {about.identity.get('frames')} frames each",
         "codec": f"{about.identity.get('codec')} from {about.identity.get('dtype')}",
@@ -41,6 +45,16 @@ def info(store: Store, json: options.Json = False) -> None:
     if about.quarantined:
         failed = CacheReader(store).quarantined.values()
         output.print_table("quarantined", [[item.sample_id, item.kind, item.reason] for item in failed])
+
+
+def _prompt_words(prompt: Mapping[str, Any]) -> str | None:
+    """What a store's prompts say beside pictures and history; None where its identity does not tell."""
+    if "template" not in prompt:
+        return None
+    wanted = {"cameras {}named": prompt.get("camera_names"), "frames {}numbered": "frame 0 <|" in prompt["template"]}
+    words = [text.format("" if given else "not ") for text, given in wanted.items()]
+    route = prompt.get("route", {}).get("given")
+    return ", ".join([*words, f"routes: {route}" if route else "no routes"])
 
 
 def verify(

@@ -137,7 +137,7 @@ def as_stored(identity: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, 
 
 
 def other_options(identity: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """Sentences that name the options by which `identity` differs from a store's in routes or the VLM's precision."""
+    """Sentences that name the options by which `identity` differs from a store's: routes, precision, prompt."""
     said = []
     asked, there = (_given_route(each) for each in (identity, stored))
     if asked != there:
@@ -153,7 +153,21 @@ def other_options(identity: Mapping[str, Any], stored: Mapping[str, Any]) -> lis
             f"the store was made with --vlm-dtype {there}, this run has {asked}: pass --vlm-dtype {there}, or "
             "another --store."
         )
+    asked, there = (_prompt_options(each) for each in (identity, stored))
+    if there and asked != there:
+        said.append(
+            f"the store's prompts were written with {there}, this run's with {asked}: pass {there}, or another --store."
+        )
     return said
+
+
+def _prompt_options(identity: Mapping[str, Any]) -> str | None:
+    """The options of `extract` that give this prompt; None where the identity does not tell."""
+    prompt = identity.get("prompt")
+    if not isinstance(prompt, Mapping) or not isinstance(template := prompt.get("template"), str):
+        return None
+    names, numbers = ("" if given else "no-" for given in (prompt.get("camera_names"), "frame 0 <|" in template))
+    return f"--{names}camera-names --{numbers}frame-numbers"
 
 
 def _given_route(identity: Mapping[str, Any]) -> str | None:

@@ -116,6 +116,25 @@ class TrainPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoopPlan:
+    """The same training with the VLM in every step, on a GPU that holds both models: what the cache saves.
+
+    Counted in its favour: the expert's step costs what alpacache's does, and recordings are decoded beside it.
+    """
+
+    memory_bytes: int
+    """GPU memory: the VLM's weights beside the training's own."""
+    hours: float
+    """For all epochs; nothing is written or read but the recordings."""
+    cached_hours: float
+    """Both stages, every sample read from disk every time."""
+    break_even_epochs: float | None
+    """Epochs after which both stages took no longer; None where the disk delivers samples no faster than the VLM."""
+    break_even_in_memory: float
+    """The same if samples stay in RAM after the first epoch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Cost of both stages; sizes in bytes."""
 
@@ -143,6 +162,7 @@ class Plan:
     machine: Machine
     extract: ExtractPlan
     train: TrainPlan
+    loop: LoopPlan
     memory: MemoryPlan
     memory_bytes: int
     """Bytes that the allocator will have reserved at its peak."""
@@ -198,6 +218,7 @@ def plan(config: PlanConfig) -> Plan:
         host_bytes=available_bytes() if config.probe else None,
     )
     extract = _extract_plan(geometry, prompt, prefill, machine, config.picture, samples=samples, one_bytes=one_bytes)
+    train = _train_plan(samples, config.epochs, work, memory, machine, kv_bytes=kv_bytes)
     return Plan(
         model=geometry.model,
         cameras=cameras,
@@ -216,7 +237,8 @@ def plan(config: PlanConfig) -> Plan:
         free_bytes=free,
         machine=machine,
         extract=extract,
-        train=_train_plan(samples, config.epochs, work, memory, machine, kv_bytes=kv_bytes),
+        train=train,
+        loop=_loop_plan(extract, train, memory, samples=samples, epochs=config.epochs, batch_size=config.batch_size),
         memory=memory,
         memory_bytes=memory.device_bytes,
         cap_bytes=cap,
@@ -370,6 +392,24 @@ def _train_plan(
     hours, later_s = steps * step_s / 3600, (steps - first_epoch) * busy_s
     seconds = {"compute_s": compute_s, "optimizer_s": optimizer_s, "bus_s": bus_s, "step_s": busy_s, "read_s": read_s}
     return TrainPlan(steps=steps, **seconds, hours=hours, hours_in_memory=(first_epoch * step_s + later_s) / 3600)
+
+
+def _loop_plan(
+    extract: ExtractPlan, train: TrainPlan, memory: MemoryPlan, *, samples: int, epochs: float, batch_size: int
+) -> LoopPlan:
+    looped_s = max(extract.prefill_s + train.step_s / batch_size, extract.reading_s)
+    cached_s = max(train.step_s, train.read_s) / batch_size
+    saved_hours = samples * (looped_s - cached_s) / 3600
+    from_disk = extract.hours / saved_hours if saved_hours > 0 else None
+    later_s = train.step_s / batch_size  # always below the loop's, which runs the VLM besides
+    in_memory = (extract.hours * 3600 / samples + cached_s - later_s) / (looped_s - later_s)
+    return LoopPlan(
+        memory_bytes=extract.weights_bytes + memory.device_bytes,
+        hours=epochs * samples * looped_s / 3600,
+        cached_hours=extract.hours + train.hours,
+        break_even_epochs=from_disk,
+        break_even_in_memory=in_memory if from_disk is None or from_disk > 1 else from_disk,
+    )
 
 
 def _misfits(store_bytes: int, free: int | None, refusal: str, *, store: str | None) -> Iterator[str]:

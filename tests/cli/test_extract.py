@@ -154,6 +154,14 @@ def test_a_renamed_checkpoint_keeps_its_prompt_and_the_choice_is_told_and_kept(r
     assert reader.identity["model"]["settings"]["family"] == "1.5"
     assert reader.identity["model"]["family_by"].endswith("its classes are named alpamayo_r1")
     assert extract(model_15, store, "--frames", 2)["already_there"] == 1  # it is the same model
+    about = CliRunner().invoke(app, ["info", str(store)]).output
+    assert " ".join(about.split()).count("1.5 (the weights hold no freqs and no action_space.*") == 1
+    assert "cameras named, frames numbered, no routes" in about
+    refused = told(renamed, store, "--no-frame-numbers", code=1)
+    assert (
+        "the store's prompts were written with --camera-names --frame-numbers, this run's with --camera-names "
+        "--no-frame-numbers: pass --camera-names --frame-numbers, or another --store." in refused
+    )
     plain = told(renamed, tmp_path / "plain", "--no-camera-names", "--no-frame-numbers")
     assert "prompt: cameras not named, frames not numbered, as asked for. Family 1.5" in plain
 

@@ -140,6 +140,24 @@ def test_the_original_ask():
     assert any("estimates" in text and "RTX 4090" in text for text in found.notes)
 
 
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("gpu", ["h100", "4090"])
+def test_the_cache_is_paid_back_where_both_ways_take_as_long(codec, gpu):
+    """Asked for exactly so many epochs, both stages take the hours of the VLM in every step."""
+    ask = ASK | {"codec": codec, "gpu": gpu, "samples": 10_000}
+    even = plan(PlanConfig(**ask)).loop.break_even_epochs
+    if even is None:
+        found = plan(PlanConfig(**ask))
+        assert found.train.read_s / 4 >= found.extract.prefill_s + found.train.step_s / 4
+    else:
+        found = plan(PlanConfig(**ask | {"epochs": even}))
+        assert found.loop.cached_hours == pytest.approx(found.loop.hours, rel=0.01)
+    even = found.loop.break_even_in_memory
+    found = plan(PlanConfig(**ask | {"epochs": even}))
+    assert found.extract.hours + found.train.hours_in_memory == pytest.approx(found.loop.hours, rel=0.01)
+    assert found.loop.memory_bytes == found.extract.weights_bytes + found.memory_bytes
+
+
 def test_hours_are_steps_times_what_is_slower():
     slow = plan(PlanConfig(**ASK)).train
     busy = slow.compute_s + slow.optimizer_s
