@@ -22,7 +22,7 @@ help:  ## Show this list
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs,pai,wandb]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs,pai,ros,wandb]'
 	touch $(STAMP)
 
 setup: $(STAMP)  ## Virtual environment with everything installed
@@ -38,7 +38,7 @@ $(VENV_LOWEST)/.installed: pyproject.toml constraints.txt .ci/lower-bounds
 	$(PYTHON) -m venv $(VENV_LOWEST)
 	.ci/lower-bounds > $(VENV_LOWEST)/constraints.txt
 	$(VENV_LOWEST)/bin/python -m pip install -q -c $(VENV_LOWEST)/constraints.txt torch
-	$(VENV_LOWEST)/bin/python -m pip install -q -c $(VENV_LOWEST)/constraints.txt -e '.[dev,pai,lora,s3,wandb]'
+	$(VENV_LOWEST)/bin/python -m pip install -q -c $(VENV_LOWEST)/constraints.txt -e '.[dev,pai,lora,ros,s3,wandb]'
 	touch $@
 
 # Old releases use what newer ones of their own dependencies deprecate.
@@ -49,7 +49,7 @@ $(VENV_NEWEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_NEWEST)
 	grep '^torch==' constraints.txt > $(VENV_NEWEST)/constraints.txt
 	$(VENV_NEWEST)/bin/python -m pip install -q -c $(VENV_NEWEST)/constraints.txt torch
-	$(VENV_NEWEST)/bin/python -m pip install -q -U -c $(VENV_NEWEST)/constraints.txt -e '.[dev,pai,lora,s3,wandb]'
+	$(VENV_NEWEST)/bin/python -m pip install -q -U -c $(VENV_NEWEST)/constraints.txt -e '.[dev,pai,lora,ros,s3,wandb]'
 	touch $@
 
 quick-newest: $(VENV_NEWEST)/.installed  ## `quick` with the newest of every dependency

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from alpacache.interrupt import heard_requests
 
-from . import check, evaluate, export, extract, options, output, plan, prepare, probe, store, train
+from . import check, convert, evaluate, export, extract, options, output, plan, prepare, probe, store, train
 from .output import BAD_INPUT, FAILED, INTERRUPTED
 
 
@@ -43,6 +43,7 @@ app = typer.Typer(
 )
 for name, function in (
     ("check", check.check),
+    ("convert", convert.convert),
     ("prepare", prepare.prepare),
     ("plan", plan.plan),
     ("extract", extract.extract),

@@ -28,8 +28,8 @@ _WIDEST_METAVAR = 18
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 _CONFIG_FILE = typer.Option(help="TOML file with any of the settings; options given here win.")
-_ARGUMENT = "source"
-"""The one setting without `--`."""
+_ARGUMENTS = ("source", "kind", "input")
+"""Settings without `--`."""
 _NUMBERS: Mapping[Any, tuple[str, Callable[[str], float]]] = {int: ("INTEGER", whole_number), float: ("FLOAT", number)}
 _SINGULAR = {"stores": "store", "exclude": "except"}
 """Fields whose option, which is repeated, is named otherwise."""
@@ -162,7 +162,7 @@ def _refuse_out_of_reach(config: Config) -> None:
     for name in ("model", "vlm"):
         if (model := getattr(config, name, None)) is not None:
             check_model(model)
-    if (source := getattr(config, _ARGUMENT, None)) is not None:
+    if (source := getattr(config, "source", None)) is not None:
         from alpacache.sources import check_reach
 
         check_reach(source)
@@ -173,7 +173,7 @@ def _is_required(field: "dataclasses.Field[Any]") -> bool:
 
 
 def _option_name(name: str) -> str:
-    return name.upper() if name == _ARGUMENT else f"--{_SINGULAR.get(name, name).replace('_', '-')}"
+    return name.upper() if name in _ARGUMENTS else f"--{_SINGULAR.get(name, name).replace('_', '-')}"
 
 
 def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
@@ -195,7 +195,7 @@ def _parameter(field: "dataclasses.Field[Any]", hint: Any, doc: str, panel: str 
         reading, metavar = {"parser": or_text(read)}, metavar or word
     text, _, stated = doc.partition(" Default: ")  # shown at the end, as Typer shows defaults
     end = f" [default: {stated.rstrip('.')}]" if stated else " [required]" if _is_required(field) else ""
-    if field.name == _ARGUMENT:
+    if field.name in _ARGUMENTS:
         return _keyword(field.name, Annotated[annotation, typer.Argument(help=text + end, show_default=False)], default)
     name = _option_name(field.name)
     names = (f"{name}/--no-{name[2:]}",) if plain is bool else (name,)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from alpacache.driving.cameras import camera_words
 from alpacache.planning.config import PlanConfig
 
 from . import output
@@ -16,7 +17,7 @@ _SHOWN_BYTES = 10_000
 @from_config(
     PlanConfig,
     panels={
-        "Stage one": "views model cameras frames picture codec hidden_states reasoning rollouts store",
+        "Stage one": "views model cameras blank frames picture codec hidden_states reasoning rollouts store",
         "Stage two": "batch_size draws prefix epochs trainable lora_rank memory_budget",
         "Machine": "gpu probe",
     },
@@ -52,7 +53,7 @@ def _sample_lines(plan: "Plan") -> output.Lines:
     shown = {name: size for name, size in sizes.items() if size >= _SHOWN_BYTES}
     views = f" ({plan.views} views of {plan.samples // plan.views})" if plan.views > 1 else ""
     return {
-        "cameras": f"{', '.join(plan.cameras)}; {plan.frames} frames each",
+        "cameras": f"{camera_words({'cameras': plan.cameras, 'blank': plan.blank})}; {plan.frames} frames each",
         "tokens a sample": f"{plan.tokens}, of which {plan.images} images of {plan.tokens_an_image}",
         "bytes a sample": f"{(sum(sizes.values()) + tails) / 1e6:.2f} MB ({plan.codec})",
         **{f"  {name}": f"{size / 1e6:.3f} MB" for name, size in shown.items()},

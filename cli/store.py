@@ -9,6 +9,7 @@ import typer
 from annotated_types import Ge, Le
 
 from alpacache.config import Config, number
+from alpacache.driving.cameras import camera_words
 
 from . import options, output
 
@@ -33,7 +34,7 @@ def info(store: Store, json: options.Json = False) -> None:
         "family": f"{family} ({model['family_by']})" if family and "family_by" in model else family,
         "prompt": _prompt_words(about.identity.get("prompt", {})),
         "VLM weights": str(model.get("vlm_weights_sha256"))[:16],
-        "cameras": f"{', '.join(about.identity.get('cameras', []))}; {about.identity.get('frames')} frames each",
+        "cameras": f"{camera_words(about.identity)}; {about.identity.get('frames')} frames each",
         "codec": f"{about.identity.get('codec')} from {about.identity.get('dtype')}",
         "format": f"version {about.format_version}",
     }

@@ -19,7 +19,7 @@ ORDER = (
     ("cli",),
     ("alpacache.demo",),
     ("alpacache.evaluation", "alpacache.exporting"),
-    ("alpacache.checks", "alpacache.extraction", "alpacache.training"),
+    ("alpacache.checks", "alpacache.converters", "alpacache.extraction", "alpacache.training"),
     ("alpacache.inference", "alpacache.planning"),
     ("alpacache.cached_samples",),
     ("alpacache.alpamayo",),

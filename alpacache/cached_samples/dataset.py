@@ -30,7 +30,7 @@ from alpacache.cached_samples.features import (
 from alpacache.cached_samples.identity import check_same_model, model_differences, refuse_differences, store_codec
 from alpacache.cached_samples.prefix_choice import PrefixChoice
 from alpacache.cached_samples.sample_choice import ChosenSamples, SampleChoice
-from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.cameras import FRONT_CAMERA, camera_words
 from alpacache.driving.route import command_of
 from alpacache.driving.sample import Floats, SampleRef
 from alpacache.driving.strata import STRATA, Strata, Turn
@@ -154,6 +154,11 @@ class CachedDataset:
             stores = ", ".join(dict.fromkeys(str(reader.path) for reader, _ in self._index))
             raise UsageError(f"no sample of view 0 in {stores}; models are judged on it, extract it too.")
         return plain
+
+    @property
+    def pictures(self) -> set[str]:
+        """What the VLM saw in the stores, in words: cameras, and black pictures in the place of some."""
+        return {words for reader in {reader for reader, _ in self._index} if (words := camera_words(reader.identity))}
 
     def locate(self, index: int) -> tuple[CacheReader, str]:
         """The store that has a sample, and the sample's id there."""

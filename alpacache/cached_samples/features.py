@@ -161,7 +161,7 @@ def sample_arrays(sample: Sample, inputs: VLMInputs) -> dict[str, Any]:
         "cameras": list(sample.cameras),
         "prompt": inputs.text,
     }
-    if FRONT_CAMERA in sample.cameras:
+    if FRONT_CAMERA in sample.cameras and FRONT_CAMERA not in sample.blank:
         arrays["front_jpeg"] = _jpeg(sample.frames[sample.cameras.index(FRONT_CAMERA), -1])
     if inputs.route is not None:
         arrays[ROUTE] = inputs.route

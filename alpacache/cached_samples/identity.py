@@ -14,6 +14,7 @@ from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.recognition import prompt_words, recognise_family
 from alpacache.alpamayo.rollout import rollout_identity
+from alpacache.driving.cameras import camera_words, recorded_and_blank
 from alpacache.errors import UsageError
 from alpacache.masking import masked
 from alpacache.sources.video import ffmpeg_versions
@@ -66,10 +67,11 @@ def store_identity(
     frames: int,
     codec: str,
     dtype: str,
+    blank: Sequence[str] = (),
     rollouts: int = 0,
     views: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that must match for two samples to belong to one store.
+    """Everything that must match for two samples to belong to one store; `blank` are the black ones of `cameras`.
 
     A quantising codec is recorded by name and by definition: should the name ever mean something else, old stores are
     still decoded as they were written, and nothing new goes into them. The model's family and what told it are for
@@ -89,6 +91,7 @@ def store_identity(
         },
         **builder.identity(),
         "cameras": list(cameras),
+        **({"blank": list(blank)} if blank else {}),
         "frames": frames,
         "codec": codec,
         **({"codec_definition": CODECS[codec].to_json()} if codec in CODECS else {}),
@@ -137,8 +140,13 @@ def as_stored(identity: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, 
 
 
 def other_options(identity: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """Sentences that name the options by which `identity` differs from a store's: routes, precision, prompt."""
+    """Sentences that name the options by which `identity` differs from a store's: cameras, routes, precision, prompt."""
     said = []
+    shows, wants = camera_words(stored), camera_words(identity)
+    if shows and shows != wants and "blank" in {*identity, *stored}:
+        recorded, blank = recorded_and_blank(stored)
+        options = f"--cameras {','.join(recorded)}" + (f" --blank {','.join(blank)}" if blank else "")
+        said.append(f"the store shows {shows}, this run {wants}: pass {options}, or another --store.")
     asked, there = (_given_route(each) for each in (identity, stored))
     if asked != there:
         has, remedy = ("no routes", "leave --route out")

@@ -85,6 +85,8 @@ class Sample:
     """`[64, 3]`, 10 Hz, t0 + 0.1 s to t0 + 6.4 s."""
     future_rot: NDArray[np.float32]
     """`[64, 3, 3]`."""
+    blank: tuple[str, ...] = ()
+    """Those of `cameras` that nothing was recorded by: black pictures that keep their places."""
     calibration: dict[str, Any] | None = None
     """For each camera what the source knows of its projection; JSON-serialisable."""
     jitter: dict[str, float] | None = None

@@ -21,6 +21,7 @@ from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import POSE_FIELDS, SWAPPED, CachedSample, stored_strata
 from alpacache.cached_samples.identity import check_base, check_same_vlm
 from alpacache.cached_samples.sample_choice import SampleChoice
+from alpacache.driving.cameras import camera_words
 from alpacache.driving.route import command_of
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.splits import count_overlapping
@@ -90,6 +91,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         for label, run in (trained | dict(config.compare)).items()
     }
     _warn_of_known_clips(runs, data, indices, store=stores)
+    _warn_of_other_pictures(runs, data, store=stores)
     device = resolve_device(config.device)
     check_evaluation_out(Path(config.out))
 
@@ -281,6 +283,17 @@ def _warn_of_known_clips(
             moments,
             windows,
         )
+
+
+def _warn_of_other_pictures(
+    runs: Mapping[str, tuple[Path, Mapping[str, Any]]], data: CachedDataset, *, store: str
+) -> None:
+    """Warn of each run that was trained on other cameras, or other black pictures, than it is to be judged on."""
+    for label, (_, state) in runs.items():
+        trained = {camera_words(record["identity"]) for record in state["settings"]["stores"]} - {""}
+        if trained and (others := sorted(data.pictures - trained)):
+            saw, shows = "; ".join(sorted(trained)), "; ".join(others)
+            _log.warning("%r was trained on %s, and --store %s shows %s.", label, saw, store, shows)
 
 
 def _predict_loaded(

@@ -12,6 +12,7 @@ from pathlib import Path
 from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.licence import licence_of
+from alpacache.driving.cameras import camera_words
 from alpacache.training.run_directory import RunCheckpoint, recorded_metrics
 from cache_store import CacheReader, CacheStoreError
 
@@ -144,5 +145,5 @@ def _store_facts(path: str) -> str | None:
         reader = CacheReader(path)
     except (CacheStoreError, OSError):
         return None
-    cameras = ", ".join(map(str, reader.identity.get("cameras", ())))
-    return f"{len(reader.sample_ids):,} samples, KV as {reader.identity.get('codec')}, {cameras}"
+    codec, cameras = reader.identity.get("codec"), camera_words(reader.identity)
+    return f"{len(reader.sample_ids):,} samples, KV as {codec}, {cameras}"

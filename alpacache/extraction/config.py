@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from alpacache.config import MOST, BatchSize, Name, Place, Seed, Threads, expect, parts, whole_number
+from alpacache.driving.cameras import check_blank
 from alpacache.planning.config import MemoryBudget, StoredConfig
-from alpacache.sources.config import SamplesConfig
+from alpacache.sources.config import Blank, SamplesConfig
 
 _Share = Annotated[int, Ge(0), Le(MOST)]
 
@@ -20,6 +21,8 @@ class ExtractConfig(StoredConfig, SamplesConfig):
     """Hub id or directory of an Alpamayo checkpoint."""
     store: Place
     """Directory or s3://BUCKET/PREFIX of the store; created if absent."""
+    blank: Blank = ()
+    """Further cameras, recorded or not, each of which a black picture stands in for and keeps the place of."""
     seed: Seed = 0
     """Seed of the changes that views make."""
     vlm: Place | None = None
@@ -66,6 +69,7 @@ class ExtractConfig(StoredConfig, SamplesConfig):
     """`cuda`, `cuda:1` or `cpu`. Default: a GPU if there is one."""
 
     def _check_together(self) -> None:
+        check_blank(self.cameras, self.blank)
         worker, workers = self.shard
         expect(0 <= worker < workers, "shard", f"{worker}/{workers}", "I/N with 0 <= I < N, as in 0/4")
         expect(not (self.compile and self.deterministic), "compile", True, "off, as the run is to be deterministic")

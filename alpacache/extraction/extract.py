@@ -22,7 +22,7 @@ from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.recognition import prompt_words
 from alpacache.cached_samples.features import checked, store_fields
 from alpacache.cached_samples.identity import as_stored, other_options, provenance, store_identity
-from alpacache.driving.cameras import sort_cameras
+from alpacache.driving.cameras import check_places, sort_cameras
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.splits import parse_split
 from alpacache.durable import check_store_place
@@ -81,6 +81,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         route_file=config.route_file,
         route_tokens=config.route_tokens,
         vlm_dtype=config.vlm_dtype,
+        blank=sort_cameras(config.blank) if config.blank else (),
     )
     stored = StoredFeatures(
         codec=CODECS.get(config.codec), hidden_states=config.hidden_states == "last", rollouts=config.tails
@@ -89,6 +90,8 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     checkpoint = Checkpoint(config.model, vlm=config.vlm)
     builder = settings.input_builder(checkpoint)
     prompt = builder.format
+    if not prompt.camera_names:
+        check_places(settings.cameras, settings.blank)
     settings = replace(settings, camera_names=prompt.camera_names, frame_numbers=prompt.frame_numbers)
     file = open_route_file(config.route_file, source)
     routes, routed_us = settings.routes(source, file=file, t0=config.t0), None if file is None else file.times_us
@@ -110,7 +113,8 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     identity = store_identity(
         checkpoint,
         builder,
-        cameras=settings.cameras,
+        cameras=settings.shown,
+        blank=settings.blank,
         frames=config.frames,
         codec=config.codec,
         dtype=str(settings.dtype).removeprefix("torch."),
@@ -150,7 +154,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         routes=config.route != "none",
     )
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    compiled = _compiles(config, device, checkpoint, samples=len(missing))
+    compiled = _compiles(config, device, checkpoint, images=len(missing) * len(settings.shown) * config.frames)
     if compiled:
         on_note("the VLM's layers are compiled in the first group of samples; --no-compile leaves that out.")
     origin = provenance(source=source.name, device=hardware, compiled=compiled)
@@ -248,13 +252,12 @@ def _notes(checkpoint: Checkpoint, builder: InputBuilder, dtype: torch.dtype) ->
         yield f"the VLM's weights are stored as {', '.join(sorted(stored))}, and it runs in {runs}."
 
 
-def _compiles(config: ExtractConfig, device: torch.device, checkpoint: Checkpoint, *, samples: int) -> bool:
-    """Tell whether the VLM's layers are compiled for these samples: only on a GPU, as asked for or where it pays."""
-    if device.type != "cuda" or config.deterministic or not samples:
+def _compiles(config: ExtractConfig, device: torch.device, checkpoint: Checkpoint, *, images: int) -> bool:
+    """Tell whether the VLM's layers are compiled for so many images: only on a GPU, as asked for or where it pays."""
+    if device.type != "cuda" or config.deterministic or not images:
         return False
     if config.compile is not None:
         return config.compile
-    images = samples * len(config.cameras) * config.frames
     return has_kernels(device) and worth_compiling(geometry_of(checkpoint).vlm_parameters, images=images)
 
 

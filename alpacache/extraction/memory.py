@@ -47,7 +47,7 @@ def plan_memory(
     if device.type == "cpu" and asked in (None, "gpu"):
         return None
     batched = device.type == "cuda" and not config.deterministic
-    rows = config.batch_size or (prefill_batch(cameras=len(settings.cameras), frames=config.frames) if batched else 1)
+    rows = config.batch_size or (prefill_batch(cameras=len(settings.shown), frames=config.frames) if batched else 1)
     geometry, itemsize = geometry_of(checkpoint), settings.dtype.itemsize
     tokens, image_tokens, pixel_bytes, tails = _sizes(first(), builder, settings, geometry)
     stored_bytes = sum(
@@ -87,8 +87,8 @@ def _sizes(
         images = int((inputs.image_spans[:, 1] - inputs.image_spans[:, 0]).sum())
         twins = [len(ids) for ids, _ in builder.twins(inputs.route).values()]
         return len(inputs.input_ids), images, inputs.pixel_values.numel() * settings.dtype.itemsize, twins
-    prompt = planned_prompt(builder, settings.cameras, frames=settings.frames, picture=_PICTURE)
-    images = len(settings.cameras) * settings.frames * prompt.tokens_an_image
+    prompt = planned_prompt(builder, settings.shown, frames=settings.frames, picture=_PICTURE)
+    images = len(settings.shown) * settings.frames * prompt.tokens_an_image
     return prompt.tokens, images, images * geometry.vlm.merged * PATCH_VALUES * settings.dtype.itemsize, []
 
 

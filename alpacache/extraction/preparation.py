@@ -11,9 +11,11 @@ import torch
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
 from alpacache.cached_samples.features import sample_arrays
+from alpacache.driving.cameras import sort_cameras
 from alpacache.driving.resizing import ResizedPictures
 from alpacache.driving.sample import FRAME_STEP_US, Sample, SampleRef
 from alpacache.errors import BadClipError
+from alpacache.sources.blank import with_blank
 from alpacache.sources.registry import open_source
 from alpacache.sources.routes import RouteFile, Routes, open_route_file
 from alpacache.sources.source import OnePassSource, Source
@@ -32,7 +34,7 @@ class PreparationSettings:
     source: str
     model: str
     cameras: tuple[str, ...]
-    """Sorted by index."""
+    """Those that are read, sorted by index."""
     frames: int
     seed: int
     """Seed of the views' changes."""
@@ -43,6 +45,13 @@ class PreparationSettings:
     route_file: str | None = None
     route_tokens: bool | None = None
     vlm_dtype: Literal["bf16", "fp32"] = "bf16"
+    blank: tuple[str, ...] = ()
+    """Further ones, which black pictures stand in for."""
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """All cameras of a prompt, black ones too, sorted by index."""
+        return sort_cameras([*self.cameras, *self.blank])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,7 +115,7 @@ class Preparation:
         with one_pass(self._source, refs, cameras=cameras, frames=frames, seed=settings.seed) as load:
 
             def prepare(ref: SampleRef) -> Prepared:
-                sample = load(ref)
+                sample = with_blank(load(ref), settings.blank)
                 inputs = self._builder.build(self._routes(sample), seen=None if ref.view else seen)
                 inputs = replace(inputs, pixel_values=inputs.pixel_values.to(settings.dtype))
                 return Prepared(sample_id=ref.sample_id, inputs=inputs, arrays=sample_arrays(sample, inputs))
@@ -140,7 +149,8 @@ def first_readable(
     """The first of these samples that can be read; None where the first eight cannot."""
     for ref in refs[:_TRIED]:
         try:
-            sample = routes(source.load(replace(ref, view=0), cameras=settings.cameras, frames=settings.frames))
+            sample = source.load(replace(ref, view=0), cameras=settings.cameras, frames=settings.frames)
+            sample = routes(with_blank(sample, settings.blank))
             return ReadSample(ref, sample, builder.build(sample))
         except (BadClipError, OSError):  # what is wrong with it is told when it is its turn
             continue

@@ -22,10 +22,10 @@ from alpacache.config import (
     parts,
     whole_number,
 )
-from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.cameras import FRONT_CAMERA, check_blank
 from alpacache.driving.route import check_route
 from alpacache.planning.gpus import MEASURED
-from alpacache.sources.config import Cameras, Frames
+from alpacache.sources.config import Blank, Cameras, Frames
 
 Trainable = Literal["all", "head", "lora"]
 _Side = Annotated[int, Ge(1), Le(16_384)]
@@ -123,6 +123,8 @@ class PlanConfig(StoredConfig):
     """Hub id or directory; only configs and headers are read. Default: the released sizes."""
     cameras: Cameras = (FRONT_CAMERA,)
     """Cameras by full or short names, such as `front_wide,front_tele`."""
+    blank: Blank = ()
+    """Cameras that a black picture stands in for."""
     frames: Frames = 4
     """Images per camera, 0.1 s apart."""
     picture: Annotated[
@@ -152,6 +154,7 @@ class PlanConfig(StoredConfig):
     """Measure this disk, and this GPU if there is one, for up to 30 s, and count CPU cores, instead of assuming."""
 
     def _check_together(self) -> None:
+        check_blank(self.cameras, self.blank)
         expect(
             self.prefix == "direct" or self.tails > 0, "prefix", self.prefix, "direct, or --reasoning rollout with it"
         )

@@ -14,13 +14,13 @@ import torch
 
 from alpacache.alpamayo import Checkpoint, PrefixLayout
 from alpacache.alpamayo.backbone import geometry_of
-from alpacache.alpamayo.families import RELEASED
+from alpacache.alpamayo.families import DEFAULT_FAMILY, RELEASED
 from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.recognition import recognise_family
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.cached_samples.features import tail_name
-from alpacache.driving.cameras import sort_cameras
+from alpacache.driving.cameras import check_places, sort_cameras
 from alpacache.errors import UsageError
 from alpacache.gpu.host_memory import available_bytes
 from alpacache.planning import time_model
@@ -140,6 +140,8 @@ class Plan:
 
     model: str
     cameras: tuple[str, ...]
+    blank: tuple[str, ...]
+    """Those of `cameras` that a black picture stands in for."""
     frames: int
     codec: str
     samples: int
@@ -173,12 +175,15 @@ class Plan:
 
 def plan(config: PlanConfig) -> Plan:
     """Work everything out. Raises `UsageError` for what cannot be: a bad option, or training that does not fit."""
-    cameras, rollouts, samples = sort_cameras(config.cameras), config.tails, config.samples * config.views
+    cameras = sort_cameras([*config.cameras, *config.blank])
+    rollouts, samples = config.tails, config.samples * config.views
     checkpoint = None if config.model is None else Checkpoint(config.model)
     text = None if checkpoint is None or recognise_family(checkpoint).family else True
     builder = None
     if checkpoint is not None:
         builder = InputBuilder(checkpoint, camera_names=text, frame_numbers=text, routes=config.route)
+    if not (builder.format if builder is not None else DEFAULT_FAMILY.prompt).camera_names:
+        check_places(config.cameras, config.blank)
     route = {"none": None, "source": _USUAL_ROUTE}.get(config.route, config.route)
     prompt = planned_prompt(builder, cameras, frames=config.frames, picture=config.picture, route=route)
     geometry = RELEASED.geometry if checkpoint is None else geometry_of(checkpoint)
@@ -217,11 +222,21 @@ def plan(config: PlanConfig) -> Plan:
         cap_bytes=cap,
         host_bytes=available_bytes() if config.probe else None,
     )
-    extract = _extract_plan(geometry, prompt, prefill, machine, config.picture, samples=samples, one_bytes=one_bytes)
+    extract = _extract_plan(
+        geometry,
+        prompt,
+        prefill,
+        machine,
+        config.picture,
+        recorded=len(cameras) - len(set(config.blank)),
+        samples=samples,
+        one_bytes=one_bytes,
+    )
     train = _train_plan(samples, config.epochs, work, memory, machine, kv_bytes=kv_bytes)
     return Plan(
         model=geometry.model,
         cameras=cameras,
+        blank=tuple(name for name in cameras if name in config.blank),
         frames=config.frames,
         codec=config.codec,
         samples=samples,
@@ -286,6 +301,7 @@ def _extract_plan(
     machine: Machine,
     picture: tuple[int, int],
     *,
+    recorded: int,
     samples: int,
     one_bytes: int,
 ) -> ExtractPlan:
@@ -297,7 +313,7 @@ def _extract_plan(
         bus_s = prefill.streamed_bytes / rate / prefill.group
     seconds = {
         "prefill_s": time_model.prefill_seconds(geometry.vlm_parameters, rows * prompt.tokens, machine.gpu) / rows,
-        "reading_s": time_model.reading_seconds(cameras, picture, machine.cores),
+        "reading_s": time_model.reading_seconds(recorded, picture, machine.cores),
         "write_s": one_bytes / machine.write_bytes_s,
         "bus_s": bus_s,
     }

@@ -53,6 +53,7 @@ def _checked_split(written: Any) -> Any:
 
 SplitBy = Annotated[str, Written(metavar="clip|time:S", read=_checked_split)]
 Cameras = Annotated[tuple[str, ...], MinLen(1), parts(full_camera_name, "NAME,...", expected="names of cameras")]
+Blank = Annotated[tuple[str, ...], parts(full_camera_name, "NAME,...", expected="names of cameras")]
 Frames = Literal[1, 2, 3, 4]
 
 

@@ -80,6 +80,9 @@ class RunInputs:
             identity = self.data.locate(places.start)[0].identity if places else {}
             if world.is_first and identity and (doubt := prompt_doubt(self.checkpoint, identity, store=path)):
                 _log.warning("%s.", doubt)
+        if self.val is not None and world.is_first and (others := self.val.pictures - self.data.pictures):
+            shown, learnt = "; ".join(sorted(others)), "; ".join(sorted(self.data.pictures))
+            _log.warning("--val %s shows %s, and training sees %s.", masked(config.val or ""), shown, learnt)
         allowed, paths = config.on_overlap == "allow", config.store_paths
         for warning in check_overlap(self.data, paths, self.val, val_store=config.val, allowed=allowed):
             if world.is_first:

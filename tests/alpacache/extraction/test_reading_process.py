@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import alpacache
+from alpacache.driving.cameras import CAMERAS
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, DataError, SourceError
 from alpacache.extraction import extract as extraction
@@ -65,9 +66,10 @@ def gone(process_ids):
 
 @pytest.mark.system
 def test_float32_pixels_are_those_of_this_process(settings):
-    settings = dataclasses.replace(settings, vlm_dtype="fp32")
+    settings = dataclasses.replace(settings, vlm_dtype="fp32", blank=(CAMERAS[0],))
     with ReadingProcesses(settings, 1, pinned_for=None) as read:
         pixels = read(REFS[0]).inputs.pixel_values
+    assert (pixels[: len(pixels) // 2] == -1).all()
     assert pixels.dtype == torch.float32
     assert torch.equal(pixels, Preparation.open(settings)(REFS[0]).inputs.pixel_values)
 
@@ -169,6 +171,7 @@ def test_a_terminal_interrupts_the_process_that_decides_alone(settings):
 def test_processes_end_with_their_parent(settings):
     program = f"""
 import time
+from alpacache.driving.cameras import CAMERAS
 from alpacache.driving.sample import SampleRef
 from alpacache.extraction.preparation import PreparationSettings
 from alpacache.extraction.reading_process import ReadingProcesses

@@ -6,7 +6,7 @@ import alpacache
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.inputs import InputBuilder
-from alpacache.driving.cameras import CAMERAS, sort_cameras
+from alpacache.driving.cameras import CAMERAS, SLOTS, sort_cameras
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
@@ -17,11 +17,10 @@ from alpacache.planning.plan import plan
 from alpacache.planning.sample_size import planned_prompt, sample_bytes
 from cache_store import CODECS, CacheReader, info
 
-FOUR = tuple(CAMERAS[index] for index in (0, 1, 2, 6))
 ASK = {"samples": 1000, "codec": "int8", "epochs": 10.0, "batch_size": 4, "gpu": "4090", "memory_budget": "24GB"}
 
 
-@pytest.mark.parametrize(("cameras", "tokens", "megabytes"), [(CAMERAS[1:2], 809, 119.3), (FOUR, 2993, 441.3)])
+@pytest.mark.parametrize(("cameras", "tokens", "megabytes"), [(CAMERAS[1:2], 809, 119.3), (SLOTS, 2993, 441.3)])
 def test_tokens_and_kv_of_the_released_model(cameras, tokens, megabytes):
     found = plan(PlanConfig(samples=10, cameras=cameras))
     assert (found.tokens, found.tokens_an_image, found.images) == (tokens, 180, 4 * len(cameras))
@@ -40,7 +39,7 @@ def test_pictures_of_any_usual_size_are_180_tokens():
 
 @pytest.mark.parametrize(
     ("codec", "hidden_states", "family", "cameras"),
-    [("bf16", "last", "r1", CAMERAS[1:2]), ("int8", "none", "r1", FOUR), ("int4", "last", "1.5", CAMERAS[:2])],
+    [("bf16", "last", "r1", CAMERAS[1:2]), ("int8", "none", "r1", SLOTS), ("int4", "last", "1.5", CAMERAS[:2])],
 )
 def test_bytes_are_those_of_a_real_store(
     codec, hidden_states, family, cameras, tiny_checkpoint, tiny_checkpoint_15, tmp_path
@@ -186,7 +185,7 @@ def test_the_budget_and_the_card_both_cap():
 
 def test_what_cannot_fit_is_refused():
     with pytest.raises(UsageError, match=r"Lower --batch-size to \d+"):
-        plan(PlanConfig(**ASK | {"cameras": FOUR, "batch_size": 64}))
+        plan(PlanConfig(**ASK | {"cameras": SLOTS, "batch_size": 64}))
     with pytest.raises(UsageError, match="--trainable lora"):
         plan(PlanConfig(**ASK | {"memory_budget": "8GB", "batch_size": 1}))
     assert plan(PlanConfig(**ASK | {"memory_budget": "12GB", "trainable": "lora"})).memory_bytes < 11.5 * 2**30
@@ -249,3 +248,12 @@ def test_least_memory_of_training():
     everything, adapters = (planning.least_training_bytes(which) / 2**30 for which in ("all", "lora"))
     assert 8.5 < everything < 9.5  # with the optimizer's state in RAM
     assert 4.5 < adapters < 7
+
+
+def test_a_black_picture_costs_as_much_as_a_recorded_one_but_is_not_read():
+    four = plan(PlanConfig(samples=100, cameras=SLOTS))
+    black = plan(PlanConfig(samples=100, cameras=SLOTS[:3], blank=SLOTS[3:]))
+    assert (black.cameras, black.blank, black.tokens) == (four.cameras, SLOTS[3:], four.tokens)
+    assert black.extract.reading_s == pytest.approx(0.75 * four.extract.reading_s)
+    with pytest.raises(UsageError, match="in the place of"):
+        plan(PlanConfig(samples=100, blank=SLOTS[3:]))

@@ -1,0 +1,74 @@
+"""Settings of `convert`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias
+
+from annotated_types import Ge, Le
+
+from alpacache.config import Config, Name, Place, Written, number, parts
+from alpacache.driving.cameras import FRONT_CAMERA, full_camera_name
+from alpacache.errors import UsageError
+
+Triple: TypeAlias = tuple[float, float, float]
+Mount: TypeAlias = Triple | Literal["estimate"]
+_OFFSET = parts(number, "X,Y,Z", expected="three numbers: metres forward, left, up")
+_MOUNT = parts(
+    number,
+    "YAW,PITCH,ROLL",
+    expected="three numbers (degrees: left, nose down, right side down), or estimate",
+    words=("estimate",),
+)
+
+
+def camera_topics(written: Any) -> tuple[tuple[str, str], ...]:
+    """(Camera, topic) of each `NAME=TOPIC`; a topic alone is the front camera's. Raises `ValueError`, `UsageError`."""
+    pairs = []
+    for text in (written,) if isinstance(written, str) else written:
+        name, equals, topic = text.partition("=") if not text.startswith("/") else (FRONT_CAMERA, "=", text)
+        if not equals or not topic.strip():
+            raise ValueError("NAME=TOPIC, such as front_wide=/camera/front/image_raw/compressed")
+        pairs.append((full_camera_name(name.strip()), topic.strip()))
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("each camera once")
+    return tuple(pairs)
+
+
+def _checked_cameras(written: Any) -> tuple[str, ...]:
+    return tuple(f"{name}={topic}" for name, topic in camera_topics(written))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertConfig(Config):
+    """Settings of `convert`."""
+
+    kind: Name
+    """Kind of recording: `mcap`, `rosbag`, `carla`."""
+    input: Place
+    """The log: a file or a folder, as the kind has it."""
+    out: Place | None = None
+    """Folder to write, new or begun by the same command; then read it as `folder:OUT`."""
+    list: bool = False
+    """Only show what is in the log, with a command that converts it."""
+    check: bool = True
+    """Look for wrong axes, units and clocks in what was written, as `alpacache check` does."""
+    clip_seconds: Annotated[float, Ge(10), Le(1e5)] | None = None
+    """Cut each drive into clips of so many seconds. Default: one clip a drive."""
+    origin_offset: Annotated[Triple, _OFFSET] | None = None
+    """Middle of the rear axle on the ground, seen from the point of the log's poses, in the vehicle's axes: metres
+    forward, left, up. Default: the kind's."""
+    mount: Annotated[Mount, _MOUNT] | None = None
+    """How the axes of the log's poses are turned as seen from the vehicle, in degrees (left, nose down, right side
+    down), or `estimate`, on straights. Default: the kind's."""
+    camera: Annotated[tuple[str, ...], Written(metavar="NAME=TOPIC", read=_checked_cameras, repeatable=True)] = field(
+        default_factory=tuple
+    )
+    """Topic of a camera, such as `front_wide=/camera/front/compressed`; repeatable. Default: where there is one topic
+    with pictures, that is the front camera."""
+    pose: Name | None = None
+    """Topic of the poses. Default: the one there is."""
+    axes: Literal["right-handed", "left-handed"] | None = None
+    """Handedness of the poses of a log that does not tell."""
+
+    def _check_together(self) -> None:
+        if self.out is None and not self.list:
+            raise UsageError("--out missing; name the folder to write, or ask for --list.")

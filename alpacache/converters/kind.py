@@ -1,0 +1,50 @@
+"""What the registry knows of a kind of recording."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from alpacache.converters.drive import Dropped, LoggedDrive
+from alpacache.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """What `--list` shows of an input."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    command: str
+    """A command that converts it, as far as that can be told."""
+    notes: Sequence[str] = ()
+    """What a person should know before running it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """A kind of recording."""
+
+    name: str
+    reads: str
+    """What an input of this kind is, in a few words."""
+    drives: Callable[..., Iterator[LoggedDrive | Dropped]]
+    """`drives(place, **options)` yields the drives of an input, each when it is asked for, always in the same order.
+
+    Raises `UsageError` for an input or options that cannot be of this kind, naming the remedy. A drive that cannot be
+    used, beside others that can, is yielded as `Dropped`.
+    """
+    takes: Sequence[str] = ()
+    """Settings of `ConvertConfig`, beyond those of every kind, that `drives` has as keywords."""
+    list_input: Callable[[Path], Listing] | None = None
+    """What `--list` shows."""
+    extra: str | None = None
+    """The extra that it needs."""
+    modules: Sequence[str] = ()
+    """Modules that come with that extra."""
+
+    def check_libraries(self) -> None:
+        """Raise `UsageError` where a library of the kind is not installed."""
+        if missing := [name for name in self.modules if find_spec(name) is None]:
+            remedy = f"Install it with: pip install 'alpacache[{self.extra}]'"
+            raise UsageError(f"{self.name} is read with {' and '.join(missing)}, which is not installed. {remedy}")

@@ -1,0 +1,44 @@
+"""The kinds of recordings, and what turns an input into drives."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from alpacache.converters.drive import Dropped, LoggedDrive
+from alpacache.converters.kind import Kind, Listing
+from alpacache.errors import UsageError
+
+_ALL: tuple[Kind, ...] = ()
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
+"""Every kind. Modules load what is heavy when an input of theirs is read."""
+
+
+def kind_named(name: str) -> Kind:
+    """The kind of a name. Raises `UsageError` for others."""
+    if name not in KINDS:
+        raise UsageError(f"{name!r} is no kind of recording; known: {', '.join(KINDS)}.")
+    return KINDS[name]
+
+
+def open_drives(kind: Kind, place: Path, options: Mapping[str, Any]) -> Iterator[LoggedDrive | Dropped]:
+    """Drives of an input. `options` are settings that were given; raises `UsageError` for those the kind has not."""
+    _check_there(kind, place)
+    if unknown := [name for name in options if name not in kind.takes]:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
+        takes = ", ".join(f"--{name.replace('_', '-')}" for name in kind.takes) or "none of its own"
+        raise UsageError(f"{named} is not for {kind.name}; its options: {takes}. Leave it out.")
+    return kind.drives(place, **options)
+
+
+def list_input(kind: Kind, place: Path) -> Listing:
+    """What `--list` shows. Raises `UsageError` for a kind that has nothing to choose from."""
+    _check_there(kind, place)
+    if kind.list_input is None:
+        raise UsageError(f"--list is not for {kind.name}, in which there is nothing to choose; leave it out.")
+    return kind.list_input(place)
+
+
+def _check_there(kind: Kind, place: Path) -> None:
+    if not place.exists():
+        raise UsageError(f"{place} does not exist; expected {kind.reads}.")
+    kind.check_libraries()

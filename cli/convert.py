@@ -1,0 +1,149 @@
+"""`alpacache convert`: recordings of other formats as a folder of clips."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from alpacache.converters.config import ConvertConfig
+
+from . import output
+from .options import from_config
+
+if TYPE_CHECKING:
+    from alpacache.checks.source import SourceReport
+    from alpacache.converters.writer import ConvertReport
+
+_COMMON = {"kind", "input", "out", "list", "check", "clip_seconds", "origin_offset", "mount"}
+"""Settings that every kind has."""
+_SHOWN = 12
+"""Most clips and warnings named in the tables; JSON has all."""
+_CHECKED_S = 10.0
+"""Seconds between the samples that are looked at."""
+
+
+@from_config(
+    ConvertConfig,
+    panels={
+        "Clips": "clip_seconds",
+        "Where the pose stands": "origin_offset mount axes",
+        "Topics": "list camera pose",
+    },
+)
+def convert(config: ConvertConfig, json: bool) -> None:
+    """Write a log as a folder of clips, say what was dropped and why, and check the result.
+
+    The same command goes on where a killed one was. Pictures are copied as they are, films packet by packet.
+
+    Exit code 1: the result fails `check`; 3: drives or samples had to be left out; 0: neither.
+
+    Example: `alpacache convert mcap my_drive --out drives --camera front_wide=/camera/front/compressed`
+    """
+    from alpacache.converters.registry import kind_named, list_input
+
+    if config.list:
+        listing = list_input(kind_named(config.kind), Path(config.input))
+        if json:
+            rows = [dict(zip(listing.heads, row, strict=True)) for row in listing.rows]
+            output.print_json(
+                {"input": config.input, "topics": rows, "command": listing.command, "notes": listing.notes}
+            )
+            return
+        output.print_table(config.input, listing.rows, heads=listing.heads)
+        output.print_lines("", {"command": listing.command, "notes": list(listing.notes)})
+        return
+    report = _write(config)
+    checked = _check(report) if config.check else None
+    left_out = any(drop.what in ("drives", "clips") for drop in report.dropped)
+    is_ok = checked is None or checked.ok
+    if json:
+        output.print_json(_record(config, report, checked, is_ok=is_ok))
+    else:
+        _print(report, checked)
+    if not is_ok:
+        raise typer.Exit(output.FAILED)
+    if left_out or (checked is not None and checked.refused):
+        raise typer.Exit(output.QUARANTINED)
+
+
+def _write(config: ConvertConfig) -> "ConvertReport":
+    from dataclasses import fields
+
+    from alpacache.converters.registry import kind_named, open_drives
+    from alpacache.converters.writer import convert as write
+    from alpacache.interrupt import InterruptGuard
+
+    assert config.out is not None
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    options = {name: value for name, value in values.items() if name not in _COMMON and value not in (None, (), False)}
+    with output.show_progress("convert") as on_progress, InterruptGuard() as guard:
+        return write(
+            open_drives(kind_named(config.kind), Path(config.input), options),
+            Path(config.out),
+            name=Path(config.input).resolve().stem or config.kind,
+            settings={name: value for name, value in values.items() if name not in ("out", "list", "check")},
+            clip_seconds=config.clip_seconds,
+            offset_m=config.origin_offset,
+            mount_deg=config.mount,
+            is_stopped=lambda: guard.requested,
+            on_progress=on_progress,
+        )
+
+
+def _check(report: "ConvertReport") -> "SourceReport":
+    from alpacache.checks.source import check_source
+    from alpacache.sources.registry import open_source
+    from alpacache.sources.routes import Routes
+
+    source = open_source(f"folder:{report.out}", cameras=report.cameras)
+    t0 = f"every:{_CHECKED_S}"
+    routes = Routes("source", source, file=None, t0=t0) if any(clip["routes"] for clip in report.clips) else None
+    with output.show_progress("check") as on_progress:
+        return check_source(source, t0=t0, cameras=report.cameras, routes=routes, on_progress=on_progress)
+
+
+def _record(
+    config: ConvertConfig, report: "ConvertReport", checked: "SourceReport | None", *, is_ok: bool
+) -> dict[str, Any]:
+    record: dict[str, Any] = {"ok": is_ok, "kind": config.kind, "out": report.out, "source": f"folder:{report.out}"}
+    record |= {"clips": report.clips, "kept": report.kept, "dropped": report.dropped, "check": None}
+    if checked is not None:
+        names = ("ok", "samples", "checks", "strata", "speeds_mps", "refused")
+        record["check"] = {name: getattr(checked, name) for name in names}
+    return record
+
+
+def _print(report: "ConvertReport", checked: "SourceReport | None") -> None:
+    rows = [
+        [clip["name"], f"{clip['seconds']:.1f}", str(clip["poses"]), str(clip["routes"]), _cameras(clip["cameras"])]
+        for clip in report.clips
+    ]
+    heads = ["clip", "seconds", "poses", "routes", "frames"]
+    output.print_table("convert", rows[:_SHOWN], heads=heads)
+    drops = [[str(drop.count), drop.what, drop.reason] for drop in report.dropped]
+    output.print_table("dropped", drops, heads=["number", "of", "why"])
+    if checked is not None:
+        found = [
+            [check.status if check.is_judged else "-", check.name, check.found]
+            for check in checked.checks
+            if check.status != "ok"
+        ]
+        found += [["refused", refusal.kind, refusal.message] for refusal in checked.refused]
+        output.print_table("check", [*found[:_SHOWN], *_more(found)])
+    seconds = sum(clip["seconds"] for clip in report.clips)
+    lines = {
+        "clips": f"{len(report.clips)} of {seconds:.1f} s together, {report.kept} of them from before",
+        "check": None if checked is None else f"{'passed' if checked.ok else 'failed'}, {checked.samples} samples",
+        "written": report.out,
+        "next": f"alpacache check folder:{report.out} --out check",
+    }
+    output.print_lines("", lines)
+
+
+def _cameras(cameras: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {camera['frames']} {camera['written']}" for name, camera in cameras.items())
+
+
+def _more(rows: Sequence[object]) -> list[list[str]]:
+    return [["", "", f"and {len(rows) - _SHOWN} more; --json has all"]] if len(rows) > _SHOWN else []
