@@ -2,7 +2,8 @@
 
 Stage one, `extract`: the VLM runs once per sample and its KV cache goes to a store. Stage two, `train`: the expert
 learns from that store alone. `evaluate`: did it help? `export`: a complete checkpoint again. `probe`: do the features
-hold the curve? All are imported on first use, so that `import alpacache` is cheap.
+hold the curve? `load_driver`: pictures and poses in, paths out. All are imported on first use, so
+that `import alpacache` is cheap.
 """
 
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ _HOMES = {
     "ExportConfig": "alpacache.exporting.config",
     "plan": "alpacache.planning.plan",
     "PlanConfig": "alpacache.planning.config",
+    "load_driver": "alpacache.driver.driver",
     "probe": "alpacache.evaluation.probe",
     "ProbeConfig": "alpacache.evaluation.config",
 }

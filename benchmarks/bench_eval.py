@@ -159,29 +159,36 @@ def public_evaluation(
 
     @torch.no_grad()
     def sample_paths() -> Tensor:
-        output = vlm(**inputs, use_cache=True, logits_to_keep=1)
-        cache = getattr(output, cache_argument(vlm))
-        cache.batch_repeat_interleave(PATHS)
-        logits = output.logits[:, -1].expand(PATHS, -1)
+        cache, logits = public_prefill(vlm, inputs, paths=PATHS)
         for place in range(tokens):
             token = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
             positions = torch.full((3, PATHS, 1), start + place, device=token.device)
             output = vlm(input_ids=token, position_ids=positions, use_cache=True, **{cache_argument(vlm): cache})
             logits = output.logits[:, -1]
-        velocity = stock_velocity(expert, cache, length=inputs["input_ids"].shape[1] + tokens, start=start + tokens)
+        length = inputs["input_ids"].shape[1] + tokens
+        velocity = stock_velocity(expert, cache, length=length, start=start + tokens, paths=PATHS)
         action = flow_matching.sample(velocity, noise, steps=FLOW_STEPS)
         return expert.action_space.to_path(action.cpu(), history, rot)[0]
 
     return sample_paths
 
 
+@torch.no_grad()
+def public_prefill(vlm: Qwen3VLForConditionalGeneration, inputs: dict[str, Any], *, paths: int) -> tuple[Cache, Tensor]:
+    """The VLM's cache of one prompt, repeated for each path, and the logits `[paths, vocabulary]` of what follows."""
+    output = vlm(**inputs, use_cache=True, logits_to_keep=1)
+    cache: Cache = getattr(output, cache_argument(vlm))
+    cache.batch_repeat_interleave(paths)
+    return cache, output.logits[:, -1].expand(paths, -1)
+
+
 def stock_velocity(
-    expert: ActionExpert, cache: Cache, *, length: int, start: int
+    expert: ActionExpert, cache: Cache, *, length: int, start: int, paths: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The expert on the VLM's own cache of so many tokens a row, cut back to them after each step."""
     tokens, where = full_size.FUTURE_STEPS, expert.device
-    positions = (torch.arange(tokens, device=where) + start).expand(3, PATHS, -1)
-    mask = torch.zeros(PATHS, 1, tokens, length + tokens, device=where, dtype=expert.dtype)
+    positions = (torch.arange(tokens, device=where) + start).expand(3, paths, -1)
+    mask = torch.zeros(paths, 1, tokens, length + tokens, device=where, dtype=expert.dtype)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(where.type, torch.bfloat16, enabled=expert.dtype == torch.bfloat16):

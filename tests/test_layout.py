@@ -18,7 +18,7 @@ PACKAGES = ("alpacache", "cache_store", "cli")
 ORDER = (
     ("cli",),
     ("alpacache.demo",),
-    ("alpacache.evaluation", "alpacache.exporting"),
+    ("alpacache.driver", "alpacache.evaluation", "alpacache.exporting"),
     ("alpacache.checks", "alpacache.converters", "alpacache.extraction", "alpacache.training"),
     ("alpacache.inference", "alpacache.planning"),
     ("alpacache.cached_samples",),

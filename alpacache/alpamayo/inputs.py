@@ -288,16 +288,18 @@ class InputBuilder:
     def _stem_len(self, ids: NDArray[np.int64]) -> int:
         return int(np.flatnonzero(ids == self.config.traj_token_ids["history_end"])[0]) + 1
 
-    def build(self, sample: Sample, *, seen: ResizedPictures | None = None) -> VLMInputs:
-        """Inputs of the VLM for one sample, its route in the prompt.
+    def build(
+        self, sample: Sample, *, seen: ResizedPictures | None = None, device: torch.device | None = None
+    ) -> VLMInputs:
+        """Inputs of the VLM for one sample, its route in the prompt; pixels are made on `device`, by default the CPU.
 
-        With `seen`, pictures that the samples before it had are not resized again. Raises `BadClipError` (`bad_route`)
-        for a route that holds tokens of the model.
+        With `seen`, pictures that the samples before it had are not resized again (on the CPU). Raises `BadClipError`
+        (`bad_route`) for a route that holds tokens of the model.
         """
         frames, _, height, width = sample.frames.shape[1:]
         if sample.route is not None and not self.tokenizer.is_plain(sample.route):
             raise BadClipError("bad_route", f"{sample.ref.sample_id}: its route holds a token of the model's own.")
-        resize = _each_resized
+        resize: Callable[..., Iterator[Tensor]] = partial(_each_resized, device=device)
         if seen is not None:
             times = enumerate(sample.frame_timestamps_us.tolist())
             resize = partial(seen.of, [(camera, time_us) for camera, shot in times for time_us in shot])
@@ -307,6 +309,7 @@ class InputBuilder:
             resize=resize,
             **self._geometry,
             **self._limits,
+            device=device,
         )
         text, ids, tokens = self.prompt(sample.cameras, frames=frames, height=height, width=width, route=sample.route)
         starts = np.flatnonzero(ids == self.tokenizer.id_of("<|vision_start|>")) + 1
@@ -335,8 +338,10 @@ class InputBuilder:
         return {"images": PROCESSOR, **self._geometry, "temporal": self._temporal, **self._limits}
 
 
-def _each_resized(frames: NDArray[np.uint8], size: tuple[int, int]) -> Iterator[Tensor]:
-    return (resized(frame, size) for frame in frames)
+def _each_resized(
+    frames: NDArray[np.uint8], size: tuple[int, int], *, device: torch.device | None = None
+) -> Iterator[Tensor]:
+    return (resized(frame, size, device=device) for frame in frames)
 
 
 def to_patches(
@@ -348,19 +353,20 @@ def to_patches(
     min_pixels: int,
     max_pixels: int,
     resize: Callable[[NDArray[np.uint8], tuple[int, int]], Iterator[Tensor]] = _each_resized,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Frames `[N, 3, H, W]` RGB to `pixel_values [patches, 3 * temporal * patch^2]` and `image_grid_thw [N, 3]`.
 
     uint8 / 255 in float32, antialiased bicubic resize, then to -1 .. 1; each frame stands for `temporal` equal ones.
     This is the training recipe's way: resized in float, neither clamped nor rounded. The public sampler resizes uint8
     images instead; the two differ by up to 0.14, so the way is part of a store's identity. `resize` gives the resized
-    frames in turn, if some of them are known already.
+    frames in turn, if some of them are known already, or made on another `device`, where the pixels are made too.
     """
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [N, 3, H, W].")
     count, channels, height, width = frames.shape
     fitted = fit_size(height, width, factor=patch * merge, min_pixels=min_pixels, max_pixels=max_pixels)
-    pixels = torch.empty(count, channels, *fitted)
+    pixels = torch.empty(count, channels, *fitted, device=device)
     for number, seen in enumerate(resize(frames, fitted)):
         # One at a time: memory for the float copies of all would be mapped and cleared anew for every sample.
         pixels[number] = seen

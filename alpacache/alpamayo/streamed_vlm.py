@@ -22,6 +22,7 @@ from alpacache.alpamayo.vlm import FrozenVLM
 from alpacache.alpamayo.weight_homes import SLOTS, EmbeddingRows, FilesHome, RamHome, WeightHome, unit_files
 from alpacache.alpamayo.weight_stream import WeightStream, allocate, release
 from alpacache.finite import is_finite
+from alpacache.prefix.prefix import PrefixFeatures
 
 Home = Literal["ram", "files"]
 OnLayer = Callable[[int, PromptRows, int, LayerKV], None]
@@ -76,6 +77,12 @@ class StreamedVLM(FrozenVLM):
                 for which, some in enumerate(rows):
                     on_layer(which, some, number, some.advance(number, layer))
         return rows
+
+    def prefill_batch(self, inputs: Sequence[VLMInputs]) -> list[PrefixFeatures]:
+        """`FrozenVLM.prefill_batch`, with layers that come one by one: the KV of all of them stays on the device."""
+        cache: list[LayerKV] = []
+        (rows,) = self.group([(inputs, ())], lambda which, some, number, kv: cache.append(kv))
+        return [prefix for prefix, _ in rows.features(cache, self.norm(rows.prompts.hidden))]
 
     def norm(self, hidden: Tensor) -> Tensor:
         """Hidden states after the final norm."""

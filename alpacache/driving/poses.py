@@ -60,6 +60,16 @@ def history_and_future(track: Track, t0_us: int, *, where: str = "poses") -> Ego
     return ego_poses(*interpolate(track, times))
 
 
+def history_alone(track: Track, t0_us: int, *, where: str = "poses") -> EgoPoses:
+    """`history_and_future` of a moment whose future is not known: its poses are `[0, 3]` and `[0, 3, 3]`.
+
+    Raises the same errors, `short_clip` where the recording does not reach from t0 - 1.5 s to t0.
+    """
+    times = sample_times_us(t0_us)[:HISTORY_STEPS]
+    check_usable(track, times, where=where)
+    return ego_poses(*interpolate(track, times))
+
+
 def sample_times_us(t0_us: int) -> NDArray[np.int64]:
     """`[80]` the instants (us) of a sample's poses; number 15 is t0."""
     return t0_us + STEP_US * np.arange(1 - HISTORY_STEPS, FUTURE_STEPS + 1, dtype=np.int64)
@@ -73,7 +83,10 @@ def check_usable(track: Track, times_us: NDArray[np.int64], *, where: str) -> No
 
 
 def ego_poses(xyz: NDArray[np.float64], rot: NDArray[np.float64]) -> EgoPoses:
-    """World poses at `sample_times_us` (`[80, 3]`, `[80, 3, 3]`) as history and future in the ego frame at t0."""
+    """World poses at `sample_times_us` (`[80, 3]`, `[80, 3, 3]`) as history and future in the ego frame at t0.
+
+    Without those after t0 the future is empty.
+    """
     now = HISTORY_STEPS - 1
     to_ego = rot[now].T  # R_t0^-1 (p - p_t0) and R_t0^-1 R
     near, turned = ((xyz - xyz[now]) @ to_ego.T).astype(np.float32), (to_ego @ rot).astype(np.float32)
@@ -99,13 +112,20 @@ def seam_of(history_xyz: NDArray[np.float32], future_xyz: NDArray[np.float32]) -
 
 
 def interpolate(track: Track, times_us: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """World positions `[M, 3]` and rotations `[M, 3, 3]` at `times_us`, all of which the track must cover."""
+    """World positions `[M, 3]` and rotations `[M, 3, 3]` at `times_us`, all of which the track must cover.
+
+    At the instant of a recorded pose the position is the recorded one, also of the last pose, where the spline alone
+    would miss it by a rounding: what is known of a moment is the same while it is the newest as later on.
+    """
     from scipy.interpolate import CubicSpline
     from scipy.spatial.transform import Rotation, Slerp
 
     start = track.timestamps_us[0]
     known, wanted = track.timestamps_us - start, times_us - start
     xyz = CubicSpline(known, track.xyz, extrapolate=False)(wanted)
+    at = np.searchsorted(known, wanted)
+    recorded = known[at] == wanted
+    xyz[recorded] = track.xyz[at[recorded]]
     rot = Slerp(known, Rotation.from_quat(track.quaternion_xyzw))(wanted).as_matrix()
     return xyz, rot
 

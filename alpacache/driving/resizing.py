@@ -39,13 +39,13 @@ def to_processor_size(
     return stored.reshape(*frames.shape[:-2], *fitted), (largest, total / len(pictures))
 
 
-def resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
-    """A uint8 picture `[3, H, W]` as float32, resized to `size` (height, width); black is 0, white is 1.
+def resized(picture: NDArray[np.uint8], size: tuple[int, int], *, device: torch.device | None = None) -> Tensor:
+    """A uint8 picture `[3, H, W]` as float32, resized to `size` (height, width) on `device`; black is 0, white is 1.
 
     Antialiased bicubic, neither clamped nor rounded, so a resized picture may overshoot. One channel at a time: a
     picture that lies as decoded, colours last, then needs no copy but the one to float.
     """
-    planes = torch.from_numpy(np.require(picture, requirements="W"))
+    planes = torch.from_numpy(np.require(picture, requirements="W")).to(device=device)
     channels = (plane.float().div_(255.0)[None, None] for plane in planes)
     if picture.shape[1:] != size:
         channels = (F.interpolate(each, size, mode="bicubic", antialias=True, align_corners=False) for each in channels)

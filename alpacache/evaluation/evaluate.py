@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import POSE_FIELDS, SWAPPED, CachedSample, stored_strata
-from alpacache.cached_samples.identity import check_base, check_same_vlm
 from alpacache.cached_samples.sample_choice import SampleChoice
 from alpacache.driving.cameras import camera_words
 from alpacache.driving.route import command_of
@@ -39,9 +36,8 @@ from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.front_view import draw_paths
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.training.data_order import check_overlap
-from alpacache.training.run_directory import find_checkpoint, read_trained, recorded_metrics
-from alpacache.training.run_state import read_state
-from alpacache.training.trainable import apply_checkpoint, changed_tensors
+from alpacache.training.run_directory import recorded_metrics
+from alpacache.training.trained_expert import find_trained, load_trained
 from cache_store import SampleReadError
 
 if TYPE_CHECKING:
@@ -87,7 +83,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         _check_swap(data, stores, on_rollouts=on_rollouts)
     trained = {} if config.checkpoint is None else {TRAINED: config.checkpoint}
     runs = {
-        label: _find_run(run, base, vlm=data.vlm, average=config.ema)
+        label: find_trained(run, base, vlm=data.vlm, what="the store that it is to be judged on", average=config.ema)
         for label, run in (trained | dict(config.compare)).items()
     }
     _warn_of_known_clips(runs, data, indices, store=stores)
@@ -115,7 +111,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     with InterruptGuard() as guard:
         for label in predicted:
             run = runs[label][0] if label in runs else None
-            expert = _load_judged(base, run, device, average=config.ema)
+            expert = load_trained(base, run, device, average=config.ema)
             parts = (predicted[label], batches_of, indices), (swapped[label], swapped_batches_of, swappable)
             for into, predict, todo in parts:
                 for batch in _paths_of(expert, predict, todo, poses, unread, guard):
@@ -162,16 +158,6 @@ def _check_swap(data: CachedDataset, store: str, *, on_rollouts: bool) -> None:
         raise UsageError(f"{store} was extracted without routes, so none can be swapped; `extract --route` gives them.")
     if on_rollouts:
         raise UsageError("swap_route compares paths on direct prefixes; pass --reasoning none with it.")
-
-
-def _load_judged(base: Checkpoint, run: Path | None, device: torch.device, *, average: bool) -> "ActionExpert":
-    """Load the base's expert, with a run's tensors in it if one is given."""
-    from alpacache.alpamayo import load_expert  # seconds of imports, which no refusal should wait for
-
-    expert = load_expert(base, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
-    if run is not None:
-        apply_checkpoint(expert, read_trained(run, average=average).model, where=str(run))
-    return expert.eval()
 
 
 def _paths_of(
@@ -241,24 +227,6 @@ class _Unread:
         """The samples, in order, and those whose id nothing tells."""
         known = [LeftOut(self._data.sample_id(index), str(error)) for index, error in sorted(self.errors.items())]
         return [*known, *(LeftOut("", str(error)) for error in self._data.nameless)]
-
-
-def _find_run(
-    run: str, base: Checkpoint, *, vlm: Mapping[str, str] | None, average: bool
-) -> tuple[Path, dict[str, Any]]:
-    """Path and state of a run's checkpoint, checked to be one that can be judged here.
-
-    Its tensors are read and let go again: a damaged one must not end an evaluation after the others' hours.
-
-    Raises `UsageError` where the run was trained from another model than `base`, on features of another VLM than `vlm`
-    (as in `CachedDataset.vlm`), or has no average where one is wanted, `DataError` where it is damaged.
-    """
-    path = find_checkpoint(run).resolve()  # `best` may move on while a run is still training
-    state = read_state(path, average=average)
-    check_base(base, state["base"], run=path)
-    check_same_vlm(state.get("vlm"), vlm, run=path, what="the store that it is to be judged on")
-    changed_tensors(read_trained(path, average=average).model, base.shapes(*EXPERT_PARTS), where=path)
-    return path, state
 
 
 def _warn_of_known_clips(

@@ -106,7 +106,7 @@ def predict_actions(
     noise = eval_noise(seed, [sample.sample_id for sample in samples], paths).to(expert.device)
     if any(sample.tails for sample in samples):
         pairs = zip(samples, noise, strict=True)
-        return torch.stack([_after_rollouts(expert, sample, draws, flow_steps) for sample, draws in pairs])
+        return torch.stack([after_rollouts(expert, sample, draws, flow_steps=flow_steps) for sample, draws in pairs])
     return _sampled(expert, [sample.prefix for sample in samples], noise, flow_steps)
 
 
@@ -167,11 +167,12 @@ def eval_noise(seed: int, sample_ids: Sequence[str], paths: int) -> Tensor:
     return torch.stack([randomness.noise("eval", seed, sample_id, draws=paths) for sample_id in sample_ids])
 
 
-def _after_rollouts(expert: "ActionExpert", sample: CachedSample, noise: Tensor, flow_steps: int) -> Tensor:
-    """Actions `[K, 64, 2]` from noise `[K, 64, 2]`, each on its own rollout: K whole prefixes."""
+@torch.no_grad()
+def after_rollouts(expert: "ActionExpert", sample: CachedSample, noise: Tensor, *, flow_steps: int) -> Tensor:
+    """Actions `[K, 64, 2]` on the CPU from noise `[K, 64, 2]`, each on its own rollout: K whole prefixes."""
     if len(sample.tails) != len(noise):
         raise ValueError(f"{sample.sample_id}: {len(sample.tails)} tails for {len(noise)} paths; expected one a path.")
-    return _sampled(expert, sample.rollout_prefixes(expert.device), noise[:, None], flow_steps)[:, 0]
+    return _sampled(expert, sample.rollout_prefixes(expert.device), noise[:, None].to(expert.device), flow_steps)[:, 0]
 
 
 def _sampled(

@@ -33,7 +33,9 @@ def test_stock_attention_over_a_repeated_cache_is_the_same_velocity(tmp_path):
         for attention in ("prefix", "sdpa")
     )
     x, t = torch.randn(bench_eval.PATHS, 64, 2), torch.full((bench_eval.PATHS,), 0.3)
-    velocity = bench_eval.stock_velocity(stock, cache, length=prefix.prefix_len, start=prefix.start_position)
+    velocity = bench_eval.stock_velocity(
+        stock, cache, length=prefix.prefix_len, start=prefix.start_position, paths=bench_eval.PATHS
+    )
     with torch.no_grad():
         expected = ours.velocity(x[None], t[None], [prefix])[0]
         for _ in range(2):  # the cache is as before after each

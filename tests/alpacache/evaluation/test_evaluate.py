@@ -183,7 +183,7 @@ def test_paths_that_are_not_finite_name_the_run(trained, tiny_checkpoint, tmp_pa
         with torch.no_grad():
             expert.action_out_proj.weight.fill_(1e38)
 
-    monkeypatch.setattr("alpacache.evaluation.evaluate.apply_checkpoint", diverged)
+    monkeypatch.setattr("alpacache.training.trained_expert.apply_checkpoint", diverged)
     with pytest.raises(NonFiniteError, match=rf"'trained' \({trained}/run/checkpoints/step-\d+\) predicts paths"):
         alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, checkpoint=str(trained / "run"), samples=1))
 

@@ -1,0 +1,452 @@
+"""The driver: what is trained, driving. Frames and poses of this moment in, paths out; no store and no future.
+
+    moment_of: a sample  ->  VLM: its prefix  ->  expert: flow steps from noise  ->  action space: paths
+
+Each part is the one that extraction and evaluation use, and keys and values are rounded to bfloat16 as a store holds
+them: from the same noise, a moment gives the paths that `eval` predicts for it. On a GPU the VLM's layers are compiled,
+all flow steps are one CUDA graph, and memory is asked for while the first call of a kind warms up, not in later ones.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
+from alpacache.alpamayo.prompt import ROUTE_TOKENS
+from alpacache.cached_samples.features import CachedSample
+from alpacache.cached_samples.ring import Batch, PrefixRows
+from alpacache.driver.moment import moment_of, pose_at, track_of_poses
+from alpacache.driver.weights import open_vlm
+from alpacache.driving.cameras import check_blank, full_camera_name, recorded_and_blank, sort_cameras
+from alpacache.driving.poses import Track
+from alpacache.driving.sample import STEP_US, Floats, Sample
+from alpacache.errors import DeviceMemoryError, NonFiniteError, UsageError
+from alpacache.gpu.device import cap_memory, enter, has_kernels, resolve_device
+from alpacache.inference.prediction import ActionSampler, after_rollouts, eval_noise, to_paths
+from alpacache.prefix.layout import PrefixLayout
+from alpacache.prefix.prefix import PrefixFeatures, Tail
+from alpacache.sources.blank import with_blank
+from alpacache.training.trained_expert import find_trained, load_trained
+
+if TYPE_CHECKING:
+    from alpacache.alpamayo import ActionExpert, FrozenVLM
+
+FRAMES = 4
+"""Frames of each camera that the public models see."""
+MOST_FRAMES = 4
+_KEPT_GRAPHS = 4
+"""Combinations of paths and flow steps that a driver keeps ready."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrivenPaths:
+    """K paths from one moment on, and the actions they come from."""
+
+    times_us: NDArray[np.int64]
+    """`[64]` the instants (us) of the waypoints, 0.1 s apart, the first 0.1 s after the moment."""
+    xyz: NDArray[np.float32]
+    """`[K, 64, 3]` metres, ego frame at the moment (x forward, y left)."""
+    rot: NDArray[np.float32]
+    """`[K, 64, 3, 3]` vehicle to that frame."""
+    actions: NDArray[np.float32]
+    """`[K, 64, 2]` normalised acceleration and curvature, as the expert gives them."""
+    controls: NDArray[np.float32]
+    """`[K, 64, 2]` the same in m/s^2 and 1/m, left positive."""
+    position_m: Floats
+    """`[3]` place of the ego frame in the world of the given poses."""
+    rotation: Floats
+    """`[3, 3]` vehicle to world at the moment."""
+    texts: tuple[str, ...] = ()
+    """What the VLM reasoned before each path; empty without reasoning."""
+
+    def in_world(self) -> tuple[Floats, Floats]:
+        """Positions `[K, 64, 3]` (m) and rotations `[K, 64, 3, 3]` in the world of the given poses."""
+        xyz = self.xyz.astype(np.float64) @ self.rotation.T + self.position_m
+        return xyz, self.rotation @ self.rot.astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeenMoment:
+    """A moment that the VLM has seen: what every expert on it can drive from."""
+
+    sample: Sample
+    inputs: VLMInputs
+    prefix: PrefixFeatures
+    """As the VLM computed it; still on its device."""
+    track: Track
+
+
+class Driver:
+    """A model that drives: the frozen VLM and one expert. Calls must come from one thread at a time.
+
+    `alongside` makes further drivers that share the VLM, so that one look serves several experts.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        vlm: "FrozenVLM",
+        builder: InputBuilder,
+        expert: "ActionExpert",
+        *,
+        frames: int = FRAMES,
+        blank: Sequence[str] = (),
+        capture: bool = True,
+    ) -> None:
+        """
+        Args:
+            frames: of each camera that the model sees, 0.1 s apart.
+            blank: cameras that black pictures stand in for.
+            capture: on a GPU, replay flow steps as a CUDA graph; the same kernels without.
+        """
+        self.checkpoint, self.frames, self.blank = checkpoint, frames, tuple(blank)
+        self._vlm, self._builder, self._expert, self._capture = vlm, builder, expert, capture
+        self._rows: PrefixRows | None = None
+        self._samplers: dict[tuple[int, int], ActionSampler] = {}
+        self._rollouts: Any = None
+        self._checks: Callable[[Checkpoint], None] | None = getattr(vlm, "check_weights", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where VLM and expert compute."""
+        return self._expert.device
+
+    @property
+    def takes_routes(self) -> bool:
+        """Tell whether the prompt has a place for a route."""
+        return self._builder.format.route is not None
+
+    def alongside(self, run: str | None, *, average: bool = False) -> "Driver":
+        """A driver with another run's expert, or the base's for None, on the same VLM. Raises what `load_driver` does.
+
+        The prompt and the number of frames stay this driver's: they decide what both have seen.
+        """
+        path = (
+            None if run is None else find_trained(run, self.checkpoint, **_vlm_of(self.checkpoint), average=average)[0]
+        )
+        expert = load_trained(self.checkpoint, path, self.device, average=average, dtype=self._expert.dtype)
+        return Driver(
+            self.checkpoint,
+            self._vlm,
+            self._builder,
+            expert,
+            frames=self.frames,
+            blank=self.blank,
+            capture=self._capture,
+        )
+
+    def __call__(
+        self,
+        frames: NDArray[np.uint8],
+        frame_times_us: ArrayLike,
+        poses: ArrayLike,
+        pose_times_us: ArrayLike,
+        *,
+        cameras: Sequence[str],
+        t0_us: int | None = None,
+        route: str | None = None,
+        paths: int = 6,
+        flow_steps: int = 10,
+        seed: int = 0,
+        noise: Tensor | None = None,
+        reasoning: bool = False,
+        name: str = "drive",
+    ) -> DrivenPaths:
+        """Paths from one moment on.
+
+        Args:
+            frames: `[cameras, n, H, W, 3]` uint8 RGB at any rate, reaching from 0.1 s for each further frame that the
+                model sees up to the moment.
+            frame_times_us: `[cameras, n]`, or `[n]` for all cameras, whole microseconds.
+            poses: `[m, 7]` x y z (m), qx qy qz qw, vehicle to world, at any rate, from 1.5 s before the moment on.
+            pose_times_us: `[m]`, on the clock of the frames.
+            cameras: their names, such as `front_wide`, in the order of `frames`.
+            t0_us: the moment; by default the time of the newest frame that every camera has.
+            route: navigation text for the prompt, where the model has a place for it.
+            paths: how many.
+            flow_steps: Euler steps from noise to action.
+            seed: of the noise, which depends on `name` and the moment too, as `eval`'s does on the sample's id.
+            noise: `[paths, 64, 2]` to use instead.
+            reasoning: let the VLM reason before each path. Much slower: it writes up to 256 tokens.
+            name: of the recording, in errors and for the random numbers.
+
+        Raises `UsageError` for arrays or names that do not fit, `BadClipError` for frames or poses that do not reach
+        far enough or cannot be of a car, `NonFiniteError` for paths that are not finite.
+        """
+        track = track_of_poses(poses, pose_times_us, name=name)
+        seen = self.look(frames, frame_times_us, track, cameras=cameras, t0_us=t0_us, route=route, name=name)
+        return self.paths(seen, paths=paths, flow_steps=flow_steps, seed=seed, noise=noise, reasoning=reasoning)
+
+    def look(
+        self,
+        frames: NDArray[np.uint8],
+        frame_times_us: ArrayLike,
+        track: Track,
+        *,
+        cameras: Sequence[str],
+        t0_us: int | None = None,
+        route: str | None = None,
+        name: str = "drive",
+    ) -> SeenMoment:
+        """Have the VLM see a moment; arguments and errors are those of a call."""
+        if route is not None and not self.takes_routes:
+            raise UsageError(
+                f"{self.checkpoint.model} is of family {self._builder.family.name}, whose prompt has no place for a "
+                "route; leave it out."
+            )
+        check_blank([full_camera_name(camera) for camera in cameras], self.blank)
+        sample = moment_of(
+            frames,
+            frame_times_us,
+            track,
+            cameras=cameras,
+            count=self.frames,
+            t0_us=t0_us,
+            route=route,
+            name=name,
+        )
+        return self.see(with_blank(sample, self.blank), track)
+
+    def see(self, sample: Sample, track: Track) -> SeenMoment:
+        """Have the VLM see a sample; `track` places its ego frame in the world."""
+        on_gpu = self._vlm.device if self._vlm.device.type == "cuda" else None
+        inputs = self._builder.build(sample, device=on_gpu)
+        inputs = replace(inputs, pixel_values=inputs.pixel_values.to(self._vlm.dtype))
+        (prefix,) = self._vlm.prefill_batch([inputs])
+        if self._checks is not None:  # weights that came for the first time
+            self._checks(self.checkpoint)
+            self._checks = None
+        return SeenMoment(sample=sample, inputs=inputs, prefix=prefix, track=track)
+
+    @torch.no_grad()
+    def paths(
+        self,
+        seen: SeenMoment,
+        *,
+        paths: int = 6,
+        flow_steps: int = 10,
+        seed: int = 0,
+        noise: Tensor | None = None,
+        reasoning: bool = False,
+    ) -> DrivenPaths:
+        """Paths from a moment that was seen; arguments and errors are those of a call."""
+        if paths < 1 or flow_steps < 1:
+            raise UsageError(f"paths is {paths} and flow_steps {flow_steps}; expected 1 or more.")
+        sample_id = seen.sample.ref.sample_id
+        if noise is None:
+            noise = eval_noise(seed, [sample_id], paths)[0]
+        expected = (paths, self._expert.action_space.waypoints, 2)
+        if noise.shape != expected:
+            raise UsageError(f"noise is {list(noise.shape)}; expected {list(expected)}, one draw a path.")
+        tails: list[Tail] = []
+        if reasoning:
+            tails = self._reasoned(seen, paths)
+            cached = CachedSample(
+                sample_id=sample_id, prefix=_stored(seen.prefix), stem_len=seen.inputs.stem_len, tails=tuple(tails)
+            )
+            actions = after_rollouts(self._expert, cached, noise.float(), flow_steps=flow_steps)
+        else:
+            actions = self._sampled(seen.prefix, noise.float().cpu(), flow_steps)
+        return self._driven(seen, actions, tuple(tail.text for tail in tails))
+
+    def _driven(self, seen: SeenMoment, actions: Tensor, texts: tuple[str, ...]) -> DrivenPaths:
+        space, sample = self._expert.action_space, seen.sample
+        history = torch.from_numpy(sample.history_xyz), torch.from_numpy(sample.history_rot)
+        xyz, rot = to_paths(space, actions, *history)
+        if not (np.isfinite(xyz).all() and np.isfinite(rot).all()):
+            raise NonFiniteError(
+                f"the model {self.checkpoint.model} predicts paths for {sample.ref.sample_id} that are not finite: its "
+                "weights are broken. Take an earlier checkpoint."
+            )
+        position, rotation = pose_at(seen.track, sample.ref.t0_us)
+        scale = torch.tensor([space.accel_std, space.curvature_std])
+        return DrivenPaths(
+            times_us=sample.ref.t0_us + STEP_US * np.arange(1, xyz.shape[1] + 1, dtype=np.int64),
+            xyz=xyz,
+            rot=rot,
+            actions=actions.numpy(),
+            controls=(actions * scale + torch.tensor([space.accel_mean, space.curvature_mean])).numpy(),
+            position_m=position,
+            rotation=rotation,
+            texts=texts,
+        )
+
+    def _sampled(self, prefix: PrefixFeatures, noise: Tensor, flow_steps: int) -> Tensor:
+        """Actions `[K, 64, 2]` on the CPU from noise `[K, 64, 2]`."""
+        tokens = prefix.prefix_len
+        rows = self._rows_for(prefix)
+        layout = rows.layout
+        kv = rows.data[0, : layout.size_bytes(tokens)].view(layout.dtype).view(layout.shape(tokens))
+        kv[:, 0].copy_(prefix.keys)
+        kv[:, 1].copy_(prefix.values)
+        kind = (len(noise), flow_steps)
+        if kind not in self._samplers:
+            while len(self._samplers) >= _KEPT_GRAPHS:
+                del self._samplers[next(iter(self._samplers))]
+            self._samplers[kind] = ActionSampler(
+                self._expert, rows, paths=len(noise), flow_steps=flow_steps, capture=self._capture
+            )
+        batch = Batch(
+            positions=(0,),
+            sample_ids=("",),
+            action=torch.zeros(1, self._expert.action_space.waypoints, 2),
+            rows=(0,),
+            lengths=(tokens,),
+            stored=(tokens,),
+            stems=(tokens,),
+            starts=(prefix.start_position,),
+            turns=("straight",),
+            ready=None,
+        )
+        underway = self._samplers[kind].run(batch, noise[None])
+        if underway.ended is not None:
+            underway.ended.synchronize()
+        return underway.action[0].clone()
+
+    def _rows_for(self, prefix: PrefixFeatures) -> PrefixRows:
+        """Room for a prefix; a longer one than all before takes new room, and graphs are captured anew."""
+        if self._rows is None or prefix.prefix_len > self._rows.longest:
+            self._samplers.clear()
+            self._rows = None
+            layers, kv_heads, _, head_dim = prefix.keys.shape
+            layout = PrefixLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, codec=None)
+            self._rows = PrefixRows(layout, prefix.prefix_len, batch_size=1, batches=1, device=self.device)
+        return self._rows
+
+    def _reasoned(self, seen: SeenMoment, rollouts: int) -> list[Tail]:
+        """Tails of reasoning rollouts, as a store holds them."""
+        from alpacache.alpamayo.rollout import RolloutSampler
+        from alpacache.alpamayo.streamed_vlm import StreamedVLM
+
+        if self._rollouts is None:
+            if isinstance(self._vlm, StreamedVLM):
+                raise UsageError(
+                    "reasoning needs the VLM's weights on the device, because each token goes through all of them; "
+                    "drive without it, or with a larger memory budget."
+                )
+            self._rollouts = RolloutSampler.load(self.checkpoint, self._vlm, self._builder)
+        route = seen.inputs.route
+        question = None if route is None else self._builder.tail_ids("rollout", route=route)
+        key = seen.sample.ref.sample_id
+        tails = self._rollouts.sample(seen.prefix, seen.inputs.stem_len, rollouts=rollouts, key=key, question=question)
+        return [replace(tail, keys=tail.keys.bfloat16(), values=tail.values.bfloat16()) for tail in tails]
+
+
+def load_driver(
+    model: str,
+    run: str | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    average: bool = False,
+    vlm: str | None = None,
+    frames: int | None = None,
+    blank: Sequence[str] | None = None,
+    compiled: bool | None = None,
+    capture: bool = True,
+    memory_budget: int | None = None,
+) -> Driver:
+    """Load a driver: a base checkpoint or an export, and what a run has trained from it if one is given.
+
+    Args:
+        model: directory or hub id in the public layout.
+        run: run directory (its best or else last checkpoint) or one of its checkpoints; adapters are merged.
+        device: by default a GPU if there is one.
+        dtype: of the VLM, bfloat16 by default, as `extract` runs it. The expert computes in bfloat16 on a GPU, in
+            float32 on the CPU or with a VLM in float32, as `eval` does.
+        average: take the run's average of the weights.
+        vlm: directory or hub id whose VLM weights take the place of the model's own.
+        frames: of each camera that the model sees; by default those of the run's stores, else 4.
+        blank: cameras that black pictures stand in for; by default those of the run's stores.
+        compiled: let torch.compile fuse the VLM's small operations; by default on a GPU that can.
+        capture: on a GPU, replay all flow steps as one CUDA graph.
+        memory_budget: most bytes of GPU memory. Where the VLM does not fit into it, its layers come for each look anew.
+
+    Raises `UsageError` (`CheckpointError`) for a model or run that is not there or does not fit, `DataError` for a
+    damaged run, `DeviceMemoryError`.
+    """
+    where = resolve_device(str(device) if device is not None else None)
+    enter(where)
+    checkpoint, path, seen = Checkpoint(str(model), vlm=vlm), None, _Recorded()
+    if run is not None:
+        path, state = find_trained(str(run), checkpoint, **_vlm_of(checkpoint), average=average)
+        seen = _recorded(state)
+    if frames is not None and not 1 <= frames <= MOST_FRAMES:
+        raise UsageError(f"frames is {frames}; expected 1 to {MOST_FRAMES} for each camera.")
+    builder = InputBuilder(
+        checkpoint, camera_names=seen.camera_names, frame_numbers=seen.frame_numbers, route_tokens=seen.route_tokens
+    )
+    dtype = dtype or torch.bfloat16
+    if memory_budget is not None and where.type == "cuda":
+        cap_memory(memory_budget, where)
+    try:
+        expert = load_trained(
+            checkpoint, path, where, average=average, dtype=torch.float32 if dtype == torch.float32 else None
+        )
+        eyes = open_vlm(
+            checkpoint,
+            where,
+            dtype=dtype,
+            compiled=has_kernels(where) if compiled is None else compiled,
+            memory_budget=memory_budget,
+            beside_bytes=sum(parameter.nbytes for parameter in expert.parameters()),
+        )
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"the weights of {model} do not fit on {where}: {error}\nEnd other programs on it, take one with more "
+            "memory, or pass a memory budget below it: then the VLM's layers come one by one."
+        ) from error
+    return Driver(
+        checkpoint,
+        eyes,
+        builder,
+        expert,
+        frames=frames or seen.frames or FRAMES,
+        blank=seen.blank if blank is None else sort_cameras([*map(full_camera_name, blank)]) if blank else (),
+        capture=capture,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recorded:
+    """The prompt that the stores of a run have; None: as the model was trained."""
+
+    camera_names: bool | None = None
+    frame_numbers: bool | None = None
+    route_tokens: bool | None = None
+    frames: int | None = None
+    blank: tuple[str, ...] = ()
+
+
+def _recorded(state: Mapping[str, Any]) -> _Recorded:
+    """What a run's state tells of its stores. Runs of earlier versions may say less."""
+    identity: Mapping[str, Any] = next(
+        (store["identity"] for store in state["settings"]["stores"] if store["identity"]), {}
+    )
+    prompt = identity.get("prompt") or {}
+    template, form = prompt.get("template"), (prompt.get("route") or {}).get("form")
+    return _Recorded(
+        camera_names=prompt.get("camera_names"),
+        frame_numbers=None if template is None else "frame 0 <" in template,
+        route_tokens=None if form is None else form == "(route)".join(ROUTE_TOKENS),
+        frames=identity.get("frames"),
+        blank=tuple(recorded_and_blank(identity)[1]),
+    )
+
+
+def _vlm_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Arguments of `find_trained` that name the VLM of a checkpoint."""
+    home, _ = checkpoint.vlm_home
+    other = {"id": home.model_id, "weights_sha256": checkpoint.vlm_fingerprint()}
+    return {"vlm": None if home is checkpoint else other, "what": f"that of {home.model}"}
+
+
+def _stored(prefix: PrefixFeatures) -> PrefixFeatures:
+    """A prefix rounded as stores hold it."""
+    return replace(prefix, keys=prefix.keys.bfloat16(), values=prefix.values.bfloat16(), hidden=None)

@@ -1,0 +1,69 @@
+"""Where a driver's VLM has its weights: on the device, or coming layer by layer where a memory budget is below them."""
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.backbone import geometry_of
+from alpacache.errors import UsageError
+from alpacache.gpu.host_memory import available_bytes
+
+if TYPE_CHECKING:
+    from alpacache.alpamayo import FrozenVLM
+
+_SPARE_BYTES = 3 * 2**29
+"""GPU memory for activations, prefix, graphs and libraries beside the weights."""
+_RAM_LEFT_BYTES = 4 * 2**30
+"""Host memory that is left to others where weights live there."""
+_SLOTS = 2
+"""Layers whose weights are on the device at a time while they stream."""
+
+
+def open_vlm(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    compiled: bool,
+    memory_budget: int | None,
+    beside_bytes: int,
+) -> "FrozenVLM":
+    """The frozen VLM, within a budget of bytes of device memory if one is given.
+
+    Weights that do not fit beside the expert (`beside_bytes`) come for each look from page-locked RAM, or from the
+    checkpoint's files where RAM has no room for them.
+
+    Raises `UsageError` for a budget below what streaming takes.
+    """
+    from alpacache.alpamayo import load_vlm
+
+    sizes = geometry_of(checkpoint)
+    all_layers, tower = sizes.layers * sizes.vlm.layer_parameters, sizes.vlm.tower_parameters
+    parameters = all_layers + tower + sizes.vlm.embedding_parameters
+    room = None
+    if memory_budget is not None:
+        room = memory_budget - beside_bytes - (_SPARE_BYTES if device.type == "cuda" else 0)
+    if room is None or parameters * dtype.itemsize <= room:
+        vlm = load_vlm(checkpoint, dtype=dtype, device=device)
+    else:
+        from alpacache.alpamayo.streamed_vlm import load_streamed_vlm
+
+        least = _SLOTS * sizes.vlm.layer_parameters * dtype.itemsize
+        tower_streams = least + tower * dtype.itemsize > room
+        needed = max(least, tower * dtype.itemsize) if tower_streams else least + tower * dtype.itemsize
+        if needed > room:
+            raise UsageError(
+                f"the memory budget of {_gib(memory_budget)} is too small: the expert takes {_gib(beside_bytes)}, the "
+                f"layers of the VLM that come in turn {_gib(needed)}, and activations {_gib(_SPARE_BYTES)}."
+            )
+        fits = parameters * dtype.itemsize + _RAM_LEFT_BYTES <= available_bytes()
+        home: Literal["ram", "files"] = "ram" if fits else "files"
+        vlm = load_streamed_vlm(checkpoint, dtype=dtype, device=device, home=home, tower_streams=tower_streams)
+    if compiled:
+        vlm.compile()
+    return vlm
+
+
+def _gib(size_bytes: int | None) -> str:
+    return f"{(size_bytes or 0) / 2**30:.2f} GiB"

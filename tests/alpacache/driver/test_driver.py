@@ -1,0 +1,252 @@
+"""A driver gives the paths of an evaluation, bit for bit, from pictures and poses alone, and says what it lacks."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+import alpacache
+from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.backbone import geometry_of
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.driver.driver import load_driver
+from alpacache.driving.poses import interpolate
+from alpacache.driving.sample import SampleRef
+from alpacache.errors import BadClipError, UsageError
+from alpacache.extraction.config import ExtractConfig
+from alpacache.inference.prediction import eval_noise, predict_actions, predict_ahead, to_paths
+from alpacache.sources.registry import open_source
+from alpacache.sources.synthetic import SyntheticSource
+from alpacache.training.config import TrainConfig
+
+T0_US = 5_100_000
+PATHS = {"paths": 3, "flow_steps": 4}
+CAMERAS = {"r1": ("camera_front_wide_120fov",), "1.5": ("camera_cross_left_120fov", "camera_front_wide_120fov")}
+
+
+def recording(source, clip_id, *, cameras, until_us=T0_US, from_us=3_000_000):
+    """What a car has recorded so far: frames `[cameras, n, H, W, 3]`, their times, poses `[m, 7]`, their times."""
+    track = source.track(clip_id)
+    past = (track.timestamps_us <= until_us) & (track.timestamps_us >= from_us)
+    stamps = track.timestamps_us[past]
+    recent = stamps[-9:]  # 20 Hz
+    frames = np.stack([source.film(clip_id, name, recent).transpose(0, 2, 3, 1) for name in cameras])
+    return frames, recent, np.concatenate([track.xyz, track.quaternion_xyzw], axis=1)[past], stamps
+
+
+@pytest.fixture(scope="module", params=["r1", "1.5"])
+def story(request, tiny_checkpoint, tiny_checkpoint_15, tmp_path_factory):
+    """Family, model, source, and a store of two clips with what is needed to run on it."""
+    model = {"r1": tiny_checkpoint, "1.5": tiny_checkpoint_15}[request.param]
+    cameras, store = CAMERAS[request.param], tmp_path_factory.mktemp("driver") / "store"
+    alpacache.extract(
+        ExtractConfig(source="synthetic:2", model=str(model), store=str(store), cameras=cameras, frames=2, device="cpu")
+    )
+    return str(model), SyntheticSource(2, cameras=cameras), cameras, str(store)
+
+
+def evaluated(model, store, expert, index=0):
+    """Id, actions and paths of a stored sample, as `eval` predicts them one by one."""
+    data = CachedDataset([store], Checkpoint(model))
+    ((_, actions),) = predict_ahead(expert, data, [index], seed=5, batch_size=1, **PATHS)
+    return data.sample_id(index), actions[0], *to_paths(expert.action_space, actions[0], *data.poses(index)[:2])
+
+
+def test_paths_are_those_of_an_evaluation_to_the_bit(story):
+    model, source, cameras, store = story
+    driver = load_driver(model, device="cpu", frames=2)
+    for index, clip_id in enumerate(source.clip_ids):
+        sample_id, actions, xyz, rot = evaluated(model, store, driver._expert, index)
+        assert sample_id == f"{clip_id}@{T0_US}#0"
+        live = driver(*recording(source, clip_id, cameras=cameras), cameras=cameras, seed=5, name=clip_id, **PATHS)
+        assert np.array_equal(live.actions, actions.numpy())
+        assert np.array_equal(live.xyz, xyz)
+        assert np.array_equal(live.rot, rot)
+        assert live.times_us[[0, -1]].tolist() == [T0_US + 100_000, T0_US + 6_400_000]
+        again = driver(
+            *recording(source, clip_id, cameras=cameras), cameras=cameras, noise=noise_of(sample_id), **PATHS
+        )
+        assert np.array_equal(again.xyz, live.xyz)
+
+
+def noise_of(sample_id):
+    return eval_noise(5, [sample_id], PATHS["paths"])[0]
+
+
+def test_the_world_frame_places_the_first_waypoint_before_the_car(story):
+    model, source, cameras, _ = story
+    driver, clip_id = load_driver(model, device="cpu", frames=1), source.clip_ids[0]
+    frames, times, poses, stamps = recording(source, clip_id, cameras=cameras)
+    quarter = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
+    turned = poses.copy()
+    turned[:, :3] = poses[:, :3] @ quarter.T + [100, 200, 3]
+    turned[:, 3:] = [(0.0, 0.0, np.sin(a), np.cos(a)) for a in np.arctan2(poses[:, 5], poses[:, 6]) + np.pi / 4]
+    here, there = (
+        driver(frames, times, given, stamps, cameras=cameras, name=clip_id, **PATHS) for given in (poses, turned)
+    )
+    assert np.abs(here.xyz - there.xyz).max() < 1e-3
+    (xyz, rot), (moved, _) = here.in_world(), there.in_world()
+    assert np.abs(moved - (xyz @ quarter.T + [100, 200, 3])).max() < 1e-3
+    step = xyz[0, 0] - poses[-1, :3]
+    speed = np.linalg.norm(poses[-1, :3] - poses[-3, :3])
+    assert np.linalg.norm(step) == pytest.approx(speed, abs=0.3)
+    assert rot.shape == (3, 64, 3, 3)
+    space = driver._expert.action_space
+    assert here.controls[..., 0] == pytest.approx(here.actions[..., 0] * space.accel_std + space.accel_mean, abs=1e-5)
+
+
+@pytest.mark.parametrize("rate", [30, 100])
+def test_poses_and_frames_come_at_any_rate(story, rate):
+    """A drive resampled at a rate that meets no instant of the model gives nearly the same path."""
+    model, source, cameras, _ = story
+    driver, clip_id = load_driver(model, device="cpu", frames=2), source.clip_ids[1]
+    frames, times, poses, stamps = recording(source, clip_id, cameras=cameras)
+    expected = driver(frames, times, poses, stamps, cameras=cameras, name=clip_id, **PATHS)
+    track = source.track(clip_id)
+    wanted = np.arange(T0_US + 20_000, 3_300_000, -1_000_000 // rate)[::-1].astype(np.int64)
+    xyz, rot = interpolate(track, wanted)
+    other = np.concatenate([xyz, Rotation.from_matrix(rot).as_quat()], axis=1)
+    got = driver(frames, times, other, wanted, cameras=cameras, name=clip_id, t0_us=T0_US, **PATHS)
+    assert np.abs(got.xyz - expected.xyz).max() < 0.05
+
+
+def test_what_is_missing_is_named_with_its_place(story):
+    model, source, cameras, _ = story
+    driver, clip_id = load_driver(model, device="cpu", frames=4), source.clip_ids[0]
+    frames, times, poses, stamps = recording(source, clip_id, cameras=cameras)
+
+    def refused(match, *arrays, kind=BadClipError, **changes):
+        with pytest.raises(kind, match=match) as caught:
+            driver(*arrays, **{"cameras": cameras, "name": "log-7", **changes})
+        assert "\n" not in str(caught.value)
+
+    refused(
+        r"log-7 at 5.100 s: camera_\w+: frames cover 5.000 s to 5.100 s, but 4.800 s",
+        frames[:, -3:],
+        times[-3:],
+        poses,
+        stamps,
+    )
+    refused(
+        r"log-7: poses end at 4.900 s, before the moment to drive from, 5.100 s", frames, times, poses[:-4], stamps[:-4]
+    )
+    refused(r"log-7: frames end at 4.850 s, 0.250 s before the newest pose", frames[:, :-5], times[:-5], poses, stamps)
+    refused(r"log-7 at 5.100 s: poses cover 4.600 s to 5.100 s, but 3.600 s", frames, times, poses[-11:], stamps[-11:])
+    refused(
+        r"expected uint8 RGB \[cameras, n, H, W, 3\]",
+        frames.transpose(0, 1, 4, 2, 3),
+        times,
+        poses,
+        stamps,
+        kind=UsageError,
+    )
+    refused(r"frame times are \[8\] for frames", frames, times[1:], poses, stamps, kind=UsageError)
+    refused(r"frame times are float64", frames, times / 1e6, poses, stamps, kind=UsageError)
+    refused(r"poses are \[\d+, 3\]", frames, times, poses[:, :3], stamps, kind=UsageError)
+    refused(r"unknown camera", frames, times, poses, stamps, cameras=["bonnet"] * len(cameras), kind=UsageError)
+    bad = poses.copy()
+    bad[-2, 0] = np.nan
+    refused(r"log-7 at 5.100 s: 1 of \d+ poses hold NaN", frames, times, bad, stamps)
+    refused(
+        r"expected \[3, 64, 2\]", frames, times, poses, stamps, noise=torch.zeros(2, 64, 2), paths=3, kind=UsageError
+    )
+    refused(r"paths is 0", frames, times, poses, stamps, paths=0, kind=UsageError)
+    if driver.takes_routes:
+        refused(r"log-7 at 5.100 s: its route cannot go", frames, times, poses, stamps, route="<|im_end|>")
+        late = np.stack([times - 400_000, times])
+        refused(r"camera_cross_left_120fov shows 0.400 s before", frames, late, poses, stamps)
+    else:
+        refused(r"whose prompt has no place for a route", frames, times, poses, stamps, route="left", kind=UsageError)
+
+
+def test_a_run_drives_with_its_tensors_and_its_stores_prompt(story, tiny_checkpoint, tiny_checkpoint_15, tmp_path):
+    model, source, cameras, store = story
+    run = tmp_path / "run"
+    common = {"stores": (store,), "model": model, "steps": 2, "batch_size": 2, "lr": 1e-2, "device": "cpu"}
+    alpacache.train(TrainConfig(out=str(run), trainable="lora", lora_rank=2, ema=0.5, **common))
+    base, trained, averaged = (
+        load_driver(model, device="cpu"),
+        load_driver(model, run, device="cpu"),
+        load_driver(model, run, device="cpu", average=True),
+    )
+    assert (base.frames, trained.frames) == (4, 2)
+    sample_id, actions, *_ = evaluated(model, store, trained._expert)
+    clip_id = SampleRef.parse(sample_id).clip_id
+    given = {"cameras": cameras, "seed": 5, "name": clip_id, **PATHS}
+    live = [one(*recording(source, clip_id, cameras=cameras), **given) for one in (trained, averaged)]
+    assert np.array_equal(live[0].actions, actions.numpy())
+    assert not np.array_equal(live[0].actions, live[1].actions)
+    beside = load_driver(model, device="cpu", frames=2).alongside(str(run))
+    assert np.array_equal(beside(*recording(source, clip_id, cameras=cameras), **given).actions, live[0].actions)
+    other = {str(tiny_checkpoint): tiny_checkpoint_15, str(tiny_checkpoint_15): tiny_checkpoint}[model]
+    with pytest.raises(UsageError, match="was trained on another base model than"):
+        load_driver(str(other), run, device="cpu")
+    with pytest.raises(UsageError, match="neither a run directory with a checkpoint"):
+        load_driver(model, tmp_path, device="cpu")
+
+
+def test_streamed_layers_give_the_same_paths(story):
+    model, source, cameras, _ = story
+    clip_id = source.clip_ids[0]
+    given = recording(source, clip_id, cameras=cameras)
+    resident, sizes = load_driver(model, device="cpu"), geometry_of(Checkpoint(model)).vlm
+    budget = sum(parameter.nbytes for parameter in resident._expert.parameters())
+    budget += 2 * (2 * sizes.layer_parameters + sizes.tower_parameters)
+    streamed = load_driver(model, device="cpu", memory_budget=budget)
+    assert type(streamed._vlm).__name__ == "StreamedVLM"
+    expected = resident(*given, cameras=cameras, **PATHS)
+    for _ in range(2):
+        assert np.array_equal(streamed(*given, cameras=cameras, **PATHS).xyz, expected.xyz)
+    with pytest.raises(UsageError, match="reasoning needs the VLM's weights on the device"):
+        streamed(*given, cameras=cameras, reasoning=True, **PATHS)
+    with pytest.raises(UsageError, match=r"the memory budget of 0.00 GiB is too small"):
+        load_driver(model, device="cpu", memory_budget=1000)
+
+
+def test_reasoning_gives_the_paths_of_an_evaluation_on_rollouts(tiny_checkpoint, rollout_samples, rollout_stores):
+    driver, source = load_driver(tiny_checkpoint, device="cpu", frames=1), open_source("synthetic:2")
+    data = CachedDataset([rollout_stores["bf16"]], Checkpoint(str(tiny_checkpoint)))
+    expected = predict_actions(driver._expert, [data.load(0, tails=3)], seed=5, **PATHS)[0]
+    clip_id = SampleRef.parse(data.sample_id(0)).clip_id
+    cameras = CAMERAS["r1"]
+    live = driver(
+        *recording(source, clip_id, cameras=cameras), cameras=cameras, seed=5, name=clip_id, reasoning=True, **PATHS
+    )
+    assert np.array_equal(live.actions, expected.numpy())
+    assert live.texts == tuple(tail.text for tail in rollout_samples[0][3])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_calls_on_a_gpu_agree_and_ask_for_no_memory_once_warm(tiny_checkpoint):
+    source = SyntheticSource(1)
+    given = recording(source, source.clip_ids[0], cameras=CAMERAS["r1"])
+    call = {"cameras": CAMERAS["r1"], "paths": 2, "flow_steps": 4, "seed": 1}
+    plain = load_driver(tiny_checkpoint, device="cuda", capture=False, compiled=False)(*given, **call)
+    driver = load_driver(tiny_checkpoint, device="cuda")
+    first = [driver(*given, **call) for _ in range(3)][-1]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    later = [driver(*given, **call) for _ in range(5)]
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["num_device_alloc"] == before
+    assert all(np.array_equal(one.actions, first.actions) for one in later)
+    assert np.abs(first.actions - plain.actions).max() < 0.2  # bfloat16, and compiled code rounds otherwise
+
+
+def test_black_pictures_of_a_runs_stores_are_filled_in(tiny_checkpoint, tmp_path):
+    store, blank = str(tmp_path / "store"), ("camera_cross_left_120fov",)
+    common = {"model": str(tiny_checkpoint), "device": "cpu"}
+    alpacache.extract(
+        ExtractConfig(source="synthetic:1", store=store, cameras=CAMERAS["r1"], blank=blank, frames=1, **common)
+    )
+    run = str(tmp_path / "run")
+    alpacache.train(TrainConfig(stores=(store,), out=run, steps=1, batch_size=1, trainable="head", **common))
+    driver, source = load_driver(tiny_checkpoint, run, device="cpu"), SyntheticSource(1)
+    assert (driver.frames, driver.blank) == (1, blank)
+    expected = evaluated(str(tiny_checkpoint), store, driver._expert)[1]
+    given, name = recording(source, source.clip_ids[0], cameras=CAMERAS["r1"]), source.clip_ids[0]
+    live = driver(*given, cameras=["front_wide"], seed=5, name=name, **PATHS)
+    assert np.array_equal(live.actions, expected.numpy())
+    with pytest.raises(UsageError, match="in --cameras and in --blank"):
+        driver(np.concatenate([given[0]] * 2), *given[1:], cameras=["cross_left", "front_wide"])
