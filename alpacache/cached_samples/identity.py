@@ -140,7 +140,7 @@ def as_stored(identity: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, 
 
 
 def other_options(identity: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """Sentences that name the options in which `identity` differs from a store's: cameras, routes, precision, prompt."""
+    """Name the options in which `identity` differs from a store's: cameras, routes, precision, prompt."""
     said = []
     shows, wants = camera_words(stored), camera_words(identity)
     if shows and shows != wants and "blank" in {*identity, *stored}:

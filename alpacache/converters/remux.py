@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from alpacache.errors import BadClipError
 from alpacache.regular_file import regular_size
-from alpacache.sources.image import check_size
 from alpacache.sources.film_index import FORMATS
+from alpacache.sources.image import check_size
 
 RAW_FORMATS = "h264,hevc,ivf,obu"
 """Streams without times, whose frames are in the order in which they are shown."""
