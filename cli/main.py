@@ -24,6 +24,9 @@ from .output import BAD_INPUT, FAILED, INTERRUPTED
 class _Commands(TyperGroup):
     """The commands; a refused option is masked before it is folded to the terminal's width, which splits tokens."""
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        return options.plain_switches(super().get_params(ctx))
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -53,11 +56,11 @@ for name, function in (
     ("probe", probe.probe),
 ):
     app.command(name, cls=options.ConfigCommand)(function)
-app.command("info")(store.info)
-app.command("verify")(store.verify)
-app.command("clean")(store.clean)
-app.command("copy")(store.copy)
-app.command("doctor")(check.doctor)
+app.command("info", cls=options.Command)(store.info)
+app.command("verify", cls=options.Command)(store.verify)
+app.command("clean", cls=options.Command)(store.clean)
+app.command("copy", cls=options.Command)(store.copy)
+app.command("doctor", cls=options.Command)(check.doctor)
 app.command("demo", cls=options.ConfigCommand)(evaluate.demo)
 
 

@@ -35,7 +35,22 @@ _SINGULAR = {"stores": "store", "exclude": "except"}
 """Fields whose option, which is repeated, is named otherwise."""
 
 
-class ConfigCommand(TyperCommand):
+def plain_switches(params: list[Any]) -> list[Any]:
+    """The options, of which switches have no type in the help: newer versions of Typer call it `<bool>`."""
+    for option in params:
+        if getattr(option, "is_flag", False):
+            option.display_type_rich = lambda ctx: None
+    return params
+
+
+class Command(TyperCommand):
+    """A command as `alpacache` shows it."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return plain_switches(super().get_params(ctx))
+
+
+class ConfigCommand(Command):
     """A command with all settings of a config as options; `ctx.obj` becomes those that were typed."""
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -200,8 +215,21 @@ def _parameter(field: "dataclasses.Field[Any]", hint: Any, doc: str, panel: str 
     name = _option_name(field.name)
     names = (f"{name}/--no-{name[2:]}",) if plain is bool else (name,)
     shown = None if callable(metavar) else metavar  # else `get_params` asks for it
+    reading["autocompletion"] = _completion(metavar)
     option = typer.Option(*names, help=text + end, metavar=shown, rich_help_panel=panel, **reading)
     return _keyword(field.name, Annotated[annotation, option], default)
+
+
+def _completion(metavar: str | Callable[[], str] | None) -> Callable[[str], list[str]] | None:
+    """Gives the shell the words that a value may be, of those that a metavar such as `none|source|TEXT` lists."""
+    if metavar is None or (isinstance(metavar, str) and "|" not in metavar):
+        return None
+
+    def words(incomplete: str) -> list[str]:
+        listed = (metavar() if callable(metavar) else metavar).split("|")
+        return [word for word in listed if word == word.lower() and word.startswith(incomplete)]
+
+    return words
 
 
 def or_text(read: Callable[[str], float]) -> Callable[[Any], Any]:

@@ -195,7 +195,8 @@ def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[st
         table.add_row(*map(Text, row))
     page = _Page()
     Console(width=width, file=page).print(table)
-    _write_result(page.getvalue(), for_program=False)
+    lines = (line.rstrip(" ") for line in page.getvalue().splitlines(keepends=False))
+    _write_result("".join(f"{line}\n" for line in lines), for_program=False)
 
 
 def print_left_out(samples: Iterable[tuple[str, str]]) -> None:

@@ -139,6 +139,13 @@ def as_stored(identity: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, 
     return identity | {"model": model | {key: theirs[key] for key in names if key in theirs and key in model}}
 
 
+def telling(lines: Sequence[str]) -> list[str]:
+    """The differences between two stores less those that follow from another: a codec brings definition and fields."""
+    other_codec = any(line.startswith("identity.codec:") for line in lines)
+    follow = ("identity.codec_definition", "fields.kv", "fields.tail.")
+    return [line for line in lines if not (other_codec and line.startswith(follow))]
+
+
 def other_options(identity: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
     """Name the options in which `identity` differs from a store's: cameras, routes, precision, prompt."""
     said = []

@@ -21,7 +21,7 @@ from alpacache.alpamayo.backbone import geometry_of, stored_dtypes
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.recognition import prompt_words
 from alpacache.cached_samples.features import checked, store_fields
-from alpacache.cached_samples.identity import as_stored, other_options, provenance, store_identity
+from alpacache.cached_samples.identity import as_stored, other_options, provenance, store_identity, telling
 from alpacache.driving.cameras import check_places, sort_cameras
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.splits import parse_split
@@ -52,6 +52,7 @@ from alpacache.sources.views import views_identity
 from alpacache.torchrun import this_process
 from cache_store import CODECS, CacheWriter, IdentityMismatchError
 from cache_store.format.names import sample_key
+from cache_store.format.store_root import mismatch
 from cache_store.writer import committed_keys, stored_identity
 
 _log = logging.getLogger(__name__)
@@ -163,7 +164,8 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     try:
         opened = CacheWriter(config.store, fields=fields, identity=identity, provenance=origin)
     except IdentityMismatchError as error:
-        said = [*other_options(identity, stored_before or {}), str(error)]
+        told = mismatch(config.store, telling(error.differences))
+        said = [*other_options(identity, stored_before or {}), str(told)]
         raise IdentityMismatchError("\n".join(said), error.differences) from None
     with opened as writer:
         routed = config.route != "none"

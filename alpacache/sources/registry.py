@@ -1,5 +1,6 @@
 """The kinds of sources, and `open_source`, which turns what a user writes on the command line into a `Source`."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,5 +62,7 @@ def _parse(spec: str) -> tuple[SourceKind, str]:
         marker = kind.marker(spec)
         if marker is not None and marker.is_file():
             raise UsageError(f"{spec} is a directory that {kind.usage[-1]} reads; write {kind.prefix}:{spec}.")
+    if near := difflib.get_close_matches(prefix, KINDS, n=1) if place else ():
+        raise UsageError(f"{spec!r} is no data source. Did you mean {near[0]}:{place}?")
     usage = ", ".join(form for kind in KINDS.values() for form in kind.usage)
     raise UsageError(f"{spec!r} is no data source; expected {usage}, or a directory that `alpacache prepare` wrote.")

@@ -77,7 +77,7 @@ class StoreRoot:
     def check(self, given: "StoreRoot", where: Path | str) -> list[str]:
         """Raise if schema or identity of the given root differ; return the differences in provenance."""
         lines = [f"identity.{line}" for line in differences(given.identity, self.identity)]
-        lines += [f"fields.{line}" for line in differences(given._comparable_schema(), self._comparable_schema())]
+        lines += [f"fields.{line}" for line in _field_differences(given.fields, self.fields)]
         if lines:
             raise mismatch(where, lines)
         return [f"provenance.{line}" for line in differences(given.provenance, self.provenance)]
@@ -85,16 +85,30 @@ class StoreRoot:
     def _schema(self) -> list[dict[str, Any]]:
         return [field.to_json() for field in self.fields.values()]
 
-    def _comparable_schema(self) -> dict[str, dict[str, Any]]:
-        """The schema by name, with one value for what later writers take from the store: chunk size and compression."""
-        return {name: replace(field, chunk_mb=1, compression="none").to_json() for name, field in self.fields.items()}
-
 
 def by_name(fields: Sequence[Field]) -> dict[str, Field]:
     """The schema as a mapping. Names must differ on a file system that ignores case, too."""
     if len({field.name.casefold() for field in fields}) != len(fields) or not fields:
         raise ValueError(f"a store needs fields with different names, got {[field.name for field in fields]}.")
     return {field.name: field for field in fields}
+
+
+def _field_differences(expected: Mapping[str, Field], actual: Mapping[str, Field]) -> list[str]:
+    """Differences of two schemas, but for what later writers take from the store: chunk size and compression."""
+    lone = [
+        f"{name}: expected {_words(expected.get(name))}, found {_words(actual.get(name))}"
+        for name in expected.keys() ^ actual.keys()
+    ]
+    one, other = (
+        {name: replace(fields[name], chunk_mb=1, compression="none").to_json() for name in expected.keys() & actual}
+        for fields in (expected, actual)
+    )
+    return sorted([*lone, *differences(one, other)])
+
+
+def _words(field: Field | None) -> str:
+    """A field as people tell it apart from others: `bfloat16 [token, channel]`."""
+    return "nothing" if field is None else f"{field.dtype} [{', '.join(field.axes)}]"
 
 
 def mismatch(where: Path | str, lines: Sequence[str]) -> IdentityMismatchError:

@@ -262,3 +262,27 @@ def test_what_the_hub_has_is_refused_before_anything_is_loaded_where_it_is_out_o
     monkeypatch.setattr(hub, "_known", {})
     monkeypatch.setattr(hub, "knock", lambda *_: "")
     assert isinstance(parsed(kind, *arguments)[0], kind)
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_help_calls_no_switch_a_bool(command, capsys):
+    with pytest.raises(SystemExit):
+        typer.main.get_command(app)([*command, "--help"])
+    assert "<bool>" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "typed", "expected"),
+    [
+        ("extract", "codec", "int", ["int4", "int5", "int8"]),
+        ("extract", "route", "", ["none", "source"]),
+        ("train", "trainable", "", ["all", "head", "lora"]),
+        ("train", "trainable", "x", []),
+        ("eval", "on_damage", "s", ["stop", "skip"]),
+    ],
+)
+def test_completion_knows_the_words_that_a_value_may_be(command, option, typed, expected):
+    known = typer.main.get_command(app).commands[command]
+    context = known.make_context(command, [], resilient_parsing=True)
+    (param,) = (param for param in known.params if param.name == option)
+    assert sorted(item.value for item in param.shell_complete(context, typed)) == sorted(expected)

@@ -228,6 +228,14 @@ def test_numbers_stay_whole_in_a_narrow_terminal(monkeypatch, capsys):
     assert len(printed.splitlines()) < 12
 
 
+def test_lines_end_where_their_text_ends(capsys):
+    output.print_lines("store s", {"samples": "3", "cameras": "one, two"})
+    output.print_table("numbers", [["a", "1"], ["b", "22"]], heads=["model", "minADE"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["store s", "samples  3"]
+    assert not [line for line in lines if line != line.rstrip()]
+
+
 def test_json_stays_json_where_secrets_are_masked(capsys):
     output.print_json({"error": 'no "https://u:p@h/x?key=a" there', "store": 'MY_KEY="a"', "out": ['TOKEN="b"']})
     shown = json.loads(capsys.readouterr().out)

@@ -134,6 +134,15 @@ def test_another_model_or_setting_is_refused_with_the_differences(extracted, tin
     assert len(CacheReader(extracted)) == 3
 
 
+def test_what_follows_from_another_codec_is_not_told_beside_it(extracted, tiny_checkpoint):
+    with pytest.raises(IdentityMismatchError) as caught:
+        alpacache.extract(config(tiny_checkpoint, extracted, codec="int8", hidden_states="none"))
+    assert caught.value.args[0].splitlines()[1:-1] == [
+        '  identity.codec: expected "int8", found "bf16"',
+        "  fields.hidden: expected nothing, found bfloat16 [token, channel]",
+    ]
+
+
 def test_the_same_model_under_another_name_goes_on(extracted, tiny_checkpoint, tmp_path):
     copy = shutil.copytree(extracted, tmp_path / "store")
     renamed = shutil.copytree(tiny_checkpoint, tmp_path / "weights")

@@ -104,3 +104,10 @@ def test_looking_whether_a_source_is_there_opens_none_of_them(places, monkeypatc
         for _ in range(200):
             check_still_there(spec, kept="")
     assert time.process_time() - started < 1.0  # 1,000 bad clips
+
+
+def test_a_mistyped_kind_is_told_the_nearest():
+    with pytest.raises(UsageError, match=r"'fodler:drives' is no data source. Did you mean folder:drives\?"):
+        open_source("fodler:drives")
+    with pytest.raises(UsageError, match="expected folder:DIR"):
+        open_source("nothing-like-it:drives")
