@@ -98,15 +98,21 @@ class Driver:
         frames: int = FRAMES,
         blank: Sequence[str] = (),
         capture: bool = True,
+        compiled: bool = False,
     ) -> None:
         """
         Args:
             frames: of each camera that the model sees, 0.1 s apart.
             blank: cameras that black pictures stand in for.
             capture: on a GPU, replay flow steps as a CUDA graph; the same kernels without.
+            compiled: on a GPU, let torch.compile fuse the small operations of the expert's layers.
         """
         self.checkpoint, self.frames, self.blank = checkpoint, frames, tuple(blank)
         self._vlm, self._builder, self._expert, self._capture = vlm, builder, expert, capture
+        self._compiled = compiled and expert.device.type == "cuda"
+        if self._compiled:
+            for layer in expert.expert.layers:
+                layer.compile()
         self._rows: PrefixRows | None = None
         self._samplers: dict[tuple[int, int], ActionSampler] = {}
         self._rollouts: Any = None
@@ -139,6 +145,7 @@ class Driver:
             frames=self.frames,
             blank=self.blank,
             capture=self._capture,
+            compiled=self._compiled,
         )
 
     def __call__(
@@ -364,7 +371,7 @@ def load_driver(
         vlm: directory or hub id whose VLM weights take the place of the model's own.
         frames: of each camera that the model sees; by default those of the run's stores, else 4.
         blank: cameras that black pictures stand in for; by default those of the run's stores.
-        compiled: let torch.compile fuse the VLM's small operations; by default on a GPU that can.
+        compiled: let torch.compile fuse small operations of VLM and expert; by default on a GPU that can.
         capture: on a GPU, replay all flow steps as one CUDA graph.
         memory_budget: most bytes of GPU memory. Where the VLM does not fit into it, its layers come for each look anew.
 
@@ -383,6 +390,7 @@ def load_driver(
         checkpoint, camera_names=seen.camera_names, frame_numbers=seen.frame_numbers, route_tokens=seen.route_tokens
     )
     dtype = dtype or torch.bfloat16
+    compiled = has_kernels(where) if compiled is None else compiled
     if memory_budget is not None and where.type == "cuda":
         cap_memory(memory_budget, where)
     try:
@@ -393,7 +401,7 @@ def load_driver(
             checkpoint,
             where,
             dtype=dtype,
-            compiled=has_kernels(where) if compiled is None else compiled,
+            compiled=compiled,
             memory_budget=memory_budget,
             beside_bytes=sum(parameter.nbytes for parameter in expert.parameters()),
         )
@@ -410,6 +418,7 @@ def load_driver(
         frames=frames or seen.frames or FRAMES,
         blank=seen.blank if blank is None else sort_cameras([*map(full_camera_name, blank)]) if blank else (),
         capture=capture,
+        compiled=compiled,
     )
 
 

@@ -84,11 +84,17 @@ def moment_of(
     where = f"{name} at {t0_us / 1e6:.3f} s"
     poses = history_alone(track, t0_us, where=where)
     wanted, shots = wanted_frame_times_us(t0_us, count), dict[str, Shot]()
+    taken: list[tuple[int, slice | NDArray[np.int64]]] = []
     for camera in sorted(names, key=CAMERAS.index):
         place = names.index(camera)
-        chosen = _chosen(stamps[place], wanted, where=f"{where}: {camera}")
+        chosen = _without_copy(_chosen(stamps[place], wanted, where=f"{where}: {camera}"))
         shots[camera] = pictures[place, chosen].transpose(0, 3, 1, 2), stamps[place, chosen]
-    sample = sample_of(SampleRef(clip_id=name, t0_us=t0_us), poses, shots, None)
+        taken.append((place, chosen))
+    at = {str(chosen) for _, chosen in taken}
+    together = None
+    if [place for place, _ in taken] == list(range(len(pictures))) and len(at) == 1:
+        together = pictures[:, taken[0][1]].transpose(0, 1, 4, 2, 3)
+    sample = sample_of(SampleRef(clip_id=name, t0_us=t0_us), poses, shots, None, together=together)
     try:
         text = check_route(route)
     except ValueError as error:
@@ -107,6 +113,13 @@ def _chosen(stamps: NDArray[np.int64], wanted: NDArray[np.int64], *, where: str)
     if len(stamps) == 1 and len(wanted) == 1 and stamps[0] == wanted[0]:
         return np.zeros(1, np.int64)
     return frame_indices(stamps, wanted, where=where)
+
+
+def _without_copy(chosen: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """Indices that follow one another as a slice, which copies no pictures: 100 MB with four cameras of 1080p."""
+    if len(chosen) and np.array_equal(chosen, np.arange(chosen[0], chosen[0] + len(chosen))):
+        return slice(int(chosen[0]), int(chosen[-1]) + 1)
+    return chosen
 
 
 def _frame_stamps(times_us: ArrayLike, shape: tuple[int, ...], *, name: str) -> NDArray[np.int64]:

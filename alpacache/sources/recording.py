@@ -155,9 +155,16 @@ def text_at(stamps: NDArray[np.int64], texts: Any, time_us: int, *, where: str) 
 
 
 def sample_of(
-    ref: SampleRef, poses: EgoPoses, shots: Mapping[str, Shot], calibration: Mapping[str, Any] | None
+    ref: SampleRef,
+    poses: EgoPoses,
+    shots: Mapping[str, Shot],
+    calibration: Mapping[str, Any] | None,
+    *,
+    together: NDArray[np.uint8] | None = None,
 ) -> Sample:
     """A sample of these cameras, given in index order; the frames of a single one are not copied.
+
+    `together`: the frames of all, `[cameras, frames, 3, H, W]`, where they lie so already.
 
     Raises `BadClipError` (`wrong_shape`) for cameras of different sizes.
     """
@@ -165,10 +172,12 @@ def sample_of(
     if len({frames.shape for frames in images}) > 1:
         sizes = ", ".join(f"{camera} {frames.shape[-2:]}" for camera, (frames, _) in shots.items())
         raise BadClipError("wrong_shape", f"{ref.clip_id}: cameras of different sizes (height, width): {sizes}.")
+    if together is None:
+        together = np.stack(images) if len(images) > 1 else images[0][None]
     return Sample(
         ref=ref,
         cameras=tuple(shots),
-        frames=np.stack(images) if len(images) > 1 else images[0][None],
+        frames=together,
         frame_timestamps_us=np.stack([stamps for _, stamps in shots.values()]),
         calibration={camera: lens for camera, lens in (calibration or {}).items() if camera in shots} or None,
         **poses._asdict(),

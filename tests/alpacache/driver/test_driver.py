@@ -218,6 +218,7 @@ def test_reasoning_gives_the_paths_of_an_evaluation_on_rollouts(tiny_checkpoint,
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own use of torch.jit
 def test_calls_on_a_gpu_agree_and_ask_for_no_memory_once_warm(tiny_checkpoint):
     source = SyntheticSource(1)
     given = recording(source, source.clip_ids[0], cameras=CAMERAS["r1"])
