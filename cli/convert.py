@@ -28,7 +28,7 @@ _CHECKED_S = 10.0
     panels={
         "Clips": "clip_seconds",
         "Where the pose stands": "origin_offset mount axes",
-        "Topics": "list camera pose",
+        "Topics": "list camera pose heading stamp",
     },
 )
 def convert(config: ConvertConfig, json: bool) -> None:
@@ -76,7 +76,8 @@ def _write(config: ConvertConfig) -> "ConvertReport":
 
     assert config.out is not None
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    options = {name: value for name, value in values.items() if name not in _COMMON and value not in (None, (), False)}
+    standard = {field.name: field.default for field in fields(config)} | {"camera": ()}
+    options = {name: value for name, value in values.items() if name not in _COMMON and value != standard[name]}
     with output.show_progress("convert") as on_progress, InterruptGuard() as guard:
         return write(
             open_drives(kind_named(config.kind), Path(config.input), options),

@@ -65,7 +65,11 @@ class ConvertConfig(Config):
     """Topic of a camera, such as `front_wide=/camera/front/compressed`; repeatable. Default: where there is one topic
     with pictures, that is the front camera."""
     pose: Name | None = None
-    """Topic of the poses. Default: the one there is."""
+    """Topic of the poses; of transforms also `TOPIC:ROOT,FRAME`. Default: the one there is."""
+    heading: Name | None = None
+    """Topic of the headings of satellite fixes: an IMU's orientation or a compass. Default: the one there is."""
+    stamp: Literal["header", "log"] = "header"
+    """Time of a message: the one it says itself, or that of its arrival in the log, which is later."""
     axes: Literal["right-handed", "left-handed"] | None = None
     """Handedness of the poses of a log that does not tell."""
 

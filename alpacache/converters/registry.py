@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from alpacache.converters import ros
 from alpacache.converters.drive import Dropped, LoggedDrive
 from alpacache.converters.kind import Kind, Listing
 from alpacache.errors import UsageError
 
-_ALL: tuple[Kind, ...] = ()
+_ALL: tuple[Kind, ...] = (ros.MCAP, ros.ROSBAG)
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 """Every kind. Modules load what is heavy when an input of theirs is read."""
 

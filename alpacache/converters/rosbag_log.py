@@ -1,0 +1,90 @@
+"""Bags of ROS 1 (`.bag`) and of ROS 2 in SQLite (`.db3`), read by rosbags."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alpacache.converters.drive import Dropped
+from alpacache.converters.messages import Message, Position, Topic, type_of
+from alpacache.errors import BadClipError, SourceError
+
+
+class RosbagLog:
+    """The messages of one or several files of a recording, by their time of arrival."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """`files`: `.bag` files, `.db3` files, or a folder with `metadata.yaml`. Raises `SourceError`."""
+        self._files = list(files)
+        self.lost: Sequence[Dropped] = []
+        with self._opened() as reader:
+            self.topics: Mapping[str, Topic] = {
+                name: Topic(
+                    name=name,
+                    type=type_of(info.msgtype or "several types"),
+                    encoding="cdr" if reader.is2 else "ros1",
+                    count=info.msgcount,
+                    begin_ns=reader.start_time,
+                    end_ns=reader.end_time,
+                )
+                for name, info in reader.topics.items()
+            }
+
+    def messages(self, topics: Collection[str], *, start: Position | None = None) -> Iterator[Message]:
+        """See `MessageLog`. A position is a time of arrival and a number among a topic's messages of that time."""
+        with self._opened() as reader:
+            connections = [connection for connection in reader.connections if connection.topic in topics]
+            if not connections:
+                return
+            seen: dict[str, Position] = {}
+            for connection, log_ns, data in reader.messages(connections, start=None if start is None else start[1]):
+                last = seen.get(connection.topic)
+                nth = last[2] + 1 if last is not None and last[1] == log_ns else 0
+                seen[connection.topic] = position = (0, log_ns, nth)
+
+                def read(data: bytes = data, connection: Any = connection, log_ns: int = log_ns) -> Any:
+                    try:
+                        return reader.deserialize(data, connection.msgtype)
+                    except Exception as error:  # decoders made of a log's own definitions raise anything
+                        where = f"{connection.topic} at {log_ns} ns"
+                        raise BadClipError("undecodable_video", f"{where} cannot be decoded ({error}).") from error
+
+                yield Message(topic=connection.topic, log_ns=log_ns, position=position, read=read)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        """The library's reader; what it raises of a file is a `SourceError`."""
+        from rosbags.highlevel import AnyReader
+        from rosbags.highlevel.anyreader import AnyReaderError
+        from rosbags.typesys import Stores, get_typestore
+
+        names = ", ".join(file.name for file in self._files[:3])
+        try:
+            # Bags before ROS 2 Iron hold no definitions.
+            reader = AnyReader(self._files, default_typestore=get_typestore(Stores.ROS2_HUMBLE))
+            reader.open()
+        except (AnyReaderError, OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+            remedy = "In case it was cut off, mend it with `rosbag reindex` (ROS 1) or `ros2 bag reindex`"
+            raise SourceError(f"{names} cannot be read as a bag ({error}). {remedy}.") from error
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+
+def decoder_of(name: str, definition: str, encoding: str) -> Callable[[bytes], Any]:
+    """What decodes messages of a type with this definition: `ros1msg`, or `ros2idl`."""
+    from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
+
+    store = get_typestore(Stores.EMPTY)
+    try:
+        if encoding == "ros1msg":
+            full = name if "/msg/" in name else name.replace("/", "/msg/")
+            store.register(get_types_from_msg(definition, full))
+            return lambda data: store.deserialize_ros1(data, full)
+        for text in definition.split("=" * 80 + "\n"):
+            if text.strip():
+                store.register(get_types_from_idl(text.split("\n", 1)[1] if text.startswith("IDL: ") else text))
+        return lambda data: store.deserialize_cdr(data, name)
+    except Exception as error:  # whatever the library's parser makes of somebody's text
+        raise SourceError(f"the definition of {name} cannot be read ({error}).") from error
