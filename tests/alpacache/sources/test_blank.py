@@ -6,7 +6,7 @@ from alpacache.driving.cameras import SLOTS
 from alpacache.driving.sample import SampleRef
 from alpacache.sources.blank import with_blank
 from alpacache.sources.registry import open_source
-from alpacache.sources.views import load
+from alpacache.sources.views import one_pass
 
 REF = SampleRef(clip_id="synthetic-0-000001", t0_us=5_100_000)
 
@@ -26,5 +26,6 @@ def test_recorded_pictures_stay_as_they_are_and_the_others_are_black():
 
 def test_black_stays_black_in_every_view():
     ref = SampleRef(clip_id=REF.clip_id, t0_us=REF.t0_us, view=1)
-    seen = load(open_source("synthetic:2"), ref, cameras=SLOTS[1:2], frames=1, seed=0)
+    with one_pass(open_source("synthetic:2"), [ref], cameras=SLOTS[1:2], frames=1, seed=0) as load:
+        seen = load(ref)
     assert not with_blank(seen, [SLOTS[0]]).frames[0].any()
