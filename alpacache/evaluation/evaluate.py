@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.backbone import layer_map_of
+from alpacache.alpamayo.new_expert import begun_with
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import POSE_FIELDS, SWAPPED, CachedSample, stored_strata
 from alpacache.cached_samples.sample_choice import SampleChoice
@@ -31,6 +33,7 @@ from alpacache.evaluation.summary import EvalSummary, summarise
 from alpacache.gpu.device import enter, resolve_device
 from alpacache.inference.prediction import Paths, predict_actions, predict_ahead, predict_on_twins, to_paths
 from alpacache.interrupt import InterruptGuard
+from alpacache.layer_choice import layers_text
 from alpacache.metrics.bootstrap import BLOCK_S
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.front_view import draw_paths
@@ -86,6 +89,17 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         label: find_trained(run, base, vlm=data.vlm, what="the store that it is to be judged on", average=config.ema)
         for label, run in (trained | dict(config.compare)).items()
     }
+    begun = {label: begun_with(base, state) for label, (_, state) in runs.items()}
+    layers = {label: sorted(set(layer_map_of(one))) for label, one in begun.items()}
+    begun[BASE], layers[BASE] = base, sorted(set(layer_map_of(base)))
+    if not set(layers[BASE]) <= set(data.held_layers) and TRAINED in runs and begun[TRAINED] is not base:
+        begun[BASE], layers[BASE] = begun[TRAINED], layers[TRAINED]
+        _log.warning(
+            "%s has keys and values of layers %s alone, which are too few for the expert of %s: 'base' is the new "
+            "expert of %s as it began, random weights.",
+            *(stores, layers_text(data.held_layers), config.model, config.checkpoint),
+        )
+    data_of = {label: data.of_layers(attended) for label, attended in layers.items()}
     _warn_of_known_clips(runs, data, indices, store=stores)
     _warn_of_other_pictures(runs, data, store=stores)
     device = resolve_device(config.device)
@@ -95,13 +109,17 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     poses = cache(data.poses)  # read while the device computes
     sampling = {"paths": config.paths, "flow_steps": config.flow_steps, "seed": config.seed}
 
-    def batches_of(expert: "ActionExpert", todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
+    def batches_of(
+        data: CachedDataset, expert: "ActionExpert", todo: Sequence[int]
+    ) -> Generator[tuple[Sequence[int], Tensor]]:
         if on_rollouts:
             load = partial(data.load, tails=config.paths)
             return _predict_loaded(predict_actions, expert, load, todo, batch_size=config.batch_size, **sampling)
         return predict_ahead(expert, data, todo, batch_size=config.batch_size, capture=config.capture, **sampling)
 
-    def swapped_batches_of(expert: "ActionExpert", todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
+    def swapped_batches_of(
+        data: CachedDataset, expert: "ActionExpert", todo: Sequence[int]
+    ) -> Generator[tuple[Sequence[int], Tensor]]:
         load = partial(data.load, twin=SWAPPED)
         return _predict_loaded(predict_on_twins, expert, load, todo, batch_size=config.batch_size, **sampling)
 
@@ -111,10 +129,10 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     with InterruptGuard() as guard:
         for label in predicted:
             run = runs[label][0] if label in runs else None
-            expert = load_trained(base, run, device, average=config.ema)
+            expert = load_trained(begun[label] if run is None else base, run, device, average=config.ema)
             parts = (predicted[label], batches_of, indices), (swapped[label], swapped_batches_of, swappable)
             for into, predict, todo in parts:
-                for batch in _paths_of(expert, predict, todo, poses, unread, guard):
+                for batch in _paths_of(expert, partial(predict, data_of[label]), todo, poses, unread, guard):
                     _check_finite(batch, data, model=f"{label!r} ({run or config.model})")
                     into |= batch
                     done = sum(map(len, (*predicted.values(), *swapped.values())))

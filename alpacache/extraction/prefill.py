@@ -29,6 +29,8 @@ class StoredFeatures:
     hidden_states: bool
     rollouts: int
     """Reasoning rollouts of each sample."""
+    layers: tuple[int, ...] | None = None
+    """The VLM's layers whose KV is stored, rising; None: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +116,10 @@ class Prefiller:
                 tails = self._sampler.sample(
                     prefix, one.inputs.stem_len, rollouts=stored.rollouts, key=one.sample_id, question=question
                 )
+            if stored.layers is not None:
+                prefix = prefix.of_layers(stored.layers)
+                tails = [tail.of_layers(stored.layers) for tail in tails]
+                twins = {name: tail.of_layers(stored.layers) for name, tail in twins.items()}
             arrays = prefix_arrays(one.inputs, prefix, hidden_states=stored.hidden_states, codec=stored.codec)
             arrays |= tail_arrays(tails, codec=stored.codec) | twin_arrays(twins, codec=stored.codec)
             result.append(arrays)
