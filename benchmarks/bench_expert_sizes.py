@@ -26,9 +26,9 @@ from alpacache.training.train import train
 
 MAPS = ((3,), (1, 3), (0, 1, 2, 3))
 """The VLM's layers that the experts' layers attend to."""
-WIDTHS = (32, 64, 96)
+WIDTHS = (32, 96)
 SEEDS = (0, 1, 2)
-CLIPS = 3000
+CLIPS = 2000
 """Generated drives, a tenth of which are held out."""
 
 
@@ -79,9 +79,9 @@ def _spread(values: list[float]) -> str:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--work", type=Path, help="directory to keep model, stores and runs in")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
-    size = DemoSize(train_samples=300, val_samples=80, steps=options.steps, batch_size=8, draws=2)
+    size = DemoSize(train_samples=240, val_samples=80, steps=options.steps, batch_size=8, draws=2)
     maps, widths = MAPS, WIDTHS
     if options.quick:
         size, maps, widths = DemoSize(train_samples=8, val_samples=8, steps=25, batch_size=4, draws=1), ((1, 3),), (32,)

@@ -101,6 +101,11 @@ class ActionExpert(nn.Module):
                 f"noisy_action {list(noisy_action.shape)}, t {list(t.shape)} and {batch.lengths.shape[0]} prefixes "
                 "disagree; expected [B, K, 64, 2], [B, K] and B prefixes."
             )
+        if isinstance(batch, PackedPrefixes) and batch.layout.layers != len(self.prefix_layers):
+            raise ValueError(
+                f"the prefixes have {batch.layout.layers} layers; the expert attends to {len(self.prefix_layers)}, "
+                f"which are {list(self.prefix_layers)} of the VLM's."
+            )
         device = self.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             embeds = self.action_in_proj(noisy_action.to(device).flatten(0, 1), t.to(device).flatten())

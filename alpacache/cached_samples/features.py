@@ -65,14 +65,18 @@ class CachedSample:
     def twin_prefix(self, device: torch.device | str = "cpu") -> PrefixFeatures:
         """The prefix with the twin's tail: the decoded stem and that tail."""
         assert self.twin is not None
-        return self._decoded(device).with_tail(self.stem_len, self.twin)
+        return self.decode(device).with_tail(self.stem_len, self.twin)
 
     def rollout_prefixes(self, device: torch.device | str = "cpu") -> list[PrefixFeatures]:
         """The prefix after each rollout: the decoded stem and a tail."""
-        whole = self._decoded(device)
+        whole = self.decode(device)
         return [whole.with_tail(self.stem_len, tail) for tail in self.tails]
 
-    def _decoded(self, device: torch.device | str) -> PrefixFeatures:
+    def decode(self, device: torch.device | str = "cpu") -> PrefixFeatures:
+        """The prefix with keys and values `[layers, kv_heads, prefix_len, head_dim]` in bfloat16, whatever the codec.
+
+        Layers are those that were asked for of the data set, else those of the store: `PrefixFeatures.layers`.
+        """
         prefix = self.prefix.to(device)
         return prefix.decode() if isinstance(prefix, EncodedPrefix) else prefix
 

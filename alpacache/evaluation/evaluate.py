@@ -89,17 +89,17 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         label: find_trained(run, base, vlm=data.vlm, what="the store that it is to be judged on", average=config.ema)
         for label, run in (trained | dict(config.compare)).items()
     }
-    begun = {label: begun_with(base, state) for label, (_, state) in runs.items()}
-    layers = {label: sorted(set(layer_map_of(one))) for label, one in begun.items()}
-    begun[BASE], layers[BASE] = base, sorted(set(layer_map_of(base)))
-    if not set(layers[BASE]) <= set(data.held_layers) and TRAINED in runs and begun[TRAINED] is not base:
-        begun[BASE], layers[BASE] = begun[TRAINED], layers[TRAINED]
+    first = base if TRAINED not in runs else begun_with(base, runs[TRAINED][1])
+    if first is not base and not set(layer_map_of(base)) <= set(data.held_layers):
         _log.warning(
-            "%s has keys and values of layers %s alone, which are too few for the expert of %s: 'base' is the new "
-            "expert of %s as it began, random weights.",
+            "%s has keys and values of layers %s alone, too few for the expert of %s: 'base' is the new expert of %s "
+            "as it began, random weights.",
             *(stores, layers_text(data.held_layers), config.model, config.checkpoint),
         )
-    data_of = {label: data.of_layers(attended) for label, attended in layers.items()}
+    else:
+        first = base
+    for one in (first, *(begun_with(base, state) for _, state in runs.values())):
+        data.of_layers(sorted(set(layer_map_of(one))))  # what a store lacks is refused now
     _warn_of_known_clips(runs, data, indices, store=stores)
     _warn_of_other_pictures(runs, data, store=stores)
     device = resolve_device(config.device)
@@ -109,18 +109,14 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     poses = cache(data.poses)  # read while the device computes
     sampling = {"paths": config.paths, "flow_steps": config.flow_steps, "seed": config.seed}
 
-    def batches_of(
-        data: CachedDataset, expert: "ActionExpert", todo: Sequence[int]
-    ) -> Generator[tuple[Sequence[int], Tensor]]:
+    def batches_of(expert: "ActionExpert", todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
         if on_rollouts:
-            load = partial(data.load, tails=config.paths)
+            load = partial(data.of_layers(expert.prefix_layers).load, tails=config.paths)
             return _predict_loaded(predict_actions, expert, load, todo, batch_size=config.batch_size, **sampling)
         return predict_ahead(expert, data, todo, batch_size=config.batch_size, capture=config.capture, **sampling)
 
-    def swapped_batches_of(
-        data: CachedDataset, expert: "ActionExpert", todo: Sequence[int]
-    ) -> Generator[tuple[Sequence[int], Tensor]]:
-        load = partial(data.load, twin=SWAPPED)
+    def swapped_batches_of(expert: "ActionExpert", todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
+        load = partial(data.of_layers(expert.prefix_layers).load, twin=SWAPPED)
         return _predict_loaded(predict_on_twins, expert, load, todo, batch_size=config.batch_size, **sampling)
 
     swappable = [index for index in indices if config.swap_route and data.has_twin(index, SWAPPED)]
@@ -129,10 +125,10 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     with InterruptGuard() as guard:
         for label in predicted:
             run = runs[label][0] if label in runs else None
-            expert = load_trained(begun[label] if run is None else base, run, device, average=config.ema)
+            expert = load_trained(first if run is None else base, run, device, average=config.ema)
             parts = (predicted[label], batches_of, indices), (swapped[label], swapped_batches_of, swappable)
             for into, predict, todo in parts:
-                for batch in _paths_of(expert, partial(predict, data_of[label]), todo, poses, unread, guard):
+                for batch in _paths_of(expert, predict, todo, poses, unread, guard):
                     _check_finite(batch, data, model=f"{label!r} ({run or config.model})")
                     into |= batch
                     done = sum(map(len, (*predicted.values(), *swapped.values())))
