@@ -30,6 +30,7 @@ _PROJECTION_STD = 0.02
 _DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 _LAYERS, _TRUNK = "expert.layers.", "action_in_proj.encoder.trunk."
 _GATE = "mlp.gate_proj.weight"
+_MOST_HEADS = 1024
 _INTERMEDIATE_STEP = 32
 """A width of the MLP that is not given is a multiple of it."""
 
@@ -102,7 +103,7 @@ def plan_expert(
     if intermediate is None:
         intermediate = _INTERMEDIATE_STEP * max(1, round(own_intermediate * share / _INTERMEDIATE_STEP))
     if heads is None:
-        heads = kv_heads * max(1, round(own_heads * share / kv_heads))
+        heads = kv_heads * min(max(1, round(own_heads * share / kv_heads)), _MOST_HEADS // kv_heads)
     if heads % kv_heads:
         raise UsageError(f"expert_heads is {heads}; expected a multiple of the VLM's {kv_heads} KV heads.")
     return ExpertSpec(layer_map=tuple(layer_map), width=width, intermediate=intermediate, heads=heads, seed=seed)

@@ -148,6 +148,8 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     block_s = BLOCK_S if config.split is None else min(BLOCK_S, config.split.block_us / 1e6)
     summary = summarise(results, seed=config.seed, block_s=block_s)
     settings: dict[str, Any] = {**sampling, "reasoning": "rollout" if on_rollouts else "none", "view": 0}
+    if first is not base:
+        settings["base"] = f"the new expert of {config.checkpoint} as it began, random weights"
     if data.chosen is not None:
         settings["choice"] = data.chosen.record
     if data.routed:

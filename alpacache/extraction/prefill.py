@@ -69,6 +69,8 @@ class Prefiller:
         self._stored, self._builder = stored, builder
         try:
             self._vlm = load_vlm(checkpoint, dtype=dtype, device=device)
+            if stored.layers is not None and not stored.hidden_states and not stored.rollouts:
+                self._vlm.keep_layers(stored.layers[-1] + 1)
             if compiled:
                 self._vlm.compile()
             self._sampler = RolloutSampler.load(checkpoint, self._vlm, builder) if stored.rollouts else None

@@ -1,5 +1,9 @@
 """`extract --layers`: only those layers' KV is stored, with the bits that it has in a store of all."""
 
+import json
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +12,8 @@ import alpacache
 from alpacache.alpamayo import Checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.errors import UsageError
-from alpacache.evaluation.config import EvalConfig, ProbeConfig
-from alpacache.evaluation.probe import probe
+from alpacache.evaluation.config import EvalConfig
+from alpacache.evaluation.probe_features import read_probe_data
 from alpacache.extraction.config import ExtractConfig
 from alpacache.training.config import TrainConfig
 from cache_store import CacheReader, IdentityMismatchError, copy, info, verify
@@ -78,8 +82,12 @@ def test_what_reads_stores_takes_one_of_some_layers(extract, tmp_path, tiny_chec
     assert verify(store, deep=True).damaged == verify(extract(), deep=True).damaged
     copy(store, tmp_path / "copy")
     assert CacheReader(tmp_path / "copy").identity == CacheReader(store).identity
+    few, full = CacheReader(store), CacheReader(extract())
     with pytest.raises(UsageError, match=r"--layers has 1, but .* has 2 layers, 0, 3"):
-        probe(ProbeConfig(store=store, layers=(0, 1)))
+        read_probe_data(few, few.sample_ids, layers=(0, 1), pool="mean")
+    first, second = (read_probe_data(one, one.sample_ids, layers=(3,), pool="mean") for one in (few, full))
+    assert first.features.keys() == {"layer 3"}
+    assert np.array_equal(first.features["layer 3"], second.features["layer 3"])
     again = ExtractConfig(
         source="synthetic:2",
         model=str(tiny_checkpoint),
@@ -111,7 +119,7 @@ def test_a_new_expert_learns_the_same_from_some_layers_as_from_all_and_a_full_on
     with pytest.raises(UsageError, match=lacks):
         alpacache.train(TrainConfig(**values, stores=(few,), out=str(tmp_path / "big")))
     with pytest.raises(UsageError, match=lacks):
-        alpacache.evaluate(EvalConfig(store=(few,), model=model, out=str(tmp_path / "eval"), device="cpu"))
+        alpacache.evaluate(EvalConfig(store=(few,), model=model, out=str(tmp_path / "eval"), device="cpu", paths=2))
     judged = alpacache.evaluate(
         EvalConfig(
             store=(few,),
@@ -124,6 +132,38 @@ def test_a_new_expert_learns_the_same_from_some_layers_as_from_all_and_a_full_on
         )
     )
     assert set(judged.results[0].models) >= {"base", "trained"}
+
+
+def with_other(value, where, key, model, out):
+    """A copy of a checkpoint, its weights linked, with another value in one of its configs."""
+    shutil.copytree(model, out, copy_function=os.link)
+    config = json.loads((out / where).read_text())
+    config[key[0]][key[1]] = value
+    (out / where).unlink()
+    (out / where).write_text(json.dumps(config))
+    return str(out)
+
+
+def test_another_expert_fits_the_store_and_another_vlm_or_prompt_is_refused_by_name(extract, tiny_checkpoint, tmp_path):
+    again = {
+        "source": "synthetic:2",
+        "store": extract(layers="every:3", reasoning="none"),
+        "frames": 1,
+        "codec": "int8",
+    }
+    again |= {"layers": "0,3", "hidden_states": "none", "device": "cpu"}
+    expert = with_other(64, "config.json", ("expert_cfg", "intermediate_size"), tiny_checkpoint, tmp_path / "expert")
+    assert alpacache.extract(ExtractConfig(**again, model=expert)).already_there == 2
+    run = {"stores": (again["store"],), "out": str(tmp_path / "run"), "steps": 1, "batch_size": 1, "warmup": 0}
+    run |= {"device": "cpu", "track": "none", "from_scratch": True}
+    assert alpacache.train(TrainConfig(**run, model=expert)).steps == 1
+    vlm = with_other(99.0, "vlm/config.json", ("text_config", "rope_theta"), tiny_checkpoint, tmp_path / "vlm")
+    with pytest.raises(IdentityMismatchError, match="rope_theta"):
+        alpacache.extract(ExtractConfig(**again, model=vlm))
+    with pytest.raises(UsageError, match="rope_theta"):
+        alpacache.train(TrainConfig(**run, model=vlm, resume=True))
+    with pytest.raises(IdentityMismatchError, match="camera_names"):
+        alpacache.extract(ExtractConfig(**again, model=str(tiny_checkpoint), camera_names=True))
 
 
 @pytest.mark.parametrize(

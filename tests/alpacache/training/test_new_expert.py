@@ -224,8 +224,8 @@ def test_a_small_expert_is_trained_resumed_judged_and_exported(train, stores, ti
     alone = alpacache.evaluate(EvalConfig(**common, model=str(out), out=str(tmp_path / "alone")))
     for one, other in zip(judged.results, alone.results, strict=True):  # the export is rounded to bfloat16
         first, second = (result.models[label].pred_xyz for result, label in ((one, "trained"), (other, "base")))
-        assert np.abs(first - second).max() < 0.05
-        assert np.abs(first - one.models["base"].pred_xyz).max() > 0.1
+        assert np.abs(first - second).max() < 0.5
+        assert np.abs(first - one.models["base"].pred_xyz).max() > 1
     train(tmp_path / "further", model=str(out), from_scratch=False, expert_layers=None, expert_width=None)
 
 
