@@ -25,7 +25,7 @@ from cache_store.format.index import SampleIds
 from cache_store.format.names import METADATA, QUARANTINE, list_keys, sample_key
 from cache_store.format.quarantine_record import QuarantineRecord
 from cache_store.format.stored_sample import StoredSample
-from cache_store.sample_read import Arrays, SampleRead
+from cache_store.sample_read import Arrays, Ranges, SampleRead
 from cache_store.storage.local_files import unreachable
 from cache_store.storage.local_storage import ByteArray
 from cache_store.storage.storage import Storage, StorePath, open_storage
@@ -112,9 +112,18 @@ class CacheReader:
         return sample.record.shapes[name]
 
     def read(
-        self, sample_id: str, fields: Sequence[str] | None = None, *, out: Arrays | None = None, threads: int = 1
+        self,
+        sample_id: str,
+        fields: Sequence[str] | None = None,
+        *,
+        out: Arrays | None = None,
+        threads: int = 1,
+        ranges: Ranges | None = None,
     ) -> dict[str, NDArray[Any]]:
         """Read the wanted fields (by default all that the sample has) into the arrays of `out` or new ones.
+
+        Of a field of layout `array`, `ranges` may ask for parts of axis 0: `{"kv": [(0, 2), (5, 6)]}` gives layers
+        0, 1 and 5, with the same bits, and chunks without any of them are not touched.
 
         bfloat16 comes as its uint16 bits, text as numpy strings. Arrays in `out` (of exactly the stored dtype and
         shape, such as views of pinned memory) are filled in place; after an error they hold anything. Raises
@@ -122,7 +131,7 @@ class CacheReader:
         `CorruptSampleError` where a byte is not what was committed, `UnreadableSampleError` where it is not given out,
         or `UnreachableStoreError`.
         """
-        read = self.plan(sample_id, fields, out=out)
+        read = self.plan(sample_id, fields, out=out, ranges=ranges)
         for _ in in_order(lambda task: task(), read.tasks, min(threads, len(read.tasks))):
             pass
         return read.arrays
@@ -135,21 +144,30 @@ class CacheReader:
         out: Arrays | None = None,
         unchecked: Sequence[str] = (),
         by_record: bool = False,
+        ranges: Ranges | None = None,
     ) -> SampleRead:
         """Do what `read` does, but leave the tasks to a caller with threads of its own.
 
         A caller that can check data faster than a CPU may ask for the data of some fields `unchecked`; the result
         says what is left to check. `by_record` skips the `zarr.json` documents, which repeat the commit record.
         """
-        return sample_read.plan(*self._select(sample_id, fields), out or {}, unchecked, by_record=by_record)
+        selected = self._select(sample_id, fields)
+        return sample_read.plan(*selected, out or {}, unchecked, by_record=by_record, ranges=ranges)
 
-    def buffer_bytes(self, sample_id: str, fields: Sequence[str] | None = None) -> int:
+    def buffer_bytes(self, sample_id: str, fields: Sequence[str] | None = None, *, ranges: Ranges | None = None) -> int:
         """Bytes of a flat buffer that `views` can hold these fields in; text takes none."""
-        return sample_read.buffer_bytes(*self._select(sample_id, fields))
+        return sample_read.buffer_bytes(*self._select(sample_id, fields), ranges)
 
-    def views(self, sample_id: str, buffer: ByteArray, fields: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    def views(
+        self,
+        sample_id: str,
+        buffer: ByteArray,
+        fields: Sequence[str] | None = None,
+        *,
+        ranges: Ranges | None = None,
+    ) -> dict[str, NDArray[Any]]:
         """Arrays for these fields in a caller's flat uint8 buffer, to be given to `read` as `out`."""
-        return sample_read.carve(*self._select(sample_id, fields), buffer)
+        return sample_read.carve(*self._select(sample_id, fields), buffer, ranges)
 
     def record(self, sample_id: str) -> CommitRecord:
         """The commit record of a sample, read and checked when it is first asked for."""

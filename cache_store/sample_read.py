@@ -21,6 +21,8 @@ from cache_store.format.stored_sample import StoredSample
 from cache_store.storage.local_storage import ByteArray
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+Ranges: TypeAlias = Mapping[str, Sequence[tuple[int, int]]]
+"""Rising ranges (first, end) of axis 0 that are read of a field of layout `array`, to lie one behind the other."""
 _ALIGNMENT = 64
 """Alignment of an array in a caller's buffer: a cache line."""
 _MOST_PADDING_BYTES = 64
@@ -39,14 +41,21 @@ class SampleRead:
 
 
 def plan(
-    sample: StoredSample, wanted: Sequence[str], out: Arrays, unchecked: Sequence[str], *, by_record: bool
+    sample: StoredSample,
+    wanted: Sequence[str],
+    out: Arrays,
+    unchecked: Sequence[str],
+    *,
+    by_record: bool,
+    ranges: Ranges | None = None,
 ) -> SampleRead:
     """Check the metadata of the wanted fields; text and packed fields are read at once. See `CacheReader.plan`.
 
-    Only uncompressed data can be left `unchecked`; `by_record` goes for all but text and compressed fields.
+    Only uncompressed data that is read as a whole can be left `unchecked`; `by_record` goes for all but text and
+    compressed fields.
     """
-    fields = sample.fields
-    check_out(sample, wanted, out)
+    fields, ranges = sample.fields, ranges or {}
+    check_out(sample, wanted, out, ranges)
     in_group = [name for name in wanted if fields[name].layout != "array"]
     small = _read_group(sample, in_group, by_record=by_record) if in_group else {}
     read = SampleRead(arrays={}, tasks=[])
@@ -58,48 +67,71 @@ def plan(
             continue
         direct = fields[name].compression == "none"
         rows = sample.rows_by_record(name) if by_record and direct else sample.check_array(name, name)
-        array = out[name] if name in out else np.empty(sample.record.shapes[name], fields[name].stored_dtype)
+        shape = sample.record.shapes[name]
+        array = out[name] if name in out else np.empty(_shape(sample, name, ranges), fields[name].stored_dtype)
         read.arrays[name] = array
-        chunks = [sample.record.objects[f"{name}/{key}"] for key in chunk_keys(array.shape, rows)]
+        chunks = [sample.record.objects[f"{name}/{key}"] for key in chunk_keys(shape, rows)]
+        if name in ranges:
+            read.tasks.extend(_range_tasks(sample, name, chunks, rows, array, ranges[name]))
+            continue
         if name in unchecked and direct and (table := _check_table(chunks, array)) is not None:
             read.unchecked[name] = table
         read.tasks.extend(_tasks(sample, name, chunks, rows, array, check_data=name not in read.unchecked))
     return read
 
 
-def check_out(sample: StoredSample, wanted: Sequence[str], out: Arrays) -> None:
-    """Raise `ValueError` unless each given array can take its field as it is stored."""
+def check_out(sample: StoredSample, wanted: Sequence[str], out: Arrays, ranges: Ranges) -> None:
+    """Raise `ValueError` for ranges that there are not, and arrays that cannot take their field as it is stored."""
+    for name in ranges.keys() & set(wanted):
+        _shape(sample, name, ranges)
     for name, array in out.items():
         if name not in wanted or sample.fields[name].layout == "text":
             raise ValueError(f"out has field {name!r}, which is not read or is text; read: {', '.join(wanted)}.")
-        dtype, shape = sample.fields[name].stored_dtype, sample.record.shapes[name]
+        dtype, shape = sample.fields[name].stored_dtype, _shape(sample, name, ranges)
         if not (array.dtype == dtype and array.shape == shape and array.flags.c_contiguous and array.flags.writeable):
             where = f"out of field {name!r} of sample {sample.record.sample_id!r}"
             expected, got = f"{dtype.name}{list(shape)}", f"{array.dtype.name}{list(array.shape)}"
             raise ValueError(f"{where} must be a writable C-contiguous {expected}, got {got}.")
 
 
-def buffer_bytes(sample: StoredSample, wanted: Sequence[str]) -> int:
+def buffer_bytes(sample: StoredSample, wanted: Sequence[str], ranges: Ranges | None = None) -> int:
     """Bytes that `carve` takes for these fields of a sample."""
-    sizes = [sample.fields[name].size_bytes(shape) for name, shape in _numeric(sample, wanted)]
+    sizes = [sample.fields[name].size_bytes(shape) for name, shape in _numeric(sample, wanted, ranges or {})]
     return sum(size + -size % _ALIGNMENT for size in sizes)
 
 
-def carve(sample: StoredSample, wanted: Sequence[str], buffer: ByteArray) -> dict[str, NDArray[Any]]:
+def carve(
+    sample: StoredSample, wanted: Sequence[str], buffer: ByteArray, ranges: Ranges | None = None
+) -> dict[str, NDArray[Any]]:
     """Place arrays for the wanted fields (text has none) one after the other in a caller's flat uint8 buffer."""
-    needed = buffer_bytes(sample, wanted)
+    needed = buffer_bytes(sample, wanted, ranges)
     if buffer.dtype != np.uint8 or buffer.ndim != 1 or buffer.size < needed:
         got = f"{buffer.dtype.name}{list(buffer.shape)}"
         raise ValueError(f"sample {sample.record.sample_id!r} needs a flat uint8 buffer of {needed} bytes, got {got}.")
     arrays, start = {}, 0
-    for name, shape in _numeric(sample, wanted):
+    for name, shape in _numeric(sample, wanted, ranges or {}):
         arrays[name] = _view(buffer, start, sample.fields[name], shape)
         start += arrays[name].nbytes + -arrays[name].nbytes % _ALIGNMENT
     return arrays
 
 
-def _numeric(sample: StoredSample, wanted: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, sample.record.shapes[name]) for name in wanted if sample.fields[name].layout != "text"]
+def _numeric(sample: StoredSample, wanted: Sequence[str], ranges: Ranges) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, _shape(sample, name, ranges)) for name in wanted if sample.fields[name].layout != "text"]
+
+
+def _shape(sample: StoredSample, name: str, ranges: Ranges) -> tuple[int, ...]:
+    """Shape of the array that a field, or what is read of it, takes. Raises `ValueError` for ranges that it lacks."""
+    shape = sample.record.shapes[name]
+    if name not in ranges:
+        return shape
+    length = shape[0] if shape and sample.fields[name].layout == "array" else 0
+    edges = [edge for pair in ranges[name] for edge in pair]
+    if not edges or edges != sorted(edges) or edges[0] < 0 or edges[-1] > length:
+        raise ValueError(
+            f"ranges of field {name!r} of sample {sample.record.sample_id!r} are {list(ranges[name])}; expected rising "
+            f"ones within {length}, of a field of layout array."
+        )
+    return (sum(end - first for first, end in ranges[name]), *shape[1:])
 
 
 def _view(buffer: ByteArray, start: int, field: Field, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -119,6 +151,46 @@ def _tasks(
         for chunk in chunks[:1]:
             sample.check_parents(chunk, name)
     return [partial(load, slab, chunk, name) for slab, chunk in zip(slabs, chunks, strict=True)]
+
+
+def _range_tasks(
+    sample: StoredSample,
+    name: str,
+    chunks: Sequence[StoredObject],
+    rows: int,
+    array: NDArray[Any],
+    ranges: Sequence[tuple[int, int]],
+) -> list[Callable[[], None]]:
+    """One task per chunk that holds some of the ranges; no other chunk is touched.
+
+    A checksum is of a whole chunk, so one of which a part is wanted is read whole, beside its place.
+    """
+    raw, field = array.reshape(-1).view(np.uint8), sample.fields[name]
+    shape = sample.record.shapes[name]
+    row_bytes = field.size_bytes(shape[1:])
+    copies: dict[int, list[tuple[int, int, int]]] = {}  # by chunk: first and end within it, place in the array
+    place = 0
+    for first, end in ranges:
+        for index in range(first // rows, -(-end // rows)) if end > first else ():
+            begin, stop = max(first, index * rows), min(end, (index + 1) * rows)
+            copies.setdefault(index, []).append((begin - index * rows, stop - index * rows, place))
+            place += stop - begin
+
+    def fill(index: int) -> None:
+        chunk, parts = chunks[index], copies[index]
+        size = min(rows, shape[0] - index * rows) * row_bytes
+        first, end, place = parts[0]
+        whole = len(parts) == 1 and (end - first) * row_bytes == size
+        target = raw[place * row_bytes :][:size] if whole else np.empty(size, np.uint8)
+        if field.compression == "none":
+            sample.load_into(target, chunk, name, parents_checked=False, check_data=True)
+        else:
+            sample.decode_into(target, chunk, name, chunk_bytes=rows * row_bytes)
+        for first, end, place in () if whole else parts:
+            part = target[first * row_bytes : end * row_bytes]
+            raw[place * row_bytes :][: len(part)] = part
+
+    return [partial(fill, index) for index in copies]
 
 
 def _check_table(chunks: Sequence[StoredObject], array: NDArray[Any]) -> NDArray[np.int64] | None:

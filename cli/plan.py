@@ -17,8 +17,10 @@ _SHOWN_BYTES = 10_000
 @from_config(
     PlanConfig,
     panels={
-        "Stage one": "views model cameras blank frames picture codec hidden_states reasoning rollouts store",
+        "Stage one": "views model cameras blank frames picture codec layers hidden_states reasoning rollouts store",
         "Stage two": "batch_size draws prefix epochs trainable lora_rank memory_budget",
+        "An expert of one's own size": "from_scratch expert_layers expert_width expert_intermediate expert_heads "
+        "expert_map",
         "Machine": "gpu probe",
     },
 )

@@ -10,6 +10,7 @@ from annotated_types import Ge, Le
 
 from alpacache.config import Config, number
 from alpacache.driving.cameras import camera_words
+from alpacache.layer_choice import layers_text
 
 from . import options, output
 
@@ -38,6 +39,8 @@ def info(store: Store, json: options.Json = False) -> None:
         "codec": f"{about.identity.get('codec')} from {about.identity.get('dtype')}",
         "format": f"version {about.format_version}",
     }
+    if isinstance(layers := about.identity.get("layers"), list):
+        lines["layers"] = f"{layers_text(layers)} of the VLM's"
     if about.unreadable:
         lines["unreadable"] = f"{len(about.unreadable)} more samples, whose commit records cannot be read"
     lines |= {f"  {name}": f"{size / 1e6:.3f} MB" for name, size in about.size_by_field.items() if size}

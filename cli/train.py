@@ -35,6 +35,8 @@ def _read_file(file: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
         "Data": "epochs steps batch_size draws prefix route_dropout balance only exclude split_by sample_weights "
         "on_overlap on_damage seed",
         "What is trained": "trainable lora_rank lora_alpha causal times ema ema_every",
+        "An expert of one's own size": "from_scratch expert_layers expert_width expert_intermediate expert_heads "
+        "expert_map",
         "Optimizer": "optimizer lr min_lr warmup betas weight_decay clip",
         "Validation": "val val_every val_samples best_by patience",
         "Run directory": "save_every keep track take_over",

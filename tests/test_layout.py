@@ -24,7 +24,7 @@ ORDER = (
     ("alpacache.cached_samples",),
     ("alpacache.alpamayo",),
     ("alpacache.distributed", "alpacache.metrics", "alpacache.pictures", "alpacache.prefix", "alpacache.sources"),
-    ("alpacache.randomness",),
+    ("alpacache.layer_choice", "alpacache.randomness"),
     ("alpacache.driving", "alpacache.gpu"),
     ("alpacache.config", "alpacache.durable"),
     ("alpacache.directory_lock", "alpacache.hub"),

@@ -14,7 +14,7 @@ from alpacache.prefix.packed import PackedPrefixes
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures, Tail
 
 if TYPE_CHECKING:
-    from alpacache.alpamayo.expert import ActionExpert, load_expert
+    from alpacache.alpamayo.expert import ActionExpert, action_space, load_expert
     from alpacache.alpamayo.vlm import FrozenVLM, load_vlm
 
 __all__ = [
@@ -26,11 +26,12 @@ __all__ = [
     "PrefixFeatures",
     "PrefixLayout",
     "Tail",
+    "action_space",
     "load_expert",
     "load_vlm",
 ]
 
-_HOMES = dict.fromkeys(("ActionExpert", "load_expert"), "alpacache.alpamayo.expert")
+_HOMES = dict.fromkeys(("ActionExpert", "action_space", "load_expert"), "alpacache.alpamayo.expert")
 _HOMES |= dict.fromkeys(("FrozenVLM", "load_vlm"), "alpacache.alpamayo.vlm")
 
 

@@ -23,6 +23,7 @@ from alpacache.alpamayo.family import EXPERT_PARTS, Geometry, VLMSizes
 from alpacache.alpamayo.foreign_files import Count, Schema, Width, conform, read_json
 from alpacache.errors import AlpacacheError, CheckpointError
 from alpacache.finite import is_finite
+from alpacache.layer_choice import chosen_layers
 from alpacache.strict_json import plain
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ class _VLMFile(Schema):
     video_token_id: _Token | None = None
 
 
+LAYER_MAP = "expert_layer_map"
+"""Key of `config.json`: the VLM's layer that each layer of the expert attends to. Where it is absent, layer i has i."""
 _TEXT_KEYS = {*_Text.model_fields, *_TextFile.model_fields, "max_position_embeddings", "initializer_range"}
 _VISION_KEYS = {*_Vision.model_fields, "initializer_range"}
 _KEYS = ("model_type", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -188,7 +191,9 @@ def prefix_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 def expert_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Collect the settings in `config.json` that decide the expert's numbers, beside the shapes of its weights."""
     config = checkpoint.config
+    layer_map = {LAYER_MAP: list(config.raw[LAYER_MAP])} if LAYER_MAP in config.raw else {}
     return {
+        **layer_map,
         "dtype": str(config.dtype).removeprefix("torch."),
         "action_space": plain(config.action_space),
         "action_in_proj": plain(config.action_in_proj),
@@ -210,6 +215,29 @@ def expert_config(checkpoint: Checkpoint) -> "Qwen3VLTextConfig":
     text.vocab_size = 1  # the expert has no embeddings; a table of 155,697 rows would be allocated only to be dropped
     text.pad_token_id = None
     return text
+
+
+def layer_map_of(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The VLM's layer that each layer of the expert attends to. Raises `CheckpointError` for one that there is not."""
+    layers = expert_config(checkpoint).num_hidden_layers
+    given = checkpoint.config.raw.get(LAYER_MAP, list(range(layers)))
+    there = vlm_config(checkpoint).text_config.num_hidden_layers
+    good = isinstance(given, list) and all(type(layer) is int and 0 <= layer < there for layer in given)
+    if not good or len(given) != layers:
+        raise CheckpointError(
+            f"config.json of {checkpoint.model}: {LAYER_MAP} is {reprlib.repr(given)}; expected {layers} layers of the "
+            f"VLM, one for each of the expert's, 0 to {there - 1}."
+        )
+    return tuple(given)
+
+
+def some_layers(checkpoint: Checkpoint, choice: str | None) -> tuple[int, ...] | None:
+    """The VLM's layers that `--layers` chooses, rising; None for all of them. Raises `UsageError` for others."""
+    if choice is None:
+        return None
+    count = vlm_config(checkpoint).text_config.num_hidden_layers
+    layers = chosen_layers(choice, count)
+    return None if len(layers) == count else layers
 
 
 def stored_dtypes(checkpoint: Checkpoint) -> set[str]:

@@ -1,7 +1,8 @@
 """Stage two's model: the action expert, its two projections and its action space.
 
 The expert is transformers' Qwen3-VL text model, unmodified. The prefix KV comes first, then the 64 action tokens, which
-see all of the prefix and (by default) each other in both directions.
+see all of the prefix and (by default) each other in both directions. Layer i attends to the keys and values of layer
+`layer_map[i]` of the VLM: of the released models to layer i, of an expert of one's own size to any.
 """
 
 import math
@@ -20,6 +21,7 @@ from alpacache.alpamayo.backbone import (
     check_finite,
     described_by,
     expert_config,
+    layer_map_of,
     load_module,
 )
 from alpacache.alpamayo.checkpoint import Checkpoint
@@ -44,9 +46,16 @@ class ActionExpert(nn.Module):
         action_in_proj: ActionInProjection,
         action_out_proj: nn.Linear,
         action_space: UnicycleActionSpace,
+        layer_map: Sequence[int] | None = None,
     ) -> None:
+        """`layer_map`: the VLM's layer that each layer attends to; None: that of the same number."""
         super().__init__()
         self.expert = expert
+        self.layer_map = tuple(range(len(expert.layers)) if layer_map is None else layer_map)
+        self.prefix_layers = tuple(sorted(set(self.layer_map)))
+        """The VLM's layers that a `Prefix` for this expert holds, in this order."""
+        for layer, attended in zip(expert.layers, self.layer_map, strict=True):
+            layer.self_attn.prefix_layer = self.prefix_layers.index(attended)
         self.action_in_proj, self.action_out_proj = action_in_proj, action_out_proj
         self.action_space = action_space
 
@@ -59,8 +68,12 @@ class ActionExpert(nn.Module):
         return self.action_out_proj.weight.device
 
     def batch(self, prefixes: Sequence[PrefixFeatures | EncodedPrefix]) -> PackedPrefixes:
-        """Pack prefixes on the expert's device; reuse the result for several velocities of the same samples."""
-        return pack(prefixes, device=self.device, dtype=self.dtype)
+        """Pack prefixes on the expert's device; reuse the result for several velocities of the same samples.
+
+        They may have more of the VLM's layers than the expert attends to.
+        """
+        attended = [prefix.of_layers(self.prefix_layers) for prefix in prefixes]
+        return pack(attended, device=self.device, dtype=self.dtype)
 
     def velocity(
         self,
@@ -74,7 +87,7 @@ class ActionExpert(nn.Module):
         Args:
             noisy_action: `[B, K, 64, 2]`, K noise draws of each of B samples, normalised actions.
             t: `[B, K]`; 0 is noise, 1 is data.
-            prefixes: B prefixes of any lengths, or the result of `batch`, or another `Prefix`.
+            prefixes: B prefixes of any lengths, or the result of `batch`, or another `Prefix` of `prefix_layers`.
             causal: let an action token see only itself and earlier ones; for parity with the public training step
                 under transformers 4.57 with sdpa or eager attention (FlashAttention 2 and transformers 5 are not
                 causal). Inference and the default here are not causal.
@@ -87,6 +100,11 @@ class ActionExpert(nn.Module):
             raise ValueError(
                 f"noisy_action {list(noisy_action.shape)}, t {list(t.shape)} and {batch.lengths.shape[0]} prefixes "
                 "disagree; expected [B, K, 64, 2], [B, K] and B prefixes."
+            )
+        if isinstance(batch, PackedPrefixes) and batch.layout.layers != len(self.prefix_layers):
+            raise ValueError(
+                f"the prefixes have {batch.layout.layers} layers; the expert attends to {len(self.prefix_layers)}, "
+                f"which are {list(self.prefix_layers)} of the VLM's."
             )
         device = self.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -103,8 +121,8 @@ class ActionExpert(nn.Module):
         if self.expert.config._attn_implementation == PREFIX_ATTENTION:
             return {"prefix_call": PrefixCall(prefix=batch, causal=causal), "use_cache": False}
         cache = DynamicCache()  # each sample's prefix, once per draw
-        for layer in range(len(self.expert.layers)):
-            keys, values = batch.layer(layer)
+        for layer, attended in enumerate(self.layer_map):
+            keys, values = batch.layer(self.prefix_layers.index(attended))
             cache.update(keys.repeat_interleave(draws, 0), values.repeat_interleave(draws, 0), layer)
         valid = torch.arange(keys.shape[2], device=self.device) < batch.lengths[:, None]
         valid = valid.repeat_interleave(draws, 0)[:, None, None].expand(-1, 1, tokens, -1)
@@ -154,6 +172,7 @@ def load_expert(
         load("action_in_proj.", in_projection),
         load("action_out_proj.", lambda: nn.Linear(config.hidden_size, 2)),
         action_space(checkpoint),
+        layer_map_of(checkpoint),
     )
 
 

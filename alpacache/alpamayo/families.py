@@ -37,7 +37,11 @@ DEFAULT_FAMILY, RELEASED = R1, R1_RELEASED
 
 def read_config(path: Path) -> AlpamayoConfig:
     """A checkpoint's `config.json`, by its family's schema. Raises `CheckpointError` for anything else."""
-    raw = read_json(path)
+    return parse_config(read_json(path), path)
+
+
+def parse_config(raw: Mapping[str, Any], path: Path) -> AlpamayoConfig:
+    """The config that a parsed `config.json` holds; the path is for errors. Raises as `read_config`."""
     family = recognise(raw, path)
     return family.read_config(family, raw, path)
 

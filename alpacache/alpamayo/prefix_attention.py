@@ -211,7 +211,7 @@ def _attend_by_token(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, scale: float
 ) -> Tensor:
     """`attend` with tensors `[N, S, heads, D]`."""
-    layer: int = module.layer_idx  # type: ignore[assignment]  # read in compiled code, each layer would be compiled apart
+    layer: int = module.prefix_layer  # type: ignore[assignment]  # read in compiled code, each layer would be compiled apart
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return attend(query, key, value, call, layer, scale).transpose(1, 2)
 

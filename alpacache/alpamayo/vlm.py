@@ -93,6 +93,11 @@ class FrozenVLM:
         cache = [rows.advance(number, layer) for number, layer in enumerate(text.layers)]
         return rows.features(cache, text.norm(rows.prompts.hidden))
 
+    def keep_layers(self, count: int) -> None:
+        """Give up all layers but the first: of those behind no keys and values are wanted, nor any hidden state."""
+        text: Any = self.model.language_model
+        text.layers = text.layers[:count]
+
     def _add_endings(self, rows: PromptRows, endings: Sequence[Endings], *, stems: list[int]) -> None:
         """Give each prompt its endings, padded to the longest."""
         longest = max(sum(len(ids) for ids, _ in of_one.values()) for of_one in endings)

@@ -4,6 +4,7 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from alpacache.cached_samples.features import (
     UNROUTED,
     CachedSample,
     from_arrays,
+    stored_layers,
     stored_strata,
     tail_count,
     tail_name,
@@ -34,10 +36,13 @@ from alpacache.driving.cameras import FRONT_CAMERA, camera_words
 from alpacache.driving.route import command_of
 from alpacache.driving.sample import Floats, SampleRef
 from alpacache.driving.strata import STRATA, Strata, Turn
-from alpacache.errors import UsageError
+from alpacache.errors import DataError, UsageError
+from alpacache.layer_choice import layers_text
 from alpacache.prefix.layout import PrefixLayout, TailRoom
 from cache_store import CacheReader, KVCodec, SampleReadError, differences
 from cache_store.concurrency import in_order
+from cache_store.kv.layered import LayeredCodec
+from cache_store.sample_read import Ranges
 
 _SHARED = ("prompt", "processor", "dtype", "codec", "codec_definition")
 _POSE_THREADS = 4
@@ -99,6 +104,10 @@ class CachedDataset:
         self.codec: KVCodec | None = store_codec(readers[0].identity, store=str(stores[0]))
         """Codec of every sample; None for plain bfloat16."""
         self.prefix_fields = PREFIX_FIELDS if self.codec is None else (*PREFIX_FIELDS, KV_SHAPE)
+        self.layers: tuple[int, ...] | None = None
+        """The VLM's layers whose keys and values are read; None: all that the stores have. See `of_layers`."""
+        self._shapes: dict[CacheReader, tuple[int, ...]] = {}
+        self._ranges: dict[tuple[CacheReader, tuple[int, ...]], list[tuple[int, int]]] = {}
         self.rollouts = min(tail_count(reader.fields) for reader in readers)
         """Number of reasoning rollouts that every sample has tails of."""
         self.nameless = [error for reader in readers for error in reader.unreadable if not error.sample_id]
@@ -131,6 +140,108 @@ class CachedDataset:
 
     def sample_id(self, index: int) -> str:
         return self._index[index][1]
+
+    def of_layers(self, layers: Sequence[int]) -> "CachedDataset":
+        """The same samples with keys and values of these of the VLM's layers alone, rising; no others are fetched.
+
+        Chunks of a store are fetched whole, because that is what their checksums are of. Raises `UsageError` naming the
+        layers that a store does not have.
+        """
+        readers = self._readers
+        for reader in readers:
+            held = self.held_by(reader)
+            if lost := sorted(set(layers) - set(held)):
+                raise UsageError(
+                    f"store {reader.path} has keys and values of layers {layers_text(held)} of the VLM; the expert "
+                    f"attends to layers {layers_text(lost)} as well. Extract into another store with these layers "
+                    "(`alpacache extract --layers`), or `train --from-scratch` an expert for those that are there."
+                )
+        if all(tuple(layers) == self.held_by(reader) for reader in readers):
+            return self
+        if self.codec is not None and not isinstance(self.codec, LayeredCodec):
+            raise UsageError(f"{readers[0].path}: its codec {self.codec.kind!r} cannot be read layer by layer.")
+        chosen = copy(self)
+        for name in ("layout", "_sizes", "longest", "tail_room"):
+            chosen.__dict__.pop(name, None)
+        chosen.layers, chosen._ranges = tuple(layers), {}
+        return chosen
+
+    @property
+    def held_layers(self) -> tuple[int, ...]:
+        """The VLM's layers that every store has keys and values of, rising."""
+        return tuple(sorted(set.intersection(*(set(self.held_by(reader)) for reader in self._readers))))
+
+    @property
+    def _readers(self) -> list[CacheReader]:
+        """The stores that have a sample."""
+        return [self._index[places.start][0] for places in self.store_ranges if places]
+
+    def held_by(self, reader: CacheReader) -> tuple[int, ...]:
+        """The VLM's layers that a store has keys and values of, rising."""
+        named = stored_layers(reader.identity)
+        return tuple(range(self._shape_in(reader)[0])) if named is None else named
+
+    def _shape_in(self, reader: CacheReader) -> tuple[int, ...]:
+        """Shape of the keys and values of a sample of a store, the first that can be read."""
+        if reader not in self._shapes:
+            places = next(places for places in self.store_ranges if places and self._index[places.start][0] is reader)
+            error: SampleReadError | None = None
+            for index in places:
+                try:
+                    self._shapes[reader] = self._kv_shape(index)
+                    break
+                except SampleReadError as failed:
+                    error = error or failed
+            else:
+                assert error is not None
+                raise error
+        return self._shapes[reader]
+
+    def ranges(self, reader: CacheReader, sample_id: str, fields: Sequence[str]) -> Ranges:
+        """What is read of those of the fields that are keys and values; empty where they are read whole.
+
+        Raises `DataError` for a sample of another number of layers than its store has.
+        """
+        if self.layers is None:
+            return {}
+        return {
+            name: self._kv_ranges(reader, sample_id, reader.shape(sample_id, name))
+            for name in fields
+            if name.endswith("kv")
+        }
+
+    def _kv_ranges(self, reader: CacheReader, sample_id: str, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Ranges of axis 0 of keys and values of this stored shape: layers, or bytes of a codec."""
+        if (known := self._ranges.get((reader, shape))) is not None:
+            return known
+        assert self.layers is not None
+        held = self.held_by(reader)
+        places, starts = [held.index(layer) for layer in self.layers], list(range(len(held) + 1))
+        if self.codec is None and shape[0] != len(held):
+            raise DataError(
+                f"sample {sample_id!r} has keys and values of {shape[0]} layers, its store {reader.path} of "
+                f"{len(held)}. Extract it again, or leave its store out."
+            )
+        if self.codec is not None:
+            assert isinstance(self.codec, LayeredCodec)
+            _, _, kv_heads, _, head_dim = self._shape_in(reader)
+            whole = PrefixLayout(layers=len(held), kv_heads=kv_heads, head_dim=head_dim, codec=self.codec)
+            tokens = bisect_left(range(_MOST_TOKENS), shape[0], lo=1, key=whole.size_bytes)
+            starts = list(self.codec.layer_starts(whole.shape(tokens)))
+        ranges: list[tuple[int, int]] = []
+        for place in places:
+            if ranges and ranges[-1][1] == starts[place]:
+                ranges[-1] = ranges[-1][0], starts[place + 1]
+            else:
+                ranges.append((starts[place], starts[place + 1]))
+        self._ranges[reader, shape] = ranges
+        return ranges
+
+    def shape_read(self, reader: CacheReader, stored: Sequence[int]) -> tuple[int, ...]:
+        """Shape of what is read of a sample with keys and values `[layer, 2, kv_head, token, channel]`."""
+        if self.layers is None or stored[0] != len(self.held_by(reader)):
+            return tuple(stored)
+        return (len(self.layers), *stored[1:])
 
     @property
     def ids(self) -> list[str]:
@@ -199,8 +310,10 @@ class CachedDataset:
         fields = [name for name in reader.fields if name.startswith(names)]
         if twin is not None:
             fields += [name for name in reader.fields_of(sample_id) if name.startswith(tail_name(twin))]
-        arrays = reader.read(sample_id, (*self.prefix_fields, *fields))
-        return from_arrays(sample_id, arrays, codec=self.codec, twin=twin)
+        names_read = (*self.prefix_fields, *fields)
+        arrays = reader.read(sample_id, names_read, ranges=self.ranges(reader, sample_id, names_read))
+        layers = stored_layers(reader.identity) if self.layers is None else self.layers
+        return from_arrays(sample_id, arrays, codec=self.layout.codec, twin=twin, layers=layers)
 
     @property
     def routed(self) -> bool:
@@ -232,12 +345,17 @@ class CachedDataset:
         geometries = {}
         for places in filter(None, self.store_ranges):
             path = self._index[places.start][0].path
-            geometries[path] = self._any_kv_shape([index for index in places if index not in self.unreadable])[::2]
+            stored = self._any_kv_shape([index for index in places if index not in self.unreadable])
+            geometries[path] = self.shape_read(self._index[places.start][0], stored)[::2]
         if len(set(geometries.values())) > 1:
             lines = [f"{path}: {shape}" for path, shape in geometries.items()]
             raise UsageError("stores of different layers, heads or channels cannot be mixed:\n  " + "\n  ".join(lines))
         layers, kv_heads, head_dim = next(iter(geometries.values()))
-        return PrefixLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, codec=self.codec)
+        codec = self.codec
+        if self.layers is not None and isinstance(codec, LayeredCodec):  # all stores have the same codec and layers
+            held = self.held_by(self._readers[0])
+            codec = codec.of_layers([held.index(layer) for layer in self.layers])
+        return PrefixLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, codec=codec)
 
     @property
     def unreadable(self) -> dict[int, SampleReadError]:
@@ -263,7 +381,7 @@ class CachedDataset:
             try:
                 there = reader.fields_of(sample_id)
                 fields = [f"{name}kv" for name in ("", *self.tails_of(index))]
-                return [math.prod(reader.shape(sample_id, name)) if name in there else 0 for name in fields]
+                return [self._kv_elements(reader, sample_id, name) if name in there else 0 for name in fields]
             except SampleReadError as error:
                 return error
 
@@ -277,6 +395,13 @@ class CachedDataset:
                 sizes[index, : len(value)] = value
         sizes[list(errors)] = sizes.max(0)
         return sizes * (torch.bfloat16.itemsize if self.codec is None else 1), errors
+
+    def _kv_elements(self, reader: CacheReader, sample_id: str, name: str) -> int:
+        """Bytes, or bfloat16 numbers, that are read of keys and values."""
+        shape = reader.shape(sample_id, name)
+        if self.layers is None:
+            return math.prod(shape)
+        return sum(end - first for first, end in self._kv_ranges(reader, sample_id, shape)) * math.prod(shape[1:])
 
     @cached_property
     def longest(self) -> int:
@@ -370,7 +495,8 @@ class CachedDataset:
         wanted = self.tails_of(index)
         try:
             tails = [name for name in reader.fields_of(sample_id) if wanted and name.startswith(wanted)]
-            reader.read(sample_id, (*self.prefix_fields, *POSE_FIELDS, *tails))
+            fields = (*self.prefix_fields, *POSE_FIELDS, *tails)
+            reader.read(sample_id, fields, ranges=self.ranges(reader, sample_id, fields))
         except SampleReadError as error:
             return error
         return None

@@ -37,6 +37,8 @@ KV_AXES = ("layer", "key_value", "kv_head", "token", "channel")
 PREFIX_FIELDS = ("kv", "stem_len", "prefix_len", "rope_delta", "start_position")
 """Fields that make a prefix; with a quantising codec, `KV_SHAPE` as well."""
 KV_SHAPE = "kv_shape"
+LAYERS = "layers"
+"""Key of a store's identity: the VLM's layers that it has keys and values of. Absent where it has those of all."""
 _FINITE = " is finite"
 """Suffix of the flags, never stored, that say the array of that name is finite and may be stored; see `checked`."""
 ROUTE = "route"
@@ -63,14 +65,18 @@ class CachedSample:
     def twin_prefix(self, device: torch.device | str = "cpu") -> PrefixFeatures:
         """The prefix with the twin's tail: the decoded stem and that tail."""
         assert self.twin is not None
-        return self._decoded(device).with_tail(self.stem_len, self.twin)
+        return self.decode(device).with_tail(self.stem_len, self.twin)
 
     def rollout_prefixes(self, device: torch.device | str = "cpu") -> list[PrefixFeatures]:
         """The prefix after each rollout: the decoded stem and a tail."""
-        whole = self._decoded(device)
+        whole = self.decode(device)
         return [whole.with_tail(self.stem_len, tail) for tail in self.tails]
 
-    def _decoded(self, device: torch.device | str) -> PrefixFeatures:
+    def decode(self, device: torch.device | str = "cpu") -> PrefixFeatures:
+        """The prefix with keys and values `[layers, kv_heads, prefix_len, head_dim]` in bfloat16, whatever the codec.
+
+        Layers are those that were asked for of the data set, else those of the store: `PrefixFeatures.layers`.
+        """
         prefix = self.prefix.to(device)
         return prefix.decode() if isinstance(prefix, EncodedPrefix) else prefix
 
@@ -283,34 +289,54 @@ def _flag(value: Tensor) -> Tensor:
     return value.to("cpu", non_blocking=True)
 
 
+def stored_layers(identity: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The VLM's layers that a store was extracted with, rising; None where that was all."""
+    layers = identity.get(LAYERS)
+    return tuple(layers) if isinstance(layers, list) else None
+
+
 def from_arrays(
-    sample_id: str, arrays: Mapping[str, NDArray[Any]], *, codec: KVCodec | None = None, twin: str | None = None
+    sample_id: str,
+    arrays: Mapping[str, NDArray[Any]],
+    *,
+    codec: KVCodec | None = None,
+    twin: str | None = None,
+    layers: tuple[int, ...] | None = None,
 ) -> CachedSample:
-    """The sample of these stored arrays, its prefix still encoded; tensors share memory with the arrays."""
+    """The sample of these stored arrays, its prefix still encoded; tensors share memory with the arrays.
+
+    `layers`: the VLM's that keys and values are of, where the arrays do not hold all; `codec` is for these.
+    """
     counters = {name: int(arrays[name]) for name in ("rope_delta", "prefix_len", "start_position")}
     prefix: PrefixFeatures | EncodedPrefix
     if codec is None:
         kv = from_bf16_bits(arrays["kv"])
-        prefix = PrefixFeatures(keys=kv[:, 0], values=kv[:, 1], hidden=None, **counters)
+        prefix = PrefixFeatures(keys=kv[:, 0], values=kv[:, 1], hidden=None, layers=layers, **counters)
     else:
-        shape = tuple(arrays[KV_SHAPE].tolist())
-        prefix = EncodedPrefix(data=torch.from_numpy(arrays["kv"]), codec=codec, shape=shape, **counters)
-    stem_len, tails = int(arrays["stem_len"]), tuple(_tails(arrays, codec))
+        data, shape = torch.from_numpy(arrays["kv"]), _kv_shape(arrays, "", layers)
+        prefix = EncodedPrefix(data=data, codec=codec, shape=shape, layers=layers, **counters)
+    stem_len, tails = int(arrays["stem_len"]), tuple(_tails(arrays, codec, layers))
     has_twin = twin is not None and f"{tail_name(twin)}kv" in arrays
-    other = _tail(arrays, tail_name(twin), codec) if twin is not None and has_twin else None
+    other = _tail(arrays, tail_name(twin), codec, layers) if twin is not None and has_twin else None
     return CachedSample(sample_id=sample_id, prefix=prefix, stem_len=stem_len, tails=tails, twin=other)
 
 
-def _tails(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None) -> Iterator[Tail]:
+def _kv_shape(arrays: Mapping[str, NDArray[Any]], name: str, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """Shape of the keys and values that encoded arrays hold."""
+    shape: tuple[int, ...] = tuple(arrays[f"{name}{KV_SHAPE}"].tolist())
+    return shape if layers is None else (len(layers), *shape[1:])
+
+
+def _tails(arrays: Mapping[str, NDArray[Any]], codec: KVCodec | None, layers: Sequence[int] | None) -> Iterator[Tail]:
     for name in map(tail_name, range(tail_count(arrays))):
-        yield _tail(arrays, name, codec)
+        yield _tail(arrays, name, codec, layers)
 
 
-def _tail(arrays: Mapping[str, NDArray[Any]], name: str, codec: KVCodec | None) -> Tail:
+def _tail(arrays: Mapping[str, NDArray[Any]], name: str, codec: KVCodec | None, layers: Sequence[int] | None) -> Tail:
     if codec is None:
         kv = from_bf16_bits(arrays[f"{name}kv"])
     else:
-        shape = tuple(arrays[f"{name}{KV_SHAPE}"].tolist())
+        shape = _kv_shape(arrays, name, layers)
         kv = tensor_codec(codec).decode(torch.from_numpy(arrays[f"{name}kv"]), shape)
     return Tail(
         keys=kv[:, 0],

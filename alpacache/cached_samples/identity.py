@@ -14,11 +14,13 @@ from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.recognition import prompt_words, recognise_family
 from alpacache.alpamayo.rollout import rollout_identity
+from alpacache.cached_samples.features import LAYERS
 from alpacache.driving.cameras import camera_words, recorded_and_blank
 from alpacache.errors import UsageError
 from alpacache.masking import masked
 from alpacache.sources.video import ffmpeg_versions
 from cache_store import CODECS, KVCodec, codec_from_json, differences
+from cache_store.kv.layered import LayeredCodec
 
 _LATER = ("settings", "tokens_sha256", "family_by")
 """Keys of the model's part that stores of earlier versions lack."""
@@ -70,6 +72,7 @@ def store_identity(
     blank: Sequence[str] = (),
     rollouts: int = 0,
     views: Mapping[str, Any] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Everything that must match for two samples to belong to one store; `blank` are the black ones of `cameras`.
 
@@ -79,7 +82,7 @@ def store_identity(
     """
     home, _ = checkpoint.vlm_home
     other_vlm = {} if home is checkpoint else {"vlm": home.model_id}
-    known = vlm_identity(checkpoint)
+    known, stored_as = vlm_identity(checkpoint), codec_for(codec, layers)
     return {
         "model": {
             **known,
@@ -94,11 +97,18 @@ def store_identity(
         **({"blank": list(blank)} if blank else {}),
         "frames": frames,
         "codec": codec,
-        **({"codec_definition": CODECS[codec].to_json()} if codec in CODECS else {}),
+        **({} if stored_as is None else {"codec_definition": stored_as.to_json()}),
+        **({} if layers is None else {LAYERS: list(layers)}),
         "dtype": dtype,
         **({"reasoning": rollout_identity(builder, rollouts)} if rollouts else {}),
         **({"views": dict(views)} if views else {}),
     }
+
+
+def codec_for(name: str, layers: Sequence[int] | None) -> KVCodec | None:
+    """The codec of that name for keys and values of these of the VLM's layers (None: all); None for `bf16`."""
+    codec = CODECS.get(name)
+    return codec.of_layers(layers) if isinstance(codec, LayeredCodec) and layers is not None else codec
 
 
 def store_codec(identity: Mapping[str, Any], *, store: str) -> KVCodec | None:
@@ -147,7 +157,7 @@ def telling(lines: Sequence[str]) -> list[str]:
 
 
 def other_options(identity: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """Name the options in which `identity` differs from a store's: cameras, routes, precision, prompt."""
+    """Name the options in which `identity` differs from a store's: cameras, routes, layers, precision, prompt."""
     said = []
     shows, wants = camera_words(stored), camera_words(identity)
     if shows and shows != wants and "blank" in {*identity, *stored}:
@@ -161,6 +171,13 @@ def other_options(identity: Mapping[str, Any], stored: Mapping[str, Any]) -> lis
             has, remedy = f"routes ({there})", f"pass --route {shlex.quote(there)}"
         wants = f"{'others' if there else 'some'} ({asked})" if asked else "none"
         said.append(f"the store has {has}, this run has {wants}: {remedy}, or pass another --store.")
+    asked, there = (each.get(LAYERS) for each in (identity, stored))
+    if asked != there:
+        held = "all layers" if there is None else f"layers {_layers_words(there)}"
+        remedy = "leave --layers out" if there is None else f"pass --layers {_layers_words(there)}"
+        said.append(
+            f"the store has the KV of {held}, this run has another --layers: {remedy}, or pass another --store."
+        )
     names = {"bfloat16": "bf16", "float32": "fp32"}
     asked, there = (names.get(str(each.get("dtype"))) for each in (identity, stored))
     if there and asked != there:
@@ -183,6 +200,11 @@ def _prompt_options(identity: Mapping[str, Any]) -> str | None:
         return None
     names, numbers = ("" if given else "no-" for given in (prompt.get("camera_names"), "frame 0 <|" in template))
     return f"--{names}camera-names --{numbers}frame-numbers"
+
+
+def _layers_words(layers: object) -> str:
+    """Layers of a store as `--layers` takes them."""
+    return ",".join(map(str, layers)) if isinstance(layers, list) else repr(layers)[:200]
 
 
 def _given_route(identity: Mapping[str, Any]) -> str | None:

@@ -183,11 +183,13 @@ class RingSource:
         names = ["kv"] if request.is_new or self.slabs is None else []
         if request.tail is not None and (request.tail_is_new or self.slabs is None):
             names.append(f"{self._dataset.tails_of(request.index)[request.tail]}kv")
+        ranges = self._dataset.ranges(reader, sample_id, names)
         if self.slabs is None:
-            return reader.views(sample_id, buffer, names)
+            return reader.views(sample_id, buffer, names, ranges=ranges)
         out: dict[str, NDArray[Any]] = {}
         for name in names:
-            out |= reader.views(sample_id, self.slabs.place(reader.buffer_bytes(sample_id, [name])), [name])
+            place = self.slabs.place(reader.buffer_bytes(sample_id, [name], ranges=ranges))
+            out |= reader.views(sample_id, place, [name], ranges=ranges)
         return out
 
     def plan(
@@ -208,12 +210,13 @@ class RingSource:
         elif tail is not None and f"{tail}kv" in (out or ()):
             names.append(f"{tail}kv")
         unchecked = [name for name in names if name.endswith("kv")] if self._check_on_device else []
-        read = reader.plan(sample_id, names, out=out, unchecked=unchecked, by_record=True)
+        ranges = self._dataset.ranges(reader, sample_id, names)
+        read = reader.plan(sample_id, names, out=out, unchecked=unchecked, by_record=True, ranges=ranges)
         if request.is_new:
-            self._check(sample_id, read.arrays, "", int(read.arrays["prefix_len"]))
+            self._check(request.index, read.arrays, "", int(read.arrays["prefix_len"]))
             request.targets.add(request.place, request.index, [read.arrays[name] for name in POSE_FIELDS])
         if tail is not None and request.tail_is_new:
-            self._check(sample_id, read.arrays, tail, self._tail_tokens(read.arrays, tail))
+            self._check(request.index, read.arrays, tail, self._tail_tokens(read.arrays, tail))
         keys = {CHUNKS: "kv", TAIL_CHUNKS: f"{tail}kv"}
         chunks = {key: read.unchecked[name] for key, name in keys.items() if name in read.unchecked}
         return SampleRead(arrays=read.arrays | chunks, tasks=read.tasks)
@@ -280,15 +283,16 @@ class RingSource:
             action = torch.cat([self._solve([index], of_one)[0] for index, of_one in zip(indices, alone, strict=True)])
         return action, turns_ahead(*poses[1:])
 
-    def _check(self, sample_id: str, arrays: Mapping[str, NDArray[Any]], name: str, tokens: int) -> None:
+    def _check(self, index: int, arrays: Mapping[str, NDArray[Any]], name: str, tokens: int) -> None:
         """Compare the bytes with layout and number of tokens, which is all that the device decodes them by.
 
         `name` begins the names of the fields: those of a tail, or nothing.
         """
+        reader, sample_id = self._dataset.locate(index)
         size = arrays[f"{name}kv"].nbytes
         shape = arrays[f"{name}kv"].shape
         if self._dataset.codec is not None:
-            shape = tuple(arrays[f"{name}{KV_SHAPE}"].tolist())
+            shape = self._dataset.shape_read(reader, arrays[f"{name}{KV_SHAPE}"].tolist())
         expected = self._dataset.layout.shape(tokens)
         if shape != expected or tokens < 1 or not self._dataset.layout.can_be(size, tokens):
             raise DataError(

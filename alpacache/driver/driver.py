@@ -290,8 +290,13 @@ class Driver:
         rows = self._rows_for(prefix)
         layout = rows.layout
         kv = rows.data[0, : layout.size_bytes(tokens)].view(layout.dtype).view(layout.shape(tokens))
-        kv[:, 0].copy_(prefix.keys)
-        kv[:, 1].copy_(prefix.values)
+        attended = self._expert.prefix_layers
+        pairs = [(kv, (prefix.keys, prefix.values))]
+        if len(attended) < len(prefix.keys):
+            pairs = [(kv[place], (prefix.keys[layer], prefix.values[layer])) for place, layer in enumerate(attended)]
+        for target, (keys, values) in pairs:
+            target.select(-4, 0).copy_(keys)
+            target.select(-4, 1).copy_(values)
         kind = (len(noise), flow_steps)
         if kind not in self._samplers:
             while len(self._samplers) >= _KEPT_GRAPHS:
@@ -321,7 +326,8 @@ class Driver:
         if self._rows is None or prefix.prefix_len > self._rows.longest:
             self._samplers.clear()
             self._rows = None
-            layers, kv_heads, _, head_dim = prefix.keys.shape
+            _, kv_heads, _, head_dim = prefix.keys.shape
+            layers = len(self._expert.prefix_layers)
             layout = PrefixLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, codec=None)
             self._rows = PrefixRows(layout, prefix.prefix_len, batch_size=1, batches=1, device=self.device)
         return self._rows

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.backbone import layer_map_of
+from alpacache.alpamayo.new_expert import begun_with
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import POSE_FIELDS, SWAPPED, CachedSample, stored_strata
 from alpacache.cached_samples.sample_choice import SampleChoice
@@ -31,6 +33,7 @@ from alpacache.evaluation.summary import EvalSummary, summarise
 from alpacache.gpu.device import enter, resolve_device
 from alpacache.inference.prediction import Paths, predict_actions, predict_ahead, predict_on_twins, to_paths
 from alpacache.interrupt import InterruptGuard
+from alpacache.layer_choice import layers_text
 from alpacache.metrics.bootstrap import BLOCK_S
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.front_view import draw_paths
@@ -86,6 +89,17 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         label: find_trained(run, base, vlm=data.vlm, what="the store that it is to be judged on", average=config.ema)
         for label, run in (trained | dict(config.compare)).items()
     }
+    first = base if TRAINED not in runs else begun_with(base, runs[TRAINED][1])
+    if first is not base and not set(layer_map_of(base)) <= set(data.held_layers):
+        _log.warning(
+            "%s has keys and values of layers %s alone, too few for the expert of %s: 'base' is the new expert of %s "
+            "as it began, random weights.",
+            *(stores, layers_text(data.held_layers), config.model, config.checkpoint),
+        )
+    else:
+        first = base
+    for one in (first, *(begun_with(base, state) for _, state in runs.values())):
+        data.of_layers(sorted(set(layer_map_of(one))))  # what a store lacks is refused now
     _warn_of_known_clips(runs, data, indices, store=stores)
     _warn_of_other_pictures(runs, data, store=stores)
     device = resolve_device(config.device)
@@ -97,12 +111,12 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
 
     def batches_of(expert: "ActionExpert", todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
         if on_rollouts:
-            load = partial(data.load, tails=config.paths)
+            load = partial(data.of_layers(expert.prefix_layers).load, tails=config.paths)
             return _predict_loaded(predict_actions, expert, load, todo, batch_size=config.batch_size, **sampling)
         return predict_ahead(expert, data, todo, batch_size=config.batch_size, capture=config.capture, **sampling)
 
     def swapped_batches_of(expert: "ActionExpert", todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
-        load = partial(data.load, twin=SWAPPED)
+        load = partial(data.of_layers(expert.prefix_layers).load, twin=SWAPPED)
         return _predict_loaded(predict_on_twins, expert, load, todo, batch_size=config.batch_size, **sampling)
 
     swappable = [index for index in indices if config.swap_route and data.has_twin(index, SWAPPED)]
@@ -111,7 +125,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     with InterruptGuard() as guard:
         for label in predicted:
             run = runs[label][0] if label in runs else None
-            expert = load_trained(base, run, device, average=config.ema)
+            expert = load_trained(first if run is None else base, run, device, average=config.ema)
             parts = (predicted[label], batches_of, indices), (swapped[label], swapped_batches_of, swappable)
             for into, predict, todo in parts:
                 for batch in _paths_of(expert, predict, todo, poses, unread, guard):
@@ -134,6 +148,8 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     block_s = BLOCK_S if config.split is None else min(BLOCK_S, config.split.block_us / 1e6)
     summary = summarise(results, seed=config.seed, block_s=block_s)
     settings: dict[str, Any] = {**sampling, "reasoning": "rollout" if on_rollouts else "none", "view": 0}
+    if first is not base:
+        settings["base"] = f"the new expert of {config.checkpoint} as it began, random weights"
     if data.chosen is not None:
         settings["choice"] = data.chosen.record
     if data.routed:

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache import randomness
-from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS, from_bf16_bits, stored_strata
+from alpacache.cached_samples.features import KV_SHAPE, POSE_FIELDS, from_bf16_bits, stored_layers, stored_strata
 from alpacache.cached_samples.identity import store_codec
 from alpacache.driving.sample import DT_S, FUTURE_S, Floats, SampleRef
 from alpacache.driving.strata import MOVING_MPS, Strata, heading
 from alpacache.errors import UsageError
 from alpacache.evaluation.config import Layers, Pool
 from alpacache.evaluation.judging import LeftOut
+from alpacache.layer_choice import layers_text
 from alpacache.metrics.baselines import SPEED_STEPS
 from alpacache.prefix.codecs import tensor_codec
 from alpacache.progress import OnProgress, Progress, ignore
@@ -184,14 +185,15 @@ def _sketch(vectors: Tensor, projections: Tensor) -> NDArray[np.float32]:
 def _layer_numbers(reader: CacheReader, first: str, layers: Layers, codec: KVCodec | None) -> list[int]:
     """Layers whose values are asked for. Raises `UsageError` for one that is not there, or where nothing is to read."""
     shape = reader.read(first, fields=[KV_SHAPE])[KV_SHAPE] if codec else reader.shape(first, "kv")
-    count = int(shape[0])
-    numbers = list(range(count)) if layers == "all" else [] if layers == "last" else sorted(set(layers))
-    if numbers and numbers[-1] >= count:
-        raise UsageError(f"--layers has {numbers[-1]}, but {reader.path} has {count} layers, 0 to {count - 1}.")
+    held = stored_layers(reader.identity) or tuple(range(int(shape[0])))
+    numbers = list(held) if layers == "all" else [] if layers == "last" else sorted(set(layers))
+    if lost := sorted(set(numbers) - set(held)):
+        there = f"{len(held)} layers, {layers_text(held)}"
+        raise UsageError(f"--layers has {lost[-1]}, but {reader.path} has {there}.")
     if not numbers and HIDDEN not in reader.fields:
         raise UsageError(
             f"store {reader.path} has no hidden states (it was extracted with --hidden-states none). Pass "
-            f"--layers {count - 1} to probe the cached values of the last layer, or extract into a new store with "
+            f"--layers {held[-1]} to probe the cached values of the last layer, or extract into a new store with "
             "--hidden-states last."
         )
     return numbers
@@ -208,11 +210,15 @@ def _by_token(
         yield HIDDEN, from_bf16_bits(reader.read(sample_id, fields=[HIDDEN])[HIDDEN])
     if not numbers:
         return
-    arrays = reader.read(sample_id, fields=["kv", *([KV_SHAPE] if codec else [])])
+    arrays, named = (
+        reader.read(sample_id, fields=["kv", *([KV_SHAPE] if codec else [])]),
+        stored_layers(reader.identity),
+    )
     for layer in numbers:
+        place = layer if named is None else named.index(layer)
         if codec is None:
-            values = from_bf16_bits(arrays["kv"][layer, 1])
+            values = from_bf16_bits(arrays["kv"][place, 1])
         else:
             shape = tuple(arrays[KV_SHAPE].tolist())
-            values = tensor_codec(codec).decode_layer(torch.from_numpy(arrays["kv"]), layer, shape)[1]
+            values = tensor_codec(codec).decode_layer(torch.from_numpy(arrays["kv"]), place, shape)[1]
         yield f"layer {layer}", values.transpose(0, 1).flatten(1)

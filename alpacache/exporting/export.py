@@ -16,6 +16,7 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
 from alpacache.alpamayo.foreign_files import TensorInfo
 from alpacache.alpamayo.licence import CARD, LICENCE_FILES, card_of, licence_file_of
+from alpacache.alpamayo.new_expert import begun_with
 from alpacache.cached_samples.identity import check_base, model_identity, vlm_name
 from alpacache.durable import check_out, names_in, take_back
 from alpacache.errors import CheckpointError, UsageError
@@ -25,6 +26,7 @@ from alpacache.exporting.model_card import model_card, run_facts
 from alpacache.progress import OnProgress, ignore
 from alpacache.training.run_directory import AVERAGE, MODEL, RunCheckpoint, find_checkpoint, read_trained
 
+_CONFIG = "config.json"
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*", *LICENCE_FILES)
 """Files that go along with `expert_only`: configs, tokenizer, card, licence; no weights of any kind."""
 
@@ -78,6 +80,12 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
         raise _occupied(config.out)
     base, path = Checkpoint(config.model), find_checkpoint(config.checkpoint)
     run = read_trained(path, average=config.ema)
+    files, base = base, begun_with(base, run.state)
+    if base is not files and not config.expert_only:
+        raise UsageError(
+            f"{path} has an expert of its own size, which the public code cannot load beside the VLM. Pass "
+            "--expert-only: `train` and `eval` take what that writes as a model."
+        )
     check_base(base, run.state["base"], run=path)
     if (vlm := run.state.get("vlm")) and not config.expert_only:
         raise UsageError(
@@ -88,8 +96,11 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
     tensors = MergedTensors(base, infos, run.model, where=path)
     lean = not any(name.startswith("vlm.") for name in infos)
     if config.expert_only:  # small files of the base, and the expert's tensors in one new file
-        small = {_new_name(name): file for name, file in base.files(*_SMALL_FILES).items() if not name.endswith(INDEX)}
+        small = {_new_name(name): file for name, file in files.files(*_SMALL_FILES).items() if not name.endswith(INDEX)}
         draft = Draft(copied=small, new_bytes=sum(info.nbytes for info in infos.values()))
+        if base is not files:
+            del draft.copied[_CONFIG]
+            draft.texts[_CONFIG] = json.dumps(dict(base.config.raw), indent=2) + "\n"
     else:
         draft = _full_draft(base, tensors)
     draft.texts[INDEX] = _index(base, infos, run, single=config.expert_only, average=config.ema)

@@ -43,6 +43,7 @@ def check_room(
         clip_id=found.ref.clip_id,
         jpeg_bytes=len(sample_arrays(sample, found.inputs).get("front_jpeg", b"")),
         rollouts=rollouts,
+        layers=stored.layers,
     )
     one, free = sum(sizes.values()), free_bytes(existing_folder(store))
     needed = one * count

@@ -17,11 +17,11 @@ from functools import cache
 import torch
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.backbone import geometry_of, stored_dtypes
+from alpacache.alpamayo.backbone import geometry_of, some_layers, stored_dtypes
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.recognition import prompt_words
 from alpacache.cached_samples.features import checked, store_fields
-from alpacache.cached_samples.identity import as_stored, other_options, provenance, store_identity, telling
+from alpacache.cached_samples.identity import as_stored, codec_for, other_options, provenance, store_identity, telling
 from alpacache.driving.cameras import check_places, sort_cameras
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.splits import parse_split
@@ -50,7 +50,7 @@ from alpacache.sources.source import FixedSource
 from alpacache.sources.stretches import share_of, stretches
 from alpacache.sources.views import views_identity
 from alpacache.torchrun import this_process
-from cache_store import CODECS, CacheWriter, IdentityMismatchError
+from cache_store import CacheWriter, IdentityMismatchError
 from cache_store.format.names import sample_key
 from cache_store.format.store_root import mismatch
 from cache_store.writer import committed_keys, stored_identity
@@ -84,11 +84,15 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         vlm_dtype=config.vlm_dtype,
         blank=sort_cameras(config.blank) if config.blank else (),
     )
-    stored = StoredFeatures(
-        codec=CODECS.get(config.codec), hidden_states=config.hidden_states == "last", rollouts=config.tails
-    )
     source = open_source(config.source, cameras=settings.cameras)
     checkpoint = Checkpoint(config.model, vlm=config.vlm)
+    layers = some_layers(checkpoint, config.layers)
+    stored = StoredFeatures(
+        codec=codec_for(config.codec, layers),
+        hidden_states=config.hidden_states == "last",
+        rollouts=config.tails,
+        layers=layers,
+    )
     builder = settings.input_builder(checkpoint)
     prompt = builder.format
     if not prompt.camera_names:
@@ -121,6 +125,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         dtype=str(settings.dtype).removeprefix("torch."),
         rollouts=config.tails,
         views=views_identity(config.views, seed=config.seed),
+        layers=layers,
     )
     check_store_place(config.store)
     if (stored_before := stored_identity(config.store)) is not None:

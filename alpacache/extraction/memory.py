@@ -50,9 +50,9 @@ def plan_memory(
     rows = config.batch_size or (prefill_batch(cameras=len(settings.shown), frames=config.frames) if batched else 1)
     geometry, itemsize = geometry_of(checkpoint), settings.dtype.itemsize
     tokens, image_tokens, pixel_bytes, tails = _sizes(first(), builder, settings, geometry)
+    layers = geometry.layers if stored.layers is None else len(stored.layers)
     stored_bytes = sum(
-        kv_bytes((geometry.layers, 2, geometry.kv_heads, length, geometry.head_dim), stored.codec)
-        for length in (tokens, *tails)
+        kv_bytes((layers, 2, geometry.kv_heads, length, geometry.head_dim), stored.codec) for length in (tokens, *tails)
     )
     if stored.hidden_states:
         stored_bytes += 2 * tokens * geometry.vlm_hidden

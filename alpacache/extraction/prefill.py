@@ -29,6 +29,8 @@ class StoredFeatures:
     hidden_states: bool
     rollouts: int
     """Reasoning rollouts of each sample."""
+    layers: tuple[int, ...] | None = None
+    """The VLM's layers whose KV is stored, rising; None: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,8 @@ class Prefiller:
         self._stored, self._builder = stored, builder
         try:
             self._vlm = load_vlm(checkpoint, dtype=dtype, device=device)
+            if stored.layers is not None and not stored.hidden_states and not stored.rollouts:
+                self._vlm.keep_layers(stored.layers[-1] + 1)
             if compiled:
                 self._vlm.compile()
             self._sampler = RolloutSampler.load(checkpoint, self._vlm, builder) if stored.rollouts else None
@@ -114,6 +118,10 @@ class Prefiller:
                 tails = self._sampler.sample(
                     prefix, one.inputs.stem_len, rollouts=stored.rollouts, key=one.sample_id, question=question
                 )
+            if stored.layers is not None:
+                prefix = prefix.of_layers(stored.layers)
+                tails = [tail.of_layers(stored.layers) for tail in tails]
+                twins = {name: tail.of_layers(stored.layers) for name, tail in twins.items()}
             arrays = prefix_arrays(one.inputs, prefix, hidden_states=stored.hidden_states, codec=stored.codec)
             arrays |= tail_arrays(tails, codec=stored.codec) | twin_arrays(twins, codec=stored.codec)
             result.append(arrays)

@@ -68,6 +68,9 @@ class StreamedPrefiller:
         """`rows`: samples that go through a layer at a time."""
         self._vlm, self._checkpoint, self._builder, self._stored = vlm, checkpoint, builder, stored
         self._copies, self._rows = copies, rows
+        layers = range(vlm.layers) if stored.layers is None else stored.layers
+        self._place_of = {layer: place for place, layer in enumerate(layers)}
+        """Of each of the VLM's layers that is stored, its place among them."""
 
     def groups(self, samples: Iterator[Prepared], size: Callable[[], int]) -> Iterator[list[Prepared]]:
         """The samples in order, so many at a time."""
@@ -107,7 +110,8 @@ class StreamedPrefiller:
                     begun.append([self._reserve(one, rows, row, kv) for row, one in enumerate(batches[which])])
                     for one in begun[which]:
                         unless_done.callback(_give_back, one.places)
-                self._leave(begun[which], layer, kv)
+                if layer in self._place_of:
+                    self._leave(begun[which], self._place_of[layer], kv)
 
             rows = self._vlm.group(list(zip(asked, endings, strict=True)), leave)
             if self._stored.hidden_states:
@@ -135,7 +139,7 @@ class StreamedPrefiller:
         parts = {tail_name(name) if name else "": where for name, where in rows.parts(row).items()}
         heads, channels = kv.keys.shape[1], kv.keys.shape[3]
         shapes: dict[str, tuple[int, ...]] = {
-            begin: (self._vlm.layers, 2, heads, where.stop - where.start, channels) for begin, where in parts.items()
+            begin: (len(self._place_of), 2, heads, where.stop - where.start, channels) for begin, where in parts.items()
         }
         sizes = {f"{begin}kv": kv_bytes(shape, self._stored.codec) for begin, shape in shapes.items()}
         if self._stored.hidden_states:
@@ -150,7 +154,10 @@ class StreamedPrefiller:
         )
 
     def _leave(self, samples: list[_Sample], layer: int, kv: LayerKV) -> None:
-        """Encode a layer's KV of these samples, those of one length together, and send it to the host."""
+        """Encode a layer's KV of these samples, those of one length together, and send it to the host.
+
+        `layer`: its place among those that are stored.
+        """
         alike: dict[int, list[tuple[int, str]]] = defaultdict(list)
         for row, one in enumerate(samples):
             for begin, where in one.parts.items():

@@ -134,8 +134,10 @@ def predict_ahead(
 
     Samples are read and copied while earlier batches are computed, and stay as they are stored. On a GPU an integration
     is one CUDA graph with `capture`, and the same kernels without; a batch is yielded when the next one is enqueued.
-    Close the generator if it is not read to its end. Raises what `BatchRing` does.
+    Close the generator if it is not read to its end. Only the layers that the expert attends to are read. Raises what
+    `BatchRing` and `CachedDataset.of_layers` do.
     """
+    data = data.of_layers(expert.prefix_layers)
     batch_size = min(batch_size, len(indices))
     starts = range(0, len(indices), batch_size)
     batches = ([(index, index) for index in indices[start : start + batch_size]] for start in starts)

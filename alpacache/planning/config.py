@@ -24,6 +24,8 @@ from alpacache.config import (
 )
 from alpacache.driving.cameras import FRONT_CAMERA, check_blank
 from alpacache.driving.route import check_route
+from alpacache.errors import UsageError
+from alpacache.layer_choice import check_choice
 from alpacache.planning.gpus import MEASURED
 from alpacache.sources.config import Blank, Cameras, Frames
 
@@ -96,6 +98,8 @@ class StoredConfig(Config):
     """Times each sample is extracted: as it is, then with small seeded changes of its pictures."""
     codec: Codec = "bf16"
     """How KV is stored: lossless (`bf16`) or quantised; `int8` takes half the size."""
+    layers: Annotated[str | None, Written(metavar="every:N|first:N|0,6,..", read=check_choice)] = None
+    """The VLM's layers whose KV is stored: `every:3`, `first:6`, or numbers from 0 as in `0,6,12`. Default: all."""
     hidden_states: Literal["last", "none"] = "last"
     """`last` stores the hidden states after the last layer, `none` does not."""
     reasoning: Literal["none", "rollout"] = "none"
@@ -113,8 +117,43 @@ class StoredConfig(Config):
         return self.rollouts if self.reasoning == "rollout" else 0
 
 
+NEW_EXPERT = ("expert_layers", "expert_width", "expert_intermediate", "expert_heads", "expert_map")
+"""Settings of an expert of one's own size."""
+_Width = Annotated[int, Ge(1), Le(65_536)]
+_Number = Annotated[int, Ge(1), Le(1024)]
+
+
+@dataclass(frozen=True, kw_only=True)  # a second base, as above
+class NewExpertConfig(Config):
+    """An expert of one's own size; settings of `train` and `plan`."""
+
+    from_scratch: bool = False
+    """Train a new expert from random weights instead of the model's own; of any size, with the settings below."""
+    expert_layers: _Number | None = None
+    """Layers of the new expert. Default: as many as the model's own, or as the stores have, if that is fewer."""
+    expert_width: _Width | None = None
+    """Channels of its hidden states. Default: as the model's own; so are the proportions of what follows."""
+    expert_intermediate: _Width | None = None
+    """Width of its MLPs."""
+    expert_heads: _Number | None = None
+    """Query heads, a multiple of the VLM's KV heads."""
+    expert_map: Annotated[
+        tuple[Annotated[int, Ge(0), Le(1023)], ...] | None,
+        parts(whole_number, "0,6,12,...", expected="layer numbers from 0, as in 0,6,12"),
+    ] = None
+    """The VLM's layer that each of its layers attends to. Default: evenly over the layers that the stores have; 12 over
+    36 attend to 0, 3, 6, ..."""
+
+    def check_new_expert(self) -> None:
+        """Raise `UsageError` for sizes of a new expert where none is wanted."""
+        sizes = [name for name in NEW_EXPERT if getattr(self, name) is not None]
+        if sizes and not self.from_scratch:
+            raise UsageError(f"{sizes[0]} is of a new expert, and from_scratch is not given; add --from-scratch.")
+        expect(self.expert_map != (), "expert_map", "empty", "layer numbers from 0, as in 0,6,12")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanConfig(StoredConfig):
+class PlanConfig(StoredConfig, NewExpertConfig):
     """Settings of `plan`; fields are those of `extract` and `train` of the same names."""
 
     samples: Count
@@ -155,6 +194,7 @@ class PlanConfig(StoredConfig):
 
     def _check_together(self) -> None:
         check_blank(self.cameras, self.blank)
+        self.check_new_expert()
         expect(
             self.prefix == "direct" or self.tails > 0, "prefix", self.prefix, "direct, or --reasoning rollout with it"
         )

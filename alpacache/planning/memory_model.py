@@ -145,7 +145,7 @@ def with_room_used(work: Workload, plan: MemoryPlan, *, cap_bytes: int) -> Memor
     if each == 0:
         return plan
     room = min((1 - _ROOM) * cap_bytes - plan.device_bytes, _MOST_MORE * plan.device_bytes)
-    layers = min(work.layers, plan.decoded_layers + int(max(0.0, room) // each))
+    layers = min(work.layout.layers, plan.decoded_layers + int(max(0.0, room) // each))
     tails = _decoded_tail_bytes(work, plan.micro_batch)
     return replace(plan, decoded_layers=layers, decoding=layers * each + tails)
 

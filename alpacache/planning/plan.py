@@ -6,8 +6,8 @@ scaled from one measured GPU (`time_model`) and from the disk's speed, so they a
 
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,12 +17,15 @@ from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.families import DEFAULT_FAMILY, RELEASED
 from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.new_expert import new_shapes, plan_expert
 from alpacache.alpamayo.recognition import recognise_family
 from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.cached_samples.features import tail_name
+from alpacache.cached_samples.identity import codec_for
 from alpacache.driving.cameras import check_places, sort_cameras
 from alpacache.errors import UsageError
 from alpacache.gpu.host_memory import available_bytes
+from alpacache.layer_choice import chosen_layers
 from alpacache.planning import time_model
 from alpacache.planning.config import PlanConfig, Trainable, allowed_bytes, budget_bytes, codec_names
 from alpacache.planning.gpus import GPUS, MEASURED, Gpu, gpu_named
@@ -53,6 +56,10 @@ _TAIL_SHARE = {"direct": 0.0, "mix": 0.5, "rollouts": 1.0}
 _UNTOLD = (
     "The checkpoint does not tell whether its prompt names cameras and numbers frames: counted is the longer one, with "
     "both. `extract` asks which it is."
+)
+_OWN_EXPERT = (
+    "The expert of {model} attends to every layer, and the store would have some alone: counted is its training as if "
+    "it could. `train` takes a new expert there; add --from-scratch."
 )
 _AMPLE = 2**50
 """Host memory of a machine that is not probed."""
@@ -187,10 +194,24 @@ def plan(config: PlanConfig) -> Plan:
     route = {"none": None, "source": _USUAL_ROUTE}.get(config.route, config.route)
     prompt = planned_prompt(builder, cameras, frames=config.frames, picture=config.picture, route=route)
     geometry = RELEASED.geometry if checkpoint is None else geometry_of(checkpoint)
+    layers = None if config.layers is None else chosen_layers(config.layers, geometry.layers)
+    held = tuple(range(geometry.layers)) if layers is None else layers
+    lacks_layers = layers is not None and not config.from_scratch
+    if config.from_scratch:
+        geometry, attended = _with_new_expert(geometry, config, held)
+    else:
+        attended = len(held)
     machine = _machine(config.gpu, probed_folder=(config.store or ".") if config.probe else None)
     hidden_states = config.hidden_states == "last"
     sizes = {
-        name: sample_bytes(geometry, prompt, codec=CODECS.get(name), hidden_states=hidden_states, rollouts=rollouts)
+        name: sample_bytes(
+            geometry,
+            prompt,
+            codec=codec_for(name, layers),
+            hidden_states=hidden_states,
+            rollouts=rollouts,
+            layers=layers,
+        )
         for name in codec_names()
     }
     chosen, one_bytes = sizes[config.codec], sum(sizes[config.codec].values())
@@ -203,6 +224,7 @@ def plan(config: PlanConfig) -> Plan:
     if config.prefix != "direct":
         room = TailRoom(stored=prompt.tokens, tail=longest_tail(prompt))
     work = _workload(geometry, prompt.tokens, config.trainable, config.lora_rank, config.codec, config.batch_size, room)
+    work = replace(work, layout=replace(work.layout, layers=attended))
     kv_bytes = chosen["kv"] + _TAIL_SHARE[config.prefix] * chosen.get(f"{tail_name(0)}kv", 0)
     memory = fastest_plan(
         work,
@@ -261,8 +283,27 @@ def plan(config: PlanConfig) -> Plan:
             *_misfits(store_bytes, free, refusal, store=config.store),
             *_basis(machine, own_model=config.model is not None, rollouts=config.tails),
             *([_UNTOLD] if text else []),
+            *([_OWN_EXPERT.format(model=geometry.model)] if lacks_layers else []),
         ),
     )
+
+
+def _with_new_expert(geometry: Geometry, config: PlanConfig, held: Sequence[int]) -> tuple[Geometry, int]:
+    """The geometry with a new expert in it, and how many of the VLM's layers that attends to."""
+    sizes = {"kv_heads": geometry.kv_heads, "head_dim": geometry.head_dim}
+    spec = plan_expert(
+        geometry.expert_shapes,
+        **sizes,
+        held=held,
+        layers=config.expert_layers,
+        width=config.expert_width,
+        intermediate=config.expert_intermediate,
+        heads=config.expert_heads,
+        layer_map=config.expert_map,
+        seed=0,
+    )
+    shapes = new_shapes(geometry.expert_shapes, spec, **sizes)
+    return replace(geometry, expert_shapes=shapes), len(set(spec.layer_map))
 
 
 def _prefill_plan(

@@ -96,10 +96,12 @@ def sample_bytes(
     clip_id: str = CLIP_ID,
     jpeg_bytes: int = JPEG_BYTES,
     rollouts: int = 0,
+    layers: Sequence[int] | None = None,
 ) -> dict[str, int]:
     """Count the bytes of one sample by field, as `info` does.
 
-    Reasoning rollouts are taken to be as long as they can get, so their bytes are an upper bound.
+    Reasoning rollouts are taken to be as long as they can get, so their bytes are an upper bound. `layers`: the VLM's
+    whose KV is stored (None: all), which `codec` is for.
     """
     cameras, tokens = prompt.cameras, prompt.tokens
     counts = ("stem_len", "prefix_len", "rope_delta", "start_position", "t0_us", "view")
@@ -134,7 +136,8 @@ def sample_bytes(
         small[f"{name}text"] = prompt.route or ""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, length in lengths.items():
-        kv_shape = (geometry.layers, 2, geometry.kv_heads, length, geometry.head_dim)
+        count = geometry.layers if layers is None else len(layers)
+        kv_shape = (count, 2, geometry.kv_heads, length, geometry.head_dim)
         shapes[f"{name}kv"] = kv_shape
         if codec is not None:
             small[f"{name}{KV_SHAPE}"] = np.zeros(len(kv_shape), np.int64)

@@ -94,7 +94,7 @@ def compute_seconds(work: Workload, plan: MemoryPlan, gpu: Gpu) -> float:
     tokens = work.batch_size * plan.draws * FUTURE_STEPS
     arithmetic = tokens * (_TOKEN_S + _PAIR_S * work.longest) * _arithmetic(gpu)
     parts = math.ceil(work.batch_size / plan.micro_batch)
-    passes = 2 - plan.decoded_layers / work.layers
+    passes = 2 - plan.decoded_layers / work.layout.layers
     decoded = work.batch_size * work.longest * passes * _DECODED_S
     traffic = (parts * _PART_TRAFFIC_S + decoded) * _traffic(gpu)
     return (arithmetic + parts * _PART_S + traffic) * model * (_RECOMPUTED if plan.checkpointing else 1.0)

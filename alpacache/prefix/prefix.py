@@ -4,6 +4,7 @@ A store may hold it quantised. Such a prefix stays encoded as long as possible, 
 RAM and crosses the bus.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from alpacache.prefix.codecs import tensor_codec
 from cache_store import KVCodec
+from cache_store.kv.layered import LayeredCodec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,15 @@ class PrefixFeatures:
     start_position: int
     """Position of the first action token: usually `rope_delta + prefix_len`, but one more for a reasoning rollout that
     never emits `<|traj_future_start|>`, as its last token has no KV."""
+    layers: tuple[int, ...] | None = None
+    """The VLM's layers that keys and values are of; None: all, from the first."""
+
+    def of_layers(self, layers: Sequence[int]) -> "PrefixFeatures":
+        """Keys and values of these of the VLM's layers alone. Raises `ValueError` for one that this prefix lacks."""
+        places = layer_places(layers, self.layers, self.keys.shape[0])
+        if places is None:
+            return self
+        return replace(self, keys=self.keys[places], values=self.values[places], layers=tuple(layers))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PrefixFeatures":
         """This prefix on another device, keys, values and hidden in another dtype."""
@@ -68,6 +79,11 @@ class Tail:
     text: str
     """The generated tokens as text, for people; NUL and bytes that are no UTF-8 are U+FFFD. Or the other route."""
 
+    def of_layers(self, layers: Sequence[int]) -> "Tail":
+        """The tail with keys and values of these layers alone, of one that has them of all."""
+        places = list(layers)
+        return replace(self, keys=self.keys[places], values=self.values[places])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedPrefix:
@@ -81,6 +97,23 @@ class EncodedPrefix:
     rope_delta: int
     prefix_len: int
     start_position: int
+    layers: tuple[int, ...] | None = None
+    """As in `PrefixFeatures`."""
+
+    def of_layers(self, layers: Sequence[int]) -> "PrefixFeatures | EncodedPrefix":
+        """Keys and values of these of the VLM's layers alone, still encoded where the codec goes layer by layer.
+
+        Raises `ValueError` for one that this prefix lacks.
+        """
+        places = layer_places(layers, self.layers, self.shape[0])
+        if places is None:
+            return self
+        if not isinstance(self.codec, LayeredCodec):
+            return self.decode().of_layers(layers)
+        starts = self.codec.layer_starts(self.shape)
+        data = torch.cat([self.data[starts[place] : starts[place + 1]] for place in places])
+        shape, codec = (len(places), *self.shape[1:]), self.codec.of_layers(places)
+        return replace(self, data=data, codec=codec, shape=shape, layers=tuple(layers))
 
     def to(self, device: torch.device | str) -> "EncodedPrefix":
         """This prefix on another device, still encoded."""
@@ -96,4 +129,18 @@ class EncodedPrefix:
             rope_delta=self.rope_delta,
             prefix_len=self.prefix_len,
             start_position=self.start_position,
+            layers=self.layers,
         )
+
+
+def layer_places(wanted: Sequence[int], held: Sequence[int] | None, count: int) -> list[int] | None:
+    """Places of the wanted layers among those `held` (None: the first `count`); None where they are just these.
+
+    Raises `ValueError` for a layer that is not there.
+    """
+    there = list(range(count)) if held is None else list(held)
+    if list(wanted) == there:
+        return None
+    if lost := sorted(set(wanted) - set(there)):
+        raise ValueError(f"the prefix has no keys and values of layers {lost}; it has those of {there}.")
+    return [there.index(layer) for layer in wanted]

@@ -33,6 +33,8 @@ from cache_store import SampleReadError
 _TIMED_BATCHES = 5
 """Batches read to learn how fast they come; the first does not count."""
 _TIME_LIMIT_S = 20.0
+_CPU_BYTES = 16
+"""Of a parameter that a CPU trains: weight, gradient and two moments in float32."""
 
 
 def settle(
@@ -102,6 +104,17 @@ def settle(
             "--trainable lora."
         )
     return plan
+
+
+def check_host_room(parameters: int, width: int) -> None:
+    """Raise `UsageError` where RAM has no room for a new expert that is trained on a CPU."""
+    needed, available = _CPU_BYTES * parameters, available_bytes()
+    if needed > available:
+        raise UsageError(
+            f"the new expert of width {width} has {parameters:,} parameters, whose training on the CPU takes "
+            f"{needed / 2**30:.1f} GiB of RAM; {available / 2**30:.1f} GiB are available. Lower --expert-width or "
+            "--expert-layers."
+        )
 
 
 def _fits_whole(work: Workload, plan_for: Callable[..., MemoryPlan]) -> bool:

@@ -28,7 +28,7 @@ from alpacache.config import (
     whole_number,
 )
 from alpacache.errors import UsageError
-from alpacache.planning.config import MemoryBudget, Trainable, budget_bytes
+from alpacache.planning.config import MemoryBudget, NewExpertConfig, Trainable, budget_bytes
 
 if TYPE_CHECKING:
     from alpacache.cached_samples.sample_choice import SampleChoice
@@ -46,7 +46,7 @@ def _count_or_auto(written: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig(ChoiceConfig):
+class TrainConfig(ChoiceConfig, NewExpertConfig):
     """Settings of `train`."""
 
     stores: Annotated[tuple[str, ...], MinLen(1), Written(metavar="PATH[=WEIGHT]", read=expand_home, repeatable=True)]
@@ -166,6 +166,9 @@ class TrainConfig(ChoiceConfig):
         expect(self.patience is None or self.val is not None, "patience", self.patience, "a --val store with it")
         expect(self.best_by == "loss" or self.val is not None, "best_by", self.best_by, "a --val store with it")
         weighted_stores(self.stores)
+        self.check_new_expert()
+        whole = not self.from_scratch or self.trainable == "all"
+        expect(whole, "trainable", self.trainable, "all, as weights that are random must all be trained")
         table = self.sample_weights is None or self.sample_weights.lower().endswith((".csv", ".parquet"))
         expect(table, "sample_weights", self.sample_weights, "a table, FILE.csv or FILE.parquet")
 

@@ -13,6 +13,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.backbone import layer_map_of, vlm_config
+from alpacache.alpamayo.family import EXPERT_PARTS
+from alpacache.alpamayo.new_expert import ExpertSpec, NewExpert, plan_expert
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import check_same_vlm, ids_digest, model_identity, prompt_doubt
 from alpacache.cached_samples.prefix_choice import PrefixChoice
@@ -20,6 +23,7 @@ from alpacache.cached_samples.sample_choice import ChosenSamples, SampleChoice, 
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.masking import masked
+from alpacache.planning.config import NEW_EXPERT
 from alpacache.training.config import TrainConfig, absolute_place, absolute_stores, weighted_stores
 from alpacache.training.data_order import check_overlap, global_order
 from alpacache.training.run_directory import MODEL, RunDirectory
@@ -67,13 +71,21 @@ class RunInputs:
         prefix = config.prefix or "direct"
         choice = PrefixChoice(prefix=prefix, route_dropout=config.route_dropout or 0.0, seed=config.seed or 0)
         self.data = CachedDataset(config.store_paths, self.checkpoint, choice=choice, samples=config.sample_choice)
+        self.new_expert: ExpertSpec | None = None
+        """The expert of one's own size that the run begins with; None for the model's."""
+        if config.from_scratch:
+            self.new_expert = _new_expert(config, self.checkpoint, held=self.data.held_layers)
+            self.checkpoint = NewExpert(self.checkpoint, self.new_expert)
+        attended = sorted(set(layer_map_of(self.checkpoint)))
+        self.data = self.data.of_layers(attended)
         if config.on_damage == "stop":
             self.data.refuse_unreadable()
         self.val: CachedDataset | None = None
         if config.val:
             choice = PrefixChoice(prefix=prefix, seed="val")  # the same for every seed, as validation's noise is
             held_out = SampleChoice(split=config.split_by, side="val")
-            self.val = CachedDataset([config.val], self.checkpoint, choice=choice, samples=held_out)
+            val = CachedDataset([config.val], self.checkpoint, choice=choice, samples=held_out)
+            self.val = val.of_layers(attended)
         if self.val is not None:
             check_same_vlm(self.data.vlm, self.val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
         for path, places in zip(config.store_paths, self.data.store_ranges, strict=True):
@@ -155,6 +167,22 @@ class RunInputs:
             )
 
 
+def _new_expert(config: TrainConfig, checkpoint: Checkpoint, *, held: Sequence[int]) -> ExpertSpec:
+    text = vlm_config(checkpoint).text_config
+    return plan_expert(
+        checkpoint.shapes(*EXPERT_PARTS),
+        kv_heads=text.num_key_value_heads,
+        head_dim=text.head_dim,
+        held=held,
+        layers=config.expert_layers,
+        width=config.expert_width,
+        intermediate=config.expert_intermediate,
+        heads=config.expert_heads,
+        layer_map=config.expert_map,
+        seed=config.seed or 0,
+    )
+
+
 def steps_of(epochs: float, samples: int, batch_size: int) -> int:
     """Steps in which every sample comes so many times."""
     return math.ceil(epochs * samples / batch_size)
@@ -206,6 +234,8 @@ def settings_record(
     record = {key: value for key, value in settings.items() if key not in _FREE_TO_CHANGE | _CHOICE}
     if chosen is not None:
         record[CHOICE] = chosen.record
+    if not settings["from_scratch"]:
+        record = {key: value for key, value in record.items() if key not in NEW_EXPERT}
     record["betas"] = list(settings["betas"])
     if settings["trainable"] != "lora":
         del record["lora_rank"], record["lora_alpha"]
@@ -235,6 +265,8 @@ def restore_settings(config: TrainConfig) -> TrainConfig:
     chosen = {"seed": settings.get("seed", 0), "draws": settings.get("draws", 1), "label_rule": rule}
     chosen |= {"prefix": settings.get("prefix", "direct"), "route_dropout": settings.get("route_dropout", 0.0)}
     chosen |= {"ema": average.get("decay"), "ema_every": free.get("ema_every") or 100}
+    if config.from_scratch:
+        chosen |= {name: settings.get(name) for name in NEW_EXPERT}
     return replace(config, **{key: value for key, value in chosen.items() if getattr(config, key) is None})
 
 
@@ -300,7 +332,7 @@ def _meant(record: Mapping[str, Any]) -> dict[str, Any]:
     """Part of a `settings_record` that must not change, in one form: epochs as steps, defaults spelled out."""
     apart = {"micro_batch", "processes", "schedule", "dataset_samples", "stores", "epochs", "steps", "warmup", CHOICE}
     # As it was before there was a choice.
-    meant: dict[str, Any] = {"label_rule": "unguarded", "prefix": "direct", "route_dropout": 0.0}
+    meant: dict[str, Any] = {"label_rule": "unguarded", "prefix": "direct", "route_dropout": 0.0, "from_scratch": False}
     meant |= {key: value for key, value in record.items() if key not in apart}
     if record.get("steps") or record.get("epochs"):
         meant["steps"] = steps = record.get("steps") or steps_of(

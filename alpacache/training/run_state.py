@@ -6,13 +6,13 @@ of older versions have none and are read all the same.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from alpacache import strict_json
-from alpacache.alpamayo.foreign_files import Schema, conform, read_json
+from alpacache.alpamayo.foreign_files import Count, Schema, Width, conform, read_json
 from alpacache.durable import RUN
 from alpacache.errors import DataError, UsageError
 from alpacache.training.run_names import name_of, step_of
@@ -76,6 +76,14 @@ class _Skipped(Schema, extra="forbid"):
     in_a_row: int
 
 
+class _NewExpert(Schema, extra="forbid"):
+    layer_map: Annotated[list[Annotated[int, Field(ge=0, le=1023)]], Field(min_length=1, max_length=1024)]
+    width: Width
+    intermediate: Width
+    heads: Count
+    seed: Annotated[int, Field(ge=0)]
+
+
 class _LossSum(Schema, extra="forbid"):
     total: float
     samples: int = Field(ge=1)
@@ -89,6 +97,7 @@ class _State(Schema):
     settings: _Settings
     base: _Base
     vlm: _VLM | None
+    new_expert: _NewExpert | None = None
     best: _Best
     average: _Average | None
     trainable: Literal["all", "head", "lora"]

@@ -119,6 +119,8 @@ def _train(
         pinned_bytes=int(data.kv_bytes.sum() + data.tail_bytes.sum()) if config.in_memory else None,
         captured=config.capture,
     )
+    if inputs.new_expert is not None and world.device.type == "cpu":
+        auto_settings.check_host_room(work.parameters, inputs.new_expert.width)
     assert config.draws is not None
     plan = auto_settings.settle(
         work,
@@ -160,6 +162,9 @@ class _Run:
         world, directory = self.world, self.directory
         used = {"lr": config.peak_lr, "min_lr": config.final_lr, "store_weights": config.store_weights}
         used["optimizer"] = resolve(config.optimizer, world.device)
+        if (new := inputs.new_expert) is not None:
+            used |= {"expert_layers": len(new.layer_map), "expert_width": new.width, "expert_heads": new.heads}
+            used |= {"expert_intermediate": new.intermediate, "expert_map": list(new.layer_map)}
         schedule = schedule_of(self.directory)
         record = asdict(config) | used
         self.settings = settings_record(
@@ -244,9 +249,9 @@ class _Run:
         averages = config.ema is not None and self.world.is_first
         averages &= self.directory.state(step)["average"] is not None
         content = read_checkpoint(path, optimizer=True, average=averages)
+        check_unchanged(content.state["settings"], self.settings, run=config.out)
         check_base(self.inputs.checkpoint, content.state["base"], run=path)
         check_same_vlm(content.state["vlm"], self.data.vlm, run=path, what="the stores that are given now")
-        check_unchanged(content.state["settings"], self.settings, run=config.out)
         self.learner.load(content)
         self.step = step
         self.best = BestValidation(**content.state["best"])
@@ -528,6 +533,7 @@ class _Run:
                 "free_settings": free_settings(asdict(self.config.with_absolute_places())),
                 "metrics": self.directory.metrics.seal,
                 "base": model_identity(self.inputs.checkpoint),
+                "new_expert": None if self.inputs.new_expert is None else self.inputs.new_expert.to_json(),
                 "vlm": self.data.vlm,
                 "best": asdict(self.best),
                 "trainable": self.config.trainable,

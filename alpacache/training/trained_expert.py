@@ -11,6 +11,7 @@ import torch
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.family import EXPERT_PARTS
+from alpacache.alpamayo.new_expert import begun_with
 from alpacache.cached_samples.identity import check_base, check_same_vlm
 from alpacache.training.run_directory import find_checkpoint, read_trained
 from alpacache.training.run_state import read_state
@@ -36,6 +37,7 @@ def find_trained(
     """
     path = find_checkpoint(run).resolve()  # `best` may move on while a run is still training
     state = read_state(path, average=average)
+    base = begun_with(base, state)
     check_base(base, state["base"], run=path)
     check_same_vlm(state.get("vlm"), vlm, run=path, what=what)
     changed_tensors(read_trained(path, average=average).model, base.shapes(*EXPERT_PARTS), where=path)
@@ -45,14 +47,16 @@ def find_trained(
 def load_trained(
     base: Checkpoint, run: Path | None, device: torch.device, *, average: bool = False, dtype: torch.dtype | None = None
 ) -> "ActionExpert":
-    """Load the base's expert, with the tensors of a run's checkpoint in it if one is given.
+    """Load the base's expert, or of a run's checkpoint the expert that it trained: the base's, or one of its own size.
 
     `dtype`: bfloat16 on a GPU and float32 on the CPU unless given.
     """
     from alpacache.alpamayo import load_expert  # seconds of imports, which no refusal should wait for
 
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    expert = load_expert(base, dtype=dtype, device=device)
-    if run is not None:
-        apply_checkpoint(expert, read_trained(run, average=average).model, where=str(run))
+    if run is None:
+        return load_expert(base, dtype=dtype, device=device).eval()
+    content = read_trained(run, average=average)
+    expert = load_expert(begun_with(base, content.state), dtype=dtype, device=device)
+    apply_checkpoint(expert, content.model, where=str(run))
     return expert.eval()

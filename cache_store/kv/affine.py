@@ -4,7 +4,8 @@ Attention passes on errors of keys about twice as large as those of values, most
 magnitude, where queries are large too. So keys are quantised by channel, with more bits for those, and values by token.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -85,6 +86,13 @@ class AffineCodec(LayeredCodec):
     def bits_of(self, layer: int) -> tuple[int, int]:
         key, value = (bits[layer if len(bits) > 1 else 0] for bits in (self.key_bits, self.value_bits))
         return key, value
+
+    def of_layers(self, layers: Sequence[int]) -> Self:
+        keys, values = (
+            bits if len(bits) == 1 else tuple(bits[layer] for layer in layers)
+            for bits in (self.key_bits, self.value_bits)
+        )
+        return replace(self, key_bits=keys, value_bits=values)
 
     def check_layers(self, layers: int) -> None:
         for bits in (self.key_bits, self.value_bits):

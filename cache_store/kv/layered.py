@@ -7,10 +7,11 @@ maximum, rounding half to even. Sums, whose order differs between libraries, are
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +86,11 @@ class LayeredCodec(KVCodec):
     def check_layers(self, layers: int) -> None:
         """Raise `ValueError` for a number of layers that the codec is not for."""
         return
+
+    def of_layers(self, layers: Sequence[int]) -> Self:
+        """The codec of samples that hold only these of the layers that this one is for, with the same bytes of each."""
+        del layers
+        return self
 
     def encoded_bytes(self, shape: tuple[int, ...]) -> int:
         return self.layer_starts(shape)[-1]

@@ -31,7 +31,7 @@ from cache_store.kv.registry import KINDS
 
 SHELL = [block for page in pages() for block in blocks(page, "sh", "bash", "shell")]
 PYTHON_PAGES = [page for page in pages() if blocks(page, "python")]
-ONE_PROGRAM = {"add-a-codec.md", "add-a-model.md"}
+ONE_PROGRAM = {"add-a-codec.md", "add-a-model.md", "your-own-head.md"}
 """Pages whose Python blocks go on from each other."""
 FOREIGN = {
     *("--repo-type", "--local-dir", "--include"),  # hf download

@@ -69,6 +69,19 @@ def test_paths_are_those_of_an_evaluation_to_the_bit(story):
         assert np.array_equal(again.xyz, live.xyz)
 
 
+def test_an_expert_of_ones_own_size_drives_as_it_is_evaluated(story, tmp_path):
+    model, source, cameras, store = story
+    values = {"steps": 1, "batch_size": 1, "warmup": 0, "device": "cpu", "track": "none", "from_scratch": True}
+    run = str(tmp_path / "run")
+    alpacache.train(TrainConfig(stores=(store,), model=model, out=run, expert_map=(3, 1, 1), expert_width=32, **values))
+    driver, clip_id = load_driver(model, run, device="cpu"), source.clip_ids[0]
+    assert driver._expert.prefix_layers == (1, 3)
+    sample_id, actions, *_ = evaluated(model, store, driver._expert)
+    live = driver(*recording(source, clip_id, cameras=cameras), cameras=cameras, seed=5, name=clip_id, **PATHS)
+    assert np.array_equal(live.actions, actions.numpy())
+    assert sample_id.startswith(clip_id)
+
+
 def noise_of(sample_id):
     return eval_noise(5, [sample_id], PATHS["paths"])[0]
 

@@ -1,0 +1,184 @@
+"""`extract --layers`: only those layers' KV is stored, with the bits that it has in a store of all."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import alpacache
+from alpacache.alpamayo import Checkpoint
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.errors import UsageError
+from alpacache.evaluation.config import EvalConfig
+from alpacache.evaluation.probe_features import read_probe_data
+from alpacache.extraction.config import ExtractConfig
+from alpacache.training.config import TrainConfig
+from cache_store import CacheReader, IdentityMismatchError, copy, info, verify
+
+
+@pytest.fixture(scope="module")
+def extract(tiny_checkpoint, tmp_path_factory):
+    """Stores of the same two samples, once each."""
+    made = {}
+
+    def extract(codec="int8", layers=None, **changes):
+        key = (codec, layers, *changes.items())
+        if key not in made:
+            store = tmp_path_factory.mktemp("layers") / "store"
+            values = {"source": "synthetic:2", "model": str(tiny_checkpoint), "store": str(store), "frames": 1}
+            values |= {"device": "cpu", "codec": codec, "layers": layers, "hidden_states": "none"}
+            values |= {"reasoning": "rollout", "rollouts": 2, "deterministic": True}
+            alpacache.extract(ExtractConfig(**values | changes))
+            made[key] = str(store)
+        return made[key]
+
+    return extract
+
+
+@pytest.mark.parametrize(("layers", "held"), [("every:3", (0, 3)), ("first:2", (0, 1)), ("1,3", (1, 3))])
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_the_chosen_layers_have_the_bits_of_a_full_store(extract, tiny_checkpoint, codec, layers, held):
+    checkpoint, store = Checkpoint(str(tiny_checkpoint)), extract(codec, layers)
+    identity = dict(CacheReader(store).identity)
+    assert identity.pop("layers") == list(held)
+    assert identity == CacheReader(extract(codec)).identity
+    few, full = CachedDataset([store], checkpoint), CachedDataset([extract(codec)], checkpoint).of_layers(held)
+    assert few.held_layers == held
+    assert few.of_layers(held) is few
+    for index in range(2):
+        first, second = (data.load(index, tails=2) for data in (few, full))
+        assert first.prefix.layers == second.prefix.layers == held
+        for one, other in zip(first.rollout_prefixes(), second.rollout_prefixes(), strict=True):
+            assert torch.equal(one.keys, other.keys)
+            assert torch.equal(one.values, other.values)
+            assert one.start_position == other.start_position
+        if codec == "int8":
+            assert torch.equal(first.prefix.data, second.prefix.data)
+    kv = [info(path).size_by_field["kv"] for path in (store, extract(codec))]
+    assert kv[0] == pytest.approx(kv[1] / 2, rel=0.05)
+
+
+def test_layers_that_stream_through_the_device_are_stored_the_same(extract):
+    first, second = (CacheReader(extract(layers="1,3", reasoning="none", **how)) for how in ({}, {"weights": "ram"}))
+    assert first.identity == second.identity
+    for sample_id in first.sample_ids:
+        arrays = [reader.read(sample_id) for reader in (first, second)]
+        assert arrays[0].keys() == arrays[1].keys()
+        assert all(np.array_equal(arrays[0][name], arrays[1][name]) for name in arrays[0])
+
+
+def test_all_layers_named_one_by_one_are_all(extract):
+    assert (
+        CacheReader(extract(layers="0,1,2,3", reasoning="none")).identity
+        == CacheReader(extract(reasoning="none")).identity
+    )
+
+
+def test_what_reads_stores_takes_one_of_some_layers(extract, tmp_path, tiny_checkpoint):
+    store = extract(layers="every:3")
+    assert verify(store, deep=True).damaged == verify(extract(), deep=True).damaged
+    copy(store, tmp_path / "copy")
+    assert CacheReader(tmp_path / "copy").identity == CacheReader(store).identity
+    few, full = CacheReader(store), CacheReader(extract())
+    with pytest.raises(UsageError, match=r"--layers has 1, but .* has 2 layers, 0, 3"):
+        read_probe_data(few, few.sample_ids, layers=(0, 1), pool="mean")
+    first, second = (read_probe_data(one, one.sample_ids, layers=(3,), pool="mean") for one in (few, full))
+    assert first.features.keys() == {"layer 3"}
+    assert np.array_equal(first.features["layer 3"], second.features["layer 3"])
+    again = ExtractConfig(
+        source="synthetic:2",
+        model=str(tiny_checkpoint),
+        store=store,
+        frames=1,
+        codec="int8",
+        hidden_states="none",
+        reasoning="rollout",
+        rollouts=2,
+        device="cpu",
+    )
+    with pytest.raises(IdentityMismatchError, match=r"the store has the KV of layers 0,3, .*: pass --layers 0,3, or"):
+        alpacache.extract(again)
+
+
+@pytest.mark.system
+def test_a_new_expert_learns_the_same_from_some_layers_as_from_all_and_a_full_one_is_refused(
+    extract, tiny_checkpoint, tmp_path
+):
+    model, losses = str(tiny_checkpoint), []
+    values = {"model": model, "steps": 3, "batch_size": 2, "warmup": 0, "lr": 1e-3, "device": "cpu", "track": "none"}
+    for name, store in (("few", extract(layers="every:3")), ("all", extract())):
+        config = {"out": str(tmp_path / name), "stores": (store,), "prefix": "mix", "from_scratch": True}
+        report = alpacache.train(TrainConfig(**values | config, expert_map=(0, 3), expert_width=64))
+        losses.append((report.first_loss, report.last_loss))
+    assert losses[0] == losses[1]
+    few = extract(layers="every:3")
+    lacks = r"has keys and values of layers 0, 3 of the VLM; the expert attends to layers 1, 2 as well"
+    with pytest.raises(UsageError, match=lacks):
+        alpacache.train(TrainConfig(**values, stores=(few,), out=str(tmp_path / "big")))
+    with pytest.raises(UsageError, match=lacks):
+        alpacache.evaluate(EvalConfig(store=(few,), model=model, out=str(tmp_path / "eval"), device="cpu", paths=2))
+    judged = alpacache.evaluate(
+        EvalConfig(
+            store=(few,),
+            model=model,
+            checkpoint=str(tmp_path / "few"),
+            out=str(tmp_path / "judged"),
+            device="cpu",
+            paths=2,
+            on_overlap="allow",
+        )
+    )
+    assert set(judged.results[0].models) >= {"base", "trained"}
+
+
+def with_other(value, where, key, model, out):
+    """A copy of a checkpoint, its weights linked, with another value in one of its configs."""
+    shutil.copytree(model, out, copy_function=os.link)
+    config = json.loads((out / where).read_text())
+    config[key[0]][key[1]] = value
+    (out / where).unlink()
+    (out / where).write_text(json.dumps(config))
+    return str(out)
+
+
+def test_another_expert_fits_the_store_and_another_vlm_or_prompt_is_refused_by_name(extract, tiny_checkpoint, tmp_path):
+    again = {
+        "source": "synthetic:2",
+        "store": extract(layers="every:3", reasoning="none"),
+        "frames": 1,
+        "codec": "int8",
+    }
+    again |= {"layers": "0,3", "hidden_states": "none", "device": "cpu"}
+    expert = with_other(64, "config.json", ("expert_cfg", "intermediate_size"), tiny_checkpoint, tmp_path / "expert")
+    assert alpacache.extract(ExtractConfig(**again, model=expert)).already_there == 2
+    run = {"stores": (again["store"],), "out": str(tmp_path / "run"), "steps": 1, "batch_size": 1, "warmup": 0}
+    run |= {"device": "cpu", "track": "none", "from_scratch": True}
+    assert alpacache.train(TrainConfig(**run, model=expert)).steps == 1
+    vlm = with_other(99.0, "vlm/config.json", ("text_config", "rope_theta"), tiny_checkpoint, tmp_path / "vlm")
+    with pytest.raises(IdentityMismatchError, match="rope_theta"):
+        alpacache.extract(ExtractConfig(**again, model=vlm))
+    with pytest.raises(UsageError, match="rope_theta"):
+        alpacache.train(TrainConfig(**run, model=vlm, resume=True))
+    with pytest.raises(IdentityMismatchError, match="camera_names"):
+        alpacache.extract(ExtractConfig(**again, model=str(tiny_checkpoint), camera_names=True))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("every:0", r"layers is 'every:0'; expected every:3, first:6, or layer numbers"),
+        ("last:3", "layers is 'last:3'; expected every:3"),
+        ("3,1", "layers is '3,1'; expected every:3"),
+        ("1,x", "layers is '1,x'; expected every:3"),
+        ("", "layers is ''; expected every:3"),
+        ("0,7", "layers names 7; the VLM has layers 0 to 3."),
+        ("first:5", r"layers is first:5; the VLM has 4 layers, 0 to 3\."),
+    ],
+)
+def test_layers_that_there_are_not_are_refused_in_a_sentence(extract, layers, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        extract(layers=layers)
+    assert "\n" not in str(refused.value)
