@@ -15,7 +15,19 @@ if TYPE_CHECKING:
     from alpacache.checks.source import SourceReport
     from alpacache.converters.writer import ConvertReport
 
-_COMMON = {"kind", "input", "out", "list", "check", "clip_seconds", "origin_offset", "mount"}
+_COMMON = {
+    "kind",
+    "input",
+    "out",
+    "list",
+    "check",
+    "clip_seconds",
+    "origin_offset",
+    "mount",
+    "crop",
+    "pad",
+    "undistort",
+}
 """Settings that every kind has."""
 _SHOWN = 12
 """Most clips and warnings named in the tables; JSON has all."""
@@ -28,7 +40,9 @@ _CHECKED_S = 10.0
     panels={
         "Clips": "clip_seconds",
         "Where the pose stands": "origin_offset mount axes",
-        "Topics": "list camera pose heading stamp",
+        "Topics": "list camera pose heading stamp map",
+        "Pictures": "crop pad undistort",
+        "Films and steering": "film_start wheelbase_m full_lock_deg",
     },
 )
 def convert(config: ConvertConfig, json: bool) -> None:
@@ -70,17 +84,21 @@ def convert(config: ConvertConfig, json: bool) -> None:
 def _write(config: ConvertConfig) -> "ConvertReport":
     from dataclasses import fields
 
+    from alpacache.converters.reframe import Reframe
     from alpacache.converters.registry import kind_named, open_drives
     from alpacache.converters.writer import convert as write
     from alpacache.interrupt import InterruptGuard
 
     assert config.out is not None
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    standard = {field.name: field.default for field in fields(config)} | {"camera": ()}
+    standard = {field.name: field.default for field in fields(config)} | {"camera": (), "map": ()}
     options = {name: value for name, value in values.items() if name not in _COMMON and value != standard[name]}
+    drives = open_drives(kind_named(config.kind), Path(config.input), options)
+    if config.crop or config.pad or config.undistort:
+        drives = Reframe(crop=config.crop, pad=config.pad, undistort=config.undistort).drives(drives)
     with output.show_progress("convert") as on_progress, InterruptGuard() as guard:
         return write(
-            open_drives(kind_named(config.kind), Path(config.input), options),
+            drives,
             Path(config.out),
             name=Path(config.input).resolve().stem or config.kind,
             settings={name: value for name, value in values.items() if name not in ("out", "list", "check")},

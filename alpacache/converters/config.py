@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from alpacache.config import Config, Name, Place, Written, number, parts
 from alpacache.driving.cameras import FRONT_CAMERA, full_camera_name
@@ -37,12 +37,19 @@ def _checked_cameras(written: Any) -> tuple[str, ...]:
     return tuple(f"{name}={topic}" for name, topic in camera_topics(written))
 
 
+def _checked_columns(written: Any) -> tuple[str, ...]:
+    entries = (written,) if isinstance(written, str) else tuple(written)
+    if not all(entry.partition("=")[0].strip() and entry.partition("=")[2].strip() for entry in entries):
+        raise ValueError("NAME=COLUMN, such as speed_kmh=observation.state.vehicle.speed")
+    return entries
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertConfig(Config):
     """Settings of `convert`."""
 
     kind: Name
-    """Kind of recording: `mcap`, `rosbag`, `carla`."""
+    """Kind of recording: `mcap`, `rosbag`, `kitti`, `comma2k19`, `udacity`, `gps`, `nuscenes`, `lerobot`."""
     input: Place
     """The log: a file or a folder, as the kind has it."""
     out: Place | None = None
@@ -73,6 +80,27 @@ class ConvertConfig(Config):
     axes: Literal["right-handed", "left-handed"] | None = None
     """Handedness of the poses of a log that does not tell."""
 
+    crop: bool = False
+    """Cut the middle out of each picture in the shape of the model's, 16 : 9; they are encoded anew."""
+    pad: bool = False
+    """Put black around each picture up to that shape; they are encoded anew."""
+    undistort: bool = False
+    """Take the lens's distortion out, by the log's calibration; pictures are encoded anew."""
+    map: Annotated[tuple[str, ...], Written(metavar="NAME=COLUMN", read=_checked_columns, repeatable=True)] = field(
+        default_factory=tuple
+    )
+    """Column of a data set that holds a value, such as `latitude=observation.state.gps[0]`; repeatable. Default: the
+    preset that fits."""
+    film_start: Name | None = None
+    """When the first frame of a film was taken, by the log beside it: a time in UTC, such as 2026-05-01T10:00:00.25Z,
+    or seconds after the log's first row. Default: found from its turns."""
+    wheelbase_m: Annotated[float, Gt(0), Le(20)] | None = None
+    """Wheelbase of a vehicle whose poses are integrated from its steering. Default: 2.5."""
+    full_lock_deg: Annotated[float, Gt(0), Lt(90)] | None = None
+    """Angle of its wheels at full lock. Default: 23.5."""
+
     def _check_together(self) -> None:
         if self.out is None and not self.list:
             raise UsageError("--out missing; name the folder to write, or ask for --list.")
+        if self.crop and self.pad:
+            raise UsageError("--crop and --pad both make pictures of the model's shape; leave one of them out.")

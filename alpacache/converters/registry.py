@@ -4,12 +4,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from alpacache.converters import ros
+from alpacache.converters import comma2k19, gps, kitti, lerobot, nuscenes, ros, udacity
 from alpacache.converters.drive import Dropped, LoggedDrive
 from alpacache.converters.kind import Kind, Listing
 from alpacache.errors import UsageError
 
-_ALL: tuple[Kind, ...] = (ros.MCAP, ros.ROSBAG)
+_ALL: tuple[Kind, ...] = (
+    ros.MCAP,
+    ros.ROSBAG,
+    kitti.KIND,
+    comma2k19.KIND,
+    udacity.KIND,
+    gps.KIND,
+    lerobot.KIND,
+    nuscenes.KIND,
+)
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 """Every kind. Modules load what is heavy when an input of theirs is read."""
 

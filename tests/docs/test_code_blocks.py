@@ -35,7 +35,6 @@ ONE_PROGRAM = {"add-a-codec.md", "add-a-model.md", "your-own-head.md"}
 """Pages whose Python blocks go on from each other."""
 FOREIGN = {
     *("--repo-type", "--local-dir", "--include"),  # hf download
-    *("--wheelbase-m", "--full-lock-deg"),  # docs/examples/udacity_to_folder.py
     *("--no-python", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),
     *(
         "--array",

@@ -1,0 +1,185 @@
+"""A film and a log of a satellite receiver beside it, with or without speed and yaw rate or steering.
+
+    FOLDER/drive.mp4     FOLDER/drive.gpx, drive.nmea or drive.csv     and perhaps FOLDER/drive.vehicle.csv
+
+Fixes become metres east, north and up on the ellipsoid, are smoothed forwards and backwards, and the heading is the
+course; at standstill it is held. What the smoother knows of its own error is reported, and a stretch on which it knows
+too little is refused: so is a log of one fix a second that says no more than places. Where the film belongs in the log
+is found from its turns, unless `film_start` says it.
+"""
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from alpacache.converters.clips import SHORTEST_US
+from alpacache.converters.dead_reckoning import yaw_quaternions
+from alpacache.converters.drive import Dropped, Film, LoggedDrive
+from alpacache.converters.film_clock import FilmStart, find_start, shown_us, turning_of
+from alpacache.converters.fix_path import SmoothPath, VehicleMotion, path_of
+from alpacache.converters.fixes import Fixes, read_fixes
+from alpacache.converters.kind import Kind
+from alpacache.converters.log_files import UnusableError
+from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.poses import Track
+from alpacache.errors import BadClipError, UsageError
+from alpacache.sources.camera_files import FILMS
+
+READS = "a film (.mp4, .mov, .mkv) with a log of the same name beside it (.gpx, .nmea, .csv), or a folder of such"
+LOGS = (".gpx", ".nmea", ".csv", ".txt", ".log")
+MAX_GAP_S = 1.5
+"""Time without a fix after which a new stretch begins; with a vehicle's speed and yaw rate `MAX_OUTAGE_S`."""
+MAX_OUTAGE_S = 5.0
+
+
+def drives(place: Path, *, film_start: str | None = None) -> Iterator[LoggedDrive | Dropped]:
+    """The films at `place` with their logs, by name."""
+    for film, log, vehicle in _pairs(place):
+        try:
+            yield from film_drives(film, log, vehicle, film_start=film_start)
+        except BadClipError as error:
+            yield Dropped(what="drives", count=1, reason=f"{film.name}: {error}")
+
+
+def film_drives(
+    film: Path, log: Path, vehicle: Path | None, *, film_start: str | None
+) -> Iterator[LoggedDrive | Dropped]:
+    """Stretches of one film that can be used. Raises `BadClipError`."""
+    fixes = read_fixes(log)
+    if not (fixes.has("latitude") and fixes.has("longitude")):
+        raise UnusableError(f"{log.name} has no latitude and longitude")
+    motion = _motion_of(fixes, None if vehicle is None else read_fixes(vehicle))
+    dropped = list(fixes.dropped)
+    paths, short = [], 0
+    for begin, end in _stretches(fixes, MAX_OUTAGE_S if motion else MAX_GAP_S):
+        if fixes.times_us[end - 1] - fixes.times_us[begin] < SHORTEST_US:
+            short += 1
+            continue
+        try:
+            paths.append(path_of(fixes, begin, end, motion))
+        except UnusableError as error:
+            first_s, last_s = ((fixes.times_us[at] - fixes.times_us[0]) / 1e6 for at in (begin, end - 1))
+            reason = f"{log.name}, {first_s:.1f} to {last_s:.1f} s: {error}"
+            dropped.append(Dropped(what="stretches", count=1, reason=reason))
+    if short:
+        gap_s = MAX_OUTAGE_S if motion else MAX_GAP_S
+        reason = f"shorter than {SHORTEST_US / 1e6:.1f} s, between gaps of more than {gap_s:g} s in {log.name}"
+        dropped.append(Dropped(what="stretches", count=short, reason=reason))
+    if not paths:
+        raise UnusableError("; ".join(f"{drop.count} {drop.what}: {drop.reason}" for drop in dropped))
+    shown = shown_us(film)
+    start_us, clock = _film_start(film, film_start, fixes, paths)
+    times_us = start_us + shown
+    for number, path in enumerate(paths):
+        first, last = np.searchsorted(times_us, [path.times_us[0], path.times_us[-1]], side="left")
+        if last - first < 2:
+            reason = (
+                f"the film does not reach into the log's stretch from {_clock(path.times_us[0], fixes.absolute)} on"
+            )
+            dropped.append(Dropped(what="stretches", count=1, reason=reason))
+            continue
+        yield LoggedDrive(
+            name=film.stem if len(paths) == 1 else f"{film.stem}-{number + 1}",
+            cameras={FRONT_CAMERA: Film(path=film, times_us=times_us[first:last], first=int(first))},
+            track=Track(timestamps_us=path.times_us, xyz=path.xyz, quaternion_xyzw=yaw_quaternions(path.yaw_rad)),
+            point="antenna",
+            facts={**fixes.facts, **path.facts, "film": clock},
+        )
+    yield from dropped
+
+
+def _stretches(fixes: Fixes, gap_s: float) -> list[tuple[int, int]]:
+    """Rows from one index up to another without a gap."""
+    has = np.isfinite(fixes.values["latitude"]) & np.isfinite(fixes.values["longitude"])
+    if not has.all():
+        raise UnusableError("some rows have no place; leave them out, or put speed and yaw rate into NAME.vehicle.csv")
+    cuts = np.flatnonzero(np.diff(fixes.times_us) > gap_s * 1e6) + 1
+    edges = [0, *cuts.tolist(), len(fixes.times_us)]
+    return list(pairwise(edges))
+
+
+def _motion_of(fixes: Fixes, vehicle: Fixes | None) -> VehicleMotion | None:
+    """Speed and yaw rate or steering, of the vehicle's log or of the fixes' own."""
+    source = fixes if vehicle is None else vehicle
+    turning = next((name for name in ("yaw_rate", "steering") if source.has(name)), None)
+    if turning is None or not source.has("speed"):
+        if vehicle is None:
+            return None
+        raise UnusableError("the vehicle's log needs a column speed, and yaw_rate or steering")
+    if vehicle is not None and vehicle.absolute != fixes.absolute:
+        raise UnusableError("one of both logs has times of 1970 and the other has not; write both on one clock")
+    rows = np.isfinite(source.values["speed"]) & np.isfinite(source.values[turning])
+    if rows.sum() < 2 or np.median(np.diff(source.times_us[rows])) > 0.25e6:
+        return None
+    return VehicleMotion(
+        times_us=source.times_us[rows],
+        speed_mps=source.values["speed"][rows],
+        yaw_rate=source.values[turning][rows],
+        steering=turning == "steering",
+    )
+
+
+def _film_start(film: Path, written: str | None, fixes: Fixes, paths: Sequence[SmoothPath]) -> tuple[int, str]:
+    """Time of the first frame (us), and in words where that is from."""
+    first_us = int(fixes.times_us[0])
+    if written is not None and written != "estimate":
+        return _given_start(written, fixes), f"first frame at {written}, as given"
+    longest = max(paths, key=lambda path: path.times_us[-1] - path.times_us[0])
+    found = find_start(turning_of(film), (longest.times_us - first_us) / 1e6, longest.yaw_rad)
+    if not isinstance(found, FilmStart):
+        remedy = "say when its first frame was taken: --film-start 2026-05-01T10:00:00.25Z, or seconds into the log"
+        raise UnusableError(f"where the film belongs in the log cannot be told from its turns: {found}; {remedy}")
+    said = f"first frame {found.seconds:+.2f} s into the log, found from its turns"
+    return first_us + round(found.seconds * 1e6), f"{said} (error {found.error_s:.2f} s, likeness {found.likeness:.2f})"
+
+
+def _given_start(written: str, fixes: Fixes) -> int:
+    try:
+        return int(fixes.times_us[0]) + round(float(written.removesuffix("s")) * 1e6)
+    except ValueError:
+        pass
+    try:
+        at = datetime.fromisoformat(written)
+    except ValueError as error:
+        raise UsageError(
+            f"--film-start {written} is neither a time such as 2026-05-01T10:00:00.25Z nor seconds into the log."
+        ) from error
+    if not fixes.absolute:
+        raise UsageError(f"--film-start {written} is a date, and the log's times are none; give seconds into the log.")
+    at = at if at.tzinfo else at.replace(tzinfo=UTC)
+    return round(at.timestamp() * 1e6)
+
+
+def _clock(time_us: int, absolute: bool) -> str:
+    if absolute:
+        return datetime.fromtimestamp(int(time_us) / 1e6, UTC).isoformat()
+    return f"{int(time_us) / 1e6:.3f} s"
+
+
+def _pairs(place: Path) -> list[tuple[Path, Path, Path | None]]:
+    """Film, log and vehicle's log of each drive. Raises `UsageError` where it is not clear which belong together."""
+    films = [place]
+    if place.is_dir():
+        films = sorted(entry for entry in place.iterdir() if entry.suffix.lower() in FILMS and entry.is_file())
+    elif place.suffix.lower() not in FILMS:
+        raise UsageError(f"{place} is no film; expected {READS}.")
+    if not films:
+        raise UsageError(f"{place} holds no film (.mp4, .mov, .mkv); expected {READS}.")
+    pairs = []
+    for film in films:
+        beside = [entry for entry in film.parent.iterdir() if entry.suffix.lower() in LOGS and entry.is_file()]
+        own = sorted(entry for entry in beside if entry.stem == film.stem)
+        vehicle = next((entry for entry in beside if entry.name == f"{film.stem}.vehicle.csv"), None)
+        if len(own) != 1:
+            found = " and ".join(entry.name for entry in own) or "none"
+            raise UsageError(
+                f"{film}: expected one log named {film.stem}.gpx, .nmea or .csv beside it; there is {found}."
+            )
+        pairs.append((film, own[0], vehicle))
+    return pairs
+
+
+KIND = Kind(name="gps", reads=READS, drives=drives, takes=("film_start",))
