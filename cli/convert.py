@@ -31,8 +31,8 @@ _COMMON = {
 """Settings that every kind has."""
 _SHOWN = 12
 """Most clips and warnings named in the tables; JSON has all."""
-_CHECKED_S = 10.0
-"""Seconds between the samples that are looked at."""
+_CHECKED_S = (1.0, 10.0)
+"""Least and most seconds between the samples that are looked at: short clips have room for few."""
 
 
 @from_config(
@@ -111,12 +111,16 @@ def _write(config: ConvertConfig) -> "ConvertReport":
 
 
 def _check(report: "ConvertReport") -> "SourceReport":
+    from statistics import median
+
     from alpacache.checks.source import check_source
+    from alpacache.converters.clips import SHORTEST_US
     from alpacache.sources.registry import open_source
     from alpacache.sources.routes import Routes
 
     source = open_source(f"folder:{report.out}", cameras=report.cameras)
-    t0 = f"every:{_CHECKED_S}"
+    room_s = median(clip["seconds"] for clip in report.clips) - SHORTEST_US / 1e6
+    t0 = f"every:{min(max(room_s // 1, _CHECKED_S[0]), _CHECKED_S[1]):g}"
     routes = Routes("source", source, file=None, t0=t0) if any(clip["routes"] for clip in report.clips) else None
     with output.show_progress("check") as on_progress:
         return check_source(source, t0=t0, cameras=report.cameras, routes=routes, on_progress=on_progress)
