@@ -37,6 +37,7 @@ def check(config: CheckConfig, json: bool) -> None:
     from alpacache.durable import appearing, check_results_out
     from alpacache.sources.registry import open_source
     from alpacache.sources.routes import Routes, open_route_file
+    from alpacache.sources.selection import note_on_split
 
     source = open_source(config.source, cameras=config.cameras)
     file = open_route_file(config.route_file, source)
@@ -46,6 +47,9 @@ def check(config: CheckConfig, json: bool) -> None:
     if config.out is not None:  # before anything is read
         keys = {"ok", "source", "checks", "clips"}
         check_results_out(Path(config.out), what="check", names=_FILES, main=REPORT, keys=keys)
+    lone = note_on_split(source, split_by=parse_split(config.split_by), clips=config.clips)
+    if lone is not None:
+        output.note(lone)
     with output.show_progress("check") as on_progress:
         report = check_source(
             source,

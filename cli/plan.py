@@ -17,6 +17,7 @@ _SHOWN_BYTES = 10_000
 @from_config(
     PlanConfig,
     panels={
+        "Samples": "samples split t0",
         "Stage one": "views model cameras blank frames picture codec layers hidden_states reasoning rollouts store",
         "Stage two": "batch_size draws prefix epochs trainable lora_rank memory_budget",
         "An expert of one's own size": "from_scratch expert_layers expert_width expert_intermediate expert_heads "
@@ -26,6 +27,8 @@ _SHOWN_BYTES = 10_000
 )
 def plan(config: PlanConfig, json: bool) -> None:
     """Tokens, bytes, hours and GPU memory of both stages. Needs no GPU, no weights and, without --model, no network.
+
+    Of a SOURCE the samples are counted, as `extract` would take them: clips times t0s.
 
     Example: `alpacache plan --samples 1000 --codec int8 --epochs 10 --batch-size 4 --gpu 4090 --memory-budget 24GB`
     """
@@ -54,7 +57,9 @@ def _sample_lines(plan: "Plan") -> output.Lines:
     tails = sum(sizes.pop(name) for name in list(sizes) if name.startswith("tail."))
     shown = {name: size for name, size in sizes.items() if size >= _SHOWN_BYTES}
     views = f" ({plan.views} views of {plan.samples // plan.views})" if plan.views > 1 else ""
+    counted = None if plan.clips is None else f"{plan.samples // plan.views:,} of {plan.clips:,} clips"
     return {
+        "samples": counted,
         "cameras": f"{camera_words({'cameras': plan.cameras, 'blank': plan.blank})}; {plan.frames} frames each",
         "tokens a sample": f"{plan.tokens}, of which {plan.images} images of {plan.tokens_an_image}",
         "bytes a sample": f"{(sum(sizes.values()) + tails) / 1e6:.2f} MB ({plan.codec})",
@@ -62,6 +67,7 @@ def _sample_lines(plan: "Plan") -> output.Lines:
         f"  {plan.rollouts} rollouts": f"at most {tails / 1e6:.3f} MB" if tails else None,
         "  other fields": f"{(sum(sizes.values()) - sum(shown.values())) / 1e6:.3f} MB",
         "store": f"{plan.store_bytes / 1e9:.1f} GB for {plan.samples} samples{views}",
+        "a checkpoint": f"{plan.checkpoint_bytes / 1e9:.1f} GB; a run has three (--keep 2 and the best)",
         "free at --store": None if plan.free_bytes is None else f"{plan.free_bytes / 1e9:.1f} GB",
     }
 

@@ -35,7 +35,7 @@ def prepare(config: PrepareConfig, json: bool) -> None:
     from alpacache.sources.prepared_writer import prepare as write
     from alpacache.sources.registry import open_source
     from alpacache.sources.routes import Routes, open_route_file
-    from alpacache.sources.selection import parse_quota, select
+    from alpacache.sources.selection import note_on_split, parse_quota, select
 
     wanted = None if config.quota is None else parse_quota(config.quota)
     fit = _picture_fit(config.model) if config.size == "processor" else None
@@ -48,6 +48,9 @@ def prepare(config: PrepareConfig, json: bool) -> None:
     routed_us = None if file is None else file.times_us
     narrowed = {"split_by": by, "clips": config.clips, "quota": wanted, "routed_us": routed_us}
     refs, unusable = select(source, **narrowed, **chosen)  # type: ignore[arg-type]
+    lone = note_on_split(source, split_by=by, clips=config.clips)
+    if config.split != "all" and lone is not None:
+        output.note(lone)
     with output.show_progress("prepare") as on_progress, InterruptGuard() as guard:
         started, counter = time.monotonic(), itertools.count(1)
 

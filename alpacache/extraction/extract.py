@@ -45,7 +45,7 @@ from alpacache.planning.time_model import worth_compiling
 from alpacache.progress import OnNote, OnProgress, ignore, ignore_note
 from alpacache.sources.registry import open_source
 from alpacache.sources.routes import open_route_file
-from alpacache.sources.selection import select
+from alpacache.sources.selection import note_on_split, select
 from alpacache.sources.source import FixedSource
 from alpacache.sources.stretches import share_of, stretches
 from alpacache.sources.views import views_identity
@@ -130,6 +130,10 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     check_store_place(config.store)
     if (stored_before := stored_identity(config.store)) is not None:
         identity = as_stored(identity, stored_before)
+    by = parse_split(config.split_by)
+    lone = note_on_split(source, split_by=by, clips=config.clips)
+    if config.split != "all" and lone is not None:
+        on_note(lone)
     for note in _notes(checkpoint, builder, settings.dtype):
         on_note(note)
     missing = _uncommitted(config.store, refs)

@@ -27,7 +27,7 @@ from alpacache.driving.route import check_route
 from alpacache.errors import UsageError
 from alpacache.layer_choice import check_choice
 from alpacache.planning.gpus import MEASURED
-from alpacache.sources.config import Blank, Cameras, Frames
+from alpacache.sources.config import Blank, Cameras, Frames, Moments, Side
 
 Trainable = Literal["all", "head", "lora"]
 _Side = Annotated[int, Ge(1), Le(16_384)]
@@ -156,8 +156,14 @@ class NewExpertConfig(Config):
 class PlanConfig(StoredConfig, NewExpertConfig):
     """Settings of `plan`; fields are those of `extract` and `train` of the same names."""
 
-    samples: Count
-    """How many samples: clips times t0s."""
+    source: Place | None = None
+    """Recordings whose samples are counted, as `extract` would take them. Default: `samples` says how many."""
+    samples: Count | None = None
+    """How many samples: clips times t0s; of a source at most so many."""
+    split: Side = "all"
+    """Side of the source that is counted, by clip."""
+    t0: Moments = "5.1"
+    """Moments of the source: seconds into the clip, `every:S`, `events`, `sharpest`, or a file, as of `extract`."""
     model: Place | None = None
     """Hub id or directory; only configs and headers are read. Default: the released sizes."""
     cameras: Cameras = (FRONT_CAMERA,)
@@ -195,6 +201,13 @@ class PlanConfig(StoredConfig, NewExpertConfig):
     def _check_together(self) -> None:
         check_blank(self.cameras, self.blank)
         self.check_new_expert()
+        if self.source is None and self.samples is None:
+            raise UsageError(
+                "--samples missing; give it as an option or in --config FILE.toml: clips times t0s, or a SOURCE to count "
+                "them in."
+            )
+        counts = self.source is not None or (self.split, self.t0) == ("all", "5.1")
+        expect(counts, "split or t0", f"{self.split}, {self.t0}", "a SOURCE beside it, whose samples it chooses")
         expect(
             self.prefix == "direct" or self.tails > 0, "prefix", self.prefix, "direct, or --reasoning rollout with it"
         )

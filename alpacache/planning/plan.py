@@ -39,9 +39,10 @@ from alpacache.planning.prefill_plan import (
     WeightsHome,
     choose_plan,
 )
+from alpacache.planning.sample_count import count_samples
 from alpacache.planning.sample_size import PlannedPrompt, longest_tail, planned_prompt, sample_bytes
 from alpacache.planning.time_model import BUS_BYTES_S
-from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload, expert_sizes
+from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload, expert_sizes, state_bytes
 from alpacache.prefix.layout import TailRoom
 from cache_store import CODECS
 from cache_store.storage.local_files import free_bytes
@@ -153,6 +154,8 @@ class Plan:
     codec: str
     samples: int
     """Samples in the store: clips times t0s times views."""
+    clips: int | None
+    """Clips that they are of, where a source was counted."""
     views: int
     rollouts: int
     """Reasoning rollouts per sample; their bytes are an upper bound."""
@@ -176,6 +179,8 @@ class Plan:
     memory_bytes: int
     """Bytes that the allocator will have reserved at its peak."""
     cap_bytes: int
+    checkpoint_bytes: int
+    """Size of a checkpoint of the run: what is trained, and the optimizer's state. A run keeps several (`--keep`)."""
     notes: tuple[str, ...]
     """Assumptions behind the numbers, and what does not fit."""
 
@@ -183,7 +188,10 @@ class Plan:
 def plan(config: PlanConfig) -> Plan:
     """Work everything out. Raises `UsageError` for what cannot be: a bad option, or training that does not fit."""
     cameras = sort_cameras([*config.cameras, *config.blank])
-    rollouts, samples = config.tails, config.samples * config.views
+    counted = count_samples(
+        config.source, cameras=config.cameras, split=config.split, t0=config.t0, most=config.samples
+    )
+    rollouts, samples = config.tails, counted.samples * config.views
     checkpoint = None if config.model is None else Checkpoint(config.model)
     text = None if checkpoint is None or recognise_family(checkpoint).family else True
     builder = None
@@ -262,6 +270,7 @@ def plan(config: PlanConfig) -> Plan:
         frames=config.frames,
         codec=config.codec,
         samples=samples,
+        clips=counted.clips,
         views=config.views,
         rollouts=rollouts,
         tokens=prompt.tokens,
@@ -279,7 +288,9 @@ def plan(config: PlanConfig) -> Plan:
         memory=memory,
         memory_bytes=memory.device_bytes,
         cap_bytes=cap,
+        checkpoint_bytes=work.trained * BF16_BYTES + state_bytes(work.optimizer, work.trained),
         notes=(
+            *counted.notes,
             *_misfits(store_bytes, free, refusal, store=config.store),
             *_basis(machine, own_model=config.model is not None, rollouts=config.tails),
             *([_UNTOLD] if text else []),

@@ -55,6 +55,8 @@ SplitBy = Annotated[str, Written(metavar="clip|time:S", read=_checked_split)]
 Cameras = Annotated[tuple[str, ...], MinLen(1), parts(full_camera_name, "NAME,...", expected="names of cameras")]
 Blank = Annotated[tuple[str, ...], parts(full_camera_name, "NAME,...", expected="names of cameras")]
 Frames = Literal[1, 2, 3, 4]
+Moments = Annotated[str, Written(metavar="TEXT", read=_checked_t0)]
+Side = Literal["train", "val", "all"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +65,7 @@ class SamplesConfig(Config):
 
     source: Place
     """`folder:DIR`, `pai`, `pai:DIR`, `hf:PATH`, `synthetic:N`, or a directory that `prepare` wrote."""
-    split: Literal["train", "val", "all"] = "all"
+    split: Side = "all"
     """Samples of one side, 90 to 10: by default clips, by the md5 of the clip id."""
     split_by: SplitBy = "clip"
     """`time:BLOCK_S[:GAP_S[:SEED]]` splits within each drive: one block of that many seconds in ten is held out, and
@@ -79,7 +81,7 @@ class SamplesConfig(Config):
     """Cameras by full or short names, such as `front_wide,front_tele`."""
     frames: Frames = 4
     """Images per camera, 0.1 s apart, the last at t0."""
-    t0: Annotated[str, Written(metavar="TEXT", read=_checked_t0)] = "5.1"
+    t0: Moments = "5.1"
     """Seconds into the clip, `every:S`, `events`, `routes` (the moments of `route_file`), `sharpest` (each clip's
     sharpest curve ahead), or a file of moments: sample ids, or columns `clip_id` and `t0_us`."""
     route_file: Place | None = None

@@ -30,6 +30,10 @@ CLOCK_SLACK_US = 1_000_000
 LONGEST_US = 86_400_000_000
 """A recording of more than a day is one whose clock was set while it ran, say from 1970."""
 DEFAULT_T0 = "5.1"
+_BY_HAND = (
+    "Of few clips all may fall on one side: name those of either with --clips, or hold out blocks of time within long "
+    "ones with --split-by time:60."
+)
 
 Rejected = tuple[str, BadClipError]
 """Id of a clip (or, with a quota, of a sample) that was wanted and cannot be used, and the reason."""
@@ -83,7 +87,8 @@ def select(
     wanted_clips = [clip for clip in among if not by_clip or split_of(clip) == split]
     if not wanted_clips:
         raise UsageError(
-            f"{source.name}: none of its {len(among)} {'named ' if clips else ''}clips falls into the {split} split."
+            f"{source.name}: none of its {len(among)} {'named ' if clips else ''}clips falls into the {split} split. "
+            f"{_BY_HAND}"
         )
     refs: list[SampleRef] = []
     rejected: list[Rejected] = []
@@ -103,6 +108,22 @@ def select(
     if split_by is not None:
         split_by.check_lengths(lengths_us)
     return [replace(ref, view=view) for ref in refs[:samples] for view in range(views)], rejected
+
+
+def note_on_split(source: Source, *, split_by: Split = None, clips: Sequence[str] = ()) -> str | None:
+    """Say where a split by clip leaves the other side without a clip; None where both have one.
+
+    To be said before anything is extracted: of a dozen clips all may be for training.
+    """
+    if split_by is not None:
+        return None
+    among = named_clips(clips, source.clip_ids, source=source.name) if clips else source.clip_ids
+    if len(sides := {split_of(clip) for clip in among}) != 1:
+        return None
+    (side,) = sides
+    other = "val" if side == "train" else "train"
+    clips_of = "the only clip" if len(among) == 1 else f"each of the {len(among)} clips"
+    return f"{clips_of} of {source.name} falls into the {side} split, none is left for {other}. {_BY_HAND}"
 
 
 def _length_us(source: Source, clip_id: str, refs: Sequence[SampleRef]) -> int:

@@ -7,7 +7,7 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.driving.cameras import CAMERAS, SLOTS, sort_cameras
-from alpacache.driving.sample import SampleRef
+from alpacache.driving.sample import SampleRef, split_of
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.planning import plan as planning
@@ -15,6 +15,7 @@ from alpacache.planning.config import PlanConfig
 from alpacache.planning.machine import DiskSpeed
 from alpacache.planning.plan import plan
 from alpacache.planning.sample_size import planned_prompt, sample_bytes
+from alpacache.sources.registry import open_source
 from cache_store import CODECS, CacheReader, info
 
 ASK = {"samples": 1000, "codec": "int8", "epochs": 10.0, "batch_size": 4, "gpu": "4090", "memory_budget": "24GB"}
@@ -257,3 +258,29 @@ def test_a_black_picture_costs_as_much_as_a_recorded_one_but_is_not_read():
     assert black.extract.reading_s == pytest.approx(0.75 * four.extract.reading_s)
     with pytest.raises(UsageError, match="in the place of"):
         plan(PlanConfig(samples=100, blank=SLOTS[3:]))
+
+
+def test_a_source_is_counted_as_extraction_would_take_it():
+    found = plan(PlanConfig(source="synthetic:12", t0="every:4.0", split="train", views=2))
+    clips = sum(split_of(clip) == "train" for clip in open_source("synthetic:12").clip_ids)
+    assert (found.clips, found.samples) == (clips, clips * 3 * 2)
+    assert plan(PlanConfig(source="synthetic:12", samples=5)).samples == 5
+    for wrong, message in (
+        ({}, "--samples missing"),
+        ({"samples": 3, "t0": "every:2.0"}, "expected a SOURCE beside it"),
+        ({"source": "synthetic:1", "split": "val"}, "none of its 1 clips falls into the val split"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            plan(PlanConfig(**wrong))
+
+
+def test_a_few_clips_on_one_side_are_said_before_extraction():
+    (said,) = [note for note in plan(PlanConfig(source="synthetic:1")).notes if "none is left for val" in note]
+    assert said.startswith("the only clip of synthetic:1 falls into the train split")
+    assert "--split-by time:60" in said
+    assert not [note for note in plan(PlanConfig(source="synthetic:60")).notes if "none is left" in note]
+
+
+def test_a_checkpoint_has_the_weights_and_the_state_of_the_optimizer():
+    assert plan(PlanConfig(samples=10)).checkpoint_bytes / 1e9 == pytest.approx(11.5, abs=0.1)
+    assert plan(PlanConfig(samples=10, trainable="head")).checkpoint_bytes < 1e8
