@@ -203,8 +203,8 @@ class PlanConfig(StoredConfig, NewExpertConfig):
         self.check_new_expert()
         if self.source is None and self.samples is None:
             raise UsageError(
-                "--samples missing; give it as an option or in --config FILE.toml: clips times t0s, or a SOURCE to count "
-                "them in."
+                "--samples missing; give it as an option or in --config FILE.toml: clips times t0s, or a SOURCE "
+                "to count them in."
             )
         counts = self.source is not None or (self.split, self.t0) == ("all", "5.1")
         expect(counts, "split or t0", f"{self.split}, {self.t0}", "a SOURCE beside it, whose samples it chooses")
