@@ -22,6 +22,7 @@ import alpacache
 from alpacache.alpamayo.families import FAMILIES
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.config import read_toml
+from alpacache.demo.story import make_demo_checkpoint
 from alpacache.evaluation.config import EvalConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.prefix.codecs import TENSOR_CODECS
@@ -30,7 +31,9 @@ from cache_store import CODECS
 from cache_store.kv.registry import KINDS
 
 SHELL = [block for page in pages() for block in blocks(page, "sh", "bash", "shell")]
-PYTHON_PAGES = [page for page in pages() if blocks(page, "python")]
+WHOLE = ROOT / "docs/how-to/camera-study.md"
+"""A page whose blocks of both kinds go on from each other, and take too long for more than one test."""
+PYTHON_PAGES = [page for page in pages() if blocks(page, "python") and page != WHOLE]
 ONE_PROGRAM = {"add-a-codec.md", "add-a-model.md", "your-own-head.md"}
 """Pages whose Python blocks go on from each other."""
 FOREIGN = {
@@ -207,6 +210,27 @@ def test_what_a_closing_comment_promises_is_compared():
     with pytest.raises(AssertionError):
         run_python("print(1 + 1)\n# 3\n")
     assert run_python("print(1 + 1)\n# 2\n") == "2\n"
+
+
+@pytest.mark.slow
+def test_the_camera_study_runs(tmp_path, monkeypatch):
+    """All of it that is of the generated world, with fewer drives and steps."""
+    make_demo_checkpoint(tmp_path / "demo" / "Demo-R1")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(WHOLE, "sh", "python"):
+        code = block.code.replace("synthetic:300", "synthetic:60")
+        code = code.replace("--steps 150", "--steps 2").replace("--warmup 20", "--warmup 1")
+        if block.language == "python":
+            run_python(code)
+        elif "nvidia/" not in code:
+            script = ["bash", "-euo", "pipefail", "-c", code]
+            done = subprocess.run(script, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{block}\n{done.stderr}"
+    for name in ("ladder", "ladder-sharp"):
+        judged = json.loads(Path(f"study/{name}/eval.json").read_text())
+        assert judged["summary"]["models"] == ["base", "trained", "n32", "n128"]
+    assert Path("sharp.txt").read_text().splitlines()
 
 
 OFFLINE = ("index", "how-to/own-data", "how-to/resume-and-repair", "how-to/export", "how-to/brain-or-hands")
