@@ -38,12 +38,13 @@ def interpolate(action: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return t * action + (1.0 - t) * noise
 
 
-def loss(velocity: Tensor, action: Tensor, noise: Tensor) -> Tensor:
+def loss(velocity: Tensor, action: Tensor, noise: Tensor, *, rounds_target: bool = True) -> Tensor:
     """Squared error `[...]` of the velocity `[..., 64, 2]`, mean over waypoints and the two action channels.
 
-    The target is rounded to the velocity's dtype first, as the public code does; the error is summed in float32.
+    The target is rounded to the velocity's dtype first, as the public code of most families does; the error is summed
+    in float32.
     """
-    target = (action - noise).to(velocity.dtype)
+    target = (action - noise).to(velocity.dtype if rounds_target else torch.float32)
     return (velocity.float() - target.float()).square().mean(dim=(-2, -1))
 
 

@@ -131,8 +131,13 @@ _KEYS = ("model_type", "image_token_id", "video_token_id", "vision_start_token_i
 
 
 def companion_file(checkpoint: Checkpoint, name: str) -> Path:
-    """A file of the VLM the checkpoint was built on (`vlm_name_or_path`: a path beside it, a path, or a hub id)."""
+    """A file of the VLM the checkpoint was built on (`vlm_name_or_path`: a path beside it, a path, or a hub id).
+
+    A checkpoint that names none has these files itself.
+    """
     where = checkpoint.config.vlm_name_or_path
+    if where is None:
+        return checkpoint.file(name)
     for directory in ((checkpoint.directory or Path()) / where, Path(where)):
         if os.path.isdir(directory):  # noqa: PTH112  # `Path.is_dir` raises for too long a name
             if not (directory / name).is_file():
@@ -156,8 +161,9 @@ def vlm_config(checkpoint: Checkpoint) -> "Qwen3VLConfig":
     """
     from transformers import Qwen3VLConfig
 
-    path = companion_file(checkpoint, "config.json")
-    raw = read_json(path)
+    path, raw = vlm_file(checkpoint), checkpoint.config.vlm
+    if raw is None:
+        raw = read_json(companion_file(checkpoint, "config.json"))
     if raw.get("model_type") != "qwen3_vl":
         raise CheckpointError(
             f"{path}: model_type is {reprlib.repr(raw.get('model_type'))}; alpacache knows 'qwen3_vl'. Another "
@@ -175,16 +181,24 @@ def vlm_config(checkpoint: Checkpoint) -> "Qwen3VLConfig":
     return config
 
 
+def vlm_file(checkpoint: Checkpoint) -> str:
+    """The place of the VLM's configuration, for errors."""
+    path = companion_file(checkpoint, "config.json")
+    return f"{path}" if checkpoint.config.vlm is None else f"{path}: vlm_config"
+
+
 def prefix_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Collect the settings that decide a prefix, defaults spelled out, whoever wrote the files."""
     config = checkpoint.config
     tokens = ("vocab_size", "traj_vocab_size", "traj_token_start", "min_pixels", "max_pixels")
-    path = companion_file(checkpoint, "config.json")
+    history = plain(config.history)
+    if config.history.from_origin:  # as all of those had it that stores were first made of
+        del history["from_origin"]
     return {
         **{name: getattr(config, name) for name in tokens},
         "traj_token_ids": dict(config.traj_token_ids),
-        "history": plain(config.history),
-        "vlm": conform(_Numbers, vlm_config(checkpoint), path).model_dump(mode="json"),
+        "history": history,
+        "vlm": conform(_Numbers, vlm_config(checkpoint), vlm_file(checkpoint)).model_dump(mode="json"),
     }
 
 
@@ -197,14 +211,22 @@ def expert_settings(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtype": str(config.dtype).removeprefix("torch."),
         "action_space": plain(config.action_space),
         "action_in_proj": plain(config.action_in_proj),
-        "expert": plain({key: value for key, value in config.expert_overrides.items() if key in _TEXT_KEYS}),
+        "expert": plain(_decisive(config.expert_overrides if config.expert_text is None else config.expert_text)),
     }
 
 
+def _decisive(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a text model that decide its numbers."""
+    return {key: value for key, value in text.items() if key in _TEXT_KEYS}
+
+
 def expert_config(checkpoint: Checkpoint) -> "Qwen3VLTextConfig":
-    """The expert's configuration: the VLM's text model with the checkpoint's overrides."""
-    text = vlm_config(checkpoint).text_config
-    known, where = text.to_dict(), f"config.json of {checkpoint.model}: expert_cfg"
+    """The expert's configuration: its own or the VLM's text model's, with the checkpoint's overrides."""
+    text, own = vlm_config(checkpoint).text_config, checkpoint.config.expert_text
+    where = f"config.json of {checkpoint.model}: {'expert_cfg' if own is None else 'expert_config.llm_config'}"
+    if own is not None:
+        text = _own_text(text, own, where, mapped=LAYER_MAP in checkpoint.config.raw)
+    known = text.to_dict()
     with refusing(where):
         for key, value in checkpoint.config.expert_overrides.items():
             if key not in known:
@@ -238,6 +260,24 @@ def some_layers(checkpoint: Checkpoint, choice: str | None) -> tuple[int, ...] |
     count = vlm_config(checkpoint).text_config.num_hidden_layers
     layers = chosen_layers(choice, count)
     return None if len(layers) == count else layers
+
+
+def _own_text(
+    vlm: "Qwen3VLTextConfig", own: Mapping[str, Any], where: str, *, mapped: bool
+) -> "Qwen3VLTextConfig":
+    """An expert's own text model, whose layers attend to those of the VLM's, or as they are `mapped` to them."""
+    from transformers import Qwen3VLTextConfig
+
+    conform(_TextFile, own, where)
+    with refusing(where):
+        text = Qwen3VLTextConfig.from_dict(_decisive(own))
+    for key in ("num_key_value_heads", "head_dim", *([] if mapped else ["num_hidden_layers"])):
+        if (found := getattr(text, key)) != (expected := getattr(vlm, key)):
+            raise CheckpointError(
+                f"{where}: {key} is {reprlib.repr(found)}; the VLM, to whose layers the expert's attend, has "
+                f"{expected}."
+            )
+    return text
 
 
 def stored_dtypes(checkpoint: Checkpoint) -> set[str]:
@@ -291,7 +331,8 @@ def _vlm_sizes(config: "Qwen3VLConfig", shapes: Mapping[str, tuple[int, ...]]) -
 
 def described_by(checkpoint: Checkpoint) -> str:
     """The files that say which tensors a checkpoint has, for errors."""
-    return f"{checkpoint.file('config.json')} and {companion_file(checkpoint, 'config.json')}"
+    own, vlm = checkpoint.file("config.json"), companion_file(checkpoint, "config.json")
+    return f"{own}" if own == vlm else f"{own} and {vlm}"
 
 
 def load_module(

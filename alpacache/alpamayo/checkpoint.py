@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from alpacache.alpamayo.checkpoint_files import files_below, is_snapshot
 from alpacache.alpamayo.families import read_config
-from alpacache.alpamayo.family import AlpamayoConfig
+from alpacache.alpamayo.family import OWN_PARTS, AlpamayoConfig
 from alpacache.alpamayo.foreign_files import (
     Schema,
     TensorInfo,
@@ -170,7 +171,33 @@ class Checkpoint:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Tensor name to shard file name, from the index or the single file's header."""
+        """Tensor name to shard file name. Those of expert and projections are R1's, whatever the family."""
+        names = {self._known_as(name): shard for name, shard in self._stored.items()}
+        if len(names) < len(self._stored):
+            twice = Counter(map(self._known_as, self._stored))
+            found = listed(name for name in self._stored if twice[self._known_as(name)] > 1)
+            raise CheckpointError(f"{self.model} has tensors under two names: {found}. Fetch it again.")
+        return names
+
+    def stored_name(self, name: str) -> str:
+        """Name in the checkpoint's files of a tensor of `names`, or that it should have there."""
+        expected = f"{self._expert_prefix}{name}" if name.startswith(OWN_PARTS) else name
+        return name if name in self._stored and expected not in self._stored else expected
+
+    def _known_as(self, stored: str) -> str:
+        """Name in `names` of a tensor of the checkpoint's files."""
+        inner = stored.removeprefix(self._expert_prefix)
+        return inner if inner.startswith(OWN_PARTS) and stored.startswith(self._expert_prefix) else stored
+
+    @cached_property
+    def _expert_prefix(self) -> str:
+        """What the files put before the names of expert and projections; a plain VLM has no config that tells."""
+        own = any(name.startswith(OWN_PARTS) for name in self._stored)
+        return self.config.family.expert_prefix if own else ""
+
+    @cached_property
+    def _stored(self) -> dict[str, str]:
+        """Tensor name in the files to shard file name, from the index or the single file's header."""
         if self._index is None:
             return dict.fromkeys(read_header(self.file(SINGLE)), SINGLE)
         weight_map = self._index.weight_map
@@ -183,8 +210,8 @@ class Checkpoint:
         infos = {
             name: info
             for shard in sorted(set(names.values()))
-            for name, info in read_header(self.file(shard)).items()
-            if names.get(name) == shard
+            for stored, info in read_header(self.file(shard)).items()
+            if names.get(name := self._known_as(stored)) == shard
         }
         if lost := names.keys() - infos.keys():
             raise CheckpointError(f"{self.model}: the index names tensors that no shard holds: {listed(lost)}.")
@@ -196,7 +223,8 @@ class Checkpoint:
         if self.directory is not None:
             return {name: info.shape for name, info in self.infos(names).items()}
         shards = (_hub_shapes(self.model, shard, revision=self.revision) for shard in sorted(set(names.values())))
-        return {name: shape for shapes in shards for name, shape in shapes.items() if name in names}
+        found = ((self._known_as(stored), shape) for shapes in shards for stored, shape in shapes.items())
+        return {name: shape for name, shape in found if name in names}
 
     def with_prefix(self, *prefixes: str) -> dict[str, str]:
         """Names (and shards) of the tensors under the given prefixes."""
@@ -212,7 +240,7 @@ class Checkpoint:
             try:
                 with safe_open(path, framework="pt", device="cpu") as file:
                     for name in sorted(name for name, home in names.items() if home == shard):
-                        yield name, file.get_tensor(name)
+                        yield name, file.get_tensor(self.stored_name(name))
             except SafetensorError as error:
                 raise CheckpointError(f"{path} cannot be read ({error}); fetch it again.") from error
 
@@ -281,16 +309,17 @@ class Checkpoint:
             described_by: the files that they come from.
         """
         names, wanted = self.with_prefix(prefix), {prefix + name: shape for name, shape in expected.items()}
-        problems = [f"missing {name}" for name in sorted(wanted.keys() - names.keys())]
-        problems += [f"unexpected {name}" for name in sorted(names.keys() - wanted.keys())]
+        stored = self.stored_name
+        problems = [f"missing {stored(name)}" for name in sorted(wanted.keys() - names.keys())]
+        problems += [f"unexpected {stored(name)}" for name in sorted(names.keys() - wanted.keys())]
         infos = sorted(self.infos({name: names[name] for name in names.keys() & wanted.keys()}).items())
         problems += [
-            f"misshapen {name}: {list(info.shape)}, expected {list(wanted[name])}"
+            f"misshapen {stored(name)}: {list(info.shape)}, expected {list(wanted[name])}"
             for name, info in infos
             if info.shape != wanted[name]
         ]
         problems += [
-            f"quantised {name}: {info.dtype}, expected {' or '.join(_FLOATS)}"
+            f"quantised {stored(name)}: {info.dtype}, expected {' or '.join(_FLOATS)}"
             for name, info in infos
             if info.dtype not in _FLOATS
         ]

@@ -47,9 +47,16 @@ class ActionExpert(nn.Module):
         action_out_proj: nn.Linear,
         action_space: UnicycleActionSpace,
         layer_map: Sequence[int] | None = None,
+        *,
+        rounds_target: bool = True,
     ) -> None:
-        """`layer_map`: the VLM's layer that each layer attends to; None: that of the same number."""
+        """
+        Args:
+            layer_map: the VLM's layer that each layer attends to; None: that of the same number.
+            rounds_target: whether training rounds the velocity to learn to this model's dtype.
+        """
         super().__init__()
+        self.rounds_target = rounds_target
         self.expert = expert
         self.layer_map = tuple(range(len(expert.layers)) if layer_map is None else layer_map)
         self.prefix_layers = tuple(sorted(set(self.layer_map)))
@@ -173,6 +180,7 @@ def load_expert(
         load("action_out_proj.", lambda: nn.Linear(config.hidden_size, 2)),
         action_space(checkpoint),
         layer_map_of(checkpoint),
+        rounds_target=checkpoint.config.family.rounds_target,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from alpacache.alpamayo.alpamayo2 import SUPER, SUPER_RELEASED
 from alpacache.alpamayo.alpamayo_r1 import R1, R1_RELEASED
 from alpacache.alpamayo.family import AlpamayoConfig, Family
 from alpacache.alpamayo.foreign_files import read_json
@@ -20,11 +21,16 @@ ALPAMAYO_1_5 = replace(
     prompt=PromptFormat(camera_names=True, frame_numbers=True, route=ROUTE_TOKENS),
     own_tokens=("<|_padding_0|>",),
     stores_constants=False,
-    released=None,
+    released=replace(
+        R1_RELEASED,
+        geometry=replace(R1_RELEASED.geometry, model="released geometry (Alpamayo-1.5-10B)"),
+        camera_tokens=SUPER_RELEASED.camera_tokens,
+        frame_tokens=SUPER_RELEASED.frame_tokens,
+    ),
 )
 """`nvidia/Alpamayo-1.5-10B`: R1 with cameras named, frames numbered, optional routes, no constants in the weights."""
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (ALPAMAYO_1_5, R1)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (ALPAMAYO_1_5, R1, SUPER)}
 """By name. The first whose package a config names is taken: one that was derived from an older family, and still names
 its classes, stands before that."""
 
@@ -49,14 +55,15 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> AlpamayoConfig:
 def recognise(raw: Mapping[str, Any], path: Path) -> Family:
     """The family that a `config.json` names: by the packages of its `_target_` classes, else by its `model_type`.
 
-    It is the one whose schema the file has. Of families in `RENAMED` the checkpoint may be another.
+    It is the one whose schema the file has. Of families in `RENAMED` the checkpoint may be another; of any other its
+    `model_type`, if it has one, is the family's too: a newer model may well use an older one's classes.
     """
     targets = [block.get("_target_") for block in raw.values() if isinstance(block, Mapping)]
     packages = {target.split(".", 1)[0] for target in targets if isinstance(target, str)} - {"torch"}
     model_type = raw.get("model_type")
     for named in (packages, {model_type} if isinstance(model_type, str) else set()):
         for family in FAMILIES.values():
-            if family.package in named:
+            if family.package in named and (family.name in RENAMED or model_type in (None, family.package)):
                 return family
     named_packages = ", ".join(sorted(name[:80] for name in packages)) or "no class of a model"
     known = ", ".join(f"{family.package} ({name})" for name, family in FAMILIES.items())

@@ -97,7 +97,8 @@ class PromptTokenizer:
         told = ((name, self.id_of(name), token) for name, token in expected.items())
         if wrong := [f"{name} is {ours}, config.json says {token}" for name, ours, token in told if ours != token]:
             raise CheckpointError(
-                f"the tokenizer of {config.vlm_name_or_path} does not fit {checkpoint.model}: {'; '.join(wrong)}."
+                f"the tokenizer of {config.vlm_name_or_path or checkpoint.model} does not fit {checkpoint.model}: "
+                f"{'; '.join(wrong)}."
             )
 
     def id_of(self, token: str) -> int:

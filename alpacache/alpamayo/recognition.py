@@ -114,6 +114,6 @@ def _tokenizer_files(checkpoint: Checkpoint) -> Iterator[Path]:
             yield path
     for name in _TOKENIZER_FILES:
         for folder in (checkpoint.directory or Path(), Path()):
-            path = folder / checkpoint.config.vlm_name_or_path / name
+            path = folder / (checkpoint.config.vlm_name_or_path or "") / name
             if os.path.isfile(path):  # noqa: PTH113  # `Path.is_file` raises for too long a name
                 yield path

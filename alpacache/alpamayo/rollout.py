@@ -1,9 +1,9 @@
 """Reasoning rollouts: text that the frozen VLM generates after the reasoning prompt, each one a tail on one stem.
 
-What is sampled is what the public sampler samples: logits of the last position, in float32; trajectory tokens masked,
-then temperature, then the nucleus; at most 256 tokens; a rollout ends with its first `<|traj_future_start|>`. The
-public code lets each row run for one token more, because only then the KV of that one is in its cache. Here that KV is
-computed and the rollout is done.
+What is sampled is what the public sampler samples: logits of the last position, in float32; trajectory tokens, and in
+some families the turn's end, masked; then temperature, then the nucleus; at most 256 tokens; a rollout ends with its
+first `<|traj_future_start|>`. The public code lets each row run for one token more, because only then the KV of that
+one is in its cache. Here that KV is computed and the rollout is done.
 
 To the model all rollouts of a sample are *one* sequence: stem, question, then the tokens of all rollouts as they come,
 with a mask that shows each rollout the common part and its own tokens. So stem and question are computed and held once
@@ -53,14 +53,14 @@ class RolloutSampler:
         head: Tensor,
         *,
         question: NDArray[np.int64],
-        masked: range,
+        masked: Sequence[range],
         decode: Callable[[NDArray[np.int64]], str],
     ) -> None:
         """
         Args:
             head: `[vocabulary, C]` the VLM's vocabulary head.
             question: tokens between the stem and the first generated one.
-            masked: the trajectory tokens, which are never generated.
+            masked: tokens that are never generated.
             decode: token ids to text.
         """
         self.vlm, self.head = vlm, head
@@ -74,7 +74,7 @@ class RolloutSampler:
             vlm,
             load_head(checkpoint, vlm),
             question=builder.tail_ids("rollout"),
-            masked=range(config.traj_token_start, config.traj_token_start + config.traj_vocab_size),
+            masked=config.never_sampled,
             decode=builder.tokenizer.decode,
         )
 
@@ -173,8 +173,8 @@ class RolloutSampler:
         )
 
 
-def pick(logits: Tensor, uniform: Tensor, *, masked: range) -> Tensor:
-    """Sample tokens `[rows]`: trajectory tokens masked, then temperature, then the nucleus of probability `TOP_P`.
+def pick(logits: Tensor, uniform: Tensor, *, masked: Sequence[range]) -> Tensor:
+    """Sample tokens `[rows]`: those never generated masked, then temperature, then the nucleus of probability `TOP_P`.
 
     The most probable token always stays. Inverse distribution function over tokens from least to most probable.
 
@@ -183,7 +183,8 @@ def pick(logits: Tensor, uniform: Tensor, *, masked: range) -> Tensor:
         uniform: `[rows]` in [0, 1).
     """
     scores = logits.to(torch.float32, copy=True)
-    scores[:, masked.start : masked.stop] = -torch.inf
+    for never in masked:
+        scores[:, never.start : never.stop] = -torch.inf
     ordered, tokens = (scores / TEMPERATURE).sort(dim=-1, stable=True)
     below = (ordered.softmax(-1) * _UNITS).long().cumsum(-1)
     dropped = (below[:, :-1] <= (1 - TOP_P) * _UNITS).sum(-1, keepdim=True)

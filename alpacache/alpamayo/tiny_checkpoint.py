@@ -1,7 +1,7 @@
 """A complete Alpamayo checkpoint of a few megabytes, in the public layout, with random weights.
 
 With it every command runs offline and on a CPU exactly as on the 10 B model: config, sharded weights with an index, the
-VLM's own config, tokenizer and image processor. `python -m alpacache.alpamayo.tiny_checkpoint DIR`.
+VLM's own config, tokenizer and image processor. `python -m alpacache.alpamayo.tiny_checkpoint DIR [FAMILY]`.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from alpacache.alpamayo.backbone import expert_config, vlm_config
 from alpacache.alpamayo.checkpoint import INDEX, Checkpoint
-from alpacache.alpamayo.families import FAMILIES
+from alpacache.alpamayo.families import DEFAULT_FAMILY, FAMILIES
 from alpacache.alpamayo.family import Family
 from alpacache.alpamayo.projection import ActionInProjection
 from alpacache.alpamayo.prompt import CAMERA_TITLES, DIRECT, REASONING, SYSTEM
@@ -27,6 +27,7 @@ BASE_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>
 FUTURE_BINS, HISTORY_BINS = 128, 64
 INITIALIZER_RANGE = 0.08
 """About 1 / sqrt(width). The usual 0.02 suits thousands of channels; at 128 it leaves attention without a gradient."""
+EXPERT_SIZES = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "head_dim": 32}
 PROCESSORS = {"image_processor": "Qwen2VLImageProcessor", "video_processor": "Qwen3VLVideoProcessor"}
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -56,16 +57,21 @@ def make_tiny_checkpoint(
     shards: int = 2,
 ) -> Path:
     """Write the checkpoint into a new directory and return it. The same arguments give the same bytes."""
-    directory = Path(directory)
+    directory, kind = Path(directory), FAMILIES[family]
     if directory.exists() and any(directory.iterdir()):
         raise UsageError(f"{directory} is not empty; choose a new directory for the tiny checkpoint.")
-    (directory / "vlm").mkdir(parents=True)
     tokenizer = _tokenizer()
-    tokenizer.save(str(directory / "vlm/tokenizer.json"))
-    first = tokenizer.get_vocab_size()
-    _write_json(directory / "vlm/config.json", _vlm_config(tokenizer))
-    _write_processor(directory / "vlm")
-    _write_json(directory / "config.json", _config(first, dtype=dtype, family=FAMILIES[family]))
+    first, vlm = tokenizer.get_vocab_size(), _vlm_config(tokenizer)
+    if kind.nested:
+        companion, config = directory, _nested_config(first, vlm, dtype=dtype, family=kind)
+        companion.mkdir(parents=True, exist_ok=True)
+    else:
+        companion, config = directory / "vlm", _config(first, dtype=dtype, family=kind)
+        companion.mkdir(parents=True)
+        _write_json(companion / "config.json", vlm)
+    tokenizer.save(str(companion / "tokenizer.json"))
+    _write_processor(companion)
+    _write_json(directory / "config.json", config)
     _write_weights(directory, _random_weights(Checkpoint(str(directory)), seed=seed), dtype=dtype, shards=shards)
     return directory
 
@@ -133,13 +139,7 @@ def _config(first: int, *, dtype: str, family: Family) -> dict[str, Any]:
     package, special_tokens = family.package, family.special_tokens
     traj = FUTURE_BINS + HISTORY_BINS
     ids = {name: first + traj + place for place, name in enumerate(special_tokens)}
-    action_space = {
-        "_target_": f"{package}.action_space.UnicycleAccelCurvatureActionSpace",
-        **ACTION_CONSTANTS,
-        **{"accel_bounds": [-9.8, 9.8], "curvature_bounds": [-0.33, 0.33], "dt": 0.1, "n_waypoints": 64},
-        **{"theta_lambda": 1e-06, "theta_ridge": 1e-08, "v_lambda": 1e-06, "v_ridge": 1e-4},
-        **{"a_lambda": 1e-4, "a_ridge": 1e-4, "kappa_lambda": 1e-4, "kappa_ridge": 1e-4},
-    }
+    action_space, future, projections = _shared_blocks(package)
     return {
         "model_type": package,
         "architectures": [family.architecture],
@@ -155,24 +155,83 @@ def _config(first: int, *, dtype: str, family: Family) -> dict[str, Any]:
         },
         **{"tokens_per_history_traj": 48, "tokens_per_future_traj": 128, "add_special_tokens": True},
         **{"expert_non_causal_attention": True, "keep_same_dtype": True},
-        "traj_tokenizer_cfg": {
-            "_target_": f"{package}.action_space.discrete_action_space.DiscreteTrajectoryTokenizer",
-            "_recursive_": False,  # it makes its action space itself, of the settings below
-            "action_space_cfg": action_space,
-            **{"dims_min": [-4.0, -4.0], "dims_max": [4.0, 4.0], "num_bins": FUTURE_BINS},
-        },
+        "traj_tokenizer_cfg": future,
         "hist_traj_tokenizer_cfg": {
             "_target_": f"{package}.models.delta_tokenizer.DeltaTrajectoryTokenizer",
             **{"num_bins": HISTORY_BINS, "ego_xyz_min": [-4, -4, -10], "ego_xyz_max": [4, 4, 10]},
         },
         "diffusion_cfg": {"_target_": f"{package}.diffusion.flow_matching.FlowMatching", "int_method": "euler"},
         "action_space_cfg": action_space,
+        **projections,
+        "expert_cfg": EXPERT_SIZES,
+    }
+
+
+def _shared_blocks(package: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Action space, tokenizer of the future, and the two projections."""
+    action_space = {
+        "_target_": f"{package}.action_space.UnicycleAccelCurvatureActionSpace",
+        **ACTION_CONSTANTS,
+        **{"accel_bounds": [-9.8, 9.8], "curvature_bounds": [-0.33, 0.33], "dt": 0.1, "n_waypoints": 64},
+        **{"theta_lambda": 1e-06, "theta_ridge": 1e-08, "v_lambda": 1e-06, "v_ridge": 1e-4},
+        **{"a_lambda": 1e-4, "a_ridge": 1e-4, "kappa_lambda": 1e-4, "kappa_ridge": 1e-4},
+    }
+    future = {
+        "_target_": f"{package}.action_space.discrete_action_space.DiscreteTrajectoryTokenizer",
+        "_recursive_": False,  # it makes its action space itself, of the settings below
+        "action_space_cfg": action_space,
+        **{"dims_min": [-4.0, -4.0], "dims_max": [4.0, 4.0], "num_bins": FUTURE_BINS},
+    }
+    projections = {
         "action_in_proj_cfg": {
             "_target_": f"{package}.models.action_in_proj.PerWaypointActionInProjV2",
             **{"hidden_size": 64, "max_freq": 100.0, "num_enc_layers": 2, "num_fourier_feats": 20},
         },
         "action_out_proj_cfg": {"_target_": "torch.nn.Linear"},
-        "expert_cfg": {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "head_dim": 32},
+    }
+    return action_space, future, projections
+
+
+def _nested_config(first: int, vlm: Mapping[str, Any], *, dtype: str, family: Family) -> dict[str, Any]:
+    """`config.json` as 2 Super has it: history bins first, the configs of VLM and expert whole and within it."""
+    package, special_tokens = family.package, family.special_tokens
+    traj = HISTORY_BINS + FUTURE_BINS
+    ids = {name: first + traj + place for place, name in enumerate(special_tokens)}
+    vocabulary = -(-(first + traj + len(special_tokens)) // 128) * 128
+    text = {**vlm["text_config"], "vocab_size": vocabulary, "eos_token_id": first - len(BASE_TOKENS) + 1}
+    action_space, future, projections = _shared_blocks(package)
+    ends = {"pad": "", "start": "_start", "end": "_end"}
+    placed = {f"{of}_{kind}": ids[f"<|traj_{of}{end}|>"] for of in ("history", "future") for kind, end in ends.items()}
+    return {
+        "model_type": package,
+        "architectures": [family.architecture],
+        **{"dtype": dtype, "vlm_class": "Qwen3VLForConditionalGeneration", "vlm_name_or_path": None},
+        **{"enable_expert": True, "cotrain_expert_vlm": False, "padding_side": "left"},
+        **{"min_pixels": 128 * 256, "max_pixels": 128 * 256},
+        **{"include_camera_ids": True, "frame_label": "frame_num", "token_layout": "camera_ts"},
+        **{"history_vocab_size": HISTORY_BINS, "future_vocab_size": FUTURE_BINS},
+        **{"tokens_per_history_traj": 45, "tokens_per_future_traj": 128},
+        "traj_ids": {"history_id0": first, "future_id0": first + HISTORY_BINS, **placed},
+        "future_traj_tokenizer_cfg": future,
+        "hist_traj_tokenizer_cfg": {
+            "_target_": f"{package}.models.delta_tokenizer.DeltaTrajectoryTokenizer",
+            **{"num_bins": HISTORY_BINS, "ego_xyz_min": [-4, -4, -10], "ego_xyz_max": [4, 4, 10]},
+            **{"predict_yaw": False, "pad_origin_at_beginning": False},
+        },
+        "vlm_config": {**vlm, "text_config": text},
+        "expert_config": {
+            "model_type": f"{package}_expert",
+            "llm_config": {**text, **EXPERT_SIZES},
+            "expert_update_cfg": EXPERT_SIZES,
+            "action_space_cfg": action_space,
+            "diffusion_cfg": {
+                "_target_": f"{package}.diffusion.flow_matching.FlowMatching",
+                **{"int_method": "euler", "train_timestep_sampler": "beta", "num_inference_steps": 10},
+                **{"inference_guidance_weight": 3.0, "use_classifier_free_guidance": False},
+            },
+            **projections,
+            "expert_non_causal_attention": True,
+        },
     }
 
 
@@ -193,7 +252,9 @@ def _random_weights(checkpoint: Checkpoint, *, seed: int) -> dict[str, Tensor]:
             "action_in_proj.": in_proj,
             "action_out_proj.": nn.Linear(hidden, 2),
         }
-    state = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.state_dict().items()}
+    own = checkpoint.config.family.expert_prefix
+    prefixes = {name: name if name == "vlm." else own + name for name in parts}
+    state = {prefixes[at] + name: tensor for at, part in parts.items() for name, tensor in part.state_dict().items()}
     if stores_constants:
         state |= {f"action_space.{name}": torch.tensor(value) for name, value in ACTION_CONSTANTS.items()}
     return state
@@ -218,4 +279,4 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    make_tiny_checkpoint(sys.argv[1])
+    make_tiny_checkpoint(sys.argv[1], family=sys.argv[2] if sys.argv[2:] else DEFAULT_FAMILY.name)

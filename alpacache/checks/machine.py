@@ -290,7 +290,8 @@ def check_model(model: str) -> Check:
             companion_file(checkpoint, "config.json")
             found = recognise_family(checkpoint)
             family = " or ".join(sorted(RENAMED)) if found.family is None else found.family.name
-            finding = f"{checkpoint.full_name} ({family}) from {where}, VLM of {config.vlm_name_or_path}"
+            vlm = "" if config.vlm_name_or_path is None else f", VLM of {config.vlm_name_or_path}"
+            finding = f"{checkpoint.full_name} ({family}) from {where}{vlm}"
             finding += f"; {told_licence(checkpoint) or 'no licence in its files'}"
             doubt = f"Its prompt is not told by what it holds: {found.text}. `extract` asks for --camera-names."
             answer.set_result(verdict("model", finding, warn="" if found.family else doubt))

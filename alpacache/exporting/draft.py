@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
+from alpacache.alpamayo.family import OWN_PARTS
 from alpacache.alpamayo.foreign_files import TensorInfo, read_header
 from alpacache.durable import appearing
 from alpacache.errors import AlpacacheError, DataError
@@ -26,8 +27,6 @@ from alpacache.progress import OnProgress, Progress
 from alpacache.training.trainable import changed_tensors, merge
 from cache_store.storage.local_files import FULL
 
-TRAINED_PREFIXES = ("expert.", "action_in_proj.", "action_out_proj.", "action_space.")
-"""Tensors that stage two loads, and all that `expert_only` writes."""
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
 
 
@@ -39,9 +38,14 @@ class MergedTensors:
     ) -> None:
         """`infos` are all tensors to export; `where` is what errors call the run."""
         self.base, self.infos, self._trained = base, infos, trained
-        trainable = {name: info.shape for name, info in infos.items() if name.startswith(TRAINED_PREFIXES)}
+        trainable = {name: info.shape for name, info in infos.items() if name.startswith(OWN_PARTS)}
         self.changed = changed_tensors(trained, trainable, where=where)
         self.changed_shards = {infos[name].shard for name in self.changed}
+
+    @property
+    def stored_infos(self) -> dict[str, TensorInfo]:
+        """`infos` by the names in the base's files, which the new files keep."""
+        return {self.base.stored_name(name): info for name, info in self.infos.items()}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors in the base's dtype, changed ones merged. Raises `DataError` where that is not finite."""
@@ -128,7 +132,7 @@ class Draft:
     def check(self, directory: Path, tensors: MergedTensors) -> None:
         """Read the headers of what was written and compare them with the base's."""
         written, base = Checkpoint(str(directory)), tensors.base
-        wrong = misplaced(tensors.infos, directory.glob("*.safetensors"))
+        wrong = misplaced(tensors.stored_infos, directory.glob("*.safetensors"))
         wrong = wrong or sorted(written.names.keys() ^ tensors.infos.keys())
         if wrong or written.config.sha256 != base.config.sha256:
             raise DataError(
@@ -150,7 +154,8 @@ class Draft:
                     target.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             yield shard
         if self.new_bytes:
-            save_file(dict(tensors.read(tensors.infos)), directory / SINGLE, {"format": "pt"})
+            stored = {tensors.base.stored_name(name): tensor for name, tensor in tensors.read(tensors.infos)}
+            save_file(stored, directory / SINGLE, {"format": "pt"})
             yield SINGLE
 
 

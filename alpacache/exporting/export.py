@@ -14,6 +14,7 @@ from pathlib import Path
 from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
+from alpacache.alpamayo.family import OWN_PARTS
 from alpacache.alpamayo.foreign_files import TensorInfo
 from alpacache.alpamayo.licence import CARD, LICENCE_FILES, card_of, licence_file_of
 from alpacache.alpamayo.new_expert import begun_with
@@ -21,7 +22,7 @@ from alpacache.cached_samples.identity import check_base, model_identity, vlm_na
 from alpacache.durable import check_out, names_in, take_back
 from alpacache.errors import CheckpointError, UsageError
 from alpacache.exporting.config import ExportConfig
-from alpacache.exporting.draft import TRAINED_PREFIXES, Draft, MergedTensors, misplaced, writing
+from alpacache.exporting.draft import Draft, MergedTensors, misplaced, writing
 from alpacache.exporting.model_card import model_card, run_facts
 from alpacache.progress import OnProgress, ignore
 from alpacache.training.run_directory import AVERAGE, MODEL, RunCheckpoint, find_checkpoint, read_trained
@@ -92,7 +93,7 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
             f"{path} was trained on features of the VLM {vlm['id']} (`alpacache extract --vlm`), which {config.model} "
             "does not hold: a complete checkpoint would pair the expert with another VLM. Pass --expert-only."
         )
-    infos = base.infos(base.with_prefix(*TRAINED_PREFIXES) if config.expert_only else base.names)
+    infos = base.infos(base.with_prefix(*OWN_PARTS) if config.expert_only else base.names)
     tensors = MergedTensors(base, infos, run.model, where=path)
     lean = not any(name.startswith("vlm.") for name in infos)
     if config.expert_only:  # small files of the base, and the expert's tensors in one new file
@@ -150,7 +151,7 @@ def _full_draft(base: Checkpoint, tensors: MergedTensors) -> Draft:
     """Every file of the base. Only weights are linked: an edit of a small file must not reach the base."""
     files = base.files()
     shards = [file for name, file in files.items() if "/" not in name and name.endswith(".safetensors")]
-    if wrong := misplaced(tensors.infos, shards):
+    if wrong := misplaced(tensors.stored_infos, shards):
         raise CheckpointError(
             f"{base.model}: {wrong[0]} and {len(wrong) - 1} more tensors are not exactly once in its .safetensors "
             f"files, as {INDEX} says; remove files that do not belong to it, or fetch it again."
@@ -185,5 +186,6 @@ def _index(
     }
     total = sum(info.nbytes for info in infos.values())
     metadata = base.index_metadata | {"total_size": total, ORIGIN: note}
-    weight_map = {name: SINGLE if single else infos[name].shard for name in sorted(infos)}
+    homes = {base.stored_name(name): SINGLE if single else info.shard for name, info in infos.items()}
+    weight_map = dict(sorted(homes.items()))
     return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"

@@ -194,4 +194,4 @@ def flow_loss(
     `action [B, 1, 64, 2]`, `noise [B, K, 64, 2]` and `t [B, K]` are on the expert's device.
     """
     velocity = expert.velocity(flow_matching.interpolate(action, noise, t), t, prefixes, causal=causal)
-    return flow_matching.loss(velocity, action, noise).mean(dim=1)
+    return flow_matching.loss(velocity, action, noise, rounds_target=expert.rounds_target).mean(dim=1)

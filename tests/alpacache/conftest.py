@@ -25,6 +25,7 @@ from cache_store import CODECS, CacheWriter
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "data" / "alpamayo_tiny"
+GOLDEN_2 = ROOT / "tests" / "data" / "alpamayo2_tiny"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,6 +46,18 @@ def hub_answers(monkeypatch):
 @pytest.fixture(scope="session")
 def golden_dir():
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden_dir_2():
+    """A whole tiny checkpoint of 2 Super with golden data beside it."""
+    return GOLDEN_2
+
+
+@pytest.fixture
+def copied_checkpoint_2(tmp_path):
+    """A copy of it to change."""
+    return shutil.copytree(GOLDEN_2, tmp_path / "Tiny-2", ignore=shutil.ignore_patterns("cases.*"))
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,8 @@ def block(package):
         ({"model_type": "alpamayo1_5"} | block("alpamayo_r1"), "r1"),  # the public SFT recipe of 1.5 rewrites targets
         ({"model_type": "alpamayo_r1"} | block("somebodys_fork"), "r1"),
         ({"model_type": "alpamayo1_5", "vocab_size": 3}, "1.5"),
+        ({"model_type": "alpamayo2_super"} | block("alpamayo2_super"), "2"),
+        (block("alpamayo2_super"), "2"),
     ],
 )
 def test_a_family_is_recognised_by_its_classes_then_by_its_type(config, expected):
@@ -36,7 +38,8 @@ def test_an_unknown_family_is_refused_by_name(tiny_checkpoint, tmp_path):
         recognise({"model_type": "alpamayo9"} | block("alpamayo9"), PLACE)
     assert str(caught.value) == (
         "model/config.json is not of a model family that alpacache knows: model_type is 'alpamayo9', its _target_ "
-        "entries name alpamayo9; supported: alpamayo1_5 (1.5), alpamayo_r1 (r1)."
+        "entries name alpamayo9; supported: alpamayo1_5 (1.5), alpamayo_r1 (r1), "
+        "alpamayo2_super (2)."
     )
     with pytest.raises(
         CheckpointError, match="model_type is 'qwen3_vl', its _target_ entries name no class of a model"

@@ -31,7 +31,7 @@ def golden_sampler(golden, golden_cases, golden_dir, golden_vlm):
         golden_vlm,
         load_head(Checkpoint(str(golden_dir)), golden_vlm),
         question=ids[stem_length(ids, config) :],
-        masked=range(config.traj_token_start, config.traj_token_start + config.traj_vocab_size),
+        masked=config.never_sampled,
         decode=lambda tokens: " ".join(words[token] for token in tokens.tolist()),
     )
 
@@ -169,7 +169,7 @@ def test_no_rollout_has_trajectory_tokens_or_too_many(tiny):
     for tail in sampler.sample(prefix, stem_len, rollouts=6, key="limits"):
         generated = tail.token_ids[question:]
         assert 1 <= len(generated) <= MAX_TOKENS
-        assert not set(generated.tolist()) & set(sampler.masked)
+        assert not set(generated.tolist()) & {token for never in sampler.masked for token in never}
         ends = np.flatnonzero(generated == sampler.vlm.future_start_id)
         assert ends.tolist() in ([], [len(generated) - 1])
         assert ends.size or len(generated) == MAX_TOKENS
@@ -194,14 +194,15 @@ def test_the_question_is_what_the_reasoning_prompt_has_after_the_stem(tiny_check
 def reference(logits, masked):
     """Probabilities after masking and transformers' own warpers, in the public order."""
     scores = logits.float().clone()
-    scores[:, masked.start : masked.stop] = -torch.inf
+    for never in masked:
+        scores[:, never.start : never.stop] = -torch.inf
     scores = TopPLogitsWarper(top_p=TOP_P)(None, TemperatureLogitsWarper(TEMPERATURE)(None, scores))
     return scores.softmax(-1)
 
 
 def test_pick_follows_the_public_distribution():
     """Even steps through the distribution function hit each token as often as its probability says."""
-    logits, masked, steps = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 2, range(5, 20), 100_000
+    logits, masked, steps = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 2, (range(5, 20),), 100_000
     uniform = (torch.arange(steps) + 0.5) / steps
     tokens = pick(logits.expand(steps, -1), uniform, masked=masked)
     share = torch.bincount(tokens, minlength=40) / steps
@@ -213,7 +214,7 @@ def test_pick_follows_the_public_distribution():
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0, 50.0])
 def test_pick_never_leaves_the_nucleus(scale):
     logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(2)) * scale
-    allowed, masked = reference(logits, range(100, 300)) > 0, range(100, 300)
+    allowed, masked = reference(logits, (range(100, 300),)) > 0, (range(100, 300),)
     for uniform in (0.0, 0.3, 1 - 2**-24):
         tokens = pick(logits, torch.full((64,), uniform), masked=masked)
         assert bool(allowed[torch.arange(64), tokens].all())
@@ -223,7 +224,7 @@ def test_pick_never_leaves_the_nucleus(scale):
 def test_pick_leaves_bfloat16_logits_as_they_are():
     logits = torch.randn(2, 50).to(torch.bfloat16)
     before = logits.clone()
-    pick(logits, torch.tensor([0.1, 0.9]), masked=range(10))
+    pick(logits, torch.tensor([0.1, 0.9]), masked=(range(10),))
     assert torch.equal(logits, before)
 
 
