@@ -37,7 +37,7 @@ from alpacache.alpamayo.prompt import REASONING, PromptFormat
 from alpacache.errors import CheckpointError
 
 
-class _TokenIds(Schema):
+class _SuperIds(Schema):
     history_pad: TokenId
     future_pad: TokenId
     history_start: TokenId
@@ -48,38 +48,38 @@ class _TokenIds(Schema):
     future_id0: TokenId
 
 
-class _HistoryTokenizer(HistoryTokenizerBlock):
+class _SuperHistory(HistoryTokenizerBlock):
     predict_yaw: Literal[False] = False
     pad_origin_at_beginning: bool = True
 
 
-class _Text(Schema):
+class _SuperText(Schema):
     vocab_size: Width
     eos_token_id: TokenId
 
 
-class _VLM(Schema):
-    text_config: _Text
+class _SuperVLM(Schema):
+    text_config: _SuperText
 
 
-class _Expert(Schema):
+class _SuperExpert(Schema):
     llm_config: dict[str, Any]
     action_space_cfg: ActionSpaceBlock
     action_in_proj_cfg: ActionInBlock
     action_out_proj_cfg: ActionOutBlock
 
 
-class _Config(Schema):
+class _SuperConfig(Schema):
     """The file. Values that no public code builds a prompt or a model for are refused."""
 
     vlm_class: Literal["Qwen3VLForConditionalGeneration"] = "Qwen3VLForConditionalGeneration"
-    vlm_config: _VLM
-    expert_config: _Expert
-    traj_ids: _TokenIds
+    vlm_config: _SuperVLM
+    expert_config: _SuperExpert
+    traj_ids: _SuperIds
     history_vocab_size: Width
     future_vocab_size: Width
     tokens_per_history_traj: Width
-    hist_traj_tokenizer_cfg: _HistoryTokenizer
+    hist_traj_tokenizer_cfg: _SuperHistory
     future_traj_tokenizer_cfg: FutureTokenizerBlock
     dtype: Dtype | None = None
     torch_dtype: Dtype | None = None
@@ -96,7 +96,7 @@ class _Config(Schema):
 
 def read_nested_config(family: Family, raw: Mapping[str, Any], path: Path) -> AlpamayoConfig:
     """The config of 2 Super. Whether the prompt names cameras and numbers frames is what the file says."""
-    config = conform(_Config, raw, path)
+    config = conform(_SuperConfig, raw, path)
     history, ids = config.hist_traj_tokenizer_cfg, config.traj_ids
     bins = config.history_vocab_size + config.future_vocab_size
     first = min(ids.history_id0, ids.future_id0)
@@ -145,7 +145,7 @@ def _only(token: int) -> range:
     return range(token, token + 1)
 
 
-def _check_together(config: _Config, path: Path) -> None:
+def _check_together(config: _SuperConfig, path: Path) -> None:
     """Refuse bins that do not lie side by side, ids beyond the vocabulary, and an expert that cannot see the VLM."""
     ids, history = config.traj_ids, config.hist_traj_tokenizer_cfg
     check_bins(history, path)

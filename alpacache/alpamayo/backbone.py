@@ -4,6 +4,7 @@ Released Alpamayo checkpoints are Qwen3-VL (Cosmos-Reason2), whatever older writ
 backbone needs another module with these functions.
 """
 
+import copy
 import inspect
 import math
 import os
@@ -161,16 +162,15 @@ def vlm_config(checkpoint: Checkpoint) -> "Qwen3VLConfig":
     """
     from transformers import Qwen3VLConfig
 
-    path, raw = vlm_file(checkpoint), checkpoint.config.vlm
-    if raw is None:
-        raw = read_json(companion_file(checkpoint, "config.json"))
+    path, inline = vlm_file(checkpoint), checkpoint.config.vlm
+    raw: Mapping[str, Any] = read_json(companion_file(checkpoint, "config.json")) if inline is None else inline
     if raw.get("model_type") != "qwen3_vl":
         raise CheckpointError(
             f"{path}: model_type is {reprlib.repr(raw.get('model_type'))}; alpacache knows 'qwen3_vl'. Another "
             "backbone is one new module beside alpacache/alpamayo/backbone.py."
         )
     conform(_VLMFile, raw, path)
-    text = {key: value for key, value in raw["text_config"].items() if key in _TEXT_KEYS}
+    text = _decisive(raw["text_config"])
     vision = {key: value for key, value in raw["vision_config"].items() if key in _VISION_KEYS}
     given = {key: raw[key] for key in (*_KEYS, "tie_word_embeddings") if key in raw}
     with refusing(path):
@@ -206,18 +206,19 @@ def expert_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Collect the settings in `config.json` that decide the expert's numbers, beside the shapes of its weights."""
     config = checkpoint.config
     layer_map = {LAYER_MAP: list(config.raw[LAYER_MAP])} if LAYER_MAP in config.raw else {}
+    own = None if config.expert_text is None else _own_settings(checkpoint)
     return {
         **layer_map,
         "dtype": str(config.dtype).removeprefix("torch."),
         "action_space": plain(config.action_space),
         "action_in_proj": plain(config.action_in_proj),
-        "expert": plain(_decisive(config.expert_overrides if config.expert_text is None else config.expert_text)),
+        "expert": plain(_decisive(config.expert_overrides)) if own is None else own,
     }
 
 
 def _decisive(text: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a text model that decide its numbers."""
-    return {key: value for key, value in text.items() if key in _TEXT_KEYS}
+    """The settings of a text model that decide its numbers, copied: transformers writes into what it is given."""
+    return copy.deepcopy({key: value for key, value in text.items() if key in _TEXT_KEYS})
 
 
 def expert_config(checkpoint: Checkpoint) -> "Qwen3VLTextConfig":
@@ -260,6 +261,11 @@ def some_layers(checkpoint: Checkpoint, choice: str | None) -> tuple[int, ...] |
     count = vlm_config(checkpoint).text_config.num_hidden_layers
     layers = chosen_layers(choice, count)
     return None if len(layers) == count else layers
+
+
+def _own_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The numbers of an expert's own text model, defaults spelled out."""
+    return conform(_Text, expert_config(checkpoint), checkpoint.file("config.json")).model_dump(mode="json")
 
 
 def _own_text(

@@ -100,6 +100,12 @@ def tiny_checkpoint_15(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_checkpoint_2(tmp_path_factory):
+    """The same for 2 Super: files in one folder, one more `expert.` in the names, two shards."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny2") / "Tiny-2", seed=2, family="2")
+
+
+@pytest.fixture(scope="session")
 def renamed_15(tiny_checkpoint_15, tmp_path_factory):
     """The 1.5 checkpoint as the public conversion script leaves it: R1's names, and links to weights and index."""
     out = tmp_path_factory.mktemp("renamed") / "Tiny-1.5-as-R1"

@@ -14,6 +14,7 @@ from alpacache.alpamayo import Checkpoint, load_expert, load_vlm
 from alpacache.alpamayo.families import FAMILIES
 from alpacache.alpamayo.inputs import InputBuilder, to_patches
 from alpacache.alpamayo.rollout import RolloutSampler, pick
+from alpacache.cached_samples.identity import model_identity, vlm_identity
 from alpacache.driving.cameras import CAMERAS
 from alpacache.errors import CheckpointError
 
@@ -311,3 +312,10 @@ def test_the_prompt_is_what_the_config_says(copied_checkpoint_2):
     found = InputBuilder(Checkpoint(str(copied_checkpoint_2))).format
     assert (found.camera_names, found.frame_numbers) == (False, False)
     assert FAMILIES["2"].prompt.camera_names
+
+
+def test_building_models_leaves_the_config_as_it_was(checkpoint, golden_dir_2):
+    """transformers writes into the dictionaries that it is given; the config's hash names stores and runs."""
+    vlm_identity(checkpoint)
+    assert model_identity(checkpoint) == model_identity(Checkpoint(str(golden_dir_2)))
+    assert checkpoint.config.raw == json.loads((golden_dir_2 / "config.json").read_text())
