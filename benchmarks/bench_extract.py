@@ -99,7 +99,9 @@ class Scale:
     """Of `extract`; None: its default."""
 
 
-FULL = Scale(small=False, picture=(1920, 1080), clips=12, samples={1: 300, 4: 80}, batches=(1, 2, 4, 8), batch=None)
+FULL = Scale(
+    small=False, picture=(1920, 1080), clips=12, samples={1: 300, 4: 80, 6: 60}, batches=(1, 2, 4, 8), batch=None
+)
 QUICK = Scale(small=True, picture=(192, 108), clips=1, samples={1: 4, 4: 2}, batches=(), batch=2)
 
 
@@ -405,6 +407,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where recordings and stores are written")
     parser.add_argument("--drives", type=Path, help="recordings, kept; what is there already is used again")
     parser.add_argument("--cameras", type=int, nargs="+", default=[1, 4], choices=sorted(full_size.CAMERA_SETS))
+    parser.add_argument("--family", default="r1", choices=full_size.FAMILIES)
     parser.add_argument("--codecs", nargs="+", default=["int8", "bf16"], choices=["int8", "bf16"])
     parser.add_argument("--read-in-threads", action="store_true", help="add rows of reading in threads, for comparison")
     options = parser.parse_args()
@@ -416,7 +419,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     try:
         with mock.patch.object(full_size, "_expert_state", return_value={"vlm.placeholder": torch.zeros(1)}):
-            checkpoint_dir = full_size.write_checkpoint(root / "model", small=scale.small)
+            checkpoint_dir = full_size.write_checkpoint(root / "model", small=scale.small, family=options.family)
         with ThreadPoolExecutor() as pool:
             drives = {
                 cameras: pool.submit(

@@ -24,12 +24,14 @@ import full_size
 import torch
 from benchmark_report import arguments, finish, hardware_name
 
-from alpacache.alpamayo import Checkpoint, load_vlm, streamed_vlm
+from alpacache.alpamayo import Checkpoint, FrozenVLM, load_vlm, streamed_vlm
 from alpacache.alpamayo.weight_homes import FilesHome, RamHome
 from alpacache.driving.sample import SampleRef
 from alpacache.extraction import extract as extraction
+from alpacache.extraction import memory
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.preparation import Preparation, PreparationSettings, Prepared
+from alpacache.gpu.host_memory import available_bytes
 from alpacache.planning import prefill_plan
 from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
@@ -72,6 +74,11 @@ class KeptRam:
         if len(units) not in self._made:
             self._made[len(units)] = self.Home(units, **how)
         return self._made[len(units)]
+
+    def room(self) -> AbstractContextManager[Any]:
+        """Within it plans count what is kept as free: they plan for a home that is not there yet."""
+        kept = sum(flat.nbytes for home in self._made.values() for flat in home._flats)
+        return mock.patch.object(memory, "available_bytes", return_value=available_bytes() + kept)
 
     def close(self) -> None:
         for home in self._made.values():
@@ -182,6 +189,22 @@ def run(config: ExtractConfig, ready: list[Prepared], model: AbstractContextMana
     return row
 
 
+def random_vlm(checkpoint_dir: Path, device: torch.device) -> FrozenVLM:
+    """A whole VLM, where the files hold but a part of one."""
+    model = full_size.random_vlm(checkpoint_dir, device).model.to(torch.bfloat16)
+    return FrozenVLM(model, future_start_id=Checkpoint(str(checkpoint_dir)).config.traj_token_ids["future_start"])
+
+
+def units_of(layers: int) -> AbstractContextManager[Any]:
+    """Within it what streams a text layer that is a hole in the files takes another in its place."""
+    find = streamed_vlm.unit_files
+
+    def held(home: Checkpoint, prefix: str, units: list[str]) -> list[Any]:
+        return find(home, prefix, full_size.held_layers(units, layers))
+
+    return mock.patch.object(streamed_vlm, "unit_files", held)
+
+
 def measure(root: Path, checkpoint_dir: Path, options: Any, *, small: bool) -> Iterator[dict[str, Any]]:
     """All rows: the resident VLM first, then, once it is gone, the budgets."""
     device = full_size.device()
@@ -200,7 +223,10 @@ def measure(root: Path, checkpoint_dir: Path, options: Any, *, small: bool) -> I
         )
         ready[cameras] = ready_samples(configs[cameras], device)
     resident: dict[int, float] = {}
-    loaded = [load_vlm(str(checkpoint_dir), dtype=torch.bfloat16, device=device)]
+    if options.layers is None:
+        loaded = [load_vlm(str(checkpoint_dir), dtype=torch.bfloat16, device=device)]
+    else:
+        loaded = [random_vlm(checkpoint_dir, device)]
     for cameras, config in configs.items():
         in_hand = mock.patch("alpacache.alpamayo.load_vlm", return_value=loaded[0])
         row = run(config, ready[cameras], in_hand)
@@ -219,7 +245,7 @@ def measure(root: Path, checkpoint_dir: Path, options: Any, *, small: bool) -> I
                 row = {"cameras": cameras, "budget": budget, "codec": config.codec, "weights": weights}
                 row |= {"bus_gb_s": medium["ram"], "read_gb_s": medium["files"] if weights == "files" else None}
                 try:
-                    with most:
+                    with most, kept.room():
                         row |= run(asked, ready[cameras], mock.patch.object(streamed_vlm, "RamHome", kept))
                 except Exception as error:  # the other rows are worth having
                     yield row | {"note": " ".join(str(error).split())[:200]}
@@ -243,9 +269,11 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the checkpoint is written, or is already")
     parser.add_argument("--store", type=Path, help="where stores are written; a file system in memory")
     parser.add_argument("--cameras", type=int, nargs="+", default=[1, 4], choices=sorted(full_size.CAMERA_SETS))
+    parser.add_argument("--family", default="r1", choices=full_size.FAMILIES)
+    parser.add_argument("--layers", type=int, help="text layers in the files, where they cannot hold all")
     parser.add_argument("--codec", default="int8")
     parser.add_argument("--group", type=int, default=256, help="largest group of weights in files")
-    parser.add_argument("--samples", type=int, nargs=2, default=[192, 64], help="of a run with 1 and with 4 cameras")
+    parser.add_argument("--samples", type=int, nargs=2, default=[192, 64], help="of a run with 1 camera and with more")
     default = ["auto:24GB", "ram:16GB", "ram:12GB", "ram:8GB", "files:8GB"]
     parser.add_argument("--runs", type=weights_and_budget, nargs="+", default=[weights_and_budget(o) for o in default])
     options = parser.parse_args()
@@ -258,11 +286,17 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     try:
         started = time.perf_counter()
-        checkpoint_dir = full_size.write_checkpoint(root / "model", small=options.quick, with_vlm=True)
+        kind = {"small": options.quick, "family": options.family}
+        if options.layers is None:
+            checkpoint_dir, held = full_size.write_checkpoint(root / "model", with_vlm=True, **kind), nullcontext()
+        else:
+            checkpoint_dir = full_size.write_vlm(root / "model", layers=options.layers, **kind)
+            held = units_of(options.layers)
         print(f"checkpoint written in {time.perf_counter() - started:.0f} s", flush=True)
-        for row in measure(root, checkpoint_dir, options, small=options.quick):
-            print({key: row[key] for key in KEYS if row.get(key) is not None}, flush=True)
-            rows.append({key: row.get(key) for key in KEYS})
+        with held:
+            for row in measure(root, checkpoint_dir, options, small=options.quick):
+                print({key: row[key] for key in KEYS if row.get(key) is not None}, flush=True)
+                rows.append({key: row.get(key) for key in KEYS})
     finally:
         shutil.rmtree(root)
     finish("stream", rows, options, hardware=torch.cuda.get_device_name() if cuda else hardware_name())

@@ -39,12 +39,13 @@ from cache_store import CacheReader
 Medium: TypeAlias = Literal["pinned", "page_cache", "cold"]
 MODEL = "model"
 """Name of the checkpoint's directory."""
+LAYERS = {"r1": 36, "2": 64}
 READ_AHEAD = 3
 """Steps of a cold run whose samples were read while the model was made ready."""
 ROOM_BYTES = 4 * 10**9
 """Left free on the disk when a store is made."""
 KEYS = (
-    *("case", "cameras", "codec", "medium", "batch", "draws", "optimizer", "trainable", "compile", "budget"),
+    *("case", "family", "cameras", "codec", "medium", "batch", "draws", "optimizer", "trainable", "compile", "budget"),
     *("micro_batch", "checkpointing", "step_ms", "samples_s", "draws_s", "data_wait", "peak_gib", "planned_gib"),
     *("over_recipe_b1", "over_recipe_best", "of_raw_read", "raw_gb_s", "steps", "note"),
 )
@@ -66,10 +67,19 @@ class Case:
     compile: bool = True
     budget: str = "24GB"
     micro_batch: int | None = None
+    family: str = "r1"
 
     @property
     def store(self) -> str:
-        return f"c{self.cameras}-{self.codec}"
+        return _store(self.family, self.cameras, self.codec)
+
+
+def _model(family: str) -> str:
+    return MODEL if family == "r1" else f"{MODEL}-{family}"
+
+
+def _store(family: str, cameras: int, codec: str) -> str:
+    return f"{'' if family == 'r1' else f'f{family}-'}c{cameras}-{codec}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +100,10 @@ class Plan:
 
     def samples(self, case: Case) -> int:
         """As many as make up the store's bytes, rounded up to whole batches of its cases."""
-        multiple = 4 if self.small else {4: 8, 1: 16}[case.cameras]
+        multiple = 4 if self.small else {4: 8, 1: 16, 6: 8}[case.cameras]
         tokens = sum(self.lengths(case.cameras)) / 2
-        values = (4 if self.small else 36) * 2 * full_size.KV_HEADS * full_size.HEAD_DIM * tokens
-        sample_bytes = values * (2 if case.codec == "bf16" else 8.5 / 8)
+        values = (4 if self.small else LAYERS[case.family]) * 2 * full_size.KV_HEADS * full_size.HEAD_DIM * tokens
+        sample_bytes = values * {"bf16": 2, "int4": 4.5 / 8}.get(case.codec, 8.5 / 8)
         return math.ceil(self.store_bytes / sample_bytes / multiple) * multiple
 
 
@@ -126,6 +136,16 @@ def full_cases() -> list[Case]:
             cases.append(Case(name=f"{store}-cold", medium="cold", **common))
             if codec == "int8":
                 cases.append(Case(name=f"{store}-cold-auto", medium="cold", draws="auto", **common))
+    return cases + super_cases()
+
+
+def super_cases() -> list[Case]:
+    """2 Super: one camera and the six of its inference profile."""
+    cases = []
+    for cameras, codec, batch in ((1, "int8", 16), (1, "int4", 16), (6, "int8", 4), (6, "int4", 8)):
+        common: dict[str, Any] = {"family": "2", "cameras": cameras, "codec": codec, "batch": batch}
+        store = _store("2", cameras, codec)
+        cases += [Case(name=f"{store}-page", medium="page_cache", **common), Case(name=f"{store}-pinned", **common)]
     return cases
 
 
@@ -136,6 +156,7 @@ def quick_cases() -> list[Case]:
         Case(name="c1-int8-cold", cameras=1, codec="int8", batch=4, medium="cold"),
         Case(name="c1-int8-cold-auto", cameras=1, codec="int8", batch=4, medium="cold", draws="auto"),
         Case(name="c1-bf16-draws2", cameras=1, codec="bf16", batch=4, medium="page_cache", draws=2),
+        Case(name="f2-c1-int8-page", family="2", cameras=1, codec="int8", batch=4, medium="page_cache"),
     ]
 
 
@@ -205,7 +226,7 @@ def one_line(error: Exception) -> str:
 
 
 def _measure(case: Case, plan: Plan, work: Path) -> dict[str, Any]:
-    checkpoint, out = work / MODEL, work / "runs" / case.name
+    checkpoint, out = work / _model(case.family), work / "runs" / case.name
     shutil.rmtree(out, ignore_errors=True)
     reader = make_store(case, plan, work)
     epoch = len(reader) // case.batch
@@ -249,14 +270,14 @@ def make_store(case: Case, plan: Plan, work: Path) -> CacheReader:
     """The case's store, made if it is not there; other stores give way where the disk is too small for both."""
     directory, wanted = work / case.store, plan.samples(case)
     if not directory.exists():
-        others = sorted(path for path in work.glob("c?-*") if path != directory)
+        others = sorted(path for path in work.glob("*c[0-9]-*") if path != directory)
         while others and shutil.disk_usage(work).free < 1.1 * plan.store_bytes + ROOM_BYTES:
             shutil.rmtree(others.pop(0))
     started = time.monotonic()
     shortest, longest = plan.lengths(case.cameras)
     reader = full_size.write_store(
         directory,
-        work / MODEL,
+        work / _model(case.family),
         cameras=case.cameras,
         codec=case.codec,
         samples=wanted,
@@ -281,23 +302,24 @@ def prepare_medium(reader: CacheReader, *, cold: bool) -> float:
     return sum(map(reader.size_bytes, ids)) / seconds / 1e9
 
 
-def recipe_rows(plan: Plan, cameras: list[int], work: Path) -> dict[str, Any]:
+def recipe_rows(plan: Plan, family: str, cameras: list[int], work: Path) -> dict[str, Any]:
     """Measured by an earlier call in the same place, or now, each camera count once."""
-    full_size.write_checkpoint(work / MODEL, small=plan.small)
-    path = work / "recipe.json"
+    full_size.write_checkpoint(work / _model(family), small=plan.small, family=family)
+    path = work / f"recipe-{family}.json"
     known = json.loads(path.read_text()) if path.is_file() else {"hardware": hardware(), "rows": []}
     new = [count for count in cameras if not any(row["cameras"] == count for row in known["rows"])]
     if new:
-        known["rows"] += full_size.measure_recipe(
-            work / MODEL, new, batches=plan.recipe_batches, rounds=plan.recipe_rounds
+        measured = full_size.measure_recipe(
+            work / _model(family), new, batches=plan.recipe_batches, rounds=plan.recipe_rounds
         )
+        known["rows"] += [{"family": family, **row} for row in measured]
         path.write_text(json.dumps(known))
     return {**known, "rows": [row for row in known["rows"] if row["cameras"] in cameras]}
 
 
 def over_recipe(row: dict[str, Any], recipe: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Samples a second over the recipe's at batch 1 and at its best batch, of the same cameras."""
-    same = [other for other in recipe if other["cameras"] == row["cameras"]]
+    same = [other for other in recipe if all(other.get(key) == row.get(key) for key in ("family", "cameras"))]
     single = max((other["samples_s"] for other in same if other["batch"] == 1), default=None)
     best = max((other["samples_s"] for other in same), default=None)
     if "samples_s" not in row or single is None or best is None:
@@ -322,6 +344,7 @@ def main() -> None:
         "--cases", metavar="NAME,...", help="some of these, in that order: " + ", ".join(c.name for c in full_cases())
     )
     parser.add_argument("--store-gb", type=float, default=FULL.store_bytes / 1e9, help="size of each store")
+    parser.add_argument("--no-recipe", dest="recipe", action="store_false", help="leave the public recipe out")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="begin no case after that many seconds")
     options = parser.parse_args()
     started = time.monotonic()
@@ -338,8 +361,12 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     call: Callable[..., Any] = (lambda function, *given: function(*given)) if options.quick else isolated
     try:
-        recipe = call(recipe_rows, plan, sorted({case.cameras for case in cases}), work)
-        rows = list(recipe["rows"])
+        recipes: list[dict[str, Any]] = []
+        for family in sorted({case.family for case in cases}):
+            mine = sorted({case.cameras for case in cases if case.family == family})
+            recipes.append(call(recipe_rows, plan, family, mine if options.recipe else [], work))
+        known = [row for recipe in recipes for row in recipe["rows"]]
+        rows = list(known)
         for case in cases:
             if time.monotonic() - started > options.limit_s:
                 print(f"no time left for {case.name} and what follows", flush=True)
@@ -348,13 +375,13 @@ def main() -> None:
                 row = call(run_case, case, plan, work)
             except Exception as error:  # the process itself died
                 row = about(case) | {"note": one_line(error)}
-            rows.append(over_recipe(row, recipe["rows"]))
+            rows.append(over_recipe(row, known))
             print(json.dumps({"at_s": round(time.monotonic() - started), **rows[-1]}), flush=True)
     finally:
         if options.work is None:
             shutil.rmtree(root)
     rows = [{key: row.get(key) for key in KEYS} for row in rows]
-    finish("train_e2e", rows, options, hardware=recipe["hardware"])
+    finish("train_e2e", rows, options, hardware=recipes[0]["hardware"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks at the released geometry run on, with random weights: checkpoint, store, VLM, the recipe's step.
+"""What benchmarks at a released geometry run on, with random weights: checkpoint, store, VLM, the recipe's step.
 
 Nothing here can be downloaded where it runs, and 20 GB must not take a minute, so samples of a store are made distinct
 by the order of their layers: every layer is valid wherever it stands, quantised or not. `small` is the same at 4 layers
@@ -25,6 +25,7 @@ from alpacache import flow_matching
 from alpacache.alpamayo import ActionExpert, Checkpoint, load_expert
 from alpacache.alpamayo.backbone import cache_argument, empty_weights, expert_config, vlm_config
 from alpacache.alpamayo.checkpoint import INDEX
+from alpacache.alpamayo.families import FAMILIES as KNOWN_FAMILIES
 from alpacache.alpamayo.family import SPECIAL_TOKENS
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.prefix_attention import PREFIX_ATTENTION
@@ -38,9 +39,11 @@ from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, SampleRef
 from alpacache.prefix.codecs import tensor_codec
 from cache_store import CODECS, CacheReader, CacheWriter
 
-PREFIX_TOKENS = {1: (800, 880), 4: (2900, 3050)}
+PREFIX_TOKENS = {1: (800, 880), 4: (2900, 3050), 6: (4500, 4636)}
 """Cameras -> shortest and longest prefix of the public prompts."""
-CAMERA_SETS = {1: (1,), 4: (0, 1, 2, 6)}
+CAMERA_SETS = {1: (1,), 4: (0, 1, 2, 6), 6: (0, 1, 2, 3, 5, 6)}
+FAMILIES = ("r1", "2")
+"""Families whose released geometry is known here."""
 FRAMES = 4
 IMAGE_TOKENS = 180
 GRID = (1, 20, 36)
@@ -57,6 +60,17 @@ _BASE_TOKENS = {
     "<|video_pad|>": -13,
 }
 """Ids relative to `<i0>`."""
+_TEXT_SIZES = {
+    "r1": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "2": {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64},
+}
+_EXPERT_SIZES = {
+    "r1": {"hidden_size": 2048, "intermediate_size": 8256},
+    "2": {"hidden_size": 1536, "intermediate_size": 6144},
+}
+_HEADS = {"num_attention_heads": 16, "head_dim": HEAD_DIM}
+_TRAJECTORY = FUTURE_BINS + HISTORY_BINS
+_LAYER = "vlm.model.language_model.layers."
 _SHARDS = 4
 _LENGTHS = 16
 """Distinct prefix lengths in a store; each is generated (and encoded) once."""
@@ -71,25 +85,20 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def write_checkpoint(directory: Path, *, small: bool, with_vlm: bool = False) -> Path:
-    """The public layout with the released geometry, kept if it is there already.
+def write_checkpoint(directory: Path, *, small: bool, with_vlm: bool = False, family: str = "r1") -> Path:
+    """The public layout with a released geometry, kept if it is there already.
 
     For the VLM's weights one number stands, unless `with_vlm`: then they are there and the expert's are not.
     """
     if (directory / INDEX).is_file():
         return directory
-    (directory / "vlm").mkdir(parents=True, exist_ok=True)
-    first = 64 if small else 151_669
-    _tokenizer(first).save(str(directory / "vlm/tokenizer.json"))
-    _write_json(directory / "vlm/config.json", _vlm_config(first, small=small))
-    _write_json(directory / "vlm/preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
-    _write_json(directory / "config.json", _config(first, small=small))
+    _write_small_files(directory, small=small, family=family)
     if with_vlm:
         vlm = random_vlm(directory, device())
         state = {f"vlm.{name}": tensor.to("cpu", torch.bfloat16) for name, tensor in vlm.state_dict().items()}
         del vlm
     else:
-        state = _expert_state(small) | {"vlm.placeholder": torch.zeros(1)}
+        state = _expert_state(small, family) | {"vlm.placeholder": torch.zeros(1)}
     names = sorted(state)
     files = [f"model-{shard + 1:05d}-of-{_SHARDS:05d}.safetensors" for shard in range(_SHARDS)]
     parts = {file: names[shard::_SHARDS] for shard, file in enumerate(files)}
@@ -99,6 +108,78 @@ def write_checkpoint(directory: Path, *, small: bool, with_vlm: bool = False) ->
     weight_map = {name: file for file, part in parts.items() for name in part}
     _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return directory
+
+
+def write_vlm(directory: Path, *, small: bool, family: str, layers: int) -> Path:
+    """A checkpoint without an expert whose text layers from number `layers` on are holes: no disk holds all of them.
+
+    What would read a layer that is one reads number `n % layers` in its place, see `held_layers`.
+    """
+    _write_small_files(directory, small=small, family=family)
+    config = vlm_config(Checkpoint(str(directory)))
+    with empty_weights(torch.bfloat16, torch.device("meta")):
+        model = Qwen3VLForConditionalGeneration(config)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        stored, part = f"vlm.{name}", "rest"
+        if stored.startswith(_LAYER):
+            part = f"layer-{int(stored.removeprefix(_LAYER).partition('.')[0]):02d}"
+        if name != "lm_head.weight":
+            parts.setdefault(part, {})[stored] = tensor
+    generator, weight_map = torch.Generator(device()).manual_seed(1), {}
+    for part, tensors in parts.items():
+        file = f"model-{part}.safetensors"
+        if part != "rest" and int(part.partition("-")[2]) >= layers:
+            _write_holes(directory / file, tensors)
+        else:
+            made = {name: _random_like(name, tensor, generator).cpu() for name, tensor in tensors.items()}
+            save_file(made, directory / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    _write_json(directory / INDEX, {"weight_map": weight_map})
+    return directory
+
+
+def held_layers(names: list[str], layers: int) -> list[str]:
+    """Names of units of a text model, those of layers that are holes in the files replaced by those of others."""
+    found = []
+    for name in names:
+        begin, _, number = name.removesuffix(".").rpartition(".")
+        found.append(f"{begin}.{int(number) % layers}." if number.isdecimal() else name)
+    return found
+
+
+def _write_holes(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file of zeros that take no room on the disk."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def _random_like(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    made = torch.empty(tensor.shape, dtype=torch.bfloat16, device=generator.device)
+    if tensor.ndim > 1:
+        return made.normal_(std=0.02, generator=generator)
+    return made.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _write_small_files(directory: Path, *, small: bool, family: str) -> None:
+    """Configs, tokenizer and image processor where the family has them."""
+    first, nested = 64 if small else 151_669, family == "2"
+    companion = directory if nested else directory / "vlm"
+    companion.mkdir(parents=True, exist_ok=True)
+    _tokenizer(first).save(str(companion / "tokenizer.json"))
+    _write_json(companion / "preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    if nested:
+        _write_json(directory / "config.json", _nested_config(first, small=small))
+    else:
+        _write_json(companion / "config.json", _vlm_config(first, small=small))
+        _write_json(directory / "config.json", _config(first, small=small))
 
 
 def write_store(
@@ -134,18 +215,19 @@ def write_store(
     return reader
 
 
-def random_expert(where: torch.device, dtype: torch.dtype, *, small: bool) -> ActionExpert:
-    """The released expert's geometry without a checkpoint; as from `load_expert` otherwise."""
-    text, parts = _vlm_config(1, small=small)["text_config"], _config(1, small=small)
-    config = Qwen3VLTextConfig(**text | parts["expert_cfg"])
+def random_expert(where: torch.device, dtype: torch.dtype, *, small: bool, family: str = "r1") -> ActionExpert:
+    """A released expert's geometry without a checkpoint; as from `load_expert` otherwise."""
+    text, known = _vlm_config(1, small=small, family=family)["text_config"], KNOWN_FAMILIES[family]
+    config = Qwen3VLTextConfig(**text | _expert_sizes(family, small=small))
     config._attn_implementation = PREFIX_ATTENTION
-    hidden = parts["action_in_proj_cfg"]["hidden_size"]
+    hidden = _projections(family, small=small)["action_in_proj_cfg"]["hidden_size"]
     with empty_weights(dtype, where):
         model = Qwen3VLTextModel(config)
         del model.embed_tokens
-        projection = ActionInProjection(config.hidden_size, hidden_size=hidden, rounded_to=torch.bfloat16)
-        space = UnicycleActionSpace(**ACTION_CONSTANTS)
-        expert = ActionExpert(model, projection, nn.Linear(config.hidden_size, 2), space)
+        how = {"rounded_to": torch.bfloat16, "persistent_constants": known.stores_constants}
+        projection = ActionInProjection(config.hidden_size, hidden_size=hidden, **how)
+        space, out = UnicycleActionSpace(**ACTION_CONSTANTS), nn.Linear(config.hidden_size, 2)
+        expert = ActionExpert(model, projection, out, space, rounds_target=known.rounds_target)
     _randomise(expert, torch.Generator(where).manual_seed(0))
     return expert
 
@@ -208,7 +290,7 @@ def recipe_step(
                 **{cache_argument(expert.expert): cache},
             )
             velocity = expert.action_out_proj(output.last_hidden_state)
-        flow_matching.loss(velocity, action, noise).mean().backward()
+        flow_matching.loss(velocity, action, noise, rounds_target=expert.rounds_target).mean().backward()
         nn.utils.clip_grad_norm_(expert.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -274,11 +356,14 @@ def _time_recipe(
     }
 
 
-def _expert_state(small: bool) -> dict[str, Tensor]:
+def _expert_state(small: bool, family: str) -> dict[str, Tensor]:
     """Random bfloat16 tensors under the public state-dict names, on the CPU."""
-    state = {f"action_space.{name}": torch.tensor(value) for name, value in ACTION_CONSTANTS.items()}
-    state |= random_expert(device(), torch.bfloat16, small=small).state_dict()
-    return {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
+    known, state = KNOWN_FAMILIES[family], {}
+    if known.stores_constants:
+        state = {f"action_space.{name}": torch.tensor(value) for name, value in ACTION_CONSTANTS.items()}
+    state |= random_expert(device(), torch.bfloat16, small=small, family=family).state_dict()
+    prefix = known.expert_prefix
+    return {prefix + name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
 
 
 @torch.no_grad()
@@ -362,8 +447,8 @@ def _tokenizer(first: int) -> Tokenizer:
     return tokenizer
 
 
-def _vlm_config(first: int, *, small: bool) -> dict[str, Any]:
-    text = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+def _vlm_config(first: int, *, small: bool, family: str = "r1") -> dict[str, Any]:
+    text = _TEXT_SIZES[family]
     vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16}
     vision["deepstack_visual_indexes"] = [8, 16, 24]  # type: ignore[assignment]
     if small:
@@ -402,13 +487,60 @@ def _vlm_config(first: int, *, small: bool) -> dict[str, Any]:
     }
 
 
+def _expert_sizes(family: str, *, small: bool) -> dict[str, int]:
+    """Settings of the expert's text model that differ from the VLM's."""
+    return ({"hidden_size": 256} if small else _EXPERT_SIZES[family]) | _HEADS
+
+
+def _projections(family: str, *, small: bool) -> dict[str, Any]:
+    """Blocks of the action space and the two projections."""
+    package = KNOWN_FAMILIES[family].package
+    space = f"{package}.action_space.UnicycleAccelCurvatureActionSpace"
+    return {
+        "action_space_cfg": {"_target_": space, **ACTION_CONSTANTS, "dt": 0.1, "n_waypoints": FUTURE_STEPS},
+        "action_in_proj_cfg": {
+            "_target_": f"{package}.models.action_in_proj.PerWaypointActionInProjV2",
+            "hidden_size": 512 if not small else 64,
+            "num_enc_layers": 2,
+            "num_fourier_feats": 20,
+            "max_freq": 100.0,
+        },
+        "action_out_proj_cfg": {"_target_": "torch.nn.Linear"},
+    }
+
+
+def _nested_config(first: int, *, small: bool) -> dict[str, Any]:
+    """`config.json` of 2 Super, as far as anything reads it."""
+    ids = {name: first + _TRAJECTORY + place for place, name in enumerate(SPECIAL_TOKENS)}
+    ends = {"pad": "", "start": "_start", "end": "_end"}
+    placed = {f"{of}_{kind}": ids[f"<|traj_{of}{end}|>"] for of in ("history", "future") for kind, end in ends.items()}
+    vlm = _vlm_config(first, small=small, family="2")
+    vocabulary = -(-(first + _TRAJECTORY + len(SPECIAL_TOKENS)) // 128) * 128
+    vlm["text_config"] |= {"vocab_size": vocabulary, "eos_token_id": first + _BASE_TOKENS["<|im_end|>"]}
+    return {
+        "model_type": "alpamayo2_super",
+        "dtype": "bfloat16",
+        "min_pixels": 163_840,
+        "max_pixels": 196_608,
+        "history_vocab_size": HISTORY_BINS,
+        "future_vocab_size": FUTURE_BINS,
+        "tokens_per_history_traj": 45,
+        "traj_ids": {"history_id0": first, "future_id0": first + HISTORY_BINS, **placed},
+        "future_traj_tokenizer_cfg": {"num_bins": FUTURE_BINS},
+        "hist_traj_tokenizer_cfg": {"num_bins": HISTORY_BINS, "pad_origin_at_beginning": False},
+        "vlm_config": vlm,
+        "expert_config": {
+            "llm_config": {**vlm["text_config"], **_expert_sizes("2", small=small)},
+            **_projections("2", small=small),
+        },
+    }
+
+
 def _config(first: int, *, small: bool) -> dict[str, Any]:
     """`config.json` of R1, as far as anything reads it."""
-    traj = FUTURE_BINS + HISTORY_BINS
+    traj = _TRAJECTORY
     ids = {name: first + traj + place for place, name in enumerate(SPECIAL_TOKENS)}
     kinds = ("history", "future", "history_start", "future_start", "history_end", "future_end")
-    space = "alpamayo_r1.action_space.UnicycleAccelCurvatureActionSpace"
-    expert = {"hidden_size": 2048, "intermediate_size": 8256} if not small else {"hidden_size": 256}
     return {
         "model_type": "alpamayo_r1",
         "vlm_name_or_path": "vlm",
@@ -421,16 +553,8 @@ def _config(first: int, *, small: bool) -> dict[str, Any]:
         "traj_token_ids": {kind: ids[f"<|traj_{kind}|>"] for kind in kinds},
         "traj_tokenizer_cfg": {"num_bins": FUTURE_BINS},
         "hist_traj_tokenizer_cfg": {"_target_": "DeltaTrajectoryTokenizer", "num_bins": HISTORY_BINS},
-        "action_space_cfg": {"_target_": space, **ACTION_CONSTANTS, "dt": 0.1, "n_waypoints": FUTURE_STEPS},
-        "action_in_proj_cfg": {
-            "_target_": "alpamayo_r1.models.action_in_proj.PerWaypointActionInProjV2",
-            "hidden_size": 512 if not small else 64,
-            "num_enc_layers": 2,
-            "num_fourier_feats": 20,
-            "max_freq": 100.0,
-        },
-        "action_out_proj_cfg": {"_target_": "torch.nn.Linear"},
-        "expert_cfg": {**expert, "num_attention_heads": 16, "head_dim": HEAD_DIM},
+        **_projections("r1", small=small),
+        "expert_cfg": _expert_sizes("r1", small=small),
     }
 
 

@@ -210,6 +210,7 @@ SUPER = Family(
     ),
     stores_constants=False,
     nested=True,
+    expert_block=("expert_config", "llm_config"),
     expert_prefix="expert.",
     rounds_target=False,
     released=SUPER_RELEASED,

@@ -224,7 +224,7 @@ def _decisive(text: Mapping[str, Any]) -> dict[str, Any]:
 def expert_config(checkpoint: Checkpoint) -> "Qwen3VLTextConfig":
     """The expert's configuration: its own or the VLM's text model's, with the checkpoint's overrides."""
     text, own = vlm_config(checkpoint).text_config, checkpoint.config.expert_text
-    where = f"config.json of {checkpoint.model}: {'expert_cfg' if own is None else 'expert_config.llm_config'}"
+    where = f"config.json of {checkpoint.model}: {'.'.join(checkpoint.config.family.expert_block)}"
     if own is not None:
         text = _own_text(text, own, where, mapped=LAYER_MAP in checkpoint.config.raw)
     known = text.to_dict()
@@ -268,9 +268,7 @@ def _own_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     return conform(_Text, expert_config(checkpoint), checkpoint.file("config.json")).model_dump(mode="json")
 
 
-def _own_text(
-    vlm: "Qwen3VLTextConfig", own: Mapping[str, Any], where: str, *, mapped: bool
-) -> "Qwen3VLTextConfig":
+def _own_text(vlm: "Qwen3VLTextConfig", own: Mapping[str, Any], where: str, *, mapped: bool) -> "Qwen3VLTextConfig":
     """An expert's own text model, whose layers attend to those of the VLM's, or as they are `mapped` to them."""
     from transformers import Qwen3VLTextConfig
 

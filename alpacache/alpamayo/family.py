@@ -200,6 +200,8 @@ class Family:
     """True if a checkpoint's weights hold the projection's frequencies and the action space's constants."""
     nested: bool = False
     """Whether `config.json` holds the VLM's and the expert's whole configs, and the VLM's other files lie beside it."""
+    expert_block: tuple[str, ...] = ("expert_cfg",)
+    """Keys in `config.json` that lead to the settings of the expert's text model."""
     expert_prefix: str = ""
     """What a checkpoint's files put before the names of the tensors of expert and projections."""
     rounds_target: bool = True

@@ -5,6 +5,7 @@ everything else such an expert is a checkpoint like any other, whose tensors und
 instead of read; VLM, prompt, action space and the Fourier frequencies are those of the checkpoint that it stands in.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -51,7 +52,7 @@ class ExpertSpec:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The entries of `expert_cfg` that say so in `config.json`."""
+        """The settings of the expert that say so in `config.json`."""
         return {
             "num_hidden_layers": len(self.layer_map),
             "hidden_size": self.width,
@@ -152,10 +153,13 @@ class NewExpert(Checkpoint):
 
     @cached_property
     def config(self) -> AlpamayoConfig:
-        raw = dict(self.base.config.raw)
-        if not isinstance(raw.get("expert_cfg"), Mapping):
-            raise CheckpointError(f"config.json of {self.model} has no expert_cfg, so no other size can be asked for.")
-        raw["expert_cfg"] = {**raw["expert_cfg"], **self.spec.config}
+        raw = copy.deepcopy(dict(self.base.config.raw))
+        block: Any = raw
+        for key in self.base.config.family.expert_block:
+            if not isinstance(block.get(key), Mapping):
+                raise CheckpointError(f"config.json of {self.model} has no {key}, so no other size can be asked for.")
+            block = block[key]
+        block |= self.spec.config
         raw[LAYER_MAP] = list(self.spec.layer_map)
         return parse_config(raw, self.file("config.json"))
 

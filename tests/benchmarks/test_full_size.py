@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import Qwen3VLTextModel
 
-from alpacache.alpamayo import Checkpoint, load_expert
-from alpacache.alpamayo.backbone import expert_config, vlm_config
+from alpacache.alpamayo import Checkpoint, load_expert, load_vlm
+from alpacache.alpamayo.backbone import expert_config, geometry_of, vlm_config
 from alpacache.cached_samples.dataset import CachedDataset
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -37,7 +37,7 @@ def dataset(request, checkpoint):
 
 
 def test_full_geometry_is_the_released_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(full_size, "_expert_state", lambda checkpoint: {"x": torch.zeros(1)})
+    monkeypatch.setattr(full_size, "_expert_state", lambda small, family: {"x": torch.zeros(1)})
     config = Checkpoint(str(full_size.write_checkpoint(tmp_path / "model", small=False)))
     with torch.device("meta"):
         expert = Qwen3VLTextModel(expert_config(config))
@@ -116,14 +116,19 @@ def test_stores_fit_their_bytes_and_batches():
         assert samples % case.batch == 0
         assert samples // case.batch >= 6
     sizes = {case.store: bench_train_e2e.FULL.samples(case) for case in bench_train_e2e.full_cases()}
-    assert sizes == {"c4-int8": 88, "c4-bf16": 48, "c1-int8": 304, "c1-bf16": 176}
+    assert sizes == {"c4-int8": 88, "c4-bf16": 48, "c1-int8": 304, "c1-bf16": 176} | {
+        "f2-c1-int8": 176,
+        "f2-c1-int4": 336,
+        "f2-c6-int8": 32,
+        "f2-c6-int4": 64,
+    }
 
 
 @pytest.mark.slow
 def test_the_quick_benchmark(quick):
     rows = quick("bench_train_e2e.py")
-    assert [row["medium"] for row in rows].count("recipe") == 3
-    for row in rows[3:]:
+    assert [row["medium"] for row in rows].count("recipe") == 6
+    for row in rows[6:]:
         assert row["samples_s"] > 0, row
         assert row["over_recipe_best"] > 1
         assert 0 <= row["data_wait"] < 1
@@ -137,3 +142,36 @@ def test_the_quick_step_benchmark(quick, tmp_path):
     assert list(rows) == ["stock", "c1", "c1-two-micro", "c1-streamed"]
     assert rows["c1-streamed"]["streamed_layers"] == 2
     assert all(row["step_ms"] > 0 and np.isfinite(row["loss"]) for row in rows.values())
+
+
+def test_full_geometry_of_2_is_the_released_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(full_size, "_expert_state", lambda small, family: {"x": torch.zeros(1)})
+    config = Checkpoint(str(full_size.write_checkpoint(tmp_path / "model", small=False, family="2")))
+    with torch.device("meta"):
+        expert = Qwen3VLTextModel(expert_config(config))
+    embeddings = expert.embed_tokens.weight.numel()
+    assert sum(p.numel() for p in expert.parameters()) - embeddings == pytest.approx(2.416e9, rel=1e-3)
+    assert (config.config.vocab_size, config.config.history.first_id) == (155_776, 151_669)
+    assert config.config.traj_token_ids["future_start"] == 155_681
+    assert vlm_config(config).text_config.num_hidden_layers == 64
+
+
+def test_a_vlm_that_is_mostly_holes_has_every_tensor(tmp_path):
+    directory = full_size.write_vlm(tmp_path / "model", small=True, family="2", layers=1)
+    checkpoint = Checkpoint(str(directory))
+    assert geometry_of(checkpoint).layers == 4
+    names = [f"language_model.layers.{number}." for number in range(4)]
+    assert full_size.held_layers(["visual.", *names], 2) == ["visual.", *names[:2], *names[:2]]
+    vlm = load_vlm(checkpoint)
+    layers = vlm.model.language_model.layers
+    assert float(layers[0].mlp.up_proj.weight.float().std()) == pytest.approx(0.02, rel=0.1)
+    assert not layers[1].mlp.up_proj.weight.any()
+    hole = directory / "model-layer-03.safetensors"
+    assert hole.stat().st_blocks * 512 < hole.stat().st_size
+
+
+def test_an_expert_of_2_loads(tmp_path):
+    directory = full_size.write_checkpoint(tmp_path / "model", small=True, family="2")
+    expert = load_expert(str(directory))
+    assert not expert.rounds_target
+    assert expert.expert.config.hidden_size == 256

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from alpacache.alpamayo.checkpoint import INDEX
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
+from alpacache.checks.machine import check_model
 from cache_store import CacheReader
 
 
@@ -29,9 +30,8 @@ def test_every_command(model, tmp_path, told, run_here):
     (model / "LICENSE").write_text("OpenMDW License Agreement, version 1.1\n")
 
     assert told("check", "synthetic:2", "--frames", 1)["ok"]
-    doctor = told("doctor", *of_model)
-    assert any(f"{model.name} (2) from {model}" in check["found"] for check in doctor["checks"])
-    told("prepare", "synthetic:12", "--out", tmp_path / "samples", "--frames", 1, *of_model)
+    assert f"{model.name} (2) from {model}; " in check_model(str(model)).found
+    told("prepare", "synthetic:12", "--out", tmp_path / "samples", "--frames", 1, "--size", "processor", *of_model)
 
     plan = told("plan", *of_model, "--samples", 12, "--frames", 1, "--picture", "128x256")
     direct = told("extract", tmp_path / "samples", *of_model, "--store", tmp_path / "direct", "--frames", 1, *on_cpu)
@@ -45,7 +45,7 @@ def test_every_command(model, tmp_path, told, run_here):
     store = tmp_path / "rollouts"
     told("extract", "synthetic:4", *of_model, "--store", store, "--codec", "int8", *options, *on_cpu)
     asked = CacheReader(store).read(CacheReader(store).sample_ids[0])
-    assert "<|traj_history_end|>Turn left in 30moutput the future trajectory.<|im_end|>" in asked["prompt"]
+    assert "<|traj_history_end|>Turn left in 30moutput the future trajectory.<|im_end|>" in str(asked["prompt"])
     streamed = ("--weights", "ram", "--deterministic")
     told("extract", "synthetic:2", *of_model, "--store", tmp_path / "streamed", "--frames", 1, *streamed, *on_cpu)
     told("extract", "synthetic:2", *of_model, "--store", tmp_path / "held", "--frames", 1, "--deterministic", *on_cpu)
