@@ -229,6 +229,20 @@ def test_a_small_expert_is_trained_resumed_judged_and_exported(train, stores, ti
     train(tmp_path / "further", model=str(out), from_scratch=False, expert_layers=None, expert_width=None)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+@pytest.mark.parametrize("how", [{"compile": False, "capture": False}, {"compile": True, "capture": True}])
+def test_a_gpu_gives_the_losses_of_the_cpu(train, tmp_path, codec, how):
+    own = {"expert_layers": None, "expert_map": (3, 1, 1, 0), "expert_width": 128, "lr": 1e-8, "draws": 2}
+    losses = []
+    for device, more in (("cpu", {}), ("cuda", how)):
+        train(tmp_path / device, codec, device=device, **own, **more)
+        rows = (tmp_path / device / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(row)["loss"] for row in rows])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)  # bfloat16 there
+
+
 def test_sizes_that_cannot_be_are_refused_in_a_sentence(train, tmp_path, monkeypatch):
     for changes, message in (
         ({"expert_heads": 3}, "expert_heads is 3; expected a multiple of the VLM's 2 KV heads"),
