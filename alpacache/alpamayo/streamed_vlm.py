@@ -147,16 +147,24 @@ class StreamedVLM(FrozenVLM):
 
 
 def load_streamed_vlm(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, home: Home, tower_streams: bool
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    home: Home,
+    tower_streams: bool,
+    run_layers: int | None = None,
 ) -> StreamedVLM:
     """Open `vlm.model.*` of a checkpoint with the text layers' weights in RAM or in the files.
+
+    `run_layers`: how many of the text layers, from the first, are run through and have to come; None: all.
 
     Raises `CheckpointError` listing every missing, unexpected or misshapen tensor.
     """
     config = vlm_config(checkpoint)
     config._attn_implementation = "sdpa"
     where, prefix = checkpoint.vlm_home
-    begin, layers = f"{prefix}model.", config.text_config.num_hidden_layers
+    begin, layers = f"{prefix}model.", run_layers or config.text_config.num_hidden_layers
     described = described_by(checkpoint)
     where.check_shapes(
         module_shapes(lambda: Qwen3VLModel(config), described_by=described, dtype=dtype), begin, described_by=described

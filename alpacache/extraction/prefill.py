@@ -32,6 +32,12 @@ class StoredFeatures:
     layers: tuple[int, ...] | None = None
     """The VLM's layers whose KV is stored, rising; None: all."""
 
+    @property
+    def run_layers(self) -> int | None:
+        """Number of the VLM's layers, from the first, that it has to be run through; None: all."""
+        goes_on = self.layers is None or self.hidden_states or self.rollouts
+        return None if goes_on or self.layers is None else self.layers[-1] + 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
@@ -69,8 +75,8 @@ class Prefiller:
         self._stored, self._builder = stored, builder
         try:
             self._vlm = load_vlm(checkpoint, dtype=dtype, device=device)
-            if stored.layers is not None and not stored.hidden_states and not stored.rollouts:
-                self._vlm.keep_layers(stored.layers[-1] + 1)
+            if stored.run_layers is not None:
+                self._vlm.keep_layers(stored.run_layers)
             if compiled:
                 self._vlm.compile()
             self._sampler = RolloutSampler.load(checkpoint, self._vlm, builder) if stored.rollouts else None

@@ -231,7 +231,12 @@ def open_streamed(
     assert plan.home != "gpu"
     try:
         vlm = load_streamed_vlm(
-            checkpoint, dtype=dtype, device=device, home=plan.home, tower_streams=plan.tower_streams
+            checkpoint,
+            dtype=dtype,
+            device=device,
+            home=plan.home,
+            tower_streams=plan.tower_streams,
+            run_layers=stored.run_layers,
         )
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ import torch
 
 import alpacache
 from alpacache.alpamayo import Checkpoint
+from alpacache.alpamayo.streamed_vlm import load_streamed_vlm
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.errors import UsageError
 from alpacache.evaluation.config import EvalConfig
 from alpacache.evaluation.probe_features import read_probe_data
 from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.prefill import StoredFeatures
 from alpacache.training.config import TrainConfig
 from cache_store import CacheReader, IdentityMismatchError, copy, info, verify
 
@@ -30,7 +33,7 @@ def extract(tiny_checkpoint, tmp_path_factory):
             store = tmp_path_factory.mktemp("layers") / "store"
             values = {"source": "synthetic:2", "model": str(tiny_checkpoint), "store": str(store), "frames": 1}
             values |= {"device": "cpu", "codec": codec, "layers": layers, "hidden_states": "none"}
-            values |= {"reasoning": "rollout", "rollouts": 2, "deterministic": True}
+            values |= {"reasoning": "none", "rollouts": 2, "deterministic": True}
             alpacache.extract(ExtractConfig(**values | changes))
             made[key] = str(store)
         return made[key]
@@ -38,53 +41,72 @@ def extract(tiny_checkpoint, tmp_path_factory):
     return extract
 
 
-@pytest.mark.parametrize(("layers", "held"), [("every:3", (0, 3)), ("first:2", (0, 1)), ("1,3", (1, 3))])
-@pytest.mark.parametrize("codec", ["bf16", "int8"])
-def test_the_chosen_layers_have_the_bits_of_a_full_store(extract, tiny_checkpoint, codec, layers, held):
-    checkpoint, store = Checkpoint(str(tiny_checkpoint)), extract(codec, layers)
+@pytest.mark.parametrize(
+    ("codec", "layers", "held", "reasoning"),
+    [
+        ("bf16", "every:3", (0, 3), "none"),
+        ("int8", "first:2", (0, 1), "none"),
+        ("bf16", "1,3", (1, 3), "rollout"),
+        ("int8", "1,3", (1, 3), "rollout"),
+    ],
+)
+def test_the_chosen_layers_have_the_bits_of_a_full_store(extract, tiny_checkpoint, codec, layers, held, reasoning):
+    checkpoint, tails = Checkpoint(str(tiny_checkpoint)), 2 if reasoning == "rollout" else 0
+    store, all_layers = (extract(codec, chosen, reasoning=reasoning) for chosen in (layers, None))
     identity = dict(CacheReader(store).identity)
     assert identity.pop("layers") == list(held)
-    assert identity == CacheReader(extract(codec)).identity
-    few, full = CachedDataset([store], checkpoint), CachedDataset([extract(codec)], checkpoint).of_layers(held)
+    assert identity == CacheReader(all_layers).identity
+    few, full = CachedDataset([store], checkpoint), CachedDataset([all_layers], checkpoint).of_layers(held)
     assert few.held_layers == held
     assert few.of_layers(held) is few
     for index in range(2):
-        first, second = (data.load(index, tails=2) for data in (few, full))
+        first, second = (data.load(index, tails=tails) for data in (few, full))
         assert first.prefix.layers == second.prefix.layers == held
-        for one, other in zip(first.rollout_prefixes(), second.rollout_prefixes(), strict=True):
+        both = ([one.decode(), *one.rollout_prefixes()] for one in (first, second))
+        for one, other in zip(*both, strict=True):
             assert torch.equal(one.keys, other.keys)
             assert torch.equal(one.values, other.values)
             assert one.start_position == other.start_position
         if codec == "int8":
             assert torch.equal(first.prefix.data, second.prefix.data)
-    kv = [info(path).size_by_field["kv"] for path in (store, extract(codec))]
+    kv = [info(path).size_by_field["kv"] for path in (store, all_layers)]
     assert kv[0] == pytest.approx(kv[1] / 2, rel=0.05)
 
 
-def test_layers_that_stream_through_the_device_are_stored_the_same(extract):
-    first, second = (CacheReader(extract(layers="1,3", reasoning="none", **how)) for how in ({}, {"weights": "ram"}))
-    assert first.identity == second.identity
-    for sample_id in first.sample_ids:
-        arrays = [reader.read(sample_id) for reader in (first, second)]
-        assert arrays[0].keys() == arrays[1].keys()
-        assert all(np.array_equal(arrays[0][name], arrays[1][name]) for name in arrays[0])
+@pytest.mark.parametrize(("layers", "held"), [("0", [0]), ("1,2", [1, 2])])
+def test_the_vlm_is_run_no_further_than_the_last_of_them_on_the_device_or_through_it(extract, layers, held):
+    full = CacheReader(extract("bf16"))
+    for how in ({}, {"weights": "ram"}, {"weights": "files"}):
+        few = CacheReader(extract("bf16", layers, **how))
+        for sample_id in full.sample_ids:
+            arrays, all_arrays = few.read(sample_id), full.read(sample_id)
+            assert np.array_equal(arrays.pop("kv"), all_arrays.pop("kv")[held])
+            assert arrays.keys() == all_arrays.keys()
+            assert all(np.array_equal(arrays[name], all_arrays[name]) for name in arrays)
+
+
+def test_no_more_of_the_vlm_comes_than_is_run(tiny_checkpoint):
+    features = {"codec": None, "hidden_states": False, "rollouts": 0, "layers": (0, 1)}
+    assert StoredFeatures(**features).run_layers == 2
+    for more in ({"hidden_states": True}, {"rollouts": 1}, {"layers": None}):
+        assert StoredFeatures(**features | more).run_layers is None
+    how = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "home": "files", "tower_streams": False}
+    with closing(load_streamed_vlm(Checkpoint(str(tiny_checkpoint)), **how, run_layers=2)) as vlm:
+        assert vlm.layers == 2
 
 
 def test_all_layers_named_one_by_one_are_all(extract):
-    assert (
-        CacheReader(extract(layers="0,1,2,3", reasoning="none")).identity
-        == CacheReader(extract(reasoning="none")).identity
-    )
+    assert CacheReader(extract(layers="0,1,2,3")).identity == CacheReader(extract(reasoning="none")).identity
 
 
 def test_what_reads_stores_takes_one_of_some_layers(extract, tmp_path, tiny_checkpoint):
-    store = extract(layers="every:3")
-    assert verify(store, deep=True).damaged == verify(extract(), deep=True).damaged
+    store = extract(layers="1,3", reasoning="rollout")
+    assert verify(store, deep=True).damaged == ()
     copy(store, tmp_path / "copy")
     assert CacheReader(tmp_path / "copy").identity == CacheReader(store).identity
-    few, full = CacheReader(store), CacheReader(extract())
-    with pytest.raises(UsageError, match=r"--layers has 1, but .* has 2 layers, 0, 3"):
-        read_probe_data(few, few.sample_ids, layers=(0, 1), pool="mean")
+    few, full = CacheReader(store), CacheReader(extract(reasoning="rollout"))
+    with pytest.raises(UsageError, match=r"--layers has 2, but .* has 2 layers, 1, 3"):
+        read_probe_data(few, few.sample_ids, layers=(1, 2), pool="mean")
     first, second = (read_probe_data(one, one.sample_ids, layers=(3,), pool="mean") for one in (few, full))
     assert first.features.keys() == {"layer 3"}
     assert np.array_equal(first.features["layer 3"], second.features["layer 3"])
@@ -99,7 +121,7 @@ def test_what_reads_stores_takes_one_of_some_layers(extract, tmp_path, tiny_chec
         rollouts=2,
         device="cpu",
     )
-    with pytest.raises(IdentityMismatchError, match=r"the store has the KV of layers 0,3, .*: pass --layers 0,3, or"):
+    with pytest.raises(IdentityMismatchError, match=r"the store has the KV of layers 1,3, .*: pass --layers 1,3, or"):
         alpacache.extract(again)
 
 
@@ -109,13 +131,13 @@ def test_a_new_expert_learns_the_same_from_some_layers_as_from_all_and_a_full_on
 ):
     model, losses = str(tiny_checkpoint), []
     values = {"model": model, "steps": 3, "batch_size": 2, "warmup": 0, "lr": 1e-3, "device": "cpu", "track": "none"}
-    for name, store in (("few", extract(layers="every:3")), ("all", extract())):
+    few, full = (extract(layers=layers, reasoning="rollout") for layers in ("1,3", None))
+    for name, store in (("few", few), ("all", full)):
         config = {"out": str(tmp_path / name), "stores": (store,), "prefix": "mix", "from_scratch": True}
-        report = alpacache.train(TrainConfig(**values | config, expert_map=(0, 3), expert_width=64))
+        report = alpacache.train(TrainConfig(**values | config, expert_map=(1, 3), expert_width=64))
         losses.append((report.first_loss, report.last_loss))
     assert losses[0] == losses[1]
-    few = extract(layers="every:3")
-    lacks = r"has keys and values of layers 0, 3 of the VLM; the expert attends to layers 1, 2 as well"
+    lacks = r"has keys and values of layers 1, 3 of the VLM; the expert attends to layers 0, 2 as well"
     with pytest.raises(UsageError, match=lacks):
         alpacache.train(TrainConfig(**values, stores=(few,), out=str(tmp_path / "big")))
     with pytest.raises(UsageError, match=lacks):
@@ -147,7 +169,7 @@ def with_other(value, where, key, model, out):
 def test_another_expert_fits_the_store_and_another_vlm_or_prompt_is_refused_by_name(extract, tiny_checkpoint, tmp_path):
     again = {
         "source": "synthetic:2",
-        "store": extract(layers="every:3", reasoning="none"),
+        "store": extract(layers="every:3"),
         "frames": 1,
         "codec": "int8",
     }
