@@ -35,6 +35,8 @@ _TIMED_BATCHES = 5
 _TIME_LIMIT_S = 20.0
 _CPU_BYTES = 16
 """Of a parameter that a CPU trains: weight, gradient and two moments in float32."""
+_GPU_BYTES = 4
+"""Of a parameter that a GPU trains, at the least: weight and gradient in bfloat16; moments may lie in RAM."""
 
 
 def settle(
@@ -106,14 +108,16 @@ def settle(
     return plan
 
 
-def check_host_room(parameters: int, width: int) -> None:
-    """Raise `UsageError` where RAM has no room for a new expert that is trained on a CPU."""
-    needed, available = _CPU_BYTES * parameters, available_bytes()
+def check_room(parameters: int, width: int, *, device: torch.device, budget_bytes: int | None) -> None:
+    """Raise `UsageError` where a new expert is larger than the memory that it would be trained in."""
+    on_cpu = device.type == "cpu"
+    needed = (_CPU_BYTES if on_cpu else _GPU_BYTES) * parameters
+    available = available_bytes() if on_cpu else cap_memory(budget_bytes, device)
     if needed > available:
         raise UsageError(
-            f"the new expert of width {width} has {parameters:,} parameters, whose training on the CPU takes "
-            f"{needed / 2**30:.1f} GiB of RAM; {available / 2**30:.1f} GiB are available. Lower --expert-width or "
-            "--expert-layers."
+            f"the new expert of width {width} has {parameters:,} parameters, whose training takes "
+            f"{needed / 2**30:.1f} GiB or more of {'RAM' if on_cpu else 'GPU memory'}; {available / 2**30:.1f} GiB are "
+            f"{'available' if on_cpu else 'allowed'}. Lower --expert-width or --expert-layers."
         )
 
 

@@ -119,8 +119,9 @@ def _train(
         pinned_bytes=int(data.kv_bytes.sum() + data.tail_bytes.sum()) if config.in_memory else None,
         captured=config.capture,
     )
-    if inputs.new_expert is not None and world.device.type == "cpu":
-        auto_settings.check_host_room(work.parameters, inputs.new_expert.width)
+    if (new := inputs.new_expert) is not None:
+        budget = config.budget_bytes
+        auto_settings.check_room(work.parameters, new.width, device=world.device, budget_bytes=budget)
     assert config.draws is not None
     plan = auto_settings.settle(
         work,

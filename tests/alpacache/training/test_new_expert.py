@@ -20,6 +20,7 @@ from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.errors import UsageError
 from alpacache.evaluation.config import EvalConfig
 from alpacache.exporting.config import ExportConfig
+from alpacache.training import auto_settings
 from alpacache.training.config import TrainConfig
 from cache_store import CODECS, CacheReader, CacheWriter
 from cache_store.storage.local_storage import LocalStorage
@@ -227,6 +228,16 @@ def test_a_small_expert_is_trained_resumed_judged_and_exported(train, stores, ti
         assert np.abs(first - second).max() < 0.5
         assert np.abs(first - one.models["base"].pred_xyz).max() > 1
     train(tmp_path / "further", model=str(out), from_scratch=False, expert_layers=None, expert_width=None)
+
+
+def test_an_expert_wider_than_the_memory_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(auto_settings, "cap_memory", lambda budget, device: budget)
+    room = {"device": torch.device("cuda"), "budget_bytes": 8 * 2**30}
+    auto_settings.check_room(2 * 2**30, 4096, **room)
+    with pytest.raises(
+        UsageError, match=r"width 8192 has 4,294,967,296 .* 16.0 GiB or more of GPU memory; 8.0 GiB"
+    ):
+        auto_settings.check_room(2**32, 8192, **room)
 
 
 @pytest.mark.gpu
