@@ -234,9 +234,7 @@ def test_an_expert_wider_than_the_memory_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setattr(auto_settings, "cap_memory", lambda budget, device: budget)
     room = {"device": torch.device("cuda"), "budget_bytes": 8 * 2**30}
     auto_settings.check_room(2 * 2**30, 4096, **room)
-    with pytest.raises(
-        UsageError, match=r"width 8192 has 4,294,967,296 .* 16.0 GiB or more of GPU memory; 8.0 GiB"
-    ):
+    with pytest.raises(UsageError, match=r"width 8192 has 4,294,967,296 .* 16.0 GiB or more of GPU memory; 8.0 GiB"):
         auto_settings.check_room(2**32, 8192, **room)
 
 
