@@ -45,6 +45,13 @@ class Kind:
 
     def check_libraries(self) -> None:
         """Raise `UsageError` where a library of the kind is not installed."""
-        if missing := [name for name in self.modules if find_spec(name) is None]:
-            remedy = f"Install it with: pip install 'alpacache[{self.extra}]'"
-            raise UsageError(f"{self.name} is read with {' and '.join(missing)}, which is not installed. {remedy}")
+        if self.extra is not None:
+            check_installed(self.modules, self.name, extra=self.extra)
+
+
+def check_installed(modules: Sequence[str], what: str, *, extra: str) -> None:
+    """Raise `UsageError` where one of the modules that `what` is read with is not installed."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        verb = "is" if len(missing) == 1 else "are"
+        remedy = f"Install with: pip install 'alpacache[{extra}]'"
+        raise UsageError(f"{what}: {', '.join(missing)} {verb} needed and not installed. {remedy}")

@@ -271,12 +271,12 @@ def _together(one: Topic, other: Topic) -> Topic:
 
 def _decoder(channel: Any, schema: Any) -> Callable[[bytes], Any]:
     """What decodes the messages of a channel. Raises `SourceError` for an encoding that is not read."""
-    from mcap_ros2.decoder import DecoderFactory
-
     encoding, schema_encoding = channel.message_encoding, "" if schema is None else schema.encoding
     if encoding == "json":
         return json.loads
     if encoding == "cdr" and schema_encoding == "ros2msg":
+        from mcap_ros2.decoder import DecoderFactory
+
         return DecoderFactory().decoder_for(encoding, schema) or _unread(channel, schema_encoding)
     if (encoding, schema_encoding) in (("ros1", "ros1msg"), ("cdr", "ros2idl")):
         from alpacache.converters.rosbag_log import decoder_of

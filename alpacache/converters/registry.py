@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from alpacache.converters import comma2k19, gps, kitti, lerobot, nuscenes, ros, udacity
+from alpacache.converters import carla, comma2k19, gps, kitti, lerobot, nuscenes, ros, udacity
 from alpacache.converters.drive import Dropped, LoggedDrive
 from alpacache.converters.kind import Kind, Listing
 from alpacache.errors import UsageError
@@ -12,6 +12,7 @@ from alpacache.errors import UsageError
 _ALL: tuple[Kind, ...] = (
     ros.MCAP,
     ros.ROSBAG,
+    carla.KIND,
     kitti.KIND,
     comma2k19.KIND,
     udacity.KIND,
