@@ -69,8 +69,8 @@ def convert(config: ConvertConfig, json: bool) -> None:
         return
     report = _write(config)
     checked = _check(report) if config.check else None
-    left_out = any(drop.what in ("drives", "clips") for drop in report.dropped)
-    is_ok = checked is None or checked.ok
+    left_out = any(drop.what in ("drives", "clips", "cameras") for drop in report.dropped)
+    is_ok = checked is None or _passes(report, checked)
     if json:
         output.print_json(_record(config, report, checked, is_ok=is_ok))
     else:
@@ -126,6 +126,12 @@ def _check(report: "ConvertReport") -> "SourceReport":
         return check_source(source, t0=t0, cameras=report.cameras, routes=routes, on_progress=on_progress)
 
 
+def _passes(report: "ConvertReport", checked: "SourceReport") -> bool:
+    """Tell whether nothing failed but what cannot be otherwise without pictures."""
+    without = set() if any(clip["cameras"] for clip in report.clips) else {"samples", "frames"}
+    return all(check.status != "fail" or check.name in without for check in checked.checks)
+
+
 def _record(
     config: ConvertConfig, report: "ConvertReport", checked: "SourceReport | None", *, is_ok: bool
 ) -> dict[str, Any]:
@@ -143,7 +149,7 @@ def _print(report: "ConvertReport", checked: "SourceReport | None") -> None:
         for clip in report.clips
     ]
     heads = ["clip", "seconds", "poses", "routes", "frames"]
-    output.print_table("convert", rows[:_SHOWN], heads=heads)
+    output.print_table("convert", [*rows[:_SHOWN], *_more(rows)], heads=heads)
     drops = [[str(drop.count), drop.what, drop.reason] for drop in report.dropped]
     output.print_table("dropped", drops, heads=["number", "of", "why"])
     if checked is not None:
@@ -152,12 +158,16 @@ def _print(report: "ConvertReport", checked: "SourceReport | None") -> None:
             for check in checked.checks
             if check.status != "ok"
         ]
-        found += [["refused", refusal.kind, refusal.message] for refusal in checked.refused]
-        output.print_table("check", [*found[:_SHOWN], *_more(found)])
+        output.print_table("check", found)
+        refused = [(refusal.where, refusal.kind, refusal.message) for refusal in checked.refused]
+        if refused:
+            output.print_lines("", {"refused": output.reason_lines(refused)})
     seconds = sum(clip["seconds"] for clip in report.clips)
+    whole = len({clip["drive"] for clip in report.clips}) == len(report.clips)
+    how = "each drive whole (--clip-seconds cuts)" if whole else "drives cut"
     lines = {
-        "clips": f"{len(report.clips)} of {seconds:.1f} s together, {report.kept} of them from before",
-        "check": None if checked is None else f"{'passed' if checked.ok else 'failed'}, {checked.samples} samples",
+        "clips": f"{len(report.clips)} of {seconds:.1f} s together, {how}; {report.kept} of them from before",
+        "check": None if checked is None else f"{_verdict(report, checked)}, {checked.samples} samples",
         "written": report.out,
         "next": f"alpacache check folder:{report.out} --out check",
     }
@@ -168,5 +178,9 @@ def _cameras(cameras: dict[str, Any]) -> str:
     return ", ".join(f"{name} {camera['frames']} {camera['written']}" for name, camera in cameras.items())
 
 
+def _verdict(report: "ConvertReport", checked: "SourceReport") -> str:
+    return "passed" if _passes(report, checked) else "failed"
+
+
 def _more(rows: Sequence[object]) -> list[list[str]]:
-    return [["", "", f"and {len(rows) - _SHOWN} more; --json has all"]] if len(rows) > _SHOWN else []
+    return [[f"and {len(rows) - _SHOWN} more; --json has all"]] if len(rows) > _SHOWN else []

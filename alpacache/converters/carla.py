@@ -64,7 +64,7 @@ _MAX_JSON_BYTES, _MAX_LINE_BYTES, _MOST_LINES = 2**24, 2**20, 4_000_000
 
 
 @dataclass(slots=True)
-class _Run:
+class _RunRows:
     """A run's rows in CARLA's or the right-handed axes, one a recorded frame."""
 
     source: str
@@ -129,7 +129,7 @@ def _drive(place: Path, axes: Axes | None) -> LoggedDrive:
     return _as_drive(run, folder, axes)
 
 
-def _as_drive(run: _Run, folder: Path, axes: Axes | None) -> LoggedDrive:
+def _as_drive(run: _RunRows, folder: Path, axes: Axes | None) -> LoggedDrive:
     from scipy.spatial.transform import Rotation
 
     taken = axes or run.axes
@@ -168,7 +168,7 @@ def _as_drive(run: _Run, folder: Path, axes: Axes | None) -> LoggedDrive:
 
 
 def _held_against_steering(
-    run: _Run, yaw_rad: NDArray[np.float64], xyz: NDArray[np.float64], axes: Axes, *, asked: bool
+    run: _RunRows, yaw_rad: NDArray[np.float64], xyz: NDArray[np.float64], axes: Axes, *, asked: bool
 ) -> dict[str, Any]:
     """How the vehicle turns when it is steered. Raises `UsageError` where that is the wrong way, or cannot be told."""
     time_s = (run.times_us - run.times_us[0]) / 1e6
@@ -194,7 +194,7 @@ def _held_against_steering(
     return found
 
 
-def _compare(run: _Run, manifest: _Run, folder: Path) -> None:
+def _compare(run: _RunRows, manifest: _RunRows, folder: Path) -> None:
     """Hold telemetry against the manifest of the same run. Raises `UsageError` where they are of different places."""
     shared, here, there = np.intersect1d(run.times_us, manifest.times_us, return_indices=True)
     if not len(shared):
@@ -230,7 +230,7 @@ def _segments(folder: Path) -> tuple[list[Path], list[Dropped]]:
     return known or found, lost
 
 
-def _from_telemetry(files: Sequence[Path]) -> _Run:
+def _from_telemetry(files: Sequence[Path]) -> _RunRows:
     log = McapLog(files)
     topics = log.topics
     axes: Axes = "right-handed"
@@ -271,7 +271,7 @@ def _from_telemetry(files: Sequence[Path]) -> _Run:
         nearest = np.clip(np.searchsorted(known, times), 0, len(known) - 1)
         steer = np.where(np.abs(known[nearest] - times) <= 50_000, values[nearest], np.nan)
     episode = {key: value[:500] for key, value in log.metadata("episode").items()}
-    return _Run(
+    return _RunRows(
         source=f"{state_topic} of {', '.join(file.name for file in files[:3])}{' ...' if len(files) > 3 else ''}",
         axes=axes,
         times_us=times,
@@ -290,7 +290,7 @@ def _topic(topics: Iterable[str], word: str) -> str | None:
     return next((name for name in sorted(topics) if word in name.split("/") and "ego" in name.split("/")), None)
 
 
-def _from_manifest(manifest: Path, *, with_film: bool = True) -> _Run:
+def _from_manifest(manifest: Path, *, with_film: bool = True) -> _RunRows:
     lines, dropped = _lines(manifest)
     states = []
     for _, line in lines:
@@ -301,7 +301,7 @@ def _from_manifest(manifest: Path, *, with_film: bool = True) -> _Run:
     cameras: dict[str, Camera] = {}
     if with_film:
         cameras = {FRONT_CAMERA: _film(manifest, lines, dropped)}
-    return _Run(
+    return _RunRows(
         source=manifest.name,
         axes="left-handed",
         times_us=times,

@@ -82,7 +82,7 @@ class LoggedDrive:
     name: str
     """Of the clip. Made a plain file name by the writer; no two drives of an input have the same."""
     cameras: Mapping[str, Camera]
-    """By their full names, as in `alpacache.driving.cameras`."""
+    """By their full names, as in `alpacache.driving.cameras`. Without any, the poses are written alone."""
     track: Track
     point: Point
     """What the poses are the poses of."""

@@ -60,7 +60,7 @@ def drives(
     """The one drive of a log."""
     log = open_log(place)
     topics = log.topics
-    cameras = dict(camera_topics(camera)) if camera else {FRONT_CAMERA: _only_camera(topics)}
+    cameras = dict(camera_topics(camera)) if camera else _only_camera(topics)
     pose_topic, _, frames = (pose or _only_pose(topics)).partition(":")
     for name in (*cameras.values(), pose_topic, *([heading] if heading else [])):
         if name not in topics:
@@ -123,7 +123,7 @@ def list_topics(place: Path, *, kind: str) -> Listing:
         notes.append(f"{len(pictures)} topics with pictures; name those you want, each as one of {', '.join(CAMERAS)}.")
     poses = _pose_topics(topics)
     if not pictures:
-        notes.append("no topic with pictures")
+        notes.append("no topic with pictures; only poses would be written")
     if not poses:
         notes.append("no topic with poses; those with fixes or speeds can be named with --pose")
     pose = [f"--pose {poses[0]}"] if poses else []
@@ -179,12 +179,11 @@ def _use(topic: Topic) -> str:
     return ""
 
 
-def _only_camera(topics: Mapping[str, Topic]) -> str:
+def _only_camera(topics: Mapping[str, Topic]) -> dict[str, str]:
+    """The one topic with pictures as the front camera; nothing where there is none."""
     found = [name for name, topic in sorted(topics.items()) if _use(topic) == "camera" and topic.count]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise UsageError(f"no topic has pictures; the topics: {', '.join(sorted(topics))[:2000]}.")
+    if len(found) <= 1:
+        return dict.fromkeys([FRONT_CAMERA][: len(found)], "".join(found))
     example = f"--camera {_camera_name(found[0])}={found[0]}"
     raise UsageError(f"{len(found)} topics have pictures: {', '.join(found)}. Name those you want, such as {example}.")
 

@@ -36,7 +36,7 @@ from alpacache.converters.config import Mount, Triple
 from alpacache.converters.drive import Arrays, Camera, Dropped, Film, LoggedDrive, Packets, Pictures
 from alpacache.converters.remux import copy_frames, decoded, film_frames, suffix_of, whole_range, write_raw
 from alpacache.directory_lock import LOCK, DirectoryLock
-from alpacache.driving.cameras import sort_cameras
+from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
 from alpacache.driving.route import check_route
 from alpacache.durable import check_out, names_in
 from alpacache.errors import BadClipError, InterruptedRunError, SourceError, UsageError
@@ -175,11 +175,15 @@ class _Writer:
         self.dropped.extend(drive.dropped)
         named = replace(drive, name=plain_name(drive.name))
         try:
-            sort_cameras(list(named.cameras))
+            if named.cameras:
+                sort_cameras(list(named.cameras))
             check_drive(named)
             settled = settle(named, offset_m=offset_m, mount_deg=mount_deg)
             parts, short = pieces(named, settled.track, clip_seconds)
             self.dropped.extend(short)
+            if not named.cameras:
+                reason = f"{named.name} has none: its poses are written alone, and `extract` takes no sample of them"
+                self.dropped.append(Dropped(what="cameras", count=1, reason=reason))
             self._total += sum(len(camera.times_us) for camera in named.cameras.values())
             todo = [piece for piece in parts if not self._is_kept(piece, drive.name)]
             with self._as_films(named if todo else replace(named, cameras={})) as whole:
@@ -194,7 +198,8 @@ class _Writer:
 
     def finish(self, name: str) -> ConvertReport:
         """Write the index and the report."""
-        cameras = sort_cameras([camera for clip in self.clips.values() for camera in clip["cameras"]])
+        written = [camera for clip in self.clips.values() for camera in clip["cameras"]]
+        cameras = sort_cameras(written or [FRONT_CAMERA])  # an index names one, also where only poses are there so far
         index = {"name": name, "cameras": list(cameras), "clips": list(self.clips)}
         report = ConvertReport(
             out=str(self._out),

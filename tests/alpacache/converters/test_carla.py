@@ -54,9 +54,8 @@ def write_segment(path, run, rows, *, raw=False, sign=1, control=True):
         writer.add_metadata("episode", {"town": "Town04", "episode_id": "7"})
         schema = writer.register_schema("foxglove.CompressedImage", "jsonschema", b"{}")
         other = writer.register_schema("carla_alpamayo.json", "jsonschema", b"{}")
-        channels = [
-            writer.register_channel(name, "json", schema if at == 1 else other) for at, name in enumerate(names)
-        ]
+        kinds = [other, schema, other, other, other]
+        channels = [writer.register_channel(name, "json", kind) for name, kind in zip(names, kinds, strict=True)]
         for at in rows:
             ns = int(run.times_us[at]) * 1000
             stamp = {"sec": ns // 10**9, "nsec": ns % 10**9}
@@ -138,7 +137,7 @@ def test_segments_become_one_drive_with_its_commands(telemetry, run, tmp_path):
     assert [file.read_bytes() for file in pictures] == run.jpegs
     texts = [(int(source.route_times_us("run_one")[at])) for at in range(3)]
     assert texts == run.times_us[[40, 100, 130]].tolist()
-    _, stamps, column = source._routes("run_one")
+    column = source._routes("run_one")[2]
     assert column.to_pylist() == ["Turn left", "Go straight", ""]
     record = json.loads((tmp_path / "out/clips/run_one/provenance.json").read_text())
     assert record["facts"]["run"] == {"town": "Town04", "success": False, "failure_reason": "stuck"}
@@ -192,9 +191,7 @@ def test_a_log_that_is_mirrored_throughout_is_found_by_its_steering(run, tmp_pat
 
 def test_a_log_that_cannot_tell_wants_to_be_told(run, tmp_path):
     write_segment(tmp_path / "telemetry.mcap", run, range(200), control=False)
-    with pytest.raises(
-        UsageError, match=r"only 0 frames turn with the wheel turned.*--axes right-handed or --axes left"
-    ):
+    with pytest.raises(UsageError, match=r"only 0 frames turn with the wheel turned.*--axes right-handed or"):
         list(drives(tmp_path))
     (drive,) = drives(tmp_path, axes="right-handed")
     assert np.abs(drive.track.xyz - run.xyz).max() < 1e-9
@@ -227,12 +224,7 @@ def test_losses_are_said(telemetry, manifest, run, tmp_path):
     lines += [lines[-1].replace(f'"timestamp": {run.times_us[199] / 1e6}', '"timestamp": 99.0')] * 2
     (folder / "manifest.jsonl").write_text("\n".join(lines)[:-40])
     (drive,) = drives(folder)
-    assert [(drop.what, drop.count) for drop in drive.dropped] == [
-        ("lines", 2),
-        ("poses", 0),
-        ("frames", 1),
-        ("frames", 3),
-    ][:1] + [(drop.what, drop.count) for drop in drive.dropped[1:]]
+    assert [(drop.what, drop.count) for drop in drive.dropped] == [("lines", 2), ("frames", 1), ("frames", 3)]
     camera = drive.cameras[FRONT_CAMERA]
     assert camera.first == 4
     assert camera.times_us.tolist() == run.times_us[4:200].tolist()

@@ -13,8 +13,10 @@ from alpacache.converters.messages import fetched
 from alpacache.converters.ros import drives, list_topics, open_log
 from alpacache.converters.ros_pictures import is_key_packet, raw_picture
 from alpacache.converters.transforms import FrameTree
+from alpacache.converters.writer import convert
 from alpacache.driving.cameras import CAMERAS, FRONT_CAMERA
 from alpacache.errors import BadClipError, SourceError, UsageError
+from alpacache.sources.folder import FolderSource
 
 mcap_writer = pytest.importorskip("mcap_ros2.writer")
 rosbag1 = pytest.importorskip("rosbags.rosbag1")
@@ -623,3 +625,13 @@ def test_static_transforms_are_followed_both_ways():
     assert tree.static_pose("imu", "base_link")[0].tolist() == [1.5, 0, 0]
     assert tree.static_pose("camera", "imu")[0].tolist() == [0.5, 0, 0]
     assert tree.static_pose("lidar", "imu") is None
+
+
+def test_a_log_without_pictures_gives_its_poses_alone(curved, times_ns, tmp_path):
+    path = write_mcap(tmp_path / "a.mcap", odometry_messages(curved, times_ns))
+    report = convert(drives(path), tmp_path / "out", name="a", settings={})
+    assert [drop.what for drop in report.dropped] == ["cameras"]
+    source = FolderSource(tmp_path / "out")
+    assert np.abs(source.track("a").xyz - curved.track.xyz).max() < 1e-6
+    with pytest.raises(BadClipError, match="no camera_front_wide_120fov"):
+        source.frame_times_us("a", FRONT_CAMERA)
