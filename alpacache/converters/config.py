@@ -49,7 +49,7 @@ class ConvertConfig(Config):
     """Settings of `convert`."""
 
     kind: Name
-    """Kind of recording: `mcap`, `rosbag`, `kitti`, `comma2k19`, `udacity`, `gps`, `nuscenes`, `lerobot`."""
+    """Kind of recording: `mcap`, `rosbag`, `carla`, `lerobot`, `nuscenes`, `kitti`, `comma2k19`, `udacity`, `gps`."""
     input: Place
     """The log: a file or a folder, as the kind has it."""
     out: Place | None = None
@@ -78,7 +78,7 @@ class ConvertConfig(Config):
     stamp: Literal["header", "log"] = "header"
     """Time of a message: the one it says itself, or that of its arrival in the log, which is later."""
     axes: Literal["right-handed", "left-handed"] | None = None
-    """Handedness of the poses of a log that does not tell."""
+    """Handedness of the axes of poses where the log itself cannot make sure."""
 
     crop: bool = False
     """Cut the middle out of each picture in the shape of the model's, 16 : 9; they are encoded anew."""
