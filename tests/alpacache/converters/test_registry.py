@@ -12,7 +12,7 @@ from alpacache.errors import UsageError
 
 def test_the_option_names_every_kind():
     text = field_docs(ConvertConfig)["kind"]
-    assert {name for name in text.split("`")[1::2]} == set(KINDS)
+    assert set(text.split("`")[1::2]) == set(KINDS)
 
 
 def test_kinds_have_options_of_the_config():
