@@ -1,6 +1,7 @@
 """`alpacache plan`: what is printed, one JSON object, exit codes."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -58,3 +59,15 @@ def test_what_cannot_be_is_exit_2(arguments, message, run):
     done = run(*arguments, code=2)
     assert message in " ".join(done.stderr.split())
     assert done.stdout == ""
+
+
+def test_the_table_of_500_clips_is_what_a_source_of_as_many_comes_to(run_here):
+    page = PAGE.read_text()
+    rows = re.findall(r"^\| `(5.1|every:\S+)` \| (\d+) \| ([\d.]+) GB \| ([\d.]+) min \| ([\d.]+) min \|$", page, re.M)
+    assert len(rows) == 3
+    for t0, samples, store_gb, extract_min, train_min in rows:
+        ask = ("--t0", t0, "--codec", "int8", "--batch-size", "8", "--gpu", "4090", "--memory-budget", "24GB")
+        planned = json.loads(run_here("plan", "synthetic:500", *ask, "--json").stdout)
+        assert planned["samples"] == int(samples)
+        found = planned["store_bytes"] / 1e9, planned["extract"]["hours"] * 60, planned["train"]["hours"] * 60
+        assert [f"{value:.1f}" for value in found] == [store_gb, extract_min, train_min]

@@ -25,6 +25,7 @@ from alpacache.config import read_toml
 from alpacache.demo.story import make_demo_checkpoint
 from alpacache.evaluation.config import EvalConfig
 from alpacache.extraction.config import ExtractConfig
+from alpacache.pictures.front_view import project
 from alpacache.prefix.codecs import TENSOR_CODECS
 from alpacache.training.config import TrainConfig
 from cache_store import CODECS
@@ -141,6 +142,12 @@ def test_json_is_json():
     for block in (block for page in pages() for block in blocks(page, "json")):
         if not re.search(r"[\[{]\.\.\.[\]}]", block.code):
             json.loads(block.code)
+
+
+def test_the_calibration_of_the_page_on_own_data_projects():
+    (block,) = blocks(ROOT / "docs/how-to/own-data.md", "json")
+    pixel = project([[11.8, 0.0, 0.5], [11.8, 1.0, 0.5]], json.loads(block.code)["camera_front_wide_120fov"])
+    assert pixel.tolist() == [[960.0, 640.0], [860.0, 640.0]]  # 10 m ahead and 1 m below the camera; 1 m to the left
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import benchmarks_page
 import cli_reference
 import pytest
-from markdown_pages import ROOT, anchors, blocks, headings, links, pages
+from markdown_pages import ROOT, anchors, blocks, headings, links, pages, prose
 
 from alpacache.evaluation.config import EvalConfig, ProbeConfig
 from alpacache.exporting.config import ExportConfig
@@ -26,6 +27,7 @@ import hooks
 BUILD = """
 import logging
 import sys
+from collections import Counter
 logging.basicConfig()
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
@@ -174,3 +176,15 @@ def test_the_japanese_readme_has_the_same_content():
         link for link in links(english) if link not in mutual
     ]
     assert japanese.read_text().count("\n| ") == english.read_text().count("\n| ")
+
+
+def test_the_japanese_readme_has_the_same_numbers():
+    """In its prose and tables; small ones are words in one language and digits in the other."""
+    english, japanese = (
+        Counter(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"\]\([^)]*\)", "", prose(ROOT / name))))
+        for name in ("README.md", "README.ja.md")
+    )
+    for counts in (english, japanese):
+        for digit in map(str, range(10)):
+            counts.pop(digit, None)
+    assert japanese == english
