@@ -177,9 +177,17 @@ class CachedDataset:
         return [self._index[places.start][0] for places in self.store_ranges if places]
 
     def held_by(self, reader: CacheReader) -> tuple[int, ...]:
-        """The VLM's layers that a store has keys and values of, rising."""
-        named = stored_layers(reader.identity)
-        return tuple(range(self._shape_in(reader)[0])) if named is None else named
+        """The VLM's layers that a store has keys and values of, rising. Raises `DataError` where it cannot be so."""
+        count, named = self._shape_in(reader)[0], stored_layers(reader.identity)
+        if named is None:
+            return tuple(range(count))
+        rising = all(type(layer) is int and layer >= 0 for layer in named) and list(named) == sorted(set(named))
+        if len(named) != count or not rising:
+            raise DataError(
+                f"store {reader.path} says in its identity that it has layers {str(list(named))[:200]}, and its "
+                f"samples have {count} of them. Its zarr.json was changed; extract it again."
+            )
+        return named
 
     def _shape_in(self, reader: CacheReader) -> tuple[int, ...]:
         """Shape of the keys and values of a sample of a store, the first that can be read."""
@@ -200,7 +208,7 @@ class CachedDataset:
     def ranges(self, reader: CacheReader, sample_id: str, fields: Sequence[str]) -> Ranges:
         """What is read of those of the fields that are keys and values; empty where they are read whole.
 
-        Raises `DataError` for a sample of another number of layers than its store has.
+        Raises `DataError` for a sample of other layers than its store has.
         """
         if self.layers is None:
             return {}
@@ -217,17 +225,18 @@ class CachedDataset:
         assert self.layers is not None
         held = self.held_by(reader)
         places, starts = [held.index(layer) for layer in self.layers], list(range(len(held) + 1))
-        if self.codec is None and shape[0] != len(held):
-            raise DataError(
-                f"sample {sample_id!r} has keys and values of {shape[0]} layers, its store {reader.path} of "
-                f"{len(held)}. Extract it again, or leave its store out."
-            )
         if self.codec is not None:
             assert isinstance(self.codec, LayeredCodec)
             _, _, kv_heads, _, head_dim = self._shape_in(reader)
             whole = PrefixLayout(layers=len(held), kv_heads=kv_heads, head_dim=head_dim, codec=self.codec)
             tokens = bisect_left(range(_MOST_TOKENS), shape[0], lo=1, key=whole.size_bytes)
             starts = list(self.codec.layer_starts(whole.shape(tokens)))
+        if shape[0] != starts[-1]:
+            what = "layers" if self.codec is None else "bytes"
+            raise DataError(
+                f"sample {sample_id!r} has keys and values of {shape[0]} {what}, which is not what the {len(held)} "
+                f"layers of {reader.path} take. Extract it again, or leave its store out."
+            )
         ranges: list[tuple[int, int]] = []
         for place in places:
             if ranges and ranges[-1][1] == starts[place]:
@@ -312,7 +321,9 @@ class CachedDataset:
             fields += [name for name in reader.fields_of(sample_id) if name.startswith(tail_name(twin))]
         names_read = (*self.prefix_fields, *fields)
         arrays = reader.read(sample_id, names_read, ranges=self.ranges(reader, sample_id, names_read))
-        layers = stored_layers(reader.identity) if self.layers is None else self.layers
+        layers = self.layers
+        if layers is None and stored_layers(reader.identity) is not None:
+            layers = self.held_by(reader)
         return from_arrays(sample_id, arrays, codec=self.layout.codec, twin=twin, layers=layers)
 
     @property
