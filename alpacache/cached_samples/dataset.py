@@ -350,6 +350,11 @@ class CachedDataset:
         history_xyz, history_rot, future_xyz, future_rot = (torch.from_numpy(arrays[name]) for name in POSE_FIELDS)
         return history_xyz, history_rot, future_xyz, future_rot
 
+    def start_position(self, index: int) -> int:
+        """Position of a sample's first action token behind its direct prefix; reads no keys and values."""
+        reader, sample_id = self._index[index]
+        return int(reader.read(sample_id, fields=["start_position"])["start_position"])
+
     @cached_property
     def layout(self) -> PrefixLayout:
         """Layout of any sample's KV bytes. Raises `UsageError` if the stores do not share one."""

@@ -302,7 +302,7 @@ class Driver:
             while len(self._samplers) >= _KEPT_GRAPHS:
                 del self._samplers[next(iter(self._samplers))]
             self._samplers[kind] = ActionSampler(
-                self._expert, rows, paths=len(noise), flow_steps=flow_steps, capture=self._capture
+                self._expert, rows, paths=len(noise), flow_steps=(flow_steps,), capture=self._capture
             )
         batch = Batch(
             positions=(0,),
@@ -319,7 +319,7 @@ class Driver:
         underway = self._samplers[kind].run(batch, noise[None])
         if underway.ended is not None:
             underway.ended.synchronize()
-        return underway.action[0].clone()
+        return underway.action[0, 0].clone()
 
     def _rows_for(self, prefix: PrefixFeatures) -> PrefixRows:
         """Room for a prefix; a longer one than all before takes new room, and graphs are captured anew."""
