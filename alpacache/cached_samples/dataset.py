@@ -159,7 +159,10 @@ class CachedDataset:
         if all(tuple(layers) == self.held_by(reader) for reader in readers):
             return self
         if self.codec is not None and not isinstance(self.codec, LayeredCodec):
-            raise UsageError(f"{readers[0].path}: its codec {self.codec.kind!r} cannot be read layer by layer.")
+            raise UsageError(
+                f"{readers[0].path}: its codec {self.codec.kind!r} decodes all layers together; none can be left out. "
+                "Train an expert that attends to all of them, or extract into another store with --layers."
+            )
         chosen = copy(self)
         for name in ("layout", "_sizes", "longest", "tail_room"):
             chosen.__dict__.pop(name, None)
