@@ -374,7 +374,9 @@ class CachedDataset:
         if self.layers is not None and isinstance(codec, LayeredCodec):  # all stores have the same codec and layers
             held = self.held_by(self._readers[0])
             codec = codec.of_layers([held.index(layer) for layer in self.layers])
-        return PrefixLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, codec=codec)
+        varies = codec is not None and not codec.fixed_size
+        most = int(self._sizes[0].max()) if varies else None
+        return PrefixLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, codec=codec, most_bytes=most)
 
     @property
     def unreadable(self) -> dict[int, SampleReadError]:
