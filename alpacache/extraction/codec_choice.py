@@ -1,7 +1,8 @@
 """The codec of a store: the one it was begun with, another store's, or one that is learnt from the first samples."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
@@ -104,8 +105,8 @@ def learnt_codec(
     Raises `UsageError` where none can be read, or they have too few tokens.
     """
     spread = refs[:: max(1, len(refs) // CALIBRATION_SAMPLES)]
-    found_in = _prefixes(spread, checkpoint, builder, source, settings, layers, device, workers)
-    samples = list(islice(found_in, CALIBRATION_SAMPLES))
+    with closing(_prefixes(spread, checkpoint, builder, source, settings, layers, device, workers)) as prefixes:
+        samples = list(islice(prefixes, CALIBRATION_SAMPLES))
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if not samples:
@@ -164,7 +165,7 @@ def _prefixes(
     layers: tuple[int, ...] | None,
     device: torch.device,
     workers: int,
-) -> Iterator[KVSample]:
+) -> Generator[KVSample]:
     """Keys and values of samples on the host, one by one; samples that cannot be read are left out."""
     stored = StoredFeatures(codec=None, hidden_states=False, rollouts=0, layers=layers)
     prefiller = Prefiller(checkpoint, builder, stored, device, dtype=settings.dtype)
