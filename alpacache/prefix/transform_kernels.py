@@ -266,7 +266,7 @@ def gather_words(  # type: ignore[no-untyped-def]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Group:
+class _GroupOnDevice:
     """A group's basis on a device."""
 
     mean: Tensor
@@ -278,7 +278,7 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Tables:
+class _TablesOnDevice:
     """`TransformTables` on a device."""
 
     decoding: Tensor
@@ -288,11 +288,11 @@ class _Tables:
     sizes: Tensor
     angles: Tensor
     axes: Tensor
-    groups: tuple[_Group, ...]
+    groups: tuple[_GroupOnDevice, ...]
 
 
 @cache
-def _tables_on(codec: TransformCodec, device: torch.device) -> _Tables:
+def _tables_on(codec: TransformCodec, device: torch.device) -> _TablesOnDevice:
     """The codec's tables on a device, for as long as the process lives: captured graphs read them."""
     tables = codec.calibrated
     frequency, starts, symbols = tables.frequency.astype(np.int64), tables.starts.astype(np.int64), tables.symbols
@@ -304,7 +304,7 @@ def _tables_on(codec: TransformCodec, device: torch.device) -> _Tables:
     def put(array: Any) -> Tensor:
         return torch.from_numpy(np.array(array)).to(device)
 
-    return _Tables(
+    return _TablesOnDevice(
         decoding=put(entry.astype(np.uint32).view(np.int32)),
         encoding=put((frequency | starts << 16).astype(np.uint32).view(np.int32)),
         shift=put(tables.shift),
@@ -313,7 +313,7 @@ def _tables_on(codec: TransformCodec, device: torch.device) -> _Tables:
         angles=put(tables.angles),
         axes=put(tables.axes.astype(np.int32)),
         groups=tuple(
-            _Group(
+            _GroupOnDevice(
                 mean=put(group.mean),
                 scale=put(group.scale),
                 basis=put(group.basis),
@@ -410,7 +410,7 @@ def encode(codec: TransformCodec, kv: Tensor, positions: Tensor | None) -> tuple
     return data, torch.where(good, sections.words + 2 * total, 0)
 
 
-def _codes(limit: float, group: _Group, tables: _Tables, values: Tensor) -> tuple[Tensor, Tensor]:
+def _codes(limit: float, group: _GroupOnDevice, tables: _TablesOnDevice, values: Tensor) -> tuple[Tensor, Tensor]:
     """Which tokens the basis fits, and codes int32 `[component, token]`."""
     basis = group.basis.float()
     x = (values.permute(3, 0, 1, 2, 4).flatten(1) - group.mean) / group.scale
