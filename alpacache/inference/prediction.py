@@ -135,7 +135,7 @@ def predict_actions(
     if any(sample.tails for sample in samples):
         pairs = zip(samples, noise, strict=True)
         return torch.stack([after_rollouts(expert, sample, draws, flow_steps=flow_steps) for sample, draws in pairs])
-    return _sampled(expert, [sample.prefix for sample in samples], noise, flow_steps)
+    return sampled(expert, [sample.prefix for sample in samples], noise, flow_steps)
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def predict_on_twins(
 ) -> Tensor:
     """`predict_actions` on the twins that the samples come with, from the same noise."""
     noise = eval_noise(seed, [sample.sample_id for sample in samples], paths).to(expert.device)
-    return _sampled(expert, [sample.twin_prefix(expert.device) for sample in samples], noise, flow_steps)
+    return sampled(expert, [sample.twin_prefix(expert.device) for sample in samples], noise, flow_steps)
 
 
 def predict_ahead(
@@ -269,10 +269,11 @@ def after_rollouts(expert: "ActionExpert", sample: CachedSample, noise: Tensor, 
     """Actions `[K, 64, 2]` on the CPU from noise `[K, 64, 2]`, each on its own rollout: K whole prefixes."""
     if len(sample.tails) != len(noise):
         raise ValueError(f"{sample.sample_id}: {len(sample.tails)} tails for {len(noise)} paths; expected one a path.")
-    return _sampled(expert, sample.rollout_prefixes(expert.device), noise[:, None].to(expert.device), flow_steps)[:, 0]
+    return sampled(expert, sample.rollout_prefixes(expert.device), noise[:, None].to(expert.device), flow_steps)[:, 0]
 
 
-def _sampled(
+@torch.no_grad()
+def sampled(
     expert: "ActionExpert", prefixes: Sequence[PrefixFeatures | EncodedPrefix], noise: Tensor, flow_steps: int
 ) -> Tensor:
     """Actions `[B, K, 64, 2]`, on the CPU, from noise of that shape on these B prefixes."""
