@@ -31,6 +31,8 @@ from cache_store.format.quarantine_record import QuarantineRecord as QuarantineR
 from cache_store.kv.codec import KVCodec as KVCodec
 from cache_store.kv.registry import CODECS as CODECS
 from cache_store.kv.registry import codec_from_json as codec_from_json
+from cache_store.kv.registry import codec_named as codec_named
+from cache_store.kv.transform import TransformCodec as TransformCodec
 from cache_store.prefetcher import PrefetchedSample as PrefetchedSample
 from cache_store.prefetcher import Prefetcher as Prefetcher
 from cache_store.reader import CacheReader as CacheReader

@@ -48,8 +48,12 @@ class CacheWriter:
         fields: Sequence[Field],
         identity: Mapping[str, Any],
         provenance: Mapping[str, Any] | None = None,
+        codec_tables: bytes | None = None,
     ) -> None:
-        """Open or create the store. Raises `IdentityMismatchError` if it exists with another identity or schema."""
+        """Open or create the store. Raises `IdentityMismatchError` if it exists with another identity or schema.
+
+        `codec_tables`: what a new store keeps of a calibration whose hash the identity names.
+        """
         self._storage: Storage = open_storage(path)
         self.path = self._storage.place
         given = StoreRoot(
@@ -58,7 +62,7 @@ class CacheWriter:
             provenance=canonical_copy(provenance or {}, "provenance"),
         )
         with writing("the store's metadata", 0, self.path):
-            is_new = store_root.make(self._storage, given.to_bytes())
+            is_new = store_root.make(self._storage, given.to_bytes(), codec_tables)
             root = given if is_new else store_root.read(self._storage)
         for line in root.check(given, self.path):
             _log.warning("store %s was begun with other versions or hardware: %s", self.path, line)

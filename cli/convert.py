@@ -94,13 +94,14 @@ def _write(config: ConvertConfig) -> "ConvertReport":
     standard = {field.name: field.default for field in fields(config)} | {"camera": (), "map": ()}
     options = {name: value for name, value in values.items() if name not in _COMMON and value != standard[name]}
     drives = open_drives(kind_named(config.kind), Path(config.input), options)
-    if config.crop or config.pad or config.undistort:
+    changed = [name for name in ("crop", "pad", "undistort") if values[name]]  # other pictures, another data set
+    if changed:
         drives = Reframe(crop=config.crop, pad=config.pad, undistort=config.undistort).drives(drives)
     with output.show_progress("convert") as on_progress, InterruptGuard() as guard:
         return write(
             drives,
             Path(config.out),
-            name=Path(config.input).resolve().stem or config.kind,
+            name="+".join([Path(config.input).resolve().stem or config.kind, *changed]),
             settings={name: value for name, value in values.items() if name not in ("out", "list", "check")},
             clip_seconds=config.clip_seconds,
             offset_m=config.origin_offset,

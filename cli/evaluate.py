@@ -12,6 +12,7 @@ from .options import from_config
 
 if TYPE_CHECKING:
     from alpacache.evaluation.summary import EvalSummary, StratumSummary
+    from alpacache.metrics.bias import Slope
 
 _WARNINGS = 3
 _METRICS = {"min_ade": "minADE", "ade": "ADE", "min_fde": "minFDE", "corner_distance": "corners"}
@@ -84,11 +85,71 @@ def _print_summary(summary: "EvalSummary") -> None:
         for label, verdict in stratum.verdicts.items()
     ]
     output.print_table("", verdicts)
+    _print_steering(summary)
+    _print_controls(summary)
+    _print_flow_steps(summary)
     _print_commands(summary)
     for warning in summary.warnings[:_WARNINGS]:
         output.note(warning)
     if (more := len(summary.warnings) - _WARNINGS) > 0:
         output.note(f"{more} more strata are too small to conclude from; eval.json names them.")
+
+
+def _print_steering(summary: "EvalSummary") -> None:
+    """Show whether steering or speed is wrong, over all samples."""
+    keys = {
+        "lateral_only": "lateral",
+        "speed_only": "speed",
+        "lateral_error": "beside",
+        "lateral_error_max": "largest",
+        "accel_mae": "m/s²",
+        "curvature_mae": "1/m",
+        "side_chosen": "right side",
+        "commit_s": "commits",
+    }
+    rows = []
+    for label, metrics in summary.strata["all"].metrics.items():
+        cells = [format(metrics[key], ".4f" if key == "curvature_mae" else ".2f") for key in keys]
+        rows.append([label, *("-" if cell == "nan" else cell for cell in cells)])
+    title = "steering or speed? metres with the one of the two, beside the driven line; seconds until it commits"
+    output.print_table(title, rows, heads=["model", *keys.values()])
+
+
+def _print_controls(summary: "EvalSummary") -> None:
+    """Show loss, error and turn taken with another clip's prefix or with none beside the honest ones, and verdicts."""
+    rows, verdicts = [], []
+    for label, by_control in summary.controls.get("all", {}).items():
+        for number, (control, told) in enumerate(by_control.items()):
+            if number == 0:
+                honest = [f"{told.honest_loss:.3f}", f"{told.honest_min_ade:.3f}", _taken(told.honest_slope)]
+                rows.append([label, "its own", *honest])
+            rows.append(["", control, f"{told.loss:.3f}", f"{told.min_ade:.3f}", _taken(told.slope)])
+            verdicts.append([f"{told.answer}:", f"{label}: its loss {told.sentence}."])
+    output.print_table("does it look?", rows, heads=["model", "prefix", "loss", "minADE", "turn taken"])
+    output.print_table("", verdicts)
+
+
+def _print_flow_steps(summary: "EvalSummary") -> None:
+    """Show errors by number of flow steps."""
+    rows = [
+        [
+            label if number == 0 else "",
+            str(steps),
+            *(f"{value:.3f}" for value in told.metrics.values()),
+            _taken(told.slope),
+        ]
+        for label, by_steps in summary.flow_steps.items()
+        for number, (steps, told) in enumerate(by_steps.items())
+    ]
+    heads = ["model", "flow steps", "minADE", "ADE", "minFDE", "turn taken"]
+    output.print_table("flow steps, metres", rows, heads=heads)
+
+
+def _taken(slope: "Slope | None") -> str:
+    """Share of the turn that is taken, with its interval."""
+    from alpacache.metrics.bootstrap import range_text
+
+    return "-" if slope is None else f"{slope.slope:z.2f} {range_text(slope.low, slope.high)}".rstrip()
 
 
 def _print_commands(summary: "EvalSummary") -> None:
@@ -119,7 +180,7 @@ def _turn_cells(stratum: "StratumSummary", label: str) -> list[str]:
     slope, corridor = stratum.bias[label]["heading"][6.4], stratum.corridor[label]
     taken = calibration = "-"
     if slope is not None:
-        taken = f"{slope.slope:z.2f} {range_text(slope.low, slope.high)}".rstrip()
+        taken = _taken(slope)
         if slope.calibration is not None and slope.r2 is not None:
             ends = range_text(slope.calibration.low, slope.calibration.high)
             calibration = f"{slope.calibration.estimate:z.2f} {ends}".rstrip()

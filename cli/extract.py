@@ -17,7 +17,7 @@ from .options import from_config
     panels={
         "Samples": "split split_by clips samples cameras blank frames t0 views seed shard retry_quarantined",
         "Model and prompt": "vlm vlm_dtype camera_names frame_numbers reasoning rollouts route route_file route_tokens",
-        "Store": "codec layers hidden_states force",
+        "Store": "codec codec_from layers hidden_states force",
         "Machine": "memory_budget weights batch_size workers writers compile device deterministic",
     },
 )

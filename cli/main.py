@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from alpacache.interrupt import heard_requests
 
-from . import check, convert, evaluate, export, extract, options, output, plan, prepare, probe, store, train
+from . import check, convert, drive, evaluate, export, extract, options, output, plan, prepare, probe, store, train
 from .output import BAD_INPUT, FAILED, INTERRUPTED
 
 
@@ -53,6 +53,7 @@ for name, function in (
     ("train", train.train),
     ("eval", evaluate.evaluate),
     ("export", export.export),
+    ("drive", drive.drive),
     ("probe", probe.probe),
 ):
     app.command(name, cls=options.ConfigCommand)(function)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from alpacache.prefix import partial_attention as part
-from alpacache.prefix.packed import PackedPrefixes
+from alpacache.prefix.packed import NoPrefix, PackedPrefixes
 
 PREFIX_ATTENTION = "prefix"
 
@@ -28,7 +28,7 @@ class Prefix(Protocol):
 
     @property
     def lengths(self) -> Tensor:
-        """`[B]` int64 on the device, each at least 1."""
+        """`[B]` int64 on the device, each at least 1 but for `NoPrefix`."""
 
     @property
     def starts(self) -> Tensor:
@@ -61,6 +61,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: PrefixCall, layer: i
 
     Raises `ValueError` if shapes or dtypes of the prefix do not fit.
     """
+    if isinstance(call.prefix, NoPrefix):
+        own: Tensor = nn.functional.scaled_dot_product_attention(
+            query, key, value, scale=scale, is_causal=call.causal, enable_gqa=True
+        )
+        return own
     kernels = query.is_cuda and query.dtype == torch.bfloat16 and isinstance(call.prefix, PackedPrefixes)
     function = _KernelAttention if kernels else _ExplicitAttention
     output: Tensor = function.apply(query, key, value, call, layer, scale)  # type: ignore[no-untyped-call]

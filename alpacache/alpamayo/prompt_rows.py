@@ -24,6 +24,8 @@ class PromptRows:
     """Tokens of each prompt."""
     deltas: list[int]
     """Rope delta of each prompt."""
+    positions: list[Tensor]
+    """`[3, T]` M-RoPE positions of each prompt, on the CPU."""
     stems: list[int] = field(default_factory=list)
     """Tokens of each prompt that its endings follow."""
     endings: list[Endings] = field(default_factory=list)
@@ -70,6 +72,7 @@ class PromptRows:
                 rope_delta=delta,
                 prefix_len=length,
                 start_position=self.start_position(row, ""),
+                positions=self.positions[row],
             )
             tails = {
                 name: Tail(

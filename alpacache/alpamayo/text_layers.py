@@ -80,6 +80,18 @@ def run_layer(
     return after
 
 
+def rotary_angles(config: Any) -> tuple[Tensor, Tensor]:
+    """How transformers' text model turns keys: radians a position of each pair of channels, `[head_dim / 2]`, and which
+    of the three M-RoPE positions it goes by.
+    """
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+
+    rotary: Any = Qwen3VLTextRotaryEmbedding(config)
+    one_each = torch.eye(3, dtype=torch.long)[:, None]  # the token of each place is at 1 on one axis alone
+    _, sin = rotary(torch.zeros(1), one_each)
+    return rotary.inv_freq.float(), sin[0, :, : len(rotary.inv_freq)].abs().argmax(0)
+
+
 RunLayer = Callable[[nn.Module, Tensor, tuple[Tensor, Tensor], LayerKV, Tensor | None], Tensor]
 """`run_layer`, or what gives the same to rounding."""
 

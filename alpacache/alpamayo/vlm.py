@@ -168,7 +168,8 @@ class FrozenVLM:
         embeddings.flatten(0, 1).index_copy_(0, rows.image_places, seen.pooler_output.to(embeddings.dtype))
         rows.run_layer = self._run_layer
         rows.deepstack = [one.to(embeddings.dtype) for one in seen.deepstack_features]
-        return PromptRows(prompts=rows, lengths=lengths, deltas=deltas)
+        of_each = [positions[:, number, :length] for number, length in enumerate(lengths)]
+        return PromptRows(prompts=rows, lengths=lengths, deltas=deltas, positions=of_each)
 
     def _positions(self, ids: Tensor, grid: Tensor) -> tuple[Tensor, int]:
         """M-RoPE positions `[3, T]` of one prompt and its rope delta. On the CPU: it is a loop over the images."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from alpacache.config import Config, Written, expand_home
+from alpacache.config import Config, Written, expand_home, expect
 from alpacache.sources.config import SplitBy
 
 if TYPE_CHECKING:
@@ -16,6 +16,12 @@ def _entries(written: Any) -> tuple[str, ...]:
     entries = (written,) if isinstance(written, str) else tuple(written)
     check_entries(entries)
     return tuple(entry if is_condition(entry) else expand_home(entry) for entry in entries)
+
+
+def check_weights_file(file: str | None) -> None:
+    """Raise `UsageError` for weights of samples in a file that is no table by its name."""
+    table = file is None or file.lower().endswith((".csv", ".parquet"))
+    expect(table, "sample_weights", file, "a table, FILE.csv or FILE.parquet")
 
 
 Chosen = Annotated[tuple[str, ...], Written(metavar="SAMPLES", read=_entries, repeatable=True)]

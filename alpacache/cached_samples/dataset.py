@@ -159,7 +159,10 @@ class CachedDataset:
         if all(tuple(layers) == self.held_by(reader) for reader in readers):
             return self
         if self.codec is not None and not isinstance(self.codec, LayeredCodec):
-            raise UsageError(f"{readers[0].path}: its codec {self.codec.kind!r} cannot be read layer by layer.")
+            raise UsageError(
+                f"{readers[0].path}: its codec {self.codec.kind!r} decodes all layers together; none can be left out. "
+                "Train an expert that attends to all of them, or extract into another store with --layers."
+            )
         chosen = copy(self)
         for name in ("layout", "_sizes", "longest", "tail_room"):
             chosen.__dict__.pop(name, None)
@@ -177,9 +180,17 @@ class CachedDataset:
         return [self._index[places.start][0] for places in self.store_ranges if places]
 
     def held_by(self, reader: CacheReader) -> tuple[int, ...]:
-        """The VLM's layers that a store has keys and values of, rising."""
-        named = stored_layers(reader.identity)
-        return tuple(range(self._shape_in(reader)[0])) if named is None else named
+        """The VLM's layers that a store has keys and values of, rising. Raises `DataError` where it cannot be so."""
+        count, named = self._shape_in(reader)[0], stored_layers(reader.identity)
+        if named is None:
+            return tuple(range(count))
+        rising = all(type(layer) is int and layer >= 0 for layer in named) and list(named) == sorted(set(named))
+        if len(named) != count or not rising:
+            raise DataError(
+                f"store {reader.path} says in its identity that it has layers {str(list(named))[:200]}, and its "
+                f"samples have {count} of them. Its zarr.json was changed; extract it again."
+            )
+        return named
 
     def _shape_in(self, reader: CacheReader) -> tuple[int, ...]:
         """Shape of the keys and values of a sample of a store, the first that can be read."""
@@ -200,7 +211,7 @@ class CachedDataset:
     def ranges(self, reader: CacheReader, sample_id: str, fields: Sequence[str]) -> Ranges:
         """What is read of those of the fields that are keys and values; empty where they are read whole.
 
-        Raises `DataError` for a sample of another number of layers than its store has.
+        Raises `DataError` for a sample of other layers than its store has.
         """
         if self.layers is None:
             return {}
@@ -217,17 +228,18 @@ class CachedDataset:
         assert self.layers is not None
         held = self.held_by(reader)
         places, starts = [held.index(layer) for layer in self.layers], list(range(len(held) + 1))
-        if self.codec is None and shape[0] != len(held):
-            raise DataError(
-                f"sample {sample_id!r} has keys and values of {shape[0]} layers, its store {reader.path} of "
-                f"{len(held)}. Extract it again, or leave its store out."
-            )
         if self.codec is not None:
             assert isinstance(self.codec, LayeredCodec)
             _, _, kv_heads, _, head_dim = self._shape_in(reader)
             whole = PrefixLayout(layers=len(held), kv_heads=kv_heads, head_dim=head_dim, codec=self.codec)
             tokens = bisect_left(range(_MOST_TOKENS), shape[0], lo=1, key=whole.size_bytes)
             starts = list(self.codec.layer_starts(whole.shape(tokens)))
+        if shape[0] != starts[-1]:
+            what = "layers" if self.codec is None else "bytes"
+            raise DataError(
+                f"sample {sample_id!r} has keys and values of {shape[0]} {what}, which is not what the {len(held)} "
+                f"layers of {reader.path} take. Extract it again, or leave its store out."
+            )
         ranges: list[tuple[int, int]] = []
         for place in places:
             if ranges and ranges[-1][1] == starts[place]:
@@ -312,7 +324,9 @@ class CachedDataset:
             fields += [name for name in reader.fields_of(sample_id) if name.startswith(tail_name(twin))]
         names_read = (*self.prefix_fields, *fields)
         arrays = reader.read(sample_id, names_read, ranges=self.ranges(reader, sample_id, names_read))
-        layers = stored_layers(reader.identity) if self.layers is None else self.layers
+        layers = self.layers
+        if layers is None and stored_layers(reader.identity) is not None:
+            layers = self.held_by(reader)
         return from_arrays(sample_id, arrays, codec=self.layout.codec, twin=twin, layers=layers)
 
     @property
@@ -339,6 +353,11 @@ class CachedDataset:
         history_xyz, history_rot, future_xyz, future_rot = (torch.from_numpy(arrays[name]) for name in POSE_FIELDS)
         return history_xyz, history_rot, future_xyz, future_rot
 
+    def start_position(self, index: int) -> int:
+        """Position of a sample's first action token behind its direct prefix; reads no keys and values."""
+        reader, sample_id = self._index[index]
+        return int(reader.read(sample_id, fields=["start_position"])["start_position"])
+
     @cached_property
     def layout(self) -> PrefixLayout:
         """Layout of any sample's KV bytes. Raises `UsageError` if the stores do not share one."""
@@ -355,7 +374,9 @@ class CachedDataset:
         if self.layers is not None and isinstance(codec, LayeredCodec):  # all stores have the same codec and layers
             held = self.held_by(self._readers[0])
             codec = codec.of_layers([held.index(layer) for layer in self.layers])
-        return PrefixLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, codec=codec)
+        varies = codec is not None and not codec.fixed_size
+        most = int(self._sizes[0].max()) if varies else None
+        return PrefixLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, codec=codec, most_bytes=most)
 
     @property
     def unreadable(self) -> dict[int, SampleReadError]:

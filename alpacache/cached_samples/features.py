@@ -236,7 +236,7 @@ def _kv_arrays(part: PrefixFeatures | Tail, codec: KVCodec | None) -> dict[str, 
     kv = torch.stack([part.keys, part.values], dim=1)
     if codec is None:
         return _bf16_arrays("kv", kv)
-    data, encodable = tensor_codec(codec).encode_async(kv)
+    data, encodable = tensor_codec(codec).encode_at(kv, part.positions)
     return {"kv": data, KV_SHAPE: np.array(kv.shape, np.int64), f"kv{_FINITE}": _flag(encodable)}
 
 
@@ -307,7 +307,7 @@ def from_arrays(
 
     `layers`: the VLM's that keys and values are of, where the arrays do not hold all; `codec` is for these.
     """
-    counters = {name: int(arrays[name]) for name in ("rope_delta", "prefix_len", "start_position")}
+    counters: dict[str, Any] = {name: int(arrays[name]) for name in ("rope_delta", "prefix_len", "start_position")}
     prefix: PrefixFeatures | EncodedPrefix
     if codec is None:
         kv = from_bf16_bits(arrays["kv"])
@@ -350,12 +350,18 @@ def _tail(arrays: Mapping[str, NDArray[Any]], name: str, codec: KVCodec | None, 
 def checked(sample_id: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """The values to store out of those of `prefix_arrays` and `tail_arrays`, once the device has computed them.
 
-    Raises `BadClipError` for values that are not finite, or KV that could not be quantised.
+    Encoded bytes whose number the device has found are cut to that. Raises `BadClipError` for values that are not
+    finite, or KV that could not be quantised.
     """
     for name in (key.removesuffix(_FINITE) for key, good in arrays.items() if key.endswith(_FINITE) and not good):
         problem = NOT_FINITE if f"{name.removesuffix('kv')}{KV_SHAPE}" in arrays else f"{name} has NaN or infinity."
         raise BadClipError("not_finite", f"{sample_id}: {problem} Check the VLM's weights and the clip's pictures.")
-    return {name: value for name, value in arrays.items() if not name.endswith(_FINITE)}
+    values = {name: value for name, value in arrays.items() if not name.endswith(_FINITE)}
+    for key, good in arrays.items():
+        if key.endswith(_FINITE) and good.dtype != torch.bool:
+            name = key.removesuffix(_FINITE)
+            values[name] = values[name][: int(good)]
+    return values
 
 
 def from_bf16_bits(bits: NDArray[np.uint16]) -> Tensor:

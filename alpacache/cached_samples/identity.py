@@ -19,7 +19,8 @@ from alpacache.driving.cameras import camera_words, recorded_and_blank
 from alpacache.errors import UsageError
 from alpacache.masking import masked
 from alpacache.sources.video import ffmpeg_versions
-from cache_store import CODECS, KVCodec, codec_from_json, differences
+from cache_store import KVCodec, codec_from_json, codec_named, differences
+from cache_store.format import codec_tables
 from cache_store.kv.layered import LayeredCodec
 
 _LATER = ("settings", "tokens_sha256", "family_by")
@@ -68,6 +69,7 @@ def store_identity(
     cameras: Sequence[str],
     frames: int,
     codec: str,
+    calibrated: KVCodec | None = None,
     dtype: str,
     blank: Sequence[str] = (),
     rollouts: int = 0,
@@ -76,13 +78,13 @@ def store_identity(
 ) -> dict[str, Any]:
     """Everything that must match for two samples to belong to one store; `blank` are the black ones of `cameras`.
 
-    A quantising codec is recorded by name and by definition: should the name ever mean something else, old stores are
-    still decoded as they were written, and nothing new goes into them. The model's family and what told it are for
-    people: what a family decides of a prefix stands in the prompt.
+    A quantising codec is recorded by name and by definition (of `calibrated`, if it has learnt tables): should the
+    name ever mean something else, old stores are still decoded as they were written, and nothing new goes into them.
+    The model's family and what told it are for people: what a family decides of a prefix stands in the prompt.
     """
     home, _ = checkpoint.vlm_home
     other_vlm = {} if home is checkpoint else {"vlm": home.model_id}
-    known, stored_as = vlm_identity(checkpoint), codec_for(codec, layers)
+    known, stored_as = vlm_identity(checkpoint), calibrated or codec_for(codec, layers)
     return {
         "model": {
             **known,
@@ -106,16 +108,20 @@ def store_identity(
 
 
 def codec_for(name: str, layers: Sequence[int] | None) -> KVCodec | None:
-    """The codec of that name for keys and values of these of the VLM's layers (None: all); None for `bf16`."""
-    codec = CODECS.get(name)
+    """The codec of that name for keys and values of these of the VLM's layers (None: all); None for `bf16`.
+
+    That of `transform:RATE` has no tables yet.
+    """
+    codec = codec_named(name)
     return codec.of_layers(layers) if isinstance(codec, LayeredCodec) and layers is not None else codec
 
 
 def store_codec(identity: Mapping[str, Any], *, store: str) -> KVCodec | None:
-    """A store's quantising codec, by the store's own definition; None for bfloat16."""
+    """A store's quantising codec, by the store's own definition and with its tables; None for bfloat16."""
     if identity.get("codec") == "bf16":  # in every store the name of values as they are
         return None
-    return codec_from_json(identity.get("codec_definition", {}), f"codec_definition in the identity of {store}")
+    where = f"codec_definition in the identity of {store}"
+    return codec_from_json(identity.get("codec_definition", {}), where, lambda name: codec_tables.read_at(store, name))
 
 
 def provenance(*, source: str, device: str, compiled: bool = False) -> dict[str, Any]:

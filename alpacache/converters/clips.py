@@ -15,7 +15,7 @@ from alpacache.converters.config import Mount, Triple
 from alpacache.converters.drive import Dropped, LoggedDrive
 from alpacache.driving.poses import Track, check_track
 from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS, STEP_US
-from alpacache.errors import BadClipError, UsageError
+from alpacache.errors import BadClipError
 
 SHORTEST_US = STEP_US * (HISTORY_STEPS + FUTURE_STEPS) + FRAME_STEP_US
 """Least that a sample can be cut from: 1.6 s before t0, 6.4 s after it, and a step that times need not fit."""
@@ -45,7 +45,7 @@ class Piece:
 def settle(drive: LoggedDrive, *, offset_m: Triple | None, mount_deg: Mount | None) -> Settled:
     """Poses of the rear axle; `offset_m` and `mount_deg` take the place of the drive's own.
 
-    Raises `BadClipError` for poses that are none, `UsageError` where a mount is to be estimated and cannot be.
+    Raises `BadClipError` for poses that are none, and where a mount is to be estimated and cannot be.
     """
     from scipy.spatial.transform import Rotation
 
@@ -75,7 +75,7 @@ def estimated_mount(track: Track, *, where: str) -> tuple[Triple, float]:
     """Yaw and pitch (degrees) of a sensor as seen from the direction of travel, and the seconds they were found on.
 
     The medians over straights at speed, where a vehicle goes where it points. Roll cannot be seen so and is 0. Pitch is
-    against the slope of the path itself. Raises `UsageError` with too little of such driving.
+    against the slope of the path itself. Raises `BadClipError` with too little of such driving.
     """
     from scipy.spatial.transform import Rotation
 
@@ -84,7 +84,8 @@ def estimated_mount(track: Track, *, where: str) -> tuple[Triple, float]:
     ahead, behind = np.arange(2 * span, len(times_s)), np.arange(len(times_s) - 2 * span)
     middle = (ahead + behind) // 2
     if not len(middle):
-        raise UsageError(f"{where}: too few poses to estimate the mount; give it as --mount YAW,PITCH,ROLL.")
+        reason = "too few poses to estimate the mount; give it as --mount YAW,PITCH,ROLL"
+        raise BadClipError("wrong_frame", f"{where}: {reason}.")
     lasted = times_s[ahead] - times_s[behind]
     travel = (track.xyz[ahead] - track.xyz[behind]) / lasted[:, None]
     rotation = Rotation.from_quat(track.quaternion_xyzw)
@@ -93,9 +94,10 @@ def estimated_mount(track: Track, *, where: str) -> tuple[Triple, float]:
     straight = (turned < STRAIGHT_RADPS) & (speed > FAST_MPS) & (lasted < 2.0)
     on_s = float(np.gradient(times_s)[middle][straight].sum())
     if on_s < LEAST_STRAIGHT_S:
-        raise UsageError(
+        raise BadClipError(
+            "wrong_frame",
             f"{where}: {on_s:.1f} s of straight driving above {FAST_MPS:.0f} m/s, and estimating the mount takes "
-            f"{LEAST_STRAIGHT_S:.0f} s; give it as --mount YAW,PITCH,ROLL (0,0,0 leaves it)."
+            f"{LEAST_STRAIGHT_S:.0f} s; give it as --mount YAW,PITCH,ROLL (0,0,0 leaves it).",
         )
     seen = rotation[middle[straight]].inv().apply(travel[straight])  # the direction of travel, in the sensor's axes
     left = np.median(np.arctan2(seen[:, 1], seen[:, 0]))

@@ -75,7 +75,9 @@ def run_demo(out: Path | str, *, seed: int = 0, size: DemoSize | None = None, st
     with stage("train", f"alpacache train --store {out}/train --steps {size.steps} ...") as on_progress:
         trained = train(settings, on_progress=on_progress)
     judging = eval_config(out / "val", model, out / "report", run=out / "run", seed=seed)
-    with stage("eval", f"alpacache eval --store {out}/val --checkpoint {out}/run ...") as on_progress:
+    with stage(
+        "eval", f"alpacache eval --store {out}/val --checkpoint {out}/run --control shuffled ..."
+    ) as on_progress:
         report = evaluate(judging, on_progress=on_progress)
     return DemoReport(model=model, run=trained, evaluation=report)
 
@@ -115,9 +117,16 @@ def train_config(store: Path, model: str, run: Path, *, size: DemoSize, seed: in
 
 
 def eval_config(store: Path, model: str, out: Path, *, run: Path, seed: int = 0) -> EvalConfig:
-    """Before against after, on held-out clips."""
+    """Before against after, on held-out clips, and with the pictures of others: does it look?"""
     return EvalConfig(
-        store=(str(store),), model=model, out=str(out), checkpoint=str(run), batch_size=16, seed=seed, device="cpu"
+        store=(str(store),),
+        model=model,
+        out=str(out),
+        checkpoint=str(run),
+        control=("shuffled",),
+        batch_size=16,
+        seed=seed,
+        device="cpu",
     )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Le, MinLen
 
-from alpacache.cached_samples.config import ChoiceConfig
+from alpacache.cached_samples.config import ChoiceConfig, check_weights_file
 from alpacache.config import (
     PLACE,
     BatchSize,
@@ -30,6 +30,7 @@ BASE = "base"
 TRAINED = "trained"
 """Label of the run that `checkpoint` names."""
 
+Control: TypeAlias = Literal["shuffled", "none"]
 Pool: TypeAlias = Literal["both", "last", "mean"]
 Layers = Annotated[
     Literal["last", "all"] | tuple[Annotated[int, Ge(0), Le(1024)], ...],
@@ -80,6 +81,9 @@ class EvalConfig(ChoiceConfig):
     """Hub id or directory of an Alpamayo checkpoint."""
     out: Place
     """Directory for JSON, pictures and the report."""
+    sample_weights: Place | None = None
+    """Table (`.csv`, `.parquet`) of columns `sample_id` or `clip_id`, and `weight`: how much a sample counts in means,
+    slopes and intervals. 0 leaves it out, and what is not named has weight 1. Default: all alike."""
     checkpoint: Place | None = None
     """Run directory or checkpoint to judge beside the base model. Default: the base model alone."""
     compare: Annotated[Mapping[str, str], Written(metavar="LABEL=RUN", read=read_compare, repeatable=True)] = field(
@@ -92,10 +96,17 @@ class EvalConfig(ChoiceConfig):
     """`auto`: each path on a reasoning rollout of its own where the store has them; `none`: on the direct prefix."""
     swap_route: bool = False
     """Also predict with left for right in the routes, from the same noise: do the paths change sides?"""
+    control: Annotated[tuple[Control, ...], parts(str, "shuffled,none", expected="shuffled, none or both")] = ()
+    """Also predict, from the same noise, with another clip's prefix (`shuffled`) or with none (`none`): does the model
+    look at what it is shown? Default: neither."""
     paths: Repeats = 6
     """Paths per sample."""
-    flow_steps: Repeats = 10
-    """Euler steps from noise to action."""
+    flow_steps: Annotated[
+        Repeats | Annotated[tuple[Repeats, ...], MinLen(1)],
+        parts(whole_number, "INTEGER,...", expected="whole numbers as in 10,4,2,1"),
+    ] = 10
+    """Euler steps from noise to action. Of several numbers, as in `10,4,2,1`, the first is judged in full and a table
+    compares all; each prefix is read once."""
     samples: Count | None = None
     """At most this many samples. Default: all."""
     on_overlap: Literal["stop", "allow"] = "stop"
@@ -110,6 +121,16 @@ class EvalConfig(ChoiceConfig):
     """`cuda`, `cuda:1` or `cpu`. Default: a GPU if there is one."""
     capture: bool = True
     """On a GPU, replay all flow steps of a batch as one CUDA graph; not on reasoning rollouts."""
+
+    @property
+    def all_flow_steps(self) -> tuple[int, ...]:
+        """Every number of flow steps, the one that is judged in full first."""
+        return (self.flow_steps,) if isinstance(self.flow_steps, int) else self.flow_steps
+
+    def _check_together(self) -> None:
+        for name, values in (("control", self.control), ("flow_steps", self.all_flow_steps)):
+            expect(len(set(values)) == len(values), name, ",".join(map(str, values)), "each of them once")
+        check_weights_file(self.sample_weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

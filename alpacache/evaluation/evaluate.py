@@ -2,49 +2,48 @@
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import layer_map_of
 from alpacache.alpamayo.new_expert import begun_with
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.features import POSE_FIELDS, SWAPPED, CachedSample, stored_strata
+from alpacache.cached_samples.features import POSE_FIELDS, SWAPPED, stored_strata
+from alpacache.cached_samples.other_clips import other_clips
 from alpacache.cached_samples.sample_choice import SampleChoice
+from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.cameras import camera_words
 from alpacache.driving.route import command_of
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.splits import count_overlapping
-from alpacache.errors import InterruptedRunError, NonFiniteError, UsageError
+from alpacache.errors import UsageError
 from alpacache.evaluation.config import BASE, TRAINED, EvalConfig
 from alpacache.evaluation.judging import LeftOut, SampleResult, judge, judge_baselines
 from alpacache.evaluation.known_clips import trained_samples
 from alpacache.evaluation.output import check_evaluation_out, write_results
+from alpacache.evaluation.predicting import Poses, Predicted, Predictor
 from alpacache.evaluation.summary import EvalSummary, summarise
+from alpacache.evaluation.unread import Unread
 from alpacache.gpu.device import enter, resolve_device
-from alpacache.inference.prediction import Paths, predict_actions, predict_ahead, predict_on_twins, to_paths
 from alpacache.interrupt import InterruptGuard
 from alpacache.layer_choice import layers_text
 from alpacache.metrics.bootstrap import BLOCK_S
+from alpacache.metrics.steering import action_errors
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.front_view import draw_paths
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.training.data_order import check_overlap
 from alpacache.training.run_directory import recorded_metrics
 from alpacache.training.trained_expert import find_trained, load_trained
-from cache_store import SampleReadError
-
-if TYPE_CHECKING:
-    from alpacache.alpamayo import ActionExpert
 
 _log = logging.getLogger(__name__)
 
@@ -70,11 +69,13 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     """
     started = time.monotonic()
     base = Checkpoint(config.model)
-    samples = SampleChoice(only=config.only, exclude=config.exclude, split=config.split_by, side="val")
+    samples = SampleChoice(
+        only=config.only, exclude=config.exclude, weights=config.sample_weights, split=config.split_by, side="val"
+    )
     data, stores = CachedDataset(config.store, base, samples=samples), ", ".join(config.store)
     for warning in check_overlap(data, config.store, None, val_store=None, allowed=config.on_overlap == "allow"):
         _log.warning("%s.", warning)
-    unread = _Unread(data, skips=config.on_damage == "skip")
+    unread = Unread(data, skips=config.on_damage == "skip")
     indices = [index for index in data.plain if index not in unread.errors][: config.samples]
     on_rollouts = config.reasoning == "auto" and data.rollouts > 0
     if on_rollouts and config.paths > data.rollouts:
@@ -84,6 +85,8 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         )
     if config.swap_route:
         _check_swap(data, stores, on_rollouts=on_rollouts)
+    if config.control and on_rollouts:
+        raise UsageError("control compares paths on direct prefixes; pass --reasoning none with it.")
     trained = {} if config.checkpoint is None else {TRAINED: config.checkpoint}
     runs = {
         label: find_trained(run, base, vlm=data.vlm, what="the store that it is to be judged on", average=config.ema)
@@ -102,48 +105,65 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         data.of_layers(sorted(set(layer_map_of(one))))  # what a store lacks is refused now
     _warn_of_known_clips(runs, data, indices, store=stores)
     _warn_of_other_pictures(runs, data, store=stores)
+    partners = _partners(data, indices, seed=config.seed) if "shuffled" in config.control else {}
     device = resolve_device(config.device)
     check_evaluation_out(Path(config.out))
 
     enter(device)
     poses = cache(data.poses)  # read while the device computes
-    sampling = {"paths": config.paths, "flow_steps": config.flow_steps, "seed": config.seed}
+    space = _action_space(first)
+    target_of = cache(lambda index: space.to_action(*poses(index)))
+    steps, *_ = config.all_flow_steps
+    sampling = {"paths": config.paths, "flow_steps": steps, "seed": config.seed}
+    predicted: dict[str, Predicted] = {}
+    done = 0
 
-    def batches_of(expert: "ActionExpert", todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
-        if on_rollouts:
-            load = partial(data.of_layers(expert.prefix_layers).load, tails=config.paths)
-            return _predict_loaded(predict_actions, expert, load, todo, batch_size=config.batch_size, **sampling)
-        return predict_ahead(expert, data, todo, batch_size=config.batch_size, capture=config.capture, **sampling)
-
-    def swapped_batches_of(expert: "ActionExpert", todo: Sequence[int]) -> Generator[tuple[Sequence[int], Tensor]]:
-        load = partial(data.of_layers(expert.prefix_layers).load, twin=SWAPPED)
-        return _predict_loaded(predict_on_twins, expert, load, todo, batch_size=config.batch_size, **sampling)
-
-    swappable = [index for index in indices if config.swap_route and data.has_twin(index, SWAPPED)]
-    predicted: dict[str, dict[int, Paths]] = {label: {} for label in (BASE, *runs)}
-    swapped: dict[str, dict[int, Paths]] = {label: {} for label in predicted}
     with InterruptGuard() as guard:
-        for label in predicted:
+
+        def on_batch(samples: int) -> None:
+            nonlocal done
+            done += samples
+            rate, total = done / (time.monotonic() - started), (1 + len(runs)) * predictor.passes
+            on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
+
+        predictor = Predictor(
+            data=data,
+            indices=indices,
+            poses=poses,
+            target_of=target_of,
+            unread=unread,
+            guard=guard,
+            paths=config.paths,
+            flow_steps=config.all_flow_steps,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            capture=config.capture,
+            on_rollouts=on_rollouts,
+            swappable=[index for index in indices if config.swap_route and data.has_twin(index, SWAPPED)],
+            controls=config.control,
+            partners=partners,
+            on_batch=on_batch,
+        )
+        for label in (BASE, *runs):
             run = runs[label][0] if label in runs else None
             expert = load_trained(first if run is None else base, run, device, average=config.ema)
-            parts = (predicted[label], batches_of, indices), (swapped[label], swapped_batches_of, swappable)
-            for into, predict, todo in parts:
-                for batch in _paths_of(expert, predict, todo, poses, unread, guard):
-                    _check_finite(batch, data, model=f"{label!r} ({run or config.model})")
-                    into |= batch
-                    done = sum(map(len, (*predicted.values(), *swapped.values())))
-                    total = len(predicted) * (len(indices) + len(swappable))
-                    rate = done / (time.monotonic() - started)
-                    on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
+            predicted[label] = predictor.predict(expert, model=f"{label!r} ({run or config.model})")
             del expert  # before the next one is loaded
 
+    weights = None if data.chosen is None else data.chosen.weights
     judged: dict[int, SampleResult] = {}
     for index in indices:
         while index not in judged and index not in unread.errors:
             with unread.caught():
-                paths = {label: by_index[index] for label, by_index in predicted.items()}
-                others = {label: by_index[index][0] for label, by_index in swapped.items() if index in by_index}
-                judged[index] = _judge_sample(data, index, poses(index), paths, others)
+                judged[index] = _judge_sample(
+                    data,
+                    index,
+                    poses(index),
+                    (space, target_of(index)),
+                    predicted,
+                    weight=1.0 if weights is None else float(weights[index]),
+                    shuffled_with=data.sample_id(partners[index]) if partners else None,
+                )
     results = list(judged.values())
     block_s = BLOCK_S if config.split is None else min(BLOCK_S, config.split.block_us / 1e6)
     summary = summarise(results, seed=config.seed, block_s=block_s)
@@ -152,6 +172,10 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         settings["base"] = f"the new expert of {config.checkpoint} as it began, random weights"
     if data.chosen is not None:
         settings["choice"] = data.chosen.record
+    if config.control:
+        settings["control"] = list(config.control)
+    if len(config.all_flow_steps) > 1:
+        settings["all_flow_steps"] = list(config.all_flow_steps)
     if data.routed:
         settings |= {"routes": True, "swap_route": config.swap_route}
     losses = {label: recorded_metrics(path, state) for label, (path, state) in runs.items()}
@@ -176,73 +200,16 @@ def _check_swap(data: CachedDataset, store: str, *, on_rollouts: bool) -> None:
         raise UsageError("swap_route compares paths on direct prefixes; pass --reasoning none with it.")
 
 
-def _paths_of(
-    expert: "ActionExpert",
-    batches_of: "Callable[[ActionExpert, Sequence[int]], Generator[tuple[Sequence[int], Tensor]]]",
-    indices: Sequence[int],
-    poses: Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]],
-    unread: "_Unread",
-    guard: InterruptGuard,
-) -> Iterator[dict[int, Paths]]:
-    """Sample paths batch by batch, by index, of all samples that can be read; goes on behind one that cannot."""
-    done: set[int] = set()
-    while todo := [index for index in indices if index not in done and index not in unread.errors]:
-        with unread.caught(), closing(batches_of(expert, todo)) as batches:
-            for rows, actions in batches:
-                if guard.requested:
-                    raise InterruptedRunError("stopped on request; an evaluation keeps nothing, run it again.")
-                drawn = zip(rows, actions, strict=True)
-                paths = {index: to_paths(expert.action_space, draws, *poses(index)[:2]) for index, draws in drawn}
-                done |= paths.keys()
-                yield paths
+def _partners(data: CachedDataset, indices: Sequence[int], *, seed: int) -> dict[int, int]:
+    """For each sample the one of another clip whose prefix it is given as a control."""
+    partners = other_clips([data.sample_id(index) for index in indices], seed=seed)
+    return {index: indices[place] for index, place in zip(indices, partners, strict=True)}
 
 
-def _check_finite(paths: Mapping[int, Paths], data: CachedDataset, *, model: str) -> None:
-    """Raise `NonFiniteError` for a path that is not finite."""
-    for index, parts in paths.items():
-        if not all(np.isfinite(part).all() for part in parts):
-            raise NonFiniteError(
-                f"the model {model} predicts paths for {data.sample_id(index)} that are not finite: its weights or the "
-                "sample's prefix are broken. Take an earlier checkpoint, or extract the sample again."
-            )
+def _action_space(base: Checkpoint) -> UnicycleActionSpace:
+    from alpacache.alpamayo.expert import action_space  # as below
 
-
-class _Unread:
-    """The samples of a dataset that cannot be read, and are left out if that is asked for."""
-
-    def __init__(self, data: CachedDataset, *, skips: bool) -> None:
-        """Take those whose commit record cannot be read; without `skips` raises the first one's error."""
-        if not skips:
-            data.refuse_unreadable()
-        self._data, self._skips = data, skips
-        self.errors = dict(data.unreadable)
-        """By index."""
-        self._again: set[int] = set()
-        """Samples that failed once and could be read at once."""
-
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        """Leave the sample of an error out. Raises the error where that is not wanted, or half of all are gone."""
-        try:
-            yield
-        except SampleReadError as error:
-            same_id = [
-                index
-                for index in range(len(self._data))
-                if self._data.sample_id(index) == error.sample_id and index not in self.errors
-            ]
-            damaged = [index for index in same_id if self._data.error_of(index) is not None]
-            if same_id and not damaged and same_id[0] not in self._again:
-                self._again.add(same_id[0])  # it can be read now
-                return
-            if not self._skips or not same_id or (len(self.errors) + 1) * 2 > len(self._data):
-                raise
-            self.errors[(damaged or same_id)[0]] = error
-
-    def left_out(self) -> list[LeftOut]:
-        """The samples, in order, and those whose id nothing tells."""
-        known = [LeftOut(self._data.sample_id(index), str(error)) for index, error in sorted(self.errors.items())]
-        return [*known, *(LeftOut("", str(error)) for error in self._data.nameless)]
+    return action_space(base)
 
 
 def _warn_of_known_clips(
@@ -280,41 +247,38 @@ def _warn_of_other_pictures(
             _log.warning("%r was trained on %s, and --store %s shows %s.", label, saw, store, shows)
 
 
-def _predict_loaded(
-    predict: Callable[..., Tensor],
-    expert: "ActionExpert",
-    load: Callable[[int], CachedSample],
-    indices: Sequence[int],
-    *,
-    batch_size: int,
-    **sampling: int,
-) -> Generator[tuple[Sequence[int], Tensor]]:
-    """Batch by batch, the indices and the actions `[B, paths, 64, 2]` of samples that are loaded one by one."""
-    for start in range(0, len(indices), batch_size):
-        rows = indices[start : start + batch_size]
-        yield rows, predict(expert, [load(index) for index in rows], **sampling)
-
-
 def _judge_sample(
     data: CachedDataset,
     index: int,
-    poses: tuple[Tensor, Tensor, Tensor, Tensor],
-    paths: Mapping[str, Paths],
-    swapped: Mapping[str, NDArray[np.float32]],
+    poses: Poses,
+    true_action: tuple[UnicycleActionSpace, Tensor],
+    predicted: Mapping[str, Predicted],
+    *,
+    weight: float,
+    shuffled_with: str | None,
 ) -> SampleResult:
+    """Judge what each model predicts for one sample."""
     history_xyz, history_rot, truth_xyz, truth_rot = drive = tuple(tensor.double().numpy() for tensor in poses)
     sample_id, (jpeg, lens) = data.sample_id(index), data.front_picture(index)
     strata = stored_strata(sample_id, dict(zip(POSE_FIELDS, drive, strict=True)))
     if jpeg is not None and lens is not None:
-        colours = dict(zip(paths, cycle(MODEL_COLOURS), strict=False))
+        colours = dict(zip(predicted, cycle(MODEL_COLOURS), strict=False))
         with suppress(ValueError, OSError):  # a picture without lines is better than none
-            jpeg = draw_paths(
-                jpeg, lens, truth_xyz, {label: (colours[label], xyz) for label, (xyz, _) in paths.items()}
-            )
-    judged = {label: judge(xyz, rot, truth_xyz, truth_rot) for label, (xyz, rot) in paths.items()}
-    route = data.route(index)
-    if command_of(route) in ("left", "right"):  # stores outlive the rule by which they were given their twins
-        judged |= {label: replace(judged[label], swapped_xyz=xyz.astype(np.float64)) for label, xyz in swapped.items()}
+            drawn = {label: (colours[label], of_model.paths[index][0]) for label, of_model in predicted.items()}
+            jpeg = draw_paths(jpeg, lens, truth_xyz, drawn)
+    route, (space, true) = data.route(index), true_action
+    swaps = command_of(route) in ("left", "right")  # stores outlive the rule by which they were given their twins
+    judged = {}
+    for label, of_model in predicted.items():
+        of_actions = action_errors(space, of_model.actions[index], true, *poses[:2], truth_xyz)
+        swapped = of_model.swapped.get(index) if swaps else None
+        judged[label] = replace(
+            judge(*of_model.paths[index], truth_xyz, truth_rot, of_actions=of_actions),
+            swapped_xyz=None if swapped is None else swapped.astype(np.float64),
+            loss=of_model.losses.get(index),
+            controls={name: by_index[index] for name, by_index in of_model.controls.items() if index in by_index},
+            by_steps={steps: by_index[index] for steps, by_index in of_model.by_steps.items()},
+        )
     return SampleResult(
         sample_id=sample_id,
         clip_id=SampleRef.parse(sample_id).clip_id,
@@ -324,7 +288,9 @@ def _judge_sample(
         history_rot=history_rot,
         front_jpeg=jpeg,
         strata=strata,
-        models=judged | judge_baselines(*drive),
+        models=judged | judge_baselines(*drive, true_action=true_action),
         route=route,
         routed=data.routed,
+        weight=weight,
+        shuffled_with=shuffled_with,
     )

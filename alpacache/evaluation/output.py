@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 
 from alpacache import strict_json
 from alpacache.driving.route import Command
+from alpacache.driving.sample import FUTURE_S
 from alpacache.durable import appearing, check_results_out
 from alpacache.errors import UsageError
-from alpacache.evaluation.judging import METRIC_KEYS, LeftOut, ModelResult, SampleResult, strata_names
+from alpacache.evaluation.judging import METRIC_KEYS, VARIANT_KEYS, LeftOut, ModelResult, SampleResult, strata_names
 from alpacache.evaluation.plots import sample_png
 from alpacache.evaluation.report import write_report
 from alpacache.evaluation.summary import EvalSummary
@@ -107,19 +108,44 @@ def _route_columns(result: SampleResult, model: ModelResult) -> dict[str, Any]:
     }
 
 
+def _variant_columns(
+    result: SampleResult, model: ModelResult, controls: Sequence[str], flow_steps: Sequence[int]
+) -> dict[str, Any]:
+    """Columns of controls and of numbers of flow steps, null for baselines."""
+    columns: dict[str, Any] = {}
+    if controls:
+        columns["loss"] = model.loss
+    for name, variant in [
+        *((control, model.controls.get(control)) for control in controls),
+        *((f"flow_steps={steps}", model.by_steps.get(steps)) for steps in flow_steps),
+    ]:
+        for key in VARIANT_KEYS:
+            columns[f"{name}/{key}"] = None if variant is None else variant.metrics[key]
+        columns[f"{name}/heading_rad@{FUTURE_S}"] = None if variant is None else variant.departure.heading[-1]
+        if name in controls:
+            columns[f"{name}/loss"] = None if variant is None else variant.loss
+    if "shuffled" in controls:
+        columns["shuffled/sample_id"] = result.shuffled_with if "shuffled" in model.controls else None
+    return columns
+
+
 def write_sample_table(path: Path, results: Sequence[SampleResult]) -> None:
     """Write a row for each sample and model as parquet; all results have the same models.
 
-    Columns: `sample_id`, `clip_id`, `model`, a boolean `stratum/NAME` each, the metrics in metres, heading change
+    Columns: `sample_id`, `clip_id`, `weight`, `model`, a boolean `stratum/NAME` each, the metrics, heading change
     (radians) and lateral offset (metres) at each horizon of the driven path (`truth/...`) and of the mean of the
     predicted ones (`pred/...`), the variance of that mean (`noise/...`), and the fields of `Leaving`: `leaves`,
     `leaving_share`, `contained`, `spread_m`, `split`. Where samples may have routes also `route`, `command`, `obeys`
     (share of the paths that do; null without a command), `driven_obeys`, and with left for right in the route
-    `swapped/obeys` and `swapped/lateral_m@6.4`.
+    `swapped/obeys` and `swapped/lateral_m@6.4`. Of controls `loss`, `shuffled/loss`, `shuffled/min_ade` and so on, and
+    `shuffled/sample_id`, whose prefix it was; of several numbers of flow steps `flow_steps=4/min_ade` and so on.
     """
     rows: list[dict[str, Any]] = []
+    models = [model for result in results for model in result.models.values()]
+    controls = list(dict.fromkeys(name for model in models for name in model.controls))
+    flow_steps = list(dict.fromkeys(steps for model in models for steps in model.by_steps))
     for result in results:
-        sample = {"sample_id": result.sample_id, "clip_id": result.clip_id}
+        sample: dict[str, Any] = {"sample_id": result.sample_id, "clip_id": result.clip_id, "weight": result.weight}
         strata = {f"stratum/{name}": name in result.labels for name in strata_names(routed=result.routed)}
         for label, model in result.models.items():
             row: dict[str, Any] = {**sample, "model": label, **strata}
@@ -138,5 +164,6 @@ def write_sample_table(path: Path, results: Sequence[SampleResult]) -> None:
                 "spread_m": model.leaving.spread_m,
                 "split": model.leaving.split,
             }
+            row |= _variant_columns(result, model, controls, flow_steps)
             rows.append(row | (_route_columns(result, model) if result.routed else {}))
     pq.write_table(pa.Table.from_pylist(rows), path)

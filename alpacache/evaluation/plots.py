@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from alpacache.driving.sample import DT_S, FUTURE_S, FUTURE_STEPS, Floats
 from alpacache.evaluation.judging import SampleResult
@@ -54,29 +54,40 @@ def bias_scatter_png(
     reach = 1.08 * max([1.0, *(float(np.abs(values).max()) for values in (x, *ys.values()) if values.size)])
     for index, (panel, (label, y)) in enumerate(zip(panels, ys.items(), strict=False)):
         colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
-        panel.plot([-reach, reach], [-reach, reach], color="#777777", lw=1.1, ls=(0, (5, 3)), label="as driven")
-        panel.scatter(x, y, s=16, color=colour, alpha=0.5, lw=0)
-        if ring.any():
-            panel.scatter(
-                x[ring],
-                y[ring],
-                s=34,
-                facecolor="none",
-                edgecolor=INK,
-                lw=0.9,
-                label="straight history, curve after t0",
-            )
-        if (line := slopes.get(label)) is not None:
-            ends = np.array([-reach, reach])
-            panel.plot(
-                ends, np.rad2deg(line.intercept) + line.slope * ends, color=colour, lw=2.2, label=_line_text(line)
-            )
-        panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-        panel.set_title(literal(label), fontsize=11, color=colour, loc="left", fontweight="bold")
-        style_axes(panel, x=f"driven heading change at {FUTURE_S:g} s (°)")
-        panel.legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
+        ringed = "straight history, curve after t0"
+        draw_bias(panel, x, y, slopes.get(label), colour=colour, reach=reach, ring=ring, ringed=ringed, title=label)
     panels[0].set_ylabel("predicted heading change (°), mean of paths", fontsize=9, color=INK)
     return png_bytes(figure, palette=True)
+
+
+def draw_bias(
+    panel: Axes,
+    x: Floats,
+    y: Floats,
+    line: Slope | None,
+    *,
+    colour: str,
+    reach: float,
+    ring: NDArray[np.bool_],
+    ringed: str,
+    title: str,
+) -> None:
+    """Draw predicted `y [N]` against driven heading change `x [N]` in degrees, the fitted line, and rings.
+
+    `reach`: end of both axes; `ringed` says what the samples in `ring [N]` are.
+    """
+    panel.plot([-reach, reach], [-reach, reach], color="#777777", lw=1.1, ls=(0, (5, 3)), label="as driven")
+    panel.scatter(x, y, s=16, color=colour, alpha=0.5, lw=0)
+    if ring.any():
+        panel.scatter(x[ring], y[ring], s=34, facecolor="none", edgecolor=INK, lw=0.9, label=ringed)
+    if line is not None:
+        ends = np.array([-reach, reach])
+        fitted = np.rad2deg(line.intercept) + line.slope * ends
+        panel.plot(ends, fitted, color=colour, lw=2.2, label=_line_text(line))
+    panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    panel.set_title(literal(title), fontsize=11, color=colour, loc="left", fontweight="bold")
+    style_axes(panel, x=f"driven heading change at {FUTURE_S:g} s (°)")
+    panel.legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
 
 
 def _line_text(line: Slope) -> str:
@@ -88,13 +99,17 @@ def _line_text(line: Slope) -> str:
 
 
 def error_over_time_png(
-    panels: Mapping[str, Mapping[str, ArrayLike]], *, dashed: Mapping[str, Mapping[str, ArrayLike]] | None = None
+    panels: Mapping[str, Mapping[str, ArrayLike]],
+    *,
+    dashed: Mapping[str, Mapping[str, ArrayLike]] | None = None,
+    weights: Mapping[str, ArrayLike] | None = None,
 ) -> bytes:
     """Error against time, mean over samples, with the middle half of samples shaded for the models.
 
     Args:
         panels: title, such as a stratum -> model label -> `[N, 64]` error in metres of each sample's reported path.
         dashed: title -> baseline label -> `[N, 64]`.
+        weights: title -> `[N]` by which samples count in the means, alike without.
     """
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -102,16 +117,16 @@ def error_over_time_png(
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     times_s = DT_S * np.arange(1, FUTURE_STEPS + 1)
     for axes, (title, errors) in zip(all_axes, panels.items(), strict=False):
-        tops = [1e-3]
+        tops, by = [1e-3], None if weights is None else np.asarray(weights[title], dtype=np.float64)
         for index, (label, values) in enumerate(errors.items()):
             error = np.asarray(values, dtype=np.float64)
-            colour, mean = MODEL_COLOURS[index % len(MODEL_COLOURS)], error.mean(axis=0)
+            colour, mean = MODEL_COLOURS[index % len(MODEL_COLOURS)], np.average(error, axis=0, weights=by)
             low, high = np.quantile(error, [0.25, 0.75], axis=0)
             axes.fill_between(times_s, low, high, color=colour, alpha=0.13, lw=0)
             axes.plot(times_s, mean, color=colour, lw=2.2, label=literal(label))
             tops += [float(mean.max()), float(high.max())]
         for index, (label, values) in enumerate((dashed or {}).get(title, {}).items()):
-            mean = np.asarray(values, dtype=np.float64).mean(axis=0)
+            mean = np.average(np.asarray(values, dtype=np.float64), axis=0, weights=by)
             colour, style = BASELINE_STYLES[index % len(BASELINE_STYLES)]
             axes.plot(times_s, mean, color=colour, ls=style, lw=1.6, label=literal(label))
         axes.set(xlim=(0, FUTURE_S), ylim=(0, 1.6 * max(tops)))

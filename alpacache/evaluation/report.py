@@ -78,6 +78,11 @@ def write_report(
             "filters": tables.filter_buttons(summary),
             "strata_table": tables.strata_table(summary),
             "tracks_table": tables.tracks_table(summary),
+            "steering_table": tables.steering_table(summary),
+            "no_controls": "" if summary.controls else "hidden",
+            "controls_table": tables.controls_table(summary),
+            "no_flow": "" if summary.flow_steps else "hidden",
+            "flow_table": tables.flow_table(summary),
             "slopes_table": tables.slopes_table(summary),
             "corridor_table": tables.corridor_table(summary),
             "no_routes": "" if summary.commands else "hidden",
@@ -156,14 +161,15 @@ def _time_png(summary: EvalSummary, results: Sequence[SampleResult]) -> bytes:
         each = [displacement(result.models[label].pred_xyz, result.truth_xyz) for result in rows]
         return np.stack([error[error.mean(axis=1).argmin()] for error in each])
 
-    panels, dashed = {}, {}
+    panels, dashed, weights = {}, {}, {}
     for name in TIME_STRATA:
         rows = [result for result in results if name in result.strata.labels]
         if rows:
             title = f"{tables.stratum_name(name)} ({len(rows)})"
             panels[title] = {label: errors(label, rows) for label in summary.models}
             dashed[title] = {label: errors(label, rows) for label in summary.baselines}
-    return error_over_time_png(panels, dashed=dashed)
+            weights[title] = [result.weight for result in rows]
+    return error_over_time_png(panels, dashed=dashed, weights=weights)
 
 
 def _gallery(summary: EvalSummary, ranked: Sequence[SampleResult], judged: str) -> str:

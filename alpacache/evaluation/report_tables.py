@@ -14,6 +14,7 @@ from alpacache.metrics.bias import HORIZONS_S, QUANTITIES, Slope
 from alpacache.metrics.bootstrap import Interval, range_text
 from alpacache.metrics.corridor import SIDE_KEY
 from alpacache.metrics.path_frame import ONSET_KEY, TRACK_KEYS
+from alpacache.metrics.steering import COMMIT_KEY
 from alpacache.pictures.canvas import BASELINE_STYLES, MODEL_COLOURS
 
 HEADLINE_METRICS = {
@@ -39,6 +40,15 @@ STRATA_METRICS = {
 }
 TRACK_METRICS = {key: key.replace("_track@", " ") + " s" for key in TRACK_KEYS}
 TRACK_METRICS |= {ONSET_KEY: "after onset", SIDE_KEY: "right side"}
+STEERING_METRICS = {
+    "lateral_only": "lateral only",
+    "speed_only": "speed only",
+    "lateral_error": "beside, mean",
+    "lateral_error_max": "beside, largest",
+    "accel_mae": "acceleration m/s²",
+    "curvature_mae": "curvature 1/m",
+    COMMIT_KEY: "commits after s",
+}
 _SHARES = ("miss_rate", SIDE_KEY)
 SLOPE_COLUMNS = tuple((quantity, horizon_s) for quantity in QUANTITIES for horizon_s in HORIZONS_S)
 _NOTHING = '<td data-value="">–</td>'
@@ -89,6 +99,11 @@ def headline_sentences(summary: EvalSummary) -> str:
         for name in JUDGED
         for label, verdict in summary.strata[name].verdicts.items()
     ]
+    told += [
+        f"<p><strong>{escape(label)}</strong>: <strong>{control.answer}</strong>. Its loss {control.sentence}.</p>"
+        for label, by_control in summary.controls.get("all", {}).items()
+        for control in by_control.values()
+    ]
     return "".join(told) + f"<p>{_late_sentence(summary)}</p>"
 
 
@@ -123,6 +138,45 @@ def strata_table(summary: EvalSummary) -> str:
 def tracks_table(summary: EvalSummary) -> str:
     """Errors along the driven path, beside it and after the onset of its turn, as `strata_table`."""
     return _metrics_table(summary, TRACK_METRICS)
+
+
+def steering_table(summary: EvalSummary) -> str:
+    """Errors of steering apart from those of speed, as `strata_table`."""
+    return _metrics_table(summary, STEERING_METRICS)
+
+
+def controls_table(summary: EvalSummary) -> str:
+    """Loss, error and turn taken with another clip's prefix or with none, beside the honest ones."""
+    rows = []
+    for name, by_model in summary.controls.items():
+        for label, by_control in by_model.items():
+            for control, told in by_control.items():
+                cells = [_text(control), _count(told.samples), _value(told.honest_loss, "{:.3f}")]
+                cells += [_value(told.loss, "{:.3f}"), _rise(told.rise)]
+                cells += [_value(told.honest_min_ade, "{:.2f}"), _value(told.min_ade, "{:.2f}")]
+                cells += [_slope(told.honest_slope), _slope(told.slope), _text(told.answer)]
+                rows.append(_model_row(summary, label, cells, stratum=name))
+    heads = ["stratum", "model", "prefix", "samples", "loss", "with it", "rise", "minADE", "with it", "turn taken"]
+    return _table([*heads, "with it", "does it look?"], rows)
+
+
+def flow_table(summary: EvalSummary) -> str:
+    """Errors by number of flow steps, over all samples."""
+    rows = []
+    for label, by_steps in summary.flow_steps.items():
+        for number, (steps, told) in enumerate(by_steps.items()):
+            cells = [_count(steps), *(_value(value, "{:.3f}") for value in told.metrics.values())]
+            cells += [_change(told.change if number else None, gap=" "), _slope(told.slope)]
+            rows.append(_model_row(summary, label, cells))
+    heads = ["model", "flow steps", "minADE", "ADE", "minFDE", "change of minADE", "turn taken"]
+    return _table(heads, rows, sortable=False)
+
+
+def _rise(rise: Interval | None) -> str:
+    if rise is None:
+        return _NOTHING
+    span = range_text(100 * rise.low, 100 * rise.high, "z.0f")
+    return f'<td data-value="{rise.estimate:.6g}">{100 * rise.estimate:z.0f} % <span class="range">{span}</span></td>'
 
 
 def _metrics_table(summary: EvalSummary, names: Mapping[str, str]) -> str:
@@ -260,7 +314,7 @@ def _value(value: float, form: str) -> str:
 def _number(key: str, value: float, change: Interval | None = None) -> str:
     if math.isnan(value):
         return _NOTHING
-    text = f"{100 * value:.1f} %" if key in _SHARES else f"{value:.2f}"
+    text = f"{100 * value:.1f} %" if key in _SHARES else f"{value:.{4 if key == 'curvature_mae' else 2}f}"
     title, verdict = "", _verdict(change, more_is_better=key == SIDE_KEY)
     if change is not None:
         title = f' title="change {change.estimate:+.3f} {range_text(change.low, change.high, "+.3f")}"'

@@ -17,6 +17,7 @@ from alpacache.driving.sample import FUTURE_S, Floats, SampleRef
 from alpacache.driving.strata import LATE_CURVE, STRAIGHT_HISTORY, TURN_STRATA
 from alpacache.evaluation.bias_verdict import BiasVerdict, judge_bias, too_few
 from alpacache.evaluation.judging import METRIC_KEYS, SampleResult, strata_names
+from alpacache.evaluation.variants import ControlSummary, FlowSummary, Judged, summarise_control, summarise_flow
 from alpacache.metrics.baselines import BASELINES
 from alpacache.metrics.bias import (
     HORIZONS_S,
@@ -83,6 +84,12 @@ class EvalSummary:
     """Commands that samples have, and how they are obeyed."""
     swaps: Mapping[str, SwapSummary] = field(default_factory=dict)
     """By model, the control with left for right in the routes; empty where it was not asked for."""
+    controls: Mapping[str, Mapping[str, Mapping[str, ControlSummary]]] = field(default_factory=dict)
+    """Stratum of `JUDGED` -> model -> control -> does it look?; empty where it was not asked for."""
+    flow_steps: Mapping[str, Mapping[int, FlowSummary]] = field(default_factory=dict)
+    """Model -> number of flow steps -> errors; empty unless several numbers were asked for."""
+    weighted: bool = False
+    """True if samples count by weights."""
 
     def to_json(self) -> dict[str, Any]:
         """Return dictionaries, lists, numbers, strings and None; horizons become keys such as "6.4"."""
@@ -105,6 +112,8 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0, block_s: float 
     times_s = [SampleRef.parse(result.sample_id).t0_us / 1e6 if is_few else 0.0 for result in results]
     units = splitting_units(clips, times_s, block_s=block_s)
     split_by = f"blocks of {block_s:g} s" if is_few else "clips"
+    weights = np.array([result.weight for result in results], dtype=np.float64)
+    everything = Judged(truth=truth, units=units, weights=weights / weights.mean(), split_by=split_by, seed=seed)
     strata = {}
     routed = any(result.routed for result in results)
     for name in strata_names(routed=routed):
@@ -114,6 +123,7 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0, block_s: float 
             [truth[row] for row in rows],
             {label: [predicted[label][row] for row in rows] for label in labels},
             [units[row] for row in rows],
+            everything.at(rows).weights,
             name=name,
             models=models,
             split_by=split_by,
@@ -129,13 +139,49 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0, block_s: float 
         split_by=split_by,
         strata=strata,
         warnings=_warnings(strata, split_by),
-        commands=_summarise_commands(results, units, models, seed=seed) if routed else {},
-        swaps=_summarise_swaps(results, units, models, seed=seed),
+        commands=_summarise_commands(results, units, weights, models, seed=seed) if routed else {},
+        swaps=_summarise_swaps(results, units, weights, models, seed=seed),
+        controls=_summarise_controls(results, everything, models),
+        flow_steps=_summarise_flow(results, everything, models),
+        weighted=bool((weights != weights[0]).any()),
     )
 
 
+def _summarise_controls(
+    results: Sequence[SampleResult], everything: Judged, models: Sequence[str]
+) -> dict[str, dict[str, dict[str, ControlSummary]]]:
+    """Whether models look, on the strata that the turn did not choose."""
+    found: dict[str, dict[str, dict[str, ControlSummary]]] = {}
+    for name in JUDGED:
+        for label in models:
+            for control in dict.fromkeys(control for result in results for control in result.models[label].controls):
+                rows = [
+                    row
+                    for row, result in enumerate(results)
+                    if name in result.labels and control in result.models[label].controls
+                ]
+                if rows:
+                    honest = [results[row].models[label].honest(results[row].history_rot) for row in rows]
+                    other = [results[row].models[label].controls[control] for row in rows]
+                    summary = summarise_control(control, honest, other, everything.at(rows))
+                    found.setdefault(name, {}).setdefault(label, {})[control] = summary
+    return found
+
+
+def _summarise_flow(
+    results: Sequence[SampleResult], everything: Judged, models: Sequence[str]
+) -> dict[str, dict[int, FlowSummary]]:
+    return {
+        label: summarise_flow(
+            {steps: [result.models[label].by_steps[steps] for result in results] for steps in numbers}, everything
+        )
+        for label in models
+        if (numbers := tuple(results[0].models[label].by_steps))
+    }
+
+
 def _summarise_commands(
-    results: Sequence[SampleResult], units: Sequence[str], models: Sequence[str], *, seed: int
+    results: Sequence[SampleResult], units: Sequence[str], weights: Floats, models: Sequence[str], *, seed: int
 ) -> dict[str, CommandSummary]:
     """How the commands that can be obeyed, and that samples have, are obeyed."""
     found: dict[str, CommandSummary] = {}
@@ -144,26 +190,22 @@ def _summarise_commands(
         if rows and command != "none":
             paths = {label: [results[row].models[label].pred_xyz for row in rows] for label in models}
             truth, of_rows = [results[row].truth_xyz for row in rows], [units[row] for row in rows]
-            found[command] = summarise_command(command, truth, paths, of_rows, seed=seed)
+            found[command] = summarise_command(command, truth, paths, of_rows, weights=weights[rows], seed=seed)
     return found
 
 
 def _summarise_swaps(
-    results: Sequence[SampleResult], units: Sequence[str], models: Sequence[str], *, seed: int
+    results: Sequence[SampleResult], units: Sequence[str], weights: Floats, models: Sequence[str], *, seed: int
 ) -> dict[str, SwapSummary]:
     found = {}
     for label in models:
-        rows = [
-            (result, unit)
-            for result, unit in zip(results, units, strict=True)
-            if result.models[label].swapped_xyz is not None
-        ]
+        rows = [row for row, result in enumerate(results) if result.models[label].swapped_xyz is not None]
         if rows:
-            commands = [row.command for row, _ in rows if row.command is not None]
-            pairs = [(row.models[label].pred_xyz, row.models[label].swapped_xyz) for row, _ in rows]
+            commands = [command for row in rows if (command := results[row].command) is not None]
+            pairs = [(results[row].models[label].pred_xyz, results[row].models[label].swapped_xyz) for row in rows]
             given, swapped = ([pair[part] for pair in pairs] for part in (0, 1))
-            of_rows = [unit for _, unit in rows]
-            found[label] = summarise_swap(commands, given, swapped, of_rows, seed=seed)  # type: ignore[arg-type]
+            of_rows, by = [units[row] for row in rows], weights[rows]
+            found[label] = summarise_swap(commands, given, swapped, of_rows, weights=by, seed=seed)  # type: ignore[arg-type]
     return found
 
 
@@ -172,13 +214,17 @@ def _summarise_stratum(
     truth: Sequence[Departure],
     predicted: Mapping[str, Sequence[Departure]],
     units: Sequence[str],
+    weights: Floats,
     *,
     name: str,
     models: Sequence[str],
     split_by: str,
     seed: int,
 ) -> StratumSummary:
-    """Numbers of one stratum; departures are in the order of `results`, by label where predicted, as are the units."""
+    """Numbers of one stratum; departures are in the order of `results`, by label where predicted, as are the units.
+
+    `weights` are of mean 1.
+    """
     if not results:
         return StratumSummary(samples=0, clips=0)
     values = {
@@ -187,27 +233,28 @@ def _summarise_stratum(
     }
     leavings = {label: [result.models[label].leaving for result in results] for label in predicted}
     reference, *others = models
-    corridor = {label: summarise_corridor(each, units, seed=seed) for label, each in leavings.items()}
+    by: dict[str, Any] = {"weights": weights, "seed": seed}
+    corridor = {label: summarise_corridor(each, units, **by) for label, each in leavings.items()}
     measure = partial(bias_slope, calibrate=name not in TURN_STRATA)
-    bias = {label: _by_horizon(measure, truth, pred, units, seed=seed) for label, pred in predicted.items()}
+    bias = {label: _by_horizon(measure, truth, pred, units, **by) for label, pred in predicted.items()}
     return StratumSummary(
         samples=len(results),
         clips=len({result.clip_id for result in results}),
-        metrics={label: {key: _mean(errors) for key, errors in by_key.items()} for label, by_key in values.items()},
+        metrics={
+            label: {key: _mean(errors, weights) for key, errors in by_key.items()} for label, by_key in values.items()
+        },
         differences={
-            label: {
-                key: _difference(values[reference][key], values[label][key], units, seed=seed) for key in METRIC_KEYS
-            }
+            label: {key: _difference(values[reference][key], values[label][key], units, **by) for key in METRIC_KEYS}
             for label in others
         },
         bias=bias,
         bias_differences={
-            label: _by_horizon(bias_difference, truth, predicted[reference], predicted[label], units, seed=seed)
+            label: _by_horizon(bias_difference, truth, predicted[reference], predicted[label], units, **by)
             for label in others
         },
         corridor=corridor,
         recall_differences={
-            label: recall_difference(leavings[reference], leavings[label], units, seed=seed) for label in others
+            label: recall_difference(leavings[reference], leavings[label], units, **by) for label in others
         },
         verdicts={
             label: judge_bias(bias[label]["heading"][FUTURE_S], corridor[label], split_by=split_by)
@@ -216,25 +263,26 @@ def _summarise_stratum(
     )
 
 
-def _mean(values: Floats) -> float:
+def _mean(values: Floats, weights: Floats) -> float:
     """Mean of the values that a metric has; NaN without any."""
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if known.size else math.nan
+    known = np.isfinite(values)
+    return float(np.average(values[known], weights=weights[known])) if known.any() else math.nan
 
 
-def _difference(before: Floats, after: Floats, units: Sequence[str], *, seed: int) -> Interval | None:
-    """Paired difference of means over the samples that a metric has a value for, the same for both models."""
-    known = np.isfinite(before)
+def _difference(before: Floats, after: Floats, units: Sequence[str], *, weights: Floats, seed: int) -> Interval | None:
+    """Paired difference of means over the samples that a metric has a value for, of both models."""
+    known = np.isfinite(before) & np.isfinite(after)
     names = [unit for unit, is_known in zip(units, known, strict=True) if is_known]
-    return mean_difference(before[known], after[known], names, seed=seed)
+    return mean_difference(before[known], after[known], names, weights=weights[known], seed=seed)
 
 
-def _by_horizon(measure: Callable[..., T], *data: Sequence[Any], seed: int) -> dict[Quantity, dict[float, T]]:
+def _by_horizon(
+    measure: Callable[..., T], *data: Sequence[Any], weights: Floats, seed: int
+) -> dict[Quantity, dict[float, T]]:
     """Take a measure of departures at each quantity and horizon."""
+    by: dict[str, Any] = {"weights": weights, "seed": seed}
     return {
-        quantity: {
-            horizon_s: measure(*data, quantity=quantity, horizon_s=horizon_s, seed=seed) for horizon_s in HORIZONS_S
-        }
+        quantity: {horizon_s: measure(*data, quantity=quantity, horizon_s=horizon_s, **by) for horizon_s in HORIZONS_S}
         for quantity in QUANTITIES
     }
 

@@ -23,6 +23,8 @@ class ExtractConfig(StoredConfig, SamplesConfig):
     """Directory or s3://BUCKET/PREFIX of the store; created if absent."""
     blank: Blank = ()
     """Further cameras, recorded or not, each of which a black picture stands in for and keeps the place of."""
+    codec_from: Place | None = None
+    """Store whose basis and tables `--codec transform:RATE` takes, rather than learning its own."""
     seed: Seed = 0
     """Seed of the changes that views make."""
     vlm: Place | None = None

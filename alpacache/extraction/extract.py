@@ -11,8 +11,9 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -21,12 +22,20 @@ from alpacache.alpamayo.backbone import geometry_of, some_layers, stored_dtypes
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.recognition import prompt_words
 from alpacache.cached_samples.features import checked, store_fields
-from alpacache.cached_samples.identity import as_stored, codec_for, other_options, provenance, store_identity, telling
+from alpacache.cached_samples.identity import (
+    as_stored,
+    other_options,
+    provenance,
+    store_codec,
+    store_identity,
+    telling,
+)
 from alpacache.driving.cameras import check_places, sort_cameras
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.splits import parse_split
 from alpacache.durable import check_store_place
 from alpacache.errors import BadClipError, InterruptedRunError, UsageError
+from alpacache.extraction.codec_choice import known_codec, learnt_codec, longer_than_learnt, warn_of
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.disk_room import check_room
 from alpacache.extraction.failures import Failures
@@ -50,7 +59,7 @@ from alpacache.sources.source import FixedSource
 from alpacache.sources.stretches import share_of, stretches
 from alpacache.sources.views import views_identity
 from alpacache.torchrun import this_process
-from cache_store import CacheWriter, IdentityMismatchError
+from cache_store import CacheWriter, IdentityMismatchError, KVCodec, TransformCodec
 from cache_store.format.names import sample_key
 from cache_store.format.store_root import mismatch
 from cache_store.writer import committed_keys, stored_identity
@@ -87,12 +96,6 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     source = open_source(config.source, cameras=settings.cameras)
     checkpoint = Checkpoint(config.model, vlm=config.vlm)
     layers = some_layers(checkpoint, config.layers)
-    stored = StoredFeatures(
-        codec=codec_for(config.codec, layers),
-        hidden_states=config.hidden_states == "last",
-        rollouts=config.tails,
-        layers=layers,
-    )
     builder = settings.input_builder(checkpoint)
     prompt = builder.format
     if not prompt.camera_names:
@@ -114,22 +117,34 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         raise UsageError(f"{config.source} has no sample in split {config.split!r}; choose another --split or --t0.")
     wanted = frozenset(sample_key(ref.sample_id) for ref in refs)
     worker, workers = share(config.shard)
+    every = refs
     refs, unusable = share_of(refs, source, worker, workers), unusable[worker::workers]
-    identity = store_identity(
-        checkpoint,
-        builder,
-        cameras=settings.shown,
-        blank=settings.blank,
-        frames=config.frames,
-        codec=config.codec,
-        dtype=str(settings.dtype).removeprefix("torch."),
-        rollouts=config.tails,
-        views=views_identity(config.views, seed=config.seed),
-        layers=layers,
-    )
     check_store_place(config.store)
-    if (stored_before := stored_identity(config.store)) is not None:
-        identity = as_stored(identity, stored_before)
+    stored_before = stored_identity(config.store)
+    codec = known_codec(
+        config.codec, config.codec_from, stored_before, store=str(config.store), checkpoint=checkpoint, layers=layers
+    )
+    stored = StoredFeatures(
+        codec=codec, hidden_states=config.hidden_states == "last", rollouts=config.tails, layers=layers
+    )
+
+    def identified(codec: KVCodec | None) -> dict[str, Any]:
+        identity = store_identity(
+            checkpoint,
+            builder,
+            cameras=settings.shown,
+            blank=settings.blank,
+            frames=config.frames,
+            codec=config.codec,
+            calibrated=codec,
+            dtype=str(settings.dtype).removeprefix("torch."),
+            rollouts=config.tails,
+            views=views_identity(config.views, seed=config.seed),
+            layers=layers,
+        )
+        return identity if stored_before is None else as_stored(identity, stored_before)
+
+    identity = identified(codec)
     by = parse_split(config.split_by)
     lone = note_on_split(source, split_by=by, clips=config.clips)
     if config.split != "all" and lone is not None:
@@ -156,6 +171,32 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     first.cache_clear()  # its pictures are large
     if plan is not None:
         on_note(told_plan(plan))
+    if isinstance(codec, TransformCodec):
+        if plan is not None and plan.home != "gpu":
+            raise UsageError(
+                f"--codec {config.codec} encodes whole samples, but a VLM that the GPU does not hold gives one "
+                "layer at a time; take --codec bf16 or int8, or a GPU that holds the VLM."
+            )
+        if codec.tables is None and stored_before is None:
+            codec = learnt_codec(
+                codec,
+                every,
+                checkpoint,
+                builder,
+                source=source,
+                settings=settings,
+                layers=layers,
+                device=device,
+                workers=reading_workers(config.workers),
+                on_note=on_note,
+            )
+            if (stored_before := stored_identity(config.store)) is not None and stored_before.get(
+                "codec"
+            ) == config.codec:
+                on_note("another worker has begun the store meanwhile; its codec is used.")
+                codec = store_codec(stored_before, store=str(config.store))
+            stored = replace(stored, codec=codec)
+            identity = identified(codec)
     fields = store_fields(
         hidden_states=stored.hidden_states,
         codec=stored.codec,
@@ -170,8 +211,9 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     origin = provenance(source=source.name, device=hardware, compiled=compiled)
     if config.split_by != "clip":
         origin["split"] = f"{config.split} by {config.split_by}"
+    tables = codec.calibrated.to_bytes() if isinstance(codec, TransformCodec) and codec.sha256 else None
     try:
-        opened = CacheWriter(config.store, fields=fields, identity=identity, provenance=origin)
+        opened = CacheWriter(config.store, fields=fields, identity=identity, provenance=origin, codec_tables=tables)
     except IdentityMismatchError as error:
         told = mismatch(config.store, telling(error.differences))
         said = [*other_options(identity, stored_before or {}), str(told)]
@@ -207,7 +249,9 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
             ):
                 progress.start(len(todo))
                 with InterruptGuard() as guard, Writers(writer, copies, threads=config.writers) as writers:
-                    _Extraction(readers, prefiller, batch, writers, progress, failures, guard).over(in_order)
+                    extraction = _Extraction(readers, prefiller, batch, writers, progress, failures, guard, codec)
+                    extraction.over(in_order)
+                warn_of(extraction.longer, codec, progress.extracted)
             if guard.requested and progress.left:
                 raise InterruptedRunError(
                     f"stopped on request: {progress.extracted} samples of this run are committed to {writer.path}, "
@@ -288,8 +332,11 @@ class _Extraction:
     progress: ExtractProgress
     failures: Failures
     guard: InterruptGuard
+    codec: KVCodec | None
     pending: Group | None = None
     """The last group, handed to the writers when the device has the next."""
+    longer: dict[str, float] = field(default_factory=dict)
+    """Samples that are unlike those the codec was learnt from, and how many times the bytes they take."""
 
     def over(self, todo: Sequence[Sequence[SampleRef]]) -> None:
         """Extract and commit these samples, or those that are begun when a stop is requested."""
@@ -354,6 +401,8 @@ class _Extraction:
                 if copy is not None:
                     copy.release()
                 continue
+            if (times := longer_than_learnt(self.codec, stored)) is not None:
+                self.longer[sample_id] = times
             with self.progress.waits.of("write"):
                 self.writers.put(sample_id, stored, made=group.made, copy=copy)
             self.progress.add_committed(self.writers.collect())

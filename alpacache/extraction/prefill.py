@@ -107,6 +107,12 @@ class Prefiller:
         together = zip(samples, values, strict=True)
         return Group(samples=[(one.sample_id, one.arrays | arrays) for one, arrays in together], made=made)
 
+    def prefixes(self, samples: Sequence[Prepared]) -> list[PrefixFeatures]:
+        """The samples' prefixes alone, on the device."""
+        found = self._vlm.prefill_batch([one.inputs for one in samples])
+        layers = self._stored.layers
+        return found if layers is None else [prefix.of_layers(layers) for prefix in found]
+
     def features(self, samples: Sequence[Prepared]) -> list[dict[str, Any]]:
         """The stored values of each sample that come from the VLM."""
         stored, result = self._stored, []

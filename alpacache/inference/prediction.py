@@ -1,6 +1,6 @@
 """Paths from cached prefixes, on noise that every model shares."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -10,14 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alpacache import randomness
+from alpacache import flow_matching, randomness
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import CachedSample
 from alpacache.cached_samples.ring import Batch, BatchRing, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.driving.action_space import UnicycleActionSpace
+from alpacache.flow_matching import TimeSchedule
 from alpacache.flow_matching import sample as sample_flow
 from alpacache.gpu.capture import captured
+from alpacache.prefix.packed import NoPrefix, PackedPrefixes
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures
 
 if TYPE_CHECKING:
@@ -25,19 +27,34 @@ if TYPE_CHECKING:
 
 Paths: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32]]
 """xyz `[K, 64, 3]` (m, ego frame at t0) and rotations `[K, 64, 3, 3]` of one sample."""
+LOSS_DRAWS = 4
+"""Noise draws of the loss of a held-out sample."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What an expert makes of one batch of samples, on the CPU."""
+
+    indices: Sequence[int]
+    actions: Tensor
+    """`[S, B, K, 64, 2]` float32: one for each number of flow steps, in their order."""
+    losses: Tensor | None = None
+    """`[B]` flow loss on the draws of `validation_draws`, where it was asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledActions:
-    """Actions `[B, K, 64, 2]` (float32) and number of damaged rows `[]`, on the way to the host; `values` waits."""
+    """Actions `[S, B, K, 64, 2]`, losses `[B]` (float32) and number of damaged rows `[]`, on the way to the host;
+    `prediction` waits."""
 
     batch: Batch
     action: Tensor
+    losses: Tensor | None
     damage: Tensor
     ended: torch.cuda.Event | None
 
-    def values(self, ring: BatchRing) -> Tensor:
-        """The actions of the batch's samples. Raises the ring's error if damaged bytes had come into its rows.
+    def prediction(self, ring: BatchRing) -> Prediction:
+        """What was computed. Raises the ring's error if damaged bytes had come into its rows.
 
         The rows must not be filled again yet, so that the damaged sample can still be named.
         """
@@ -45,7 +62,8 @@ class SampledActions:
             self.ended.synchronize()
         if self.damage:
             raise ring.damage_error()
-        return self.action[: len(self.batch.rows)]
+        actions = self.action[:, : len(self.batch.rows)]
+        return Prediction(indices=self.batch.positions, actions=actions, losses=self.losses)
 
 
 class ActionSampler:
@@ -59,18 +77,24 @@ class ActionSampler:
     are decoded once a batch where memory has room for all of them, else once a flow step.
     """
 
-    def __init__(self, expert: "ActionExpert", rows: PrefixRows, *, paths: int, flow_steps: int, capture: bool) -> None:
-        self._expert, self._flow_steps = expert, flow_steps
+    def __init__(
+        self, expert: "ActionExpert", rows: PrefixRows, *, paths: int, flow_steps: Sequence[int], capture: bool
+    ) -> None:
+        """`flow_steps`: numbers of steps, with each of which the paths are sampled from the same noise."""
+        self._expert, self._flow_steps = expert, tuple(flow_steps)
         self._cuda = self._fixed = expert.device.type == "cuda"
         """Fixed: computed on the rows' batch size and the longest of all prefixes, however few and short the batch's
         are, as a graph has to; without a graph as well, so that both give the same numbers."""
         self._capture = capture and self._cuda
         self._graph: torch.cuda.CUDAGraph | None = None
         self._staged = StagedBatch(rows, expert, draws=paths)
-        self._action = torch.zeros_like(self._staged.noise)
+        self._action = self._staged.noise.new_zeros(len(self._flow_steps), *self._staged.noise.shape)
 
-    def run(self, batch: Batch, noise: Tensor) -> SampledActions:
-        """Enqueue all flow steps of a batch from `noise [B, K, 64, 2]` on the CPU."""
+    def run(self, batch: Batch, noise: Tensor, *, flow: tuple[Tensor, Tensor, Tensor] | None = None) -> SampledActions:
+        """Enqueue all flow steps of a batch from `noise [B, K, 64, 2]` on the CPU.
+
+        `flow`: targets, noise and times that the loss is wanted of, as in `flow_losses`.
+        """
         staged = self._staged
         staged.put(batch, noise)
         shape = (staged.size, staged.rows.longest) if self._fixed else (len(batch.rows), batch.longest)
@@ -80,17 +104,21 @@ class ActionSampler:
             self._graph.replay()
         else:
             self._compute(*shape)
+        losses = None
+        if flow is not None:
+            prefixes = staged.prefixes(slice(len(batch.rows)), longest=batch.longest)
+            losses = flow_losses(self._expert, *flow, prefixes).to("cpu", non_blocking=True, copy=True)
         damage = torch.count_nonzero(staged.rows.damage).to("cpu", non_blocking=True)
         action = self._action.to("cpu", non_blocking=True, copy=True)  # from a GPU to page-locked memory
         ended = torch.cuda.current_stream().record_event() if self._cuda else None
-        return SampledActions(batch=batch, action=action, damage=damage, ended=ended)
+        return SampledActions(batch=batch, action=action, losses=losses, damage=damage, ended=ended)
 
     def _compute(self, count: int, longest: int) -> None:
         """Actions of the first `count` samples, whose prefixes have at most `longest` tokens."""
         prefixes = self._staged.prefixes(slice(count), longest=longest)
         noise = self._staged.noise[:count]
-        action = sample_flow(lambda x, t: self._expert.velocity(x, t, prefixes), noise, steps=self._flow_steps)
-        self._action[:count].copy_(action)
+        for steps, into in zip(self._flow_steps, self._action, strict=True):
+            into[:count].copy_(sample_flow(lambda x, t: self._expert.velocity(x, t, prefixes), noise, steps=steps))
 
 
 @torch.no_grad()
@@ -107,7 +135,7 @@ def predict_actions(
     if any(sample.tails for sample in samples):
         pairs = zip(samples, noise, strict=True)
         return torch.stack([after_rollouts(expert, sample, draws, flow_steps=flow_steps) for sample, draws in pairs])
-    return _sampled(expert, [sample.prefix for sample in samples], noise, flow_steps)
+    return sampled(expert, [sample.prefix for sample in samples], noise, flow_steps)
 
 
 @torch.no_grad()
@@ -116,7 +144,7 @@ def predict_on_twins(
 ) -> Tensor:
     """`predict_actions` on the twins that the samples come with, from the same noise."""
     noise = eval_noise(seed, [sample.sample_id for sample in samples], paths).to(expert.device)
-    return _sampled(expert, [sample.twin_prefix(expert.device) for sample in samples], noise, flow_steps)
+    return sampled(expert, [sample.twin_prefix(expert.device) for sample in samples], noise, flow_steps)
 
 
 def predict_ahead(
@@ -125,22 +153,33 @@ def predict_ahead(
     indices: Sequence[int],
     *,
     paths: int,
-    flow_steps: int,
+    flow_steps: Sequence[int],
     seed: int,
     batch_size: int,
     capture: bool = True,
-) -> Generator[tuple[Sequence[int], Tensor]]:
-    """Batch by batch, the indices and their actions on the direct prefixes, as from `predict_actions`.
+    sample_id: Callable[[int], str] | None = None,
+    prefix_of: Callable[[int], int] | None = None,
+    target_of: Callable[[int], Tensor] | None = None,
+) -> Generator[Prediction]:
+    """Batch by batch, what an expert predicts on direct prefixes; the actions are those of `predict_actions`.
 
-    Samples are read and copied while earlier batches are computed, and stay as they are stored. On a GPU an integration
-    is one CUDA graph with `capture`, and the same kernels without; a batch is yielded when the next one is enqueued.
-    Close the generator if it is not read to its end. Only the layers that the expert attends to are read. Raises what
-    `BatchRing` and `CachedDataset.of_layers` do.
+    Samples are read and copied while earlier batches are computed, and stay as they are stored; each prefix is read
+    once for all numbers of flow steps. On a GPU an integration is one CUDA graph with `capture`, and the same kernels
+    without; a batch is yielded when the next one is enqueued. Close the generator if it is not read to its end.
+    Only the layers that the expert attends to are read.
+
+    Args:
+        sample_id: names the samples that `indices` stand for, whose noise is taken; by default those of `data`.
+        prefix_of: index in `data` of the sample whose prefix is read for one of `indices`; by default its own.
+        target_of: true action `[64, 2]` of one of `indices`; with it there are losses.
+
+    Raises what `BatchRing` and `CachedDataset.of_layers` do.
     """
     data = data.of_layers(expert.prefix_layers)
     batch_size = min(batch_size, len(indices))
     starts = range(0, len(indices), batch_size)
-    batches = ([(index, index) for index in indices[start : start + batch_size]] for start in starts)
+    sample_id, prefix_of = sample_id or data.sample_id, prefix_of or (lambda index: index)
+    batches = ([(index, prefix_of(index)) for index in indices[start : start + batch_size]] for start in starts)
     rows = PrefixRows(data.layout, data.longest, batch_size=batch_size, device=expert.device, check_on_device=True)
     # Buffers for a batch are enough, because computing on it takes longer than copying it.
     ring = BatchRing(data, expert.action_space, batches, rows, buffers=max(4, batch_size))
@@ -148,14 +187,41 @@ def predict_ahead(
     before: SampledActions | None = None
     with ring:
         for batch in ring:
-            underway = sampler.run(batch, eval_noise(seed, batch.sample_ids, paths))
+            names = [sample_id(index) for index in batch.positions]
+            flow = None if target_of is None else _flow(batch.positions, names, target_of, expert.device)
+            underway = sampler.run(batch, eval_noise(seed, names, paths), flow=flow)
             ring.done(batch)
             if before is not None:
                 ring.release_finished()
-                yield before.batch.positions, before.values(ring)
+                yield before.prediction(ring)
             before = underway
         if before is not None:
-            yield before.batch.positions, before.values(ring)
+            yield before.prediction(ring)
+
+
+def predict_blind(
+    expert: "ActionExpert",
+    data: CachedDataset,
+    indices: Sequence[int],
+    *,
+    paths: int,
+    flow_steps: Sequence[int],
+    seed: int,
+    batch_size: int,
+    target_of: Callable[[int], Tensor],
+) -> Generator[Prediction]:
+    """Like `predict_ahead`, from the same noise without any prefix; action tokens stand where they would behind it."""
+    for start in range(0, len(indices), batch_size):
+        rows = indices[start : start + batch_size]
+        names = [data.sample_id(index) for index in rows]
+        prefix = NoPrefix(starts=torch.tensor([data.start_position(index) for index in rows], device=expert.device))
+        noise = eval_noise(seed, names, paths).to(expert.device)
+        actions = [
+            sample_flow(lambda x, t: expert.velocity(x, t, prefix), noise, steps=steps).cpu()  # noqa: B023  # used at once
+            for steps in flow_steps
+        ]
+        losses = flow_losses(expert, *_flow(rows, names, target_of, expert.device), prefix).cpu()
+        yield Prediction(indices=rows, actions=torch.stack(actions), losses=losses)
 
 
 def to_paths(space: UnicycleActionSpace, action: Tensor, history_xyz: Tensor, history_rot: Tensor) -> Paths:
@@ -169,15 +235,45 @@ def eval_noise(seed: int, sample_ids: Sequence[str], paths: int) -> Tensor:
     return torch.stack([randomness.noise("eval", seed, sample_id, draws=paths) for sample_id in sample_ids])
 
 
+def validation_draws(sample_ids: Sequence[str], *, schedule: TimeSchedule = "beta") -> tuple[Tensor, Tensor]:
+    """The noise `[B, 4, 64, 2]` and times `[B, 4]` of the loss of held-out samples, which never change."""
+    noise = torch.stack([randomness.noise("val", name, draws=LOSS_DRAWS) for name in sample_ids])
+    t = torch.stack([randomness.times("val", name, draws=LOSS_DRAWS, schedule=schedule) for name in sample_ids])
+    return noise, t
+
+
+@torch.no_grad()
+def flow_losses(
+    expert: "ActionExpert",
+    action: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    prefixes: PackedPrefixes | NoPrefix | Sequence[PrefixFeatures | EncodedPrefix],
+) -> Tensor:
+    """Loss of each sample `[B]` by action `[B, 1, 64, 2]`, mean over noise `[B, K, 64, 2]` and times `[B, K]`."""
+    velocity = expert.velocity(flow_matching.interpolate(action, noise, t), t, prefixes)
+    return flow_matching.loss(velocity, action, noise).mean(dim=1)
+
+
+def _flow(
+    indices: Sequence[int], sample_ids: Sequence[str], target_of: Callable[[int], Tensor], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets `[B, 1, 64, 2]`, noise and times of the loss, on the expert's device."""
+    action = torch.stack([target_of(index) for index in indices])[:, None]
+    noise, t = validation_draws(sample_ids)
+    return action.to(device), noise.to(device), t.to(device)
+
+
 @torch.no_grad()
 def after_rollouts(expert: "ActionExpert", sample: CachedSample, noise: Tensor, *, flow_steps: int) -> Tensor:
     """Actions `[K, 64, 2]` on the CPU from noise `[K, 64, 2]`, each on its own rollout: K whole prefixes."""
     if len(sample.tails) != len(noise):
         raise ValueError(f"{sample.sample_id}: {len(sample.tails)} tails for {len(noise)} paths; expected one a path.")
-    return _sampled(expert, sample.rollout_prefixes(expert.device), noise[:, None].to(expert.device), flow_steps)[:, 0]
+    return sampled(expert, sample.rollout_prefixes(expert.device), noise[:, None].to(expert.device), flow_steps)[:, 0]
 
 
-def _sampled(
+@torch.no_grad()
+def sampled(
     expert: "ActionExpert", prefixes: Sequence[PrefixFeatures | EncodedPrefix], noise: Tensor, flow_steps: int
 ) -> Tensor:
     """Actions `[B, K, 64, 2]`, on the CPU, from noise of that shape on these B prefixes."""

@@ -114,6 +114,7 @@ def fit_slope(
     *,
     noise: ArrayLike | None = None,
     min_spread: float = 0.0,
+    weights: Floats | None = None,
     seed: int = 0,
 ) -> Slope | None:
     """Fit departures `[N]` to each other, pred to truth and back.
@@ -124,6 +125,7 @@ def fit_slope(
         clips: N clip ids; without them every sample counts as a clip of its own.
         noise: `[N]` variance of each mean; without it there is neither calibration nor R^2.
         min_spread: least standard deviation of truth that a slope can be fitted to.
+        weights: `[N]` by which samples count, of mean 1; alike without.
         seed: seed of the splits for the intervals.
 
     Returns:
@@ -140,16 +142,16 @@ def fit_slope(
     if x.size < MIN_SAMPLES or float(x.std()) <= max(min_spread, 1e-12):
         return None
     units = [str(index) for index in range(x.size)] if clips is None else clips
-    share = slope_interval(x, y, units, seed=seed)
+    share = slope_interval(x, y, units, weights=weights, seed=seed)
     if share is None:
         return None
-    calibration = None if noise is None else calibration_interval(x, y, noise, units, seed=seed)
+    calibration = None if noise is None else calibration_interval(x, y, noise, units, weights=weights, seed=seed)
     known = 0.0 if calibration is None else share.estimate * calibration.estimate
     return Slope(
         slope=share.estimate,
         low=share.low,
         high=share.high,
-        intercept=float(y.mean() - share.estimate * x.mean()),
+        intercept=float(np.average(y, weights=weights) - share.estimate * np.average(x, weights=weights)),
         n=share.n,
         clips=share.clips,
         effective_clips=share.effective_clips,
@@ -166,6 +168,7 @@ def bias_slope(
     quantity: Quantity,
     horizon_s: float,
     calibrate: bool = True,
+    weights: Floats | None = None,
     seed: int = 0,
 ) -> Slope | None:
     """Slopes of one model, from the mean departures of its paths and the true ones; None where `fit_slope` gives none.
@@ -175,7 +178,7 @@ def bias_slope(
     """
     x, y = departures_at(truth, quantity, horizon_s), departures_at(pred, quantity, horizon_s)
     noise = _noise_at(pred, quantity, horizon_s) if calibrate else None
-    return fit_slope(x, y, clips, noise=noise, min_spread=MIN_SPREAD[quantity], seed=seed)
+    return fit_slope(x, y, clips, noise=noise, min_spread=MIN_SPREAD[quantity], weights=weights, seed=seed)
 
 
 def bias_difference(
@@ -186,13 +189,14 @@ def bias_difference(
     *,
     quantity: Quantity,
     horizon_s: float,
+    weights: Floats | None = None,
     seed: int = 0,
 ) -> Interval | None:
     """Slope of `after` less slope of `before`, paired; None where `bias_slope` has no slope."""
     x, y, z = (departures_at(each, quantity, horizon_s) for each in (truth, before, after))
     if x.size < MIN_SAMPLES or float(x.std()) <= MIN_SPREAD[quantity]:
         return None
-    return slope_interval(x, z, clips, over=y, seed=seed)
+    return slope_interval(x, z, clips, over=y, weights=weights, seed=seed)
 
 
 def departures_at(departures: Sequence[Departure], quantity: Quantity, horizon_s: float) -> Floats:

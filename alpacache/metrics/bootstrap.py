@@ -78,13 +78,24 @@ def splitting_units(clips: Sequence[str], times_s: Sequence[float], *, block_s: 
     return [f"{clip} {time_s // block_s:.0f}" for clip, time_s in zip(clips, times_s, strict=True)]
 
 
-def mean_difference(before: ArrayLike, after: ArrayLike, clips: Sequence[str], *, seed: int = 0) -> Interval | None:
+def mean_difference(
+    before: ArrayLike, after: ArrayLike, clips: Sequence[str], *, weights: Floats | None = None, seed: int = 0
+) -> Interval | None:
     """Interval of mean(after) - mean(before), `[N]` each, over samples that both models were run on.
 
-    None without samples. Raises `ValueError` for lengths that differ.
+    Samples count by `weights` `[N]`, alike without. None without samples. Raises `ValueError` for lengths that differ.
     """
     gain = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    return weighted_mean(gain, np.ones_like(gain), clips, seed=seed)
+    return weighted_mean(gain, np.ones_like(gain) if weights is None else weights, clips, seed=seed)
+
+
+def mean_rise(
+    before: ArrayLike, after: ArrayLike, clips: Sequence[str], *, weights: Floats | None = None, seed: int = 0
+) -> Interval | None:
+    """Interval of mean(after) / mean(before) - 1, by `[N]` each of the same samples; None where `before` is all 0."""
+    first = np.asarray(before, dtype=np.float64)
+    columns = [first, np.asarray(after, dtype=np.float64) - first]
+    return _interval(_mean, columns, clips, weight=0, weights=weights, seed=seed)
 
 
 def weighted_mean(values: ArrayLike, weights: ArrayLike, clips: Sequence[str], *, seed: int = 0) -> Interval | None:
@@ -93,32 +104,50 @@ def weighted_mean(values: ArrayLike, weights: ArrayLike, clips: Sequence[str], *
     return _interval(_mean, [by, by * np.asarray(values, dtype=np.float64)], clips, weight=0, seed=seed)
 
 
-def mean_share(values: ArrayLike, clips: Sequence[str], *, seed: int = 0) -> Interval | None:
+def mean_share(
+    values: ArrayLike, clips: Sequence[str], *, weights: Floats | None = None, seed: int = 0
+) -> Interval | None:
     """Interval of the mean of shares `[N]`, each from 0 to 1; None without samples.
 
     Twelve clips that all have the turn do not prove that every clip has it. So two clips are added before the split,
     one without and one with it, each with the mean number of samples; the estimate is without them.
     """
     shares = np.asarray(values, dtype=np.float64)
-    each = shares.size / max(1, len(set(clips)))
+    total = float(shares.size if weights is None else np.sum(weights))
+    each = total / max(1, len(set(clips)))
     added = [[each, 0.0], [each, each]]
-    return _interval(_mean, [np.ones_like(shares), shares], clips, weight=0, seed=seed, added=added)
+    columns = [np.ones_like(shares), shares]
+    return _interval(_mean, columns, clips, weight=0, weights=weights, seed=seed, added=added)
 
 
 def slope_interval(
-    truth: ArrayLike, pred: ArrayLike, clips: Sequence[str], *, over: ArrayLike | None = None, seed: int = 0
+    truth: ArrayLike,
+    pred: ArrayLike,
+    clips: Sequence[str],
+    *,
+    over: ArrayLike | None = None,
+    weights: Floats | None = None,
+    seed: int = 0,
 ) -> Interval | None:
     """Interval of the least-squares slope of pred `[N]` on truth `[N]`; None where truth does not vary.
 
-    With other predictions `over` `[N]`, the interval of slope(pred) - slope(over), paired.
+    With other predictions `over` `[N]`, the interval of slope(pred) - slope(over), paired. Samples count by `weights`
+    `[N]`, alike without.
     """
     x, y, *other = (_centred(values) for values in ([truth, pred] if over is None else [truth, pred, over]))
     columns = [np.ones_like(x), x, x * x, y, x * y, *(column for z in other for column in (z, x * z))]
-    return _interval(_slope if over is None else _slope_difference, columns, clips, weight=2, seed=seed)
+    measure = _slope if over is None else _slope_difference
+    return _interval(measure, columns, clips, weight=2, weights=weights, seed=seed)
 
 
 def calibration_interval(
-    truth: ArrayLike, pred: ArrayLike, noise: ArrayLike, clips: Sequence[str], *, seed: int = 0
+    truth: ArrayLike,
+    pred: ArrayLike,
+    noise: ArrayLike,
+    clips: Sequence[str],
+    *,
+    weights: Floats | None = None,
+    seed: int = 0,
 ) -> Interval:
     """Interval of the slope of truth `[N]` on pred `[N]`, had pred no noise.
 
@@ -128,6 +157,7 @@ def calibration_interval(
         noise: `[N]` variance of each of these means about what infinitely many samples would give. It widens the spread
             of pred, by which the slope is divided, and would hide a part of it (regression dilution).
         clips: N clip ids.
+        weights: `[N]` by which samples count, of mean 1; alike without.
         seed: seed of the splits.
 
     Returns:
@@ -139,7 +169,7 @@ def calibration_interval(
     """
     x, y = _centred(truth), _centred(pred)
     columns = [np.ones_like(x), x, x * x, y, x * y, y * y, np.asarray(noise, dtype=np.float64)]
-    found = _interval(_calibration, columns, clips, weight=2, level=CALIBRATION_LEVEL, seed=seed)
+    found = _interval(_calibration, columns, clips, weight=2, weights=weights, level=CALIBRATION_LEVEL, seed=seed)
     unknown = Interval(estimate=math.nan, low=-math.inf, high=math.inf, n=x.size, clips=len(set(clips)))
     return unknown if found is None else found
 
@@ -220,19 +250,23 @@ def _interval(
     *,
     weight: int,
     seed: int,
+    weights: Floats | None = None,
     level: float = LEVEL,
     added: Sequence[Sequence[float]] = (),
 ) -> Interval | None:
     """Interval of a measure of sums of columns `[N]`; None where it has no estimate.
 
-    `weight` is the column that says how much a clip counts; `added` are sums of clips that only the splits have.
+    `weight` is the column that says how much a clip counts; `weights` `[N]` are how much the samples do; `added` are
+    sums of clips that only the splits have.
     """
+    if weights is not None:
+        columns = [weights * column for column in columns]
     sums = _sums_by_clip(columns, clips)
     estimate = float(measure(sums.sum(axis=0, keepdims=True))[0])
     if math.isnan(estimate):
         return None
-    weights = sums[:, weight]
-    effective = float(weights.sum() ** 2 / (weights @ weights))
+    counts = sums[:, weight]
+    effective = float(counts.sum() ** 2 / (counts @ counts))
     low, high = -math.inf, math.inf
     if len(sums) >= MIN_CLIPS and effective >= MIN_EFFECTIVE:
         split = np.concatenate([sums, np.asarray(added, dtype=np.float64).reshape(len(added), len(columns))])

@@ -66,19 +66,25 @@ def summarise_command(
     pred_xyz: Mapping[str, Sequence[ArrayLike]],
     clips: Sequence[str],
     *,
+    weights: Floats | None = None,
     seed: int = 0,
 ) -> CommandSummary:
-    """Aggregate the samples of one command, at least one: driven paths `[64, 3]`, and by model the K predicted ones."""
+    """Aggregate the samples of one command, at least one: driven paths `[64, 3]`, and by model the K predicted ones.
+
+    Samples count by `weights` `[N]`, alike without.
+    """
+    by = np.ones(len(truth_xyz)) if weights is None else weights
     driven = [share_obeying(np.asarray(xyz)[None], command) == 1.0 for xyz in truth_xyz]
     models = {}
     for label, paths in pred_xyz.items():
         shares = [share_obeying(each, command) for each in paths]
         kept = [share for share, obeys in zip(shares, driven, strict=True) if obeys]
+        kept_by = by[np.array(driven)]
         kept_clips = [clip for clip, obeys in zip(clips, driven, strict=True) if obeys]
         models[label] = Obedience(
-            obeyed=float(np.mean(shares)),
-            recall=float(np.mean(kept)) if kept else None,
-            recall_interval=_interval(kept, kept_clips, seed=seed) if kept else None,
+            obeyed=float(np.average(shares, weights=by)),
+            recall=float(np.average(kept, weights=kept_by)) if kept else None,
+            recall_interval=mean_share(kept, kept_clips, weights=kept_by, seed=seed) if kept else None,
         )
     return CommandSummary(samples=len(driven), driven=sum(driven), models=models)
 
@@ -89,9 +95,13 @@ def summarise_swap(
     swapped_xyz: Sequence[ArrayLike],
     clips: Sequence[str],
     *,
+    weights: Floats | None = None,
     seed: int = 0,
 ) -> SwapSummary:
-    """Compare one model's paths `[K, 64, 3]` of samples that command left or right with those for the opposite."""
+    """Compare one model's paths `[K, 64, 3]` of samples that command left or right with those for the opposite.
+
+    Samples count by `weights` `[N]`, alike without.
+    """
     opposite: dict[Command, Command] = {"left": "right", "right": "left"}
     given = [share_obeying(xyz, command) for xyz, command in zip(given_xyz, commands, strict=True)]
     other = [share_obeying(xyz, opposite[command]) for xyz, command in zip(swapped_xyz, commands, strict=True)]
@@ -100,18 +110,14 @@ def summarise_swap(
     signs = [1.0 if command == "left" else -1.0 for command in commands]
     return SwapSummary(
         samples=len(given),
-        given=float(np.mean(given)),
-        swapped=float(np.mean(other)),
-        follows=float(np.mean(follows)),
-        follows_interval=_interval(follows, clips, seed=seed),
-        shift_m=float(np.mean(np.multiply(signs, moved))),
+        given=float(np.average(given, weights=weights)),
+        swapped=float(np.average(other, weights=weights)),
+        follows=float(np.average(follows, weights=weights)),
+        follows_interval=mean_share(follows, clips, weights=weights, seed=seed),
+        shift_m=float(np.average(np.multiply(signs, moved), weights=weights)),
     )
 
 
 def _ends(pred_xyz: ArrayLike) -> Floats:
     ends: Floats = np.asarray(pred_xyz, dtype=np.float64)[:, -1, 1]
     return ends
-
-
-def _interval(values: Sequence[float], clips: Sequence[str], *, seed: int) -> Interval | None:
-    return mean_share(values, clips, seed=seed)

@@ -97,47 +97,60 @@ def _split(values: Floats) -> float:
     return float(between.max()) / total if total > 0 else 0.0
 
 
-def summarise_corridor(samples: Sequence[Leaving], clips: Sequence[str], *, seed: int = 0) -> CorridorSummary:
-    """Aggregate the samples of a stratum, at least one; `clips` are their clip ids, `seed` is that of the splits."""
-    left = [sample for sample in samples if sample.truth]
+def summarise_corridor(
+    samples: Sequence[Leaving], clips: Sequence[str], *, weights: Floats | None = None, seed: int = 0
+) -> CorridorSummary:
+    """Aggregate the samples of a stratum, at least one, which count by `weights` `[N]`, alike without.
+
+    `clips` are their clip ids, `seed` is that of the splits.
+    """
+    by = np.ones(len(samples)) if weights is None else weights
+    left = np.array([sample.truth for sample in samples], dtype=bool)
+    share, contained = (
+        np.array([getattr(sample, name) for sample in samples], float) for name in ("share", "contained")
+    )
     left_clips = [clip for sample, clip in zip(samples, clips, strict=True) if sample.truth]
-    recalled, contained = [sample.share for sample in left], [float(sample.contained) for sample in left]
-    stayed = [sample.share for sample in samples if not sample.truth]
     return CorridorSummary(
-        leaving=len(left),
-        staying=len(stayed),
-        recall=_mean(recalled),
-        recall_interval=_interval(recalled, left_clips, seed=seed),
-        false_leaving=_mean(stayed),
-        contained=float(np.mean([sample.contained for sample in samples])),
-        contained_leaving=_mean(contained),
-        contained_interval=_interval(contained, left_clips, seed=seed),
-        spread_m=float(np.mean([sample.spread_m for sample in samples])),
-        split=_mean_split(samples, clips, seed=seed),
+        leaving=int(left.sum()),
+        staying=int((~left).sum()),
+        recall=_mean(share[left], by[left]),
+        recall_interval=_interval(share[left], left_clips, by[left], seed=seed),
+        false_leaving=_mean(share[~left], by[~left]),
+        contained=float(np.average(contained, weights=by)),
+        contained_leaving=_mean(contained[left], by[left]),
+        contained_interval=_interval(contained[left], left_clips, by[left], seed=seed),
+        spread_m=float(np.average([sample.spread_m for sample in samples], weights=by)),
+        split=_mean_split(samples, clips, by, seed=seed),
     )
 
 
 def recall_difference(
-    before: Sequence[Leaving], after: Sequence[Leaving], clips: Sequence[str], *, seed: int = 0
+    before: Sequence[Leaving],
+    after: Sequence[Leaving],
+    clips: Sequence[str],
+    *,
+    weights: Floats | None = None,
+    seed: int = 0,
 ) -> Interval | None:
     """Recall of one model less that of another on the same samples; None where none leaves."""
-    left = [(old.share, new.share, clip) for old, new, clip in zip(before, after, clips, strict=True) if old.truth]
-    if not left:
+    by = np.ones(len(before)) if weights is None else weights
+    rows = [row for row, sample in enumerate(before) if sample.truth]
+    if not rows:
         return None
-    first, second, left_clips = zip(*left, strict=True)
-    return mean_difference(first, second, left_clips, seed=seed)
+    first, second = ([each[row].share for row in rows] for each in (before, after))
+    return mean_difference(first, second, [clips[row] for row in rows], weights=by[rows], seed=seed)
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+def _mean(values: Floats, by: Floats) -> float | None:
+    return float(np.average(values, weights=by)) if values.size else None
 
 
-def _interval(values: Sequence[float], clips: Sequence[str], *, seed: int) -> Interval | None:
-    return mean_share(values, clips, seed=seed) if values else None
+def _interval(values: Floats, clips: Sequence[str], by: Floats, *, seed: int) -> Interval | None:
+    return mean_share(values, clips, weights=by, seed=seed) if values.size else None
 
 
-def _mean_split(samples: Sequence[Leaving], clips: Sequence[str], *, seed: int) -> Interval | None:
+def _mean_split(samples: Sequence[Leaving], clips: Sequence[str], by: Floats, *, seed: int) -> Interval | None:
     known = [sample.split for sample in samples if sample.split is not None]
     if len(known) < len(samples):
         return None
-    return weighted_mean(known, [sample.spread_m**2 for sample in samples], clips, seed=seed)
+    return weighted_mean(known, by * [sample.spread_m**2 for sample in samples], clips, seed=seed)

@@ -53,6 +53,13 @@ def track_errors(pred: ArrayLike, truth: ArrayLike, truth_rot: ArrayLike) -> dic
     return dict(zip(TRACK_KEYS, (*along, *cross), strict=True))
 
 
+def beside_driven(pred: ArrayLike, truth: ArrayLike, truth_rot: ArrayLike) -> Floats:
+    """Distance (m) of each waypoint from the driven line `[K, T]`; takes and raises what `track_errors` does."""
+    paths, driven = checked_paths(pred, truth)
+    line, lengths = _driven_line(driven[:, :2], float(heading(truth_rot)[-1]))
+    return _project(paths[..., :2].reshape(-1, 2), line, lengths)[1].reshape(paths.shape[:2])
+
+
 def error_after_onset(pred: ArrayLike, truth: ArrayLike, truth_rot: ArrayLike) -> float:
     """Mean distance in xy (m) of the K paths from the waypoint on at which the driven path has turned by 5 degrees.
 

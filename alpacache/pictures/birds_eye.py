@@ -71,27 +71,43 @@ def birds_eye_png(
     truth, history = np.asarray(truth_xyz, dtype=np.float64), np.asarray(history_xyz, dtype=np.float64)
     sampled = {label: np.asarray(path, dtype=np.float64) for label, path in paths.items()}
     straight_on = {label: np.asarray(path, dtype=np.float64) for label, path in (baselines or {}).items()}
-    _draw_paths(axes, truth, history, sampled, straight_on)
+    coloured = {label: (MODEL_COLOURS[i % len(MODEL_COLOURS)], path) for i, (label, path) in enumerate(sampled.items())}
     shown = [truth, history, *(path.reshape(-1, path.shape[-1]) for path in sampled.values())]
-    _frame_road(axes, np.concatenate(shown))
+    draw_road(axes, truth, history, coloured, baselines=straight_on, frame=np.concatenate(shown))
+    axes.legend(loc="best", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
+    style_axes(axes, x="left  ←  y (m)  →  right", y="x, forward (m)")
     return png_bytes(figure, palette=front_jpeg is None)
 
 
-def _draw_paths(
-    axes: Axes, truth: Floats, history: Floats, paths: Mapping[str, Floats], baselines: Mapping[str, Floats]
+def draw_road(
+    axes: Axes,
+    truth: Floats,
+    history: Floats,
+    paths: Mapping[str, tuple[str, Floats]],
+    *,
+    baselines: Mapping[str, Floats] | None = None,
+    frame: Floats,
 ) -> None:
-    """Draw every path from its start at t0, so that no gap opens before the first waypoint."""
+    """Draw every path from its start at t0, so that no gap opens before the first waypoint.
+
+    Args:
+        axes: takes the drawing.
+        truth: `[64, 3]` driven path, metres, ego frame at t0.
+        history: `[16, 3]`.
+        paths: label -> colour, and `[K, 64, 3]` sampled paths.
+        baselines: label -> `[64, 3]`.
+        frame: `[N, 3]` points that the axes are to hold.
+    """
     start = history[-1:]
     axes.add_patch(
         Rectangle((-EGO_M[1] / 2, -EGO_M[0] / 2), EGO_M[1], EGO_M[0], facecolor="#d9d9d9", edgecolor="#8a8a8a", lw=0.8)
     )
     axes.plot(history[:, 1], history[:, 0], color=HISTORY_COLOUR, lw=2.5, label="history", solid_capstyle="round")
-    for index, (label, path) in enumerate(baselines.items()):
+    for index, (label, path) in enumerate((baselines or {}).items()):
         colour, style = BASELINE_STYLES[index % len(BASELINE_STYLES)]
         line = np.concatenate([start, path])
         axes.plot(line[:, 1], line[:, 0], color=colour, ls=style, lw=1.5, label=literal(label))
-    for index, (label, sampled) in enumerate(paths.items()):
-        colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
+    for label, (colour, sampled) in paths.items():
         for number, path in enumerate(sampled):
             line = np.concatenate([start, path])
             name = f"{literal(label)} ({len(sampled)} paths)" if number == 0 else None
@@ -101,7 +117,7 @@ def _draw_paths(
     axes.plot(driven[:, 1], driven[:, 0], color=TRUTH_COLOUR, lw=2.4, label="driven", zorder=4)
     seconds = truth[9::10]
     axes.plot(seconds[:, 1], seconds[:, 0], marker="o", ms=4, mfc="white", mec=TRUTH_COLOUR, lw=0, zorder=5)
-    axes.legend(loc="best", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
+    _frame_road(axes, frame)
 
 
 def _frame_road(axes: Axes, points: Floats) -> None:
@@ -114,4 +130,4 @@ def _frame_road(axes: Axes, points: Floats) -> None:
     axes.set_ylim(centre[0] - half_length, centre[0] + half_length)
     axes.set_xlim(centre[1] + half_length * VIEW_RATIO, centre[1] - half_length * VIEW_RATIO)
     axes.set_aspect("equal")
-    style_axes(axes, x="left  ←  y (m)  →  right", y="x, forward (m)")
+    style_axes(axes)

@@ -41,12 +41,13 @@ def codec_names() -> list[str]:
 
 
 def _known_codec(written: Any) -> Any:
-    if written not in codec_names():
-        raise ValueError(" or ".join(codec_names()))
+    from cache_store import codec_named
+
+    codec_named(str(written))
     return written
 
 
-Codec = Annotated[str, Written(metavar=lambda: "|".join(codec_names()), read=_known_codec)]
+Codec = Annotated[str, Written(metavar=lambda: "|".join([*codec_names(), "transform:RATE"]), read=_known_codec)]
 CONTEXT_BYTES = 2**29
 """CUDA's own, outside the allocator: why a budget of 24GB is a cap of 23.5 GiB."""
 
@@ -97,7 +98,8 @@ class StoredConfig(Config):
     views: Repeats = 1
     """Times each sample is extracted: as it is, then with small seeded changes of its pictures."""
     codec: Codec = "bf16"
-    """How KV is stored: lossless (`bf16`) or quantised; `int8` takes half the size."""
+    """How KV is stored: lossless (`bf16`) or quantised; `int8` takes half the size, `transform:RATE` so many bits a
+    value by a basis that is learnt from the first samples."""
     layers: Annotated[str | None, Written(metavar="every:N|first:N|0,6,..", read=check_choice)] = None
     """The VLM's layers whose KV is stored: `every:3`, `first:6`, or numbers from 0 as in `0,6,12`. Default: all."""
     hidden_states: Literal["last", "none"] = "last"

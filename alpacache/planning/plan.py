@@ -44,7 +44,7 @@ from alpacache.planning.sample_size import PlannedPrompt, longest_tail, planned_
 from alpacache.planning.time_model import BUS_BYTES_S
 from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload, expert_sizes, state_bytes
 from alpacache.prefix.layout import TailRoom
-from cache_store import CODECS
+from cache_store import codec_named
 from cache_store.storage.local_files import free_bytes
 
 _USUAL_ROUTE = "turn left onto Main Street in 40 m"
@@ -220,7 +220,7 @@ def plan(config: PlanConfig) -> Plan:
             rollouts=rollouts,
             layers=layers,
         )
-        for name in codec_names()
+        for name in dict.fromkeys([*codec_names(), config.codec])
     }
     chosen, one_bytes = sizes[config.codec], sum(sizes[config.codec].values())
     store_bytes = samples * one_bytes
@@ -413,7 +413,7 @@ def _workload(
     layers, heads, head_dim = geometry.layers, geometry.kv_heads, geometry.head_dim
     return Workload(
         **expert_sizes(geometry.expert_shapes, trainable, lora_rank),
-        layout=PrefixLayout(layers=layers, kv_heads=heads, head_dim=head_dim, codec=CODECS.get(codec)),
+        layout=PrefixLayout(layers=layers, kv_heads=heads, head_dim=head_dim, codec=codec_named(codec)),
         longest=tokens if tail_room is None else tail_room.longest,
         tail_room=tail_room,
         batch_size=batch_size,

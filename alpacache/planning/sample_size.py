@@ -141,7 +141,7 @@ def sample_bytes(
         shapes[f"{name}kv"] = kv_shape
         if codec is not None:
             small[f"{name}{KV_SHAPE}"] = np.zeros(len(kv_shape), np.int64)
-            shapes[f"{name}kv"] = (codec.encoded_bytes(kv_shape),)
+            shapes[f"{name}kv"] = (codec.expected_bytes(kv_shape),)
     if hidden_states:
         shapes["hidden"] = (tokens, geometry.vlm_hidden)
     schema = store_fields(hidden_states=hidden_states, codec=codec, rollouts=rollouts, routes=routed)

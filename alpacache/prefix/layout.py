@@ -42,6 +42,8 @@ class PrefixLayout:
     """How rows are encoded; None: plain elements, `[layer, 2, kv_head, token, channel]`."""
     dtype: torch.dtype = torch.bfloat16
     """Dtype of plain elements."""
+    most_bytes: int | None = None
+    """Bytes of the largest sample that comes, where the codec has no fixed size; None: not known."""
 
     @cached_property
     def tensor_codec(self) -> TensorCodec[Any]:
@@ -57,12 +59,14 @@ class PrefixLayout:
         """Bytes of a sample of so many tokens; the most, where the codec has no fixed size."""
         if self.codec is None:
             return math.prod(self.shape(tokens)) * self.dtype.itemsize
-        return self.codec.encoded_bytes(self.shape(tokens))
+        most = self.codec.encoded_bytes(self.shape(tokens))
+        return most if self.codec.fixed_size or self.most_bytes is None else min(most, self.most_bytes)
 
     def can_be(self, size_bytes: int, tokens: int) -> bool:
         """Tell whether a sample of so many tokens can have so many bytes."""
-        varies = self.codec is not None and not self.codec.fixed_size
-        return size_bytes <= self.size_bytes(tokens) if varies else size_bytes == self.size_bytes(tokens)
+        if self.codec is None or self.codec.fixed_size:
+            return size_bytes == self.size_bytes(tokens)
+        return self.codec.least_bytes(self.shape(tokens)) <= size_bytes <= self.size_bytes(tokens)
 
     def row_bytes(self, tokens: int) -> int:
         """Bytes of a row that takes so many tokens: aligned, with room for kernels to read whole words at its end."""

@@ -79,6 +79,23 @@ class PackedPrefixes:
         return padded[0], padded[1]
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoPrefix:
+    """No prefix for any of B samples: action tokens attend to each other alone. What an expert does blind."""
+
+    starts: Tensor
+    """`[B]` int64 position of each sample's first action token."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[B]` int64 zeros."""
+        return torch.zeros_like(self.starts)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """There are no keys and values. Raises `ValueError`."""
+        raise ValueError("there is no prefix; attention other than the project's own needs one.")
+
+
 def pack(
     prefixes: Sequence[PrefixFeatures | EncodedPrefix], *, device: torch.device, dtype: torch.dtype
 ) -> PackedPrefixes:

@@ -37,6 +37,8 @@ class PrefixFeatures:
     start_position: int
     """Position of the first action token: usually `rope_delta + prefix_len`, but one more for a reasoning rollout that
     never emits `<|traj_future_start|>`, as its last token has no KV."""
+    positions: Tensor | None = None
+    """`[3, prefix_len]` M-RoPE positions, on the CPU; None where they are not known."""
     layers: tuple[int, ...] | None = None
     """The VLM's layers that keys and values are of; None: all, from the first."""
 
@@ -59,7 +61,13 @@ class PrefixFeatures:
             for mine, theirs in ((self.keys, tail.keys), (self.values, tail.values))
         )
         return replace(
-            self, keys=keys, values=values, hidden=None, prefix_len=keys.shape[2], start_position=tail.start_position
+            self,
+            keys=keys,
+            values=values,
+            hidden=None,
+            prefix_len=keys.shape[2],
+            start_position=tail.start_position,
+            positions=None,
         )
 
 
@@ -78,6 +86,12 @@ class Tail:
     """Position of the first action token: rope delta + stem length + all of `token_ids`."""
     text: str
     """The generated tokens as text, for people; NUL and bytes that are no UTF-8 are U+FFFD. Or the other route."""
+
+    @property
+    def positions(self) -> Tensor:
+        """`[3, N]` M-RoPE positions: text, one after the other on all axes."""
+        first = self.start_position - len(self.token_ids)
+        return torch.arange(first, first + self.keys.shape[2]).expand(3, -1)
 
     def of_layers(self, layers: Sequence[int]) -> "Tail":
         """The tail with keys and values of these layers alone, of one that has them of all."""

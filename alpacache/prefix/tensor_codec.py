@@ -1,7 +1,7 @@
 """The interface of a codec in torch: what a `KVCodec` does, on the device that has the keys and values."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class TensorCodec(ABC, Generic[Definition]):
     bytes, uint8 and flat.
     """
 
-    layers_together: ClassVar[int] = 1
+    layers_together: int = 1
     """Layers that `decode_batch` decodes at a time, because they are encoded together."""
 
     def __init__(self, codec: Definition) -> None:
@@ -42,6 +42,14 @@ class TensorCodec(ABC, Generic[Definition]):
 
         If it waited, the GPU would have finished the VLM by then and idle before every launch.
         """
+
+    def encode_at(self, kv: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`encode_async` of keys that the rotary embedding has turned at these positions, `[3, token]`.
+
+        A codec whose samples vary in size returns as many bytes as there may be, and instead of whether they are good
+        how many of them are the sample's: int64, 0 where it could not be encoded.
+        """
+        return self.encode_async(kv)
 
     def encode_layer(self, kv: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Encode one layer of several samples of one length: the bytes that it has within the whole samples'.

@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from alpacache.driving.poses import Track
 from alpacache.driving.sample import DEFAULT_T0_US, FUTURE_S, Floats
 
-Shape = Literal["straight", "early_curve", "late_curve", "curve_end", "fork"]
+Shape = Literal["straight", "early_curve", "late_curve", "curve_end", "fork", "s_curve", "recovery"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 """Straight throughout; curving since before t0; beginning to curve after t0; straight again from around t0; parting
-after t0 into two branches that mirror each other, of which only a route tells which is taken."""
+after t0 into two branches that mirror each other, of which only a route tells which is taken; beginning to curve after
+t0, first to one side and then as much to the other; as any of the first three, but with a car that has drifted off the
+middle of its lane by t0 and goes back to it."""
 
 CLIP_US = 20_000_000
 POSE_STEP_US = 50_000
@@ -39,6 +41,10 @@ _FORK_RAD = 0.5
 """Least heading change of a branch: gentler ones lie over each other for long."""
 _TURN_RAD = 0.1
 """Least heading change of a bend that a route speaks of."""
+_DRIFT_M = (0.2, 1.5)
+"""How far a car that recovers has drifted aside."""
+_S_GAP_S = 0.3
+"""Driving time between the two bends of an S."""
 _FINE_M = 0.05
 """Step of the integration along the road."""
 _COARSE = 4
@@ -100,6 +106,9 @@ class _Bend(NamedTuple):
 
 def make_drive(rng: np.random.Generator, shape: Shape) -> Drive:
     """Draw a 20 s drive of the given shape; the order of draws is part of what a seed means."""
+    if shape == "recovery":
+        drive = make_drive(rng, SHAPES[int(rng.integers(3))])
+        return replace(drive, kind=replace(drive.kind, shape=shape), track=_drifted(rng, drive))
     start_s, end_s = _bend_times(rng, shape)
     target = rng.uniform(*_HEADING_RAD) * rng.choice((-1.0, 1.0))
     if shape == "fork":
@@ -118,6 +127,9 @@ def make_drive(rng: np.random.Generator, shape: Shape) -> Drive:
     if shape == "straight":
         curvature = rng.uniform(-0.02, 0.02) / (speed * FUTURE_S)
     bends = [_Bend(start_s, end_s, curvature), *_extra_bends(rng, limit)]
+    if shape == "s_curve":
+        back_s = end_s + _S_GAP_S
+        bends.insert(1, _Bend(back_s, back_s + end_s - start_s, -curvature))
     fine_arc, heading, xy, bent = _integrate(bends, arc)
     track, arcs = _drive_along(fine_arc, xy, heading, arc, offset_m=rng.uniform(-0.35, 0.35))
     columns = (xy[:, 0], xy[:, 1], np.cos(heading), np.sin(heading), bent, heading, fine_arc - fine_arc[0])
@@ -164,6 +176,9 @@ def _bend_times(rng: np.random.Generator, shape: Shape) -> tuple[float, float]:
     if shape in ("late_curve", "fork"):
         start = rng.uniform(0.2, 2.0)
         return _T0_S + start, _T0_S + start + rng.uniform(3.0, FUTURE_S + 1.0 - start)
+    if shape == "s_curve":
+        start = rng.uniform(0.2, 1.0)
+        return _T0_S + start, _T0_S + start + rng.uniform(2.2, 2.8)
     if shape == "early_curve":
         return _T0_S - rng.uniform(0.8, 4.0), _T0_S + rng.uniform(2.5, FUTURE_S + 1.0)
     return _T0_S - rng.uniform(3.0, 4.5), _T0_S + rng.uniform(-0.3, 0.8)
@@ -175,6 +190,25 @@ def _extra_bends(rng: np.random.Generator, limit: float) -> list[_Bend]:
     if rng.uniform() < 0.4:
         return []
     return [_Bend(start, start + length, float(strength * min(limit, 0.05)))]
+
+
+def _drifted(rng: np.random.Generator, drive: Drive) -> Track:
+    """The drive's poses, with a drift to one side that is largest shortly before t0 and undone after it."""
+    track = drive.track
+    peak_s, before_s, after_s = _T0_S - rng.uniform(0.0, 1.2), rng.uniform(1.5, 3.0), rng.uniform(2.5, 4.0)
+    drift_m = rng.uniform(*_DRIFT_M) * rng.choice((-1.0, 1.0))
+    time_s = track.timestamps_us / 1e6
+    aside = drift_m * _smooth(1 + (time_s - peak_s) / before_s) * _smooth(1 - (time_s - peak_s) / after_s)
+    z, w = track.quaternion_xyzw[:, 2:].T
+    yaw = 2 * np.arctan2(z, w)
+    left = np.stack([-np.sin(yaw), np.cos(yaw)], axis=1)
+    turned = yaw + np.arctan2(np.gradient(aside, time_s), np.gradient(drive.arc_m, time_s))
+    zeros = np.zeros_like(yaw)
+    return replace(
+        track,
+        xyz=track.xyz + np.concatenate([aside[:, None] * left, zeros[:, None]], axis=1),
+        quaternion_xyzw=np.stack([zeros, zeros, np.sin(turned / 2), np.cos(turned / 2)], axis=1),
+    )
 
 
 def _integrate(bends: list[_Bend], arc: Arc) -> tuple[Floats, Floats, Floats, Floats]:
@@ -218,3 +252,16 @@ def _drive_along(fine_arc: Floats, xy: Floats, heading: Floats, arc: Arc, *, off
         quaternion_xyzw=np.stack([zeros, zeros, np.sin(yaw / 2), np.cos(yaw / 2)], axis=1),
     )
     return track, arcs
+
+
+def lane_place(road: Road, xy: Floats, *, near_m: float) -> tuple[float, float]:
+    """Arc length (m) of the point of a road's centre line nearest to `xy` `[2]`, and how far to its left that is (m).
+
+    Looked for within 40 m of `near_m` along the road.
+    """
+    first = max(0, int((near_m - 40.0 - road.start_m) / road.spacing_m))
+    part = road.points[first : first + round(80.0 / road.spacing_m)].astype(np.float64)
+    at = int(((part[:, :2] - xy) ** 2).sum(axis=1).argmin())
+    x, y, cos, sin, _, _, along = part[at]
+    dx, dy = xy[0] - x, xy[1] - y
+    return float(along + road.start_m + dx * cos + dy * sin), float(dy * cos - dx * sin)

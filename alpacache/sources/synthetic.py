@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from alpacache.driving.cameras import CAMERAS, FRONT_CAMERA, sort_cameras
 from alpacache.driving.poses import Track, frame_indices, history_and_future
-from alpacache.driving.sample import FUTURE_S, Sample, SampleRef
+from alpacache.driving.sample import FUTURE_S, Floats, Sample, SampleRef
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sources.recording import PictureReading, Reel, reels, sample_of
 from alpacache.sources.road import CLIP_US, SHAPES, ClipKind, Drive, Road, Shape, make_drive
 from alpacache.sources.roadside import Roadside, at_fork, draw, plant
-from alpacache.sources.scene import Camera, Look, draw_look, expose, make_camera, paint_world
+from alpacache.sources.scene import LANE_M, Camera, Look, draw_look, expose, make_camera, paint_world
 from alpacache.sources.source import SourceKind
 
 DEFAULT_MIX: Mapping[str, float] = {"straight": 0.4, "early_curve": 0.2, "late_curve": 0.3, "curve_end": 0.1}
@@ -119,16 +119,37 @@ class SyntheticSource:
         return self.track(clip_id).timestamps_us
 
     def film(self, clip_id: str, camera: str, times_us: NDArray[np.int64]) -> NDArray[np.uint8]:
-        world, key = self._world(clip_id), [self.seed, self._index(clip_id), 2, CAMERAS.index(camera)]
-        view, look, drive = self._camera(camera, world), world.look, world.drive
-        pictures = []
+        drive, pictures = self.drive(clip_id), []
         for frame in frame_indices(drive.track.timestamps_us, times_us, where=clip_id):
             position, (_, _, z, w) = drive.track.xyz[frame, :2], drive.track.quaternion_xyzw[frame]
             yaw, arc = float(2 * np.arctan2(z, w)), float(drive.arc_m[frame])
-            picture = paint_world(view, look, world.roads, position=position, yaw_rad=yaw, arc_m=arc)
-            draw(picture, view, look, world.roadside, position=position, yaw_rad=yaw)
-            pictures.append(expose(picture, look, np.random.default_rng([*key, frame])))
+            pictures.append(self.view(clip_id, camera, position=position, yaw_rad=yaw, arc_m=arc, frame=int(frame)))
         return np.stack(pictures)
+
+    def view(
+        self, clip_id: str, camera: str, *, position: Floats, yaw_rad: float, arc_m: float, frame: int
+    ) -> NDArray[np.uint8]:
+        """What a camera sees from anywhere near the road, `[3, H, W]`.
+
+        Args:
+            position, yaw_rad: of the vehicle in the clip's world, `[2]` metres.
+            arc_m: about how far along the road that is.
+            frame: number of the picture, counted in steps of 50 ms, which its noise depends on.
+        """
+        world, key = self._world(clip_id), [self.seed, self._index(clip_id), 2, CAMERAS.index(camera), frame]
+        seen, look = self._camera(camera, world), world.look
+        picture = paint_world(seen, look, world.roads, position=position, yaw_rad=yaw_rad, arc_m=arc_m)
+        draw(picture, seen, look, world.roadside, position=position, yaw_rad=yaw_rad)
+        return expose(picture, look, np.random.default_rng(key))
+
+    def drive(self, clip_id: str) -> Drive:
+        """The road that is driven, and how."""
+        return self._world(clip_id).drive
+
+    def half_lanes_m(self, clip_id: str) -> tuple[float, float]:
+        """Distances (m) from the ego lane's centre to the road's outer markings, left and right."""
+        left, right = self._world(clip_id).look.lanes
+        return (left + 0.5) * LANE_M, (right + 0.5) * LANE_M
 
     def calibration(self, clip_id: str, camera: str) -> dict[str, Any]:
         """The camera's pinhole projection and its place on the vehicle."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from alpacache.cached_samples.config import ChoiceConfig
+from alpacache.cached_samples.config import ChoiceConfig, check_weights_file
 from alpacache.cached_samples.prefix_choice import TrainedPrefix
 from alpacache.config import (
     MOST,
@@ -169,8 +169,7 @@ class TrainConfig(ChoiceConfig, NewExpertConfig):
         self.check_new_expert()
         whole = not self.from_scratch or self.trainable == "all"
         expect(whole, "trainable", self.trainable, "all, as weights that are random must all be trained")
-        table = self.sample_weights is None or self.sample_weights.lower().endswith((".csv", ".parquet"))
-        expect(table, "sample_weights", self.sample_weights, "a table, FILE.csv or FILE.parquet")
+        check_weights_file(self.sample_weights)
 
     @property
     def sample_choice(self) -> "SampleChoice":

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from alpacache import randomness
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.ring import Batch, BatchRing, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.distributed.world import World
 from alpacache.flow_matching import TimeSchedule
 from alpacache.flow_matching import sample as sample_flow
-from alpacache.inference.prediction import eval_noise, to_paths
+from alpacache.inference.prediction import LOSS_DRAWS, eval_noise, to_paths, validation_draws
 from alpacache.metrics.paths import min_ade
 from alpacache.planning.workload import VAL_BATCH
 from alpacache.prefix.packed import PackedPrefixes
@@ -24,7 +23,6 @@ from alpacache.training.step import flow_loss
 if TYPE_CHECKING:
     from alpacache.alpamayo import ActionExpert
 
-_DRAWS = 4
 _PATHS, _FLOW_STEPS = 6, 10
 """Paths per sample and flow steps, as in the public evaluation."""
 
@@ -57,7 +55,7 @@ class Validation:
         rows = PrefixRows(
             data.layout, data.longest, batch_size=VAL_BATCH, batches=1, device=expert.device, tail_room=room
         )
-        staged = StagedBatch(rows, expert, draws=_DRAWS, decoded_layers=0)
+        staged = StagedBatch(rows, expert, draws=LOSS_DRAWS, decoded_layers=0)
         ring = BatchRing(data, expert.action_space, batches, rows)
         rounds = math.ceil(len(self._indices) / world.size / VAL_BATCH)  # the same in all processes
         expert.eval()
@@ -83,9 +81,8 @@ class Validation:
 
     def _losses(self, expert: "ActionExpert", staged: StagedBatch, batch: Batch) -> tuple[list[float], PackedPrefixes]:
         """The loss of each sample, and the prefixes of the batch."""
-        noise = torch.stack([randomness.noise("val", name, draws=_DRAWS) for name in batch.sample_ids])
-        schedule, count = self._times, len(batch.rows)
-        t = torch.stack([randomness.times("val", name, draws=_DRAWS, schedule=schedule) for name in batch.sample_ids])
+        count = len(batch.rows)
+        noise, t = validation_draws(batch.sample_ids, schedule=self._times)
         staged.put(batch, noise, t=t)
         prefixes = staged.prefixes(slice(count), longest=batch.longest)
         flow = staged.action[:count], staged.noise[:count], staged.t[:count]

@@ -19,6 +19,8 @@ COMMITS = "commits"
 QUARANTINE = "quarantine"
 FOLDERS = (SAMPLES, COMMITS, QUARANTINE, STAGING)
 INDEX = "index"
+CODECS = "codecs"
+"""Folder of the tables of a codec that was calibrated; only a store with such a codec has it."""
 ASIDE = "aside"
 """Folder of the records that a repair has taken out of their places; made by the first repair that finds any."""
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from cache_store.document import MAX_DOCUMENT_BYTES, canonical_json, check_seal, differences, parse, seal, take
 from cache_store.errors import FormatError, IdentityMismatchError, StoreNotFoundError
+from cache_store.format import codec_tables
 from cache_store.format.field import Field
-from cache_store.format.names import ASIDE, FOLDERS, INDEX, METADATA, SAMPLES
+from cache_store.format.names import ASIDE, CODECS, FOLDERS, INDEX, METADATA, SAMPLES
 from cache_store.rereading import reread
 from cache_store.storage.local_files import opening
 from cache_store.storage.storage import Storage
@@ -136,19 +137,23 @@ def read(storage: Storage) -> StoreRoot:
             raise StoreNotFoundError(f"there is no store at {storage.place} (no {METADATA}); {remedy}.") from error
 
 
-def make(storage: Storage, data: bytes) -> bool:
+def make(storage: Storage, data: bytes, tables: bytes | None = None) -> bool:
     """Make a store with this root metadata, unless there is one: then `False` and nothing changes.
+
+    `tables`: those of the codec that the root names; they are there before it is.
 
     Raises `StoreAddressError` for a path where none can be, and `FormatError` for a folder of other things.
     """
     with opening(storage.place):
         if storage.exists(METADATA):
             return False
-        strangers = sorted(set(storage.names("")) - {*FOLDERS, METADATA, INDEX, ASIDE})
+        strangers = sorted(set(storage.names("")) - {*FOLDERS, METADATA, INDEX, ASIDE, CODECS})
         if strangers:
             problem = f"is neither empty nor a store (it contains {', '.join(strangers[:5])})"
             raise FormatError(f"{storage.place} {problem}; give a path of its own to a new store.")
         storage.check_exclusive()
         storage.make_folders(FOLDERS)
         storage.put_if_absent(PLAIN_GROUP_PATH, PLAIN_GROUP)
+        if tables is not None:
+            codec_tables.put(storage, tables)
         return storage.put_if_absent(METADATA, data)

@@ -35,6 +35,14 @@ class KVCodec(ABC):
     def encoded_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of an encoded sample; `ValueError` for a shape that this codec does not take."""
 
+    def least_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that a sample has at least; of codecs of fixed size what it takes."""
+        return self.encoded_bytes(shape) if self.fixed_size else 0
+
+    def expected_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that a sample takes as a rule, for plans; of codecs of fixed size what it takes."""
+        return self.encoded_bytes(shape)
+
     @abstractmethod
     def encode(self, bits: NDArray[np.uint16]) -> NDArray[np.uint8]:
         """Encoded bytes of bfloat16 bits; `ValueError` for values that cannot be encoded."""
@@ -46,5 +54,5 @@ class KVCodec(ABC):
     def check_size(self, size: tuple[int, ...], shape: tuple[int, ...]) -> None:
         """`ValueError` unless an array of this size can be the encoded bytes of a sample of this shape."""
         expected = self.encoded_bytes(shape)
-        if len(size) != 1 or size[0] > expected or (self.fixed_size and size[0] != expected):
+        if len(size) != 1 or size[0] > expected or size[0] < self.least_bytes(shape):
             raise ValueError(f"{list(shape)} takes {expected} bytes in this codec, got {list(size)}.")

@@ -20,7 +20,7 @@ from cache_store.errors import (
     UnreachableStoreError,
     UnreadableSampleError,
 )
-from cache_store.format import commit_record, index, quarantine_record, store_root
+from cache_store.format import codec_tables, commit_record, index, quarantine_record, store_root
 from cache_store.format.commit_record import CommitRecord, StoredObject
 from cache_store.format.names import COMMITS, METADATA, QUARANTINE, SAMPLES, list_keys, record_path
 from cache_store.format.store_root import StoreRoot
@@ -71,7 +71,9 @@ def copy(
         raise StoreAddressError(f"source and target of the copy are both {start.place}; give another target.")
     root = store_root.read(start)
     with writing("the store's metadata", 0, end.place):
-        store_root.make(end, start.read_document(METADATA, MAX_DOCUMENT_BYTES))  # byte for byte the source's
+        name = codec_tables.name_in(root.identity)
+        tables = None if name is None else codec_tables.read(start, name)
+        store_root.make(end, start.read_document(METADATA, MAX_DOCUMENT_BYTES), tables)  # byte for byte the source's
         there = store_root.read(end)
     if there.fingerprint != root.fingerprint:
         there.check(root, end.place)

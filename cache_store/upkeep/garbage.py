@@ -12,8 +12,8 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 from cache_store.errors import FormatError, UnreachableStoreError
-from cache_store.format import commit_record, store_root
-from cache_store.format.names import COMMITS, SAMPLES, key_of_attempt, list_aside, list_keys
+from cache_store.format import codec_tables, commit_record, store_root
+from cache_store.format.names import CODECS, COMMITS, SAMPLES, key_of_attempt, list_aside, list_keys
 from cache_store.format.store_root import StoreRoot
 from cache_store.storage.local_storage import STAGING
 from cache_store.storage.storage import Storage, StorePath, open_storage
@@ -28,7 +28,7 @@ class GarbageReport:
     attempts: tuple[str, ...]
     """Names of folders in `samples/`."""
     temporaries: int
-    """Number of files in `staging/`."""
+    """Number of files in `staging/`, and of tables of codecs that the root does not name."""
     size_bytes: int
     kept_young: int
     """Number of attempts and temporaries without a record that have not reached the age."""
@@ -71,6 +71,18 @@ def collect_garbage(
         ):
             removed.append(name)
             size += attempt_bytes
+    spare = {f"{CODECS}/{name}" for name in storage.names(CODECS)} if CODECS in storage.names("") else set()
+    if (tables := codec_tables.name_in(root.identity)) is not None:
+        spare.discard(codec_tables.path_of(tables))
+    for path_of_tables in sorted(spare):  # of writers that lost the race for the root, or were killed before it
+        tables_bytes, changed = storage.extent(path_of_tables)
+        if now - changed < min_age_s:
+            young += 1
+            continue
+        temporaries += 1
+        size += tables_bytes
+        if not dry_run:
+            storage.delete([path_of_tables])
     for name in sorted(storage.names(STAGING, flat=True)):
         if name.startswith(_ASIDE):
             if not dry_run:

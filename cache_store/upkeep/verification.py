@@ -12,7 +12,7 @@ from functools import partial
 
 from cache_store.concurrency import in_order
 from cache_store.errors import FormatError, UnreachableStoreError
-from cache_store.format import quarantine_record, store_root
+from cache_store.format import codec_tables, quarantine_record, store_root
 from cache_store.format.commit_record import CommitRecord
 from cache_store.format.names import (
     COMMITS,
@@ -106,6 +106,7 @@ def verify(path: StorePath, *, deep: bool = False, repair: bool = False, restore
     failures = [item for item in failures if not item.gone]  # released, or committed since the folder was listed
     suspects = [group, *bad, *failures]
     judged = [(item, *item.judge()) for item in suspects]
+    tables = _look_at_tables(storage, root, deep=deep)
     repaired, refused = _repair(storage, [item for item, damaged, _ in judged if damaged]) if repair else ((), ())
     aside = list_aside(storage)
     kept = {*aside.values(), *(set(commit_keys) - tally.committed)}
@@ -115,8 +116,8 @@ def verify(path: StorePath, *, deep: bool = False, repair: bool = False, restore
         deep=deep,
         samples=len(commit_keys),
         size_bytes=tally.size_bytes,
-        damaged=tuple(damage for _, damaged, _ in judged for damage in damaged),
-        unreadable=(*(damage for _, _, unreadable in judged for damage in unreadable), *refused),
+        damaged=(*tables[0], *(damage for _, damaged, _ in judged for damage in damaged)),
+        unreadable=(*tables[1], *(damage for _, _, unreadable in judged for damage in unreadable), *refused),
         passing=sum(item.passed for item in suspects),
         orphans=tuple(name for name in attempts if name not in tally.folders and key_of_attempt(name) not in kept),
         stale_temporaries=sum(1 for _ in storage.names(STAGING, flat=True)),
@@ -125,6 +126,24 @@ def verify(path: StorePath, *, deep: bool = False, repair: bool = False, restore
         repaired=repaired,
         restored=restored,
     )
+
+
+def _look_at_tables(storage: Storage, root: StoreRoot, *, deep: bool) -> tuple[tuple[Damage, ...], tuple[Damage, ...]]:
+    """What is wrong with the tables of the store's codec: damage, which no repair can mend, and what is unreadable."""
+    name = codec_tables.name_in(root.identity)
+    if name is None:
+        return (), ()
+    path = codec_tables.path_of(name)
+    try:
+        if deep or not storage.exists(path):
+            codec_tables.read(storage, name)
+        else:
+            storage.size_bytes(path)
+    except FormatError as error:
+        return (Damage(sample_id="", object=path, field="", what=str(error)),), ()
+    except OSError as error:
+        return (), (Damage(sample_id="", object=path, field="", what=str(error)),)
+    return (), ()
 
 
 class _Tally:

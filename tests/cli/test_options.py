@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from alpacache import EvalConfig, ExportConfig, ExtractConfig, PlanConfig, ProbeConfig, TrainConfig, hub
 from alpacache.demo.config import DemoConfig
+from alpacache.driver.config import DriveConfig
 from alpacache.errors import UsageError
 from alpacache.sources.config import CheckConfig, PrepareConfig
 from cli.main import app
@@ -24,6 +25,7 @@ KINDS = {
     "eval": EvalConfig,
     "export": ExportConfig,
     "probe": ProbeConfig,
+    "drive": DriveConfig,
     "demo": DemoConfig,
 }
 REQUIRED = {
@@ -34,6 +36,7 @@ REQUIRED = {
     "eval": ["--store", "s", "--model", "m", "--out", "o"],
     "probe": ["--store", "s"],
     "plan": ["--samples", "2"],
+    "drive": ["synthetic:2", "--model", "m", "--out", "o.mp4"],
     "demo": [],
 }
 """The least that must be typed."""
@@ -113,7 +116,7 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert (config.stores, config.betas) == (("b",), (0.5, 0.5))
 
 
-@pytest.mark.parametrize("name", ["extract", "plan", "prepare", "eval", "probe", "export"])
+@pytest.mark.parametrize("name", ["extract", "plan", "prepare", "eval", "probe", "export", "drive"])
 def test_every_config_can_come_from_a_file(name, tmp_path, run_here):
     file = tmp_path / "settings.toml"
     file.write_text("nonsense = 1\n")

@@ -14,7 +14,7 @@ from alpacache.converters.drive import Arrays, Dropped, Film, LoggedDrive, Packe
 from alpacache.converters.writer import convert, plain_name
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
-from alpacache.errors import InterruptedRunError, SourceError, UsageError
+from alpacache.errors import BadClipError, InterruptedRunError, SourceError, UsageError
 from alpacache.sources.folder import FolderSource
 
 SETTINGS = {"kind": "test", "input": "here"}
@@ -127,7 +127,7 @@ def test_a_mount_is_estimated_on_straights():
     assert roll_deg == 0
     assert on_s == pytest.approx(14, abs=1)
     slow = replace(track, xyz=xyz / 4)
-    with pytest.raises(UsageError, match=r"a: 0\.0 s of straight driving above 8 m/s"):
+    with pytest.raises(BadClipError, match=r"a: 0\.0 s of straight driving above 8 m/s"):
         estimated_mount(slow, where="a")
 
 

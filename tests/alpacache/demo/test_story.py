@@ -58,10 +58,12 @@ def judge(summary, *, least):
     assert slope(summary, "base") < 0.3
     assert slope(summary, "trained") > 0.7
     assert slope(summary, "constant turn rate") < 0.3
+    looks = {label: by_control["shuffled"] for label, by_control in summary.controls["all"].items()}
+    assert looks["trained"].answer == "looks"
     verdicts = {label: verdict.answer for label, verdict in summary.strata["all"].verdicts.items()}
     assert verdicts["base"] == "biased"
     assert verdicts["trained"] not in ("biased", "bimodal", "overshoots")
-    return verdicts
+    return verdicts, {label: told.rise.estimate for label, told in looks.items()}
 
 
 def shuffled_slope(out):
@@ -83,14 +85,20 @@ def shuffled_slope(out):
 @pytest.mark.ci
 def test_the_story_shortened(tmp_path):
     report = run_demo(tmp_path / "demo", size=SHORT, stage=silent)
-    judge(report.evaluation.summary, least=12)
+    _, rises = judge(report.evaluation.summary, least=12)
+    assert rises["base"] < 0.1 < 0.5 < rises["trained"]
     assert (tmp_path / "demo/report/report.html").stat().st_size > 100_000
 
 
 @pytest.mark.slow
 def test_the_full_story(tmp_path):
     report = run_demo(tmp_path / "demo", stage=silent)
-    assert judge(report.evaluation.summary, least=40)["trained"] == "takes the turn"
+    verdicts, rises = judge(report.evaluation.summary, least=40)
+    assert verdicts["trained"] == "takes the turn"
+    assert rises["base"] < 0.05
+    assert rises["trained"] > 1.0
+    looks = report.evaluation.summary.controls["all"]["base"]["shuffled"]
+    assert looks.answer == "hardly looks"
 
 
 @pytest.mark.slow

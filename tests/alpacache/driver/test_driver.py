@@ -48,7 +48,9 @@ def story(request, tiny_checkpoint, tiny_checkpoint_15, tmp_path_factory):
 def evaluated(model, store, expert, index=0):
     """Id, actions and paths of a stored sample, as `eval` predicts them one by one."""
     data = CachedDataset([store], Checkpoint(model))
-    ((_, actions),) = predict_ahead(expert, data, [index], seed=5, batch_size=1, **PATHS)
+    settings = PATHS | {"flow_steps": (PATHS["flow_steps"],)}
+    (predicted,) = predict_ahead(expert, data, [index], seed=5, batch_size=1, **settings)
+    actions = predicted.actions[0]
     return data.sample_id(index), actions[0], *to_paths(expert.action_space, actions[0], *data.poses(index)[:2])
 
 

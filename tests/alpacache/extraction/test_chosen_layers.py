@@ -13,7 +13,7 @@ import alpacache
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.streamed_vlm import load_streamed_vlm
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.errors import UsageError
+from alpacache.errors import DataError, UsageError
 from alpacache.evaluation.config import EvalConfig
 from alpacache.evaluation.probe_features import read_probe_data
 from alpacache.extraction.config import ExtractConfig
@@ -71,6 +71,30 @@ def test_the_chosen_layers_have_the_bits_of_a_full_store(extract, tiny_checkpoin
             assert torch.equal(first.prefix.data, second.prefix.data)
     kv = [info(path).size_by_field["kv"] for path in (store, all_layers)]
     assert kv[0] == pytest.approx(kv[1] / 2, rel=0.05)
+
+
+def test_stores_of_different_layers_go_together_for_what_all_of_them_have(extract, tiny_checkpoint):
+    stores, checkpoint = [extract(layers="first:2"), extract()], Checkpoint(str(tiny_checkpoint))
+    data = CachedDataset(stores, checkpoint)
+    assert data.held_layers == (0, 1)
+    with pytest.raises(UsageError, match="stores of different layers, heads or channels cannot be mixed"):
+        _ = data.layout
+    data = data.of_layers((1,))
+    first, second = (data.load(index).prefix for index in (0, 2))  # the same sample in either store
+    assert data.sample_id(0) == data.sample_id(2)
+    assert torch.equal(first.data, second.data)
+    assert data.kv_bytes[0] == data.kv_bytes[2] == len(first.data)
+    with pytest.raises(UsageError, match=r"has keys and values of layers 0, 1 of the VLM; .* layers 3 as well"):
+        data.of_layers((1, 3))
+
+
+@pytest.mark.parametrize("layers", [[0], [1, 0], [0, "x"], [True, 1]])
+def test_an_identity_that_the_samples_do_not_fit_is_refused(extract, tiny_checkpoint, monkeypatch, layers):
+    data = CachedDataset([extract(layers="first:2")], Checkpoint(str(tiny_checkpoint)))
+    reader, _ = data.locate(0)
+    monkeypatch.setattr(reader, "identity", {**reader.identity, "layers": layers})
+    with pytest.raises(DataError, match=r"says in its identity that it has layers .*, and its samples have 2 of them"):
+        data.of_layers((0,))
 
 
 @pytest.mark.parametrize(("layers", "held"), [("0", [0]), ("1,2", [1, 2])])

@@ -50,9 +50,10 @@ def expert(tiny_checkpoint):
 
 def ahead(expert, data, *, batch_size=2, **settings):
     """Actions in the order of `INDICES`."""
-    found = list(predict_ahead(expert, data, INDICES, batch_size=batch_size, **SETTINGS | settings))
-    assert [index for rows, _ in found for index in rows] == INDICES
-    return torch.cat([actions for _, actions in found])
+    settings = SETTINGS | {"flow_steps": (10,)} | settings
+    found = list(predict_ahead(expert, data, INDICES, batch_size=batch_size, **settings))
+    assert [index for one in found for index in one.indices] == INDICES
+    return torch.cat([one.actions for one in found], dim=1)[0]
 
 
 def one_by_one(expert, data):
@@ -110,8 +111,8 @@ def test_damage_in_a_row_is_named_before_its_batch_is_handed_over(data, expert, 
 
     monkeypatch.setattr(ring_module, "has_kernels", lambda device: True)
     monkeypatch.setattr(BatchRing, "_check", check)
-    batches = predict_ahead(expert, data, INDICES, batch_size=2, **SETTINGS)
-    assert next(batches)[0] == (4, 0)
+    batches = predict_ahead(expert, data, INDICES, batch_size=2, **SETTINGS | {"flow_steps": (10,)})
+    assert next(batches).indices == (4, 0)
     with pytest.raises(UnreadableSampleError, match=f"sample {data.sample_id(1)!r} reached the GPU damaged"):
         next(batches)
 

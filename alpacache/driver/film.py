@@ -1,0 +1,352 @@
+"""`drive`: a recording played with the paths that a model predicts at every moment, base beside trained, as a film.
+
+The VLM looks at each moment once, whatever the number of experts. What they predict is kept beside the film while it is
+made, so that a run that was stopped goes on; the film itself appears at once when it is done.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpacache import strict_json
+from alpacache.cached_samples.identity import model_identity, vlm_identity
+from alpacache.driver.config import DriveConfig
+from alpacache.driver.driver import Driver, load_driver
+from alpacache.driver.moment import moment_of, pose_at
+from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
+from alpacache.driving.poses import Track, check_track, frame_indices, interpolate
+from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef
+from alpacache.errors import BadClipError, InterruptedRunError, UsageError
+from alpacache.interrupt import InterruptGuard
+from alpacache.pictures.canvas import MODEL_COLOURS
+from alpacache.pictures.drive_frame import SIZE, Shown, drive_frame
+from alpacache.pictures.front_view import project
+from alpacache.planning.config import budget_bytes
+from alpacache.progress import OnProgress, Progress, ignore
+from alpacache.sources.blank import with_blank
+from alpacache.sources.recording import wanted_frame_times_us
+from alpacache.sources.registry import open_source
+from alpacache.sources.routes import Routes
+from alpacache.sources.source import RecordedSource, Source
+
+BASE, TRAINED = "base", "trained"
+_AT_ONCE = 10
+"""Moments whose pictures are read together."""
+_ENCODERS = ("libx264", "libopenh264", "mpeg4")
+_PREDICTED = "paths"
+"""Suffix of the folder beside a film that holds what is predicted so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriveReport:
+    """A film that was made."""
+
+    out: str
+    clip: str
+    pictures: int
+    """Of the film, each with paths of its own."""
+    seconds: float
+    resumed: int
+    """Pictures whose paths had been predicted before."""
+    models: tuple[str, ...]
+    shown_paths: bool
+    """False where the camera has no calibration: then paths are drawn from above alone."""
+
+
+def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveReport:
+    """Play a recording with predicted paths into a film.
+
+    Raises `UsageError` for settings that cannot work, `BadClipError` for a recording that cannot be played,
+    `InterruptedRunError` after a signal: the same call goes on where it stopped.
+    """
+    out, started = Path(config.out), time.monotonic()
+    _check_film(out)
+    cameras = sort_cameras(config.cameras)
+    source = open_source(config.source, cameras=cameras)
+    if not isinstance(source, RecordedSource):
+        raise UsageError(
+            f"{config.source} holds single samples; a film needs whole recordings, of folder:DIR, pai or synthetic:N."
+        )
+    clip = config.clip or source.clip_ids[0]
+    if clip not in source.clip_ids:
+        raise UsageError(f"{config.source} has no clip {clip!r}; its first is {source.clip_ids[0]!r}.")
+    track = source.track(clip)
+    check_track(track, where=clip)
+    routes = Routes(config.route, source)
+    base, others = _drivers(config)
+    moments = _moments(config, source, clip, frames=base.frames)
+    shown = FRONT_CAMERA if FRONT_CAMERA in cameras else cameras[0]
+    lens = _lens(source, clip, shown, moments[0])
+    kept = _Kept(out, _settings(config, base, source.name, clip, moments, others))
+    resumed, done = sum(map(kept.has, moments)), 0
+    draft = out.with_name(f".{out.name}.new")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with InterruptGuard() as guard, _Film(draft, every_s=config.every) as film:
+        for sample, pictures in _seen(source, clip, track, moments, cameras=cameras, frames=base.frames, shown=shown):
+            if guard.requested:
+                raise InterruptedRunError(
+                    f"stopped on request: {done} of {len(moments)} moments are predicted; the same command goes on."
+                )
+            t0_us = sample.ref.t0_us
+            paths = kept.read(t0_us)
+            if paths is None:
+                seen = base.see(with_blank(routes(sample), base.blank), track)
+                paths = {
+                    label: driver.paths(seen, paths=config.paths, flow_steps=config.flow_steps, seed=config.seed).xyz
+                    for label, driver in others.items()
+                }
+                kept.write(t0_us, paths)
+            film.add(drive_frame(_shown(track, t0_us, pictures, lens, paths, routes(sample).route, clip)))
+            done += 1
+            rate = done / (time.monotonic() - started)
+            on_progress(Progress(done=done, total=len(moments), unit="pictures", rate=rate, notes={"clip": clip}))
+    draft.replace(out)
+    kept.remove()
+    return DriveReport(
+        out=config.out,
+        clip=clip,
+        pictures=done,
+        seconds=time.monotonic() - started,
+        resumed=resumed,
+        models=tuple(others),
+        shown_paths=lens is not None,
+    )
+
+
+def _drivers(config: DriveConfig) -> tuple[Driver, dict[str, Driver]]:
+    """The driver whose VLM looks, and all drivers by label."""
+    settings: dict[str, Any] = {"device": config.device, "vlm": config.vlm, "frames": config.frames}
+    if config.memory_budget is not None:
+        settings["memory_budget"] = budget_bytes(config.memory_budget)
+    if config.checkpoint is None:
+        base = load_driver(config.model, **settings)
+        return base, {BASE: base}
+    trained = load_driver(config.model, config.checkpoint, average=config.ema, **settings)
+    return trained, {BASE: trained.alongside(None), TRAINED: trained}
+
+
+def _moments(config: DriveConfig, source: Source, clip: str, *, frames: int) -> list[int]:
+    """The moments (us) of the film's pictures."""
+    first, last = source.times_us(clip)
+    earliest = first + max((HISTORY_STEPS - 1) * STEP_US, (frames - 1) * FRAME_STEP_US)
+    begin, step = max(earliest, first + round(config.begin * 1e6)), round(config.every * 1e6)
+    end = last if config.seconds is None else min(last, begin + round(config.seconds * 1e6))
+    moments = list(range(begin, end + 1, step))
+    if not moments:
+        reason = f"from {first / 1e6:.1f} to {last / 1e6:.1f} s; a film can begin at {earliest / 1e6:.1f} s"
+        raise UsageError(f"{clip}: poses and cameras cover it {reason}, --begin is {config.begin:g}.")
+    return moments
+
+
+def _lens(source: Source, clip: str, camera: str, t0_us: int) -> Mapping[str, Any] | None:
+    """The calibration of the shown camera, if the source has one that can be drawn with."""
+    try:
+        sample = source.load(SampleRef(clip_id=clip, t0_us=t0_us), cameras=[camera], frames=1)
+        lens = (sample.calibration or {}).get(camera)
+        if lens is None or not {"width", "height"} <= lens.keys():
+            return None
+        project(np.array([[10.0, 0, 0]]), lens)
+    except (BadClipError, ValueError):  # too short for a future, or another form: the film goes without
+        return None
+    found: Mapping[str, Any] = lens
+    return found
+
+
+def _seen(
+    source: RecordedSource,
+    clip: str,
+    track: Track,
+    moments: Sequence[int],
+    *,
+    cameras: Sequence[str],
+    frames: int,
+    shown: str,
+) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
+    """For each moment its sample and the shown camera's newest picture `[3, H, W]`; several are read in one pass."""
+    waiting, stamps = iter(moments), {camera: source.frame_times_us(clip, camera) for camera in cameras}
+    while some := list(islice(waiting, _AT_ONCE)):
+        wanted = np.unique(np.concatenate([wanted_frame_times_us(t0_us, frames) for t0_us in some]))
+        read: dict[str, tuple[NDArray[np.int64], NDArray[np.uint8]]] = {}
+        for camera in cameras:
+            chosen = np.unique(frame_indices(stamps[camera], wanted, where=f"{clip}: {camera}"))
+            times = stamps[camera][chosen]
+            read[camera] = times, source.film(clip, camera, times).transpose(0, 2, 3, 1)
+        for t0_us in some:
+            parts = {}
+            for camera, (times, pictures) in read.items():
+                last = int(np.searchsorted(times, t0_us, side="right"))
+                first = int(np.searchsorted(times, t0_us - (frames - 1) * FRAME_STEP_US, side="right")) - 1
+                parts[camera] = pictures[first:last], times[first:last]
+            yield _moment(parts, track, t0_us, frames=frames, clip=clip), parts[shown][0][-1].transpose(2, 0, 1)
+
+
+def _moment(
+    parts: Mapping[str, tuple[NDArray[np.uint8], NDArray[np.int64]]],
+    track: Track,
+    t0_us: int,
+    *,
+    frames: int,
+    clip: str,
+) -> Sample:
+    """The sample of a moment, of cameras that may have taken different numbers of pictures."""
+    count = max(len(times) for _, times in parts.values())
+    padded, stamps = [], []
+    for pictures, times in parts.values():
+        lacking = count - len(times)
+        padded.append(np.concatenate([pictures[:1].repeat(lacking, axis=0), pictures]) if lacking else pictures)
+        stamps.append(np.concatenate([times[0] - np.arange(lacking, 0, -1), times]))
+    return moment_of(
+        np.stack(padded) if len(padded) > 1 else padded[0][None],
+        np.stack(stamps),
+        track,
+        cameras=list(parts),
+        count=frames,
+        t0_us=t0_us,
+        route=None,
+        name=clip,
+    )
+
+
+def _shown(
+    track: Track,
+    t0_us: int,
+    picture: NDArray[np.uint8],
+    lens: Mapping[str, Any] | None,
+    paths: Mapping[str, NDArray[np.float32]],
+    route: str | None,
+    clip: str,
+) -> Shown:
+    """What the picture of a moment shows."""
+    position, rotation = pose_at(track, t0_us)
+    around = t0_us + STEP_US * np.arange(1 - HISTORY_STEPS, FUTURE_STEPS + 1, dtype=np.int64)
+    around = around[around <= track.timestamps_us[-1]]
+    xyz = (interpolate(track, around)[0] - position) @ rotation
+    coloured = dict(zip(paths, MODEL_COLOURS, strict=False))
+    caption = f"{clip}, {t0_us / 1e6:.1f} s" + (f": {route}" if route else "")
+    return Shown(
+        picture=picture,
+        lens=lens,
+        history_xyz=xyz[:HISTORY_STEPS],
+        driven_xyz=xyz[HISTORY_STEPS:],
+        paths={label: (coloured[label], np.asarray(found, np.float64)) for label, found in paths.items()},
+        caption=caption,
+    )
+
+
+class _Kept:
+    """What was predicted for a film so far, beside it."""
+
+    def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
+        """Paths of other settings, or of another film of this name, are dropped."""
+        self._folder = out.with_name(f"{out.name}.{_PREDICTED}")
+        note, text = self._folder / "settings.json", strict_json.dumps(settings, indent=1)
+        if self._folder.is_dir() and not (note.is_file() and note.read_text() == text):
+            foreign = [path.name for path in self._folder.iterdir() if path.suffix not in (".npz", ".json", ".new")]
+            if foreign:
+                raise UsageError(f"{self._folder} holds {foreign[0]}, which no film keeps there; move it away.")
+            shutil.rmtree(self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(text)
+
+    def has(self, t0_us: int) -> bool:
+        return self._file(t0_us).is_file()
+
+    def read(self, t0_us: int) -> dict[str, NDArray[np.float32]] | None:
+        """Paths by label; None where there are none, or none that can be read."""
+        if not self.has(t0_us):
+            return None
+        try:
+            with np.load(self._file(t0_us), allow_pickle=False) as kept:
+                return {label: kept[label] for label in kept.files}
+        except (OSError, ValueError):
+            return None
+
+    def write(self, t0_us: int, paths: Mapping[str, NDArray[np.float32]]) -> None:
+        file = self._file(t0_us)
+        draft = file.with_suffix(".new")
+        with draft.open("wb") as opened:
+            np.savez(opened, **paths)  # type: ignore[arg-type]
+        draft.replace(file)
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder)
+
+    def _file(self, t0_us: int) -> Path:
+        return self._folder / f"{t0_us}.npz"
+
+
+class _Film:
+    """A film on its way to a file, which is removed unless it is finished."""
+
+    def __init__(self, path: Path, *, every_s: float) -> None:
+        self._path, self._rate = path, 1 / Fraction(every_s).limit_denominator(100)
+
+    def __enter__(self) -> "_Film":
+        import av
+
+        self._container = av.open(str(self._path), "w", format="mp4", options={"movflags": "faststart"})
+        for name in _ENCODERS:
+            try:
+                self._stream: Any = self._container.add_stream(name, rate=self._rate)
+                break
+            except (av.error.FFmpegError, ValueError):
+                continue
+        else:
+            raise UsageError(f"PyAV has none of the encoders {', '.join(_ENCODERS)}; install PyAV from its wheels.")
+        self._stream.width, self._stream.height, self._stream.pix_fmt = *SIZE, "yuv420p"
+        self._stream.options = {"crf": "20", "preset": "veryfast"} if name == "libx264" else {}
+        self._stream.bit_rate = 4_000_000
+        return self
+
+    def add(self, picture: NDArray[np.uint8]) -> None:
+        """Add a picture `[H, W, 3]`."""
+        import av
+
+        for packet in self._stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+            self._container.mux(packet)
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:
+            for packet in self._stream.encode():
+                self._container.mux(packet)
+        self._container.close()
+        if kind is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def _settings(
+    config: DriveConfig, base: Driver, source: str, clip: str, moments: Sequence[int], drivers: Mapping[str, Driver]
+) -> dict[str, Any]:
+    """All that the predicted paths depend on."""
+    names = ("cameras", "route", "paths", "flow_steps", "seed")
+    return strict_json.plain(  # type: ignore[no-any-return]
+        {
+            **{name: getattr(config, name) for name in names},
+            "source": source,
+            "clip": clip,
+            "first_us": moments[0],
+            "frames": base.frames,
+            "models": list(drivers),
+            "trained": [driver.trained for driver in drivers.values()],
+            "expert": model_identity(base.checkpoint),
+            "vlm": vlm_identity(base.checkpoint),
+            "device": base.device.type,
+        }
+    )
+
+
+def _check_film(out: Path) -> None:
+    """Refuse a place where no film can be written."""
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a directory; expected the name of a film, such as {out}/drive.mp4.")
+    place = next(place for place in out.absolute().parents if place.exists())
+    if not place.is_dir():
+        raise UsageError(f"--out {out} cannot be made: {place} is a file. Name another place.")

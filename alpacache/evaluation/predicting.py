@@ -1,0 +1,207 @@
+"""What every model predicts for every sample: its paths, and under other circumstances what is kept of them.
+
+Several numbers of flow steps go through each prefix while it is there. A control is one more pass over the samples, in
+which each is given another clip's prefix, or none; noise and targets stay its own.
+"""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.features import SWAPPED, CachedSample
+from alpacache.errors import InterruptedRunError, NonFiniteError
+from alpacache.evaluation.judging import Variant, judge_variant
+from alpacache.evaluation.unread import Unread
+from alpacache.inference.prediction import (
+    Paths,
+    Prediction,
+    predict_actions,
+    predict_ahead,
+    predict_blind,
+    predict_on_twins,
+    to_paths,
+)
+from alpacache.interrupt import InterruptGuard
+
+if TYPE_CHECKING:
+    from alpacache.alpamayo import ActionExpert
+    from alpacache.driving.action_space import UnicycleActionSpace
+
+Poses = tuple[Tensor, Tensor, Tensor, Tensor]
+Start = Callable[[Sequence[int]], Generator[Prediction]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Predicted:
+    """What one model predicts, by sample."""
+
+    paths: dict[int, Paths] = field(default_factory=dict)
+    actions: dict[int, Tensor] = field(default_factory=dict)
+    """`[K, 64, 2]` that the paths come from."""
+    losses: dict[int, float] = field(default_factory=dict)
+    swapped: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    """xyz with left for right in the route."""
+    by_steps: dict[int, dict[int, Variant]] = field(default_factory=dict)
+    """Number of flow steps -> sample -> result, of all numbers where there are several."""
+    controls: dict[str, dict[int, Variant]] = field(default_factory=dict)
+    """Control -> sample -> result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """Predicts the same samples with one expert after another, from the same noise."""
+
+    data: CachedDataset
+    indices: Sequence[int]
+    """Samples to judge."""
+    poses: Callable[[int], Poses]
+    target_of: Callable[[int], Tensor]
+    """Driven path's action `[64, 2]` of a sample."""
+    unread: Unread
+    guard: InterruptGuard
+    paths: int
+    flow_steps: Sequence[int]
+    seed: int
+    batch_size: int
+    capture: bool
+    on_rollouts: bool
+    swappable: Sequence[int]
+    """Samples to predict with left for right in their routes too."""
+    controls: Sequence[str]
+    partners: Mapping[int, int]
+    """Sample -> the one of another clip whose prefix the control `shuffled` takes."""
+    on_batch: Callable[[int], None]
+    """Told how many samples are done."""
+
+    @property
+    def passes(self) -> int:
+        """Samples that one expert predicts, those of controls counted again."""
+        return len(self.indices) * (1 + len(self.controls)) + len(self.swappable)
+
+    def predict(self, expert: "ActionExpert", *, model: str) -> Predicted:
+        """Predict everything with one expert; `model` names it in the error for paths that are not finite."""
+        found, space = Predicted(), expert.action_space
+
+        def keep(prediction: Prediction, row: int) -> None:
+            index = prediction.indices[row]
+            actions = prediction.actions[:, row]
+            found.paths[index] = self._paths(space, actions[0], index, model)
+            found.actions[index] = actions[0]
+            loss = None if prediction.losses is None else float(prediction.losses[row])
+            if loss is not None:
+                found.losses[index] = loss
+            for steps, action in zip(self.flow_steps, actions, strict=True):
+                if len(self.flow_steps) > 1:
+                    variant = self._variant(self._paths(space, action, index, model), index, loss)
+                    found.by_steps.setdefault(steps, {})[index] = variant
+
+        def keep_swapped(prediction: Prediction, row: int) -> None:
+            index = prediction.indices[row]
+            found.swapped[index] = self._paths(space, prediction.actions[0, row], index, model)[0]
+
+        def keep_control(control: str, prediction: Prediction, row: int) -> None:
+            index = prediction.indices[row]
+            assert prediction.losses is not None
+            paths, loss = self._paths(space, prediction.actions[0, row], index, model), float(prediction.losses[row])
+            found.controls.setdefault(control, {})[index] = self._variant(paths, index, loss)
+
+        self._run(self.indices, partial(self._honest, expert), keep)
+        self._run(self.swappable, partial(self._swapped, expert), keep_swapped)
+        for control in self.controls:
+            needs = self.partners if control == "shuffled" else {}
+            self._run(self.indices, partial(self._control, expert, control), partial(keep_control, control), needs)
+        return found
+
+    def _run(
+        self,
+        indices: Sequence[int],
+        start: Start,
+        keep: Callable[[Prediction, int], None],
+        needs: Mapping[int, int] | None = None,
+    ) -> None:
+        """Predict all samples that can be read, and whose partner in `needs` can; go on behind one that cannot."""
+        done: set[int] = set()
+
+        def is_open(index: int) -> bool:
+            gone = self.unread.errors
+            return index not in done and index not in gone and (needs or {}).get(index, index) not in gone
+
+        while todo := [*filter(is_open, indices)]:
+            with self.unread.caught(), closing(start(todo)) as predictions:
+                for prediction in predictions:
+                    if self.guard.requested:
+                        raise InterruptedRunError("stopped on request; an evaluation keeps nothing, run it again.")
+                    for row, index in enumerate(prediction.indices):
+                        keep(prediction, row)
+                        done.add(index)
+                    self.on_batch(len(prediction.indices))
+
+    def _honest(self, expert: "ActionExpert", todo: Sequence[int]) -> Generator[Prediction]:
+        if self.on_rollouts:
+            load = partial(self.data.of_layers(expert.prefix_layers).load, tails=self.paths)
+            return self._loaded(predict_actions, expert, load, todo, self.flow_steps)
+        target_of = self.target_of if self.controls else None
+        return predict_ahead(
+            expert,
+            self.data,
+            todo,
+            flow_steps=self.flow_steps,
+            capture=self.capture,
+            target_of=target_of,
+            **self._sampling,
+        )
+
+    def _swapped(self, expert: "ActionExpert", todo: Sequence[int]) -> Generator[Prediction]:
+        load = partial(self.data.of_layers(expert.prefix_layers).load, twin=SWAPPED)
+        return self._loaded(predict_on_twins, expert, load, todo, self.flow_steps[:1])
+
+    def _control(self, expert: "ActionExpert", control: str, todo: Sequence[int]) -> Generator[Prediction]:
+        options: dict[str, Any] = {**self._sampling, "flow_steps": self.flow_steps[:1], "target_of": self.target_of}
+        if control == "none":
+            return predict_blind(expert, self.data, todo, **options)
+        return predict_ahead(
+            expert, self.data, todo, prefix_of=self.partners.__getitem__, capture=self.capture, **options
+        )
+
+    def _loaded(
+        self,
+        predict: Callable[..., Tensor],
+        expert: "ActionExpert",
+        load: Callable[[int], CachedSample],
+        todo: Sequence[int],
+        flow_steps: Sequence[int],
+    ) -> Generator[Prediction]:
+        """Predict samples that are loaded one by one."""
+        for start in range(0, len(todo), self.batch_size):
+            rows = todo[start : start + self.batch_size]
+            samples = [load(index) for index in rows]
+            by_steps = [
+                predict(expert, samples, paths=self.paths, flow_steps=steps, seed=self.seed) for steps in flow_steps
+            ]
+            yield Prediction(indices=rows, actions=torch.stack(by_steps))
+
+    @cached_property
+    def _sampling(self) -> dict[str, Any]:
+        return {"paths": self.paths, "seed": self.seed, "batch_size": self.batch_size}
+
+    def _paths(self, space: "UnicycleActionSpace", action: Tensor, index: int, model: str) -> Paths:
+        """Paths of a sample's actions. Raises `NonFiniteError` where one is not finite."""
+        paths = to_paths(space, action, *self.poses(index)[:2])
+        if not all(np.isfinite(part).all() for part in paths):
+            raise NonFiniteError(
+                f"the model {model} predicts paths for {self.data.sample_id(index)} that are not finite: its weights "
+                "or the sample's prefix are broken. Take an earlier checkpoint, or extract the sample again."
+            )
+        return paths
+
+    def _variant(self, paths: Paths, index: int, loss: float | None) -> Variant:
+        _, history_rot, truth_xyz, _ = self.poses(index)
+        return judge_variant(*paths, truth_xyz.double().numpy(), history_rot.double().numpy(), loss=loss)

@@ -1,0 +1,131 @@
+"""A film shows what was predicted, goes on where it was stopped, and refuses what it cannot play in words."""
+
+import numpy as np
+import pytest
+
+import alpacache
+from alpacache.driver import film
+from alpacache.driver.config import DriveConfig
+from alpacache.driver.driver import Driver
+from alpacache.driver.film import drive
+from alpacache.errors import InterruptedRunError, UsageError
+from alpacache.extraction.config import ExtractConfig
+from alpacache.pictures.canvas import MODEL_COLOURS
+from alpacache.pictures.drive_frame import SIZE, Shown, drive_frame
+from alpacache.training.config import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint, tmp_path_factory):
+    """A run of a few steps on a store of one frame."""
+    root = tmp_path_factory.mktemp("film")
+    common = {"model": str(tiny_checkpoint), "device": "cpu"}
+    alpacache.extract(ExtractConfig(source="synthetic:2", store=str(root / "store"), frames=1, **common))
+    settings = {"steps": 2, "batch_size": 2, "lr": 1e-2, "trainable": "head"}
+    alpacache.train(TrainConfig(stores=(str(root / "store"),), out=str(root / "run"), **settings, **common))
+    return str(root / "run")
+
+
+def config(model, out, **settings):
+    values = {"source": "synthetic:1", "begin": 5.0, "seconds": 0.6, "paths": 2, "flow_steps": 2, "device": "cpu"}
+    return DriveConfig(**values | {"model": str(model), "out": str(out)} | settings)
+
+
+def pictures_of(path):
+    import av
+
+    with av.open(str(path)) as container:
+        rate = container.streams.video[0].average_rate
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)], rate
+
+
+def test_base_beside_trained_and_resumed_after_a_stop(tiny_checkpoint, run, tmp_path, monkeypatch):
+    out, seen, asked = tmp_path / "films" / "drive.mp4", [], []
+    monkeypatch.setattr(film, "drive_frame", lambda shown: (seen.append(shown), drive_frame(shown))[1])
+    predict = Driver.paths
+    monkeypatch.setattr(Driver, "paths", lambda *a, **k: (asked.append(a[1].sample.ref.t0_us), predict(*a, **k))[1])
+
+    class Guard(film.InterruptGuard):
+        requested = property(lambda self: len(asked) >= 4, lambda self, value: None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(film, "InterruptGuard", Guard)
+        with pytest.raises(InterruptedRunError, match="2 of 4 moments are predicted; the same command goes on"):
+            drive(config(tiny_checkpoint, out, checkpoint=run))
+    assert not out.exists()
+    kept = sorted(path.name for path in (tmp_path / "films" / "drive.mp4.paths").glob("*.npz"))
+    assert kept == ["5000000.npz", "5200000.npz"]
+    report = drive(config(tiny_checkpoint, out, checkpoint=run))
+    assert (report.pictures, report.resumed, report.models) == (4, 2, ("base", "trained"))
+    assert asked == [t0 for t0 in (5_000_000, 5_200_000, 5_400_000, 5_600_000) for _ in range(2)]
+    assert [path.name for path in out.parent.iterdir()] == ["drive.mp4"]
+    pictures, rate = pictures_of(out)
+    assert (len(pictures), rate, pictures[0].shape) == (4, 5, (SIZE[1], SIZE[0], 3))
+    expected = drive_frame(seen[-1]).astype(float)
+    assert np.abs(pictures[-1] - expected).mean() < 6
+    last = seen[-1]
+    assert [colour for colour, _ in last.paths.values()] == list(MODEL_COLOURS[:2])
+    assert not np.array_equal(last.paths["base"][1], last.paths["trained"][1])
+    assert np.abs(last.history_xyz[-1]).max() < 1e-9
+    assert last.driven_xyz.shape == (64, 3)
+
+
+def test_a_film_of_other_settings_begins_anew(tiny_checkpoint, tmp_path, monkeypatch):
+    out, folder = tmp_path / "drive.mp4", tmp_path / "drive.mp4.paths"
+    folder.mkdir()
+    (folder / "settings.json").write_text("{}")
+    np.savez(folder / "5000000.npz", base=np.zeros((2, 64, 3)))
+    assert drive(config(tiny_checkpoint, out, seconds=0.2)).resumed == 0
+    folder.mkdir()
+    (folder / "letter.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"drive\.mp4\.paths holds letter\.txt, which no film keeps there"):
+        drive(config(tiny_checkpoint, out, seconds=0.2))
+
+
+def test_the_end_of_a_recording_is_played_without_a_future(tiny_checkpoint, tmp_path):
+    report = drive(config(tiny_checkpoint, tmp_path / "end.mp4", begin=19.7, seconds=None, every=0.1, frames=2))
+    assert report.pictures == 4
+    assert report.clip == "synthetic-0-000000"
+
+
+def test_what_cannot_be_played_is_refused(tiny_checkpoint, tmp_path):
+    with pytest.raises(UsageError, match=r"out is .*drive\.avi.*FILM\.mp4"):
+        config(tiny_checkpoint, tmp_path / "drive.avi")
+    with pytest.raises(UsageError, match="every"):
+        config(tiny_checkpoint, tmp_path / "a.mp4", every=2.0)
+    with pytest.raises(UsageError, match=r"synthetic:1 has no clip 'tuesday'; its first is 'synthetic-0-000000'"):
+        drive(config(tiny_checkpoint, tmp_path / "a.mp4", clip="tuesday"))
+    with pytest.raises(UsageError, match=r"poses and cameras cover it from 0\.0 to 20\.0 s; .* --begin is 30"):
+        drive(config(tiny_checkpoint, tmp_path / "a.mp4", begin=30.0))
+    (tmp_path / "taken.mp4").mkdir()
+    with pytest.raises(UsageError, match="is a directory; expected the name of a film"):
+        drive(config(tiny_checkpoint, tmp_path / "taken.mp4"))
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.mp4"]
+
+
+def test_paths_are_drawn_where_they_lead():
+    """A path to the left is drawn left of the middle, in its colour, from above and in the camera's picture."""
+    way = np.linspace(1, 40, 64)
+    left = np.stack([way, 0.01 * way**2, np.zeros(64)], axis=1)
+    lens = {"model": "pinhole", "width": 320, "height": 180, "fx": 200.0, "fy": 200.0, "cx": 160.0, "cy": 60.0}
+    lens |= {"position_m": [0.8, 0.0, 1.5], "rotation": [[0, 0, 1.0], [-1.0, 0, 0], [0, -1.0, 0]]}
+    shown = Shown(
+        picture=np.full((3, 180, 320), 128, np.uint8),
+        lens=lens,
+        history_xyz=np.array([[-10.0, 0, 0], [0, 0, 0]]),
+        driven_xyz=np.zeros((0, 3)),
+        paths={"base": ("#ff0000", left[None])},
+        caption="a long caption " * 20,
+    )
+    drawn = drive_frame(shown).astype(int)
+    red = (drawn[..., 0] > 180) & (drawn[..., 1] < 110) & (drawn[..., 2] < 110)
+    red[SIZE[1] - 34 :, :848] = False  # the legend
+    columns = np.flatnonzero(red.any(axis=0))
+    assert (columns < 848).any()
+    assert (columns >= 848).any()
+    above = red[:, 848:]
+    rows, places = np.nonzero(above)
+    assert places[rows == rows.min()].mean() < places[rows == rows.max()].mean() - 50
+    assert places[rows == rows.max()].mean() == pytest.approx(216, abs=4)
+    plain = drive_frame(Shown(**{**{name: getattr(shown, name) for name in Shown.__slots__}, "lens": None}))
+    assert (plain[:440, :848] == 128).all()

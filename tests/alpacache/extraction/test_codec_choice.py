@@ -1,0 +1,188 @@
+"""The codec `transform` from the first sample to the last command that reads it, on a tiny model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import alpacache
+from alpacache.alpamayo import Checkpoint
+from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.identity import store_codec
+from alpacache.errors import UsageError
+from alpacache.extraction import codec_choice
+from alpacache.extraction.config import ExtractConfig
+from alpacache.training.config import TrainConfig
+from cache_store import CacheReader, FormatError, IdentityMismatchError, TransformCodec, collect_garbage, copy, verify
+from cache_store.writer import CacheWriter
+
+CODEC = "transform:5"
+
+
+def settings(model, store, **more):
+    given = {"source": "synthetic:6", "frames": 1, "device": "cpu", "codec": CODEC, "hidden_states": "none"}
+    return ExtractConfig(model=str(model), store=str(store), **given | more)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_checkpoint, tmp_path_factory):
+    """A store, the bf16 store of the same samples, and what was said."""
+    folder, notes = tmp_path_factory.mktemp("transform"), []
+    alpacache.extract(settings(tiny_checkpoint, folder / "s"), on_note=notes.append)
+    alpacache.extract(settings(tiny_checkpoint, folder / "plain", codec="bf16"))
+    return folder, notes
+
+
+def test_a_store_learns_its_codec_once_and_every_later_run_uses_it(made, tiny_checkpoint, tmp_path) -> None:
+    folder, notes = made
+    store = shutil.copytree(folder / "s", tmp_path / "s")
+    assert any("learnt from 6 samples" in note for note in notes)
+    (tables,) = (store / "codecs").iterdir()
+    before, again = tables.read_bytes(), []
+    alpacache.extract(settings(tiny_checkpoint, store, source="synthetic:8"), on_note=again.append)
+    assert not any("learnt" in note for note in again)
+    assert tables.read_bytes() == before
+    reader = CacheReader(store)
+    assert len(reader) == 8
+    assert reader.identity["codec"] == CODEC
+    assert reader.identity["codec_definition"]["tables_sha256"] == tables.name
+    sizes = [reader.shape(name, "kv")[0] for name in reader.sample_ids]
+    values = np.prod(CachedDataset([store], Checkpoint(str(tiny_checkpoint))).layout.shape(1))
+    tokens = reader.read(reader.sample_ids[0], ["prefix_len"])["prefix_len"]
+    assert len(set(sizes)) > 1
+    assert np.mean(sizes) * 8 / tokens / values < 8
+
+
+def test_what_is_read_is_what_the_vlm_left(made, tiny_checkpoint) -> None:
+    folder, _ = made
+    near, exact = (CachedDataset([folder / name], Checkpoint(str(tiny_checkpoint))) for name in ("s", "plain"))
+    for index in range(6):
+        got, wanted = near.load(index).prefix.decode(), exact.load(index).prefix
+        for one, other in ((got.keys, wanted.keys), (got.values, wanted.values)):
+            assert (one.float() - other.float()).norm() < 0.05 * other.float().norm()
+            assert torch.equal(one[:, :, 0], other[:, :, 0]) or (one[:, :, 0] - other[:, :, 0]).norm() < 1
+    assert near.layout.size_bytes(10**4) == int(near.kv_bytes.max())
+
+
+def test_training_copying_and_verifying(made, tiny_checkpoint, tmp_path) -> None:
+    folder, _ = made
+    copied = tmp_path / "copy"
+    assert copy(folder / "s", copied).ok
+    assert verify(copied, deep=True).ok
+    run = {"steps": 2, "batch_size": 2, "device": "cpu", "model": str(tiny_checkpoint)}
+    losses = [
+        alpacache.train(TrainConfig(stores=(str(store),), out=str(tmp_path / f"r{number}"), **run)).last_loss
+        for number, store in enumerate((folder / "s", copied, folder / "plain"))
+    ]
+    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[2], rel=0.05)
+
+
+def test_damaged_or_missing_tables_are_named(made, tiny_checkpoint, tmp_path) -> None:
+    store = shutil.copytree(made[0] / "s", tmp_path / "s")
+    (tables,) = (store / "codecs").iterdir()
+    good = tables.read_bytes()
+    for data in (good[:-1], good[:500] + b"x" + good[501:], b""):
+        tables.write_bytes(data)
+        report = verify(store, deep=True)
+        assert [damage.object for damage in report.damaged] == [f"codecs/{tables.name}"]
+        with pytest.raises(FormatError, match=r"tables of the codec are damaged.*copy of the store"):
+            CachedDataset([store], Checkpoint(str(tiny_checkpoint)))
+        with pytest.raises(FormatError, match="damaged"):
+            copy(store, tmp_path / "never")
+        assert not (tmp_path / "never").exists()
+    tables.unlink()
+    assert [damage.object for damage in verify(store).damaged] == [f"codecs/{tables.name}"]
+    with pytest.raises(FormatError, match=r"missing.*alpacache copy"):
+        CachedDataset([store], Checkpoint(str(tiny_checkpoint)))
+
+
+def test_another_stores_codec(made, tiny_checkpoint, tmp_path) -> None:
+    folder, _ = made
+    alpacache.extract(
+        settings(tiny_checkpoint, tmp_path / "t", source="synthetic:9", codec_from=str(folder / "s"), t0="4")
+    )
+    first, second = (CacheReader(store) for store in (folder / "s", tmp_path / "t"))
+    assert first.identity["codec_definition"] == second.identity["codec_definition"]
+    assert store_codec(first.identity, store=str(first.path)) == store_codec(second.identity, store=str(second.path))
+
+
+def test_a_codec_of_other_settings_is_refused_with_the_difference(made, tiny_checkpoint, tmp_path) -> None:
+    source = str(made[0] / "s")
+    for change, said in (
+        ({"codec": "int8"}, r"goes with --codec transform:RATE"),
+        ({"codec": "transform:4"}, r"that store's codec is transform:5, not transform:4"),
+        ({"codec_from": str(tmp_path)}, "there is no store"),
+        ({"layers": "first:1"}, r"is for layers all of the VLM, this run stores 0"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            alpacache.extract(settings(tiny_checkpoint, tmp_path / "t", **{"codec_from": source} | change))
+    with pytest.raises(IdentityMismatchError, match="codec"):
+        alpacache.extract(settings(tiny_checkpoint, made[0] / "plain"))
+    for name in ("s", "plain"):
+        assert sorted(path.name for path in (made[0] / name / "staging").iterdir()) == []
+    assert not (tmp_path / "t").exists()
+
+
+def test_another_vlms_codec_is_refused(made, tiny_checkpoint, tmp_path) -> None:
+    store = shutil.copytree(made[0] / "s", tmp_path / "s")
+    root = json.loads((store / "zarr.json").read_text())["attributes"]["cache_store"]
+    identity = root["identity"] | {"model": root["identity"]["model"] | {"vlm_weights_sha256": "0" * 64}}
+    (tables,) = (store / "codecs").iterdir()
+    reader = CacheReader(store)
+    CacheWriter(
+        tmp_path / "o", fields=list(reader.fields.values()), identity=identity, codec_tables=tables.read_bytes()
+    )
+    with pytest.raises(UsageError, match=r"learnt from another VLM \(weights 000000000000"):
+        alpacache.extract(settings(tiny_checkpoint, tmp_path / "t", codec_from=str(tmp_path / "o")))
+
+
+def test_a_killed_calibration_leaves_nothing(tiny_checkpoint, tmp_path, monkeypatch) -> None:
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(codec_choice, "calibrate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        alpacache.extract(settings(tiny_checkpoint, tmp_path / "s"))
+    assert not (tmp_path / "s").exists()
+
+
+def test_who_comes_second_uses_the_winners_codec(made, tiny_checkpoint, tmp_path, monkeypatch) -> None:
+    """Two workers learn at once; the one that finds a store when it is through takes what is there."""
+    store, learn = tmp_path / "s", codec_choice.calibrate
+
+    def slow(*given, **named):
+        shutil.copytree(made[0] / "s", store)
+        return learn(*given, **named | {"rate": 4.5})
+
+    monkeypatch.setattr(codec_choice, "calibrate", slow)
+    notes = []
+    alpacache.extract(settings(tiny_checkpoint, store, source="synthetic:8"), on_note=notes.append)
+    assert any("another worker" in note for note in notes)
+    assert len(CacheReader(store)) == 8
+    assert verify(store, deep=True).ok
+    assert len(list((store / "codecs").iterdir())) == 1
+
+
+def test_tables_that_no_root_names_are_garbage(made, tmp_path) -> None:
+    store = shutil.copytree(made[0] / "s", tmp_path / "s")
+    spare = store / "codecs" / ("0" * 64)
+    spare.write_bytes(b"of a writer that was killed")
+    assert collect_garbage(store).temporaries == 0  # too young
+    assert collect_garbage(store, min_age_s=-1).temporaries == 1
+    assert not spare.exists()
+    assert verify(store, deep=True).ok
+
+
+def test_samples_unlike_those_learnt_from_are_told_of(made, caplog) -> None:
+    codec = store_codec(CacheReader(made[0] / "s").identity, store=str(made[0] / "s"))
+    assert isinstance(codec, TransformCodec)
+    shape = np.array([2, 2, 2, 100, 32])
+    usual, more = int(np.prod(shape) * 5 / 8), int(np.prod(shape) * 8 / 8)
+    assert codec_choice.longer_than_learnt(codec, {"kv": bytes(usual), "kv_shape": shape}) is None
+    assert codec_choice.longer_than_learnt(codec, {"kv": bytes(more), "kv_shape": shape}) == pytest.approx(1.6)
+    codec_choice.warn_of({"a": 1.3, "b": 1.6}, codec, 10)
+    assert "2 of 10 samples take more than 1.25 times the 5 bits" in caplog.text
+    assert "most: b, 8.0 bits" in caplog.text
