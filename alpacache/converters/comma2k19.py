@@ -18,7 +18,7 @@ import numpy as np
 from alpacache.converters.drive import Dropped, Film, LoggedDrive
 from alpacache.converters.geodesy import geodetic_of, level_axes
 from alpacache.converters.kind import Kind
-from alpacache.converters.log_files import UnusableError, folder_of
+from alpacache.converters.log_files import UnusableError, folder_of, poses_alone
 from alpacache.converters.remux import film_frames
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
@@ -47,18 +47,16 @@ def drives(place: Path) -> Iterator[LoggedDrive | Dropped]:
 def segment_drive(segment: Path) -> LoggedDrive:
     """One segment. Raises `BadClipError`."""
     track, origin = _track(segment / "global_pose")
-    film = segment / "video.hevc"
-    if not film.exists():
-        raise UnusableError("video.hevc is not there", kind="missing_camera")
-    frames = film_frames(film).total
-    if frames != len(track.timestamps_us):
+    film, there = segment / "video.hevc", (segment / "video.hevc").exists()
+    if there and (frames := film_frames(film).total) != len(track.timestamps_us):
         raise UnusableError(f"{frames} frames in video.hevc, {len(track.timestamps_us)} in frame_times")
     return LoggedDrive(
         name=f"{segment.parent.name.replace('|', '_')}--{segment.name}",
-        cameras={FRONT_CAMERA: Film(path=film, times_us=track.timestamps_us)},
+        cameras={FRONT_CAMERA: Film(path=film, times_us=track.timestamps_us)} if there else {},
         track=track,
         point="camera",
         mount_deg="estimate",
+        dropped=() if there else (poses_alone(f"{segment.name}/video.hevc is not there"),),
         facts={
             "poses": "camera, quaternions from forward, right, down to ECEF, scalar first; turned to forward, left, up",
             "positions": "east, north, up (m) of the first one on the WGS 84 ellipsoid",

@@ -188,7 +188,7 @@ def csv_fixes(text: str, name: str) -> Fixes:
         stamps.append(stamp)
         rows.append(row)
     times_us, absolute, clock = _csv_times(stamps, unit, heads[time_at], name)
-    units = {heads[at]: f"{what}, times {scale:.6g}" for at, (what, scale) in columns.items()}
+    units = {heads[at]: what if scale == 1 else f"{what}, times {scale:.6g}" for at, (what, scale) in columns.items()}
     left = [head for at, head in enumerate(heads) if at != time_at and at not in columns and head]
     facts = {"format": "CSV", "clock": clock, **units, "columns not read": ", ".join(left) or "none"}
     return _table(list(zip(times_us, rows, strict=True)), {}, lost, facts, absolute=absolute)

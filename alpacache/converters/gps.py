@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,17 +23,26 @@ from alpacache.converters.film_clock import FilmStart, find_start, shown_us, tur
 from alpacache.converters.fix_path import SmoothPath, VehicleMotion, path_of
 from alpacache.converters.fixes import Fixes, read_fixes
 from alpacache.converters.kind import Kind
-from alpacache.converters.log_files import UnusableError
+from alpacache.converters.log_files import UnusableError, poses_alone
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sources.camera_files import FILMS
 
-READS = "a film (.mp4, .mov, .mkv) with a log of the same name beside it (.gpx, .nmea, .csv), or a folder of such"
+READS = "a log (.gpx, .nmea, .csv), with a film of the same name beside it (.mp4, .mov, .mkv), or a folder of such"
 LOGS = (".gpx", ".nmea", ".csv", ".txt", ".log")
+VEHICLE = ".vehicle.csv"
 MAX_GAP_S = 1.5
 """Time without a fix after which a new stretch begins; with a vehicle's speed and yaw rate `MAX_OUTAGE_S`."""
 MAX_OUTAGE_S = 5.0
+
+
+class _Parts(NamedTuple):
+    """The files of a drive."""
+
+    film: Path | None
+    log: Path
+    vehicle: Path | None
 
 
 def drives(place: Path, *, film_start: str | None = None) -> Iterator[LoggedDrive | Dropped]:
@@ -41,11 +51,11 @@ def drives(place: Path, *, film_start: str | None = None) -> Iterator[LoggedDriv
         try:
             yield from film_drives(film, log, vehicle, film_start=film_start)
         except BadClipError as error:
-            yield Dropped(what="drives", count=1, reason=f"{film.name}: {error}")
+            yield Dropped(what="drives", count=1, reason=f"{(film or log).name}: {error}")
 
 
 def film_drives(
-    film: Path, log: Path, vehicle: Path | None, *, film_start: str | None
+    film: Path | None, log: Path, vehicle: Path | None, *, film_start: str | None
 ) -> Iterator[LoggedDrive | Dropped]:
     """Stretches of one film that can be used. Raises `BadClipError`."""
     fixes = read_fixes(log)
@@ -70,20 +80,26 @@ def film_drives(
         dropped.append(Dropped(what="stretches", count=short, reason=reason))
     if not paths:
         raise UnusableError("; ".join(f"{drop.count} {drop.what}: {drop.reason}" for drop in dropped))
-    shown = shown_us(film)
-    start_us, clock = _film_start(film, film_start, fixes, paths)
-    times_us = start_us + shown
+    if film is None:
+        dropped.append(poses_alone(f"no film is beside {log.name}"))
+        times_us, clock = np.empty(0, dtype=np.int64), "none"
+    else:
+        shown = shown_us(film)
+        start_us, clock = _film_start(film, film_start, fixes, paths)
+        times_us = start_us + shown
     for number, path in enumerate(paths):
         first, last = np.searchsorted(times_us, [path.times_us[0], path.times_us[-1]], side="left")
-        if last - first < 2:
+        if film is not None and last - first < 2:
             reason = (
                 f"the film does not reach into the log's stretch from {_clock(path.times_us[0], fixes.absolute)} on"
             )
             dropped.append(Dropped(what="stretches", count=1, reason=reason))
             continue
         yield LoggedDrive(
-            name=film.stem if len(paths) == 1 else f"{film.stem}-{number + 1}",
-            cameras={FRONT_CAMERA: Film(path=film, times_us=times_us[first:last], first=int(first))},
+            name=log.stem if len(paths) == 1 else f"{log.stem}-{number + 1}",
+            cameras={}
+            if film is None
+            else {FRONT_CAMERA: Film(path=film, times_us=times_us[first:last], first=int(first))},
             track=Track(timestamps_us=path.times_us, xyz=path.xyz, quaternion_xyzw=yaw_quaternions(path.yaw_rad)),
             point="antenna",
             facts={**fixes.facts, **path.facts, "film": clock},
@@ -159,27 +175,43 @@ def _clock(time_us: int, absolute: bool) -> str:
     return f"{int(time_us) / 1e6:.3f} s"
 
 
-def _pairs(place: Path) -> list[tuple[Path, Path, Path | None]]:
+def _pairs(place: Path) -> list[_Parts]:
     """Film, log and vehicle's log of each drive. Raises `UsageError` where it is not clear which belong together."""
-    films = [place]
-    if place.is_dir():
-        films = sorted(entry for entry in place.iterdir() if entry.suffix.lower() in FILMS and entry.is_file())
-    elif place.suffix.lower() not in FILMS:
-        raise UsageError(f"{place} is no film; expected {READS}.")
-    if not films:
-        raise UsageError(f"{place} holds no film (.mp4, .mov, .mkv); expected {READS}.")
-    pairs = []
-    for film in films:
-        beside = [entry for entry in film.parent.iterdir() if entry.suffix.lower() in LOGS and entry.is_file()]
-        own = sorted(entry for entry in beside if entry.stem == film.stem)
-        vehicle = next((entry for entry in beside if entry.name == f"{film.stem}.vehicle.csv"), None)
-        if len(own) != 1:
-            found = " and ".join(entry.name for entry in own) or "none"
-            raise UsageError(
-                f"{film}: expected one log named {film.stem}.gpx, .nmea or .csv beside it; there is {found}."
-            )
-        pairs.append((film, own[0], vehicle))
-    return pairs
+    if not place.exists():
+        raise UsageError(f"{place} does not exist; expected {READS}.")
+    files = sorted(entry for entry in (place if place.is_dir() else place.parent).iterdir() if entry.is_file())
+    films = [file for file in files if _ending(file) in FILMS]
+    logs = [file for file in files if _ending(file) in LOGS and not file.name.endswith(VEHICLE)]
+    if place.is_dir() and films:
+        return [_of_film(film, logs, files) for film in films]
+    if place.is_dir() and logs:
+        return [_of_log(log, [], files) for log in logs]
+    if place in films:
+        return [_of_film(place, logs, files)]
+    if place in logs:
+        return [_of_log(place, films, files)]
+    raise UsageError(f"{place} is neither a film nor a log, nor holds one; expected {READS}.")
+
+
+def _of_film(film: Path, logs: Sequence[Path], files: Sequence[Path]) -> _Parts:
+    own = [log for log in logs if log.stem == film.stem]
+    if len(own) != 1:
+        found = " and ".join(log.name for log in own) or "none"
+        expected = f"expected one log beside it, {film.stem}.gpx, .nmea or .csv"
+        raise UsageError(f"{film}: {expected}; there is {found}.")
+    return _of_log(own[0], [film], files)
+
+
+def _of_log(log: Path, films: Sequence[Path], files: Sequence[Path]) -> _Parts:
+    own = [film for film in films if film.stem == log.stem]
+    if len(own) > 1:
+        raise UsageError(f"{log}: {' and '.join(film.name for film in own)} are beside it; name the film.")
+    vehicle = next((file for file in files if file.name == f"{log.stem}{VEHICLE}"), None)
+    return _Parts(own[0] if own else None, log, vehicle)
+
+
+def _ending(file: Path) -> str:
+    return file.suffix.lower()
 
 
 KIND = Kind(name="gps", reads=READS, drives=drives, takes=("film_start",))

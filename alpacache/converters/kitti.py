@@ -21,10 +21,17 @@ from numpy.typing import NDArray
 from alpacache.converters.drive import Dropped, LoggedDrive, Pictures
 from alpacache.converters.geodesy import Floats, enu_m, level_axes
 from alpacache.converters.kind import Kind
-from alpacache.converters.log_files import UnusableError, folder_of, increasing_part, pictures_of, read_text
+from alpacache.converters.log_files import (
+    UnusableError,
+    folder_of,
+    increasing_part,
+    pictures_of,
+    poses_alone,
+    read_text,
+)
 from alpacache.driving.cameras import FRONT_CAMERA, full_camera_name
 from alpacache.driving.poses import Track
-from alpacache.errors import UsageError
+from alpacache.errors import BadClipError, UsageError
 
 READS = (
     "a folder of KITTI drives (DATE_drive_NNNN_sync, with oxts/), one such drive, or the odometry benchmark's folder"
@@ -47,8 +54,11 @@ _CAMERA_0 = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
 
 def drives(place: Path, *, camera: Sequence[str] = ()) -> Iterator[LoggedDrive | Dropped]:
     """The drives below `place`, by name; `camera`: `front_wide=image_02` and so on."""
-    root = folder_of(place, reads=READS)
     cameras = _cameras(camera)
+    if place.is_file():
+        yield _odometry_alone(place.resolve(), cameras)
+        return
+    root = folder_of(place, reads=READS)
     raw = sorted(folder.parent for depth in ("oxts", "*/oxts", "*/*/oxts") for folder in root.glob(depth))
     sequences = sorted(folder for folder in root.glob("sequences/*") if folder.is_dir())
     if not raw and not sequences:
@@ -69,9 +79,7 @@ def raw_drive(folder: Path, cameras: Mapping[str, str]) -> LoggedDrive:
     """One drive with OXTS. Raises `UnusableError`."""
     dropped: list[Dropped] = []
     track, facts = _oxts_track(folder / "oxts", dropped)
-    if absent := [source for source in cameras.values() if not (folder / source).is_dir()]:
-        beside = ", ".join(sorted(entry.name for entry in folder.glob("image_*"))) or "none"
-        raise UnusableError(f"no {absent[0]}/; cameras there: {beside} (--camera front_wide=image_03 takes another)")
+    cameras = _present(folder, cameras, dropped)
     pictures = {
         name: _pictures(folder, f"{source}/data", _times_us(folder / source / "timestamps.txt"), name, dropped)
         for name, source in cameras.items()
@@ -103,7 +111,7 @@ def odometry_drive(folder: Path, poses: Path, cameras: Mapping[str, str]) -> Log
             folder, f"image_{int(source[-2:])}", dict(enumerate(times_us.tolist())), name, dropped
         )
     return LoggedDrive(
-        name=f"kitti-odometry-{folder.name}",
+        name=f"kitti-odometry-{poses.stem}",
         cameras=pictures,
         track=Track(
             timestamps_us=times_us,
@@ -119,6 +127,18 @@ def odometry_drive(folder: Path, poses: Path, cameras: Mapping[str, str]) -> Log
             "clock": "times.txt, seconds since the first frame",
         },
     )
+
+
+def _present(folder: Path, cameras: Mapping[str, str], dropped: list[Dropped]) -> Mapping[str, str]:
+    """The cameras, or none where a drive has no pictures at all. Raises `UnusableError` where it has others alone."""
+    beside = sorted(entry.name for entry in folder.glob("image_*"))
+    if not beside:
+        dropped.append(poses_alone(f"{folder.name} has no image_ folders"))
+        return {}
+    if absent := [source for source in cameras.values() if source not in beside]:
+        there = ", ".join(beside)
+        raise UnusableError(f"no {absent[0]}/; cameras there: {there} (--camera front_wide=image_03 takes another)")
+    return cameras
 
 
 def _lenses(folder: Path, cameras: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -146,6 +166,19 @@ def _lenses(folder: Path, cameras: Mapping[str, str]) -> dict[str, dict[str, Any
 
 def _lines(file: Path) -> list[str]:
     return read_text(file, limit_bytes=2**20).splitlines()
+
+
+def _odometry_alone(poses: Path, cameras: Mapping[str, str]) -> LoggedDrive:
+    """The sequence of a file of poses, with the times that lie where the benchmark has them, or beside it."""
+    places = (poses.parent.parent / "sequences" / poses.stem, poses.parent)
+    folder = next((place for place in places if (place / "times.txt").is_file()), None)
+    if folder is None:
+        wanted = " nor ".join(str(place / "times.txt") for place in places)
+        raise UsageError(f"{poses} has no times, and neither {wanted} is there; put the sequence's times.txt there.")
+    try:
+        return odometry_drive(folder, poses, cameras)
+    except BadClipError as error:
+        raise UsageError(f"{error}.") from error
 
 
 def _oxts_track(folder: Path, dropped: list[Dropped]) -> tuple[Track, dict[str, str]]:

@@ -25,7 +25,7 @@ from alpacache.converters.fixes import COLUMNS, Fixes
 from alpacache.converters.geodesy import Floats
 from alpacache.converters.kind import Kind
 from alpacache.converters.lerobot_meta import READS, DataSet, Episode, frames_of, read_data_set
-from alpacache.converters.log_files import UnusableError, folder_of
+from alpacache.converters.log_files import UnusableError, folder_of, poses_alone
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
 from alpacache.driving.route import check_route
@@ -121,9 +121,14 @@ def _drive(data_set: DataSet, part: _Rows, wanted: Mapping[str, str], cameras: M
         facts |= more
     else:
         track = _track_of_metres(part.times_us, values)
+    absent = [key for key in cameras.values() if key in part.episode.films and not part.episode.films[key].is_file()]
+    if absent and len(absent) == len(cameras):
+        dropped.append(poses_alone(f"{part.episode.films[absent[0]]} is not there"))
+        cameras = {}
+    pictures = {name: _camera(data_set, part, rows, key) for name, key in cameras.items()}
     return LoggedDrive(
         name=part.drive,
-        cameras={name: _camera(data_set, part, rows, key) for name, key in cameras.items()},
+        cameras=pictures,
         track=track,
         point="antenna",
         routes=routes,

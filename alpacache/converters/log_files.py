@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.converters.drive import Pictures
+from alpacache.converters.drive import Dropped, Pictures
 from alpacache.errors import BadClipError, UsageError
 from alpacache.regular_file import lfs_pointer, read_regular
 
@@ -61,6 +61,11 @@ def pictures_of(files: Sequence[Path], times_us: NDArray[np.int64]) -> Pictures:
                 raise UnusableError(f"{file} cannot be read: {error}") from error
 
     return Pictures(times_us=times_us, read=read)
+
+
+def poses_alone(what: str) -> Dropped:
+    """Says that a log has no pictures; `what`: which are not there."""
+    return Dropped(what="cameras", count=1, reason=f"{what}; the clip holds poses alone")
 
 
 def folder_of(place: Path, *, reads: str) -> Path:

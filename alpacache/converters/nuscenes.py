@@ -24,7 +24,15 @@ from alpacache import strict_json
 from alpacache.converters.drive import Dropped, LoggedDrive, Pictures
 from alpacache.converters.geodesy import Floats
 from alpacache.converters.kind import Kind
-from alpacache.converters.log_files import UnusableError, folder_of, increasing_part, inside, pictures_of, read_text
+from alpacache.converters.log_files import (
+    UnusableError,
+    folder_of,
+    increasing_part,
+    inside,
+    pictures_of,
+    poses_alone,
+    read_text,
+)
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
 from alpacache.errors import BadClipError, UsageError
@@ -90,12 +98,17 @@ def _drive(root: Path, scene: _Scene, poses: "_Poses", cameras: Mapping[str, str
     else:
         track = _can_track(can_file, dropped)
         facts["poses"] = f"can_bus, {_compared(track, ego)}"
+    if (root / "samples").is_dir() or (root / "sweeps").is_dir():
+        pictures = {name: _pictures(root, scene, name, channel, dropped) for name, channel in cameras.items()}
+    else:
+        pictures = {}
+        dropped.append(poses_alone("neither samples/ nor sweeps/ is there"))
     return LoggedDrive(
         name=scene.name,
-        cameras={name: _pictures(root, scene, name, channel, dropped) for name, channel in cameras.items()},
+        cameras=pictures,
         track=track,
         point="rear axle",
-        calibration={name: scene.lenses[channel] for name, channel in cameras.items() if channel in scene.lenses},
+        calibration={name: scene.lenses[cameras[name]] for name in pictures if cameras[name] in scene.lenses},
         dropped=dropped,
         facts=facts | {"clock": "microseconds of 1970", "quaternions": "scalar first in the tables"},
     )

@@ -22,7 +22,7 @@ from alpacache.converters.dead_reckoning import dead_reckoned
 from alpacache.converters.drive import Dropped, LoggedDrive
 from alpacache.converters.geodesy import Floats
 from alpacache.converters.kind import Kind
-from alpacache.converters.log_files import folder_of, inside, pictures_of, read_text
+from alpacache.converters.log_files import folder_of, inside, pictures_of, poses_alone, read_text
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
 from alpacache.errors import BadClipError, UsageError
@@ -64,12 +64,13 @@ def drives(
     if reversed_rows := len(rows) - len(forwards):
         dropped.append(Dropped(what="rows", count=reversed_rows, reason="the vehicle reverses in them"))
     yield from dropped
+    has_pictures = (root / "IMG").is_dir()
     for stretch in stretches(forwards):
         xyz, quaternion = integrated(stretch, wheelbase_m=wheelbase_m, full_lock_rad=math.radians(full_lock_deg))
         times_us = np.array([row.time_us for row in stretch], dtype=np.int64)
         yield LoggedDrive(
             name=f"udacity-{datetime.fromtimestamp(stretch[0].time_us / 1e6, UTC):%Y%m%d-%H%M%S-%f}",
-            cameras={FRONT_CAMERA: pictures_of([row.picture for row in stretch], times_us)},
+            cameras={FRONT_CAMERA: pictures_of([row.picture for row in stretch], times_us)} if has_pictures else {},
             track=Track(timestamps_us=times_us, xyz=xyz, quaternion_xyzw=quaternion),
             point="rear axle",
             facts={
@@ -87,6 +88,7 @@ def read_log(recording: Path) -> tuple[list[Row], list[Dropped]]:
     log = recording / "driving_log.csv"
     if not log.is_file():
         raise UsageError(f"{log} is not there; expected {READS}.")
+    has_pictures = (recording / "IMG").is_dir()
     rows: dict[int, Row] = {}
     skipped: dict[str, list[str]] = {}
     for number, line in enumerate(csv.reader(read_text(log).replace("\0", "").splitlines()), start=1):
@@ -95,7 +97,7 @@ def read_log(recording: Path) -> tuple[list[Row], list[Dropped]]:
         row = _row(recording, line, number)
         if not all(map(math.isfinite, (row.steering, row.throttle, row.brake, row.speed_mps))):
             skipped.setdefault("a number in them is not finite", []).append(f"line {number}")
-        elif not row.picture.is_file():
+        elif has_pictures and not row.picture.is_file():
             skipped.setdefault("their picture is not there", []).append(f"line {number}: {row.picture.name}")
         else:
             rows.setdefault(row.time_us, row)
@@ -103,6 +105,8 @@ def read_log(recording: Path) -> tuple[list[Row], list[Dropped]]:
         Dropped(what="rows", count=len(lines), reason=f"{why}, the first in {lines[0]}")
         for why, lines in skipped.items()
     ]
+    if not has_pictures:
+        dropped.append(poses_alone("IMG/ is not there"))
     return [rows[time_us] for time_us in sorted(rows)], dropped
 
 

@@ -1,5 +1,6 @@
 """KITTI drives in their own layout, values against formulas of another kind."""
 
+import shutil
 from datetime import datetime, timedelta
 
 import numpy as np
@@ -135,6 +136,13 @@ def test_a_compass_heading_is_refused(drive_folder):
     assert "yaw and velocity are" in found.reason
 
 
+def test_without_pictures_the_poses_are_there(drive_folder):
+    shutil.rmtree(drive_folder / "image_02")
+    (drive,) = drives(drive_folder)
+    assert (drive.cameras, len(drive.track.timestamps_us)) == ({}, COUNT)
+    assert "the clip holds poses alone" in drive.dropped[0].reason
+
+
 def test_other_cameras_by_name(drive_folder, tmp_path):
     (drive_folder / "image_02").rename(drive_folder / "image_03")
     (found,) = drives(drive_folder)
@@ -169,9 +177,17 @@ def test_odometry_poses_are_turned_on_both_sides(tmp_path):
     np.testing.assert_allclose(found, np.stack([yaw, 0 * yaw, 0 * yaw], axis=1), atol=1e-6)
     assert drive.track.timestamps_us[:3].tolist() == [0, 103800, 207600]
     assert (drive.point, drive.mount_deg) == ("camera", "estimate")
+    (alone,) = drives(tmp_path / "poses/07.txt")
+    assert alone.name == drive.name == "kitti-odometry-07"
+    shutil.rmtree(folder / "image_2")
+    (alone,) = drives(tmp_path)
+    assert (alone.cameras, alone.dropped[0].what) == ({}, "cameras")
     (tmp_path / "poses/07.txt").write_text("\n".join(rows[:-1]))
     (found,) = drives(tmp_path)
     assert found.reason == "sequence 07: 19 poses in 07.txt, 20 times in times.txt"
+    (folder / "times.txt").unlink()
+    with pytest.raises(UsageError, match="has no times, and neither"):
+        list(drives(tmp_path / "poses/07.txt"))
 
 
 def test_increasing_part():

@@ -156,6 +156,9 @@ def test_version_3_finds_each_film_by_its_own_index(tmp_path):
         ("file-001.mp4", 0),
         ("file-001.mp4", 300),
     ]
+    (root / f"videos/{FRONT}/chunk-000/file-000.mp4").unlink()
+    alone, *_ = drives(root)
+    assert (alone.cameras, alone.dropped[0].what) == ({}, "cameras")
     film(root / f"videos/{FRONT}/chunk-000/file-001.mp4", 2 * ROWS - 5)
     *_, last = drives(root)
     assert isinstance(last, Dropped)

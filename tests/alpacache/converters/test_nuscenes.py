@@ -1,6 +1,7 @@
 """nuScenes' tables in their own layout."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -112,6 +113,10 @@ def test_absent_sweeps_are_counted_and_names_stay_inside(root):
     assert "../../etc/passwd" in refused.reason
     with pytest.raises(UsageError, match="CAM_FRONT"):
         list(drives(root, camera=("camera_front_wide_120fov=CAM_NONE",)))
+    shutil.rmtree(root / "samples")
+    shutil.rmtree(root / "sweeps")
+    (alone,) = drives(root)
+    assert (alone.cameras, alone.calibration, alone.dropped[0].what) == ({}, {}, "cameras")
     (root / "v1.0-mini/sensor.json").write_text("[]")
     with pytest.raises(UsageError, match="do not fit together"):
         list(drives(root))

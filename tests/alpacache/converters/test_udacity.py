@@ -1,6 +1,7 @@
 """Recordings of Udacity's simulator in its own layout."""
 
 import csv
+import shutil
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -111,6 +112,13 @@ def test_a_row_that_cannot_be_read_is_named(recording, change, says):
     rewrite(recording, lines)
     with pytest.raises(UsageError, match=r"driving_log\.csv, line 6: .*" + says):
         list(drives(recording))
+
+
+def test_a_log_alone_gives_its_poses(recording):
+    shutil.rmtree(recording / "IMG")
+    said, first, _ = drives(recording)
+    assert said.what == "cameras"
+    assert (first.cameras, len(first.track.timestamps_us)) == ({}, 120)
 
 
 def test_reversing_is_left_out(tmp_path):
