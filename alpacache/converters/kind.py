@@ -38,6 +38,8 @@ class Kind:
     """Settings of `ConvertConfig`, beyond those of every kind, that `drives` has as keywords."""
     list_input: Callable[[Path], Listing] | None = None
     """What `--list` shows."""
+    hub: bool = False
+    """An input may be the id of a data set on the hub."""
     extra: str | None = None
     """The extra that it needs."""
     modules: Sequence[str] = ()

@@ -25,7 +25,7 @@ from alpacache.converters.fixes import COLUMNS, Fixes
 from alpacache.converters.geodesy import Floats
 from alpacache.converters.kind import Kind
 from alpacache.converters.lerobot_meta import READS, DataSet, Episode, frames_of, read_data_set
-from alpacache.converters.log_files import UnusableError, folder_of, poses_alone
+from alpacache.converters.log_files import UnusableError, poses_alone
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
 from alpacache.driving.route import check_route
@@ -91,7 +91,7 @@ class _Rows:
 
 def drives(place: Path, *, camera: Sequence[str] = (), map: Sequence[str] = ()) -> Iterator[LoggedDrive | Dropped]:
     """The episodes of a data set, each moment of a drive once."""
-    data_set = read_data_set(folder_of(place, reads=READS))
+    data_set = read_data_set(place)
     wanted = _wanted(data_set, map)
     cameras = _cameras(data_set, camera)
     rows, dropped = _each_moment_once(data_set, wanted)
@@ -104,7 +104,9 @@ def drives(place: Path, *, camera: Sequence[str] = (), map: Sequence[str] = ()) 
 
 
 def _drive(data_set: DataSet, part: _Rows, wanted: Mapping[str, str], cameras: Mapping[str, str]) -> LoggedDrive:
-    table = _episode_table(part.episode, tuple(sorted({_column(data_set, source)[0] for source in wanted.values()})))
+    table = _episode_table(
+        data_set, part.episode, tuple(sorted({_column(data_set, source)[0] for source in wanted.values()}))
+    )
     rows = slice(part.first, part.first + len(part.times_us))
     values = {
         UNITS[name][0]: _numbers(data_set, table, source)[rows] * UNITS[name][1]
@@ -114,6 +116,8 @@ def _drive(data_set: DataSet, part: _Rows, wanted: Mapping[str, str], cameras: M
     dropped: list[Dropped] = []
     routes = _routes(table, part, rows, wanted, dropped)
     facts: dict[str, Any] = {**wanted, "episode": part.episode.index, "drive": part.drive}
+    if data_set.hub is not None:
+        facts["hub"] = f"{data_set.hub.repo} at {data_set.hub.revision}"
     if not any(name in TIMES_US for name in wanted):
         facts["clock"] = f"nominal, {data_set.fps:g} rows a second; no recorded times"
     if "latitude" in values:
@@ -121,7 +125,9 @@ def _drive(data_set: DataSet, part: _Rows, wanted: Mapping[str, str], cameras: M
         facts |= more
     else:
         track = _track_of_metres(part.times_us, values)
-    absent = [key for key in cameras.values() if key in part.episode.films and not part.episode.films[key].is_file()]
+    absent = [
+        key for key in cameras.values() if key in part.episode.films and not data_set.has(part.episode.films[key])
+    ]
     if absent and len(absent) == len(cameras):
         dropped.append(poses_alone(f"{part.episode.films[absent[0]]} is not there"))
         cameras = {}
@@ -140,14 +146,12 @@ def _drive(data_set: DataSet, part: _Rows, wanted: Mapping[str, str], cameras: M
 def _camera(data_set: DataSet, part: _Rows, rows: slice, key: str) -> Camera:
     episode = part.episode
     if data_set.features[key].get("dtype") == "video":
-        film = episode.films[key]
-        if not film.is_file():
-            raise UnusableError(f"{film} is not there", kind="missing_camera")
+        film = data_set.file(episode.films[key])
         first = frames_of(film, episode.film_begins_s[key], part.stamps_s)
         return Film(path=film, times_us=part.times_us, first=first + part.first)
 
     def read(begin: int, end: int) -> Iterator[bytes]:
-        pictures = _episode_table(episode, (key,)).column(key)
+        pictures = _episode_table(data_set, episode, (key,)).column(key)
         for row in range(rows.start + begin, rows.start + end):
             picture = pictures[row].as_py()
             content = picture.get("bytes") if isinstance(picture, dict) else picture
@@ -189,7 +193,8 @@ def _each_moment_once(data_set: DataSet, wanted: Mapping[str, str]) -> tuple[lis
             dropped.append(Dropped(what="drives", count=1, reason=f"episode {episode.index}: {error}"))
     recorded = any(name in TIMES_US for name in wanted)
     drives = _drives_of(windows) if recorded else [[window] for window in windows]
-    stem = re.sub(r"[^\w.-]+", "_", data_set.root.name)
+    name = data_set.root.name if data_set.hub is None else data_set.hub.repo.rpartition("/")[2]
+    stem = re.sub(r"[^\w.-]+", "_", name)
     chosen = [part for drive in drives for part in _cover(drive, f"{stem}-{drive[0].episode.index:06d}")]
     copies = sum(len(window.times_us) for window in windows) - sum(len(part.times_us) for part in chosen)
     if copies:
@@ -263,7 +268,7 @@ def _window(data_set: DataSet, episode: Episode, wanted: Mapping[str, str]) -> _
     time = next((name for name in wanted if name in TIMES_US), None)
     session = next((column for column in data_set.features if column.endswith(SESSION)), None)
     names = {"timestamp", *([session] if session else []), *([_column(data_set, wanted[time])[0]] if time else [])}
-    table = _episode_table(episode, tuple(sorted(names)))
+    table = _episode_table(data_set, episode, tuple(sorted(names)))
     if len(table) < 2:
         raise UnusableError(f"{len(table)} rows in {episode.data.name}")
     stamps_s = _numbers(data_set, table, "timestamp")
@@ -323,11 +328,10 @@ def _file_table(file: Path, names: tuple[str, ...], _changed: int) -> Any:
     return pq.read_table(file, columns=list(names))
 
 
-def _episode_table(episode: Episode, names: tuple[str, ...]) -> Any:
+def _episode_table(data_set: DataSet, episode: Episode, names: tuple[str, ...]) -> Any:
     """Rows of one episode, of columns of the data set."""
-    if not episode.data.is_file():
-        raise UnusableError(f"{episode.data} is not there")
-    table = _file_table(episode.data, (*names, "episode_index"), episode.data.stat().st_mtime_ns)
+    file = data_set.file(episode.data)
+    table = _file_table(file, (*names, "episode_index"), file.stat().st_mtime_ns)
     owners = np.asarray(table.column("episode_index").combine_chunks())
     begin, end = np.searchsorted(owners, [episode.index, episode.index + 1])
     return table.slice(int(begin), int(end - begin))
@@ -400,4 +404,4 @@ def _cameras(data_set: DataSet, written: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-KIND = Kind(name="lerobot", reads=READS, drives=drives, takes=("camera", "map"))
+KIND = Kind(name="lerobot", reads=READS, drives=drives, takes=("camera", "map"), hub=True)

@@ -19,11 +19,13 @@ import numpy as np
 
 from alpacache import strict_json
 from alpacache.converters.film_clock import shown_us
-from alpacache.converters.log_files import UnusableError, inside, read_text
+from alpacache.converters.hub_files import INFO, HubFiles
+from alpacache.converters.log_files import UnusableError, folder_of, inside, read_text
 from alpacache.errors import BadClipError, UsageError
+from alpacache.hub import MODEL_ID
 from alpacache.sources.table import check_table
 
-READS = "a folder of a LeRobot data set of version 2.1 or 3.0, with meta/info.json"
+READS = "a folder of a LeRobot data set of version 2.1 or 3.0, with meta/info.json, or its id on the hub"
 _FIELD = re.compile(r"\{(\w+)(?::0?(\d{1,2})d)?\}")
 VIDEO_TOLERANCE_S = 2e-3
 """Most that a frame may be away from its place in the film; LeRobot itself takes 1e-4 s, but rows have float32."""
@@ -46,6 +48,8 @@ class DataSet:
     """A data set's index."""
 
     root: Path
+    hub: HubFiles | None
+    """Where files of `root` come from that are not there yet."""
     fps: float
     features: Mapping[str, Mapping[str, Any]]
     episodes: Sequence[Episode]
@@ -55,6 +59,18 @@ class DataSet:
         """Keys of all cameras."""
         return [key for key, feature in self.features.items() if feature.get("dtype") in ("video", "image")]
 
+    def has(self, file: Path) -> bool:
+        """Tell whether a file is there, or can be."""
+        return self.hub is not None or file.is_file()
+
+    def file(self, file: Path) -> Path:
+        """A file of the data set, fetched if need be. Raises `UnusableError` for one that is not there."""
+        if not file.is_file() and self.hub is not None:
+            self.hub.fetch(file)
+        if not file.is_file():
+            raise UnusableError(f"{file} is not there")
+        return file
+
     def axes(self, column: str) -> list[str]:
         """Names of the parts of a column, as far as the data set gives them."""
         names = self.features[column].get("names")
@@ -62,9 +78,13 @@ class DataSet:
         return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def read_data_set(root: Path) -> DataSet:
-    """Read `meta/`. Raises `UsageError` for what is no such data set."""
-    info_file = root / "meta" / "info.json"
+def read_data_set(place: Path) -> DataSet:
+    """Read `meta/` of a folder, or of a data set on the hub. Raises `UsageError` for what is no such data set."""
+    hub = None
+    if not place.exists() and MODEL_ID.fullmatch(str(place)):
+        hub = HubFiles.of(str(place))
+    root = folder_of(place, reads=READS) if hub is None else hub.root
+    info_file = root / INFO
     try:
         info = strict_json.loads(read_text(info_file, limit_bytes=2**24))
     except (ValueError, BadClipError) as error:
@@ -82,12 +102,12 @@ def read_data_set(root: Path) -> DataSet:
     if read is None:
         raise UsageError(f"{info_file}: codebase_version is {version}; 2.1 and 3.0 are read.")
     try:
-        episodes = read(root, info, data_path, video_path, keys)
+        episodes = read(root, info, data_path, video_path, keys, links=hub is not None)
     except BadClipError as error:
         raise UsageError(f"{error}.") from error
     if not episodes:
         raise UsageError(f"{root / 'meta'} names no episode.")
-    return DataSet(root=root, fps=fps, features=features, episodes=episodes)
+    return DataSet(root=root, hub=hub, fps=fps, features=features, episodes=episodes)
 
 
 def frames_of(film: Path, begin_s: float, stamps_s: Any) -> int:
@@ -111,7 +131,7 @@ def _shown_s(film: Path, _changed: int) -> Any:
 
 
 def _episodes_of_2(
-    root: Path, info: Mapping[str, Any], data_path: str, video_path: str, keys: Sequence[str]
+    root: Path, info: Mapping[str, Any], data_path: str, video_path: str, keys: Sequence[str], *, links: bool
 ) -> list[Episode]:
     chunks, episodes = int(info.get("chunks_size") or 1000), []
     file = root / "meta" / "episodes.jsonl"
@@ -123,14 +143,14 @@ def _episodes_of_2(
         except (ValueError, KeyError, TypeError) as error:
             raise UnusableError(f"{file}, line {number} names no episode_index ({error})") from error
         names = {"episode_index": index, "episode_chunk": index // max(1, chunks)}
-        films = {key: inside(root, _path(video_path, names | {"video_key": key})) for key in keys}
-        data = inside(root, _path(data_path, names))
+        films = {key: inside(root, _path(video_path, names | {"video_key": key}), links=links) for key in keys}
+        data = inside(root, _path(data_path, names), links=links)
         episodes.append(Episode(index=index, data=data, films=films, film_begins_s=dict.fromkeys(keys, 0.0)))
     return sorted(episodes, key=lambda episode: episode.index)
 
 
 def _episodes_of_3(
-    root: Path, info: Mapping[str, Any], data_path: str, video_path: str, keys: Sequence[str]
+    root: Path, info: Mapping[str, Any], data_path: str, video_path: str, keys: Sequence[str], *, links: bool
 ) -> list[Episode]:
     import pyarrow.parquet as pq
 
@@ -149,9 +169,9 @@ def _episodes_of_3(
             films = {}
             for key in keys:
                 film = {part: row[f"videos/{key}/{part}"] for part in parts[:2]}
-                films[key] = inside(root, _path(video_path, film | {"video_key": key}))
+                films[key] = inside(root, _path(video_path, film | {"video_key": key}), links=links)
             begins = {key: float(row[f"videos/{key}/from_timestamp"]) for key in keys}
-            where = inside(root, _path(data_path, data))
+            where = inside(root, _path(data_path, data), links=links)
             episodes.append(Episode(index=int(row["episode_index"]), data=where, films=films, film_begins_s=begins))
     return sorted(episodes, key=lambda episode: episode.index)
 

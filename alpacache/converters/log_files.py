@@ -39,13 +39,16 @@ def read_text(file: Path, *, limit_bytes: int = MAX_TEXT_BYTES, is_mixed: bool =
         raise UnusableError(f"{file} is no UTF-8 text (byte {error.start})") from error
 
 
-def inside(root: Path, name: str) -> Path:
-    """The file that a log names, relative to `root`. Raises `UnusableError` if that leads out of it."""
+def inside(root: Path, name: str, *, links: bool = False) -> Path:
+    """The file that a log names, relative to `root`. Raises `UnusableError` if that leads out of it.
+
+    `links`: those in `root` may lead elsewhere, as in the hub's cache.
+    """
     parts = PurePosixPath(name)
     file = root / parts
     if not name or not name.isprintable() or parts.is_absolute() or ".." in parts.parts or "\\" in name:
         raise UnusableError(f"the log names the file {name[:80]!r}, which is not within {root}")
-    if not file.resolve().is_relative_to(root.resolve()):
+    if not links and not file.resolve().is_relative_to(root.resolve()):
         raise UnusableError(f"{file} links out of {root}; copy the data in instead")
     return file
 

@@ -8,6 +8,7 @@ from alpacache.converters import carla, comma2k19, gps, kitti, lerobot, nuscenes
 from alpacache.converters.drive import Dropped, LoggedDrive
 from alpacache.converters.kind import Kind, Listing
 from alpacache.errors import UsageError
+from alpacache.hub import MODEL_ID
 
 _ALL: tuple[Kind, ...] = (
     ros.MCAP,
@@ -50,6 +51,6 @@ def list_input(kind: Kind, place: Path) -> Listing:
 
 
 def _check_there(kind: Kind, place: Path) -> None:
-    if not place.exists():
+    if not place.exists() and not (kind.hub and MODEL_ID.fullmatch(str(place))):
         raise UsageError(f"{place} does not exist; expected {kind.reads}.")
     kind.check_libraries()

@@ -1,6 +1,8 @@
 """LeRobot data sets of both versions in their own layout."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -210,3 +212,37 @@ def test_wrong_units_and_versions_are_refused(version_2):
     write_info(version_2, "v4.0", data_path="a", video_path="b")
     with pytest.raises(UsageError, match=r"4\.0; 2\.1 and 3\.0 are read"):
         list(drives(version_2))
+
+
+def test_of_a_data_set_on_the_hub_only_what_is_needed_is_fetched(version_2, tmp_path, monkeypatch):
+    """The cache is that of the hub's client: a folder a commit, of links to files elsewhere."""
+    commit, fetched = tmp_path / "cache/snapshots/c0ffee", []
+
+    def download(repo, name, *, revision, **options):
+        assert (repo, revision, options["repo_type"]) == ("yaak-ai/L2D", "c0ffee", "dataset")
+        if not (version_2 / name).is_file():
+            raise OSError(f"404: {name}")
+        fetched.append(name)
+        (commit / name).parent.mkdir(parents=True, exist_ok=True)
+        (commit / name).symlink_to(version_2 / name)
+        return str(commit / name)
+
+    def snapshot(repo, *, allow_patterns, **_):
+        assert allow_patterns == ["meta/*"]
+        (commit / "meta/episodes.jsonl").symlink_to(version_2 / "meta/episodes.jsonl")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, repo: SimpleNamespace(sha="c0ffee"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("alpacache.converters.hub_files.why_unreachable", lambda: "")
+    monkeypatch.chdir(tmp_path)
+    (version_2 / f"videos/chunk-000/{FRONT}/episode_000006.mp4").unlink()
+    _, first, rest, gone = drives(Path("yaak-ai/L2D"))
+    assert (first.name, first.facts["hub"]) == ("L2D-000000-000", "yaak-ai/L2D at c0ffee")
+    assert rest.cameras["camera_front_wide_120fov"].first == 3
+    assert "404: videos" in gone.reason
+    films = [name for name in fetched if name.startswith("videos")]
+    assert films == [f"videos/chunk-000/{FRONT}/episode_000000.mp4", f"videos/chunk-000/{FRONT}/episode_000005.mp4"]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
+    with pytest.raises(UsageError, match=r"the hub does not give meta/info\.json of it \(gone\)"):
+        list(drives(Path("yaak-ai/other")))
