@@ -123,11 +123,12 @@ def nmea_fixes(text: str, name: str) -> Fixes:
             lost.add("sentences", "their checksum does not fit", where)
             continue
         try:
-            kind, seconds_us = found[2], _of_day_us(fields[0])
+            kind = found[2]
+            if (kind == "RMC" and fields[1] != "A") or (kind == "GGA" and fields[5] in ("", "0")):
+                lost.add("sentences", f"without a fix ({'V' if kind == 'RMC' else '0'})", where)
+                continue
+            seconds_us = _of_day_us(fields[0])
             if kind == "RMC":
-                if fields[1] != "A":
-                    lost.add("sentences", "without a fix (V)", where)
-                    continue
                 day_us = _date_us(fields[8])
                 values = {"latitude": _degrees(fields[2], fields[3]), "longitude": _degrees(fields[4], fields[5])}
                 values |= {"speed": float(fields[6]) * KNOT_MPS} if fields[6] else {}
@@ -135,9 +136,6 @@ def nmea_fixes(text: str, name: str) -> Fixes:
             elif day_us is None:
                 continue  # nothing has said the date yet
             elif kind == "GGA":
-                if fields[5] in ("", "0"):
-                    lost.add("sentences", "without a fix (0)", where)
-                    continue
                 values = {"latitude": _degrees(fields[1], fields[2]), "longitude": _degrees(fields[3], fields[4])}
                 values |= {"height": float(fields[8]) + float(fields[10] or 0)} if fields[8] else {}
             else:
@@ -239,8 +237,8 @@ def _table(
     kept = np.flatnonzero(~bad)
     forth = kept[increasing_part(times_us[kept])]
     for at in np.setdiff1d(kept, forth).tolist():
-        steps_s = (times_us[at] - times_us[forth[forth < at]].max(initial=times_us[forth[0]])) / 1e6
-        lost.add("rows", "out of the order of time", f"row {at + 1}, {steps_s:+.1f} s after the row before")
+        beside = forth[forth < at][-1] if (forth < at).any() else forth[0]
+        lost.add("rows", "out of the order of time", f"row {at + 1}, {(times_us[at] - times_us[beside]) / 1e6:+.1f} s")
     return Fixes(
         times_us=times_us[forth],
         absolute=absolute,

@@ -79,7 +79,7 @@ def film_drives(
         reason = f"shorter than {SHORTEST_US / 1e6:.1f} s, between gaps of more than {gap_s:g} s in {log.name}"
         dropped.append(Dropped(what="stretches", count=short, reason=reason))
     if not paths:
-        raise UnusableError("; ".join(f"{drop.count} {drop.what}: {drop.reason}" for drop in dropped))
+        raise UnusableError("; ".join(f"{drop.what} ({drop.count}): {drop.reason}" for drop in dropped))
     if film is None:
         dropped.append(poses_alone(f"no film is beside {log.name}"))
         times_us, clock = np.empty(0, dtype=np.int64), "none"
