@@ -105,11 +105,9 @@ def odometry_drive(folder: Path, poses: Path, cameras: Mapping[str, str]) -> Log
     times_us = np.rint(seconds * 1e6).astype(np.int64)
     _check_increasing(times_us, folder / "times.txt")
     dropped: list[Dropped] = []
-    pictures = {}
-    for name, source in cameras.items():
-        pictures[name] = _pictures(
-            folder, f"image_{int(source[-2:])}", dict(enumerate(times_us.tolist())), name, dropped
-        )
+    stamps = dict(enumerate(times_us.tolist()))
+    sources = _present(folder, {name: f"image_{int(source[-2:])}" for name, source in cameras.items()}, dropped)
+    pictures = {name: _pictures(folder, source, stamps, name, dropped) for name, source in sources.items()}
     return LoggedDrive(
         name=f"kitti-odometry-{poses.stem}",
         cameras=pictures,

@@ -183,7 +183,7 @@ def test_a_vehicles_speed_and_steering_carry_rare_fixes(folder):
 
 def test_a_film_without_its_log_is_named(folder):
     (folder / "drive.csv").rename(folder / "other.csv")
-    with pytest.raises(UsageError, match=r"drive\.gpx, \.nmea or \.csv beside it; there is none"):
+    with pytest.raises(UsageError, match=r"drive\.gpx, \.nmea or \.csv; there is none"):
         list(drives(folder))
     (alone, said) = drives(folder / "other.csv")
     assert (alone.name, alone.cameras, len(alone.track.timestamps_us)) == ("other", {}, 600)
