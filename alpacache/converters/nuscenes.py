@@ -12,6 +12,7 @@ The tables of the whole set have gigabytes: they are read row by row, and what i
 """
 
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ from alpacache.regular_file import regular_size
 READS = "the folder of nuScenes with v1.0-*/, samples/ and sweeps/"
 CHUNK_BYTES = 2**20
 MAX_ROW_BYTES = 2**20
+TOKEN_BYTES = 32
 MAX_APART_M, MAX_APART_DEG = 1.0, 5.0
 """Most by which poses of the CAN bus and of the tables may differ (median)."""
 MISSING_CAN = frozenset({*range(161, 169), *range(170, 177), *range(309, 315)})
@@ -53,9 +55,9 @@ class _Scene:
 
     name: str
     log: Mapping[str, Any]
-    times_us: list[int] = field(default_factory=list)
-    poses: list[str] = field(default_factory=list)
-    """Tokens of the poses at these times, of all sensors."""
+    times_us: "array[int]" = field(default_factory=lambda: array("q"))
+    poses: bytearray = field(default_factory=bytearray)
+    """Tokens of the poses at these times, of all sensors, `TOKEN_BYTES` each."""
     files: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     """Channel -> time (us) and file of each picture."""
     lenses: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -171,18 +173,18 @@ class _Poses:
     """The table of poses as arrays, found by token."""
 
     def __init__(self, file: Path) -> None:
-        tokens, rows = [], []
+        tokens, numbers = bytearray(), array("d")
         for row in rows_of(file):
-            tokens.append(str(row["token"]).encode())
-            rows.append([*row["translation"], *row["rotation"]])
-        self._rows = np.array(rows, dtype=np.float64).reshape(-1, 7)
-        self._tokens = np.array(tokens, dtype="S32")
+            tokens += _token(row["token"])
+            numbers.extend((*row["translation"], *row["rotation"]))
+        self._rows = np.frombuffer(numbers, np.float64).reshape(-1, 7)
+        self._tokens = np.frombuffer(tokens, f"S{TOKEN_BYTES}")
         self._order = np.argsort(self._tokens)
         self._tokens = self._tokens[self._order]
 
-    def track(self, times_us: Sequence[int], tokens: Sequence[str]) -> Track:
+    def track(self, times_us: "array[int]", tokens: bytearray) -> Track:
         """Poses by time, of equal times the first. Raises `UnusableError` for a token that no row has."""
-        wanted = np.array([token.encode() for token in tokens], dtype="S32")
+        wanted = np.frombuffer(tokens, f"S{TOKEN_BYTES}")
         place = np.searchsorted(self._tokens, wanted).clip(max=max(0, len(self._tokens) - 1))
         if not len(self._tokens) or (self._tokens[place] != wanted).any():
             raise UnusableError("ego_pose.json lacks poses that sample_data.json names", kind="missing_poses")
@@ -192,6 +194,14 @@ class _Poses:
             raise UnusableError(f"{len(times)} poses in its tables", kind="missing_poses")
         rows: Floats = self._rows[self._order[place[first]]]
         return Track(timestamps_us=times, xyz=rows[:, :3], quaternion_xyzw=rows[:, [4, 5, 6, 3]])
+
+
+def _token(token: Any) -> bytes:
+    """A row's name in a fixed number of bytes."""
+    name = str(token).encode()
+    if len(name) > TOKEN_BYTES:
+        raise UnusableError(f"the token {name[:40]!r} is longer than {TOKEN_BYTES} bytes")
+    return name.ljust(TOKEN_BYTES, b"\0")
 
 
 def _read_tables(folder: Path, channels: set[str]) -> tuple[list[_Scene], _Poses]:
@@ -208,7 +218,7 @@ def _read_tables(folder: Path, channels: set[str]) -> tuple[list[_Scene], _Poses
         for row in rows_of(folder / "sample_data.json"):
             scene, sensor = owners[row["sample_token"]], sensors[row["calibrated_sensor_token"]]
             scene.times_us.append(int(row["timestamp"]))
-            scene.poses.append(str(row["ego_pose_token"]))
+            scene.poses += _token(row["ego_pose_token"])
             if (channel := names[sensor["sensor_token"]]) in channels:
                 scene.files.setdefault(channel, []).append((int(row["timestamp"]), str(row["filename"])))
                 scene.lenses.setdefault(channel, _lens(sensor, row))
