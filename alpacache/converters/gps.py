@@ -81,7 +81,6 @@ def film_drives(
     if not paths:
         raise UnusableError("; ".join(f"{drop.what} ({drop.count}): {drop.reason}" for drop in dropped))
     if film is None:
-        dropped.append(poses_alone(f"no film is beside {log.name}"))
         times_us, clock = np.empty(0, dtype=np.int64), "none"
     else:
         shown = shown_us(film)
@@ -102,6 +101,7 @@ def film_drives(
             else {FRONT_CAMERA: Film(path=film, times_us=times_us[first:last], first=int(first))},
             track=Track(timestamps_us=path.times_us, xyz=path.xyz, quaternion_xyzw=yaw_quaternions(path.yaw_rad)),
             point="antenna",
+            dropped=() if film is not None else (poses_alone(f"no film is beside {log.name}"),),
             facts={**fixes.facts, **path.facts, "film": clock},
         )
     yield from dropped

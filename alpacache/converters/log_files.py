@@ -68,7 +68,7 @@ def pictures_of(files: Sequence[Path], times_us: NDArray[np.int64]) -> Pictures:
 
 def poses_alone(what: str) -> Dropped:
     """Says that a log has no pictures; `what`: which are not there."""
-    return Dropped(what="cameras", count=1, reason=f"{what}; the clip holds poses alone")
+    return Dropped(what="cameras", count=1, reason=f"{what}: the clip holds poses alone, no samples")
 
 
 def folder_of(place: Path, *, reads: str) -> Path:

@@ -181,7 +181,7 @@ class _Writer:
             settled = settle(named, offset_m=offset_m, mount_deg=mount_deg)
             parts, short = pieces(named, settled.track, clip_seconds)
             self.dropped.extend(short)
-            if not named.cameras:
+            if not named.cameras and not any(drop.what == "cameras" for drop in named.dropped):
                 reason = f"{named.name} has none: its poses are written alone, and `extract` takes no sample of them"
                 self.dropped.append(Dropped(what="cameras", count=1, reason=reason))
             self._total += sum(len(camera.times_us) for camera in named.cameras.values())
@@ -193,7 +193,7 @@ class _Writer:
                     except BadClipError as error:
                         self.dropped.append(Dropped(what="clips", count=1, reason=str(error).rstrip(".")))
                         del self.clips[piece.name]
-        except BadClipError as error:
+        except (BadClipError, UsageError) as error:  # such as a mount that cannot be estimated on this drive
             self.dropped.append(Dropped(what="drives", count=1, reason=str(error).rstrip(".")))
 
     def finish(self, name: str) -> ConvertReport:

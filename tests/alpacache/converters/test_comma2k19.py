@@ -113,7 +113,7 @@ def test_segments_that_cannot_be_used_are_named_beside_those_that_can(segment, t
     assert [isinstance(item, LoggedDrive) for item in found] == [False, True, False, True]
     assert "60 frames in video.hevc, 59 in frame_times" in found[0].reason
     assert "frame_times cannot be read" in found[2].reason
-    assert "42/video.hevc is not there; the clip holds poses alone" in found[3].dropped[0].reason
+    assert "42/video.hevc is not there: the clip holds poses alone" in found[3].dropped[0].reason
     assert found[3].cameras == {}
     with pytest.raises(UsageError, match="global_pose"):
         list(drives(segment / "global_pose"))

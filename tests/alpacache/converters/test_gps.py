@@ -185,9 +185,9 @@ def test_a_film_without_its_log_is_named(folder):
     (folder / "drive.csv").rename(folder / "other.csv")
     with pytest.raises(UsageError, match=r"drive\.gpx, \.nmea or \.csv; there is none"):
         list(drives(folder))
-    (alone, said) = drives(folder / "other.csv")
+    (alone,) = drives(folder / "other.csv")
     assert (alone.name, alone.cameras, len(alone.track.timestamps_us)) == ("other", {}, 600)
-    assert "no film is beside other.csv; the clip holds poses alone" in said.reason
+    assert "no film is beside other.csv: the clip holds poses alone" in alone.dropped[0].reason
     (folder / "drive.mp4").unlink()
     assert [item.name for item in drives(folder) if isinstance(item, LoggedDrive)] == ["other"]
     (folder / "other.csv").rename(folder / "other.pdf")

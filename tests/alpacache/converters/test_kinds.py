@@ -1,6 +1,7 @@
 """Logs of several kinds the whole way: from their own layout to a folder that passes `check`."""
 
 import csv
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import av
@@ -10,9 +11,11 @@ from scipy.spatial.transform import Rotation
 
 from alpacache.checks.source import check_source
 from alpacache.converters import comma2k19, kitti, udacity
+from alpacache.converters.drive import LoggedDrive
 from alpacache.converters.geodesy import ecef_of, geodetic_of, level_axes
 from alpacache.converters.writer import convert
 from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.poses import Track
 from alpacache.sources.folder import FolderSource
 
 pytestmark = pytest.mark.system
@@ -116,3 +119,23 @@ def test_a_comma2k19_segment(curved, tmp_path):
     for got, number in zip(shown, chosen, strict=True):
         errors = {other: np.abs(got - curved.frames[other]).mean() for other in (number, (number + 60) % 400)}
         assert errors[number] < 8 < errors[(number + 60) % 400]
+
+
+def test_a_camera_whose_mount_cannot_be_told_is_left_out_beside_others(tmp_path):
+    straight = np.arange(200)
+    track = Track(
+        timestamps_us=straight * 100_000,
+        xyz=np.stack([1.2 * straight, 0 * straight, 0 * straight], axis=1),
+        quaternion_xyzw=np.tile([0, 0, np.sin(0.007), np.cos(0.007)], (200, 1)),
+    )
+    still = replace(track, xyz=track.xyz * 0)
+    logged = [
+        LoggedDrive(name=name, cameras={}, track=it, point="camera", mount_deg="estimate")
+        for name, it in (("still", still), ("straight", track))
+    ]
+    report = convert(logged, tmp_path / "out", name="test", settings={})
+    assert [clip["name"] for clip in report.clips] == ["straight"]
+    (reason,) = (drop.reason for drop in report.dropped if drop.what == "drives")
+    assert "give it as --mount" in reason
+    found = Rotation.from_quat(FolderSource(tmp_path / "out").track("straight").quaternion_xyzw)
+    np.testing.assert_allclose(found.as_euler("ZYX"), 0, atol=1e-9)
