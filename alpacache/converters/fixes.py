@@ -6,12 +6,13 @@ make sense. GPX and NMEA are read with what Python has; three sentences of NMEA 
 """
 
 import csv
+import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
 import numpy as np
@@ -22,7 +23,7 @@ from alpacache.converters.geodesy import Floats
 from alpacache.converters.log_files import UnusableError, read_text
 
 KNOT_MPS, MPH_MPS = 0.514444, 0.44704
-MAX_ROWS, MAX_BYTES = 4_000_000, 2**27
+MAX_ROWS, MAX_BYTES = 4_000_000, 2**26
 DAY_US = 86_400_000_000
 STEPS_S = (0.004, 2.4)
 """Median step of a log that is of use; a unit of time in which it lies within is the right one."""
@@ -40,7 +41,7 @@ NUMBERS: Mapping[str, tuple[str, float]] = {
     **dict.fromkeys(("speed", "speed_mps", "speed_m_s", "speed_ms", "velocity", "velocity_mps"), ("speed", 1.0)),
     **dict.fromkeys(("speed_kmh", "speed_kph", "speed_km_h", "velocity_kmh"), ("speed", 1 / 3.6)),
     **dict.fromkeys(("speed_mph",), ("speed", MPH_MPS)),
-    **dict.fromkeys(("speed_knots", "speed_kn", "speed_kt"), ("speed", KNOT_MPS)),
+    **dict.fromkeys(("speed_knots", "speed_kn", "speed_kt", "speed_kts"), ("speed", KNOT_MPS)),
     **dict.fromkeys(
         ("course", "bearing", "heading", "cog", "course_deg", "bearing_deg", "heading_deg", "azimuth_deg"),
         ("course", 1.0),
@@ -48,7 +49,9 @@ NUMBERS: Mapping[str, tuple[str, float]] = {
     **dict.fromkeys(("yaw_rate", "yaw_rate_radps", "yaw_rate_rad_s", "gyro_z_radps"), ("yaw_rate", 1.0)),
     **dict.fromkeys(("yaw_rate_degps", "yaw_rate_deg_s", "yaw_rate_dps"), ("yaw_rate", float(np.pi / 180))),
     **dict.fromkeys(("steering", "steering_angle", "steering_deg", "steering_rad"), ("steering", 1.0)),
-    **dict.fromkeys(("accuracy", "horizontal_accuracy", "accuracy_m", "hacc", "hacc_m"), ("accuracy", 1.0)),
+    **dict.fromkeys(
+        ("accuracy", "horizontal_accuracy", "horizontalaccuracy", "accuracy_m", "hacc", "hacc_m"), ("accuracy", 1.0)
+    ),
 }
 """Name of a CSV column -> what it is, and its unit in that of `Fixes`."""
 COLUMNS = ("latitude", "longitude", "height", "speed", "course", "yaw_rate", "steering", "accuracy")
@@ -88,13 +91,24 @@ def gpx_fixes(text: str, name: str) -> Fixes:
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise UnusableError(f"{name} has a document type with entities of its own; GPX needs none, take that out")
     try:
-        root = ElementTree.fromstring(text)  # noqa: S314 (no entities, see above)
+        rows, lost = _gpx_rows(io.BytesIO(text.encode()))
     except ElementTree.ParseError as error:
         raise UnusableError(f"{name} is not well-formed XML ({error}); it may be cut off, export it again") from error
-    rows, lost = [], _Lost()
-    for number, point in enumerate((node for node in root.iter() if _local(node) == "trkpt"), start=1):
+    facts = {"format": "GPX", "clock": "UTC of the points", "speed": "m/s", "course": "degrees, 0 = north, clockwise"}
+    return _table(rows, {"lat": "latitude", "lon": "longitude", "ele": "height"}, lost, facts, absolute=True)
+
+
+def _gpx_rows(file: BinaryIO) -> tuple[list[tuple[int, dict[str, float]]], "_Lost"]:
+    """Points of all tracks, one element after the other. Raises `ElementTree.ParseError`."""
+    rows: list[tuple[int, dict[str, float]]] = []
+    lost, number = _Lost(), 0
+    for _, point in ElementTree.iterparse(file):  # noqa: S314 (no entities, see above)
+        if _local(point) != "trkpt":
+            continue
+        number += 1
         said = {_local(node): (node.text or "").strip() for node in point.iter() if node is not point}
         said |= {_local_name(key): value for key, value in point.attrib.items()}
+        point.clear()
         try:
             row = {key: float(said[key]) for key in ("lat", "lon", "ele", "speed", "course") if said.get(key)}
             time_us = _iso_us(said["time"])
@@ -105,8 +119,7 @@ def gpx_fixes(text: str, name: str) -> Fixes:
             lost.add("points", "without a fix", f"point {number}")
             continue
         rows.append((time_us, row))
-    facts = {"format": "GPX", "clock": "UTC of the points", "speed": "m/s", "course": "degrees, 0 = north, clockwise"}
-    return _table(rows, {"lat": "latitude", "lon": "longitude", "ele": "height"}, lost, facts, absolute=True)
+    return rows, lost
 
 
 def nmea_fixes(text: str, name: str) -> Fixes:
