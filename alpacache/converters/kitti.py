@@ -70,7 +70,7 @@ def drives(place: Path, *, camera: Sequence[str] = ()) -> Iterator[LoggedDrive |
             yield Dropped(what="drives", count=1, reason=f"{folder.name}: {error}")
     for folder in sequences:
         try:
-            yield odometry_drive(folder, root / "poses" / f"{folder.name}.txt", cameras)
+            yield odometry_drive(folder, root / "poses" / f"{folder.name}.txt", folder / "times.txt", cameras)
         except UnusableError as error:
             yield Dropped(what="drives", count=1, reason=f"sequence {folder.name}: {error}")
 
@@ -96,14 +96,14 @@ def raw_drive(folder: Path, cameras: Mapping[str, str]) -> LoggedDrive:
     )
 
 
-def odometry_drive(folder: Path, poses: Path, cameras: Mapping[str, str]) -> LoggedDrive:
-    """One sequence of the odometry benchmark. Raises `UnusableError`."""
-    seconds = _numbers(folder / "times.txt", 1)[:, 0]
+def odometry_drive(folder: Path, poses: Path, times: Path, cameras: Mapping[str, str]) -> LoggedDrive:
+    """One sequence of the odometry benchmark, pictures in `folder`. Raises `UnusableError`."""
+    seconds = _numbers(times, 1)[:, 0]
     rows = _numbers(poses, 12).reshape(-1, 3, 4)
     if len(rows) != len(seconds):
-        raise UnusableError(f"{len(rows)} poses in {poses.name}, {len(seconds)} times in times.txt")
+        raise UnusableError(f"{len(rows)} poses in {poses.name}, {len(seconds)} times in {times.name}")
     times_us = np.rint(seconds * 1e6).astype(np.int64)
-    _check_increasing(times_us, folder / "times.txt")
+    _check_increasing(times_us, times)
     dropped: list[Dropped] = []
     stamps = dict(enumerate(times_us.tolist()))
     sources = _present(folder, {name: f"image_{int(source[-2:])}" for name, source in cameras.items()}, dropped)
@@ -168,13 +168,14 @@ def _lines(file: Path) -> list[str]:
 
 def _odometry_alone(poses: Path, cameras: Mapping[str, str]) -> LoggedDrive:
     """The sequence of a file of poses, with the times that lie where the benchmark has them, or beside it."""
-    places = (poses.parent.parent / "sequences" / poses.stem, poses.parent)
-    folder = next((place for place in places if (place / "times.txt").is_file()), None)
-    if folder is None:
-        wanted = " nor ".join(str(place / "times.txt") for place in places)
-        raise UsageError(f"{poses} has no times, and neither {wanted} is there; put the sequence's times.txt there.")
+    folder = poses.parent.parent / "sequences" / poses.stem
+    places = (folder / "times.txt", poses.with_name(f"{poses.stem}_times.txt"), poses.with_name("times.txt"))
+    times = next((place for place in places if place.is_file()), None)
+    if times is None:
+        wanted = " nor ".join(map(str, places))
+        raise UsageError(f"{poses} has no times, and neither {wanted} is there; put the sequence's times there.")
     try:
-        return odometry_drive(folder, poses, cameras)
+        return odometry_drive(folder, poses, times, cameras)
     except BadClipError as error:
         raise UsageError(f"{error}.") from error
 

@@ -185,7 +185,11 @@ def test_odometry_poses_are_turned_on_both_sides(tmp_path):
     (tmp_path / "poses/07.txt").write_text("\n".join(rows[:-1]))
     (found,) = drives(tmp_path)
     assert found.reason == "sequence 07: 19 poses in 07.txt, 20 times in times.txt"
-    (folder / "times.txt").unlink()
+    (tmp_path / "poses/07.txt").write_text("\n".join(rows))
+    (folder / "times.txt").rename(tmp_path / "poses/07_times.txt")
+    (alone,) = drives(tmp_path / "poses/07.txt")
+    assert (alone.name, alone.track.timestamps_us[1]) == ("kitti-odometry-07", 103800)
+    (tmp_path / "poses/07_times.txt").unlink()
     with pytest.raises(UsageError, match="has no times, and neither"):
         list(drives(tmp_path / "poses/07.txt"))
 
