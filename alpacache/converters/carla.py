@@ -108,7 +108,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _run_folder(place: Path) -> Path:
-    folder = place.resolve().parent if place.is_file() else place.resolve()
+    folder = place.absolute().parent if place.is_file() else place.absolute()
     return folder.parent if folder.name == TELEMETRY else folder
 
 
