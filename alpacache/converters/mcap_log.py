@@ -8,13 +8,13 @@ import io
 import json
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from alpacache.converters.drive import Dropped
-from alpacache.converters.messages import Message, Position, Topic, type_of
-from alpacache.errors import BadClipError, SourceError
+from alpacache.converters.messages import Message, MessageReading, Position, Topic, type_of
+from alpacache.errors import SourceError
 from alpacache.regular_file import regular_size
 
 MAGIC = b"\x89MCAP0\r\n"
@@ -95,7 +95,9 @@ class McapLog:
                 topic=channel.topic,
                 log_ns=message.log_time,
                 position=position,
-                read=_Reading(decoders[channel.id], message.data, f"{channel.topic} at {message.log_time} ns"),
+                read=MessageReading(
+                    decode=decoders[channel.id], data=message.data, where=f"{channel.topic} at {message.log_time} ns"
+                ),
             )
 
     def _raw(self, number: int, offset: int) -> Iterator[tuple[Any, Any, Any, Position]]:
@@ -143,23 +145,6 @@ class McapLog:
                 pass
         schemas, channels = self._channels[number]
         return dict(schemas), dict(channels)
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """Decodes a message when it is called."""
-
-    decode: Callable[[bytes], Any]
-    data: bytes
-    where: str
-
-    def __call__(self) -> Any:
-        try:
-            return self.decode(self.data)
-        except BadClipError:
-            raise
-        except Exception as error:  # decoders made of a log's own definitions raise anything
-            raise BadClipError("undecodable_video", f"{self.where} cannot be decoded ({error}).") from error
 
 
 class _Ended(Exception):  # noqa: N818

@@ -44,6 +44,23 @@ class Message(NamedTuple):
     read: Callable[[], Any]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessageReading:
+    """Decodes a message when it is called."""
+
+    decode: Callable[[bytes], Any]
+    data: bytes
+    where: str
+
+    def __call__(self) -> Any:
+        try:
+            return self.decode(self.data)
+        except BadClipError:
+            raise
+        except Exception as error:  # decoders made of a log's own definitions raise anything
+            raise BadClipError("undecodable_video", f"{self.where} cannot be decoded ({error}).") from error
+
+
 class MessageLog(Protocol):
     """A log of messages, in one or several files."""
 

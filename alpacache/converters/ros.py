@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from alpacache.converters.config import camera_topics
+from alpacache.converters.cut_bag_log import MAGIC as BAG
+from alpacache.converters.cut_bag_log import CutBagLog
 from alpacache.converters.drive import Camera, Dropped, LoggedDrive
 from alpacache.converters.kind import Kind, Listing
 from alpacache.converters.mcap_log import MAGIC, McapLog
@@ -136,8 +138,13 @@ def _log_of(files: Sequence[Path]) -> MessageLog:
         head = file.read(16)
     if head.startswith(MAGIC):
         return McapLog(files)
-    if head.startswith((b"#ROSBAG V", b"SQLite format 3\0")):
+    if head.startswith(b"SQLite format 3\0"):
         return RosbagLog(files)
+    if head.startswith(BAG):
+        try:
+            return RosbagLog(files)
+        except SourceError:  # without an index
+            return CutBagLog(files)
     begins = head[:8].hex() or "nothing"
     raise SourceError(f"{files[0]} is neither MCAP nor a bag of ROS: it begins with {begins}.")
 

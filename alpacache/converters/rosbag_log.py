@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from alpacache.converters.drive import Dropped
-from alpacache.converters.messages import Message, Position, Topic, type_of
-from alpacache.errors import BadClipError, SourceError
+from alpacache.converters.messages import Message, MessageReading, Position, Topic, type_of
+from alpacache.errors import SourceError
 
 
 class RosbagLog:
@@ -42,20 +43,17 @@ class RosbagLog:
                 nth = last[2] + 1 if last is not None and last[1] == log_ns else 0
                 seen[connection.topic] = position = (0, log_ns, nth)
 
-                def read(data: bytes = data, connection: Any = connection, log_ns: int = log_ns) -> Any:
-                    try:
-                        return reader.deserialize(data, connection.msgtype)
-                    except Exception as error:  # decoders made of a log's own definitions raise anything
-                        where = f"{connection.topic} at {log_ns} ns"
-                        raise BadClipError("undecodable_video", f"{where} cannot be decoded ({error}).") from error
-
+                read = MessageReading(
+                    decode=partial(_decoded, reader, connection.msgtype),
+                    data=data,
+                    where=f"{connection.topic} at {log_ns} ns",
+                )
                 yield Message(topic=connection.topic, log_ns=log_ns, position=position, read=read)
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
         """The library's reader; what it raises of a file is a `SourceError`."""
         from rosbags.highlevel import AnyReader
-        from rosbags.highlevel.anyreader import AnyReaderError
         from rosbags.typesys import Stores, get_typestore
 
         names = ", ".join(file.name for file in self._files[:3])
@@ -63,13 +61,17 @@ class RosbagLog:
             # Bags before ROS 2 Iron hold no definitions.
             reader = AnyReader(self._files, default_typestore=get_typestore(Stores.ROS2_HUMBLE))
             reader.open()
-        except (AnyReaderError, OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
-            remedy = "In case it was cut off, mend it with `rosbag reindex` (ROS 1) or `ros2 bag reindex`"
+        except Exception as error:  # of damaged files, SQLite and the library's parsers raise anything
+            remedy = "Copy it again, or mend it with `ros2 bag reindex`"
             raise SourceError(f"{names} cannot be read as a bag ({error}). {remedy}.") from error
         try:
             yield reader
         finally:
             reader.close()
+
+
+def _decoded(reader: Any, kind: str, data: bytes) -> Any:
+    return reader.deserialize(data, kind)
 
 
 def decoder_of(name: str, definition: str, encoding: str) -> Callable[[bytes], Any]:

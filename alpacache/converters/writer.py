@@ -106,13 +106,14 @@ def convert(
                     writer.dropped.append(drive)
                     continue
                 writer.write(drive, clip_seconds=clip_seconds, offset_m=offset_m, mount_deg=mount_deg)
+            if not writer.clips:
+                reasons = "; ".join(drop.reason for drop in writer.dropped[:3]) or "the input holds no drive"
+                raise SourceError(f"nothing could be converted: {reasons}.")
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        if not writer.clips:
-            reasons = "; ".join(drop.reason for drop in writer.dropped[:3]) or "the input holds no drive"
-            (out / REPORT).unlink()
-            (out / CLIPS).rmdir()
-            raise SourceError(f"nothing could be converted: {reasons}.")
+            if not any((out / CLIPS).iterdir()):  # nothing to go on with
+                (out / CLIPS).rmdir()
+                (out / REPORT).unlink()
         return writer.finish(name)
 
 

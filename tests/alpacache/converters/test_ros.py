@@ -496,10 +496,35 @@ def test_a_bag_of_ros_1_becomes_the_drive_it_was_written_from(curved, times_ns, 
     assert_same_drive(drive, curved, times_ns)
     assert drive.facts["poses"]["arrival_after_stamp_ms"]["median"] == 8.0
     assert list_topics(path, kind="rosbag").rows[1][:4] == ["/pose", "geometry_msgs/PoseStamped", "400", "20.0"]
+
+
+@pytest.mark.parametrize("compression", ["NONE", "BZ2", "LZ4"])
+def test_a_bag_of_ros_1_that_was_cut_off_is_read_as_far_as_it_is_whole(curved, times_ns, tmp_path, compression):
+    from rosbags.typesys import Stores, get_typestore
+
+    store, path = get_typestore(Stores.ROS1_NOETIC), tmp_path / "a.bag"
+    writer = rosbag1.Writer(path)
+    writer.chunk_threshold = 100_000
+    if compression != "NONE":
+        writer.set_compression(writer.CompressionFormat[compression])
+    with writer:
+        connections = {}
+        for topic, kind, ns, value in bag_messages(store, curved, times_ns, ros1=True):
+            if topic not in connections:
+                connections[topic] = writer.add_connection(topic, kind, typestore=store)
+            writer.write(connections[topic], int(ns) + ARRIVAL_NS, store.serialize_ros1(value, kind))
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SourceError, match=r"a\.bag cannot be read as a bag .* reindex"):
-        only(path)
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    drive = only(path)
+    count = len(drive.track.timestamps_us)
+    assert 200 < count < 280
+    assert np.abs(drive.track.xyz - curved.track.xyz[:count]).max() < 1e-6
+    assert drive.facts["poses"]["arrival_after_stamp_ms"]["median"] == 8.0
+    frames = len(drive.cameras[FRONT_CAMERA].times_us)
+    assert list(drive.cameras[FRONT_CAMERA].read(3, frames)) == curved.jpegs[::2][3:frames]
+    assert [drop.what for drop in drive.dropped] == ["ends of files"]
+    assert "ends without its index" in drive.dropped[0].reason
+    assert list_topics(path, kind="rosbag").rows[1][:3] == ["/pose", "geometry_msgs/PoseStamped", str(count)]
 
 
 @pytest.mark.parametrize("compression", ["none", "message"])
