@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alpacache.converters.dead_reckoning import dead_reckoned
 from alpacache.converters.fixes import Fixes
 from alpacache.converters.geodesy import Floats, enu_m
 from alpacache.converters.log_files import UnusableError
@@ -20,6 +21,10 @@ from alpacache.driving.poses import MAX_SPEED_MPS
 
 OFTEN_S = 0.3
 """Median step up to which places alone make a path."""
+MAX_HOLE_S = 0.5
+"""Longest time without the vehicle's own speed and yaw rate."""
+MIN_STILL_S = 1.0
+"""Standing so long tells the yaw rate's bias."""
 GRID_S = 0.1
 """Poses are written at least so often."""
 PLACE_M, SPEED_MPS, COURSE_RAD = 0.5, 0.15, 0.006
@@ -102,6 +107,27 @@ def path_of(fixes: Fixes, begin: int, end: int, motion: VehicleMotion | None = N
     return SmoothPath(times_us=grid_us, xyz=path, yaw_rad=yaw, facts=facts)
 
 
+def driven_path(motion: VehicleMotion, begin: int, end: int) -> SmoothPath:
+    """A path by speed and yaw rate alone, from where it begins: integrated, so it drifts.
+
+    The yaw rate's bias is what it shows while the vehicle stands. Raises `UnusableError` for one that never moves.
+    """
+    rows = slice(begin, end)
+    times_us, speed = motion.times_us[rows], motion.speed_mps[rows]
+    if not (speed > STANDING_MPS).any():
+        raise UnusableError("the vehicle never moves")
+    stands = np.abs(speed) < STILL_MPS
+    enough = float(np.median(np.diff(times_us))) / 1e6 * stands.sum() >= MIN_STILL_S
+    bias = float(np.median(motion.yaw_rate[rows][stands])) if enough else 0.0
+    xyz, quaternion = dead_reckoned((times_us - times_us[0]) / 1e6, speed, motion.yaw_rate[rows] - bias)
+    facts = {
+        "positions": "integrated from speed and yaw rate, not recorded; they drift, and east is where it first looks",
+        "yaw rate bias": f"{bias:+.5f} rad/s, seen at standstill" if enough else "not known: the vehicle never stands",
+    }
+    yaw: Floats = np.unwrap(2 * np.arctan2(quaternion[:, 2], quaternion[:, 3]))
+    return SmoothPath(times_us=times_us, xyz=xyz, yaw_rad=yaw, facts=facts)
+
+
 def _by_fixes(
     seconds: Floats, xyz: Floats, values: Mapping[str, Floats], spread: Floats, grid_s: Floats
 ) -> tuple[Floats, Floats, Floats, Floats, dict[str, Any]]:
@@ -149,6 +175,7 @@ def _by_motion(
     """The same, along the vehicle's own speed and yaw rate."""
     grid_s, seconds = (grid_us - times_us[0]) / 1e6, (times_us - times_us[0]) / 1e6
     motion_s = (motion.times_us - times_us[0]) / 1e6
+    _check_covered(motion_s, seconds[-1])
     speed = np.interp(grid_s, motion_s, motion.speed_mps)
     yaw_rate = np.interp(grid_s, motion_s, motion.yaw_rate)
     course = np.deg2rad(90 - values["course"])
@@ -173,6 +200,16 @@ def _by_motion(
     place_spread = result.spreads[:, :2].max(axis=1)
     path = np.column_stack([result.states[:, :2], up])
     return path, result.states[:, 2], np.stack([place_spread, result.spreads[:, 2]], axis=1), speed, more
+
+
+def _check_covered(motion_s: Floats, end_s: float) -> None:
+    """Refuse a vehicle's log with holes: speed and yaw rate are not made up."""
+    known = np.concatenate([[0.0], motion_s[(motion_s > 0) & (motion_s < end_s)], [end_s]])
+    hole_s, at = float(np.diff(known).max()), float(known[np.argmax(np.diff(known))])
+    if hole_s > MAX_HOLE_S:
+        raise UnusableError(
+            f"no speed and yaw rate for {hole_s:.1f} s from {at:.1f} s on; at most {MAX_HOLE_S} s are bridged"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,18 +9,20 @@ is found from its turns, unless `film_start` says it.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from alpacache.converters.clips import SHORTEST_US
 from alpacache.converters.dead_reckoning import yaw_quaternions
 from alpacache.converters.drive import Dropped, Film, LoggedDrive
 from alpacache.converters.film_clock import FilmStart, find_start, shown_us, turning_of
-from alpacache.converters.fix_path import SmoothPath, VehicleMotion, path_of
+from alpacache.converters.fix_path import SmoothPath, VehicleMotion, driven_path, path_of
 from alpacache.converters.fixes import Fixes, read_fixes
 from alpacache.converters.kind import Kind
 from alpacache.converters.log_files import UnusableError, poses_alone
@@ -59,23 +61,28 @@ def film_drives(
 ) -> Iterator[LoggedDrive | Dropped]:
     """Stretches of one film that can be used. Raises `BadClipError`."""
     fixes = read_fixes(log)
-    if not (fixes.has("latitude") and fixes.has("longitude")):
-        raise UnusableError(f"{log.name} has no latitude and longitude")
     motion = _motion_of(fixes, None if vehicle is None else read_fixes(vehicle))
+    has_places = _has_places(fixes, motion, log)
+    if has_places and motion is not None:
+        fixes = _within(fixes, motion)
+    gap_s = MAX_OUTAGE_S if motion is not None and has_places else MAX_GAP_S
+    rows_us = fixes.times_us if has_places or motion is None else motion.times_us
     dropped = list(fixes.dropped)
     paths, short = [], 0
-    for begin, end in _stretches(fixes, MAX_OUTAGE_S if motion else MAX_GAP_S):
-        if fixes.times_us[end - 1] - fixes.times_us[begin] < SHORTEST_US:
+    for begin, end in _stretches(rows_us, gap_s):
+        if rows_us[end - 1] - rows_us[begin] < SHORTEST_US:
             short += 1
             continue
         try:
-            paths.append(path_of(fixes, begin, end, motion))
+            if motion is not None and not has_places:
+                paths.append(driven_path(motion, begin, end))
+            else:
+                paths.append(path_of(fixes, begin, end, motion))
         except UnusableError as error:
-            first_s, last_s = ((fixes.times_us[at] - fixes.times_us[0]) / 1e6 for at in (begin, end - 1))
+            first_s, last_s = ((rows_us[at] - rows_us[0]) / 1e6 for at in (begin, end - 1))
             reason = f"{log.name}, {first_s:.1f} to {last_s:.1f} s: {error}"
             dropped.append(Dropped(what="stretches", count=1, reason=reason))
     if short:
-        gap_s = MAX_OUTAGE_S if motion else MAX_GAP_S
         reason = f"shorter than {SHORTEST_US / 1e6:.1f} s, between gaps of more than {gap_s:g} s in {log.name}"
         dropped.append(Dropped(what="stretches", count=short, reason=reason))
     if not paths:
@@ -100,21 +107,42 @@ def film_drives(
             if film is None
             else {FRONT_CAMERA: Film(path=film, times_us=times_us[first:last], first=int(first))},
             track=Track(timestamps_us=path.times_us, xyz=path.xyz, quaternion_xyzw=yaw_quaternions(path.yaw_rad)),
-            point="antenna",
+            point="antenna" if has_places else "rear axle",
             dropped=() if film is not None else (poses_alone(f"no film is beside {log.name}"),),
             facts={**fixes.facts, **path.facts, "film": clock},
         )
     yield from dropped
 
 
-def _stretches(fixes: Fixes, gap_s: float) -> list[tuple[int, int]]:
+def _stretches(times_us: NDArray[np.int64], gap_s: float) -> list[tuple[int, int]]:
     """Rows from one index up to another without a gap."""
+    cuts = np.flatnonzero(np.diff(times_us) > gap_s * 1e6) + 1
+    return list(pairwise([0, *cuts.tolist(), len(times_us)]))
+
+
+def _has_places(fixes: Fixes, motion: VehicleMotion | None, log: Path) -> bool:
+    """Tell whether the rows have places; raises `UnusableError` if some have not, or nothing stands in for them."""
     has = np.isfinite(fixes.values["latitude"]) & np.isfinite(fixes.values["longitude"])
-    if not has.all():
+    if has.all():
+        return True
+    if has.any():
         raise UnusableError("some rows have no place; leave them out, or put speed and yaw rate into NAME.vehicle.csv")
-    cuts = np.flatnonzero(np.diff(fixes.times_us) > gap_s * 1e6) + 1
-    edges = [0, *cuts.tolist(), len(fixes.times_us)]
-    return list(pairwise(edges))
+    if motion is None or motion.steering:
+        lacking = f"{log.name} has no latitude and longitude"
+        raise UnusableError(f"{lacking}, nor in their place speed and yaw_rate, four times a second or more")
+    return False
+
+
+def _within(fixes: Fixes, motion: VehicleMotion) -> Fixes:
+    """The fixes of the time in which the vehicle's own log says how it moves. Raises `UnusableError` without any."""
+    inside = (fixes.times_us >= motion.times_us[0]) & (fixes.times_us <= motion.times_us[-1])
+    if inside.sum() < 2:
+        raise UnusableError("the vehicle's log and the fixes have no time in common; are they on one clock?")
+    dropped = list(fixes.dropped)
+    if lost := int((~inside).sum()):
+        dropped.append(Dropped(what="rows", count=lost, reason="the vehicle's own log does not reach so far"))
+    values = {name: column[inside] for name, column in fixes.values.items()}
+    return replace(fixes, times_us=fixes.times_us[inside], values=values, dropped=dropped)
 
 
 def _motion_of(fixes: Fixes, vehicle: Fixes | None) -> VehicleMotion | None:

@@ -193,3 +193,39 @@ def test_a_film_without_its_log_is_named(folder):
     (folder / "other.csv").rename(folder / "other.pdf")
     with pytest.raises(UsageError, match="neither a film nor a log"):
         list(drives(folder))
+
+
+def write_vehicle(file, times, speed, rate, head="time_s,speed,yaw_rate"):
+    rows = "\n".join(f"{a:.3f},{b:.6f},{c:.6f}" for a, b, c in zip(times, speed, rate, strict=True))
+    file.write_text(f"{head}\n{rows}\n")
+
+
+def test_speed_and_yaw_rate_alone_are_integrated_and_said_to_drift(folder):
+    times, way, yaw, speed, rate = drive(rate_hz=20)
+    still = np.where(speed < 0.03, 0.0, speed)
+    write_vehicle(folder / "drive.csv", times, still, np.where(still > 0, rate, 0.0) + 0.02)
+    (found,) = drives(folder, film_start="3.35")
+    assert found.point == "rear axle"
+    turned = np.array([[np.cos(0.7), np.sin(0.7)], [-np.sin(0.7), np.cos(0.7)]])
+    assert np.abs(found.track.xyz[:, :2] - way @ turned.T).max() < 0.5
+    heading = 2 * np.unwrap(np.arctan2(*found.track.quaternion_xyzw[:, 2:].T), period=np.pi)
+    assert np.abs(np.rad2deg(heading - (yaw - 0.7))).max() < 0.3
+    assert "they drift" in found.facts["positions"]
+    assert found.facts["yaw rate bias"] == "+0.02000 rad/s, seen at standstill"
+    write_vehicle(folder / "drive.csv", times, still, rate, head="time_s,speed,steering_deg")
+    (refused,) = drives(folder, film_start="3.35")
+    assert "no latitude and longitude" in refused.reason
+
+
+def test_a_vehicles_log_with_a_hole_is_refused_and_a_shorter_one_bounds_the_path(folder):
+    times, way, _, speed, rate = drive(rate_hz=20)
+    (folder / "drive.csv").write_text(csv_text(times[::20], way[::20], {}))
+    late = times > 5
+    write_vehicle(folder / "drive.vehicle.csv", times[late], speed[late], rate[late])
+    (found, *said) = drives(folder, film_start="3.35")
+    assert found.track.timestamps_us[0] == 6_000_000
+    assert [(item.what, item.count) for item in said] == [("rows", 6)]
+    hole = (times < 20) | (times > 22)
+    write_vehicle(folder / "drive.vehicle.csv", times[hole], speed[hole], rate[hole])
+    (refused,) = drives(folder, film_start="3.35")
+    assert "no speed and yaw rate for 2.1 s from 19.9 s on" in refused.reason
