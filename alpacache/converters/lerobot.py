@@ -26,6 +26,7 @@ from alpacache.converters.geodesy import Floats
 from alpacache.converters.kind import Kind
 from alpacache.converters.lerobot_meta import READS, DataSet, Episode, frames_of, read_data_set
 from alpacache.converters.log_files import UnusableError, poses_alone
+from alpacache.converters.remux import film_frames
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
 from alpacache.driving.route import check_route
@@ -62,6 +63,8 @@ L2D: Mapping[str, str] = {
     "route": "task.instructions",
 }
 L2D_CAMERA = "observation.images.front_left"
+MOST_SKIPPED = 10
+"""Most frames that the beginning of a part gives up to begin at a key frame."""
 SESSION = "session_id"
 """A column whose name ends so tells which drive a row is of."""
 
@@ -147,8 +150,9 @@ def _camera(data_set: DataSet, part: _Rows, rows: slice, key: str) -> Camera:
     episode = part.episode
     if data_set.features[key].get("dtype") == "video":
         film = data_set.file(episode.films[key])
-        first = frames_of(film, episode.film_begins_s[key], part.stamps_s)
-        return Film(path=film, times_us=part.times_us, first=first + part.first)
+        first = frames_of(film, episode.film_begins_s[key], part.stamps_s) + part.first
+        skipped = _to_key_frame(film, first) if part.first else 0
+        return Film(path=film, times_us=part.times_us[skipped:], first=first + skipped)
 
     def read(begin: int, end: int) -> Iterator[bytes]:
         pictures = _episode_table(data_set, episode, (key,)).column(key)
@@ -160,6 +164,14 @@ def _camera(data_set: DataSet, part: _Rows, rows: slice, key: str) -> Camera:
             yield content
 
     return Pictures(times_us=part.times_us, read=read)
+
+
+def _to_key_frame(film: Path, first: int) -> int:
+    """Frames to leave out so that the rest can be copied without encoding it anew; none if that were many."""
+    frames = film_frames(film)
+    later = frames.numbers[frames.keys & (frames.numbers >= first)]
+    skipped = int(later.min()) - first if len(later) else 0
+    return skipped if skipped <= MOST_SKIPPED else 0
 
 
 def _track_of_places(

@@ -16,7 +16,9 @@ _TOKEN = re.compile(r"<\||\|>|<\S+?>")
 """Special tokens, whole or in part, as models of this kind write them: `<|im_end|>`, `<i0>`, `<think>`."""
 _BEGIN, _END = r"(?<![^\W\d_])", r"(?![^\W\d_])"
 """Word boundaries at which `_`, `-` and digits separate words as spaces do."""
-_DIRECTION = re.compile(rf"{_BEGIN}((?:turn|keep|bear|go)?)(left|right|straight)((?:turn)?){_END}", re.IGNORECASE)
+_WAY = r"right(?![ _-]+of[ _-]+way)"
+"""The side, and not what is given at a crossing."""
+_DIRECTION = re.compile(rf"{_BEGIN}((?:turn|keep|bear|go)?)(left|{_WAY}|straight)((?:turn)?){_END}", re.IGNORECASE)
 """Also as labels write it: `turn_left`, `LEFT-TURN`, `turnleft`."""
 _ONWARD = re.compile(rf"{_BEGIN}(?:continue|proceed|ahead|forward){_END}", re.IGNORECASE)
 _OTHER = {"left": "right", "right": "left"}

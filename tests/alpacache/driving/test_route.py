@@ -53,6 +53,8 @@ def test_what_could_be_more_than_a_text_is_refused(text, reason):
         ("Proceed for 100 m", "straight"),
         ("Make a U-turn", "none"),
         ("Leftover rights", "none"),
+        ("When you have the right of way, take the third exit", "none"),
+        ("Yield the right-of-way, then turn left", "left"),
         ("left_turn", "left"),
         ("turn_right_40m", "right"),
         ("LEFT-TURN", "left"),
@@ -84,6 +86,11 @@ def test_swapping_takes_left_for_right_throughout_and_keeps_the_case():
     assert swapped("continue straight, then left") is None
     assert swapped("U-turn") is None
     assert swapped(None) is None
+
+
+def test_the_right_of_way_is_no_side():
+    assert swapped("With the right of way turn right") == "With the right of way turn left"
+    assert swapped("Mind the right of way") is None
 
 
 def test_the_side_of_a_path_is_that_on_which_it_leaves_the_corridor():
