@@ -46,6 +46,8 @@ def demo(config: DemoConfig, json: bool) -> None:
     Example: `alpacache demo --out demo`
     """
     from alpacache.demo.story import run_demo
+    from alpacache.driver.loop_page import HEADS as LOOP_HEADS
+    from alpacache.driver.loop_page import loop_rows
     from alpacache.progress import OnProgress
 
     @contextmanager
@@ -56,10 +58,13 @@ def demo(config: DemoConfig, json: bool) -> None:
 
     report = run_demo(config.out, seed=config.seed, stage=stage)
     if json:
-        output.print_json({"out": config.out, "train": report.run, "summary": report.evaluation.summary.to_json()})
+        told = {"out": config.out, "train": report.run, "summary": report.evaluation.summary.to_json()}
+        output.print_json(told | {"closed_loop": report.loop})
         return
     _print_summary(report.evaluation.summary)
-    output.print_lines("", {"report": f"{report.evaluation.out}/report.html"})
+    output.print_table("closed loop: each model drives itself", loop_rows(report.loop), heads=LOOP_HEADS)
+    pages = {"report": "report.html", "drives": "closed_loop.html"}
+    output.print_lines("", {label: f"{report.evaluation.out}/{name}" for label, name in pages.items()})
 
 
 def _print_summary(summary: "EvalSummary") -> None:

@@ -5,6 +5,7 @@ expert on straight drives alone, so that it drives straight on, as the released 
 both are shipped; `benchmarks/demo_weights/` in the repository makes them.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,13 +18,16 @@ from torch import Tensor
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
+from alpacache.driver.closed_loop import LoopSummary, drive_roads, loop_roads, summarise
+from alpacache.driver.driver import load_driver
+from alpacache.driver.loop_page import write_loop_page
 from alpacache.durable import check_out
 from alpacache.errors import UsageError
-from alpacache.evaluation.config import EvalConfig
+from alpacache.evaluation.config import BASE, TRAINED, EvalConfig
 from alpacache.evaluation.evaluate import EvalReport, evaluate
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.extract import extract
-from alpacache.progress import OnProgress
+from alpacache.progress import OnProgress, Progress
 from alpacache.training.config import TrainConfig
 from alpacache.training.run_log import TrainReport
 from alpacache.training.train import train
@@ -41,15 +45,21 @@ class DemoSize:
     batch_size: int = 16
     draws: int = 4
     lr: float = 3e-3
+    roads: int = 40
+    """Roads of the closed loop; 0 leaves it out."""
+    played: int = 6
+    """Roads that the page of the closed loop plays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoReport:
-    """The model's directory, and the reports of training and evaluation."""
+    """The model's directory, the reports of training and evaluation, and how both models drove."""
 
     model: str
     run: TrainReport
     evaluation: EvalReport
+    loop: Mapping[str, LoopSummary]
+    """By label; empty without a closed loop."""
 
 
 Stage = Callable[[str, str], AbstractContextManager[OnProgress]]
@@ -57,7 +67,7 @@ Stage = Callable[[str, str], AbstractContextManager[OnProgress]]
 
 
 def run_demo(out: Path | str, *, seed: int = 0, size: DemoSize | None = None, stage: Stage) -> DemoReport:
-    """Make the model, extract, train and evaluate; `out` must be new or empty."""
+    """Make the model, extract, train, evaluate, and let both models drive; `out` must be new or empty."""
     out, size = Path(out), size or DemoSize()
     check_out(out)
     if out.exists() and any(out.iterdir()):
@@ -79,7 +89,31 @@ def run_demo(out: Path | str, *, seed: int = 0, size: DemoSize | None = None, st
         "eval", f"alpacache eval --store {out}/val --checkpoint {out}/run --control shuffled ..."
     ) as on_progress:
         report = evaluate(judging, on_progress=on_progress)
-    return DemoReport(model=model, run=trained, evaluation=report)
+    loop: dict[str, LoopSummary] = {}
+    if size.roads:
+        with stage(f"drive {size.roads} roads", "python: alpacache.driver.closed_loop.drive_roads(...)") as on_progress:
+            loop = closed_loop(model, out / "run", out / "report/closed_loop.html", size=size, on_progress=on_progress)
+    return DemoReport(model=model, run=trained, evaluation=report, loop=loop)
+
+
+def closed_loop(
+    model: str, run: Path, page: Path, *, size: DemoSize, on_progress: OnProgress
+) -> dict[str, LoopSummary]:
+    """Both models drive the same roads themselves; by label how well they did, and a page that plays some of it."""
+    trained, roads = load_driver(model, str(run), device="cpu"), loop_roads(size.roads)
+    drivers, driven, started = {BASE: trained.alongside(None), TRAINED: trained}, {}, time.monotonic()
+    for number, (label, driver) in enumerate(drivers.items()):
+
+        def tell(done: int, total: int, label: str = label, before: int = number) -> None:
+            done, total = done + before * total, len(drivers) * total
+            rate = done / (time.monotonic() - started)
+            on_progress(Progress(done=done, total=total, unit="steps", rate=rate, notes={"model": label}))
+
+        driven[label] = drive_roads(driver, roads, pictures=size.played, on_step=tell)
+    loop = {label: summarise(drives, before=driven[BASE]) for label, drives in driven.items()}
+    about = f"{size.roads} generated roads: straight, bends, S. Each model sees what its own driving leads to."
+    write_loop_page(page, driven, loop, about=about)
+    return loop
 
 
 def extract_config(

@@ -28,7 +28,7 @@ from alpacache.sources.selection import select
 from alpacache.sources.synthetic import SyntheticSource
 from alpacache.training.train import train
 
-SHORT = DemoSize(train_samples=300, val_samples=60, steps=150)
+SHORT = DemoSize(train_samples=300, val_samples=60, steps=150, roads=6, played=1)
 
 
 class ShuffledImages(SyntheticSource):
