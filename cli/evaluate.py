@@ -18,7 +18,9 @@ _WARNINGS = 3
 _METRICS = {"min_ade": "minADE", "ade": "ADE", "min_fde": "minFDE", "corner_distance": "corners"}
 
 
-@from_config(EvalConfig, panels={"Models": "checkpoint compare ema", "Machine": "batch_size capture device"})
+@from_config(
+    EvalConfig, panels={"Models": "checkpoint compare compare_store ema", "Machine": "batch_size capture device"}
+)
 def evaluate(config: EvalConfig, json: bool) -> None:
     """Judge the base model and trained ones on cached features: public metrics, straight-line bias, pictures.
 
@@ -36,7 +38,8 @@ def evaluate(config: EvalConfig, json: bool) -> None:
     output.print_left_out((sample.sample_id, sample.reason) for sample in report.left_out)
     labels = ("report", "numbers", "every sample", "pictures")
     names = ("report.html", "eval.json", "samples.parquet", "pictures/")
-    output.print_lines("", {label: f"{config.out}/{name}" for label, name in zip(labels, names, strict=True)})
+    files = {label: f"{config.out}/{name}" for label, name in zip(labels, names, strict=True)}
+    output.print_lines("", files | ({"sheet": f"{config.out}/sheet.png"} if config.sheet else {}))
 
 
 @from_config(DemoConfig)

@@ -158,6 +158,21 @@ class ChosenSamples:
         return text.getvalue()
 
 
+def find_samples(entries: Sequence[str], table: SampleTable, *, option: str) -> list[int]:
+    """Indices of the samples that fit one of these entries, in the order of the entries, each once.
+
+    Raises `UsageError` for a name or a condition that no sample fits, in the name of `option`.
+    """
+    ids, everything = _Names(table), np.arange(len(table))
+    found: dict[int, None] = {}
+    for entry in entries:
+        fit = [int(index) for index in _fitting(entry, table, ids, everything, option=option)]
+        if not fit:
+            raise UsageError(f"{option} {entry[:200]!r}: none of {len(table)} samples fits it.")
+        found |= dict.fromkeys(fit)
+    return list(found)
+
+
 def words_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a choice's record that was given, by option; the rest is what it came to."""
     return {key: value for key, value in record.items() if key not in ("samples", "of", "sha256")}

@@ -1,13 +1,13 @@
 """Settings of `eval` and `probe`."""
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Le, MinLen
 
-from alpacache.cached_samples.config import ChoiceConfig, check_weights_file
+from alpacache.cached_samples.config import ChoiceConfig, Chosen, check_weights_file
 from alpacache.config import (
     PLACE,
     BatchSize,
@@ -44,22 +44,31 @@ def read_compare(written: Any) -> dict[str, str]:
     Raises `UsageError` for a label that is taken, also where it differs from another in case or space alone: readers of
     a table could not tell them apart.
     """
+    return _by_label(written, "--compare", "RUN", taken=(BASE, TRAINED))
+
+
+def read_compare_store(written: Any) -> dict[str, str]:
+    """Label -> store, as `read_compare`; a label may be that of a run, which is then judged on that store."""
+    return _by_label(written, "--compare-store", "STORE", taken=(BASE,))
+
+
+def _by_label(written: Any, option: str, what: str, *, taken: Sequence[str]) -> dict[str, str]:
     from alpacache.metrics.baselines import BASELINES
 
     texts = (written,) if isinstance(written, str) else written
     pairs = written.items() if isinstance(written, Mapping) else [text.partition("=")[::2] for text in texts]
-    runs: dict[str, str] = {}
-    taken = {_spelling(label): label for label in (BASE, TRAINED, *BASELINES)}
-    for written_label, run in pairs:
+    places: dict[str, str] = {}
+    spelled = {_spelling(label): label for label in (*taken, *BASELINES)}
+    for written_label, place in pairs:
         label = written_label.strip()
-        if not (label and run and label.isprintable()):
-            raise ValueError("LABEL=RUN with a label of letters, digits, signs and spaces")
-        if other := taken.get(_spelling(label)):
+        if not (label and place and label.isprintable()):
+            raise ValueError(f"LABEL={what} with a label of letters, digits, signs and spaces")
+        if other := spelled.get(_spelling(label)):
             like = "" if other == label else f" by {other!r}"
-            raise UsageError(f"--compare {label}={run}: the label {label!r} is taken{like}; choose another.")
-        taken[_spelling(label)] = label
-        runs[label] = expand_home(run)
-    return runs
+            raise UsageError(f"{option} {label}={place}: the label {label!r} is taken{like}; choose another.")
+        spelled[_spelling(label)] = label
+        places[label] = expand_home(place)
+    return places
 
 
 def _spelling(label: str) -> str:
@@ -90,6 +99,11 @@ class EvalConfig(ChoiceConfig):
         default_factory=dict
     )
     """More runs in the same tables; repeatable."""
+    compare_store: Annotated[
+        Mapping[str, str], Written(metavar="LABEL=STORE", read=read_compare_store, repeatable=True)
+    ] = field(default_factory=dict)
+    """The base model in the same tables on another store of the same samples: other cameras, a black picture, another
+    codec. With the label of a run (`trained`, or one of `compare`) it is that run which is judged there; repeatable."""
     ema: bool = False
     """Use the average of the weights that runs with `--ema` kept."""
     reasoning: Literal["auto", "none"] = "auto"
@@ -107,6 +121,9 @@ class EvalConfig(ChoiceConfig):
     ] = 10
     """Euler steps from noise to action. Of several numbers, as in `10,4,2,1`, the first is judged in full and a table
     compares all; each prefix is read once."""
+    sheet: Chosen = field(default_factory=tuple)
+    """Draw these samples, in the words of `only`, into one picture, a row each: front picture and paths of each model,
+    and the bias over all samples beside them; repeatable. Default: no sheet."""
     samples: Count | None = None
     """At most this many samples. Default: all."""
     on_overlap: Literal["stop", "allow"] = "stop"
@@ -131,6 +148,13 @@ class EvalConfig(ChoiceConfig):
         for name, values in (("control", self.control), ("flow_steps", self.all_flow_steps)):
             expect(len(set(values)) == len(values), name, ",".join(map(str, values)), "each of them once")
         check_weights_file(self.sample_weights)
+        runs = {_spelling(label): label for label in (TRAINED, *self.compare)}
+        for label, store in self.compare_store.items():
+            if runs.get(_spelling(label), label) != label or (label == TRAINED and self.checkpoint is None):
+                raise UsageError(
+                    f"--compare-store {label}={store}: the label {label!r} is taken; choose another, or that of a run "
+                    "which is to be judged on this store."
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

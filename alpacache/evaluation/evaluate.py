@@ -8,34 +8,34 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.backbone import layer_map_of
-from alpacache.alpamayo.new_expert import begun_with
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.features import POSE_FIELDS, SWAPPED, stored_strata
+from alpacache.cached_samples.features import POSE_FIELDS, stored_strata
 from alpacache.cached_samples.other_clips import other_clips
-from alpacache.cached_samples.sample_choice import SampleChoice
+from alpacache.cached_samples.sample_choice import SampleChoice, find_samples
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.cameras import camera_words
 from alpacache.driving.route import command_of
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.splits import count_overlapping
 from alpacache.errors import UsageError
-from alpacache.evaluation.config import BASE, TRAINED, EvalConfig
+from alpacache.evaluation.config import BASE, EvalConfig
+from alpacache.evaluation.judged_models import JudgedModel, find_models
 from alpacache.evaluation.judging import LeftOut, SampleResult, judge, judge_baselines
 from alpacache.evaluation.known_clips import trained_samples
 from alpacache.evaluation.output import check_evaluation_out, write_results
 from alpacache.evaluation.predicting import Poses, Predicted, Predictor
+from alpacache.evaluation.sheet import MOST_ROWS
 from alpacache.evaluation.summary import EvalSummary, summarise
 from alpacache.evaluation.unread import Unread
 from alpacache.gpu.device import enter, resolve_device
 from alpacache.interrupt import InterruptGuard
-from alpacache.layer_choice import layers_text
+from alpacache.masking import masked_values
 from alpacache.metrics.bootstrap import BLOCK_S
 from alpacache.metrics.steering import action_errors
 from alpacache.pictures.canvas import MODEL_COLOURS
@@ -43,7 +43,10 @@ from alpacache.pictures.front_view import draw_paths
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.training.data_order import check_overlap
 from alpacache.training.run_directory import recorded_metrics
-from alpacache.training.trained_expert import find_trained, load_trained
+from alpacache.training.trained_expert import load_trained
+
+if TYPE_CHECKING:
+    pass
 
 _log = logging.getLogger(__name__)
 
@@ -87,31 +90,17 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         _check_swap(data, stores, on_rollouts=on_rollouts)
     if config.control and on_rollouts:
         raise UsageError("control compares paths on direct prefixes; pass --reasoning none with it.")
-    trained = {} if config.checkpoint is None else {TRAINED: config.checkpoint}
-    runs = {
-        label: find_trained(run, base, vlm=data.vlm, what="the store that it is to be judged on", average=config.ema)
-        for label, run in (trained | dict(config.compare)).items()
-    }
-    first = base if TRAINED not in runs else begun_with(base, runs[TRAINED][1])
-    if first is not base and not set(layer_map_of(base)) <= set(data.held_layers):
-        _log.warning(
-            "%s has keys and values of layers %s alone, too few for the expert of %s: 'base' is the new expert of %s "
-            "as it began, random weights.",
-            *(stores, layers_text(data.held_layers), config.model, config.checkpoint),
-        )
-    else:
-        first = base
-    for one in (first, *(begun_with(base, state) for _, state in runs.values())):
-        data.of_layers(sorted(set(layer_map_of(one))))  # what a store lacks is refused now
-    _warn_of_known_clips(runs, data, indices, store=stores)
-    _warn_of_other_pictures(runs, data, store=stores)
+    poses = cache(data.poses)  # read while the device computes
+    models = find_models(config, base, data, indices, poses, paths_on_rollouts=config.paths if on_rollouts else 0)
+    _warn_of_known_clips(models, data, indices, store=stores)
+    _warn_of_other_pictures(models, config, store=stores)
     partners = _partners(data, indices, seed=config.seed) if "shuffled" in config.control else {}
+    on_sheet = _on_sheet(config.sheet, data, indices)
     device = resolve_device(config.device)
     check_evaluation_out(Path(config.out))
 
     enter(device)
-    poses = cache(data.poses)  # read while the device computes
-    space = _action_space(first)
+    space = _action_space(models[BASE].checkpoint)
     target_of = cache(lambda index: space.to_action(*poses(index)))
     steps, *_ = config.all_flow_steps
     sampling = {"paths": config.paths, "flow_steps": steps, "seed": config.seed}
@@ -123,12 +112,12 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         def on_batch(samples: int) -> None:
             nonlocal done
             done += samples
-            rate, total = done / (time.monotonic() - started), (1 + len(runs)) * predictor.passes
+            rate = done / (time.monotonic() - started)
             on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
 
         predictor = Predictor(
-            data=data,
             indices=indices,
+            sample_id=data.sample_id,
             poses=poses,
             target_of=target_of,
             unread=unread,
@@ -139,15 +128,16 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
             batch_size=config.batch_size,
             capture=config.capture,
             on_rollouts=on_rollouts,
-            swappable=[index for index in indices if config.swap_route and data.has_twin(index, SWAPPED)],
+            swaps_route=config.swap_route,
             controls=config.control,
             partners=partners,
             on_batch=on_batch,
         )
-        for label in (BASE, *runs):
-            run = runs[label][0] if label in runs else None
-            expert = load_trained(first if run is None else base, run, device, average=config.ema)
-            predicted[label] = predictor.predict(expert, model=f"{label!r} ({run or config.model})")
+        total = sum(predictor.passes(model.stored) for model in models.values())
+        for label, model in models.items():
+            expert = load_trained(model.checkpoint, model.run, device, average=config.ema)
+            named = f"{label!r} ({model.run or config.model})"
+            predicted[label] = predictor.predict(expert, model.stored, model=named)
             del expert  # before the next one is loaded
 
     weights = None if data.chosen is None else data.chosen.weights
@@ -168,19 +158,24 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     block_s = BLOCK_S if config.split is None else min(BLOCK_S, config.split.block_us / 1e6)
     summary = summarise(results, seed=config.seed, block_s=block_s)
     settings: dict[str, Any] = {**sampling, "reasoning": "rollout" if on_rollouts else "none", "view": 0}
-    if first is not base:
-        settings["base"] = f"the new expert of {config.checkpoint} as it began, random weights"
     if data.chosen is not None:
         settings["choice"] = data.chosen.record
+    if models[BASE].checkpoint is not base:
+        settings["base"] = f"the new expert of {config.checkpoint} as it began, random weights"
+    if config.compare_store:
+        settings["compare_store"] = masked_values(dict(config.compare_store))
     if config.control:
         settings["control"] = list(config.control)
     if len(config.all_flow_steps) > 1:
         settings["all_flow_steps"] = list(config.all_flow_steps)
     if data.routed:
         settings |= {"routes": True, "swap_route": config.swap_route}
-    losses = {label: recorded_metrics(path, state) for label, (path, state) in runs.items()}
+    losses = {
+        label: recorded_metrics(model.run, model.state) for label, model in models.items() if model.run is not None
+    }
     left_out = unread.left_out()
-    write_results(Path(config.out), summary, results, left_out=left_out, settings=settings, losses=losses)
+    sheet = [judged[index] for index in on_sheet if index in judged]
+    write_results(Path(config.out), summary, results, left_out=left_out, settings=settings, losses=losses, sheet=sheet)
     seconds = time.monotonic() - started
     return EvalReport(
         summary=summary,
@@ -200,6 +195,20 @@ def _check_swap(data: CachedDataset, store: str, *, on_rollouts: bool) -> None:
         raise UsageError("swap_route compares paths on direct prefixes; pass --reasoning none with it.")
 
 
+def _on_sheet(entries: Sequence[str], data: CachedDataset, indices: Sequence[int]) -> list[int]:
+    """Judged samples that a sheet is to show. Raises `UsageError` for none, or too many."""
+    if not entries:
+        return []
+    known = set(indices)
+    shown = [index for index in find_samples(entries, data, option="--sheet") if index in known]
+    if not 0 < len(shown) <= MOST_ROWS:
+        raise UsageError(
+            f"--sheet {' '.join(entries)[:200]}: {len(shown)} of the {len(indices)} samples that are judged fit it; "
+            f"a sheet shows 1 to {MOST_ROWS}."
+        )
+    return shown
+
+
 def _partners(data: CachedDataset, indices: Sequence[int], *, seed: int) -> dict[int, int]:
     """For each sample the one of another clip whose prefix it is given as a control."""
     partners = other_clips([data.sample_id(index) for index in indices], seed=seed)
@@ -213,13 +222,15 @@ def _action_space(base: Checkpoint) -> UnicycleActionSpace:
 
 
 def _warn_of_known_clips(
-    runs: Mapping[str, tuple[Path, Mapping[str, Any]]], data: CachedDataset, indices: Sequence[int], *, store: str
+    models: Mapping[str, JudgedModel], data: CachedDataset, indices: Sequence[int], *, store: str
 ) -> None:
     """Warn of each run that was trained on clips that it is to be judged on."""
     judged = [SampleRef.parse(data.sample_id(index)) for index in indices]
     clips = {ref.clip_id for ref in judged}
-    for label, (checkpoint, state) in runs.items():
-        trained = trained_samples(checkpoint, state["settings"], data.all_ids)
+    for label, model in models.items():
+        if model.run is None:
+            continue
+        trained = trained_samples(model.run, model.state["settings"], data.all_ids)
         if not (count := len({ref.clip_id for ref in trained} & clips)):
             continue
         known = f"{label!r} was trained on {count} of the {len(clips)} clips of --store {store} that it is judged on"
@@ -236,15 +247,17 @@ def _warn_of_known_clips(
         )
 
 
-def _warn_of_other_pictures(
-    runs: Mapping[str, tuple[Path, Mapping[str, Any]]], data: CachedDataset, *, store: str
-) -> None:
+def _warn_of_other_pictures(models: Mapping[str, JudgedModel], config: EvalConfig, *, store: str) -> None:
     """Warn of each run that was trained on other cameras, or other black pictures, than it is to be judged on."""
-    for label, (_, state) in runs.items():
-        trained = {camera_words(record["identity"]) for record in state["settings"]["stores"]} - {""}
-        if trained and (others := sorted(data.pictures - trained)):
+    for label, model in models.items():
+        if model.run is None:
+            continue
+        trained = {camera_words(record["identity"]) for record in model.state["settings"]["stores"]} - {""}
+        if trained and (others := sorted(model.stored.data.pictures - trained)):
             saw, shows = "; ".join(sorted(trained)), "; ".join(others)
-            _log.warning("%r was trained on %s, and --store %s shows %s.", label, saw, store, shows)
+            option = f"--compare-store {label}=" if label in config.compare_store else "--store "
+            where = f"{option}{config.compare_store.get(label, store)}"
+            _log.warning("%r was trained on %s, and %s shows %s.", label, saw, where, shows)
 
 
 def _judge_sample(

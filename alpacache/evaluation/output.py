@@ -16,13 +16,14 @@ from alpacache.errors import UsageError
 from alpacache.evaluation.judging import METRIC_KEYS, VARIANT_KEYS, LeftOut, ModelResult, SampleResult, strata_names
 from alpacache.evaluation.plots import sample_png
 from alpacache.evaluation.report import write_report
+from alpacache.evaluation.sheet import sheet_png
 from alpacache.evaluation.summary import EvalSummary
 from alpacache.metrics.bias import HORIZONS_S
 from alpacache.metrics.commands import share_obeying
 
 _MAIN = ("report.html", "eval.json")
 """Files that one looks at: gone first and there last, so that it is never of another evaluation than the rest."""
-_REST = ("samples.parquet", "pictures")
+_REST = ("samples.parquet", "pictures", "sheet.png")
 _PICTURE = re.compile(r"(best|median|worst|sample-\d{3})\.png")
 FIRST_PICTURES = 3
 """Samples drawn whatever their error, so that evaluations can be compared picture by picture."""
@@ -36,14 +37,15 @@ def write_results(
     left_out: Sequence[LeftOut] = (),
     settings: Mapping[str, Any],
     losses: Mapping[str, Sequence[Mapping[str, Any]]],
+    sheet: Sequence[SampleResult] = (),
 ) -> None:
     """Write `eval.json`, `samples.parquet`, `report.html` and `pictures/`, whose ranking is that of the last model.
 
     They take the place of an earlier evaluation's together. `settings` is what the paths depend on; `losses` maps the
-    label of a trained model to the rows of its run's `metrics.jsonl`.
+    label of a trained model to the rows of its run's `metrics.jsonl`; `sheet.png` shows the samples of `sheet`.
     """
     with appearing(out, replaces=_REST, last=_MAIN, names=(*_MAIN, *_REST)) as directory:
-        _write(directory, summary, results, left_out, settings, losses)
+        _write(directory, summary, results, left_out, settings, losses, sheet)
 
 
 def check_evaluation_out(out: Path) -> None:
@@ -68,6 +70,7 @@ def _write(
     left_out: Sequence[LeftOut],
     settings: Mapping[str, Any],
     losses: Mapping[str, Sequence[Mapping[str, Any]]],
+    sheet: Sequence[SampleResult],
 ) -> None:
     per_sample = [
         {
@@ -91,7 +94,19 @@ def _write(
     for name, (title, result) in pictures.items():
         png = sample_png(summary, result, front_jpeg=result.front_jpeg, title=title)
         (out / "pictures" / f"{name}.png").write_bytes(png)
-    write_report(summary, results, out / "report.html", left_out=left_out, choice=settings.get("choice"), losses=losses)
+    drawn_sheet = sheet_png(summary, sheet, results) if sheet else None
+    if drawn_sheet is not None:
+        (out / "sheet.png").write_bytes(drawn_sheet)
+    write_report(
+        summary,
+        results,
+        out / "report.html",
+        left_out=left_out,
+        choice=settings.get("choice"),
+        stores=settings.get("compare_store", {}),
+        losses=losses,
+        sheet=drawn_sheet,
+    )
 
 
 def _route_columns(result: SampleResult, model: ModelResult) -> dict[str, Any]:

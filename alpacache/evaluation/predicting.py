@@ -55,13 +55,31 @@ class Predicted:
     """Control -> sample -> result."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSamples:
+    """The prefixes that one model is judged on: those of the judged samples themselves, or of another store's."""
+
+    data: CachedDataset
+    places: Mapping[int, int] | None = None
+    """Index in `data` of each judged sample; None where it is the judged one's own."""
+
+    def place(self, index: int) -> int:
+        """Index in `data` of a judged sample."""
+        return index if self.places is None else self.places[index]
+
+    def start_position(self, index: int) -> int:
+        """Position of a judged sample's first action token."""
+        return self.data.start_position(self.place(index))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
     """Predicts the same samples with one expert after another, from the same noise."""
 
-    data: CachedDataset
     indices: Sequence[int]
     """Samples to judge."""
+    sample_id: Callable[[int], str]
+    """Name of one of them, by which its noise is drawn."""
     poses: Callable[[int], Poses]
     target_of: Callable[[int], Tensor]
     """Driven path's action `[64, 2]` of a sample."""
@@ -73,20 +91,25 @@ class Predictor:
     batch_size: int
     capture: bool
     on_rollouts: bool
-    swappable: Sequence[int]
-    """Samples to predict with left for right in their routes too."""
+    swaps_route: bool
+    """Predict samples that have one with left for right in their routes too."""
     controls: Sequence[str]
     partners: Mapping[int, int]
     """Sample -> the one of another clip whose prefix the control `shuffled` takes."""
     on_batch: Callable[[int], None]
     """Told how many samples are done."""
 
-    @property
-    def passes(self) -> int:
-        """Samples that one expert predicts, those of controls counted again."""
-        return len(self.indices) * (1 + len(self.controls)) + len(self.swappable)
+    def swappable(self, stored: StoredSamples) -> list[int]:
+        """Samples that are predicted with left for right in their routes too."""
+        if not self.swaps_route:
+            return []
+        return [index for index in self.indices if stored.data.has_twin(stored.place(index), SWAPPED)]
 
-    def predict(self, expert: "ActionExpert", *, model: str) -> Predicted:
+    def passes(self, stored: StoredSamples) -> int:
+        """Samples that one expert predicts, those of controls counted again."""
+        return len(self.indices) * (1 + len(self.controls)) + len(self.swappable(stored))
+
+    def predict(self, expert: "ActionExpert", stored: StoredSamples, *, model: str) -> Predicted:
         """Predict everything with one expert; `model` names it in the error for paths that are not finite."""
         found, space = Predicted(), expert.action_space
 
@@ -113,11 +136,13 @@ class Predictor:
             paths, loss = self._paths(space, prediction.actions[0, row], index, model), float(prediction.losses[row])
             found.controls.setdefault(control, {})[index] = self._variant(paths, index, loss)
 
-        self._run(self.indices, partial(self._honest, expert), keep)
-        self._run(self.swappable, partial(self._swapped, expert), keep_swapped)
+        self._run(self.indices, partial(self._honest, expert, stored), keep)
+        self._run(self.swappable(stored), partial(self._swapped, expert, stored), keep_swapped)
         for control in self.controls:
             needs = self.partners if control == "shuffled" else {}
-            self._run(self.indices, partial(self._control, expert, control), partial(keep_control, control), needs)
+            self._run(
+                self.indices, partial(self._control, expert, stored, control), partial(keep_control, control), needs
+            )
         return found
 
     def _run(
@@ -144,45 +169,51 @@ class Predictor:
                         done.add(index)
                     self.on_batch(len(prediction.indices))
 
-    def _honest(self, expert: "ActionExpert", todo: Sequence[int]) -> Generator[Prediction]:
+    def _honest(self, expert: "ActionExpert", stored: StoredSamples, todo: Sequence[int]) -> Generator[Prediction]:
         if self.on_rollouts:
-            load = partial(self.data.of_layers(expert.prefix_layers).load, tails=self.paths)
-            return self._loaded(predict_actions, expert, load, todo, self.flow_steps)
-        target_of = self.target_of if self.controls else None
+            load = partial(stored.data.of_layers(expert.prefix_layers).load, tails=self.paths)
+            return self._loaded(predict_actions, expert, load, stored, todo, self.flow_steps)
         return predict_ahead(
             expert,
-            self.data,
+            stored.data,
             todo,
             flow_steps=self.flow_steps,
             capture=self.capture,
-            target_of=target_of,
+            prefix_of=stored.place,
+            target_of=self.target_of if self.controls else None,
             **self._sampling,
         )
 
-    def _swapped(self, expert: "ActionExpert", todo: Sequence[int]) -> Generator[Prediction]:
-        load = partial(self.data.of_layers(expert.prefix_layers).load, twin=SWAPPED)
-        return self._loaded(predict_on_twins, expert, load, todo, self.flow_steps[:1])
+    def _swapped(self, expert: "ActionExpert", stored: StoredSamples, todo: Sequence[int]) -> Generator[Prediction]:
+        load = partial(stored.data.of_layers(expert.prefix_layers).load, twin=SWAPPED)
+        return self._loaded(predict_on_twins, expert, load, stored, todo, self.flow_steps[:1])
 
-    def _control(self, expert: "ActionExpert", control: str, todo: Sequence[int]) -> Generator[Prediction]:
+    def _control(
+        self, expert: "ActionExpert", stored: StoredSamples, control: str, todo: Sequence[int]
+    ) -> Generator[Prediction]:
         options: dict[str, Any] = {**self._sampling, "flow_steps": self.flow_steps[:1], "target_of": self.target_of}
         if control == "none":
-            return predict_blind(expert, self.data, todo, **options)
-        return predict_ahead(
-            expert, self.data, todo, prefix_of=self.partners.__getitem__, capture=self.capture, **options
-        )
+            starts = stored.start_position
+            return predict_blind(expert, todo, start_of=starts, **options)
+
+        def partner(index: int) -> int:
+            return stored.place(self.partners[index])
+
+        return predict_ahead(expert, stored.data, todo, prefix_of=partner, capture=self.capture, **options)
 
     def _loaded(
         self,
         predict: Callable[..., Tensor],
         expert: "ActionExpert",
         load: Callable[[int], CachedSample],
+        stored: StoredSamples,
         todo: Sequence[int],
         flow_steps: Sequence[int],
     ) -> Generator[Prediction]:
         """Predict samples that are loaded one by one."""
         for start in range(0, len(todo), self.batch_size):
             rows = todo[start : start + self.batch_size]
-            samples = [load(index) for index in rows]
+            samples = [load(stored.place(index)) for index in rows]
             by_steps = [
                 predict(expert, samples, paths=self.paths, flow_steps=steps, seed=self.seed) for steps in flow_steps
             ]
@@ -190,14 +221,19 @@ class Predictor:
 
     @cached_property
     def _sampling(self) -> dict[str, Any]:
-        return {"paths": self.paths, "seed": self.seed, "batch_size": self.batch_size}
+        return {
+            "paths": self.paths,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "sample_id": self.sample_id,
+        }
 
     def _paths(self, space: "UnicycleActionSpace", action: Tensor, index: int, model: str) -> Paths:
         """Paths of a sample's actions. Raises `NonFiniteError` where one is not finite."""
         paths = to_paths(space, action, *self.poses(index)[:2])
         if not all(np.isfinite(part).all() for part in paths):
             raise NonFiniteError(
-                f"the model {model} predicts paths for {self.data.sample_id(index)} that are not finite: its weights "
+                f"the model {model} predicts paths for {self.sample_id(index)} that are not finite: its weights "
                 "or the sample's prefix are broken. Take an earlier checkpoint, or extract the sample again."
             )
         return paths

@@ -38,6 +38,7 @@ GALLERY_EACH = 3
 """Samples in each of best, median and worst."""
 GALLERY_FRONT_PX = 420
 DETAIL_FRONT_PX = 300
+SHEET_PX = 1800
 WAYPOINT_STRIDE = 4
 _NO_FRONT = '<p class="soft">The stored front frame cannot be read.</p>'
 _NO_LOSSES = '<p class="soft">No run beside the checkpoints, so no curves.</p>'
@@ -50,10 +51,13 @@ def write_report(
     *,
     left_out: Sequence[LeftOut] = (),
     choice: Mapping[str, Any] | None = None,
+    stores: Mapping[str, str] | None = None,
     losses: Mapping[str, Sequence[Mapping[str, Any]]],
+    sheet: bytes | None = None,
 ) -> None:
     """Write the page of an evaluation, samples ranked by the last model; `choice` says how they were chosen.
 
+    `stores` maps labels of models that were judged on another store to it; `sheet` is the picture of named samples.
     The summary is of exactly these results; `losses` maps the label of a trained model to the rows of its run's
     `metrics.jsonl`.
     """
@@ -65,7 +69,7 @@ def write_report(
     page = _fill(
         (resources.files("alpacache") / "report.html").read_text(encoding="utf-8"),
         {
-            "subtitle": html.escape(_subtitle(summary, choice)),
+            "subtitle": html.escape(_subtitle(summary, choice, stores or {})),
             "warnings": _left_out(left_out) + _warnings(summary),
             "headline_sentences": tables.headline_sentences(summary),
             "headline_table": tables.headline_table(summary),
@@ -79,6 +83,8 @@ def write_report(
             "strata_table": tables.strata_table(summary),
             "tracks_table": tables.tracks_table(summary),
             "steering_table": tables.steering_table(summary),
+            "no_sheet": "" if sheet else "hidden",
+            "sheet": "" if sheet is None else _sheet(sheet),
             "no_controls": "" if summary.controls else "hidden",
             "controls_table": tables.controls_table(summary),
             "no_flow": "" if summary.flow_steps else "hidden",
@@ -111,9 +117,10 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
 
-def _subtitle(summary: EvalSummary, choice: Mapping[str, Any] | None) -> str:
+def _subtitle(summary: EvalSummary, choice: Mapping[str, Any] | None, stores: Mapping[str, str]) -> str:
     models = " against ".join(reversed(summary.models)) if len(summary.models) == 2 else ", ".join(summary.models)
     text = f"{models} · {summary.samples:,} samples of {summary.clips:,} clips · {summary.paths} paths a sample"
+    text += "".join(f" · {label} on {store}" for label, store in stores.items())
     if choice is None:
         return text
     words = words_of(choice).items()
@@ -139,6 +146,12 @@ def _warnings(summary: EvalSummary) -> str:
 
 def _picture(png: bytes, alt: str) -> str:
     return f'<div class="picture">{_image(png, alt, "png")}</div>'
+
+
+def _sheet(png: bytes) -> str:
+    """The sheet as a JPEG of at most `SHEET_PX`; `sheet.png` beside the page has all of its pixels."""
+    small = _shrunk(png, SHEET_PX, tallest_px=100 * SHEET_PX, quality=82)
+    return f'<div class="picture">{_image(small or png, "named samples", "jpeg" if small else "png")}</div>'
 
 
 def _image(encoded: bytes, alt: str, kind: str) -> str:
@@ -244,14 +257,14 @@ def _decimetres(xyz: Floats) -> list[int]:
     return [round(10 * float(value)) for value in np.asarray(xyz)[:, :2].ravel()]
 
 
-def _shrunk(jpeg: bytes, width_px: int) -> bytes | None:
-    """Scale the frame to at most `width_px`; None where it cannot be read, which the page then says."""
+def _shrunk(picture: bytes, width_px: int, *, tallest_px: int | None = None, quality: int = 70) -> bytes | None:
+    """Scale a picture to at most `width_px`, and as tall, as a JPEG; None where it cannot be read."""
     try:
-        with Image.open(io.BytesIO(jpeg)) as image:
+        with Image.open(io.BytesIO(picture)) as image:
             small = image.convert("RGB")
     except (OSError, Image.DecompressionBombError):
         return None
-    small.thumbnail((width_px, width_px))
+    small.thumbnail((width_px, tallest_px or width_px))
     out = io.BytesIO()
-    small.save(out, format="JPEG", quality=70)
+    small.save(out, format="JPEG", quality=quality)
     return out.getvalue()

@@ -201,25 +201,26 @@ def predict_ahead(
 
 def predict_blind(
     expert: "ActionExpert",
-    data: CachedDataset,
     indices: Sequence[int],
     *,
     paths: int,
     flow_steps: Sequence[int],
     seed: int,
     batch_size: int,
+    sample_id: Callable[[int], str],
+    start_of: Callable[[int], int],
     target_of: Callable[[int], Tensor],
 ) -> Generator[Prediction]:
-    """Like `predict_ahead`, from the same noise without any prefix; action tokens stand where they would behind it."""
+    """Like `predict_ahead`, from the same noise without any prefix.
+
+    `start_of`: position of a sample's first action token, which stands where it would behind the prefix.
+    """
     for start in range(0, len(indices), batch_size):
         rows = indices[start : start + batch_size]
-        names = [data.sample_id(index) for index in rows]
-        prefix = NoPrefix(starts=torch.tensor([data.start_position(index) for index in rows], device=expert.device))
+        names = [sample_id(index) for index in rows]
+        prefix = NoPrefix(starts=torch.tensor([start_of(index) for index in rows], device=expert.device))
         noise = eval_noise(seed, names, paths).to(expert.device)
-        actions = [
-            sample_flow(lambda x, t: expert.velocity(x, t, prefix), noise, steps=steps).cpu()  # noqa: B023  # used at once
-            for steps in flow_steps
-        ]
+        actions = [_sampled_on(expert, prefix, noise, steps) for steps in flow_steps]
         losses = flow_losses(expert, *_flow(rows, names, target_of, expert.device), prefix).cpu()
         yield Prediction(indices=rows, actions=torch.stack(actions), losses=losses)
 
@@ -277,5 +278,8 @@ def sampled(
     expert: "ActionExpert", prefixes: Sequence[PrefixFeatures | EncodedPrefix], noise: Tensor, flow_steps: int
 ) -> Tensor:
     """Actions `[B, K, 64, 2]`, on the CPU, from noise of that shape on these B prefixes."""
-    batch = expert.batch(prefixes)
-    return sample_flow(lambda x, t: expert.velocity(x, t, batch), noise, steps=flow_steps).cpu()
+    return _sampled_on(expert, expert.batch(prefixes), noise, flow_steps)
+
+
+def _sampled_on(expert: "ActionExpert", prefix: PackedPrefixes | NoPrefix, noise: Tensor, flow_steps: int) -> Tensor:
+    return sample_flow(lambda x, t: expert.velocity(x, t, prefix), noise, steps=flow_steps).cpu()
