@@ -9,8 +9,15 @@ from collections.abc import Sequence
 from itertools import cycle, islice
 
 from alpacache import randomness
+from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import UsageError
+
+
+def partners_of(data: CachedDataset, indices: Sequence[int], *, seed: int) -> dict[int, int]:
+    """For each of some samples the one of them whose prefix it is given; decides and raises as `other_clips`."""
+    partners = other_clips([data.sample_id(index) for index in indices], seed=seed)
+    return {index: indices[place] for index, place in zip(indices, partners, strict=True)}
 
 
 def other_clips(sample_ids: Sequence[str], *, seed: int) -> list[int]:

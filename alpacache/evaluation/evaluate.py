@@ -16,7 +16,7 @@ from torch import Tensor
 from alpacache.alpamayo import Checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.features import POSE_FIELDS, stored_strata
-from alpacache.cached_samples.other_clips import other_clips
+from alpacache.cached_samples.other_clips import partners_of
 from alpacache.cached_samples.sample_choice import SampleChoice, find_samples
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.cameras import camera_words
@@ -94,7 +94,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     models = find_models(config, base, data, indices, poses, paths_on_rollouts=config.paths if on_rollouts else 0)
     _warn_of_known_clips(models, data, indices, store=stores)
     _warn_of_other_pictures(models, config, store=stores)
-    partners = _partners(data, indices, seed=config.seed) if "shuffled" in config.control else {}
+    partners = partners_of(data, indices, seed=config.seed) if "shuffled" in config.control else {}
     on_sheet = _on_sheet(config.sheet, data, indices)
     device = resolve_device(config.device)
     check_evaluation_out(Path(config.out))
@@ -207,12 +207,6 @@ def _on_sheet(entries: Sequence[str], data: CachedDataset, indices: Sequence[int
             f"a sheet shows 1 to {MOST_ROWS}."
         )
     return shown
-
-
-def _partners(data: CachedDataset, indices: Sequence[int], *, seed: int) -> dict[int, int]:
-    """For each sample the one of another clip whose prefix it is given as a control."""
-    partners = other_clips([data.sample_id(index) for index in indices], seed=seed)
-    return {index: indices[place] for index, place in zip(indices, partners, strict=True)}
 
 
 def _action_space(base: Checkpoint) -> UnicycleActionSpace:

@@ -133,6 +133,9 @@ class TrainConfig(ChoiceConfig, NewExpertConfig):
     """Steps between validations."""
     val_samples: Count = 64
     """Validation samples at most, spread evenly over the store."""
+    val_shuffled: bool = False
+    """Also log `val_loss/shuffled`, the loss with another clip's prefix: far above `val_loss` if the run looks. Takes
+    the time of a second validation."""
     best_by: Literal["loss", "min_ade"] = "loss"
     """Measure of the best checkpoint: the validation loss, or minADE of 6 paths, which takes longer to compute."""
     patience: Count | None = None
@@ -164,6 +167,7 @@ class TrainConfig(ChoiceConfig, NewExpertConfig):
             raise UsageError(f"steps or epochs says how long to train, and {given} given; expected one of the two.")
         expect((self.min_lr or 0.0) <= self.peak_lr, "min_lr", self.min_lr, f"0 to lr ({self.peak_lr})")
         expect(self.patience is None or self.val is not None, "patience", self.patience, "a --val store with it")
+        expect(not self.val_shuffled or self.val is not None, "val_shuffled", "true", "a --val store with it")
         expect(self.best_by == "loss" or self.val is not None, "best_by", self.best_by, "a --val store with it")
         weighted_stores(self.stores)
         self.check_new_expert()

@@ -18,6 +18,7 @@ from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.alpamayo.new_expert import ExpertSpec, NewExpert, plan_expert
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import check_same_vlm, ids_digest, model_identity, prompt_doubt
+from alpacache.cached_samples.other_clips import partners_of
 from alpacache.cached_samples.prefix_choice import PrefixChoice
 from alpacache.cached_samples.sample_choice import ChosenSamples, SampleChoice, words_of
 from alpacache.distributed.world import World
@@ -29,6 +30,7 @@ from alpacache.training.data_order import check_overlap, global_order
 from alpacache.training.run_directory import MODEL, RunDirectory
 from alpacache.training.run_names import CHOICE
 from alpacache.training.schedule import FORMER_SCHEDULE, SCHEDULE, default_warmup
+from alpacache.training.validation import held_out_samples
 from cache_store import differences
 
 _log = logging.getLogger(__name__)
@@ -49,7 +51,15 @@ _MACHINE_SETTINGS = {
 """Settings that may differ among the processes of a run; what their paths lead to may not."""
 _CHOICE = {"only", "exclude", "sample_weights", "split_by"}
 """Settings that are recorded by what they came to."""
-_FREE_TO_CHANGE = _MACHINE_SETTINGS | {"save_every", "val_every", "val_samples", "best_by", "patience", "on_damage"}
+_FREE_TO_CHANGE = _MACHINE_SETTINGS | {
+    "save_every",
+    "val_every",
+    "val_samples",
+    "val_shuffled",
+    "best_by",
+    "patience",
+    "on_damage",
+}
 _FREE_TO_CHANGE |= {"on_overlap", "ema", "ema_every", "capture", "checkpointing", "micro_batch"}
 """Settings that do not change what a step computes; `stores` and `model` may move, their identity is checked.
 
@@ -86,6 +96,8 @@ class RunInputs:
             held_out = SampleChoice(split=config.split_by, side="val")
             val = CachedDataset([config.val], self.checkpoint, choice=choice, samples=held_out)
             self.val = val.of_layers(attended)
+            if config.val_shuffled:
+                partners_of(val, held_out_samples(val, config.val_samples), seed=0)  # what cannot be is refused now
         if self.val is not None:
             check_same_vlm(self.data.vlm, self.val.vlm, run=f"this run ({config.out})", what=f"--val {config.val}")
         for path, places in zip(config.store_paths, self.data.store_ranges, strict=True):

@@ -178,7 +178,12 @@ class _Run:
         if inputs.val is not None:
             by_min_ade, times = config.best_by == "min_ade", config.times
             self.validation = Validation(
-                inputs.val, config.val_samples, times=times, causal=config.causal, with_min_ade=by_min_ade
+                inputs.val,
+                config.val_samples,
+                times=times,
+                causal=config.causal,
+                with_min_ade=by_min_ade,
+                shuffled=config.val_shuffled,
             )
         self.damaged = DamagedSamples(self.data, config.on_damage)
         self.writer = CheckpointWriter(directory)

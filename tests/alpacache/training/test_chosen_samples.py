@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -211,3 +212,42 @@ def test_blocks_of_time_are_held_out_of_one_store_by_extract_train_and_eval(tiny
     assert [result.sample_id for result in judged.results] == held_out
     assert judged.summary.split_by == "blocks of 8 s"
     assert "was trained on" not in caplog.text
+
+
+def test_an_evaluation_weighs_its_samples(tiny_checkpoint, store, tmp_path):
+    ids = list(CacheReader(store).sample_ids)
+    table = tmp_path / "weights.csv"
+    table.write_text(f"sample_id,weight\n{ids[0]},3\n{ids[1]},0.5\n{ids[2]},0\n")
+    judge = {"store": str(store), "model": str(tiny_checkpoint), "device": "cpu", "paths": 2, "flow_steps": 1}
+    report = alpacache.evaluate(EvalConfig(**judge, out=str(tmp_path / "out"), sample_weights=str(table)))
+    by_id = {result.sample_id: result for result in report.results}
+    assert set(by_id) == set(ids) - {ids[2]}
+    weights = {ids[0]: 3.0, ids[1]: 0.5}
+    assert {name: result.weight for name, result in by_id.items()} == {name: weights.get(name, 1.0) for name in by_id}
+    errors = [result.models["base"].metrics["min_ade"] for result in by_id.values()]
+    expected = np.average(errors, weights=[weights.get(name, 1.0) for name in by_id])
+    assert report.summary.strata["all"].metrics["base"]["min_ade"] == pytest.approx(expected)
+    assert report.summary.weighted
+    assert report.choice["sample_weights"] == str(table)
+    rows = pd.read_parquet(tmp_path / "out" / "samples.parquet").query("model == 'base'")
+    assert rows.weight.tolist() == [result.weight for result in report.results]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"only": ("x-1", "x-2")}, "--only x-1: 1 of 1 names fit no sample of the stores: x-1"),
+        ({"only": ("speed>1000",)}, "none of 8 samples is chosen by --only 'speed>1000'"),
+        ({"sample_weights": "w.csv"}, r"weights.csv: 1 of 2 weights cannot be used, synthetic-0-000001=-2; expected"),
+        ({"split_by": "time:60"}, r"blocks of 60 s are longer than 8 of 8 clips.*: synthetic-0-000000"),
+    ],
+)
+def test_an_evaluation_of_what_cannot_be_chosen_is_refused(tiny_checkpoint, store, tmp_path, choice, message):
+    if "sample_weights" in choice:
+        table = tmp_path / "weights.csv"
+        table.write_text("clip_id,weight\nsynthetic-0-000000,1\nsynthetic-0-000001,-2\n")
+        choice = {"sample_weights": str(table)}
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match=message):
+        alpacache.evaluate(EvalConfig(store=str(store), model=str(tiny_checkpoint), out=str(out), **choice))
+    assert not out.exists()

@@ -10,11 +10,12 @@ import alpacache
 from alpacache import randomness
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.cached_samples.dataset import CachedDataset
+from alpacache.cached_samples.other_clips import other_clips
 from alpacache.distributed.world import World
 from alpacache.driving.strata import classify
 from alpacache.extraction.config import ExtractConfig
 from alpacache.gpu.host_memory import Slabs, page_rounded
-from alpacache.inference.prediction import predict_actions, to_paths
+from alpacache.inference.prediction import predict_actions, to_paths, validation_draws
 from alpacache.metrics.paths import min_ade
 from alpacache.training.config import TrainConfig
 from alpacache.training.step import flow_loss
@@ -65,6 +66,22 @@ def test_numbers_are_those_of_samples_loaded_one_by_one(tiny_checkpoint, store, 
     want = expected(expert.eval(), data)
     assert got == {name: value for name, value in want.items() if name != "val_min_ade" or best_by == "min_ade"}
     assert expert.train().training
+
+
+@torch.no_grad()
+def test_the_shuffled_loss_is_that_of_another_clips_prefix_with_a_samples_own_target(tiny_checkpoint, store, expert):
+    data = CachedDataset([store], Checkpoint(str(tiny_checkpoint)))
+    validation = Validation(data, 64, times="beta", causal=False, with_min_ade=True, shuffled=True)
+    got = validation.run(expert, World(rank=0, size=1, device=expert.device))
+    shuffled, losses = got.pop("val_loss/shuffled"), []
+    assert got == expected(expert.eval(), data)
+    for index, other in enumerate(other_clips(data.ids, seed=0)):
+        assert other != index
+        action = expert.action_space.to_action(*data.poses(index))[None, None]
+        noise, t = validation_draws([data.sample_id(index)])
+        losses.append(flow_loss(expert, action, noise, t, [data.load(other).prefix], causal=False).item())
+    assert shuffled == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert shuffled != pytest.approx(got["val_loss"], rel=1e-5)
 
 
 def test_processes_share_the_samples(tiny_checkpoint, store, expert):
