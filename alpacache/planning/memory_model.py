@@ -73,7 +73,7 @@ def memory_plan(
         arriving=min(streamed, STATE_PLACES * state_bytes(work.optimizer, largest)),
         streamed=streamed,
         prefixes=2 * work.batch_size * row + _arriving_bytes(work),
-        decoding=LEAST_DECODED * _decoded_bytes(work, micro_batch) + _decoded_tail_bytes(work, micro_batch),
+        decoding=LEAST_DECODED * _decoded_bytes(work, micro_batch) + _beside_decoded(work, micro_batch),
         activations=activations,
         shared=both - peak,
         validation=_validation_bytes(work, row) if work.validates else 0,
@@ -146,8 +146,8 @@ def with_room_used(work: Workload, plan: MemoryPlan, *, cap_bytes: int) -> Memor
         return plan
     room = min((1 - _ROOM) * cap_bytes - plan.device_bytes, _MOST_MORE * plan.device_bytes)
     layers = min(work.layout.layers, plan.decoded_layers + int(max(0.0, room) // each))
-    tails = _decoded_tail_bytes(work, plan.micro_batch)
-    return replace(plan, decoded_layers=layers, decoding=layers * each + tails)
+    beside = _beside_decoded(work, plan.micro_batch)
+    return replace(plan, decoded_layers=layers, decoding=layers * each + beside)
 
 
 def _row_bytes(work: Workload) -> int:
@@ -168,6 +168,13 @@ def _decoded_tail_bytes(work: Workload, samples: int) -> int:
     if work.tail_room is None or layout.codec is None:
         return 0
     return samples * work.tail_room.tail * 3 * layout.kv_heads * layout.head_dim * BF16_BYTES
+
+
+def _beside_decoded(work: Workload, samples: int) -> int:
+    """What decoding takes beside decoded layers: that of tails, and what the codec itself needs."""
+    layout = work.layout
+    own = 0 if layout.codec is None else layout.codec.decoding_bytes(layout.shape(samples * work.longest))
+    return own + _decoded_tail_bytes(work, samples)
 
 
 def _validation_bytes(work: Workload, row: int) -> int:

@@ -43,6 +43,10 @@ class KVCodec(ABC):
         """Bytes that a sample takes as a rule, for plans; of codecs of fixed size what it takes."""
         return self.encoded_bytes(shape)
 
+    def decoding_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a device that decoding takes for so many tokens at once, beside what goes in and what comes out."""
+        return 0
+
     @abstractmethod
     def encode(self, bits: NDArray[np.uint16]) -> NDArray[np.uint8]:
         """Encoded bytes of bfloat16 bits; `ValueError` for values that cannot be encoded."""

@@ -307,6 +307,17 @@ class TransformCodec(KVCodec):
     def expected_bytes(self, shape: tuple[int, ...]) -> int:
         return math.ceil(math.prod(shape) * self.rate / 8)
 
+    def decoding_bytes(self, shape: tuple[int, ...]) -> int:
+        """The tables, and components and channels of a group in float16; estimated where there are no tables yet."""
+        if self.tables is None:
+            width = kept = 2 * shape[2] * shape[4]
+            stored = shape[0] * width * kept * 2
+        else:
+            width, kept = max(group.basis.shape for group in self.tables.groups)
+            stored = sum(group.basis.nbytes + 2 * group.mean.nbytes for group in self.tables.groups)
+            stored += len(self.tables.low) * (TOTAL + SYMBOLS) * 4
+        return stored + 2 * shape[3] * (width + kept)
+
     def sections(self, shape: tuple[int, ...]) -> Sections:
         """Where the parts of a sample's bytes begin."""
         tables = self.calibrated

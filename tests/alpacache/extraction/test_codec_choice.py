@@ -14,8 +14,19 @@ from alpacache.cached_samples.identity import store_codec
 from alpacache.errors import UsageError
 from alpacache.extraction import codec_choice
 from alpacache.extraction.config import ExtractConfig
+from alpacache.planning.config import PlanConfig
+from alpacache.planning.plan import plan
 from alpacache.training.config import TrainConfig
-from cache_store import CacheReader, FormatError, IdentityMismatchError, TransformCodec, collect_garbage, copy, verify
+from cache_store import (
+    CacheReader,
+    FormatError,
+    IdentityMismatchError,
+    TransformCodec,
+    codec_named,
+    collect_garbage,
+    copy,
+    verify,
+)
 from cache_store.writer import CacheWriter
 
 CODEC = "transform:5"
@@ -186,3 +197,12 @@ def test_samples_unlike_those_learnt_from_are_told_of(made, caplog) -> None:
     codec_choice.warn_of({"a": 1.3, "b": 1.6}, codec, 10)
     assert "2 of 10 samples take more than 1.25 times the 5 bits" in caplog.text
     assert "most: b, 8.0 bits" in caplog.text
+
+
+def test_plan_counts_the_bytes_and_the_basis() -> None:
+    found, other = (plan(PlanConfig(samples=10, codec=codec)) for codec in ("transform:2", "bf16"))
+    assert found.kv_bytes_by_codec["transform:2"] == pytest.approx(other.kv_bytes_by_codec["bf16"] / 8, rel=1e-3)
+    basis = codec_named("transform:2").decoding_bytes((36, 2, 8, 1, 128))
+    assert basis == pytest.approx(36 * 2048**2 * 2, rel=1e-3)
+    with pytest.raises(ValueError, match="transform:RATE"):
+        PlanConfig(samples=10, codec="transform:40")
