@@ -206,7 +206,8 @@ def print_left_out(samples: Iterable[tuple[str, str]]) -> None:
 
 @contextmanager
 def show_progress(title: str, *, quiet: bool = False) -> Iterator[OnProgress]:
-    """Show a bar with rate and ETA on stderr; without a terminal, a plain line every ten seconds and at the end.
+    """Show a bar with rate and ETA on stderr, and a spinner before the first progress; without a terminal, a plain line
+    every ten seconds and at the end.
 
     Shows nothing with `quiet`, as where another process shows the progress of all.
     """
@@ -230,13 +231,13 @@ def show_progress(title: str, *, quiet: bool = False) -> Iterator[OnProgress]:
     from .progress_bar import progress_bar
 
     with progress_bar(Console(stderr=True)) as bar:
-        task = bar.add_task(shown(title), total=None, visible=False, texts={}, notes=[])
+        task = bar.add_task(shown(title), total=None, texts={}, notes=[])
 
         def update(progress: Progress) -> None:
             done, rate, eta = _texts(progress)
             texts = {"done": done, "rate": rate, "eta": eta}
             total, notes = progress.total, _notes(progress)
-            bar.update(task, visible=True, total=total, completed=progress.done, texts=texts, notes=notes)
+            bar.update(task, total=total, completed=progress.done, texts=texts, notes=notes)
 
         yield update
 

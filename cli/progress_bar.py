@@ -6,6 +6,7 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.progress import Progress, ProgressColumn, Task
 from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -40,14 +41,20 @@ def fitting(texts: Mapping[str, str], notes: Sequence[str], width: int) -> tuple
 
 
 class _Line(ProgressColumn):
-    """All of a task's line. Its fields: `texts` and `notes`, as `fitting` takes them."""
+    """All of a task's line, a spinner until its total is known. Its fields: `texts` and `notes`, as `fitting` takes
+    them."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
-        self._console = console
+        self._console, self._spinner = console, Spinner("dots")
 
     def render(self, task: Task) -> RenderableType:
-        texts = {"title": task.description, "elapsed": clock(task.elapsed or 0.0), **task.fields["texts"]}
+        elapsed = clock(task.elapsed or 0.0)
+        line = Table.grid(padding=(0, _GAP))
+        if task.total is None:  # weights are read, and the first sample
+            line.add_row(self._spinner, Text(f"{task.description} {elapsed}", no_wrap=True))
+            return line
+        texts = {"title": task.description, "elapsed": elapsed, **task.fields["texts"]}
         parts, bar = fitting(texts, task.fields["notes"], self._console.width)
         cells: list[RenderableType] = []
         for name in _SHOWN:
@@ -55,7 +62,6 @@ class _Line(ProgressColumn):
                 cells.append(ProgressBar(total=task.total, completed=task.completed, width=bar))
             elif parts.get(name):
                 cells.append(Text(parts[name], style="cyan" if name == "notes" else "", no_wrap=True))
-        line = Table.grid(padding=(0, _GAP))
         line.add_row(*cells)
         return line
 

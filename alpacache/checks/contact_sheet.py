@@ -5,6 +5,7 @@ A person sees at once what no rule finds, such as a path that leaves the road in
 
 import io
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -34,6 +35,8 @@ COLUMNS = 3
 FRONT_PX = 480
 """Width of a front frame."""
 _MIN_WIDTH_M = 16.0
+_EPOCH_US = 10**15
+"""From 2001 on, or 31 years into a clip."""
 
 
 def contact_sheet_png(samples: Sequence[Sample], *, title: str) -> bytes:
@@ -59,7 +62,7 @@ def _draw_front(axes: Axes, sample: Sample) -> None:
     picture, note = _front_picture(sample)
     axes.imshow(picture)
     axes.set_axis_off()
-    title = f"{sample.ref.clip_id}, t0 {sample.ref.t0_us / 1e6:.1f} s"
+    title = f"{sample.ref.clip_id}, t0 {_moment(sample.ref.t0_us)}"
     about = f"{strata.turn} {strata.direction}".removesuffix(" none") + f", {strata.mean_speed_mps:.1f} m/s; {note}"
     axes.set_title(literal(f"{_short(title)}\n{about}"), loc="left", fontsize=8, color=INK)
 
@@ -108,6 +111,13 @@ def _draw_above(axes: Axes, sample: Sample) -> None:
     )
     style_axes(axes)
     axes.tick_params(labelsize=6)
+
+
+def _moment(t0_us: int) -> str:
+    """A t0 for people: seconds of a clip that counts its own, date and time of one that counts those since 1970."""
+    if t0_us < _EPOCH_US:
+        return f"{t0_us / 1e6:.1f} s"
+    return f"{datetime.fromtimestamp(t0_us // 10**6, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _short(text: str, most: int = 56) -> str:

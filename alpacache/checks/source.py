@@ -51,7 +51,7 @@ from alpacache.sources.source import RecordedSource, Source
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 SHOWN = 12
-"""Most clips whose first samples are kept to be shown."""
+"""Most clips of which a sample from their middle is kept to be shown."""
 MAX_THREADS = 16
 """Each holds the pictures of one sample."""
 MOST_GLIMPSES = 160
@@ -201,9 +201,9 @@ def _examine(
     routes: Routes | None,
 ) -> Callable[[str], ClipFindings]:
     """A function that examines one of these clips."""
-    firsts = [refs[0] for refs in clips.values() if refs]
-    places = np.linspace(0, len(firsts) - 1, min(SHOWN, len(firsts))).round().astype(int)
-    to_show, numbers = {firsts[place] for place in places}, {clip_id: number for number, clip_id in enumerate(clips)}
+    middles = [refs[len(refs) // 2] for refs in clips.values() if refs]
+    places = np.linspace(0, len(middles) - 1, min(SHOWN, len(middles))).round().astype(int)
+    to_show, numbers = {middles[place] for place in places}, {clip_id: number for number, clip_id in enumerate(clips)}
 
     def examined(clip_id: str) -> ClipFindings:
         return examine(

@@ -49,7 +49,7 @@ def bias_scatter_png(
     x = np.rad2deg(np.asarray(truth, dtype=np.float64))
     ys = {label: np.rad2deg(np.asarray(values, dtype=np.float64)) for label, values in predicted.items()}
     ring = np.zeros(x.shape, dtype=bool) if marked is None else np.asarray(marked, dtype=bool)
-    figure = Figure(figsize=(4.3 * max(1, len(ys)), 4.5), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(4.3 * max(1, len(ys)), 4.5), dpi=DPI, layout="compressed")
     panels = figure.subplots(1, max(1, len(ys)), squeeze=False, sharex=True, sharey=True)[0]
     reach = 1.08 * max([1.0, *(float(np.abs(values).max()) for values in (x, *ys.values()) if values.size)])
     for index, (panel, (label, y)) in enumerate(zip(panels, ys.items(), strict=False)):

@@ -66,6 +66,9 @@ from cache_store.writer import committed_keys, stored_identity
 
 _log = logging.getLogger(__name__)
 
+_NOTED_BYTES = 10**9
+"""Weights that take long enough to read to be spoken of."""
+
 
 def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore_note) -> ExtractReport:
     """Run the VLM over the selected samples that the store does not hold yet.
@@ -171,6 +174,9 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     first.cache_clear()  # its pictures are large
     if plan is not None:
         on_note(told_plan(plan))
+        size = geometry_of(checkpoint).vlm_parameters * settings.dtype.itemsize
+        if size >= _NOTED_BYTES:
+            on_note(f"{size / 1e9:.1f} GB of the VLM's weights are read before the first sample.")
     if isinstance(codec, TransformCodec):
         if plan is not None and plan.home != "gpu":
             raise UsageError(

@@ -91,6 +91,15 @@ def test_a_narrow_terminal_keeps_count_and_eta(width, shown, bar):
     assert len(last.rstrip()) <= width
 
 
+def test_something_moves_before_the_first_progress():
+    console = Console(width=60, force_terminal=True, color_system=None, file=io.StringIO())
+    with progress_bar.progress_bar(console) as line:
+        line.add_task("extract", total=None, texts={}, notes=[])
+        console.print(line.get_renderable())
+    text = console.file.getvalue()
+    assert re.search(r"[\u2800-\u28ff] extract 0:00:00", text)
+
+
 @pytest.mark.system
 @pytest.mark.parametrize("place", ["before", "behind"])
 def test_quiet_leaves_results_only(place, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alpacache.checks.contact_sheet import contact_sheet_png
+from alpacache.checks.contact_sheet import _moment, contact_sheet_png
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.sample import SampleRef
 from alpacache.sources.synthetic import SyntheticSource
@@ -49,3 +49,8 @@ def test_the_path_is_drawn_only_where_the_calibration_is_known(samples):
 def test_no_samples_are_an_error():
     with pytest.raises(ValueError, match="at least one sample"):
         contact_sheet_png([], title="")
+
+
+def test_a_moment_since_1970_is_a_date():
+    assert _moment(5_100_000) == "5.1 s"
+    assert _moment(1_700_000_000_400_000) == "2023-11-14 22:13:20 UTC"

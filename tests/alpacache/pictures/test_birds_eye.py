@@ -164,3 +164,17 @@ def test_bars_grow_with_what_is_explained() -> None:
         len(where(image[: image.shape[0] // 2, image.shape[1] // 2 :], MODEL_COLOURS[1])) for image in (low, high)
     ]
     assert 3 < counts[1] / counts[0] < 5
+
+
+@pytest.mark.parametrize("models", [1, 3, 5])
+def test_nothing_of_the_bias_figure_is_cut_off(models, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr("alpacache.evaluation.plots.png_bytes", lambda figure, **_: drawn.append(figure) or b"")
+    turns = np.linspace(-1, 1, 30)
+    bias_scatter_png(turns, {f"model {number}": 0.5 * turns for number in range(models)}, {"model 0": LINE})
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for text in (axes._left_title, axes.xaxis.label, axes.yaxis.label):
+            box = text.get_window_extent()
+            assert not text.get_text() or ((box.min >= 0).all() and (box.max <= figure.bbox.max).all()), text
