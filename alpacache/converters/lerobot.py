@@ -8,9 +8,7 @@ Rows have the time of a column, if one is named, and else their nominal one. A f
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,12 @@ from alpacache.converters.fixes import COLUMNS, Fixes
 from alpacache.converters.geodesy import Floats
 from alpacache.converters.kind import Kind
 from alpacache.converters.lerobot_meta import READS, DataSet, Episode, frames_of, read_data_set
+from alpacache.converters.lerobot_windows import Rows, Window, each_moment_once
 from alpacache.converters.log_files import UnusableError, poses_alone
 from alpacache.converters.remux import film_frames
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
 from alpacache.driving.route import check_route
-from alpacache.driving.sample import split_of
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sources.table import check_table
 
@@ -69,35 +67,17 @@ SESSION = "session_id"
 """A column whose name ends so tells which drive a row is of."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Window:
-    """When an episode's rows were recorded."""
-
-    episode: Episode
-    times_us: NDArray[np.int64]
-    stamps_s: Floats
-    """`[N]` their nominal times."""
-    session: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """Rows of an episode that are not in one before."""
-
-    episode: Episode
-    first: int
-    times_us: NDArray[np.int64]
-    stamps_s: Floats
-    """`[N]` nominal times of all rows of the episode."""
-    drive: str
-
-
 def drives(place: Path, *, camera: Sequence[str] = (), map: Sequence[str] = ()) -> Iterator[LoggedDrive | Dropped]:
     """The episodes of a data set, each moment of a drive once."""
     data_set = read_data_set(place)
     wanted = _wanted(data_set, map)
     cameras = _cameras(data_set, camera)
-    rows, dropped = _each_moment_once(data_set, wanted)
+    dropped: list[Dropped] = []
+    windows = _windows(data_set, wanted, dropped)
+    recorded = any(name in TIMES_US for name in wanted)
+    rows = each_moment_once(windows, data_set.name, recorded=recorded)
+    if copies := sum(len(window.times_us) for window in windows) - sum(len(part.times_us) for part in rows):
+        dropped.append(Dropped(what="rows", count=copies, reason="other episodes hold the same moments of the drive"))
     yield from dropped
     for part in rows:
         try:
@@ -106,7 +86,7 @@ def drives(place: Path, *, camera: Sequence[str] = (), map: Sequence[str] = ()) 
             yield Dropped(what="drives", count=1, reason=f"episode {part.episode.index}: {error}")
 
 
-def _drive(data_set: DataSet, part: _Rows, wanted: Mapping[str, str], cameras: Mapping[str, str]) -> LoggedDrive:
+def _drive(data_set: DataSet, part: Rows, wanted: Mapping[str, str], cameras: Mapping[str, str]) -> LoggedDrive:
     table = _episode_table(
         data_set, part.episode, tuple(sorted({_column(data_set, source)[0] for source in wanted.values()}))
     )
@@ -146,7 +126,7 @@ def _drive(data_set: DataSet, part: _Rows, wanted: Mapping[str, str], cameras: M
     )
 
 
-def _camera(data_set: DataSet, part: _Rows, rows: slice, key: str) -> Camera:
+def _camera(data_set: DataSet, part: Rows, rows: slice, key: str) -> Camera:
     episode = part.episode
     if data_set.features[key].get("dtype") == "video":
         film = data_set.file(episode.films[key])
@@ -194,88 +174,18 @@ def _track_of_metres(times_us: NDArray[np.int64], values: Mapping[str, Floats]) 
     return Track(timestamps_us=times_us, xyz=xyz, quaternion_xyzw=quaternion)
 
 
-def _each_moment_once(data_set: DataSet, wanted: Mapping[str, str]) -> tuple[list[_Rows], list[Dropped]]:
-    """Parts of episodes by drive and time, so that none overlaps another of its drive."""
-    windows: list[_Window] = []
-    dropped: list[Dropped] = []
+def _windows(data_set: DataSet, wanted: Mapping[str, str], dropped: list[Dropped]) -> list[Window]:
+    """When each episode was recorded."""
+    windows: list[Window] = []
     for episode in data_set.episodes:
         try:
             windows.append(_window(data_set, episode, wanted))
         except BadClipError as error:
             dropped.append(Dropped(what="drives", count=1, reason=f"episode {episode.index}: {error}"))
-    recorded = any(name in TIMES_US for name in wanted)
-    drives = _drives_of(windows) if recorded else [[window] for window in windows]
-    name = data_set.root.name if data_set.hub is None else data_set.hub.repo.rpartition("/")[2]
-    stem = re.sub(r"[^\w.-]+", "_", name)
-    chosen = [part for drive in drives for part in _cover(drive, f"{stem}-{drive[0].episode.index:06d}")]
-    copies = sum(len(window.times_us) for window in windows) - sum(len(part.times_us) for part in chosen)
-    if copies:
-        dropped.append(Dropped(what="rows", count=copies, reason="other episodes hold the same moments of the drive"))
-    return _named_by_side(chosen), dropped
+    return windows
 
 
-def _cover(windows: Sequence[_Window], drive: str) -> Iterator[_Rows]:
-    """Of windows by time, few that hold each moment that any holds; of each what no earlier one has."""
-    end_us, left = -(2**62), list(windows)
-    while left:
-        reaching = [window for window in left if window.times_us[0] <= end_us]
-        best = max(reaching, key=lambda window: int(window.times_us[-1])) if reaching else left[0]
-        first = int(np.searchsorted(best.times_us, end_us, side="right"))
-        yield _Rows(
-            episode=best.episode,
-            first=first,
-            times_us=best.times_us[first:],
-            stamps_s=best.stamps_s,
-            drive=drive,
-        )
-        end_us = int(best.times_us[-1])
-        left = [window for window in left if window.times_us[-1] > end_us]
-
-
-def _named_by_side(rows: Sequence[_Rows]) -> list[_Rows]:
-    """With names of clips: all of a drive fall on the side of the split on which its own name does."""
-    of_drive, numbers = Counter(part.drive for part in rows), Counter[str]()
-    named = []
-    for part in rows:
-        stem = part.drive if of_drive[part.drive] == 1 else f"{part.drive}-{numbers[part.drive]:03d}"
-        numbers[part.drive] += 1
-        endings = ["", *(f"-{ending}" for ending in range(1000))]
-        name = next(stem + end for end in endings if split_of(stem + end) == split_of(part.drive))
-        named.append(replace(part, drive=name))
-    return named
-
-
-def _drives_of(windows: Sequence[_Window]) -> list[list[_Window]]:
-    """Windows of each drive, by time: those of one session, or those that share moments, to the microsecond."""
-    if not windows:
-        return []
-    parent = list(range(len(windows)))
-
-    def root(number: int) -> int:
-        while parent[number] != number:
-            parent[number] = parent[parent[number]]
-            number = parent[number]
-        return number
-
-    sessions: dict[str, int] = {}
-    for number, window in enumerate(windows):
-        if window.session is not None:
-            parent[root(number)] = root(sessions.setdefault(window.session, number))
-    stamps = np.concatenate([window.times_us for window in windows])
-    owners = np.repeat(np.arange(len(windows)), [len(window.times_us) for window in windows])
-    order = np.argsort(stamps, kind="stable")
-    same = np.flatnonzero(np.diff(stamps[order]) == 0)
-    pairs = np.unique(np.stack([owners[order[same]], owners[order[same + 1]]], axis=1), axis=0)
-    for one, other in pairs.tolist():
-        if windows[one].session == windows[other].session:  # two vehicles can have one moment in common
-            parent[root(other)] = root(one)
-    drives: dict[int, list[_Window]] = {}
-    for number, window in enumerate(windows):
-        drives.setdefault(root(number), []).append(window)
-    return [sorted(drive, key=lambda window: int(window.times_us[0])) for drive in drives.values()]
-
-
-def _window(data_set: DataSet, episode: Episode, wanted: Mapping[str, str]) -> _Window:
+def _window(data_set: DataSet, episode: Episode, wanted: Mapping[str, str]) -> Window:
     """When an episode was recorded. Raises `BadClipError`."""
     time = next((name for name in wanted if name in TIMES_US), None)
     session = next((column for column in data_set.features if column.endswith(SESSION)), None)
@@ -301,11 +211,11 @@ def _window(data_set: DataSet, episode: Episode, wanted: Mapping[str, str]) -> _
     told = table.column(session)[0].as_py() if session else None
     told = told[0] if isinstance(told, list) and told else told
     session_id = None if told is None else str(told)
-    return _Window(episode=episode, times_us=times_us, stamps_s=stamps_s, session=session_id)
+    return Window(episode=episode, times_us=times_us, stamps_s=stamps_s, session=session_id)
 
 
 def _routes(
-    table: Any, part: _Rows, rows: slice, wanted: Mapping[str, str], dropped: list[Dropped]
+    table: Any, part: Rows, rows: slice, wanted: Mapping[str, str], dropped: list[Dropped]
 ) -> list[tuple[int, str]]:
     """Times at which the text changes."""
     if "route" not in wanted:

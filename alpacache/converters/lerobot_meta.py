@@ -55,6 +55,11 @@ class DataSet:
     episodes: Sequence[Episode]
 
     @property
+    def name(self) -> str:
+        """Of the folder, or of the data set on the hub."""
+        return self.root.name if self.hub is None else self.hub.repo.rpartition("/")[2]
+
+    @property
     def cameras(self) -> list[str]:
         """Keys of all cameras."""
         return [key for key, feature in self.features.items() if feature.get("dtype") in ("video", "image")]
