@@ -373,7 +373,7 @@ class TransformCodec(KVCodec):
     def decode_group(self, data: NDArray[np.uint8], index: int, shape: tuple[int, ...]) -> NDArray[np.uint16]:
         """bfloat16 bits `[layer, 2, head, token, channel]` of one group's layers; anything may follow the sample.
 
-        Raises `ValueError` for streams that do not decode.
+        Raises `FormatError` for streams that do not decode.
         """
         tables = self.calibrated
         group, layers, tokens = tables.groups[index], tables.layers_of(index), shape[3]
@@ -398,11 +398,11 @@ class TransformCodec(KVCodec):
         return found_bits
 
     def streams(self, data: NDArray[np.uint8], shape: tuple[int, ...]) -> "Streams":
-        """What a sample's bytes say of its streams. Raises `ValueError` for what cannot be."""
+        """What a sample's bytes say of its streams. Raises `FormatError` for what cannot be."""
         tables, sections = self.calibrated, self.sections(shape)
         tables.check_shape(shape)
         if len(data) < sections.words:
-            raise ValueError(f"{list(shape)} takes at least {sections.words} bytes in this codec, got {len(data)}.")
+            raise FormatError(f"{list(shape)} takes at least {sections.words} bytes in this codec, got {len(data)}.")
         lanes = (sections.groups, sections.parts, sections.tokens)
         positions = data[: sections.states].copy().view("<i4").reshape(3, -1)
         states = data[sections.states : sections.ends].copy().view("<u4").reshape(lanes)
@@ -410,7 +410,9 @@ class TransformCodec(KVCodec):
         begins = np.concatenate([[0], ends[:-1]])
         count = int(ends[-1])
         if (ends < begins).any() or sections.words + 2 * count > len(data):
-            raise ValueError(f"streams of {list(shape)} end beyond their bytes, or before they begin.")
+            raise FormatError(
+                f"streams of {list(shape)} end beyond their bytes, or before they begin; the sample is damaged, extract it again."
+            )
         ends, begins = ends.reshape(lanes), begins.reshape(lanes)
         raw = states[:, :1] == 0
         stored = np.zeros(lanes, np.int64)
@@ -418,7 +420,10 @@ class TransformCodec(KVCodec):
         stored[:, 0] = np.where(raw[:, 0], sizes[:, None], 0)
         wrong = ((states < LEAST_STATE) != raw) | (raw & (ends - begins != stored))
         if wrong.any() or (positions < 0).any() or (positions >= MAX_POSITION).any():
-            raise ValueError(f"states, lengths or positions of streams of {list(shape)} are none that are written.")
+            raise FormatError(
+                f"states, lengths or positions of streams of {list(shape)} are none that are written; "
+                "the sample is damaged, extract it again."
+            )
         words = data[sections.words : sections.words + 2 * count].copy().view("<u2")
         return Streams(positions=positions, states=states, begins=begins, ends=ends, words=words)
 
@@ -553,7 +558,7 @@ def decode_lanes(
 ) -> NDArray[np.float16]:
     """Values `[token, component]` in steps; those of tokens whose state is 0 mean nothing.
 
-    Raises `ValueError` for a stream that needs words beyond its own, leaves some, or does not end as it was begun.
+    Raises `FormatError` for a stream that needs words beyond its own, leaves some, or does not end as it was begun.
     """
     live = states >= LEAST_STATE
     state, at = np.where(live, states, LEAST_STATE).astype(np.uint64), np.where(live, ends, begins)
@@ -565,7 +570,9 @@ def decode_lanes(
         empty = state < LEAST_STATE
         at = at - empty
         if (at < begins)[live].any():
-            raise ValueError("a stream of keys and values needs more words than it has; the sample is damaged.")
+            raise FormatError(
+                "a stream of keys and values needs more words than it has; the sample is damaged, extract it again."
+            )
         word = padded[np.maximum(at, 0)].astype(np.uint64)
         state = np.where(empty, state << np.uint64(16) | word, state)
 
@@ -582,7 +589,9 @@ def decode_lanes(
             refill()
         codes[:, step] = code
     if (state[live] != LEAST_STATE).any() or (at != begins)[live].any():
-        raise ValueError("a stream of keys and values does not end as it was begun; the sample is damaged.")
+        raise FormatError(
+            "a stream of keys and values does not end as it was begun; the sample is damaged, extract it again."
+        )
     return dequantised(codes, tables.shift[classes])
 
 
