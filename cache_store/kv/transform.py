@@ -411,7 +411,8 @@ class TransformCodec(KVCodec):
         count = int(ends[-1])
         if (ends < begins).any() or sections.words + 2 * count > len(data):
             raise FormatError(
-                f"streams of {list(shape)} end beyond their bytes, or before they begin; the sample is damaged, extract it again."
+                f"streams of {list(shape)} end beyond their bytes, or before they begin; the sample is damaged, "
+                "extract it again."
             )
         ends, begins = ends.reshape(lanes), begins.reshape(lanes)
         raw = states[:, :1] == 0
