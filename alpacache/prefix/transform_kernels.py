@@ -152,6 +152,8 @@ def finish_layers(  # type: ignore[no-untyped-def]
         axis = tl.load(axes + pair, mask=pair < HALF, other=0)
         position = tl.load(places + axis[None, :] * tokens + token[:, None], mask=inside, other=0).to(tl.float32)
         angle = position * tl.load(angles + pair, mask=pair < HALF, other=0.0)[None, :]
+        turns = tl.floor(angle * 0.15915494309189535 + 0.5)  # the GPU's own cosine is for angles of one turn
+        angle = (angle - turns * 6.28125) - turns * 0.0019353071795864769
         cos, sin = tl.cos(angle), tl.sin(angle)
         size_at = row + 12 * tokens + 8 * lanes.to(tl.int64) + (first_layer + layer) * tokens
         size = tl.load(sizes + tl.load(size_at + token, mask=real, other=0).to(tl.int32))[:, None]
