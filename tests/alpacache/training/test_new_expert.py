@@ -144,7 +144,7 @@ def test_layer_i_attends_to_the_layer_it_is_mapped_to(tiny_checkpoint, rollout_s
         assert not torch.equal(changed, expected)
 
 
-@pytest.mark.parametrize("family", ["tiny_checkpoint", "tiny_checkpoint_15"])
+@pytest.mark.parametrize("family", ["tiny_checkpoint", "tiny_checkpoint_15", "tiny_checkpoint_2"])
 def test_weights_are_drawn_as_the_public_code_draws_them_by_seed_and_name(family, request):
     base = Checkpoint(str(request.getfixturevalue(family)))
     spec = ExpertSpec(layer_map=(0, 1, 2, 3, 0, 1), width=128, intermediate=160, heads=6, seed=0)
