@@ -358,7 +358,7 @@ def checked(sample_id: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
         raise BadClipError("not_finite", f"{sample_id}: {problem} Check the VLM's weights and the clip's pictures.")
     values = {name: value for name, value in arrays.items() if not name.endswith(_FINITE)}
     for key, good in arrays.items():
-        if key.endswith(_FINITE) and good.dtype != torch.bool:
+        if key.endswith(_FINITE) and good.dtype not in (torch.bool, np.bool_):  # how many bytes, not whether
             name = key.removesuffix(_FINITE)
             values[name] = values[name][: int(good)]
     return values
