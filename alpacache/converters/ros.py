@@ -21,7 +21,7 @@ from alpacache.converters.ros_pictures import PICTURE_TYPES, VIDEO_TYPES, Pictur
 from alpacache.converters.ros_poses import POSE_TYPES, STATIC, PoseReader, Stamps
 from alpacache.converters.rosbag_log import RosbagLog
 from alpacache.driving.cameras import CAMERAS, FRONT_CAMERA
-from alpacache.errors import SourceError, UsageError
+from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.regular_file import read_regular
 
 METADATA = "metadata.yaml"
@@ -78,17 +78,22 @@ def drives(
     lenses = _lens_topics(cameras, topics)
     names = {topic: name for name, topic in cameras.items()}
     found_lenses: dict[str, Any] = {}
+    bad: dict[str, list[str]] = {}
     for message in log.messages({*poses.topics, *names, *lenses}):
-        if message.topic in names:
-            pictures[names[message.topic]].take(message)
-        elif message.topic in lenses:
-            if lenses[message.topic] not in found_lenses:
-                found_lenses[lenses[message.topic]] = _lens(message.read())
-        else:
-            poses.take(message)
+        try:
+            if message.topic in names:
+                pictures[names[message.topic]].take(message)
+            elif message.topic in lenses:
+                if lenses[message.topic] not in found_lenses:
+                    found_lenses[lenses[message.topic]] = _lens(message.read())
+            else:
+                poses.take(message)
+        except BadClipError as error:
+            bad.setdefault(message.topic, []).append(str(error).rstrip("."))
     found = poses.found()
     facts: dict[str, Any] = {"poses": found.facts, "cameras": {}}
-    dropped, read = [*log.lost, *found.dropped], dict[str, Camera]()
+    unread = [Dropped(what="messages", count=len(why), reason=why[0]) for why in bad.values()]
+    dropped, read = [*log.lost, *unread, *found.dropped], dict[str, Camera]()
     for name, reader in pictures.items():
         read[name], facts["cameras"][name], lost = reader.camera(log)
         dropped += [Dropped(what=f"{name} {drop.what}", count=drop.count, reason=drop.reason) for drop in lost]

@@ -660,3 +660,50 @@ def test_a_log_without_pictures_gives_its_poses_alone(curved, times_ns, tmp_path
     assert np.abs(source.track("a").xyz - curved.track.xyz).max() < 1e-6
     with pytest.raises(BadClipError, match="no camera_front_wide_120fov"):
         source.frame_times_us("a", FRONT_CAMERA)
+
+
+@pytest.mark.parametrize("compression", ["LZ4", "NONE"])
+def test_chunks_of_every_compression_are_read(curved, times_ns, tmp_path, compression):
+    from mcap.writer import CompressionType
+
+    options = {"compression": CompressionType[compression]}
+    streams = (image_messages(curved, times_ns), odometry_messages(curved, times_ns))
+    assert_same_drive(only(write_mcap(tmp_path / "a.mcap", *streams, **options)), curved, times_ns)
+
+
+def test_a_chunk_that_unfolds_beyond_what_it_says_is_left_out(curved, times_ns, tmp_path):
+    import zstandard
+    from mcap.data_stream import RecordBuilder
+    from mcap.records import Chunk
+
+    path = write_mcap(tmp_path / "a.mcap", image_messages(curved, times_ns), odometry_messages(curved, times_ns))
+    whole = path.read_bytes()
+    bombs = RecordBuilder()
+    packed = zstandard.compress(bytes(2**26))
+    for says in (1000, 2**34):
+        fields = {"message_start_time": 0, "message_end_time": 1, "uncompressed_crc": 0, "compression": "zstd"}
+        Chunk(data=packed, uncompressed_size=says, **fields).write(bombs)
+    begin = 8 + 9 + int.from_bytes(whole[9:17], "little")  # behind the magic and the header
+    path.write_bytes(whole[:begin] + bombs.end() + whole[begin:])
+    drive = only(path)
+    assert_same_drive(drive, curved, times_ns)
+    assert [drop.what for drop in drive.dropped] == ["chunks", "chunks"]
+    assert "1,001 bytes or more, and says 1,000" in drive.dropped[0].reason
+    assert "says that it holds 17,179,869,184 bytes" in drive.dropped[1].reason
+
+
+def test_messages_that_cannot_be_decoded_are_counted(curved, times_ns, tmp_path):
+    path = tmp_path / "a.mcap"
+    images, odometry = list(image_messages(curved, times_ns)), list(odometry_messages(curved, times_ns))
+    with open(path, "wb") as file:
+        writer = mcap_writer.Writer(file)
+        schemas = {kind: writer.register_msgdef(kind, SCHEMAS[kind]) for kind in (images[0][1], odometry[0][1])}
+        for topic, kind, ns, value in sorted([*images, *odometry], key=lambda message: message[2]):
+            writer.write_message(topic, schemas[kind], value, log_time=int(ns), publish_time=int(ns))
+        channel = next(iter(writer._channel_ids.values()))
+        writer._writer.add_message(channel, int(times_ns[-1]), b"\0\1\0\0abc", int(times_ns[-1]))
+        writer.finish()
+    drive = only(path)
+    assert_same_drive(drive, curved, times_ns)
+    assert [(drop.what, drop.count) for drop in drive.dropped] == [("messages", 1)]
+    assert "cannot be decoded" in drive.dropped[0].reason
