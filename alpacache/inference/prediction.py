@@ -261,8 +261,13 @@ def _flow(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Targets `[B, 1, 64, 2]`, noise and times of the loss, on the expert's device."""
     action = torch.stack([target_of(index) for index in indices])[:, None]
-    noise, t = validation_draws(sample_ids)
-    return action.to(device), noise.to(device), t.to(device)
+    noise, t = (_sent(part, device) for part in validation_draws(sample_ids))
+    return _sent(action, device), noise, t
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on its way to the device; the host does not wait for what is enqueued there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @torch.no_grad()

@@ -165,6 +165,21 @@ def test_what_cannot_be_controlled_is_refused(store, rollout_stores, tiny_checkp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("capture", [True, False])
+def test_on_a_gpu_losses_are_those_of_the_cpu(report, store, tiny_checkpoint, tmp_path, capture):
+    asked = {"control": "shuffled,none", "flow_steps": "4,2", "device": "cuda", "capture": capture}
+    there = alpacache.evaluate(config(store, tiny_checkpoint, tmp_path, **asked))
+    for one, other in zip(report.results, there.results, strict=True):
+        here, cuda = one.models["base"], other.models["base"]
+        assert one.shuffled_with == other.shuffled_with
+        assert cuda.loss == pytest.approx(here.loss, rel=0.03)
+        for control in ("shuffled", "none"):
+            assert cuda.controls[control].loss == pytest.approx(here.controls[control].loss, rel=0.03)
+        assert set(cuda.by_steps) == {4, 2}
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
