@@ -94,29 +94,29 @@ def test_a_place_beside_the_lane_is_found():
 
 
 def test_whoever_follows_the_road_keeps_it_and_whoever_does_not_leaves_it_at_the_bend():
-    roads = loop_roads(4, shapes=("straight", "late_curve"))
-    assert [road.shape for road in roads] == ["straight", "late_curve"] * 2
+    roads = loop_roads(2, shapes=("straight", "late_curve"))
+    assert [road.shape for road in roads] == ["straight", "late_curve"]
     sources = {road.clip_id: road.source for road in roads}
     good, bad = Chauffeur(sources), Chauffeur({})
     heard = []
-    kept = drive_roads(good, roads, seconds=16.0, pictures=1, on_step=lambda *step: heard.append(step))
-    left = drive_roads(bad, roads, seconds=16.0)
-    assert heard[-1] == (29, 29)
+    kept = drive_roads(good, roads, seconds=13.0, pictures=1, on_step=lambda *step: heard.append(step))
+    left = drive_roads(bad, roads, seconds=13.0)
+    assert heard[-1] == (23, 23)
     assert all(drive.kept and drive.lateral_error_m < 0.4 for drive in kept)
-    assert [drive.kept for drive in left] == [True, False] * 2
-    for drive in (left[1], left[3]):
+    assert [drive.kept for drive in left] == [True, False]
+    for drive in left[1:]:
         onset = drive.road.source.clip_kind(drive.road.clip_id).onset_s + 5.1
         assert onset < drive.left_at * 0.1 < onset + 5.0
         assert drive.distance_m < drive.arc_m[-1]
         assert abs(drive.offset_m[drive.left_at]) > KEPT_M
     assert left[0].jerk_mps3 < 0.2
-    assert list(kept[0].pictures) == list(range(15, 160, REPLAN_STEPS))
+    assert list(kept[0].pictures) == list(range(15, 130, REPLAN_STEPS))
     assert not kept[1].pictures
     assert kept[0].pictures[15].shape == (3, 128, 256)
-    assert len(kept[0].xyz) == 15 + 1 + 29 * REPLAN_STEPS
+    assert len(kept[0].xyz) == 15 + 1 + 23 * REPLAN_STEPS
     summary = summarise(kept, before=left)
     assert (summary.kept.estimate, summary.more_kept.estimate) == (1.0, 0.5)
-    assert summarise(left).by_shape == {"straight": (2, 2), "late_curve": (0, 2)}
+    assert summarise(left).by_shape == {"straight": (1, 1), "late_curve": (0, 1)}
 
 
 def test_the_page_holds_all_it_plays(tmp_path):

@@ -110,15 +110,14 @@ def test_the_world_frame_places_the_first_waypoint_before_the_car(story):
     assert here.controls[..., 0] == pytest.approx(here.actions[..., 0] * space.accel_std + space.accel_mean, abs=1e-5)
 
 
-@pytest.mark.parametrize("rate", [30, 100])
-def test_poses_and_frames_come_at_any_rate(story, rate):
+def test_poses_and_frames_come_at_any_rate(story):
     """A drive resampled at a rate that meets no instant of the model gives nearly the same path."""
     model, source, cameras, _ = story
     driver, clip_id = load_driver(model, device="cpu", frames=2), source.clip_ids[1]
     frames, times, poses, stamps = recording(source, clip_id, cameras=cameras)
     expected = driver(frames, times, poses, stamps, cameras=cameras, name=clip_id, **PATHS)
     track = source.track(clip_id)
-    wanted = np.arange(T0_US + 20_000, 3_300_000, -1_000_000 // rate)[::-1].astype(np.int64)
+    wanted = np.arange(T0_US + 20_000, 3_300_000, -33_333)[::-1].astype(np.int64)
     xyz, rot = interpolate(track, wanted)
     other = np.concatenate([xyz, Rotation.from_matrix(rot).as_quat()], axis=1)
     got = driver(frames, times, other, wanted, cameras=cameras, name=clip_id, t0_us=T0_US, **PATHS)
@@ -174,6 +173,7 @@ def test_what_is_missing_is_named_with_its_place(story):
         refused(r"whose prompt has no place for a route", frames, times, poses, stamps, route="left", kind=UsageError)
 
 
+@pytest.mark.ci
 def test_a_run_drives_with_its_tensors_and_its_stores_prompt(story, tiny_checkpoint, tiny_checkpoint_15, tmp_path):
     model, source, cameras, store = story
     run = tmp_path / "run"
