@@ -136,7 +136,11 @@ def test_a_mount_is_estimated_on_straights():
     [
         ("libx264", None),
         ("libx264", {"preset": "medium", "crf": "15", "g": "24", "bf": "3", "b-pyramid": "normal"}),
-        ("libx265", {"preset": "ultrafast", "crf": "12", "x265-params": "bframes=0:keyint=20:log-level=none"}),
+        pytest.param(
+            "libx265",
+            {"preset": "ultrafast", "crf": "12", "x265-params": "bframes=0:keyint=20:log-level=none"},
+            marks=pytest.mark.ci,
+        ),
     ],
 )
 def test_films_are_cut_packet_by_packet(curved, drive, tmp_path, codec, options):
@@ -173,7 +177,12 @@ def test_a_part_of_a_joined_film_without_a_key_frame_is_decoded(curved, drive, t
     ("codec", "encoder", "options"),
     [
         ("h264", "libx264", {"preset": "ultrafast", "g": "20", "bf": "0"}),
-        ("av1", "libsvtav1", {"preset": "12", "g": "20", "svtav1-params": "pred-struct=1"}),
+        pytest.param(
+            "av1",
+            "libsvtav1",
+            {"preset": "12", "g": "20", "svtav1-params": "pred-struct=1"},
+            marks=pytest.mark.ci,
+        ),
     ],
 )
 def test_packets_become_a_film(curved, drive, tmp_path, codec, encoder, options):
