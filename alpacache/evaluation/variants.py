@@ -20,7 +20,7 @@ Answer: TypeAlias = Literal[
     "looks", "looks a little", "hardly looks", "needs it", "needs it a little", "hardly needs it", "cannot tell"
 ]
 
-HARDLY, SURELY_HARDLY = 0.05, 0.1
+HARDLY, SURELY_HARDLY = 0.1, 0.2
 """A rise of the loss below the first, surely below the second, is hardly one."""
 WELL = 0.5
 """A rise of this or more, surely above `HARDLY`, is much."""

@@ -95,7 +95,7 @@ def test_the_full_story(tmp_path):
     report = run_demo(tmp_path / "demo", stage=silent)
     verdicts, rises = judge(report.evaluation.summary, least=40)
     assert verdicts["trained"] == "takes the turn"
-    assert rises["base"] < 0.05
+    assert rises["base"] < 0.08  # 0.05 [0.03, 0.08], measured
     assert rises["trained"] > 1.0
     looks = report.evaluation.summary.controls["all"]["base"]["shuffled"]
     assert looks.answer == "hardly looks"

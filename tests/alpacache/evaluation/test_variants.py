@@ -77,7 +77,7 @@ def told(rise, *, sway=0.0, clips=41, control="shuffled"):
         ({"rise": -0.02}, "hardly looks", "falls by 2 % .* it hardly looks"),
         ({"rise": 0.2}, "looks a little", "rises by 20 % .* it looks a little"),
         ({"rise": 1.86}, "looks", r"rises by 186 % .* it looks$"),
-        ({"rise": 0.04, "sway": 0.5}, "cannot tell", "the interval does not decide"),
+        ({"rise": 0.04, "sway": 1.0}, "cannot tell", "the interval does not decide"),
         ({"rise": 2.0, "clips": 6}, "cannot tell", r"rises by 200 % .*; 6 blocks of 60 s give no interval, 10 may"),
         (
             {"rise": 0.02, "control": "none"},
@@ -91,7 +91,7 @@ def test_the_verdict_is_that_of_the_loss_and_its_interval(planted, answer, words
     found = told(**planted)
     assert found.answer == answer
     assert re.search(words, found.sentence), found.sentence
-    assert found.rise.estimate == pytest.approx(planted["rise"], abs=0.02)
+    assert found.rise.estimate == pytest.approx(planted["rise"], abs=0.03)
     assert (found.honest_loss, found.loss) == pytest.approx((0.4, 0.4 * (1 + found.rise.estimate)))
 
 
