@@ -48,6 +48,14 @@ def loss(velocity: Tensor, action: Tensor, noise: Tensor, *, rounds_target: bool
     return (velocity.float() - target.float()).square().mean(dim=(-2, -1))
 
 
+def guided(with_route: Tensor, without: Tensor, weight: float) -> Tensor:
+    """Velocity that a route guides: `(1 - weight) without + weight with_route`, in float32.
+
+    Source: the navigation guidance of the public Alpamayo 1.5 and 2 demos (behaviour); there the weight is 3.
+    """
+    return (1.0 - weight) * without.float() + weight * with_route.float()
+
+
 @torch.no_grad()
 def sample(velocity_fn: Callable[[Tensor, Tensor], Tensor], initial_noise: Tensor, steps: int = 10) -> Tensor:
     """Integrate the velocity from noise to action with Euler steps.

@@ -8,7 +8,7 @@ from typing import Any
 
 from alpacache.alpamayo.alpamayo2 import SUPER, SUPER_RELEASED
 from alpacache.alpamayo.alpamayo_r1 import R1, R1_RELEASED
-from alpacache.alpamayo.family import AlpamayoConfig, Family
+from alpacache.alpamayo.family import AlpamayoConfig, Family, Released
 from alpacache.alpamayo.foreign_files import read_json
 from alpacache.alpamayo.prompt import ROUTE_TOKENS, PromptFormat
 from alpacache.errors import CheckpointError
@@ -39,6 +39,13 @@ RENAMED = frozenset({"r1", "1.5"})
 
 DEFAULT_FAMILY, RELEASED = R1, R1_RELEASED
 """The model that plans are made for where none is named."""
+
+
+def released(name: str | None = None) -> tuple[Family, Released]:
+    """A family with a public checkpoint, and its sizes; None: the default."""
+    family = DEFAULT_FAMILY if name is None else FAMILIES[name]
+    assert family.released is not None
+    return family, family.released
 
 
 def read_config(path: Path) -> AlpamayoConfig:

@@ -16,8 +16,12 @@ from concurrent.futures import Future
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 from alpacache.checks.check import Check, verdict
+
+if TYPE_CHECKING:
+    from alpacache.planning.config import ReleasedFamily
 
 SHOWN = ("torch", "transformers", "zarr", "numcodecs")
 """Packages whose versions are always shown."""
@@ -46,7 +50,7 @@ def diagnose(*, store: str | None = None, model: str | None = None) -> tuple[Che
         "packages": check_packages,
         "optional packages": check_optional,
         "gpu": check_gpu,
-        "gpu memory": check_gpu_memory,
+        "gpu memory": lambda: check_gpu_memory(model),
         "compiler": check_compiler,
         "ram": check_ram,
         "page-locking": check_page_locking,
@@ -54,7 +58,7 @@ def diagnose(*, store: str | None = None, model: str | None = None) -> tuple[Che
     if is_uri(place):
         checks["object storage"] = lambda: check_object_storage(place)
     else:
-        checks["disk space"] = lambda: check_space(place)
+        checks["disk space"] = lambda: check_space(place, model)
         checks["hard links"] = lambda: check_links(place)
         checks["disk speed"] = lambda: check_speed(place)
     checks["hub"] = check_hub
@@ -122,7 +126,7 @@ def check_gpu() -> Check:
     return verdict("gpu", finding, fail=remedy if major < 8 else "")
 
 
-def check_gpu_memory() -> Check:
+def check_gpu_memory(model: str | None = None) -> Check:
     """Free memory against the least that training the released model takes (one front camera, int8, batch 1), and where
     its stage one would have its weights."""
     import torch
@@ -133,10 +137,11 @@ def check_gpu_memory() -> Check:
     from alpacache.planning.plan import least_training_bytes, prefill_home
 
     free, total = torch.cuda.mem_get_info()
-    home = prefill_home(free, available_bytes())
+    family = _family_of(model)
+    home = prefill_home(free, available_bytes(), family)
     where = {"gpu": "with its weights here", "ram": "with its weights in RAM", "files": "with its weights in its files"}
     stage_one = f"extract of the released model {where[home]}" if home else "no room for extract of the released model"
-    everything, adapters = (least_training_bytes(which) for which in ("all", "lora"))
+    everything, adapters = (least_training_bytes(which, family) for which in ("all", "lora"))
     finding = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f}: {stage_one}"
     remedy = "end what else is on the GPU."
     if free < adapters:
@@ -147,6 +152,21 @@ def check_gpu_memory() -> Check:
         f"use --trainable lora, or {remedy}"
     )
     return verdict("gpu memory", finding, warn=remedy if free < everything else "")
+
+
+def _family_of(model: str | None) -> "ReleasedFamily | None":
+    """The family of a model whose config is on this machine, or None: the released sizes are then R1's."""
+    from alpacache.alpamayo.checkpoint import Checkpoint
+    from alpacache.errors import CheckpointError
+    from alpacache.planning.config import ReleasedFamily
+
+    try:
+        checkpoint = None if model is None else Checkpoint(model)
+        if checkpoint is None or checkpoint.file_here("config.json") is None:
+            return None
+        return next((name for name in get_args(ReleasedFamily) if name == checkpoint.config.family.name), None)
+    except CheckpointError:  # `model` tells
+        return None
 
 
 def check_compiler() -> Check:
@@ -186,7 +206,7 @@ def check_page_locking() -> Check:
     return verdict("page-locking", f"{_LOCKED_BYTES // 2**20} MiB locked and unlocked")
 
 
-def check_space(place: str) -> Check:
+def check_space(place: str, model: str | None = None) -> Check:
     """Free space, in samples of the released model."""
     from alpacache.planning.config import PlanConfig
     from alpacache.planning.machine import existing_folder
@@ -194,7 +214,8 @@ def check_space(place: str) -> Check:
     from cache_store.storage.local_files import free_bytes
 
     folder = existing_folder(place)
-    free, size = free_bytes(folder), plan(PlanConfig(samples=1, codec="int8")).bytes_by_codec["int8"]
+    one = plan(PlanConfig(samples=1, codec="int8", family=_family_of(model)))
+    free, size = free_bytes(folder), one.bytes_by_codec["int8"]
     finding = f"{free / 1e9:.1f} GB at {folder}: {int(free // size)} samples of one front camera in int8"
     remedy = "Free some, or give --store another disk; `alpacache plan` tells what is needed."
     return verdict("disk space", finding, warn=remedy if free < 100 * size else "")

@@ -113,6 +113,9 @@ class EvalConfig(ChoiceConfig):
     control: Annotated[tuple[Control, ...], parts(str, "shuffled,none", expected="shuffled, none or both")] = ()
     """Also predict, from the same noise, with another clip's prefix (`shuffled`) or with none (`none`): does the model
     look at what it is shown? Default: neither."""
+    guidance: Annotated[float, Ge(0), Le(100)] | None = None
+    """Weight W of the routes, 3 in the public demo: a velocity is (1 - W) of the one without the route and W of the one
+    with it. Default: the one with it alone."""
     paths: Repeats = 6
     """Paths per sample."""
     flow_steps: Annotated[

@@ -90,6 +90,8 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         _check_swap(data, stores, on_rollouts=on_rollouts)
     if config.control and on_rollouts:
         raise UsageError("control compares paths on direct prefixes; pass --reasoning none with it.")
+    if config.guidance is not None:
+        _check_guidance(data, stores, on_rollouts=on_rollouts, compared=config.swap_route or bool(config.control))
     poses = cache(data.poses)  # read while the device computes
     models = find_models(config, base, data, indices, poses, paths_on_rollouts=config.paths if on_rollouts else 0)
     _warn_of_known_clips(models, data, indices, store=stores)
@@ -128,6 +130,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
             batch_size=config.batch_size,
             capture=config.capture,
             on_rollouts=on_rollouts,
+            guidance=config.guidance,
             swaps_route=config.swap_route,
             controls=config.control,
             partners=partners,
@@ -170,6 +173,8 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         settings["all_flow_steps"] = list(config.all_flow_steps)
     if data.routed:
         settings |= {"routes": True, "swap_route": config.swap_route}
+    if config.guidance is not None:
+        settings["guidance"] = config.guidance
     losses = {
         label: recorded_metrics(model.run, model.state) for label, model in models.items() if model.run is not None
     }
@@ -185,6 +190,22 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         seconds=seconds,
         choice=settings.get("choice"),
     )
+
+
+def _check_guidance(data: CachedDataset, store: str, *, on_rollouts: bool, compared: bool) -> None:
+    """Raise `UsageError` where samples do not have both prefixes, or guided paths would be `compared` with others."""
+    if not data.routed:
+        raise UsageError(
+            f"{store} was extracted without routes, so none can guide; `extract --route` stores prefixes with and "
+            "without one."
+        )
+    if on_rollouts:
+        raise UsageError(
+            "guidance takes the direct prefixes with and without the route; reasoning rollouts are stored with it "
+            "alone. Pass --reasoning none with it."
+        )
+    if compared:
+        raise UsageError("swap_route and control compare paths that nothing guides; leave --guidance or them out.")
 
 
 def _check_swap(data: CachedDataset, store: str, *, on_rollouts: bool) -> None:

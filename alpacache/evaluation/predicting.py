@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpacache.cached_samples.dataset import CachedDataset
-from alpacache.cached_samples.features import SWAPPED, CachedSample
+from alpacache.cached_samples.features import SWAPPED, UNROUTED, CachedSample
 from alpacache.errors import InterruptedRunError, NonFiniteError
 from alpacache.evaluation.judging import Variant, judge_variant
 from alpacache.evaluation.unread import Unread
@@ -26,6 +26,7 @@ from alpacache.inference.prediction import (
     predict_actions,
     predict_ahead,
     predict_blind,
+    predict_guided,
     predict_on_twins,
     to_paths,
 )
@@ -91,6 +92,8 @@ class Predictor:
     batch_size: int
     capture: bool
     on_rollouts: bool
+    guidance: float | None = None
+    """Weight of the routes; None: nothing guides."""
     swaps_route: bool
     """Predict samples that have one with left for right in their routes too."""
     controls: Sequence[str]
@@ -173,6 +176,10 @@ class Predictor:
         if self.on_rollouts:
             load = partial(stored.data.of_layers(expert.prefix_layers).load, tails=self.paths)
             return self._loaded(predict_actions, expert, load, stored, todo, self.flow_steps)
+        if self.guidance is not None:
+            load = partial(stored.data.of_layers(expert.prefix_layers).load, twin=UNROUTED)
+            guided = partial(predict_guided, guidance=self.guidance)
+            return self._loaded(guided, expert, load, stored, todo, self.flow_steps)
         return predict_ahead(
             expert,
             stored.data,

@@ -16,7 +16,7 @@ from alpacache.cached_samples.features import CachedSample
 from alpacache.cached_samples.ring import Batch, BatchRing, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.driving.action_space import UnicycleActionSpace
-from alpacache.flow_matching import TimeSchedule
+from alpacache.flow_matching import TimeSchedule, guided
 from alpacache.flow_matching import sample as sample_flow
 from alpacache.gpu.capture import captured
 from alpacache.prefix.packed import NoPrefix, PackedPrefixes
@@ -147,6 +147,26 @@ def predict_on_twins(
     return sampled(expert, [sample.twin_prefix(expert.device) for sample in samples], noise, flow_steps)
 
 
+@torch.no_grad()
+def predict_guided(
+    expert: "ActionExpert", samples: Sequence[CachedSample], *, guidance: float, paths: int, flow_steps: int, seed: int
+) -> Tensor:
+    """`predict_actions` guided by the samples' routes: they come with their twins without one, or have none.
+
+    Both prefixes are of one stem, each with a start position of its own; the noise is that of `predict_actions`.
+    """
+    noise = eval_noise(seed, [sample.sample_id for sample in samples], paths).to(expert.device)
+    routed = expert.batch([sample.prefix for sample in samples])
+    plain = expert.batch(
+        [sample.prefix if sample.twin is None else sample.twin_prefix(expert.device) for sample in samples]
+    )
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return guided(expert.velocity(x, t, routed), expert.velocity(x, t, plain), guidance)
+
+    return sample_flow(velocity, noise, steps=flow_steps).cpu()
+
+
 def predict_ahead(
     expert: "ActionExpert",
     data: CachedDataset,
@@ -253,7 +273,7 @@ def flow_losses(
 ) -> Tensor:
     """Loss of each sample `[B]` by action `[B, 1, 64, 2]`, mean over noise `[B, K, 64, 2]` and times `[B, K]`."""
     velocity = expert.velocity(flow_matching.interpolate(action, noise, t), t, prefixes)
-    return flow_matching.loss(velocity, action, noise).mean(dim=1)
+    return flow_matching.loss(velocity, action, noise, rounds_target=expert.rounds_target).mean(dim=1)
 
 
 def _flow(

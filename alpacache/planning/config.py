@@ -30,6 +30,8 @@ from alpacache.planning.gpus import MEASURED
 from alpacache.sources.config import Blank, Cameras, Frames, Moments, Side
 
 Trainable = Literal["all", "head", "lora"]
+ReleasedFamily = Literal["r1", "1.5", "2"]
+"""Families with a public checkpoint, which a plan can be made for before it is here."""
 _Side = Annotated[int, Ge(1), Le(16_384)]
 
 
@@ -167,7 +169,9 @@ class PlanConfig(StoredConfig, NewExpertConfig):
     t0: Moments = "5.1"
     """Moments of the source: seconds into the clip, `every:S`, `events`, `sharpest`, or a file, as of `extract`."""
     model: Place | None = None
-    """Hub id or directory; only configs and headers are read. Default: the released sizes."""
+    """Hub id or directory; only configs and headers are read. Default: the released sizes of `family`."""
+    family: ReleasedFamily | None = None
+    """Family whose released sizes are planned for without a model: R1, 1.5 or 2 Super. Default: `r1`."""
     cameras: Cameras = (FRONT_CAMERA,)
     """Cameras by full or short names, such as `front_wide,front_tele`."""
     blank: Blank = ()

@@ -14,7 +14,8 @@ import torch
 
 from alpacache.alpamayo import Checkpoint, PrefixLayout
 from alpacache.alpamayo.backbone import geometry_of
-from alpacache.alpamayo.families import DEFAULT_FAMILY, RELEASED
+from alpacache.alpamayo.families import RELEASED as DEFAULT_RELEASED
+from alpacache.alpamayo.families import released
 from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.new_expert import new_shapes, plan_expert
@@ -27,7 +28,7 @@ from alpacache.errors import UsageError
 from alpacache.gpu.host_memory import available_bytes
 from alpacache.layer_choice import chosen_layers
 from alpacache.planning import time_model
-from alpacache.planning.config import PlanConfig, Trainable, allowed_bytes, budget_bytes, codec_names
+from alpacache.planning.config import PlanConfig, ReleasedFamily, Trainable, allowed_bytes, budget_bytes, codec_names
 from alpacache.planning.gpus import GPUS, MEASURED, Gpu, gpu_named
 from alpacache.planning.machine import bus_speed, disk_speed, existing_folder, gpu_speed
 from alpacache.planning.memory_model import fastest_plan, memory_plan
@@ -193,15 +194,20 @@ def plan(config: PlanConfig) -> Plan:
     )
     rollouts, samples = config.tails, counted.samples * config.views
     checkpoint = None if config.model is None else Checkpoint(config.model)
+    family, sizes_of = released(config.family)
+    if checkpoint is not None and config.family is not None:
+        raise UsageError(f"family {config.family} is for plans without a model; leave --family or --model out.")
     text = None if checkpoint is None or recognise_family(checkpoint).family else True
     builder = None
     if checkpoint is not None:
         builder = InputBuilder(checkpoint, camera_names=text, frame_numbers=text, routes=config.route)
-    if not (builder.format if builder is not None else DEFAULT_FAMILY.prompt).camera_names:
+    if not (builder.format if builder is not None else family.prompt).camera_names:
         check_places(config.cameras, config.blank)
     route = {"none": None, "source": _USUAL_ROUTE}.get(config.route, config.route)
-    prompt = planned_prompt(builder, cameras, frames=config.frames, picture=config.picture, route=route)
-    geometry = RELEASED.geometry if checkpoint is None else geometry_of(checkpoint)
+    prompt = planned_prompt(
+        builder, cameras, frames=config.frames, picture=config.picture, route=route, family=config.family
+    )
+    geometry = sizes_of.geometry if checkpoint is None else geometry_of(checkpoint)
     layers = None if config.layers is None else chosen_layers(config.layers, geometry.layers)
     held = tuple(range(geometry.layers)) if layers is None else layers
     lacks_layers = layers is not None and not config.from_scratch
@@ -292,7 +298,7 @@ def plan(config: PlanConfig) -> Plan:
         notes=(
             *counted.notes,
             *_misfits(store_bytes, free, refusal, store=config.store),
-            *_basis(machine, own_model=config.model is not None, rollouts=config.tails),
+            *_basis(machine, own_model=geometry.model != DEFAULT_RELEASED.geometry.model, rollouts=config.tails),
             *([_UNTOLD] if text else []),
             *([_OWN_EXPERT.format(model=geometry.model)] if lacks_layers else []),
         ),
@@ -374,13 +380,14 @@ def _extract_plan(
     return ExtractPlan(weights_bytes=weights_bytes, **seconds, hours=hours, memory=prefill)
 
 
-def prefill_home(device_bytes: int, host_bytes: int) -> WeightsHome | None:
+def prefill_home(device_bytes: int, host_bytes: int, family: ReleasedFamily | None = None) -> WeightsHome | None:
     """Where the released model's weights would live in stage one (one front camera, int8); None where nothing fits."""
-    found = plan(PlanConfig(samples=1000, codec="int8"))
-    prompt = planned_prompt(None, found.cameras, frames=found.frames, picture=PlanConfig(samples=1).picture)
+    found = plan(PlanConfig(samples=1000, codec="int8", family=family))
+    picture = PlanConfig(samples=1).picture
+    prompt = planned_prompt(None, found.cameras, frames=found.frames, picture=picture, family=family)
     stored = found.kv_bytes_by_codec["int8"] + found.bytes_by_field["hidden"]
     memory, _ = _prefill_plan(
-        RELEASED.geometry,
+        released(family)[1].geometry,
         prompt,
         stored_bytes=stored,
         samples=found.samples,
@@ -391,11 +398,11 @@ def prefill_home(device_bytes: int, host_bytes: int) -> WeightsHome | None:
     return None if memory is None else memory.home
 
 
-def least_training_bytes(trainable: Trainable) -> int:
+def least_training_bytes(trainable: Trainable, family: ReleasedFamily | None = None) -> int:
     """GPU memory of the smallest useful training of the released model: one front camera, int8, one sample a step."""
     ask = PlanConfig(samples=1)
-    prompt = planned_prompt(None, ask.cameras, frames=ask.frames, picture=ask.picture)
-    work = _workload(RELEASED.geometry, prompt.tokens, trainable, ask.lora_rank, "int8", batch_size=1)
+    prompt = planned_prompt(None, ask.cameras, frames=ask.frames, picture=ask.picture, family=family)
+    work = _workload(released(family)[1].geometry, prompt.tokens, trainable, ask.lora_rank, "int8", batch_size=1)
     layers = work.layers if trainable == "all" else 0
     return memory_plan(work, draws=1, micro_batch=1, checkpointing=True, streamed_layers=layers).device_bytes
 

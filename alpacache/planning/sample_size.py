@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from alpacache.alpamayo.families import DEFAULT_FAMILY, RELEASED
+from alpacache.alpamayo.families import released
 from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.prompt import ROUTE_TOKENS
@@ -20,8 +20,6 @@ from cache_store.upkeep.store_info import sample_size
 
 JPEG_BYTES = 25_000
 """Size assumed for the small front picture."""
-_MORE_TO_REASON = 13
-"""Tokens that the released models' reasoning prompt has more than the direct one."""
 _ROUTE_CHARACTERS = 3
 """Characters of a route that are assumed for a token: instructions have many numbers, a token a digit."""
 _TEXT_BYTES = 8
@@ -54,8 +52,9 @@ def planned_prompt(
     frames: int,
     picture: Sequence[int],
     route: str | None = None,
+    family: str | None = None,
 ) -> PlannedPrompt:
-    """Count the direct prompt as the builder makes it, or without one as for the released R1.
+    """Count the direct prompt as the builder makes it, or without one as for the released model of a family.
 
     Args:
         cameras: names, sorted by index.
@@ -70,13 +69,15 @@ def planned_prompt(
         length, question = len(ids), len(builder.tail_ids("rollout", route=route))
         twins = {name: len(ids) for name, (ids, _) in builder.twins(route).items()}
     else:
-        tokens = image_tokens(height, width, **RELEASED.pixels)
-        text = DEFAULT_FAMILY.prompt.render([[tokens] * frames] * len(cameras), cameras=cameras)
-        length = RELEASED.text_tokens + len(cameras) * frames * (tokens + 2)
-        question = RELEASED.question_tokens
+        described, sizes_of = released(family)
+        tokens = image_tokens(height, width, **sizes_of.pixels)
+        text = described.prompt.render([[tokens] * frames] * len(cameras), cameras=cameras)
+        length = sizes_of.direct_tokens(cameras, frames=frames, image_tokens=tokens)
+        question = sizes_of.question_tokens
         if route is not None:
-            more = len(route) // _ROUTE_CHARACTERS + len(ROUTE_TOKENS)
-            twins = {"unrouted": question - _MORE_TO_REASON, "swapped": question - _MORE_TO_REASON + more}
+            around = described.prompt.route or ROUTE_TOKENS
+            more = len(route) // _ROUTE_CHARACTERS + sum(map(bool, around))
+            twins = {"unrouted": sizes_of.answer_tokens, "swapped": sizes_of.answer_tokens + more}
             length, question = length + more, question + more
     sizes = {"tokens": length, "tokens_an_image": tokens, "question_tokens": question}
     return PlannedPrompt(cameras=cameras, frames=frames, text=text, twins=twins, route=route, **sizes)

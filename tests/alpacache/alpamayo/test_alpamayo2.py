@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from plain_rollouts import replay, rollouts
+from plain_rollouts import extend, replay, rollouts
 from safetensors.torch import load_file
 
 from alpacache import flow_matching
@@ -193,6 +193,29 @@ def test_rollouts_equal_golden(case, golden, cases, sampler, vlm, expert, checkp
     assert relative_error(action, golden[f"{case}.sampled_action"]) <= PARITY
     poses = (golden[f"{case}.ego_history_xyz"], golden[f"{case}.ego_history_rot"])
     assert relative_error(expert.action_space.to_path(action, *poses)[0], golden[f"{case}.pred_xyz"]) <= PARITY
+
+
+def test_guidance_equals_golden(golden, vlm, expert, relative_error):
+    """The same text behind the prompt with and without the route, each with a start position of its own."""
+    pictures = (golden["clip1.pixel_values"], golden["clip1.image_grid_thw"])
+    text = golden["cfg.generated"].tolist()
+    text = text[: text.index(vlm.future_start_id) + 1]
+    both = [
+        extend(vlm, vlm.prefill(golden[f"cfg.{kind}_ids_fused"], *pictures), text) for kind in ("guided", "unguided")
+    ]
+    assert [one.start_position for one in both] == [int(golden[f"cfg.{kind}_start"]) for kind in ("guided", "unguided")]
+    weight, noise = float(golden["cfg.weight"]), golden["cfg.initial_noise"]
+    batches = [expert.batch([one]) for one in both]
+
+    def velocities(x, t):
+        return [expert.velocity(x[None], t[None], batch)[0] for batch in batches]
+
+    for found, kind in zip(velocities(noise, torch.zeros(1)), ("guided", "unguided"), strict=True):
+        assert relative_error(found, golden[f"cfg.first_velocity_{kind}"]) <= PARITY
+    action = flow_matching.sample(lambda x, t: flow_matching.guided(*velocities(x, t), weight), noise)
+    assert relative_error(action, golden["cfg.sampled_action"]) <= PARITY
+    poses = (golden["clip1.ego_history_xyz"], golden["clip1.ego_history_rot"])
+    assert relative_error(expert.action_space.to_path(action, *poses)[0], golden["cfg.pred_xyz"]) <= PARITY
 
 
 def test_a_text_never_ends_the_turn(golden, cases, sampler, checkpoint, vlm, relative_error):

@@ -147,3 +147,44 @@ def test_a_trained_model_follows_its_route_at_a_fork_and_the_base_does_not(tmp_p
     assert abs(swaps["base"].shift_m) < 2.0
     assert swaps["trained"].follows > 0.7
     assert swaps["trained"].shift_m > 10.0
+
+
+def test_guidance_mixes_the_velocities_with_and_without_the_route(judged, store, tiny_checkpoint_15, tmp_path):
+    """From the same noise; a weight of 1 is the route alone, and a sample without a route is as without guidance."""
+    _, plain = judged
+    checkpoint = Checkpoint(str(tiny_checkpoint_15))
+    data, expert = CachedDataset([store], checkpoint), load_expert(checkpoint, dtype=torch.float32).eval()
+    settings = {"model": str(tiny_checkpoint_15), "paths": 3, "flow_steps": 3, "batch_size": 4, "device": "cpu"}
+    found = {}
+    for weight in (1.0, 3.0):
+        out = tmp_path / str(weight)
+        report = alpacache.evaluate(EvalConfig(store=str(store), out=str(out), guidance=weight, **settings))
+        assert json.loads((out / "eval.json").read_text())["settings"]["guidance"] == weight
+        found[weight] = {result.sample_id: result.models["base"].pred_xyz for result in report.results}
+    for index, result in enumerate(plain.results):
+        without = result.models["base"].pred_xyz
+        assert np.allclose(found[1.0][result.sample_id], without, atol=1e-3)
+        if result.route is None:
+            assert np.allclose(found[3.0][result.sample_id], without, atol=0.02)  # rounding, three times over
+            continue
+        assert not np.allclose(found[3.0][result.sample_id], without, atol=0.02)
+        sample = data.load(index, twin="unrouted")
+        both, noise = (sample.prefix, sample.twin_prefix()), eval_noise(0, [sample.sample_id], 3)
+        with torch.no_grad():
+            action = sample_flow(
+                lambda x, t, both=both: 3 * expert.velocity(x, t, both[:1]) - 2 * expert.velocity(x, t, both[1:]),
+                noise,
+                steps=3,
+            )[0]
+        xyz, _ = to_paths(expert.action_space, action, *data.poses(index)[:2])
+        assert np.allclose(found[3.0][result.sample_id], xyz, atol=0.02)
+
+
+def test_guidance_that_cannot_be_is_refused(store, tiny_checkpoint_15, rollout_stores, tiny_checkpoint, tmp_path):
+    settings = {"out": str(tmp_path / "out"), "guidance": 3.0, "device": "cpu"}
+    with pytest.raises(UsageError, match="was extracted without routes, so none can guide"):
+        alpacache.evaluate(
+            EvalConfig(store=str(rollout_stores["int8"]), model=str(tiny_checkpoint), paths=3, **settings)
+        )
+    with pytest.raises(UsageError, match="swap_route and control compare paths that nothing guides"):
+        alpacache.evaluate(EvalConfig(store=str(store), model=str(tiny_checkpoint_15), swap_route=True, **settings))

@@ -31,6 +31,38 @@ def test_tokens_and_kv_of_the_released_model(cameras, tokens, megabytes):
     assert found.store_bytes == 10 * sum(found.bytes_by_field.values())
 
 
+@pytest.mark.parametrize(
+    ("family", "cameras", "tokens", "token_bytes"),
+    [
+        ("1.5", CAMERAS[1:2], 828, 147_456),
+        ("1.5", SLOTS, 3073, 147_456),
+        ("2", CAMERAS[1:2], 825, 262_144),
+        ("2", SLOTS, 3070, 262_144),
+        ("2", (*CAMERAS[:4], *CAMERAS[5:]), 4568, 262_144),
+        ("2", CAMERAS, 5316, 262_144),
+    ],
+)
+def test_tokens_and_kv_of_the_other_released_models(family, cameras, tokens, token_bytes):
+    found = plan(PlanConfig(samples=10, family=family, cameras=cameras))
+    assert (found.tokens, found.tokens_an_image) == (tokens, 180)
+    assert 0 < found.bytes_by_field["kv"] - tokens * token_bytes < 2000
+
+
+@pytest.mark.parametrize(("count", "codec", "batch"), [(1, "int8", 16), (6, "int8", 4), (6, "int4", 8)])
+def test_all_parameters_of_2_super_train_on_24_gb(count, codec, batch):
+    cameras = CAMERAS[1:2] if count == 1 else (*CAMERAS[:4], *CAMERAS[5:])
+    found = plan(PlanConfig(samples=10, family="2", cameras=cameras, codec=codec, batch_size=batch, gpu="4090"))
+    assert found.memory_bytes <= 23.5 * 2**30
+    assert not found.memory.streamed_layers
+    assert found.extract.weights_bytes == 2 * 33_396_711_664
+    assert any("scaled by its parameters" in note for note in found.notes)
+
+
+def test_a_family_is_for_plans_without_a_model(tiny_checkpoint_2):
+    with pytest.raises(UsageError, match="family 2 is for plans without a model; leave --family or --model out"):
+        plan(PlanConfig(samples=1, family="2", model=str(tiny_checkpoint_2)))
+
+
 def test_pictures_of_any_usual_size_are_180_tokens():
     for picture in ((1080, 1920), (900, 1600), (720, 1280)):
         assert plan(PlanConfig(samples=1, picture=picture)).tokens == 809
