@@ -238,6 +238,7 @@ def test_the_camera_study_runs(tmp_path, monkeypatch):
         judged = json.loads(Path(f"study/{name}/eval.json").read_text())
         assert judged["summary"]["models"] == ["base", "trained", "n32", "n128"]
     assert Path("sharp.txt").read_text().splitlines()
+    assert Path("study/sheet/sheet.png").is_file()
 
 
 OFFLINE = ("index", "how-to/own-data", "how-to/resume-and-repair", "how-to/export", "how-to/brain-or-hands")
