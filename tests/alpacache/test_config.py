@@ -218,7 +218,11 @@ def test_numbers_have_plain_digits(kind, values):
         (ExtractConfig, {"shard": (2, 2)}, "shard is 2/2; expected I/N with 0 <= I < N, as in 0/4."),
         (ExtractConfig, {"shard": "2"}, "shard is '2'; expected I/N, as in 0/4."),
         (ExtractConfig, {"shard": "a/b"}, "shard is 'a/b'; expected I/N, as in 0/4."),
-        (ExtractConfig, {"codec": "int3"}, "codec is 'int3'; expected bf16 or fp8 or int8 or int5 or int4."),
+        (
+            ExtractConfig,
+            {"codec": "int3"},
+            "codec is 'int3'; expected bf16 or fp8 or int8 or int5 or int4 or transform:RATE.",
+        ),
         (ExtractConfig, {"seed": -1}, "seed is -1; expected at least 0."),
         (ExtractConfig, {"cameras": ()}, "cameras is (); expected at least 1 of them."),
         (ExtractConfig, {"cameras": "roof"}, "unknown camera 'roof'"),

@@ -412,7 +412,7 @@ def test_non_finite_steps_are_not_applied_and_stop_after_three(tiny_checkpoint, 
     from alpacache import flow_matching
 
     good = flow_matching.loss
-    monkeypatch.setattr(flow_matching, "loss", lambda *args: good(*args) * float("nan"))
+    monkeypatch.setattr(flow_matching, "loss", lambda *args, **named: good(*args, **named) * float("nan"))
     with pytest.raises(NonFiniteError, match=r"3 steps in a row, last at step 3 with synthetic"):
         alpacache.train(config(tiny_checkpoint, store, tmp_path / "run"))
     assert [row["loss"] for row in rows(tmp_path / "run")] == [None, None]
@@ -936,10 +936,10 @@ def broken_from(step, monkeypatch):
 
     good, seen = flow_matching.loss, []
 
-    def loss(velocity, *rest):
+    def loss(velocity, *rest, **named):
         if velocity.requires_grad:
             seen.append(1)
-        return good(velocity, *rest) * (float("nan") if velocity.requires_grad and len(seen) >= step else 1.0)
+        return good(velocity, *rest, **named) * (float("nan") if velocity.requires_grad and len(seen) >= step else 1.0)
 
     monkeypatch.setattr(flow_matching, "loss", loss)
 
