@@ -83,7 +83,7 @@ def headline_table(summary: EvalSummary) -> str:
             cells = [f'<td class="name soft">change against {escape(summary.reference)}</td>']
             for key in HEADLINE_METRICS:
                 change = stratum.differences[label][key]
-                cells.append(_change(change, css=_verdict(change), percent=key == "miss_rate"))
+                cells.append(_change(change, css=_verdict(change), points=key == "miss_rate"))
             slopes = [each.bias_differences.get(label) for each in (stratum, late)]
             taken = [_change(each["heading"][FUTURE_S] if each else None) for each in slopes]
             cells += [taken[0], _NOTHING, _NOTHING, taken[1]]
@@ -321,10 +321,10 @@ def _number(key: str, value: float, change: Interval | None = None) -> str:
     return f'<td{verdict}{title} data-value="{value:.6g}">{text}</td>'
 
 
-def _change(change: Interval | None, *, css: str = "", percent: bool = False, gap: str = "<br>") -> str:
+def _change(change: Interval | None, *, css: str = "", points: bool = False, gap: str = "<br>") -> str:
     if change is None:
         return _NOTHING
-    scale, unit, form = (100, " %", "+.1f") if percent else (1, "", "+.2f")
+    scale, unit, form = (100, " points", "+.1f") if points else (1, "", "+.2f")
     middle, ends = format(scale * change.estimate, form), range_text(scale * change.low, scale * change.high, form)
     span = f'<span class="range">{ends or "no interval"}</span>'
     return f'<td{css} data-value="{change.estimate:.6g}">{middle}{unit}{gap}{span}</td>'

@@ -106,6 +106,9 @@ def test_page_holds_the_numbers_and_every_sample(results: list[SampleResult], pa
     slope = summary.strata["all"].bias["before"]["heading"][6.4]
     assert slope is not None
     assert f"{slope.slope:.2f}" in page
+    missed = summary.strata["all"].differences["after"]["miss_rate"]
+    assert missed is not None
+    assert f"{100 * missed.estimate:+.1f} points<br>" in page
     assert [model["label"] for model in data["models"]] == [
         "before",
         "after",
