@@ -53,12 +53,12 @@ def test_it_is_compiled_on_a_gpu_where_it_pays_or_as_asked(device, samples, chan
     monkeypatch.setattr(extraction, "has_kernels", lambda device: True)
     monkeypatch.setattr(extraction, "geometry_of", lambda _: SimpleNamespace(vlm_parameters=RELEASED_VLM))
     asked = config("model", "store", cameras=CAMERAS[:1], frames=4, **changes)
-    assert extraction._compiles(asked, torch.device(device), None, samples=samples) == compiled
+    assert extraction._compiles(asked, torch.device(device), None, images=4 * samples) == compiled
 
 
 def test_without_triton_nothing_is_compiled_unasked(monkeypatch):
     monkeypatch.setattr(extraction, "has_kernels", lambda device: False)
-    assert not extraction._compiles(config("m", "s"), torch.device("cuda"), None, samples=10_000)
+    assert not extraction._compiles(config("m", "s"), torch.device("cuda"), None, images=40_000)
 
 
 def test_a_compiled_run_stores_the_same_to_rounding_and_says_so(tiny_checkpoint, tmp_path, monkeypatch, relative_error):
