@@ -23,7 +23,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 import alpacache  # noqa: E402
 from alpacache.gpu import checksum  # noqa: E402
-from alpacache.prefix import attention_kernels, encode_kernels, layered  # noqa: E402
+from alpacache.prefix import attention_kernels, encode_kernels, layered, transform_kernels  # noqa: E402
+from alpacache.prefix.calibration import KVSample, calibrate  # noqa: E402
 from alpacache.prefix.codecs import tensor_codec  # noqa: E402
 from alpacache.prefix.layout import PrefixLayout  # noqa: E402
 from alpacache.prefix.packed import PackedPrefixes  # noqa: E402
@@ -38,7 +39,8 @@ SPILLED = {"prefix_backward": 96, "merge_forward": 96, "merge_backward": 96}
 REGISTERS = {"fold": 96, "compare": 96, "group_extremes": 128, "group_energy": 128, "fit": 128, "pack_plane": 128}
 TYPES = {
     torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.bool: "i1",
-    torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+    torch.float16: "fp16",
+    torch.uint8: "u8", torch.int8: "i8", torch.uint16: "u16", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 SETTINGS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 ALIGNED = [["tt.divisibility", 16]]
@@ -117,6 +119,28 @@ def attend(codec, samples, layers, *, causal):
         attention_kernels.backward(query, query, key, key, output, lse, packed, layer, 0.1, causal=causal)
 
 
+def transform():
+    """Encoding and decoding of one layer with a basis that is learnt from noise."""
+    tokens, layout = 100, PrefixLayout(layers=1, kv_heads=8, head_dim=128, codec=None)
+    positions = torch.arange(tokens).expand(3, -1)
+    generator = torch.Generator().manual_seed(0)
+    kv = [torch.randn(layout.shape(tokens), generator=generator).bfloat16() for _ in range(2)]
+    samples = [KVSample(kv=one, positions=positions) for one in kv]
+    half = {"angles": torch.ones(64), "axes": torch.arange(64) % 3, "device": torch.device("cpu")}
+    codec = calibrate(samples, rate=2.2, **half)
+    transform_kernels.encode(codec, kv[0], positions)
+    packed = PackedPrefixes(
+        layout=layout,
+        data=torch.empty(2, 256, dtype=torch.uint8),
+        rows=torch.zeros(2, dtype=torch.int64),
+        lengths=torch.full((2,), tokens),
+        starts=torch.zeros(2, dtype=torch.int64),
+        longest=tokens,
+        dtype=torch.bfloat16,
+    )
+    transform_kernels.decode(codec, packed, 0, torch.empty(2, 2 * layout.size_bytes(tokens), dtype=torch.uint8))
+
+
 def update(dtype, count, first=0):
     """The update of a parameter, or of a shard of one."""
     weight = torch.zeros(count, dtype=dtype)
@@ -147,6 +171,7 @@ def launches(monkeypatch, multiprocessors):
         for codec in CODECS:
             attend(codec, 2, range(36), causal=False)
             tensor_codec(CODECS[codec]).encode(torch.zeros(2, 2, 8, 100, 128, dtype=torch.bfloat16))
+        transform()
         chunks, cpu = [(0, 5, 1000, 0), (1, 7, 1000, 0)], torch.device("cpu")
         table = checksum.ChunkTable.build(chunks, device=cpu, programs=3)
         checksum.check_rows(torch.zeros(2, 1024, dtype=torch.uint8), table, torch.zeros(2, dtype=torch.int32))

@@ -44,7 +44,7 @@ def test_drives_give_samples_of_different_pictures(drives):
 
 
 def test_the_tokenizer_keeps_image_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(full_size, "_expert_state", lambda small: {"vlm.placeholder": torch.zeros(1)})
+    monkeypatch.setattr(full_size, "_expert_state", lambda *_: {"vlm.placeholder": torch.zeros(1)})
     checkpoint = full_size.write_checkpoint(tmp_path / "model", small=True)
     config = ExtractConfig(source="synthetic:2", model=str(checkpoint), store="store", samples=2, workers=1)
     with bench_extract.begun_reading(config, torch.device("cpu")) as (_, inputs, rate):
