@@ -255,9 +255,9 @@ class _Run:
         averages = config.ema is not None and self.world.is_first
         averages &= self.directory.state(step)["average"] is not None
         content = read_checkpoint(path, optimizer=True, average=averages)
+        check_same_vlm(content.state["vlm"], self.data.vlm, run=path, what="the stores that are given now")
         check_unchanged(content.state["settings"], self.settings, run=config.out)
         check_base(self.inputs.checkpoint, content.state["base"], run=path)
-        check_same_vlm(content.state["vlm"], self.data.vlm, run=path, what="the stores that are given now")
         self.learner.load(content)
         self.step = step
         self.best = BestValidation(**content.state["best"])

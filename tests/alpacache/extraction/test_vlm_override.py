@@ -152,7 +152,7 @@ def test_a_place_without_a_vlm_is_refused_before_a_store_is_made(what, tiny_chec
     if what != "absent":
         place.mkdir()
     if what == "no VLM":
-        save_file({"expert.norm.weight": torch.ones(2)}, place / "model.safetensors")
+        save_file({"other.norm.weight": torch.ones(2)}, place / "model.safetensors")
     message = {"absent": "neither a directory nor a hub id", "empty": "does not exist", "no VLM": "has no tensor"}[what]
     with pytest.raises(CheckpointError, match=message):
         alpacache.extract(config(tiny_checkpoint, tmp_path / "store", vlm=str(place)))
