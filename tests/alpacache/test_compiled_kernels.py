@@ -39,8 +39,8 @@ SPILLED = {"prefix_backward": 96, "merge_forward": 96, "merge_backward": 96, "fi
 REGISTERS = {"fold": 96, "compare": 96, "group_extremes": 128, "group_energy": 128, "fit": 128, "pack_plane": 128}
 TYPES = {
     torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.bool: "i1",
-    torch.float16: "fp16",
-    torch.uint8: "u8", torch.int8: "i8", torch.uint16: "u16", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+    torch.float16: "fp16", torch.uint8: "u8", torch.uint16: "u16",
+    torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 SETTINGS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 ALIGNED = [["tt.divisibility", 16]]
