@@ -128,7 +128,7 @@ def write_drives(root: Path, scale: Scale, cameras: tuple[str, ...]) -> str:
     if not root.exists():
         draft = root.with_name(f"{root.name}.writing")
         if is_tree:
-            from benchmarks.pai_tree import write_tree
+            from pai_tree import write_tree
 
             films = {"fps": VIDEO_FPS, "crf": VIDEO_CRF, "clips_per_chunk": scale.clips, "same_films": True}
             write_tree(draft, source=source, cameras=cameras, **films)

@@ -62,11 +62,17 @@ class _SuperVLM(Schema):
     text_config: _SuperText
 
 
+class _SuperDiffusion(Schema):
+    int_method: Literal["euler"] = "euler"
+
+
 class _SuperExpert(Schema):
     llm_config: dict[str, Any]
     action_space_cfg: ActionSpaceBlock
     action_in_proj_cfg: ActionInBlock
     action_out_proj_cfg: ActionOutBlock
+    diffusion_cfg: _SuperDiffusion = _SuperDiffusion()
+    expert_non_causal_attention: Literal[True] = True
 
 
 class _SuperConfig(Schema):
@@ -116,7 +122,7 @@ def read_nested_config(family: Family, raw: Mapping[str, Any], path: Path) -> Al
     numbered = {"frame_num": True, "none": False, None: config.include_frame_nums is not False}[config.frame_label]
     named = config.include_camera_ids is not False
     prompt = replace(family.prompt, camera_names=named, frame_numbers=numbered, history_tokens=tokens.count)
-    expert = config.expert_config
+    expert, turn_end = config.expert_config, config.vlm_config.text_config.eos_token_id
     return AlpamayoConfig(
         raw=raw,
         family=replace(family, prompt=prompt),
@@ -137,12 +143,9 @@ def read_nested_config(family: Family, raw: Mapping[str, Any], path: Path) -> Al
         action_in_proj=expert.action_in_proj_cfg.model_dump(exclude={"target"}),
         expert_text=expert.llm_config,
         expert_overrides={},
-        never_sampled=(range(first, first + bins), _only(config.vlm_config.text_config.eos_token_id)),
+        never_sampled=(range(first, first + bins), range(turn_end, turn_end + 1)),
+        turn_end=turn_end,
     )
-
-
-def _only(token: int) -> range:
-    return range(token, token + 1)
 
 
 def _check_together(config: _SuperConfig, path: Path) -> None:

@@ -34,6 +34,7 @@ Module = TypeVar("Module", bound=nn.Module)
 _Side = Annotated[int, Field(ge=1, le=256)]
 _Token = Annotated[int, Field(ge=0, lt=2**20)]
 _Place = Annotated[int, Field(ge=0, lt=1024)]
+_Theta = Annotated[float, Field(gt=1, le=1e15, allow_inf_nan=False)]
 _Epsilon = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -41,7 +42,7 @@ class _Rope(Schema):
     """Rotary angles of the text model."""
 
     rope_type: Literal["default"]
-    rope_theta: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+    rope_theta: _Theta
     mrope_section: Annotated[tuple[Count, Count, Count], Field(strict=False)]
     mrope_interleaved: bool = True
 
@@ -112,7 +113,7 @@ class _TextFile(Schema):
 
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
-    rope_theta: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    rope_theta: _Theta | None = None
 
 
 class _VLMFile(Schema):

@@ -171,6 +171,8 @@ class AlpamayoConfig:
     """Settings of the expert's text model that differ from these."""
     never_sampled: tuple[range, ...]
     """Token ids that no reasoning rollout has."""
+    turn_end: int | None = None
+    """Id of `<|im_end|>`, where the family's config says it."""
 
     @property
     def sha256(self) -> str:

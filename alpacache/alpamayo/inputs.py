@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
-from alpacache.alpamayo.backbone import companion_file, vlm_config
+from alpacache.alpamayo.backbone import companion_file, vlm_config, vlm_file
 from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.families import FAMILIES, RENAMED
 from alpacache.alpamayo.family import Family
@@ -220,8 +220,13 @@ class InputBuilder:
         vision = vlm.vision_config
         if (image := self.tokenizer.id_of("<|image_pad|>")) != vlm.image_token_id:
             raise CheckpointError(
-                f"{companion_file(checkpoint, 'config.json')}: image_token_id is {vlm.image_token_id}; the tokenizer's "
-                f"<|image_pad|> is {image}."
+                f"{vlm_file(checkpoint)}: image_token_id is {vlm.image_token_id}; the tokenizer's <|image_pad|> is "
+                f"{image}."
+            )
+        told, turn_end = self.config.turn_end, self.tokenizer.id_of("<|im_end|>")
+        if told is not None and told != turn_end:
+            raise CheckpointError(
+                f"{vlm_file(checkpoint)}: text_config.eos_token_id is {told}; the tokenizer's <|im_end|> is {turn_end}."
             )
         self._geometry = {"patch": vision.patch_size, "merge": vision.spatial_merge_size}
         self._temporal = vision.temporal_patch_size

@@ -27,6 +27,7 @@ NAMES = CAMERAS[:2]
 def drives(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("drives") / request.param
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
         if request.param == "folder":
             patch.setattr(bench_extract.importlib.util, "find_spec", lambda module: None)
         return bench_extract.write_drives(root, bench_extract.QUICK, NAMES)
@@ -43,9 +44,10 @@ def test_drives_give_samples_of_different_pictures(drives):
     assert np.abs(one.frames.astype(int) - other.frames).mean() > 0.5
 
 
-def test_the_tokenizer_keeps_image_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(full_size, "_expert_state", lambda *_: {"vlm.placeholder": torch.zeros(1)})
-    checkpoint = full_size.write_checkpoint(tmp_path / "model", small=True)
+@pytest.mark.parametrize("family", ["r1", "2"])
+def test_the_tokenizer_keeps_image_tokens(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(full_size, "_expert_state", lambda small, family: {"vlm.placeholder": torch.zeros(1)})
+    checkpoint = full_size.write_checkpoint(tmp_path / "model", small=True, family=family)
     config = ExtractConfig(source="synthetic:2", model=str(checkpoint), store="store", samples=2, workers=1)
     with bench_extract.begun_reading(config, torch.device("cpu")) as (_, inputs, rate):
         assert rate > 0

@@ -18,9 +18,13 @@ from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.checkpoint import INDEX
 from alpacache.alpamayo.foreign_files import read_header
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.errors import CheckpointError
 
-FILES = ("config.json", "vlm/config.json", "vlm/preprocessor_config.json", INDEX)
+FILES = {
+    "r1": ("config.json", "vlm/config.json", "vlm/preprocessor_config.json", INDEX),
+    "2": ("config.json", "preprocessor_config.json", INDEX),
+}
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -34,6 +38,12 @@ VALUES = st.recursive(SCALARS, lambda part: st.lists(part, max_size=3) | st.dict
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint, tmp_path_factory):
     return shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("hostile") / "Tiny-R1")
+
+
+@pytest.fixture(scope="module")
+def super_model(tmp_path_factory):
+    """2 Super's: one config with the VLM's and the expert's in it, and no directory of the VLM."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("hostile") / "Tiny-2", family="2")
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +101,14 @@ def refused(call, *arguments):
 
 @pytest.mark.system
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), name=st.sampled_from(FILES), value=VALUES | st.just(...))
-def test_any_value_anywhere_in_the_json_files(model, data, name, value):
+@given(
+    data=st.data(),
+    place=st.sampled_from([(family, name) for family, names in FILES.items() for name in names]),
+    value=VALUES | st.just(...),
+)
+def test_any_value_anywhere_in_the_json_files(model, super_model, data, place, value):
+    family, name = place
+    model = {"r1": model, "2": super_model}[family]
     original = (model / name).read_text()
     document = json.loads(original)
     path = data.draw(st.sampled_from(list(paths(document))[value is ... :]))
@@ -167,6 +183,10 @@ def test_any_value_anywhere_in_the_json_files(model, data, name, value):
     ],
 )
 def test_file_and_key_are_named(name, path, value, expected, model):
+    check_refusal(model, name, path, value, expected)
+
+
+def check_refusal(model, name, path, value, expected):
     original = (model / name).read_text()
     try:
         (model / name).write_text(json.dumps(changed(json.loads(original), path, value)))
@@ -174,6 +194,71 @@ def test_file_and_key_are_named(name, path, value, expected, model):
             use(model)
     finally:
         (model / name).write_text(original)
+
+
+TEXT, VISION = ("vlm_config", "text_config"), ("vlm_config", "vision_config")
+EXPERT = ("expert_config", "llm_config")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ((), [], "config.json holds a list; expected a JSON object"),
+        (("vlm_config",), None, r"config.json: vlm_config: .*, not None"),
+        (("vlm_config",), ..., r"config.json: vlm_config is missing"),
+        (("expert_config",), [1], r"config.json: expert_config: .*, not \[1\]"),
+        (EXPERT, "x", r"expert_config.llm_config: .*, not 'x'"),
+        (("traj_ids",), None, r"config.json: traj_ids: .*, not None"),
+        (("traj_ids", "history_id0"), 10**30, r"config.json: traj_ids.history_id0: .* less than 1048576"),
+        (("traj_ids", "history_id0"), -1, r"traj_ids.history_id0: .* greater than or equal to 0"),
+        (("traj_ids", "future_pad"), 7, r"<\|traj_future\|> is \d+, config.json says 7"),
+        (("history_vocab_size",), 2**40, "history_vocab_size: "),
+        (("tokens_per_history_traj",), "45", "tokens_per_history_traj: .* integer, not '45'"),
+        (("hist_traj_tokenizer_cfg", "num_bins"), 10**18, "hist_traj_tokenizer_cfg.num_bins: "),
+        (("hist_traj_tokenizer_cfg", "ego_xyz_min"), [4, 4, 4], "hist_traj_tokenizer_cfg has ego_xyz_min"),
+        (("max_pixels",), 10**18, "config.json: max_pixels: "),
+        (("include_camera_ids",), "yes", "include_camera_ids: .*, not 'yes'"),
+        ((*TEXT, "hidden_size"), None, r"config.json: vlm_config.*hidden_size"),
+        ((*TEXT, "hidden_size"), 10**12, r"vlm_config.*hidden_size"),
+        ((*TEXT, "num_hidden_layers"), 10**9, r"vlm_config.*num_hidden_layers: .* 1024"),
+        ((*TEXT, "rope_theta"), 10**30, r"config.json: vlm_config: text_config.rope_theta: .* 1000000000000000"),
+        ((*TEXT, "eos_token_id"), 1000, r"vlm_config: text_config.eos_token_id is 1000; .*<\|im_end\|> is \d+\.$"),
+        ((*TEXT, "eos_token_id"), [1, 2], r"vlm_config.text_config.eos_token_id: .*, not \[1, 2\]"),
+        ((*VISION, "patch_size"), 10**9, r"vlm_config.*vision_config\.patch_size: .* 256"),
+        ((*VISION, "deepstack_visual_indexes"), [10**9], r"vlm_config.*deepstack_visual_indexes"),
+        (("vlm_config", "image_token_id"), 5, r"vlm_config: image_token_id is 5; .*<\|image_pad\|> is \d+\.$"),
+        ((*EXPERT, "hidden_size"), "x", "expert_config.llm_config.*hidden_size"),
+        ((*EXPERT, "hidden_size"), 2**20, "tensors"),
+        ((*EXPERT, "num_hidden_layers"), 10**9, "expert_config.llm_config: num_hidden_layers is 1000000000; .* has 4"),
+        ((*EXPERT, "rope_theta"), 10**30, "expert_config.llm_config: rope_theta: .* 1000000000000000"),
+        ((*EXPERT, "rope_scaling"), 3, "expert_config.llm_config: rope_scaling: .*, not 3"),
+        (("expert_config", "action_space_cfg", "accel_std"), 0, "expert_config.action_space_cfg.accel_std: "),
+        (("expert_config", "action_space_cfg", "n_waypoints"), 10**9, "action_space_cfg.n_waypoints: .* 1024"),
+        (("expert_config", "action_in_proj_cfg"), None, "expert_config.action_in_proj_cfg: .*, not None"),
+        (("expert_config", "diffusion_cfg", "int_method"), "heun", "diffusion_cfg.int_method: expected 'euler'"),
+        (("expert_config", "expert_non_causal_attention"), False, "expert_non_causal_attention: expected True"),
+    ],
+)
+def test_file_and_key_of_a_nested_config_are_named(path, value, expected, super_model):
+    check_refusal(super_model, "config.json", path, value, expected)
+
+
+def test_absurd_sizes_of_a_nested_config_allocate_nothing(super_model):
+    """Within the schema each, but larger than the weights."""
+    original = (super_model / "config.json").read_text()
+    document = json.loads(original)
+    for path in (TEXT, EXPERT):
+        for size in ("hidden_size", "intermediate_size"):
+            document = changed(document, (*path, size), 2**20)
+    tracemalloc.start()
+    try:
+        (super_model / "config.json").write_text(json.dumps(document))
+        for load in (load_vlm, load_expert):
+            assert f"does not fit {super_model / 'config.json'}" in refused(load, str(super_model))
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()
+        (super_model / "config.json").write_text(original)
 
 
 @pytest.mark.parametrize(
@@ -204,9 +289,16 @@ def test_a_tokenizer_that_costs_too_much_or_fails_is_refused(part, value, expect
         file.write_text(original)
 
 
-@pytest.mark.parametrize("name", ["config.json", "vlm/config.json", "vlm/tokenizer.json", INDEX, "shard"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *(("r1", name) for name in ("config.json", "vlm/config.json", "vlm/tokenizer.json", INDEX, "shard")),
+        *(("2", name) for name in ("config.json", "tokenizer.json", "preprocessor_config.json", INDEX, "shard")),
+    ],
+)
 @pytest.mark.parametrize("content", ["pointer", "FIFO", "empty", "directory"])
-def test_what_lies_in_a_files_place_is_named(content, name, model, tmp_path):
+def test_what_lies_in_a_files_place_is_named(content, family, name, model, super_model, tmp_path):
+    model = {"r1": model, "2": super_model}[family]
     copy = shutil.copytree(model, tmp_path / "copy")
     file = next(copy.glob("*.safetensors")) if name == "shard" else copy / name
     file.unlink()

@@ -1,5 +1,6 @@
 """The checks where something is broken: what they say, and that one that raises does not hide the others."""
 
+import json
 import time
 import types
 from importlib import metadata
@@ -9,6 +10,7 @@ import huggingface_hub.errors
 import pytest
 import torch
 
+from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.checks import machine as doctor
 from alpacache.checks.check import worst
 from alpacache.checks.machine import diagnose
@@ -188,6 +190,21 @@ def test_offline_and_without_a_token(monkeypatch):
     assert (found.status, found.found) == ("warn", "no token, offline")
     assert "HF_HUB_OFFLINE" in found.remedy
     assert "hf auth login" in found.remedy
+
+
+def test_a_local_model_of_2_super(tmp_path):
+    """Its config is one file, and the licence is what its own files say."""
+    model = make_tiny_checkpoint(tmp_path / "Tiny-2", family="2")
+    found = doctor.check_model(str(model))
+    assert (found.status, found.found) == ("ok", f"Tiny-2 (2) from {model}; no licence in its files")
+    (model / "LICENSE").write_text("OpenMDW License Agreement, version 1.1\n")
+    assert "OpenMDW" in doctor.check_model(str(model)).found
+    raw = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(raw | {"model_type": "alpamayo3_hyper"}))
+    refused = doctor.check_model(str(model))
+    assert refused.status == "fail"
+    assert "alpamayo3_hyper" in refused.found
+    assert "alpamayo2_super" in refused.found
 
 
 def test_a_local_model(tiny_checkpoint, tmp_path):
