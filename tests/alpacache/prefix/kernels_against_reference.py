@@ -52,8 +52,10 @@ def error(got, expected):
     return float(((got.double() - expected.double()).norm() / expected.double().norm()).detach())
 
 
-def check(codec, lengths, draws, causal, *, heads=4, kv_heads=2, dim=128, tokens=16):
-    packed = pack([prefix(codec, n, kv_heads, dim) for n in lengths], device=torch.device(DEVICE), dtype=torch.bfloat16)
+def check(codec, lengths, draws, causal, *, heads=4, kv_heads=2, dim=128, tokens=16, layers=2):
+    """The last layer's attention and its gradients."""
+    prefixes = [prefix(codec, n, kv_heads, dim, layers) for n in lengths]
+    packed, last = pack(prefixes, device=torch.device(DEVICE), dtype=torch.bfloat16), layers - 1
     if codec is not None:
         check_decoded(packed, dim)
     rows, scale = len(lengths) * draws, dim**-0.5
@@ -61,11 +63,11 @@ def check(codec, lengths, draws, causal, *, heads=4, kv_heads=2, dim=128, tokens
         torch.randn(rows, tokens, count, dim, device=DEVICE).bfloat16().transpose(1, 2)
         for count in (heads, kv_heads, kv_heads, heads)
     )
-    output, lse = attention_kernels.forward(query, key, value, packed, 1, scale, causal=causal)
-    grads = attention_kernels.backward(grad, query, key, value, output, lse, packed, 1, scale, causal=causal)
+    output, lse = attention_kernels.forward(query, key, value, packed, last, scale, causal=causal)
+    grads = attention_kernels.backward(grad, query, key, value, output, lse, packed, last, scale, causal=causal)
     own = [tensor.float().requires_grad_() for tensor in (query, key, value)]
     call = PrefixCall(prefix=replace(packed, dtype=torch.float32), causal=causal)
-    expected = _ExplicitAttention.apply(*own, call, 1, scale)
+    expected = _ExplicitAttention.apply(*own, call, last, scale)
     for got, wanted in zip(
         (output, *grads), (expected, *torch.autograd.grad(expected, own, grad.float())), strict=True
     ):
@@ -151,6 +153,8 @@ if __name__ == "__main__":
         check(name, [75, 200, 1], 1, False, **size)
         if DEVICE == "cuda" or name in (None, "int8", "int4"):  # the interpreter takes ten seconds for each
             check(name, [150, 33], 3, True, **size)
+    short = [5, 3] if DEVICE == "cpu" else [809, 75]
+    check("int8", short, 1, False, **size | {"heads": 16, "kv_heads": 8, "layers": 64})  # 2 Super's
     if DEVICE == "cuda":
         check("int8", [3050, 2900, 809, 1], 1, False, **size)
         check("int8", [809], 1, False, **size)
