@@ -131,6 +131,14 @@ class Driver:
         """Tell whether the prompt has a place for a route."""
         return self._builder.format.route is not None
 
+    def check_takes_routes(self) -> None:
+        """Raise `UsageError` where the prompt has no place for a route."""
+        if not self.takes_routes:
+            raise UsageError(
+                f"{self.checkpoint.model} is of family {self._builder.family.name}, whose prompt has no place for a "
+                "route; leave it out."
+            )
+
     def alongside(self, run: str | None, *, average: bool = False) -> "Driver":
         """A driver with another run's expert, or the base's for None, on the same VLM. Raises what `load_driver` does.
 
@@ -207,11 +215,8 @@ class Driver:
         name: str = "drive",
     ) -> SeenMoment:
         """Have the VLM see a moment; arguments and errors are those of a call."""
-        if route is not None and not self.takes_routes:
-            raise UsageError(
-                f"{self.checkpoint.model} is of family {self._builder.family.name}, whose prompt has no place for a "
-                "route; leave it out."
-            )
+        if route is not None:
+            self.check_takes_routes()
         check_blank([full_camera_name(camera) for camera in cameras], self.blank)
         sample = moment_of(
             frames,

@@ -82,6 +82,8 @@ def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveRepo
     check_track(track, where=clip)
     routes = Routes(config.route, source)
     base, others = _drivers(config)
+    if config.route != "none":
+        base.check_takes_routes()
     moments = _moments(config, source, clip, frames=base.frames)
     shown = FRONT_CAMERA if FRONT_CAMERA in cameras else cameras[0]
     lens = _lens(source, clip, shown, moments[0])
@@ -184,7 +186,8 @@ def _seen(
             for camera, (times, pictures) in read.items():
                 last = int(np.searchsorted(times, t0_us, side="right"))
                 first = int(np.searchsorted(times, t0_us - (frames - 1) * FRAME_STEP_US, side="right")) - 1
-                parts[camera] = pictures[first:last], times[first:last]
+                # Seldom is a frame taken at t0: the newest one is there until the next.
+                parts[camera] = pictures[[*range(first, last), last - 1]], np.append(times[first:last], t0_us + 1)
             yield _moment(parts, track, t0_us, frames=frames, clip=clip), parts[shown][0][-1].transpose(2, 0, 1)
 
 

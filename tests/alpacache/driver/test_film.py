@@ -8,10 +8,12 @@ from alpacache.driver import film
 from alpacache.driver.config import DriveConfig
 from alpacache.driver.driver import Driver
 from alpacache.driver.film import drive
+from alpacache.driving.cameras import CAMERAS
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.drive_frame import SIZE, Shown, drive_frame
+from alpacache.sources.registry import open_source
 from alpacache.training.config import TrainConfig
 
 
@@ -88,6 +90,21 @@ def test_the_end_of_a_recording_is_played_without_a_future(tiny_checkpoint, tmp_
     assert report.clip == "synthetic-0-000000"
 
 
+@pytest.mark.parametrize("frames", [1, 2])
+def test_between_two_frames_the_older_one_is_seen_as_extract_takes_it(tiny_checkpoint, tmp_path, monkeypatch, frames):
+    seen, see = [], Driver.see
+    monkeypatch.setattr(Driver, "see", lambda self, sample, track: (seen.append(sample), see(self, sample, track))[1])
+    cameras = CAMERAS[:2]
+    settings = {"begin": 5.03, "seconds": 0.25, "every": 0.25, "frames": frames, "cameras": cameras}
+    assert drive(config(tiny_checkpoint, tmp_path / "a.mp4", **settings)).pictures == 2
+    assert [sample.ref.t0_us for sample in seen] == [5_030_000, 5_280_000]
+    source = open_source("synthetic:1", cameras=cameras)
+    for sample in seen:
+        expected = source.load(sample.ref, cameras=cameras, frames=frames)
+        assert np.array_equal(sample.frames, expected.frames)
+        assert np.array_equal(sample.frame_timestamps_us, expected.frame_timestamps_us)
+
+
 def test_what_cannot_be_played_is_refused(tiny_checkpoint, tmp_path):
     with pytest.raises(UsageError, match=r"out is .*drive\.avi.*FILM\.mp4"):
         config(tiny_checkpoint, tmp_path / "drive.avi")
@@ -97,6 +114,9 @@ def test_what_cannot_be_played_is_refused(tiny_checkpoint, tmp_path):
         drive(config(tiny_checkpoint, tmp_path / "a.mp4", clip="tuesday"))
     with pytest.raises(UsageError, match=r"poses and cameras cover it from 0\.0 to 20\.0 s; .* --begin is 30"):
         drive(config(tiny_checkpoint, tmp_path / "a.mp4", begin=30.0))
+    for route in ("source", "turn left"):
+        with pytest.raises(UsageError, match="is of family r1, whose prompt has no place for a route; leave it out"):
+            drive(config(tiny_checkpoint, tmp_path / "a.mp4", route=route))
     (tmp_path / "taken.mp4").mkdir()
     with pytest.raises(UsageError, match="is a directory; expected the name of a film"):
         drive(config(tiny_checkpoint, tmp_path / "taken.mp4"))
