@@ -37,7 +37,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ORIGIN = "alpacache"
 """Key in the index's metadata under which `alpacache export` says what a checkpoint was made from."""
-_FLOATS = ("BF16", "F16", "F32", "F64")
+FLOATS = ("BF16", "F16", "F32", "F64")
 """Types of weights that a module can take as they are; others have scales beside them."""
 _SHOWN = 20
 _FINGERPRINT_TENSORS = 64
@@ -319,9 +319,9 @@ class Checkpoint:
             if info.shape != wanted[name]
         ]
         problems += [
-            f"quantised {stored(name)}: {info.dtype}, expected {' or '.join(_FLOATS)}"
+            f"quantised {stored(name)}: {info.dtype}, expected {' or '.join(FLOATS)}"
             for name, info in infos
-            if info.dtype not in _FLOATS
+            if info.dtype not in FLOATS
         ]
         if problems:
             more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []

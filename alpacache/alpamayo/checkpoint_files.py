@@ -35,6 +35,27 @@ def files_below(root: Path, shards: Collection[str], patterns: Sequence[str]) ->
 
     Raises `CheckpointError` for any other link, and for special files.
     """
+    files = {}
+    for inside, target, is_part in _walked(root, shards):
+        if patterns and not any(fnmatchcase(inside, pattern) for pattern in patterns):
+            continue
+        if not is_part:
+            raise CheckpointError(
+                f"{root / inside} is a link or special file ({target}); expected a file inside the checkpoint, or "
+                "of the same name in the folder that its linked shards lie in. Put the file itself there, or "
+                "remove the link."
+            )
+        files[inside] = target
+    return files
+
+
+def links_out(root: Path, shards: Collection[str]) -> dict[str, Path]:
+    """Path inside the checkpoint to where it leads, of all links and special files that `files_below` refuses."""
+    return {inside: target for inside, target, is_part in _walked(root, shards) if not is_part}
+
+
+def _walked(root: Path, shards: Collection[str]) -> Iterator[tuple[str, Path, bool]]:
+    """Path inside the checkpoint of each file, its real path, and whether that is a file of the checkpoint."""
     homes = {home for shard in shards for home in _homes(root / shard)}
     if is_snapshot(root):
         homes.add(root.parent.parent / "blobs")
@@ -44,7 +65,6 @@ def files_below(root: Path, shards: Collection[str], patterns: Sequence[str]) ->
             return True
         return any(target == home / inside or (_holds_blobs(home) and target.parent == home) for home in homes)
 
-    files = {}
     for folder, below, names in os.walk(root, followlinks=True):
         links = [name for name in set(below) - _NOT_CHECKPOINT if (Path(folder) / name).is_symlink()]
         places = {name: (Path(folder) / name).relative_to(root).as_posix() for name in links}
@@ -52,17 +72,8 @@ def files_below(root: Path, shards: Collection[str], patterns: Sequence[str]) ->
         below[:] = sorted(set(below) - _NOT_CHECKPOINT - set(links) | followed)
         for name in sorted({*names, *links} - followed):
             inside = (Path(folder) / name).relative_to(root).as_posix()
-            if patterns and not any(fnmatchcase(inside, pattern) for pattern in patterns):
-                continue
             target = (root / inside).resolve()
-            if not target.is_file() or not is_part(inside, target):
-                raise CheckpointError(
-                    f"{root / inside} is a link or special file ({target}); expected a file inside the checkpoint, or "
-                    "of the same name in the folder that its linked shards lie in. Put the file itself there, or "
-                    "remove the link."
-                )
-            files[inside] = target
-    return files
+            yield inside, target, target.is_file() and is_part(inside, target)
 
 
 def _homes(link: Path) -> Iterator[Path]:

@@ -6,14 +6,14 @@ see all of the prefix and (by default) each other in both directions. Layer i at
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, Qwen3VLTextModel
+from transformers import DynamicCache, Qwen3VLTextConfig, Qwen3VLTextModel
 
 from alpacache.alpamayo.backbone import (
     additive_mask,
@@ -34,7 +34,7 @@ from alpacache.prefix.packed import PackedPrefixes, pack
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures
 
 _ATTENTIONS = (PREFIX_ATTENTION, "sdpa", "eager")
-_CONSTANTS = ("accel_mean", "accel_std", "curvature_mean", "curvature_std")
+SPACE_CONSTANTS = ("accel_mean", "accel_std", "curvature_mean", "curvature_std")
 
 
 class ActionExpert(nn.Module):
@@ -165,6 +165,22 @@ def load_expert(
     files = described_by(checkpoint)
     load = partial(load_module, checkpoint, described_by=files, dtype=dtype or rounded_to, device=torch.device(device))
 
+    text_model, in_projection, out_projection = expert_modules(checkpoint, config)
+    return ActionExpert(
+        load("expert.", text_model),
+        load("action_in_proj.", in_projection),
+        load("action_out_proj.", out_projection),
+        action_space(checkpoint),
+        layer_map_of(checkpoint),
+        rounds_target=checkpoint.config.family.rounds_target,
+    )
+
+
+def expert_modules(
+    checkpoint: Checkpoint, config: Qwen3VLTextConfig
+) -> tuple[Callable[[], Qwen3VLTextModel], Callable[[], ActionInProjection], Callable[[], nn.Linear]]:
+    """What makes the expert of this config and its two projections, weights aside: the modules of `EXPERT_PARTS`."""
+
     def text_model() -> Qwen3VLTextModel:
         model = Qwen3VLTextModel(config)
         del model.embed_tokens
@@ -172,16 +188,10 @@ def load_expert(
 
     def in_projection() -> ActionInProjection:
         settings, stored = checkpoint.config.action_in_proj, "action_in_proj.sinus.0.freqs" in checkpoint.names
+        rounded_to = checkpoint.config.dtype
         return ActionInProjection(config.hidden_size, **settings, rounded_to=rounded_to, persistent_constants=stored)
 
-    return ActionExpert(
-        load("expert.", text_model),
-        load("action_in_proj.", in_projection),
-        load("action_out_proj.", lambda: nn.Linear(config.hidden_size, 2)),
-        action_space(checkpoint),
-        layer_map_of(checkpoint),
-        rounds_target=checkpoint.config.family.rounds_target,
-    )
+    return text_model, in_projection, lambda: nn.Linear(config.hidden_size, 2)
 
 
 def action_space(checkpoint: Checkpoint) -> UnicycleActionSpace:
@@ -193,13 +203,13 @@ def action_space(checkpoint: Checkpoint) -> UnicycleActionSpace:
     space = config.action_space
     constants: dict[str, Any]
     if names:
-        if lost := [name for name in _CONSTANTS if f"action_space.{name}" not in names]:
+        if lost := [name for name in SPACE_CONSTANTS if f"action_space.{name}" not in names]:
             raise CheckpointError(f"{checkpoint.model} lacks {', '.join('action_space.' + name for name in lost)}.")
         if wrong := [name for name, info in checkpoint.infos(names).items() if math.prod(info.shape) != 1]:
             raise CheckpointError(f"{checkpoint.model}: {', '.join(wrong)} must be single numbers.")
         stored = dict(checkpoint.read(names))
         check_finite(checkpoint, {name: is_finite(tensor) for name, tensor in stored.items()})
-        constants = {name: float(stored[f"action_space.{name}"]) for name in _CONSTANTS}
+        constants = {name: float(stored[f"action_space.{name}"]) for name in SPACE_CONSTANTS}
     else:
-        constants = {name: float(torch.tensor(getattr(space, name)).to(config.dtype)) for name in _CONSTANTS}
+        constants = {name: float(torch.tensor(getattr(space, name)).to(config.dtype)) for name in SPACE_CONSTANTS}
     return replace(space, **constants)

@@ -28,7 +28,7 @@ from alpacache.progress import OnProgress, ignore
 from alpacache.training.run_directory import AVERAGE, MODEL, RunCheckpoint, find_checkpoint, read_trained
 
 _CONFIG = "config.json"
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*", *LICENCE_FILES)
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*", *LICENCE_FILES)
 """Files that go along with `expert_only`: configs, tokenizer, card, licence; no weights of any kind."""
 
 
@@ -71,6 +71,8 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
     Raises `UsageError` where `out` holds anything else, the run was trained from another model or the base is
     incomplete, and `DataError` where the run's checkpoint is damaged or the disk is full.
     """
+    if config.model is None or config.checkpoint is None:
+        raise UsageError("an export needs `model` and `checkpoint`; `check_export` looks at one that is there.")
     started = time.monotonic()
     check_out(Path(config.out))  # before it is resolved: an address becomes a path of that
     out = Path(config.out).resolve()
@@ -97,7 +99,7 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
     tensors = MergedTensors(base, infos, run.model, where=path)
     lean = not any(name.startswith("vlm.") for name in infos)
     if config.expert_only:  # small files of the base, and the expert's tensors in one new file
-        small = {_new_name(name): file for name, file in files.files(*_SMALL_FILES).items() if not name.endswith(INDEX)}
+        small = {_new_name(name): file for name, file in files.files(*SMALL_FILES).items() if not name.endswith(INDEX)}
         draft = Draft(copied=small, new_bytes=sum(info.nbytes for info in infos.values()))
         if base is not files:
             del draft.copied[_CONFIG]

@@ -67,7 +67,8 @@ def test_every_command(model, tmp_path, told, run_here):
 
     for trainable in ("all", "head", "lora"):
         out = tmp_path / f"export-{trainable}"
-        told("export", *of_model, "--checkpoint", tmp_path / trainable, "--out", out)
+        checked = told("export", *of_model, "--checkpoint", tmp_path / trainable, "--out", out, "--check")["check"]
+        assert (checked["faults"], checked["family"]) == ([], "2")
         assert_only_the_trained_differ(model, out, trainable)
     card = (tmp_path / "export-all/README.md").read_text()
     assert "OpenMDW License Agreement, version 1.1" in card or "LICENSE" in card

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from alpacache.errors import CheckpointError, DataError, UsageError
 from alpacache.evaluation.config import EvalConfig
 from alpacache.exporting import draft
 from alpacache.exporting import export as exporting
+from alpacache.exporting.check import check_export
 from alpacache.exporting.config import ExportConfig
 from alpacache.extraction.config import ExtractConfig
 from alpacache.training import trainable
@@ -105,6 +107,12 @@ def merged(model, run):
     return {name: tensor for name, tensor in expert.state_dict().items() if not name.endswith(".freqs")}
 
 
+def merged_names(checkpoint):
+    """Names of the base's tensors that a run's checkpoint changes."""
+    names = load_file(checkpoint / "model.safetensors").keys() - {trainable.LORA_SCALE}
+    return {re.sub(r"\.lora_[AB]$", ".weight", name) for name in names}
+
+
 def evaluated(root, model, out, **changes):
     values = {"store": str(root / "store"), "model": str(model), "out": str(out), "device": "cpu"}
     return alpacache.evaluate(EvalConfig(**values | {"paths": 2, "flow_steps": 3} | changes))
@@ -129,6 +137,8 @@ def test_trained_tensors_are_the_runs_and_all_others_the_bases(which, root, tmp_
     assert (report.tensors, report.trainable, report.expert_only) == (len(base), which, False)
     assert json.loads((out / INDEX).read_text())["weight_map"] == json.loads((model / INDEX).read_text())["weight_map"]
     assert trainable.LORA_SCALE not in got
+    checked = check_export(str(out), base=str(model), run=str(root / which))
+    assert (checked.faults, checked.compared) == ((), len(base) - len(merged_names(root / which / "best")))
 
 
 def test_a_shard_of_the_vlm_is_the_bases_file_and_the_others_header_too(root, tmp_path):
@@ -175,6 +185,9 @@ def test_15_gets_no_constants(tiny_checkpoint_15, tmp_path):
     assert lean.keys() == {name for name in base if not name.startswith("vlm.")}
     assert not any("freqs" in name or name.startswith("action_space.") for name in full.keys() | lean.keys())
     assert same({name: full[name] for name in lean}, lean)
+    for name in ("full", "lean"):
+        checked = check_export(str(tmp_path / name), base=str(tiny_checkpoint_15), run=str(run))
+        assert (checked.faults, checked.family, checked.expert_only) == ((), "1.5", name == "lean")
     assert same(
         {name: full[name] for name in merged(tiny_checkpoint_15, run / "last")},
         merged(tiny_checkpoint_15, run / "last"),
