@@ -95,6 +95,8 @@ def config_faults(raw: Mapping[str, Any], *, model_type: str, architecture: str)
         model_type: package of the family's classes.
         architecture: the class that loads it.
     """
+    if _names_code(raw):
+        yield _code_fault(CONFIG)
     if raw.get("model_type") != model_type:
         yield _config_fault("model_type", f"is {raw.get('model_type')!r}; its loader is {model_type}'s.", model_type)
     architectures = raw.get("architectures")
@@ -109,6 +111,19 @@ def config_faults(raw: Mapping[str, Any], *, model_type: str, architecture: str)
 
 def _config_fault(key: str, what: str, value: object) -> Fault:
     return Fault(file=CONFIG, key=key, what=what, remedy=f"Set it to {value!r:.80}, as the base has it.")
+
+
+def _names_code(value: object) -> bool:
+    """Tell whether a loader would find classes by code in the checkpoint: `auto_map`, at any depth."""
+    if isinstance(value, Mapping):
+        return "auto_map" in value or any(map(_names_code, value.values()))
+    return isinstance(value, list) and any(map(_names_code, value))
+
+
+def _code_fault(file: str) -> Fault:
+    return Fault(
+        file=file, key="auto_map", what="names code that a loader would have to run.", remedy="Remove the key."
+    )
 
 
 def _blocks(value: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -237,10 +252,8 @@ def companion_faults(checkpoint: Checkpoint, directory: Path) -> Iterator[Fault]
             told[name] = read_json(folder / name)
         except CheckpointError as error:
             yield Fault(file=at + name, key="", what=str(error), remedy="Copy it from the base model.")
-    for name, value in told.items():
-        if "auto_map" in value:
-            what = "names code that a loader would have to run."
-            yield Fault(file=at + name, key="auto_map", what=what, remedy="Remove the key.")
+    coded = [name for name, value in told.items() if _names_code(value)]
+    yield from (_code_fault(at + name) for name in coded if at or name != CONFIG)
     whole = told.keys() == present & {CONFIG, *_PROCESSORS}
     if whole and present & {*_PROCESSORS} and not any("processor_class" in told.get(name, ()) for name in _PROCESSORS):
         what = "no file names the processor's class, so AutoProcessor makes none."
@@ -249,7 +262,7 @@ def companion_faults(checkpoint: Checkpoint, directory: Path) -> Iterator[Fault]
     if whole and not templates and "chat_template" not in told.get(_TOKENIZER_CONFIG, ()):
         what = "is not there, and tokenizer_config.json has no chat_template: no prompt can be made."
         yield Fault(file=f"{at}chat_template.jinja", key="", what=what, remedy="Copy it from the base model.")
-    if whole:
+    if whole and not coded:  # a loader would ask whether to run it
         yield from _loading_faults(checkpoint, folder, at, present)
 
 
@@ -267,7 +280,7 @@ def _loading_faults(checkpoint: Checkpoint, folder: Path, at: str, present: Coll
         logging.set_verbosity_error()  # it warns of a config.json whose model_type it does not know
         try:
             with refusing(at + name):
-                loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                loader.from_pretrained(folder, local_files_only=True)
         except CheckpointError as error:
             what, remedy = f"{loader.__name__} refuses it: {error}", "Copy it from the base model."
             yield Fault(file=at + name, key="", what=what, remedy=remedy)

@@ -93,7 +93,7 @@ def test_an_export_has_the_bases_files_and_loads_without_code_of_its_own(root):
     base = {path.relative_to(root / "Tiny-R1") for path in (root / "Tiny-R1").rglob("*") if path.is_file()}
     found = {path.relative_to(root / "full") for path in (root / "full").rglob("*") if path.is_file()}
     assert {path.as_posix() for path in found ^ base} == {"README.md"}
-    own = {"local_files_only": True, "trust_remote_code": False}
+    own = {"local_files_only": True}
     assert AutoConfig.from_pretrained(root / "full/vlm", **own).model_type == "qwen3_vl"
     assert AutoTokenizer.from_pretrained(root / "full/vlm", **own).chat_template
     assert AutoImageProcessor.from_pretrained(root / "full/vlm", **own).merge_size == 2
@@ -103,7 +103,7 @@ def test_an_export_has_a_processor(root):
     pytest.importorskip("torchvision", reason="transformers makes Qwen3-VL's processor of films with it")
     from transformers import AutoProcessor
 
-    own = {"local_files_only": True, "trust_remote_code": False}
+    own = {"local_files_only": True}
     assert type(AutoProcessor.from_pretrained(root / "full/vlm", **own)).__name__ == "Qwen3VLProcessor"
 
 
@@ -187,6 +187,14 @@ DAMAGE = {
     "code of its own": (
         lambda out: edit_json(out / "vlm/config.json", lambda config: config.update(auto_map={"AutoConfig": "a.B"})),
         *("vlm/config.json", "auto_map", "code that a loader would have to run"),
+    ),
+    "code within": (
+        lambda out: edit_json(out / "vlm/preprocessor_config.json", lambda config: config.update(a=[{"auto_map": {}}])),
+        *("vlm/preprocessor_config.json", "auto_map", "code that a loader would have to run"),
+    ),
+    "code of the model's": (
+        lambda out: edit_json(out / "config.json", lambda config: config.update(auto_map={"AutoModel": "a.B"})),
+        *("config.json", "auto_map", "code that a loader would have to run"),
     ),
     "a pickle": (lambda out: (out / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin", "", "a pickle"),
     "a pickle of another name": (lambda out: (out / "extra").write_bytes(b"\x80\x04."), "extra", "", "a pickle"),
