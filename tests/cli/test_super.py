@@ -4,11 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from alpacache.alpamayo import Checkpoint, load_vlm
 from alpacache.alpamayo.checkpoint import INDEX
+from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
+from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.checks.machine import check_model
+from alpacache.driving.sample import SampleRef
+from alpacache.sources.registry import open_source
 from cache_store import CacheReader
 
 
@@ -91,3 +97,32 @@ def assert_only_the_trained_differ(base, export, trainable):
             assert may_change or tensor.equal(after[name]), name
         changed = [name for name in before if not before[name].equal(after[name])]
         assert bool(changed) == any(name.startswith("expert.") for name in before)
+
+
+@pytest.mark.system
+@pytest.mark.ci
+def test_cached_equals_live_and_a_resumed_run_ends_with_the_same_bits(model, tmp_path, told):
+    store, on_cpu = tmp_path / "store", ("--device", "cpu")
+    told("extract", "synthetic:4", "--model", model, "--store", store, "--frames", 1, *on_cpu)
+    data, source = CachedDataset([store], Checkpoint(str(model))), open_source("synthetic:4")
+    builder, vlm = InputBuilder(Checkpoint(str(model))), load_vlm(str(model), dtype=torch.bfloat16)
+    for index, clip in enumerate(source.clip_ids):
+        sample = source.load(SampleRef(clip_id=clip, t0_us=5_100_000), cameras=source.cameras, frames=1)
+        inputs, cached = builder.build(sample), data.load(index)
+        live = vlm.prefill(inputs.input_ids, inputs.pixel_values, inputs.image_grid_thw)
+        assert cached.sample_id == sample.ref.sample_id
+        assert cached.prefix.start_position == live.start_position
+        assert torch.equal(cached.prefix.keys, live.keys)
+        assert torch.equal(cached.prefix.values, live.values)
+
+    run = ("train", "--store", store, "--model", model, "--batch-size", 2, "--save-every", 2, *on_cpu)
+    told(*run, "--out", tmp_path / "whole", "--steps", 4)
+    told(*run, "--out", tmp_path / "parts", "--steps", 4)
+    (tmp_path / "parts/last").unlink()
+    (tmp_path / "parts/checkpoints/step-0000004").rename(tmp_path / "gone")
+    assert (tmp_path / "parts/checkpoints/step-0000002").is_dir()
+    told(*run, "--out", tmp_path / "parts", "--steps", 4, "--resume")
+    for name in ("model", "optimizer"):
+        first, second = (load_file(tmp_path / out / f"last/{name}.safetensors") for out in ("whole", "parts"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
