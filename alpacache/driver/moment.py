@@ -109,7 +109,12 @@ def pose_at(track: Track, t0_us: int) -> tuple[Floats, Floats]:
 
 
 def _chosen(stamps: NDArray[np.int64], wanted: NDArray[np.int64], *, where: str) -> NDArray[np.int64]:
-    """Index of the frame at or before each wanted time; a single frame is enough where one is wanted at its time."""
+    """Index of the frame at or before each wanted time; a single frame is enough where one is wanted at its time.
+
+    The newest stands for up to `STALE_US` after it: of a moment that is now, no later frame may be known.
+    """
+    if 0 < wanted[-1] - stamps[-1] <= STALE_US:
+        wanted = np.minimum(wanted, stamps[-1])
     if len(stamps) == 1 and len(wanted) == 1 and stamps[0] == wanted[0]:
         return np.zeros(1, np.int64)
     return frame_indices(stamps, wanted, where=where)

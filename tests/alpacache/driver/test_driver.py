@@ -124,6 +124,22 @@ def test_poses_and_frames_come_at_any_rate(story):
     assert np.abs(got.xyz - expected.xyz).max() < 0.05
 
 
+def test_the_newest_frame_stands_for_a_moment_shortly_after_it(story):
+    model, source, cameras, _ = story
+    clip_id = source.clip_ids[1]
+    frames, times, _, _ = recording(source, clip_id, cameras=cameras)
+    track = source.track(clip_id)
+    for count, driver in ((n, load_driver(model, device="cpu", frames=n)) for n in (1, 2)):
+        for late in (1, 50_000, 200_000):
+            look = {"cameras": cameras, "t0_us": T0_US + late, "name": clip_id}
+            sample = driver.look(frames[:, -3:], times[-3:], track, **look).sample
+            assert sample.frame_timestamps_us[:, -1].tolist() == [T0_US] * len(cameras)
+            assert np.array_equal(sample.frames[:, -1], frames[:, -1].transpose(0, 3, 1, 2))
+            assert sample.frames.shape[1] == count
+        with pytest.raises(BadClipError, match="frames cover"):
+            driver.look(frames[:, -3:], times[-3:], track, cameras=cameras, t0_us=T0_US + 300_001, name=clip_id)
+
+
 def test_what_is_missing_is_named_with_its_place(story):
     model, source, cameras, _ = story
     driver, clip_id = load_driver(model, device="cpu", frames=4), source.clip_ids[0]
