@@ -18,7 +18,7 @@ def test_a_pass_decodes_fewer_frames_than_samples_alone(tmp_path):
     assert many["of_alone"] == many["one_pass_ms"] / many["alone_ms"]
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_the_quick_run(quick):
     rows = quick("bench_decode.py")
     assert [row["t0s"] for row in rows] == [1, 10]

@@ -86,7 +86,7 @@ def test_reasoning_rollouts(model, tmp_path, run_here):
         assert json.loads((tmp_path / "eval/eval.json").read_text())["settings"]["reasoning"] == reasoning
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_probe(model, tmp_path, run_here):
     store = tmp_path / "store"
     run_here("extract", "synthetic:10", "--model", model, "--store", store, "--frames", 1, "--device", "cpu")

@@ -83,7 +83,7 @@ def test_rows_that_no_moment_comes_to_are_counted():
     assert told.outside == 2
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_generated_routes_go_with_their_drives_and_those_of_a_file_may_not(tmp_path):
     source = open_source("synthetic:12:fork")
     report = check_source(source, samples=12, routes=Routes("source", source)).routes

@@ -139,6 +139,7 @@ def scaled(columns, factor):
         columns[name] *= factor
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("factor", "said"), [(3.6, "3.6 times too large: km/h"), (100.0, "100 times too large: cent")])
 def test_wrong_scales_are_named(recorded, factor, said):
     change_poses(recorded, lambda columns: scaled(columns, factor))

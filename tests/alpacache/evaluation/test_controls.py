@@ -68,6 +68,7 @@ def same_paths(variant, expert, action, poses):
     return variant.metrics["min_ade"] == pytest.approx(min_ade(xyz, poses[2])["min_ade"], rel=1e-3)
 
 
+@pytest.mark.ci
 def test_a_control_has_another_clips_prefix_with_its_own_noise_and_target(report, data, expert):
     ids = data.ids
     assert len(report.results) == len(ids) == 6

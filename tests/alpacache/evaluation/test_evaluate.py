@@ -44,7 +44,7 @@ def config(root, model, out, **changes):
     return EvalConfig(**values | changes)
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_base_trained_and_baselines_are_judged_on_the_stored_truth(trained, tiny_checkpoint, tmp_path):
     report = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, checkpoint=str(trained / "run")))
     summary = report.summary
@@ -250,8 +250,8 @@ def test_a_store_with_rollouts_is_judged_on_them_unless_declined(rollout_stores,
         run("more", paths=4)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("fault", ["record", "kv", "calibration"])
-@pytest.mark.system
 def test_a_sample_that_cannot_be_read_is_left_out_if_asked_for_and_named(trained, tiny_checkpoint, tmp_path, fault):
     store = shutil.copytree(trained / "store", tmp_path / "store")
     reader = CacheReader(store)

@@ -101,7 +101,7 @@ def test_shuffled_features_hold_nothing():
             assert report.scores[ALL][target]["hidden"][probe].features.low < 0.02
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_the_control_finds_nothing(found):
     for cells in found.scores[LATE_CURVE].values():
         for cell in cells[SHUFFLED].values():
@@ -292,7 +292,7 @@ def test_hidden_states_are_read_without_keys_and_values(stores, monkeypatch):
     assert set(asked) == {"hidden", "history_xyz", "history_rot", "future_xyz", "future_rot"}
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_the_whole_way(stores, tmp_path):
     seen = []
     config = ProbeConfig(store=str(stores / "bf16"), out=str(tmp_path / "out"), layers=(0, 3))
@@ -312,6 +312,7 @@ def test_the_whole_way(stores, tmp_path):
     assert again.scores == report.scores
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("fault", ["record", "hidden"])
 def test_a_sample_that_cannot_be_read_is_left_out_if_asked_for_and_named(stores, tmp_path, fault):
     store = shutil.copytree(stores / "bf16", tmp_path / "store")

@@ -48,6 +48,7 @@ def report(root, tiny_checkpoint):
     return alpacache.evaluate(config(root, tiny_checkpoint, root / "out", **asked, sheet=sheet))
 
 
+@pytest.mark.ci
 def test_a_model_on_another_store_is_that_of_an_evaluation_of_that_store(report, root, tiny_checkpoint, tmp_path):
     assert report.summary.models == ("base", "two frames", "trained")
     asked = {"checkpoint": str(root / "run"), "control": "shuffled,none"}
@@ -64,6 +65,7 @@ def test_a_model_on_another_store_is_that_of_an_evaluation_of_that_store(report,
     assert settings["compare_store"] == {label: str(root / "two") for label in ("two frames", "trained")}
 
 
+@pytest.mark.ci
 def test_the_sheet_has_a_row_for_each_named_sample_and_is_in_the_report(report, root, tiny_checkpoint, tmp_path):
     with Image.open(root / "out" / "sheet.png") as image:
         image.load()

@@ -205,6 +205,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_told_by_file_and_key(name, out, root):
     damage, file, key, what = DAMAGE[name]

@@ -41,6 +41,7 @@ def extract(tiny_checkpoint, tmp_path_factory):
     return extract
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("codec", "layers", "held", "reasoning"),
     [

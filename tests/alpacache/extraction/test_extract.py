@@ -344,6 +344,7 @@ def test_kv_that_cannot_be_quantised_quarantines_its_sample(tiny_checkpoint, tmp
     assert CacheReader(tmp_path / "store").quarantined["synthetic-0-000001@5100000#0"].kind == "not_finite"
 
 
+@pytest.mark.ci
 def test_rollouts_lie_beside_the_direct_prefix_and_depend_on_the_sample_alone(extracted, tiny_checkpoint, tmp_path):
     """Other shards, other order, another number of rollouts before them: the same tails, byte for byte."""
     settings = {"reasoning": "rollout", "rollouts": 2}

@@ -115,6 +115,7 @@ def outcome(prepare, ref):
     }  # fmt: skip
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("t0", EVERY)
 @pytest.mark.parametrize("kind", ["pictures", "films", "pai", "synthetic", "prepared"])
 def test_values_are_those_of_each_sample_alone(kind, t0, places, tiny_checkpoint):
@@ -166,6 +167,7 @@ def break_picture(root, number):
     film.write_bytes(data[:first] + bytes(after - first) + data[after:])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["pictures", "films"])
 def test_a_damaged_picture_costs_the_samples_that_want_it(kind, places, tiny_checkpoint, tmp_path):
     root = shutil.copytree(places[0] / kind, tmp_path / kind)

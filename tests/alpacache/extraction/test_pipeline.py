@@ -134,7 +134,7 @@ def test_readers_wait_for_their_consumer():
     assert len(begun) <= 25
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_what_was_read_is_not_kept():
     class Read:
         pass

@@ -68,7 +68,7 @@ def test_features_are_the_other_vlms_and_prompts_the_models(layout, stores):
         assert np.array_equal(stored["input_ids"], own.read(sample_id, fields=["input_ids"])["input_ids"])
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_the_identity_names_it(stores, tiny_checkpoint, other, plain_layout):
     own, alpamayo, plain, whole = (
         CacheReader(stores / name).identity["model"] for name in ("own", "alpamayo", "plain", "other")

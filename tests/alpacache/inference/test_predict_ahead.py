@@ -69,7 +69,7 @@ def test_rows_read_ahead_give_the_numbers_of_samples_that_were_loaded(data, expe
         assert torch.equal(ahead(expert, data, batch_size=batch_size), expected)
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_batch_size_is_rounding_in_float32(data, expert):
     expected = one_by_one(expert, data)
     for batch_size in (2, 3, 5):

@@ -487,6 +487,7 @@ def test_few_decoded_pictures_are_kept():
         assert not any(begun._kept for begun in reading._passes.values())
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("broken", range(0, COUNT, 3))
 @pytest.mark.parametrize(
     "options",

@@ -191,7 +191,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_a_small_expert_is_trained_resumed_judged_and_exported(train, stores, tiny_checkpoint, tmp_path):
     whole, parts, out = tmp_path / "whole", tmp_path / "parts", tmp_path / "small"
     train(whole, save_every=1, keep=9, ema=0.9)

@@ -175,7 +175,7 @@ def losses(run):
     return [[value for name, value in row.items() if "loss" in name] for row in rows]
 
 
-@pytest.mark.system
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "changes",
     [

@@ -181,7 +181,7 @@ def test_kill_9_at_a_random_step_and_resume_ends_with_the_same_bits(tiny_checkpo
     assert [row["loss"] for row in rows(out)] == [row["loss"] for row in rows(tmp_path / "whole")]
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_sigterm_saves_and_exits_130(tiny_checkpoint, store, tmp_path):
     out = tmp_path / "run"
     command = [
@@ -870,7 +870,7 @@ def test_the_average_is_kept_and_resumed_to_the_same_bits(tiny_checkpoint, store
         read_trained(tmp_path / "none/last", average=True)
 
 
-@pytest.mark.system
+@pytest.mark.ci
 @pytest.mark.parametrize("cut", [1, 3, 5])
 def test_average_is_up_to_date_resumable_and_does_not_depend_on_saving(tiny_checkpoint, store, tmp_path, cut):
     settings = {"ema": 0.9, "ema_every": 4, "keep": 9, "steps": 7}

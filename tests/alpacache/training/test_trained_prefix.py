@@ -46,6 +46,7 @@ def rows(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("codec", ["bf16", "int8"])
 def test_a_run_cut_short_ends_with_the_same_bits_from_disk_or_memory(train, tmp_path, codec):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
