@@ -31,7 +31,7 @@ demo: $(STAMP)  ## The whole story offline on the CPU: biased tiny model, cache,
 	rm -rf demo
 	$(BIN)/alpacache demo --out demo
 
-quick: $(STAMP)  ## What to run while working: no whole ways, no kernels (3 minutes on 2 cores)
+quick: $(STAMP)  ## What to run while working: no whole ways, no kernels (4 minutes on 2 cores)
 	$(call PYTEST,$(VENV)) -m "not slow and not ci and not system"
 
 $(VENV_LOWEST)/.installed: pyproject.toml constraints.txt .ci/lower-bounds
@@ -55,7 +55,7 @@ $(VENV_NEWEST)/.installed: pyproject.toml constraints.txt
 quick-newest: $(VENV_NEWEST)/.installed  ## `quick` with the newest of every dependency
 	$(call PYTEST,$(VENV_NEWEST)) -m "not slow and not ci and not system"
 
-test: $(STAMP)  ## The test suite (8 minutes on 2 cores)
+test: $(STAMP)  ## The test suite (12 minutes on 2 cores)
 	$(call PYTEST,$(VENV)) -m "not slow and not ci"
 
 test-ci: $(STAMP)  ## What `make test` leaves to CI: kernels interpreted and compiled on the CPU, the demo shortened
