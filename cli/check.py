@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 SHEET, LAGS, REPORT = "contact_sheet.png", "lag_curve.png", "check.json"
 _FILES = (SHEET, LAGS, REPORT)
 _TITLE = "frames at t0, and the path driven until t0 + 6.4 s; dots are seconds, arrows the heading at the end"
-_SHOWN = 12
-"""Most refusals and clips named in the table; JSON has all."""
 
 
 @from_config(CheckConfig)
@@ -133,7 +131,7 @@ def _print(report: "SourceReport", out: str | None) -> None:
         for check in clip.checks
         if check.status != "ok"
     ]
-    output.print_table("clips", clips[:_SHOWN] + [["", more] for more in _more(clips)])
+    output.print_table("clips", clips[: output.SHOWN] + [["", more] for more in output.more_lines(clips)])
     routes = [] if report.routes is None else [routes_text(report.routes)]
     refused = [f"{refusal.kind}: {refusal.message}" for refusal in report.refused]
     lines: dict[str, str | list[str]] = {
@@ -142,7 +140,7 @@ def _print(report: "SourceReport", out: str | None) -> None:
         "strata": ", ".join(f"{name} {count}" for name, count in report.strata.items() if count),
         "speeds": ", ".join(f"{name} {value:.1f} m/s" for name, value in report.speeds_mps.items()),
         "routes": routes,
-        "refused": [str(len(refused)), *refused[:_SHOWN], *_more(refused)],
+        "refused": [str(len(refused)), *refused[: output.SHOWN], *output.more_lines(refused)],
     }
     if out is not None:
         pictures = ((SHEET, report.shown), (LAGS, report.lag_curve))
@@ -152,7 +150,3 @@ def _print(report: "SourceReport", out: str | None) -> None:
 
 def _print_checks(title: str, checks: "Sequence[Check]") -> None:
     output.print_table(title, [[check.status if check.is_judged else "-", check.name, check.found] for check in checks])
-
-
-def _more(rows: Sequence[object]) -> list[str]:
-    return [f"and {len(rows) - _SHOWN} more; --json has all"] if len(rows) > _SHOWN else []

@@ -1,6 +1,5 @@
 """`alpacache convert`: recordings of other formats as a folder of clips."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,6 @@ _COMMON = {
     "undistort",
 }
 """Settings that every kind has."""
-_SHOWN = 12
-"""Most clips and warnings named in the tables; JSON has all."""
 _CHECKED_S = (1.0, 10.0)
 """Least and most seconds between the samples that are looked at: short clips have room for few."""
 
@@ -150,7 +147,7 @@ def _print(report: "ConvertReport", checked: "SourceReport | None") -> None:
         for clip in report.clips
     ]
     heads = ["clip", "seconds", "poses", "routes", "frames"]
-    output.print_table("convert", [*rows[:_SHOWN], *_more(rows)], heads=heads)
+    output.print_table("convert", [*rows[: output.SHOWN], *([more] for more in output.more_lines(rows))], heads=heads)
     drops = [[str(drop.count), drop.what, drop.reason] for drop in report.dropped]
     output.print_table("dropped", drops, heads=["number", "of", "why"])
     if checked is not None:
@@ -181,7 +178,3 @@ def _cameras(cameras: dict[str, Any]) -> str:
 
 def _verdict(report: "ConvertReport", checked: "SourceReport") -> str:
     return "passed" if _passes(report, checked) else "failed"
-
-
-def _more(rows: Sequence[object]) -> list[list[str]]:
-    return [[f"and {len(rows) - _SHOWN} more; --json has all"]] if len(rows) > _SHOWN else []

@@ -26,6 +26,8 @@ _FILE_WIDTH = 120
 _SHORT = 24
 """Characters of a cell that is not folded."""
 _GAP = 2
+SHOWN = 12
+"""Most rows of a table that may be long; JSON has all."""
 _verbosity: Verbosity = "normal"
 
 
@@ -147,6 +149,11 @@ def print_lines(title: str, lines: Lines) -> None:
     """Print labels and what they say on stdout."""
     texts = {label: [text] if isinstance(text, str) else text or () for label, text in lines.items()}
     print_table(title, [["" if number else label, text] for label in texts for number, text in enumerate(texts[label])])
+
+
+def more_lines(rows: Sequence[object]) -> list[str]:
+    """What stands below the first `SHOWN` of a table's rows: how many there are beside."""
+    return [f"and {len(rows) - SHOWN} more; --json has all"] if len(rows) > SHOWN else []
 
 
 def reason_lines(refused: Iterable[tuple[str, str, str]]) -> list[str]:

@@ -9,7 +9,7 @@ import typer
 from annotated_types import Ge, Le
 
 from alpacache.config import Config, number
-from alpacache.driving.cameras import camera_words
+from alpacache.driving.cameras import camera_words, marks_words, prompt_marks
 from alpacache.layer_choice import layers_text
 
 from . import options, output
@@ -33,7 +33,7 @@ def info(store: Store, json: options.Json = False) -> None:
         "quarantined": str(about.quarantined),
         "model": f"{model.get('id')} (revision {model.get('revision') or 'of a local directory'})",
         "family": f"{family} ({model['family_by']})" if family and "family_by" in model else family,
-        "prompt": _prompt_words(about.identity.get("prompt", {})),
+        "prompt": _prompt_words(about.identity),
         "VLM weights": str(model.get("vlm_weights_sha256"))[:16],
         "cameras": f"{camera_words(about.identity)}; {about.identity.get('frames')} frames each",
         "codec": f"{about.identity.get('codec')} from {about.identity.get('dtype')}",
@@ -51,14 +51,13 @@ def info(store: Store, json: options.Json = False) -> None:
         output.print_table("quarantined", [[item.sample_id, item.kind, item.reason] for item in failed])
 
 
-def _prompt_words(prompt: Mapping[str, Any]) -> str | None:
+def _prompt_words(identity: Mapping[str, Any]) -> str | None:
     """What a store's prompts say beside pictures and history; None where its identity does not tell."""
-    if "template" not in prompt:
+    named, numbered = prompt_marks(identity)
+    if numbered is None:
         return None
-    wanted = {"cameras {}named": prompt.get("camera_names"), "frames {}numbered": "frame 0 <|" in prompt["template"]}
-    words = [text.format("" if given else "not ") for text, given in wanted.items()]
-    route = prompt.get("route", {}).get("given")
-    return ", ".join([*words, f"routes: {route}" if route else "no routes"])
+    route = identity["prompt"].get("route", {}).get("given")
+    return ", ".join([marks_words(named, numbered), f"routes: {route}" if route else "no routes"])
 
 
 def verify(

@@ -16,6 +16,7 @@ from alpacache.alpamayo.families import FAMILIES, RENAMED
 from alpacache.alpamayo.family import Family
 from alpacache.alpamayo.foreign_files import opened
 from alpacache.alpamayo.prompt import PromptFormat
+from alpacache.driving.cameras import marks_words
 
 _PROJECTION, _SPACE, _FREQUENCIES = "action_in_proj.", "action_space.", "action_in_proj.sinus.0.freqs"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
@@ -71,8 +72,7 @@ def recognise_family(checkpoint: Checkpoint) -> Recognition:
 
 def prompt_words(prompt: PromptFormat) -> str:
     """`cameras named, frames not numbered`."""
-    cameras, frames = ("" if wanted else "not " for wanted in (prompt.camera_names, prompt.frame_numbers))
-    return f"cameras {cameras}named, frames {frames}numbered"
+    return marks_words(prompt.camera_names, prompt.frame_numbers)
 
 
 def _held_constants(checkpoint: Checkpoint, kin: list[Family]) -> Iterator[Sign]:

@@ -15,7 +15,7 @@ from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.recognition import prompt_words, recognise_family
 from alpacache.alpamayo.rollout import rollout_identity
 from alpacache.cached_samples.features import LAYERS
-from alpacache.driving.cameras import camera_words, recorded_and_blank
+from alpacache.driving.cameras import camera_words, prompt_marks, recorded_and_blank
 from alpacache.errors import UsageError
 from alpacache.masking import masked
 from alpacache.sources.video import ffmpeg_versions
@@ -201,10 +201,10 @@ def other_options(identity: Mapping[str, Any], stored: Mapping[str, Any]) -> lis
 
 def _prompt_options(identity: Mapping[str, Any]) -> str | None:
     """The options of `extract` that give this prompt; None where the identity does not tell."""
-    prompt = identity.get("prompt")
-    if not isinstance(prompt, Mapping) or not isinstance(template := prompt.get("template"), str):
+    named, numbered = prompt_marks(identity)
+    if numbered is None:
         return None
-    names, numbers = ("" if given else "no-" for given in (prompt.get("camera_names"), "frame 0 <|" in template))
+    names, numbers = ("" if given else "no-" for given in (named, numbered))
     return f"--{names}camera-names --{numbers}frame-numbers"
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alpacache.converters.drive import Dropped
+from alpacache.converters.log_files import MOST_CHUNK_BYTES
 from alpacache.converters.messages import Message, MessageReading, Position, Topic, type_of
 from alpacache.converters.rosbag_log import decoder_of
 
 MAGIC = b"#ROSBAG V2.0\n"
-MOST_CHUNK_BYTES = 2**30
 _MESSAGE, _CHUNK, _CONNECTION = 2, 5, 7
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from alpacache.converters.geodesy import Floats
+from alpacache.driving.sample import Floats
 
 
 def dead_reckoned(time_s: Floats, speed_mps: Floats, yaw_rate_radps: Floats) -> tuple[Floats, Floats]:

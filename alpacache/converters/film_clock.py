@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from alpacache.checks.clocks import BEYOND, LAG_STEP_S, LAGS_S, Sideways, lag_curve
 from alpacache.checks.pictures import WIDTH_PX, far_field, shift_px
-from alpacache.converters.geodesy import Floats
+from alpacache.driving.sample import Floats
 from alpacache.errors import BadClipError
 from alpacache.sources.film_index import FORMATS
 from alpacache.sources.image import check_size

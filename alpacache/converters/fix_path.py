@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from alpacache.converters.dead_reckoning import dead_reckoned
 from alpacache.converters.fixes import Fixes
-from alpacache.converters.geodesy import Floats, enu_m
+from alpacache.converters.geodesy import enu_m
 from alpacache.converters.log_files import UnusableError
 from alpacache.converters.smoothing import fused, headings_of, smoothed
 from alpacache.driving.poses import MAX_SPEED_MPS
+from alpacache.driving.sample import Floats
 
 OFTEN_S = 0.3
 """Median step up to which places alone make a path."""

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.converters.drive import Dropped
-from alpacache.converters.geodesy import Floats
 from alpacache.converters.log_files import UnusableError, read_text
+from alpacache.driving.sample import Floats
 
 KNOT_MPS, MPH_MPS = 0.514444, 0.44704
 MAX_ROWS, MAX_BYTES = 4_000_000, 2**26

@@ -5,12 +5,12 @@ the origin, and the Mercator projection of KITTI's own tools by twice that. Nort
 meridians converge), which `level_axes` tells for headings.
 """
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Floats: TypeAlias = NDArray[np.float64]
+from alpacache.driving.sample import Floats
 
 EQUATOR_M, FLATTENING = 6_378_137.0, 1 / 298.257223563
 """Half the long axis, and how much shorter the other one is (NIMA TR8350.2)."""

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.converters.drive import Dropped, LoggedDrive, Pictures
-from alpacache.converters.geodesy import Floats, enu_m, level_axes
+from alpacache.converters.geodesy import enu_m, level_axes
 from alpacache.converters.kind import Kind
 from alpacache.converters.log_files import (
     UnusableError,
@@ -31,6 +31,7 @@ from alpacache.converters.log_files import (
 )
 from alpacache.driving.cameras import FRONT_CAMERA, full_camera_name
 from alpacache.driving.poses import Track
+from alpacache.driving.sample import Floats
 from alpacache.errors import BadClipError, UsageError
 
 READS = (

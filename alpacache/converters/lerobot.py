@@ -20,7 +20,6 @@ from alpacache.converters.dead_reckoning import yaw_quaternions
 from alpacache.converters.drive import Camera, Dropped, Film, LoggedDrive, Pictures
 from alpacache.converters.fix_path import PLACE_M, path_of
 from alpacache.converters.fixes import COLUMNS, Fixes
-from alpacache.converters.geodesy import Floats
 from alpacache.converters.kind import Kind
 from alpacache.converters.lerobot_meta import READS, DataSet, Episode, frames_of, read_data_set
 from alpacache.converters.lerobot_windows import Rows, Window, each_moment_once
@@ -29,6 +28,7 @@ from alpacache.converters.remux import film_frames
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
 from alpacache.driving.route import check_route
+from alpacache.driving.sample import Floats
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sources.table import check_table
 

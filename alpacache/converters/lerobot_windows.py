@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.converters.geodesy import Floats
 from alpacache.converters.lerobot_meta import Episode
-from alpacache.driving.sample import split_of
+from alpacache.driving.sample import Floats, split_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

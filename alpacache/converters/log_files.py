@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from alpacache.converters.drive import Dropped, Pictures
 from alpacache.errors import BadClipError, UsageError
 from alpacache.regular_file import lfs_pointer, read_regular
+from alpacache.sources.folder import MAX_PICTURE_BYTES
 
 MAX_TEXT_BYTES = 2**28
-MAX_PICTURE_BYTES = 2**28
+MOST_CHUNK_BYTES = 2**30
+"""Largest record of a log, and largest chunk once it is decompressed, that is read."""
 
 
 class UnusableError(BadClipError):

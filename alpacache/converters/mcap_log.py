@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from alpacache.converters.drive import Dropped
+from alpacache.converters.log_files import MOST_CHUNK_BYTES
 from alpacache.converters.messages import Message, MessageReading, Position, Topic, type_of
 from alpacache.errors import SourceError
 from alpacache.regular_file import regular_size
 
 MAGIC = b"\x89MCAP0\r\n"
-MOST_CHUNK_BYTES = 2**30
-"""Largest record, and largest chunk once it is decompressed, that is read."""
 
 
 class McapLog:

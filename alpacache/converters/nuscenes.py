@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from alpacache import strict_json
 from alpacache.converters.drive import Dropped, LoggedDrive, Pictures
-from alpacache.converters.geodesy import Floats
 from alpacache.converters.kind import Kind
 from alpacache.converters.log_files import (
     UnusableError,
@@ -36,6 +35,7 @@ from alpacache.converters.log_files import (
 )
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
+from alpacache.driving.sample import Floats
 from alpacache.errors import BadClipError, UsageError
 from alpacache.regular_file import regular_size
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.converters.drive import Arrays, Camera, Dropped, Film, LoggedDrive, Packets, Pictures
-from alpacache.converters.geodesy import Floats
 from alpacache.converters.remux import decoded
+from alpacache.driving.sample import Floats
 from alpacache.errors import BadClipError
 from alpacache.sources.image import MAX_PIXELS, check_size, read_image
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from alpacache.converters.geodesy import Floats
+from alpacache.driving.sample import Floats
 
 JERK = 5.0
 """Spectral density of the jerk, (m/s³)²/Hz: that of a car which brakes and turns in. Slower changes than 2 s pass."""

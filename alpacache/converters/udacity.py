@@ -20,11 +20,11 @@ import numpy as np
 
 from alpacache.converters.dead_reckoning import dead_reckoned
 from alpacache.converters.drive import Dropped, LoggedDrive
-from alpacache.converters.geodesy import Floats
 from alpacache.converters.kind import Kind
 from alpacache.converters.log_files import folder_of, inside, pictures_of, poses_alone, read_text
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
+from alpacache.driving.sample import Floats
 from alpacache.errors import BadClipError, UsageError
 
 READS = "the folder that the simulator wrote, with driving_log.csv and IMG/"

@@ -176,8 +176,7 @@ def drive_roads(
     routed = driver.takes_routes
     render = _Renderer(cameras, frames=driver.frames)
     for done, step in enumerate(steps):
-        going = [drive for drive in drives if not drive.lost]
-        samples = []
+        going, samples = [], []
         for number, drive in enumerate(drives):
             if drive.lost:
                 continue
@@ -185,10 +184,10 @@ def drive_roads(
                 sample = _moment(drive, step, render, cameras=cameras, frames=driver.frames, routed=routed)
             except BadClipError:  # it moves as no car does
                 drive.lost = True
-                going.remove(drive)
                 continue
             if number < pictures:
                 drive.pictures[step] = sample.frames[sample.cameras.index(cameras[0]), -1]
+            going.append(drive)
             samples.append(with_blank(sample, driver.blank))
         if not going:
             break

@@ -23,7 +23,7 @@ from alpacache.cached_samples.features import CachedSample
 from alpacache.cached_samples.ring import Batch, PrefixRows
 from alpacache.driver.moment import moment_of, pose_at, track_of_poses
 from alpacache.driver.weights import open_vlm
-from alpacache.driving.cameras import check_blank, full_camera_name, recorded_and_blank, sort_cameras
+from alpacache.driving.cameras import check_blank, full_camera_name, prompt_marks, recorded_and_blank, sort_cameras
 from alpacache.driving.poses import Track
 from alpacache.driving.sample import STEP_US, Floats, Sample
 from alpacache.errors import DeviceMemoryError, NonFiniteError, UsageError
@@ -471,10 +471,11 @@ def _recorded(state: Mapping[str, Any]) -> _Recorded:
         (store["identity"] for store in state["settings"]["stores"] if store["identity"]), {}
     )
     prompt = identity.get("prompt") or {}
-    template, form = prompt.get("template"), (prompt.get("route") or {}).get("form")
+    named, numbered = prompt_marks(identity)
+    form = (prompt.get("route") or {}).get("form")
     return _Recorded(
-        camera_names=prompt.get("camera_names"),
-        frame_numbers=None if template is None else "frame 0 <" in template,
+        camera_names=named,
+        frame_numbers=numbered,
         route_tokens=None if form is None else form == "(route)".join(ROUTE_TOKENS),
         frames=identity.get("frames"),
         blank=tuple(recorded_and_blank(identity)[1]),

@@ -97,16 +97,16 @@ def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveRepo
                 raise InterruptedRunError(
                     f"stopped on request: {done} of {len(moments)} moments are predicted; the same command goes on."
                 )
-            t0_us = sample.ref.t0_us
+            t0_us, sample = sample.ref.t0_us, routes(sample)
             paths = kept.read(t0_us)
             if paths is None:
-                seen = base.see(with_blank(routes(sample), base.blank), track)
+                seen = base.see(with_blank(sample, base.blank), track)
                 paths = {
                     label: driver.paths(seen, paths=config.paths, flow_steps=config.flow_steps, seed=config.seed).xyz
                     for label, driver in others.items()
                 }
                 kept.write(t0_us, paths)
-            film.add(drive_frame(_shown(track, t0_us, pictures, lens, paths, routes(sample).route, clip)))
+            film.add(drive_frame(_shown(track, t0_us, pictures, lens, paths, sample.route, clip)))
             done += 1
             rate = done / (time.monotonic() - started)
             on_progress(Progress(done=done, total=len(moments), unit="pictures", rate=rate, notes={"clip": clip}))

@@ -83,17 +83,15 @@ def moment_of(
         raise BadClipError("short_clip", f"{name}: {reason}; bring {_HISTORY_S:g} s of them up to it, or name t0_us.")
     where = f"{name} at {t0_us / 1e6:.3f} s"
     poses = history_alone(track, t0_us, where=where)
-    wanted, shots = wanted_frame_times_us(t0_us, count), dict[str, Shot]()
-    taken: list[tuple[int, slice | NDArray[np.int64]]] = []
-    for camera in sorted(names, key=CAMERAS.index):
-        place = names.index(camera)
-        chosen = _without_copy(_chosen(stamps[place], wanted, where=f"{where}: {camera}"))
-        shots[camera] = pictures[place, chosen].transpose(0, 3, 1, 2), stamps[place, chosen]
-        taken.append((place, chosen))
-    at = {str(chosen) for _, chosen in taken}
+    wanted = wanted_frame_times_us(t0_us, count)
+    places = [names.index(camera) for camera in sorted(names, key=CAMERAS.index)]
+    rows = [_without_copy(_chosen(stamps[place], wanted, where=f"{where}: {names[place]}")) for place in places]
+    shots: dict[str, Shot] = {}
+    for place, row in zip(places, rows, strict=True):
+        shots[names[place]] = pictures[place, row].transpose(0, 3, 1, 2), stamps[place, row]
     together = None
-    if [place for place, _ in taken] == list(range(len(pictures))) and len(at) == 1:
-        together = pictures[:, taken[0][1]].transpose(0, 1, 4, 2, 3)
+    if places == list(range(len(places))) and all(isinstance(row, slice) and row == rows[0] for row in rows):
+        together = pictures[:, rows[0]].transpose(0, 1, 4, 2, 3)
     sample = sample_of(SampleRef(clip_id=name, t0_us=t0_us), poses, shots, None, together=together)
     try:
         text = check_route(route)

@@ -6,6 +6,7 @@ import torch
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import geometry_of
+from alpacache.alpamayo.weight_homes import SLOTS
 from alpacache.errors import UsageError
 from alpacache.gpu.host_memory import available_bytes
 
@@ -16,8 +17,6 @@ _SPARE_BYTES = 3 * 2**29
 """GPU memory for activations, prefix, graphs and libraries beside the weights."""
 _RAM_LEFT_BYTES = 4 * 2**30
 """Host memory that is left to others where weights live there."""
-_SLOTS = 2
-"""Layers whose weights are on the device at a time while they stream."""
 
 
 def open_vlm(
@@ -49,7 +48,7 @@ def open_vlm(
     else:
         from alpacache.alpamayo.streamed_vlm import load_streamed_vlm
 
-        least = _SLOTS * sizes.vlm.layer_parameters * dtype.itemsize
+        least = SLOTS * sizes.vlm.layer_parameters * dtype.itemsize
         tower_streams = least + tower * dtype.itemsize > room
         needed = max(least, tower * dtype.itemsize) if tower_streams else least + tower * dtype.itemsize
         if needed > room:

@@ -70,6 +70,21 @@ def recorded_and_blank(identity: Mapping[str, Any]) -> tuple[list[str], list[str
     return [name for name in names if name not in blank], blank
 
 
+def prompt_marks(identity: Mapping[str, Any]) -> tuple[bool | None, bool | None]:
+    """Tell whether a store's prompts name cameras, and whether they number frames; None where its identity does not."""
+    prompt = identity.get("prompt")
+    if not isinstance(prompt, Mapping):
+        return None, None
+    template = prompt.get("template")
+    return prompt.get("camera_names"), "frame 0 <|" in template if isinstance(template, str) else None
+
+
+def marks_words(names: bool | None, numbers: bool | None) -> str:
+    """`cameras named, frames not numbered`."""
+    cameras, frames = ("" if given else "not " for given in (names, numbers))
+    return f"cameras {cameras}named, frames {frames}numbered"
+
+
 def camera_words(identity: Mapping[str, Any]) -> str:
     """What the VLM saw, for people; empty if a store's identity does not say."""
     recorded, blank = recorded_and_blank(identity)

@@ -119,15 +119,14 @@ class Predictor:
         def keep(prediction: Prediction, row: int) -> None:
             index = prediction.indices[row]
             actions = prediction.actions[:, row]
-            found.paths[index] = self._paths(space, actions[0], index, model)
-            found.actions[index] = actions[0]
+            paths = [self._paths(space, action, index, model) for action in actions]
+            found.paths[index], found.actions[index] = paths[0], actions[0]
             loss = None if prediction.losses is None else float(prediction.losses[row])
             if loss is not None:
                 found.losses[index] = loss
-            for steps, action in zip(self.flow_steps, actions, strict=True):
-                if len(self.flow_steps) > 1:
-                    variant = self._variant(self._paths(space, action, index, model), index, loss)
-                    found.by_steps.setdefault(steps, {})[index] = variant
+            if len(self.flow_steps) > 1:
+                for steps, of_steps in zip(self.flow_steps, paths, strict=True):
+                    found.by_steps.setdefault(steps, {})[index] = self._variant(of_steps, index, loss)
 
         def keep_swapped(prediction: Prediction, row: int) -> None:
             index = prediction.indices[row]

@@ -93,7 +93,7 @@ class ActionSampler:
     def run(self, batch: Batch, noise: Tensor, *, flow: tuple[Tensor, Tensor, Tensor] | None = None) -> SampledActions:
         """Enqueue all flow steps of a batch from `noise [B, K, 64, 2]` on the CPU.
 
-        `flow`: targets, noise and times that the loss is wanted of, as in `flow_losses`.
+        `flow`: targets, noise and times that the loss is wanted of, as in `flow_loss`.
         """
         staged = self._staged
         staged.put(batch, noise)
@@ -107,7 +107,8 @@ class ActionSampler:
         losses = None
         if flow is not None:
             prefixes = staged.prefixes(slice(len(batch.rows)), longest=batch.longest)
-            losses = flow_losses(self._expert, *flow, prefixes).to("cpu", non_blocking=True, copy=True)
+            with torch.no_grad():
+                losses = flow_loss(self._expert, *flow, prefixes).to("cpu", non_blocking=True, copy=True)
         damage = torch.count_nonzero(staged.rows.damage).to("cpu", non_blocking=True)
         action = self._action.to("cpu", non_blocking=True, copy=True)  # from a GPU to page-locked memory
         ended = torch.cuda.current_stream().record_event() if self._cuda else None
@@ -241,7 +242,8 @@ def predict_blind(
         prefix = NoPrefix(starts=torch.tensor([start_of(index) for index in rows], device=expert.device))
         noise = eval_noise(seed, names, paths).to(expert.device)
         actions = [_sampled_on(expert, prefix, noise, steps) for steps in flow_steps]
-        losses = flow_losses(expert, *_flow(rows, names, target_of, expert.device), prefix).cpu()
+        with torch.no_grad():
+            losses = flow_loss(expert, *_flow(rows, names, target_of, expert.device), prefix).cpu()
         yield Prediction(indices=rows, actions=torch.stack(actions), losses=losses)
 
 
@@ -263,16 +265,20 @@ def validation_draws(sample_ids: Sequence[str], *, schedule: TimeSchedule = "bet
     return noise, t
 
 
-@torch.no_grad()
-def flow_losses(
+def flow_loss(
     expert: "ActionExpert",
     action: Tensor,
     noise: Tensor,
     t: Tensor,
     prefixes: PackedPrefixes | NoPrefix | Sequence[PrefixFeatures | EncodedPrefix],
+    *,
+    causal: bool = False,
 ) -> Tensor:
-    """Loss of each sample `[B]` by action `[B, 1, 64, 2]`, mean over noise `[B, K, 64, 2]` and times `[B, K]`."""
-    velocity = expert.velocity(flow_matching.interpolate(action, noise, t), t, prefixes)
+    """Loss of each sample `[B]`, mean over its draws.
+
+    `action [B, 1, 64, 2]`, `noise [B, K, 64, 2]` and `t [B, K]` are on the expert's device.
+    """
+    velocity = expert.velocity(flow_matching.interpolate(action, noise, t), t, prefixes, causal=causal)
     return flow_matching.loss(velocity, action, noise, rounds_target=expert.rounds_target).mean(dim=1)
 
 

@@ -6,7 +6,6 @@ Drawn with Pillow: a film has hundreds of pictures, and a plot takes a fifth of 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from alpacache.driving.sample import Floats
 from alpacache.pictures.canvas import EGO_M, GRID, HISTORY_COLOUR, INK, TRUTH_COLOUR
-from alpacache.pictures.front_view import project
+from alpacache.pictures.front_view import SMOOTH, project, seen_runs
 
 SIZE = (1280, 480)
 """Width and height of a picture; both even, as encoders want."""
 _FRONT = (848, 480)
-_SMOOTH = 2
-"""Factor by which lines are drawn larger and then shrunk, against jagged edges."""
 _AHEAD_M, _BEHIND_M = 70.0, 14.0
 _GRID_M = 10.0
-_FAR_OUT_PX = 1e5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,24 +68,24 @@ def _front(shown: Shown) -> Image.Image:
     picture = Image.fromarray(np.ascontiguousarray(shown.picture.transpose(1, 2, 0)))
     width, height = picture.size
     scale = max(_FRONT[0] / width, _FRONT[1] / height)
-    large = picture.resize((round(_SMOOTH * scale * width), round(_SMOOTH * scale * height)), Image.Resampling.BILINEAR)
+    large = picture.resize((round(SMOOTH * scale * width), round(SMOOTH * scale * height)), Image.Resampling.BILINEAR)
     if shown.lens is not None:
         stretch = np.array([large.size[0] / shown.lens["width"], large.size[1] / shown.lens["height"]])
         pen = ImageDraw.Draw(large, "RGBA")
         for colour, sampled in shown.paths.values():
             for path in sampled:
-                _line(pen, project(path, shown.lens) * stretch, _transparent(colour, 190), 4 * _SMOOTH)
+                _line(pen, project(path, shown.lens) * stretch, _transparent(colour, 190), 4 * SMOOTH)
         driven = project(shown.driven_xyz.reshape(-1, 3), shown.lens) * stretch
-        _line(pen, driven, "#ffffff", 6 * _SMOOTH)
-        _line(pen, driven, TRUTH_COLOUR, 3 * _SMOOTH)
-    left, top = (large.size[0] - _SMOOTH * _FRONT[0]) // 2, (large.size[1] - _SMOOTH * _FRONT[1]) // 2
-    cut = large.crop((left, top, left + _SMOOTH * _FRONT[0], top + _SMOOTH * _FRONT[1]))
+        _line(pen, driven, "#ffffff", 6 * SMOOTH)
+        _line(pen, driven, TRUTH_COLOUR, 3 * SMOOTH)
+    left, top = (large.size[0] - SMOOTH * _FRONT[0]) // 2, (large.size[1] - SMOOTH * _FRONT[1]) // 2
+    cut = large.crop((left, top, left + SMOOTH * _FRONT[0], top + SMOOTH * _FRONT[1]))
     return cut.resize(_FRONT, Image.Resampling.BOX)
 
 
 def _above(shown: Shown) -> Image.Image:
     """History, driven and predicted paths from above, forward up, in metres on a grid of 10 m."""
-    size = _SMOOTH * (SIZE[0] - _FRONT[0]), _SMOOTH * SIZE[1]
+    size = SMOOTH * (SIZE[0] - _FRONT[0]), SMOOTH * SIZE[1]
     view = Image.new("RGB", size, "white")
     pen, scale = ImageDraw.Draw(view, "RGBA"), size[1] / (_AHEAD_M + _BEHIND_M)
 
@@ -98,22 +94,22 @@ def _above(shown: Shown) -> Image.Image:
 
     half = size[0] / 2 / scale
     for forward in np.arange(0.0, _AHEAD_M, _GRID_M):
-        _line(pen, pixels(np.array([[forward, -half, 0], [forward, half, 0]])), GRID, _SMOOTH)
+        _line(pen, pixels(np.array([[forward, -half, 0], [forward, half, 0]])), GRID, SMOOTH)
         pen.text(tuple(pixels(np.array([[forward, half, 0]]))[0] + [8, -4]), f"{forward:.0f} m", fill="#8a8a8a",
-                 font=_font(12 * _SMOOTH), anchor="lb")  # fmt: skip
+                 font=_font(12 * SMOOTH), anchor="lb")  # fmt: skip
     for side in np.arange(-_GRID_M * (half // _GRID_M), half, _GRID_M):
-        _line(pen, pixels(np.array([[-_BEHIND_M, side, 0], [_AHEAD_M, side, 0]])), GRID, _SMOOTH)
+        _line(pen, pixels(np.array([[-_BEHIND_M, side, 0], [_AHEAD_M, side, 0]])), GRID, SMOOTH)
     front, back, beside = EGO_M[0] / 2, -EGO_M[0] / 2, EGO_M[1] / 2
     corners = pixels(np.array([[front, beside, 0], [front, -beside, 0], [back, -beside, 0], [back, beside, 0]]))
     pen.polygon([tuple(corner) for corner in corners], fill="#d9d9d9", outline="#8a8a8a")
-    _line(pen, pixels(shown.history_xyz), HISTORY_COLOUR, 5 * _SMOOTH)
+    _line(pen, pixels(shown.history_xyz), HISTORY_COLOUR, 5 * SMOOTH)
     here = np.zeros((1, 3))
     for colour, sampled in shown.paths.values():
         for path in sampled:
-            _line(pen, pixels(np.concatenate([here, path])), _transparent(colour, 190), 3 * _SMOOTH)
+            _line(pen, pixels(np.concatenate([here, path])), _transparent(colour, 190), 3 * SMOOTH)
     if len(shown.driven_xyz):
-        _line(pen, pixels(np.concatenate([here, shown.driven_xyz])), TRUTH_COLOUR, 2 * _SMOOTH)
-    return view.resize((size[0] // _SMOOTH, size[1] // _SMOOTH), Image.Resampling.BOX)
+        _line(pen, pixels(np.concatenate([here, shown.driven_xyz])), TRUTH_COLOUR, 2 * SMOOTH)
+    return view.resize((size[0] // SMOOTH, size[1] // SMOOTH), Image.Resampling.BOX)
 
 
 def _transparent(colour: str, opacity: int) -> str:
@@ -121,16 +117,8 @@ def _transparent(colour: str, opacity: int) -> str:
 
 
 def _line(pen: ImageDraw.ImageDraw, pixels: Floats, colour: str, width: int) -> None:
-    """Draw each stretch whose two ends are seen; stretches of one line are joined where they meet."""
-    run: list[tuple[float, float]] = []
-    for start, end in pairwise(pixels):
-        both = np.concatenate([start, end])
-        if np.isfinite(both).all() and np.abs(both).max() < _FAR_OUT_PX:
-            run = [*(run or [(float(start[0]), float(start[1]))]), (float(end[0]), float(end[1]))]
-        elif run:
-            pen.line(run, fill=colour, width=width, joint="curve")
-            run = []
-    if run:
+    """Draw what is seen of a line; stretches are joined where they meet."""
+    for run in seen_runs(pixels):
         pen.line(run, fill=colour, width=width, joint="curve")
 
 

@@ -5,7 +5,7 @@ docs/reference/sources.md. Paths lie at the height of the vehicle's origin at t0
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +20,7 @@ _NEAREST_M = 0.5
 _WIDEST_RAD = np.deg2rad(85.0)
 """Largest angle to the optical axis: beyond it the f-theta polynomial means nothing."""
 _FAR_OUT_PX = 1e5
-_SMOOTH = 2
+SMOOTH = 2
 """Factor by which lines are drawn larger and then shrunk, against jagged edges."""
 
 
@@ -69,11 +69,11 @@ def draw_paths(
         picture = image.convert("RGB")
     size = picture.size
     try:
-        stretch = np.array([_SMOOTH * size[0] / lens["width"], _SMOOTH * size[1] / lens["height"]])
+        stretch = np.array([SMOOTH * size[0] / lens["width"], SMOOTH * size[1] / lens["height"]])
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"calibration lacks a width or height ({error}).") from error
-    large = picture.resize((_SMOOTH * size[0], _SMOOTH * size[1]), Image.Resampling.BILINEAR)
-    pen, width = ImageDraw.Draw(large), max(2, round(_SMOOTH * size[1] / 150))
+    large = picture.resize((SMOOTH * size[0], SMOOTH * size[1]), Image.Resampling.BILINEAR)
+    pen, width = ImageDraw.Draw(large), max(2, round(SMOOTH * size[1] / 150))
     for colour, sampled in paths.values():
         for path in np.asarray(sampled, dtype=np.float64):
             _line(pen, project(path, lens) * stretch, colour, width)
@@ -93,9 +93,20 @@ def _numbers(lens: Mapping[str, Any], *names: str) -> Floats:
     return values
 
 
-def _line(pen: ImageDraw.ImageDraw, pixels: Floats, colour: str, width: int) -> None:
-    """Draw each stretch whose two ends are seen."""
+def seen_runs(pixels: Floats) -> Iterator[list[tuple[float, float]]]:
+    """The parts of a line `[N, 2]` of which every stretch has both ends seen, and not far out of the picture."""
+    run: list[tuple[float, float]] = []
     for start, end in pairwise(pixels):
         both = np.concatenate([start, end])
         if np.isfinite(both).all() and np.abs(both).max() < _FAR_OUT_PX:
-            pen.line([tuple(start), tuple(end)], fill=colour, width=width)
+            run = [*(run or [(float(start[0]), float(start[1]))]), (float(end[0]), float(end[1]))]
+        elif run:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _line(pen: ImageDraw.ImageDraw, pixels: Floats, colour: str, width: int) -> None:
+    for run in seen_runs(pixels):
+        pen.line(run, fill=colour, width=width)

@@ -12,23 +12,19 @@ at most `clip` (1e18), AdamW's update lr / eps times that, with lr and weight de
 Weights that are not finite all the same, as by a fault of memory, make the next loss not finite and are never saved.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alpacache import flow_matching
-from alpacache.alpamayo import EncodedPrefix, PackedPrefixes, PrefixFeatures
 from alpacache.cached_samples.ring import Batch
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.gpu.capture import captured
+from alpacache.inference.prediction import flow_loss
 from alpacache.training.learner import Learner
 from alpacache.training.streamed_optimizer import StreamedOptimizer
-
-if TYPE_CHECKING:
-    from alpacache.alpamayo import ActionExpert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,20 +174,3 @@ def call_before(layers: nn.ModuleList, work: Callable[[int], None]) -> None:
     announced = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
     for layer in layers:
         layer.__class__ = announced
-
-
-def flow_loss(
-    expert: "ActionExpert",
-    action: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    prefixes: PackedPrefixes | Sequence[PrefixFeatures | EncodedPrefix],
-    *,
-    causal: bool,
-) -> Tensor:
-    """Loss of each sample `[B]`, mean over its draws.
-
-    `action [B, 1, 64, 2]`, `noise [B, K, 64, 2]` and `t [B, K]` are on the expert's device.
-    """
-    velocity = expert.velocity(flow_matching.interpolate(action, noise, t), t, prefixes, causal=causal)
-    return flow_matching.loss(velocity, action, noise, rounds_target=expert.rounds_target).mean(dim=1)

@@ -16,11 +16,10 @@ from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.distributed.world import World
 from alpacache.flow_matching import TimeSchedule
 from alpacache.flow_matching import sample as sample_flow
-from alpacache.inference.prediction import LOSS_DRAWS, eval_noise, to_paths, validation_draws
+from alpacache.inference.prediction import LOSS_DRAWS, eval_noise, flow_loss, to_paths, validation_draws
 from alpacache.metrics.paths import min_ade
 from alpacache.planning.workload import VAL_BATCH
 from alpacache.prefix.packed import PackedPrefixes
-from alpacache.training.step import flow_loss
 
 if TYPE_CHECKING:
     from alpacache.alpamayo import ActionExpert

@@ -14,8 +14,8 @@ from alpacache.cached_samples.prefix_choice import PrefixChoice
 from alpacache.cached_samples.ring import BatchRing, PrefixRows
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.errors import DataError, UsageError
+from alpacache.inference.prediction import flow_loss
 from alpacache.prefix.packed import pack
-from alpacache.training.step import flow_loss
 from cache_store import CacheReader, CorruptSampleError
 from cache_store.format.names import sample_key
 

@@ -15,9 +15,9 @@ from alpacache.config import read_toml
 from alpacache.distributed.world import World
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
+from alpacache.inference.prediction import flow_loss
 from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import RunDirectory
-from alpacache.training.step import flow_loss
 from alpacache.training.validation import Validation
 
 pytestmark = pytest.mark.system  # whole runs of a tiny model

@@ -15,10 +15,9 @@ from alpacache.distributed.world import World
 from alpacache.driving.strata import classify
 from alpacache.extraction.config import ExtractConfig
 from alpacache.gpu.host_memory import Slabs, page_rounded
-from alpacache.inference.prediction import predict_actions, to_paths, validation_draws
+from alpacache.inference.prediction import flow_loss, predict_actions, to_paths, validation_draws
 from alpacache.metrics.paths import min_ade
 from alpacache.training.config import TrainConfig
-from alpacache.training.step import flow_loss
 from alpacache.training.validation import Validation
 
 pytestmark = pytest.mark.system
