@@ -52,6 +52,19 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         reaper.communicate()
 
 
+def _usual_priority() -> None:
+    if hasattr(os, "sched_setscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+@pytest.fixture(autouse=True)
+def usual_priority() -> Iterator[None]:
+    """As root, SVT-AV1 gives the thread that encodes real-time priority, and every later process would inherit it."""
+    _usual_priority()
+    yield
+    _usual_priority()
+
+
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be read is read again as often as ever, but at once."""

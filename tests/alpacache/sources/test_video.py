@@ -1,7 +1,6 @@
 """Chosen frames of a video are those of decoding all of it, whatever lies between them and however it was muxed."""
 
 import io
-import os
 from contextlib import closing
 
 import numpy as np
@@ -38,15 +37,6 @@ def film(
     codec="libx264", options=None, *, muxer="mp4", mux_options=None, pts=None, images=None, streams=1, **stream_options
 ):
     """An encoded film; `pts` are the times of its frames in thirtieths of a second."""
-    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        return _encoded(codec, options, muxer, mux_options, pts, images, streams, stream_options)
-    finally:
-        # As root, SVT-AV1 gives the thread that opens it real-time priority; all later tests would inherit it.
-        os.sched_setscheduler(0, policy, priority)
-
-
-def _encoded(codec, options, muxer, mux_options, pts, images, streams, stream_options):
     file = io.BytesIO()
     with av.open(file, "w", format=muxer, options=mux_options or {}) as container:
         added = [container.add_stream(codec, rate=30, options=options or {"g": "20"}) for _ in range(streams)]
