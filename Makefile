@@ -59,7 +59,7 @@ test: $(STAMP)  ## The test suite (12 minutes on 2 cores)
 	$(call PYTEST,$(VENV)) -m "not slow and not ci"
 
 test-ci: $(STAMP)  ## What `make test` leaves to CI: kernels interpreted and compiled on the CPU, the demo shortened
-	$(call PYTEST,$(VENV)) --dist load -m "ci"
+	$(call PYTEST,$(VENV)) --dist load -m "ci and not slow"
 
 $(STAMP312): constraints.txt
 	$(PYTHON312) -m venv $(VENV312)
