@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,14 @@ def modules(package):
     return sorted((ROOT / package).rglob("*.py"))
 
 
+@cache
+def tree(path):
+    return ast.parse(path.read_text())
+
+
 def imports(path):
     """(module, names) of every import statement, wherever it stands; relative ones, which `cli` alone has, resolved."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, set()) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -99,7 +105,7 @@ def test_modules_do_not_import_each_other_in_circles():
         for path in modules(package):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
             targets = set()
-            for node in ast.parse(path.read_text()).body:  # what is imported when the module is
+            for node in tree(path).body:  # what is imported when the module is
                 if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                     for alias in node.names:
                         full = f"{node.module}.{alias.name}"
@@ -126,7 +132,7 @@ def test_class_names_are_unique():
     """A name that a reader has met means the same in every room."""
     homes = {}
     for path in [path for package in PACKAGES for path in modules(package)]:
-        for node in ast.parse(path.read_text()).body:
+        for node in tree(path).body:
             if isinstance(node, ast.ClassDef):
                 homes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
     assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
@@ -154,7 +160,7 @@ def test_only_the_model_package_imports_model_classes():
 
 def test_only_the_command_line_prints():
     for path in modules("alpacache") + modules("cache_store"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             called = node.func if isinstance(node, ast.Call) else None
             assert not (isinstance(called, ast.Name) and called.id == "print"), f"{path}:{node.lineno} prints"
 
@@ -214,6 +220,7 @@ def test_help_costs_less_than_importing_torch():
     assert cpu_seconds("-m", "cli.main", "--help") < 0.7 * cpu_seconds("-c", "import torch")
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "arguments", [["info", "no-such-store"], ["verify", "no-such-store"], ["check", "--help"], ["train", "--help"]]
 )

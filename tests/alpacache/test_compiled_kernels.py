@@ -229,6 +229,7 @@ def called(kernel):
     return [value for name in names if isinstance(value := kernel.fn.__globals__.get(name), JITFunction)]
 
 
+@pytest.mark.system
 def test_every_kernel_is_compiled(monkeypatch):
     """A new kernel is launched by `launches`, or called by one that is."""
     reached = set()

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_decode
 
 
+@pytest.mark.system
 def test_a_pass_decodes_fewer_frames_than_samples_alone(tmp_path):
     source = bench_decode.write_clip(tmp_path, bench_decode.QUICK, 12, 250)
     one, many = (bench_decode.measure(source, bench_decode.QUICK, 12, moments) for moments in (1, 10))

@@ -33,6 +33,7 @@ def drives(request, tmp_path_factory):
         return bench_extract.write_drives(root, bench_extract.QUICK, NAMES)
 
 
+@pytest.mark.system
 def test_drives_give_samples_of_different_pictures(drives):
     assert drives.partition(":")[0] in ("pai", "folder")
     source = open_source(drives, cameras=NAMES)
@@ -44,6 +45,7 @@ def test_drives_give_samples_of_different_pictures(drives):
     assert np.abs(one.frames.astype(int) - other.frames).mean() > 0.5
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("family", ["r1", "2"])
 def test_the_tokenizer_keeps_image_tokens(family, tmp_path, monkeypatch):
     monkeypatch.setattr(full_size, "_expert_state", lambda small, family: {"vlm.placeholder": torch.zeros(1)})

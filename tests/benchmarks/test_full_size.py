@@ -36,6 +36,7 @@ def dataset(request, checkpoint):
     return CachedDataset([path], Checkpoint(str(checkpoint)))
 
 
+@pytest.mark.system
 def test_full_geometry_is_the_released_one(tmp_path, monkeypatch):
     monkeypatch.setattr(full_size, "_expert_state", lambda small, family: {"x": torch.zeros(1)})
     config = Checkpoint(str(full_size.write_checkpoint(tmp_path / "model", small=False)))
@@ -48,6 +49,7 @@ def test_full_geometry_is_the_released_one(tmp_path, monkeypatch):
     assert vlm_config(config).image_token_id == 151_655
 
 
+@pytest.mark.system
 def test_checkpoint_loads_with_usable_weights(checkpoint):
     expert = load_expert(str(checkpoint))
     assert expert.dtype == torch.bfloat16
@@ -57,6 +59,7 @@ def test_checkpoint_loads_with_usable_weights(checkpoint):
     assert expert.action_space.curvature_std == pytest.approx(0.02615, rel=1e-2)
 
 
+@pytest.mark.system
 def test_samples_are_distinct_finite_and_of_the_asked_lengths(dataset):
     firsts = set()
     for index in range(len(dataset)):
@@ -144,6 +147,7 @@ def test_the_quick_step_benchmark(quick, tmp_path):
     assert all(row["step_ms"] > 0 and np.isfinite(row["loss"]) for row in rows.values())
 
 
+@pytest.mark.system
 def test_full_geometry_of_2_is_the_released_one(tmp_path, monkeypatch):
     monkeypatch.setattr(full_size, "_expert_state", lambda small, family: {"x": torch.zeros(1)})
     config = Checkpoint(str(full_size.write_checkpoint(tmp_path / "model", small=False, family="2")))

@@ -101,6 +101,7 @@ def test_a_flipped_bit_in_a_record_costs_its_sample_only(store, kit) -> None:
     assert report.orphans == ()  # whose data there are cannot be told
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("content", [b"", bytes(4096), b"[]"])
 def test_the_id_of_a_record_that_is_gone_to_the_last_byte_is_found_in_the_sample(store, kit, content) -> None:
     path = record_path(store)

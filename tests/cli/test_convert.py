@@ -18,6 +18,8 @@ from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.synthetic import SyntheticSource
 
+pytestmark = pytest.mark.system  # whole commands
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -90,7 +92,6 @@ def test_wrong_usage_is_named(carla_run, tmp_path, run_here):
     assert "NAME=TOPIC" in camera
 
 
-@pytest.mark.system
 def test_a_killed_command_goes_on_and_the_result_is_the_same(carla_run, tmp_path, run_here):
     out, whole = tmp_path / "out", tmp_path / "whole"
     arguments = ["convert", "carla", str(carla_run), "--no-check", "--clip-seconds", "10"]

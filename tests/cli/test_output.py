@@ -132,7 +132,7 @@ def test_refused_samples_are_counted_by_kind_with_the_first_reason_of_each():
     assert output.reason_lines([]) == ["0"]
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_verbose_shows_where_an_error_comes_from():
     assert "Traceback" not in run("info", "nowhere", code=2).stderr
     stderr = run("info", "nowhere", "--verbose", code=2).stderr
@@ -193,7 +193,7 @@ def test_log_messages_are_escaped_and_masked(tmp_path):
     assert done.stderr == "WARNING: s3://***@b \\x1b[2J ***\n"
 
 
-@pytest.mark.system
+@pytest.mark.ci
 @pytest.mark.parametrize("broken", ["2>/dev/full", "2>&-", "2>&1 >/dev/null | true"])
 def test_a_stderr_that_takes_nothing_ends_nothing(broken, tmp_path):
     command = f"{sys.executable} -m cli.main prepare synthetic:2 --frames 1 --out {tmp_path / 'samples'}"
@@ -202,7 +202,7 @@ def test_a_stderr_that_takes_nothing_ends_nothing(broken, tmp_path):
     assert (tmp_path / "samples/provenance.json").is_file()
 
 
-@pytest.mark.system
+@pytest.mark.ci
 @pytest.mark.parametrize(("arguments", "code", "begins"), [("", 0, "WARNING"), ("--json", 1, "alpacache")])
 def test_a_stdout_that_takes_nothing_fails_what_programs_wait_for_alone(arguments, code, begins, tmp_path):
     command = f"{sys.executable} -m cli.main --quiet prepare synthetic:2 --frames 1 --out {tmp_path / 'a'} {arguments}"
@@ -212,7 +212,7 @@ def test_a_stdout_that_takes_nothing_fails_what_programs_wait_for_alone(argument
     assert (tmp_path / "a/provenance.json").is_file()
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_a_reader_that_has_seen_enough_ends_nothing(tmp_path):
     command = f"{sys.executable} -m cli.main --quiet prepare synthetic:2 --frames 1 --out {tmp_path / 'a'}"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | true"], capture_output=True, text=True)

@@ -14,6 +14,8 @@ from alpacache.sources.synthetic import SyntheticSource
 from benchmarks.pai_tree import write_tree
 from cache_store import CacheReader
 
+pytestmark = pytest.mark.system  # whole commands
+
 FRONT = "camera_front_wide_120fov"
 
 

@@ -41,6 +41,7 @@ def test_the_line_to_change_is_there():
     assert [line[1:] for line in diff if line.startswith("-") and line[1:] not in module] == []
 
 
+@pytest.mark.ci
 def test_samples_are_those_that_were_written(npz):
     source = registry.open_source("npz:drives")
     assert isinstance(source, RecordedSource)
@@ -53,6 +54,7 @@ def test_samples_are_those_that_were_written(npz):
         registry.open_source("npz:")
 
 
+@pytest.mark.ci
 def test_bad_clips_and_a_source_that_has_gone_are_told_apart(npz, tmp_path):
     source = registry.open_source("npz:drives")
     (tmp_path / "drives" / f"{REF.clip_id}.npz").write_bytes(b"PK\x03\x04 and no more")

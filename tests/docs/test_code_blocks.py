@@ -85,6 +85,7 @@ def parse(arguments):
         known[name].make_context(name, rest)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("block", SHELL, ids=str)
 def test_shell_blocks_name_what_exists(block):
     syntax = subprocess.run(["bash", "-n"], input=block.code, text=True, capture_output=True)
@@ -108,6 +109,7 @@ def test_a_wrong_option_is_found():
     parse(["plan", "--samples", "10"])
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_and_options_in_the_text_exist(page):
     if page.name == "CHANGELOG.md":

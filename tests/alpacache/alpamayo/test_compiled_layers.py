@@ -15,6 +15,8 @@ from alpacache.driving.cameras import CAMERAS
 from alpacache.driving.sample import SampleRef
 from alpacache.sources.registry import open_source
 
+pytestmark = pytest.mark.system  # torch.compile
+
 NAMES = {"input_ids": "input_ids_fused", "pixel_values": "pixel_values", "image_grid_thw": "image_grid_thw"}
 
 

@@ -99,7 +99,7 @@ def refused(call, *arguments):
     return None
 
 
-@pytest.mark.system
+@pytest.mark.ci
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.data(),
@@ -261,6 +261,7 @@ def test_absurd_sizes_of_a_nested_config_allocate_nothing(super_model):
         (super_model / "config.json").write_text(original)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("part", "value", "expected"),
     [
@@ -317,6 +318,7 @@ def test_what_lies_in_a_files_place_is_named(content, family, name, model, super
         assert f"{file} is a git-lfs pointer in place of the file; run `git lfs pull`" in found
 
 
+@pytest.mark.system
 def test_a_million_entries_are_not_a_million_errors(tmp_path):
     entries = b",".join(b'"%x":{}' % number for number in range(200_000))
     file = shard(tmp_path / "x.safetensors", b"{" + entries + b"}")
@@ -393,6 +395,7 @@ def test_a_damaged_header_is_named(header, expected, tmp_path):
         read_header(shard(tmp_path / "x.safetensors", header))
 
 
+@pytest.mark.system
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), value=VALUES | st.just(...))
 def test_any_value_anywhere_in_a_header(tmp_path, data, value):

@@ -163,6 +163,7 @@ def test_a_rollout_depends_on_its_key_and_number_alone(tiny):
         assert not np.array_equal(six[number].token_ids, other[number].token_ids)
 
 
+@pytest.mark.system
 def test_no_rollout_has_trajectory_tokens_or_too_many(tiny):
     sampler, prefix, stem_len = tiny
     question = len(sampler.question)
@@ -228,6 +229,7 @@ def test_pick_leaves_bfloat16_logits_as_they_are():
     assert torch.equal(logits, before)
 
 
+@pytest.mark.system
 def test_the_stem_is_held_once(tiny, monkeypatch):
     """No more tokens go through the VLM than the question's and the rollouts' own."""
     sampler, prefix, stem_len = tiny

@@ -26,6 +26,7 @@ def stores(tiny_checkpoint, tmp_path_factory):
     return root
 
 
+@pytest.mark.system
 def test_sizes_and_lengths_come_from_the_records(tiny_checkpoint, stores):
     checkpoint = Checkpoint(str(tiny_checkpoint))
     for names in (["one"], ["one", "two"], ["int8"]):

@@ -105,6 +105,7 @@ def everything(dataset, space, places, **settings):
     return found
 
 
+@pytest.mark.system
 def test_batches_are_the_samples_loaded_one_by_one(dataset, space):
     order, seen, lengths = GlobalOrder(0, 14), 0, set()
     with make_ring(dataset, space, in_order(14, 8, 4), batch_size=4, threads=3) as ring:
@@ -135,6 +136,7 @@ def test_batches_are_the_samples_loaded_one_by_one(dataset, space):
     assert 8 <= ring._rows.data.shape[1] - ring._rows.layout.size_bytes(ring._rows.longest) < 264
 
 
+@pytest.mark.system
 def test_a_quantised_store_comes_encoded(tiny_checkpoint, int8_store, space):
     dataset = CachedDataset([int8_store], Checkpoint(str(tiny_checkpoint)))
     with make_ring(dataset, space, in_order(6, 3, 3), batch_size=3) as ring:

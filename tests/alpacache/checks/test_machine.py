@@ -47,6 +47,7 @@ def checks(**options):
     return {check.name: check for check in diagnose(**options)}
 
 
+@pytest.mark.system
 def test_a_sound_machine(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -64,6 +65,7 @@ def test_a_sound_machine(gpu, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.system
 def test_no_gpu_fails_and_says_why(no_gpu, tmp_path):
     report = diagnose(store=str(tmp_path))
     found = {check.name: check for check in report}
@@ -162,6 +164,7 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.system
 def test_a_slow_disk_warns(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "SLOW_READ_BYTES_S", 1e15)
     assert doctor.check_speed(str(tmp_path)).status == "warn"
@@ -172,6 +175,7 @@ def test_little_ram_warns(monkeypatch):
     assert doctor.check_ram().status == "warn"
 
 
+@pytest.mark.system
 def test_a_check_that_raises_is_a_failed_check(no_gpu, tmp_path, monkeypatch):
     def broken():
         raise ValueError("no line\n'MemAvailable:'")
@@ -256,6 +260,7 @@ def test_a_hub_that_does_not_answer(monkeypatch):
     assert "no answer" in found.found
 
 
+@pytest.mark.system
 def test_a_bucket_in_the_place_of_a_disk(s3, no_gpu):
     found = checks(store=s3.uri())
     assert not {"disk space", "hard links", "disk speed"} & found.keys()

@@ -10,6 +10,8 @@ from alpacache.checks.glimpses import Glimpse
 from alpacache.checks.order import likenesses
 from alpacache.checks.source import check_source
 
+pytestmark = pytest.mark.system  # films of whole drives
+
 
 def checks_of(source):
     return {check.name: check for check in check_source(source, t0="every:5").checks}

@@ -93,6 +93,7 @@ class Doubled:
         return SOURCE.film(clip_id, camera, (frames - (frames % self._every == 0)) * 100_000)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("every", "share"), [(2, 0.5), (10, 0.1)])
 def test_a_film_is_looked_at_frame_by_frame(every, share):
     """Of frames that come twice, samples in step with them see nothing."""
@@ -106,6 +107,7 @@ def test_a_film_is_looked_at_frame_by_frame(every, share):
     assert ("of 66 pictures" if every == 10 else "of 666 pictures") in check.found
 
 
+@pytest.mark.system
 def test_the_more_clips_the_less_film():
     motion = motion_of(SOURCE.track(CLIP))
     assert [one.repeats for one in repeats_of_clip(SOURCE, CLIP, motion, clips=8)] == [0]

@@ -16,6 +16,8 @@ from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.errors import SourceError, UsageError
 from alpacache.sources.folder import FolderSource
 
+pytestmark = pytest.mark.system  # whole conversions
+
 mcap = pytest.importorskip("mcap.writer")
 
 PITCH_DEG, ROLL_DEG = 1.5, -0.7

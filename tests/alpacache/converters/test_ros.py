@@ -18,6 +18,8 @@ from alpacache.driving.cameras import CAMERAS, FRONT_CAMERA
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.sources.folder import FolderSource
 
+pytestmark = pytest.mark.system  # whole conversions
+
 mcap_writer = pytest.importorskip("mcap_ros2.writer")
 rosbag1 = pytest.importorskip("rosbags.rosbag1")
 rosbag2 = pytest.importorskip("rosbags.rosbag2")

@@ -17,6 +17,8 @@ from alpacache.driving.poses import Track
 from alpacache.errors import BadClipError, InterruptedRunError, SourceError, UsageError
 from alpacache.sources.folder import FolderSource
 
+pytestmark = pytest.mark.system  # whole conversions
+
 SETTINGS = {"kind": "test", "input": "here"}
 
 

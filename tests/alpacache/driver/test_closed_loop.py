@@ -26,6 +26,8 @@ from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.sources.road import lane_place
 from alpacache.sources.synthetic import SyntheticSource
 
+pytestmark = pytest.mark.system  # whole drives
+
 
 class Chauffeur:
     """Stands in for a driver: follows the road's centre line exactly, or goes straight on."""

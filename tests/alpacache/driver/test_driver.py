@@ -19,6 +19,8 @@ from alpacache.sources.registry import open_source
 from alpacache.sources.synthetic import SyntheticSource
 from alpacache.training.config import TrainConfig
 
+pytestmark = pytest.mark.system  # whole drives with a tiny model
+
 T0_US = 5_100_000
 PATHS = {"paths": 3, "flow_steps": 4}
 CAMERAS = {"r1": ("camera_front_wide_120fov",), "1.5": ("camera_cross_left_120fov", "camera_front_wide_120fov")}

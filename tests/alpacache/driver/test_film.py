@@ -16,6 +16,8 @@ from alpacache.pictures.drive_frame import SIZE, Shown, drive_frame
 from alpacache.sources.registry import open_source
 from alpacache.training.config import TrainConfig
 
+pytestmark = pytest.mark.system  # whole films with a tiny model
+
 
 @pytest.fixture(scope="module")
 def run(tiny_checkpoint, tmp_path_factory):

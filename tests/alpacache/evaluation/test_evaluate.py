@@ -18,6 +18,8 @@ from alpacache.metrics.paths import min_ade
 from alpacache.training.config import TrainConfig
 from cache_store import CacheReader, SampleReadError
 
+pytestmark = pytest.mark.system  # whole evaluations
+
 
 @pytest.fixture(scope="module")
 def trained(tiny_checkpoint, tmp_path_factory):
@@ -85,7 +87,6 @@ def test_a_quantised_store_gives_nearly_the_same_paths(trained, tiny_checkpoint,
     assert 0 < np.linalg.norm(paths[1] - paths[0]) / np.linalg.norm(paths[0]) < 0.04
 
 
-@pytest.mark.system
 def test_models_share_their_noise(trained, tiny_checkpoint, tmp_path):
     report = alpacache.evaluate(
         config(
@@ -111,7 +112,6 @@ def test_clips_that_a_run_was_trained_on_are_told(trained, tiny_checkpoint, tmp_
         assert (warned in caplog.text) if told else ("was trained on" not in caplog.text)
 
 
-@pytest.mark.system
 def test_files(trained, tiny_checkpoint, tmp_path):
     report = alpacache.evaluate(config(trained, tiny_checkpoint, tmp_path, checkpoint=str(trained / "run")))
     document = json.loads((tmp_path / "eval.json").read_text())

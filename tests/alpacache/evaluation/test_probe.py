@@ -40,6 +40,8 @@ from alpacache.extraction.config import ExtractConfig
 from alpacache.metrics.bootstrap import Interval
 from cache_store import CacheReader, SampleReadError
 
+pytestmark = pytest.mark.system  # whole probes
+
 N = 450
 
 
@@ -109,7 +111,6 @@ def test_the_control_finds_nothing(found):
             assert cell.gain.estimate < 0.05
 
 
-@pytest.mark.system
 def test_few_clips_do_not_deny():
     data = planted()
     few = slice(0, 120)

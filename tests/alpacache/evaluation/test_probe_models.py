@@ -60,6 +60,7 @@ def test_noise_explains_nothing(planted):
             assert r2(planted[probe], inputs, NOTHING).estimate > -0.1
 
 
+@pytest.mark.system
 def test_features_of_other_samples_explain_nothing_and_take_nothing_from_history(planted):
     order = shuffled_within(group_folds(CLIPS, FOLDS, seed=0), seed=0)
     found = run(FEATURES[order])
@@ -108,7 +109,7 @@ def test_the_control_stays_within_its_fold():
     assert (order != np.arange(N)).mean() > 0.9
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_same_seed_same_predictions_whatever_the_test_rows_hold(planted):
     assert not np.array_equal(run(FEATURES, seed=1)["mlp"].both, planted["mlp"].both)
     # What a fold's samples hold must not reach the probe that is judged on them.

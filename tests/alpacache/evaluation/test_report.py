@@ -184,7 +184,7 @@ def test_unreadable_front_frame_is_said(results: list[SampleResult], tmp_path: P
     assert "data:image/jpeg" not in Elements(page).data
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_a_thousand_samples_stay_below_ten_megabytes(results: list[SampleResult], tmp_path: Path) -> None:
     six = [result(i, float(rate), paths=6) for i, rate in enumerate(np.linspace(-8.0, 8.0, 10))]
     thousand = [

@@ -66,6 +66,7 @@ def told(rise, *, sway=0.0, clips=41, control="shuffled"):
     return summarise(rows).controls["all"]["m"][control]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("planted", "answer", "words"),
     [
@@ -124,6 +125,7 @@ def numbers(summary):
     return {path: value for path, value in found.items() if path[-1] not in ("low", "high", "effective_clips")}
 
 
+@pytest.mark.system
 def test_a_weight_of_three_is_a_sample_that_is_there_three_times():
     losses = np.linspace(0.2, 0.9, len(RATES_DEGPS))
     rows = [

@@ -65,6 +65,7 @@ def set_to(key, value):
     return lambda tensors: tensors[key].view(-1)[:1].fill_(value)
 
 
+@pytest.mark.system
 def test_an_export_is_whole(root):
     full = check_export(str(root / "full"), base=str(root / "Tiny-R1"), run=str(root / "run"))
     assert (full.faults, full.family, full.expert_only) == ((), "r1", False)

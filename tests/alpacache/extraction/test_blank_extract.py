@@ -17,6 +17,8 @@ from alpacache.extraction.config import ExtractConfig
 from alpacache.sources.registry import open_source
 from cache_store import CacheReader, IdentityMismatchError, verify
 
+pytestmark = pytest.mark.system  # whole extractions
+
 LEFT, FRONT, RIGHT, TELE = SLOTS
 REF = SampleRef(clip_id="synthetic-0-000000", t0_us=5_100_000)
 

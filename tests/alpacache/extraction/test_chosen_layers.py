@@ -21,6 +21,8 @@ from alpacache.extraction.prefill import StoredFeatures
 from alpacache.training.config import TrainConfig
 from cache_store import CacheReader, IdentityMismatchError, copy, info, verify
 
+pytestmark = pytest.mark.system  # whole extractions
+
 
 @pytest.fixture(scope="module")
 def extract(tiny_checkpoint, tmp_path_factory):
@@ -150,7 +152,7 @@ def test_what_reads_stores_takes_one_of_some_layers(extract, tmp_path, tiny_chec
         alpacache.extract(again)
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_a_new_expert_learns_the_same_from_some_layers_as_from_all_and_a_full_one_is_refused(
     extract, tiny_checkpoint, tmp_path
 ):

@@ -29,6 +29,8 @@ from cache_store import (
 )
 from cache_store.writer import CacheWriter
 
+pytestmark = pytest.mark.system  # whole extractions
+
 CODEC = "transform:5"
 
 

@@ -25,6 +25,8 @@ from alpacache.extraction.preparation import Preparation, PreparationSettings
 from alpacache.extraction.reading_process import Readers, ReadingProcesses
 from cache_store import CacheReader
 
+pytestmark = pytest.mark.system  # processes of their own
+
 REFS = [SampleRef(clip_id=f"synthetic-0-{number:06d}", t0_us=5_100_000, view=number % 2) for number in range(4)]
 
 
@@ -64,7 +66,7 @@ def gone(process_ids):
     return True
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_float32_pixels_are_those_of_this_process(settings):
     settings = dataclasses.replace(settings, vlm_dtype="fp32", blank=(CAMERAS[0],))
     with ReadingProcesses(settings, 1, pinned_for=None) as read:
@@ -74,7 +76,6 @@ def test_float32_pixels_are_those_of_this_process(settings):
     assert torch.equal(pixels, Preparation.open(settings)(REFS[0]).inputs.pixel_values)
 
 
-@pytest.mark.system
 def test_values_are_those_of_this_process(settings):
     here = Preparation.open(settings)
     with ReadingProcesses(settings, 2, pinned_for=None) as read:
@@ -110,7 +111,6 @@ def test_pixels_are_page_locked_for_a_gpu(settings):
     assert torch.equal(pixels, Preparation.open(settings)(REFS[0]).inputs.pixel_values)
 
 
-@pytest.mark.system
 def test_a_pass_that_is_given_up_ends_its_process_at_once(settings):
     """What is left of it must not be taken for the answers of another."""
     refs = [SampleRef(clip_id="synthetic-0-000000", t0_us=2_000_000 + 300_000 * number) for number in range(30)]
@@ -125,7 +125,7 @@ def test_a_pass_that_is_given_up_ends_its_process_at_once(settings):
         assert torch.equal(read(REFS[1]).inputs.pixel_values, here(REFS[1]).inputs.pixel_values)
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_errors_are_those_of_this_process_with_the_traceback_as_a_note(settings):
     bad = SampleRef(clip_id="synthetic-0-000001", t0_us=900_000_000)
     with pytest.raises(BadClipError) as here:
@@ -144,7 +144,6 @@ def test_a_source_that_cannot_be_opened_is_refused_as_here(settings, tmp_path):
         read(REFS[0])
 
 
-@pytest.mark.system
 def test_a_process_that_was_killed_is_named_with_what_helps(settings):
     with ReadingProcesses(settings, 1, pinned_for=None) as read:
         read(REFS[0])
@@ -153,7 +152,7 @@ def test_a_process_that_was_killed_is_named_with_what_helps(settings):
             read(REFS[1])
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_what_is_printed_while_libraries_are_imported_is_no_answer(settings, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("print('welcome to this cluster', flush=True)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
@@ -161,7 +160,6 @@ def test_what_is_printed_while_libraries_are_imported_is_no_answer(settings, tmp
         assert read(REFS[0]).sample_id == REFS[0].sample_id
 
 
-@pytest.mark.system
 def test_a_terminal_interrupts_the_process_that_decides_alone(settings):
     with ReadingProcesses(settings, 1, pinned_for=None) as read:
         assert os.getpgid(read._processes[0].pid) != os.getpgid(0)
@@ -230,7 +228,6 @@ def test_extract_writes_the_same_store(config, in_processes, tmp_path, monkeypat
             np.testing.assert_array_equal(first[name], second[name])
 
 
-@pytest.mark.system
 @pytest.mark.ci
 def test_extract_ends_when_a_process_was_killed_and_keeps_what_was_committed(config, in_processes, monkeypatch):
     good = Prefiller.features

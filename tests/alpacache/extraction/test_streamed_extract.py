@@ -22,6 +22,8 @@ from alpacache.planning import prefill_plan
 from alpacache.sources.registry import open_source
 from cache_store import CacheReader
 
+pytestmark = pytest.mark.system  # whole extractions
+
 HOMES = ("ram", "files")
 
 

@@ -16,6 +16,8 @@ from alpacache.gpu import capture
 from alpacache.inference.prediction import ActionSampler, predict_actions, predict_ahead
 from cache_store import UnreadableSampleError
 
+pytestmark = pytest.mark.system  # whole evaluations of a tiny model
+
 SETTINGS = {"paths": 3, "flow_steps": 10, "seed": 0}
 INDICES = [4, 0, 3, 1, 2]
 """Two long prefixes, three short ones; a batch of two has both, and the last is short of one."""
@@ -79,7 +81,6 @@ def test_batch_size_is_rounding_in_float32(data, expert):
     assert (expected[1] - expected[2]).abs().max() > 1e-3
 
 
-@pytest.mark.system
 def test_filling_up_is_rounding_and_a_graph_sees_all_that_changes(data, expert, monkeypatch):
     """The graph is what was captured with the first batch, whatever comes later but through the fixed buffers."""
     captured, replayed = [], []

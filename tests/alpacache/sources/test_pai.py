@@ -49,6 +49,7 @@ def load(source, clip=CLIPS[0], *, t0=T0, cameras=(FRONT,), frames=4):
     return source.load(SampleRef(clip_id=clip, t0_us=t0), cameras=cameras, frames=frames)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("t0", [T0, 2_345_678])
 def test_values_are_those_of_the_devkit(pristine_tree, t0):
     """History, future, frames and ego frame computed here from the devkit's own calls, as the public loader does."""

@@ -119,7 +119,7 @@ def stored(tmp_path):
     return {path.name: path.stat().st_size for path in blobs.iterdir() if "chunk_" in path.name}
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_only_the_chunks_of_what_is_loaded_are_downloaded(hub, tree):
     source = open_source("pai", cameras=[FRONT])
     assert (source.name, list(source.clip_ids)) == (f"pai@{REVISION}", list(CLIPS))

@@ -109,6 +109,7 @@ def test_small_frames_are_those_of_the_whole_made_small(video):
             assert np.abs(small - means).mean() < (1e-9 if part == 1 else 3)
 
 
+@pytest.mark.system
 def test_chosen_frames_are_those_of_the_whole(video):
     file, frames = video
     for first in range(COUNT - 9):
@@ -425,6 +426,7 @@ RAGGED += [[30, 31], [31, 34, 37, 40], [33, 36, 39, 42], [45, 46, 47, 48], [46, 
 """Frames of samples in the order of their times: overlapping, equal, apart, of several lengths, first and last."""
 
 
+@pytest.mark.system
 def test_samples_read_in_one_pass_are_those_read_alone(video):
     file, frames = video
     with closing(FilmReading(file, RAGGED, STAMPS, name="film.mp4", where="here")) as reading:
@@ -435,6 +437,7 @@ def test_samples_read_in_one_pass_are_those_read_alone(video):
             assert np.array_equal(reading.read(number), frames[RAGGED[number]]), number
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("options", "cut"),
     [
@@ -450,6 +453,7 @@ def test_one_pass_through_films_without_key_frames(options, cut):
     assert outcomes(data, RAGGED, together=True) == [sound[chosen].tobytes() for chosen in RAGGED]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("options", [{"g": "20"}, {"g": "250", "x264-params": "scenecut=0"}], ids=str)
 def test_one_pass_decodes_each_frame_once(options, monkeypatch):
     data, decoded = film(options=options), []
@@ -495,6 +499,7 @@ def test_a_damaged_frame_costs_the_samples_that_it_costs_alone(options, broken):
         assert outcomes(data, some, together=True) == [alone[RAGGED.index(each)] for each in some]
 
 
+@pytest.mark.system
 def test_damage_behind_the_last_wanted_frame_is_not_met():
     """The decoder holds frames back, but is asked for those that it has before it gets the damaged one."""
     clean = film(options={"g": "250", "x264-params": "bframes=2:b-adapt=0:scenecut=0:weightp=0"}, images=scenery())

@@ -64,6 +64,7 @@ def chunks_read(monkeypatch):
     return read
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("codec", ["bf16", "int8"])
 def test_only_the_wanted_layers_are_fetched_with_the_bits_of_the_whole(stores, tiny_checkpoint, codec, chunks_read):
     whole = CachedDataset([stores[codec]], Checkpoint(str(tiny_checkpoint)))
@@ -92,6 +93,7 @@ def test_only_the_wanted_layers_are_fetched_with_the_bits_of_the_whole(stores, t
         whole.of_layers((1, 4, 7))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("prefix", ["direct", "rollouts"])
 @pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("codec", ["bf16", "int8"])

@@ -267,6 +267,7 @@ def test_refused_and_lost_writes_are_repeated(s3, kit, kind, part) -> None:
     assert verify(s3.uri(), deep=True).orphans == ()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["late", "hang"])
 @pytest.mark.parametrize("part", ["/commits/", "/kv/c."])
 def test_writes_that_time_out_are_repeated(s3, kit, impatient, kind, part) -> None:
@@ -277,6 +278,7 @@ def test_writes_that_time_out_are_repeated(s3, kit, impatient, kind, part) -> No
     kit.assert_equal(CacheReader(s3.uri()).read("a"), kit.sample(1))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["500", "503", "cut", "late"])
 @pytest.mark.parametrize("part", ["/commits/", "/kv/c.", "/zarr.json"])
 def test_reads_are_repeated(s3, kit, bucket_store, impatient, kind, part) -> None:

@@ -56,6 +56,7 @@ def test_to_a_folder(source, kit, tmp_path) -> None:
     assert contents(tmp_path / "copy") == contents(source)
 
 
+@pytest.mark.system
 def test_there_and_back_over_a_bucket(source, kit, tmp_path, s3) -> None:
     assert copy(source, s3.uri()).copied == 2
     assert contents(s3.uri(), s3) == contents(source)
@@ -68,6 +69,7 @@ def test_there_and_back_over_a_bucket(source, kit, tmp_path, s3) -> None:
     assert verify(tmp_path / "back", deep=True).ok
 
 
+@pytest.mark.system
 def test_a_copy_in_a_bucket_opens_without_a_request_a_sample(source, s3) -> None:
     copy(source, s3.uri())
     assert len(CacheReader(s3.uri())) == 2
@@ -142,6 +144,7 @@ def test_damaged_samples_are_named_and_left_out(source, kit, tmp_path) -> None:
     assert verify(tmp_path / "copy", deep=True).ok
 
 
+@pytest.mark.system
 def test_faults_on_the_way(source, s3) -> None:
     faults = [
         s3.fail("lost", "PUT", "/commits/"),
@@ -153,6 +156,7 @@ def test_faults_on_the_way(source, s3) -> None:
     assert contents(s3.uri(), s3) == contents(source)
 
 
+@pytest.mark.system
 def test_an_interrupted_copy_to_a_bucket_goes_on(source, s3) -> None:
     fault = s3.fail("500", "PUT", "/hidden/c.", times=10**6)
     with pytest.raises(ObjectStorageError, match="run the same command again"):

@@ -314,6 +314,7 @@ def test_what_is_set_aside_is_put_back_when_it_proves_whole(store, kit) -> None:
     assert {name: contents(store)[name] for name in before if "clip_1" in name}.items() <= before.items()
 
 
+@pytest.mark.system
 def test_in_a_bucket_too(store, s3) -> None:
     copy(store, s3.uri())
     name = next(name for name in s3.objects() if "clip_1" in name and "/hidden/c." in name)
