@@ -20,7 +20,7 @@ from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.driving.cameras import CAMERAS
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, UsageError
-from alpacache.extraction.extract import share
+from alpacache.extraction.task import share
 from alpacache.gpu.device import own_device
 from alpacache.sources.registry import open_source
 from alpacache.sources.synthetic import SyntheticSource

@@ -12,10 +12,12 @@ import alpacache
 from alpacache.alpamayo.vlm import FrozenVLM
 from alpacache.cached_samples.identity import store_codec
 from alpacache.driving.cameras import CAMERAS
-from alpacache.extraction import extract as extraction
+from alpacache.extraction import task
 from alpacache.extraction.config import ExtractConfig
 from alpacache.planning.time_model import RELEASED_VLM, worth_compiling
 from cache_store import CacheReader
+
+pytestmark = pytest.mark.system  # whole extractions
 
 
 def config(checkpoint, store, **changes):
@@ -50,15 +52,15 @@ def test_a_minute_of_prefill_is_worth_it():
     ],
 )
 def test_it_is_compiled_on_a_gpu_where_it_pays_or_as_asked(device, samples, changes, compiled, monkeypatch):
-    monkeypatch.setattr(extraction, "has_kernels", lambda device: True)
-    monkeypatch.setattr(extraction, "geometry_of", lambda _: SimpleNamespace(vlm_parameters=RELEASED_VLM))
+    monkeypatch.setattr(task, "has_kernels", lambda device: True)
+    monkeypatch.setattr(task, "geometry_of", lambda _: SimpleNamespace(vlm_parameters=RELEASED_VLM))
     asked = config("model", "store", cameras=CAMERAS[:1], frames=4, **changes)
-    assert extraction._compiles(asked, torch.device(device), None, images=4 * samples) == compiled
+    assert task._compiles(asked, torch.device(device), None, images=4 * samples) == compiled
 
 
 def test_without_triton_nothing_is_compiled_unasked(monkeypatch):
-    monkeypatch.setattr(extraction, "has_kernels", lambda device: False)
-    assert not extraction._compiles(config("m", "s"), torch.device("cuda"), None, images=40_000)
+    monkeypatch.setattr(task, "has_kernels", lambda device: False)
+    assert not task._compiles(config("m", "s"), torch.device("cuda"), None, images=40_000)
 
 
 def test_a_compiled_run_stores_the_same_to_rounding_and_says_so(tiny_checkpoint, tmp_path, monkeypatch, relative_error):
@@ -68,7 +70,7 @@ def test_a_compiled_run_stores_the_same_to_rounding_and_says_so(tiny_checkpoint,
         report = alpacache.extract(asked, on_note=notes.append)
         assert report.extracted == 4
         assert any("--no-compile" in note for note in notes) == (name == "compiled")
-        monkeypatch.setattr(extraction, "_compiles", lambda *_, **__: True)
+        monkeypatch.setattr(task, "_compiles", lambda *_, **__: True)
         monkeypatch.setattr(FrozenVLM, "compile", partialmethod(FrozenVLM.compile, backend="eager"))
     plain, compiled = (CacheReader(tmp_path / name) for name in ("plain", "compiled"))
     assert store_codec(plain.identity, store="plain") is None
@@ -85,7 +87,7 @@ def test_streamed_layers_share_the_compiled_code(tiny_checkpoint, tmp_path, monk
     for name, weights in (("plain", "gpu"), ("compiled", "ram")):
         asked = config(tiny_checkpoint, tmp_path / name, batch_size=2, vlm_dtype="fp32", weights=weights)
         assert alpacache.extract(asked).extracted == 4
-        monkeypatch.setattr(extraction, "_compiles", lambda *_, **__: True)
+        monkeypatch.setattr(task, "_compiles", lambda *_, **__: True)
         monkeypatch.setattr(FrozenVLM, "compile", partialmethod(FrozenVLM.compile, backend="eager"))
     assert counters["stats"]["unique_graphs"] == 2
     plain, compiled = (CacheReader(tmp_path / name) for name in ("plain", "compiled"))
