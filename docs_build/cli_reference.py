@@ -1,7 +1,7 @@
-"""The page of all commands and options, read off the command line itself.
+"""The tables of all commands and options, read off the command line itself.
 
-`docs/reference/cli.md` holds the marker; the tables take its place when the site is built, so that they are never older
-than the code.
+`docs/reference/commands.md` ends with the marker; the tables take its place when the site is built, so that they are
+never older than the code.
 """
 
 import inspect
@@ -32,13 +32,13 @@ def callbacks() -> dict[str, Callable[..., Any]]:
 
 
 def page() -> str:
-    """Markdown: the program's own options, then a section a command."""
+    """Markdown: the program's own options, then a section for each command."""
     import typer.main
     from alpacache_cli.main import app
 
     functions = callbacks()
     rows = _rows(typer.main.get_command(app), app.registered_callback.callback)
-    own = ["## alpacache", "", "`alpacache [OPTIONS] COMMAND ...`", "", *_TABLE, *rows, "", ""]
+    own = ["### alpacache", "", "`alpacache [OPTIONS] COMMAND ...`", "", *_TABLE, *rows, "", ""]
     return "\n".join(own) + "\n".join(_section(name, command, functions[name]) for name, command in commands().items())
 
 
@@ -56,7 +56,7 @@ def _section(name: str, command: Any, function: Callable[..., Any]) -> str:
     arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
     usage = " ".join(["alpacache", name, *(parameter.name.upper() for parameter in arguments), "[OPTIONS]"])
     rows = list(_rows(command, function))
-    lines = [f"## {name}", "", f"`{usage}`", "", inspect.cleandoc(command.help or ""), ""]
+    lines = [f"### alpacache {name}", "", f"`{usage}`", "", inspect.cleandoc(command.help or ""), ""]
     lines += [*_TABLE, *rows, ""]
     return "\n".join(lines)
 
