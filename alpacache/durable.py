@@ -289,7 +289,7 @@ def _beside(out: Path) -> Path:
 
 
 def _work_place(out: Path) -> Path:
-    """Beside `out`, or in it where nothing can be moved from there."""
+    """Folder for drafts: beside `out`, or in it where nothing can be moved from there."""
     beside, inside = _beside(out), out / _INSIDE
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)

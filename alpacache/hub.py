@@ -1,4 +1,4 @@
-"""Whether the hub is within reach, found out before its client is asked.
+"""Finds out whether the hub is within reach before its client is asked.
 
 Without a network the client tries every request for half a minute and warns each time. So a connection is opened first,
 to the hub or mirror (HF_ENDPOINT), which must answer one HTTP request, or to the proxy that leads there. No time-out of
@@ -141,7 +141,7 @@ def knock(host: str, port: int, wait_s: float, url: str) -> str:
 
 
 def _answers(connection: socket.socket, url: str) -> bool:
-    """Whether an HTTP status line comes back. Certificates are left to the client: no secret is sent."""
+    """Tell whether an HTTP status line comes back. Certificates are left to the client: no secret is sent."""
     address, found = urlsplit(url), b""
     host = address.netloc.rpartition("@")[2]
     request = f"HEAD {address.path or '/'} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"

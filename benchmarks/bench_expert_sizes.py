@@ -17,10 +17,10 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.family import EXPERT_PARTS
 from alpacache.demo.story import DemoSize, eval_config, extract_config, make_demo_checkpoint, train_config
 from alpacache.driving.sample import FUTURE_S
-from alpacache.evaluation.config import BASE
 from alpacache.evaluation.evaluate import evaluate
 from alpacache.evaluation.summary import EvalSummary
 from alpacache.extraction.extract import extract
+from alpacache.inference import BASE
 from alpacache.planning.workload import expert_sizes
 from alpacache.training.train import train
 

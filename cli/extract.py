@@ -61,7 +61,7 @@ def extract(config: ExtractConfig, json: bool) -> None:
 
 
 def _routes_line(routes: Mapping[str, int]) -> str:
-    """How many samples that were read have a route, by command."""
+    """Count the samples read that have a route, by command."""
     total, without = sum(routes.values()), routes.get("", 0)
     kinds = ", ".join(
         f"{'no command' if command == 'none' else command} {count}" for command, count in routes.items() if command

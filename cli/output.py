@@ -152,12 +152,12 @@ def print_lines(title: str, lines: Lines) -> None:
 
 
 def more_lines(rows: Sequence[object]) -> list[str]:
-    """What stands below the first `SHOWN` of a table's rows: how many there are beside."""
+    """Line below the first `SHOWN` rows of a table: how many more there are."""
     return [f"and {len(rows) - SHOWN} more; --json has all"] if len(rows) > SHOWN else []
 
 
 def reason_lines(refused: Iterable[tuple[str, str, str]]) -> list[str]:
-    """How many were refused, and for each kind of reason their number and the first one; from (id, kind, message)."""
+    """Count the refused, with the number and the first of each kind of reason; from (id, kind, message)."""
     of_kind: dict[str, list[str]] = {}
     for name, kind, message in refused:
         of_kind.setdefault(kind, []).append(f"{name}: {message}")

@@ -95,7 +95,7 @@ def _time_lines(plan: "Plan") -> output.Lines:
 
 
 def _loop_lines(plan: "Plan") -> list[str]:
-    """What training with the VLM in every step would take, and when the cache is paid back."""
+    """Time of training with the VLM in every step, and when the cache is paid back."""
     loop, paid = plan.loop, "from disk never: it delivers samples no faster than the VLM makes them"
     if loop.break_even_epochs is not None:
         paid = f"after {loop.break_even_epochs:.1f} epochs from disk"
@@ -108,7 +108,7 @@ def _loop_lines(plan: "Plan") -> list[str]:
 
 
 def _bus_line(plan: "Plan") -> str:
-    """How long the optimizer's state that lies in RAM is on its way."""
+    """Time that the optimizer's state in RAM spends on the bus."""
     two, rate = plan.train, f"{plan.machine.bus_bytes_s / 1e9:.0f} GB/s each way"
     how = "probed" if plan.machine.gpu_is == "probed" else "assumed"
     return (
@@ -117,7 +117,7 @@ def _bus_line(plan: "Plan") -> str:
 
 
 def _weights_line(one: "ExtractPlan") -> str | list[str]:
-    """Where the VLM's weights live, and what stage one takes."""
+    """Place of the VLM's weights, and the memory of stage one."""
     memory = one.memory
     if memory is None:
         return f"{one.weights_bytes / 2**30:.1f} GiB, see below"

@@ -21,7 +21,7 @@ _GAP = 1
 
 
 def fitting(texts: Mapping[str, str], notes: Sequence[str], width: int) -> tuple[dict[str, str], int]:
-    """What fits side by side into so many cells: parts, as many notes as there is room for, and the bar's width or 0.
+    """Choose what fits side by side into so many cells: parts, as many notes as go beside, and the bar's width or 0.
 
     `texts` has the parts that `_KEPT` names. None is cut: half a number would be another one.
     """

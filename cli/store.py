@@ -52,7 +52,7 @@ def info(store: Store, json: options.Json = False) -> None:
 
 
 def _prompt_words(identity: Mapping[str, Any]) -> str | None:
-    """What a store's prompts say beside pictures and history; None where its identity does not tell."""
+    """Marks in a store's prompts beside pictures and history, in words; None where its identity does not tell."""
     named, numbered = prompt_marks(identity)
     if numbered is None:
         return None
@@ -108,7 +108,7 @@ def verify(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cleaning(Config):
-    """What `clean` refuses in the words of all numbers."""
+    """Settings of `clean`, so that wrong numbers are refused in the words of all commands."""
 
     min_age: Annotated[float, Ge(0), Le(1e6)]
     """Hours."""

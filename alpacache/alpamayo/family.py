@@ -53,7 +53,7 @@ class HistoryTokens:
     """Lower edge (m) of x, y and z; what lies below is clamped."""
     high: tuple[float, ...]
     from_origin: bool = True
-    """Whether the first pose's displacement from zero comes before those between poses."""
+    """True if the first pose's displacement from zero comes before those between poses."""
 
     @property
     def count(self) -> int:
@@ -78,11 +78,11 @@ class VLMSizes:
     """Sizes of the VLM that the memory of stage one depends on."""
 
     layer_parameters: int
-    """Of one text layer."""
+    """Parameters of one text layer."""
     tower_parameters: int
-    """Of the vision tower."""
+    """Parameters of the vision tower."""
     embedding_parameters: int
-    """Of the embedding table; the vocabulary head has as many."""
+    """Parameters of the embedding table; the vocabulary head has as many."""
     intermediate: int
     query_width: int
     """Channels of all queries of a token."""
@@ -201,13 +201,13 @@ class Family:
     stores_constants: bool
     """True if a checkpoint's weights hold the projection's frequencies and the action space's constants."""
     nested: bool = False
-    """Whether `config.json` holds the VLM's and the expert's whole configs, and the VLM's other files lie beside it."""
+    """True if `config.json` holds the VLM's and the expert's whole configs, and the VLM's other files lie beside it."""
     expert_block: tuple[str, ...] = ("expert_cfg",)
     """Keys in `config.json` that lead to the settings of the expert's text model."""
     expert_prefix: str = ""
     """What a checkpoint's files put before the names of the tensors of expert and projections."""
     rounds_target: bool = True
-    """Whether the public training rounds the velocity to learn to the dtype of the one predicted."""
+    """True if the public training rounds the velocity to learn to the dtype of the one predicted."""
     released: Released | None = None
     """None where no plan is made without a checkpoint."""
 

@@ -137,7 +137,7 @@ def _blocks(value: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Mappi
 
 
 def weight_faults(checkpoint: Checkpoint, directory: Path, readable: dict[str, TensorInfo]) -> Iterator[Fault]:
-    """Where index and shards disagree.
+    """Disagreements of index and shards.
 
     Args:
         readable: gets the tensors that lie where they should, by the names of `Checkpoint.names`.

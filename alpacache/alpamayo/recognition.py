@@ -1,4 +1,4 @@
-"""Which family a checkpoint is of, by what it holds.
+"""Recognises the family of a checkpoint by what it holds.
 
 Public scripts give a 1.5 checkpoint R1's names, and back. So the classes in `config.json` say which code can load it,
 not which prompt it was trained with, and a wrong prompt is another model input that no error would ever tell. Weights,
@@ -108,7 +108,7 @@ def _named_tokens(checkpoint: Checkpoint, kin: list[Family]) -> Iterator[Sign]:
 
 
 def _tokenizer_files(checkpoint: Checkpoint) -> Iterator[Path]:
-    """Those of the checkpoint, and of the VLM where that lies beside it."""
+    """Tokenizer files of the checkpoint, and of the VLM where that lies beside it."""
     for name in _TOKENIZER_FILES:
         if (path := checkpoint.file_here(name)) is not None:
             yield path

@@ -1,4 +1,4 @@
-"""Where the frozen VLM's weights lie while they are not on the GPU: in RAM, or in the checkpoint's own files.
+"""Homes of the frozen VLM's weights while they are not on the GPU: RAM, or the checkpoint's own files.
 
 A *unit* is a part of the model whose weights come and go together: a text layer, or the vision tower. Its name is the
 beginning of its tensors' names, as in `language_model.layers.7.`. Both homes give a unit's tensors in page-locked RAM,
@@ -56,9 +56,9 @@ class UnitFiles:
     """Tensors of a unit and where they lie."""
 
     tensors: Mapping[str, TensorInfo]
-    """By the names behind the unit's."""
+    """Tensors by the part of their names behind the unit's."""
     paths: Mapping[str, Path]
-    """By the name of the shard."""
+    """Paths by the name of the shard."""
 
     @property
     def nbytes(self) -> int:
@@ -238,7 +238,7 @@ def _runs(unit: UnitFiles) -> list[tuple[str, int, int]]:
 
 
 def _places(unit: UnitFiles, dtype: torch.dtype) -> tuple[dict[str, int], int]:
-    """Where each tensor begins among a unit's bytes in `dtype`, and how many these are."""
+    """Offset of each tensor among a unit's bytes in `dtype`, and their number."""
     places, end = {}, 0
     for name, info in sorted(unit.tensors.items()):
         places[name] = end

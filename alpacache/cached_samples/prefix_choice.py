@@ -1,4 +1,4 @@
-"""Which of its prefixes a sample is trained on: the direct one, or that of one of its reasoning rollouts.
+"""Chooses the prefix that a sample is trained on: the direct one, or that of one of its reasoning rollouts.
 
 The deployed sampler attends to a reasoning text that the VLM has just generated, the direct prefix has none. Like all
 randomness the choice is a function of what it is for, so nothing but sample, epoch and seed decides it.

@@ -84,7 +84,7 @@ class SampleRequest:
     position: int
     index: int
     is_new: bool
-    """Its target and lengths are not known yet, nor are its bytes in memory."""
+    """True while its target and lengths are not known and its bytes are not in memory."""
     ends_batch: bool
     place: int
     """Place in the batch."""

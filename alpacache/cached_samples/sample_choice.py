@@ -1,4 +1,4 @@
-"""Which cached samples a run or an evaluation takes, and how much each counts: a study is a choice from one cache.
+"""Chooses and weighs the cached samples of a run or an evaluation: a study is a choice from one cache.
 
 `--only` and `--except` take names or conditions, `--sample-weights` a file. A name is a sample id or a clip id, also
 with `*` and `?`, or a file of them. A condition is tests of columns joined by `and`, such as `speed>5 and
@@ -64,7 +64,7 @@ class SampleChoice:
     only: tuple[str, ...] = ()
     """Names, files and conditions, of which a sample must fit one; empty takes all."""
     exclude: tuple[str, ...] = ()
-    """Those of which a sample must fit none."""
+    """Entries of which a sample must fit none."""
     split: str | None = None
     """Take one side of this split, as `parse_split` reads it; None takes both."""
     side: Side = "train"

@@ -60,11 +60,11 @@ class ClipFindings:
     targets: Targets | None = None
     turns: list[Turn] = field(default_factory=list)
     seams: list[Seam] = field(default_factory=list)
-    """Those of samples that come without a recording."""
+    """Seams of samples that come without a recording."""
     moments: list[Moment] = field(default_factory=list)
     """Successive pictures while the vehicle drives."""
     glimpses: list[Glimpse] = field(default_factory=list)
-    """Those of the front camera."""
+    """Glimpses of the front camera."""
     swapped: list[bool] = field(default_factory=list)
     """For each picture that tells: True if red and blue look swapped."""
     speeds_mps: list[float] = field(default_factory=list)

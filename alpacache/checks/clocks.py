@@ -29,7 +29,7 @@ LAGS_S: Floats = np.arange(-30, 31) * np.float64(LAG_STEP_S)
 BEYOND = 30
 """Lags beyond these on either side that are known, so that those of clocks which drift can be made of them."""
 RATES: Floats = np.arange(-16, 17) * np.float64(0.005)
-"""By how much a clock may run too fast; quartz is within 0.0001, a wrong frame rate is not."""
+"""Rates by which a clock may run too fast; quartz is within 0.0001, a wrong frame rate is not."""
 PAIRS = 300
 """Most pairs of frames to look at, all clips together."""
 FEW = 10

@@ -26,7 +26,7 @@ MIN_GREEN = 0.03
 MIN_DARK = 90
 """Least red + green + blue of a pixel whose colour is looked at."""
 BLUER_GREEN, BOTH = 0.02, 0.05
-"""By how much green, and green and sky together, are off for red and blue to look swapped."""
+"""Least errors of green, and of green and sky together, from which red and blue look swapped."""
 MIN_SHARE = 0.25
 """Share of such pictures from which on the source is warned of: of 110 real and generated pictures none looked so, with
 red and blue swapped two thirds and more did, though under an overcast sky few."""

@@ -1,4 +1,4 @@
-"""What is looked at of a clip's film beside its samples: pairs of frames in turns, and runs of successive frames.
+"""Frames of a clip's film that are looked at beside its samples: pairs in turns, and runs of successive frames.
 
 A film is read from the key frame before what is wanted, so that a few frames cost as much as twenty: where a run may
 begin anywhere, it begins with a pair and is read with it.
@@ -22,7 +22,7 @@ CLIPS = 32
 
 
 class Seen(NamedTuple):
-    """What the front camera's film of one clip shows."""
+    """Findings in the front camera's film of one clip."""
 
     turns: list[Turn]
     glimpses: list[Glimpse]

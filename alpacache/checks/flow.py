@@ -36,7 +36,7 @@ HORIZONS = np.arange(0.26, 0.66, 0.04)
 BOTTOM = 0.97
 ROWS, COLUMNS = 64, 24
 FAR = 3.0
-"""How far the road is looked at, as a multiple of the distance at the bottom of the picture."""
+"""Distance up to which the road is looked at, as a multiple of that at the bottom of the picture."""
 BESIDE = 1.5
 """The same to either side, as a multiple of the camera's height."""
 SMOOTH = 9
@@ -48,11 +48,11 @@ STILL = 0.7
 REACHES_PX_M: Floats = np.geomspace(10, 6000, 96)
 """Focal lengths (px, of 256 across) times heights (m) of the camera that are tried."""
 MIN_MARGIN = 0.1
-"""By how much the likeness of both pictures must be greater one way than the other."""
+"""Least margin by which the likeness of both pictures must be greater one way than the other."""
 BACKWARDS = 0.8
 MIN_LIKENESS, MIN_PROMINENCE = 0.4, 0.2
 STEADY = 1.25
-"""By how much what fits best may change when any eighth of the steps is left out."""
+"""Most by which the best fit may change when any eighth of the steps is left out."""
 PARTS = 8
 LOW_M, HIGH_M = 0.6, 3.2
 """Heights of cameras on cars, vans and lorries, with some room for error."""

@@ -33,7 +33,7 @@ MIN_JUMPS, JUMP_SHARE = 3, 0.08
 PLACES = 8
 """Places at which an order of names as text is looked for."""
 BETTER = 0.1
-"""By how much more alike pictures must be; a vehicle that stands, or passes a place again, shows none."""
+"""Least gain in likeness that counts; a vehicle that stands, or passes a place again, shows none."""
 
 
 def likenesses(glimpse: Glimpse) -> Floats:

@@ -27,10 +27,10 @@ _NAMED = 3
 
 @dataclass(slots=True, kw_only=True)
 class ClipRoutes:
-    """What one clip tells of its routes."""
+    """Findings on one clip's routes."""
 
     commands: list[Command | None] = field(default_factory=list)
-    """Of each usable moment; None without a text."""
+    """Command of each usable moment; None without a text."""
     obeyed: int = 0
     """Moments that command left or right and clearly turn that way."""
     contradicted: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class ClipRoutes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutesReport:
-    """What all clips tell of their routes."""
+    """Findings on the routes of all clips."""
 
     moments: int
     """Number of usable samples."""

@@ -170,7 +170,7 @@ def _as_drive(run: _RunRows, folder: Path, axes: Axes | None) -> LoggedDrive:
 def _held_against_steering(
     run: _RunRows, yaw_rad: NDArray[np.float64], xyz: NDArray[np.float64], axes: Axes, *, asked: bool
 ) -> dict[str, Any]:
-    """How the vehicle turns when it is steered. Raises `UsageError` where that is the wrong way, or cannot be told."""
+    """Compare turns with steering. Raises `UsageError` where the vehicle turns the wrong way, or it cannot be told."""
     time_s = (run.times_us - run.times_us[0]) / 1e6
     speed = np.linalg.norm(np.gradient(xyz[:, :2], time_s, axis=0), axis=1)
     turning = np.gradient(np.unwrap(yaw_rad), time_s)
@@ -444,7 +444,7 @@ def _changes(commands: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
 
 
 def _summary(folder: Path) -> dict[str, Any]:
-    """What the run's summary says of it, if it has one."""
+    """Facts from the run's summary, if it has one."""
     try:
         summary = strict_json.loads(read_regular(folder / SUMMARY, limit_bytes=_MAX_JSON_BYTES))
     except (OSError, ValueError):

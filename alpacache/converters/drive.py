@@ -1,4 +1,4 @@
-"""What each kind makes of a log: drives, in the folder layout's own units and axes.
+"""Drives, which each kind of converter makes of a log: values in the folder layout's own units and axes.
 
 Times are int64 microseconds on one clock for all of a drive. Positions are metres in a frame that is level, z up, and
 right-handed; quaternions have their scalar last and lead from the point's own axes (x forward, y left, z up) to that
@@ -17,7 +17,7 @@ from alpacache.converters.config import Mount, Triple
 from alpacache.driving.poses import Track
 
 Point: TypeAlias = Literal["rear axle", "actor", "imu", "camera", "antenna"]
-"""What the pose is the pose of. The model's frame is the middle of the rear axle on the ground."""
+"""Point of the vehicle that a pose places. The model's frame is the middle of the rear axle on the ground."""
 ZERO: Triple = (0.0, 0.0, 0.0)
 
 
@@ -80,12 +80,12 @@ class LoggedDrive:
     """One recording, from which one or more clips are cut."""
 
     name: str
-    """Of the clip. Made a plain file name by the writer; no two drives of an input have the same."""
+    """Name of the clip. Made a plain file name by the writer; no two drives of an input have the same."""
     cameras: Mapping[str, Camera]
-    """By their full names, as in `alpacache.driving.cameras`. Without any, the poses are written alone."""
+    """Cameras by their full names, as in `alpacache.driving.cameras`. Without any, the poses are written alone."""
     track: Track
     point: Point
-    """What the poses are the poses of."""
+    """Point that the poses place."""
     origin_offset_m: Triple = ZERO
     """Preset of the kind: where the middle of the rear axle is on the ground, seen from `point`, in the vehicle's axes
     (forward, left, up). The command's `--origin-offset` takes its place."""

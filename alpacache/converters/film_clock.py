@@ -6,17 +6,16 @@ be told, and nothing is guessed.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alpacache.checks.clocks import BEYOND, LAG_STEP_S, LAGS_S, Sideways, lag_curve
 from alpacache.checks.pictures import WIDTH_PX, far_field, shift_px
+from alpacache.converters.remux import opened
 from alpacache.driving.sample import Floats
 from alpacache.errors import BadClipError
 from alpacache.sources.film_index import FORMATS
@@ -61,8 +60,7 @@ class FilmStart:
 def shown_us(film: Path) -> NDArray[np.int64]:
     """When each frame of a film is shown, from its first on, in the order in which they are. Raises `BadClipError`."""
     times = []
-    with _opened(film) as container:
-        stream = _stream(container, film)
+    with opened(film, formats=FORMATS) as (container, stream):
         for packet in container.demux(stream):
             if packet.size and not packet.is_discard:
                 if packet.pts is None:
@@ -166,8 +164,7 @@ def _glimpses(film: Path) -> Iterator[tuple[float, NDArray[np.uint8]]]:
     """Seconds since the first frame and small pictures `[3, h, w]`, about `STEP_S` apart."""
     first: float | None = None
     wanted = 0.0
-    with _opened(film) as container:
-        stream = _stream(container, film)
+    with opened(film, formats=FORMATS) as (container, stream):
         for frame in container.decode(stream):
             if frame.time is None:
                 continue
@@ -184,23 +181,3 @@ def _glimpses(film: Path) -> Iterator[tuple[float, NDArray[np.uint8]]]:
                 width=frame.width // part, height=max(1, frame.height // part), format="rgb24", interpolation="AREA"
             )
             yield second, small.to_ndarray(format="rgb24").transpose(2, 0, 1)
-
-
-@contextmanager
-def _opened(film: Path) -> Iterator[Any]:
-    """The film's container; what FFmpeg raises is a `BadClipError`."""
-    import av
-
-    try:
-        with av.open(str(film), options={"format_whitelist": FORMATS}) as container:
-            yield container
-    except (av.error.FFmpegError, OSError) as error:
-        reason = f"{film.name} cannot be read as a film ({error}); copy it again, or write it as MP4."
-        raise BadClipError("undecodable_video", reason) from error
-
-
-def _stream(container: Any, film: Path) -> Any:
-    if len(container.streams.video) != 1:
-        found = f"{film.name} holds {len(container.streams.video)} video streams; keep one."
-        raise BadClipError("undecodable_video", found)
-    return container.streams.video[0]

@@ -1,4 +1,4 @@
-"""What the registry knows of a kind of recording."""
+"""Kinds of recordings, as the registry knows them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from alpacache.errors import UsageError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """What `--list` shows of an input."""
+    """Contents of an input, as `--list` shows them."""
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
     command: str
     """A command that converts it, as far as that can be told."""
     notes: Sequence[str] = ()
-    """What a person should know before running it."""
+    """Notes that a person should read before running it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class Kind:
 
     name: str
     reads: str
-    """What an input of this kind is, in a few words."""
+    """Description of an input of this kind, in a few words."""
     drives: Callable[..., Iterator[LoggedDrive | Dropped]]
     """`drives(place, **options)` yields the drives of an input, each when it is asked for, always in the same order.
 
@@ -37,7 +37,7 @@ class Kind:
     takes: Sequence[str] = ()
     """Settings of `ConvertConfig`, beyond those of every kind, that `drives` has as keywords."""
     list_input: Callable[[Path], Listing] | None = None
-    """What `--list` shows."""
+    """Function behind `--list`; None if there is nothing to choose from."""
     hub: bool = False
     """An input may be the id of a data set on the hub."""
     extra: str | None = None

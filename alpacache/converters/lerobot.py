@@ -49,7 +49,7 @@ UNITS: Mapping[str, tuple[str, float]] = {
     "qz": ("qz", 1.0),
     "qw": ("qw", 1.0),
 }
-"""What a column can be mapped to, and its unit."""
+"""Quantities that a column can be mapped to, and their units."""
 TIMES_US: Mapping[str, float] = {"time_ns": 1e-3, "time_us": 1.0, "time_ms": 1e3, "time_s": 1e6}
 L2D: Mapping[str, str] = {
     "latitude": "observation.state.vehicle.hp_loc_latitude",
@@ -284,7 +284,7 @@ def _column(data_set: DataSet, source: str) -> tuple[str, int | None]:
 
 
 def _wanted(data_set: DataSet, columns: Sequence[str]) -> dict[str, str]:
-    """What -> column. Raises `UsageError` if that makes no poses."""
+    """Quantity -> column. Raises `UsageError` if these make no poses."""
     wanted: dict[str, str] = {}
     vehicle = "observation.state.vehicle"
     if not columns and vehicle in data_set.features and "hp_loc_latitude" in data_set.axes(vehicle):

@@ -49,14 +49,14 @@ class DataSet:
 
     root: Path
     hub: HubFiles | None
-    """Where files of `root` come from that are not there yet."""
+    """Source of the files of `root` that are not there yet."""
     fps: float
     features: Mapping[str, Mapping[str, Any]]
     episodes: Sequence[Episode]
 
     @property
     def name(self) -> str:
-        """Of the folder, or of the data set on the hub."""
+        """Name of the folder, or of the data set on the hub."""
         return self.root.name if self.hub is None else self.hub.repo.rpartition("/")[2]
 
     @property

@@ -52,7 +52,7 @@ def each_moment_once(windows: Sequence[Window], name: str, *, recorded: bool) ->
 
 
 def _cover(windows: Sequence[Window], drive: str) -> Iterator[Rows]:
-    """Of windows by time, few that hold each moment that any holds; of each what no earlier one has."""
+    """Choose few of the windows by time so that each moment that any holds is held once, by the earliest."""
     end_us, left = -(2**62), list(windows)
     while left:
         reaching = [window for window in left if window.times_us[0] <= end_us]

@@ -155,7 +155,7 @@ class _Ended(Exception):  # noqa: N818
 
 
 _DAMAGED: tuple[type[Exception], ...] = (ValueError, struct.error, EOFError, RuntimeError, MemoryError, OSError)
-"""What the library and its decompressors raise of bytes that are not theirs."""
+"""Errors that the library and its decompressors raise for bytes that are not theirs."""
 
 
 def _records(file: Path, offset: int = 0) -> Iterator[tuple[int, Any]]:
@@ -254,7 +254,7 @@ def _together(one: Topic, other: Topic) -> Topic:
 
 
 def _decoder(channel: Any, schema: Any) -> Callable[[bytes], Any]:
-    """What decodes the messages of a channel. Raises `SourceError` for an encoding that is not read."""
+    """Decoder of a channel's messages. Raises `SourceError` for an encoding that is not read."""
     encoding, schema_encoding = channel.message_encoding, "" if schema is None else schema.encoding
     if encoding == "json":
         return json.loads

@@ -69,7 +69,7 @@ class MessageLog(Protocol):
 
     @property
     def lost(self) -> Sequence[Dropped]:
-        """What could not be read, known when all messages were."""
+        """Messages that could not be read, known once all were gone through."""
 
     def messages(self, topics: Collection[str], *, start: Position | None = None) -> Iterator[Message]:
         """Messages of these topics in the order of the log, from a position on."""

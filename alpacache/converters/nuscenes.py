@@ -51,7 +51,7 @@ MISSING_CAN = frozenset({*range(161, 169), *range(170, 177), *range(309, 315)})
 
 @dataclass(slots=True)
 class _Scene:
-    """What the tables say of one scene."""
+    """One scene, as the tables have it."""
 
     name: str
     log: Mapping[str, Any]
@@ -150,7 +150,7 @@ def _can_track(file: Path, dropped: list[Dropped]) -> Track:
 
 
 def _compared(track: Track, ego: Track) -> str:
-    """How far poses of the CAN bus are from the tables', in words. Raises `UnusableError` if that is too far."""
+    """Distance of the CAN bus's poses from the tables', in words. Raises `UnusableError` if that is too far."""
     from scipy.spatial.transform import Rotation, Slerp
 
     inside_ego = (track.timestamps_us >= ego.timestamps_us[0]) & (track.timestamps_us <= ego.timestamps_us[-1])

@@ -29,7 +29,7 @@ POLYNOMIAL = ("plumb_bob", "rational_polynomial")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reframe:
-    """What is done to each picture, in this order."""
+    """Changes made to each picture, in this order."""
 
     undistort: bool = False
     """Take the lens's distortion out, as the log's calibration has it; the matrix stays."""
@@ -107,7 +107,7 @@ class Reframe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where each pixel of an undistorted picture lies in the recorded one."""
+    """Place of each pixel of an undistorted picture in the recorded one."""
 
     columns: Floats
     """`[H, W]`."""
@@ -115,7 +115,7 @@ class Places:
 
     @classmethod
     def of(cls, lens: Mapping[str, Any], *, where: str) -> "Places":
-        """Those of a lens. Raises `BadClipError` for a model of distortion that is not known."""
+        """The places for a lens. Raises `BadClipError` for a model of distortion that is not known."""
         width, height = int(lens["width"]), int(lens["height"])
         if not 0 < width * height <= MAX_PIXELS:
             raise BadClipError("wrong_shape", f"{where}: a calibration for {width} x {height} pixels")

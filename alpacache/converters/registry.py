@@ -43,7 +43,7 @@ def open_drives(kind: Kind, place: Path, options: Mapping[str, Any]) -> Iterator
 
 
 def list_input(kind: Kind, place: Path) -> Listing:
-    """What `--list` shows. Raises `UsageError` for a kind that has nothing to choose from."""
+    """Listing for `--list`. Raises `UsageError` for a kind that has nothing to choose from."""
     _check_there(kind, place)
     if kind.list_input is None:
         raise UsageError(f"--list is not for {kind.name}, in which there is nothing to choose; leave it out.")

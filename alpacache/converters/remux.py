@@ -44,7 +44,7 @@ class FilmFrames(NamedTuple):
 
 
 def film_frames(film: Path) -> FilmFrames:
-    """What a film holds. Raises `BadClipError` for one that cannot be read."""
+    """Find the frames of a film. Raises `BadClipError` for one that cannot be read."""
     status = film.stat()
     return _film_frames(film, status.st_mtime_ns, status.st_size)
 
@@ -53,7 +53,7 @@ def film_frames(film: Path) -> FilmFrames:
 def _film_frames(film: Path, *_: int) -> FilmFrames:
     pts: list[int | None] = []
     keys, hidden = [], []
-    with _opened(film) as (container, stream):
+    with opened(film) as (container, stream):
         codec = _DECODERS.get(stream.codec_context.name, stream.codec_context.name)
         raw = container.format.name in RAW_FORMATS.split(",")
         for packet in container.demux(stream):
@@ -115,7 +115,7 @@ def copy_frames(film: Path, begin: int, end: int, times_us: NDArray[np.int64], t
     decode_at = [(number - delay) * step for number in range(delay)] + offsets[: len(offsets) - delay]
     first = int(np.flatnonzero(wanted)[0])
     options = {"video_track_timescale": "1000000"}
-    with _opened(film) as (source, stream), av.open(str(target), "w", format="mp4", options=options) as movie:
+    with opened(film) as (source, stream), av.open(str(target), "w", format="mp4", options=options) as movie:
         copy = movie.add_stream_from_template(stream, opaque=True)  # what has no encoder is copied too
         copy.time_base = _MICROSECOND
         number = first
@@ -149,7 +149,7 @@ def decoded(film: Path, begin: int, end: int) -> Iterator[NDArray[np.uint8]]:
     """Frames of a film as RGB `[H, W, 3]`, for those that cannot be copied."""
     frames = film_frames(film)
     count = -1
-    with _opened(film) as (container, stream):
+    with opened(film) as (container, stream):
         if frames.times is not None:
             starts = [at for at in np.flatnonzero(frames.keys) if frames.numbers[at] <= begin]
             if starts:
@@ -191,17 +191,16 @@ def suffix_of(codec: str) -> str:
 
 
 @contextmanager
-def _opened(film: Path) -> Iterator[tuple[Any, Any]]:
-    """The film's container and its only video stream; what FFmpeg raises is a `BadClipError`."""
+def opened(film: Path, *, formats: str = f"{FORMATS},{RAW_FORMATS}") -> Iterator[tuple[Any, Any]]:
+    """Open a film for its container and its only video stream; what FFmpeg raises is a `BadClipError`."""
     import av
 
     lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
         regular_size(film)
-        options = {"format_whitelist": f"{FORMATS},{RAW_FORMATS}"}
-        with av.open(str(film), options=options, **lenient) as container:
+        with av.open(str(film), options={"format_whitelist": formats}, **lenient) as container:
             if len(container.streams.video) != 1:
-                reason = f"{film.name} holds {len(container.streams.video)} video streams; expected one."
+                reason = f"{film.name} holds {len(container.streams.video)} video streams; keep one."
                 raise BadClipError("undecodable_video", reason)
             stream = container.streams.video[0]
             if stream.codec_context is None:
@@ -210,4 +209,5 @@ def _opened(film: Path) -> Iterator[tuple[Any, Any]]:
     except BadClipError:
         raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BadClipError("undecodable_video", f"{film.name} cannot be read as a film ({error}).") from error
+        reason = f"{film.name} cannot be read as a film ({error}); copy it again, or write it as MP4."
+        raise BadClipError("undecodable_video", reason) from error

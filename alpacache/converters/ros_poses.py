@@ -70,7 +70,7 @@ class Clocked:
             raise UsageError(f"{reason}. With --stamp log the times of arrival are taken, which come later.")
 
     def facts(self) -> dict[str, Any]:
-        """How times were taken, and how much later messages arrived (ms)."""
+        """Facts on where times come from, and how much later messages arrived (ms)."""
         if self._by == "log" or self._bare:
             why = "asked for" if self._by == "log" else "the messages have no header"
             return {"topic": self.topic, "clock": f"time of arrival in the log ({why})"}

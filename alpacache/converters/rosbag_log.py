@@ -75,7 +75,7 @@ def _decoded(reader: Any, kind: str, data: bytes) -> Any:
 
 
 def decoder_of(name: str, definition: str, encoding: str) -> Callable[[bytes], Any]:
-    """What decodes messages of a type with this definition: `ros1msg`, or `ros2idl`."""
+    """Decoder of messages of a type with this definition: `ros1msg`, or `ros2idl`."""
     from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
 
     store = get_typestore(Stores.EMPTY)

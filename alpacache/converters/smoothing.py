@@ -18,7 +18,7 @@ FIRST_SPREAD = np.array([1e3, 50.0, 5.0])
 
 
 class Smoothed(NamedTuple):
-    """Of `[N]` instants and `[A]` axes."""
+    """Smoothed states of `[N]` instants on `[A]` axes."""
 
     states: Floats
     """`[N, A, 3]` position (m), velocity (m/s), acceleration (m/s²)."""
@@ -58,7 +58,7 @@ def smoothed(times_s: Floats, values: Floats, sigmas: Floats, *, jerk: float = J
 
 
 def _motion(step_s: float, jerk: float) -> tuple[Floats, Floats]:
-    """How a state goes on for a time, and the covariance that this adds."""
+    """Transition of a state over a time, and the covariance that this adds."""
     t = float(step_s)
     move = np.array([[1.0, t, t * t / 2], [0.0, 1.0, t], [0.0, 0.0, 1.0]])
     noise = np.array([[t**5 / 20, t**4 / 8, t**3 / 6], [t**4 / 8, t**3 / 3, t**2 / 2], [t**3 / 6, t**2 / 2, t]])
@@ -76,7 +76,7 @@ class Fused(NamedTuple):
 
 
 WALK = np.array([0.05, 0.05, 0.002, 1e-4, 1e-4])
-"""How much each part of the state wanders in a second, beyond what speed and yaw rate say."""
+"""Standard deviation by which each part of the state wanders in a second beyond what speed and yaw rate say."""
 FIRST_FUSED = np.array([10.0, 10.0, 0.5, 0.03, 0.05])
 
 

@@ -40,7 +40,7 @@ _NAME = re.compile(r"center_(\d{4}_\d{2}_\d{2}_\d{2}_\d{2}_\d{2})_(\d{1,3})\.jpg
 
 
 class Row(NamedTuple):
-    """What one row of the log says."""
+    """One row of the log."""
 
     time_us: int
     picture: Path

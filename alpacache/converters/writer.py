@@ -48,7 +48,7 @@ from cache_store.storage.local_files import flush, write_flushed
 
 REPORT, INDEX, CLIPS, PROVENANCE = "convert.json", "dataset.json", "clips", "provenance.json"
 JPEG_QUALITY = 95
-"""Of pictures that had no file format; with all colours (4:4:4)."""
+"""JPEG quality of pictures that had no file format; with all colours (4:4:4)."""
 _WORK = ".writing"
 """Folder beside the clips for what is not whole yet."""
 _FLUSHING = 16
@@ -59,7 +59,7 @@ _LONGEST_NAME = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertReport:
-    """What was written."""
+    """Result of a conversion."""
 
     out: str
     clips: tuple[dict[str, Any], ...]
@@ -67,7 +67,7 @@ class ConvertReport:
     kept: int
     """Clips of them that an earlier command had written."""
     dropped: tuple[Dropped, ...]
-    """What is in the log and not in the folder."""
+    """Parts of the log that are not in the folder."""
     cameras: tuple[str, ...]
 
 

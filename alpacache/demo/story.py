@@ -23,10 +23,11 @@ from alpacache.driver.driver import load_driver
 from alpacache.driver.loop_page import write_loop_page
 from alpacache.durable import check_out
 from alpacache.errors import UsageError
-from alpacache.evaluation.config import BASE, TRAINED, EvalConfig
+from alpacache.evaluation.config import EvalConfig
 from alpacache.evaluation.evaluate import EvalReport, evaluate
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.extract import extract
+from alpacache.inference import BASE, TRAINED
 from alpacache.progress import OnProgress, Progress
 from alpacache.training.config import TrainConfig
 from alpacache.training.run_log import TrainReport
@@ -59,7 +60,7 @@ class DemoReport:
     run: TrainReport
     evaluation: EvalReport
     loop: Mapping[str, LoopSummary]
-    """By label; empty without a closed loop."""
+    """Summary by label; empty without a closed loop."""
 
 
 Stage = Callable[[str, str], AbstractContextManager[OnProgress]]

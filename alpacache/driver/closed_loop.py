@@ -28,11 +28,10 @@ from alpacache.sources.scene import LANE_M
 from alpacache.sources.synthetic import SyntheticSource
 
 ROADS: tuple[Shape, ...] = ("straight", "late_curve", "s_curve")
-"""Kinds of roads that say themselves where they lead: straight on, a bend after a straight, an S."""
-FORK: Shape = "fork"
-"""A road of which only a route tells which branch is the right one; for models whose prompt takes one."""
+"""Roads that show by themselves where they lead: straight on, a bend after a straight, an S. On a `fork` only a route
+tells the right branch, so that is for models whose prompt takes one."""
 KEPT_M = LANE_M / 2
-"""How far the car's centre may be from the lane's: as far as the markings."""
+"""Distance of the car's centre from the lane's that still counts as kept: as far as the markings."""
 LOST_M = 8.0
 """Distance from the lane's centre at which a drive is given up."""
 REPLAN_STEPS = 5
@@ -56,16 +55,16 @@ class LoopRoad:
 
 @dataclass(slots=True, kw_only=True)
 class RoadDrive:
-    """How a car drove a road; grows while it drives. Step 0 is the clip's begin, steps are 0.1 s apart."""
+    """Record of a car driving a road; grows while it drives. Step 0 is the clip's begin, steps are 0.1 s apart."""
 
     road: LoopRoad
     xyz: list[Floats]
     """`[3]` metres in the clip's world, a step each."""
     yaw: list[float]
     arc_m: list[float]
-    """How far along the road."""
+    """Distance along the road."""
     offset_m: list[float]
-    """How far to the left of the lane's centre."""
+    """Offset to the left of the lane's centre."""
     pictures: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     """Step -> what the front camera saw, `[3, H, W]`, when the model was asked."""
     begun: int = HISTORY_STEPS - 1
@@ -85,7 +84,7 @@ class RoadDrive:
 
     @property
     def distance_m(self) -> float:
-        """How far the car came before it left its lane, or in all."""
+        """Distance driven before the car left its lane, or in all."""
         end = len(self.arc_m) - 1 if self.left_at is None else self.left_at
         return max(0.0, self.arc_m[end] - self.arc_m[self.begun])
 
@@ -115,7 +114,7 @@ class RoadDrive:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSummary:
-    """How a model drove; intervals are over roads."""
+    """Measures of a model's driving; intervals are over roads."""
 
     roads: int
     kept: Interval | None
@@ -126,7 +125,7 @@ class LoopSummary:
     by_shape: Mapping[str, tuple[int, int]]
     """Kind of road -> roads kept, roads driven."""
     more_kept: Interval | None = None
-    """How much larger the share of kept roads is than the first model's."""
+    """Share of kept roads less the first model's."""
 
 
 def loop_roads(count: int, *, shapes: Sequence[Shape] = ROADS, seed: int = 0) -> list[LoopRoad]:
@@ -182,7 +181,7 @@ def drive_roads(
                 continue
             try:
                 sample = _moment(drive, step, render, cameras=cameras, frames=driver.frames, routed=routed)
-            except BadClipError:  # it moves as no car does
+            except BadClipError:  # it moves as no car can
                 drive.lost = True
                 continue
             if number < pictures:
@@ -201,7 +200,7 @@ def drive_roads(
 
 
 def summarise(drives: Sequence[RoadDrive], *, before: Sequence[RoadDrive] | None = None) -> LoopSummary:
-    """The measures of drives, and of the same roads as another model drove them `before`."""
+    """Summarise drives, compared with the same roads as another model drove them `before`."""
     names = [f"{drive.road.shape} {drive.road.clip_id}" for drive in drives]
     kept, ones = [float(drive.kept) for drive in drives], np.ones(len(drives))
     mean = partial(weighted_mean, weights=ones, clips=names)
@@ -267,7 +266,7 @@ class _Renderer:
 def _moment(
     drive: RoadDrive, step: int, render: _Renderer, *, cameras: Sequence[str], frames: int, routed: bool
 ) -> Sample:
-    """What the car knows at a step."""
+    """The moment as the car knows it at a step."""
     given: dict[str, Any] = {"cameras": cameras, "count": frames, "t0_us": step * STEP_US, "name": drive.road.clip_id}
     times = STEP_US * np.arange(step - frames + 1, step + 1, dtype=np.int64)
     route = _route(drive, step) if routed else None
@@ -275,7 +274,7 @@ def _moment(
 
 
 def _route(drive: RoadDrive, step: int) -> str | None:
-    """What a navigation says of a bend or fork that the car reaches within 6.4 s at its present speed."""
+    """Navigation text for a bend or fork that the car reaches within 6.4 s at its present speed."""
     recorded, here = drive.road.source.drive(drive.road.clip_id), drive.arc_m[step]
     reach = FUTURE_S * (here - drive.arc_m[step - REPLAN_STEPS]) / (REPLAN_STEPS * DT_S)
     for start_us, side in recorded.turns:

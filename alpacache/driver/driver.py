@@ -63,7 +63,7 @@ class DrivenPaths:
     rotation: Floats
     """`[3, 3]` vehicle to world at the moment."""
     texts: tuple[str, ...] = ()
-    """What the VLM reasoned before each path; empty without reasoning."""
+    """Text that the VLM reasoned before each path; empty without reasoning."""
 
     def in_world(self) -> tuple[Floats, Floats]:
         """Positions `[K, 64, 3]` (m) and rotations `[K, 64, 3, 3]` in the world of the given poses."""
@@ -78,7 +78,7 @@ class SeenMoment:
     sample: Sample
     inputs: VLMInputs
     prefix: PrefixFeatures
-    """As the VLM computed it; still on its device."""
+    """The prefix as the VLM computed it, still on its device."""
     track: Track
 
 
@@ -123,7 +123,7 @@ class Driver:
 
     @property
     def device(self) -> torch.device:
-        """Where VLM and expert compute."""
+        """Device on which VLM and expert compute."""
         return self._expert.device
 
     @property
@@ -466,7 +466,7 @@ class _Recorded:
 
 
 def _recorded(state: Mapping[str, Any]) -> _Recorded:
-    """What a run's state tells of its stores. Runs of earlier versions may say less."""
+    """Read what a run's state says of its stores. Runs of earlier versions may say less."""
     identity: Mapping[str, Any] = next(
         (store["identity"] for store in state["settings"]["stores"] if store["identity"]), {}
     )

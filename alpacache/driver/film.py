@@ -25,6 +25,7 @@ from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
 from alpacache.driving.poses import Track, check_track, frame_indices, interpolate
 from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef
 from alpacache.errors import BadClipError, InterruptedRunError, UsageError
+from alpacache.inference import BASE, TRAINED
 from alpacache.interrupt import InterruptGuard
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.drive_frame import SIZE, Shown, drive_frame
@@ -37,7 +38,6 @@ from alpacache.sources.registry import open_source
 from alpacache.sources.routes import Routes
 from alpacache.sources.source import RecordedSource, Source
 
-BASE, TRAINED = "base", "trained"
 _AT_ONCE = 10
 """Moments whose pictures are read together."""
 _ENCODERS = ("libx264", "libopenh264", "mpeg4")
@@ -52,7 +52,7 @@ class DriveReport:
     out: str
     clip: str
     pictures: int
-    """Of the film, each with paths of its own."""
+    """Pictures of the film, each with paths of its own."""
     seconds: float
     resumed: int
     """Pictures whose paths had been predicted before."""
@@ -186,7 +186,7 @@ def _seen(
             for camera, (times, pictures) in read.items():
                 last = int(np.searchsorted(times, t0_us, side="right"))
                 first = int(np.searchsorted(times, t0_us - (frames - 1) * FRAME_STEP_US, side="right")) - 1
-                # Seldom is a frame taken at t0: the newest one is there until the next.
+                # A frame is seldom taken exactly at t0: the newest one stands until the next.
                 parts[camera] = pictures[[*range(first, last), last - 1]], np.append(times[first:last], t0_us + 1)
             yield _moment(parts, track, t0_us, frames=frames, clip=clip), parts[shown][0][-1].transpose(2, 0, 1)
 
@@ -227,7 +227,7 @@ def _shown(
     route: str | None,
     clip: str,
 ) -> Shown:
-    """What the picture of a moment shows."""
+    """Collect what the picture of a moment shows."""
     position, rotation = pose_at(track, t0_us)
     around = t0_us + STEP_US * np.arange(1 - HISTORY_STEPS, FUTURE_STEPS + 1, dtype=np.int64)
     around = around[around <= track.timestamps_us[-1]]
@@ -245,7 +245,7 @@ def _shown(
 
 
 class _Kept:
-    """What was predicted for a film so far, beside it."""
+    """Predicted paths of an unfinished film, kept beside it."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
         """Paths of other settings, or of another film of this name, are dropped."""

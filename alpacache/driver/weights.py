@@ -1,4 +1,4 @@
-"""Where a driver's VLM has its weights: on the device, or coming layer by layer where a memory budget is below them."""
+"""Places a driver's VLM: all weights on the device, or layer by layer where a memory budget is below them."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -6,9 +6,9 @@ import torch
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import geometry_of
-from alpacache.alpamayo.weight_homes import SLOTS
 from alpacache.errors import UsageError
 from alpacache.gpu.host_memory import available_bytes
+from alpacache.planning.prefill_plan import all_weights_bytes, weights_in_turn_bytes
 
 if TYPE_CHECKING:
     from alpacache.alpamayo import FrozenVLM
@@ -37,26 +37,23 @@ def open_vlm(
     """
     from alpacache.alpamayo import load_vlm
 
-    sizes = geometry_of(checkpoint)
-    all_layers, tower = sizes.layers * sizes.vlm.layer_parameters, sizes.vlm.tower_parameters
-    parameters = all_layers + tower + sizes.vlm.embedding_parameters
-    room = None
+    geometry, room = geometry_of(checkpoint), None
+    all_bytes = all_weights_bytes(geometry, dtype.itemsize)
     if memory_budget is not None:
         room = memory_budget - beside_bytes - (_SPARE_BYTES if device.type == "cuda" else 0)
-    if room is None or parameters * dtype.itemsize <= room:
+    if room is None or all_bytes <= room:
         vlm = load_vlm(checkpoint, dtype=dtype, device=device)
     else:
         from alpacache.alpamayo.streamed_vlm import load_streamed_vlm
 
-        least = SLOTS * sizes.vlm.layer_parameters * dtype.itemsize
-        tower_streams = least + tower * dtype.itemsize > room
-        needed = max(least, tower * dtype.itemsize) if tower_streams else least + tower * dtype.itemsize
+        tower_streams = weights_in_turn_bytes(geometry, dtype.itemsize, tower_streams=False) > room
+        needed = weights_in_turn_bytes(geometry, dtype.itemsize, tower_streams=tower_streams)
         if needed > room:
             raise UsageError(
                 f"the memory budget of {_gib(memory_budget)} is too small: the expert takes {_gib(beside_bytes)}, the "
                 f"layers of the VLM that come in turn {_gib(needed)}, and activations {_gib(_SPARE_BYTES)}."
             )
-        fits = parameters * dtype.itemsize + _RAM_LEFT_BYTES <= available_bytes()
+        fits = all_bytes + _RAM_LEFT_BYTES <= available_bytes()
         home: Literal["ram", "files"] = "ram" if fits else "files"
         vlm = load_streamed_vlm(checkpoint, dtype=dtype, device=device, home=home, tower_streams=tower_streams)
     if compiled:

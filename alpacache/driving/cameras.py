@@ -86,6 +86,6 @@ def marks_words(names: bool | None, numbers: bool | None) -> str:
 
 
 def camera_words(identity: Mapping[str, Any]) -> str:
-    """What the VLM saw, for people; empty if a store's identity does not say."""
+    """Cameras that the VLM saw, for people; empty if a store's identity does not say."""
     recorded, blank = recorded_and_blank(identity)
     return ", ".join(recorded) + (f", black pictures for {', '.join(blank)}" if blank else "")

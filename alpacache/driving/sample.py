@@ -86,7 +86,7 @@ class Sample:
     future_rot: NDArray[np.float32]
     """`[64, 3, 3]`."""
     blank: tuple[str, ...] = ()
-    """Those of `cameras` that nothing was recorded by: black pictures that keep their places."""
+    """The `cameras` that recorded nothing: black pictures keep their places."""
     calibration: dict[str, Any] | None = None
     """For each camera what the source knows of its projection; JSON-serialisable."""
     jitter: dict[str, float] | None = None

@@ -24,11 +24,7 @@ from alpacache.config import (
     whole_number,
 )
 from alpacache.errors import UsageError
-
-BASE = "base"
-"""Label of the unmodified checkpoint; always evaluated, and what the others are compared with."""
-TRAINED = "trained"
-"""Label of the run that `checkpoint` names."""
+from alpacache.inference import BASE, TRAINED
 
 Control: TypeAlias = Literal["shuffled", "none"]
 Pool: TypeAlias = Literal["both", "last", "mean"]

@@ -2,13 +2,13 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -24,7 +24,7 @@ from alpacache.driving.route import command_of
 from alpacache.driving.sample import SampleRef
 from alpacache.driving.splits import count_overlapping
 from alpacache.errors import UsageError
-from alpacache.evaluation.config import BASE, EvalConfig
+from alpacache.evaluation.config import EvalConfig
 from alpacache.evaluation.judged_models import JudgedModel, find_models
 from alpacache.evaluation.judging import LeftOut, SampleResult, judge, judge_baselines
 from alpacache.evaluation.known_clips import trained_samples
@@ -34,6 +34,7 @@ from alpacache.evaluation.sheet import MOST_ROWS
 from alpacache.evaluation.summary import EvalSummary, summarise
 from alpacache.evaluation.unread import Unread
 from alpacache.gpu.device import enter, resolve_device
+from alpacache.inference import BASE
 from alpacache.interrupt import InterruptGuard
 from alpacache.masking import masked_values
 from alpacache.metrics.bootstrap import BLOCK_S
@@ -44,9 +45,6 @@ from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.training.data_order import check_overlap
 from alpacache.training.run_directory import recorded_metrics
 from alpacache.training.trained_expert import load_trained
-
-if TYPE_CHECKING:
-    pass
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +60,7 @@ class EvalReport:
     out: str
     seconds: float
     choice: Mapping[str, Any] | None = None
-    """How the samples were chosen; None for all."""
+    """Record of how the samples were chosen; None for all."""
 
 
 def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalReport:
@@ -104,8 +102,6 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     enter(device)
     space = _action_space(models[BASE].checkpoint)
     target_of = cache(lambda index: space.to_action(*poses(index)))
-    steps, *_ = config.all_flow_steps
-    sampling = {"paths": config.paths, "flow_steps": steps, "seed": config.seed}
     predicted: dict[str, Predicted] = {}
     done = 0
 
@@ -143,38 +139,11 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
             predicted[label] = predictor.predict(expert, model.stored, model=named)
             del expert  # before the next one is loaded
 
-    weights = None if data.chosen is None else data.chosen.weights
-    judged: dict[int, SampleResult] = {}
-    for index in indices:
-        while index not in judged and index not in unread.errors:
-            with unread.caught():
-                judged[index] = _judge_sample(
-                    data,
-                    index,
-                    poses(index),
-                    (space, target_of(index)),
-                    predicted,
-                    weight=1.0 if weights is None else float(weights[index]),
-                    shuffled_with=data.sample_id(partners[index]) if partners else None,
-                )
+    judged = _judge_all(data, indices, poses, space, target_of, predicted, partners, unread)
     results = list(judged.values())
     block_s = BLOCK_S if config.split is None else min(BLOCK_S, config.split.block_us / 1e6)
     summary = summarise(results, seed=config.seed, block_s=block_s)
-    settings: dict[str, Any] = {**sampling, "reasoning": "rollout" if on_rollouts else "none", "view": 0}
-    if data.chosen is not None:
-        settings["choice"] = data.chosen.record
-    if models[BASE].checkpoint is not base:
-        settings["base"] = f"the new expert of {config.checkpoint} as it began, random weights"
-    if config.compare_store:
-        settings["compare_store"] = masked_values(dict(config.compare_store))
-    if config.control:
-        settings["control"] = list(config.control)
-    if len(config.all_flow_steps) > 1:
-        settings["all_flow_steps"] = list(config.all_flow_steps)
-    if data.routed:
-        settings |= {"routes": True, "swap_route": config.swap_route}
-    if config.guidance is not None:
-        settings["guidance"] = config.guidance
+    settings = _settings(config, data, on_rollouts=on_rollouts, new_base=models[BASE].checkpoint is not base)
     losses = {
         label: recorded_metrics(model.run, model.state) for label, model in models.items() if model.run is not None
     }
@@ -190,6 +159,56 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         seconds=seconds,
         choice=settings.get("choice"),
     )
+
+
+def _judge_all(
+    data: CachedDataset,
+    indices: Sequence[int],
+    poses: Callable[[int], Poses],
+    space: UnicycleActionSpace,
+    target_of: Callable[[int], Tensor],
+    predicted: Mapping[str, Predicted],
+    partners: Mapping[int, int],
+    unread: Unread,
+) -> dict[int, SampleResult]:
+    """Judge each sample that can be read, by its index."""
+    weights = None if data.chosen is None else data.chosen.weights
+    judged: dict[int, SampleResult] = {}
+    for index in indices:
+        while index not in judged and index not in unread.errors:
+            with unread.caught():
+                judged[index] = _judge_sample(
+                    data,
+                    index,
+                    poses(index),
+                    (space, target_of(index)),
+                    predicted,
+                    weight=1.0 if weights is None else float(weights[index]),
+                    shuffled_with=data.sample_id(partners[index]) if partners else None,
+                )
+    return judged
+
+
+def _settings(config: EvalConfig, data: CachedDataset, *, on_rollouts: bool, new_base: bool) -> dict[str, Any]:
+    """What the paths depend on, for the record; of what was not asked for it says nothing."""
+    flow_steps = config.all_flow_steps
+    settings: dict[str, Any] = {"paths": config.paths, "flow_steps": flow_steps[0], "seed": config.seed}
+    settings |= {"reasoning": "rollout" if on_rollouts else "none", "view": 0}
+    if data.chosen is not None:
+        settings["choice"] = data.chosen.record
+    if new_base:
+        settings["base"] = f"the new expert of {config.checkpoint} as it began, random weights"
+    if config.compare_store:
+        settings["compare_store"] = masked_values(dict(config.compare_store))
+    if config.control:
+        settings["control"] = list(config.control)
+    if len(flow_steps) > 1:
+        settings["all_flow_steps"] = list(flow_steps)
+    if data.routed:
+        settings |= {"routes": True, "swap_route": config.swap_route}
+    if config.guidance is not None:
+        settings["guidance"] = config.guidance
+    return settings
 
 
 def _check_guidance(data: CachedDataset, store: str, *, on_rollouts: bool, compared: bool) -> None:

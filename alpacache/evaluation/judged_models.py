@@ -13,8 +13,9 @@ from alpacache.alpamayo.backbone import layer_map_of
 from alpacache.alpamayo.new_expert import begun_with
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.errors import UsageError
-from alpacache.evaluation.config import BASE, TRAINED, EvalConfig
+from alpacache.evaluation.config import EvalConfig
 from alpacache.evaluation.predicting import Poses, StoredSamples
+from alpacache.inference import BASE, TRAINED
 from alpacache.layer_choice import layers_text
 from alpacache.sources.name_lists import listed
 from alpacache.training.trained_expert import find_trained
@@ -28,7 +29,7 @@ class JudgedModel:
     """One column of an evaluation."""
 
     checkpoint: Checkpoint
-    """What is loaded, before a run's tensors come into it."""
+    """Checkpoint that is loaded before a run's tensors come into it."""
     run: Path | None = None
     """Checkpoint of the run that is judged; None for the base model."""
     state: Mapping[str, Any] = field(default_factory=dict)
@@ -75,7 +76,7 @@ def find_models(
 
 
 def _first(config: EvalConfig, base: Checkpoint, data: CachedDataset, trained: Mapping[str, Any] | None) -> Checkpoint:
-    """What `base` is: the model, or where the store has too few layers for its expert, a run's new one as it began."""
+    """The model that `base` is: the given one, or a run's new expert as it began where the store has too few layers."""
     first = base if trained is None else begun_with(base, trained)
     if first is base or set(layer_map_of(base)) <= set(data.held_layers):
         return base

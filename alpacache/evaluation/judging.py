@@ -33,7 +33,7 @@ VARIANT_KEYS = ("min_ade", "ade", "min_fde")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """What is kept of one model's paths for one sample under other circumstances, from the same noise."""
+    """Numbers of one model's paths for one sample in a control run, from the same noise."""
 
     metrics: Mapping[str, float]
     """`VARIANT_KEYS` -> metres."""
@@ -65,7 +65,7 @@ class ModelResult:
     """Number of flow steps -> the same with so many, where more than one number was asked for."""
 
     def honest(self, history_rot: ArrayLike) -> Variant:
-        """The result itself, to be compared with those of `controls`; the history is `[16, 3, 3]`."""
+        """Numbers of the paths as predicted, to compare with those of `controls`; the history is `[16, 3, 3]`."""
         departure = mean_departure(self.pred_xyz, self.pred_rot, np.asarray(history_rot)[-1])
         metrics = {key: self.metrics[key] for key in VARIANT_KEYS}
         return Variant(metrics=metrics, departure=departure, loss=self.loss)
@@ -95,13 +95,13 @@ class SampleResult:
     routed: bool = False
     """True if samples of this evaluation may have a route."""
     weight: float = 1.0
-    """How much it counts beside others, above 0."""
+    """Weight of the sample in means, slopes and intervals, above 0."""
     shuffled_with: str | None = None
     """Sample whose prefix the control `shuffled` took."""
 
     @property
     def command(self) -> Command | None:
-        """What the route commands; None where no sample has a route."""
+        """The route's command; None where no sample has a route."""
         return command_of(self.route) if self.routed else None
 
     @property
@@ -111,11 +111,11 @@ class SampleResult:
 
     @property
     def true_departure(self) -> Departure:
-        """How far the driven path leaves the straight line."""
+        """Departure of the driven path from the straight line."""
         return mean_departure(self.truth_xyz[None], self.truth_rot[None], self.history_rot[-1])
 
     def mean_departure(self, label: str) -> Departure:
-        """How far a model's paths leave the straight line on average; a baseline's one path has no noise."""
+        """Mean departure of a model's paths from the straight line; a baseline's one path has no noise."""
         model = self.models[label]
         departure = mean_departure(model.pred_xyz, model.pred_rot, self.history_rot[-1])
         if label not in BASELINES:

@@ -1,4 +1,4 @@
-"""What a run was trained on, as far as it can be told: what it knows by heart would count as skill."""
+"""Samples that a run was trained on, as far as can be told: what it knows by heart would count as skill."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What every model predicts for every sample: its paths, and under other circumstances what is kept of them.
+"""Predictions of every model for every sample: paths, and the numbers of control runs.
 
 Several numbers of flow steps go through each prefix while it is there. A control is one more pass over the samples, in
 which each is given another clip's prefix, or none; noise and targets stay its own.
@@ -42,7 +42,7 @@ Start = Callable[[Sequence[int]], Generator[Prediction]]
 
 @dataclass(slots=True, kw_only=True)
 class Predicted:
-    """What one model predicts, by sample."""
+    """Predictions of one model, by sample."""
 
     paths: dict[int, Paths] = field(default_factory=dict)
     actions: dict[int, Tensor] = field(default_factory=dict)

@@ -260,7 +260,7 @@ def _planted(
 
 
 def _looked_at(data: ProbeData, pool: Pool) -> str:
-    """What the probes saw of the prefix, in words."""
+    """Say in words what the probes saw of the prefix."""
     pools = {
         "both": "the last token and the mean over tokens",
         "last": "the last token",

@@ -202,7 +202,7 @@ def _layer_numbers(reader: CacheReader, first: str, layers: Layers, codec: KVCod
 def _by_token(
     reader: CacheReader, sample_id: str, numbers: Sequence[int], codec: KVCodec | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """By name, vectors `[T, C]`: hidden states where there are any, and layers' values, all heads side by side.
+    """Vectors `[T, C]` by name: hidden states where there are any, and layers' values, all heads side by side.
 
     One layer at a time is decoded.
     """

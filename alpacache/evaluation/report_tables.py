@@ -220,7 +220,7 @@ def corridor_table(summary: EvalSummary) -> str:
 
 
 def commands_table(summary: EvalSummary) -> str:
-    """How each command is obeyed by each model, with counts."""
+    """Shares of the paths of each model that obey each command, with counts."""
     rows = []
     for command, told in summary.commands.items():
         for label, model in told.models.items():

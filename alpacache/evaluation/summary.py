@@ -76,14 +76,14 @@ class EvalSummary:
     samples: int
     clips: int
     split_by: str
-    """What is split for the intervals: `clips`, or blocks of time where there are few."""
+    """Units that are resampled for the intervals: `clips`, or blocks of time where there are few."""
     strata: Mapping[str, StratumSummary]
     """Numbers of every name of `STRATA`, also of those without a sample, and of commands where there are routes."""
     warnings: tuple[str, ...]
     commands: Mapping[str, CommandSummary] = field(default_factory=dict)
     """Commands that samples have, and how they are obeyed."""
     swaps: Mapping[str, SwapSummary] = field(default_factory=dict)
-    """By model, the control with left for right in the routes; empty where it was not asked for."""
+    """Model -> the control with left for right in the routes; empty where it was not asked for."""
     controls: Mapping[str, Mapping[str, Mapping[str, ControlSummary]]] = field(default_factory=dict)
     """Stratum of `JUDGED` -> model -> control -> does it look?; empty where it was not asked for."""
     flow_steps: Mapping[str, Mapping[int, FlowSummary]] = field(default_factory=dict)
@@ -150,7 +150,7 @@ def summarise(results: Sequence[SampleResult], *, seed: int = 0, block_s: float 
 def _summarise_controls(
     results: Sequence[SampleResult], everything: Judged, models: Sequence[str]
 ) -> dict[str, dict[str, dict[str, ControlSummary]]]:
-    """Whether models look, on the strata that the turn did not choose."""
+    """Summarise whether models look, on the strata that were not chosen by the turn."""
     found: dict[str, dict[str, dict[str, ControlSummary]]] = {}
     for name in JUDGED:
         for label in models:
@@ -183,7 +183,7 @@ def _summarise_flow(
 def _summarise_commands(
     results: Sequence[SampleResult], units: Sequence[str], weights: Floats, models: Sequence[str], *, seed: int
 ) -> dict[str, CommandSummary]:
-    """How the commands that can be obeyed, and that samples have, are obeyed."""
+    """Summarise how the commands that samples have are obeyed, as far as they can be."""
     found: dict[str, CommandSummary] = {}
     for command in COMMANDS:
         rows = [row for row, result in enumerate(results) if result.command == command]

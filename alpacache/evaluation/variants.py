@@ -1,4 +1,4 @@
-"""One model under other circumstances, from the same noise: with another clip's prefix, with none, in fewer flow steps.
+"""Control runs of one model from the same noise: with another clip's prefix, with none, or in fewer flow steps.
 
 A model that does not look at what it is shown does as well with the pictures of another clip. Its loss tells first:
 paths that are wrong either way may be as wrong as before.
@@ -35,7 +35,7 @@ does not show that it looks."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlSummary:
-    """One model without what it should look at, beside the same samples as they are."""
+    """One model deprived of what it should look at, compared with the same samples as they are."""
 
     samples: int
     honest_loss: float
@@ -70,10 +70,10 @@ class Judged:
 
     truth: Sequence[Departure]
     units: Sequence[str]
-    """What is split for intervals."""
+    """Units that are resampled for intervals."""
     weights: Floats
     split_by: str
-    """What the units are: `clips`, or blocks of time."""
+    """Name of the units: `clips`, or blocks of time."""
     seed: int
 
     def at(self, rows: Sequence[int]) -> "Judged":

@@ -1,4 +1,4 @@
-"""What stage one will take of the GPU and of RAM, settled before the first sample."""
+"""GPU memory and RAM that stage one will take, settled before the first sample."""
 
 from collections.abc import Callable
 

@@ -49,7 +49,7 @@ class Group:
     made: torch.cuda.Event | None
     """On a GPU, the event after which the values are good."""
     copies: list[HostCopy] | None = None
-    """Where large values are on their way to the host already, each sample's copy."""
+    """Copies of large values that are on their way to the host already, one for each sample."""
 
 
 class Prefiller:

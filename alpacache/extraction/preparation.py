@@ -34,7 +34,7 @@ class PreparationSettings:
     source: str
     model: str
     cameras: tuple[str, ...]
-    """Those that are read, sorted by index."""
+    """Cameras that are read, sorted by index."""
     frames: int
     seed: int
     """Seed of the views' changes."""
@@ -46,7 +46,7 @@ class PreparationSettings:
     route_tokens: bool | None = None
     vlm_dtype: Literal["bf16", "fp32"] = "bf16"
     blank: tuple[str, ...] = ()
-    """Further ones, which black pictures stand in for."""
+    """Further cameras, which black pictures stand in for."""
 
     @property
     def shown(self) -> tuple[str, ...]:

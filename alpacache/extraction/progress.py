@@ -1,4 +1,4 @@
-"""How far an extraction is: this worker by its own counters, all workers together by what the store holds."""
+"""Progress of an extraction: this worker's by its own counters, that of all workers by what the store holds."""
 
 import time
 from collections import Counter
@@ -50,7 +50,7 @@ class ExtractReport:
 
 
 class StoreCount:
-    """How many of the wanted samples all workers together have committed; looked up now and then."""
+    """Counts how many of the wanted samples all workers have committed; looks it up now and then."""
 
     def __init__(self, store: str, wanted: frozenset[str]) -> None:
         self._store, self._wanted = store, wanted

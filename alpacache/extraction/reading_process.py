@@ -47,7 +47,7 @@ _END_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readers:
-    """How samples are read and preprocessed ahead of the VLM, in threads that may have processes do it."""
+    """Reads and preprocesses samples ahead of the VLM, in threads that may have processes do it."""
 
     one_pass: Callable[[Sequence[SampleRef]], AbstractContextManager[Callable[[SampleRef], Prepared]]]
     """As `Preparation.one_pass`."""
@@ -74,7 +74,7 @@ def open_readers(
 
 
 def reading_workers(wanted: int | None) -> int:
-    """How many samples are read at a time: as many as wanted, else this process's share of the machine's cores."""
+    """Number of samples read at a time: as many as wanted, else this process's share of the machine's cores."""
     return wanted or default_workers(len(os.sched_getaffinity(0)) // this_process().local_world_size)
 
 

@@ -45,11 +45,11 @@ class _Sample:
     """Beginnings of the names of its fields of KV, and where each lies among a layer's tokens."""
     places: HostPlaces
     shapes: dict[str, tuple[int, ...]]
-    """Of each of these fields, all layers together."""
+    """Shape of each of these fields, all layers together."""
     ends: dict[str, int]
     """Bytes of each of these fields that have left."""
     good: dict[str, list[Tensor]]
-    """Whether what has left of each field may be stored."""
+    """Field -> True if all that has left the device so far may be stored."""
 
 
 class StreamedPrefiller:

@@ -1,4 +1,4 @@
-"""How far predicted paths are from the driven one, how much of each turn they take, and how sure the numbers are.
+"""Measures of predicted paths: distance from the driven one, share of each turn that is taken, and intervals.
 
 The errors of the public evaluation are imported on first use: training needs one of them and none of the rest.
 """

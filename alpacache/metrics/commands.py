@@ -1,4 +1,4 @@
-"""Whether paths do what their routes command, and whether they change sides when the command does.
+"""Measures whether paths do what their routes command, and whether they change sides when the command does.
 
 A path obeys `left` if it ends to the left of the straight corridor at 6.4 s, `right` likewise, `straight` if inside. A
 command may be for later than that ("turn left in 300 m"), so recall is over samples whose driven path obeys it.
@@ -52,7 +52,7 @@ class SwapSummary:
     """Share of samples of which most paths obey, with either command."""
     follows_interval: Interval | None
     shift_m: float
-    """How far the mean path's end moves towards the commanded side, from the opposite command to the given one."""
+    """Move of the mean path's end towards the commanded side, from the opposite command to the given one."""
 
 
 def share_obeying(pred_xyz: ArrayLike, command: Command) -> float:

@@ -25,7 +25,7 @@ _GRID_M = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """What one picture shows; metres in the ego frame of its moment."""
+    """Contents of one picture; metres in the ego frame of its moment."""
 
     picture: NDArray[np.uint8]
     """`[3, H, W]` RGB of the camera."""

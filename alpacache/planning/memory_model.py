@@ -171,7 +171,7 @@ def _decoded_tail_bytes(work: Workload, samples: int) -> int:
 
 
 def _beside_decoded(work: Workload, samples: int) -> int:
-    """What decoding takes beside decoded layers: that of tails, and what the codec itself needs."""
+    """Memory of decoding beside the decoded layers: tails, and what the codec itself needs."""
     layout = work.layout
     own = 0 if layout.codec is None else layout.codec.decoding_bytes(layout.shape(samples * work.longest))
     return own + _decoded_tail_bytes(work, samples)

@@ -101,7 +101,7 @@ class ExtractPlan:
     """Seconds a sample in which weights from RAM or files arrive, beside the VLM; 0 where they stay on the GPU."""
     hours: float
     memory: PrefillPlan | None
-    """Where the weights live and what is taken; None where nothing fits, which `notes` tell."""
+    """Place of the weights and memory taken; None where nothing fits, which `notes` say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +150,7 @@ class Plan:
     model: str
     cameras: tuple[str, ...]
     blank: tuple[str, ...]
-    """Those of `cameras` that a black picture stands in for."""
+    """The `cameras` that a black picture stands in for."""
     frames: int
     codec: str
     samples: int
@@ -381,7 +381,7 @@ def _extract_plan(
 
 
 def prefill_home(device_bytes: int, host_bytes: int, family: ReleasedFamily | None = None) -> WeightsHome | None:
-    """Where the released model's weights would live in stage one (one front camera, int8); None where nothing fits."""
+    """Place of the released model's weights in stage one (one front camera, int8); None where nothing fits."""
     found = plan(PlanConfig(samples=1000, codec="int8", family=family))
     picture = PlanConfig(samples=1).picture
     prompt = planned_prompt(None, found.cameras, frames=found.frames, picture=picture, family=family)

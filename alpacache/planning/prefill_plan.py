@@ -28,11 +28,11 @@ _WORKSPACE_BYTES = 80 * 2**20
 _GAPS = 0.02
 """Share that is lost to pages nothing fills."""
 PATCH_VALUES = 3 * 2 * 16 * 16
-"""Of a patch of two frames, 16 pixels square."""
+"""Values of a patch: two frames, three colours, 16 by 16 pixels."""
 _ANGLES_A_PATCH = 576
-"""Bytes of its cosines and sines in float32."""
+"""Bytes of a patch's cosines and sines in float32."""
 _RAM_LEFT_BYTES = 2 * 2**30
-"""Left to everything else on the machine."""
+"""RAM left to everything else on the machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +41,9 @@ class PrefillWork:
 
     geometry: Geometry
     tokens: int
-    """Of the longest prompt."""
+    """Tokens of the longest prompt."""
     image_tokens: int
-    """Of those, the images'."""
+    """Tokens of its images."""
     stored_bytes: int
     """KV and hidden states of a sample as they are stored."""
     pixel_bytes: int
@@ -64,7 +64,7 @@ class PrefillPlan:
     """Memory of stage one in bytes, and the settings it is for."""
 
     home: WeightsHome
-    """Where the text layers' weights live."""
+    """Home of the text layers' weights."""
     tower_streams: bool
     """The vision tower comes for each group, too."""
     group: int
@@ -74,7 +74,7 @@ class PrefillPlan:
     buffers: int
     """Samples that have room on the host while their KV arrives and until they are committed."""
     weights: int
-    """On the GPU at a time."""
+    """Weights on the GPU at a time."""
     group_bytes: int
     """Hidden states of the group."""
     activations: int
@@ -82,7 +82,7 @@ class PrefillPlan:
     """Keys and values until they have left, and what the encoder needs."""
     workspace: int
     host_weights: int
-    """Page-locked."""
+    """Page-locked weights."""
     host_samples: int
     """Samples that were read, and those that are on their way to the store."""
     streamed_bytes: int
@@ -114,11 +114,22 @@ class PrefillPlan:
         return [*self.device_table(), *beside]
 
 
+def all_weights_bytes(geometry: Geometry, itemsize: int) -> int:
+    """Bytes of all weights of a VLM that writes no text."""
+    sizes = geometry.vlm
+    return (sizes.layer_parameters * geometry.layers + sizes.tower_parameters + sizes.embedding_parameters) * itemsize
+
+
+def weights_in_turn_bytes(geometry: Geometry, itemsize: int, *, tower_streams: bool) -> int:
+    """Bytes of the weights that are on the device at a time where layers come in turn, perhaps the vision tower too."""
+    layers, tower = SLOTS * geometry.vlm.layer_parameters * itemsize, geometry.vlm.tower_parameters * itemsize
+    return max(layers, tower) if tower_streams else layers + tower
+
+
 def resident_plan(work: PrefillWork, rows: int) -> PrefillPlan:
     """Memory with all weights on the GPU."""
-    sizes = work.geometry.vlm
-    weights = sizes.layer_parameters * work.geometry.layers + sizes.tower_parameters + sizes.embedding_parameters
-    weights = (weights + (sizes.embedding_parameters if work.rollouts else 0)) * work.itemsize
+    weights = all_weights_bytes(work.geometry, work.itemsize)
+    weights += work.geometry.vlm.embedding_parameters * work.itemsize if work.rollouts else 0
     tokens = rows * work.tokens
     # While layers compute, the batch before lies encoded beside the cache; later the cache, what is cut from it for
     # each sample, and both batches encoded.
@@ -148,7 +159,6 @@ def streamed_plan(work: PrefillWork, home: WeightsHome, *, group: int, rows: int
     sizes = work.geometry.vlm
     layer, tower = sizes.layer_parameters * work.itemsize, sizes.tower_parameters * work.itemsize
     layers = layer * work.geometry.layers
-    weights = max(SLOTS * layer, tower) if tower_streams else SLOTS * layer + tower
     streamed = layers + (tower if tower_streams else 0)
     stage = max(layer, tower if tower_streams else 0)
     # A layer of the rows: computed, cut, side by side; then what the encoder makes, some of which has yet to go.
@@ -161,7 +171,7 @@ def streamed_plan(work: PrefillWork, home: WeightsHome, *, group: int, rows: int
         group=group,
         rows=rows,
         buffers=buffers,
-        weights=weights,
+        weights=weights_in_turn_bytes(work.geometry, work.itemsize, tower_streams=tower_streams),
         group_bytes=_group_bytes(work, group),
         activations=activations,
         kv=kv,

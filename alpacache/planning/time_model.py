@@ -41,7 +41,7 @@ compute."""
 _PREFILL_S = 8e-3
 _PREFILL_TOKEN_S = 47.5e-6
 _TOKENS_AN_IMAGE = 187
-"""Of a prompt with 16 images (2,993 tokens); with four they are 202."""
+"""Tokens per image of a prompt with 16 images (2,993 tokens); with four images it is 202."""
 _COMPILED_FROM_S = 60.0
 """Seconds of prefill, not compiled, from which it is compiled: a quarter of them is saved, for 10 s of compilation."""
 _PICTURE = (1080, 1920)

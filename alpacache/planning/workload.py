@@ -49,7 +49,7 @@ class Workload:
     pinned_bytes: int | None = None
     """Size of samples kept in host memory; None: only the ring's."""
     captured: bool = True
-    """Whether a step may be one CUDA graph."""
+    """True if a step may be one CUDA graph."""
 
 
 def expert_sizes(shapes: Mapping[str, tuple[int, ...]], trainable: str, lora_rank: int) -> dict[str, int]:
@@ -89,7 +89,7 @@ class MemoryPlan:
     streamed_layers: int = 0
     """Layers whose optimizer state is in RAM, and on the GPU when they are updated."""
     captured: bool = True
-    """Whether a step is one CUDA graph; where state is streamed, it then keeps gradients in memory of their own."""
+    """True if a step is one CUDA graph; with streamed state it then keeps gradients in memory of their own."""
     weights: int
     gradients: int
     moments: int
@@ -140,7 +140,7 @@ class MemoryPlan:
 
     @property
     def settings(self) -> str:
-        """What was chosen, for people."""
+        """The chosen settings, for people."""
         how = f"micro-batches of {self.micro_batch}, {'' if self.checkpointing else 'no '}checkpointing"
         return how + (f", moments of {self.streamed_layers} layers in RAM" if self.streamed_layers else "")
 

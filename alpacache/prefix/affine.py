@@ -81,7 +81,7 @@ class AffineTensorCodec(LayeredTensorCodec[AffineCodec]):
 
 
 def _weights(passes: ModuleType, x: Tensor, spans: Tensor, largest: Tensor) -> Tensor:
-    """How much each key channel's errors count, float64 `[layer, head, channel]`; see `cache_store.kv.affine`."""
+    """Weights of each key channel's errors, float64 `[layer, head, channel]`; see `cache_store.kv.affine`."""
     most = largest.flatten(1).amax(1).clamp(min=2.0**-100)
     energy: Tensor = passes.energy(x, most)
     energy = energy + torch.roll(energy, x.shape[-1] // 2, dims=-1)

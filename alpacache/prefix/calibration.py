@@ -1,4 +1,4 @@
-"""What the codec `transform` learns from samples: bases, steps and tables.
+"""Learns the codec `transform` from samples: bases, steps and tables.
 
 Bases come from three quarters of the tokens, step, order and tables from the rest, so that what is promised is what
 samples take that were not learnt from. Nothing here depends on the order in which a machine adds numbers being another
@@ -46,7 +46,7 @@ _STREAM_BITS = 56
 _POSITION_BITS, _SIZE_BITS = 96, 8
 """Positions of a token, and the size of its values in a layer."""
 VALUE_WEIGHT = 1.0
-"""How much an error of a value, as a share of its token's, counts against one of an attention logit."""
+"""Weight of an error of a value, as a share of its token's, against one of an attention logit."""
 _SHRINKAGE = 1e-3
 
 

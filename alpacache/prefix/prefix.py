@@ -112,7 +112,7 @@ class EncodedPrefix:
     prefix_len: int
     start_position: int
     layers: tuple[int, ...] | None = None
-    """As in `PrefixFeatures`."""
+    """The VLM's layers that are held, as in `PrefixFeatures`."""
 
     def of_layers(self, layers: Sequence[int]) -> "PrefixFeatures | EncodedPrefix":
         """Keys and values of these of the VLM's layers alone, still encoded where the codec goes layer by layer.

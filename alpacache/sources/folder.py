@@ -144,7 +144,7 @@ class FolderSource:
         return rows_us
 
     def _routes(self, clip_id: str) -> tuple[str, NDArray[np.int64], Any]:
-        """Where a clip's texts are, their times and the texts, as `read_texts` gives them; both empty without any."""
+        """Times and texts of a clip's routes, as `read_texts` gives them; both empty without any."""
         clip, found = self._clip(clip_id), {}
         for name in ("route.parquet", "egomotion.parquet"):
             if (file := clip / name).exists():

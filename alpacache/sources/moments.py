@@ -14,7 +14,7 @@ from alpacache.sources.name_lists import fitting, listed, read_names, read_table
 
 
 def named_clips(entries: Sequence[str], clip_ids: Sequence[str], *, source: str) -> list[str]:
-    """Those of a source's clips that entries name, in the source's order.
+    """The clips of a source that entries name, in the source's order.
 
     An entry is an id, a pattern with `*` or `?`, or a file of them. Raises `UsageError` for what fits no clip.
     """

@@ -38,7 +38,7 @@ def read_names(file: str, columns: Sequence[str], *, what: str) -> list[str]:
 
 
 def read_table(file: str, columns: Sequence[str], *, what: str) -> dict[str, list[str]]:
-    """Those of some columns that a csv file with a head, or a parquet file, has: as texts, empty for no value.
+    """Read those columns that a csv file with a head, or a parquet file, has: as texts, empty for no value.
 
     Raises `UsageError` for a file that cannot be read, two columns of one name, and rows of other lengths.
     """
@@ -52,7 +52,7 @@ def read_table(file: str, columns: Sequence[str], *, what: str) -> dict[str, lis
 
 
 def fitting(name: str, known: Collection[str]) -> list[str]:
-    """Those of the known names that a name is, or else that it fits as a pattern with `*` and `?`."""
+    """The known names that a name is, or else that it fits as a pattern with `*` and `?`."""
     if name in known:
         return [name]
     return list(filter(re.compile(translate(name)).match, known)) if any(sign in name for sign in "*?[") else []

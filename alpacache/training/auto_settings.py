@@ -34,9 +34,9 @@ _TIMED_BATCHES = 5
 """Batches read to learn how fast they come; the first does not count."""
 _TIME_LIMIT_S = 20.0
 _CPU_BYTES = 16
-"""Of a parameter that a CPU trains: weight, gradient and two moments in float32."""
+"""Bytes of a parameter that a CPU trains: weight, gradient and two moments in float32."""
 _GPU_BYTES = 4
-"""Of a parameter that a GPU trains, at the least: weight and gradient in bfloat16; moments may lie in RAM."""
+"""Least bytes of a parameter that a GPU trains: weight and gradient in bfloat16; moments may lie in RAM."""
 
 
 def settle(

@@ -94,7 +94,7 @@ class MetricsFile:
 
 
 def _is_sealed(data: bytes, seal: Mapping[str, Any]) -> bool:
-    """Whether the file begins with the rows that a checkpoint recorded."""
+    """Tell whether the file begins with the rows that a checkpoint recorded."""
     kept = data[: seal["bytes"]]
     return seal == {"bytes": len(kept), "crc32c": f"{crc32c(kept):08x}"}
 

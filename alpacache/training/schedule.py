@@ -72,7 +72,7 @@ class SkippedSteps:
 
     total: int = 0
     in_a_row: int = 0
-    """Those at the end of what was done so far."""
+    """Skipped steps at the end of what was done so far."""
 
     def count(self, loss: float, norm: float) -> bool:
         """Count a step, and return whether it was skipped."""

@@ -48,7 +48,7 @@ class _Group:
     host: Tensor
     """The state in RAM, bytes."""
     place: Tensor
-    """Where it lies on the GPU when it is there, bytes; other groups' at other times."""
+    """Offset on the GPU while it is there, bytes; other groups use the same place at other times."""
     tensors: Mapping[str, Tensor]
     """Views of `host`, by the optimizer's names."""
 

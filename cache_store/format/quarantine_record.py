@@ -35,7 +35,7 @@ class QuarantineRecord:
     traceback_sha256: str
     """Digest of the whole traceback: equal ones failed alike."""
     attempts: int
-    """How often it failed, over all runs."""
+    """Number of failures, over all runs."""
     released: bool
     """Marked for another try; not quarantined now."""
 

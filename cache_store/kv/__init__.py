@@ -1,1 +1,1 @@
-"""How keys and values become bytes: the codecs of the format and their reference in numpy."""
+"""Codecs of keys and values: the format's, with their reference in numpy."""

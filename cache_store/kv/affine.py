@@ -187,7 +187,7 @@ def planes(width: int) -> list[int]:
 
 
 def _weights(x: Floats, spans: Floats) -> NDArray[np.float64]:
-    """How much a key channel's errors count: its spans squared, as its errors would be, times its queries' energy.
+    """Weights of a key channel's errors: its spans squared, as its errors would be, times its queries' energy.
 
     Queries are large where keys are; rotary embedding pairs a channel with its partner half the channels away.
     """

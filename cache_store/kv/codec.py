@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 class KVCodec(ABC):
-    """How the keys and values of a sample, `[layer, 2, head, token, channel]`, become bytes and back.
+    """Turns the keys and values of a sample, `[layer, 2, head, token, channel]`, into bytes and back.
 
     Codecs are immutable and hashable, equal if they read and write the same bytes.
     """

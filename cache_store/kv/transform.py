@@ -34,7 +34,6 @@ ROUNDING = np.float32(0.42)
 """Added before rounding down: below a half, small components cost fewer bits at the same error."""
 MAX_LOW, MAX_CLASSES = 8, 64
 MAX_POSITION = 1 << 20
-MAX_TABLES_BYTES = 1 << 34
 RATES = (0.5, 12.0)
 """Bits a value that may be asked for."""
 _MAGIC, _VERSION = b"cstransf", 1
@@ -248,7 +247,7 @@ class TransformCodec(KVCodec):
     rate: float
     """Bits a value that the calibration aimed at, all that belongs to a sample counted."""
     sha256: str = ""
-    """Of the tables' bytes; empty while there are none."""
+    """SHA-256 of the tables' bytes; empty while there are none."""
     tables: TransformTables | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -301,7 +300,7 @@ class TransformCodec(KVCodec):
         return self.sections(shape).words + 2 * math.prod(shape)
 
     def least_bytes(self, shape: tuple[int, ...]) -> int:
-        """What comes before the words, which a kernel reads by the number of tokens alone."""
+        """Bytes before the words, which a kernel reads by the number of tokens alone."""
         return self.sections(shape).words
 
     def expected_bytes(self, shape: tuple[int, ...]) -> int:
@@ -398,7 +397,7 @@ class TransformCodec(KVCodec):
         return found_bits
 
     def streams(self, data: NDArray[np.uint8], shape: tuple[int, ...]) -> "Streams":
-        """What a sample's bytes say of its streams. Raises `FormatError` for what cannot be."""
+        """Read a sample's streams from its bytes. Raises `FormatError` for what cannot be."""
         tables, sections = self.calibrated, self.sections(shape)
         tables.check_shape(shape)
         if len(data) < sections.words:

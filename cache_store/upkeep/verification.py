@@ -129,7 +129,7 @@ def verify(path: StorePath, *, deep: bool = False, repair: bool = False, restore
 
 
 def _look_at_tables(storage: Storage, root: StoreRoot, *, deep: bool) -> tuple[tuple[Damage, ...], tuple[Damage, ...]]:
-    """What is wrong with the tables of the store's codec: damage, which no repair can mend, and what is unreadable."""
+    """Check the tables of the store's codec: damage, which no repair can mend, and what is unreadable."""
     name = codec_tables.name_in(root.identity)
     if name is None:
         return (), ()
