@@ -23,6 +23,7 @@ from alpacache.alpamayo.weight_homes import SLOTS, EmbeddingRows, FilesHome, Ram
 from alpacache.alpamayo.weight_stream import WeightStream, allocate, release
 from alpacache.finite import is_finite
 from alpacache.prefix.prefix import PrefixFeatures
+from alpacache.torchrun import this_process
 
 Home = Literal["ram", "files"]
 OnLayer = Callable[[int, PromptRows, int, LayerKV], None]
@@ -184,7 +185,11 @@ def load_streamed_vlm(
     units = ["visual."] if tower_streams else []
     units += [f"language_model.layers.{number}." for number in range(layers)]
     files, cuda = unit_files(where, begin, units), device.type == "cuda"
-    source: WeightHome = RamHome(files, dtype=dtype, cuda=cuda) if home == "ram" else FilesHome(files, cuda=cuda)
+    source: WeightHome
+    if home == "ram":
+        source = RamHome(files, dtype=dtype, cuda=cuda, share=this_process().local_world_size > 1)
+    else:
+        source = FilesHome(files, cuda=cuda)
     return StreamedVLM(
         model,
         future_start_id=checkpoint.config.traj_token_ids["future_start"],

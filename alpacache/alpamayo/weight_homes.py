@@ -6,9 +6,11 @@ where the GPU can fetch them by itself.
 """
 
 import errno
+import hashlib
+import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from alpacache.alpamayo.checkpoint import Checkpoint
 from alpacache.alpamayo.foreign_files import TensorInfo
 from alpacache.errors import CheckpointError
 from alpacache.gpu.host_memory import Bytes, page_aligned, page_lock, page_rounded, page_unlock
+from alpacache.gpu.shared_memory import SharedBytes, can_share
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 """Types of weights by safetensors' names."""
@@ -78,30 +81,54 @@ def unit_files(home: Checkpoint, prefix: str, units: Sequence[str]) -> list[Unit
 
 
 class RamHome:
-    """Units in page-locked RAM, read once."""
+    """Units in page-locked RAM, read once; by one of the processes that share them, where several do."""
 
-    def __init__(self, units: Sequence[UnitFiles], *, dtype: torch.dtype, cuda: bool) -> None:
-        self._flats: list[Bytes] = []
+    def __init__(self, units: Sequence[UnitFiles], *, dtype: torch.dtype, cuda: bool, share: bool = False) -> None:
+        """`share`: with the other processes of this launch on this machine that read the same units."""
         self._units: list[dict[str, Tensor]] = []
         self._next, self._cuda = 0, cuda
-        reader = _Reader()
+        self._locked: list[Bytes] = []
+        self._shared: SharedBytes | None = None
+        places = [_places(unit, dtype) for unit in units]
+        ends = list(itertools.accumulate(page_rounded(size) for _, size in places))
+
+        def flats(memory: Bytes) -> Iterator[Bytes]:
+            return (memory[begin:end] for begin, end in itertools.pairwise([0, *ends]))
+
+        def views(flat: Bytes, number: int) -> dict[str, Tensor]:
+            tensors = units[number].tensors
+            return {name: _view(flat, at, dtype, tensors[name].shape) for name, at in places[number][0].items()}
+
+        def fill(memory: Bytes) -> None:
+            reader = _Reader()
+            try:
+                for number, flat in enumerate(flats(memory)):
+                    self._lock(flat)
+                    held, stage = views(flat, number), page_aligned(reader.stage_bytes(units[number]))
+                    for name, tensor in reader.read(units[number], stage).items():
+                        held[name].copy_(tensor)
+            finally:
+                reader.close()
+
         try:
-            for unit in units:
-                places, size = _places(unit, dtype)
-                flat = page_aligned(page_rounded(size))
-                if cuda:
-                    page_lock(flat)
-                self._flats.append(flat)
-                held = {name: _view(flat, at, dtype, unit.tensors[name].shape) for name, at in places.items()}
-                stage = page_aligned(reader.stage_bytes(unit))
-                for name, tensor in reader.read(unit, stage).items():
-                    held[name].copy_(tensor)
-                self._units.append(held)
+            if share and can_share():
+                self._shared = SharedBytes(_name(units, dtype), ends[-1], fill)
+                memory = self._shared.bytes
+            else:
+                memory = page_aligned(ends[-1])
+                fill(memory)
+            for number, flat in enumerate(flats(memory)):
+                if number >= len(self._locked):  # another process has filled it
+                    self._lock(flat)
+                self._units.append(views(flat, number))
         except BaseException:
             self.close()
             raise
-        finally:
-            reader.close()
+
+    def _lock(self, flat: Bytes) -> None:
+        if self._cuda:
+            page_lock(flat)
+        self._locked.append(flat)
 
     def next_unit(self) -> Mapping[str, Tensor]:
         self._next += 1
@@ -111,9 +138,21 @@ class RamHome:
         """Nothing to do: the tensors stay."""
 
     def close(self) -> None:
-        for flat in self._flats if self._cuda else ():
+        if self._shared is not None:
+            self._shared.close()
+        for flat in self._locked if self._cuda else ():
             page_unlock(flat)
-        self._flats.clear()
+        self._locked.clear()
+
+
+def _name(units: Sequence[UnitFiles], dtype: torch.dtype) -> str:
+    """Tell these units of this launch from all others: processes of one launch have one parent."""
+    digest = hashlib.sha256(f"{os.getppid()} {dtype}".encode())
+    for unit in units:
+        for name, info in sorted(unit.tensors.items()):
+            file = unit.paths[info.shard].stat()
+            digest.update(f"{name} {info.offset} {file.st_dev} {file.st_ino} {file.st_mtime_ns}\n".encode())
+    return f"alpacache-weights-{digest.hexdigest()[:32]}"
 
 
 class FilesHome:

@@ -67,8 +67,9 @@ def plan_memory(
         samples=count,
         itemsize=itemsize,
         rollouts=stored.rollouts > 0,
+        sharers=this_process().local_world_size,
     )
-    host_bytes, budget = available_bytes() // this_process().local_world_size, config.memory_budget
+    host_bytes, budget = available_bytes() // work.sharers, config.memory_budget
     allowed = None if budget is None else budget_bytes(budget)
     if device.type == "cuda":
         device_bytes = cap_memory(allowed, device)

@@ -57,6 +57,8 @@ class PrefillWork:
     itemsize: int = BF16_BYTES
     """Bytes of a weight."""
     rollouts: bool = False
+    sharers: int = 1
+    """Processes of this machine that share the weights in RAM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class PrefillPlan:
     """Keys and values until they have left, and what the encoder needs."""
     workspace: int
     host_weights: int
-    """Page-locked weights."""
+    """Page-locked weights; of what several processes share, this one's part."""
     host_samples: int
     """Samples that were read, and those that are on their way to the store."""
     streamed_bytes: int
@@ -176,7 +178,7 @@ def streamed_plan(work: PrefillWork, home: WeightsHome, *, group: int, rows: int
         activations=activations,
         kv=kv,
         workspace=_WORKSPACE_BYTES + round(_GAPS * (_group_bytes(work, group) + kv + activations)),
-        host_weights=streamed if home == "ram" else STAGES * stage,
+        host_weights=-(-streamed // work.sharers) if home == "ram" else STAGES * stage,
         host_samples=buffers * work.stored_bytes + (2 * group + work.ahead) * work.pixel_bytes,
         streamed_bytes=streamed,
     )

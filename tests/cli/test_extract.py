@@ -341,6 +341,7 @@ def test_torchrun_extracts_with_one_process_a_share(model, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "cli.main", "extract", "synthetic:5"]
     command += ["--model", str(model), "--store", str(store), "--frames", "1", "--device", "cpu", "--json"]
+    command += ["--weights", "ram"]  # which the two processes share
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
