@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "extract": "alpacache.extraction.extract",
     "ExtractConfig": "alpacache.extraction.config",
+    "compare_codecs": "alpacache.extraction.compare_codecs",
+    "CodecsConfig": "alpacache.extraction.config",
     "train": "alpacache.training.train",
     "TrainConfig": "alpacache.training.config",
     "evaluate": "alpacache.evaluation.evaluate",

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from alpacache.alpamayo.backbone import cache_argument
 from alpacache.prefix import codec_passes, layered
-from alpacache.prefix.calibration import KVSample, calibrate
+from alpacache.prefix.calibration import KVSample
 from alpacache.prefix.codecs import tensor_codec
 from cache_store import CODECS, KVCodec
 from cache_store.kv.affine import AffineCodec
@@ -132,11 +132,12 @@ def transform_rows(
     pairs = square.view(layers, heads, 2, -1).mean(2)
     angles = ROPE_BASE ** (-torch.arange(channels // 2) * 2 / channels)
     for together in groups:
+        found = learn(
+            samples, angles=angles, axes=torch.zeros(channels // 2), device=kv.device,
+            key_weights=torch.cat([pairs, pairs], -1), group_channels=together * 2 * heads * channels,
+        )  # fmt: skip
         for rate in rates:
-            codec = calibrate(
-                samples, rate=rate, angles=angles, axes=torch.zeros(channels // 2), device=kv.device,
-                key_weights=torch.cat([pairs, pairs], -1), group_channels=together * 2 * heads * channels,
-            )  # fmt: skip
+            codec = found.codec(rate)
             started = time.perf_counter()
             data = codec.encode(kv.view(torch.uint16).numpy(), positions.numpy())
             encoded = time.perf_counter()
@@ -144,9 +145,9 @@ def transform_rows(
             decoded, size = time.perf_counter(), kv.numel() * 2 / 1e9
             tables = len(codec.calibrated.to_bytes()) * 8 / (kv.numel() / tokens * 3000 * 1000)
             name = f"transform:{rate:g}, groups of {together}"
-            found = errors(name, len(data) * 8 / kv.numel(), back, kv, queries, exact)
+            judged = errors(name, len(data) * 8 / kv.numel(), back, kv, queries, exact)
             speeds = {"encode_gb_s": size / (encoded - started), "decode_gb_s": size / (decoded - encoded)}
-            yield {**found, "tables": tables, **speeds}
+            yield {**judged, "tables": tables, **speeds}
 
 
 def transform_velocity(model: Path, folder: Path, rate: float, reference: Tensor) -> dict[str, Any]:

@@ -32,6 +32,14 @@ def stored_identity(path: StorePath) -> Mapping[str, Any] | None:
         return None
 
 
+def stored_provenance(path: StorePath) -> Mapping[str, Any] | None:
+    """Provenance of the store at a path, as `stored_identity`."""
+    try:
+        return store_root.read(open_storage(path)).provenance
+    except StoreNotFoundError:
+        return None
+
+
 def committed_keys(path: StorePath) -> frozenset[str]:
     """Keys (`sample_key`) of the samples that a store holds by now, by one listing; none where there is no store."""
     storage = open_storage(path)

@@ -17,7 +17,22 @@ from typer.core import TyperGroup
 
 from alpacache.interrupt import heard_requests
 
-from . import check, convert, drive, evaluate, export, extract, options, output, plan, prepare, probe, store, train
+from . import (
+    check,
+    codecs,
+    convert,
+    drive,
+    evaluate,
+    export,
+    extract,
+    options,
+    output,
+    plan,
+    prepare,
+    probe,
+    store,
+    train,
+)
 from .output import BAD_INPUT, FAILED, INTERRUPTED
 
 
@@ -49,6 +64,7 @@ for name, function in (
     ("convert", convert.convert),
     ("prepare", prepare.prepare),
     ("plan", plan.plan),
+    ("codecs", codecs.codecs),
     ("extract", extract.extract),
     ("train", train.train),
     ("eval", evaluate.evaluate),

@@ -1,5 +1,6 @@
 """`alpacache plan`: what both stages will take, worked out beforehand."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from alpacache.driving.cameras import camera_words
@@ -74,7 +75,10 @@ def _sample_lines(plan: "Plan") -> output.Lines:
 
 def _time_lines(plan: "Plan") -> output.Lines:
     one, two, machine = plan.extract, plan.train, plan.machine
-    bound = "the GPU decides" if two.step_s >= two.read_s else "the disk decides"
+    over_bus_s = two.copy_s + two.bus_s
+    bound, in_memory = _longest({"GPU": two.step_s, "bus": over_bus_s, "disk": two.read_s}), "the GPU decides"
+    if over_bus_s > two.step_s:
+        in_memory = "the bus decides"
     rates = (machine.write_bytes_s, machine.read_bytes_s)
     writes, reads = (f"{machine.disk_is} {rate / 1e9:.2f} GB/s" for rate in rates)
     return {
@@ -85,11 +89,15 @@ def _time_lines(plan: "Plan") -> output.Lines:
             f"{one.write_s * 1e3:.0f} ms durable write ({writes})",
         ],
         "  weights": _weights_line(one),
-        "train": f"{_duration(two.hours)} for {two.steps} steps, {bound}",
-        "  in RAM": f"{_duration(two.hours_in_memory)} if samples stay in RAM after the first epoch (--in-memory)",
+        "train": f"{_duration(two.hours)} for {two.steps} steps, the {bound} decides",
+        "  in RAM": f"{_duration(two.hours_in_memory)} if samples stay in RAM after the first epoch (--in-memory), "
+        f"{in_memory} then",
         "  a step": f"{two.compute_s * 1e3:.0f} ms forward and backward, {two.optimizer_s * 1e3:.0f} ms optimizer",
         "  moments": _bus_line(plan) if two.bus_s else None,
-        "  a batch": f"{two.read_s * 1e3:.0f} ms from disk ({reads})",
+        "  a batch": [
+            f"{two.read_s * 1e3:.0f} ms from disk ({reads})",
+            f"{two.copy_s * 1e3:.0f} ms over the bus ({_bus_is(plan)})",
+        ],
         "instead of": _loop_lines(plan),
     }
 
@@ -107,13 +115,20 @@ def _loop_lines(plan: "Plan") -> list[str]:
     ]
 
 
+def _longest(seconds: Mapping[str, float]) -> str:
+    return max(seconds, key=seconds.__getitem__)
+
+
+def _bus_is(plan: "Plan") -> str:
+    how = "probed" if plan.machine.gpu_is == "probed" else "assumed"
+    return f"{how} {plan.machine.bus_bytes_s / 1e9:.0f} GB/s each way"
+
+
 def _bus_line(plan: "Plan") -> str:
     """Time that the optimizer's state in RAM spends on the bus."""
-    two, rate = plan.train, f"{plan.machine.bus_bytes_s / 1e9:.0f} GB/s each way"
-    how = "probed" if plan.machine.gpu_is == "probed" else "assumed"
-    return (
-        f"{two.bus_s * 1e3:.0f} ms in and out ({how} {rate}) beside other work, {two.step_s * 1e3:.0f} ms a step in all"
-    )
+    two = plan.train
+    moved = f"{two.bus_s * 1e3:.0f} ms in and out ({_bus_is(plan)}) beside other work"
+    return f"{moved}, {two.step_s * 1e3:.0f} ms a step in all"
 
 
 def _weights_line(one: "ExtractPlan") -> str | list[str]:

@@ -23,6 +23,8 @@ from cache_store import KVCodec, codec_from_json, codec_named, differences
 from cache_store.format import codec_tables
 from cache_store.kv.layered import LayeredCodec
 
+CHOICE = "codec_choice"
+"""Key of a store's provenance: how its codec was chosen, where that was left to `extract`."""
 _LATER = ("settings", "tokens_sha256", "family_by")
 """Keys of the model's part that stores of earlier versions lack."""
 _LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers", "av", "pillow")

@@ -1,39 +1,49 @@
 """The codec of a store: the one it was begun with, another store's, or one that is learnt from the first samples."""
 
 import logging
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
-from itertools import islice
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.backbone import geometry_of
-from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.cached_samples.features import stored_layers
-from alpacache.cached_samples.identity import codec_for, store_codec
-from alpacache.driving.sample import SampleRef
-from alpacache.errors import BadClipError, UsageError
-from alpacache.extraction.pipeline import read_ahead
-from alpacache.extraction.prefill import Prefiller, StoredFeatures
-from alpacache.extraction.preparation import PreparationSettings
-from alpacache.extraction.reading_process import open_readers
+from alpacache.cached_samples.identity import CHOICE, codec_for, store_codec
+from alpacache.errors import UsageError
+from alpacache.extraction.codec_errors import DRAWS
+from alpacache.extraction.codec_learning import WholeSample, learn_from
+from alpacache.extraction.codec_trial import split_samples, try_codecs
+from alpacache.extraction.config import TRIED, most_velocity_error
 from alpacache.layer_choice import layers_text
-from alpacache.prefix.calibration import KVSample, calibrate
+from alpacache.prefix.codecs import forget_tables
 from alpacache.progress import OnNote
-from alpacache.sources.source import Source
 from cache_store import KVCodec, TransformCodec
-from cache_store.writer import stored_identity
+from cache_store.writer import stored_identity, stored_provenance
 
 CALIBRATION_SAMPLES = 32
 """Samples that a codec is learnt from, at most, spread over the selection."""
+_SPARE_BYTES = 3 * 2**30
+"""Room on a GPU beside the expert's weights: samples, tables, activations."""
 _FEW = 8
 """Tokens for each channel of a group, below which a warning says that the basis is learnt from few."""
 _LONGER = 1.25
 """A sample that takes so many times the bytes that its codec was learnt for is told of."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenCodec:
+    """The codec of a run."""
+
+    name: str
+    """As the store's identity has it."""
+    codec: KVCodec | None
+    """None for bfloat16; without tables where it is yet to be learnt."""
+    evidence: Mapping[str, Any] | None = None
+    """What was measured, where it was not given by name."""
 
 
 def known_codec(
@@ -44,26 +54,66 @@ def known_codec(
     store: str,
     checkpoint: Checkpoint,
     layers: Sequence[int] | None,
-) -> KVCodec | None:
+) -> ChosenCodec | None:
     """The codec of this name, with the tables of the store that is there or of the one to take them from.
 
-    One that is yet to be learnt has no tables. Raises `UsageError` where the other store's is not for this model, or is
-    another codec than asked for.
+    One that is yet to be learnt has no tables; None for one that is yet to be chosen. Raises `UsageError` where the
+    other store's is not for this model, or is another codec than asked for, and where a store is there whose codec was
+    not chosen as it is asked for now.
     """
+    if most_velocity_error(name) is not None:
+        if layers is not None:
+            raise UsageError(
+                f"--codec {name} is judged by the model's own expert, which attends to all layers, and --layers "
+                "stores some; name a codec."
+            )
+        if stored is not None:
+            return _chosen_before(name, stored, "the store", store)
+        if codec_from is None:
+            return None
+        theirs = _identity_of(codec_from, name)
+        chosen = _chosen_before(name, theirs, f"--codec-from {codec_from}: that store", codec_from)
+        if not isinstance(chosen.codec, TransformCodec):
+            return chosen
+        return replace(chosen, codec=_their_codec(chosen.name, codec_from, checkpoint, layers))
     codec = codec_for(name, layers)
     if not isinstance(codec, TransformCodec):
         if codec_from is not None:
             raise UsageError(
                 f"--codec-from {codec_from} goes with --codec transform:RATE, whose tables it takes; --codec is {name}."
             )
-        return codec
-    if stored is not None and stored.get("codec") == name:
-        return store_codec(stored, store=store)
-    if codec_from is None:
-        return codec
+    elif stored is not None and stored.get("codec") == name:
+        codec = store_codec(stored, store=store)
+    elif codec_from is not None:
+        codec = _their_codec(name, codec_from, checkpoint, layers)
+    return ChosenCodec(name=name, codec=codec)
+
+
+def _chosen_before(asked: str, identity: Mapping[str, Any], whose: str, store: str) -> ChosenCodec:
+    """The codec of a store that was chosen as it is asked for now. Raises `UsageError` where it was not."""
+    evidence = (stored_provenance(store) or {}).get(CHOICE)
+    before = evidence.get("asked") if isinstance(evidence, Mapping) else None
+    name = str(identity.get("codec"))
+    if before != asked:
+        how = "given by name" if before is None else f"chosen by --codec {before}"
+        raise UsageError(
+            f"{whose} has the codec {name}, {how}; pass --codec {before or name}, or another --store for --codec "
+            f"{asked}."
+        )
+    assert isinstance(evidence, Mapping)
+    return ChosenCodec(name=name, codec=store_codec(identity, store=store), evidence=evidence)
+
+
+def _identity_of(codec_from: str, name: str) -> Mapping[str, Any]:
     theirs = stored_identity(codec_from)
     if theirs is None:
         raise UsageError(f"--codec-from {codec_from}: there is no store; give one made with --codec {name}.")
+    return theirs
+
+
+def _their_codec(name: str, codec_from: str, checkpoint: Checkpoint, layers: Sequence[int] | None) -> TransformCodec:
+    """The codec of another store. Raises `UsageError` where it is another, or was learnt from another model."""
+    theirs = _identity_of(codec_from, name)
     if theirs.get("codec") != name:
         raise UsageError(
             f"--codec-from {codec_from}: that store's codec is {theirs.get('codec')}, not {name}; pass --codec "
@@ -87,34 +137,105 @@ def known_codec(
     return found
 
 
-def learnt_codec(
-    codec: TransformCodec,
-    refs: Sequence[SampleRef],
+def lacks_tables(codec: KVCodec | None) -> bool:
+    """Tell whether a codec is yet to be learnt."""
+    return isinstance(codec, TransformCodec) and codec.tables is None
+
+
+def tables_of(codec: KVCodec | None) -> bytes | None:
+    """What a new store keeps of a codec that was learnt."""
+    return codec.tables.to_bytes() if isinstance(codec, TransformCodec) and codec.tables is not None else None
+
+
+def fits_beside(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Tell whether a GPU has room for the expert too."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    weights = 2 * sum(math.prod(info.shape) for info in checkpoint.infos(checkpoint.with_prefix("expert.")).values())
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) > weights + _SPARE_BYTES
+
+
+def new_codec(
+    asked: str,
+    codec: ChosenCodec | None,
+    samples: Sequence[WholeSample],
     checkpoint: Checkpoint,
-    builder: InputBuilder,
     *,
-    source: Source,
-    settings: PreparationSettings,
+    selected: int,
     layers: tuple[int, ...] | None,
     device: torch.device,
-    workers: int,
     on_note: OnNote,
-) -> TransformCodec:
-    """Learn the codec from samples spread over these, as far as they can be read. Nothing is written.
+) -> ChosenCodec:
+    """The codec of a new store: with tables that are learnt from these samples, and chosen if it is None.
 
-    Raises `UsageError` where none can be read, or they have too few tokens.
+    `selected`: number of samples that these are of. Nothing is written. Raises `UsageError` where they are none, have
+    too few tokens, or no codec is as good as asked.
     """
-    spread = refs[:: max(1, len(refs) // CALIBRATION_SAMPLES)]
-    with closing(_prefixes(spread, checkpoint, builder, source, settings, layers, device, workers)) as prefixes:
-        samples = list(islice(prefixes, CALIBRATION_SAMPLES))
+    if not samples:
+        raise UsageError(f"none of the {selected} samples can be read, so the codec has nothing to be learnt from.")
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    if not samples:
-        raise UsageError(f"none of the {len(refs)} samples can be read, so the codec has nothing to be learnt from.")
-    angles, axes = _rotary(checkpoint)
-    weights = _query_weights(checkpoint, layers)
-    found = calibrate(samples, rate=codec.rate, angles=angles, axes=axes, device=device, key_weights=weights)
-    tables = found.calibrated
+    if codec is None:
+        codec = chosen_codec(asked, samples, checkpoint, device=device, on_note=on_note)
+    else:
+        assert isinstance(codec.codec, TransformCodec)
+        learnt = learn_from(samples, checkpoint, layers, device).codec(codec.codec.rate)
+        _tell_learnt(learnt, samples, on_note)
+        codec = replace(codec, codec=learnt)
+    if device.type == "cuda":
+        forget_tables(device)
+        torch.cuda.empty_cache()
+    return codec
+
+
+def chosen_codec(
+    asked: str, samples: Sequence[WholeSample], checkpoint: Checkpoint, *, device: torch.device, on_note: OnNote
+) -> ChosenCodec:
+    """The smallest codec within the error of the velocity that `asked` allows, as in `auto:2%`.
+
+    Raises `UsageError` with what was measured where none is.
+    """
+    from alpacache.alpamayo import load_expert  # seconds of imports, which no refusal should wait for
+
+    most = most_velocity_error(asked)
+    assert most is not None
+    learnt, judged = split_samples(samples)
+    expert = load_expert(checkpoint, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
+    rounding, found = try_codecs(TRIED, learnt, judged, checkpoint, expert, gradients=False)
+    tried = {name: one.errors for name, one in found.items() if one.errors is not None}
+    by_size = sorted(tried, key=lambda name: tried[name].bytes_a_sample)
+    within = [name for name in by_size if tried[name].velocity <= most]
+    measured = ", ".join(f"{name} {tried[name].velocity:.2%}" for name in reversed(by_size))
+    if not within:
+        raise UsageError(
+            f"--codec {asked}: no codec keeps the error of the expert's velocity within {most:.2%} on {len(judged)} "
+            f"samples of these: {measured}. Allow more, or pass --codec bf16, which loses nothing; rounding to "
+            f"bfloat16 once more makes {rounding.velocity:.2%}."
+        )
+    name = within[0]
+    evidence = {
+        "asked": asked,
+        "chosen": name,
+        "velocity_error": {each: round(errors.velocity, 6) for each, errors in tried.items()},
+        "bytes_a_sample": {each: round(errors.bytes_a_sample) for each, errors in tried.items()},
+        "velocity_error_of_rounding": round(rounding.velocity, 6),
+        "learnt_from": len(learnt),
+        "judged_on": len(judged),
+        "draws": DRAWS,
+    }
+    codec = found[name].codec
+    on_note(
+        f"--codec {asked}: {name} is the smallest codec within it, {tried[name].velocity:.2%} of the expert's velocity "
+        f"and {tried[name].bytes_a_sample / 1e6:.3g} MB a sample on {len(judged)} of these ({measured})."
+    )
+    if isinstance(codec, TransformCodec):
+        _tell_learnt(codec, learnt, on_note)
+    return ChosenCodec(name=name, codec=codec, evidence=evidence)
+
+
+def _tell_learnt(codec: TransformCodec, samples: Sequence[WholeSample], on_note: OnNote) -> None:
+    tables = codec.calibrated
     tokens, channels = sum(one.kv.shape[3] for one in samples), len(tables.groups[0].mean)
     on_note(
         f"the codec is learnt from {len(samples)} samples ({tokens:,} tokens): {codec.rate:g} bits a value, "
@@ -125,7 +246,6 @@ def learnt_codec(
             f"WARNING: {tokens:,} tokens are few for vectors of {channels} channels: later samples may take more bits "
             f"than {codec.rate:g}. Begin the store with more samples, or take --codec-from a store that had them."
         )
-    return found
 
 
 def longer_than_learnt(codec: KVCodec | None, arrays: Mapping[str, Any]) -> float | None:
@@ -154,55 +274,3 @@ def warn_of(longer: Mapping[str, float], codec: KVCodec | None, extracted: int) 
         worst,
         longer[worst] * codec.rate,
     )
-
-
-def _prefixes(
-    refs: Sequence[SampleRef],
-    checkpoint: Checkpoint,
-    builder: InputBuilder,
-    source: Source,
-    settings: PreparationSettings,
-    layers: tuple[int, ...] | None,
-    device: torch.device,
-    workers: int,
-) -> Generator[KVSample]:
-    """Keys and values of samples on the host, one by one; samples that cannot be read are left out."""
-    stored = StoredFeatures(codec=None, hidden_states=False, rollouts=0, layers=layers)
-    prefiller = Prefiller(checkpoint, builder, stored, device, dtype=settings.dtype)
-    alone = [[ref] for ref in refs]
-    with open_readers(settings, source, builder, device, workers=workers) as readers:
-        begun = read_ahead(alone, readers.one_pass, workers=readers.workers, ahead=workers, begin=readers.begin)
-        for _, future in begun:
-            try:
-                prepared = future.result()
-            except (BadClipError, OSError):  # what is wrong with it is told when it is its turn
-                continue
-            (prefix,) = prefiller.prefixes([prepared])
-            kv = torch.stack([prefix.keys, prefix.values], 1).to("cpu", torch.bfloat16)
-            if prefix.positions is not None and bool(torch.stack(torch.aminmax(kv)).isfinite().all()):
-                yield KVSample(kv=kv, positions=prefix.positions)
-
-
-def _rotary(checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
-    """Radians a position of each pair of channels, and which of the three positions turns it."""
-    from alpacache.alpamayo.backbone import vlm_config
-    from alpacache.alpamayo.text_layers import rotary_angles
-
-    return rotary_angles(vlm_config(checkpoint).text_config)
-
-
-def _query_weights(checkpoint: Checkpoint, layers: Sequence[int] | None) -> torch.Tensor | None:
-    """Mean squares of the expert's queries by channel, `[layer, 1, channel]`, as the norm of queries fixes them.
-
-    Of the two channels of a pair, which the rotary embedding mixes, both have the mean.
-    """
-    names = {
-        name: shard for name, shard in checkpoint.with_prefix("expert.").items() if name.endswith(".q_norm.weight")
-    }
-    found = {int(name.split(".layers.")[1].split(".")[0]): weight.float() for name, weight in checkpoint.read(names)}
-    if len(found) != geometry_of(checkpoint).layers:
-        return None
-    square = torch.stack([found[layer] for layer in sorted(found)]).square()
-    pairs = square.view(len(square), 2, -1).mean(1)
-    weights = torch.cat([pairs, pairs], 1)[:, None]
-    return weights if layers is None else weights[list(layers)]

@@ -1,15 +1,71 @@
 """Settings of stage one."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MinLen
 
-from alpacache.config import MOST, BatchSize, Name, Place, Seed, Threads, expect, parts, whole_number
-from alpacache.driving.cameras import check_blank
-from alpacache.planning.config import MemoryBudget, StoredConfig
-from alpacache.sources.config import Blank, SamplesConfig
+from alpacache.config import (
+    MOST,
+    BatchSize,
+    Config,
+    Count,
+    Name,
+    Place,
+    Seed,
+    Threads,
+    Written,
+    expect,
+    number,
+    parts,
+    whole_number,
+)
+from alpacache.driving.cameras import FRONT_CAMERA, check_blank
+from alpacache.planning.config import MemoryBudget, StoredConfig, codec_names, known_codec_name
+from alpacache.sources.config import Blank, Cameras, Frames, Moments, SamplesConfig, Side
 
+AUTO = "auto:"
+"""Begins the name of a codec that is to be chosen: `auto:2%` is the smallest within that error of the velocity."""
+TRIED = (
+    "int8",
+    "fp8",
+    "int5",
+    "int4",
+    *(f"transform:{rate}" for rate in ("6", "5", "4", "3.5", "3", "2.5", "2", "1.5", "1")),
+)
+"""Codecs that are tried unless others are named."""
+
+
+def most_velocity_error(name: str) -> float | None:
+    """The relative error of the velocity that `auto:2%` allows, 0.02; None for the name of a codec.
+
+    Raises `ValueError` with what is allowed.
+    """
+    if not name.startswith(AUTO):
+        return None
+    text = name.removeprefix(AUTO)
+    try:
+        percent = number(text.removesuffix("%"))
+    except ValueError:
+        percent = 0.0
+    if not text.endswith("%") or not 0.01 <= percent <= 50:
+        raise ValueError("auto:2%, from 0.01% to 50%")
+    return percent / 100
+
+
+def _known_or_chosen(written: Any) -> Any:
+    if most_velocity_error(str(written)) is not None:
+        return written
+    try:
+        return known_codec_name(written)
+    except ValueError as error:
+        raise ValueError(f"{error} or auto:PERCENT%") from None
+
+
+_Codec = Annotated[
+    str,
+    Written(metavar=lambda: "|".join([*codec_names(), "transform:RATE", "auto:PERCENT%"]), read=_known_or_chosen),
+]
 _Share = Annotated[int, Ge(0), Le(MOST)]
 
 
@@ -23,6 +79,10 @@ class ExtractConfig(StoredConfig, SamplesConfig):
     """Directory or s3://BUCKET/PREFIX of the store; created if absent."""
     blank: Blank = ()
     """Further cameras, recorded or not, each of which a black picture stands in for and keeps the place of."""
+    codec: _Codec = "bf16"
+    """How KV is stored: lossless (`bf16`) or quantised; `int8` takes half the size, `transform:RATE` so many bits a
+    value by a basis that is learnt from the first samples, `auto:2%` whichever is smallest with an error of the
+    expert's velocity of at most 2 % on some of them."""
     codec_from: Place | None = None
     """Store whose basis and tables `--codec transform:RATE` takes, rather than learning its own."""
     seed: Seed = 0
@@ -77,3 +137,37 @@ class ExtractConfig(StoredConfig, SamplesConfig):
         expect(not (self.compile and self.deterministic), "compile", True, "off, as the run is to be deterministic")
         alone = self.batch_size in (None, 1) or not self.deterministic
         expect(alone, "batch_size", self.batch_size, "1, as the run is to be deterministic")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodecsConfig(Config):
+    """Settings of `codecs`."""
+
+    input: Place
+    """Recordings, as `extract` takes them, or a store of `--codec bf16`."""
+    model: Place
+    """Hub id or directory of an Alpamayo checkpoint, whose expert judges."""
+    codecs: Annotated[
+        Annotated[tuple[str, ...], MinLen(1)] | None,
+        parts(known_codec_name, "NAME,...", expected="names of codecs, as in int8,transform:2"),
+    ] = None
+    """Codecs to try. Default: int8, fp8, int5, int4, and transform from 6 bits a value down to 1."""
+    samples: Count = 48
+    """Samples that are looked at, at most, spread over all: codecs are learnt from two thirds and judged on the
+    others."""
+    split: Side = "all"
+    """Side of the recordings, by clip."""
+    t0: Moments = "5.1"
+    """Moments of the recordings, as of `extract`."""
+    cameras: Cameras = (FRONT_CAMERA,)
+    """Cameras by full or short names, such as `front_wide,front_tele`."""
+    frames: Frames = 4
+    """Images per camera, 0.1 s apart, the last at t0."""
+    gradients: bool = True
+    """Measure the error of the expert's gradient too, which takes twice the memory of its weights."""
+    seed: Seed = 0
+    """Seed of noise and times."""
+    workers: Threads | None = None
+    """Samples that are read at a time. Default: as `extract` has it."""
+    device: Name | None = None
+    """`cuda`, `cuda:1` or `cpu`. Default: a GPU if there is one."""

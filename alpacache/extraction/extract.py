@@ -20,7 +20,7 @@ from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.cached_samples.features import checked
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import BadClipError, InterruptedRunError
-from alpacache.extraction.codec_choice import known_codec, longer_than_learnt, warn_of
+from alpacache.extraction.codec_choice import longer_than_learnt, warn_of
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.failures import Failures
 from alpacache.extraction.pipeline import SPARE_COPIES, Writers, read_ahead
@@ -37,7 +37,7 @@ from alpacache.planning.prefill_plan import PrefillPlan
 from alpacache.progress import OnNote, OnProgress, ignore, ignore_note
 from alpacache.sources.source import FixedSource
 from alpacache.sources.stretches import stretches
-from cache_store import CacheWriter, KVCodec, TransformCodec
+from cache_store import CacheWriter, KVCodec
 from cache_store.format.names import sample_key
 from cache_store.writer import committed_keys, stored_identity
 
@@ -58,26 +58,21 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     enter(device)
     task = Task.of(config, device, on_note)
     before = stored_identity(config.store)
-    codec = known_codec(
-        config.codec,
-        config.codec_from,
-        before,
-        store=str(config.store),
-        checkpoint=task.checkpoint,
+    chosen = task.known_codec(before)
+    stored = StoredFeatures(
+        codec=None if chosen is None else chosen.codec,
+        hidden_states=config.hidden_states == "last",
+        rollouts=config.tails,
         layers=task.layers,
     )
-    stored = StoredFeatures(
-        codec=codec, hidden_states=config.hidden_states == "last", rollouts=config.tails, layers=task.layers
-    )
-    identity = task.identity(codec, before)
     task.tell_prompt()
     missing = _uncommitted(config.store, task.refs)
-    plan = task.plan_memory(missing, stored)
-    if isinstance(codec, TransformCodec):
-        codec, before = task.settle_codec(codec, before, plan)
-        stored, identity = replace(stored, codec=codec), task.identity(codec, before)
+    plan = task.plan_memory(missing, stored, sized=chosen is not None)
+    chosen, before, ready = task.settle_codec(chosen, before, plan, stored, missing)
     compiled = task.compiles(len(missing))
-    with task.open_store(stored, identity, before, compiled=compiled) as writer:
+    opened, codec = task.open_store(stored, chosen, before, compiled=compiled)
+    stored = replace(stored, codec=codec)
+    with opened as writer:
         wanted = frozenset(sample_key(ref.sample_id) for ref in task.every)
         routed = config.route != "none"
         progress = ExtractProgress(
@@ -87,7 +82,7 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
         missing = _uncommitted(config.store, task.refs)
         todo = failures.settle(task.refs, task.unusable, missing, retry=config.retry_quarantined)
         if todo:
-            _run(task, todo, plan, stored, writer, progress, failures, compiled=compiled)
+            _run(task, todo, plan, stored, writer, progress, failures, compiled=compiled, ready=ready)
         if progress.routeless:
             _log.warning(
                 "none of %d samples of %s has a route: their prompts are those without routes.",
@@ -112,6 +107,7 @@ def _run(
     failures: Failures,
     *,
     compiled: bool,
+    ready: Prefiller | None,
 ) -> None:
     """Extract these samples. Raises `InterruptedRunError` after a signal if some are left."""
     config, device, workers = task.config, task.device, min(reading_workers(task.config.workers), len(todo))
@@ -125,7 +121,15 @@ def _run(
         open_readers(task.settings, task.source, task.builder, device, workers=workers) as readers,
         HostCopies(device, buffers) as copies,
         _open_prefiller(
-            plan, task.checkpoint, task.builder, stored, device, task.settings.dtype, copies, compiled=compiled
+            plan,
+            task.checkpoint,
+            task.builder,
+            stored,
+            device,
+            task.settings.dtype,
+            copies,
+            compiled=compiled,
+            ready=ready,
         ) as prefiller,
     ):
         progress.start(len(todo))
@@ -162,8 +166,12 @@ def _open_prefiller(
     copies: HostCopies,
     *,
     compiled: bool,
+    ready: Prefiller | None,
 ) -> Iterator[Prefiller | StreamedPrefiller]:
-    """The VLM with its weights where the plan has them."""
+    """The VLM with its weights where the plan has them; `ready`: one that is there already."""
+    if ready is not None:
+        yield ready.storing(stored, compiled=compiled)
+        return
     if plan is None or plan.home == "gpu":
         yield Prefiller(checkpoint, builder, stored, device, dtype=dtype, compiled=compiled)
         return

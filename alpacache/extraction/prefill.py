@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -85,6 +85,13 @@ class Prefiller:
                 f"the VLM of {checkpoint.model} does not fit on {device}: {error}\nEnd other programs on this GPU, or "
                 "take one with more memory; `alpacache plan` says how much stage one needs."
             ) from error
+
+    def storing(self, stored: StoredFeatures, *, compiled: bool) -> Self:
+        """The same VLM for what is stored with another codec, its layers compiled if that is wanted."""
+        self._stored = stored
+        if compiled:
+            self._vlm.compile()
+        return self
 
     def groups(self, samples: Iterator[Prepared], size: Callable[[], int]) -> Iterator[list[Prepared]]:
         """Samples of nearly equal length, so many at a time."""

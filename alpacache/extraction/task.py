@@ -1,6 +1,6 @@
 """A call of `extract` before anything is changed: samples and model chosen, memory planned, codec and store settled."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -13,10 +13,10 @@ from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.recognition import prompt_words
 from alpacache.cached_samples.features import store_fields
 from alpacache.cached_samples.identity import (
+    CHOICE,
     as_stored,
     other_options,
     provenance,
-    store_codec,
     store_identity,
     telling,
 )
@@ -25,12 +25,22 @@ from alpacache.driving.sample import SampleRef
 from alpacache.driving.splits import parse_split
 from alpacache.durable import check_store_place
 from alpacache.errors import BadClipError, UsageError
-from alpacache.extraction.codec_choice import learnt_codec
+from alpacache.extraction.codec_choice import (
+    CALIBRATION_SAMPLES,
+    ChosenCodec,
+    fits_beside,
+    known_codec,
+    lacks_tables,
+    new_codec,
+    tables_of,
+)
+from alpacache.extraction.codec_learning import read_source
+from alpacache.extraction.codec_trial import TRIAL_SAMPLES, spread_over
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.disk_room import check_room
 from alpacache.extraction.memory import plan_memory, told_plan
-from alpacache.extraction.prefill import StoredFeatures
-from alpacache.extraction.preparation import PreparationSettings, first_readable
+from alpacache.extraction.prefill import Prefiller, StoredFeatures
+from alpacache.extraction.preparation import PreparationSettings, ReadSample, first_readable
 from alpacache.extraction.reading_process import reading_workers
 from alpacache.gpu.device import has_kernels
 from alpacache.planning.prefill_plan import PrefillPlan
@@ -45,7 +55,7 @@ from alpacache.sources.views import views_identity
 from alpacache.torchrun import this_process
 from cache_store import CacheWriter, IdentityMismatchError, KVCodec, TransformCodec
 from cache_store.format.store_root import mismatch
-from cache_store.writer import stored_identity
+from cache_store.writer import stored_identity, stored_provenance
 
 _NOTED_BYTES = 10**9
 """Weights that take long enough to read to be spoken of."""
@@ -127,7 +137,13 @@ class Task:
             unusable=unusable[worker::workers],
         )
 
-    def identity(self, codec: KVCodec | None, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    def known_codec(self, before: Mapping[str, Any] | None) -> ChosenCodec | None:
+        """The codec, as far as it is known; see `codec_choice.known_codec`."""
+        config = self.config
+        given: dict[str, Any] = {"checkpoint": self.checkpoint, "layers": self.layers}
+        return known_codec(config.codec, config.codec_from, before, store=str(config.store), **given)
+
+    def identity(self, chosen: ChosenCodec, before: Mapping[str, Any] | None) -> dict[str, Any]:
         """Identity of the store with this codec, in the form of the one that is there `before`."""
         identity = store_identity(
             self.checkpoint,
@@ -135,8 +151,8 @@ class Task:
             cameras=self.settings.shown,
             blank=self.settings.blank,
             frames=self.config.frames,
-            codec=self.config.codec,
-            calibrated=codec,
+            codec=chosen.name,
+            calibrated=chosen.codec,
             dtype=str(self.settings.dtype).removeprefix("torch."),
             rollouts=self.config.tails,
             views=views_identity(self.config.views, seed=self.config.seed),
@@ -152,14 +168,14 @@ class Task:
         for note in _notes(self.checkpoint, self.builder, self.settings.dtype):
             self.on_note(note)
 
-    def plan_memory(self, missing: Sequence[SampleRef], stored: StoredFeatures) -> PrefillPlan | None:
-        """Look whether the missing samples fit on disk and device, and plan the memory of those that there are."""
-        config = self.config
-        first = cache(
-            lambda: first_readable(missing, self.source, self.builder, settings=self.settings, routes=self.routes)
-        )
-        if not config.force:
-            check_room(config.store, len(missing), first, self.checkpoint, self.builder, stored=stored)
+    def plan_memory(self, missing: Sequence[SampleRef], stored: StoredFeatures, *, sized: bool) -> PrefillPlan | None:
+        """Look whether the missing samples fit on disk and device, and plan the memory of those that there are.
+
+        `sized`: their codec is known, so that the disk can be looked at.
+        """
+        config, first = self.config, self._first(missing)
+        if sized:
+            self._check_room(missing, first, stored)
         if not missing:
             return None
         plan = plan_memory(
@@ -181,34 +197,68 @@ class Task:
         return plan
 
     def settle_codec(
-        self, codec: TransformCodec, before: Mapping[str, Any] | None, plan: PrefillPlan | None
-    ) -> tuple[KVCodec | None, Mapping[str, Any] | None]:
-        """Learn the codec's tables if this worker begins the store; also returns the identity of one that is there."""
+        self,
+        chosen: ChosenCodec | None,
+        before: Mapping[str, Any] | None,
+        plan: PrefillPlan | None,
+        stored: StoredFeatures,
+        missing: Sequence[SampleRef],
+    ) -> tuple[ChosenCodec, Mapping[str, Any] | None, Prefiller | None]:
+        """Choose the codec and learn its tables, if this worker begins the store and they are not known.
+
+        Returns the codec, the identity of a store that is there by now, and the VLM if it had to be loaded.
+        """
+        if chosen is not None and not isinstance(chosen.codec, TransformCodec):
+            return chosen, before, None
         config = self.config
         if plan is not None and plan.home != "gpu":
             raise UsageError(
                 f"--codec {config.codec} encodes whole samples, but a VLM that the GPU does not hold gives one layer "
                 "at a time; take --codec bf16 or int8, or a GPU that holds the VLM."
             )
-        if codec.tables is not None or before is not None:
-            return codec, before
-        learnt = learnt_codec(
-            codec,
-            self.every,
+        if chosen is not None and (before is not None or not lacks_tables(chosen.codec)):
+            return chosen, before, None
+        device, workers = self.device, reading_workers(config.workers)
+        ready: Prefiller | None = Prefiller(self.checkpoint, self.builder, stored, device, dtype=self.settings.dtype)
+        assert ready is not None
+        spread = spread_over(self.every, TRIAL_SAMPLES if chosen is None else CALIBRATION_SAMPLES)
+        samples = list(read_source(spread, ready, self.builder, self.source, self.settings, device, workers=workers))
+        if chosen is None and not fits_beside(self.checkpoint, device):
+            ready = None  # its VLM is read again
+        chosen = new_codec(
+            config.codec,
+            chosen,
+            samples,
             self.checkpoint,
-            self.builder,
-            source=self.source,
-            settings=self.settings,
+            selected=len(self.every),
             layers=self.layers,
-            device=self.device,
-            workers=reading_workers(config.workers),
+            device=device,
             on_note=self.on_note,
         )
-        before = stored_identity(config.store)
-        if before is None or before.get("codec") != config.codec:
-            return learnt, before
+        if (before := stored_identity(config.store)) is not None:
+            return self._winners_codec(before), before, ready
+        if chosen.name != config.codec:
+            self._check_room(missing, self._first(missing), replace(stored, codec=chosen.codec))
+        return chosen, before, ready
+
+    def _winners_codec(self, before: Mapping[str, Any]) -> ChosenCodec:
+        """The codec of the store that another worker has begun."""
         self.on_note("another worker has begun the store meanwhile; its codec is used.")
-        return store_codec(before, store=str(config.store)), before
+        chosen = self.known_codec(before)
+        assert chosen is not None
+        return chosen
+
+    def _first(self, missing: Sequence[SampleRef]) -> Callable[[], ReadSample | None]:
+        """Reads the first of these samples that can be read, once."""
+        return cache(
+            lambda: first_readable(missing, self.source, self.builder, settings=self.settings, routes=self.routes)
+        )
+
+    def _check_room(
+        self, missing: Sequence[SampleRef], first: Callable[[], ReadSample | None], stored: StoredFeatures
+    ) -> None:
+        if not self.config.force:
+            check_room(self.config.store, len(missing), first, self.checkpoint, self.builder, stored=stored)
 
     def compiles(self, samples: int) -> bool:
         """Tell whether the VLM's layers are compiled for so many samples, and say so."""
@@ -219,18 +269,28 @@ class Task:
         return compiled
 
     def open_store(
-        self,
-        stored: StoredFeatures,
-        identity: Mapping[str, Any],
-        before: Mapping[str, Any] | None,
-        *,
-        compiled: bool,
+        self, stored: StoredFeatures, chosen: ChosenCodec, before: Mapping[str, Any] | None, *, compiled: bool
+    ) -> tuple[CacheWriter, KVCodec | None]:
+        """Begin the store or go on with it; also returns the codec, which is the store's where another was quicker.
+
+        Raises `IdentityMismatchError` for one of other settings, in options.
+        """
+        try:
+            return self._writer(stored, chosen, before, compiled=compiled), chosen.codec
+        except IdentityMismatchError:
+            now = stored_identity(self.config.store)
+            if before is not None or now is None or tables_of(chosen.codec) is None:
+                raise
+        chosen = self._winners_codec(now)
+        return self._writer(stored, chosen, now, compiled=compiled), chosen.codec
+
+    def _writer(
+        self, stored: StoredFeatures, chosen: ChosenCodec, before: Mapping[str, Any] | None, *, compiled: bool
     ) -> CacheWriter:
-        """Begin the store or go on with it. Raises `IdentityMismatchError` for one of other settings, in options."""
-        config, codec = self.config, stored.codec
+        config, identity = self.config, self.identity(chosen, before)
         fields = store_fields(
             hidden_states=stored.hidden_states,
-            codec=codec,
+            codec=chosen.codec,
             rollouts=stored.rollouts,
             views=config.views > 1,
             routes=config.route != "none",
@@ -239,7 +299,10 @@ class Task:
         origin = provenance(source=self.source.name, device=hardware, compiled=compiled)
         if config.split_by != "clip":
             origin["split"] = f"{config.split} by {config.split_by}"
-        tables = codec.calibrated.to_bytes() if isinstance(codec, TransformCodec) and codec.sha256 else None
+        evidence = (stored_provenance(config.store) or {}).get(CHOICE, chosen.evidence)
+        if evidence is not None:
+            origin[CHOICE] = evidence
+        tables = tables_of(chosen.codec)
         try:
             return CacheWriter(config.store, fields=fields, identity=identity, provenance=origin, codec_tables=tables)
         except IdentityMismatchError as error:

@@ -42,14 +42,15 @@ def codec_names() -> list[str]:
     return ["bf16", *CODECS]
 
 
-def _known_codec(written: Any) -> Any:
+def known_codec_name(written: Any) -> Any:
+    """The same name. Raises `ValueError` with what is allowed for one of no codec."""
     from cache_store import codec_named
 
     codec_named(str(written))
     return written
 
 
-Codec = Annotated[str, Written(metavar=lambda: "|".join([*codec_names(), "transform:RATE"]), read=_known_codec)]
+Codec = Annotated[str, Written(metavar=lambda: "|".join([*codec_names(), "transform:RATE"]), read=known_codec_name)]
 CONTEXT_BYTES = 2**29
 """CUDA's own, outside the allocator: why a budget of 24GB is a cap of 23.5 GiB."""
 

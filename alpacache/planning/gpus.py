@@ -21,17 +21,20 @@ class Gpu:
     """Memory bandwidth, in 10^9 bytes a second."""
     memory_gb: float
     """Size that the card is named by; about as many GiB."""
+    bus_gb_s: float = 25.0
+    """Rate between RAM and the card, each way, both at once, in 10^9 bytes a second: PCIe 4.0 with 16 lanes. PCIe 5.0
+    counts as 50 (page-locked samples reach an H100 at 54)."""
 
 
 MEASURED = "h100"
 """The GPU that all seconds in `time_model` were measured on."""
 GPUS: Mapping[str, Gpu] = {
-    "h100": Gpu(name="H100 SXM 80GB", tflops=989, memory_gb_s=3350, memory_gb=80),
-    "h200": Gpu(name="H200 SXM 141GB", tflops=989, memory_gb_s=4800, memory_gb=141),
+    "h100": Gpu(name="H100 SXM 80GB", tflops=989, memory_gb_s=3350, memory_gb=80, bus_gb_s=50),
+    "h200": Gpu(name="H200 SXM 141GB", tflops=989, memory_gb_s=4800, memory_gb=141, bus_gb_s=50),
     "a100": Gpu(name="A100 SXM 80GB", tflops=312, memory_gb_s=2039, memory_gb=80),
     "l40s": Gpu(name="L40S", tflops=362, memory_gb_s=864, memory_gb=48),
     "a6000": Gpu(name="RTX A6000", tflops=154.8, memory_gb_s=768, memory_gb=48),
-    "5090": Gpu(name="GeForce RTX 5090", tflops=209.5, memory_gb_s=1792, memory_gb=32),
+    "5090": Gpu(name="GeForce RTX 5090", tflops=209.5, memory_gb_s=1792, memory_gb=32, bus_gb_s=50),
     "4090": Gpu(name="GeForce RTX 4090", tflops=165.2, memory_gb_s=1008, memory_gb=24),
     "3090": Gpu(name="GeForce RTX 3090", tflops=71, memory_gb_s=936, memory_gb=24),
 }

@@ -42,10 +42,9 @@ from alpacache.planning.prefill_plan import (
 )
 from alpacache.planning.sample_count import count_samples
 from alpacache.planning.sample_size import PlannedPrompt, longest_tail, planned_prompt, sample_bytes
-from alpacache.planning.time_model import BUS_BYTES_S
 from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload, expert_sizes, state_bytes
 from alpacache.prefix.layout import TailRoom
-from cache_store import codec_named
+from cache_store import TransformCodec, codec_named
 from cache_store.storage.local_files import free_bytes
 
 _USUAL_ROUTE = "turn left onto Main Street in 40 m"
@@ -63,6 +62,8 @@ _OWN_EXPERT = (
     "The expert of {model} attends to every layer, and the store would have some alone: counted is its training as if "
     "it could. `train` takes a new expert there; add --from-scratch."
 )
+_SMALL = "transform:2.2"
+"""Codec that is named beside those of `--codec` where bytes decide."""
 _AMPLE = 2**50
 """Host memory of a machine that is not probed."""
 CORES = 16
@@ -116,8 +117,10 @@ class TrainPlan:
     """Seconds in which optimizer state from RAM comes and goes, mostly beside the forward; 0 where all of it stays."""
     step_s: float
     """Seconds of a step on the GPU."""
+    copy_s: float
+    """Seconds in which a batch crosses the bus, beside the step before it."""
     read_s: float
-    """Seconds in which the disk delivers a batch. A step takes that or the GPU's time, whichever is longer."""
+    """Seconds in which the disk delivers a batch. A step takes as long as the longest of GPU, bus and disk."""
     hours: float
     """Hours if every sample is read from disk every time."""
     hours_in_memory: float
@@ -298,6 +301,7 @@ def plan(config: PlanConfig) -> Plan:
         notes=(
             *counted.notes,
             *_misfits(store_bytes, free, refusal, store=config.store),
+            *_bus_note(train, sizes, config.codec),
             *_basis(machine, own_model=geometry.model != DEFAULT_RELEASED.geometry.model, rollouts=config.tails),
             *([_UNTOLD] if text else []),
             *([_OWN_EXPERT.format(model=geometry.model)] if lacks_layers else []),
@@ -438,12 +442,12 @@ def _machine(gpu_name: str, *, probed_folder: str | None) -> Machine:
     gpu_is: Literal["measured", "scaled", "probed"] = "measured" if gpu is GPUS[MEASURED] else "scaled"
     if probed_folder is None:
         speeds = {"read_bytes_s": READ_BYTES_S, "write_bytes_s": WRITE_BYTES_S}
-        return Machine(gpu=gpu, gpu_is=gpu_is, **speeds, cores=CORES, disk_is="assumed", bus_bytes_s=BUS_BYTES_S)
+        return Machine(gpu=gpu, gpu_is=gpu_is, **speeds, cores=CORES, disk_is="assumed", bus_bytes_s=gpu.bus_gb_s * 1e9)
     try:
         disk = disk_speed(probed_folder)
     except OSError as error:
         raise UsageError(f"cannot write at {probed_folder} ({error}); give --store a place for it.") from error
-    bus_bytes_s = BUS_BYTES_S
+    bus_bytes_s = gpu.bus_gb_s * 1e9
     if torch.cuda.is_available():
         gpu, gpu_is, bus_bytes_s = gpu_speed(), "probed", bus_speed()
     speeds = {"read_bytes_s": disk.read_bytes_s, "write_bytes_s": disk.write_bytes_s}
@@ -463,20 +467,29 @@ def _train_plan(
         time_model.bus_seconds(memory, machine.bus_bytes_s),
         work.batch_size * kv_bytes / machine.read_bytes_s,
     )
-    step_s = max(busy_s, read_s)
-    hours, later_s = steps * step_s / 3600, (steps - first_epoch) * busy_s
+    copy_s = work.batch_size * kv_bytes / machine.bus_bytes_s
+    in_memory_s = max(busy_s, copy_s + bus_s)  # moments from RAM come over the same bus
+    step_s = max(in_memory_s, read_s)
+    hours, later_s = steps * step_s / 3600, (steps - first_epoch) * in_memory_s
     seconds = {"compute_s": compute_s, "optimizer_s": optimizer_s, "bus_s": bus_s, "step_s": busy_s, "read_s": read_s}
-    return TrainPlan(steps=steps, **seconds, hours=hours, hours_in_memory=(first_epoch * step_s + later_s) / 3600)
+    return TrainPlan(
+        steps=steps,
+        **seconds,
+        copy_s=copy_s,
+        hours=hours,
+        hours_in_memory=(first_epoch * step_s + later_s) / 3600,
+    )
 
 
 def _loop_plan(
     extract: ExtractPlan, train: TrainPlan, memory: MemoryPlan, *, samples: int, epochs: float, batch_size: int
 ) -> LoopPlan:
     looped_s = max(extract.prefill_s + train.step_s / batch_size, extract.reading_s)
-    cached_s = max(train.step_s, train.read_s) / batch_size
+    in_memory_s = max(train.step_s, train.copy_s + train.bus_s)
+    cached_s = max(in_memory_s, train.read_s) / batch_size
     saved_hours = samples * (looped_s - cached_s) / 3600
     from_disk = extract.hours / saved_hours if saved_hours > 0 else None
-    later_s = train.step_s / batch_size  # always below the loop's, which runs the VLM besides
+    later_s = in_memory_s / batch_size  # always below the loop's, which runs the VLM besides
     in_memory = (extract.hours * 3600 / samples + cached_s - later_s) / (looped_s - later_s)
     return LoopPlan(
         memory_bytes=extract.weights_bytes + memory.device_bytes,
@@ -496,6 +509,22 @@ def _misfits(store_bytes: int, free: int | None, refusal: str, *, store: str | N
         )
     if refusal:
         yield f"Stage one does not fit: {refusal}"
+
+
+def _bus_note(train: TrainPlan, sizes: Mapping[str, Mapping[str, int]], codec: str) -> Iterator[str]:
+    """Say where the bus is what samples in RAM wait for, and what fewer bytes would do."""
+    over_bus_s = train.copy_s + train.bus_s
+    if over_bus_s <= train.step_s:
+        return
+    shares = {name: fields["kv"] / sizes[codec]["kv"] for name, fields in sizes.items()}
+    shares |= {_SMALL: sizes["bf16"]["kv"] * TransformCodec.named(_SMALL).rate / 16 / sizes[codec]["kv"]}  # type: ignore[union-attr]
+    smaller = sorted((share, name) for name, share in shares.items() if share < 0.99)
+    less = ", ".join(f"{name} {(train.copy_s * share + train.bus_s) * 1e3:.0f} ms" for share, name in reversed(smaller))
+    yield (
+        f"From RAM the bus decides: {over_bus_s * 1e3:.0f} ms a step, the GPU takes {train.step_s * 1e3:.0f}. Fewer "
+        f"bytes take as much less: {less or 'no codec has fewer'}. `alpacache codecs` tells what each does to the "
+        "expert."
+    )
 
 
 def _basis(machine: Machine, *, own_model: bool, rollouts: int) -> Iterator[str]:

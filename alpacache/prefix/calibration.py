@@ -70,7 +70,23 @@ def calibrate(
     key_weights: Tensor | None = None,
     group_channels: int = GROUP_CHANNELS,
 ) -> TransformCodec:
-    """Learn the codec that takes about `rate` bits a value from samples of one frozen model.
+    """Learn the codec that takes about `rate` bits a value; arguments and errors as of `learn` and `Learnt.codec`."""
+    found = learn(
+        samples, angles=angles, axes=axes, device=device, key_weights=key_weights, group_channels=group_channels
+    )
+    return found.codec(rate)
+
+
+def learn(
+    samples: Sequence[KVSample],
+    *,
+    angles: Tensor,
+    axes: Tensor,
+    device: torch.device,
+    key_weights: Tensor | None = None,
+    group_channels: int = GROUP_CHANNELS,
+) -> "Learnt":
+    """Find the bases of samples of one frozen model, from which codecs of any rate follow.
 
     Args:
         angles: float32 `[channel / 2]` radians by which the rotary embedding turns a pair of channels a position.
@@ -78,7 +94,7 @@ def calibrate(
         key_weights: mean squares of the queries' channels `[layer, head, channel]`, or broadcast to that, alike for the
             two channels of a pair; None: all 1.
 
-    Raises `UsageError` where the samples have too few tokens, or the rate is below what streams themselves take.
+    Raises `UsageError` where the samples have too few tokens.
     """
     kv = samples[0].kv
     layers, _, heads, _, channels = kv.shape
@@ -98,36 +114,63 @@ def calibrate(
         scale[:, 0] = weights[group].to(device).clamp(min=1e-6).rsqrt()
         scale[:, 1] = VALUE_WEIGHT**-0.5
         spectra.append(_Spectrum.of(x, learnt, scale.flatten()))
-    step, found = _step_for(rate, spectra, 2 * heads * channels, layers)
-    used = sorted({int(one) for classes, _ in found for one in classes.tolist()} | {_FINEST})
-    place = torch.full((_CLASSES,), -1)
-    place[torch.tensor(used)] = torch.arange(len(used))
-    counts, shift = _count(spectra, found, step)
-    low = _low_bits(torch.tensor(used))
-    deviations = 2.0 ** ((torch.tensor(used).double() - _FINEST) / _OCTAVES)
-    frequency = np.stack(
-        [
-            _frequencies(count, float(deviation) / 2 ** int(bits))
-            for count, deviation, bits in zip(counts[used], deviations, low, strict=True)
-        ]
-    )
-    tables = TransformTables(
+    return Learnt(
         layers=layers,
         heads=heads,
         channels=channels,
         together=together,
-        parts=max(1, math.ceil(2 * together * heads * channels / STREAM_COMPONENTS - 0.5)),
-        angles=angles.float().cpu().numpy(),
-        axes=axes.to(torch.uint8).cpu().numpy(),
-        low=low.to(torch.uint8).numpy(),
-        shift=shift[used].float().numpy(),
-        frequency=frequency,
-        groups=tuple(
-            _group(spectrum, classes, order, place, shift, step)
-            for spectrum, (classes, order) in zip(spectra, found, strict=True)
-        ),
+        angles=angles.float().cpu(),
+        axes=axes.to(torch.uint8).cpu(),
+        spectra=tuple(spectra),
     )
-    return TransformCodec.of(rate, tables)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learnt:
+    """Bases of one model's keys and values, before a rate is chosen."""
+
+    layers: int
+    heads: int
+    channels: int
+    together: int
+    """Layers of a group."""
+    angles: Tensor
+    axes: Tensor
+    spectra: "tuple[_Spectrum, ...]"
+
+    def codec(self, rate: float) -> TransformCodec:
+        """The codec of about `rate` bits a value. Raises `UsageError` for fewer than streams themselves take."""
+        layers, heads, channels, together = self.layers, self.heads, self.channels, self.together
+        step, found = _step_for(rate, self.spectra, 2 * heads * channels, layers)
+        used = sorted({int(one) for classes, _ in found for one in classes.tolist()} | {_FINEST})
+        place = torch.full((_CLASSES,), -1)
+        place[torch.tensor(used)] = torch.arange(len(used))
+        counts, shift = _count(self.spectra, found, step)
+        low = _low_bits(torch.tensor(used))
+        deviations = 2.0 ** ((torch.tensor(used).double() - _FINEST) / _OCTAVES)
+        frequency = np.stack(
+            [
+                _frequencies(count, float(deviation) / 2 ** int(bits))
+                for count, deviation, bits in zip(counts[used], deviations, low, strict=True)
+            ]
+        )
+        tables = TransformTables(
+            layers=layers,
+            heads=heads,
+            channels=channels,
+            together=together,
+            parts=max(1, math.ceil(2 * together * heads * channels / STREAM_COMPONENTS - 0.5)),
+            angles=self.angles.numpy(),
+            axes=self.axes.numpy(),
+            low=low.to(torch.uint8).numpy(),
+            shift=shift[used].float().numpy(),
+            frequency=frequency,
+            groups=tuple(
+                _group(spectrum, classes, order, place, shift, step)
+                for spectrum, (classes, order) in zip(self.spectra, found, strict=True)
+            ),
+        )
+        return TransformCodec.of(rate, tables)
 
 
 class _Chosen:

@@ -3,6 +3,9 @@
 from functools import lru_cache
 from typing import Any
 
+import torch
+
+from alpacache.gpu.device import has_kernels
 from alpacache.prefix.affine import AffineTensorCodec
 from alpacache.prefix.fp8 import Fp8TensorCodec
 from alpacache.prefix.tensor_codec import TensorCodec
@@ -21,3 +24,12 @@ TENSOR_CODECS: dict[str, type[TensorCodec[Any]]] = {
 def tensor_codec(codec: KVCodec) -> TensorCodec[Any]:
     """Return the torch side of this codec."""
     return TENSOR_CODECS[codec.kind](codec)
+
+
+def forget_tables(device: torch.device) -> None:
+    """Free what is kept of learnt codecs on this device and in RAM; only where no captured graph reads it."""
+    tensor_codec.cache_clear()
+    if has_kernels(device):
+        from alpacache.prefix import transform_kernels
+
+        transform_kernels.forget_tables()

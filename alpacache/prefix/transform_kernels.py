@@ -327,6 +327,11 @@ def _tables_on(codec: TransformCodec, device: torch.device) -> _TablesOnDevice:
     )
 
 
+def forget_tables() -> None:
+    """Free the tables of all codecs; only where no captured graph reads them."""
+    _tables_on.cache_clear()
+
+
 def _runs(tables: TransformTables, classes: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     """Steps of each part that share a table, one after the other; padded with runs of none."""
     of_parts = []

@@ -221,7 +221,7 @@ def test_numbers_have_plain_digits(kind, values):
         (
             ExtractConfig,
             {"codec": "int3"},
-            "codec is 'int3'; expected bf16 or fp8 or int8 or int5 or int4 or transform:RATE.",
+            "codec is 'int3'; expected bf16 or fp8 or int8 or int5 or int4 or transform:RATE or auto:PERCENT%.",
         ),
         (ExtractConfig, {"seed": -1}, "seed is -1; expected at least 0."),
         (ExtractConfig, {"cameras": ()}, "cameras is (); expected at least 1 of them."),

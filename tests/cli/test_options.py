@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from alpacache import EvalConfig, ExportConfig, ExtractConfig, PlanConfig, ProbeConfig, TrainConfig, hub
+from alpacache import CodecsConfig, EvalConfig, ExportConfig, ExtractConfig, PlanConfig, ProbeConfig, TrainConfig, hub
 from alpacache.demo.config import DemoConfig
 from alpacache.driver.config import DriveConfig
 from alpacache.errors import UsageError
@@ -20,6 +20,7 @@ KINDS = {
     "check": CheckConfig,
     "prepare": PrepareConfig,
     "plan": PlanConfig,
+    "codecs": CodecsConfig,
     "extract": ExtractConfig,
     "train": TrainConfig,
     "eval": EvalConfig,
@@ -31,6 +32,7 @@ KINDS = {
 REQUIRED = {
     "check": ["synthetic:2"],
     "prepare": ["synthetic:2", "--out", "o"],
+    "codecs": ["synthetic:2", "--model", "m"],
     "extract": ["synthetic:2", "--model", "m", "--store", "s"],
     "train": ["--store", "s", "--model", "m", "--out", "o", "--steps", "2"],
     "eval": ["--store", "s", "--model", "m", "--out", "o"],
@@ -50,7 +52,7 @@ def test_every_setting_has_an_option_and_a_key(name):
     params = {parameter.name: parameter for parameter in COMMANDS[name].params}
     fields = {field.name for field in dataclasses.fields(KINDS[name])}
     assert params.keys() == fields | {"config", "json"}
-    for field in fields - {"source", "stores"}:
+    for field in fields - {"source", "stores", "input"}:
         name = {"exclude": "except"}.get(field, field)
         assert f"--{name.replace('_', '-')}" in params[field].opts
 
@@ -116,7 +118,7 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert (config.stores, config.betas) == (("b",), (0.5, 0.5))
 
 
-@pytest.mark.parametrize("name", ["extract", "plan", "prepare", "eval", "probe", "export", "drive"])
+@pytest.mark.parametrize("name", ["extract", "codecs", "plan", "prepare", "eval", "probe", "export", "drive"])
 def test_every_config_can_come_from_a_file(name, tmp_path, run_here):
     file = tmp_path / "settings.toml"
     file.write_text("nonsense = 1\n")

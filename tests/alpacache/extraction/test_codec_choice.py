@@ -156,7 +156,7 @@ def test_a_killed_calibration_leaves_nothing(tiny_checkpoint, tmp_path, monkeypa
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(codec_choice, "calibrate", stop)
+    monkeypatch.setattr(codec_choice, "learn_from", stop)
     with pytest.raises(KeyboardInterrupt):
         alpacache.extract(settings(tiny_checkpoint, tmp_path / "s"))
     assert not (tmp_path / "s").exists()
@@ -164,13 +164,13 @@ def test_a_killed_calibration_leaves_nothing(tiny_checkpoint, tmp_path, monkeypa
 
 def test_who_comes_second_uses_the_winners_codec(made, tiny_checkpoint, tmp_path, monkeypatch) -> None:
     """Two workers learn at once; the one that finds a store when it is through takes what is there."""
-    store, learn = tmp_path / "s", codec_choice.calibrate
+    store, learn = tmp_path / "s", codec_choice.learn_from
 
-    def slow(*given, **named):
+    def slow(*given):
         shutil.copytree(made[0] / "s", store)
-        return learn(*given, **named | {"rate": 4.5})
+        return learn(*given)
 
-    monkeypatch.setattr(codec_choice, "calibrate", slow)
+    monkeypatch.setattr(codec_choice, "learn_from", slow)
     notes = []
     alpacache.extract(settings(tiny_checkpoint, store, source="synthetic:8"), on_note=notes.append)
     assert any("another worker" in note for note in notes)

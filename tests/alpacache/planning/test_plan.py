@@ -277,6 +277,24 @@ def test_a_small_card_is_planned_with_its_bus():
     assert roomy.train.step_s == roomy.train.compute_s + roomy.train.optimizer_s
 
 
+def test_where_the_bus_decides_fewer_bytes_are_named():
+    ask = {"samples": 100, "cameras": SLOTS, "batch_size": 8, "gpu": "h200"}
+    found, small = (plan(PlanConfig(**ask, codec=codec)) for codec in ("bf16", "transform:2.2"))
+    train = found.train
+    assert found.machine.bus_bytes_s == 50e9
+    assert train.copy_s == pytest.approx(8 * found.kv_bytes_by_codec["bf16"] / 50e9)
+    assert train.copy_s > train.step_s
+    (note,) = (text for text in found.notes if text.startswith("From RAM the bus decides"))
+    assert f"{train.copy_s * 1e3:.0f} ms a step, the GPU takes {train.step_s * 1e3:.0f}" in note
+    assert (
+        f"int4 {train.copy_s * found.kv_bytes_by_codec['int4'] / found.kv_bytes_by_codec['bf16'] * 1e3:.0f} ms" in note
+    )
+    assert f"transform:2.2 {small.train.copy_s * 1e3:.0f} ms" in note
+    epochs = plan(PlanConfig(**ask, codec="bf16", epochs=1000.0)).train
+    assert epochs.hours_in_memory == pytest.approx(epochs.steps * train.copy_s / 3600, rel=0.05)
+    assert not any(text.startswith("From RAM") for text in small.notes)
+
+
 def test_least_memory_of_training():
     everything, adapters = (planning.least_training_bytes(which) / 2**30 for which in ("all", "lora"))
     assert 8.5 < everything < 9.5  # with the optimizer's state in RAM
