@@ -84,7 +84,9 @@ def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveRepo
     base, others = _drivers(config)
     if config.route != "none":
         base.check_takes_routes()
-    moments = _moments(config, source, clip, frames=base.frames)
+    moments = _moments(
+        source, clip, begin_s=config.begin, seconds=config.seconds, every_s=config.every, frames=base.frames
+    )
     shown = FRONT_CAMERA if FRONT_CAMERA in cameras else cameras[0]
     lens = _lens(source, clip, shown, moments[0])
     kept = _Kept(out, _settings(config, base, source.name, clip, moments, others))
@@ -135,16 +137,18 @@ def _drivers(config: DriveConfig) -> tuple[Driver, dict[str, Driver]]:
     return trained, {BASE: trained.alongside(None), TRAINED: trained}
 
 
-def _moments(config: DriveConfig, source: Source, clip: str, *, frames: int) -> list[int]:
+def _moments(
+    source: Source, clip: str, *, begin_s: float, seconds: float | None, every_s: float, frames: int
+) -> list[int]:
     """The moments (us) of the film's pictures."""
     first, last = source.times_us(clip)
     earliest = first + max((HISTORY_STEPS - 1) * STEP_US, (frames - 1) * FRAME_STEP_US)
-    begin, step = max(earliest, first + round(config.begin * 1e6)), round(config.every * 1e6)
-    end = last if config.seconds is None else min(last, begin + round(config.seconds * 1e6))
+    begin, step = max(earliest, first + round(begin_s * 1e6)), round(every_s * 1e6)
+    end = last if seconds is None else min(last, begin + round(seconds * 1e6))
     moments = list(range(begin, end + 1, step))
     if not moments:
         reason = f"from {first / 1e6:.1f} to {last / 1e6:.1f} s; a film can begin at {earliest / 1e6:.1f} s"
-        raise UsageError(f"{clip}: poses and cameras cover it {reason}, --begin is {config.begin:g}.")
+        raise UsageError(f"{clip}: poses and cameras cover it {reason}, --begin is {begin_s:g}.")
     return moments
 
 

@@ -93,7 +93,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     poses = cache(data.poses)  # read while the device computes
     models = find_models(config, base, data, indices, poses, paths_on_rollouts=config.paths if on_rollouts else 0)
     _warn_of_known_clips(models, data, indices, store=stores)
-    _warn_of_other_pictures(models, config, store=stores)
+    _warn_of_other_pictures(models, config.compare_store, store=stores)
     partners = partners_of(data, indices, seed=config.seed) if "shuffled" in config.control else {}
     on_sheet = _on_sheet(config.sheet, data, indices)
     device = resolve_device(config.device)
@@ -281,16 +281,15 @@ def _warn_of_known_clips(
         )
 
 
-def _warn_of_other_pictures(models: Mapping[str, JudgedModel], config: EvalConfig, *, store: str) -> None:
+def _warn_of_other_pictures(models: Mapping[str, JudgedModel], others: Mapping[str, str], *, store: str) -> None:
     """Warn of each run that was trained on other cameras, or other black pictures, than it is to be judged on."""
     for label, model in models.items():
         if model.run is None:
             continue
         trained = {camera_words(record["identity"]) for record in model.state["settings"]["stores"]} - {""}
-        if trained and (others := sorted(model.stored.data.pictures - trained)):
-            saw, shows = "; ".join(sorted(trained)), "; ".join(others)
-            option = f"--compare-store {label}=" if label in config.compare_store else "--store "
-            where = f"{option}{config.compare_store.get(label, store)}"
+        if trained and (unseen := sorted(model.stored.data.pictures - trained)):
+            saw, shows = "; ".join(sorted(trained)), "; ".join(unseen)
+            where = f"--compare-store {label}={others[label]}" if label in others else f"--store {store}"
             _log.warning("%r was trained on %s, and %s shows %s.", label, saw, where, shows)
 
 

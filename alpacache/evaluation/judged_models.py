@@ -64,7 +64,15 @@ def find_models(
         label: find_trained(run, base, vlm=stored[label].data.vlm, what=where, average=config.ema)
         for label, run in runs.items()
     }
-    first = _first(config, base, data, None if TRAINED not in found else found[TRAINED][1])
+    first = base
+    if TRAINED in found and not set(layer_map_of(base)) <= set(data.held_layers):
+        first = begun_with(base, found[TRAINED][1])
+    if first is not base:
+        _log.warning(
+            "%s has keys and values of layers %s alone, too few for the expert of %s: 'base' is the new expert of %s "
+            "as it began, random weights.",
+            *(", ".join(config.store), layers_text(data.held_layers), config.model, config.checkpoint),
+        )
     of_base = [BASE, *(label for label in others if label not in runs)]
     models = {label: JudgedModel(checkpoint=first, stored=stored[label]) for label in of_base}
     for label, (path, state) in found.items():
@@ -73,19 +81,6 @@ def find_models(
         begun = model.checkpoint if model.run is None else begun_with(base, model.state)
         model.stored.data.of_layers(sorted(set(layer_map_of(begun))))  # what a store lacks is refused now
     return models
-
-
-def _first(config: EvalConfig, base: Checkpoint, data: CachedDataset, trained: Mapping[str, Any] | None) -> Checkpoint:
-    """The model that `base` is: the given one, or a run's new expert as it began where the store has too few layers."""
-    first = base if trained is None else begun_with(base, trained)
-    if first is base or set(layer_map_of(base)) <= set(data.held_layers):
-        return base
-    _log.warning(
-        "%s has keys and values of layers %s alone, too few for the expert of %s: 'base' is the new expert of %s "
-        "as it began, random weights.",
-        *(", ".join(config.store), layers_text(data.held_layers), config.model, config.checkpoint),
-    )
-    return first
 
 
 def _other_store(

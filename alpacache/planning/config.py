@@ -149,6 +149,17 @@ class NewExpertConfig(Config):
     """The VLM's layer that each of its layers attends to. Default: evenly over the layers that the stores have; 12 over
     36 attend to 0, 3, 6, ..."""
 
+    @property
+    def expert_choices(self) -> dict[str, Any]:
+        """Sizes asked of the new expert, as keywords of `plan_expert`."""
+        return {
+            "layers": self.expert_layers,
+            "width": self.expert_width,
+            "intermediate": self.expert_intermediate,
+            "heads": self.expert_heads,
+            "layer_map": self.expert_map,
+        }
+
     def check_new_expert(self) -> None:
         """Raise `UsageError` for sizes of a new expert where none is wanted."""
         sizes = [name for name in NEW_EXPERT if getattr(self, name) is not None]

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -200,22 +200,13 @@ def plan(config: PlanConfig) -> Plan:
     family, sizes_of = released(config.family)
     if checkpoint is not None and config.family is not None:
         raise UsageError(f"family {config.family} is for plans without a model; leave --family or --model out.")
-    text = None if checkpoint is None or recognise_family(checkpoint).family else True
-    builder = None
-    if checkpoint is not None:
-        builder = InputBuilder(checkpoint, camera_names=text, frame_numbers=text, routes=config.route)
-    if not (builder.format if builder is not None else family.prompt).camera_names:
-        check_places(config.cameras, config.blank)
-    route = {"none": None, "source": _USUAL_ROUTE}.get(config.route, config.route)
-    prompt = planned_prompt(
-        builder, cameras, frames=config.frames, picture=config.picture, route=route, family=config.family
-    )
+    prompt, is_unclear = _prompt(config, checkpoint, cameras, names_cameras=family.prompt.camera_names)
     geometry = sizes_of.geometry if checkpoint is None else geometry_of(checkpoint)
     layers = None if config.layers is None else chosen_layers(config.layers, geometry.layers)
     held = tuple(range(geometry.layers)) if layers is None else layers
     lacks_layers = layers is not None and not config.from_scratch
     if config.from_scratch:
-        geometry, attended = _with_new_expert(geometry, config, held)
+        geometry, attended = _with_new_expert(geometry, config.expert_choices, held)
     else:
         attended = len(held)
     machine = _machine(config.gpu, probed_folder=(config.store or ".") if config.probe else None)
@@ -237,12 +228,8 @@ def plan(config: PlanConfig) -> Plan:
     cap = allowed_bytes(machine.gpu.memory_gb)
     if config.memory_budget is not None:
         cap = min(cap, budget_bytes(config.memory_budget))
-    room = None
-    if config.prefix != "direct":
-        room = TailRoom(stored=prompt.tokens, tail=longest_tail(prompt))
-    work = _workload(geometry, prompt.tokens, config.trainable, config.lora_rank, config.codec, config.batch_size, room)
-    work = replace(work, layout=replace(work.layout, layers=attended))
     kv_bytes = chosen["kv"] + _TAIL_SHARE[config.prefix] * chosen.get(f"{tail_name(0)}kv", 0)
+    work = _training(config, geometry, prompt, attended)
     memory = fastest_plan(
         work,
         draws=config.draws,
@@ -303,26 +290,45 @@ def plan(config: PlanConfig) -> Plan:
             *_misfits(store_bytes, free, refusal, store=config.store),
             *_bus_note(train, sizes, config.codec),
             *_basis(machine, own_model=geometry.model != DEFAULT_RELEASED.geometry.model, rollouts=config.tails),
-            *([_UNTOLD] if text else []),
+            *([_UNTOLD] if is_unclear else []),
             *([_OWN_EXPERT.format(model=geometry.model)] if lacks_layers else []),
         ),
     )
 
 
-def _with_new_expert(geometry: Geometry, config: PlanConfig, held: Sequence[int]) -> tuple[Geometry, int]:
-    """The geometry with a new expert in it, and how many of the VLM's layers that attends to."""
-    sizes = {"kv_heads": geometry.kv_heads, "head_dim": geometry.head_dim}
-    spec = plan_expert(
-        geometry.expert_shapes,
-        **sizes,
-        held=held,
-        layers=config.expert_layers,
-        width=config.expert_width,
-        intermediate=config.expert_intermediate,
-        heads=config.expert_heads,
-        layer_map=config.expert_map,
-        seed=0,
+def _prompt(
+    config: PlanConfig, checkpoint: Checkpoint | None, cameras: tuple[str, ...], *, names_cameras: bool
+) -> tuple[PlannedPrompt, bool]:
+    """The prompt, and True where the checkpoint does not say what it was trained with: then the longer one counts.
+
+    `names_cameras`: the prompt of the family that is planned for without a checkpoint.
+    """
+    builder, is_unclear = None, False
+    if checkpoint is not None:
+        is_unclear = recognise_family(checkpoint).family is None
+        text = True if is_unclear else None
+        builder = InputBuilder(checkpoint, camera_names=text, frame_numbers=text, routes=config.route)
+        names_cameras = builder.format.camera_names
+    if not names_cameras:
+        check_places(config.cameras, config.blank)
+    route = {"none": None, "source": _USUAL_ROUTE}.get(config.route, config.route)
+    prompt = planned_prompt(
+        builder, cameras, frames=config.frames, picture=config.picture, route=route, family=config.family
     )
+    return prompt, is_unclear
+
+
+def _training(config: PlanConfig, geometry: Geometry, prompt: PlannedPrompt, attended: int) -> Workload:
+    """Training of so many layers of each prefix."""
+    room = None if config.prefix == "direct" else TailRoom(stored=prompt.tokens, tail=longest_tail(prompt))
+    work = _workload(geometry, prompt.tokens, config.trainable, config.lora_rank, config.codec, config.batch_size, room)
+    return replace(work, layout=replace(work.layout, layers=attended))
+
+
+def _with_new_expert(geometry: Geometry, choices: Mapping[str, Any], held: Sequence[int]) -> tuple[Geometry, int]:
+    """The geometry with a new expert in it, and how many of the VLM's layers that attends to."""
+    sizes: dict[str, Any] = {"kv_heads": geometry.kv_heads, "head_dim": geometry.head_dim}
+    spec = plan_expert(geometry.expert_shapes, **sizes, **choices, held=held, seed=0)
     shapes = new_shapes(geometry.expert_shapes, spec, **sizes)
     return replace(geometry, expert_shapes=shapes), len(set(spec.layer_map))
 

@@ -84,7 +84,9 @@ class RunInputs:
         self.new_expert: ExpertSpec | None = None
         """The expert of one's own size that the run begins with; None for the model's."""
         if config.from_scratch:
-            self.new_expert = _new_expert(config, self.checkpoint, held=self.data.held_layers)
+            self.new_expert = _new_expert(
+                self.checkpoint, config.expert_choices, held=self.data.held_layers, seed=config.seed or 0
+            )
             self.checkpoint = NewExpert(self.checkpoint, self.new_expert)
         attended = sorted(set(layer_map_of(self.checkpoint)))
         self.data = self.data.of_layers(attended)
@@ -179,19 +181,15 @@ class RunInputs:
             )
 
 
-def _new_expert(config: TrainConfig, checkpoint: Checkpoint, *, held: Sequence[int]) -> ExpertSpec:
+def _new_expert(checkpoint: Checkpoint, choices: Mapping[str, Any], *, held: Sequence[int], seed: int) -> ExpertSpec:
     text = vlm_config(checkpoint).text_config
     return plan_expert(
         checkpoint.shapes(*EXPERT_PARTS),
         kv_heads=text.num_key_value_heads,
         head_dim=text.head_dim,
         held=held,
-        layers=config.expert_layers,
-        width=config.expert_width,
-        intermediate=config.expert_intermediate,
-        heads=config.expert_heads,
-        layer_map=config.expert_map,
-        seed=config.seed or 0,
+        seed=seed,
+        **choices,
     )
 
 
