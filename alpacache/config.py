@@ -148,7 +148,9 @@ class Config:
             except UsageError:
                 raise
             except ValueError as error:
-                raise UsageError(_sentence(name, given, error, written.expected if written else "")) from None
+                of_parts = written.expected if written else ""
+                is_single = isinstance(value, tuple) and len(value) == 1
+                raise UsageError(_sentence(name, given, error, of_parts, is_single=is_single)) from None
             object.__setattr__(self, name, value)
         self._check_together()
 
@@ -248,22 +250,27 @@ _WORDS = {
 }
 
 
-def _sentence(name: str, value: Any, error: ValueError, of_parts: str) -> str:
+_RANGES = frozenset({"greater_than_equal", "greater_than", "less_than_equal", "less_than", "finite_number"})
+
+
+def _sentence(name: str, value: Any, error: ValueError, of_parts: str, *, is_single: bool) -> str:
     """`NAME is VALUE; expected ...`, from pydantic's error or one that says in its text what was expected.
 
-    `of_parts` is said to a value of too few or too many parts.
+    `of_parts` is said to a value of several parts that is none of its forms; of one that is, only the range that it is
+    out of. `is_single`: it has one part, so that there is no "each".
     """
     from pydantic import ValidationError
 
     expected = [str(error)]
     if isinstance(error, ValidationError):
-        expected = []
-        for problem in error.errors(include_url=False):
+        problems = error.errors(include_url=False)
+        if of_parts:
+            problems = [problem for problem in problems if problem["type"] in _RANGES]
+        expected = [] if problems else [of_parts]
+        for problem in problems:
             words = _WORDS.get(problem["type"], problem["msg"]).format(**_plain(problem.get("ctx", {})))
-            if problem["type"] in ("missing", "too_long") and of_parts:
-                words = of_parts
             part = problem["type"] != "missing" and any(isinstance(step, int) for step in problem["loc"])
-            expected.append(f"each {words}" if part else words)
+            expected.append(f"each {words}" if part and not is_single else words)
     shown = str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, date) else repr(value)
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}... ({len(shown)} characters)"
     return f"{name} is {shown}; expected {' or '.join(dict.fromkeys(expected))}."

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from alpacache import strict_json
 from alpacache.directory_lock import LOCK, DirectoryLock
-from alpacache.errors import UsageError
+from alpacache.errors import AlpacacheError, UsageError
+from cache_store import CacheStoreError
 from cache_store.document import SEAL_KEY, check_seal, seal_bytes
 from cache_store.storage.local_files import FULL, flush, write_flushed
 
@@ -40,6 +41,18 @@ def check_out(out: Path) -> None:
     if _is_store(out):
         raise UsageError(f"--out {out}: {out} is a store; choose a directory outside of it.")
     _check_outside(out, "--out")
+
+
+def check_file_out(out: Path) -> None:
+    """Refuse an --out that no file can be made at, in a store, or in a run. Raises `UsageError`."""
+    if _is_address(str(out)):
+        address = re.sub(":/+", "://", str(out), count=1)  # as above
+        raise UsageError(f"--out {address} is no path; expected a file on a disk.")
+    _check_name(out.absolute())
+    _check_outside(out, "--out")
+    place = next(place for place in out.absolute().parents if place.exists())
+    if not place.is_dir():
+        raise UsageError(f"--out {out} cannot be made: {place} is a file. Name another place.")
 
 
 def check_store_place(store: str, *, what: str = "--store") -> None:
@@ -173,8 +186,10 @@ def naming(out: Path) -> Iterator[None]:
     """Give the error of a full disk the directory that was written to: writing to an open file raises it without."""
     try:
         yield
+    except (AlpacacheError, CacheStoreError):  # ours say more themselves
+        raise
     except OSError as error:
-        if type(error) is OSError and error.errno in FULL and error.filename is None:  # ours say more themselves
+        if error.errno in FULL and error.filename is None:
             raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
         raise
 

@@ -2,10 +2,11 @@
 
     python benchmarks/torture_runs.py --kills 100 --flips 20 --seed 0
 
-`prepare`, `copy`, `train`, `export` and `eval` (over an older evaluation) of a tiny model are killed before their
-system calls that open for writing, write, flush, rename, link, delete or make a folder: before each of them, or before
-so many that are evenly spread. Then the same command is run again (`train` with `--resume`) and must end with the same
-bytes as one that nobody disturbed, and nothing else may lie about.
+`convert` (pictures and films), `prepare`, `extract` with a codec that it learns, `copy` of such a store, `train`,
+`export`, `eval` (over an older evaluation) and `drive` of a tiny model are killed before their system calls that open
+for writing, write, flush, rename, link, delete or make a folder: before each of them, or before so many that are evenly
+spread. Then the same command is run again (`train` with `--resume`) and must end with the same bytes as one that nobody
+disturbed, and nothing else may lie about.
 
 Then single bits are flipped in every file of a run. `train --resume`, `export` and `eval` must end with the bytes of
 the undamaged run, or name the damaged file.
@@ -32,15 +33,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import av
 import kill_at_call
+import numpy as np
 import torch
 from alpacache_cli.main import main as alpacache
 from benchmark_report import commit, hardware_name, table, versions
+from PIL import Image
 
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.errors import AlpacacheError
 from alpacache.training.run_directory import RunDirectory, find_checkpoint, read_checkpoint
-from cache_store import CacheReader, CacheStoreError
+from cache_store import CacheReader, CacheStoreError, verify
+from cache_store.format import codec_tables
 
 FIXED = ["--device", "cpu", "--model", "../model"]
 IMPORTED = [
@@ -48,7 +53,11 @@ IMPORTED = [
     "evaluation.evaluate",
     "exporting.export",
     "extraction.extract",
+    "extraction.codec_choice",
     "sources.prepared_writer",
+    "converters.carla",
+    "converters.writer",
+    "driver.film",
 ]
 """What commands import when they are called: here once, not in each of a thousand processes."""
 TRAIN = ["train", *FIXED, "--store", "../train", "--val", "../val", "--out", "run", "--steps", "4", "--val-every", "2"]
@@ -56,6 +65,11 @@ TRAIN += ["--save-every", "1", "--keep", "1", "--batch-size", "1", "--draws", "1
 EVAL = ["eval", *FIXED, "--store", "../val", "--out", "eval", "--paths", "2", "--flow-steps", "2"]
 EXPORT = ["export", "--model", "../model", "--out", "export"]
 CLEAN = ["clean", "store", "--min-age", "0"]
+CONVERT = ["convert", "carla", "../inputs/log", "--out", "drives", "--no-check"]
+DRIVE = ["drive", "synthetic:1", *FIXED, "--out", "film.mp4", "--begin", "5", "--seconds", "0.6"]
+DRIVE += ["--paths", "2", "--flow-steps", "2", "--seed", "1"]
+LEARN = ["extract", "synthetic:3", *FIXED, "--store", "store", "--frames", "1", "--workers", "1", "--samples", "3"]
+LEARN += ["--hidden-states", "none", "--codec", "transform:6"]
 PREPARE = ["prepare", "synthetic:3", "--out", "samples", "--frames", "1"]
 _TIMES = ("samples_per_s", "step_ms", "data_wait")
 """Numbers of a step that differ from one undisturbed run to the next. Those of `_SINCE` are means since the last
@@ -169,6 +183,8 @@ class Victim:
     again: Callable[[Path], Sequence[str]] | None = None
     then: Sequence[str] = ()
     """Command that clears up what the next run leaves."""
+    seen: Callable[[Path], Tree] = tree
+    """What is compared: all that lies there, or what is read of it where names are drawn by chance."""
 
 
 def torture_kills(victim: Victim, place: Path, kills: int) -> Row:
@@ -176,11 +192,11 @@ def torture_kills(victim: Victim, place: Path, kills: int) -> Row:
     row = Row(f"kill of {victim.name}")
     fresh(place, victim.template)
     undisturbed(victim.words, place)
-    expected, inputs = tree(place), tree(place.parent / "inputs")
+    expected, inputs = victim.seen(place), tree(place.parent / "inputs")
     fresh(place, victim.template)
     row.of, status, said = command(victim.words, place)
-    if status != 0 or differing(tree(place), expected):
-        raise RuntimeError(f"{victim.name} is not repeatable: {status}, {differing(tree(place), expected)}\n{said}")
+    if status != 0 or (wrong := differing(victim.seen(place), expected)):
+        raise RuntimeError(f"{victim.name} is not repeatable: {status}, {'' if status else wrong}\n{said}")
     for number in range(min(kills, row.of)):
         at = 1 + number * row.of // min(kills, row.of)
         fresh(place, victim.template)
@@ -196,7 +212,7 @@ def torture_kills(victim: Victim, place: Path, kills: int) -> Row:
             continue
         if victim.then:
             undisturbed(victim.then, place)
-        got = tree(place)
+        got = victim.seen(place)
         if wrong := differing({name: got[name] for name in got.keys() & expected.keys()}, expected):
             row.fail("silent", f"killed at call {at} and run again, {wrong} differ")
         if more := sorted(got.keys() - expected.keys()):
@@ -247,10 +263,49 @@ def check_evaluation(place: Path, row: Row, *, old: Tree, new: Tree, got: Tree |
         row.fail("silent", f"a mixture: {', '.join(got)}")
 
 
+def check_film(place: Path, row: Row, *, whole: Tree) -> None:
+    """After a kill of `drive` the film is there as a whole or not at all."""
+    if (place / "film.mp4").exists() and digest(place / "film.mp4") != whole["film.mp4"]:
+        row.fail("silent", "the film is there, but not whole")
+
+
+def check_clips(place: Path, row: Row, *, whole: Tree) -> None:
+    """After a kill of `convert` what has its name is whole; its report may be the one of the beginning."""
+    for name, value in tree(place).items():
+        hidden = any(part.startswith(".") or part == "lock" for part in Path(name).parts)
+        if not hidden and Path(name).name != "convert.json" and value != whole.get(name):
+            row.fail("silent", f"{name} is there, but not whole")
+    for clip in {Path(name).parts[2] for name in whole if name.startswith("drives/clips/")}:
+        files = {name for name in whole if name.startswith(f"drives/clips/{clip}/")}
+        if (place / "drives" / "clips" / clip).exists() and not all((place / name).exists() for name in files):
+            row.fail("silent", f"a part of the clip {clip} is not there")
+
+
+def stored(place: Path) -> Tree:
+    """Every value of a store by its sample, and the tables of its codec; what lies about in it is left over."""
+    reader, store = CacheReader(place / "store"), place / "store"
+    found = {}
+    for sample_id in reader.sample_ids:
+        for name, array in sorted(reader.read(sample_id).items()):
+            data = array.encode() if isinstance(array, str) else array.tobytes()
+            found[f"{sample_id}/{name}"] = hashlib.sha256(data).hexdigest()
+    names = codec_tables.name_in(reader.identity)
+    for path in sorted((store / "codecs").iterdir()):
+        found["tables" if path.name == names else f"codecs/{path.name}"] = digest(path)
+    report = verify(store, deep=True)
+    left = [*report.orphans, *(["temporaries"] if report.stale_temporaries else [])]
+    return found | {f"left in the store: {name}": "" for name in left}
+
+
 def check_store(place: Path, row: Row) -> None:
-    """After a kill what a store shows can be read."""
+    """After a kill what a store shows can be read, and so can the tables of its codec."""
     if (place / "store" / "zarr.json").exists():
         reader = CacheReader(place / "store")
+        if name := codec_tables.name_in(reader.identity):
+            try:
+                codec_tables.read_at(place / "store", name)
+            except CacheStoreError as error:
+                row.fail("lost", str(error))
         for sample_id in reader.sample_ids:
             try:
                 reader.read(sample_id)
@@ -268,8 +323,12 @@ def victims(folder: Path, made: Path) -> list[Victim]:
     undisturbed([*EVAL, "--checkpoint", "../inputs/run"], made)
     undisturbed([*EXPORT, "--checkpoint", "../inputs/run"], made)
     undisturbed(PREPARE, made)
+    undisturbed(CONVERT, made)
+    undisturbed(DRIVE, made)
     old, new = tree(older / "eval"), tree(made / "eval")
     export, samples = tree(made / "export"), tree(made / "samples")
+    drives = {name: value for name, value in tree(made).items() if name.startswith("drives/")}
+    film = {"film.mp4": digest(made / "film.mp4")}
     nothing = folder / "nothing"
     return [
         Victim(
@@ -278,7 +337,16 @@ def victims(folder: Path, made: Path) -> list[Victim]:
             template=nothing,
             after=partial(check_all_or_nothing, name="samples", whole=samples),
         ),
-        Victim(name="copy", words=["copy", "../train", "store"], template=nothing, after=check_store, then=CLEAN),
+        Victim(name="convert", words=CONVERT, template=nothing, after=partial(check_clips, whole=drives)),
+        Victim(
+            name="extract that learns a codec",
+            words=LEARN,
+            template=nothing,
+            after=check_store,
+            then=CLEAN,
+            seen=stored,
+        ),
+        Victim(name="copy", words=["copy", "../learnt", "store"], template=nothing, after=check_store, then=CLEAN),
         Victim(name="train", words=TRAIN, template=nothing, after=check_run, again=resumed),
         Victim(
             name="export",
@@ -292,6 +360,7 @@ def victims(folder: Path, made: Path) -> list[Victim]:
             template=older,
             after=partial(check_evaluation, old=old, new=new),
         ),
+        Victim(name="drive", words=DRIVE, template=nothing, after=partial(check_film, whole=film)),
     ]
 
 
@@ -377,14 +446,37 @@ def make_inputs(folder: Path) -> Path:
     place = folder / "work"
     place.mkdir()
     make_tiny_checkpoint(folder / "inputs" / "model")
-    for name in ("model", "train", "val"):
+    make_log(folder / "inputs" / "log")
+    for name in ("model", "train", "val", "learnt"):
         (folder / name).symlink_to(folder / "inputs" / name)
     for split, clips in (("train", 3), ("val", 20)):
         words = ["extract", f"synthetic:{clips}", "--split", split, "--samples", "3", "--frames", "1"]
         undisturbed([*words, *FIXED, "--store", f"../inputs/{split}", "--workers", "1"], place)
+    undisturbed(LEARN, place)
+    (place / "store").rename(folder / "inputs" / "learnt")
     undisturbed(TRAIN, place)
     (place / "run").rename(folder / "inputs" / "run")
     return place
+
+
+def make_log(log: Path) -> None:
+    """Two drives of 9 s as CARLA's recorder leaves them, one with a film and one with pictures."""
+    shades = [np.full((36, 64, 3), 4 * row, np.uint8) for row in range(46)]
+    for run in ("run_1", "run_2"):
+        (log / run / "images").mkdir(parents=True)
+        rows = []
+        for row, shade in enumerate(shades):
+            name = f"images/{row:06d}.jpg"
+            rows.append({"timestamp": 10 + row / 5, "steer": 0.0, "vehicle_x": 2.0 * row, "vehicle_y": 0.0})
+            rows[-1] |= {"vehicle_z": 0.0, "vehicle_yaw_deg": 0.0, "front_rgb_path": f"outputs/{run}/{name}"}
+            if run == "run_2":
+                Image.fromarray(shade).save(log / run / name)
+        (log / run / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with av.open(str(log / "run_1" / "front_rgb.mp4"), "w") as film:
+        stream = film.add_stream("mpeg4", rate=5, width=64, height=36, pix_fmt="yuv420p")
+        for shade in shades:
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(shade)))
+        film.mux(stream.encode(None))
 
 
 def torture(folder: Path, *, kills: int, flips: int, seed: int, only: str = "") -> list[Row]:

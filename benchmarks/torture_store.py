@@ -12,6 +12,7 @@ status is 1 unless all are zero. Linux only (it forks).
 
 import argparse
 import errno
+import hashlib
 import os
 import random
 import shutil
@@ -40,6 +41,7 @@ from cache_store import (
     rereading,
     verify,
 )
+from cache_store.format import codec_tables
 from cache_store.upkeep import verification
 
 rereading.WAITS_S = (0.0,) * len(rereading.WAITS_S)  # as many readings as ever, at once
@@ -52,6 +54,9 @@ FIELDS = [
     Field(name="writer", dtype="int64", layout="packed"),
     Field(name="text", dtype="str", layout="text"),
 ]
+TABLES = bytes(range(256)) * 20
+"""What a codec has learnt, an object beside the root, which names it."""
+TABLES_NAME = hashlib.sha256(TABLES).hexdigest()
 SAMPLES = 24
 GARBAGE_AGE_S = 5.0
 
@@ -81,7 +86,17 @@ def values_of(sample_id: str, writer: int) -> dict[str, Any]:
 
 
 def open_writer(path: Path, identity: str = "a") -> CacheWriter:
-    return CacheWriter(path, fields=FIELDS, identity={"model": identity})
+    settings = {"model": identity, "codec_definition": {"tables_sha256": TABLES_NAME}}
+    return CacheWriter(path, fields=FIELDS, identity=settings, codec_tables=TABLES)
+
+
+def has_tables(path: Path, counts: Counts) -> bool:
+    """Tell whether the codec's tables can be read; what is read are those."""
+    try:
+        counts.wrong += codec_tables.read_at(path, TABLES_NAME) != TABLES
+    except CacheStoreError:
+        return False
+    return True
 
 
 def check_sample(reader: CacheReader, sample_id: str, counts: Counts, *, may_fail: bool = False) -> bool:
@@ -100,6 +115,7 @@ def check_store(path: Path, acknowledged: set[str], counts: Counts) -> None:
     if not (path / "zarr.json").exists():
         counts.lost += len(acknowledged)
         return
+    counts.lost += not has_tables(path, counts)
     reader = CacheReader(path)
     counts.lost += len(acknowledged - set(reader.sample_ids))
     for sample_id in reader.sample_ids:
@@ -343,8 +359,11 @@ def torture_flips(folder: Path, flips: int, rng: random.Random, counts: Counts) 
         flipped[at // 8] ^= 1 << at % 8
         target.write_bytes(flipped)
         readable = read_damaged(path, counts)
+        noticed = readable != whole or not has_tables(path, counts)
+        if target.name == TABLES_NAME:
+            counts.wrong += not noticed or verify(path, deep=True).ok
         target.write_bytes(data)
-        counts.add("flips noticed", readable != whole)
+        counts.add("flips noticed", noticed)
         if target != path / "zarr.json":  # anything but the root costs one sample at most
             counts.lost += readable is None or len(whole - readable) > 1
     counts.torn += not verify(path, deep=True).ok
@@ -477,6 +496,7 @@ def torture_files(folder: Path, counts: Counts) -> None:
             else:
                 target.write_bytes(data[: max(0, length)])
             read_damaged(path, counts)
+            counts.wrong += has_tables(path, counts) == (target.name == TABLES_NAME)
             target.write_bytes(data)
             counts.add("cut or deleted files")
     before = [(item, item.read_bytes()) for item in files_of(path)]

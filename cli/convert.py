@@ -82,20 +82,22 @@ def _write(config: ConvertConfig) -> "ConvertReport":
     from dataclasses import fields
 
     from alpacache.converters.reframe import Reframe
-    from alpacache.converters.registry import kind_named, open_drives
+    from alpacache.converters.registry import check_apart, kind_named, open_drives
     from alpacache.converters.writer import convert as write
+    from alpacache.errors import InterruptedRunError
     from alpacache.interrupt import InterruptGuard
 
     assert config.out is not None
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     standard = {field.name: field.default for field in fields(config)} | {"camera": (), "map": ()}
     options = {name: value for name, value in values.items() if name not in _COMMON and value != standard[name]}
+    check_apart(Path(config.input), Path(config.out))
     drives = open_drives(kind_named(config.kind), Path(config.input), options)
     changed = [name for name in ("crop", "pad", "undistort") if values[name]]  # other pictures, another data set
     if changed:
         drives = Reframe(crop=config.crop, pad=config.pad, undistort=config.undistort).drives(drives)
     with output.show_progress("convert") as on_progress, InterruptGuard() as guard:
-        return write(
+        report = write(
             drives,
             Path(config.out),
             name="+".join([Path(config.input).resolve().stem or config.kind, *changed]),
@@ -106,6 +108,9 @@ def _write(config: ConvertConfig) -> "ConvertReport":
             is_stopped=lambda: guard.requested,
             on_progress=on_progress,
         )
+    if guard.requested and config.check:  # too late for the last clip
+        raise InterruptedRunError("stopped on request: all clips are written; the same command checks them.")
+    return report
 
 
 def _check(report: "ConvertReport") -> "SourceReport":

@@ -10,6 +10,8 @@ from alpacache.driving.cameras import FRONT_CAMERA, full_camera_name
 from alpacache.errors import UsageError
 
 Triple: TypeAlias = tuple[float, float, float]
+_Metres = Annotated[float, Ge(-100), Le(100)]
+_Degrees = Annotated[float, Ge(-360), Le(360)]
 Mount: TypeAlias = Triple | Literal["estimate"]
 _OFFSET = parts(number, "X,Y,Z", expected="three numbers: metres forward, left, up")
 _MOUNT = parts(
@@ -60,10 +62,10 @@ class ConvertConfig(Config):
     """Look for wrong axes, units and clocks in what was written, as `alpacache check` does."""
     clip_seconds: Annotated[float, Ge(10), Le(1e5)] | None = None
     """Cut each drive into clips of so many seconds. Default: one clip a drive."""
-    origin_offset: Annotated[Triple, _OFFSET] | None = None
+    origin_offset: Annotated[tuple[_Metres, _Metres, _Metres], _OFFSET] | None = None
     """Middle of the rear axle on the ground, seen from the point of the log's poses, in the vehicle's axes: metres
     forward, left, up. Default: the kind's."""
-    mount: Annotated[Mount, _MOUNT] | None = None
+    mount: Annotated[tuple[_Degrees, _Degrees, _Degrees] | Literal["estimate"], _MOUNT] | None = None
     """How the axes of the log's poses are turned as seen from the vehicle, in degrees (left, nose down, right side
     down), or `estimate`, on straights. Default: the kind's."""
     camera: Annotated[tuple[str, ...], Written(metavar="NAME=TOPIC", read=_checked_cameras, repeatable=True)] = field(

@@ -42,6 +42,12 @@ def open_drives(kind: Kind, place: Path, options: Mapping[str, Any]) -> Iterator
     return kind.drives(place, **options)
 
 
+def check_apart(place: Path, out: Path) -> None:
+    """Refuse to write into the input: the next reading of it would find what was written. Raises `UsageError`."""
+    if place.is_dir() and out.resolve().is_relative_to(place.resolve()):
+        raise UsageError(f"--out {out} lies in the input {place}; choose a folder outside of it.")
+
+
 def list_input(kind: Kind, place: Path) -> Listing:
     """Listing for `--list`. Raises `UsageError` for a kind that has nothing to choose from."""
     _check_there(kind, place)

@@ -18,6 +18,7 @@ from alpacache.errors import BadClipError
 from alpacache.regular_file import regular_size
 from alpacache.sources.film_index import FORMATS
 from alpacache.sources.image import check_size
+from cache_store.storage.local_files import FULL
 
 RAW_FORMATS = "h264,hevc,ivf,obu"
 """Streams without times, whose frames are in the order in which they are shown."""
@@ -209,5 +210,7 @@ def opened(film: Path, *, formats: str = f"{FORMATS},{RAW_FORMATS}") -> Iterator
     except BadClipError:
         raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
+        if getattr(error, "errno", None) in FULL:  # of the disk that is written to, while the film is read
+            raise
         reason = f"{film.name} cannot be read as a film ({error}); copy it again, or write it as MP4."
         raise BadClipError("undecodable_video", reason) from error

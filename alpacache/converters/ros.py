@@ -22,7 +22,7 @@ from alpacache.converters.ros_poses import POSE_TYPES, STATIC, PoseReader, Stamp
 from alpacache.converters.rosbag_log import RosbagLog
 from alpacache.driving.cameras import CAMERAS, FRONT_CAMERA
 from alpacache.errors import BadClipError, SourceError, UsageError
-from alpacache.regular_file import read_regular
+from alpacache.regular_file import read_regular, regular_size
 
 METADATA = "metadata.yaml"
 _MAX_METADATA_BYTES = 2**24
@@ -139,8 +139,13 @@ def list_topics(place: Path, *, kind: str) -> Listing:
 
 
 def _log_of(files: Sequence[Path]) -> MessageLog:
-    with files[0].open("rb") as file:
-        head = file.read(16)
+    try:
+        for file in files:
+            regular_size(file)
+        with files[0].open("rb") as opened:
+            head = opened.read(16)
+    except OSError as error:
+        raise SourceError(f"{file} cannot be read: {error}.") from error
     if head.startswith(MAGIC):
         return McapLog(files)
     if head.startswith(b"SQLite format 3\0"):

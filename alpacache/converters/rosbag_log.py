@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alpacache.converters.drive import Dropped
+from alpacache.converters.message_types import full_name, message_types
 from alpacache.converters.messages import Message, MessageReading, Position, Topic, type_of
 from alpacache.errors import SourceError
 
@@ -18,7 +19,7 @@ class RosbagLog:
         """`files`: `.bag` files, `.db3` files, or a folder with `metadata.yaml`. Raises `SourceError`."""
         self._files = list(files)
         self.lost: Sequence[Dropped] = []
-        with self._opened() as reader:
+        with self._opened(is_new=True) as reader:
             self.topics: Mapping[str, Topic] = {
                 name: Topic(
                     name=name,
@@ -51,7 +52,7 @@ class RosbagLog:
                 yield Message(topic=connection.topic, log_ns=log_ns, position=position, read=read)
 
     @contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _opened(self, *, is_new: bool = False) -> Iterator[Any]:
         """The library's reader; what it raises of a file is a `SourceError`."""
         from rosbags.highlevel import AnyReader
         from rosbags.typesys import Stores, get_typestore
@@ -60,7 +61,11 @@ class RosbagLog:
         try:
             # Bags before ROS 2 Iron hold no definitions.
             reader = AnyReader(self._files, default_typestore=get_typestore(Stores.ROS2_HUMBLE))
+            if is_new:
+                _check_definitions(reader)
             reader.open()
+        except SourceError:
+            raise
         except Exception as error:  # of damaged files, SQLite and the library's parsers raise anything
             remedy = "Copy it again, or mend it with `ros2 bag reindex`"
             raise SourceError(f"{names} cannot be read as a bag ({error}). {remedy}.") from error
@@ -74,19 +79,36 @@ def _decoded(reader: Any, kind: str, data: bytes) -> Any:
     return reader.deserialize(data, kind)
 
 
+<<<<<<< HEAD
 def decoder_of(name: str, definition: str, encoding: str) -> Callable[[bytes], Any]:
     """Decoder of messages of a type with this definition: `ros1msg`, or `ros2idl`."""
     from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
+=======
+def _check_definitions(reader: Any) -> None:
+    """Look through the definitions of all types in the files, of which `open` makes code. Raises `SourceError`."""
+    from rosbags.interfaces import MessageDefinitionFormat as Format
+>>>>>>> fc324f8 (Definitions in logs are looked through before they become code; convert and drive: outputs, owners, full disks, late requests; numbers of several parts in one sentence)
 
-    store = get_typestore(Stores.EMPTY)
+    seen = set()
+    for one in reader.readers:
+        with one:
+            for connection in one.connections:
+                written = connection.msgdef
+                if written.format != Format.NONE and (connection.msgtype, written.data) not in seen:
+                    seen.add((connection.msgtype, written.data))
+                    encoding = "ros2idl" if written.format == Format.IDL else "ros2msg"
+                    message_types(connection.msgtype, written.data, encoding)
+
+
+def decoder_of(name: str, definition: str, encoding: str) -> Callable[[bytes], Any]:
+    """What decodes messages of a type with this definition: `ros1msg`, or `ros2idl`. Raises `SourceError`."""
+    from rosbags.typesys import Stores, get_typestore
+
+    store, types = get_typestore(Stores.EMPTY), message_types(name, definition, encoding)
     try:
-        if encoding == "ros1msg":
-            full = name if "/msg/" in name else name.replace("/", "/msg/")
-            store.register(get_types_from_msg(definition, full))
-            return lambda data: store.deserialize_ros1(data, full)
-        for text in definition.split("=" * 80 + "\n"):
-            if text.strip():
-                store.register(get_types_from_idl(text.split("\n", 1)[1] if text.startswith("IDL: ") else text))
-        return lambda data: store.deserialize_cdr(data, name)
-    except Exception as error:  # whatever the library's parser makes of somebody's text
-        raise SourceError(f"the definition of {name} cannot be read ({error}).") from error
+        store.register(types)
+    except Exception as error:  # such as two types of one name
+        raise SourceError(f"the definition of {name[:120]} cannot be read ({error}).") from error
+    if encoding == "ros1msg":
+        return lambda data: store.deserialize_ros1(data, full_name(name))
+    return lambda data: store.deserialize_cdr(data, name)

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ from alpacache.converters.remux import copy_frames, decoded, film_frames, suffix
 from alpacache.directory_lock import LOCK, DirectoryLock
 from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
 from alpacache.driving.route import check_route
-from alpacache.durable import check_out, names_in
-from alpacache.errors import BadClipError, InterruptedRunError, SourceError, UsageError
+from alpacache.durable import check_out, names_in, naming
+from alpacache.errors import BadClipError, DataError, InterruptedRunError, SourceError, UsageError
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.regular_file import read_regular
 from alpacache.sources.folder import is_plain_name
@@ -55,6 +55,8 @@ _FLUSHING = 16
 """Threads that flush a clip's files."""
 _MAX_REPORT_BYTES = 2**28
 _LONGEST_NAME = 120
+_SUMMARY = {"name": str, "drive": str, "seconds": float, "poses": int, "routes": int, "cameras": dict}
+"""What a clip's record says of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +96,12 @@ def convert(
     Raises `UsageError` for a folder of something else, and where no drive could be used.
     """
     check_out(out)
-    with DirectoryLock(out, remedy="Wait for it, or choose another --out."):
+    with naming(out), DirectoryLock(out, remedy="Wait for it, or choose another --out."):
         _begin(out, settings)
         work = out / CLIPS / _WORK
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
         try:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
             writer = _Writer(out, work, settings=settings, is_stopped=is_stopped, on_progress=on_progress)
             for drive in drives:
                 if isinstance(drive, Dropped):
@@ -109,12 +111,12 @@ def convert(
             if not writer.clips:
                 reasons = "; ".join(drop.reason for drop in writer.dropped[:3]) or "the input holds no drive"
                 raise SourceError(f"nothing could be converted: {reasons}.")
+            return writer.finish(name)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-            if not any((out / CLIPS).iterdir()):  # nothing to go on with
+            with suppress(OSError):  # unless there is something to go on with
                 (out / CLIPS).rmdir()
                 (out / REPORT).unlink()
-        return writer.finish(name)
 
 
 def plain_name(text: str) -> str:
@@ -239,7 +241,7 @@ class _Writer:
         if not done.is_file():
             self.clips[piece.name] = {}  # its place in the order of the index
             return False
-        self.clips[piece.name] = strict_json.loads(read_regular(done, limit_bytes=_MAX_REPORT_BYTES))["clip"]
+        self.clips[piece.name] = _clip_in(done)
         self._kept += 1
         return True
 
@@ -372,6 +374,20 @@ class _Writer:
         rate = self._frames / max(1e-9, time.monotonic() - self._began)
         progress = Progress(done=self._frames, total=max(self._total, self._frames), unit="frames", rate=rate, notes={})
         self._on_progress(progress)
+
+
+def _clip_in(provenance: Path) -> dict[str, Any]:
+    """The summary of a clip that an earlier command wrote. Raises `DataError` where it is damaged."""
+    try:
+        clip: dict[str, Any] = strict_json.loads(read_regular(provenance, limit_bytes=_MAX_REPORT_BYTES))["clip"]
+        if any(type(clip[key]) is not kind for key, kind in _SUMMARY.items()):
+            raise ValueError("it does not say what the clip holds")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{provenance} is damaged ({error}). Remove that clip's folder and run the same command again; it is "
+            "written anew."
+        ) from error
+    return clip
 
 
 def _picture_ending(data: bytes, *, where: str) -> str:

@@ -7,7 +7,7 @@ from annotated_types import Ge, Le
 
 from alpacache.config import Config, Name, Place, Repeats, Seed, expect
 from alpacache.driving.cameras import FRONT_CAMERA
-from alpacache.planning.config import MemoryBudget
+from alpacache.planning.config import MemoryBudget, Route
 from alpacache.sources.config import Cameras, Frames
 
 _Seconds = Annotated[float, Ge(0), Le(1e6)]
@@ -22,7 +22,7 @@ class DriveConfig(Config):
     model: Place
     """Hub id or directory of an Alpamayo checkpoint."""
     out: Place
-    """File of the film, `FILM.mp4`; one that is there is replaced."""
+    """File of the film, `FILM.mp4`; a film of `drive` that is there is replaced, no other file is."""
     checkpoint: Place | None = None
     """Run directory or checkpoint to show beside the base model. Default: the base model alone."""
     ema: bool = False
@@ -39,7 +39,7 @@ class DriveConfig(Config):
     """Cameras that the model sees, by full or short names; the front camera, or else the first, is shown."""
     frames: Frames | None = None
     """Images per camera that the model sees. Default: as many as the run's stores have, else 4."""
-    route: str = "none"
+    route: Route = "none"
     """`source` puts the source's routes into the prompt, any other text is the route throughout."""
     paths: Repeats = 6
     """Paths of each model at a time."""
@@ -57,4 +57,4 @@ class DriveConfig(Config):
 
     def _check_together(self) -> None:
         expect(self.out.lower().endswith(".mp4"), "out", self.out, "the name of a film, FILM.mp4")
-        expect(not self.ema or self.checkpoint is not None, "ema", True, "off, as no --checkpoint is given")
+        expect(not self.ema or self.checkpoint is not None, "ema", "true", "off, as no --checkpoint is given")

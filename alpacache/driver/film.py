@@ -4,9 +4,12 @@ The VLM looks at each moment once, whatever the number of experts. What they pre
 made, so that a run that was stopped goes on; the film itself appears at once when it is done.
 """
 
-import shutil
+import logging
+import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -18,12 +21,14 @@ from numpy.typing import NDArray
 
 from alpacache import strict_json
 from alpacache.cached_samples.identity import model_identity, vlm_identity
+from alpacache.directory_lock import DirectoryLock
 from alpacache.driver.config import DriveConfig
 from alpacache.driver.driver import Driver, load_driver
 from alpacache.driver.moment import moment_of, pose_at
 from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
 from alpacache.driving.poses import Track, check_track, frame_indices, interpolate
 from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef
+from alpacache.durable import check_file_out, names_in, naming
 from alpacache.errors import BadClipError, InterruptedRunError, UsageError
 from alpacache.inference import BASE, TRAINED
 from alpacache.interrupt import InterruptGuard
@@ -32,17 +37,28 @@ from alpacache.pictures.drive_frame import SIZE, Shown, drive_frame
 from alpacache.pictures.front_view import project
 from alpacache.planning.config import budget_bytes
 from alpacache.progress import OnProgress, Progress, ignore
+from alpacache.regular_file import read_regular, regular_size
 from alpacache.sources.blank import with_blank
 from alpacache.sources.recording import wanted_frame_times_us
 from alpacache.sources.registry import open_source
 from alpacache.sources.routes import Routes
 from alpacache.sources.source import RecordedSource, Source
+from cache_store.storage.local_files import flush, write_flushed
 
+<<<<<<< HEAD
+=======
+_log = logging.getLogger(__name__)
+BASE, TRAINED = "base", "trained"
+>>>>>>> fc324f8 (Definitions in logs are looked through before they become code; convert and drive: outputs, owners, full disks, late requests; numbers of several parts in one sentence)
 _AT_ONCE = 10
 """Moments whose pictures are read together."""
 _ENCODERS = ("libx264", "libopenh264", "mpeg4")
-_PREDICTED = "paths"
-"""Suffix of the folder beside a film that holds what is predicted so far."""
+_PREDICTED, _NOTE = "paths", "settings.json"
+"""Suffix of the folder beside a film that holds what is predicted so far, and the file in it that says of what."""
+_KEPT_NAME = re.compile(r"\d+\.(npz|new)|\.?settings\.json(\.new)?")
+_NOTE_KEYS = frozenset({"cameras", "clip", "first_us", "flow_steps", "models", "paths", "seed"})
+_MARK = "alpacache drive"
+"""A film's comment, by which it is known as one of these: no other file is written over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +105,14 @@ def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveRepo
     )
     shown = FRONT_CAMERA if FRONT_CAMERA in cameras else cameras[0]
     lens = _lens(source, clip, shown, moments[0])
-    kept = _Kept(out, _settings(config, base, source.name, clip, moments, others))
-    resumed, done = sum(map(kept.has, moments)), 0
-    draft = out.with_name(f".{out.name}.new")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with InterruptGuard() as guard, _Film(draft, every_s=config.every) as film:
+    settings = _settings(config, base, source.name, clip, moments, others)
+    draft, resumed, done = out.with_name(f".{out.name}.new"), 0, 0
+    with (
+        naming(out.parent),
+        _kept_beside(out, settings, shape=(config.paths, FUTURE_STEPS, 3)) as kept,
+        InterruptGuard() as guard,
+        _Film(draft, every_s=config.every) as film,
+    ):
         for sample, pictures in _seen(source, clip, track, moments, cameras=cameras, frames=base.frames, shown=shown):
             if guard.requested:
                 raise InterruptedRunError(
@@ -101,6 +120,7 @@ def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveRepo
                 )
             t0_us, sample = sample.ref.t0_us, routes(sample)
             paths = kept.read(t0_us)
+            resumed += paths is not None
             if paths is None:
                 seen = base.see(with_blank(sample, base.blank), track)
                 paths = {
@@ -112,8 +132,8 @@ def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveRepo
             done += 1
             rate = done / (time.monotonic() - started)
             on_progress(Progress(done=done, total=len(moments), unit="pictures", rate=rate, notes={"clip": clip}))
-    draft.replace(out)
-    kept.remove()
+        film.finish(out)
+        kept.remove()
     return DriveReport(
         out=config.out,
         clip=clip,
@@ -248,33 +268,70 @@ def _shown(
     )
 
 
+@contextmanager
+def _kept_beside(out: Path, settings: Mapping[str, Any], *, shape: tuple[int, ...]) -> Iterator["_Kept"]:
+    """What was predicted for a film so far, in a folder beside it that is this process's alone.
+
+    Paths of other settings are dropped. Raises `UsageError` for a folder of something else, or in use.
+    """
+    folder = out.with_name(f"{out.name}.{_PREDICTED}")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"{folder} is no folder that a film keeps its paths in; move it away.")
+    with DirectoryLock(folder, remedy="Wait until it is done, or choose another --out."):
+        kept = _Kept(folder, settings["models"], shape)
+        kept.begin(settings)
+        yield kept
+    with suppress(OSError):
+        folder.rmdir()
+
+
 class _Kept:
+<<<<<<< HEAD
     """Predicted paths of an unfinished film, kept beside it."""
+=======
+    """Paths by moment and label, each moment in a file."""
+>>>>>>> fc324f8 (Definitions in logs are looked through before they become code; convert and drive: outputs, owners, full disks, late requests; numbers of several parts in one sentence)
 
-    def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
-        """Paths of other settings, or of another film of this name, are dropped."""
-        self._folder = out.with_name(f"{out.name}.{_PREDICTED}")
-        note, text = self._folder / "settings.json", strict_json.dumps(settings, indent=1)
-        if self._folder.is_dir() and not (note.is_file() and note.read_text() == text):
-            foreign = [path.name for path in self._folder.iterdir() if path.suffix not in (".npz", ".json", ".new")]
-            if foreign:
-                raise UsageError(f"{self._folder} holds {foreign[0]}, which no film keeps there; move it away.")
-            shutil.rmtree(self._folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(text)
+    def __init__(self, folder: Path, labels: Sequence[str], shape: tuple[int, ...]) -> None:
+        self._folder, self._labels, self._shape = folder, set(labels), shape
 
-    def has(self, t0_us: int) -> bool:
-        return self._file(t0_us).is_file()
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Go on with what is there if it is of these settings, else begin anew."""
+        note, text = self._folder / _NOTE, strict_json.dumps(settings, indent=1)
+        names = [name for name in names_in(self._folder) if name != f".{_NOTE}.new"]  # of one killed at its beginning
+        if names and self._noted(note, names) != strict_json.loads(text):
+            self.remove()
+        write_flushed(note, text.encode())
+
+    def _noted(self, note: Path, names: Sequence[str]) -> Any:
+        """Settings of what is there. Raises `UsageError` unless all of it is what a film keeps."""
+        foreign = next((name for name in names if not _KEPT_NAME.fullmatch(name)), None)
+        before = None
+        with suppress(OSError, ValueError):
+            before = strict_json.loads(read_regular(note, limit_bytes=2**20))
+        if not (isinstance(before, dict) and before.keys() >= _NOTE_KEYS):
+            foreign = foreign or names[0]
+        if foreign is not None:
+            raise UsageError(f"{self._folder} holds {foreign}, which no film keeps there; move it away.")
+        return before
 
     def read(self, t0_us: int) -> dict[str, NDArray[np.float32]] | None:
-        """Paths by label; None where there are none, or none that can be read."""
-        if not self.has(t0_us):
-            return None
+        """Paths by label; None where there are none, or what is there is damaged: they are predicted again."""
+        file = self._file(t0_us)
         try:
-            with np.load(self._file(t0_us), allow_pickle=False) as kept:
-                return {label: kept[label] for label in kept.files}
-        except (OSError, ValueError):
+            regular_size(file)
+            with np.load(file, allow_pickle=False) as kept:
+                paths = {label: kept[label] for label in kept.files}
+        except FileNotFoundError:
             return None
+        except Exception as error:  # of a damaged file NumPy and zipfile raise anything
+            _log.warning("%s cannot be read (%s) and is predicted again.", file, error)
+            return None
+        whole = paths.keys() == self._labels and all(
+            one.dtype == np.float32 and one.shape == self._shape and bool(np.isfinite(one).all())
+            for one in paths.values()
+        )
+        return paths if whole else None
 
     def write(self, t0_us: int, paths: Mapping[str, NDArray[np.float32]]) -> None:
         file = self._file(t0_us)
@@ -284,7 +341,10 @@ class _Kept:
         draft.replace(file)
 
     def remove(self) -> None:
-        shutil.rmtree(self._folder)
+        """Remove all that is kept."""
+        for name in names_in(self._folder):
+            if _KEPT_NAME.fullmatch(name):
+                (self._folder / name).unlink()
 
     def _file(self, t0_us: int) -> Path:
         return self._folder / f"{t0_us}.npz"
@@ -300,6 +360,7 @@ class _Film:
         import av
 
         self._container = av.open(str(self._path), "w", format="mp4", options={"movflags": "faststart"})
+        self._container.metadata["comment"] = _MARK
         for name in _ENCODERS:
             try:
                 self._stream: Any = self._container.add_stream(name, rate=self._rate)
@@ -320,12 +381,19 @@ class _Film:
         for packet in self._stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
             self._container.mux(packet)
 
-    def __exit__(self, kind: object, *error: object) -> None:
-        if kind is None:
-            for packet in self._stream.encode():
-                self._container.mux(packet)
+    def finish(self, out: Path) -> None:
+        """Write the last pictures, and give the film its name when all of it is on the disk."""
+        for packet in self._stream.encode():
+            self._container.mux(packet)
         self._container.close()
-        if kind is not None:
+        flush(self._path)
+        self._path.replace(out)
+        flush(out.parent)
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._container.close()
+        finally:
             self._path.unlink(missing_ok=True)
 
 
@@ -351,9 +419,23 @@ def _settings(
 
 
 def _check_film(out: Path) -> None:
-    """Refuse a place where no film can be written."""
+    """Refuse a place where no film can be written, or where something else lies that it would take the place of."""
     if out.is_dir():
         raise UsageError(f"--out {out} is a directory; expected the name of a film, such as {out}/drive.mp4.")
-    place = next(place for place in out.absolute().parents if place.exists())
-    if not place.is_dir():
-        raise UsageError(f"--out {out} cannot be made: {place} is a file. Name another place.")
+    check_file_out(out)
+    if os.path.lexists(out) and not _is_film(out):
+        raise UsageError(
+            f"--out {out} is there already and is no film of `alpacache drive`; nothing is written over. Name another "
+            "file, or move it away."
+        )
+
+
+def _is_film(out: Path) -> bool:
+    import av
+
+    try:
+        regular_size(out)
+        with av.open(str(out), format="mp4") as film:
+            return bool(film.metadata.get("comment") == _MARK)
+    except (OSError, ValueError, av.error.FFmpegError):
+        return False

@@ -88,6 +88,7 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         _check_swap(data, stores, on_rollouts=on_rollouts)
     if config.control and on_rollouts:
         raise UsageError("control compares paths on direct prefixes; pass --reasoning none with it.")
+    on_sheet = _on_sheet(config.sheet, data, indices)
     if config.guidance is not None:
         _check_guidance(data, stores, on_rollouts=on_rollouts, compared=config.swap_route or bool(config.control))
     poses = cache(data.poses)  # read while the device computes
@@ -95,7 +96,6 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     _warn_of_known_clips(models, data, indices, store=stores)
     _warn_of_other_pictures(models, config.compare_store, store=stores)
     partners = partners_of(data, indices, seed=config.seed) if "shuffled" in config.control else {}
-    on_sheet = _on_sheet(config.sheet, data, indices)
     device = resolve_device(config.device)
     check_evaluation_out(Path(config.out))
 

@@ -91,6 +91,7 @@ def _checked_route(written: Any) -> Any:
     return written
 
 
+Route = Annotated[str, Written(metavar="none|source|TEXT", read=_checked_route)]
 MemoryBudget = Annotated[str, Written(metavar="SIZE", read=_checked_budget)]
 
 
@@ -112,7 +113,7 @@ class StoredConfig(Config):
     --prefix`."""
     rollouts: Repeats = 6
     """Reasoning texts per sample, with `rollout`."""
-    route: Annotated[str, Written(metavar="none|source|TEXT", read=_checked_route)] = "none"
+    route: Route = "none"
     """Navigation text in the prompt: the source's (`source`) or one for all samples; the KV without it, and with left
     for right, is stored beside."""
 
@@ -122,6 +123,8 @@ class StoredConfig(Config):
         return self.rollouts if self.reasoning == "rollout" else 0
 
 
+LORA_RANK = 16
+"""Rank of adapters unless another one is asked for."""
 NEW_EXPERT = ("expert_layers", "expert_width", "expert_intermediate", "expert_heads", "expert_map")
 """Settings of an expert of one's own size."""
 _Width = Annotated[int, Ge(1), Le(65_536)]
@@ -205,7 +208,7 @@ class PlanConfig(StoredConfig, NewExpertConfig):
     """Passes over the samples."""
     trainable: Trainable = "all"
     """`all`: expert and projections; `head`: projections and final norm; `lora`: head and adapters."""
-    lora_rank: Rank = 16
+    lora_rank: Rank = LORA_RANK
     """Rank of the adapters."""
     memory_budget: MemoryBudget | None = None
     """Size of the card to stay within, such as `24GB`. Default: the GPU's."""
@@ -226,6 +229,8 @@ class PlanConfig(StoredConfig, NewExpertConfig):
             )
         counts = self.source is not None or (self.split, self.t0) == ("all", "5.1")
         expect(counts, "split or t0", f"{self.split}, {self.t0}", "a SOURCE beside it, whose samples it chooses")
+        adapts = self.trainable == "lora" or self.lora_rank == LORA_RANK
+        expect(adapts, "lora_rank", self.lora_rank, "--trainable lora with it")
         expect(
             self.prefix == "direct" or self.tails > 0, "prefix", self.prefix, "direct, or --reasoning rollout with it"
         )

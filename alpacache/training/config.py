@@ -28,7 +28,7 @@ from alpacache.config import (
     whole_number,
 )
 from alpacache.errors import UsageError
-from alpacache.planning.config import MemoryBudget, NewExpertConfig, Trainable, budget_bytes
+from alpacache.planning.config import LORA_RANK, MemoryBudget, NewExpertConfig, Trainable, budget_bytes
 
 if TYPE_CHECKING:
     from alpacache.cached_samples.sample_choice import SampleChoice
@@ -90,7 +90,7 @@ class TrainConfig(ChoiceConfig, NewExpertConfig):
     """Reaction to a damaged sample: stop the run, or leave it out, counted, with another one in its place."""
     trainable: Trainable = "all"
     """`all`: expert and projections; `head`: projections and final norm; `lora`: head and adapters."""
-    lora_rank: Rank = 16
+    lora_rank: Rank = LORA_RANK
     """Rank of the adapters."""
     lora_alpha: Annotated[float, Gt(0), Le(1e6)] | None = None
     """Adapters are scaled by alpha / rank. Default: twice the rank."""
@@ -169,6 +169,9 @@ class TrainConfig(ChoiceConfig, NewExpertConfig):
         expect(self.patience is None or self.val is not None, "patience", self.patience, "a --val store with it")
         expect(not self.val_shuffled or self.val is not None, "val_shuffled", "true", "a --val store with it")
         expect(self.best_by == "loss" or self.val is not None, "best_by", self.best_by, "a --val store with it")
+        if self.trainable != "lora" and not self.resume:  # runs of before may say a rank that nothing uses
+            expect(self.lora_rank == LORA_RANK, "lora_rank", self.lora_rank, "--trainable lora with it")
+            expect(self.lora_alpha is None, "lora_alpha", self.lora_alpha, "--trainable lora with it")
         weighted_stores(self.stores)
         self.check_new_expert()
         whole = not self.from_scratch or self.trainable == "all"

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from alpacache import strict_json
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import layer_map_of, vlm_config
 from alpacache.alpamayo.family import EXPERT_PARTS
@@ -276,7 +277,15 @@ def restore_settings(config: TrainConfig) -> TrainConfig:
     chosen |= {"prefix": settings.get("prefix", "direct"), "route_dropout": settings.get("route_dropout", 0.0)}
     chosen |= {"ema": average.get("decay"), "ema_every": free.get("ema_every") or 100}
     if config.from_scratch:
-        chosen |= {name: settings.get(name) for name in NEW_EXPERT}
+        sizes = {name: settings.get(name) for name in NEW_EXPERT}
+        given = {name: strict_json.plain(getattr(config, name)) for name in NEW_EXPERT}
+        changed = [
+            f"{name}: the run has {was!r}, now {given[name]!r}"
+            for name, was in sizes.items()
+            if was is not None and given[name] not in (None, was)
+        ]
+        _refuse_changed(changed, run=config.out)
+        chosen |= sizes
     return replace(config, **{key: value for key, value in chosen.items() if getattr(config, key) is None})
 
 
@@ -313,6 +322,11 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, run: s
         for key, value in wanted.items()
         if was.get(key, value) != value
     ]
+    _refuse_changed(changed, run=run)
+
+
+def _refuse_changed(changed: Sequence[str], *, run: str) -> None:
+    """Raise `UsageError` where a run goes on with other settings, a line each."""
     if changed:
         listed = "\n  ".join(changed)
         raise UsageError(f"{run} was begun with other settings:\n  {listed}\nRepeat them, or choose another --out.")

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from alpacache import EvalConfig, ExportConfig, ExtractConfig, PlanConfig, ProbeConfig, TrainConfig
 from alpacache.config import field_docs, read_toml, to_toml
+from alpacache.converters.config import ConvertConfig
 from alpacache.demo.config import DemoConfig
+from alpacache.driver.config import DriveConfig
 from alpacache.errors import UsageError
 from alpacache.sources.config import CheckConfig, PrepareConfig
 from alpacache.training.config import weighted_stores
@@ -33,6 +35,8 @@ LEAST = {
     ProbeConfig: {"store": "s"},
     PrepareConfig: {"source": "s", "out": "o"},
     CheckConfig: {"source": "s"},
+    ConvertConfig: {"kind": "kitti", "input": "k", "out": "o"},
+    DriveConfig: {"source": "s", "model": "m", "out": "o.mp4"},
     DemoConfig: {},
 }
 """Every config, with the least it must be given."""
@@ -184,6 +188,22 @@ def test_numbers_have_plain_digits(kind, values):
         (TrainConfig, {"betas": (0.9,)}, "betas is (0.9,); expected two numbers, as in 0.9,0.999."),
         (TrainConfig, {"betas": (0.9, 0.9, 0.9)}, "betas is (0.9, 0.9, 0.9); expected two numbers, as in 0.9,0.999."),
         (TrainConfig, {"weight_decay": -1.0}, "weight_decay is -1.0; expected at least 0."),
+        (TrainConfig, {"lora_rank": 8}, "lora_rank is 8; expected --trainable lora with it."),
+        (TrainConfig, {"lora_alpha": 8.0}, "lora_alpha is 8.0; expected --trainable lora with it."),
+        (PlanConfig, {"lora_rank": 8}, "lora_rank is 8; expected --trainable lora with it."),
+        (EvalConfig, {"flow_steps": "0"}, "flow_steps is '0'; expected at least 1."),
+        (EvalConfig, {"flow_steps": 0}, "flow_steps is 0; expected at least 1."),
+        (EvalConfig, {"flow_steps": "10,0"}, "flow_steps is '10,0'; expected each at least 1."),
+        (EvalConfig, {"flow_steps": True}, "flow_steps is true; expected whole numbers as in 10,4,2,1."),
+        (EvalConfig, {"control": "neither"}, "control is 'neither'; expected shuffled, none or both."),
+        (
+            ConvertConfig,
+            {"mount": "1,2"},
+            "mount is '1,2'; expected three numbers (degrees: left, nose",
+        ),
+        (ConvertConfig, {"mount": "1,2,inf"}, "mount is '1,2,inf'; expected each a finite number."),
+        (DriveConfig, {"route": ""}, "route is ''; expected none, source or a text for the prompt (it is empty)."),
+        (DriveConfig, {"ema": True}, "ema is true; expected off, as no --checkpoint is given."),
         (TrainConfig, {"epochs": math.inf}, "epochs is inf; expected a finite number."),
         (TrainConfig, {"epochs": 1e300}, "epochs is 1e+300; expected at most 1000000."),
         (TrainConfig, {"steps": date(2026, 1, 1)}, "steps is 2026-01-01; expected a whole number."),

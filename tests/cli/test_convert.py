@@ -92,6 +92,32 @@ def test_wrong_usage_is_named(carla_run, tmp_path, run_here):
     assert "NAME=TOPIC" in camera
 
 
+def test_the_output_does_not_lie_in_the_input(carla_run, tmp_path, run_here):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "good").symlink_to(carla_run)
+    for out in (runs, runs / "drives", runs / "deep" / "drives"):
+        said = run_here("convert", "carla", runs, "--out", out, code=2).stderr
+        assert f"lies in the input {runs}; choose a folder outside of it" in said.replace("\n", " ")
+    assert [path.name for path in runs.iterdir()] == ["good"]
+
+
+def test_a_request_to_stop_with_the_last_clip_leaves_out_the_check(carla_run, tmp_path, run_here, monkeypatch):
+    from alpacache.converters import writer
+
+    def last(*args, **kwargs):
+        report = written(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return report
+
+    written = writer.convert
+    monkeypatch.setattr(writer, "convert", last)
+    said = run_here("convert", "carla", carla_run, "--out", tmp_path / "out", code=130).stderr
+    assert "all clips are written; the same command checks them" in said.replace("\n", " ")
+    monkeypatch.undo()
+    assert json.loads(run_here("convert", "carla", carla_run, "--out", tmp_path / "out", "--json").stdout)["kept"] == 1
+
+
 def test_a_killed_command_goes_on_and_the_result_is_the_same(carla_run, tmp_path, run_here):
     out, whole = tmp_path / "out", tmp_path / "whole"
     arguments = ["convert", "carla", str(carla_run), "--no-check", "--clip-seconds", "10"]

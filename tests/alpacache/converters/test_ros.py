@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -709,3 +710,10 @@ def test_messages_that_cannot_be_decoded_are_counted(curved, times_ns, tmp_path)
     assert_same_drive(drive, curved, times_ns)
     assert [(drop.what, drop.count) for drop in drive.dropped] == [("messages", 1)]
     assert "cannot be decoded" in drive.dropped[0].reason
+
+
+@pytest.mark.parametrize("name", ["a.bag", "a.mcap", "a.db3"])
+def test_a_pipe_among_the_files_is_refused_at_once(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(SourceError, match=rf"{name} cannot be read: it is a FIFO; expected a regular file"):
+        open_log(tmp_path)

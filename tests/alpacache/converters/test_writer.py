@@ -1,5 +1,6 @@
 """The folder that drives become: what is copied, how a drive is cut, going on, the report."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from alpacache.converters.drive import Arrays, Dropped, Film, LoggedDrive, Packe
 from alpacache.converters.writer import convert, plain_name
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
-from alpacache.errors import BadClipError, InterruptedRunError, SourceError, UsageError
+from alpacache.errors import BadClipError, DataError, InterruptedRunError, SourceError, UsageError
 from alpacache.sources.folder import FolderSource
 
 pytestmark = pytest.mark.system  # whole conversions
@@ -230,6 +231,41 @@ def test_a_stopped_command_goes_on_with_the_clips_it_has(drive, curved, tmp_path
     assert convert([drive], out, name="test", settings=SETTINGS, clip_seconds=10.0).kept == 2
     with pytest.raises(UsageError, match='was begun with input "here", and this command has "there"'):
         convert([drive], out, name="test", settings={**SETTINGS, "input": "there"})
+    record = out / "clips/a-000/provenance.json"
+    for damaged in (record.read_text()[:50], "{}", '{"clip": {"name": "a-000"}}', "[" * 5000):
+        record.write_text(damaged)
+        with pytest.raises(DataError, match=r"a-000/provenance\.json is damaged .* Remove that clip's folder"):
+            convert([drive], out, name="test", settings=SETTINGS, clip_seconds=10.0)
+
+
+def test_a_full_disk_is_told_and_drops_nothing(drive, curved, tmp_path, monkeypatch):
+    """Also where it is met while a film is read."""
+    made = film(curved, tmp_path / "a.mp4", options={"preset": "ultrafast", "g": "20", "bf": "0"})
+    filmed = replace(drive, cameras={FRONT_CAMERA: Film(path=made, times_us=curved.track.timestamps_us)})
+    opened = av.open
+
+    class Full:
+        def __init__(self, place):
+            self.place = place
+
+        def __enter__(self):
+            raise av.error.OSError(errno.ENOSPC, "No space left on device", self.place)
+
+        def __exit__(self, *error):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(av, "open", lambda file, *a, **k: Full(file) if a[:1] == ("w",) else opened(file, *a, **k))
+        with pytest.raises(OSError, match="No space left on device") as told:
+            write([drive, filmed], tmp_path / "out")
+    assert told.value.errno == errno.ENOSPC
+    assert str(tmp_path / "out") in str(told.value.filename)
+    assert not (tmp_path / "out/clips/.writing").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("alpacache.converters.writer._begin", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "")))
+        with pytest.raises(OSError, match=str(tmp_path / "out")):
+            write([drive], tmp_path / "out")
+    assert len(write([drive, replace(filmed, name="b")], tmp_path / "other").clips) == 2
 
 
 def test_a_folder_of_something_else_stays_as_it_is(drive, tmp_path):

@@ -74,16 +74,79 @@ def test_base_beside_trained_and_resumed_after_a_stop(tiny_checkpoint, run, tmp_
     assert last.driven_xyz.shape == (64, 3)
 
 
-def test_a_film_of_other_settings_begins_anew(tiny_checkpoint, tmp_path, monkeypatch):
-    out, folder = tmp_path / "drive.mp4", tmp_path / "drive.mp4.paths"
-    folder.mkdir()
-    (folder / "settings.json").write_text("{}")
-    np.savez(folder / "5000000.npz", base=np.zeros((2, 64, 3)))
-    assert drive(config(tiny_checkpoint, out, seconds=0.2)).resumed == 0
-    folder.mkdir()
-    (folder / "letter.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"drive\.mp4\.paths holds letter\.txt, which no film keeps there"):
-        drive(config(tiny_checkpoint, out, seconds=0.2))
+@pytest.fixture
+def stopped(tiny_checkpoint, tmp_path, monkeypatch):
+    """A film that was stopped after its first moment: `out`, and the folder beside it."""
+    out = tmp_path / "drive.mp4"
+
+    class Guard(film.InterruptGuard):
+        requested = property(lambda self: any(tmp_path.glob("drive.mp4.paths/*.npz")), lambda self, value: None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(film, "InterruptGuard", Guard)
+        with pytest.raises(InterruptedRunError):
+            drive(config(tiny_checkpoint, out, seconds=0.2))
+    return out, tmp_path / "drive.mp4.paths"
+
+
+def test_a_film_of_other_settings_begins_anew_and_strangers_stay(tiny_checkpoint, stopped):
+    out, folder = stopped
+    assert sorted(path.name for path in folder.iterdir()) == ["5000000.npz", "settings.json"]
+    assert drive(config(tiny_checkpoint, out, seconds=0.2, seed=1)).resumed == 0
+    assert not folder.exists()
+    for name, said in (("letter.txt", "letter"), ("mine.npz", "mine"), ("settings.json", "settings")):
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with pytest.raises(UsageError, match=rf"drive\.mp4\.paths holds {said}\.\w+, which no film keeps there"):
+            drive(config(tiny_checkpoint, out, seconds=0.2))
+        (folder / name).unlink()  # it is still there
+        folder.rmdir()
+
+
+def test_what_is_kept_is_predicted_again_where_it_is_damaged(tiny_checkpoint, stopped, caplog):
+    out, folder = stopped
+    kept, note = folder / "5000000.npz", folder / "settings.json"
+    data, settings = kept.read_bytes(), note.read_text()
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 4
+    for damaged in (b"", data[: len(data) // 2], bytes(flipped), b"\x80\x04." + data):
+        folder.mkdir(exist_ok=True)
+        note.write_text(settings)
+        kept.write_bytes(damaged)
+        assert drive(config(tiny_checkpoint, out, seconds=0.2)).resumed == 0
+        assert "5000000.npz cannot be read" in caplog.text
+        caplog.clear()
+
+
+def test_nothing_but_a_film_is_written_over_and_nothing_lies_in_stores_and_runs(tiny_checkpoint, run, tmp_path):
+    out = tmp_path / "mine.mp4"
+    short = {"seconds": 0.1}
+    for content in (b"", b"a letter", b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom"):
+        out.write_bytes(content)
+        with pytest.raises(UsageError, match="is there already and is no film of `alpacache drive`"):
+            drive(config(tiny_checkpoint, out, **short))
+        assert out.read_bytes() == content
+    out.unlink()
+    assert drive(config(tiny_checkpoint, out, **short)).pictures == 1
+    assert drive(config(tiny_checkpoint, out, **short)).pictures == 1
+    store = run.replace("run", "store")
+    for place, kind in ((run, "run"), (store, "store")):
+        with pytest.raises(UsageError, match=f"{place} is a {kind}; choose a directory outside of it"):
+            drive(config(tiny_checkpoint, f"{place}/a.mp4", **short))
+    with pytest.raises(UsageError, match=r"--out s3://bucket/a\.mp4 is no path"):
+        drive(config(tiny_checkpoint, "s3://bucket/a.mp4", **short))
+    with pytest.raises(UsageError, match="the name is too long"):
+        drive(config(tiny_checkpoint, tmp_path / ("x" * 300 + ".mp4"), **short))
+
+
+def test_a_film_has_one_owner(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "drive.mp4.paths"
+    with (
+        film.DirectoryLock(folder, remedy=""),
+        pytest.raises(UsageError, match=r"drive\.mp4\.paths is being written by process \d+"),
+    ):
+        drive(config(tiny_checkpoint, tmp_path / "drive.mp4", seconds=0.1))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_end_of_a_recording_is_played_without_a_future(tiny_checkpoint, tmp_path):

@@ -212,6 +212,8 @@ def test_a_small_expert_is_trained_resumed_judged_and_exported(train, stores, ti
     assert same(weights(whole), weights(parts))
     with pytest.raises(UsageError, match="expert_width: the run has 64, now 32"):
         train(whole, resume=True, ema=0.9, expert_width=32)
+    with pytest.raises(UsageError, match=r"begun with other settings:\n  expert_layers: the run has 2, now 3\nRepeat"):
+        train(whole, resume=True, ema=0.9, expert_layers=3)
     with pytest.raises(UsageError, match="from_scratch: the run has True, now False"):
         train(whole, resume=True, ema=0.9, from_scratch=False, expert_layers=None, expert_width=None)
 
