@@ -69,8 +69,9 @@ class CacheWriter:
             identity=canonical_copy(identity, "identity"),
             provenance=canonical_copy(provenance or {}, "provenance"),
         )
-        with writing("the store's metadata", 0, self.path):
-            is_new = store_root.make(self._storage, given.to_bytes(), codec_tables)
+        metadata = given.to_bytes()
+        with writing("the store's metadata", len(metadata) + len(codec_tables or b""), self.path):
+            is_new = store_root.make(self._storage, metadata, codec_tables)
             root = given if is_new else store_root.read(self._storage)
         for line in root.check(given, self.path):
             _log.warning("store %s was begun with other versions or hardware: %s", self.path, line)

@@ -59,12 +59,14 @@ def full_name(name: str) -> str:
 
 def _check_nesting(definition: str) -> None:
     code = _IDL_WORDS.sub(" ", definition)
+    if "<<" in code:
+        raise ValueError("<< is not read")
     depth = dict.fromkeys(_DEEPEST, 0)
     for sign in code:
         if sign in depth:
             depth[sign] += 1
             if depth[sign] > _DEEPEST[sign]:
-                raise ValueError(f"{sign} within {sign} more than {_DEEPEST[sign]} deep, or <<, is not read")
+                raise ValueError(f"{sign} within {sign} more than {_DEEPEST[sign]} deep is not read")
         elif sign in ")>":
             opening = "(" if sign == ")" else "<"
             depth[opening] = max(0, depth[opening] - 1)

@@ -143,7 +143,8 @@ def _begin(out: Path, settings: Mapping[str, Any]) -> None:
                 "remove that folder."
             )
         return
-    if present := [name for name in names_in(out) if name != LOCK]:
+    begun = f".{REPORT}.new"  # of one that was killed at its very beginning
+    if present := [name for name in names_in(out) if name not in (LOCK, begun)]:
         raise UsageError(f"--out {out} holds {present[0]} and is not of this command; choose a new folder.")
     write_flushed(report, _json({"settings": settings}))
 

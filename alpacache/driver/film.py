@@ -320,7 +320,7 @@ class _Kept:
         file = self._file(t0_us)
         try:
             regular_size(file)
-            with np.load(file, allow_pickle=False) as kept:
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as kept:
                 paths = {label: kept[label] for label in kept.files}
         except FileNotFoundError:
             return None
@@ -420,9 +420,9 @@ def _settings(
 
 def _check_film(out: Path) -> None:
     """Refuse a place where no film can be written, or where something else lies that it would take the place of."""
+    check_file_out(out)
     if out.is_dir():
         raise UsageError(f"--out {out} is a directory; expected the name of a film, such as {out}/drive.mp4.")
-    check_file_out(out)
     if os.path.lexists(out) and not _is_film(out):
         raise UsageError(
             f"--out {out} is there already and is no film of `alpacache drive`; nothing is written over. Name another "

@@ -37,7 +37,7 @@ HOSTILE = {
     "brackets": (f"const long X = {DEEP}; struct A {{ long a; }};", "ros2idl", r"\( within \( more than 1 deep"),
     "brackets behind a text": (f'const string T = "\\\\"; const long X = {DEEP}; const string U = "";', "ros2idl", ""),
     "lists": ("struct A { " + "sequence<" * 40 + "long" + ">" * 40 + " a; };", "ros2idl", "< within <"),
-    "shifts": ("const long X = 1 << 99999999999; struct A { long a; };", "ros2idl", "<<, is not read"),
+    "shifts": ("const long X = 1 << 99999999999; struct A { long a; };", "ros2idl", "<< is not read"),
     "texts": ("string[2000000000] a\n", "ros1msg", "more than 50,000 parts"),
     "messages": (
         "p/B[1000] b\n" + "".join(f"{'=' * 80}\nMSG: p/{a}\np/{b}[1000] c\n" for a, b in ("BC", "CD")),

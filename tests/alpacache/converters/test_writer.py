@@ -257,7 +257,7 @@ def test_a_full_disk_is_told_and_drops_nothing(drive, curved, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(av, "open", lambda file, *a, **k: Full(file) if a[:1] == ("w",) else opened(file, *a, **k))
         with pytest.raises(OSError, match="No space left on device") as told:
-            write([drive, filmed], tmp_path / "out")
+            write([drive, replace(filmed, name="b")], tmp_path / "out")
     assert told.value.errno == errno.ENOSPC
     assert str(tmp_path / "out") in str(told.value.filename)
     assert not (tmp_path / "out/clips/.writing").exists()
@@ -274,6 +274,9 @@ def test_a_folder_of_something_else_stays_as_it_is(drive, tmp_path):
     with pytest.raises(UsageError, match=r"holds thesis\.tex and is not of this command"):
         write([drive], tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/.convert.json.new").write_text("{")  # a kill at the very beginning
+    assert len(write([drive], tmp_path / "begun").clips) == 1
 
 
 def test_what_is_dropped_is_said(drive, curved, tmp_path):
