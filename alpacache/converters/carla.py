@@ -60,6 +60,8 @@ _FIELDS = (
     "front_rgb_path",
     "episode_id",
 )
+_MOST_SECONDS = 9e12
+"""Microseconds beyond it would leave 64 bits."""
 _MAX_JSON_BYTES, _MAX_LINE_BYTES, _MOST_LINES = 2**24, 2**20, 4_000_000
 
 
@@ -98,6 +100,8 @@ def _runs(place: Path) -> list[Path]:
     """Runs in a place: itself, or the folders in it. Raises `SourceError`."""
     if place.is_file() or _is_run(place):
         return [place]
+    if not place.is_dir():
+        raise SourceError(f"{place} is neither a folder nor a file of a run; name a run's folder.")
     if found := sorted(folder for folder in place.iterdir() if folder.is_dir() and _is_run(folder)):
         return found
     raise SourceError(f"{place} holds neither {MANIFEST} nor telemetry; name a run's folder (outputs/evaluate/RUN).")
@@ -331,7 +335,7 @@ def _lines(manifest: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Dropp
                             value = json.loads(line)
                         except (ValueError, RecursionError):
                             value = None
-                    if isinstance(value, dict) and math.isfinite(numbers(value, "timestamp")[0]):
+                    if isinstance(value, dict) and abs(numbers(value, "timestamp")[0]) < _MOST_SECONDS:
                         found.append((count, {key: value.get(key) for key in _FIELDS}))
                     else:
                         bad.append(count)

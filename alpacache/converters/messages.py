@@ -107,7 +107,8 @@ def time_ns(stamp: Any) -> int | None:
     rest = next((found for name in ("nanosec", "nsec", "nsecs") if (found := part(stamp, name)) is not None), None)
     if not isinstance(seconds, int) or not isinstance(rest, int):
         return None
-    return seconds * 1_000_000_000 + rest
+    found = seconds * 1_000_000_000 + rest
+    return found if -(2**63) <= found < 2**63 else None
 
 
 def content_of(value: Any, *, where: str) -> bytes:

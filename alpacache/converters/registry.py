@@ -7,7 +7,7 @@ from typing import Any
 from alpacache.converters import carla, comma2k19, gps, kitti, lerobot, nuscenes, ros, udacity
 from alpacache.converters.drive import Dropped, LoggedDrive
 from alpacache.converters.kind import Kind, Listing
-from alpacache.errors import UsageError
+from alpacache.errors import SourceError, UsageError
 from alpacache.hub import MODEL_ID
 
 _ALL: tuple[Kind, ...] = (
@@ -39,7 +39,15 @@ def open_drives(kind: Kind, place: Path, options: Mapping[str, Any]) -> Iterator
         named = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
         takes = ", ".join(f"--{name.replace('_', '-')}" for name in kind.takes) or "none of its own"
         raise UsageError(f"{named} is not for {kind.name}; its options: {takes}. Leave it out.")
-    return kind.drives(place, **options)
+    return _in_bounds(kind.drives(place, **options), place)
+
+
+def _in_bounds(drives: Iterator[LoggedDrive | Dropped], place: Path) -> Iterator[LoggedDrive | Dropped]:
+    """The same; a number that no time or size can be is a `SourceError`, whichever file it stands in."""
+    try:
+        yield from drives
+    except OverflowError as error:
+        raise SourceError(f"{place} holds a number beyond what times can be ({error}); leave that row out.") from error
 
 
 def check_apart(place: Path, out: Path) -> None:
