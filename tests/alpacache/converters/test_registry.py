@@ -43,6 +43,6 @@ def test_a_number_that_no_time_can_be_is_told_whichever_kind_reads_it(tmp_path):
     def drives(place):
         yield np.array([10**30], np.int64)
 
-    with pytest.raises(SourceError, match="holds a number beyond what times can be .* leave that row out"):
+    with pytest.raises(SourceError, match=r"holds a number beyond what times can be .* leave that row out"):
         list(open_drives(replace(KINDS["carla"], drives=drives), tmp_path, {}))
     assert time_ns({"sec": 10**12, "nanosec": 0}) is None
