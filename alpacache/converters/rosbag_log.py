@@ -79,15 +79,9 @@ def _decoded(reader: Any, kind: str, data: bytes) -> Any:
     return reader.deserialize(data, kind)
 
 
-<<<<<<< HEAD
-def decoder_of(name: str, definition: str, encoding: str) -> Callable[[bytes], Any]:
-    """Decoder of messages of a type with this definition: `ros1msg`, or `ros2idl`."""
-    from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
-=======
 def _check_definitions(reader: Any) -> None:
     """Look through the definitions of all types in the files, of which `open` makes code. Raises `SourceError`."""
     from rosbags.interfaces import MessageDefinitionFormat as Format
->>>>>>> fc324f8 (Definitions in logs are looked through before they become code; convert and drive: outputs, owners, full disks, late requests; numbers of several parts in one sentence)
 
     seen = set()
     for one in reader.readers:

@@ -45,11 +45,7 @@ from alpacache.sources.routes import Routes
 from alpacache.sources.source import RecordedSource, Source
 from cache_store.storage.local_files import flush, write_flushed
 
-<<<<<<< HEAD
-=======
 _log = logging.getLogger(__name__)
-BASE, TRAINED = "base", "trained"
->>>>>>> fc324f8 (Definitions in logs are looked through before they become code; convert and drive: outputs, owners, full disks, late requests; numbers of several parts in one sentence)
 _AT_ONCE = 10
 """Moments whose pictures are read together."""
 _ENCODERS = ("libx264", "libopenh264", "mpeg4")
@@ -286,11 +282,7 @@ def _kept_beside(out: Path, settings: Mapping[str, Any], *, shape: tuple[int, ..
 
 
 class _Kept:
-<<<<<<< HEAD
-    """Predicted paths of an unfinished film, kept beside it."""
-=======
     """Paths by moment and label, each moment in a file."""
->>>>>>> fc324f8 (Definitions in logs are looked through before they become code; convert and drive: outputs, owners, full disks, late requests; numbers of several parts in one sentence)
 
     def __init__(self, folder: Path, labels: Sequence[str], shape: tuple[int, ...]) -> None:
         self._folder, self._labels, self._shape = folder, set(labels), shape
