@@ -4,12 +4,9 @@ The VLM looks at each moment once, whatever the number of experts. What they pre
 made, so that a run that was stopped goes on; the film itself appears at once when it is done.
 """
 
-import logging
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -21,14 +18,14 @@ from numpy.typing import NDArray
 
 from alpacache import strict_json
 from alpacache.cached_samples.identity import model_identity, vlm_identity
-from alpacache.directory_lock import DirectoryLock
 from alpacache.driver.config import DriveConfig
 from alpacache.driver.driver import Driver, load_driver
+from alpacache.driver.kept_paths import kept_beside
 from alpacache.driver.moment import moment_of, pose_at
 from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
 from alpacache.driving.poses import Track, check_track, frame_indices, interpolate
 from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS, STEP_US, Sample, SampleRef
-from alpacache.durable import check_file_out, names_in, naming
+from alpacache.durable import check_file_out, naming
 from alpacache.errors import BadClipError, InterruptedRunError, UsageError
 from alpacache.inference import BASE, TRAINED
 from alpacache.interrupt import InterruptGuard
@@ -37,22 +34,17 @@ from alpacache.pictures.drive_frame import SIZE, Shown, drive_frame
 from alpacache.pictures.front_view import project
 from alpacache.planning.config import budget_bytes
 from alpacache.progress import OnProgress, Progress, ignore
-from alpacache.regular_file import read_regular, regular_size
+from alpacache.regular_file import regular_size
 from alpacache.sources.blank import with_blank
 from alpacache.sources.recording import wanted_frame_times_us
 from alpacache.sources.registry import open_source
 from alpacache.sources.routes import Routes
 from alpacache.sources.source import RecordedSource, Source
-from cache_store.storage.local_files import flush, write_flushed
+from cache_store.storage.local_files import flush
 
-_log = logging.getLogger(__name__)
 _AT_ONCE = 10
 """Moments whose pictures are read together."""
 _ENCODERS = ("libx264", "libopenh264", "mpeg4")
-_PREDICTED, _NOTE = "paths", "settings.json"
-"""Suffix of the folder beside a film that holds what is predicted so far, and the file in it that says of what."""
-_KEPT_NAME = re.compile(r"\d+\.(npz|new)|\.?settings\.json(\.new)?")
-_NOTE_KEYS = frozenset({"cameras", "clip", "first_us", "flow_steps", "models", "paths", "seed"})
 _MARK = "alpacache drive"
 """A film's comment, by which it is known as one of these: no other file is written over."""
 
@@ -105,7 +97,7 @@ def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveRepo
     draft, resumed, done = out.with_name(f".{out.name}.new"), 0, 0
     with (
         naming(out.parent),
-        _kept_beside(out, settings, shape=(config.paths, FUTURE_STEPS, 3)) as kept,
+        kept_beside(out, settings, shape=(config.paths, FUTURE_STEPS, 3)) as kept,
         InterruptGuard() as guard,
         _Film(draft, every_s=config.every) as film,
     ):
@@ -262,84 +254,6 @@ def _shown(
         paths={label: (coloured[label], np.asarray(found, np.float64)) for label, found in paths.items()},
         caption=caption,
     )
-
-
-@contextmanager
-def _kept_beside(out: Path, settings: Mapping[str, Any], *, shape: tuple[int, ...]) -> Iterator["_Kept"]:
-    """What was predicted for a film so far, in a folder beside it that is this process's alone.
-
-    Paths of other settings are dropped. Raises `UsageError` for a folder of something else, or in use.
-    """
-    folder = out.with_name(f"{out.name}.{_PREDICTED}")
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UsageError(f"{folder} is no folder that a film keeps its paths in; move it away.")
-    with DirectoryLock(folder, remedy="Wait until it is done, or choose another --out."):
-        kept = _Kept(folder, settings["models"], shape)
-        kept.begin(settings)
-        yield kept
-    with suppress(OSError):
-        folder.rmdir()
-
-
-class _Kept:
-    """Paths by moment and label, each moment in a file."""
-
-    def __init__(self, folder: Path, labels: Sequence[str], shape: tuple[int, ...]) -> None:
-        self._folder, self._labels, self._shape = folder, set(labels), shape
-
-    def begin(self, settings: Mapping[str, Any]) -> None:
-        """Go on with what is there if it is of these settings, else begin anew."""
-        note, text = self._folder / _NOTE, strict_json.dumps(settings, indent=1)
-        names = [name for name in names_in(self._folder) if name != f".{_NOTE}.new"]  # of one killed at its beginning
-        if names and self._noted(note, names) != strict_json.loads(text):
-            self.remove()
-        write_flushed(note, text.encode())
-
-    def _noted(self, note: Path, names: Sequence[str]) -> Any:
-        """Settings of what is there. Raises `UsageError` unless all of it is what a film keeps."""
-        foreign = next((name for name in names if not _KEPT_NAME.fullmatch(name)), None)
-        before = None
-        with suppress(OSError, ValueError):
-            before = strict_json.loads(read_regular(note, limit_bytes=2**20))
-        if not (isinstance(before, dict) and before.keys() >= _NOTE_KEYS):
-            foreign = foreign or names[0]
-        if foreign is not None:
-            raise UsageError(f"{self._folder} holds {foreign}, which no film keeps there; move it away.")
-        return before
-
-    def read(self, t0_us: int) -> dict[str, NDArray[np.float32]] | None:
-        """Paths by label; None where there are none, or what is there is damaged: they are predicted again."""
-        file = self._file(t0_us)
-        try:
-            regular_size(file)
-            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as kept:
-                paths = {label: kept[label] for label in kept.files}
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # of a damaged file NumPy and zipfile raise anything
-            _log.warning("%s cannot be read (%s) and is predicted again.", file, error)
-            return None
-        whole = paths.keys() == self._labels and all(
-            one.dtype == np.float32 and one.shape == self._shape and bool(np.isfinite(one).all())
-            for one in paths.values()
-        )
-        return paths if whole else None
-
-    def write(self, t0_us: int, paths: Mapping[str, NDArray[np.float32]]) -> None:
-        file = self._file(t0_us)
-        draft = file.with_suffix(".new")
-        with draft.open("wb") as opened:
-            np.savez(opened, **paths)  # type: ignore[arg-type]
-        draft.replace(file)
-
-    def remove(self) -> None:
-        """Remove all that is kept."""
-        for name in names_in(self._folder):
-            if _KEPT_NAME.fullmatch(name):
-                (self._folder / name).unlink()
-
-    def _file(self, t0_us: int) -> Path:
-        return self._folder / f"{t0_us}.npz"
 
 
 class _Film:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import alpacache
+from alpacache.directory_lock import DirectoryLock
 from alpacache.driver import film
 from alpacache.driver.config import DriveConfig
 from alpacache.driver.driver import Driver
@@ -142,7 +143,7 @@ def test_nothing_but_a_film_is_written_over_and_nothing_lies_in_stores_and_runs(
 def test_a_film_has_one_owner(tiny_checkpoint, tmp_path):
     folder = tmp_path / "drive.mp4.paths"
     with (
-        film.DirectoryLock(folder, remedy=""),
+        DirectoryLock(folder, remedy=""),
         pytest.raises(UsageError, match=r"drive\.mp4\.paths is being written by process \d+"),
     ):
         drive(config(tiny_checkpoint, tmp_path / "drive.mp4", seconds=0.1))
