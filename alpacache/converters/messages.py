@@ -119,11 +119,14 @@ def content_of(value: Any, *, where: str) -> bytes:
             return base64.b64decode(data, validate=True)
         except (binascii.Error, ValueError) as error:
             raise BadClipError("undecodable_video", f"{where}: data is no base64 ({error}).") from error
-    if isinstance(data, list):
-        return bytes(data)
     if data is None:
         raise BadClipError("undecodable_video", f"{where}: a message without data.")
-    return bytes(data)
+    try:
+        if isinstance(data, (int, float)):  # of a number Python makes so many zeros
+            raise ValueError("it is a number")
+        return bytes(data)
+    except (TypeError, ValueError) as error:
+        raise BadClipError("undecodable_video", f"{where}: data are no bytes ({error}).") from error
 
 
 def fetched(log: MessageLog, topic: str, positions: Sequence[Position]) -> Iterator[Any]:

@@ -116,13 +116,19 @@ class Places:
     @classmethod
     def of(cls, lens: Mapping[str, Any], *, where: str) -> "Places":
         """The places for a lens. Raises `BadClipError` for a model of distortion that is not known."""
-        width, height = int(lens["width"]), int(lens["height"])
+        try:
+            width, height = int(lens["width"]), int(lens["height"])
+            matrix = np.array(lens["K"], dtype=np.float64).reshape(3, 3)
+            coefficients = [float(value) for value in lens.get("D") or []]
+        except (LookupError, OverflowError, TypeError, ValueError) as error:
+            raise BadClipError("wrong_shape", f"{where}: the calibration has another form ({error})") from error
         if not 0 < width * height <= MAX_PIXELS:
             raise BadClipError("wrong_shape", f"{where}: a calibration for {width} x {height} pixels")
-        matrix = np.array(lens["K"], dtype=np.float64).reshape(3, 3)
         (fx, _, cx), (_, fy, cy), _ = matrix.tolist()
+        if not (fx > 0 and fy > 0 and np.isfinite([*matrix.flat, *coefficients]).all()):
+            reason = f"focal lengths {fx:g} and {fy:g}, as of a camera that was never calibrated, or values not finite"
+            raise BadClipError("wrong_shape", f"{where}: the calibration has {reason}; leave --undistort out")
         x, y = np.meshgrid((np.arange(width) - cx) / fx, (np.arange(height) - cy) / fy)
-        coefficients = [float(value) for value in lens.get("D") or []]
         seen_x, seen_y = _distorted(x, y, str(lens.get("distortion_model") or ""), coefficients, where=where)
         return cls(columns=fx * seen_x + cx, rows=fy * seen_y + cy)
 

@@ -90,6 +90,12 @@ def drives(
                 poses.take(message)
         except BadClipError as error:
             bad.setdefault(message.topic, []).append(str(error).rstrip("."))
+        except UsageError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # JSON has anything in any place.
+            why = f"{message.topic} at {message.log_ns} ns is of another form than its type ({error})"
+            bad.setdefault(message.topic, []).append(why)
     found = poses.found()
     facts: dict[str, Any] = {"poses": found.facts, "cameras": {}}
     unread = [Dropped(what="messages", count=len(why), reason=why[0]) for why in bad.values()]
@@ -139,13 +145,9 @@ def list_topics(place: Path, *, kind: str) -> Listing:
 
 
 def _log_of(files: Sequence[Path]) -> MessageLog:
-    try:
-        for file in files:
-            regular_size(file)
-        with files[0].open("rb") as opened:
-            head = opened.read(16)
-    except OSError as error:
-        raise SourceError(f"{file} cannot be read: {error}.") from error
+    _check_regular(files)
+    with files[0].open("rb") as file:
+        head = file.read(16)
     if head.startswith(MAGIC):
         return McapLog(files)
     if head.startswith(b"SQLite format 3\0"):
@@ -173,14 +175,20 @@ def _with_metadata(place: Path) -> MessageLog:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError) as error:
         what = f"{place / METADATA} cannot be read ({type(error).__name__})"
         raise SourceError(f"{what}; name the files instead.") from error
-    if storage == "mcap" and not packed:
-        files = [place / name for name in names]
-        if absent := [file.name for file in files if not file.is_file()]:
-            raise SourceError(
-                f"{place}: {', '.join(absent[:3])} of {METADATA} is not there; copy it, or name one file."
-            )
-        return McapLog(files)
-    return RosbagLog([place])
+    files = [place / name for name in names]
+    if absent := [file.name for file in files if not file.exists()]:
+        raise SourceError(f"{place}: {', '.join(absent[:3])} of {METADATA} is not there; copy it, or name one file.")
+    _check_regular(files)
+    return McapLog(files) if storage == "mcap" and not packed else RosbagLog([place])
+
+
+def _check_regular(files: Sequence[Path]) -> None:
+    """Raise `SourceError` for a FIFO and the like, which would block whoever opens it."""
+    for file in files:
+        try:
+            regular_size(file)
+        except OSError as error:
+            raise SourceError(f"{file} cannot be read: {error}.") from error
 
 
 def _natural(file: Path) -> list[Any]:

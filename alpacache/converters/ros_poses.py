@@ -124,7 +124,7 @@ class PoseReader:
             elif self._clock.time_of(message, stamp_of(value)) is not None:
                 self._rows.append(row)
                 names = (part(value, "header", "frame_id") or "", part(value, "child_frame_id") or "")
-                self._names[names] += 1
+                self._names[str(names[0]), str(names[1])] += 1
 
     def found(self) -> FoundPoses:
         """The track. Raises `UsageError` without enough to make one."""

@@ -97,6 +97,15 @@ def test_without_a_lens_or_of_another_size_it_is_refused():
     odd = LENS | {"distortion_model": "odd", "D": [0.1]}
     (found,) = Reframe(undistort=True).drives([drive(arrays(picture(), picture()), odd)])
     assert "'odd'; known: plumb_bob" in found.reason
+    for broken, said in (
+        ({"K": [0.0] * 9}, "as of a camera that was never calibrated"),
+        ({"K": [50.0, 0, np.nan, 0, 50, 20, 0, 0, 1]}, "or values not finite"),
+        ({"D": [np.inf]}, "or values not finite"),
+        ({"D": ["x"]}, "another form"),
+        ({"width": None}, "another form"),
+    ):
+        (found,) = Reframe(undistort=True).drives([drive(arrays(picture(), picture()), LENS | broken)])
+        assert said in found.reason
     small = np.zeros((20, 20, 3), np.uint8)
     with pytest.raises(BadClipError, match="20 x 20 pixels, and its calibration is for 90 x 40"):
         shown(Reframe(undistort=True), drive(arrays(small, small), LENS))

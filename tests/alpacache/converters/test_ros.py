@@ -717,3 +717,41 @@ def test_a_pipe_among_the_files_is_refused_at_once(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(SourceError, match=rf"{name} cannot be read: it is a FIFO; expected a regular file"):
         open_log(tmp_path)
+    listed = {"storage_identifier": "sqlite3", "relative_file_paths": [f"../elsewhere/{name}"]}
+    (tmp_path / "metadata.yaml").write_text(json.dumps({"rosbag2_bagfile_information": listed}))
+    with pytest.raises(SourceError, match=rf"{name} cannot be read: it is a FIFO; expected a regular file"):
+        open_log(tmp_path)
+
+
+def test_a_json_message_of_another_form_is_left_out_and_told(curved, times_ns, tmp_path):
+    from mcap.writer import Writer
+
+    path, at_pose = tmp_path / "a.mcap", "/pose"
+    odd = {
+        40: {"header": 3, "pose": {"position": [1], "orientation": None}},
+        42: {"header": {"stamp": {"sec": 10**30, "nanosec": 0}}, "pose": {"position": {"x": 10**400}}},
+        44: [],
+        46: None,
+        48: {"header": {"frame_id": {}}, "pose": {"position": {"x": "a"}}},
+    }
+    odd_pictures = {40: 10**13, 42: [300], 44: ["a"], 46: "%%", 48: 1.5}
+    with open(path, "wb") as file:
+        writer = Writer(file)
+        writer.start()
+        names = {IMAGE: "sensor_msgs/msg/CompressedImage", at_pose: "geometry_msgs/msg/PoseStamped"}
+        channels = {
+            topic: writer.register_channel(topic, "json", writer.register_schema(name, "jsonschema", b"{}"))
+            for topic, name in names.items()
+        }
+        for at, ns in enumerate(times_ns):
+            data = base64.b64encode(curved.jpegs[at]).decode()
+            values = {
+                at_pose: odd.get(at, {"header": header(ns), "pose": pose(curved.track, at)}),
+                IMAGE: {"header": header(ns), "format": "jpeg", "data": odd_pictures.get(at, data)},
+            }
+            for topic, value in values.items():
+                writer.add_message(channels[topic], int(ns), json.dumps(value).encode(), int(ns))
+        writer.finish()
+    drive = only(path)
+    assert len(drive.track.timestamps_us) == len(drive.cameras[FRONT_CAMERA].times_us) == 395
+    assert sum(drop.count for drop in drive.dropped) == 10
