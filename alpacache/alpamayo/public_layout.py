@@ -282,6 +282,8 @@ def _loading_faults(checkpoint: Checkpoint, folder: Path, at: str, present: Coll
             with refusing(at + name):
                 loader.from_pretrained(folder, local_files_only=True)
         except CheckpointError as error:
+            if isinstance(error.__cause__, ImportError):  # a library that this machine lacks says nothing of the files
+                continue
             what, remedy = f"{loader.__name__} refuses it: {error}", "Copy it from the base model."
             yield Fault(file=at + name, key="", what=what, remedy=remedy)
         finally:
