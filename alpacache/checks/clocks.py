@@ -8,10 +8,10 @@ when parts of the film are left out: it must stay.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from alpacache.checks.check import Check, not_judged, verdict
 from alpacache.checks.glance import glance, most_at_once
@@ -41,8 +41,8 @@ EARLY_US = 100_000_000
 MIN_TURNED_RAD = 0.3
 """Turning without which a clip tells nothing."""
 PARTS = 8
-APART_S = 0.25
-"""Lag from which clocks count as apart; localisation filters lag by a tenth."""
+APART_S = 0.2
+"""Lag from which clocks count as apart, less its standard error; localisation filters lag by a tenth."""
 SURE_S = 0.1
 """Lag that must lie below the best by two standard errors."""
 MIN_LIKENESS = 0.5
@@ -61,6 +61,15 @@ APART_ERROR_S = 0.15
 """Greatest standard error of a lag that all clips' focal length makes clear."""
 WORSE = 1.05
 """Least ratio of the movement that the common lag leaves unexplained in a clip to what its own lag does."""
+OWN_SHARE, OTHER_SHARE = 0.3, 0.8
+"""Most of the pictures' movement that a clip's own poses explain, and least that another's do, if they are another's.
+Of sound clips, whatever the camera, more than 0.7 is explained."""
+NEAR_S = 0.55
+"""Lag beside the one that all clips show at which a clip's own poses may still explain its pictures."""
+MIN_SEEN, SEEN = 15, 0.3
+"""Least number and share of pairs whose movement is clear in such pictures."""
+MIN_MOVED_PX = 2.0
+"""Least movement of such pictures (root mean square)."""
 LEFT_OVER = 0.8
 """Most of the variance that one lag leaves unexplained which a lag that grows may still leave."""
 
@@ -78,6 +87,8 @@ class Sideways:
     """Sideways movement of one clip's pictures, and the vehicle's turns at each lag."""
 
     clip_id: str
+    pairs_us: NDArray[np.int64]
+    """`[N, 2]` times of both frames."""
     seconds: Floats
     """`[N]` time since the clip's first pose."""
     shift_px: Floats
@@ -110,15 +121,15 @@ class LagCurve:
     clips: tuple[str, ...]
 
 
-def choose(motions: Mapping[str, Motion]) -> dict[str, list[Stretch]]:
-    """Clip -> what to look at: the clips that turn most, in their stretches that do."""
+def choose(motions: Mapping[str, Motion], *, suspects: Sequence[str] = ()) -> dict[str, list[Stretch]]:
+    """Clip -> what to look at: the clips that turn most and `suspects` that turn at all, in their stretches that do."""
     most_pairs = PAIRS if len(motions) < FEW else PAIRS // 2
     pairs = max(PAIRS_A_CLIP, most_pairs // max(1, len(motions)))
     stretches = {clip_id: _stretches(motion, pairs * STEP_US) for clip_id, motion in motions.items()}
     turned = {clip_id: sum(part.turned_rad for part in parts) for clip_id, parts in stretches.items()}
     turning = [clip_id for clip_id in motions if turned[clip_id] > MIN_TURNED_RAD]
     most = sorted(turning, key=lambda clip_id: -turned[clip_id])[: most_pairs // pairs]
-    return {clip_id: stretches[clip_id] for clip_id in motions if clip_id in most}
+    return {clip_id: stretches[clip_id] for clip_id in turning if clip_id in {*most, *suspects}}
 
 
 def _stretches(motion: Motion, length_us: int) -> list[Stretch]:
@@ -146,40 +157,51 @@ def _stretch(motion: Motion, length_us: int, begin_us: int, end_us: int) -> Stre
 
 def sideways_of(source: RecordedSource, clip_id: str, motion: Motion, stretches: Sequence[Stretch]) -> Sideways | None:
     """Compare frames 0.2 s apart of these stretches; None if their pictures cannot be read."""
-    shifts: list[float | None] = []
-    begins: list[int] = []
-    ends: list[int] = []
     chunk = most_at_once(source)
     try:
         stamps = source.frame_times_us(clip_id, FRONT_CAMERA)
         if (np.diff(stamps) <= 0).any():
             return None
-        for stretch in stretches:
-            within = stamps[(stamps >= stretch.begin_us) & (stamps <= stretch.end_us)]
-            steps = (within - stretch.begin_us + STEP_US // 4) // STEP_US
-            within = within[np.flatnonzero(np.diff(steps, prepend=-1))]
-            fields = [
-                far_field(picture)
-                for start in range(0, len(within), chunk)
-                for picture in glance(source, clip_id, within[start : start + chunk], about_px=WIDTH_PX)
-            ]
-            shifts += [shift_px(before, after, quick=True) for before, after in pairwise(fields)]
-            begins, ends = [*begins, *within[:-1]], [*ends, *within[1:]]
+        each = [_every_step(stamps, stretch) for stretch in stretches]
+        wanted = np.concatenate(each)
+        fields = [
+            far_field(picture)
+            for start in range(0, len(wanted), chunk)
+            for picture in glance(source, clip_id, wanted[start : start + chunk], about_px=WIDTH_PX)
+        ]
     except BadClipError:
         return None
-    if len(shifts) < 2:
+    ends = np.cumsum([len(times) for times in each])
+    firsts = [at for at in range(len(wanted) - 1) if at + 1 not in ends]  # the others are the last of a stretch
+    if len(firsts) < 2:
         return None
-    known_s, lags_s = motion.times_us / 1e6, LAG_STEP_S * np.arange(-BEYOND, len(LAGS_S) + BEYOND) + LAGS_S[0]
-    before, after = (
-        np.interp(np.array(instants)[:, None] / 1e6 - lags_s, known_s, motion.heading_rad, left=np.nan, right=np.nan)
-        for instants in (begins, ends)
-    )
+    pairs = np.stack([wanted[firsts], wanted[np.array(firsts) + 1]], axis=1)
+    shifts = [shift_px(fields[at], fields[at + 1], quick=True) for at in firsts]
     return Sideways(
         clip_id=clip_id,
-        seconds=(np.array(begins) + np.array(ends)) / 2e6 - known_s[0],
+        pairs_us=pairs,
+        seconds=pairs.mean(axis=1) / 1e6 - motion.times_us[0] / 1e6,
         shift_px=np.array([np.nan if moved is None else moved for moved in shifts], dtype=np.float64),
-        turned_rad=after - before,
+        turned_rad=_turns(pairs, motion),
     )
+
+
+def _every_step(stamps_us: NDArray[np.int64], stretch: Stretch) -> NDArray[np.int64]:
+    """Times of frames of a stretch about `STEP_US` apart."""
+    within = stamps_us[(stamps_us >= stretch.begin_us) & (stamps_us <= stretch.end_us)]
+    steps = (within - stretch.begin_us + STEP_US // 4) // STEP_US
+    times: NDArray[np.int64] = within[np.flatnonzero(np.diff(steps, prepend=-1))]
+    return times
+
+
+def _turns(pairs_us: NDArray[np.int64], motion: Motion) -> Floats:
+    """`[N, BEYOND + lags + BEYOND]` how far the vehicle turns between both times `[N, 2]`, at each lag."""
+    known_s, lags_s = motion.times_us / 1e6, LAG_STEP_S * np.arange(-BEYOND, len(LAGS_S) + BEYOND) + LAGS_S[0]
+    before, after = (
+        np.interp(times[:, None] / 1e6 - lags_s, known_s, motion.heading_rad, left=np.nan, right=np.nan)
+        for times in pairs_us.T
+    )
+    return np.asarray(after - before)
 
 
 def lag_curve(parts: Sequence[Sideways]) -> LagCurve | None:
@@ -241,6 +263,40 @@ def own_lag_curve(part: Sideways, together: LagCurve | None) -> LagCurve | None:
     return replace(curve, best_s=round(lag_s, 2), error_s=round(error_s, 2))
 
 
+def judge_pairing(part: Sideways, motions: Mapping[str, Motion], together: LagCurve | None) -> Check | None:
+    """A check of `clocks` if a clip's pictures are those of another drive; None if they are not, or it is not clear.
+
+    They clearly move, but hardly any of it is explained by the turns of the clip's own poses at about the lag that all
+    clips show together. One of `motions` that does explain it, counted from its beginning, is named.
+    """
+    known = np.isfinite(part.shift_px)
+    shift, pairs = part.shift_px[known], part.pairs_us[known]
+    if known.sum() < max(MIN_SEEN, SEEN * len(known)) or np.sqrt((shift**2).mean()) < MIN_MOVED_PX:
+        return None
+    lag_s, focal_px = (0.0, None) if together is None else (together.best_s or 0.0, together.focal_px)
+    near, begin_us = np.abs(LAGS_S - lag_s) < NEAR_S, motions[part.clip_id].times_us[0]
+
+    def share(motion: Motion) -> float:
+        turned = _turns(pairs + (motion.times_us[0] - begin_us), motion)[:, BEYOND : BEYOND + len(LAGS_S)]
+        shares = _explained(_sums(shift, turned).sum(axis=0), focal_px)[near]
+        return float(np.nanmax(shares, initial=0.0))
+
+    own = share(motions[part.clip_id])
+    if own > OWN_SHARE:
+        return None
+    shares = {clip_id: share(motion) for clip_id, motion in motions.items() if clip_id != part.clip_id}
+    finding = f"the poses' turns explain {100 * own:.0f} % of how the pictures move sideways"
+    best = max(shares, key=shares.__getitem__, default=None)
+    if best is not None and shares[best] > OTHER_SHARE:
+        finding += f", those of {best} {100 * shares[best]:.0f} %"
+        remedy = "Were the pictures of clips exchanged? Put each beside the poses that were recorded with it."
+        return verdict("clocks", finding, fail=remedy)
+    if focal_px is None:
+        return None
+    remedy = "Are they of this drive? If so, find out how far the clocks of pictures and poses are apart."
+    return verdict("clocks", finding, warn=remedy)
+
+
 def turns_seen(part: Sideways, lag_s: float) -> list[Turn]:
     """Moments at which the vehicle turned and the picture clearly moved, with clocks that are this far apart."""
     turned = part.turned_rad[:, BEYOND + int(np.argmin(np.abs(LAGS_S - lag_s)))]
@@ -261,7 +317,8 @@ def judge_clocks(curve: LagCurve | None) -> Check:
         finding += "the lag that fits best goes from {:+.1f} s to {:+.1f} s within a clip".format(*curve.span_s)
         remedy = "Take recorded times: were those of one of both counted up at a nominal rate, such as 10 a second?"
         return verdict("clocks", finding, warn=remedy)
-    if abs(curve.best_s) < APART_S or abs(curve.best_s) - 2 * (curve.error_s or 0.0) < SURE_S:
+    least_s = abs(curve.best_s) - (curve.error_s or 0.0)
+    if least_s < APART_S or least_s - (curve.error_s or 0.0) < SURE_S:
         return verdict("clocks", f"pictures and poses agree to {max(0.1, abs(curve.best_s)):.1f} s")
     amount, (pictures, poses) = (
         f"{abs(curve.best_s):.1f} s",
@@ -325,10 +382,13 @@ def _likeness(sums: Floats) -> Floats:
     return np.where((known >= 0.5 * pairs) & (norms > 1e-9), products / np.maximum(norms, 1e-12), np.nan)
 
 
-def _explained(sums: Floats, focal_px: float) -> Floats:
-    """`[lags]` share of the pictures' movement that turns explain at about this focal length; NaN as in `_likeness`."""
+def _explained(sums: Floats, focal_px: float | None) -> Floats:
+    """`[lags]` share of the pictures' movement that turns explain at about this focal length, or at any (None); NaN as
+    in `_likeness`."""
     pairs, known, products, turns, shifts = sums
-    slope = np.clip(products / np.maximum(turns, 1e-12), focal_px / SAME_FOCAL, focal_px * SAME_FOCAL)
+    slope = products / np.maximum(turns, 1e-12)
+    if focal_px is not None:
+        slope = np.clip(slope, focal_px / SAME_FOCAL, focal_px * SAME_FOCAL)
     share = (2 * slope * products - slope**2 * turns) / np.maximum(shifts, 1e-12)
     return np.where((known >= 0.5 * pairs) & (shifts > 1e-9), share, np.nan)
 

@@ -4,11 +4,13 @@ A film is read from the key frame before what is wanted, so that a few frames co
 begin anywhere, it begins with a pair and is read with it.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from alpacache.checks.glance import glance
+from alpacache.checks.glance import glance, most_at_once
 from alpacache.checks.glimpses import WIDTH_PX as GLIMPSE_PX
 from alpacache.checks.glimpses import Glimpse, glimpse_of_run, runs_of_frames
 from alpacache.checks.motion import Motion
@@ -38,16 +40,28 @@ def look_at_film(source: RecordedSource, clip_id: str, motion: Motion, *, number
         return seen
     pairs = turning_pairs(stamps, motion, number=number, clips=clips)
     runs = runs_of_frames(clip_id, stamps, motion, clips=min(clips, CLIPS), pairs_us=pairs)
-    pair_at, run_at = ({int(times[0]): times for times in group} for group in (pairs, runs))
-    for first in sorted(pair_at | run_at):
-        pair, run = pair_at.get(first), run_at.get(first)
-        wanted = np.unique(np.concatenate([times for times in (pair, run) if times is not None]))
+    for batch in _batches(sorted([*pairs, *runs], key=lambda times: int(times[0])), most_at_once(source)):
+        wanted = np.unique(np.concatenate(batch))
         try:
-            frames = glance(source, clip_id, wanted, about_px=GLIMPSE_PX if pair is None else WIDTH_PX)
+            frames = glance(source, clip_id, wanted, about_px=WIDTH_PX if len(pairs) else GLIMPSE_PX)
         except BadClipError:
             break  # unreadable pictures are refused where a sample needs them
-        if pair is not None:
-            seen.turns.extend(turn_of_pair(clip_id, pair, frames[np.searchsorted(wanted, pair)], motion))
-        if run is not None:
-            seen.glimpses.append(glimpse_of_run(clip_id, run, frames[np.searchsorted(wanted, run)], motion))
+        for times in batch:
+            shown = frames[np.searchsorted(wanted, times)]
+            if len(times) == 2:
+                seen.turns.extend(turn_of_pair(clip_id, times, shown, motion))
+            else:
+                seen.glimpses.append(glimpse_of_run(clip_id, times, shown, motion))
     return seen
+
+
+def _batches(groups: Sequence[NDArray[np.int64]], most: int) -> Iterator[list[NDArray[np.int64]]]:
+    """Successive groups of times that are at most so many together."""
+    batch: list[NDArray[np.int64]] = []
+    for times in groups:
+        if batch and sum(map(len, batch)) + len(times) > most:
+            yield batch
+            batch = []
+        batch.append(times)
+    if batch:
+        yield batch

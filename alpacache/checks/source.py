@@ -7,6 +7,7 @@ recordings are compared with what a road vehicle and its camera do. No model is 
 
 import hashlib
 import os
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from alpacache.checks.clocks import (
     Sideways,
     choose,
     judge_clocks,
+    judge_pairing,
     lag_curve,
     own_lag_curve,
     sideways_of,
@@ -54,8 +56,12 @@ SHOWN = 12
 """Most clips of which a sample from their middle is kept to be shown."""
 MAX_THREADS = 16
 """Each holds the pictures of one sample."""
+SWITCH_S = 0.0005
+"""Longest wait of a decoder for the interpreter that another thread has; a frame takes a millisecond or two."""
 MOST_GLIMPSES = 160
 """Most glimpses that are kept until the end, of up to 12 small pictures each."""
+SUSPECTS = 3
+"""Most clips whose film is compared in full because pictures moved against the poses in a turn."""
 OUT_OF_ORDER = "pictures are not in the order of time"
 
 MEANINGS: Mapping[str, str] = {
@@ -228,9 +234,12 @@ def _in_order(work: Callable[[_T], _R], items: Iterable[_T]) -> Generator[_R, No
     Closed early, it waits for the work in hand only.
     """
     pool = ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0))), thread_name_prefix="check")
+    usual_s = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
     try:
         yield from pool.map(work, items)
     finally:
+        sys.setswitchinterval(usual_s)
         pool.shutdown(cancel_futures=True)
 
 
@@ -292,15 +301,23 @@ class _Survey:
         if not isinstance(source, RecordedSource):
             return
         motions = {clip_id: clip.motion for clip_id, clip in self.clips.items() if clip.motion is not None}
-        chosen = choose(motions)
+        against = Counter(turn.clip_id for turn in self._turns if not turn.agrees)
+        chosen = choose(motions, suspects=[clip_id for clip_id, _ in against.most_common(SUSPECTS)])
 
         def seen(clip_id: str) -> Sideways | None:
             return sideways_of(source, clip_id, motions[clip_id], chosen[clip_id])
 
         parts = [part for part in _in_order(seen, chosen) if part is not None]
         self.lag_curve = lag_curve(parts) if parts else None
+        own = {part.clip_id: judge_clocks(own_lag_curve(part, self.lag_curve)) for part in parts}
         for part in parts:
-            self.clips[part.clip_id].checks += (judge_clocks(own_lag_curve(part, self.lag_curve)),)
+            if not own[part.clip_id].is_judged and (check := judge_pairing(part, motions, self.lag_curve)) is not None:
+                own[part.clip_id] = check
+        sound = [part for part in parts if own[part.clip_id].status == "ok"]
+        if len(sound) < len(parts) and any(check.status == "fail" for check in own.values()):
+            self.lag_curve = lag_curve(sound) if sound else None
+        for clip_id, check in own.items():
+            self.clips[clip_id].checks += (check,)
         lag_s = self.lag_curve.best_s if self.lag_curve is not None else None
         turns = [turn for part in parts for turn in turns_seen(part, lag_s or 0.0)]
         self._turns += alike(turns, clips=len({turn.clip_id for turn in (*self._turns, *turns)}))

@@ -152,7 +152,9 @@ def _refined(
         np.interp(start + part[:, None] - lags_s, log_s, yaw_rad, left=np.nan, right=np.nan) for part in (begins, ends)
     )
     seconds = (begins + ends) / 2
-    curve = lag_curve([Sideways(clip_id="film", seconds=seconds, shift_px=shift, turned_rad=after - before)])
+    pairs_us = np.round(1e6 * np.stack([begins, ends], axis=1)).astype(np.int64)
+    film = Sideways(clip_id="film", pairs_us=pairs_us, seconds=seconds, shift_px=shift, turned_rad=after - before)
+    curve = lag_curve([film])
     if curve is None or curve.best_s is None or curve.error_s is None or curve.drift is not None:
         why = "" if curve is None or curve.drift is None else ": the film's clock runs at another speed than the log's"
         return f"no place fits clearly best over {seconds[-1]:.0f} s of film{why}"

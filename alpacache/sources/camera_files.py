@@ -65,7 +65,8 @@ def find_pictures(folder: Path, count: int, *, where: str) -> dict[int, str]:
         present = f"{len(pictures)} images" if pictures else "no image that can be read"
         beside = ", ".join(f"{number} files with {ending}" for ending, number in others.most_common(3))
         beside = f" beside {beside}; {_READ} are read" if others else ""
-        raise BadClipError("wrong_shape", f"{where}: {present}, but {count} timestamps{beside}.")
+        remedy = "Write one picture for each time, or the times of those that are there."
+        raise BadClipError("wrong_shape", f"{where}: {present}, but {count} timestamps{beside}. {remedy}")
     missing = next((number for number in range(count) if number not in pictures), None)
     if missing is not None:
         rule = "number the pictures from 000000 on without a gap, in the order of the timestamps"

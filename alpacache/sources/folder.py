@@ -16,7 +16,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from alpacache.sources.recording import (
     PictureReading,
     Reel,
     covered_us,
+    read_frames,
     read_lenses,
     reels,
     sample_of,
@@ -53,8 +54,8 @@ from alpacache.sources.video import FilmReading
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_CALIBRATION_BYTES = 2**20
 MAX_PICTURE_BYTES = 2**28
-KEPT_TABLES, KEPT_BYTES = 32, 2**18
-"""Most tables that are kept, and most bytes of one: all samples of a clip are cut from the same few."""
+KEPT_BYTES, KEPT_TABLE_BYTES = 2**25, 2**18
+"""Most bytes of all tables that are kept, and of one: all clips' moments are chosen first, then samples are cut."""
 _INDEX, _STAMPS = "dataset.json", ".timestamps.parquet"
 
 
@@ -73,7 +74,7 @@ class FolderSource:
         self.cameras = sort_cameras(cameras or index["cameras"])
         self._known = frozenset(self.clip_ids)
         self._tables: OrderedDict[tuple[Path, tuple[str, ...], int, int], dict[str, NDArray[Any]]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept_bytes, self._lock = 0, threading.Lock()
 
     def times_us(self, clip_id: str) -> tuple[int, int]:
         """First and last instant that the poses and those of `cameras` that the clip has both cover."""
@@ -171,9 +172,9 @@ class FolderSource:
     ) -> NDArray[np.uint8]:
         self._clip(clip_id)
         stamps = self.frame_times_us(clip_id, camera)
-        chosen = frame_indices(stamps, times_us, where=f"{clip_id}: {camera}").tolist()
-        with closing(self._opener(clip_id, camera, about_px=about_px)(stamps, [chosen])) as reading:
-            return reading.read(0)
+        where = f"{clip_id}: {camera}"
+        chosen = frame_indices(stamps, times_us, where=where)
+        return read_frames(self._opener(clip_id, camera, about_px=about_px), stamps, chosen, where=where)
 
     def _opener(self, clip_id: str, camera: str, *, about_px: int | None = None) -> OpenFrames:
         """A function that opens the camera's film or pictures."""
@@ -214,11 +215,12 @@ class FolderSource:
         columns = read_columns(file, names, where=f"{where}: {file.name}")
         for column in columns.values():
             column.flags.writeable = False
-        if sum(column.nbytes for column in columns.values()) <= KEPT_BYTES:
+        if _size_bytes(columns) <= KEPT_TABLE_BYTES:
             with self._lock:
+                self._kept_bytes += _size_bytes(columns) - _size_bytes(self._tables.pop(key, {}))
                 self._tables[key] = columns
-                if len(self._tables) > KEPT_TABLES:
-                    self._tables.popitem(last=False)
+                while self._kept_bytes > KEPT_BYTES:
+                    self._kept_bytes -= _size_bytes(self._tables.popitem(last=False)[1])
         return columns
 
     def _read_calibration(self, clip_id: str) -> dict[str, Any] | None:
@@ -227,6 +229,10 @@ class FolderSource:
             return None
         text = _regular(file, self._root, where=clip_id, limit_bytes=MAX_CALIBRATION_BYTES).read_bytes()
         return read_lenses(text, where=f"{clip_id}: {file.name}")
+
+
+def _size_bytes(columns: Mapping[str, NDArray[Any]]) -> int:
+    return sum(column.nbytes for column in columns.values())
 
 
 def is_plain_name(name: Any) -> bool:

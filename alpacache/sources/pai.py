@@ -11,7 +11,7 @@ This module adds what a run over many clips needs: which clips are there, and a 
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -29,7 +29,7 @@ from alpacache.hub import why_unreachable
 from alpacache.sources.pai_cache import FEATURES_FILE, REPO, LinkedCache, explain_hub_error, unreachable_hub
 from alpacache.sources.pai_chunks import ChunkCache, cache_directory, limit_bytes
 from alpacache.sources.pai_metadata import Faults, read_by_clip
-from alpacache.sources.recording import POSE_COLUMNS, Reel, Shot, covered_us, reels, sample_of, track_of
+from alpacache.sources.recording import POSE_COLUMNS, Reel, Shot, covered_us, read_frames, reels, sample_of, track_of
 from alpacache.sources.retry import connection_errors, first_line, with_retry
 from alpacache.sources.source import SourceKind
 from alpacache.sources.table import check_table, read_columns
@@ -218,9 +218,8 @@ class PhysicalAiSource:
     ) -> NDArray[np.uint8]:
         with self._reading_film(clip_id, camera):
             stamps = self._read_stamps(clip_id, camera)
-            chosen = frame_indices(stamps, times_us, where=f"{clip_id}: {camera}").tolist()
-            with closing(self._film(clip_id, camera, stamps, [chosen], about_px=about_px)) as reading:
-                return reading.read(0)
+            where, opener = f"{clip_id}: {camera}", partial(self._film, clip_id, camera, about_px=about_px)
+            return read_frames(opener, stamps, frame_indices(stamps, times_us, where=where), where=where)
 
     def _film(
         self,

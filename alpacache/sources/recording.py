@@ -63,6 +63,21 @@ class PictureReading:
         self._kept = {}
 
 
+NEAR = 16
+"""Frames between two wanted ones up to which a film is read on; beyond, the next one is sought."""
+
+
+def read_frames(
+    open_frames: OpenFrames, stamps: NDArray[np.int64], chosen: NDArray[np.int64], *, where: str
+) -> NDArray[np.uint8]:
+    """Frames `[N, 3, H, W]` by their numbers, in any order; what they are read from is opened once."""
+    numbers, places = np.unique(chosen, return_inverse=True)
+    groups = np.split(numbers, np.flatnonzero(np.diff(numbers) > NEAR) + 1)
+    with closing(open_frames(stamps, [group.tolist() for group in groups])) as reading:
+        pictures = [picture for at in range(len(groups)) for picture in reading.read(at).transpose(0, 2, 3, 1)]
+    return stack([pictures[place] for place in places.tolist()], where=where)
+
+
 class Reel:
     """What one camera of a clip has for samples that are read one after another, in the order of their times."""
 

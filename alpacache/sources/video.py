@@ -10,7 +10,7 @@ pass that meets damage decides nothing, as it may be in a frame that only anothe
 then read alone. So what a sample gets does not depend on those that are read with it.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import takewhile
 from pathlib import Path
@@ -62,6 +62,8 @@ class FilmReading:
         """Container and video stream: for passes from key frames, and (True) for the one from the film's start."""
         self._passes: dict[bool, _Pass] = {}
         self._shares_whole = True
+        self._colours: Any = None
+        """FFmpeg's scaler; to set one up for each picture takes as long as the picture."""
 
     def read(self, number: int) -> NDArray[np.uint8]:
         """The frames of one sample, `[frames, 3, H, W]` RGB, upright as the film's display matrix says.
@@ -118,7 +120,7 @@ class FilmReading:
             begun = _Pass(*self._open(from_start=from_start), index, start, shared, seek=not from_start)
             self._passes[from_start] = begun
         later = {index.times[frame] for frame, last in self._last_use.items() if last > number}
-        frames = begun.take(wanted, later=later, about_px=self._about_px, where=self._where)
+        frames = begun.take(wanted, later=later, picture=self._picture)
         if frames is not None:
             return frames
         self._drop(from_start)
@@ -127,9 +129,23 @@ class FilmReading:
         self._shares_whole = self._shares_whole and not from_start  # it is long, and would meet the same again
         try:
             alone = _Pass(*self._open(from_start=from_start), index, start, [wanted], seek=not from_start)
-            return alone.take(wanted, later=(), about_px=self._about_px, where=self._where)
+            return alone.take(wanted, later=(), picture=self._picture)
         finally:
             self._drop(from_start)
+
+    def _picture(self, frame: Any) -> NDArray[np.uint8]:
+        """`[H, W, 3]`, upright, at the whole part of its size that is least but still `about_px` across."""
+        from av.video.reformatter import VideoReformatter
+
+        check_size(frame.width, frame.height, where=self._where)
+        self._colours = self._colours or VideoReformatter()
+        part = 1 if self._about_px is None else max(1, frame.width // self._about_px)
+        small: dict[str, Any] = {}
+        if part > 1:
+            small = {"width": frame.width // part, "height": max(1, frame.height // part), "interpolation": "AREA"}
+        # Samples are read side by side: threads for each picture would cost more than they save.
+        rgb = self._colours.reformat(frame, format="rgb24", threads=1, **small).to_ndarray()
+        return _upright(rgb, frame, where=self._where)
 
 
 class _Pass:
@@ -149,11 +165,11 @@ class _Pass:
         """Time of the latest frame that was decoded."""
 
     def take(
-        self, wanted: Sequence[int], *, later: Collection[int], about_px: int | None, where: str
+        self, wanted: Sequence[int], *, later: Collection[int], picture: Callable[[Any], NDArray[np.uint8]]
     ) -> list[NDArray[np.uint8]] | None:
         """Pictures of one sample; None if the decoder marks one of its frames, or any decoded before, as damaged.
 
-        Those whose times are among `later` are kept. Raises `BadClipError` for a picture that cannot be shown.
+        `picture` makes one of a frame. Those whose times are among `later` are kept.
         """
         import av
 
@@ -171,8 +187,7 @@ class _Pass:
                 return None
             for time in wanted:
                 if not isinstance(frame := self._kept[time], np.ndarray):
-                    check_size(frame.width, frame.height, where=where)
-                    self._kept[time] = _upright(_rgb(frame, about_px), frame, where=where)
+                    self._kept[time] = picture(frame)
         except (av.error.FFmpegError, _DamageError):
             return None
         pictures = [self._kept[time] for time in wanted]
@@ -221,16 +236,6 @@ def needed_frames(container: Any, stream: Any, wanted: frozenset[int], last: int
         if packet.size and packet.pts == last and not packet.is_discard:
             yield from codec.decode(None)
             return
-
-
-def _rgb(frame: Any, about_px: int | None) -> NDArray[np.uint8]:
-    """`[H, W, 3]`, at the whole part of its size that is least but still `about_px` across."""
-    part = 1 if about_px is None else max(1, frame.width // about_px)
-    if part > 1:
-        width, height = frame.width // part, max(1, frame.height // part)
-        frame = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA")
-    picture: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
-    return picture
 
 
 def _upright(picture: NDArray[np.uint8], frame: Any, *, where: str) -> NDArray[np.uint8]:

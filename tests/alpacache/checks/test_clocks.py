@@ -1,6 +1,7 @@
 """The lag between pictures and poses is measured where turns allow, and not judged where they do not."""
 
 import io
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from alpacache.checks.check import worst
 from alpacache.checks.clocks import (
     BEYOND,
     LAG_STEP_S,
@@ -17,6 +19,7 @@ from alpacache.checks.clocks import (
     Sideways,
     choose,
     judge_clocks,
+    judge_pairing,
     lag_curve,
     own_lag_curve,
 )
@@ -32,7 +35,7 @@ def checks_of(source, **arguments):
     return report, {check.name: check for check in report.checks}
 
 
-@pytest.mark.parametrize("late_s", [0.0, 0.1, 0.3, -0.5, 1.4])
+@pytest.mark.parametrize("late_s", [0.0, 0.1, -0.23, -0.5, 1.4])
 def test_the_lag_is_measured(drive, panorama, late_s):
     report, checks = checks_of(panorama({"town": drive()}, late_s=late_s))
     assert report.lag_curve.best_s == pytest.approx(late_s, abs=0.05)
@@ -125,6 +128,7 @@ def seen(clip_id, late_s, bends, *, length=50):
     noise = np.random.default_rng(int(clip_id)).normal(0, 0.3, length)
     return Sideways(
         clip_id=clip_id,
+        pairs_us=np.round(1e6 * (seconds[:, None] + [-0.1, 0.1])).astype(np.int64),
         seconds=seconds,
         shift_px=230 * turned(seconds - late_s) + noise,
         turned_rad=turned(seconds[:, None] - lags_s),
@@ -147,6 +151,50 @@ def test_a_clip_that_turns_little_is_told_by_the_others():
     assert not judge_clocks(own_lag_curve(steady, together)).is_judged
 
 
+def test_pictures_of_other_clips_are_told_with_the_clip_that_they_fit(drive):
+    bends = {"0": ((1, 3, 0.4), (5, 7, -0.5)), "1": ((2, 5, -0.4), (7, 9, 0.3)), "2": ((0, 2, -0.5), (4, 8, 0.3))}
+    parts = {clip_id: seen(clip_id, 0.0, bends[clip_id]) for clip_id in bends}
+    times_us = np.arange(0, 10_000_001, 200_000)
+    fine = np.arange(-10.0, 30.0, 0.01)
+    motions = {}
+    for clip_id, turns in bends.items():
+        rate = sum(rate * ((fine >= begin) & (fine < end)) for begin, end, rate in turns)
+        heading = np.interp(times_us / 1e6, fine, np.cumsum(rate) * 0.01)
+        motions[clip_id] = replace(motion_of(drive(seconds=12)), times_us=times_us, heading_rad=heading)
+    together = lag_curve(list(parts.values()))
+    assert all(judge_pairing(part, motions, together) is None for part in parts.values())
+    for curve in (together, None):  # of two clips whose pictures are exchanged, nothing is known together
+        check = judge_pairing(replace(parts["0"], clip_id="1"), motions, curve)
+        assert check.status == "fail"
+        assert re.search(r"explain \d+ % of how the pictures move sideways, those of 0 (9\d|100) %", check.found)
+    elsewhere = seen("1", 0.0, ((0, 1, 0.6), (3, 4, -0.6), (6, 7, 0.6)))
+    assert judge_pairing(elsewhere, motions, together).status == "warn"
+    assert judge_pairing(elsewhere, motions, None) is None
+    assert judge_pairing(replace(elsewhere, shift_px=0.1 * elsewhere.shift_px), motions, together) is None
+
+
+def test_exchanged_pictures_are_named_by_check(drive, panorama):
+    track = drive()
+    clips = {}
+    for number in range(3):
+        part = slice(200 * number, 200 * number + 200)
+        clips[f"{number}"] = replace(
+            track,
+            timestamps_us=track.timestamps_us[:200],
+            xyz=track.xyz[part],
+            quaternion_xyzw=track.quaternion_xyzw[part],
+        )
+    source = panorama(clips)
+    whole = source.film
+    source.film = lambda clip_id, camera, times_us: whole({"0": "2", "2": "0"}.get(clip_id, clip_id), camera, times_us)
+    report, checks = checks_of(source)
+    assert checks["clocks"].status == "warn"
+    assert checks["clocks"].found.startswith("2 of 3 clips, such as 0: the poses' turns explain")
+    assert "those of 2 9" in checks["clocks"].found
+    assert "exchanged" in checks["clocks"].remedy
+    assert [worst(clip.checks) for clip in report.clips] == ["fail", "ok", "fail"]
+
+
 def test_of_many_clips_those_that_turn_most_are_looked_at(drive):
     town = motion_of(drive())
     straight = replace(town, heading_rad=0 * town.heading_rad)
@@ -156,6 +204,9 @@ def test_of_many_clips_those_that_turn_most_are_looked_at(drive):
     assert lengths == [[pytest.approx(5e6, rel=0.05)] * 2] * 2
     early, late = chosen["7"]
     assert early.end_us < town.times_us[0] + 30e6 < late.begin_us
+    suspects = choose({f"{number}": town if number != 3 else straight for number in range(20)}, suspects=["18", "3"])
+    assert "18" in suspects
+    assert "3" not in suspects
     chosen = choose({f"{number}": town for number in range(20)})
     assert sum(part.end_us - part.begin_us for parts in chosen.values() for part in parts) <= PAIRS * STEP_US * 1.05
 
