@@ -62,6 +62,8 @@ _FIELDS = (
 )
 _MOST_SECONDS = 9e12
 """Microseconds beyond it would leave 64 bits."""
+_MOST_VALUE = 1e12
+"""Metres and degrees beyond it are no places; their squares would leave a double."""
 _MAX_JSON_BYTES, _MAX_LINE_BYTES, _MOST_LINES = 2**24, 2**20, 4_000_000
 
 
@@ -417,7 +419,7 @@ def _sound(
     """Times and finite rows in order. Raises `BadClipError` for fewer than two."""
     times = np.array([time for time, _ in states], np.int64)
     rows = np.array([row for _, row in states], np.float64).reshape(-1, 6)
-    finite = np.isfinite(rows).all(axis=1)
+    finite = (np.abs(rows) < _MOST_VALUE).all(axis=1)
     if (~finite).any():
         dropped.append(Dropped(what="poses", count=int((~finite).sum()), reason=f"{where}: not finite"))
     times, rows = times[finite], rows[finite]
