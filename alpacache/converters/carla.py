@@ -30,7 +30,7 @@ from alpacache.converters.messages import numbers, part
 from alpacache.converters.remux import film_frames
 from alpacache.converters.ros_pictures import PictureReader
 from alpacache.driving.cameras import FRONT_CAMERA
-from alpacache.driving.poses import Track
+from alpacache.driving.poses import MAX_VALUE, Track
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.regular_file import read_regular, regular_size
 
@@ -62,8 +62,6 @@ _FIELDS = (
 )
 _MOST_SECONDS = 9e12
 """Microseconds beyond it would leave 64 bits."""
-_MOST_VALUE = 1e12
-"""Metres and degrees beyond it are no places; their squares would leave a double."""
 _MAX_JSON_BYTES, _MAX_LINE_BYTES, _MOST_LINES = 2**24, 2**20, 4_000_000
 
 
@@ -419,7 +417,7 @@ def _sound(
     """Times and finite rows in order. Raises `BadClipError` for fewer than two."""
     times = np.array([time for time, _ in states], np.int64)
     rows = np.array([row for _, row in states], np.float64).reshape(-1, 6)
-    finite = (np.abs(rows) < _MOST_VALUE).all(axis=1)
+    finite = (np.abs(rows) < MAX_VALUE).all(axis=1)
     if (~finite).any():
         dropped.append(Dropped(what="poses", count=int((~finite).sum()), reason=f"{where}: not finite"))
     times, rows = times[finite], rows[finite]
