@@ -17,6 +17,10 @@ MOST_CHUNK_BYTES = 2**30
 """Largest record of a log, and largest chunk once it is decompressed, that is read."""
 
 
+_MOST_SECONDS = 9e12
+"""Microseconds beyond it would leave 64 bits."""
+
+
 class UnusableError(BadClipError):
     """A drive cannot be used; the message says why, and is the reason in the report."""
 
@@ -39,6 +43,14 @@ def read_text(file: Path, *, limit_bytes: int = MAX_TEXT_BYTES, is_mixed: bool =
         return content.decode("utf-8-sig", errors="replace" if is_mixed else "strict")
     except UnicodeDecodeError as error:
         raise UnusableError(f"{file} is no UTF-8 text (byte {error.start})") from error
+
+
+def as_microseconds(seconds: NDArray[np.float64], *, where: str) -> NDArray[np.int64]:
+    """Times in seconds as whole microseconds. Raises `UnusableError` for one that is not finite, or leaves 64 bits."""
+    if not (sound := np.abs(seconds) < _MOST_SECONDS).all():
+        first = int(np.argmin(sound))
+        raise UnusableError(f"{where}: time {first} is {seconds[first]:g}, which no clock says", kind="not_finite")
+    return np.rint(seconds * 1e6).astype(np.int64)
 
 
 def inside(root: Path, name: str, *, links: bool = False) -> Path:
