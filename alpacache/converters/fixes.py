@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from alpacache.converters.drive import Dropped
 from alpacache.converters.log_files import UnusableError, read_text
+from alpacache.driving.poses import MAX_VALUE
 from alpacache.driving.sample import Floats
 
 KNOT_MPS, MPH_MPS = 0.514444, 0.44704
@@ -245,7 +246,8 @@ def _table(
     with np.errstate(invalid="ignore"):
         away = (np.abs(values["latitude"]) > 90) | (np.abs(values["longitude"]) > 180)
         nowhere = (values["latitude"] == 0) & (values["longitude"] == 0)  # what receivers write without a fix
-    bad = away | nowhere | np.any([np.isinf(column) for column in values.values()], axis=0)
+        beyond = np.any([np.abs(column) > MAX_VALUE for column in values.values()], axis=0)
+    bad = away | nowhere | beyond
     for at in np.flatnonzero(bad).tolist():
         lost.add("rows", "no place on earth, or 0, 0", f"row {at + 1}")
     kept = np.flatnonzero(~bad)
