@@ -111,7 +111,7 @@ def _array(file: Path) -> Any:
         raise UnusableError(f"global_pose/{file.name} is not there", kind="missing_poses") from error
     except UnusableError:
         raise
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # of a damaged header NumPy raises anything
         raise UnusableError(f"global_pose/{file.name} cannot be read as an array ({error}); copy it again") from error
 
 
