@@ -49,8 +49,7 @@ def demo(config: DemoConfig, json: bool) -> None:
     Example: `alpacache demo --out demo`
     """
     from alpacache.demo.story import run_demo
-    from alpacache.driver.loop_page import HEADS as LOOP_HEADS
-    from alpacache.driver.loop_page import loop_rows
+    from alpacache.driver.loop_page import loop_table
     from alpacache.progress import OnProgress
 
     @contextmanager
@@ -65,21 +64,22 @@ def demo(config: DemoConfig, json: bool) -> None:
         output.print_json(told | {"closed_loop": report.loop})
         return
     _print_summary(report.evaluation.summary)
-    output.print_table("closed loop: each model drives itself", loop_rows(report.loop), heads=LOOP_HEADS)
-    pages = {"report": "report.html", "drives": "closed_loop.html"}
+    heads, *rows = loop_table(report.loop, beside=report.open_loop)
+    output.print_table("closed loop: each model drives itself", rows, heads=heads)
+    pages = {"report": "report.html", "drives": "closed_loop.html", "one of them": "closed_loop.webp"}
     output.print_lines("", {label: f"{report.evaluation.out}/{name}" for label, name in pages.items()})
 
 
 def _print_summary(summary: "EvalSummary") -> None:
     """Show errors in metres, then how much of the turn each model takes and knows, and the verdict on it."""
-    from alpacache.driving.strata import LATE_CURVE, STRAIGHT_HISTORY
+    from alpacache.driving.strata import LATE_CURVE, STRAIGHT_HISTORY, stratum_name
 
-    names = {"all": "all", STRAIGHT_HISTORY: "straight history", LATE_CURVE: "curve after t0"}
+    names = {name: stratum_name(name) for name in ("all", STRAIGHT_HISTORY, LATE_CURVE)}
     errors, turns = [], []
     for name, stratum in summary.strata.items():
         labels = (*summary.models, *summary.baselines) if name in names else summary.models
         for number, label in enumerate(labels if stratum.samples else ()):
-            first = [names.get(name, name.replace("_", " ")), str(stratum.samples)] if number == 0 else ["", ""]
+            first = [stratum_name(name), str(stratum.samples)] if number == 0 else ["", ""]
             errors.append([*first, label, *(f"{stratum.metrics[label][key]:.3f}" for key in _METRICS)])
             if name in names:
                 turns.append([*first, label, *_turn_cells(stratum, label)])
@@ -100,7 +100,8 @@ def _print_summary(summary: "EvalSummary") -> None:
     for warning in summary.warnings[:_WARNINGS]:
         output.note(warning)
     if (more := len(summary.warnings) - _WARNINGS) > 0:
-        output.note(f"{more} more strata are too small to conclude from; eval.json names them.")
+        many = "stratum is" if more == 1 else "strata are"
+        output.note(f"{more} more {many} too small to conclude from; eval.json has the names.")
 
 
 def _print_steering(summary: "EvalSummary") -> None:

@@ -23,6 +23,8 @@ ACCESS_KEY, SECRET_KEY = "AKIATESTTESTTESTTEST", "secret/of+the/tests"
 settings.register_profile("untimed", settings(), deadline=None)
 settings.load_profile("untimed")
 
+sys.path.append(str(Path(__file__).parent / "browser"))
+
 REAPER: pytest.StashKey[subprocess.Popen[bytes]] = pytest.StashKey()
 
 _REFUSALS = {"500": "500 Internal Server Error", "503": "503 Slow Down", "429": "429 Too Many Requests"}
@@ -244,3 +246,16 @@ def s3(s3_server: tuple[FaultyServer, int], monkeypatch: pytest.MonkeyPatch, tmp
     found.make_bucket()
     yield found
     server.faults = []
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium; without one on the path the test is skipped."""
+    import headless
+
+    executable = headless.chromium()
+    if executable is None:
+        pytest.skip("no chromium on the path; Debian's package `chromium` provides it")
+    opened = headless.Browser(executable, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()

@@ -20,20 +20,25 @@ from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.driver.closed_loop import LoopSummary, drive_roads, loop_roads, summarise
 from alpacache.driver.driver import load_driver
-from alpacache.driver.loop_page import write_loop_page
+from alpacache.driver.loop_film import telling, write_loop_film
+from alpacache.driver.loop_page import Beside, add_to_report, write_loop_page
+from alpacache.driving.sample import FUTURE_S
 from alpacache.durable import check_out
 from alpacache.errors import UsageError
 from alpacache.evaluation.config import EvalConfig
 from alpacache.evaluation.evaluate import EvalReport, evaluate
+from alpacache.evaluation.summary import EvalSummary
 from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.extract import extract
 from alpacache.inference import BASE, TRAINED
+from alpacache.metrics.bootstrap import range_text
 from alpacache.progress import OnProgress, Progress
 from alpacache.training.config import TrainConfig
 from alpacache.training.run_log import TrainReport
 from alpacache.training.train import train
 
 WEIGHTS = "demo_model.safetensors"
+_ERRORS = {"min_ade": "minADE", "ade": "ADE"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +66,11 @@ class DemoReport:
     evaluation: EvalReport
     loop: Mapping[str, LoopSummary]
     """Summary by label; empty without a closed loop."""
+
+    @property
+    def open_loop(self) -> dict[str, dict[str, str]]:
+        """By label, what the evaluation says of the same models in few words, to stand beside the closed loop."""
+        return open_loop(self.evaluation.summary)
 
 
 Stage = Callable[[str, str], AbstractContextManager[OnProgress]]
@@ -93,14 +103,27 @@ def run_demo(out: Path | str, *, seed: int = 0, size: DemoSize | None = None, st
     loop: dict[str, LoopSummary] = {}
     if size.roads:
         with stage(f"drive {size.roads} roads", "python: alpacache.driver.closed_loop.drive_roads(...)") as on_progress:
-            loop = closed_loop(model, out / "run", out / "report/closed_loop.html", size=size, on_progress=on_progress)
+            page, beside = out / "report/closed_loop.html", open_loop(report.summary)
+            loop = closed_loop(model, out / "run", page, beside=beside, size=size, on_progress=on_progress)
     return DemoReport(model=model, run=trained, evaluation=report, loop=loop)
 
 
+def open_loop(summary: EvalSummary) -> dict[str, dict[str, str]]:
+    """By label, minADE, ADE and share of the turn over all samples."""
+    stratum = summary.strata["all"]
+    told: dict[str, dict[str, str]] = {}
+    for label in summary.models:
+        slope = stratum.bias[label]["heading"][FUTURE_S]
+        turn = "-" if slope is None else f"{slope.slope:.2f} {range_text(slope.low, slope.high, '.2f')}".rstrip()
+        errors = {f"open loop: {name} m": f"{stratum.metrics[label][key]:.2f}" for key, name in _ERRORS.items()}
+        told[label] = errors | {"turn taken": turn}
+    return told
+
+
 def closed_loop(
-    model: str, run: Path, page: Path, *, size: DemoSize, on_progress: OnProgress
+    model: str, run: Path, page: Path, *, beside: Beside, size: DemoSize, on_progress: OnProgress
 ) -> dict[str, LoopSummary]:
-    """Both models drive the same roads themselves; by label how well they did, and a page that plays some of it."""
+    """Both models drive the same roads themselves: by label how well. The report and a page play some, a film one."""
     trained, roads = load_driver(model, str(run), device="cpu"), loop_roads(size.roads)
     drivers, driven, started = {BASE: trained.alongside(None), TRAINED: trained}, {}, time.monotonic()
     for number, (label, driver) in enumerate(drivers.items()):
@@ -113,7 +136,10 @@ def closed_loop(
         driven[label] = drive_roads(driver, roads, pictures=size.played, on_step=tell)
     loop = {label: summarise(drives, before=driven[BASE]) for label, drives in driven.items()}
     about = f"{size.roads} generated roads: straight, bends, S. Each model sees what its own driving leads to."
-    write_loop_page(page, driven, loop, about=about)
+    write_loop_page(page, driven, loop, about=about, beside=beside)
+    add_to_report(page.with_name("report.html"), page)
+    best = telling(driven)
+    write_loop_film(page.with_suffix(".webp"), {label: drives[best] for label, drives in driven.items()})
     return loop
 
 

@@ -119,6 +119,8 @@ class LoopSummary:
     roads: int
     kept: Interval | None
     """Share of the roads on which the car stayed in its lane."""
+    finished: Interval | None
+    """Share of the roads that were driven to the end: the car was never `LOST_M` from its lane's middle."""
     distance_m: Interval | None
     lateral_error_m: Interval | None
     jerk_mps3: Interval | None
@@ -126,6 +128,8 @@ class LoopSummary:
     """Kind of road -> roads kept, roads driven."""
     more_kept: Interval | None = None
     """Share of kept roads less the first model's."""
+    more_finished: Interval | None = None
+    """Share of finished roads less the first model's."""
 
 
 def loop_roads(count: int, *, shapes: Sequence[Shape] = ROADS, seed: int = 0) -> list[LoopRoad]:
@@ -202,19 +206,28 @@ def drive_roads(
 def summarise(drives: Sequence[RoadDrive], *, before: Sequence[RoadDrive] | None = None) -> LoopSummary:
     """Summarise drives, compared with the same roads as another model drove them `before`."""
     names = [f"{drive.road.shape} {drive.road.clip_id}" for drive in drives]
-    kept, ones = [float(drive.kept) for drive in drives], np.ones(len(drives))
+    kept, finished = ([float(end) for end in ends] for ends in _ends(drives))
+    ones = np.ones(len(drives))
+    before_kept, before_finished = ([], []) if before is None else _ends(before)
     mean = partial(weighted_mean, weights=ones, clips=names)
     shapes = list(dict.fromkeys(drive.road.shape for drive in drives))
     own = {shape: [drive.kept for drive in drives if drive.road.shape == shape] for shape in shapes}
     return LoopSummary(
         roads=len(drives),
         kept=mean_share(kept, names),
+        finished=mean_share(finished, names),
         distance_m=mean([drive.distance_m for drive in drives]),
         lateral_error_m=mean([drive.lateral_error_m for drive in drives]),
         jerk_mps3=mean([drive.jerk_mps3 for drive in drives]),
         by_shape={shape: (sum(found), len(found)) for shape, found in own.items()},
-        more_kept=None if before is None else mean_difference([float(one.kept) for one in before], kept, names),
+        more_kept=None if before is None else mean_difference(before_kept, kept, names),
+        more_finished=None if before is None else mean_difference(before_finished, finished, names),
     )
+
+
+def _ends(drives: Sequence[RoadDrive]) -> tuple[list[bool], list[bool]]:
+    """Which roads were kept, and which were finished."""
+    return [drive.kept for drive in drives], [not drive.lost for drive in drives]
 
 
 def _begun(road: LoopRoad) -> RoadDrive:

@@ -48,6 +48,11 @@ STRATA = ("all", *TURN_STRATA[:-1], STRAIGHT_HISTORY, LATE_CURVE, "stopped", "sl
 """Every stratum, in the order of tables. They overlap: turn, direction and speed each split `all` in their own way."""
 
 
+def stratum_name(stratum: str) -> str:
+    """Name of a stratum for people; data have the key itself."""
+    return "curve after t0" if stratum == LATE_CURVE else stratum.replace("_", " ")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strata:
     """The strata of one sample, and the numbers that decided them."""

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from alpacache.driving.sample import DT_S, FUTURE_S, FUTURE_STEPS, Floats
+from alpacache.driving.strata import LATE_CURVE, stratum_name
 from alpacache.evaluation.judging import SampleResult
 from alpacache.evaluation.summary import EvalSummary
 from alpacache.metrics.bias import Slope
@@ -44,7 +45,7 @@ def bias_scatter_png(
         truth: `[N]` radians.
         predicted: label -> `[N]`.
         slopes: label -> fitted line, drawn where there is one.
-        marked: `[N]` samples to ring: straight history, curve after t0.
+        marked: `[N]` samples to ring: those of the stratum `LATE_CURVE`.
     """
     x = np.rad2deg(np.asarray(truth, dtype=np.float64))
     ys = {label: np.rad2deg(np.asarray(values, dtype=np.float64)) for label, values in predicted.items()}
@@ -54,7 +55,7 @@ def bias_scatter_png(
     reach = 1.08 * max([1.0, *(float(np.abs(values).max()) for values in (x, *ys.values()) if values.size)])
     for index, (panel, (label, y)) in enumerate(zip(panels, ys.items(), strict=False)):
         colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
-        ringed = "straight history, curve after t0"
+        ringed = stratum_name(LATE_CURVE)
         draw_bias(panel, x, y, slopes.get(label), colour=colour, reach=reach, ring=ring, ringed=ringed, title=label)
     panels[0].set_ylabel("predicted heading change (°), mean of paths", fontsize=9, color=INK)
     return png_bytes(figure, palette=True)

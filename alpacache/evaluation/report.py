@@ -20,7 +20,7 @@ from PIL import Image
 
 from alpacache.cached_samples.sample_choice import words_of
 from alpacache.driving.sample import FUTURE_S, Floats
-from alpacache.driving.strata import LATE_CURVE
+from alpacache.driving.strata import LATE_CURVE, stratum_name
 from alpacache.evaluation import report_tables as tables
 from alpacache.evaluation.judging import LeftOut, SampleResult
 from alpacache.evaluation.plots import bias_scatter_png, error_over_time_png, loss_curves_png, sample_png
@@ -178,7 +178,7 @@ def _time_png(summary: EvalSummary, results: Sequence[SampleResult]) -> bytes:
     for name in TIME_STRATA:
         rows = [result for result in results if name in result.strata.labels]
         if rows:
-            title = f"{tables.stratum_name(name)} ({len(rows)})"
+            title = f"{stratum_name(name)} ({len(rows)})"
             panels[title] = {label: errors(label, rows) for label in summary.models}
             dashed[title] = {label: errors(label, rows) for label in summary.baselines}
             weights[title] = [result.weight for result in rows]
@@ -247,7 +247,7 @@ def _sample_data(result: SampleResult, labels: Sequence[str]) -> dict[str, Any]:
         "errors": [round(result.models[label].metrics["min_ade"], 3) for label in labels],
         "note": f"Driven: heading change {np.rad2deg(strata.heading_change_rad):.1f}°, lateral offset "
         f"{strata.lateral_offset_m:.1f} m, {strata.mean_speed_mps:.1f} m/s. "
-        f"Strata: {', '.join(tables.stratum_name(name) for name in result.labels)}."
+        f"Strata: {', '.join(stratum_name(name) for name in result.labels)}."
         + (f" Route: {result.route}." if result.route is not None else ""),
     }
 

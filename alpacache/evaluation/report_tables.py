@@ -7,7 +7,7 @@ from html import escape
 import numpy as np
 
 from alpacache.driving.sample import FUTURE_S
-from alpacache.driving.strata import LATE_CURVE
+from alpacache.driving.strata import LATE_CURVE, stratum_name
 from alpacache.evaluation.judging import SampleResult
 from alpacache.evaluation.summary import JUDGED, EvalSummary, StratumSummary
 from alpacache.metrics.bias import HORIZONS_S, QUANTITIES, Slope
@@ -52,13 +52,6 @@ STEERING_METRICS = {
 _SHARES = ("miss_rate", SIDE_KEY)
 SLOPE_COLUMNS = tuple((quantity, horizon_s) for quantity in QUANTITIES for horizon_s in HORIZONS_S)
 _NOTHING = '<td data-value="">–</td>'
-
-
-def stratum_name(stratum: str) -> str:
-    """Name of a stratum in tables."""
-    if stratum == LATE_CURVE:
-        return "straight history, curve after t0"
-    return stratum.replace("_", " ")
 
 
 def model_colour(summary: EvalSummary, label: str) -> str:

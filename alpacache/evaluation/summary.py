@@ -14,7 +14,7 @@ import numpy as np
 
 from alpacache.driving.route import COMMANDS
 from alpacache.driving.sample import FUTURE_S, Floats, SampleRef
-from alpacache.driving.strata import LATE_CURVE, STRAIGHT_HISTORY, TURN_STRATA
+from alpacache.driving.strata import LATE_CURVE, STRAIGHT_HISTORY, TURN_STRATA, stratum_name
 from alpacache.evaluation.bias_verdict import BiasVerdict, judge_bias, too_few
 from alpacache.evaluation.judging import METRIC_KEYS, SampleResult, strata_names
 from alpacache.evaluation.variants import ControlSummary, FlowSummary, Judged, summarise_control, summarise_flow
@@ -291,14 +291,14 @@ def _warnings(strata: Mapping[str, StratumSummary], split_by: str) -> tuple[str,
     warnings = []
     for name, stratum in strata.items():
         samples, clips = stratum.samples, stratum.clips
-        count = f"{samples} sample{'s' * (samples > 1)} of {clips} clip{'s' * (clips > 1)}"
+        count = f"{stratum_name(name)}: {samples} sample{'s' * (samples > 1)} of {clips} clip{'s' * (clips > 1)}"
         if 0 < samples < ENOUGH_SAMPLES:
-            warnings.append(f"{name}: {count}, too few to conclude from ({ENOUGH_SAMPLES} samples or more would do).")
+            warnings.append(f"{count}, too few to conclude from ({ENOUGH_SAMPLES} samples or more would do).")
         elif (slope := _unbounded(stratum)) is not None:
-            warnings.append(f"{name}: {count}; {too_few(slope, split_by)}.")
+            warnings.append(f"{count}; {too_few(slope, split_by)}.")
     if not strata[LATE_CURVE].samples:
         warnings.append(
-            f"{LATE_CURVE}: no sample; whether the image is used on curves cannot be told from these clips."
+            f"{stratum_name(LATE_CURVE)}: no sample; from these clips it cannot be told whether the image is used."
         )
     return tuple(warnings)
 

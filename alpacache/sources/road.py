@@ -41,8 +41,18 @@ _FORK_RAD = 0.5
 """Least heading change of a branch: gentler ones lie over each other for long."""
 _TURN_RAD = 0.1
 """Least heading change of a bend that a route speaks of."""
-_DRIFT_M = (0.2, 1.5)
-"""How far a car that recovers has drifted aside."""
+_RECOVERED: tuple[Shape, ...] = ("straight", "early_curve", "late_curve", "curve_end", "s_curve")
+"""Roads on which a car recovers."""
+_RECOVERED_LATER_S = (-4.0, 1.0)
+"""How much later than elsewhere their bends come: a car that drives itself strays before, in and after them."""
+_DRIFT_M, _ASKEW_RAD, _DRIFT_MPS = 1.5, 0.08, 0.9
+"""Most that a car which recovers is off the middle, askew to the road, and drifting across it."""
+_RETURN_S = 2.5
+"""How long its way back takes."""
+_STRAY_S = 1.5
+"""For how long before it drifts evenly: as long as a history, so that only the picture tells where the lane is."""
+_STRAYING_S = 2.5
+"""How long it takes until it drifts so."""
 _S_GAP_S = 0.3
 """Driving time between the two bends of an S."""
 _FINE_M = 0.05
@@ -106,9 +116,15 @@ class _Bend(NamedTuple):
 
 def make_drive(rng: np.random.Generator, shape: Shape) -> Drive:
     """Draw a 20 s drive of the given shape; the order of draws is part of what a seed means."""
-    if shape == "recovery":
-        drive = make_drive(rng, SHAPES[int(rng.integers(3))])
-        return replace(drive, kind=replace(drive.kind, shape=shape), track=_drifted(rng, drive))
+    if shape != "recovery":
+        return _draw(rng, shape)
+    road = _RECOVERED[int(rng.integers(len(_RECOVERED)))]
+    drive = _draw(rng, road, later_s=rng.uniform(*_RECOVERED_LATER_S))
+    return replace(drive, kind=replace(drive.kind, shape=shape), track=_strayed(rng, drive))
+
+
+def _draw(rng: np.random.Generator, shape: Shape, *, later_s: float = 0.0) -> Drive:
+    """A drive along the middle of its lane; bends come so much later than their shape has them."""
     start_s, end_s = _bend_times(rng, shape)
     target = rng.uniform(*_HEADING_RAD) * rng.choice((-1.0, 1.0))
     if shape == "fork":
@@ -116,6 +132,7 @@ def make_drive(rng: np.random.Generator, shape: Shape) -> Drive:
     inside_s = min(end_s, _T0_S + FUTURE_S) - max(start_s, _T0_S)
     inside_s = (end_s - start_s if shape == "curve_end" else inside_s) - _RAMP_S
     speed = rng.uniform(_SPEED_MPS[0], np.clip(_LATERAL_MPS2 * inside_s / abs(target), 6.0, _SPEED_MPS[1]))
+    start_s, end_s = start_s + later_s, end_s + later_s
     swing, rate, phase = rng.uniform(0.0, 0.06), rng.uniform(0.2, 0.5), rng.uniform(0.0, 2 * np.pi)
 
     def arc(time_s: Any) -> Floats:
@@ -192,23 +209,50 @@ def _extra_bends(rng: np.random.Generator, limit: float) -> list[_Bend]:
     return [_Bend(start, start + length, float(strength * min(limit, 0.05)))]
 
 
-def _drifted(rng: np.random.Generator, drive: Drive) -> Track:
-    """The drive's poses, with a drift to one side that is largest shortly before t0 and undone after it."""
-    track = drive.track
-    peak_s, before_s, after_s = _T0_S - rng.uniform(0.0, 1.2), rng.uniform(1.5, 3.0), rng.uniform(2.5, 4.0)
-    drift_m = rng.uniform(*_DRIFT_M) * rng.choice((-1.0, 1.0))
-    time_s = track.timestamps_us / 1e6
-    aside = drift_m * _smooth(1 + (time_s - peak_s) / before_s) * _smooth(1 - (time_s - peak_s) / after_s)
+def _strayed(rng: np.random.Generator, drive: Drive) -> Track:
+    """The drive's poses, but for a drift across the lane, and a way back to its middle that begins shortly before t0.
+
+    Up to there the car drifts evenly, so that its history does not say where the lane is. Whoever learns from cars that
+    are in the middle never sees how to come back to it (Ross et al. 2011, arXiv:1011.0686; Laskey et al. 2017,
+    arXiv:1703.09327).
+    """
+    track, time_s = drive.track, drive.track.timestamps_us / 1e6
+    back_s = _T0_S - rng.uniform(0.0, 1.0)
+    speed = np.gradient(drive.arc_m, time_s)
+    usual = lane_place(drive.road, track.xyz[0, :2], near_m=float(drive.arc_m[0]))[1]
+    aside_m = rng.uniform(-_DRIFT_M, _DRIFT_M) - usual
+    drift_mps = rng.uniform(-1.0, 1.0) * min(_DRIFT_MPS, _ASKEW_RAD * float(np.interp(back_s, time_s, speed)))
+    even_s = back_s - _STRAY_S
+    here, there = (even_s, aside_m - drift_mps * _STRAY_S, drift_mps), (back_s, aside_m, drift_mps)
+    before = _between(time_s, (even_s - _STRAYING_S, 0.0, 0.0), here)
+    after = _between(time_s, there, (back_s + _RETURN_S, -usual, 0.0))
+    aside = np.select([time_s < even_s, time_s < back_s], [before, aside_m + drift_mps * (time_s - back_s)], after)
     z, w = track.quaternion_xyzw[:, 2:].T
     yaw = 2 * np.arctan2(z, w)
     left = np.stack([-np.sin(yaw), np.cos(yaw)], axis=1)
-    turned = yaw + np.arctan2(np.gradient(aside, time_s), np.gradient(drive.arc_m, time_s))
+    turned = yaw + np.arctan2(np.gradient(aside, time_s), speed)
     zeros = np.zeros_like(yaw)
     return replace(
         track,
         xyz=track.xyz + np.concatenate([aside[:, None] * left, zeros[:, None]], axis=1),
         quaternion_xyzw=np.stack([zeros, zeros, np.sin(turned / 2), np.cos(turned / 2)], axis=1),
     )
+
+
+def _between(time_s: Floats, begin: tuple[float, float, float], end: tuple[float, float, float]) -> Floats:
+    """The smoothest way (a quintic, no acceleration at its ends) between two (time, place, speed); level beyond."""
+    (begin_s, begin_m, begin_mps), (end_s, end_m, end_mps) = begin, end
+    span = end_s - begin_s
+    gone = np.clip((time_s - begin_s) / span, 0.0, 1.0)
+
+    def place(x: Floats) -> Floats:
+        return np.asarray(1.0 - x**3 * (10.0 - 15.0 * x + 6.0 * x * x))
+
+    def lean(x: Floats) -> Floats:
+        return np.asarray(x - x**3 * (6.0 - 8.0 * x + 3.0 * x * x))
+
+    moved = begin_m * place(gone) + end_m * place(1.0 - gone)
+    return np.asarray(moved + span * (begin_mps * lean(gone) - end_mps * lean(1.0 - gone)))
 
 
 def _integrate(bends: list[_Bend], arc: Arc) -> tuple[Floats, Floats, Floats, Floats]:

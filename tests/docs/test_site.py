@@ -12,6 +12,7 @@ from collections import Counter
 import benchmarks_page
 import cli_reference
 import pytest
+from headless import Page
 from markdown_pages import ROOT, anchors, blocks, headings, links, pages, prose
 
 from alpacache.evaluation.config import EvalConfig, ProbeConfig
@@ -60,6 +61,25 @@ def test_every_page_is_there_and_nothing_is_fetched(site):
     fetched = re.compile(r"""<(?:script|img)[^>]*\ssrc="(?:https?:)?//|<link[^>]*rel="stylesheet"[^>]*href="https?:""")
     for file in site.rglob("*.html"):
         assert not fetched.search(file.read_text()), file
+
+
+SEARCH = """new Promise(found => {
+  const box = document.querySelector(".md-search__input");
+  box.focus(); box.value = "quarantine"; box.dispatchEvent(new KeyboardEvent("keyup", {bubbles: true}));
+  box.dispatchEvent(new Event("input", {bubbles: true}));
+  const links = () => [...document.querySelectorAll(".md-search-result__link")].map(link => link.href);
+  const look = setInterval(() => { if (links().length) { clearInterval(look); found(links()); } }, 50);
+  setTimeout(() => found([]), 30000);
+})"""
+
+
+@pytest.mark.ci
+def test_the_search_works_from_the_disk(site, browser):
+    shown = Page(browser, (site / "how-to/drive.html").as_uri(), width=1280)
+    found = shown.evaluate(SEARCH)
+    assert any("resume-and-repair.html" in link for link in found), found
+    assert shown.complaints == []
+    shown.close()
 
 
 @pytest.mark.ci

@@ -4,10 +4,12 @@ import base64
 import io
 import json
 import re
+from importlib.resources import files
 
 import numpy as np
 import pytest
 import torch
+from headless import Page
 from PIL import Image
 
 from alpacache.driver import closed_loop
@@ -20,9 +22,11 @@ from alpacache.driver.closed_loop import (
     summarise,
 )
 from alpacache.driver.driver import DrivenPaths, load_driver
-from alpacache.driver.loop_page import loop_rows, write_loop_page
+from alpacache.driver.loop_film import telling, write_loop_film
+from alpacache.driver.loop_page import REPORT_PLACE, add_to_report, loop_table, write_loop_page
 from alpacache.driving.action_space import yaw_rotation
 from alpacache.driving.cameras import FRONT_CAMERA
+from alpacache.driving.sample import SampleRef
 from alpacache.sources.road import lane_place
 from alpacache.sources.synthetic import SyntheticSource
 
@@ -118,20 +122,28 @@ def test_whoever_follows_the_road_keeps_it_and_whoever_does_not_leaves_it_at_the
     assert len(kept[0].xyz) == 15 + 1 + 23 * REPLAN_STEPS
     summary = summarise(kept, before=left)
     assert (summary.kept.estimate, summary.more_kept.estimate) == (1.0, 0.5)
+    assert (summary.finished.estimate, summary.more_finished.estimate) == (1.0, 0.5)
     assert summarise(left).by_shape == {"straight": (1, 1), "late_curve": (0, 1)}
 
 
-def test_the_page_holds_all_it_plays(tmp_path):
+@pytest.fixture(scope="module")
+def bend():
+    """A bend, driven by one that goes straight on and one that follows it; by label drives and summary."""
     roads = loop_roads(2, shapes=("late_curve",))
     sources = {road.clip_id: road.source for road in roads}
     drives = {
-        label: drive_roads(Chauffeur(follows), roads, seconds=6.0, pictures=1)
+        label: drive_roads(Chauffeur(follows), roads, seconds=9.0, pictures=1)
         for label, follows in (("base", {}), ("trained", sources))
     }
-    loop = {label: summarise(own, before=drives["base"]) for label, own in drives.items()}
-    write_loop_page(tmp_path / "loop.html", drives, loop, about="</script> two bends")
+    return drives, {label: summarise(own, before=drives["base"]) for label, own in drives.items()}
+
+
+def test_the_page_holds_all_it_plays(bend, tmp_path):
+    drives, loop = bend
+    beside = {"trained": {"minADE m": "1.08"}}
+    write_loop_page(tmp_path / "loop.html", drives, loop, about="</script> two bends", beside=beside)
     page = (tmp_path / "loop.html").read_text()
-    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
+    text = re.search(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)[1]
     data = json.loads(text)
     assert data["about"] == "</script> two bends"
     (road,) = data["roads"]
@@ -142,13 +154,84 @@ def test_the_page_holds_all_it_plays(tmp_path):
     assert list(steps) == list(drives["trained"][0].pictures)
     with Image.open(io.BytesIO(base64.b64decode(pictures[0]))) as picture:
         assert picture.size == (256, 128)
-    assert data["rows"] == loop_rows(loop)
-    assert loop_rows(loop)[1][1].startswith("2 of 2, 1.00")
+    assert [data["heads"], *data["rows"]] == loop_table(loop, beside=beside)
+    assert data["heads"][-1] == "minADE m"
+    assert [row[-1] for row in data["rows"]] == ["-", "1.08"]
+    assert data["rows"][1][1].startswith("2 of 2, 1.00")
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page)
     left, lane = np.array(road["left"]), np.array(road["lane"][0])
     width = np.linalg.norm(left[5] - lane[5])
-    outer = roads[0].source.half_lanes_m(roads[0].clip_id)[0]
+    outer = drives["base"][0].road.source.half_lanes_m(drives["base"][0].road.clip_id)[0]
     assert width == pytest.approx(outer - 1.75, abs=0.02)
+
+
+MOVED = """(() => {
+  const time = document.querySelector("#loop input"), seen = () => [...document.querySelectorAll("#loop .cars img")]
+    .map(image => image.src).concat(document.querySelector("#loop canvas").toDataURL());
+  const before = seen(); time.value = time.max; time.dispatchEvent(new Event("input")); const after = seen();
+  return {moved: before.map((text, i) => text !== after[i]), said: document.querySelector("#loop .cars").innerText};
+})()"""
+WINDOWS = [(1280, False, "screen"), (1280, True, "screen"), (390, False, "screen"), (390, True, "screen")]
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(("width", "dark", "medium"), [*WINDOWS, (1040, True, "print")])
+def test_the_slider_moves_pictures_and_cars_and_nothing_is_cut(bend, browser, tmp_path, width, dark, medium):
+    path = tmp_path / "loop.html"
+    write_loop_page(path, *bend, about="two bends")
+    shown = Page(browser, path.as_uri(), width=width, dark=dark, medium=medium)
+    layout = shown.layout()
+    assert (layout["cut"], layout["width"], layout["faint"]) == ([], 0, [])
+    assert layout["hole"] < 120
+    if width >= 1280:
+        assert layout["scrolled"] == []
+    found = shown.evaluate(MOVED)
+    assert found["moved"] == [True, True, True]
+    assert found["said"].count("out of its lane") == 1
+    assert shown.complaints == []
+    shown.close()
+
+
+@pytest.mark.system
+def test_the_report_plays_it_too(bend, browser, tmp_path):
+    report = tmp_path / "report.html"
+    report.write_text(f"<!doctype html><body>{REPORT_PLACE}</body>")
+    write_loop_page(tmp_path / "loop.html", *bend, about="two bends")
+    add_to_report(report, tmp_path / "loop.html")
+    shown = Page(browser, report.as_uri(), width=1280)
+    assert shown.evaluate(MOVED)["moved"] == [True, True, True]
+    assert shown.complaints == []
+    shown.close()
+    with pytest.raises(ValueError, match="has no place for a closed loop"):
+        add_to_report(report, tmp_path / "loop.html")
+    assert files("alpacache").joinpath("report.html").read_text().count(REPORT_PLACE) == 1
+
+
+def test_the_film_shows_the_road_that_only_the_trained_model_keeps(bend, tmp_path):
+    drives, _ = bend
+    best = telling(drives)
+    assert drives["trained"][best].kept
+    assert not drives["base"][best].kept
+    write_loop_film(tmp_path / "loop.webp", {label: own[best] for label, own in drives.items()})
+    with Image.open(tmp_path / "loop.webp") as film:
+        assert (film.n_frames, film.size) == (len(range(0, 91, 2)), (648, 408))
+        film.seek(film.n_frames - 1)
+        panels = np.asarray(film.convert("RGB"), dtype=int)
+    red = (panels[:28, :, 0] - panels[:28, :, 2] > 50).sum(axis=0)
+    assert red[120:320].sum() > 100 > red[328:].sum(), "the first model's state is out of its lane, the other's is not"
+    with pytest.raises(ValueError, match="expected at most 1,000"):
+        write_loop_film(tmp_path / "loop.webp", {"base": drives["base"][best]}, most_bytes=1000)
+
+
+def test_the_first_thing_it_sees_is_what_training_saw(bend):
+    """The sample of the first step equals the one that the source loads there for extraction."""
+    driver, (road,) = Chauffeur({}), loop_roads(1, shapes=("late_curve",))
+    drive_roads(driver, [road], seconds=2.0)
+    ((sample,),) = driver.seen
+    recorded = road.source.load(SampleRef(clip_id=road.clip_id, t0_us=1_500_000), cameras=[FRONT_CAMERA], frames=1)
+    assert np.array_equal(sample.frames, recorded.frames)
+    assert np.abs(sample.history_xyz - recorded.history_xyz).max() < 1e-3
+    assert np.abs(sample.history_rot - recorded.history_rot).max() < 1e-4
 
 
 def test_measures_of_a_drive_by_hand():
@@ -202,21 +285,30 @@ def test_a_route_says_how_far_its_turn_is():
     assert closed_loop._route(drive, len(drive.arc_m) - 1) is None
 
 
-def test_an_s_bends_to_both_sides_and_a_drifted_car_returns():
+def test_an_s_bends_to_both_sides():
     source = SyntheticSource(6, seed=9, mix={"s_curve": 1.0})
     for clip in source.clip_ids:
         sides = [side for start_us, side in source.drive(clip).turns if start_us < 11_000_000]
         assert sorted(sides) == ["left", "right"]
-    source = SyntheticSource(6, seed=9, mix={"recovery": 1.0})
-    aside = []
+
+
+def test_a_strayed_car_drifts_evenly_and_returns_to_the_middle():
+    source = SyntheticSource(12, seed=9, mix={"recovery": 1.0})
+    strayed, askew = [], []
     for clip in source.clip_ids:
         drive = source.drive(clip)
         places = zip(drive.track.xyz[:, :2], drive.arc_m.tolist(), strict=True)
-        offset = np.array([lane_place(drive.road, xy, near_m=arc)[1] for xy, arc in places])
-        usual = offset[0]
-        aside.append(abs(offset[102] - usual))
-        assert abs(offset[-1] - usual) < 0.02
-        speed = np.diff(drive.track.xyz[:, :2], axis=0)
+        arc, offset = np.array([lane_place(drive.road, xy, near_m=arc) for xy, arc in places]).T
         heading = 2 * np.arctan2(*drive.track.quaternion_xyzw[:, 2:].T)
-        assert np.abs(np.sin(np.arctan2(speed[:, 1], speed[:, 0]) - (heading[1:] + heading[:-1]) / 2)).max() < 0.02
-    assert max(aside) > 0.5
+        along = drive.road.points[:, 6] + drive.road.start_m
+        across = heading - np.interp(arc, along, drive.road.points[:, 5])
+        strayed.append(offset[102])
+        askew.append(across[102])
+        assert np.abs(offset[155:]).max() < 0.02
+        assert np.ptp(np.diff(offset[72:82])) < 0.002, "evenly, until it turns back"
+        speed = np.diff(drive.track.xyz[:, :2], axis=0)
+        course = np.arctan2(speed[:, 1], speed[:, 0])
+        assert np.abs(np.sin(course - (heading[1:] + heading[:-1]) / 2)).max() < 0.02
+    assert max(strayed) > 0.7
+    assert min(strayed) < -0.7
+    assert np.std(askew) > 0.02

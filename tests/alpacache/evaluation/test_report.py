@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from headless import Browser, Page
 from PIL import Image
 
-from alpacache.driving.strata import classify
+from alpacache.driving.strata import LATE_CURVE, classify
 from alpacache.evaluation.judging import SampleResult, judge, judge_baselines
 from alpacache.evaluation.report import write_report
 from alpacache.evaluation.summary import summarise
@@ -249,3 +250,30 @@ def test_filter_sort_and_detail_work_in_chromium(results: list[SampleResult], pa
         "after": 6,
         "front": found["front"],
     }
+
+
+WINDOWS = [(1280, False, "screen"), (1280, True, "screen"), (390, False, "screen"), (390, True, "screen")]
+
+
+@pytest.mark.parametrize(("width", "dark", "medium"), [*WINDOWS, (1040, True, "print")])
+def test_it_is_whole_and_readable(
+    results: list[SampleResult], browser: Browser, tmp_path: Path, width: int, dark: bool, medium: str
+) -> None:
+    write(results, tmp_path / "report.html")
+
+    shown = Page(browser, (tmp_path / "report.html").as_uri(), width=width, dark=dark, medium=medium)
+    found = shown.layout()
+
+    assert shown.complaints == []
+    assert (found["cut"], found["width"], found["faint"]) == ([], 0, [])
+    assert found["hole"] < 120
+    if width >= 1280 or medium == "print":
+        assert [name for name in found["scrolled"] if name != "DIV.card samples"] == []
+    shown.close()
+
+
+def test_a_stratum_has_one_name(page: str, results: list[SampleResult]) -> None:
+    text = re.sub("<[^>]+>", "", page.split("<script")[0])
+    assert all(name in text for name in ("curve after t0 (", "turn taken, curve after t0"))
+    assert "straight history, curve after t0" not in text
+    assert LATE_CURVE not in " ".join(summarise(results).warnings)

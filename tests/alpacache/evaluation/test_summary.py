@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from alpacache.driving.strata import LATE_CURVE, STRAIGHT_HISTORY, STRATA, TURN_STRATA, classify
+from alpacache.driving.strata import LATE_CURVE, STRAIGHT_HISTORY, STRATA, TURN_STRATA, classify, stratum_name
 from alpacache.evaluation.judging import METRIC_KEYS, SampleResult, judge, judge_baselines
 from alpacache.evaluation.summary import EvalSummary, summarise
 
@@ -113,7 +113,7 @@ def test_means_and_paired_differences(results: list[SampleResult], summary: Eval
 
 
 def test_strata_that_are_small_or_empty_are_named(summary: EvalSummary) -> None:
-    small = [name for name, stratum in summary.strata.items() if 0 < stratum.samples < 30]
+    small = [stratum_name(name) for name, stratum in summary.strata.items() if 0 < stratum.samples < 30]
 
     assert small
     assert [text.split(":")[0] for text in summary.warnings] == small
@@ -169,7 +169,9 @@ def test_few_clips_and_a_missing_late_curve_are_named() -> None:
 
     found = summarise(straight)
 
-    assert [text.split(":")[0] for text in found.warnings] == [LATE_CURVE], "straight road has no slope to warn of"
+    assert [text.split(":")[0] for text in found.warnings] == ["curve after t0"], (
+        "straight road has no slope to warn of"
+    )
     assert found.split_by == "blocks of 60 s"
     assert found.strata["all"].bias["after"]["heading"][6.4] is None, "straight road has no slope"
 
