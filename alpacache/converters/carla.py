@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from alpacache import strict_json
 from alpacache.converters.drive import Camera, Dropped, Film, LoggedDrive, Pictures, increasing
 from alpacache.converters.kind import Kind, check_installed
+from alpacache.converters.log_files import is_file
 from alpacache.converters.mcap_log import McapLog
 from alpacache.converters.messages import numbers, part
 from alpacache.converters.remux import film_frames
 from alpacache.converters.ros_pictures import PictureReader
 from alpacache.driving.cameras import FRONT_CAMERA
-from alpacache.driving.poses import Track
+from alpacache.driving.poses import MAX_VALUE, Track
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.regular_file import read_regular, regular_size
 
@@ -228,7 +229,7 @@ def _segments(folder: Path) -> tuple[list[Path], list[Dropped]]:
         names = [Path(str(segment["path"])).name for segment in listed]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return found, [Dropped(what="indices", count=1, reason=f"{index.name} cannot be read ({error})")]
-    absent = [name for name in names if not (home / name).is_file()]
+    absent = [name for name in names if not is_file(home / name)]
     lost = [Dropped(what="segments", count=1, reason=f"{name} of {index.name} is not there") for name in absent]
     known = [home / name for name in names if name not in absent]
     return known or found, lost
@@ -385,7 +386,7 @@ def _named_pictures(manifest: Path, lines: Sequence[tuple[int, dict[str, Any]]],
         # Paths are of the project that wrote them; what they end with is in the run's folder.
         steps = Path(named).parts
         places = (root.joinpath(*steps[at:]) for at in range(len(steps)) if not Path(*steps[at:]).is_absolute())
-        file = next((place for place in places if place.is_file() and place.resolve().is_relative_to(root)), None)
+        file = next((place for place in places if is_file(place) and place.resolve().is_relative_to(root)), None)
         if file is not None:
             files.append((_time_us(line), file))
     if not files:
@@ -417,7 +418,7 @@ def _sound(
     """Times and finite rows in order. Raises `BadClipError` for fewer than two."""
     times = np.array([time for time, _ in states], np.int64)
     rows = np.array([row for _, row in states], np.float64).reshape(-1, 6)
-    finite = np.isfinite(rows).all(axis=1)
+    finite = (np.abs(rows) < MAX_VALUE).all(axis=1)
     if (~finite).any():
         dropped.append(Dropped(what="poses", count=int((~finite).sum()), reason=f"{where}: not finite"))
     times, rows = times[finite], rows[finite]

@@ -18,7 +18,7 @@ import numpy as np
 from alpacache.converters.drive import Dropped, Film, LoggedDrive
 from alpacache.converters.geodesy import geodetic_of, level_axes
 from alpacache.converters.kind import Kind
-from alpacache.converters.log_files import UnusableError, folder_of, poses_alone
+from alpacache.converters.log_files import UnusableError, as_microseconds, folder_of, poses_alone
 from alpacache.converters.remux import film_frames
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
@@ -81,6 +81,7 @@ def _track(folder: Path) -> tuple[Track, tuple[float, float, float]]:
         raise UnusableError(reason, kind="not_finite")
     if (np.abs(np.linalg.norm(scalar_first, axis=1) - 1) > 0.05).any():
         raise UnusableError("frame_orientations holds quaternions that have not length 1")
+    times_us = as_microseconds(times_s, where="frame_times")
     if (np.diff(times_s) <= 0).any():
         reason = f"frame_times do not increase at number {np.argmax(np.diff(times_s) <= 0) + 1}"
         raise UnusableError(reason, kind="time_order")
@@ -89,7 +90,7 @@ def _track(folder: Path) -> tuple[Track, tuple[float, float, float]]:
     ecef_from_camera = Rotation.from_quat(scalar_first[:, [1, 2, 3, 0]])
     turned = Rotation.from_matrix(to_enu) * ecef_from_camera * Rotation.from_euler("x", 180, degrees=True)
     track = Track(
-        timestamps_us=np.rint(times_s * 1e6).astype(np.int64),
+        timestamps_us=times_us,
         xyz=(ecef - ecef[0]) @ to_enu.T,
         quaternion_xyzw=turned.as_quat(),
     )
@@ -110,7 +111,7 @@ def _array(file: Path) -> Any:
         raise UnusableError(f"global_pose/{file.name} is not there", kind="missing_poses") from error
     except UnusableError:
         raise
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # of a damaged header NumPy raises anything
         raise UnusableError(f"global_pose/{file.name} cannot be read as an array ({error}); copy it again") from error
 
 

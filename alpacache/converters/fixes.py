@@ -7,6 +7,7 @@ make sense. GPX and NMEA are read with what Python has; three sentences of NMEA 
 
 import csv
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from alpacache.converters.drive import Dropped
 from alpacache.converters.log_files import UnusableError, read_text
+from alpacache.driving.poses import MAX_VALUE
 from alpacache.driving.sample import Floats
 
 KNOT_MPS, MPH_MPS = 0.514444, 0.44704
@@ -193,7 +195,7 @@ def csv_fixes(text: str, name: str) -> Fixes:
         except (IndexError, ValueError):
             lost.add("rows", "a field is no number, or absent", f"line {number}")
             continue
-        if not stamp:
+        if not stamp or _is_endless(stamp):
             lost.add("rows", "without a time", f"line {number}")
             continue
         stamps.append(stamp)
@@ -244,7 +246,8 @@ def _table(
     with np.errstate(invalid="ignore"):
         away = (np.abs(values["latitude"]) > 90) | (np.abs(values["longitude"]) > 180)
         nowhere = (values["latitude"] == 0) & (values["longitude"] == 0)  # what receivers write without a fix
-    bad = away | nowhere | np.any([np.isinf(column) for column in values.values()], axis=0)
+        beyond = np.any([np.abs(column) > MAX_VALUE for column in values.values()], axis=0)
+    bad = away | nowhere | beyond
     for at in np.flatnonzero(bad).tolist():
         lost.add("rows", "no place on earth, or 0, 0", f"row {at + 1}")
     kept = np.flatnonzero(~bad)
@@ -270,8 +273,8 @@ def _csv_times(stamps: Sequence[str], unit: str | None, head: str, name: str) ->
             return [_iso_us(stamp) for stamp in stamps], True, f"{head}, as UTC"
         except ValueError as error:
             raise UnusableError(f"{name}: column {head} holds neither numbers nor ISO times ({error})") from error
-    if len(numbers) < 2 or not np.isfinite(numbers).all():
-        return [round(value) for value in numbers[np.isfinite(numbers)]], False, head
+    if len(numbers) < 2:
+        return [round(value) for value in numbers], False, head
     if unit is None:
         unit = _unit_of(numbers, head, name)
     # whole numbers are kept whole: a double does not hold nanoseconds of today
@@ -282,6 +285,14 @@ def _csv_times(stamps: Sequence[str], unit: str | None, head: str, name: str) ->
         times = [round(float(stamp) * scale) for stamp in stamps]
     absolute = times[0] > 10**15 * 0.6  # 1989 on; a device that has run so long since its start there is none
     return times, absolute, f"{head} in {unit}, {'since 1970' if absolute else 'of a clock of its own'}"
+
+
+def _is_endless(stamp: str) -> bool:
+    """Tell whether a time is NaN or infinite."""
+    try:
+        return not math.isfinite(float(stamp))
+    except ValueError:  # in words, or no time at all
+        return False
 
 
 def _unit_of(numbers: Floats, head: str, name: str) -> str:

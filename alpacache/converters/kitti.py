@@ -23,6 +23,7 @@ from alpacache.converters.geodesy import enu_m, level_axes
 from alpacache.converters.kind import Kind
 from alpacache.converters.log_files import (
     UnusableError,
+    as_microseconds,
     folder_of,
     increasing_part,
     pictures_of,
@@ -103,7 +104,7 @@ def odometry_drive(folder: Path, poses: Path, times: Path, cameras: Mapping[str,
     rows = _numbers(poses, 12).reshape(-1, 3, 4)
     if len(rows) != len(seconds):
         raise UnusableError(f"{len(rows)} poses in {poses.name}, {len(seconds)} times in {times.name}")
-    times_us = np.rint(seconds * 1e6).astype(np.int64)
+    times_us = as_microseconds(seconds, where=times.name)
     _check_increasing(times_us, times)
     dropped: list[Dropped] = []
     stamps = dict(enumerate(times_us.tolist()))

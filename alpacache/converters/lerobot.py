@@ -23,7 +23,7 @@ from alpacache.converters.fixes import COLUMNS, Fixes
 from alpacache.converters.kind import Kind
 from alpacache.converters.lerobot_meta import READS, DataSet, Episode, frames_of, read_data_set
 from alpacache.converters.lerobot_windows import Rows, Window, each_moment_once
-from alpacache.converters.log_files import UnusableError, poses_alone
+from alpacache.converters.log_files import UnusableError, as_microseconds, poses_alone
 from alpacache.converters.remux import film_frames
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Track
@@ -195,12 +195,15 @@ def _window(data_set: DataSet, episode: Episode, wanted: Mapping[str, str]) -> W
         raise UnusableError(f"{len(table)} rows in {episode.data.name}")
     stamps_s = _numbers(data_set, table, "timestamp")
     if time is None:
-        times_us = np.rint(stamps_s * 1e6).astype(np.int64)
+        times_us = as_microseconds(stamps_s, where="timestamp")
     else:
         whole = table.column(_column(data_set, wanted[time])[0]).to_pylist()
         whole = [one[0] if isinstance(one, list) else one for one in whole]
         if not all(isinstance(one, int) for one in whole):
-            whole = [round(float(one) * TIMES_US[time]) for one in whole]
+            try:
+                whole = [round(float(one) * TIMES_US[time]) for one in whole]
+            except (OverflowError, TypeError, ValueError) as error:
+                raise UnusableError(f"{wanted[time]} holds a time that is no number ({error})") from error
         elif TIMES_US[time] < 1:
             whole = [one // round(1 / TIMES_US[time]) for one in whole]
         else:

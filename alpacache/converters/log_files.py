@@ -1,5 +1,6 @@
 """Files that a log consists of or names: regular ones, of bounded size, and never outside the log's own folder."""
 
+import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,12 @@ from alpacache.sources.folder import MAX_PICTURE_BYTES
 MAX_TEXT_BYTES = 2**28
 MOST_CHUNK_BYTES = 2**30
 """Largest record of a log, and largest chunk once it is decompressed, that is read."""
+
+
+_LONGEST_NAME = 255
+"""Bytes of a file's name that disks take."""
+_MOST_SECONDS = 9e12
+"""Microseconds beyond it would leave 64 bits."""
 
 
 class UnusableError(BadClipError):
@@ -41,6 +48,19 @@ def read_text(file: Path, *, limit_bytes: int = MAX_TEXT_BYTES, is_mixed: bool =
         raise UnusableError(f"{file} is no UTF-8 text (byte {error.start})") from error
 
 
+def is_file(file: Path) -> bool:
+    """Tell whether a file is there; of a name that no disk takes, where pathlib raises an error, it is not."""
+    return os.path.isfile(file)  # noqa: PTH113
+
+
+def as_microseconds(seconds: NDArray[np.float64], *, where: str) -> NDArray[np.int64]:
+    """Times in seconds as whole microseconds. Raises `UnusableError` for one that is not finite, or leaves 64 bits."""
+    if not (sound := np.abs(seconds) < _MOST_SECONDS).all():
+        first = int(np.argmin(sound))
+        raise UnusableError(f"{where}: time {first} is {seconds[first]:g}, which no clock says", kind="not_finite")
+    return np.rint(seconds * 1e6).astype(np.int64)
+
+
 def inside(root: Path, name: str, *, links: bool = False) -> Path:
     """The file that a log names, relative to `root`. Raises `UnusableError` if that leads out of it.
 
@@ -48,7 +68,8 @@ def inside(root: Path, name: str, *, links: bool = False) -> Path:
     """
     parts = PurePosixPath(name)
     file = root / parts
-    if not name or not name.isprintable() or parts.is_absolute() or ".." in parts.parts or "\\" in name:
+    too_long = any(len(part.encode()) > _LONGEST_NAME for part in parts.parts)
+    if not name or not name.isprintable() or too_long or parts.is_absolute() or ".." in parts.parts or "\\" in name:
         raise UnusableError(f"the log names the file {name[:80]!r}, which is not within {root}")
     if not links and not file.resolve().is_relative_to(root.resolve()):
         raise UnusableError(f"{file} links out of {root}; copy the data in instead")

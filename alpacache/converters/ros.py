@@ -4,6 +4,7 @@ Which topics are the cameras and the poses is chosen by the user, or by there be
 gone through once for times and poses; pictures are read again when they are written.
 """
 
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -176,7 +177,7 @@ def _with_metadata(place: Path) -> MessageLog:
         what = f"{place / METADATA} cannot be read ({type(error).__name__})"
         raise SourceError(f"{what}; name the files instead.") from error
     files = [place / name for name in names]
-    if absent := [file.name for file in files if not file.exists()]:
+    if absent := [file.name for file in files if not os.path.lexists(file)]:
         raise SourceError(f"{place}: {', '.join(absent[:3])} of {METADATA} is not there; copy it, or name one file.")
     _check_regular(files)
     return McapLog(files) if storage == "mcap" and not packed else RosbagLog([place])

@@ -102,6 +102,16 @@ def test_poses_that_are_none_are_refused(segment, name, change, says):
     assert re.search(says, found.reason)
 
 
+def test_a_damaged_header_of_an_array_is_named_whatever_it_holds(segment):
+    file = segment / "global_pose/frame_times"
+    whole = file.read_bytes()
+    for mark in (b"'descr'", b"}", b"(60,)", b"NUMPY"):
+        for instead in (b"(", b"'", b"\xff", b"[" * 3000, b""):
+            file.write_bytes(whole.replace(mark, instead, 1))
+            (found,) = drives(segment)
+            assert "frame_times cannot be read as an array" in found.reason
+
+
 def test_segments_that_cannot_be_used_are_named_beside_those_that_can(segment, tmp_path):
     short = shutil.copytree(segment, segment.with_name("5"))
     for name in ("frame_times", "frame_positions", "frame_orientations"):

@@ -74,6 +74,15 @@ def test_nmea_is_joined_by_its_times(tmp_path):
         read_fixes(written(tmp_path, "b.txt", "hello"))
 
 
+def test_rows_whose_time_is_not_finite_are_left_out_and_said(tmp_path):
+    rows = [f"{stamp},48.{at},11.0" for at, stamp in enumerate((1.0, "nan", 2.0, "inf", 3.0))]
+    (tmp_path / "a.csv").write_text("\n".join(["time_s,latitude,longitude", *rows]))
+    found = read_fixes(tmp_path / "a.csv")
+    assert found.times_us.tolist() == [1_000_000, 2_000_000, 3_000_000]
+    assert found.values["latitude"].tolist() == [48.0, 48.2, 48.4]
+    assert [(drop.count, drop.reason) for drop in found.dropped] == [(2, "without a time, the first at line 3")]
+
+
 def test_times_that_step_back_are_left_out_and_said(tmp_path):
     rows = [f"{second},48.0,{11 + second / 1e4}" for second in (0.0, 0.1, 0.2, -3122.0, -3121.9, 0.3, 0.4)]
     fixes = read_fixes(written(tmp_path, "a.csv", "time_s,lat,lon\n" + "\n".join(rows)))

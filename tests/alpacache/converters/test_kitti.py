@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from alpacache.converters.drive import Dropped, LoggedDrive
 from alpacache.converters.kitti import drives
-from alpacache.converters.log_files import increasing_part
+from alpacache.converters.log_files import UnusableError, as_microseconds, increasing_part
 from alpacache.errors import UsageError
 
 ORIGIN = (49.011212804408, 8.4228850417969, 112.83492)
@@ -197,3 +197,10 @@ def test_odometry_poses_are_turned_on_both_sides(tmp_path):
 def test_increasing_part():
     assert increasing_part(np.array([1, 2, 90, 3, 3, 4, 0, 5])).tolist() == [0, 1, 4, 5, 7]
     assert increasing_part(np.array([], dtype=np.int64)).tolist() == []
+
+
+def test_a_time_that_no_clock_says_is_named():
+    assert as_microseconds(np.array([0.0, 0.1000004]), where="times.txt").tolist() == [0, 100_000]
+    for odd in (np.nan, np.inf, 1e300):
+        with pytest.raises(UnusableError, match=r"times\.txt: time 1 is .*, which no clock says"):
+            as_microseconds(np.array([0.0, odd]), where="times.txt")

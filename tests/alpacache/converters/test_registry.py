@@ -8,6 +8,7 @@ import pytest
 
 from alpacache.config import field_docs
 from alpacache.converters.config import ConvertConfig
+from alpacache.converters.log_files import UnusableError, inside
 from alpacache.converters.messages import time_ns
 from alpacache.converters.registry import KINDS, kind_named, list_input, open_drives
 from alpacache.errors import SourceError, UsageError
@@ -46,3 +47,9 @@ def test_a_number_that_no_time_can_be_is_told_whichever_kind_reads_it(tmp_path):
     with pytest.raises(SourceError, match=r"holds a number beyond what times can be .* leave that row out"):
         list(open_drives(replace(KINDS["carla"], drives=drives), tmp_path, {}))
     assert time_ns({"sec": 10**12, "nanosec": 0}) is None
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\\b", "\x1b[31m", "x" * 300, ""])
+def test_a_log_names_no_file_outside_of_it_and_none_that_no_disk_takes(tmp_path, name):
+    with pytest.raises(UnusableError, match="which is not within"):
+        inside(tmp_path, name)
