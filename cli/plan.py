@@ -18,7 +18,7 @@ _SHOWN_BYTES = 10_000
 @from_config(
     PlanConfig,
     panels={
-        "Samples": "samples split t0",
+        "Samples": "samples split split_by clips t0",
         "Stage one": "views model cameras blank frames picture codec layers hidden_states reasoning rollouts store",
         "Stage two": "batch_size draws prefix epochs trainable lora_rank memory_budget",
         "An expert of one's own size": "from_scratch expert_layers expert_width expert_intermediate expert_heads "

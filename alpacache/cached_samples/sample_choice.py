@@ -322,9 +322,16 @@ def _weights(file: str, ids: _Names, count: int) -> Floats:
         raise UsageError(f"{what}: {len(bad)} of {len(table[key])} weights cannot be used, {listed(bad)}; {expected}.")
     found = {name: ids.find(name) for name in weights}
     _refuse_unknown([name for name, indices in found.items() if not indices], list(weights), "--sample-weights", file)
-    values = np.ones(count)
+    values, is_named, twice = np.ones(count), np.zeros(count, bool), dict[str, None]()
     for name, weight in weights.items():
-        values[found[name]] = weight
+        places = np.array(found[name])
+        twice |= {ids.samples[place]: None for place in places[is_named[places] & (values[places] != weight)]}
+        values[places], is_named[places] = weight, True
+    if twice:
+        raise UsageError(
+            f"{what}: names that are ids, clips or patterns give {len(twice)} of {count} samples several weights, "
+            f"{listed([*twice])}; expected one each."
+        )
     return values
 
 

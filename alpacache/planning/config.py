@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
@@ -27,7 +27,7 @@ from alpacache.driving.route import check_route
 from alpacache.errors import UsageError
 from alpacache.layer_choice import check_choice
 from alpacache.planning.gpus import MEASURED
-from alpacache.sources.config import Blank, Cameras, Frames, Moments, Side
+from alpacache.sources.config import Blank, Cameras, Clips, Frames, Moments, Side, SplitBy
 
 Trainable = Literal["all", "head", "lora"]
 ReleasedFamily = Literal["r1", "1.5", "2"]
@@ -180,7 +180,11 @@ class PlanConfig(StoredConfig, NewExpertConfig):
     samples: Count | None = None
     """How many samples: clips times t0s; of a source at most so many."""
     split: Side = "all"
-    """Side of the source that is counted, by clip."""
+    """Side of the source that is counted."""
+    split_by: SplitBy = "clip"
+    """How the source is split: `clip`, or `time:BLOCK_S[:GAP_S[:SEED]]`, as of `extract`."""
+    clips: Clips = field(default_factory=tuple)
+    """Count these clips only: ids (with `*` and `?`), or a file of them, as of `extract`; repeatable. Default: all."""
     t0: Moments = "5.1"
     """Moments of the source: seconds into the clip, `every:S`, `events`, `sharpest`, or a file, as of `extract`."""
     model: Place | None = None
@@ -227,8 +231,11 @@ class PlanConfig(StoredConfig, NewExpertConfig):
                 "--samples missing; give it as an option or in --config FILE.toml: clips times t0s, or a SOURCE "
                 "to count them in."
             )
-        counts = self.source is not None or (self.split, self.t0) == ("all", "5.1")
-        expect(counts, "split or t0", f"{self.split}, {self.t0}", "a SOURCE beside it, whose samples it chooses")
+        chooses = {"split": self.split, "split_by": self.split_by, "clips": ",".join(self.clips), "t0": self.t0}
+        usual = {"split": "all", "split_by": "clip", "clips": "", "t0": "5.1"}
+        for name, value in chooses.items():
+            counts = self.source is not None or value == usual[name]
+            expect(counts, name, value, "a SOURCE beside it, whose samples it chooses")
         adapts = self.trainable == "lora" or self.lora_rank == LORA_RANK
         expect(adapts, "lora_rank", self.lora_rank, "--trainable lora with it")
         expect(

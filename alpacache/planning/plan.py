@@ -24,6 +24,7 @@ from alpacache.alpamayo.rollout import MAX_TOKENS
 from alpacache.cached_samples.features import tail_name
 from alpacache.cached_samples.identity import codec_for
 from alpacache.driving.cameras import check_places, sort_cameras
+from alpacache.driving.splits import parse_split
 from alpacache.errors import UsageError
 from alpacache.gpu.host_memory import available_bytes
 from alpacache.layer_choice import chosen_layers
@@ -193,7 +194,13 @@ def plan(config: PlanConfig) -> Plan:
     """Work everything out. Raises `UsageError` for what cannot be: a bad option, or training that does not fit."""
     cameras = sort_cameras([*config.cameras, *config.blank])
     counted = count_samples(
-        config.source, cameras=config.cameras, split=config.split, t0=config.t0, most=config.samples
+        config.source,
+        cameras=config.cameras,
+        split=config.split,
+        split_by=parse_split(config.split_by),
+        clips=config.clips,
+        t0=config.t0,
+        most=config.samples,
     )
     rollouts, samples = config.tails, counted.samples * config.views
     checkpoint = None if config.model is None else Checkpoint(config.model)

@@ -55,6 +55,7 @@ SplitBy = Annotated[str, Written(metavar="clip|time:S", read=_checked_split)]
 Cameras = Annotated[tuple[str, ...], MinLen(1), parts(full_camera_name, "NAME,...", expected="names of cameras")]
 Blank = Annotated[tuple[str, ...], parts(full_camera_name, "NAME,...", expected="names of cameras")]
 Frames = Literal[1, 2, 3, 4]
+Clips = Annotated[tuple[str, ...], Written(metavar="CLIPS", read=_names, repeatable=True)]
 Moments = Annotated[str, Written(metavar="TEXT", read=_checked_t0)]
 Side = Literal["train", "val", "all"]
 
@@ -70,9 +71,7 @@ class SamplesConfig(Config):
     split_by: SplitBy = "clip"
     """`time:BLOCK_S[:GAP_S[:SEED]]` splits within each drive: one block of that many seconds in ten is held out, and
     training keeps GAP_S (8 or more) away from it."""
-    clips: Annotated[tuple[str, ...], Written(metavar="CLIPS", read=_names, repeatable=True)] = field(
-        default_factory=tuple
-    )
+    clips: Clips = field(default_factory=tuple)
     """Only these clips: ids (with `*` and `?`), or a file of them (`.txt`, or `.csv` and `.parquet` with a column
     `clip_id`); repeatable. Default: all."""
     samples: Count | None = None

@@ -42,8 +42,12 @@ def named_moments(file: str, clip_ids: Sequence[str], *, source: str) -> Callabl
     else:
         table = read_table(file, ("sample_id", "clip_id", "t0_us"), what=what)
     if "sample_id" in table:
-        refs = [SampleRef.parse(name.strip()) for name in table["sample_id"]]
-        pairs = [(ref.clip_id, ref.t0_us) for ref in refs]
+        names = [name.strip() for name in table["sample_id"]]
+        refs = [_sample(name) for name in names]
+        if bad := [name for name, ref in zip(names, refs, strict=True) if ref is None]:
+            expected = "expected CLIP@T0_US#VIEW, as clip-7@5100000#0"
+            raise UsageError(f"{what}: {len(bad)} of {len(names)} names are no sample ids, {listed(bad)}; {expected}.")
+        pairs = [(ref.clip_id, ref.t0_us) for ref in refs if ref is not None]
     elif {"clip_id", "t0_us"} <= table.keys():
         times = [_microseconds(text) for text in table["t0_us"]]
         if bad := [text for text, time in zip(table["t0_us"], times, strict=True) if time is None]:
@@ -76,6 +80,13 @@ def sharpest_us(track: Track, times_us: Sequence[int], *, where: str) -> int:
     sharpest = int(bent.argmax()) + CURVATURE_STEPS // 2
     place = min(max(sharpest - FUTURE_STEPS // 2, 0), len(times_us) - 1)
     return times_us[place]
+
+
+def _sample(name: str) -> SampleRef | None:
+    try:
+        return SampleRef.parse(name)
+    except UsageError:
+        return None
 
 
 def _microseconds(text: str) -> int | None:

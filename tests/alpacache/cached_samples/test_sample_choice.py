@@ -180,6 +180,10 @@ def test_what_fits_no_sample_is_named_with_counts(tmp_path):
         ("clip_id,weight\ndrive-a,nan\ndrive-b,inf\n", "2 of 2 weights cannot be used, drive-a=nan, drive-b=inf"),
         ("clip_id,weight\ndrive-a,1\ndrive-a,2\n", "1 of 2 weights cannot be used, drive-a=2"),
         ("clip_id,weight\ndrive-a,\n", "1 of 1 weights cannot be used"),
+        (
+            "sample_id,weight\ndrive-a@5100000#0,3\ndrive-b,2\ndrive-[ab]*,2\n",
+            "patterns give 1 of 9 samples several weights, drive-a@5100000#0; expected one each",
+        ),
         ("clip_id,weight\ndrive-x,1\n", "1 of 1 names fit no sample of the stores: drive-x"),
         ("clip,weight\ndrive-a,1\n", "expected the columns sample_id or clip_id, and weight"),
         ("clip_id,weight,weight\ndrive-a,1,1\n", "several columns weight"),

@@ -87,8 +87,8 @@ def test_the_sheet_has_a_row_for_each_named_sample_and_is_in_the_report(report, 
     assert '<section id="sheet" hidden>' in (tmp_path / "report.html").read_text()
 
 
-def test_a_sheet_of_nothing_is_refused_before_anything_is_computed(root, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("alpacache.alpamayo.load_expert", lambda *a, **k: pytest.fail("began to sample"))
+def test_a_sheet_of_nothing_is_refused_before_any_run_is_read(root, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("alpacache.evaluation.evaluate.find_models", lambda *a, **k: pytest.fail("read the runs"))
     for entry, message in (
         ("synthetic-9", r"--sheet synthetic-9: 1 of 1 names fit no sample of the stores: synthetic-9"),
         ("speed>1000", r"--sheet 'speed>1000': none of 4 samples fits it"),

@@ -8,12 +8,15 @@ import torch
 
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_vlm
+from alpacache.alpamayo.family import SPECIAL_TOKENS
 from alpacache.alpamayo.inputs import InputBuilder
+from alpacache.alpamayo.prompt import DIRECT, SYSTEM
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.driving.cameras import SLOTS
 from alpacache.driving.sample import SampleRef
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
+from alpacache.sources.blank import with_blank
 from alpacache.sources.registry import open_source
 from cache_store import CacheReader, IdentityMismatchError, verify
 
@@ -63,6 +66,40 @@ def test_black_pixels_are_minus_one_as_in_the_public_image_path(tiny_checkpoint)
     patches = len(inputs.pixel_values) // 8
     assert (inputs.pixel_values[6 * patches :] == -1).all()
     assert (inputs.pixel_values[: 6 * patches] != -1).any(dim=1).all()
+
+
+@pytest.mark.parametrize("black", [SLOTS, [LEFT, RIGHT, TELE], [TELE]], ids=["all", "three", "one"])
+def test_ids_and_pixels_are_those_of_the_public_code_on_black_frames(black, tiny_checkpoint):
+    """It calls transformers' chat template, tokenizer and image processor, as here, on frames that were made black."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    checkpoint = Checkpoint(str(tiny_checkpoint))
+    builder, tokenizer = InputBuilder(checkpoint), AutoTokenizer.from_pretrained(tiny_checkpoint / "vlm")
+    tokenizer.add_tokens([f"<i{number}>" for number in range(checkpoint.config.traj_vocab_size)])
+    tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+    processor = AutoImageProcessor.from_pretrained(tiny_checkpoint / "vlm")
+    shown = black_sample(black, frames=2)
+    sample = shown
+    if recorded := [name for name in SLOTS if name not in black]:
+        sample = with_blank(open_source("synthetic:2").load(REF, cameras=recorded, frames=2), black)
+    pictures = shown.frames.transpose(0, 1, 3, 4, 2).reshape(8, *shown.frames.shape[3:], 3)
+    seen = processor(images=list(pictures), return_tensors="pt")
+    history = f"<|traj_history_start|>{'<|traj_history|>' * 48}<|traj_history_end|>"
+    user = [{"type": "image", "image": None}] * 8 + [{"type": "text", "text": history + DIRECT}]
+    said = {"system": [{"type": "text", "text": SYSTEM}], "user": user}
+    said["assistant"] = [{"type": "text", "text": "<|traj_future_start|>"}]
+    messages = [{"role": role, "content": content} for role, content in said.items()]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    tokens = int(seen["image_grid_thw"][0].prod()) // processor.merge_size**2
+    text = text.replace("<|image_pad|>", "<|image_pad|>" * tokens)
+    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
+    inputs = builder.build(sample)
+    assert np.array_equal(inputs.input_ids, builder.tokenizer.fuse_history(ids, sample.history_xyz))
+    assert torch.equal(torch.as_tensor(inputs.image_grid_thw), seen["image_grid_thw"])
+    pixels, wanted = (torch.as_tensor(each).view(4, -1) for each in (inputs.pixel_values, seen["pixel_values"]))
+    for name, mine, public in zip(SLOTS, pixels, wanted, strict=True):
+        assert torch.equal(mine, public) if name in black else (mine - public).abs().max() < 0.05
+        assert (mine == -1).all() == (name in black)
 
 
 def test_it_is_part_of_the_identity_and_the_store_is_sound(blanked, tiny_checkpoint, tmp_path):

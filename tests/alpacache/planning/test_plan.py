@@ -8,6 +8,7 @@ from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.driving.cameras import CAMERAS, SLOTS, sort_cameras
 from alpacache.driving.sample import SampleRef, split_of
+from alpacache.driving.splits import parse_split
 from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.planning import plan as planning
@@ -16,6 +17,7 @@ from alpacache.planning.machine import DiskSpeed
 from alpacache.planning.plan import plan
 from alpacache.planning.sample_size import planned_prompt, sample_bytes
 from alpacache.sources.registry import open_source
+from alpacache.sources.selection import select
 from cache_store import CODECS, CacheReader, info
 
 ASK = {"samples": 1000, "codec": "int8", "epochs": 10.0, "batch_size": 4, "gpu": "4090", "memory_budget": "24GB"}
@@ -315,9 +317,15 @@ def test_a_source_is_counted_as_extraction_would_take_it():
     clips = sum(split_of(clip) == "train" for clip in open_source("synthetic:12").clip_ids)
     assert (found.clips, found.samples) == (clips, clips * 3 * 2)
     assert plan(PlanConfig(source="synthetic:12", samples=5)).samples == 5
+    chosen = {"t0": "every:0.5", "clips": ("synthetic-0-00000[0-3]",), "split": "val"}
+    refs, _ = select(open_source("synthetic:12"), **chosen, split_by=parse_split("time:8"))
+    assert plan(PlanConfig(source="synthetic:12", **chosen, split_by="time:8")).samples == len(refs) > 0
     for wrong, message in (
         ({}, "--samples missing"),
         ({"samples": 3, "t0": "every:2.0"}, "expected a SOURCE beside it"),
+        ({"samples": 3, "clips": ("a",)}, "clips is a; expected a SOURCE beside it"),
+        ({"samples": 3, "split_by": "time:60"}, "split_by is time:60; expected a SOURCE beside it"),
+        ({"source": "synthetic:1", "clips": ("a", "b")}, "1 of 1 names fit no clip of synthetic:1: a"),
         ({"source": "synthetic:1", "split": "val"}, "none of its 1 clips falls into the val split"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -123,7 +123,7 @@ def test_clips_are_named_by_ids_patterns_and_files(tmp_path):
         ),
         ("clip_id,t0\na,5.1\n", "expected a column sample_id, or the columns clip_id and t0_us"),
         ("clip_id,t0_us\n", "names nothing"),
-        ("sample_id\nabc\n", "'abc' is not a sample id"),
+        ("sample_id\na@1#0\nabc\nb\n", "2 of 3 names are no sample ids, abc, b; expected CLIP@T0_US#VIEW"),
     ],
 )
 def test_files_of_moments_that_make_no_sense_are_refused(tmp_path, rows, message):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -90,6 +91,74 @@ def test_a_choice_gives_the_bits_of_a_store_that_holds_no_others(tiny_checkpoint
         assert {round(turn["share"], 6) for turn in turns} == {round(1 / len(turns), 6)}
     assert notes[0] == "6 of 8 samples are chosen; by stratum, with its share of an epoch:"
     assert notes[1].split() == ["6", "100.0%", "all"]
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_checkpoint, tmp_path_factory):
+    """By codec two stores, and copies that hold some of their samples alone, with the ids of those."""
+    root, common = tmp_path_factory.mktemp("pairs"), {"model": str(tiny_checkpoint), "frames": 1, "device": "cpu"}
+
+    def make(codec):
+        whole, parts, kept = [], [], []
+        for name, t0, dropped in (("one", "5.1", (0, 3)), ("two", "9.1", (1,))):
+            path, part = root / codec / name, root / codec / f"{name}-part"
+            source = {"source": "synthetic:5", "t0": t0, "codec": codec}
+            if whole and codec.startswith("transform"):
+                source["codec_from"] = str(whole[0])
+            alpacache.extract(ExtractConfig(**source, store=str(path), **common))
+            shutil.copytree(path, part)
+            ids = CacheReader(path).sample_ids
+            for place in dropped:
+                (part / "commits" / f"{sample_key(ids[place])}.json").unlink()
+            whole, parts = [*whole, str(path)], [*parts, str(part)]
+            kept += [sample_id for place, sample_id in enumerate(ids) if place not in dropped]
+        return tuple(whole), tuple(parts), kept
+
+    return make
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("codec", ["bf16", "int8", "transform:4"])
+def test_of_several_stores_too_in_every_codec_resumed_in_micro_batches_and_judged(
+    tiny_checkpoint, pairs, tmp_path, codec
+):
+    whole, parts, kept = pairs(codec)
+    (tmp_path / "ids.txt").write_text("\n".join(reversed(kept)))
+    weighted = pd.DataFrame({"sample_id": kept[1:3], "weight": [3.0, 0.5]})
+    weighted.to_parquet(tmp_path / "w.parquet")
+    shares = {"sample_weights": str(tmp_path / "w.parquet"), "micro_batch": 2, "save_every": 1, "draws": 2}
+    alpacache.train(config(tiny_checkpoint, "", tmp_path / "parts", **shares, stores=parts))
+
+    def stop(progress):
+        if progress.done == 2:
+            raise EOFError
+
+    chosen = config(tiny_checkpoint, "", tmp_path / "chosen", **shares, stores=whole, only=(str(tmp_path / "ids.txt"),))
+    with pytest.raises(EOFError):
+        alpacache.train(chosen, on_progress=stop)
+    alpacache.train(replace(chosen, resume=True))
+    assert same_run(tmp_path / "parts", tmp_path / "chosen")
+    judge = {"model": str(tiny_checkpoint), "checkpoint": str(tmp_path / "parts"), "device": "cpu", "paths": 2}
+    judge |= {
+        "flow_steps": "2,1",
+        "batch_size": 4,
+        "control": "shuffled,none",
+        "sample_weights": shares["sample_weights"],
+    }
+    reports = [
+        alpacache.evaluate(EvalConfig(**judge, store=stores, out=str(tmp_path / name), **only))
+        for name, stores, only in (
+            ("of-parts", parts, {}),
+            ("of-chosen", whole, {"only": (str(tmp_path / "ids.txt"),)}),
+        )
+    ]
+    assert [result.sample_id for result in reports[1].results] == kept
+    for one, other in zip(*(report.results for report in reports), strict=True):
+        for label in ("base", "trained"):
+            assert np.array_equal(one.models[label].pred_xyz, other.models[label].pred_xyz)
+            assert one.models[label].controls == other.models[label].controls
+            assert one.models[label].by_steps == other.models[label].by_steps
+    assert reports[0].summary.to_json() == reports[1].summary.to_json()
 
 
 def test_a_run_resumes_with_its_choice_alone(tiny_checkpoint, store, tmp_path, monkeypatch):
