@@ -45,18 +45,18 @@ def decode_streams(  # type: ignore[no-untyped-def]
     data,  # uint8 [rows, row_bytes], encoded samples
     rows,  # int64 [B], each sample's row
     lengths,  # int64 [B], each sample's tokens
-    row_bytes,
+    row_bytes,  # bytes of a row
     tables,  # int32 [class, 4096]: symbol, frequency less 1 and place in it, of 8, 12 and 12 bits
     runs,  # int32 [part, run, 4] of the group: class, first and last step, low bits
     shift,  # float32 [class, 2]
-    n_runs,
-    group,
-    groups,
-    layers,
-    longest,
+    n_runs,  # runs of each part
+    group,  # number of the group that is decoded
+    groups,  # groups of the codec
+    layers,  # layers of the codec, all groups together
+    longest,  # tokens that the output has room for
     columns,  # B * longest
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,  # streams of a token
+    BLOCK: tl.constexpr,  # tokens of a program
 ):
     """Values in steps of one group of every sample; tokens beyond a sample's own are left as they are."""
     block, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -104,28 +104,28 @@ def decode_streams(  # type: ignore[no-untyped-def]
 @triton.jit
 def finish_layers(  # type: ignore[no-untyped-def]
     scratch,  # uint8 [B, scratch_row], written: bfloat16 [layer of the group, 2, head, longest, channel]
-    scratch_row,
+    scratch_row,  # bytes of a row of `scratch`
     product,  # float16 [B * longest, N], values in units of their channels' scales
     data,  # uint8 [rows, row_bytes], encoded samples
     rows,  # int64 [B]
     lengths,  # int64 [B]
-    row_bytes,
+    row_bytes,  # bytes of a row
     mean,  # float32 [N]
     scale,  # float32 [N]
     sizes,  # float32 [256]
     angles,  # float32 [HALF]
     axes,  # int32 [HALF]
-    group,
-    groups,
-    first_layer,
-    layers,
-    longest,
+    group,  # number of the group that is decoded
+    groups,  # groups of the codec
+    first_layer,  # the group's first layer
+    layers,  # layers of the codec, all groups together
+    longest,  # tokens that the output has room for
     width,  # N
-    PARTS: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
+    PARTS: tl.constexpr,  # streams of a token
+    HEADS: tl.constexpr,  # KV heads
+    HALF: tl.constexpr,  # pairs of channels
     WIDE: tl.constexpr,  # the power of two from HALF on
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # tokens of a program
 ):
     """Keys and values of one head and layer; those of tokens that are stored as they are from their words."""
     block, of_head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -208,11 +208,11 @@ def encode_streams(  # type: ignore[no-untyped-def]
     words,  # uint16 [part, token, capacity], written
     tables,  # int32 [class, 256]: frequency, and from bit 16 on the frequencies before it
     runs,  # int32 [part, run, 4] of the group
-    n_runs,
-    tokens,
-    capacity,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    n_runs,  # runs of each part
+    tokens,  # tokens of the sample
+    capacity,  # words that a stream has room for
+    PARTS: tl.constexpr,  # streams of a token
+    BLOCK: tl.constexpr,  # tokens of a program
 ):
     """Write all streams of a group of one sample, the last component first."""
     block, part = tl.program_id(0), tl.program_id(1)
@@ -248,9 +248,9 @@ def gather_words(  # type: ignore[no-untyped-def]
     states,  # int32 [part * token], 0: not coded
     begins,  # int64 [part * token]
     ends,  # int64 [part * token]
-    tokens,
-    capacity,
-    width,
+    tokens,  # tokens of the sample
+    capacity,  # words that a stream has room for
+    width,  # N
     BLOCK: tl.constexpr,
 ):
     """Put the words of each stream, or of a token that is stored as it is, where they belong."""

@@ -15,6 +15,8 @@ from alpacache.extraction.codec_learning import read_store
 from alpacache.extraction.config import CodecsConfig, ExtractConfig, most_velocity_error
 from cache_store import CODECS, CacheReader, verify
 
+pytestmark = pytest.mark.system  # whole extractions
+
 TRIED = ("int8", "int4", "transform:8", "transform:5")
 
 
