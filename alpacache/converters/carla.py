@@ -48,7 +48,7 @@ _NO_TURN = ("lanefollow", "void", "none", "")
 STEERED, TURNING_RADPS, MOVING_MPS, LEAST_ROWS = 0.02, 0.02, 1.0, 10
 """Rows count where the wheel is turned and the vehicle turns and moves by more than this; so many are needed."""
 AGREE = 0.75
-"""Share of such rows that has to be of one mind."""
+"""Share of such rows that must agree."""
 SAME_PLACE_M = 0.05
 _FIELDS = (
     "timestamp",

@@ -29,7 +29,7 @@ _SPARE_BYTES = 3 * 2**30
 _FEW = 8
 """Tokens for each channel of a group, below which a warning says that the basis is learnt from few."""
 _LONGER = 1.25
-"""A sample that takes so many times the bytes that its codec was learnt for is told of."""
+"""Samples are named from so many times the bytes on that their codec was learnt for."""
 
 _log = logging.getLogger(__name__)
 

@@ -10,6 +10,8 @@ from alpacache.errors import UsageError
 from alpacache.extraction.config import ExtractConfig
 from cache_store import CODECS
 
+pytestmark = pytest.mark.system  # a whole extraction
+
 
 @pytest.fixture(scope="module")
 def stores(tiny_checkpoint, tmp_path_factory):
@@ -26,7 +28,6 @@ def stores(tiny_checkpoint, tmp_path_factory):
     return root
 
 
-@pytest.mark.system
 def test_sizes_and_lengths_come_from_the_records(tiny_checkpoint, stores):
     checkpoint = Checkpoint(str(tiny_checkpoint))
     for names in (["one"], ["one", "two"], ["int8"]):

@@ -48,6 +48,7 @@ def test_planted_lines_are_found_by_both_probes(planted):
         assert 0.1 < r2(planted[probe], "history", LINE).estimate < 0.5
 
 
+@pytest.mark.system
 def test_planted_bends_are_found_by_the_mlp_alone(planted):
     assert r2(planted["ridge"], "features", BEND).high < 0.05
     assert r2(planted["mlp"], "features", BEND).low > 0.6
